@@ -1,0 +1,1 @@
+"""Stepwell's server: one recurrent state per session, advanced exactly once per step."""

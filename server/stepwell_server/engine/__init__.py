@@ -1,0 +1,1 @@
+"""Runs programs over the rows of many sessions at once."""

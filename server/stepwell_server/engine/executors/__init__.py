@@ -1,0 +1,1 @@
+"""What runs a program: LiteRT by default, TensorFlow where LiteRT cannot."""

@@ -1,0 +1,145 @@
+"""What can go wrong, in the server's own terms.
+
+    ServerError
+    ├── InvalidInput          a value the caller sent breaks a rule
+    ├── MessageTooLarge       so does its size
+    ├── SessionGone           there is no such session (any more)
+    │   ├── SessionNotFound   closed, or never opened here
+    │   ├── SessionExpired    idle for longer than max_session_idle_s
+    │   └── SessionLost       it was there, its state cannot be recovered
+    ├── SessionExists         the id is taken
+    ├── RevisionConflict      the session is at another revision than expected
+    ├── ModelNotFound         no model is served under that name
+    ├── ModelMismatch         the state belongs to another model
+    ├── Overloaded            no room now; come back after retry_after_s
+    ├── Unavailable           the server cannot do it now (stopping, store away)
+    ├── DeadlineExceeded      the caller's time limit passed before the change was applied
+    ├── StateCorrupt          the stored record is damaged
+    └── Internal              a defect; the log has the details under error_id
+
+Every message names the argument, the rule and what came. How an error travels is `rpc.status`'s affair.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ServerError(Exception):
+    """Base of every error that a caller may see."""
+
+    reason: ClassVar[str] = "INTERNAL"
+    """Machine-readable reason, sent along as the reason of ErrorInfo."""
+
+    def __init__(self, message: str, **metadata: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.metadata = metadata
+
+
+class InvalidInput(ServerError):
+    """A value the caller sent breaks a rule; nothing changed."""
+
+    reason = "INVALID_INPUT"
+
+
+class MessageTooLarge(InvalidInput):
+    """The request or its reply is over the size limit; nothing changed."""
+
+    reason = "MESSAGE_TOO_LARGE"
+
+
+class SessionGone(ServerError):
+    """There is no such session (any more)."""
+
+    reason = "SESSION_NOT_FOUND"
+
+    def __init__(self, session_id: str, message: str, **metadata: str) -> None:
+        super().__init__(message, session_id=session_id, **metadata)
+        self.session_id = session_id
+
+
+class SessionNotFound(SessionGone):
+    """Closed, or never opened here."""
+
+
+class SessionExpired(SessionGone):
+    """Idle for longer than max_session_idle_s, and therefore deleted."""
+
+    reason = "SESSION_EXPIRED"
+
+
+class SessionLost(SessionGone):
+    """It was there, and its state cannot be recovered."""
+
+    reason = "SESSION_LOST"
+
+
+class SessionExists(ServerError):
+    """The session id is taken."""
+
+    reason = "SESSION_EXISTS"
+
+
+class RevisionConflict(ServerError):
+    """The session is at another revision than the caller expected; nothing changed."""
+
+    reason = "REVISION_CONFLICT"
+
+    def __init__(self, session_id: str, expected: int, actual: int) -> None:
+        super().__init__(
+            f"expected_revision of session {session_id!r} must be its revision {actual}; got {expected}",
+            session_id=session_id,
+            expected_revision=str(expected),
+            actual_revision=str(actual),
+        )
+        self.expected = expected
+        self.actual = actual
+
+
+class ModelNotFound(ServerError):
+    """No model is served under that name."""
+
+    reason = "MODEL_NOT_FOUND"
+
+
+class ModelMismatch(ServerError):
+    """The state belongs to a model of another fingerprint."""
+
+    reason = "MODEL_MISMATCH"
+
+
+class Overloaded(ServerError):
+    """No room now; nothing changed. Come back after `retry_after_s` seconds."""
+
+    reason = "OVERLOADED"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(ServerError):
+    """The server cannot do it now; it was not applied."""
+
+    reason = "UNAVAILABLE"
+
+
+class DeadlineExceeded(ServerError):
+    """The caller's time limit passed while the change waited; it was not applied."""
+
+    reason = "DEADLINE_EXCEEDED"
+
+
+class StateCorrupt(ServerError):
+    """The stored record of this session is damaged; others are not concerned."""
+
+    reason = "STATE_CORRUPT"
+
+
+class Internal(ServerError):
+    """A defect. The text is opaque; the log has the details under the same id."""
+
+    def __init__(self, error_id: str) -> None:
+        super().__init__(f"internal error {error_id}; the server's log has the details", error_id=error_id)
+        self.error_id = error_id
