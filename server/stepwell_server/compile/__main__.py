@@ -1,0 +1,59 @@
+"""The compiling process: ``python -m stepwell_server.compile MODEL FOLDER [--import MODULE]...``.
+
+It speaks JSON lines on what was its standard output: ``{"stage": ...}`` as each stage begins, then
+``{"done": true}`` or ``{"error": ..., "kind": ...}``. Whatever else prints lands on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> int:
+    """Compile one model; returns the exit code: 0, or 2 for a model that cannot be served."""
+    speak = _protocol()
+    parser = argparse.ArgumentParser(prog="python -m stepwell_server.compile")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--import", dest="imports", action="append", default=[])
+    arguments = parser.parse_args()
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    speak({"stage": "load"})
+    # After the protocol is safe: loading TensorFlow prints.
+    from stepwell_server.compile.errors import ModelError
+    from stepwell_server.compile.pipeline import compile_model
+
+    try:
+        compile_model(
+            arguments.model,
+            arguments.folder,
+            arguments.imports,
+            lambda stage: speak({"stage": stage}) if stage != "load" else None,
+        )
+    except ModelError as error:
+        speak({"error": str(error), "kind": type(error).__name__, "details": error.details})
+        return 2
+    speak({"done": True})
+    return 0
+
+
+def _protocol() -> Any:
+    """Keep standard output for messages, and send all that others print to standard error."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def speak(message: dict[str, Any]) -> None:
+        channel.write(json.dumps(message) + "\n")
+        channel.flush()
+
+    return speak
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The ``.keras`` file: is it one, what is its fingerprint, and the model in it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.tensorflow_setup import keras
+
+_MEMBERS = ("config.json", "metadata.json", "model.weights.h5")
+#: Parts of the configuration that do not change what the model computes.
+_NOISE = {"compile_config", "shared_object_id", "build_config"}
+
+
+def load_model(path: Path) -> Any:
+    """Load the Keras model in ``path``, with Keras's safe mode on.
+
+    Raises:
+        ModelError: no such file, not a ``.keras`` file, damaged, or Keras refuses it.
+    """
+    check_archive(path)
+    try:
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:  # Keras and user code raise whatever they like here.
+        raise ModelError(f"{path}: {_load_problem(error)}") from error
+    if not isinstance(model, keras.Model):
+        raise ModelError(f"{path}: must hold a keras.Model; it holds a {type(model).__name__}")
+    return model
+
+
+def check_archive(path: Path) -> None:
+    """Check that ``path`` is a whole ``.keras`` archive.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path}: there is no such file")
+    if not zipfile.is_zipfile(path):
+        raise ModelError(
+            f"{path}: not a .keras file, or a truncated one; save the model with model.save('name.keras')"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+            missing = [name for name in _MEMBERS if name not in archive.namelist()]
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise ModelError(f"{path}: damaged .keras file: {error}") from error
+    if broken:
+        raise ModelError(f"{path}: damaged .keras file: {broken} does not match its checksum")
+    if missing:
+        raise ModelError(f"{path}: not a .keras file: it has no {', '.join(missing)}")
+
+
+def fingerprint(path: Path) -> str:
+    """Hash architecture and weights: the same for every save of one model, another for other weights.
+
+    Weights are named by their place in the archive: Keras's own names of a subclassed model's variables
+    depend on what else the process has built. Seeds and the optimizer are left out: they do not change
+    what is computed.
+    """
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(path) as archive:
+        config = _without_noise(json.loads(archive.read("config.json")))
+        digest.update(json.dumps(config, sort_keys=True).encode())
+        weights = io.BytesIO(archive.read("model.weights.h5"))
+    with h5py.File(weights, "r") as file:
+        found: dict[str, Any] = {}
+        file.visititems(lambda name, item: found.update({name: item}) if hasattr(item, "dtype") else None)
+        for name in sorted(found):
+            parts = name.split("/")
+            if parts[0] == "optimizer" or "seed_generator" in parts:
+                continue
+            value = np.ascontiguousarray(found[name][()])
+            digest.update(f"\n{name} {value.shape} {value.dtype}\n".encode())
+            digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def _without_noise(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {key: _without_noise(value) for key, value in config.items() if key not in _NOISE}
+    if isinstance(config, list):
+        return [_without_noise(item) for item in config]
+    return config
+
+
+def _load_problem(error: Exception) -> str:
+    text = str(error)
+    if "safe_mode" in text or "unsafe" in text.lower() or "Lambda" in text:
+        return (
+            "refused by Keras's safe mode: it holds a Lambda layer or other code; "
+            "write it as a registered layer and name its module with --import MODULE"
+        )
+    unknown = re.search(r"Could not locate (class|function) '([^']+)'", text) or re.search(
+        r"Unknown (\w+(?: \w+)*): '?([\w>.]+)", text
+    )
+    if unknown:
+        return (
+            f"unknown {unknown[1]} '{unknown[2]}'; register it with "
+            "@keras.saving.register_keras_serializable() and name its module with --import MODULE"
+        )
+    return f"Keras cannot load it: {type(error).__name__}: {first_line(text)}"
+
+
+def first_line(text: str) -> str:
+    """Return the first line of ``text`` that says something."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no message")

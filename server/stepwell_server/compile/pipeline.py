@@ -1,0 +1,100 @@
+"""The compiling process's work, start to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from stepwell_server.compile import archive, check, convert
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.probe import Traced, trace_and_probe
+from stepwell_server.compile.sequences import step_of_executor
+from stepwell_server.engine.executors import load_executor
+from stepwell_server.engine.executors.base import ExecutionError
+from stepwell_server.program import Program
+
+
+def compile_model(
+    model: Path, folder: Path, imports: Sequence[str] = (), progress: Callable[[str], None] | None = None
+) -> Program:
+    """Compile ``model`` into the existing, empty ``folder``.
+
+    Raises:
+        ModelError: the model cannot be served.
+    """
+    report = progress or (lambda stage: None)
+    report("load")
+    for module in imports:
+        _import(module)
+    loaded = archive.load_model(model)
+    fingerprint = archive.fingerprint(model)
+    report("trace")
+    try:
+        traced = trace_and_probe(loaded, report)
+    except ModelError as error:
+        raise type(error)(f"{model}: {error}", error.details) from error
+    program = _artefact(traced, fingerprint, folder, report)
+    program.save()
+    return program
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # A user's module raises whatever it likes.
+        raise ModelError(f"--import {module}: {type(error).__name__}: {archive.first_line(str(error))}") from error
+
+
+def _artefact(traced: Traced, fingerprint: str, folder: Path, report: Callable[[str], None]) -> Program:
+    program = Program(
+        fingerprint=fingerprint,
+        inputs=traced.plan.inputs,
+        outputs=traced.plan.outputs,
+        state=traced.plan.state,
+        initial=traced.plan.initial,
+        executor="litert",
+        executor_reason="LiteRT converts every operation of the model",
+        batch_sizes=(),
+        path=folder,
+    )
+    report("convert")
+    try:
+        return _litert(traced, program, report)
+    except (convert.ConversionError, check.CheckError) as error:
+        return _tensorflow(traced, program, f"LiteRT cannot run this model: {error}", report)
+
+
+def _litert(traced: Traced, program: Program, report: Callable[[str], None]) -> Program:
+    convert.to_litert(traced.function, program.path)
+    report("check")
+    try:
+        step = step_of_executor(load_executor(program))
+        check.check_against_keras(traced, step)
+        agreeing = check.agreeing_sizes(traced, step, check.LITERT_SIZES)
+    except (ExecutionError, RuntimeError, ValueError) as error:  # The interpreter's "I cannot run this".
+        raise check.CheckError(archive.first_line(str(error))) from error
+    if not agreeing:
+        raise check.CheckError("no batch size gives a row the same bits in every place")
+    if len(agreeing) == len(check.LITERT_SIZES):
+        return program
+    return dataclasses.replace(
+        program,
+        batch_sizes=agreeing,
+        executor_reason="LiteRT converts every operation of the model, but a row's bits depend on the batch size",
+    )
+
+
+def _tensorflow(traced: Traced, program: Program, reason: str, report: Callable[[str], None]) -> Program:
+    (program.path / "program.tflite").unlink(missing_ok=True)
+    program = dataclasses.replace(program, executor="tensorflow", executor_reason=reason)
+    convert.to_tensorflow(traced.function, program.path)
+    report("check")
+    step = step_of_executor(load_executor(program))
+    try:
+        check.check_against_keras(traced, step)
+    except check.CheckError as error:
+        raise ModelError(f"the compiled model is not the Keras model: {error}") from error
+    sizes = check.agreeing_sizes(traced, step, check.TENSORFLOW_SIZES)
+    return dataclasses.replace(program, batch_sizes=sizes or (1,))

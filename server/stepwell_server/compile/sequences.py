@@ -1,0 +1,115 @@
+"""Run a sequence through a function of one time step, and compare it with one call of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.compile.plan import Plan
+from stepwell_server.compile.tensorflow_setup import tf
+from stepwell_server.engine.executors.base import Executor
+
+Array = npt.NDArray[np.generic]
+Step = Callable[[Sequence[Array], Sequence[Array]], tuple[Sequence[Array], Sequence[Array]]]
+
+
+def step_of_function(plan: Plan, function: Any) -> Step:
+    """Return the traced function as a plain one."""
+
+    def step(inputs: Sequence[Array], states: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+        named = {f"in_{i}": tf.constant(value) for i, value in enumerate(inputs)}
+        named |= {f"state_{i}": tf.constant(value) for i, value in enumerate(states)}
+        results = function(**named)
+        return (
+            [results[f"out_{i}"].numpy() for i in range(len(plan.outputs))],
+            [results[f"next_{i}"].numpy() for i in range(len(plan.state))],
+        )
+
+    return step
+
+
+def step_of_executor(executor: Executor) -> Step:
+    """Return an executor as a plain function; its results are copies."""
+
+    def step(inputs: Sequence[Array], states: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+        executor.bind(len((*inputs, *states)[0]))
+        _fill(executor, inputs, states)
+        executor.invoke()
+        return [np.array(x) for x in executor.outputs()], [np.array(x) for x in executor.next_states()]
+
+    return step
+
+
+def _fill(executor: Executor, inputs: Sequence[Array], states: Sequence[Array]) -> None:
+    for view, value in zip([*executor.inputs(), *executor.states()], [*inputs, *states], strict=True):
+        np.copyto(view, value)
+
+
+def initial_states(plan: Plan, rows: int) -> list[Array]:
+    """Return the model's initial state for ``rows`` rows."""
+    return [np.repeat(value[np.newaxis], rows, axis=0) for value in plan.initial]
+
+
+def at(plan: Plan, inputs: Sequence[Array], time: int) -> list[Array]:
+    """Return the inputs of one time step of a sequence."""
+    return [
+        np.ascontiguousarray(value[:, time]) if spec.temporal else value
+        for spec, value in zip(plan.inputs, inputs, strict=True)
+    ]
+
+
+def run(plan: Plan, step: Step, inputs: Sequence[Array], steps: int) -> dict[str, Array]:
+    """Step through a sequence; returns what one call over it would, by output name."""
+    states: Sequence[Array] = initial_states(plan, len(inputs[0]))
+    seen: list[Sequence[Array]] = []
+    for time in range(steps):
+        outputs, states = step(at(plan, inputs, time), states)
+        seen.append(outputs)
+    return {
+        spec.name: np.stack([outputs[i] for outputs in seen], 1) if spec.temporal else seen[-1][i]
+        for i, spec in enumerate(plan.outputs)
+    }
+
+
+def tolerance(plan: Plan) -> float:
+    """Return the difference that rounding may make, as a share of an output's largest value.
+
+    One rounding of the coarsest type that a layer computes in, times what a sum of thousands of terms over
+    some steps can gather: its square root, 256. Half-precision types round their intermediate results
+    alike in both ways of computing, so 16 will do for them (256 would allow everything).
+    """
+    types = {layer.compute_dtype for layer in plan.interface.model._flatten_layers()}
+    if "bfloat16" in types:
+        return 16 * 2.0**-8
+    if "float16" in types:
+        return 16 * 2.0**-10
+    return 256 * 2.0**-23
+
+
+def difference(one: Array, two: Array) -> float:
+    """Return the largest difference, as a share of the largest value (at least 0.1: see `tolerance`).
+
+    It is infinite where one is not finite and the other is, or another infinity.
+    """
+    if one.shape != two.shape:
+        return float("inf")
+    if not one.size:
+        return 0.0
+    first, second = one.astype(np.float64), two.astype(np.float64)
+    finite = np.isfinite(first) & np.isfinite(second)
+    if not np.array_equal(first[~finite], second[~finite], equal_nan=True):
+        return float("inf")
+    first, second = np.where(finite, first, 0), np.where(finite, second, 0)
+    return float(np.max(np.abs(first - second)) / max(np.max(np.abs(first)), 0.1))
+
+
+def worst(whole: Mapping[str, Array], stepped: Mapping[str, Array]) -> tuple[str, float]:
+    """Return the output that differs most, and by how much (as a share, see `difference`)."""
+    return max(
+        ((name, difference(whole[name], stepped[name])) for name in whole), key=lambda item: item[1]
+    )
+
+

@@ -1,0 +1,157 @@
+"""Runs a program on LiteRT. The only module that imports it, besides the converter's own check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from ai_edge_litert.interpreter import Interpreter
+
+from stepwell_server.engine.executors.base import ExecutionError, Executor
+from stepwell_server.engine.executors.padded import PaddedExecutor
+from stepwell_server.program import Program, StateSpec, TensorSpec
+
+Array = npt.NDArray[np.generic]
+
+
+def load(program: Program) -> Executor:
+    """Return an executor of ``program``; it pads only if the program lists batch sizes."""
+    executor = LiteRTExecutor(program)
+    if not program.batch_sizes:
+        return executor
+
+    def run(inputs: Sequence[Array], states: Sequence[Array]) -> tuple[Sequence[Array], Sequence[Array]]:
+        executor.bind(len((*inputs, *states)[0]))
+        _fill(executor, inputs, states)
+        executor.invoke()
+        # Copies: no view may live while the interpreter runs again.
+        return (
+            [np.array(value) for value in executor.outputs()],
+            [np.array(value) for value in executor.next_states()],
+        )
+
+    return PaddedExecutor(program, run)
+
+
+def _fill(executor: LiteRTExecutor, inputs: Sequence[Array], states: Sequence[Array]) -> None:
+    for view, value in zip([*executor.inputs(), *executor.states()], [*inputs, *states], strict=True):
+        np.copyto(view, value)
+
+
+class LiteRTExecutor:
+    """An `Executor` whose views are the interpreter's own memory. For one thread at a time.
+
+    The flatbuffer is mapped from its file, so many executors of one program share its weights.
+    """
+
+    def __init__(self, program: Program) -> None:
+        """Map the flatbuffer and find its tensors by their signature keys."""
+        self._program = program
+        self._interpreter = Interpreter(model_path=str(program.path / "program.tflite"), num_threads=1)
+        # The runner holds the interpreter's memory: it must be gone before the first resize.
+        runner = self._interpreter.get_signature_runner()
+        given = {key: int(item["index"]) for key, item in runner.get_input_details().items()}
+        made = {key: int(item["index"]) for key, item in runner.get_output_details().items()}
+        del runner
+        self._rows = 0
+        self._given = given
+        taken = set(given.values())
+        self._in = _Tensors(self._interpreter, "in", program.inputs, given)
+        self._state = _Tensors(self._interpreter, "state", program.state, given)
+        self._out = _Tensors(self._interpreter, "out", program.outputs, made, taken)
+        self._next = _Tensors(self._interpreter, "next", program.state, made, taken)
+
+    def bind(self, rows: int) -> None:
+        """Make the buffers exactly ``rows`` long."""
+        if rows == self._rows:
+            return
+        self._rows = 0  # Until it has succeeded: a half-resized interpreter must be resized again.
+        specs = {f"in_{i}": spec.shape for i, spec in enumerate(self._program.inputs)}
+        specs |= {f"state_{i}": spec.shape for i, spec in enumerate(self._program.state)}
+        for key, index in self._given.items():
+            self._interpreter.resize_tensor_input(index, (rows, *specs[key]))
+        self._interpreter.allocate_tensors()
+        for tensors in (self._in, self._state, self._out, self._next):
+            tensors.resize(rows)
+        self._rows = rows
+
+    def inputs(self) -> Sequence[Array]:
+        """Writable views of the inputs of one time step."""
+        return self._in.views()
+
+    def states(self) -> Sequence[Array]:
+        """Writable views of the state before the step."""
+        return self._state.views()
+
+    def carry(self) -> None:
+        """Copy the state after the last step to the state before the next one."""
+        for state, after in zip(self._state.views(), self._next.views(), strict=True):
+            np.copyto(state, after)
+
+    def invoke(self) -> None:
+        """Run one time step.
+
+        Raises:
+            ExecutionError: a kernel refused its input, e.g. an Embedding index out of range.
+        """
+        try:
+            self._interpreter.invoke()
+        except RuntimeError as error:
+            if "reference to internal data" in str(error):
+                raise  # The caller kept a view: a mistake in the program, not in the batch.
+            # Kernels that failed half-way leave tensors in no defined shape.
+            self._rows = 0
+            raise ExecutionError(str(error).strip()) from error
+        self._out.settle()
+        self._next.settle()
+
+    def outputs(self) -> Sequence[Array]:
+        """Views of the outputs of the last step."""
+        return self._out.views()
+
+    def next_states(self) -> Sequence[Array]:
+        """Views of the state after the last step."""
+        return self._next.views()
+
+
+class _Tensors:
+    """The tensors of one kind, in the order of the program's specs.
+
+    A tensor that the converter dropped (an input that nothing reads) has a buffer of its own. So has a
+    result that is the same tensor as an input (it passes through): it is copied once the step has run,
+    because the caller may fill the inputs again before it carries the state.
+    """
+
+    def __init__(
+        self,
+        interpreter: Interpreter,
+        kind: str,
+        specs: Sequence[TensorSpec | StateSpec],
+        indexes: Mapping[str, int],
+        taken: set[int] | None = None,
+    ) -> None:
+        found = [indexes.get(f"{kind}_{i}") for i in range(len(specs))]
+        self._specs = specs
+        self._read: list[Callable[[], Array] | None] = [
+            None if index is None else interpreter.tensor(index) for index in found
+        ]
+        self._own = [index is None or index in (taken or ()) for index in found]
+        self._buffers: list[Array] = []
+
+    def resize(self, rows: int) -> None:
+        self._buffers = [
+            np.zeros((rows if own else 0, *spec.shape), spec.dtype)
+            for spec, own in zip(self._specs, self._own, strict=True)
+        ]
+
+    def settle(self) -> None:
+        for read, own, buffer in zip(self._read, self._own, self._buffers, strict=True):
+            if own and read is not None:
+                np.copyto(buffer, read())
+
+    def views(self) -> list[Array]:
+        return [
+            buffer if own or read is None else read()
+            for read, own, buffer in zip(self._read, self._own, self._buffers, strict=True)
+        ]

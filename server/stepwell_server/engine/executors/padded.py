@@ -1,0 +1,98 @@
+"""An executor that runs only certain batch sizes, whatever number of rows it is given.
+
+Some kernels compute a row with other bits when the batch has another size. A program then lists the
+sizes that agree (`Program.batch_sizes`); rows are cut and padded so that only those sizes ever run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.program import Program
+
+Array = npt.NDArray[np.generic]
+Run = Callable[[Sequence[Array], Sequence[Array]], tuple[Sequence[Array], Sequence[Array]]]
+"""One time step: ``(inputs, states) -> (outputs, next_states)``, each ``(rows, *spec.shape)``."""
+
+
+def chunks(rows: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Cut ``rows`` into ``(start, stop, size)`` with ``stop - start <= size`` and ``size`` in ``sizes``.
+
+    An empty ``sizes`` allows every size. The largest size is used as often as it fills; what is left
+    runs in the smallest size that holds it.
+    """
+    if not sizes:
+        yield 0, rows, rows
+        return
+    start, largest = 0, max(sizes)
+    while start < rows:
+        left = rows - start
+        size = largest if left >= largest else min(size for size in sizes if size >= left)
+        yield start, min(start + size, rows), size
+        start += size
+
+
+class PaddedExecutor:
+    """An `Executor` over a plain function that wants exact batch sizes. For one thread at a time."""
+
+    def __init__(self, program: Program, run: Run) -> None:
+        """``run`` may return views that its next call overwrites."""
+        self._program = program
+        self._run = run
+        self._rows = 0
+        self._in: list[Array] = []
+        self._state: list[Array] = []
+        self._out: list[Array] = []
+        self._next: list[Array] = []
+
+    def bind(self, rows: int) -> None:
+        """Make the buffers exactly ``rows`` long."""
+        if rows == self._rows:
+            return
+        self._in = [np.zeros((rows, *spec.shape), spec.dtype) for spec in self._program.inputs]
+        self._state = [np.zeros((rows, *spec.shape), spec.dtype) for spec in self._program.state]
+        self._out = [np.zeros((rows, *spec.shape), spec.dtype) for spec in self._program.outputs]
+        self._next = [np.zeros((rows, *spec.shape), spec.dtype) for spec in self._program.state]
+        self._rows = rows
+
+    def inputs(self) -> Sequence[Array]:
+        """Writable views of the inputs of one time step."""
+        return self._in
+
+    def states(self) -> Sequence[Array]:
+        """Writable views of the state before the step."""
+        return self._state
+
+    def carry(self) -> None:
+        """Copy the state after the last step to the state before the next one."""
+        for state, after in zip(self._state, self._next, strict=True):
+            np.copyto(state, after)
+
+    def invoke(self) -> None:
+        """Run one time step, in chunks of the allowed sizes."""
+        for start, stop, size in chunks(self._rows, self._program.batch_sizes):
+            outputs, after = self._run(
+                [_padded(array, start, stop, size) for array in self._in],
+                [_padded(array, start, stop, size) for array in self._state],
+            )
+            for whole, part in zip([*self._out, *self._next], [*outputs, *after], strict=True):
+                np.copyto(whole[start:stop], part[: stop - start])
+
+    def outputs(self) -> Sequence[Array]:
+        """Views of the outputs of the last step."""
+        return self._out
+
+    def next_states(self) -> Sequence[Array]:
+        """Views of the state after the last step."""
+        return self._next
+
+
+def _padded(array: Array, start: int, stop: int, size: int) -> Array:
+    rows = array[start:stop]
+    if len(rows) == size:
+        return rows
+    # A row that is there anyway: it cannot fail or be slow where the real ones are not.
+    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])

@@ -1,0 +1,69 @@
+"""Runs a program on TensorFlow: what LiteRT cannot convert. Importing this module loads TensorFlow."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+# TensorFlow reads it while it loads.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import tensorflow as tf
+
+from stepwell_server.engine.executors.base import ExecutionError, Executor
+from stepwell_server.engine.executors.padded import PaddedExecutor
+from stepwell_server.program import Program
+
+Array = npt.NDArray[np.generic]
+_log = logging.getLogger(__name__)
+
+
+def configure() -> None:
+    """Make TensorFlow compute on one CPU thread.
+
+    The number of threads decides how Eigen splits a sum, hence its last bits: the batch sizes of a program
+    were checked with one thread, on the CPU. More rows run faster on more executors, not on more threads.
+    """
+    threading = tf.config.threading
+    if threading.get_intra_op_parallelism_threads() == 1:
+        return
+    try:
+        threading.set_intra_op_parallelism_threads(1)
+        threading.set_inter_op_parallelism_threads(1)
+        tf.config.set_visible_devices([], "GPU")
+    except RuntimeError as error:
+        _log.warning("TensorFlow was running before it could be set to one thread: %s", error)
+
+
+configure()
+
+
+def load(program: Program) -> Executor:
+    """Return an executor of ``program``.
+
+    Raises:
+        ValueError: the SavedModel is missing or damaged.
+    """
+    try:
+        loaded = tf.saved_model.load(str(program.path / "saved_model"))
+    except (OSError, tf.errors.OpError) as error:
+        raise ValueError(f"{program.path}: the SavedModel cannot be read: {error}") from error
+    accepted = set(loaded.signatures["step"].structured_input_signature[1])
+
+    def run(inputs: Sequence[Array], states: Sequence[Array]) -> tuple[Sequence[Array], Sequence[Array]]:
+        named = {f"in_{i}": tf.constant(value) for i, value in enumerate(inputs)}
+        named |= {f"state_{i}": tf.constant(value) for i, value in enumerate(states)}
+        known = {key: value for key, value in named.items() if key in accepted}
+        try:
+            # Looked up each time: a loaded function dies with the object it came from.
+            results = loaded.signatures["step"](**known)
+        except tf.errors.OpError as error:
+            raise ExecutionError(error.message) from error
+        outputs = [results[f"out_{i}"].numpy() for i in range(len(program.outputs))]
+        return outputs, [results[f"next_{i}"].numpy() for i in range(len(program.state))]
+
+    return PaddedExecutor(program, run)
