@@ -1,0 +1,103 @@
+"""Every expected error becomes one line on stderr and an exit code; none becomes a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import IO, Any
+
+import click
+from click.exceptions import Exit
+
+SERVER_ERROR = 1
+"""Exit code: the server refused, could not be reached, or did not answer in time."""
+USAGE_ERROR = 2
+"""Exit code: the command line, or a file that it names, is wrong."""
+INTERRUPTED = 130
+"""Exit code: Ctrl-C, as shells have it (128 + SIGINT)."""
+BROKEN_PIPE = 141
+"""Exit code: the reader of stdout went away, as shells have it (128 + SIGPIPE)."""
+
+
+HELP_SHOWN: type[Exception] = getattr(click.exceptions, "NoArgsIsHelpError", click.exceptions.Exit)
+"""What click raises to show the help of a group that got no command (since 8.2; before, it just exits)."""
+
+
+class Failure(click.ClickException):
+    """An error that ends the program with one line on stderr.
+
+    Args:
+        message: What is wrong, for people. Line breaks and control characters in it become spaces.
+        exit_code: The program's exit code.
+    """
+
+    def __init__(self, message: str, exit_code: int = USAGE_ERROR) -> None:
+        super().__init__(one_line(message))
+        self.exit_code = exit_code
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the line."""
+        click.echo(f"stepwell: error: {self.message}", file=file or sys.stderr)
+
+
+def one_line(text: str) -> str:
+    """The text with every run of space and control characters as one space."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Turn expected errors of the body into a `Failure` or an exit code; let defects through."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (KeyboardInterrupt, click.Abort):
+        raise Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        discard_stdout()
+        raise Exit(BROKEN_PIPE) from None
+    except (HELP_SHOWN, Failure):
+        raise
+    except click.ClickException as error:
+        raise Failure(usage_text(error)) from None
+    except OSError as error:
+        raise Failure(
+            f"{error.filename}: {error.strerror}" if error.filename else str(error), SERVER_ERROR
+        ) from None
+    except Exception as error:
+        if not is_stepwell_error(error):
+            raise
+        raise Failure(f"{error}{outcome_hint(error)}", SERVER_ERROR) from error
+
+
+def usage_text(error: click.ClickException) -> str:
+    """The error's message, with the way to help where click knows the command."""
+    message = error.format_message()
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    if context is None:
+        return message
+    return f"{message.rstrip('.')} ('{context.command_path} --help' shows how)"
+
+
+def outcome_hint(error: Exception) -> str:
+    """Where to look when a change may have been applied or not; this program cannot send the same again."""
+    if getattr(error, "outcome", None) != "unknown":
+        return ""
+    return "; a change may have been applied: 'stepwell sessions show' tells the revision"
+
+
+def is_stepwell_error(error: Exception) -> bool:
+    """Whether it is one of the SDK's errors."""
+    from stepwell.errors import StepwellError
+
+    return isinstance(error, StepwellError)
+
+
+def discard_stdout() -> None:
+    """Send what is still buffered for stdout nowhere, so that the interpreter's last flush is quiet."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

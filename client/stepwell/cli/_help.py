@@ -1,0 +1,80 @@
+"""Commands whose help teaches: after the options come examples, JSON keys and exit codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+EXIT_CODES = (
+    ("0", "done"),
+    ("1", "the server refused, could not be reached, or did not answer in time"),
+    ("2", "the command line, or a file that it names, is wrong"),
+    ("130", "interrupted by Ctrl-C"),
+)
+"""Exit codes that every command shares."""
+
+
+class Command(click.Command):
+    """A command with examples, the keys of its JSON document and its exit codes in its help.
+
+    Args:
+        examples: Command lines, shown as they are.
+        json_keys: What `--json` prints, as lines for people.
+        exit_codes: Pairs of a code and its meaning.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        examples: Sequence[str] = (),
+        json_keys: Sequence[tuple[str, str]] = (),
+        exit_codes: Sequence[tuple[str, str]] = EXIT_CODES,
+        **attributes: Any,
+    ) -> None:
+        super().__init__(*args, **attributes)
+        self.examples = tuple(examples)
+        self.json_keys = tuple(json_keys)
+        self.exit_codes = tuple(exit_codes)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write examples, JSON keys and exit codes after the options."""
+        super().format_epilog(ctx, formatter)
+        write_examples(formatter, self.examples)
+        for heading, pairs in (("JSON", self.json_keys), ("Exit codes", self.exit_codes)):
+            if pairs:
+                with formatter.section(heading):
+                    formatter.write_dl(pairs)
+
+
+class Group(click.Group):
+    """A group of such commands, listed in the order in which they were added.
+
+    Args:
+        examples: Command lines, shown as they are.
+    """
+
+    command_class = Command
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.examples = tuple(examples)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """Names of the commands, in the order in which they were added."""
+        return list(self.commands)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write examples after the commands."""
+        super().format_epilog(ctx, formatter)
+        write_examples(formatter, self.examples)
+
+
+def write_examples(formatter: click.HelpFormatter, examples: Sequence[str]) -> None:
+    """Write a section of command lines without wrapping them."""
+    if not examples:
+        return
+    with formatter.section("Examples"):
+        for line in examples:
+            formatter.write(f"{' ' * formatter.current_indent}{line}\n")

@@ -1,0 +1,165 @@
+"""Tables for people, JSON for programs.
+
+On a terminal tables have colours and fit its width; NO_COLOR takes the colours away. Into a pipe or a file they
+go plain: columns set apart by spaces, one line a row, nothing cut off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from rich.console import Console
+    from rich.table import Table
+
+    from stepwell import TensorInfo
+
+PLAIN_WIDTH = 100_000
+"""Columns that a plain table may take; nothing is ever cut off or wrapped."""
+FINGERPRINT_DIGITS = 12
+"""Digits of a fingerprint that people are shown."""
+
+
+def print_json(document: object) -> None:
+    """Print one JSON document."""
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """Print rows under headings; the columns named in `right` are set to the right."""
+    plain = not sys.stdout.isatty()
+    table = new_table(plain)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell_text(cell, plain) for cell in row))
+    print_rich(table)
+
+
+def print_facts(facts: Sequence[tuple[str, str]]) -> None:
+    """Print names with values, one pair a line."""
+    plain = not sys.stdout.isatty()
+    table = new_table(plain, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(name, cell_text(value, plain))
+    print_rich(table)
+
+
+def new_table(plain: bool, show_header: bool = True) -> Table:
+    """An empty table: with a rule under its headings on a terminal, bare when it is plain."""
+    from rich import box
+    from rich.table import Table
+
+    frame = None if plain else box.SIMPLE_HEAD
+    return Table(
+        box=frame, show_header=show_header, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0)
+    )
+
+
+def cell_text(cell: str, plain: bool) -> str:
+    """A cell as it is printed: its lines one after the other when the table is plain."""
+    return "; ".join(cell.splitlines()) if plain else cell
+
+
+def print_rich(table: Table) -> None:
+    """Print a table through click, so that a broken pipe is handled where all of them are."""
+    console = new_console()
+    with console.capture() as captured:
+        console.print(table)
+    lines = captured.get().splitlines()
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in lines))
+
+
+def new_console() -> Console:
+    """A console on stdout that prints text as it is: no markup, no guessed colours."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    return Console(width=width, markup=False, highlight=False, emoji=False)
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show on stderr that something is under way, if a person is watching."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True, markup=False).status(what):
+        yield
+
+
+def shape_text(spec: TensorInfo) -> str:
+    """A tensor of a model with the axes that calls give it: `x float32 (B, T, 3)`."""
+    axes = ["B", *(["T"] if spec.temporal else []), *map(str, spec.shape)]
+    return f"{spec.name} {spec.dtype} ({', '.join(axes)})"
+
+
+def array_shape(array: NDArray[Any]) -> str:
+    """An array's shape: `(1, 3)`, `(1)`."""
+    return f"({', '.join(map(str, array.shape))})"
+
+
+def array_text(array: NDArray[Any]) -> str:
+    """An array for people: abbreviated on a terminal, whole into a pipe."""
+    import numpy as np
+
+    threshold = 200 if sys.stdout.isatty() else sys.maxsize
+    return np.array2string(array, threshold=threshold, precision=6, suppress_small=True, separator=", ")
+
+
+def array_json(array: NDArray[Any]) -> dict[str, object]:
+    """An array for programs: dtype, shape and nested lists; what JSON has no number for becomes a string."""
+    return {"dtype": str(array.dtype), "shape": list(array.shape), "values": json_values(array)}
+
+
+def json_values(array: NDArray[Any]) -> object:
+    """Nested lists of the array's numbers, with "NaN", "Infinity" and "-Infinity" as protobuf's JSON has them."""
+    import numpy as np
+
+    if array.dtype.kind in "biu":
+        return array.tolist()
+    numbers = array.astype(np.float64)
+    if np.isfinite(numbers).all():
+        return numbers.tolist()
+    words = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+    return np.frompyfunc(lambda x: words.get(str(float(x)), float(x)), 1, 1)(numbers).tolist()
+
+
+def summary_cells(array: NDArray[Any]) -> tuple[str, str, str, str]:
+    """Smallest, mean and largest value, and how many are zero."""
+    import numpy as np
+
+    numbers: NDArray[np.float64] = array.astype(np.float64)
+    if not numbers.size:
+        return "", "", "", ""
+    zeros = int(numbers.size - np.count_nonzero(numbers))
+    return (
+        f"{numbers.min():.6g}",
+        f"{numbers.mean():.6g}",
+        f"{numbers.max():.6g}",
+        f"{zeros} of {numbers.size}",
+    )
+
+
+def duration_text(seconds: float) -> str:
+    """A duration in its two largest units: `8 s`, `3 min 12 s`, `2 h 5 min`, `4 d 1 h`."""
+    left = max(0, int(seconds))
+    parts = []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        parts.append((count, unit))
+    first = next((i for i, (count, _) in enumerate(parts) if count), len(parts) - 1)
+    shown = [f"{count} {unit}" for count, unit in parts[first : first + 2] if count]
+    return " ".join(shown) or "0 s"

@@ -1,0 +1,74 @@
+"""The root command: it lists the others, and turns their errors into lines and exit codes."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+import click
+
+from stepwell.cli import _errors, _help
+from stepwell.cli.models import models
+from stepwell.cli.serve import serve
+from stepwell.cli.sessions import sessions
+from stepwell.cli.state import state
+from stepwell.cli.step import step
+
+
+class Root(_help.Group):
+    """A group that reports every expected error of its commands."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Parse the command line up to the command's name."""
+        with _errors.reported():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with _errors.reported():
+            return super().invoke(ctx)
+
+
+def show_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    """Print the version of the installed distribution and exit."""
+    if wanted and not ctx.resilient_parsing:
+        try:
+            click.echo(f"stepwell {metadata.version('stepwell')}")
+        except metadata.PackageNotFoundError:
+            raise _errors.Failure("the version is not known: stepwell is not installed") from None
+        ctx.exit()
+
+
+@click.group(
+    cls=Root,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    examples=(
+        "stepwell serve forecast=model.keras",
+        "stepwell models",
+        "stepwell step user-42 --open forecast --input '[[0.1, 0.2, 0.3]]'",
+        "stepwell state get user-42",
+        "stepwell COMMAND --help",
+    ),
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=show_version,
+    help="Show the version.",
+)
+def main() -> None:
+    """Serve recurrent models to many users at once, one state per session.
+
+    A server holds one state for every session and advances it step by step. Start one with 'stepwell serve';
+    the other commands talk to it. They find it by --server, else by the environment variable STEPWELL_SERVER,
+    else at 127.0.0.1:50051.
+
+    Errors are one line on stderr. Exit codes: 0 done, 1 the server refused, could not be reached or did not
+    answer in time, 2 the command line is wrong, 130 interrupted.
+    """
+
+
+for command in (serve, models, sessions, step, state):
+    main.add_command(command)

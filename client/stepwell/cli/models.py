@@ -1,0 +1,87 @@
+"""`stepwell models`: what a server serves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from stepwell.cli import _render
+from stepwell.cli._help import Command
+from stepwell.cli._target import Target, json_option, server_options
+
+if TYPE_CHECKING:
+    from stepwell import ModelInfo, TensorInfo
+
+
+@click.command(
+    cls=Command,
+    short_help="Show the models of a server.",
+    examples=("stepwell models", "stepwell models --json | jq -r '.models[].name'"),
+    json_keys=(
+        ("models", "list, by name; of each:"),
+        ("name", "the name it is served under"),
+        ("fingerprint", "hash of architecture and weights; a state belongs to one"),
+        ("inputs, outputs, state", "lists of name, dtype, shape (one row, one time step), temporal"),
+        ("executor", '"litert" or "tensorflow"'),
+        ("executor_reason", "why, as a sentence"),
+        ("batch_sizes", "batch sizes that it is padded to; empty: any"),
+        ("state_row_bytes", "size of the state of one row"),
+        ("sessions", "open sessions"),
+    ),
+)
+@json_option
+@server_options
+def models(target: Target, as_json: bool) -> None:
+    """Show the models of a server: their inputs, outputs and state, and what runs them.
+
+    In a shape, B is the batch size of the session and T the number of time steps. A single time step may leave
+    out T. The fingerprint is shown in short; --json has it whole.
+    """
+    with target.connect("Reading the models") as client:
+        served = client.models()
+    if as_json:
+        _render.print_json({"models": [model_json(model) for model in served]})
+    elif served:
+        headings = ("MODEL", "FINGERPRINT", "INPUTS", "OUTPUTS", "STATE", "SESSIONS", "EXECUTOR", "WHY")
+        _render.print_table(headings, [model_cells(model) for model in served], right=("SESSIONS",))
+
+
+def model_cells(model: ModelInfo) -> tuple[str, ...]:
+    """A model as a row of the table."""
+    return (
+        model.name,
+        model.fingerprint[: _render.FINGERPRINT_DIGITS],
+        "\n".join(map(_render.shape_text, model.inputs)),
+        "\n".join(map(_render.shape_text, model.outputs)),
+        "\n".join(map(_render.shape_text, model.state)),
+        str(model.sessions),
+        model.executor,
+        model.executor_reason,
+    )
+
+
+def model_json(model: ModelInfo) -> dict[str, object]:
+    """A model as programs read it."""
+    return {
+        "name": model.name,
+        "fingerprint": model.fingerprint,
+        "inputs": [spec_json(spec) for spec in model.inputs],
+        "outputs": [spec_json(spec) for spec in model.outputs],
+        "state": [spec_json(spec) for spec in model.state],
+        "executor": model.executor,
+        "executor_reason": model.executor_reason,
+        "batch_sizes": list(model.batch_sizes),
+        "state_row_bytes": model.state_row_bytes,
+        "sessions": model.sessions,
+    }
+
+
+def spec_json(spec: TensorInfo) -> dict[str, object]:
+    """One of a model's tensors as programs read it."""
+    return {
+        "name": spec.name,
+        "dtype": str(spec.dtype),
+        "shape": list(spec.shape),
+        "temporal": spec.temporal,
+    }

@@ -1,0 +1,162 @@
+"""`stepwell state`: read and set the state of a session."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from stepwell.cli import _render
+from stepwell.cli._errors import Failure
+from stepwell.cli._help import Group
+from stepwell.cli._session import attach
+from stepwell.cli._target import Target, json_option, server_options
+
+if TYPE_CHECKING:
+    from stepwell import State
+
+
+@click.group(
+    cls=Group,
+    short_help="Read and set the state of a session.",
+    examples=(
+        "stepwell state get user-42 -o user-42.safetensors",
+        "stepwell state set user-43 user-42.safetensors",
+        "stepwell state set user-42 --zero",
+    ),
+)
+def state() -> None:
+    """Read and set the state of a session.
+
+    A state is a few named tensors, one row for each row of the session: of an LSTM layer 'h' and 'c'.
+    """
+
+
+@state.command(
+    "get",
+    short_help="Show or save the state of a session.",
+    examples=("stepwell state get user-42", "stepwell state get user-42 -o user-42.safetensors"),
+    json_keys=(
+        ("session_id, model, model_fingerprint", "the session, its model, and what the state belongs to"),
+        ("revision, position", "as they were when the state was read"),
+        ("state", "by name, in the model's order: dtype, shape and values (nested lists)"),
+        ("file", "where it was saved; null without -o"),
+    ),
+)
+@click.argument("session_id", metavar="SESSION")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Save the state to this .safetensors file, with the model's fingerprint.",
+)
+@json_option
+@server_options
+def get(target: Target, session_id: str, output: Path | None, as_json: bool) -> None:
+    """Show the tensors of a session's state in short, and save them whole with -o.
+
+    The state is read after the changes that were sent before. Reading it counts as use of the session.
+    """
+    with target.connect("Reading the state") as client:
+        session, _ = attach(client, session_id)
+        read = session.get_state()
+    if output is not None:
+        read.save(output)
+    if as_json:
+        _render.print_json({"session_id": session_id, **state_json(read), "file": output and str(output)})
+    else:
+        print_state(read)
+        if output is not None:
+            click.echo(f"saved to {output}")
+
+
+@state.command(
+    "set",
+    short_help="Set the state of a session to a file's or to the initial one.",
+    examples=(
+        "stepwell state set user-42 user-42.safetensors",
+        "stepwell state set user-42 --zero",
+        "stepwell state set user-42 --zero --rows 0,3",
+    ),
+    json_keys=(("session_id", "the session"), ("revision, position", "after the change")),
+)
+@click.argument("session_id", metavar="SESSION")
+@click.argument(
+    "file",
+    metavar="[FILE.safetensors]",
+    required=False,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+)
+@click.option("--zero", is_flag=True, help="Set it to the model's initial state, which is zero for most.")
+@click.option(
+    "--rows", metavar="N,N...", callback=lambda _ctx, _param, text: parse_rows(text), help="Only these rows."
+)
+@json_option
+@server_options
+def set_state(
+    target: Target, session_id: str, file: Path | None, zero: bool, rows: list[int] | None, as_json: bool
+) -> None:
+    """Set the state of a session to a saved one, or to the model's initial one with --zero.
+
+    A saved state fits a session of the same model, by its fingerprint, and has as many rows as are set. Setting all
+    rows starts the position again at 0; with --rows the other rows and the position stay.
+    """
+    if (file is None) != zero:
+        raise click.UsageError("give either a FILE.safetensors or --zero")
+    new = None if file is None else load_state(file)
+    with target.connect("Setting the state") as client:
+        session, _ = attach(client, session_id)
+        session.reset_states(new, rows=rows)
+    if as_json:
+        _render.print_json(
+            {"session_id": session.id, "revision": session.revision, "position": session.position}
+        )
+    else:
+        click.echo(f"revision {session.revision}, position {session.position}")
+
+
+def parse_rows(text: str | None) -> list[int] | None:
+    """Read row numbers set apart by commas."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} must be row numbers set apart by commas, as in 0,3") from None
+
+
+def load_state(file: Path) -> State:
+    """Read a saved state."""
+    from stepwell import InvalidInputError, State
+
+    try:
+        return State.load(file)
+    except OSError as error:
+        raise Failure(f"cannot read {file}: {error.strerror}") from None
+    except InvalidInputError as error:
+        raise Failure(f"cannot use {file}: {error.message}") from None
+
+
+def print_state(read: State) -> None:
+    """Print a state in short."""
+    rows: list[Sequence[str]] = [
+        (name, str(array.dtype), _render.array_shape(array), *_render.summary_cells(array))
+        for name, array in read.items()
+    ]
+    headings = ("TENSOR", "DTYPE", "SHAPE", "MIN", "MEAN", "MAX", "ZEROS")
+    _render.print_table(headings, rows, right=("MIN", "MEAN", "MAX", "ZEROS"))
+    click.echo(f"{read.model} at revision {read.revision}, position {read.position}")
+
+
+def state_json(read: State) -> dict[str, object]:
+    """A state as programs read it."""
+    return {
+        "model": read.model,
+        "model_fingerprint": read.fingerprint,
+        "revision": read.revision,
+        "position": read.position,
+        "state": {name: _render.array_json(array) for name, array in read.items()},
+    }

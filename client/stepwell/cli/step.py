@@ -1,0 +1,130 @@
+"""`stepwell step`: advance a session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from stepwell.cli import _render, _values
+from stepwell.cli._help import Command
+from stepwell.cli._session import attach
+from stepwell.cli._target import Target, json_option, server_options
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from stepwell import ModelInfo, Session
+
+
+@click.command(
+    cls=Command,
+    short_help="Advance a session by one time step or more.",
+    examples=(
+        "stepwell step user-42 --open forecast --input '[[0.1, 0.2, 0.3]]'",
+        "stepwell step user-42 --input history.csv --outputs last",
+        "stepwell step user-42 --input x=@x.json --input y=y.npy --json",
+    ),
+    json_keys=(
+        ("session_id, model", "the session and its model"),
+        ("revision, position", "after the step"),
+        ("outputs", "by name: dtype, shape and values (nested lists); empty with --outputs none"),
+    ),
+)
+@click.argument("session_id", metavar="SESSION")
+@click.option("--model", metavar="NAME", help="The model that the session must have.")
+@click.option(
+    "--open", "open_model", metavar="NAME", help="Open the session with this model if it is not there."
+)
+@click.option(
+    "--batch-size",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Rows of the session; with --open. Default: 1.",
+)
+@click.option(
+    "--input",
+    "inputs",
+    metavar="[NAME=]VALUE",
+    multiple=True,
+    required=True,
+    callback=_values.read_inputs,
+    help="An input; again for each of several.",
+)
+@click.option(
+    "--outputs",
+    type=click.Choice(["all", "last", "none"]),
+    default="all",
+    show_default=True,
+    help="The time steps whose outputs come back.",
+)
+@json_option
+@server_options
+def step(
+    target: Target,
+    session_id: str,
+    model: str | None,
+    open_model: str | None,
+    batch_size: int | None,
+    inputs: tuple[_values.Values, ...],
+    outputs: Literal["all", "last", "none"],
+    as_json: bool,
+) -> None:
+    r"""Advance a session by one time step, or by T with a time axis, and print the outputs.
+
+    An input has the axes (B, F...) for one time step or (B, T, F...) for T of them, where B is the session's batch
+    size. 'stepwell models' shows them. The step is applied whole or not at all.
+
+    \b
+    VALUE is one of
+      JSON         nested lists; or an object of them, by the inputs' names
+      @FILE.json   the same in a file
+      -            the same from stdin
+      FILE.npy     one array
+      FILE.npz     several arrays, by the inputs' names
+      FILE.csv     one line a time step, one column a feature; for a batch size of 1
+    """
+    check_options(model, open_model, batch_size)
+    with target.connect("Stepping the session") as client:
+        session, info = attach(client, session_id, model, open_model, batch_size)
+        result = session.step(_values.fit(inputs, info.inputs), outputs=outputs)
+    arrays = named_outputs(result, info)
+    if as_json:
+        _render.print_json(step_json(session, arrays))
+    else:
+        print_outputs(session, arrays)
+
+
+def check_options(model: str | None, open_model: str | None, batch_size: int | None) -> None:
+    """Refuse options that contradict each other."""
+    if batch_size is not None and open_model is None:
+        raise click.UsageError("--batch-size goes with --open; a session that is there has its own")
+    if None not in (model, open_model) and model != open_model:
+        raise click.UsageError(f"--model and --open must name the same model; got {model} and {open_model}")
+
+
+def named_outputs(result: Any, info: ModelInfo) -> Mapping[str, NDArray[Any]]:
+    """The outputs by name, also where the SDK gives back the only one, or none."""
+    if result is None:
+        return {}
+    return result if isinstance(result, Mapping) else {info.outputs[0].name: result}
+
+
+def print_outputs(session: Session, outputs: Mapping[str, NDArray[Any]]) -> None:
+    """Print the outputs for people."""
+    for name, array in outputs.items():
+        click.echo(f"{name} {array.dtype} {_render.array_shape(array)}")
+        click.echo(_render.array_text(array))
+    click.echo(f"revision {session.revision}, position {session.position}")
+
+
+def step_json(session: Session, outputs: Mapping[str, NDArray[Any]]) -> dict[str, object]:
+    """The answer to a step as programs read it."""
+    return {
+        "session_id": session.id,
+        "model": session.model,
+        "revision": session.revision,
+        "position": session.position,
+        "outputs": {name: _render.array_json(array) for name, array in outputs.items()},
+    }

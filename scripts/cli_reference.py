@@ -1,0 +1,86 @@
+"""Write docs/cli.md from what `--help` says, or check with `--check` that it is up to date."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+
+from stepwell.cli import main as root
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
+WIDTH = 100
+
+INTRODUCTION = """\
+# The command line
+
+<!-- Made by scripts/cli_reference.py from --help; do not edit. -->
+
+`stepwell` serves models and talks to a server. `python -m stepwell` is the same. This page is what `--help` says.
+
+For completion in bash, put `eval "$(_STEPWELL_COMPLETE=bash_source stepwell)"` into `~/.bashrc`; for zsh and fish the
+name before `_source` changes.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; fail if the page is out of date"
+    )
+    options = parser.parse_args(arguments)
+    if not options.check:
+        PAGE.write_text(page(), encoding="utf-8")
+        return 0
+    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page():
+        return 0
+    print(f"docs/{PAGE.name} is out of date: run python scripts/cli_reference.py", file=sys.stderr)
+    return 1
+
+
+def page() -> str:
+    """The whole page."""
+    context = click.Context(root, info_name="stepwell", terminal_width=WIDTH)
+    parts = [INTRODUCTION]
+    for path, text in walk(root, context):
+        heading = "#" * min(path.count(" ") + 2, 3)
+        parts.append(f"{heading} {path}\n\n```text\n{text.rstrip()}\n```\n")
+    return "\n".join(parts)
+
+
+def walk(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
+    """Every command with its help, depth first."""
+    yield context.command_path, help_text(command, context)
+    if not isinstance(command, click.Group):
+        return
+    for name in command.list_commands(context):
+        child = command.commands[name]
+        yield from walk(child, click.Context(child, info_name=name, parent=context, terminal_width=WIDTH))
+
+
+def help_text(command: click.Command, context: click.Context) -> str:
+    """What `--help` prints; the server tells its own."""
+    return server_help() if command.name == "serve" else command.get_help(context)
+
+
+def server_help() -> str:
+    """What `stepwell serve --help` prints, at the page's width whatever the terminal's."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "stepwell", "serve", "--help"],
+        env={**os.environ, "COLUMNS": str(WIDTH), "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return finished.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())

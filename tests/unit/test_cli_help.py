@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from stepwell.cli import _help, main, serve
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def walk(
+    command: click.Command, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    yield path, command
+    if isinstance(command, click.Group):
+        for name, child in command.commands.items():
+            yield from walk(child, (*path, name))
+
+
+COMMANDS = dict(walk(main))
+OWN = {path: command for path, command in COMMANDS.items() if path != ("serve",)}
+
+
+@pytest.mark.parametrize("path", OWN, ids=" ".join)
+def test_every_command_has_help_that_teaches(path: tuple[str, ...]) -> None:
+    command = OWN[path]
+    text = CliRunner().invoke(main, [*path, "--help"]).output
+
+    assert command.help
+    assert command.help.count(".") >= 2
+    assert "Examples:" in text
+    assert isinstance(command, _help.Group) or "Exit codes:" in text
+
+
+@pytest.mark.parametrize("path", OWN, ids=" ".join)
+def test_every_option_and_json_key_is_explained(path: tuple[str, ...]) -> None:
+    command = OWN[path]
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+
+    assert all(option.help for option in options)
+    if any("--json" in option.opts for option in options):
+        assert isinstance(command, _help.Command)
+        assert command.json_keys
+
+
+@pytest.mark.parametrize("path", OWN, ids=" ".join)
+def test_every_example_is_a_command_line_that_parses(path: tuple[str, ...]) -> None:
+    command = OWN[path]
+    assert isinstance(command, _help.Command | _help.Group)
+
+    for example in command.examples:
+        assert example.startswith("stepwell ")
+        assert (
+            COMMANDS.get(tuple(example.split()[1:3]))
+            or COMMANDS.get((example.split()[1],))
+            or "COMMAND" in example
+        )
+
+
+@pytest.mark.parametrize("path", OWN, ids=" ".join)
+def test_all_commands_but_serve_take_the_server(path: tuple[str, ...]) -> None:
+    command = OWN[path]
+    if not isinstance(command, click.Group):
+        assert {"--server", "--timeout-s", "--json"} <= {
+            name for option in command.params for name in option.opts
+        }
+
+
+def test_the_page_names_every_command() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+
+    for path in COMMANDS:
+        assert f"# {' '.join(('stepwell', *path))}\n" in page
+
+
+def test_the_page_is_what_help_says() -> None:
+    script = [sys.executable, "scripts/cli_reference.py", "--check"]
+
+    finished = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(main, ["--version"])
+
+    assert result.output == f"stepwell {importlib.metadata.version('stepwell')}\n"
+
+
+def test_completion_is_clicks() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", "from stepwell.cli import main; main(prog_name='stepwell')"],
+        env={
+            **os.environ,
+            "_STEPWELL_COMPLETE": "bash_complete",
+            "COMP_WORDS": "stepwell st",
+            "COMP_CWORD": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+    assert finished.stdout.split() == ["plain,step", "plain,state"]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "sys.argv = ['stepwell', '--help']\n"
+        "from stepwell.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print([name for name in ('rich', 'tensorflow', 'stepwell_server') if name in sys.modules])\n"
+    )
+
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert finished.stdout.splitlines()[-1] == "[]"
+
+
+def test_serve_without_its_packages_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "server_packages", lambda: ["click", "no-such-package"])
+
+    result = CliRunner().invoke(main, ["serve", "m=x.keras"])
+
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "stepwell: error: serving needs packages that are not installed (no-such-package): "
+        "pip install 'stepwell[server]'\n"
+    )
+
+
+def test_serve_knows_what_it_needs() -> None:
+    assert {"tensorflow", "ai-edge-litert", "structlog"} <= set(serve.server_packages())
+
+
+def test_serve_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[list[str]] = []
+
+    class Server:
+        @staticmethod
+        def main(arguments: list[str]) -> int:
+            passed.append(arguments)
+            return 7
+
+    monkeypatch.setattr("importlib.import_module", lambda name: Server)
+    arguments = ["m=a.keras", "--listen", "127.0.0.1:0", "--help", "--", "-x"]
+
+    result = CliRunner().invoke(main, ["serve", *arguments])
+
+    assert (result.exit_code, passed) == (7, [arguments])

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from stepwell._types import TensorInfo
+from stepwell.cli import _render
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, stream: str = "stdout") -> Terminal:
+    screen = Terminal()
+    monkeypatch.setattr(sys, stream, screen)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return screen
+
+
+def test_a_table_into_a_pipe_is_plain_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "x" * 300
+
+    _render.print_table(
+        ("ID", "N", "SHAPES"), [("[b]a[/b]", "7", "h (1)\nc (1)"), (long, "12", "")], right=("N",)
+    )
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["ID", "N", "SHAPES"]
+    assert lines[1].split(maxsplit=2) == ["[b]a[/b]", "7", "h (1); c (1)"]
+    assert lines[2].split() == [long, "12"]
+    assert all(line == line.rstrip() and "\x1b" not in line for line in lines)
+
+
+def test_a_table_on_a_terminal_fits_it_and_has_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = watch(monkeypatch)
+
+    _render.print_table(("ID", "WHY"), [("a", "word " * 40)])
+
+    assert "\x1b[1m" in terminal.getvalue()
+    assert len(terminal.getvalue().splitlines()) > 4
+
+
+def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = watch(monkeypatch)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    _render.print_table(("ID",), [("a",)])
+
+    assert "\x1b[3" not in terminal.getvalue()
+
+
+def test_a_shape_has_the_axes_that_calls_give_it() -> None:
+    assert _render.shape_text(TensorInfo("x", "float32", (3,), temporal=True)) == "x float32 (B, T, 3)"
+    assert (
+        _render.shape_text(TensorInfo("lstm/h", "float32", (64,), temporal=False)) == "lstm/h float32 (B, 64)"
+    )
+    assert _render.shape_text(TensorInfo("token", "int32", (), temporal=True)) == "token int32 (B, T)"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-5, "0 s"),
+        (0.4, "0 s"),
+        (59.9, "59 s"),
+        (60, "1 min"),
+        (192, "3 min 12 s"),
+        (3600 * 2 + 299, "2 h 4 min"),
+        (86400 * 400 + 3599, "400 d"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert _render.duration_text(seconds) == text
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8", "uint64", "bool"])
+def test_json_values_come_back_as_they_were(dtype: str) -> None:
+    array = np.random.default_rng(7).integers(0, 2, (2, 3)).astype(dtype)
+    if array.dtype.kind == "f":
+        array = np.random.default_rng(7).random((2, 3)).astype(dtype)
+
+    document = json.loads(json.dumps(_render.array_json(array), allow_nan=False))
+
+    assert (document["dtype"], document["shape"]) == (dtype, [2, 3])
+    np.testing.assert_array_equal(np.asarray(document["values"], dtype), array)
+
+
+def test_json_has_words_for_what_it_has_no_number_for() -> None:
+    array = np.array([[1.5, np.nan], [np.inf, -np.inf]], np.float32)
+
+    assert _render.json_values(array) == [[1.5, "NaN"], ["Infinity", "-Infinity"]]
+
+
+def test_json_text_keeps_ids_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    _render.print_json({"session_id": "Zoë"})
+
+    assert capsys.readouterr().out == '{\n  "session_id": "Zoë"\n}\n'
+
+
+def test_a_long_array_is_whole_in_a_pipe_and_short_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.zeros((1, 1000), np.float32)
+    assert _render.array_text(array).count("0.") == 1000
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert "..." in _render.array_text(array)
+
+
+def test_a_summary_says_how_a_state_is() -> None:
+    assert _render.summary_cells(np.array([[0.0, -1.0, 4.0]], np.float32)) == ("-1", "1", "4", "1 of 3")
+
+
+def test_nobody_watching_sees_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    with _render.working("Stepping"):
+        pass
+
+    assert capsys.readouterr().err == ""
+
+
+def test_someone_watching_sees_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = watch(monkeypatch, "stderr")
+
+    with _render.working("Stepping"):
+        pass
+
+    assert "Stepping" in screen.getvalue()
