@@ -1,0 +1,124 @@
+"""The demo: train an LSTM in batches, serve it, and let three users live with it, one hour at a time.
+
+Ana, Ben and Chloe each watch the temperature at an airport of New York. Each has a session, and the server
+keeps what the model remembers of each one's weather. Run it with `make demo`; it takes about a minute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow talks less
+
+import demo_report
+import forecaster
+import keras
+import numpy as np
+from demo_report import DAY, HISTORY, HOURS, Experiment, Log, User
+from rich.console import Console
+from rich.progress import Progress
+from weather import Floats, features, hour_of, load_temperatures
+
+from stepwell import aio
+from stepwell.testing import LocalServer
+
+OUT = Path("out")
+MODEL = OUT / "temperature.keras"
+PLOT = OUT / "demo.png"
+TRAINED_UNTIL = hour_of(2013, 10, 1)  # nothing after this hour is shown to the model before it is served
+USERS = (
+    User("Ana", "newark", hour_of(2013, 10, 8)),
+    User("Ben", "kennedy", hour_of(2013, 11, 8)),
+    User("Chloe", "laguardia", hour_of(2013, 12, 8)),
+)
+LOOK_AHEAD_EVERY = 6  # hours
+
+
+def main() -> None:
+    """Run the demo."""
+    console, started = Console(highlight=False), time.monotonic()
+    series = load_temperatures()
+    console.rule("Train in batches: three airports, January to September 2013")
+    model = forecaster.train(series, TRAINED_UNTIL, console)
+    forecaster.save(model, MODEL)
+    console.rule("Serve it: three users at once, one hour at a time")
+    with LocalServer(models={"temperature": MODEL}) as server:
+        console.print(f"{MODEL} is served at {server.address}, by a process of its own")
+        logs, experiment = asyncio.run(serve_users(server.address, series, console))
+    console.rule("What was seen")
+    demo_report.print_errors(console, logs)
+    demo_report.plot(PLOT, logs, experiment)
+    demo_report.print_findings(console, logs, experiment, difference_from_keras(model, logs))
+    console.print(f"\nThe plot is in {PLOT}. All of this took {time.monotonic() - started:.0f} s.")
+
+
+async def serve_users(
+    address: str, series: dict[str, Floats], console: Console
+) -> tuple[list[Log], Experiment]:
+    """Let the users live at the same time, then set one's state by hand."""
+    async with aio.connect(address) as client:
+        sessions = [await client.open_session("temperature", session_id=user.name) for user in USERS]
+        logs = [Log(user, series[user.airport]) for user in USERS]
+        with Progress(*forecaster.progress_columns(), console=console) as progress:
+            await asyncio.gather(
+                *(live(session, log, progress) for session, log in zip(sessions, logs, strict=True))
+            )
+        experiment = await set_state_by_hand(sessions[0], sessions[2], logs[0])
+        experiment.alone = await live_alone(client, logs[0])
+    return logs, experiment
+
+
+async def live(session: aio.Session, log: Log, progress: Progress) -> None:
+    """Feed a user's session hour by hour and write down what it says of the next hour, and of the next day."""
+    weather = features(log.observed, log.user.first_hour)
+    for hour in progress.track(range(HOURS), description=f"{log.user.name} at {log.user.airport}"):
+        forecast = await session.step(weather[hour : hour + 1])  # (1, 3) in, (1, 1) out
+        log.next_hour.append(float(forecast[0, 0]))
+        if hour >= HISTORY and hour % LOOK_AHEAD_EVERY == 0:
+            log.next_day[hour] = await look_ahead(session, forecast, log.user.first_hour + hour)
+
+
+async def look_ahead(session: aio.Session, forecast: Floats, hour: int) -> list[float]:
+    """Forecast a day by feeding the model its own forecasts, in a fork: the session itself is not touched."""
+    path = [float(forecast[0, 0])]
+    async with await session.fork() as twin:
+        for ahead in range(1, DAY):
+            forecast = await twin.step(features(forecast[:, 0], hour + ahead))
+            path.append(float(forecast[0, 0]))
+    return path
+
+
+async def set_state_by_hand(session: aio.Session, other: aio.Session, log: Log) -> Experiment:
+    """Show a user's next two days to her own state, to another user's, to zeros, and to her own again."""
+    weather = features(log.coming, log.user.first_hour + HOURS)[None]  # (1, 48, 3): 48 hours in one step
+    own, others = await session.get_state(), await other.get_state()
+    async with await session.fork() as twin:
+        untouched = await twin.step(weather)
+    await session.reset_states(others)
+    with_others = await session.step(weather)
+    await session.reset_states()
+    with_zeros = await session.step(weather)
+    await session.reset_states(own)
+    restored = await session.step(weather)
+    return Experiment(*(run[0, :, 0] for run in (untouched, with_others, with_zeros, restored)))
+
+
+async def live_alone(client: aio.Client, log: Log) -> list[float]:
+    """Feed the same hours to a new session while nobody else is there."""
+    weather = features(log.observed, log.user.first_hour)
+    async with await client.open_session("temperature") as session:
+        return [float((await session.step(row[None]))[0, 0]) for row in weather]
+
+
+def difference_from_keras(model: keras.Model, logs: list[Log]) -> float:
+    """Compare what the sessions said, step by step, with one call of the Keras model for each user's whole series."""
+    weather = np.stack([features(log.observed, log.user.first_hour) for log in logs])
+    said = np.array([log.next_hour for log in logs])
+    return float(np.abs(model.predict(weather, verbose=0)[..., 0] - said).max())
+
+
+if __name__ == "__main__":
+    main()
