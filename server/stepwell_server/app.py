@@ -1,0 +1,185 @@
+"""The one module that wires everything: settings -> programs -> engine -> servers, and back down again."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+
+from stepwell_server.clock import SystemClock
+from stepwell_server.engine.engine import Engine
+from stepwell_server.logs import Log, configure
+from stepwell_server.metrics import MetricsServer, PrometheusObserver
+from stepwell_server.program import Program
+from stepwell_server.rpc.server import BindError, RpcServer
+from stepwell_server.settings import Settings
+from stepwell_server.store.memory import MemoryStore
+
+_log = Log("app")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StartError(Exception):
+    """The server cannot start. The message is one line for people."""
+
+
+class _Observer(PrometheusObserver):
+    """Counts, and writes a line for each event of a session."""
+
+    def session_event(self, event: str, model: str, session_id: str) -> None:
+        super().session_event(event, model, session_id)
+        _log.info(f"session {event}", model=model, session=session_id)
+
+    def sessions_opened(self, model: str, count: int) -> None:
+        super().sessions_opened(model, count)
+        _log.info("sessions opened", model=model, count=count)
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal says stop. Returns the exit code."""
+    configure(settings.log_level, settings.log_format)
+    try:
+        with _signals_interrupt():
+            programs = _compile(settings)
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_run(settings, programs))
+    except StartError as error:
+        sys.stderr.write(f"stepwell: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("stepwell: stopped before it was ready\n")
+        return 1
+
+
+def _compile(settings: Settings) -> dict[str, Program]:
+    """The program of each model, from the cache or compiled now by a process of its own."""
+    from stepwell_server.compile.errors import ModelError
+    from stepwell_server.compile.launch import compile_program
+
+    programs: dict[str, Program] = {}
+    for name, path in settings.models.items():
+        started = time.perf_counter()
+        try:
+            programs[name] = compile_program(path, settings.cache_dir, settings.imports, _progress(name))
+        except ModelError as error:
+            raise StartError(f"model {name}: {error}") from error
+        seconds = time.perf_counter() - started
+        _log.info("model loaded", model=name, executor=programs[name].executor, seconds=seconds)
+    return programs
+
+
+def _progress(model: str) -> Callable[[str], None]:
+    return lambda stage: _log.info("loading model", model=model, stage=stage)
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt like SIGINT, so that a compiling process is not left behind."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # there is none for Windows; asyncio's own loop does
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+async def _run(settings: Settings, programs: Mapping[str, Program]) -> int:
+    stop = _stop_on_signals()
+    observer = _Observer()
+    clock = SystemClock()
+    engine = Engine(
+        programs,
+        store=MemoryStore(),
+        clock=clock,
+        observer=observer,
+        max_batch_rows=settings.max_batch_rows,
+        resident_rows=settings.resident_rows,
+        max_session_idle_s=settings.max_session_idle_s,
+        compute_threads=settings.compute_threads,
+    )
+    await engine.start()
+    try:
+        rpc = RpcServer(engine, clock=clock, observer=observer, max_message_bytes=settings.max_message_bytes)
+        metrics = _serve_metrics(settings, observer, engine)
+        await _serve_calls(settings, rpc)
+        await stop.wait()
+        await _drain(settings.drain_timeout_s, engine, rpc)
+        if metrics is not None:
+            await asyncio.to_thread(metrics.close)
+    finally:
+        await engine.close()
+    _log.info("stopped")
+    return 0
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """An event set by the first signal. The second one ends the process at once."""
+    stop = asyncio.Event()
+
+    def on_signal(number: signal.Signals) -> None:
+        if stop.is_set():
+            _log.warning("stopped at once by a second signal", signal=number.name)
+            os._exit(1)
+        _log.info("stopping", signal=number.name)
+        stop.set()
+
+    for number in _SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    return stop
+
+
+def _serve_metrics(settings: Settings, observer: PrometheusObserver, engine: Engine) -> MetricsServer | None:
+    if settings.metrics_listen is None:
+        return None
+    host, port = settings.metrics_listen
+    try:
+        metrics = MetricsServer(observer, engine.stats, host, port)
+    except OSError as error:
+        raise StartError(
+            f"--metrics-listen: cannot listen on {settings.metrics_listen}: {error.strerror}"
+        ) from error
+    _log.info("metrics", address=str(settings.metrics_listen._replace(port=metrics.port)))
+    return metrics
+
+
+async def _serve_calls(settings: Settings, rpc: RpcServer) -> None:
+    try:
+        port = await rpc.start(*settings.listen)
+    except BindError as error:
+        raise StartError(f"--listen: {error}") from error
+    # What is there now stays: the garbage collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
+    sys.stdout.write(f"stepwell: listening on {settings.listen._replace(port=port)}\n")
+    sys.stdout.flush()
+
+
+async def _drain(timeout_s: float, engine: Engine, rpc: RpcServer) -> None:
+    """Refuse new work, finish what is queued, answer it, and close."""
+    await rpc.announce_stop()
+    engine.stop_accepting()
+    try:
+        async with asyncio.timeout(timeout_s):
+            await engine.drain()
+            await rpc.finish()
+    except TimeoutError:
+        _log.warning("some work was not finished in time", drain_timeout_s=timeout_s)
+    await rpc.close()

@@ -1,0 +1,110 @@
+"""Logs: one line per event on stderr, as ``key=value`` text or as JSON.
+
+A module gets its `Log` once and names what happened, with the facts as fields:
+
+    _log = Log("rpc")
+    _log.info("session opened", model="forecast", session="user-42")
+
+Records of other libraries come out through the same handler, without fields.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import logging
+import sys
+from typing import IO, Literal
+
+LogFormat = Literal["text", "json"]
+_ROOT = "stepwell"
+
+
+class Log:
+    """Writes events with fields to the logger ``stepwell.<name>``. Thread-safe."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(f"{_ROOT}.{name}")
+
+    @property
+    def is_debug(self) -> bool:
+        """Whether debug events are written; ask before gathering costly fields."""
+        return self._logger.isEnabledFor(logging.DEBUG)
+
+    def debug(self, event: str, **fields: object) -> None:
+        """Write an event of one request."""
+        self._write(logging.DEBUG, event, fields)
+
+    def info(self, event: str, **fields: object) -> None:
+        """Write an event of a session or of the server."""
+        self._write(logging.INFO, event, fields)
+
+    def warning(self, event: str, **fields: object) -> None:
+        """Write an event that someone should look at some day."""
+        self._write(logging.WARNING, event, fields)
+
+    def exception(self, event: str, error: BaseException, **fields: object) -> None:
+        """Write a defect with the traceback of ``error``."""
+        self._logger.error(event, exc_info=error, extra={"fields": fields})
+
+    def _write(self, level: int, event: str, fields: dict[str, object]) -> None:
+        if self._logger.isEnabledFor(level):
+            self._logger.log(level, event, extra={"fields": fields})
+
+
+def configure(level: str, log_format: LogFormat, stream: IO[str] | None = None) -> None:
+    """Send every record of this process to ``stream`` (stderr), ``stepwell``'s from ``level`` up."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger(_ROOT).setLevel(level.upper())
+
+
+class TextFormatter(logging.Formatter):
+    """``2026-08-01T12:00:00.123Z info session opened model=forecast session=user-42``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter.format`."""
+        facts = "".join(f" {key}={_text(value)}" for key, value in _fields(record).items())
+        line = f"{_timestamp(record)} {record.levelname.lower()} {_one_line(record.getMessage())}{facts}"
+        return line + "\n" + self.formatException(record.exc_info) if record.exc_info else line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line: ``time``, ``level``, ``event``, the fields, ``traceback`` if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter.format`."""
+        document: dict[str, object] = {
+            "time": _timestamp(record),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **_fields(record),
+        }
+        if record.exc_info:
+            document["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(document, default=str)
+
+
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    fields: dict[str, object] | None = getattr(record, "fields", None)
+    return {"logger": record.name} if fields is None else fields
+
+
+def _timestamp(record: logging.LogRecord) -> str:
+    moment = dt.datetime.fromtimestamp(record.created, dt.UTC)
+    return moment.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = str(value)
+    plain = text.isprintable() and not any(mark in text for mark in ' "=')
+    return text if text and plain else json.dumps(text, ensure_ascii=not text.isprintable())

@@ -1,0 +1,238 @@
+"""Prometheus metrics.
+
+Counting is plain arithmetic on the event loop; a scrape, which comes on a thread of its own, has the
+event loop take a copy. There is no global registry, and prometheus_client is imported only if metrics are
+served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from stepwell_server.engine.calls import Observer
+
+if TYPE_CHECKING:
+    from wsgiref.simple_server import WSGIServer
+
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.metrics_core import Metric
+
+_SECONDS = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
+)  # fmt: skip
+_ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
+_SCRAPE_TIMEOUT_S = 5.0
+
+Labels = tuple[str, ...]
+
+
+class Stats(Protocol):
+    """What the engine says of one model at the moment of a scrape."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def sessions(self) -> int: ...
+    @property
+    def resident_rows(self) -> int: ...
+    @property
+    def queued(self) -> int: ...
+    @property
+    def queued_bytes(self) -> int: ...
+
+
+class _Counter:
+    def __init__(self, name: str, text: str, labels: Labels) -> None:
+        self.name, self.text, self.labels = name, text, labels
+        self.values: defaultdict[Labels, float] = defaultdict(float)
+
+    def family(self) -> Metric:
+        from prometheus_client.core import CounterMetricFamily
+
+        family = CounterMetricFamily(self.name, self.text, labels=self.labels)
+        for labels, value in self.values.items():
+            family.add_metric(labels, value)
+        return family
+
+
+class _Histogram:
+    def __init__(self, name: str, text: str, labels: Labels, bounds: Sequence[float]) -> None:
+        self.name, self.text, self.labels, self.bounds = name, text, labels, bounds
+        self.series: dict[Labels, _Series] = {}
+
+    def observe(self, labels: Labels, value: float, count: int = 1) -> None:
+        series = self.series.get(labels)
+        if series is None:
+            series = self.series[labels] = _Series(len(self.bounds) + 1)
+        series.counts[bisect_left(self.bounds, value)] += count
+        series.total += value * count
+
+    def family(self) -> Metric:
+        from prometheus_client.core import HistogramMetricFamily
+
+        family = HistogramMetricFamily(self.name, self.text, labels=self.labels)
+        for labels, series in self.series.items():
+            family.add_metric(labels, list(self._cumulative(series)), sum_value=series.total)
+        return family
+
+    def _cumulative(self, series: _Series) -> Iterator[tuple[str, float]]:
+        running = 0
+        for bound, count in zip([*map(str, self.bounds), "+Inf"], series.counts, strict=True):
+            running += count
+            yield bound, running
+
+
+class _Series:
+    __slots__ = ("counts", "total")
+
+    def __init__(self, size: int) -> None:
+        self.counts = [0] * size
+        self.total = 0.0
+
+
+class PrometheusObserver(Observer):
+    """Counts what the engine and the gRPC side do. All methods on the event loop."""
+
+    def __init__(self) -> None:
+        model = ("model",)
+        self._events = _Counter(
+            "stepwell_session_events",
+            "Sessions opened, resumed, forked, closed, expired.",
+            ("model", "event"),
+        )
+        self._changes = _Counter(
+            "stepwell_changes", "Changes applied: step, reset, predict.", ("model", "change")
+        )
+        self._row_steps = _Counter(
+            "stepwell_row_steps", "Rows times time steps of the changes applied.", ("model", "change")
+        )
+        self._errors = _Counter("stepwell_errors", "Changes refused, by reason.", ("model", "reason"))
+        self._time_steps = _Counter("stepwell_pass_time_steps", "Time steps run in passes.", model)
+        self._pass_rows = _Histogram("stepwell_pass_rows", "Rows of a pass.", model, _ROWS)
+        self._pass_seconds = _Histogram("stepwell_pass_seconds", "Duration of a pass.", model, _SECONDS)
+        self._stages = _Histogram(
+            "stepwell_stage_seconds",
+            "Time a change spent waiting, in a pass, being committed.",
+            ("model", "stage"),
+            _SECONDS,
+        )
+        self._requests = _Counter("stepwell_requests", "Calls by method and status code.", ("method", "code"))
+        self._request_seconds = _Histogram(
+            "stepwell_request_seconds", "Duration of a call.", ("method",), _SECONDS
+        )
+
+    def session_event(self, event: str, model: str, session_id: str) -> None:  # noqa: ARG002
+        """See `Observer.session_event`."""
+        self._events.values[model, event] += 1
+
+    def sessions_opened(self, model: str, count: int) -> None:
+        """See `Observer.sessions_opened`."""
+        self._events.values[model, "opened"] += count
+
+    def stage(self, model: str, stage: str, seconds: float, count: int) -> None:
+        """See `Observer.stage`."""
+        self._stages.observe((model, stage), seconds, count)
+
+    def pass_done(self, model: str, rows: int, time_steps: int, seconds: float) -> None:
+        """See `Observer.pass_done`."""
+        labels = (model,)
+        self._pass_rows.observe(labels, rows)
+        self._pass_seconds.observe(labels, seconds)
+        self._time_steps.values[labels] += time_steps
+
+    def applied(self, model: str, change: str, count: int, row_steps: int) -> None:
+        """See `Observer.applied`."""
+        labels = (model, change)
+        self._changes.values[labels] += count
+        self._row_steps.values[labels] += row_steps
+
+    def failed(self, model: str, reason: str, count: int) -> None:
+        """See `Observer.failed`."""
+        self._errors.values[model, reason] += count
+
+    def request_done(self, method: str, code: str, seconds: float) -> None:
+        """A call ended."""
+        self._requests.values[method, code] += 1
+        self._request_seconds.observe((method,), seconds)
+
+    def families(self, stats: Iterable[Stats]) -> list[Metric]:
+        """Everything counted so far, and the gauges of ``stats``."""
+        counted: list[_Counter | _Histogram] = [
+            *(self._events, self._changes, self._row_steps, self._errors, self._time_steps),
+            *(self._pass_rows, self._pass_seconds, self._stages, self._requests, self._request_seconds),
+        ]
+        return [*(each.family() for each in counted), *_gauges(list(stats))]
+
+
+def _gauges(stats: Sequence[Stats]) -> list[Metric]:
+    from prometheus_client.core import GaugeMetricFamily
+
+    gauges: list[tuple[str, str, Callable[[Stats], int]]] = [
+        ("stepwell_sessions", "Sessions live.", lambda model: model.sessions),
+        ("stepwell_resident_rows", "Rows of state ready to step.", lambda model: model.resident_rows),
+        ("stepwell_queued_changes", "Changes waiting for a pass.", lambda model: model.queued),
+        (
+            "stepwell_queued_bytes",
+            "Bytes of the changes waiting for a pass.",
+            lambda model: model.queued_bytes,
+        ),
+    ]
+    families: list[Metric] = []
+    for name, text, value in gauges:
+        family = GaugeMetricFamily(name, text, labels=("model",))
+        for model in stats:
+            family.add_metric((model.name,), value(model))
+        families.append(family)
+    return families
+
+
+class _Collector:
+    """What the registry asks, on the thread of a scrape."""
+
+    def __init__(self, gather: Callable[[], list[Metric]], loop: asyncio.AbstractEventLoop) -> None:
+        self._gather = gather
+        self._loop = loop
+
+    def collect(self) -> Iterable[Metric]:
+        async def on_loop() -> list[Metric]:
+            return self._gather()
+
+        return asyncio.run_coroutine_threadsafe(on_loop(), self._loop).result(_SCRAPE_TIMEOUT_S)
+
+
+class MetricsServer:
+    """Answers scrapes over HTTP on a thread of its own. Made on the event loop."""
+
+    def __init__(
+        self, observer: PrometheusObserver, stats: Callable[[], Iterable[Stats]], host: str, port: int
+    ) -> None:
+        """Listen at once.
+
+        Raises:
+            OSError: the address is taken, or not one of this machine's.
+        """
+        from prometheus_client import start_http_server
+
+        registry = _registry(lambda: observer.families(stats()), asyncio.get_running_loop())
+        self._server: WSGIServer
+        self._server, self._thread = start_http_server(port, host, registry)
+        self.port: int = self._server.server_port
+
+    def close(self) -> None:
+        """Stop listening. Blocks for up to half a second: call it on another thread than the loop's."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _registry(gather: Callable[[], list[Metric]], loop: asyncio.AbstractEventLoop) -> CollectorRegistry:
+    from prometheus_client import CollectorRegistry, ProcessCollector
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector(gather, loop))
+    ProcessCollector(registry=registry)
+    return registry

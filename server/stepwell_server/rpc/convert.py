@@ -1,0 +1,203 @@
+"""Between the wire's messages and the engine's values.
+
+What is refused here is what no array could be made of; whether an array suits the model is the engine's
+affair. Arrays made from a request are read-only views of its bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping, MutableSequence, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from google.protobuf import timestamp_pb2
+
+from stepwell.v1 import models_pb2, sessions_pb2, tensors_pb2
+from stepwell_server.engine.calls import Array, ModelInfo, Select, SessionInfo
+from stepwell_server.errors import InvalidInput
+from stepwell_server.program import StateSpec, TensorSpec
+
+MAX_RANK = 32
+"""NumPy has a limit of its own (64); no model comes near this one."""
+
+_NAMES: dict[int, str] = {
+    number: name.removeprefix("DATA_TYPE_").lower()
+    for name, number in tensors_pb2.DataType.items()
+    if number != tensors_pb2.DATA_TYPE_UNSPECIFIED
+}
+_NUMBERS: dict[str, tensors_pb2.DataType.ValueType] = {
+    name: tensors_pb2.DataType.Value(f"DATA_TYPE_{name.upper()}") for name in _NAMES.values()
+}
+_SELECTS: dict[int, Select] = {
+    sessions_pb2.OUTPUT_SELECTION_UNSPECIFIED: Select.ALL,
+    sessions_pb2.OUTPUT_SELECTION_ALL: Select.ALL,
+    sessions_pb2.OUTPUT_SELECTION_LAST: Select.LAST,
+    sessions_pb2.OUTPUT_SELECTION_NONE: Select.NONE,
+}
+
+
+class _Tensors(Protocol):
+    def add(
+        self,
+        *,
+        name: str,
+        dtype: tensors_pb2.DataType.ValueType,
+        shape: Sequence[int],
+        data: bytes,
+    ) -> object: ...
+
+
+def to_arrays(tensors: Iterable[tensors_pb2.Tensor], argument: str) -> dict[str, Array]:
+    """Arrays by name.
+
+    Args:
+        tensors: a repeated field of a request.
+        argument: the field's name, for messages.
+
+    Raises:
+        InvalidInput: one of them is not a tensor, or two have the same name.
+    """
+    arrays: dict[str, Array] = {}
+    for tensor in tensors:
+        name = tensor.name
+        if name in arrays:
+            raise InvalidInput(f"{argument}: each tensor must be given once; got {name!r} twice")
+        arrays[name] = _to_array(tensor, f"{argument}[{name!r}]" if name else argument)
+    return arrays
+
+
+def to_optional_arrays(tensors: Sequence[tensors_pb2.Tensor], argument: str) -> dict[str, Array] | None:
+    """As `to_arrays`; None if there are none."""
+    return to_arrays(tensors, argument) if tensors else None
+
+
+def _to_array(tensor: tensors_pb2.Tensor, where: str) -> Array:
+    dtype = _dtype(tensor.dtype)
+    if dtype is None:
+        raise InvalidInput(f"{where}: dtype must be one of stepwell.v1.DataType; got {tensor.dtype}")
+    shape = tuple(tensor.shape)
+    data = tensor.data
+    if math.prod(shape) * dtype.itemsize != len(data) or (shape and min(shape) < 0) or len(shape) > MAX_RANK:
+        raise InvalidInput(_shape_problem(where, shape, dtype, len(data)))
+    if dtype.kind == "b":
+        return _to_bools(data, where).reshape(shape)
+    return np.frombuffer(data, dtype).reshape(shape) if data else np.empty(shape, dtype)
+
+
+def _shape_problem(where: str, shape: tuple[int, ...], dtype: np.dtype[np.generic], size: int) -> str:
+    if len(shape) > MAX_RANK:
+        return f"{where}: shape must have at most {MAX_RANK} axes; got {len(shape)}"
+    if any(axis < 0 for axis in shape):
+        return f"{where}: every axis of shape must be 0 or more; got {list(shape)}"
+    need = math.prod(shape) * dtype.itemsize
+    return f"{where}: shape {list(shape)} of {dtype.name} needs {need} bytes of data; got {size}"
+
+
+def _to_bools(data: bytes, where: str) -> Array:
+    octets = np.frombuffer(data, np.uint8)
+    if octets.size and octets.max() > 1:
+        raise InvalidInput(f"{where}: each byte of a bool tensor must be 0 or 1; got {octets.max()}")
+    return octets.view(np.bool_)
+
+
+@functools.cache
+def _dtype(number: int) -> np.dtype[np.generic] | None:
+    name = _NAMES.get(number)
+    if name == "bfloat16":
+        # NumPy does not know it, and almost no one sends it.
+        import ml_dtypes
+
+        bfloat16: np.dtype[np.generic] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+    return np.dtype(name).newbyteorder("<") if name else None
+
+
+def add_tensors(target: _Tensors, arrays: Mapping[str, Array]) -> None:
+    """Append arrays to a repeated tensor field."""
+    for name, array in arrays.items():
+        number = _NUMBERS[array.dtype.name]
+        little = array if array.dtype.isnative and np.little_endian else _little_endian(array)
+        target.add(name=name, dtype=number, shape=array.shape, data=little.tobytes())
+
+
+def _little_endian(array: Array) -> Array:
+    return array.astype(array.dtype.newbyteorder("<"))
+
+
+def to_select(value: int) -> Select:
+    """The selection of outputs.
+
+    Raises:
+        InvalidInput: no such selection.
+    """
+    select = _SELECTS.get(value)
+    if select is None:
+        raise InvalidInput(f"outputs must be one of stepwell.v1.OutputSelection; got {value}")
+    return select
+
+
+def to_uint64s(values: Sequence[int], argument: str, count: int) -> npt.NDArray[np.uint64] | None:
+    """One number per session of a frame; None if the field is empty.
+
+    Raises:
+        InvalidInput: there are more or fewer than ``count``.
+    """
+    if not values:
+        return None
+    if len(values) != count:
+        raise InvalidInput(f"{argument} must be empty or one per session ({count}); got {len(values)}")
+    return np.fromiter(values, np.uint64, count)
+
+
+def from_session(info: SessionInfo) -> sessions_pb2.Session:
+    """A session as others may see it."""
+    return sessions_pb2.Session(
+        session_id=info.session_id,
+        model=info.model,
+        model_fingerprint=info.fingerprint,
+        batch_size=info.batch_size,
+        revision=info.revision,
+        position=info.position,
+        created_time=_timestamp(info.created),
+        last_used_time=_timestamp(info.last_used),
+        resident=info.resident,
+    )
+
+
+def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:
+    whole = math.floor(seconds)
+    return timestamp_pb2.Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e9))
+
+
+def from_model(info: ModelInfo) -> models_pb2.Model:
+    """A model as it is served."""
+    program = info.program
+    return models_pb2.Model(
+        name=info.name,
+        fingerprint=program.fingerprint,
+        inputs=[_from_spec(spec) for spec in program.inputs],
+        outputs=[_from_spec(spec) for spec in program.outputs],
+        state=[_from_spec(spec) for spec in program.state],
+        executor=program.executor,
+        executor_reason=program.executor_reason,
+        batch_sizes=program.batch_sizes,
+        state_row_bytes=program.state_row_bytes,
+        sessions=info.sessions,
+    )
+
+
+def _from_spec(spec: TensorSpec | StateSpec) -> tensors_pb2.TensorSpec:
+    return tensors_pb2.TensorSpec(
+        name=spec.name,
+        dtype=_NUMBERS[spec.dtype],
+        shape=spec.shape,
+        temporal=isinstance(spec, TensorSpec) and spec.temporal,
+    )
+
+
+def extend_numbers(target: MutableSequence[int], numbers: npt.NDArray[np.integer]) -> None:
+    """Append an array's numbers to a repeated field."""
+    target.extend(numbers.tolist())

@@ -1,0 +1,193 @@
+"""SessionService: convert, delegate, convert back. StepStream is in `stream`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell.v1 import sessions_pb2 as pb
+from stepwell_server.engine.calls import Frame, Opened, Part
+from stepwell_server.errors import InvalidInput
+from stepwell_server.rpc import convert
+from stepwell_server.rpc.stream import FrameStream, StreamLimits
+
+if TYPE_CHECKING:
+    from stepwell_server.clock import Clock
+    from stepwell_server.engine.engine import Engine
+    from stepwell_server.rpc.boundary import Context
+    from stepwell_server.rpc.sizes import ReplySizes
+
+_DEFAULT_PAGE = 1000
+_LARGEST_PAGE = 10_000
+
+
+def deadline_of(context: Context, clock: Clock) -> float:
+    """The call's deadline on the clock's monotonic time; infinity if it has none."""
+    remaining: float | None = context.time_remaining()  # its type forgets that there may be none
+    return math.inf if remaining is None else clock.monotonic() + remaining
+
+
+class SessionServicer:
+    """The calls of SessionService, each by its name in snake case. Lives on the event loop."""
+
+    def __init__(self, engine: Engine, clock: Clock, sizes: ReplySizes, limits: StreamLimits) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._sizes = sizes
+        self._limits = limits
+        self._streams: set[FrameStream] = set()
+        self._stopping = False
+
+    async def open_session(self, request: pb.OpenSessionRequest, _context: Context) -> pb.OpenSessionResponse:
+        """Open a session, or resume a live one."""
+        opened = await self._engine.open_session(
+            request.model,
+            session_id=request.session_id,
+            batch_size=request.batch_size or 1,
+            state=convert.to_optional_arrays(request.state, "state"),
+            must_be_new=request.must_be_new,
+            request_id=request.request_id,
+            fingerprint=request.model_fingerprint,
+        )
+        return pb.OpenSessionResponse(
+            session=convert.from_session(opened.session), resumed=opened.resumed, replayed=opened.replayed
+        )
+
+    async def open_sessions(
+        self, request: pb.OpenSessionsRequest, _context: Context
+    ) -> pb.OpenSessionsResponse:
+        """Open many sessions."""
+        opened = await self._engine.open_sessions(
+            request.model,
+            count=request.count,
+            session_ids=list(request.session_ids),
+            batch_size=request.batch_size or 1,
+            request_id=request.request_id,
+        )
+        return pb.OpenSessionsResponse(
+            session_ids=opened.session_ids, model_fingerprint=opened.fingerprint, replayed=opened.replayed
+        )
+
+    async def close_session(
+        self, request: pb.CloseSessionRequest, context: Context
+    ) -> pb.CloseSessionResponse:
+        """Delete a session."""
+        replayed = await self._engine.close_session(
+            request.session_id, request_id=request.request_id, deadline=deadline_of(context, self._clock)
+        )
+        return pb.CloseSessionResponse(replayed=replayed)
+
+    async def close_sessions(
+        self, request: pb.CloseSessionsRequest, _context: Context
+    ) -> pb.CloseSessionsResponse:
+        """Delete many sessions."""
+        closed = await self._engine.close_sessions(list(request.session_ids))
+        return pb.CloseSessionsResponse(closed=closed)
+
+    async def get_session(self, request: pb.GetSessionRequest, _context: Context) -> pb.GetSessionResponse:
+        """Describe a session."""
+        return pb.GetSessionResponse(
+            session=convert.from_session(self._engine.session_info(request.session_id))
+        )
+
+    async def list_sessions(
+        self, request: pb.ListSessionsRequest, _context: Context
+    ) -> pb.ListSessionsResponse:
+        """List sessions. The page token is the last id of the page before."""
+        size = request.page_size or _DEFAULT_PAGE
+        if size > _LARGEST_PAGE:
+            raise InvalidInput(f"page_size must be at most {_LARGEST_PAGE}; got {size}")
+        sessions, total = self._engine.list_sessions(
+            model=request.model, prefix=request.session_id_prefix, after=request.page_token, limit=size + 1
+        )
+        page = sessions[:size]
+        return pb.ListSessionsResponse(
+            sessions=[convert.from_session(info) for info in page],
+            next_page_token=page[-1].session_id if len(sessions) > size else "",
+            total=total,
+        )
+
+    async def step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
+        """Advance a session."""
+        inputs = convert.to_arrays(request.inputs, "inputs")
+        select = convert.to_select(request.outputs)
+        session_ids = (request.session_id,)
+        self._sizes.step(session_ids, inputs, select)
+        frame = Frame(session_ids, _no_sink, inputs=inputs, select=select)
+        part = await self._apply(frame, request, context)
+        response = pb.StepResponse(
+            revision=int(part.revisions[0]), position=int(part.positions[0]), replayed=part.replayed
+        )
+        convert.add_tensors(response.outputs, part.outputs)
+        return response
+
+    async def reset_states(self, request: pb.ResetStatesRequest, context: Context) -> pb.ResetStatesResponse:
+        """Set the state of a session, or of some of its rows."""
+        frame = Frame(
+            (request.session_id,),
+            _no_sink,
+            reset=True,
+            state=convert.to_optional_arrays(request.state, "state"),
+            rows=list(request.rows) or None,
+        )
+        part = await self._apply(frame, request, context)
+        return pb.ResetStatesResponse(
+            revision=int(part.revisions[0]), position=int(part.positions[0]), replayed=part.replayed
+        )
+
+    async def get_state(self, request: pb.GetStateRequest, context: Context) -> pb.GetStateResponse:
+        """Read the state of a session."""
+        read = await self._engine.get_state(request.session_id, deadline=deadline_of(context, self._clock))
+        response = pb.GetStateResponse(session=convert.from_session(read.session))
+        convert.add_tensors(response.state, read.state)
+        return response
+
+    async def fork_session(self, request: pb.ForkSessionRequest, context: Context) -> pb.ForkSessionResponse:
+        """Open a session with the state of another."""
+        forked: Opened = await self._engine.fork(
+            request.session_id,
+            new_session_id=request.new_session_id,
+            expected=request.expected_revision if request.HasField("expected_revision") else None,
+            request_id=request.request_id,
+            deadline=deadline_of(context, self._clock),
+        )
+        return pb.ForkSessionResponse(session=convert.from_session(forked.session), replayed=forked.replayed)
+
+    async def step_stream(self, context: Context) -> None:
+        """Advance many sessions at once, frame by frame."""
+        stream = FrameStream(self._engine, self._clock, self._sizes, self._limits, context)
+        self._streams.add(stream)
+        if self._stopping:
+            stream.stop()
+        try:
+            await stream.run(deadline_of(context, self._clock))
+        finally:
+            self._streams.discard(stream)
+
+    def stop(self) -> None:
+        """End each stream with UNAVAILABLE as soon as its frames are answered."""
+        self._stopping = True
+        for stream in self._streams:
+            stream.stop()
+
+    async def _apply(
+        self, frame: Frame, request: pb.StepRequest | pb.ResetStatesRequest, context: Context
+    ) -> Part:
+        if request.HasField("expected_revision"):
+            frame.expected = _one(request.expected_revision)
+        if request.request_id:
+            frame.request_ids = _one(request.request_id)
+        frame.deadline = deadline_of(context, self._clock)
+        frame.source = context.peer()
+        return await self._engine.apply(frame)
+
+
+def _one(number: int) -> npt.NDArray[np.uint64]:
+    return np.array([number], np.uint64)
+
+
+def _no_sink(_part: Part) -> None:
+    raise AssertionError("Engine.apply sets the sink")

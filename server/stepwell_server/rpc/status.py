@@ -1,0 +1,106 @@
+"""How a `ServerError` travels: as the status of a call, or as a `stepwell.v1.Error` inside a frame's reply.
+
+Both say the same: a code, the message, the reason with its facts, and when to come back. On a call the
+reason is a ``google.rpc.ErrorInfo`` and the delay a ``google.rpc.RetryInfo``, in the standard trailer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import grpc
+
+from stepwell.v1 import errors_pb2
+from stepwell_server import errors
+
+#: Domain of every ErrorInfo.
+DOMAIN = "stepwell"
+_DETAILS_KEY = "grpc-status-details-bin"
+
+#: The table. An error has the code of the nearest of its classes that is in here.
+CODES: dict[type[errors.ServerError], grpc.StatusCode] = {
+    errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.SessionGone: grpc.StatusCode.NOT_FOUND,
+    errors.SessionExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.RevisionConflict: grpc.StatusCode.ABORTED,
+    errors.ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.ModelMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.StateCorrupt: grpc.StatusCode.DATA_LOSS,
+    errors.ServerError: grpc.StatusCode.INTERNAL,
+}
+
+# Trailers over 8 KiB may be refused by the client's gRPC, and what a caller sent (a session id, say) can be
+# part of a message. A character takes at most 12 bytes there, percent-encoded.
+_MESSAGE_BYTES = 2048
+_FACT_CHARACTERS = 256
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Status:
+    """What ends a call."""
+
+    code: grpc.StatusCode
+    message: str
+    trailers: tuple[tuple[str, bytes], ...]
+
+
+def code_of(error: errors.ServerError) -> grpc.StatusCode:
+    """The gRPC status code of an error."""
+    return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+
+
+def to_status(error: errors.ServerError) -> Status:
+    """The status of a call that failed with ``error``."""
+    # A server may live long before its first error, so this is not imported at the start.
+    from google.rpc import error_details_pb2, status_pb2
+
+    code = code_of(error)
+    message = _bounded(error.message)
+    details = status_pb2.Status(code=_number(code), message=message)
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_facts(error))
+    details.details.add().Pack(info)
+    if isinstance(error, errors.Overloaded):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(_retry_after_ms(error))
+        details.details.add().Pack(retry)
+    return Status(code, message, ((_DETAILS_KEY, details.SerializeToString()),))
+
+
+def to_proto(error: errors.ServerError) -> errors_pb2.Error:
+    """The error of a frame or of its members."""
+    return errors_pb2.Error(
+        code=_number(code_of(error)),
+        message=_bounded(error.message),
+        reason=error.reason,
+        metadata=_facts(error),
+        retry_after_ms=_retry_after_ms(error) if isinstance(error, errors.Overloaded) else 0,
+    )
+
+
+def _number(code: grpc.StatusCode) -> int:
+    number: int = code.value[0]
+    return number
+
+
+def _retry_after_ms(error: errors.Overloaded) -> int:
+    return max(1, math.ceil(error.retry_after_s * 1000))
+
+
+def _facts(error: errors.ServerError) -> dict[str, str]:
+    return {key: value[:_FACT_CHARACTERS] for key, value in error.metadata.items()}
+
+
+def _bounded(message: str) -> str:
+    """Cut a message so that its percent-encoded form stays under `_MESSAGE_BYTES`."""
+    if len(message) * 12 <= _MESSAGE_BYTES:
+        return message
+    size = 0
+    for end, character in enumerate(message):
+        size += 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode())
+        if size > _MESSAGE_BYTES:
+            return message[:end] + "..."
+    return message

@@ -1,0 +1,248 @@
+"""StepStream: frames in, parts of their replies out.
+
+Two coroutines serve a stream, none is made per message. The reader parses a frame and submits it; the
+engine hands the parts of its reply to `_on_part`, some before `submit` returns; the writer sends them.
+When parts are there right after a `submit`, the reader sends them itself and saves a turn of the loop.
+
+What a stream holds is bounded: with too many frames, or too many bytes of requests and of replies to
+come, not yet written to the client, reading stops until some are. A client that does not read its
+replies therefore holds up itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections import deque
+from typing import TYPE_CHECKING
+
+import grpc.aio
+
+from stepwell.v1 import sessions_pb2 as pb
+from stepwell_server.engine.calls import Failure, Frame, Part
+from stepwell_server.errors import InvalidInput, ServerError, Unavailable
+from stepwell_server.logs import Log
+from stepwell_server.rpc import convert
+from stepwell_server.rpc.boundary import parse
+from stepwell_server.rpc.status import to_proto
+
+if TYPE_CHECKING:
+    from stepwell_server.clock import Clock
+    from stepwell_server.engine.engine import Engine
+    from stepwell_server.rpc.boundary import Context
+    from stepwell_server.rpc.sizes import ReplySizes
+
+_log = Log("rpc.stream")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StreamLimits:
+    """What one stream may hold before reading stops."""
+
+    frames: int
+    """Frames whose last part is not written yet."""
+    bytes: int
+    """Bytes of their requests and of their whole replies."""
+
+
+class _Pending:
+    """A frame whose last part is not written yet. Its `on_part` is the frame's sink."""
+
+    __slots__ = ("frame", "frame_id", "held_bytes", "stream")
+
+    def __init__(self, stream: FrameStream, frame_id: int, held_bytes: int) -> None:
+        self.stream = stream
+        self.frame_id = frame_id
+        self.held_bytes = held_bytes
+        self.frame: Frame | None = None
+
+    def on_part(self, part: Part) -> None:
+        self.stream.on_part(self, part)
+
+
+class FrameStream:
+    """One StepStream call. Lives on the event loop."""
+
+    def __init__(
+        self, engine: Engine, clock: Clock, sizes: ReplySizes, limits: StreamLimits, context: Context
+    ) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._sizes = sizes
+        self._limits = limits
+        self._context = context
+        self._source = context.peer()
+        self._deadline = float("inf")
+        self._pending: dict[int, _Pending] = {}
+        self._held_frames = 0
+        self._held_bytes = 0
+        self._replies: deque[tuple[_Pending | None, bytes]] = deque()
+        self._is_writing = False
+        self._is_stopping = False
+        self._is_over = False
+        self._work = asyncio.Event()
+        """For the writer: something may be there to write, or the stream may end."""
+        self._room = asyncio.Event()
+        """For the reader: something was written."""
+
+    async def run(self, deadline: float) -> None:
+        """Serve the stream to its end.
+
+        Raises:
+            InvalidInput: the client sent bytes that are no frame.
+            Unavailable: the server is stopping, and all frames are answered.
+        """
+        self._deadline = deadline
+        reader = asyncio.create_task(self._read())
+        reader.add_done_callback(lambda _: self._work.set())
+        try:
+            await self._write(reader)
+        finally:
+            self._is_over = True
+            reader.cancel()
+            self._cancel_frames()
+            # Its own error, if it has one, has either ended the stream or comes too late to matter.
+            await asyncio.gather(reader, return_exceptions=True)
+
+    def stop(self) -> None:
+        """End the stream with UNAVAILABLE as soon as its frames are answered."""
+        self._is_stopping = True
+        self._work.set()
+
+    async def _read(self) -> None:
+        read = self._context.read
+        while (raw := await read()) is not grpc.aio.EOF:
+            self._accept(raw)
+            if self._replies and not self._is_writing:
+                await self._flush()
+            while self._is_full():
+                self._room.clear()
+                await self._room.wait()
+
+    async def _write(self, reader: asyncio.Task[None]) -> None:
+        while True:
+            if self._replies and not self._is_writing:
+                await self._flush()
+            if reader.done() and not (self._pending and _ended_well(reader)):
+                return reader.result()
+            if self._is_stopping and not self._pending and not self._is_writing:
+                raise Unavailable("the server is stopping")
+            self._work.clear()
+            await self._work.wait()
+
+    async def _flush(self) -> None:
+        self._is_writing = True
+        try:
+            while self._replies:
+                pending, reply = self._replies.popleft()
+                await self._context.write(reply)
+                if pending is not None:
+                    self._release(pending)
+        finally:
+            self._is_writing = False
+            if self._is_stopping:
+                self._work.set()
+
+    def _accept(self, raw: bytes) -> None:
+        request = parse(pb.StepStreamRequest, raw)
+        frame_id = request.frame_id
+        pending = _Pending(self, frame_id, len(raw))
+        self._held_frames += 1
+        self._held_bytes += len(raw)
+        if frame_id in self._pending:
+            error = InvalidInput(f"frame_id must not be that of an unanswered frame; got {frame_id}")
+            return self._reply(pending, _refusal(frame_id, error), last=True)
+        self._pending[frame_id] = pending
+        try:
+            pending.frame = self._frame(request, pending)
+            self._engine.submit(pending.frame)
+        except ServerError as error:
+            del self._pending[frame_id]
+            self._reply(pending, _refusal(frame_id, error), last=True)
+
+    def _frame(self, request: pb.StepStreamRequest, pending: _Pending) -> Frame:
+        """The engine's frame of a request, its reply's bytes counted in.
+
+        Raises:
+            InvalidInput: it is not a frame.
+        """
+        change = request.WhichOneof("change")
+        if change is None:
+            raise InvalidInput("change must be step or reset; got neither")
+        body = request.step if change == "step" else request.reset
+        session_ids = list(body.session_ids)
+        frame = Frame(session_ids, pending.on_part, source=self._source, deadline=self._deadline)
+        frame.expected = convert.to_uint64s(body.expected_revisions, "expected_revisions", len(session_ids))
+        frame.request_ids = convert.to_uint64s(body.request_ids, "request_ids", len(session_ids))
+        if body.timeout_ms:
+            frame.deadline = min(frame.deadline, self._clock.monotonic() + body.timeout_ms / 1000)
+        if isinstance(body, pb.StepFrame):
+            frame.select = convert.to_select(body.outputs)
+            frame.inputs = convert.to_arrays(body.inputs, "inputs")
+            reply_bytes = self._sizes.step(session_ids, frame.inputs, frame.select)
+            pending.held_bytes += reply_bytes
+            self._held_bytes += reply_bytes
+        else:
+            frame.reset = True
+            frame.state = convert.to_optional_arrays(body.state, "state")
+        return frame
+
+    def on_part(self, pending: _Pending, part: Part) -> None:
+        """The engine has a part of the frame's reply."""
+        if self._is_over:
+            return
+        assert pending.frame is not None
+        if part.last:
+            del self._pending[pending.frame_id]
+        self._reply(pending, _reply(pending.frame_id, pending.frame, part), last=part.last)
+
+    def _reply(self, pending: _Pending, reply: bytes, *, last: bool) -> None:
+        self._replies.append((pending if last else None, reply))
+        if not self._is_writing:
+            self._work.set()
+        if _log.is_debug:
+            _log.debug("frame part", peer=self._source, frame=pending.frame_id, bytes=len(reply), last=last)
+
+    def _release(self, pending: _Pending) -> None:
+        self._held_frames -= 1
+        self._held_bytes -= pending.held_bytes
+        self._room.set()
+
+    def _is_full(self) -> bool:
+        return self._held_frames >= self._limits.frames or self._held_bytes >= self._limits.bytes
+
+    def _cancel_frames(self) -> None:
+        for pending in list(self._pending.values()):
+            if pending.frame is not None:
+                self._engine.cancel(pending.frame)
+
+
+def _ended_well(reader: asyncio.Task[None]) -> bool:
+    return not reader.cancelled() and reader.exception() is None
+
+
+def _reply(frame_id: int, frame: Frame, part: Part) -> bytes:
+    response = pb.StepStreamResponse(frame_id=frame_id, last=part.last)
+    if part.members is None:
+        response.all_members = True
+    else:
+        response.members.extend(part.members.tolist())
+    response.revisions.extend(part.revisions.tolist())
+    response.positions.extend(part.positions.tolist())
+    convert.add_tensors(response.outputs, part.outputs)
+    if part.replayed:
+        response.replayed_members.extend(response.members or range(len(frame.session_ids)))
+    for failure in part.failures:
+        _add_failure(response, failure)
+    return response.SerializeToString()
+
+
+def _add_failure(response: pb.StepStreamResponse, failure: Failure) -> None:
+    members = () if failure.members is None else failure.members.tolist()
+    response.errors.add(members=members, error=to_proto(failure.error))
+
+
+def _refusal(frame_id: int, error: ServerError) -> bytes:
+    """The reply to a frame of which nothing was done."""
+    errors = [pb.MemberError(error=to_proto(error))]
+    return pb.StepStreamResponse(frame_id=frame_id, errors=errors, last=True).SerializeToString()

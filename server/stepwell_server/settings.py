@@ -1,0 +1,264 @@
+"""What can be set, by an option or by its environment variable.
+
+A value is read from the command line, else from the environment, else it is the default. Both are read
+by the same rules, and a value that cannot be read stops the start with a line that names where it came
+from. The docstring under a field of `Settings` is the help text of its option.
+"""
+
+# ruff: noqa: RUF009  (the calls in the dataclass make fields)
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+_MODEL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_PREFIX = "STEPWELL_"
+
+
+class SettingsError(Exception):
+    """A value that cannot be used. The message is one line and names the option or variable."""
+
+
+class Address(NamedTuple):
+    """Where to listen."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _setting(read: Callable[[str], Any], default: Any, metavar: str) -> Any:
+    return dataclasses.field(default=default, metadata={"read": read, "metavar": metavar})
+
+
+def _computed(read: Callable[[str], Any], default: Callable[[], Any], metavar: str) -> Any:
+    return dataclasses.field(default_factory=default, metadata={"read": read, "metavar": metavar})
+
+
+def _several(read: Callable[[Sequence[str]], Any], default: Callable[[], Any], metavar: str) -> Any:
+    """A setting of several values: an option given again, a variable with commas."""
+    metadata = {"read": read, "metavar": metavar, "several": True}
+    return dataclasses.field(default_factory=default, metadata=metadata)
+
+
+def _choice(*values: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in values:
+            raise ValueError(f"one of {', '.join(values)}")
+        return text
+
+    return read
+
+
+def _whole(smallest: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not re.fullmatch(r"\d{1,18}", text) or int(text) < smallest:
+            raise ValueError(f"a whole number, {smallest} or more")
+        return int(text)
+
+    return read
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise ValueError("a number of seconds, 0 or more")
+    return value
+
+
+def _address(text: str) -> Address:
+    host, _, port = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not bare or not re.fullmatch(r"\d{1,5}", port) or int(port) > 65535 or (":" in bare) is (bare == host):
+        raise ValueError("HOST:PORT, or [HOST]:PORT for IPv6, with a port from 0 to 65535")
+    return Address(bare, int(port))
+
+
+def _module_names(items: Sequence[str]) -> tuple[str, ...]:
+    for item in items:
+        if not all(word.isidentifier() for word in item.split(".")):
+            raise ValueError(f"the name of a module; got {item!r}")
+    return tuple(items)
+
+
+def _models(items: Sequence[str]) -> dict[str, Path]:
+    models: dict[str, Path] = {}
+    for item in items:
+        name, _, path = item.partition("=")
+        if not path:
+            raise ValueError(f"NAME=PATH.keras; got {item!r}")
+        if not _MODEL_NAME.fullmatch(name):
+            raise ValueError(
+                f"NAME=PATH.keras with a name of 1 to 128 letters, digits, _, - or .; got {item!r}"
+            )
+        if name in models:
+            raise ValueError(f"NAME=PATH.keras with different names; got {name!r} twice")
+        models[name] = Path(path)
+    return models
+
+
+def _default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepwell"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a server is started with."""
+
+    models: Mapping[str, Path] = _several(_models, dict, "NAME=PATH.keras")
+    """Models to serve: the name under which, and the file that Keras saved."""
+    listen: Address = _setting(_address, Address("127.0.0.1", 50051), "HOST:PORT")
+    """Address to serve gRPC on. Port 0 lets the system choose; the line on stdout says which."""
+    store: Literal["memory", "lmdb"] = _setting(_choice("memory", "lmdb"), "memory", "memory|lmdb")
+    """Where sessions are kept. With memory they end with the server."""
+    data_dir: Path | None = _setting(Path, None, "DIR")
+    """Folder of the lmdb store."""
+    durability: Literal["sync", "async"] = _setting(_choice("sync", "async"), "sync", "sync|async")
+    """What an acknowledged change survives in the lmdb store: sync, the loss of power; async, that of the process."""
+    max_batch_rows: int = _setting(_whole(1), 1024, "N")
+    """Rows that run together at most, over all sessions of a pass."""
+    resident_rows: int = _setting(_whole(1), 65536, "N")
+    """Rows of state kept ready to step, per model. Sessions beyond are paged out until they are stepped."""
+    max_session_idle_s: float = _setting(_seconds, 0.0, "S")
+    """Seconds after which an unused session expires; 0 means never."""
+    compute_threads: int = _computed(_whole(1), _cores, "N")
+    """Threads that run models. Default: as many as there are cores."""
+    metrics_listen: Address | None = _setting(_address, None, "HOST:PORT")
+    """Address to serve Prometheus metrics on. Default: nowhere."""
+    imports: Sequence[str] = _several(_module_names, tuple, "MODULE")
+    """Module to import before a model is loaded, for its own layers and functions. May be given again."""
+    cache_dir: Path = _computed(Path, _default_cache_dir, "DIR")
+    """Folder for compiled models. Default: stepwell in the user's cache folder."""
+    max_message_bytes: int = _setting(_whole(1024), 64 * 1024 * 1024, "N")
+    """Size of a request or reply at most."""
+    drain_timeout_s: float = _setting(_seconds, 30.0, "S")
+    """Seconds that a stopping server gives to work which is queued."""
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        _choice("debug", "info", "warning", "error"), "info", "LEVEL"
+    )
+    """debug (every request), info (every session), warning or error."""
+    log_format: Literal["text", "json"] = _setting(_choice("text", "json"), "text", "text|json")
+    """Lines of key=value, or one JSON object per line."""
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+_EXPLAINING = {"-h", "--help", "--version"}
+_OPTIONS = {name: "--" + name.replace("_", "-") for name in _FIELDS} | {"imports": "--import"}
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of a setting."""
+    return _PREFIX + _OPTIONS[name].strip("-").replace("-", "_").upper()
+
+
+def read_settings(
+    arguments: Sequence[str], environment: Mapping[str, str], prog: str = "python -m stepwell_server"
+) -> Settings:
+    """The settings of a start.
+
+    Raises:
+        SettingsError: something cannot be used.
+        SystemExit: help or the version was asked for and printed.
+    """
+    given = vars(_parser(prog, explain=bool(_EXPLAINING & set(arguments))).parse_intermixed_args(arguments))
+    values: dict[str, Any] = {}
+    for name, field in _FIELDS.items():
+        variable = variable_of(name)
+        if given[name] not in (None, []):
+            values[name] = _read(name, given[name], "model" if name == "models" else _OPTIONS[name])
+        elif text := environment.get(variable):  # set to nothing counts as not set
+            several = "several" in field.metadata
+            values[name] = _read(
+                name, [item.strip() for item in text.split(",")] if several else text, variable
+            )
+    return _checked(values)
+
+
+def _read(name: str, value: str | Sequence[str], origin: str) -> Any:
+    try:
+        return _FIELDS[name].metadata["read"](value)
+    except ValueError as error:
+        got = f"; got {value!r}" if isinstance(value, str) else ""
+        raise SettingsError(f"{origin} must be {error}{got}") from None
+
+
+def _checked(values: dict[str, Any]) -> Settings:
+    if "models" not in values:
+        raise SettingsError(f"models: give at least one as NAME=PATH.keras, or in {variable_of('models')}")
+    for name, path in values["models"].items():
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise SettingsError(f"model {name}: PATH must be a .keras file; {path} {what}")
+    if "data_dir" in values or values.get("store") == "lmdb":
+        origin = "--data-dir" if "data_dir" in values else "--store lmdb"
+        raise SettingsError(f"{origin}: the lmdb store is not there yet; use --store memory")
+    return Settings(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message)
+
+
+def _parser(prog: str, *, explain: bool) -> argparse.ArgumentParser:
+    """A parser that collects texts; reading them is the same for options and variables."""
+    help_of = _docstrings() if explain else dict.fromkeys(_FIELDS, "")
+    parser = _Parser(
+        prog=prog,
+        allow_abbrev=False,
+        description="Serve recurrent Keras models, one state per session, over gRPC.",
+        epilog="Each option has an environment variable, named in its help; the command line wins.",
+    )
+    for name, field in _FIELDS.items():
+        metavar = field.metadata["metavar"]
+        text = f"{help_of[name]} [{variable_of(name)}]".replace("%", "%%")
+        if name == "models":
+            parser.add_argument(name, nargs="*", metavar=metavar, help=text)
+        else:
+            action = "append" if "several" in field.metadata else "store"
+            parser.add_argument(_OPTIONS[name], dest=name, action=action, metavar=metavar, help=text)
+    parser.add_argument("--version", action="version", version=_version() if explain else "")
+    return parser
+
+
+def _docstrings() -> dict[str, str]:
+    """The docstring under each field, with its default. Read from the source, and only when help is asked for."""
+    import ast
+    import inspect
+
+    body = ast.parse(inspect.getsource(Settings)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts: dict[str, str] = {}
+    for node, following in zip(body.body, body.body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            assert isinstance(following, ast.Expr)
+            assert isinstance(following.value, ast.Constant)
+            texts[node.target.id] = str(following.value.value) + _default_text(node.target.id)
+    return texts
+
+
+def _default_text(name: str) -> str:
+    default = _FIELDS[name].default
+    return "" if default in (None, dataclasses.MISSING) else f" Default: {default}."
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    return f"stepwell {metadata.version('stepwell')}"

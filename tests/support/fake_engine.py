@@ -1,0 +1,184 @@
+"""An engine of a few lines, with the face that `rpc` sees. Its one model adds its input to its state."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepwell_server.engine.calls import (
+    Failure,
+    Frame,
+    ModelInfo,
+    Opened,
+    Part,
+    Predicted,
+    SessionInfo,
+    StateRead,
+    Tensors,
+)
+from stepwell_server.errors import InvalidInput, ModelNotFound, ServerError, SessionExists, SessionNotFound
+from stepwell_server.program import Program, StateSpec, TensorSpec
+
+MODEL = "sum"
+FEATURES = 2
+
+
+def program(outputs: int = FEATURES) -> Program:
+    return Program(
+        fingerprint="f00d",
+        inputs=(TensorSpec("x", (FEATURES,), "float32", temporal=True),),
+        outputs=(TensorSpec("y", (outputs,), "float32", temporal=True),),
+        state=(StateSpec("sum", (FEATURES,), "float32"),),
+        initial=(np.zeros(FEATURES, np.float32),),
+        executor="litert",
+        executor_reason="a fake",
+        batch_sizes=(),
+        path=Path("nowhere"),
+    )
+
+
+@dataclasses.dataclass
+class _Session:
+    info: SessionInfo
+    state: np.ndarray[Any, np.dtype[np.float32]]
+
+
+class FakeEngine:
+    """Answers frames at once; those sent while `held` is true when `release` is called."""
+
+    def __init__(self, outputs: int = FEATURES) -> None:
+        self.program = program(outputs)
+        self.held = False
+        self.frames: list[Frame] = []
+        self.cancelled: list[Frame] = []
+        self.submitted: asyncio.Event = asyncio.Event()
+        self.was_cancelled: asyncio.Event = asyncio.Event()
+        self.next_error: BaseException | None = None
+        self._sessions: dict[str, _Session] = {}
+        self._ids = map("made-{}".format, itertools.count())
+
+    def models(self) -> list[ModelInfo]:
+        return [ModelInfo(MODEL, self.program, len(self._sessions))]
+
+    def model(self, name: str) -> ModelInfo:
+        if name != MODEL:
+            raise ModelNotFound(f"no model {name!r}", model=name)
+        return self.models()[0]
+
+    async def open_session(
+        self, model: str, *, session_id: str = "", batch_size: int = 1, must_be_new: bool = False, **_: Any
+    ) -> Opened:
+        self._raise()
+        self.model(model)
+        if session_id in self._sessions:
+            if must_be_new:
+                raise SessionExists(f"session_id {session_id!r} is taken", session_id=session_id)
+            return Opened(self._sessions[session_id].info, resumed=True)
+        name = session_id or next(self._ids)
+        info = SessionInfo(name, MODEL, "f00d", batch_size, 0, 0, 1.5, 2.25, resident=True)
+        self._sessions[name] = _Session(info, np.zeros((batch_size, FEATURES), np.float32))
+        return Opened(info)
+
+    async def close_session(self, session_id: str, **_: Any) -> bool:
+        self._find(session_id)
+        del self._sessions[session_id]
+        return False
+
+    def session_info(self, session_id: str) -> SessionInfo:
+        return self._find(session_id).info
+
+    def list_sessions(
+        self, *, model: str = "", prefix: str = "", after: str = "", limit: int = 1000
+    ) -> tuple[list[SessionInfo], int]:
+        ids = [name for name in sorted(self._sessions) if name.startswith(prefix)]
+        page = [name for name in ids if name > after][:limit]
+        return [self._sessions[name].info for name in page], len(ids)
+
+    def submit(self, frame: Frame) -> None:
+        self._raise()
+        if not frame.session_ids:
+            raise InvalidInput("session_ids must name a session; got none")
+        self.frames.append(frame)
+        self.submitted.set()
+        if not self.held:
+            self.release()
+
+    def release(self) -> None:
+        frames, self.frames = self.frames, []
+        for frame in frames:
+            frame.sink(self._run(frame))
+
+    def cancel(self, frame: Frame) -> None:
+        self.cancelled.append(frame)
+        self.was_cancelled.set()
+
+    async def apply(self, frame: Frame) -> Part:
+        answer: asyncio.Future[Part] = asyncio.get_running_loop().create_future()
+        frame.sink = answer.set_result
+        self.submit(frame)
+        try:
+            part = await answer
+        except asyncio.CancelledError:
+            self.cancel(frame)
+            raise
+        if part.failures:
+            raise part.failures[0].error
+        return part
+
+    async def get_state(self, session_id: str, **_: Any) -> StateRead:
+        session = self._find(session_id)
+        return StateRead({"sum": session.state}, session.info)
+
+    async def predict(self, model: str, inputs: Tensors, state: Tensors | None = None, **_: Any) -> Predicted:
+        (x,) = inputs.values()
+        return Predicted({"y": x}, {"sum": x[:, -1]})
+
+    def _raise(self) -> None:
+        if self.next_error is not None:
+            error, self.next_error = self.next_error, None
+            raise error
+
+    def _find(self, session_id: str) -> _Session:
+        if session_id not in self._sessions:
+            raise SessionNotFound(session_id, f"no session {session_id!r}")
+        return self._sessions[session_id]
+
+    def _run(self, frame: Frame) -> Part:
+        members: list[int] = []
+        outputs: list[Any] = []
+        failures: list[Failure] = []
+        rows = iter(np.concatenate([*frame.inputs.values()])) if frame.inputs else itertools.repeat(None)
+        for index, session_id in enumerate(frame.session_ids):
+            x = next(rows)
+            try:
+                outputs.append(self._step(session_id, x))
+                members.append(index)
+            except ServerError as error:
+                failures.append(Failure(np.array([index]), error))
+        return self._part(frame, members, outputs, failures)
+
+    def _part(
+        self, frame: Frame, members: list[int], outputs: list[Any], failures: Sequence[Failure]
+    ) -> Part:
+        infos = [self._sessions[frame.session_ids[index]].info for index in members]
+        whole = len(members) == len(frame.session_ids)
+        return Part(
+            members=None if whole else np.array(members, np.intp),
+            revisions=np.array([info.revision for info in infos], np.uint64),
+            positions=np.array([info.position for info in infos], np.uint64),
+            outputs={"y": np.array(outputs, np.float32)} if frame.inputs and outputs else {},
+            failures=failures,
+        )
+
+    def _step(self, session_id: str, x: Any) -> Any:
+        session = self._find(session_id)
+        session.state = np.zeros_like(session.state) if x is None else session.state + x
+        info = session.info
+        session.info = dataclasses.replace(info, revision=info.revision + 1, position=info.position + 1)
+        return session.state[0]
