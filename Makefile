@@ -1,0 +1,105 @@
+# One command for each thing one does here. On a machine with only python3 (3.11 to 3.13), make and git, each target sets
+# up what it needs by itself: .venv for running and checking, .tools/gen for generating code.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+MODEL := out/temperature.keras# what the demo leaves behind
+
+# The first Python of a version that pyproject.toml allows; `make PYTHON=...` names another.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c '$(SUPPORTED)' 2>/dev/null && { echo "$$p"; break; }; done)
+
+# TensorFlow tells on every start which instructions it could use; only its warnings matter here.
+export TF_CPP_MIN_LOG_LEVEL ?= 1
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { echo "No Python 3.11, 3.12 or 3.13 found. Name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv .venv || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; rm -rf .venv; exit 1; }
+	@echo "Installing into .venv (TensorFlow is large: the first time takes a minute or two)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,demo]' --group dev
+	@touch $@
+
+.PHONY: install
+install: $(INSTALLED) ## Make .venv with everything for running, testing and checking
+
+.PHONY: demo
+demo: $(INSTALLED) ## Train a small model on real data, serve it to three users, show what they got
+	$(BIN)/python examples/demo.py
+
+$(MODEL): | $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+.PHONY: serve
+serve: $(INSTALLED) $(MODEL) ## Serve the demo's model (trained first if need be) until Ctrl-C
+	$(BIN)/stepwell serve temperature=$(MODEL)
+
+.PHONY: test
+test: $(INSTALLED) ## Run all tests; ARGS="tests/unit -k slots" runs some
+	$(BIN)/pytest $(ARGS)
+
+.PHONY: check
+check: check-format check-lint check-types check-arrows check-proto check-repo ## Run every check that is not a test
+
+.PHONY: check-format
+check-format: $(INSTALLED) ## Is everything formatted?
+	$(BIN)/ruff format --check .
+
+.PHONY: check-lint
+check-lint: $(INSTALLED) ## Does ruff find anything?
+	$(BIN)/ruff check .
+
+.PHONY: check-types
+check-types: $(INSTALLED) ## Does mypy find anything?
+	$(BIN)/mypy
+
+.PHONY: check-arrows
+check-arrows: $(INSTALLED) ## Does any import go against the architecture?
+	$(BIN)/lint-imports --no-logo
+
+.PHONY: check-proto
+check-proto: $(INSTALLED) ## Is the protocol in order and its generated code fresh?
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	$(BIN)/python scripts/proto.py --check
+
+.PHONY: check-repo
+check-repo: $(INSTALLED) ## Do documents and code agree, and does every file keep the rules?
+	$(BIN)/python scripts/cli_reference.py --check
+	$(BIN)/python scripts/check_repo.py
+
+# What a change of the protocol is compared with: the last release, or main before the first one.
+AGAINST ?= $(shell git describe --tags --abbrev=0 --match 'v*' 2>/dev/null || echo main)
+.PHONY: breaking
+breaking: $(INSTALLED) ## Does the protocol break clients of the last release (or of AGAINST=...)?
+	$(BIN)/buf breaking --against '.git#ref=$(AGAINST)'
+
+.PHONY: proto
+proto: $(INSTALLED) ## Generate client/stepwell/v1 from proto/
+	$(BIN)/buf format --write
+	$(BIN)/python scripts/proto.py
+
+.PHONY: docs
+docs: $(INSTALLED) ## Write docs/cli.md from the commands' help
+	$(BIN)/python scripts/cli_reference.py
+
+.PHONY: format
+format: $(INSTALLED) ## Format everything and mend what ruff can mend safely
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+.PHONY: clean
+clean: ## Remove everything that the targets above have made
+	rm -rf .venv .tools out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find client server tests scripts examples -name __pycache__ -type d -prune -exec rm -rf {} +

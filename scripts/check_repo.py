@@ -1,0 +1,191 @@
+"""Check what no other tool checks: that documents and code agree, and that every file keeps the project's rules.
+
+Each rule is a function that yields one line per finding. The script prints them all and exits 1 if there is any.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_MODULE_LINES = 600
+GENERATED = "client/stepwell/v1/"
+LOCK_FILES = {"uv.lock", "poetry.lock", "pdm.lock", "package-lock.json", "yarn.lock", "pnpm-lock.yaml"}
+REGISTRY_HOSTS = re.compile(
+    r"pypi\.org|pythonhosted\.org|registry\.npmjs\.org|[-]-(?:extra-)?index-url|\"resolved\": \"http|/simple/?['\"\s]"
+)
+PATH_IN_DOCUMENT = re.compile(r"`([\w.-]+(?:/[\w.-]+)+/?|[\w-]+/)`|\]\((?!https?:|#|mailto:)([^)#\s]+)")
+FOLDERS_OF_PACKAGES = ("", "client/stepwell", "server/stepwell_server", "tests")
+MADE_AT_RUN_TIME = {".venv", ".tools", "out", "dist", "build"}
+VARIABLE = re.compile(r"\bSTEPWELL_[A-Z0-9_]+\b")
+
+
+@cache
+def tracked_files() -> list[str]:
+    """Return the tracked files, relative to the root; in an unpacked sdist, all files."""
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        names = [name for name in done.stdout.split("\0") if name]
+    else:
+        names = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
+        names = [name for name in names if name.split("/")[0] not in MADE_AT_RUN_TIME]
+    return sorted(name for name in names if (ROOT / name).is_file())
+
+
+@cache
+def text_of(name: str) -> str:
+    """Return the text of a file, empty for a binary one."""
+    content = (ROOT / name).read_bytes()
+    return "" if b"\0" in content else content.decode("utf-8", errors="replace")
+
+
+def documents() -> list[str]:
+    """Return the Markdown files."""
+    return [name for name in tracked_files() if name.endswith(".md")]
+
+
+def modules() -> list[str]:
+    """Return the Python files that people write."""
+    return [name for name in tracked_files() if name.endswith(".py") and not name.startswith(GENERATED)]
+
+
+def lines_matching(name: str, pattern: re.Pattern[str]) -> Iterator[tuple[int, str]]:
+    """Yield number and text of each line of a file that matches."""
+    for number, line in enumerate(text_of(name).splitlines(), 1):
+        if pattern.search(line):
+            yield number, line.strip()
+
+
+def module_length() -> Iterator[str]:
+    """A module past 600 lines has taken on a second job."""
+    for name in modules():
+        lines = len(text_of(name).splitlines())
+        if lines > MAX_MODULE_LINES:
+            yield f"{name}: {lines} lines, {MAX_MODULE_LINES} at most"
+
+
+def no_lock_files() -> Iterator[str]:
+    """Lock files name a package registry's host; constraints.txt holds the versions."""
+    for name in tracked_files():
+        if Path(name).name in LOCK_FILES:
+            yield f"{name}: lock files are not committed, constraints.txt holds the versions"
+
+
+def no_registry_hosts() -> Iterator[str]:
+    """Which registry or mirror is used is the affair of each machine."""
+    for name in tracked_files():
+        for number, line in lines_matching(name, REGISTRY_HOSTS):
+            yield f"{name}:{number}: names a package registry: {line[:80]}"
+
+
+def no_machine_paths() -> Iterator[str]:
+    """A path of the machine it was written on is of no use elsewhere."""
+    folders = {ROOT.parent, Path.home()}
+    # A checkout right under a common folder (/tmp, /home) says nothing about the paths below that.
+    shared = {Path("/"), Path("/tmp"), Path("/home"), Path("/usr"), Path("/opt"), Path("/var"), Path("/srv")}  # noqa: S108
+    wanted = [re.escape(f"{folder}/") for folder in sorted(folders - shared)]
+    if not wanted:
+        return
+    pattern = re.compile("|".join(wanted))
+    for name in tracked_files():
+        for number, line in lines_matching(name, pattern):
+            yield f"{name}:{number}: holds a path of this machine: {line[:80]}"
+
+
+def constraints_are_exact() -> Iterator[str]:
+    """Every line of the constraints is name==version."""
+    for name in ("constraints.txt", "constraints-gen.txt"):
+        for number, line in enumerate(text_of(name).splitlines(), 1):
+            if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line):
+                yield f"{name}:{number}: not name==version: {line}"
+
+
+def documents_name_real_paths() -> Iterator[str]:
+    """A path in backticks or in a link of a document exists, seen from the root, a package or the document."""
+    for name in documents():
+        places = [ROOT / name, *(ROOT / folder / "x" for folder in FOLDERS_OF_PACKAGES)]
+        for match in PATH_IN_DOCUMENT.finditer(text_of(name)):
+            path = match[1] or match[2]
+            if match[1] and not is_path(path):
+                continue
+            if path.split("/")[0] not in MADE_AT_RUN_TIME and not any(
+                (at.parent / path).exists() for at in places
+            ):
+                yield f"{name}: names {path}, which is not there"
+
+
+def is_path(text: str) -> bool:
+    """Tell a path of this repository from other words with a slash."""
+    first = text.split("/", maxsplit=1)[0]
+    return (
+        text.endswith("/")
+        or Path(text).suffix in {".py", ".proto", ".md", ".toml", ".txt", ".yaml"}
+        or (ROOT / first).is_dir()
+    )
+
+
+def documents_name_real_targets() -> Iterator[str]:
+    """Every `make target` of a document is in the Makefile."""
+    targets = set(re.findall(r"^([a-z][a-z-]*):", text_of("Makefile"), re.MULTILINE))
+    for name in documents():
+        for target in re.findall(r"(?:`|^\$? *)make ([a-z][a-z-]*)", text_of(name), re.MULTILINE):
+            if target not in targets:
+                yield f"{name}: names `make {target}`, which the Makefile does not have"
+
+
+def changelog_has_the_version() -> Iterator[str]:
+    """The changelog's newest version is the distribution's."""
+    version = tomllib.loads(text_of("pyproject.toml"))["project"]["version"]
+    newest = re.search(r"^## \[(\d[^\]]*)\]", text_of("CHANGELOG.md"), re.MULTILINE)
+    if newest is None or newest[1] != version:
+        came = newest[1] if newest else "none"
+        yield f"CHANGELOG.md: newest version must be {version}, as in pyproject.toml; is {came}"
+
+
+def environment_variables_are_documented() -> Iterator[str]:
+    """Every variable that the server reads is in a document, and no document names another."""
+    from stepwell_server.settings import Settings, variable_of
+
+    read = {variable_of(field.name) for field in dataclasses.fields(Settings)}
+    for name in modules():
+        if name.startswith(("client/", "server/")):
+            read.update(VARIABLE.findall(text_of(name)))
+    documented = {variable: name for name in documents() for variable in VARIABLE.findall(text_of(name))}
+    for variable in sorted(read - documented.keys()):
+        yield f"{variable}: is read, and no document names it"
+    for variable in sorted(documented.keys() - read):
+        yield f"{documented[variable]}: names {variable}, which nothing reads"
+
+
+RULES = (
+    module_length,
+    no_lock_files,
+    no_registry_hosts,
+    no_machine_paths,
+    constraints_are_exact,
+    documents_name_real_paths,
+    documents_name_real_targets,
+    changelog_has_the_version,
+    environment_variables_are_documented,
+)
+
+
+def main() -> int:
+    """Run every rule."""
+    findings = [f"{line}  [{rule.__name__}]" for rule in RULES for line in rule()]
+    for line in findings:
+        print(line)
+    print(f"{len(RULES)} rules, {len(tracked_files())} files, {len(findings)} findings")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
