@@ -1,0 +1,66 @@
+"""One thing at a time for each session, in the order received.
+
+A session is claimed by whatever is under way for it: a change, a read, its closing. What comes
+meanwhile waits in line. The claim itself is a column of the session table, so that a thousand sessions
+are claimed in one array operation; only sessions with something waiting have a queue.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from stepwell_server.core.sessions import Handles, SessionTable
+
+T = TypeVar("T")
+
+
+class Claims(Generic[T]):
+    """Claims on sessions, and what waits for them. `T` is whatever waits."""
+
+    def __init__(self, table: SessionTable) -> None:
+        self._table = table
+        self._waiting: dict[int, deque[T]] = {}
+
+    def claim(self, handles: Handles) -> None:
+        """Claim sessions that are free, each named once."""
+        self._table.claimed[handles] = True
+
+    def wait(self, handle: int, item: T) -> None:
+        """Put `item` at the end of the session's line."""
+        self._waiting.setdefault(handle, deque()).append(item)
+
+    def waiting(self, handle: int) -> int:
+        """How many items wait for the session."""
+        line = self._waiting.get(handle)
+        return 0 if line is None else len(line)
+
+    def release(self, handles: Handles) -> list[tuple[int, T]]:
+        """End the claims; return the session and the item whose turn it is now, for each with a line.
+
+        Those items hold no claim yet: the caller claims for them, before anything else can.
+        """
+        self._table.claimed[handles] = False
+        if not self._waiting:
+            return []
+        return [(handle, self._next(handle)) for handle in self._with_line(handles)]
+
+    def drop_line(self, handle: int) -> Iterable[T]:
+        """Empty the line of a session that goes away."""
+        return self._waiting.pop(handle, ())
+
+    def _with_line(self, handles: Handles) -> list[int]:
+        if len(handles) <= len(self._waiting):
+            return [handle for handle in handles.tolist() if handle in self._waiting]
+        lines = np.fromiter(self._waiting, np.intp, len(self._waiting))
+        return lines[np.isin(lines, handles)].tolist()
+
+    def _next(self, handle: int) -> T:
+        line = self._waiting[handle]
+        item = line.popleft()
+        if not line:
+            del self._waiting[handle]
+        return item

@@ -1,0 +1,45 @@
+"""The rule that applies a change once, however often it is sent.
+
+With a session at revision r: expected r applies the change; expected r - 1 with the request id of the
+last change replays its answer; anything else is a conflict. Without an expected revision the change is
+applied, unless its request id is that of the last change: then it is that change, sent again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+Mask = npt.NDArray[np.bool_]
+U64 = npt.NDArray[np.uint64]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    """What to do with each change; exactly one of the three is true for each."""
+
+    apply: Mask
+    replay: Mask
+    conflict: Mask
+
+
+def judge(revision: U64, last_request: U64, expected: U64 | None, request: U64 | None) -> Verdict:
+    """Judge one change for each of n sessions.
+
+    Args:
+        revision: `(n,)`, the sessions' revisions.
+        last_request: `(n,)`, request ids of the sessions' last changes, 0 for none.
+        expected: `(n,)`, or None if the changes expect nothing.
+        request: `(n,)`, 0 for none, or None if no change has one.
+    """
+    same = np.zeros(len(revision), np.bool_)
+    if request is not None:
+        same = (request != 0) & (request == last_request)
+    if expected is None:
+        return Verdict(~same, same, np.zeros_like(same))
+    apply = expected == revision
+    # revision >= 1 wherever a request id is remembered, so the subtraction cannot wrap for `same`
+    replay = ~apply & same & (expected == revision - np.uint64(1))
+    return Verdict(apply, replay, ~(apply | replay))

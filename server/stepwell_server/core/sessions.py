@@ -1,0 +1,186 @@
+"""The sessions, as columns: one array per fact, one index (handle) per session.
+
+Columns make work on a thousand sessions one array operation instead of a thousand Python steps, and a
+session cost some 100 bytes beside its id. A handle is valid from `add` to `remove` and is then reused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.core.slots import Rows
+
+Handles = npt.NDArray[np.intp]
+
+_COLUMNS: dict[str, type[np.generic]] = {
+    "model": np.int32,
+    "batch_size": np.int32,
+    "revision": np.uint64,
+    "position": np.uint64,
+    "request_id": np.uint64,
+    "row": np.intp,
+    "used": np.float64,
+    "created": np.float64,
+    "claimed": np.bool_,
+    "reply": np.uint8,
+}
+
+
+class SessionTable:
+    """All live sessions of a server."""
+
+    model: npt.NDArray[np.int32]
+    """Index of the session's model; -1 where the handle is free."""
+    batch_size: npt.NDArray[np.int32]
+    revision: npt.NDArray[np.uint64]
+    position: npt.NDArray[np.uint64]
+    request_id: npt.NDArray[np.uint64]
+    """Request id of the last change, 0 for none."""
+    row: npt.NDArray[np.intp]
+    """First row in the model's arena; -1: paged out, the state is only in the store."""
+    used: npt.NDArray[np.float64]
+    """Seconds on the monotonic clock."""
+    created: npt.NDArray[np.float64]
+    """Seconds since the epoch."""
+    claimed: npt.NDArray[np.bool_]
+    """Something is under way for the session; what comes next waits."""
+    reply: npt.NDArray[np.uint8]
+    """How the reply to the last change is kept; the engine knows the codes. 0: it has no outputs."""
+
+    def __init__(self, capacity: int = 1024) -> None:
+        self._handles: dict[str, int] = {}
+        self._ids: list[str] = []
+        self._more_rows: dict[int, Rows] = {}
+        self._free: list[int] = []
+        self._opened_with: dict[int, int] = {}
+        for name, dtype in _COLUMNS.items():
+            setattr(self, name, np.zeros(capacity, dtype))
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def __contains__(self, session_id: str) -> bool:
+        return session_id in self._handles
+
+    def items(self) -> ItemsView[str, int]:
+        """Ids and handles of all live sessions."""
+        return self._handles.items()
+
+    def find(self, session_id: str) -> int | None:
+        """The session's handle, or None."""
+        return self._handles.get(session_id)
+
+    def find_all(self, session_ids: Sequence[str]) -> Handles:
+        """Handles of many sessions, -1 for those that are not there."""
+        find = self._handles.get
+        return np.fromiter((find(i, -1) for i in session_ids), np.intp, len(session_ids))
+
+    def session_id(self, handle: int) -> str:
+        """The id of a session."""
+        return self._ids[handle]
+
+    def opened_with(self, handle: int) -> int:
+        """Request id of the call that made the session, 0 for none."""
+        return self._opened_with.get(handle, 0)
+
+    def add(
+        self,
+        session_id: str,
+        *,
+        model: int,
+        rows: Rows,
+        used: float,
+        created: float,
+        request_id: int = 0,
+        revision: int = 0,
+        position: int = 0,
+    ) -> int:
+        """Add a session that has the arena's `rows`, and return its handle."""
+        handle = self._new_handle(session_id)
+        self.model[handle] = model
+        self.batch_size[handle] = len(rows)
+        self.revision[handle] = revision
+        self.position[handle] = position
+        self.request_id[handle] = 0
+        self.used[handle] = used
+        self.created[handle] = created
+        self.claimed[handle] = False
+        self.reply[handle] = 0
+        self.set_rows(handle, rows)
+        if request_id:
+            self._opened_with[handle] = request_id
+        return handle
+
+    def remove(self, handle: int) -> None:
+        """Forget a session. The caller frees its rows."""
+        del self._handles[self._ids[handle]]
+        self._ids[handle] = ""
+        self._more_rows.pop(handle, None)
+        self._opened_with.pop(handle, None)
+        self.model[handle] = -1
+        self._free.append(handle)
+
+    def rows(self, handle: int) -> Rows:
+        """The session's rows in its model's arena."""
+        more = self._more_rows.get(handle)
+        return self.row[handle : handle + 1].copy() if more is None else more
+
+    def rows_of(self, handles: Handles) -> Rows:
+        """The rows of many sessions, one after the other."""
+        if not self._more_rows or np.all(self.batch_size[handles] == 1):
+            return self.row[handles]
+        return np.concatenate([self.rows(int(handle)) for handle in handles])
+
+    def page_out(self, handles: Handles) -> None:
+        """Say that sessions have no rows in the arena any more."""
+        self.row[handles] = -1
+        if self._more_rows:
+            for handle in handles.tolist():
+                self._more_rows.pop(handle, None)
+
+    def set_rows(self, handle: int, rows: Rows) -> None:
+        """Say which rows hold the session's state from now on."""
+        self.row[handle] = rows[0]
+        if len(rows) > 1:
+            self._more_rows[handle] = rows
+
+    def set_rows_of(self, handles: Handles, rows: Rows) -> None:
+        """`set_rows` for many sessions, their rows one after the other."""
+        sizes = self.batch_size[handles]
+        ends = np.cumsum(sizes)
+        self.row[handles] = rows[ends - sizes]
+        for index in np.flatnonzero(sizes > 1):
+            self._more_rows[int(handles[index])] = rows[ends[index] - sizes[index] : ends[index]].copy()
+
+    @property
+    def end(self) -> int:
+        """One past the highest handle ever used."""
+        return len(self._ids)
+
+    def count(self, model: int) -> int:
+        """Live sessions of a model."""
+        return int(np.count_nonzero(self.model[: self.end] == model))
+
+    def _new_handle(self, session_id: str) -> int:
+        if session_id in self._handles:
+            raise KeyError(f"session {session_id!r} is there already")
+        if self._free:
+            handle = self._free.pop()
+            self._ids[handle] = session_id
+        else:
+            handle = len(self._ids)
+            self._ids.append(session_id)
+            if handle == len(self.model):
+                self._grow()
+        self._handles[session_id] = handle
+        return handle
+
+    def _grow(self) -> None:
+        for name in _COLUMNS:
+            old = getattr(self, name)
+            new = np.zeros(2 * len(old), old.dtype)
+            new[: len(old)] = old
+            setattr(self, name, new)

@@ -1,0 +1,301 @@
+"""How frames become jobs: order per session, the exactly-once rule, bounded queues."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from stepwell_server.clock import Clock
+from stepwell_server.core.claims import Claims
+from stepwell_server.core.exactly_once import Verdict, judge
+from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.calls import Members, Observer
+from stepwell_server.engine.framecall import FrameCall
+from stepwell_server.engine.job import Job
+from stepwell_server.engine.paging import Pager
+from stepwell_server.engine.served import ServedModel
+from stepwell_server.errors import Overloaded, RevisionConflict, ServerError
+
+#: Changes that may wait in one session's line.
+MAX_LINE = 256
+#: Rows that may wait for passes, in passes of full size.
+MAX_WAITING_PASSES = 64
+#: Bytes of inputs that may wait, over all models.
+MAX_WAITING_BYTES = 512 << 20
+
+
+class Hold:
+    """A turn in a session's line for something that is no change: a read, a fork, the closing."""
+
+    __slots__ = ("deadline", "granted")
+
+    def __init__(self, granted: asyncio.Future[None], deadline: float) -> None:
+        self.granted = granted
+        self.deadline = deadline
+
+
+Waiter: TypeAlias = "tuple[FrameCall, int] | Hold"
+
+
+class Admission:
+    """Takes frames in, claims their sessions and hands jobs to the models' loops."""
+
+    def __init__(
+        self,
+        table: SessionTable,
+        models: Sequence[ServedModel],
+        *,
+        clock: Clock,
+        observer: Observer,
+        pager: Pager,
+    ) -> None:
+        self._pager = pager
+        self._table = table
+        self._models = models
+        self._clock = clock
+        self._observer = observer
+        self._claims: Claims[Waiter] = Claims(table)
+        self._waiters: Counter[int] = Counter()
+        self.bytes_waiting = 0
+
+    def waiting(self, model: int) -> int:
+        """Rows and changes of a model that wait for a pass or for their session."""
+        return self._models[model].loop.rows_waiting + self._waiters[model]
+
+    def require_room(self, call: FrameCall) -> None:
+        """Refuse a frame if too much waits already.
+
+        Raises:
+            Overloaded: with the time after which there should be room.
+        """
+        loop = self._models[call.model].loop
+        limit = MAX_WAITING_PASSES * loop.max_batch_rows
+        waiting = self.waiting(call.model)
+        if waiting and waiting + call.row_count > limit:
+            raise Overloaded(
+                f"rows waiting for model {self._models[call.model].name!r} must stay within {limit};"
+                f" {waiting} wait and {call.row_count} came",
+                retry_after_s=max(0.01, loop.expected_wait_s() / 2),
+            )
+        if self.bytes_waiting and self.bytes_waiting + call.byte_count > MAX_WAITING_BYTES:
+            raise Overloaded(
+                f"input bytes waiting must stay within {MAX_WAITING_BYTES};"
+                f" {self.bytes_waiting} wait and {call.byte_count} came",
+                retry_after_s=max(0.01, loop.expected_wait_s() / 2),
+            )
+
+    def admit(self, call: FrameCall, members: Members) -> None:
+        """Start members of a frame, or put them in their sessions' lines."""
+        self.bytes_waiting += call.byte_count
+        call.on_end = lambda: self._let_go(call)
+        handles = call.handles[members]
+        claimed = self._table.claimed[handles]
+        if claimed.any():
+            self._line_up(call, members[claimed])
+            members = members[~claimed]
+            handles = handles[~claimed]
+        if len(members):
+            self._start(call, members, handles)
+
+    def _let_go(self, call: FrameCall) -> None:
+        self.bytes_waiting -= call.byte_count
+
+    async def hold(self, handle: int, deadline: float) -> None:
+        """Claim one session for something that is no change, when its turn comes.
+
+        Raises:
+            DeadlineExceeded, SessionNotFound: it did not come.
+        """
+        if not self._table.claimed[handle]:
+            self._claim_one(handle)
+            return
+        if self._claims.waiting(handle) >= MAX_LINE:
+            raise self._line_full(handle)
+        hold = Hold(asyncio.get_running_loop().create_future(), deadline)
+        self._waiters[int(self._table.model[handle])] += 1
+        self._claims.wait(handle, hold)
+        try:
+            await hold.granted
+        except asyncio.CancelledError:
+            if hold.granted.done() and not hold.granted.cancelled():
+                self.release(np.array([handle]))  # the turn came in the same moment
+            raise
+
+    def _claim_one(self, handle: int) -> None:
+        handles = np.array([handle])
+        self._claims.claim(handles)
+        try:
+            self._pager.page_in(self._models[self._table.model[handle]], handles)
+        except ServerError:
+            self.release(handles)
+            raise
+
+    def release(self, handles: Handles) -> None:
+        """End claims and start what waited for them."""
+        due = self._claims.release(handles)
+        while due:
+            again: list[int] = []
+            calls: dict[FrameCall, list[int]] = {}
+            for handle, waiter in due:
+                self._waiters[int(self._table.model[handle])] -= 1
+                if isinstance(waiter, Hold):
+                    again += [] if self._grant(waiter, handle) else [handle]
+                elif self._skip(*waiter):
+                    again.append(handle)
+                else:
+                    calls.setdefault(waiter[0], []).append(waiter[1])
+            for call, members in calls.items():
+                chosen = np.sort(np.array(members, np.intp))
+                again += self._start_claimed(call, chosen).tolist()
+            due = self._claims.release(np.array(again, np.intp)) if again else []
+
+    def close_line(self, handle: int, error: ServerError) -> None:
+        """Refuse what waits for a session that goes away."""
+        for waiter in self._claims.drop_line(handle):
+            self._waiters[int(self._table.model[handle])] -= 1
+            if isinstance(waiter, Hold):
+                if not waiter.granted.done():
+                    waiter.granted.set_exception(error)
+            else:
+                waiter[0].fail(np.array([waiter[1]]), error)
+
+    def _grant(self, hold: Hold, handle: int) -> bool:
+        if hold.granted.done():
+            return False
+        try:
+            self._claim_one(handle)
+        except ServerError as error:
+            hold.granted.set_exception(error)
+            return True  # released already, with whatever came next
+        hold.granted.set_result(None)
+        return True
+
+    def _skip(self, call: FrameCall, member: int) -> bool:
+        error = call.dropped(self._clock.monotonic())
+        if error is not None:
+            call.fail(np.array([member]), error)
+        return error is not None
+
+    def _line_up(self, call: FrameCall, members: Members) -> None:
+        for member in members.tolist():
+            handle = int(call.handles[member])
+            if self._claims.waiting(handle) >= MAX_LINE:
+                call.fail(np.array([member]), self._line_full(handle))
+            else:
+                self._waiters[call.model] += 1
+                self._claims.wait(handle, (call, member))
+
+    def _line_full(self, handle: int) -> Overloaded:
+        model = self._models[self._table.model[handle]]
+        return Overloaded(
+            f"changes waiting for session {self._table.session_id(handle)!r} must stay within {MAX_LINE}",
+            retry_after_s=max(0.01, model.loop.expected_wait_s()),
+        )
+
+    def _start(self, call: FrameCall, members: Members, handles: Handles) -> None:
+        freed = self._start_claimed(call, members)
+        if len(freed):
+            self.release(freed)
+
+    def _start_claimed(self, call: FrameCall, members: Members) -> Handles:
+        """Claim, judge and start members whose turn it is; return sessions that are done with already."""
+        handles = call.handles[members]
+        self._claims.claim(handles)
+        try:
+            self._pager.page_in(self._models[call.model], handles)
+        except ServerError as error:
+            call.fail(members, error)
+            return handles
+        expected = call.frame.expected
+        verdict = judge(
+            self._table.revision[handles],
+            self._table.request_id[handles],
+            None if expected is None else expected[members],
+            call.request_ids(members),
+        )
+        if verdict.apply.all():
+            return self._apply(call, members, handles)
+        self._answer_unapplied(call, members, handles, verdict)
+        rest = verdict.apply
+        done = self._apply(call, members[rest], handles[rest]) if rest.any() else handles[:0]
+        return np.concatenate([handles[~rest], done])
+
+    def _answer_unapplied(
+        self, call: FrameCall, members: Members, handles: Handles, verdict: Verdict
+    ) -> None:
+        table = self._table
+        for member, handle in zip(members[verdict.replay], handles[verdict.replay].tolist(), strict=True):
+            outputs = self._models[call.model].replies.recall(handle)
+            one = slice(handle, handle + 1)
+            call.succeed(np.array([member]), table.revision[one], table.position[one], outputs, replayed=True)
+        for member, handle in zip(members[verdict.conflict], handles[verdict.conflict].tolist(), strict=True):
+            expected = 0 if call.frame.expected is None else int(call.frame.expected[member])
+            call.fail(
+                np.array([member]),
+                RevisionConflict(table.session_id(handle), expected, int(table.revision[handle])),
+            )
+
+    def _apply(self, call: FrameCall, members: Members, handles: Handles) -> Handles:
+        if call.frame.reset:
+            self._reset(call, members, handles)
+            return handles
+        for part in self._split(call.sizes[members], call.model):
+            self._add_job(call, members[part], handles[part])
+        return handles[:0]
+
+    def _split(self, sizes: Members, model: int) -> list[slice]:
+        limit = self._models[model].loop.max_batch_rows
+        if int(sizes.sum()) <= limit:
+            return [slice(0, len(sizes))]
+        parts, start, rows = [], 0, 0
+        for index, size in enumerate(sizes.tolist()):
+            if rows and rows + size > limit:
+                parts.append(slice(start, index))
+                start, rows = index, 0
+            rows += size
+        return [*parts, slice(start, len(sizes))]
+
+    def _add_job(self, call: FrameCall, members: Members, handles: Handles) -> None:
+        checked = call.checked
+        assert checked is not None, "a step has inputs"
+        whole = len(members) == call.size
+        rows = None if whole else call.rows(members)
+        job = Job(
+            call,
+            members=members,
+            handles=handles,
+            rows=self._table.rows_of(handles),
+            sizes=call.sizes[members],
+            inputs=[array if rows is None else array[rows] for array in checked.arrays],
+            steps=checked.steps,
+            with_time=checked.with_time,
+            select=call.frame.select,
+            source=call.frame.source if call.frame.source is not None else call,
+            queued_at=self._clock.monotonic(),
+        )
+        self._models[call.model].loop.add(job)
+
+    def _reset(self, call: FrameCall, members: Members, handles: Handles) -> None:
+        table, model = self._table, self._models[call.model]
+        rows = table.rows_of(handles)
+        if call.frame.rows is not None:
+            rows = rows[np.array(call.frame.rows, np.intp)]
+        if call.state is None:
+            model.arena.reset(rows)
+        elif call.frame.rows is not None or len(members) == call.size:
+            model.arena.write(rows, call.state)
+        else:
+            picked = call.rows(members)
+            model.arena.write(rows, [array[picked] for array in call.state])
+        table.revision[handles] += np.uint64(1)
+        if call.frame.rows is None:
+            table.position[handles] = 0
+        table.request_id[handles] = call.request_ids(members)
+        table.used[handles] = self._clock.monotonic()
+        model.replies.remember_empty(handles)
+        self._observer.applied(model.name, "reset", len(handles), len(rows))
+        call.succeed(members, table.revision[handles], table.position[handles], {})

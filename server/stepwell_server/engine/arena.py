@@ -1,0 +1,79 @@
+"""The preallocated rows: the state of every resident session, and its last output beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.core.slots import Rows
+from stepwell_server.engine.calls import Array
+from stepwell_server.program import Program
+
+
+class Arena:
+    """Rows of one model's state and of its last outputs.
+
+    The memory is reserved at once and touched when a row is first used: pages that were never written
+    cost nothing. Rows of different sessions may be read and written from different threads; who may
+    touch a session's rows is settled by its claim.
+    """
+
+    def __init__(self, program: Program, capacity: int) -> None:
+        self._initial = program.initial
+        self.states = tuple(np.zeros((capacity, *spec.shape), spec.dtype) for spec in program.state)
+        self.outputs = tuple(np.zeros((capacity, *spec.shape), spec.dtype) for spec in program.outputs)
+        """The output of the last time step of each row: part of the reply that is remembered."""
+
+    def read(self, rows: Rows) -> tuple[Array, ...]:
+        """Copies of the states of `rows`, `(len(rows), ...)` each."""
+        return tuple(state[rows] for state in self.states)
+
+    def gather(self, rows: Rows, into: Sequence[Array]) -> None:
+        """Copy the states of `rows` into buffers of the same length."""
+        for state, buffer in zip(self.states, into, strict=True):
+            # mode="clip" lets numpy write straight into `out`; the rows are always in range
+            np.take(state, rows, axis=0, out=buffer, mode="clip")
+
+    def write(self, rows: Rows, states: Sequence[Array]) -> None:
+        """Set the states of `rows`."""
+        for state, values in zip(self.states, states, strict=True):
+            state[rows] = values
+
+    def keep_outputs(self, rows: Rows, outputs: Sequence[Array]) -> None:
+        """Keep the outputs of the last time step of `rows`."""
+        for kept, values in zip(self.outputs, outputs, strict=True):
+            kept[rows] = values
+
+    def copy(self, source: Rows, target: Rows) -> None:
+        """Copy states and outputs from rows to other rows."""
+        for array in self._arrays:
+            array[target] = array[source]
+
+    def pack(self, rows: Rows) -> npt.NDArray[np.uint8]:
+        """States and outputs of `rows` as bytes, `(len(rows), bytes per row)`."""
+        return np.concatenate([_as_bytes(array[rows]) for array in self._arrays], axis=1)
+
+    def unpack(self, rows: Rows, packed: npt.NDArray[np.uint8]) -> None:
+        """Set states and outputs of `rows` to what `pack` returned."""
+        start = 0
+        for array in self._arrays:
+            size = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+            part = np.ascontiguousarray(packed[:, start : start + size])
+            array[rows] = part.view(array.dtype).reshape(len(rows), *array.shape[1:])
+            start += size
+
+    @property
+    def _arrays(self) -> tuple[Array, ...]:
+        return (*self.states, *self.outputs)
+
+    def reset(self, rows: Rows) -> None:
+        """Set `rows` to the model's initial state."""
+        for state, value in zip(self.states, self._initial, strict=True):
+            state[rows] = value
+
+
+def _as_bytes(array: Array) -> npt.NDArray[np.uint8]:
+    flat = np.ascontiguousarray(array).reshape(len(array), -1)
+    return flat.view(np.uint8)

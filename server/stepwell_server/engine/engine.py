@@ -1,0 +1,358 @@
+"""The engine's face: sessions are opened, stepped, read and closed here, whatever the transport."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from stepwell_server.clock import Clock
+from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.slots import Slots
+from stepwell_server.engine.admission import Admission
+from stepwell_server.engine.arena import Arena
+from stepwell_server.engine.calls import (
+    Frame,
+    ModelInfo,
+    Observer,
+    Opened,
+    Part,
+    Predicted,
+    SessionInfo,
+    StateRead,
+    Tensors,
+)
+from stepwell_server.engine.checks import check_inputs, check_state, require_finite
+from stepwell_server.engine.completion import ModelCompletion
+from stepwell_server.engine.executors import load_executor
+from stepwell_server.engine.executors.base import Executor
+from stepwell_server.engine.frames import Frames
+from stepwell_server.engine.lifecycle import Lifecycle, OpenedMany
+from stepwell_server.engine.loop import PassLoop
+from stepwell_server.engine.paging import Pager
+from stepwell_server.engine.passes import Lane
+from stepwell_server.engine.predict import PredictCall
+from stepwell_server.engine.replies import Replies
+from stepwell_server.engine.runner import Runner
+from stepwell_server.engine.served import ServedModel
+from stepwell_server.engine.warmup import warm_up
+from stepwell_server.errors import InvalidInput, Unavailable
+from stepwell_server.program import Program
+from stepwell_server.store.base import Store
+
+__all__ = ["Engine", "ModelStats", "OpenedMany"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelStats:
+    """What a model has and does now."""
+
+    name: str
+    sessions: int
+    resident_rows: int
+    queued: int
+    """Rows and changes that wait for a pass or for their session."""
+    queued_bytes: int
+    """Bytes of inputs that wait, over all models."""
+
+
+class Engine:
+    """Serves the sessions of some models. Lives on one event loop; not thread-safe."""
+
+    def __init__(
+        self,
+        programs: Mapping[str, Program],
+        *,
+        store: Store,
+        clock: Clock,
+        observer: Observer,
+        max_batch_rows: int,
+        resident_rows: int,
+        max_session_idle_s: float,
+        compute_threads: int,
+        executor: Callable[[Program], Executor] = load_executor,
+    ) -> None:
+        self._clock = clock
+        self._observer = observer
+        self._pool = ThreadPoolExecutor(compute_threads, thread_name_prefix="stepwell-compute")
+        self._compute_threads = compute_threads
+        self._executor = executor
+        self._max_idle_s = max_session_idle_s
+        self._table = SessionTable()
+        self._models: list[ServedModel] = []
+        pager = Pager(self._table, store)
+        self._admission = Admission(self._table, self._models, clock=clock, observer=observer, pager=pager)
+        for name in sorted(programs):
+            self._models.append(self._serve(name, programs[name], max_batch_rows, resident_rows))
+        self._lifecycle = Lifecycle(
+            self._table,
+            self._models,
+            self._admission,
+            pager,
+            store,
+            clock=clock,
+            observer=observer,
+            max_idle_s=max_session_idle_s,
+        )
+        self._frames = Frames(self._table, self._lifecycle)
+        self._accepting = True
+        self._expiry: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Run each program once at several sizes, so that the first callers do not pay for it."""
+        for model in self._models:
+            await asyncio.to_thread(warm_up, model.loop.runner, model.program, model.loop.max_batch_rows)
+        if self._max_idle_s:
+            self._expiry = asyncio.create_task(self._expire_idle())
+
+    def models(self) -> list[ModelInfo]:
+        """The models, in the order of their names."""
+        return [self._info(model) for model in self._models]
+
+    def model(self, name: str) -> ModelInfo:
+        """One model.
+
+        Raises:
+            ModelNotFound: there is none of that name.
+        """
+        return self._info(self._lifecycle.model(name))
+
+    async def open_session(
+        self,
+        model: str,
+        *,
+        session_id: str = "",
+        batch_size: int = 1,
+        state: Tensors | None = None,
+        must_be_new: bool = False,
+        request_id: int = 0,
+        fingerprint: str = "",
+    ) -> Opened:
+        """Open a session, or resume the live one of that id.
+
+        Raises:
+            ModelNotFound, ModelMismatch, InvalidInput, SessionExists, Overloaded, Unavailable
+        """
+        self._require_accepting()
+        return self._lifecycle.open(
+            model,
+            session_id=session_id,
+            batch_size=batch_size,
+            state=state,
+            must_be_new=must_be_new,
+            request_id=request_id,
+            fingerprint=fingerprint,
+        )
+
+    async def open_sessions(
+        self,
+        model: str,
+        *,
+        count: int = 0,
+        session_ids: Sequence[str] = (),
+        batch_size: int = 1,
+        request_id: int = 0,
+    ) -> OpenedMany:
+        """Open many sessions: all of them or none. Errors as of `open_session`."""
+        self._require_accepting()
+        return self._lifecycle.open_many(
+            model, count=count, session_ids=session_ids, batch_size=batch_size, request_id=request_id
+        )
+
+    async def close_session(
+        self, session_id: str, *, request_id: int = 0, deadline: float = float("inf")
+    ) -> bool:
+        """Delete a session after what was received before; True if this request did so before.
+
+        Raises:
+            SessionGone, DeadlineExceeded
+        """
+        return await self._lifecycle.close(session_id, request_id=request_id, deadline=deadline)
+
+    async def close_sessions(self, session_ids: Sequence[str]) -> int:
+        """Delete those of many sessions that are there; return how many they were."""
+        return await self._lifecycle.close_many(session_ids)
+
+    def session_info(self, session_id: str) -> SessionInfo:
+        """Describe a session as of its last completed change.
+
+        Raises:
+            SessionGone: there is none.
+        """
+        return self._lifecycle.info(self._lifecycle.find(session_id))
+
+    def list_sessions(
+        self, *, model: str = "", prefix: str = "", after: str = "", limit: int = 1000
+    ) -> tuple[list[SessionInfo], int]:
+        """Up to `limit` sessions in the order of their ids, and how many fit in all.
+
+        Raises:
+            ModelNotFound: there is no model of that name.
+        """
+        return self._lifecycle.list(model=model, prefix=prefix, after=after, limit=limit)
+
+    def submit(self, frame: Frame) -> None:
+        """Take a frame. Its sink gets parts until one is `last`, the first maybe before this returns.
+
+        Raises:
+            ServerError: the frame is refused as a whole; its sink gets nothing.
+        """
+        self._require_accepting()
+        checked = self._frames.check(frame)
+        if len(checked.members):
+            self._admission.require_room(checked.call)
+        for member, error in checked.errors:
+            checked.call.fail(np.array([member]), error)
+        if len(checked.members):
+            self._admission.admit(checked.call, checked.members)
+
+    def cancel(self, frame: Frame) -> None:
+        """Drop what still waits of a frame, unapplied. Its sink still gets every member's answer."""
+        frame.cancelled = True
+
+    async def apply(self, frame: Frame) -> Part:
+        """Submit a frame of one session and wait for its answer. Sets the frame's sink.
+
+        Cancelling the waiting task cancels the frame.
+
+        Raises:
+            ServerError: the change failed; nothing changed.
+        """
+        done: asyncio.Future[Part] = asyncio.get_running_loop().create_future()
+        frame.sink = lambda part: None if done.done() else done.set_result(part)
+        self.submit(frame)
+        try:
+            part = await done
+        except asyncio.CancelledError:
+            self.cancel(frame)
+            raise
+        for failure in part.failures:
+            raise failure.error
+        return part
+
+    async def get_state(self, session_id: str, *, deadline: float = float("inf")) -> StateRead:
+        """Read a session's state after what was received before.
+
+        Raises:
+            SessionGone, DeadlineExceeded, Overloaded
+        """
+        return await self._lifecycle.read_state(session_id, deadline)
+
+    async def fork(
+        self,
+        session_id: str,
+        *,
+        new_session_id: str = "",
+        expected: int | None = None,
+        request_id: int = 0,
+        deadline: float = float("inf"),
+    ) -> Opened:
+        """Open a session with the state, revision and position of another.
+
+        Raises:
+            SessionGone, SessionExists, RevisionConflict, InvalidInput, Overloaded, DeadlineExceeded
+        """
+        self._require_accepting()
+        return await self._lifecycle.fork(
+            session_id,
+            new_session_id=new_session_id,
+            expected=expected,
+            request_id=request_id,
+            deadline=deadline,
+        )
+
+    async def predict(
+        self,
+        model: str,
+        inputs: Tensors,
+        state: Tensors | None = None,
+        *,
+        deadline: float = float("inf"),
+        source: object = None,
+    ) -> Predicted:
+        """Run a model without a session.
+
+        Raises:
+            ModelNotFound, InvalidInput, DeadlineExceeded, Overloaded
+        """
+        self._require_accepting()
+        served = self._lifecycle.model(model)
+        rows = next((len(array) for array in inputs.values() if array.ndim), 0)
+        if not rows:
+            raise InvalidInput(f"inputs must have at least one row; got {rows}")
+        checked = check_inputs(served.program, inputs, rows)
+        require_finite("input", checked.arrays, [spec.name for spec in served.program.inputs])
+        values = None if state is None else check_state(served.program, state, rows)
+        if values is not None:
+            require_finite("state", values, [spec.name for spec in served.program.state])
+        now = self._clock.monotonic()
+        call = PredictCall(served, checked, values, rows, deadline=deadline, source=source, now=now)
+        predicted = await call.run()
+        self._observer.applied(model, "predict", 1, rows * checked.steps)
+        return predicted
+
+    def stats(self) -> list[ModelStats]:
+        """What each model has and does now."""
+        return [
+            ModelStats(
+                name=model.name,
+                sessions=self._table.count(model.index),
+                resident_rows=model.slots.resident,
+                queued=self._admission.waiting(model.index),
+                queued_bytes=self._admission.bytes_waiting,
+            )
+            for model in self._models
+        ]
+
+    def stop_accepting(self) -> None:
+        """From now on refuse new sessions and new changes with `Unavailable`."""
+        self._accepting = False
+
+    async def drain(self) -> None:
+        """Return when everything that was taken in is finished."""
+        for model in self._models:
+            await model.loop.idle()
+
+    async def close(self) -> None:
+        """Stop the threads. Nothing may be under way."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._pool.shutdown(wait=True)
+
+    def expire_idle(self) -> int:
+        """Delete the sessions that have been idle for too long; return how many. Called by a timer."""
+        return self._lifecycle.expire_idle()
+
+    def _serve(self, name: str, program: Program, max_batch_rows: int, resident_rows: int) -> ServedModel:
+        slots = Slots(resident_rows)
+        arena = Arena(program, slots.capacity)
+        lanes = [Lane(self._executor(program), arena) for _ in range(self._compute_threads)]
+        completion = ModelCompletion(self._table, self._admission, clock=self._clock, observer=self._observer)
+        loop = PassLoop(
+            name,
+            program,
+            slots=slots,
+            runner=Runner(lanes, self._pool),
+            completion=completion,
+            clock=self._clock,
+            observer=self._observer,
+            max_batch_rows=max_batch_rows,
+        )
+        replies = Replies(program, self._table, arena)
+        model = ServedModel(len(self._models), name, program, arena, slots, replies, loop)
+        completion.model = model
+        return model
+
+    async def _expire_idle(self) -> None:
+        # a session is also looked at when it is named, so the timer only gives rows back
+        while True:
+            await asyncio.sleep(max(0.05, self._max_idle_s / 10))
+            self._lifecycle.expire_idle()
+
+    def _info(self, model: ServedModel) -> ModelInfo:
+        return ModelInfo(model.name, model.program, self._table.count(model.index))
+
+    def _require_accepting(self) -> None:
+        if not self._accepting:
+            raise Unavailable("the server is stopping; it was not applied")

@@ -1,0 +1,175 @@
+"""From a frame as it came to a checked call: which sessions, whose rows, what is refused at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.slots import Rows
+from stepwell_server.engine.calls import Frame, Members, Tensors
+from stepwell_server.engine.checks import (
+    check_inputs,
+    check_state,
+    finite_rows,
+    is_float,
+    not_finite,
+    require_finite,
+)
+from stepwell_server.engine.framecall import FrameCall
+from stepwell_server.engine.lifecycle import Lifecycle
+from stepwell_server.engine.served import ServedModel
+from stepwell_server.errors import InvalidInput, ServerError
+from stepwell_server.program import Program
+
+MAX_MEMBERS = 65_536
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checked:
+    """A frame that is not refused as a whole."""
+
+    call: FrameCall
+    members: Members
+    """Members that may start."""
+    errors: Sequence[tuple[int, ServerError]]
+    """The others, each with what is wrong."""
+
+
+class Frames:
+    """Checks frames against the sessions and the model they name."""
+
+    def __init__(self, table: SessionTable, lifecycle: Lifecycle) -> None:
+        self._table = table
+        self._lifecycle = lifecycle
+
+    def check(self, frame: Frame) -> Checked:
+        """Check a frame. Nothing is answered yet.
+
+        Raises:
+            ServerError: the frame as a whole is refused.
+        """
+        call = self._call(frame)
+        if call.model < 0:
+            return Checked(call, np.zeros(0, np.intp), self._missing(call))
+        model = self._lifecycle.model_of(int(call.handles[call.handles >= 0][0]))
+        if frame.reset:
+            self._check_reset(call, model)
+        else:
+            self._check_step(call, model)
+        there = call.handles >= 0
+        errors = [] if there.all() else self._missing(call)
+        finite = self._finite(call, model.program)
+        for member in [] if finite is None else np.flatnonzero(there & ~finite).tolist():
+            errors.append((member, _not_finite_member(call, model.program, member)))
+        good = there if finite is None else there & finite
+        return Checked(call, np.flatnonzero(good), errors)
+
+    def _call(self, frame: Frame) -> FrameCall:
+        ids = frame.session_ids
+        if not 1 <= len(ids) <= MAX_MEMBERS:
+            raise InvalidInput(f"session_ids must be 1 to {MAX_MEMBERS}; got {len(ids)}")
+        if len(ids) > 1 and len(set(ids)) != len(ids):
+            raise InvalidInput(f"session_ids must name each session once; {_repeated(ids)!r} came twice")
+        _require_length("expected_revisions", frame.expected, len(ids))
+        _require_length("request_ids", frame.request_ids, len(ids))
+        handles = self._lifecycle.find_all(ids)
+        there = handles[handles >= 0]
+        if not len(there):
+            return FrameCall(frame, -1, handles, np.ones(len(ids), np.intp))
+        models = self._table.model[there]
+        if len(there) > 1 and np.any(models != models[0]):
+            raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
+        return FrameCall(frame, int(models[0]), handles, self._sizes(frame, handles))
+
+    def _sizes(self, frame: Frame, handles: Members) -> Rows:
+        there = handles >= 0
+        sizes = np.where(there, self._table.batch_size[handles], 0).astype(np.intp)
+        missing = len(handles) - int(np.count_nonzero(there))
+        if missing:
+            # The rows of sessions that are gone are in the tensors too, and only those of the others are
+            # known: it must be certain whose rows are whose.
+            left = _rows_given(frame) - int(sizes.sum())
+            if missing > 1 and left != missing:
+                gone = frame.session_ids[int(np.flatnonzero(~there)[0])]
+                raise self._lifecycle.gone(gone)
+            sizes[~there] = left // missing if left > 0 else 1
+        return sizes
+
+    def _check_step(self, call: FrameCall, model: ServedModel) -> None:
+        inputs = call.frame.inputs
+        if inputs is None:
+            raise InvalidInput("inputs must be given; got none")
+        call.checked = check_inputs(model.program, inputs, call.row_count)
+        call.byte_count = sum(array.nbytes for array in call.checked.arrays)
+
+    def _check_reset(self, call: FrameCall, model: ServedModel) -> None:
+        rows = call.frame.rows
+        if rows is not None:
+            _require_rows(rows, call)
+        if call.frame.state is not None:
+            count = call.row_count if rows is None else len(rows)
+            call.state = check_state(model.program, call.frame.state, count)
+            call.byte_count = sum(array.nbytes for array in call.state)
+            if call.size == 1:
+                require_finite("state", call.state, [spec.name for spec in model.program.state])
+
+    def _missing(self, call: FrameCall) -> list[tuple[int, ServerError]]:
+        ids = call.frame.session_ids
+        return [(m, self._lifecycle.gone(ids[m])) for m in np.flatnonzero(call.handles < 0).tolist()]
+
+    @staticmethod
+    def _finite(call: FrameCall, program: Program) -> Members | None:
+        """Which members hold only finite numbers, as a mask; None if all do."""
+        arrays = call.state if call.frame.reset else call.checked and call.checked.arrays
+        rows = finite_rows(arrays) if arrays else None
+        if rows is None:
+            return None
+        return np.logical_and.reduceat(rows, call.starts)
+
+
+def _require_length(name: str, values: Rows | None, count: int) -> None:
+    if values is not None and len(values) != count:
+        raise InvalidInput(f"{name} must be empty or one for each of {count} sessions; got {len(values)}")
+
+
+def _repeated(ids: object) -> str:
+    seen: set[str] = set()
+    for session_id in ids:  # type: ignore[attr-defined]
+        if session_id in seen:
+            return str(session_id)
+        seen.add(session_id)
+    raise AssertionError("only called with a repeated id")
+
+
+def _rows_given(frame: Frame) -> int:
+    tensors: Tensors = (frame.state if frame.reset else frame.inputs) or {}
+    return next((len(array) for array in tensors.values() if array.ndim), len(frame.session_ids))
+
+
+def _require_rows(rows: object, call: FrameCall) -> None:
+    given = list(rows)  # type: ignore[call-overload]
+    batch_size = int(call.sizes[0])
+    outside = [row for row in given if not 0 <= row < batch_size]
+    if outside:
+        raise InvalidInput(f"rows must be within 0 to {batch_size - 1}; got {outside[0]}")
+    if len(set(given)) != len(given):
+        raise InvalidInput(f"rows must name each row once; got {given}")
+
+
+def _not_finite_member(call: FrameCall, program: Program, member: int) -> ServerError:
+    low = call.starts[member]
+    high = low + call.sizes[member]
+    if call.frame.reset:
+        what, arrays = "state", call.state or ()
+        names = [spec.name for spec in program.state]
+    else:
+        what, arrays = "input", call.checked.arrays if call.checked else ()
+        names = [spec.name for spec in program.inputs]
+    for name, array in zip(names, arrays, strict=True):
+        part = array[low:high]
+        if is_float(part.dtype) and not np.isfinite(part).all():
+            return not_finite(what, name, part)
+    raise AssertionError("only called for members that are not finite")

@@ -1,0 +1,149 @@
+"""A job: the same number of time steps for the rows of one or more sessions, or of none (Predict)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.core.sessions import Handles
+from stepwell_server.core.slots import Rows
+from stepwell_server.engine.calls import Array, Members, Select
+from stepwell_server.errors import ServerError
+
+Mask = npt.NDArray[np.bool_]
+
+
+class Owner(Protocol):
+    """Who gets to know what becomes of a job."""
+
+    def dropped(self, now: float) -> ServerError | None:
+        """Why the job should not go on: cancelled, past its deadline. None: it should."""
+
+    def fail(self, members: Members, error: ServerError) -> None:
+        """Members (indexes into the owner's sessions) failed; nothing changed for them."""
+
+
+class Job:
+    """Work for the pass loop. All its rows are at the same time step.
+
+    A job of one time step reads and writes its sessions' rows in place. One of several works on rows of
+    its own and exchanges them for the sessions' when its last step is committed, so that it is applied
+    whole or not at all.
+    """
+
+    __slots__ = (
+        "collected",
+        "done",
+        "handles",
+        "inputs",
+        "members",
+        "owner",
+        "prepare",
+        "queued_at",
+        "row_count",
+        "rows",
+        "select",
+        "sizes",
+        "source",
+        "steps",
+        "with_time",
+        "working",
+    )
+
+    def __init__(
+        self,
+        owner: Owner,
+        *,
+        members: Members,
+        handles: Handles | None,
+        rows: Rows,
+        sizes: Rows,
+        inputs: Sequence[Array],
+        steps: int,
+        with_time: bool,
+        select: Select,
+        source: Hashable,
+        queued_at: float,
+        prepare: Callable[[Rows], None] | None = None,
+    ) -> None:
+        self.owner = owner
+        self.members = members
+        """Indexes of its sessions among the owner's."""
+        self.handles = handles
+        """Its sessions; None: it has none."""
+        self.rows = rows
+        """The sessions' rows in the arena, one session after the other. Empty if it has no sessions."""
+        self.row_count = int(sizes.sum())
+        self.sizes = sizes
+        """Rows of each session."""
+        self.inputs = inputs
+        """In the program's order; temporal ones `(rows, steps, ...)` if `steps > 1`, else `(rows, ...)`."""
+        self.steps = steps
+        self.done = 0
+        self.with_time = with_time
+        self.select = select
+        self.source = source
+        self.queued_at = queued_at
+        self.prepare = prepare
+        """Writes the initial state to its rows, for a job without sessions."""
+        self.working: Rows | None = None
+        """Rows it works on instead of the sessions'."""
+        self.collected: list[Array | None] = []
+        """For `steps > 1`: each output so far, temporal ones `(rows, steps, ...)`."""
+
+    @property
+    def steps_left(self) -> int:
+        """Time steps still to run."""
+        return self.steps - self.done
+
+    @property
+    def needs_working_rows(self) -> bool:
+        """It has no rows to write to yet that nobody else sees."""
+        return self.working is None and (self.steps > 1 or self.handles is None)
+
+    @property
+    def source_rows(self) -> Rows:
+        """Where the state before the next pass is."""
+        return self.rows if self.working is None or self.done == 0 else self.working
+
+    @property
+    def target_rows(self) -> Rows:
+        """Where the state after the next pass goes."""
+        return self.rows if self.working is None else self.working
+
+    def work_on(self, rows: Rows) -> None:
+        """Take rows of its own, before the first pass."""
+        self.working = rows
+        if self.prepare is not None:
+            self.prepare(rows)
+            self.rows = rows
+
+    def window(self, index: int, temporal: bool, steps: int) -> Array:
+        """Input `index` for the next `steps` time steps: `(rows, ...)`, or `(rows, steps, ...)` if > 1."""
+        array = self.inputs[index]
+        if not temporal or self.steps == 1:
+            return array
+        if steps == 1:
+            return array[:, self.done]
+        return array[:, self.done : self.done + steps]
+
+    def row_mask(self, kept: Mask) -> Mask:
+        """The mask over rows of a mask over sessions."""
+        return np.repeat(kept, self.sizes)
+
+    def keep(self, kept: Mask) -> Rows | None:
+        """Go on with some sessions only; return the working rows of the others, if there are any."""
+        rows = self.row_mask(kept)
+        freed = None if self.working is None else self.working[~rows]
+        self.members = self.members[kept]
+        self.handles = None if self.handles is None else self.handles[kept]
+        self.sizes = self.sizes[kept]
+        self.rows = self.rows[rows]
+        self.row_count = len(self.rows)
+        self.working = None if self.working is None else self.working[rows]
+        self.inputs = [array[rows] for array in self.inputs]
+        self.collected = [None if array is None else array[rows] for array in self.collected]
+        return freed

@@ -1,0 +1,253 @@
+"""The pass loop of one model: choose, run, complete.
+
+No waiting for company: when nothing runs, what has arrived goes at once; what arrives while a pass runs
+forms the next one. Everything here happens on the event loop, but for the passes that the runner puts
+on threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from stepwell_server.clock import Clock
+from stepwell_server.core.scheduler import Scheduler
+from stepwell_server.core.sessions import Handles
+from stepwell_server.core.slots import Slots
+from stepwell_server.engine.calls import Observer
+from stepwell_server.engine.job import Job
+from stepwell_server.engine.passes import FailedUnit, Pass
+from stepwell_server.engine.runner import SLICE_S, Runner
+from stepwell_server.errors import Internal, InvalidInput, ServerError
+from stepwell_server.program import Program
+
+log = logging.getLogger(__name__)
+
+
+class Completion(Protocol):
+    """What happens to jobs when they end."""
+
+    def complete(self, work: Pass, jobs: Sequence[tuple[int, Job]]) -> None:
+        """Jobs (with their index in the pass) have run their last time step."""
+
+    def release(self, handles: Handles) -> None:
+        """Sessions that a job no longer holds."""
+
+
+class PassLoop:
+    """Runs the ready jobs of one model, pass after pass."""
+
+    def __init__(
+        self,
+        name: str,
+        program: Program,
+        *,
+        slots: Slots,
+        runner: Runner,
+        completion: Completion,
+        clock: Clock,
+        observer: Observer,
+        max_batch_rows: int,
+    ) -> None:
+        self._name = name
+        self._program = program
+        self._slots = slots
+        self.runner = runner
+        self._completion = completion
+        self._clock = clock
+        self._observer = observer
+        self._scheduler: Scheduler[Job] = Scheduler(max_batch_rows)
+        self._running = False
+        self._turn_due = False
+        self._idle: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self.max_batch_rows = max_batch_rows
+
+    @property
+    def rows_waiting(self) -> int:
+        """Rows of jobs that wait for a pass."""
+        return self._scheduler.rows_waiting
+
+    @property
+    def busy(self) -> bool:
+        """A pass runs or jobs wait for one."""
+        return self._running or bool(self._scheduler)
+
+    async def idle(self) -> None:
+        """Return when no pass runs and nothing waits for one."""
+        while self.busy:
+            self._idle = self._idle or self._loop.create_future()
+            await asyncio.shield(self._idle)
+
+    def expected_wait_s(self) -> float:
+        """About how long what waits now will take."""
+        return self.runner.cost.of(self._scheduler.rows_waiting)
+
+    def add(self, job: Job) -> None:
+        """Put a job in line; it runs in one of the next turns."""
+        self._scheduler.add(job)
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._running and not self._turn_due:
+            self._turn_due = True
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._turn_due = False
+        jobs = self._choose()
+        if not jobs:
+            return
+        rows = sum(job.row_count for job in jobs)
+        budget = self.runner.cost.steps_within(rows, SLICE_S)
+        steps = self._scheduler.steps_together(jobs, budget)
+        work = Pass(self._program, jobs, steps)
+        self._running = True
+        if self.runner.is_small(work):
+            self._run_here(work)
+        else:
+            self.runner.run_on_threads(
+                work, lambda broken: self._loop.call_soon_threadsafe(self._finish, work, broken)
+            )
+
+    def _run_here(self, work: Pass) -> None:
+        broken: BaseException | None = None
+        try:
+            self.runner.run_here(work)
+        except Exception as error:
+            broken = error
+        self._finish(work, broken)
+
+    def _choose(self) -> list[Job]:
+        now = self._clock.monotonic()
+        chosen: list[Job] = []
+        later: list[Job] = []
+        while self._scheduler and not chosen:
+            for job in self._scheduler.next_pass():
+                self._consider(job, now, chosen, later)
+        for job in later:
+            self._scheduler.add(job)
+        return chosen
+
+    def _consider(self, job: Job, now: float, chosen: list[Job], later: list[Job]) -> None:
+        error = job.owner.dropped(now)
+        if error is not None:
+            self._give_up(job, error)
+        elif job.needs_working_rows and not self._take_working_rows(job):
+            later.append(job)
+        else:
+            if job.done == 0:
+                self._observer.stage(self._name, "wait", now - job.queued_at, len(job.members))
+            chosen.append(job)
+
+    def _take_working_rows(self, job: Job) -> bool:
+        rows = self._slots.take_working(job.row_count)
+        if rows is None:
+            return False
+        job.work_on(rows)
+        return True
+
+    def _give_up(self, job: Job, error: ServerError) -> None:
+        if job.working is not None:
+            self._slots.free_working(job.working)
+            job.working = None
+        job.owner.fail(job.members, error)
+        if job.handles is not None:
+            self._completion.release(job.handles)
+
+    def _finish(self, work: Pass, broken: BaseException | None) -> None:
+        self._running = False
+        if broken is not None:
+            self._fail_all(work, broken)
+        else:
+            self._observer.pass_done(self._name, work.row_count, work.steps, work.seconds)
+            if work.failed:
+                self._drop_failed(work)
+            self._advance(work)
+        if self._scheduler:
+            self._wake()
+        elif self._idle is not None and not self._running:
+            self._idle.set_result(None)
+            self._idle = None
+
+    def _advance(self, work: Pass) -> None:
+        ended: list[tuple[int, Job]] = []
+        for index, job in enumerate(work.jobs):
+            if not job.row_count:
+                continue
+            if job.steps > 1:
+                _collect(work, index, job)
+            job.done += work.steps
+            if job.steps_left:
+                self._scheduler.add(job)
+            else:
+                ended.append((index, job))
+        if ended:
+            self._completion.complete(work, ended)
+
+    def _fail_all(self, work: Pass, broken: BaseException) -> None:
+        error = Internal(uuid.uuid4().hex[:12])
+        log.error(
+            "a pass of model %s raised", self._name, exc_info=broken, extra={"error_id": error.error_id}
+        )
+        for job in work.jobs:
+            self._give_up(job, error)
+
+    def _drop_failed(self, work: Pass) -> None:
+        by_job: dict[int, list[FailedUnit]] = {}
+        for unit in work.failed:
+            by_job.setdefault(unit.job, []).append(unit)
+        kept_rows = np.ones(work.row_count, np.bool_)
+        for index, units in by_job.items():
+            start = work.starts[index]
+            kept = self._drop_units(work.jobs[index], units)
+            kept_rows[start : start + len(kept)] = kept
+        _compact(work, kept_rows)
+
+    def _drop_units(self, job: Job, units: Sequence[FailedUnit]) -> np.ndarray:
+        kept = np.ones(len(job.members), np.bool_)
+        kept[[unit.session for unit in units]] = False
+        rows = job.row_mask(kept)
+        members = job.members[~kept]
+        handles = None if job.handles is None else job.handles[~kept]
+        freed = job.keep(kept)
+        if freed is not None:
+            self._slots.free_working(freed)
+        job.owner.fail(members, _refusal(units[0].cause))
+        if handles is not None:
+            self._completion.release(handles)
+        return rows
+
+
+def _refusal(cause: str) -> ServerError:
+    first = cause.strip().splitlines()[0] if cause.strip() else "no reason given"
+    return InvalidInput(f"inputs must be ones that the model can run; it refused them: {first}")
+
+
+def _collect(work: Pass, index: int, job: Job) -> None:
+    """Copy a job's share of the pass's outputs to the job."""
+    if not job.collected:
+        job.collected = [
+            np.empty((job.row_count, job.steps, *spec.shape), spec.dtype)
+            if spec.temporal and job.select.value == "all"
+            else None
+            for spec in work.program.outputs
+        ]
+    start = work.starts[index]
+    for kept, output in zip(job.collected, work.outputs, strict=True):
+        if kept is not None:
+            share = output[:, start : start + job.row_count]
+            kept[:, job.done : job.done + work.steps] = share.swapaxes(0, 1)
+
+
+def _compact(work: Pass, kept: np.ndarray) -> None:
+    """Take the rows of failed sessions out of a pass."""
+    work.outputs = [output[:, kept] for output in work.outputs]
+    work.starts = np.cumsum([0, *(job.row_count for job in work.jobs)], dtype=np.intp)
+    work.row_count = int(work.starts[-1])
+    work.target_rows = work.target_rows[kept]
