@@ -7,6 +7,7 @@ import io
 import json
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ def load_model(path: Path) -> Any:
         raise ModelError(f"{path}: {_load_problem(error)}") from error
     if not isinstance(model, keras.Model):
         raise ModelError(f"{path}: must hold a keras.Model; it holds a {type(model).__name__}")
+    saved = sum(1 for _ in _saved_weights(path))
+    if len(model.weights) < saved:
+        # Keras only warns, and would then run on random weights.
+        raise ModelError(
+            f"{path}: {saved - len(model.weights)} of {saved} weights of the model were not restored: Keras could "
+            "not build it while loading; give the class a build() for its input shapes, or build_from_config()"
+        )
     return model
 
 
@@ -71,19 +79,24 @@ def fingerprint(path: Path) -> str:
     digest = hashlib.sha256()
     with zipfile.ZipFile(path) as archive:
         config = _without_noise(json.loads(archive.read("config.json")))
-        digest.update(json.dumps(config, sort_keys=True).encode())
-        weights = io.BytesIO(archive.read("model.weights.h5"))
-    with h5py.File(weights, "r") as file:
-        found: dict[str, Any] = {}
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for name, value in _saved_weights(path):
+        digest.update(f"\n{name} {value.shape} {value.dtype}\n".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def _saved_weights(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the weights in the archive by their place in it, in a fixed order."""
+    with zipfile.ZipFile(path) as archive:
+        content = io.BytesIO(archive.read("model.weights.h5"))
+    found: dict[str, Any] = {}
+    with h5py.File(content, "r") as file:
         file.visititems(lambda name, item: found.update({name: item}) if hasattr(item, "dtype") else None)
         for name in sorted(found):
             parts = name.split("/")
-            if parts[0] == "optimizer" or "seed_generator" in parts:
-                continue
-            value = np.ascontiguousarray(found[name][()])
-            digest.update(f"\n{name} {value.shape} {value.dtype}\n".encode())
-            digest.update(value.tobytes())
-    return digest.hexdigest()
+            if parts[0] != "optimizer" and "seed_generator" not in parts:
+                yield name, found[name][()]
 
 
 def _without_noise(config: Any) -> Any:

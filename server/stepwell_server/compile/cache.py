@@ -96,7 +96,9 @@ def module_files(module: str) -> list[Path]:
             raise ModelError(f"--import {module}: there is no module {name!r} here or on the Python path")
         path = spec.submodule_search_locations
     if spec is not None and spec.submodule_search_locations:
-        return sorted(file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.py"))
+        return sorted(
+            file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.py")
+        )
     return [Path(spec.origin)] if spec is not None and spec.origin else []
 
 

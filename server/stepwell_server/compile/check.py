@@ -56,7 +56,8 @@ def agreeing_sizes(traced: Traced, step: Step, sizes: Sequence[int]) -> tuple[in
 def _best(groups: Mapping[bytes, list[int]]) -> tuple[int, ...]:
     if not groups:
         return ()
-    return tuple(max(groups.values(), key=lambda group: (len(group), max(group))))
+    best = max((len(group), max(group), group) for group in groups.values())
+    return tuple(best[-1])
 
 
 def _reached(traced: Traced, step: Step, rows: int) -> tuple[tuple[Array, ...], Sequence[Array]]:

@@ -15,37 +15,34 @@ from stepwell_server.compile.tensorflow_setup import keras, tf
 
 #: A length that hardly any feature axis has.
 STEPS = 11
+_Call = Callable[[int | None], Any]
+"""Call an operation again on what it was given, one time step disturbed (or none); its first result."""
 
 
 def culprits(sampler: Sampler, temporal: Sequence[bool]) -> list[str]:
     """Return the layers at fault, each as a clause like "the layer 'x' (Bidirectional) looks ahead"."""
     interface = sampler.interface
     inputs = sampler.draw(np.random.default_rng(1), temporal, STEPS)
-    calls: list[tuple[Any, Callable[[Any], Any], Any]] = []
+    calls: list[tuple[Any, _Call]] = []
     with relaxed(interface.model):
         with _recording(interface, calls):
             interface.call(
                 [tf.cast(value, info.dtype) for value, info in zip(inputs, interface.inputs, strict=True)]
             )
-        return [clause for operation, call, value in calls if (clause := _accuse(operation, call, value))]
+        return [clause for operation, call in calls if (clause := _accuse(operation, call))]
 
 
-def _accuse(operation: Any, call: Callable[[Any], Any], value: Any) -> str:
+def _accuse(operation: Any, call: _Call) -> str:
+    """Disturb one time step of what the operation was given, and see which of its results change."""
     who = f"the layer {operation.name!r} ({type(operation).__name__})"
-    if getattr(operation, "go_backwards", False):
+    usual, late, early = call(None), call(STEPS - 1), call(0)
+    if _has_time(usual) and _differ(usual[:, :-1], late[:, :-1]):
+        return f"{who} looks ahead"
+    recurrent = _recurrent_layers(operation)
+    if any(layer.go_backwards for layer in recurrent):
         return f"{who} reads its sequence backwards"
-    usual = _first(call(value))
-    if _has_time(usual):
-        ahead = _first(call(_disturbed(value, STEPS - 1)))
-        if _differ(usual[:, :-1], ahead[:, :-1]):
-            return f"{who} looks ahead"
-    if _is_recurrent(operation):
-        return ""
-    behind = _first(call(_disturbed(value, 0)))
     later = slice(1, None) if _has_time(usual) else slice(None)
-    if _has_time(usual) and _differ(usual[:, later], behind[:, later]):
-        return f"{who} mixes time steps without carrying a state"
-    if not _has_time(usual) and _differ(usual, behind):
+    if not recurrent and _differ(usual[:, later], early[:, later]):
         return f"{who} mixes time steps without carrying a state"
     return ""
 
@@ -61,27 +58,37 @@ def _operations(model: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _recording(interface: Interface, calls: list[tuple[Any, Callable[[Any], Any], Any]]) -> Iterator[None]:
+def _recording(interface: Interface, calls: list[tuple[Any, _Call]]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for operation in _operations(interface.model):
             stack.enter_context(attribute(operation, "call", _recorder(operation, calls)))
         yield
 
 
-def _recorder(operation: Any, calls: list[tuple[Any, Callable[[Any], Any], Any]]) -> Callable[..., Any]:
+def _recorder(operation: Any, calls: list[tuple[Any, _Call]]) -> Callable[..., Any]:
     original = operation.call
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if args and _has_time(args[0]) and args[0].dtype.is_floating:
-            again = _again(original, args[1:], kwargs)
-            calls.append((operation, again, args[0]))
+        if any(_is_sequence(value) for value in keras.tree.flatten((args, kwargs))):
+            calls.append((operation, _again(original, args, kwargs)))
         return original(*args, **kwargs)
 
     return call
 
 
-def _again(original: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Any]:
-    return lambda value: original(value, *rest, **kwargs)
+def _again(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    def call(time: int | None) -> Any:
+        def disturbed(value: Any) -> Any:
+            return value if time is None or not _is_sequence(value) else _disturbed(value, time)
+
+        changed_args, changed_kwargs = keras.tree.map_structure(disturbed, (args, kwargs))
+        return keras.tree.flatten(original(*changed_args, **changed_kwargs))[0]
+
+    return call
+
+
+def _is_sequence(value: Any) -> bool:
+    return _has_time(value) and value.dtype.is_floating
 
 
 def _has_time(value: Any) -> bool:
@@ -95,15 +102,11 @@ def _disturbed(value: Any, time: int) -> Any:
     return tf.constant(array)
 
 
-def _first(result: Any) -> Any:
-    return keras.tree.flatten(result)[0]
-
-
 def _differ(one: Any, two: Any) -> bool:
     first, second = np.asarray(one, np.float64), np.asarray(two, np.float64)
     return bool(np.max(np.abs(first - second), initial=0) > 1e-6 * max(1.0, np.max(np.abs(first), initial=0)))
 
 
-def _is_recurrent(operation: Any) -> bool:
+def _recurrent_layers(operation: Any) -> list[Any]:
     layers = operation._flatten_layers() if isinstance(operation, keras.Layer) else []
-    return any(isinstance(layer, keras.layers.RNN) for layer in layers)
+    return [layer for layer in layers if isinstance(layer, keras.layers.RNN)]

@@ -56,7 +56,9 @@ def describe(model: Any) -> Interface:
 
 
 def _of_graph(model: Any, graph: Any) -> Interface:
-    inputs = tuple(Input(x.name, tuple(x.shape), keras.backend.standardize_dtype(x.dtype)) for x in graph.inputs)
+    inputs = tuple(
+        Input(x.name, tuple(x.shape), keras.backend.standardize_dtype(x.dtype)) for x in graph.inputs
+    )
     structure = graph._inputs_struct
 
     def pack(tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

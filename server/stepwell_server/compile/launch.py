@@ -16,6 +16,7 @@ from stepwell_server.compile import cache
 from stepwell_server.compile.errors import ModelError, NotCausalError
 from stepwell_server.program import Program
 
+Progress = Callable[[str], None]
 _DETAIL_LINES = 40
 
 
@@ -23,7 +24,7 @@ def compile_program(
     model: Path,
     cache_dir: Path,
     imports: Sequence[str] = (),
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Program:
     """Return the program of a ``.keras`` file, from the cache if it is there.
 
@@ -46,15 +47,15 @@ def compile_program(
     if found is not None:
         return found
     with cache.workspace(cache_dir, key) as folder:
-        _compile(model, folder, imports, progress or (lambda stage: None))
+        _compile(model, folder, imports, progress)
         return cache.publish(folder, cache_dir / key)
 
 
-def _compile(model: Path, folder: Path, imports: Sequence[str], progress: Callable[[str], None]) -> None:
+def _compile(model: Path, folder: Path, imports: Sequence[str], progress: Progress | None) -> None:
     command = [sys.executable, "-m", "stepwell_server.compile", str(model), str(folder)]
     command += [argument for module in imports for argument in ("--import", module)]
     with tempfile.TemporaryFile("w+", errors="replace") as noise:
-        process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+        process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -64,7 +65,7 @@ def _compile(model: Path, folder: Path, imports: Sequence[str], progress: Callab
         )
         try:
             assert process.stdout is not None
-            ended = _relay(process.stdout, model, progress)
+            ended = _relay(process.stdout, progress)
             code = process.wait()
         finally:
             if process.poll() is None:
@@ -74,12 +75,13 @@ def _compile(model: Path, folder: Path, imports: Sequence[str], progress: Callab
             raise _crash(model, code, noise)
 
 
-def _relay(lines: IO[str], model: Path, progress: Callable[[str], None]) -> bool:
+def _relay(lines: IO[str], progress: Progress | None) -> bool:
     """Read the child's messages; True if the last of them says that the work is done."""
     for line in lines:
         message = json.loads(line)
         if "stage" in message:
-            progress(message["stage"])
+            if progress is not None:
+                progress(message["stage"])
         elif "error" in message:
             kind = NotCausalError if message.get("kind") == "NotCausalError" else ModelError
             raise kind(message["error"], message.get("details", ""))

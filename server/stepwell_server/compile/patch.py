@@ -45,5 +45,5 @@ def relaxed(model: Any) -> Iterator[None]:
         yield
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
     return None

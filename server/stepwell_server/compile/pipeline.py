@@ -24,7 +24,7 @@ def compile_model(
     Raises:
         ModelError: the model cannot be served.
     """
-    report = progress or (lambda stage: None)
+    report = progress or _silent
     report("load")
     for module in imports:
         _import(module)
@@ -40,11 +40,17 @@ def compile_model(
     return program
 
 
+def _silent(_stage: str) -> None:
+    return None
+
+
 def _import(module: str) -> None:
     try:
         importlib.import_module(module)
     except Exception as error:  # A user's module raises whatever it likes.
-        raise ModelError(f"--import {module}: {type(error).__name__}: {archive.first_line(str(error))}") from error
+        raise ModelError(
+            f"--import {module}: {type(error).__name__}: {archive.first_line(str(error))}"
+        ) from error
 
 
 def _artefact(traced: Traced, fingerprint: str, folder: Path, report: Callable[[str], None]) -> Program:

@@ -61,7 +61,9 @@ def assignments(inputs: Sequence[Input]) -> Iterator[tuple[bool, ...]]:
     saved with a fixed number of time steps) or not (a feature vector): with an open one beside it, rather
     not.
     """
-    choices = [_choices(info, any(len(x.shape) > 1 and x.shape[1] is None for x in inputs)) for info in inputs]
+    choices = [
+        _choices(info, any(len(x.shape) > 1 and x.shape[1] is None for x in inputs)) for info in inputs
+    ]
     yield from itertools.islice(itertools.product(*choices), 16)
 
 
@@ -146,9 +148,7 @@ def _cell_parts(cell: Any, count: int) -> list[str]:
         counts = [len(keras.tree.flatten(inner.state_size)) for inner in cell.cells]
         if sum(counts) == count:
             return [
-                f"{i}/{part}"
-                for i, inner in enumerate(cell.cells)
-                for part in _cell_parts(inner, counts[i])
+                f"{i}/{part}" for i, inner in enumerate(cell.cells) for part in _cell_parts(inner, counts[i])
             ]
     if count == 2 and (isinstance(cell, layers.LSTMCell) or type(cell).__name__ == "ConvLSTMCell"):
         return ["h", "c"]
@@ -160,7 +160,9 @@ def _cell_parts(cell: Any, count: int) -> list[str]:
 def _input_spec(info: Input, timed: bool) -> TensorSpec:
     shape = info.shape[2:] if timed else info.shape[1:]
     if None in shape:
-        raise ModelError(f"input {info.name!r} must have fixed dimensions after batch and time; it has {info.shape}")
+        raise ModelError(
+            f"input {info.name!r} must have fixed dimensions after batch and time; it has {info.shape}"
+        )
     return TensorSpec(info.name, tuple(int(size or 0) for size in shape), plain_dtype(info.dtype), timed)
 
 

@@ -97,4 +97,6 @@ def _prove(traced: Traced) -> None:
 def _absolute(one: Any, two: Any) -> float:
     if one.shape != two.shape or not np.isfinite(difference(one, two)):
         return float("inf")
-    return float(np.max(np.abs(np.nan_to_num(one.astype(np.float64)) - np.nan_to_num(two.astype(np.float64)))))
+    return float(
+        np.max(np.abs(np.nan_to_num(one.astype(np.float64)) - np.nan_to_num(two.astype(np.float64))))
+    )

@@ -93,7 +93,9 @@ def _table_size(layer: Any) -> int:
     return 0
 
 
-def _arrivals(interface: Interface, inputs: Sequence[Array], layers: Sequence[Any]) -> list[tuple[Any, Array]]:
+def _arrivals(
+    interface: Interface, inputs: Sequence[Array], layers: Sequence[Any]
+) -> list[tuple[Any, Array]]:
     seen: list[tuple[Any, Array]] = []
 
     def recorder(layer: Any) -> Any:

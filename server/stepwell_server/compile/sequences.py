@@ -108,8 +108,4 @@ def difference(one: Array, two: Array) -> float:
 
 def worst(whole: Mapping[str, Array], stepped: Mapping[str, Array]) -> tuple[str, float]:
     """Return the output that differs most, and by how much (as a share, see `difference`)."""
-    return max(
-        ((name, difference(whole[name], stepped[name])) for name in whole), key=lambda item: item[1]
-    )
-
-
+    return max(((name, difference(whole[name], stepped[name])) for name in whole), key=lambda item: item[1])

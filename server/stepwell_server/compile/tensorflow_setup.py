@@ -8,8 +8,11 @@ import os
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
 # The executor's module makes TensorFlow deterministic: what is checked here is what runs there.
-from stepwell_server.engine.executors.tensorflow import tf  # noqa: I001
+from stepwell_server.engine.executors import tensorflow as _executor  # noqa: I001
 
 import keras
+import tensorflow as tf
+
+_executor.configure()
 
 __all__ = ["keras", "tf"]

@@ -35,10 +35,11 @@ def trace(plan: Plan) -> Any:
             results = plan.interface.call(inputs)
         return _results(plan, list(results.values()), carrying)
 
-    shapes = {f"in_{i}": spec for i, spec in enumerate(plan.inputs)}
-    shapes |= {f"state_{i}": spec for i, spec in enumerate(plan.state)}
     signature = {
-        key: tf.TensorSpec([None, *spec.shape], spec.dtype, name=key) for key, spec in shapes.items()
+        f"in_{i}": tf.TensorSpec([None, *x.shape], x.dtype, f"in_{i}") for i, x in enumerate(plan.inputs)
+    }
+    signature |= {
+        f"state_{i}": tf.TensorSpec([None, *x.shape], x.dtype, f"state_{i}") for i, x in enumerate(plan.state)
     }
     return _without_variables(tf.function(step).get_concrete_function(**signature), signature)
 
@@ -55,7 +56,9 @@ def _results(plan: Plan, outputs: Sequence[Any], carrying: _Carrying) -> dict[st
         named[f"out_{i}"] = tf.cast(step, spec.dtype)
     for i, (state, value) in enumerate(zip(plan.state, carrying.after, strict=True)):
         if value is None:
-            raise ModelError(f"the layer of state {state.name!r} is not called on a sequence of one time step")
+            raise ModelError(
+                f"the layer of state {state.name!r} is not called on a sequence of one time step"
+            )
         named[f"next_{i}"] = tf.cast(value, state.dtype)
     return named
 

@@ -53,9 +53,7 @@ def watch(interface: Interface, inputs: Sequence[Array], steps: int) -> Observat
     """Call the model on ``inputs``, whose temporal ones are ``steps`` long."""
     calls: list[RecurrentCall] = []
     with relaxed(interface.model), _recording(interface.model, calls):
-        tensors = [
-            tf.cast(value, info.dtype) for value, info in zip(inputs, interface.inputs, strict=True)
-        ]
+        tensors = [tf.cast(value, info.dtype) for value, info in zip(inputs, interface.inputs, strict=True)]
         results = interface.call(tensors)
     outputs = {name: plain(value) for name, value in results.items()}
     dtypes = {name: keras.backend.standardize_dtype(value.dtype) for name, value in results.items()}
