@@ -1,0 +1,108 @@
+"""What this side knows of a session or a group: its revision, and the change whose answer is missing.
+
+The rule for a change that ended with an error: made again with the same arguments it is the same change
+(the same request id at the same expected revision), so the server applies it once, whether or not the
+first attempt got through. A change with other arguments is a new one at the same expected revision; if
+the first did get through, the server refuses it with a revision conflict.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+
+from stepwell._frames import Change, Counts, Frame, Gathered, Indexes
+from stepwell.v1 import sessions_pb2
+
+
+def new_request_id() -> int:
+    """Random and non-zero, 64 bits."""
+    return secrets.randbits(64) or 1
+
+
+def new_request_ids(count: int) -> Counts:
+    """Many of them."""
+    ids = np.frombuffer(bytearray(secrets.token_bytes(8 * count)), np.uint64)
+    ids[ids == 0] = 1
+    return ids
+
+
+class SessionBook:
+    """What this side knows of one session."""
+
+    __slots__ = ("_pending", "batch_size", "fingerprint", "model", "position", "revision", "session_id")
+
+    def __init__(self, session: sessions_pb2.Session) -> None:
+        self.session_id = session.session_id
+        self.model = session.model
+        self.fingerprint = session.model_fingerprint
+        self.batch_size = session.batch_size
+        self.revision = session.revision
+        self.position = session.position
+        self._pending: tuple[Change, int] | None = None
+
+    def begin(self, change: Change) -> int:
+        """The request id to send a change with."""
+        if self._pending is None or self._pending[0] != change:
+            self._pending = (change, new_request_id())
+        return self._pending[1]
+
+    def applied(self, revision: int, position: int) -> None:
+        """The change is answered."""
+        self._pending = None
+        self.revision = revision
+        self.position = position
+
+    def refresh(self, session: sessions_pb2.Session) -> None:
+        """Takes over what the server says."""
+        self.fingerprint = session.model_fingerprint
+        self.applied(session.revision, session.position)
+
+
+class GroupBook:
+    """What this side knows of many sessions of one model and batch size."""
+
+    def __init__(self, model: str, fingerprint: str, batch_size: int, ids: Sequence[str]) -> None:
+        self.model = model
+        self.fingerprint = fingerprint
+        self.batch_size = batch_size
+        self.ids = tuple(ids)
+        self.revisions = np.zeros(len(ids), np.uint64)
+        self.positions = np.zeros(len(ids), np.uint64)
+        self._pending: tuple[Change, Frame] | None = None
+        self._all: Indexes = np.arange(len(ids))
+
+    def members(self, change: Change) -> Indexes:
+        """The members a change concerns."""
+        return np.array(change.rows, np.intp) if change.rows else self._all
+
+    def begin(self, change: Change) -> Frame:
+        """The frame to send a change as. The same change again is a frame with the same request ids."""
+        if self._pending is not None and self._pending[0] == change:
+            frame = self._pending[1].again()
+        else:
+            frame = self._frame(change, self.members(change))
+        self._pending = (change, frame)
+        return frame
+
+    def _frame(self, change: Change, members: Indexes) -> Frame:
+        whole = len(members) == len(self.ids) and not change.rows
+        ids = self.ids if whole else [self.ids[i] for i in members.tolist()]
+        rows = np.full(len(members), self.batch_size, np.intp)
+        return Frame(change, ids, rows, self.revisions[members], new_request_ids(len(members)))
+
+    def settle(self, change: Change, gathered: Gathered) -> None:
+        """Takes over what was applied; what failed stays pending."""
+        members = self.members(change)[gathered.applied]
+        self.revisions[members] = gathered.revisions[gathered.applied]
+        self.positions[members] = gathered.positions[gathered.applied]
+        if not gathered.failures:
+            self._pending = None
+
+    def refresh(self, sessions: Sequence[sessions_pb2.Session]) -> None:
+        """Takes over what the server says."""
+        self._pending = None
+        self.revisions[:] = [session.revision for session in sessions]
+        self.positions[:] = [session.position for session in sessions]

@@ -1,0 +1,115 @@
+"""Channels and their options, and one attempt of a call: the only place that meets gRPC's exceptions."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from stepwell import _status
+from stepwell._flow import Call
+from stepwell.config import ClientConfig
+from stepwell.errors import ClosedError, StepwellError
+from stepwell.v1 import models_pb2_grpc, sessions_pb2_grpc
+
+_MODEL_RPCS = frozenset({"ListModels", "GetModel", "Predict"})
+
+
+def options(config: ClientConfig) -> list[tuple[str, Any]]:
+    """Channel options of both shells."""
+    return [
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        # The SDK decides what is tried again, and when.
+        ("grpc.enable_retries", 0),
+        # A server that comes back is found again within a second.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 1000),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        # One client's failed connections are not another's.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+def closed() -> ClosedError:
+    """The error for using a closed client."""
+    return ClosedError("the client must be open; it was closed")
+
+
+def translate(error: grpc.RpcError) -> StepwellError:
+    """The error of a failed call. Both kinds of call carry code, details and trailing metadata."""
+    failed: Any = error
+    return _status.from_rpc(failed.code(), failed.details(), failed.trailing_metadata())
+
+
+class SyncTransport:
+    """A channel of the sync client."""
+
+    def __init__(self, config: ClientConfig) -> None:
+        self._channel = grpc.insecure_channel(config.address, options=options(config))
+        self.sessions = sessions_pb2_grpc.SessionServiceStub(self._channel)
+        self._models = models_pb2_grpc.ModelServiceStub(self._channel)
+        self.is_closed = False
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise closed()
+
+    def invoke(self, call: Call) -> Any:
+        """One attempt of a call."""
+        self._check_open()
+        method = getattr(self._models if call.rpc in _MODEL_RPCS else self.sessions, call.rpc)
+        try:
+            return method(call.request, timeout=call.timeout_s)
+        except grpc.RpcError as error:
+            raise closed() if self.is_closed else translate(error) from None
+        except ValueError:
+            # What gRPC raises for a closed channel; anything else is a defect to be seen.
+            if self.is_closed:
+                raise closed() from None
+            raise
+
+    def close(self) -> None:
+        """Ends the channel and the calls on it."""
+        self.is_closed = True
+        self._channel.close()
+
+
+class AsyncTransport:
+    """A channel of the async client."""
+
+    def __init__(self, config: ClientConfig) -> None:
+        self._channel = grpc.aio.insecure_channel(config.address, options=options(config))
+        self.sessions = sessions_pb2_grpc.SessionServiceStub(self._channel)
+        self._models = models_pb2_grpc.ModelServiceStub(self._channel)
+        self.is_closed = False
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise closed()
+
+    async def invoke(self, call: Call) -> Any:
+        """One attempt of a call."""
+        self._check_open()
+        method = getattr(self._models if call.rpc in _MODEL_RPCS else self.sessions, call.rpc)
+        try:
+            return await method(call.request, timeout=call.timeout_s)
+        except grpc.RpcError as error:
+            raise closed() if self.is_closed else translate(error) from None
+        except grpc.aio.UsageError:
+            if self.is_closed:
+                raise closed() from None
+            raise
+        except asyncio.CancelledError:
+            # gRPC cancels the calls of a closing channel; the task itself was not asked to stop.
+            task = asyncio.current_task()
+            if self.is_closed and not (task and task.cancelling()):
+                raise closed() from None
+            raise
+
+    async def close(self) -> None:
+        """Ends the channel and the calls on it."""
+        self.is_closed = True
+        await self._channel.close()

@@ -1,0 +1,263 @@
+"""The client without its I/O: builds requests, keeps the books, reads replies. Both shells drive it.
+
+Each operation is a flow (see `_flow`). What is checked here before anything is sent raises from the
+first step of the flow, so that a wrong argument costs no call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+from stepwell import _inputs
+from stepwell._book import GroupBook, SessionBook, new_request_id
+from stepwell._flow import Attempter, Flow
+from stepwell._frames import SELECTIONS, Change
+from stepwell._retry import Clock, Deadline, RetryPolicy
+from stepwell._tensors import Array, Packed, to_messages, unpack_all
+from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo, State, States
+from stepwell.config import ClientConfig, check_timeout
+from stepwell.errors import InvalidInputError, ModelMismatchError, SessionGoneError
+from stepwell.v1 import models_pb2, sessions_pb2
+
+_PAGE_SIZE = 10_000
+
+
+class Core:
+    """The operations of a client and of its sessions."""
+
+    def __init__(
+        self, config: ClientConfig, policy: RetryPolicy | None = None, clock: Clock = time.monotonic
+    ) -> None:
+        self.attempter = Attempter(policy or RetryPolicy(), config.max_message_bytes)
+        self._config = config
+        self._clock = clock
+        self._models: dict[str, ModelInfo] = {}
+
+    def deadline(self, timeout_s: float | None) -> Deadline:
+        """A call's time limit, from now on."""
+        if timeout_s is None:
+            return Deadline(self._config.timeout_s, self._clock)
+        return Deadline(check_timeout("timeout_s", timeout_s), self._clock)
+
+    # Models.
+
+    def models(self, deadline: Deadline) -> Flow[list[ModelInfo]]:
+        """All models, in the order of their names."""
+        reply: models_pb2.ListModelsResponse = yield from self.attempter.call(
+            "ListModels", models_pb2.ListModelsRequest(), deadline
+        )
+        return [ModelInfo._from_message(model) for model in reply.models]
+
+    def model(self, name: str, deadline: Deadline) -> Flow[ModelInfo]:
+        """One model, asked for anew."""
+        request = models_pb2.GetModelRequest(name=_inputs.check_model(name))
+        reply: models_pb2.GetModelResponse = yield from self.attempter.call("GetModel", request, deadline)
+        info = self._models[name] = ModelInfo._from_message(reply.model)
+        return info
+
+    def states(
+        self, model: str, states: States | None, rows: int | None, deadline: Deadline
+    ) -> Flow[tuple[Packed, ...]]:
+        """A state as a request takes it; empty for the model's initial one."""
+        if states is None:
+            return ()
+        known = self._models.get(model)
+        if known is not None:
+            try:
+                return _inputs.pack_states(states, known, rows)
+            except (InvalidInputError, ModelMismatchError):
+                pass  # by a description that may be old: the verdict is the fresh one's
+        fresh = yield from self.model(model, deadline)
+        return _inputs.pack_states(states, fresh, rows)
+
+    def predict(
+        self, model: str, inputs: Inputs, states: States | None, deadline: Deadline
+    ) -> Flow[tuple[Outputs, State]]:
+        """Outputs and final state of a run without a session."""
+        packed = _inputs.pack_inputs(inputs)
+        rows = packed[0].shape[0]
+        info = self._models.get(_inputs.check_model(model)) or (yield from self.model(model, deadline))
+        state = yield from self.states(model, states, rows, deadline)
+        request = models_pb2.PredictRequest(model=model, inputs=to_messages(packed), state=to_messages(state))
+        reply: models_pb2.PredictResponse = yield from self.attempter.call("Predict", request, deadline)
+        final = State(unpack_all(reply.state), model=model, fingerprint=info.fingerprint, batch_size=rows)
+        return _outputs(unpack_all(reply.outputs)), final
+
+    # Sessions as seen from the client.
+
+    def open_session(
+        self,
+        model: str,
+        batch_size: int,
+        session_id: str | None,
+        state: States | None,
+        must_be_new: bool,
+        deadline: Deadline,
+    ) -> Flow[SessionBook]:
+        """Opens or resumes a session."""
+        rows = _inputs.check_count("batch_size", batch_size)
+        request = sessions_pb2.OpenSessionRequest(
+            model=_inputs.check_model(model),
+            session_id=_inputs.optional_session_id("session_id", session_id),
+            batch_size=rows,
+            must_be_new=must_be_new,
+            request_id=new_request_id(),
+            model_fingerprint=state.fingerprint if isinstance(state, State) else "",
+        )
+        request.state.extend(to_messages((yield from self.states(model, state, rows, deadline))))
+        reply: sessions_pb2.OpenSessionResponse = yield from self.attempter.call(
+            "OpenSession", request, deadline, changes=True
+        )
+        return SessionBook(reply.session)
+
+    def open_sessions(
+        self,
+        model: str,
+        n: int,
+        batch_size: int,
+        session_ids: Sequence[str] | None,
+        deadline: Deadline,
+    ) -> Flow[GroupBook]:
+        """Opens many sessions: all of them or none."""
+        count, rows = _inputs.check_count("n", n), _inputs.check_count("batch_size", batch_size)
+        ids = [_inputs.check_session_id("session_ids", one) for one in session_ids or ()]
+        if session_ids is not None and len(ids) != count:
+            raise InvalidInputError(f"session_ids must have n = {count} ids; got {len(ids)}")
+        request = sessions_pb2.OpenSessionsRequest(
+            model=_inputs.check_model(model),
+            count=count,
+            session_ids=ids,
+            batch_size=rows,
+            request_id=new_request_id(),
+        )
+        reply: sessions_pb2.OpenSessionsResponse = yield from self.attempter.call(
+            "OpenSessions", request, deadline, changes=True
+        )
+        return GroupBook(model, reply.model_fingerprint, rows, reply.session_ids)
+
+    def sessions(self, model: str | None, prefix: str | None, deadline: Deadline) -> Flow[list[SessionInfo]]:
+        """All live sessions that fit, over all pages."""
+        request = sessions_pb2.ListSessionsRequest(
+            model="" if model is None else _inputs.check_model(model),
+            session_id_prefix="" if not prefix else _inputs.check_session_id("prefix", prefix),
+            page_size=_PAGE_SIZE,
+        )
+        infos: list[SessionInfo] = []
+        while True:
+            reply: sessions_pb2.ListSessionsResponse = yield from self.attempter.call(
+                "ListSessions", request, deadline
+            )
+            infos.extend(SessionInfo._from_message(session) for session in reply.sessions)
+            if not reply.next_page_token:
+                return infos
+            request.page_token = reply.next_page_token
+
+    def session_info(self, session_id: str, deadline: Deadline) -> Flow[SessionInfo]:
+        """One session as of its last completed change."""
+        return SessionInfo._from_message((yield from self.session(session_id, deadline)))
+
+    def session(self, session_id: str, deadline: Deadline) -> Flow[sessions_pb2.Session]:
+        request = sessions_pb2.GetSessionRequest(
+            session_id=_inputs.check_session_id("session_id", session_id)
+        )
+        reply: sessions_pb2.GetSessionResponse = yield from self.attempter.call(
+            "GetSession", request, deadline
+        )
+        return reply.session
+
+    def close_session(self, session_id: str, deadline: Deadline) -> Flow[None]:
+        """Deletes a session."""
+        request = sessions_pb2.CloseSessionRequest(
+            session_id=_inputs.check_session_id("session_id", session_id), request_id=new_request_id()
+        )
+        yield from self.attempter.call("CloseSession", request, deadline, changes=True)
+
+    # One session.
+
+    def step_change(self, book: SessionBook, inputs: Inputs, outputs: str) -> Change:
+        """A step as a value, checked."""
+        selection = _inputs.check_selection(outputs)
+        return Change("step", _inputs.pack_inputs(inputs, book.batch_size), selection)
+
+    def step(self, book: SessionBook, change: Change, deadline: Deadline) -> Flow[Outputs | None]:
+        """Advances a session by a unary call."""
+        request = sessions_pb2.StepRequest(
+            session_id=book.session_id,
+            inputs=to_messages(change.tensors),
+            expected_revision=book.revision,
+            request_id=book.begin(change),
+            outputs=SELECTIONS[change.outputs],
+        )
+        reply: sessions_pb2.StepResponse = yield from self.attempter.call(
+            "Step", request, deadline, changes=True
+        )
+        book.applied(reply.revision, reply.position)
+        return selected(unpack_all(reply.outputs), change.outputs)
+
+    def reset_states(
+        self, book: SessionBook, states: States | None, rows: Iterable[int] | None, deadline: Deadline
+    ) -> Flow[None]:
+        """Sets the state of a session, or some rows of it."""
+        chosen = _inputs.check_rows(rows, book.batch_size)
+        if chosen == ():
+            return
+        count = book.batch_size if chosen is None else len(chosen)
+        packed = yield from self.states(book.model, states, count, deadline)
+        change = Change("reset", packed, rows=chosen or ())
+        request = sessions_pb2.ResetStatesRequest(
+            session_id=book.session_id,
+            state=to_messages(packed),
+            rows=change.rows,
+            expected_revision=book.revision,
+            request_id=book.begin(change),
+        )
+        reply: sessions_pb2.ResetStatesResponse = yield from self.attempter.call(
+            "ResetStates", request, deadline, changes=True
+        )
+        book.applied(reply.revision, reply.position)
+
+    def get_state(self, session_id: str, deadline: Deadline) -> Flow[State]:
+        """Reads the state of a session."""
+        request = sessions_pb2.GetStateRequest(session_id=session_id)
+        reply: sessions_pb2.GetStateResponse = yield from self.attempter.call("GetState", request, deadline)
+        return State(
+            unpack_all(reply.state),
+            model=reply.session.model,
+            fingerprint=reply.session.model_fingerprint,
+            batch_size=reply.session.batch_size,
+            revision=reply.session.revision,
+            position=reply.session.position,
+        )
+
+    def fork(self, book: SessionBook, session_id: str | None, deadline: Deadline) -> Flow[SessionBook]:
+        """Opens a session with the state of another."""
+        request = sessions_pb2.ForkSessionRequest(
+            session_id=book.session_id,
+            new_session_id=_inputs.optional_session_id("session_id", session_id),
+            request_id=new_request_id(),
+        )
+        reply: sessions_pb2.ForkSessionResponse = yield from self.attempter.call(
+            "ForkSession", request, deadline, changes=True
+        )
+        return SessionBook(reply.session)
+
+    def refresh(self, book: SessionBook, deadline: Deadline) -> Flow[None]:
+        """Takes over the server's revision and position."""
+        book.refresh((yield from self.session(book.session_id, deadline)))
+
+    def close(self, book: SessionBook, deadline: Deadline) -> Flow[None]:
+        """Deletes a session that may be gone already: either way it is gone afterwards."""
+        try:
+            yield from self.close_session(book.session_id, deadline)
+        except SessionGoneError:
+            return
+
+
+def selected(outputs: dict[str, Array], selection: str) -> Outputs | None:
+    """The outputs of a step as the caller gets them."""
+    return None if selection == "none" else _outputs(outputs)
+
+
+def _outputs(outputs: dict[str, Array]) -> Outputs:
+    return next(iter(outputs.values())) if len(outputs) == 1 else outputs

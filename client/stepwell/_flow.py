@@ -1,0 +1,115 @@
+"""What the core asks of its shells: one call, one pause, one exchange of a frame.
+
+Every operation is a generator that yields such an ask and receives its answer, or has the error thrown
+into it. The sync and the async client drive the same generators, each with its own way of waiting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, TypeAlias, TypeVar
+
+from google.protobuf.message import Message
+
+from stepwell._frames import Frame, Part
+from stepwell._retry import Attempts, Deadline, RetryPolicy
+from stepwell.errors import InvalidInputError, StepwellError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """Make one attempt of a unary call; the answer is its response."""
+
+    rpc: str
+    request: Message
+    timeout_s: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pause:
+    """Wait; the answer is None."""
+
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Exchange:
+    """Send a frame on the stream and pass on the parts of its reply until the last; the answer is None."""
+
+    frame: Frame
+    deadline: Deadline
+    on_part: Callable[[Part], None]
+
+
+T = TypeVar("T")
+Ask: TypeAlias = Call | Pause | Exchange
+Flow: TypeAlias = Generator[Ask, Any, T]
+
+
+def each(flows: Iterable[Flow[T]]) -> Flow[list[T]]:
+    """One flow after the other; the result is theirs."""
+    results = []
+    for flow in flows:
+        result = yield from flow
+        results.append(result)
+    return results
+
+
+class Attempter:
+    """Makes flows of single attempts into flows that try again."""
+
+    def __init__(self, policy: RetryPolicy, max_message_bytes: int) -> None:
+        self._policy = policy
+        self._max_message_bytes = max_message_bytes
+
+    def call(self, rpc: str, request: Message, deadline: Deadline, *, changes: bool = False) -> Flow[Any]:
+        """A unary call with its retries; the result is its response.
+
+        Args:
+            rpc: Name of the method.
+            request: The same in every attempt.
+            deadline: Covers all attempts.
+            changes: The call changes something, so that an error must tell its outcome.
+        """
+        self.check_size(rpc, request)
+        attempts = Attempts(self._policy, deadline, changes=changes)
+        while True:
+            try:
+                return (yield Call(rpc, request, deadline.grpc_timeout_s()))
+            except StepwellError as error:
+                delay_s = attempts.failed(error)
+            yield Pause(delay_s)
+            attempts.woke()
+
+    def exchange(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Flow[None]:
+        """A frame with its retries, until every member of it is applied or failed for good."""
+        attempts = Attempts(self._policy, deadline, changes=True)
+        try:
+            while (error := (yield from _round(frame, deadline, on_part))) is not None:
+                yield Pause(attempts.failed(error))
+                attempts.woke()
+        except StepwellError as final:
+            on_part(frame.give_up(final))
+
+    def check_size(self, what: str, request: Message) -> None:
+        """Refuses a message that gRPC would refuse with a status that reads like an overload.
+
+        Raises:
+            InvalidInputError: The message is over the limit.
+        """
+        size = request.ByteSize()
+        if size > self._max_message_bytes:
+            raise InvalidInputError(
+                f"the message of {what} must be at most max_message_bytes = {self._max_message_bytes}; "
+                f"got {size} bytes"
+            )
+
+
+def _round(frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Flow[StepwellError | None]:
+    """Sends what is unsettled once; the result is why something still is."""
+    try:
+        yield Exchange(frame, deadline, on_part)
+    except StepwellError as error:
+        return error
+    return frame.unsettled_error()

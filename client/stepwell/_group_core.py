@@ -1,0 +1,88 @@
+"""The operations of a group of sessions, without their I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from stepwell import _inputs
+from stepwell._book import GroupBook
+from stepwell._core import Core, selected
+from stepwell._flow import Flow, each
+from stepwell._frames import Change, Gathered
+from stepwell._retry import Deadline
+from stepwell._types import Inputs, Outputs, State, States
+from stepwell.errors import StepwellError
+from stepwell.v1 import sessions_pb2
+
+_CLOSE_AT_ONCE = 65_536
+
+
+class GroupCore:
+    """The operations of one group; a change of it is one frame."""
+
+    def __init__(self, core: Core, book: GroupBook) -> None:
+        self._core = core
+        self.book = book
+
+    def step(self, inputs: Inputs, outputs: str, deadline: Deadline) -> Flow[Outputs | None]:
+        """Advances every member."""
+        selection = _inputs.check_selection(outputs)
+        rows = len(self.book.ids) * self.book.batch_size
+        change = Change("step", _inputs.pack_inputs(inputs, rows), selection)
+        gathered = yield from self._apply(change, deadline)
+        return selected(gathered.outputs, selection)
+
+    def reset_states(
+        self, states: States | None, rows: Iterable[int] | None, deadline: Deadline
+    ) -> Flow[None]:
+        """Sets the whole state of every member, or of some."""
+        chosen = _inputs.check_rows(rows, len(self.book.ids))
+        if chosen == ():
+            return
+        members = len(self.book.ids) if chosen is None else len(chosen)
+        count = members * self.book.batch_size
+        packed = yield from self._core.states(self.book.model, states, count, deadline)
+        yield from self._apply(Change("reset", packed, rows=chosen or ()), deadline)
+
+    def _apply(self, change: Change, deadline: Deadline) -> Flow[Gathered]:
+        frame = self.book.begin(change)
+        gathered = Gathered(len(frame), self.book.batch_size)
+        yield from self._core.attempter.exchange(frame, deadline, gathered.add)
+        self.book.settle(change, gathered)
+        if gathered.failures:
+            raise self._failed(change, gathered)
+        return gathered
+
+    def _failed(self, change: Change, gathered: Gathered) -> StepwellError:
+        members = self.book.members(change).tolist()
+        failures = {members[i]: error for i, error in sorted(gathered.failures.items())}
+        error = next(iter(failures.values()))
+        error.message = f"{len(failures)} of {len(members)} sessions failed, first: {error.message}"
+        error.args = (error.message,)
+        error.failures = failures
+        error.outputs = selected(gathered.outputs, change.outputs) if gathered.outputs else None
+        return error
+
+    def get_state(self, deadline: Deadline) -> Flow[State]:
+        """The states of all members, one after the other."""
+        states = yield from each(self._core.get_state(one, deadline) for one in self.book.ids)
+        return State(
+            {name: np.concatenate([state[name] for state in states]) for name in states[0]},
+            model=self.book.model,
+            fingerprint=states[0].fingerprint,
+            batch_size=len(states) * self.book.batch_size,
+        )
+
+    def refresh(self, deadline: Deadline) -> Flow[None]:
+        """Takes over the server's revisions and positions."""
+        self.book.refresh((yield from each(self._core.session(one, deadline) for one in self.book.ids)))
+
+    def close(self, deadline: Deadline) -> Flow[None]:
+        """Deletes all members; those that are gone already are passed over."""
+        for start in range(0, len(self.book.ids), _CLOSE_AT_ONCE):
+            request = sessions_pb2.CloseSessionsRequest(
+                session_ids=self.book.ids[start : start + _CLOSE_AT_ONCE]
+            )
+            yield from self._core.attempter.call("CloseSessions", request, deadline, changes=True)

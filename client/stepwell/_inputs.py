@@ -1,0 +1,160 @@
+"""Arguments of callers, checked and packed.
+
+The server checks them too: here the message comes sooner, and what is no array, id or number at all
+never travels. Parameters are typed `object` where the check is that they have the right type.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stepwell._frames import SELECTIONS
+from stepwell._tensors import Packed, pack
+from stepwell._types import Inputs, ModelInfo, State, States
+from stepwell.errors import InvalidInputError, ModelMismatchError
+
+_MAX_ID = 256
+_MAX_UINT32 = 2**32 - 1
+
+
+def pack_inputs(inputs: Inputs, rows: int | None = None) -> tuple[Packed, ...]:
+    """The inputs of a step or a prediction.
+
+    Args:
+        inputs: One array, or arrays by name.
+        rows: How many rows each must have; None for any.
+    """
+    if not isinstance(inputs, Mapping):
+        return (_with_rows(pack("", "the input", inputs), "the input", rows),)
+    if not inputs:
+        raise InvalidInputError("inputs must name at least one array; got an empty mapping")
+    for name in inputs:
+        _check_input_name(name)
+    return tuple(
+        _with_rows(pack(name, f"input {name!r}", value), f"input {name!r}", rows)
+        for name, value in inputs.items()
+    )
+
+
+def _check_input_name(name: object) -> None:
+    if not isinstance(name, str) or not name:
+        raise InvalidInputError(f"the names of inputs must be non-empty strings; got {name!r}")
+
+
+def _with_rows(tensor: Packed, what: str, rows: int | None) -> Packed:
+    if rows is not None and tensor.shape[0] != rows:
+        raise InvalidInputError(
+            f"{what} must have {rows} rows on its first axis (batch_size); got shape {tensor.shape}"
+        )
+    return tensor
+
+
+def pack_states(states: States, info: ModelInfo, rows: int | None) -> tuple[Packed, ...]:
+    """A whole state of a model, in the model's order.
+
+    Args:
+        states: By name, or as a list in the model's order.
+        info: The model.
+        rows: How many rows each must have; None for any.
+    """
+    if isinstance(states, State) and states.fingerprint != info.fingerprint:
+        raise ModelMismatchError(
+            f"the state must belong to model {info.name!r} of fingerprint {info.fingerprint}; it belongs to "
+            f"{states.model!r} of fingerprint {states.fingerprint}"
+        )
+    names = [spec.name for spec in info.state]
+    values = _by_name(states, names, info.name)
+    return tuple(
+        _with_rows(pack(name, f"state {name!r}", values[name]), f"state {name!r}", rows) for name in names
+    )
+
+
+def _by_name(states: States, names: Sequence[str], model: str) -> Mapping[str, Any]:
+    if isinstance(states, Mapping):
+        missing = [name for name in names if name not in states]
+        extra = [name for name in states if name not in names]
+        if missing or extra:
+            raise InvalidInputError(
+                f"states must hold exactly the state tensors of model {model!r}, {list(names)}; "
+                f"missing: {missing}, not of this model: {extra}"
+            )
+        return states
+    if not isinstance(states, list | tuple):
+        raise InvalidInputError(
+            f"states must be a mapping of name to array or a list of arrays; got {type(states).__name__}"
+        )
+    if len(states) != len(names):
+        raise InvalidInputError(
+            f"a list of states must have one array for each of {list(names)}; got {len(states)}"
+        )
+    return dict(zip(names, states, strict=True))
+
+
+def check_rows(rows: Iterable[int] | None, count: int) -> tuple[int, ...] | None:
+    """Rows to reset: integers from 0 to count - 1, each at most once; None for all."""
+    if rows is None:
+        return None
+    checked = tuple(_row(row) for row in np.asarray(rows, object).ravel().tolist())
+    if any(not 0 <= row < count for row in checked) or len(set(checked)) != len(checked):
+        raise InvalidInputError(
+            f"rows must be from 0 to {count - 1}, each at most once; got {list(checked)[:20]}"
+        )
+    return checked
+
+
+def _row(row: object) -> int:
+    if isinstance(row, bool | np.bool_):
+        raise InvalidInputError("rows must be a list of indexes; got a mask of booleans (use np.flatnonzero)")
+    try:
+        return operator.index(row)  # type: ignore[arg-type]  # refusing other types is its job
+    except TypeError:
+        raise InvalidInputError(f"rows must be integers; got {row!r}") from None
+
+
+def check_selection(outputs: object) -> str:
+    """Which time steps come back: "all", "last" or "none"."""
+    if not isinstance(outputs, str) or outputs not in SELECTIONS:
+        raise InvalidInputError(f"outputs must be one of {list(SELECTIONS)}; got {outputs!r}")
+    return outputs
+
+
+def check_session_id(name: str, session_id: object) -> str:
+    """1 to 256 printable characters without leading or trailing space."""
+    if not isinstance(session_id, str):
+        raise InvalidInputError(f"{name} must be a string; got {session_id!r}")
+    right = session_id.isprintable() and session_id.strip() == session_id
+    if not (0 < len(session_id) <= _MAX_ID and right):
+        raise InvalidInputError(
+            f"{name} must be 1 to {_MAX_ID} printable characters without leading or trailing space; "
+            f"got {len(session_id)} characters, {session_id[:40]!r}"
+        )
+    return session_id
+
+
+def optional_session_id(name: str, session_id: str | None) -> str:
+    """A session id as it travels: empty where the server shall make one."""
+    return "" if session_id is None else check_session_id(name, session_id)
+
+
+def check_model(model: object) -> str:
+    """The name of a model: a string that is not empty."""
+    if not isinstance(model, str) or not model or not model.isprintable():
+        raise InvalidInputError(f"model must be the name of a model; got {model!r}")
+    return model
+
+
+def check_count(name: str, count: object) -> int:
+    """An integer of at least 1."""
+    if isinstance(count, bool | np.bool_):
+        raise InvalidInputError(f"{name} must be an integer; got {count!r}")
+    try:
+        checked = operator.index(count)  # type: ignore[arg-type]  # refusing other types is its job
+    except TypeError:
+        raise InvalidInputError(f"{name} must be an integer; got {count!r}") from None
+    if not 1 <= checked <= _MAX_UINT32:
+        raise InvalidInputError(f"{name} must be at least 1; got {checked}")
+    return checked

@@ -1,0 +1,120 @@
+"""When to try again, and how long to wait before: no I/O, the clock and the dice are passed in."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import time
+from collections.abc import Callable
+
+from stepwell import errors
+
+Clock = Callable[[], float]
+
+
+class Deadline:
+    """A time limit that began when it was made. It covers all attempts of a call."""
+
+    __slots__ = ("_at_s", "_clock", "limit_s")
+
+    def __init__(self, limit_s: float, clock: Clock = time.monotonic) -> None:
+        self.limit_s = limit_s
+        self._clock = clock
+        self._at_s = clock() + limit_s
+
+    def remaining_s(self) -> float:
+        """Seconds left, never below 0; `math.inf` without a limit."""
+        return max(0.0, self._at_s - self._clock())
+
+    def grpc_timeout_s(self) -> float | None:
+        """Seconds left as gRPC takes them."""
+        remaining_s = self.remaining_s()
+        return None if math.isinf(remaining_s) else remaining_s
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """Exponential backoff with full jitter.
+
+    Source: Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015: of the variants
+    compared there, a uniform draw from the whole interval made the fewest calls and nearly the least delay.
+    """
+
+    base_s: float = 0.05
+    """Upper end of the first delay."""
+    cap_s: float = 2.0
+    """Upper end of every later delay."""
+    draw: Callable[[float, float], float] = random.uniform
+    """Draws from an interval."""
+
+    def delay_s(self, attempt: int, error: errors.StepwellError) -> float | None:
+        """Seconds to wait before the next attempt; None if another attempt would not help.
+
+        Args:
+            attempt: Attempts made so far, from 1.
+            error: How the last one ended.
+        """
+        backoff_s = min(self.cap_s, self.base_s * 2 ** min(attempt - 1, 30))
+        if isinstance(error, errors.OverloadedError) and error.retry_after_s > 0:
+            # Never before the server's delay, and not all callers at the same instant after it.
+            return error.retry_after_s + self.draw(0.0, min(backoff_s, error.retry_after_s))
+        if isinstance(error, errors.OverloadedError | errors.UnavailableError):
+            return self.draw(0.0, backoff_s)
+        return None
+
+
+class Attempts:
+    """The attempts of one call: decides after each failure whether to wait or to give up."""
+
+    def __init__(self, policy: RetryPolicy, deadline: Deadline, *, changes: bool) -> None:
+        self._policy = policy
+        self._deadline = deadline
+        self._changes = changes
+        self._made = 0
+        self._unknown = False
+        self._last: errors.StepwellError | None = None
+
+    def failed(self, error: errors.StepwellError) -> float:
+        """Seconds to wait before the next attempt.
+
+        Raises:
+            StepwellError: `error`, its outcome settled over all attempts, if it is final.
+        """
+        self._made += 1
+        self._unknown |= self._changes and getattr(error, "outcome", "not_applied") == "unknown"
+        delay_s = self._policy.delay_s(self._made, error)
+        remaining_s = self._deadline.remaining_s()
+        if delay_s is None or remaining_s <= 0:
+            raise self._final(error)
+        if isinstance(error, errors.OverloadedError) and delay_s >= remaining_s:
+            raise self._final(error)
+        self._last = error
+        return min(delay_s, remaining_s)
+
+    def woke(self) -> None:
+        """Checks after a wait that there is time for another attempt.
+
+        Raises:
+            StepwellError: The last error, if there is not.
+        """
+        if self._last is not None and self._deadline.remaining_s() <= 0:
+            raise self._final(self._last)
+
+    def _final(self, error: errors.StepwellError) -> errors.StepwellError:
+        if isinstance(error, errors.UnavailableError | errors.DeadlineExceededError):
+            return self._told(type(error), error)
+        if isinstance(error, errors.OverloadedError) and self._unknown:
+            # Refused now, but an earlier attempt may have got through: it is not for us to say it did not.
+            return self._told(errors.UnavailableError, error)
+        return error
+
+    def _told(
+        self,
+        kind: type[errors.UnavailableError | errors.DeadlineExceededError],
+        error: errors.StepwellError,
+    ) -> errors.StepwellError:
+        outcome: errors.Outcome = "unknown" if self._unknown else "not_applied"
+        told = f"{error.message} (attempts: {self._made}, time limit: {self._deadline.limit_s:g} s"
+        told += f", outcome: {outcome})" if self._changes else ")"
+        return kind(told, outcome=outcome, reason=error.reason)

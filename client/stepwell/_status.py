@@ -1,0 +1,166 @@
+"""The one place where a gRPC status, or an `Error` on a stream, becomes an error of `stepwell.errors`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from stepwell import _google_rpc, errors
+from stepwell.v1 import errors_pb2
+
+DETAILS_KEY = "grpc-status-details-bin"
+Code = grpc.StatusCode
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Status:
+    """What came over the wire, whichever way it came."""
+
+    code: grpc.StatusCode
+    message: str
+    reason: str = ""
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    retry_after_s: float = 0.0
+
+
+Maker = Callable[[Status], errors.StepwellError]
+
+
+def _plain(kind: type[errors.StepwellError]) -> Maker:
+    return lambda status: kind(status.message, reason=status.reason)
+
+
+def _gone(kind: type[errors.SessionGoneError]) -> Maker:
+    return lambda status: kind(
+        status.message, session_id=status.metadata.get("session_id", ""), reason=status.reason
+    )
+
+
+def _open_ended(kind: type[errors.UnavailableError | errors.DeadlineExceededError]) -> Maker:
+    # With a reason the server itself answered, and it answers so only for what it did not apply.
+    return lambda status: kind(
+        status.message, outcome="not_applied" if status.reason else "unknown", reason=status.reason
+    )
+
+
+def _number(status: Status, key: str) -> int | None:
+    text = status.metadata.get(key, "")
+    return int(text) if text.isdecimal() else None
+
+
+def _conflict(status: Status) -> errors.StepwellError:
+    return errors.RevisionConflictError(
+        status.message,
+        expected=_number(status, "expected_revision"),
+        actual=_number(status, "actual_revision"),
+        reason=status.reason,
+    )
+
+
+def _exhausted(status: Status) -> errors.StepwellError:
+    # gRPC itself reports a message over the limit with this code; waiting would not make it smaller.
+    if not status.reason and "larger than max" in status.message:
+        return errors.InvalidInputError(
+            f"the message must fit the size limits of both sides (max_message_bytes): {status.message}"
+        )
+    return errors.OverloadedError(status.message, retry_after_s=status.retry_after_s, reason=status.reason)
+
+
+def _internal(status: Status) -> errors.StepwellError:
+    return errors.InternalError(
+        status.message, error_id=status.metadata.get("error_id", ""), reason=status.reason
+    )
+
+
+BY_REASON: Mapping[str, Maker] = {
+    "INVALID_INPUT": _plain(errors.InvalidInputError),
+    "MESSAGE_TOO_LARGE": _plain(errors.InvalidInputError),
+    "SESSION_NOT_FOUND": _gone(errors.SessionNotFoundError),
+    "SESSION_EXPIRED": _gone(errors.SessionExpiredError),
+    "SESSION_LOST": _gone(errors.SessionLostError),
+    "SESSION_EXISTS": _plain(errors.SessionExistsError),
+    "REVISION_CONFLICT": _conflict,
+    "MODEL_NOT_FOUND": _plain(errors.ModelNotFoundError),
+    "MODEL_MISMATCH": _plain(errors.ModelMismatchError),
+    "OVERLOADED": _exhausted,
+    "UNAVAILABLE": _open_ended(errors.UnavailableError),
+    "DEADLINE_EXCEEDED": _open_ended(errors.DeadlineExceededError),
+    "STATE_CORRUPT": _plain(errors.StateCorruptError),
+    "INTERNAL": _internal,
+}
+
+BY_CODE: Mapping[grpc.StatusCode, Maker] = {
+    Code.CANCELLED: _open_ended(errors.UnavailableError),
+    Code.UNKNOWN: _internal,
+    Code.INVALID_ARGUMENT: _plain(errors.InvalidInputError),
+    Code.DEADLINE_EXCEEDED: _open_ended(errors.DeadlineExceededError),
+    Code.NOT_FOUND: _gone(errors.SessionNotFoundError),
+    Code.ALREADY_EXISTS: _plain(errors.SessionExistsError),
+    Code.PERMISSION_DENIED: _plain(errors.RefusedError),
+    Code.RESOURCE_EXHAUSTED: _exhausted,
+    Code.FAILED_PRECONDITION: _plain(errors.ModelMismatchError),
+    Code.ABORTED: _conflict,
+    Code.OUT_OF_RANGE: _plain(errors.InvalidInputError),
+    Code.UNIMPLEMENTED: _plain(errors.RefusedError),
+    Code.INTERNAL: _internal,
+    Code.UNAVAILABLE: _open_ended(errors.UnavailableError),
+    Code.DATA_LOSS: _plain(errors.StateCorruptError),
+    Code.UNAUTHENTICATED: _plain(errors.RefusedError),
+}
+
+_CODES: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in Code}
+
+
+def to_error(status: Status) -> errors.StepwellError:
+    """The error that a status stands for: by its reason, else by its code."""
+    make = BY_REASON.get(status.reason) or BY_CODE.get(status.code, _internal)
+    return make(status)
+
+
+def from_rpc(
+    code: grpc.StatusCode, message: str | None, trailers: Iterable[tuple[str, str | bytes]] | None
+) -> errors.StepwellError:
+    """The error of a failed call, from its code, text and trailing metadata."""
+    text = message or f"the call failed with {code.name} and no message"
+    for key, value in trailers or ():
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            return to_error(_with_details(Status(code, text), value))
+    return to_error(Status(code, text))
+
+
+def from_message(error: errors_pb2.Error) -> errors.StepwellError:
+    """The error of a member of a frame."""
+    code = _CODES.get(error.code, Code.UNKNOWN)
+    return to_error(
+        Status(
+            code,
+            error.message or f"the change failed with {code.name} and no message",
+            error.reason,
+            dict(error.metadata),
+            error.retry_after_ms / 1000,
+        )
+    )
+
+
+def _with_details(status: Status, encoded: bytes) -> Status:
+    try:
+        details = _google_rpc.Status.FromString(encoded).details
+        for detail in details:
+            status = _with_detail(status, detail.type_url.rpartition("/")[2], detail.value)
+    except DecodeError:
+        # Details are an extra: a proxy that garbles them must not hide the error itself.
+        return status
+    return status
+
+
+def _with_detail(status: Status, name: str, value: bytes) -> Status:
+    if name == "google.rpc.ErrorInfo":
+        info = _google_rpc.ErrorInfo.FromString(value)
+        return dataclasses.replace(status, reason=info.reason, metadata=dict(info.metadata))
+    if name == "google.rpc.RetryInfo":
+        delay = _google_rpc.RetryInfo.FromString(value).retry_delay
+        return dataclasses.replace(status, retry_after_s=delay.seconds + delay.nanos / 1e9)
+    return status

@@ -1,0 +1,145 @@
+"""Arrays to wire and back. Nothing else knows how a tensor is laid out in a message."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell.errors import InternalError, InvalidInputError
+from stepwell.v1 import tensors_pb2
+
+Array = npt.NDArray[np.generic]
+
+_pb = tensors_pb2
+_BY_NAME: Mapping[str, int] = {
+    "float32": _pb.DATA_TYPE_FLOAT32,
+    "float64": _pb.DATA_TYPE_FLOAT64,
+    "float16": _pb.DATA_TYPE_FLOAT16,
+    "int8": _pb.DATA_TYPE_INT8,
+    "int16": _pb.DATA_TYPE_INT16,
+    "int32": _pb.DATA_TYPE_INT32,
+    "int64": _pb.DATA_TYPE_INT64,
+    "uint8": _pb.DATA_TYPE_UINT8,
+    "uint16": _pb.DATA_TYPE_UINT16,
+    "uint32": _pb.DATA_TYPE_UINT32,
+    "uint64": _pb.DATA_TYPE_UINT64,
+    "bool": _pb.DATA_TYPE_BOOL,
+    "bfloat16": _pb.DATA_TYPE_BFLOAT16,
+}
+_NAMES: Mapping[int, str] = {number: name for name, number in _BY_NAME.items()}
+# By kind and size rather than by numpy's own names: C's long and long long are two types of one layout.
+_BY_LAYOUT: Mapping[tuple[str, int], int] = {
+    (np.dtype(name).kind, np.dtype(name).itemsize): number
+    for name, number in _BY_NAME.items()
+    if name != "bfloat16"
+}
+_DTYPES: Mapping[int, np.dtype[np.generic]] = {
+    number: np.dtype(name).newbyteorder("<") for name, number in _BY_NAME.items() if name != "bfloat16"
+}
+
+
+class Packed(NamedTuple):
+    """A tensor ready to be sent: a value, equal to another if it would look the same on the wire."""
+
+    name: str
+    dtype: int
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def pack(name: str, what: str, value: npt.ArrayLike) -> Packed:
+    """Checks an array and copies it into the wire's layout.
+
+    Args:
+        name: Name of the input or state tensor; empty for the model's only one.
+        what: How to call it in a message, e.g. "input 'x'".
+        value: Array of at least one axis and one element.
+
+    Raises:
+        InvalidInputError: It is no array of numbers, has no batch axis, or is empty.
+    """
+    array = _as_array(what, value)
+    dtype = _dtype_number(what, array)
+    if array.ndim == 0:
+        raise InvalidInputError(f"{what} must have a batch axis, shape (batch_size, ...); got a scalar")
+    if array.size == 0:
+        raise InvalidInputError(f"{what} must not be empty; got shape {array.shape}")
+    wire = _DTYPES.get(dtype)
+    return Packed(
+        name, dtype, array.shape, (array if wire is None else array.astype(wire, copy=False)).tobytes()
+    )
+
+
+def _as_array(what: str, value: npt.ArrayLike) -> Array:
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"{what} must be an array of numbers: {error}") from None
+
+
+def _dtype_number(what: str, array: Array) -> int:
+    if array.dtype.name == "bfloat16":
+        return _pb.DATA_TYPE_BFLOAT16
+    number = _BY_LAYOUT.get((array.dtype.kind, array.dtype.itemsize))
+    if number is None:
+        raise InvalidInputError(
+            f"{what} must be an array of floats of 2, 4 or 8 bytes, integers or booleans; "
+            f"got dtype {array.dtype} and shape {array.shape}"
+        )
+    return number
+
+
+def to_messages(tensors: Iterable[Packed]) -> list[tensors_pb2.Tensor]:
+    """Packed tensors as messages."""
+    return [
+        tensors_pb2.Tensor(name=t.name, dtype=_pb.DataType.ValueType(t.dtype), shape=t.shape, data=t.data)
+        for t in tensors
+    ]
+
+
+def unpack(tensor: tensors_pb2.Tensor) -> Array:
+    """The array in a message: a writable copy. bfloat16 comes as float32, which holds it exactly.
+
+    Raises:
+        InternalError: The server sent a tensor that contradicts itself.
+    """
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None:
+        return _unpack_bfloat16(tensor)
+    if len(tensor.data) != math.prod(tensor.shape) * dtype.itemsize:
+        raise _broken(tensor)
+    return np.frombuffer(bytearray(tensor.data), dtype).reshape(tensor.shape)
+
+
+def _unpack_bfloat16(tensor: tensors_pb2.Tensor) -> Array:
+    if tensor.dtype != _pb.DATA_TYPE_BFLOAT16 or len(tensor.data) != math.prod(tensor.shape) * 2:
+        raise _broken(tensor)
+    halves = np.frombuffer(tensor.data, "<u2").astype("<u4")
+    return (halves << np.uint32(16)).view("<f4").reshape(tensor.shape)
+
+
+def _broken(tensor: tensors_pb2.Tensor) -> InternalError:
+    return InternalError(
+        f"the server sent tensor {tensor.name!r} of dtype {dtype_name(tensor.dtype)}, "
+        f"shape {tuple(tensor.shape)} and {len(tensor.data)} bytes, which do not fit"
+    )
+
+
+def unpack_all(tensors: Iterable[tensors_pb2.Tensor]) -> dict[str, Array]:
+    """The arrays in messages, by name and in their order."""
+    return {tensor.name: unpack(tensor) for tensor in tensors}
+
+
+def dtype_name(number: int) -> str:
+    """Numpy's name of a wire type, e.g. "float32"."""
+    return _NAMES.get(number, f"unknown type {number}")
+
+
+def itemsize(number: int) -> int:
+    """Bytes of one element of a wire type."""
+    dtype = _DTYPES.get(number)
+    return 2 if dtype is None else dtype.itemsize

@@ -1,0 +1,273 @@
+"""The sync client."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from stepwell import _channel
+from stepwell._core import Core
+from stepwell._flow import Call, Exchange, Flow, Pause
+from stepwell._group_core import GroupCore
+from stepwell._link import Link
+from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo, State, States
+from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig, server_address
+from stepwell.errors import StepwellError
+from stepwell.group import SessionGroup
+from stepwell.session import Session
+
+T = TypeVar("T")
+
+
+def connect(
+    address: str | None = None,
+    *,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+) -> Client:
+    """A client of the server at `address`. The connection itself is made by the first call.
+
+    Args:
+        address: HOST:PORT. None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
+        timeout_s: Time limit of each call over all its attempts, in seconds, unless the call is given
+            another; `math.inf` for none.
+        max_message_bytes: Largest message to send or receive.
+
+    Raises:
+        InvalidInputError: An argument, or the variable, breaks its rule.
+
+    Example:
+        >>> with stepwell.connect(address) as client:
+        ...     [model.name for model in client.models()]
+        ['forecast']
+    """
+    return Client(ClientConfig(server_address(address), timeout_s, max_message_bytes))
+
+
+class Client:
+    """A connection to a server. Make one with `connect`, and share it.
+
+    Every method takes `timeout_s`, the time limit of that call over all its attempts; None means the
+    client's own. UNAVAILABLE and overload are retried within it (see `stepwell.errors`).
+
+    Safe to use from many threads at once. Not fork-safe: gRPC's threads do not survive a fork, so connect
+    in the child.
+
+    Example:
+        >>> with stepwell.connect(address) as client:
+        ...     with client.open_session("forecast") as session:
+        ...         session.step(np.ones((1, 3), np.float32)).shape
+        (1, 1)
+    """
+
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
+        self._core = Core(config)
+        self._transport = _channel.SyncTransport(config)
+        self._link = Link(self._transport.sessions)
+        self._closing = threading.Event()
+
+    @property
+    def address(self) -> str:
+        """Where the server is, HOST:PORT."""
+        return self._config.address
+
+    def models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
+        """All models of the server, in the order of their names.
+
+        Example:
+            >>> [model.name for model in client.models()]
+            ['forecast']
+        """
+        return self._run(self._core.models(self._core.deadline(timeout_s)))
+
+    def model(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
+        """One model.
+
+        Raises:
+            ModelNotFoundError: No model is served under that name.
+
+        Example:
+            >>> [tensor.shape for tensor in client.model("forecast").inputs]
+            [(3,)]
+        """
+        return self._run(self._core.model(name, self._core.deadline(timeout_s)))
+
+    def open_session(
+        self,
+        model: str,
+        batch_size: int = 1,
+        session_id: str | None = None,
+        state: States | None = None,
+        must_be_new: bool = False,
+        *,
+        timeout_s: float | None = None,
+    ) -> Session:
+        """Opens a session, or resumes the live session of that id.
+
+        Args:
+            model: Name of the model.
+            batch_size: Rows of the session, fixed from now on.
+            session_id: 1 to 256 printable characters. None: the server makes an unguessable one, and the
+                session is closed when its `with` block ends. A named session outlives its block.
+            state: Initial state, each tensor (batch_size, ...); a mapping of name to array, a list in the
+                model's order, or a `State`. None: the model's own. Not used when a session is resumed.
+            must_be_new: Refuse instead of resuming.
+            timeout_s: Time limit of this call over all its attempts; None: the client's.
+
+        Raises:
+            ModelNotFoundError: No model is served under that name.
+            ModelMismatchError: The state, or the session resumed, belongs to another model.
+            SessionExistsError: The session is there and must be new, or has another batch size.
+            SessionExpiredError, SessionLostError: The session of that id is gone for that reason.
+
+        Example:
+            >>> session = client.open_session("forecast", session_id="user-42")
+            >>> session.id, session.batch_size
+            ('user-42', 1)
+            >>> session.close()
+        """
+        deadline = self._core.deadline(timeout_s)
+        book = self._run(self._core.open_session(model, batch_size, session_id, state, must_be_new, deadline))
+        return Session(self, book, owned=session_id is None)
+
+    def open_sessions(
+        self,
+        model: str,
+        n: int,
+        batch_size: int = 1,
+        session_ids: Sequence[str] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> SessionGroup:
+        """Opens many sessions of one model, to be stepped together: all of them or none.
+
+        Args:
+            model: Name of the model.
+            n: How many, 1 to 65536.
+            batch_size: Rows of each.
+            session_ids: n ids, none of them in use. None: the server makes them, and the sessions are
+                closed when the group's `with` block ends.
+            timeout_s: Time limit of this call over all its attempts; None: the client's.
+
+        Raises:
+            ModelNotFoundError: No model is served under that name.
+            SessionExistsError: One of the ids is in use.
+
+        Example:
+            >>> with client.open_sessions("forecast", 8) as group:
+            ...     group.step(np.ones((8, 3), np.float32)).shape
+            (8, 1)
+        """
+        deadline = self._core.deadline(timeout_s)
+        book = self._run(self._core.open_sessions(model, n, batch_size, session_ids, deadline))
+        return SessionGroup(self, GroupCore(self._core, book), owned=session_ids is None)
+
+    def predict(
+        self, model: str, x: Inputs, state: States | None = None, *, timeout_s: float | None = None
+    ) -> tuple[Outputs, State]:
+        """Runs a model without a session: the same weights and the same bits.
+
+        Args:
+            model: Name of the model.
+            x: (batch, features...) or (batch, T, features...), any batch size; by name for several inputs.
+            state: Initial state, each tensor (batch, ...). None: the model's own.
+            timeout_s: Time limit of this call over all its attempts; None: the client's.
+
+        Returns:
+            The outputs, in the model's own shape, and the state after the last time step.
+
+        Raises:
+            InvalidInputError: An input or a state breaks a rule.
+            ModelMismatchError: The state belongs to another model.
+
+        Example:
+            >>> y, state = client.predict("forecast", np.ones((5, 3), np.float32))
+            >>> y.shape, state.batch_size
+            ((5, 1), 5)
+        """
+        return self._run(self._core.predict(model, x, state, self._core.deadline(timeout_s)))
+
+    def sessions(
+        self, model: str | None = None, prefix: str | None = None, *, timeout_s: float | None = None
+    ) -> list[SessionInfo]:
+        """The live sessions, in the order of their ids.
+
+        Args:
+            model: Only those of this model.
+            prefix: Only those whose ids begin with this.
+            timeout_s: Time limit of this call over all its attempts; None: the client's.
+
+        Example:
+            >>> session.id in [info.session_id for info in client.sessions(model="forecast")]
+            True
+        """
+        return self._run(self._core.sessions(model, prefix, self._core.deadline(timeout_s)))
+
+    def session_info(self, session_id: str, *, timeout_s: float | None = None) -> SessionInfo:
+        """One session as of its last completed change. Does not count as use of it.
+
+        Raises:
+            SessionNotFoundError, SessionExpiredError, SessionLostError: It is not there, and why.
+
+        Example:
+            >>> client.session_info(session.id).model
+            'forecast'
+        """
+        return self._run(self._core.session_info(session_id, self._core.deadline(timeout_s)))
+
+    def close_session(self, session_id: str, *, timeout_s: float | None = None) -> None:
+        """Deletes a session and its state.
+
+        Raises:
+            SessionNotFoundError, SessionExpiredError, SessionLostError: It is not there, and why.
+
+        Example:
+            >>> client.close_session(client.open_session("forecast").id)
+        """
+        self._run(self._core.close_session(session_id, self._core.deadline(timeout_s)))
+
+    def close(self) -> None:
+        """Ends the connection; calls under way end with `ClosedError`. Sessions stay on the server.
+
+        Example:
+            >>> stepwell.connect(address).close()
+        """
+        self._closing.set()
+        self._transport.is_closed = True
+        self._link.close()
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, flow: Flow[T]) -> T:
+        """Drives an operation of the core to its result."""
+        try:
+            ask = next(flow)
+            while True:
+                try:
+                    answer = self._answer(ask)
+                except StepwellError as error:
+                    ask = flow.throw(error)
+                else:
+                    ask = flow.send(answer)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+    def _answer(self, ask: Call | Pause | Exchange) -> Any:
+        if isinstance(ask, Call):
+            return self._transport.invoke(ask)
+        if isinstance(ask, Exchange):
+            return self._link.exchange(ask)
+        if self._closing.wait(ask.seconds):
+            raise _channel.closed()
+        return None

@@ -1,0 +1,206 @@
+"""What can go wrong, as a tree. Every error the SDK raises for a call derives from `StepwellError`.
+
+    StepwellError
+    ├── InvalidInputError          an argument breaks a rule: shape, dtype, name, value, size
+    ├── SessionGoneError           there is no such session (any more)
+    │   ├── SessionNotFoundError   closed, or never opened on this server
+    │   ├── SessionExpiredError    idle for too long, therefore deleted
+    │   └── SessionLostError       it was there, its state cannot be recovered
+    ├── SessionExistsError         the id is taken
+    ├── RevisionConflictError      someone else changed the session: see .expected and .actual
+    ├── ModelNotFoundError         no model is served under that name
+    ├── ModelMismatchError         the state belongs to a model of another fingerprint
+    ├── OverloadedError            no room now: see .retry_after_s
+    ├── UnavailableError           the server cannot be reached, or cannot do it now: see .outcome
+    ├── DeadlineExceededError      the time limit passed: see .outcome
+    ├── StateCorruptError          the stored record of the session is damaged
+    ├── RefusedError               the server does not offer this, or does not allow it
+    ├── InternalError              a defect of the server: its log has the details under .error_id
+    └── ClosedError                the client or session was closed on this side
+
+| class | gRPC status | retried by the SDK |
+| --- | --- | --- |
+| InvalidInputError | INVALID_ARGUMENT, OUT_OF_RANGE | no |
+| SessionNotFoundError, SessionExpiredError, SessionLostError, ModelNotFoundError | NOT_FOUND, by reason | no |
+| SessionExistsError | ALREADY_EXISTS | no |
+| RevisionConflictError | ABORTED | no |
+| ModelMismatchError | FAILED_PRECONDITION | no |
+| OverloadedError | RESOURCE_EXHAUSTED | after its delay |
+| UnavailableError | UNAVAILABLE, CANCELLED | yes |
+| DeadlineExceededError | DEADLINE_EXCEEDED | no; the caller may |
+| StateCorruptError | DATA_LOSS | no |
+| RefusedError | UNIMPLEMENTED, PERMISSION_DENIED, UNAUTHENTICATED | no |
+| InternalError | INTERNAL, UNKNOWN | no |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Outcome = Literal["not_applied", "unknown"]
+
+
+class StepwellError(Exception):
+    """Base of every error of this package.
+
+    Example:
+        >>> try:
+        ...     client.session_info("nobody")
+        ... except stepwell.StepwellError as error:
+        ...     print(type(error).__name__)
+        SessionNotFoundError
+    """
+
+    message: str
+    """Names the argument, the rule and what came."""
+    reason: str
+    """Machine-readable reason the server gave, e.g. SESSION_EXPIRED; empty for errors of this side."""
+    failures: Mapping[int, StepwellError]
+    """Of a `SessionGroup`'s change: the error of each member that failed, by index. Else empty."""
+    outputs: npt.NDArray[np.generic] | dict[str, npt.NDArray[np.generic]] | None
+    """Of a `SessionGroup`'s step: the outputs of the members that were applied; zeros for the others."""
+
+    def __init__(self, message: str, *, reason: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason
+        self.failures = {}
+        self.outputs = None
+
+
+class InvalidInputError(StepwellError):
+    """An argument breaks a rule: shape, dtype, name, range, size, NaN or infinity. Nothing changed."""
+
+
+class SessionGoneError(StepwellError):
+    """There is no such session (any more)."""
+
+    session_id: str
+    """The id asked for; empty if the server did not say."""
+
+    def __init__(self, message: str, *, session_id: str = "", reason: str = "") -> None:
+        super().__init__(message, reason=reason)
+        self.session_id = session_id
+
+
+class SessionNotFoundError(SessionGoneError):
+    """The session was closed, or never opened on this server."""
+
+
+class SessionExpiredError(SessionGoneError):
+    """The session was idle for longer than the server's max_session_idle_s, and is deleted."""
+
+
+class SessionLostError(SessionGoneError):
+    """The session was there; its state cannot be recovered."""
+
+
+class SessionExistsError(StepwellError):
+    """The session id is taken."""
+
+
+class RevisionConflictError(StepwellError):
+    """The session is at another revision than this handle expected; nothing changed.
+
+    Someone else changed the session. `session.refresh()` takes over the server's revision.
+    """
+
+    expected: int | None
+    """Revision this side expected."""
+    actual: int | None
+    """Revision the session is at."""
+
+    def __init__(
+        self, message: str, *, expected: int | None = None, actual: int | None = None, reason: str = ""
+    ) -> None:
+        super().__init__(message, reason=reason)
+        self.expected = expected
+        self.actual = actual
+
+
+class ModelNotFoundError(StepwellError):
+    """No model is served under that name."""
+
+
+class ModelMismatchError(StepwellError):
+    """The state belongs to a model of another fingerprint."""
+
+
+class OverloadedError(StepwellError):
+    """The server has no room now; nothing changed. Raised once the time limit leaves no room to wait."""
+
+    retry_after_s: float
+    """Seconds the server asks to wait; 0.0 if it gave no advice."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.0, reason: str = "") -> None:
+        super().__init__(message, reason=reason)
+        self.retry_after_s = retry_after_s
+
+
+class _OpenEndedError(StepwellError):
+    """Base of the errors after which a change may have been applied all the same."""
+
+    outcome: Outcome
+    """ "not_applied": it is settled that nothing changed. "unknown": the change may have been applied or
+    may still be. Make the same call again: it finishes the change and never applies it twice."""
+
+    def __init__(self, message: str, *, outcome: Outcome = "unknown", reason: str = "") -> None:
+        super().__init__(message, reason=reason)
+        self.outcome = outcome
+
+
+class UnavailableError(_OpenEndedError):
+    """The server cannot be reached, or cannot do it now, and the time limit left no room to try again."""
+
+
+class DeadlineExceededError(_OpenEndedError):
+    """The time limit passed."""
+
+
+class StateCorruptError(StepwellError):
+    """The stored record of this session is damaged; other sessions are not concerned."""
+
+
+class RefusedError(StepwellError):
+    """The server does not offer this call, or does not allow it."""
+
+
+class InternalError(StepwellError):
+    """A defect of the server; its log has the details."""
+
+    error_id: str
+    """Find it in the server's log. Empty if the server gave none."""
+
+    def __init__(self, message: str, *, error_id: str = "", reason: str = "") -> None:
+        super().__init__(message, reason=reason)
+        self.error_id = error_id
+
+
+class ClosedError(StepwellError):
+    """The client, session or group was closed on this side."""
+
+
+__all__ = [
+    "ClosedError",
+    "DeadlineExceededError",
+    "InternalError",
+    "InvalidInputError",
+    "ModelMismatchError",
+    "ModelNotFoundError",
+    "OverloadedError",
+    "RefusedError",
+    "RevisionConflictError",
+    "SessionExistsError",
+    "SessionExpiredError",
+    "SessionGoneError",
+    "SessionLostError",
+    "SessionNotFoundError",
+    "StateCorruptError",
+    "StepwellError",
+    "UnavailableError",
+]

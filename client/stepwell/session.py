@@ -1,0 +1,238 @@
+"""A session, and a group of sessions, of the sync client."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import math
+import threading
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from stepwell._book import SessionBook
+from stepwell._retry import Deadline
+from stepwell._types import Inputs, Outputs, OutputSelection, State, States
+from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError
+
+if TYPE_CHECKING:
+    from stepwell.client import Client
+
+
+class Handle(abc.ABC):
+    """What a session and a group have in common: one change at a time, and an end."""
+
+    def __init__(self, client: Client, owned: bool) -> None:
+        self._client = client
+        self._owned = owned
+        self._closed = False
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def _changing(self, deadline: Deadline) -> Iterator[None]:
+        """One change at a time; waiting for one's turn counts against the time limit."""
+        self._check_open()
+        remaining_s = deadline.remaining_s()
+        if not self._lock.acquire(timeout=-1 if math.isinf(remaining_s) else remaining_s):
+            raise DeadlineExceededError(
+                "the time limit passed while another change of this session was under way",
+                outcome="not_applied",
+            )
+        try:
+            self._check_open()
+            yield
+        finally:
+            self._lock.release()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the session must be open; it was closed by this handle")
+
+    @abc.abstractmethod
+    def close(self, *, timeout_s: float | None = None) -> None:
+        """Deletes what it stands for."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._owned:
+            return
+        try:
+            self.close()
+        except StepwellError as closing:
+            if error is None:
+                raise
+            error.add_note(f"and then closing the session failed: {closing}")
+
+
+class Session(Handle):
+    """One user's conversation with one model: a recurrent state on the server, advanced step by step.
+
+    Made by `Client.open_session`, and by `fork`. At most one change (step or reset) of a session is under
+    way at a time: a second thread waits for its turn, within its time limit. Safe to use from many
+    threads; not fork-safe.
+
+    **After an error.** `DeadlineExceededError` and `UnavailableError` say in `.outcome` whether the change
+    was "not_applied" or is "unknown". In both cases make the same call with the same arguments again: it
+    finishes that change, and it is applied once, however often it was sent. A call with other arguments is
+    a new change; if the unfinished one did get through, it raises `RevisionConflictError`, and `refresh`
+    takes over the server's revision. The same holds after Ctrl-C.
+
+    **At the end of a `with` block** a session opened without an id is closed; a named one lives on.
+
+    Example:
+        >>> with client.open_session("forecast") as session:
+        ...     y = session.step(np.ones((1, 3), np.float32))
+        ...     y.shape, session.revision, session.position
+        ((1, 1), 1, 1)
+    """
+
+    def __init__(self, client: Client, book: SessionBook, *, owned: bool) -> None:
+        super().__init__(client, owned)
+        self._core = client._core
+        self._book = book
+
+    @property
+    def id(self) -> str:
+        """Its id on the server."""
+        return self._book.session_id
+
+    @property
+    def model(self) -> str:
+        """Name of its model."""
+        return self._book.model
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, fixed when it was opened."""
+        return self._book.batch_size
+
+    @property
+    def revision(self) -> int:
+        """Changes so far, as of the last answer to this handle."""
+        return self._book.revision
+
+    @property
+    def position(self) -> int:
+        """Time steps since the last reset of the whole state, as of the last answer to this handle."""
+        return self._book.position
+
+    def step(
+        self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None
+    ) -> Outputs | None:
+        """Advances the session by one time step, or by T: whole or not at all.
+
+        Args:
+            x: (batch_size, features...) for one time step, (batch_size, T, features...) for T; a mapping of
+                name to array for several inputs. Other float types are cast to the model's.
+            outputs: "all" time steps, the "last", or "none".
+            timeout_s: Time limit of this call over all its attempts; None: the client's.
+
+        Returns:
+            (batch_size, T, ...) where the model returns sequences and x had T, else (batch_size, ...). A
+            dict by name if the model has several outputs; None with "none".
+
+        Raises:
+            InvalidInputError: An input breaks a rule; nothing changed.
+            RevisionConflictError: Someone else changed the session; nothing changed. See `refresh`.
+            SessionNotFoundError, SessionExpiredError, SessionLostError: It is gone, and why.
+            DeadlineExceededError, UnavailableError: See `.outcome` and the class.
+
+        Example:
+            >>> session.step(np.ones((1, 10, 3), np.float32), outputs="last").shape
+            (1, 1)
+        """
+        deadline = self._core.deadline(timeout_s)
+        change = self._core.step_change(self._book, x, outputs)
+        with self._changing(deadline):
+            return self._client._run(self._core.step(self._book, change, deadline))
+
+    def reset_states(
+        self,
+        states: States | None = None,
+        rows: Iterable[int] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Sets the state, or some rows of it.
+
+        Args:
+            states: Mapping of name to array, list of arrays in the model's order, or a `State`; each
+                (batch_size, ...), or (len(rows), ...) with rows. None: the model's initial state.
+            rows: Rows to set, each at most once. None: all, and the position becomes 0. An empty list sets
+                nothing and is no change.
+            timeout_s: Time limit of this call over all its attempts; None: the client's.
+
+        Raises:
+            InvalidInputError: A state or a row breaks a rule; nothing changed.
+            ModelMismatchError: The state belongs to another model.
+            RevisionConflictError: Someone else changed the session; nothing changed.
+
+        Example:
+            >>> session.reset_states()
+            >>> session.reset_states({name: np.ones_like(h) for name, h in session.get_state().items()})
+            >>> session.position
+            0
+        """
+        deadline = self._core.deadline(timeout_s)
+        with self._changing(deadline):
+            self._client._run(self._core.reset_states(self._book, states, rows, deadline))
+
+    def get_state(self, *, timeout_s: float | None = None) -> State:
+        """A copy of the state, after the changes received before.
+
+        Example:
+            >>> state = session.get_state()
+            >>> state.revision == session.revision
+            True
+        """
+        self._check_open()
+        return self._client._run(self._core.get_state(self.id, self._core.deadline(timeout_s)))
+
+    def fork(self, session_id: str | None = None, *, timeout_s: float | None = None) -> Session:
+        """A new session with the state, revision and position of this one; from then on they are apart.
+
+        Args:
+            session_id: Id of the new session, not in use. None: the server makes one.
+            timeout_s: Time limit of this call over all its attempts; None: the client's.
+
+        Raises:
+            SessionExistsError: The id is in use.
+
+        Example:
+            >>> with session.fork() as twin:
+            ...     twin.id != session.id, twin.position == session.position
+            (True, True)
+        """
+        self._check_open()
+        book = self._client._run(self._core.fork(self._book, session_id, self._core.deadline(timeout_s)))
+        return Session(self._client, book, owned=session_id is None)
+
+    def refresh(self, *, timeout_s: float | None = None) -> None:
+        """Takes over the server's revision and position, and drops a change left unfinished by an error.
+
+        Example:
+            >>> session.refresh()
+            >>> session.revision == client.session_info(session.id).revision
+            True
+        """
+        deadline = self._core.deadline(timeout_s)
+        with self._changing(deadline):
+            self._client._run(self._core.refresh(self._book, deadline))
+
+    def close(self, *, timeout_s: float | None = None) -> None:
+        """Deletes the session on the server. Closing again, or a session that is gone, does nothing.
+
+        Example:
+            >>> session = client.open_session("forecast")
+            >>> session.close()
+        """
+        if not self._closed:
+            self._client._run(self._core.close(self._book, self._core.deadline(timeout_s)))
+            self._closed = True
+
+    def __repr__(self) -> str:
+        return f"Session({self.id!r}, model={self.model!r}, batch_size={self.batch_size})"

@@ -1,0 +1,255 @@
+"""A real server for tests and trials, started and stopped by the program that uses it."""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+from stepwell.errors import StepwellError
+
+_READY = re.compile(r"^stepwell: listening on (?P<address>\S+:\d+)\s*$")
+_LOG_LINES = 10_000
+_SHOWN_LINES = 30
+
+# Runs in the child before the server does: on Linux, asks to be killed when the thread that started it
+# ends. argv: the parent's pid, then the command. Exec keeps the request, unlike a fork.
+_LAUNCHER = """
+import os, sys
+if sys.platform == "linux":
+    import ctypes, signal
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class ServerStartError(StepwellError):
+    """The server refused to start, or was not ready in time; the message ends with its last log lines."""
+
+
+class LocalServer:
+    """A `stepwell serve` of its own process, on a free port of 127.0.0.1.
+
+    Ends with its `with` block. On Linux it also ends when this process dies, however it dies. Methods are
+    for one thread at a time; the server itself serves any number of clients.
+
+    Args:
+        models: Path of the `.keras` file by name to serve it under.
+        data_dir: Where it keeps sessions. None: in memory, so that they are gone after `kill` or `restart`.
+        extra_args: Further options of `stepwell serve`.
+        cache_dir: Where it keeps compiled models. None: the server's own default.
+        env: Further environment variables.
+        start_timeout_s: How long it may take to be ready, in seconds; models are compiled in this time.
+
+    Example:
+        >>> from stepwell.testing import LocalServer
+        >>> with LocalServer(models={"forecast": model_path}) as server:
+        ...     with stepwell.connect(server.address) as client:
+        ...         [model.name for model in client.models()]
+        ['forecast']
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, str | os.PathLike[str]] | None = None,
+        data_dir: str | os.PathLike[str] | None = None,
+        extra_args: Sequence[str] = (),
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        start_timeout_s: float = 180.0,
+    ) -> None:
+        self._models = {name: os.fspath(path) for name, path in (models or {}).items()}
+        self._store = ["--store", "memory"] if data_dir is None else ["--data-dir", os.fspath(data_dir)]
+        self._extra_args = list(extra_args)
+        self._env = dict(env or {})
+        if cache_dir is not None:
+            self._env["STEPWELL_CACHE_DIR"] = os.fspath(cache_dir)
+        self._start_timeout_s = start_timeout_s
+        self._address: str | None = None
+        self._run: _Run | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it listens, 127.0.0.1:PORT; the same after a restart."""
+        if self._address is None:
+            raise ServerStartError(
+                "the server must be started before it has an address; use `with` or start()"
+            )
+        return self._address
+
+    @property
+    def pid(self) -> int | None:
+        """Id of its process; None when it does not run."""
+        return self._run.pid if self._run is not None and self._run.exit_code is None else None
+
+    def start(self) -> None:
+        """Starts it and waits until it is ready. A `with` block does this by itself.
+
+        Raises:
+            ServerStartError: It refused to start, or was not ready in time.
+        """
+        if self.pid is not None:
+            raise ServerStartError(f"the server must be stopped before it is started; it runs as {self.pid}")
+        self._run = _Run(self._command(), {**os.environ, **self._env})
+        address = self._run.wait_ready(self._start_timeout_s)
+        if address is None:
+            running = self._run.exit_code is None
+            self.kill()
+            how = (
+                f"was not ready within {self._start_timeout_s:g} s"
+                if running
+                else f"ended with exit code {self._run.exit_code}"
+            )
+            raise ServerStartError(f"the server {how}; its last log lines:\n{self._run.last_lines()}")
+        self._address = address
+
+    def _command(self) -> list[str]:
+        models = [f"{name}={path}" for name, path in self._models.items()]
+        listen = ["--listen", self._address or "127.0.0.1:0"]
+        return [sys.executable, "-m", "stepwell_server", *models, *listen, *self._store, *self._extra_args]
+
+    def stop(self, timeout_s: float = 30.0) -> int:
+        """Asks it to finish (SIGTERM) and waits for it.
+
+        Args:
+            timeout_s: How long it may take, in seconds; after that it is killed.
+
+        Returns:
+            Its exit code, negative for a signal.
+        """
+        return self._end(signal.SIGTERM, timeout_s)
+
+    def kill(self) -> int:
+        """Kills it at once (SIGKILL), as a crash would.
+
+        Returns:
+            Its exit code, -9 if it was still running.
+        """
+        return self._end(signal.SIGKILL, None)
+
+    def _end(self, with_signal: signal.Signals, timeout_s: float | None) -> int:
+        if self._run is None:
+            raise ServerStartError("the server must be started before it is stopped")
+        return self._run.end(with_signal, timeout_s)
+
+    def restart(self) -> None:
+        """Starts it again on the same port with the same data; stops it before if it still runs.
+
+        Raises:
+            ServerStartError: It refused to start, or was not ready in time.
+        """
+        if self.pid is not None:
+            self.stop()
+        self.start()
+
+    def logs(self) -> str:
+        """What the running or last process has written, the last 10,000 lines of it."""
+        return "" if self._run is None else self._run.text()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.pid is not None:
+            self.stop()
+
+
+class _Run:
+    """One process of the server, and the thread that starts it and reads what it writes.
+
+    The kernel ties the child's life to the thread that made it, not to the process; so the thread that
+    lives as long as the child is the one to make it.
+    """
+
+    def __init__(self, command: list[str], env: Mapping[str, str]) -> None:
+        self._command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
+        self._env = env
+        self._lines: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
+        self._ready = threading.Event()
+        self._started = threading.Event()
+        self._address: str | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self._failure: OSError | None = None
+        self._thread = threading.Thread(target=self._serve, name="stepwell-local-server", daemon=True)
+        self._thread.start()
+        self._started.wait()
+        if self._failure is not None:
+            raise ServerStartError(f"the server's process cannot be started: {self._failure}")
+
+    def _serve(self) -> None:
+        try:
+            self._process = subprocess.Popen(
+                self._command,
+                env=dict(self._env),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
+        except OSError as error:
+            self._failure = error
+            return
+        finally:
+            self._started.set()
+        self._read(self._process)
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        with process.stdout as lines:
+            for line in lines:
+                self._lines.append(line)
+                ready = _READY.match(line)
+                if ready is not None:
+                    self._address = ready["address"]
+                    self._ready.set()
+        process.wait()
+        self._ready.set()
+
+    def wait_ready(self, timeout_s: float) -> str | None:
+        """Its address; None if it ended or took too long."""
+        self._ready.wait(timeout_s)
+        return self._address
+
+    @property
+    def _child(self) -> subprocess.Popen[str]:
+        assert self._process is not None
+        return self._process
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._child.poll()
+
+    def end(self, with_signal: signal.Signals, timeout_s: float | None) -> int:
+        """Sends a signal, waits, and kills what does not obey."""
+        if self._child.poll() is None:
+            self._child.send_signal(with_signal)
+        try:
+            self._child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+        self._thread.join()
+        return self._child.wait()
+
+    def text(self) -> str:
+        return "".join(tuple(self._lines))
+
+    def last_lines(self) -> str:
+        return "".join(tuple(self._lines)[-_SHOWN_LINES:])
