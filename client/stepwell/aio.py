@@ -1,1 +1,311 @@
-"""The async client: to come."""
+"""The async client: the same as `stepwell.connect`, awaited.
+
+    async with stepwell.aio.connect("127.0.0.1:50051") as client:
+        async with client.open_session("forecast") as session:
+            y = await session.step(x)
+
+Steps awaited at the same time, by `asyncio.gather` or by many tasks, leave together as one message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from stepwell import _channel
+from stepwell._book import GroupBook, SessionBook
+from stepwell._core import Core
+from stepwell._flow import Call, Exchange, Flow, Pause
+from stepwell._frames import Change
+from stepwell._group_core import GroupCore
+from stepwell._retry import Deadline
+from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo, State, States
+from stepwell._wires import Wires
+from stepwell.aio_group import AsyncSessionGroup
+from stepwell.aio_session import AsyncSession, Opening
+from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig, server_address
+from stepwell.errors import StepwellError
+
+T = TypeVar("T")
+
+
+def connect(
+    address: str | None = None,
+    *,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    coalesce: bool = True,
+) -> AsyncClient:
+    """A client of the server at `address`. The connection itself is made by the first call.
+
+    Args:
+        address: HOST:PORT. None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
+        timeout_s: Time limit of each call over all its attempts, in seconds, unless the call is given
+            another; `math.inf` for none.
+        max_message_bytes: Largest message to send or receive.
+        coalesce: Steps awaited at the same time leave together as one message, which is where throughput
+            comes from. False: each step is a call of its own.
+
+    Raises:
+        InvalidInputError: An argument, or the variable, breaks its rule.
+
+    Example:
+        >>> import asyncio
+        >>> async def main():
+        ...     async with stepwell.aio.connect(address) as client:
+        ...         return [model.name for model in await client.models()]
+        >>> asyncio.run(main())
+        ['forecast']
+    """
+    return AsyncClient(ClientConfig(server_address(address), timeout_s, max_message_bytes), coalesce=coalesce)
+
+
+class AsyncClient:
+    """A connection to a server. Make one with `connect`, and share it.
+
+    Every method takes `timeout_s`, the time limit of that call over all its attempts; None means the
+    client's own. UNAVAILABLE and overload are retried within it (see `stepwell.errors`).
+
+    Belongs to the event loop it is first used in; not for use from other threads or loops. Not fork-safe:
+    gRPC's threads do not survive a fork, so connect in the child.
+
+    A call that is cancelled may still be carried out by the server. The session stays usable, by the rule
+    of `AsyncSession`.
+
+    Example:
+        >>> import asyncio
+        >>> async def main():
+        ...     async with stepwell.aio.connect(address) as client:
+        ...         async with client.open_session("forecast") as session:
+        ...             steps = [session.step(np.ones((1, 3), np.float32)) for _ in range(2)]
+        ...             return [y.shape for y in await asyncio.gather(*steps)]
+        >>> asyncio.run(main())
+        [(1, 1), (1, 1)]
+    """
+
+    def __init__(self, config: ClientConfig, *, coalesce: bool = True) -> None:
+        self._config = config
+        self._coalesce = coalesce
+        self._core = Core(config)
+        self._closing = asyncio.Event()
+
+    @functools.cached_property
+    def _wires(self) -> Wires:
+        # Made by the first call, because only a running loop can own a channel.
+        return Wires(self._config, self._core.attempter, self._run)
+
+    @property
+    def address(self) -> str:
+        """Where the server is, HOST:PORT."""
+        return self._config.address
+
+    async def models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
+        """All models of the server, in the order of their names.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     async with stepwell.aio.connect(address) as client:
+            ...         return [model.name for model in await client.models()]
+            >>> asyncio.run(main())
+            ['forecast']
+        """
+        return await self._run(self._core.models(self._core.deadline(timeout_s)))
+
+    async def model(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
+        """One model.
+
+        Arguments, result and errors are those of `Client.model`.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     async with stepwell.aio.connect(address) as client:
+            ...         return [tensor.shape for tensor in (await client.model("forecast")).inputs]
+            >>> asyncio.run(main())
+            [(3,)]
+        """
+        return await self._run(self._core.model(name, self._core.deadline(timeout_s)))
+
+    def open_session(
+        self,
+        model: str,
+        batch_size: int = 1,
+        session_id: str | None = None,
+        state: States | None = None,
+        must_be_new: bool = False,
+        *,
+        timeout_s: float | None = None,
+    ) -> Opening[AsyncSession]:
+        """Opens a session, or resumes the live session of that id.
+
+        Arguments, result and errors are those of `Client.open_session`.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     async with stepwell.aio.connect(address) as client:
+            ...         session = await client.open_session("forecast", session_id="user-43")
+            ...         await session.close()
+            ...         return session.id, session.batch_size
+            >>> asyncio.run(main())
+            ('user-43', 1)
+        """
+        deadline = self._core.deadline(timeout_s)
+        flow = self._core.open_session(model, batch_size, session_id, state, must_be_new, deadline)
+        return Opening(self._session(flow, owned=session_id is None))
+
+    async def _session(self, flow: Flow[SessionBook], owned: bool) -> AsyncSession:
+        return AsyncSession(self, await self._run(flow), owned=owned)
+
+    def open_sessions(
+        self,
+        model: str,
+        n: int,
+        batch_size: int = 1,
+        session_ids: Sequence[str] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> Opening[AsyncSessionGroup]:
+        """Opens many sessions of one model, to be stepped together: all of them or none.
+
+        Arguments, result and errors are those of `Client.open_sessions`.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     async with stepwell.aio.connect(address) as client:
+            ...         async with client.open_sessions("forecast", 8) as group:
+            ...             return (await group.step(np.ones((8, 3), np.float32))).shape
+            >>> asyncio.run(main())
+            (8, 1)
+        """
+        flow = self._core.open_sessions(model, n, batch_size, session_ids, self._core.deadline(timeout_s))
+        return Opening(self._group(flow, owned=session_ids is None))
+
+    async def _group(self, flow: Flow[GroupBook], owned: bool) -> AsyncSessionGroup:
+        return AsyncSessionGroup(self, GroupCore(self._core, await self._run(flow)), owned=owned)
+
+    async def predict(
+        self, model: str, x: Inputs, state: States | None = None, *, timeout_s: float | None = None
+    ) -> tuple[Outputs, State]:
+        """Runs a model without a session: the same weights and the same bits.
+
+        Arguments, result and errors are those of `Client.predict`.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     async with stepwell.aio.connect(address) as client:
+            ...         y, state = await client.predict("forecast", np.ones((5, 3), np.float32))
+            ...         return y.shape, state.batch_size
+            >>> asyncio.run(main())
+            ((5, 1), 5)
+        """
+        return await self._run(self._core.predict(model, x, state, self._core.deadline(timeout_s)))
+
+    async def sessions(
+        self, model: str | None = None, prefix: str | None = None, *, timeout_s: float | None = None
+    ) -> list[SessionInfo]:
+        """The live sessions, in the order of their ids.
+
+        Arguments, result and errors are those of `Client.sessions`.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     async with stepwell.aio.connect(address) as client:
+            ...         async with client.open_session("forecast") as session:
+            ...             infos = await client.sessions(prefix=session.id)
+            ...             return [info.session_id == session.id for info in infos]
+            >>> asyncio.run(main())
+            [True]
+        """
+        return await self._run(self._core.sessions(model, prefix, self._core.deadline(timeout_s)))
+
+    async def session_info(self, session_id: str, *, timeout_s: float | None = None) -> SessionInfo:
+        """One session as of its last completed change. Does not count as use of it.
+
+        Arguments, result and errors are those of `Client.session_info`.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     async with stepwell.aio.connect(address) as client:
+            ...         async with client.open_session("forecast") as session:
+            ...             return (await client.session_info(session.id)).model
+            >>> asyncio.run(main())
+            'forecast'
+        """
+        return await self._run(self._core.session_info(session_id, self._core.deadline(timeout_s)))
+
+    async def close_session(self, session_id: str, *, timeout_s: float | None = None) -> None:
+        """Deletes a session and its state.
+
+        Arguments, result and errors are those of `Client.close_session`.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     async with stepwell.aio.connect(address) as client:
+            ...         session = await client.open_session("forecast")
+            ...         await client.close_session(session.id)
+            >>> asyncio.run(main())
+        """
+        await self._run(self._core.close_session(session_id, self._core.deadline(timeout_s)))
+
+    async def close(self) -> None:
+        """Ends the connection; calls under way end with `ClosedError`. Sessions stay on the server.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     async with stepwell.aio.connect(address) as client:
+            ...         await client.close()
+            >>> asyncio.run(main())
+        """
+        self._closing.set()
+        await self._wires.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _step(self, book: SessionBook, change: Change, deadline: Deadline) -> Outputs | None:
+        """A step of one session: in a frame with others, or as a call of its own."""
+        if self._coalesce:
+            return await self._wires.coalescer.step(book, change, deadline)
+        return await self._run(self._core.step(book, change, deadline))
+
+    async def _run(self, flow: Flow[T]) -> T:
+        """Drives an operation of the core to its result."""
+        try:
+            ask = next(flow)
+            while True:
+                try:
+                    answer = await self._answer(ask)
+                except StepwellError as error:
+                    ask = flow.throw(error)
+                else:
+                    ask = flow.send(answer)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+    async def _answer(self, ask: Call | Pause | Exchange) -> Any:
+        if isinstance(ask, Call):
+            return await self._wires.transport.invoke(ask)
+        if isinstance(ask, Exchange):
+            return await self._wires.link.exchange(ask)
+        try:
+            await asyncio.wait_for(self._closing.wait(), ask.seconds)
+        except TimeoutError:
+            return None
+        raise _channel.closed()

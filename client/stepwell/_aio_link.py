@@ -1,0 +1,118 @@
+"""The stream of an async client: frames out, parts of their replies in. See `_link` for its twin."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from stepwell import _channel
+from stepwell._flow import Exchange
+from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableError
+from stepwell.v1 import sessions_pb2
+
+Inbox = asyncio.Queue[sessions_pb2.StepStreamResponse | StepwellError]
+
+
+class AsyncLink:
+    """A stream that is opened when needed and opened again when it broke. Of one event loop."""
+
+    def __init__(self, stub: Any) -> None:
+        self._stub = stub
+        self._stream: _Stream | None = None
+        self._closed = False
+
+    async def exchange(self, ask: Exchange) -> None:
+        """Sends a frame and passes on the parts of its reply.
+
+        Raises:
+            StepwellError: The stream broke or the time limit passed; what was not answered is unknown.
+        """
+        stream = self._open_stream()
+        frame_id, inbox = stream.register()
+        try:
+            async with asyncio.timeout(ask.deadline.grpc_timeout_s()):
+                stream.send(ask.frame.request(frame_id, ask.deadline))
+                while not ask.frame.round_over:
+                    ask.on_part(ask.frame.accept(_received(await inbox.get())))
+        except TimeoutError:
+            raise DeadlineExceededError("the time limit passed while a frame was unanswered") from None
+        finally:
+            stream.forget(frame_id)
+
+    def _open_stream(self) -> _Stream:
+        if self._closed:
+            raise _channel.closed()
+        if self._stream is None or self._stream.error is not None:
+            self._stream = _Stream(self._stub)
+        return self._stream
+
+    async def close(self) -> None:
+        """Ends the stream; callers that wait get an error."""
+        self._closed = True
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            await stream.close()
+
+
+def _received(answer: sessions_pb2.StepStreamResponse | StepwellError) -> sessions_pb2.StepStreamResponse:
+    if isinstance(answer, StepwellError):
+        raise answer
+    return answer
+
+
+class _Stream:
+    """One call of StepStream, with the task that reads it."""
+
+    def __init__(self, stub: Any) -> None:
+        self._outbox: asyncio.Queue[sessions_pb2.StepStreamRequest | None] = asyncio.Queue()
+        self._inboxes: dict[int, Inbox] = {}
+        self._frame_ids = itertools.count(1)
+        self.error: StepwellError | None = None
+        self._call: Any = stub.StepStream(self._requests())
+        self._reader = asyncio.create_task(self._read(), name="stepwell-stream")
+
+    async def _requests(self) -> AsyncIterator[sessions_pb2.StepStreamRequest]:
+        while (request := await self._outbox.get()) is not None:
+            yield request
+
+    def register(self) -> tuple[int, Inbox]:
+        """An id for a frame, and where the parts of its reply will be."""
+        frame_id, inbox = next(self._frame_ids), Inbox()
+        self._inboxes[frame_id] = inbox
+        return frame_id, inbox
+
+    def forget(self, frame_id: int) -> None:
+        """Nobody waits for this frame any more."""
+        self._inboxes.pop(frame_id, None)
+
+    def send(self, request: sessions_pb2.StepStreamRequest) -> None:
+        """Queues a frame."""
+        self._outbox.put_nowait(request)
+
+    async def _read(self) -> None:
+        error: StepwellError = UnavailableError("the server ended the stream")
+        try:
+            async for response in self._call:
+                inbox = self._inboxes.get(response.frame_id)
+                if inbox is not None:
+                    inbox.put_nowait(response)
+        except grpc.RpcError as failed:
+            error = _channel.translate(failed)
+        finally:
+            self._end(error)
+
+    def _end(self, error: StepwellError) -> None:
+        self.error = error
+        self._outbox.put_nowait(None)
+        for inbox in self._inboxes.values():
+            inbox.put_nowait(error)
+
+    async def close(self) -> None:
+        """Ends the call and waits for the reader."""
+        self._outbox.put_nowait(None)
+        self._call.cancel()
+        await asyncio.wait([self._reader])

@@ -1,0 +1,291 @@
+"""A session of the async client, and what it has in common with a group. See `session` for its twin."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine, Generator, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from stepwell._book import SessionBook
+from stepwell._retry import Deadline
+from stepwell._types import Inputs, Outputs, OutputSelection, State, States
+from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError
+
+if TYPE_CHECKING:
+    from stepwell.aio import AsyncClient
+
+H = TypeVar("H", bound="AsyncHandle")
+
+
+class AsyncHandle(abc.ABC):
+    """What a session and a group have in common: one change at a time, and an end."""
+
+    def __init__(self, client: AsyncClient, owned: bool) -> None:
+        self._client = client
+        self._owned = owned
+        self._closed = False
+        self._lock = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def _changing(self, deadline: Deadline) -> AsyncIterator[None]:
+        """One change at a time; waiting for one's turn counts against the time limit."""
+        self._check_open()
+        await self._take_turn(deadline)
+        try:
+            self._check_open()
+            yield
+        finally:
+            self._lock.release()
+
+    async def _take_turn(self, deadline: Deadline) -> None:
+        if not self._lock.locked():
+            await self._lock.acquire()
+            return
+        try:
+            async with asyncio.timeout(deadline.grpc_timeout_s()):
+                await self._lock.acquire()
+        except TimeoutError:
+            raise DeadlineExceededError(
+                "the time limit passed while another change of this session was under way",
+                outcome="not_applied",
+            ) from None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the session must be open; it was closed by this handle")
+
+    @abc.abstractmethod
+    async def close(self, *, timeout_s: float | None = None) -> None:
+        """Deletes what it stands for."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._owned:
+            return
+        try:
+            await self.close()
+        except StepwellError as closing:
+            if error is None:
+                raise
+            error.add_note(f"and then closing the session failed: {closing}")
+
+
+class Opening(Coroutine[Any, Any, H]):
+    """A session or group that is being opened: `await` it, or use it in `async with` directly.
+
+    A coroutine in every other respect, so that a task can be made of it.
+    """
+
+    def __init__(self, opening: Coroutine[Any, Any, H]) -> None:
+        self._opening = opening
+        self._handle: H | None = None
+
+    def send(self, value: Any) -> Any:
+        """As of any coroutine."""
+        return self._opening.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """As of any coroutine."""
+        return self._opening.throw(*error)
+
+    def close(self) -> None:
+        """As of any coroutine."""
+        self._opening.close()
+
+    def __await__(self) -> Generator[Any, None, H]:
+        return self._opening.__await__()
+
+    async def __aenter__(self) -> H:
+        self._handle = await self._opening
+        return await self._handle.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._handle is not None:
+            await self._handle.__aexit__(kind, error, trace)
+
+
+class AsyncSession(AsyncHandle):
+    """One user's conversation with one model: a recurrent state on the server, advanced step by step.
+
+    Made by `AsyncClient.open_session`, and by `fork`. At most one change (step or reset) of a session is
+    under way at a time: a second task waits for its turn, within its time limit. Belongs to the event loop
+    of its client; not for use from other threads.
+
+    **After an error.** `DeadlineExceededError` and `UnavailableError` say in `.outcome` whether the change
+    was "not_applied" or is "unknown". In both cases make the same call with the same arguments again: it
+    finishes that change, and it is applied once, however often it was sent. A call with other arguments is
+    a new change; if the unfinished one did get through, it raises `RevisionConflictError`, and `refresh`
+    takes over the server's revision. The same holds after a cancelled call: its outcome is unknown.
+
+    **At the end of an `async with` block** a session opened without an id is closed; a named one lives on.
+
+    Example:
+        >>> import asyncio
+        >>> async def main():
+        ...     async with stepwell.aio.connect(address) as client:
+        ...         async with client.open_session("forecast") as session:
+        ...             y = await session.step(np.ones((1, 3), np.float32))
+        ...             return y.shape, session.revision, session.position
+        >>> asyncio.run(main())
+        ((1, 1), 1, 1)
+    """
+
+    def __init__(self, client: AsyncClient, book: SessionBook, *, owned: bool) -> None:
+        super().__init__(client, owned)
+        self._core = client._core
+        self._book = book
+
+    @property
+    def id(self) -> str:
+        """Its id on the server."""
+        return self._book.session_id
+
+    @property
+    def model(self) -> str:
+        """Name of its model."""
+        return self._book.model
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, fixed when it was opened."""
+        return self._book.batch_size
+
+    @property
+    def revision(self) -> int:
+        """Changes so far, as of the last answer to this handle."""
+        return self._book.revision
+
+    @property
+    def position(self) -> int:
+        """Time steps since the last reset of the whole state, as of the last answer to this handle."""
+        return self._book.position
+
+    async def step(
+        self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None
+    ) -> Outputs | None:
+        """Advances the session by one time step, or by T: whole or not at all.
+
+        Arguments, result and errors are those of `Session.step`.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     async with stepwell.aio.connect(address) as client:
+            ...         async with client.open_session("forecast") as session:
+            ...             y = await session.step(np.ones((1, 10, 3), np.float32), outputs="last")
+            ...             return y.shape
+            >>> asyncio.run(main())
+            (1, 1)
+        """
+        deadline = self._core.deadline(timeout_s)
+        change = self._core.step_change(self._book, x, outputs)
+        async with self._changing(deadline):
+            return await self._client._step(self._book, change, deadline)
+
+    async def reset_states(
+        self,
+        states: States | None = None,
+        rows: Iterable[int] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Sets the state, or some rows of it.
+
+        Arguments, result and errors are those of `Session.reset_states`.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     async with stepwell.aio.connect(address) as client:
+            ...         async with client.open_session("forecast") as session:
+            ...             await session.step(np.ones((1, 3), np.float32))
+            ...             await session.reset_states()
+            ...             return session.revision, session.position
+            >>> asyncio.run(main())
+            (2, 0)
+        """
+        deadline = self._core.deadline(timeout_s)
+        async with self._changing(deadline):
+            await self._client._run(self._core.reset_states(self._book, states, rows, deadline))
+
+    async def get_state(self, *, timeout_s: float | None = None) -> State:
+        """A copy of the state, after the changes received before.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     async with stepwell.aio.connect(address) as client:
+            ...         async with client.open_session("forecast") as session:
+            ...             return (await session.get_state()).revision
+            >>> asyncio.run(main())
+            0
+        """
+        self._check_open()
+        return await self._client._run(self._core.get_state(self.id, self._core.deadline(timeout_s)))
+
+    def fork(self, session_id: str | None = None, *, timeout_s: float | None = None) -> Opening[AsyncSession]:
+        """A new session with the state, revision and position of this one; from then on they are apart.
+
+        Arguments, result and errors are those of `Session.fork`.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     async with stepwell.aio.connect(address) as client:
+            ...         async with client.open_session("forecast") as session:
+            ...             async with session.fork() as twin:
+            ...                 return twin.id != session.id
+            >>> asyncio.run(main())
+            True
+        """
+        return Opening(self._fork(session_id, timeout_s))
+
+    async def _fork(self, session_id: str | None, timeout_s: float | None) -> AsyncSession:
+        self._check_open()
+        deadline = self._core.deadline(timeout_s)
+        book = await self._client._run(self._core.fork(self._book, session_id, deadline))
+        return AsyncSession(self._client, book, owned=session_id is None)
+
+    async def refresh(self, *, timeout_s: float | None = None) -> None:
+        """Takes over the server's revision and position, and drops a change left unfinished by an error.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     async with stepwell.aio.connect(address) as client:
+            ...         async with client.open_session("forecast") as session:
+            ...             await session.refresh()
+            ...             return session.revision
+            >>> asyncio.run(main())
+            0
+        """
+        deadline = self._core.deadline(timeout_s)
+        async with self._changing(deadline):
+            await self._client._run(self._core.refresh(self._book, deadline))
+
+    async def close(self, *, timeout_s: float | None = None) -> None:
+        """Deletes the session on the server. Closing again, or a session that is gone, does nothing.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     async with stepwell.aio.connect(address) as client:
+            ...         session = await client.open_session("forecast")
+            ...         await session.close()
+            >>> asyncio.run(main())
+        """
+        if not self._closed:
+            await self._client._run(self._core.close(self._book, self._core.deadline(timeout_s)))
+            self._closed = True
+
+    def __repr__(self) -> str:
+        return f"AsyncSession({self.id!r}, model={self.model!r}, batch_size={self.batch_size})"
