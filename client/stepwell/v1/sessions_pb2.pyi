@@ -604,6 +604,7 @@ class StepFrame(_message.Message):
     REQUEST_IDS_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    BATCH_SIZES_FIELD_NUMBER: _builtins.int
     outputs: Global___OutputSelection.ValueType
     """Which time steps come back."""
     timeout_ms: _builtins.int
@@ -626,6 +627,13 @@ class StepFrame(_message.Message):
     def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Random and non-zero, one per session, the same in a retry. Empty: none."""
 
+    @_builtins.property
+    def batch_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows of each session, as the client knows them: they tell whose rows are whose when some of the
+        sessions are gone. Empty: the server's own knowledge; then two sessions of more than one row that
+        are gone at once make it refuse the whole frame.
+        """
+
     def __init__(
         self,
         *,
@@ -635,10 +643,11 @@ class StepFrame(_message.Message):
         request_ids: _abc.Iterable[_builtins.int] | None = ...,
         outputs: Global___OutputSelection.ValueType = ...,
         timeout_ms: _builtins.int = ...,
+        batch_sizes: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_revisions", b"expected_revisions", "inputs", b"inputs", "outputs", b"outputs", "request_ids", b"request_ids", "session_ids", b"session_ids", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "expected_revisions", b"expected_revisions", "inputs", b"inputs", "outputs", b"outputs", "request_ids", b"request_ids", "session_ids", b"session_ids", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -655,6 +664,7 @@ class ResetFrame(_message.Message):
     EXPECTED_REVISIONS_FIELD_NUMBER: _builtins.int
     REQUEST_IDS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    BATCH_SIZES_FIELD_NUMBER: _builtins.int
     timeout_ms: _builtins.int
     """Milliseconds after which resets that still wait are dropped unapplied. 0: no limit."""
     @_builtins.property
@@ -675,6 +685,10 @@ class ResetFrame(_message.Message):
     def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Random and non-zero, one per session, the same in a retry. Empty: none."""
 
+    @_builtins.property
+    def batch_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in StepFrame."""
+
     def __init__(
         self,
         *,
@@ -683,10 +697,11 @@ class ResetFrame(_message.Message):
         expected_revisions: _abc.Iterable[_builtins.int] | None = ...,
         request_ids: _abc.Iterable[_builtins.int] | None = ...,
         timeout_ms: _builtins.int = ...,
+        batch_sizes: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_revisions", b"expected_revisions", "request_ids", b"request_ids", "session_ids", b"session_ids", "state", b"state", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "expected_revisions", b"expected_revisions", "request_ids", b"request_ids", "session_ids", b"session_ids", "state", b"state", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

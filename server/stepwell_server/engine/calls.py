@@ -131,6 +131,8 @@ class Frame:
     """One per session; None: applied at any revision."""
     request_ids: npt.NDArray[np.uint64] | None = None
     """One per session; 0 or None: none."""
+    batch_sizes: npt.NDArray[np.intp] | None = None
+    """Rows of each session as the caller knows them; None: the sessions' own."""
     select: Select = Select.ALL
     deadline: float = float("inf")
     """On the clock's monotonic time. Members that still wait then are dropped unapplied."""

@@ -65,6 +65,9 @@ class Frames:
         for member in [] if finite is None else np.flatnonzero(there & ~finite).tolist():
             errors.append((member, _not_finite_member(call, model.program, member)))
         good = there if finite is None else there & finite
+        for member in np.flatnonzero(good & (self._table.batch_size[call.handles] != call.sizes)).tolist():
+            errors.append((member, self._wrong_size(call, member)))
+            good[member] = False
         return Checked(call, np.flatnonzero(good), errors)
 
     def _call(self, frame: Frame) -> FrameCall:
@@ -75,6 +78,7 @@ class Frames:
             raise InvalidInput(f"session_ids must name each session once; {_repeated(ids)!r} came twice")
         _require_length("expected_revisions", frame.expected, len(ids))
         _require_length("request_ids", frame.request_ids, len(ids))
+        _require_length("batch_sizes", frame.batch_sizes, len(ids))
         handles = self._lifecycle.find_all(ids)
         there = handles[handles >= 0]
         if not len(there):
@@ -87,15 +91,12 @@ class Frames:
     def _sizes(self, frame: Frame, handles: Members) -> Rows:
         there = handles >= 0
         sizes = np.where(there, self._table.batch_size[handles], 0).astype(np.intp)
+        said = frame.batch_sizes
+        if said is not None:
+            return said  # a member that says a wrong one is refused, but its rows are where it says
         missing = len(handles) - int(np.count_nonzero(there))
         if missing:
-            # The rows of sessions that are gone are in the tensors too, and only those of the others are
-            # known: it must be certain whose rows are whose.
-            left = _rows_given(frame) - int(sizes.sum())
-            if missing > 1 and left != missing:
-                gone = frame.session_ids[int(np.flatnonzero(~there)[0])]
-                raise self._lifecycle.gone(gone)
-            sizes[~there] = left // missing if left > 0 else 1
+            sizes[~there] = _rows_of_missing(frame, sizes, missing)
         return sizes
 
     def _check_step(self, call: FrameCall, model: ServedModel) -> None:
@@ -120,6 +121,13 @@ class Frames:
         ids = call.frame.session_ids
         return [(m, self._lifecycle.gone(ids[m])) for m in np.flatnonzero(call.handles < 0).tolist()]
 
+    def _wrong_size(self, call: FrameCall, member: int) -> ServerError:
+        own = int(self._table.batch_size[call.handles[member]])
+        return InvalidInput(
+            f"batch_sizes must be the sessions' own; session {call.frame.session_ids[member]!r} has {own},"
+            f" got {call.sizes[member]}"
+        )
+
     @staticmethod
     def _finite(call: FrameCall, program: Program) -> Members | None:
         """Which members hold only finite numbers, as a mask; None if all do."""
@@ -142,6 +150,22 @@ def _repeated(ids: object) -> str:
             return str(session_id)
         seen.add(session_id)
     raise AssertionError("only called with a repeated id")
+
+
+def _rows_of_missing(frame: Frame, sizes: Rows, missing: int) -> int:
+    """Rows of each session that is gone: they are in the tensors too, before and between the others'.
+
+    Raises:
+        InvalidInput: it is not certain whose rows are whose.
+    """
+    left = _rows_given(frame) - int(sizes.sum())
+    if missing > 1 and left != missing:
+        gone = [frame.session_ids[int(member)] for member in np.flatnonzero(sizes == 0)]
+        raise InvalidInput(
+            "batch_sizes must be given for a frame in which several sessions are gone:"
+            f" it is not certain whose rows are whose without {gone[:3]}"
+        )
+    return max(1, left // missing)
 
 
 def _rows_given(frame: Frame) -> int:

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.floating[Any]]
+Floats = npt.NDArray[Any]
 
 
 def sigmoid(x: Floats) -> Floats:
     """Return ``1 / (1 + exp(-x))``, without overflow."""
-    return 0.5 * (1.0 + np.tanh(0.5 * x))
+    result: Floats = 0.5 * (1.0 + np.tanh(0.5 * x))
+    return result
 
 
 def lstm_step(
@@ -84,4 +85,5 @@ def gru_step(
         hz, hr = np.split(h @ recurrent_kernel[:, : 2 * units], 2, axis=-1)
         candidate = np.tanh(xh + (sigmoid(xr + hr) * h) @ recurrent_kernel[:, 2 * units :])
     update = sigmoid(xz + hz)
-    return update * h + (1.0 - update) * candidate
+    after: Floats = update * h + (1.0 - update) * candidate
+    return after

@@ -17,6 +17,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 import grpc.aio
+import numpy as np
 
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.engine.calls import Failure, Frame, Part
@@ -174,6 +175,8 @@ class FrameStream:
         frame = Frame(session_ids, pending.on_part, source=self._source, deadline=self._deadline)
         frame.expected = convert.to_uint64s(body.expected_revisions, "expected_revisions", len(session_ids))
         frame.request_ids = convert.to_uint64s(body.request_ids, "request_ids", len(session_ids))
+        sizes = convert.to_uint64s(body.batch_sizes, "batch_sizes", len(session_ids))
+        frame.batch_sizes = None if sizes is None else sizes.astype(np.intp)
         if body.timeout_ms:
             frame.deadline = min(frame.deadline, self._clock.monotonic() + body.timeout_ms / 1000)
         if isinstance(body, pb.StepFrame):
