@@ -150,7 +150,8 @@ def test_serve_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Server:
         @staticmethod
-        def main(arguments: list[str]) -> int:
+        def main(arguments: list[str], prog: str) -> int:
+            assert prog == "stepwell serve"
             passed.append(arguments)
             return 7
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import IO, Any
 
 import click
 from click.exceptions import Exit
@@ -25,7 +24,7 @@ HELP_SHOWN: type[Exception] = getattr(click.exceptions, "NoArgsIsHelpError", cli
 """What click raises to show the help of a group that got no command (since 8.2; before, it just exits)."""
 
 
-class Failure(click.ClickException):
+class Failure(Exception):
     """An error that ends the program with one line on stderr.
 
     Args:
@@ -34,12 +33,9 @@ class Failure(click.ClickException):
     """
 
     def __init__(self, message: str, exit_code: int = USAGE_ERROR) -> None:
-        super().__init__(one_line(message))
+        super().__init__(message)
+        self.message = one_line(message)
         self.exit_code = exit_code
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        """Print the line."""
-        click.echo(f"stepwell: error: {self.message}", file=file or sys.stderr)
 
 
 def one_line(text: str) -> str:
@@ -49,7 +45,7 @@ def one_line(text: str) -> str:
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Turn expected errors of the body into a `Failure` or an exit code; let defects through."""
+    """Report expected errors of the body, each as one line and an exit code; let defects through."""
     try:
         yield
         sys.stdout.flush()
@@ -58,18 +54,30 @@ def reported() -> Iterator[None]:
     except BrokenPipeError:
         discard_stdout()
         raise Exit(BROKEN_PIPE) from None
-    except (HELP_SHOWN, Failure):
+    except (Exit, HELP_SHOWN):
         raise
-    except click.ClickException as error:
-        raise Failure(usage_text(error)) from None
-    except OSError as error:
-        raise Failure(
-            f"{error.filename}: {error.strerror}" if error.filename else str(error), SERVER_ERROR
-        ) from None
     except Exception as error:
-        if not is_stepwell_error(error):
+        failure = as_failure(error)
+        if failure is None:
             raise
-        raise Failure(f"{error}{outcome_hint(error)}", SERVER_ERROR) from error
+        click.echo(f"stepwell: error: {failure.message}", err=True)
+        raise Exit(failure.exit_code) from None
+
+
+def as_failure(error: Exception) -> Failure | None:
+    """The error as it is reported; None for a defect."""
+    from stepwell.errors import StepwellError
+
+    if isinstance(error, Failure):
+        return error
+    if isinstance(error, click.ClickException):
+        return Failure(usage_text(error), USAGE_ERROR)
+    if isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return Failure(text, SERVER_ERROR)
+    if isinstance(error, StepwellError):
+        return Failure(f"{error}{outcome_hint(error)}", SERVER_ERROR)
+    return None
 
 
 def usage_text(error: click.ClickException) -> str:
@@ -86,13 +94,6 @@ def outcome_hint(error: Exception) -> str:
     if getattr(error, "outcome", None) != "unknown":
         return ""
     return "; a change may have been applied: 'stepwell sessions show' tells the revision"
-
-
-def is_stepwell_error(error: Exception) -> bool:
-    """Whether it is one of the SDK's errors."""
-    from stepwell.errors import StepwellError
-
-    return isinstance(error, StepwellError)
 
 
 def discard_stdout() -> None:

@@ -21,7 +21,8 @@ class Command(click.Command):
 
     Args:
         examples: Command lines, shown as they are.
-        json_keys: What `--json` prints, as lines for people.
+        values: Pairs of a form that a value may have and its meaning.
+        json_keys: Pairs of a key of what `--json` prints and its meaning.
         exit_codes: Pairs of a code and its meaning.
     """
 
@@ -29,20 +30,23 @@ class Command(click.Command):
         self,
         *args: Any,
         examples: Sequence[str] = (),
+        values: Sequence[tuple[str, str]] = (),
         json_keys: Sequence[tuple[str, str]] = (),
         exit_codes: Sequence[tuple[str, str]] = EXIT_CODES,
         **attributes: Any,
     ) -> None:
         super().__init__(*args, **attributes)
         self.examples = tuple(examples)
+        self.values = tuple(values)
         self.json_keys = tuple(json_keys)
         self.exit_codes = tuple(exit_codes)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write examples, JSON keys and exit codes after the options."""
+        """Write examples, values, JSON keys and exit codes after the options."""
         super().format_epilog(ctx, formatter)
         write_examples(formatter, self.examples)
-        for heading, pairs in (("JSON", self.json_keys), ("Exit codes", self.exit_codes)):
+        sections = (("Values", self.values), ("JSON", self.json_keys), ("Exit codes", self.exit_codes))
+        for heading, pairs in sections:
             if pairs:
                 with formatter.section(heading):
                     formatter.write_dl(pairs)

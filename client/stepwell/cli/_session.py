@@ -1,19 +1,55 @@
-"""Taking hold of a session that is there already, without ever making one by accident."""
+"""Taking hold of a session: one that is there, or with `--open` one that may be new."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stepwell import Client, ModelInfo, Session
+    from stepwell import Client, Session
 
 
-def attach(
-    client: Client,
-    session_id: str,
-    model: str | None = None,
-    open_model: str | None = None,
-    batch_size: int | None = None,
-) -> tuple[Session, ModelInfo]:
-    """The session and its model."""
-    raise NotImplementedError
+def attach(client: Client, session_id: str, model: str | None = None) -> Session:
+    """Take hold of a session that is there; never make one.
+
+    Args:
+        client: The server.
+        session_id: The session.
+        model: Name of the model that it must have; None: any.
+
+    Raises:
+        SessionGoneError: It is not there.
+        ModelMismatchError: It has another model.
+    """
+    from stepwell import ModelMismatchError
+
+    known = client.session_info(session_id)
+    if model not in (None, known.model):
+        raise ModelMismatchError(f"--model must be the session's model, {known.model}; got {model}")
+    session = client.open_session(known.model, known.batch_size, session_id)
+    # Should the session have been closed since it was looked up, this one is new: it must not stand in for it.
+    if client.session_info(session_id).created_time != known.created_time:
+        session.close()
+        client.session_info(session_id)
+    return session
+
+
+def attach_or_open(client: Client, session_id: str, model: str, batch_size: int | None) -> Session:
+    """Take hold of a session, or make it if it was never there or was closed.
+
+    Args:
+        client: The server.
+        session_id: The session.
+        model: Name of its model.
+        batch_size: Its rows; None: as many as it has, 1 for a new one.
+
+    Raises:
+        StepwellError: It expired or was lost, or has another model or batch size.
+    """
+    from stepwell import SessionNotFoundError
+
+    if batch_size is None:
+        try:
+            batch_size = client.session_info(session_id).batch_size
+        except SessionNotFoundError:
+            batch_size = 1
+    return client.open_session(model, batch_size, session_id)

@@ -33,7 +33,7 @@ def serve(arguments: tuple[str, ...]) -> None:
         server = importlib.import_module("stepwell_server.__main__")
     except ModuleNotFoundError as error:
         raise Failure(f"serving needs a package that is not installed ({error.name}): {INSTALL}") from None
-    raise click.exceptions.Exit(server.main(list(arguments)))
+    raise click.exceptions.Exit(server.main(list(arguments), prog="stepwell serve"))
 
 
 def missing_packages() -> list[str]:

@@ -61,7 +61,7 @@ def get(target: Target, session_id: str, output: Path | None, as_json: bool) -> 
     The state is read after the changes that were sent before. Reading it counts as use of the session.
     """
     with target.connect("Reading the state") as client:
-        session, _ = attach(client, session_id)
+        session = attach(client, session_id)
         read = session.get_state()
     if output is not None:
         read.save(output)
@@ -108,7 +108,7 @@ def set_state(
         raise click.UsageError("give either a FILE.safetensors or --zero")
     new = None if file is None else load_state(file)
     with target.connect("Setting the state") as client:
-        session, _ = attach(client, session_id)
+        session = attach(client, session_id)
         session.reset_states(new, rows=rows)
     if as_json:
         _render.print_json(

@@ -9,7 +9,7 @@ import click
 
 from stepwell.cli import _render, _values
 from stepwell.cli._help import Command
-from stepwell.cli._session import attach
+from stepwell.cli._session import attach, attach_or_open
 from stepwell.cli._target import Target, json_option, server_options
 
 if TYPE_CHECKING:
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
         "stepwell step user-42 --open forecast --input '[[0.1, 0.2, 0.3]]'",
         "stepwell step user-42 --input history.csv --outputs last",
         "stepwell step user-42 --input x=@x.json --input y=y.npy --json",
+    ),
+    values=(
+        ("JSON", "nested lists; or an object of them, by the inputs' names"),
+        ("@FILE.json", "the same in a file"),
+        ("-", "the same from stdin"),
+        ("FILE.npy", "one array"),
+        ("FILE.npz", "several arrays, by the inputs' names"),
+        ("FILE.csv", "one line a time step, one column a feature; for a batch size of 1"),
     ),
     json_keys=(
         ("session_id, model", "the session and its model"),
@@ -71,23 +79,18 @@ def step(
     outputs: Literal["all", "last", "none"],
     as_json: bool,
 ) -> None:
-    r"""Advance a session by one time step, or by T with a time axis, and print the outputs.
+    """Advance a session by one time step, or by T with a time axis, and print the outputs.
 
     An input has the axes (B, F...) for one time step or (B, T, F...) for T of them, where B is the session's batch
     size. 'stepwell models' shows them. The step is applied whole or not at all.
-
-    \b
-    VALUE is one of
-      JSON         nested lists; or an object of them, by the inputs' names
-      @FILE.json   the same in a file
-      -            the same from stdin
-      FILE.npy     one array
-      FILE.npz     several arrays, by the inputs' names
-      FILE.csv     one line a time step, one column a feature; for a batch size of 1
     """
     check_options(model, open_model, batch_size)
     with target.connect("Stepping the session") as client:
-        session, info = attach(client, session_id, model, open_model, batch_size)
+        if open_model is None:
+            session = attach(client, session_id, model)
+        else:
+            session = attach_or_open(client, session_id, open_model, batch_size)
+        info = client.model(session.model)
         result = session.step(_values.fit(inputs, info.inputs), outputs=outputs)
     arrays = named_outputs(result, info)
     if as_json:
