@@ -56,7 +56,8 @@ class Claims(Generic[T]):
         if len(handles) <= len(self._waiting):
             return [handle for handle in handles.tolist() if handle in self._waiting]
         lines = np.fromiter(self._waiting, np.intp, len(self._waiting))
-        return lines[np.isin(lines, handles)].tolist()
+        due: list[int] = lines[np.isin(lines, handles)].tolist()
+        return due
 
     def _next(self, handle: int) -> T:
         line = self._waiting[handle]

@@ -76,7 +76,7 @@ class Scheduler(Generic[J]):
         """For how many time steps the chosen jobs may run in one pass: 1 if anything else waits."""
         if self._lines or budget <= 1:
             return 1
-        return max(1, min(budget, min(job.steps_left for job in chosen)))
+        return max(1, min(budget, *(job.steps_left for job in chosen)))
 
     def drain(self) -> Iterator[J]:
         """Take every job out."""

@@ -97,9 +97,8 @@ class Admission:
         if claimed.any():
             self._line_up(call, members[claimed])
             members = members[~claimed]
-            handles = handles[~claimed]
         if len(members):
-            self._start(call, members, handles)
+            self._start(call, members)
 
     def _let_go(self, call: FrameCall) -> None:
         self.bytes_waiting -= call.byte_count
@@ -196,7 +195,7 @@ class Admission:
             retry_after_s=max(0.01, model.loop.expected_wait_s()),
         )
 
-    def _start(self, call: FrameCall, members: Members, handles: Handles) -> None:
+    def _start(self, call: FrameCall, members: Members) -> None:
         freed = self._start_claimed(call, members)
         if len(freed):
             self.release(freed)

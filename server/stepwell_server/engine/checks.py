@@ -71,8 +71,8 @@ def finite_rows(arrays: Sequence[Array]) -> npt.NDArray[np.bool_] | None:
     for array in arrays:
         if not is_float(array.dtype) or np.isfinite(array).all():
             continue
-        rows = ~np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
-        bad = rows if bad is None else bad | rows
+        finite = np.isfinite(array).reshape(len(array), -1)
+        bad = np.logical_or(~finite.all(axis=1), False if bad is None else bad)
     return None if bad is None else ~bad
 
 

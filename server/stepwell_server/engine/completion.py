@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
@@ -15,6 +17,8 @@ from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes import Pass
 from stepwell_server.engine.predict import PredictCall
 from stepwell_server.engine.served import ServedModel
+
+S = TypeVar("S", bound=np.generic)
 
 
 class ModelCompletion:
@@ -93,6 +97,6 @@ class ModelCompletion:
         return self.model
 
 
-def _join(arrays: Sequence[np.ndarray | None]) -> np.ndarray:
+def _join(arrays: Sequence[npt.NDArray[S] | None]) -> npt.NDArray[S]:
     given = [array for array in arrays if array is not None]
     return given[0] if len(given) == 1 else np.concatenate(given)

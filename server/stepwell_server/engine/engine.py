@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Slots
@@ -25,6 +27,7 @@ from stepwell_server.engine.calls import (
 )
 from stepwell_server.engine.checks import check_inputs, check_state, require_finite
 from stepwell_server.engine.completion import ModelCompletion
+from stepwell_server.engine.directory import Directory
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.frames import Frames
@@ -85,17 +88,19 @@ class Engine:
         self._admission = Admission(self._table, self._models, clock=clock, observer=observer, pager=pager)
         for name in sorted(programs):
             self._models.append(self._serve(name, programs[name], max_batch_rows, resident_rows))
-        self._lifecycle = Lifecycle(
+        self._directory = Directory(
             self._table,
             self._models,
             self._admission,
-            pager,
             store,
             clock=clock,
             observer=observer,
             max_idle_s=max_session_idle_s,
         )
-        self._frames = Frames(self._table, self._lifecycle)
+        self._lifecycle = Lifecycle(
+            self._table, self._directory, self._admission, pager, clock=clock, observer=observer
+        )
+        self._frames = Frames(self._table, self._directory)
         self._accepting = True
         self._expiry: asyncio.Task[None] | None = None
 
@@ -116,7 +121,7 @@ class Engine:
         Raises:
             ModelNotFound: there is none of that name.
         """
-        return self._info(self._lifecycle.model(name))
+        return self._info(self._directory.model(name))
 
     async def open_session(
         self,
@@ -180,7 +185,7 @@ class Engine:
         Raises:
             SessionGone: there is none.
         """
-        return self._lifecycle.info(self._lifecycle.find(session_id))
+        return self._directory.info(self._directory.find(session_id))
 
     def list_sessions(
         self, *, model: str = "", prefix: str = "", after: str = "", limit: int = 1000
@@ -190,7 +195,7 @@ class Engine:
         Raises:
             ModelNotFound: there is no model of that name.
         """
-        return self._lifecycle.list(model=model, prefix=prefix, after=after, limit=limit)
+        return self._directory.page(model=model, prefix=prefix, after=after, limit=limit)
 
     def submit(self, frame: Frame) -> None:
         """Take a frame. Its sink gets parts until one is `last`, the first maybe before this returns.
@@ -277,7 +282,7 @@ class Engine:
             ModelNotFound, InvalidInput, DeadlineExceeded, Overloaded
         """
         self._require_accepting()
-        served = self._lifecycle.model(model)
+        served = self._directory.model(model)
         rows = next((len(array) for array in inputs.values() if array.ndim), 0)
         if not rows:
             raise InvalidInput(f"inputs must have at least one row; got {rows}")
@@ -322,7 +327,7 @@ class Engine:
 
     def expire_idle(self) -> int:
         """Delete the sessions that have been idle for too long; return how many. Called by a timer."""
-        return self._lifecycle.expire_idle()
+        return self._directory.expire_idle()
 
     def _serve(self, name: str, program: Program, max_batch_rows: int, resident_rows: int) -> ServedModel:
         slots = Slots(resident_rows)
@@ -348,7 +353,7 @@ class Engine:
         # a session is also looked at when it is named, so the timer only gives rows back
         while True:
             await asyncio.sleep(max(0.05, self._max_idle_s / 10))
-            self._lifecycle.expire_idle()
+            self._directory.expire_idle()
 
     def _info(self, model: ServedModel) -> ModelInfo:
         return ModelInfo(model.name, model.program, self._table.count(model.index))

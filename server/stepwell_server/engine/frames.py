@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Sized
 
 import numpy as np
 
@@ -18,8 +18,8 @@ from stepwell_server.engine.checks import (
     not_finite,
     require_finite,
 )
+from stepwell_server.engine.directory import Directory
 from stepwell_server.engine.framecall import FrameCall
-from stepwell_server.engine.lifecycle import Lifecycle
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.program import Program
@@ -41,9 +41,9 @@ class Checked:
 class Frames:
     """Checks frames against the sessions and the model they name."""
 
-    def __init__(self, table: SessionTable, lifecycle: Lifecycle) -> None:
+    def __init__(self, table: SessionTable, directory: Directory) -> None:
         self._table = table
-        self._lifecycle = lifecycle
+        self._directory = directory
 
     def check(self, frame: Frame) -> Checked:
         """Check a frame. Nothing is answered yet.
@@ -54,14 +54,14 @@ class Frames:
         call = self._call(frame)
         if call.model < 0:
             return Checked(call, np.zeros(0, np.intp), self._missing(call))
-        model = self._lifecycle.model_of(int(call.handles[call.handles >= 0][0]))
+        model = self._directory.model_of(int(call.handles[call.handles >= 0][0]))
         if frame.reset:
             self._check_reset(call, model)
         else:
             self._check_step(call, model)
         there = call.handles >= 0
         errors = [] if there.all() else self._missing(call)
-        finite = self._finite(call, model.program)
+        finite = self._finite(call)
         for member in [] if finite is None else np.flatnonzero(there & ~finite).tolist():
             errors.append((member, _not_finite_member(call, model.program, member)))
         good = there if finite is None else there & finite
@@ -79,7 +79,7 @@ class Frames:
         _require_length("expected_revisions", frame.expected, len(ids))
         _require_length("request_ids", frame.request_ids, len(ids))
         _require_length("batch_sizes", frame.batch_sizes, len(ids))
-        handles = self._lifecycle.find_all(ids)
+        handles = self._directory.find_all(ids)
         there = handles[handles >= 0]
         if not len(there):
             return FrameCall(frame, -1, handles, np.ones(len(ids), np.intp))
@@ -119,7 +119,7 @@ class Frames:
 
     def _missing(self, call: FrameCall) -> list[tuple[int, ServerError]]:
         ids = call.frame.session_ids
-        return [(m, self._lifecycle.gone(ids[m])) for m in np.flatnonzero(call.handles < 0).tolist()]
+        return [(m, self._directory.gone(ids[m])) for m in np.flatnonzero(call.handles < 0).tolist()]
 
     def _wrong_size(self, call: FrameCall, member: int) -> ServerError:
         own = int(self._table.batch_size[call.handles[member]])
@@ -129,7 +129,7 @@ class Frames:
         )
 
     @staticmethod
-    def _finite(call: FrameCall, program: Program) -> Members | None:
+    def _finite(call: FrameCall) -> Members | None:
         """Which members hold only finite numbers, as a mask; None if all do."""
         arrays = call.state if call.frame.reset else call.checked and call.checked.arrays
         rows = finite_rows(arrays) if arrays else None
@@ -138,14 +138,14 @@ class Frames:
         return np.logical_and.reduceat(rows, call.starts)
 
 
-def _require_length(name: str, values: Rows | None, count: int) -> None:
+def _require_length(name: str, values: Sized | None, count: int) -> None:
     if values is not None and len(values) != count:
         raise InvalidInput(f"{name} must be empty or one for each of {count} sessions; got {len(values)}")
 
 
-def _repeated(ids: object) -> str:
+def _repeated(ids: Iterable[str]) -> str:
     seen: set[str] = set()
-    for session_id in ids:  # type: ignore[attr-defined]
+    for session_id in ids:
         if session_id in seen:
             return str(session_id)
         seen.add(session_id)
@@ -173,8 +173,8 @@ def _rows_given(frame: Frame) -> int:
     return next((len(array) for array in tensors.values() if array.ndim), len(frame.session_ids))
 
 
-def _require_rows(rows: object, call: FrameCall) -> None:
-    given = list(rows)  # type: ignore[call-overload]
+def _require_rows(rows: Sequence[int], call: FrameCall) -> None:
+    given = list(rows)
     batch_size = int(call.sizes[0])
     outside = [row for row in given if not 0 <= row < batch_size]
     if outside:

@@ -19,10 +19,10 @@ Mask = npt.NDArray[np.bool_]
 class Owner(Protocol):
     """Who gets to know what becomes of a job."""
 
-    def dropped(self, now: float) -> ServerError | None:
+    def dropped(self, now: float, /) -> ServerError | None:
         """Why the job should not go on: cancelled, past its deadline. None: it should."""
 
-    def fail(self, members: Members, error: ServerError) -> None:
+    def fail(self, members: Members, error: ServerError, /) -> None:
         """Members (indexes into the owner's sessions) failed; nothing changed for them."""
 
 

@@ -111,9 +111,11 @@ class PassLoop:
         if self.runner.is_small(work):
             self._run_here(work)
         else:
-            self.runner.run_on_threads(
-                work, lambda broken: self._loop.call_soon_threadsafe(self._finish, work, broken)
-            )
+            self.runner.run_on_threads(work, lambda broken: self._tell(work, broken))
+
+    def _tell(self, work: Pass, broken: BaseException | None) -> None:
+        """From a compute thread: one wake-up of the event loop per pass."""
+        self._loop.call_soon_threadsafe(self._finish, work, broken)
 
     def _run_here(self, work: Pass) -> None:
         broken: BaseException | None = None

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.arena import Arena
@@ -17,6 +19,8 @@ from stepwell_server.engine.calls import Array
 from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.job import Job
 from stepwell_server.program import Program
+
+S = TypeVar("S", bound=np.generic)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,7 +77,7 @@ def _starts(jobs: Sequence[Job]) -> Rows:
     return np.cumsum([0, *(job.row_count for job in jobs)], dtype=np.intp)
 
 
-def _join(arrays: Sequence[Array]) -> Array:
+def _join(arrays: Sequence[npt.NDArray[S]]) -> npt.NDArray[S]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 

@@ -57,7 +57,7 @@ class PredictCall:
             return DeadlineExceeded("the request's deadline passed while it waited")
         return None
 
-    def fail(self, members: Members, error: ServerError) -> None:
+    def fail(self, _members: Members, error: ServerError) -> None:
         """See `job.Owner`. One row that fails fails the whole run."""
         self._error = error
         if not self._done.done():

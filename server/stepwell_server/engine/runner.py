@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -84,7 +85,7 @@ class Runner:
         worth = int(self.cost.of(work.row_count, work.steps) / PIECE_S)
         count = max(1, min(len(self._lanes), worth, work.row_count))
         edges = [work.row_count * i // count for i in range(count + 1)]
-        return list(zip(edges[:-1], edges[1:], strict=True))
+        return list(itertools.pairwise(edges))
 
 
 class _Pieces:

@@ -17,10 +17,10 @@ _TIMES = 3
 
 
 class _Nobody:
-    def dropped(self, now: float) -> ServerError | None:
+    def dropped(self, _now: float) -> ServerError | None:
         return None
 
-    def fail(self, members: Rows, error: ServerError) -> None:
+    def fail(self, _members: Rows, error: ServerError) -> None:
         raise error
 
 
