@@ -34,8 +34,8 @@ def generator_python() -> Path:
     if not (python.exists() and stamp.exists() and stamp.read_text() == wanted):
         print(f"Making the generator's environment in {ENVIRONMENT.relative_to(ROOT)}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], check=True)
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, "--constraint", CONSTRAINTS, *requirements], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*install, "--constraint", str(CONSTRAINTS), *requirements], check=True)
         stamp.write_text(wanted)
     return python
 

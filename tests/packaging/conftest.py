@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from stepwell.testing import LocalServer
+
+ROOT = Path(__file__).resolve().parents[2]
+Build = Callable[[str, Path], Path]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Builds one distribution with the hatchling of this environment, so without a network."""
+
+    def build_one(kind: str, source: Path) -> Path:
+        target = tmp_path_factory.mktemp(kind)
+        command = [sys.executable, "-m", "hatchling", "build", "--target", kind, "--directory", str(target)]
+        subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=60)
+        (built,) = target.iterdir()
+        return built
+
+    return build_one
+
+
+@pytest.fixture(scope="session")
+def wheel(build: Build, root: Path) -> Path:
+    """The wheel, built from the tree."""
+    return build("wheel", root)
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of the examples: three features in, one forecast out at each time step."""
+    import keras
+
+    model = keras.Sequential(
+        [keras.Input((None, 3)), keras.layers.LSTM(8, return_sequences=True), keras.layers.Dense(1)]
+    )
+    path = tmp_path_factory.mktemp("models") / "forecast.keras"
+    model.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of compiled models for all servers of these tests."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="session")
+def server(model_path: Path, compiled: Path) -> Iterator[LocalServer]:
+    """A server of the model `forecast`."""
+    with LocalServer(models={"forecast": model_path}, cache_dir=compiled) as running:
+        yield running

@@ -1,0 +1,62 @@
+"""The import budget: what each part may bring into its process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import stepwell
+from stepwell.testing import LocalServer
+
+FRAMEWORKS = {"tensorflow", "keras", "torch", "jax"}
+SERVER_ONLY = {
+    "ai_edge_litert",
+    "h5py",
+    "prometheus_client",
+    "stepwell_server",
+    "uvloop",
+}
+NOT_AT_ONCE = {"click", "matplotlib", "rich", "safetensors"}
+
+
+def modules_after(statement: str, folder: Path) -> set[str]:
+    """The top-level modules of a fresh interpreter that has run a statement."""
+    code = f"import sys\n{statement}\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60, check=True
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "module", ["stepwell", "stepwell.aio", "stepwell.testing", "stepwell.errors", "stepwell.v1"]
+)
+def test_the_sdk_is_light(module: str, tmp_path: Path) -> None:
+    loaded = modules_after(f"import {module}", tmp_path)
+    assert loaded & (FRAMEWORKS | SERVER_ONLY | NOT_AT_ONCE) == set()
+
+
+def test_the_command_line_is_light(tmp_path: Path) -> None:
+    loaded = modules_after("import stepwell.cli", tmp_path)
+    assert loaded & (FRAMEWORKS | SERVER_ONLY) == set()
+
+
+@pytest.mark.parametrize("module", ["app", "settings", "compile.launch", "engine.engine", "rpc.server"])
+def test_the_server_is_imported_without_tensorflow(module: str, tmp_path: Path) -> None:
+    loaded = modules_after(f"import stepwell_server.{module}", tmp_path)
+    assert loaded & (FRAMEWORKS | NOT_AT_ONCE | {"h5py"}) == set()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which libraries a process has loaded")
+def test_a_server_that_runs_on_litert_never_loads_tensorflow(server: LocalServer) -> None:
+    with stepwell.connect(server.address) as client, client.open_session("forecast") as session:
+        assert client.model("forecast").executor == "litert"
+        session.step(np.zeros((1, 3), np.float32))
+    maps = Path(f"/proc/{server.pid}/maps").read_text()
+    assert "ai_edge_litert" in maps
+    assert "tensorflow/python" not in maps
+    assert "libtensorflow" not in maps

@@ -1,0 +1,86 @@
+"""The wheel without extras in a bare environment, with the newest and with the lowest versions it allows."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from stepwell.testing import LocalServer
+
+pytestmark = pytest.mark.timeout(300)  # each environment is installed from the package registry
+
+USE_A_SERVER = """
+import sys
+import numpy as np
+import stepwell
+
+with stepwell.connect(sys.argv[1]) as client, client.open_session("forecast") as session:
+    y = session.step(np.ones((1, 3), np.float32))
+    session.get_state().save("state.safetensors")
+    assert stepwell.State.load("state.safetensors") == session.get_state()
+    print(y.shape, session.revision)
+"""
+
+
+@pytest.fixture(scope="module", params=["pinned", "lowest"])
+def python(
+    request: pytest.FixtureRequest, wheel: Path, root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The interpreter of an environment that has only the wheel and what it needs."""
+    folder = tmp_path_factory.mktemp(f"light-{request.param}")
+    environment = folder / "venv"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True, timeout=60)
+    interpreter = environment / "bin" / "python"
+    constraints = root / "constraints.txt"
+    if request.param == "lowest":
+        constraints = folder / "lowest.txt"
+        constraints.write_text("\n".join(lowest_versions(root)))
+    command = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*command, "--constraint", str(constraints), str(wheel)], check=True, timeout=240)
+    return interpreter
+
+
+def lowest_versions(root: Path) -> list[str]:
+    """The lower bound of each dependency, as an exact constraint."""
+    dependencies = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    found = [re.match(r"([\w-]+)>=([\d.]+)", line) for line in dependencies]
+    assert all(found)
+    return [f"{bound[1]}=={bound[2]}" for bound in found if bound]
+
+
+def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(python), "-I", *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_it_brings_no_framework(python: Path, tmp_path: Path) -> None:
+    listed = run(python, tmp_path, "-m", "pip", "list", "--format=freeze").stdout.lower()
+    assert "stepwell==" in listed
+    assert not re.findall(r"^(?:tensorflow|keras|ai-edge-litert|torch|jax)\b.*", listed, re.MULTILINE)
+
+
+def test_it_steps_a_session_of_a_server(python: Path, server: LocalServer, tmp_path: Path) -> None:
+    done = run(python, tmp_path, "-W", "error", "-c", USE_A_SERVER, server.address)
+    assert (done.stdout, done.stderr) == ("(1, 1) 1\n", "")
+
+
+def test_the_command_line_works(python: Path, server: LocalServer, tmp_path: Path) -> None:
+    helped = run(python, tmp_path, str(python.parent / "stepwell"), "--help")
+    assert helped.returncode == 0, helped.stderr
+    assert "serve" in helped.stdout
+    models = run(python, tmp_path, "-m", "stepwell", "models", "--json", "--server", server.address)
+    assert models.returncode == 0, models.stderr
+    assert "forecast" in models.stdout
+
+
+def test_serving_says_what_to_install(python: Path, tmp_path: Path) -> None:
+    done = run(python, tmp_path, "-m", "stepwell", "serve", "forecast=forecast.keras")
+    assert done.returncode != 0
+    assert "stepwell[server]" in done.stderr
+    assert "Traceback" not in done.stderr
