@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import Progress
 from weather import Floats, features, hour_of, load_temperatures
 
-from stepwell import aio
+from stepwell.aio import AsyncClient, connect
+from stepwell.aio_session import AsyncSession
 from stepwell.testing import LocalServer
 
 OUT = Path("out")
@@ -59,7 +60,7 @@ async def serve_users(
     address: str, series: dict[str, Floats], console: Console
 ) -> tuple[list[Log], Experiment]:
     """Let the users live at the same time, then set one's state by hand."""
-    async with aio.connect(address) as client:
+    async with connect(address) as client:
         sessions = [await client.open_session("temperature", session_id=user.name) for user in USERS]
         logs = [Log(user, series[user.airport]) for user in USERS]
         with Progress(*forecaster.progress_columns(), console=console) as progress:
@@ -71,46 +72,52 @@ async def serve_users(
     return logs, experiment
 
 
-async def live(session: aio.Session, log: Log, progress: Progress) -> None:
+async def live(session: AsyncSession, log: Log, progress: Progress) -> None:
     """Feed a user's session hour by hour and write down what it says of the next hour, and of the next day."""
     weather = features(log.observed, log.user.first_hour)
     for hour in progress.track(range(HOURS), description=f"{log.user.name} at {log.user.airport}"):
-        forecast = await session.step(weather[hour : hour + 1])  # (1, 3) in, (1, 1) out
+        forecast = await next_hour(session, weather[hour : hour + 1])
         log.next_hour.append(float(forecast[0, 0]))
         if hour >= HISTORY and hour % LOOK_AHEAD_EVERY == 0:
             log.next_day[hour] = await look_ahead(session, forecast, log.user.first_hour + hour)
 
 
-async def look_ahead(session: aio.Session, forecast: Floats, hour: int) -> list[float]:
+async def next_hour(session: AsyncSession, weather: Floats) -> Floats:
+    """Feed an hour (1, 3), or several (1, hours, 3); returns the forecasts for the hour after each."""
+    return np.asarray(await session.step(weather), np.float32)
+
+
+async def look_ahead(session: AsyncSession, forecast: Floats, hour: int) -> list[float]:
     """Forecast a day by feeding the model its own forecasts, in a fork: the session itself is not touched."""
     path = [float(forecast[0, 0])]
-    async with await session.fork() as twin:
+    async with session.fork() as twin:
         for ahead in range(1, DAY):
-            forecast = await twin.step(features(forecast[:, 0], hour + ahead))
+            forecast = await next_hour(twin, features(forecast[:, 0], hour + ahead))
             path.append(float(forecast[0, 0]))
     return path
 
 
-async def set_state_by_hand(session: aio.Session, other: aio.Session, log: Log) -> Experiment:
+async def set_state_by_hand(session: AsyncSession, other: AsyncSession, log: Log) -> Experiment:
     """Show a user's next two days to her own state, to another user's, to zeros, and to her own again."""
     weather = features(log.coming, log.user.first_hour + HOURS)[None]  # (1, 48, 3): 48 hours in one step
     own, others = await session.get_state(), await other.get_state()
-    async with await session.fork() as twin:
-        untouched = await twin.step(weather)
+    async with session.fork() as twin:
+        untouched = await next_hour(twin, weather)
     await session.reset_states(others)
-    with_others = await session.step(weather)
+    with_others = await next_hour(session, weather)
     await session.reset_states()
-    with_zeros = await session.step(weather)
+    with_zeros = await next_hour(session, weather)
     await session.reset_states(own)
-    restored = await session.step(weather)
-    return Experiment(*(run[0, :, 0] for run in (untouched, with_others, with_zeros, restored)))
+    restored = await next_hour(session, weather)
+    runs = np.concatenate([untouched, with_others, with_zeros, restored])
+    return Experiment(*runs[..., 0])
 
 
-async def live_alone(client: aio.Client, log: Log) -> list[float]:
-    """Feed the same hours to a new session while nobody else is there."""
+async def live_alone(client: AsyncClient, log: Log) -> list[float]:
+    """Feed the same hours to a new session while nobody else steps."""
     weather = features(log.observed, log.user.first_hour)
-    async with await client.open_session("temperature") as session:
-        return [float((await session.step(row[None]))[0, 0]) for row in weather]
+    async with client.open_session("temperature") as session:
+        return [float((await next_hour(session, row[None]))[0, 0]) for row in weather]
 
 
 def difference_from_keras(model: keras.Model, logs: list[Log]) -> float:

@@ -88,7 +88,8 @@ DAY_AHEAD: dict[str, Forecast] = {
 def day_ahead_errors(log: Log, method: str) -> Floats:
     """Mean absolute error of a method by hours ahead ``(24,)``, over all forecasts of a user."""
     forecast = DAY_AHEAD[method]
-    return np.mean([np.abs(forecast(log, hour) - log.truth(hour, DAY)) for hour in log.next_day], axis=0)
+    errors = [np.abs(forecast(log, hour) - log.truth(hour, DAY)) for hour in log.next_day]
+    return np.mean(errors, axis=0, dtype=np.float32)
 
 
 def next_hour_errors(log: Log) -> tuple[float, float]:
@@ -158,11 +159,11 @@ def plot(path: Path, logs: list[Log], experiment: Experiment) -> None:
 def plot_user(axes: Axes, log: Log, colour: str, *, legend: bool) -> None:
     """Draw a user's last days: what came, the next-hour forecasts and one 24-hour forecast a day."""
     shown = range(HOURS - SHOWN, HOURS)
-    times = [time_of(log.user.first_hour + hour) for hour in shown]
+    times = dates(log, shown)
     axes.plot(times, log.observed[-SHOWN:], color=INK, lw=1.4, label="what came")
     axes.plot(times, log.next_hour[-SHOWN - 1 : -1], ".", ms=5, color=colour, label="forecast an hour before")
     for hour in shown[::DAY]:
-        ahead = [time_of(log.user.first_hour + hour + 1 + i) for i in range(DAY)]
+        ahead = dates(log, range(hour + 1, hour + 1 + DAY))
         labels = ("24 hours ahead, from a fork", "as yesterday") if hour == shown[0] else (None, None)
         axes.plot(ahead, log.next_day[hour], color=colour, lw=2.2, alpha=0.65, label=labels[0])
         axes.plot(ahead, log.truth(hour, -DAY), ":", color=GREY, lw=1.6, label=labels[1])
@@ -173,6 +174,11 @@ def plot_user(axes: Axes, log: Log, colour: str, *, legend: bool) -> None:
     axes.xaxis.set_major_formatter(mdates.DateFormatter("%d %b %Y\n%H:%M UTC", tz="UTC"))
     if legend:
         axes.legend(ncols=4, loc="lower right", frameon=False, bbox_to_anchor=(1, 0.98))
+
+
+def dates(log: Log, hours: range) -> Floats:
+    """Turn a log's hours into matplotlib's dates."""
+    return np.asarray(mdates.date2num([time_of(log.user.first_hour + hour) for hour in hours]))
 
 
 def plot_errors(axes: Axes, logs: list[Log]) -> None:

@@ -109,7 +109,7 @@ def _with_weights(model: keras.Model, hard_sigmoid: HardSigmoid) -> keras.Model:
     weights = article_weights()
     if hard_sigmoid is HardSigmoid.SCALED:
         # 0.2 x = (1.2 x) / 6; the candidate (third block of columns) has tanh and stays as it is.
-        scale = np.repeat(np.float32([1.2, 1.2, 1.0, 1.2]), NODES)
+        scale = np.repeat(np.array([1.2, 1.2, 1.0, 1.2], np.float32), NODES)
         weights[:3] = [weight * scale for weight in weights[:3]]
     for variable, weight in zip(model.trainable_variables, weights, strict=True):
         variable.assign(weight)

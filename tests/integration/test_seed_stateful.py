@@ -1,0 +1,147 @@
+"""The article's stateful system, over gRPC: its four numbers, and what it says of states and batch sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import stepwell
+from stepwell.testing import LocalServer
+from support import seed
+from support.seed import BATCH_SIZE, NODES, HardSigmoid
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own, when saving
+
+TESTS = Path(__file__).parents[1]
+ZEROS = [np.zeros((BATCH_SIZE, NODES)), np.zeros((BATCH_SIZE, NODES))]
+ONES = [np.ones((BATCH_SIZE, NODES)), np.ones((BATCH_SIZE, NODES))]
+HIDDEN, CELL, OUT = "lstm", "lstm_1", "out"  # the article's three outputs
+
+Outputs = Mapping[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stepwell.Client]:
+    folder = tmp_path_factory.mktemp("seed")
+    server = LocalServer(
+        models={kind.value: seed.save_stateful(folder, kind) for kind in HardSigmoid},
+        extra_args=["--import", "support.seed"],
+        cache_dir=folder / "cache",
+        env={"PYTHONPATH": str(TESTS)},
+    )
+    with server, stepwell.connect(server.address) as client:
+        yield client
+
+
+def step(session: stepwell.Session, x: seed.Floats) -> Outputs:
+    outputs = session.step(x)
+    assert isinstance(outputs, dict)
+    return outputs
+
+
+def mean_of_out(session: stepwell.Session, x: seed.Floats) -> float:
+    return float(np.mean(step(session, x)[OUT], dtype=np.float64))
+
+
+@pytest.mark.parametrize("kind", HardSigmoid, ids=lambda kind: kind.value)
+def test_the_four_numbers(
+    client: stepwell.Client, kind: HardSigmoid, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = seed.article_input()
+    with client.open_session(kind.value, batch_size=BATCH_SIZE) as session:
+        first, second = mean_of_out(session, x), mean_of_out(session, x)
+        session.reset_states(ZEROS)
+        after_zeros = mean_of_out(session, x)
+        session.reset_states(ONES)
+        after_ones = mean_of_out(session, x)
+    with capsys.disabled():
+        print(f"\nthe seed over gRPC: {first:.10f} {second:.10f} {after_zeros:.10f} {after_ones:.10f}")
+    assert first == pytest.approx(seed.FIRST, rel=0, abs=1e-7)
+    assert second == pytest.approx(seed.SECOND, rel=0, abs=1e-7)
+    assert after_zeros == pytest.approx(seed.AFTER_ZEROS, rel=0, abs=1e-7)
+    assert after_ones == pytest.approx(seed.AFTER_ONES, rel=0, abs=1e-7)
+
+
+def test_the_outputs_have_the_articles_shapes_and_the_state_is_among_them(client: stepwell.Client) -> None:
+    with client.open_session("scaled", batch_size=BATCH_SIZE) as session:
+        outputs = step(session, seed.article_input())
+        hidden, cell = session.get_state().values()
+    assert {name: output.shape for name, output in outputs.items()} == {
+        HIDDEN: (BATCH_SIZE, NODES),
+        CELL: (BATCH_SIZE, NODES),
+        OUT: (BATCH_SIZE, 2, 3),
+    }
+    np.testing.assert_array_equal(outputs[HIDDEN], hidden)
+    np.testing.assert_array_equal(outputs[CELL], cell)
+
+
+def test_a_reset_without_values_is_the_articles_reset_to_zeros(client: stepwell.Client) -> None:
+    x = seed.article_input()
+    with client.open_session("scaled", batch_size=BATCH_SIZE) as session:
+        first = step(session, x)
+        session.reset_states(ZEROS)
+        after_zeros = step(session, x)
+        session.reset_states()
+        after_reset = step(session, x)
+    for name in first:
+        np.testing.assert_array_equal(after_zeros[name], first[name])
+        np.testing.assert_array_equal(after_reset[name], first[name])
+
+
+def test_states_may_be_named(client: stepwell.Client) -> None:
+    x = seed.article_input()
+    names = [tensor.name for tensor in client.model("scaled").state]
+    with client.open_session("scaled", batch_size=BATCH_SIZE) as session:
+        session.reset_states(dict(zip(names, ONES, strict=True)))
+        assert mean_of_out(session, x) == pytest.approx(seed.AFTER_ONES, rel=0, abs=1e-7)
+
+
+def test_a_session_may_begin_with_ones(client: stepwell.Client) -> None:
+    with client.open_session("scaled", batch_size=BATCH_SIZE, state=ONES) as session:
+        assert mean_of_out(session, seed.article_input()) == pytest.approx(seed.AFTER_ONES, rel=0, abs=1e-7)
+
+
+def test_some_rows_are_reset_and_the_others_go_on(client: stepwell.Client) -> None:
+    x = seed.article_input()
+    with client.open_session("scaled", batch_size=BATCH_SIZE) as session:
+        first, second = step(session, x)[OUT], step(session, x)[OUT]
+        session.reset_states()
+        step(session, x)
+        session.reset_states(rows=[0, 7])
+        mixed = step(session, x)[OUT]
+    reset = np.isin(np.arange(BATCH_SIZE), [0, 7])
+    np.testing.assert_array_equal(mixed[reset], first[reset])
+    np.testing.assert_array_equal(mixed[~reset], second[~reset])
+    assert not np.any(first == second), "the two calls must differ everywhere, or this test shows nothing"
+
+
+def test_time_steps_one_by_one_are_the_same_bits_as_together(client: stepwell.Client) -> None:
+    x = seed.article_input()
+    with client.open_session("scaled", batch_size=BATCH_SIZE) as session:
+        together = step(session, x)[OUT]
+        session.reset_states()
+        apart = np.stack([step(session, x[:, time])[OUT] for time in range(x.shape[1])], axis=1)
+    np.testing.assert_array_equal(apart, together)
+
+
+def test_the_batch_size_is_the_sessions_and_not_the_files(client: stepwell.Client) -> None:
+    x = seed.article_input()
+    with client.open_session("scaled", batch_size=BATCH_SIZE) as session:
+        whole = step(session, x)[OUT]
+    for row in range(BATCH_SIZE):
+        with client.open_session("scaled", batch_size=1) as session:
+            np.testing.assert_array_equal(step(session, x[row : row + 1])[OUT], whole[row : row + 1])
+
+
+def test_another_batch_size_than_the_sessions_is_refused_and_changes_nothing(client: stepwell.Client) -> None:
+    x = seed.article_input()
+    with client.open_session("scaled", batch_size=BATCH_SIZE) as session:
+        with pytest.raises(stepwell.InvalidInputError, match="10 rows"):
+            session.step(x[:9])
+        with pytest.raises(stepwell.InvalidInputError, match="10 rows"):
+            session.reset_states([np.ones((9, NODES)), np.ones((9, NODES))])
+        assert session.revision == 0
+        assert mean_of_out(session, x) == pytest.approx(seed.FIRST, rel=0, abs=1e-7)
