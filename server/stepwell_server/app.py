@@ -68,7 +68,11 @@ def _compile(settings: Settings) -> dict[str, Program]:
         try:
             programs[name] = compile_program(path, settings.cache_dir, settings.imports, _progress(name))
         except ModelError as error:
+            if error.details:
+                _log.warning("model refused", model=name, details=error.details)
             raise StartError(f"model {name}: {error}") from error
+        except OSError as error:
+            raise StartError(f"--cache-dir: {error}") from error
         seconds = time.perf_counter() - started
         _log.info("model loaded", model=name, executor=programs[name].executor, seconds=seconds)
     return programs

@@ -43,7 +43,7 @@ class Log:
         """Write an event that someone should look at some day."""
         self._write(logging.WARNING, event, fields)
 
-    def exception(self, event: str, error: BaseException, **fields: object) -> None:
+    def defect(self, event: str, error: BaseException, **fields: object) -> None:
         """Write a defect with the traceback of ``error``."""
         self._logger.error(event, exc_info=error, extra={"fields": fields})
 

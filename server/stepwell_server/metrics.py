@@ -11,7 +11,7 @@ import asyncio
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from stepwell_server.engine.calls import Observer
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from prometheus_client.metrics_core import Metric
 
+    from stepwell_server.engine.engine import ModelStats
+
 _SECONDS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 )  # fmt: skip
@@ -28,21 +30,6 @@ _ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048
 _SCRAPE_TIMEOUT_S = 5.0
 
 Labels = tuple[str, ...]
-
-
-class Stats(Protocol):
-    """What the engine says of one model at the moment of a scrape."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def sessions(self) -> int: ...
-    @property
-    def resident_rows(self) -> int: ...
-    @property
-    def queued(self) -> int: ...
-    @property
-    def queued_bytes(self) -> int: ...
 
 
 class _Counter:
@@ -159,7 +146,7 @@ class PrometheusObserver(Observer):
         self._requests.values[method, code] += 1
         self._request_seconds.observe((method,), seconds)
 
-    def families(self, stats: Iterable[Stats]) -> list[Metric]:
+    def families(self, stats: Iterable[ModelStats]) -> list[Metric]:
         """Everything counted so far, and the gauges of ``stats``."""
         counted: list[_Counter | _Histogram] = [
             *(self._events, self._changes, self._row_steps, self._errors, self._time_steps),
@@ -168,10 +155,10 @@ class PrometheusObserver(Observer):
         return [*(each.family() for each in counted), *_gauges(list(stats))]
 
 
-def _gauges(stats: Sequence[Stats]) -> list[Metric]:
+def _gauges(stats: Sequence[ModelStats]) -> list[Metric]:
     from prometheus_client.core import GaugeMetricFamily
 
-    gauges: list[tuple[str, str, Callable[[Stats], int]]] = [
+    gauges: list[tuple[str, str, Callable[[ModelStats], int]]] = [
         ("stepwell_sessions", "Sessions live.", lambda model: model.sessions),
         ("stepwell_resident_rows", "Rows of state ready to step.", lambda model: model.resident_rows),
         ("stepwell_queued_changes", "Changes waiting for a pass.", lambda model: model.queued),
@@ -187,7 +174,9 @@ def _gauges(stats: Sequence[Stats]) -> list[Metric]:
         for model in stats:
             family.add_metric((model.name,), value(model))
         families.append(family)
-    return families
+    waiting = max((model.queued_bytes for model in stats), default=0)  # each says the sum over all models
+    text = "Bytes of the inputs that wait for a pass, over all models."
+    return [*families, GaugeMetricFamily("stepwell_queued_bytes", text, value=waiting)]
 
 
 class _Collector:
@@ -208,7 +197,7 @@ class MetricsServer:
     """Answers scrapes over HTTP on a thread of its own. Made on the event loop."""
 
     def __init__(
-        self, observer: PrometheusObserver, stats: Callable[[], Iterable[Stats]], host: str, port: int
+        self, observer: PrometheusObserver, stats: Callable[[], Iterable[ModelStats]], host: str, port: int
     ) -> None:
         """Listen at once.
 

@@ -116,6 +116,8 @@ class FakeEngine:
 
     def cancel(self, frame: Frame) -> None:
         self.cancelled.append(frame)
+        if frame in self.frames:
+            self.frames.remove(frame)
         self.was_cancelled.set()
 
     async def apply(self, frame: Frame) -> Part:

@@ -115,7 +115,8 @@ class Boundary:
     ) -> None:
         """End the call with the status of ``error``, and this coroutine with an exception."""
         if isinstance(error, asyncio.CancelledError) and _is_cancelled_by_grpc():
-            self._end(method, "CANCELLED", started, request)
+            code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
+            self._end(method, code, started, request)
             raise error
         known = error if isinstance(error, ServerError) else internal(error, method=method)
         status = to_status(known)
@@ -144,7 +145,7 @@ class Boundary:
 def internal(error: BaseException, **facts: object) -> Internal:
     """The opaque error that stands for a defect, whose details go to the log."""
     opaque = Internal(secrets.token_hex(8))
-    _log.exception("internal error", error, error_id=opaque.error_id, **facts)
+    _log.defect("internal error", error, error_id=opaque.error_id, **facts)
     return opaque
 
 

@@ -10,7 +10,8 @@ import grpc.aio
 from google.protobuf import message_factory
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
-from grpc_health.v1.health import aio as health  # type: ignore[import-untyped]
+from grpc_health.v1.health import SERVICE_NAME as HEALTH  # type: ignore[import-untyped]
+from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from stepwell.v1 import models_pb2, sessions_pb2
@@ -50,7 +51,7 @@ class RpcServer:
         self._add(_SESSIONS, self._sessions)
         self._add(_MODELS, ModelServicer(engine, clock, sizes))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (_SESSIONS.full_name, _MODELS.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (_SESSIONS.full_name, _MODELS.full_name, HEALTH, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
     async def start(self, host: str, port: int) -> int:

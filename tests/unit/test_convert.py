@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from stepwell.v1 import sessions_pb2, tensors_pb2
+from stepwell_server.engine.calls import ModelInfo, Select, SessionInfo
+from stepwell_server.errors import InvalidInput
+from stepwell_server.rpc import convert
+from support.fake_engine import program
+
+_FLOAT32 = tensors_pb2.DATA_TYPE_FLOAT32
+_DTYPES = [name for name in convert._NUMBERS if name != "bfloat16"]
+
+
+def _tensor(shape: list[int], data: bytes, dtype: int = _FLOAT32, name: str = "x") -> tensors_pb2.Tensor:
+    return tensors_pb2.Tensor(name=name, dtype=dtype, shape=shape, data=data)  # type: ignore[arg-type]
+
+
+@given(data=st.data())
+def test_arrays_come_back_as_they_were(data: st.DataObject) -> None:
+    dtype = np.dtype(data.draw(st.sampled_from(_DTYPES)))
+    shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
+    array = data.draw(hnp.arrays(dtype, shapes))
+    sent = array.T if data.draw(st.booleans()) else array  # also one that is not contiguous
+    response = sessions_pb2.StepResponse()
+    convert.add_tensors(response.outputs, {"y": sent})
+    back = convert.to_arrays(sessions_pb2.StepResponse.FromString(response.SerializeToString()).outputs, "x")
+    assert back["y"].dtype == dtype
+    np.testing.assert_array_equal(back["y"], sent)
+
+
+def test_bfloat16_comes_back_as_it_was() -> None:
+    array = np.array([[1.5, -2.0]], ml_dtypes.bfloat16)
+    response = sessions_pb2.StepResponse()
+    convert.add_tensors(response.outputs, {"": array})
+    back = convert.to_arrays(response.outputs, "inputs")[""]
+    assert back.dtype == array.dtype
+    np.testing.assert_array_equal(back, array)
+
+
+def test_big_endian_arrays_leave_as_little_endian() -> None:
+    response = sessions_pb2.StepResponse()
+    convert.add_tensors(response.outputs, {"y": np.array([1.0], ">f4")})
+    assert response.outputs[0].data == np.array([1.0], "<f4").tobytes()
+
+
+def test_request_arrays_are_views() -> None:
+    array = convert.to_arrays([_tensor([1, 2], bytes(8))], "inputs")["x"]
+    assert not array.flags.owndata
+    assert not array.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (_tensor([2], bytes(8), dtype=0), r"inputs\['x'\]: dtype must be one of .*DataType; got 0"),
+        (_tensor([2], bytes(8), dtype=99), "got 99"),
+        (_tensor([3], bytes(8)), r"shape \[3\] of float32 needs 12 bytes of data; got 8"),
+        (_tensor([2], b""), "needs 8 bytes of data; got 0"),
+        (_tensor([], bytes(8)), r"shape \[\] of float32 needs 4 bytes"),
+        (_tensor([-1, -2], bytes(8)), r"every axis of shape must be 0 or more; got \[-1, -2\]"),
+        (_tensor([-1, 0], b""), "every axis of shape must be 0 or more"),
+        (_tensor([2**62, 2**62], bytes(8)), "needs 85070591730234615865843651857942052864 bytes"),
+        (_tensor([2**32, 2**32], b""), "needs 73786976294838206464 bytes"),
+        (_tensor([1] * 33, bytes(4)), "at most 32 axes; got 33"),
+        (_tensor([2], b"\0\2", dtype=tensors_pb2.DATA_TYPE_BOOL), "must be 0 or 1; got 2"),
+        (_tensor([2], bytes(4), name=""), r"^inputs: shape"),
+    ],
+)
+def test_what_is_no_tensor_is_refused(tensor: tensors_pb2.Tensor, expected: str) -> None:
+    with pytest.raises(InvalidInput, match=expected):
+        convert.to_arrays([tensor], "inputs")
+
+
+def test_a_name_given_twice_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="state: each tensor must be given once; got 'x' twice"):
+        convert.to_arrays([_tensor([1], bytes(4)), _tensor([1], bytes(4))], "state")
+
+
+def test_an_empty_tensor_is_a_tensor() -> None:
+    assert convert.to_arrays([_tensor([0, 3], b"")], "inputs")["x"].shape == (0, 3)
+
+
+def test_selections() -> None:
+    names = ("UNSPECIFIED", "ALL", "LAST", "NONE")
+    values = [sessions_pb2.OutputSelection.Value(f"OUTPUT_SELECTION_{name}") for name in names]
+    assert [convert.to_select(value) for value in values] == [
+        Select.ALL,
+        Select.ALL,
+        Select.LAST,
+        Select.NONE,
+    ]
+    with pytest.raises(InvalidInput, match="OutputSelection; got 7"):
+        convert.to_select(7)
+
+
+def test_numbers_are_one_per_session() -> None:
+    assert convert.to_uint64s([], "request_ids", 3) is None
+    numbers = convert.to_uint64s([1, 2**64 - 1], "request_ids", 2)
+    assert numbers is not None
+    assert numbers.tolist() == [1, 2**64 - 1]
+    with pytest.raises(InvalidInput, match=r"request_ids must be empty or one per session \(3\); got 2"):
+        convert.to_uint64s([1, 2], "request_ids", 3)
+
+
+def test_sessions_and_models_say_everything() -> None:
+    info = SessionInfo("s", "m", "f", 3, 4, 5, 1.25, 2.5, resident=True)
+    session = convert.from_session(info)
+    assert (session.session_id, session.model, session.model_fingerprint) == ("s", "m", "f")
+    assert (session.batch_size, session.revision, session.position, session.resident) == (3, 4, 5, True)
+    assert (session.created_time.ToMilliseconds(), session.last_used_time.ToMilliseconds()) == (1250, 2500)
+    model = convert.from_model(ModelInfo("m", program(), 9))
+    assert (model.name, model.fingerprint, model.sessions, model.state_row_bytes) == ("m", "f00d", 9, 8)
+    assert (model.inputs[0].name, list(model.inputs[0].shape), model.inputs[0].temporal) == ("x", [2], True)
+    assert not model.state[0].temporal

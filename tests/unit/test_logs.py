@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from stepwell_server.logs import Log, LogFormat, configure
+
+
+@pytest.fixture
+def stream() -> Iterator[io.StringIO]:
+    root, ours = logging.getLogger(), logging.getLogger("stepwell")
+    before = (root.handlers[:], root.level, ours.level)
+    yield io.StringIO()
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    ours.setLevel(before[2])
+
+
+def _write(log_format: LogFormat, stream: io.StringIO) -> None:
+    configure("info", log_format, stream)
+    log = Log("test")
+    log.debug("not written")
+    log.info("session opened", session="user 42", model="forecast", rows=3, seconds=0.123456789)
+    try:
+        raise ValueError("what\nhappened")
+    except ValueError as error:
+        log.defect("internal error", error, error_id="1d")
+    logging.getLogger("other").warning("several\nlines")
+
+
+def test_text_is_one_line_per_event_with_its_facts(stream: io.StringIO) -> None:
+    _write("text", stream)
+    lines = stream.getvalue().splitlines()
+    assert lines[0].split(" ", 1)[1] == (
+        'info session opened session="user 42" model=forecast rows=3 seconds=0.123457'
+    )
+    assert lines[1].split(" ", 1)[1] == "error internal error error_id=1d"
+    assert lines[2] == "Traceback (most recent call last):"
+    assert lines[-1].split(" ", 1)[1] == "warning several\\nlines logger=other"
+
+
+def test_json_is_one_object_per_line(stream: io.StringIO) -> None:
+    _write("json", stream)
+    opened, failed, other = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert opened.pop("time").endswith("Z")
+    assert opened == {
+        "level": "info",
+        "event": "session opened",
+        "session": "user 42",
+        "model": "forecast",
+        "rows": 3,
+        "seconds": 0.123456789,
+    }
+    assert failed["error_id"] == "1d"
+    assert failed["traceback"].endswith("happened")
+    assert (other["event"], other["logger"]) == ("several\nlines", "other")
+
+
+@pytest.mark.parametrize("value", ["a\nb", 'say "x"', "a=b", "", "\x1b[31m"])
+def test_text_values_cannot_forge_lines_or_fields(stream: io.StringIO, value: str) -> None:
+    configure("info", "text", stream)
+    Log("test").info("event", value=value)
+    (line,) = stream.getvalue().splitlines()
+    assert line.isprintable()
+    assert json.loads(line.partition("value=")[2]) == value

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import grpc
+import pytest
+
+from stepwell.v1 import sessions_pb2 as pb
+from stepwell_server.errors import SessionNotFound
+from stepwell_server.rpc.boundary import Boundary
+from support.fake_context import Aborted, FakeContext
+
+
+class Requests:
+    """Remembers what it was told of finished calls."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, str]] = []
+
+    def request_done(self, method: str, code: str, seconds: float) -> None:
+        assert seconds >= 0
+        self.done.append((method, code))
+
+
+@pytest.fixture
+def requests() -> Requests:
+    return Requests()
+
+
+@pytest.fixture
+def boundary(requests: Requests) -> Boundary:
+    return Boundary(requests, max_message_bytes=1024)
+
+
+def _unary(boundary: Boundary, behaviour: Any) -> Any:
+    return boundary.unary("GetSession", behaviour, pb.GetSessionRequest).unary_unary
+
+
+async def test_messages_go_in_and_come_out(boundary: Boundary, requests: Requests) -> None:
+    async def behaviour(request: pb.GetSessionRequest, _context: object) -> pb.GetSessionResponse:
+        return pb.GetSessionResponse(session=pb.Session(session_id=request.session_id))
+
+    raw = await _unary(boundary, behaviour)(b"\n\x01s", FakeContext())
+    assert pb.GetSessionResponse.FromString(raw).session.session_id == "s"
+    assert requests.done == [("GetSession", "OK")]
+
+
+async def _fails(_request: object, _context: object) -> pb.GetSessionResponse:
+    raise SessionNotFound("s", "no session 's'")
+
+
+async def _breaks(_request: object, _context: object) -> pb.GetSessionResponse:
+    raise ValueError("secret detail")
+
+
+async def _awaits_something_cancelled(_request: object, _context: object) -> pb.GetSessionResponse:
+    future: asyncio.Future[pb.GetSessionResponse] = asyncio.get_running_loop().create_future()
+    future.cancel()
+    return await future
+
+
+async def _answers_too_much(_request: object, _context: object) -> pb.GetSessionResponse:
+    return pb.GetSessionResponse(session=pb.Session(session_id="s" * 2000))
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "raw", "code", "message"),
+    [
+        (_fails, b"", "NOT_FOUND", "no session 's'"),
+        (_fails, b"\xff\xff", "INVALID_ARGUMENT", "must be a stepwell.v1.GetSessionRequest; got 2 bytes"),
+        (_fails, b"\n\x01\xff", "INVALID_ARGUMENT", "must be a stepwell.v1.GetSessionRequest"),
+        (_answers_too_much, b"", "INVALID_ARGUMENT", "the reply must be at most 1024 bytes; it would be"),
+    ],
+)
+async def test_errors_become_statuses(
+    boundary: Boundary, requests: Requests, behaviour: Any, raw: bytes, code: str, message: str
+) -> None:
+    with pytest.raises(Aborted, match=message) as caught:
+        await _unary(boundary, behaviour)(raw, FakeContext())
+    assert caught.value.code is grpc.StatusCode[code]
+    assert requests.done == [("GetSession", code)]
+
+
+@pytest.mark.parametrize("behaviour", [_breaks, _awaits_something_cancelled])
+async def test_defects_are_opaque_and_logged_under_their_id(
+    boundary: Boundary, behaviour: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Aborted) as caught:
+        await _unary(boundary, behaviour)(b"", FakeContext())
+    assert caught.value.code is grpc.StatusCode.INTERNAL
+    assert "secret" not in caught.value.details
+    (record,) = caplog.records
+    fields = record.__dict__["fields"]
+    assert fields["error_id"] in caught.value.details
+    assert record.exc_info is not None
+    assert record.levelno == logging.ERROR
+
+
+@pytest.mark.parametrize(
+    ("remaining", "code"), [(None, "CANCELLED"), (5.0, "CANCELLED"), (0, "DEADLINE_EXCEEDED")]
+)
+async def test_a_call_that_grpc_cancelled_ends_as_cancelled(
+    boundary: Boundary, requests: Requests, remaining: float | None, code: str
+) -> None:
+    began = asyncio.Event()
+
+    async def waits(_request: object, _context: object) -> pb.GetSessionResponse:
+        began.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    task = asyncio.create_task(_unary(boundary, waits)(b"", FakeContext(remaining)))
+    await began.wait()
+    idle = asyncio.create_task(boundary.wait_idle())
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert requests.done == [("GetSession", code)]
+    await asyncio.wait_for(idle, 5)

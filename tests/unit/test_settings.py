@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from stepwell_server.settings import Address, Settings, SettingsError, read_settings, variable_of
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "a,b.keras"
+    path.write_bytes(b"")
+    return f"forecast={path}"
+
+
+def test_options_win_over_variables_and_variables_over_defaults(model: str) -> None:
+    environment = {"STEPWELL_LISTEN": "0.0.0.0:1", "STEPWELL_MAX_BATCH_ROWS": "7", "STEPWELL_STORE": ""}
+    settings = read_settings([model, "--listen", "[::1]:0"], environment)
+    assert settings.listen == Address("::1", 0)
+    assert str(settings.listen) == "[::1]:0"
+    assert settings.max_batch_rows == 7
+    assert settings.store == "memory"
+    assert settings.compute_threads >= 1
+
+
+def test_models_may_stand_between_options_and_have_commas(model: str) -> None:
+    other = model.replace("forecast", "v1.2_other-name")
+    settings = read_settings([model, "--store", "memory", other, "--import", "a.b", "--import", "c"], {})
+    assert list(settings.models) == ["forecast", "v1.2_other-name"]
+    assert settings.models["forecast"].name == "a,b.keras"
+    assert settings.imports == ("a.b", "c")
+
+
+def test_variables_hold_several_values_with_commas(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        (tmp_path / name).write_bytes(b"")
+    environment = {"STEPWELL_MODELS": f"a={tmp_path}/x, b={tmp_path}/y", "STEPWELL_IMPORT": "m, n.o"}
+    settings = read_settings([], environment)
+    assert settings.models == {"a": tmp_path / "x", "b": tmp_path / "y"}
+    assert settings.imports == ("m", "n.o")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("listen", "50051", "HOST:PORT"),
+        ("listen", "localhost:70000", "0 to 65535"),
+        ("listen", "::1:5", "[HOST]:PORT"),
+        ("listen", ":5", "HOST:PORT"),
+        ("metrics-listen", "localhost:http", "HOST:PORT"),
+        ("max-batch-rows", "0", "a whole number, 1 or more"),
+        ("max-batch-rows", "ten", "a whole number"),
+        ("max-batch-rows", "9" * 30, "a whole number"),
+        ("resident-rows", "-1", "a whole number"),
+        ("max-session-idle-s", "nan", "a number of seconds"),
+        ("max-session-idle-s", "inf", "a number of seconds"),
+        ("drain-timeout-s", "-0.5", "a number of seconds"),
+        ("compute-threads", "1.5", "a whole number"),
+        ("store", "redis", "one of memory, lmdb"),
+        ("durability", "none", "one of sync, async"),
+        ("log-level", "loud", "one of debug"),
+        ("log-format", "xml", "one of text, json"),
+        ("import", "not a module", "the name of a module"),
+        ("max-message-bytes", "5", "1024 or more"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_named_with_its_origin(
+    model: str, option: str, value: str, rule: str
+) -> None:
+    variable = "STEPWELL_" + option.replace("-", "_").upper()
+    for origin, arguments, environment in (
+        (f"--{option}", [model, f"--{option}={value}"], {}),
+        (variable, [model], {variable: value}),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            read_settings(arguments, environment)
+        message = str(caught.value)
+        assert message.startswith(f"{origin} must be ")
+        assert rule in message
+        assert repr(value) in message
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        ([], r"give at least one as NAME=PATH.keras, or in STEPWELL_MODELS"),
+        (["forecast"], r"model must be NAME=PATH.keras; got 'forecast'"),
+        (["=x.keras"], r"a name of 1 to 128 letters"),
+        (["a b=x.keras"], r"a name of 1 to 128 letters.*got 'a b=x.keras'"),
+        (["a" * 129 + "=x.keras"], r"a name of 1 to 128 letters"),
+        (["a=x.keras", "a=y.keras"], r"different names; got 'a' twice"),
+        (["a=/nowhere/x.keras"], r"model a: PATH must be a .keras file; /nowhere/x.keras does not exist"),
+        (["a=/"], r"model a: PATH must be a .keras file; / is a folder"),
+    ],
+)
+def test_models_that_cannot_be_served(models: list[str], expected: str) -> None:
+    with pytest.raises(SettingsError, match=expected):
+        read_settings(models, {})
+
+
+@pytest.mark.parametrize("arguments", [["--store", "lmdb"], ["--data-dir", "/tmp/x"]])
+def test_the_lmdb_store_is_not_there_yet(model: str, arguments: list[str]) -> None:
+    with pytest.raises(SettingsError, match=f"{arguments[0]}.*not there yet; use --store memory"):
+        read_settings([model, *arguments], {})
+
+
+@pytest.mark.parametrize("arguments", [["--lissten", "x"], ["--listen"], ["--max-batch", "3"]])
+def test_unknown_and_incomplete_options_are_one_line(model: str, arguments: list[str]) -> None:
+    with pytest.raises(SettingsError, match=arguments[0].rstrip("s")) as caught:
+        read_settings([model, *arguments], {})
+    assert "\n" not in str(caught.value)
+
+
+def test_help_explains_every_option_and_names_its_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read_settings(["--help"], {}, prog="stepwell serve")
+    assert caught.value.code == 0
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "usage: stepwell serve" in text
+    for field in dataclasses.fields(Settings):
+        assert re.search(rf"[.)] (Default: \S+ )?\[{variable_of(field.name)}\]", text), field.name
+
+
+def test_cache_dir_follows_xdg(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert read_settings([model], {}).cache_dir == Path("/somewhere/stepwell")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert read_settings([model], {}).cache_dir == Path.home() / ".cache" / "stepwell"

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+from stepwell_server import errors
+from stepwell_server.rpc.status import Status, code_of, to_proto, to_status
+
+_CODES = [
+    (errors.InvalidInput("m"), "INVALID_ARGUMENT", "INVALID_INPUT"),
+    (errors.MessageTooLarge("m"), "INVALID_ARGUMENT", "MESSAGE_TOO_LARGE"),
+    (errors.SessionNotFound("s", "m"), "NOT_FOUND", "SESSION_NOT_FOUND"),
+    (errors.SessionExpired("s", "m"), "NOT_FOUND", "SESSION_EXPIRED"),
+    (errors.SessionLost("s", "m"), "NOT_FOUND", "SESSION_LOST"),
+    (errors.SessionExists("m"), "ALREADY_EXISTS", "SESSION_EXISTS"),
+    (errors.RevisionConflict("s", 3, 5), "ABORTED", "REVISION_CONFLICT"),
+    (errors.ModelNotFound("m"), "NOT_FOUND", "MODEL_NOT_FOUND"),
+    (errors.ModelMismatch("m"), "FAILED_PRECONDITION", "MODEL_MISMATCH"),
+    (errors.Overloaded("m", 0.25), "RESOURCE_EXHAUSTED", "OVERLOADED"),
+    (errors.Unavailable("m"), "UNAVAILABLE", "UNAVAILABLE"),
+    (errors.DeadlineExceeded("m"), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
+    (errors.StateCorrupt("m"), "DATA_LOSS", "STATE_CORRUPT"),
+    (errors.Internal("1d"), "INTERNAL", "INTERNAL"),
+]
+
+
+def _all_subclasses(kind: type[errors.ServerError]) -> set[type[errors.ServerError]]:
+    return {kind}.union(*(_all_subclasses(child) for child in kind.__subclasses__()))
+
+
+def _details(status: Status) -> status_pb2.Status:
+    ((key, value),) = status.trailers
+    assert key == "grpc-status-details-bin"
+    return status_pb2.Status.FromString(value)
+
+
+def test_the_table_knows_every_error() -> None:
+    abstract = {errors.ServerError, errors.SessionGone}
+    assert {type(error) for error, _, _ in _CODES} == _all_subclasses(errors.ServerError) - abstract
+
+
+@pytest.mark.parametrize(("error", "code", "reason"), _CODES, ids=lambda value: type(value).__name__)
+def test_calls_and_frames_say_the_same(error: errors.ServerError, code: str, reason: str) -> None:
+    status = to_status(error)
+    details = _details(status)
+    info = error_details_pb2.ErrorInfo()
+    assert details.details[0].Unpack(info)
+    proto = to_proto(error)
+    assert status.code.name == code == code_of(error).name
+    assert details.code == proto.code == grpc.StatusCode[code].value[0]
+    assert status.message == details.message == proto.message == error.message
+    assert info.domain == "stepwell"
+    assert info.reason == proto.reason == reason
+    assert dict(info.metadata) == dict(proto.metadata) == error.metadata
+
+
+def test_only_overload_comes_with_a_delay() -> None:
+    for error, _, _ in _CODES:
+        kinds = [detail.TypeName() for detail in _details(to_status(error)).details]
+        assert ("google.rpc.RetryInfo" in kinds) is isinstance(error, errors.Overloaded)
+    retry = error_details_pb2.RetryInfo()
+    assert _details(to_status(errors.Overloaded("m", 0.25))).details[1].Unpack(retry)
+    assert retry.retry_delay.ToMilliseconds() == 250
+    assert to_proto(errors.Overloaded("m", 0.25)).retry_after_ms == 250
+    assert to_proto(errors.Overloaded("m", 1e-9)).retry_after_ms == 1
+
+
+@pytest.mark.parametrize("character", ["a", "%", "\n", "é", "\N{WATER WAVE}"])
+def test_long_messages_are_cut_to_what_trailers_can_hold(character: str) -> None:
+    status = to_status(errors.InvalidInput(character * 10_000, given=character * 10_000))
+    assert status.message.endswith(character + "...")
+    assert len(status.trailers[0][1]) < 4096
+    assert len(to_proto(errors.InvalidInput(character * 10_000)).message) < 2100
