@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_json_has_words_for_what_it_has_no_number_for() -> None:
 def test_json_text_keeps_ids_readable(capsys: pytest.CaptureFixture[str]) -> None:
     _render.print_json({"session_id": "Zoë"})
 
-    assert capsys.readouterr().out == '{\n  "session_id": "Zoë"\n}\n'
+    assert capsys.readouterr().out == '{"session_id": "Zoë"}\n'
 
 
 def test_a_long_array_is_whole_in_a_pipe_and_short_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,3 +132,25 @@ def test_someone_watching_sees_progress(monkeypatch: pytest.MonkeyPatch) -> None
         pass
 
     assert "Stepping" in screen.getvalue()
+
+
+def test_records_are_blocks_where_the_terminal_is_too_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = watch(monkeypatch)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    _render.print_records(("MODEL", "STATE"), [("a", "h (1)\nc (1)"), ("b", "word " * 20)])
+
+    text = re.sub(r"\x1b\[\d*m", "", terminal.getvalue())
+    blocks = [[line.split() for line in block.splitlines()] for block in text.split("\n\n")]
+    facts = [[words for words in block if words] for block in blocks]
+    assert ["model", "a"] in facts[0]
+    assert ["state", "h", "(1)"] in facts[0]
+    assert any(["model", "b"] in block for block in facts[1:])
+
+
+def test_records_are_a_table_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = watch(monkeypatch)
+
+    _render.print_records(("MODEL", "STATE"), [("a", "h (1)")])
+
+    assert "MODEL" in terminal.getvalue()

@@ -29,25 +29,42 @@ FINGERPRINT_DIGITS = 12
 
 
 def print_json(document: object) -> None:
-    """Print one JSON document."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    """Print one JSON document, on one line."""
+    click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
     """Print rows under headings; the columns named in `right` are set to the right."""
+    print_rich(filled_table(headings, rows, right))
+
+
+def print_records(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """Print rows as a table, or where the terminal is too narrow for one, each as a block of facts."""
+    table, console = filled_table(headings, rows, right), new_console()
+    if console.measure(table).maximum < console.width:
+        print_rich(table)
+        return
+    for number, row in enumerate(rows):
+        if number:
+            click.echo()
+        print_facts([(heading.lower(), cell) for heading, cell in zip(headings, row, strict=True)])
+
+
+def filled_table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]) -> Table:
+    """A table of rows under headings."""
     plain = not sys.stdout.isatty()
     table = new_table(plain)
     for heading in headings:
         table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(cell_text(cell, plain) for cell in row))
-    print_rich(table)
+    return table
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     """Print names with values, one pair a line."""
     plain = not sys.stdout.isatty()
-    table = new_table(plain, show_header=False)
+    table = new_table(plain=True, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in facts:
@@ -90,7 +107,10 @@ def new_console() -> Console:
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show on stderr that something is under way, if a person is watching."""
+    """Show on stderr that something is under way, if a person is watching.
+
+    The body must not print: while it runs, rich takes what goes to stdout to stderr.
+    """
     if not sys.stderr.isatty():
         yield
         return

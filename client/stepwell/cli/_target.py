@@ -40,11 +40,15 @@ class Target:
         """
         import stepwell
 
-        with (
-            working(f"{doing} at {self.address}"),
-            stepwell.connect(self.address, timeout_s=self.timeout_s) as client,
-        ):
-            yield client
+        try:
+            with (
+                working(f"{doing} at {self.address}"),
+                stepwell.connect(self.address, timeout_s=self.timeout_s) as client,
+            ):
+                yield client
+        except stepwell.UnavailableError as error:
+            text = f"the server at {self.address} (--server) is not available: {error.message}"
+            raise stepwell.UnavailableError(text, outcome=error.outcome, reason=error.reason) from None
 
 
 def server_options(function: Function) -> Function:

@@ -42,9 +42,11 @@ def models(target: Target, as_json: bool) -> None:
         served = client.models()
     if as_json:
         _render.print_json({"models": [model_json(model) for model in served]})
-    elif served:
+    elif not served:
+        click.echo("no models", err=True)
+    else:
         headings = ("MODEL", "FINGERPRINT", "INPUTS", "OUTPUTS", "STATE", "SESSIONS", "EXECUTOR", "WHY")
-        _render.print_table(headings, [model_cells(model) for model in served], right=("SESSIONS",))
+        _render.print_records(headings, [model_cells(model) for model in served], right=("SESSIONS",))
 
 
 def model_cells(model: ModelInfo) -> tuple[str, ...]:

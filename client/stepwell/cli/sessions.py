@@ -62,7 +62,9 @@ def list_sessions(target: Target, model: str | None, prefix: str | None, as_json
         found = client.sessions(model=model, prefix=prefix)
     if as_json:
         _render.print_json({"sessions": [session_json(session) for session in found]})
-    elif found:
+    elif not found:
+        click.echo("no sessions", err=True)
+    else:
         headings = ("SESSION", "MODEL", "BATCH", "REVISION", "POSITION", "AGE", "IDLE")
         numbers = ("BATCH", "REVISION", "POSITION", "AGE", "IDLE")
         _render.print_table(headings, [session_cells(session) for session in found], right=numbers)
@@ -91,7 +93,7 @@ def show(target: Target, session_id: str, as_json: bool) -> None:
     "close",
     short_help="Close sessions and delete their states.",
     examples=("stepwell sessions close user-42", "stepwell sessions close user-1 user-2 --yes"),
-    json_keys=(("closed", "ids of the sessions that were closed"),),
+    json_keys=(("closed", "ids of the sessions that were closed, also when a later one was not there"),),
 )
 @click.argument("session_ids", metavar="SESSION...", nargs=-1, required=True)
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -105,13 +107,22 @@ def close(target: Target, session_ids: tuple[str, ...], yes: bool, as_json: bool
     """
     if not yes:
         confirm(session_ids)
-    with target.connect("Closing sessions") as client:
-        for session_id in session_ids:
-            client.close_session(session_id)
+    closed: list[str] = []
+    try:
+        with target.connect("Closing sessions") as client:
+            for session_id in session_ids:
+                client.close_session(session_id)
+                closed.append(session_id)
+    finally:
+        print_closed(closed, as_json)
+
+
+def print_closed(closed: list[str], as_json: bool) -> None:
+    """Say what was closed, also when an error stopped it half-way."""
     if as_json:
-        _render.print_json({"closed": list(session_ids)})
-    else:
-        click.echo("\n".join(f"closed {session_id}" for session_id in session_ids))
+        _render.print_json({"closed": closed})
+    for session_id in () if as_json else closed:
+        click.echo(f"closed {session_id}")
 
 
 def confirm(session_ids: tuple[str, ...]) -> None:
