@@ -1,0 +1,253 @@
+"""An engine on a fake executor and a manual clock, and the books it must keep."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.engine.calls import Frame, Observer, Part
+from stepwell_server.engine.engine import Engine
+from stepwell_server.engine.executors.base import Executor
+from stepwell_server.engine.runner import Cost
+from stepwell_server.errors import ServerError
+from stepwell_server.program import Program
+from stepwell_server.store.memory import MemoryStore
+from support.clock import ManualClock
+from support.fake_executor import PLAIN, WAIT_S, FakeExecutor, Hooks
+
+Array = npt.NDArray[Any]
+
+
+class FixedCost(Cost):
+    """Says of every pass that it takes `seconds`, and that `steps` time steps fit into a slice."""
+
+    def __init__(self, seconds: float, steps: int) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.steps = steps
+
+    def of(self, rows: int, steps: int = 1) -> float:
+        return self.seconds
+
+    def steps_within(self, rows: int, seconds: float) -> int:
+        return self.steps
+
+
+class Events(Observer):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.sessions: list[tuple[str, str]] = []
+        self.passes: list[tuple[int, int]] = []
+        """Rows and time steps of each pass."""
+        self.changes: list[tuple[str, int, int]] = []
+
+    def session_event(self, event: str, model: str, session_id: str) -> None:
+        self.sessions.append((event, session_id))
+
+    def pass_done(self, model: str, rows: int, time_steps: int, seconds: float) -> None:
+        self.passes.append((rows, time_steps))
+
+    def applied(self, model: str, change: str, count: int, row_steps: int) -> None:
+        self.changes.append((change, count, row_steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What one member of a frame got."""
+
+    revision: int
+    position: int
+    outputs: Mapping[str, Array]
+    replayed: bool
+
+
+class Answers:
+    """The sink of a frame: what each member got."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = sizes
+        self.by_member: dict[int, Answer | ServerError] = {}
+        self._parts: list[Part] = []
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.frame: Frame | None = None
+
+    def __call__(self, part: Part) -> None:
+        assert not self._ended.done(), "a part came after the last one"
+        self._parts.append(part)
+        if part.last:
+            self._ended.set_result(None)
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.done()
+
+    async def all(self) -> list[Answer | ServerError]:
+        """Wait for the last part; one answer for each member."""
+        await asyncio.wait_for(asyncio.shield(self._ended), WAIT_S)
+        if not self.by_member:
+            for part in self._parts:
+                self._read(part)
+        assert sorted(self.by_member) == list(range(len(self._sizes))), "every member is answered once"
+        return [self.by_member[member] for member in range(len(self._sizes))]
+
+    async def only(self) -> Answer:
+        """The answer of a frame of one session; raises its error."""
+        (answer,) = await self.all()
+        if isinstance(answer, ServerError):
+            raise answer
+        return answer
+
+    def _read(self, part: Part) -> None:
+        # only now: an answer must not change between its part and its being read
+        every = range(len(self._sizes))
+        row = 0
+        for place, member in enumerate(every if part.members is None and not part.failures else _list(part)):
+            end = row + self._sizes[member]
+            outputs = {name: array[row:end].copy() for name, array in part.outputs.items()}
+            answer = Answer(int(part.revisions[place]), int(part.positions[place]), outputs, part.replayed)
+            self._set(member, answer)
+            row = end
+        assert all(len(array) == row for array in part.outputs.values())
+        for failure in part.failures:
+            for member in every if failure.members is None else failure.members.tolist():
+                self._set(member, failure.error)
+
+    def _set(self, member: int, answer: Answer | ServerError) -> None:
+        assert member not in self.by_member, f"member {member} is answered twice"
+        self.by_member[member] = answer
+
+
+def _list(part: Part) -> list[int]:
+    return [] if part.members is None else part.members.tolist()
+
+
+class Harness:
+    """An engine under test."""
+
+    def __init__(
+        self, engine: Engine, clock: ManualClock, hooks: Hooks, store: MemoryStore, events: Events
+    ) -> None:
+        self.engine = engine
+        self.clock = clock
+        self.hooks = hooks
+        self.store = store
+        self.events = events
+
+    async def open(self, *session_ids: str, batch_size: int = 1, model: str = "plain") -> None:
+        for session_id in session_ids:
+            await self.engine.open_session(model, session_id=session_id, batch_size=batch_size)
+
+    def submit(
+        self,
+        session_ids: Sequence[str] | str,
+        x: Any = None,
+        *,
+        sizes: Sequence[int] | None = None,
+        **fields: Any,
+    ) -> Answers:
+        """Submit a frame; `x` is its only input. `sizes` are the members' rows, 1 each if not given."""
+        ids = [session_ids] if isinstance(session_ids, str) else list(session_ids)
+        answers = Answers([1] * len(ids) if sizes is None else list(sizes))
+        if x is not None:
+            fields["inputs"] = {"": np.asarray(x, np.float32)}
+        for name in ("expected", "request_ids"):
+            if fields.get(name) is not None:
+                fields[name] = np.atleast_1d(np.array(fields[name], np.uint64))
+        if fields.get("batch_sizes") is not None:
+            fields["batch_sizes"] = np.array(fields["batch_sizes"], np.intp)
+        answers.frame = Frame(ids, answers, **fields)
+        self.engine.submit(answers.frame)
+        return answers
+
+    def cancel(self, answers: Answers) -> None:
+        assert answers.frame is not None
+        self.engine.cancel(answers.frame)
+
+    async def step(self, session_id: str, x: Any, **fields: Any) -> Answer:
+        """Step one session and wait."""
+        x = np.asarray(x, np.float32)
+        return await self.submit(session_id, x, sizes=[len(x)], **fields).only()
+
+    async def state(self, session_id: str) -> dict[str, Array]:
+        return dict((await self.engine.get_state(session_id)).state)
+
+    async def in_flight(self) -> None:
+        """Return when a run waits at the closed gate."""
+        assert await asyncio.to_thread(self.hooks.inside.wait, WAIT_S), "no run has begun"
+
+    async def settled(self) -> None:
+        """Return when everything that was taken in is finished."""
+        await asyncio.wait_for(self.engine.drain(), WAIT_S)
+
+    def slots(self, model: str = "plain") -> Any:
+        return next(m.slots for m in self.engine._models if m.name == model)
+
+    def check_books(self) -> None:
+        """Nothing is under way: then everything must add up."""
+        engine, table = self.engine, self.engine._table
+        live = np.array(sorted(handle for _, handle in table.items()), np.intp)
+        assert not table.claimed[live].any(), "a session is claimed though nothing is under way"
+        assert not engine._admission._claims._waiting, "something waits in line"
+        assert engine._admission.bytes_waiting == 0
+        for model in engine._models:
+            own = live[table.model[live] == model.index]
+            resident = own[table.row[own] >= 0]
+            slots = model.slots
+            assert slots.working == 0, f"{slots.working} working rows were not given back"
+            assert slots.resident == int(table.batch_size[resident].sum())
+            assert slots._top == slots.capacity - slots.resident
+            rows = [*slots._free[: slots._top].tolist(), *table.rows_of(resident).tolist()]
+            assert sorted(rows) == list(range(slots.capacity)), "a row is lost or has two owners"
+            assert engine._admission.waiting(model.index) == 0
+            assert not model.loop.busy
+            assert set(model.replies._arrays) <= set(own.tolist()), "a reply outlives its session"
+        away = {session_id for session_id, handle in table.items() if table.row[handle] < 0}
+        assert set(self.store._records) == away, "the store holds the sessions that are paged out"
+
+
+@asynccontextmanager
+async def running(
+    programs: Mapping[str, Program] | None = None,
+    *,
+    max_batch_rows: int = 64,
+    resident_rows: int = 64,
+    max_session_idle_s: float = 0,
+    compute_threads: int = 2,
+    threads: bool = False,
+    steps: int = 4,
+    executor: Callable[[Program], Executor] | None = None,
+    check: bool = True,
+) -> AsyncIterator[Harness]:
+    """An engine whose books are checked at the end. `threads`: passes never run in place."""
+    clock, hooks, store, events = ManualClock(), Hooks(), MemoryStore(), Events()
+    engine = Engine(
+        programs or {"plain": PLAIN},
+        store=store,
+        clock=clock,
+        observer=events,
+        max_batch_rows=max_batch_rows,
+        resident_rows=resident_rows,
+        max_session_idle_s=max_session_idle_s,
+        compute_threads=compute_threads,
+        executor=executor or (lambda program: FakeExecutor(program, hooks)),
+    )
+    for model in engine._models:
+        model.loop.runner.cost = FixedCost(1.0 if threads else 0.0, steps)
+    harness = Harness(engine, clock, hooks, store, events)
+    try:
+        yield harness
+        hooks.open_gate()
+        await harness.settled()
+        if check:
+            harness.check_books()
+    finally:
+        hooks.open_gate()
+        await harness.settled()
+        await engine.close()

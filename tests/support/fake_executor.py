@@ -1,0 +1,145 @@
+"""An executor in plain numpy, of sums and products only: a row has the same bits at every batch size.
+
+Its buffers hold garbage wherever the real ones may: after `bind`, after a run that failed, and under every
+view that is kept for too long.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.engine.executors.base import ExecutionError
+from stepwell_server.program import Program, StateSpec, TensorSpec
+
+Array = npt.NDArray[Any]
+
+#: A first feature that makes the program refuse the batch, as an index out of range does.
+BAD = 1e6
+#: A first feature that makes the executor break.
+BROKEN = 2e6
+WAIT_S = 20.0
+
+PLAIN = Program(
+    fingerprint="f-plain",
+    inputs=(TensorSpec("x", (2,), "float32", temporal=True),),
+    outputs=(TensorSpec("y", (2,), "float32", temporal=True),),
+    state=(StateSpec("sum", (2,), "float32"),),
+    initial=(np.array([0.5, -0.25], np.float32),),
+    executor="litert",
+    executor_reason="a fake",
+    batch_sizes=(),
+    path=Path("nowhere"),
+)
+RICH = dataclasses.replace(
+    PLAIN,
+    fingerprint="f-rich",
+    inputs=(
+        *PLAIN.inputs,
+        TensorSpec("token", (), "int32", temporal=True),
+        TensorSpec("gain", (), "float32", temporal=False),
+    ),
+    outputs=(*PLAIN.outputs, TensorSpec("head", (3,), "float32", temporal=False)),
+    state=(*PLAIN.state, StateSpec("count", (), "int32")),
+    initial=(*PLAIN.initial, np.array(7, np.int32)),
+)
+
+
+def advance(inputs: Sequence[Array], states: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+    """One time step of either program: `(outputs, states)`."""
+    x, before = inputs[0], states[0]
+    if len(inputs) == 1:
+        after = before * np.float32(0.5) + x
+        return [after * np.float32(2) - before], [after]
+    token, gain, count = inputs[1], inputs[2], states[1]
+    after = before * np.float32(0.5) + x * gain[:, None] + token.astype(np.float32)[:, None]
+    head = np.stack([after[:, 0], gain, token.astype(np.float32)], axis=1)
+    return [after + count.astype(np.float32)[:, None], head], [after, count + np.int32(1)]
+
+
+class Hooks:
+    """What a test sees and does while programs run. Shared by the executors of an engine."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        """Rows of each run so far."""
+        self.inside = threading.Event()
+        """A run has begun since this was last cleared."""
+        self._open = threading.Event()
+        self._open.set()
+
+    def close_gate(self) -> None:
+        """Runs that begin from now on wait, on their thread, until the gate opens."""
+        self.inside.clear()
+        self._open.clear()
+
+    def open_gate(self) -> None:
+        self._open.set()
+
+    def run(self, rows: int) -> None:
+        self.rows.append(rows)
+        self.inside.set()
+        if not self._open.wait(WAIT_S):
+            raise AssertionError("the test did not open the gate")
+
+
+class FakeExecutor:
+    """See `executors.base.Executor`."""
+
+    def __init__(self, program: Program, hooks: Hooks) -> None:
+        self._program = program
+        self._hooks = hooks
+        self._rows = 0
+        self._in: list[Array] = []
+        self._state: list[Array] = []
+        self._out: list[Array] = []
+        self._next: list[Array] = []
+
+    def bind(self, rows: int) -> None:
+        assert rows >= 1
+        if rows != self._rows:
+            program = self._program
+            self._in, self._out = _garbage(rows, program.inputs), _garbage(rows, program.outputs)
+            self._state, self._next = _garbage(rows, program.state), _garbage(rows, program.state)
+            self._rows = rows
+
+    def inputs(self) -> Sequence[Array]:
+        return self._in
+
+    def states(self) -> Sequence[Array]:
+        return self._state
+
+    def carry(self) -> None:
+        for state, after in zip(self._state, self._next, strict=True):
+            np.copyto(state, after)
+
+    def invoke(self) -> None:
+        self._hooks.run(self._rows)
+        try:
+            if np.any(self._in[0][:, 0] == BROKEN):
+                raise RuntimeError("a secret detail")
+            if np.any(self._in[0][:, 0] == BAD):
+                raise ExecutionError("x is out of range\nnode 7 failed")
+            outputs, states = advance(self._in, self._state)
+        except Exception:
+            self._rows = 0  # as the real one: it must be bound again
+            self._in = self._state = self._out = self._next = []
+            raise
+        for kept, value in zip([*self._out, *self._next], [*outputs, *states], strict=True):
+            np.copyto(kept, value)
+
+    def outputs(self) -> Sequence[Array]:
+        return self._out
+
+    def next_states(self) -> Sequence[Array]:
+        return self._next
+
+
+def _garbage(rows: int, specs: Sequence[TensorSpec | StateSpec]) -> list[Array]:
+    return [np.full((rows, *spec.shape), 111_111_111, spec.dtype) for spec in specs]

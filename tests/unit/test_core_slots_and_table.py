@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from stepwell_server.core.remembered import Remembered
+from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.slots import Slots
+
+
+def add(table: SessionTable, session_id: str, *rows: int, **more: int) -> int:
+    return table.add(session_id, model=3, rows=np.array(rows, np.intp), used=1.0, created=2.0, **more)
+
+
+def handles(*values: int) -> np.ndarray:
+    return np.array(values, np.intp)
+
+
+def test_rows_are_taken_once_and_within_the_budget_of_each_kind() -> None:
+    slots = Slots(4)
+    first, second = slots.take_resident(3), slots.take_working(4)
+    assert first is not None
+    assert second is not None
+    assert not set(first.tolist()) & set(second.tolist())
+    assert slots.take_resident(2) is None
+    assert slots.take_working(1) is None
+    assert (slots.resident, slots.working, slots.capacity) == (3, 4, 8)
+    last = slots.take_resident(1)
+    assert last is not None
+    assert sorted([*first.tolist(), *second.tolist(), *last.tolist()]) == list(range(8))
+
+
+def test_working_rows_may_be_exchanged_for_resident_ones() -> None:
+    slots = Slots(2)
+    old, new = slots.take_resident(2), slots.take_working(2)
+    assert old is not None
+    assert new is not None
+    slots.free_working(old)  # the session keeps `new` from now on
+    assert (slots.resident, slots.working) == (2, 0)
+    slots.free_resident(new)
+    taken = slots.take_resident(2)
+    assert taken is not None
+    assert set(taken.tolist()) == set(new.tolist()), "the last rows freed are the first ones taken"
+
+
+def test_rows_taken_and_freed_at_random_are_never_shared() -> None:
+    rng = np.random.default_rng(0)
+    slots = Slots(16)
+    held: list[np.ndarray] = []
+    for _ in range(300):
+        if held and rng.random() < 0.5:
+            slots.free_resident(held.pop(rng.integers(len(held))))
+        else:
+            rows = slots.take_resident(int(rng.integers(1, 5)))
+            held += [] if rows is None else [rows]
+        owned = [row for rows in held for row in rows.tolist()]
+        assert len(set(owned)) == len(owned) == slots.resident
+
+
+def test_a_handle_is_reused_after_its_session_is_gone_and_remembers_nothing() -> None:
+    table = SessionTable()
+    first = add(table, "a", 5, 6, request_id=9, revision=3, position=4)
+    table.request_id[first] = 77
+    table.reply[first] = 2
+    table.claimed[first] = True
+    assert table.opened_with(first) == 9
+    table.remove(first)
+    assert "a" not in table
+    assert table.find("a") is None
+    assert table.count(3) == 0
+    again = add(table, "b", 8)
+    assert again == first
+    assert table.session_id(again) == "b"
+    assert table.opened_with(again) == 0
+    assert table.rows(again).tolist() == [8]
+    assert not table.claimed[again]
+    for column in ("revision", "position", "request_id", "reply"):
+        assert getattr(table, column)[again] == 0, column
+
+
+def test_an_id_is_added_once() -> None:
+    table = SessionTable()
+    add(table, "a", 1)
+    with pytest.raises(KeyError, match="there already"):
+        add(table, "a", 2)
+    assert len(table) == 1
+
+
+def test_growing_keeps_every_column() -> None:
+    table = SessionTable(capacity=2)
+    for i in range(9):
+        add(table, f"s{i}", i, revision=i, position=2 * i)
+    assert len(table) == table.end == 9
+    every = table.find_all([f"s{i}" for i in range(9)])
+    assert table.revision[every].tolist() == list(range(9))
+    assert table.position[every].tolist() == list(range(0, 18, 2))
+    assert table.row[every].tolist() == list(range(9))
+    assert table.count(3) == 9
+
+
+def test_find_all_marks_who_is_missing() -> None:
+    table = SessionTable()
+    a, b = add(table, "a", 1), add(table, "b", 2)
+    assert table.find_all(["b", "x", "a"]).tolist() == [b, -1, a]
+
+
+def test_rows_of_many_sessions_come_in_their_order() -> None:
+    table = SessionTable()
+    a, b, c = add(table, "a", 9), add(table, "b", 4, 2, 7), add(table, "c", 1)
+    assert table.rows_of(handles(b, a, c)).tolist() == [4, 2, 7, 9, 1]
+    assert table.rows_of(handles(c, a)).tolist() == [1, 9]
+    assert table.rows_of(handles()).tolist() == []
+    table.set_rows_of(handles(c, b), np.array([20, 21, 22, 23], np.intp))
+    assert table.rows(c).tolist() == [20]
+    assert table.rows(b).tolist() == [21, 22, 23]
+
+
+def test_rows_may_be_changed_by_whoever_got_them_without_harm() -> None:
+    table = SessionTable()
+    a = add(table, "a", 9)
+    table.rows(a)[0] = 1
+    assert table.rows(a).tolist() == [9]
+
+
+def test_paging_out_leaves_no_rows_behind() -> None:
+    table = SessionTable()
+    a, b = add(table, "a", 1), add(table, "b", 2, 3)
+    table.page_out(handles(a, b))
+    assert table.row[[a, b]].tolist() == [-1, -1]
+    table.set_rows_of(handles(b, a), np.array([5, 6, 7], np.intp))
+    assert table.rows_of(handles(a, b)).tolist() == [7, 5, 6]
+
+
+def test_the_oldest_is_forgotten_first_and_what_is_set_again_is_new() -> None:
+    remembered: Remembered[int] = Remembered(2)
+    remembered.put("a", 1)
+    remembered.put("b", 2)
+    remembered.put("a", 3)
+    remembered.put("c", 4)
+    assert remembered.get("b") is None
+    assert (remembered.get("a"), remembered.get("c"), len(remembered)) == (3, 4, 2)
+    remembered.forget("a")
+    remembered.forget("never there")
+    assert remembered.get("a") is None
