@@ -1,0 +1,175 @@
+"""A real server of a few small models of the zoo, and the watch that nothing but the asked-for happens on it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import stepwell
+from stepwell.testing import LocalServer
+from stepwell.v1 import sessions_pb2
+from support import models, wire
+from support.wire import Array, Wire
+
+#: Zoo model by the name it is served under.
+MODELS = {
+    "gru": "gru_reset_after",
+    "last": "lstm_last_only",
+    "masked": "masking",
+    "multi": "several_inputs_and_outputs",
+    "seq": "lstm_dense",
+    "tokens": "embedding_mask_zero",
+}
+#: Rows of the Embedding of `tokens` and `multi`: indexes are 0 to 8.
+VOCABULARY = 9
+MAX_MESSAGE_BYTES = 4 << 20
+
+
+@functools.cache
+def keras_model(name: str) -> Any:
+    """The Keras model that is served under a name."""
+    return models.build(MODELS[name])
+
+
+def save_and_compile(folder: Path) -> tuple[dict[str, Path], Path]:
+    """The models' files and a cache of their programs, made once per folder.
+
+    They are compiled in this process, which has TensorFlow for the reference anyway; the server finds them
+    in its cache.
+    """
+    from stepwell_server.compile import cache
+    from stepwell_server.compile.pipeline import compile_model
+
+    cache_dir = folder / "cache"
+    paths = {name: folder / f"{name}.keras" for name in MODELS}
+    for name, path in paths.items():
+        if path.exists():
+            continue
+        keras_model(name).save(path)
+        key = cache.cache_key(path, ())
+        with cache.workspace(cache_dir, key) as workspace:
+            compile_model(path, workspace)
+            cache.publish(workspace, cache_dir / key)
+    return paths, cache_dir
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """The server, with a client of each kind."""
+
+    server: LocalServer
+    wire: Wire
+    client: stepwell.Client
+
+    @property
+    def address(self) -> str:
+        return self.server.address
+
+    @functools.cached_property
+    def infos(self) -> Mapping[str, stepwell.ModelInfo]:
+        return {info.name: info for info in self.client.models()}
+
+    def draw(self, model: str, rows: int, steps: int = 0, seed: int | None = None) -> dict[str, Array]:
+        """Random inputs by name: of one time step without a time axis, or of `steps` with one."""
+        rng = np.random.default_rng(seed)
+        drawn: dict[str, Array] = {}
+        for spec in self.infos[model].inputs:
+            shape = (rows, *((steps,) if spec.temporal and steps else ()), *spec.shape)
+            integral = np.issubdtype(np.dtype(spec.dtype), np.integer)
+            values = rng.integers(0, VOCABULARY, shape) if integral else rng.standard_normal(shape)
+            drawn[spec.name] = values.astype(spec.dtype)
+        return drawn
+
+    def draw_state(self, model: str, rows: int, seed: int | None = None) -> dict[str, Array]:
+        rng = np.random.default_rng(seed)
+        return {
+            spec.name: rng.standard_normal((rows, *spec.shape)).astype(spec.dtype)
+            for spec in self.infos[model].state
+        }
+
+    @contextlib.contextmanager
+    def session(self, model: str, batch_size: int = 1, steps: int = 3) -> Iterator[str]:
+        """A session that has a past: a state that is not the model's initial one."""
+        session_id = self.wire.open(model, batch_size=batch_size)
+        try:
+            if steps:
+                self.wire.step(session_id, wire.tensors(self.draw(model, batch_size, steps)), request_id=7)
+            yield session_id
+        finally:
+            self.wire.close(session_id)
+
+    def predicted(self, session_id: str, inputs: Mapping[str, Array]) -> wire.Tensors:
+        """What the session's next step must answer: the outputs of a run from its state."""
+        read = self.wire.state(session_id)
+        return self.wire.predict(read.session.model, wire.tensors(inputs), read.state).outputs
+
+    @contextlib.contextmanager
+    def nothing_changes(self, *session_ids: str) -> Iterator[None]:
+        """Inside the block nothing happens to these sessions, nor to a neighbour of each one's model.
+
+        State, revision and position are compared bit for bit; then each session and each neighbour is
+        stepped, and must answer what was known before.
+        """
+        with contextlib.ExitStack() as stack:
+            kinds = sorted({self.wire.session(one).model for one in session_ids}) or ["seq"]
+            neighbours = [stack.enter_context(self.session(kind)) for kind in kinds]
+            watched = [_Watched(self, one) for one in (*session_ids, *neighbours)]
+            yield
+            for one in watched:
+                one.check()
+
+
+class _Watched:
+    def __init__(self, served: Served, session_id: str) -> None:
+        self._served = served
+        self._id = session_id
+        self._before = served.wire.state(session_id)
+        session = self._before.session
+        self._next = served.draw(session.model, session.batch_size)
+        self._known = wire.data(served.predicted(session_id, self._next))
+
+    def check(self) -> None:
+        after = self._served.wire.state(self._id)
+        assert facts(after.session) == facts(self._before.session)
+        assert wire.data(after.state) == wire.data(self._before.state), "the state has changed"
+        session = self._before.session
+        answer = self._served.wire.step(
+            self._id, wire.tensors(self._next), expected_revision=session.revision, request_id=99
+        )
+        assert wire.data(answer.outputs) == self._known, "the next output has changed"
+        assert (answer.revision, answer.position) == (session.revision + 1, session.position + 1)
+
+
+def facts(session: sessions_pb2.Session) -> tuple[object, ...]:
+    """All of a session but the time of its last use."""
+    return (
+        session.session_id,
+        session.model,
+        session.model_fingerprint,
+        session.batch_size,
+        session.revision,
+        session.position,
+        session.created_time.ToNanoseconds(),
+    )
+
+
+@contextlib.contextmanager
+def serve(folder: Path) -> Iterator[Served]:
+    """Serve all models; `folder` is the test run's, so that each model is compiled once in it."""
+    folder.mkdir(exist_ok=True)
+    paths, cache_dir = save_and_compile(folder)
+    local = LocalServer(
+        models=paths,
+        cache_dir=cache_dir,
+        extra_args=["--max-message-bytes", str(MAX_MESSAGE_BYTES)],
+        start_timeout_s=60,
+    )
+    with local, Wire(local.address) as raw, stepwell.connect(local.address) as client:
+        yield Served(local, raw, client)
+        assert "internal error" not in local.logs(), "a defect was reported to some caller; see the log"
