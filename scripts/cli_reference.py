@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def page() -> str:
     """The whole page."""
-    context = click.Context(root, info_name="stepwell", terminal_width=WIDTH)
+    context = click.Context(root, info_name="stepwell", **{**root.context_settings, "terminal_width": WIDTH})
     parts = [INTRODUCTION]
     for path, text in walk(root, context):
         heading = "#" * min(path.count(" ") + 2, 3)

@@ -156,8 +156,25 @@ def test_serve_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
             return 7
 
     monkeypatch.setattr("importlib.import_module", lambda name: Server)
-    arguments = ["m=a.keras", "--listen", "127.0.0.1:0", "--help", "--", "-x"]
+    arguments = ["m=a.keras", "--listen", "127.0.0.1:0", "--version", "--", "-x"]
 
     result = CliRunner().invoke(main, ["serve", *arguments])
 
     assert (result.exit_code, passed) == (7, [arguments])
+
+
+def test_help_of_serve_is_the_servers_with_examples() -> None:
+    result = CliRunner().invoke(main, ["serve", "--help"])
+
+    assert result.exit_code == 0
+    assert "STEPWELL_LISTEN" in result.output
+    assert "Examples:" in result.output
+    assert "Exit codes:" in result.output
+
+
+def test_a_server_that_cannot_start_says_so() -> None:
+    result = CliRunner().invoke(main, ["serve", "m=gone.keras"])
+
+    assert result.exit_code == 2
+    assert result.stderr.startswith("stepwell: ")
+    assert "gone.keras does not exist" in result.stderr

@@ -11,8 +11,8 @@ from stepwell._types import TensorInfo
 from stepwell.cli import _values
 
 
-def spec(name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
-    return TensorInfo(name, dtype, shape, temporal=True)
+def spec(name: str, dtype: str, shape: tuple[int, ...], temporal: bool = True) -> TensorInfo:
+    return TensorInfo(name, dtype, shape, temporal)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,7 @@ def test_columns_of_csv_are_folded_into_features(tmp_path: Path) -> None:
 
     assert _values.fit([given], [spec("x", "float32", (2, 2))])["x"].shape == (1, 2, 2, 2)
     assert _values.fit([given], [spec("x", "float32", (3,))])["x"].shape == (1, 2, 4)
+    assert _values.fit([given], [spec("x", "float32", (4,), temporal=False)])["x"].shape == (2, 4)
 
 
 def test_several_inputs_need_names() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import zipfile
@@ -30,7 +31,7 @@ class Value:
     array: NDArray[Any]
     """The numbers."""
     is_csv: bool = False
-    """It is a CSV file's (time steps, columns), whose columns are the features of one row."""
+    """It is a CSV file's (lines, columns), whose lines are time steps and whose columns are features."""
 
 
 Values = Mapping[str | None, Value]
@@ -178,16 +179,18 @@ def fit(given: Sequence[Values], specs: Sequence[TensorInfo]) -> dict[str, NDArr
 
 def fit_one(value: Value, spec: TensorInfo) -> NDArray[Any]:
     """Fold a CSV file's columns into the input's features, and make whole numbers floats where they belong."""
-    array = fold_columns(value.array, tuple(spec.shape)) if value.is_csv else value.array
+    array = fold_columns(value.array, spec) if value.is_csv else value.array
     return array.astype(spec.dtype) if is_float(spec.dtype) and array.dtype.kind in "iu" else array
 
 
-def fold_columns(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """(time steps, columns) as (1, time steps, features...); left for the server to refuse if it cannot be."""
-    import math
+def fold_columns(array: NDArray[Any], spec: TensorInfo) -> NDArray[Any]:
+    """(lines, columns) as the input's axes: each line is a time step of one row, or a row if there is no time.
 
-    steps, columns = array.shape
-    return array.reshape((1, steps, *(shape if math.prod(shape) == columns else (columns,))))
+    Columns that do not fit the features stay as they are, for the server to refuse.
+    """
+    lines, columns = array.shape
+    features = spec.shape if math.prod(spec.shape) == columns else (columns,)
+    return array.reshape((1, lines, *features) if spec.temporal else (lines, *features))
 
 
 def is_float(dtype: str | np.dtype[Any]) -> bool:

@@ -9,11 +9,12 @@ from importlib import metadata
 import click
 
 from stepwell.cli._errors import Failure
+from stepwell.cli._help import Command
 
 INSTALL = "pip install 'stepwell[server]'"
 
 
-class PassedOn(click.Command):
+class PassedOn(Command):
     """A command that takes every argument as it is, `--help` and `--` among them."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -22,8 +23,23 @@ class PassedOn(click.Command):
         return []
 
 
-@click.command(cls=PassedOn, short_help="Serve Keras models.", add_help_option=False)
-def serve(arguments: tuple[str, ...]) -> None:
+@click.command(
+    cls=PassedOn,
+    short_help="Serve Keras models.",
+    add_help_option=False,
+    examples=(
+        "stepwell serve forecast=model.keras",
+        "stepwell serve forecast=a.keras words=b.keras --listen 127.0.0.1:50052",
+        "stepwell serve forecast=model.keras --import my_layers --metrics-listen 127.0.0.1:9100",
+    ),
+    exit_codes=(
+        ("0", "stopped by SIGTERM or Ctrl-C, after finishing what was queued"),
+        ("1", "stopped before it was ready, or by a defect"),
+        ("2", "it cannot start: the command line, a model, an address, or packages that are missing"),
+    ),
+)
+@click.pass_context
+def serve(ctx: click.Context, arguments: tuple[str, ...]) -> None:
     """Serve Keras models; the options are the server's own."""
     missing = missing_packages()
     if missing:
@@ -33,7 +49,17 @@ def serve(arguments: tuple[str, ...]) -> None:
         server = importlib.import_module("stepwell_server.__main__")
     except ModuleNotFoundError as error:
         raise Failure(f"serving needs a package that is not installed ({error.name}): {INSTALL}") from None
-    raise click.exceptions.Exit(server.main(list(arguments), prog="stepwell serve"))
+    code = server.main(list(arguments), prog="stepwell serve")
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        show_epilog(ctx)
+    ctx.exit(code)
+
+
+def show_epilog(ctx: click.Context) -> None:
+    """Print examples and exit codes after the server's own help."""
+    formatter = ctx.make_formatter()
+    ctx.command.format_epilog(ctx, formatter)
+    click.echo(f"\n{formatter.getvalue()}", nl=False)
 
 
 def missing_packages() -> list[str]:

@@ -125,9 +125,14 @@ def print_closed(closed: list[str], as_json: bool) -> None:
         click.echo(f"closed {session_id}")
 
 
+def is_terminal() -> bool:
+    """Whether there is someone to ask."""
+    return sys.stdin.isatty()
+
+
 def confirm(session_ids: tuple[str, ...]) -> None:
     """Ask whether to delete, if there is someone to ask."""
-    if not sys.stdin.isatty():
+    if not is_terminal():
         raise Failure("closing a session deletes its state; without a terminal to ask on, --yes is needed")
     noun = f"session {session_ids[0]}" if len(session_ids) == 1 else f"{len(session_ids)} sessions"
     if not click.confirm(f"Delete the state of {noun}?", err=True):

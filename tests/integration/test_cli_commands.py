@@ -1,0 +1,386 @@
+"""Every command against a real server."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import stepwell
+from stepwell.cli import main
+from stepwell.testing import LocalServer
+
+MODELS = {"forecast": "lstm_dense", "several": "several_inputs_and_outputs"}
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models, saved, and the cache of their programs."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    paths = {name: folder / f"{name}.keras" for name in MODELS}
+    with LocalServer(models=paths, cache_dir=folder / "cache") as server:
+        yield server.address
+
+
+def save_models(folder: Path) -> None:
+    """In a process of its own, so that this one never loads TensorFlow."""
+    code = (
+        "import json, sys\n"
+        "from support import models\n"
+        "for name, kind in json.loads(sys.argv[1]).items():\n"
+        "    models.build(kind).save(f'{sys.argv[2]}/{name}.keras')\n"
+    )
+    command = [sys.executable, "-c", code, json.dumps(MODELS), str(folder)]
+    tests = Path(__file__).resolve().parents[1]
+    subprocess.run(command, cwd=tests, capture_output=True, timeout=100, check=True)
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[stepwell.Client]:
+    with stepwell.connect(address) as client:
+        yield client
+        for session in client.sessions():
+            client.close_session(session.session_id)
+
+
+@pytest.fixture
+def run(address: str, client: stepwell.Client) -> Run:
+    def run_one(*arguments: str, stdin: str | None = None) -> Result:
+        return CliRunner().invoke(main, arguments, input=stdin, env={"STEPWELL_SERVER": address})
+
+    return run_one
+
+
+def document(result: Result) -> Any:
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+def refused(result: Result, says: str, exit_code: int = 1) -> None:
+    assert says in result.stderr
+    assert result.stderr.startswith("stepwell: error: ")
+    assert result.stderr.count("\n") == 1
+    assert result.exit_code == exit_code
+
+
+def test_models_are_shown(run: Run) -> None:
+    lines = run("models").stdout.splitlines()
+
+    assert lines[0].split() == [
+        "MODEL",
+        "FINGERPRINT",
+        "INPUTS",
+        "OUTPUTS",
+        "STATE",
+        "SESSIONS",
+        "EXECUTOR",
+        "WHY",
+    ]
+    assert [line.split()[0] for line in lines[1:]] == ["forecast", "several"]
+    assert "x float32 (B, T, 3)" in lines[1]
+    assert "lstm/h float32 (B, 8); lstm/c float32 (B, 8)" in lines[1]
+    assert "profile float32 (B, 5)" in lines[2]
+
+
+def test_models_for_programs_have_every_documented_key(run: Run, client: stepwell.Client) -> None:
+    shown = document(run("models", "--json"))["models"]
+
+    keys = [key for text, _ in main.commands["models"].json_keys[1:] for key in text.split(", ")]  # type: ignore[attr-defined]
+    assert [list(model) for model in shown] == [keys, keys]
+    assert [model["fingerprint"] for model in shown] == [model.fingerprint for model in client.models()]
+    assert shown[0]["inputs"] == [{"name": "x", "dtype": "float32", "shape": [3], "temporal": True}]
+    assert shown[0]["executor"] == "litert"
+
+
+def test_steps_of_the_command_line_are_those_of_the_sdk(
+    run: Run, client: stepwell.Client, tmp_path: Path
+) -> None:
+    x = np.random.default_rng(5).random((1, 6, 3), dtype=np.float32)
+    np.save(tmp_path / "x.npy", x[:, :2])
+    (tmp_path / "x.json").write_text(json.dumps(x[:, 2].tolist()))
+    (tmp_path / "x.csv").write_text(
+        "a,b,c\n" + "\n".join(",".join(map(str, row)) for row in x[0, 3:5].tolist())
+    )
+    whole, _ = client.predict("forecast", x)
+
+    def step(value: str, **options: str) -> Any:
+        return document(run("step", "user-42", "--input", value, "--json", *options.get("more", "").split()))
+
+    answers = [
+        step(f"{tmp_path}/x.npy", more="--open forecast"),
+        step(f"@{tmp_path}/x.json"),
+        step(f"{tmp_path}/x.csv"),
+        step(f"x={x[:, 5:].tolist()}", more="--outputs last"),
+    ]
+
+    values = [np.asarray(answer["outputs"]["y"]["values"], np.float32).reshape(-1, 2) for answer in answers]
+    np.testing.assert_array_equal(np.concatenate(values), np.asarray(whole)[0])
+    assert [answer["revision"] for answer in answers] == [1, 2, 3, 4]
+    assert [answer["position"] for answer in answers] == [2, 3, 5, 6]
+    assert answers[0]["outputs"]["y"]["shape"] == [1, 2, 2]
+
+
+def test_a_step_for_people(run: Run) -> None:
+    result = run("step", "user-42", "--open", "forecast", "--input", "[[1, 2, 3]]")
+
+    lines = result.stdout.splitlines()
+    assert lines[0] == "y float32 (1, 2)"
+    assert lines[-1] == "revision 1, position 1"
+
+
+def test_a_step_without_outputs(run: Run) -> None:
+    result = run("step", "s", "--open", "forecast", "--input", "[[1, 2, 3]]", "--outputs", "none", "--json")
+
+    assert document(result)["outputs"] == {}
+
+
+def test_several_inputs_and_outputs(run: Run, tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    series, profile = rng.random((2, 4, 3)), rng.random((2, 5))
+    np.savez(tmp_path / "both.npz", series=series, profile=profile)
+
+    options = ["--open", "several", "--batch-size", "2", "--input", f"{tmp_path}/both.npz"]
+    named = document(run("step", "a", *options, "--input", "token=[[1, 2, 3, 4], [4, 3, 2, 1]]", "--json"))
+    whole = {"series": series.tolist(), "profile": profile.tolist(), "token": [[1, 2, 3, 4], [4, 3, 2, 1]]}
+    stdin = document(run("step", "b", *options[:4], "--input", "-", "--json", stdin=json.dumps(whole)))
+
+    assert set(named["outputs"]) == {"each", "head", "echo", "same"}
+    assert named["outputs"] == stdin["outputs"]
+    refused(run("step", "a", "--input", "[[1]]"), "--input needs a name", exit_code=2)
+
+
+def test_a_session_that_is_not_there_is_never_made(run: Run, client: stepwell.Client) -> None:
+    refused(run("step", "nobody", "--input", "[[1, 2, 3]]"), "'nobody'")
+    refused(run("state", "get", "nobody"), "'nobody'")
+    refused(run("state", "set", "nobody", "--zero"), "'nobody'")
+    refused(run("sessions", "show", "nobody"), "'nobody'")
+
+    assert client.sessions() == []
+
+
+def test_open_goes_on_with_a_session_whatever_its_batch_size(run: Run, client: stepwell.Client) -> None:
+    client.open_session("forecast", batch_size=2, session_id="pair")
+    x = "[[1, 2, 3], [4, 5, 6]]"
+
+    assert document(run("step", "pair", "--open", "forecast", "--input", x, "--json"))["revision"] == 1
+    refused(run("step", "pair", "--open", "forecast", "--batch-size", "3", "--input", x), "batch_size 2")
+    refused(run("step", "pair", "--open", "several", "--input", x), "forecast")
+    refused(run("step", "pair", "--model", "several", "--input", x), "--model must be the session's model")
+    refused(run("step", "new", "--open", "gone", "--input", x), "gone")
+
+
+@pytest.mark.parametrize(
+    "x", ["[[1, 2]]", "[1, 2, 3]", "[[[[1, 2, 3]]]]", "[[1, 2, NaN]]", "[]", "5", "z=[[1, 2, 3]]"]
+)
+def test_a_bad_input_is_one_line_and_changes_nothing(run: Run, client: stepwell.Client, x: str) -> None:
+    client.open_session("forecast", session_id="user-42")
+
+    result = run("step", "user-42", "--input", x)
+
+    refused(result, "input")
+    assert client.session_info("user-42").revision == 0
+
+
+def test_a_state_is_saved_and_set(run: Run, client: stepwell.Client, tmp_path: Path) -> None:
+    file = tmp_path / "saved.safetensors"
+    session = client.open_session("forecast", session_id="user-42")
+    session.step(np.ones((1, 3), np.float32))
+    state = session.get_state()
+
+    shown = document(run("state", "get", "user-42", "-o", str(file), "--json"))
+    assert stepwell.State.load(file) == state
+    assert (shown["file"], shown["revision"], shown["position"]) == (str(file), 1, 1)
+    assert shown["model_fingerprint"] == state.fingerprint
+    assert {name: tensor["values"] for name, tensor in shown["state"].items()} == {
+        name: array.tolist() for name, array in state.items()
+    }
+
+    assert run("state", "set", "user-42", "--zero").stdout == "revision 2, position 0\n"
+    assert all(not array.any() for array in session.get_state().values())
+    assert document(run("state", "set", "user-42", str(file), "--json"))["revision"] == 3
+    assert session.get_state() == state
+
+
+def test_a_state_for_people(run: Run, client: stepwell.Client, tmp_path: Path) -> None:
+    client.open_session("forecast", session_id="user-42")
+
+    lines = run("state", "get", "user-42", "-o", f"{tmp_path}/s.safetensors").stdout.splitlines()
+
+    assert lines[0].split() == ["TENSOR", "DTYPE", "SHAPE", "MIN", "MEAN", "MAX", "ZEROS"]
+    assert lines[1].split() == ["lstm/h", "float32", "(1,", "8)", "0", "0", "0", "8", "of", "8"]
+    assert lines[-2:] == ["forecast at revision 0, position 0", f"saved to {tmp_path}/s.safetensors"]
+
+
+def test_rows_of_a_state_are_set(run: Run, client: stepwell.Client) -> None:
+    session = client.open_session("forecast", batch_size=3, session_id="three")
+    session.step(np.ones((3, 3), np.float32))
+    before = session.get_state()
+
+    document(run("state", "set", "three", "--zero", "--rows", "0,2", "--json"))
+
+    for name, array in session.get_state().items():
+        assert not array[[0, 2]].any()
+        np.testing.assert_array_equal(array[1], before[name][1])
+    refused(run("state", "set", "three", "--zero", "--rows", "3"), "rows")
+    refused(run("state", "set", "three", "--zero", "--rows", "1,1"), "rows")
+
+
+def test_a_state_of_another_model_is_refused(run: Run, client: stepwell.Client, tmp_path: Path) -> None:
+    client.open_session("several", session_id="other").get_state().save(tmp_path / "other.safetensors")
+    client.open_session("forecast", session_id="user-42")
+
+    refused(run("state", "set", "user-42", f"{tmp_path}/other.safetensors"), "fingerprint")
+    refused(
+        run("state", "get", "user-42", "-o", f"{tmp_path}/gone/x.safetensors"), "No such file or directory"
+    )
+
+
+def test_sessions_are_listed(run: Run, client: stepwell.Client) -> None:
+    for name in ("user-2", "user-1", "guest"):
+        client.open_session("forecast", session_id=name)
+    client.open_session("several", batch_size=4, session_id="user-3")
+
+    lines = run("sessions", "list").stdout.splitlines()
+    ids = [
+        session["session_id"]
+        for session in document(run("sessions", "list", "--prefix", "user-", "--json"))["sessions"]
+    ]
+    of_model = document(run("sessions", "list", "--model", "several", "--json"))["sessions"]
+
+    assert lines[0].split() == ["SESSION", "MODEL", "BATCH", "REVISION", "POSITION", "AGE", "IDLE"]
+    assert [line.split()[:5] for line in lines[1:]] == [
+        ["guest", "forecast", "1", "0", "0"],
+        ["user-1", "forecast", "1", "0", "0"],
+        ["user-2", "forecast", "1", "0", "0"],
+        ["user-3", "several", "4", "0", "0"],
+    ]
+    assert ids == ["user-1", "user-2", "user-3"]
+    assert [(session["session_id"], session["batch_size"]) for session in of_model] == [("user-3", 4)]
+
+
+def test_no_sessions_are_an_empty_list(run: Run) -> None:
+    assert document(run("sessions", "list", "--json")) == {"sessions": []}
+    result = run("sessions", "list")
+    assert (result.stdout, result.stderr, result.exit_code) == ("", "no sessions\n", 0)
+
+
+def test_a_session_is_shown(run: Run, client: stepwell.Client) -> None:
+    client.open_session("forecast", session_id="user-42").step(np.ones((1, 5, 3), np.float32))
+
+    shown = document(run("sessions", "show", "user-42", "--json"))
+    facts = dict(line.split(maxsplit=1) for line in run("sessions", "show", "user-42").stdout.splitlines())
+
+    assert (shown["revision"], shown["position"], shown["resident"]) == (1, 5, True)
+    assert 0 <= shown["idle_s"] <= shown["age_s"] < 60
+    assert shown["created_time"].endswith("Z")
+    assert (facts["session"], facts["position"]) == ("user-42", "5")
+
+
+def test_sessions_are_closed(run: Run, client: stepwell.Client) -> None:
+    for name in ("a", "b", "c", "d"):
+        client.open_session("forecast", session_id=name)
+
+    assert run("sessions", "close", "a", "--yes").stdout == "closed a\n"
+    half_way = run("sessions", "close", "b", "nobody", "c", "--yes", "--json")
+
+    assert json.loads(half_way.stdout) == {"closed": ["b"]}
+    refused(half_way, "'nobody'")
+    assert [session.session_id for session in client.sessions()] == ["c", "d"]
+
+
+@pytest.mark.parametrize(("answer", "left", "code"), [("y\n", [], 0), ("n\n", ["a"], 1), ("", ["a"], 130)])
+def test_closing_asks_on_a_terminal(
+    run: Run,
+    client: stepwell.Client,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str,
+    left: list[str],
+    code: int,
+) -> None:
+    client.open_session("forecast", session_id="a")
+    monkeypatch.setattr("stepwell.cli.sessions.is_terminal", lambda: True)
+
+    result = run("sessions", "close", "a", stdin=answer)
+
+    assert result.exit_code == code
+    assert "Delete the state of session a?" in result.stderr
+    assert [session.session_id for session in client.sessions()] == left
+
+
+def test_a_server_that_is_away_is_named(unused_address: str) -> None:
+    result = CliRunner().invoke(main, ["models", "--server", unused_address, "--timeout-s", "0.5"])
+
+    refused(result, f"the server at {unused_address} (--server) is not available")
+
+
+@pytest.fixture
+def unused_address() -> Iterator[str]:
+    """A port that is taken and refuses connections."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+def test_ctrl_c_is_quiet() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stepwell", "models", "--server", address],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        connection, _ = silent.accept()  # the command is under way, and gets no answer
+        with connection:
+            process.send_signal(signal.SIGINT)
+            output = process.communicate(timeout=60)
+
+    assert output == (b"", b"")
+    assert process.returncode == 130
+
+
+def test_serve_and_stop(address: str, folder: Path) -> None:
+    arguments = [
+        f"m={folder}/forecast.keras",
+        "--listen",
+        "127.0.0.1:0",
+        "--cache-dir",
+        str(folder / "cache"),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stepwell", "serve", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        ready = process.stdout.readline()
+        address = ready.split()[-1]
+        shown = CliRunner().invoke(main, ["models", "--server", address, "--json"])
+        process.terminate()
+        code = process.wait(timeout=60)
+    finally:
+        process.kill()
+        process.stdout.close()
+
+    assert ready.startswith("stepwell: listening on 127.0.0.1:")
+    assert [model["name"] for model in document(shown)["models"]] == ["m"]
+    assert code == 0
