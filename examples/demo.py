@@ -7,17 +7,15 @@ keeps what the model remembers of each one's weather. Run it with `make demo`; i
 from __future__ import annotations
 
 import asyncio
-import os
+import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow talks less
-
 import demo_report
 import forecaster
-import keras
 import numpy as np
 from demo_report import DAY, HISTORY, HOURS, Experiment, Log, User
+from quiet import keras
 from rich.console import Console
 from rich.progress import Progress
 from weather import Floats, features, hour_of, load_temperatures
@@ -46,14 +44,18 @@ def main() -> None:
     model = forecaster.train(series, TRAINED_UNTIL, console)
     forecaster.save(model, MODEL)
     console.rule("Serve it: three users at once, one hour at a time")
+    console.print(f"starting a server process; it compiles {MODEL} into a program of one time step")
     with LocalServer(models={"temperature": MODEL}) as server:
-        console.print(f"{MODEL} is served at {server.address}, by a process of its own")
+        console.print(f"served at {server.address}")
         logs, experiment = asyncio.run(serve_users(server.address, series, console))
     console.rule("What was seen")
     demo_report.print_errors(console, logs)
     demo_report.plot(PLOT, logs, experiment)
-    demo_report.print_findings(console, logs, experiment, difference_from_keras(model, logs))
+    from_keras = difference_from_keras(model, logs)
+    demo_report.print_findings(console, logs, experiment, from_keras)
     console.print(f"\nThe plot is in {PLOT}. All of this took {time.monotonic() - started:.0f} s.")
+    if from_keras > 1e-4 or not experiment.undisturbed(logs[0]):
+        sys.exit("A session was disturbed: see above.")
 
 
 async def serve_users(

@@ -73,7 +73,11 @@ class Experiment:
     zeros: Floats
     restored: Floats
     alone: list[float] = field(default_factory=list)
-    """All of that user's hours again, with nobody else on the server."""
+    """All of that user's hours again, while nobody else steps."""
+
+    def undisturbed(self, log: Log) -> bool:
+        """Say whether neither company nor the experiment itself changed a bit of what the user was told."""
+        return self.alone == log.next_hour and np.array_equal(self.restored, self.untouched)
 
 
 Forecast = Callable[[Log, int], "Floats | list[float]"]
@@ -89,7 +93,7 @@ def day_ahead_errors(log: Log, method: str) -> Floats:
     """Mean absolute error of a method by hours ahead ``(24,)``, over all forecasts of a user."""
     forecast = DAY_AHEAD[method]
     errors = [np.abs(forecast(log, hour) - log.truth(hour, DAY)) for hour in log.next_day]
-    return np.mean(errors, axis=0, dtype=np.float32)
+    return np.asarray(np.mean(errors, axis=0))
 
 
 def next_hour_errors(log: Log) -> tuple[float, float]:
@@ -130,7 +134,7 @@ Next hour: the LSTM's error is lower than that of 'as now' by {min(gains):.0%} t
 Next 24 hours: {lstm.mean():.2f} °C against {now.mean():.2f} for 'as now' and {yesterday.mean():.2f} for 'as yesterday'; \
 in the 24th hour {lstm[-1]:.2f} against {now[-1]:.2f} and {yesterday[-1]:.2f}.
 Yours alone: the sessions' single steps differ from one Keras call over each user's whole series by at most \
-{from_keras:.1e} °C. {name}'s forecasts beside the others {alone} those of {name} alone on the server.
+{from_keras:.1e} °C. {name}'s forecasts beside the others {alone} those of {name} alone.
 State by hand: {other}'s state moves {name}'s next-hour forecasts by up to {others.max():.2f} °C, zeros by up to \
 {zeros.max():.2f} °C; on the second day by at most {others[DAY:].max():.2f} and {zeros[DAY:].max():.2f} °C.
 With the saved state put back, {name}'s forecasts {restored} those of the fork that nobody touched."""

@@ -1,0 +1,75 @@
+"""The programs in examples/, each run against a server as its own first lines say."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import keras
+import pytest
+
+import stepwell
+from stepwell.testing import LocalServer
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # Keras's own, when saving
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """The demo's model, not trained: what the examples show does not depend on that."""
+    folder = tmp_path_factory.mktemp("examples")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        forecaster = importlib.import_module("forecaster")
+    keras.utils.set_random_seed(1)
+    forecaster.save(forecaster.build_model(), folder / "temperature.keras")
+    with LocalServer({"temperature": folder / "temperature.keras"}, cache_dir=folder / "cache") as server:
+        yield server
+
+
+def run(example: str, server: LocalServer, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / example],
+        cwd=folder,
+        env={**os.environ, "STEPWELL_SERVER": server.address},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_quickstart(server: LocalServer, tmp_path: Path) -> None:
+    said = run("quickstart.py", server, tmp_path)
+    assert re.findall(r"^hour (\d): .* °C in an hour$", said, re.MULTILINE) == list("123456789")
+    state = stepwell.State.load(tmp_path / "user-42.safetensors")
+    assert (state.model, state.position, list(state)) == ("temperature", 9, ["lstm/h", "lstm/c"])
+
+
+def test_async_users(server: LocalServer, tmp_path: Path) -> None:
+    said = run("async_users.py", server, tmp_path)
+    assert "200 users came, made 48 steps each and went" in said
+    assert "bit for bit" in said
+    with stepwell.connect(server.address) as client:
+        assert client.sessions(model="temperature") == []
+
+
+def test_environments(server: LocalServer, tmp_path: Path) -> None:
+    said = run("environments.py", server, tmp_path)
+    episodes = re.findall(r"thermostat at (\d+) °C: reward +(-[\d.]+) an hour, (\d+) episodes", said)
+    assert [celsius for celsius, _, _ in episodes] == ["10", "17", "20"]
+    rewards = [float(reward) for _, reward, _ in episodes]
+    assert rewards[2] == max(rewards), "heating to the comfortable temperature must pay"
+    # 16 houses, 400 hours, episodes of at most 72: at least 5 whole ones in each house
+    assert all(int(ended) >= 5 * 16 for _, _, ended in episodes)
