@@ -229,7 +229,7 @@ class Admission:
         table = self._table
         for member, handle in zip(members[verdict.replay], handles[verdict.replay].tolist(), strict=True):
             outputs = self._models[call.model].replies.recall(handle)
-            one = slice(handle, handle + 1)
+            one = np.array([handle])  # not a slice: the caller must not see the session move on
             call.succeed(np.array([member]), table.revision[one], table.position[one], outputs, replayed=True)
         for member, handle in zip(members[verdict.conflict], handles[verdict.conflict].tolist(), strict=True):
             expected = 0 if call.frame.expected is None else int(call.frame.expected[member])
