@@ -12,6 +12,9 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
+#: Stands for "no revision expected" among those that are.
+ANY_REVISION = 2**64 - 1
+
 Mask = npt.NDArray[np.bool_]
 U64 = npt.NDArray[np.uint64]
 
@@ -31,7 +34,7 @@ def judge(revision: U64, last_request: U64, expected: U64 | None, request: U64 |
     Args:
         revision: `(n,)`, the sessions' revisions.
         last_request: `(n,)`, request ids of the sessions' last changes, 0 for none.
-        expected: `(n,)`, or None if the changes expect nothing.
+        expected: `(n,)`, `ANY_REVISION` for none, or None if no change expects any.
         request: `(n,)`, 0 for none, or None if no change has one.
     """
     same = np.zeros(len(revision), np.bool_)
@@ -39,7 +42,8 @@ def judge(revision: U64, last_request: U64, expected: U64 | None, request: U64 |
         same = (request != 0) & (request == last_request)
     if expected is None:
         return Verdict(~same, same, np.zeros_like(same))
-    apply = expected == revision
+    anything = expected == np.uint64(ANY_REVISION)
+    apply = (expected == revision) | (anything & ~same)
     # revision >= 1 wherever a request id is remembered, so the subtraction cannot wrap for `same`
-    replay = ~apply & same & (expected == revision - np.uint64(1))
+    replay = ~apply & same & (anything | (expected == revision - np.uint64(1)))
     return Verdict(apply, replay, ~(apply | replay))

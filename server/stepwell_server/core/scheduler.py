@@ -8,7 +8,7 @@ several time steps goes back to the end of its source's line after each pass.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 
@@ -72,7 +72,7 @@ class Scheduler(Generic[J]):
             turn = served
         return chosen
 
-    def steps_together(self, chosen: list[J], budget: int) -> int:
+    def steps_together(self, chosen: Sequence[J], budget: int) -> int:
         """For how many time steps the chosen jobs may run in one pass: 1 if anything else waits."""
         if self._lines or budget <= 1:
             return 1

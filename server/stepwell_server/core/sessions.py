@@ -82,6 +82,10 @@ class SessionTable:
         """The id of a session."""
         return self._ids[handle]
 
+    def session_id_or_none(self, handle: int) -> str | None:
+        """The id of the session that has the handle now; None if none has."""
+        return self._ids[handle] or None
+
     def opened_with(self, handle: int) -> int:
         """Request id of the call that made the session, 0 for none."""
         return self._opened_with.get(handle, 0)

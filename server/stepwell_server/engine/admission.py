@@ -13,8 +13,8 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.claims import Claims
 from stepwell_server.core.exactly_once import Verdict, judge
 from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.call import Call
 from stepwell_server.engine.calls import Members, Observer
-from stepwell_server.engine.framecall import FrameCall
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.paging import Pager
 from stepwell_server.engine.served import ServedModel
@@ -38,7 +38,7 @@ class Hold:
         self.deadline = deadline
 
 
-Waiter: TypeAlias = "tuple[FrameCall, int] | Hold"
+Waiter: TypeAlias = "tuple[Call, int] | Hold"
 
 
 class Admission:
@@ -66,21 +66,14 @@ class Admission:
         """Rows and changes of a model that wait for a pass or for their session."""
         return self._models[model].loop.rows_waiting + self._waiters[model]
 
-    def require_room(self, call: FrameCall) -> None:
+    def require_room(self, call: Call) -> None:
         """Refuse a frame if too much waits already.
 
         Raises:
             Overloaded: with the time after which there should be room.
         """
+        self.require_rows(call.model, call.row_count)
         loop = self._models[call.model].loop
-        limit = MAX_WAITING_PASSES * loop.max_batch_rows
-        waiting = self.waiting(call.model)
-        if waiting and waiting + call.row_count > limit:
-            raise Overloaded(
-                f"rows waiting for model {self._models[call.model].name!r} must stay within {limit};"
-                f" {waiting} wait and {call.row_count} came",
-                retry_after_s=max(0.01, loop.expected_wait_s() / 2),
-            )
         if self.bytes_waiting and self.bytes_waiting + call.byte_count > MAX_WAITING_BYTES:
             raise Overloaded(
                 f"input bytes waiting must stay within {MAX_WAITING_BYTES};"
@@ -88,19 +81,38 @@ class Admission:
                 retry_after_s=max(0.01, loop.expected_wait_s() / 2),
             )
 
-    def admit(self, call: FrameCall, members: Members) -> None:
+    def require_rows(self, model: int, count: int) -> None:
+        """Refuse `count` rows if too many wait already.
+
+        Raises:
+            Overloaded: with the time after which there should be room.
+        """
+        loop = self._models[model].loop
+        limit = MAX_WAITING_PASSES * loop.max_batch_rows
+        waiting = self.waiting(model)
+        if waiting and waiting + count > limit:
+            raise Overloaded(
+                f"rows waiting for model {self._models[model].name!r} must stay within {limit};"
+                f" {waiting} wait and {count} came",
+                retry_after_s=max(0.01, loop.expected_wait_s() / 2),
+            )
+
+    def admit(self, call: Call, members: Members) -> None:
         """Start members of a frame, or put them in their sessions' lines."""
         self.bytes_waiting += call.byte_count
         call.on_end = lambda: self._let_go(call)
+        self._admit(call, members)
+
+    def _admit(self, call: Call, members: Members) -> None:
         handles = call.handles[members]
         claimed = self._table.claimed[handles]
         if claimed.any():
             self._line_up(call, members[claimed])
             members = members[~claimed]
         if len(members):
-            self._start(call, members)
+            self._start_first(call, members)
 
-    def _let_go(self, call: FrameCall) -> None:
+    def _let_go(self, call: Call) -> None:
         self.bytes_waiting -= call.byte_count
 
     async def hold(self, handle: int, deadline: float) -> None:
@@ -138,7 +150,7 @@ class Admission:
         due = self._claims.release(handles)
         while due:
             again: list[int] = []
-            calls: dict[FrameCall, list[int]] = {}
+            calls: dict[Call, list[int]] = {}
             for handle, waiter in due:
                 self._waiters[int(self._table.model[handle])] -= 1
                 if isinstance(waiter, Hold):
@@ -173,13 +185,13 @@ class Admission:
         hold.granted.set_result(None)
         return True
 
-    def _skip(self, call: FrameCall, member: int) -> bool:
-        error = call.dropped(self._clock.monotonic())
-        if error is not None:
-            call.fail(np.array([member]), error)
-        return error is not None
+    def _skip(self, call: Call, member: int) -> bool:
+        dropped = call.drop(np.array([member]), self._clock.monotonic())
+        for members, error in dropped:
+            call.fail(members, error)
+        return bool(dropped)
 
-    def _line_up(self, call: FrameCall, members: Members) -> None:
+    def _line_up(self, call: Call, members: Members) -> None:
         for member in members.tolist():
             handle = int(call.handles[member])
             if self._claims.waiting(handle) >= MAX_LINE:
@@ -195,12 +207,24 @@ class Admission:
             retry_after_s=max(0.01, model.loop.expected_wait_s()),
         )
 
-    def _start(self, call: FrameCall, members: Members) -> None:
+    def _start_first(self, call: Call, members: Members) -> None:
+        """Start members, those of a session that is named again after its first one."""
+        handles = call.handles[members]
+        first = np.unique(handles, return_index=True)[1] if call.may_repeat else handles
+        if len(first) == len(handles):
+            self._start(call, members)
+            return
+        is_first = np.zeros(len(members), np.bool_)
+        is_first[first] = True
+        self._start(call, members[is_first])
+        self._admit(call, members[~is_first])
+
+    def _start(self, call: Call, members: Members) -> None:
         freed = self._start_claimed(call, members)
         if len(freed):
             self.release(freed)
 
-    def _start_claimed(self, call: FrameCall, members: Members) -> Handles:
+    def _start_claimed(self, call: Call, members: Members) -> Handles:
         """Claim, judge and start members whose turn it is; return sessions that are done with already."""
         handles = call.handles[members]
         self._claims.claim(handles)
@@ -209,11 +233,10 @@ class Admission:
         except ServerError as error:
             call.fail(members, error)
             return handles
-        expected = call.frame.expected
         verdict = judge(
             self._table.revision[handles],
             self._table.request_id[handles],
-            None if expected is None else expected[members],
+            call.expects(members),
             call.request_ids(members),
         )
         if verdict.apply.all():
@@ -223,23 +246,21 @@ class Admission:
         done = self._apply(call, members[rest], handles[rest]) if rest.any() else handles[:0]
         return np.concatenate([handles[~rest], done])
 
-    def _answer_unapplied(
-        self, call: FrameCall, members: Members, handles: Handles, verdict: Verdict
-    ) -> None:
+    def _answer_unapplied(self, call: Call, members: Members, handles: Handles, verdict: Verdict) -> None:
         table = self._table
         for member, handle in zip(members[verdict.replay], handles[verdict.replay].tolist(), strict=True):
             outputs = self._models[call.model].replies.recall(handle)
             one = np.array([handle])  # not a slice: the caller must not see the session move on
             call.succeed(np.array([member]), table.revision[one], table.position[one], outputs, replayed=True)
         for member, handle in zip(members[verdict.conflict], handles[verdict.conflict].tolist(), strict=True):
-            expected = 0 if call.frame.expected is None else int(call.frame.expected[member])
+            expected = 0 if call.expected is None else int(call.expected[member])
             call.fail(
                 np.array([member]),
                 RevisionConflict(table.session_id(handle), expected, int(table.revision[handle])),
             )
 
-    def _apply(self, call: FrameCall, members: Members, handles: Handles) -> Handles:
-        if call.frame.reset:
+    def _apply(self, call: Call, members: Members, handles: Handles) -> Handles:
+        if call.is_reset:
             self._reset(call, members, handles)
             return handles
         for part in self._split(call.sizes[members], call.model):
@@ -258,7 +279,7 @@ class Admission:
             rows += size
         return [*parts, slice(start, len(sizes))]
 
-    def _add_job(self, call: FrameCall, members: Members, handles: Handles) -> None:
+    def _add_job(self, call: Call, members: Members, handles: Handles) -> None:
         checked = call.checked
         assert checked is not None, "a step has inputs"
         whole = len(members) == call.size
@@ -272,26 +293,26 @@ class Admission:
             inputs=[array if rows is None else array[rows] for array in checked.arrays],
             steps=checked.steps,
             with_time=checked.with_time,
-            select=call.frame.select,
-            source=call.frame.source if call.frame.source is not None else call,
+            select=call.select,
+            source=call.source,
             queued_at=self._clock.monotonic(),
         )
         self._models[call.model].loop.add(job)
 
-    def _reset(self, call: FrameCall, members: Members, handles: Handles) -> None:
+    def _reset(self, call: Call, members: Members, handles: Handles) -> None:
         table, model = self._table, self._models[call.model]
         rows = table.rows_of(handles)
-        if call.frame.rows is not None:
-            rows = rows[np.array(call.frame.rows, np.intp)]
+        if call.reset_rows is not None:
+            rows = rows[np.array(call.reset_rows, np.intp)]
         if call.state is None:
             model.arena.reset(rows)
-        elif call.frame.rows is not None or len(members) == call.size:
+        elif call.reset_rows is not None or len(members) == call.size:
             model.arena.write(rows, call.state)
         else:
             picked = call.rows(members)
             model.arena.write(rows, [array[picked] for array in call.state])
         table.revision[handles] += np.uint64(1)
-        if call.frame.rows is None:
+        if call.reset_rows is None:
             table.position[handles] = 0
         table.request_id[handles] = call.request_ids(members)
         table.used[handles] = self._clock.monotonic()

@@ -89,7 +89,7 @@ class Failure:
     error: ServerError
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Part:
     """A part of a frame's reply. Every member of the frame is in exactly one part."""
 
@@ -140,6 +140,38 @@ class Frame:
     """Who sent it: the scheduler takes turns between sources."""
     cancelled: bool = False
     """Set by `Engine.cancel`. Members that still wait are dropped unapplied."""
+
+
+@dataclasses.dataclass(slots=True)
+class StepReply:
+    """Answer to a single step."""
+
+    revision: int
+    position: int
+    outputs: Mapping[str, Array]
+    """`(batch_size, T, ...)` or `(batch_size, ...)`; may be views that the next pass does not outlive."""
+    replayed: bool
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Single:
+    """A step of one session. What many callers send at the same time is worked on together."""
+
+    session_id: str
+    inputs: Tensors
+    settle: Callable[[StepReply | ServerError], None]
+    """Called once, on the event loop, with what became of it."""
+    expected: int | None = None
+    request_id: int = 0
+    select: Select = Select.ALL
+    deadline: float = float("inf")
+    """On the clock's monotonic time."""
+    source: object = None
+    """Who sent it."""
+    cancelled: bool = False
+    """Set by `Engine.cancel`: dropped unapplied if it still waits."""
+    frame: Frame | None = None
+    """The frame it became, where it was not plain."""
 
 
 class Observer:

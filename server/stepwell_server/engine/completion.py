@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -11,13 +12,14 @@ import numpy.typing as npt
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.admission import Admission
+from stepwell_server.engine.call import Call
 from stepwell_server.engine.calls import Observer
-from stepwell_server.engine.framecall import FrameCall
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes import Pass
 from stepwell_server.engine.predict import PredictCall
 from stepwell_server.engine.served import ServedModel
 
+log = logging.getLogger(__name__)
 S = TypeVar("S", bound=np.generic)
 
 
@@ -60,8 +62,12 @@ class ModelCompletion:
             outputs = model.replies.outputs(work, index, job)
             model.replies.remember(job, handles[start:end], outputs)
             self._observer.stage(model.name, "total", started - job.queued_at, len(job.members))
-            assert isinstance(job.owner, FrameCall), "jobs with sessions come from frames"
-            job.owner.succeed(job.members, revisions[start:end], positions[start:end], outputs)
+            assert isinstance(job.owner, Call), "jobs with sessions come from calls"
+            try:
+                job.owner.succeed(job.members, revisions[start:end], positions[start:end], outputs)
+            except Exception:
+                # its caller's loss, and no one else's: the others' answers and the claims are due
+                log.exception("an answer for model %s could not be delivered", model.name)
         row_steps = sum(job.row_count * job.steps for _, job in jobs)
         self._observer.applied(model.name, "step", len(handles), row_steps)
         self._admission.release(handles)
@@ -88,7 +94,7 @@ class ModelCompletion:
         steps = np.repeat([job.steps for _, job in jobs], [len(job.members) for _, job in jobs])
         table.position[handles] += steps.astype(np.uint64)
         table.request_id[handles] = _join(
-            [job.owner.request_ids(job.members) for _, job in jobs if isinstance(job.owner, FrameCall)]
+            [job.owner.request_ids(job.members) for _, job in jobs if isinstance(job.owner, Call)]
         )
         table.used[handles] = self._clock.monotonic()
 

@@ -22,7 +22,9 @@ from stepwell_server.engine.calls import (
     Part,
     Predicted,
     SessionInfo,
+    Single,
     StateRead,
+    StepReply,
     Tensors,
 )
 from stepwell_server.engine.checks import check_inputs, check_state, require_finite
@@ -39,8 +41,9 @@ from stepwell_server.engine.predict import PredictCall
 from stepwell_server.engine.replies import Replies
 from stepwell_server.engine.runner import Runner
 from stepwell_server.engine.served import ServedModel
+from stepwell_server.engine.singles import Singles
 from stepwell_server.engine.warmup import warm_up
-from stepwell_server.errors import InvalidInput, Unavailable
+from stepwell_server.errors import InvalidInput, ServerError, Unavailable
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
 
@@ -101,6 +104,9 @@ class Engine:
             self._table, self._directory, self._admission, pager, clock=clock, observer=observer
         )
         self._frames = Frames(self._table, self._directory)
+        self._singles = [Singles(self._table, self._admission, model, self.submit) for model in self._models]
+        for model, singles in zip(self._models, self._singles, strict=True):
+            model.loop.feed(singles.admit_all)
         self._accepting = True
         self._expiry: asyncio.Task[None] | None = None
 
@@ -212,9 +218,45 @@ class Engine:
         if len(checked.members):
             self._admission.admit(checked.call, checked.members)
 
-    def cancel(self, frame: Frame) -> None:
-        """Drop what still waits of a frame, unapplied. Its sink still gets every member's answer."""
-        frame.cancelled = True
+    def submit_single(self, single: Single) -> None:
+        """Take a step of one session; it is settled later, or at once if it is refused.
+
+        Raises:
+            SessionGone, Overloaded, Unavailable: refused; it is not settled.
+        """
+        self._require_accepting()
+        handle = self._directory.find(single.session_id)
+        model = self._directory.model_of(handle)
+        waiting = self._singles[model.index]
+        self._admission.require_rows(model.index, len(waiting) + 1)
+        waiting.add(handle, single)
+        model.loop.wake()
+
+    async def step(self, single: Single) -> StepReply:
+        """Submit a single step and wait for its answer. Sets its `settle`.
+
+        Cancelling the waiting task cancels the step.
+
+        Raises:
+            ServerError: the step failed; nothing changed.
+        """
+        done: asyncio.Future[StepReply | ServerError] = asyncio.get_running_loop().create_future()
+        single.settle = lambda answer: None if done.done() else done.set_result(answer)
+        self.submit_single(single)
+        try:
+            answer = await done
+        except asyncio.CancelledError:
+            self.cancel(single)
+            raise
+        if isinstance(answer, ServerError):
+            raise answer
+        return answer
+
+    def cancel(self, request: Frame | Single) -> None:
+        """Drop what still waits of a frame or a step, unapplied. It still gets its answers."""
+        request.cancelled = True
+        if isinstance(request, Single) and request.frame is not None:
+            request.frame.cancelled = True
 
     async def apply(self, frame: Frame) -> Part:
         """Submit a frame of one session and wait for its answer. Sets the frame's sink.

@@ -19,8 +19,8 @@ Mask = npt.NDArray[np.bool_]
 class Owner(Protocol):
     """Who gets to know what becomes of a job."""
 
-    def dropped(self, now: float, /) -> ServerError | None:
-        """Why the job should not go on: cancelled, past its deadline. None: it should."""
+    def drop(self, members: Members, now: float, /) -> Sequence[tuple[Members, ServerError]]:
+        """Those of the members that should not go on, and why: cancelled, past their deadline."""
 
     def fail(self, members: Members, error: ServerError, /) -> None:
         """Members (indexes into the owner's sessions) failed; nothing changed for them."""

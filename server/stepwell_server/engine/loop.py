@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.sessions import Handles
 from stepwell_server.core.slots import Slots
 from stepwell_server.engine.calls import Observer
-from stepwell_server.engine.job import Job
+from stepwell_server.engine.job import Job, Mask
 from stepwell_server.engine.passes import FailedUnit, Pass
 from stepwell_server.engine.runner import SLICE_S, Runner
 from stepwell_server.errors import Internal, InvalidInput, ServerError
@@ -64,6 +64,7 @@ class PassLoop:
         self._scheduler: Scheduler[Job] = Scheduler(max_batch_rows)
         self._running = False
         self._turn_due = False
+        self._feed: Callable[[], None] = lambda: None
         self._idle: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         self.max_batch_rows = max_batch_rows
@@ -76,7 +77,7 @@ class PassLoop:
     @property
     def busy(self) -> bool:
         """A pass runs or jobs wait for one."""
-        return self._running or bool(self._scheduler)
+        return self._running or self._turn_due or bool(self._scheduler)
 
     async def idle(self) -> None:
         """Return when no pass runs and nothing waits for one."""
@@ -87,6 +88,14 @@ class PassLoop:
     def expected_wait_s(self) -> float:
         """About how long what waits now will take."""
         return self.runner.cost.of(self._scheduler.rows_waiting)
+
+    def feed(self, source: Callable[[], None]) -> None:
+        """Call `source` at the beginning of each turn: it adds jobs made of what has come meanwhile."""
+        self._feed = source
+
+    def wake(self) -> None:
+        """Something waits at the source: take a turn as soon as no pass runs."""
+        self._wake()
 
     def add(self, job: Job) -> None:
         """Put a job in line; it runs in one of the next turns."""
@@ -99,19 +108,29 @@ class PassLoop:
             self._loop.call_soon(self._turn)
 
     def _turn(self) -> None:
-        self._turn_due = False
+        try:
+            self._feed()
+        finally:
+            self._turn_due = False
         jobs = self._choose()
         if not jobs:
+            self._tell_if_idle()
             return
-        rows = sum(job.row_count for job in jobs)
-        budget = self.runner.cost.steps_within(rows, SLICE_S)
-        steps = self._scheduler.steps_together(jobs, budget)
-        work = Pass(self._program, jobs, steps)
+        try:
+            work = self._pack(jobs)
+        except Exception as error:
+            self._fail_all(jobs, error)
+            return
         self._running = True
         if self.runner.is_small(work):
             self._run_here(work)
         else:
             self.runner.run_on_threads(work, lambda broken: self._tell(work, broken))
+
+    def _pack(self, jobs: Sequence[Job]) -> Pass:
+        rows = sum(job.row_count for job in jobs)
+        budget = self.runner.cost.steps_within(rows, SLICE_S)
+        return Pass(self._program, jobs, self._scheduler.steps_together(jobs, budget))
 
     def _tell(self, work: Pass, broken: BaseException | None) -> None:
         """From a compute thread: one wake-up of the event loop per pass."""
@@ -125,6 +144,11 @@ class PassLoop:
             broken = error
         self._finish(work, broken)
 
+    def _tell_if_idle(self) -> None:
+        if self._idle is not None and not self.busy:
+            self._idle.set_result(None)
+            self._idle = None
+
     def _choose(self) -> list[Job]:
         now = self._clock.monotonic()
         chosen: list[Job] = []
@@ -137,10 +161,11 @@ class PassLoop:
         return chosen
 
     def _consider(self, job: Job, now: float, chosen: list[Job], later: list[Job]) -> None:
-        error = job.owner.dropped(now)
-        if error is not None:
-            self._give_up(job, error)
-        elif job.needs_working_rows and not self._take_working_rows(job):
+        for members, error in job.owner.drop(job.members, now):
+            self._drop_members(job, np.isin(job.members, members), error)
+        if not job.row_count:
+            return
+        if job.needs_working_rows and not self._take_working_rows(job):
             later.append(job)
         else:
             if job.done == 0:
@@ -154,28 +179,17 @@ class PassLoop:
         job.work_on(rows)
         return True
 
-    def _give_up(self, job: Job, error: ServerError) -> None:
-        if job.working is not None:
-            self._slots.free_working(job.working)
-            job.working = None
-        job.owner.fail(job.members, error)
-        if job.handles is not None:
-            self._completion.release(job.handles)
-
     def _finish(self, work: Pass, broken: BaseException | None) -> None:
         self._running = False
         if broken is not None:
-            self._fail_all(work, broken)
+            self._fail_all(work.jobs, broken)
         else:
             self._observer.pass_done(self._name, work.row_count, work.steps, work.seconds)
             if work.failed:
                 self._drop_failed(work)
             self._advance(work)
-        if self._scheduler:
-            self._wake()
-        elif self._idle is not None and not self._running:
-            self._idle.set_result(None)
-            self._idle = None
+        # what came while the pass ran wakes the loop too: `wake` does nothing in the meantime
+        self._wake()
 
     def _advance(self, work: Pass) -> None:
         ended: list[tuple[int, Job]] = []
@@ -192,13 +206,13 @@ class PassLoop:
         if ended:
             self._completion.complete(work, ended)
 
-    def _fail_all(self, work: Pass, broken: BaseException) -> None:
+    def _fail_all(self, jobs: Sequence[Job], broken: BaseException) -> None:
         error = Internal(uuid.uuid4().hex[:12])
         log.error(
             "a pass of model %s raised", self._name, exc_info=broken, extra={"error_id": error.error_id}
         )
-        for job in work.jobs:
-            self._give_up(job, error)
+        for job in jobs:
+            self._drop_members(job, np.ones(len(job.members), np.bool_), error)
 
     def _drop_failed(self, work: Pass) -> None:
         by_job: dict[int, list[FailedUnit]] = {}
@@ -211,19 +225,23 @@ class PassLoop:
             kept_rows[start : start + len(kept)] = kept
         _compact(work, kept_rows)
 
-    def _drop_units(self, job: Job, units: Sequence[FailedUnit]) -> np.ndarray:
-        kept = np.ones(len(job.members), np.bool_)
-        kept[[unit.session for unit in units]] = False
-        rows = job.row_mask(kept)
-        members = job.members[~kept]
-        handles = None if job.handles is None else job.handles[~kept]
-        freed = job.keep(kept)
+    def _drop_units(self, job: Job, units: Sequence[FailedUnit]) -> Mask:
+        dropped = np.zeros(len(job.members), np.bool_)
+        dropped[[unit.session for unit in units]] = True
+        rows = job.row_mask(~dropped)
+        self._drop_members(job, dropped, _refusal(units[0].cause))
+        return rows
+
+    def _drop_members(self, job: Job, dropped: Mask, error: ServerError) -> None:
+        """Go on without some members; all of them may go."""
+        members = job.members[dropped]
+        handles = None if job.handles is None else job.handles[dropped]
+        freed = job.keep(~dropped)
         if freed is not None:
             self._slots.free_working(freed)
-        job.owner.fail(members, _refusal(units[0].cause))
+        job.owner.fail(members, error)
         if handles is not None:
             self._completion.release(handles)
-        return rows
 
 
 def _refusal(cause: str) -> ServerError:
@@ -247,7 +265,7 @@ def _collect(work: Pass, index: int, job: Job) -> None:
             kept[:, job.done : job.done + work.steps] = share.swapaxes(0, 1)
 
 
-def _compact(work: Pass, kept: np.ndarray) -> None:
+def _compact(work: Pass, kept: Mask) -> None:
     """Take the rows of failed sessions out of a pass."""
     work.outputs = [output[:, kept] for output in work.outputs]
     work.starts = np.cumsum([0, *(job.row_count for job in work.jobs)], dtype=np.intp)

@@ -10,10 +10,11 @@ import numpy as np
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.calls import Array, Members, Predicted, Select
 from stepwell_server.engine.checks import CheckedInputs
+from stepwell_server.engine.framecall import cancelled, too_late
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes import Pass
 from stepwell_server.engine.served import ServedModel
-from stepwell_server.errors import DeadlineExceeded, ServerError, Unavailable
+from stepwell_server.errors import ServerError
 
 
 class PredictCall:
@@ -47,15 +48,13 @@ class PredictCall:
             self._model.loop.add(job)
         return await self._done
 
-    def dropped(self, now: float) -> ServerError | None:
+    def drop(self, members: Members, now: float) -> Sequence[tuple[Members, ServerError]]:
         """See `job.Owner`."""
         if self._error is not None:
-            return self._error
+            return [(members, self._error)]
         if self._done.cancelled():
-            return Unavailable("the request was cancelled by its caller")
-        if now >= self._deadline:
-            return DeadlineExceeded("the request's deadline passed while it waited")
-        return None
+            return [(members, cancelled())]
+        return [(members, too_late())] if now >= self._deadline else ()
 
     def fail(self, _members: Members, error: ServerError) -> None:
         """See `job.Owner`. One row that fails fails the whole run."""

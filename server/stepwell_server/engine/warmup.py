@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from stepwell_server.core.slots import Rows
@@ -17,8 +19,8 @@ _TIMES = 3
 
 
 class _Nobody:
-    def dropped(self, _now: float) -> ServerError | None:
-        return None
+    def drop(self, _members: Rows, _now: float) -> Sequence[tuple[Rows, ServerError]]:
+        return ()
 
     def fail(self, _members: Rows, error: ServerError) -> None:
         raise error

@@ -1,0 +1,162 @@
+"""Single steps, gathered between two passes and checked together.
+
+What is plain (one row, the model's dtype and shape, a session that is free) goes this way, with array
+work for all of them at once. Whatever is not goes on as a frame of one, where every rule and every
+message is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from stepwell_server.core.sessions import SessionTable
+from stepwell_server.engine.admission import Admission
+from stepwell_server.engine.bundle import Bundle
+from stepwell_server.engine.calls import Array, Frame, Part, Select, Single, StepReply
+from stepwell_server.engine.checks import CheckedInputs, finite_rows
+from stepwell_server.engine.served import ServedModel
+from stepwell_server.errors import ServerError
+from stepwell_server.program import Program
+
+
+class Singles:
+    """The single steps of one model that wait for the next turn of its loop."""
+
+    def __init__(
+        self,
+        table: SessionTable,
+        admission: Admission,
+        model: ServedModel,
+        submit_frame: Callable[[Frame], None],
+    ) -> None:
+        self._model = model
+        self._table = table
+        self._admission = admission
+        self._submit_frame = submit_frame
+        self._waiting: list[tuple[int, Single]] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, handle: int, single: Single) -> None:
+        """Let a single step of a live session wait for the next turn."""
+        self._waiting.append((handle, single))
+
+    def admit_all(self) -> None:
+        """Take everything that waits into the model's line."""
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        plain = _Plain(self._model.program)
+        for handle, single in waiting:
+            if not plain.add(handle, single):
+                self._submit_alone(single)
+        for group in plain.groups.values():
+            self._admit(group)
+
+    def _admit(self, group: _Group) -> None:
+        handles = np.array(group.handles, np.intp)
+        # a session may have been closed since, and its handle given to another
+        alive = [
+            self._table.session_id_or_none(h) == s.session_id
+            for h, s in zip(group.handles, group.singles, strict=True)
+        ]
+        arrays = tuple(np.concatenate(column) for column in group.columns)
+        finite = finite_rows(arrays)
+        good = np.array(alive) & (self._table.batch_size[handles] == 1)
+        if finite is not None:
+            good &= finite
+        if not good.all():
+            for i in np.flatnonzero(~good).tolist():
+                self._submit_alone(group.singles[i])
+            handles = handles[good]
+            arrays = tuple(array[good] for array in arrays)
+        if len(handles):
+            singles = [
+                single for single, is_good in zip(group.singles, good.tolist(), strict=True) if is_good
+            ]
+            checked = CheckedInputs(arrays, 1, group.with_time)
+            bundle = Bundle(singles, self._model.index, handles, checked, source=self)
+            self._admission.admit(bundle, np.arange(len(handles)))
+
+    def _submit_alone(self, single: Single) -> None:
+        try:
+            self._submit_frame(as_frame(single))
+        except ServerError as error:
+            single.settle(error)
+
+
+class _Group:
+    """Plain single steps that fit into one bundle."""
+
+    def __init__(self, inputs: int, *, with_time: bool) -> None:
+        self.with_time = with_time
+        self.handles: list[int] = []
+        self.singles: list[Single] = []
+        self.columns: list[list[Array]] = [[] for _ in range(inputs)]
+
+
+class _Plain:
+    """Sorts the plain single steps from the others, and into groups."""
+
+    def __init__(self, program: Program) -> None:
+        self._names = [spec.name for spec in program.inputs]
+        self._wanted = [
+            (np.dtype(spec.dtype), (1, *spec.shape), (1, 1, *spec.shape) if spec.temporal else None)
+            for spec in program.inputs
+        ]
+        self.groups: dict[tuple[Select, bool], _Group] = {}
+
+    def add(self, handle: int, single: Single) -> bool:
+        """Put a step into its group; False if it is not plain."""
+        given = single.inputs
+        if len(given) != len(self._names):
+            return False
+        arrays: list[Array] = []
+        with_time = False
+        for name, (dtype, shape, shape_with_time) in zip(self._names, self._wanted, strict=True):
+            array = given.get(name)
+            if array is None:
+                array = given.get("") if len(given) == 1 else None
+            if array is None or array.dtype != dtype:
+                return False
+            if array.shape == shape_with_time:
+                array, with_time = array[0], True
+            elif array.shape != shape or (with_time and shape_with_time is not None):
+                return False
+            arrays.append(array)
+        self._put(handle, single, arrays, with_time=with_time)
+        return True
+
+    def _put(self, handle: int, single: Single, arrays: Iterable[Array], *, with_time: bool) -> None:
+        group = self.groups.get((single.select, with_time))
+        if group is None:
+            group = _Group(len(self._names), with_time=with_time)
+            self.groups[single.select, with_time] = group
+        group.handles.append(handle)
+        group.singles.append(single)
+        for column, array in zip(group.columns, arrays, strict=True):
+            column.append(array)
+
+
+def as_frame(single: Single) -> Frame:
+    """The same step as a frame of one session."""
+    frame = Frame([single.session_id], lambda part: single.settle(_reply(part)), inputs=single.inputs)
+    if single.expected is not None:
+        frame.expected = np.array([single.expected], np.uint64)
+    if single.request_id:
+        frame.request_ids = np.array([single.request_id], np.uint64)
+    frame.select = single.select
+    frame.deadline = single.deadline
+    frame.source = single.source
+    frame.cancelled = single.cancelled
+    single.frame = frame
+    return frame
+
+
+def _reply(part: Part) -> StepReply | ServerError:
+    for failure in part.failures:
+        return failure.error
+    return StepReply(int(part.revisions[0]), int(part.positions[0]), part.outputs, part.replayed)
