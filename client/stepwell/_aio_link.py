@@ -35,7 +35,7 @@ class AsyncLink:
         frame_id, inbox = stream.register()
         try:
             async with asyncio.timeout(ask.deadline.grpc_timeout_s()):
-                stream.send(ask.frame.request(frame_id, ask.deadline))
+                stream.send(ask.request(frame_id))
                 while not ask.frame.round_over:
                     ask.on_part(ask.frame.accept(_received(await inbox.get())))
         except TimeoutError:

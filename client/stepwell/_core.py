@@ -57,13 +57,21 @@ class Core:
         return info
 
     def states(
-        self, model: str, states: States | None, rows: int | None, deadline: Deadline
+        self, model: str, fingerprint: str, states: States | None, rows: int, deadline: Deadline
     ) -> Flow[tuple[Packed, ...]]:
-        """A state as a request takes it; empty for the model's initial one."""
+        """A state as a request takes it; empty for the model's initial one.
+
+        Args:
+            model: Name of the model.
+            fingerprint: Of the model the session was opened with; empty for any.
+            states: As the caller gave them.
+            rows: How many rows each must have.
+            deadline: Of the call they are for.
+        """
         if states is None:
             return ()
         known = self._models.get(model)
-        if known is not None:
+        if known is not None and fingerprint in ("", known.fingerprint):
             try:
                 return _inputs.pack_states(states, known, rows)
             except (InvalidInputError, ModelMismatchError):
@@ -78,7 +86,7 @@ class Core:
         packed = _inputs.pack_inputs(inputs)
         rows = packed[0].shape[0]
         info = self._models.get(_inputs.check_model(model)) or (yield from self.model(model, deadline))
-        state = yield from self.states(model, states, rows, deadline)
+        state = yield from self.states(model, "", states, rows, deadline)
         request = models_pb2.PredictRequest(model=model, inputs=to_messages(packed), state=to_messages(state))
         reply: models_pb2.PredictResponse = yield from self.attempter.call("Predict", request, deadline)
         final = State(unpack_all(reply.state), model=model, fingerprint=info.fingerprint, batch_size=rows)
@@ -105,7 +113,7 @@ class Core:
             request_id=new_request_id(),
             model_fingerprint=state.fingerprint if isinstance(state, State) else "",
         )
-        request.state.extend(to_messages((yield from self.states(model, state, rows, deadline))))
+        request.state.extend(to_messages((yield from self.states(model, "", state, rows, deadline))))
         reply: sessions_pb2.OpenSessionResponse = yield from self.attempter.call(
             "OpenSession", request, deadline, changes=True
         )
@@ -203,7 +211,7 @@ class Core:
         if chosen == ():
             return
         count = book.batch_size if chosen is None else len(chosen)
-        packed = yield from self.states(book.model, states, count, deadline)
+        packed = yield from self.states(book.model, book.fingerprint, states, count, deadline)
         change = Change("reset", packed, rows=chosen or ())
         request = sessions_pb2.ResetStatesRequest(
             session_id=book.session_id,

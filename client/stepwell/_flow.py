@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from stepwell._frames import Frame, Part
 from stepwell._retry import Attempts, Deadline, RetryPolicy
 from stepwell.errors import InvalidInputError, StepwellError
+from stepwell.v1 import sessions_pb2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,6 +41,17 @@ class Exchange:
     frame: Frame
     deadline: Deadline
     on_part: Callable[[Part], None]
+    max_message_bytes: int
+
+    def request(self, frame_id: int) -> sessions_pb2.StepStreamRequest:
+        """The message to send.
+
+        Raises:
+            InvalidInputError: It is over the limit.
+        """
+        message = self.frame.request(frame_id, self.deadline)
+        check_size("a frame", message, self.max_message_bytes)
+        return message
 
 
 T = TypeVar("T")
@@ -72,7 +84,7 @@ class Attempter:
             deadline: Covers all attempts.
             changes: The call changes something, so that an error must tell its outcome.
         """
-        self.check_size(rpc, request)
+        check_size(rpc, request, self._max_message_bytes)
         attempts = Attempts(self._policy, deadline, changes=changes)
         while True:
             try:
@@ -84,32 +96,33 @@ class Attempter:
 
     def exchange(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Flow[None]:
         """A frame with its retries, until every member of it is applied or failed for good."""
+        ask = Exchange(frame, deadline, on_part, self._max_message_bytes)
         attempts = Attempts(self._policy, deadline, changes=True)
         try:
-            while (error := (yield from _round(frame, deadline, on_part))) is not None:
+            while (error := (yield from _round(ask))) is not None:
                 yield Pause(attempts.failed(error))
                 attempts.woke()
         except StepwellError as final:
             on_part(frame.give_up(final))
 
-    def check_size(self, what: str, request: Message) -> None:
-        """Refuses a message that gRPC would refuse with a status that reads like an overload.
 
-        Raises:
-            InvalidInputError: The message is over the limit.
-        """
-        size = request.ByteSize()
-        if size > self._max_message_bytes:
-            raise InvalidInputError(
-                f"the message of {what} must be at most max_message_bytes = {self._max_message_bytes}; "
-                f"got {size} bytes"
-            )
+def check_size(what: str, request: Message, max_message_bytes: int) -> None:
+    """Refuses a message that gRPC would refuse with a status that reads like an overload.
+
+    Raises:
+        InvalidInputError: The message is over the limit.
+    """
+    size = request.ByteSize()
+    if size > max_message_bytes:
+        raise InvalidInputError(
+            f"the message of {what} must be at most max_message_bytes = {max_message_bytes}; got {size} bytes"
+        )
 
 
-def _round(frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Flow[StepwellError | None]:
+def _round(ask: Exchange) -> Flow[StepwellError | None]:
     """Sends what is unsettled once; the result is why something still is."""
     try:
-        yield Exchange(frame, deadline, on_part)
+        yield ask
     except StepwellError as error:
         return error
-    return frame.unsettled_error()
+    return ask.frame.unsettled_error()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import numpy as np
@@ -43,7 +44,7 @@ class GroupCore:
             return
         members = len(self.book.ids) if chosen is None else len(chosen)
         count = members * self.book.batch_size
-        packed = yield from self._core.states(self.book.model, states, count, deadline)
+        packed = yield from self._core.states(self.book.model, self.book.fingerprint, states, count, deadline)
         yield from self._apply(Change("reset", packed, rows=chosen or ()), deadline)
 
     def _apply(self, change: Change, deadline: Deadline) -> Flow[Gathered]:
@@ -58,7 +59,8 @@ class GroupCore:
     def _failed(self, change: Change, gathered: Gathered) -> StepwellError:
         members = self.book.members(change).tolist()
         failures = {members[i]: error for i, error in sorted(gathered.failures.items())}
-        error = next(iter(failures.values()))
+        # A copy: what is said of all members must not be read as the first member's own error.
+        error = copy.copy(next(iter(failures.values())))
         error.message = f"{len(failures)} of {len(members)} sessions failed, first: {error.message}"
         error.args = (error.message,)
         error.failures = failures

@@ -53,13 +53,13 @@ def _with_rows(tensor: Packed, what: str, rows: int | None) -> Packed:
     return tensor
 
 
-def pack_states(states: States, info: ModelInfo, rows: int | None) -> tuple[Packed, ...]:
+def pack_states(states: States, info: ModelInfo, rows: int) -> tuple[Packed, ...]:
     """A whole state of a model, in the model's order.
 
     Args:
         states: By name, or as a list in the model's order.
         info: The model.
-        rows: How many rows each must have; None for any.
+        rows: How many rows each must have.
     """
     if isinstance(states, State) and states.fingerprint != info.fingerprint:
         raise ModelMismatchError(
@@ -98,7 +98,10 @@ def check_rows(rows: Iterable[int] | None, count: int) -> tuple[int, ...] | None
     """Rows to reset: integers from 0 to count - 1, each at most once; None for all."""
     if rows is None:
         return None
-    checked = tuple(_row(row) for row in np.asarray(rows, object).ravel().tolist())
+    try:
+        checked = tuple(_row(row) for row in rows)
+    except TypeError:
+        raise InvalidInputError(f"rows must be a list of indexes; got {rows!r}") from None
     if any(not 0 <= row < count for row in checked) or len(set(checked)) != len(checked):
         raise InvalidInputError(
             f"rows must be from 0 to {count - 1}, each at most once; got {list(checked)[:20]}"

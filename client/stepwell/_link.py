@@ -47,7 +47,7 @@ class Link:
         stream = self._open_stream()
         frame_id, inbox = stream.register()
         try:
-            stream.send(ask.frame.request(frame_id, ask.deadline))
+            stream.send(ask.request(frame_id))
             while not ask.frame.round_over:
                 ask.on_part(ask.frame.accept(_receive(inbox, ask)))
         finally:

@@ -115,6 +115,7 @@ class Attempts:
         error: errors.StepwellError,
     ) -> errors.StepwellError:
         outcome: errors.Outcome = "unknown" if self._unknown else "not_applied"
-        told = f"{error.message} (attempts: {self._made}, time limit: {self._deadline.limit_s:g} s"
+        before = "" if self._last is None or self._last is error else f"; before that: {self._last.message}"
+        told = f"{error.message}{before} (attempts: {self._made}, time limit: {self._deadline.limit_s:g} s"
         told += f", outcome: {outcome})" if self._changes else ")"
         return kind(told, outcome=outcome, reason=error.reason)

@@ -1,0 +1,391 @@
+"""Both clients against a server whose faults are scripted: what is sent again, and what comes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from stepwell import errors
+from support.scripted_server import MODEL, Fault, ScriptedServer
+from support.shells import SHELLS, connect
+
+X = np.ones((1, 2), np.float32)
+Code = grpc.StatusCode
+LOST = Fault(after_work=True)
+"""The work is done, the answer is lost."""
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with ScriptedServer() as server:
+        yield server
+
+
+@pytest.fixture(params=SHELLS)
+async def client(request: pytest.FixtureRequest, server: ScriptedServer) -> AsyncIterator[Any]:
+    async with connect(request.param, server.address, timeout_s=20.0) as client:
+        yield client
+
+
+def step_method(session_or_client: Any) -> str:
+    """Where the steps of a session go: the async client sends them as frames."""
+    client = getattr(session_or_client, "_client", session_or_client)
+    return "StepStream" if getattr(client, "_coalesce", False) else "Step"
+
+
+def changes(server: ScriptedServer, method: str) -> list[tuple[list[int], list[int]]]:
+    """Expected revisions and request ids of what came."""
+    if method == "Step":
+        return [([r.expected_revision], [r.request_id]) for r in server.requests(method)]
+    frames = [r.step if r.HasField("step") else r.reset for r in server.requests(method)]
+    return [(list(f.expected_revisions), list(f.request_ids)) for f in frames]
+
+
+@pytest.mark.parametrize("code", [c for c in Code if c is not Code.OK], ids=lambda code: code.name)
+@pytest.mark.parametrize("shell", SHELLS)
+async def test_every_status_becomes_an_error_of_ours(shell: str, code: grpc.StatusCode) -> None:
+    with ScriptedServer() as server:
+        async with connect(shell, server.address, timeout_s=0.3) as client:
+            session = await client.open_session(MODEL)
+            for method in ("ListModels", step_method(client)):
+                server.fail(method, Fault(code, "scripted"), 1000)
+            with pytest.raises(errors.StepwellError) as listing:
+                await client.models()
+            with pytest.raises(errors.StepwellError) as stepping:
+                await session.step(X)
+    for caught in (listing, stepping):
+        assert type(caught.value).__module__ == "stepwell.errors"
+        assert "scripted" in str(caught.value)
+        assert caught.value.__cause__ is None
+
+
+async def test_lost_answer_is_asked_for_again(client: Any, server: ScriptedServer) -> None:
+    method = step_method(client)
+    server.fail(method, LOST, 2)
+    session = await client.open_session(MODEL)
+    assert (await session.step(X)).tolist() == [[1.0, 1.0]]
+    assert (server.applied, session.revision, session.position) == (1, 1, 1)
+    sent = changes(server, method)
+    assert len(sent) == 3
+    assert sent[0] == sent[1] == sent[2]
+    assert sent[0][1] != [0]
+
+
+async def test_requests_that_never_arrived_are_sent_again(client: Any, server: ScriptedServer) -> None:
+    method = step_method(client)
+    session = await client.open_session(MODEL)
+    server.fail(method, Fault(), 3)
+    assert (await session.step(X)).tolist() == [[1.0, 1.0]]
+    assert server.applied == 1
+
+
+@pytest.mark.parametrize(
+    "method", ["ListModels", "OpenSession", "CloseSession", "GetState", "ForkSession", "Predict"]
+)
+async def test_other_calls_are_sent_again_too(client: Any, server: ScriptedServer, method: str) -> None:
+    server.fail(method, Fault(), 2)
+    await client.models()
+    session = await client.open_session(MODEL, session_id="s")
+    await session.get_state()
+    await session.fork("t")
+    await client.predict(MODEL, X)
+    await session.close()
+    sent = server.requests(method)
+    assert len(sent) == 3
+    assert sent[0] == sent[1] == sent[2]
+
+
+async def test_overload_is_waited_for(client: Any, server: ScriptedServer) -> None:
+    method = step_method(client)
+    session = await client.open_session(MODEL)
+    fault = Fault(Code.RESOURCE_EXHAUSTED, "full", "OVERLOADED", retry_after_s=0.2)
+    server.fail(method, fault)
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    await session.step(X)
+    assert loop.time() - began_s >= 0.2
+
+
+async def test_overload_beyond_the_limit(client: Any, server: ScriptedServer) -> None:
+    session = await client.open_session(MODEL)
+    server.fail(step_method(client), Fault(Code.RESOURCE_EXHAUSTED, "full", "OVERLOADED", retry_after_s=60))
+    with pytest.raises(errors.OverloadedError) as caught:
+        await session.step(X)
+    assert caught.value.retry_after_s == 60
+
+
+async def test_unknown_outcome_is_settled_by_the_same_call(client: Any, server: ScriptedServer) -> None:
+    session = await client.open_session(MODEL)
+    server.fail(step_method(client), LOST, 1000)
+    with pytest.raises(errors.UnavailableError) as caught:
+        await session.step(X, timeout_s=0.2)
+    assert caught.value.outcome == "unknown"
+    assert session.revision == 0
+    server._faults.clear()
+    assert (await session.step(X)).tolist() == [[1.0, 1.0]]
+    assert (server.applied, session.revision) == (1, 1)
+
+
+async def test_unknown_outcome_and_another_call_is_a_conflict(client: Any, server: ScriptedServer) -> None:
+    session = await client.open_session(MODEL)
+    server.fail(step_method(client), LOST, 1000)
+    with pytest.raises(errors.UnavailableError):
+        await session.step(X, timeout_s=0.2)
+    server._faults.clear()
+    with pytest.raises(errors.RevisionConflictError) as caught:
+        await session.step(2 * X)
+    if step_method(client) == "Step":
+        assert (caught.value.expected, caught.value.actual) == (0, 1)
+    await session.refresh()
+    assert (session.revision, session.position) == (1, 1)
+    assert (await session.step(2 * X)).tolist() == [[3.0, 3.0]]
+
+
+async def test_refusal_is_settled(client: Any, server: ScriptedServer) -> None:
+    session = await client.open_session(MODEL)
+    server.fail(step_method(client), Fault(reason="UNAVAILABLE", message="stopping"), 1000)
+    with pytest.raises(errors.UnavailableError, match="stopping") as caught:
+        await session.step(X, timeout_s=0.2)
+    assert caught.value.outcome == ("not_applied" if step_method(client) == "Step" else caught.value.outcome)
+
+
+async def test_time_limit_is_kept_and_its_outcome_unknown(client: Any, server: ScriptedServer) -> None:
+    session = await client.open_session(MODEL)
+    gate, _ = server.hold(step_method(client))
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    with pytest.raises(errors.DeadlineExceededError) as caught:
+        await session.step(X, timeout_s=0.3)
+    assert 0.25 <= loop.time() - began_s < 5
+    assert caught.value.outcome == "unknown"
+    gate.set()
+    assert (await session.step(X)).tolist() == [[1.0, 1.0]]
+    assert server.applied == 1
+
+
+async def test_waiting_for_ones_turn_counts(client: Any, server: ScriptedServer) -> None:
+    session = await client.open_session(MODEL)
+    gate, arrived = server.hold(step_method(client))
+    first = asyncio.ensure_future(session.step(X))
+    assert await asyncio.to_thread(arrived.acquire, timeout=10)
+    with pytest.raises(errors.DeadlineExceededError, match="another change") as caught:
+        await session.step(X, timeout_s=0.2)
+    assert caught.value.outcome == "not_applied"
+    gate.set()
+    await first
+    assert server.applied == 1
+
+
+async def test_one_change_of_a_session_at_a_time_many_sessions_at_once(
+    client: Any, server: ScriptedServer
+) -> None:
+    sessions = [await client.open_session(MODEL) for _ in range(4)]
+    both = [session.step(X) for session in sessions for _ in range(5)]
+    results = await asyncio.gather(*both)
+    assert sorted(float(y[0, 0]) for y in results) == sorted([1.0, 2.0, 3.0, 4.0, 5.0] * 4)
+    assert [session.revision for session in sessions] == [5] * 4
+
+
+async def test_group_is_one_frame(client: Any, server: ScriptedServer) -> None:
+    async with await client.open_sessions(MODEL, 3) as group:
+        x = np.arange(6, dtype=np.float32).reshape(3, 2)
+        assert np.array_equal(await group.step(x), x)
+        assert len(server.requests("StepStream")) == 1
+        assert group.revisions.tolist() == group.positions.tolist() == [1, 1, 1]
+        await group.reset_states(rows=[1])
+        assert group.revisions.tolist() == [1, 2, 1]
+        assert group.positions.tolist() == [1, 0, 1]
+        await group.reset_states(rows=[])
+        assert len(server.requests("StepStream")) == 2
+        state = await group.get_state()
+        assert np.array_equal(state["sum"], x * [[1], [0], [1]])
+        assert len(group) == len(group.ids) == 3
+    assert server.sessions == {}
+
+
+async def test_group_with_batch_size_and_parts(client: Any, server: ScriptedServer) -> None:
+    server.parts = 3
+    group = await client.open_sessions(MODEL, 5, batch_size=2, session_ids=list("abcde"))
+    x = np.random.default_rng(1).random((10, 2), np.float32)
+    assert np.array_equal(await group.step(x), x)
+    assert (await group.step(np.stack([x, x], 1), outputs="none")) is None
+    await group.close()
+    assert server.sessions == {}
+
+
+async def test_group_whose_stream_breaks(client: Any, server: ScriptedServer) -> None:
+    server.parts = 2
+    group = await client.open_sessions(MODEL, 4)
+    x = np.random.default_rng(2).random((4, 2), np.float32)
+    server.fail("StepStream", LOST, 2)
+    assert np.array_equal(await group.step(x), x)
+    assert server.applied == 4
+    assert group.revisions.tolist() == [1] * 4
+    # The first part got through each time, so less and less was sent again.
+    sizes = [len(ids) for _, ids in changes(server, "StepStream")]
+    assert sizes == [4, 2, 1]
+
+
+async def test_group_whose_members_fail(client: Any, server: ScriptedServer) -> None:
+    group = await client.open_sessions(MODEL, 3)
+    x = np.arange(1, 7, dtype=np.float32).reshape(3, 2)
+    server.fail("StepStream", Fault(Code.DATA_LOSS, "damaged", "STATE_CORRUPT", member=1))
+    with pytest.raises(errors.StateCorruptError, match="1 of 3 sessions failed, first: damaged") as caught:
+        await group.step(x)
+    assert {i: type(e) for i, e in caught.value.failures.items()} == {1: errors.StateCorruptError}
+    assert caught.value.failures[1].message == "damaged"
+    assert np.asarray(caught.value.outputs).tolist() == (x * [[1], [0], [1]]).tolist()
+    assert group.revisions.tolist() == [1, 0, 1]
+    # The same call finishes the change: nobody is stepped twice.
+    assert np.array_equal(await group.step(x), x)
+    assert group.revisions.tolist() == [1, 1, 1]
+    assert server.applied == 3
+
+
+async def test_members_that_are_overloaded_are_sent_again(client: Any, server: ScriptedServer) -> None:
+    group = await client.open_sessions(MODEL, 3)
+    x = np.ones((3, 2), np.float32)
+    server.fail(
+        "StepStream", Fault(Code.RESOURCE_EXHAUSTED, "full", "OVERLOADED", member=2, retry_after_s=0.01)
+    )
+    assert np.array_equal(await group.step(x), x)
+    assert [len(ids) for _, ids in changes(server, "StepStream")] == [3, 1]
+
+
+async def test_group_time_limit(client: Any, server: ScriptedServer) -> None:
+    group = await client.open_sessions(MODEL, 3)
+    gate, _ = server.hold("StepStream")
+    x = np.ones((3, 2), np.float32)
+    with pytest.raises(errors.DeadlineExceededError) as caught:
+        await group.step(x, timeout_s=0.2)
+    assert caught.value.outcome == "unknown"
+    assert sorted(caught.value.failures) == [0, 1, 2]
+    gate.set()
+    assert np.array_equal(await group.step(x), x)
+    assert server.applied == 3
+
+
+async def test_with_blocks_close_what_has_no_name(client: Any, server: ScriptedServer) -> None:
+    async with await client.open_session(MODEL) as session:
+        async with await session.fork() as twin:
+            assert set(server.sessions) == {session.id, twin.id}
+        assert set(server.sessions) == {session.id}
+    assert server.sessions == {}
+    async with await client.open_session(MODEL, session_id="user-42"):
+        pass
+    assert set(server.sessions) == {"user-42"}
+
+
+async def test_closing_does_not_hide_the_error_of_the_block(client: Any, server: ScriptedServer) -> None:
+    session = await client.open_session(MODEL)
+    server.fail("CloseSession", Fault(Code.DATA_LOSS, "scripted"))
+    with pytest.raises(ZeroDivisionError) as caught:
+        async with session:
+            raise ZeroDivisionError
+    assert "scripted" in caught.value.__notes__[0]
+
+
+async def test_closing_a_session_that_is_gone(client: Any, server: ScriptedServer) -> None:
+    session = await client.open_session(MODEL)
+    server.sessions.clear()
+    await session.close()
+    await session.close()
+    assert len(server.requests("CloseSession")) == 1
+    with pytest.raises(errors.ClosedError):
+        await session.step(X)
+    with pytest.raises(errors.ClosedError):
+        await session.get_state()
+    with pytest.raises(errors.SessionNotFoundError):
+        await client.close_session("gone")
+
+
+async def test_closed_client(client: Any, server: ScriptedServer) -> None:
+    session = await client.open_session(MODEL)
+    group = await client.open_sessions(MODEL, 2)
+    await group.step(np.ones((2, 2)))
+    await client.close()
+    for use in (client.models, session.close, lambda: session.step(X), lambda: group.step(np.ones((2, 2)))):
+        with pytest.raises(errors.ClosedError):
+            await use()
+    await client.close()
+
+
+@pytest.mark.parametrize("who", ["session", "group", "call", "pause"])
+async def test_closing_the_client_ends_what_is_under_way(
+    client: Any, server: ScriptedServer, who: str
+) -> None:
+    session = await client.open_session(MODEL)
+    group = await client.open_sessions(MODEL, 2)
+    if who == "pause":
+        full = Fault(Code.RESOURCE_EXHAUSTED, "full", "OVERLOADED", retry_after_s=15.0)
+        server.fail("GetModel", full, 1000)
+        under_way = asyncio.ensure_future(client.model(MODEL))
+        while not server.requests("GetModel"):
+            await asyncio.to_thread(lambda: None)
+    else:
+        method, use = {
+            "session": (step_method(client), lambda: session.step(X)),
+            "group": ("StepStream", lambda: group.step(np.ones((2, 2)))),
+            "call": ("ListModels", client.models),
+        }[who]
+        _, arrived = server.hold(method)
+        under_way = asyncio.ensure_future(use())
+        assert await asyncio.to_thread(arrived.acquire, timeout=10)
+    await client.close()
+    with pytest.raises(errors.ClosedError):
+        await asyncio.wait_for(under_way, 10)
+
+
+async def test_server_that_is_not_there() -> None:
+    for shell in SHELLS:
+        async with connect(shell, "127.0.0.1:1", timeout_s=0.3) as client:
+            with pytest.raises(errors.UnavailableError):
+                await client.models()
+
+
+async def test_states_are_checked_by_what_the_server_says_now(client: Any, server: ScriptedServer) -> None:
+    await client.model(MODEL)
+    state = await (await client.open_session(MODEL)).get_state()
+    server.fingerprint = "beef"
+    session = await client.open_session(MODEL)
+    with pytest.raises(errors.ModelMismatchError, match="beef"):
+        await session.reset_states(state)
+    fresh = await session.get_state()
+    await session.reset_states(fresh)
+    with pytest.raises(errors.InvalidInputError, match="missing"):
+        await session.reset_states({"sum": X})
+    with pytest.raises(errors.ModelMismatchError):
+        await client.open_session(MODEL, state=state)
+
+
+async def test_pages_are_hidden(client: Any, server: ScriptedServer) -> None:
+    for name in ("a1", "a2", "b1"):
+        await client.open_session(MODEL, session_id=name)
+    assert [info.session_id for info in await client.sessions()] == ["a1", "a2", "b1"]
+    assert [info.session_id for info in await client.sessions(prefix="a")] == ["a1", "a2"]
+    assert len(server.requests("ListSessions")) == 5
+
+
+async def test_message_over_the_limit(server: ScriptedServer) -> None:
+    for shell in SHELLS:
+        async with connect(shell, server.address, max_message_bytes=4096) as client:
+            session = await client.open_session(MODEL)
+            with pytest.raises(errors.InvalidInputError, match="max_message_bytes"):
+                await session.step(np.ones((1, 1000, 2), np.float64))
+            assert (await session.step(X)).shape == (1, 2)
+            group = await client.open_sessions(MODEL, 2)
+            with pytest.raises(errors.InvalidInputError, match="max_message_bytes"):
+                await group.step(np.ones((2, 1000, 2), np.float64))
+
+
+async def test_no_limit(client: Any) -> None:
+    async with await client.open_session(MODEL, timeout_s=math.inf) as session:
+        assert (await session.step(X, timeout_s=math.inf)).shape == (1, 2)
+    async with await client.open_sessions(MODEL, 2) as group:
+        assert (await group.step(np.ones((2, 2)), timeout_s=math.inf)).shape == (2, 2)

@@ -1,0 +1,422 @@
+"""A server of one toy model whose faults are scripted, for tests of the client.
+
+It keeps sessions by the rules of the protocol (revisions, request ids, remembered replies), adds its input to
+its state, and on demand fails, does the work but drops the answer, splits a frame's reply, or holds an answer.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+import grpc
+import numpy as np
+from google.rpc import error_details_pb2, status_pb2
+
+from stepwell._status import DETAILS_KEY
+from stepwell._tensors import pack, to_messages, unpack
+from stepwell.v1 import (
+    errors_pb2,
+    models_pb2,
+    models_pb2_grpc,
+    sessions_pb2,
+    sessions_pb2_grpc,
+    tensors_pb2,
+)
+
+MODEL = "sum"
+FEATURES = 2
+FINGERPRINT = "f00d"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What shall go wrong with one attempt."""
+
+    code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
+    message: str = "scripted"
+    reason: str = ""
+    metadata: tuple[tuple[str, str], ...] = ()
+    retry_after_s: float = 0.0
+    after_work: bool = False
+    """Do the work, then drop the answer."""
+    member: int | None = None
+    """Of a frame: only this member fails."""
+
+
+@dataclasses.dataclass
+class _Session:
+    session_id: str
+    batch_size: int
+    state: Any
+    revision: int = 0
+    position: int = 0
+    request_id: int = 0
+    remembered: Any = None
+
+
+class Refusal(Exception):
+    """An error on its way to the client."""
+
+    def __init__(self, code: grpc.StatusCode, reason: str, message: str, **metadata: str) -> None:
+        super().__init__(message)
+        self.fault = Fault(code, message, reason, tuple(metadata.items()))
+
+
+class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.ModelServiceServicer):
+    """Context manager; `address` is where it listens."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.sessions: dict[str, _Session] = {}
+        self.parts = 1
+        self.applied = 0
+        self.fingerprint = FINGERPRINT
+        self._faults: dict[str, collections.deque[Fault]] = collections.defaultdict(collections.deque)
+        self._gates: dict[str, tuple[threading.Event, threading.Semaphore]] = {}
+        self._lock = threading.RLock()
+        self._ids = (f"made-{i}" for i in itertools.count())
+        self._server = grpc.server(futures.ThreadPoolExecutor(16))
+        sessions_pb2_grpc.add_SessionServiceServicer_to_server(self, self._server)
+        models_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+
+    def __enter__(self) -> Self:
+        self._server.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for gate, _ in self._gates.values():
+            gate.set()
+        self._server.stop(None).wait(10)
+
+    # The script.
+
+    def fail(self, method: str, fault: Fault, times: int = 1) -> None:
+        """The next attempts of a method go wrong so."""
+        self._faults[method].extend([fault] * times)
+
+    def hold(self, method: str) -> tuple[threading.Event, threading.Semaphore]:
+        """Answers of this method wait for the event; each one that has come releases the semaphore."""
+        self._gates[method] = (threading.Event(), threading.Semaphore(0))
+        return self._gates[method]
+
+    def requests(self, method: str) -> list[Any]:
+        return [request for name, request in self.calls if name == method]
+
+    def _enter(self, method: str, request: Any) -> Fault | None:
+        with self._lock:
+            self.calls.append((method, request))
+            fault = self._faults[method].popleft() if self._faults[method] else None
+        if method in self._gates:
+            gate, arrived = self._gates[method]
+            arrived.release()
+            gate.wait(30)
+        return fault
+
+    def _answer(self, method: str, request: Any, context: grpc.ServicerContext, work: Any) -> Any:
+        fault = self._enter(method, request)
+        if fault is not None and not fault.after_work:
+            abort(context, fault)
+        try:
+            with self._lock:
+                reply = work()
+        except Refusal as refusal:
+            abort(context, refusal.fault)
+        if fault is not None:
+            abort(context, fault)
+        return reply
+
+    # Models.
+
+    def _model(self, name: str) -> models_pb2.Model:
+        if name != MODEL:
+            raise Refusal(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND", f"no model {name!r}")
+        return models_pb2.Model(
+            name=MODEL,
+            fingerprint=self.fingerprint,
+            inputs=[spec("x", temporal=True)],
+            outputs=[spec("y", temporal=True)],
+            state=[spec("sum"), spec("count")],
+            executor="none",
+        )
+
+    def ListModels(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._answer(
+            "ListModels",
+            request,
+            context,
+            lambda: models_pb2.ListModelsResponse(models=[self._model(MODEL)]),
+        )
+
+    def GetModel(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._answer(
+            "GetModel",
+            request,
+            context,
+            lambda: models_pb2.GetModelResponse(model=self._model(request.name)),
+        )
+
+    def Predict(self, request: Any, context: Any) -> Any:  # noqa: N802
+        def work() -> Any:
+            y = unpack(request.inputs[0])
+            return models_pb2.PredictResponse(outputs=[tensor("y", y)], state=[tensor("sum", y)])
+
+        return self._answer("Predict", request, context, work)
+
+    # Sessions.
+
+    def _session(self, session_id: str) -> _Session:
+        if session_id not in self.sessions:
+            raise Refusal(
+                grpc.StatusCode.NOT_FOUND,
+                "SESSION_NOT_FOUND",
+                f"session {session_id!r} is not there",
+                session_id=session_id,
+            )
+        return self.sessions[session_id]
+
+    def _open(self, session_id: str, batch_size: int) -> _Session:
+        session_id = session_id or next(self._ids)
+        state = np.zeros((batch_size, FEATURES), np.float32)
+        return self.sessions.setdefault(session_id, _Session(session_id, batch_size, state))
+
+    def _info(self, session: _Session) -> sessions_pb2.Session:
+        return sessions_pb2.Session(
+            session_id=session.session_id,
+            model=MODEL,
+            model_fingerprint=self.fingerprint,
+            batch_size=session.batch_size,
+            revision=session.revision,
+            position=session.position,
+        )
+
+    def OpenSession(self, request: Any, context: Any) -> Any:  # noqa: N802
+        def work() -> Any:
+            self._model(request.model)
+            return sessions_pb2.OpenSessionResponse(
+                session=self._info(self._open(request.session_id, request.batch_size))
+            )
+
+        return self._answer("OpenSession", request, context, work)
+
+    def OpenSessions(self, request: Any, context: Any) -> Any:  # noqa: N802
+        def work() -> Any:
+            ids = request.session_ids or [""] * request.count
+            opened = [self._open(one, request.batch_size).session_id for one in ids]
+            return sessions_pb2.OpenSessionsResponse(session_ids=opened, model_fingerprint=self.fingerprint)
+
+        return self._answer("OpenSessions", request, context, work)
+
+    def CloseSession(self, request: Any, context: Any) -> Any:  # noqa: N802
+        def work() -> Any:
+            self._session(request.session_id)
+            del self.sessions[request.session_id]
+            return sessions_pb2.CloseSessionResponse()
+
+        return self._answer("CloseSession", request, context, work)
+
+    def CloseSessions(self, request: Any, context: Any) -> Any:  # noqa: N802
+        def work() -> Any:
+            closed = [self.sessions.pop(one, None) for one in request.session_ids]
+            return sessions_pb2.CloseSessionsResponse(closed=sum(one is not None for one in closed))
+
+        return self._answer("CloseSessions", request, context, work)
+
+    def GetSession(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._answer(
+            "GetSession",
+            request,
+            context,
+            lambda: sessions_pb2.GetSessionResponse(session=self._info(self._session(request.session_id))),
+        )
+
+    def ListSessions(self, request: Any, context: Any) -> Any:  # noqa: N802
+        def work() -> Any:
+            """One session a page."""
+            names = sorted(one for one in self.sessions if one.startswith(request.session_id_prefix))
+            at = int(request.page_token or 0)
+            more = at + 1 < len(names)
+            return sessions_pb2.ListSessionsResponse(
+                sessions=[self._info(self.sessions[one]) for one in names[at : at + 1]],
+                next_page_token=str(at + 1) if more else "",
+            )
+
+        return self._answer("ListSessions", request, context, work)
+
+    def GetState(self, request: Any, context: Any) -> Any:  # noqa: N802
+        def work() -> Any:
+            session = self._session(request.session_id)
+            return sessions_pb2.GetStateResponse(
+                state=[tensor("sum", session.state), tensor("count", session.state)],
+                session=self._info(session),
+            )
+
+        return self._answer("GetState", request, context, work)
+
+    def ForkSession(self, request: Any, context: Any) -> Any:  # noqa: N802
+        def work() -> Any:
+            old = self._session(request.session_id)
+            new = self._open(request.new_session_id, old.batch_size)
+            new.state, new.revision, new.position = old.state, old.revision, old.position
+            return sessions_pb2.ForkSessionResponse(session=self._info(new))
+
+        return self._answer("ForkSession", request, context, work)
+
+    # Changes.
+
+    def _change(self, session: _Session, expected: int | None, request_id: int, change: Any) -> Any:
+        """The rule of the protocol: apply, replay, or refuse."""
+        if expected is not None and expected + 1 == session.revision and request_id == session.request_id:
+            return (*session.remembered[:-1], True)
+        if expected is not None and expected != session.revision:
+            raise Refusal(
+                grpc.StatusCode.ABORTED,
+                "REVISION_CONFLICT",
+                f"revision is {session.revision}",
+                expected_revision=str(expected),
+                actual_revision=str(session.revision),
+            )
+        y = change(session)
+        self.applied += 1
+        session.revision += 1
+        session.request_id = request_id
+        session.remembered = (y, session.revision, session.position, False)
+        return session.remembered
+
+    def Step(self, request: Any, context: Any) -> Any:  # noqa: N802
+        def work() -> Any:
+            session = self._session(request.session_id)
+            x = unpack(request.inputs[0])
+            y, revision, position, replayed = self._change(
+                session, request.expected_revision, request.request_id, lambda s: step(s, x)
+            )
+            outputs = [] if request.outputs == sessions_pb2.OUTPUT_SELECTION_NONE else [tensor("y", y)]
+            return sessions_pb2.StepResponse(
+                outputs=outputs, revision=revision, position=position, replayed=replayed
+            )
+
+        return self._answer("Step", request, context, work)
+
+    def ResetStates(self, request: Any, context: Any) -> Any:  # noqa: N802
+        def work() -> Any:
+            session = self._session(request.session_id)
+            _, revision, position, replayed = self._change(
+                session, request.expected_revision, request.request_id, reset
+            )
+            return sessions_pb2.ResetStatesResponse(revision=revision, position=position, replayed=replayed)
+
+        return self._answer("ResetStates", request, context, work)
+
+    def StepStream(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
+        for request in requests:
+            fault = self._enter("StepStream", request)
+            if fault is not None and fault.member is None and not fault.after_work:
+                abort(context, fault)
+            with self._lock:
+                responses = self._frame(request, fault)
+            if fault is not None and fault.member is None:
+                # One part may have got through before the stream broke.
+                yield from responses[:-1]
+                abort(context, fault)
+            yield from responses
+
+    def _frame(self, request: Any, fault: Fault | None) -> list[Any]:
+        frame = request.step if request.HasField("step") else request.reset
+        members = np.array_split(np.arange(len(frame.session_ids)), self.parts)
+        responses = [self._part(request, frame, part.tolist(), fault) for part in members if len(part)]
+        responses[-1].last = True
+        return responses
+
+    def _part(self, request: Any, frame: Any, members: list[int], fault: Fault | None) -> Any:
+        response = sessions_pb2.StepStreamResponse(frame_id=request.frame_id)
+        outputs = []
+        for i in members:
+            try:
+                if fault is not None and fault.member == i:
+                    raise Refusal(fault.code, fault.reason, fault.message)
+                outputs.append(self._member(request, frame, i, response))
+            except Refusal as refusal:
+                error = response.errors.add(members=[i])
+                error.error.CopyFrom(message(refusal.fault, fault))
+        if request.HasField("step") and outputs and frame.outputs != sessions_pb2.OUTPUT_SELECTION_NONE:
+            response.outputs.append(tensor("y", np.concatenate(outputs)))
+        return response
+
+    def _member(self, request: Any, frame: Any, i: int, response: Any) -> Any:
+        session = self._session(frame.session_ids[i])
+        rows = [self.sessions[one].batch_size if one in self.sessions else 1 for one in frame.session_ids]
+        start = sum(rows[:i])
+        change: Callable[[_Session], Any] = reset
+        if request.HasField("step"):
+            x = unpack(frame.inputs[0])[start : start + rows[i]]
+            change = lambda s: step(s, x)  # noqa: E731
+        y, revision, position, replayed = self._change(
+            session, frame.expected_revisions[i], frame.request_ids[i], change
+        )
+        response.members.append(i)
+        response.revisions.append(revision)
+        response.positions.append(position)
+        if replayed:
+            response.replayed_members.append(i)
+        return y
+
+
+def spec(name: str, temporal: bool = False) -> tensors_pb2.TensorSpec:
+    return tensors_pb2.TensorSpec(
+        name=name, dtype=tensors_pb2.DATA_TYPE_FLOAT32, shape=[FEATURES], temporal=temporal
+    )
+
+
+def step(session: _Session, x: Any) -> Any:
+    """Adds the input to the state; the state is the output."""
+    steps = x[:, None] if x.ndim == 2 else x
+    y = session.state[:, None] + np.cumsum(steps, 1)
+    session.state = y[:, -1].astype(np.float32)
+    session.position += steps.shape[1]
+    return (y[:, 0] if x.ndim == 2 else y).astype(np.float32)
+
+
+def reset(session: _Session) -> None:
+    session.state = np.zeros_like(session.state)
+    session.position = 0
+
+
+def tensor(name: str, array: Any) -> tensors_pb2.Tensor:
+    return to_messages([pack(name, name, array)])[0]
+
+
+def message(told: Fault, fault: Fault | None) -> errors_pb2.Error:
+    """An error on the stream."""
+    return errors_pb2.Error(
+        code=told.code.value[0],
+        message=told.message,
+        reason=told.reason,
+        metadata=dict(told.metadata),
+        retry_after_ms=int(1000 * (fault.retry_after_s if fault is not None else 0)),
+    )
+
+
+def abort(context: grpc.ServicerContext, fault: Fault) -> NoReturn:
+    """Ends a call with a status, and with details if there is a reason."""
+    if not fault.reason:
+        context.abort(fault.code, fault.message)
+    status = status_pb2.Status(code=fault.code.value[0], message=fault.message)
+    status.details.add().Pack(
+        error_details_pb2.ErrorInfo(reason=fault.reason, domain="stepwell", metadata=dict(fault.metadata))
+    )
+    if fault.retry_after_s:
+        delay = error_details_pb2.RetryInfo()
+        delay.retry_delay.FromMicroseconds(int(fault.retry_after_s * 1e6))
+        status.details.add().Pack(delay)
+    context.set_trailing_metadata(((DETAILS_KEY, status.SerializeToString()),))
+    context.abort(fault.code, fault.message)
+    raise AssertionError("abort raises")

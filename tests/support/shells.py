@@ -1,0 +1,46 @@
+"""Both clients behind one face, so that a test is written once and run for each."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Self
+
+import stepwell
+
+SHELLS = ("sync", "async", "async without frames")
+
+
+class InThreads:
+    """A sync client, session or group, whose calls run in a thread and are awaited."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._target, name)
+        if not callable(value):
+            return value
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            result = await asyncio.to_thread(value, *args, **kwargs)
+            handle = isinstance(result, stepwell.Session | stepwell.SessionGroup)
+            return InThreads(result) if handle else result
+
+        return call
+
+    def __len__(self) -> int:
+        return len(self._target)
+
+    async def __aenter__(self) -> Self:
+        self._target.__enter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await asyncio.to_thread(self._target.__exit__, *error)
+
+
+def connect(shell: str, address: str, **kwargs: Any) -> Any:
+    """A client of the shell asked for, to be used in `async with`."""
+    if shell == "sync":
+        return InThreads(stepwell.connect(address, **kwargs))
+    return stepwell.aio.connect(address, coalesce=shell == "async", **kwargs)

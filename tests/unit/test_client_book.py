@@ -1,0 +1,126 @@
+"""The rule for a change whose answer is missing: the same again is the same change, another is another."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stepwell._book import GroupBook, SessionBook, new_request_ids
+from stepwell._frames import Change, Frame, Gathered, Part
+from stepwell._inputs import pack_inputs
+from stepwell._retry import Deadline
+from stepwell.errors import UnavailableError
+from stepwell.v1 import sessions_pb2
+
+
+def session() -> SessionBook:
+    return SessionBook(sessions_pb2.Session(session_id="s", batch_size=1, revision=4))
+
+
+def change(value: float, outputs: str = "all", dtype: str = "float32") -> Change:
+    return Change("step", pack_inputs(np.full((1, 2), value, dtype), 1), outputs)
+
+
+def test_same_change_keeps_its_request_id() -> None:
+    book = session()
+    first = book.begin(change(1))
+    assert first != 0
+    assert book.begin(change(1)) == first
+
+
+def test_nan_is_the_same_as_itself() -> None:
+    book = session()
+    assert book.begin(change(np.nan)) == book.begin(change(np.nan))
+
+
+def test_other_changes_get_another() -> None:
+    book = session()
+    ids = {book.begin(c) for c in (change(1), change(2), change(1, "last"), change(1, dtype="float64"))}
+    reset = Change("reset", (), rows=(0,))
+    ids |= {book.begin(reset), book.begin(Change("reset", ()))}
+    assert len(ids) == 6
+
+
+def test_an_answer_ends_the_change() -> None:
+    book = session()
+    first = book.begin(change(1))
+    book.applied(5, 7)
+    assert (book.revision, book.position) == (5, 7)
+    assert book.begin(change(1)) != first
+
+
+def test_refresh_drops_the_change() -> None:
+    book = session()
+    first = book.begin(change(1))
+    book.refresh(sessions_pb2.Session(session_id="s", revision=9, position=3))
+    assert (book.revision, book.position) == (9, 3)
+    assert book.begin(change(1)) != first
+
+
+def test_changed_arrays_are_not_mistaken_for_the_old_ones() -> None:
+    book = session()
+    x = np.zeros((1, 2))
+    first = book.begin(Change("step", pack_inputs(x, 1)))
+    x += 1
+    assert book.begin(Change("step", pack_inputs(x, 1))) != first
+
+
+def test_request_ids_are_not_zero_and_differ() -> None:
+    ids = new_request_ids(1000)
+    assert len(set(ids.tolist())) == 1000
+    assert ids.all()
+
+
+def group() -> GroupBook:
+    return GroupBook("m", "f", 1, ["a", "b", "c"])
+
+
+def sent(frame: Frame) -> sessions_pb2.StepFrame:
+    return frame.request(1, Deadline(1.0)).step
+
+
+def wide(value: float) -> Change:
+    return Change("step", pack_inputs(np.full((3, 2), value), 3))
+
+
+def gathered(failed: set[int]) -> Gathered:
+    result = Gathered(3, 1)
+    applied = np.array([i for i in range(3) if i not in failed])
+    ones = np.ones(len(applied), np.uint64)
+    result.add(Part(applied, ones, ones, {}, {i: UnavailableError("lost") for i in failed}))
+    return result
+
+
+def test_group_takes_over_what_was_applied() -> None:
+    book = group()
+    book.begin(wide(1))
+    book.settle(wide(1), gathered({1}))
+    assert book.revisions.tolist() == [1, 0, 1]
+
+
+def test_group_finishes_the_same_change_for_all_members() -> None:
+    book = group()
+    first = sent(book.begin(wide(1)))
+    book.settle(wide(1), gathered({1}))
+    again = sent(book.begin(wide(1)))
+    assert list(again.request_ids) == list(first.request_ids)
+    assert list(again.expected_revisions) == [0, 0, 0]
+
+
+def test_group_sends_another_change_at_the_revisions_it_knows() -> None:
+    book = group()
+    first = sent(book.begin(wide(1)))
+    book.settle(wide(1), gathered({1}))
+    other = sent(book.begin(wide(2)))
+    assert not set(other.request_ids) & set(first.request_ids)
+    assert list(other.expected_revisions) == [1, 0, 1]
+
+
+def test_group_change_of_some_members() -> None:
+    book = group()
+    change = Change("reset", (), rows=(2, 0))
+    frame = book.begin(change).request(1, Deadline(1.0)).reset
+    assert list(frame.session_ids) == ["c", "a"]
+    result = Gathered(2, 1)
+    result.add(Part(np.array([0, 1]), np.array([8, 9], np.uint64), np.zeros(2, np.uint64), {}, {}))
+    book.settle(change, result)
+    assert book.revisions.tolist() == [9, 0, 8]

@@ -1,0 +1,160 @@
+"""Arguments that break a rule are refused before anything is sent, by name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell import _inputs, config, errors
+from stepwell._core import Core
+from stepwell._types import ModelInfo, State, TensorInfo
+
+INFO = ModelInfo(
+    name="m",
+    fingerprint="f00d",
+    inputs=(),
+    outputs=(),
+    state=(TensorInfo("h", "float32", (2,), False), TensorInfo("c", "float32", (2,), False)),
+    executor="",
+    executor_reason="",
+    batch_sizes=(),
+    state_row_bytes=16,
+    sessions=0,
+)
+H = np.ones((1, 2))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3, 1, 3), (2,)])
+def test_rows_of_an_input_are_the_batch_size(shape: tuple[int, ...]) -> None:
+    with pytest.raises(errors.InvalidInputError, match=r"must have 1 rows.*got shape"):
+        _inputs.pack_inputs(np.ones(shape), 1)
+
+
+def test_several_inputs_by_name() -> None:
+    packed = _inputs.pack_inputs({"a": [[1.0]], "b": np.ones((1, 2), np.int32)}, 1)
+    assert [tensor.name for tensor in packed] == ["a", "b"]
+
+
+@pytest.mark.parametrize("inputs", [{}, {"": H}, {3: H}])
+def test_names_of_inputs(inputs: Any) -> None:
+    with pytest.raises(errors.InvalidInputError, match=r"inputs must|names of inputs"):
+        _inputs.pack_inputs(inputs, 1)
+
+
+def test_states_by_name_are_put_in_the_models_order() -> None:
+    packed = _inputs.pack_states({"c": 2 * H, "h": H}, INFO, 1)
+    assert [tensor.name for tensor in packed] == ["h", "c"]
+
+
+def test_states_as_a_list_are_in_the_models_order() -> None:
+    packed = _inputs.pack_states([H, 2 * H], INFO, 1)
+    assert [tensor.name for tensor in packed] == ["h", "c"]
+    assert packed == _inputs.pack_states({"c": 2 * H, "h": H}, INFO, 1)
+
+
+def test_missing_and_extra_states_are_named() -> None:
+    with pytest.raises(errors.InvalidInputError, match=r"missing: \['c'\], not of this model: \['z'\]"):
+        _inputs.pack_states({"h": H, "z": H}, INFO, 1)
+
+
+@pytest.mark.parametrize(
+    ("states", "pattern"),
+    [
+        ([H], "one array for each"),
+        ([H, H, H], "one array for each"),
+        (H, "mapping of name to array or a list"),
+        ("hc", "mapping of name to array or a list"),
+        ([H, 1.0], "state 'c'.*scalar"),
+        ([H, np.ones((2, 2))], "state 'c' must have 1 rows"),
+    ],
+)
+def test_states_that_break_a_rule(states: Any, pattern: str) -> None:
+    with pytest.raises(errors.InvalidInputError, match=pattern):
+        _inputs.pack_states(states, INFO, 1)
+
+
+def test_a_state_of_another_model() -> None:
+    state = State({"h": H, "c": H}, model="old", fingerprint="beef", batch_size=1)
+    with pytest.raises(errors.ModelMismatchError, match=r"f00d.*'old'.*beef"):
+        _inputs.pack_states(state, INFO, 1)
+
+
+@pytest.mark.parametrize("rows", [[0, 3], (0, 3), np.array([0, 3]), {0: "", 3: ""}, iter([0, 3])])
+def test_rows_of_many_kinds(rows: Any) -> None:
+    assert _inputs.check_rows(rows, 4) == (0, 3)
+
+
+def test_no_rows_are_not_all_rows() -> None:
+    assert _inputs.check_rows([], 4) == ()
+    assert _inputs.check_rows(np.flatnonzero(np.zeros(4)), 4) == ()
+    assert _inputs.check_rows(None, 4) is None
+
+
+@pytest.mark.parametrize(
+    "rows", [[4], [-1], [1, 1], [0.0], ["0"], [True, False], np.array([True, False]), 3, "01"]
+)
+def test_rows_that_break_a_rule(rows: Any) -> None:
+    with pytest.raises(errors.InvalidInputError, match="rows must be"):
+        _inputs.check_rows(rows, 4)
+
+
+@pytest.mark.parametrize(
+    "session_id", ["", "x" * 257, "x" * 10_000, "a\nb", "\x00", " a", "a ", "\ud800", 7, b"a"]
+)
+def test_session_ids_that_break_a_rule(session_id: Any) -> None:
+    with pytest.raises(errors.InvalidInputError, match="session_id must be"):
+        _inputs.check_session_id("session_id", session_id)
+
+
+@pytest.mark.parametrize("session_id", ["a", "x" * 256, "käse 7", "用户-42"])
+def test_session_ids(session_id: str) -> None:
+    assert _inputs.optional_session_id("session_id", session_id) == session_id
+
+
+@pytest.mark.parametrize("count", [0, -1, 2**32, 1.0, "1", True, None])
+def test_counts(count: Any) -> None:
+    with pytest.raises(errors.InvalidInputError, match="batch_size must be"):
+        _inputs.check_count("batch_size", count)
+
+
+@pytest.mark.parametrize("outputs", ["ALL", "", None, ["all"]])
+def test_selections(outputs: Any) -> None:
+    with pytest.raises(errors.InvalidInputError, match="outputs must be one of"):
+        _inputs.check_selection(outputs)
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, math.nan, "3", True])
+def test_time_limits(timeout_s: Any) -> None:
+    core = Core(config.ClientConfig("localhost:1"))
+    with pytest.raises(errors.InvalidInputError, match="timeout_s must be"):
+        core.deadline(timeout_s)
+    with pytest.raises(errors.InvalidInputError, match="timeout_s must be"):
+        config.ClientConfig("localhost:1", timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("size", [0, 1023, 2**31, 1e6, True])
+def test_message_sizes(size: Any) -> None:
+    with pytest.raises(errors.InvalidInputError, match="max_message_bytes must be"):
+        config.ClientConfig("localhost:1", max_message_bytes=size)
+
+
+@pytest.mark.parametrize(
+    "address", ["", "localhost", ":50051", "h:", "h:0", "h:65536", "h:x", "a b:1", 5, "unix:"]
+)
+def test_addresses_that_break_a_rule(address: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(errors.InvalidInputError, match="address must be"):
+        config.server_address(address)
+    monkeypatch.setenv("STEPWELL_SERVER", str(address) if address != 5 else "5")
+    with pytest.raises(errors.InvalidInputError, match="STEPWELL_SERVER must be"):
+        config.server_address()
+
+
+def test_where_the_address_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STEPWELL_SERVER", raising=False)
+    assert config.server_address() == "127.0.0.1:50051"
+    monkeypatch.setenv("STEPWELL_SERVER", "[::1]:7")
+    assert config.server_address() == "[::1]:7"
+    assert config.server_address("unix:/run/stepwell") == "unix:/run/stepwell"

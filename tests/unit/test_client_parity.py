@@ -1,0 +1,95 @@
+"""The async client is the sync one, awaited; and the package is as light as it promises."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import stepwell
+from stepwell.aio_group import AsyncSessionGroup
+from stepwell.aio_session import AsyncSession, Opening
+
+PAIRS = [
+    (stepwell.Client, stepwell.aio.AsyncClient),
+    (stepwell.Session, AsyncSession),
+    (stepwell.SessionGroup, AsyncSessionGroup),
+]
+LOCAL = {"__init__", "__len__", "__repr__"}
+
+
+def public(kind: type) -> dict[str, Any]:
+    return {
+        name: member
+        for name, member in inspect.getmembers(kind)
+        if not name.startswith("_") or (name == "__len__")
+    }
+
+
+@pytest.mark.parametrize(("sync", "aio"), PAIRS, ids=lambda kind: kind.__name__)
+def test_same_names(sync: type, aio: type) -> None:
+    assert public(sync).keys() == public(aio).keys()
+
+
+@pytest.mark.parametrize(("sync", "aio"), PAIRS, ids=lambda kind: kind.__name__)
+def test_same_signatures(sync: type, aio: type) -> None:
+    for name, member in public(sync).items():
+        if not callable(member):
+            continue
+        ours, theirs = inspect.signature(member), inspect.signature(public(aio)[name])
+        assert list(ours.parameters.values()) == list(theirs.parameters.values()), name
+        assert returned(theirs) == ours.return_annotation, name
+
+
+def returned(signature: inspect.Signature) -> str:
+    """What is there after awaiting, in the sync client's terms."""
+    annotation = str(signature.return_annotation).removeprefix("Opening[").removesuffix("]")
+    if str(signature.return_annotation).startswith("Opening["):
+        return annotation.removeprefix("Async")
+    return str(signature.return_annotation)
+
+
+@pytest.mark.parametrize(("sync", "aio"), PAIRS, ids=lambda kind: kind.__name__)
+def test_what_does_io_is_awaited(sync: type, aio: type) -> None:
+    for name, member in public(aio).items():
+        if callable(member) and name not in LOCAL:
+            opens = str(inspect.signature(member).return_annotation).startswith(Opening.__name__)
+            assert opens or inspect.iscoroutinefunction(member), name
+
+
+def test_same_connect() -> None:
+    ours = inspect.signature(stepwell.connect).parameters
+    theirs = dict(inspect.signature(stepwell.aio.connect).parameters)
+    assert theirs.pop("coalesce").default is True
+    assert list(ours.values()) == list(theirs.values())
+
+
+def test_exports_are_sorted_and_hold_every_error() -> None:
+    assert stepwell.__all__ == sorted(stepwell.__all__)
+    assert all(hasattr(stepwell, name) for name in stepwell.__all__)
+    assert set(stepwell.errors.__all__) <= set(stepwell.__all__)
+    for name in stepwell.errors.__all__:
+        assert issubclass(getattr(stepwell, name), stepwell.StepwellError)
+        assert f"── {name}" in str(stepwell.errors.__doc__) or name == "StepwellError"
+
+
+def test_every_public_name_is_documented_with_an_example() -> None:
+    for kind in [*(kind for pair in PAIRS for kind in pair), stepwell.State]:
+        assert ">>>" in str(kind.__doc__), kind
+        for name, member in vars(kind).items():
+            if inspect.isfunction(member) and not name.startswith("_"):
+                assert ">>>" in str(member.__doc__), (kind, name)
+
+
+def test_importing_is_light() -> None:
+    code = "import json, sys, stepwell, stepwell.testing; print(json.dumps(list(sys.modules)))"
+    path = {"PYTHONPATH": ":".join(sys.path)}
+    out = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, check=True, timeout=60)
+    loaded = {name.partition(".")[0] for name in json.loads(out.stdout)}
+    heavy = {"rich", "click", "safetensors", "tensorflow", "keras", "stepwell_server", "ai_edge_litert"}
+    assert not loaded & heavy
+    assert "google.rpc" not in json.loads(out.stdout)

@@ -1,0 +1,201 @@
+"""When the client tries again, how long it waits, and what it says in the end. The clock is a fake."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from stepwell import errors
+from stepwell._flow import Attempter, Call, Flow, Pause
+from stepwell._retry import Deadline, RetryPolicy
+from stepwell.v1 import sessions_pb2
+
+Script = list[errors.StepwellError | None]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def largest(_low: float, high: float) -> float:
+    return high
+
+
+def drive(
+    script: Script,
+    limit_s: float = 10.0,
+    *,
+    changes: bool = True,
+    draw: Callable[[float, float], float] = largest,
+    attempt_s: float = 0.0,
+) -> tuple[object, list[float], int]:
+    """Runs a call whose attempts end as scripted; returns its result, the pauses and the attempts."""
+    clock = Clock()
+    attempter = Attempter(RetryPolicy(draw=draw), 1024)
+    flow: Flow[object] = attempter.call(
+        "Step", sessions_pb2.StepRequest(), Deadline(limit_s, clock), changes=changes
+    )
+    pauses: list[float] = []
+    attempts = 0
+    ask = next(flow)
+    try:
+        while True:
+            if isinstance(ask, Pause):
+                pauses.append(ask.seconds)
+                clock.now_s += ask.seconds
+                ask = flow.send(None)
+                continue
+            assert isinstance(ask, Call)
+            clock.now_s += attempt_s
+            error = script[min(attempts, len(script) - 1)]
+            attempts += 1
+            ask = flow.send("reply") if error is None else flow.throw(error)
+    except StopIteration as stop:
+        return stop.value, pauses, attempts
+
+
+def lost() -> errors.StepwellError:
+    return errors.UnavailableError("socket closed", outcome="unknown")
+
+
+def refused() -> errors.StepwellError:
+    return errors.UnavailableError("stopping", outcome="not_applied", reason="UNAVAILABLE")
+
+
+def test_first_attempt_succeeds() -> None:
+    assert drive([None]) == ("reply", [], 1)
+
+
+def test_backoff_doubles_up_to_its_cap() -> None:
+    _, pauses, attempts = drive([lost()] * 8 + [None], 100.0)
+    assert pauses == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
+    assert attempts == 9
+
+
+def test_jitter_is_drawn_from_the_whole_interval() -> None:
+    drawn: list[tuple[float, float]] = []
+
+    def draw(low: float, high: float) -> float:
+        drawn.append((low, high))
+        return 0.0
+
+    drive([lost(), lost(), None], draw=draw)
+    assert drawn == [(0.0, 0.05), (0.0, 0.1)]
+
+
+def test_overload_waits_for_the_servers_delay() -> None:
+    overloaded = errors.OverloadedError("full", retry_after_s=3.0)
+    _, pauses, _ = drive([overloaded, None])
+    assert 3.0 <= pauses[0] <= 3.05
+
+
+def test_overload_without_advice_backs_off() -> None:
+    _, pauses, _ = drive([errors.OverloadedError("full"), None])
+    assert pauses == [0.05]
+
+
+def test_overload_whose_delay_passes_the_limit_is_told_at_once() -> None:
+    with pytest.raises(errors.OverloadedError, match="full") as caught:
+        drive([errors.OverloadedError("full", retry_after_s=20.0)])
+    assert caught.value.retry_after_s == 20.0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.InvalidInputError("no"),
+        errors.RevisionConflictError("no"),
+        errors.SessionNotFoundError("no"),
+        errors.InternalError("no"),
+        errors.DeadlineExceededError("no"),
+        errors.StateCorruptError("no"),
+        errors.ClosedError("no"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_other_errors_are_final(error: errors.StepwellError) -> None:
+    with pytest.raises(type(error), match="no"):
+        drive([error])
+
+
+def test_limit_covers_all_attempts_and_pauses() -> None:
+    with pytest.raises(errors.UnavailableError) as caught:
+        drive([lost()], 1.0, attempt_s=0.1)
+    assert "time limit: 1 s" in caught.value.message
+    assert "socket closed" in caught.value.message
+
+
+def test_last_pause_does_not_pass_the_limit() -> None:
+    pauses: list[float] = []
+
+    def draw(_low: float, high: float) -> float:
+        pauses.append(high)
+        return high
+
+    with pytest.raises(errors.UnavailableError):
+        drive([lost()], 0.12, draw=draw)
+    assert pauses == [0.05, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome"),
+    [
+        ([refused()], "not_applied"),
+        ([lost()], "unknown"),
+        ([lost(), refused()], "unknown"),
+        ([refused(), lost()], "unknown"),
+    ],
+    ids=["refused", "lost", "lost, then refused", "refused, then lost"],
+)
+def test_outcome_over_all_attempts(script: Script, outcome: str) -> None:
+    with pytest.raises(errors.UnavailableError) as caught:
+        drive(script, 1.0)
+    assert caught.value.outcome == outcome
+    assert f"outcome: {outcome}" in caught.value.message
+
+
+def test_overload_after_a_lost_attempt_does_not_claim_that_nothing_changed() -> None:
+    with pytest.raises(errors.UnavailableError) as caught:
+        drive([lost(), errors.OverloadedError("full", retry_after_s=60.0)])
+    assert caught.value.outcome == "unknown"
+
+
+def test_deadline_after_a_lost_attempt() -> None:
+    settled = errors.DeadlineExceededError("late", outcome="not_applied")
+    with pytest.raises(errors.DeadlineExceededError) as caught:
+        drive([lost(), settled])
+    assert caught.value.outcome == "unknown"
+
+
+def test_reads_have_nothing_to_settle() -> None:
+    with pytest.raises(errors.UnavailableError) as caught:
+        drive([lost()], 1.0, changes=False)
+    assert caught.value.outcome == "not_applied"
+    assert "outcome" not in caught.value.message
+
+
+def test_without_a_limit() -> None:
+    result, pauses, _ = drive([lost()] * 50 + [None], math.inf)
+    assert result == "reply"
+    assert pauses[-1] == 2.0
+
+
+def test_deadline_as_grpc_takes_it() -> None:
+    clock = Clock()
+    deadline = Deadline(1.0, clock)
+    clock.now_s += 3
+    assert deadline.grpc_timeout_s() == 0.0
+    assert Deadline(math.inf, clock).grpc_timeout_s() is None
+
+
+def test_message_over_the_limit_is_never_sent() -> None:
+    attempter = Attempter(RetryPolicy(), 1024)
+    request = sessions_pb2.StepRequest(session_id="x" * 2000)
+    with pytest.raises(errors.InvalidInputError, match="max_message_bytes = 1024"):
+        next(attempter.call("Step", request, Deadline(1.0)))

@@ -1,0 +1,109 @@
+"""A state is a value: compared, saved whole or not at all, loaded elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from stepwell import errors
+from stepwell._tensors import Array
+from stepwell._types import State, _write_atomically
+
+
+def state(value: float = 1.0, fingerprint: str = "f00d") -> State:
+    tensors: dict[str, Array] = {
+        "lstm/h": np.full((2, 4), value, np.float32),
+        "a/count": np.arange(2),
+        "b": np.ones((2, 1), "f2"),
+    }
+    return State(tensors, model="m", fingerprint=fingerprint, batch_size=2, revision=7, position=9)
+
+
+def test_it_is_a_mapping_in_the_models_order() -> None:
+    one = state()
+    assert list(one) == ["lstm/h", "a/count", "b"]
+    assert len(one) == 3
+    assert one["a/count"].tolist() == [0, 1]
+    assert "lstm/h" in repr(one)
+
+
+def test_equality_is_of_bytes_and_fingerprint() -> None:
+    assert state() == state()
+    assert state(float("nan")) == state(float("nan"))
+    assert state(0.0) != state(-0.0)
+    assert state() != state(fingerprint="beef")
+    assert state() != dict(state())
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    path = tmp_path / "user-42.safetensors"
+    state().save(path)
+    back = State.load(str(path))
+    assert back == state()
+    assert list(back) == list(state())
+    for name in ("model", "fingerprint", "batch_size", "revision", "position"):
+        assert getattr(back, name) == getattr(state(), name)
+    assert {name: array.dtype for name, array in back.items()} == {
+        name: array.dtype for name, array in state().items()
+    }
+
+
+def test_strided_arrays_are_saved_as_they_read(tmp_path: Path) -> None:
+    array = np.arange(12, dtype=np.float32).reshape(3, 4).T
+    State({"h": array}, model="m", fingerprint="f", batch_size=4).save(tmp_path / "s")
+    assert np.array_equal(State.load(tmp_path / "s")["h"], array)
+
+
+def test_an_old_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    state(1.0).save(path)
+    state(2.0).save(path)
+    assert State.load(path) == state(2.0)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "s"
+    state(1.0).save(path)
+
+    def full(_descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        _write_atomically(str(path), b"half")
+    assert State.load(path) == state(1.0)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_missing_file_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        State.load(tmp_path / "nowhere")
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    path.write_bytes(b"no safetensors at all, and longer than a header")
+    with pytest.raises(errors.InvalidInputError, match="path must be a state"):
+        State.load(path)
+    save_file({"h": np.ones(2)}, path)
+    with pytest.raises(errors.InvalidInputError, match="format"):
+        State.load(path)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    state().save(path)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(errors.InvalidInputError, match="path must be a state"):
+        State.load(path)
+
+
+def test_metadata_that_is_incomplete_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    save_file({"h": np.ones(2)}, path, metadata={"format": "stepwell-state/1", "names": '["h"]'})
+    with pytest.raises(errors.InvalidInputError, match="model"):
+        State.load(path)
