@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, MutableSequence, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,9 @@ _SELECTS: dict[int, Select] = {
     sessions_pb2.OUTPUT_SELECTION_LAST: Select.LAST,
     sessions_pb2.OUTPUT_SELECTION_NONE: Select.NONE,
 }
+
+
+_Number = TypeVar("_Number", bound=np.integer[Any])
 
 
 class _Tensors(Protocol):
@@ -139,7 +142,9 @@ def to_select(value: int) -> Select:
     return select
 
 
-def to_uint64s(values: Sequence[int], argument: str, count: int) -> npt.NDArray[np.uint64] | None:
+def to_numbers(
+    values: Sequence[int], dtype: type[_Number], argument: str, count: int
+) -> npt.NDArray[_Number] | None:
     """One number per session of a frame; None if the field is empty.
 
     Raises:
@@ -149,7 +154,7 @@ def to_uint64s(values: Sequence[int], argument: str, count: int) -> npt.NDArray[
         return None
     if len(values) != count:
         raise InvalidInput(f"{argument} must be empty or one per session ({count}); got {len(values)}")
-    return np.fromiter(values, np.uint64, count)
+    return np.fromiter(values, dtype, count)
 
 
 def from_session(info: SessionInfo) -> sessions_pb2.Session:
@@ -196,8 +201,3 @@ def _from_spec(spec: TensorSpec | StateSpec) -> tensors_pb2.TensorSpec:
         shape=spec.shape,
         temporal=isinstance(spec, TensorSpec) and spec.temporal,
     )
-
-
-def extend_numbers(target: MutableSequence[int], numbers: npt.NDArray[np.integer]) -> None:
-    """Append an array's numbers to a repeated field."""
-    target.extend(numbers.tolist())

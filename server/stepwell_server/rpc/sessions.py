@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.engine.calls import Frame, Opened, Part
+from stepwell_server.engine.calls import Frame, Opened, Part, Single
 from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.stream import FrameStream, StreamLimits
@@ -114,14 +114,20 @@ class SessionServicer:
         """Advance a session."""
         inputs = convert.to_arrays(request.inputs, "inputs")
         select = convert.to_select(request.outputs)
-        session_ids = (request.session_id,)
-        self._sizes.step(session_ids, inputs, select)
-        frame = Frame(session_ids, _no_sink, inputs=inputs, select=select)
-        part = await self._apply(frame, request, context)
-        response = pb.StepResponse(
-            revision=int(part.revisions[0]), position=int(part.positions[0]), replayed=part.replayed
+        self._sizes.step((request.session_id,), inputs, select)
+        single = Single(
+            request.session_id,
+            inputs,
+            _no_one,
+            expected=request.expected_revision if request.HasField("expected_revision") else None,
+            request_id=request.request_id,
+            select=select,
+            deadline=deadline_of(context, self._clock),
+            source=context.peer(),
         )
-        convert.add_tensors(response.outputs, part.outputs)
+        reply = await self._engine.step(single)
+        response = pb.StepResponse(revision=reply.revision, position=reply.position, replayed=reply.replayed)
+        convert.add_tensors(response.outputs, reply.outputs)
         return response
 
     async def reset_states(self, request: pb.ResetStatesRequest, context: Context) -> pb.ResetStatesResponse:
@@ -173,9 +179,7 @@ class SessionServicer:
         for stream in self._streams:
             stream.stop()
 
-    async def _apply(
-        self, frame: Frame, request: pb.StepRequest | pb.ResetStatesRequest, context: Context
-    ) -> Part:
+    async def _apply(self, frame: Frame, request: pb.ResetStatesRequest, context: Context) -> Part:
         if request.HasField("expected_revision"):
             frame.expected = _one(request.expected_revision)
         if request.request_id:
@@ -187,6 +191,10 @@ class SessionServicer:
 
 def _one(number: int) -> npt.NDArray[np.uint64]:
     return np.array([number], np.uint64)
+
+
+def _no_one(_answer: object) -> None:
+    raise AssertionError("Engine.step sets who is told")
 
 
 def _no_sink(_part: Part) -> None:

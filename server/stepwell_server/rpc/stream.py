@@ -14,13 +14,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import grpc.aio
 import numpy as np
 
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.engine.calls import Failure, Frame, Part
+from stepwell_server.engine.calls import Failure, Frame, Part, Single, StepReply
 from stepwell_server.errors import InvalidInput, ServerError, Unavailable
 from stepwell_server.logs import Log
 from stepwell_server.rpc import convert
@@ -55,10 +56,13 @@ class _Pending:
         self.stream = stream
         self.frame_id = frame_id
         self.held_bytes = held_bytes
-        self.frame: Frame | None = None
+        self.frame: Frame | Single | None = None
 
     def on_part(self, part: Part) -> None:
         self.stream.on_part(self, part)
+
+    def settle(self, answer: StepReply | ServerError) -> None:
+        self.stream.on_answer(self, answer)
 
 
 class FrameStream:
@@ -155,11 +159,42 @@ class FrameStream:
             return self._reply(pending, _refusal(frame_id, error), last=True)
         self._pending[frame_id] = pending
         try:
-            pending.frame = self._frame(request, pending)
-            self._engine.submit(pending.frame)
+            self._submit(request, pending)
         except ServerError as error:
             del self._pending[frame_id]
             self._reply(pending, _refusal(frame_id, error), last=True)
+
+    def _submit(self, request: pb.StepStreamRequest, pending: _Pending) -> None:
+        if request.HasField("step") and len(request.step.session_ids) == 1:
+            pending.frame = self._single(request.step, pending)
+            self._engine.submit_single(pending.frame)
+        else:
+            pending.frame = self._frame(request, pending)
+            self._engine.submit(pending.frame)
+
+    def _single(self, body: pb.StepFrame, pending: _Pending) -> Single:
+        """The engine's step of a frame of one session.
+
+        Raises:
+            InvalidInput: it is not a step.
+        """
+        inputs = convert.to_arrays(body.inputs, "inputs")
+        single = Single(body.session_ids[0], inputs, pending.settle, source=self._source)
+        single.expected = _only(body.expected_revisions, "expected_revisions")
+        single.request_id = _only(body.request_ids, "request_ids") or 0
+        single.select = convert.to_select(body.outputs)
+        single.deadline = self._deadline_of(body)
+        self._hold(pending, self._sizes.step(body.session_ids, inputs, single.select))
+        return single
+
+    def _deadline_of(self, body: pb.StepFrame | pb.ResetFrame) -> float:
+        if not body.timeout_ms:
+            return self._deadline
+        return min(self._deadline, self._clock.monotonic() + body.timeout_ms / 1000)
+
+    def _hold(self, pending: _Pending, reply_bytes: int) -> None:
+        pending.held_bytes += reply_bytes
+        self._held_bytes += reply_bytes
 
     def _frame(self, request: pb.StepStreamRequest, pending: _Pending) -> Frame:
         """The engine's frame of a request, its reply's bytes counted in.
@@ -172,19 +207,16 @@ class FrameStream:
             raise InvalidInput("change must be step or reset; got neither")
         body = request.step if change == "step" else request.reset
         session_ids = list(body.session_ids)
-        frame = Frame(session_ids, pending.on_part, source=self._source, deadline=self._deadline)
-        frame.expected = convert.to_uint64s(body.expected_revisions, "expected_revisions", len(session_ids))
-        frame.request_ids = convert.to_uint64s(body.request_ids, "request_ids", len(session_ids))
-        sizes = convert.to_uint64s(body.batch_sizes, "batch_sizes", len(session_ids))
-        frame.batch_sizes = None if sizes is None else sizes.astype(np.intp)
-        if body.timeout_ms:
-            frame.deadline = min(frame.deadline, self._clock.monotonic() + body.timeout_ms / 1000)
+        frame = Frame(session_ids, pending.on_part, source=self._source)
+        count = len(session_ids)
+        frame.expected = convert.to_numbers(body.expected_revisions, np.uint64, "expected_revisions", count)
+        frame.request_ids = convert.to_numbers(body.request_ids, np.uint64, "request_ids", count)
+        frame.batch_sizes = convert.to_numbers(body.batch_sizes, np.intp, "batch_sizes", count)
+        frame.deadline = self._deadline_of(body)
         if isinstance(body, pb.StepFrame):
             frame.select = convert.to_select(body.outputs)
             frame.inputs = convert.to_arrays(body.inputs, "inputs")
-            reply_bytes = self._sizes.step(session_ids, frame.inputs, frame.select)
-            pending.held_bytes += reply_bytes
-            self._held_bytes += reply_bytes
+            self._hold(pending, self._sizes.step(session_ids, frame.inputs, frame.select))
         else:
             frame.reset = True
             frame.state = convert.to_optional_arrays(body.state, "state")
@@ -194,10 +226,17 @@ class FrameStream:
         """The engine has a part of the frame's reply."""
         if self._is_over:
             return
-        assert pending.frame is not None
+        assert isinstance(pending.frame, Frame)
         if part.last:
             del self._pending[pending.frame_id]
         self._reply(pending, _reply(pending.frame_id, pending.frame, part), last=part.last)
+
+    def on_answer(self, pending: _Pending, answer: StepReply | ServerError) -> None:
+        """The engine has the answer to a frame of one session."""
+        if self._is_over:
+            return
+        del self._pending[pending.frame_id]
+        self._reply(pending, _answer(pending.frame_id, answer), last=True)
 
     def _reply(self, pending: _Pending, reply: bytes, *, last: bool) -> None:
         self._replies.append((pending if last else None, reply))
@@ -222,6 +261,31 @@ class FrameStream:
 
 def _ended_well(reader: asyncio.Task[None]) -> bool:
     return not reader.cancelled() and reader.exception() is None
+
+
+def _only(values: Sequence[int], argument: str) -> int | None:
+    """The one number of a frame of one session; None if the field is empty."""
+    if not values:
+        return None
+    if len(values) != 1:
+        raise InvalidInput(f"{argument} must be empty or one per session (1); got {len(values)}")
+    return values[0]
+
+
+def _answer(frame_id: int, answer: StepReply | ServerError) -> bytes:
+    if isinstance(answer, ServerError):
+        return _refusal(frame_id, answer)
+    response = pb.StepStreamResponse(
+        frame_id=frame_id,
+        all_members=True,
+        revisions=(answer.revision,),
+        positions=(answer.position,),
+        last=True,
+    )
+    convert.add_tensors(response.outputs, answer.outputs)
+    if answer.replayed:
+        response.replayed_members.append(0)
+    return response.SerializeToString()
 
 
 def _reply(frame_id: int, frame: Frame, part: Part) -> bytes:
