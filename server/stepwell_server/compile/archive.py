@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.errors import ModelError, gist
 from stepwell_server.compile.tensorflow_setup import keras
 
 _MEMBERS = ("config.json", "metadata.json", "model.weights.h5")
@@ -122,9 +122,4 @@ def _load_problem(error: Exception) -> str:
             f"unknown {unknown[1]} '{unknown[2]}'; register it with "
             "@keras.saving.register_keras_serializable() and name its module with --import MODULE"
         )
-    return f"Keras cannot load it: {type(error).__name__}: {first_line(text)}"
-
-
-def first_line(text: str) -> str:
-    """Return the first line of ``text`` that says something."""
-    return next((line.strip() for line in text.splitlines() if line.strip()), "no message")
+    return f"Keras cannot load it: {type(error).__name__}: {gist(error)}"

@@ -7,6 +7,7 @@ import hashlib
 import importlib.machinery
 import json
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -26,12 +27,16 @@ _DIGESTS = "digests.json"
 def cache_key(model: Path, imports: Sequence[str]) -> str:
     """Hash all that a program is made from: the file, the versions, the imported modules' source.
 
+    The processor is part of it: kernels are chosen by what it can do, and which batch sizes give the same
+    bits was found out on it.
+
     Raises:
         ModelError: the file cannot be read, or there is no such module.
     """
     digest = hashlib.sha256(f"{FORMAT} {COMPILE_VERSION}\n".encode())
     for package in _PACKAGES:
         digest.update(f"{package} {_version(package)}\n".encode())
+    digest.update(_processor().encode())
     for module in imports:
         for file in module_files(module):
             digest.update(f"{module} {file.name}\n".encode())
@@ -108,6 +113,15 @@ def _remove(target: Path) -> None:
     with contextlib.suppress(OSError):  # Another process did it.
         os.rename(target, Path(doomed) / "entry")
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # Not Linux.
+        return f"{platform.machine()} {platform.processor()}\n"
+    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return f"{platform.machine()} {features}\n"
 
 
 def _version(package: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ LITERT_SIZES = (*range(1, 18), 32, 33, 64, 100, 128, 256)
 TENSORFLOW_SIZES = (1, 2, 4, 8, 16, 32, 64)
 #: Time steps before the bits are compared, so that states are ones the model reaches.
 _WARM_STEPS = 3
+#: How long the bits may be compared, and the largest size compared where that would not be enough.
+_BUDGET_S, _SMALL = 30.0, 33
 
 
 class CheckError(Exception):
@@ -41,16 +44,29 @@ def agreeing_sizes(traced: Traced, step: Step, sizes: Sequence[int]) -> tuple[in
     """Return the most numerous batch sizes out of ``sizes`` that give every row the same bits.
 
     Each size runs over the same rows twice, shuffled differently, so that a row meets other places and
-    other neighbours.
+    other neighbours; there are twice as many rows as fit the largest size for that.
     """
-    inputs, states = _reached(traced, step, max(sizes))
+    rows = 2 * max(sizes)
+    inputs, states = _reached(traced, step, rows)
     groups: dict[bytes, list[int]] = {}
     rng = np.random.default_rng(11)
     for size in sizes:
-        bits = {_bits(step, inputs, states, size, rng.permutation(max(sizes))) for _ in range(2)}
+        bits = {_bits(step, inputs, states, size, rng.permutation(rows)) for _ in range(2)}
         if len(bits) == 1:
             groups.setdefault(bits.pop(), []).append(size)
     return _best(groups)
+
+
+def affordable(traced: Traced, step: Step, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return ``sizes``, without the large ones if checking those would take minutes."""
+    rows = 16
+    inputs, states = _reached(traced, step, rows)
+    start = time.perf_counter()
+    step(inputs, states)
+    row_s = (time.perf_counter() - start) / rows
+    if row_s * 4 * max(sizes) * len(sizes) <= _BUDGET_S:
+        return tuple(sizes)
+    return tuple(size for size in sizes if size <= _SMALL)
 
 
 def _best(groups: Mapping[bytes, list[int]]) -> tuple[int, ...]:

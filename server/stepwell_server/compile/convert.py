@@ -6,19 +6,44 @@ import re
 from pathlib import Path
 from typing import Any
 
-from stepwell_server.compile.archive import first_line
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+from stepwell_server.compile.errors import gist
 from stepwell_server.compile.tensorflow_setup import tf
 
 
 class ConversionError(Exception):
-    """LiteRT has no built-in operators for this step. The message is one clause for people."""
+    """The step cannot be converted. The message is one clause for people."""
+
+
+def freeze(function: Any) -> Any:
+    """Return the function with its weights as constants: LiteRT packs them once, as those of FULLY_CONNECTED.
+
+    Raises:
+        ConversionError: the function reads something else than variables, such as a lookup table.
+    """
+    try:
+        frozen = convert_variables_to_constants_v2(function)
+    except (KeyError, ValueError, tf.errors.OpError) as error:
+        raise ConversionError(f"its variables cannot be made constants ({gist(error)})") from error
+    signature = function.structured_input_signature[1]
+    order = [tensor.name.split(":")[0] for tensor in frozen.inputs]
+    if not set(order) <= set(signature):
+        raise ConversionError("it reads a lookup table")
+    keys = sorted(function.structured_outputs)  # Freezing forgets the names; flattening sorted them.
+
+    def step(**tensors: Any) -> dict[str, Any]:
+        results = frozen(*(tensors[key] for key in order))
+        return dict(zip(keys, (tf.identity(result) for result in results), strict=True))
+
+    return tf.function(step, autograph=False).get_concrete_function(**signature)
 
 
 def to_litert(function: Any, folder: Path) -> None:
-    """Write ``program.tflite``, of built-in operators only.
+    """Write the frozen ``function`` as ``program.tflite``, of built-in operators only.
 
     Raises:
-        ConversionError: the step cannot be converted.
+        ConversionError: LiteRT has no built-in operators for it.
     """
     holder = tf.Module()
     holder.step = function
@@ -31,15 +56,27 @@ def to_litert(function: Any, folder: Path) -> None:
     (folder / "program.tflite").write_bytes(content)
 
 
-def to_tensorflow(function: Any, folder: Path) -> None:
-    """Write ``saved_model/`` with the signature ``step``."""
+def to_tensorflow(function: Any, model: Any, folder: Path) -> None:
+    """Write ``saved_model/`` with the signature ``step``; ``model`` owns what the function reads.
+
+    Raises:
+        ConversionError: TensorFlow cannot save it.
+    """
     holder = tf.Module()
     holder.step = function
-    tf.saved_model.save(holder, str(folder / "saved_model"), signatures={"step": function})
+    holder.model = model
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)  # Nobody trains it.
+    try:
+        tf.saved_model.save(
+            holder, str(folder / "saved_model"), signatures={"step": function}, options=options
+        )
+    except Exception as error:  # TensorFlow raises whatever it likes here.
+        raise ConversionError(gist(error)) from error
 
 
 def _complaint(text: str) -> str:
     missing = re.search(r"(?:TF Select ops|Custom ops): ([\w, ]+)", text)
     if missing:
         return f"no built-in operator for {missing[1].strip()}"
-    return first_line(text)[:200]
+    error = re.search(r"error: (.+)", text)
+    return (error[1] if error else gist(text))[:200]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class ModelError(Exception):
     """The model cannot be served. The message is one line for people."""
@@ -14,3 +16,17 @@ class ModelError(Exception):
 
 class NotCausalError(ModelError):
     """T calls of one step are not one call over T steps."""
+
+
+def gist(error: Exception | str) -> str:
+    """Return one line that says what went wrong, out of what may be pages.
+
+    Keras sets the message itself in bold, below a line that only says where it happened.
+    """
+    text = str(error)
+    bold = re.search(r"\x1b\[1m(.+?)\x1b\[0m", text, re.DOTALL)
+    if bold:
+        text = bold[1]
+    elif "in user code:" in text:
+        text = text.strip().splitlines()[-1]
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no message")

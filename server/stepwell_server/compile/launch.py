@@ -54,23 +54,23 @@ def compile_program(
 def _compile(model: Path, folder: Path, imports: Sequence[str], progress: Progress | None) -> None:
     command = [sys.executable, "-m", "stepwell_server.compile", str(model), str(folder)]
     command += [argument for module in imports for argument in ("--import", module)]
-    with tempfile.TemporaryFile("w+", errors="replace") as noise:
-        process = subprocess.Popen(
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as noise,
+        subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=noise,
             text=True,
             env=_environment(),
-        )
+        ) as process,
+    ):
         try:
             assert process.stdout is not None
             ended = _relay(process.stdout, progress)
             code = process.wait()
         finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            process.kill()  # Does nothing if it has ended; else we are leaving early, and so shall it.
         if not ended:
             raise _crash(model, code, noise)
 

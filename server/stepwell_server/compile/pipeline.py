@@ -6,9 +6,10 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from stepwell_server.compile import archive, check, convert
-from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.errors import ModelError, gist
 from stepwell_server.compile.probe import Traced, trace_and_probe
 from stepwell_server.compile.sequences import step_of_executor
 from stepwell_server.engine.executors import load_executor
@@ -33,9 +34,9 @@ def compile_model(
     report("trace")
     try:
         traced = trace_and_probe(loaded, report)
+        program = _artefact(traced, fingerprint, folder, report)
     except ModelError as error:
         raise type(error)(f"{model}: {error}", error.details) from error
-    program = _artefact(traced, fingerprint, folder, report)
     program.save()
     return program
 
@@ -48,9 +49,7 @@ def _import(module: str) -> None:
     try:
         importlib.import_module(module)
     except Exception as error:  # A user's module raises whatever it likes.
-        raise ModelError(
-            f"--import {module}: {type(error).__name__}: {archive.first_line(str(error))}"
-        ) from error
+        raise ModelError(f"--import {module}: {type(error).__name__}: {gist(error)}") from error
 
 
 def _artefact(traced: Traced, fingerprint: str, folder: Path, report: Callable[[str], None]) -> Program:
@@ -73,17 +72,18 @@ def _artefact(traced: Traced, fingerprint: str, folder: Path, report: Callable[[
 
 
 def _litert(traced: Traced, program: Program, report: Callable[[str], None]) -> Program:
-    convert.to_litert(traced.function, program.path)
+    convert.to_litert(convert.freeze(traced.function), program.path)
     report("check")
     try:
         step = step_of_executor(load_executor(program))
         check.check_against_keras(traced, step)
-        agreeing = check.agreeing_sizes(traced, step, check.LITERT_SIZES)
+        sizes = check.affordable(traced, step, check.LITERT_SIZES)
+        agreeing = check.agreeing_sizes(traced, step, sizes)
     except (ExecutionError, RuntimeError, ValueError) as error:  # The interpreter's "I cannot run this".
-        raise check.CheckError(archive.first_line(str(error))) from error
+        raise check.CheckError(gist(error)) from error
     if not agreeing:
         raise check.CheckError("no batch size gives a row the same bits in every place")
-    if len(agreeing) == len(check.LITERT_SIZES):
+    if agreeing == sizes:
         return program
     return dataclasses.replace(
         program,
@@ -95,12 +95,20 @@ def _litert(traced: Traced, program: Program, report: Callable[[str], None]) -> 
 def _tensorflow(traced: Traced, program: Program, reason: str, report: Callable[[str], None]) -> Program:
     (program.path / "program.tflite").unlink(missing_ok=True)
     program = dataclasses.replace(program, executor="tensorflow", executor_reason=reason)
-    convert.to_tensorflow(traced.function, program.path)
-    report("check")
-    step = step_of_executor(load_executor(program))
     try:
+        convert.to_tensorflow(*_most_frozen(traced), program.path)
+        report("check")
+        step = step_of_executor(load_executor(program))
         check.check_against_keras(traced, step)
-    except check.CheckError as error:
-        raise ModelError(f"the compiled model is not the Keras model: {error}") from error
-    sizes = check.agreeing_sizes(traced, step, check.TENSORFLOW_SIZES)
+    except (convert.ConversionError, check.CheckError) as error:
+        raise ModelError(f"{reason}; nor can TensorFlow run what was traced of it: {error}") from error
+    sizes = check.agreeing_sizes(traced, step, check.affordable(traced, step, check.TENSORFLOW_SIZES))
     return dataclasses.replace(program, batch_sizes=sizes or (1,))
+
+
+def _most_frozen(traced: Traced) -> tuple[Any, Any]:
+    """Return the function to save and what it needs beside it: nothing, if its weights became constants."""
+    try:
+        return convert.freeze(traced.function), None
+    except convert.ConversionError:
+        return traced.function, traced.plan.interface.model

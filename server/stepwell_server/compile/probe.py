@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from stepwell_server.compile.archive import first_line
 from stepwell_server.compile.culprit import culprits
-from stepwell_server.compile.errors import ModelError, NotCausalError
+from stepwell_server.compile.errors import ModelError, NotCausalError, gist
 from stepwell_server.compile.interface import describe
 from stepwell_server.compile.plan import Plan, assignments, make_plan
 from stepwell_server.compile.samples import Sampler, make_sampler
@@ -30,7 +30,7 @@ class Traced:
     plan: Plan
     sampler: Sampler
     function: Any
-    """The concrete function of one time step, weights as constants."""
+    """The concrete function of one time step, with variables."""
     observations: tuple[Observation, ...]
     """Whole-sequence calls that its steps were compared with."""
 
@@ -54,24 +54,29 @@ def trace_and_probe(model: Any, progress: Any = None) -> Traced:
 
 
 def _try(interface: Any, temporal: Sequence[bool], progress: Any) -> Traced:
-    try:
+    rng = np.random.default_rng(7)
+    with _explained(f"the model does not run on sequences of {' and '.join(map(str, _LENGTHS))} time steps"):
         sampler = make_sampler(interface, temporal)
-        rng = np.random.default_rng(7)
         seen = [_observe(sampler, temporal, steps, rng) for steps in _LENGTHS]
-        plan = make_plan(sampler.interface, temporal, seen[0], seen[1])
+    plan = make_plan(sampler.interface, temporal, seen[0], seen[1])
+    with _explained("the model does not run on a sequence of one time step"):
         function = trace(plan)
         if progress is not None:
             progress("probe")
         seen += [_observe(sampler, temporal, steps, rng) for steps in _MORE_LENGTHS]
-    except ModelError:
-        raise
-    except Exception as error:  # Keras and user code raise whatever they like here.
-        raise ModelError(
-            f"the model does not run on sequences of any length: {type(error).__name__}: {first_line(str(error))}"
-        ) from error
     traced = Traced(plan, sampler, function, tuple(seen))
     _prove(traced)
     return traced
+
+
+@contextlib.contextmanager
+def _explained(problem: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # Keras and user code raise whatever they like.
+        raise ModelError(f"{problem}: {type(error).__name__}: {gist(error)}") from error
 
 
 def _observe(sampler: Sampler, temporal: Sequence[bool], steps: int, rng: np.random.Generator) -> Observation:

@@ -1,4 +1,4 @@
-"""One time step of a Keras model as a TensorFlow function without variables.
+"""One time step of a Keras model as a TensorFlow function.
 
 The whole model is called on a sequence of one time step. Each call of a recurrent layer that follows the
 sequence has its loop (`RNN.inner_loop`) replaced by one call of its cell on the state carried in; the new
@@ -22,7 +22,7 @@ def trace(plan: Plan) -> Any:
     """Return the concrete function of one time step.
 
     Its arguments and results are named as in `stepwell_server.program`: ``in_<i>`` and ``state_<i>``,
-    ``out_<i>`` and ``next_<i>``, each ``(rows, *shape)``. Weights are constants in it.
+    ``out_<i>`` and ``next_<i>``, each ``(rows, *shape)``. It reads the model's variables.
 
     Raises:
         ModelError: the model cannot be traced on one time step.
@@ -41,7 +41,7 @@ def trace(plan: Plan) -> Any:
     signature |= {
         f"state_{i}": tf.TensorSpec([None, *x.shape], x.dtype, f"state_{i}") for i, x in enumerate(plan.state)
     }
-    return _without_variables(tf.function(step).get_concrete_function(**signature), signature)
+    return tf.function(step).get_concrete_function(**signature)
 
 
 def _keras_input(plan: Plan, i: int, tensor: Any) -> Any:
@@ -128,18 +128,3 @@ def _choose(present: Any, new: Any, old: Any) -> Any:
     """Rows of ``new`` where ``present``, else of ``old``: a masked time step changes nothing."""
     present = tf.cast(present, tf.bool)
     return tf.where(tf.reshape(present, [-1] + [1] * (len(new.shape) - 1)), new, old)
-
-
-def _without_variables(function: Any, signature: dict[str, Any]) -> Any:
-    """Freeze weights into constants: then LiteRT packs them once, as the weights of FULLY_CONNECTED."""
-    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
-
-    frozen = convert_variables_to_constants_v2(function)
-    order = [tensor.name.split(":")[0] for tensor in frozen.inputs]
-    keys = sorted(function.structured_outputs)  # Freezing forgets the names; flattening sorted them.
-
-    def step(**tensors: Any) -> dict[str, Any]:
-        results = frozen(*(tensors[key] for key in order))
-        return dict(zip(keys, (tf.identity(result) for result in results), strict=True))
-
-    return tf.function(step, autograph=False).get_concrete_function(**signature)

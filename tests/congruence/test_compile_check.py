@@ -1,0 +1,86 @@
+"""The check of an artefact finds what it is there to find."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from support import models
+
+# Keras calls numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def traced() -> Any:
+    from stepwell_server.compile.probe import trace_and_probe
+
+    return trace_and_probe(models.build("lstm_dense"))
+
+
+def _step(traced: Any) -> Any:
+    from stepwell_server.compile.sequences import step_of_function
+
+    return step_of_function(traced.plan, traced.function)
+
+
+def test_a_wrong_output_is_found(traced: Any) -> None:
+    from stepwell_server.compile.check import CheckError, check_against_keras
+
+    step = _step(traced)
+    check_against_keras(traced, step)
+
+    def wrong(inputs: Sequence[Any], states: Sequence[Any]) -> tuple[Any, Any]:
+        outputs, after = step(inputs, states)
+        return [outputs[0] * np.float32(1.001)], after
+
+    with pytest.raises(CheckError, match="output 'y' differs from Keras"):
+        check_against_keras(traced, wrong)
+
+
+def test_a_state_that_is_not_carried_is_found(traced: Any) -> None:
+    from stepwell_server.compile.check import CheckError, check_against_keras
+
+    step = _step(traced)
+    with pytest.raises(CheckError):
+        check_against_keras(traced, lambda inputs, states: (step(inputs, states)[0], states))
+
+
+def _exact(inputs: Sequence[Any], states: Sequence[Any]) -> tuple[Any, Any]:
+    return [np.repeat(inputs[0][:, :1], 2, axis=1)], [states[0] + np.float32(0.5), states[1]]
+
+
+def test_sizes_that_give_other_bits_are_left_out(traced: Any) -> None:
+    from stepwell_server.compile.check import agreeing_sizes
+
+    def by_size(inputs: Sequence[Any], states: Sequence[Any]) -> tuple[Any, Any]:
+        outputs, after = _exact(inputs, states)
+        return [outputs[0] + np.float32(len(inputs[0]) < 4)], after
+
+    sizes = (1, 2, 4, 8, 16)
+    assert agreeing_sizes(traced, _exact, sizes) == sizes
+    assert agreeing_sizes(traced, by_size, sizes) == (4, 8, 16)
+
+
+def test_a_row_that_depends_on_its_place_is_found(traced: Any) -> None:
+    from stepwell_server.compile.check import agreeing_sizes
+
+    def by_place(inputs: Sequence[Any], states: Sequence[Any]) -> tuple[Any, Any]:
+        outputs, after = _exact(inputs, states)
+        outputs[0][3:] += np.float32(1e-3)
+        return outputs, after
+
+    assert agreeing_sizes(traced, by_place, (1, 2, 3, 4, 8)) == (1, 2, 3)
+
+
+def test_a_row_that_depends_on_its_neighbours_is_found(traced: Any) -> None:
+    from stepwell_server.compile.check import agreeing_sizes
+
+    def by_company(inputs: Sequence[Any], states: Sequence[Any]) -> tuple[Any, Any]:
+        outputs, after = _exact(inputs, states)
+        return [outputs[0] + outputs[0].mean() * np.float32(1e-3)], after
+
+    assert agreeing_sizes(traced, by_company, (1, 2, 4, 8)) == (1,)

@@ -1,0 +1,166 @@
+"""Executors behind one face: padding, failures, tensors that pass through, many of one program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine.executors import load_executor
+from stepwell_server.engine.executors.base import ExecutionError, Executor
+from stepwell_server.engine.executors.padded import chunks
+from support.compiled import Compiled, compile_zoo
+
+# Keras calls numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def _compiled(name: str, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    return compile_zoo(name, tmp_path_factory.mktemp(name))
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    return _compiled("fixed_length_tokens", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def tokens_on_tensorflow(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    from stepwell_server.compile import convert
+
+    def refuse(*_: Any) -> None:
+        raise convert.ConversionError("no built-in operator for Anything")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "to_litert", refuse)
+        return compile_zoo("fixed_length_tokens", tmp_path_factory.mktemp("tf"))
+
+
+def _token_step(executor: Executor, tokens: list[int]) -> list[Any]:
+    executor.bind(len(tokens))
+    executor.inputs()[0][...] = tokens
+    for i in range(len(executor.states())):
+        executor.states()[i][...] = 0.25
+    executor.invoke()
+    return [np.array(value) for value in (*executor.outputs(), *executor.next_states())]
+
+
+@pytest.mark.parametrize("bad", [13, -14, 2**31 - 1])
+@pytest.mark.parametrize("kind", ["tokens", "tokens_on_tensorflow"])
+def test_a_bad_index_fails_the_pass_and_the_next_one_works(
+    kind: str, bad: int, request: pytest.FixtureRequest
+) -> None:
+    compiled: Compiled = request.getfixturevalue(kind)
+    executor = load_executor(compiled.program)
+    good = [3, 12, 0, 5]
+    expected = _token_step(executor, good)
+    with pytest.raises(ExecutionError):
+        _token_step(executor, [3, bad, 0, 5])
+    for one, two in zip(_token_step(executor, good), expected, strict=True):
+        assert one.tobytes() == two.tobytes()
+
+
+def test_the_reason_for_tensorflow_is_a_sentence(tokens: Compiled, tokens_on_tensorflow: Compiled) -> None:
+    assert tokens.program.executor == "litert"
+    assert tokens.program.batch_sizes == ()
+    assert tokens_on_tensorflow.program.executor == "tensorflow"
+    assert tokens_on_tensorflow.program.executor_reason == (
+        "LiteRT cannot run this model: no built-in operator for Anything"
+    )
+    assert tokens_on_tensorflow.program.batch_sizes
+    assert not (tokens_on_tensorflow.program.path / "program.tflite").exists()
+
+
+def test_both_executors_compute_the_same(tokens: Compiled, tokens_on_tensorflow: Compiled) -> None:
+    rng = np.random.default_rng(3)
+    drawn = rng.integers(0, 13, 37).tolist()
+    one = _token_step(load_executor(tokens.program), drawn)
+    two = _token_step(load_executor(tokens_on_tensorflow.program), drawn)
+    for value, other in zip(one, two, strict=True):
+        np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-6)
+
+
+def test_two_executors_of_one_program_are_independent(tokens: Compiled) -> None:
+    first, second = load_executor(tokens.program), load_executor(tokens.program)
+    expected = _token_step(first, [1, 2, 3])
+    _token_step(second, [7, 8])
+    for value, other in zip((*first.outputs(), *first.next_states()), expected, strict=True):
+        assert np.array_equal(value, other)
+
+
+def test_tensors_that_pass_through_survive_new_inputs_and_the_carry(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """The swapper's next state is its input and its other state: filling the inputs must not change them."""
+    executor = load_executor(_compiled("swapper", tmp_path_factory).program)
+    executor.bind(2)
+    drawn = np.random.default_rng(4).standard_normal((6, 2, 3)).astype("float32")
+    for i in range(2):
+        executor.states()[i][...] = 0
+    for time, now in enumerate(drawn):
+        executor.inputs()[0][...] = now
+        if time:
+            executor.carry()
+        executor.invoke()
+        expected = drawn[time - 2] if time >= 2 else np.zeros_like(now)
+        np.testing.assert_array_equal(executor.outputs()[0], expected)
+
+
+def test_a_view_kept_over_a_step_is_a_mistake_of_the_caller(tokens: Compiled) -> None:
+    executor = load_executor(tokens.program)
+    executor.bind(2)
+    kept = executor.states()[0]
+    with pytest.raises(RuntimeError, match="reference to internal data"):
+        executor.invoke()
+    del kept
+    _token_step(executor, [1, 2])
+
+
+def test_a_damaged_artefact_is_a_value_error(tokens: Compiled, tmp_path: Path) -> None:
+    import dataclasses
+
+    (tmp_path / "program.tflite").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"."):
+        load_executor(dataclasses.replace(tokens.program, path=tmp_path))
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_executor(dataclasses.replace(tokens.program, path=tmp_path, executor="tensorflow"))
+
+
+def test_padding_runs_only_the_listed_sizes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    import dataclasses
+
+    compiled = _compiled("lstm_dense", tmp_path_factory)
+    plain = load_executor(compiled.program)
+    padded = load_executor(dataclasses.replace(compiled.program, batch_sizes=(2, 8)))
+    drawn = np.random.default_rng(5).standard_normal((19, 3)).astype("float32")
+    results = []
+    for executor in (plain, padded):
+        executor.bind(19)
+        for i in range(2):
+            executor.states()[i][...] = 0.5
+        for _ in range(3):
+            executor.inputs()[0][...] = drawn
+            executor.invoke()
+            executor.carry()
+        results.append([np.array(value) for value in (*executor.outputs(), *executor.next_states())])
+    for one, two in zip(*results, strict=True):
+        assert one.tobytes() == two.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes", "expected"),
+    [
+        (5, (), [(0, 5, 5)]),
+        (5, (1,), [(0, 1, 1), (1, 2, 1), (2, 3, 1), (3, 4, 1), (4, 5, 1)]),
+        (5, (2, 4, 8), [(0, 5, 8)]),
+        (19, (2, 8), [(0, 8, 8), (8, 16, 8), (16, 19, 8)]),
+        (18, (2, 8), [(0, 8, 8), (8, 16, 8), (16, 18, 2)]),
+        (1, (4,), [(0, 1, 4)]),
+    ],
+)
+def test_rows_are_cut_into_the_listed_sizes(
+    rows: int, sizes: tuple[int, ...], expected: list[tuple[int, int, int]]
+) -> None:
+    assert list(chunks(rows, sizes)) == expected

@@ -1,0 +1,146 @@
+"""The compiling process as the server sees it: cache, progress, errors; no TensorFlow in the caller."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import stepwell_server
+from stepwell_server.compile import cache
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.launch import compile_program
+from support import models
+
+# Keras calls numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+STAGES = ["load", "trace", "probe", "convert", "check"]
+NOISY_MODULE = """
+import sys
+print("a module that prints")
+print('{"stage": "not a stage"}', flush=True)
+sys.path.insert(0, __TESTS__)
+import support.custom_layers
+"""
+
+
+@pytest.fixture(scope="module")
+def lstm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("lstm") / "lstm.keras"
+    models.build("lstm_dense").save(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def custom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("custom") / "custom.keras"
+    models.build("accumulator").save(file)
+    return file
+
+
+def test_two_processes_compile_one_model_and_the_rest_read_the_cache(lstm: Path, tmp_path: Path) -> None:
+    stages: list[list[str]] = [[], []]
+    with ThreadPoolExecutor(2) as pool:
+        both = list(
+            pool.map(lambda i: compile_program(lstm, tmp_path / "cache", progress=stages[i].append), (0, 1))
+        )
+    assert both[0].path == both[1].path
+    assert both[0].fingerprint == both[1].fingerprint
+    assert STAGES in stages
+    again: list[str] = []
+    assert compile_program(lstm, tmp_path / "cache", progress=again.append).path == both[0].path
+    assert again == []
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [both[0].path.name]
+
+
+def test_a_damaged_entry_is_compiled_again(lstm: Path, tmp_path: Path) -> None:
+    entry = tmp_path / cache.cache_key(lstm, ())
+    entry.mkdir()
+    (entry / "program.json").write_text("{}")
+    stages: list[str] = []
+    program = compile_program(lstm, tmp_path, progress=stages.append)
+    assert stages == STAGES
+    assert program.path == entry
+    flatbuffer = entry / "program.tflite"
+    flatbuffer.write_bytes(flatbuffer.read_bytes()[:-100])
+    assert cache.load(entry) is None
+
+
+def test_a_custom_layer_needs_its_module(
+    custom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ModelError, match=r"unknown class 'Accumulator'; .* --import MODULE"):
+        compile_program(custom, tmp_path / "cache")
+    tests = str(Path(__file__).parents[1])
+    (tmp_path / "noisy_layers.py").write_text(NOISY_MODULE.replace("__TESTS__", repr(tests)))
+    monkeypatch.chdir(tmp_path)
+    stages: list[str] = []
+    program = compile_program(custom, tmp_path / "cache", ["noisy_layers"], stages.append)
+    assert stages == STAGES
+    assert program.state[0].name == "sum/state"
+
+
+def test_a_crash_is_one_line_with_the_rest_as_details(
+    lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "crashing.py").write_text(
+        "import os, sys\nprint('last words', file=sys.stderr)\nos.abort()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"ended unexpectedly \(signal 6\)") as caught:
+        compile_program(lstm, tmp_path / "cache", ["crashing"])
+    assert "\n" not in str(caught.value)
+    assert "last words" in caught.value.details
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_module_that_does_not_exist_or_raises(
+    lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ModelError, match="--import no_such_module: there is no module 'no_such_module'"):
+        compile_program(lstm, tmp_path, ["no_such_module"])
+    (tmp_path / "raising.py").write_text("raise KeyError('broken')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="--import raising: KeyError: 'broken'"):
+        compile_program(lstm, tmp_path / "cache", ["raising"])
+
+
+def test_the_key_is_of_content_and_of_the_modules_source(
+    lstm: Path, custom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy.keras"
+    copy.write_bytes(lstm.read_bytes())
+    assert cache.cache_key(copy, ()) == cache.cache_key(lstm, ())
+    assert cache.cache_key(custom, ()) != cache.cache_key(lstm, ())
+    package = tmp_path / "layers_of_mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('must not be imported for the key')\n")
+    (package / "cells.py").write_text("A = 1\n")
+    monkeypatch.chdir(tmp_path)
+    before = cache.cache_key(lstm, ["layers_of_mine.cells"])
+    assert before != cache.cache_key(lstm, ())
+    (package / "cells.py").write_text("A = 2\n")
+    assert cache.cache_key(lstm, ["layers_of_mine.cells"]) != before
+
+
+def test_the_caller_never_loads_tensorflow(lstm: Path, tmp_path: Path) -> None:
+    program = compile_program(lstm, tmp_path)
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(stepwell_server.__file__).parents[1])!r})
+from pathlib import Path
+from stepwell_server.compile.launch import compile_program
+from stepwell_server.engine.executors import load_executor
+program = compile_program(Path({str(lstm)!r}), Path({str(tmp_path)!r}))
+assert program.fingerprint == {program.fingerprint!r}
+load_executor(program).bind(3)
+print(sorted(name for name in ("tensorflow", "keras", "h5py") if name in sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"

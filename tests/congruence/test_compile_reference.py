@@ -1,0 +1,48 @@
+"""The numpy oracle, the compiled program and Keras agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine.reference import gru_step, lstm_step
+from support.compiled import compile_zoo
+
+# Keras calls numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+ROWS, STEPS = 4, 9
+
+
+def _weights(layer: Any) -> list[Any]:
+    return [np.array(weight, np.float64) for weight in layer.weights]
+
+
+def test_lstm(tmp_path: Path) -> None:
+    compiled = compile_zoo("lstm_dense", tmp_path)
+    kernel, recurrent, bias = _weights(compiled.model.get_layer("lstm"))
+    dense, offset = _weights(compiled.model.get_layer("y"))
+    (x,) = compiled.draw(1, ROWS, STEPS)
+    h, c = np.zeros((ROWS, 8)), np.zeros((ROWS, 8))
+    expected = []
+    for time in range(STEPS):
+        h, c = lstm_step(x[:, time].astype(np.float64), h, c, kernel, recurrent, bias)
+        expected.append(h @ dense + offset)
+    np.testing.assert_allclose(compiled.stepped([x], STEPS)["y"], np.stack(expected, 1), atol=1e-6)
+    np.testing.assert_allclose(compiled.keras([x])["y"], np.stack(expected, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "reset_after"), [("gru_reset_after", True), ("gru_reset_before", False)])
+def test_gru(name: str, reset_after: bool, tmp_path: Path) -> None:
+    compiled = compile_zoo(name, tmp_path)
+    weights = _weights(compiled.model.get_layer("gru"))
+    (x,) = compiled.draw(1, ROWS, STEPS)
+    h = np.zeros((ROWS, 5))
+    expected = []
+    for time in range(STEPS):
+        h = gru_step(x[:, time].astype(np.float64), h, *weights, reset_after=reset_after)
+        expected.append(h)
+    np.testing.assert_allclose(compiled.stepped([x], STEPS)["gru"], np.stack(expected, 1), atol=1e-6)
