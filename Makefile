@@ -9,15 +9,13 @@ MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-MODEL := out/temperature.keras# what the demo leaves behind
+# What the demo leaves behind.
+MODEL := out/temperature.keras
 
 # The first Python of a version that pyproject.toml allows; `make PYTHON=...` names another.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c '$(SUPPORTED)' 2>/dev/null && { echo "$$p"; break; }; done)
-
-# TensorFlow tells on every start which instructions it could use; only its warnings matter here.
-export TF_CPP_MIN_LOG_LEVEL ?= 1
 
 .PHONY: help
 help: ## Show this list
@@ -50,7 +48,7 @@ test: $(INSTALLED) ## Run all tests; ARGS="tests/unit -k slots" runs some
 	$(BIN)/pytest $(ARGS)
 
 .PHONY: check
-check: check-format check-lint check-types check-arrows check-proto check-repo ## Run every check that is not a test
+check: check-format check-lint check-types check-arrows check-proto check-repo ## Run every check that is not a test: all those below
 
 .PHONY: check-format
 check-format: $(INSTALLED) ## Is everything formatted?

@@ -1,0 +1,109 @@
+"""The repository's own rules find what they are there to find."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import check_repo
+import pytest
+
+Write = Callable[[str, str], None]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
+    """Writes a file of a repository that the rules are run on."""
+    repository = tmp_path / "someone" / "checkout"
+    repository.mkdir(parents=True)
+    subprocess.run(["git", "init", "--quiet"], cwd=repository, check=True, timeout=30)
+    monkeypatch.setattr(check_repo, "ROOT", repository)
+
+    def write_one(name: str, text: str) -> None:
+        path = repository / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        subprocess.run(["git", "add", name], cwd=repository, check=True, timeout=30)
+        check_repo.tracked_files.cache_clear()
+        check_repo.text_of.cache_clear()
+
+    yield write_one
+    check_repo.tracked_files.cache_clear()
+    check_repo.text_of.cache_clear()
+
+
+def test_a_long_module_is_found_and_generated_code_is_not(write: Write) -> None:
+    write("client/stepwell/long.py", "x = 1\n" * 601)
+    write("client/stepwell/v1/long_pb2.py", "x = 1\n" * 601)
+    write("client/stepwell/short.py", "x = 1\n" * 600)
+    assert list(check_repo.module_length()) == ["client/stepwell/long.py: 601 lines, 600 at most"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://" + "pypi" + ".org/project/numpy",
+        "-" + "-index-url https://mirror.example",
+        "-" + "-extra-index-url https://mirror.example",
+        '"resolved"' + ': "https://mirror.example/x.tgz"',
+        "https://mirror.example/" + "simple/'",
+    ],
+)
+def test_a_registry_host_is_found(write: Write, text: str) -> None:
+    write("notes.txt", f"first\n{text}\n")
+    (finding,) = check_repo.no_registry_hosts()
+    assert finding.startswith("notes.txt:2:")
+
+
+def test_a_lock_file_is_found(write: Write) -> None:
+    write("sub/uv.lock", "")
+    assert len(list(check_repo.no_lock_files())) == 1
+
+
+def test_a_path_of_this_machine_is_found(write: Write, tmp_path: Path) -> None:
+    write("notes.md", f"see {tmp_path}/someone/else\n")
+    write("fine.md", "see /usr/share/dict/words\n")
+    (finding,) = check_repo.no_machine_paths()
+    assert finding.startswith("notes.md:1:")
+
+
+def test_a_loose_constraint_is_found(write: Write) -> None:
+    write("constraints.txt", "numpy==2.4.6\ngrpcio>=1.78\n")
+    write("constraints-gen.txt", "protobuf==6.33.6\n")
+    assert list(check_repo.constraints_are_exact()) == ["constraints.txt:2: not name==version: grpcio>=1.78"]
+
+
+def test_a_stale_path_in_a_document_is_found(write: Write) -> None:
+    write("server/stepwell_server/engine/loop.py", "")
+    write("docs/more.md", "up: [README](../README.md)\n")
+    write(
+        "README.md",
+        "`server/stepwell_server/engine/loop.py`, `engine/loop.py`, `engine/`, `lstm/h`, `out/x.py`, [more](docs/more.md), "
+        "[gone](docs/gone.md), `engine/gone.py`, `scripts/`\n",
+    )
+    named = [finding.split()[2] for finding in check_repo.documents_name_real_paths()]
+    assert named == ["docs/gone.md,", "engine/gone.py,", "scripts/,"]
+
+
+def test_a_stale_target_in_a_document_is_found(write: Write) -> None:
+    write("Makefile", "demo: x\n\ttrue\n")
+    write("README.md", "`make demo`, and make sure of `make tea`\n\n```sh\nmake coffee\n```\n")
+    named = [finding.split("`")[1] for finding in check_repo.documents_name_real_targets()]
+    assert named == ["make tea", "make coffee"]
+
+
+@pytest.mark.parametrize(("newest", "findings"), [("0.1.0", 0), ("0.2.0", 1), ("unreleased", 1)])
+def test_a_changelog_without_the_version_is_found(write: Write, newest: str, findings: int) -> None:
+    write("pyproject.toml", '[project]\nversion = "0.1.0"\n')
+    write("CHANGELOG.md", f"# Changelog\n\n## [{newest}]\n\n## [0.0.1]\n")
+    assert len(list(check_repo.changelog_has_the_version())) == findings
+
+
+def test_an_undocumented_and_an_unread_variable_are_found(write: Write) -> None:
+    write("server/stepwell_server/x.py", "")
+    write("README.md", "`STEPWELL_LISTEN`, `STEPWELL_NOTHING`\n")
+    findings = list(check_repo.environment_variables_are_documented())
+    assert "README.md: names STEPWELL_NOTHING, which nothing reads" in findings
+    assert "STEPWELL_STORE: is read, and no document names it" in findings
+    assert not [finding for finding in findings if "STEPWELL_LISTEN" in finding]
