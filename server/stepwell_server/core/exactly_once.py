@@ -28,6 +28,13 @@ class Verdict:
     conflict: Mask
 
 
+def applies(revision: int, last_request: int, expected: int | None, request: int) -> bool:
+    """Whether one change is applied; the rule of `judge` for a single one."""
+    if expected is None:
+        return not request or request != last_request
+    return expected == revision
+
+
 def judge(revision: U64, last_request: U64, expected: U64 | None, request: U64 | None) -> Verdict:
     """Judge one change for each of n sessions.
 

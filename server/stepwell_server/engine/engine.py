@@ -42,6 +42,7 @@ from stepwell_server.engine.replies import Replies
 from stepwell_server.engine.runner import Runner
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.engine.singles import Singles
+from stepwell_server.engine.solo import Solo
 from stepwell_server.engine.warmup import warm_up
 from stepwell_server.errors import InvalidInput, ServerError, Unavailable
 from stepwell_server.program import Program
@@ -104,7 +105,16 @@ class Engine:
             self._table, self._directory, self._admission, pager, clock=clock, observer=observer
         )
         self._frames = Frames(self._table, self._directory)
-        self._singles = [Singles(self._table, self._admission, model, self.submit) for model in self._models]
+        self._singles = [
+            Singles(
+                self._table,
+                self._admission,
+                model,
+                Solo(self._table, model, clock=clock, observer=observer),
+                self.submit,
+            )
+            for model in self._models
+        ]
         for model, singles in zip(self._models, self._singles, strict=True):
             model.loop.feed(singles.admit_all)
         self._accepting = True

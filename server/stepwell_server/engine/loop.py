@@ -22,7 +22,7 @@ from stepwell_server.core.slots import Slots
 from stepwell_server.engine.calls import Observer
 from stepwell_server.engine.job import Job, Mask
 from stepwell_server.engine.passes import FailedUnit, Pass
-from stepwell_server.engine.runner import SLICE_S, Runner
+from stepwell_server.engine.runner import IN_PLACE_S, SLICE_S, Runner
 from stepwell_server.errors import Internal, InvalidInput, ServerError
 from stepwell_server.program import Program
 
@@ -88,6 +88,11 @@ class PassLoop:
     def expected_wait_s(self) -> float:
         """About how long what waits now will take."""
         return self.runner.cost.of(self._scheduler.rows_waiting)
+
+    @property
+    def is_free(self) -> bool:
+        """No pass runs and nothing waits for one, and one row is cheap enough to run in place."""
+        return not self._running and not self._scheduler and self.runner.cost.of(1) <= IN_PLACE_S
 
     def feed(self, source: Callable[[], None]) -> None:
         """Call `source` at the beginning of each turn: it adds jobs made of what has come meanwhile."""

@@ -7,6 +7,7 @@ attempted, and only then stored.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -87,6 +88,8 @@ class Lane:
     def __init__(self, executor: Executor, arena: Arena) -> None:
         self._executor = executor
         self._arena = arena
+        self.spent_s = 0.0
+        """Processor time of the last `attempt` and `store`, in seconds."""
 
     def attempt(self, work: Pass, low: int, high: int) -> None:
         """Run rows `low` to before `high`. The new state stays in the executor.
@@ -94,6 +97,7 @@ class Lane:
         Raises:
             ExecutionError: the program raised; nothing changed.
         """
+        started = time.thread_time()
         executor = self._executor
         executor.bind(high - low)
         self._arena.gather(work.source_rows[low:high], executor.states())
@@ -103,6 +107,7 @@ class Lane:
             work.fill(executor.inputs(), low, high, step)
             executor.invoke()
             self._collect(work, low, high, step)
+        self.spent_s = time.thread_time() - started
 
     def _collect(self, work: Pass, low: int, high: int, step: int) -> None:
         # in a function of its own: no view of the executor's buffers may outlive it
@@ -111,7 +116,28 @@ class Lane:
 
     def store(self, work: Pass, low: int, high: int) -> None:
         """Write what the last `attempt` of the same rows computed to the arena."""
+        started = time.thread_time()
         self._arena.write(work.target_rows[low:high], self._executor.next_states())
+        self.spent_s += time.thread_time() - started
+
+    def run_row(self, row: int, inputs: Sequence[Array]) -> list[Array]:
+        """Run one time step of one row of the arena and write its new state there.
+
+        Returns:
+            Its outputs, `(1, ...)` each.
+
+        Raises:
+            ExecutionError: the program raised; nothing changed.
+        """
+        executor = self._executor
+        executor.bind(1)
+        self._arena.gather_row(row, executor.states())
+        for view, array in zip(executor.inputs(), inputs, strict=True):
+            view[...] = array
+        del view
+        executor.invoke()
+        self._arena.write_row(row, executor.next_states())
+        return [output.copy() for output in executor.outputs()]
 
     def narrow(self, work: Pass) -> None:
         """Run a pass that failed as a whole in parts, until each session has run or is found at fault."""

@@ -70,6 +70,12 @@ class Replies:
         if kept is Kept.ARRAYS:
             self._keep_arrays(job, handles, outputs)
 
+    def remember_rows(self, handle: int, kept: Kept) -> None:
+        """Keep how the reply of one session is kept; not as arrays."""
+        if self._arrays:
+            self._arrays.pop(handle, None)
+        self._table.reply[handle] = kept
+
     def remember_empty(self, handles: Handles) -> None:
         """Keep that the last change's reply has no outputs."""
         self._table.reply[handles] = Kept.EMPTY

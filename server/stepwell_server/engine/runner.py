@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor as Pool
 
+from stepwell_server.engine.calls import Array
 from stepwell_server.engine.executors.base import ExecutionError
 from stepwell_server.engine.passes import Lane, Pass
 
@@ -26,11 +27,11 @@ class Cost:
         self._fixed = 20e-6
         self._per_row = 1e-6
 
-    def learn(self, rows: int, steps: int, seconds: float, lanes: int) -> None:
-        """Take a finished pass into account."""
+    def learn(self, rows: int, steps: int, seconds: float) -> None:
+        """Take into account what rows and time steps took on one thread, in processor time."""
         each = seconds / steps
         if rows >= 16:
-            self._per_row += 0.2 * (max(0.0, each - self._fixed) * lanes / rows - self._per_row)
+            self._per_row += 0.2 * (max(0.0, each - self._fixed) / rows - self._per_row)
         else:
             self._fixed += 0.2 * (max(1e-6, each - rows * self._per_row) - self._fixed)
 
@@ -66,13 +67,17 @@ class Runner:
         else:
             lane.store(work, 0, work.row_count)
         work.seconds = time.perf_counter() - started
-        self.cost.learn(work.row_count, work.steps, work.seconds, 1)
+        self.cost.learn(work.row_count, work.steps, lane.spent_s)
+
+    def run_row(self, row: int, inputs: Sequence[Array]) -> list[Array]:
+        """Run one time step of one row on the calling thread. See `Lane.run_row`."""
+        return self._lanes[0].run_row(row, inputs)
 
     def try_out(self, work: Pass) -> None:
         """Run a pass on the calling thread for its cost alone; nothing is stored."""
-        started = time.perf_counter()
-        self._lanes[0].attempt(work, 0, work.row_count)
-        self.cost.learn(work.row_count, work.steps, time.perf_counter() - started, 1)
+        lane = self._lanes[0]
+        lane.attempt(work, 0, work.row_count)
+        self.cost.learn(work.row_count, work.steps, lane.spent_s)
 
     def run_on_threads(self, work: Pass, done: Callable[[BaseException | None], None]) -> None:
         """Run a pass on the pool's threads; `done` is called from one of them, with what it raised."""
@@ -137,5 +142,5 @@ class _Pieces:
         else:
             for lane, (low, high) in zip(self._lanes, self._pieces, strict=False):
                 lane.store(self._work, low, high)
+                self._cost.learn(high - low, self._work.steps, lane.spent_s)
         self._work.seconds = time.perf_counter() - self._started
-        self._cost.learn(self._work.row_count, self._work.steps, self._work.seconds, len(self._pieces))

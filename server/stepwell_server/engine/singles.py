@@ -17,6 +17,7 @@ from stepwell_server.engine.bundle import Bundle
 from stepwell_server.engine.calls import Array, Frame, Part, Select, Single, StepReply
 from stepwell_server.engine.checks import CheckedInputs, finite_rows
 from stepwell_server.engine.served import ServedModel
+from stepwell_server.engine.solo import Solo
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 
@@ -29,9 +30,12 @@ class Singles:
         table: SessionTable,
         admission: Admission,
         model: ServedModel,
+        solo: Solo,
         submit_frame: Callable[[Frame], None],
     ) -> None:
         self._model = model
+        self._plain = _Plain(model.program)
+        self._solo = solo
         self._table = table
         self._admission = admission
         self._submit_frame = submit_frame
@@ -49,12 +53,28 @@ class Singles:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
-        plain = _Plain(self._model.program)
+        if len(waiting) == 1 and self._model.loop.is_free and self._run_solo(*waiting[0]):
+            return
+        groups: dict[tuple[Select, bool], _Group] = {}
         for handle, single in waiting:
-            if not plain.add(handle, single):
+            plain = self._plain.of(single)
+            if plain is None:
                 self._submit_alone(single)
-        for group in plain.groups.values():
+                continue
+            arrays, with_time = plain
+            group = groups.get((single.select, with_time))
+            if group is None:
+                group = groups[single.select, with_time] = _Group(len(arrays), with_time=with_time)
+            group.add(handle, single, arrays)
+        for group in groups.values():
             self._admit(group)
+
+    def _run_solo(self, handle: int, single: Single) -> bool:
+        plain = self._plain.of(single)
+        if plain is None or self._table.session_id_or_none(handle) != single.session_id:
+            return False
+        arrays, with_time = plain
+        return self._solo.run(handle, single, arrays, with_time=with_time)
 
     def _admit(self, group: _Group) -> None:
         handles = np.array(group.handles, np.intp)
@@ -97,9 +117,15 @@ class _Group:
         self.singles: list[Single] = []
         self.columns: list[list[Array]] = [[] for _ in range(inputs)]
 
+    def add(self, handle: int, single: Single, arrays: Iterable[Array]) -> None:
+        self.handles.append(handle)
+        self.singles.append(single)
+        for column, array in zip(self.columns, arrays, strict=True):
+            column.append(array)
+
 
 class _Plain:
-    """Sorts the plain single steps from the others, and into groups."""
+    """Tells plain single steps from the others."""
 
     def __init__(self, program: Program) -> None:
         self._names = [spec.name for spec in program.inputs]
@@ -107,13 +133,12 @@ class _Plain:
             (np.dtype(spec.dtype), (1, *spec.shape), (1, 1, *spec.shape) if spec.temporal else None)
             for spec in program.inputs
         ]
-        self.groups: dict[tuple[Select, bool], _Group] = {}
 
-    def add(self, handle: int, single: Single) -> bool:
-        """Put a step into its group; False if it is not plain."""
+    def of(self, single: Single) -> tuple[list[Array], bool] | None:
+        """The inputs of a plain step, `(1, ...)` each, and whether they came with time; else None."""
         given = single.inputs
         if len(given) != len(self._names):
-            return False
+            return None
         arrays: list[Array] = []
         with_time = False
         for name, (dtype, shape, shape_with_time) in zip(self._names, self._wanted, strict=True):
@@ -121,24 +146,13 @@ class _Plain:
             if array is None:
                 array = given.get("") if len(given) == 1 else None
             if array is None or array.dtype != dtype:
-                return False
+                return None
             if array.shape == shape_with_time:
                 array, with_time = array[0], True
             elif array.shape != shape or (with_time and shape_with_time is not None):
-                return False
+                return None
             arrays.append(array)
-        self._put(handle, single, arrays, with_time=with_time)
-        return True
-
-    def _put(self, handle: int, single: Single, arrays: Iterable[Array], *, with_time: bool) -> None:
-        group = self.groups.get((single.select, with_time))
-        if group is None:
-            group = _Group(len(self._names), with_time=with_time)
-            self.groups[single.select, with_time] = group
-        group.handles.append(handle)
-        group.singles.append(single)
-        for column, array in zip(group.columns, arrays, strict=True):
-            column.append(array)
+        return arrays, with_time
 
 
 def as_frame(single: Single) -> Frame:
