@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 from stepwell import errors
 
+# An attempt cut short by the time limit ends with an unknown outcome, so one that is bound to be is not made.
+_LEAST_ATTEMPT_S = 0.02
+
 Clock = Callable[[], float]
 
 
@@ -98,7 +101,8 @@ class Attempts:
         Raises:
             StepwellError: The last error, if there is not.
         """
-        if self._last is not None and self._deadline.remaining_s() <= 0:
+        too_little_s = min(_LEAST_ATTEMPT_S, self._deadline.limit_s / 10)
+        if self._last is not None and self._deadline.remaining_s() < too_little_s:
             raise self._final(self._last)
 
     def _final(self, error: errors.StepwellError) -> errors.StepwellError:

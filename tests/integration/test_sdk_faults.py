@@ -15,6 +15,8 @@ from stepwell import errors
 from support.scripted_server import MODEL, Fault, ScriptedServer
 from support.shells import SHELLS, connect
 
+# The last of many attempts may be cut short by the time limit.
+GAVE_UP = (errors.UnavailableError, errors.DeadlineExceededError)
 X = np.ones((1, 2), np.float32)
 Code = grpc.StatusCode
 LOST = Fault(after_work=True)
@@ -123,7 +125,7 @@ async def test_overload_beyond_the_limit(client: Any, server: ScriptedServer) ->
 async def test_unknown_outcome_is_settled_by_the_same_call(client: Any, server: ScriptedServer) -> None:
     session = await client.open_session(MODEL)
     server.fail(step_method(client), LOST, 1000)
-    with pytest.raises(errors.UnavailableError) as caught:
+    with pytest.raises(GAVE_UP) as caught:
         await session.step(X, timeout_s=0.2)
     assert caught.value.outcome == "unknown"
     assert session.revision == 0
@@ -135,7 +137,7 @@ async def test_unknown_outcome_is_settled_by_the_same_call(client: Any, server: 
 async def test_unknown_outcome_and_another_call_is_a_conflict(client: Any, server: ScriptedServer) -> None:
     session = await client.open_session(MODEL)
     server.fail(step_method(client), LOST, 1000)
-    with pytest.raises(errors.UnavailableError):
+    with pytest.raises(GAVE_UP):
         await session.step(X, timeout_s=0.2)
     server._faults.clear()
     with pytest.raises(errors.RevisionConflictError) as caught:
@@ -150,9 +152,10 @@ async def test_unknown_outcome_and_another_call_is_a_conflict(client: Any, serve
 async def test_refusal_is_settled(client: Any, server: ScriptedServer) -> None:
     session = await client.open_session(MODEL)
     server.fail(step_method(client), Fault(reason="UNAVAILABLE", message="stopping"), 1000)
-    with pytest.raises(errors.UnavailableError, match="stopping") as caught:
+    with pytest.raises(GAVE_UP, match="stopping") as caught:
         await session.step(X, timeout_s=0.2)
-    assert caught.value.outcome == ("not_applied" if step_method(client) == "Step" else caught.value.outcome)
+    cut_short = isinstance(caught.value, errors.DeadlineExceededError)
+    assert caught.value.outcome == ("unknown" if cut_short else "not_applied")
 
 
 async def test_time_limit_is_kept_and_its_outcome_unknown(client: Any, server: ScriptedServer) -> None:
