@@ -133,3 +133,25 @@ def test_a_group_alone_shows_its_help(arguments: list[str]) -> None:
 
     assert result.exit_code == 2
     assert "Commands:" in result.output
+
+
+def test_text_that_the_terminal_cannot_write_is_escaped() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "stepwell", "models", "--server", "5€"],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert finished.returncode == 2
+    assert "got '5\\u20ac'" in finished.stderr
+
+
+def test_arguments_that_are_no_text_are_refused() -> None:
+    for command in (["sessions", "show"], ["sessions", "list", "--prefix"], ["sessions", "list", "--model"]):
+        result = CliRunner().invoke(main, [*command, "user-\udcff", "--timeout-s", "0.5"])
+
+        assert result.exit_code == 1
+        assert result.stderr.startswith("stepwell: error: ")

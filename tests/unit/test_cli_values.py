@@ -75,10 +75,24 @@ def test_whole_numbers_of_csv_stay_whole_for_models_that_take_them(tmp_path: Pat
     assert fitted["tokens"].tolist() == [[17, 4]]
 
 
+def save_damaged(folder: Path) -> None:
+    np.save(folder / "huge.npy", np.zeros((1, 3)))
+    data = (folder / "huge.npy").read_bytes()
+    (folder / "huge.npy").write_bytes(data.replace(b"(1, 3)", b"(%d,)" % 10**15)[: len(data)])
+    np.savez_compressed(folder / "damaged.npz", x=np.random.default_rng(1).random((50, 50)))
+    packed = bytearray((folder / "damaged.npz").read_bytes())
+    packed[200:260] = bytes(60)
+    (folder / "damaged.npz").write_bytes(packed)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("hello", "the value is not JSON"),
+        ("[" * 100_000, "the value is not JSON"),
+        ("[" * 70 + "1" + "]" * 70, "equal lengths"),
+        ("[[1" + "0" * 5000 + "]]", "the value is not JSON"),
+        ("[[1" + "0" * 50 + "]]", "numbers only"),
         ("[[1], [2, 3]]", "equal lengths"),
         ('[["a"]]', "numbers only"),
         ("[[null]]", "numbers only"),
@@ -88,6 +102,8 @@ def test_whole_numbers_of_csv_stay_whole_for_models_that_take_them(tmp_path: Pat
         ("{folder}/empty.npy", "is not a NumPy file"),
         ("{folder}/text.npz", "is not a NumPy file"),
         ("{folder}/pickle.npy", "is not a NumPy file"),
+        ("{folder}/huge.npy", "is not a NumPy file"),
+        ("{folder}/damaged.npz", "is not a NumPy file"),
         ("{folder}/head.csv", "has no line of numbers"),
         ("{folder}/ragged.csv", "ragged.csv: "),
         ("{folder}/words.csv", "words.csv: "),
@@ -100,6 +116,7 @@ def test_what_cannot_be_read_says_why(tmp_path: Path, text: str, says: str) -> N
     (tmp_path / "empty.npy").write_bytes(b"")
     (tmp_path / "text.npz").write_text("no arrays")
     np.save(tmp_path / "pickle.npy", np.array([{}]), allow_pickle=True)
+    save_damaged(tmp_path)
     (tmp_path / "head.csv").write_text("wind,rain\n")
     (tmp_path / "ragged.csv").write_text("1,2\n3\n")
     (tmp_path / "words.csv").write_text("1,2\n3,rain\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -94,6 +95,13 @@ def outcome_hint(error: Exception) -> str:
     if getattr(error, "outcome", None) != "unknown":
         return ""
     return "; a change may have been applied: 'stepwell sessions show' tells the revision"
+
+
+def accept_any_text() -> None:
+    """Let stdout and stderr write what their encoding lacks as escapes, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def discard_stdout() -> None:

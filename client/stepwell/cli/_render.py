@@ -94,7 +94,7 @@ def print_rich(table: Table) -> None:
     with console.capture() as captured:
         console.print(table)
     lines = captured.get().splitlines()
-    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in lines))
+    click.echo("\n".join(line.rstrip() for line in lines), color=True)
 
 
 def new_console() -> Console:

@@ -20,6 +20,7 @@ class Root(_help.Group):
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         """Parse the command line up to the command's name."""
+        _errors.accept_any_text()
         with _errors.reported():
             return super().make_context(*args, **extra)
 

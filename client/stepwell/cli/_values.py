@@ -6,11 +6,10 @@ import json
 import math
 import re
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -86,7 +85,7 @@ def from_json(text: str, source: str) -> Values:
     """Read nested lists of one input, or an object of them with the inputs' names as keys."""
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{source} is not JSON ({error}); give nested lists, @FILE.json, FILE.npy, FILE.npz, FILE.csv or -"
         ) from None
@@ -110,16 +109,21 @@ def to_array(nested: object, source: str) -> NDArray[Any]:
 
 def from_npy(path: Path) -> Values:
     """Read one array of a `.npy` file, or several of a `.npz` file with the inputs' names as keys."""
+    with path.open("rb") as file:
+        try:
+            return load_arrays(file)
+        except Exception as error:  # damaged files raise whatever zip, zlib, tokenize or numpy trip over
+            raise ValueError(f"{path} is not a NumPy file: {error}") from None
+
+
+def load_arrays(file: BinaryIO) -> Values:
+    """Read what a NumPy file holds; pickled objects are refused."""
     import numpy as np
 
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return {None: Value(loaded)}
-            return {name: Value(loaded[name]) for name in loaded.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a NumPy file: {error}") from None
+    loaded = np.load(file, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        return {None: Value(loaded)}
+    return {name: Value(loaded[name]) for name in loaded.files}
 
 
 def from_csv(path: Path) -> Values:
