@@ -44,7 +44,7 @@ def main() -> None:
     model = forecaster.train(series, TRAINED_UNTIL, console)
     forecaster.save(model, MODEL)
     console.rule("Serve it: three users at once, one hour at a time")
-    console.print(f"starting a server process; it compiles {MODEL} into a program of one time step")
+    console.print(f"starting a server process, which compiles {MODEL}")
     with LocalServer(models={"temperature": MODEL}) as server:
         console.print(f"served at {server.address}")
         logs, experiment = asyncio.run(serve_users(server.address, series, console))
@@ -77,7 +77,7 @@ async def serve_users(
 async def live(session: AsyncSession, log: Log, progress: Progress) -> None:
     """Feed a user's session hour by hour and write down what it says of the next hour, and of the next day."""
     weather = features(log.observed, log.user.first_hour)
-    for hour in progress.track(range(HOURS), description=f"{log.user.name} at {log.user.airport}"):
+    for hour in progress.track(range(HOURS), description=log.title):
         forecast = await next_hour(session, weather[hour : hour + 1])
         log.next_hour.append(float(forecast[0, 0]))
         if hour >= HISTORY and hour % LOOK_AHEAD_EVERY == 0:

@@ -49,6 +49,11 @@ class Log:
     """Hour -> forecast made there for the next 24 hours."""
 
     @property
+    def title(self) -> str:
+        """Who it is, and where."""
+        return f"{self.user.name} at {AIRPORTS[self.user.airport]}"
+
+    @property
     def observed(self) -> Floats:
         """The hours fed to the session."""
         return self.series[self.user.first_hour : self.user.first_hour + HOURS]
@@ -115,7 +120,7 @@ def print_errors(console: Console, logs: list[Log]) -> None:
         last = time_of(log.user.first_hour + HOURS - 1)
         errors = [*next_hour_errors(log), *(day_ahead_errors(log, method).mean() for method in DAY_AHEAD)]
         days = f"{first.day}-{last.day} {last:%b}"
-        table.add_row(log.user.name, log.user.airport, days, *(f"{error:.2f}" for error in errors))
+        table.add_row(log.user.name, AIRPORTS[log.user.airport], days, *(f"{error:.2f}" for error in errors))
     console.print(table)
 
 
@@ -172,7 +177,7 @@ def plot_user(axes: Axes, log: Log, colour: str, *, legend: bool) -> None:
         axes.plot(ahead, log.next_day[hour], color=colour, lw=2.2, alpha=0.65, label=labels[0])
         axes.plot(ahead, log.truth(hour, -DAY), ":", color=GREY, lw=1.6, label=labels[1])
         axes.axvline(ahead[0], color=GREY, lw=0.6, alpha=0.5)
-    axes.set_title(f"{log.user.name} at {AIRPORTS[log.user.airport]}", color=colour, fontweight="bold")
+    axes.set_title(log.title, color=colour, fontweight="bold")
     axes.set_ylabel("temperature (°C)")
     axes.xaxis.set_major_locator(mdates.DayLocator())
     axes.xaxis.set_major_formatter(mdates.DateFormatter("%d %b %Y\n%H:%M UTC", tz="UTC"))

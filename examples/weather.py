@@ -12,7 +12,7 @@ Floats = npt.NDArray[np.float32]
 Hours = npt.NDArray[np.int64]
 
 START = datetime(2013, 1, 1, 6, tzinfo=UTC)
-AIRPORTS = {"newark": "Newark Liberty", "kennedy": "John F. Kennedy", "laguardia": "LaGuardia"}
+AIRPORTS = {"newark": "Newark", "kennedy": "Kennedy", "laguardia": "LaGuardia"}
 
 
 def load_temperatures() -> dict[str, Floats]:
