@@ -122,10 +122,10 @@ class FakeExecutor:
     def invoke(self) -> None:
         self._hooks.run(self._rows)
         try:
-            if np.any(self._in[0][:, 0] == BROKEN):
-                raise RuntimeError("a secret detail")
             if np.any(self._in[0][:, 0] == BAD):
                 raise ExecutionError("x is out of range\nnode 7 failed")
+            if np.any(self._in[0][:, 0] == BROKEN):
+                raise RuntimeError("a secret detail")
             outputs, states = advance(self._in, self._state)
         except Exception:
             self._rows = 0  # as the real one: it must be bound again

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepwell_server.core.exactly_once import judge
+from stepwell_server.core.exactly_once import ANY_REVISION, judge
 
 MAX = 2**64 - 1
 
@@ -27,8 +27,11 @@ RULE = [
     (0, 0, 0, 0, "apply"),
     (0, 0, 0, 9, "apply"),
     (0, 0, 1, 9, "conflict"),
-    (0, 0, MAX, 0, "conflict"),  # revision - 1 wraps
-    (0, 0, MAX, 9, "conflict"),
+    (0, 0, MAX - 1, 0, "conflict"),
+    (5, 77, ANY_REVISION, 88, "apply"),
+    (5, 77, ANY_REVISION, 77, "replay"),
+    (5, 0, ANY_REVISION, 0, "apply"),
+    (0, 0, ANY_REVISION, 9, "apply"),  # revision - 1 wraps to the same number
     (1, 9, 0, 9, "replay"),
 ]
 

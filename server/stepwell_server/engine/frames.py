@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence, Sized
 
 import numpy as np
 
+from stepwell_server.core.exactly_once import ANY_REVISION
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.calls import Frame, Members, Tensors
@@ -21,10 +22,12 @@ from stepwell_server.engine.checks import (
 from stepwell_server.engine.directory import Directory
 from stepwell_server.engine.framecall import FrameCall
 from stepwell_server.engine.served import ServedModel
-from stepwell_server.errors import InvalidInput, ServerError
+from stepwell_server.errors import InvalidInput, RevisionConflict, ServerError
 from stepwell_server.program import Program
 
 MAX_MEMBERS = 65_536
+#: Far above every session's, and low enough that the sum of a frame's cannot wrap.
+MAX_BATCH_SIZE = 1 << 31
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,6 +71,10 @@ class Frames:
         for member in np.flatnonzero(good & (self._table.batch_size[call.handles] != call.sizes)).tolist():
             errors.append((member, self._wrong_size(call, member)))
             good[member] = False
+        if frame.expected is not None:
+            for member in np.flatnonzero(good & (frame.expected == np.uint64(ANY_REVISION))).tolist():
+                errors.append((member, self._no_such_revision(call, member)))
+                good[member] = False
         return Checked(call, np.flatnonzero(good), errors)
 
     def _call(self, frame: Frame) -> FrameCall:
@@ -79,6 +86,7 @@ class Frames:
         _require_length("expected_revisions", frame.expected, len(ids))
         _require_length("request_ids", frame.request_ids, len(ids))
         _require_length("batch_sizes", frame.batch_sizes, len(ids))
+        _require_sizes(frame.batch_sizes)
         handles = self._directory.find_all(ids)
         there = handles[handles >= 0]
         if not len(there):
@@ -128,6 +136,10 @@ class Frames:
             f" got {call.sizes[member]}"
         )
 
+    def _no_such_revision(self, call: FrameCall, member: int) -> ServerError:
+        revision = int(self._table.revision[call.handles[member]])
+        return RevisionConflict(call.frame.session_ids[member], ANY_REVISION, revision)
+
     @staticmethod
     def _finite(call: FrameCall) -> Members | None:
         """Which members hold only finite numbers, as a mask; None if all do."""
@@ -141,6 +153,12 @@ class Frames:
 def _require_length(name: str, values: Sized | None, count: int) -> None:
     if values is not None and len(values) != count:
         raise InvalidInput(f"{name} must be empty or one for each of {count} sessions; got {len(values)}")
+
+
+def _require_sizes(sizes: Rows | None) -> None:
+    if sizes is not None and not 1 <= sizes.min() <= sizes.max() <= MAX_BATCH_SIZE:
+        wrong = sizes[(sizes < 1) | (sizes > MAX_BATCH_SIZE)]
+        raise InvalidInput(f"batch_sizes must be 1 to {MAX_BATCH_SIZE}; got {wrong[0]}")
 
 
 def _repeated(ids: Iterable[str]) -> str:
@@ -174,6 +192,8 @@ def _rows_given(frame: Frame) -> int:
 
 
 def _require_rows(rows: Sequence[int], call: FrameCall) -> None:
+    if call.size > 1:
+        raise InvalidInput(f"rows may be given for one session only; got {call.size} sessions")
     given = list(rows)
     batch_size = int(call.sizes[0])
     outside = [row for row in given if not 0 <= row < batch_size]

@@ -140,9 +140,13 @@ class Lane:
         return [output.copy() for output in executor.outputs()]
 
     def narrow(self, work: Pass) -> None:
-        """Run a pass that failed as a whole in parts, until each session has run or is found at fault."""
+        """Run a pass that failed as a whole in parts, until each session has run or is found at fault.
+
+        Nothing is stored before all parts have run: if the executor breaks, nothing has changed.
+        """
         starts, names = work.units()
         parts = [(0, len(names))]
+        ran: list[tuple[Rows, list[Array]]] = []
         while parts:
             first, last = parts.pop()
             try:
@@ -154,4 +158,9 @@ class Lane:
                 middle = (first + last) // 2
                 parts += [(middle, last), (first, middle)]
             else:
-                self.store(work, int(starts[first]), int(starts[last]))
+                ran.append((work.target_rows[starts[first] : starts[last]], self._next_states()))
+        for rows, states in ran:
+            self._arena.write(rows, states)
+
+    def _next_states(self) -> list[Array]:
+        return [state.copy() for state in self._executor.next_states()]

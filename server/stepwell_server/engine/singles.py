@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from stepwell_server.core.exactly_once import ANY_REVISION
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.admission import Admission
 from stepwell_server.engine.bundle import Bundle
@@ -137,7 +138,7 @@ class _Plain:
     def of(self, single: Single) -> tuple[list[Array], bool] | None:
         """The inputs of a plain step, `(1, ...)` each, and whether they came with time; else None."""
         given = single.inputs
-        if len(given) != len(self._names):
+        if len(given) != len(self._names) or single.expected == ANY_REVISION:
             return None
         arrays: list[Array] = []
         with_time = False

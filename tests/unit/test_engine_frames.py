@@ -1,0 +1,276 @@
+"""Frames: many sessions in one message, each with a fate of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine.calls import Frame, Part
+from stepwell_server.errors import InvalidInput, ServerError, SessionNotFound
+from support.engine import Answer, Harness, running
+from support.fake_executor import BAD, PLAIN, RICH
+from support.model_of_sessions import initial, run
+
+SIZES = {"a": 1, "b": 3, "c": 2, "d": 1}
+
+
+def x(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
+
+
+def stepped(state: np.ndarray, value: np.ndarray) -> np.ndarray:
+    ran = run(state, value if value.ndim == 3 else value[:, None])
+    assert ran is not None
+    return ran[0] if value.ndim == 3 else ran[0][:, 0]
+
+
+async def opened(at: Harness) -> None:
+    for session_id, size in SIZES.items():
+        await at.open(session_id, batch_size=size)
+
+
+def reasons(answers: list[Answer | ServerError]) -> list[str]:
+    return [type(answer).__name__ for answer in answers]
+
+
+def bytes_of(answer: Answer | ServerError) -> bytes:
+    assert isinstance(answer, Answer)
+    data: bytes = answer.outputs["y"].tobytes()
+    return data
+
+
+@pytest.mark.parametrize("order", ["abcd", "dcba", "bd", "cab"])
+@pytest.mark.parametrize("steps", [None, 1, 4])
+@pytest.mark.parametrize("said", [False, True])
+async def test_sessions_of_mixed_batch_sizes_share_a_frame(order: str, steps: int | None, said: bool) -> None:
+    async with running(threads=True, max_batch_rows=4) as at:
+        await opened(at)
+        sizes = [SIZES[name] for name in order]
+        value = x(sum(sizes), *([] if steps is None else [steps]))
+        batch_sizes = sizes if said else None
+        answers = await at.submit(list(order), value, sizes=sizes, batch_sizes=batch_sizes).all()
+        low = 0
+        for size, answer in zip(sizes, answers, strict=True):
+            wanted = stepped(initial(size), value[low : low + size])
+            assert bytes_of(answer) == wanted.tobytes()
+            low += size
+
+
+@pytest.mark.parametrize("gone", [[0], [1], [3], [0, 2], [1, 2, 3], [0, 1, 2, 3]])
+@pytest.mark.parametrize("reset", [False, True])
+async def test_sessions_that_are_gone_shift_nobodys_rows(gone: list[int], reset: bool) -> None:
+    async with running() as at:
+        await opened(at)
+        ids = [f"gone-{name}" if i in gone else name for i, name in enumerate(SIZES)]
+        sizes = list(SIZES.values())
+        value = x(sum(sizes))
+        how: dict[str, Any] = {"reset": True, "state": {"": value}} if reset else {"x": value}
+        answers = await at.submit(ids, sizes=sizes, batch_sizes=sizes, **how).all()
+        low = 0
+        for member, (session_id, size) in enumerate(zip(ids, sizes, strict=True)):
+            own, low, answer = value[low : low + size], low + size, answers[member]
+            if member in gone:
+                assert isinstance(answer, SessionNotFound)
+                assert answer.session_id == session_id
+            elif reset:
+                assert (await at.state(session_id))["sum"].tobytes() == own.tobytes()
+            else:
+                assert bytes_of(answer) == stepped(initial(size), own).tobytes()
+
+
+async def test_one_that_is_gone_shifts_nobody_even_if_sizes_are_not_said() -> None:
+    async with running() as at:
+        await opened(at)
+        value = x(1 + 5 + 2)
+        answers = await at.submit(["a", "nobody", "c"], value, sizes=[1, 5, 2]).all()
+        assert reasons(answers) == ["Answer", "SessionNotFound", "Answer"]
+        assert bytes_of(answers[0]) == stepped(initial(1), value[:1]).tobytes()
+        assert bytes_of(answers[2]) == stepped(initial(2), value[6:]).tobytes()
+
+
+async def test_several_that_are_gone_without_sizes_are_refused_where_it_is_not_certain() -> None:
+    async with running() as at:
+        await opened(at)
+        answers = await at.submit(["g", "a", "h"], x(3)).all()
+        assert reasons(answers) == ["SessionNotFound", "Answer", "SessionNotFound"]
+        assert bytes_of(answers[1]) == stepped(initial(1), x(3)[1:2]).tobytes()
+        with pytest.raises(InvalidInput, match=r"not certain whose rows are whose without \['g', 'h'\]"):
+            at.submit(["g", "a", "h"], x(4))
+
+
+async def test_a_member_that_says_a_wrong_batch_size_fails_alone() -> None:
+    async with running() as at:
+        await opened(at)
+        value = x(4)
+        answers = await at.submit(["a", "b", "d"], value, sizes=[1, 2, 1], batch_sizes=[1, 2, 1]).all()
+        assert reasons(answers) == ["Answer", "InvalidInput", "Answer"]
+        assert isinstance(answers[1], InvalidInput)
+        assert answers[1].message == "batch_sizes must be the sessions' own; session 'b' has 3, got 2"
+        assert bytes_of(answers[2]) == stepped(initial(1), value[3:]).tobytes()
+        assert at.engine.session_info("b").revision == 0
+
+
+@pytest.mark.parametrize("sizes", [[1, 0], [0, 1], [2, -1], [2**62, -(2**62) + 1], [2**63 - 1, 2]])
+@pytest.mark.parametrize("value", [x(1), np.full((1, 2), np.nan)], ids=["finite", "nan"])
+async def test_batch_sizes_that_cannot_be_are_refused(sizes: list[int], value: np.ndarray) -> None:
+    async with running() as at:
+        await at.open("a", "d")
+        with pytest.raises(InvalidInput, match=r"^batch_sizes must be 1 to"):
+            at.submit(["a", "d"], value, batch_sizes=sizes)
+
+
+async def test_members_with_numbers_that_are_not_finite_fail_alone() -> None:
+    async with running() as at:
+        await opened(at)
+        value = x(7, 2)
+        value[2, 1, 0] = np.nan
+        value[6, 0, 1] = np.inf
+        answers = await at.submit(list("abcd"), value, sizes=[1, 3, 2, 1]).all()
+        assert reasons(answers) == ["Answer", "InvalidInput", "Answer", "InvalidInput"]
+        assert "got nan at index [1, 1, 0]" in str(answers[1])
+        assert "got inf at index [0, 0, 1]" in str(answers[3])
+        assert bytes_of(answers[2]) == stepped(initial(2), value[4:6]).tobytes()
+
+
+async def test_states_that_are_not_finite_fail_alone() -> None:
+    async with running() as at:
+        await opened(at)
+        value = x(7)
+        value[3, 0] = np.inf
+        answers = await at.submit(list("abcd"), sizes=[1, 3, 2, 1], reset=True, state={"sum": value}).all()
+        assert reasons(answers) == ["Answer", "InvalidInput", "Answer", "Answer"]
+        assert "state 'sum' must hold finite numbers" in str(answers[1])
+        assert (await at.state("c"))["sum"].tobytes() == value[4:6].tobytes()
+        assert (await at.state("b"))["sum"].tobytes() == initial(3).tobytes()
+
+
+async def test_each_member_is_judged_for_itself() -> None:
+    async with running(threads=True) as at:
+        await at.open(*"abcdef")
+        first = x(6)
+        before = await at.submit(list("abcdef"), first, request_ids=range(11, 17)).all()
+        at.hooks.close_gate()
+        at.submit("f", x(1, seed=1), expected=1)
+        await at.in_flight()
+        value = x(7, seed=2)
+        value[4, 0] = BAD
+        #        a: new    b: again   c: stale   gone      d: new     e: bad      f: waits in line
+        ids = ["a", "b", "c", "gone", "e", "d", "f"]
+        frame = at.submit(
+            ids,
+            value,
+            expected=[1, 0, 0, 0, 1, 1, 2],
+            request_ids=[21, 12, 22, 23, 24, 25, 26],
+            sizes=[1] * 7,
+        )
+        at.hooks.open_gate()
+        answers = await frame.all()
+        kinds = [
+            "Answer",
+            "Answer",
+            "RevisionConflict",
+            "SessionNotFound",
+            "InvalidInput",
+            "Answer",
+            "Answer",
+        ]
+        assert reasons(answers) == kinds
+        replayed = [answer.replayed for answer in answers if isinstance(answer, Answer)]
+        assert replayed == [False, True, False, False]
+        assert bytes_of(answers[1]) == bytes_of(before[1])
+        revisions = {name: at.engine.session_info(name).revision for name in "abcdef"}
+        assert revisions == {"a": 2, "b": 1, "c": 1, "d": 2, "e": 1, "f": 3}
+        for member in (0, 5):
+            one = ids[member]
+            start = run(initial(1), first["abcdef".index(one)][None, None])
+            assert start is not None
+            assert bytes_of(answers[member]) == stepped(start[1], value[member][None]).tobytes()
+
+
+async def test_a_frame_of_resets_sets_each_session_to_its_own_rows() -> None:
+    async with running(threads=True) as at:
+        await opened(at)
+        at.hooks.close_gate()
+        at.submit("b", x(3), sizes=[3])
+        await at.in_flight()
+        value = x(7, seed=3)
+        # one waits in line, one is stale: the others' rows must not shift
+        frame = at.submit(
+            list("abcd"), sizes=[1, 3, 2, 1], reset=True, state={"": value}, expected=[0, 1, 5, 0]
+        )
+        at.hooks.open_gate()
+        assert reasons(await frame.all()) == ["Answer", "Answer", "RevisionConflict", "Answer"]
+        for name, low, high in (("a", 0, 1), ("b", 1, 4), ("d", 6, 7)):
+            assert (await at.state(name))["sum"].tobytes() == value[low:high].tobytes()
+        assert (await at.state("c"))["sum"].tobytes() == initial(2).tobytes()
+
+
+async def test_a_frame_of_resets_to_zero() -> None:
+    async with running() as at:
+        await opened(at)
+        await at.submit(list("abcd"), x(7), sizes=[1, 3, 2, 1]).all()
+        for answer in await at.submit(list("ac"), sizes=[1, 2], reset=True).all():
+            assert isinstance(answer, Answer)
+            assert (answer.revision, answer.position, answer.outputs) == (2, 0, {})
+        assert (await at.state("c"))["sum"].tobytes() == np.stack([PLAIN.initial[0]] * 2).tobytes()
+        assert at.engine.session_info("b").position == 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "fields", "message"),
+    [
+        (["a", "d", "a"], {"x": x(3)}, "session_ids must name each session once; 'a' came twice"),
+        (["gone", "gone"], {"x": x(2)}, "session_ids must name each session once; 'gone' came twice"),
+        ([], {"x": x(0)}, "session_ids must be 1 to 65536; got 0"),
+        (["a", "r"], {"x": x(2)}, "session_ids must be sessions of one model; got sessions of several"),
+        (["a", "d"], {"x": x(3)}, r"input 'x' must have shape \(2, 2\) or \(2, T, 2\); got \(3, 2\)"),
+        (["a", "d"], {"x": x(2), "expected": [1]}, "expected_revisions must be empty or one for each of 2"),
+        (["a", "d"], {"reset": True, "rows": [0]}, "rows may be given for one session only; got 2 sessions"),
+        (["a", "d"], {"reset": True, "state": {"": x(3)}}, r"state 'sum' must have shape \(2, 2\)"),
+    ],
+)
+async def test_a_frame_that_is_refused_as_a_whole_changes_nobody(
+    ids: list[str], fields: dict[str, Any], message: str
+) -> None:
+    async with running({"plain": PLAIN, "rich": RICH}) as at:
+        await at.open("a", "d")
+        await at.open("r", model="rich")
+        with pytest.raises(InvalidInput, match=f"^{message}"):
+            at.submit(ids, **fields)
+        for name in "adr":
+            assert at.engine.session_info(name).revision == 0
+
+
+async def test_the_parts_of_a_reply_say_when_they_are_all() -> None:
+    async with running(max_batch_rows=2, threads=True) as at:
+        await at.open(*"abcde")
+        parts: list[Part] = []
+        ids = ["a", "gone", "b", "c", "d", "e"]
+        frame = Frame(ids, parts.append, inputs={"": x(6)}, expected=np.array([0, 0, 9, 0, 0, 0], np.uint64))
+        at.engine.submit(frame)
+        await at.settled()
+        assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
+        members: list[int] = []
+        for part in parts:
+            assert part.members is not None
+            assert part.members.tolist() == sorted(part.members.tolist())
+            members += part.members.tolist()
+            for failure in part.failures:
+                assert failure.members is not None
+                members += failure.members.tolist()
+        assert sorted(members) == list(range(6))
+
+
+async def test_two_models_do_not_share_passes_or_rows() -> None:
+    async with running({"plain": PLAIN, "other": PLAIN}, resident_rows=2) as at:
+        await at.open("a", "b", model="plain")
+        await at.open("c", "d", model="other")
+        assert all(at.engine.session_info(name).resident for name in "abcd")
+        assert [stats.sessions for stats in at.engine.stats()] == [2, 2]
+        assert [info.name for info in at.engine.models()] == ["other", "plain"]
+        answers = [at.submit(list(names), x(2)) for names in ("ab", "cd")]
+        for each in answers:
+            assert reasons(await each.all()) == ["Answer", "Answer"]
+        assert sorted(at.events.passes) == [(2, 1), (2, 1)]

@@ -1,0 +1,341 @@
+"""Passes: who shares one, whose fault it is when it fails, and what happens when it breaks."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from stepwell_server.errors import Internal, InvalidInput, Overloaded, ServerError, Unavailable
+from support.engine import Answer, Harness, running
+from support.fake_executor import BAD, BROKEN, PLAIN
+from support.model_of_sessions import initial, run
+
+BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
+START = PLAIN.initial[0].tobytes()
+
+
+def x(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
+
+
+def outputs_of(value: np.ndarray) -> np.ndarray:
+    ran = run(initial(len(value)), value if value.ndim == 3 else value[:, None])
+    assert ran is not None
+    return ran[0] if value.ndim == 3 else ran[0][:, 0]
+
+
+async def open_all(at: Harness, count: int) -> list[str]:
+    ids = [f"s{i:03}" for i in range(count)]
+    await at.engine.open_sessions("plain", session_ids=ids)
+    return ids
+
+
+def reasons(answers: list[Answer | ServerError]) -> list[str]:
+    return [type(answer).__name__ for answer in answers]
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("bad", [[0], [25], [50], [0, 1, 49, 50], list(range(51))])
+@pytest.mark.parametrize("steps", [None, 1, 4])
+async def test_only_the_sessions_at_fault_fail(threads: bool, bad: list[int], steps: int | None) -> None:
+    async with running(threads=threads, compute_threads=3) as at:
+        ids = await open_all(at, 51)
+        value = x(51, *([] if steps is None else [steps]))
+        good = value.copy()
+        for place, member in enumerate(bad):  # at different time steps
+            value[(member, 0) if steps is None else (member, place % steps, 0)] = BAD
+        answers = await at.submit(ids, value).all()
+        wanted = outputs_of(good)
+        for member, answer in enumerate(answers):
+            if member in bad:
+                assert isinstance(answer, InvalidInput)
+                assert "it refused them: x is out of range" in answer.message
+                assert (await at.state(ids[member]))["sum"].tobytes() == START
+                assert at.engine.session_info(ids[member]).revision == 0
+            else:
+                assert isinstance(answer, Answer)
+                assert answer.outputs["y"].tobytes() == wanted[member].tobytes()
+                assert answer.revision == 1
+
+
+@BOTH_WAYS
+async def test_sessions_of_different_requests_do_not_notice_the_one_at_fault(threads: bool) -> None:
+    async with running(threads=threads) as at:
+        ids = await open_all(at, 12)
+        value = x(12, 3)
+        value[7, 2, 0] = BAD
+        waiting = [at.submit(session_id, value[i : i + 1]) for i, session_id in enumerate(ids)]
+        for i, answers in enumerate(waiting):
+            (answer,) = await answers.all()
+            if i == 7:
+                assert isinstance(answer, InvalidInput)
+            else:
+                assert isinstance(answer, Answer)
+                assert answer.outputs["y"].tobytes() == outputs_of(value[i : i + 1]).tobytes()
+
+
+@BOTH_WAYS
+async def test_a_session_with_a_row_at_fault_fails_whole_and_its_neighbours_do_not(threads: bool) -> None:
+    async with running(threads=threads) as at:
+        for session_id, size in (("a", 2), ("b", 3), ("c", 1)):
+            await at.open(session_id, batch_size=size)
+        value = x(6)
+        value[3, 0] = BAD
+        answers = await at.submit(["a", "b", "c"], value, sizes=[2, 3, 1]).all()
+        assert reasons(answers) == ["Answer", "InvalidInput", "Answer"]
+        assert (await at.state("b"))["sum"].tobytes() == START * 3
+        for answer, low, high in ((answers[0], 0, 2), (answers[2], 5, 6)):
+            assert isinstance(answer, Answer)
+            assert answer.outputs["y"].tobytes() == outputs_of(value[low:high]).tobytes()
+
+
+@BOTH_WAYS
+async def test_a_pass_that_breaks_changes_nothing_and_the_loop_goes_on(
+    threads: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(threads=threads) as at:
+        ids = await open_all(at, 8)
+        value = x(8)
+        value[5, 0] = BROKEN
+        broken = at.submit(ids, value)
+        after = at.submit(ids, x(8, seed=1), expected=[0] * 8)
+        answers = await broken.all()
+        assert reasons(answers) == ["Internal"] * 8
+        error = answers[0]
+        assert isinstance(error, Internal)
+        assert "secret" not in error.message
+        (record,) = [r for r in caplog.records if getattr(r, "error_id", None) == error.error_id]
+        assert "a secret detail" in (record.exc_text or "")
+        for member, answer in enumerate(await after.all()):
+            assert isinstance(answer, Answer)
+            wanted = outputs_of(x(8, seed=1)[member : member + 1])
+            assert answer.outputs["y"].tobytes() == wanted[0].tobytes()
+
+
+@BOTH_WAYS
+async def test_a_pass_that_breaks_while_it_is_narrowed_changes_nothing(threads: bool) -> None:
+    async with running(threads=threads) as at:
+        ids = await open_all(at, 8)
+        value = x(8)
+        value[3, 0] = (
+            BAD  # the executor refuses the whole pass, so it runs in parts, the last of which breaks
+        )
+        value[7, 0] = BROKEN
+        assert reasons(await at.submit(ids, value).all()) == ["Internal"] * 8
+        for session_id in ids:
+            assert (await at.state(session_id))["sum"].tobytes() == START
+            assert at.engine.session_info(session_id).revision == 0
+
+
+@pytest.mark.parametrize("victim", range(6))
+async def test_cancelling_any_member_of_a_batch_harms_no_other(victim: int) -> None:
+    async with running(threads=True) as at:
+        ids = await open_all(at, 7)
+        at.hooks.close_gate()
+        first = at.submit(ids[6], x(1))
+        await at.in_flight()
+        value = x(6)
+        waiting = [at.submit(ids[i], value[i : i + 1]) for i in range(6)]
+        at.cancel(waiting[victim])
+        at.hooks.open_gate()
+        assert (await first.only()).revision == 1
+        for i, answers in enumerate(waiting):
+            (answer,) = await answers.all()
+            if i == victim:
+                assert isinstance(answer, Unavailable)
+                assert at.engine.session_info(ids[i]).revision == 0
+            else:
+                assert isinstance(answer, Answer)
+                assert answer.outputs["y"].tobytes() == outputs_of(value[i : i + 1]).tobytes()
+
+
+@pytest.mark.parametrize("victim", range(4))
+async def test_cancelling_the_task_that_waits_for_a_change_harms_no_other(victim: int) -> None:
+    from stepwell_server.engine.calls import Frame
+
+    async with running(threads=True) as at:
+        ids = await open_all(at, 5)
+        at.hooks.close_gate()
+        at.submit(ids[4], x(1))
+        await at.in_flight()
+        value = x(4)
+        frames = [Frame([ids[i]], lambda part: None, inputs={"": value[i : i + 1]}) for i in range(4)]
+        tasks = [asyncio.create_task(at.engine.apply(frame)) for frame in frames]
+        await asyncio.sleep(0)
+        tasks[victim].cancel()
+        await asyncio.wait([tasks[victim]])
+        at.hooks.open_gate()
+        for i, task in enumerate(tasks):
+            if i == victim:
+                assert task.cancelled()
+            else:
+                assert (await task).outputs["y"].tobytes() == outputs_of(value[i : i + 1]).tobytes()
+        assert at.engine.session_info(ids[victim]).revision == 0
+
+
+async def test_a_change_cancelled_while_its_pass_runs_is_applied_and_a_retry_finds_it() -> None:
+    async with running(threads=True) as at:
+        await at.open("a")
+        at.hooks.close_gate()
+        one = at.submit("a", x(1), expected=0, request_ids=3)
+        await at.in_flight()
+        at.cancel(one)
+        at.hooks.open_gate()
+        assert (await one.only()).revision == 1
+        assert (await at.step("a", x(1), expected=0, request_ids=3)).replayed
+
+
+async def test_what_waits_together_runs_together_up_to_max_batch_rows() -> None:
+    async with running(threads=True, max_batch_rows=8, compute_threads=1) as at:
+        ids = await open_all(at, 21)
+        at.hooks.close_gate()
+        at.submit(ids[20], x(1))
+        await at.in_flight()
+        waiting = [at.submit(ids[i], x(1)) for i in range(20)]
+        at.hooks.open_gate()
+        for answers in waiting:
+            await answers.only()
+        assert at.events.passes == [(1, 1), (8, 1), (8, 1), (4, 1)]
+
+
+async def test_a_frame_of_more_rows_than_a_pass_is_answered_in_parts() -> None:
+    async with running(threads=True, max_batch_rows=4) as at:
+        ids = await open_all(at, 10)
+        value = x(10)
+        answers = at.submit(ids, value)
+        wanted = outputs_of(value)
+        for member, answer in enumerate(await answers.all()):
+            assert isinstance(answer, Answer)
+            assert answer.outputs["y"].tobytes() == wanted[member].tobytes()
+        assert [rows for rows, _ in at.events.passes] == [4, 4, 2]
+
+
+async def test_a_session_of_more_rows_than_a_pass_runs() -> None:
+    async with running(max_batch_rows=4) as at:
+        await at.open("a", batch_size=9)
+        value = x(9, 3)
+        assert (await at.step("a", value)).outputs["y"].tobytes() == outputs_of(value).tobytes()
+
+
+async def test_a_long_request_gives_way_to_short_ones_after_each_step() -> None:
+    async with running(threads=True, steps=100, max_batch_rows=2, compute_threads=1) as at:
+        ids = await open_all(at, 4)
+        at.hooks.close_gate()
+        long = at.submit(ids[0], x(1, 40))
+        await at.in_flight()
+        short = [at.submit(ids[i], x(1)) for i in range(1, 4)]
+        after = at.submit(ids[1], x(1))
+        at.hooks.open_gate()
+        for answers in [*short, after]:
+            await answers.only()
+        assert (await long.only()).outputs["y"].tobytes() == outputs_of(x(1, 40)).tobytes()
+        assert at.events.passes[0] == (1, 40), "alone, it runs many steps in one pass"
+
+
+async def test_while_others_wait_a_long_request_runs_one_step_a_pass() -> None:
+    async with running(threads=True, steps=100, max_batch_rows=2, compute_threads=1) as at:
+        ids = await open_all(at, 4)
+        at.hooks.close_gate()
+        first = at.submit(ids[0], x(1))
+        await at.in_flight()
+        long = at.submit(ids[1], x(1, 4))
+        short = [at.submit(ids[i], x(1)) for i in (2, 3)]
+        at.hooks.open_gate()
+        for answers in [first, *short]:
+            await answers.only()
+        assert at.events.passes[:3] == [(1, 1), (2, 1), (2, 1)]
+        await long.only()
+        assert sum(steps for _, steps in at.events.passes) == 1 + 4
+
+
+async def test_too_many_rows_waiting_are_refused_and_nothing_changes() -> None:
+    async with running(threads=True, max_batch_rows=1, resident_rows=200) as at:
+        ids = await open_all(at, 70)
+        at.hooks.close_gate()
+        first = at.submit(ids[0], x(1))
+        await at.in_flight()
+        waiting = at.submit(ids[1:61], x(60))
+        with pytest.raises(
+            Overloaded, match="rows waiting for model 'plain' must stay within 64; 60 wait and 5 came"
+        ) as error:
+            at.submit(ids[61:66], x(5))
+        assert error.value.retry_after_s > 0
+        fits = at.submit(ids[61:65], x(4))
+        with pytest.raises(Overloaded, match="64 wait and 1 came"):
+            at.submit(ids[66], x(1))
+        at.hooks.open_gate()
+        await first.only()
+        await waiting.all()
+        await fits.all()
+        assert at.engine.session_info(ids[65]).revision == 0
+        assert (await at.step(ids[65], x(1), expected=0)).revision == 1
+
+
+async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepwell_server.engine.admission.MAX_WAITING_BYTES", 100)
+    async with running(threads=True) as at:
+        ids = await open_all(at, 3)
+        at.hooks.close_gate()
+        first = at.submit(ids[0], x(1, 50))  # 400 bytes, but nothing waits yet
+        await at.in_flight()
+        with pytest.raises(Overloaded, match="input bytes waiting must stay within 100; 400 wait and 8 came"):
+            at.submit(ids[1], x(1))
+        assert at.engine.stats()[0].queued_bytes == 400
+        at.hooks.open_gate()
+        await first.only()
+        assert (await at.step(ids[1], x(1))).revision == 1
+
+
+async def test_stopping_refuses_what_comes_and_finishes_what_came() -> None:
+    async with running(threads=True) as at:
+        await at.open("a", "b")
+        at.hooks.close_gate()
+        first = at.submit("a", x(1))
+        await at.in_flight()
+        in_queue, in_line = at.submit("b", x(1, 3)), at.submit("a", x(1))
+        at.engine.stop_accepting()
+        for change in ({"x": x(1)}, {"reset": True}):
+            with pytest.raises(Unavailable, match="the server is stopping"):
+                at.submit("a", **change)
+        for call in (
+            at.engine.open_session("plain"),
+            at.engine.open_sessions("plain", count=1),
+            at.engine.fork("a"),
+            at.engine.predict("plain", {"": x(1)}),
+        ):
+            with pytest.raises(Unavailable, match="the server is stopping"):
+                await call
+        draining = asyncio.create_task(at.engine.drain())
+        await asyncio.sleep(0)
+        assert not draining.done()
+        at.hooks.open_gate()
+        await asyncio.wait_for(draining, 10)
+        assert all(answers.ended for answers in (first, in_queue, in_line))
+        assert (await in_line.only()).revision == 2
+        assert (await at.engine.get_state("b")).session.position == 3
+
+
+async def test_draining_ends_if_all_that_waits_was_cancelled() -> None:
+    async with running(threads=True) as at:
+        await at.open("a", "b")
+        at.hooks.close_gate()
+        at.submit("a", x(1))
+        await at.in_flight()
+        cancelled = at.submit("b", x(1))
+        at.cancel(cancelled)
+        draining = asyncio.create_task(at.engine.drain())
+        await asyncio.sleep(0)
+        at.hooks.open_gate()
+        await asyncio.wait_for(draining, 10)
+        assert reasons(await cancelled.all()) == ["Unavailable"]
+
+
+async def test_warming_up_writes_to_nobodys_rows() -> None:
+    async with running(max_batch_rows=100) as at:
+        await at.open("a")
+        before = (await at.state("a"))["sum"].tobytes()
+        await at.engine.start()
+        assert (await at.state("a"))["sum"].tobytes() == before
+        assert set(at.hooks.rows) == {1, 8, 64}, "no size beyond max_batch_rows"
