@@ -83,11 +83,22 @@ def _to_array(tensor: tensors_pb2.Tensor, where: str) -> Array:
         raise InvalidInput(f"{where}: dtype must be one of stepwell.v1.DataType; got {tensor.dtype}")
     shape = tuple(tensor.shape)
     data = tensor.data
-    if math.prod(shape) * dtype.itemsize != len(data) or (shape and min(shape) < 0) or len(shape) > MAX_RANK:
+    # The rank comes first: the product of a million axes would keep the server busy for hours.
+    if len(shape) > MAX_RANK or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
         raise InvalidInput(_shape_problem(where, shape, dtype, len(data)))
+    if not data:
+        return _to_empty(shape, dtype, where)
     if dtype.kind == "b":
         return _to_bools(data, where).reshape(shape)
-    return np.frombuffer(data, dtype).reshape(shape) if data else np.empty(shape, dtype)
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _to_empty(shape: tuple[int, ...], dtype: np.dtype[np.generic], where: str) -> Array:
+    try:
+        return np.empty(shape, dtype)
+    except ValueError:
+        # An axis of 0 makes the product 0, but NumPy wants that of the other axes to be a size as well.
+        raise InvalidInput(f"{where}: shape must be one that an array can have; got {list(shape)}") from None
 
 
 def _shape_problem(where: str, shape: tuple[int, ...], dtype: np.dtype[np.generic], size: int) -> str:
@@ -101,7 +112,7 @@ def _shape_problem(where: str, shape: tuple[int, ...], dtype: np.dtype[np.generi
 
 def _to_bools(data: bytes, where: str) -> Array:
     octets = np.frombuffer(data, np.uint8)
-    if octets.size and octets.max() > 1:
+    if octets.max() > 1:
         raise InvalidInput(f"{where}: each byte of a bool tensor must be 0 or 1; got {octets.max()}")
     return octets.view(np.bool_)
 
