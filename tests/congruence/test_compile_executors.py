@@ -164,3 +164,16 @@ def test_rows_are_cut_into_the_listed_sizes(
     rows: int, sizes: tuple[int, ...], expected: list[tuple[int, int, int]]
 ) -> None:
     assert list(chunks(rows, sizes)) == expected
+
+
+@pytest.mark.parametrize("name", ["lstm_dense", "lstm_last_only", "gru_reset_after"])
+def test_the_step_is_lean(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No reshaping between layers and no product over shapes unknown: one delegate takes the whole step."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    program = _compiled(name, tmp_path_factory).program
+    interpreter = Interpreter(model_path=str(program.path / "program.tflite"), num_threads=1)
+    interpreter.allocate_tensors()
+    operations = [item["op_name"] for item in interpreter._get_ops_details()]
+    assert operations.count("DELEGATE") == 1, operations
+    assert not {"EXPAND_DIMS", "RESHAPE", "SHAPE", "TRANSPOSE", "BATCH_MATMUL"} & set(operations), operations

@@ -29,11 +29,12 @@ def trace(plan: Plan) -> Any:
     """
 
     def step(**tensors: Any) -> dict[str, Any]:
-        inputs = [_keras_input(plan, i, tensors[f"in_{i}"]) for i in range(len(plan.inputs))]
-        carrying = _Carrying(plan, [tensors[f"state_{i}"] for i in range(len(plan.state))])
+        time = _TimeAxis()
+        carrying = _Carrying(plan, [tensors[f"state_{i}"] for i in range(len(plan.state))], time)
+        inputs = [_keras_input(plan, i, tensors[f"in_{i}"], time) for i in range(len(plan.inputs))]
         with relaxed(plan.interface.model), carrying.installed():
             results = plan.interface.call(inputs)
-        return _results(plan, list(results.values()), carrying)
+        return _results(plan, list(results.values()), carrying, time)
 
     signature = {
         f"in_{i}": tf.TensorSpec([None, *x.shape], x.dtype, f"in_{i}") for i, x in enumerate(plan.inputs)
@@ -44,15 +45,35 @@ def trace(plan: Plan) -> Any:
     return tf.function(step).get_concrete_function(**signature)
 
 
-def _keras_input(plan: Plan, i: int, tensor: Any) -> Any:
+class _TimeAxis:
+    """Adds and removes the time axis of one step.
+
+    What was added is not removed by an operation: the tensor from before is taken again. So no reshaping
+    stays in the graph between layers, which would cut LiteRT's fast kernels into pieces.
+    """
+
+    def __init__(self) -> None:
+        self._added: dict[int, tuple[Any, Any]] = {}
+
+    def add(self, value: Any) -> Any:
+        sequence = tf.expand_dims(value, 1)
+        self._added[id(sequence)] = (sequence, value)
+        return sequence
+
+    def remove(self, sequence: Any) -> Any:
+        _, value = self._added.get(id(sequence), (None, None))
+        return tf.squeeze(sequence, 1) if value is None else value
+
+
+def _keras_input(plan: Plan, i: int, tensor: Any, time: _TimeAxis) -> Any:
     value = tf.cast(tensor, plan.interface.inputs[i].dtype)
-    return tf.expand_dims(value, 1) if plan.inputs[i].temporal else value
+    return time.add(value) if plan.inputs[i].temporal else value
 
 
-def _results(plan: Plan, outputs: Sequence[Any], carrying: _Carrying) -> dict[str, Any]:
+def _results(plan: Plan, outputs: Sequence[Any], carrying: _Carrying, time: _TimeAxis) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for i, (spec, value) in enumerate(zip(plan.outputs, outputs, strict=True)):
-        step = tf.squeeze(value, 1) if spec.temporal else value
+        step = time.remove(value) if spec.temporal else value
         named[f"out_{i}"] = tf.cast(step, spec.dtype)
     for i, (state, value) in enumerate(zip(plan.state, carrying.after, strict=True)):
         if value is None:
@@ -66,8 +87,9 @@ def _results(plan: Plan, outputs: Sequence[Any], carrying: _Carrying) -> dict[st
 class _Carrying:
     """The state on its way through one traced step."""
 
-    def __init__(self, plan: Plan, before: Sequence[Any]) -> None:
+    def __init__(self, plan: Plan, before: Sequence[Any], time: _TimeAxis) -> None:
         self._plan = plan
+        self._time = time
         self._before = before
         self._counts: dict[int, int] = {}
         self.after: list[Any] = [None] * len(plan.state)
@@ -77,6 +99,9 @@ class _Carrying:
         """Replace the loops of the recurrent layers."""
         stepped = {key[0] for key in self._plan.carried}
         with contextlib.ExitStack() as stack:
+            for layer in self._plan.interface.model._flatten_layers():
+                if isinstance(layer, keras.layers.Dense) and type(layer).call is keras.layers.Dense.call:
+                    stack.enter_context(attribute(layer, "call", self._dense(layer.call)))
             for layer in recurrent_layers(self._plan.interface.model).values():
                 # A layer that runs over another axis runs whole inside the step. Unrolled, because a
                 # loop's tensor lists do not convert.
@@ -84,6 +109,19 @@ class _Carrying:
                 if id(layer) in stepped:
                     stack.enter_context(attribute(layer, "inner_loop", self._loop(layer)))
             yield
+
+    def _dense(self, original: Any) -> Any:
+        """Leave out a time axis of one step, which is nothing to a Dense layer.
+
+        With it, the product becomes a tensordot over shapes known only when it runs.
+        """
+
+        def call(inputs: Any, **kwargs: Any) -> Any:
+            if len(inputs.shape) < 3 or inputs.shape[1] != 1:
+                return original(inputs, **kwargs)
+            return self._time.add(original(self._time.remove(inputs), **kwargs))
+
+        return call
 
     def _loop(self, layer: Any) -> Any:
         original = layer.inner_loop
@@ -107,19 +145,19 @@ class _Carrying:
             for value, dtype in zip(self._before[call.first : stop], call.dtypes, strict=True)
         ]
         previous = before.pop() if call.keeps_output else None
-        output, after = _call_cell(layer.cell, sequences, keras.tree.pack_sequence_as(initial, before))
+        now = keras.tree.map_structure(self._time.remove, sequences)
+        output, after = _call_cell(layer.cell, now, keras.tree.pack_sequence_as(initial, before))
         if mask is not None:
             present = mask[:, 0]
             after = [_choose(present, new, old) for new, old in zip(after, before, strict=True)]
             output = _choose(present, output, tf.zeros_like(output) if previous is None else previous)
         self.after[call.first : stop] = [*after, output] if call.keeps_output else after
-        return output, tf.expand_dims(output, 1), keras.tree.pack_sequence_as(initial, after)
+        return output, self._time.add(output), keras.tree.pack_sequence_as(initial, after)
 
 
-def _call_cell(cell: Any, sequences: Any, state: Any) -> tuple[Any, list[Any]]:
+def _call_cell(cell: Any, now: Any, state: Any) -> tuple[Any, list[Any]]:
     takes_training = isinstance(cell, keras.Layer) and cell._call_has_training_arg
     kwargs = {"training": False} if takes_training else {}
-    now = keras.tree.map_structure(lambda sequence: tf.squeeze(sequence, 1), sequences)
     output, after = cell(now, state, **kwargs)
     return output, keras.tree.flatten(after)
 
