@@ -10,7 +10,8 @@ The async client is `stepwell.aio`; a server for tests is `stepwell.testing.Loca
 """
 
 from stepwell import aio, config, errors
-from stepwell._types import ModelInfo, SessionInfo, State, TensorInfo
+from stepwell._state import State
+from stepwell._types import ModelInfo, SessionInfo, TensorInfo
 from stepwell.client import Client, connect
 from stepwell.errors import (
     ClosedError,

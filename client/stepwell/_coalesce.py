@@ -42,7 +42,7 @@ class Coalescer:
         self._waiting: dict[Hashable, list[_Member]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def step(self, book: SessionBook, change: Change, deadline: Deadline) -> Outputs | None:
+    async def step(self, book: SessionBook, change: Change, deadline: Deadline) -> Outputs:
         """Advances a session in a frame with whoever steps at the same time."""
         loop = asyncio.get_running_loop()
         if not self._waiting:

@@ -14,8 +14,9 @@ from stepwell._book import GroupBook, SessionBook, new_request_id
 from stepwell._flow import Attempter, Flow
 from stepwell._frames import SELECTIONS, Change
 from stepwell._retry import Clock, Deadline, RetryPolicy
+from stepwell._state import State, States
 from stepwell._tensors import Array, Packed, to_messages, unpack_all
-from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo, State, States
+from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo
 from stepwell.config import ClientConfig, check_timeout
 from stepwell.errors import InvalidInputError, ModelMismatchError, SessionGoneError
 from stepwell.v1 import models_pb2, sessions_pb2
@@ -188,7 +189,7 @@ class Core:
         selection = _inputs.check_selection(outputs)
         return Change("step", _inputs.pack_inputs(inputs, book.batch_size), selection)
 
-    def step(self, book: SessionBook, change: Change, deadline: Deadline) -> Flow[Outputs | None]:
+    def step(self, book: SessionBook, change: Change, deadline: Deadline) -> Flow[Outputs]:
         """Advances a session by a unary call."""
         request = sessions_pb2.StepRequest(
             session_id=book.session_id,
@@ -262,7 +263,7 @@ class Core:
             return
 
 
-def selected(outputs: dict[str, Array], selection: str) -> Outputs | None:
+def selected(outputs: dict[str, Array], selection: str) -> Outputs:
     """The outputs of a step as the caller gets them."""
     return None if selection == "none" else _outputs(outputs)
 

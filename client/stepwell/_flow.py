@@ -7,7 +7,7 @@ into it. The sync and the async client drive the same generators, each with its 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from typing import Any, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
@@ -57,6 +57,38 @@ class Exchange:
 T = TypeVar("T")
 Ask: TypeAlias = Call | Pause | Exchange
 Flow: TypeAlias = Generator[Ask, Any, T]
+
+
+def drive(flow: Flow[T], answer: Callable[[Ask], Any]) -> T:
+    """Drives a flow to its result; `answer` waits by blocking."""
+    try:
+        ask = next(flow)
+        while True:
+            try:
+                answered = answer(ask)
+            except StepwellError as error:
+                ask = flow.throw(error)
+            else:
+                ask = flow.send(answered)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+async def drive_async(flow: Flow[T], answer: Callable[[Ask], Awaitable[Any]]) -> T:
+    """Drives a flow to its result; `answer` is awaited."""
+    try:
+        ask = next(flow)
+        while True:
+            try:
+                answered = await answer(ask)
+            except StepwellError as error:
+                ask = flow.throw(error)
+            else:
+                ask = flow.send(answered)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
 
 
 def each(flows: Iterable[Flow[T]]) -> Flow[list[T]]:

@@ -13,7 +13,8 @@ from stepwell._core import Core, selected
 from stepwell._flow import Flow, each
 from stepwell._frames import Change, Gathered
 from stepwell._retry import Deadline
-from stepwell._types import Inputs, Outputs, State, States
+from stepwell._state import State, States
+from stepwell._types import Inputs, Outputs
 from stepwell.errors import StepwellError
 from stepwell.v1 import sessions_pb2
 
@@ -27,7 +28,7 @@ class GroupCore:
         self._core = core
         self.book = book
 
-    def step(self, inputs: Inputs, outputs: str, deadline: Deadline) -> Flow[Outputs | None]:
+    def step(self, inputs: Inputs, outputs: str, deadline: Deadline) -> Flow[Outputs]:
         """Advances every member."""
         selection = _inputs.check_selection(outputs)
         rows = len(self.book.ids) * self.book.batch_size

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from stepwell._frames import SELECTIONS
+from stepwell._state import State, States
 from stepwell._tensors import Packed, pack
-from stepwell._types import Inputs, ModelInfo, State, States
+from stepwell._types import Inputs, ModelInfo
 from stepwell.errors import InvalidInputError, ModelMismatchError
 
 _MAX_ID = 256

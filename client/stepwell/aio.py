@@ -18,16 +18,18 @@ from typing import Any, Self, TypeVar
 from stepwell import _channel
 from stepwell._book import GroupBook, SessionBook
 from stepwell._core import Core
-from stepwell._flow import Call, Exchange, Flow, Pause
+from stepwell._flow import Ask, Call, Exchange, Flow, drive_async
 from stepwell._frames import Change
 from stepwell._group_core import GroupCore
 from stepwell._retry import Deadline
-from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo, State, States
+from stepwell._state import State, States
+from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo
 from stepwell._wires import Wires
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
 from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig, server_address
-from stepwell.errors import StepwellError
+
+__all__ = ["AsyncClient", "AsyncSession", "AsyncSessionGroup", "connect"]
 
 T = TypeVar("T")
 
@@ -278,7 +280,7 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _step(self, book: SessionBook, change: Change, deadline: Deadline) -> Outputs | None:
+    async def _step(self, book: SessionBook, change: Change, deadline: Deadline) -> Outputs:
         """A step of one session: in a frame with others, or as a call of its own."""
         if self._coalesce:
             return await self._wires.coalescer.step(book, change, deadline)
@@ -286,20 +288,9 @@ class AsyncClient:
 
     async def _run(self, flow: Flow[T]) -> T:
         """Drives an operation of the core to its result."""
-        try:
-            ask = next(flow)
-            while True:
-                try:
-                    answer = await self._answer(ask)
-                except StepwellError as error:
-                    ask = flow.throw(error)
-                else:
-                    ask = flow.send(answer)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
+        return await drive_async(flow, self._answer)
 
-    async def _answer(self, ask: Call | Pause | Exchange) -> Any:
+    async def _answer(self, ask: Ask) -> Any:
         if isinstance(ask, Call):
             return await self._wires.transport.invoke(ask)
         if isinstance(ask, Exchange):

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from stepwell._frames import Counts
 from stepwell._group_core import GroupCore
-from stepwell._types import Inputs, Outputs, OutputSelection, State, States
+from stepwell._state import State, States
+from stepwell._types import Inputs, Outputs, OutputSelection
 from stepwell.aio_session import AsyncHandle
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class AsyncSessionGroup(AsyncHandle):
 
     async def step(
         self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None
-    ) -> Outputs | None:
+    ) -> Outputs:
         """Advances every member by one time step, or by T.
 
         Arguments, result and errors are those of `SessionGroup.step`.

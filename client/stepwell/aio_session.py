@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from stepwell._book import SessionBook
 from stepwell._retry import Deadline
-from stepwell._types import Inputs, Outputs, OutputSelection, State, States
+from stepwell._state import State, States
+from stepwell._types import Inputs, Outputs, OutputSelection
 from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class AsyncSession(AsyncHandle):
 
     async def step(
         self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None
-    ) -> Outputs | None:
+    ) -> Outputs:
         """Advances the session by one time step, or by T: whole or not at all.
 
         Arguments, result and errors are those of `Session.step`.

@@ -9,12 +9,12 @@ from typing import Any, Self, TypeVar
 
 from stepwell import _channel
 from stepwell._core import Core
-from stepwell._flow import Call, Exchange, Flow, Pause
+from stepwell._flow import Ask, Call, Exchange, Flow, drive
 from stepwell._group_core import GroupCore
 from stepwell._link import Link
-from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo, State, States
+from stepwell._state import State, States
+from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo
 from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig, server_address
-from stepwell.errors import StepwellError
 from stepwell.group import SessionGroup
 from stepwell.session import Session
 
@@ -250,20 +250,9 @@ class Client:
 
     def _run(self, flow: Flow[T]) -> T:
         """Drives an operation of the core to its result."""
-        try:
-            ask = next(flow)
-            while True:
-                try:
-                    answer = self._answer(ask)
-                except StepwellError as error:
-                    ask = flow.throw(error)
-                else:
-                    ask = flow.send(answer)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
+        return drive(flow, self._answer)
 
-    def _answer(self, ask: Call | Pause | Exchange) -> Any:
+    def _answer(self, ask: Ask) -> Any:
         if isinstance(ask, Call):
             return self._transport.invoke(ask)
         if isinstance(ask, Exchange):

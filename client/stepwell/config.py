@@ -12,6 +12,15 @@ import os
 
 from stepwell.errors import InvalidInputError
 
+__all__ = [
+    "DEFAULT_ADDRESS",
+    "DEFAULT_MAX_MESSAGE_BYTES",
+    "DEFAULT_TIMEOUT_S",
+    "SERVER_VARIABLE",
+    "ClientConfig",
+    "server_address",
+]
+
 SERVER_VARIABLE = "STEPWELL_SERVER"
 """Environment variable with the server's address, HOST:PORT."""
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -24,7 +33,12 @@ DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ClientConfig:
-    """What a client was told when it was made."""
+    """What a client was told when it was made; `connect` makes it from its arguments.
+
+    Example:
+        >>> stepwell.config.ClientConfig("localhost:50051").timeout_s
+        30.0
+    """
 
     address: str
     """HOST:PORT, or unix:PATH."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from stepwell._frames import Counts
 from stepwell._group_core import GroupCore
-from stepwell._types import Inputs, Outputs, OutputSelection, State, States
+from stepwell._state import State, States
+from stepwell._types import Inputs, Outputs, OutputSelection
 from stepwell.session import Handle
 
 if TYPE_CHECKING:
@@ -69,9 +70,7 @@ class SessionGroup(Handle):
         """Time steps of each member since its last reset, (n,) uint64; a copy."""
         return self._group.book.positions.copy()
 
-    def step(
-        self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None
-    ) -> Outputs | None:
+    def step(self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None) -> Outputs:
         """Advances every member by one time step, or by T.
 
         Args:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Self
 
 from stepwell._book import SessionBook
 from stepwell._retry import Deadline
-from stepwell._types import Inputs, Outputs, OutputSelection, State, States
+from stepwell._state import State, States
+from stepwell._types import Inputs, Outputs, OutputSelection
 from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError
 
 if TYPE_CHECKING:
@@ -120,9 +121,7 @@ class Session(Handle):
         """Time steps since the last reset of the whole state, as of the last answer to this handle."""
         return self._book.position
 
-    def step(
-        self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None
-    ) -> Outputs | None:
+    def step(self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None) -> Outputs:
         """Advances the session by one time step, or by T: whole or not at all.
 
         Args:

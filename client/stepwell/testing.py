@@ -56,6 +56,18 @@ class LocalServer:
         ...     with stepwell.connect(server.address) as client:
         ...         [model.name for model in client.models()]
         ['forecast']
+
+        A crash, and back on the same port; with `data_dir`, with the same sessions:
+
+        >>> server = LocalServer({"forecast": model_path})
+        >>> server.start()
+        >>> server.kill()
+        -9
+        >>> server.restart()
+        >>> "listening on" in server.logs()
+        True
+        >>> server.stop()
+        0
     """
 
     def __init__(

@@ -10,7 +10,8 @@ import pytest
 
 from stepwell import _inputs, config, errors
 from stepwell._core import Core
-from stepwell._types import ModelInfo, State, TensorInfo
+from stepwell._state import State
+from stepwell._types import ModelInfo, TensorInfo
 
 INFO = ModelInfo(
     name="m",

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from stepwell import errors
+from stepwell._state import State, _write_atomically
 from stepwell._tensors import Array
-from stepwell._types import State, _write_atomically
 
 
 def state(value: float = 1.0, fingerprint: str = "f00d") -> State:

@@ -1,0 +1,224 @@
+"""What a client leaves behind: no thread, no task, no process; and what a cancelled call leaves: a usable session."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import stepwell
+from stepwell.testing import LocalServer, ServerStartError
+from support.scripted_server import MODEL, ScriptedServer
+
+X = np.ones((1, 2), np.float32)
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with ScriptedServer() as server:
+        yield server
+
+
+def names_of_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("stepwell")]
+
+
+def test_no_thread_outlives_a_client(server: ScriptedServer) -> None:
+    with stepwell.connect(server.address) as client:
+        client.open_sessions(MODEL, 2).step(np.ones((2, 2)))
+        assert names_of_threads() == ["stepwell-stream"]
+    assert names_of_threads() == []
+
+
+async def test_no_task_outlives_a_client(server: ScriptedServer) -> None:
+    async with stepwell.aio.connect(server.address) as client:
+        session = await client.open_session(MODEL)
+        await session.step(X)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@pytest.mark.parametrize("ending", ["", "client.close()", "raise SystemExit(0)"])
+def test_an_interpreter_ends_whether_the_client_was_closed_or_not(
+    server: ScriptedServer, ending: str
+) -> None:
+    code = (
+        "import numpy as np, stepwell\n"
+        f"client = stepwell.connect({server.address!r})\n"
+        f"group = client.open_sessions({MODEL!r}, 2)\n"
+        "group.step(np.ones((2, 2)))\n"
+        f"{ending}\n"
+    )
+    env = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+async def test_a_client_may_be_made_before_the_loop_and_closed_unused() -> None:
+    client = stepwell.aio.connect("127.0.0.1:1")
+    await client.close()
+    with pytest.raises(stepwell.ClosedError):
+        await client.models()
+
+
+async def test_a_session_may_be_opened_as_a_task(server: ScriptedServer) -> None:
+    async with stepwell.aio.connect(server.address) as client, asyncio.TaskGroup() as tasks:
+        opening = [tasks.create_task(client.open_session(MODEL)) for _ in range(3)]
+        assert len({(await one).id for one in opening}) == 3
+
+
+async def test_steps_awaited_together_leave_together(server: ScriptedServer) -> None:
+    async with stepwell.aio.connect(server.address) as client:
+        sessions = [await client.open_session(MODEL, batch_size=1 + i % 3) for i in range(30)]
+        wide = await client.open_session(MODEL)
+        x = [np.random.default_rng(i).random((1 + i % 3, 2), np.float32) for i in range(30)]
+        steps = [session.step(x[i]) for i, session in enumerate(sessions)]
+        outputs = await asyncio.gather(*steps, wide.step(np.ones((1, 4, 2))))
+    assert all(np.array_equal(y, x[i]) for i, y in enumerate(outputs[:30]))
+    # One frame for those that are alike, one for the session that takes four time steps of float64.
+    sizes = [len(request.step.session_ids) for request in server.requests("StepStream")]
+    assert sizes == [30, 1]
+
+
+async def test_coalesced_outputs_do_not_share_memory(server: ScriptedServer) -> None:
+    async with stepwell.aio.connect(server.address) as client:
+        sessions = [await client.open_session(MODEL) for _ in range(2)]
+        one, two = await asyncio.gather(*[session.step(X) for session in sessions])
+        one += 5
+        assert two.tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("position", range(5))
+async def test_a_cancelled_caller_harms_no_neighbour(server: ScriptedServer, position: int) -> None:
+    async with stepwell.aio.connect(server.address) as client:
+        sessions = [await client.open_session(MODEL) for _ in range(5)]
+        gate, arrived = server.hold("StepStream")
+        steps = [asyncio.create_task(session.step(X)) for session in sessions]
+        assert await asyncio.to_thread(arrived.acquire, timeout=10)
+        steps[position].cancel()
+        gate.set()
+        outcomes = await asyncio.gather(*steps, return_exceptions=True)
+        assert isinstance(outcomes.pop(position), asyncio.CancelledError)
+        assert all(np.array_equal(y, X) for y in outcomes if isinstance(y, np.ndarray))
+        assert len([y for y in outcomes if isinstance(y, np.ndarray)]) == 4
+        # The cancelled step did get through: made again it is answered, not applied again.
+        assert np.array_equal(await sessions[position].step(X), X)
+        assert server.applied == 5
+
+
+@pytest.mark.parametrize("coalesce", [True, False])
+async def test_a_session_is_usable_after_a_cancelled_step(server: ScriptedServer, coalesce: bool) -> None:
+    async with stepwell.aio.connect(server.address, coalesce=coalesce) as client:
+        session = await client.open_session(MODEL)
+        gate, arrived = server.hold("StepStream" if coalesce else "Step")
+        step = asyncio.create_task(session.step(X))
+        assert await asyncio.to_thread(arrived.acquire, timeout=10)
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        gate.set()
+        assert np.array_equal(await session.step(X), X)
+        assert (server.applied, session.revision) == (1, 1)
+
+
+async def test_a_cancelled_group_is_usable(server: ScriptedServer) -> None:
+    async with stepwell.aio.connect(server.address) as client:
+        group = await client.open_sessions(MODEL, 3)
+        x = np.ones((3, 2))
+        gate, arrived = server.hold("StepStream")
+        step = asyncio.create_task(group.step(x))
+        assert await asyncio.to_thread(arrived.acquire, timeout=10)
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        gate.set()
+        assert np.array_equal(await group.step(x), x)
+        assert server.applied == 3
+
+
+def test_many_threads_share_a_client(server: ScriptedServer) -> None:
+    failures: list[BaseException] = []
+
+    def use(client: stepwell.Client) -> None:
+        try:
+            with client.open_session(MODEL) as session, client.open_sessions(MODEL, 4) as group:
+                for i in range(1, 21):
+                    assert np.array_equal(session.step(X), i * X)
+                    assert np.array_equal(group.step(np.ones((4, 2))), np.full((4, 2), i))
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    with stepwell.connect(server.address) as client:
+        threads = [threading.Thread(target=use, args=(client,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert failures == []
+    assert server.sessions == {}
+
+
+def test_a_server_that_refuses_to_start_says_why() -> None:
+    with pytest.raises(ServerStartError, match=r"exit code 2; its last log lines:\n.*no-such-option"):
+        LocalServer(extra_args=["--no-such-option"]).start()
+
+
+def test_a_server_that_takes_too_long_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "stepwell_server"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("")
+    (fake / "__main__.py").write_text(
+        "import sys\nprint('loading', flush=True)\nsys.stdin.read()\nimport time\ntime.sleep(60)\n"
+    )
+    server = LocalServer(env={"PYTHONPATH": str(tmp_path)}, start_timeout_s=2.0)
+    with pytest.raises(ServerStartError, match="not ready within 2 s"):
+        server.start()
+    assert server.pid is None
+    assert "loading" in server.logs()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ties a child's life to its parent's")
+def test_a_server_does_not_outlive_its_parent(tmp_path: Path) -> None:
+    fake = tmp_path / "stepwell_server"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("")
+    (fake / "__main__.py").write_text(
+        "import time\nprint('stepwell: listening on 127.0.0.1:1', flush=True)\ntime.sleep(60)\n"
+    )
+    code = (
+        "import sys, threading\n"
+        "from stepwell.testing import LocalServer\n"
+        "server = LocalServer()\n"
+        # Started by a thread that ends at once: the server must not end with it.
+        "thread = threading.Thread(target=server.start)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "print(server.pid, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        waiting = os.pidfd_open(pid)
+        os.kill(pid, 0)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait(10)
+    with contextlib.closing(os.fdopen(waiting)):
+        import select
+
+        ended, _, _ = select.select([waiting], [], [], 10)
+    assert ended
