@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.engine.calls import Frame, Observer, Part
+from stepwell_server.engine.calls import Frame, Observer, Part, Single, StepReply
 from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.runner import Cost
@@ -128,6 +128,38 @@ def _list(part: Part) -> list[int]:
     return [] if part.members is None else part.members.tolist()
 
 
+class SingleAnswer:
+    """What a single step got."""
+
+    def __init__(self) -> None:
+        self._settled: asyncio.Future[Answer | ServerError] = asyncio.get_running_loop().create_future()
+        self.single: Single | None = None
+
+    def __call__(self, answer: StepReply | ServerError) -> None:
+        assert not self._settled.done(), "a step is answered once"
+        if isinstance(answer, StepReply):
+            # copied at once: they may be views that the next pass does not outlive
+            outputs = {name: array.copy() for name, array in answer.outputs.items()}
+            self._settled.set_result(Answer(answer.revision, answer.position, outputs, answer.replayed))
+        else:
+            self._settled.set_result(answer)
+
+    @property
+    def ended(self) -> bool:
+        return self._settled.done()
+
+    async def all(self) -> list[Answer | ServerError]:
+        """As of `Answers`."""
+        return [await asyncio.wait_for(asyncio.shield(self._settled), WAIT_S)]
+
+    async def only(self) -> Answer:
+        """As of `Answers`."""
+        (answer,) = await self.all()
+        if isinstance(answer, ServerError):
+            raise answer
+        return answer
+
+
 class Harness:
     """An engine under test."""
 
@@ -166,9 +198,20 @@ class Harness:
         self.engine.submit(answers.frame)
         return answers
 
-    def cancel(self, answers: Answers) -> None:
-        assert answers.frame is not None
-        self.engine.cancel(answers.frame)
+    def single(
+        self, session_id: str, x: Any, *, expected: int | None = None, request_id: int = 0, **fields: Any
+    ) -> SingleAnswer:
+        """Submit a single step."""
+        inputs = fields.pop("inputs", None) or {"": np.asarray(x, np.float32)}
+        answer = SingleAnswer()
+        answer.single = Single(session_id, inputs, answer, expected=expected, request_id=request_id, **fields)
+        self.engine.submit_single(answer.single)
+        return answer
+
+    def cancel(self, answers: Answers | SingleAnswer) -> None:
+        request = answers.single if isinstance(answers, SingleAnswer) else answers.frame
+        assert request is not None
+        self.engine.cancel(request)
 
     async def step(self, session_id: str, x: Any, **fields: Any) -> Answer:
         """Step one session and wait."""

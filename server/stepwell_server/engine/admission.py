@@ -81,15 +81,15 @@ class Admission:
                 retry_after_s=max(0.01, loop.expected_wait_s() / 2),
             )
 
-    def require_rows(self, model: int, count: int) -> None:
-        """Refuse `count` rows if too many wait already.
+    def require_rows(self, model: int, count: int, gathered: int = 0) -> None:
+        """Refuse `count` rows if too many wait already; `gathered` wait elsewhere.
 
         Raises:
             Overloaded: with the time after which there should be room.
         """
         loop = self._models[model].loop
         limit = MAX_WAITING_PASSES * loop.max_batch_rows
-        waiting = self.waiting(model)
+        waiting = self.waiting(model) + gathered
         if waiting and waiting + count > limit:
             raise Overloaded(
                 f"rows waiting for model {self._models[model].name!r} must stay within {limit};"

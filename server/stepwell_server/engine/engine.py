@@ -111,7 +111,7 @@ class Engine:
                 self._admission,
                 model,
                 Solo(self._table, model, clock=clock, observer=observer),
-                self.submit,
+                self._take,
             )
             for model in self._models
         ]
@@ -189,10 +189,12 @@ class Engine:
         Raises:
             SessionGone, DeadlineExceeded
         """
+        self._admit_singles()
         return await self._lifecycle.close(session_id, request_id=request_id, deadline=deadline)
 
     async def close_sessions(self, session_ids: Sequence[str]) -> int:
         """Delete those of many sessions that are there; return how many they were."""
+        self._admit_singles()
         return await self._lifecycle.close_many(session_ids)
 
     def session_info(self, session_id: str) -> SessionInfo:
@@ -220,6 +222,10 @@ class Engine:
             ServerError: the frame is refused as a whole; its sink gets nothing.
         """
         self._require_accepting()
+        self._admit_singles()
+        self._take(frame)
+
+    def _take(self, frame: Frame) -> None:
         checked = self._frames.check(frame)
         if len(checked.members):
             self._admission.require_room(checked.call)
@@ -238,7 +244,7 @@ class Engine:
         handle = self._directory.find(single.session_id)
         model = self._directory.model_of(handle)
         waiting = self._singles[model.index]
-        self._admission.require_rows(model.index, len(waiting) + 1)
+        self._admission.require_rows(model.index, 1, gathered=len(waiting))
         waiting.add(handle, single)
         model.loop.wake()
 
@@ -294,6 +300,7 @@ class Engine:
         Raises:
             SessionGone, DeadlineExceeded, Overloaded
         """
+        self._admit_singles()
         return await self._lifecycle.read_state(session_id, deadline)
 
     async def fork(
@@ -311,6 +318,7 @@ class Engine:
             SessionGone, SessionExists, RevisionConflict, InvalidInput, Overloaded, DeadlineExceeded
         """
         self._require_accepting()
+        self._admit_singles()
         return await self._lifecycle.fork(
             session_id,
             new_session_id=new_session_id,
@@ -409,6 +417,11 @@ class Engine:
 
     def _info(self, model: ServedModel) -> ModelInfo:
         return ModelInfo(model.name, model.program, self._table.count(model.index))
+
+    def _admit_singles(self) -> None:
+        """Single steps that wait came before what comes now: it must not overtake them."""
+        for singles in self._singles:
+            singles.admit_all()
 
     def _require_accepting(self) -> None:
         if not self._accepting:

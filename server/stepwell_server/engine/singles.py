@@ -8,6 +8,7 @@ message is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from stepwell_server.engine.served import ServedModel
 from stepwell_server.engine.solo import Solo
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
+
+_Kind: TypeAlias = tuple[Select, bool]
+"""Which time steps come back, and whether the caller gave a time axis: one bundle has one of each."""
 
 
 class Singles:
@@ -56,19 +60,28 @@ class Singles:
         waiting, self._waiting = self._waiting, []
         if len(waiting) == 1 and self._model.loop.is_free and self._run_solo(*waiting[0]):
             return
-        groups: dict[tuple[Select, bool], _Group] = {}
+        groups: dict[_Kind, _Group] = {}
+        gathered: dict[int, _Kind] = {}
         for handle, single in waiting:
             plain = self._plain.of(single)
-            if plain is None:
+            kind = None if plain is None else (single.select, plain[1])
+            if gathered.get(handle, kind) != kind:
+                # what the session sent before must go first, and is in another group
+                self._admit(groups.values())
+                groups, gathered = {}, {}
+            if plain is None or kind is None:
                 self._submit_alone(single)
                 continue
-            arrays, with_time = plain
-            group = groups.get((single.select, with_time))
+            group = groups.get(kind)
             if group is None:
-                group = groups[single.select, with_time] = _Group(len(arrays), with_time=with_time)
-            group.add(handle, single, arrays)
-        for group in groups.values():
-            self._admit(group)
+                group = groups[kind] = _Group(len(plain[0]), with_time=plain[1])
+            group.add(handle, single, plain[0])
+            gathered[handle] = kind
+        self._admit(groups.values())
+
+    def _admit(self, groups: Iterable[_Group]) -> None:
+        for group in groups:
+            self._admit_group(group)
 
     def _run_solo(self, handle: int, single: Single) -> bool:
         plain = self._plain.of(single)
@@ -77,7 +90,7 @@ class Singles:
         arrays, with_time = plain
         return self._solo.run(handle, single, arrays, with_time=with_time)
 
-    def _admit(self, group: _Group) -> None:
+    def _admit_group(self, group: _Group) -> None:
         handles = np.array(group.handles, np.intp)
         # a session may have been closed since, and its handle given to another
         alive = [

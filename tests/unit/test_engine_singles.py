@@ -1,0 +1,312 @@
+"""Single steps go quicker ways than frames, to the same answers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine.calls import Select, Single
+from stepwell_server.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidInput,
+    Overloaded,
+    RevisionConflict,
+    ServerError,
+    SessionNotFound,
+    Unavailable,
+)
+from support.engine import Answer, Harness, running
+from support.fake_executor import BAD, BROKEN, RICH
+from support.model_of_sessions import initial, run
+
+BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
+ANY = 2**64 - 1
+
+
+def x(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
+
+
+def shown(answer: Answer | ServerError) -> Any:
+    if isinstance(answer, ServerError):
+        return type(answer).__name__, answer.message
+    outputs = {name: (a.shape, a.dtype.str, a.tobytes()) for name, a in answer.outputs.items()}
+    return answer.revision, answer.position, answer.replayed, outputs
+
+
+def bytes_of(answer: Answer) -> bytes:
+    data: bytes = answer.outputs["y"].tobytes()
+    return data
+
+
+CASES: list[dict[str, Any]] = [
+    {"x": x(1)},
+    {"x": x(1, 1)},
+    {"x": x(1, 4)},
+    *({"x": x(1, t), "select": select} for t in (1, 4) for select in (Select.LAST, Select.NONE)),
+    {"x": x(1).astype(np.float64)},
+    {"x": x(1), "expected": 1, "request": 7},
+    {"x": x(1), "expected": 0, "request": 5},
+    {"x": x(1), "request": 5},
+    {"x": x(1), "expected": 0, "request": 6},
+    {"x": x(1), "expected": 9},
+    {"x": x(1), "expected": ANY, "request": 8},
+    {"x": x(2)},
+    {"x": x(1, 0)},
+    {"x": np.zeros((1, 3), np.float32)},
+    {"x": np.array([[np.nan, 1]], np.float32)},
+    {"x": np.array([[1e300, 1]])},
+    {"x": np.array([[BAD, 1]], np.float32)},
+    {"x": np.array([[1, 1]], np.complex64)},
+    {"x": x(1), "name": "x"},
+    {"x": x(1), "name": "z"},
+    {"x": x(1), "deadline": 999.0},
+]
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+@pytest.mark.parametrize("company", [0, 3])
+async def test_a_single_step_gets_what_a_frame_of_one_gets(
+    threads: bool, case: dict[str, Any], company: int
+) -> None:
+    seen = []
+    for way in ("single", "frame"):
+        async with running(threads=threads) as at:
+            await at.open("a", *(f"other{i}" for i in range(company)))
+            await at.submit("a", x(1, seed=9), request_ids=5).only()
+            others = [at.single(f"other{i}", x(1, seed=i)) for i in range(company)]
+            fields = {name: case[name] for name in ("select", "deadline") if name in case}
+            inputs = {case.get("name", ""): case["x"]}
+            expected, request = case.get("expected"), case.get("request", 0)
+            try:
+                if way == "single":
+                    waiting: Any = at.single(
+                        "a", None, inputs=inputs, expected=expected, request_id=request, **fields
+                    )
+                else:
+                    request_ids = request or None
+                    waiting = at.submit(
+                        "a", inputs=inputs, expected=expected, request_ids=request_ids, **fields
+                    )
+                (answer,) = await waiting.all()
+            except ServerError as error:
+                answer = error
+            for i, other in enumerate(others):
+                ran = run(initial(1), x(1, seed=i)[:, None])
+                assert ran is not None
+                assert bytes_of(await other.only()) == ran[0].tobytes()
+            again = await at.submit("a", x(1), expected=1, request_ids=request or 99).all()
+            after = await at.engine.get_state("a")
+            seen.append(
+                (shown(answer), shown(again[0]), after.state["sum"].tobytes(), after.session.revision)
+            )
+    assert seen[0] == seen[1]
+
+
+@BOTH_WAYS
+async def test_several_inputs_and_outputs(threads: bool) -> None:
+    async with running({"rich": RICH}, threads=threads) as at:
+        await at.open("a", "b", "c", model="rich")
+        for with_time in (False, True):
+            inputs: dict[str, Any] = {
+                "gain": np.array([3], np.float32),
+                "token": np.array([2], np.int32),
+                "x": x(1),
+            }
+            if with_time:
+                inputs |= {"token": inputs["token"][:, None], "x": inputs["x"][:, None]}
+            alone = shown(await at.single("a", None, inputs=inputs).only())
+            one, two = at.single("b", None, inputs=inputs), at.single("c", None, inputs=inputs)
+            assert shown(await one.only()) == shown(await two.only()) == alone
+            shapes = {name: value[0] for name, value in alone[3].items()}
+            assert shapes == {"y": (1, 1, 2) if with_time else (1, 2), "head": (1, 3)}
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("company", [False, True])
+async def test_an_executor_that_breaks_is_answered_and_the_next_step_runs(
+    threads: bool, company: bool
+) -> None:
+    async with running(threads=threads) as at:
+        await at.open("a", "b")
+        waiting = [at.single("a", [[BROKEN, 0]])] + ([at.single("b", x(1))] if company else [])
+        for answer in waiting:
+            with pytest.raises(Internal, match=r"^internal error [0-9a-f]{12}; "):
+                await answer.only()
+        assert (await at.state("a"))["sum"].tobytes() == initial(1).tobytes()
+        assert (await at.single("a", x(1), expected=0).only()).revision == 1
+
+
+async def test_what_is_gone_or_too_much_is_refused_at_once() -> None:
+    async with running(threads=True, max_batch_rows=1) as at:
+        with pytest.raises(SessionNotFound):
+            at.single("nobody", x(1))
+        await at.open("a", "b")
+        at.hooks.close_gate()
+        at.single("a", x(1))
+        await at.in_flight()
+        waiting = [at.single("b", x(1)) for _ in range(64)]
+        with pytest.raises(Overloaded, match="must stay within 64") as error:
+            at.single("b", x(1))
+        assert error.value.retry_after_s > 0
+        at.hooks.open_gate()
+        assert [(await answer.only()).revision for answer in waiting] == list(range(1, 65))
+        at.engine.stop_accepting()
+        with pytest.raises(Unavailable, match="the server is stopping"):
+            at.single("a", x(1))
+
+
+async def test_what_was_taken_before_the_stop_is_finished() -> None:
+    async with running(threads=True) as at:
+        await at.open("a", "b", "c")
+        at.hooks.close_gate()
+        first = at.single("c", x(1))
+        await at.in_flight()
+        waiting = [first, at.single("a", x(1)), at.single("b", x(1, 3))]
+        at.engine.stop_accepting()
+        at.hooks.open_gate()
+        for answer in waiting:
+            assert (await answer.only()).revision == 1
+
+
+@pytest.mark.parametrize("victim", range(5))
+async def test_cancelling_any_of_a_bundle_harms_no_other(victim: int) -> None:
+    async with running(threads=True) as at:
+        await at.open(*"abcde", "f")
+        at.hooks.close_gate()
+        at.single("f", x(1))
+        await at.in_flight()
+        waiting = [at.single(name, x(1, seed=i)) for i, name in enumerate("abcde")]
+        at.cancel(waiting[victim])
+        at.hooks.open_gate()
+        for i, answers in enumerate(waiting):
+            (answer,) = await answers.all()
+            if i == victim:
+                assert isinstance(answer, Unavailable)
+            else:
+                ran = run(initial(1), x(1, seed=i)[:, None])
+                assert ran is not None
+                assert isinstance(answer, Answer)
+                assert bytes_of(answer) == ran[0].tobytes()
+        assert at.engine.session_info("abcde"[victim]).revision == 0
+
+
+async def test_cancelling_the_task_that_waits_cancels_the_step() -> None:
+    async with running(threads=True) as at:
+        await at.open("a", "b")
+        at.hooks.close_gate()
+        at.single("b", x(1))
+        await at.in_flight()
+        for value in (x(1), x(1, 5)):
+            single = Single("a", {"": value}, lambda answer: None)
+            task = asyncio.create_task(at.engine.step(single))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled()
+        at.hooks.open_gate()
+        await at.settled()
+        assert at.engine.session_info("a").revision == 0
+
+
+async def test_each_single_step_has_a_deadline_of_its_own() -> None:
+    async with running(threads=True) as at:
+        await at.open("a", "b", "c")
+        at.hooks.close_gate()
+        at.single("c", x(1))
+        await at.in_flight()
+        now = at.clock.monotonic()
+        late = [at.single("a", x(1), deadline=now + 1), at.single("c", x(1), deadline=now + 1)]
+        in_time = at.single("b", x(1), deadline=now + 3)
+        at.clock.advance(2)
+        at.hooks.open_gate()
+        for answer in late:
+            with pytest.raises(DeadlineExceeded):
+                await answer.only()
+        assert (await in_time.only()).revision == 1
+
+
+async def test_a_session_closed_while_its_step_waits() -> None:
+    async with running(threads=True) as at:
+        await at.open("a", "b")
+        at.hooks.close_gate()
+        at.single("b", x(1))
+        await at.in_flight()
+        step = at.single("a", x(1))
+        closing = asyncio.create_task(at.engine.close_session("a"))
+        await asyncio.sleep(0)
+        after = at.submit("b", x(1))
+        at.hooks.open_gate()
+        assert (await step.only()).revision == 1, "what was received before the closing is done before it"
+        assert await closing is False
+        assert (await after.only()).revision == 2
+        with pytest.raises(SessionNotFound):
+            at.single("a", x(1))
+
+
+KINDS = ["plain", "long", "last", "frame", "reset", "get", "fork"]
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("seed", range(12))
+async def test_whatever_a_session_is_sent_is_applied_in_the_order_received(threads: bool, seed: int) -> None:
+    """Each change expects the revision after the one before: whichever is out of order is refused."""
+    rng = np.random.default_rng(seed)
+    async with running(threads=threads, compute_threads=1) as at:
+        await at.open("a", "b", "busy")
+        if threads:
+            at.hooks.close_gate()
+            at.single("busy", x(1))
+            await at.in_flight()
+        revision = 0
+        changes: list[Any] = []
+        reads: list[tuple[int, asyncio.Task[Any]]] = []
+        for i, kind in enumerate(rng.choice(KINDS, 14)):
+            at.single("b", x(1), select=[Select.LAST, Select.ALL][i % 2])  # company, in groups of other kinds
+            if kind in ("get", "fork"):
+                call = (
+                    at.engine.get_state("a")
+                    if kind == "get"
+                    else at.engine.fork("a", new_session_id=f"fork{i}")
+                )
+                reads.append((revision, asyncio.create_task(call)))
+                await asyncio.sleep(0)
+                continue
+            changes.append(change_of(at, kind, revision))
+            revision += 1
+        at.hooks.open_gate()
+        for i, answers in enumerate(changes):
+            assert (await answers.only()).revision == i + 1
+        for wanted, task in reads:
+            assert (await asyncio.wait_for(task, 10)).session.revision == wanted
+
+
+def change_of(at: Harness, kind: str, expected: int) -> Any:
+    if kind == "plain":
+        return at.single("a", x(1), expected=expected)
+    if kind == "long":
+        return at.single("a", x(1, 3), expected=expected)
+    if kind == "last":
+        return at.single("a", x(1), expected=expected, select=Select.LAST)
+    if kind == "frame":
+        return at.submit("a", x(1), expected=expected)
+    return at.submit("a", reset=True, expected=expected)
+
+
+async def test_a_single_step_comes_back_from_the_store() -> None:
+    async with running(resident_rows=1) as at:
+        await at.open("a", "b")
+        assert not at.engine.session_info("a").resident
+        one = await at.single("a", x(1), request_id=4, expected=0).only()
+        await at.single("b", x(1)).only()
+        again = await at.single("a", x(1), request_id=4, expected=0).only()
+        assert (again.replayed, bytes_of(again)) == (True, bytes_of(one))
+        with pytest.raises(RevisionConflict):
+            await at.single("a", x(1), request_id=5, expected=0).only()
+        with pytest.raises(InvalidInput):
+            await at.single("b", x(2)).only()
