@@ -133,8 +133,8 @@ class Settings:
     """What an acknowledged change survives in the lmdb store: sync, the loss of power; async, that of the process."""
     max_batch_rows: int = _setting(_whole(1), 1024, "N")
     """Rows that run together at most, over all sessions of a pass."""
-    resident_rows: int = _setting(_whole(1), 65536, "N")
-    """Rows of state kept ready to step, per model. Sessions beyond are paged out until they are stepped."""
+    resident_rows: int | None = _setting(_whole(1), None, "N")
+    """Rows of state kept ready to step, per model; sessions beyond are paged out until they are stepped. Default: 65536, or as many as take a quarter of the memory."""
     max_session_idle_s: float = _setting(_seconds, 0.0, "S")
     """Seconds after which an unused session expires; 0 means never."""
     compute_threads: int = _computed(_whole(1), _cores, "N")

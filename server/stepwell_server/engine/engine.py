@@ -13,7 +13,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Slots
 from stepwell_server.engine.admission import Admission
-from stepwell_server.engine.arena import Arena
+from stepwell_server.engine.arena import Arena, default_resident_rows
 from stepwell_server.engine.calls import (
     Frame,
     ModelInfo,
@@ -75,7 +75,7 @@ class Engine:
         clock: Clock,
         observer: Observer,
         max_batch_rows: int,
-        resident_rows: int,
+        resident_rows: int | None,
         max_session_idle_s: float,
         compute_threads: int,
         executor: Callable[[Program], Executor] = load_executor,
@@ -91,7 +91,14 @@ class Engine:
         pager = Pager(self._table, store)
         self._admission = Admission(self._table, self._models, clock=clock, observer=observer, pager=pager)
         for name in sorted(programs):
-            self._models.append(self._serve(name, programs[name], max_batch_rows, resident_rows))
+            self._models.append(
+                self._serve(
+                    name,
+                    programs[name],
+                    max_batch_rows,
+                    resident_rows or default_resident_rows(programs[name]),
+                )
+            )
         self._directory = Directory(
             self._table,
             self._models,
