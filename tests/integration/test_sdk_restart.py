@@ -1,0 +1,77 @@
+"""Both clients while the server is killed and comes back on the same port."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import stepwell
+from stepwell.testing import LocalServer
+from support.served import save_and_compile
+from support.shells import SHELLS, connect
+
+X = np.ones((1, 3), np.float32)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    folder = tmp_path_factory.getbasetemp() / "served"
+    folder.mkdir(exist_ok=True)
+    paths, cache_dir = save_and_compile(folder)
+    with LocalServer({"seq": paths["seq"]}, cache_dir=cache_dir, start_timeout_s=60) as server:
+        yield server
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+async def test_calls_wait_for_a_server_that_comes_back(shell: str, server: LocalServer) -> None:
+    async with connect(shell, server.address, timeout_s=60) as client:
+        session = await client.open_session("seq")
+        group = await client.open_sessions("seq", 3)
+        await session.step(X)
+        await group.step(np.ones((3, 3)))
+        address = server.address
+        assert server.kill() == -9
+        waiting = [
+            asyncio.ensure_future(call)
+            for call in (client.models(), session.step(X), group.step(np.ones((3, 3))))
+        ]
+        await asyncio.to_thread(server.restart)
+        assert server.address == address
+        models, step, group_step = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [info.name for info in models] == ["seq"]
+        # Its sessions were in memory only: it says that they are gone, and never starts them from zero.
+        assert isinstance(step, stepwell.SessionGoneError)
+        assert isinstance(group_step, stepwell.SessionGoneError)
+        assert sorted(group_step.failures) == [0, 1, 2]
+        fresh = await client.open_session("seq")
+        await fresh.step(X)
+        assert fresh.revision == 1
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+async def test_calls_end_with_their_limit_while_the_server_is_down(shell: str, server: LocalServer) -> None:
+    async with connect(shell, server.address, timeout_s=60) as client:
+        session = await client.open_session("seq")
+        group = await client.open_sessions("seq", 3)
+        server.kill()
+        try:
+            for call in (
+                client.models(timeout_s=0.3),
+                session.step(X, timeout_s=0.3),
+                group.step(np.ones((3, 3)), timeout_s=0.3),
+            ):
+                with pytest.raises((stepwell.UnavailableError, stepwell.DeadlineExceededError)):
+                    await asyncio.wait_for(call, 10)
+        finally:
+            await asyncio.to_thread(server.restart)
+
+
+def test_stopping_is_clean(server: LocalServer) -> None:
+    assert server.stop() == 0
+    assert server.pid is None
+    server.restart()
+    with stepwell.connect(server.address) as client:
+        assert [info.name for info in client.models()] == ["seq"]
