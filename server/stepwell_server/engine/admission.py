@@ -15,6 +15,7 @@ from stepwell_server.core.exactly_once import Verdict, judge
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.call import Call
 from stepwell_server.engine.calls import Members, Observer
+from stepwell_server.engine.framecall import too_late
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.paging import Pager
 from stepwell_server.engine.served import ServedModel
@@ -31,11 +32,12 @@ MAX_WAITING_BYTES = 512 << 20
 class Hold:
     """A turn in a session's line for something that is no change: a read, a fork, the closing."""
 
-    __slots__ = ("deadline", "granted")
+    __slots__ = ("deadline", "granted", "rows")
 
-    def __init__(self, granted: asyncio.Future[None], deadline: float) -> None:
+    def __init__(self, granted: asyncio.Future[None], deadline: float, *, rows: bool) -> None:
         self.granted = granted
         self.deadline = deadline
+        self.rows = rows
 
 
 Waiter: TypeAlias = "tuple[Call, int] | Hold"
@@ -115,35 +117,43 @@ class Admission:
     def _let_go(self, call: Call) -> None:
         self.bytes_waiting -= call.byte_count
 
-    async def hold(self, handle: int, deadline: float) -> None:
+    async def hold(self, handle: int, deadline: float, *, rows: bool = True) -> None:
         """Claim one session for something that is no change, when its turn comes.
 
+        Args:
+            handle: The session.
+            deadline: On the clock's monotonic time.
+            rows: The session's rows are needed.
+
         Raises:
-            DeadlineExceeded, SessionNotFound: it did not come.
+            DeadlineExceeded, SessionGone, Overloaded: it did not come.
         """
         if not self._table.claimed[handle]:
-            self._claim_one(handle)
+            error = self._claim_one(handle, rows=rows)
+            if error is not None:
+                self.release(np.array([handle]))
+                raise error
             return
         if self._claims.waiting(handle) >= MAX_LINE:
             raise self._line_full(handle)
-        hold = Hold(asyncio.get_running_loop().create_future(), deadline)
+        hold = Hold(asyncio.get_running_loop().create_future(), deadline, rows=rows)
         self._waiters[int(self._table.model[handle])] += 1
         self._claims.wait(handle, hold)
         try:
             await hold.granted
         except asyncio.CancelledError:
-            if hold.granted.done() and not hold.granted.cancelled():
+            granted = hold.granted
+            if granted.done() and not granted.cancelled() and granted.exception() is None:
                 self.release(np.array([handle]))  # the turn came in the same moment
             raise
 
-    def _claim_one(self, handle: int) -> None:
+    def _claim_one(self, handle: int, *, rows: bool) -> ServerError | None:
+        """Claim a session; return why its rows cannot be had, if they are needed."""
         handles = np.array([handle])
         self._claims.claim(handles)
-        try:
-            self._pager.page_in(self._models[self._table.model[handle]], handles)
-        except ServerError:
-            self.release(handles)
-            raise
+        if not rows:
+            return None
+        return self._pager.page_in(self._models[self._table.model[handle]], handles).get(handle)
 
     def release(self, handles: Handles) -> None:
         """End claims and start what waited for them."""
@@ -175,13 +185,16 @@ class Admission:
                 waiter[0].fail(np.array([waiter[1]]), error)
 
     def _grant(self, hold: Hold, handle: int) -> bool:
+        """Whether the turn is taken."""
         if hold.granted.done():
             return False
-        try:
-            self._claim_one(handle)
-        except ServerError as error:
+        if self._clock.monotonic() >= hold.deadline:
+            hold.granted.set_exception(too_late())
+            return False
+        error = self._claim_one(handle, rows=hold.rows)
+        if error is not None:
             hold.granted.set_exception(error)
-            return True  # released already, with whatever came next
+            return False
         hold.granted.set_result(None)
         return True
 
@@ -228,11 +241,17 @@ class Admission:
         """Claim, judge and start members whose turn it is; return sessions that are done with already."""
         handles = call.handles[members]
         self._claims.claim(handles)
-        try:
-            self._pager.page_in(self._models[call.model], handles)
-        except ServerError as error:
-            call.fail(members, error)
-            return handles
+        refused = self._pager.page_in(self._models[call.model], handles)
+        if not refused:
+            return self._judge(call, members, handles)
+        for member, handle in zip(members.tolist(), handles.tolist(), strict=True):
+            if handle in refused:
+                call.fail(np.array([member]), refused[handle])
+        out = np.isin(handles, list(refused))
+        done = self._judge(call, members[~out], handles[~out]) if not out.all() else handles[:0]
+        return np.concatenate([handles[out], done])
+
+    def _judge(self, call: Call, members: Members, handles: Handles) -> Handles:
         verdict = judge(
             self._table.revision[handles],
             self._table.request_id[handles],

@@ -103,14 +103,10 @@ class Lifecycle:
         if known is not None and all(session_id in self._table for session_id in known):
             return OpenedMany(known, model.program.fingerprint, replayed=True)
         ids = self._ids_to_open(count, session_ids)
-        rows = self._pager.take(model, len(ids) * batch_size)
-        model.arena.reset(rows)
-        used, created = self._clock.monotonic(), self._clock.now()
-        for i, session_id in enumerate(ids):
-            own = rows[i * batch_size : (i + 1) * batch_size].copy()
-            self._table.add(
-                session_id, model=model.index, rows=own, used=used, created=created, request_id=request_id
-            )
+        # In portions that page each other out. If the rows of the first can be had, so can all others'.
+        portion = max(1, model.slots.resident_limit // 4 // batch_size)
+        for low in range(0, len(ids), portion):
+            self._add_many(model, ids[low : low + portion], batch_size, request_id)
         if request_id:
             self._opened_with.put(str(request_id), ids)
         self._observer.sessions_opened(model.name, len(ids))
@@ -122,17 +118,16 @@ class Lifecycle:
         """Open a session with the state of another. See `Engine.fork`."""
         if new_session_id:
             require_session_id("new_session_id", new_session_id)
-        else:
-            new_session_id = self._answered_before(request_id) or self._directory.new_id()
-        known = self._directory.live(new_session_id)
+        known = self._forked_before(new_session_id, request_id)
         if known is not None:
-            if request_id and self._table.opened_with(known) == request_id:
-                return Opened(self._directory.info(known), replayed=True)
-            raise _exists("new_session_id", new_session_id)
+            return known
         source = self._directory.find(session_id)
         await self._admission.hold(source, deadline)
         try:
-            return self._fork(source, new_session_id, expected, request_id)
+            # once more: the same call may have been in line before this one
+            known = self._forked_before(new_session_id, request_id)
+            new_session_id = new_session_id or self._directory.new_id()
+            return known or self._fork(source, new_session_id, expected, request_id)
         finally:
             self._admission.release(np.array([source]))
 
@@ -153,11 +148,11 @@ class Lifecycle:
         """Delete a session when its turn comes; True if this request did so before."""
         try:
             handle = self._directory.find(session_id)
+            await self._admission.hold(handle, deadline, rows=False)
         except SessionGone:
             if request_id and self._closed_with.get(session_id) == request_id:
                 return True
             raise
-        await self._admission.hold(handle, deadline)
         if request_id:
             self._closed_with.put(session_id, request_id)
         self._directory.remove(
@@ -220,13 +215,24 @@ class Lifecycle:
             request_id=request_id,
         )
 
+    def _add_many(
+        self, model: ServedModel, session_ids: Sequence[str], batch_size: int, request_id: int
+    ) -> None:
+        rows = self._pager.take(model, len(session_ids) * batch_size)
+        model.arena.reset(rows)
+        used, created = self._clock.monotonic(), self._clock.now()
+        for i, session_id in enumerate(session_ids):
+            own = rows[i * batch_size : (i + 1) * batch_size].copy()
+            self._directory.forget_end(session_id)
+            self._table.add(
+                session_id, model=model.index, rows=own, used=used, created=created, request_id=request_id
+            )
+
     def _fork(self, source: int, new_session_id: str, expected: int | None, request_id: int) -> Opened:
         table, model = self._table, self._directory.model_of(source)
         revision = int(table.revision[source])
         if expected is not None and expected != revision:
             raise RevisionConflict(table.session_id(source), expected, revision)
-        if new_session_id in table:
-            raise _exists("new_session_id", new_session_id)
         rows = self._pager.take(model, int(table.batch_size[source]))
         model.arena.copy(table.rows(source), rows)
         table.used[source] = self._clock.monotonic()
@@ -261,6 +267,15 @@ class Lifecycle:
         if len(set(session_ids)) != len(session_ids):
             raise InvalidInput("session_ids must be different from each other; got one of them twice")
         return list(session_ids)
+
+    def _forked_before(self, new_session_id: str, request_id: int) -> Opened | None:
+        name = new_session_id or self._answered_before(request_id)
+        known = self._directory.live(name) if name else None
+        if known is None:
+            return None
+        if request_id and self._table.opened_with(known) == request_id:
+            return Opened(self._directory.info(known), replayed=True)
+        raise _exists("new_session_id", self._table.session_id(known))
 
     def _answered_before(self, request_id: int) -> str | None:
         known = self._opened_with.get(str(request_id)) if request_id else None

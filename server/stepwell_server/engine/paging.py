@@ -7,7 +7,7 @@ import numpy as np
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.served import ServedModel
-from stepwell_server.errors import Overloaded, SessionLost
+from stepwell_server.errors import Overloaded, ServerError, SessionLost
 from stepwell_server.store.base import Record, Store
 
 #: When rows are needed, this share of the arena is paged out at once: finding the least recently used
@@ -33,40 +33,60 @@ class Pager:
             self._make_room(model, count)
             rows = model.slots.take_resident(count)
         if rows is None:
-            raise Overloaded(
-                f"rows of sessions with something under way must leave {count} free of"
-                f" resident_rows {model.slots.resident_limit} of model {model.name!r}",
-                retry_after_s=max(0.05, model.loop.expected_wait_s()),
-            )
+            raise self._overloaded(model, count)
         return rows
 
-    def page_in(self, model: ServedModel, handles: Handles) -> None:
-        """Bring claimed sessions back to the arena, those that are not there.
+    @staticmethod
+    def _overloaded(model: ServedModel, count: int) -> Overloaded:
+        return Overloaded(
+            f"rows of sessions with something under way must leave {count} free of"
+            f" resident_rows {model.slots.resident_limit} of model {model.name!r}",
+            retry_after_s=max(0.05, model.loop.expected_wait_s()),
+        )
 
-        Raises:
-            Overloaded: see `take`. Some may be back already.
-            SessionLost: the store does not have one of them.
+    def page_in(self, model: ServedModel, handles: Handles) -> dict[int, ServerError]:
+        """Bring claimed sessions back to the arena, those that are not there and for which there is room.
+
+        Returns:
+            Why the others stay away, by handle: `Overloaded` or `SessionLost`.
         """
         absent = handles[self._table.row[handles] < 0]
         if not len(absent):
-            return
-        rows = self.take(model, int(self._table.batch_size[absent].sum()))
-        try:
-            packed = b"".join(self._record(int(handle)).rows for handle in absent)
-        except SessionLost:
-            model.slots.free_resident(rows)
-            raise
-        model.arena.unpack(rows, np.frombuffer(packed, np.uint8).reshape(len(rows), -1))
-        self._table.set_rows_of(absent, rows)
-        if self._store.is_volatile:
-            self._store.delete([self._table.session_id(handle) for handle in absent.tolist()])
+            return {}
+        refused: dict[int, ServerError] = {}
+        fits = np.cumsum(self._table.batch_size[absent]) <= self._room(model, absent)
+        if not fits.all():
+            short = self._overloaded(model, int(self._table.batch_size[absent].sum()))
+            refused = dict.fromkeys(absent[~fits].tolist(), short)
+            absent = absent[fits]
+        records = {handle: self._record(handle) for handle in absent.tolist()}
+        lost = {handle: found for handle, found in records.items() if isinstance(found, SessionLost)}
+        absent = absent[[handle not in lost for handle in absent.tolist()]] if lost else absent
+        if len(absent):
+            packed = b"".join(found.rows for found in records.values() if isinstance(found, Record))
+            self._unpack(model, absent, packed)
+        return refused | lost
 
-    def _record(self, handle: int) -> Record:
+    def _room(self, model: ServedModel, handles: Handles) -> int:
+        """Rows that could be had for sessions: free ones, and those of sessions that may go."""
+        room = model.slots.resident_limit - model.slots.resident
+        if int(self._table.batch_size[handles].sum()) > room:
+            room += int(self._table.batch_size[self._may_go(model.index)].sum())
+        return room
+
+    def _unpack(self, model: ServedModel, handles: Handles, packed: bytes) -> None:
+        rows = self.take(model, int(self._table.batch_size[handles].sum()))
+        model.arena.unpack(rows, np.frombuffer(packed, np.uint8).reshape(len(rows), -1))
+        self._table.set_rows_of(handles, rows)
+        if self._store.is_volatile:
+            self._store.delete([self._table.session_id(handle) for handle in handles.tolist()])
+
+    def _record(self, handle: int) -> Record | SessionLost:
         session_id = self._table.session_id(handle)
         record = self._store.get(session_id)
         if record is None:
             revision = str(int(self._table.revision[handle]))
-            raise SessionLost(
+            return SessionLost(
                 session_id, f"session {session_id!r} was paged out and is not in the store", revision=revision
             )
         return record
@@ -80,12 +100,14 @@ class Pager:
 
     def _oldest(self, model: int, rows: int) -> Handles:
         """The least recently used sessions that have `rows` rows together, or all that may go."""
-        table, end = self._table, self._table.end
-        may_go = (table.model[:end] == model) & (table.row[:end] >= 0) & ~table.claimed[:end]
-        candidates = np.flatnonzero(may_go)
+        table, candidates = self._table, self._may_go(model)
         by_age = candidates[np.argsort(table.used[candidates], kind="stable")]
         enough = int(np.searchsorted(np.cumsum(table.batch_size[by_age]), rows)) + 1
         return by_age[:enough]
+
+    def _may_go(self, model: int) -> Handles:
+        table, end = self._table, self._table.end
+        return np.flatnonzero((table.model[:end] == model) & (table.row[:end] >= 0) & ~table.claimed[:end])
 
     def _page_out(self, model: ServedModel, handles: Handles) -> None:
         rows = self._table.rows_of(handles)

@@ -1,0 +1,536 @@
+"""Sessions come and go: open, resume, fork, close, expire."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    ModelMismatch,
+    ModelNotFound,
+    RevisionConflict,
+    SessionExists,
+    SessionExpired,
+    SessionGone,
+    SessionLost,
+    SessionNotFound,
+)
+from support.engine import Answer, Harness, running
+from support.fake_executor import PLAIN, RICH
+from support.model_of_sessions import initial
+
+
+def x(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
+
+
+async def task_of(call: Any) -> asyncio.Task[Any]:
+    """A task that has begun: it has taken its place in line."""
+    task = asyncio.create_task(call)
+    await asyncio.sleep(0)
+    return task
+
+
+async def blocked(at: Harness, *session_ids: str) -> Any:
+    """A pass in flight with some sessions."""
+    at.hooks.close_gate()
+    answers = at.submit(list(session_ids), x(len(session_ids)))
+    await at.in_flight()
+    return answers
+
+
+async def gone(at: Harness, session_id: str) -> str:
+    """What everybody is told about a session that is not there, by every call."""
+    told = set()
+    for call in (
+        at.step(session_id, x(1)),
+        at.state(session_id),
+        at.engine.fork(session_id),
+        at.engine.close_session(session_id),
+        at.engine.close_session(session_id, request_id=99),
+    ):
+        with pytest.raises(SessionGone) as error:
+            await call
+        told.add((type(error.value).__name__, error.value.message, error.value.session_id))
+    with pytest.raises(SessionGone) as error:
+        at.engine.session_info(session_id)
+    told.add((type(error.value).__name__, error.value.message, error.value.session_id))
+    ((kind, _message, named),) = told
+    assert named == session_id
+    return kind
+
+
+async def test_a_new_session_begins_at_the_initial_state() -> None:
+    async with running({"rich": RICH}) as at:
+        opened = await at.engine.open_session("rich", session_id="a", batch_size=2)
+        assert not opened.resumed
+        assert not opened.replayed
+        info = opened.session
+        assert (info.session_id, info.model, info.fingerprint) == ("a", "rich", "f-rich")
+        assert (info.batch_size, info.revision, info.position, info.resident) == (2, 0, 0, True)
+        assert info.created == info.last_used == at.clock.now()
+        state = (await at.engine.get_state("a")).state
+        assert list(state) == ["sum", "count"]
+        assert state["sum"].tolist() == [[0.5, -0.25]] * 2
+        assert state["count"].tolist() == [7, 7]
+        assert at.events.sessions == [("opened", "a")]
+
+
+async def test_a_reused_row_does_not_show_what_was_there() -> None:
+    async with running(resident_rows=1) as at:
+        await at.open("a")
+        await at.step("a", x(1, 3))
+        await at.engine.close_session("a")
+        await at.open("b")
+        assert (await at.state("b"))["sum"].tobytes() == initial(1).tobytes()
+        answer = at.submit("b", x(1), expected=9, request_ids=1)
+        with pytest.raises(RevisionConflict):
+            await answer.only()
+
+
+async def test_a_session_may_begin_at_a_given_state() -> None:
+    async with running() as at:
+        value = x(2)
+        await at.engine.open_session("plain", session_id="a", batch_size=2, state={"": value})
+        assert (await at.state("a"))["sum"].tobytes() == value.tobytes()
+
+
+async def test_ids_made_here_are_new_each_time() -> None:
+    async with running() as at:
+        ids = {(await at.engine.open_session("plain")).session.session_id for _ in range(20)}
+        ids |= set((await at.engine.open_sessions("plain", count=20)).session_ids)
+        assert len(ids) == 40
+        assert all(len(session_id) >= 30 for session_id in ids)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "message"),
+    [
+        ({"model": "x"}, ModelNotFound, r"model must be one of \['plain'\]; got 'x'"),
+        ({"batch_size": 0}, InvalidInput, "batch_size must be 1 to resident_rows, 64; got 0"),
+        ({"batch_size": 65}, InvalidInput, "batch_size must be 1 to resident_rows, 64; got 65"),
+        ({"session_id": "a\n"}, InvalidInput, "session_id must be 1 to 256 printable characters"),
+        ({"session_id": "a" * 10_000}, InvalidInput, "session_id must be .*; got 10000 characters, 'aaa"),
+        ({"fingerprint": "other"}, ModelMismatch, "model_fingerprint must be that of .* f-plain; got other"),
+        ({"state": {"h": x(1)}}, InvalidInput, r"state must name each of \['sum'\] once"),
+        ({"state": {"": x(2)}}, InvalidInput, r"state 'sum' must have shape \(1, 2\); got \(2, 2\)"),
+        ({"state": {"": np.full((1, 2), np.nan)}}, InvalidInput, "state 'sum' must hold finite numbers"),
+    ],
+)
+async def test_what_cannot_be_opened_is_not(
+    fields: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    async with running() as at:
+        with pytest.raises(kind, match=f"^{message}"):
+            await at.engine.open_session(**{"model": "plain", **fields})
+        assert at.engine.list_sessions() == ([], 0)
+
+
+async def test_resuming_goes_on_where_the_session_was() -> None:
+    async with running({"plain": PLAIN, "other": PLAIN}) as at:
+        await at.open("a", batch_size=2)
+        await at.step("a", x(2, 3))
+        at.clock.advance(10)
+        opened = await at.engine.open_session("plain", session_id="a", batch_size=2)
+        assert opened.resumed
+        assert (opened.session.revision, opened.session.position) == (1, 3)
+        cases: list[tuple[dict[str, Any], str]] = [
+            ({"batch_size": 3}, "batch_size 2; got model 'plain' and batch_size 3"),
+            ({"batch_size": 2, "model": "other"}, "with model 'plain' .*; got model 'other'"),
+            ({"batch_size": 2, "must_be_new": True}, "session_id must be new; session 'a' is open"),
+        ]
+        for fields, message in cases:
+            with pytest.raises(SessionExists, match=message):
+                await at.engine.open_session(**{"model": "plain", "session_id": "a", **fields})
+        assert at.engine.session_info("a").position == 3
+
+
+async def test_opening_again_with_the_same_request_is_the_same_opening() -> None:
+    async with running() as at:
+        first = await at.engine.open_session("plain", request_id=5)
+        again = await at.engine.open_session("plain", request_id=5)
+        assert again.replayed
+        assert again.session.session_id == first.session.session_id
+        named = await at.engine.open_session("plain", session_id="a", request_id=6, must_be_new=True)
+        again = await at.engine.open_session("plain", session_id="a", request_id=6, must_be_new=True)
+        assert (named.replayed, again.replayed) == (False, True)
+        with pytest.raises(SessionExists):
+            await at.engine.open_session("plain", session_id="a", request_id=7, must_be_new=True)
+        assert at.engine.list_sessions()[1] == 2
+
+
+async def test_many_are_opened_or_none() -> None:
+    async with running() as at:
+        opened = await at.engine.open_sessions("plain", count=5, batch_size=2, request_id=8)
+        again = await at.engine.open_sessions("plain", count=5, batch_size=2, request_id=8)
+        assert (opened.replayed, again.replayed) == (False, True)
+        assert list(again.session_ids) == list(opened.session_ids)
+        await at.open("c")
+        for fields, kind, message in (
+            ({"session_ids": ["a", "b", "c"]}, SessionExists, "session_ids must be new; session 'c' is open"),
+            ({"session_ids": ["a", "b", "a"]}, InvalidInput, "session_ids must be different"),
+            ({"session_ids": ["a", ""]}, InvalidInput, "session_ids must be 1 to 256 printable"),
+            (
+                {"session_ids": ["a"], "count": 2},
+                InvalidInput,
+                "count must be 0 or the number of session_ids, 1",
+            ),
+            ({"count": 0}, InvalidInput, "count must be 1 to 65536; got 0"),
+            ({"count": -1}, InvalidInput, "count must be 1 to 65536; got -1"),
+            ({"count": 65_537}, InvalidInput, "count must be 1 to 65536; got 65537"),
+            ({"count": 1, "batch_size": 0}, InvalidInput, "batch_size must be"),
+        ):
+            with pytest.raises(kind, match=message):
+                await at.engine.open_sessions("plain", **fields)
+        assert at.engine.list_sessions()[1] == 6
+
+
+async def test_more_sessions_are_opened_at_once_than_there_are_rows() -> None:
+    async with running(resident_rows=8) as at:
+        ids = list((await at.engine.open_sessions("plain", count=30, batch_size=3)).session_ids)
+        assert at.engine.list_sessions()[1] == 30
+        for session_id in ids:
+            assert (await at.state(session_id))["sum"].tobytes() == initial(3).tobytes()
+
+
+async def test_many_are_none_if_the_rows_are_taken() -> None:
+    async with running(resident_rows=4, threads=True) as at:
+        await at.open(*"abc")
+        await blocked(at, *"abc")
+        with pytest.raises(Exception, match="must leave 2 free"):
+            await at.engine.open_sessions("plain", count=3, batch_size=2)
+        assert at.engine.list_sessions()[1] == 3
+        at.hooks.open_gate()
+
+
+async def test_a_fork_has_the_state_and_goes_its_own_way() -> None:
+    async with running() as at:
+        await at.open("a", batch_size=2)
+        await at.step("a", x(2, 3), request_ids=7)
+        before = (await at.state("a"))["sum"].tobytes()
+        forked = await at.engine.fork("a", new_session_id="b", expected=1)
+        assert (forked.session.revision, forked.session.position, forked.session.batch_size) == (1, 3, 2)
+        one = await at.step("b", x(2), expected=1)
+        assert (await at.state("a"))["sum"].tobytes() == before
+        two = await at.step("a", x(2), expected=1)
+        assert one.outputs["y"].tobytes() == two.outputs["y"].tobytes()
+        await at.engine.fork("a", new_session_id="c", expected=2)
+        await at.step("a", x(2), expected=2, request_ids=8)
+        with pytest.raises(RevisionConflict):  # the fork did not make the change that its source remembers
+            await at.step("c", x(2), expected=1, request_ids=7)
+
+
+async def test_a_fork_waits_for_its_turn_and_is_refused_with_a_reason() -> None:
+    async with running(threads=True) as at:
+        await at.open("a", "b")
+        await blocked(at, "a")
+        fork = await task_of(at.engine.fork("a", new_session_id="c"))
+        after = at.submit("a", x(1))
+        at.hooks.open_gate()
+        assert (await fork).session.revision == 1
+        assert (await after.only()).revision == 2
+        for fields, kind in (
+            ({"new_session_id": "b"}, SessionExists),
+            ({"new_session_id": "a"}, SessionExists),
+            ({"new_session_id": ""}, None),
+            ({"new_session_id": "d\n"}, InvalidInput),
+            ({"new_session_id": "d", "expected": 1}, RevisionConflict),
+        ):
+            if kind is None:
+                assert len((await at.engine.fork("a", **fields)).session.session_id) > 30
+            else:
+                with pytest.raises(kind):
+                    await at.engine.fork("a", **fields)
+
+
+@pytest.mark.parametrize("new", ["", "c"])
+async def test_a_fork_sent_again_is_the_same_fork(new: str) -> None:
+    async with running(threads=True) as at:
+        await at.open("a")
+        first = await at.engine.fork("a", new_session_id=new, request_id=4)
+        await at.step("a", x(1))
+        again = await at.engine.fork("a", new_session_id=new, request_id=4, expected=0)
+        assert again.replayed
+        assert again.session.session_id == first.session.session_id
+        await blocked(at, "a")
+        both = [
+            await task_of(at.engine.fork("a", new_session_id=new and "d", request_id=5)) for _ in range(2)
+        ]
+        at.hooks.open_gate()
+        one, two = await both[0], await both[1]
+        assert (one.replayed, two.replayed) == (False, True)
+        assert one.session.session_id == two.session.session_id
+        assert at.engine.list_sessions()[1] == 3
+
+
+async def test_two_forks_to_one_name_that_wait_make_one_session() -> None:
+    async with running(threads=True) as at:
+        await at.open("a")
+        await blocked(at, "a")
+        both = [await task_of(at.engine.fork("a", new_session_id="c", request_id=r)) for r in (5, 6)]
+        at.hooks.open_gate()
+        assert (await both[0]).session.session_id == "c"
+        with pytest.raises(SessionExists):
+            await both[1]
+
+
+async def test_closing_refuses_who_waits_and_forgets_the_session() -> None:
+    async with running(threads=True) as at:
+        await at.open("a", "b")
+        first = await blocked(at, "a", "b")
+        before = at.submit("a", x(1))
+        closing = await task_of(at.engine.close_session("a", request_id=5))
+        late_step, late_reset = at.submit(["a", "b"], x(2)), at.submit("a", reset=True)
+        late_read = await task_of(at.state("a"))
+        at.hooks.open_gate()
+        assert await closing is False
+        assert [type(answer) for answer in await first.all()] == [Answer, Answer]
+        assert (await before.only()).revision == 2
+        refused, applied = await late_step.all()
+        assert isinstance(refused, SessionNotFound)
+        assert refused.message == "session 'a' was closed"
+        assert isinstance(applied, Answer)
+        for call in (late_reset.only(), late_read):
+            with pytest.raises(SessionNotFound, match="was closed"):
+                await call
+        assert await at.engine.close_session("a", request_id=5) is True
+        assert await gone(at, "a") == "SessionNotFound"
+        assert at.events.sessions[-1] == ("closed", "a")
+
+
+async def test_a_closing_sent_again_while_the_first_one_waits_succeeds() -> None:
+    async with running(threads=True) as at:
+        await at.open("a")
+        await blocked(at, "a")
+        both = [await task_of(at.engine.close_session("a", request_id=5)) for _ in range(2)]
+        other = await task_of(at.engine.close_session("a", request_id=6))
+        at.hooks.open_gate()
+        assert [await task for task in both] == [False, True]
+        with pytest.raises(SessionNotFound):
+            await other
+
+
+async def test_a_closing_that_is_answered_does_not_close_the_next_session_of_that_name() -> None:
+    async with running() as at:
+        await at.open("a")
+        await at.engine.close_session("a", request_id=5)
+        await at.open("a")
+        assert await at.engine.close_session("a", request_id=6) is False
+        with pytest.raises(SessionNotFound):
+            await at.engine.close_session("a", request_id=5)
+
+
+async def test_closing_many_counts_those_that_were_there() -> None:
+    async with running(threads=True) as at:
+        await at.open("a", "b", "c")
+        await blocked(at, "b")
+        closing = await task_of(at.engine.close_sessions(["a", "gone", "b", "a"]))
+        at.hooks.open_gate()
+        assert await closing == 2
+        assert [info.session_id for info in at.engine.list_sessions()[0]] == ["c"]
+        with pytest.raises(InvalidInput, match="session_ids must be at most 65536; got 65537"):
+            await at.engine.close_sessions(["x"] * 65_537)
+
+
+async def test_a_session_without_rows_is_closed_even_if_all_rows_are_busy() -> None:
+    async with running(resident_rows=2, threads=True) as at:
+        await at.open("away", "a", "b")
+        assert not at.engine.session_info("away").resident
+        await blocked(at, "a", "b")
+        assert await at.engine.close_session("away") is False
+        assert await gone(at, "away") == "SessionNotFound"
+        at.hooks.open_gate()
+
+
+@pytest.mark.parametrize("what", ["read", "fork", "close"])
+async def test_a_turn_that_comes_after_the_deadline_is_not_taken(what: str) -> None:
+    async with running(threads=True) as at:
+        await at.open("a")
+        await blocked(at, "a")
+        deadline = at.clock.monotonic() + 5
+        call: Any = {"read": at.engine.get_state, "fork": at.engine.fork, "close": at.engine.close_session}[
+            what
+        ]
+        late, in_time = await task_of(call("a", deadline=deadline)), at.submit("a", x(1))
+        at.clock.advance(5)
+        at.hooks.open_gate()
+        with pytest.raises(DeadlineExceeded, match="deadline passed while it waited"):
+            await late
+        assert (await in_time.only()).revision == 2
+        assert at.engine.list_sessions()[1] == 1
+
+
+async def test_a_reader_that_is_cancelled_in_line_gives_its_turn_away() -> None:
+    async with running(threads=True) as at:
+        await at.open("a")
+        await blocked(at, "a")
+        reading = await task_of(at.state("a"))
+        following = at.submit("a", x(1))
+        reading.cancel()
+        at.hooks.open_gate()
+        assert (await following.only()).revision == 2
+        assert reading.cancelled()
+
+
+async def test_a_reader_that_is_cancelled_as_its_turn_comes_gives_it_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running(threads=True) as at:
+        await at.open("a")
+        await blocked(at, "a")
+        reading = await task_of(at.state("a"))
+        following = at.submit("a", x(1))
+        admission = at.engine._admission
+        grant = admission._grant
+
+        def grant_and_cancel(hold: Any, handle: int) -> bool:
+            taken = grant(hold, handle)
+            reading.cancel()
+            return taken
+
+        monkeypatch.setattr(admission, "_grant", grant_and_cancel)
+        at.hooks.open_gate()
+        assert (await following.only()).revision == 2
+        assert reading.cancelled()
+
+
+async def test_a_reader_that_is_cancelled_as_the_session_goes_takes_nothing_from_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running(threads=True) as at:
+        await at.open("a")
+        await blocked(at, "a")
+        closing = await task_of(at.engine.close_session("a"))
+        reading = await task_of(at.state("a"))
+        directory, table = at.engine._directory, at.engine._table
+        handle, remove = table.find("a"), directory.remove
+
+        def remove_and_reuse(*args: Any) -> None:
+            remove(*args)
+            reading.cancel()
+            at.engine._lifecycle.open_many("plain", count=0, session_ids=["b"], batch_size=1, request_id=0)
+            at.hooks.close_gate()
+            at.submit("b", x(1))
+
+        monkeypatch.setattr(directory, "remove", remove_and_reuse)
+        at.hooks.open_gate()
+        await closing
+        await asyncio.wait([reading])
+        assert reading.cancelled()
+        assert table.find("b") == handle, "the next session has the handle of the last one"
+        assert handle is not None
+        assert table.claimed[handle], "its step is under way"
+        at.hooks.open_gate()
+
+
+async def test_a_session_that_is_idle_too_long_expires() -> None:
+    async with running(max_session_idle_s=60) as at:
+        await at.open("a", "b", "c")
+        await at.step("a", x(1))
+        at.clock.advance(40)
+        await at.state("b")
+        at.clock.advance(20)
+        assert at.engine.expire_idle() == 0, "idle for 60 s is not longer than 60 s"
+        at.clock.advance(1)
+        assert at.engine.expire_idle() == 2
+        assert at.events.sessions[-2:] == [("expired", "a"), ("expired", "c")]
+        assert await gone(at, "a") == "SessionExpired"
+        assert await gone(at, "never") == "SessionNotFound"
+        assert at.engine.session_info("b").revision == 0
+        with pytest.raises(SessionExpired, match="idle for longer than max_session_idle_s 60"):
+            await at.step("a", x(1))
+
+
+async def test_a_session_that_is_due_is_gone_even_before_the_timer_comes() -> None:
+    async with running(max_session_idle_s=60) as at:
+        await at.open("a", "b", "c")
+        at.clock.advance(61)
+        answers = await at.submit(["a", "b"], x(2)).all()
+        assert [type(answer) for answer in answers] == [SessionExpired, SessionExpired]
+        with pytest.raises(SessionExpired):
+            at.single("c", x(1))
+        assert at.engine.list_sessions()[0] == []
+
+
+async def test_an_expired_session_may_be_opened_anew_and_then_is_no_longer_expired() -> None:
+    async with running(max_session_idle_s=60) as at:
+        for open_again in ("one", "many"):
+            await at.open("a")
+            await at.step("a", x(1))
+            at.clock.advance(61)
+            if open_again == "one":
+                opened = await at.engine.open_session("plain", session_id="a")
+                assert not opened.resumed
+                assert opened.session.revision == 0
+            else:
+                await at.engine.open_sessions("plain", session_ids=["a"])
+            assert (await at.state("a"))["sum"].tobytes() == initial(1).tobytes()
+            await at.engine.close_session("a")
+            assert await gone(at, "a") == "SessionNotFound"
+
+
+async def test_a_session_with_something_under_way_does_not_expire() -> None:
+    async with running(max_session_idle_s=60, threads=True) as at:
+        await at.open("a", "b")
+        await blocked(at, "a")
+        at.clock.advance(100)
+        assert at.engine.expire_idle() == 1
+        waiting = at.submit("a", x(1))
+        at.hooks.open_gate()
+        assert (await waiting.only()).revision == 2
+
+
+async def test_a_session_of_another_server_process_is_lost_and_not_unknown() -> None:
+    async with running() as first:
+        session_id = (await first.engine.open_session("plain")).session.session_id
+        async with running() as second:
+            with pytest.raises(SessionLost, match="its store was memory"):
+                await second.step(session_id, x(1))
+            assert await gone(second, session_id) == "SessionLost"
+        await first.engine.close_session(session_id)
+        assert await gone(first, session_id) == "SessionNotFound"
+
+
+async def test_sessions_are_listed_in_the_order_of_their_ids() -> None:
+    async with running({"plain": PLAIN, "other": PLAIN}) as at:
+        await at.open("b2", "a1", "b1", "c")
+        await at.open("b3", model="other")
+
+        def listed(**fields: Any) -> tuple[list[str], int]:
+            infos, total = at.engine.list_sessions(**fields)
+            return [info.session_id for info in infos], total
+
+        assert listed() == (["a1", "b1", "b2", "b3", "c"], 5)
+        assert listed(prefix="b") == (["b1", "b2", "b3"], 3)
+        assert listed(prefix="b", model="plain") == (["b1", "b2"], 2)
+        assert listed(limit=2) == (["a1", "b1"], 5)
+        assert listed(limit=2, after="b1") == (["b2", "b3"], 5)
+        with pytest.raises(ModelNotFound):
+            listed(model="x")
+
+
+async def test_what_is_known_of_a_session() -> None:
+    async with running() as at:
+        await at.open("a")
+        created = at.clock.now()
+        at.clock.advance(5)
+        await at.step("a", x(1, 4))
+        at.clock.advance(7)
+        info = at.engine.session_info("a")
+        assert (info.created, info.last_used) == (created, created + 5)
+        assert (info.revision, info.position) == (1, 4)
+
+
+async def test_what_is_read_does_not_change_afterwards() -> None:
+    async with running() as at:
+        await at.open("a")
+        read = await at.engine.get_state("a")
+        before = read.state["sum"].tobytes()
+        await at.step("a", x(1, 4))
+        assert read.state["sum"].tobytes() == before
+        assert not np.shares_memory(read.state["sum"], at.engine._models[0].arena.states[0])

@@ -1,0 +1,190 @@
+"""More sessions than rows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine.arena import Arena
+from stepwell_server.errors import Overloaded, ServerError, SessionLost
+from stepwell_server.program import StateSpec
+from stepwell_server.store.base import Record
+from stepwell_server.store.memory import MemoryStore
+from support.engine import Answer, Harness, running
+from support.fake_executor import RICH
+from support.model_of_sessions import ModelOfSessions, Reply, initial
+
+
+def x(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
+
+
+def resident(at: Harness, names: str) -> str:
+    return "".join(name for name in names if at.engine.session_info(name).resident)
+
+
+def reasons(answers: list[Answer | ServerError]) -> list[str]:
+    return [type(answer).__name__ for answer in answers]
+
+
+def test_packed_rows_come_back_bit_for_bit_whatever_their_types() -> None:
+    rng = np.random.default_rng(1)
+    program = dataclasses.replace(
+        RICH,
+        state=(*RICH.state, StateSpec("flag", (3,), "bool"), StateSpec("half", (2, 2), "float16")),
+        initial=(*RICH.initial, np.zeros(3, bool), np.zeros((2, 2), np.float16)),
+    )
+    arena, rows = Arena(program, 8), np.array([6, 1, 3], np.intp)
+    for array in (*arena.states, *arena.outputs):
+        array[...] = rng.integers(0, 2, array.shape)
+        if array.dtype.kind == "f":
+            array[...] = np.where(rng.random(array.shape) < 0.3, np.nan, -0.0)
+    before = [array[rows].tobytes() for array in (*arena.states, *arena.outputs)]
+    packed = arena.pack(rows)
+    assert packed.shape == (3, program.state_row_bytes + 4 * (2 + 3))
+    other = Arena(program, 4)
+    other.unpack(np.array([2, 0, 3], np.intp), np.frombuffer(packed.tobytes(), np.uint8).reshape(3, -1))
+    after = [array[[2, 0, 3]].tobytes() for array in (*other.states, *other.outputs)]
+    assert after == before
+    assert not any(array[1].any() for array in other.states), "no other row is touched"
+
+
+def test_the_memory_store_replaces_finds_and_forgets() -> None:
+    store = MemoryStore()
+    store.put([Record("a", "f", b"1"), Record("b", "f", b"2")])
+    store.put([Record("a", "f", b"3")])
+    found = store.get("a")
+    assert found is not None
+    assert found.rows == b"3"
+    store.delete(["a", "never there"])
+    assert store.get("a") is None
+    assert len(store) == 1
+
+
+async def test_the_least_recently_used_leaves_and_comes_back_as_it_was() -> None:
+    async with running(resident_rows=3) as at:
+        model = ModelOfSessions(0)
+        for name in "abc":
+            at.clock.advance(1)
+            await at.open(name)
+            model.open(name, 1, None, 0)
+        for name in "ab":
+            at.clock.advance(1)
+            await at.step(name, x(1))
+            model.step(name, x(1), "ALL", None, 0, 0)
+        await at.open("d")
+        assert resident(at, "abcd") == "abd"
+        assert len(at.store) == 1
+        at.clock.advance(1)
+        await at.state("c")
+        assert resident(at, "abcd") == "bcd", "reading is a use too"
+        answer = await at.step("a", x(1, 2, seed=1))
+        wanted = model.step("a", x(1, 2, seed=1), "ALL", None, 0, 0)
+        assert isinstance(wanted, Reply)
+        assert answer.outputs["y"].tobytes() == wanted.outputs["y"].tobytes()
+        assert (answer.revision, answer.position) == (2, 3)
+        for name in "abc":
+            assert (await at.state(name))["sum"].tobytes() == model.sessions[name].state.tobytes()
+
+
+@pytest.mark.parametrize("threads", [False, True])
+async def test_sessions_of_several_rows_share_few_rows(threads: bool) -> None:
+    rng = np.random.default_rng(3)
+    async with running(resident_rows=7, threads=threads, max_batch_rows=5) as at:
+        model, sizes = ModelOfSessions(0), dict(zip("abcdefgh", [1, 3, 2, 4, 1, 2, 7, 3], strict=True))
+        for name, size in sizes.items():
+            await at.open(name, batch_size=size)
+            model.open(name, size, None, 0)
+        for i in range(120):
+            name = "abcdefgh"[rng.integers(8)]
+            at.clock.advance(1)
+            value = x(sizes[name], *([int(rng.integers(1, 4))] if rng.random() < 0.5 else []), seed=i)
+            answer = await at.step(name, value)
+            wanted = model.step(name, value, "ALL", None, 0, 0)
+            assert isinstance(wanted, Reply)
+            assert answer.outputs["y"].tobytes() == wanted.outputs["y"].tobytes()
+            assert (answer.revision, answer.position) == (wanted.revision, wanted.position)
+        for name, session in model.sessions.items():
+            assert (await at.state(name))["sum"].tobytes() == session.state.tobytes()
+
+
+async def test_a_session_with_something_under_way_keeps_its_rows() -> None:
+    async with running(resident_rows=2, threads=True) as at:
+        await at.open("a", "b", "c")
+        assert resident(at, "abc") == "bc"
+        at.hooks.close_gate()
+        busy = at.submit(["b", "c"], x(2))
+        await at.in_flight()
+        for refused in (at.submit("a", x(1)).only(), at.state("a"), at.open("d"), at.engine.fork("a")):
+            with pytest.raises(
+                Overloaded, match="must leave 1 free of resident_rows 2 of model 'plain'"
+            ) as error:
+                await refused
+            assert error.value.retry_after_s > 0
+        at.hooks.open_gate()
+        assert reasons(await busy.all()) == ["Answer", "Answer"]
+        assert (await at.step("a", x(1))).revision == 1
+
+
+async def test_a_frame_of_more_sessions_than_rows_is_done_in_portions() -> None:
+    async with running(resident_rows=4, threads=True) as at:
+        ids = [f"s{i}" for i in range(10)]
+        await at.engine.open_sessions("plain", session_ids=ids)
+        value, left, rounds = x(10), list(range(10)), 0
+        while left:
+            answers = await at.submit([ids[i] for i in left], value[left], expected=[0] * len(left)).all()
+            refused = [i for i, answer in zip(left, answers, strict=True) if isinstance(answer, Overloaded)]
+            assert len(refused) == max(0, len(left) - 4)
+            left, rounds = refused, rounds + 1
+        assert rounds == 3
+        for i, session_id in enumerate(ids):
+            wanted = value[i] + initial(1)[0] * np.float32(0.5)
+            assert (await at.state(session_id))["sum"].tobytes() == wanted.tobytes()
+
+
+async def test_a_large_session_that_does_not_fit_keeps_nobody_else_out() -> None:
+    async with running(resident_rows=4, threads=True) as at:
+        await at.open("big", batch_size=3)
+        await at.open("a", "b", "c", "d")
+        at.hooks.close_gate()
+        busy = at.submit(["a", "b"], x(2))
+        await at.in_flight()
+        answers = at.submit(["c", "big", "d"], x(5), sizes=[1, 3, 1])
+        at.hooks.open_gate()
+        assert reasons(await answers.all()) == ["Answer", "Overloaded", "Answer"]
+        assert reasons(await busy.all()) == ["Answer", "Answer"]
+
+
+async def test_a_session_whose_record_is_gone_is_lost_and_nobody_else_is() -> None:
+    async with running(resident_rows=3) as at:
+        await at.open("a", "b", "c")
+        await at.open("d", batch_size=3)
+        at.store.delete(["b"])
+        answers = await at.submit(["a", "b", "c"], x(3)).all()
+        assert reasons(answers) == ["Answer", "SessionLost", "Answer"]
+        with pytest.raises(SessionLost, match="session 'b' was paged out and is not in the store"):
+            await at.state("b")
+        assert await at.engine.close_session("b") is False
+
+
+async def test_closing_and_expiring_reach_sessions_that_are_away() -> None:
+    async with running(resident_rows=1, max_session_idle_s=10) as at:
+        await at.open("a", "b", "c")
+        assert len(at.store) == 2
+        await at.engine.close_session("a")
+        at.clock.advance(11)
+        at.engine.expire_idle()
+        assert len(at.store) == 0
+
+
+async def test_a_fork_of_a_session_that_is_away_brings_it_back() -> None:
+    async with running(resident_rows=2) as at:
+        await at.open("a")
+        await at.step("a", x(1, 3))
+        before = (await at.state("a"))["sum"].tobytes()
+        await at.open("b", "c")
+        await at.engine.fork("a", new_session_id="d")
+        for name in "ad":
+            assert (await at.state(name))["sum"].tobytes() == before
