@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from stepwell_server.clock import SystemClock
 from stepwell_server.engine.engine import Engine
@@ -18,7 +21,7 @@ from stepwell_server.logs import Log, configure
 from stepwell_server.metrics import MetricsServer, PrometheusObserver
 from stepwell_server.program import Program
 from stepwell_server.rpc.server import BindError, RpcServer
-from stepwell_server.settings import Settings
+from stepwell_server.settings import Address, Settings
 from stepwell_server.store.memory import MemoryStore
 
 _log = Log("app")
@@ -45,6 +48,9 @@ def serve(settings: Settings) -> int:
     """Serve until a signal says stop. Returns the exit code."""
     configure(settings.log_level, settings.log_format)
     try:
+        _require_free("--listen", settings.listen)
+        if settings.metrics_listen is not None:
+            _require_free("--metrics-listen", settings.metrics_listen)
         with _signals_interrupt():
             programs = _compile(settings)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -55,6 +61,30 @@ def serve(settings: Settings) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("stepwell: stopped before it was ready\n")
         return 1
+
+
+def _require_free(option: str, address: Address) -> None:
+    """Find out before models are compiled, and in better words than gRPC's, that an address cannot be had."""
+    try:
+        candidates = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise StartError(f"{option}: cannot listen on {address}: {error.strerror}") from error
+    problems = [problem for family, _, _, _, where in candidates if (problem := _bind_problem(family, where))]
+    # A name may also stand for an address that this machine lacks, say IPv6's: the others will do.
+    for problem in problems:
+        if problem.errno == errno.EADDRINUSE or len(problems) == len(candidates):
+            raise StartError(f"{option}: cannot listen on {address}: {problem.strerror}")
+
+
+def _bind_problem(family: int, where: tuple[Any, ...]) -> OSError | None:
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As the servers will do it: connections of a predecessor that are closing do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(where)
+        except OSError as error:
+            return error
+    return None
 
 
 def _compile(settings: Settings) -> dict[str, Program]:

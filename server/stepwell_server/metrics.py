@@ -97,13 +97,15 @@ class PrometheusObserver(Observer):
         self._row_steps = _Counter(
             "stepwell_row_steps", "Rows times time steps of the changes applied.", ("model", "change")
         )
-        self._errors = _Counter("stepwell_errors", "Changes refused, by reason.", ("model", "reason"))
+        self._errors = _Counter(
+            "stepwell_errors", "Calls and changes of frames refused, by reason.", ("reason",)
+        )
         self._time_steps = _Counter("stepwell_pass_time_steps", "Time steps run in passes.", model)
         self._pass_rows = _Histogram("stepwell_pass_rows", "Rows of a pass.", model, _ROWS)
         self._pass_seconds = _Histogram("stepwell_pass_seconds", "Duration of a pass.", model, _SECONDS)
         self._stages = _Histogram(
             "stepwell_stage_seconds",
-            "Time a change spent waiting, in a pass, being committed.",
+            "Seconds of a change by stage: wait (for its pass), total (until its answer).",
             ("model", "stage"),
             _SECONDS,
         )
@@ -137,9 +139,9 @@ class PrometheusObserver(Observer):
         self._changes.values[labels] += count
         self._row_steps.values[labels] += row_steps
 
-    def failed(self, model: str, reason: str, count: int) -> None:
-        """See `Observer.failed`."""
-        self._errors.values[model, reason] += count
+    def refused(self, reason: str, count: int) -> None:
+        """Calls or changes of a frame ended with an error."""
+        self._errors.values[(reason,)] += count
 
     def request_done(self, method: str, code: str, seconds: float) -> None:
         """A call ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any
 
 import grpc
@@ -19,6 +20,21 @@ class Aborted(Exception):
         self.code = code
         self.details = details
         self.trailers = trailers
+
+
+class Requests:
+    """A `RequestObserver` that remembers."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, str]] = []
+        self.refusals: Counter[str] = Counter()
+
+    def request_done(self, method: str, code: str, seconds: float) -> None:
+        assert seconds >= 0
+        self.done.append((method, code))
+
+    def refused(self, reason: str, count: int) -> None:
+        self.refusals[reason] += count
 
 
 class FakeContext:

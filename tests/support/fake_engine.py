@@ -19,7 +19,9 @@ from stepwell_server.engine.calls import (
     Part,
     Predicted,
     SessionInfo,
+    Single,
     StateRead,
+    StepReply,
     Tensors,
 )
 from stepwell_server.errors import InvalidInput, ModelNotFound, ServerError, SessionExists, SessionNotFound
@@ -114,24 +116,23 @@ class FakeEngine:
         for frame in frames:
             frame.sink(self._run(frame))
 
-    def cancel(self, frame: Frame) -> None:
+    def submit_single(self, single: Single) -> None:
+        single.frame = Frame(
+            [single.session_id],
+            lambda part: single.settle(_reply(part)),
+            inputs=single.inputs,
+            select=single.select,
+            deadline=single.deadline,
+        )
+        self.submit(single.frame)
+
+    def cancel(self, request: Frame | Single) -> None:
+        frame = request if isinstance(request, Frame) else request.frame
+        assert frame is not None
         self.cancelled.append(frame)
         if frame in self.frames:
             self.frames.remove(frame)
         self.was_cancelled.set()
-
-    async def apply(self, frame: Frame) -> Part:
-        answer: asyncio.Future[Part] = asyncio.get_running_loop().create_future()
-        frame.sink = answer.set_result
-        self.submit(frame)
-        try:
-            part = await answer
-        except asyncio.CancelledError:
-            self.cancel(frame)
-            raise
-        if part.failures:
-            raise part.failures[0].error
-        return part
 
     async def get_state(self, session_id: str, **_: Any) -> StateRead:
         session = self._find(session_id)
@@ -184,3 +185,9 @@ class FakeEngine:
         info = session.info
         session.info = dataclasses.replace(info, revision=info.revision + 1, position=info.position + 1)
         return session.state[0]
+
+
+def _reply(part: Part) -> StepReply | ServerError:
+    if part.failures:
+        return part.failures[0].error
+    return StepReply(int(part.revisions[0]), int(part.positions[0]), part.outputs, replayed=False)

@@ -100,12 +100,12 @@ def test_selections() -> None:
 
 
 def test_numbers_are_one_per_session() -> None:
-    assert convert.to_uint64s([], "request_ids", 3) is None
-    numbers = convert.to_uint64s([1, 2**64 - 1], "request_ids", 2)
+    assert convert.to_numbers([], np.uint64, "request_ids", 3) is None
+    numbers = convert.to_numbers([1, 2**64 - 1], np.uint64, "request_ids", 2)
     assert numbers is not None
     assert numbers.tolist() == [1, 2**64 - 1]
     with pytest.raises(InvalidInput, match=r"request_ids must be empty or one per session \(3\); got 2"):
-        convert.to_uint64s([1, 2], "request_ids", 3)
+        convert.to_numbers([1, 2], np.uint64, "request_ids", 3)
 
 
 def test_sessions_and_models_say_everything() -> None:

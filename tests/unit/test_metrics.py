@@ -37,14 +37,14 @@ def test_everything_told_is_counted() -> None:
     observer.session_event("opened", "m", "s")
     observer.sessions_opened("m", 4)
     observer.applied("m", "step", 5, 50)
-    observer.failed("m", "INVALID_INPUT", 2)
+    observer.refused("INVALID_INPUT", 2)
     observer.pass_done("m", 5, 10, 0.002)
     observer.request_done("Step", "OK", 0.003)
     samples = _samples(observer)
     assert samples["stepwell_session_events_total", "m", "opened"] == 5
     assert samples["stepwell_changes_total", "m", "step"] == 5
     assert samples["stepwell_row_steps_total", "m", "step"] == 50
-    assert samples["stepwell_errors_total", "m", "INVALID_INPUT"] == 2
+    assert samples["stepwell_errors_total", "INVALID_INPUT"] == 2
     assert samples["stepwell_pass_time_steps_total", "m"] == 10
     assert samples["stepwell_pass_rows_sum", "m"] == 5
     assert samples["stepwell_requests_total", "Step", "OK"] == 1

@@ -10,18 +10,7 @@ import pytest
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.errors import SessionNotFound
 from stepwell_server.rpc.boundary import Boundary
-from support.fake_context import Aborted, FakeContext
-
-
-class Requests:
-    """Remembers what it was told of finished calls."""
-
-    def __init__(self) -> None:
-        self.done: list[tuple[str, str]] = []
-
-    def request_done(self, method: str, code: str, seconds: float) -> None:
-        assert seconds >= 0
-        self.done.append((method, code))
+from support.fake_context import Aborted, FakeContext, Requests
 
 
 @pytest.fixture
@@ -81,6 +70,7 @@ async def test_errors_become_statuses(
         await _unary(boundary, behaviour)(raw, FakeContext())
     assert caught.value.code is grpc.StatusCode[code]
     assert requests.done == [("GetSession", code)]
+    assert sum(requests.refusals.values()) == 1
 
 
 @pytest.mark.parametrize("behaviour", [_breaks, _awaits_something_cancelled])

@@ -13,7 +13,7 @@ from stepwell_server.clock import SystemClock
 from stepwell_server.errors import InvalidInput, Overloaded, Unavailable
 from stepwell_server.rpc.sizes import ReplySizes
 from stepwell_server.rpc.stream import FrameStream, StreamLimits
-from support.fake_context import FakeContext
+from support.fake_context import FakeContext, Requests
 from support.fake_engine import MODEL, FakeEngine
 
 _PATIENCE_S = 5.0
@@ -35,7 +35,15 @@ class Call:
         self.engine = engine
         self.context = FakeContext()
         sizes = ReplySizes(engine, limit=4096)  # type: ignore[arg-type]
-        self.stream = FrameStream(engine, SystemClock(), sizes, limits, self.context)  # type: ignore[arg-type]
+        self.observer = Requests()
+        self.stream = FrameStream(
+            engine,  # type: ignore[arg-type]
+            SystemClock(),
+            sizes,
+            limits,
+            self.observer,
+            self.context,  # type: ignore[arg-type]
+        )
         self.task = asyncio.create_task(self.stream.run(float("inf")))
 
     async def reply(self) -> pb.StepStreamResponse:
@@ -84,6 +92,7 @@ async def test_members_fail_alone() -> None:
     assert (reply.all_members, list(reply.members)) == (False, [0, 2])
     (error,) = reply.errors
     assert (list(error.members), error.error.reason) == ([1], "SESSION_NOT_FOUND")
+    assert call.observer.refusals == {"SESSION_NOT_FOUND": 1}
 
 
 async def test_a_bad_frame_fails_alone() -> None:
@@ -100,14 +109,16 @@ async def test_a_bad_frame_fails_alone() -> None:
     assert "expected_revisions must be empty or one per session (2); got 1" in messages[2]
     assert not any(list(error.members) for reply in replies for error in reply.errors)
     assert replies[3].all_members
+    assert call.observer.refusals == {"INVALID_INPUT": 3}
 
 
 async def test_overload_is_a_frame_error_with_a_delay() -> None:
     async with _call() as call:
         call.engine.next_error = Overloaded("full", 0.5)
-        call.context.send(_step(1, "a"))
+        call.context.send(_step(1, "a", "b"))
         error = (await call.reply()).errors[0].error
     assert (error.reason, error.retry_after_ms) == ("OVERLOADED", 500)
+    assert call.observer.refusals == {"OVERLOADED": 2}
 
 
 async def test_a_reply_over_the_limit_is_refused_before_anything_changes() -> None:

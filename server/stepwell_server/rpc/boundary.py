@@ -35,7 +35,10 @@ StreamBehaviour = Callable[[Context], Awaitable[None]]
 
 
 class RequestObserver(Protocol):
-    """Who wants to know of finished calls."""
+    """Who wants to know of calls and of what is refused."""
+
+    def refused(self, reason: str, count: int) -> None:
+        """``count`` calls, or changes of a frame, ended with an error of that reason."""
 
     def request_done(self, method: str, code: str, seconds: float) -> None:
         """A call of ``method`` ended with ``code`` (``OK``, ``NOT_FOUND``, ...) after ``seconds``."""
@@ -120,6 +123,7 @@ class Boundary:
             raise error
         known = error if isinstance(error, ServerError) else internal(error, method=method)
         status = to_status(known)
+        self._observer.refused(known.reason, 1)
         self._end(method, status.code.name, started, request)
         await context.abort(status.code, status.message, status.trailers)
 

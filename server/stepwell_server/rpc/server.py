@@ -9,10 +9,10 @@ import grpc
 import grpc.aio
 from google.protobuf import message_factory
 from google.protobuf.descriptor import ServiceDescriptor
-from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
-from grpc_health.v1.health import SERVICE_NAME as HEALTH  # type: ignore[import-untyped]
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_health.v1.health import aio as health
-from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection
 
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.rpc.boundary import Boundary, RequestObserver
@@ -47,7 +47,7 @@ class RpcServer:
         self._server = grpc.aio.server(options=_options(max_message_bytes))
         sizes = ReplySizes(engine, max_message_bytes)
         limits = StreamLimits(_STREAM_FRAMES, max_message_bytes)
-        self._sessions = SessionServicer(engine, clock, sizes, limits)
+        self._sessions = SessionServicer(engine, clock, sizes, limits, observer)
         self._add(_SESSIONS, self._sessions)
         self._add(_MODELS, ModelServicer(engine, clock, sizes))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -17,7 +17,7 @@ from stepwell_server.rpc.stream import FrameStream, StreamLimits
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.rpc.boundary import Context
+    from stepwell_server.rpc.boundary import Context, RequestObserver
     from stepwell_server.rpc.sizes import ReplySizes
 
 _DEFAULT_PAGE = 1000
@@ -33,8 +33,16 @@ def deadline_of(context: Context, clock: Clock) -> float:
 class SessionServicer:
     """The calls of SessionService, each by its name in snake case. Lives on the event loop."""
 
-    def __init__(self, engine: Engine, clock: Clock, sizes: ReplySizes, limits: StreamLimits) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        clock: Clock,
+        sizes: ReplySizes,
+        limits: StreamLimits,
+        observer: RequestObserver,
+    ) -> None:
         self._engine = engine
+        self._observer = observer
         self._clock = clock
         self._sizes = sizes
         self._limits = limits
@@ -164,7 +172,7 @@ class SessionServicer:
 
     async def step_stream(self, context: Context) -> None:
         """Advance many sessions at once, frame by frame."""
-        stream = FrameStream(self._engine, self._clock, self._sizes, self._limits, context)
+        stream = FrameStream(self._engine, self._clock, self._sizes, self._limits, self._observer, context)
         self._streams.add(stream)
         if self._stopping:
             stream.stop()

@@ -1,7 +1,7 @@
 """StepStream: frames in, parts of their replies out.
 
 Two coroutines serve a stream, none is made per message. The reader parses a frame and submits it; the
-engine hands the parts of its reply to `_on_part`, some before `submit` returns; the writer sends them.
+engine hands over the parts of its reply, some before `submit` returns; the writer sends them.
 When parts are there right after a `submit`, the reader sends them itself and saves a turn of the loop.
 
 What a stream holds is bounded: with too many frames, or too many bytes of requests and of replies to
@@ -14,24 +14,21 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import grpc.aio
-import numpy as np
 
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.engine.calls import Failure, Frame, Part, Single, StepReply
+from stepwell_server.engine.calls import Frame, Part, Single, StepReply
 from stepwell_server.errors import InvalidInput, ServerError, Unavailable
 from stepwell_server.logs import Log
-from stepwell_server.rpc import convert
+from stepwell_server.rpc import frames
 from stepwell_server.rpc.boundary import parse
-from stepwell_server.rpc.status import to_proto
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.rpc.boundary import Context
+    from stepwell_server.rpc.boundary import Context, RequestObserver
     from stepwell_server.rpc.sizes import ReplySizes
 
 _log = Log("rpc.stream")
@@ -48,15 +45,20 @@ class StreamLimits:
 
 
 class _Pending:
-    """A frame whose last part is not written yet. Its `on_part` is the frame's sink."""
+    """A frame whose last part is not written yet. The engine answers to `on_part` or `settle`."""
 
-    __slots__ = ("frame", "frame_id", "held_bytes", "stream")
+    __slots__ = ("frame_id", "held_bytes", "request", "stream")
 
     def __init__(self, stream: FrameStream, frame_id: int, held_bytes: int) -> None:
         self.stream = stream
         self.frame_id = frame_id
         self.held_bytes = held_bytes
-        self.frame: Frame | Single | None = None
+        self.request: Frame | Single | None = None
+
+    @property
+    def members(self) -> int:
+        """Sessions of the frame; 1 if it could not be read, or names none."""
+        return len(self.request.session_ids) or 1 if isinstance(self.request, Frame) else 1
 
     def on_part(self, part: Part) -> None:
         self.stream.on_part(self, part)
@@ -69,12 +71,19 @@ class FrameStream:
     """One StepStream call. Lives on the event loop."""
 
     def __init__(
-        self, engine: Engine, clock: Clock, sizes: ReplySizes, limits: StreamLimits, context: Context
+        self,
+        engine: Engine,
+        clock: Clock,
+        sizes: ReplySizes,
+        limits: StreamLimits,
+        observer: RequestObserver,
+        context: Context,
     ) -> None:
         self._engine = engine
         self._clock = clock
         self._sizes = sizes
         self._limits = limits
+        self._observer = observer
         self._context = context
         self._source = context.peer()
         self._deadline = float("inf")
@@ -156,38 +165,29 @@ class FrameStream:
         self._held_bytes += len(raw)
         if frame_id in self._pending:
             error = InvalidInput(f"frame_id must not be that of an unanswered frame; got {frame_id}")
-            return self._reply(pending, _refusal(frame_id, error), last=True)
+            return self._refuse(pending, error)
         self._pending[frame_id] = pending
         try:
             self._submit(request, pending)
         except ServerError as error:
             del self._pending[frame_id]
-            self._reply(pending, _refusal(frame_id, error), last=True)
+            self._refuse(pending, error)
 
     def _submit(self, request: pb.StepStreamRequest, pending: _Pending) -> None:
-        if request.HasField("step") and len(request.step.session_ids) == 1:
-            pending.frame = self._single(request.step, pending)
-            self._engine.submit_single(pending.frame)
+        body = frames.change_of(request)
+        if isinstance(body, pb.StepFrame) and len(body.session_ids) == 1:
+            single = pending.request = frames.to_single(body, pending.settle)
+            single.source, single.deadline = self._source, self._deadline_of(body)
+            self._hold(pending, self._sizes.step(body.session_ids, single.inputs, single.select))
+            self._engine.submit_single(single)
         else:
-            pending.frame = self._frame(request, pending)
-            self._engine.submit(pending.frame)
+            frame = pending.request = frames.to_frame(body, pending.on_part)
+            frame.source, frame.deadline = self._source, self._deadline_of(body)
+            if frame.inputs is not None:
+                self._hold(pending, self._sizes.step(frame.session_ids, frame.inputs, frame.select))
+            self._engine.submit(frame)
 
-    def _single(self, body: pb.StepFrame, pending: _Pending) -> Single:
-        """The engine's step of a frame of one session.
-
-        Raises:
-            InvalidInput: it is not a step.
-        """
-        inputs = convert.to_arrays(body.inputs, "inputs")
-        single = Single(body.session_ids[0], inputs, pending.settle, source=self._source)
-        single.expected = _only(body.expected_revisions, "expected_revisions")
-        single.request_id = _only(body.request_ids, "request_ids") or 0
-        single.select = convert.to_select(body.outputs)
-        single.deadline = self._deadline_of(body)
-        self._hold(pending, self._sizes.step(body.session_ids, inputs, single.select))
-        return single
-
-    def _deadline_of(self, body: pb.StepFrame | pb.ResetFrame) -> float:
+    def _deadline_of(self, body: frames.Change) -> float:
         if not body.timeout_ms:
             return self._deadline
         return min(self._deadline, self._clock.monotonic() + body.timeout_ms / 1000)
@@ -196,47 +196,33 @@ class FrameStream:
         pending.held_bytes += reply_bytes
         self._held_bytes += reply_bytes
 
-    def _frame(self, request: pb.StepStreamRequest, pending: _Pending) -> Frame:
-        """The engine's frame of a request, its reply's bytes counted in.
-
-        Raises:
-            InvalidInput: it is not a frame.
-        """
-        change = request.WhichOneof("change")
-        if change is None:
-            raise InvalidInput("change must be step or reset; got neither")
-        body = request.step if change == "step" else request.reset
-        session_ids = list(body.session_ids)
-        frame = Frame(session_ids, pending.on_part, source=self._source)
-        count = len(session_ids)
-        frame.expected = convert.to_numbers(body.expected_revisions, np.uint64, "expected_revisions", count)
-        frame.request_ids = convert.to_numbers(body.request_ids, np.uint64, "request_ids", count)
-        frame.batch_sizes = convert.to_numbers(body.batch_sizes, np.intp, "batch_sizes", count)
-        frame.deadline = self._deadline_of(body)
-        if isinstance(body, pb.StepFrame):
-            frame.select = convert.to_select(body.outputs)
-            frame.inputs = convert.to_arrays(body.inputs, "inputs")
-            self._hold(pending, self._sizes.step(session_ids, frame.inputs, frame.select))
-        else:
-            frame.reset = True
-            frame.state = convert.to_optional_arrays(body.state, "state")
-        return frame
-
     def on_part(self, pending: _Pending, part: Part) -> None:
         """The engine has a part of the frame's reply."""
         if self._is_over:
             return
-        assert isinstance(pending.frame, Frame)
+        frame = pending.request
+        assert isinstance(frame, Frame)
         if part.last:
             del self._pending[pending.frame_id]
-        self._reply(pending, _reply(pending.frame_id, pending.frame, part), last=part.last)
+        for failure in part.failures:
+            members = frame.session_ids if failure.members is None else failure.members
+            self._observer.refused(failure.error.reason, len(members))
+        self._reply(pending, frames.from_part(pending.frame_id, frame, part), last=part.last)
 
     def on_answer(self, pending: _Pending, answer: StepReply | ServerError) -> None:
         """The engine has the answer to a frame of one session."""
         if self._is_over:
             return
         del self._pending[pending.frame_id]
-        self._reply(pending, _answer(pending.frame_id, answer), last=True)
+        if isinstance(answer, ServerError):
+            self._refuse(pending, answer)
+        else:
+            self._reply(pending, frames.from_answer(pending.frame_id, answer), last=True)
+
+    def _refuse(self, pending: _Pending, error: ServerError) -> None:
+        """Answer a frame of which nothing was done."""
+        self._observer.refused(error.reason, pending.members)
+        self._reply(pending, frames.from_refusal(pending.frame_id, error), last=True)
 
     def _reply(self, pending: _Pending, reply: bytes, *, last: bool) -> None:
         self._replies.append((pending if last else None, reply))
@@ -255,61 +241,9 @@ class FrameStream:
 
     def _cancel_frames(self) -> None:
         for pending in list(self._pending.values()):
-            if pending.frame is not None:
-                self._engine.cancel(pending.frame)
+            if pending.request is not None:
+                self._engine.cancel(pending.request)
 
 
 def _ended_well(reader: asyncio.Task[None]) -> bool:
     return not reader.cancelled() and reader.exception() is None
-
-
-def _only(values: Sequence[int], argument: str) -> int | None:
-    """The one number of a frame of one session; None if the field is empty."""
-    if not values:
-        return None
-    if len(values) != 1:
-        raise InvalidInput(f"{argument} must be empty or one per session (1); got {len(values)}")
-    return values[0]
-
-
-def _answer(frame_id: int, answer: StepReply | ServerError) -> bytes:
-    if isinstance(answer, ServerError):
-        return _refusal(frame_id, answer)
-    response = pb.StepStreamResponse(
-        frame_id=frame_id,
-        all_members=True,
-        revisions=(answer.revision,),
-        positions=(answer.position,),
-        last=True,
-    )
-    convert.add_tensors(response.outputs, answer.outputs)
-    if answer.replayed:
-        response.replayed_members.append(0)
-    return response.SerializeToString()
-
-
-def _reply(frame_id: int, frame: Frame, part: Part) -> bytes:
-    response = pb.StepStreamResponse(frame_id=frame_id, last=part.last)
-    if part.members is None:
-        response.all_members = True
-    else:
-        response.members.extend(part.members.tolist())
-    response.revisions.extend(part.revisions.tolist())
-    response.positions.extend(part.positions.tolist())
-    convert.add_tensors(response.outputs, part.outputs)
-    if part.replayed:
-        response.replayed_members.extend(response.members or range(len(frame.session_ids)))
-    for failure in part.failures:
-        _add_failure(response, failure)
-    return response.SerializeToString()
-
-
-def _add_failure(response: pb.StepStreamResponse, failure: Failure) -> None:
-    members = () if failure.members is None else failure.members.tolist()
-    response.errors.add(members=members, error=to_proto(failure.error))
-
-
-def _refusal(frame_id: int, error: ServerError) -> bytes:
-    """The reply to a frame of which nothing was done."""
-    errors = [pb.MemberError(error=to_proto(error))]
-    return pb.StepStreamResponse(frame_id=frame_id, errors=errors, last=True).SerializeToString()

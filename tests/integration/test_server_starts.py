@@ -1,0 +1,127 @@
+"""How the server starts, and how it refuses to."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from support.server_process import ServerProcess, forecast, serve
+
+
+@pytest.fixture
+def taken() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def _refused(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """Start a server that cannot be; return the one line it says."""
+    with ServerProcess(*arguments, "--log-level", "error", ready=False, environment=environment) as server:
+        code, out, err = server.finish()
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith("stepwell: ")
+    (line,) = [line for line in err.splitlines() if not line.startswith("INFO: Created TensorFlow Lite")]
+    return line
+
+
+def test_it_says_exactly_one_line_when_it_is_ready() -> None:
+    with serve() as server:
+        assert re.fullmatch(r"stepwell: listening on 127\.0\.0\.1:\d+\n", server.ready_line)
+        server.signal()
+        code, rest, err = server.finish()
+    assert (code, rest) == (0, "")
+    assert "model loaded model=forecast executor=litert" in err
+
+
+def test_the_environment_will_do() -> None:
+    model = forecast()
+    environment = {
+        "STEPWELL_MODELS": f"a={model.path},b={model.path}",
+        "STEPWELL_CACHE_DIR": str(model.cache_dir),
+        "STEPWELL_LISTEN": "localhost:0",
+        "STEPWELL_LOG_FORMAT": "json",
+    }
+    with ServerProcess(environment=environment) as server:
+        assert server.ready_line.startswith("stepwell: listening on localhost:")
+        server.signal()
+        code, _, err = server.finish()
+    assert code == 0
+    assert '"event": "model loaded", "model": "b"' in err
+
+
+def test_tensorflow_stays_out_of_the_process() -> None:
+    with serve() as server:
+        mapped = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "ai_edge_litert" in mapped
+    assert "/tensorflow/" not in mapped
+
+
+def test_settings_that_cannot_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "x.keras"
+    path.write_bytes(b"")
+    assert "STEPWELL_MODELS" in _refused()
+    assert _refused(f"x={path}", environment={"STEPWELL_RESIDENT_ROWS": "many"}).startswith(
+        "stepwell: STEPWELL_RESIDENT_ROWS must be a whole number, 1 or more; got 'many'"
+    )
+    assert "--store lmdb" in _refused(f"x={path}", "--store", "lmdb")
+    assert "does not exist" in _refused("x=nowhere.keras")
+
+
+@pytest.mark.parametrize("content", ["nothing", "truncated", "text"])
+def test_files_that_are_no_model(tmp_path: Path, content: str) -> None:
+    whole = forecast().path.read_bytes()
+    path = tmp_path / "x.keras"
+    path.write_bytes(
+        {"nothing": b"", "truncated": whole[: len(whole) // 2], "text": b"hello\n" * 100}[content]
+    )
+    line = _refused(f"x={path}", "--cache-dir", str(tmp_path / "cache"))
+    assert line.startswith("stepwell: model x: ")
+
+
+def test_an_import_that_fails(tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    line = _refused(f"x={forecast().path}", "--import", "no_such_module", "--cache-dir", cache)
+    assert "no_such_module" in line
+
+
+def test_addresses_that_are_taken(taken: str) -> None:
+    model = forecast()
+    base = (f"x={model.path}", "--cache-dir", str(model.cache_dir))
+    assert f"--listen: cannot listen on {taken}: Address already in use" in _refused(*base, "--listen", taken)
+    metrics = (*base, "--listen", "127.0.0.1:0", "--metrics-listen", taken)
+    assert f"--metrics-listen: cannot listen on {taken}: Address already in use" in _refused(*metrics)
+
+
+def test_two_servers_do_not_share_a_port() -> None:
+    model = forecast()
+    with serve() as first:
+        line = _refused(f"x={model.path}", "--cache-dir", str(model.cache_dir), "--listen", first.address)
+    assert "--listen: cannot listen on" in line
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    assert "--cache-dir" in _refused(f"x={forecast().path}", "--cache-dir", str(file))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_model_is_compiled_leaves_nothing_behind(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    cache = tmp_path / "cache"
+    with ServerProcess(f"x={forecast().path}", "--cache-dir", str(cache), ready=False) as server:
+        server.wait_for_log("stage=load")
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        server.signal(number)
+        code, out, err = server.finish()
+    assert children
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == "stepwell: stopped before it was ready"
+    assert not any(Path(f"/proc/{child}").exists() for child in children)

@@ -1,0 +1,163 @@
+"""SIGTERM: what is queued is finished and answered, what comes is refused, and the process ends with 0."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from stepwell.v1 import sessions_pb2 as pb
+from support.server_process import FEATURES, ServerProcess, connect, random_tensor, serve, tensor
+
+_TIMEOUT_S = 30.0
+_LONG = 150_000
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@pytest.fixture
+def server() -> Iterator[ServerProcess]:
+    with serve() as server:
+        yield server
+
+
+def _long_step(stub: Any, session_id: str) -> Any:
+    """A step that runs for a while. Returns its call, taken in by the server."""
+    x = tensor(np.zeros((1, _LONG, FEATURES), np.float16))
+    request = pb.StepRequest(session_id=session_id, inputs=[x], outputs=pb.OUTPUT_SELECTION_NONE)
+    call = stub.Step.future(request, timeout=_TIMEOUT_S)
+    # The first step of this session is answered only if it overtakes the long one: it cannot.
+    short = pb.StepRequest(session_id=session_id, inputs=[random_tensor(1, 1, 1, FEATURES)])
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Step(short, timeout=0.2)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    return call
+
+
+def _open(stub: Any, *session_ids: str) -> None:
+    stub.OpenSessions(pb.OpenSessionsRequest(model="forecast", session_ids=session_ids), timeout=_TIMEOUT_S)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_server_stops_with_0(server: ServerProcess, number: signal.Signals) -> None:
+    server.signal(number)
+    code, out, err = server.finish()
+    assert (code, out) == (0, "")
+    assert f"stopping signal={number.name}" in err
+
+
+def test_queued_work_is_finished_and_new_work_refused(server: ServerProcess) -> None:
+    channel, stub = connect(server)
+    with channel:
+        _open(stub, "a", "b")
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
+        assert next(watch).status == _SERVING
+        long = _long_step(stub, "a")
+        server.signal()
+        assert next(watch).status == _NOT_SERVING
+        for refused in (
+            lambda: stub.OpenSession(pb.OpenSessionRequest(model="forecast"), timeout=_TIMEOUT_S),
+            lambda: stub.Step(
+                pb.StepRequest(session_id="b", inputs=[random_tensor(1, 1, 1, FEATURES)]), timeout=_TIMEOUT_S
+            ),
+        ):
+            with pytest.raises(grpc.RpcError, match="the server is stopping") as caught:
+                refused()
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert long.result().revision == 1
+        assert server.finish()[0] == 0
+
+
+def test_a_stream_is_answered_and_then_ended(server: ServerProcess) -> None:
+    channel, stub = connect(server)
+    done = threading.Event()
+
+    def frames() -> Iterator[pb.StepStreamRequest]:
+        x = tensor(np.zeros((1, _LONG, FEATURES), np.float16))
+        frame = pb.StepFrame(session_ids=["a"], inputs=[x], outputs=pb.OUTPUT_SELECTION_NONE)
+        yield pb.StepStreamRequest(frame_id=1, step=frame)
+        yield pb.StepStreamRequest(frame_id=2)
+        done.wait(_TIMEOUT_S)
+
+    with channel:
+        _open(stub, "a")
+        stream = stub.StepStream(frames(), timeout=_TIMEOUT_S)
+        assert next(stream).frame_id == 2  # refused at once: the server has taken in both
+        server.signal()
+        answer = next(stream)
+        assert (answer.frame_id, list(answer.revisions)) == (1, [1])
+        with pytest.raises(grpc.RpcError, match="the server is stopping") as caught:
+            next(stream)
+        done.set()
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert server.finish()[0] == 0
+
+
+def test_it_stops_under_load_and_every_answer_was_applied_in_order(server: ServerProcess) -> None:
+    failures: list[grpc.StatusCode] = []
+    revisions: dict[str, int] = {}
+    busy = threading.Barrier(5)
+
+    def keep_busy(session_id: str) -> None:
+        channel, stub = connect(server)
+        request = pb.StepRequest(session_id=session_id, inputs=[random_tensor(1, 1, 1, FEATURES)])
+        with channel:
+            _open(stub, session_id)
+            try:
+                for number in range(1, 1_000_000):
+                    assert stub.Step(request, timeout=_TIMEOUT_S).revision == number
+                    revisions[session_id] = number
+                    if number == 20:
+                        busy.wait(_TIMEOUT_S)
+            except grpc.RpcError as error:
+                failures.append(error.code())
+
+    threads = [threading.Thread(target=keep_busy, args=(f"s{number}",)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    busy.wait(_TIMEOUT_S)
+    server.signal()
+    code, _, err = server.finish()
+    for thread in threads:
+        thread.join(_TIMEOUT_S)
+    assert code == 0
+    # A call that crosses gRPC's own goodbye on its way is CANCELLED by gRPC; the SDK takes it for UNAVAILABLE.
+    assert len(failures) == 4
+    assert set(failures) <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+    assert min(revisions.values()) >= 20
+    assert " error " not in err
+
+
+def test_a_stop_waits_no_longer_than_it_was_told() -> None:
+    with serve("--drain-timeout-s", "0.1") as server:
+        channel, stub = connect(server)
+        with channel:
+            _open(stub, "a")
+            long = _long_step(stub, "a")
+            server.signal()
+            with pytest.raises(grpc.RpcError):
+                long.result()
+            code, _, err = server.finish()
+    assert code == 0
+    assert "some work was not finished in time drain_timeout_s=0.1" in err
+
+
+def test_a_second_signal_ends_it_at_once(server: ServerProcess) -> None:
+    channel, stub = connect(server)
+    with channel:
+        _open(stub, "a")
+        long = _long_step(stub, "a")
+        server.signal()
+        server.wait_for_log("stopping")
+        server.signal()
+        code, _, err = server.finish()
+        assert code == 1
+        assert "stopped at once by a second signal" in err
+        with pytest.raises(grpc.RpcError):
+            long.result()

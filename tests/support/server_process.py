@@ -1,0 +1,144 @@
+"""The real server as a process, spoken to through raw gRPC stubs; the SDK's `LocalServer` has its own tests."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from stepwell.v1 import sessions_pb2_grpc, tensors_pb2
+
+_START_S = 100.0
+_STOP_S = 20.0
+FEATURES, OUTPUTS = 3, 2
+"""Of the model that `forecast` makes."""
+
+
+class Forecast(NamedTuple):
+    """A saved model and a cache that has its program."""
+
+    path: Path
+    cache_dir: Path
+
+
+@functools.cache
+def forecast() -> Forecast:
+    """An LSTM with a dense layer, made and compiled once per test run."""
+    from stepwell_server.compile import cache
+    from stepwell_server.compile.pipeline import compile_model
+    from support import models
+
+    folder = Path(tempfile.mkdtemp(prefix="stepwell-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "forecast.keras"
+    models.build("lstm_dense").save(path)
+    # In this process, which has loaded TensorFlow anyway.
+    key = cache.cache_key(path, ())
+    with cache.workspace(folder / "cache", key) as workspace:
+        compile_model(path, workspace)
+        cache.publish(workspace, folder / "cache" / key)
+    return Forecast(path, folder / "cache")
+
+
+class ServerProcess:
+    """``python -m stepwell_server`` on a port of the system's choice. Leaving the block kills it."""
+
+    def __init__(
+        self, *arguments: str, ready: bool = True, environment: Mapping[str, str] | None = None
+    ) -> None:
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("STEPWELL_")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "stepwell_server", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=clean | dict(environment or {}),
+        )
+        self._stderr: list[str] = []
+        self.ready_line = self._read_ready_line() if ready else ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        return self.ready_line.removeprefix("stepwell: listening on ").strip()
+
+    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Send a signal."""
+        self.process.send_signal(number)
+
+    def wait_for_log(self, pattern: str) -> str:
+        """Read the log up to a line that matches, and return it."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self._stderr.append(line)
+            if re.search(pattern, line):
+                return line
+        raise AssertionError(f"no line matches {pattern!r} in:\n{''.join(self._stderr)}")
+
+    def finish(self) -> tuple[int, str, str]:
+        """Wait for the end. Returns the exit code, the rest of stdout, and stderr."""
+        out, err = self.process.communicate(timeout=_STOP_S)
+        return self.process.returncode, out, "".join(self._stderr) + err
+
+    def _read_ready_line(self) -> str:
+        assert self.process.stdout is not None
+        readable, _, _ = select.select([self.process.stdout], [], [], _START_S)
+        line: str = self.process.stdout.readline() if readable else ""
+        if not line:
+            self.process.kill()
+            raise AssertionError(f"the server did not start:\n{self.process.communicate()[1]}")
+        return line
+
+
+def serve(*arguments: str) -> ServerProcess:
+    """A server of the `forecast` model."""
+    model = forecast()
+    standard = (f"forecast={model.path}", "--listen", "127.0.0.1:0", "--cache-dir", str(model.cache_dir))
+    return ServerProcess(*standard, *arguments)
+
+
+def connect(server: ServerProcess) -> tuple[grpc.Channel, sessions_pb2_grpc.SessionServiceStub]:
+    """A channel, and the stub of its SessionService. Replies of any size are read."""
+    channel = grpc.insecure_channel(server.address, options=[("grpc.max_receive_message_length", -1)])
+    return channel, sessions_pb2_grpc.SessionServiceStub(channel)
+
+
+def tensor(array: npt.NDArray[np.generic], name: str = "") -> tensors_pb2.Tensor:
+    """A wire tensor."""
+    dtype = tensors_pb2.DataType.Value(f"DATA_TYPE_{array.dtype.name.upper()}")
+    return tensors_pb2.Tensor(name=name, dtype=dtype, shape=array.shape, data=array.tobytes())
+
+
+def random_tensor(seed: int, *shape: int) -> tensors_pb2.Tensor:
+    """A wire tensor of random float32 numbers."""
+    return tensor(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+def array(message: tensors_pb2.Tensor) -> npt.NDArray[np.generic]:
+    """The array of a wire tensor."""
+    dtype = tensors_pb2.DataType.Name(message.dtype).removeprefix("DATA_TYPE_").lower()
+    return np.frombuffer(message.data, dtype).reshape(tuple(message.shape))
