@@ -82,9 +82,9 @@ def _as_array(what: str, value: npt.ArrayLike) -> Array:
 
 
 def _dtype_number(what: str, array: Array) -> int:
-    if array.dtype.name == "bfloat16":
-        return _pb.DATA_TYPE_BFLOAT16
     number = _BY_LAYOUT.get((array.dtype.kind, array.dtype.itemsize))
+    if number is None and array.dtype.name == "bfloat16":
+        return _pb.DATA_TYPE_BFLOAT16
     if number is None:
         raise InvalidInputError(
             f"{what} must be an array of floats of 2, 4 or 8 bytes, integers or booleans; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,8 @@ async def test_calls_wait_for_a_server_that_comes_back(shell: str, server: Local
         ]
         await asyncio.to_thread(server.restart)
         assert server.address == address
-        models, step, group_step = await asyncio.gather(*waiting, return_exceptions=True)
+        answers: list[Any] = await asyncio.gather(*waiting, return_exceptions=True)
+        models, step, group_step = answers
         assert [info.name for info in models] == ["seq"]
         # Its sessions were in memory only: it says that they are gone, and never starts them from zero.
         assert isinstance(step, stepwell.SessionGoneError)
