@@ -106,6 +106,8 @@ class Frame:
         frame.session_ids.extend(self._ids if everyone else [self._ids[i] for i in self._sent])
         frame.expected_revisions.extend(self._expected[self._sent].tolist())
         frame.request_ids.extend(self._request_ids[self._sent].tolist())
+        # What this side believes: a member that is gone, or another session by now, harms no other.
+        frame.batch_sizes.extend(self._rows[self._sent].tolist())
         frame.timeout_ms = _timeout_ms(deadline.remaining_s())
 
     def _tensors(self) -> tuple[Packed, ...]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import grpc
 import numpy as np
@@ -147,16 +148,42 @@ class Wire:
         return list(self.stream(iter(frames)))
 
 
+class Conversation:
+    """A stream on which one sends and receives by turns. Ends with its `with` block."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._sent: queue.SimpleQueue[sessions_pb2.StepStreamRequest | None] = queue.SimpleQueue()
+        self.call: Any = wire.stream(iter(self._sent.get, None))
+
+    def send(self, *frames: sessions_pb2.StepStreamRequest) -> None:
+        for frame in frames:
+            self._sent.put(frame)
+
+    def receive(self) -> Answer:
+        """The next part of some frame's reply."""
+        return next(self.call)
+
+    def end(self) -> list[Answer]:
+        """End this side, and return everything that still comes."""
+        self._sent.put(None)
+        return list(self.call)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._sent.put(None)
+        self.call.cancel()
+
+
 def refusal(call: Callable[[], object]) -> Refusal:
     """How a call fails."""
     try:
         answer = call()
     except grpc.RpcError as error:
         return of_call(error)
-    _not_refused(answer)
-
-
-def _not_refused(answer: object) -> NoReturn:
     raise AssertionError(f"it was not refused but answered: {str(answer)[:300]}")
 
 
