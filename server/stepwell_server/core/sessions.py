@@ -86,6 +86,13 @@ class SessionTable:
         """The id of the session that has the handle now; None if none has."""
         return self._ids[handle] or None
 
+    def are(self, handles: Handles, session_ids: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Whether the handles are those of the sessions, `(n,)`."""
+        ids = self._ids
+        return np.fromiter(
+            (ids[h] == i for h, i in zip(handles.tolist(), session_ids, strict=True)), np.bool_, len(handles)
+        )
+
     def opened_with(self, handle: int) -> int:
         """Request id of the call that made the session, 0 for none."""
         return self._opened_with.get(handle, 0)

@@ -37,6 +37,8 @@ from stepwell_server.engine.lifecycle import Lifecycle, OpenedMany
 from stepwell_server.engine.loop import PassLoop
 from stepwell_server.engine.paging import Pager
 from stepwell_server.engine.passes import Lane
+from stepwell_server.engine.plain import PlainIntake
+from stepwell_server.engine.port import PlainPort
 from stepwell_server.engine.predict import PredictCall
 from stepwell_server.engine.replies import Replies
 from stepwell_server.engine.runner import Runner
@@ -112,18 +114,11 @@ class Engine:
             self._table, self._directory, self._admission, pager, clock=clock, observer=observer
         )
         self._frames = Frames(self._table, self._directory)
-        self._singles = [
-            Singles(
-                self._table,
-                self._admission,
-                model,
-                Solo(self._table, model, clock=clock, observer=observer),
-                self._take,
-            )
-            for model in self._models
-        ]
-        for model, singles in zip(self._models, self._singles, strict=True):
-            model.loop.feed(singles.admit_all)
+        self.ports = [self._port(model) for model in self._models]
+        """Where plain steps come in, by the number of the model that `locate` says."""
+        self._singles = [Singles(self._table, port, clock, self._take) for port in self.ports]
+        for port, singles in zip(self.ports, self._singles, strict=True):
+            port.feed(singles.admit_all)
         self._accepting = True
         self._expiry: asyncio.Task[None] | None = None
 
@@ -240,6 +235,17 @@ class Engine:
             checked.call.fail(np.array([member]), error)
         if len(checked.members):
             self._admission.admit(checked.call, checked.members)
+
+    def locate(self, session_id: str) -> tuple[int, int]:
+        """Where a live session is: its handle and the number of its model. For plain steps.
+
+        Raises:
+            SessionGone: there is none.
+            Unavailable: the server is stopping.
+        """
+        self._require_accepting()
+        handle = self._directory.find(session_id)
+        return handle, int(self._table.model[handle])
 
     def submit_single(self, single: Single) -> None:
         """Take a step of one session; it is settled later, or at once if it is refused.
@@ -396,6 +402,10 @@ class Engine:
         """Delete the sessions that have been idle for too long; return how many. Called by a timer."""
         return self._directory.expire_idle()
 
+    def _port(self, model: ServedModel) -> PlainPort:
+        solo = Solo(self._table, model, clock=self._clock, observer=self._observer)
+        return PlainPort(model, PlainIntake(self._table, self._admission, model), solo)
+
     def _serve(self, name: str, program: Program, max_batch_rows: int, resident_rows: int) -> ServedModel:
         slots = Slots(resident_rows)
         arena = Arena(program, slots.capacity)
@@ -427,8 +437,8 @@ class Engine:
 
     def _admit_singles(self) -> None:
         """Single steps that wait came before what comes now: it must not overtake them."""
-        for singles in self._singles:
-            singles.admit_all()
+        for port in self.ports:
+            port.take_in()
 
     def _require_accepting(self) -> None:
         if not self._accepting:

@@ -7,19 +7,18 @@ message is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 
+from stepwell_server.clock import Clock
 from stepwell_server.core.exactly_once import ANY_REVISION
 from stepwell_server.core.sessions import SessionTable
-from stepwell_server.engine.admission import Admission
-from stepwell_server.engine.bundle import Bundle
-from stepwell_server.engine.calls import Array, Frame, Part, Select, Single, StepReply
-from stepwell_server.engine.checks import CheckedInputs, finite_rows
-from stepwell_server.engine.served import ServedModel
-from stepwell_server.engine.solo import Solo
+from stepwell_server.engine.call import U64
+from stepwell_server.engine.calls import Array, Frame, Members, Part, Select, Single, StepReply
+from stepwell_server.engine.plain import PlainSteps
+from stepwell_server.engine.port import PlainPort
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 
@@ -33,16 +32,14 @@ class Singles:
     def __init__(
         self,
         table: SessionTable,
-        admission: Admission,
-        model: ServedModel,
-        solo: Solo,
+        port: PlainPort,
+        clock: Clock,
         submit_frame: Callable[[Frame], None],
     ) -> None:
-        self._model = model
-        self._plain = _Plain(model.program)
-        self._solo = solo
+        self._port = port
+        self._clock = clock
+        self._plain = _Plain(port.program)
         self._table = table
-        self._admission = admission
         self._submit_frame = submit_frame
         self._waiting: list[tuple[int, Single]] = []
 
@@ -58,7 +55,7 @@ class Singles:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
-        if len(waiting) == 1 and self._model.loop.is_free and self._run_solo(*waiting[0]):
+        if len(waiting) == 1 and self._port.is_free and self._run_solo(*waiting[0]):
             return
         groups: dict[_Kind, _Group] = {}
         gathered: dict[int, _Kind] = {}
@@ -87,39 +84,79 @@ class Singles:
         plain = self._plain.of(single)
         if plain is None or self._table.session_id_or_none(handle) != single.session_id:
             return False
-        arrays, with_time = plain
-        return self._solo.run(handle, single, arrays, with_time=with_time)
+        if single.cancelled or self._clock.monotonic() >= single.deadline:
+            return False
+        reply = self._port.run_solo(
+            handle,
+            plain[0],
+            expected=single.expected,
+            request_id=single.request_id,
+            select=single.select,
+            with_time=plain[1],
+        )
+        if reply is not None:
+            single.settle(reply)
+        return reply is not None
 
     def _admit_group(self, group: _Group) -> None:
-        handles = np.array(group.handles, np.intp)
-        # a session may have been closed since, and its handle given to another
-        alive = [
-            self._table.session_id_or_none(h) == s.session_id
-            for h, s in zip(group.handles, group.singles, strict=True)
-        ]
-        arrays = tuple(np.concatenate(column) for column in group.columns)
-        finite = finite_rows(arrays)
-        good = np.array(alive) & (self._table.batch_size[handles] == 1)
-        if finite is not None:
-            good &= finite
-        if not good.all():
-            for i in np.flatnonzero(~good).tolist():
-                self._submit_alone(group.singles[i])
-            handles = handles[good]
-            arrays = tuple(array[good] for array in arrays)
-        if len(handles):
-            singles = [
-                single for single, is_good in zip(group.singles, good.tolist(), strict=True) if is_good
-            ]
-            checked = CheckedInputs(arrays, 1, group.with_time)
-            bundle = Bundle(singles, self._model.index, handles, checked, source=self)
-            self._admission.admit(bundle, np.arange(len(handles)))
+        singles = group.singles
+        self._port.admit(
+            PlainSteps(
+                session_ids=[single.session_id for single in singles],
+                handles=np.array(group.handles, np.intp),
+                arrays=tuple(np.concatenate(column) for column in group.columns),
+                with_time=group.with_time,
+                select=singles[0].select,
+                receiver=_Callers(singles, self._submit_alone),
+                expected=np.array(
+                    [ANY_REVISION if single.expected is None else single.expected for single in singles],
+                    np.uint64,
+                ),
+                requests=np.array([single.request_id for single in singles], np.uint64),
+                deadlines=np.array([single.deadline for single in singles]),
+            )
+        )
 
     def _submit_alone(self, single: Single) -> None:
         try:
             self._submit_frame(as_frame(single))
         except ServerError as error:
             single.settle(error)
+
+
+class _Callers:
+    """The callers of some single steps. See `plain.Receiver`."""
+
+    def __init__(self, singles: Sequence[Single], submit_alone: Callable[[Single], None]) -> None:
+        self._singles = singles
+        self._submit_alone = submit_alone
+
+    def settle(
+        self,
+        members: Members,
+        revisions: U64,
+        positions: U64,
+        outputs: Mapping[str, Array],
+        *,
+        replayed: bool,
+    ) -> None:
+        names, columns = list(outputs), list(outputs.values())
+        for i, (member, revision, position) in enumerate(
+            zip(members.tolist(), revisions.tolist(), positions.tolist(), strict=True)
+        ):
+            own = {name: column[i : i + 1] for name, column in zip(names, columns, strict=True)}
+            self._singles[member].settle(StepReply(revision, position, own, replayed))
+
+    def fail(self, members: Members, error: ServerError) -> None:
+        for member in members.tolist():
+            self._singles[member].settle(error)
+
+    def cancelled(self, members: Members) -> Sequence[int]:
+        return [member for member in members.tolist() if self._singles[member].cancelled]
+
+    def send_alone(self, members: Members) -> None:
+        for member in members.tolist():
+            self._submit_alone(self._singles[member])
 
 
 class _Group:

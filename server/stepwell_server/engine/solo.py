@@ -13,7 +13,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.exactly_once import applies
 from stepwell_server.core.sessions import SessionTable
-from stepwell_server.engine.calls import Array, Observer, Select, Single, StepReply
+from stepwell_server.engine.calls import Array, Observer, Select, StepReply
 from stepwell_server.engine.checks import is_float
 from stepwell_server.engine.replies import Kept
 from stepwell_server.engine.served import ServedModel
@@ -31,33 +31,42 @@ class Solo:
         self._names = [spec.name for spec in model.program.outputs]
         self._floats = [is_float(np.dtype(spec.dtype)) for spec in model.program.inputs]
 
-    def run(self, handle: int, single: Single, arrays: Sequence[Array], *, with_time: bool) -> bool:
+    def run(
+        self,
+        handle: int,
+        arrays: Sequence[Array],
+        *,
+        expected: int | None,
+        request_id: int,
+        select: Select,
+        with_time: bool,
+    ) -> StepReply | None:
         """Run a step whose inputs have the model's dtypes and shapes, `(1, ...)` each.
 
         Returns:
-            False if it has to go the general way; nothing has changed then.
+            None if it has to go the general way; nothing has changed then.
         """
-        if not self._may_run(handle, single, arrays):
-            return False
+        if not self._may_run(handle, arrays, expected, request_id):
+            return None
         row = int(self._table.row[handle])
         started = self._clock.monotonic()
         try:
             outputs = self._model.loop.runner.run_row(row, arrays)
         except Exception:  # the general way finds out what it is, and answers
-            return False
+            return None
         self._model.arena.keep_row_outputs(row, outputs)
-        self._settle(handle, single, outputs, with_time=with_time and single.select is Select.ALL)
-        self._observe(self._clock.monotonic() - started)
-        return True
+        now = self._clock.monotonic()
+        reply = self._advance(handle, request_id, now)
+        reply.outputs = self._outputs(handle, select, outputs, with_time=with_time)
+        self._observe(now - started)
+        return reply
 
-    def _may_run(self, handle: int, single: Single, arrays: Sequence[Array]) -> bool:
+    def _may_run(self, handle: int, arrays: Sequence[Array], expected: int | None, request_id: int) -> bool:
         table = self._table
         if table.claimed[handle] or table.row[handle] < 0 or table.batch_size[handle] != 1:
             return False
-        if single.cancelled or self._clock.monotonic() >= single.deadline:
-            return False
         revision, last = int(table.revision[handle]), int(table.request_id[handle])
-        if not applies(revision, last, single.expected, single.request_id):
+        if not applies(revision, last, expected, request_id):
             return False
         return all(
             np.isfinite(array).all()
@@ -65,22 +74,27 @@ class Solo:
             if may_be_infinite
         )
 
-    def _settle(self, handle: int, single: Single, outputs: Sequence[Array], *, with_time: bool) -> None:
+    def _advance(self, handle: int, request_id: int, now: float) -> StepReply:
         table = self._table
         revision, position = int(table.revision[handle]) + 1, int(table.position[handle]) + 1
         table.revision[handle] = revision
         table.position[handle] = position
-        table.request_id[handle] = single.request_id
-        table.used[handle] = self._clock.monotonic()
-        kept = Kept.ROWS_WITH_TIME if with_time else Kept.ROWS
-        if single.select is Select.NONE:
-            kept, outputs = Kept.EMPTY, ()
-        self._model.replies.remember_rows(handle, kept)
-        found = {
+        table.request_id[handle] = request_id
+        table.used[handle] = now
+        return StepReply(revision, position, {}, replayed=False)
+
+    def _outputs(
+        self, handle: int, select: Select, outputs: Sequence[Array], *, with_time: bool
+    ) -> dict[str, Array]:
+        with_time = with_time and select is Select.ALL
+        if select is Select.NONE:
+            self._model.replies.remember_rows(handle, Kept.EMPTY)
+            return {}
+        self._model.replies.remember_rows(handle, Kept.ROWS_WITH_TIME if with_time else Kept.ROWS)
+        return {
             name: output[:, None] if with_time and temporal else output
-            for name, output, temporal in zip(self._names, outputs, self._temporal, strict=False)
+            for name, output, temporal in zip(self._names, outputs, self._temporal, strict=True)
         }
-        single.settle(StepReply(revision, position, found, replayed=False))
 
     def _observe(self, seconds: float) -> None:
         name = self._model.name

@@ -1,0 +1,65 @@
+"""Where plain steps of one model come in, for whoever gathers them between two passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from stepwell_server.engine.calls import Array, Select, StepReply
+from stepwell_server.engine.plain import PlainIntake, PlainSteps
+from stepwell_server.engine.served import ServedModel
+from stepwell_server.engine.solo import Solo
+from stepwell_server.program import Program
+
+
+class PlainPort:
+    """Plain steps of one model: `feed` is called when they are due, `wake` says that there are some.
+
+    Lives on the event loop. What is gathered must be given away whenever a feed is called: something
+    that came later is about to be taken in.
+    """
+
+    def __init__(self, model: ServedModel, intake: PlainIntake, solo: Solo) -> None:
+        self.index = model.index
+        self.program: Program = model.program
+        self._model = model
+        self._intake = intake
+        self._solo = solo
+        self._feeds: list[Callable[[], None]] = []
+        model.loop.feed(self.take_in)
+
+    @property
+    def is_free(self) -> bool:
+        """Nothing runs or waits, and one row is cheap enough to run in place."""
+        return self._model.loop.is_free
+
+    def feed(self, source: Callable[[], None]) -> None:
+        """Call `source` whenever gathered steps are due."""
+        self._feeds.append(source)
+
+    def take_in(self) -> None:
+        """Have everything that is gathered given away now."""
+        for source in self._feeds:
+            source()
+
+    def wake(self) -> None:
+        """Something is gathered: take a turn as soon as no pass runs."""
+        self._model.loop.wake()
+
+    def admit(self, steps: PlainSteps) -> None:
+        """See `PlainIntake.admit`."""
+        self._intake.admit(steps)
+
+    def run_solo(
+        self,
+        handle: int,
+        arrays: Sequence[Array],
+        *,
+        expected: int | None,
+        request_id: int,
+        select: Select,
+        with_time: bool,
+    ) -> StepReply | None:
+        """See `Solo.run`; only while `is_free`."""
+        return self._solo.run(
+            handle, arrays, expected=expected, request_id=request_id, select=select, with_time=with_time
+        )
