@@ -53,8 +53,13 @@ class Call:
     async def ended(self) -> None:
         await asyncio.wait_for(self.task, _PATIENCE_S)
 
+    async def turns(self) -> None:
+        """Let everything run that can."""
+        for _ in range(200):
+            await asyncio.sleep(0)
+
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Let everything run that can, until the condition holds."""
+        """Let things run until the condition holds."""
         async with asyncio.timeout(_PATIENCE_S):
             while not condition():  # noqa: ASYNC110 (a turn of the loop, no time)
                 await asyncio.sleep(0)
@@ -205,9 +210,14 @@ async def test_an_idle_stream_stops_at_once() -> None:
 async def test_a_client_that_does_not_read_is_not_read(limits: StreamLimits) -> None:
     async with _call(limits) as call:
         call.context.client_reads.clear()
-        call.context.send(*(_step(number, "a") for number in range(50)))
-        for _ in range(200):
-            await asyncio.sleep(0)
+        call.engine.held = True
+        call.context.send(_step(0, "a"))
+        await call.until(lambda: len(call.engine.frames) == 1)
+        call.engine.held = False
+        call.engine.release()
+        await call.turns()  # the writer is stuck now; the reader is free
+        call.context.send(*(_step(number, "a") for number in range(1, 50)))
+        await call.turns()
         assert call.context.reads <= 3
         call.context.client_reads.set()
         assert [(await call.reply()).frame_id for _ in range(50)] == list(range(50))
@@ -219,8 +229,7 @@ async def test_unanswered_frames_hold_up_reading() -> None:
         call.context.send(*(_step(number, "a") for number in range(7)))
         for count in (3, 3, 1):
             await call.until(lambda count=count: len(call.engine.frames) == count)  # type: ignore[misc]
-            for _ in range(20):
-                await asyncio.sleep(0)
+            await call.turns()
             assert len(call.engine.frames) == count
             call.engine.release()
         assert [(await call.reply()).frame_id for _ in range(7)] == list(range(7))
