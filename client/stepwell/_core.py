@@ -37,9 +37,8 @@ class Core:
 
     def deadline(self, timeout_s: float | None) -> Deadline:
         """A call's time limit, from now on."""
-        if timeout_s is None:
-            return Deadline(self._config.timeout_s, self._clock)
-        return Deadline(check_timeout("timeout_s", timeout_s), self._clock)
+        limit_s = self._config.timeout_s if timeout_s is None else timeout_s
+        return Deadline(check_timeout("timeout_s", limit_s), self._clock)
 
     # Models.
 

@@ -137,9 +137,3 @@ def unpack_all(tensors: Iterable[tensors_pb2.Tensor]) -> dict[str, Array]:
 def dtype_name(number: int) -> str:
     """Numpy's name of a wire type, e.g. "float32"."""
     return _NAMES.get(number, f"unknown type {number}")
-
-
-def itemsize(number: int) -> int:
-    """Bytes of one element of a wire type."""
-    dtype = _DTYPES.get(number)
-    return 2 if dtype is None else dtype.itemsize

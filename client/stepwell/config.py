@@ -31,6 +31,9 @@ DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest message sent or received, in bytes."""
 
 
+_LONGEST_S = 1e9
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ClientConfig:
     """What a client was told when it was made; `connect` makes it from its arguments.
@@ -67,7 +70,8 @@ def check_timeout(name: str, timeout_s: float) -> float:
         raise InvalidInputError(f"{name} must be a number of seconds; got {timeout_s!r}")
     if math.isnan(timeout_s) or timeout_s <= 0:
         raise InvalidInputError(f"{name} must be above 0 (math.inf for no limit); got {timeout_s}")
-    return float(timeout_s)
+    # Clocks and locks take no number of seconds beyond some 300 years; a limit of 30 years is none.
+    return math.inf if timeout_s > _LONGEST_S else float(timeout_s)
 
 
 def server_address(address: str | None = None) -> str:

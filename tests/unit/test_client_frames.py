@@ -51,6 +51,7 @@ def test_first_round_holds_everything() -> None:
     assert list(message.step.request_ids) == [11, 21, 31]
     assert message.step.outputs == sessions_pb2.OUTPUT_SELECTION_LAST
     assert message.step.timeout_ms == 1500
+    assert list(message.step.batch_sizes) == ROWS
     assert np.array_equal(unpack(message.step.inputs[0]), X)
 
 
@@ -68,6 +69,7 @@ def test_second_round_holds_what_is_unsettled_with_the_same_ids() -> None:
     assert list(again.session_ids) == ["a", "c"]
     assert list(again.expected_revisions) == [10, 30]
     assert list(again.request_ids) == [11, 31]
+    assert list(again.batch_sizes) == [1, 1]
     assert np.array_equal(unpack(again.inputs[0]), X[[0, 3]])
     # Indexes of the second reply are those of the second message.
     assert one.accept(reply([1], last=False)).applied.tolist() == [2]

@@ -136,6 +136,13 @@ def test_time_limits(timeout_s: Any) -> None:
         config.ClientConfig("localhost:1", timeout_s=timeout_s)
 
 
+@pytest.mark.parametrize("timeout_s", [1e10, 10**400, math.inf])
+def test_time_limits_beyond_all_clocks_are_none(timeout_s: float) -> None:
+    core = Core(config.ClientConfig("localhost:1", timeout_s=timeout_s))
+    assert core.deadline(None).grpc_timeout_s() is None
+    assert core.deadline(timeout_s).grpc_timeout_s() is None
+
+
 @pytest.mark.parametrize("size", [0, 1023, 2**31, 1e6, True])
 def test_message_sizes(size: Any) -> None:
     with pytest.raises(errors.InvalidInputError, match="max_message_bytes must be"):
