@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from support.served import Served, serve
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One server of all models of `support.served`, for all tests."""
+    with serve(tmp_path_factory.getbasetemp() / "served") as running:
+        yield running

@@ -1,0 +1,231 @@
+"""Bytes that are no message, damaged messages, and messages that are too large."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+import stepwell
+from stepwell.v1 import models_pb2, sessions_pb2
+from support import wire
+from support.served import MAX_MESSAGE_BYTES, Served
+from support.wire import SERVICE, tensor
+
+pb = sessions_pb2
+MODELS = "stepwell.v1.ModelService"
+RPCS = [
+    (service.full_name, method.name)
+    for service in (
+        pb.DESCRIPTOR.services_by_name["SessionService"],
+        models_pb2.DESCRIPTOR.services_by_name["ModelService"],
+    )
+    for method in service.methods
+    if not method.client_streaming
+]
+# Each is no message of any type: a cut-off field, a tag of no field, a wrong wire type's group, text that is no UTF-8.
+GARBAGE = {
+    "cut off": b"\x0a",
+    "a length beyond the end": b"\x0a\xff\xff\xff\xff\x0f",
+    "no field": b"\x02\x01",
+    "an endless number": b"\xff" * 50,
+    "a group that does not begin": b"\x0c",
+    "all bytes": bytes(range(256)),
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+@pytest.mark.parametrize(("service", "rpc"), RPCS)
+def test_bytes_that_are_no_message(served: Served, service: str, rpc: str, name: str) -> None:
+    refused = served.wire.refused_bytes(rpc, GARBAGE[name], service)
+    refused.expect(
+        "INVALID_ARGUMENT",
+        "INVALID_INPUT",
+        f"request must be a stepwell.v1.{rpc}Request; got {len(GARBAGE[name])} bytes that are none",
+    )
+
+
+def test_text_that_is_no_utf_8(served: Served) -> None:
+    with served.nothing_changes():
+        refused = served.wire.refused_bytes("GetState", b"\x0a\x02\xff\xfe")
+        refused.expect("INVALID_ARGUMENT", "INVALID_INPUT", "GetStateRequest")
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_bytes_that_are_no_frame(served: Served, name: str) -> None:
+    """They end their own stream, and no other."""
+    with (
+        served.session("seq") as session_id,
+        served.nothing_changes(session_id),
+        wire.Conversation(served.wire) as other,
+    ):
+        other.send(pb.StepStreamRequest(frame_id=1))
+        assert other.receive().frame_id == 1
+        call = served.wire.channel.stream_stream(f"/{SERVICE}/StepStream")
+        stream = call(iter([GARBAGE[name]]), timeout=20)
+        refused = wire.refusal(lambda: list(stream))
+        refused.expect("INVALID_ARGUMENT", "INVALID_INPUT", "must be a stepwell.v1.StepStreamRequest")
+        other.send(pb.StepStreamRequest(frame_id=2))
+        assert other.receive().frame_id == 2
+
+
+def damaged(message: bytes, rng: np.random.Generator) -> bytes:
+    """A message with some bytes changed, cut out or repeated."""
+    data = bytearray(message)
+    for _ in range(rng.integers(1, 4)):
+        at = int(rng.integers(len(data)))
+        kind = rng.integers(3)
+        if kind == 0:
+            data[at] = rng.integers(256)
+        elif kind == 1:
+            del data[at : at + int(rng.integers(1, 5))]
+        else:
+            data[at:at] = data[at : at + int(rng.integers(1, 9))]
+        if not data:
+            break
+    return bytes(data)
+
+
+KNOWN = {
+    "INVALID_ARGUMENT": {"INVALID_INPUT", "MESSAGE_TOO_LARGE"},
+    "NOT_FOUND": {"SESSION_NOT_FOUND", "SESSION_LOST", "MODEL_NOT_FOUND"},
+    "ALREADY_EXISTS": {"SESSION_EXISTS"},
+    "ABORTED": {"REVISION_CONFLICT"},
+    "FAILED_PRECONDITION": {"MODEL_MISMATCH"},
+}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_damaged_messages_are_served_or_refused_with_a_reason(served: Served, seed: int) -> None:
+    """Never an internal error, and never a change of another session than the one they name."""
+    rng = np.random.default_rng(seed)
+    with served.session("seq", 2) as target, served.session("seq", 2) as bystander:
+        x, state = np.ones((2, 2, 3), np.float32), served.wire.state(target).state
+        messages: list[tuple[str, Any]] = [
+            (
+                "Step",
+                pb.StepRequest(session_id=target, inputs=[tensor(x, "x")], expected_revision=1, request_id=9),
+            ),
+            ("ResetStates", pb.ResetStatesRequest(session_id=target, state=state, rows=[0, 1], request_id=9)),
+            ("GetState", pb.GetStateRequest(session_id=target)),
+            ("ForkSession", pb.ForkSessionRequest(session_id=target, new_session_id="damaged")),
+            (
+                "OpenSession",
+                pb.OpenSessionRequest(model="seq", session_id="damaged", batch_size=2, state=state),
+            ),
+            ("ListSessions", pb.ListSessionsRequest(model="seq", page_size=3)),
+        ]
+        with served.nothing_changes(bystander):
+            for rpc, message in messages:
+                for _ in range(12):
+                    _served_or_refused(served, rpc, damaged(message.SerializeToString(), rng))
+        served.wire.close(
+            *[
+                info.session_id
+                for info in served.client.sessions()
+                if info.session_id not in (target, bystander)
+            ]
+        )
+
+
+def _served_or_refused(served: Served, rpc: str, raw: bytes) -> None:
+    call = served.wire.channel.unary_unary(f"/{SERVICE}/{rpc}")
+    try:
+        call(raw, timeout=20)
+    except grpc.RpcError as error:
+        refused = wire.of_call(error)
+        assert refused.reason in KNOWN.get(refused.code, ()), (rpc, raw, refused)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_frames_are_answered_one_by_one(served: Served, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    with served.session("seq") as target, served.session("seq") as other, served.session("seq") as bystander:
+        x = np.ones((2, 2, 3), np.float32)
+        frame = wire.step_frame(
+            1,
+            [target, other],
+            [tensor(x, "x")],
+            expected_revisions=[1, 1],
+            request_ids=[8, 9],
+            batch_sizes=[1, 1],
+        )
+        message = frame.SerializeToString()
+        with served.nothing_changes(bystander):
+            for _ in range(30):
+                call = served.wire.channel.stream_stream(f"/{SERVICE}/StepStream")
+                try:
+                    answers = [
+                        pb.StepStreamResponse.FromString(a)
+                        for a in call(iter([damaged(message, rng)]), timeout=20)
+                    ]
+                except grpc.RpcError as error:
+                    wire.of_call(error).expect("INVALID_ARGUMENT", "INVALID_INPUT", "StepStreamRequest")
+                    continue
+                assert sum(answer.last for answer in answers) == 1
+                for entry in (entry for answer in answers for entry in answer.errors):
+                    code = next(code.name for code in grpc.StatusCode if code.value[0] == entry.error.code)
+                    assert entry.error.reason in KNOWN.get(code, ()), entry
+
+
+def _too_large(served: Served, session_id: str) -> dict[str, tuple[str, Any]]:
+    x = np.zeros((1, MAX_MESSAGE_BYTES // 12 + 1, 3), np.float32)
+    state = [
+        tensor(np.zeros((MAX_MESSAGE_BYTES // 32, 8), np.float32), name) for name in ("lstm/h", "lstm/c")
+    ]
+    return {
+        "Step": ("Step", pb.StepRequest(session_id=session_id, inputs=[tensor(x)])),
+        "Predict": ("Predict", models_pb2.PredictRequest(model="seq", inputs=[tensor(x)])),
+        "ResetStates": ("ResetStates", pb.ResetStatesRequest(session_id=session_id, state=state)),
+        "OpenSession": (
+            "OpenSession",
+            pb.OpenSessionRequest(model="seq", session_id="x" * MAX_MESSAGE_BYTES),
+        ),
+    }
+
+
+@pytest.mark.parametrize("rpc", ["Step", "Predict", "ResetStates", "OpenSession"])
+def test_a_request_over_the_limit(served: Served, rpc: str) -> None:
+    """It is gRPC that refuses it before the server sees it; the SDK makes an InvalidInputError of it."""
+    with served.session("seq") as session_id, served.nothing_changes(session_id):
+        refused = served.wire.refused(*_too_large(served, session_id)[rpc])
+        refused.expect("RESOURCE_EXHAUSTED", "", "larger than max", str(MAX_MESSAGE_BYTES))
+
+
+def test_a_frame_over_the_limit(served: Served) -> None:
+    with served.session("seq") as session_id, served.nothing_changes(session_id):
+        frame = wire.step_frame(1, [session_id], _too_large(served, session_id)["Step"][1].inputs)
+        refused = wire.refusal(lambda: served.wire.exchange(frame))
+        refused.expect("RESOURCE_EXHAUSTED", "", "larger than max")
+
+
+# Half the size going in as float16, and all of it coming out as float32.
+WIDE = np.zeros((1, MAX_MESSAGE_BYTES // 8 + 1, 3), np.float16)
+
+
+def test_a_reply_over_the_limit(served: Served) -> None:
+    with served.session("seq") as session_id, served.nothing_changes(session_id):
+        words = f"must be at most {MAX_MESSAGE_BYTES} bytes; it would be about"
+        refused = served.wire.refused("Step", pb.StepRequest(session_id=session_id, inputs=[tensor(WIDE)]))
+        refused.expect("INVALID_ARGUMENT", "MESSAGE_TOO_LARGE", "the reply to the step " + words)
+        refused = served.wire.refused(
+            "Predict", models_pb2.PredictRequest(model="seq", inputs=[tensor(WIDE)])
+        )
+        refused.expect("INVALID_ARGUMENT", "MESSAGE_TOO_LARGE", "the reply to the prediction " + words)
+        answers = served.wire.exchange(wire.step_frame(1, [session_id], [tensor(WIDE)]))
+        refused = wire.of_members(answers, 1)[0]
+        refused.expect("INVALID_ARGUMENT", "MESSAGE_TOO_LARGE", "the reply to the step " + words)
+
+
+def test_a_state_over_the_limit(served: Served) -> None:
+    """A session may have more state than a message holds; reading it says so, and stepping it goes on."""
+    rows = MAX_MESSAGE_BYTES // 64  # each has 64 bytes of state
+    with served.client.open_session("seq", rows) as session:
+        refused = served.wire.refused("GetState", pb.GetStateRequest(session_id=session.id))
+        refused.expect("INVALID_ARGUMENT", "MESSAGE_TOO_LARGE", f"must be at most {MAX_MESSAGE_BYTES} bytes")
+        with pytest.raises(stepwell.InvalidInputError, match="must be at most"):
+            session.get_state()
+        session.step(np.zeros((rows, 3), np.float16), outputs="none")
+        assert session.revision == 1
