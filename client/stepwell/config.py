@@ -68,10 +68,12 @@ def check_timeout(name: str, timeout_s: float) -> float:
     """
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
         raise InvalidInputError(f"{name} must be a number of seconds; got {timeout_s!r}")
+    # Clocks and locks take no number of seconds beyond some 300 years; a limit of 30 years is none.
+    if timeout_s > _LONGEST_S:
+        return math.inf
     if math.isnan(timeout_s) or timeout_s <= 0:
         raise InvalidInputError(f"{name} must be above 0 (math.inf for no limit); got {timeout_s}")
-    # Clocks and locks take no number of seconds beyond some 300 years; a limit of 30 years is none.
-    return math.inf if timeout_s > _LONGEST_S else float(timeout_s)
+    return float(timeout_s)
 
 
 def server_address(address: str | None = None) -> str:

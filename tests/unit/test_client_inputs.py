@@ -136,7 +136,7 @@ def test_time_limits(timeout_s: Any) -> None:
         config.ClientConfig("localhost:1", timeout_s=timeout_s)
 
 
-@pytest.mark.parametrize("timeout_s", [1e10, 10**400, math.inf])
+@pytest.mark.parametrize("timeout_s", [1e10, 10**400, math.inf], ids=["float", "int", "inf"])
 def test_time_limits_beyond_all_clocks_are_none(timeout_s: float) -> None:
     core = Core(config.ClientConfig("localhost:1", timeout_s=timeout_s))
     assert core.deadline(None).grpc_timeout_s() is None
