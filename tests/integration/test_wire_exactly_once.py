@@ -1,0 +1,147 @@
+"""A change that is sent again is applied once and answered with the first answer, however it is sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell.v1 import sessions_pb2
+from support import wire
+from support.served import Served
+from support.wire import Wire, tensor
+
+pb = sessions_pb2
+X = np.random.default_rng(3).standard_normal((1, 4, 3)).astype(np.float32)
+SELECTIONS = [pb.OUTPUT_SELECTION_ALL, pb.OUTPUT_SELECTION_LAST, pb.OUTPUT_SELECTION_NONE]
+
+
+@pytest.mark.parametrize("x", [X[:, 0], X[:, :1], X], ids=["one step", "T = 1", "T = 4"])
+@pytest.mark.parametrize("outputs", SELECTIONS)
+@pytest.mark.parametrize("model", ["seq", "last"])
+def test_a_step_that_is_sent_again(served: Served, model: str, outputs: Any, x: Any) -> None:
+    request: dict[str, Any] = {
+        "inputs": [tensor(x)],
+        "expected_revision": 1,
+        "request_id": 2**64 - 1,
+        "outputs": outputs,
+    }
+    with served.session(model) as session_id:
+        first = served.wire.step(session_id, **request)
+        state = served.wire.state(session_id)
+        with Wire(served.address) as other:  # a retry may come by another connection
+            for _ in range(3):
+                again = other.step(session_id, **request)
+                assert (first.replayed, again.replayed) == (False, True)
+                again.replayed = False
+                assert again.SerializeToString(deterministic=True) == first.SerializeToString(
+                    deterministic=True
+                )
+        assert wire.data(served.wire.state(session_id).state) == wire.data(state.state)
+        assert served.wire.session(session_id).revision == 2
+
+
+def test_what_is_sent_again_need_not_say_the_same(served: Served) -> None:
+    """The request id decides, not the inputs: the remembered answer is the first one's."""
+    with served.session("seq") as session_id:
+        first = served.wire.step(session_id, [tensor(X)], expected_revision=1, request_id=5)
+        again = served.wire.step(session_id, [tensor(X * 2)], expected_revision=1, request_id=5)
+        assert again.replayed
+        assert again.outputs == first.outputs
+
+
+def test_without_an_expected_revision_the_last_request_id_is_still_known(served: Served) -> None:
+    with served.session("seq") as session_id:
+        first = served.wire.step(session_id, [tensor(X)], request_id=5)
+        again = served.wire.step(session_id, [tensor(X)], request_id=5)
+        assert (first.revision, again.revision, again.replayed) == (2, 2, True)
+        assert served.wire.step(session_id, [tensor(X)], request_id=6).revision == 3
+
+
+def test_without_both_each_is_applied(served: Served) -> None:
+    with served.session("seq") as session_id:
+        answers = [served.wire.step(session_id, [tensor(X)]) for _ in range(3)]
+        assert [answer.revision for answer in answers] == [2, 3, 4]
+        assert len({answer.outputs[0].data for answer in answers}) == 3
+
+
+def test_a_reset_that_is_sent_again(served: Served) -> None:
+    with served.session("seq", 3) as session_id:
+        fields: dict[str, Any] = {"rows": [2, 0], "expected_revision": 1, "request_id": 5}
+        first, again = (served.wire.reset(session_id, **fields) for _ in range(2))
+        assert (first.revision, first.position, first.replayed) == (2, 3, False)
+        assert (again.revision, again.position, again.replayed) == (2, 3, True)
+
+
+def test_members_of_a_frame_that_is_sent_again(served: Served) -> None:
+    """Some of them have had it, some have not: each is applied once."""
+    ids = served.wire.open_many("seq", 5)
+    x = served.draw("seq", 5, 2)["x"]
+    fields: dict[str, Any] = {"expected_revisions": [0] * 5, "request_ids": [11, 12, 13, 14, 15]}
+    known = [served.wire.predict("seq", [tensor(x[i : i + 1])]).outputs[0].data for i in range(5)]
+    for i in (1, 4):
+        one = served.wire.step(ids[i], [tensor(x[i : i + 1])], expected_revision=0, request_id=11 + i)
+        assert one.outputs[0].data == known[i]
+    for replayed in ({1, 4}, {0, 1, 2, 3, 4}):
+        answers = served.wire.exchange(wire.step_frame(1, ids, [tensor(x)], **fields))
+        assert not wire.of_members(answers, 5)
+        assert {member for answer in answers for member in answer.replayed_members} == replayed
+        assert [found["y"].tobytes() for _, found in sorted(wire.rows_of(answers, [1] * 5).items())] == known
+        assert [one.revision for one in map(served.wire.session, ids)] == [1] * 5
+    served.wire.close(*ids)
+
+
+@pytest.mark.parametrize("steps", [0, 2_000])
+def test_the_same_request_many_times_at_once(served: Served, steps: int) -> None:
+    with served.session("seq") as session_id:
+        request = pb.StepRequest(
+            session_id=session_id,
+            inputs=wire.tensors(served.draw("seq", 1, steps)),
+            expected_revision=1,
+            request_id=77,
+        )
+        calls = [served.wire.sessions.Step.future(request, timeout=20) for _ in range(20)]
+        answers = [call.result() for call in calls]
+        assert sorted(answer.replayed for answer in answers) == [False] + [True] * 19
+        assert {(answer.revision, answer.outputs[0].data) for answer in answers} == {
+            (2, answers[0].outputs[0].data)
+        }
+
+
+def test_different_requests_at_once_for_the_same_revision(served: Served) -> None:
+    """One wins, the others are told that they came too late."""
+    with served.session("seq") as session_id:
+        calls = [
+            served.wire.sessions.Step.future(
+                pb.StepRequest(session_id=session_id, inputs=[tensor(X)], expected_revision=1, request_id=i),
+                timeout=20,
+            )
+            for i in range(1, 21)
+        ]
+        won = [call for call in calls if call.exception() is None]
+        assert len(won) == 1
+        for call in calls:
+            if call is not won[0]:
+                wire.of_call(call.exception()).expect(
+                    "ABORTED", "REVISION_CONFLICT", "must be its revision 2; got 1"
+                )
+
+
+def test_openings_forks_and_closings_that_are_sent_again(served: Served) -> None:
+    raw = served.wire.sessions
+    opening = pb.OpenSessionRequest(model="seq", must_be_new=True, session_id="once", request_id=5)
+    first, again = (raw.OpenSession(opening, timeout=20) for _ in range(2))
+    assert (first.replayed, again.replayed, again.session.session_id) == (False, True, "once")
+    unnamed = pb.OpenSessionRequest(model="seq", request_id=6)
+    ids = {raw.OpenSession(unnamed, timeout=20).session.session_id for _ in range(3)}
+    assert len(ids) == 1
+    many = pb.OpenSessionsRequest(model="seq", count=3, request_id=7)
+    groups = [tuple(raw.OpenSessions(many, timeout=20).session_ids) for _ in range(2)]
+    assert groups[0] == groups[1]
+    fork = pb.ForkSessionRequest(session_id="once", request_id=8)
+    forks = {raw.ForkSession(fork, timeout=20).session.session_id for _ in range(3)}
+    assert len(forks) == 1
+    closing = pb.CloseSessionRequest(session_id="once", request_id=9)
+    assert [raw.CloseSession(closing, timeout=20).replayed for _ in range(2)] == [False, True]
+    served.wire.close(*ids, *groups[0], *forks)

@@ -1,0 +1,208 @@
+"""What is under way at once: order within a session, cancelled and late requests, clients that go away."""
+
+from __future__ import annotations
+
+import itertools
+
+import grpc
+import numpy as np
+import pytest
+
+import stepwell
+from stepwell.v1 import sessions_pb2
+from support import wire
+from support.served import Served
+from support.wire import Conversation, Wire, tensor
+
+pb = sessions_pb2
+LONG = 60_000
+"""Time steps of a request that is under way while others come."""
+
+
+def long_step(served: Served, session_id: str) -> pb.StepRequest:
+    x = np.random.default_rng(0).standard_normal((1, LONG, 3)).astype(np.float16)
+    return pb.StepRequest(session_id=session_id, inputs=[tensor(x)], outputs=pb.OUTPUT_SELECTION_LAST)
+
+
+def long_frame(served: Served, frame_id: int, session_id: str) -> pb.StepStreamRequest:
+    step = long_step(served, session_id)
+    return wire.step_frame(frame_id, [session_id], step.inputs, outputs=step.outputs)
+
+
+def begun(served: Served, session_id: str) -> Conversation:
+    """A stream on which a long step of the session is under way: the answer to what came after says so."""
+    stream = Conversation(served.wire)
+    stream.send(long_frame(served, 1, session_id), pb.StepStreamRequest(frame_id=2))
+    assert stream.receive().frame_id == 2
+    return stream
+
+
+def test_frames_of_one_session_are_applied_in_their_order(served: Served) -> None:
+    x = served.draw("seq", 40)["x"]
+    known = np.frombuffer(served.wire.predict("seq", [tensor(x[None])]).outputs[0].data, np.float32).reshape(
+        40, 2
+    )
+    with served.session("seq", steps=0) as session_id:
+        answers = served.wire.exchange(
+            *[wire.step_frame(i, [session_id], [tensor(x[i : i + 1])]) for i in range(40)]
+        )
+        assert [(answer.frame_id, list(answer.revisions)) for answer in answers] == [
+            (i, [i + 1]) for i in range(40)
+        ]
+        assert b"".join(answer.outputs[0].data for answer in answers) == known.tobytes()
+
+
+def test_steps_and_resets_of_a_session_on_one_stream_keep_their_order(served: Served) -> None:
+    x = served.draw("seq", 1)["x"]
+    with served.session("seq", steps=0) as session_id, served.session("seq") as other:
+        step, reset = wire.step_frame(1, [session_id], [tensor(x)]), wire.reset_frame(2, [session_id])
+        both = wire.step_frame(3, [other, session_id], [tensor(np.concatenate([x, x]))])
+        frames = [step, reset, both, step, reset, step]
+        for i, frame in enumerate(frames):
+            frames[i] = pb.StepStreamRequest()
+            frames[i].CopyFrom(frame)
+            frames[i].frame_id = i
+        answers = sorted(served.wire.exchange(*frames), key=lambda answer: answer.frame_id)
+        own = [list(zip(a.revisions, a.positions, strict=True))[-1] for a in answers if a.last]
+        assert own == [(1, 1), (2, 0), (3, 1), (4, 2), (5, 0), (6, 1)]
+        first = answers[0].outputs[0].data
+        assert answers[-1].outputs[0].data == first
+        assert answers[2].outputs[0].data[-len(first) :] == first
+
+
+def test_short_steps_do_not_wait_for_a_long_one(served: Served) -> None:
+    with (
+        served.session("seq", steps=0) as slow,
+        served.session("seq", steps=0) as quick,
+        begun(served, slow) as stream,
+    ):
+        for revision in range(1, 6):
+            assert served.wire.step(quick, [tensor(np.ones((1, 3), np.float32))]).revision == revision
+        assert served.wire.session(slow).revision == 0, "the long one must be longer for this test"
+        (answer,) = stream.end()
+        assert list(answer.positions) == [LONG]
+
+
+def test_what_comes_after_a_long_step_of_the_same_session_waits(served: Served) -> None:
+    with served.session("seq", steps=0) as session_id, begun(served, session_id) as stream:
+        read = served.wire.state(session_id)
+        assert (read.session.revision, read.session.position) == (1, LONG)
+        stream.end()
+
+
+@pytest.mark.parametrize("position", [0, 2, 4])
+def test_a_call_that_is_cancelled_while_it_waits(served: Served, position: int) -> None:
+    """Whichever of those in line it is: it is not applied, and the others are."""
+    x = [tensor(np.ones((1, 3), np.float32))]
+    with served.session("seq", steps=0) as session_id, begun(served, session_id) as stream:
+        stream.send(*[wire.step_frame(10 + i, [session_id], x) for i in range(position)])
+        with Conversation(served.wire) as leaving:
+            leaving.send(wire.step_frame(1, [session_id], x), pb.StepStreamRequest(frame_id=2))
+            assert leaving.receive().frame_id == 2
+            stream.send(*[wire.step_frame(20 + i, [session_id], x) for i in range(4 - position)])
+            leaving.call.cancel()
+        answers = stream.end()
+        assert [list(answer.revisions) for answer in answers] == [[i] for i in range(1, 6)]
+        assert served.wire.session(session_id).revision == 5
+
+
+def test_a_long_step_that_is_cancelled_is_not_applied(served: Served) -> None:
+    with served.session("seq") as session_id, served.nothing_changes(session_id):
+        stream = begun(served, session_id)
+        stream.call.cancel()
+        assert served.wire.state(session_id).session.revision == 1
+
+
+def test_a_member_of_a_frame_whose_client_leaves_harms_no_other_in_its_pass(served: Served) -> None:
+    ids = served.wire.open_many("seq", 6)
+    x = served.draw("seq", 6, 3)["x"]
+    known = [served.wire.predict("seq", [tensor(x[i : i + 1])]).outputs[0].data for i in range(6)]
+    with begun(served, ids[0]) as stream:
+        with Wire(served.address) as other, Conversation(other) as leaving:
+            leaving.send(wire.step_frame(1, ids[:2], [tensor(x[:2])]), pb.StepStreamRequest(frame_id=2))
+            part = leaving.receive()
+            while part.frame_id != 2:
+                part = leaving.receive()
+        answers = served.wire.exchange(wire.step_frame(1, ids[2:], [tensor(x[2:])]))
+        assert not wire.of_members(answers, 4)
+        found = wire.rows_of(answers, [1] * 4)
+        assert [found[i]["y"].tobytes() for i in range(4)] == known[2:]
+        stream.end()
+    assert served.wire.session(ids[0]).revision == 1, "of the client that left, what waited is dropped"
+    served.wire.close(*ids)
+
+
+def test_a_client_that_disconnects_in_the_middle_and_comes_back(served: Served) -> None:
+    """It sends the same change again by another connection: applied once, whether it was or not."""
+    x = tensor(np.ones((1, 3_000, 3), np.float32))
+    known = served.wire.predict("seq", [x]).outputs[0].data
+    for _ in range(5):
+        with served.session("seq", steps=0) as session_id:
+            request = pb.StepRequest(session_id=session_id, inputs=[x], expected_revision=0, request_id=8)
+            with Wire(served.address) as first:
+                call = first.sessions.Step.future(request, timeout=20)
+                first.session(session_id)  # by now the step has left this side
+                call.cancel()
+            answer = served.wire.sessions.Step(request, timeout=20)
+            assert (answer.revision, answer.position) == (1, 3_000)
+            assert answer.outputs[0].data == known
+
+
+def test_a_deadline_that_passes_in_line(served: Served) -> None:
+    x = [tensor(np.ones((1, 3), np.float32))]
+    with served.session("seq", steps=0) as session_id, begun(served, session_id) as stream:
+        late = pb.StepRequest(session_id=session_id, inputs=x)
+        with pytest.raises(grpc.RpcError) as caught:
+            served.wire.sessions.Step(late, timeout=0.01)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        stream.send(
+            wire.step_frame(5, [session_id], x, timeout_ms=1), wire.reset_frame(6, [session_id], timeout_ms=1)
+        )
+        stream.send(wire.step_frame(7, [session_id], x))
+        answers = {answer.frame_id: answer for answer in stream.end()}
+        for frame_id in (5, 6):
+            wire.of_members([answers[frame_id]], 1)[0].expect(
+                "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", "not applied"
+            )
+        assert list(answers[7].revisions) == [2]
+
+
+def test_a_time_limit_of_the_sdk(served: Served) -> None:
+    with served.session("seq", steps=0) as session_id:
+        session = served.client.open_session("seq", session_id=session_id)
+        with begun(served, session_id) as stream:
+            with pytest.raises(stepwell.DeadlineExceededError) as caught:
+                session.step(np.ones((1, 3)), timeout_s=0.02)
+            assert caught.value.outcome in ("not_applied", "unknown")
+            stream.end()
+        session.refresh()
+        assert (session.revision, session.position) == (1, LONG)
+
+
+def test_a_session_that_is_closed_while_others_wait_for_it(served: Served) -> None:
+    x = [tensor(np.ones((1, 3), np.float32))]
+    session_id = served.wire.open("seq")
+    with begun(served, session_id) as stream:
+        with Conversation(served.wire) as other:
+            closing = served.wire.sessions.CloseSession.future(
+                pb.CloseSessionRequest(session_id=session_id), timeout=20
+            )
+            served.wire.session(session_id)  # by now the closing is in line
+            other.send(wire.step_frame(1, [session_id], x))
+            (answer,) = other.end()
+            wire.of_members([answer], 1)[0].expect("NOT_FOUND", "SESSION_NOT_FOUND", session_id)
+        closing.result()
+        (answer,) = stream.end()
+        assert list(answer.positions) == [LONG], "what came before the closing is applied"
+
+
+def test_many_streams_at_once(served: Served) -> None:
+    streams = [Conversation(served.wire) for _ in range(8)]
+    ids = served.wire.open_many("seq", 8)
+    x = served.draw("seq", 8, 5)["x"]
+    known = [served.wire.predict("seq", [tensor(x[i : i + 1])]).outputs[0].data for i in range(8)]
+    for time, (i, stream) in itertools.product(range(5), enumerate(streams)):
+        stream.send(wire.step_frame(time, [ids[i]], [tensor(x[i : i + 1, time])]))
+    for i, stream in enumerate(streams):
+        assert b"".join(answer.outputs[0].data for answer in stream.end()) == known[i]
+    served.wire.close(*ids)
