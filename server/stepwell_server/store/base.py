@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from stepwell_server.store.record import Header, Stored
+
+if TYPE_CHECKING:
+    from stepwell_server.store.lock import Holder
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,3 +39,123 @@ class Store(Protocol):
 
     def delete(self, session_ids: Sequence[str]) -> None:
         """Forget the records of sessions, where there are any."""
+
+
+class StoreError(Exception):
+    """The store cannot be opened: the server does not start."""
+
+
+class StoreBusy(StoreError):
+    """Another server uses the data directory."""
+
+    def __init__(self, message: str, holder: Holder | None) -> None:
+        super().__init__(message)
+        self.holder = holder
+        """None if it has not said who it is."""
+
+
+class End(enum.IntEnum):
+    """How a session ended."""
+
+    EXPIRED = 1
+    """It was idle for too long."""
+    CLOSED = 2
+    """A caller closed it."""
+    LOST = 3
+    """It cannot be recovered."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tombstone:
+    """What is remembered of a session that is gone."""
+
+    session_id: str
+    end: End
+    at: float
+    """Seconds since the epoch."""
+    request_id: int = 0
+    """Of the closing, so that a retry of it succeeds; 0 for none."""
+    revision: int = 0
+    """The last one known."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Changes that are kept together or not at all. They are applied in the order of these fields."""
+
+    puts: Sequence[tuple[str, Stored]] = ()
+    """Records by session id, as `store.record` encodes them; the last one of an id counts."""
+    deletes: Sequence[str] = ()
+    """Sessions to forget, where there are any."""
+    forgets: Sequence[str] = ()
+    """Sessions whose tombstones go, where there are any: the id is opened anew."""
+    tombstones: Sequence[Tombstone] = ()
+    """At most so many are kept as the store was told; the oldest are forgotten first."""
+
+
+class RecordStore(Protocol):
+    """Keeps encoded records and tombstones by session id.
+
+    `commit`, `sync` and `close` are called from one thread at a time; the other methods from any thread, at
+    any time before `close`.
+    """
+
+    @property
+    def is_volatile(self) -> bool:
+        """What it keeps is gone when the process ends."""
+
+    @property
+    def incarnation(self) -> str:
+        """Eight hex digits that were drawn when the store was made, the same as long as it lives."""
+
+    def commit(self, batch: Batch) -> None:
+        """Keep all of a batch, as durably as the store was told to, or nothing of it.
+
+        Raises:
+            Unavailable: it could not be kept. Nothing of it is there, except when the disk broke in the
+                very last write: what `get` finds afterwards is the truth.
+        """
+
+    def get(self, session_id: str) -> Stored | None:
+        """The record of a session, or None.
+
+        Raises:
+            StateCorrupt: it is there and cannot be read.
+            Unavailable: the store cannot be read now.
+        """
+
+    def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
+        """The records of many sessions, None where there is none.
+
+        Where a record is there and cannot be read it is empty: decoding it says `StateCorrupt`.
+
+        Raises:
+            Unavailable: the store cannot be read now.
+        """
+
+    def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
+        """Sessions in the order of their ids; None stands for a record that is damaged.
+
+        Ids of more than 511 bytes that begin with the same 478 bytes come in an order of their own.
+
+        Args:
+            after: begin behind this id, whether it is there or not.
+            prefix: of the ids that are wanted.
+            limit: how many at most.
+        """
+
+    def count(self) -> int:
+        """How many sessions there are."""
+
+    def tombstone(self, session_id: str) -> Tombstone | None:
+        """What is remembered of a session that is gone."""
+
+    def sync(self) -> None:
+        """See to it that all that was committed survives a loss of power.
+
+        Raises:
+            Unavailable: the disk refused.
+        """
+
+    def close(self) -> None:
+        """Sync and end. May be called again."""

@@ -1,0 +1,496 @@
+"""The store on disk: one LMDB environment under the data directory.
+
+    server.lock          who uses the directory
+    sessions/data.mdb    databases `sessions`, `tombstones`, `tombstone_ages`, `meta`
+    sessions/lock.mdb    LMDB's own; means nothing between two runs
+
+What a commit survives, and why:
+
+- `sync`: LMDB's default flags. Pages that were changed are written beside the old ones and flushed
+  (fdatasync), then the page that points to them is written through (O_DSYNC). `metasync=False` would leave out
+  the second wait, and a loss of power could then undo the last commit, which had been acknowledged.
+- `async`: `sync=False`. Everything is written in the same order with pwrite, to the kernel's page cache, which
+  outlives the process: nothing is lost by `kill -9`. It may reach the disk in any order, so a loss of power or a
+  crash of the kernel can harm the whole file; `sync` narrows the window. `writemap=True` stays off for both: it writes
+  through the map, so that a stray pointer harms the file and a full disk ends the process by SIGBUS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import secrets
+import shutil
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import lmdb
+
+from stepwell_server.clock import Clock
+from stepwell_server.errors import StateCorrupt, Unavailable
+from stepwell_server.store.base import Batch, End, StoreError, Tombstone
+from stepwell_server.store.lock import DirectoryLock
+from stepwell_server.store.record import Header, Stored, decode_header
+
+Durability = Literal["sync", "async"]
+T = TypeVar("T")
+# py-lmdb's own types tell transactions that return bytes from those that return views; that is of no use here
+_Environment = Any
+_Transaction = Any
+
+SCHEMA_VERSION = 1
+FIRST_MAP_BYTES = 64 * 2**20
+"""The map is address space, not disk: it is doubled whenever it is full."""
+TOMBSTONES = 100_000
+SPARSE = 1 / 2
+"""A file of which less than this share is in use is compacted when it is opened."""
+
+_log = logging.getLogger(__name__)
+
+_FOLDER, _COPY, _DATA = "sessions", "sessions.compacting", "data.mdb"
+_MAX_KEY_BYTES = 511
+_DIGEST_BYTES = 32
+_KEPT_BYTES = _MAX_KEY_BYTES - _DIGEST_BYTES - 1
+_ID_LENGTH = struct.Struct("<H")
+_TOMBSTONE = struct.Struct("<QBdQQ")  # age, end, at, request id, revision
+_AGE = struct.Struct(">Q")  # big-endian: in the order of the keys
+
+
+class LmdbStore:
+    """See `base.RecordStore`.
+
+    It holds the data directory's lock from its making to `close`. Not to be carried through a fork.
+    """
+
+    is_volatile = False
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        durability: Durability,
+        clock: Clock,
+        listen: str = "",
+        tombstones: int = TOMBSTONES,
+        first_map_bytes: int = FIRST_MAP_BYTES,
+    ) -> None:
+        """Open the store in a data directory, which is made if it is not there.
+
+        Raises:
+            StoreBusy: another server uses the directory.
+            StoreError: it cannot be used.
+        """
+        self._folder = path / _FOLDER
+        self._durability = durability
+        self._most_tombstones = tombstones
+        self._map_bytes = first_map_bytes
+        # A transaction must not be open while the map is replaced, in any thread. Whoever reads holds this.
+        self._remap = threading.Lock()
+        self._closed = False
+        with _start_errors(path):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.lock = DirectoryLock(path, clock=clock, listen=listen)
+        try:
+            with _start_errors(path):
+                self._start(path)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    @property
+    def incarnation(self) -> str:
+        """See `base.RecordStore`."""
+        return self._incarnation
+
+    def commit(self, batch: Batch) -> None:
+        """See `base.RecordStore`."""
+        self._require_open()
+        try:
+            self._commit(batch)
+        except (lmdb.Error, OSError) as error:
+            raise _unavailable("the store must be able to keep the change", error) from error
+
+    def get(self, session_id: str) -> bytes | None:
+        """See `base.RecordStore`."""
+        key = _key(session_id)
+
+        def read(transaction: _Transaction) -> bytes | None:
+            return _own(session_id, key, transaction.get(key, db=self._sessions))
+
+        return self._read(session_id, read)
+
+    def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
+        """See `base.RecordStore`."""
+        keys = [_key(session_id) for session_id in session_ids]
+
+        def read(transaction: _Transaction) -> list[Stored | None]:
+            get, sessions = transaction.get, self._sessions
+            return [
+                _own(session_id, key, get(key, db=sessions))
+                for session_id, key in zip(session_ids, keys, strict=True)
+            ]
+
+        try:
+            return self._read("", read)
+        except StateCorrupt:
+            return [self._get_or_empty(session_id) for session_id in session_ids]
+
+    def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
+        """See `base.RecordStore`."""
+
+        def read(transaction: _Transaction) -> list[tuple[str, Header | None]]:
+            found: list[tuple[str, Header | None]] = []
+            if limit > 0:
+                for session_id, record in _entries(transaction, self._sessions, after, prefix):
+                    found.append((session_id, _header_or_none(session_id, record)))
+                    if len(found) == limit:
+                        break
+            return found
+
+        return self._read("", read, buffers=True)
+
+    def count(self) -> int:
+        """See `base.RecordStore`."""
+        return int(self._read("", lambda transaction: transaction.stat(self._sessions)["entries"]))
+
+    def tombstone(self, session_id: str) -> Tombstone | None:
+        """See `base.RecordStore`."""
+        key = _key(session_id)
+        stored = self._read(session_id, lambda transaction: transaction.get(key, db=self._tombstones))
+        if stored is None:
+            return None
+        _, end, at, request_id, revision = _TOMBSTONE.unpack(stored)
+        return Tombstone(session_id, End(end), at, request_id, revision)
+
+    def sync(self) -> None:
+        """See `base.RecordStore`."""
+        self._require_open()
+        try:
+            self._environment.sync(True)
+        except lmdb.Error as error:
+            raise _unavailable("the store must be able to flush to disk", error) from error
+
+    def close(self) -> None:
+        """See `base.RecordStore`."""
+        if self._closed:
+            return
+        with self._remap:
+            self._closed = True
+            try:
+                self._environment.sync(True)
+            except lmdb.Error as error:
+                _log.warning("the store could not be flushed when it was closed: %s", error)
+            self._environment.close()
+        self.lock.release()
+
+    # ------------------------------------------------------------------------------------------------------ opening
+
+    def _start(self, path: Path) -> None:
+        copy = path / _COPY
+        shutil.rmtree(copy, ignore_errors=True)
+        is_new = not (self._folder / _DATA).exists()
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._open()
+        if self._compact(copy):
+            self._open()
+        self._read_meta()
+        if is_new:
+            # a file survives the loss of power only if the folders that name it do
+            _flush_folders(self._folder, path, path.parent)
+
+    def _open(self) -> None:
+        """Open the environment and its databases."""
+        self._environment: _Environment = lmdb.open(
+            os.fspath(self._folder),
+            map_size=self._map_bytes,
+            mode=0o700,
+            sync=self._durability == "sync",
+            metasync=True,
+            readahead=False,  # sessions come back one here, one there
+            max_dbs=4,
+            max_spare_txns=2,
+        )
+        try:
+            self._open_databases()
+        except BaseException:
+            self._environment.close()
+            raise
+
+    def _open_databases(self) -> None:
+        environment = self._environment
+        self._map_bytes = environment.info()["map_size"]
+        self._require_whole_file()
+        with environment.begin(write=True) as transaction:
+            names = (b"sessions", b"tombstones", b"tombstone_ages", b"meta")
+            found = [environment.open_db(name, txn=transaction) for name in names]
+        self._sessions, self._tombstones, self._ages, self._meta = found
+        with environment.begin(db=self._ages) as transaction:
+            cursor = transaction.cursor()
+            self._next_age = _AGE.unpack(cursor.key())[0] + 1 if cursor.last() else 0
+
+    def _require_whole_file(self) -> None:
+        """Refuse a file that was cut off: reading behind its end through the map would end the process."""
+        page_bytes = self._environment.stat()["psize"]
+        wanted = (self._environment.info()["last_pgno"] + 1) * page_bytes
+        found = (self._folder / _DATA).stat().st_size
+        if found < wanted:
+            raise StoreError(f"{self._folder / _DATA} must have {wanted} bytes; it was cut off at {found}")
+
+    def _read_meta(self) -> None:
+        with self._environment.begin(db=self._meta, write=True) as transaction:
+            if transaction.get(b"schema") is None:
+                transaction.put(b"schema", str(SCHEMA_VERSION).encode())
+                transaction.put(b"incarnation", secrets.token_hex(4).encode())
+            schema = int(transaction.get(b"schema"))
+            if schema != SCHEMA_VERSION:
+                raise StoreError(
+                    f"the store in {self._folder} must be of schema version {SCHEMA_VERSION};"
+                    f" it is of {schema}, written by another release"
+                )
+            self._incarnation: str = transaction.get(b"incarnation").decode()
+
+    def _compact(self, copy: Path) -> bool:
+        """Give the file's free pages back to the disk if that is worth it.
+
+        LMDB uses pages again but never returns them. A copy without them takes the file's place in one
+        step (rename), so whenever this is interrupted one of the two is there whole.
+
+        Returns:
+            True if it was done; the environment is closed then.
+        """
+        data = self._folder / _DATA
+        size, live = data.stat().st_size, self._live_bytes()
+        if size <= FIRST_MAP_BYTES or live > size * SPARSE or shutil.disk_usage(copy.parent).free < live:
+            return False
+        copy.mkdir(mode=0o700)
+        try:
+            self._environment.copy(os.fspath(copy), compact=True)
+            _flush(copy / _DATA)
+        except (lmdb.Error, OSError) as error:
+            _log.warning("the store could not be compacted: %s", error)
+            shutil.rmtree(copy, ignore_errors=True)
+            return False
+        self._environment.close()
+        os.replace(copy / _DATA, data)
+        _flush(self._folder)
+        shutil.rmtree(copy, ignore_errors=True)
+        return True
+
+    def _live_bytes(self) -> int:
+        with self._environment.begin() as transaction:
+            databases = (None, self._sessions, self._tombstones, self._ages, self._meta)
+            stats = [transaction.stat(db) if db else transaction.stat() for db in databases]
+        pages = sum(stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in stats)
+        return int(pages * stats[0]["psize"])
+
+    # ------------------------------------------------------------------------------------------------------ writing
+
+    def _commit(self, batch: Batch) -> None:
+        reopened = False
+        while True:
+            age = self._next_age
+            try:
+                with self._environment.begin(write=True) as transaction:
+                    self._write(transaction, batch)
+                return
+            except lmdb.MapFullError:
+                self._next_age = age
+                self._grow()
+            except lmdb.PanicError:
+                # the disk broke in the middle of a commit's last write; only opening anew helps
+                if reopened:
+                    raise
+                reopened = True
+                self._reopen()
+            except BaseException:
+                self._next_age = age
+                raise
+
+    def _write(self, transaction: _Transaction, batch: Batch) -> None:
+        if batch.puts:
+            # in the order of the keys, so that the cursor mostly stays on its page; the sort is stable
+            items = sorted([_item(session_id, record) for session_id, record in batch.puts], key=_first)
+            transaction.cursor(self._sessions).putmulti(items)
+        for session_id in batch.deletes:
+            transaction.delete(_key(session_id), db=self._sessions)
+        for session_id in batch.forgets:
+            transaction.delete(_key(session_id), db=self._tombstones)
+        if batch.tombstones:
+            self._bury(transaction, batch.tombstones)
+
+    def _bury(self, transaction: _Transaction, tombstones: Sequence[Tombstone]) -> None:
+        for stone in tombstones:
+            age, key = self._next_age, _key(stone.session_id)
+            self._next_age += 1
+            value = _TOMBSTONE.pack(age, stone.end, stone.at, stone.request_id, stone.revision)
+            transaction.put(key, value, db=self._tombstones)
+            transaction.put(_AGE.pack(age), key, db=self._ages)
+        self._prune(transaction)
+
+    def _prune(self, transaction: _Transaction) -> None:
+        """Forget the oldest tombstones that are too many."""
+        surplus = transaction.stat(self._ages)["entries"] - self._most_tombstones
+        cursor = transaction.cursor(self._ages)
+        for _ in range(surplus):
+            cursor.first()
+            age, key = cursor.item()
+            stored = transaction.get(key, db=self._tombstones)
+            # of a session that was buried again the newer one stays
+            if stored is not None and _TOMBSTONE.unpack(stored)[0] == _AGE.unpack(age)[0]:
+                transaction.delete(key, db=self._tombstones)
+            cursor.delete()
+
+    def _grow(self) -> None:
+        with self._remap:
+            wanted = 2 * self._map_bytes
+            try:
+                self._environment.set_mapsize(wanted)
+                self._map_bytes = wanted
+            except lmdb.Error:
+                # py-lmdb gives the environment up when the map cannot be replaced
+                self._reopen_locked()
+                raise
+
+    def _reopen(self) -> None:
+        with self._remap:
+            self._reopen_locked()
+
+    def _reopen_locked(self) -> None:
+        self._environment.close()
+        self._open()
+
+    # ------------------------------------------------------------------------------------------------------ reading
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise Unavailable("the store must be open; it is closed")
+
+    def _read(self, session_id: str, read: Callable[[_Transaction], T], *, buffers: bool = False) -> T:
+        with self._remap:
+            self._require_open()
+            try:
+                with self._environment.begin(buffers=buffers) as transaction:
+                    return read(transaction)
+            except (lmdb.CorruptedError, lmdb.PageNotFoundError) as error:
+                raise StateCorrupt(
+                    f"the page that holds session {session_id!r} must be as it was written: {error}",
+                    session_id=session_id,
+                ) from error
+            except (lmdb.Error, OSError) as error:
+                raise _unavailable("the store must be readable", error) from error
+
+    def _get_or_empty(self, session_id: str) -> bytes | None:
+        try:
+            return self.get(session_id)
+        except StateCorrupt:
+            return b""
+
+
+def _unavailable(rule: str, error: Exception) -> Unavailable:
+    return Unavailable(f"{rule}; got {error}")
+
+
+@contextlib.contextmanager
+def _start_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (lmdb.Error, OSError) as error:
+        raise StoreError(
+            f"the data directory {path} must hold a store that can be opened: {error}"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------------------- keys
+
+
+def _key(session_id: str) -> bytes:
+    """The id itself; of a long one its beginning and a digest.
+
+    0xFF stands in no UTF-8, so no id is the key of another. The value of a long id begins with the id.
+    """
+    key = session_id.encode()
+    if len(key) <= _MAX_KEY_BYTES:
+        return key
+    return key[:_KEPT_BYTES] + b"\xff" + hashlib.sha256(key).digest()
+
+
+def _is_digest(key: Stored) -> bool:
+    return len(key) == _MAX_KEY_BYTES and key[_KEPT_BYTES] == 0xFF
+
+
+def _item(session_id: str, record: Stored) -> tuple[bytes, Stored]:
+    key = _key(session_id)
+    if not _is_digest(key):
+        return key, record
+    name = session_id.encode()
+    return key, b"".join((_ID_LENGTH.pack(len(name)), name, record))
+
+
+def _first(item: tuple[bytes, Stored]) -> bytes:
+    return item[0]
+
+
+def _own(session_id: str, key: bytes, value: bytes | None) -> bytes | None:
+    """The record in a value. That of another session, or of none, is no record of this one."""
+    if value is None or len(key) < _MAX_KEY_BYTES or not _is_digest(key):
+        return value
+    name, record = _split(value)
+    return bytes(record) if bytes(name) == session_id.encode() else b""
+
+
+def _split(value: Stored) -> tuple[memoryview, memoryview]:
+    """Id and record of a long id's value; both empty if it is too short for an id."""
+    view = memoryview(value)
+    if len(view) < _ID_LENGTH.size:
+        return view[:0], view[:0]
+    end = _ID_LENGTH.size + _ID_LENGTH.unpack_from(view)[0]
+    return view[_ID_LENGTH.size : end], view[end:]
+
+
+def _entries(
+    transaction: _Transaction, sessions: Any, after: str, prefix: str
+) -> Iterator[tuple[str, memoryview]]:
+    """Ids and records behind `after` that begin with `prefix`."""
+    start, shared = _key(after), prefix.encode()[:_KEPT_BYTES]
+    cursor = transaction.cursor(sessions)
+    if not cursor.set_range(max(start, shared) or b"\0"):
+        return
+    for key, value in cursor:
+        if bytes(key[: len(shared)]) != shared:
+            return
+        session_id, record = _named(key, value)
+        if key != start and session_id.startswith(prefix):
+            yield session_id, record
+
+
+def _named(key: memoryview, value: memoryview) -> tuple[str, memoryview]:
+    name, record = _split(value) if _is_digest(key) else (key, value)
+    return str(name, "utf-8", "replace"), record
+
+
+def _header_or_none(session_id: str, record: memoryview) -> Header | None:
+    try:
+        return decode_header(session_id, record)
+    except StateCorrupt:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def _flush(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _flush_folders(*folders: Path) -> None:
+    for folder in folders:
+        _flush(folder)

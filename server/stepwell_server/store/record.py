@@ -1,0 +1,296 @@
+"""The stored form of a session: a header of fixed size, two texts, the rows, the arrays of a long reply.
+
+    checksum, schema, reply, lengths, revision, ... | fingerprint | model | rows | extra
+
+Little-endian throughout. The checksum is CRC-32 (zlib's): it finds every change of up to 32 neighbouring bits
+for certain and any other but one in 4 billion, the standard library has it, and it costs a third of a
+microsecond for a small session. It starts from the session's id, so that a record found under another id is
+damaged too. Every schema version keeps checksum and schema where they are now: a record of a later
+version can be told from a damaged one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.errors import StateCorrupt
+
+SCHEMA_VERSION = 1
+
+Stored = bytes | bytearray | memoryview
+"""An encoded record."""
+
+HEADER = np.dtype(
+    [
+        ("checksum", "<u4"),
+        ("schema", "<u2"),
+        ("reply", "u1"),
+        ("fingerprint_bytes", "u1"),
+        ("revision", "<u8"),
+        ("position", "<u8"),
+        ("request_id", "<u8"),
+        ("opened_with", "<u8"),
+        ("created", "<f8"),
+        ("last_used", "<f8"),
+        ("batch_size", "<u4"),
+        ("rows_bytes", "<u4"),
+        ("extra_bytes", "<u4"),
+        ("model_bytes", "<u2"),
+        ("reserved", "<u2"),
+    ]
+)
+_STRUCT = struct.Struct("<IHBBQQQQddIIIHH")  # the same, for one
+_START = struct.Struct("<IH")
+_CHECKSUM_BYTES = 4
+
+U64 = npt.NDArray[np.uint64]
+F64 = npt.NDArray[np.float64]
+U8 = npt.NDArray[np.uint8]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What a record says of a session, beside its state."""
+
+    fingerprint: str
+    """Of the model that the rows belong to."""
+    model: str
+    """The name it was served under."""
+    batch_size: int
+    revision: int
+    position: int
+    request_id: int
+    """Of the last change, 0 for none."""
+    opened_with: int
+    """Request id of the call that made the session, 0 for none."""
+    created: float
+    """Seconds since the epoch."""
+    last_used: float
+    """Seconds since the epoch."""
+    reply: int
+    """How the reply to the last change is kept: the engine's `Kept`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Record(Header):
+    """A session as it is stored."""
+
+    rows: bytes
+    """The session's rows one after the other, each as `Arena.pack` lays it out."""
+    extra: bytes = b""
+    """The arrays of a reply of several time steps; opaque here."""
+
+    def encode(self, session_id: str) -> bytes:
+        """The record as bytes, bound to the session's id.
+
+        Raises:
+            ValueError: a part is too large to be stored.
+        """
+        fingerprint, model = self.fingerprint.encode(), self.model.encode()
+        try:
+            head = _STRUCT.pack(
+                0, SCHEMA_VERSION, self.reply, len(fingerprint),
+                self.revision, self.position, self.request_id, self.opened_with, self.created, self.last_used,
+                self.batch_size, len(self.rows), len(self.extra), len(model), 0,
+            )  # fmt: skip
+        except struct.error as error:
+            raise ValueError(
+                f"a part of session {session_id!r} is too large to be stored: {error}"
+            ) from error
+        body = b"".join((head[_CHECKSUM_BYTES:], fingerprint, model, self.rows, self.extra))
+        return zlib.crc32(body, _seed(session_id)).to_bytes(_CHECKSUM_BYTES, "little") + body
+
+
+def encode_many(
+    session_ids: Sequence[str],
+    *,
+    fingerprint: str,
+    model: str,
+    revisions: U64,
+    positions: U64,
+    request_ids: U64,
+    opened_with: U64,
+    created: F64,
+    last_used: F64,
+    replies: U8,
+    rows: U8,
+) -> list[memoryview]:
+    """Encode n sessions of one model, of batch size 1 and without extra.
+
+    Args:
+        session_ids: n ids.
+        fingerprint: of the model.
+        model: its name.
+        revisions: `(n,)`, as are the other facts.
+        positions: see `Header`.
+        request_ids: see `Header`.
+        opened_with: see `Header`.
+        created: see `Header`.
+        last_used: see `Header`.
+        replies: see `Header`.
+        rows: `(n, bytes per row)`, as `Arena.pack` returns them.
+
+    Returns:
+        n records, equal to what `Record.encode` returns. They are views of one buffer, which lives as long
+        as any of them.
+    """
+    texts = fingerprint.encode(), model.encode()
+    buffer = _laid_out(texts, rows)
+    heads = np.zeros(len(rows), HEADER)
+    heads["schema"], heads["batch_size"], heads["rows_bytes"] = SCHEMA_VERSION, 1, rows.shape[1]
+    heads["fingerprint_bytes"], heads["model_bytes"] = len(texts[0]), len(texts[1])
+    heads["revision"], heads["position"], heads["request_id"] = revisions, positions, request_ids
+    heads["opened_with"], heads["created"], heads["last_used"] = opened_with, created, last_used
+    heads["reply"] = replies
+    buffer[:, : HEADER.itemsize] = heads.view(np.uint8).reshape(len(rows), HEADER.itemsize)
+    return _sealed(session_ids, buffer)
+
+
+def decode(session_id: str, stored: Stored) -> Record:
+    """Read a record back.
+
+    Raises:
+        StateCorrupt: it is damaged, or of a schema version that is not known here.
+    """
+    view = _checked(session_id, stored)
+    facts = _STRUCT.unpack_from(view)
+    header = _header(facts, view)
+    rows_at = HEADER.itemsize + facts[3] + facts[13]
+    extra_at = rows_at + facts[11]
+    return Record(
+        **{name: getattr(header, name) for name in Header.__slots__},
+        rows=bytes(view[rows_at:extra_at]),
+        extra=bytes(view[extra_at:]),
+    )
+
+
+def decode_header(session_id: str, stored: Stored) -> Header:
+    """Read what a record says beside the state; the whole record is checked all the same.
+
+    Raises:
+        StateCorrupt: as `decode`.
+    """
+    view = _checked(session_id, stored)
+    return _header(_STRUCT.unpack_from(view), view)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decoded:
+    """Many records read at once. Those that could not be read are in `errors` and nowhere else."""
+
+    sound: npt.NDArray[np.intp]
+    """Which records could be read: their places among those given, ascending."""
+    heads: npt.NDArray[np.void]
+    """`(len(sound),)` of dtype `HEADER`: `heads["revision"]` and so on are the columns."""
+    fingerprints: list[str]
+    """As long as `sound`."""
+    rows: bytes
+    """The rows of all sound records, one after the other; `heads["rows_bytes"]` of each."""
+    extras: dict[int, bytes]
+    """Those that are not empty, by place."""
+    errors: dict[int, StateCorrupt]
+    """By place."""
+
+
+def decode_many(session_ids: Sequence[str], stored: Sequence[Stored]) -> Decoded:
+    """Read many records at once, for sessions that come back to the arena together."""
+    errors: dict[int, StateCorrupt] = {}
+    sound: list[int] = []
+    views: list[memoryview] = []
+    for place, session_id in enumerate(session_ids):
+        try:
+            views.append(_checked(session_id, stored[place]))
+            sound.append(place)
+        except StateCorrupt as error:
+            errors[place] = error
+    heads = np.frombuffer(b"".join([view[: HEADER.itemsize] for view in views]), HEADER)
+    cuts = _cuts(heads)
+    return Decoded(
+        np.array(sound, np.intp),
+        heads,
+        [str(view[HEADER.itemsize : end], "utf-8") for view, (end, _, _) in zip(views, cuts, strict=True)],
+        b"".join([view[low:high] for view, (_, low, high) in zip(views, cuts, strict=True)]),
+        {sound[i]: bytes(views[i][cuts[i][2] :]) for i in np.flatnonzero(heads["extra_bytes"]).tolist()},
+        errors,
+    )
+
+
+def _cuts(heads: npt.NDArray[np.void]) -> list[tuple[int, int, int]]:
+    """Where each fingerprint ends, the rows begin, and the rows end."""
+    texts = HEADER.itemsize + heads["fingerprint_bytes"].astype(np.int64)
+    rows = texts + heads["model_bytes"]
+    ends = rows + heads["rows_bytes"]
+    return list(zip(texts.tolist(), rows.tolist(), ends.tolist(), strict=True))
+
+
+def _laid_out(texts: tuple[bytes, bytes], rows: U8) -> U8:
+    """A buffer of records that lacks the headers."""
+    text = np.frombuffer(b"".join(texts), np.uint8)
+    start = HEADER.itemsize + len(text)
+    buffer = np.empty((len(rows), start + rows.shape[1]), np.uint8)
+    buffer[:, HEADER.itemsize : start] = text
+    buffer[:, start:] = rows
+    return buffer
+
+
+def _sealed(session_ids: Sequence[str], buffer: U8) -> list[memoryview]:
+    size = buffer.shape[1]
+    flat = memoryview(buffer.reshape(-1).data)
+    cut = [flat[at : at + size] for at in range(0, buffer.size, size)]
+    checksums = [
+        zlib.crc32(view[_CHECKSUM_BYTES:], zlib.crc32(session_id.encode()))
+        for session_id, view in zip(session_ids, cut, strict=True)
+    ]
+    buffer[:, :_CHECKSUM_BYTES] = np.array(checksums, "<u4").view(np.uint8).reshape(-1, _CHECKSUM_BYTES)
+    return cut
+
+
+def _seed(session_id: str) -> int:
+    return zlib.crc32(session_id.encode())
+
+
+def _checked(session_id: str, stored: Stored) -> memoryview:
+    """The record, if checksum, schema and lengths are right."""
+    view = memoryview(stored)
+    if len(view) < HEADER.itemsize:
+        raise _corrupt(session_id, f"it has {len(view)} bytes, a header alone has {HEADER.itemsize}")
+    checksum, schema = _START.unpack_from(view)
+    found = zlib.crc32(view[_CHECKSUM_BYTES:], _seed(session_id))
+    if found != checksum:
+        raise _corrupt(session_id, f"its checksum is {checksum:08x}, its bytes have {found:08x}")
+    if schema != SCHEMA_VERSION:
+        age = "a later server wrote it" if schema > SCHEMA_VERSION else "no server that is known wrote it"
+        raise _corrupt(
+            session_id, f"its schema version is {schema}, this server reads {SCHEMA_VERSION}: {age}"
+        )
+    return view
+
+
+def _header(facts: Sequence[int], view: memoryview) -> Header:
+    text_at = HEADER.itemsize
+    model_at = text_at + facts[3]
+    return Header(
+        fingerprint=str(view[text_at:model_at], "utf-8"),
+        model=str(view[model_at : model_at + facts[13]], "utf-8"),
+        batch_size=facts[10],
+        revision=facts[4],
+        position=facts[5],
+        request_id=facts[6],
+        opened_with=facts[7],
+        created=facts[8],
+        last_used=facts[9],
+        reply=facts[2],
+    )
+
+
+def _corrupt(session_id: str, problem: str) -> StateCorrupt:
+    return StateCorrupt(
+        f"the stored record of session {session_id!r} must be as it was written: {problem}",
+        session_id=session_id,
+    )
