@@ -75,12 +75,19 @@ class Admission:
             Overloaded: with the time after which there should be room.
         """
         self.require_rows(call.model, call.row_count)
-        loop = self._models[call.model].loop
-        if self.bytes_waiting and self.bytes_waiting + call.byte_count > MAX_WAITING_BYTES:
+        self.require_bytes(call.model, call.byte_count)
+
+    def require_bytes(self, model: int, count: int) -> None:
+        """Refuse `count` bytes of inputs if too many wait already.
+
+        Raises:
+            Overloaded: with the time after which there should be room.
+        """
+        if self.bytes_waiting and self.bytes_waiting + count > MAX_WAITING_BYTES:
             raise Overloaded(
                 f"input bytes waiting must stay within {MAX_WAITING_BYTES};"
-                f" {self.bytes_waiting} wait and {call.byte_count} came",
-                retry_after_s=max(0.01, loop.expected_wait_s() / 2),
+                f" {self.bytes_waiting} wait and {count} came",
+                retry_after_s=max(0.01, self._models[model].loop.expected_wait_s() / 2),
             )
 
     def require_rows(self, model: int, count: int, gathered: int = 0) -> None:

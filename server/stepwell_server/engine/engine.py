@@ -364,9 +364,17 @@ class Engine:
         values = None if state is None else check_state(served.program, state, rows)
         if values is not None:
             require_finite("state", values, [spec.name for spec in served.program.state])
+        self._admit_singles()
+        byte_count = sum(array.nbytes for array in (*checked.arrays, *(values or ())))
+        self._admission.require_rows(served.index, rows)
+        self._admission.require_bytes(served.index, byte_count)
         now = self._clock.monotonic()
         call = PredictCall(served, checked, values, rows, deadline=deadline, source=source, now=now)
-        predicted = await call.run()
+        self._admission.bytes_waiting += byte_count
+        try:
+            predicted = await call.run()
+        finally:
+            self._admission.bytes_waiting -= byte_count
         self._observer.applied(model, "predict", 1, rows * checked.steps)
         return predicted
 

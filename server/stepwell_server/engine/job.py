@@ -141,8 +141,9 @@ class Job:
         self.members = self.members[kept]
         self.handles = None if self.handles is None else self.handles[kept]
         self.sizes = self.sizes[kept]
-        self.rows = self.rows[rows]
-        self.row_count = len(self.rows)
+        if len(self.rows):  # a job without sessions has none before its first pass
+            self.rows = self.rows[rows]
+        self.row_count = int(self.sizes.sum())
         self.working = None if self.working is None else self.working[rows]
         self.inputs = [array[rows] for array in self.inputs]
         self.collected = [None if array is None else array[rows] for array in self.collected]
