@@ -7,7 +7,7 @@
     _target.py    --server and --timeout-s, and the connection they make
     _values.py    inputs on the command line: JSON, files, stdin
     _render.py    tables for people, JSON for programs
-    serve.py models.py sessions.py step.py state.py    the commands
+    serve.py models.py sessions.py step.py state.py bench/    the commands
 """
 
 from stepwell.cli._root import main

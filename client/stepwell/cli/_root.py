@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from stepwell.cli import _errors, _help
+from stepwell.cli.bench import bench
 from stepwell.cli.models import models
 from stepwell.cli.serve import serve
 from stepwell.cli.sessions import sessions
@@ -71,5 +72,5 @@ def main() -> None:
     """
 
 
-for command in (serve, models, sessions, step, state):
+for command in (serve, models, sessions, step, state, bench):
     main.add_command(command)

@@ -1,0 +1,207 @@
+"""Lanes: each makes one call after the other, on the sessions that it owns, in turn.
+
+A lane of mode "unary" or "stream" speaks gRPC with messages made before the run, so that the generator
+costs little; "frames" and "group" are the SDK as users have it.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from stepwell import _channel, _status
+from stepwell._inputs import pack_inputs
+from stepwell._tensors import to_messages
+from stepwell.aio import AsyncSession, AsyncSessionGroup
+from stepwell.cli.bench.inputs import Inputs
+from stepwell.errors import DeadlineExceededError, UnavailableError
+from stepwell.v1 import sessions_pb2
+
+T = TypeVar("T")
+
+STEP = "/stepwell.v1.SessionService/Step"
+STEP_STREAM = "/stepwell.v1.SessionService/StepStream"
+
+
+class Lane(abc.ABC):
+    """One call in flight at a time."""
+
+    @abc.abstractmethod
+    async def call(self) -> int:
+        """Make the next call. Returns how many sessions it has stepped.
+
+        Raises:
+            StepwellError: It failed for some of them at least.
+        """
+
+    async def close(self) -> None:  # noqa: B027 - most have nothing to close
+        """End what the lane has open; never the sessions."""
+
+
+class Book:
+    """A session as a lane knows it: its id, its revision, and the change that is not settled yet."""
+
+    __slots__ = ("_request_id", "revision", "session_id")
+
+    def __init__(self, session_id: str) -> None:
+        self.session_id = session_id
+        self.revision = 0
+        self._request_id = 0
+
+    def begin(self) -> int:
+        """The request id of the next change: after an error the same again, so that it is applied once."""
+        self._request_id = self._request_id or random.getrandbits(64) or 1
+        return self._request_id
+
+    def applied(self) -> None:
+        """The change is settled."""
+        self.revision += 1
+        self._request_id = 0
+
+
+class UnaryLane(Lane):
+    """One Step call for each step.
+
+    Args:
+        channel: To the server.
+        ids: Of its sessions.
+        requests: To be sent in turn. Lanes may share them: nothing is awaited between filling one in and
+            making bytes of it.
+        timeout_s: Time limit of a call.
+    """
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        ids: Sequence[str],
+        requests: Iterator[sessions_pb2.StepRequest],
+        timeout_s: float,
+    ) -> None:
+        self._step: Any = channel.unary_unary(STEP)
+        self._requests = requests
+        self._books = itertools.cycle([Book(one) for one in ids])
+        self._timeout_s = timeout_s
+
+    async def call(self) -> int:
+        """Make the next call."""
+        book, request = next(self._books), next(self._requests)
+        request.session_id = book.session_id
+        request.expected_revision = book.revision
+        request.request_id = book.begin()
+        try:
+            await self._step(request.SerializeToString(), timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise _channel.translate(error) from None
+        book.applied()
+        return 1
+
+
+class StreamLane(Lane):
+    """A stream of its own, with one step in each message. Arguments are those of `UnaryLane`."""
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        ids: Sequence[str],
+        requests: Iterator[sessions_pb2.StepStreamRequest],
+        timeout_s: float,
+    ) -> None:
+        parse = sessions_pb2.StepStreamResponse.FromString
+        self._open: Any = channel.stream_stream(STEP_STREAM, response_deserializer=parse)
+        self._stream: Any = None
+        self._requests = requests
+        self._books = itertools.cycle([Book(one) for one in ids])
+        self._frame_ids = itertools.count(1)
+        self._timeout_s = timeout_s
+
+    async def call(self) -> int:
+        """Make the next call."""
+        book, request = next(self._books), next(self._requests)
+        request.frame_id = next(self._frame_ids)
+        request.step.session_ids[0] = book.session_id
+        request.step.expected_revisions[0] = book.revision
+        request.step.request_ids[0] = book.begin()
+        answer = await self._exchange(request.SerializeToString())
+        for failed in answer.errors:
+            raise _status.from_message(failed.error)
+        book.applied()
+        return 1
+
+    async def _exchange(self, request: bytes) -> sessions_pb2.StepStreamResponse:
+        if self._stream is None:
+            self._stream = self._open()
+        stream, self._stream = self._stream, None  # until it has answered, it may be broken
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await stream.write(request)
+                answer = await stream.read()
+        except grpc.RpcError as error:
+            raise _channel.translate(error) from None
+        except asyncio.InvalidStateError:
+            raise UnavailableError("the server ended the stream") from None
+        except TimeoutError:
+            raise DeadlineExceededError("the time limit passed while a frame was unanswered") from None
+        if not isinstance(answer, sessions_pb2.StepStreamResponse):
+            raise UnavailableError("the server ended the stream")
+        self._stream = stream
+        return answer
+
+    async def close(self) -> None:
+        """End the stream."""
+        if self._stream is not None:
+            self._stream.cancel()
+
+
+class SessionLane(Lane):
+    """Sessions of the async SDK, which puts steps awaited at the same time into one message."""
+
+    def __init__(self, sessions: Sequence[AsyncSession], inputs: Iterator[Inputs]) -> None:
+        self._sessions = itertools.cycle(sessions)
+        self._inputs = inputs
+
+    async def call(self) -> int:
+        """Make the next call."""
+        await next(self._sessions).step(next(self._inputs))
+        return 1
+
+
+class GroupLane(Lane):
+    """Groups of the async SDK, each with inputs of its size: one message for all sessions of a group."""
+
+    def __init__(self, groups: Sequence[tuple[AsyncSessionGroup, Iterator[Inputs]]]) -> None:
+        self._groups = itertools.cycle(groups)
+
+    async def call(self) -> int:
+        """Make the next call."""
+        group, inputs = next(self._groups)
+        await group.step(next(inputs))
+        return len(group)
+
+
+def endless(pool: Sequence[T]) -> Iterator[T]:
+    """One after the other, again and again."""
+    return itertools.cycle(pool)
+
+
+def step_request(inputs: Inputs) -> sessions_pb2.StepRequest:
+    """A Step to be filled in."""
+    return sessions_pb2.StepRequest(inputs=to_messages(pack_inputs(inputs)))
+
+
+def frame_request(inputs: Inputs, batch_size: int) -> sessions_pb2.StepStreamRequest:
+    """A frame of one session to be filled in."""
+    frame = sessions_pb2.StepFrame(
+        session_ids=[""],
+        inputs=to_messages(pack_inputs(inputs)),
+        expected_revisions=[0],
+        request_ids=[1],
+        batch_sizes=[batch_size],
+    )
+    return sessions_pb2.StepStreamRequest(step=frame)

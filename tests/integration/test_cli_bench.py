@@ -1,0 +1,160 @@
+"""`stepwell bench` against a real server. What is measured is never asserted, only that it adds up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import stepwell
+from support.served import Served
+
+QUICK = ("--duration-s", "0.6", "--warm-up-s", "0.2", "--timeout-s", "20")
+Bench = Callable[..., Any]
+
+
+@pytest.fixture
+def nothing_is_left(served: Served) -> Iterator[None]:
+    before = {one.session_id for one in served.client.sessions()}
+    yield
+    assert {one.session_id for one in served.client.sessions()} == before
+
+
+@pytest.fixture
+def bench(served: Served, nothing_is_left: None) -> Bench:
+    def run(*arguments: str, json_too: bool = True) -> Any:
+        options = (*QUICK, *arguments, *(("--json",) if json_too else ()))
+        finished = subprocess.run(
+            command(served, *options), capture_output=True, text=True, timeout=90, check=False
+        )
+        if json_too and finished.returncode == 0:
+            return json.loads(finished.stdout)
+        return finished
+
+    return run
+
+
+def command(served: Served, *options: str) -> list[str]:
+    return [sys.executable, "-m", "stepwell", "bench", "--server", served.address, *options]
+
+
+@pytest.mark.parametrize("mode", ["unary", "stream", "frames", "group"])
+@pytest.mark.parametrize("model", ["seq", "multi"])
+def test_every_mode_counts_what_it_does(bench: Bench, served: Served, mode: str, model: str) -> None:
+    shape = ("--sessions", "5", "--concurrency", "3", "--batch-size", "2", "--steps-per-call", "4")
+
+    result = bench(
+        model, "--mode", mode, *shape, "--processes", "2", *(("--group-size", "2") if mode == "group" else ())
+    )
+
+    assert result["errors"] == {}, result["first_error"]
+    assert result["calls"] > 0
+    if mode != "group":
+        assert result["steps"] == result["calls"] * 4
+    else:
+        assert result["calls"] * 4 <= result["steps"] <= result["calls"] * 8
+    assert result["steps_per_s"] == pytest.approx(result["steps"] / result["seconds"], rel=0.5)
+    assert result["row_steps_per_s"] == pytest.approx(2 * result["steps_per_s"], rel=1e-3)
+    latency = result["latency_ms"]
+    assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["p99.9"] <= latency["max"]
+    assert result["processes"] == 2
+    assert result["server_pid"] in (served.server.pid, None)
+
+
+def test_the_document_has_every_documented_key(bench: Bench) -> None:
+    from stepwell.cli import main
+
+    described = main.commands["bench"].json_keys  # type: ignore[attr-defined]
+    keys = [key for text, _ in described for key in text.split(", ")]
+
+    assert sorted(bench("seq", "--sessions", "2")) == sorted(keys)
+
+
+def test_the_result_for_people(bench: Bench) -> None:
+    finished = bench("seq", "--mode", "unary", "--sessions", "1", json_too=False)
+
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    facts = dict(line.split(maxsplit=1) for line in finished.stdout.splitlines())
+    assert facts["load"] == "unary: 1 sessions, all at once, by 1 process"
+    assert facts["errors"] == "none"
+
+
+def test_a_model_that_is_not_there_is_one_line(bench: Bench) -> None:
+    finished = bench("nothing", "--sessions", "1")
+
+    assert finished.returncode == 1
+    assert finished.stdout == ""
+    assert finished.stderr.startswith("stepwell: error: ")
+    assert finished.stderr.count("\n") == 1
+
+
+def test_what_the_server_refuses_is_one_line_and_nothing_is_left(bench: Bench) -> None:
+    # Each process's inputs are larger than the server takes, so that not one call succeeds.
+    finished = bench("seq", "--sessions", "2", "--steps-per-call", "500000")
+
+    assert finished.returncode == 1
+    assert "not one step was answered: " in finished.stderr
+    assert finished.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", ["frames", "group"])
+def test_interrupted_it_reports_and_closes_its_sessions(
+    served: Served, nothing_is_left: None, mode: str
+) -> None:
+    options = ("seq", "--mode", mode, "--sessions", "20", "--warm-up-s", "0", "--duration-s", "60", "--json")
+    process = subprocess.Popen(command(served, *options), stdout=subprocess.PIPE, text=True)
+    wait_until(lambda: any(one.revision > 5 for one in served.client.sessions(prefix="bench-")))
+
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+
+    assert process.returncode == 130
+    result = json.loads(output)
+    assert result["interrupted"]
+    assert result["steps"] > 0
+
+
+def test_killed_it_leaves_no_process_and_no_session(served: Served, nothing_is_left: None) -> None:
+    options = ("seq", "--mode", "stream", "--sessions", "8", "--processes", "2", "--duration-s", "60")
+    process = subprocess.Popen(command(served, *options))
+    wait_until(lambda: any(one.revision > 5 for one in served.client.sessions(prefix="bench-")))
+
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+
+    wait_until(lambda: not served.client.sessions(prefix="bench-"))
+
+
+def test_sessions_closed_by_someone_else_are_errors_by_kind(served: Served, nothing_is_left: None) -> None:
+    options = ("seq", "--mode", "unary", "--sessions", "4", "--warm-up-s", "0", "--duration-s", "4", "--json")
+    process = subprocess.Popen(command(served, *options), stdout=subprocess.PIPE, text=True)
+    wait_until(lambda: len(served.client.sessions(prefix="bench-")) == 4)
+    victim = served.client.sessions(prefix="bench-")[0]
+    wait_until(lambda: info(served, victim.session_id).revision > 5)
+
+    served.client.close_session(victim.session_id)
+    output, _ = process.communicate(timeout=30)
+
+    assert process.returncode == 0
+    result = json.loads(output)
+    assert set(result["errors"]) == {"SessionNotFoundError"}
+    assert victim.session_id in result["first_error"]
+
+
+def info(served: Served, session_id: str) -> stepwell.SessionInfo:
+    return served.client.session_info(session_id)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < until, "it did not come about"
+        time.sleep(0.05)

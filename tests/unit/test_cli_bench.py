@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import time
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import stepwell
+from stepwell import TensorInfo
+from stepwell.cli import main
+from stepwell.cli.bench import cpu, inputs, lanes
+from stepwell.cli.bench.histogram import BUCKETS, Histogram
+from stepwell.cli.bench.plan import Plan, parts
+
+WHOLE = Plan(
+    address="127.0.0.1:50051",
+    timeout_s=10.0,
+    model="forecast",
+    mode="unary",
+    first_session=0,
+    sessions=10,
+    concurrency=7,
+    group_size=1,
+    steps_per_call=1,
+    batch_size=1,
+    prefix="bench-",
+)
+
+
+def plan(**changes: object) -> Plan:
+    return dataclasses.replace(WHOLE, **changes)  # type: ignore[arg-type]
+
+
+# --- histogram ---
+
+
+def test_quantiles_are_numpys_to_one_per_cent() -> None:
+    latencies = np.random.default_rng(1).lognormal(-6, 1.5, 5000)
+    histogram = Histogram()
+    for one in latencies:
+        histogram.add(float(one))
+
+    for q in (0.5, 0.9, 0.99, 0.999):
+        exact = float(np.quantile(latencies, q, method="inverted_cdf"))
+        assert histogram.quantile_s(q) == pytest.approx(exact, rel=0.01)
+    assert histogram.max_s == latencies.max()
+    assert histogram.quantile_s(1.0) <= latencies.max()
+    assert histogram.mean_s == pytest.approx(latencies.mean())
+
+
+def test_latencies_of_any_size_have_a_bucket() -> None:
+    histogram = Histogram()
+    for seconds in (0.0, 1e-9, 1e-6, 3600.0, 1e9):
+        histogram.add(seconds)
+
+    assert histogram.count == 5
+    assert len(histogram._counts) == BUCKETS
+
+
+def test_a_histogram_without_calls_has_no_quantiles() -> None:
+    assert Histogram().quantile_s(0.5) is None
+    assert Histogram().mean_s is None
+
+
+def test_histograms_merge_through_json() -> None:
+    left, right, both = Histogram(), Histogram(), Histogram()
+    for i in range(1, 1000):
+        one = left if i % 3 else right
+        one.add(i / 1000)
+        both.add(i / 1000)
+
+    merged = Histogram.merged(json.loads(json.dumps([left.to_dict(), right.to_dict()])))
+
+    assert merged._counts == both._counts
+    assert (merged.count, merged.max_s) == (both.count, both.max_s)
+
+
+# --- plan ---
+
+
+@pytest.mark.parametrize("mode", ["unary", "group"])
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 8, 64])
+@pytest.mark.parametrize(
+    ("sessions", "concurrency", "group_size"), [(8, 7, 1), (1, 1, 1), (100, 13, 7), (9, 9, 4)]
+)
+def test_shares_are_the_whole(
+    mode: str, processes: int, sessions: int, concurrency: int, group_size: int
+) -> None:
+    whole = plan(mode=mode, sessions=sessions, group_size=group_size if mode == "group" else 1)
+    whole = whole.with_concurrency(concurrency, processes)
+
+    shares = whole.shares(processes)
+
+    assert len(shares) <= processes
+    assert [one for share in shares for one in share.ids()] == whole.ids()
+    assert sum(share.concurrency for share in shares) == whole.concurrency
+    assert all(0 < share.concurrency <= share.units for share in shares)
+    assert all(share.sessions % whole.group_size == 0 for share in shares[:-1])
+
+
+def test_smaller_numbers_have_no_larger_parts() -> None:
+    for count in range(1, 9):
+        for large in range(count, 40):
+            for small in range(count, large + 1):
+                pairs = zip(parts(small, count), parts(large, count), strict=True)
+                assert all(a <= b for a, b in pairs)
+
+
+def test_a_plan_travels() -> None:
+    assert Plan.from_json(WHOLE.to_json()) == WHOLE
+
+
+# --- inputs ---
+
+
+def spec(dtype: str, *shape: int, temporal: bool = True) -> TensorInfo:
+    return TensorInfo("x", dtype, shape, temporal)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sent"), [("float32", "float32"), ("int32", "int32"), ("bool", "bool"), ("bfloat16", "float32")]
+)
+def test_inputs_have_the_models_type(dtype: str, sent: str) -> None:
+    for one in inputs.pool([spec(dtype, 3)], rows=5, steps=4, seed=0):
+        assert one["x"].dtype == sent
+        assert one["x"].shape == (5, 4, 3)
+
+
+def test_inputs_without_time_and_single_steps_have_no_time_axis() -> None:
+    assert inputs.pool([spec("float32", 3)], 5, 1, 0)[0]["x"].shape == (5, 3)
+    assert inputs.pool([spec("float32", 3, temporal=False)], 5, 4, 0)[0]["x"].shape == (5, 3)
+
+
+def test_inputs_take_bounded_memory() -> None:
+    assert len(inputs.pool([spec("float32", 1024)], rows=1024, steps=8, seed=0)) == 2
+    with pytest.raises(stepwell.InvalidInputError, match="1073741824 bytes at most"):
+        inputs.pool([spec("float32", 1024)], rows=1 << 20, steps=1, seed=0)
+
+
+def test_a_failed_change_is_sent_again_as_the_same_one() -> None:
+    book = lanes.Book("one")
+    first = book.begin()
+
+    assert book.begin() == first
+    book.applied()
+    assert book.begin() != first
+    assert book.revision == 1
+
+
+# --- processor time ---
+
+
+@pytest.mark.skipif(not cpu.PROC.joinpath("net", "tcp").exists(), reason="no /proc")
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_the_listener_is_found(family: int, host: str) -> None:
+    with socket.socket(family) as listening:
+        try:
+            listening.bind((host, 0))
+        except OSError:
+            pytest.skip("no such address here")
+        listening.listen()
+        port = listening.getsockname()[1]
+
+        found = cpu.find_listener(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+
+    assert found.pid == os.getpid()
+
+
+@pytest.mark.skipif(not cpu.PROC.joinpath("net", "tcp").exists(), reason="no /proc")
+def test_processor_time_grows() -> None:
+    listener = cpu.Listener(os.getpid())
+    before = listener.cpu_s()
+    assert before is not None
+
+    until = time.monotonic() + 10
+    while (listener.cpu_s() or 0.0) <= before and time.monotonic() < until:
+        sum(range(100_000))
+
+    assert (listener.cpu_s() or 0.0) > before
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("192.0.2.1:50051", "not on this machine"),
+        ("unix:/run/stepwell", "not on a port"),
+        ("localhost:1", "listens"),
+    ],
+)
+def test_a_server_that_is_not_found_is_explained(address: str, says: str) -> None:
+    found = cpu.find_listener(address)
+
+    assert found.pid is None
+    assert found.cpu_s() is None
+    if cpu.PROC.joinpath("net", "tcp").exists():
+        assert says in found.reason
+
+
+# --- command line ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--group-size", "4"], "--group-size goes with --mode group"),
+        (["--mode", "bidi"], "'--mode': 'bidi' is not one of"),
+        (["--sessions", "0"], "'--sessions': 0 is not in the range"),
+        (["--sessions", "1000001"], "'--sessions'"),
+        (["--duration-s", "nan"], "'--duration-s'"),
+        (["--duration-s", "1e9"], "'--duration-s'"),
+        (["--processes", "65"], "'--processes'"),
+        (["--steps-per-call", "-1"], "'--steps-per-call'"),
+        (["--server", "nowhere"], "'--server'"),
+    ],
+)
+def test_wrong_options_are_one_line(arguments: list[str], says: str) -> None:
+    result = CliRunner().invoke(main, ["bench", "forecast", *arguments])
+
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert result.stderr.startswith("stepwell: error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_server_that_is_away_is_one_line() -> None:
+    result = CliRunner().invoke(main, ["bench", "m", "--server", "127.0.0.1:1", "--timeout-s", "0.3"])
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith("stepwell: error: the server at 127.0.0.1:1 (--server) is not available")
+    assert result.stdout == ""
