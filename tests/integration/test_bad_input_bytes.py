@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.message import DecodeError
 
 import stepwell
 from stepwell.v1 import models_pb2, sessions_pb2
@@ -63,7 +64,7 @@ def test_bytes_that_are_no_frame(served: Served, name: str) -> None:
     ):
         other.send(pb.StepStreamRequest(frame_id=1))
         assert other.receive().frame_id == 1
-        call = served.wire.channel.stream_stream(f"/{SERVICE}/StepStream")
+        call: Any = served.wire.channel.stream_stream(f"/{SERVICE}/StepStream")
         stream = call(iter([GARBAGE[name]]), timeout=20)
         refused = wire.refusal(lambda: list(stream))
         refused.expect("INVALID_ARGUMENT", "INVALID_INPUT", "must be a stepwell.v1.StepStreamRequest")
@@ -131,7 +132,7 @@ def test_damaged_messages_are_served_or_refused_with_a_reason(served: Served, se
 
 
 def _served_or_refused(served: Served, rpc: str, raw: bytes) -> None:
-    call = served.wire.channel.unary_unary(f"/{SERVICE}/{rpc}")
+    call: Any = served.wire.channel.unary_unary(f"/{SERVICE}/{rpc}")
     try:
         call(raw, timeout=20)
     except grpc.RpcError as error:
@@ -155,7 +156,7 @@ def test_damaged_frames_are_answered_one_by_one(served: Served, seed: int) -> No
         message = frame.SerializeToString()
         with served.nothing_changes(bystander):
             for _ in range(30):
-                call = served.wire.channel.stream_stream(f"/{SERVICE}/StepStream")
+                call: Any = served.wire.channel.stream_stream(f"/{SERVICE}/StepStream")
                 try:
                     answers = [
                         pb.StepStreamResponse.FromString(a)
@@ -168,6 +169,80 @@ def test_damaged_frames_are_answered_one_by_one(served: Served, seed: int) -> No
                 for entry in (entry for answer in answers for entry in answer.errors):
                     code = next(code.name for code in grpc.StatusCode if code.value[0] == entry.error.code)
                     assert entry.error.reason in KNOWN.get(code, ()), entry
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_frames_of_one_session_are_read_as_protobuf_reads_them(served: Served, seed: int) -> None:
+    """The server reads them by their layout where it can: it must do what a Step of the same fields does."""
+    rng = np.random.default_rng(seed)
+    state = served.wire.state(served.wire.open("seq", "lane-1")).state
+    with served.session("seq") as bystander, served.nothing_changes(bystander):
+        for nth in range(60):
+            x = rng.standard_normal((1, 3) if nth % 2 else (1, 1, 3)).astype(np.float32)
+            fields: dict[str, Any] = (
+                {"expected_revisions": [0], "request_ids": [2**63 + nth]} if nth % 3 else {}
+            )
+            good = wire.step_frame(nth + 1, ["lane-1"], [tensor(x)], timeout_ms=60_000, **fields)
+            raw = damaged(good.SerializeToString(), rng)
+            renew(served, "lane-0", state)
+            renew(served, "lane-1", state)
+            on_stream = by_stream(served, good, raw)
+            renew(served, "lane-1", state)
+            assert on_stream == by_call(served, raw), raw
+    served.wire.close("lane-0", "lane-1")
+
+
+def renew(served: Served, session_id: str, state: Any) -> None:
+    served.wire.close(session_id)
+    served.wire.open("seq", session_id, state=state)
+
+
+def by_stream(served: Served, good: Any, raw: bytes) -> tuple[object, ...]:
+    """Send a good frame of a neighbour, from which the layout can be learnt, and then the damaged one."""
+    first = pb.StepStreamRequest()
+    first.CopyFrom(good)
+    first.step.session_ids[:] = ["lane-0"]
+    call: Any = served.wire.channel.stream_stream(f"/{SERVICE}/StepStream")
+    try:
+        answers = [
+            pb.StepStreamResponse.FromString(a)
+            for a in call(iter([first.SerializeToString(), raw]), timeout=20)
+        ]
+    except grpc.RpcError as error:
+        return wire.of_call(error).code, "no frame"
+    (answer,) = answers[1:]
+    if answer.errors:
+        return answer.errors[0].error.reason, wire.data(answer.outputs)
+    return answer.revisions[0], answer.positions[0], answer.frame_id, wire.data(answer.outputs)
+
+
+def by_call(served: Served, raw: bytes) -> tuple[object, ...]:
+    """What protobuf reads in the damaged frame, as a Step."""
+    try:
+        frame = pb.StepStreamRequest.FromString(raw)
+    except DecodeError:
+        return "INVALID_ARGUMENT", "no frame"
+    step = frame.step
+    if not frame.HasField("step") or not step.session_ids:
+        return "INVALID_INPUT", {}
+    several = [
+        len(step.session_ids),
+        len(step.expected_revisions),
+        len(step.request_ids),
+        len(step.batch_sizes),
+    ]
+    if max(several) > 1 or (step.batch_sizes and step.batch_sizes[0] != 1):
+        return "INVALID_INPUT", {}
+    request = pb.StepRequest(session_id=step.session_ids[0], inputs=step.inputs, outputs=step.outputs)
+    if step.expected_revisions:
+        request.expected_revision = step.expected_revisions[0]
+    if step.request_ids:
+        request.request_id = step.request_ids[0]
+    try:
+        answer = served.wire.sessions.Step(request, timeout=20)
+    except grpc.RpcError as error:
+        return wire.of_call(error).reason, {}
+    return answer.revision, answer.position, frame.frame_id, wire.data(answer.outputs)
 
 
 def _too_large(served: Served, session_id: str) -> dict[str, tuple[str, Any]]:

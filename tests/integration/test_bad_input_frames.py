@@ -222,7 +222,36 @@ def test_members_at_fault_beside_good_ones(
 
 def _known(served: Served, session_id: str, inputs: dict[str, Array], start: int, end: int) -> bytes:
     outputs = served.predicted(session_id, {name: array[start:end] for name, array in inputs.items()})
-    return outputs[0].data
+    data: bytes = outputs[0].data
+    return data
+
+
+# A frame of one session goes a way of its own through the server; the session is one of two rows.
+SINGLES: dict[str, tuple[dict[str, Any], str]] = {
+    "two revisions": (
+        {"expected_revisions": [1, 1]},
+        "expected_revisions must be empty or one per session (1); got 2",
+    ),
+    "two request ids": ({"request_ids": [1, 2]}, "request_ids must be empty or one per session (1); got 2"),
+    "two batch sizes": ({"batch_sizes": [1, 1]}, "batch_sizes must be empty or one per session (1); got 2"),
+    "a batch size of 0": ({"batch_sizes": [0]}, "batch_sizes must be 1 to "),
+    "another batch size": (
+        {"batch_sizes": [3], "inputs": ones(3, 3)},
+        "batch_sizes must be the sessions' own;",
+    ),
+    "another batch size than the rows": ({"batch_sizes": [3]}, "must have shape (3, 3) or (3, T, 3); got ("),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", SINGLES)
+def test_a_frame_of_one_session(served: Served, name: str, rows: int) -> None:
+    changes, words = SINGLES[name]
+    with served.session("seq", rows) as session_id, served.nothing_changes(session_id):
+        fields: dict[str, Any] = {"inputs": ones(rows, 3)} | changes
+        fields["inputs"] = [tensor(fields["inputs"])]
+        answers = served.wire.exchange(wire.step_frame(1, [session_id], **fields))
+        wire.of_members(answers, 1)[0].expect("INVALID_ARGUMENT", "INVALID_INPUT", words)
 
 
 def test_all_gone(served: Served) -> None:
@@ -239,3 +268,21 @@ def test_rows_of_several_that_are_gone_must_be_said(served: Served, pair: tuple[
         refusal_of(served.wire.exchange(frame)).expect(
             "INVALID_ARGUMENT", "INVALID_INPUT", "batch_sizes must be given", "'gone', 'too'"
         )
+
+
+def test_a_frame_of_one_session_that_is_another_by_now(served: Served) -> None:
+    """The rows suit what the client knows; the session has as many more."""
+    with served.session("seq", 2) as session_id, served.nothing_changes(session_id):
+        frame = wire.step_frame(1, [session_id], [tensor(ones(1, 3))], batch_sizes=[1])
+        refusal = wire.of_members(served.wire.exchange(frame), 1)[0]
+        refusal.expect(
+            "INVALID_ARGUMENT", "INVALID_INPUT", "batch_sizes must be the sessions' own;", "has 2, got 1"
+        )
+
+
+def test_a_frame_of_one_session_that_says_its_batch_size(served: Served) -> None:
+    for rows in (1, 2):
+        with served.session("seq", rows) as session_id:
+            frame = wire.step_frame(1, [session_id], [tensor(ones(rows, 3))], batch_sizes=[rows])
+            (answer,) = served.wire.exchange(frame)
+            assert list(answer.revisions) == [2]

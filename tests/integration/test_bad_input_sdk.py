@@ -266,10 +266,10 @@ CLIENT_CALLS: dict[str, tuple[Callable[[stepwell.Client], Any], type[Exception],
     ),
     "unknown session to close": (lambda c: c.close_session("none"), SessionNotFoundError, "got 'none'"),
     "0 as an id": (
-        lambda c: c.open_session("seq", session_id=0),
+        lambda c: c.open_session("seq", session_id=0),  # type: ignore[arg-type]
         InvalidInputError,
         "session_id must be a string; got 0",
-    ),  # type: ignore[arg-type]
+    ),
     "an empty id": (
         lambda c: c.open_session("seq", session_id=""),
         InvalidInputError,
@@ -306,10 +306,10 @@ CLIENT_CALLS: dict[str, tuple[Callable[[stepwell.Client], Any], type[Exception],
         "batch_size must be at least 1; got -1",
     ),
     "batch size 1.5": (
-        lambda c: c.open_session("seq", 1.5),
+        lambda c: c.open_session("seq", 1.5),  # type: ignore[arg-type]
         InvalidInputError,
         "batch_size must be an integer; got 1.5",
-    ),  # type: ignore[arg-type]
+    ),
     "batch size": (
         lambda c: c.open_session("seq", 10**6),
         InvalidInputError,

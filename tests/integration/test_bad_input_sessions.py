@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_what_is_an_id_is_taken_as_it_is(served: Served, session_id: str) -> Non
     served.wire.close(session_id)
 
 
-CALLS_BY_ID = {
+CALLS_BY_ID: dict[str, Callable[[str], Any]] = {
     "Step": lambda one: pb.StepRequest(session_id=one, inputs=X),
     "ResetStates": lambda one: pb.ResetStatesRequest(session_id=one),
     "GetState": lambda one: pb.GetStateRequest(session_id=one),
@@ -216,7 +217,7 @@ def test_what_opens_nothing(served: Served, name: str) -> None:
 
 
 # The session is at revision 3; its last change had request id 33.
-REVISIONS = {
+REVISIONS: dict[str, dict[str, Any]] = {
     "stale": {"expected_revision": 1, "request_id": 5},
     "stale, with the last request id": {"expected_revision": 1, "request_id": 33},
     "the last one with another request id": {"expected_revision": 2, "request_id": 34},

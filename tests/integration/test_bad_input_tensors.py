@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from stepwell.v1 import models_pb2, sessions_pb2
+from stepwell.v1.tensors_pb2 import Tensor
 from support import wire
 from support.served import Served
 from support.wire import Tensors, tensor
@@ -31,13 +33,11 @@ class Bad:
     """What Predict says, if it is something else; it takes any batch size, so () means that it is not asked."""
 
 
-def bad(
-    *inputs: object, says: str, model: str = "seq", in_predict: str | None = None, **fields: object
-) -> Bad:
+def bad(*inputs: object, says: str, model: str = "seq", in_predict: str | None = None, **fields: Any) -> Bad:
     """One or several inputs; an array goes under the only input's name, with `fields` replaced."""
 
     def make() -> Tensors:
-        return [i if isinstance(i, wire.tensors_pb2.Tensor) else tensor(i, **fields) for i in inputs]
+        return [i if isinstance(i, Tensor) else tensor(i, **fields) for i in inputs]
 
     predict = None if in_predict is None else tuple(filter(None, [in_predict]))
     return Bad(make, (says,), model, predict)
@@ -49,7 +49,7 @@ def with_one(value: float, dtype: str = "float32", shape: tuple[int, ...] = (ROW
     return array
 
 
-def multi(**replaced: object) -> list[wire.tensors_pb2.Tensor]:
+def multi(**replaced: object) -> list[Tensor]:
     good: dict[str, object] = {
         "profile": np.ones((ROWS, 5), np.float32),
         "series": np.ones((ROWS, 2, 3), np.float32),
@@ -211,7 +211,7 @@ def test_inputs_of_a_prediction(served: Served, name: str) -> None:
 H, C = np.ones((ROWS, 8), np.float32), np.zeros((ROWS, 8), np.float32)
 
 
-def state_of(h: object = H, c: object = C, **fields: object) -> list[wire.tensors_pb2.Tensor]:
+def state_of(h: object = H, c: object = C, **fields: object) -> list[Tensor]:
     return [tensor(h, "lstm/h", **fields), tensor(c, "lstm/c")]
 
 

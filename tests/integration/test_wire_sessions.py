@@ -94,7 +94,7 @@ def test_a_state_is_a_value(served: Served) -> None:
         assert other.position == 0
         answers = [session.step(inputs) for session in (one, other)]
         assert all(isinstance(answer, dict) for answer in answers)
-        first, second = (dict(answer) for answer in answers)  # type: ignore[arg-type]
+        first, second = (dict(answer) for answer in answers)
         assert {name: array.tobytes() for name, array in first.items()} == {
             name: array.tobytes() for name, array in second.items()
         }

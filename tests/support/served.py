@@ -15,7 +15,7 @@ import stepwell
 from stepwell.testing import LocalServer
 from stepwell.v1 import sessions_pb2
 from support import models, wire
-from support.wire import Array, Wire
+from support.wire import Array, Tensors, Wire
 
 #: Zoo model by the name it is served under.
 MODELS = {
@@ -104,7 +104,7 @@ class Served:
         finally:
             self.wire.close(session_id)
 
-    def predicted(self, session_id: str, inputs: Mapping[str, Array]) -> wire.Tensors:
+    def predicted(self, session_id: str, inputs: Mapping[str, Array]) -> Tensors:
         """What the session's next step must answer: the outputs of a run from its state."""
         read = self.wire.state(session_id)
         return self.wire.predict(read.session.model, wire.tensors(inputs), read.state).outputs

@@ -134,7 +134,7 @@ class Wire:
 
     def refused_bytes(self, rpc: str, raw: bytes, service: str = SERVICE) -> Refusal:
         """How the server refuses bytes that no message was made of."""
-        call = self.channel.unary_unary(f"/{service}/{rpc}")
+        call: Any = self.channel.unary_unary(f"/{service}/{rpc}")
         return refusal(lambda: call(raw, timeout=TIMEOUT_S))
 
     # The stream.
@@ -161,7 +161,8 @@ class Conversation:
 
     def receive(self) -> Answer:
         """The next part of some frame's reply."""
-        return next(self.call)
+        answer: Answer = next(self.call)
+        return answer
 
     def end(self) -> list[Answer]:
         """End this side, and return everything that still comes."""

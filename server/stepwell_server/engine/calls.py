@@ -163,6 +163,8 @@ class Single:
     """Called once, on the event loop, with what became of it."""
     expected: int | None = None
     request_id: int = 0
+    batch_size: int | None = None
+    """The session's, as the caller knows it; None: not said."""
     select: Select = Select.ALL
     deadline: float = float("inf")
     """On the clock's monotonic time."""

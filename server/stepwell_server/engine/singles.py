@@ -190,6 +190,8 @@ class _Plain:
         given = single.inputs
         if len(given) != len(self._names) or single.expected == ANY_REVISION:
             return None
+        if single.batch_size not in {None, 1}:
+            return None
         arrays: list[Array] = []
         with_time = False
         for name, (dtype, shape, shape_with_time) in zip(self._names, self._wanted, strict=True):
@@ -213,6 +215,8 @@ def as_frame(single: Single) -> Frame:
         frame.expected = np.array([single.expected], np.uint64)
     if single.request_id:
         frame.request_ids = np.array([single.request_id], np.uint64)
+    if single.batch_size is not None:
+        frame.batch_sizes = np.array([single.batch_size], np.intp)
     frame.select = single.select
     frame.deadline = single.deadline
     frame.source = single.source

@@ -36,6 +36,7 @@ def to_single(body: pb.StepFrame, settle: Callable[[StepReply | ServerError], No
     single = Single(body.session_ids[0], convert.to_arrays(body.inputs, "inputs"), settle)
     single.expected = _only(body.expected_revisions, "expected_revisions")
     single.request_id = _only(body.request_ids, "request_ids") or 0
+    single.batch_size = _only(body.batch_sizes, "batch_sizes")
     single.select = convert.to_select(body.outputs)
     return single
 
