@@ -1,0 +1,216 @@
+// Drives a gRPC server with ready-made requests: one thread, each line of calls in ping-pong.
+//
+//   load HOST:PORT METHOD unary|stream REQUESTS WARM_UP_S RUN_S
+//
+// REQUESTS holds one record for each line: a little-endian u32 length and that many bytes, sent again
+// and again as soon as the last reply has come. "unary" makes a call of each, "stream" writes them to a
+// stream that the line has for itself. Prints one JSON document. Loopback only, bounded in time.
+#include <grpcpp/generic/generic_stub.h>
+#include <grpcpp/grpcpp.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point then) {
+  return std::chrono::duration<double>(Clock::now() - then).count();
+}
+
+double processor_s() {
+  rusage used;
+  getrusage(RUSAGE_SELF, &used);
+  return used.ru_utime.tv_sec + used.ru_stime.tv_sec + (used.ru_utime.tv_usec + used.ru_stime.tv_usec) * 1e-6;
+}
+
+struct Run {
+  std::unique_ptr<grpc::GenericStub> stub;
+  grpc::CompletionQueue queue;
+  std::string method;
+  bool counting = false, stopping = false;
+  int in_flight = 0;
+  long errors = 0;
+  std::string first_error;
+  std::vector<float> latencies_us;
+
+  void fail(const std::string& what) {
+    ++errors;
+    if (first_error.empty()) first_error = what;
+  }
+};
+
+// One line of calls. An event belongs to the line and says which of its operations is done.
+struct Line {
+  enum Kind { kStarted, kWritten, kRead, kFinished };
+  struct Event {
+    Line* line;
+    Kind kind;
+  };
+
+  Run& run;
+  const bool streams;
+  grpc::ByteBuffer request, reply;
+  std::unique_ptr<grpc::ClientContext> context;
+  std::unique_ptr<grpc::GenericClientAsyncReaderWriter> stream;
+  std::unique_ptr<grpc::GenericClientAsyncResponseReader> call;
+  grpc::Status status;
+  Clock::time_point sent;
+  bool wrote = false, read = false, over = false;
+  Event started{this, kStarted}, written{this, kWritten}, got{this, kRead}, finished{this, kFinished};
+
+  Line(Run& run, bool streams, const std::string& body) : run(run), streams(streams) {
+    grpc::Slice slice(body);
+    request = grpc::ByteBuffer(&slice, 1);
+  }
+
+  void open() {
+    if (!streams) return send();
+    context = std::make_unique<grpc::ClientContext>();
+    stream = run.stub->PrepareCall(context.get(), run.method, &run.queue);
+    ++run.in_flight;
+    stream->StartCall(&started);
+  }
+
+  void send() {
+    sent = Clock::now();
+    ++run.in_flight;
+    if (streams) {
+      wrote = read = false;
+      ++run.in_flight;
+      stream->Write(request, &written);
+      stream->Read(&reply, &got);
+    } else {
+      context = std::make_unique<grpc::ClientContext>();
+      call = run.stub->PrepareUnaryCall(context.get(), run.method, request, &run.queue);
+      call->StartCall();
+      call->Finish(&reply, &status, &finished);
+    }
+  }
+
+  void answered() {
+    if (run.counting) run.latencies_us.push_back(static_cast<float>(seconds_since(sent) * 1e6));
+    if (!run.stopping) send();
+  }
+
+  void finish_stream(const char* why) {
+    if (over) return;
+    over = true;
+    if (!run.stopping) run.fail(why);
+    ++run.in_flight;
+    context->TryCancel();
+    stream->Finish(&status, &finished);
+  }
+
+  void on(Kind kind, bool ok) {
+    --run.in_flight;
+    if (kind == kFinished) {
+      if (streams) return;
+      if (!status.ok()) {
+        run.fail(status.error_message());
+        if (run.errors > 1000) run.stopping = true;
+        if (!run.stopping) send();
+        return;
+      }
+      return answered();
+    }
+    if (!ok) return finish_stream("a stream ended");
+    if (kind == kStarted) return send();
+    (kind == kWritten ? wrote : read) = true;
+    if (wrote && read) answered();
+  }
+
+  void close() {
+    if (streams && stream && !over) finish_stream("");
+  }
+};
+
+double quantile(const std::vector<float>& sorted, double q) {
+  return sorted.empty() ? 0.0 : sorted[std::min(sorted.size() - 1, static_cast<size_t>(q * sorted.size()))];
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 7) {
+    std::fprintf(stderr, "usage: load HOST:PORT METHOD unary|stream REQUESTS WARM_UP_S RUN_S\n");
+    return 2;
+  }
+  const std::string address = argv[1];
+  const bool streams = std::string(argv[3]) == "stream";
+  const double warm_up_s = std::atof(argv[5]), run_s = std::atof(argv[6]);
+  if (address.rfind("127.0.0.1:", 0) != 0 || warm_up_s > 60 || run_s > 60) {
+    std::fprintf(stderr, "only on 127.0.0.1, and for a minute at most\n");
+    return 2;
+  }
+  Run run;
+  run.method = argv[2];
+  run.latencies_us.reserve(4000000);
+  std::vector<std::unique_ptr<Line>> lines;
+  std::ifstream file(argv[4], std::ios::binary);
+  for (uint32_t size; file.read(reinterpret_cast<char*>(&size), 4);) {
+    std::string body(size, '\0');
+    file.read(&body[0], size);
+    lines.push_back(std::make_unique<Line>(run, streams, body));
+  }
+  grpc::ChannelArguments arguments;
+  arguments.SetMaxReceiveMessageSize(-1);
+  auto channel = grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+  if (lines.empty() || !channel->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(20))) {
+    std::fprintf(stderr, "no requests, or no server\n");
+    return 3;
+  }
+  run.stub = std::make_unique<grpc::GenericStub>(channel);
+  for (auto& line : lines) line->open();
+
+  auto began = Clock::now();
+  double measured_s = 0, processor_before = 0, processor_used = 0;
+  auto last = Clock::now();
+  while (run.in_flight > 0) {
+    void* tag;
+    bool ok;
+    const auto until = std::chrono::system_clock::now() + std::chrono::seconds(1);
+    const auto next = run.queue.AsyncNext(&tag, &ok, until);
+    if (next == grpc::CompletionQueue::GOT_EVENT) {
+      auto* event = static_cast<Line::Event*>(tag);
+      event->line->on(event->kind, ok);
+      last = Clock::now();
+    } else if (seconds_since(last) > 30) {
+      run.fail("no reply for 30 s");
+      break;
+    }
+    const double passed = seconds_since(began);
+    if (!run.counting && !run.stopping && passed >= warm_up_s) {
+      run.counting = true;
+      began = Clock::now();
+      processor_before = processor_s();
+    } else if (run.counting && (passed >= run_s || run.stopping)) {
+      run.counting = false;
+      run.stopping = true;
+      measured_s = passed;
+      processor_used = processor_s() - processor_before;
+      for (auto& line : lines) line->close();
+    }
+  }
+  auto& us = run.latencies_us;
+  std::sort(us.begin(), us.end());
+  for (char& c : run.first_error)
+    if (c == '"' || c == '\\' || static_cast<unsigned char>(c) < 32) c = ' ';
+  std::printf(
+      "{\"calls\": %zu, \"seconds\": %.4f, \"rate\": %.1f, \"p50_ms\": %.4f, \"p90_ms\": %.4f, \"p99_ms\": %.4f, "
+      "\"errors\": %ld, \"first_error\": \"%s\", \"client_cpu_s\": %.3f}\n",
+      us.size(), measured_s, measured_s > 0 ? us.size() / measured_s : 0.0, quantile(us, 0.5) / 1e3,
+      quantile(us, 0.9) / 1e3, quantile(us, 0.99) / 1e3, run.errors, run.first_error.c_str(), processor_used);
+  std::fflush(stdout);
+  _exit(0);
+}
