@@ -88,9 +88,10 @@ class LmdbStore:
         self._folder = path / _FOLDER
         self._durability = durability
         self._most_tombstones = tombstones
-        self._map_bytes = first_map_bytes
+        self._first_map_bytes = first_map_bytes
         # A transaction must not be open while the map is replaced, in any thread. Whoever reads holds this.
         self._remap = threading.Lock()
+        self._must_reopen = False
         self._closed = False
         with _start_errors(path):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -112,7 +113,7 @@ class LmdbStore:
         self._require_open()
         try:
             self._commit(batch)
-        except (lmdb.Error, OSError) as error:
+        except (lmdb.Error, OSError, StoreError) as error:
             raise _unavailable("the store must be able to keep the change", error) from error
 
     def get(self, session_id: str) -> bytes | None:
@@ -207,7 +208,7 @@ class LmdbStore:
         """Open the environment and its databases."""
         self._environment: _Environment = lmdb.open(
             os.fspath(self._folder),
-            map_size=self._map_bytes,
+            map_size=self._first_map_bytes,  # more if the file is larger
             mode=0o700,
             sync=self._durability == "sync",
             metasync=True,
@@ -292,6 +293,8 @@ class LmdbStore:
 
     def _commit(self, batch: Batch) -> None:
         reopened = False
+        if self._must_reopen:
+            self._reopen()
         while True:
             age = self._next_age
             try:
@@ -361,8 +364,10 @@ class LmdbStore:
             self._reopen_locked()
 
     def _reopen_locked(self) -> None:
+        self._must_reopen = True
         self._environment.close()
         self._open()
+        self._must_reopen = False
 
     # ------------------------------------------------------------------------------------------------------ reading
 

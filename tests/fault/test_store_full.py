@@ -1,0 +1,160 @@
+"""The disk is full: callers are told, nothing changes, and it goes on once there is room.
+
+Two ways to a full disk: a limit on the size of files, which every system lets a process put on itself, and
+a small file system of its own, where a mount is allowed.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stepwell_server.clock import SystemClock
+from stepwell_server.errors import Unavailable
+from stepwell_server.store.base import Batch, End, Tombstone
+from stepwell_server.store.lmdb import Durability, LmdbStore
+from stepwell_server.store.record import Record, decode
+
+MIB = 2**20
+DISK_BYTES = 8 * MIB
+#: Mounts a small file system over a folder, in name spaces of its own, and runs the rest of the command there.
+MOUNTED = 'mount -t tmpfs -o size=8m none "$1" && shift && exec "$@"'
+
+
+def record(session_id: str, revision: int) -> bytes:
+    return Record(
+        fingerprint="f" * 64,
+        model="m",
+        batch_size=1,
+        revision=revision,
+        position=0,
+        request_id=0,
+        opened_with=0,
+        created=0.0,
+        last_used=0.0,
+        reply=0,
+        rows=b"r" * 5000,
+    ).encode(session_id)
+
+
+@pytest.mark.parametrize("durability", ["sync", "async"])
+def test_a_limit_on_files(tmp_path: Path, durability: str) -> None:
+    _run([sys.executable, __file__, "limit", durability, os.fspath(tmp_path)])
+
+
+@pytest.mark.parametrize("durability", ["sync", "async"])
+def test_a_small_disk(tmp_path: Path, durability: str) -> None:
+    prefix = ["unshare", "--mount"] if os.getuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    probe = [*prefix, "sh", "-c", MOUNTED, "sh", os.fspath(tmp_path), "true"]
+    if not shutil.which("unshare") or subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("no mount is allowed here; test_a_limit_on_files fills the disk in the other way")
+    _run([*probe[:-1], sys.executable, __file__, "disk", durability, os.fspath(tmp_path)])
+
+
+def _run(command: list[str]) -> None:
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (found.returncode, found.stdout) == (0, "all is well\n"), found.stderr
+
+
+def limited() -> tuple[Callable[[], None], Callable[[], None]]:
+    """How to have a full disk, and room on it again."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return (
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (DISK_BYTES, hard)),
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard)),
+    )
+
+
+def mounted(path: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+    """As `limited`, on a disk that something else fills."""
+    ballast = path / "ballast"
+
+    def full() -> None:
+        ballast.write_bytes(b"x" * (DISK_BYTES // 2))
+
+    return full, ballast.unlink
+
+
+def is_kept(store: LmdbStore, batch: Batch) -> bool:
+    """Commit; say whether there was room."""
+    try:
+        store.commit(batch)
+    except Unavailable:
+        return False
+    return True
+
+
+def fill(store: LmdbStore) -> tuple[dict[str, int], int]:
+    """Commit until it is refused; return what was acknowledged and how often it was refused."""
+    kept: dict[str, int] = {}
+    for number in range(1000):
+        names = [f"s{number}-{i}" for i in range(50)] + list(kept)[:10]
+        puts = [(name, record(name, number)) for name in names]
+        if not is_kept(store, Batch(puts=puts, tombstones=[Tombstone(f"t{number}", End.CLOSED, 0.0)])):
+            assert store.tombstone(f"t{number}") is None
+            return kept, number
+        kept |= dict.fromkeys(names, number)
+    raise AssertionError("the disk is never full")
+
+
+def require(store: LmdbStore, kept: dict[str, int]) -> None:
+    """What was acknowledged is there, whole, and nothing else."""
+    assert store.count() == len(kept)
+    for name, revision in kept.items():
+        stored = store.get(name)
+        assert stored is not None
+        assert decode(name, stored).revision == revision
+
+
+def check(way: str, durability: Durability, path: Path) -> None:
+    """The test; in a process of its own, because limits and mounts are a process's."""
+    store = LmdbStore(path / "data", durability=durability, clock=SystemClock(), first_map_bytes=MIB)
+    full, room = limited() if way == "limit" else mounted(path)
+    full()
+    kept, number = fill(store)
+    assert number > 3, "there was room for some"
+    for _ in range(5):
+        puts = [(f"more-{i}", record(f"more-{i}", 1)) for i in range(500)]
+        assert not is_kept(store, Batch(puts=puts))
+        require(store, kept)
+    _close_some(store, kept)
+    room()
+    _go_on(store, kept)
+    store.close()
+    store = LmdbStore(path / "data", durability=durability, clock=SystemClock())
+    require(store, kept)
+    store.close()
+
+
+def _close_some(store: LmdbStore, kept: dict[str, int]) -> None:
+    """Closing sessions works on a full disk, and makes room on it."""
+    gone = list(kept)[:200]
+    for at in range(0, 200, 20):
+        store.commit(Batch(deletes=gone[at : at + 20]))
+    for name in gone:
+        del kept[name]
+    require(store, kept)
+    store.commit(Batch(puts=[(name, record(name, 77)) for name in gone[:50]]))
+    kept |= dict.fromkeys(gone[:50], 77)
+    require(store, kept)
+
+
+def _go_on(store: LmdbStore, kept: dict[str, int]) -> None:
+    """Once there is room all is as before."""
+    names = [f"later-{i}" for i in range(300)]
+    store.commit(Batch(puts=[(name, record(name, 9)) for name in names]))
+    kept |= dict.fromkeys(names, 9)
+    require(store, kept)
+    store.sync()
+
+
+if __name__ == "__main__":
+    check(sys.argv[1], "sync" if sys.argv[2] == "sync" else "async", Path(sys.argv[3]))
+    print("all is well")

@@ -1,0 +1,119 @@
+"""A writer is killed at random moments: what it acknowledged is there, and nothing is there by half.
+
+Every commit of the writer (this file, run as a program) replaces all sessions, deletes one, buries one and
+grows the file now and then. Session i of commit r holds r, so a commit that came through by half shows.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from stepwell_server.clock import SystemClock
+from stepwell_server.store.base import Batch, End, Tombstone
+from stepwell_server.store.lmdb import Durability, LmdbStore
+from stepwell_server.store.record import Record, decode
+
+SESSIONS = 40
+ROUNDS = 6
+
+
+def opened(path: Path, durability: Durability) -> LmdbStore:
+    return LmdbStore(path, durability=durability, clock=SystemClock(), first_map_bytes=256 * 1024)
+
+
+def batch(number: int) -> Batch:
+    names = [f"s{i}" for i in range(SESSIONS)] + ["é" * 256, f"of-{number}"]
+    return Batch(
+        puts=[(name, record(number).encode(name)) for name in names],
+        deletes=[f"of-{number - 1}"],
+        tombstones=[Tombstone(f"of-{number - 1}", End.CLOSED, 0.0, revision=number)],
+    )
+
+
+def record(number: int) -> Record:
+    return Record(
+        fingerprint="f" * 64,
+        model="m",
+        batch_size=1,
+        revision=number,
+        position=number,
+        request_id=number + 1,
+        opened_with=0,
+        created=0.0,
+        last_used=0.0,
+        reply=1,
+        rows=number.to_bytes(8, "little") * 80,
+        extra=b"x" * (number % 7 * 3000),
+    )
+
+
+def held(store: LmdbStore) -> int:
+    """The number of the commit that the store holds, every part of it and of no other; -1 for none."""
+    names = [name for name, header in store.scan(limit=1000) if header]
+    assert len(names) == store.count(), "no record is damaged"
+    if not names:
+        return -1
+    first = store.get("s0")
+    assert first is not None
+    number = decode("s0", first).revision
+    assert sorted(names) == sorted(name for name, _ in batch(number).puts)
+    for name in names:
+        stored = store.get(name)
+        assert stored is not None
+        assert decode(name, stored) == record(number)
+    stone = store.tombstone(f"of-{number - 1}")
+    assert stone is not None
+    assert stone.revision == number
+    assert store.tombstone(f"of-{number}") is None
+    return number
+
+
+@pytest.mark.parametrize("durability", ["sync", "async"])
+def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(
+    tmp_path: Path, durability: Durability
+) -> None:
+    chance, last = random.Random(7), -1
+    for _ in range(ROUNDS):
+        acknowledged = _write_until_killed(tmp_path, durability, chance.uniform(0.005, 0.25))
+        store = opened(tmp_path, durability)
+        found = held(store)
+        store.close()
+        assert found >= 0
+        assert found in {acknowledged, acknowledged + 1}, "at most the one under way is more than was said"
+        assert found > last
+        last = found
+
+
+def _write_until_killed(path: Path, durability: Durability, seconds: float) -> int:
+    """Let a writer go on for a while, kill it, and return the last commit that it acknowledged."""
+    with subprocess.Popen(
+        [sys.executable, __file__, os.fspath(path), durability], stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout is not None
+        lines = [writer.stdout.readline()]  # it has begun
+        killer = threading.Timer(seconds, writer.kill)
+        killer.start()
+        lines += writer.stdout.readlines()
+        killer.join()
+    assert writer.returncode == -9, "it was killed, it did not fail"
+    return int([line for line in lines if line.endswith(b"\n")][-1])
+
+
+def _write(path: Path, durability: Durability) -> None:
+    store = opened(path, durability)
+    number = held(store)
+    while True:
+        number += 1
+        store.commit(batch(number))
+        os.write(1, b"%d\n" % number)
+
+
+if __name__ == "__main__":
+    _write(Path(sys.argv[1]), "sync" if sys.argv[2] == "sync" else "async")

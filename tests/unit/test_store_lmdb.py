@@ -1,0 +1,393 @@
+"""The store on disk, and that it answers as the one in memory does."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stepwell_server.errors import StateCorrupt, Unavailable
+from stepwell_server.store import lmdb as module
+from stepwell_server.store.base import Batch, End, RecordStore, StoreError, Tombstone
+from stepwell_server.store.lmdb import Durability, LmdbStore
+from stepwell_server.store.memory import MemoryRecords
+from stepwell_server.store.record import Record, decode, decode_header
+from support.clock import ManualClock
+
+ODD_IDS = ["a", "b", "ä", "z" * 256, "é" * 255 + "1", "é" * 256, "\U0001f600" * 256, "\U0001f600" * 255 + "a"]
+
+
+def record(session_id: str, revision: int = 0, size: int = 20) -> bytes:
+    return Record(
+        fingerprint="f" * 64,
+        model="m",
+        batch_size=1,
+        revision=revision,
+        position=revision,
+        request_id=0,
+        opened_with=0,
+        created=0.0,
+        last_used=0.0,
+        reply=0,
+        rows=bytes([revision % 256]) * size,
+    ).encode(session_id)
+
+
+def opened(path: Path, durability: Durability = "async", **options: Any) -> LmdbStore:
+    return LmdbStore(path, durability=durability, clock=ManualClock(), **options)
+
+
+def put(store: RecordStore, *session_ids: str, revision: int = 0, size: int = 20) -> None:
+    store.commit(Batch(puts=[(i, record(i, revision, size)) for i in session_ids]))
+
+
+def ids(store: RecordStore, **options: Any) -> list[str]:
+    return [session_id for session_id, _ in store.scan(**{"limit": 1000, **options})]
+
+
+def revision(store: RecordStore, session_id: str) -> int:
+    found = store.get(session_id)
+    assert found is not None
+    return decode(session_id, found).revision
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[LmdbStore]:
+    found = opened(tmp_path / "data")
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("durability", ["sync", "async"])
+def test_what_is_committed_is_there_after_opening_again(tmp_path: Path, durability: Durability) -> None:
+    first = opened(tmp_path, durability)
+    stone = Tombstone("gone", End.CLOSED, 12.5, request_id=2**64 - 1, revision=3)
+    first.commit(Batch(puts=[(i, record(i)) for i in ODD_IDS], tombstones=[stone]))
+    first.sync()
+    first.close()
+    second = opened(tmp_path, durability)
+    assert second.count() == len(ODD_IDS)
+    assert all(second.get(i) == record(i) for i in ODD_IDS)
+    assert second.tombstone("gone") == stone
+    assert second.incarnation == first.incarnation
+    second.close()
+    second.close()
+    assert not second.is_volatile
+
+
+def test_records_are_replaced_deleted_and_missed(store: LmdbStore) -> None:
+    put(store, "a", "b")
+    store.commit(Batch(puts=[("a", record("a", 1)), ("a", record("a", 2))], deletes=["b", "never there"]))
+    assert revision(store, "a") == 2
+    assert store.get("b") is None
+    assert store.get_many(["b", "a"]) == [None, record("a", 2)]
+    assert store.count() == 1
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_a_batch_is_kept_whole_or_not_at_all(store: LmdbStore, at: int) -> None:
+    put(store, "a", "b")
+    puts: list[tuple[str, Any]] = [("a", record("a", 1)), ("b", record("b", 1)), ("c", record("c"))]
+    puts[at] = (puts[at][0], "no bytes")
+    stone = Tombstone("a", End.EXPIRED, 1.0)
+    with pytest.raises(TypeError):
+        store.commit(Batch(puts=puts, tombstones=[stone]))
+    with pytest.raises(Unavailable, match="must be able to keep"):
+        store.commit(Batch(deletes=["a", ""], tombstones=[stone]))  # LMDB has no empty keys
+    assert (revision(store, "a"), revision(store, "b"), store.count()) == (0, 0, 2)
+    assert store.tombstone("a") is None
+    put(store, "a", revision=5)
+    assert revision(store, "a") == 5
+
+
+def test_long_ids_are_sessions_like_others(store: LmdbStore) -> None:
+    put(store, *ODD_IDS)
+    assert sorted(ids(store)) == sorted(ODD_IDS)
+    for session_id in ODD_IDS:
+        assert decode_header(session_id, store.get(session_id) or b"").fingerprint == "f" * 64
+        assert ids(store, prefix=session_id) == [session_id]
+    assert sorted(ids(store, prefix="é" * 250)) == ["é" * 255 + "1", "é" * 256]
+    stones = [Tombstone(i, End.LOST, 1.0) for i in ODD_IDS]
+    store.commit(Batch(deletes=ODD_IDS, tombstones=stones))
+    assert [store.tombstone(i) for i in ODD_IDS] == stones
+    assert store.count() == 0
+
+
+def test_the_value_under_a_digest_is_that_of_the_whole_id(store: LmdbStore) -> None:
+    mine, other = "é" * 256, "é" * 255 + "1"
+    put(store, other)
+    with store._environment.begin(write=True) as transaction:
+        value = transaction.get(module._key(other), db=store._sessions)
+        transaction.put(module._key(mine), value, db=store._sessions)
+    with pytest.raises(StateCorrupt):
+        decode(mine, store.get(mine) or b"")
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 100])
+def test_pages_of_a_scan_make_up_the_whole(store: LmdbStore, limit: int) -> None:
+    wanted = [f"user-{i:02}" for i in range(7)]
+    put(store, "a", "user", "userx", *reversed(wanted), *ODD_IDS)
+    found: list[str] = []
+    while page := ids(store, after=found[-1] if found else "", prefix="user-", limit=limit):
+        found += page
+    assert found == wanted
+    everything: list[str] = []
+    while page := ids(store, after=everything[-1] if everything else "", limit=limit):
+        everything += page
+    assert everything == ids(store)
+    assert ids(store, limit=0) == []
+    assert ids(store, after="userx", prefix="user-") == []
+
+
+ID = st.sampled_from(["a", "aa", "ab", "b", "ä", "é" * 256, "é" * 255 + "1"])
+STONE = st.builds(Tombstone, ID, st.sampled_from(End), st.floats(0, 1e9), st.integers(0, 2**64 - 1))
+BATCH = st.builds(
+    Batch,
+    puts=st.lists(st.builds(lambda i, r: (i, record(i, r)), ID, st.integers(0, 99)), max_size=4),
+    deletes=st.lists(ID, max_size=2),
+    forgets=st.lists(ID, max_size=2),
+    tombstones=st.lists(STONE, max_size=4),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(BATCH, max_size=8))
+def test_both_stores_answer_alike(tmp_path_factory: pytest.TempPathFactory, batches: list[Batch]) -> None:
+    known = ["a", "aa", "ab", "b", "ä", "é" * 256, "é" * 255 + "1"]
+    disk = opened(tmp_path_factory.mktemp("store"), tombstones=100)
+    memory = MemoryRecords(tombstones=100)
+    for batch in batches:
+        disk.commit(batch)
+        memory.commit(batch)
+        assert disk.get_many(known) == memory.get_many(known) == [disk.get(i) for i in known]
+        assert [disk.tombstone(i) for i in known] == [memory.tombstone(i) for i in known]
+        assert disk.count() == memory.count()
+        assert sorted(ids(disk, prefix="a", after="a")) == ids(memory, prefix="a", after="a")
+        assert sorted(ids(disk)) == ids(memory)
+    disk.close()
+
+
+def test_tombstones_are_bounded_and_the_oldest_go_first(tmp_path: Path) -> None:
+    store = opened(tmp_path, tombstones=3)
+    for i, session_id in enumerate(["a", "b", "c", "a", "d"]):
+        store.commit(Batch(tombstones=[Tombstone(session_id, End.EXPIRED, float(i))]))
+    # a's first burial is forgotten, not its second
+    assert [i for i in "abcd" if store.tombstone(i)] == ["a", "c", "d"]
+    store.close()
+    store = opened(tmp_path, tombstones=3)
+    store.commit(Batch(tombstones=[Tombstone(i, End.EXPIRED, 9.0) for i in "efgh"]))
+    assert [i for i in "abcdefgh" if store.tombstone(i)] == ["f", "g", "h"]
+    store.close()
+
+
+def test_a_tombstone_is_forgotten_when_its_id_is_opened_anew(store: LmdbStore) -> None:
+    store.commit(Batch(tombstones=[Tombstone("a", End.EXPIRED, 1.0)]))
+    store.commit(Batch(puts=[("a", record("a"))], forgets=["a"]))
+    assert store.tombstone("a") is None
+
+
+def test_the_map_grows_while_others_read(tmp_path: Path) -> None:
+    store = opened(tmp_path, first_map_bytes=128 * 1024)
+    put(store, "first", revision=7)
+    done, problems = threading.Event(), list[BaseException]()
+
+    def read() -> None:
+        try:
+            while not done.is_set():
+                assert revision(store, "first") == 7
+                assert store.scan(limit=3)
+        except BaseException as error:
+            problems.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    stone = Tombstone("x", End.EXPIRED, 1.0)
+    for i in range(100):
+        store.commit(Batch(puts=[(f"s{i}", record(f"s{i}", i, 30_000))], tombstones=[stone]))
+    done.set()
+    reader.join(timeout=20)
+    assert not problems
+    assert all(revision(store, f"s{i}") == i for i in range(100))
+    put(store, "big", size=2**24)
+    assert len(store.get("big") or b"") > 2**24
+    store.close()
+    store = opened(tmp_path, first_map_bytes=128 * 1024)
+    assert store.count() == 102
+    store.close()
+
+
+def test_a_map_that_cannot_grow_is_unavailable_and_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(tmp_path, first_map_bytes=128 * 1024)
+    put(store, "a", revision=1)
+    map_bytes = store._map_bytes
+    store._map_bytes = 2**62  # no address space for twice as much
+    with pytest.raises(Unavailable, match="must be able to keep"):
+        put(store, "b", size=2**20)
+    assert revision(store, "a") == 1
+    assert store.count() == 1
+    assert store._map_bytes == map_bytes
+    put(store, "c", size=2**20)
+    assert ids(store) == ["a", "c"]
+    store.close()
+
+
+def test_an_environment_that_gave_up_is_opened_anew(store: LmdbStore) -> None:
+    class Broken:
+        def __init__(self, environment: Any) -> None:
+            self.close = environment.close
+
+        def begin(self, **options: Any) -> Any:
+            raise lmdb.PanicError("mdb_txn_begin")
+
+    put(store, "a")
+    store._environment = Broken(store._environment)
+    put(store, "a", "b", revision=2)
+    assert (revision(store, "a"), revision(store, "b")) == (2, 2)
+
+
+def test_opening_anew_is_tried_until_it_works(store: LmdbStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(store, "a")
+    with monkeypatch.context() as patch:
+
+        def refuse(*args: Any, **options: Any) -> None:
+            raise lmdb.DiskError("mdb_env_open")
+
+        patch.setattr(lmdb, "open", refuse)
+        store._must_reopen = True
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="must be able to keep"):
+                put(store, "a", revision=1)
+            with pytest.raises(Unavailable, match="must be readable"):
+                store.get("a")
+    put(store, "b", revision=2)
+    assert (revision(store, "a"), revision(store, "b")) == (0, 2)
+
+
+def test_a_closed_store_says_so(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.close()
+    for use in (store.count, store.sync, lambda: store.get("a"), lambda: put(store, "a")):
+        with pytest.raises(Unavailable, match="must be open; it is closed"):
+            use()
+
+
+def test_a_damaged_record_harms_its_session_alone(store: LmdbStore) -> None:
+    put(store, "a", "b", "c")
+    damaged = bytearray(record("b"))
+    damaged[30] ^= 1
+    store.commit(Batch(puts=[("b", damaged)]))
+    with pytest.raises(StateCorrupt, match="session 'b'"):
+        decode("b", store.get("b") or b"")
+    assert [(i, header is None) for i, header in store.scan(limit=9)] == [
+        ("a", False),
+        ("b", True),
+        ("c", False),
+    ]
+
+
+def test_a_page_that_lmdb_finds_damaged_is_that_of_its_sessions(
+    store: LmdbStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, "a", "b", "é" * 256)
+
+    def own(session_id: str, key: bytes, value: bytes | None) -> bytes | None:
+        if session_id == "b":
+            raise lmdb.CorruptedError("mdb_get")
+        return value
+
+    monkeypatch.setattr(module, "_own", own)
+    with pytest.raises(StateCorrupt, match="page that holds session 'b'"):
+        store.get("b")
+    assert store.get_many(["a", "b", "c"]) == [record("a"), b"", None]
+
+
+def test_pages_of_closed_sessions_are_used_again(store: LmdbStore) -> None:
+    data = store._folder / "data.mdb"
+    sizes = []
+    for turn in range(12):
+        names = [f"{turn}-{i}" for i in range(300)]
+        put(store, *names, size=1000)
+        store.commit(Batch(deletes=names))
+        sizes.append(data.stat().st_size)
+    assert sizes[-1] == sizes[3], "as much is closed as is opened: the file does not grow"
+
+
+def test_a_file_that_is_mostly_free_is_compacted_at_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST_MAP_BYTES", 2**20)
+    store = opened(tmp_path)
+    names = [f"s{i}" for i in range(2000)]
+    put(store, *names, size=2000)
+    store.commit(Batch(deletes=names[100:], tombstones=[Tombstone("x", End.EXPIRED, 1.0)]))
+    data = store._folder / "data.mdb"
+    before = data.stat().st_size
+    store.close()
+    (tmp_path / "sessions.compacting").mkdir()  # left over from a start that was killed
+    store = opened(tmp_path)
+    assert data.stat().st_size < before / 5
+    assert os.listdir(tmp_path) == ["sessions", "server.lock"] or len(os.listdir(tmp_path)) == 2
+    assert store.get_many(names) == [record(i, size=2000) for i in names[:100]] + [None] * 1900
+    assert store.tombstone("x") is not None
+    put(store, *names, size=2000)
+    store.close()
+    store = opened(tmp_path)
+    assert store.count() == 2000
+    store.close()
+
+
+def test_a_copy_that_fails_leaves_the_file_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_MAP_BYTES", 2**18)
+    store = opened(tmp_path)
+    names = [f"s{i}" for i in range(1000)]
+    put(store, *names, size=1000)
+    store.commit(Batch(deletes=names[1:]))
+    store.close()
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_flush", full)
+    store = opened(tmp_path)
+    assert ids(store) == ["s0"]
+    assert not (tmp_path / "sessions.compacting").exists()
+    store.close()
+
+
+def test_a_file_that_is_cut_off_or_no_store_stops_the_start(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    put(store, *[f"s{i}" for i in range(500)], size=1000)
+    data = store._folder / "data.mdb"
+    store.close()
+    os.truncate(data, data.stat().st_size // 2)
+    with pytest.raises(StoreError, match="it was cut off at"):
+        opened(tmp_path)
+    data.write_bytes(b"not LMDB" * 2000)
+    with pytest.raises(StoreError, match="must hold a store that can be opened"):
+        opened(tmp_path)
+    data.unlink()
+    opened(tmp_path).close()
+
+
+def test_a_store_of_a_later_release_stops_the_start(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    with store._environment.begin(write=True, db=store._meta) as transaction:
+        transaction.put(b"schema", b"2")
+    store.close()
+    with pytest.raises(StoreError, match="must be of schema version 1; it is of 2"):
+        opened(tmp_path)
+
+
+def test_a_directory_that_is_none_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="data directory"):
+        opened(tmp_path / "file")

@@ -1,0 +1,179 @@
+"""The stored form of a session."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stepwell_server.errors import StateCorrupt
+from stepwell_server.store.record import (
+    HEADER,
+    Header,
+    Record,
+    decode,
+    decode_header,
+    decode_many,
+    encode_many,
+)
+
+U64 = st.integers(0, 2**64 - 1)
+TIMES = st.floats(0, 1e11)
+TEXT = st.text(max_size=40)
+
+records = st.builds(
+    Record,
+    fingerprint=TEXT,
+    model=TEXT,
+    batch_size=st.integers(1, 2**32 - 1),
+    revision=U64,
+    position=U64,
+    request_id=U64,
+    opened_with=U64,
+    created=TIMES,
+    last_used=TIMES,
+    reply=st.integers(0, 255),
+    rows=st.binary(max_size=200),
+    extra=st.binary(max_size=50),
+)
+
+
+def a_record(**changed: Any) -> Record:
+    record = Record(
+        fingerprint="f" * 64,
+        model="forecast",
+        batch_size=1,
+        revision=3,
+        position=7,
+        request_id=2**64 - 1,
+        opened_with=5,
+        created=1.5,
+        last_used=2.5,
+        reply=1,
+        rows=bytes(range(40)),
+        extra=b"more",
+    )
+    return dataclasses.replace(record, **changed)
+
+
+def resealed(session_id: str, stored: bytes, schema: int) -> bytes:
+    """The record with another schema version and a checksum that fits."""
+    body = schema.to_bytes(2, "little") + stored[6:]
+    return zlib.crc32(body, zlib.crc32(session_id.encode())).to_bytes(4, "little") + body
+
+
+@given(st.text(), records)
+def test_what_is_encoded_is_read_back(session_id: str, record: Record) -> None:
+    assert decode(session_id, record.encode(session_id)) == record
+
+
+@given(records)
+def test_a_header_can_be_read_alone(record: Record) -> None:
+    header = decode_header("s", record.encode("s"))
+    assert header == Header(**{name: getattr(record, name) for name in Header.__slots__})
+
+
+@settings(max_examples=30)
+@given(st.lists(records, min_size=1, max_size=8), st.integers(0, 20), TEXT, TEXT)
+def test_many_are_encoded_as_each_alone(
+    found: list[Record], row_bytes: int, fingerprint: str, model: str
+) -> None:
+    found = [
+        dataclasses.replace(
+            r, fingerprint=fingerprint, model=model, batch_size=1, rows=bytes([i] * row_bytes), extra=b""
+        )
+        for i, r in enumerate(found)
+    ]
+    ids = [f"session-{i}" for i in range(len(found))]
+    many = _encode_many(ids, found)
+    assert [bytes(m) for m in many] == [r.encode(i) for i, r in zip(ids, found, strict=True)]
+
+
+def test_none_at_all_can_be_encoded_and_decoded() -> None:
+    assert _encode_many([], []) == []
+    read = decode_many([], [])
+    assert (len(read.sound), len(read.heads), read.rows) == (0, 0, b"")
+
+
+@given(st.lists(records, max_size=6), st.data())
+def test_many_are_read_back_as_each_alone(found: list[Record], data: st.DataObject) -> None:
+    ids = [f"s{i}" for i in range(len(found))]
+    stored = [r.encode(i) for i, r in zip(ids, found, strict=True)]
+    broken = data.draw(st.sets(st.sampled_from(range(len(found))))) if found else set()
+    read = decode_many(ids, [s[:-1] if i in broken else s for i, s in enumerate(stored)])
+    kept = [i for i in range(len(found)) if i not in broken]
+    assert read.sound.tolist() == kept
+    assert read.heads["revision"].tolist() == [found[i].revision for i in kept]
+    assert read.fingerprints == [found[i].fingerprint for i in kept]
+    assert read.rows == b"".join(found[i].rows for i in kept)
+    assert read.extras == {i: found[i].extra for i in kept if found[i].extra}
+    assert set(read.errors) == broken
+    assert all(f"'s{i}'" in error.message for i, error in read.errors.items())
+
+
+def test_a_change_of_any_byte_is_found() -> None:
+    stored = a_record().encode("s")
+    for at in range(len(stored)):
+        for change in (0x01, 0x80, 0xFF):
+            damaged = bytearray(stored)
+            damaged[at] ^= change
+            for read in (decode, decode_header):
+                with pytest.raises(StateCorrupt, match="session 's' must be as it was written"):
+                    read("s", damaged)
+
+
+def test_a_record_that_was_cut_off_or_grew_is_damaged() -> None:
+    stored = a_record().encode("s")
+    for length in range(len(stored)):
+        with pytest.raises(StateCorrupt, match="session 's'"):
+            decode("s", stored[:length])
+    with pytest.raises(StateCorrupt, match="checksum"):
+        decode("s", stored + b"\0")
+
+
+def test_a_record_of_another_session_is_damaged() -> None:
+    with pytest.raises(StateCorrupt, match="session 'b'"):
+        decode("b", a_record().encode("a"))
+
+
+def test_a_record_of_a_later_schema_version_says_so() -> None:
+    later = resealed("s", a_record().encode("s"), 2)
+    with pytest.raises(StateCorrupt, match="schema version is 2, this server reads 1: a later server") as e:
+        decode("s", later)
+    assert e.value.metadata == {"session_id": "s"}
+    with pytest.raises(StateCorrupt, match=r"schema version is 0.*no server that is known"):
+        decode("s", resealed("s", later, 0))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="too large to be stored"):
+        a_record(fingerprint="f" * 256).encode("s")
+
+
+def test_the_header_has_no_gaps() -> None:
+    assert HEADER.itemsize == 72
+
+
+def _encode_many(ids: list[str], found: list[Record]) -> list[memoryview]:
+    def column(name: str, dtype: type[np.generic]) -> Any:
+        return np.array([getattr(r, name) for r in found], dtype)
+
+    first = found[0] if found else a_record()
+    return encode_many(
+        ids,
+        fingerprint=first.fingerprint,
+        model=first.model,
+        revisions=column("revision", np.uint64),
+        positions=column("position", np.uint64),
+        request_ids=column("request_id", np.uint64),
+        opened_with=column("opened_with", np.uint64),
+        created=column("created", np.float64),
+        last_used=column("last_used", np.float64),
+        replies=column("reply", np.uint8),
+        rows=np.array([list(r.rows) for r in found], np.uint8).reshape(len(found), len(first.rows)),
+    )
