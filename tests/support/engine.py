@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,7 +15,8 @@ import numpy.typing as npt
 from stepwell_server.engine.calls import Frame, Observer, Part, Single, StepReply
 from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.executors.base import Executor
-from stepwell_server.engine.runner import Cost
+from stepwell_server.engine.passes import Pass
+from stepwell_server.engine.runner import Cost, Runner
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 from stepwell_server.store.memory import MemoryStore
@@ -37,6 +39,32 @@ class FixedCost(Cost):
 
     def steps_within(self, rows: int, seconds: float) -> int:
         return self.steps
+
+
+class PassCounter:
+    """Counts the passes of one model that are on threads at the same time."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._run_on_threads = runner.run_on_threads
+        self._lock = threading.Lock()
+        self._now = 0
+        self.most = 0
+        self.on_end: Callable[[], None] = lambda: None
+        """Called on the thread that ends a pass, before anyone else knows."""
+
+    def run_on_threads(self, work: Pass, done: Callable[[BaseException | None], None]) -> None:
+        def ended(broken: BaseException | None) -> None:
+            self.on_end()
+            self._count(-1)
+            done(broken)
+
+        self._count(1)
+        self._run_on_threads(work, ended)
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._now += change
+            self.most = max(self.most, self._now)
 
 
 class Events(Observer):
@@ -171,6 +199,9 @@ class Harness:
         self.hooks = hooks
         self.store = store
         self.events = events
+        self.passes = [PassCounter(model.loop.runner) for model in engine._models]
+        for counter, model in zip(self.passes, engine._models, strict=True):
+            model.loop.runner.run_on_threads = counter.run_on_threads  # type: ignore[method-assign]
 
     async def open(self, *session_ids: str, batch_size: int = 1, model: str = "plain") -> None:
         for session_id in session_ids:
@@ -251,6 +282,7 @@ class Harness:
             assert engine._admission.waiting(model.index) == 0
             assert not model.loop.busy
             assert set(model.replies._arrays) <= set(own.tolist()), "a reply outlives its session"
+        assert all(counter.most <= 1 for counter in self.passes), "two passes of a model ran at once"
         away = {session_id for session_id, handle in table.items() if table.row[handle] < 0}
         assert set(self.store._records) == away, "the store holds the sessions that are paged out"
 

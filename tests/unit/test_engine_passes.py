@@ -175,6 +175,27 @@ async def test_cancelling_the_task_that_waits_for_a_change_harms_no_other(victim
         assert at.engine.session_info(ids[victim]).revision == 0
 
 
+async def test_one_pass_runs_at_a_time_even_if_what_is_dropped_lets_others_in() -> None:
+    async with running(threads=True) as at:
+        await at.open("a", "b", "c")
+        at.hooks.close_gate()
+        at.submit("a", x(1))
+        await at.in_flight()
+        dropped, in_line, other = at.submit("b", x(1)), at.submit("b", x(1)), at.submit("c", x(1))
+        at.cancel(dropped)
+        at.passes[0].on_end = at.hooks.close_gate  # the next pass waits until this test has looked
+        at.hooks.open_gate()
+        for _ in range(2):
+            await at.in_flight()
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert at.passes[0].most == 1
+            at.hooks.inside.clear()
+            at.hooks.open_gate()
+        assert (await in_line.only()).revision == 1
+        assert (await other.only()).revision == 1
+
+
 async def test_a_change_cancelled_while_its_pass_runs_is_applied_and_a_retry_finds_it() -> None:
     async with running(threads=True) as at:
         await at.open("a")

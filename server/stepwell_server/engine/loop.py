@@ -113,6 +113,9 @@ class PassLoop:
             self._loop.call_soon(self._turn)
 
     def _turn(self) -> None:
+        if self._running:  # the turn before began a pass after this one was asked for
+            self._turn_due = False
+            return
         try:
             self._feed()
         finally:
