@@ -29,6 +29,7 @@ LONG_STEPS = 10_000
 SINGLE_SESSIONS = 8
 """Sessions whose single steps are watched while another runs long requests."""
 MANY_SESSIONS = 50_000
+GROUPS_OF_MANY = 10_000
 
 
 @dataclass(frozen=True)
@@ -257,14 +258,14 @@ def memory(lab: Lab) -> list[Line]:
             at_start.append(before / 2**20)
             state = client.model("small").state_row_bytes
             with contextlib.ExitStack() as stack:
-                for _ in range(MANY_SESSIONS // 10_000):
-                    stack.enter_context(client.open_sessions("small", 10_000))
-                opened.append(((harness.resident_bytes(server.pid) - before) / MANY_SESSIONS - state) / 1024)
-            with contextlib.ExitStack() as stack:
-                for _ in range(MANY_SESSIONS // 10_000):
-                    group = stack.enter_context(client.open_sessions("small", 10_000))
-                    group.step(np.zeros((10_000, MODELS["small"][1]), np.float32))
-                stepped.append(((harness.resident_bytes(server.pid) - before) / MANY_SESSIONS - state) / 1024)
+                count = MANY_SESSIONS // GROUPS_OF_MANY
+                groups = [client.open_sessions("small", GROUPS_OF_MANY) for _ in range(count)]
+                for group in groups:
+                    stack.enter_context(group)
+                opened.append(beyond_state(server.pid, before, state))
+                for group in groups:
+                    group.step(np.zeros((GROUPS_OF_MANY, MODELS["small"][1]), np.float32))
+                stepped.append(beyond_state(server.pid, before, state))
     per_session = f"memory per session beyond its state, {MANY_SESSIONS:,} sessions"
     return [
         Line(f"{per_session}, opened", "KiB", statistics.median(opened), "", None, None, (AT_MOST, 1.5)),
@@ -279,6 +280,11 @@ def memory(lab: Lab) -> list[Line]:
             (AT_MOST, 150.0),
         ),
     ]
+
+
+def beyond_state(pid: int, before: int, state_bytes: int) -> float:
+    """What each of the many sessions takes beyond its state, in KiB."""
+    return ((harness.resident_bytes(pid) - before) / MANY_SESSIONS - state_bytes) / 1024
 
 
 def start(lab: Lab) -> list[Line]:

@@ -39,12 +39,16 @@ class Part(threading.Thread):
     def _step_for(self, seconds: float) -> float:
         executor, count, began = self._executor, 0, time.perf_counter()
         while (passed := time.perf_counter() - began) < seconds:
-            for view, value in zip(executor.inputs(), self._inputs, strict=True):
-                np.copyto(view, value)
+            self._fill()
             executor.carry()
             executor.invoke()
             count += self._rows
         return count / passed
+
+    def _fill(self) -> None:
+        # A function of its own: no view may live while the interpreter runs.
+        for view, value in zip(self._executor.inputs(), self._inputs, strict=True):
+            np.copyto(view, value)
 
 
 def main(program: str, rows: str, threads: str, seconds: str) -> None:
@@ -56,6 +60,8 @@ def main(program: str, rows: str, threads: str, seconds: str) -> None:
         part.start()
     for part in parts:
         part.join()
+        if not part.rate:
+            sys.exit("a thread failed")
     print(json.dumps({"rate": sum(part.rate for part in parts)}))
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import grpc.aio
 
 from stepwell import _channel, aio
+from stepwell._book import SessionBook
 from stepwell.cli.bench import inputs as random_inputs
 from stepwell.cli.bench import lanes
 from stepwell.cli.bench.histogram import Histogram
@@ -39,8 +40,6 @@ CHUNK = 1024
 """Sessions opened or closed by one call."""
 MAX_MESSAGE_BYTES = 2**31 - 1
 """The server's own limit is the one that counts."""
-OPENING = 64
-"""Calls in flight while sessions are opened one by one."""
 
 
 class Counts:
@@ -79,7 +78,8 @@ class Worker:
             await self._open_group(plan.ids()[start : start + CHUNK])
         owned = [self._opened[i :: plan.concurrency] for i in range(plan.concurrency)]
         if plan.mode == "frames":
-            self._lanes = await self._session_lanes(owned, pool)
+            steps_of = lanes.endless(pool)
+            self._lanes = [lanes.SessionLane([*map(self._session, ids)], steps_of) for ids in owned]
             return
         channel = self._channel
         if plan.mode == "unary":
@@ -95,21 +95,11 @@ class Worker:
         self._opened.extend(ids)
         return group
 
-    async def _session_lanes(
-        self, owned: Sequence[Sequence[str]], pool: Sequence[random_inputs.Inputs]
-    ) -> list[lanes.Lane]:
-        limit, plan = asyncio.Semaphore(OPENING), self._plan
-        steps = lanes.endless(pool)
-
-        async def resume(session_id: str) -> aio.AsyncSession:
-            async with limit:
-                return await self._client.open_session(plan.model, plan.batch_size, session_id)
-
-        made: list[lanes.Lane] = []
-        for ids in owned:
-            sessions = await asyncio.gather(*map(resume, ids))
-            made.append(lanes.SessionLane(sessions, steps))
-        return made
+    def _session(self, session_id: str) -> aio.AsyncSession:
+        # As `open_session` would make it, without a call for each: there may be a hundred thousand.
+        plan = self._plan
+        new = sessions_pb2.Session(session_id=session_id, model=plan.model, batch_size=plan.batch_size)
+        return aio.AsyncSession(self._client, SessionBook(new), owned=False)
 
     async def _group_lanes(self, specs: Sequence[Any]) -> list[lanes.Lane]:
         plan, ids = self._plan, self._plan.ids()
