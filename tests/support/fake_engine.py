@@ -24,6 +24,7 @@ from stepwell_server.engine.calls import (
     StepReply,
     Tensors,
 )
+from stepwell_server.engine.port import PlainPort
 from stepwell_server.errors import InvalidInput, ModelNotFound, ServerError, SessionExists, SessionNotFound
 from stepwell_server.program import Program, StateSpec, TensorSpec
 
@@ -56,6 +57,7 @@ class FakeEngine:
 
     def __init__(self, outputs: int = FEATURES) -> None:
         self.program = program(outputs)
+        self.ports: list[PlainPort] = []
         self.held = False
         self.frames: list[Frame] = []
         self.cancelled: list[Frame] = []

@@ -259,7 +259,6 @@ class Engine:
         waiting = self._singles[model.index]
         self._admission.require_rows(model.index, 1, gathered=len(waiting))
         waiting.add(handle, single)
-        model.loop.wake()
 
     async def step(self, single: Single) -> StepReply:
         """Submit a single step and wait for its answer. Sets its `settle`.

@@ -113,13 +113,11 @@ class PassLoop:
             self._loop.call_soon(self._turn)
 
     def _turn(self) -> None:
+        # before the feed: what it answers may bring new steps at once, and they must wake the loop
+        self._turn_due = False
         if self._running:  # the turn before began a pass after this one was asked for
-            self._turn_due = False
             return
-        try:
-            self._feed()
-        finally:
-            self._turn_due = False
+        self._feed()
         jobs = self._choose()
         if not jobs:
             self._tell_if_idle()

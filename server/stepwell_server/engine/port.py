@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 from stepwell_server.engine.calls import Array, Select, StepReply
@@ -25,12 +26,22 @@ class PlainPort:
         self._intake = intake
         self._solo = solo
         self._feeds: list[Callable[[], None]] = []
+        self._loop = asyncio.get_running_loop()
+        self._ran_alone = False
         model.loop.feed(self.take_in)
 
     @property
     def is_free(self) -> bool:
         """Nothing runs or waits, and one row is cheap enough to run in place."""
         return self._model.loop.is_free
+
+    @property
+    def may_run_now(self) -> bool:
+        """A step that comes now may run at once: nothing is there, and no other has in this turn.
+
+        If there are more in this turn of the event loop, they had better run together.
+        """
+        return not self._ran_alone and self._model.loop.is_free
 
     def feed(self, source: Callable[[], None]) -> None:
         """Call `source` whenever gathered steps are due."""
@@ -60,6 +71,12 @@ class PlainPort:
         with_time: bool,
     ) -> StepReply | None:
         """See `Solo.run`; only while `is_free`."""
+        if not self._ran_alone:
+            self._ran_alone = True
+            self._loop.call_soon(self._end_turn)
         return self._solo.run(
             handle, arrays, expected=expected, request_id=request_id, select=select, with_time=with_time
         )
+
+    def _end_turn(self) -> None:
+        self._ran_alone = False

@@ -13,9 +13,9 @@ from stepwell_server.engine.executors.base import ExecutionError
 from stepwell_server.engine.passes import Lane, Pass
 
 #: A pass expected to take less runs in place: handing it to a thread and back costs about as much.
-IN_PLACE_S = 150e-6
+IN_PLACE_S = 400e-6
 #: Rows are split over threads only in pieces expected to take at least this long.
-PIECE_S = 100e-6
+PIECE_S = 200e-6
 #: A pass of several time steps is cut so that what arrives meanwhile waits about this long at most.
 SLICE_S = 2e-3
 

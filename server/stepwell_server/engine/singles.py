@@ -47,8 +47,11 @@ class Singles:
         return len(self._waiting)
 
     def add(self, handle: int, single: Single) -> None:
-        """Let a single step of a live session wait for the next turn."""
+        """Take a single step of a live session: run it at once, or let it wait for the next turn."""
+        if not self._waiting and self._port.may_run_now and self._run_solo(handle, single):
+            return
         self._waiting.append((handle, single))
+        self._port.wake()
 
     def admit_all(self) -> None:
         """Take everything that waits into the model's line."""

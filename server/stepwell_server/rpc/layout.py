@@ -106,23 +106,6 @@ def learn(raw: bytes) -> Layout | None:
     return None if found.session_id is None else Layout(raw, found)
 
 
-def session_id_at(raw: bytes) -> int:
-    """Where the session id begins in a plain step, by the length of the frame id alone; -1 if it cannot be."""
-    # frame_id and its tag, the tag and length of `step`, the tag and length of the id
-    at = 0
-    if raw[:1] == b"\x08":
-        at = 1
-        while at < len(raw) and raw[at] & 0x80:
-            at += 1
-        at += 1
-    if raw[at : at + 1] != b"\x12":
-        return -1
-    at += 1
-    while at < len(raw) and raw[at] & 0x80:
-        at += 1
-    return at + 3
-
-
 def _walk_request(raw: bytes, found: _Found) -> None:
     last = 0
     for number, wire, span in _fields(raw, 0, len(raw)):
@@ -212,6 +195,24 @@ def _varint(raw: bytes, at: int, stop: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
+
+
+def read_varint(raw: bytes, at: int) -> tuple[int, int]:
+    """The number at a place, and where it ends.
+
+    Raises:
+        IndexError: the message ends first.
+    """
+    byte = raw[at]
+    if byte < 0x80:
+        return byte, at + 1
+    value = shift = 0
+    while byte & 0x80:
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        at += 1
+        byte = raw[at]
+    return value | byte << shift, at + 1
 
 
 def encode_varint(value: int) -> bytes:

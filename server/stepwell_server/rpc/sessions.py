@@ -12,6 +12,7 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.engine.calls import Frame, Opened, Part, Single
 from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert
+from stepwell_server.rpc.fastlane import FastLane
 from stepwell_server.rpc.stream import FrameStream, StreamLimits
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class SessionServicer:
         self._clock = clock
         self._sizes = sizes
         self._limits = limits
+        self._lane = FastLane(engine, clock)
         self._streams: set[FrameStream] = set()
         self._stopping = False
 
@@ -172,7 +174,9 @@ class SessionServicer:
 
     async def step_stream(self, context: Context) -> None:
         """Advance many sessions at once, frame by frame."""
-        stream = FrameStream(self._engine, self._clock, self._sizes, self._limits, self._observer, context)
+        stream = FrameStream(
+            self._engine, self._clock, self._sizes, self._limits, self._observer, context, self._lane
+        )
         self._streams.add(stream)
         if self._stopping:
             stream.stop()

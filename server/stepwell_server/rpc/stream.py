@@ -24,6 +24,7 @@ from stepwell_server.errors import InvalidInput, ServerError, Unavailable
 from stepwell_server.logs import Log
 from stepwell_server.rpc import frames
 from stepwell_server.rpc.boundary import parse
+from stepwell_server.rpc.fastlane import FastLane
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
@@ -78,6 +79,7 @@ class FrameStream:
         limits: StreamLimits,
         observer: RequestObserver,
         context: Context,
+        lane: FastLane,
     ) -> None:
         self._engine = engine
         self._clock = clock
@@ -86,14 +88,17 @@ class FrameStream:
         self._observer = observer
         self._context = context
         self._source = context.peer()
-        self._deadline = float("inf")
-        self._pending: dict[int, _Pending] = {}
+        self._lane = lane
+        self.deadline = float("inf")
+        self._pending: dict[int, _Pending | None] = {}
+        """Frames without their last part; None: a plain step, which the lane has."""
+        self._broken: ServerError | None = None
         self._held_frames = 0
         self._held_bytes = 0
-        self._replies: deque[tuple[_Pending | None, bytes]] = deque()
+        self._replies: deque[tuple[int, bytes]] = deque()
         self._is_writing = False
         self._is_stopping = False
-        self._is_over = False
+        self.is_over = False
         self._work = asyncio.Event()
         """For the writer: something may be there to write, or the stream may end."""
         self._room = asyncio.Event()
@@ -106,13 +111,13 @@ class FrameStream:
             InvalidInput: the client sent bytes that are no frame.
             Unavailable: the server is stopping, and all frames are answered.
         """
-        self._deadline = deadline
+        self.deadline = deadline
         reader = asyncio.create_task(self._read())
         reader.add_done_callback(lambda _: self._work.set())
         try:
             await self._write(reader)
         finally:
-            self._is_over = True
+            self.is_over = True
             reader.cancel()
             self._cancel_frames()
             # Its own error, if it has one, has either ended the stream or comes too late to matter.
@@ -124,9 +129,10 @@ class FrameStream:
         self._work.set()
 
     async def _read(self) -> None:
-        read = self._context.read
+        read, take = self._context.read, self._lane.take
         while (raw := await read()) is not grpc.aio.EOF:
-            self._accept(raw)
+            if not take(self, raw):
+                self._accept(raw)
             if self._replies and not self._is_writing:
                 await self._flush()
             while self._is_full():
@@ -137,6 +143,8 @@ class FrameStream:
         while True:
             if self._replies and not self._is_writing:
                 await self._flush()
+            if self._broken is not None:
+                raise self._broken
             if reader.done() and not (self._pending and _ended_well(reader)):
                 return reader.result()
             if self._is_stopping and not self._pending and not self._is_writing:
@@ -148,10 +156,10 @@ class FrameStream:
         self._is_writing = True
         try:
             while self._replies:
-                pending, reply = self._replies.popleft()
+                held, reply = self._replies.popleft()
                 await self._context.write(reply)
-                if pending is not None:
-                    self._release(pending)
+                if held >= 0:
+                    self._release(held)
         finally:
             self._is_writing = False
             if self._is_stopping:
@@ -189,16 +197,51 @@ class FrameStream:
 
     def _deadline_of(self, body: frames.Change) -> float:
         if not body.timeout_ms:
-            return self._deadline
-        return min(self._deadline, self._clock.monotonic() + body.timeout_ms / 1000)
+            return self.deadline
+        return min(self.deadline, self._clock.monotonic() + body.timeout_ms / 1000)
 
     def _hold(self, pending: _Pending, reply_bytes: int) -> None:
         pending.held_bytes += reply_bytes
         self._held_bytes += reply_bytes
 
+    def begin_plain(self, frame_id: int, size: int) -> bool:
+        """See `fastlane.Stream`."""
+        if frame_id in self._pending:
+            return False
+        self._pending[frame_id] = None
+        self._held_frames += 1
+        self._held_bytes += size
+        return True
+
+    def reply_plain(self, frame_id: int, size: int, reply: bytes) -> None:
+        """See `fastlane.Stream`."""
+        if self.is_over:
+            return
+        del self._pending[frame_id]
+        self._replies.append((size, reply))
+        if not self._is_writing:
+            self._work.set()
+
+    def fail_plain(self, frame_id: int, size: int, error: ServerError) -> None:
+        """See `fastlane.Stream`."""
+        self._observer.refused(error.reason, 1)
+        self.reply_plain(frame_id, size, frames.from_refusal(frame_id, error))
+
+    def send_alone(self, frame_id: int, size: int, raw: bytes) -> None:
+        """See `fastlane.Stream`."""
+        if self.is_over:
+            return
+        del self._pending[frame_id]
+        self._release(size)
+        try:
+            self._accept(raw)
+        except InvalidInput as error:
+            self._broken = error
+            self._work.set()
+
     def on_part(self, pending: _Pending, part: Part) -> None:
         """The engine has a part of the frame's reply."""
-        if self._is_over:
+        if self.is_over:
             return
         frame = pending.request
         assert isinstance(frame, Frame)
@@ -211,7 +254,7 @@ class FrameStream:
 
     def on_answer(self, pending: _Pending, answer: StepReply | ServerError) -> None:
         """The engine has the answer to a frame of one session."""
-        if self._is_over:
+        if self.is_over:
             return
         del self._pending[pending.frame_id]
         if isinstance(answer, ServerError):
@@ -225,15 +268,15 @@ class FrameStream:
         self._reply(pending, frames.from_refusal(pending.frame_id, error), last=True)
 
     def _reply(self, pending: _Pending, reply: bytes, *, last: bool) -> None:
-        self._replies.append((pending if last else None, reply))
+        self._replies.append((pending.held_bytes if last else -1, reply))
         if not self._is_writing:
             self._work.set()
         if _log.is_debug:
             _log.debug("frame part", peer=self._source, frame=pending.frame_id, bytes=len(reply), last=last)
 
-    def _release(self, pending: _Pending) -> None:
+    def _release(self, held_bytes: int) -> None:
         self._held_frames -= 1
-        self._held_bytes -= pending.held_bytes
+        self._held_bytes -= held_bytes
         self._room.set()
 
     def _is_full(self) -> bool:
@@ -241,7 +284,7 @@ class FrameStream:
 
     def _cancel_frames(self) -> None:
         for pending in list(self._pending.values()):
-            if pending.request is not None:
+            if pending is not None and pending.request is not None:
                 self._engine.cancel(pending.request)
 
 
