@@ -47,7 +47,9 @@ async def test_only_the_sessions_at_fault_fail(threads: bool, bad: list[int], st
         for place, member in enumerate(bad):  # at different time steps
             value[(member, 0) if steps is None else (member, place % steps, 0)] = BAD
         answers = await at.submit(ids, value).all()
-        wanted = outputs_of(good)
+        ran = run(initial(51), good if steps else good[:, None])
+        assert ran is not None
+        wanted, after = ran
         for member, answer in enumerate(answers):
             if member in bad:
                 assert isinstance(answer, InvalidInput)
@@ -58,6 +60,7 @@ async def test_only_the_sessions_at_fault_fail(threads: bool, bad: list[int], st
                 assert isinstance(answer, Answer)
                 assert answer.outputs["y"].tobytes() == wanted[member].tobytes()
                 assert answer.revision == 1
+                assert (await at.state(ids[member]))["sum"].tobytes() == after[member].tobytes()
 
 
 @BOTH_WAYS
