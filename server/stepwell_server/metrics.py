@@ -58,6 +58,11 @@ class _Histogram:
         series.counts[bisect_left(self.bounds, value)] += count
         series.total += value * count
 
+    def add(self, labels: Labels, more: _Series) -> None:
+        series = self.series.setdefault(labels, _Series(len(self.bounds) + 1))
+        series.counts = [a + b for a, b in zip(series.counts, more.counts, strict=True)]
+        series.total += more.total
+
     def family(self) -> Metric:
         from prometheus_client.core import HistogramMetricFamily
 
@@ -86,6 +91,7 @@ class PrometheusObserver(Observer):
 
     def __init__(self) -> None:
         model = ("model",)
+        self._alone: dict[str, _Series] = {}
         self._events = _Counter(
             "stepwell_session_events",
             "Sessions opened, resumed, forked, closed, expired.",
@@ -126,6 +132,27 @@ class PrometheusObserver(Observer):
         """See `Observer.stage`."""
         self._stages.observe((model, stage), seconds, count)
 
+    def stepped_alone(self, model: str, seconds: float) -> None:
+        """See `Observer.stepped_alone`."""
+        alone = self._alone.get(model)
+        if alone is None:
+            alone = self._alone[model] = _Series(len(_SECONDS) + 1)
+        alone.counts[bisect_left(_SECONDS, seconds)] += 1
+        alone.total += seconds
+
+    def _count_alone(self) -> None:
+        """Add the steps that ran alone to everything they belong to."""
+        for model, alone in self._alone.items():
+            steps = sum(alone.counts)
+            self._pass_seconds.add((model,), alone)
+            self._stages.add((model, "total"), alone)
+            self._stages.observe((model, "wait"), 0.0, steps)
+            self._pass_rows.observe((model,), 1, steps)
+            self._time_steps.values[model,] += steps
+            self._changes.values[model, "step"] += steps
+            self._row_steps.values[model, "step"] += steps
+        self._alone.clear()
+
     def pass_done(self, model: str, rows: int, time_steps: int, seconds: float) -> None:
         """See `Observer.pass_done`."""
         labels = (model,)
@@ -150,6 +177,7 @@ class PrometheusObserver(Observer):
 
     def families(self, stats: Iterable[ModelStats]) -> list[Metric]:
         """Everything counted so far, and the gauges of ``stats``."""
+        self._count_alone()
         counted: list[_Counter | _Histogram] = [
             *(self._events, self._changes, self._row_steps, self._errors, self._time_steps),
             *(self._pass_rows, self._pass_seconds, self._stages, self._requests, self._request_seconds),
@@ -164,11 +192,6 @@ def _gauges(stats: Sequence[ModelStats]) -> list[Metric]:
         ("stepwell_sessions", "Sessions live.", lambda model: model.sessions),
         ("stepwell_resident_rows", "Rows of state ready to step.", lambda model: model.resident_rows),
         ("stepwell_queued_changes", "Changes waiting for a pass.", lambda model: model.queued),
-        (
-            "stepwell_queued_bytes",
-            "Bytes of the changes waiting for a pass.",
-            lambda model: model.queued_bytes,
-        ),
     ]
     families: list[Metric] = []
     for name, text, value in gauges:

@@ -142,7 +142,7 @@ def test_serve_without_its_packages_says_how_to_get_them(monkeypatch: pytest.Mon
 
 
 def test_serve_knows_what_it_needs() -> None:
-    assert {"tensorflow", "ai-edge-litert", "structlog"} <= set(serve.server_packages())
+    assert {"tensorflow", "ai-edge-litert"} <= set(serve.server_packages())
 
 
 def test_serve_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ class StepReply:
     revision: int
     position: int
     outputs: Mapping[str, Array]
-    """`(batch_size, T, ...)` or `(batch_size, ...)`; may be views that the next pass does not outlive."""
+    """`(batch_size, T, ...)` or `(batch_size, ...)`; views of arrays that only this answer and its neighbours share."""
     replayed: bool
 
 
@@ -189,10 +189,13 @@ class Observer:
         """Many at once by OpenSessions; also told one by one for a single one: never both."""
 
     def stage(self, model: str, stage: str, seconds: float, count: int) -> None:
-        """`count` changes spent `seconds` each in `stage`: wait (queued), run (in a pass), commit."""
+        """`count` changes spent `seconds` each in `stage`: wait (for their pass), total (until the answer)."""
 
     def pass_done(self, model: str, rows: int, time_steps: int, seconds: float) -> None:
         """A pass ran `rows` rows for `time_steps` time steps."""
+
+    def stepped_alone(self, model: str, seconds: float) -> None:
+        """A single step ran at once, alone: `pass_done`, `stage` and `applied` in one."""
 
     def applied(self, model: str, change: str, count: int, row_steps: int) -> None:
         """`count` changes (`change`: step, reset, predict) were applied: `row_steps` rows x time steps."""

@@ -58,7 +58,7 @@ class Solo:
         now = self._clock.monotonic()
         reply = self._advance(handle, request_id, now)
         reply.outputs = self._outputs(handle, select, outputs, with_time=with_time)
-        self._observe(now - started)
+        self._observer.stepped_alone(self._model.name, now - started)
         return reply
 
     def _may_run(self, handle: int, arrays: Sequence[Array], expected: int | None, request_id: int) -> bool:
@@ -95,10 +95,3 @@ class Solo:
             name: output[:, None] if with_time and temporal else output
             for name, output, temporal in zip(self._names, outputs, self._temporal, strict=True)
         }
-
-    def _observe(self, seconds: float) -> None:
-        name = self._model.name
-        self._observer.pass_done(name, 1, 1, seconds)
-        self._observer.stage(name, "wait", 0.0, 1)
-        self._observer.stage(name, "total", seconds, 1)
-        self._observer.applied(name, "step", 1, 1)

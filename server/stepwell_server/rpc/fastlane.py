@@ -8,6 +8,7 @@ which parses it with protobuf and sends it the general way. Both ways give the s
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from stepwell_server.engine.engine import Engine
 
 _LARGEST_MESSAGE = 16 * 1024
-_MOST_LAYOUTS = 256
+_MOST_LAYOUTS = 4096
 _MOST_TRIES = 64
 _FRAME_ID_TAG, _STEP_TAG, _SESSION_ID_TAG = 0x08, 0x12, 0x0A
 _ANY = np.uint64(ANY_REVISION)
@@ -76,6 +77,10 @@ class _Known:
         self.select = select
         self.with_time = with_time
         self._inputs = [(np.dtype(spec.dtype), spec.shape) for spec in program.inputs]
+        self._ones = [
+            (at, dtype, math.prod(shape), (1, *shape))
+            for at, (dtype, shape) in zip(order, self._inputs, strict=True)
+        ]
         self.form: ReplyForm | None = None
         """Made from the first outputs."""
 
@@ -88,21 +93,28 @@ class _Known:
             found.append(part.view(dtype).reshape(len(messages), *shape))
         return tuple(found)
 
+    def arrays_of(self, raw: bytes) -> list[Array]:
+        """As `arrays`, for one message."""
+        return [
+            np.frombuffer(raw, dtype, count, self.layout.data[at].start).reshape(shape)
+            for at, dtype, count, shape in self._ones
+        ]
+
 
 class _Item:
     """A plain step that waits for the next turn."""
 
-    __slots__ = ("frame_id", "handle", "key", "raw", "session_id", "stream")
+    __slots__ = ("frame_id", "handle", "known", "raw", "session_id", "stream")
 
     def __init__(
-        self, stream: Stream, raw: bytes, frame_id: int, session_id: str, handle: int, key: _Key
+        self, stream: Stream, raw: bytes, frame_id: int, session_id: str, handle: int, known: _Known
     ) -> None:
         self.stream = stream
         self.raw = raw
         self.frame_id = frame_id
         self.session_id = session_id
         self.handle = handle
-        self.key = key
+        self.known = known
 
 
 class FastLane:
@@ -125,9 +137,10 @@ class FastLane:
             return False
         lane = self._lanes[model]
         key = (len(raw), start, stop)
-        if not lane.knows(key, raw) or not stream.begin_plain(frame_id, len(raw)):
+        known = lane.known(key, raw)
+        if known is None or not stream.begin_plain(frame_id, len(raw)):
             return False
-        lane.add(_Item(stream, raw, frame_id, session_id, handle, key))
+        lane.add(_Item(stream, raw, frame_id, session_id, handle, known))
         return True
 
 
@@ -166,9 +179,9 @@ class _ModelLane:
         self._waiting.append(item)
         self._port.wake()
 
-    def knows(self, key: _Key, raw: bytes) -> bool:
-        """Whether a message with this key has a known layout, or one that can be learnt from it."""
-        return key in self._known or self._learn(key, raw)
+    def known(self, key: _Key, raw: bytes) -> _Known | None:
+        """What is known of messages with this key, learnt from this one if need be; None: nothing."""
+        return self._known.get(key) or self._learn(key, raw)
 
     def give_away(self) -> None:
         """Admit everything that waits."""
@@ -181,7 +194,7 @@ class _ModelLane:
             self._admit(group)
 
     def _admit(self, items: Sequence[_Item]) -> None:
-        known = self._known[items[0].key]
+        known = items[0].known
         layout = known.layout
         messages = join([item.raw for item in items], layout.length)
         expected = None if layout.expected is None else Layout.numbers(messages, layout.expected)
@@ -204,33 +217,34 @@ class _ModelLane:
         )
 
     def _run_solo(self, item: _Item) -> bool:
-        known = self._known[item.key]
+        known, raw = item.known, item.raw
         layout = known.layout
-        messages = join([item.raw], layout.length)
-        if not layout.fits(messages).all() or self._is_late(item, messages, layout):
+        if not layout.fits_one(raw) or layout.timeout is not None or item.stream.deadline != _INFINITY:
             return False
-        expected = None if layout.expected is None else int(Layout.numbers(messages, layout.expected)[0])
-        request = 0 if layout.request_id is None else int(Layout.fixed64s(messages, layout.request_id)[0])
+        expected = None if layout.expected is None else read_varint(raw, layout.expected.start)[0]
+        request = layout.request_id
         reply = self._port.run_solo(
             item.handle,
-            known.arrays(messages),
+            known.arrays_of(raw),
             expected=expected,
-            request_id=request,
+            request_id=0 if request is None else int.from_bytes(raw[request.start : request.stop], "little"),
             select=known.select,
             with_time=known.with_time,
         )
-        if reply is not None:
-            _send(known, [item], [reply.revision], [reply.position], reply.outputs)
-        return reply is not None
+        if reply is None:
+            return False
+        if known.form is None:
+            known.form = ReplyForm(reply.outputs)
+        written = known.form.write_one(
+            item.frame_id, reply.revision, reply.position, list(reply.outputs.values())
+        )
+        item.stream.reply_plain(item.frame_id, len(raw), written)
+        return True
 
     def _forget(self, items: Sequence[_Item]) -> None:
-        self._known.pop(items[0].key, None)
+        self._known = {key: known for key, known in self._known.items() if known is not items[0].known}
         for item in items:
             item.stream.send_alone(item.frame_id, len(item.raw), item.raw)
-
-    def _is_late(self, item: _Item, messages: U8, layout: Layout) -> bool:
-        deadlines = self._deadlines([item], messages, layout)
-        return deadlines is not None and bool(deadlines[0] <= self._clock.monotonic())
 
     def _deadlines(
         self, items: Sequence[_Item], messages: U8, layout: Layout
@@ -245,32 +259,32 @@ class _ModelLane:
         )
         return np.minimum(until, own)
 
-    def _learn(self, key: _Key, raw: bytes) -> bool:
+    def _learn(self, key: _Key, raw: bytes) -> _Known | None:
         tries = self._tries.get(key, 0)
         if tries >= _MOST_TRIES or len(self._tries) >= _MOST_LAYOUTS:
-            return False
+            return None
         self._tries[key] = tries + 1
         known = _recognise(raw, self._port.program)
         if known is not None:
             self._known[key] = known
-        return known is not None
+        return known
 
 
 def _in_order(items: list[_Item]) -> Iterable[Sequence[_Item]]:
     """Items by layout; those of one session stay in the order in which they came."""
-    first = items[0].key
-    if all(item.key == first for item in items):
+    first = items[0].known
+    if all(item.known is first for item in items):
         return [items]
     if len({item.handle for item in items}) != len(items):
-        return [list(run) for _, run in itertools.groupby(items, key=_key_of)]
-    groups: dict[_Key, list[_Item]] = {}
+        return [list(run) for _, run in itertools.groupby(items, key=_known_of)]
+    groups: dict[_Known, list[_Item]] = {}
     for item in items:
-        groups.setdefault(item.key, []).append(item)
+        groups.setdefault(item.known, []).append(item)
     return groups.values()
 
 
-def _key_of(item: _Item) -> _Key:
-    return item.key
+def _known_of(item: _Item) -> _Known:
+    return item.known
 
 
 def _recognise(raw: bytes, program: Program) -> _Known | None:

@@ -73,12 +73,20 @@ class Layout:
             if span is not None:
                 mask[span.start : span.stop] = 0x80  # only whether the number goes on
         self._mask = mask
+        self._pieces = [(span, raw[span.start : span.stop]) for span in _runs(mask == 0xFF)]
+        self._numbers = [span for span in (self.frame_id, self.expected, self.timeout) if span is not None]
         self._fixed = np.frombuffer(raw, np.uint8) & mask
 
     def fits(self, messages: U8) -> npt.NDArray[np.bool_]:
         """Which of messages of this length, `(n, length)`, have this layout: `(n,)`."""
         fits: npt.NDArray[np.bool_] = ((messages & self._mask) == self._fixed).all(axis=1)
         return fits
+
+    def fits_one(self, raw: bytes) -> bool:
+        """As `fits`, for one message of this length."""
+        return all(raw[span.start : span.stop] == piece for span, piece in self._pieces) and all(
+            read_varint(raw, span.start)[1] == span.stop for span in self._numbers
+        )
 
     @staticmethod
     def numbers(messages: U8, span: Span) -> U64:
@@ -92,6 +100,12 @@ class Layout:
     def fixed64s(messages: U8, span: Span) -> U64:
         """The fixed64 numbers that stand at `span` of each message, `(n,)`."""
         return np.ascontiguousarray(messages[:, span.start : span.stop]).view("<u8")[:, 0].astype(np.uint64)
+
+
+def _runs(mask: npt.NDArray[np.bool_]) -> list[Span]:
+    """The stretches in which the mask is set."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
+    return [Span(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def learn(raw: bytes) -> Layout | None:

@@ -63,6 +63,15 @@ class ReplyForm:
             for frame, revision, position, body in zip(frame_ids, revisions, positions, bodies, strict=True)
         ]
 
+    def write_one(self, frame_id: int, revision: int, position: int, columns: Sequence[Array]) -> bytes:
+        """As `write`, for one step."""
+        parts = list(_head(frame_id, revision, position))
+        for before, column in zip(self._before, columns, strict=True):
+            parts.append(before)
+            parts.append(column.tobytes())
+        parts.append(_LAST)
+        return b"".join(parts)
+
 
 def _head(frame_id: int, revision: int, position: int) -> tuple[bytes, ...]:
     rev, pos = varint(revision), varint(position)
