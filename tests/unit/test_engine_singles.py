@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.calls import Select, Single
+from stepwell_server.engine.plain import PlainSteps
 from stepwell_server.errors import (
     DeadlineExceeded,
     Internal,
@@ -296,6 +297,77 @@ def change_of(at: Harness, kind: str, expected: int) -> Any:
     if kind == "frame":
         return at.submit("a", x(1), expected=expected)
     return at.submit("a", reset=True, expected=expected)
+
+
+class Gatherer:
+    """Gathers plain steps between two passes, as the lane of the streams does."""
+
+    def __init__(self, at: Harness) -> None:
+        self._port = at.engine.ports[0]
+        self._locate = at.engine.locate
+        self._waiting: list[PlainSteps] = []
+        self.revisions: list[int] = []
+        self.errors: list[ServerError] = []
+        self._port.feed(self._give_away)
+
+    def add(self, session_id: str, expected: int) -> None:
+        handle, _ = self._locate(session_id)
+        self._waiting.append(
+            PlainSteps(
+                [session_id],
+                np.array([handle]),
+                (x(1),),
+                with_time=False,
+                select=Select.ALL,
+                receiver=self,
+                expected=np.array([expected], np.uint64),
+            )
+        )
+        self._port.wake()
+
+    def _give_away(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for steps in waiting:
+            self._port.admit(steps)
+
+    def settle(self, members: Any, revisions: Any, positions: Any, outputs: Any, *, replayed: bool) -> None:
+        self.revisions += revisions.tolist()
+
+    def fail(self, members: Any, error: ServerError) -> None:
+        self.errors.append(error)
+
+    def cancelled(self, members: Any) -> list[int]:
+        return []
+
+    def send_alone(self, members: Any) -> None:
+        raise AssertionError("these steps are plain")
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("kind", ["plain", "long", "last", "frame", "reset"])
+async def test_steps_gathered_elsewhere_keep_their_place(threads: bool, kind: str) -> None:
+    async with running(threads=threads) as at:
+        await at.open("a")
+        gatherer = Gatherer(at)
+        gatherer.add("a", 0)
+        second = change_of(at, kind, 1)
+        gatherer.add("a", 2)
+        assert (await second.only()).revision == 2
+        await at.settled()
+        assert (gatherer.revisions, gatherer.errors) == ([1, 3], [])
+
+
+async def test_a_step_does_not_run_at_once_if_another_is_gathered() -> None:
+    async with running() as at:
+        await at.open("a")
+        port = at.engine.ports[0]
+        seen = [port.may_run_now]
+        long = at.single("a", x(1, 3))
+        seen.append(port.may_run_now)  # it would overtake the one that is not plain
+        await long.only()
+        await asyncio.sleep(0)
+        seen.append(port.may_run_now)
+        assert seen == [True, False, True]
 
 
 async def test_a_single_step_comes_back_from_the_store() -> None:

@@ -94,6 +94,11 @@ class PassLoop:
         """No pass runs and nothing waits for one, and one row is cheap enough to run in place."""
         return not self._running and not self._scheduler and self.runner.cost.of(1) <= IN_PLACE_S
 
+    @property
+    def is_turn_due(self) -> bool:
+        """A turn comes as soon as the event loop is at it."""
+        return self._turn_due
+
     def feed(self, source: Callable[[], None]) -> None:
         """Call `source` at the beginning of each turn: it adds jobs made of what has come meanwhile."""
         self._feed = source

@@ -39,9 +39,10 @@ class PlainPort:
     def may_run_now(self) -> bool:
         """A step that comes now may run at once: nothing is there, and no other has in this turn.
 
-        If there are more in this turn of the event loop, they had better run together.
+        If there are more in this turn of the event loop, they had better run together. If a turn of the
+        pass loop is due, something is gathered, and came before.
         """
-        return not self._ran_alone and self._model.loop.is_free
+        return not self._ran_alone and not self._model.loop.is_turn_due and self._model.loop.is_free
 
     def feed(self, source: Callable[[], None]) -> None:
         """Call `source` whenever gathered steps are due."""
@@ -51,6 +52,12 @@ class PlainPort:
         """Have everything that is gathered given away now."""
         for source in self._feeds:
             source()
+
+    def take_in_others(self, own: Callable[[], None]) -> None:
+        """Have what others than `own` gathered given away: what is about to be gathered came later."""
+        for source in self._feeds:
+            if source != own:
+                source()
 
     def wake(self) -> None:
         """Something is gathered: take a turn as soon as no pass runs."""

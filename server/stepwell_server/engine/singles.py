@@ -48,6 +48,7 @@ class Singles:
 
     def add(self, handle: int, single: Single) -> None:
         """Take a single step of a live session: run it at once, or let it wait for the next turn."""
+        self._port.take_in_others(self.admit_all)
         if not self._waiting and self._port.may_run_now and self._run_solo(handle, single):
             return
         self._waiting.append((handle, single))
