@@ -47,6 +47,15 @@ serve: $(INSTALLED) $(MODEL) ## Serve the demo's model (trained first if need be
 test: $(INSTALLED) ## Run all tests; ARGS="tests/unit -k slots" runs some
 	$(BIN)/pytest $(ARGS)
 
+.PHONY: bench
+bench: $(INSTALLED) ## Measure the server against what bounds it (a quarter of an hour; ARGS="one many" runs some cases)
+	$(BIN)/python tests/bench/compare.py $(ARGS)
+	$(if $(ARGS),,$(BIN)/python tests/bench/sweep.py)
+
+.PHONY: bench-plots
+bench-plots: $(INSTALLED) ## Draw the plots and fill in the tables of docs/performance.md from the last `make bench`
+	$(BIN)/python tests/bench/plots.py
+
 .PHONY: check
 check: check-format check-lint check-types check-arrows check-proto check-repo ## Run every check that is not a test: all those below
 

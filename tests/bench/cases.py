@@ -268,8 +268,11 @@ def memory(lab: Lab) -> list[Line]:
                 stepped.append(beyond_state(server.pid, before, state))
     per_session = f"memory per session beyond its state, {MANY_SESSIONS:,} sessions"
     return [
-        Line(f"{per_session}, opened", "KiB", statistics.median(opened), "", None, None, (AT_MOST, 1.5)),
-        Line(f"{per_session}, stepped once", "KiB", statistics.median(stepped), "", None, None, None),
+        # The rows of sessions that were only opened may not have been written yet, so these are the ones that count.
+        Line(
+            f"{per_session}, stepped once", "KiB", statistics.median(stepped), "", None, None, (AT_MOST, 1.5)
+        ),
+        Line(f"{per_session}, opened", "KiB", statistics.median(opened), "", None, None, None),
         Line(
             "resident memory, one LSTM(64)",
             "MiB",

@@ -135,9 +135,11 @@ class Worker:
             except StepwellError as error:
                 await self._failed(error)
                 continue
-            if not self._stopping:
-                self.counts.latencies.add(clock() - began)
-                self.counts.session_steps += sessions
+            counts = self.counts
+            # Not a call that began while the load was still building up.
+            if began >= counts.since and not self._stopping:
+                counts.latencies.add(clock() - began)
+                counts.session_steps += sessions
 
     async def _failed(self, error: StepwellError) -> None:
         if self._stopping:
