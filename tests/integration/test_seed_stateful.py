@@ -13,7 +13,9 @@ from stepwell.testing import LocalServer
 from support import seed
 from support.seed import BATCH_SIZE, NODES, HardSigmoid
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own, when saving
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # Keras's own, when saving
 
 TESTS = Path(__file__).parents[1]
 ZEROS = [np.zeros((BATCH_SIZE, NODES)), np.zeros((BATCH_SIZE, NODES))]

@@ -17,7 +17,9 @@ from stepwell.testing import LocalServer
 from support import seed
 from support.seed import NODES, Floats
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own, when saving
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # Keras's own, when saving
 
 #: Both sides compute in float32, but sum in another order and with other approximations of tanh and exp. One
 #: such difference is about 1e-7 of a value near 1; some dozens of them add up within a step or a sequence.
