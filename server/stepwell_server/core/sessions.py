@@ -6,6 +6,7 @@ session cost some 100 bytes beside its id. A handle is valid from `add` to `remo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import ItemsView, Sequence
 
 import numpy as np
@@ -75,8 +76,9 @@ class SessionTable:
 
     def find_all(self, session_ids: Sequence[str]) -> Handles:
         """Handles of many sessions, -1 for those that are not there."""
-        find = self._handles.get
-        return np.fromiter((find(i, -1) for i in session_ids), np.intp, len(session_ids))
+        # no generator: this loop is over every session of every frame
+        found = map(self._handles.get, session_ids, itertools.repeat(-1))
+        return np.fromiter(found, np.intp, len(session_ids))
 
     def session_id(self, handle: int) -> str:
         """The id of a session."""
