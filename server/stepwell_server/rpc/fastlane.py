@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from stepwell_server.engine.engine import Engine
 
 _LARGEST_MESSAGE = 16 * 1024
+#: Outputs up to here need no exact look at the limit of a reply. See `sizes`.
+_LARGEST_OUTPUTS = 64 * 1024
+#: Bytes that a reply takes beside its outputs.
+_REPLY_BYTES = 544
+#: `timeout_ms` is a uint32: protobuf takes the low bits of a longer number.
+_UINT32 = np.uint64(0xFFFFFFFF)
 _MOST_LAYOUTS = 4096
 _MOST_TRIES = 64
 _FRAME_ID_TAG, _STEP_TAG, _SESSION_ID_TAG = 0x08, 0x12, 0x0A
@@ -81,6 +87,8 @@ class _Known:
             (at, dtype, math.prod(shape), (1, *shape))
             for at, (dtype, shape) in zip(order, self._inputs, strict=True)
         ]
+        self.size = layout.length + _REPLY_BYTES + (0 if select is Select.NONE else _output_bytes(program))
+        """Bytes that a message and its reply take at most."""
         self.form: ReplyForm | None = None
         """Made from the first outputs."""
 
@@ -104,10 +112,17 @@ class _Known:
 class _Item:
     """A plain step that waits for the next turn."""
 
-    __slots__ = ("frame_id", "handle", "known", "raw", "session_id", "stream")
+    __slots__ = ("came", "frame_id", "handle", "known", "raw", "session_id", "stream")
 
     def __init__(
-        self, stream: Stream, raw: bytes, frame_id: int, session_id: str, handle: int, known: _Known
+        self,
+        stream: Stream,
+        raw: bytes,
+        frame_id: int,
+        session_id: str,
+        handle: int,
+        known: _Known,
+        came: float,
     ) -> None:
         self.stream = stream
         self.raw = raw
@@ -115,6 +130,8 @@ class _Item:
         self.session_id = session_id
         self.handle = handle
         self.known = known
+        self.came = came
+        """On the clock's monotonic time; only if it has a time limit of its own."""
 
 
 class FastLane:
@@ -122,7 +139,8 @@ class FastLane:
 
     def __init__(self, engine: Engine, clock: Clock) -> None:
         self._engine = engine
-        self._lanes = [_ModelLane(port, clock) for port in engine.ports]
+        self._clock = clock
+        self._lanes = [_ModelLane(port, engine, clock) for port in engine.ports]
 
     def take(self, stream: Stream, raw: bytes) -> bool:
         """Take a message of a stream, if it may be a plain step; False leaves it to the stream."""
@@ -138,9 +156,10 @@ class FastLane:
         lane = self._lanes[model]
         key = (len(raw), start, stop)
         known = lane.known(key, raw)
-        if known is None or not stream.begin_plain(frame_id, len(raw)):
+        if known is None or not stream.begin_plain(frame_id, known.size):
             return False
-        lane.add(_Item(stream, raw, frame_id, session_id, handle, known))
+        came = 0.0 if known.layout.timeout is None else self._clock.monotonic()
+        lane.add(_Item(stream, raw, frame_id, session_id, handle, known, came))
         return True
 
 
@@ -165,8 +184,9 @@ def _locate_id(raw: bytes) -> tuple[int, int, int] | None:
 class _ModelLane:
     """The plain steps of one model that wait for the next turn of its loop."""
 
-    def __init__(self, port: PlainPort, clock: Clock) -> None:
+    def __init__(self, port: PlainPort, engine: Engine, clock: Clock) -> None:
         self._port = port
+        self._engine = engine
         self._clock = clock
         self._known: dict[_Key, _Known] = {}
         self._tries: dict[_Key, int] = {}
@@ -174,6 +194,7 @@ class _ModelLane:
         port.feed(self.give_away)
 
     def add(self, item: _Item) -> None:
+        self._port.take_in_others(self.give_away)
         if not self._waiting and self._port.may_run_now and self._run_solo(item):
             return
         self._waiting.append(item)
@@ -188,7 +209,7 @@ class _ModelLane:
         if not self._waiting:
             return
         items, self._waiting = self._waiting, []
-        if len(items) == 1 and self._port.is_free and self._run_solo(items[0]):
+        if len(items) == 1 and self._port.is_free and self._is_there(items[0]) and self._run_solo(items[0]):
             return
         for group in _in_order(items):
             self._admit(group)
@@ -216,10 +237,19 @@ class _ModelLane:
             )
         )
 
+    def _is_there(self, item: _Item) -> bool:
+        """The session is where it was when the item came: by now its handle may be another's."""
+        try:
+            return self._engine.locate(item.session_id)[0] == item.handle
+        except ServerError:
+            return False
+
     def _run_solo(self, item: _Item) -> bool:
-        known, raw = item.known, item.raw
+        known, raw, stream = item.known, item.raw, item.stream
         layout = known.layout
-        if not layout.fits_one(raw) or layout.timeout is not None or item.stream.deadline != _INFINITY:
+        if stream.is_over or not layout.fits_one(raw):
+            return False
+        if self._clock.monotonic() >= _deadline(item):
             return False
         expected = None if layout.expected is None else read_varint(raw, layout.expected.start)[0]
         request = layout.request_id
@@ -238,13 +268,15 @@ class _ModelLane:
         written = known.form.write_one(
             item.frame_id, reply.revision, reply.position, list(reply.outputs.values())
         )
-        item.stream.reply_plain(item.frame_id, len(raw), written)
+        stream.reply_plain(item.frame_id, known.size, written)
         return True
 
     def _forget(self, items: Sequence[_Item]) -> None:
         self._known = {key: known for key, known in self._known.items() if known is not items[0].known}
         for item in items:
-            item.stream.send_alone(item.frame_id, len(item.raw), item.raw)
+            item.stream.send_alone(item.frame_id, item.known.size, item.raw)
+        # they wait among the single steps now, and must not be overtaken by the groups that follow
+        self._port.take_in_others(self.give_away)
 
     def _deadlines(
         self, items: Sequence[_Item], messages: U8, layout: Layout
@@ -252,10 +284,10 @@ class _ModelLane:
         own = [item.stream.deadline for item in items]
         if layout.timeout is None:
             return None if min(own) == _INFINITY else np.array(own)
-        timeouts = Layout.numbers(messages, layout.timeout)
-        now = self._clock.monotonic()
+        timeouts = Layout.numbers(messages, layout.timeout) & _UINT32
+        came = np.array([item.came for item in items])
         until: npt.NDArray[np.float64] = np.where(
-            timeouts > 0, now + timeouts.astype(np.float64) / 1000, _INFINITY
+            timeouts > 0, came + timeouts.astype(np.float64) / 1000, _INFINITY
         )
         return np.minimum(until, own)
 
@@ -268,6 +300,13 @@ class _ModelLane:
         if known is not None:
             self._known[key] = known
         return known
+
+
+def _deadline(item: _Item) -> float:
+    """On the clock's monotonic time."""
+    span = item.known.layout.timeout
+    timeout = 0 if span is None else read_varint(item.raw, span.start)[0] & int(_UINT32)
+    return min(item.stream.deadline, item.came + timeout / 1000) if timeout else item.stream.deadline
 
 
 def _in_order(items: list[_Item]) -> Iterable[Sequence[_Item]]:
@@ -304,10 +343,15 @@ def _recognise(raw: bytes, program: Program) -> _Known | None:
     if sorted(given) != sorted(names):
         return None
     with_time = _time_of(given, program)
-    if with_time is None:
+    if with_time is None or (select is not Select.NONE and _output_bytes(program) > _LARGEST_OUTPUTS):
         return None
     order = [list(given).index(name) for name in names]
     return _Known(layout, program, select, order, with_time=with_time)
+
+
+def _output_bytes(program: Program) -> int:
+    """Bytes of the outputs of one row at one time step."""
+    return sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in program.outputs)
 
 
 def _time_of(given: Mapping[str, Array], program: Program) -> bool | None:
@@ -315,7 +359,7 @@ def _time_of(given: Mapping[str, Array], program: Program) -> bool | None:
     found = set()
     for spec in program.inputs:
         array = given[spec.name]
-        if array.dtype.name != spec.dtype:
+        if array.dtype.name != spec.dtype or array.dtype.kind == "b":  # not every byte is a bool
             return None
         if array.shape == (1, *spec.shape):
             found.add(False) if spec.temporal else None
@@ -352,12 +396,12 @@ class _Receiver:
         ):
             own = {name: array[i : i + 1] for name, array in outputs.items()}
             reply = from_answer(item.frame_id, StepReply(revision, position, own, replayed=True))
-            item.stream.reply_plain(item.frame_id, len(item.raw), reply)
+            item.stream.reply_plain(item.frame_id, item.known.size, reply)
 
     def fail(self, members: Members, error: ServerError) -> None:
         for member in members.tolist():
             item = self._items[member]
-            item.stream.fail_plain(item.frame_id, len(item.raw), error)
+            item.stream.fail_plain(item.frame_id, item.known.size, error)
 
     def cancelled(self, members: Members) -> Sequence[int]:
         return [member for member in members.tolist() if self._items[member].stream.is_over]
@@ -365,7 +409,7 @@ class _Receiver:
     def send_alone(self, members: Members) -> None:
         for member in members.tolist():
             item = self._items[member]
-            item.stream.send_alone(item.frame_id, len(item.raw), item.raw)
+            item.stream.send_alone(item.frame_id, item.known.size, item.raw)
 
 
 def _send(
@@ -381,4 +425,4 @@ def _send(
         [item.frame_id for item in items], revisions, positions, list(outputs.values())
     )
     for item, reply in zip(items, replies, strict=True):
-        item.stream.reply_plain(item.frame_id, len(item.raw), reply)
+        item.stream.reply_plain(item.frame_id, item.known.size, reply)

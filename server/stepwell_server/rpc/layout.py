@@ -85,7 +85,7 @@ class Layout:
     def fits_one(self, raw: bytes) -> bool:
         """As `fits`, for one message of this length."""
         return all(raw[span.start : span.stop] == piece for span, piece in self._pieces) and all(
-            read_varint(raw, span.start)[1] == span.stop for span in self._numbers
+            _is_varint(raw, span) for span in self._numbers
         )
 
     @staticmethod
@@ -211,11 +211,17 @@ def _varint(raw: bytes, at: int, stop: int) -> tuple[int, int]:
         shift += 7
 
 
+def _is_varint(raw: bytes, span: Span) -> bool:
+    """Whether one number fills the span; the message may end right behind it."""
+    last = span.stop - 1
+    return raw[last] < 0x80 and all(byte & 0x80 for byte in raw[span.start : last])
+
+
 def read_varint(raw: bytes, at: int) -> tuple[int, int]:
     """The number at a place, and where it ends.
 
     Raises:
-        IndexError: the message ends first.
+        IndexError: the message ends first, or the number goes on for longer than any may.
     """
     byte = raw[at]
     if byte < 0x80:
@@ -225,6 +231,8 @@ def read_varint(raw: bytes, at: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         shift += 7
         at += 1
+        if shift > 63:
+            raise IndexError
         byte = raw[at]
     return value | byte << shift, at + 1
 
