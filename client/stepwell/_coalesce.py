@@ -39,7 +39,8 @@ class Coalescer:
         self._attempter = attempter
         self._drive = drive
         self._max_frame_bytes = max_frame_bytes
-        self._waiting: dict[Hashable, list[_Member]] = {}
+        self._waiting: dict[Hashable, dict[str, _Member]] = {}
+        """What leaves in a frame together: members by their session."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def step(self, book: SessionBook, change: Change, deadline: Deadline) -> Outputs:
@@ -57,14 +58,22 @@ class Coalescer:
             deadline,
             answer,
         )
-        self._waiting.setdefault(_key(book.model, change, deadline), []).append(member)
+        self._gather(_key(book.model, change, deadline), member)
         revision, position, outputs = await answer
         book.applied(revision, position)
         return selected(outputs, change.outputs)
 
+    def _gather(self, key: Hashable, member: _Member) -> None:
+        # A frame names a session once: another handle's step of the same session goes in a frame of its own.
+        nth = 0
+        while member.session_id in self._waiting.setdefault((key, nth), {}):
+            nth += 1
+        self._waiting[key, nth][member.session_id] = member
+
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, {}
-        for members in waiting.values():
+        for gathered in waiting.values():
+            members = list(gathered.values())
             size = sum(len(tensor.data) for tensor in members[0].change.tensors) + 64
             count = max(1, self._max_frame_bytes // size)
             for start in range(0, len(members), count):

@@ -163,6 +163,20 @@ async def test_two_handles_of_one_session(client: Any) -> None:
         assert two.revision == 2
 
 
+async def test_two_handles_of_one_session_at_once_harm_no_one(client: Any) -> None:
+    async with await client.open_session("seq") as one, await client.open_session("seq") as neighbour:
+        two = await client.open_session("seq", session_id=one.id)
+        answers = await asyncio.gather(
+            one.step(draw(1)), two.step(draw(1)), neighbour.step(draw(1)), return_exceptions=True
+        )
+        refused = [answer for answer in answers if isinstance(answer, BaseException)]
+        assert [type(error) for error in refused] == [stepwell.RevisionConflictError]
+        assert refused[0] is not answers[2]
+        assert neighbour.revision == 1
+        await one.refresh()
+        assert one.revision == 1
+
+
 async def test_forks_go_their_own_ways(client: Any) -> None:
     async with await client.open_session("seq") as session:
         await session.step(draw(1))
