@@ -308,7 +308,7 @@ class Gatherer:
         self._waiting: list[PlainSteps] = []
         self.revisions: list[int] = []
         self.errors: list[ServerError] = []
-        self._port.feed(self._give_away)
+        self._port.feed(self._give_away, lambda: len(self._waiting))
 
     def add(self, session_id: str, expected: int) -> None:
         handle, _ = self._locate(session_id)

@@ -409,3 +409,20 @@ async def test_bools_and_large_replies_go_the_general_way() -> None:
 )
 def test_what_has_no_session_id_is_left_alone(raw: bytes) -> None:
     assert _locate_id(raw) is None
+
+
+async def test_more_than_may_wait_is_refused_both_ways() -> None:
+    async def scenario(at: Streams) -> None:
+        ids = [f"s{i}" for i in range(100)]
+        await at.at.open(*ids, "busy")
+        at.send(message(1, ids[0]))
+        await at.turns()
+        await at.busy()
+        for i, session_id in enumerate(ids):
+            at.send(message(100 + i, session_id))
+            await at.turns(2)
+
+    (replies,) = await alike(scenario, threads=True, max_batch_rows=1, resident_rows=1000)
+    refused = [reason for reason in reasons(replies) if reason]
+    assert set(refused) == {"OVERLOADED"}
+    assert len(refused) == 100 - 64

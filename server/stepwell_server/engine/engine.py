@@ -118,7 +118,7 @@ class Engine:
         """Where plain steps come in, by the number of the model that `locate` says."""
         self._singles = [Singles(self._table, port, clock, self._take) for port in self.ports]
         for port, singles in zip(self.ports, self._singles, strict=True):
-            port.feed(singles.admit_all)
+            port.feed(singles.admit_all, singles.__len__)
         self._accepting = True
         self._expiry: asyncio.Task[None] | None = None
 
@@ -257,7 +257,7 @@ class Engine:
         handle = self._directory.find(single.session_id)
         model = self._directory.model_of(handle)
         waiting = self._singles[model.index]
-        self._admission.require_rows(model.index, 1, gathered=len(waiting))
+        self._admission.require_rows(model.index, 1, gathered=self.ports[model.index].gathered)
         waiting.add(handle, single)
 
     async def step(self, single: Single) -> StepReply:

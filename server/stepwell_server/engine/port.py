@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from stepwell_server.engine.admission import MAX_WAITING_PASSES
 from stepwell_server.engine.calls import Array, Select, StepReply
 from stepwell_server.engine.plain import PlainIntake, PlainSteps
 from stepwell_server.engine.served import ServedModel
@@ -26,6 +27,7 @@ class PlainPort:
         self._intake = intake
         self._solo = solo
         self._feeds: list[Callable[[], None]] = []
+        self._counts: list[Callable[[], int]] = []
         self._loop = asyncio.get_running_loop()
         self._ran_alone = False
         model.loop.feed(self.take_in)
@@ -44,9 +46,21 @@ class PlainPort:
         """
         return not self._ran_alone and not self._model.loop.is_turn_due and self._model.loop.is_free
 
-    def feed(self, source: Callable[[], None]) -> None:
-        """Call `source` whenever gathered steps are due."""
+    @property
+    def gathered(self) -> int:
+        """Steps that wait at the sources."""
+        return sum(count() for count in self._counts)
+
+    @property
+    def has_room(self) -> bool:
+        """One more step may wait; else it is refused."""
+        loop = self._model.loop
+        return loop.rows_waiting + self.gathered < MAX_WAITING_PASSES * loop.max_batch_rows
+
+    def feed(self, source: Callable[[], None], count: Callable[[], int]) -> None:
+        """Call `source` whenever gathered steps are due; `count` says how many there are."""
         self._feeds.append(source)
+        self._counts.append(count)
 
     def take_in(self) -> None:
         """Have everything that is gathered given away now."""

@@ -156,7 +156,7 @@ class FastLane:
         lane = self._lanes[model]
         key = (len(raw), start, stop)
         known = lane.known(key, raw)
-        if known is None or not stream.begin_plain(frame_id, known.size):
+        if known is None or not lane.has_room or not stream.begin_plain(frame_id, known.size):
             return False
         came = 0.0 if known.layout.timeout is None else self._clock.monotonic()
         lane.add(_Item(stream, raw, frame_id, session_id, handle, known, came))
@@ -191,7 +191,7 @@ class _ModelLane:
         self._known: dict[_Key, _Known] = {}
         self._tries: dict[_Key, int] = {}
         self._waiting: list[_Item] = []
-        port.feed(self.give_away)
+        port.feed(self.give_away, lambda: len(self._waiting))
 
     def add(self, item: _Item) -> None:
         self._port.take_in_others(self.give_away)
@@ -199,6 +199,11 @@ class _ModelLane:
             return
         self._waiting.append(item)
         self._port.wake()
+
+    @property
+    def has_room(self) -> bool:
+        """One more may wait; else the general way refuses it, with a delay."""
+        return self._port.has_room
 
     def known(self, key: _Key, raw: bytes) -> _Known | None:
         """What is known of messages with this key, learnt from this one if need be; None: nothing."""
