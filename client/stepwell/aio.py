@@ -65,6 +65,10 @@ def connect(
     return AsyncClient(ClientConfig(server_address(address), timeout_s, max_message_bytes), coalesce=coalesce)
 
 
+#: Steps with inputs up to this size share frames.
+_SHARED_BYTES = 16 * 1024
+
+
 class AsyncClient:
     """A connection to a server. Make one with `connect`, and share it.
 
@@ -281,8 +285,12 @@ class AsyncClient:
         await self.close()
 
     async def _step(self, book: SessionBook, change: Change, deadline: Deadline) -> Outputs:
-        """A step of one session: in a frame with others, or as a call of its own."""
-        if self._coalesce:
+        """A step of one session: in a frame with others, or as a call of its own.
+
+        A large step gains nothing from company, and as a call it ends on the server when it is cancelled
+        here: a frame has no way to say so for one of its members.
+        """
+        if self._coalesce and sum(len(tensor.data) for tensor in change.tensors) <= _SHARED_BYTES:
             return await self._wires.coalescer.step(book, change, deadline)
         return await self._run(self._core.step(book, change, deadline))
 

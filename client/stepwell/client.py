@@ -121,7 +121,6 @@ class Client:
             ModelNotFoundError: No model is served under that name.
             ModelMismatchError: The state, or the session resumed, belongs to another model.
             SessionExistsError: The session is there and must be new, or has another batch size.
-            SessionExpiredError, SessionLostError: The session of that id is gone for that reason.
 
         Example:
             >>> session = client.open_session("forecast", session_id="user-42")

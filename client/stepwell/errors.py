@@ -107,7 +107,8 @@ class SessionExistsError(StepwellError):
 class RevisionConflictError(StepwellError):
     """The session is at another revision than this handle expected; nothing changed.
 
-    Someone else changed the session. `session.refresh()` takes over the server's revision.
+    Someone else changed the session, or an earlier change of this handle got through after it was given up
+    here (cancelled, timed out). `session.refresh()` takes over the server's revision.
     """
 
     expected: int | None

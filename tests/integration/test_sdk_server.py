@@ -163,6 +163,21 @@ async def test_two_handles_of_one_session(client: Any) -> None:
         assert two.revision == 2
 
 
+async def test_a_long_step_that_is_cancelled_ends_on_the_server_too(served: Served) -> None:
+    x = np.zeros((1, 600_000, 3), np.float16)
+    async with stepwell.aio.connect(served.address) as client, client.open_session("seq") as session:
+        step = asyncio.create_task(session.step(x, outputs="none"))
+        async with await client.open_session("seq", session_id=session.id) as other:
+            with pytest.raises(stepwell.DeadlineExceededError):
+                await other.get_state(timeout_s=0.3)  # it waits behind the long step, which is under way
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        await session.refresh()
+        await session.step(draw(1))
+        assert (session.revision, session.position) == (1, 1)
+
+
 async def test_two_handles_of_one_session_at_once_harm_no_one(client: Any) -> None:
     async with await client.open_session("seq") as one, await client.open_session("seq") as neighbour:
         two = await client.open_session("seq", session_id=one.id)
