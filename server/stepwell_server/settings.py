@@ -126,9 +126,9 @@ class Settings:
     listen: Address = _setting(_address, Address("127.0.0.1", 50051), "HOST:PORT")
     """Address to serve gRPC on. Port 0 lets the system choose; the line on stdout says which."""
     store: Literal["memory", "lmdb"] = _setting(_choice("memory", "lmdb"), "memory", "memory|lmdb")
-    """Where sessions are kept. With memory they end with the server."""
+    """Where sessions are kept. With memory they end with the server; lmdb is not there yet."""
     data_dir: Path | None = _setting(Path, None, "DIR")
-    """Folder of the lmdb store."""
+    """Folder of the lmdb store, which is not there yet."""
     durability: Literal["sync", "async"] = _setting(_choice("sync", "async"), "sync", "sync|async")
     """What an acknowledged change survives in the lmdb store: sync, the loss of power; async, that of the process."""
     max_batch_rows: int = _setting(_whole(1), 1024, "N")

@@ -232,15 +232,17 @@ class PassLoop:
         kept_rows = np.ones(work.row_count, np.bool_)
         for index, units in by_job.items():
             start = work.starts[index]
-            kept = self._drop_units(work.jobs[index], units)
+            kept = self._drop_units(work, index, units)
             kept_rows[start : start + len(kept)] = kept
         _compact(work, kept_rows)
 
-    def _drop_units(self, job: Job, units: Sequence[FailedUnit]) -> Mask:
+    def _drop_units(self, work: Pass, index: int, units: Sequence[FailedUnit]) -> Mask:
+        job = work.jobs[index]
         dropped = np.zeros(len(job.members), np.bool_)
+        log.debug("model %s refused inputs: %s", self._name, units[0].cause)
         dropped[[unit.session for unit in units]] = True
         rows = job.row_mask(~dropped)
-        self._drop_members(job, dropped, _refusal(units[0].cause))
+        self._drop_members(job, dropped, _refusal(work, index, units[0]))
         return rows
 
     def _drop_members(self, job: Job, dropped: Mask, error: ServerError) -> None:
@@ -255,9 +257,24 @@ class PassLoop:
             self._completion.release(handles)
 
 
-def _refusal(cause: str) -> ServerError:
-    first = cause.strip().splitlines()[0] if cause.strip() else "no reason given"
-    return InvalidInput(f"inputs must be ones that the model can run; it refused them: {first}")
+def _refusal(work: Pass, index: int, unit: FailedUnit) -> ServerError:
+    # LiteRT's text goes on about nodes, and about failures before this one
+    cause = unit.cause.strip().partition("Node number")[0].strip().splitlines()
+    said = cause[0][:200] if cause else "no reason given"
+    sizes = work.jobs[index].sizes
+    low = int(work.starts[index] + sizes[: unit.session].sum())
+    got = _whole_numbers(work, low, low + int(sizes[unit.session]))
+    return InvalidInput(f"inputs must be ones that the model can run{got}; it refused them: {said}")
+
+
+def _whole_numbers(work: Pass, low: int, high: int) -> str:
+    """What integer inputs hold: an index out of an Embedding's range is the usual reason."""
+    held = [
+        f"input {spec.name!r} holds {array[low:high].min()} to {array[low:high].max()}"
+        for spec, array in zip(work.program.inputs, work.inputs, strict=True)
+        if array.dtype.kind in "iu"
+    ]
+    return f" (an Embedding's indexes within its range, for one); {', '.join(held)}" if held else ""
 
 
 def _collect(work: Pass, index: int, job: Job) -> None:
