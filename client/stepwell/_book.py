@@ -14,6 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from stepwell._frames import Change, Counts, Frame, Gathered, Indexes
+from stepwell._retry import Deadline
+from stepwell._steps import Step
+from stepwell.errors import RevisionConflictError, StepwellError
 from stepwell.v1 import sessions_pb2
 
 
@@ -32,26 +35,64 @@ def new_request_ids(count: int) -> Counts:
 class SessionBook:
     """What this side knows of one session."""
 
-    __slots__ = ("_pending", "batch_size", "fingerprint", "model", "position", "revision", "session_id")
+    __slots__ = (
+        "_in_doubt",
+        "_open",
+        "_pending",
+        "batch_size",
+        "fingerprint",
+        "model",
+        "position",
+        "resumed",
+        "revision",
+        "session_id",
+    )
 
-    def __init__(self, session: sessions_pb2.Session) -> None:
+    def __init__(self, session: sessions_pb2.Session, *, resumed: bool = False) -> None:
         self.session_id = session.session_id
         self.model = session.model
         self.fingerprint = session.model_fingerprint
         self.batch_size = session.batch_size
         self.revision = session.revision
         self.position = session.position
+        self.resumed = resumed
         self._pending: tuple[Change, int] | None = None
+        self._open = False
+        """The last change was begun, and nothing has settled what became of it."""
+        self._in_doubt = False
+        """So it was for some earlier change: the server may be one revision ahead because of it."""
 
     def begin(self, change: Change) -> int:
         """The request id to send a change with."""
         if self._pending is None or self._pending[0] != change:
             self._pending = (change, new_request_id())
+        self._in_doubt |= self._open
+        self._open = True
         return self._pending[1]
+
+    def step(self, change: Change, deadline: Deadline) -> Step:
+        """Begins a step."""
+        return Step(
+            self.model, self.session_id, change, self.batch_size, self.revision, self.begin(change), deadline
+        )
+
+    def failed(self, error: StepwellError) -> StepwellError:
+        """The change has failed; the result is what to raise. Not called for a change that was cancelled."""
+        self._open = getattr(error, "outcome", "not_applied") == "unknown"
+        if self._in_doubt and isinstance(error, RevisionConflictError):
+            return RevisionConflictError(
+                f"{error.message}; an earlier change of this handle ended without an answer and may have been "
+                f"applied: refresh() takes over the server's revision, and the handle goes on from there",
+                expected=error.expected,
+                actual=error.actual,
+                reason=error.reason,
+            )
+        return error
 
     def applied(self, revision: int, position: int) -> None:
         """The change is answered."""
         self._pending = None
+        self._open = self._in_doubt = False
         self.revision = revision
         self.position = position
 

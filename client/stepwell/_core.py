@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from stepwell import _inputs
 from stepwell._book import GroupBook, SessionBook, new_request_id
 from stepwell._flow import Attempter, Flow
-from stepwell._frames import SELECTIONS, Change
+from stepwell._frames import Change
 from stepwell._retry import Clock, Deadline, RetryPolicy
 from stepwell._state import State, States
 from stepwell._tensors import Array, Packed, to_messages, unpack_all
 from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo
 from stepwell.config import ClientConfig, check_timeout
-from stepwell.errors import InvalidInputError, ModelMismatchError, SessionGoneError
+from stepwell.errors import InvalidInputError, ModelMismatchError, SessionGoneError, StepwellError
 from stepwell.v1 import models_pb2, sessions_pb2
 
 _PAGE_SIZE = 10_000
@@ -117,7 +117,7 @@ class Core:
         reply: sessions_pb2.OpenSessionResponse = yield from self.attempter.call(
             "OpenSession", request, deadline, changes=True
         )
-        return SessionBook(reply.session)
+        return SessionBook(reply.session, resumed=reply.resumed)
 
     def open_sessions(
         self,
@@ -189,19 +189,13 @@ class Core:
         return Change("step", _inputs.pack_inputs(inputs, book.batch_size), selection)
 
     def step(self, book: SessionBook, change: Change, deadline: Deadline) -> Flow[Outputs]:
-        """Advances a session by a unary call."""
-        request = sessions_pb2.StepRequest(
-            session_id=book.session_id,
-            inputs=to_messages(change.tensors),
-            expected_revision=book.revision,
-            request_id=book.begin(change),
-            outputs=SELECTIONS[change.outputs],
-        )
-        reply: sessions_pb2.StepResponse = yield from self.attempter.call(
-            "Step", request, deadline, changes=True
-        )
-        book.applied(reply.revision, reply.position)
-        return selected(unpack_all(reply.outputs), change.outputs)
+        """Advances a session."""
+        try:
+            revision, position, outputs = yield from self.attempter.step(book.step(change, deadline))
+        except StepwellError as error:
+            raise book.failed(error) from None
+        book.applied(revision, position)
+        return selected(outputs, change.outputs)
 
     def reset_states(
         self, book: SessionBook, states: States | None, rows: Iterable[int] | None, deadline: Deadline
@@ -220,9 +214,12 @@ class Core:
             expected_revision=book.revision,
             request_id=book.begin(change),
         )
-        reply: sessions_pb2.ResetStatesResponse = yield from self.attempter.call(
-            "ResetStates", request, deadline, changes=True
-        )
+        try:
+            reply: sessions_pb2.ResetStatesResponse = yield from self.attempter.call(
+                "ResetStates", request, deadline, changes=True
+            )
+        except StepwellError as error:
+            raise book.failed(error) from None
         book.applied(reply.revision, reply.position)
 
     def get_state(self, session_id: str, deadline: Deadline) -> Flow[State]:

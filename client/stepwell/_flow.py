@@ -1,4 +1,6 @@
-"""What the core asks of its shells: one call, one pause, one exchange of a frame.
+"""What the core asks of its shells: one call, one step, one pause, one exchange of a frame.
+
+A `Step` asks for one attempt of itself, as a call of its own or in company; the answer is a `Stepped`.
 
 Every operation is a generator that yields such an ask and receives its answer, or has the error thrown
 into it. The sync and the async client drive the same generators, each with its own way of waiting.
@@ -14,6 +16,7 @@ from google.protobuf.message import Message
 
 from stepwell._frames import Frame, Part
 from stepwell._retry import Attempts, Deadline, RetryPolicy
+from stepwell._steps import Step, Stepped
 from stepwell.errors import InvalidInputError, StepwellError
 from stepwell.v1 import sessions_pb2
 
@@ -55,7 +58,7 @@ class Exchange:
 
 
 T = TypeVar("T")
-Ask: TypeAlias = Call | Pause | Exchange
+Ask: TypeAlias = Call | Step | Pause | Exchange
 Flow: TypeAlias = Generator[Ask, Any, T]
 
 
@@ -117,18 +120,42 @@ class Attempter:
             changes: The call changes something, so that an error must tell its outcome.
         """
         check_size(rpc, request, self._max_message_bytes)
-        attempts = Attempts(self._policy, deadline, changes=changes)
+
+        def ask() -> Call:
+            return Call(rpc, request, deadline.grpc_timeout_s())
+
+        return (yield from self._answered(ask, Attempts(self._policy, deadline, changes=changes)))
+
+    def step(self, step: Step) -> Flow[Stepped]:
+        """A step with its retries."""
+        return self._answered(lambda: step, Attempts(self._policy, step.deadline, changes=True))
+
+    def unary(self, step: Step) -> Call:
+        """A step as a call of its own.
+
+        Raises:
+            InvalidInputError: It is over the limit.
+        """
+        request = step.request()
+        check_size("Step", request, self._max_message_bytes)
+        return Call("Step", request, step.deadline.grpc_timeout_s())
+
+    def _answered(self, ask: Callable[[], Ask], attempts: Attempts) -> Flow[Any]:
         while True:
             try:
-                return (yield Call(rpc, request, deadline.grpc_timeout_s()))
+                return (yield ask())
             except StepwellError as error:
                 delay_s = attempts.failed(error)
             yield Pause(delay_s)
             attempts.woke()
 
+    def ask(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Exchange:
+        """One round of a frame, to be asked."""
+        return Exchange(frame, deadline, on_part, self._max_message_bytes)
+
     def exchange(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Flow[None]:
         """A frame with its retries, until every member of it is applied or failed for good."""
-        ask = Exchange(frame, deadline, on_part, self._max_message_bytes)
+        ask = self.ask(frame, deadline, on_part)
         attempts = Attempts(self._policy, deadline, changes=True)
         try:
             while (error := (yield from _round(ask))) is not None:

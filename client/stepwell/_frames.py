@@ -164,6 +164,13 @@ class Frame:
         waiting = list(self._waiting.values())
         return max(waiting, key=lambda error: getattr(error, "retry_after_s", 0.0), default=None)
 
+    def left(self) -> Part:
+        """After a round: settles the members that might be sent again as failed, each with its own error."""
+        open_ = np.flatnonzero(self._open)
+        self._open[:] = False
+        none = np.zeros(0, np.uint64)
+        return Part(open_[:0], none, none, {}, {i: self._waiting[i] for i in open_.tolist()})
+
     def give_up(self, error: errors.StepwellError) -> Part:
         """Settles the remaining members as failed."""
         left = np.flatnonzero(self._open)

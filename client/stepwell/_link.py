@@ -1,19 +1,21 @@
 """The stream of a sync client: frames out, parts of their replies in.
 
-One thread reads the open stream and hands each part to the caller that waits for it. It ends with the
-stream; a link opens a new stream when it is next used.
+One thread reads the open stream and hands each part to the caller that waits for it, or to the sink that
+a frame was posted with. It ends with the stream; a link opens a new stream when it is next used.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import math
+import os
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -22,10 +24,14 @@ from stepwell._flow import Exchange
 from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2, sessions_pb2_grpc
 
-Inbox = queue.SimpleQueue[sessions_pb2.StepStreamResponse | StepwellError]
+Answer: TypeAlias = sessions_pb2.StepStreamResponse | StepwellError
+Inbox = queue.SimpleQueue[Answer]
+Sink = Callable[[Answer], None]
 
 # A reader thread must not outlive the interpreter's machinery under it.
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
+# The threads of a parent are not a forked child's to end.
+os.register_at_fork(after_in_child=_links.clear)
 
 
 class Link:
@@ -36,6 +42,7 @@ class Link:
         self._lock = threading.Lock()
         self._stream: _Stream | None = None
         self._closed = False
+        self._loss: weakref.finalize[[], Link] | None = None
         _links.add(self)
 
     def exchange(self, ask: Exchange) -> None:
@@ -44,14 +51,33 @@ class Link:
         Raises:
             StepwellError: The stream broke or the time limit passed; what was not answered is unknown.
         """
-        stream = self._open_stream()
-        frame_id, inbox = stream.register()
+        inbox = Inbox()
+        forget = self.post(ask, inbox.put)
         try:
-            stream.send(ask.request(frame_id))
             while not ask.frame.round_over:
                 ask.on_part(ask.frame.accept(_receive(inbox, ask)))
         finally:
-            stream.forget(frame_id)
+            forget()
+
+    def post(self, ask: Exchange, sink: Sink) -> Callable[[], None]:
+        """Sends a frame without waiting for its reply.
+
+        Args:
+            ask: The frame; taking in its reply is the sink's affair.
+            sink: Called with each part of the reply, or with why no more will come, until it is forgotten:
+                by the thread that reads, so it must neither block nor raise.
+
+        Returns:
+            What ends the sink's job. It must be called when the round is over.
+
+        Raises:
+            StepwellError: Nothing was sent, and the sink is not called.
+        """
+        stream = self._open_stream()
+        frame_id = stream.new_frame_id()
+        request = ask.request(frame_id)
+        stream.send(frame_id, request, sink)
+        return functools.partial(stream.forget, frame_id)
 
     def _open_stream(self) -> _Stream:
         with self._lock:
@@ -59,7 +85,15 @@ class Link:
                 raise _channel.closed()
             if self._stream is None or self._stream.error is not None:
                 self._stream = _Stream(self._stub)
+                self._on_loss(self._stream.hang_up)
             return self._stream
+
+    def _on_loss(self, hang_up: Callable[[], None]) -> None:
+        # A link that nobody closed takes its stream along, and with it the thread.
+        if self._loss is not None:
+            self._loss.detach()
+        self._loss = weakref.finalize(self, hang_up)
+        self._loss.atexit = False
 
     def close(self) -> None:
         """Ends the stream; callers that wait get an error."""
@@ -86,7 +120,7 @@ class _Stream:
 
     def __init__(self, stub: sessions_pb2_grpc.SessionServiceStub) -> None:
         self._outbox: queue.SimpleQueue[sessions_pb2.StepStreamRequest | None] = queue.SimpleQueue()
-        self._inboxes: dict[int, Inbox] = {}
+        self._sinks: dict[int, Sink] = {}
         self._lock = threading.Lock()
         self._frame_ids = itertools.count(1)
         self.error: StepwellError | None = None
@@ -98,31 +132,38 @@ class _Stream:
         while (request := self._outbox.get()) is not None:
             yield request
 
-    def register(self) -> tuple[int, Inbox]:
-        """An id for a frame, and where the parts of its reply will be."""
-        frame_id, inbox = next(self._frame_ids), Inbox()
-        with self._lock:
-            self._inboxes[frame_id] = inbox
-            if self.error is not None:
-                inbox.put(self.error)
-        return frame_id, inbox
+    def new_frame_id(self) -> int:
+        """An id for a frame."""
+        return next(self._frame_ids)
 
     def forget(self, frame_id: int) -> None:
         """Nobody waits for this frame any more."""
         with self._lock:
-            self._inboxes.pop(frame_id, None)
+            self._sinks.pop(frame_id, None)
 
-    def send(self, request: sessions_pb2.StepStreamRequest) -> None:
-        self._outbox.put(request)
+    def send(self, frame_id: int, request: sessions_pb2.StepStreamRequest, sink: Sink) -> None:
+        """Queues a frame; `sink` gets the parts of its reply, or why there are none."""
+        with self._lock:
+            error = self.error
+            if error is None:
+                self._sinks[frame_id] = sink
+        if error is None:
+            self._outbox.put(request)
+        else:
+            sink(error)
+
+    def hang_up(self) -> None:
+        """Says that no more frames will come; the server then ends the call, and the reader ends with it."""
+        self._outbox.put(None)
 
     def _read(self) -> None:
         error: StepwellError = UnavailableError("the server ended the stream")
         try:
             for response in self._call:
                 with self._lock:
-                    inbox = self._inboxes.get(response.frame_id)
-                if inbox is not None:
-                    inbox.put(response)
+                    sink = self._sinks.get(response.frame_id)
+                if sink is not None:
+                    sink(response)
         except grpc.RpcError as failed:
             error = _channel.translate(failed)
         finally:
@@ -131,14 +172,14 @@ class _Stream:
     def _end(self, error: StepwellError) -> None:
         with self._lock:
             self.error = error
-            inboxes = list(self._inboxes.values())
-        self._outbox.put(None)
-        for inbox in inboxes:
-            inbox.put(error)
+            sinks = list(self._sinks.values())
+        self.hang_up()
+        for sink in sinks:
+            sink(error)
 
     def close(self) -> None:
         """Ends the call and waits for the reader."""
-        self._outbox.put(None)
+        self.hang_up()
         self._call.cancel()
         self._reader.join()
 

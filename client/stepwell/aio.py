@@ -23,6 +23,7 @@ from stepwell._frames import Change
 from stepwell._group_core import GroupCore
 from stepwell._retry import Deadline
 from stepwell._state import State, States
+from stepwell._steps import Step, read
 from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo
 from stepwell._wires import Wires
 from stepwell.aio_group import AsyncSessionGroup
@@ -301,6 +302,8 @@ class AsyncClient:
     async def _answer(self, ask: Ask) -> Any:
         if isinstance(ask, Call):
             return await self._wires.transport.invoke(ask)
+        if isinstance(ask, Step):
+            return read(await self._wires.transport.invoke(self._core.attempter.unary(ask)))
         if isinstance(ask, Exchange):
             return await self._wires.link.exchange(ask)
         try:

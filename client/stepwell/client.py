@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from types import TracebackType
@@ -9,10 +10,12 @@ from typing import Any, Self, TypeVar
 
 from stepwell import _channel
 from stepwell._core import Core
-from stepwell._flow import Ask, Call, Exchange, Flow, drive
+from stepwell._flow import Ask, Attempter, Call, Exchange, Flow, drive
 from stepwell._group_core import GroupCore
 from stepwell._link import Link
+from stepwell._sender import Sender
 from stepwell._state import State, States
+from stepwell._steps import Step, Stepped, read
 from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo
 from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig, server_address
 from stepwell.group import SessionGroup
@@ -26,6 +29,7 @@ def connect(
     *,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    coalesce: bool = True,
 ) -> Client:
     """A client of the server at `address`. The connection itself is made by the first call.
 
@@ -34,6 +38,9 @@ def connect(
         timeout_s: Time limit of each call over all its attempts, in seconds, unless the call is given
             another; `math.inf` for none.
         max_message_bytes: Largest message to send or receive.
+        coalesce: Steps that several threads make at the same time leave together as one message, which is
+            where throughput comes from; a step made alone is a call of its own. False: each step is a call
+            of its own.
 
     Raises:
         InvalidInputError: An argument, or the variable, breaks its rule.
@@ -43,7 +50,7 @@ def connect(
         ...     [model.name for model in client.models()]
         ['forecast']
     """
-    return Client(ClientConfig(server_address(address), timeout_s, max_message_bytes))
+    return Client(ClientConfig(server_address(address), timeout_s, max_message_bytes), coalesce=coalesce)
 
 
 class Client:
@@ -62,11 +69,16 @@ class Client:
         (1, 1)
     """
 
-    def __init__(self, config: ClientConfig) -> None:
+    def __init__(self, config: ClientConfig, *, coalesce: bool = True) -> None:
         self._config = config
         self._core = Core(config)
         self._transport = _channel.SyncTransport(config)
         self._link = Link(self._transport.sessions)
+        # Room for outputs that are larger than the inputs.
+        frame_bytes = config.max_message_bytes // 4
+        unary = functools.partial(_unary, self._transport, self._core.attempter)
+        self._sender = Sender(self._link, self._core.attempter, unary, frame_bytes)
+        self._step = self._sender.step if coalesce else unary
         self._closing = threading.Event()
 
     @property
@@ -236,6 +248,7 @@ class Client:
         """
         self._closing.set()
         self._transport.is_closed = True
+        self._sender.close()
         self._link.close()
         self._transport.close()
 
@@ -254,8 +267,14 @@ class Client:
     def _answer(self, ask: Ask) -> Any:
         if isinstance(ask, Call):
             return self._transport.invoke(ask)
+        if isinstance(ask, Step):
+            return self._step(ask)
         if isinstance(ask, Exchange):
             return self._link.exchange(ask)
         if self._closing.wait(ask.seconds):
             raise _channel.closed()
         return None
+
+
+def _unary(transport: _channel.SyncTransport, attempter: Attempter, step: Step) -> Stepped:
+    return read(transport.invoke(attempter.unary(step)))

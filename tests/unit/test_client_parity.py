@@ -63,8 +63,7 @@ def test_what_does_io_is_awaited(sync: type, aio: type) -> None:
 
 def test_same_connect() -> None:
     ours = inspect.signature(stepwell.connect).parameters
-    theirs = dict(inspect.signature(stepwell.aio.connect).parameters)
-    assert theirs.pop("coalesce").default is True
+    theirs = inspect.signature(stepwell.aio.connect).parameters
     assert list(ours.values()) == list(theirs.values())
 
 

@@ -1,0 +1,167 @@
+"""Steps of single sessions as values, and what it takes to send many of them as one frame. No I/O.
+
+Shared by both clients: the async one gathers the steps of many tasks (`_coalesce`), the sync one those of
+many threads (`_sender`).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+
+from stepwell._frames import SELECTIONS, Change, Frame, Part
+from stepwell._retry import Deadline
+from stepwell._tensors import Array, to_messages, unpack_all
+from stepwell.errors import StepwellError
+from stepwell.v1 import sessions_pb2
+
+Stepped: TypeAlias = tuple[int, int, dict[str, Array]]
+"""Revision and position after a step, and its outputs by name."""
+
+#: About what a member takes in a frame besides its inputs.
+_MEMBER_BYTES = 64
+
+
+class Step(NamedTuple):
+    """One step of one session: the same in every attempt."""
+
+    model: str
+    session_id: str
+    change: Change
+    rows: int
+    expected: int
+    """Revision the session must have."""
+    request_id: int
+    deadline: Deadline
+
+    def request(self) -> sessions_pb2.StepRequest:
+        """The message of a call of its own."""
+        return sessions_pb2.StepRequest(
+            session_id=self.session_id,
+            inputs=to_messages(self.change.tensors),
+            expected_revision=self.expected,
+            request_id=self.request_id,
+            outputs=SELECTIONS[self.change.outputs],
+        )
+
+    def input_bytes(self) -> int:
+        """Size of its inputs."""
+        return sum([len(tensor.data) for tensor in self.change.tensors])
+
+    def kind(self) -> Hashable:
+        """What steps must have in common to share a frame: all but their rows."""
+        signature = tuple([(tensor.name, tensor.dtype, tensor.shape[1:]) for tensor in self.change.tensors])
+        return self.model, self.change.outputs, signature
+
+
+def read(response: sessions_pb2.StepResponse) -> Stepped:
+    """The answer to a step that was a call of its own."""
+    return response.revision, response.position, unpack_all(response.outputs)
+
+
+class Member(Protocol):
+    """A step on its way, and who waits for it."""
+
+    @property
+    def step(self) -> Step:
+        """What it is."""
+
+    def settle(self, stepped: Stepped) -> None:
+        """It was applied. Does nothing if it is settled already, or nobody waits any more."""
+
+    def fail(self, error: BaseException) -> None:
+        """It was not, or nobody knows. Does nothing if it is settled already."""
+
+
+M = TypeVar("M", bound=Member)
+
+
+class Gathering(Generic[M]):
+    """Members, sorted by the frame they may leave in."""
+
+    def __init__(self) -> None:
+        self._groups: dict[Hashable, dict[str, M]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def add(self, member: M, limit: Hashable) -> None:
+        """Puts a member with its like.
+
+        Args:
+            member: The member.
+            limit: Its time limit, roughly: a frame has one for all.
+        """
+        # A frame names a session once: another handle's step of the same session goes in a frame of its own.
+        nth, kind, session_id = 0, member.step.kind(), member.step.session_id
+        while session_id in (group := self._groups.setdefault((kind, limit, nth), {})):
+            nth += 1
+        group[session_id] = member
+
+    def frames(self, max_bytes: int) -> Iterator[list[M]]:
+        """The members frame by frame, each with inputs of at most `max_bytes`, or a single member."""
+        for group in self._groups.values():
+            members = list(group.values())
+            begin, size = 0, 0
+            for i, member in enumerate(members):
+                own = member.step.input_bytes() + _MEMBER_BYTES
+                if i > begin and size + own > max_bytes:
+                    yield members[begin:i]
+                    begin, size = i, 0
+                size += own
+            yield members[begin:]
+
+
+def latest(members: Sequence[Member]) -> Deadline:
+    """The time limit of a frame: none of its members may be cut short."""
+    return max((member.step.deadline for member in members), key=Deadline.remaining_s)
+
+
+def framed(members: Sequence[Member]) -> Frame:
+    """The frame of members that are alike."""
+    steps = [member.step for member in members]
+    change = steps[0].change
+    if len(steps) > 1:
+        change = dataclasses.replace(change, tensors=_joined([step.change for step in steps]))
+    return Frame(
+        change,
+        [step.session_id for step in steps],
+        np.array([step.rows for step in steps], np.intp),
+        np.array([step.expected for step in steps], np.uint64),
+        np.array([step.request_id for step in steps], np.uint64),
+    )
+
+
+def _joined(changes: Sequence[Change]) -> tuple[Any, ...]:
+    joined = []
+    for i, first in enumerate(changes[0].tensors):
+        tensors = [change.tensors[i] for change in changes]
+        rows = sum(tensor.shape[0] for tensor in tensors)
+        data = b"".join([tensor.data for tensor in tensors])
+        joined.append(first._replace(shape=(rows, *first.shape[1:]), data=data))
+    return tuple(joined)
+
+
+def answer(members: Sequence[Member], part: Part) -> None:
+    """Hands a part of a frame's reply to the members it is for."""
+    start = 0
+    settled = zip(part.applied.tolist(), part.revisions.tolist(), part.positions.tolist(), strict=True)
+    for i, revision, position in settled:
+        end = start + members[i].step.rows
+        # Copies: an output that one caller keeps must not keep all its neighbours' outputs alive.
+        outputs = {name: array[start:end].copy() for name, array in part.outputs.items()}
+        members[i].settle((revision, position, outputs))
+        start = end
+    for i, error in part.failures.items():
+        members[i].fail(error)
+
+
+def abandon(members: Sequence[Member], error: BaseException) -> None:
+    """Fails whoever still waits."""
+    for member in members:
+        # Each caller gets an exception object of its own: raising one writes to it.
+        member.fail(copy.copy(error) if isinstance(error, StepwellError) else error)
