@@ -93,7 +93,7 @@ breaking: $(INSTALLED) ## Does the protocol break clients of the last release (o
 	$(BIN)/buf breaking --against '.git#ref=$(AGAINST)'
 
 .PHONY: proto
-proto: $(INSTALLED) ## Generate client/stepwell/v1 from proto/
+proto: $(INSTALLED) ## Generate the protocols' code from proto/
 	$(BIN)/buf format --write
 	$(BIN)/python scripts/proto.py
 

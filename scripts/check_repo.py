@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_MODULE_LINES = 600
-GENERATED = "client/stepwell/v1/"
+GENERATED = ("client/stepwell/v1/", "server/stepwell_server/rpc/triton/inference/")
 LOCK_FILES = {"uv.lock", "poetry.lock", "pdm.lock", "package-lock.json", "yarn.lock", "pnpm-lock.yaml"}
 REGISTRY_HOSTS = re.compile(
     r"pypi\.org|pythonhosted\.org|registry\.npmjs\.org|[-]-(?:extra-)?index-url|\"resolved\": \"http|/simple/?['\"\s]"
