@@ -1,0 +1,107 @@
+"""Starts `driver.py` as a process of its own, and knows how far it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from support.driver import Mix
+
+_TESTS = Path(__file__).resolve().parent.parent
+_STOP_S = 90.0
+
+
+class DriverProcess:
+    """A driver of its own process; ends with its block, by `stop`, by `kill`, or with this process."""
+
+    def __init__(
+        self,
+        address: str,
+        history: Path,
+        seed: int,
+        *,
+        mix: Mix | None = None,
+        pause_s: float = 0.02,
+        hurry: bool = True,
+    ) -> None:
+        options = dataclasses.asdict(mix or Mix())
+        command = [
+            sys.executable,
+            "-m",
+            "support.driver",
+            "--address",
+            address,
+            "--history",
+            os.fspath(history),
+        ]
+        command += ["--seed", str(seed), "--pause-s", str(pause_s), *(["--hurry"] if hurry else [])]
+        command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        self._process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([os.fspath(_TESTS), *_paths()])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self._acknowledged = 0
+        self._ended = False
+        self._more = threading.Condition()
+        self._reader = threading.Thread(target=self._count, daemon=True)
+        self._reader.start()
+
+    @property
+    def acknowledged(self) -> int:
+        """Changes so far."""
+        return self._acknowledged
+
+    def wait_acknowledged(self, more: int, timeout_s: float = 60.0) -> None:
+        """Wait until so many more changes are acknowledged."""
+        wanted = self._acknowledged + more
+        with self._more:
+            there = self._more.wait_for(lambda: self._acknowledged >= wanted or self._ended, timeout_s)
+        assert there, (
+            f"{self._acknowledged} changes were acknowledged in {timeout_s:g} s, {wanted} were expected"
+        )
+        assert not self._ended, "the driver has ended by itself"
+
+    def stop(self) -> None:
+        """Let it finish what is under way and read everything; fail if it cannot."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        assert self._process.wait(_STOP_S) == 0, "the driver has failed; see what it wrote on stderr"
+
+    def kill(self) -> None:
+        """Kill it with whatever it has under way."""
+        self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        self._reader.join()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def _count(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as dots:
+            while found := os.read(dots.fileno(), 65536):
+                with self._more:
+                    self._acknowledged += len(found)
+                    self._more.notify_all()
+        with self._more:
+            self._ended = True
+            self._more.notify_all()
+
+
+def _paths() -> list[str]:
+    return [path for path in [os.environ.get("PYTHONPATH", "")] if path]
