@@ -1,0 +1,154 @@
+"""A TCP proxy that treats connections badly, drawn from a seed.
+
+It forwards bytes between clients and one server on the loopback, and of each connection it decides when it is
+accepted what becomes of it: refused, dropped after some bytes (by a reset or by an end in good order), cut in the middle
+of a piece, held up now and then, or doubled: what the client sends goes to the server by two connections, and the
+answers of the second one are thrown away, so that every change on it comes to the server twice. Only what is clean
+lasts; everything else ends after some bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import random
+import socket
+import threading
+from types import TracebackType
+from typing import Literal, Self
+
+Fate = Literal["clean", "refuse", "drop", "truncate", "delay", "double"]
+_PIECE = 4096
+_LONGEST_DELAY_S = 0.15
+_BYTES_LOG_MEDIAN = 9.5  # 13 kB
+
+
+@dataclasses.dataclass
+class _Plan:
+    """What becomes of one connection."""
+
+    fate: Fate
+    chance: random.Random
+    left: int
+    """Bytes, of both directions, until its end."""
+
+
+class Proxy:
+    """Context manager; runs in a thread of its own.
+
+    Args:
+        target: HOST:PORT of the server.
+        seed: what is drawn is drawn from this.
+        fates: what may become of a connection, each as likely as it is often in here.
+    """
+
+    def __init__(self, target: str, seed: int, fates: tuple[Fate, ...] = ("clean",)) -> None:
+        self._host, _, port = target.rpartition(":")
+        self._port = int(port)
+        self._chance = random.Random(seed)
+        self._fates = fates
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, name="proxy", daemon=True)
+        self._open: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.seen: collections.Counter[str] = collections.Counter()
+        """What was done, how often."""
+        # Bound here, so that the address is known and nobody is refused from now on.
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def be(self, *fates: Fate) -> None:
+        """From now on treat connections so; those that are open are dropped."""
+
+        def change() -> None:
+            self._fates = fates
+            for writer in tuple(self._open):
+                writer.transport.abort()
+
+        self._loop.call_soon_threadsafe(change)
+
+    def _serve(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner, contextlib.suppress(RuntimeError):
+            # Stopping the loop ends the run with a RuntimeError; the runner then cancels what is left.
+            runner.run(self._accept())
+
+    async def _accept(self) -> None:
+        async with await asyncio.start_server(self._connected, sock=self._socket) as server:
+            await server.serve_forever()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        fate = self._chance.choice(self._fates)
+        chance = random.Random(self._chance.getrandbits(32))
+        plan = _Plan(fate, chance, int(chance.lognormvariate(_BYTES_LOG_MEDIAN, 1.5)))
+        self.seen[fate] += 1
+        self._open.add(writer)
+        try:
+            if fate != "refuse":
+                await self._forward(plan, reader, writer)
+        finally:
+            self._open.discard(writer)
+            self._end(plan, writer)
+
+    async def _forward(self, plan: _Plan, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            servers = []
+            for _ in range(2 if plan.fate == "double" else 1):
+                try:
+                    servers.append(await asyncio.open_connection(self._host, self._port))
+                except OSError:
+                    return  # the server is down: the client sees its connection end
+                stack.callback(servers[-1][1].transport.abort)
+            first, *others = servers
+            pumps = [self._pump(plan, reader, [server[1] for server in servers])]
+            pumps.append(self._pump(plan, first[0], [writer]))
+            drains = [asyncio.ensure_future(self._pump(plan, other[0], [])) for other in others]
+            both = [asyncio.ensure_future(pump) for pump in pumps]
+            try:
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (*both, *drains):
+                    task.cancel()
+                await asyncio.gather(*both, *drains, return_exceptions=True)
+
+    async def _pump(
+        self, plan: _Plan, reader: asyncio.StreamReader, writers: list[asyncio.StreamWriter]
+    ) -> None:
+        """Forward one direction until it ends or its plan says so."""
+        with contextlib.suppress(OSError):
+            while piece := await reader.read(_PIECE):
+                if plan.fate == "delay" and plan.chance.random() < 0.1:
+                    await asyncio.sleep(plan.chance.uniform(0, _LONGEST_DELAY_S))
+                plan.left -= len(piece)
+                if plan.left < 0 and plan.fate != "clean":
+                    if plan.fate == "truncate":
+                        await self._send(piece[: plan.chance.randrange(len(piece))], writers)
+                    return
+                await self._send(piece, writers)
+
+    async def _send(self, piece: bytes, writers: list[asyncio.StreamWriter]) -> None:
+        for at, writer in enumerate(writers):
+            try:
+                writer.write(piece)
+                await writer.drain()
+            except OSError:
+                if at == 0:  # the second server connection may end when it likes
+                    raise
+
+    def _end(self, plan: _Plan, writer: asyncio.StreamWriter) -> None:
+        """A reset, or an end in good order."""
+        if plan.chance.random() < 0.5:
+            writer.transport.abort()
+        else:
+            writer.close()
