@@ -205,6 +205,23 @@ async def test_plain_steps_take_the_lane(threads: bool) -> None:
     assert [reply.revisions[0] for reply in parsed(replies)] == [1 + i // 2 for i in range(20)]
 
 
+@BOTH_WAYS
+async def test_steps_as_the_sdk_sends_them_take_the_lane(threads: bool) -> None:
+    """With everything that `stepwell._frames` fills in."""
+
+    async def scenario(at: Streams) -> None:
+        await at.at.open("a")
+        await at.at.open("big", batch_size=2)
+        for number in range(3):
+            fields: dict[str, Any] = {"expected_revisions": [number], "request_ids": [7 + number]}
+            at.send(message(1 + number, "a", **fields, batch_sizes=[1], outputs=ALL, timeout_ms=29_000))
+        at.send(message(4, "a", batch_sizes=[2]), message(5, "big", batch_sizes=[1]))
+
+    (replies,) = await alike(scenario, threads=threads, taken=4)
+    assert [list(reply.revisions) for reply in parsed(replies)[:3]] == [[1], [2], [3]]
+    assert reasons(replies)[3:] == ["INVALID_INPUT", "INVALID_INPUT"]
+
+
 @pytest.mark.parametrize("between", ["none", "general", "same key"])
 async def test_steps_of_one_session_keep_their_order_across_layouts(between: str) -> None:
     async def scenario(at: Streams) -> None:
@@ -417,6 +434,7 @@ async def test_more_than_may_wait_is_refused_both_ways() -> None:
         await at.at.open(*ids, "busy")
         at.send(message(1, ids[0]))
         await at.turns()
+        await at.at.settled()
         await at.busy()
         for i, session_id in enumerate(ids):
             at.send(message(100 + i, session_id))

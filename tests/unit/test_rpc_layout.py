@@ -39,6 +39,8 @@ def plain(draw: Any) -> bytes:
         step.expected_revisions.append(draw(U64))
     if draw(st.booleans()):
         step.request_ids.append(draw(U64))
+    if draw(st.booleans()):
+        step.batch_sizes.append(1)
     step.outputs = draw(st.integers(0, 3))
     step.timeout_ms = draw(st.one_of(st.just(0), st.integers(1, 2**32 - 1)))
     raw: bytes = pb.StepStreamRequest(
@@ -116,7 +118,9 @@ def full(**fields: Any) -> pb.StepStreamRequest:
     return pb.StepStreamRequest(frame_id=300, step=pb.StepFrame(**{**step, **fields}))
 
 
-@pytest.mark.parametrize("fields", [{}, {"timeout_ms": 300}, {"request_ids": []}, {"expected_revisions": []}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"timeout_ms": 300, "batch_sizes": [1]}, {"request_ids": []}, {"expected_revisions": []}]
+)
 def test_every_byte_changed_in_every_way(fields: dict[str, Any]) -> None:
     raw = full(**fields).SerializeToString()
     layout = learn(raw)
@@ -171,7 +175,7 @@ def _request(step: bytes, before: bytes = b"", after: bytes = b"") -> bytes:
         pb.StepStreamRequest(frame_id=1).SerializeToString(),
         full(session_ids=[]).SerializeToString(),
         full(session_ids=["a", "b"]).SerializeToString(),
-        full(batch_sizes=[1]).SerializeToString(),
+        full(batch_sizes=[2]).SerializeToString(),
         full(expected_revisions=[1, 2]).SerializeToString(),
         full(request_ids=[1, 2]).SerializeToString(),
         pb.StepStreamRequest(reset=pb.ResetFrame(session_ids=["a"])).SerializeToString(),

@@ -26,6 +26,8 @@ U64 = npt.NDArray[np.uint64]
 
 _VARINT, _FIXED64, _LENGTH = 0, 1, 2
 _LARGEST_MESSAGE = 16 * 1024
+#: `batch_sizes` of one session of one row, packed.
+_ONE_ROW = b"\x01"
 _REQUEST = pb.StepStreamRequest.DESCRIPTOR.fields_by_name
 _FRAME = pb.StepFrame.DESCRIPTOR.fields_by_name
 _TENSOR = tensors_pb2.Tensor.DESCRIPTOR.fields_by_name
@@ -148,6 +150,8 @@ def _walk_frame(raw: bytes, frame: Span, found: _Found) -> None:
             found.request_id = span
         elif number == numbers["timeout_ms"] and wire == _VARINT:
             found.timeout = span
+        elif number == numbers["batch_sizes"] and raw[span.start : span.stop] == _ONE_ROW:
+            pass  # the same for each plain step, so it is among the bytes that do not vary
         elif number != numbers["outputs"] or wire != _VARINT:
             raise _NotPlain
 

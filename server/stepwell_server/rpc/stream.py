@@ -1,8 +1,7 @@
 """StepStream: frames in, parts of their replies out.
 
-Two coroutines serve a stream, none is made per message. The reader parses a frame and submits it; the
-engine hands over the parts of its reply, some before `submit` returns; the writer sends them.
-When parts are there right after a `submit`, the reader sends them itself and saves a turn of the loop.
+One task reads; none is made per message. It parses a frame and submits it; the engine hands over the parts
+of its reply, some before `submit` returns, and each is written from there: see `outbox`.
 
 What a stream holds is bounded: with too many frames, or too many bytes of requests and of replies to
 come, not yet written to the client, reading stops until some are. A client that does not read its
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections import deque
 from typing import TYPE_CHECKING
 
 import grpc.aio
@@ -25,6 +23,7 @@ from stepwell_server.logs import Log
 from stepwell_server.rpc import frames
 from stepwell_server.rpc.boundary import parse
 from stepwell_server.rpc.fastlane import FastLane
+from stepwell_server.rpc.outbox import Outbox
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
     from stepwell_server.rpc.sizes import ReplySizes
 
 _log = Log("rpc.stream")
+#: In place of what a frame holds, with a part that is not its last.
+_NOT_LAST = -1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,14 +96,15 @@ class FrameStream:
         self._broken: ServerError | None = None
         self._held_frames = 0
         self._held_bytes = 0
-        self._replies: deque[tuple[int, bytes]] = deque()
-        self._is_writing = False
+        self._outbox = Outbox(context.write, self._release, self._progressed)
         self._is_stopping = False
+        self._is_ending = False
+        """Stopping, broken, or read to the end: what is answered now may be the last."""
         self.is_over = False
-        self._work = asyncio.Event()
-        """For the writer: something may be there to write, or the stream may end."""
-        self._room = asyncio.Event()
-        """For the reader: something was written."""
+        self._reader: asyncio.Task[None] | None = None
+        self._end: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+        self._room: asyncio.Future[None] | None = None
+        """The reader waits for something to be written."""
 
     async def run(self, deadline: float) -> None:
         """Serve the stream to its end.
@@ -112,58 +114,67 @@ class FrameStream:
             Unavailable: the server is stopping, and all frames are answered.
         """
         self.deadline = deadline
-        reader = asyncio.create_task(self._read())
-        reader.add_done_callback(lambda _: self._work.set())
+        self._reader = asyncio.create_task(self._read())
+        self._reader.add_done_callback(lambda _: self._begin_end())
         try:
-            await self._write(reader)
+            error = await self._end
+            if error is not None:
+                raise error
         finally:
             self.is_over = True
-            reader.cancel()
+            self._reader.cancel()
             self._cancel_frames()
+            self._outbox.close()
             # Its own error, if it has one, has either ended the stream or comes too late to matter.
-            await asyncio.gather(reader, return_exceptions=True)
+            await asyncio.gather(self._reader, return_exceptions=True)
 
     def stop(self) -> None:
         """End the stream with UNAVAILABLE as soon as its frames are answered."""
         self._is_stopping = True
-        self._work.set()
+        self._begin_end()
 
     async def _read(self) -> None:
-        read, take = self._context.read, self._lane.take
+        read, take, limits = self._context.read, self._lane.take, self._limits
         while (raw := await read()) is not grpc.aio.EOF:
             if not take(self, raw):
                 self._accept(raw)
-            if self._replies and not self._is_writing:
-                await self._flush()
-            while self._is_full():
-                self._room.clear()
-                await self._room.wait()
+            if self._held_frames >= limits.frames or self._held_bytes >= limits.bytes:
+                await self._wait_for_room()
 
-    async def _write(self, reader: asyncio.Task[None]) -> None:
-        while True:
-            if self._replies and not self._is_writing:
-                await self._flush()
-            if self._broken is not None:
-                raise self._broken
-            if reader.done() and not (self._pending and _ended_well(reader)):
-                return reader.result()
-            if self._is_stopping and not self._pending and not self._is_writing:
-                raise Unavailable("the server is stopping")
-            self._work.clear()
-            await self._work.wait()
+    async def _wait_for_room(self) -> None:
+        self._outbox.look()
+        while self._held_frames >= self._limits.frames or self._held_bytes >= self._limits.bytes:
+            self._outbox.watch()
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
 
-    async def _flush(self) -> None:
-        self._is_writing = True
-        try:
-            while self._replies:
-                held, reply = self._replies.popleft()
-                await self._context.write(reply)
-                if held >= 0:
-                    self._release(held)
-        finally:
-            self._is_writing = False
-            if self._is_stopping:
-                self._work.set()
+    def _begin_end(self) -> None:
+        self._is_ending = True
+        self._end_if_due()
+
+    def _end_if_due(self) -> None:
+        """End the stream if it should and everything that was answered is written."""
+        if self._end.done():
+            return
+        if not self._outbox.look():
+            self._outbox.watch()
+            return
+        reader = self._reader
+        if self._outbox.error is not None:
+            self._end.set_result(self._outbox.error)
+        elif self._broken is not None:
+            self._end.set_result(self._broken)
+        elif reader is not None and reader.done() and not (self._pending and _ended_well(reader)):
+            self._end.set_result(_error_of(reader))
+        elif self._is_stopping and not self._pending:
+            self._end.set_result(Unavailable("the server is stopping"))
+
+    def _progressed(self) -> None:
+        """Something was written, or cannot be: see `outbox`."""
+        if self._outbox.error is not None:
+            self._is_ending = True
+        if self._is_ending:
+            self._end_if_due()
 
     def _accept(self, raw: bytes) -> None:
         request = parse(pb.StepStreamRequest, raw)
@@ -218,9 +229,7 @@ class FrameStream:
         if self.is_over:
             return
         del self._pending[frame_id]
-        self._replies.append((size, reply))
-        if not self._is_writing:
-            self._work.set()
+        self._put(reply, size)
 
     def fail_plain(self, frame_id: int, size: int, error: ServerError) -> None:
         """See `fastlane.Stream`."""
@@ -237,7 +246,7 @@ class FrameStream:
             self._accept(raw)
         except InvalidInput as error:
             self._broken = error
-            self._work.set()
+            self._begin_end()
 
     def on_part(self, pending: _Pending, part: Part) -> None:
         """The engine has a part of the frame's reply."""
@@ -268,19 +277,24 @@ class FrameStream:
         self._reply(pending, frames.from_refusal(pending.frame_id, error), last=True)
 
     def _reply(self, pending: _Pending, reply: bytes, *, last: bool) -> None:
-        self._replies.append((pending.held_bytes if last else -1, reply))
-        if not self._is_writing:
-            self._work.set()
+        self._put(reply, pending.held_bytes if last else _NOT_LAST)
         if _log.is_debug:
             _log.debug("frame part", peer=self._source, frame=pending.frame_id, bytes=len(reply), last=last)
 
+    def _put(self, reply: bytes, held_bytes: int) -> None:
+        self._outbox.put(reply, held_bytes)
+        if self._is_ending or self._outbox.error is not None:
+            self._begin_end()
+
     def _release(self, held_bytes: int) -> None:
+        if held_bytes == _NOT_LAST:
+            return
         self._held_frames -= 1
         self._held_bytes -= held_bytes
-        self._room.set()
-
-    def _is_full(self) -> bool:
-        return self._held_frames >= self._limits.frames or self._held_bytes >= self._limits.bytes
+        if self._room is not None:
+            if not self._room.done():
+                self._room.set_result(None)
+            self._room = None
 
     def _cancel_frames(self) -> None:
         for pending in list(self._pending.values()):
@@ -290,3 +304,7 @@ class FrameStream:
 
 def _ended_well(reader: asyncio.Task[None]) -> bool:
     return not reader.cancelled() and reader.exception() is None
+
+
+def _error_of(reader: asyncio.Task[None]) -> BaseException | None:
+    return asyncio.CancelledError() if reader.cancelled() else reader.exception()
