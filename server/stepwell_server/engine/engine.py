@@ -450,3 +450,8 @@ class Engine:
     def _require_accepting(self) -> None:
         if not self._accepting:
             raise Unavailable("the server is stopping; it was not applied")
+
+    @property
+    def max_session_idle_s(self) -> float:
+        """Seconds after which an unused session expires; 0: never."""
+        return self._max_idle_s
