@@ -15,6 +15,7 @@
     ├── Unavailable           the server cannot do it now (stopping, store away)
     ├── DeadlineExceeded      the caller's time limit passed before the change was applied
     ├── StateCorrupt          the stored record is damaged
+    ├── Unsupported           no model and no setting makes it possible
     └── Internal              a defect; the log has the details under error_id
 
 Every message names the argument, the rule and what came. How an error travels is `rpc.status`'s affair.
@@ -135,6 +136,12 @@ class StateCorrupt(ServerError):
     """The stored record of this session is damaged; others are not concerned."""
 
     reason = "STATE_CORRUPT"
+
+
+class Unsupported(ServerError):
+    """The protocol has it, this server does not; nothing changed."""
+
+    reason = "UNSUPPORTED"
 
 
 class Internal(ServerError):

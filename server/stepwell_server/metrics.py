@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from stepwell_server.engine.calls import Observer
@@ -92,6 +92,8 @@ class PrometheusObserver(Observer):
     def __init__(self) -> None:
         model = ("model",)
         self._alone: dict[str, _Series] = {}
+        self._batches: defaultdict[str, dict[int, tuple[int, float]]] = defaultdict(dict)
+        self._time_step_s: dict[str, float] = {}
         self._events = _Counter(
             "stepwell_session_events",
             "Sessions opened, resumed, forked, closed, expired.",
@@ -139,6 +141,7 @@ class PrometheusObserver(Observer):
             alone = self._alone[model] = _Series(len(_SECONDS) + 1)
         alone.counts[bisect_left(_SECONDS, seconds)] += 1
         alone.total += seconds
+        self._time_step_s[model] = seconds
 
     def _count_alone(self) -> None:
         """Add the steps that ran alone to everything they belong to."""
@@ -151,6 +154,7 @@ class PrometheusObserver(Observer):
             self._time_steps.values[model,] += steps
             self._changes.values[model, "step"] += steps
             self._row_steps.values[model, "step"] += steps
+            self._count_passes(model, 1, steps, alone.total)
         self._alone.clear()
 
     def pass_done(self, model: str, rows: int, time_steps: int, seconds: float) -> None:
@@ -159,6 +163,22 @@ class PrometheusObserver(Observer):
         self._pass_rows.observe(labels, rows)
         self._pass_seconds.observe(labels, seconds)
         self._time_steps.values[labels] += time_steps
+        self._time_step_s[model] = seconds / max(1, time_steps)
+        self._count_passes(model, rows, 1, seconds)
+
+    def _count_passes(self, model: str, rows: int, count: int, seconds: float) -> None:
+        batches = self._batches[model]
+        passes, before = batches.get(rows, (0, 0.0))
+        batches[rows] = (passes + count, before + seconds)
+
+    def passes_by_rows(self, model: str) -> Mapping[int, tuple[int, float]]:
+        """How many passes of the model ran, and their seconds in all, by the rows they ran."""
+        self._count_alone()
+        return self._batches[model]
+
+    def seconds_per_time_step(self, model: str) -> float:
+        """Seconds that one time step took in the model's latest pass; 0 before the first."""
+        return self._time_step_s.get(model, 0.0)
 
     def applied(self, model: str, change: str, count: int, row_steps: int) -> None:
         """See `Observer.applied`."""

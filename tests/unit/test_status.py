@@ -21,6 +21,7 @@ _CODES = [
     (errors.Unavailable("m"), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.DeadlineExceeded("m"), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
     (errors.StateCorrupt("m"), "DATA_LOSS", "STATE_CORRUPT"),
+    (errors.Unsupported("m"), "UNIMPLEMENTED", "UNSUPPORTED"),
     (errors.Internal("1d"), "INTERNAL", "INTERNAL"),
 ]
 

@@ -1,9 +1,9 @@
-"""The gRPC server: both services, health and reflection on one port."""
+"""The gRPC server: our services, Triton's, health and reflection on one port."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 import grpc.aio
@@ -20,6 +20,11 @@ from stepwell_server.rpc.models import ModelServicer
 from stepwell_server.rpc.sessions import SessionServicer
 from stepwell_server.rpc.sizes import ReplySizes
 from stepwell_server.rpc.stream import StreamLimits
+from stepwell_server.rpc.triton.pool import BothPools
+from stepwell_server.rpc.triton.servicer import SERVICE as _TRITON
+from stepwell_server.rpc.triton.servicer import TritonServicer
+from stepwell_server.rpc.triton.statistics import PassObserver
+from stepwell_server.rpc.triton.unsupported import unsupported_handler
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
@@ -32,6 +37,13 @@ _STREAM_FRAMES = 1024
 _GRACE_S = 0.2
 
 
+_SERVICES = (_SESSIONS, _MODELS, _TRITON)
+
+
+class ServerObserver(RequestObserver, PassObserver, Protocol):
+    """Who wants to know of calls, and knows of passes."""
+
+
 class BindError(Exception):
     """The server cannot listen where it was told to."""
 
@@ -40,7 +52,7 @@ class RpcServer:
     """Serves an engine over gRPC. Lives on the event loop; started and stopped once."""
 
     def __init__(
-        self, engine: Engine, *, clock: Clock, observer: RequestObserver, max_message_bytes: int
+        self, engine: Engine, *, clock: Clock, observer: ServerObserver, max_message_bytes: int
     ) -> None:
         self._boundary = Boundary(observer, max_message_bytes)
         self._health = health.HealthServicer()
@@ -49,10 +61,13 @@ class RpcServer:
         limits = StreamLimits(_STREAM_FRAMES, max_message_bytes)
         self._sessions = SessionServicer(engine, clock, sizes, limits, observer)
         self._add(_SESSIONS, self._sessions)
+        self._triton = TritonServicer(engine, clock, sizes, limits, observer, observer)
         self._add(_MODELS, ModelServicer(engine, clock, sizes))
+        self._add(_TRITON, self._triton)
+        self._server.add_generic_rpc_handlers((unsupported_handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (_SESSIONS.full_name, _MODELS.full_name, HEALTH, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        names = (*(service.full_name for service in _SERVICES), HEALTH, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server, pool=BothPools())
 
     async def start(self, host: str, port: int) -> int:
         """Listen and serve. Returns the port, which the system chooses if ``port`` is 0.
@@ -68,17 +83,19 @@ class RpcServer:
                 f"cannot listen on {address}: it is in use or not an address of this machine"
             ) from error
         await self._server.start()
-        for service in (_SESSIONS, _MODELS):
+        for service in _SERVICES:
             await self._health.set(service.full_name, health_pb2.HealthCheckResponse.SERVING)
         return bound
 
     async def announce_stop(self) -> None:
         """Tell health checkers that the server is going away; serve on."""
+        self._triton.announce_stop()
         await self._health.enter_graceful_shutdown()
 
     async def finish(self) -> None:
         """Return when the running calls are done. Streams end as soon as their frames are answered."""
         self._sessions.stop()
+        self._triton.stop()
         await self._boundary.wait_idle()
 
     async def close(self) -> None:

@@ -30,6 +30,7 @@ CODES: dict[type[errors.ServerError], grpc.StatusCode] = {
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.StateCorrupt: grpc.StatusCode.DATA_LOSS,
+    errors.Unsupported: grpc.StatusCode.UNIMPLEMENTED,
     errors.ServerError: grpc.StatusCode.INTERNAL,
 }
 

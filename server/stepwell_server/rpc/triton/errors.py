@@ -1,0 +1,66 @@
+"""Errors as Triton's users know them: its wording, and its status codes where it has one for the case.
+
+Wording that clients match on is Triton's, character for character. What Triton has no word for keeps
+ours. The reason that a `ServerError` carries travels as ErrorInfo in the trailer of a unary call, so that a
+client that looks there can still tell an expired sequence from one that was never begun.
+"""
+
+from __future__ import annotations
+
+from stepwell_server.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    ModelNotFound,
+    Overloaded,
+    ServerError,
+    SessionGone,
+    StateCorrupt,
+    Unavailable,
+)
+
+SequenceId = int | str
+
+
+def unknown_model(name: str, version: str = "") -> ModelNotFound:
+    """No model is served under that name, or not in that version."""
+    which = f"'{name}' version {version}" if version else f"'{name}'"
+    return ModelNotFound(f"Request for unknown model: {which} is not found", model=name)
+
+
+def no_sequence_id(model: str) -> InvalidInput:
+    """START or END without an id, or the id 0 or an empty one, which mean none."""
+    return InvalidInput(
+        f"inference request to model '{model}' must specify a non-zero or non-empty correlation ID"
+    )
+
+
+def not_started(sequence_id: SequenceId, model: str, cause: ServerError | None = None) -> InvalidInput:
+    """A request of a sequence that is not there: never begun, ended, expired or lost."""
+    facts = {} if cause is None else {"cause": cause.reason, "detail": cause.message}
+    return InvalidInput(
+        f"inference request for sequence {sequence_id} to model '{model}' must specify the START flag"
+        " on the first request of the sequence",
+        **facts,
+    )
+
+
+def about(request_id: str) -> str:
+    """What Triton puts in front of messages about a request's tensors."""
+    return f"[request id: {request_id or '<id_unknown>'}] "
+
+
+def translated(error: ServerError, sequence_id: SequenceId | None, model: str) -> ServerError:
+    """An error of the engine as this protocol says it.
+
+    Args:
+        error: what the engine raised.
+        sequence_id: of the request's sequence; None without one.
+        model: the request's.
+    """
+    if isinstance(error, SessionGone | StateCorrupt) and sequence_id is not None:
+        return not_started(sequence_id, model, error)
+    if isinstance(error, Overloaded):
+        return Unavailable(f"Exceeds maximum queue size: {error.message}", cause=error.reason)
+    if isinstance(error, DeadlineExceeded):
+        return Unavailable(f"Request timeout expired: {error.message}", cause=error.reason)
+    return error

@@ -1,0 +1,144 @@
+"""One inference request from message to message: with sequence parameters a step, without a prediction."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from stepwell_server.engine.calls import Array, StepReply
+from stepwell_server.errors import ServerError
+from stepwell_server.rpc.triton.errors import translated, unknown_model
+from stepwell_server.rpc.triton.inference import service_pb2 as pb
+from stepwell_server.rpc.triton.metadata import VERSION
+from stepwell_server.rpc.triton.parameters import Parameters, read_parameters
+from stepwell_server.rpc.triton.sequences import SequenceRequest, Sequences, session_id_of
+from stepwell_server.rpc.triton.statistics import PassObserver, RequestStatistics, Timing
+from stepwell_server.rpc.triton.tensors import Inputs, ModelTensors, Tensor, write_outputs
+
+if TYPE_CHECKING:
+    from stepwell_server.clock import Clock
+    from stepwell_server.engine.calls import ModelInfo
+    from stepwell_server.engine.engine import Engine
+    from stepwell_server.rpc.sizes import ReplySizes
+
+
+class InferModel:
+    """A model with what this protocol needs of it."""
+
+    def __init__(self, info: ModelInfo, observer: PassObserver) -> None:
+        self.name = info.name
+        self.program = info.program
+        self.tensors = ModelTensors(info.name, info.program)
+        self.statistics = RequestStatistics(info.name, observer)
+
+
+class Inference:
+    """Answers inference requests. Lives on the event loop."""
+
+    def __init__(self, engine: Engine, clock: Clock, sizes: ReplySizes, observer: PassObserver) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._sizes = sizes
+        self._sequences = Sequences(engine, clock)
+        self.models = {info.name: InferModel(info, observer) for info in engine.models()}
+        """By name."""
+
+    def model(self, name: str, version: str) -> InferModel:
+        """The model of a request.
+
+        Raises:
+            ModelNotFound: it is not served, or not in that version.
+        """
+        model = self.models.get(name)
+        if model is None:
+            raise unknown_model(name)
+        if version not in {"", VERSION}:
+            raise unknown_model(name, version)
+        return model
+
+    async def infer(
+        self, request: pb.ModelInferRequest, deadline: float, source: object
+    ) -> pb.ModelInferResponse:
+        """Answer a request.
+
+        Args:
+            request: what came.
+            deadline: on the clock's monotonic time; the request may set itself a shorter one.
+            source: who sent it.
+
+        Raises:
+            ServerError: in Triton's words where it has some; nothing changed.
+        """
+        timing = Timing(time.perf_counter_ns())
+        model = self.model(request.model_name, request.model_version)
+        try:
+            response, inputs = await self._infer(model, request, deadline, source, timing)
+        except BaseException:
+            model.statistics.failed(timing, time.perf_counter_ns())
+            raise
+        model.statistics.succeeded(
+            timing, time.perf_counter_ns(), now_s=self._clock.now(), rows=inputs.rows, steps=inputs.steps
+        )
+        return response
+
+    async def _infer(
+        self,
+        model: InferModel,
+        request: pb.ModelInferRequest,
+        deadline: float,
+        source: object,
+        timing: Timing,
+    ) -> tuple[pb.ModelInferResponse, Inputs]:
+        parameters = read_parameters(model.name, request.parameters)
+        outputs = model.tensors.requested(request)
+        inputs = model.tensors.read(request)
+        self._sizes.predict(model.name, inputs.arrays)
+        if parameters.timeout_us:
+            deadline = min(deadline, self._clock.monotonic() + parameters.timeout_us / 1e6)
+        timing.read = time.perf_counter_ns()
+        try:
+            if parameters.sequence_id is None:
+                predicted = await self._engine.predict(
+                    model.name, inputs.arrays, deadline=deadline, source=source
+                )
+                timing.run = time.perf_counter_ns()
+                return _response(request, outputs, predicted.outputs), inputs
+            reply = await self._sequences.step(_step_of(model, parameters, inputs, deadline, source))
+        except ServerError as error:
+            raise translated(error, parameters.sequence_id, model.name) from error
+        timing.run = time.perf_counter_ns()
+        response = _response(request, outputs, reply.outputs)
+        _tell_revision(response, reply)
+        return response, inputs
+
+
+def _step_of(
+    model: InferModel, parameters: Parameters, inputs: Inputs, deadline: float, source: object
+) -> SequenceRequest:
+    assert parameters.sequence_id is not None, "the caller knows that there is a sequence"
+    return SequenceRequest(
+        model=model.name,
+        program=model.program,
+        sequence_id=parameters.sequence_id,
+        session_id=session_id_of(model.name, parameters.sequence_id),
+        parameters=parameters,
+        inputs=inputs,
+        deadline=deadline,
+        source=source,
+    )
+
+
+def _response(
+    request: pb.ModelInferRequest, tensors: Sequence[Tensor], outputs: Mapping[str, Array]
+) -> pb.ModelInferResponse:
+    response = pb.ModelInferResponse(model_name=request.model_name, model_version=VERSION, id=request.id)
+    write_outputs(response, tensors, outputs)
+    return response
+
+
+def _tell_revision(response: pb.ModelInferResponse, reply: StepReply) -> None:
+    response.parameters["stepwell_revision"].int64_param = reply.revision
+    response.parameters["stepwell_position"].int64_param = reply.position
+    if reply.replayed:
+        response.parameters["stepwell_replayed"].bool_param = True

@@ -1,0 +1,151 @@
+"""The parameters of a request, read and checked: which sequence, which flags, which time limit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from stepwell_server.errors import InvalidInput, Unsupported
+from stepwell_server.rpc.triton.errors import SequenceId, no_sequence_id
+from stepwell_server.rpc.triton.inference import service_pb2 as pb
+
+_MAX_STRING_ID = 128
+_U64 = 1 << 64
+_OURS = ("stepwell_request_id", "stepwell_revision")
+
+
+@dataclasses.dataclass(slots=True)
+class Parameters:
+    """What a request says beside its tensors."""
+
+    sequence_id: SequenceId | None = None
+    """An integer from 1 to 2^64 - 1 or a text; None: no sequence."""
+    start: bool = False
+    end: bool = False
+    timeout_us: int = 0
+    """Microseconds that the request may wait; 0: as long as the call may take."""
+    wants_final_flag: bool = False
+    """On a stream: say on each reply that it is the request's last."""
+    revision: int | None = None
+    """The sequence's revision that the client knows."""
+    request_id: int = 0
+    """The client's random number for this change; 0: none."""
+
+
+def read_parameters(model: str, given: Mapping[str, pb.InferParameter]) -> Parameters:
+    """Read a request's parameters. Parameters of other names are for models, and no model here takes any.
+
+    Raises:
+        InvalidInput: a value has the wrong type or breaks a rule.
+        Unsupported: a string id is too long.
+    """
+    read = Parameters()
+    id_given = False
+    for name, parameter in given.items():
+        reader = _READERS.get(name)
+        if reader is not None:
+            reader(read, parameter)
+            id_given = id_given or name == "sequence_id"
+        elif name.startswith("triton_"):
+            raise InvalidInput(
+                "parameter keys starting with 'triton_' are reserved for Triton usage. Only the following"
+                " keys starting with 'triton_' are allowed: triton_enable_empty_final_response"
+            )
+        elif name.startswith("stepwell_"):
+            raise InvalidInput(f"parameter keys starting with 'stepwell_' must be of {_OURS}; got {name!r}")
+    _check_together(model, read, id_given=id_given)
+    return read
+
+
+def _check_together(model: str, read: Parameters, *, id_given: bool) -> None:
+    if read.sequence_id is None:
+        if id_given or read.start or read.end:
+            raise no_sequence_id(model)
+        if read.revision is not None or read.request_id:
+            raise InvalidInput("'stepwell_revision' and 'stepwell_request_id' need a 'sequence_id'; got none")
+    elif read.start and read.revision is not None:
+        raise InvalidInput(
+            "'stepwell_revision' must not come with 'sequence_start', which applies at any revision;"
+            f" got {read.revision}"
+        )
+    elif read.request_id and not read.start and read.revision is None:
+        raise InvalidInput("'stepwell_request_id' needs a 'stepwell_revision' unless the sequence starts")
+
+
+def _sequence_id(read: Parameters, parameter: pb.InferParameter) -> None:
+    kind = parameter.WhichOneof("parameter_choice")
+    if kind == "int64_param":
+        # an unsigned number that travels as a signed one
+        read.sequence_id = (parameter.int64_param % _U64) or None
+    elif kind == "uint64_param":
+        read.sequence_id = parameter.uint64_param or None
+    elif kind == "string_param":
+        if len(parameter.string_param.encode()) > _MAX_STRING_ID:
+            raise Unsupported(f"string correlation ID cannot be longer than {_MAX_STRING_ID} characters")
+        read.sequence_id = parameter.string_param or None
+    else:
+        raise _wrong_type("sequence_id", "int64_param or string_param")
+
+
+def _bool(name: str, parameter: pb.InferParameter) -> bool:
+    if parameter.WhichOneof("parameter_choice") != "bool_param":
+        raise _wrong_type(name, "bool_param")
+    return parameter.bool_param
+
+
+def _whole(name: str, parameter: pb.InferParameter) -> int:
+    kind = parameter.WhichOneof("parameter_choice")
+    if kind not in {"int64_param", "uint64_param"}:
+        raise _wrong_type(name, "int64_param or uint64_param")
+    value = parameter.int64_param if kind == "int64_param" else parameter.uint64_param
+    if value < 0:
+        raise InvalidInput(f"invalid value for '{name}', expected value >= 0.")
+    return value
+
+
+def _start(read: Parameters, parameter: pb.InferParameter) -> None:
+    read.start = _bool("sequence_start", parameter)
+
+
+def _end(read: Parameters, parameter: pb.InferParameter) -> None:
+    read.end = _bool("sequence_end", parameter)
+
+
+def _priority(_read: Parameters, parameter: pb.InferParameter) -> None:
+    _whole("priority", parameter)
+
+
+def _timeout(read: Parameters, parameter: pb.InferParameter) -> None:
+    if parameter.WhichOneof("parameter_choice") != "int64_param":
+        raise _wrong_type("timeout", "int64_param")
+    read.timeout_us = _whole("timeout", parameter)
+
+
+def _final_flag(read: Parameters, parameter: pb.InferParameter) -> None:
+    read.wants_final_flag = _bool("triton_enable_empty_final_response", parameter)
+
+
+def _revision(read: Parameters, parameter: pb.InferParameter) -> None:
+    read.revision = _whole("stepwell_revision", parameter)
+
+
+def _request_id(read: Parameters, parameter: pb.InferParameter) -> None:
+    read.request_id = _whole("stepwell_request_id", parameter)
+    if not read.request_id:
+        raise InvalidInput("'stepwell_request_id' must be a random number from 1 on; got 0")
+
+
+def _wrong_type(name: str, expected: str) -> InvalidInput:
+    return InvalidInput(f"invalid value type for '{name}' parameter, expected {expected}.")
+
+
+_READERS: Mapping[str, Callable[[Parameters, pb.InferParameter], None]] = {
+    "priority": _priority,
+    "sequence_end": _end,
+    "sequence_id": _sequence_id,
+    "sequence_start": _start,
+    "stepwell_request_id": _request_id,
+    "stepwell_revision": _revision,
+    "timeout": _timeout,
+    "triton_enable_empty_final_response": _final_flag,
+}

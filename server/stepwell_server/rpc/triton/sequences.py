@@ -1,0 +1,202 @@
+"""Sequences are sessions: START opens or resets one, a request steps it, END closes it.
+
+A sequence's session is found by an id that is made of the model and the sequence id, so everything that
+Stepwell does with sessions can be done with sequences: read, fork, save, list them.
+
+START is two changes of the session, reset and step, that no other request of this protocol comes between.
+All that can be checked beforehand is checked before the first of them, and a session that was opened for a
+START is closed again if its step fails. What is left is a START on a live sequence whose step fails in the
+model itself, or is cut off by a crash in between: the old sequence has ended then, and the new one has not
+begun. A session at position 0 says so: it needs another START.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from typing import TYPE_CHECKING
+
+from stepwell_server.engine.calls import Frame, Part, SessionInfo, Single, StepReply
+from stepwell_server.engine.checks import check_inputs, require_finite
+from stepwell_server.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    RevisionConflict,
+    ServerError,
+    SessionGone,
+)
+from stepwell_server.logs import Log
+from stepwell_server.rpc.triton.ended import EndedReplies
+from stepwell_server.rpc.triton.errors import SequenceId, not_started
+from stepwell_server.rpc.triton.parameters import Parameters
+from stepwell_server.rpc.triton.turns import Turns
+
+if TYPE_CHECKING:
+    from stepwell_server.clock import Clock
+    from stepwell_server.engine.engine import Engine
+    from stepwell_server.program import Program
+    from stepwell_server.rpc.triton.tensors import Inputs
+
+_log = Log("rpc.triton")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SequenceRequest:
+    """A request of a sequence, read and checked as far as that goes without the sequence."""
+
+    model: str
+    program: Program
+    sequence_id: SequenceId
+    session_id: str
+    parameters: Parameters
+    inputs: Inputs
+    deadline: float
+    """On the clock's monotonic time."""
+    source: object
+
+
+def session_id_of(model: str, sequence_id: SequenceId) -> str:
+    """The id of a sequence's session: `triton/<model>/5` for 5, `triton/<model>/"5"` for the text 5.
+
+    A text that cannot be a part of an id, because of its characters or its length, is replaced by its
+    SHA-256: `triton/<model>/sha256:<hex>`.
+    """
+    prefix = f"triton/{model}/"
+    if isinstance(sequence_id, int):
+        return f"{prefix}{sequence_id}"
+    if sequence_id.isprintable() and len(prefix) + len(sequence_id) + 2 <= 256:
+        return f'{prefix}"{sequence_id}"'
+    return f"{prefix}sha256:{hashlib.sha256(sequence_id.encode()).hexdigest()}"
+
+
+class Sequences:
+    """Steps sequences, one request of each at a time. Lives on the event loop."""
+
+    def __init__(self, engine: Engine, clock: Clock) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._turns = Turns()
+        self._ended = EndedReplies()
+
+    async def step(self, request: SequenceRequest) -> StepReply:
+        """Serve a request when its turn has come.
+
+        Raises:
+            InvalidInput: the sequence has not begun, or the request does not fit it; nothing changed.
+            ServerError: as of `Engine.step`; nothing changed, but see the module about START.
+        """
+        await self._turns.take(request.session_id)
+        try:
+            return await self._step(request)
+        finally:
+            self._turns.give(request.session_id)
+
+    async def _step(self, request: SequenceRequest) -> StepReply:
+        if self._clock.monotonic() >= request.deadline:
+            raise DeadlineExceeded("the request's time was over before its sequence's turn; nothing changed")
+        given = request.parameters
+        if given.request_id and (known := self._ended.get(request.session_id, given.request_id)):
+            return known
+        reply = await (self._start(request) if given.start else self._go_on(request))
+        if given.end:
+            await self._end(request, reply)
+        return reply
+
+    async def _start(self, request: SequenceRequest) -> StepReply:
+        info = self._live(request)
+        if info is not None and request.parameters.request_id:
+            replayed = await self._answered_before(request, info)
+            if replayed is not None:
+                return replayed
+        checked = check_inputs(request.program, request.inputs.arrays, request.inputs.rows)
+        require_finite("input", checked.arrays, [spec.name for spec in request.program.inputs])
+        if info is not None and info.batch_size == request.inputs.rows:
+            await self._engine.apply(self._reset(request))
+            return await self._advance(request, None)
+        if info is not None:
+            await self._engine.close_session(request.session_id, deadline=request.deadline)
+        await self._engine.open_session(
+            request.model, session_id=request.session_id, batch_size=request.inputs.rows, must_be_new=True
+        )
+        try:
+            return await self._advance(request, None)
+        except BaseException:  # cancelled too: then nobody knows of the sequence
+            with contextlib.suppress(SessionGone):
+                await self._engine.close_session(request.session_id)
+            raise
+
+    async def _go_on(self, request: SequenceRequest) -> StepReply:
+        info = self._live(request)
+        if info is None or info.position == 0:
+            raise not_started(request.sequence_id, request.model, self._why_gone(request))
+        if info.batch_size != request.inputs.rows:
+            raise InvalidInput(
+                f"inference request for sequence {request.sequence_id} to model '{request.model}' must specify"
+                f" batch-size {info.batch_size} as its first request did; got {request.inputs.rows}"
+            )
+        return await self._advance(request, request.parameters.revision)
+
+    async def _end(self, request: SequenceRequest, reply: StepReply) -> None:
+        if request.parameters.request_id:
+            self._ended.put(request.session_id, request.parameters.request_id, reply)
+        try:
+            await self._engine.close_session(request.session_id)
+        except SessionGone:
+            return  # somebody else closed it
+        except ServerError as error:
+            # the step counts and its answer is due; the session stays until it has been idle for too long
+            _log.warning("sequence not closed", session=request.session_id, error=error.message)
+
+    async def _advance(self, request: SequenceRequest, expected: int | None) -> StepReply:
+        single = Single(
+            request.session_id,
+            request.inputs.arrays,
+            _no_one,
+            expected=expected,
+            request_id=request.parameters.request_id,
+            deadline=request.deadline,
+            source=request.source,
+        )
+        return await self._engine.step(single)
+
+    async def _answered_before(self, request: SequenceRequest, info: SessionInfo) -> StepReply | None:
+        """The answer to this START if it was the sequence's last change; else None."""
+        if info.revision == 0 or info.position == 0:
+            return None
+        try:
+            return await self._advance(request, info.revision - 1)
+        except (RevisionConflict, InvalidInput):
+            return None  # it is a new one
+
+    def _reset(self, request: SequenceRequest) -> Frame:
+        return Frame(
+            (request.session_id,), _no_sink, reset=True, deadline=request.deadline, source=request.source
+        )
+
+    def _live(self, request: SequenceRequest) -> SessionInfo | None:
+        try:
+            info = self._engine.session_info(request.session_id)
+        except SessionGone:
+            return None
+        if info.model != request.model:
+            raise InvalidInput(
+                f"session {request.session_id!r} must be of model '{request.model}' to be its sequence"
+                f" {request.sequence_id}; it is of '{info.model}'"
+            )
+        return info
+
+    def _why_gone(self, request: SequenceRequest) -> ServerError | None:
+        try:
+            self._engine.session_info(request.session_id)
+        except SessionGone as error:
+            return error
+        return None
+
+
+def _no_one(_answer: object) -> None:
+    raise AssertionError("Engine.step sets who is told")
+
+
+def _no_sink(_part: Part) -> None:
+    raise AssertionError("Engine.apply sets the sink")

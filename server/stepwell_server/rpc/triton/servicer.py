@@ -1,0 +1,118 @@
+"""GRPCInferenceService: convert, delegate, convert back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stepwell_server.rpc.sessions import deadline_of
+from stepwell_server.rpc.triton import metadata
+from stepwell_server.rpc.triton.infer import Inference
+from stepwell_server.rpc.triton.inference import service_pb2 as pb
+from stepwell_server.rpc.triton.model_config import model_config
+from stepwell_server.rpc.triton.stream import InferStream
+
+if TYPE_CHECKING:
+    from stepwell_server.clock import Clock
+    from stepwell_server.engine.engine import Engine
+    from stepwell_server.rpc.boundary import Context, RequestObserver
+    from stepwell_server.rpc.sizes import ReplySizes
+    from stepwell_server.rpc.stream import StreamLimits
+    from stepwell_server.rpc.triton.statistics import PassObserver
+
+SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+
+
+class TritonServicer:
+    """The calls of GRPCInferenceService, each by its name in snake case. Lives on the event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        clock: Clock,
+        sizes: ReplySizes,
+        limits: StreamLimits,
+        observer: RequestObserver,
+        passes: PassObserver,
+    ) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._limits = limits
+        self._observer = observer
+        self._inference = Inference(engine, clock, sizes, passes)
+        self._streams: set[InferStream] = set()
+        self._stopping = False
+
+    async def server_live(self, _request: pb.ServerLiveRequest, _context: Context) -> pb.ServerLiveResponse:
+        """Whether the process runs."""
+        return pb.ServerLiveResponse(live=True)
+
+    async def server_ready(
+        self, _request: pb.ServerReadyRequest, _context: Context
+    ) -> pb.ServerReadyResponse:
+        """Whether requests are taken."""
+        return pb.ServerReadyResponse(ready=not self._stopping)
+
+    async def model_ready(self, request: pb.ModelReadyRequest, _context: Context) -> pb.ModelReadyResponse:
+        """Whether a model takes requests."""
+        is_served = request.name in self._inference.models and request.version in {"", metadata.VERSION}
+        return pb.ModelReadyResponse(ready=is_served and not self._stopping)
+
+    async def server_metadata(
+        self, _request: pb.ServerMetadataRequest, _context: Context
+    ) -> pb.ServerMetadataResponse:
+        """Describe the server."""
+        return metadata.server_metadata()
+
+    async def model_metadata(
+        self, request: pb.ModelMetadataRequest, _context: Context
+    ) -> pb.ModelMetadataResponse:
+        """Describe a model's inputs and outputs."""
+        model = self._inference.model(request.name, request.version)
+        return metadata.model_metadata(model.name, model.program, model.tensors)
+
+    async def model_config(self, request: pb.ModelConfigRequest, _context: Context) -> pb.ModelConfigResponse:
+        """Describe a model as Triton's configuration would."""
+        model = self._inference.model(request.name, request.version)
+        config = model_config(model.name, model.program, model.tensors, self._engine.max_session_idle_s)
+        return pb.ModelConfigResponse(config=config)
+
+    async def model_statistics(
+        self, request: pb.ModelStatisticsRequest, _context: Context
+    ) -> pb.ModelStatisticsResponse:
+        """Count what one model did, or all."""
+        if request.name:
+            models = [self._inference.model(request.name, request.version)]
+        else:
+            models = [self._inference.models[name] for name in sorted(self._inference.models)]
+        return pb.ModelStatisticsResponse(model_stats=[model.statistics.message() for model in models])
+
+    async def model_infer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+        """Run a model once."""
+        return await self._inference.infer(request, deadline_of(context, self._clock), context.peer())
+
+    async def model_stream_infer(self, context: Context) -> None:
+        """Run models, request by request."""
+        deadline, source = deadline_of(context, self._clock), context.peer()
+        stream = InferStream(
+            lambda request: self._inference.infer(request, deadline, source),
+            self._limits,
+            self._observer,
+            context,
+        )
+        self._streams.add(stream)
+        if self._stopping:
+            stream.stop()
+        try:
+            await stream.run()
+        finally:
+            self._streams.discard(stream)
+
+    def announce_stop(self) -> None:
+        """Say from now on that the server is not ready."""
+        self._stopping = True
+
+    def stop(self) -> None:
+        """End each stream with UNAVAILABLE as soon as its requests are answered."""
+        self._stopping = True
+        for stream in self._streams:
+            stream.stop()

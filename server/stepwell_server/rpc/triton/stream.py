@@ -1,0 +1,113 @@
+"""ModelStreamInfer: requests in, replies out in the order of the requests, as Triton does it.
+
+The reader starts a task for each request, so requests of different sequences run together; those of one
+sequence wait for each other. The writer sends the answers in the order in which the requests came. A
+request that fails is answered with its error, and the stream goes on. Reading stops while too many requests,
+or too many bytes of them, are unanswered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import grpc.aio
+
+from stepwell_server.errors import ServerError, Unavailable
+from stepwell_server.rpc.boundary import internal, parse
+from stepwell_server.rpc.triton.inference import service_pb2 as pb
+
+if TYPE_CHECKING:
+    from stepwell_server.rpc.boundary import Context, RequestObserver
+    from stepwell_server.rpc.stream import StreamLimits
+
+Infer = Callable[[pb.ModelInferRequest], Awaitable[pb.ModelInferResponse]]
+_FINAL_FLAG = "triton_enable_empty_final_response"
+
+
+class InferStream:
+    """One ModelStreamInfer call. Lives on the event loop."""
+
+    def __init__(
+        self, infer: Infer, limits: StreamLimits, observer: RequestObserver, context: Context
+    ) -> None:
+        self._infer = infer
+        self._limits = limits
+        self._observer = observer
+        self._context = context
+        self._answers: deque[tuple[asyncio.Task[bytes], int]] = deque()
+        """Tasks of unanswered requests in their order, with the bytes of each request."""
+        self._held_bytes = 0
+        self._is_stopping = False
+        self._work = asyncio.Event()
+        """For the writer: a request came, or no more will come."""
+        self._room = asyncio.Event()
+        """For the reader: something was answered."""
+
+    async def run(self) -> None:
+        """Serve the stream to its end.
+
+        Raises:
+            InvalidInput: the client sent bytes that are no request.
+            Unavailable: the server is stopping, and all requests are answered.
+        """
+        reader = asyncio.create_task(self._read())
+        reader.add_done_callback(lambda _: self._work.set())
+        try:
+            await self._write(reader)
+        finally:
+            reader.cancel()
+            tasks = [task for task, _ in self._answers]
+            for task in tasks:
+                task.cancel()
+            # Their own errors have either been answered or come too late to matter.
+            await asyncio.gather(reader, *tasks, return_exceptions=True)
+
+    def stop(self) -> None:
+        """End the stream with UNAVAILABLE as soon as its requests are answered."""
+        self._is_stopping = True
+        self._work.set()
+
+    async def _read(self) -> None:
+        while (raw := await self._context.read()) is not grpc.aio.EOF:
+            request = parse(pb.ModelInferRequest, raw)
+            self._answers.append((asyncio.create_task(self._answer(request)), len(raw)))
+            self._held_bytes += len(raw)
+            self._work.set()
+            while len(self._answers) >= self._limits.frames or self._held_bytes >= self._limits.bytes:
+                self._room.clear()
+                await self._room.wait()
+
+    async def _write(self, reader: asyncio.Task[None]) -> None:
+        while True:
+            while self._answers:
+                task, size = self._answers[0]
+                await self._context.write(await task)
+                self._answers.popleft()
+                self._held_bytes -= size
+                self._room.set()
+            if reader.done():
+                return reader.result()
+            if self._is_stopping:
+                raise Unavailable("the server is stopping")
+            self._work.clear()
+            await self._work.wait()
+
+    async def _answer(self, request: pb.ModelInferRequest) -> bytes:
+        try:
+            response = pb.ModelStreamInferResponse(infer_response=await self._infer(request))
+        except Exception as error:
+            response = self._error(request, error)
+        parameter = request.parameters.get(_FINAL_FLAG)
+        if parameter is not None and parameter.bool_param:
+            response.infer_response.parameters["triton_final_response"].bool_param = True
+        return response.SerializeToString()
+
+    def _error(self, request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
+        known = error if isinstance(error, ServerError) else internal(error, method="ModelStreamInfer")
+        self._observer.refused(known.reason, 1)
+        return pb.ModelStreamInferResponse(
+            error_message=known.message, infer_response=pb.ModelInferResponse(id=request.id)
+        )

@@ -1,0 +1,236 @@
+"""Tensors of requests as arrays for the engine, and its arrays as tensors of replies.
+
+What Triton checks is checked here, in its words, before anything reaches the engine. Arrays made of raw
+contents are read-only views of the request's bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from stepwell_server.engine.calls import Array
+from stepwell_server.errors import InvalidInput, Unsupported
+from stepwell_server.program import Program, TensorSpec
+from stepwell_server.rpc.triton import contents
+from stepwell_server.rpc.triton.datatypes import Datatype, of_numpy
+from stepwell_server.rpc.triton.errors import about
+from stepwell_server.rpc.triton.inference import service_pb2 as pb
+
+MAX_BATCH_SIZE = 1024
+"""Rows of a request at most; what models are said to take in their configuration."""
+_SHARED_MEMORY = "shared_memory_region"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Inputs:
+    """Inputs of one request."""
+
+    arrays: Mapping[str, Array]
+    """`(rows, features...)`, or `(rows, steps, features...)` where the request has a time axis."""
+    rows: int
+    """B."""
+    steps: int
+    """T; 1 without a time axis."""
+
+
+class Tensor:
+    """An input or output of a model as this protocol tells of it."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
+        self.datatype: Datatype = of_numpy(spec.dtype)
+        self.dtype = self.datatype.dtype
+        self.dims: tuple[int, ...] = spec.shape or (1,)
+        """Of one row at one time step. Triton has no tensors without dimensions: one number is [1]."""
+
+
+class ModelTensors:
+    """Reads and writes the tensors of one model."""
+
+    def __init__(self, model: str, program: Program) -> None:
+        self._model = model
+        self.inputs = {spec.name: Tensor(spec) for spec in program.inputs}
+        self.outputs = {spec.name: Tensor(spec) for spec in program.outputs}
+
+    def read(self, request: pb.ModelInferRequest) -> Inputs:
+        """The inputs of a request.
+
+        Raises:
+            InvalidInput: a name, datatype, shape or size does not fit.
+            Unsupported: an input is in shared memory.
+        """
+        self._check_names(request)
+        raw = _raw_by_index(request, self._model)
+        rows, steps = 0, 1
+        arrays: dict[str, Array] = {}
+        for given, data in zip(request.inputs, raw, strict=True):
+            tensor = self.inputs[given.name]
+            shape = self._shape(tensor, given, request.id)
+            if rows and shape[0] != rows:
+                raise InvalidInput(
+                    f"{about(request.id)}input '{given.name}' batch size does not match other inputs for"
+                    f" '{self._model}'"
+                )
+            rows = shape[0]
+            if tensor.spec.temporal and len(shape) == len(tensor.spec.shape) + 2:
+                steps = shape[1]
+            arrays[given.name] = self._array(tensor, given, data, shape, request.id)
+        return Inputs(arrays, rows, steps)
+
+    def requested(self, request: pb.ModelInferRequest) -> Sequence[Tensor]:
+        """The outputs that shall come back, in the order of the reply.
+
+        Raises:
+            InvalidInput: there is no such output, or one is asked for twice.
+            Unsupported: an output shall be classified, or put into shared memory.
+        """
+        if not request.outputs:
+            return list(self.outputs.values())
+        tensors: dict[str, Tensor] = {}
+        for wanted in request.outputs:
+            tensor = self.outputs.get(wanted.name)
+            if tensor is None:
+                raise InvalidInput(
+                    f"{about(request.id)}unexpected inference output '{wanted.name}' for model '{self._model}'"
+                )
+            if wanted.name in tensors:
+                raise InvalidInput(f"{about(request.id)}output '{wanted.name}' already exists in request")
+            _refuse_parameters(wanted.parameters, f"output '{wanted.name}'")
+            tensors[wanted.name] = tensor
+        return list(tensors.values())
+
+    def _check_names(self, request: pb.ModelInferRequest) -> None:
+        names = [given.name for given in request.inputs]
+        if len(names) != len(self.inputs):
+            missing = [name for name in self.inputs if name not in names]
+            raise InvalidInput(
+                f"{about(request.id)}expected {len(self.inputs)} inputs but got {len(names)} inputs for model"
+                f" '{self._model}'. Got input(s) {_quoted(names)}, but missing required input(s)"
+                f" {_quoted(missing)}. Please provide all required input(s)."
+            )
+        for i, given in enumerate(request.inputs):
+            if given.name not in self.inputs:
+                raise InvalidInput(f"unexpected inference input '{given.name}' for model '{self._model}'")
+            if given.name in names[:i]:
+                raise InvalidInput(f"{about(request.id)}input '{given.name}' already exists in request")
+            _refuse_parameters(given.parameters, f"input '{given.name}'")
+            expected = self.inputs[given.name].datatype.name
+            if given.datatype != expected:
+                raise InvalidInput(
+                    f"{about(request.id)}inference input '{given.name}' data-type is '{given.datatype}', but"
+                    f" model '{self._model}' expects '{expected}'"
+                )
+
+    def _shape(
+        self, tensor: Tensor, given: pb.ModelInferRequest.InferInputTensor, request_id: str
+    ) -> tuple[int, ...]:
+        """The shape for the engine: without the dimension that stands for one number."""
+        shape, dims, where = tuple(given.shape), tensor.dims, about(request_id)
+        what = f"input '{given.name}' for model '{self._model}'"
+        if not shape:
+            raise InvalidInput(
+                f"{where}input '{given.name}' has no shape but model requires batch dimension for"
+                f" '{self._model}'"
+            )
+        if min(shape) < 0:
+            raise InvalidInput(
+                f"{where}All input dimensions should be specified for {what}, got {dims_text(shape)}"
+            )
+        leading = len(shape) - len(dims)
+        if leading not in ({1, 2} if tensor.spec.temporal else {1}) or shape[leading:] != dims:
+            raise InvalidInput(
+                f"{where}unexpected shape for {what}. Expected {dims_text((-1, *dims))}, got {dims_text(shape)}. "
+                + _shape_note(tensor)
+            )
+        if 0 in shape[:leading]:
+            raise InvalidInput(
+                f"{where}{what} must have at least one row and time step, got {dims_text(shape)}"
+            )
+        if shape[0] > MAX_BATCH_SIZE:
+            raise InvalidInput(
+                f"{where}inference request batch-size must be <= {MAX_BATCH_SIZE} for '{self._model}'"
+            )
+        return (*shape[:leading], *tensor.spec.shape)
+
+    def _array(
+        self,
+        tensor: Tensor,
+        given: pb.ModelInferRequest.InferInputTensor,
+        data: bytes | None,
+        shape: tuple[int, ...],
+        request_id: str,
+    ) -> Array:
+        what = f"input '{given.name}' for model '{self._model}'"
+        where = f"input tensor '{given.name}' for model '{self._model}'"
+        array = (
+            None if data is not None else contents.read(given.contents, tensor.datatype, tensor.dtype, where)
+        )
+        size = len(data or b"") if array is None else array.nbytes
+        needed = math.prod(shape) * tensor.dtype.itemsize
+        if size != needed:
+            raise InvalidInput(
+                f"{about(request_id)}input byte size mismatch for {what}. Expected {needed}, got {size}"
+            )
+        if array is None:
+            array = contents.from_raw(data or b"", tensor.dtype, where)
+        return array.reshape(shape)
+
+
+def write_outputs(
+    response: pb.ModelInferResponse, tensors: Sequence[Tensor], outputs: Mapping[str, Array]
+) -> None:
+    """Put outputs into a reply, as raw contents."""
+    for tensor in tensors:
+        array = outputs[tensor.spec.name]
+        shape = array.shape if tensor.spec.shape else (*array.shape, 1)
+        response.outputs.add(name=tensor.spec.name, datatype=tensor.datatype.name, shape=shape)
+        response.raw_output_contents.append(array.tobytes())
+
+
+def dims_text(dims: Sequence[int]) -> str:
+    """Dimensions as Triton writes them."""
+    return f"[{','.join(map(str, dims))}]"
+
+
+def _raw_by_index(request: pb.ModelInferRequest, model: str) -> Sequence[bytes | None]:
+    """The raw contents of each input; None for those that come element by element."""
+    raw = list(request.raw_input_contents)
+    for given in request.inputs:
+        if raw and given.HasField("contents"):
+            raise InvalidInput(
+                "contents field must not be specified when using raw_input_contents for"
+                f" '{given.name}' for model '{model}'"
+            )
+    if not raw and all(given.HasField("contents") for given in request.inputs):
+        return [None] * len(request.inputs)
+    if len(raw) > len(request.inputs):
+        raise InvalidInput(
+            f"raw_input_contents must have one entry for each of the {len(request.inputs)} inputs for model"
+            f" '{model}'; got {len(raw)}"
+        )
+    without = [given.name for given in request.inputs if not given.HasField("contents")][len(raw) :]
+    if without:
+        raise InvalidInput(
+            f"unable to find data for input tensor '{without[0]}' for model '{model}' in request."
+        )
+    return raw
+
+
+def _refuse_parameters(parameters: Mapping[str, pb.InferParameter], what: str) -> None:
+    if _SHARED_MEMORY in parameters:
+        raise Unsupported(f"shared memory is not supported, for {what}: send the data in the message")
+    if "classification" in parameters:
+        raise Unsupported(f"classification is not supported, for {what}")
+
+
+def _shape_note(tensor: Tensor) -> str:
+    if not tensor.spec.temporal:
+        return "NOTE: The first dimension is the batch's."
+    several = dims_text((-1, -1, *tensor.dims))
+    return f"NOTE: The first dimension is the batch's; several time steps at once have shape {several}."
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return f"[{','.join(repr(name) for name in names)}]"
