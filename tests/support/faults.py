@@ -1,0 +1,121 @@
+"""Servers for fault tests: the real one, and one with something wrong with it, of the model that the checker replays."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from stepwell.testing import LocalServer
+from support import history
+from support.checker import Report, check
+from support.driver import MODEL
+from support.replay import LstmDense
+from support.server_process import forecast
+
+_SCRIPT = Path(__file__).with_name("faulty_server.py")
+_CONTROL_S = 30.0
+
+
+@functools.cache
+def replayed() -> LstmDense:
+    """The model as the checker runs it."""
+    return LstmDense.load(forecast().path)
+
+
+def verdict(*histories: Path) -> Report:
+    """What the checker says of what drivers wrote."""
+    return check(history.load(histories), replayed())
+
+
+def local(data_dir: Path | None, *extra: str) -> LocalServer:
+    """The real server."""
+    return LocalServer(**_arguments(data_dir, extra))
+
+
+def _arguments(data_dir: Path | None, extra: Sequence[str]) -> dict[str, Any]:
+    kept = forecast()
+    return {
+        "models": {MODEL: kept.path},
+        "data_dir": data_dir,
+        "extra_args": ["--log-level", "warning", *extra],
+        "cache_dir": kept.cache_dir,
+        "start_timeout_s": 60,
+    }
+
+
+class FaultyServer(LocalServer):
+    """`faulty_server.py` as a process, and the commands it takes. `defect` is one of its DEFECTS."""
+
+    def __init__(self, data_dir: Path | None, *extra: str, defect: str = "none") -> None:
+        super().__init__(**_arguments(data_dir, extra))
+        self._defect = defect
+        self._jumped_s = 0.0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(_CONTROL_S)
+        self._control: socket.socket | None = None
+        self._reader: TextIO | None = None
+        self._unread: list[str] = []
+
+    def start(self) -> None:
+        """See `LocalServer`. It comes back without the faults, but the clock stays where it was."""
+        super().start()
+        self._hang_up()
+        self._control, _ = self._listener.accept()
+        self._control.settimeout(_CONTROL_S)
+        self._reader = self._control.makefile()
+        self._unread = []
+
+    def tell(self, command: str) -> None:
+        """Give a command, and wait until it is obeyed."""
+        assert self._control is not None
+        self._control.sendall(f"{command}\n".encode())
+        self.wait_for("ok")
+        if command.startswith("jump"):
+            self._jumped_s += float(command.split()[1])
+
+    def wait_for(self, word: str) -> None:
+        """Wait until it says a word; what it says before is kept for later."""
+        assert self._reader is not None
+        while word not in self._unread:
+            line = self._reader.readline()
+            assert line, "the server has ended"
+            self._unread.append(line.strip())
+        self._unread.remove(word)
+
+    def close(self) -> None:
+        """Give the sockets back."""
+        self._hang_up()
+        self._listener.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self.close()
+
+    def _hang_up(self) -> None:
+        if self._control is not None and self._reader is not None:
+            self._reader.close()
+            self._control.close()
+
+    def _command(self) -> list[str]:
+        python, _, _, *arguments = super()._command()
+        host, port = self._listener.getsockname()
+        own = [os.fspath(_SCRIPT), f"{host}:{port}", self._defect, str(self._jumped_s)]
+        return [python, *own, *arguments]
+
+
+def has_store() -> bool:
+    """Whether the server can keep sessions on disk yet."""
+    from stepwell_server.settings import SettingsError, read_settings
+
+    try:
+        read_settings([f"m={_SCRIPT}", "--data-dir", "data"], {})
+    except SettingsError:
+        return False
+    return True

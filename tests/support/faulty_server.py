@@ -1,0 +1,170 @@
+"""`python -m stepwell_server` with something wrong with it: a defect from the start, or faults on demand.
+
+    faulty_server.py CONTROL DEFECT JUMP_S [arguments of the server]
+
+CONTROL is the HOST:PORT that sends commands, one a line, each answered by "ok":
+
+    fail        the store's commits fail as on a full disk
+    stall       they wait; "stalled" is said when the first one does
+    well        as ever
+    jump S      the clock on the wall jumps
+
+JUMP_S is where that clock stands at the start, in seconds from the right time. `faults.FaultyServer` starts it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from stepwell_server import clock
+from stepwell_server.core import exactly_once
+from stepwell_server.store.lmdb import LmdbStore
+
+Commit = Callable[[LmdbStore, Any], None]
+_DROPPED = 5
+"""Of so many commits a store that drops some drops one."""
+_LATE_S = 0.2
+
+
+class Faults:
+    """Takes commands, and does what they say to whoever asks."""
+
+    def __init__(self, control: str, jump_s: float) -> None:
+        host, _, port = control.rpartition(":")
+        self._control = socket.create_connection((host, int(port)))
+        self._fails = False
+        self._well = threading.Event()
+        self._well.set()
+        self.jump_s = jump_s
+        threading.Thread(target=self._obey, daemon=True).start()
+
+    def before_commit(self) -> None:
+        """Fail, or wait, if told to."""
+        if self._fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if not self._well.is_set():
+            self._say("stalled")
+            self._well.wait()
+
+    def _obey(self) -> None:
+        for line in self._control.makefile():
+            command, *arguments = line.split()
+            self._fails = command == "fail"
+            if command == "stall":
+                self._well.clear()
+            else:
+                self._well.set()
+            if command == "jump":
+                self.jump_s += float(arguments[0])
+            self._say("ok")
+
+    def _say(self, word: str) -> None:
+        self._control.sendall(f"{word}\n".encode())
+
+
+def replace(owner: object, name: str, function: Callable[..., Any]) -> None:
+    """Put a function in the place of another; nobody but us may hold the old one yet."""
+    setattr(owner, name, function)
+
+
+def install(faults: Faults) -> None:
+    """Faults on demand."""
+    commit: Commit = LmdbStore._commit
+
+    def _commit(store: LmdbStore, batch: Any) -> None:
+        faults.before_commit()
+        commit(store, batch)
+
+    # Where the disk's own errors come from, so that they are translated as those are.
+    replace(LmdbStore, "_commit", _commit)
+    replace(clock.SystemClock, "now", lambda _: time.time() + faults.jump_s)
+
+
+def forget_requests() -> None:
+    """The dedupe is off: what was applied already is applied again when it is sent again."""
+    judge = exactly_once.judge
+
+    def again(*arguments: Any) -> exactly_once.Verdict:
+        verdict = judge(*arguments)
+        nobody = np.zeros_like(verdict.replay)
+        return dataclasses.replace(verdict, apply=verdict.apply | verdict.replay, replay=nobody)
+
+    replace(exactly_once, "judge", again)
+
+
+def judge_nothing() -> None:
+    """Everything that comes is applied."""
+
+    def always(revision: Any, *_: Any) -> exactly_once.Verdict:
+        everybody = np.ones(len(revision), np.bool_)
+        return exactly_once.Verdict(everybody, ~everybody, ~everybody)
+
+    replace(exactly_once, "judge", always)
+    replace(exactly_once, "applies", lambda *_: True)
+
+
+def drop_commits() -> None:
+    """Some commits are said to be kept and are not."""
+    commit: Commit = LmdbStore.commit
+    count = 0
+
+    def dropping(store: LmdbStore, batch: Any) -> None:
+        nonlocal count
+        count += 1
+        if count % _DROPPED:
+            commit(store, batch)
+
+    replace(LmdbStore, "commit", dropping)
+
+
+def commit_late() -> None:
+    """Commits are said to be kept a little before they are: the order is right, the reply is too early."""
+    commit: Commit = LmdbStore.commit
+    waiting: queue.SimpleQueue[tuple[float, LmdbStore, Any]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while True:
+            due, store, batch = waiting.get()
+            time.sleep(max(0.0, due - time.monotonic()))
+            commit(store, batch)
+
+    threading.Thread(target=work, daemon=True).start()
+
+    def later(store: LmdbStore, batch: Any) -> None:
+        waiting.put((time.monotonic() + _LATE_S, store, batch))
+
+    replace(LmdbStore, "commit", later)
+
+
+DEFECTS: dict[str, Callable[[], None]] = {
+    "none": lambda: None,
+    "forget-requests": forget_requests,
+    "judge-nothing": judge_nothing,
+    "drop-commits": drop_commits,
+    "commit-late": commit_late,
+}
+
+
+def main() -> int:
+    """Break something, then serve."""
+    control, defect, jump_s, *arguments = sys.argv[1:]
+    install(Faults(control, float(jump_s)))
+    DEFECTS[defect]()
+    from stepwell_server.__main__ import main as serve
+
+    return serve(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
