@@ -1,0 +1,31 @@
+"""Clients that die in the middle of frames: others take their sessions over, by name."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from support import history
+from support.driver import Mix
+from support.driver_process import DriverProcess
+from support.faults import local, verdict
+
+MIX = Mix(frames=6, calls=2, threads=2, bands=3, band_size=8)
+
+
+def test_others_take_over_from_clients_that_die(tmp_path: Path) -> None:
+    """Each driver goes on with the sessions of those before it, with the revisions that the server has."""
+    path, chance = tmp_path / "history", random.Random(11)
+    with local(None) as server:
+        for _ in range(5):
+            with DriverProcess(server.address, path, seed=11, mix=MIX, pause_s=0.002) as driver:
+                driver.wait_acknowledged(chance.randrange(150, 400))
+                driver.kill()
+        with DriverProcess(server.address, path, seed=11, mix=MIX, pause_s=0.002) as driver:
+            driver.wait_acknowledged(200)
+            driver.stop()
+    cut = [op for op in history.load([path]) if op.call.kind == "step" and not op.ends]
+    assert cut, "somebody died with steps under way"
+    report = verdict(path).require_clean()
+    assert report.unknown >= len(cut)
+    assert report.acknowledged > 900

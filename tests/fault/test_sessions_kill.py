@@ -1,0 +1,78 @@
+"""The server is killed again and again under load and comes back: nothing acknowledged is lost, nothing happens twice.
+
+The short version of `make soak`.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support import faults
+from support.driver import MODEL, Mix
+from support.driver_process import DriverProcess
+from support.faults import FaultyServer, local, verdict
+from support.killer import kill_at_random
+from support.wire import Wire, tensor
+
+pytestmark = pytest.mark.skipif(not faults.has_store(), reason="the store on disk is not there yet")
+
+
+@pytest.mark.parametrize(
+    ("durability", "seed", "extra"), [("sync", 21, ()), ("async", 22, ("--resident-rows", "16"))]
+)
+def test_kills(tmp_path: Path, durability: str, seed: int, extra: tuple[str, ...]) -> None:
+    """The second server has room for fewer rows than there are, so that sessions are paged out all the time."""
+    history = tmp_path / "history"
+    with (
+        local(tmp_path / "data", "--durability", durability, *extra) as server,
+        DriverProcess(server.address, history, seed) as driver,
+    ):
+        kill_at_random(server, driver, random.Random(seed), kills=5)
+        driver.wait_acknowledged(100)
+        driver.stop()
+    report = verdict(history).require_clean()
+    assert report.acknowledged > 300
+    assert report.reads > 20
+
+
+@pytest.mark.parametrize("defect", ["drop-commits", "commit-late"])
+def test_a_server_that_answers_before_it_keeps_is_caught(tmp_path: Path, defect: str) -> None:
+    """The proof that a lost change would be seen."""
+    history = tmp_path / "history"
+    with (
+        FaultyServer(tmp_path / "data", defect=defect) as server,
+        DriverProcess(server.address, history, seed=23, mix=Mix(frames=12)) as driver,
+    ):
+        kill_at_random(server, driver, random.Random(23), kills=2)
+        driver.stop()
+    report = verdict(history)
+    assert report.count("lost") + report.count("gone") > 0, report
+
+
+@pytest.mark.parametrize("durability", ["sync", "async"])
+def test_the_first_answer_is_given_again_after_a_kill(tmp_path: Path, durability: str) -> None:
+    """Sent again to the server that came back, every last change is answered with the same bits, as replayed."""
+    x = np.random.default_rng(8).standard_normal((6, 1, 4, 3)).astype(np.float32)
+    with local(tmp_path / "data", "--durability", durability) as server:
+        with Wire(server.address) as wire:
+            names = [wire.open(MODEL) for _ in range(len(x))]
+            for name, inputs in zip(names, x, strict=True):
+                wire.step(name, [tensor(inputs[:, 0])], expected_revision=0, request_id=5)
+            first = [
+                wire.step(name, [tensor(inputs)], expected_revision=1, request_id=6)
+                for name, inputs in zip(names, x, strict=True)
+            ]
+        for _ in range(2):
+            server.kill()
+            server.restart()
+            with Wire(server.address) as wire:
+                for name, inputs, answer in zip(names, x, first, strict=True):
+                    again = wire.step(name, [tensor(inputs)], expected_revision=1, request_id=6)
+                    assert again.replayed
+                    again.replayed = False
+                    assert again == answer
+                    assert wire.session(name).revision == 2
