@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import stepwell
 
-SHELLS = ("sync", "async", "async without frames")
+SHELLS = ("sync", "sync without frames", "async", "async without frames")
 
 
 class InThreads:
@@ -41,6 +41,7 @@ class InThreads:
 
 def connect(shell: str, address: str, **kwargs: Any) -> Any:
     """A client of the shell asked for, to be used in `async with`."""
-    if shell == "sync":
-        return InThreads(stepwell.connect(address, **kwargs))
-    return stepwell.aio.connect(address, coalesce=shell == "async", **kwargs)
+    coalesce = not shell.endswith("without frames")
+    if shell.startswith("sync"):
+        return InThreads(stepwell.connect(address, coalesce=coalesce, **kwargs))
+    return stepwell.aio.connect(address, coalesce=coalesce, **kwargs)
