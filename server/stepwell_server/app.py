@@ -15,13 +15,15 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from stepwell_server.clock import SystemClock
+from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.engine.engine import Engine
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics import MetricsServer, PrometheusObserver
 from stepwell_server.program import Program
 from stepwell_server.rpc.server import BindError, RpcServer
 from stepwell_server.settings import Address, Settings
+from stepwell_server.store.base import StoreBusy, StoreError
+from stepwell_server.store.lmdb import LmdbStore
 from stepwell_server.store.memory import MemoryStore
 
 _log = Log("app")
@@ -51,10 +53,12 @@ def serve(settings: Settings) -> int:
         _require_free("--listen", settings.listen)
         if settings.metrics_listen is not None:
             _require_free("--metrics-listen", settings.metrics_listen)
+        clock = SystemClock()
         with _signals_interrupt():
+            store = _open_store(settings, clock)
             programs = _compile(settings)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(_run(settings, programs))
+            return runner.run(_run(settings, programs, store, clock))
     except StartError as error:
         sys.stderr.write(f"stepwell: {error}\n")
         return 2
@@ -135,13 +139,29 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-async def _run(settings: Settings, programs: Mapping[str, Program]) -> int:
+def _open_store(settings: Settings, clock: Clock) -> MemoryStore | LmdbStore:
+    if settings.store == "memory":
+        return MemoryStore()
+    try:
+        store = LmdbStore(settings.data_dir, durability=settings.durability, clock=clock)
+    except StoreBusy as error:
+        raise StartError(
+            f"--data-dir: {error}; give this server another folder, or --store memory"
+        ) from error
+    except StoreError as error:
+        raise StartError(f"--data-dir: {error}") from error
+    _log.info("store opened", data_dir=str(settings.data_dir), sessions=store.count())
+    return store
+
+
+async def _run(
+    settings: Settings, programs: Mapping[str, Program], store: MemoryStore | LmdbStore, clock: Clock
+) -> int:
     stop = _stop_on_signals()
     observer = _Observer()
-    clock = SystemClock()
     engine = Engine(
         programs,
-        store=MemoryStore(),
+        store=store,
         clock=clock,
         observer=observer,
         max_batch_rows=settings.max_batch_rows,
@@ -153,13 +173,16 @@ async def _run(settings: Settings, programs: Mapping[str, Program]) -> int:
     try:
         rpc = RpcServer(engine, clock=clock, observer=observer, max_message_bytes=settings.max_message_bytes)
         metrics = _serve_metrics(settings, observer, engine)
-        await _serve_calls(settings, rpc)
+        await _serve_calls(settings, rpc, store)
         await stop.wait()
         await _drain(settings.drain_timeout_s, engine, rpc)
         if metrics is not None:
             await asyncio.to_thread(metrics.close)
     finally:
-        await engine.close()
+        if await engine.close():
+            store.close()
+        else:
+            _log.warning("the store did not come back from a commit; what was not acknowledged may be lost")
     _log.info("stopped")
     return 0
 
@@ -194,7 +217,7 @@ def _serve_metrics(settings: Settings, observer: PrometheusObserver, engine: Eng
     return metrics
 
 
-async def _serve_calls(settings: Settings, rpc: RpcServer) -> None:
+async def _serve_calls(settings: Settings, rpc: RpcServer, store: MemoryStore | LmdbStore) -> None:
     try:
         port = await rpc.start(*settings.listen)
     except BindError as error:
@@ -202,7 +225,10 @@ async def _serve_calls(settings: Settings, rpc: RpcServer) -> None:
     # What is there now stays: the garbage collector need not look at it again and again.
     gc.collect()
     gc.freeze()
-    sys.stdout.write(f"stepwell: listening on {settings.listen._replace(port=port)}\n")
+    address = settings.listen._replace(port=port)
+    if isinstance(store, LmdbStore):
+        store.lock.set_listen(str(address))
+    sys.stdout.write(f"stepwell: listening on {address}\n")
     sys.stdout.flush()
 
 

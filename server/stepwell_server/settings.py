@@ -113,6 +113,16 @@ def _default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepwell"
 
 
+def _folder(text: str) -> Path:
+    if not text:
+        raise ValueError("a folder")
+    return Path(text)
+
+
+def _default_data_dir() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "stepwell"
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -125,12 +135,12 @@ class Settings:
     """Models to serve: the name under which, and the file that Keras saved."""
     listen: Address = _setting(_address, Address("127.0.0.1", 50051), "HOST:PORT")
     """Address to serve gRPC on. Port 0 lets the system choose; the line on stdout says which."""
-    store: Literal["memory", "lmdb"] = _setting(_choice("memory", "lmdb"), "memory", "memory|lmdb")
-    """Where sessions are kept. With memory they end with the server; lmdb is not there yet."""
-    data_dir: Path | None = _setting(Path, None, "DIR")
-    """Folder of the lmdb store, which is not there yet."""
+    store: Literal["lmdb", "memory"] = _setting(_choice("lmdb", "memory"), "lmdb", "lmdb|memory")
+    """Where sessions are kept: on disk under --data-dir, or in memory, where they end with the server."""
+    data_dir: Path = _computed(_folder, _default_data_dir, "DIR")
+    """Folder of the lmdb store, for one server at a time. Default: stepwell in the user's data folder."""
     durability: Literal["sync", "async"] = _setting(_choice("sync", "async"), "sync", "sync|async")
-    """What an acknowledged change survives in the lmdb store: sync, the loss of power; async, that of the process."""
+    """What an acknowledged change survives in the lmdb store: sync, the loss of power too; async, kill -9."""
     max_batch_rows: int = _setting(_whole(1), 1024, "N")
     """Rows that run together at most, over all sessions of a pass."""
     resident_rows: int | None = _setting(_whole(1), None, "N")
@@ -205,9 +215,8 @@ def _checked(values: dict[str, Any]) -> Settings:
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise SettingsError(f"model {name}: PATH must be a .keras file; {path} {what}")
-    if "data_dir" in values or values.get("store") == "lmdb":
-        origin = "--data-dir" if "data_dir" in values else "--store lmdb"
-        raise SettingsError(f"{origin}: the lmdb store is not there yet; use --store memory")
+    if "data_dir" in values and values.get("store") == "memory":
+        raise SettingsError("--data-dir: with --store memory nothing is kept on disk; give one of the two")
     return Settings(**values)
 
 

@@ -455,7 +455,7 @@ class Play:
     async def finish(self) -> None:
         await self.settle()
         self.at.engine.expire_idle()
-        infos, total = self.at.engine.list_sessions()
+        infos, total = await self.at.engine.list_sessions()
         assert [info.session_id for info in infos] == sorted(self.model.sessions)
         assert total == len(self.model.sessions)
         for name, session in self.model.sessions.items():

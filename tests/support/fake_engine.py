@@ -97,7 +97,7 @@ class FakeEngine:
     def session_info(self, session_id: str) -> SessionInfo:
         return self._find(session_id).info
 
-    def list_sessions(
+    async def list_sessions(
         self, *, model: str = "", prefix: str = "", after: str = "", limit: int = 1000
     ) -> tuple[list[SessionInfo], int]:
         ids = [name for name in sorted(self._sessions) if name.startswith(prefix)]

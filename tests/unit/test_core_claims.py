@@ -8,8 +8,8 @@ from stepwell_server.core.sessions import SessionTable
 
 def table_of(count: int) -> SessionTable:
     table = SessionTable()
-    for i in range(count):
-        table.add(f"s{i}", model=0, rows=np.array([i], np.intp), used=0.0, created=0.0)
+    names = [f"s{i}" for i in range(count)]
+    table.add(names, rows=np.arange(count, dtype=np.intp), model=0, batch_size=1, used=0.0, created=0.0)
     return table
 
 

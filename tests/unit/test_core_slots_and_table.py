@@ -9,7 +9,8 @@ from stepwell_server.core.slots import Slots
 
 
 def add(table: SessionTable, session_id: str, *rows: int, **more: int) -> int:
-    return table.add(session_id, model=3, rows=np.array(rows, np.intp), used=1.0, created=2.0, **more)
+    facts = {"model": 3, "batch_size": len(rows), "used": 1.0, "created": 2.0, **more}
+    return int(table.add([session_id], rows=np.array(rows, np.intp), **facts)[0])
 
 
 def handles(*values: int) -> np.ndarray:
@@ -59,11 +60,11 @@ def test_rows_taken_and_freed_at_random_are_never_shared() -> None:
 
 def test_a_handle_is_reused_after_its_session_is_gone_and_remembers_nothing() -> None:
     table = SessionTable()
-    first = add(table, "a", 5, 6, request_id=9, revision=3, position=4)
+    first = add(table, "a", 5, 6, opened_with=9, revision=3, position=4)
     table.request_id[first] = 77
     table.reply[first] = 2
     table.claimed[first] = True
-    assert table.opened_with(first) == 9
+    assert table.opened_with[first] == 9
     table.remove(first)
     assert "a" not in table
     assert table.find("a") is None
@@ -71,10 +72,9 @@ def test_a_handle_is_reused_after_its_session_is_gone_and_remembers_nothing() ->
     again = add(table, "b", 8)
     assert again == first
     assert table.session_id(again) == "b"
-    assert table.opened_with(again) == 0
     assert table.rows(again).tolist() == [8]
     assert not table.claimed[again]
-    for column in ("revision", "position", "request_id", "reply"):
+    for column in ("revision", "position", "request_id", "opened_with", "reply"):
         assert getattr(table, column)[again] == 0, column
 
 
@@ -84,6 +84,21 @@ def test_an_id_is_added_once() -> None:
     with pytest.raises(KeyError, match="there already"):
         add(table, "a", 2)
     assert len(table) == 1
+
+
+def test_many_are_added_at_once_or_one_by_one_and_misspelt_facts_are_refused() -> None:
+    table = SessionTable(capacity=2)
+    facts = {"model": 1, "batch_size": 2, "used": 0.0, "created": 0.0}
+    ready = table.add(["a", "b"], rows=np.array([5, 6, 7, 8], np.intp), position=[3, 4], **facts)
+    away = table.add(["c"], rows=None, **facts)
+    assert table.rows_of(ready).tolist() == [5, 6, 7, 8]
+    assert table.position[ready].tolist() == [3, 4]
+    assert table.row[away].tolist() == [-1]
+    with pytest.raises(TypeError, match="positon"):
+        table.add(["d"], rows=None, positon=3, **facts)
+    with pytest.raises(TypeError, match="batch_size"):
+        table.add(["d"], rows=None, model=1, used=0.0, created=0.0)
+    assert "d" not in table
 
 
 def test_growing_keeps_every_column() -> None:

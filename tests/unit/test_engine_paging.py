@@ -10,7 +10,7 @@ import pytest
 from stepwell_server.engine.arena import Arena
 from stepwell_server.errors import Overloaded, ServerError, SessionLost
 from stepwell_server.program import StateSpec
-from stepwell_server.store.base import Record
+from stepwell_server.store.base import Batch
 from stepwell_server.store.memory import MemoryStore
 from support.engine import Answer, Harness, running
 from support.fake_executor import RICH
@@ -53,14 +53,12 @@ def test_packed_rows_come_back_bit_for_bit_whatever_their_types() -> None:
 
 def test_the_memory_store_replaces_finds_and_forgets() -> None:
     store = MemoryStore()
-    store.put([Record("a", "f", b"1"), Record("b", "f", b"2")])
-    store.put([Record("a", "f", b"3")])
-    found = store.get("a")
-    assert found is not None
-    assert found.rows == b"3"
-    store.delete(["a", "never there"])
+    store.commit(Batch(puts=[("a", b"1"), ("b", b"2")]))
+    store.commit(Batch(puts=[("a", b"3")]))
+    assert store.get("a") == b"3"
+    store.commit(Batch(deletes=["a", "never there"]))
     assert store.get("a") is None
-    assert len(store) == 1
+    assert store.count() == 1
 
 
 async def test_the_least_recently_used_leaves_and_comes_back_as_it_was() -> None:
@@ -76,7 +74,7 @@ async def test_the_least_recently_used_leaves_and_comes_back_as_it_was() -> None
             model.step(name, x(1), "ALL", None, 0, 0)
         await at.open("d")
         assert resident(at, "abcd") == "abd"
-        assert len(at.store) == 1
+        assert at.store.count() == 1
         at.clock.advance(1)
         await at.state("c")
         assert resident(at, "abcd") == "bcd", "reading is a use too"
@@ -161,7 +159,7 @@ async def test_a_session_whose_record_is_gone_is_lost_and_nobody_else_is() -> No
     async with running(resident_rows=3) as at:
         await at.open("a", "b", "c")
         await at.open("d", batch_size=3)
-        at.store.delete(["b"])
+        at.store.commit(Batch(deletes=["b"]))
         answers = await at.submit(["a", "b", "c"], x(3)).all()
         assert reasons(answers) == ["Answer", "SessionLost", "Answer"]
         with pytest.raises(SessionLost, match="session 'b' was paged out and is not in the store"):
@@ -172,11 +170,11 @@ async def test_a_session_whose_record_is_gone_is_lost_and_nobody_else_is() -> No
 async def test_closing_and_expiring_reach_sessions_that_are_away() -> None:
     async with running(resident_rows=1, max_session_idle_s=10) as at:
         await at.open("a", "b", "c")
-        assert len(at.store) == 2
+        assert at.store.count() == 2
         await at.engine.close_session("a")
         at.clock.advance(11)
         at.engine.expire_idle()
-        assert len(at.store) == 0
+        assert at.store.count() == 0
 
 
 async def test_a_fork_of_a_session_that_is_away_brings_it_back() -> None:

@@ -22,7 +22,7 @@ def test_options_win_over_variables_and_variables_over_defaults(model: str) -> N
     assert settings.listen == Address("::1", 0)
     assert str(settings.listen) == "[::1]:0"
     assert settings.max_batch_rows == 7
-    assert settings.store == "memory"
+    assert settings.store == "lmdb"
     assert settings.compute_threads >= 1
 
 
@@ -59,7 +59,7 @@ def test_variables_hold_several_values_with_commas(tmp_path: Path) -> None:
         ("max-session-idle-s", "inf", "a number of seconds"),
         ("drain-timeout-s", "-0.5", "a number of seconds"),
         ("compute-threads", "1.5", "a whole number"),
-        ("store", "redis", "one of memory, lmdb"),
+        ("store", "redis", "one of lmdb, memory"),
         ("durability", "none", "one of sync, async"),
         ("log-level", "loud", "one of debug"),
         ("log-format", "xml", "one of text, json"),
@@ -102,10 +102,22 @@ def test_models_that_cannot_be_served(models: list[str], expected: str) -> None:
         read_settings(models, {})
 
 
-@pytest.mark.parametrize("arguments", [["--store", "lmdb"], ["--data-dir", "/tmp/x"]])
-def test_the_lmdb_store_is_not_there_yet(model: str, arguments: list[str]) -> None:
-    with pytest.raises(SettingsError, match=f"{arguments[0]}.*not there yet; use --store memory"):
-        read_settings([model, *arguments], {})
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_a_data_dir_and_the_memory_store_exclude_each_other(model: str, how: str) -> None:
+    arguments = ["--data-dir", "/tmp/x"] if how == "option" else []
+    environment = {} if how == "option" else {"STEPWELL_DATA_DIR": "/tmp/x"}
+    with pytest.raises(SettingsError, match="--data-dir: with --store memory nothing is kept on disk"):
+        read_settings([model, "--store", "memory", *arguments], environment)
+
+
+def test_the_data_dir_has_a_default_in_the_users_data_folder(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", "/somewhere")
+    assert read_settings([model], {}).data_dir == Path("/somewhere/stepwell")
+    monkeypatch.delenv("XDG_DATA_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert read_settings([model], {}).data_dir == Path("/home/me/.local/share/stepwell")
 
 
 @pytest.mark.parametrize("arguments", [["--lissten", "x"], ["--listen"], ["--max-batch", "3"]])

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from stepwell_server.errors import StateCorrupt, Unavailable
 from stepwell_server.store import lmdb as module
-from stepwell_server.store.base import Batch, End, RecordStore, StoreError, Tombstone
+from stepwell_server.store.base import Batch, End, Store, StoreError, Tombstone
 from stepwell_server.store.lmdb import Durability, LmdbStore
-from stepwell_server.store.memory import MemoryRecords
+from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Record, decode, decode_header
 from support.clock import ManualClock
 
@@ -44,15 +44,15 @@ def opened(path: Path, durability: Durability = "async", **options: Any) -> Lmdb
     return LmdbStore(path, durability=durability, clock=ManualClock(), **options)
 
 
-def put(store: RecordStore, *session_ids: str, revision: int = 0, size: int = 20) -> None:
+def put(store: Store, *session_ids: str, revision: int = 0, size: int = 20) -> None:
     store.commit(Batch(puts=[(i, record(i, revision, size)) for i in session_ids]))
 
 
-def ids(store: RecordStore, **options: Any) -> list[str]:
+def ids(store: Store, **options: Any) -> list[str]:
     return [session_id for session_id, _ in store.scan(**{"limit": 1000, **options})]
 
 
-def revision(store: RecordStore, session_id: str) -> int:
+def revision(store: Store, session_id: str) -> int:
     found = store.get(session_id)
     assert found is not None
     return decode(session_id, found).revision
@@ -162,7 +162,7 @@ BATCH = st.builds(
 def test_both_stores_answer_alike(tmp_path_factory: pytest.TempPathFactory, batches: list[Batch]) -> None:
     known = ["a", "aa", "ab", "b", "ä", "é" * 256, "é" * 255 + "1"]
     disk = opened(tmp_path_factory.mktemp("store"), tombstones=100)
-    memory = MemoryRecords(tombstones=100)
+    memory = MemoryStore(tombstones=100)
     for batch in batches:
         disk.commit(batch)
         memory.commit(batch)

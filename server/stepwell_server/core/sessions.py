@@ -22,12 +22,15 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "revision": np.uint64,
     "position": np.uint64,
     "request_id": np.uint64,
+    "opened_with": np.uint64,
     "row": np.intp,
     "used": np.float64,
     "created": np.float64,
+    "due": np.int64,
     "claimed": np.bool_,
     "reply": np.uint8,
 }
+_REQUIRED = {"model", "batch_size", "used", "created"}
 
 
 class SessionTable:
@@ -40,12 +43,16 @@ class SessionTable:
     position: npt.NDArray[np.uint64]
     request_id: npt.NDArray[np.uint64]
     """Request id of the last change, 0 for none."""
+    opened_with: npt.NDArray[np.uint64]
+    """Request id of the call that made the session, 0 for none."""
     row: npt.NDArray[np.intp]
     """First row in the model's arena; -1: paged out, the state is only in the store."""
     used: npt.NDArray[np.float64]
     """Seconds on the monotonic clock."""
     created: npt.NDArray[np.float64]
     """Seconds since the epoch."""
+    due: npt.NDArray[np.int64]
+    """When the session is next looked at for being idle; `idle` knows the units. -1: never."""
     claimed: npt.NDArray[np.bool_]
     """Something is under way for the session; what comes next waits."""
     reply: npt.NDArray[np.uint8]
@@ -56,7 +63,6 @@ class SessionTable:
         self._ids: list[str] = []
         self._more_rows: dict[int, Rows] = {}
         self._free: list[int] = []
-        self._opened_with: dict[int, int] = {}
         for name, dtype in _COLUMNS.items():
             setattr(self, name, np.zeros(capacity, dtype))
 
@@ -95,45 +101,34 @@ class SessionTable:
             (ids[h] == i for h, i in zip(handles.tolist(), session_ids, strict=True)), np.bool_, len(handles)
         )
 
-    def opened_with(self, handle: int) -> int:
-        """Request id of the call that made the session, 0 for none."""
-        return self._opened_with.get(handle, 0)
+    def add(self, session_ids: Sequence[str], *, rows: Rows | None, **columns: object) -> Handles:
+        """Add sessions, and return their handles.
 
-    def add(
-        self,
-        session_id: str,
-        *,
-        model: int,
-        rows: Rows,
-        used: float,
-        created: float,
-        request_id: int = 0,
-        revision: int = 0,
-        position: int = 0,
-    ) -> int:
-        """Add a session that has the arena's `rows`, and return its handle."""
-        handle = self._new_handle(session_id)
-        self.model[handle] = model
-        self.batch_size[handle] = len(rows)
-        self.revision[handle] = revision
-        self.position[handle] = position
-        self.request_id[handle] = 0
-        self.used[handle] = used
-        self.created[handle] = created
-        self.claimed[handle] = False
-        self.reply[handle] = 0
-        self.set_rows(handle, rows)
-        if request_id:
-            self._opened_with[handle] = request_id
-        return handle
+        Args:
+            session_ids: None of them is there.
+            rows: The arena's rows that they have, one session after the other; None: they are paged out.
+            **columns: What is known of them, a value for all or one for each; `model`, `batch_size`, `used` and
+                `created` must be there, what else is missing is 0.
+        """
+        wrong = columns.keys() - _COLUMNS.keys() or _REQUIRED - columns.keys()
+        if wrong:
+            raise TypeError(f"what is known of a session must be as described; look at {sorted(wrong)}")
+        handles = np.array([self._new_handle(session_id) for session_id in session_ids], np.intp)
+        for name in _COLUMNS:
+            getattr(self, name)[handles] = columns.get(name, 0)
+        self.due[handles] = -1
+        self.row[handles] = -1
+        if rows is not None:
+            self.set_rows_of(handles, rows)
+        return handles
 
     def remove(self, handle: int) -> None:
         """Forget a session. The caller frees its rows."""
         del self._handles[self._ids[handle]]
         self._ids[handle] = ""
         self._more_rows.pop(handle, None)
-        self._opened_with.pop(handle, None)
         self.model[handle] = -1
+        self.due[handle] = -1
         self._free.append(handle)
 
     def rows(self, handle: int) -> Rows:
@@ -154,14 +149,8 @@ class SessionTable:
             for handle in handles.tolist():
                 self._more_rows.pop(handle, None)
 
-    def set_rows(self, handle: int, rows: Rows) -> None:
-        """Say which rows hold the session's state from now on."""
-        self.row[handle] = rows[0]
-        if len(rows) > 1:
-            self._more_rows[handle] = rows
-
     def set_rows_of(self, handles: Handles, rows: Rows) -> None:
-        """`set_rows` for many sessions, their rows one after the other."""
+        """Say which rows hold the states of sessions from now on: their rows one after the other."""
         sizes = self.batch_size[handles]
         ends = np.cumsum(sizes)
         self.row[handles] = rows[ends - sizes]

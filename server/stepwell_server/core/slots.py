@@ -21,6 +21,8 @@ class Slots:
         self.working_limit = resident
         self.resident = 0
         self.working = 0
+        self.owner: npt.NDArray[np.intp] = np.full(self.capacity, -1, np.intp)
+        """The session (handle) whose first row a row was last. The session table says whether it still is."""
         self._free: Rows = np.arange(self.capacity - 1, -1, -1, dtype=np.intp)
         self._top = self.capacity
 

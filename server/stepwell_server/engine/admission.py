@@ -17,7 +17,9 @@ from stepwell_server.engine.call import Call
 from stepwell_server.engine.calls import Members, Observer
 from stepwell_server.engine.framecall import too_late
 from stepwell_server.engine.job import Job
+from stepwell_server.engine.keeper import Change, Keeper
 from stepwell_server.engine.paging import Pager
+from stepwell_server.engine.replies import Kept
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.errors import Overloaded, RevisionConflict, ServerError
 
@@ -54,8 +56,11 @@ class Admission:
         clock: Clock,
         observer: Observer,
         pager: Pager,
+        keeper: Keeper,
     ) -> None:
         self._pager = pager
+        self._keeper = keeper
+        keeper.release = self.release
         self._table = table
         self._models = models
         self._clock = clock
@@ -123,6 +128,10 @@ class Admission:
 
     def _let_go(self, call: Call) -> None:
         self.bytes_waiting -= call.byte_count
+
+    def claim(self, handles: Handles) -> None:
+        """Claim sessions that have nothing under way, for something that is no change and needs no rows."""
+        self._claims.claim(handles)
 
     async def hold(self, handle: int, deadline: float, *, rows: bool = True) -> None:
         """Claim one session for something that is no change, when its turn comes.
@@ -287,8 +296,7 @@ class Admission:
 
     def _apply(self, call: Call, members: Members, handles: Handles) -> Handles:
         if call.is_reset:
-            self._reset(call, members, handles)
-            return handles
+            return self._reset(call, members, handles)
         for part in self._split(call.sizes[members], call.model):
             self._add_job(call, members[part], handles[part])
         return handles[:0]
@@ -325,7 +333,7 @@ class Admission:
         )
         self._models[call.model].loop.add(job)
 
-    def _reset(self, call: Call, members: Members, handles: Handles) -> None:
+    def _reset(self, call: Call, members: Members, handles: Handles) -> Handles:
         table, model = self._table, self._models[call.model]
         rows = table.rows_of(handles)
         if call.reset_rows is not None:
@@ -337,11 +345,21 @@ class Admission:
         else:
             picked = call.rows(members)
             model.arena.write(rows, [array[picked] for array in call.state])
-        table.revision[handles] += np.uint64(1)
-        if call.reset_rows is None:
-            table.position[handles] = 0
-        table.request_id[handles] = call.request_ids(members)
-        table.used[handles] = self._clock.monotonic()
-        model.replies.remember_empty(handles)
-        self._observer.applied(model.name, "reset", len(handles), len(rows))
-        call.succeed(members, table.revision[handles], table.position[handles], {})
+        some = call.reset_rows is not None
+        change = Change(
+            model,
+            handles,
+            table.revision[handles] + np.uint64(1),
+            table.position[handles] if some else np.zeros(len(handles), np.uint64),
+            call.request_ids(members),
+            np.full(len(handles), Kept.EMPTY, np.uint8),
+        )
+
+        def answer(error: ServerError | None) -> None:
+            if error is not None:
+                call.fail(members, error)
+                return
+            self._observer.applied(model.name, "reset", len(handles), len(rows))
+            call.succeed(members, change.revisions, change.positions, {})
+
+        return self._keeper.keep(change, answer)

@@ -85,6 +85,18 @@ class Arena:
         """States and outputs of `rows` as bytes, `(len(rows), bytes per row)`."""
         return np.concatenate([_as_bytes(array[rows]) for array in self._arrays], axis=1)
 
+    def pack_row(self, row: int) -> bytes:
+        """As `pack`, for one row."""
+        return b"".join([array[row].tobytes() for array in self._arrays])
+
+    def pack_initial(self) -> npt.NDArray[np.uint8]:
+        """What `pack` returns for a row that nobody has stepped, `(1, bytes per row)`."""
+        states = [
+            value.astype(state.dtype)[None] for state, value in zip(self.states, self._initial, strict=True)
+        ]
+        outputs = [np.zeros((1, *array.shape[1:]), array.dtype) for array in self.outputs]
+        return np.concatenate([_as_bytes(array) for array in (*states, *outputs)], axis=1)
+
     def unpack(self, rows: Rows, packed: npt.NDArray[np.uint8]) -> None:
         """Set states and outputs of `rows` to what `pack` returned."""
         start = 0

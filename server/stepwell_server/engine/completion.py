@@ -1,4 +1,4 @@
-"""The end of jobs: sessions advance, replies are remembered, callers are answered."""
+"""The end of jobs: what they changed is kept, and their callers are answered."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from stepwell_server.engine.admission import Admission
 from stepwell_server.engine.call import Call
 from stepwell_server.engine.calls import Observer
 from stepwell_server.engine.job import Job
+from stepwell_server.engine.keeper import Change, Keeper
 from stepwell_server.engine.passes import Pass
 from stepwell_server.engine.predict import PredictCall
+from stepwell_server.engine.replies import Kept, Outputs
 from stepwell_server.engine.served import ServedModel
+from stepwell_server.errors import ServerError
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound=np.generic)
@@ -27,10 +30,17 @@ class ModelCompletion:
     """See `loop.Completion`. One per model."""
 
     def __init__(
-        self, table: SessionTable, admission: Admission, *, clock: Clock, observer: Observer
+        self,
+        table: SessionTable,
+        admission: Admission,
+        keeper: Keeper,
+        *,
+        clock: Clock,
+        observer: Observer,
     ) -> None:
         self._table = table
         self._admission = admission
+        self._keeper = keeper
         self._clock = clock
         self._observer = observer
         self.model: ServedModel | None = None
@@ -51,32 +61,73 @@ class ModelCompletion:
 
     def _complete_changes(self, work: Pass, jobs: Sequence[tuple[int, Job]]) -> None:
         model = self._model()
-        handles = _join([job.handles for _, job in jobs])
         self._exchange_rows(model, [job for _, job in jobs])
         self._keep_outputs(model, work, jobs)
-        self._advance(handles, jobs)
-        started = self._clock.monotonic()
-        starts = np.cumsum([0, *(len(job.members) for _, job in jobs)])
-        revisions, positions = self._table.revision[handles], self._table.position[handles]
-        for (index, job), start, end in zip(jobs, starts[:-1], starts[1:], strict=True):
-            outputs = model.replies.outputs(work, index, job)
-            model.replies.remember(job, handles[start:end], outputs)
-            self._observer.stage(model.name, "total", started - job.queued_at, len(job.members))
-            assert isinstance(job.owner, Call), "jobs with sessions come from calls"
+        outputs = [model.replies.outputs(work, index, job) for index, job in jobs]
+        change = self._change(model, [job for _, job in jobs], outputs)
+        ended = self._clock.monotonic()
+
+        def answer(error: ServerError | None) -> None:
+            now = self._clock.monotonic()
+            self._observer.stage(model.name, "commit", now - ended, len(change.handles))
+            self._answer(change, [job for _, job in jobs], outputs, error, now)
+
+        free = self._keeper.keep(change, answer)
+        if len(free):
+            self._admission.release(free)
+
+    def _change(self, model: ServedModel, jobs: Sequence[Job], outputs: Sequence[Outputs]) -> Change:
+        handles = _join([job.handles for job in jobs])
+        counts = [len(job.members) for job in jobs]
+        steps = np.repeat(np.array([job.steps for job in jobs], np.uint64), counts)
+        kept = [model.replies.kept(job) for job in jobs]
+        arrays: dict[int, Outputs] = {}
+        for job, how, given, start in zip(jobs, kept, outputs, np.cumsum([0, *counts]), strict=False):
+            if how is Kept.ARRAYS:
+                arrays.update(enumerate(model.replies.arrays_of(job, given), int(start)))
+        return Change(
+            model,
+            handles,
+            self._table.revision[handles] + np.uint64(1),
+            self._table.position[handles] + steps,
+            _join([_call(job).request_ids(job.members) for job in jobs]),
+            np.repeat(np.array(kept, np.uint8), counts),
+            arrays,
+        )
+
+    def _answer(
+        self,
+        change: Change,
+        jobs: Sequence[Job],
+        outputs: Sequence[Outputs],
+        error: ServerError | None,
+        now: float,
+    ) -> None:
+        start = 0
+        for job, given in zip(jobs, outputs, strict=True):
+            end = start + len(job.members)
             try:
-                job.owner.succeed(job.members, revisions[start:end], positions[start:end], outputs)
+                if error is not None:
+                    _call(job).fail(job.members, error)
+                else:
+                    self._observer.stage(change.model.name, "total", now - job.queued_at, end - start)
+                    _call(job).succeed(
+                        job.members, change.revisions[start:end], change.positions[start:end], given
+                    )
             except Exception:
                 # its caller's loss, and no one else's: the others' answers and the claims are due
-                log.exception("an answer for model %s could not be delivered", model.name)
-        row_steps = sum(job.row_count * job.steps for _, job in jobs)
-        self._observer.applied(model.name, "step", len(handles), row_steps)
-        self._admission.release(handles)
+                log.exception("an answer for model %s could not be delivered", change.model.name)
+            start = end
+        if error is None:
+            row_steps = sum(job.row_count * job.steps for job in jobs)
+            self._observer.applied(change.model.name, "step", len(change.handles), row_steps)
 
     def _exchange_rows(self, model: ServedModel, jobs: Sequence[Job]) -> None:
         for job in jobs:
             if job.working is None or job.handles is None:
                 continue
             self._table.set_rows_of(job.handles, job.working)
+            model.slots.owner[self._table.row[job.handles]] = job.handles
             model.slots.free_working(job.rows)
 
     def _keep_outputs(self, model: ServedModel, work: Pass, jobs: Sequence[tuple[int, Job]]) -> None:
@@ -88,16 +139,6 @@ class ModelCompletion:
         rows = np.concatenate(spans)
         model.arena.keep_outputs(work.target_rows[rows], [output[rows] for output in last])
 
-    def _advance(self, handles: Handles, jobs: Sequence[tuple[int, Job]]) -> None:
-        table = self._table
-        table.revision[handles] += np.uint64(1)
-        steps = np.repeat([job.steps for _, job in jobs], [len(job.members) for _, job in jobs])
-        table.position[handles] += steps.astype(np.uint64)
-        table.request_id[handles] = _join(
-            [job.owner.request_ids(job.members) for _, job in jobs if isinstance(job.owner, Call)]
-        )
-        table.used[handles] = self._clock.monotonic()
-
     def _model(self) -> ServedModel:
         assert self.model is not None, "the model is put together before its loop runs"
         return self.model
@@ -106,3 +147,8 @@ class ModelCompletion:
 def _join(arrays: Sequence[npt.NDArray[S] | None]) -> npt.NDArray[S]:
     given = [array for array in arrays if array is not None]
     return given[0] if len(given) == 1 else np.concatenate(given)
+
+
+def _call(job: Job) -> Call:
+    assert isinstance(job.owner, Call), "jobs with sessions come from calls"
+    return job.owner

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import heapq
-import re
-import secrets
-from collections.abc import Sequence
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.remembered import Remembered
+from stepwell_server.core.idle import IdleWatch
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.admission import Admission
 from stepwell_server.engine.calls import Observer, SessionInfo
-from stepwell_server.engine.ids import shown
+from stepwell_server.engine.commits import Commits
+from stepwell_server.engine.ids import IdMaker, shown
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.errors import (
+    ModelMismatch,
     ModelNotFound,
     ServerError,
+    SessionExists,
     SessionExpired,
     SessionGone,
     SessionLost,
     SessionNotFound,
+    StateCorrupt,
+    Unavailable,
 )
-from stepwell_server.store.base import Store
+from stepwell_server.store.base import Batch, End, Store, Tombstone
+from stepwell_server.store.record import Header, decode_header
 
-_TOMBSTONES = 100_000
-_MADE_BY_A_SERVER = re.compile(r"s-([0-9a-f]{8})-[A-Za-z0-9_-]{22}")
+log = logging.getLogger(__name__)
 
 
 class Directory:
-    """Finds models and sessions, and forgets sessions. Lives on the event loop."""
+    """Finds models and sessions, and forgets sessions. Lives on the event loop.
+
+    A session is in the table from when it is first named; before that, it may be in the store alone.
+    """
 
     def __init__(
         self,
@@ -39,6 +46,7 @@ class Directory:
         models: Sequence[ServedModel],
         admission: Admission,
         store: Store,
+        commits: Commits,
         *,
         clock: Clock,
         observer: Observer,
@@ -49,11 +57,14 @@ class Directory:
         self._by_name = {model.name: model for model in models}
         self._admission = admission
         self._store = store
+        self._commits = commits
         self._clock = clock
         self._observer = observer
         self._max_idle_s = max_idle_s
-        self._incarnation = secrets.token_hex(4)
-        self._expired: Remembered[float] = Remembered(_TOMBSTONES)
+        self.ids = IdMaker(store)
+        self.idle = IdleWatch(table, max_idle_s, clock.monotonic())
+        self.opening: dict[str, asyncio.Future[None]] = {}
+        """Sessions that are being made: nobody else sees them before they are kept."""
 
     def model(self, name: str) -> ServedModel:
         """The model served under a name.
@@ -75,48 +86,105 @@ class Directory:
 
         Raises:
             SessionGone: there is none.
+            ModelMismatch, ModelNotFound: it belongs to a model that is not served.
+            StateCorrupt: its record is damaged.
+            Unavailable: the store cannot be read.
         """
         handle = self._table.find(session_id)
+        if handle is None:
+            handle = self._load(session_id)
         if handle is not None and self._is_idle_too_long(handle):
-            self._expire(handle)
-            handle = None
+            raise self._expire([handle])
         if handle is None:
             raise self.gone(session_id)
         return handle
 
     def live(self, session_id: str) -> int | None:
-        """The handle of a live session, or None."""
+        """The handle of a live session, or None.
+
+        Raises:
+            ServerError: as of `find`, but for `SessionGone`.
+        """
         try:
             return self.find(session_id)
         except SessionGone:
             return None
 
     def find_all(self, session_ids: Sequence[str]) -> Handles:
-        """Handles of many sessions, -1 for those that are not there."""
+        """Handles of many sessions, -1 for those that cannot be had; `why_not` says why."""
         handles = self._table.find_all(session_ids)
+        if self._commits.is_durable and (handles < 0).any():
+            missing = [session_ids[i] for i in np.flatnonzero(handles < 0).tolist()]
+            try:
+                loaded, _ = self._load_all(missing)
+            except Unavailable:
+                loaded = 0
+            if loaded:
+                handles = self._table.find_all(session_ids)
         if self._max_idle_s:
-            for handle in self._idle_too_long(handles[handles >= 0]):
-                self._expire(handle)
-                handles[handles == handle] = -1
+            there = handles[handles >= 0]
+            idle = np.unique(there[self.idle.too_long(there, self._clock.monotonic())])
+            if len(idle):
+                handles[np.isin(handles, idle)] = -1
+                self._expire(idle.tolist())
         return handles
+
+    def require_new(self, name: str, session_ids: Sequence[str]) -> None:
+        """Refuse ids of sessions that are there, be it that they cannot be stepped here.
+
+        Raises:
+            SessionExists: one is live.
+            ModelMismatch, ModelNotFound, StateCorrupt: so is one that cannot be stepped here.
+            Unavailable: the store cannot be read.
+        """
+        unusable: Sequence[str] = ()
+        if self._commits.is_durable:
+            handles = self._table.find_all(session_ids)
+            missing = [session_ids[i] for i in np.flatnonzero(handles < 0).tolist()]
+            _, unusable = self._load_all(missing)
+        there = np.flatnonzero(self.find_all(session_ids) >= 0).tolist()
+        if there:
+            session_id = session_ids[there[0]]
+            raise SessionExists(f"{name} must be new; session {session_id!r} is open", session_id=session_id)
+        if unusable:
+            raise self.why_not(unusable[0])
+
+    def why_not(self, session_id: str) -> ServerError:
+        """Why a session cannot be had."""
+        try:
+            self.find(session_id)
+        except ServerError as error:
+            return error
+        return Unavailable(f"session {session_id!r} must be readable; it was not, just now")
 
     def gone(self, session_id: str) -> SessionGone:
         """Why there is no such session."""
-        if self._expired.get(session_id) is not None:
-            return SessionExpired(
-                session_id,
-                f"session {session_id!r} expired: it was idle for longer than"
-                f" max_session_idle_s {self._max_idle_s:g}",
-            )
-        made = _MADE_BY_A_SERVER.fullmatch(session_id)
-        if made and made[1] != self._incarnation and self._store.is_volatile:
+        ended = self.ended(session_id)
+        if ended is not None:
+            return ended
+        if self.ids.is_from_elsewhere(session_id):
             return SessionLost(
                 session_id,
-                f"session {session_id!r} was lost with the server process that made it: its store was memory",
+                f"session {session_id!r} was lost with the store that kept it: it is of another server process"
+                " with --store memory, or of another --data-dir",
             )
         return SessionNotFound(
             session_id, f"session_id must be that of an open session; got {shown(session_id)}"
         )
+
+    def ended(self, session_id: str) -> SessionGone | None:
+        """How a session ended, as far as that is remembered."""
+        stone = self._store.tombstone(session_id) if session_id else None
+        if stone is None:
+            return None
+        if stone.end is End.EXPIRED:
+            return self._expired(session_id)
+        return SessionNotFound(session_id, f"session {session_id!r} was closed")
+
+    def closed_with(self, session_id: str) -> int:
+        """The request id of the call that closed a session that is gone, 0 if none said one."""
+        stone = self._store.tombstone(session_id) if session_id else None
+        return stone.request_id if stone is not None and stone.end is End.CLOSED else 0
 
     def info(self, handle: int) -> SessionInfo:
         """Describe a session."""
@@ -133,58 +201,163 @@ class Directory:
             resident=bool(table.row[handle] >= 0),
         )
 
-    def page(self, *, model: str, prefix: str, after: str, limit: int) -> tuple[list[SessionInfo], int]:
-        """Live sessions in the order of their ids. See `Engine.list_sessions`."""
-        wanted = self.model(model).index if model else None
-        fitting = [
-            session_id
-            for session_id, handle in self._table.items()
-            if session_id.startswith(prefix) and (wanted is None or self._table.model[handle] == wanted)
-        ]
-        page = heapq.nsmallest(limit, (session_id for session_id in fitting if session_id > after))
-        found = [self.live(session_id) for session_id in page]
-        return [self.info(handle) for handle in found if handle is not None], len(fitting)
-
-    def new_id(self) -> str:
-        """An id that nobody can guess. It tells which server process made it."""
-        return f"s-{self._incarnation}-{secrets.token_urlsafe(16)}"
-
-    def forget_end(self, session_id: str) -> None:
-        """A session of this id is opened anew: how the last one ended is no answer any more."""
-        self._expired.forget(session_id)
+    def count(self, model: ServedModel) -> int:
+        """How many sessions a model has."""
+        if self._commits.is_durable:
+            return self._store.count_of(model.name)
+        return self._table.count(model.index)
 
     def remove(self, handle: int, event: str, error: ServerError) -> None:
         """Forget a session that is claimed or idle, and refuse what waits for it."""
         session_id, model = self._table.session_id(handle), self.model_of(handle)
+        self._forget(handle, error)
+        self._observer.session_event(event, model.name, session_id)
+
+    def drop(self, handles: Handles, error: ServerError) -> None:
+        """Forget claimed sessions whose rows are not what the store holds; they are loaded when next named."""
+        log.warning("%d sessions left the arena: %s", len(handles), error)
+        for handle in handles.tolist():
+            self._forget(handle, error)
+
+    def expire_idle(self) -> int:
+        """Delete the sessions of the table that are idle for too long; return how many."""
+        due = self.idle.take_due(self._clock.monotonic()).tolist()
+        if due:
+            self._expire(due)
+        return len(due)
+
+    def expire_untouched(self, found: Iterable[tuple[str, Header | None]]) -> int:
+        """Delete those of the store's sessions that nobody has named since the start; return how many.
+
+        Only once the time limit has passed since then.
+        """
+        untouched = [
+            (session_id, header)
+            for session_id, header in found
+            if header is not None and session_id not in self._table and session_id not in self.opening
+        ]
+        for session_id, header in untouched:
+            self._observer.session_event("expired", header.model, session_id)
+        self._bury([(session_id, header.model, header.revision) for session_id, header in untouched])
+        return len(untouched)
+
+    def _forget(self, handle: int, error: ServerError) -> None:
+        model = self.model_of(handle)
         self._admission.close_line(handle, error)
         if self._table.row[handle] >= 0:
             model.slots.free_resident(self._table.rows(handle))
-        self._store.delete([session_id])
         model.replies.forget(handle)
         self._table.claimed[handle] = False
         self._table.remove(handle)
-        self._observer.session_event(event, model.name, session_id)
 
-    def expire_idle(self) -> int:
-        """Delete the sessions that are idle for too long; return how many."""
-        if not self._max_idle_s:
-            return 0
-        end = self._table.end
-        due = self._idle_too_long(np.flatnonzero(self._table.model[:end] >= 0))
-        for handle in due:
-            self._expire(handle)
-        return len(due)
+    def _expire(self, handles: Sequence[int]) -> SessionExpired:
+        """Delete sessions; the answer is the last one's."""
+        table, error = self._table, self._expired("")
+        self._bury([(table.session_id(h), self.model_of(h).name, int(table.revision[h])) for h in handles])
+        for handle in handles:
+            error = self._expired(table.session_id(handle))
+            self.remove(handle, "expired", error)
+        return error
 
-    def _expire(self, handle: int) -> None:
-        session_id = self._table.session_id(handle)
-        self._expired.put(session_id, self._clock.now())
-        self.remove(handle, "expired", self.gone(session_id))
+    def _bury(self, sessions: Sequence[tuple[str, str, int]]) -> None:
+        """Have the store know that sessions expired: their ids, models and revisions.
 
-    def _idle_too_long(self, handles: Handles) -> list[int]:
-        since = self._clock.monotonic() - self._max_idle_s
-        idle = (self._table.used[handles] < since) & ~self._table.claimed[handles]
-        found: list[int] = handles[idle].tolist()
-        return found
+        Nobody waits for it. Should it fail, they are found in the store again, idle for too long as before.
+        """
+        if not sessions:
+            return
+        now = self._clock.now()
+        batch = Batch(
+            deletes=[session_id for session_id, _, _ in sessions],
+            tombstones=[Tombstone(i, End.EXPIRED, now, revision=revision) for i, _, revision in sessions],
+            counts=[(model, -1) for _, model, _ in sessions],
+        )
+        self._commits.submit(lambda: batch, len(sessions), _log_failure)
+
+    def _expired(self, session_id: str) -> SessionExpired:
+        return SessionExpired(
+            session_id,
+            f"session {session_id!r} expired: it was idle for longer than"
+            f" max_session_idle_s {self._max_idle_s:g}",
+        )
 
     def _is_idle_too_long(self, handle: int) -> bool:
-        return bool(self._max_idle_s) and bool(self._idle_too_long(np.array([handle])))
+        if not self._max_idle_s:
+            return False
+        return bool(self.idle.too_long(np.array([handle]), self._clock.monotonic())[0])
+
+    def _load(self, session_id: str) -> int | None:
+        """The handle of a session that was only in the store; None if it is not there."""
+        if not self._commits.is_durable or not session_id or session_id in self.opening:
+            return None
+        stored = self._store.get(session_id)
+        if stored is None:
+            return None
+        header = decode_header(session_id, stored)
+        return int(self._adopt([(session_id, header, self._served(session_id, header))])[0])
+
+    def _load_all(self, session_ids: Sequence[str]) -> tuple[int, list[str]]:
+        """Take those sessions into the table that are in the store and can be stepped.
+
+        Returns:
+            How many they are, and those that are there and cannot be stepped.
+
+        Raises:
+            Unavailable: the store cannot be read.
+        """
+        wanted = [i for i in dict.fromkeys(session_ids) if i and i not in self.opening]
+        found: list[tuple[str, Header, ServedModel]] = []
+        unusable: list[str] = []
+        for session_id, stored in zip(wanted, self._store.get_many(wanted), strict=True):
+            if stored is None:
+                continue
+            try:
+                header = decode_header(session_id, stored)
+                found.append((session_id, header, self._served(session_id, header)))
+            except (StateCorrupt, ModelMismatch, ModelNotFound):
+                unusable.append(session_id)  # `find` says why
+        if found:
+            self._adopt(found)
+        return len(found), unusable
+
+    def _served(self, session_id: str, header: Header) -> ServedModel:
+        """The model of a stored session."""
+        model = self._by_name.get(header.model)
+        if model is None:
+            raise ModelNotFound(
+                f"session {session_id!r} belongs to model {header.model!r}, which is not served;"
+                f" model must be one of {sorted(self._by_name)}",
+                model=header.model,
+            )
+        if model.program.fingerprint != header.fingerprint:
+            raise ModelMismatch(
+                f"session {session_id!r} belongs to model {header.model!r} with fingerprint"
+                f" {header.fingerprint}; the one that is served has {model.program.fingerprint}",
+                model=header.model,
+            )
+        return model
+
+    def _adopt(self, sessions: Sequence[tuple[str, Header, ServedModel]]) -> Handles:
+        headers = [header for _, header, _ in sessions]
+        now, monotonic = self._clock.now(), self._clock.monotonic()
+        handles = self._table.add(
+            [session_id for session_id, _, _ in sessions],
+            rows=None,
+            model=[model.index for _, _, model in sessions],
+            batch_size=[header.batch_size for header in headers],
+            revision=np.array([header.revision for header in headers], np.uint64),
+            position=np.array([header.position for header in headers], np.uint64),
+            request_id=np.array([header.request_id for header in headers], np.uint64),
+            opened_with=np.array([header.opened_with for header in headers], np.uint64),
+            created=[header.created for header in headers],
+            # for people: a clock that was set back meanwhile must not make it the future
+            used=[monotonic - max(0.0, now - header.last_used) for header in headers],
+            reply=[header.reply for header in headers],
+        )
+        self.idle.watch(handles)
+        return handles
+
+
+def _log_failure(error: ServerError | None) -> None:
+    if error is not None:
+        log.warning("sessions that expired are still in the store: %s", error)

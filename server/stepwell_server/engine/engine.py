@@ -28,13 +28,19 @@ from stepwell_server.engine.calls import (
     Tensors,
 )
 from stepwell_server.engine.checks import check_inputs, check_state, require_finite
+from stepwell_server.engine.commits import Commits
 from stepwell_server.engine.completion import ModelCompletion
+from stepwell_server.engine.creation import Creation
 from stepwell_server.engine.directory import Directory
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
+from stepwell_server.engine.expiry import Expiry
 from stepwell_server.engine.frames import Frames
-from stepwell_server.engine.lifecycle import Lifecycle, OpenedMany
+from stepwell_server.engine.keeper import Keeper
+from stepwell_server.engine.lifecycle import Lifecycle
+from stepwell_server.engine.listing import Listing
 from stepwell_server.engine.loop import PassLoop
+from stepwell_server.engine.opening import OpenedMany, Opening
 from stepwell_server.engine.paging import Pager
 from stepwell_server.engine.passes import Lane
 from stepwell_server.engine.plain import PlainIntake
@@ -90,8 +96,12 @@ class Engine:
         self._max_idle_s = max_session_idle_s
         self._table = SessionTable()
         self._models: list[ServedModel] = []
-        pager = Pager(self._table, store)
-        self._admission = Admission(self._table, self._models, clock=clock, observer=observer, pager=pager)
+        self._commits = Commits(store)
+        self._keeper = Keeper(self._table, self._commits, clock)
+        pager = Pager(self._table, store, self._keeper, clock)
+        self._admission = Admission(
+            self._table, self._models, clock=clock, observer=observer, pager=pager, keeper=self._keeper
+        )
         for name in sorted(programs):
             self._models.append(
                 self._serve(
@@ -106,13 +116,24 @@ class Engine:
             self._models,
             self._admission,
             store,
+            self._commits,
             clock=clock,
             observer=observer,
             max_idle_s=max_session_idle_s,
         )
-        self._lifecycle = Lifecycle(
-            self._table, self._directory, self._admission, pager, clock=clock, observer=observer
+        self._keeper.drop = self._directory.drop
+        creation = Creation(self._table, self._directory, self._commits, clock)
+        self._opening = Opening(
+            self._table,
+            self._directory,
+            self._admission,
+            pager,
+            creation,
+            clock=clock,
+            observer=observer,
         )
+        self._lifecycle = Lifecycle(self._table, self._directory, self._admission, self._commits, clock=clock)
+        self._listing = Listing(self._table, self._directory, store)
         self._frames = Frames(self._table, self._directory)
         self.ports = [self._port(model) for model in self._models]
         """Where plain steps come in, by the number of the model that `locate` says."""
@@ -120,14 +141,14 @@ class Engine:
         for port, singles in zip(self.ports, self._singles, strict=True):
             port.feed(singles.admit_all, singles.__len__)
         self._accepting = True
-        self._expiry: asyncio.Task[None] | None = None
+        self._expiry = Expiry(self._directory, store, clock, max_session_idle_s)
+        self._expiring: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Run each program once at several sizes, so that the first callers do not pay for it."""
         for model in self._models:
             await asyncio.to_thread(warm_up, model.loop.runner, model.program, model.loop.max_batch_rows)
-        if self._max_idle_s:
-            self._expiry = asyncio.create_task(self._expire_idle())
+        self._expiring = asyncio.create_task(self._expiry.run())
 
     def models(self) -> list[ModelInfo]:
         """The models, in the order of their names."""
@@ -158,7 +179,7 @@ class Engine:
             ModelNotFound, ModelMismatch, InvalidInput, SessionExists, Overloaded, Unavailable
         """
         self._require_accepting()
-        return self._lifecycle.open(
+        return await self._opening.open(
             model,
             session_id=session_id,
             batch_size=batch_size,
@@ -179,7 +200,7 @@ class Engine:
     ) -> OpenedMany:
         """Open many sessions: all of them or none. Errors as of `open_session`."""
         self._require_accepting()
-        return self._lifecycle.open_many(
+        return await self._opening.open_many(
             model, count=count, session_ids=session_ids, batch_size=batch_size, request_id=request_id
         )
 
@@ -207,7 +228,7 @@ class Engine:
         """
         return self._directory.info(self._directory.find(session_id))
 
-    def list_sessions(
+    async def list_sessions(
         self, *, model: str = "", prefix: str = "", after: str = "", limit: int = 1000
     ) -> tuple[list[SessionInfo], int]:
         """Up to `limit` sessions in the order of their ids, and how many fit in all.
@@ -215,7 +236,7 @@ class Engine:
         Raises:
             ModelNotFound: there is no model of that name.
         """
-        return self._directory.page(model=model, prefix=prefix, after=after, limit=limit)
+        return await self._listing.page(model=model, prefix=prefix, after=after, limit=limit)
 
     def submit(self, frame: Frame) -> None:
         """Take a frame. Its sink gets parts until one is `last`, the first maybe before this returns.
@@ -331,7 +352,7 @@ class Engine:
         """
         self._require_accepting()
         self._admit_singles()
-        return await self._lifecycle.fork(
+        return await self._opening.fork(
             session_id,
             new_session_id=new_session_id,
             expected=expected,
@@ -382,7 +403,7 @@ class Engine:
         return [
             ModelStats(
                 name=model.name,
-                sessions=self._table.count(model.index),
+                sessions=self._directory.count(model),
                 resident_rows=model.slots.resident,
                 queued=self._admission.waiting(model.index),
                 queued_bytes=self._admission.bytes_waiting,
@@ -396,28 +417,41 @@ class Engine:
 
     async def drain(self) -> None:
         """Return when everything that was taken in is finished."""
-        for model in self._models:
-            await model.loop.idle()
+        while self._is_busy:
+            for model in self._models:
+                await model.loop.idle()
+            await self._commits.idle()
 
-    async def close(self) -> None:
-        """Stop the threads. Nothing may be under way."""
-        if self._expiry is not None:
-            self._expiry.cancel()
+    async def close(self, timeout_s: float = 10.0) -> bool:
+        """Stop the threads. Nothing may be under way.
+
+        Returns:
+            False if the store did not come back from a commit in time: it must not be used any more then.
+        """
+        if self._expiring is not None:
+            self._expiring.cancel()
         self._pool.shutdown(wait=True)
+        return await asyncio.to_thread(self._commits.close, timeout_s)
+
+    @property
+    def _is_busy(self) -> bool:
+        return not self._commits.is_idle or any(model.loop.busy for model in self._models)
 
     def expire_idle(self) -> int:
         """Delete the sessions that have been idle for too long; return how many. Called by a timer."""
         return self._directory.expire_idle()
 
     def _port(self, model: ServedModel) -> PlainPort:
-        solo = Solo(self._table, model, clock=self._clock, observer=self._observer)
+        solo = Solo(self._table, model, self._keeper, clock=self._clock, observer=self._observer)
         return PlainPort(model, PlainIntake(self._table, self._admission, model), solo)
 
     def _serve(self, name: str, program: Program, max_batch_rows: int, resident_rows: int) -> ServedModel:
         slots = Slots(resident_rows)
         arena = Arena(program, slots.capacity)
         lanes = [Lane(self._executor(program), arena) for _ in range(self._compute_threads)]
-        completion = ModelCompletion(self._table, self._admission, clock=self._clock, observer=self._observer)
+        completion = ModelCompletion(
+            self._table, self._admission, self._keeper, clock=self._clock, observer=self._observer
+        )
         loop = PassLoop(
             name,
             program,
@@ -431,16 +465,12 @@ class Engine:
         replies = Replies(program, self._table, arena)
         model = ServedModel(len(self._models), name, program, arena, slots, replies, loop)
         completion.model = model
+        loop.pause_while(lambda: self._commits.is_full)
+        self._commits.on_room(loop.wake)
         return model
 
-    async def _expire_idle(self) -> None:
-        # a session is also looked at when it is named, so the timer only gives rows back
-        while True:
-            await asyncio.sleep(max(0.05, self._max_idle_s / 10))
-            self._directory.expire_idle()
-
     def _info(self, model: ServedModel) -> ModelInfo:
-        return ModelInfo(model.name, model.program, self._table.count(model.index))
+        return ModelInfo(model.name, model.program, self._directory.count(model))
 
     def _admit_singles(self) -> None:
         """Single steps that wait came before what comes now: it must not overtake them."""

@@ -127,7 +127,7 @@ class Frames:
 
     def _missing(self, call: FrameCall) -> list[tuple[int, ServerError]]:
         ids = call.frame.session_ids
-        return [(m, self._directory.gone(ids[m])) for m in np.flatnonzero(call.handles < 0).tolist()]
+        return [(m, self._directory.why_not(ids[m])) for m in np.flatnonzero(call.handles < 0).tolist()]
 
     def _wrong_size(self, call: FrameCall, member: int) -> ServerError:
         own = int(self._table.batch_size[call.handles[member]])

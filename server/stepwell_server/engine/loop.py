@@ -65,6 +65,7 @@ class PassLoop:
         self._running = False
         self._turn_due = False
         self._feed: Callable[[], None] = lambda: None
+        self._must_wait: Callable[[], bool] = lambda: False
         self._idle: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         self.max_batch_rows = max_batch_rows
@@ -103,6 +104,10 @@ class PassLoop:
         """Call `source` at the beginning of each turn: it adds jobs made of what has come meanwhile."""
         self._feed = source
 
+    def pause_while(self, must_wait: Callable[[], bool]) -> None:
+        """Begin no pass while this is true. Whoever makes it false wakes the loop."""
+        self._must_wait = must_wait
+
     def wake(self) -> None:
         """Something waits at the source: take a turn as soon as no pass runs."""
         self._wake()
@@ -120,7 +125,7 @@ class PassLoop:
     def _turn(self) -> None:
         # before the feed: what it answers may bring new steps at once, and they must wake the loop
         self._turn_due = False
-        if self._running:  # the turn before began a pass after this one was asked for
+        if self._running or self._must_wait():  # the turn before began a pass, after this one was asked for
             return
         self._feed()
         jobs = self._choose()

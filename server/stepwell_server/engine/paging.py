@@ -1,14 +1,20 @@
-"""More sessions than rows: the least recently used leave the arena and come back when they are needed."""
+"""More sessions than rows: the least recently used leave the arena and come back when they are needed.
+
+With a store that keeps every change there is nothing to write when a session leaves: its record is there.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
+from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
+from stepwell_server.engine.keeper import Change, Keeper
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.errors import Overloaded, ServerError, SessionLost
-from stepwell_server.store.base import Record, Store
+from stepwell_server.store.base import Batch, Store
+from stepwell_server.store.record import Decoded, Stored, decode_many
 
 #: When rows are needed, this share of the arena is paged out at once: finding the least recently used
 #: means a look at all sessions, and should not be paid for each row.
@@ -18,9 +24,11 @@ SHARE_AT_ONCE = 1 / 16
 class Pager:
     """Moves sessions between a model's arena and the store. A claimed session is never paged out."""
 
-    def __init__(self, table: SessionTable, store: Store) -> None:
+    def __init__(self, table: SessionTable, store: Store, keeper: Keeper, clock: Clock) -> None:
         self._table = table
         self._store = store
+        self._keeper = keeper
+        self._clock = clock
 
     def take(self, model: ServedModel, count: int) -> Rows:
         """Take rows for sessions, paging others out as needed.
@@ -48,7 +56,7 @@ class Pager:
         """Bring claimed sessions back to the arena, those that are not there and for which there is room.
 
         Returns:
-            Why the others stay away, by handle: `Overloaded` or `SessionLost`.
+            Why the others stay away, by handle: `Overloaded`, `SessionLost`, `StateCorrupt`, `Unavailable`.
         """
         absent = handles[self._table.row[handles] < 0]
         if not len(absent):
@@ -59,66 +67,91 @@ class Pager:
             short = self._overloaded(model, int(self._table.batch_size[absent].sum()))
             refused = dict.fromkeys(absent[~fits].tolist(), short)
             absent = absent[fits]
-        records = {handle: self._record(handle) for handle in absent.tolist()}
-        lost = {handle: found for handle, found in records.items() if isinstance(found, SessionLost)}
-        absent = absent[[handle not in lost for handle in absent.tolist()]] if lost else absent
-        if len(absent):
-            packed = b"".join(found.rows for found in records.values() if isinstance(found, Record))
-            self._unpack(model, absent, packed)
-        return refused | lost
+        return refused | self._bring_back(model, absent) if len(absent) else refused
+
+    def _bring_back(self, model: ServedModel, handles: Handles) -> dict[int, ServerError]:
+        ids = [self._table.session_id(handle) for handle in handles.tolist()]
+        try:
+            records = self._store.get_many(ids)
+        except ServerError as error:
+            return dict.fromkeys(handles.tolist(), error)
+        found = [record if record is not None else b"" for record in records]
+        decoded = decode_many(ids, found)
+        refused: dict[int, ServerError] = {
+            int(handles[place]): error if records[place] is not None else self._lost(int(handles[place]))
+            for place, error in decoded.errors.items()
+        }
+        if len(decoded.sound):
+            self._unpack(model, handles[decoded.sound], decoded)
+        return refused
 
     def _room(self, model: ServedModel, handles: Handles) -> int:
         """Rows that could be had for sessions: free ones, and those of sessions that may go."""
         room = model.slots.resident_limit - model.slots.resident
         if int(self._table.batch_size[handles].sum()) > room:
-            room += int(self._table.batch_size[self._may_go(model.index)].sum())
+            room += int(self._table.batch_size[self._may_go(model)].sum())
         return room
 
-    def _unpack(self, model: ServedModel, handles: Handles, packed: bytes) -> None:
+    def _unpack(self, model: ServedModel, handles: Handles, decoded: Decoded) -> None:
         rows = self.take(model, int(self._table.batch_size[handles].sum()))
-        model.arena.unpack(rows, np.frombuffer(packed, np.uint8).reshape(len(rows), -1))
+        model.arena.unpack(rows, np.frombuffer(decoded.rows, np.uint8).reshape(len(rows), -1))
         self._table.set_rows_of(handles, rows)
+        model.slots.owner[self._table.row[handles]] = handles
+        for place, packed in decoded.extras.items():
+            at = int(np.searchsorted(decoded.sound, place))
+            model.replies.restore(int(handles[at]), packed)
         if self._store.is_volatile:
-            self._store.delete([self._table.session_id(handle) for handle in handles.tolist()])
+            self._store.commit(Batch(deletes=[self._table.session_id(handle) for handle in handles.tolist()]))
 
-    def _record(self, handle: int) -> Record | SessionLost:
+    def _lost(self, handle: int) -> SessionLost:
         session_id = self._table.session_id(handle)
-        record = self._store.get(session_id)
-        if record is None:
-            revision = str(int(self._table.revision[handle]))
-            return SessionLost(
-                session_id, f"session {session_id!r} was paged out and is not in the store", revision=revision
-            )
-        return record
+        return SessionLost(
+            session_id,
+            f"session {session_id!r} was paged out and is not in the store",
+            revision=str(int(self._table.revision[handle])),
+        )
 
     def _make_room(self, model: ServedModel, count: int) -> None:
         short = model.slots.resident + count - model.slots.resident_limit
         wanted = max(short, int(model.slots.resident_limit * SHARE_AT_ONCE))
-        victims = self._oldest(model.index, wanted)
+        victims = self._oldest(model, wanted)
         if len(victims):
             self._page_out(model, victims)
 
-    def _oldest(self, model: int, rows: int) -> Handles:
+    def _oldest(self, model: ServedModel, rows: int) -> Handles:
         """The least recently used sessions that have `rows` rows together, or all that may go."""
         table, candidates = self._table, self._may_go(model)
         by_age = candidates[np.argsort(table.used[candidates], kind="stable")]
         enough = int(np.searchsorted(np.cumsum(table.batch_size[by_age]), rows)) + 1
         return by_age[:enough]
 
-    def _may_go(self, model: int) -> Handles:
-        table, end = self._table, self._table.end
-        return np.flatnonzero((table.model[:end] == model) & (table.row[:end] >= 0) & ~table.claimed[:end])
+    def _may_go(self, model: ServedModel) -> Handles:
+        # by row, not by session: there are many more sessions than rows
+        table, owner = self._table, model.slots.owner
+        rows = np.flatnonzero(owner >= 0)
+        handles = owner[rows]
+        may = (table.row[handles] == rows) & (table.model[handles] == model.index) & ~table.claimed[handles]
+        found: Handles = handles[may]
+        return found
 
     def _page_out(self, model: ServedModel, handles: Handles) -> None:
         rows = self._table.rows_of(handles)
-        packed = model.arena.pack(rows)
-        ends = np.cumsum(self._table.batch_size[handles]).tolist()
-        starts = [0, *ends[:-1]]
-        self._store.put(
-            [
-                Record(self._table.session_id(handle), model.program.fingerprint, packed[start:end].tobytes())
-                for handle, start, end in zip(handles.tolist(), starts, ends, strict=True)
-            ]
-        )
+        if self._store.is_volatile:
+            self._store.commit(Batch(puts=self._records(model, handles)))
+        for handle in handles.tolist():
+            model.replies.forget(handle)
         self._table.page_out(handles)
         model.slots.free_resident(rows)
+
+    def _records(self, model: ServedModel, handles: Handles) -> list[tuple[str, Stored]]:
+        table = self._table
+        as_it_is = Change(
+            model,
+            handles,
+            table.revision[handles],
+            table.position[handles],
+            table.request_id[handles],
+            table.reply[handles],
+            model.replies.arrays(handles),
+        )
+        return self._keeper.records(as_it_is, self._clock.now())

@@ -15,6 +15,7 @@ from stepwell_server.core.exactly_once import applies
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.calls import Array, Observer, Select, StepReply
 from stepwell_server.engine.checks import is_float
+from stepwell_server.engine.keeper import Keeper
 from stepwell_server.engine.replies import Kept
 from stepwell_server.engine.served import ServedModel
 
@@ -22,9 +23,12 @@ from stepwell_server.engine.served import ServedModel
 class Solo:
     """Runs single steps of one model in place, one at a time."""
 
-    def __init__(self, table: SessionTable, model: ServedModel, *, clock: Clock, observer: Observer) -> None:
+    def __init__(
+        self, table: SessionTable, model: ServedModel, keeper: Keeper, *, clock: Clock, observer: Observer
+    ) -> None:
         self._table = table
         self._model = model
+        self._keeper = keeper
         self._clock = clock
         self._observer = observer
         self._temporal = [spec.temporal for spec in model.program.outputs]
@@ -55,15 +59,19 @@ class Solo:
         except Exception:  # the general way finds out what it is, and answers
             return None
         self._model.arena.keep_row_outputs(row, outputs)
-        now = self._clock.monotonic()
-        reply = self._advance(handle, request_id, now)
-        reply.outputs = self._outputs(handle, select, outputs, with_time=with_time)
-        self._observer.stepped_alone(self._model.name, now - started)
+        kept = _kept(select, with_time=with_time)
+        reply = self._keep(handle, request_id, kept)
+        if reply is None:
+            return None
+        reply.outputs = self._outputs(kept, outputs)
+        self._observer.stepped_alone(self._model.name, self._clock.monotonic() - started)
         return reply
 
     def _may_run(self, handle: int, arrays: Sequence[Array], expected: int | None, request_id: int) -> bool:
         table = self._table
         if table.claimed[handle] or table.row[handle] < 0 or table.batch_size[handle] != 1:
+            return False
+        if not self._keeper.may_keep_one_here():
             return False
         revision, last = int(table.revision[handle]), int(table.request_id[handle])
         if not applies(revision, last, expected, request_id):
@@ -74,24 +82,24 @@ class Solo:
             if may_be_infinite
         )
 
-    def _advance(self, handle: int, request_id: int, now: float) -> StepReply:
+    def _keep(self, handle: int, request_id: int, kept: Kept) -> StepReply | None:
+        """Make the step true; None if the store did not keep it: the general way says so."""
         table = self._table
         revision, position = int(table.revision[handle]) + 1, int(table.position[handle]) + 1
-        table.revision[handle] = revision
-        table.position[handle] = position
-        table.request_id[handle] = request_id
-        table.used[handle] = now
+        if not self._keeper.keep_one(self._model, handle, revision, position, request_id, kept):
+            return None
         return StepReply(revision, position, {}, replayed=False)
 
-    def _outputs(
-        self, handle: int, select: Select, outputs: Sequence[Array], *, with_time: bool
-    ) -> dict[str, Array]:
-        with_time = with_time and select is Select.ALL
-        if select is Select.NONE:
-            self._model.replies.remember_rows(handle, Kept.EMPTY)
+    def _outputs(self, kept: Kept, outputs: Sequence[Array]) -> dict[str, Array]:
+        if kept is Kept.EMPTY:
             return {}
-        self._model.replies.remember_rows(handle, Kept.ROWS_WITH_TIME if with_time else Kept.ROWS)
         return {
-            name: output[:, None] if with_time and temporal else output
+            name: output[:, None] if temporal and kept is Kept.ROWS_WITH_TIME else output
             for name, output, temporal in zip(self._names, outputs, self._temporal, strict=True)
         }
+
+
+def _kept(select: Select, *, with_time: bool) -> Kept:
+    if select is Select.NONE:
+        return Kept.EMPTY
+    return Kept.ROWS_WITH_TIME if with_time and select is Select.ALL else Kept.ROWS

@@ -110,7 +110,7 @@ class SessionServicer:
         size = request.page_size or _DEFAULT_PAGE
         if size > _LARGEST_PAGE:
             raise InvalidInput(f"page_size must be at most {_LARGEST_PAGE}; got {size}")
-        sessions, total = self._engine.list_sessions(
+        sessions, total = await self._engine.list_sessions(
             model=request.model, prefix=request.session_id_prefix, after=request.page_token, limit=size + 1
         )
         page = sessions[:size]

@@ -1,4 +1,4 @@
-"""What a store keeps of a session, and what the engine asks of a store."""
+"""What the engine asks of a store. What is kept of a session is in `record`."""
 
 from __future__ import annotations
 
@@ -11,34 +11,6 @@ from stepwell_server.store.record import Header, Stored
 
 if TYPE_CHECKING:
     from stepwell_server.store.lock import Holder
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Record:
-    """The part of a session that lies in the arena: its state and the last outputs beside it."""
-
-    session_id: str
-    fingerprint: str
-    """Of the model that the rows belong to."""
-    rows: bytes
-    """The session's rows one after the other, each as `Arena.pack` lays it out."""
-
-
-class Store(Protocol):
-    """Keeps records by session id. Called on the event loop."""
-
-    @property
-    def is_volatile(self) -> bool:
-        """What it keeps is gone when the process ends."""
-
-    def put(self, records: Sequence[Record]) -> None:
-        """Keep records; one of the same session is replaced."""
-
-    def get(self, session_id: str) -> Record | None:
-        """The record of a session, or None."""
-
-    def delete(self, session_ids: Sequence[str]) -> None:
-        """Forget the records of sessions, where there are any."""
 
 
 class StoreError(Exception):
@@ -91,9 +63,11 @@ class Batch:
     """Sessions whose tombstones go, where there are any: the id is opened anew."""
     tombstones: Sequence[Tombstone] = ()
     """At most so many are kept as the store was told; the oldest are forgotten first."""
+    counts: Sequence[tuple[str, int]] = ()
+    """By how much the number of a model's sessions changes."""
 
 
-class RecordStore(Protocol):
+class Store(Protocol):
     """Keeps encoded records and tombstones by session id.
 
     `commit`, `sync` and `close` are called from one thread at a time; the other methods from any thread, at
@@ -103,6 +77,14 @@ class RecordStore(Protocol):
     @property
     def is_volatile(self) -> bool:
         """What it keeps is gone when the process ends."""
+
+    @property
+    def waits_for_disk(self) -> bool:
+        """A commit returns when the disk has it."""
+
+    @property
+    def secret(self) -> bytes:
+        """Drawn when the store was made: session ids that are made with it cannot be guessed."""
 
     @property
     def incarnation(self) -> str:
@@ -146,6 +128,9 @@ class RecordStore(Protocol):
 
     def count(self) -> int:
         """How many sessions there are."""
+
+    def count_of(self, model: str) -> int:
+        """How many sessions a model has, by the counts of all batches."""
 
     def tombstone(self, session_id: str) -> Tombstone | None:
         """What is remembered of a session that is gone."""

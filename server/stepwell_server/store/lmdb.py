@@ -62,7 +62,7 @@ _AGE = struct.Struct(">Q")  # big-endian: in the order of the keys
 
 
 class LmdbStore:
-    """See `base.RecordStore`.
+    """See `base.Store`.
 
     It holds the data directory's lock from its making to `close`. Not to be carried through a fork.
     """
@@ -104,12 +104,22 @@ class LmdbStore:
             raise
 
     @property
+    def waits_for_disk(self) -> bool:
+        """See `base.Store`."""
+        return self._durability == "sync"
+
+    @property
     def incarnation(self) -> str:
-        """See `base.RecordStore`."""
+        """See `base.Store`."""
         return self._incarnation
 
+    @property
+    def secret(self) -> bytes:
+        """See `base.Store`."""
+        return self._secret
+
     def commit(self, batch: Batch) -> None:
-        """See `base.RecordStore`."""
+        """See `base.Store`."""
         self._require_open()
         try:
             self._commit(batch)
@@ -117,7 +127,7 @@ class LmdbStore:
             raise _unavailable("the store must be able to keep the change", error) from error
 
     def get(self, session_id: str) -> bytes | None:
-        """See `base.RecordStore`."""
+        """See `base.Store`."""
         key = _key(session_id)
 
         def read(transaction: _Transaction) -> bytes | None:
@@ -126,7 +136,7 @@ class LmdbStore:
         return self._read(session_id, read)
 
     def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        """See `base.RecordStore`."""
+        """See `base.Store`."""
         keys = [_key(session_id) for session_id in session_ids]
 
         def read(transaction: _Transaction) -> list[Stored | None]:
@@ -142,7 +152,7 @@ class LmdbStore:
             return [self._get_or_empty(session_id) for session_id in session_ids]
 
     def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        """See `base.RecordStore`."""
+        """See `base.Store`."""
 
         def read(transaction: _Transaction) -> list[tuple[str, Header | None]]:
             found: list[tuple[str, Header | None]] = []
@@ -156,11 +166,16 @@ class LmdbStore:
         return self._read("", read, buffers=True)
 
     def count(self) -> int:
-        """See `base.RecordStore`."""
+        """See `base.Store`."""
         return int(self._read("", lambda transaction: transaction.stat(self._sessions)["entries"]))
 
+    def count_of(self, model: str) -> int:
+        """See `base.Store`."""
+        key = _count_key(model)
+        return int(self._read("", lambda transaction: transaction.get(key, b"0", db=self._meta)))
+
     def tombstone(self, session_id: str) -> Tombstone | None:
-        """See `base.RecordStore`."""
+        """See `base.Store`."""
         key = _key(session_id)
         stored = self._read(session_id, lambda transaction: transaction.get(key, db=self._tombstones))
         if stored is None:
@@ -169,7 +184,7 @@ class LmdbStore:
         return Tombstone(session_id, End(end), at, request_id, revision)
 
     def sync(self) -> None:
-        """See `base.RecordStore`."""
+        """See `base.Store`."""
         self._require_open()
         try:
             self._environment.sync(True)
@@ -177,7 +192,7 @@ class LmdbStore:
             raise _unavailable("the store must be able to flush to disk", error) from error
 
     def close(self) -> None:
-        """See `base.RecordStore`."""
+        """See `base.Store`."""
         if self._closed:
             return
         with self._remap:
@@ -247,6 +262,7 @@ class LmdbStore:
             if transaction.get(b"schema") is None:
                 transaction.put(b"schema", str(SCHEMA_VERSION).encode())
                 transaction.put(b"incarnation", secrets.token_hex(4).encode())
+                transaction.put(b"secret", secrets.token_bytes(32))
             schema = int(transaction.get(b"schema"))
             if schema != SCHEMA_VERSION:
                 raise StoreError(
@@ -254,6 +270,7 @@ class LmdbStore:
                     f" it is of {schema}, written by another release"
                 )
             self._incarnation: str = transaction.get(b"incarnation").decode()
+            self._secret: bytes = transaction.get(b"secret")
 
     def _compact(self, copy: Path) -> bool:
         """Give the file's free pages back to the disk if that is worth it.
@@ -325,6 +342,10 @@ class LmdbStore:
             transaction.delete(_key(session_id), db=self._tombstones)
         if batch.tombstones:
             self._bury(transaction, batch.tombstones)
+        for model, change in batch.counts:
+            key = _count_key(model)
+            count = int(transaction.get(key, b"0", db=self._meta)) + change
+            transaction.put(key, str(count).encode(), db=self._meta)
 
     def _bury(self, transaction: _Transaction, tombstones: Sequence[Tombstone]) -> None:
         for stone in tombstones:
@@ -422,6 +443,10 @@ def _key(session_id: str) -> bytes:
     if len(key) <= _MAX_KEY_BYTES:
         return key
     return key[:_KEPT_BYTES] + b"\xff" + hashlib.sha256(key).digest()
+
+
+def _count_key(model: str) -> bytes:
+    return b"sessions of " + model.encode()
 
 
 def _is_digest(key: Stored) -> bool:

@@ -4,54 +4,32 @@ from __future__ import annotations
 
 import heapq
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 
 from stepwell_server.core.remembered import Remembered
 from stepwell_server.errors import StateCorrupt
-from stepwell_server.store.base import Batch, Record, Tombstone
+from stepwell_server.store.base import Batch, Tombstone
 from stepwell_server.store.record import Header, Stored, decode_header
 
 TOMBSTONES = 100_000
 
 
 class MemoryStore:
-    """Keeps paged-out sessions in host memory. See `base.Store`."""
+    """Keeps encoded records in host memory. See `base.Store`. For one thread."""
 
     is_volatile = True
-
-    def __init__(self) -> None:
-        self._records: dict[str, Record] = {}
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def put(self, records: Sequence[Record]) -> None:
-        """See `base.Store`."""
-        for record in records:
-            self._records[record.session_id] = record
-
-    def get(self, session_id: str) -> Record | None:
-        """See `base.Store`."""
-        return self._records.get(session_id)
-
-    def delete(self, session_ids: Sequence[str]) -> None:
-        """See `base.Store`."""
-        for session_id in session_ids:
-            self._records.pop(session_id, None)
-
-
-class MemoryRecords:
-    """Keeps encoded records in host memory. See `base.RecordStore`. For one thread."""
-
-    is_volatile = True
+    waits_for_disk = False
 
     def __init__(self, *, tombstones: int = TOMBSTONES) -> None:
         self.incarnation = secrets.token_hex(4)
+        self.secret = secrets.token_bytes(32)
         self._records: dict[str, bytes] = {}
         self._tombstones: Remembered[Tombstone] = Remembered(tombstones)
+        self._counts: Counter[str] = Counter()
 
     def commit(self, batch: Batch) -> None:
-        """See `base.RecordStore`."""
+        """See `base.Store`."""
         for session_id, record in batch.puts:
             # a copy: one record must not keep the buffer of a whole pass alive
             self._records[session_id] = bytes(record)
@@ -61,33 +39,39 @@ class MemoryRecords:
             self._tombstones.forget(session_id)
         for stone in batch.tombstones:
             self._tombstones.put(stone.session_id, stone)
+        for model, change in batch.counts:
+            self._counts[model] += change
 
     def get(self, session_id: str) -> bytes | None:
-        """See `base.RecordStore`."""
+        """See `base.Store`."""
         return self._records.get(session_id)
 
     def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        """See `base.RecordStore`."""
+        """See `base.Store`."""
         return [self._records.get(session_id) for session_id in session_ids]
 
     def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        """See `base.RecordStore`."""
+        """See `base.Store`."""
         fitting = (i for i in self._records if i.startswith(prefix) and i > after)
         return [(i, _header_or_none(i, self._records[i])) for i in heapq.nsmallest(limit, fitting)]
 
     def count(self) -> int:
-        """See `base.RecordStore`."""
+        """See `base.Store`."""
         return len(self._records)
 
+    def count_of(self, model: str) -> int:
+        """See `base.Store`."""
+        return self._counts[model]
+
     def tombstone(self, session_id: str) -> Tombstone | None:
-        """See `base.RecordStore`."""
+        """See `base.Store`."""
         return self._tombstones.get(session_id)
 
     def sync(self) -> None:
-        """See `base.RecordStore`: there is nothing to do."""
+        """See `base.Store`: there is nothing to do."""
 
     def close(self) -> None:
-        """See `base.RecordStore`."""
+        """See `base.Store`."""
         self._records.clear()
 
 

@@ -112,29 +112,31 @@ def encode_many(
     *,
     fingerprint: str,
     model: str,
-    revisions: U64,
-    positions: U64,
-    request_ids: U64,
-    opened_with: U64,
-    created: F64,
-    last_used: F64,
-    replies: U8,
+    revisions: U64 | int,
+    positions: U64 | int,
+    request_ids: U64 | int,
+    opened_with: U64 | int,
+    created: F64 | float,
+    last_used: F64 | float,
+    replies: U8 | int,
     rows: U8,
+    batch_size: int = 1,
 ) -> list[memoryview]:
-    """Encode n sessions of one model, of batch size 1 and without extra.
+    """Encode n sessions of one model and batch size, without extra.
 
     Args:
         session_ids: n ids.
         fingerprint: of the model.
         model: its name.
-        revisions: `(n,)`, as are the other facts.
+        revisions: `(n,)` or one for all, as are the other facts.
         positions: see `Header`.
         request_ids: see `Header`.
         opened_with: see `Header`.
         created: see `Header`.
         last_used: see `Header`.
         replies: see `Header`.
-        rows: `(n, bytes per row)`, as `Arena.pack` returns them.
+        rows: `(n, bytes per session)`: what `Arena.pack` returns, a session's rows one after the other.
+        batch_size: rows of each session.
 
     Returns:
         n records, equal to what `Record.encode` returns. They are views of one buffer, which lives as long
@@ -143,7 +145,7 @@ def encode_many(
     texts = fingerprint.encode(), model.encode()
     buffer = _laid_out(texts, rows)
     heads = np.zeros(len(rows), HEADER)
-    heads["schema"], heads["batch_size"], heads["rows_bytes"] = SCHEMA_VERSION, 1, rows.shape[1]
+    heads["schema"], heads["batch_size"], heads["rows_bytes"] = SCHEMA_VERSION, batch_size, rows.shape[1]
     heads["fingerprint_bytes"], heads["model_bytes"] = len(texts[0]), len(texts[1])
     heads["revision"], heads["position"], heads["request_id"] = revisions, positions, request_ids
     heads["opened_with"], heads["created"], heads["last_used"] = opened_with, created, last_used

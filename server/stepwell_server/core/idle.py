@@ -1,0 +1,77 @@
+"""Which sessions have been idle for too long, found without looking at those that cannot be.
+
+Time is cut into slots, some to the time limit. A session stands in the slot in which it will be idle for too long
+if nobody uses it, and is looked at when that slot has come: a session that was used meanwhile moves on. So
+each is looked at a few times per time limit, however often anybody asks.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.core.sessions import Handles, SessionTable
+
+SLOTS = 16
+"""Per time limit."""
+
+
+class IdleWatch:
+    """Watches the sessions of a table. Times are seconds on the monotonic clock."""
+
+    def __init__(self, table: SessionTable, max_idle_s: float, started: float) -> None:
+        self._table = table
+        self._max_idle_s = max_idle_s
+        self._started = started
+        self._slot_s = max_idle_s / SLOTS
+        self._slots: dict[int, array[int]] = {}
+
+    def watch(self, handles: Handles) -> None:
+        """Watch sessions from now on; their use is in the table."""
+        if self._max_idle_s:
+            self._put(handles, self._slot_of(self._table.used[handles]))
+
+    def too_long(self, handles: Handles, now: float) -> npt.NDArray[np.bool_]:
+        """Which sessions have been idle for too long and have nothing under way, as a mask.
+
+        A server's start counts as use: time that it was away, and what its clock did meanwhile, end no session.
+        """
+        since = now - self._max_idle_s
+        if not self._max_idle_s or self._started >= since:
+            return np.zeros(len(handles), np.bool_)
+        idle: npt.NDArray[np.bool_] = (self._table.used[handles] < since) & ~self._table.claimed[handles]
+        return idle
+
+    def take_due(self, now: float) -> Handles:
+        """The sessions that have been idle for too long; they are not watched any more."""
+        found = [np.zeros(0, np.intp)]
+        if self._max_idle_s:
+            current = math.floor(now / self._slot_s)
+            due = [slot for slot in self._slots if slot <= current]
+            found += [self._take_slot(slot, current, now) for slot in due]
+        return np.concatenate(found)
+
+    def _take_slot(self, slot: int, current: int, now: float) -> Handles:
+        handles = np.frombuffer(self._slots.pop(slot), np.intp)
+        # a handle may have been given to another session, which is in a slot of its own
+        handles = handles[self._table.due[handles] == slot]
+        idle = self.too_long(handles, now)
+        stay = handles[~idle]
+        self._put(stay, np.maximum(self._slot_of(self._table.used[stay]), current))
+        self._table.due[handles[idle]] = -1
+        due: Handles = handles[idle]
+        return due
+
+    def _slot_of(self, used: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        until = np.maximum(used, self._started) + self._max_idle_s
+        return np.floor(until / self._slot_s).astype(np.int64)
+
+    def _put(self, handles: Handles, slots: npt.NDArray[np.int64]) -> None:
+        self._table.due[handles] = slots
+        for slot in np.unique(slots).tolist():
+            self._slots.setdefault(slot, array("q")).frombytes(
+                handles[slots == slot].astype(np.int64).tobytes()
+            )

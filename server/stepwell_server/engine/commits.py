@@ -1,0 +1,221 @@
+"""Commits: what has happened is kept by the store, in its order, before anybody hears of it.
+
+A commit that waits for the disk, or is large, is made by a thread while the next pass runs; what comes meanwhile
+goes into the next transaction together. One that costs less than the hand-over is made in place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from stepwell_server.errors import Internal, ServerError
+from stepwell_server.store.base import Batch, Store
+
+log = logging.getLogger(__name__)
+
+#: A commit expected to take less is made on the event loop: a thread costs more, in waiting for Python's lock.
+IN_PLACE_S = 1e-3
+#: Records in one transaction at most, unless a single batch has more.
+MOST_TOGETHER = 8192
+#: So many sessions may wait for the store before passes wait too.
+MOST_WAITING = 32_768
+
+Done = Callable[[ServerError | None], None]
+
+
+class _Item:
+    """What is to be kept, and who wants to know."""
+
+    __slots__ = ("batch", "build", "done", "error", "size")
+
+    def __init__(self, build: Callable[[], Batch], size: int, done: Done) -> None:
+        self.build = build
+        self.size = size
+        self.done = done
+        self.batch = Batch()
+        self.error: ServerError | None = None
+
+
+class Commits:
+    """Commits to a store. Lives on the event loop, with one thread of its own once that is needed."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.is_durable = not store.is_volatile
+        """Changes are to be committed before they are acknowledged; else the arena is all there is."""
+        self._loop = asyncio.get_running_loop()
+        self._per_record_s = 4e-6
+        self._waiting = 0
+        self._queue: deque[_Item] = deque()
+        self._may_take = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._idle: asyncio.Future[None] | None = None
+        self._listeners: list[Callable[[], None]] = []
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing waits for the store."""
+        return not self._waiting
+
+    @property
+    def is_full(self) -> bool:
+        """So much waits for the store that no more should be done until some of it is kept."""
+        return self._waiting >= MOST_WAITING
+
+    def may_commit_here(self, size: int) -> bool:
+        """Whether so many records are committed in place."""
+        if self._store.is_volatile:
+            return True
+        small = size * self._per_record_s <= IN_PLACE_S
+        return small and not self._waiting and not self._store.waits_for_disk
+
+    def commit_here(self, batch: Batch, size: int) -> None:
+        """Commit on the calling thread; only if `may_commit_here`.
+
+        Raises:
+            Unavailable: it was not kept.
+        """
+        started = time.perf_counter()
+        self._store.commit(batch)
+        if size:
+            self._learn(size, time.perf_counter() - started)
+
+    def submit(self, build: Callable[[], Batch], size: int, done: Done) -> None:
+        """Commit what `build` makes; `done` is called on the event loop, maybe before this returns.
+
+        Args:
+            build: May be called on another thread.
+            size: Records in it, about.
+            done: Gets None, or why nothing of it was kept. It must not raise.
+        """
+        item = _Item(build, size, done)
+        if self.may_commit_here(size):
+            _keep([item], lambda batch: self.commit_here(batch, size))
+            done(item.error)
+        else:
+            self._hand_over(item)
+
+    def on_room(self, listener: Callable[[], None]) -> None:
+        """Call `listener` when `is_full` has ended."""
+        self._listeners.append(listener)
+
+    async def idle(self) -> None:
+        """Return when nothing waits for the store."""
+        while self._waiting:
+            self._idle = self._idle or self._loop.create_future()
+            await asyncio.shield(self._idle)
+
+    def close(self, timeout_s: float) -> bool:
+        """End the thread; False if the store did not come back to it in time."""
+        with self._may_take:
+            self._closing = True
+            self._may_take.notify()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return self._thread is None or not self._thread.is_alive()
+
+    def _hand_over(self, item: _Item) -> None:
+        self._waiting += max(1, item.size)
+        if self._thread is None:
+            # a daemon: a store that never comes back must not keep the process from ending
+            self._thread = threading.Thread(target=self._work, name="stepwell-store", daemon=True)
+            self._thread.start()
+        with self._may_take:
+            self._queue.append(item)
+            self._may_take.notify()
+
+    def _work(self) -> None:
+        while items := self._take():
+            size = sum(item.size for item in items)
+            started = time.perf_counter()
+            _keep(items, self._store.commit)
+            if not self._store.waits_for_disk and size:
+                self._learn(size, time.perf_counter() - started)
+            try:
+                self._loop.call_soon_threadsafe(self._finish, items)
+            except RuntimeError:  # the event loop was closed: nobody is left to be told
+                return
+
+    def _take(self) -> list[_Item]:
+        """What is committed next, together; nothing at the end."""
+        with self._may_take:
+            while not self._queue and not self._closing:
+                self._may_take.wait()
+            items: list[_Item] = []
+            while self._queue and sum(item.size for item in items) < MOST_TOGETHER:
+                items.append(self._queue.popleft())
+            return items
+
+    def _finish(self, items: Sequence[_Item]) -> None:
+        was_full = self.is_full
+        for item in items:
+            self._waiting -= max(1, item.size)
+            item.done(item.error)
+        if was_full and not self.is_full:
+            for listener in self._listeners:
+                listener()
+        if not self._waiting and self._idle is not None:
+            self._idle.set_result(None)
+            self._idle = None
+
+    def _learn(self, size: int, seconds: float) -> None:
+        self._per_record_s += 0.1 * (seconds / size - self._per_record_s)
+
+
+def _keep(items: Sequence[_Item], commit: Callable[[Batch], None]) -> None:
+    """Build and commit, in as few transactions as the order allows; each item gets its error."""
+    for item in items:
+        try:
+            item.batch = item.build()
+        except Exception as error:
+            item.error = _defect(error)
+    for group in _groups([item for item in items if item.error is None]):
+        try:
+            commit(_merged([item.batch for item in group]))
+        except ServerError as error:
+            for item in group:
+                item.error = error
+        except Exception as error:
+            for item in group:
+                item.error = _defect(error)
+
+
+def _groups(items: Iterable[_Item]) -> list[list[_Item]]:
+    """Neighbours that may share a transaction: one that names what another deletes comes after it."""
+    groups: list[list[_Item]] = []
+    gone: set[str] = set()
+    for item in items:
+        batch = item.batch
+        named = [*batch.forgets, *(put[0] for put in batch.puts)] if gone else ()
+        if not groups or not gone.isdisjoint(named):
+            groups.append([])
+            gone = set()
+        groups[-1].append(item)
+        gone.update(batch.deletes)
+        gone.update(stone.session_id for stone in batch.tombstones)
+    return groups
+
+
+def _merged(batches: Sequence[Batch]) -> Batch:
+    if len(batches) == 1:
+        return batches[0]
+    return Batch(
+        puts=[put for batch in batches for put in batch.puts],
+        deletes=[name for batch in batches for name in batch.deletes],
+        forgets=[name for batch in batches for name in batch.forgets],
+        tombstones=[stone for batch in batches for stone in batch.tombstones],
+        counts=[count for batch in batches for count in batch.counts],
+    )
+
+
+def _defect(error: Exception) -> Internal:
+    internal = Internal(uuid.uuid4().hex[:12])
+    log.error("a change could not be stored", exc_info=error, extra={"error_id": internal.error_id})
+    return internal

@@ -1,0 +1,191 @@
+"""Changes of sessions on their way from the arena to the callers: kept by the store first, then true.
+
+A change has been made in the rows of claimed sessions, where nobody looks. Once the store has it, the table says it
+and the callers hear of it. If the store could not keep it, the sessions leave the arena and the table: what the
+store holds is the truth, and is loaded when they are next named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.clock import Clock
+from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.call import U64
+from stepwell_server.engine.calls import Array
+from stepwell_server.engine.commits import Commits
+from stepwell_server.engine.replies import Kept
+from stepwell_server.engine.served import ServedModel
+from stepwell_server.errors import ServerError
+from stepwell_server.store.base import Batch
+from stepwell_server.store.record import Record, Stored, encode_many
+
+Answer = Callable[[ServerError | None], None]
+_NOBODY = np.zeros(0, np.intp)
+
+
+@dataclasses.dataclass(slots=True)
+class Change:
+    """What became of some sessions of a model: what the table will say, `(n,)` each."""
+
+    model: ServedModel
+    handles: Handles
+    revisions: U64
+    positions: U64
+    request_ids: U64
+    replies: npt.NDArray[np.uint8]
+    """How each reply is kept: `Kept`."""
+    arrays: Mapping[int, Mapping[str, Array]] = dataclasses.field(default_factory=dict)
+    """The replies that are kept as arrays of their own, by their place."""
+
+
+class Keeper:
+    """Makes changes true. Lives on the event loop; records are also made by the store's thread."""
+
+    def __init__(self, table: SessionTable, commits: Commits, clock: Clock) -> None:
+        self._table = table
+        self._commits = commits
+        self._clock = clock
+        self.release: Callable[[Handles], None] = _nobody
+        """Ends claims and starts what waited. Set by who has them."""
+        self.drop: Callable[[Handles, ServerError], None] = _nobody
+        """Takes sessions whose rows are not what the store holds out of the arena. Set by who can."""
+
+    def keep(self, change: Change, answer: Answer) -> Handles:
+        """Make a change true and have its callers answered, now or later.
+
+        Args:
+            change: Of claimed sessions.
+            answer: Called with None when it is true, else with why it never will be.
+
+        Returns:
+            Sessions that the caller is to release. Where this is done later they are released then.
+        """
+        if not self._commits.is_durable:
+            self._set(change)
+            answer(None)
+            return change.handles
+        free = _NOBODY
+        is_later = False
+
+        def done(error: ServerError | None) -> None:
+            nonlocal free
+            if error is not None:
+                answer(error)
+                self.drop(change.handles, error)
+                return
+            self._set(change)
+            answer(None)
+            if is_later:
+                self.release(change.handles)
+            else:
+                free = change.handles
+
+        last_used = self._clock.now()
+        self._commits.submit(lambda: Batch(puts=self.records(change, last_used)), len(change.handles), done)
+        is_later = True
+        return free
+
+    def may_keep_one_here(self) -> bool:
+        """Whether `keep_one` may be called now."""
+        return not self._commits.is_durable or self._commits.may_commit_here(1)
+
+    def keep_one(
+        self, model: ServedModel, handle: int, revision: int, position: int, request_id: int, kept: Kept
+    ) -> bool:
+        """Make a change of one session of batch size 1 true, at once; False if the store cannot keep it.
+
+        In that case the session is dropped, as in `keep`.
+        """
+        table = self._table
+        if self._commits.is_durable:
+            row = int(table.row[handle])
+            session_id = table.session_id(handle)
+            record = Record(
+                fingerprint=model.program.fingerprint,
+                model=model.name,
+                batch_size=1,
+                revision=revision,
+                position=position,
+                request_id=request_id,
+                opened_with=int(table.opened_with[handle]),
+                created=float(table.created[handle]),
+                last_used=self._clock.now(),
+                reply=kept,
+                rows=model.arena.pack_row(row),
+            ).encode(session_id)
+            try:
+                self._commits.commit_here(Batch(puts=((session_id, record),)), 1)
+            except ServerError as error:
+                self.drop(np.array([handle]), error)
+                return False
+        table.revision[handle] = revision
+        table.position[handle] = position
+        table.request_id[handle] = request_id
+        table.used[handle] = self._clock.monotonic()
+        model.replies.remember_rows(handle, kept)
+        return True
+
+    def records(self, change: Change, last_used: float) -> list[tuple[str, Stored]]:
+        """What the store keeps of a change, by session id."""
+        table, model, handles = self._table, change.model, change.handles
+        ids = [table.session_id(handle) for handle in handles.tolist()]
+        sizes = table.batch_size[handles]
+        packed = model.arena.pack(table.rows_of(handles))
+        if not change.arrays and (sizes == sizes[0]).all():
+            records: list[Stored] = [
+                *encode_many(
+                    ids,
+                    fingerprint=model.program.fingerprint,
+                    model=model.name,
+                    revisions=change.revisions,
+                    positions=change.positions,
+                    request_ids=change.request_ids,
+                    opened_with=table.opened_with[handles],
+                    created=table.created[handles],
+                    last_used=last_used,
+                    replies=change.replies,
+                    rows=packed.reshape(len(ids), -1),
+                    batch_size=int(sizes[0]),
+                )
+            ]
+        else:
+            ends = np.cumsum(sizes).tolist()
+            records = [
+                self._record(change, i, packed[end - size : end].tobytes(), last_used).encode(ids[i])
+                for i, (size, end) in enumerate(zip(sizes.tolist(), ends, strict=True))
+            ]
+        return list(zip(ids, records, strict=True))
+
+    def _record(self, change: Change, place: int, rows: bytes, last_used: float) -> Record:
+        handle, model, arrays = int(change.handles[place]), change.model, change.arrays.get(place)
+        return Record(
+            fingerprint=model.program.fingerprint,
+            model=model.name,
+            batch_size=int(self._table.batch_size[handle]),
+            revision=int(change.revisions[place]),
+            position=int(change.positions[place]),
+            request_id=int(change.request_ids[place]),
+            opened_with=int(self._table.opened_with[handle]),
+            created=float(self._table.created[handle]),
+            last_used=last_used,
+            reply=int(change.replies[place]),
+            rows=rows,
+            extra=b"" if arrays is None else model.replies.pack(arrays),
+        )
+
+    def _set(self, change: Change) -> None:
+        table, handles = self._table, change.handles
+        table.revision[handles] = change.revisions
+        table.position[handles] = change.positions
+        table.request_id[handles] = change.request_ids
+        table.used[handles] = self._clock.monotonic()
+        change.model.replies.remember(handles, change.replies, change.arrays)
+
+
+def _nobody(*_arguments: object) -> None:
+    raise AssertionError("set when the engine is put together")

@@ -1,0 +1,91 @@
+"""Sessions by page: of the table, or of a store that has more of them than the table."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+
+from stepwell_server.core.sessions import SessionTable
+from stepwell_server.engine.calls import SessionInfo
+from stepwell_server.engine.directory import Directory
+from stepwell_server.errors import SessionGone
+from stepwell_server.store.base import Store
+from stepwell_server.store.record import Header
+
+#: Records looked at before others get a turn.
+_AT_ONCE = 2000
+
+
+class Listing:
+    """Lists sessions in the order of their ids. Lives on the event loop."""
+
+    def __init__(self, table: SessionTable, directory: Directory, store: Store) -> None:
+        self._table = table
+        self._directory = directory
+        self._store = store
+
+    async def page(self, *, model: str, prefix: str, after: str, limit: int) -> tuple[list[SessionInfo], int]:
+        """See `Engine.list_sessions`."""
+        if model:
+            self._directory.model(model)  # raises
+        if self._store.is_volatile:
+            return self._page_of_table(model, prefix, after, limit)
+        return await self._page_of_store(model, prefix, after, limit), await self._total(model, prefix)
+
+    def _page_of_table(
+        self, model: str, prefix: str, after: str, limit: int
+    ) -> tuple[list[SessionInfo], int]:
+        wanted = self._directory.model(model).index if model else None
+        fitting = [
+            session_id
+            for session_id, handle in self._table.items()
+            if session_id.startswith(prefix) and (wanted is None or self._table.model[handle] == wanted)
+        ]
+        page = heapq.nsmallest(limit, (session_id for session_id in fitting if session_id > after))
+        found = [self._info(session_id, None) for session_id in page]
+        return [info for info in found if info is not None], len(fitting)
+
+    async def _page_of_store(self, model: str, prefix: str, after: str, limit: int) -> list[SessionInfo]:
+        found: list[SessionInfo] = []
+        while len(found) < limit:
+            some = self._store.scan(after=after, prefix=prefix, limit=min(_AT_ONCE, limit))
+            if not some:
+                break
+            for session_id, header in some:
+                info = self._info(session_id, header)
+                if info is not None and model in {"", info.model}:
+                    found.append(info)
+            after = some[-1][0]
+            await asyncio.sleep(0)
+        return found[:limit]
+
+    async def _total(self, model: str, prefix: str) -> int:
+        if not prefix:
+            return self._store.count_of(model) if model else self._store.count()
+        total, after = 0, ""
+        while some := self._store.scan(after=after, prefix=prefix, limit=_AT_ONCE):
+            total += sum(model in {"", header.model if header else ""} for _, header in some)
+            after = some[-1][0]
+            await asyncio.sleep(0)
+        return total
+
+    def _info(self, session_id: str, header: Header | None) -> SessionInfo | None:
+        """What the table says, else what the record says; a damaged record says nothing but its id."""
+        if session_id in self._table:
+            try:
+                return self._directory.info(self._directory.find(session_id))
+            except SessionGone:
+                return None
+        if header is None:
+            return SessionInfo(session_id, "", "", 0, 0, 0, 0.0, 0.0, resident=False)
+        return SessionInfo(
+            session_id=session_id,
+            model=header.model,
+            fingerprint=header.fingerprint,
+            batch_size=header.batch_size,
+            revision=header.revision,
+            position=header.position,
+            created=header.created,
+            last_used=header.last_used,
+            resident=False,
+        )
