@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import subprocess
 import sys
 import tempfile
-import tomllib
 from pathlib import Path
+
+from environments import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = ROOT / "proto"
-ENVIRONMENT = ROOT / ".tools" / "gen"
-CONSTRAINTS = ROOT / "constraints-gen.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,24 +57,9 @@ COMMON_POOL = "_descriptor_pool.Default()"
 OWN_POOL = "_descriptor_pool.DescriptorPool()"
 
 
-def generator_python() -> Path:
-    """Return the interpreter of the generator's environment, made anew when its requirements changed."""
-    requirements: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["gen"]
-    wanted = hashlib.sha256(repr(requirements).encode() + CONSTRAINTS.read_bytes()).hexdigest()
-    python = ENVIRONMENT / "bin" / "python"
-    stamp = ENVIRONMENT / "requirements.sha256"
-    if not (python.exists() and stamp.exists() and stamp.read_text() == wanted):
-        print(f"Making the generator's environment in {ENVIRONMENT.relative_to(ROOT)}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], check=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, "--constraint", str(CONSTRAINTS), *requirements], check=True)
-        stamp.write_text(wanted)
-    return python
-
-
 def generate(target: Path) -> None:
     """Write the code of every package under `target`, with an empty __init__.py in each of its folders."""
-    python = generator_python()
+    programs = environment("gen")
     for package in PACKAGES:
         root = target / package.root
         root.mkdir(parents=True, exist_ok=True)
@@ -84,7 +67,7 @@ def generate(target: Path) -> None:
         # The plug-ins of the environment come first on the PATH that protoc searches.
         subprocess.run(
             [
-                python,
+                programs / "python",
                 "-m",
                 "grpc_tools.protoc",
                 f"--proto_path={PROTO}",
@@ -93,7 +76,7 @@ def generate(target: Path) -> None:
             ],
             check=True,
             stderr=subprocess.PIPE,
-            env={"PATH": f"{python.parent}:/usr/bin:/bin"},
+            env={"PATH": f"{programs}:/usr/bin:/bin"},
         )
         for folder in package.folders:
             (target / folder / "__init__.py").touch()

@@ -1,0 +1,40 @@
+"""Environments for tools whose dependencies cannot live beside the run-time ones: `.tools/<name>`.
+
+Each is made on first use, and made anew when what it shall hold has changed. What that is stands in a group of
+pyproject.toml and, as exact versions, in a file of constraints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / ".tools"
+
+
+def environment(name: str) -> Path:
+    """Return the folder of the programs of an environment: group `name`, constraints-`name`.txt."""
+    groups: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    constraints = ROOT / f"constraints-{name}.txt"
+    wanted = hashlib.sha256(repr(groups[name]).encode() + constraints.read_bytes()).hexdigest()
+    folder = TOOLS / name
+    programs = folder / "bin"
+    stamp = folder / "requirements.sha256"
+    if not ((programs / "python").exists() and stamp.exists() and stamp.read_text() == wanted):
+        print(f"Making an environment in {folder.relative_to(ROOT)}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        install(name, *groups[name])
+        stamp.write_text(wanted)
+    return programs
+
+
+def install(name: str, *requirements: str) -> None:
+    """Install into an environment that is there."""
+    python = str(TOOLS / name / "bin" / "python")
+    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    constraints = ["--constraint", str(ROOT / f"constraints-{name}.txt")]
+    subprocess.run([*command, *constraints, *requirements], check=True)
