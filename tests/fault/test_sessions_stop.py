@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import stepwell
-from support import faults
 from support.driver import MODEL
 from support.driver_process import DriverProcess
 from support.faults import local, verdict
@@ -53,7 +52,6 @@ async def test_callers_are_told_and_do_not_hang(shell: str) -> None:
             assert any(isinstance(error, stepwell.UnavailableError) for error in found), found
 
 
-@pytest.mark.skipif(not faults.has_store(), reason="the store on disk is not there yet")
 @pytest.mark.parametrize("durability", ["sync", "async"])
 def test_what_was_acknowledged_stays(tmp_path: Path, durability: str) -> None:
     history = tmp_path / "history"

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import os
 import random
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -415,12 +414,14 @@ async def run(arguments: argparse.Namespace) -> None:
     threading.Thread(target=_stop_at_end_of_input, args=(loop, table.stop), daemon=True).start()
     mix = Mix(arguments.frames, arguments.calls, arguments.threads, arguments.bands, arguments.band_size)
     await play(table, arguments.address, mix, before)
+    await table.stop.wait()  # all players may have broken off
     await audit(table, arguments.address, history.live(history.load([path])))
     table.log.close()
 
 
 def _stop_at_end_of_input(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):
+        pass
     loop.call_soon_threadsafe(stop.set)
 
 

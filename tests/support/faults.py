@@ -108,14 +108,3 @@ class FaultyServer(LocalServer):
         host, port = self._listener.getsockname()
         own = [os.fspath(_SCRIPT), f"{host}:{port}", self._defect, str(self._jumped_s)]
         return [python, *own, *arguments]
-
-
-def has_store() -> bool:
-    """Whether the server can keep sessions on disk yet."""
-    from stepwell_server.settings import SettingsError, read_settings
-
-    try:
-        read_settings([f"m={_SCRIPT}", "--data-dir", "data"], {})
-    except SettingsError:
-        return False
-    return True

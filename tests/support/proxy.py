@@ -16,9 +16,11 @@ import dataclasses
 import random
 import socket
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Self
 
+Direction = Literal["requests", "answers"]
 Fate = Literal["clean", "refuse", "drop", "truncate", "delay", "double"]
 _PIECE = 4096
 _LONGEST_DELAY_S = 0.15
@@ -55,12 +57,16 @@ class Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self.seen: collections.Counter[str] = collections.Counter()
         """What was done, how often."""
+        self.held = threading.Event()
+        """Something is being kept back."""
+        self._gates = {"requests": asyncio.Event(), "answers": asyncio.Event()}
         # Bound here, so that the address is known and nobody is refused from now on.
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
 
     def __enter__(self) -> Self:
         self._thread.start()
+        self.release()
         return self
 
     def __exit__(
@@ -77,7 +83,24 @@ class Proxy:
             for writer in tuple(self._open):
                 writer.transport.abort()
 
+        self._call(change)
+
+    def hold(self, direction: Direction) -> None:
+        """Keep back what comes in a direction from now on; `held` is set when there is something."""
+        self.held.clear()
+        self._call(self._gates[direction].clear)
+
+    def release(self) -> None:
+        """Let everything go on."""
+        for gate in self._gates.values():
+            self._call(gate.set)
+
+    def _call(self, change: Callable[[], None]) -> None:
+        """Do something in the proxy's thread, and wait until it is done."""
+        done = threading.Event()
         self._loop.call_soon_threadsafe(change)
+        self._loop.call_soon_threadsafe(done.set)
+        assert done.wait(10)
 
     def _serve(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner, contextlib.suppress(RuntimeError):
@@ -111,9 +134,9 @@ class Proxy:
                     return  # the server is down: the client sees its connection end
                 stack.callback(servers[-1][1].transport.abort)
             first, *others = servers
-            pumps = [self._pump(plan, reader, [server[1] for server in servers])]
-            pumps.append(self._pump(plan, first[0], [writer]))
-            drains = [asyncio.ensure_future(self._pump(plan, other[0], [])) for other in others]
+            pumps = [self._pump(plan, "requests", reader, [server[1] for server in servers])]
+            pumps.append(self._pump(plan, "answers", first[0], [writer]))
+            drains = [asyncio.ensure_future(self._pump(plan, "answers", other[0], [])) for other in others]
             both = [asyncio.ensure_future(pump) for pump in pumps]
             try:
                 await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -123,13 +146,20 @@ class Proxy:
                 await asyncio.gather(*both, *drains, return_exceptions=True)
 
     async def _pump(
-        self, plan: _Plan, reader: asyncio.StreamReader, writers: list[asyncio.StreamWriter]
+        self,
+        plan: _Plan,
+        direction: Direction,
+        reader: asyncio.StreamReader,
+        writers: list[asyncio.StreamWriter],
     ) -> None:
         """Forward one direction until it ends or its plan says so."""
         with contextlib.suppress(OSError):
             while piece := await reader.read(_PIECE):
                 if plan.fate == "delay" and plan.chance.random() < 0.1:
                     await asyncio.sleep(plan.chance.uniform(0, _LONGEST_DELAY_S))
+                if not self._gates[direction].is_set():
+                    self.held.set()
+                    await self._gates[direction].wait()
                 plan.left -= len(piece)
                 if plan.left < 0 and plan.fate != "clean":
                     if plan.fate == "truncate":
