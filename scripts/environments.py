@@ -18,18 +18,24 @@ TOOLS = ROOT / ".tools"
 
 def environment(name: str) -> Path:
     """Return the folder of the programs of an environment: group `name`, constraints-`name`.txt."""
-    groups: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    requirements = group(name)
     constraints = ROOT / f"constraints-{name}.txt"
-    wanted = hashlib.sha256(repr(groups[name]).encode() + constraints.read_bytes()).hexdigest()
+    wanted = hashlib.sha256(repr(requirements).encode() + constraints.read_bytes()).hexdigest()
     folder = TOOLS / name
     programs = folder / "bin"
     stamp = folder / "requirements.sha256"
     if not ((programs / "python").exists() and stamp.exists() and stamp.read_text() == wanted):
         print(f"Making an environment in {folder.relative_to(ROOT)}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        install(name, *groups[name])
+        install(name, *requirements)
         stamp.write_text(wanted)
     return programs
+
+
+def group(name: str) -> list[str]:
+    """Return the requirements of a group of pyproject.toml."""
+    groups: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    return groups[name]
 
 
 def install(name: str, *requirements: str) -> None:

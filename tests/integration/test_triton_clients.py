@@ -1,0 +1,130 @@
+"""Triton's own clients, unchanged, against a real server."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell.testing import LocalServer
+from support import triton
+
+pytestmark = pytest.mark.timeout(300)  # the clients' environment is made on first use
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("triton")
+    triton.save_and_compile(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[LocalServer]:
+    with triton.serve(folder) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    ["server", "unary", "callbacks", "stream", "aio", "outputs", "exactly_once", "unsupported"],
+)
+def test_scenario(server: LocalServer, scenario: str) -> None:
+    triton.run_scenario(scenario, server.address)
+
+
+def test_the_numbers_are_those_of_keras(server: LocalServer, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((4, 6, 1, 3)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    triton.run_scenario("floats", server.address, str(tmp_path / "x"))
+    whole = triton.keras_model("lstm").predict(x[:, :, 0], verbose=0)
+    with np.load(tmp_path / "x-out.npz") as out:
+        np.testing.assert_allclose(out["each"][:, :, 0], whole, atol=1e-6)
+        np.testing.assert_array_equal(out["several"][:, 0], out["each"][:, :, 0])
+        np.testing.assert_array_equal(out["alone"], out["each"][:, :, 0])
+        np.testing.assert_array_equal(out["batch"].swapaxes(0, 1), out["each"][:, :, 0])
+
+
+def test_models_of_other_types(server: LocalServer) -> None:
+    triton.run_scenario("datatypes", server.address, *(f"acc_{dtype}" for dtype in triton.DTYPES))
+
+
+def test_what_models_are_said_to_be(server: LocalServer) -> None:
+    said = triton.run_scenario("descriptions", server.address)
+    metadata, configs = said["metadata"], said["configs"]
+    assert metadata["acc"]["inputs"] == [{"name": "input_layer", "datatype": "INT32", "shape": ["-1", "3"]}]
+    assert metadata["acc"]["versions"] == ["1"]
+    assert metadata["tokens"]["inputs"][0]["shape"] == ["-1", "1"]
+    assert configs["tokens"]["input"][0]["reshape"] == {}
+    assert configs["acc"]["max_batch_size"] == 1024
+    (state,) = configs["acc"]["sequence_batching"]["state"]
+    assert (state["data_type"], state["dims"], state["initial_state"][0]["zero_data"]) == (
+        "TYPE_INT32", ["3"], True,
+    )  # fmt: skip
+    assert "sequence_batching" not in configs["plain"]
+    assert "dynamic_batching" in configs["plain"]
+    shapes = {tensor["name"]: tensor["shape"] for tensor in metadata["multi"]["inputs"]}
+    assert shapes == {"series": ["-1", "3"], "token": ["-1", "1"], "profile": ["-1", "5"]}
+
+
+def test_statistics_count_requests_and_passes(server: LocalServer) -> None:
+    said = triton.run_scenario("statistics", server.address)
+    before, after = said["before"], said["after"]
+    assert said["names"] == sorted([*triton.ZOO, *(f"acc_{dtype}" for dtype in triton.DTYPES)])
+
+    def grown(*path: str) -> int:
+        def number(value: Any) -> int:
+            for key in path:
+                value = value.get(key, {})
+            return int(value or 0)
+
+        return number(after) - number(before)
+
+    assert grown("inference_count") == 20
+    assert grown("execution_count") == 10
+    for part in ("success", "queue", "compute_input", "compute_infer", "compute_output"):
+        assert grown("inference_stats", part, "count") == 10
+    for part in ("success", "compute_input", "compute_infer", "compute_output", "fail"):
+        assert grown("inference_stats", part, "ns") > 0
+    assert grown("inference_stats", "fail", "count") == 3
+    parts = ("queue", "compute_input", "compute_infer", "compute_output")
+    assert sum(grown("inference_stats", part, "ns") for part in parts) == grown(
+        "inference_stats", "success", "ns"
+    )
+    assert int(after["last_inference"]) > 0
+    (batch,) = after["batch_stats"]
+    assert (batch["batch_size"], batch["compute_infer"]["count"]) == ("2", "10")
+
+
+def test_both_clients_in_one_process(server: LocalServer) -> None:
+    client_folder = Path(triton.__file__).parents[2] / "client"
+    triton.run_scenario("both_clients", server.address, str(client_folder))
+
+
+def test_an_idle_sequence_ends(folder: Path) -> None:
+    with triton.serve(folder, "--max-session-idle-s", "0.2", only=("acc",)) as server:
+        triton.run_scenario("begin", server.address, "idle")
+        # the client's next process takes longer to start than a sequence may be idle
+        triton.run_scenario("is_gone", server.address, "idle")
+
+
+@pytest.mark.parametrize(
+    "mode", [["--async"], ["--streaming"], ["--streaming", "--sequence-id-range", "1:9"]]
+)
+def test_perf_analyzer_runs_sequences(server: LocalServer, mode: list[str]) -> None:
+    command = [
+        *(str(triton.perf_analyzer()), "-m", "lstm", "-u", server.address, "-i", "grpc", *mode),
+        *("--concurrency-range", "4", "--sequence-length", "8", "--measurement-mode", "count_windows"),
+        *("--measurement-request-count", "200", "--stability-percentage", "999"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = {name: int(count) for name, count in re.findall(r"(\w+ count): (\d+)", done.stdout)}
+    assert counts["Sequence count"] > 0
+    assert 0 < counts["Execution count"] <= counts["Inference count"]
+    assert "error" not in done.stderr.lower()

@@ -1,0 +1,115 @@
+"""Triton's real clients against a real server.
+
+The clients have an environment of their own (see scripts/environments.py) and run as processes in it: the
+scenarios are in `triton_scenarios`, which imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import environments
+import pytest
+
+from stepwell.testing import LocalServer
+from support import models
+
+_SCENARIOS = Path(__file__).with_name("triton_scenarios.py")
+#: Model of the zoo by the name it is served under.
+ZOO = {
+    "acc": "integer_accumulator",
+    "lstm": "lstm_dense",
+    "multi": "several_inputs_and_outputs",
+    "plain": "stateless",
+    "tokens": "embedding_mask_zero",
+}
+#: Accumulators of one number, by the type of their input: `acc_int64` and so on.
+DTYPES = ("bool", "int8", "int16", "int64", "uint8", "uint32", "uint64", "float16", "float32", "float64")
+
+
+def environment() -> Path:
+    """The folder of the programs of the clients' environment."""
+    return environments.environment("triton")
+
+
+@functools.cache
+def perf_analyzer() -> Path:
+    """The program of Triton's load generator. Skips the test where there is no build of it."""
+    program = environment() / "perf_analyzer"
+    if not program.exists():
+        try:
+            environments.install("triton", *environments.group("perf"))
+        except subprocess.CalledProcessError:
+            pytest.skip("there is no build of perf-analyzer for this system")
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        pytest.skip(f"perf_analyzer does not run here: {done.stderr.strip()}")
+    return program
+
+
+def run_scenario(name: str, address: str, *arguments: str) -> Any:
+    """Run a function of `triton_scenarios` in the clients' environment; returns what it returns."""
+    command = [str(environment() / "python"), str(_SCENARIOS), name, address, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def keras_model(name: str) -> Any:
+    """The Keras model that is served under a name."""
+    if name in ZOO:
+        return models.build(ZOO[name])
+    return accumulator(name.removeprefix("acc_"))
+
+
+def accumulator(dtype: str) -> Any:
+    """A model that adds up one number a step; no weights, no Dense layer."""
+    from stepwell_server.compile.tensorflow_setup import keras
+    from support.custom_layers import Accumulator
+
+    # Keras takes int8 as a layer's dtype for a way to quantize it.
+    total = "int32" if dtype in {"bool", "int8"} else dtype
+    x = keras.Input((None, 1), dtype=dtype, name="x")
+    rnn = keras.layers.RNN(Accumulator(1, dtype=total), return_sequences=True, name="sum", dtype=total)
+    return keras.Model(x, rnn(x))
+
+
+def save_and_compile(folder: Path) -> tuple[dict[str, Path], Path]:
+    """The models' files and a cache of their programs, made in this process, which has TensorFlow anyway."""
+    from stepwell_server.compile import cache
+    from stepwell_server.compile.pipeline import compile_model
+
+    names = [*ZOO, *(f"acc_{dtype}" for dtype in DTYPES)]
+    paths = {name: folder / f"{name}.keras" for name in names}
+    for name, path in paths.items():
+        keras_model(name).save(path)
+        key = cache.cache_key(path, ("support.custom_layers",))
+        with cache.workspace(folder / "cache", key) as workspace:
+            compile_model(path, workspace)
+            cache.publish(workspace, folder / "cache" / key)
+    return paths, folder / "cache"
+
+
+@contextmanager
+def serve(folder: Path, *arguments: str, only: tuple[str, ...] = ()) -> Iterator[LocalServer]:
+    """Serve the models that `save_and_compile` has left in `folder`, or only some of them."""
+    names = only or (*ZOO, *(f"acc_{dtype}" for dtype in DTYPES))
+    server = LocalServer(
+        models={name: folder / f"{name}.keras" for name in names},
+        cache_dir=folder / "cache",
+        extra_args=["--import", "support.custom_layers", *arguments],
+        env={
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        },
+        start_timeout_s=100,
+    )
+    with server:
+        yield server
+        assert "internal error" not in server.logs(), "a defect was reported to some caller; see the log"
