@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,7 @@ from stepwell_server.engine.passes import Pass
 from stepwell_server.engine.runner import Cost, Runner
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
+from stepwell_server.store.lmdb import LmdbStore
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock
 from support.fake_executor import PLAIN, WAIT_S, FakeExecutor, Hooks
@@ -188,6 +191,25 @@ class SingleAnswer:
         return answer
 
 
+class Stores:
+    """Makes the stores of engines under test: in memory, unless a test wants another kind."""
+
+    def __init__(self) -> None:
+        self.kind = "memory"
+        self.folder = Path()
+        self._numbers = itertools.count()
+
+    def make(self, clock: ManualClock) -> MemoryStore | LmdbStore:
+        if self.kind == "memory":
+            return MemoryStore()
+        folder = self.folder / f"store-{next(self._numbers)}"
+        durability: Literal["sync", "async"] = "sync" if self.kind == "sync" else "async"
+        return LmdbStore(folder, durability=durability, clock=clock)
+
+
+STORES = Stores()
+
+
 class Harness:
     """An engine under test."""
 
@@ -303,7 +325,8 @@ async def running(
 ) -> AsyncIterator[Harness]:
     """An engine whose books are checked at the end. `threads`: passes never run in place."""
     clock, hooks, events = clock or ManualClock(), Hooks(), Events()
-    store = store or MemoryStore()
+    own = store is None
+    store = STORES.make(clock) if own else store
     engine = Engine(
         programs or {"plain": PLAIN},
         store=store,
@@ -328,3 +351,5 @@ async def running(
         hooks.open_gate()
         await harness.settled()
         await engine.close()
+        if own:
+            store.close()

@@ -406,6 +406,7 @@ async def test_a_reader_that_is_cancelled_as_its_turn_comes_gives_it_away(
         assert reading.cancelled()
 
 
+@pytest.mark.stores("memory")
 async def test_a_reader_that_is_cancelled_as_the_session_goes_takes_nothing_from_the_next_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -65,6 +65,8 @@ class Directory:
         self.idle = IdleWatch(table, max_idle_s, clock.monotonic())
         self.opening: dict[str, asyncio.Future[None]] = {}
         """Sessions that are being made: nobody else sees them before they are kept."""
+        self.burying: set[str] = set()
+        """Sessions that expired and may still be in the store."""
 
     def model(self, name: str) -> ServedModel:
         """The model served under a name.
@@ -174,6 +176,8 @@ class Directory:
 
     def ended(self, session_id: str) -> SessionGone | None:
         """How a session ended, as far as that is remembered."""
+        if session_id in self.burying:
+            return self._expired(session_id)
         stone = self._store.tombstone(session_id) if session_id else None
         if stone is None:
             return None
@@ -234,7 +238,7 @@ class Directory:
         untouched = [
             (session_id, header)
             for session_id, header in found
-            if header is not None and session_id not in self._table and session_id not in self.opening
+            if header is not None and self._is_only_stored(session_id)
         ]
         for session_id, header in untouched:
             self._observer.session_event("expired", header.model, session_id)
@@ -266,13 +270,20 @@ class Directory:
         """
         if not sessions:
             return
-        now = self._clock.now()
+        now, ids = self._clock.now(), [session_id for session_id, _, _ in sessions]
+
+        def done(error: ServerError | None) -> None:
+            self.burying.difference_update(ids)
+            if error is not None:
+                log.warning("sessions that expired are still in the store: %s", error)
+
         batch = Batch(
-            deletes=[session_id for session_id, _, _ in sessions],
+            deletes=ids,
             tombstones=[Tombstone(i, End.EXPIRED, now, revision=revision) for i, _, revision in sessions],
             counts=[(model, -1) for _, model, _ in sessions],
         )
-        self._commits.submit(lambda: batch, len(sessions), _log_failure)
+        self.burying.update(ids)
+        self._commits.submit(lambda: batch, len(sessions), done)
 
     def _expired(self, session_id: str) -> SessionExpired:
         return SessionExpired(
@@ -288,13 +299,22 @@ class Directory:
 
     def _load(self, session_id: str) -> int | None:
         """The handle of a session that was only in the store; None if it is not there."""
-        if not self._commits.is_durable or not session_id or session_id in self.opening:
+        if not self._commits.is_durable or not self._is_only_stored(session_id):
             return None
         stored = self._store.get(session_id)
         if stored is None:
             return None
         header = decode_header(session_id, stored)
         return int(self._adopt([(session_id, header, self._served(session_id, header))])[0])
+
+    def _is_only_stored(self, session_id: str) -> bool:
+        """If it is anywhere, it is in the store and nowhere else, to stay."""
+        return (
+            session_id != ""
+            and session_id not in self._table
+            and session_id not in self.opening
+            and session_id not in self.burying
+        )
 
     def _load_all(self, session_ids: Sequence[str]) -> tuple[int, list[str]]:
         """Take those sessions into the table that are in the store and can be stepped.
@@ -305,7 +325,7 @@ class Directory:
         Raises:
             Unavailable: the store cannot be read.
         """
-        wanted = [i for i in dict.fromkeys(session_ids) if i and i not in self.opening]
+        wanted = [session_id for session_id in dict.fromkeys(session_ids) if self._is_only_stored(session_id)]
         found: list[tuple[str, Header, ServedModel]] = []
         unusable: list[str] = []
         for session_id, stored in zip(wanted, self._store.get_many(wanted), strict=True):
@@ -356,8 +376,3 @@ class Directory:
         )
         self.idle.watch(handles)
         return handles
-
-
-def _log_failure(error: ServerError | None) -> None:
-    if error is not None:
-        log.warning("sessions that expired are still in the store: %s", error)

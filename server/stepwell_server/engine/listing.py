@@ -76,6 +76,8 @@ class Listing:
                 return self._directory.info(self._directory.find(session_id))
             except SessionGone:
                 return None
+        if session_id in self._directory.burying:
+            return None
         if header is None:
             return SessionInfo(session_id, "", "", 0, 0, 0, 0.0, 0.0, resident=False)
         return SessionInfo(

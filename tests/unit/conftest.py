@@ -1,0 +1,40 @@
+"""The engine's tests run with each kind of store: what it does must not depend on where sessions are kept."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.engine import STORES
+
+# What a flush to disk costs is no concern of these tests.
+_MEMORY = Path("/dev/shm")
+KINDS = ("memory", "async", "sync")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "stores(*kinds): the kinds of store that a test of the engine is about"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.module.__name__.rpartition(".")[2].startswith("test_engine_"):
+        marker = metafunc.definition.get_closest_marker("stores")
+        metafunc.parametrize("store_kind", KINDS if marker is None else marker.args, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def store_kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Kind of the stores that `support.engine.running` makes."""
+    STORES.kind = getattr(request, "param", "memory")
+    if STORES.kind == "memory":
+        yield STORES.kind
+        return
+    with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as folder:
+        STORES.folder = Path(folder)
+        yield STORES.kind
+    STORES.kind = "memory"
