@@ -9,31 +9,38 @@
 The async client is `stepwell.aio`; a server for tests is `stepwell.testing.LocalServer`.
 """
 
-from stepwell import aio, config, errors
-from stepwell._state import State
-from stepwell._types import ModelInfo, SessionInfo, TensorInfo
-from stepwell.client import Client, connect
-from stepwell.errors import (
-    ClosedError,
-    DeadlineExceededError,
-    InternalError,
-    InvalidInputError,
-    ModelMismatchError,
-    ModelNotFoundError,
-    OverloadedError,
-    RefusedError,
-    RevisionConflictError,
-    SessionExistsError,
-    SessionExpiredError,
-    SessionGoneError,
-    SessionLostError,
-    SessionNotFoundError,
-    StateCorruptError,
-    StepwellError,
-    UnavailableError,
-)
-from stepwell.group import SessionGroup
-from stepwell.session import Session
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stepwell import aio, config, errors
+    from stepwell._state import State
+    from stepwell._types import ModelInfo, SessionInfo, TensorInfo
+    from stepwell.client import Client, connect
+    from stepwell.errors import (
+        ClosedError,
+        DeadlineExceededError,
+        InternalError,
+        InvalidInputError,
+        ModelMismatchError,
+        ModelNotFoundError,
+        OverloadedError,
+        RefusedError,
+        ReplyTooLargeError,
+        RevisionConflictError,
+        SessionExistsError,
+        SessionExpiredError,
+        SessionGoneError,
+        SessionLostError,
+        SessionNotFoundError,
+        StateCorruptError,
+        StepwellError,
+        UnavailableError,
+    )
+    from stepwell.group import SessionGroup
+    from stepwell.session import Session
 
 __all__ = [
     "Client",
@@ -46,6 +53,7 @@ __all__ = [
     "ModelNotFoundError",
     "OverloadedError",
     "RefusedError",
+    "ReplyTooLargeError",
     "RevisionConflictError",
     "Session",
     "SessionExistsError",
@@ -65,3 +73,33 @@ __all__ = [
     "connect",
     "errors",
 ]
+
+_MODULES = frozenset({"aio", "config", "errors"})
+_HOMES = {
+    "Client": "client",
+    "ModelInfo": "_types",
+    "Session": "session",
+    "SessionGroup": "group",
+    "SessionInfo": "_types",
+    "State": "_state",
+    "TensorInfo": "_types",
+    "connect": "client",
+}
+"""The module of each exported name that is no error."""
+
+
+if not TYPE_CHECKING:  # a checker that saw it would take every name for one of ours
+
+    def __getattr__(name: str) -> object:
+        """Imports what is asked for (PEP 562): the server and `stepwell --help` need little of this package."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name in _MODULES:
+            return importlib.import_module(f"{__name__}.{name}")
+        value: object = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -61,8 +61,12 @@ class GroupCore:
         members = self.book.members(change).tolist()
         failures = {members[i]: error for i, error in sorted(gathered.failures.items())}
         # A copy: what is said of all members must not be read as the first member's own error.
-        error = copy.copy(next(iter(failures.values())))
-        error.message = f"{len(failures)} of {len(members)} sessions failed, first: {error.message}"
+        first, own = next(iter(failures.items()))
+        error = copy.copy(own)
+        error.message = (
+            f"{len(failures)} of {len(members)} sessions failed, first: {own.message} "
+            f"(session {self.book.ids[first]!r}, index {first})"
+        )
         error.args = (error.message,)
         error.failures = failures
         error.outputs = selected(gathered.outputs, change.outputs) if gathered.outputs else None

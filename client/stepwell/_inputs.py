@@ -152,13 +152,15 @@ def check_model(model: object) -> str:
 
 
 def check_count(name: str, count: object) -> int:
-    """An integer of at least 1."""
+    """An integer of at least 1 that fits the protocol's 32 bits."""
     if isinstance(count, bool | np.bool_):
         raise InvalidInputError(f"{name} must be an integer; got {count!r}")
     try:
         checked = operator.index(count)  # type: ignore[arg-type]  # refusing other types is its job
     except TypeError:
         raise InvalidInputError(f"{name} must be an integer; got {count!r}") from None
-    if not 1 <= checked <= _MAX_UINT32:
+    if checked < 1:
         raise InvalidInputError(f"{name} must be at least 1; got {checked}")
+    if checked > _MAX_UINT32:
+        raise InvalidInputError(f"{name} must be 1 to {_MAX_UINT32}; got {checked}")
     return checked

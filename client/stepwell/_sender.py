@@ -23,11 +23,12 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 
 from stepwell import _channel
+from stepwell._flight import Flight, Waiting
 from stepwell._flow import Attempter
-from stepwell._link import Answer, Link
+from stepwell._link import Link
 from stepwell._retry import Clock
-from stepwell._steps import Gathering, Step, Stepped, abandon, answer, framed, latest
-from stepwell.errors import DeadlineExceededError, StepwellError
+from stepwell._steps import Gathering, Step, Stepped, abandon
+from stepwell.errors import DeadlineExceededError
 
 #: Steps with inputs up to this size share frames; a larger one gains nothing from company.
 _SHARED_BYTES = 64 * 1024
@@ -39,40 +40,6 @@ Wake = queue.SimpleQueue[None]
 _senders: weakref.WeakSet[Sender] = weakref.WeakSet()
 # The thread of a parent is not a forked child's to end.
 os.register_at_fork(after_in_child=_senders.clear)
-
-
-class _Member:
-    """A step in the line, and the caller that waits for it."""
-
-    __slots__ = ("_error", "_ready", "_stepped", "step")
-
-    def __init__(self, step: Step) -> None:
-        self.step = step
-        self._stepped: Stepped | None = None
-        self._error: BaseException | None = None
-        # Held until there is an answer; the cheapest thing a thread can wait for.
-        self._ready = threading.Lock()
-        self._ready.acquire()
-
-    def settle(self, stepped: Stepped) -> None:
-        if self._stepped is None and self._error is None:
-            self._stepped = stepped
-            self._ready.release()
-
-    def fail(self, error: BaseException) -> None:
-        if self._stepped is None and self._error is None:
-            self._error = error
-            self._ready.release()
-
-    def wait(self, timeout_s: float) -> bool:
-        """Waits for the answer, but not longer; says whether it is there."""
-        return self._ready.acquire(timeout=-1 if math.isinf(timeout_s) else timeout_s)
-
-    def result(self) -> Stepped:
-        """The answer."""
-        if self._stepped is None:
-            raise self._error or AssertionError("a member is asked for its answer before it has one")
-        return self._stepped
 
 
 class Sender:
@@ -93,8 +60,10 @@ class Sender:
         self._clock = clock
         self._alone = threading.Lock()
         """Held by the step that is under way as a call of its own because it found nobody else."""
-        self._waiting: collections.deque[_Member] = collections.deque()
-        self._flights: list[_Flight] = []
+        self._waiting: collections.deque[Waiting] = collections.deque()
+        self._flights: list[Flight] = []
+        self._most: dict[Hashable, int] = {}
+        """How many steps may leave together, by kind, where more had replies too large for one message."""
         self._wake = Wake()
         self._called = False
         """The thread was woken and has not looked yet."""
@@ -121,7 +90,7 @@ class Sender:
         return self._in_company(step)
 
     def _in_company(self, step: Step) -> Stepped:
-        member = _Member(step)
+        member = Waiting(step)
         self._waiting.append(member)
         try:
             self._come()
@@ -161,7 +130,7 @@ class Sender:
             self._called = True
             self._wake.put(None)
 
-    def _withdraw(self, member: _Member) -> bool:
+    def _withdraw(self, member: Waiting) -> bool:
         """Takes a member out of the line; says whether it was still there."""
         try:
             self._waiting.remove(member)
@@ -169,7 +138,7 @@ class Sender:
             return False
         return True
 
-    def _time_is_up(self, member: _Member) -> None:
+    def _time_is_up(self, member: Waiting) -> None:
         if self._withdraw(member):
             raise DeadlineExceededError(
                 "the time limit passed while the step waited to be sent", outcome="not_applied"
@@ -209,15 +178,15 @@ class Sender:
         return 0.0
 
     def _send_all(self) -> None:
-        gathering: Gathering[_Member] = Gathering()
+        gathering: Gathering[Waiting] = Gathering()
         for member in self._take_all():
             gathering.add(member, _roughly(member.step.deadline.remaining_s()))
-        for members in gathering.frames(self._max_frame_bytes):
-            flight = _Flight(self, members, self._clock())
+        for members in gathering.frames(self._max_frame_bytes, self._most):
+            flight = Flight(self, members, self._clock())
             self._flights.append(flight)
             flight.send(self._link, self._attempter)
 
-    def _take_all(self) -> list[_Member]:
+    def _take_all(self) -> list[Waiting]:
         members = []
         while True:
             try:
@@ -225,7 +194,7 @@ class Sender:
             except IndexError:
                 return members
 
-    def landed(self, flight: _Flight) -> None:
+    def landed(self, flight: Flight) -> None:
         """A frame is over. Its callers have their answers by now, so that they can share the next."""
         flight.forget()
         try:
@@ -234,6 +203,10 @@ class Sender:
             return
         if self._waiting:
             self._call()
+
+    def too_large(self, members: Sequence[Waiting]) -> None:
+        """The replies to these, together, are over the limit of a message: fewer leave together from now on."""
+        self._most[members[0].step.kind()] = max(1, len(members) // 2)
 
     def _refuse_all(self) -> None:
         abandon(self._take_all(), _channel.closed())
@@ -251,49 +224,6 @@ class Sender:
     def is_closed(self) -> bool:
         """No step is taken any more."""
         return self._closed
-
-
-class _Flight:
-    """A frame under way."""
-
-    def __init__(self, sender: Sender, members: Sequence[_Member], sent_s: float) -> None:
-        self.sent_s = sent_s
-        self.deadline = latest(members)
-        self._sender = sender
-        self._members = members
-        self._frame = framed(members)
-        self.forget: Callable[[], None] = _nothing
-
-    def send(self, link: Link, attempter: Attempter) -> None:
-        """Sends it. Whatever happens, no caller is left waiting."""
-        try:
-            ask = attempter.ask(self._frame, self.deadline, _nothing)
-            self.forget = link.post(ask, self._take)
-        except Exception as error:
-            self._end(error)
-        if self._frame.round_over:
-            self.forget()  # the reply was here before the means to forget it
-
-    def _take(self, answered: Answer) -> None:
-        """Takes in a part of the reply, or why there is none. Never raises: it is the reader's thread."""
-        try:
-            if isinstance(answered, StepwellError):
-                self._end(answered)
-                return
-            answer(self._members, self._frame.accept(answered))
-            if self._frame.round_over:
-                answer(self._members, self._frame.left())
-                self._sender.landed(self)
-        except Exception as defect:
-            self._end(defect)
-
-    def _end(self, error: Exception) -> None:
-        abandon(self._members, error)
-        self._sender.landed(self)
-
-
-def _nothing(_: object = None) -> None:
-    pass
 
 
 def _roughly(remaining_s: float) -> Hashable:

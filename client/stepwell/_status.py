@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 
 import grpc
@@ -25,6 +26,9 @@ class Status:
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     retry_after_s: float = 0.0
 
+
+# How gRPC says that it was the answer, not the request, that one side's limit stopped.
+_REPLY_OVER_LIMIT = re.compile(r"(CLIENT: Received|SERVER: Sent) message larger than max")
 
 Maker = Callable[[Status], errors.StepwellError]
 
@@ -62,6 +66,11 @@ def _conflict(status: Status) -> errors.StepwellError:
 
 def _exhausted(status: Status) -> errors.StepwellError:
     # gRPC itself reports a message over the limit with this code; waiting would not make it smaller.
+    if not status.reason and _REPLY_OVER_LIMIT.search(status.message):
+        return errors.ReplyTooLargeError(
+            "the reply must fit the client's max_message_bytes (an argument of connect) and the server's "
+            f"limit: {status.message}; what the call changes may have been applied"
+        )
     if not status.reason and "larger than max" in status.message:
         return errors.InvalidInputError(
             f"the message must fit the size limits of both sides (max_message_bytes): {status.message}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -84,7 +84,7 @@ class Gathering(Generic[M]):
     """Members, sorted by the frame they may leave in."""
 
     def __init__(self) -> None:
-        self._groups: dict[Hashable, dict[str, M]] = {}
+        self._groups: dict[tuple[Hashable, Hashable, int], dict[str, M]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._groups)
@@ -102,14 +102,20 @@ class Gathering(Generic[M]):
             nth += 1
         group[session_id] = member
 
-    def frames(self, max_bytes: int) -> Iterator[list[M]]:
-        """The members frame by frame, each with inputs of at most `max_bytes`, or a single member."""
-        for group in self._groups.values():
+    def frames(self, max_bytes: int, most: Mapping[Hashable, int] | None = None) -> Iterator[list[M]]:
+        """The members frame by frame.
+
+        Args:
+            max_bytes: Inputs of a frame have at most this size, unless it has a single member.
+            most: Members of a frame at most, by the kind of their step; others have no such limit.
+        """
+        for (kind, _, _), group in self._groups.items():
             members = list(group.values())
+            count = most.get(kind, len(members)) if most else len(members)
             begin, size = 0, 0
             for i, member in enumerate(members):
                 own = member.step.input_bytes() + _MEMBER_BYTES
-                if i > begin and size + own > max_bytes:
+                if i > begin and (size + own > max_bytes or i - begin >= count):
                     yield members[begin:i]
                     begin, size = i, 0
                 size += own

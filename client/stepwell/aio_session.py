@@ -170,6 +170,11 @@ class AsyncSession(AsyncHandle):
         """Time steps since the last reset of the whole state, as of the last answer to this handle."""
         return self._book.position
 
+    @property
+    def resumed(self) -> bool:
+        """Whether opening it found the session there and resumed it; False for a new one and for a fork."""
+        return self._book.resumed
+
     async def step(
         self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None
     ) -> Outputs:

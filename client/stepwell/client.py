@@ -117,7 +117,7 @@ class Client:
         *,
         timeout_s: float | None = None,
     ) -> Session:
-        """Opens a session, or resumes the live session of that id.
+        """Opens a session, or resumes the live session of that id: `Session.resumed` says which.
 
         Args:
             model: Name of the model.

@@ -2,6 +2,7 @@
 
     StepwellError
     ├── InvalidInputError          an argument breaks a rule: shape, dtype, name, value, size
+    │   └── ReplyTooLargeError     the reply is over a size limit: see .outcome
     ├── SessionGoneError           there is no such session (any more)
     │   ├── SessionNotFoundError   closed, or never opened on this server
     │   ├── SessionExpiredError    idle for too long, therefore deleted
@@ -21,6 +22,7 @@
 | class | gRPC status | retried by the SDK |
 | --- | --- | --- |
 | InvalidInputError | INVALID_ARGUMENT, OUT_OF_RANGE | no |
+| ReplyTooLargeError | RESOURCE_EXHAUSTED of gRPC's own | no |
 | SessionNotFoundError, SessionExpiredError, SessionLostError, ModelNotFoundError | NOT_FOUND, by reason | no |
 | SessionExistsError | ALREADY_EXISTS | no |
 | RevisionConflictError | ABORTED | no |
@@ -75,6 +77,21 @@ class StepwellError(Exception):
 
 class InvalidInputError(StepwellError):
     """An argument breaks a rule: shape, dtype, name, range, size, NaN or infinity. Nothing changed."""
+
+
+class ReplyTooLargeError(InvalidInputError):
+    """The reply is over a size limit, so it did not arrive; a change may have been applied all the same.
+
+    The same call by a client with a larger `max_message_bytes` is answered, and applies nothing twice. To
+    do something else instead, call `refresh()` on the session first.
+    """
+
+    outcome: Outcome
+    """ "unknown": a change may have been applied."""
+
+    def __init__(self, message: str, *, reason: str = "") -> None:
+        super().__init__(message, reason=reason)
+        self.outcome = "unknown"
 
 
 class SessionGoneError(StepwellError):
@@ -195,6 +212,7 @@ __all__ = [
     "ModelNotFoundError",
     "OverloadedError",
     "RefusedError",
+    "ReplyTooLargeError",
     "RevisionConflictError",
     "SessionExistsError",
     "SessionExpiredError",

@@ -121,6 +121,11 @@ class Session(Handle):
         """Time steps since the last reset of the whole state, as of the last answer to this handle."""
         return self._book.position
 
+    @property
+    def resumed(self) -> bool:
+        """Whether opening it found the session there and resumed it; False for a new one and for a fork."""
+        return self._book.resumed
+
     def step(self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None) -> Outputs:
         """Advances the session by one time step, or by T: whole or not at all.
 

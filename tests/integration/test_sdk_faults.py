@@ -140,7 +140,9 @@ async def test_unknown_outcome_and_another_call_is_a_conflict(client: Any, serve
     with pytest.raises(GAVE_UP):
         await session.step(X, timeout_s=0.2)
     server._faults.clear()
-    with pytest.raises(errors.RevisionConflictError) as caught:
+    with pytest.raises(
+        errors.RevisionConflictError, match=r"earlier change of this handle.*refresh\(\)"
+    ) as caught:
         await session.step(2 * X)
     if step_method(client) == "Step":
         assert (caught.value.expected, caught.value.actual) == (0, 1)
@@ -243,6 +245,7 @@ async def test_group_whose_members_fail(client: Any, server: ScriptedServer) -> 
         await group.step(x)
     assert {i: type(e) for i, e in caught.value.failures.items()} == {1: errors.StateCorruptError}
     assert caught.value.failures[1].message == "damaged"
+    assert str(caught.value).endswith(f"(session {group.ids[1]!r}, index 1)")
     assert np.asarray(caught.value.outputs).tolist() == (x * [[1], [0], [1]]).tolist()
     assert group.revisions.tolist() == [1, 0, 1]
     # The same call finishes the change: nobody is stepped twice.
@@ -392,3 +395,26 @@ async def test_no_limit(client: Any) -> None:
         assert (await session.step(X, timeout_s=math.inf)).shape == (1, 2)
     async with await client.open_sessions(MODEL, 2) as group:
         assert (await group.step(np.ones((2, 2)), timeout_s=math.inf)).shape == (2, 2)
+
+
+async def test_a_reply_over_the_limit_may_have_been_applied(server: ScriptedServer) -> None:
+    x = np.ones((1, 900, 2), np.float16)  # comes back as float32, twice as large
+    for shell in SHELLS:
+        async with connect(shell, server.address, max_message_bytes=4096) as client:
+            session = await client.open_session(MODEL, session_id=shell)
+            with pytest.raises(
+                errors.ReplyTooLargeError, match=r"max_message_bytes.*may have been applied"
+            ) as caught:
+                await session.step(x)
+            assert caught.value.outcome == "unknown"
+            with pytest.raises(errors.RevisionConflictError, match="earlier change of this handle"):
+                await session.step(X)
+            await session.refresh()
+            assert np.array_equal(await session.step(X), 901 * X)
+
+
+async def test_a_handle_says_whether_it_resumed(client: Any) -> None:
+    first = await client.open_session(MODEL, session_id="user-42")
+    again = await client.open_session(MODEL, session_id="user-42")
+    twin = await again.fork()
+    assert (first.resumed, again.resumed, twin.resumed) == (False, True, False)

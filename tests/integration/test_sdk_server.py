@@ -134,6 +134,7 @@ async def test_names(client: Any) -> None:
         await session.step(draw(1))
         async with await client.open_session("seq", session_id="user-42") as resumed:
             assert (resumed.revision, resumed.position) == (1, 1)
+            assert (session.resumed, resumed.resumed) == (False, True)
         with pytest.raises(stepwell.SessionExistsError):
             await client.open_session("seq", session_id="user-42", must_be_new=True)
         with pytest.raises(stepwell.SessionExistsError):

@@ -137,6 +137,22 @@ def test_a_stream_that_breaks_is_made_up_for(server: ScriptedServer) -> None:
     assert server.applied == 16 * STEPS
 
 
+def test_steps_whose_replies_are_too_large_together_leave_in_smaller_company(server: ScriptedServer) -> None:
+    held = Held(server, max_message_bytes=16 * 1024)
+    x = np.ones((1, 150, 2), np.float16)  # 600 bytes that come back as 1200: 16 of them are too many
+    sessions = [held.client.open_session(MODEL) for _ in range(16)]
+    held.client._sender._max_frame_bytes = 1 << 20
+    steps = [held.stand(session, x) for session in sessions]
+    held.release()
+    outcomes = [one.result(WAIT_S) for one in steps]
+    assert all(y.shape == (1, 150, 2) and (y[0, -1] == 150).all() for y in outcomes)
+    assert server.applied == 18
+    sizes = [len(request.step.session_ids) for request in server.requests("StepStream")]
+    assert sizes[1] == 16
+    assert max(sizes[2:]) <= 8
+    held.close()
+
+
 def test_closing_ends_what_waits_and_what_is_under_way(held: Held, server: ScriptedServer) -> None:
     steps = [held.stand(held.client.open_session(MODEL)) for _ in range(5)]
     held.client.close()
@@ -165,14 +181,21 @@ def test_ctrl_c_ends_one_callers_wait_and_nobody_elses(held: Held, server: Scrip
     main = threading.main_thread().ident
     assert main is not None
 
+    interrupted = threading.Event()
+
     def interrupt() -> None:
         assert held.line.arrived.acquire(timeout=WAIT_S)
-        signal.pthread_kill(main, signal.SIGINT)
+        # Python misses a signal that comes just before a thread falls asleep: then once more.
+        for _ in range(10):
+            signal.pthread_kill(main, signal.SIGINT)
+            if interrupted.wait(3.0):
+                return
 
     interrupting = threading.Thread(target=interrupt)
     interrupting.start()
     with pytest.raises(KeyboardInterrupt):
         session.step(X)
+    interrupted.set()
     interrupting.join(WAIT_S)
     held.release()
     assert np.array_equal(waiting.result(WAIT_S), X)

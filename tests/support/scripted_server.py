@@ -202,9 +202,9 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
     def OpenSession(self, request: Any, context: Any) -> Any:  # noqa: N802
         def work() -> Any:
             self._model(request.model)
-            return sessions_pb2.OpenSessionResponse(
-                session=self._info(self._open(request.session_id, request.batch_size))
-            )
+            resumed = request.session_id in self.sessions
+            opened = self._open(request.session_id, request.batch_size)
+            return sessions_pb2.OpenSessionResponse(session=self._info(opened), resumed=resumed)
 
         return self._answer("OpenSession", request, context, work)
 

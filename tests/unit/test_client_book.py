@@ -8,7 +8,7 @@ from stepwell._book import GroupBook, SessionBook, new_request_ids
 from stepwell._frames import Change, Frame, Gathered, Part
 from stepwell._inputs import pack_inputs
 from stepwell._retry import Deadline
-from stepwell.errors import UnavailableError
+from stepwell.errors import RevisionConflictError, UnavailableError
 from stepwell.v1 import sessions_pb2
 
 
@@ -54,6 +54,45 @@ def test_refresh_drops_the_change() -> None:
     book.refresh(sessions_pb2.Session(session_id="s", revision=9, position=3))
     assert (book.revision, book.position) == (9, 3)
     assert book.begin(change(1)) != first
+
+
+def conflict() -> RevisionConflictError:
+    return RevisionConflictError("revision is 5", expected=4, actual=5, reason="REVISION_CONFLICT")
+
+
+def test_a_conflict_with_oneself_says_so() -> None:
+    book = session()
+    book.begin(change(1))  # cancelled: nobody says what became of it
+    book.begin(change(2))
+    told = book.failed(conflict())
+    assert isinstance(told, RevisionConflictError)
+    assert told.message.startswith("revision is 5; an earlier change of this handle")
+    assert "refresh()" in str(told)
+    assert (told.expected, told.actual, told.reason) == (4, 5, "REVISION_CONFLICT")
+    # It stays so until the book is right again.
+    book.begin(change(3))
+    assert "refresh()" in str(book.failed(conflict()))
+    book.refresh(sessions_pb2.Session(session_id="s", revision=5))
+    book.begin(change(3))
+    assert str(book.failed(conflict())) == "revision is 5"
+
+
+def test_a_conflict_with_others_does_not() -> None:
+    book = session()
+    book.begin(change(1))
+    assert str(book.failed(conflict())) == "revision is 5"
+    book.begin(change(2))
+    book.failed(UnavailableError("full", outcome="not_applied"))
+    book.begin(change(3))
+    assert str(book.failed(conflict())) == "revision is 5"
+
+
+def test_a_change_of_unknown_outcome_is_in_doubt() -> None:
+    book = session()
+    book.begin(change(1))
+    book.failed(UnavailableError("lost", outcome="unknown"))
+    book.begin(change(2))
+    assert "may have been applied" in str(book.failed(conflict()))
 
 
 def test_changed_arrays_are_not_mistaken_for_the_old_ones() -> None:

@@ -166,3 +166,11 @@ def test_where_the_address_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPWELL_SERVER", "[::1]:7")
     assert config.server_address() == "[::1]:7"
     assert config.server_address("unix:/run/stepwell") == "unix:/run/stepwell"
+
+
+def test_counts_beyond_32_bits_are_told_the_range() -> None:
+    for count in (2**32, 2**63, 10**30):
+        with pytest.raises(
+            errors.InvalidInputError, match=f"batch_size must be 1 to 4294967295; got {count}"
+        ):
+            _inputs.check_count("batch_size", count)

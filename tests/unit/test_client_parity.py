@@ -84,11 +84,37 @@ def test_every_public_name_is_documented_with_an_example() -> None:
                 assert ">>>" in str(member.__doc__), (kind, name)
 
 
-def test_importing_is_light() -> None:
-    code = "import json, sys, stepwell, stepwell.testing; print(json.dumps(list(sys.modules)))"
+def modules_after(statement: str) -> set[str]:
+    code = f"import json, sys\n{statement}\nprint(json.dumps(list(sys.modules)))"
     path = {"PYTHONPATH": ":".join(sys.path)}
     out = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, check=True, timeout=60)
-    loaded = {name.partition(".")[0] for name in json.loads(out.stdout)}
+    return set(json.loads(out.stdout))
+
+
+def test_importing_is_light() -> None:
+    names = "".join(f"; stepwell.{name}" for name in stepwell.__all__)
+    modules = modules_after(f"import stepwell, stepwell.testing{names}")
     heavy = {"rich", "click", "safetensors", "tensorflow", "keras", "stepwell_server", "ai_edge_litert"}
-    assert not loaded & heavy
-    assert "google.rpc" not in json.loads(out.stdout)
+    assert not {name.partition(".")[0] for name in modules} & heavy
+    assert "google.rpc" not in modules
+    assert "stepwell.client" in modules
+
+
+@pytest.mark.parametrize(
+    "statement", ["import stepwell", "import stepwell.v1", "from stepwell import errors"]
+)
+def test_what_is_not_used_is_not_imported(statement: str) -> None:
+    assert not modules_after(statement) & {"numpy", "grpc", "stepwell.client", "stepwell.aio"}
+
+
+@pytest.mark.parametrize("name", stepwell.__all__)
+def test_every_name_is_there_however_it_is_asked_for(name: str) -> None:
+    assert name in dir(stepwell)
+    code = f"from stepwell import {name}"
+    assert modules_after(f"{code}; import stepwell; assert {name} is stepwell.{name}")
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    assert not hasattr(stepwell, "nobody")
+    with pytest.raises(ImportError):
+        from stepwell import nobody  # type: ignore[attr-defined]  # noqa: F401

@@ -369,7 +369,7 @@ def test_an_interrupted_caller_leaves_the_line(bench: Bench, monkeypatch: pytest
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("stepwell._sender._Member.wait", interrupted)
+        patch.setattr("stepwell._flight.Waiting.wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             bench.sender.step(step("interrupted"))
     posted.answer()

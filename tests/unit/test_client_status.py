@@ -130,6 +130,17 @@ def test_grpc_own_message_limit_is_no_overload() -> None:
     assert text in error.message
 
 
+@pytest.mark.parametrize("text", ["CLIENT: Received", "SERVER: Sent", "Stream removed (CLIENT: Received"])
+def test_a_reply_over_the_limit_does_not_say_that_nothing_changed(text: str) -> None:
+    text += " message larger than max (70 vs. 64)"
+    error = from_rpc(grpc.StatusCode.RESOURCE_EXHAUSTED, text, None)
+    assert isinstance(error, errors.ReplyTooLargeError)
+    assert error.outcome == "unknown"
+    assert "max_message_bytes" in error.message
+    assert "may have been applied" in error.message
+    assert text in error.message
+
+
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED], ids=str)
 def test_outcome_is_settled_only_where_the_server_says_so(code: grpc.StatusCode) -> None:
     lost = from_rpc(code, "socket closed", None)
