@@ -65,6 +65,72 @@ def test_an_interpreter_ends_whether_the_client_was_closed_or_not(
     assert (done.returncode, done.stderr) == (0, "")
 
 
+STEPPING = """
+import os, sys, threading, numpy as np, stepwell
+client = stepwell.connect(sys.argv[1])
+begun = threading.Barrier(9)
+
+def use(steps):
+    session = client.open_session("sum")
+    begun.wait()
+    try:
+        while steps:
+            session.step(np.ones((1, 2), np.float32))
+            steps -= 1
+    except stepwell.ClosedError:
+        pass
+
+def go(steps, daemon):
+    threads = [threading.Thread(target=use, args=(steps,), daemon=daemon) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    return threads
+
+def company():
+    while client._sender._thread is None:
+        for thread in go(50, False):
+            thread.join()
+"""
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "company()",
+        "company(); client.close()",
+        "company(); go(-1, True)",
+        "company(); go(-1, True); client.close()",
+        "company(); os.fork() or sys.exit(0)",
+        "company(); os._exit(os.waitstatus_to_exitcode(os.waitpid(os.fork() or sys.exit(0), 0)[1]))",
+    ],
+)
+def test_an_interpreter_ends_whatever_its_threads_do(server: ScriptedServer, ending: str) -> None:
+    env = {"PYTHONPATH": os.pathsep.join(sys.path), "GRPC_VERBOSITY": "NONE"}
+    command = [sys.executable, "-c", f"{STEPPING}\n{ending}", server.address]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_client_of_one_thread_starts_no_thread_and_one_of_many_ends_what_it_started(
+    server: ScriptedServer,
+) -> None:
+    before = names_of_threads()
+    with stepwell.connect(server.address) as client:
+        session = client.open_session(MODEL)
+        for _ in range(3):
+            session.step(X)
+        assert names_of_threads() == before
+        sessions = [client.open_session(MODEL) for _ in range(8)]
+        while "stepwell-sender" not in names_of_threads():
+            threads = [threading.Thread(target=one.step, args=(X,)) for one in sessions]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    assert names_of_threads() == before
+
+
 async def test_a_client_may_be_made_before_the_loop_and_closed_unused() -> None:
     client = stepwell.aio.connect("127.0.0.1:1")
     await client.close()

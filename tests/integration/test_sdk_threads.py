@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -138,19 +139,17 @@ def test_a_stream_that_breaks_is_made_up_for(server: ScriptedServer) -> None:
 
 
 def test_steps_whose_replies_are_too_large_together_leave_in_smaller_company(server: ScriptedServer) -> None:
-    held = Held(server, max_message_bytes=16 * 1024)
     x = np.ones((1, 150, 2), np.float16)  # 600 bytes that come back as 1200: 16 of them are too many
-    sessions = [held.client.open_session(MODEL) for _ in range(16)]
-    held.client._sender._max_frame_bytes = 1 << 20
-    steps = [held.stand(session, x) for session in sessions]
-    held.release()
-    outcomes = [one.result(WAIT_S) for one in steps]
-    assert all(y.shape == (1, 150, 2) and (y[0, -1] == 150).all() for y in outcomes)
-    assert server.applied == 18
-    sizes = [len(request.step.session_ids) for request in server.requests("StepStream")]
-    assert sizes[1] == 16
-    assert max(sizes[2:]) <= 8
-    held.close()
+    with contextlib.closing(Held(server, max_message_bytes=16 * 1024)) as held:
+        held.client._sender._max_frame_bytes = 1 << 20
+        sessions = [held.client.open_session(MODEL) for _ in range(16)]
+        steps = [held.stand(session, x) for session in sessions]
+        held.release()
+        outcomes = [one.result(WAIT_S) for one in steps]
+        assert all(y.shape == (1, 150, 2) and (y[0, -1] == 150).all() for y in outcomes)
+        assert server.applied == 18
+        assert [len(request.step.session_ids) for request in server.requests("StepStream")][:2] == [1, 16]
+        assert list(held.client._sender._most.values()) == [8]
 
 
 def test_closing_ends_what_waits_and_what_is_under_way(held: Held, server: ScriptedServer) -> None:
