@@ -2,147 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell.v1 import tensors_pb2
 from stepwell_server.program import TensorSpec
-from stepwell_server.rpc.fastlane import FastLane, _locate_id
-from stepwell_server.rpc.sizes import ReplySizes
-from stepwell_server.rpc.stream import FrameStream, StreamLimits
-from support.engine import Harness, running
-from support.fake_context import FakeContext, Requests
+from stepwell_server.rpc.fastlane import FastLane, _locate_in_frame
+from support.engine import running
 from support.fake_executor import PLAIN
-
-BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
-ALL, LAST, NONE = pb.OUTPUT_SELECTION_ALL, pb.OUTPUT_SELECTION_LAST, pb.OUTPUT_SELECTION_NONE
-_LIMITS = StreamLimits(frames=1000, bytes=1 << 24)
-
-
-def tensor(x: Any, name: str = "") -> tensors_pb2.Tensor:
-    x = np.asarray(x)
-    number = tensors_pb2.DataType.Value(f"DATA_TYPE_{x.dtype.name.upper()}")
-    return tensors_pb2.Tensor(name=name, dtype=number, shape=x.shape, data=x.tobytes())
-
-
-def message(frame_id: int, *session_ids: str, x: Any = None, **fields: Any) -> bytes:
-    if x is None:
-        x = np.random.default_rng(frame_id).random((len(session_ids), 2), np.float32)
-    step = pb.StepFrame(session_ids=session_ids, inputs=[tensor(x)], **fields)
-    raw: bytes = pb.StepStreamRequest(frame_id=frame_id, step=step).SerializeToString()
-    return raw
-
-
-class _NoLane:
-    def take(self, _stream: FrameStream, _raw: bytes) -> bool:
-        return False
-
-
-class _Counting(FastLane):
-    taken = 0
-
-    def take(self, stream: Any, raw: bytes) -> bool:
-        took = super().take(stream, raw)
-        self.taken += took
-        return took
-
-
-class Streams:
-    """Some streams of one server."""
-
-    def __init__(self, at: Harness, lane: Any, count: int) -> None:
-        self.at = at
-        self.lane = lane
-        sizes = ReplySizes(at.engine, limit=1 << 20)
-        self.contexts = [FakeContext() for _ in range(count)]
-        self.observer = Requests()
-        self.streams = [
-            FrameStream(at.engine, at.clock, sizes, _LIMITS, self.observer, context, lane)  # type: ignore[arg-type]
-            for context in self.contexts
-        ]
-        self.tasks = [asyncio.create_task(stream.run(float("inf"))) for stream in self.streams]
-
-    def send(self, *messages: bytes, stream: int = 0) -> None:
-        self.contexts[stream].send(*messages)
-
-    async def turns(self, count: int = 30) -> None:
-        for _ in range(count):
-            await asyncio.sleep(0)
-
-    async def busy(self, session_id: str = "busy") -> None:
-        """A pass is in flight from now on until the gate opens."""
-        self.at.hooks.close_gate()
-        self.at.single(session_id, [[1, 1]])
-        await self.at.in_flight()
-
-    async def done(self) -> list[list[bytes]]:
-        """Everything is answered; the answers of each stream by frame."""
-        await self.turns()
-        self.at.hooks.open_gate()
-        for _ in range(10):
-            await self.turns()
-            await self.at.settled()
-        await self.turns()
-        await self.at.settled()
-        await self.turns()
-        found = []
-        for stream, context in zip(self.streams, self.contexts, strict=True):
-            if not stream.is_over:
-                assert not stream._pending, "a frame has no answer"
-                assert (stream._held_frames, stream._held_bytes) == (0, 0)
-            replies = []
-            while not context.replies.empty():
-                replies.append(context.replies.get_nowait())
-            found.append(sorted(replies, key=lambda raw: pb.StepStreamResponse.FromString(raw).frame_id))
-        return found
-
-
-@asynccontextmanager
-async def streams(*, fast: bool = True, count: int = 1, **options: Any) -> AsyncIterator[Streams]:
-    async with running(**options) as at:
-        lane = _Counting(at.engine, at.clock) if fast else _NoLane()
-        under_test = Streams(at, lane, count)
-        yield under_test
-        under_test.at.hooks.open_gate()
-        await at.settled()
-        await under_test.turns()
-        for task in under_test.tasks:
-            task.cancel()
-        await asyncio.gather(*under_test.tasks, return_exceptions=True)
-
-
-Scenario = Callable[[Streams], Any]
-
-
-async def alike(scenario: Scenario, *, taken: int | None = None, **options: Any) -> list[list[bytes]]:
-    """Play a scenario both ways; return the answers, which are the same."""
-    seen = []
-    for fast in (False, True):
-        async with streams(fast=fast, **options) as at:
-            await scenario(at)
-            seen.append((await at.done(), at.observer.refusals))
-            if fast and taken is not None:
-                assert at.lane.taken == taken
-    for general, fast_ones in zip(seen[0][0], seen[1][0], strict=True):
-        for one, other in zip(parsed(general), parsed(fast_ones), strict=True):
-            assert one == other
-    assert seen[0] == seen[1]
-    return seen[1][0]
-
-
-def parsed(replies: Sequence[bytes]) -> list[pb.StepStreamResponse]:
-    return [pb.StepStreamResponse.FromString(raw) for raw in replies]
-
-
-def reasons(replies: Sequence[bytes]) -> list[str]:
-    return [reply.errors[0].error.reason if reply.errors else "" for reply in parsed(replies)]
+from support.lane import ALL, BOTH_WAYS, LAST, NONE, Streams, alike, message, parsed, reasons, streams
 
 
 def _random_message(rng: np.random.Generator, frame_id: int, session_id: str, top: int) -> bytes:
@@ -425,7 +296,7 @@ async def test_bools_and_large_replies_go_the_general_way() -> None:
     "raw", [b"", bytes(7), b"\x08" + b"\x80" * 16_000, b"\x08\x01\x12\x80\x80\x80\x80\x80"]
 )
 def test_what_has_no_session_id_is_left_alone(raw: bytes) -> None:
-    assert _locate_id(raw) is None
+    assert _locate_in_frame(raw) is None
 
 
 async def test_more_than_may_wait_is_refused_both_ways() -> None:

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1 import tensors_pb2
-from stepwell_server.rpc.layout import Layout, Span, encode_varint, join, learn, read_varint
+from stepwell_server.rpc.layout import Layout, join
+from stepwell_server.rpc.layout import learn_frame as learn
+from stepwell_server.rpc.wire import Span, read_varint, varint
 
 EXAMPLES = settings(max_examples=150, derandomize=True, deadline=None, database=None)
 U64 = st.one_of(
@@ -154,7 +156,7 @@ def test_ten_bytes_hold_what_fits_into_a_number(last: int) -> None:
 
 
 def test_no_number_is_longer_than_ten_bytes() -> None:
-    assert read_varint(encode_varint(2**64 - 1), 0) == (2**64 - 1, 10)
+    assert read_varint(varint(2**64 - 1), 0) == (2**64 - 1, 10)
     with pytest.raises(IndexError):
         read_varint(b"\x80" * 10 + b"\x01", 0)
     assert learn(b"\x08" + b"\x80" * 10 + b"\x01" + full().SerializeToString()[3:]) is None
@@ -165,7 +167,7 @@ _STEP = full().step.SerializeToString()
 
 
 def _request(step: bytes, before: bytes = b"", after: bytes = b"") -> bytes:
-    return before + b"\x12" + encode_varint(len(step)) + step + after
+    return before + b"\x12" + varint(len(step)) + step + after
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ module makes sure of three things that gRPC would do otherwise:
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
 import grpc.aio
@@ -25,12 +26,18 @@ from stepwell_server.errors import Internal, InvalidInput, MessageTooLarge, Serv
 from stepwell_server.logs import Log
 from stepwell_server.rpc.status import to_status
 
+if TYPE_CHECKING:
+    from stepwell_server.clock import Clock
+
 _log = Log("rpc")
 _Message = TypeVar("_Message", bound=Message)
 
+#: The type of a request, and its bytes.
+_Request = tuple[type[Message], bytes]
 #: A call as gRPC hands it over: requests and replies are bytes, this module turns them into messages.
 Context = grpc.aio.ServicerContext[Any, Any]
 UnaryBehaviour = Callable[[Any, Context], Awaitable[Message]]
+BytesBehaviour = Callable[[bytes, Context], Awaitable[bytes]]
 StreamBehaviour = Callable[[Context], Awaitable[None]]
 
 
@@ -64,22 +71,31 @@ class Boundary:
         self._observer = observer
         self._max_message_bytes = max_message_bytes
         self._running = 0
-        self._idle: asyncio.Event = asyncio.Event()
-        self._idle.set()
+        self._idle: asyncio.Future[None] | None = None
+        """Someone waits until no call is running."""
 
     def unary(self, method: str, behaviour: UnaryBehaviour, request_type: type[Message]) -> Any:
         """A handler for one request and one reply."""
 
+        async def in_messages(raw: bytes, context: Context) -> bytes:
+            reply = await behaviour(parse(request_type, raw), context)
+            return reply.SerializeToString()
+
+        return self.in_bytes(method, in_messages, request_type)
+
+    def in_bytes(self, method: str, behaviour: BytesBehaviour, request_type: type[Message]) -> Any:
+        """As `unary`, for a behaviour that parses and serialises by itself."""
+
         async def handle(raw: bytes, context: Context) -> bytes:
             started = self._begin()
-            request: Message | None = None
             try:
-                request = parse(request_type, raw)
-                reply = self._serialise(await behaviour(request, context))
+                reply = await behaviour(raw, context)
+                if len(reply) > self._max_message_bytes:
+                    raise self._too_large(reply)
             except (Exception, asyncio.CancelledError) as error:
-                await self._fail(error, context, method, request, started)
+                await self._fail(error, context, method, (request_type, raw), started)
                 raise  # not reached: _fail always raises
-            self._end(method, "OK", started, request)
+            self._end(method, "OK", started, (request_type, raw))
             return reply
 
         return grpc.unary_unary_rpc_method_handler(handle)
@@ -99,21 +115,20 @@ class Boundary:
 
     async def wait_idle(self) -> None:
         """Return as soon as no call is running."""
-        await self._idle.wait()
+        if self._running:
+            self._idle = self._idle or asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._idle)
 
-    def _serialise(self, reply: Message) -> bytes:
-        data = reply.SerializeToString()
-        if len(data) > self._max_message_bytes:
-            limit = self._max_message_bytes
-            raise MessageTooLarge(f"the reply must be at most {limit} bytes; it would be {len(data)}")
-        return data
+    def _too_large(self, reply: bytes) -> MessageTooLarge:
+        limit = self._max_message_bytes
+        return MessageTooLarge(f"the reply must be at most {limit} bytes; it would be {len(reply)}")
 
     async def _fail(
         self,
         error: BaseException,
         context: Context,
         method: str,
-        request: Message | None,
+        request: _Request | None,
         started: float,
     ) -> None:
         """End the call with the status of ``error``, and this coroutine with an exception."""
@@ -129,21 +144,35 @@ class Boundary:
 
     def _begin(self) -> float:
         self._running += 1
-        if self._running == 1:
-            self._idle.clear()
         return time.perf_counter()
 
-    def _end(self, method: str, code: str, started: float, request: Message | None) -> None:
+    def _end(self, method: str, code: str, started: float, request: _Request | None) -> None:
         seconds = time.perf_counter() - started
         self._running -= 1
-        if self._running == 0:
-            self._idle.set()
+        if self._running == 0 and self._idle is not None:
+            self._idle.set_result(None)
+            self._idle = None
         self._observer.request_done(method, code, seconds)
         if _log.is_debug:
-            facts = {
-                name: getattr(request, name) for name in ("session_id", "model") if hasattr(request, name)
-            }
-            _log.debug("request", method=method, **facts, status=code, duration_ms=seconds * 1000)
+            _log.debug("request", method=method, **_facts(request), status=code, duration_ms=seconds * 1000)
+
+
+def deadline_of(context: Context, clock: Clock) -> float:
+    """The call's deadline on the clock's monotonic time; infinity if it has none."""
+    remaining: float | None = context.time_remaining()  # its type forgets that there may be none
+    return math.inf if remaining is None else clock.monotonic() + remaining
+
+
+def _facts(request: _Request | None) -> dict[str, str]:
+    """What of a request is worth a place in the log."""
+    if request is None:
+        return {}
+    request_type, raw = request
+    try:
+        message = request_type.FromString(raw)
+    except DecodeError:
+        return {}
+    return {name: getattr(message, name) for name in ("session_id", "model") if hasattr(message, name)}
 
 
 def internal(error: BaseException, **facts: object) -> Internal:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from stepwell.v1 import models_pb2 as pb
 from stepwell_server.rpc import convert
-from stepwell_server.rpc.sessions import deadline_of
+from stepwell_server.rpc.boundary import deadline_of
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock

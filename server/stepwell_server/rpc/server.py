@@ -107,10 +107,12 @@ class RpcServer:
         handlers: dict[str, Any] = {}
         for method in service.methods:
             behaviour = getattr(servicer, _snake_case(method.name))
+            request_type = message_factory.GetMessageClass(method.input_type)
             if method.client_streaming:
                 handlers[method.name] = self._boundary.stream(method.name, behaviour)
+            elif method.name in getattr(servicer, "in_bytes", ()):
+                handlers[method.name] = self._boundary.in_bytes(method.name, behaviour, request_type)
             else:
-                request_type = message_factory.GetMessageClass(method.input_type)
                 handlers[method.name] = self._boundary.unary(method.name, behaviour, request_type)
         generic = grpc.method_handlers_generic_handler(service.full_name, handlers)
         self._server.add_generic_rpc_handlers((generic,))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.engine.calls import Frame, Opened, Part, Single
+from stepwell_server.engine.calls import Frame, Opened, Part
 from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert
+from stepwell_server.rpc.boundary import deadline_of
 from stepwell_server.rpc.fastlane import FastLane
+from stepwell_server.rpc.stepcall import StepCalls
 from stepwell_server.rpc.stream import FrameStream, StreamLimits
 
 if TYPE_CHECKING:
@@ -21,18 +22,17 @@ if TYPE_CHECKING:
     from stepwell_server.rpc.boundary import Context, RequestObserver
     from stepwell_server.rpc.sizes import ReplySizes
 
+__all__ = ["SessionServicer", "deadline_of"]
+
 _DEFAULT_PAGE = 1000
 _LARGEST_PAGE = 10_000
 
 
-def deadline_of(context: Context, clock: Clock) -> float:
-    """The call's deadline on the clock's monotonic time; infinity if it has none."""
-    remaining: float | None = context.time_remaining()  # its type forgets that there may be none
-    return math.inf if remaining is None else clock.monotonic() + remaining
-
-
 class SessionServicer:
     """The calls of SessionService, each by its name in snake case. Lives on the event loop."""
+
+    in_bytes = frozenset({"Step"})
+    """Those that take and give bytes, not messages."""
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class SessionServicer:
         self._sizes = sizes
         self._limits = limits
         self._lane = FastLane(engine, clock)
+        self._steps = StepCalls(engine, clock, sizes, self._lane)
         self._streams: set[FrameStream] = set()
         self._stopping = False
 
@@ -120,25 +121,9 @@ class SessionServicer:
             total=total,
         )
 
-    async def step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
-        """Advance a session."""
-        inputs = convert.to_arrays(request.inputs, "inputs")
-        select = convert.to_select(request.outputs)
-        self._sizes.step((request.session_id,), inputs, select)
-        single = Single(
-            request.session_id,
-            inputs,
-            _no_one,
-            expected=request.expected_revision if request.HasField("expected_revision") else None,
-            request_id=request.request_id,
-            select=select,
-            deadline=deadline_of(context, self._clock),
-            source=context.peer(),
-        )
-        reply = await self._engine.step(single)
-        response = pb.StepResponse(revision=reply.revision, position=reply.position, replayed=reply.replayed)
-        convert.add_tensors(response.outputs, reply.outputs)
-        return response
+    async def step(self, raw: bytes, context: Context) -> bytes:
+        """Advance a session. Takes and gives bytes: see `stepcall`."""
+        return await self._steps.serve(raw, context)
 
     async def reset_states(self, request: pb.ResetStatesRequest, context: Context) -> pb.ResetStatesResponse:
         """Set the state of a session, or of some of its rows."""
@@ -203,10 +188,6 @@ class SessionServicer:
 
 def _one(number: int) -> npt.NDArray[np.uint64]:
     return np.array([number], np.uint64)
-
-
-def _no_one(_answer: object) -> None:
-    raise AssertionError("Engine.step sets who is told")
 
 
 def _no_sink(_part: Part) -> None:

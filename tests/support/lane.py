@@ -1,0 +1,179 @@
+"""Streams and unary calls of one server, served by the fast lane and without it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell.v1 import sessions_pb2 as pb
+from stepwell.v1 import tensors_pb2
+from stepwell_server.rpc.boundary import Boundary
+from stepwell_server.rpc.fastlane import FastLane
+from stepwell_server.rpc.sizes import ReplySizes
+from stepwell_server.rpc.stepcall import StepCalls
+from stepwell_server.rpc.stream import FrameStream, StreamLimits
+from support.engine import Harness, running
+from support.fake_context import Aborted, FakeContext, Requests
+
+BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
+ALL, LAST, NONE = pb.OUTPUT_SELECTION_ALL, pb.OUTPUT_SELECTION_LAST, pb.OUTPUT_SELECTION_NONE
+_LIMITS = StreamLimits(frames=1000, bytes=1 << 24)
+
+
+def tensor(x: Any, name: str = "") -> tensors_pb2.Tensor:
+    x = np.asarray(x)
+    number = tensors_pb2.DataType.Value(f"DATA_TYPE_{x.dtype.name.upper()}")
+    return tensors_pb2.Tensor(name=name, dtype=number, shape=x.shape, data=x.tobytes())
+
+
+def message(frame_id: int, *session_ids: str, x: Any = None, **fields: Any) -> bytes:
+    if x is None:
+        x = np.random.default_rng(frame_id).random((len(session_ids), 2), np.float32)
+    step = pb.StepFrame(session_ids=session_ids, inputs=[tensor(x)], **fields)
+    raw: bytes = pb.StepStreamRequest(frame_id=frame_id, step=step).SerializeToString()
+    return raw
+
+
+def request(session_id: str, x: Any = None, **fields: Any) -> bytes:
+    """The request of a unary Step."""
+    if x is None:
+        x = np.random.default_rng(len(session_id)).random((1, 2), np.float32)
+    raw: bytes = pb.StepRequest(session_id=session_id, inputs=[tensor(x)], **fields).SerializeToString()
+    return raw
+
+
+class _NoLane:
+    def take(self, _stream: FrameStream, _raw: bytes) -> bool:
+        return False
+
+    take_call = take
+
+
+class _Counting(FastLane):
+    taken = 0
+
+    def take(self, stream: Any, raw: bytes) -> bool:
+        took = super().take(stream, raw)
+        self.taken += took
+        return took
+
+    def take_call(self, call: Any, raw: bytes) -> bool:
+        took = super().take_call(call, raw)
+        self.taken += took
+        return took
+
+
+class Streams:
+    """Some streams of one server."""
+
+    def __init__(self, at: Harness, lane: Any, count: int) -> None:
+        self.at = at
+        self.lane = lane
+        sizes = ReplySizes(at.engine, limit=1 << 20)
+        self.contexts = [FakeContext() for _ in range(count)]
+        self.observer = Requests()
+        self.streams = [
+            FrameStream(at.engine, at.clock, sizes, _LIMITS, self.observer, context, lane)  # type: ignore[arg-type]
+            for context in self.contexts
+        ]
+        boundary = Boundary(self.observer, max_message_bytes=1 << 20)
+        calls = StepCalls(at.engine, at.clock, sizes, lane)
+        self._serve_call = boundary.in_bytes("Step", calls.serve, pb.StepRequest).unary_unary
+        self.calls: list[asyncio.Task[bytes]] = []
+        self.tasks = [asyncio.create_task(stream.run(float("inf"))) for stream in self.streams]
+
+    def send(self, *messages: bytes, stream: int = 0) -> None:
+        self.contexts[stream].send(*messages)
+
+    def call(self, raw: bytes, remaining_s: float | None = None) -> None:
+        """Make a unary call, with a deadline in so many seconds. See `calls`."""
+        self.calls.append(asyncio.create_task(self._serve_call(raw, FakeContext(remaining_s))))
+
+    async def call_results(self) -> list[Any]:
+        """What the calls ended with: bytes, or status, message and trailers."""
+        found = await asyncio.gather(*self.calls, return_exceptions=True)
+        return [_ending(one) if isinstance(one, BaseException) else one for one in found]
+
+    async def turns(self, count: int = 30) -> None:
+        for _ in range(count):
+            await asyncio.sleep(0)
+
+    async def busy(self, session_id: str = "busy") -> None:
+        """A pass is in flight from now on until the gate opens."""
+        self.at.hooks.close_gate()
+        self.at.single(session_id, [[1, 1]])
+        await self.at.in_flight()
+
+    async def done(self) -> list[list[bytes]]:
+        """Everything is answered; the answers of each stream by frame."""
+        await self.turns()
+        self.at.hooks.open_gate()
+        for _ in range(10):
+            await self.turns()
+            await self.at.settled()
+        await self.turns()
+        await self.at.settled()
+        await self.turns()
+        found = []
+        for stream, context in zip(self.streams, self.contexts, strict=True):
+            if not stream.is_over:
+                assert not stream._pending, "a frame has no answer"
+                assert (stream._held_frames, stream._held_bytes) == (0, 0)
+            replies = []
+            while not context.replies.empty():
+                replies.append(context.replies.get_nowait())
+            found.append(sorted(replies, key=lambda raw: pb.StepStreamResponse.FromString(raw).frame_id))
+        return found
+
+
+@asynccontextmanager
+async def streams(*, fast: bool = True, count: int = 1, **options: Any) -> AsyncIterator[Streams]:
+    async with running(**options) as at:
+        lane = _Counting(at.engine, at.clock) if fast else _NoLane()
+        under_test = Streams(at, lane, count)
+        yield under_test
+        under_test.at.hooks.open_gate()
+        await at.settled()
+        await under_test.turns()
+        for task in under_test.tasks:
+            task.cancel()
+        await asyncio.gather(*under_test.tasks, return_exceptions=True)
+
+
+def _ending(error: BaseException) -> Any:
+    return (error.code.name, error.details, error.trailers) if isinstance(error, Aborted) else repr(error)
+
+
+Scenario = Callable[[Streams], Any]
+
+
+async def alike(scenario: Scenario, *, taken: int | None = None, **options: Any) -> list[list[bytes]]:
+    """Play a scenario both ways; return the answers, which are the same."""
+    seen = []
+    for fast in (False, True):
+        async with streams(fast=fast, **options) as at:
+            await scenario(at)
+            answers = await at.done()
+            seen.append((answers, at.observer.refusals, await at.call_results(), sorted(at.observer.done)))
+            if fast and taken is not None:
+                assert at.lane.taken == taken
+    for general, fast_ones in zip(seen[0][0], seen[1][0], strict=True):
+        for one, other in zip(parsed(general), parsed(fast_ones), strict=True):
+            assert one == other
+    for general, fast_one in zip(seen[0][2], seen[1][2], strict=True):
+        assert general == fast_one
+    assert seen[0] == seen[1]
+    return seen[1][0]
+
+
+def parsed(replies: Sequence[bytes]) -> list[pb.StepStreamResponse]:
+    return [pb.StepStreamResponse.FromString(raw) for raw in replies]
+
+
+def reasons(replies: Sequence[bytes]) -> list[str]:
+    return [reply.errors[0].error.reason if reply.errors else "" for reply in parsed(replies)]
