@@ -65,8 +65,6 @@ class Sender:
         self._most: dict[Hashable, int] = {}
         """How many steps may leave together, by kind, where more had replies too large for one message."""
         self._wake = Wake()
-        self._called = False
-        """The thread was woken and has not looked yet."""
         self._idle = False
         """The thread has found the line empty and room for a frame: whoever comes next must wake it."""
         self._closed = False
@@ -91,8 +89,8 @@ class Sender:
 
     def _in_company(self, step: Step) -> Stepped:
         member = Waiting(step)
-        self._waiting.append(member)
         try:
+            self._waiting.append(member)
             self._come()
             answered = member.wait(step.deadline.remaining_s())
         except BaseException:
@@ -126,8 +124,9 @@ class Sender:
                 self._thread = thread
 
     def _call(self) -> None:
-        if not self._called:
-            self._called = True
+        # What lies there was not taken yet, so the thread has still to look. (No flag of our own instead:
+        # Ctrl-C could come between setting it and waking the thread.)
+        if self._wake.empty():
             self._wake.put(None)
 
     def _withdraw(self, member: Waiting) -> bool:
@@ -152,7 +151,6 @@ class Sender:
         Returns:
             Seconds until the next turn is due; None if it is when the thread is woken.
         """
-        self._called = False
         while not self._closed:
             wait_s = self._wait_s()
             if wait_s > 0:
@@ -237,6 +235,8 @@ def _run(sender: weakref.ref[Sender], wake: Wake) -> None:
             wake.get(timeout=timeout_s)
         except queue.Empty:
             continue
+    # Should Ctrl-C have come while the thread was being started, there may be a second: it ends too.
+    wake.put(None)
 
 
 _END = -1.0

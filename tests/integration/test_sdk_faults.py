@@ -54,7 +54,7 @@ def changes(server: ScriptedServer, method: str) -> list[tuple[list[int], list[i
 async def test_every_status_becomes_an_error_of_ours(shell: str, code: grpc.StatusCode) -> None:
     with ScriptedServer() as server:
         async with connect(shell, server.address, timeout_s=0.3) as client:
-            session = await client.open_session(MODEL)
+            session = await client.open_session(MODEL, timeout_s=20.0)
             for method in ("ListModels", step_method(client)):
                 server.fail(method, Fault(code, "scripted"), 1000)
             with pytest.raises(errors.StepwellError) as listing:

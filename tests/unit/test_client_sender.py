@@ -320,6 +320,32 @@ def test_a_stream_that_breaks_fails_whoever_is_unanswered_with_an_error_of_its_o
     assert ends[0] is not ends[1]
 
 
+def test_replies_that_are_too_large_together_make_smaller_frames(bench: Bench) -> None:
+    _, posted = bench.first()
+    steps = bench.stand(*"abcd", features=3)
+    posted.answer()
+    bench.posted().sink(errors.ReplyTooLargeError("too large"))
+    ends = [error(one) for one in steps]
+    assert [(type(end), end.outcome) for end in ends] == [(errors.UnavailableError, "unknown")] * 4
+    _, posted = bench.stand("x")[0], bench.posted()
+    again = bench.stand(*"abcd", features=3)
+    others = bench.stand(*"efgh")
+    posted.answer()
+    frames = [bench.posted() for _ in range(3)]
+    assert [frame.ids for frame in frames] == [["a", "b"], ["c", "d"], ["e", "f", "g", "h"]]
+    for frame in frames:
+        frame.answer()
+    assert [result(one)[0] for one in again + others] == [5] * 8
+
+
+def test_a_reply_that_is_too_large_by_itself_is_told(bench: Bench) -> None:
+    waiting, posted = bench.first()
+    posted.sink(errors.ReplyTooLargeError("too large"))
+    ended = error(waiting)
+    assert isinstance(ended, errors.ReplyTooLargeError)
+    assert ended.outcome == "unknown"
+
+
 @pytest.mark.parametrize(
     "response",
     [
