@@ -16,7 +16,7 @@ def revision(raw: bytes) -> int:
     return pb.StepResponse.FromString(raw).revision
 
 
-def _random_request(rng: np.random.Generator, session_id: str, top: int) -> bytes:
+def _random_request(rng: np.random.Generator, session_id: str) -> bytes:
     x = rng.random((1, 2), np.float32)
     fields: dict[str, Any] = {}
     if rng.random() < 0.1:
@@ -26,7 +26,7 @@ def _random_request(rng: np.random.Generator, session_id: str, top: int) -> byte
     if rng.random() < 0.1:
         x = x.astype(np.float64)
     if rng.random() < 0.5:
-        fields["expected_revision"] = [0, 1, 2, 3, 4, top][rng.integers(6)]
+        fields["expected_revision"] = int(rng.integers(6))
     if rng.random() < 0.5:
         fields["request_id"] = int(rng.integers(1, 4))
     if rng.random() < 0.5:
@@ -39,7 +39,6 @@ def _random_request(rng: np.random.Generator, session_id: str, top: int) -> byte
 async def test_random_calls_beside_a_stream(threads: bool, seed: int) -> None:
     async def scenario(at: Streams) -> None:
         rng = np.random.default_rng(seed)
-        top = 9 if threads else 2**64 - 1  # see test_rpc_fastlane
         await at.at.open(*(f"s{i}" for i in range(6)), "busy")
         await at.at.open("big", batch_size=2)
         for wave in range(8):
@@ -51,7 +50,7 @@ async def test_random_calls_beside_a_stream(threads: bool, seed: int) -> None:
                     at.send(message(wave * 100 + k, f"s{rng.integers(3, 6)}"))
                 else:
                     name = str(rng.choice([*(f"s{i}" for i in range(3)), "nobody", "big", ""]))
-                    at.call(_random_request(rng, name, top), float(rng.choice([60, 90])))
+                    at.call(_random_request(rng, name), float(rng.choice([60, 90])))
                 if rng.random() < 0.2:
                     await at.turns(2)
             await at.turns(int(rng.choice([0, 1, 5])))
@@ -101,6 +100,32 @@ async def test_a_call_sent_again_is_answered_again() -> None:
         ]
 
     await alike(scenario, taken=4)
+
+
+@BOTH_WAYS
+async def test_the_revision_that_stands_for_any_is_one_that_no_session_has(threads: bool) -> None:
+    async def scenario(at: Streams) -> None:
+        await at.at.open("a")
+        at.call(request("a", expected_revision=2**64 - 2))
+        await at.done()
+        for _ in range(2):
+            at.call(request("a", expected_revision=2**64 - 1))
+        await at.done()
+        assert at.at.engine.session_info("a").revision == 0
+
+    await alike(scenario, threads=threads)
+
+
+async def test_a_few_steps_of_one_turn_run_one_by_one_and_many_together() -> None:
+    for count, passes in ((4, []), (12, [(12, 1)])):
+        async with streams() as at:
+            ids = [f"s{i}" for i in range(12)]
+            await at.at.open(*ids, "first")
+            at.call(request("first"))
+            for session_id in ids[:count]:
+                at.call(request(session_id))
+            await at.done()
+            assert at.at.events.passes == passes
 
 
 async def test_bytes_that_are_no_request_are_refused() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stepwell_server.errors import ServerError
-from stepwell_server.rpc.modellane import Caller, Item, ModelLane
+from stepwell_server.rpc.modellane import Caller, ModelLane
 from stepwell_server.rpc.wire import read_varint
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ class FastLane:
 
     def __init__(self, engine: Engine, clock: Clock) -> None:
         self._locate = engine.locate
-        self._clock = clock
         self._lanes = [ModelLane(port, engine, clock) for port in engine.ports]
 
     def take(self, stream: Caller, raw: bytes) -> bool:
@@ -40,11 +39,7 @@ class FastLane:
             return False
         session_id, handle, lane = at
         known = lane.frames.of((len(raw), start, stop), raw)
-        if known is None or not lane.has_room or not stream.begin_plain(frame_id, known.size):
-            return False
-        came = 0.0 if known.layout.timeout is None else self._clock.monotonic()
-        lane.add(Item(stream, raw, frame_id, session_id, handle, known, came))
-        return True
+        return known is not None and lane.take(stream, raw, frame_id, session_id, handle, known)
 
     def take_call(self, call: Caller, raw: bytes) -> bool:
         """As `take`, for the request of a unary Step."""
@@ -56,10 +51,7 @@ class FastLane:
             return False
         session_id, handle, lane = at
         known = lane.calls.of((len(raw), 2, stop), raw)
-        if known is None or not lane.has_room or not call.begin_plain(0, known.size):
-            return False
-        lane.add(Item(call, raw, 0, session_id, handle, known, 0.0))
-        return True
+        return known is not None and lane.take(call, raw, 0, session_id, handle, known)
 
     def _find(self, raw_id: bytes) -> tuple[str, int, ModelLane] | None:
         """The session, its handle and its model's lane; None if there is none."""
