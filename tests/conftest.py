@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
 import signal
+import tempfile
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C be what it is on a terminal, for the processes that tests start too.
+    """Keep servers' data apart, and let Ctrl-C be what it is on a terminal, for the processes that tests start too.
 
     A shell ignores SIGINT for what it starts in the background, and children inherit that: then a test
     that interrupts a server or a command would wait in vain.
     """
+    # what a server keeps on disk unless it is told where: not among the sessions of whoever runs the tests
+    folder = tempfile.mkdtemp(prefix="stepwell-data-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["XDG_DATA_HOME"] = folder
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

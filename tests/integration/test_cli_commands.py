@@ -363,6 +363,8 @@ def test_serve_and_stop(address: str, folder: Path) -> None:
         "127.0.0.1:0",
         "--cache-dir",
         str(folder / "cache"),
+        "--data-dir",
+        str(folder / "data"),
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "stepwell", "serve", *arguments],

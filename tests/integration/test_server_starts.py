@@ -69,7 +69,7 @@ def test_settings_that_cannot_be_used(tmp_path: Path) -> None:
     assert _refused(f"x={path}", environment={"STEPWELL_RESIDENT_ROWS": "many"}).startswith(
         "stepwell: STEPWELL_RESIDENT_ROWS must be a whole number, 1 or more; got 'many'"
     )
-    assert "--store lmdb" in _refused(f"x={path}", "--store", "lmdb")
+    assert "--data-dir: with --store memory" in _refused(f"x={path}", "--store", "memory", "--data-dir", "d")
     assert "does not exist" in _refused("x=nowhere.keras")
 
 

@@ -56,11 +56,16 @@ def forecast() -> Forecast:
 
 
 class ServerProcess:
-    """``python -m stepwell_server`` on a port of the system's choice. Leaving the block kills it."""
+    """``python -m stepwell_server`` on a port of the system's choice. Leaving the block kills it.
+
+    It keeps sessions in memory unless the arguments say otherwise.
+    """
 
     def __init__(
         self, *arguments: str, ready: bool = True, environment: Mapping[str, str] | None = None
     ) -> None:
+        if not {"--store", "--data-dir"} & set(arguments):
+            arguments = (*arguments, "--store", "memory")
         clean = {key: value for key, value in os.environ.items() if not key.startswith("STEPWELL_")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "stepwell_server", *arguments],
