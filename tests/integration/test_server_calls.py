@@ -91,7 +91,8 @@ def _raw_call(channel: grpc.Channel, method: str) -> Any:
 
 def test_health_is_said_overall_and_per_service(channel: grpc.Channel) -> None:
     health = health_pb2_grpc.HealthStub(channel)
-    for service in ("", "stepwell.v1.SessionService", "stepwell.v1.ModelService"):
+    services = ("stepwell.v1.SessionService", "stepwell.v1.ModelService", "inference.GRPCInferenceService")
+    for service in ("", *services):
         reply = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=_TIMEOUT_S)
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
     with pytest.raises(grpc.RpcError) as caught:
@@ -103,17 +104,23 @@ def test_reflection_shows_services_and_messages(channel: grpc.Channel) -> None:
     requests = [
         reflection_pb2.ServerReflectionRequest(list_services=""),
         reflection_pb2.ServerReflectionRequest(file_containing_symbol="stepwell.v1.SessionService"),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol="inference.ModelInferRequest"),
+        reflection_pb2.ServerReflectionRequest(file_by_filename="inference/service.proto"),
     ]
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-    listed, described = stub.ServerReflectionInfo(iter(requests), timeout=_TIMEOUT_S)
+    listed, described, *triton = stub.ServerReflectionInfo(iter(requests), timeout=_TIMEOUT_S)
     assert {service.name for service in listed.list_services_response.service} == {
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
+        "inference.GRPCInferenceService",
         "stepwell.v1.ModelService",
         "stepwell.v1.SessionService",
     }
     file = FileDescriptorProto.FromString(described.file_descriptor_response.file_descriptor_proto[0])
     assert file.name == "stepwell/v1/sessions.proto"
+    for reply in triton:
+        file = FileDescriptorProto.FromString(reply.file_descriptor_response.file_descriptor_proto[0])
+        assert file.service[0].name == "GRPCInferenceService"
 
 
 def test_models_are_described(channel: grpc.Channel) -> None:
