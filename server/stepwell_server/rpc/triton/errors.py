@@ -10,6 +10,7 @@ from __future__ import annotations
 from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,
+    ModelMismatch,
     ModelNotFound,
     Overloaded,
     ServerError,
@@ -57,7 +58,7 @@ def translated(error: ServerError, sequence_id: SequenceId | None, model: str) -
         sequence_id: of the request's sequence; None without one.
         model: the request's.
     """
-    if isinstance(error, SessionGone | StateCorrupt) and sequence_id is not None:
+    if isinstance(error, SessionGone | ModelMismatch | StateCorrupt) and sequence_id is not None:
         return not_started(sequence_id, model, error)
     if isinstance(error, Overloaded):
         return Unavailable(f"Exceeds maximum queue size: {error.message}", cause=error.reason)

@@ -22,9 +22,11 @@ from stepwell_server.engine.checks import check_inputs, require_finite
 from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,
+    ModelMismatch,
     RevisionConflict,
     ServerError,
     SessionGone,
+    StateCorrupt,
 )
 from stepwell_server.logs import Log
 from stepwell_server.rpc.triton.ended import EndedReplies
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from stepwell_server.rpc.triton.tensors import Inputs
 
 _log = Log("rpc.triton")
+_UNUSABLE = (SessionGone, ModelMismatch, StateCorrupt)
+"""Why there is no sequence to go on with, though there may have been one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ class Sequences:
         return reply
 
     async def _start(self, request: SequenceRequest) -> StepReply:
-        info = self._live(request)
+        info = await self._live_or_cleared(request)
         if info is not None and request.parameters.request_id:
             replayed = await self._answered_before(request, info)
             if replayed is not None:
@@ -127,9 +131,13 @@ class Sequences:
             raise
 
     async def _go_on(self, request: SequenceRequest) -> StepReply:
-        info = self._live(request)
-        if info is None or info.position == 0:
-            raise not_started(request.sequence_id, request.model, self._why_gone(request))
+        try:
+            info = self._live(request)
+        except _UNUSABLE as error:
+            await self._refuse_if_ended(request, error)
+            raise not_started(request.sequence_id, request.model, error) from error
+        if info.position == 0:
+            raise not_started(request.sequence_id, request.model)
         if info.batch_size != request.inputs.rows:
             raise InvalidInput(
                 f"inference request for sequence {request.sequence_id} to model '{request.model}' must specify"
@@ -141,7 +149,7 @@ class Sequences:
         if request.parameters.request_id:
             self._ended.put(request.session_id, request.parameters.request_id, reply)
         try:
-            await self._engine.close_session(request.session_id)
+            await self._engine.close_session(request.session_id, request_id=request.parameters.request_id)
         except SessionGone:
             return  # somebody else closed it
         except ServerError as error:
@@ -174,11 +182,8 @@ class Sequences:
             (request.session_id,), _no_sink, reset=True, deadline=request.deadline, source=request.source
         )
 
-    def _live(self, request: SequenceRequest) -> SessionInfo | None:
-        try:
-            info = self._engine.session_info(request.session_id)
-        except SessionGone:
-            return None
+    def _live(self, request: SequenceRequest) -> SessionInfo:
+        info = self._engine.session_info(request.session_id)
         if info.model != request.model:
             raise InvalidInput(
                 f"session {request.session_id!r} must be of model '{request.model}' to be its sequence"
@@ -186,12 +191,28 @@ class Sequences:
             )
         return info
 
-    def _why_gone(self, request: SequenceRequest) -> ServerError | None:
+    async def _live_or_cleared(self, request: SequenceRequest) -> SessionInfo | None:
+        """The live session of the sequence; None if there is none. One that cannot be stepped is deleted."""
         try:
-            self._engine.session_info(request.session_id)
-        except SessionGone as error:
-            return error
-        return None
+            return self._live(request)
+        except SessionGone:
+            return None
+        except _UNUSABLE:
+            await self._engine.close_session(request.session_id, deadline=request.deadline)
+            return None
+
+    async def _refuse_if_ended(self, request: SequenceRequest, error: ServerError) -> None:
+        """Tell a client that sends an END again that it was applied, where its answer is not known any more."""
+        given = request.parameters
+        if not (given.end and given.request_id and isinstance(error, SessionGone)):
+            return
+        with contextlib.suppress(SessionGone):
+            if await self._engine.close_session(request.session_id, request_id=given.request_id):
+                raise InvalidInput(
+                    f"{not_started(request.sequence_id, request.model).message}: the last one ended with this very"
+                    " request, and its answer was lost with the server's process",
+                    cause="ALREADY_APPLIED",
+                )
 
 
 def _no_one(_answer: object) -> None:
