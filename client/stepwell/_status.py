@@ -96,6 +96,7 @@ BY_REASON: Mapping[str, Maker] = {
     "MODEL_MISMATCH": _plain(errors.ModelMismatchError),
     "OVERLOADED": _exhausted,
     "UNAVAILABLE": _open_ended(errors.UnavailableError),
+    "UNSUPPORTED": _plain(errors.RefusedError),
     "DEADLINE_EXCEEDED": _open_ended(errors.DeadlineExceededError),
     "STATE_CORRUPT": _plain(errors.StateCorruptError),
     "INTERNAL": _internal,
