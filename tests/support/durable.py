@@ -1,0 +1,169 @@
+"""Data directories that outlive engines, stores with troubles, and what of a session must outlive them."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.engine.calls import SessionInfo
+from stepwell_server.errors import ServerError
+from stepwell_server.program import Program
+from stepwell_server.store.base import Batch
+from stepwell_server.store.lmdb import LmdbStore
+from support.clock import ManualClock
+from support.engine import STORES, Answer, Harness, running
+from support.fake_executor import WAIT_S
+
+Array = npt.NDArray[Any]
+_NUMBERS = itertools.count()
+
+
+class Troubled:
+    """A store that fails, stalls and counts as a test says."""
+
+    def __init__(self, store: LmdbStore) -> None:
+        self.store = store
+        self.waits_for_disk = store.waits_for_disk
+        """Set it, and no commit is made in place."""
+        self.tried: list[Batch] = []
+        """What was to be kept, the failures as well."""
+        self.inside = threading.Event()
+        """A commit has begun since this was last cleared."""
+        self.read_error: Exception | None = None
+        self._errors: deque[tuple[Exception, bool]] = deque()
+        self._open = threading.Event()
+        self._open.set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def fail(self, error: Exception, times: int = 1, *, kept: bool = False) -> None:
+        """Let the next commits fail; `kept`: but what they were to keep is kept."""
+        self._errors.extend([(error, kept)] * times)
+
+    def stall(self) -> None:
+        """Commits that begin from now on do not come back, until `go_on`. None is made in place any more."""
+        self.waits_for_disk = True
+        self.inside.clear()
+        self._open.clear()
+
+    def go_on(self) -> None:
+        self._open.set()
+
+    def commit(self, batch: Batch) -> None:
+        self.tried.append(batch)
+        self.inside.set()
+        assert self._open.wait(WAIT_S), "the test did not let the store go on"
+        error, kept = self._errors.popleft() if self._errors else (None, True)
+        if kept:
+            self.store.commit(batch)
+        if error is not None:
+            raise error
+
+    def get(self, session_id: str) -> Any:
+        self._may_read()
+        return self.store.get(session_id)
+
+    def get_many(self, session_ids: Sequence[str]) -> Any:
+        self._may_read()
+        return self.store.get_many(session_ids)
+
+    def _may_read(self) -> None:
+        if self.read_error is not None:
+            raise self.read_error
+
+
+class Disk:
+    """A data directory, and the processes that use it one after the other."""
+
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.store = Troubled(self._opened(STORES.folder / f"disk-{next(_NUMBERS)}"))
+        self._is_dead = False
+
+    def _opened(self, folder: Path) -> LmdbStore:
+        durability: Literal["sync", "async"] = "sync" if STORES.kind == "sync" else "async"
+        return LmdbStore(folder, durability=durability, clock=self.clock)
+
+    @asynccontextmanager
+    async def engine(
+        self, programs: Mapping[str, Program] | None = None, **options: Any
+    ) -> AsyncIterator[Harness]:
+        """A server process. What it does after `kill` is not on the disk that the next one finds."""
+        mine = self.store
+        try:
+            async with running(programs, store=mine, clock=self.clock, **options) as at:
+                try:
+                    yield at
+                finally:
+                    mine.go_on()
+        finally:
+            if self.store is not mine:
+                mine.store.close()
+
+    def kill(self, *, away_s: float = 3.0) -> None:
+        """End the process as `kill -9` does: the next one finds what is in the files now, and another clock."""
+        old = self.store
+        folder = STORES.folder / f"disk-{next(_NUMBERS)}"
+        # LMDB's file is whole between two commits, and a commit that is under way here is one that has not begun
+        shutil.copytree(old.store._folder.parent, folder)
+        self.clock = ManualClock(monotonic=5.0 + next(_NUMBERS), now=self.clock.now() + away_s)
+        self.store = Troubled(self._opened(folder))
+
+    def close(self) -> None:
+        self.store.store.close()
+
+
+def damage(store: Troubled, session_id: str) -> None:
+    """Flip a bit of a record."""
+    record = store.store.get(session_id)
+    assert record is not None
+    changed = bytearray(record)
+    changed[-1] ^= 4
+    store.store.commit(Batch(puts=[(session_id, bytes(changed))]))
+
+
+def x(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
+
+
+def kinds(answers: Sequence[Answer | ServerError]) -> list[str]:
+    return [type(answer).__name__ for answer in answers]
+
+
+def same_reply(found: Answer, wanted: Answer, *, replayed: bool = True) -> None:
+    assert (found.revision, found.position) == (wanted.revision, wanted.position)
+    assert found.replayed is replayed
+    assert list(found.outputs) == list(wanted.outputs)
+    for name, array in wanted.outputs.items():
+        assert found.outputs[name].shape == array.shape
+        assert found.outputs[name].dtype == array.dtype
+        assert found.outputs[name].tobytes() == array.tobytes()
+
+
+def facts(info: SessionInfo) -> tuple[Any, ...]:
+    """What a restart must not change."""
+    return (
+        info.session_id, info.model, info.fingerprint, info.batch_size, info.revision, info.position,
+        info.created, info.last_used,
+    )  # fmt: skip
+
+
+async def everything(at: Harness) -> dict[str, tuple[Any, ...]]:
+    """The sessions of a server by id: facts and state."""
+    infos, total = await at.engine.list_sessions()
+    assert total == len(infos)
+    found = {}
+    for info in infos:
+        state = await at.state(info.session_id)
+        found[info.session_id] = (*facts(info), {name: array.tobytes() for name, array in state.items()})
+    return found

@@ -1,0 +1,176 @@
+"""Sessions end by idleness once, for good, and never because the server was away or a clock was set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from stepwell_server.errors import SessionExpired, SessionGone
+from stepwell_server.store.base import End
+from support.durable import Disk, x
+from support.engine import Harness
+
+pytestmark = pytest.mark.stores("async", "sync")
+
+IDLE_S = 50.0
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    found = Disk()
+    yield found
+    found.close()
+
+
+async def ids(at: Harness) -> list[str]:
+    """The sessions there are, whoever is asked."""
+    infos, _ = await at.engine.list_sessions()
+    await at.settled()
+    infos, total = await at.engine.list_sessions()
+    assert total == len(infos) == at.engine.stats()[0].sessions
+    return [info.session_id for info in infos]
+
+
+async def ends(at: Harness, *session_ids: str) -> list[str]:
+    found = []
+    for session_id in session_ids:
+        with pytest.raises(SessionGone) as error:
+            await at.state(session_id)
+        assert error.value.session_id == session_id
+        found.append(type(error.value).__name__)
+    return found
+
+
+def sweep(at: Harness) -> None:
+    while at.engine._expiry.sweep():
+        pass
+
+
+@pytest.fixture
+async def elsewhere(disk: Disk) -> str:
+    """The id of a session of another data directory."""
+    other = Disk()
+    async with other.engine() as at:
+        found = (await at.engine.open_session("plain")).session.session_id
+    other.close()
+    return found
+
+
+async def test_how_a_session_ended_is_remembered(disk: Disk, elsewhere: str) -> None:
+    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        await at.open("idle", "closed")
+        mine = (await at.engine.open_session("plain")).session.session_id
+        await at.engine.close_session("closed")
+        await at.engine.close_session(mine)
+        at.clock.advance(IDLE_S + 1)
+        at.engine.expire_idle()
+        wanted = ["SessionExpired", "SessionNotFound", "SessionNotFound", "SessionNotFound", "SessionLost"]
+        assert await ends(at, "idle", "closed", mine, "never", elsewhere) == wanted
+        disk.kill()
+    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        assert await ends(at, "idle", "closed", mine, "never", elsewhere) == wanted
+        stone = disk.store.tombstone("idle")
+        assert (stone.end, stone.revision) == (End.EXPIRED, 0)
+        assert await at.engine.close_sessions(["idle", "closed", "never"]) == 0
+        opened = await at.engine.open_session("plain", session_id="idle")
+        assert not opened.resumed
+        assert (await at.step("idle", x(1))).revision == 1
+
+
+@pytest.mark.parametrize("jump_s", [-1e7, 0.0, 1e7])
+async def test_time_that_the_server_was_away_ends_no_session(disk: Disk, jump_s: float) -> None:
+    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        await at.open("named", "used", "untouched", "read")
+        disk.kill(away_s=jump_s)
+    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        assert at.engine.session_info("named").last_used <= at.clock.now()
+        at.clock.advance(IDLE_S)
+        await at.step("used", x(1))
+        await at.state("read")
+        at.engine.expire_idle()
+        sweep(at)
+        assert await ids(at) == ["named", "read", "untouched", "used"]
+        at.clock.advance(1)
+        if (
+            jump_s >= 0
+        ):  # else the record says that it was used in the future: it counts from when it is named
+            with pytest.raises(SessionExpired):
+                at.engine.session_info("untouched")
+        at.engine.expire_idle()
+        sweep(at)
+        await at.settled()
+        assert await ids(at) == ["read", "used"]
+        assert ("expired", "untouched") in at.events.sessions
+        assert at.events.sessions.count(("expired", "untouched")) == 1
+        at.clock.advance(IDLE_S)
+        at.engine.expire_idle()
+        assert await ids(at) == []
+        assert at.slots().resident == 0
+
+
+async def test_what_nobody_names_expires_by_the_sweep_alone(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await at.engine.open_sessions("plain", session_ids=[f"s{i:04}" for i in range(1200)])
+        await at.open("z")
+        disk.kill()
+    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        await at.state("s0700")
+        at.clock.advance(IDLE_S)
+        assert not at.engine._expiry.sweep()
+        await at.state("z")
+        at.clock.advance(0.5)
+        assert at.engine._expiry.sweep(), "not all at once"
+        assert at.engine._expiry.sweep()
+        await at.engine.open_sessions("plain", session_ids=["s0001", "s1199x"])
+        sweep(at)
+        await at.settled()
+        assert len(at.engine._table) == 4, "to expire sessions loads none"
+        assert await ids(at) == ["s0001", "s1199x", "z"]
+        assert await ends(at, "s0002", "s0700", "s1199") == ["SessionExpired"] * 3
+        disk.kill()
+    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        assert await ids(at) == ["s0001", "s1199x", "z"]
+        assert await ends(at, "s0002", "s0700", "s1199") == ["SessionExpired"] * 3
+
+
+@pytest.mark.parametrize("jump_s", [-1e7, 1e7])
+async def test_a_clock_that_is_set_ends_no_session(disk: Disk, jump_s: float) -> None:
+    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        await at.open("a", "b", "c")
+        at.clock.advance(IDLE_S)
+        await at.step("a", x(1))
+        await at.state("b")
+        at.clock.jump(jump_s)
+        at.clock.advance(IDLE_S / 2)
+        at.engine.expire_idle()
+        sweep(at)
+        assert await ids(at) == ["a", "b"]
+        assert at.engine.session_info("a").last_used == at.clock.now() - IDLE_S / 2
+
+
+async def test_sessions_are_counted_through_everything(disk: Disk) -> None:
+    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        await at.open("a", "b", "c", "d")
+        await at.engine.open_sessions("plain", session_ids=["e", "f"])
+        await at.engine.fork("a", new_session_id="g")
+        await at.engine.close_session("b")
+        await at.engine.close_sessions(["c", "d", "never"])
+        assert await ids(at) == ["a", "e", "f", "g"]
+        disk.kill()
+    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        assert at.engine.stats()[0].sessions == 4
+        await at.engine.close_session("e")
+        at.clock.advance(IDLE_S + 1)
+        await at.open("h")
+        with pytest.raises(SessionExpired):
+            await at.state("a")
+        with pytest.raises(SessionExpired):
+            await at.engine.fork("f")
+        sweep(at)
+        assert await ids(at) == ["h"]
+        disk.kill()
+    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        assert at.engine.models()[0].sessions == 1
+        await at.open("a")
+        assert await ids(at) == ["a", "h"]

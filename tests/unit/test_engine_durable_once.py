@@ -1,0 +1,186 @@
+"""Sessions are made and ended once, however often a call is sent and the server killed in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from stepwell_server.errors import RevisionConflict, SessionExists, SessionGone, SessionNotFound
+from support.durable import Disk, everything, x
+from support.engine import Harness
+
+pytestmark = pytest.mark.stores("async", "sync")
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    found = Disk()
+    yield found
+    found.close()
+
+
+async def count(at: Harness) -> int:
+    """How many sessions there are, whoever is asked."""
+    infos, total = await at.engine.list_sessions()
+    assert total == len(infos) == at.engine.stats()[0].sessions == at.engine.models()[0].sessions
+    return total
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"session_id": "a"},
+        {"session_id": "a", "must_be_new": True},
+        {"batch_size": 2, "state": {"": x(2, seed=3)}},
+        {"session_id": "a", "batch_size": 2, "state": {"": x(2, seed=3)}},
+    ],
+)
+async def test_an_open_sent_again_means_the_session_it_made(disk: Disk, fields: dict[str, Any]) -> None:
+    async with disk.engine() as at:
+        first = await at.engine.open_session("plain", request_id=7, **fields)
+        assert not first.replayed
+        disk.kill(away_s=0)
+    for step in range(2):
+        async with disk.engine() as at:
+            again = await at.engine.open_session("plain", request_id=7, **fields)
+            assert again.replayed
+            assert not again.resumed
+            session = again.session
+            assert session.session_id == first.session.session_id
+            assert (session.revision, session.created) == (step, first.session.created)
+            assert await count(at) == 1
+            await at.step(session.session_id, x(session.batch_size), expected=step)
+            disk.kill(away_s=0)
+
+
+async def test_another_open_of_the_id_is_not_the_same(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await at.engine.open_session("plain", session_id="a", request_id=7, must_be_new=True)
+        disk.kill()
+    async with disk.engine() as at:
+        for request_id in (0, 8):
+            with pytest.raises(SessionExists, match="session 'a' is open"):
+                await at.engine.open_session("plain", session_id="a", request_id=request_id, must_be_new=True)
+            with pytest.raises(SessionExists, match="got model 'plain' and batch_size 2"):
+                await at.engine.open_session("plain", session_id="a", request_id=request_id, batch_size=2)
+            opened = await at.engine.open_session("plain", session_id="a", request_id=request_id)
+            assert opened.resumed
+            assert not opened.replayed
+        ids = {(await at.engine.open_session("plain", request_id=r)).session.session_id for r in (0, 0, 7, 8)}
+        assert len(ids) == 4
+        assert await count(at) == 5
+
+
+@pytest.mark.parametrize("named", [False, True])
+async def test_many_opened_again_are_the_same(disk: Disk, named: bool) -> None:
+    fields: dict[str, Any] = {"session_ids": ["c", "a", "b"]} if named else {"count": 3}
+    async with disk.engine() as at:
+        first = await at.engine.open_sessions("plain", request_id=7, batch_size=2, **fields)
+        before = await everything(at)
+        disk.kill(away_s=0)
+    async with disk.engine() as at:
+        again = await at.engine.open_sessions("plain", request_id=7, batch_size=2, **fields)
+        assert again.replayed
+        assert list(again.session_ids) == list(first.session_ids)
+        assert (await everything(at)) == before
+        if named:
+            for request_id in (0, 8):
+                with pytest.raises(SessionExists, match="session_ids must be new; session 'c' is open"):
+                    await at.engine.open_sessions("plain", request_id=request_id, **fields)
+            with pytest.raises(SessionExists, match="session 'a' is open"):
+                await at.engine.open_sessions("plain", request_id=7, session_ids=["new", "a"])
+            assert await count(at) == 3
+        else:
+            other = await at.engine.open_sessions("plain", request_id=8, count=3)
+            assert not other.replayed
+            assert await count(at) == 6
+
+
+@pytest.mark.parametrize("named", [False, True])
+async def test_a_fork_sent_again_means_the_session_it_made(disk: Disk, named: bool) -> None:
+    fields: dict[str, Any] = {"new_session_id": "b" if named else "", "request_id": 7, "expected": 1}
+    async with disk.engine() as at:
+        await at.open("a")
+        await at.step("a", x(1, 3))
+        first = await at.engine.fork("a", **fields)
+        await at.step("a", x(1))
+        before = await everything(at)
+        disk.kill(away_s=0)
+    async with disk.engine() as at:
+        again = await at.engine.fork("a", **fields)
+        assert again.replayed
+        assert again.session.session_id == first.session.session_id
+        assert (again.session.revision, again.session.position) == (1, 3)
+        assert (await everything(at)) == before
+        with pytest.raises(SessionExists if named else RevisionConflict):
+            await at.engine.fork("a", **{**fields, "request_id": 8})
+        await at.engine.close_session("a")
+        assert (await at.engine.fork("a", **fields)).replayed, "the source is not needed any more"
+        with pytest.raises(SessionExists if named else SessionNotFound):
+            await at.engine.fork("a", **{**fields, "request_id": 8})
+        assert await count(at) == 1
+
+
+async def test_a_close_sent_again_succeeds(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await at.open("a", "b", "c")
+        assert await at.engine.close_session("a", request_id=7) is False
+        assert await at.engine.close_session("b") is False
+        disk.kill()
+    async with disk.engine() as at:
+        assert await at.engine.close_session("a", request_id=7) is True
+        for name, request_id in (("a", 8), ("a", 0), ("b", 7), ("b", 0), ("never", 7)):
+            with pytest.raises(SessionNotFound):
+                await at.engine.close_session(name, request_id=request_id)
+        assert await count(at) == 1
+        assert await at.engine.close_sessions(["a", "b", "c", "never"]) == 1
+        assert await count(at) == 0
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_a_late_duplicate_does_not_bring_a_session_back(disk: Disk, killed: bool) -> None:
+    async with disk.engine() as at:
+        await at.open("source")
+        one = (await at.engine.open_session("plain", request_id=7)).session.session_id
+        many = (await at.engine.open_sessions("plain", request_id=8, count=3)).session_ids
+        twin = (await at.engine.fork("source", request_id=9)).session.session_id
+        for session_id in (one, *many, twin):
+            await at.engine.close_session(session_id)
+        if killed:
+            disk.kill()
+        else:
+            await refuse_duplicates(at)
+    if killed:
+        async with disk.engine() as at:
+            await refuse_duplicates(at)
+
+
+async def refuse_duplicates(at: Harness) -> None:
+    for call in (
+        at.engine.open_session("plain", request_id=7),
+        at.engine.open_sessions("plain", request_id=8, count=3),
+        at.engine.fork("source", request_id=9),
+    ):
+        with pytest.raises(SessionGone, match="was closed"):
+            await call
+    assert await count(at) == 1
+
+
+async def test_an_id_that_was_closed_may_be_opened_anew(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await at.engine.open_session("plain", session_id="a", request_id=7)
+        await at.step("a", x(1))
+        await at.engine.close_session("a", request_id=8)
+        disk.kill()
+    async with disk.engine() as at:
+        opened = await at.engine.open_session("plain", session_id="a", request_id=9)
+        assert not opened.resumed
+        assert opened.session.revision == 0
+        disk.kill()
+    async with disk.engine() as at:
+        assert at.engine.session_info("a").revision == 0
+        assert await count(at) == 1
+        assert disk.store.tombstone("a") is None

@@ -1,0 +1,242 @@
+"""A server that is killed and started again goes on where it was: states, revisions, remembered replies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine.calls import Select
+from stepwell_server.errors import RevisionConflict
+from support.durable import Disk, damage, everything, facts, kinds, same_reply, x
+from support.engine import Answer
+from support.fake_executor import PLAIN, RICH
+from support.model_of_sessions import ModelOfSessions, Reply
+
+pytestmark = pytest.mark.stores("async", "sync")
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    found = Disk()
+    yield found
+    found.close()
+
+
+async def test_sessions_are_there_when_they_are_named_and_not_before(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await at.open("a", "b")
+        disk.clock.advance(5)
+        await at.open("c", batch_size=3)
+        for seed, name in enumerate("aab"):
+            disk.clock.advance(1)
+            await at.step(name, x(1, seed=seed))
+        await at.step("c", x(3, 4, seed=9))
+        before = await everything(at)
+        listed, _ = await at.engine.list_sessions()
+        wanted = [facts(info) for info in listed]
+        disk.kill(away_s=1000)
+    async with disk.engine() as at:
+        assert len(at.engine._table) == 0
+        assert at.engine.stats()[0].sessions == at.engine.models()[0].sessions == 3
+        found, total = await at.engine.list_sessions()
+        assert total == 3
+        assert not any(info.resident for info in found)
+        assert len(at.engine._table) == 0, "to list sessions loads none"
+        for info, want in zip(found, wanted, strict=True):
+            assert facts(info)[:-1] == want[:-1]
+            one = at.engine.session_info(info.session_id)
+            assert facts(one)[:-1] == want[:-1]
+            assert not one.resident
+        assert len(at.engine._table) == 3
+        assert at.slots().resident == 0
+        for session_id, facts_and_state in (await everything(at)).items():
+            assert facts_and_state[:-2] == before[session_id][:-2]
+            assert facts_and_state[-1] == before[session_id][-1]
+
+
+@pytest.mark.parametrize("threads", [False, True])
+@pytest.mark.parametrize(
+    ("batch_size", "steps", "fields"),
+    [
+        (1, 0, {}),
+        (1, 1, {}),
+        (1, 5, {}),
+        (1, 5, {"select": Select.LAST}),
+        (1, 0, {"select": Select.NONE}),
+        (1, 5, {"select": Select.NONE}),
+        (3, 0, {}),
+        (3, 1, {}),
+        (3, 5, {}),
+        (3, 5, {"select": Select.LAST}),
+    ],
+)
+async def test_the_last_step_sent_again_gets_its_first_answer(
+    disk: Disk, threads: bool, batch_size: int, steps: int, fields: dict[str, Any]
+) -> None:
+    value = x(batch_size, *([steps] if steps else []), seed=7)
+    again = {"expected": 1, "request_ids": 22, **fields}
+    async with disk.engine(threads=threads) as at:
+        await at.open("a", batch_size=batch_size)
+        await at.step("a", x(batch_size, 2), expected=0, request_ids=11)
+        first = await at.step("a", value, **again)
+        state = await at.state("a")
+        disk.kill()
+    async with disk.engine(threads=threads) as at:
+        same_reply(await at.step("a", value, **again), first)
+        same_reply(await at.step("a", value, request_ids=22, **fields), first)
+        for wrong in ({"expected": 1, "request_ids": 23}, {"expected": 0, "request_ids": 22}):
+            with pytest.raises(RevisionConflict) as error:
+                await at.step("a", value, **wrong)
+            assert error.value.actual == 2
+        assert (await at.state("a"))["sum"].tobytes() == state["sum"].tobytes()
+        assert (await at.step("a", value, expected=2, request_ids=22)).revision == 3
+        disk.kill()
+    async with disk.engine() as at:
+        with pytest.raises(RevisionConflict):
+            await at.step("a", value, **again)
+
+
+async def test_single_steps_that_ran_alone_are_remembered_too(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await at.open("a", "b", "c")
+        sent = {
+            "a": (x(1, seed=1), Select.ALL),
+            "b": (x(1, 1, seed=2), Select.ALL),
+            "c": (x(1, seed=3), Select.NONE),
+        }
+        first = {
+            name: await at.single(name, value, expected=0, request_id=5, select=select).only()
+            for name, (value, select) in sent.items()
+        }
+        disk.kill()
+    async with disk.engine() as at:
+        for name, (value, select) in sent.items():
+            again = await at.single(name, value, expected=0, request_id=5, select=select).only()
+            same_reply(again, first[name])
+        assert at.events.passes == [], "nothing ran"
+
+
+async def test_outputs_of_several_kinds_come_back_as_they_were(disk: Disk) -> None:
+    def inputs(rows: int, steps: int) -> dict[str, Any]:
+        token = np.arange(rows * steps, dtype=np.int32).reshape(rows, steps)
+        return {"x": x(rows, steps), "token": token, "gain": np.linspace(1, 2, rows, dtype=np.float32)}
+
+    async with disk.engine(programs={"rich": RICH}) as at:
+        sizes = [1, 3, 2]
+        for name, size in zip("abc", sizes, strict=True):
+            await at.open(name, batch_size=size, model="rich")
+        fields: dict[str, Any] = {"inputs": inputs(6, 4), "expected": [0] * 3, "request_ids": [1, 2, 3]}
+        first = await at.submit(list("abc"), sizes=sizes, **fields).all()
+        disk.kill()
+    async with disk.engine(programs={"rich": RICH}) as at:
+        again = await at.submit(list("abc"), sizes=sizes, **fields).all()
+        for found, wanted in zip(again, first, strict=True):
+            assert isinstance(found, Answer)
+            assert isinstance(wanted, Answer)
+            same_reply(found, wanted)
+        assert [len(answer.outputs["head"]) for answer in first if isinstance(answer, Answer)] == sizes
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"state": {"": x(3, seed=5)}}, {"rows": (2, 0)}, {"rows": (1,), "state": {"": x(1, seed=6)}}],
+)
+async def test_a_reset_is_kept_and_sent_again_is_answered_again(disk: Disk, fields: dict[str, Any]) -> None:
+    again = {"reset": True, "expected": 1, "request_ids": 22, "sizes": [3], **fields}
+    async with disk.engine() as at:
+        await at.open("a", batch_size=3)
+        await at.step("a", x(3, 5), expected=0, request_ids=11)
+        first = await at.submit("a", **again).only()
+        assert first.position == (5 if "rows" in fields else 0)
+        before = await everything(at)
+        disk.kill(away_s=0)
+    async with disk.engine() as at:
+        same_reply(await at.submit("a", **again).only(), first)
+        assert (await everything(at)) == before
+        with pytest.raises(RevisionConflict):
+            await at.submit("a", **{**again, "request_ids": 23}).only()
+
+
+async def test_a_fork_goes_on_apart_from_its_source(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await at.open("a", batch_size=2)
+        await at.step("a", x(2, 3), expected=0, request_ids=11)
+        disk.clock.advance(10)
+        await at.engine.fork("a", new_session_id="b")
+        await at.step("a", x(2, seed=1))
+        before = await everything(at)
+        disk.kill(away_s=0)
+    async with disk.engine() as at:
+        assert (await everything(at)) == before
+        twin = at.engine.session_info("b")
+        assert (twin.revision, twin.position, twin.batch_size) == (1, 3, 2)
+        assert twin.created == at.engine.session_info("a").created + 10
+        with pytest.raises(RevisionConflict):
+            await at.step("b", x(2, 3), expected=0, request_ids=11)  # that was the source's
+        assert (await at.step("b", x(2), expected=1)).revision == 2
+
+
+async def test_each_member_of_a_frame_gets_its_own_answer(disk: Disk) -> None:
+    names = ["loaded", "stored", "closed", "never", "other", "damaged", "away", "unserved"]
+    async with disk.engine(programs={"plain": PLAIN, "other": PLAIN, "gone": PLAIN}) as at:
+        await at.open("loaded", "stored", "closed", "damaged", "away")
+        await at.open("other", model="other")
+        await at.open("unserved", model="gone")
+        await at.engine.close_session("closed")
+        damage(disk.store, "damaged")
+        disk.kill()
+    new = {"plain": PLAIN, "other": RICH}
+    async with disk.engine(programs=new, resident_rows=6) as at:
+        await at.step("loaded", x(1))
+        wanted = ["Answer", "Answer", "SessionNotFound", "SessionNotFound", "ModelMismatch", "StateCorrupt"]
+        wanted += ["Answer", "ModelNotFound"]
+        for expected in ([1] + [0] * 7, [2] + [1] * 7):
+            answers = await at.submit(names, x(8), expected=expected, request_ids=list(range(1, 9))).all()
+            assert kinds(answers) == wanted
+            for name, answer in zip(names, answers, strict=True):
+                assert isinstance(answer, Answer) or name in str(answer)
+        again = await at.submit(names, x(8), expected=[1] + [0] * 7, request_ids=list(range(1, 9))).all()
+        assert kinds(again)[0] == "RevisionConflict"
+
+
+async def test_a_thousand_sessions_come_back_by_one_frame(disk: Disk) -> None:
+    model = ModelOfSessions(0)
+    async with disk.engine(resident_rows=2000, max_batch_rows=300, threads=True) as at:
+        ids = list((await at.engine.open_sessions("plain", count=1000)).session_ids)
+        value = x(1000, 2)
+        await at.submit(ids, value).all()
+        for i, session_id in enumerate(ids):
+            model.open(session_id, 1, None, 0)
+            model.step(session_id, value[i : i + 1], "ALL", None, 0, 0)
+        disk.kill()
+    async with disk.engine(resident_rows=2000, max_batch_rows=300, threads=True) as at:
+        value = x(1000, seed=1)
+        answers = await at.submit(ids, value, expected=[1] * 1000, request_ids=range(1, 1001)).all()
+        for i, (session_id, answer) in enumerate(zip(ids, answers, strict=True)):
+            wanted = model.step(session_id, value[i : i + 1], "ALL", 1, i + 1, 0)
+            assert isinstance(answer, Answer)
+            assert isinstance(wanted, Reply)
+            assert answer.outputs["y"].tobytes() == wanted.outputs["y"].tobytes()
+
+
+async def test_the_sum_of_many_restarts_is_the_whole(disk: Disk) -> None:
+    model = ModelOfSessions(0)
+    sizes = {"a": 1, "b": 2, "c": 3}
+    for name, size in sizes.items():
+        model.open(name, size, None, 0)
+    for run in range(6):
+        async with disk.engine(resident_rows=4, threads=run % 2 == 1) as at:
+            for name, size in sizes.items():
+                opened = await at.engine.open_session("plain", session_id=name, batch_size=size)
+                assert opened.resumed == (run > 0)
+                for turn in range(2):
+                    value = x(size, *([turn * 2] if turn else []), seed=10 * run + turn)
+                    found = await at.step(name, value, expected=2 * run + turn)
+                    wanted = model.step(name, value, "ALL", 2 * run + turn, 0, 0)
+                    assert isinstance(wanted, Reply)
+                    assert found.outputs["y"].tobytes() == wanted.outputs["y"].tobytes()
+                    assert found.position == wanted.position
+            disk.kill()
