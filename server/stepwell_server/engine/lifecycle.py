@@ -46,6 +46,8 @@ class Lifecycle:
         self._admission = admission
         self._commits = commits
         self._clock = clock
+        self._deleting: dict[str, asyncio.Future[None]] = {}
+        """Sessions that cannot be stepped here and are being deleted: they have no claim."""
 
     async def read_state(self, session_id: str, deadline: float) -> StateRead:
         """Read a state when its turn comes. See `Engine.get_state`."""
@@ -70,8 +72,11 @@ class Lifecycle:
                 return True
             raise
         except _UNUSABLE as error:
-            model = error.metadata.get("model", "")
-            await self._commit(self._batch([(session_id, model, 0)], request_id), lambda _error: None)
+            pending = self._deleting.get(session_id)
+            if pending is not None:
+                await asyncio.shield(pending)
+                return await self.close(session_id, request_id=request_id, deadline=deadline)
+            await self._delete_unusable(session_id, error.metadata.get("model", ""), request_id)
             return False
         await self._delete(np.array([handle]), request_id)
         return False
@@ -120,6 +125,21 @@ class Lifecycle:
                 directory.remove(handle, "closed", gone)
 
         await self._commit(self._batch(sessions, request_id), done)
+
+    async def _delete_unusable(self, session_id: str, model: str, request_id: int) -> None:
+        """Delete a session that only the store has.
+
+        Raises:
+            Unavailable: the store did not.
+        """
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._deleting[session_id] = ended
+
+        def done(_error: ServerError | None) -> None:
+            del self._deleting[session_id]
+            ended.set_result(None)
+
+        await self._commit(self._batch([(session_id, model, 0)], request_id), done)
 
     def _batch(self, sessions: Sequence[tuple[str, str, int]], request_id: int) -> Batch:
         """What the store is to know: ids, models and revisions of sessions that were closed."""

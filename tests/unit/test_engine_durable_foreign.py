@@ -1,0 +1,157 @@
+"""Stored sessions that cannot be stepped here: of another model, of none, damaged."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+
+from stepwell_server.errors import ModelMismatch, ModelNotFound, ServerError, SessionNotFound, StateCorrupt
+from support.durable import Disk, damage, kinds, x
+from support.engine import Harness
+from support.fake_executor import PLAIN
+
+pytestmark = pytest.mark.stores("async", "sync")
+
+NEWER = dataclasses.replace(PLAIN, fingerprint="f-newer")
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    found = Disk()
+    yield found
+    found.close()
+
+
+async def refused(at: Harness, session_id: str, kind: type[ServerError], message: str) -> None:
+    """By every call that would have to step, read, make or resume the session."""
+    neighbour = at.engine.session_info("fine").revision
+    for call in (
+        at.step(session_id, x(1)),
+        at.step(session_id, x(1, 3)),
+        at.submit(session_id, reset=True).only(),
+        at.state(session_id),
+        at.engine.fork(session_id),
+        at.engine.fork("fine", new_session_id=session_id),
+        at.engine.open_session("plain", session_id=session_id),
+        at.engine.open_session("plain", session_id=session_id, must_be_new=True, request_id=5),
+        at.engine.open_sessions("plain", session_ids=["new", session_id]),
+    ):
+        with pytest.raises(kind, match=message):
+            await call
+    with pytest.raises(kind, match=message):
+        at.engine.session_info(session_id)
+    with pytest.raises(kind, match=message):
+        at.single(session_id, x(1))
+    with pytest.raises(kind, match=message):
+        at.engine.locate(session_id)
+    answers = await at.submit([session_id, "fine"], x(2)).all()
+    assert kinds(answers) == [kind.__name__, "Answer"]
+    assert at.engine.session_info("fine").revision == neighbour + 1
+    infos, total = await at.engine.list_sessions()
+    assert total == 2
+    assert {info.session_id for info in infos} == {session_id, "fine"}, "nothing was made"
+
+
+@pytest.mark.parametrize("close", ["one", "many"])
+async def test_a_session_of_another_model_can_be_listed_and_closed(disk: Disk, close: str) -> None:
+    async with disk.engine() as at:
+        await at.open("a")
+        await at.step("a", x(1, 3))
+        disk.kill()
+    async with disk.engine({"plain": NEWER}) as at:
+        await at.open("fine")
+        await refused(
+            at, "a", ModelMismatch, "session 'a' belongs to model 'plain' with fingerprint f-plain;"
+        )
+        info = (await at.engine.list_sessions(prefix="a"))[0][0]
+        assert (info.model, info.fingerprint, info.batch_size) == ("plain", "f-plain", 1)
+        assert (info.revision, info.position, info.resident) == (1, 3, False)
+        assert at.engine.stats()[0].sessions == 2
+        disk.kill()
+    async with disk.engine() as at:  # the old model again
+        assert (await at.step("a", x(1), expected=1)).revision == 2
+        disk.kill()
+    async with disk.engine({"plain": NEWER}) as at:
+        if close == "one":
+            assert await at.engine.close_session("a", request_id=7) is False
+            assert await at.engine.close_session("a", request_id=7) is True
+        else:
+            assert await at.engine.close_sessions(["never", "a"]) == 1
+        with pytest.raises(SessionNotFound, match="session 'a' was closed"):
+            at.engine.session_info("a")
+        assert at.engine.stats()[0].sessions == 1
+        assert (await at.engine.list_sessions())[1] == 1
+        assert (await at.engine.open_session("plain", session_id="a")).session.revision == 0
+
+
+async def test_a_session_of_a_model_that_is_not_served_can_be_listed_and_closed(disk: Disk) -> None:
+    async with disk.engine({"plain": PLAIN, "old": PLAIN}) as at:
+        await at.open("a", model="old")
+        disk.kill()
+    async with disk.engine() as at:
+        await at.open("fine")
+        message = r"session 'a' belongs to model 'old', which is not served; model must be one of \['plain'\]"
+        await refused(at, "a", ModelNotFound, message)
+        assert [info.session_id for info in (await at.engine.list_sessions(model="plain"))[0]] == ["fine"]
+        assert [info.model for info in (await at.engine.list_sessions(prefix="a"))[0]] == ["old"]
+        assert await at.engine.close_session("a") is False
+        assert (await at.engine.list_sessions())[1] == disk.store.count() == 1
+        disk.kill()
+    async with disk.engine({"plain": PLAIN, "old": PLAIN}) as at:
+        assert [model.sessions for model in at.engine.stats()] == [0, 1]
+
+
+async def test_a_damaged_record_harms_its_session_alone(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await at.open("a", "fine")
+        damage(disk.store, "a")
+        disk.kill()
+    async with disk.engine() as at:
+        await refused(at, "a", StateCorrupt, "the stored record of session 'a' must be as it was written")
+        assert await at.engine.close_session("a", request_id=7) is False
+        assert await at.engine.close_session("a", request_id=7) is True
+        with pytest.raises(SessionNotFound, match="was closed"):
+            await at.state("a")
+        assert (await at.engine.list_sessions())[1] == 1
+        opened = await at.engine.open_session("plain", session_id="a")
+        assert not opened.resumed
+
+
+async def test_a_record_that_is_damaged_while_its_session_is_away(disk: Disk) -> None:
+    async with disk.engine(resident_rows=2, threads=True) as at:
+        await at.open("a", "b")
+        await at.open("c", batch_size=2)
+        assert not at.engine.session_info("a").resident
+        damage(disk.store, "a")
+        for call in (at.step("a", x(1)), at.state("a"), at.engine.fork("a"), at.step("a", x(1, 2))):
+            with pytest.raises(StateCorrupt, match="session 'a'"):
+                await call
+        assert kinds(await at.submit(["a", "b"], x(2)).all()) == ["StateCorrupt", "Answer"]
+        assert at.engine.stats()[0].sessions == 3
+        assert await at.engine.close_session("a") is False
+        assert at.engine.stats()[0].sessions == 2
+        assert (await at.step("b", x(1), expected=1)).revision == 2
+
+
+async def test_a_damaged_session_is_closed_among_others(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await at.open("a", "b", "c")
+        damage(disk.store, "b")
+        disk.kill()
+    async with disk.engine() as at:
+        assert await at.engine.close_sessions(["c", "b", "a", "never"]) == 3
+        assert await at.engine.list_sessions() == ([], 0)
+
+
+async def test_one_of_two_closes_at_once_deletes_what_cannot_be_stepped(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await at.open("a", "b")
+        disk.kill()
+    disk.store.waits_for_disk = True
+    async with disk.engine({"plain": NEWER}) as at:
+        closes = [at.engine.close_session("a", request_id=7), at.engine.close_session("a", request_id=7)]
+        assert sorted(await asyncio.gather(*closes)) == [False, True]
+        assert at.engine.stats()[0].sessions == 1
