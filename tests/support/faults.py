@@ -34,10 +34,10 @@ def verdict(*histories: Path) -> Report:
 
 def local(data_dir: Path | None, *extra: str) -> LocalServer:
     """The real server."""
-    return LocalServer(**_arguments(data_dir, extra))
+    return LocalServer(**arguments(data_dir, extra))
 
 
-def _arguments(data_dir: Path | None, extra: Sequence[str]) -> dict[str, Any]:
+def arguments(data_dir: Path | None, extra: Sequence[str]) -> dict[str, Any]:
     kept = forecast()
     return {
         "models": {MODEL: kept.path},
@@ -52,7 +52,7 @@ class FaultyServer(LocalServer):
     """`faulty_server.py` as a process, and the commands it takes. `defect` is one of its DEFECTS."""
 
     def __init__(self, data_dir: Path | None, *extra: str, defect: str = "none") -> None:
-        super().__init__(**_arguments(data_dir, extra))
+        super().__init__(**arguments(data_dir, extra))
         self._defect = defect
         self._jumped_s = 0.0
         self._listener = socket.create_server(("127.0.0.1", 0))

@@ -1,0 +1,142 @@
+"""A store whose writes fail or do not come back: callers are told, reading goes on, and all is right afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import stepwell
+from support.driver import FEATURES, MODEL
+from support.driver_process import DriverProcess
+from support.faults import FaultyServer, verdict
+
+X = np.ones((1, FEATURES), np.float32)
+# The last of many attempts may be cut short by the time limit.
+GAVE_UP = (stepwell.UnavailableError, stepwell.DeadlineExceededError)
+DURABILITIES = ["sync", "async"]
+
+
+@pytest.mark.parametrize("durability", DURABILITIES)
+def test_writes_that_fail(tmp_path: Path, durability: str) -> None:
+    """Nothing is acknowledged while they do, nothing is half done, and then it goes on as if nothing had been."""
+    history = tmp_path / "history"
+    with (
+        FaultyServer(tmp_path / "data", "--durability", durability) as server,
+        stepwell.connect(server.address) as client,
+        DriverProcess(server.address, history, seed=51, pause_s=0.01) as driver,
+    ):
+        session = client.open_session(MODEL, session_id="mine")
+        first = session.step(X)
+        for _ in range(3):
+            driver.wait_acknowledged(100)
+            server.tell("fail")
+            with pytest.raises(GAVE_UP, match="No space left"):
+                session.step(X, timeout_s=0.3)
+            with pytest.raises(GAVE_UP, match="No space left"):
+                client.open_session(MODEL, session_id="another", timeout_s=0.3)
+            assert session.get_state().revision == client.session_info("mine").revision == session.revision
+            server.tell("well")
+            session.step(X)
+        server.kill()
+        server.restart()
+        driver.wait_acknowledged(50)
+        driver.stop()
+        assert (session.get_state().revision, session.get_state().position) == (4, 4)
+        session.reset_states()
+        assert session.step(X).tobytes() == first.tobytes()
+    verdict(history).require_clean()
+
+
+@pytest.mark.parametrize("durability", DURABILITIES)
+def test_a_change_that_was_refused_is_made_once(tmp_path: Path, durability: str) -> None:
+    """That no change was made is settled: another one may be made in its place."""
+    with (
+        FaultyServer(tmp_path / "data", "--durability", durability) as server,
+        stepwell.connect(server.address) as client,
+    ):
+        session, group = client.open_session(MODEL), client.open_sessions(MODEL, 16)
+        server.tell("fail")
+        with pytest.raises(GAVE_UP, match="No space left"):
+            session.step(X, timeout_s=0.2)
+        with pytest.raises(GAVE_UP, match="No space left") as refused:
+            group.step(np.ones((16, FEATURES)), timeout_s=0.2)
+        assert len(refused.value.failures) == 16
+        server.tell("well")
+        session.reset_states()
+        group.reset_states()
+        assert (session.revision, session.position) == (1, 0)
+        assert group.revisions.tolist() == [1] * 16
+        again = group.step(np.ones((16, FEATURES)))
+        assert np.array_equal(again, np.repeat(session.step(X), 16, axis=0))
+
+
+async def test_writes_that_do_not_come_back(tmp_path: Path) -> None:
+    """Time limits hold, reading and running without a session go on; then every change is made once."""
+    with FaultyServer(tmp_path / "data", "--durability", "sync") as server:
+        async with stepwell.aio.connect(server.address) as client:
+            sessions = [await client.open_session(MODEL) for _ in range(8)]
+            idle = await client.open_session(MODEL)
+            before = [await session.step(X) for session in sessions]
+            await asyncio.to_thread(server.tell, "stall")
+            waiting = [asyncio.ensure_future(session.step(X)) for session in sessions[:4]]
+            await asyncio.to_thread(server.wait_for, "stalled")
+            assert (await idle.get_state(timeout_s=5.0)).revision == 0
+            assert (await client.session_info(idle.id, timeout_s=5.0)).revision == 0
+            y, _ = await client.predict(MODEL, X, timeout_s=5.0)
+            assert np.array_equal(y, before[0])
+            for session in sessions[4:]:
+                with pytest.raises(stepwell.DeadlineExceededError):
+                    await session.step(X, timeout_s=0.1)
+            with pytest.raises(stepwell.DeadlineExceededError):
+                await client.open_session(MODEL, timeout_s=0.1)
+            assert not any(step.done() for step in waiting)
+            await asyncio.to_thread(server.tell, "well")
+            answers = [await step for step in waiting]
+            answers += [await session.step(X) for session in sessions[4:]]
+            assert len({y.tobytes() for y in answers}) == 1
+            for session in sessions:
+                state = await session.get_state()
+                assert (state.revision, state.position, session.revision) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("durability", DURABILITIES)
+def test_stalls_under_load(tmp_path: Path, durability: str) -> None:
+    """And a kill in the middle of one: what waited for the store was not acknowledged."""
+    history = tmp_path / "history"
+    with (
+        FaultyServer(tmp_path / "data", "--durability", durability) as server,
+        DriverProcess(server.address, history, seed=52, pause_s=0.005) as driver,
+    ):
+        for killed in (False, True, False, True):
+            driver.wait_acknowledged(80)
+            server.tell("stall")
+            server.wait_for("stalled")
+            if killed:
+                server.kill()
+                server.restart()
+            else:
+                server.tell("well")
+        driver.wait_acknowledged(80)
+        driver.stop()
+    verdict(history).require_clean()
+
+
+def test_stopping_while_the_store_does_not_come_back(tmp_path: Path) -> None:
+    """The server ends all the same, in its time, and nothing that was acknowledged is lost."""
+    history = tmp_path / "history"
+    options = ("--durability", "sync", "--drain-timeout-s", "0.5")
+    with (
+        FaultyServer(tmp_path / "data", *options) as server,
+        DriverProcess(server.address, history, seed=53) as driver,
+    ):
+        driver.wait_acknowledged(100)
+        server.tell("stall")
+        server.wait_for("stalled")
+        assert server.stop() >= 0, "it was not killed for taking too long"
+        server.restart()
+        driver.wait_acknowledged(100)
+        driver.stop()
+    verdict(history).require_clean()
