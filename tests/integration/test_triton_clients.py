@@ -106,6 +106,30 @@ def test_both_clients_in_one_process(server: LocalServer) -> None:
     triton.run_scenario("both_clients", server.address, str(client_folder))
 
 
+def test_a_sequence_outlives_the_server(folder: Path, tmp_path: Path) -> None:
+    with triton.serve(folder, only=("acc",), data_dir=tmp_path / "data") as server:
+        triton.run_scenario("begin", server.address, "kept")
+        server.kill()
+        server.restart()
+        assert triton.run_scenario("go_on", server.address, "kept") == [[2, 2, 2]]
+        server.kill()
+        server.restart()
+        for _ in range(2):
+            assert triton.run_scenario("end", server.address, "kept", "2") == [[3, 3, 3]]
+        server.kill()
+        server.restart()
+        message = triton.run_scenario("end", server.address, "kept", "2")
+        assert "the last one ended with this very request" in message
+        triton.run_scenario("is_gone", server.address, "kept")
+
+
+def test_the_page_for_those_who_come_from_triton(server: LocalServer) -> None:
+    page = (Path(triton.__file__).parents[2] / "docs" / "coming-from-triton.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    code = code.replace("127.0.0.1:50051", server.address).replace("forecast", "lstm")
+    assert len(triton.run_code(code).splitlines()) == 3
+
+
 def test_an_idle_sequence_ends(folder: Path) -> None:
     with triton.serve(folder, "--max-session-idle-s", "0.2", only=("acc",)) as server:
         triton.run_scenario("begin", server.address, "idle")

@@ -62,6 +62,14 @@ def run_scenario(name: str, address: str, *arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def run_code(code: str) -> str:
+    """Run Python code in the clients' environment; returns what it prints."""
+    command = [str(environment() / "python"), "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
 def keras_model(name: str) -> Any:
     """The Keras model that is served under a name."""
     if name in ZOO:
@@ -98,11 +106,14 @@ def save_and_compile(folder: Path) -> tuple[dict[str, Path], Path]:
 
 
 @contextmanager
-def serve(folder: Path, *arguments: str, only: tuple[str, ...] = ()) -> Iterator[LocalServer]:
+def serve(
+    folder: Path, *arguments: str, only: tuple[str, ...] = (), data_dir: Path | None = None
+) -> Iterator[LocalServer]:
     """Serve the models that `save_and_compile` has left in `folder`, or only some of them."""
     names = only or (*ZOO, *(f"acc_{dtype}" for dtype in DTYPES))
     server = LocalServer(
         models={name: folder / f"{name}.keras" for name in names},
+        data_dir=data_dir,
         cache_dir=folder / "cache",
         extra_args=["--import", "support.custom_layers", *arguments],
         env={

@@ -364,6 +364,19 @@ def go_on(address: str, sequence_id: str) -> Any:
 
 
 @scenario
+def end(address: str, sequence_id: str, revision: str) -> Any:
+    """Ends a sequence, always with the same request id; its output, or the error's message."""
+    with triton.InferenceServerClient(address) as client:
+        x = inputs(np.ones((1, FEATURES), np.int32))
+        parameters = {"stepwell_request_id": 77, "stepwell_revision": int(revision)}
+        try:
+            answer = client.infer("acc", x, sequence_id=sequence_id, sequence_end=True, parameters=parameters)
+        except InferenceServerException as error:
+            return error.message()
+        return answer.as_numpy(Y).tolist()
+
+
+@scenario
 def is_gone(address: str, sequence_id: str) -> None:
     """A sequence is not there any more."""
     with triton.InferenceServerClient(address) as client:
