@@ -1,0 +1,128 @@
+"""The disk is full under a whole server: callers are told, nothing is lost, and it goes on once there is room."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import stepwell
+from stepwell.testing import LocalServer
+from support import faults
+from support.driver import FEATURES, MODEL
+from support.driver_process import DriverProcess
+from support.faults import local, verdict
+
+MIB = 2**20
+GROUP = 512
+#: Mounts a small file system over a folder, in name spaces of its own, and runs the rest of the command there.
+MOUNTED = 'mount -t tmpfs -o size=16m none "$1" && shift && exec "$@"'
+
+
+class OnSmallDisk(LocalServer):
+    """The real server, which alone sees a small disk under its data directory."""
+
+    def __init__(self, data_dir: Path, *extra: str) -> None:
+        super().__init__(**faults.arguments(data_dir, extra))
+        self._disk = data_dir
+
+    def _command(self) -> list[str]:
+        unshare = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
+        return [
+            shutil.which("unshare") or "",
+            *unshare[1:],
+            "sh",
+            "-c",
+            MOUNTED,
+            "sh",
+            str(self._disk),
+            *super()._command(),
+        ]
+
+    @property
+    def disk(self) -> Path:
+        """The disk as it is seen from here."""
+        return Path(f"/proc/{self.pid}/root{self._disk}")
+
+
+def fill(client: stepwell.Client) -> list[stepwell.SessionGroup]:
+    """Open sessions until there is no room for more."""
+    groups: list[Any] = []
+    while True:
+        try:
+            groups.append(client.open_sessions(MODEL, GROUP, timeout_s=1.0))
+        except (stepwell.UnavailableError, stepwell.DeadlineExceededError):
+            return groups
+        assert len(groups) < 200, "the disk is never full"
+
+
+def check(server: LocalServer, history: Path, full: Callable[[], object], room: Callable[[], object]) -> None:
+    """Fill the disk under load, look what goes and what does not, make room, and go on."""
+    with (
+        stepwell.connect(server.address) as client,
+        DriverProcess(server.address, history, seed=61, pause_s=0.01) as driver,
+    ):
+        driver.wait_acknowledged(100)
+        mine = client.open_sessions(MODEL, GROUP)
+        x = np.random.default_rng(61).standard_normal((GROUP, FEATURES)).astype(np.float32)
+        y = mine.step(x)
+        full()
+        groups = fill(client)
+        assert groups, "there was room for some"
+        state = mine.get_state()
+        assert np.array_equal(client.predict(MODEL, x)[0], y)
+        assert client.session_info(mine.ids[0]).revision == 1
+        room()
+        assert np.array_equal(mine.get_state()["lstm/h"], state["lstm/h"])
+        mine.reset_states()
+        assert np.array_equal(mine.step(x), y)
+        assert mine.revisions.tolist() == [3] * GROUP
+        driver.wait_acknowledged(100)
+        driver.stop()
+    verdict(history).require_clean()
+
+
+@pytest.mark.parametrize("durability", ["sync", "async"])
+def test_a_limit_on_files(tmp_path: Path, durability: str) -> None:
+    data = tmp_path / "data"
+    with local(data, "--durability", durability) as server:
+
+        def limited(limit_bytes: int) -> None:
+            assert server.pid is not None
+            _, hard = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (limit_bytes, hard))
+
+        def full() -> None:
+            limited(max(path.stat().st_size for path in data.rglob("data.mdb")) + MIB)
+
+        check(server, tmp_path / "history", full, lambda: limited(resource.RLIM_INFINITY))
+        server.kill()
+        server.restart()
+        with DriverProcess(server.address, tmp_path / "history", seed=62) as driver:
+            driver.wait_acknowledged(50)
+            driver.stop()
+    verdict(tmp_path / "history").require_clean()
+
+
+@pytest.mark.parametrize("durability", ["sync", "async"])
+def test_a_small_disk(tmp_path: Path, durability: str) -> None:
+    prefix = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
+    (tmp_path / "data").mkdir()
+    probe = [*prefix, "sh", "-c", MOUNTED, "sh", os.fspath(tmp_path / "data"), "true"]
+    if not shutil.which("unshare") or subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("no mount is allowed here; test_a_limit_on_files fills the disk in the other way")
+    with OnSmallDisk(tmp_path / "data", "--durability", durability) as server:
+        ballast = server.disk / "ballast"
+
+        def full() -> None:
+            free = shutil.disk_usage(server.disk).free
+            ballast.write_bytes(b"x" * (free - MIB))
+
+        check(server, tmp_path / "history", full, ballast.unlink)
