@@ -16,10 +16,10 @@ from stepwell_server.store.record import (
     HEADER,
     Header,
     Record,
+    Sheet,
     decode,
     decode_header,
     decode_many,
-    encode_many,
 )
 
 U64 = st.integers(0, 2**64 - 1)
@@ -159,21 +159,43 @@ def test_the_header_has_no_gaps() -> None:
     assert HEADER.itemsize == 72
 
 
-def _encode_many(ids: list[str], found: list[Record]) -> list[memoryview]:
+def _encode_many(ids: list[str], found: list[Record]) -> list[Stored]:
     def column(name: str, dtype: type[np.generic]) -> Any:
         return np.array([getattr(r, name) for r in found], dtype)
 
     first = found[0] if found else a_record()
-    return encode_many(
+    sheet = Sheet(
         ids,
         fingerprint=first.fingerprint,
         model=first.model,
+        opened_with=column("opened_with", np.uint64),
+        created=column("created", np.float64),
+        row_bytes=len(first.rows),
+    )
+    sheet.rows[...] = np.array([list(r.rows) for r in found], np.uint8).reshape(len(found), len(first.rows))
+    puts = sheet.fill(
         revisions=column("revision", np.uint64),
         positions=column("position", np.uint64),
         request_ids=column("request_id", np.uint64),
-        opened_with=column("opened_with", np.uint64),
-        created=column("created", np.float64),
         last_used=column("last_used", np.float64),
         replies=column("reply", np.uint8),
-        rows=np.array([list(r.rows) for r in found], np.uint8).reshape(len(found), len(first.rows)),
     )
+    assert [session_id for session_id, _ in puts] == ids
+    return [record for _, record in puts]
+
+
+def test_a_sheet_is_filled_again_and_again_and_says_what_it_was_given_last() -> None:
+    rng = np.random.default_rng(3)
+    sheet = Sheet(
+        ["a", "b", "c"], fingerprint="f", model="m", opened_with=9, created=1.5, row_bytes=5, batch_size=2
+    )
+    for revision in range(3):
+        rows = rng.integers(0, 256, (3, 10), np.uint8)
+        sheet.rows[...] = rows
+        positions = rng.integers(0, 99, 3).astype(np.uint64)
+        puts = sheet.fill(revisions=revision, positions=positions, request_ids=4, last_used=2.5, replies=1)
+        for (session_id, stored), row, position in zip(puts, rows, positions.tolist(), strict=True):
+            found = decode(session_id, bytes(stored))
+            assert (found.revision, found.position, found.rows) == (revision, position, row.tobytes())
+            assert (found.opened_with, found.created, found.last_used) == (9, 1.5, 2.5)
+            assert (found.batch_size, found.request_id, found.reply) == (2, 4, 1)

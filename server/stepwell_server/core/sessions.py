@@ -27,6 +27,7 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "used": np.float64,
     "created": np.float64,
     "due": np.int64,
+    "birth": np.uint64,
     "claimed": np.bool_,
     "reply": np.uint8,
 }
@@ -53,6 +54,8 @@ class SessionTable:
     """Seconds since the epoch."""
     due: npt.NDArray[np.int64]
     """When the session is next looked at for being idle; `idle` knows the units. -1: never."""
+    birth: npt.NDArray[np.uint64]
+    """Tells sessions that had the same handle one after the other apart."""
     claimed: npt.NDArray[np.bool_]
     """Something is under way for the session; what comes next waits."""
     reply: npt.NDArray[np.uint8]
@@ -63,6 +66,7 @@ class SessionTable:
         self._ids: list[str] = []
         self._more_rows: dict[int, Rows] = {}
         self._free: list[int] = []
+        self._births = 0
         for name, dtype in _COLUMNS.items():
             setattr(self, name, np.zeros(capacity, dtype))
 
@@ -116,6 +120,8 @@ class SessionTable:
         handles = np.array([self._new_handle(session_id) for session_id in session_ids], np.intp)
         for name in _COLUMNS:
             getattr(self, name)[handles] = columns.get(name, 0)
+        self._births += 1
+        self.birth[handles] = self._births
         self.due[handles] = -1
         self.row[handles] = -1
         if rows is not None:

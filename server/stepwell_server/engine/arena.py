@@ -85,6 +85,27 @@ class Arena:
         """States and outputs of `rows` as bytes, `(len(rows), bytes per row)`."""
         return np.concatenate([_as_bytes(array[rows]) for array in self._arrays], axis=1)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a packed row."""
+        return sum(array.nbytes // len(array) for array in self._arrays)
+
+    def pack_into(self, rows: Rows, packed: npt.NDArray[np.uint8]) -> None:
+        """As `pack`, into `(n, bytes)` where each line takes the rows of one session, one after the other."""
+        if not len(rows):
+            return
+        lines = packed.reshape(len(rows), -1) if packed.flags.c_contiguous else None
+        if lines is None and len(packed) == len(rows):
+            lines = packed
+        if lines is None:
+            packed[...] = self.pack(rows).reshape(packed.shape)
+            return
+        start = 0
+        for array in self._arrays:
+            part = _as_bytes(array[rows])
+            lines[:, start : start + part.shape[1]] = part
+            start += part.shape[1]
+
     def pack_row(self, row: int) -> bytes:
         """As `pack`, for one row."""
         return b"".join([array[row].tobytes() for array in self._arrays])

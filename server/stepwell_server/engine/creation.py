@@ -17,7 +17,7 @@ from stepwell_server.engine.directory import Directory
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.errors import ServerError
 from stepwell_server.store.base import Batch
-from stepwell_server.store.record import U8, Stored, encode_many
+from stepwell_server.store.record import U8, Sheet, Stored
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,18 +147,16 @@ def _records(
 ) -> list[tuple[str, Stored]]:
     if not ids:
         return []
-    records = encode_many(
+    sheet = Sheet(
         ids,
         fingerprint=model.program.fingerprint,
         model=model.name,
-        revisions=facts.revision,
-        positions=facts.position,
-        request_ids=0,
         opened_with=facts.opened_with,
         created=created,
-        last_used=created,
-        replies=0,
-        rows=rows,
+        row_bytes=model.arena.row_bytes,
         batch_size=batch_size,
     )
-    return list(zip(ids, records, strict=True))
+    sheet.rows[...] = rows
+    return sheet.fill(
+        revisions=facts.revision, positions=facts.position, request_ids=0, last_used=created, replies=0
+    )

@@ -15,14 +15,16 @@ import numpy.typing as npt
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.core.slots import Rows
 from stepwell_server.engine.call import U64
 from stepwell_server.engine.calls import Array
 from stepwell_server.engine.commits import Commits
 from stepwell_server.engine.replies import Kept
 from stepwell_server.engine.served import ServedModel
+from stepwell_server.engine.sheets import Sheets
 from stepwell_server.errors import ServerError
 from stepwell_server.store.base import Batch
-from stepwell_server.store.record import Record, Stored, encode_many
+from stepwell_server.store.record import Record, Stored
 
 Answer = Callable[[ServerError | None], None]
 _NOBODY = np.zeros(0, np.intp)
@@ -50,6 +52,7 @@ class Keeper:
         self._table = table
         self._commits = commits
         self._clock = clock
+        self._sheets = Sheets(table)
         self.release: Callable[[Handles], None] = _nobody
         """Ends claims and starts what waited. Set by who has them."""
         self.drop: Callable[[Handles, ServerError], None] = _nobody
@@ -132,34 +135,32 @@ class Keeper:
 
     def records(self, change: Change, last_used: float) -> list[tuple[str, Stored]]:
         """What the store keeps of a change, by session id."""
-        table, model, handles = self._table, change.model, change.handles
-        ids = [table.session_id(handle) for handle in handles.tolist()]
-        sizes = table.batch_size[handles]
-        packed = model.arena.pack(table.rows_of(handles))
-        if not change.arrays and (sizes == sizes[0]).all():
-            records: list[Stored] = [
-                *encode_many(
-                    ids,
-                    fingerprint=model.program.fingerprint,
-                    model=model.name,
-                    revisions=change.revisions,
-                    positions=change.positions,
-                    request_ids=change.request_ids,
-                    opened_with=table.opened_with[handles],
-                    created=table.created[handles],
-                    last_used=last_used,
-                    replies=change.replies,
-                    rows=packed.reshape(len(ids), -1),
-                    batch_size=int(sizes[0]),
-                )
-            ]
-        else:
-            ends = np.cumsum(sizes).tolist()
-            records = [
-                self._record(change, i, packed[end - size : end].tobytes(), last_used).encode(ids[i])
-                for i, (size, end) in enumerate(zip(sizes.tolist(), ends, strict=True))
-            ]
-        return list(zip(ids, records, strict=True))
+        handles = change.handles
+        rows, sizes = self._table.rows_of(handles), self._table.batch_size[handles]
+        if change.arrays or (sizes != sizes[0]).any():
+            return self._records_one_by_one(change, rows, sizes, last_used)
+        sheet = self._sheets.of(change.model, handles)
+        change.model.arena.pack_into(rows, sheet.rows)
+        return sheet.fill(
+            revisions=change.revisions,
+            positions=change.positions,
+            request_ids=change.request_ids,
+            last_used=last_used,
+            replies=change.replies,
+        )
+
+    def _records_one_by_one(
+        self, change: Change, rows: Rows, sizes: npt.NDArray[np.int32], last_used: float
+    ) -> list[tuple[str, Stored]]:
+        packed, ends = change.model.arena.pack(rows), np.cumsum(sizes).tolist()
+        found: list[tuple[str, Stored]] = []
+        for place, (handle, size, end) in enumerate(
+            zip(change.handles.tolist(), sizes.tolist(), ends, strict=True)
+        ):
+            session_id = self._table.session_id(handle)
+            record = self._record(change, place, packed[end - size : end].tobytes(), last_used)
+            found.append((session_id, record.encode(session_id)))
+        return found
 
     def _record(self, change: Change, place: int, rows: bytes, last_used: float) -> Record:
         handle, model, arrays = int(change.handles[place]), change.model, change.arrays.get(place)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import operator
 import os
 import secrets
 import shutil
@@ -35,7 +36,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, Unavailable
 from stepwell_server.store.base import Batch, End, StoreError, Tombstone
 from stepwell_server.store.lock import DirectoryLock
-from stepwell_server.store.record import Header, Stored, decode_header
+from stepwell_server.store.record import Header, Puts, Stored, decode_header
 
 Durability = Literal["sync", "async"]
 T = TypeVar("T")
@@ -333,9 +334,7 @@ class LmdbStore:
 
     def _write(self, transaction: _Transaction, batch: Batch) -> None:
         if batch.puts:
-            # in the order of the keys, so that the cursor mostly stays on its page; the sort is stable
-            items = sorted([_item(session_id, record) for session_id, record in batch.puts], key=_first)
-            transaction.cursor(self._sessions).putmulti(items)
+            transaction.cursor(self._sessions).putmulti(_prepared(batch.puts))
         for session_id in batch.deletes:
             transaction.delete(_key(session_id), db=self._sessions)
         for session_id in batch.forgets:
@@ -449,8 +448,34 @@ def _count_key(model: str) -> bytes:
     return b"sessions of " + model.encode()
 
 
+_first = operator.itemgetter(0)
+
+
 def _is_digest(key: Stored) -> bool:
     return len(key) == _MAX_KEY_BYTES and key[_KEPT_BYTES] == 0xFF
+
+
+def _prepared(puts: Sequence[tuple[str, Stored]]) -> list[tuple[bytes, Stored]]:
+    """As `_items`; remembered where the same records come again and again."""
+    if not isinstance(puts, Puts):
+        return _items(puts)
+    if puts.prepared is None:
+        items = _items(puts)
+        # the value of a long id is a copy, and would not change with the record
+        if any(_is_digest(key) for key, _ in items):
+            return items
+        puts.prepared = items
+    found: list[tuple[bytes, Stored]] = puts.prepared
+    return found
+
+
+def _items(puts: Sequence[tuple[str, Stored]]) -> list[tuple[bytes, Stored]]:
+    """Keys and values in the order of the keys, so that a cursor mostly stays on its page. The sort is stable."""
+    items = [(session_id.encode(), record) for session_id, record in puts]
+    if max(map(len, map(_first, items))) > _MAX_KEY_BYTES:
+        items = [_item(session_id, record) for session_id, record in puts]
+    items.sort(key=_first)
+    return items
 
 
 def _item(session_id: str, record: Stored) -> tuple[bytes, Stored]:
@@ -459,10 +484,6 @@ def _item(session_id: str, record: Stored) -> tuple[bytes, Stored]:
         return key, record
     name = session_id.encode()
     return key, b"".join((_ID_LENGTH.pack(len(name)), name, record))
-
-
-def _first(item: tuple[bytes, Stored]) -> bytes:
-    return item[0]
 
 
 def _own(session_id: str, key: bytes, value: bytes | None) -> bytes | None:
