@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from environments import environment
+from tools import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = ROOT / "proto"

@@ -1,6 +1,6 @@
 """Triton's real clients against a real server.
 
-The clients have an environment of their own (see scripts/environments.py) and run as processes in it: the
+The clients have an environment of their own (see scripts/tools.py) and run as processes in it: the
 scenarios are in `triton_scenarios`, which imports nothing of ours.
 """
 
@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import environments
 import pytest
+import tools
 
 from stepwell.testing import LocalServer
 from support import models
@@ -36,7 +36,7 @@ DTYPES = ("bool", "int8", "int16", "int64", "uint8", "uint32", "uint64", "float1
 
 def environment() -> Path:
     """The folder of the programs of the clients' environment."""
-    return environments.environment("triton")
+    return tools.environment("triton")
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def perf_analyzer() -> Path:
     program = environment() / "perf_analyzer"
     if not program.exists():
         try:
-            environments.install("triton", *environments.group("perf"))
+            tools.install("triton", *tools.group("perf"))
         except subprocess.CalledProcessError:
             pytest.skip("there is no build of perf-analyzer for this system")
     done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=False)
