@@ -521,10 +521,20 @@ def convolution_over_time(keras: Any) -> Any:
     return keras.Sequential([keras.Input((None, 3)), conv, keras.layers.LSTM(4, return_sequences=True)])
 
 
-@refused(r"not causal.*'conv' \(Conv1D\) mixes time steps without carrying a state")
+@refused(
+    r"cannot be run step by step.*'conv' \(Conv1D\) looks back over several time steps and keeps no state, so that"
+)
 def causal_convolution(keras: Any) -> Any:
     conv = keras.layers.Conv1D(4, 3, padding="causal", name="conv")
     return keras.Sequential([keras.Input((None, 3)), conv, keras.layers.LSTM(4, return_sequences=True)])
+
+
+@refused(r"cannot be run step by step.*'attend' \(MultiHeadAttention\) looks back over several time steps")
+def causal_attention(keras: Any) -> Any:
+    x = keras.Input((None, 4))
+    hidden = keras.layers.LSTM(4, return_sequences=True)(x)
+    attend = keras.layers.MultiHeadAttention(2, 4, name="attend")
+    return keras.Model(x, attend(hidden, hidden, use_causal_mask=True))
 
 
 @refused(r"not causal.*'attend' \(MultiHeadAttention\) looks ahead")

@@ -13,6 +13,8 @@ from stepwell_server.compile.patch import attribute, relaxed
 from stepwell_server.compile.samples import Sampler
 from stepwell_server.compile.tensorflow_setup import keras, tf
 
+#: What a layer does whose results are causal, but of a window of inputs that no state carries.
+LOOKS_BACK = "looks back over several time steps and keeps no state, so that one call per time step gives other results"
 #: A length that hardly any feature axis has.
 STEPS = 11
 _Call = Callable[[int | None], Any]
@@ -43,7 +45,8 @@ def _accuse(operation: Any, call: _Call) -> str:
         return f"{who} reads its sequence backwards"
     later = slice(1, None) if _has_time(usual) else slice(None)
     if not recurrent and _differ(usual[:, later], early[:, later]):
-        return f"{who} mixes time steps without carrying a state"
+        what = LOOKS_BACK if _has_time(usual) else "mixes time steps without carrying a state"
+        return f"{who} {what}"
     return ""
 
 

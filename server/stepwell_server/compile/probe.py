@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from stepwell_server.compile.culprit import culprits
+from stepwell_server.compile.culprit import LOOKS_BACK, culprits
 from stepwell_server.compile.errors import ModelError, NotCausalError, gist
 from stepwell_server.compile.interface import describe
 from stepwell_server.compile.plan import Plan, assignments, make_plan
@@ -92,8 +92,9 @@ def _prove(traced: Traced) -> None:
             continue
         largest = _absolute(observation.outputs[name], stepped[name])
         blamed = culprits(traced.sampler, traced.plan.temporal)
+        is_causal = bool(blamed) and all(LOOKS_BACK in clause for clause in blamed)
         raise NotCausalError(
-            f"model is not causal: output {name!r} of one call over {observation.steps} steps differs by "
+            f"model {'cannot be run step by step' if is_causal else 'is not causal'}: output {name!r} of one call over {observation.steps} steps differs by "
             f"{largest:.2g} from {observation.steps} calls of one step; "
             + (" and ".join(blamed) or "no single layer was found at fault")
         )
