@@ -13,6 +13,7 @@ from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.boundary import deadline_of
 from stepwell_server.rpc.fastlane import FastLane
+from stepwell_server.rpc.pages import from_token, to_token
 from stepwell_server.rpc.stepcall import StepCalls
 from stepwell_server.rpc.stream import FrameStream, StreamLimits
 
@@ -107,17 +108,20 @@ class SessionServicer:
     async def list_sessions(
         self, request: pb.ListSessionsRequest, _context: Context
     ) -> pb.ListSessionsResponse:
-        """List sessions. The page token is the last id of the page before."""
+        """List sessions, page by page."""
         size = request.page_size or _DEFAULT_PAGE
         if size > _LARGEST_PAGE:
             raise InvalidInput(f"page_size must be at most {_LARGEST_PAGE}; got {size}")
         sessions, total = await self._engine.list_sessions(
-            model=request.model, prefix=request.session_id_prefix, after=request.page_token, limit=size + 1
+            model=request.model,
+            prefix=request.session_id_prefix,
+            after=from_token(request.page_token),
+            limit=size + 1,
         )
         page = sessions[:size]
         return pb.ListSessionsResponse(
             sessions=[convert.from_session(info) for info in page],
-            next_page_token=page[-1].session_id if len(sessions) > size else "",
+            next_page_token=to_token(page[-1].session_id) if len(sessions) > size else "",
             total=total,
         )
 
