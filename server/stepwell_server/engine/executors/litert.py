@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.executors.padded import PaddedExecutor
+from stepwell_server.engine.executors.quiet import without_announcements
 from stepwell_server.program import Program, StateSpec, TensorSpec
 
 Array = npt.NDArray[np.generic]
@@ -39,6 +41,17 @@ def _fill(executor: LiteRTExecutor, inputs: Sequence[Array], states: Sequence[Ar
         np.copyto(view, value)
 
 
+_has_announced_itself = threading.Event()
+
+
+def _let_it_announce_itself(interpreter: Interpreter) -> None:
+    """Have LiteRT say which delegate it made, as it does once in a process, where nobody sees it."""
+    if not _has_announced_itself.is_set():
+        with without_announcements():
+            interpreter.allocate_tensors()
+        _has_announced_itself.set()
+
+
 class LiteRTExecutor:
     """An `Executor` whose views are the interpreter's own memory. For one thread at a time.
 
@@ -49,6 +62,7 @@ class LiteRTExecutor:
         """Map the flatbuffer and find its tensors by their signature keys."""
         self._program = program
         self._interpreter = Interpreter(model_path=str(program.path / "program.tflite"), num_threads=1)
+        _let_it_announce_itself(self._interpreter)
         # The runner holds the interpreter's memory: it must be gone before the first resize.
         runner = self._interpreter.get_signature_runner()
         given = {key: int(item["index"]) for key, item in runner.get_input_details().items()}
