@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
-from support.lane import ALL, BOTH_WAYS, LAST, NONE, Streams, alike, message, request, streams
+from support.lane import ALL, BOTH_WAYS, LAST, NONE, Streams, alike, message, parsed, request, streams
 
 
 def revision(raw: bytes) -> int:
@@ -237,3 +237,21 @@ async def test_a_call_whose_task_ends_leaves_no_one_waiting() -> None:
         await closing
 
     await alike(scenario, threads=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (1, 1, 2), (1, 4, 2), (2, 2)])
+async def test_booleans_for_floats_are_refused_in_the_same_words_by_calls_and_frames(
+    shape: tuple[int, ...],
+) -> None:
+    flags = np.ones(shape, np.bool_)
+
+    async def scenario(at: Streams) -> None:
+        await at.at.open("a")
+        at.call(request("a", flags))
+        at.send(message(1, "a", x=flags), message(2, "a", x=flags, batch_sizes=[1]))
+        at.send(message(3, "a", "nobody", x=np.concatenate([flags, flags]), batch_sizes=[1, 1]))
+        await at.turns()
+
+    (replies,) = await alike(scenario)
+    said = {reply.errors[0].error.message for reply in parsed(replies)}
+    assert said == {"input 'x' must have a dtype that fits float32; got bool"}
