@@ -47,6 +47,10 @@ serve: $(INSTALLED) $(MODEL) ## Serve the demo's model (trained first if need be
 test: $(INSTALLED) ## Run all tests; ARGS="tests/unit -k slots" runs some
 	$(BIN)/pytest $(ARGS)
 
+.PHONY: soak
+soak: $(INSTALLED) ## Kill servers a thousand times under load and check every change (half an hour; ARGS="--kills 50 --seed 7")
+	$(BIN)/python tests/fault/soak.py $(ARGS)
+
 .PHONY: bench
 bench: $(INSTALLED) ## Measure the server against what bounds it (a quarter of an hour; ARGS="one many" runs some cases)
 	$(BIN)/python tests/bench/compare.py $(ARGS)
