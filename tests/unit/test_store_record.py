@@ -17,6 +17,7 @@ from stepwell_server.store.record import (
     Header,
     Record,
     Sheet,
+    Stored,
     decode,
     decode_header,
     decode_many,
