@@ -108,7 +108,7 @@ class Lifecycle:
         """Delete claimed sessions.
 
         Raises:
-            Unavailable: the store did not; they are as before.
+            Unavailable: the store did not. They leave the table: what it has of them is the truth.
         """
         table, directory = self._table, self._directory
         sessions = [
@@ -118,7 +118,7 @@ class Lifecycle:
 
         def done(error: ServerError | None) -> None:
             if error is not None:
-                self._admission.release(handles)
+                self._directory.drop(handles, error)
                 return
             for handle, (session_id, _, _) in zip(handles.tolist(), sessions, strict=True):
                 gone = SessionNotFound(session_id, f"session {session_id!r} was closed")
