@@ -1,0 +1,63 @@
+"""Sheets of records, kept for those sessions that change together again and again: the members of a group."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.served import ServedModel
+from stepwell_server.store.record import Sheet
+
+#: Fewer sessions are laid out anew each time.
+_WORTH_KEEPING = 16
+#: Bytes of all sheets that are kept.
+_MOST_BYTES = 32 << 20
+
+_Key = tuple[int, bytes]
+
+
+class Sheets:
+    """Lays out records. For whoever holds the claims of the sessions, on the thread that stores them."""
+
+    def __init__(self, table: SessionTable) -> None:
+        self._table = table
+        self._kept: OrderedDict[_Key, tuple[npt.NDArray[np.uint64], Sheet]] = OrderedDict()
+        self._bytes = 0
+
+    def of(self, model: ServedModel, handles: Handles) -> Sheet:
+        """A sheet for sessions of one batch size, to be filled.
+
+        Nobody else fills it before their change is stored: their claims see to that.
+        """
+        if len(handles) < _WORTH_KEEPING:
+            return self._lay_out(model, handles)
+        key = (model.index, handles.tobytes())
+        found = self._kept.get(key)
+        births = self._table.birth[handles]
+        if found is not None and (found[0] == births).all():
+            self._kept.move_to_end(key)
+            return found[1]
+        if found is not None:
+            self._bytes -= self._kept.pop(key)[1].byte_count
+        sheet = self._lay_out(model, handles)
+        self._kept[key] = (births, sheet)
+        self._bytes += sheet.byte_count
+        while self._bytes > _MOST_BYTES:
+            _, (_, oldest) = self._kept.popitem(last=False)
+            self._bytes -= oldest.byte_count
+        return sheet
+
+    def _lay_out(self, model: ServedModel, handles: Handles) -> Sheet:
+        table = self._table
+        return Sheet(
+            [table.session_id(handle) for handle in handles.tolist()],
+            fingerprint=model.program.fingerprint,
+            model=model.name,
+            opened_with=table.opened_with[handles],
+            created=table.created[handles],
+            row_bytes=model.arena.row_bytes,
+            batch_size=int(table.batch_size[handles[0]]),
+        )
