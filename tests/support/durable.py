@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import shutil
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -67,7 +68,7 @@ class Troubled:
         if kept:
             self.store.commit(batch)
         if error is not None:
-            raise error
+            raise type(error)(*error.args)  # a new one: it collects a traceback
 
     def get(self, session_id: str) -> Any:
         self._may_read()
@@ -79,7 +80,7 @@ class Troubled:
 
     def _may_read(self) -> None:
         if self.read_error is not None:
-            raise self.read_error
+            raise type(self.read_error)(*self.read_error.args)
 
 
 class Disk:
@@ -121,6 +122,22 @@ class Disk:
 
     def close(self) -> None:
         self.store.store.close()
+
+
+async def stalled(store: Troubled) -> None:
+    """Return when a commit does not come back."""
+    assert await asyncio.to_thread(store.inside.wait, WAIT_S), "no commit has begun"
+
+
+async def begun(call: Awaitable[Any]) -> asyncio.Task[Any]:
+    """A task that has begun: it has taken its place in line."""
+
+    async def run() -> Any:
+        return await call
+
+    task = asyncio.create_task(run())
+    await asyncio.sleep(0)
+    return task
 
 
 def damage(store: Troubled, session_id: str) -> None:

@@ -175,16 +175,14 @@ def _keep(items: Sequence[_Item], commit: Callable[[Batch], None]) -> None:
         try:
             item.batch = item.build()
         except Exception as error:
-            item.error = _defect(error)
+            item.error = reason(error)
     for group in _groups([item for item in items if item.error is None]):
         try:
             commit(_merged([item.batch for item in group]))
-        except ServerError as error:
-            for item in group:
-                item.error = error
         except Exception as error:
+            why = reason(error)
             for item in group:
-                item.error = _defect(error)
+                item.error = why
 
 
 def _groups(items: Iterable[_Item]) -> list[list[_Item]]:
@@ -215,7 +213,10 @@ def _merged(batches: Sequence[Batch]) -> Batch:
     )
 
 
-def _defect(error: Exception) -> Internal:
+def reason(error: Exception) -> ServerError:
+    """Why a change is not kept, as callers may hear it; the log has what they may not."""
+    if isinstance(error, ServerError):
+        return error
     internal = Internal(uuid.uuid4().hex[:12])
     log.error("a change could not be stored", exc_info=error, extra={"error_id": internal.error_id})
     return internal

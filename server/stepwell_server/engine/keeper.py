@@ -18,7 +18,7 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.call import U64
 from stepwell_server.engine.calls import Array
-from stepwell_server.engine.commits import Commits
+from stepwell_server.engine.commits import Commits, reason
 from stepwell_server.engine.replies import Kept
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.engine.sheets import Sheets
@@ -106,25 +106,24 @@ class Keeper:
         """
         table = self._table
         if self._commits.is_durable:
-            row = int(table.row[handle])
             session_id = table.session_id(handle)
-            record = Record(
-                fingerprint=model.program.fingerprint,
-                model=model.name,
-                batch_size=1,
-                revision=revision,
-                position=position,
-                request_id=request_id,
-                opened_with=int(table.opened_with[handle]),
-                created=float(table.created[handle]),
-                last_used=self._clock.now(),
-                reply=kept,
-                rows=model.arena.pack_row(row),
-            ).encode(session_id)
             try:
+                record = Record(
+                    fingerprint=model.program.fingerprint,
+                    model=model.name,
+                    batch_size=1,
+                    revision=revision,
+                    position=position,
+                    request_id=request_id,
+                    opened_with=int(table.opened_with[handle]),
+                    created=float(table.created[handle]),
+                    last_used=self._clock.now(),
+                    reply=kept,
+                    rows=model.arena.pack_row(int(table.row[handle])),
+                ).encode(session_id)
                 self._commits.commit_here(Batch(puts=((session_id, record),)), 1)
-            except ServerError as error:
-                self.drop(np.array([handle]), error)
+            except Exception as error:  # whatever it is: the row has moved on, and the session has not
+                self.drop(np.array([handle]), reason(error))
                 return False
         table.revision[handle] = revision
         table.position[handle] = position
