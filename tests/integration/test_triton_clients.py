@@ -130,6 +130,12 @@ def test_the_page_for_those_who_come_from_triton(server: LocalServer) -> None:
     assert len(triton.run_code(code).splitlines()) == 3
 
 
+def test_a_stopping_server_ends_open_streams(folder: Path) -> None:
+    with triton.serve(folder, only=("acc",)) as server:
+        said = triton.run_scenario("stopped", server.address, str(server.pid))
+    assert said == ["StatusCode.UNAVAILABLE", "the server is stopping"]
+
+
 def test_an_idle_sequence_ends(folder: Path) -> None:
     with triton.serve(folder, "--max-session-idle-s", "0.2", only=("acc",)) as server:
         triton.run_scenario("begin", server.address, "idle")

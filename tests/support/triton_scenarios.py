@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import os
 import queue
 import random
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -419,6 +421,21 @@ def unsupported(address: str) -> None:
             code, message = error_of(call)
             assert code == "UNIMPLEMENTED", message
             assert "support" in message or "repository" in message or "settings" in message, message
+
+
+@scenario
+def stopped(address: str, pid: str) -> list[str]:
+    """How a stream ends whose server is told to stop."""
+    with triton.InferenceServerClient(address) as client:
+        answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        x = inputs(np.ones((1, FEATURES), np.int32))
+        client.async_stream_infer("acc", x, sequence_id=1, sequence_start=True)
+        assert answers.get(timeout=TIMEOUT_S)[1] is None
+        os.kill(int(pid), signal.SIGTERM)
+        _, error = answers.get(timeout=TIMEOUT_S)
+        client.stop_stream()
+        return [error.status(), error.message()]
 
 
 @scenario

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.calls import StepReply
+from stepwell_server.engine.calls import Frame, Part, StepReply
 from stepwell_server.errors import InvalidInput, RevisionConflict, ServerError, Unavailable, Unsupported
 from stepwell_server.rpc.triton.ended import EndedReplies
 from stepwell_server.rpc.triton.sequences import session_id_of
@@ -222,6 +222,22 @@ async def test_a_timeout_that_passes_while_waiting_changes_nothing() -> None:
         await running
         assert (await refused(Unavailable, late)).startswith("Request timeout expired")
         np.testing.assert_array_equal(await client.y(x, sequence_id=3), replay(x, x, x)[2])
+
+
+async def test_a_change_between_reset_and_step_refuses_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = draw(1, 1, 2)
+    async with inference() as client:
+        await client.infer(x, sequence_id=1, start=True)
+        engine = client.harness.engine
+        apply = engine.apply
+
+        async def apply_and_step(frame: Frame) -> Part:
+            part = await apply(frame)
+            await client.harness.step("triton/plain/1", x)
+            return part
+
+        monkeypatch.setattr(engine, "apply", apply_and_step)
+        await refused(RevisionConflict, client.infer(x, sequence_id=1, start=True))
 
 
 async def test_a_session_of_another_model_is_no_sequence() -> None:

@@ -220,7 +220,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "typed bytes": (typed_with("bytes_contents", b"1"), "of type 'BYTES', expected datatype 'FP32'"),
     "typed nothing": (typed_with("fp32_contents"), "Expected 8, got 0"),
     "nan": (change(raw=[np.array([1, np.nan], np.float32).tobytes()]), "must hold finite numbers"),
-    "output": (output("z"), f"{_ID}unexpected inference output 'z' for model 'plain'"),
+    "output": (output("z"), "unexpected inference output 'z' for model 'plain'"),
     "output twice": (output("y", "y"), f"{_ID}output 'y' already exists in request"),
     "version": (lambda message: setattr(message, "model_version", "2"), "Request for unknown model: 'plain' version 2 is not found"),
     "model": (lambda message: setattr(message, "model_name", "z"), "Request for unknown model: 'z' is not found"),

@@ -3,7 +3,7 @@
 The reader starts a task for each request, so requests of different sequences run together; those of one
 sequence wait for each other. The writer sends the answers in the order in which the requests came. A
 request that fails is answered with its error, and the stream goes on. Reading stops while too many requests,
-or too many bytes of them, are unanswered.
+or too many bytes of them and their answers, are held.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class InferStream:
         self._answers: deque[tuple[asyncio.Task[bytes], int]] = deque()
         """Tasks of unanswered requests in their order, with the bytes of each request."""
         self._held_bytes = 0
+        """Of unanswered requests, and of answers that wait to be sent."""
         self._is_stopping = False
         self._work = asyncio.Event()
         """For the writer: a request came, or no more will come."""
@@ -84,9 +85,10 @@ class InferStream:
         while True:
             while self._answers:
                 task, size = self._answers[0]
-                await self._context.write(await task)
+                answer = await task
+                await self._context.write(answer)
                 self._answers.popleft()
-                self._held_bytes -= size
+                self._held_bytes -= size + len(answer)
                 self._room.set()
             if reader.done():
                 return reader.result()
@@ -103,7 +105,9 @@ class InferStream:
         parameter = request.parameters.get(_FINAL_FLAG)
         if parameter is not None and parameter.bool_param:
             response.infer_response.parameters["triton_final_response"].bool_param = True
-        return response.SerializeToString()
+        answer = response.SerializeToString()
+        self._held_bytes += len(answer)
+        return answer
 
     def _error(self, request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
         known = error if isinstance(error, ServerError) else internal(error, method="ModelStreamInfer")

@@ -95,9 +95,7 @@ class ModelTensors:
         for wanted in request.outputs:
             tensor = self.outputs.get(wanted.name)
             if tensor is None:
-                raise InvalidInput(
-                    f"{about(request.id)}unexpected inference output '{wanted.name}' for model '{self._model}'"
-                )
+                raise InvalidInput(f"unexpected inference output '{wanted.name}' for model '{self._model}'")
             if wanted.name in tensors:
                 raise InvalidInput(f"{about(request.id)}output '{wanted.name}' already exists in request")
             _refuse_parameters(wanted.parameters, f"output '{wanted.name}'")
