@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -45,9 +46,12 @@ def main() -> None:
     forecaster.save(model, MODEL)
     console.rule("Serve it: three users at once, one hour at a time")
     console.print(f"starting a server process, which compiles {MODEL}")
-    with LocalServer(models={"temperature": MODEL}) as server:
-        console.print(f"served at {server.address}")
-        logs, experiment = asyncio.run(serve_users(server.address, series, console))
+    with (
+        tempfile.TemporaryDirectory() as sessions,
+        LocalServer(models={"temperature": MODEL}, data_dir=sessions) as server,
+    ):
+        console.print(f"served at {server.address}; half way through it is killed and started again")
+        logs, experiment = asyncio.run(serve_users(server, series, console))
     console.rule("What was seen")
     demo_report.print_errors(console, logs)
     demo_report.plot(PLOT, logs, experiment)
@@ -59,16 +63,15 @@ def main() -> None:
 
 
 async def serve_users(
-    address: str, series: dict[str, Floats], console: Console
+    server: LocalServer, series: dict[str, Floats], console: Console
 ) -> tuple[list[Log], Experiment]:
     """Let the users live at the same time, then set one's state by hand."""
-    async with connect(address) as client:
+    async with connect(server.address) as client:
         sessions = [await client.open_session("temperature", session_id=user.name) for user in USERS]
         logs = [Log(user, series[user.airport]) for user in USERS]
         with Progress(*forecaster.progress_columns(), console=console) as progress:
-            await asyncio.gather(
-                *(live(session, log, progress) for session, log in zip(sessions, logs, strict=True))
-            )
+            lives = [live(session, log, progress) for session, log in zip(sessions, logs, strict=True)]
+            await asyncio.gather(crash(server, logs[0], console), *lives)
         experiment = await set_state_by_hand(sessions[0], sessions[2], logs[0])
         experiment.alone = await live_alone(client, logs[0])
     return logs, experiment
@@ -82,6 +85,15 @@ async def live(session: AsyncSession, log: Log, progress: Progress) -> None:
         log.next_hour.append(float(forecast[0, 0]))
         if hour >= HISTORY and hour % LOOK_AHEAD_EVERY == 0:
             log.next_day[hour] = await look_ahead(session, forecast, log.user.first_hour + hour)
+
+
+async def crash(server: LocalServer, log: Log, console: Console) -> None:
+    """Kill the server (`kill -9`) while a user is half way, and start it again; nobody's session notices."""
+    while len(log.next_hour) < HOURS // 2:
+        await asyncio.sleep(0.01)
+    await asyncio.to_thread(server.kill)
+    await asyncio.to_thread(server.restart)
+    console.print(f"killed at hour {len(log.next_hour)} of {log.user.name}, and started again")
 
 
 async def next_hour(session: AsyncSession, weather: Floats) -> Floats:

@@ -48,6 +48,12 @@ def test_no_session_was_disturbed(said: str) -> None:
     assert float(difference[1]) < 1e-4
 
 
+def test_the_server_was_killed_while_they_were_half_way(said: str) -> None:
+    killed = re.search(r"killed at hour (\d+) of Ana, and started again", said)
+    assert killed is not None
+    assert int(killed[1]) < 336
+
+
 def test_a_state_set_by_hand_is_seen_in_the_forecasts(said: str) -> None:
     moved = re.search(r"next-hour forecasts by up to (\S+) °C, zeros by up to (\S+) °C", said)
     assert moved is not None
