@@ -214,9 +214,9 @@ def _merged(batches: Sequence[Batch]) -> Batch:
 
 
 def reason(error: Exception) -> ServerError:
-    """Why a change is not kept, as callers may hear it; the log has what they may not."""
+    """Why a store did not do something, as callers may hear it; the log has what they may not."""
     if isinstance(error, ServerError):
         return error
     internal = Internal(uuid.uuid4().hex[:12])
-    log.error("a change could not be stored", exc_info=error, extra={"error_id": internal.error_id})
+    log.error("the store raised", exc_info=error, extra={"error_id": internal.error_id})
     return internal

@@ -10,6 +10,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
+from stepwell_server.engine.commits import reason
 from stepwell_server.engine.keeper import Change, Keeper
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.errors import Overloaded, ServerError, SessionLost
@@ -56,7 +57,8 @@ class Pager:
         """Bring claimed sessions back to the arena, those that are not there and for which there is room.
 
         Returns:
-            Why the others stay away, by handle: `Overloaded`, `SessionLost`, `StateCorrupt`, `Unavailable`.
+            Why the others stay away, by handle: `Overloaded`, `SessionLost`, `StateCorrupt`, `Unavailable`,
+            `Internal`.
         """
         absent = handles[self._table.row[handles] < 0]
         if not len(absent):
@@ -73,8 +75,8 @@ class Pager:
         ids = [self._table.session_id(handle) for handle in handles.tolist()]
         try:
             records = self._store.get_many(ids)
-        except ServerError as error:
-            return dict.fromkeys(handles.tolist(), error)
+        except Exception as error:  # whatever it is: their claims must end
+            return dict.fromkeys(handles.tolist(), reason(error))
         found = [record if record is not None else b"" for record in records]
         decoded = decode_many(ids, found)
         refused: dict[int, ServerError] = {
