@@ -190,10 +190,10 @@ class Admission:
                 again += self._start_claimed(call, chosen).tolist()
             due = self._claims.release(np.array(again, np.intp)) if again else []
 
-    def close_line(self, handle: int, error: ServerError) -> None:
-        """Refuse what waits for a session that goes away."""
+    def close_line(self, handle: int, model: int, error: ServerError) -> None:
+        """Refuse what waited for a session that has gone away, of the model of that number."""
         for waiter in self._claims.drop_line(handle):
-            self._waiters[int(self._table.model[handle])] -= 1
+            self._waiters[model] -= 1
             if isinstance(waiter, Hold):
                 if not waiter.granted.done():
                     waiter.granted.set_exception(error)

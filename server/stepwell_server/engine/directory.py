@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -29,7 +30,7 @@ from stepwell_server.errors import (
     Unavailable,
 )
 from stepwell_server.store.base import Batch, End, Store, Tombstone
-from stepwell_server.store.record import Header, decode_header
+from stepwell_server.store.record import Header, Stored, decode_header
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,9 @@ class Directory:
         """Sessions that are being made: nobody else sees them before they are kept."""
         self.burying: set[str] = set()
         """Sessions that expired and may still be in the store."""
+        self._strays: dict[str, float] = {}
+        """When sessions were last used, on the monotonic clock, that left the table while they may still be in the
+        store: their records know it less well. Empty where sessions do not expire."""
 
     def model(self, name: str) -> ServedModel:
         """The model served under a name.
@@ -221,14 +225,16 @@ class Directory:
         """Forget claimed sessions whose rows are not what the store holds; they are loaded when next named."""
         log.warning("%d sessions left the arena: %s", len(handles), error)
         for handle in handles.tolist():
+            self._remember_use([self._table.session_id(handle)], float(self._table.used[handle]))
             self._forget(handle, error)
 
     def expire_idle(self) -> int:
-        """Delete the sessions of the table that are idle for too long; return how many."""
+        """Delete the sessions that are, or were, in the table and are idle for too long; return how many."""
+        strays = self._expire_strays()
         due = self.idle.take_due(self._clock.monotonic()).tolist()
         if due:
             self._expire(due)
-        return len(due)
+        return len(due) + strays
 
     def expire_untouched(self, found: Iterable[tuple[str, Header | None]]) -> int:
         """Delete those of the store's sessions that nobody has named since the start; return how many.
@@ -238,7 +244,7 @@ class Directory:
         untouched = [
             (session_id, header)
             for session_id, header in found
-            if header is not None and self._is_only_stored(session_id)
+            if header is not None and self._is_only_stored(session_id) and session_id not in self._strays
         ]
         for session_id, header in untouched:
             self._observer.session_event("expired", header.model, session_id)
@@ -247,12 +253,32 @@ class Directory:
 
     def _forget(self, handle: int, error: ServerError) -> None:
         model = self.model_of(handle)
-        self._admission.close_line(handle, error)
         if self._table.row[handle] >= 0:
             model.slots.free_resident(self._table.rows(handle))
         model.replies.forget(handle)
         self._table.claimed[handle] = False
         self._table.remove(handle)
+        # last: whoever is refused may ask again at once, and must not get into the line of a session that is gone
+        self._admission.close_line(handle, model.index, error)
+
+    def _remember_use(self, session_ids: Sequence[str], used: float) -> None:
+        if self._max_idle_s:
+            self._strays.update(dict.fromkeys(session_ids, used))
+
+    def _expire_strays(self) -> int:
+        since = self._clock.monotonic() - self._max_idle_s
+        due = [session_id for session_id, used in self._strays.items() if used < since]
+        if not due:
+            return 0
+        try:
+            records = self._store.get_many(due)
+        except ServerError as error:
+            log.warning("the store could not be asked for idle sessions: %s", error)
+            return 0
+        for session_id in due:
+            del self._strays[session_id]
+        found = zip(due, records, strict=True)
+        return self.expire_untouched((i, _header_or_none(i, r)) for i, r in found if r is not None)
 
     def _expire(self, handles: Sequence[int]) -> SessionExpired:
         """Delete sessions; the answer is the last one's."""
@@ -266,7 +292,8 @@ class Directory:
     def _bury(self, sessions: Sequence[tuple[str, str, int]]) -> None:
         """Have the store know that sessions expired: their ids, models and revisions.
 
-        Nobody waits for it. Should it fail, they are found in the store again, idle for too long as before.
+        Nobody waits for it. Should it fail, they are found in the store again, idle for too long as before, and
+        the timer tries again.
         """
         if not sessions:
             return
@@ -276,6 +303,7 @@ class Directory:
             self.burying.difference_update(ids)
             if error is not None:
                 log.warning("sessions that expired are still in the store: %s", error)
+                self._remember_use(ids, -math.inf)
 
         batch = Batch(
             deletes=ids,
@@ -359,7 +387,6 @@ class Directory:
 
     def _adopt(self, sessions: Sequence[tuple[str, Header, ServedModel]]) -> Handles:
         headers = [header for _, header, _ in sessions]
-        now, monotonic = self._clock.now(), self._clock.monotonic()
         handles = self._table.add(
             [session_id for session_id, _, _ in sessions],
             rows=None,
@@ -370,9 +397,20 @@ class Directory:
             request_id=np.array([header.request_id for header in headers], np.uint64),
             opened_with=np.array([header.opened_with for header in headers], np.uint64),
             created=[header.created for header in headers],
-            # for people: a clock that was set back meanwhile must not make it the future
-            used=[monotonic - max(0.0, now - header.last_used) for header in headers],
+            used=[self._strays.pop(i, self._last_used(header)) for i, header, _ in sessions],
             reply=[header.reply for header in headers],
         )
         self.idle.watch(handles)
         return handles
+
+    def _last_used(self, header: Header) -> float:
+        """On the monotonic clock."""
+        # for people: a clock that was set back meanwhile must not make it the future
+        return self._clock.monotonic() - max(0.0, self._clock.now() - header.last_used)
+
+
+def _header_or_none(session_id: str, stored: Stored) -> Header | None:
+    try:
+        return decode_header(session_id, stored)
+    except StateCorrupt:
+        return None

@@ -1,0 +1,249 @@
+"""What else a store in trouble must not do: end sessions early, keep some for ever, leave claims behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine.calls import Frame, Part
+from stepwell_server.errors import Internal, SessionExpired, SessionGone, Unavailable
+from support.durable import Disk, begun, everything, kinds, stalled, x
+from support.engine import Harness
+
+pytestmark = pytest.mark.stores("async", "sync")
+
+AWAY = Unavailable("the store must be able to keep the change; the test says no")
+IDLE_S = 50.0
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    found = Disk()
+    yield found
+    found.close()
+
+
+async def expired(at: Harness) -> list[str]:
+    """The sessions that the timer ends now."""
+    before = len(at.events.sessions)
+    at.engine.expire_idle()
+    while at.engine._expiry.sweep():
+        pass
+    await at.settled()
+    return sorted(name for event, name in at.events.sessions[before:] if event == "expired")
+
+
+async def dropped(at: Harness, *session_ids: str) -> None:
+    """The store fails to keep a change of sessions."""
+    at.engine._commits._store.fail(AWAY)  # type: ignore[attr-defined]
+    answers = at.submit(list(session_ids), x(len(session_ids)))
+    assert kinds(await answers.all()) == ["Unavailable"] * len(session_ids)
+    await at.settled()
+    assert not any(session_id in at.engine._table for session_id in session_ids)
+
+
+@pytest.mark.parametrize("jump_s", [-1e7, 0.0, 1e7])
+async def test_trouble_counts_neither_as_use_nor_as_idleness(disk: Disk, jump_s: float) -> None:
+    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        await at.open("a", "b", "c")
+        at.clock.advance(IDLE_S)
+        await at.step("a", x(1))
+        await at.state("b")  # a use that the store is not told of
+        at.clock.jump(jump_s)
+        at.clock.advance(0.5)
+        await dropped(at, "a", "b")
+        assert at.engine.session_info("b").revision == 0
+        assert await expired(at) == ["c"]
+        at.clock.advance(IDLE_S - 0.5)
+        assert await expired(at) == []
+        at.clock.advance(0.1)
+        for name in "ab":
+            with pytest.raises(SessionExpired):
+                await at.state(name)
+
+
+async def test_the_sweep_leaves_alone_what_was_used_and_then_dropped(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await at.open("a", "b")
+        disk.kill()
+    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        at.clock.advance(IDLE_S)
+        await at.state("a")
+        await dropped(at, "a")
+        at.clock.advance(1)
+        assert await expired(at) == ["b"]
+        assert (await at.step("a", x(1))).revision == 1
+
+
+async def test_what_was_dropped_and_never_named_again_expires(disk: Disk) -> None:
+    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        at.clock.advance(IDLE_S + 1)
+        assert await expired(at) == [], "the sweep of the start is over"
+        await at.open("a", "b")
+        await dropped(at, "a", "b")
+        at.clock.advance(IDLE_S)
+        assert await expired(at) == []
+        at.clock.advance(1)
+        disk.store.read_error = AWAY
+        assert await expired(at) == []
+        disk.store.read_error = None
+        assert await expired(at) == ["a", "b"]
+        assert disk.store.count() == at.engine.stats()[0].sessions == 0
+        assert await expired(at) == []
+
+
+@pytest.mark.parametrize("by", ["timer", "name"])
+async def test_what_expired_and_could_not_be_deleted_is_deleted_later(disk: Disk, by: str) -> None:
+    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        at.clock.advance(IDLE_S + 1)
+        assert await expired(at) == []
+        await at.open("a")
+        at.clock.advance(IDLE_S + 1)
+        disk.store.fail(AWAY)
+        at.engine.expire_idle()
+        await at.settled()
+        assert disk.store.count() == at.engine.stats()[0].sessions == 1
+        at.clock.jump(-1000)  # it must not come back to life
+        if by == "timer":
+            assert await expired(at) == ["a"]
+        else:
+            with pytest.raises(SessionExpired):
+                await at.state("a")
+            await at.settled()
+        assert disk.store.count() == at.engine.stats()[0].sessions == 0
+        disk.kill()
+    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        with pytest.raises(SessionExpired):
+            await at.state("a")
+
+
+async def test_an_id_whose_old_session_could_not_be_deleted_is_opened_anew(disk: Disk) -> None:
+    async with disk.engine(max_session_idle_s=IDLE_S) as at:
+        await at.open("a")
+        await at.step("a", x(1))
+        at.clock.advance(IDLE_S + 1)
+        disk.store.fail(AWAY)
+        at.engine.expire_idle()
+        await at.settled()
+        await at.open("a")
+        await at.settled()
+        assert await expired(at) == []
+        assert at.engine.session_info("a").revision == 0
+        assert disk.store.count() == at.engine.stats()[0].sessions == 1
+
+
+async def test_who_sends_again_from_within_an_answer_is_answered_too(disk: Disk) -> None:
+    parts: list[Part] = []
+    async with disk.engine() as at:
+        await at.open("a")
+        disk.store.fail(AWAY)
+        disk.store.stall()
+        first = at.submit("a", x(1))
+        await stalled(disk.store)
+
+        def again(part: Part) -> None:
+            parts.append(part)
+            if part.failures and len(parts) < 5:
+                at.engine.submit(Frame(["a"], again, inputs={"": x(1)}))
+
+        at.engine.submit(Frame(["a"], again, inputs={"": x(1)}))
+        disk.store.go_on()
+        assert kinds(await first.all()) == ["Unavailable"]
+        await at.settled()
+        assert [len(part.failures) for part in parts] == [1, 0]
+        assert at.engine.session_info("a").revision == 1
+
+
+async def test_who_sends_again_when_a_session_is_closed_is_answered_too(disk: Disk) -> None:
+    refused: list[str] = []
+    async with disk.engine() as at:
+        await at.open("a")
+        disk.store.stall()
+        close = await begun(at.engine.close_session("a"))
+        await stalled(disk.store)
+
+        def again(part: Part) -> None:
+            assert len(refused) < 5
+            refused.append(type(part.failures[0].error).__name__)
+            if len(refused) == 1:
+                at.engine.submit(Frame(["a"], again, inputs={"": x(1)}))
+
+        at.engine.submit(Frame(["a"], again, inputs={"": x(1)}))
+        disk.store.go_on()
+        assert await close is False
+        await at.settled()
+        assert refused == ["SessionNotFound"] * 2
+
+
+@pytest.mark.parametrize("unexpected", [False, True])
+async def test_a_store_that_cannot_be_read_harms_nobody_who_is_here(disk: Disk, unexpected: bool) -> None:
+    kind = Internal if unexpected else Unavailable
+    async with disk.engine(resident_rows=2, threads=True) as at:
+        await at.open("a", "b", "c")
+        before = await everything(at)
+        await at.state("b")
+        await at.state("c")
+        assert not at.engine.session_info("a").resident
+        disk.store.read_error = RuntimeError("a secret detail") if unexpected else AWAY
+        calls: list[Any] = [at.step("a", x(1)), at.state("a"), at.step("a", x(1, 2))]
+        for call in calls:
+            with pytest.raises(kind, match=r"the test says no|internal error [0-9a-f]{12}"):
+                await call
+        assert kinds(await at.submit(["a", "b"], x(2)).all()) == [kind.__name__, "Answer"]
+        at.check_books()
+        disk.store.read_error = None
+        assert (await everything(at))["a"] == before["a"]
+        assert (await at.step("a", x(1), expected=0)).revision == 1
+
+
+async def test_who_is_not_in_the_table_is_not_said_to_be_gone(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await at.open("a", "b")
+        disk.kill()
+    async with disk.engine() as at:
+        await at.state("b")
+        disk.store.read_error = AWAY
+        for call in (
+            at.step("a", x(1)),
+            at.state("a"),
+            at.engine.fork("a"),
+            at.engine.close_session("a"),
+            at.engine.open_session("plain", session_id="a"),
+            at.engine.open_sessions("plain", session_ids=["a", "c"]),
+            at.engine.open_session("plain", request_id=5),
+        ):
+            with pytest.raises(Unavailable, match="the test says no"):
+                await call
+        assert kinds(await at.submit(["a", "b"], x(2)).all()) == ["Unavailable", "Answer"]
+        disk.store.read_error = None
+        assert kinds(await at.submit(["a", "b"], x(2)).all()) == ["Answer", "Answer"]
+        with pytest.raises(SessionGone):
+            await at.state("c")
+
+
+async def test_members_of_a_group_are_stored_as_themselves_whoever_had_their_places_before(
+    disk: Disk,
+) -> None:
+    ids = [[f"{turn}-{i}" for i in range(20)] for turn in range(3)]
+    async with disk.engine() as at:
+        for turn, group in enumerate(ids):
+            at.clock.advance(1)
+            await at.engine.open_sessions("plain", session_ids=group, request_id=turn)
+            for step in range(3):
+                at.clock.advance(1)
+                requests = np.arange(1, 21) + 100 * step
+                answers = at.submit(group, x(20, seed=step), expected=[step] * 20, request_ids=requests)
+                assert kinds(await answers.all()) == ["Answer"] * 20
+            if turn < 2:
+                assert await at.engine.close_sessions(group) == 20
+        before = await everything(at)
+        disk.kill(away_s=0)
+    async with disk.engine() as at:
+        assert (await everything(at)) == before
+        answers = at.submit(ids[2], x(20, seed=2), expected=[2] * 20, request_ids=np.arange(1, 21) + 200)
+        found = await answers.all()
+        assert all(getattr(answer, "replayed", False) for answer in found)
+        disk.kill()
