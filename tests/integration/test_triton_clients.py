@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import stepwell
 from stepwell.testing import LocalServer
 from support import triton
 
@@ -121,6 +123,26 @@ def test_a_sequence_outlives_the_server(folder: Path, tmp_path: Path) -> None:
         message = triton.run_scenario("end", server.address, "kept", "2")
         assert "the last one ended with this very request" in message
         triton.run_scenario("is_gone", server.address, "kept")
+
+
+def test_every_request_counts_once_though_the_server_is_killed(folder: Path, tmp_path: Path) -> None:
+    kills = 0
+    with (
+        triton.serve(folder, only=("acc",), data_dir=tmp_path / "data") as server,
+        triton.scenario("survive", server.address, "60") as process,
+    ):
+        while process.poll() is None and kills < 5:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.3)  # for as long the client works
+                break
+            server.kill()
+            server.restart()
+            kills += 1
+        again = triton.result_of(process)
+        with stepwell.connect(server.address) as client:
+            assert client.sessions() == []
+    assert kills > 0
+    assert again > 0
 
 
 def test_the_page_for_those_who_come_from_triton(server: LocalServer) -> None:

@@ -56,10 +56,26 @@ def perf_analyzer() -> Path:
 
 def run_scenario(name: str, address: str, *arguments: str) -> Any:
     """Run a function of `triton_scenarios` in the clients' environment; returns what it returns."""
+    with scenario(name, address, *arguments) as process:
+        return result_of(process)
+
+
+@contextmanager
+def scenario(name: str, address: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A function of `triton_scenarios` that runs in the clients' environment while the block does."""
     command = [str(environment() / "python"), str(_SCENARIOS), name, address, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return json.loads(done.stdout.splitlines()[-1])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def result_of(process: subprocess.Popen[str]) -> Any:
+    """What a scenario returns."""
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, f"{stdout}\n{stderr}"
+    return json.loads(stdout.splitlines()[-1])
 
 
 def run_code(code: str) -> str:

@@ -15,6 +15,7 @@ import queue
 import random
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -376,6 +377,51 @@ def end(address: str, sequence_id: str, revision: str) -> Any:
         except InferenceServerException as error:
             return error.message()
         return answer.as_numpy(Y).tolist()
+
+
+@scenario
+def survive(address: str, sequences: str) -> int:
+    """Runs sequences while the server is killed again and again; every request is sent until it is answered.
+
+    Returns how many times a request was sent again.
+    """
+    quick = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
+    again = 0
+    with triton.InferenceServerClient(address, channel_args=quick) as client:
+        for number in range(int(sequences)):
+            x = np.random.default_rng(number).integers(-9, 9, (30, 1, FEATURES)).astype(np.int32)
+            revision = 0
+            for i, right in enumerate(np.cumsum(x, 0, np.int32)):
+                flags = {"sequence_start": i == 0, "sequence_end": i == len(x) - 1}
+                parameters = {"stepwell_request_id": random.getrandbits(62) + 1}
+                if i:
+                    parameters["stepwell_revision"] = revision
+                send = functools.partial(client.infer, "acc", inputs(x[i]), sequence_id=f"s{number % 3}",
+                                         parameters=parameters, client_timeout=1.0, **flags)  # fmt: skip
+                result, sent = _until_answered(send)
+                again += sent - 1
+                if result is None:
+                    assert flags["sequence_end"]
+                    continue
+                np.testing.assert_array_equal(result.as_numpy(Y), right)
+                said = result.get_response().parameters
+                assert said["stepwell_position"].int64_param == i + 1
+                revision = said["stepwell_revision"].int64_param
+    return again
+
+
+def _until_answered(send: Callable[[], Any]) -> tuple[Any, int]:
+    """The answer, None if it is lost though the request counted; and how often it was sent."""
+    for sent in range(1, 1000):
+        try:
+            return send(), sent
+        except InferenceServerException as error:
+            if "ended with this very request" in error.message():
+                return None, sent
+            if error.status() not in {"StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"}:
+                raise
+            time.sleep(0.02)  # not to wait for something, but to leave the machine to the server's start
+    raise AssertionError("the server did not come back")
 
 
 @scenario

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
@@ -24,7 +25,7 @@ from stepwell_server.rpc.triton.pool import BothPools
 from stepwell_server.rpc.triton.servicer import SERVICE as _TRITON
 from stepwell_server.rpc.triton.servicer import TritonServicer
 from stepwell_server.rpc.triton.statistics import PassObserver
-from stepwell_server.rpc.triton.unsupported import unsupported_handler
+from stepwell_server.rpc.triton.unsupported import unsupported_handlers
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
@@ -63,8 +64,7 @@ class RpcServer:
         self._add(_SESSIONS, self._sessions)
         self._triton = TritonServicer(engine, clock, sizes, limits, observer, observer)
         self._add(_MODELS, ModelServicer(engine, clock, sizes))
-        self._add(_TRITON, self._triton)
-        self._server.add_generic_rpc_handlers((unsupported_handler(),))
+        self._add(_TRITON, self._triton, unsupported_handlers(self._boundary))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*(service.full_name for service in _SERVICES), HEALTH, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server, pool=BothPools())
@@ -102,9 +102,11 @@ class RpcServer:
         """Stop listening and cut off what still runs."""
         await self._server.stop(_GRACE_S)
 
-    def _add(self, service: ServiceDescriptor, servicer: object) -> None:
-        """Register a servicer's calls with the boundary around each."""
-        handlers: dict[str, Any] = {}
+    def _add(
+        self, service: ServiceDescriptor, servicer: object, others: Mapping[str, Any] | None = None
+    ) -> None:
+        """Register a servicer's calls with the boundary around each; `others` are handlers already."""
+        handlers: dict[str, Any] = dict(others or {})
         for method in service.methods:
             behaviour = getattr(servicer, _snake_case(method.name))
             request_type = message_factory.GetMessageClass(method.input_type)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import grpc
-import grpc.aio
+from google.protobuf import empty_pb2
+from google.protobuf.message import Message
 
-from stepwell_server.rpc.boundary import Context
-from stepwell_server.rpc.triton.servicer import SERVICE
+from stepwell_server.errors import Unsupported
+from stepwell_server.rpc.boundary import Boundary, Context
 
 _SHARED_MEMORY = "shared memory is not supported; send tensors in the messages"
 _REPOSITORY = "models are loaded when the server starts; there is no model repository to control"
@@ -27,14 +28,13 @@ _REASONS = {
 }
 
 
-def unsupported_handler() -> grpc.GenericRpcHandler:
-    """A handler for all of them."""
-    handlers = {name: _refuse(name, reason) for name, reason in _REASONS.items()}
-    return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
+def unsupported_handlers(boundary: Boundary) -> Mapping[str, Any]:
+    """A handler for each of them, by its name. What they are sent is not looked at."""
+    return {name: _refuse(boundary, name, reason) for name, reason in _REASONS.items()}
 
 
-def _refuse(method: str, reason: str) -> Any:
-    async def handle(_raw: bytes, context: Context) -> bytes:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method}: {reason}")
+def _refuse(boundary: Boundary, method: str, reason: str) -> Any:
+    async def behaviour(_request: Any, _context: Context) -> Message:
+        raise Unsupported(f"{method}: {reason}")
 
-    return grpc.unary_unary_rpc_method_handler(handle)
+    return boundary.unary(method, behaviour, empty_pb2.Empty)
