@@ -36,7 +36,7 @@ KINDS = [
     "subclassed",
     "not_convertible",
 ]
-OTHERS = 100
+OTHERS = 500
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -59,7 +59,7 @@ def shown(outputs: Any) -> dict[str, bytes]:
 def serving(kind: Compiled, **settings: Any) -> Any:
     # FixedCost says that each pass is worth splitting over both compute threads
     return running(
-        {"model": kind.program}, executor=load_executor, threads=True, resident_rows=512, **settings
+        {"model": kind.program}, executor=load_executor, threads=True, resident_rows=640, **settings
     )
 
 
@@ -78,7 +78,7 @@ async def test_a_session_has_the_same_bits_alone_and_among_others_that_come_and_
         ]
         state_alone = await final_state(at, "me")
     rng = np.random.default_rng(3)
-    async with serving(kind, max_batch_rows=48) as at:
+    async with serving(kind, max_batch_rows=300) as at:
         await at.engine.open_sessions("model", session_ids=["me", *(f"o{i}" for i in range(OTHERS))])
         for t in range(steps):
             # most come one by one, some in a frame, some with several steps; me somewhere between them
