@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 import grpc.aio
 
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.engine.calls import Frame, Part, Single, StepReply
+from stepwell_server.engine.calls import Frame, Part, StepReply
 from stepwell_server.errors import InvalidInput, ServerError, Unavailable
 from stepwell_server.logs import Log
 from stepwell_server.rpc import frames
 from stepwell_server.rpc.boundary import parse
 from stepwell_server.rpc.fastlane import FastLane
 from stepwell_server.rpc.outbox import Outbox
+from stepwell_server.rpc.pending import Pending
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
@@ -44,29 +45,6 @@ class StreamLimits:
     """Frames whose last part is not written yet."""
     bytes: int
     """Bytes of their requests and of their whole replies."""
-
-
-class _Pending:
-    """A frame whose last part is not written yet. The engine answers to `on_part` or `settle`."""
-
-    __slots__ = ("frame_id", "held_bytes", "request", "stream")
-
-    def __init__(self, stream: FrameStream, frame_id: int, held_bytes: int) -> None:
-        self.stream = stream
-        self.frame_id = frame_id
-        self.held_bytes = held_bytes
-        self.request: Frame | Single | None = None
-
-    @property
-    def members(self) -> int:
-        """Sessions of the frame; 1 if it could not be read, or names none."""
-        return len(self.request.session_ids) or 1 if isinstance(self.request, Frame) else 1
-
-    def on_part(self, part: Part) -> None:
-        self.stream.on_part(self, part)
-
-    def settle(self, answer: StepReply | ServerError) -> None:
-        self.stream.on_answer(self, answer)
 
 
 class FrameStream:
@@ -91,7 +69,7 @@ class FrameStream:
         self._source = context.peer()
         self._lane = lane
         self.deadline = float("inf")
-        self._pending: dict[int, _Pending | None] = {}
+        self._pending: dict[int, Pending | None] = {}
         """Frames without their last part; None: a plain step, which the lane has."""
         self._broken: ServerError | None = None
         self._held_frames = 0
@@ -179,7 +157,7 @@ class FrameStream:
     def _accept(self, raw: bytes) -> None:
         request = parse(pb.StepStreamRequest, raw)
         frame_id = request.frame_id
-        pending = _Pending(self, frame_id, len(raw))
+        pending = Pending(self, frame_id, len(raw))
         self._held_frames += 1
         self._held_bytes += len(raw)
         if frame_id in self._pending:
@@ -192,7 +170,7 @@ class FrameStream:
             del self._pending[frame_id]
             self._refuse(pending, error)
 
-    def _submit(self, request: pb.StepStreamRequest, pending: _Pending) -> None:
+    def _submit(self, request: pb.StepStreamRequest, pending: Pending) -> None:
         body = frames.change_of(request)
         if isinstance(body, pb.StepFrame) and len(body.session_ids) == 1:
             single = pending.request = frames.to_single(body, pending.settle)
@@ -211,7 +189,7 @@ class FrameStream:
             return self.deadline
         return min(self.deadline, self._clock.monotonic() + body.timeout_ms / 1000)
 
-    def _hold(self, pending: _Pending, reply_bytes: int) -> None:
+    def _hold(self, pending: Pending, reply_bytes: int) -> None:
         pending.held_bytes += reply_bytes
         self._held_bytes += reply_bytes
 
@@ -248,7 +226,7 @@ class FrameStream:
             self._broken = error
             self._begin_end()
 
-    def on_part(self, pending: _Pending, part: Part) -> None:
+    def on_part(self, pending: Pending, part: Part) -> None:
         """The engine has a part of the frame's reply."""
         if self.is_over:
             return
@@ -261,7 +239,7 @@ class FrameStream:
             self._observer.refused(failure.error.reason, len(members))
         self._reply(pending, frames.from_part(pending.frame_id, frame, part), last=part.last)
 
-    def on_answer(self, pending: _Pending, answer: StepReply | ServerError) -> None:
+    def on_answer(self, pending: Pending, answer: StepReply | ServerError) -> None:
         """The engine has the answer to a frame of one session."""
         if self.is_over:
             return
@@ -271,12 +249,12 @@ class FrameStream:
         else:
             self._reply(pending, frames.from_answer(pending.frame_id, answer), last=True)
 
-    def _refuse(self, pending: _Pending, error: ServerError) -> None:
+    def _refuse(self, pending: Pending, error: ServerError) -> None:
         """Answer a frame of which nothing was done."""
         self._observer.refused(error.reason, pending.members)
         self._reply(pending, frames.from_refusal(pending.frame_id, error), last=True)
 
-    def _reply(self, pending: _Pending, reply: bytes, *, last: bool) -> None:
+    def _reply(self, pending: Pending, reply: bytes, *, last: bool) -> None:
         self._put(reply, pending.held_bytes if last else _NOT_LAST)
         if _log.is_debug:
             _log.debug("frame part", peer=self._source, frame=pending.frame_id, bytes=len(reply), last=last)
