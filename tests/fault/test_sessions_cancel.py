@@ -58,8 +58,9 @@ class Scribe:
         self._log.end(number, end)
 
     async def given_up(self, session: Any, number: str) -> None:
-        """Its outcome stays unknown; look what the session's is."""
+        """Its outcome stays unknown; look where the session is, once nothing is under way there any more."""
         self._log.end(number, End(outcome="unknown"))
+        await self.read(session)  # comes after what came before it; looking alone would not
         number = self._log.call(Call(kind="look", session=session.id))
         await session.refresh()
         self._log.end(number, _at(session))

@@ -17,7 +17,7 @@ def test_others_take_over_from_clients_that_die(tmp_path: Path) -> None:
     """Each driver goes on with the sessions of those before it, with the revisions that the server has."""
     path, chance = tmp_path / "history", random.Random(11)
     with local(None) as server:
-        for _ in range(5):
+        for _ in range(3):
             with DriverProcess(server.address, path, seed=11, mix=MIX, pause_s=0.002) as driver:
                 driver.wait_acknowledged(chance.randrange(150, 400))
                 driver.kill()
@@ -28,4 +28,4 @@ def test_others_take_over_from_clients_that_die(tmp_path: Path) -> None:
     assert cut, "somebody died with steps under way"
     report = verdict(path).require_clean()
     assert report.unknown >= len(cut)
-    assert report.acknowledged > 900
+    assert report.acknowledged > 600

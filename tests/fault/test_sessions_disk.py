@@ -89,10 +89,9 @@ def check(server: LocalServer, history: Path, full: Callable[[], object], room: 
     verdict(history).require_clean()
 
 
-@pytest.mark.parametrize("durability", ["sync", "async"])
-def test_a_limit_on_files(tmp_path: Path, durability: str) -> None:
+def test_a_limit_on_files(tmp_path: Path) -> None:
     data = tmp_path / "data"
-    with local(data, "--durability", durability) as server:
+    with local(data, "--durability", "sync") as server:
 
         def limited(limit_bytes: int) -> None:
             assert server.pid is not None
@@ -111,14 +110,13 @@ def test_a_limit_on_files(tmp_path: Path, durability: str) -> None:
     verdict(tmp_path / "history").require_clean()
 
 
-@pytest.mark.parametrize("durability", ["sync", "async"])
-def test_a_small_disk(tmp_path: Path, durability: str) -> None:
+def test_a_small_disk(tmp_path: Path) -> None:
     prefix = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
     (tmp_path / "data").mkdir()
     probe = [*prefix, "sh", "-c", MOUNTED, "sh", os.fspath(tmp_path / "data"), "true"]
     if not shutil.which("unshare") or subprocess.run(probe, capture_output=True, check=False).returncode:
         pytest.skip("no mount is allowed here; test_a_limit_on_files fills the disk in the other way")
-    with OnSmallDisk(tmp_path / "data", "--durability", durability) as server:
+    with OnSmallDisk(tmp_path / "data", "--durability", "async") as server:
         ballast = server.disk / "ballast"
 
         def full() -> None:

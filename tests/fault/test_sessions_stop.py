@@ -31,7 +31,7 @@ async def test_callers_are_told_and_do_not_hang(shell: str) -> None:
             async def caller(session: Any) -> stepwell.StepwellError:
                 while True:
                     try:
-                        await session.step(X, timeout_s=2.0)
+                        await session.step(X, timeout_s=1.0)
                     except stepwell.StepwellError as error:
                         return error
                     begun.set()
@@ -39,7 +39,7 @@ async def test_callers_are_told_and_do_not_hang(shell: str) -> None:
             async def group_caller() -> stepwell.StepwellError:
                 while True:
                     try:
-                        await group.step(np.ones((8, 3), np.float32), timeout_s=2.0)
+                        await group.step(np.ones((8, 3), np.float32), timeout_s=1.0)
                     except stepwell.StepwellError as error:
                         return error
 

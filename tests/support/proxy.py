@@ -120,6 +120,8 @@ class Proxy:
         try:
             if fate != "refuse":
                 await self._forward(plan, reader, writer)
+        except asyncio.CancelledError:
+            pass  # the proxy ends; Python 3.11 would complain about a task of a connection that ends so
         finally:
             self._open.discard(writer)
             self._end(plan, writer)
