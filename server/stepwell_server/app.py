@@ -28,6 +28,7 @@ from stepwell_server.store.memory import MemoryStore
 
 _log = Log("app")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SAME_SIGNAL_S = 0.25
 
 
 class StartError(Exception):
@@ -157,7 +158,7 @@ def _open_store(settings: Settings, clock: Clock) -> MemoryStore | LmdbStore:
 async def _run(
     settings: Settings, programs: Mapping[str, Program], store: MemoryStore | LmdbStore, clock: Clock
 ) -> int:
-    stop = _stop_on_signals()
+    stop = _stop_on_signals(clock)
     observer = _Observer()
     engine = Engine(
         programs,
@@ -187,16 +188,25 @@ async def _run(
     return 0
 
 
-def _stop_on_signals() -> asyncio.Event:
-    """An event set by the first signal. The second one ends the process at once."""
+def _stop_on_signals(clock: Clock) -> asyncio.Event:
+    """An event set by the first signal. A second one ends the process at once.
+
+    Whoever signals a process and then its group, as wrappers do, sends one signal twice: the same again within a
+    moment is not a second one.
+    """
     stop = asyncio.Event()
+    first: tuple[signal.Signals, float] | None = None
 
     def on_signal(number: signal.Signals) -> None:
-        if stop.is_set():
+        nonlocal first
+        now = clock.monotonic()
+        if first is None:
+            _log.info("stopping", signal=number.name)
+            first = number, now
+            stop.set()
+        elif number != first[0] or now - first[1] > _SAME_SIGNAL_S:
             _log.warning("stopped at once by a second signal", signal=number.name)
             os._exit(1)
-        _log.info("stopping", signal=number.name)
-        stop.set()
 
     for number in _SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)

@@ -148,6 +148,19 @@ def test_a_stop_waits_no_longer_than_it_was_told() -> None:
     assert "some work was not finished in time drain_timeout_s=0.1" in err
 
 
+def test_a_signal_that_a_wrapper_sends_twice_is_one(server: ServerProcess) -> None:
+    channel, stub = connect(server)
+    with channel:
+        _open(stub, "a")
+        long = _long_step(stub, "a")
+        for _ in range(3):
+            server.signal()
+        code, _, err = server.finish()
+        assert code == 0
+        assert "second signal" not in err
+        assert long.result().revision == 1
+
+
 def test_a_second_signal_ends_it_at_once(server: ServerProcess) -> None:
     channel, stub = connect(server)
     with channel:
@@ -155,7 +168,7 @@ def test_a_second_signal_ends_it_at_once(server: ServerProcess) -> None:
         long = _long_step(stub, "a")
         server.signal()
         server.wait_for_log("stopping")
-        server.signal()
+        server.signal(signal.SIGINT)
         code, _, err = server.finish()
         assert code == 1
         assert "stopped at once by a second signal" in err
