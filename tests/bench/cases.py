@@ -16,7 +16,7 @@ import grpc
 import numpy as np
 
 import stepwell
-from bench import harness
+from bench import harness, stores
 from bench.harness import HERE, MODELS, OUT, Generator, Line, Result, compared, interleave, run_client
 from stepwell.testing import LocalServer
 from stepwell.v1 import sessions_pb2, sessions_pb2_grpc
@@ -351,6 +351,14 @@ def models(lab: Lab) -> list[Line]:
     ]
 
 
+# --- stores ---
+
+
+def kept(lab: Lab) -> list[Line]:
+    """The stores against each other."""
+    return stores.measure(lab.generator, lab.repeats, lab.times)
+
+
 CASES: dict[str, Case] = {
     "one": one_session,
     "many": many_sessions,
@@ -363,4 +371,5 @@ CASES: dict[str, Case] = {
     "start": start,
     "seed": seed,
     "models": models,
+    "stores": kept,
 }

@@ -1,6 +1,6 @@
-"""Compare the server with what bounds it, in one run: bare echoes, the program in process, the seed's way.
+"""Compare the server with what bounds it, in one run: bare echoes, the program in process, the seed's way, memory.
 
-    python tests/bench/compare.py                 everything, about eight minutes on two cores
+    python tests/bench/compare.py                 everything, about twelve minutes on two cores
     python tests/bench/compare.py one many        some cases
     python tests/bench/compare.py --repeats 5
 

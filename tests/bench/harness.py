@@ -68,11 +68,11 @@ def save_models() -> None:
         run_python("-c", _SAVE, json.dumps(missing))
 
 
-def serve(*names: str, extra_args: Sequence[str] = ()) -> LocalServer:
-    """A server of some of the models, which keeps sessions in memory. Compiles what its cache lacks."""
+def serve(*names: str, extra_args: Sequence[str] = (), data_dir: Path | None = None) -> LocalServer:
+    """A server of some of the models. Without a folder it keeps sessions in memory. Compiles what its cache lacks."""
     paths = {name: model_path(name) for name in names}
     arguments = ["--log-level", "warning", *extra_args]
-    return LocalServer(paths, extra_args=arguments, cache_dir=OUT / "cache")
+    return LocalServer(paths, data_dir, extra_args=arguments, cache_dir=OUT / "cache")
 
 
 def program_path(server: LocalServer, model: str) -> Path:
@@ -286,6 +286,8 @@ class Line:
     """Ours divided by theirs, or ours by itself; the target is about this number."""
     target: tuple[str, float] | None
     """"at most" or "at least", and the number. None: shown for comparison only."""
+    section: str = ""
+    """The table of docs/performance.md that it belongs to; empty for the first ones."""
 
     @property
     def reached(self) -> bool | None:

@@ -1,0 +1,80 @@
+"""The disk that durable stores are measured on: folders for their data, and what the disk itself can do."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.harness import OUT, Line
+
+_FOLDER = re.compile(r"data-(\d+)-")
+_FLUSHES = 200
+_FLUSHED_BYTES = 4096
+
+
+@contextlib.contextmanager
+def data_folder() -> Iterator[Path]:
+    """A folder for a server's data, beside the results and gone afterwards."""
+    _remove_left_behind()
+    OUT.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"data-{os.getpid()}-", dir=OUT))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_left_behind() -> None:
+    """Remove what runs that were killed had no time to remove."""
+    for folder in OUT.glob("data-*"):
+        found = _FOLDER.match(folder.name)
+        if found is not None and not Path(f"/proc/{found[1]}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def file_system(path: Path) -> str:
+    """The kind of file system that holds a folder, as the kernel calls it."""
+    with contextlib.suppress(OSError):
+        found: dict[str, str] = {}
+        for line in Path("/proc/mounts").read_text().splitlines():
+            _, place, kind, *_ = line.split(" ")
+            if path.resolve().is_relative_to(place):
+                found[place] = kind
+        return found[max(found, key=len)]
+    return "unknown file system"
+
+
+def flush_ms(folder: Path) -> float:
+    """How long fdatasync takes after 4 KiB were written, the median of many, in milliseconds."""
+    path = folder / "flushed"
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    flush = getattr(os, "fdatasync", os.fsync)
+    taken = []
+    try:
+        for place in range(_FLUSHES):
+            os.pwrite(file, os.urandom(_FLUSHED_BYTES), place * _FLUSHED_BYTES)
+            began = time.perf_counter()
+            flush(file)
+            taken.append(time.perf_counter() - began)
+    finally:
+        os.close(file)
+        path.unlink()
+    return statistics.median(taken) * 1e3
+
+
+def flush_line(medians_ms: list[float]) -> Line:
+    """What the disk does, as a line of the table: what a synchronous commit can be compared with."""
+    case = f"the disk itself ({file_system(OUT)}): fdatasync of 4 KiB, p50"
+    return Line(case, "ms", statistics.median(medians_ms), "", None, None, None)
+
+
+def bytes_used(folder: Path) -> int:
+    """What the files of a folder take up on the disk; a file may be longer than that."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
