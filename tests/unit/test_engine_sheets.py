@@ -1,0 +1,73 @@
+"""Records of a group are laid out once, and never of sessions that have gone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine import sheets
+from stepwell_server.store.record import decode
+from support.engine import Harness, running
+
+pytestmark = pytest.mark.stores("async", "sync")
+COUNT = 40
+
+
+def x(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
+
+
+async def check_stored(at: Harness, ids: list[str]) -> None:
+    """The store says of each session what the table and the arena say."""
+    for session_id in ids:
+        stored = at.store.get(session_id)
+        assert stored is not None
+        found, info = decode(session_id, stored), at.engine.session_info(session_id)
+        assert (found.revision, found.position) == (info.revision, info.position)
+        state = (await at.state(session_id))["sum"]
+        assert state.tobytes() in found.rows
+        assert found.created == info.created
+
+
+async def test_a_group_that_steps_again_shares_a_sheet_and_each_record_is_its_own() -> None:
+    async with running() as at:
+        ids = [f"s{i}" for i in np.random.default_rng(1).permutation(COUNT)]
+        await at.engine.open_sessions("plain", session_ids=ids)
+        for step in range(3):
+            await at.submit(ids, x(COUNT, seed=step)).all()
+            await check_stored(at, ids)
+        assert len(at.engine._keeper._sheets._kept) == 1
+        some = ids[5:30]
+        await at.submit(some, x(len(some), seed=9)).all()
+        await check_stored(at, ids)
+        assert len(at.engine._keeper._sheets._kept) == 2
+
+
+async def test_sessions_that_have_the_handles_of_others_get_a_sheet_of_their_own() -> None:
+    async with running() as at:
+        first = [f"old{i}" for i in range(COUNT)]
+        await at.engine.open_sessions("plain", session_ids=first)
+        await at.submit(first, x(COUNT)).all()
+        before = at.engine._table.find_all(first).tolist()
+        await at.engine.close_sessions(first)
+        at.clock.advance(5)
+        # handles are given out again, the last one first
+        second = [f"new{i}" for i in reversed(range(COUNT))]
+        await at.engine.open_sessions("plain", session_ids=second)
+        in_order = sorted(second, key=lambda name: before.index(at.engine._table.find(name)))
+        assert at.engine._table.find_all(in_order).tolist() == before
+        await at.submit(in_order, x(COUNT, seed=2)).all()
+        await check_stored(at, in_order)
+        assert at.store.count() == COUNT
+
+
+async def test_sheets_are_kept_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sheets, "_MOST_BYTES", 20_000)
+    async with running() as at:
+        ids = [f"s{i}" for i in range(COUNT)]
+        await at.engine.open_sessions("plain", session_ids=ids)
+        for start in range(0, 20, 2):
+            await at.submit(ids[start:], x(COUNT - start, seed=start)).all()
+        await check_stored(at, ids)
+        kept = at.engine._keeper._sheets
+        assert 0 < sum(sheet.byte_count for _, sheet in kept._kept.values()) == kept._bytes <= 20_000
