@@ -1,0 +1,301 @@
+"""While the store takes its time: nobody hears or sees what is not kept, and everybody else goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine import commits
+from stepwell_server.engine.calls import Single
+from stepwell_server.errors import SessionExpired, SessionNotFound, Unavailable
+from support.durable import Disk, begun, everything, facts, kinds, stalled, x
+from support.engine import Harness
+
+pytestmark = pytest.mark.stores("async", "sync")
+
+AWAY = Unavailable("the store must be able to keep the change; the test says no")
+EXACTLY: dict[str, Any] = {"expected": 1, "request_ids": 22}
+CHANGES: dict[str, Callable[[Harness], Awaitable[Any]]] = {
+    "step": lambda at: at.step("a", x(1, seed=1), **EXACTLY),
+    "single": lambda at: at.single("a", x(1, seed=1), expected=1, request_id=22).only(),
+    "steps": lambda at: at.step("a", x(1, 5, seed=1), **EXACTLY),
+    "reset": lambda at: at.submit("a", reset=True, **EXACTLY).only(),
+    "open": lambda at: at.engine.open_session("plain", session_id="new", request_id=22),
+    "open many": lambda at: at.engine.open_sessions("plain", session_ids=["new", "newer"], request_id=22),
+    "fork": lambda at: at.engine.fork("a", new_session_id="new", request_id=22),
+    "close": lambda at: at.engine.close_session("a", request_id=22),
+}
+
+
+@pytest.fixture(params=[False, True], ids=["here", "threads"])
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return {"threads": request.param}
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    found = Disk()
+    yield found
+    found.close()
+
+
+async def turns() -> None:
+    """Let the event loop do all it can without the store."""
+    for _ in range(30):
+        await asyncio.sleep(0)
+
+
+async def begin(at: Harness) -> None:
+    await at.open("a", "b", "c")
+    for name in "abc":
+        await at.step(name, x(1, 3), expected=0, request_ids=11)
+
+
+async def shown(at: Harness) -> list[tuple[Any, ...]]:
+    infos, _ = await at.engine.list_sessions()
+    assert infos == [at.engine.session_info(info.session_id) for info in infos]
+    return [facts(info) for info in infos]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+async def test_nobody_hears_or_sees_what_is_not_kept(disk: Disk, options: dict[str, Any], name: str) -> None:
+    async with disk.engine(**options) as at:
+        await begin(at)
+        before = await shown(at)
+        disk.store.stall()
+        call = await begun(CHANGES[name](at))
+        await stalled(disk.store)
+        ran = len(at.hooks.rows)
+        at.hooks.inside.clear()
+        others: list[Any] = [at.submit(["b", "c"], x(2)), at.single("c", x(1))]
+        reading = await begun(at.state("a"))
+        if not options["threads"]:
+            await turns()
+            assert len(at.hooks.rows) == ran + 1, "others are stepped meanwhile"
+        else:
+            await at.in_flight()
+            await turns()
+        assert not call.done()
+        assert not any(answers.ended for answers in others)
+        assert reading.done() == (name in {"open", "open many"}), (
+            "a session is read as it will be, not as it was"
+        )
+        assert await shown(at) == before
+        with pytest.raises(SessionNotFound):
+            at.engine.session_info("new")
+        disk.store.go_on()
+        await call
+        for answers in others:
+            assert set(kinds(await answers.all())) == {"Answer"}
+        if name == "close":
+            with pytest.raises(SessionNotFound):
+                await reading
+        else:
+            assert (await reading) is not None
+        after = await shown(at)
+        assert after != before
+
+
+async def test_what_comes_during_a_stall_is_kept_together(disk: Disk) -> None:
+    ids = [f"s{i:02}" for i in range(40)]
+    async with disk.engine(resident_rows=200) as at:
+        await begin(at)
+        await at.engine.open_sessions("plain", session_ids=ids)
+        disk.store.stall()
+        first = at.submit("a", x(1))
+        await stalled(disk.store)
+        so_far = len(disk.store.tried)
+        asked: list[Any] = []
+        for session_id in ids:
+            asked.append(at.single(session_id, x(1)) if len(asked) % 2 else at.submit(session_id, reset=True))
+            await turns()
+        calls = [await begun(at.engine.open_session("plain", session_id=f"n{i}")) for i in range(10)]
+        calls += [await begun(at.engine.fork("b")), await begun(at.engine.close_session("c"))]
+        await turns()
+        disk.store.go_on()
+        for answers in (first, *asked):
+            assert kinds(await answers.all()) == ["Answer"]
+        await asyncio.gather(*calls)
+        assert len(disk.store.tried) == so_far + 1
+        assert sum(len(batch.puts) for batch in disk.store.tried[so_far:]) == 40 + 11
+
+
+async def test_passes_wait_while_too_much_waits_for_the_store(
+    disk: Disk, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "MOST_WAITING", 3)
+    async with disk.engine(**options) as at:
+        await at.open(*"abcdef")
+        disk.store.stall()
+        first = at.submit(["a", "b", "c"], x(3))
+        await stalled(disk.store)
+        assert at.engine._commits.is_full
+        ran = len(at.hooks.rows)
+        later: list[Any] = [
+            at.submit(["d", "e"], x(2, 3), sizes=[1, 1]),
+            at.single("f", x(1)),
+            at.single("f", x(1)),
+        ]
+        predict = await begun(at.engine.predict("plain", {"": x(4, 2)}))
+        await turns()
+        assert len(at.hooks.rows) == ran
+        assert not predict.done()
+        drain = await begun(at.engine.drain())
+        await turns()
+        assert not drain.done()
+        disk.store.go_on()
+        for answers in (first, *later):
+            assert set(kinds(await answers.all())) == {"Answer"}
+        await predict
+        await drain
+        assert at.engine.session_info("f").revision == 2
+
+
+async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(disk: Disk) -> None:
+    async with disk.engine(max_session_idle_s=50) as at:
+        await at.open("a", "b")
+        await at.step("a", x(1))
+        at.clock.advance(51)
+        disk.store.stall()
+        waiting = await begun(at.engine.open_session("plain", session_id="c"))
+        await stalled(disk.store)
+        assert at.engine.expire_idle() == 2
+        with pytest.raises(SessionExpired):
+            at.engine.session_info("a")
+        assert (await at.engine.list_sessions())[0] == []
+        again = await begun(at.engine.open_session("plain", session_id="a", must_be_new=True))
+        many = await begun(at.engine.open_sessions("plain", session_ids=["d", "b"]))
+        await turns()
+        disk.store.go_on()
+        await waiting
+        assert (await again).session.revision == 0
+        await many
+        assert at.engine.stats()[0].sessions == 4
+        assert (await at.step("a", x(1), expected=0)).revision == 1
+        before = await everything(at)
+        assert list(before) == ["a", "b", "c", "d"]
+        disk.kill(away_s=0)
+    async with disk.engine(max_session_idle_s=50) as at:
+        assert (await everything(at)) == before
+        assert at.engine.stats()[0].sessions == 4
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("name", CHANGES)
+async def test_a_caller_that_goes_away_leaves_nothing_half_done(disk: Disk, name: str, kept: bool) -> None:
+    cancellable: dict[str, Callable[[Harness], Awaitable[Any]]] = {
+        **CHANGES,
+        "close many": lambda at: at.engine.close_sessions(["b", "a"]),
+        "single": lambda at: at.engine.step(single(at)),
+    }
+    async with disk.engine() as at:
+        await begin(at)
+        before = await everything(at)
+        if not kept:
+            disk.store.fail(AWAY)
+        disk.store.stall()
+        call = await begun(cancellable[name](at))
+        await stalled(disk.store)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        await turns()
+        later = await begun(at.state("b"))
+        disk.store.go_on()
+        await at.settled()
+        await later
+        at.check_books()
+        assert ((await everything(at)) == before) is (not kept)
+        again = await CHANGES[name](at)
+        assert again is kept if name == "close" else again.replayed is kept
+        after = await everything(at)
+        assert at.engine.stats()[0].sessions == len(after)
+        disk.kill(away_s=0)
+    async with disk.engine() as at:
+        assert (await everything(at)) == after
+
+
+def single(at: Harness) -> Any:
+    """The step of `CHANGES`, for whoever settles it."""
+    return Single("a", {"": x(1, seed=1)}, lambda _answer: None, expected=1, request_id=22)
+
+
+async def test_who_waits_for_a_session_that_is_being_made_gets_it(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await begin(at)
+        disk.store.stall()
+        ask = at.engine.open_session
+        first = await begun(ask("plain", session_id="new", request_id=1, must_be_new=True))
+        await stalled(disk.store)
+        again = await begun(ask("plain", session_id="new", request_id=1, must_be_new=True))
+        other = await begun(ask("plain", session_id="new", request_id=2))
+        taken = await begun(at.engine.fork("a", new_session_id="new", request_id=3))
+        among = await begun(at.engine.open_sessions("plain", session_ids=["newer", "new"]))
+        await turns()
+        assert not any(task.done() for task in (first, again, other, taken, among))
+        disk.store.go_on()
+        assert not (await first).replayed
+        assert (await again).replayed
+        assert (await other).resumed
+        for task in (taken, among):
+            with pytest.raises(Exception, match="session 'new' is open"):
+                await task
+        assert len(await shown(at)) == 4
+
+
+async def test_when_it_could_not_be_made_the_next_one_tries(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await begin(at)
+        disk.store.fail(AWAY)
+        disk.store.stall()
+        first = await begun(at.engine.open_session("plain", session_id="new", request_id=1))
+        await stalled(disk.store)
+        other = await begun(at.engine.open_session("plain", session_id="new", request_id=2))
+        disk.store.go_on()
+        with pytest.raises(Unavailable, match="the test says no"):
+            await first
+        opened = await other
+        assert not opened.resumed
+        assert not opened.replayed
+
+
+async def test_sessions_keep_their_order_through_a_stall(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await at.open("a")
+        disk.store.stall()
+        first = at.submit("a", x(1), expected=0, request_ids=1)
+        await stalled(disk.store)
+        again = at.submit("a", x(1), expected=0, request_ids=1)
+        second = at.submit("a", x(1), expected=1, request_ids=2)
+        twin = await begun(at.engine.fork("a", new_session_id="twin"))
+        third = at.submit("a", x(1), expected=2, request_ids=3)
+        close = await begun(at.engine.close_session("a"))
+        fourth = at.submit("a", x(1), expected=3, request_ids=4)
+        disk.store.go_on()
+        assert [(await answers.only()).revision for answers in (first, again, second, third)] == [1, 1, 2, 3]
+        assert (await again.only()).replayed
+        assert (await twin).session.revision == 2
+        assert await close is False
+        assert kinds(await fourth.all()) == ["SessionNotFound"]
+
+
+async def test_to_stop_waits_for_the_store_and_says_if_it_does_not_come_back(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await at.open("a", "b")
+        disk.store.stall()
+        answers = at.submit("a", x(1), expected=0, request_ids=np.array([1]))
+        await stalled(disk.store)
+        drain = await begun(at.engine.drain())
+        await turns()
+        assert not drain.done()
+        assert not answers.ended
+        assert await at.engine.close(timeout_s=0.01) is False
+        disk.store.go_on()
+        await drain
+        assert at.engine._commits.is_idle
+        assert kinds(await answers.all()) == ["Answer"]
+        assert await at.engine.close() is True
