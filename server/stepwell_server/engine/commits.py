@@ -149,8 +149,10 @@ class Commits:
             while not self._queue and not self._closing:
                 self._may_take.wait()
             items: list[_Item] = []
-            while self._queue and sum(item.size for item in items) < MOST_TOGETHER:
+            size = 0
+            while self._queue and size < MOST_TOGETHER:
                 items.append(self._queue.popleft())
+                size += items[-1].size
             return items
 
     def _finish(self, items: Sequence[_Item]) -> None:

@@ -1,0 +1,290 @@
+"""Commits: in place or by a thread, in order, together, and each told what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stepwell_server.engine import commits as module
+from stepwell_server.engine.commits import Commits
+from stepwell_server.errors import Internal, ServerError, Unavailable
+from stepwell_server.store.base import Batch, End, Store, Tombstone
+from stepwell_server.store.lmdb import LmdbStore
+from stepwell_server.store.memory import MemoryStore
+from support.clock import ManualClock
+from support.fake_executor import WAIT_S
+
+pytestmark = pytest.mark.stores("memory")
+
+HUGE = 10**9
+
+
+class Slow(MemoryStore):
+    """A durable store, as far as commits know; a commit waits while the gate is closed."""
+
+    is_volatile = False
+
+    def __init__(self, *, waits_for_disk: bool = False) -> None:
+        super().__init__()
+        self.waits_for_disk = waits_for_disk
+        self.gate = threading.Event()
+        self.gate.set()
+        self.inside = threading.Event()
+        self.batches: list[Batch] = []
+        self.threads: list[str] = []
+        self.error: Exception | None = None
+
+    def commit(self, batch: Batch) -> None:
+        self.threads.append(threading.current_thread().name)
+        self.inside.set()
+        assert self.gate.wait(WAIT_S)
+        if self.error is not None:
+            raise self.error
+        self.batches.append(batch)
+        super().commit(batch)
+
+
+class Told:
+    """What those who wait were told, in that order."""
+
+    def __init__(self, commits: Commits) -> None:
+        self._commits = commits
+        self.told: list[tuple[str, ServerError | None]] = []
+
+    def submit(self, name: str, batch: Batch | None = None, size: int = 1) -> None:
+        batch = Batch(puts=[(name, b"record")]) if batch is None else batch
+        self._commits.submit(lambda: batch, size, lambda error: self.told.append((name, error)))
+
+    @property
+    def names(self) -> str:
+        return "".join(name for name, error in self.told if error is None)
+
+
+@pytest.fixture(params=[False, True], ids=["async", "sync"])
+async def slow(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Slow, Commits, Told]]:
+    store = Slow(waits_for_disk=request.param)
+    commits = Commits(store)
+    yield store, commits, Told(commits)
+    store.gate.set()
+    await asyncio.wait_for(commits.idle(), WAIT_S)
+    assert commits.close(WAIT_S)
+
+
+async def inside(store: Slow) -> None:
+    assert await asyncio.to_thread(store.inside.wait, WAIT_S)
+
+
+async def test_small_ones_are_made_in_place_unless_they_wait_for_the_disk(
+    slow: tuple[Slow, Commits, Told],
+) -> None:
+    store, commits, told = slow
+    told.submit("a")
+    if store.waits_for_disk:
+        assert told.told == []
+        await commits.idle()
+    assert told.names == "a"
+    assert store.threads == ["stepwell-store" if store.waits_for_disk else "MainThread"]
+    told.submit("b", size=HUGE)
+    assert told.names == "a", "a large one never is"
+    await commits.idle()
+    assert told.names == "ab"
+    assert store.threads[-1] == "stepwell-store"
+
+
+async def test_none_overtakes_those_that_wait(slow: tuple[Slow, Commits, Told]) -> None:
+    store, commits, told = slow
+    store.gate.clear()
+    told.submit("a", size=HUGE)
+    await inside(store)
+    for name in "bcdef":
+        told.submit(name, Batch(puts=[("x", name.encode())]))
+    assert not commits.may_commit_here(1)
+    await asyncio.sleep(0)
+    assert told.told == []
+    store.gate.set()
+    await commits.idle()
+    assert told.names == "abcdef"
+    assert store.get("x") == b"f"
+    assert len(store.batches) == 2, "what came meanwhile is kept together"
+
+
+async def test_a_transaction_takes_only_so_much(
+    slow: tuple[Slow, Commits, Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_TOGETHER", 10)
+    store, commits, told = slow
+    store.gate.clear()
+    told.submit("a", size=HUGE)
+    await inside(store)
+    for name, size in (("b", 4), ("c", 5), ("d", 1), ("e", 25), ("f", 0), ("g", 9), ("h", 9)):
+        told.submit(name, size=size)
+    store.gate.set()
+    await commits.idle()
+    assert ["".join(i for i, _ in batch.puts) for batch in store.batches] == ["a", "bcd", "e", "fgh"]
+    assert told.names == "abcdefgh"
+
+
+async def test_what_cannot_be_made_fails_alone(slow: tuple[Slow, Commits, Told]) -> None:
+    store, commits, told = slow
+    store.gate.clear()
+    told.submit("a", size=HUGE)
+    await inside(store)
+
+    def broken() -> Batch:
+        raise ZeroDivisionError
+
+    told.submit("b")
+    commits.submit(broken, 1, lambda error: told.told.append(("broken", error)))
+    told.submit("c")
+    store.gate.set()
+    await commits.idle()
+    assert told.names == "abc"
+    assert [type(error) for name, error in told.told if name == "broken"] == [Internal]
+
+
+@pytest.mark.parametrize("error", [Unavailable("no room"), ValueError("a secret detail")])
+async def test_a_transaction_that_fails_fails_for_all_that_are_in_it(
+    slow: tuple[Slow, Commits, Told], error: Exception
+) -> None:
+    store, commits, told = slow
+    store.gate.clear()
+    told.submit("a", size=HUGE)
+    await inside(store)
+    told.submit("b", Batch(deletes=["x"]))
+    told.submit("c")
+    told.submit("d", Batch(puts=[("x", b"1")]))  # not together with what deletes it
+    told.submit("e")
+    store.error = error
+    store.gate.set()
+    await commits.idle()
+    store.error = None
+    assert [name for name, _ in told.told] == [*"abcde"]
+    said = [why for _, why in told.told]
+    assert {type(why) for why in said} == {Unavailable if isinstance(error, Unavailable) else Internal}
+    assert said[1] is said[2]
+    assert said[3] is said[4]
+    assert "secret" not in "".join(str(why) for why in said)
+    told.submit("f")
+    await commits.idle()
+    assert told.names == "f", "it goes on"
+
+
+async def test_it_says_when_it_is_full_and_when_it_is_not_any_more(
+    slow: tuple[Slow, Commits, Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_WAITING", 5)
+    store, commits, told = slow
+    rooms: list[bool] = []
+    commits.on_room(lambda: rooms.append(commits.is_full))
+    store.gate.clear()
+    monkeypatch.setattr(commits, "_per_record_s", 1.0)
+    told.submit("a", size=4)
+    await inside(store)
+    full = [commits.is_full]
+    told.submit("b", size=0)
+    full.append(commits.is_full)
+    assert full == [False, True], "one of no records counts as well"
+    store.gate.set()
+    await commits.idle()
+    assert rooms == [False]
+    assert commits.is_idle
+
+
+async def test_to_end_it_makes_what_is_left(slow: tuple[Slow, Commits, Told]) -> None:
+    store, commits, told = slow
+    store.gate.clear()
+    told.submit("a", size=HUGE)
+    await inside(store)
+    told.submit("b")
+    assert commits.close(0.01) is False
+    store.gate.set()
+    assert commits.close(WAIT_S) is True
+    await commits.idle()
+    assert told.names == "ab"
+    assert store.get("b") == b"record"
+
+
+async def test_it_learns_what_a_record_costs_in_place() -> None:
+    store = Slow()
+    commits = Commits(store)
+    assert commits.may_commit_here(100)
+    for _ in range(100):
+        commits._learn(100, 1.0)
+    assert not commits.may_commit_here(100)
+    for _ in range(300):
+        commits._learn(100, 1e-6)
+    assert commits.may_commit_here(100)
+    assert commits.close(0)
+
+
+# --- together is as one by one ----------------------------------------------------------------------------------------
+
+ids = st.sampled_from("abc")
+some = st.lists(ids, max_size=2)
+stones = st.builds(
+    Tombstone, ids, st.sampled_from([End.EXPIRED, End.CLOSED]), st.just(1.0), request_id=st.integers(0, 99)
+)
+batches = st.builds(
+    Batch,
+    puts=st.lists(st.tuples(ids, st.binary(min_size=1, max_size=2)), max_size=2),
+    deletes=some,
+    forgets=some,
+    tombstones=st.lists(stones, max_size=2),
+    counts=st.lists(st.tuples(st.sampled_from("mn"), st.integers(-2, 2)), max_size=2),
+)
+
+
+def content(store: Store) -> list[object]:
+    found: list[object] = [(i, store.get(i), store.tombstone(i)) for i in "abc"]
+    return [*found, store.count(), store.count_of("m"), store.count_of("n")]
+
+
+def together(batches: Sequence[Batch]) -> list[Batch]:
+    items = [module._Item(Batch, 1, lambda _error: None) for _ in batches]
+    for item, batch in zip(items, batches, strict=True):
+        item.batch = batch
+    groups = module._groups(items)
+    assert [item for group in groups for item in group] == items
+    return [module._merged([item.batch for item in group]) for group in groups]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(batches, min_size=2, max_size=8))
+def test_together_is_as_one_by_one(batches: list[Batch]) -> None:
+    one_by_one, merged = MemoryStore(), MemoryStore()
+    for batch in batches:
+        one_by_one.commit(batch)
+    for batch in together(batches):
+        merged.commit(batch)
+    assert content(merged) == content(one_by_one)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(batches, min_size=1, max_size=6), min_size=1, max_size=6))
+def test_so_it_is_on_disk(runs: list[list[Batch]]) -> None:
+    one_by_one = MemoryStore()
+    with tempfile.TemporaryDirectory() as folder:
+        store = LmdbStore(Path(folder), durability="async", clock=ManualClock())
+        for batches in runs:
+            for batch in batches:
+                one_by_one.commit(batch)
+            for batch in together(batches):
+                store.commit(batch)
+            assert content(store) == content(one_by_one)
+        store.close()
+
+
+def test_what_has_nothing_to_do_with_each_other_is_one_transaction() -> None:
+    made = [Batch(puts=[(f"s{i}", b"1")], forgets=[f"s{i}"], counts=[("m", 1)]) for i in range(100)]
+    ended = [Batch(deletes=[f"t{i}"], tombstones=[Tombstone(f"t{i}", End.CLOSED, 1.0)]) for i in range(100)]
+    assert len(together([*made, *ended])) == 1
+    assert len(together([*ended, *made])) == 1
+    assert len(together([*ended, Batch(puts=[("t5", b"1")])])) == 2
+    assert len(together([*ended, Batch(forgets=["t5"])])) == 2
