@@ -113,7 +113,7 @@ class PrometheusObserver(Observer):
         self._pass_seconds = _Histogram("stepwell_pass_seconds", "Duration of a pass.", model, _SECONDS)
         self._stages = _Histogram(
             "stepwell_stage_seconds",
-            "Seconds of a change by stage: wait (for its pass), total (until its answer).",
+            "Seconds of a change by stage: wait (for its pass), commit (for the store), total (until its answer).",
             ("model", "stage"),
             _SECONDS,
         )
@@ -221,7 +221,14 @@ def _gauges(stats: Sequence[ModelStats]) -> list[Metric]:
         families.append(family)
     waiting = max((model.queued_bytes for model in stats), default=0)  # each says the sum over all models
     text = "Bytes of the inputs that wait for a pass, over all models."
-    return [*families, GaugeMetricFamily("stepwell_queued_bytes", text, value=waiting)]
+    commits = max((model.uncommitted for model in stats), default=0)
+    return [
+        *families,
+        GaugeMetricFamily("stepwell_queued_bytes", text, value=waiting),
+        GaugeMetricFamily(
+            "stepwell_uncommitted", "Sessions whose changes wait for the store.", value=commits
+        ),
+    ]
 
 
 class _Collector:

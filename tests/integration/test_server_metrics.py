@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -95,3 +96,18 @@ def _check_log(lines: list[dict[str, Any]]) -> None:
     ]
     assert steps == [("Step", "user 42", "OK")] * 3 + [("Step", "user 42", "ABORTED")]
     assert all(line["duration_ms"] > 0 for line in requests)
+
+
+@pytest.mark.parametrize("durability", ["sync", "async"])
+def test_commits_are_timed_where_sessions_are_kept_on_disk(tmp_path: Path, durability: str) -> None:
+    arguments = ("--metrics-listen", "127.0.0.1:0", "--log-format", "json", "--durability", durability)
+    with serve(*arguments, "--data-dir", str(tmp_path / "data")) as server:
+        address = json.loads(server.wait_for_log('"metrics"'))["address"]
+        channel, stub = connect(server)
+        with channel:
+            _do_something(stub)
+        values = _scrape(address)
+    # of the steps of several time steps; a lone single step's commit is in its total
+    assert values["stepwell_stage_seconds_count", frozenset({"forecast", "commit"})] == 3
+    assert values["stepwell_sessions", frozenset({"forecast"})] == 3
+    assert values["stepwell_uncommitted", frozenset()] == 0

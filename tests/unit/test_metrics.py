@@ -6,7 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from stepwell_server.engine.engine import ModelStats
 from stepwell_server.metrics import PrometheusObserver
 
-_STATS = [ModelStats("m", 3, 2, 1, 70), ModelStats("n", 0, 0, 0, 70)]
+_STATS = [ModelStats("m", 3, 2, 1, 70, 5), ModelStats("n", 0, 0, 0, 70, 5)]
 
 
 class Samples:
@@ -72,3 +72,4 @@ def test_gauges_are_those_of_the_moment() -> None:
     assert samples["stepwell_queued_changes", "m"] == 1
     assert samples["stepwell_sessions", "n"] == 0
     assert samples[("stepwell_queued_bytes",)] == 70
+    assert samples[("stepwell_uncommitted",)] == 5

@@ -65,6 +65,11 @@ class Commits:
         return not self._waiting
 
     @property
+    def waiting(self) -> int:
+        """Sessions whose changes wait for the store."""
+        return self._waiting
+
+    @property
     def is_full(self) -> bool:
         """So much waits for the store that no more should be done until some of it is kept."""
         return self._waiting >= MOST_WAITING

@@ -69,7 +69,8 @@ class ModelCompletion:
 
         def answer(error: ServerError | None) -> None:
             now = self._clock.monotonic()
-            self._observer.stage(model.name, "commit", now - ended, len(change.handles))
+            if self._keeper.is_durable:
+                self._observer.stage(model.name, "commit", now - ended, len(change.handles))
             self._answer(change, [job for _, job in jobs], outputs, error, now)
 
         free = self._keeper.keep(change, answer)

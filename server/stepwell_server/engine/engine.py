@@ -70,6 +70,8 @@ class ModelStats:
     """Rows and changes that wait for a pass or for their session."""
     queued_bytes: int
     """Bytes of inputs that wait, over all models."""
+    uncommitted: int = 0
+    """Sessions whose changes wait for the store, over all models."""
 
 
 class Engine:
@@ -407,6 +409,7 @@ class Engine:
                 resident_rows=model.slots.resident,
                 queued=self._admission.waiting(model.index),
                 queued_bytes=self._admission.bytes_waiting,
+                uncommitted=self._commits.waiting,
             )
             for model in self._models
         ]

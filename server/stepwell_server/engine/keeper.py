@@ -58,6 +58,11 @@ class Keeper:
         self.drop: Callable[[Handles, ServerError], None] = _nobody
         """Takes sessions whose rows are not what the store holds out of the arena. Set by who can."""
 
+    @property
+    def is_durable(self) -> bool:
+        """Changes are kept by the store before they are true."""
+        return self._commits.is_durable
+
     def keep(self, change: Change, answer: Answer) -> Handles:
         """Make a change true and have its callers answered, now or later.
 
