@@ -56,8 +56,8 @@ class IdleWatch:
 
     def _take_slot(self, slot: int, current: int, now: float) -> Handles:
         handles = np.frombuffer(self._slots.pop(slot), np.intp)
-        # a handle may have been given to another session, which is in a slot of its own
-        handles = handles[self._table.due[handles] == slot]
+        # a handle may have been given to another session, which is in a slot of its own, or in this one once more
+        handles = np.unique(handles[self._table.due[handles] == slot])
         idle = self.too_long(handles, now)
         stay = handles[~idle]
         self._put(stay, np.maximum(self._slot_of(self._table.used[stay]), current))
