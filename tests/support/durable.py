@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import shutil
+import os
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
@@ -43,6 +43,7 @@ class Troubled:
         self._errors: deque[tuple[Exception, bool]] = deque()
         self._open = threading.Event()
         self._open.set()
+        self._stalls_behind = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.store, name)
@@ -51,9 +52,13 @@ class Troubled:
         """Let the next commits fail; `kept`: but what they were to keep is kept."""
         self._errors.extend([(error, kept)] * times)
 
-    def stall(self) -> None:
-        """Commits that begin from now on do not come back, until `go_on`. None is made in place any more."""
+    def stall(self, *, kept: bool = False) -> None:
+        """Commits that begin from now on do not come back, until `go_on`; `kept`: but they are kept before.
+
+        None is made in place any more.
+        """
         self.waits_for_disk = True
+        self._stalls_behind = kept
         self.inside.clear()
         self._open.clear()
 
@@ -62,10 +67,12 @@ class Troubled:
 
     def commit(self, batch: Batch) -> None:
         self.tried.append(batch)
+        error, kept = self._errors.popleft() if self._errors else (None, True)
+        if self._stalls_behind and kept:
+            self.store.commit(batch)
         self.inside.set()
         assert self._open.wait(WAIT_S), "the test did not let the store go on"
-        error, kept = self._errors.popleft() if self._errors else (None, True)
-        if kept:
+        if kept and not self._stalls_behind:
             self.store.commit(batch)
         if error is not None:
             raise type(error)(*error.args)  # a new one: it collects a traceback
@@ -115,8 +122,9 @@ class Disk:
         """End the process as `kill -9` does: the next one finds what is in the files now, and another clock."""
         old = self.store
         folder = STORES.folder / f"disk-{next(_NUMBERS)}"
-        # LMDB's file is whole between two commits, and a commit that is under way here is one that has not begun
-        shutil.copytree(old.store._folder.parent, folder)
+        (folder / "sessions").mkdir(parents=True)
+        # what a commit that is under way has written so far is not part of it
+        old.store._environment.copy(os.fspath(folder / "sessions"))
         self.clock = ManualClock(monotonic=5.0 + next(_NUMBERS), now=self.clock.now() + away_s)
         self.store = Troubled(self._opened(folder))
 

@@ -63,12 +63,13 @@ def test_a_handle_that_was_given_to_another_session_is_that_ones() -> None:
 def test_a_handle_that_was_given_away_at_once_is_due_once() -> None:
     table = SessionTable()
     watch = IdleWatch(table, LIMIT_S, started=0.0)
-    for session_id in "abc":
+    for session_id in "ab":
         handles = add(table, session_id, used=3.0)
         watch.watch(handles)
-        if session_id != "c":
-            table.remove(int(handles[0]))
-    table.used[handles] = 100.0
+        table.remove(int(handles[0]))
+    c = add(table, "c", used=3.0)
+    watch.watch(c)
+    table.used[c] = 100.0
     assert not len(watch.take_due(3.0 + LIMIT_S + 1)), "it moves on"
     assert names(table, watch.take_due(1000.0)) == ["c"]
 
