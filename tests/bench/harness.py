@@ -327,8 +327,13 @@ def compared(
 
 def resident_bytes(pid: int) -> int:
     """Resident memory of a process."""
+    return status_bytes(pid, "VmRSS")
+
+
+def status_bytes(pid: int, name: str) -> int:
+    """What the kernel says of a process's memory, under one of its names for that."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS"))
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{name}:"))
 
 
 def describe_machine(generator: Generator) -> dict[str, str]:
