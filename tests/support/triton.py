@@ -24,14 +24,16 @@ from support import models
 _SCENARIOS = Path(__file__).with_name("triton_scenarios.py")
 #: Model of the zoo by the name it is served under.
 ZOO = {
-    "acc": "integer_accumulator",
     "lstm": "lstm_dense",
     "multi": "several_inputs_and_outputs",
     "plain": "stateless",
     "tokens": "embedding_mask_zero",
 }
+#: An accumulator of three integers.
+ACC = "acc"
 #: Accumulators of one number, by the type of their input: `acc_int64` and so on.
 DTYPES = ("bool", "int8", "int16", "int64", "uint8", "uint32", "uint64", "float16", "float32", "float64")
+NAMES = (ACC, *ZOO, *(f"acc_{dtype}" for dtype in DTYPES))
 
 
 def environment() -> Path:
@@ -90,19 +92,20 @@ def keras_model(name: str) -> Any:
     """The Keras model that is served under a name."""
     if name in ZOO:
         return models.build(ZOO[name])
-    return accumulator(name.removeprefix("acc_"))
+    return accumulator("int32", 3) if name == ACC else accumulator(name.removeprefix("acc_"), 1)
 
 
-def accumulator(dtype: str) -> Any:
-    """A model that adds up one number a step; no weights, no Dense layer."""
+def accumulator(dtype: str, features: int) -> Any:
+    """A model that adds up its input; no weights, no Dense layer."""
     from stepwell_server.compile.tensorflow_setup import keras
     from support.custom_layers import Accumulator
 
     # Keras takes int8 as a layer's dtype for a way to quantize it.
     total = "int32" if dtype in {"bool", "int8"} else dtype
-    x = keras.Input((None, 1), dtype=dtype, name="x")
-    rnn = keras.layers.RNN(Accumulator(1, dtype=total), return_sequences=True, name="sum", dtype=total)
-    return keras.Model(x, rnn(x))
+    # Named, because Keras's own names depend on what was made before in this process.
+    x = keras.Input((None, features), dtype=dtype, name="x")
+    cell = Accumulator(features, dtype=total)
+    return keras.Model(x, keras.layers.RNN(cell, return_sequences=True, name="sum", dtype=total)(x))
 
 
 def save_and_compile(folder: Path) -> tuple[dict[str, Path], Path]:
@@ -110,8 +113,7 @@ def save_and_compile(folder: Path) -> tuple[dict[str, Path], Path]:
     from stepwell_server.compile import cache
     from stepwell_server.compile.pipeline import compile_model
 
-    names = [*ZOO, *(f"acc_{dtype}" for dtype in DTYPES)]
-    paths = {name: folder / f"{name}.keras" for name in names}
+    paths = {name: folder / f"{name}.keras" for name in NAMES}
     for name, path in paths.items():
         keras_model(name).save(path)
         key = cache.cache_key(path, ("support.custom_layers",))
@@ -126,9 +128,8 @@ def serve(
     folder: Path, *arguments: str, only: tuple[str, ...] = (), data_dir: Path | None = None
 ) -> Iterator[LocalServer]:
     """Serve the models that `save_and_compile` has left in `folder`, or only some of them."""
-    names = only or (*ZOO, *(f"acc_{dtype}" for dtype in DTYPES))
     server = LocalServer(
-        models={name: folder / f"{name}.keras" for name in names},
+        models={name: folder / f"{name}.keras" for name in only or NAMES},
         data_dir=data_dir,
         cache_dir=folder / "cache",
         extra_args=["--import", "support.custom_layers", *arguments],

@@ -29,7 +29,7 @@ from tritonclient.utils import InferenceServerException
 TIMEOUT_S = 20.0
 FEATURES = 3
 #: Input and output of the model `acc`.
-X, Y = "input_layer", "sum"
+X, Y = "x", "sum"
 _SCENARIOS: dict[str, Callable[..., Any]] = {}
 
 
