@@ -21,6 +21,7 @@ _DETAILS_KEY = "grpc-status-details-bin"
 #: The table. An error has the code of the nearest of its classes that is in here.
 CODES: dict[type[errors.ServerError], grpc.StatusCode] = {
     errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
+    # Also for what no session's id can be: only where a session gets its id is it looked at as such.
     errors.SessionGone: grpc.StatusCode.NOT_FOUND,
     errors.SessionExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.RevisionConflict: grpc.StatusCode.ABORTED,
