@@ -181,7 +181,7 @@ def test_sessions_are_listed_page_by_page(stub: Stub) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         stub.ListSessions(pb.ListSessionsRequest(page_token="page-03"), timeout=_TIMEOUT_S)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "page_token must be the next_page_token of another page; got 'page-03'" in caught.value.details()
+    assert "page_token must be the next_page_token of another page; got 'page-03'" in str(caught.value)
     with pytest.raises(grpc.RpcError, match="page_size must be at most 10000; got 10001"):
         stub.ListSessions(pb.ListSessionsRequest(page_size=10_001), timeout=_TIMEOUT_S)
 
