@@ -67,6 +67,7 @@ async def test_how_a_session_ended_is_remembered(disk: Disk, elsewhere: str) -> 
         at.engine.expire_idle()
         wanted = ["SessionExpired", "SessionNotFound", "SessionNotFound", "SessionNotFound", "SessionLost"]
         assert await ends(at, "idle", "closed", mine, "never", elsewhere) == wanted
+        await at.settled()
         disk.kill()
     async with disk.engine(max_session_idle_s=IDLE_S) as at:
         assert await ends(at, "idle", "closed", mine, "never", elsewhere) == wanted
