@@ -86,6 +86,28 @@ def test_the_start_counts_as_use() -> None:
     assert names(table, watch.take_due(1000.1 + LIMIT_S)) == ["a"]
 
 
+def test_those_that_are_due_come_in_parts_and_what_happens_between_two_parts_counts() -> None:
+    table = SessionTable()
+    watch = IdleWatch(table, LIMIT_S, started=0.0)
+    handles = add(table, *[f"s{i}" for i in range(10)])
+    watch.watch(handles)
+    now = LIMIT_S + 1
+    parts = watch.take_due_in_parts(lambda: now, 4)
+    assert names(table, next(parts)) == ["s0", "s1", "s2", "s3"]
+    table.used[handles[4]] = now
+    table.claimed[handles[5]] = True
+    table.remove(int(handles[6]))
+    (again,) = add(table, "again", used=now)
+    assert again == handles[6]
+    watch.watch(np.array([again]))
+    assert names(table, next(parts)) == ["s7"]
+    assert names(table, next(parts)) == ["s8", "s9"]
+    assert next(parts, None) is None
+    table.claimed[handles[5]] = False
+    assert names(table, watch.take_due(now)) == ["s5"]
+    assert names(table, watch.take_due(2 * now)) == ["again", "s4"]
+
+
 def test_without_a_limit_nothing_is_watched() -> None:
     table = SessionTable()
     watch = IdleWatch(table, 0.0, started=0.0)

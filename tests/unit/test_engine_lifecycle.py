@@ -437,6 +437,22 @@ async def test_a_reader_that_is_cancelled_as_the_session_goes_takes_nothing_from
         at.hooks.open_gate()
 
 
+async def test_many_idle_sessions_expire_a_few_at_a_time() -> None:
+    async with running(max_session_idle_s=60) as at:
+        await at.open(*[f"s{i}" for i in range(10)])
+        at.clock.advance(61)
+        parts = at.engine._directory.expire_idle_in_parts(4)
+        assert next(parts) == 4
+        assert await gone(at, "s0") == "SessionExpired"
+        assert await gone(at, "s9") == "SessionExpired", "whoever names it need not wait for its turn"
+        assert list(parts) == [4, 1]
+        assert sorted(name for what, name in at.events.sessions if what == "expired") == [
+            f"s{i}" for i in range(10)
+        ]
+        await at.settled()
+        assert at.engine.stats()[0].sessions == 0
+
+
 async def test_a_session_that_is_idle_too_long_expires() -> None:
     async with running(max_session_idle_s=60) as at:
         await at.open("a", "b", "c")

@@ -8,7 +8,9 @@ each is looked at a few times per time limit, however often anybody asks.
 from __future__ import annotations
 
 import math
+import sys
 from array import array
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -47,15 +49,24 @@ class IdleWatch:
 
     def take_due(self, now: float) -> Handles:
         """The sessions that have been idle for too long; they are not watched any more."""
-        found = [np.zeros(0, np.intp)]
-        if self._max_idle_s:
-            current = math.floor(now / self._slot_s)
-            due = [slot for slot in self._slots if slot <= current]
-            found += [self._take_slot(slot, current, now) for slot in due]
-        return np.concatenate(found)
+        parts = self.take_due_in_parts(lambda: now, sys.maxsize)
+        return np.concatenate([np.zeros(0, np.intp), *parts])
 
-    def _take_slot(self, slot: int, current: int, now: float) -> Handles:
-        handles = np.frombuffer(self._slots.pop(slot), np.intp)
+    def take_due_in_parts(self, now: Callable[[], float], most: int) -> Iterator[Handles]:
+        """As `take_due`, at most so many at a time: between two parts sessions may be used, or go.
+
+        To be gone through to the end: what it has not come to yet is in no slot meanwhile.
+        """
+        if not self._max_idle_s:
+            return
+        current = math.floor(now() / self._slot_s)
+        for slot in [slot for slot in self._slots if slot <= current]:
+            watched = self._slots.pop(slot, array("q"))
+            for start in range(0, len(watched), most):
+                yield self._take(watched[start : start + most], slot, current, now())
+
+    def _take(self, watched: array[int], slot: int, current: int, now: float) -> Handles:
+        handles = np.frombuffer(watched, np.intp)
         # a handle may have been given to another session, which is in a slot of its own, or in this one once more
         handles = np.unique(handles[self._table.due[handles] == slot])
         idle = self.too_long(handles, now)

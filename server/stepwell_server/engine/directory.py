@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -230,11 +231,20 @@ class Directory:
 
     def expire_idle(self) -> int:
         """Delete the sessions that are, or were, in the table and are idle for too long; return how many."""
+        return sum(self.expire_idle_in_parts(sys.maxsize))
+
+    def expire_idle_in_parts(self, most: int) -> Iterator[int]:
+        """As `expire_idle`, at most so many at a time, so that others get a turn; how many each time.
+
+        To be gone through to the end.
+        """
         strays = self._expire_strays()
-        due = self.idle.take_due(self._clock.monotonic()).tolist()
-        if due:
-            self._expire(due)
-        return len(due) + strays
+        if strays:
+            yield strays
+        for due in self.idle.take_due_in_parts(self._clock.monotonic, most):
+            if len(due):
+                self._expire(due.tolist())
+                yield len(due)
 
     def expire_untouched(self, found: Iterable[tuple[str, Header | None]]) -> int:
         """Delete those of the store's sessions that nobody has named since the start; return how many.

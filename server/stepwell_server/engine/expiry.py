@@ -39,7 +39,8 @@ class Expiry:
         """Expire sessions until cancelled; without a time limit there is nothing to do."""
         while self._max_idle_s:
             await asyncio.sleep(max(_SHORTEST_S, self._max_idle_s / _TICKS))
-            self._directory.expire_idle()
+            for _ in self._directory.expire_idle_in_parts(_AT_ONCE):
+                await asyncio.sleep(_PAUSE_S)  # others come first
             await self._sweep_all()
 
     async def _sweep_all(self) -> None:
