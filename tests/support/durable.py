@@ -68,11 +68,12 @@ class Troubled:
     def commit(self, batch: Batch) -> None:
         self.tried.append(batch)
         error, kept = self._errors.popleft() if self._errors else (None, True)
-        if self._stalls_behind and kept:
+        behind = self._stalls_behind  # as it is now: another stall may begin while this one lasts
+        if kept and behind:
             self.store.commit(batch)
         self.inside.set()
         assert self._open.wait(WAIT_S), "the test did not let the store go on"
-        if kept and not self._stalls_behind:
+        if kept and not behind:
             self.store.commit(batch)
         if error is not None:
             raise type(error)(*error.args)  # a new one: it collects a traceback
