@@ -55,6 +55,11 @@ class Plan:
     memory_sessions: int
     seconds: float
 
+    @property
+    def on_disk(self) -> str:
+        """The sessions on disk, as lines name them."""
+        return f"{self.sessions:,} on disk"
+
 
 class Report:
     """Collects lines and says how far it is."""
@@ -105,12 +110,14 @@ async def open_all(many: ManySessions, count: int, report: Report, kind: str) ->
     report.add(f"{kind}: a step meanwhile, p99", "ms", quantile_ms(watch.latencies, 0.99))
 
 
-async def step_in_frames(many: ManySessions, among: Places | int, seconds: float) -> float:
+async def step_in_frames(
+    many: ManySessions, among: Places | int, seconds: float, tasks: int = TASKS
+) -> float:
     """Frames of random sessions from several tasks; returns steps/s."""
     began = time.perf_counter()
     until = began + seconds
-    tasks = [many.frames(np.random.default_rng(task), FRAME, among, until) for task in range(TASKS)]
-    steps = sum(await asyncio.gather(*tasks))
+    lines = [many.frames(np.random.default_rng(task), FRAME, among, until) for task in range(tasks)]
+    steps = sum(await asyncio.gather(*lines))
     return steps / (time.perf_counter() - began)
 
 
@@ -185,17 +192,24 @@ async def load(many: ManySessions, plan: Plan, report: Report, kind: str, hot: P
     await quiet.measure(many, hot, cold[: len(cold) // 2], 2 * plan.seconds)
     quiet.say(report, f"{kind}, alone", (_AT_MOST, 5.0))
     beside = Singles()
-    frames = asyncio.create_task(step_in_frames(many, hot, plan.seconds))
+    frames = asyncio.create_task(step_in_frames(many, hot, plan.seconds, tasks=1))
     await beside.measure(many, hot, cold[len(cold) // 2 :], plan.seconds)
-    await frames
-    beside.say(report, f"{kind}, beside frames of resident sessions", None)
+    rate = await frames
+    report.say(f"beside {rate:,.0f} steps/s in frames of {FRAME} resident sessions, one in flight:")
+    beside.say(report, f"{kind}, beside frames", None)
 
 
-def memory_lines(server: LocalServer, sessions: int, before: int, report: Report, kind: str) -> None:
+def memory_lines(
+    server: LocalServer,
+    sessions: int,
+    before: int,
+    report: Report,
+    kind: str,
+    limit: tuple[str, float] | None = None,
+) -> None:
     """What the server takes now, and what each session added."""
     assert server.pid is not None
     whole, own = memory_of(server.pid)
-    limit = (_AT_MOST, 2.0) if kind == "lmdb" else None
     report.add(f"{kind}: resident memory", "GiB", whole / 2**30, limit)
     report.add(f"{kind}: of this its own, not pages of the file", "GiB", own / 2**30)
     report.add(f"{kind}: its own by session", "B", (own - before) / sessions)
@@ -214,14 +228,15 @@ async def restart(
     many: ManySessions, server: LocalServer, plan: Plan, report: Report, hot: Places, cold: Places
 ) -> None:
     """Kill the server, start it again, and see what is there."""
+    kind = plan.on_disk
     server.kill()
     began = time.perf_counter()
     server.restart()
     ready = time.perf_counter()
-    report.add("lmdb, killed: exec to ready", "s", ready - began, (_AT_MOST, 10.0))
+    report.add(f"{kind}, killed: exec to ready", "s", ready - began, (_AT_MOST, 10.0))
     await many.reconnect()
     await many.step(int(cold[-1]))
-    report.add("lmdb, killed: exec to the answer of an old session", "s", time.perf_counter() - began)
+    report.add(f"{kind}, killed: exec to the answer of an old session", "s", time.perf_counter() - began)
     rng = np.random.default_rng(2)
     checked = np.unique(np.concatenate([rng.choice(len(many.ids), CHECKED), hot[:CHECKED], cold[:CHECKED]]))
     for place in checked.tolist():
@@ -234,7 +249,7 @@ async def restart(
     rng.shuffle(unnamed)
     first = Singles()
     await first.measure(many, hot, unnamed, plan.seconds)
-    first.say(report, "lmdb, not named since the start", None)
+    first.say(report, f"{kind}, not named since the start", None)
     await name_many(many, server, plan, report, unnamed[len(first.cold) :])
 
 
@@ -250,7 +265,8 @@ async def name_many(
         return
     await many.step_all(some, FRAME)
     grown = memory_of(server.pid)[1] - before
-    report.add(f"lmdb: memory by session named since the start, {len(some):,}", "B", grown / len(some))
+    kind = plan.on_disk
+    report.add(f"{kind}: memory by session named since the start, {len(some):,}", "B", grown / len(some))
 
 
 # --- the whole ---
@@ -258,6 +274,7 @@ async def name_many(
 
 async def durable(plan: Plan, report: Report) -> None:
     """All sessions, on disk."""
+    kind = plan.on_disk
     with disk.data_folder() as folder:
         report.lines.append(dataclasses.replace(disk.flush_line([disk.flush_ms(folder)]), section=SECTION))
         options = ["--resident-rows", str(plan.resident_rows), "--durability", plan.durability]
@@ -265,20 +282,20 @@ async def durable(plan: Plan, report: Report) -> None:
             assert server.pid is not None
             before = memory_of(server.pid)[1]
             async with ManySessions(server.address, at_most=plan.sessions) as many:
-                await open_all(many, plan.sessions, report, "lmdb")
+                await open_all(many, plan.sessions, report, kind)
                 hot, cold = pick(plan, plan.sessions)
-                await load(many, plan, report, "lmdb", hot, cold)
-                await list_pages(many, report, "lmdb")
-                memory_lines(server, plan.sessions, before, report, "lmdb")
+                await load(many, plan, report, kind, hot, cold)
+                await list_pages(many, report, kind)
+                memory_lines(server, plan.sessions, before, report, kind, (_AT_MOST, 2.0))
                 used = disk.bytes_used(folder)
-                report.add("lmdb: on the disk", "GiB", used / 2**30)
-                report.add("lmdb: on the disk by session", "B", used / plan.sessions)
+                report.add(f"{kind}: on the disk", "GiB", used / 2**30)
+                report.add(f"{kind}: on the disk by session", "B", used / plan.sessions)
                 await restart(many, server, plan, report, hot, cold)
 
 
 async def volatile(plan: Plan, report: Report) -> None:
     """Fewer sessions, in memory."""
-    kind = f"memory, {plan.memory_sessions:,} sessions"
+    kind = f"{plan.memory_sessions:,} in memory"
     with harness.serve("small", extra_args=["--resident-rows", str(plan.resident_rows)]) as server:
         assert server.pid is not None
         before = memory_of(server.pid)[1]

@@ -1,6 +1,7 @@
 """Draw docs/performance/*.png and fill in the tables of docs/performance.md, from what was last measured.
 
-Reads out/bench/compare.json and out/bench/sweep.json, which compare.py and sweep.py have written. The tables go
+Reads out/bench/compare.json and out/bench/sweep.json, which compare.py and sweep.py have written, and
+out/bench/million.json of million.py where it is there. The tables go
 between the page's `<!-- measured: NAME -->` and `<!-- end -->`; the rest of the page is left as it is.
 """
 
@@ -196,6 +197,38 @@ def others_table(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def section(lines: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    """The lines of one table or, without a name, of the first ones."""
+    return [line for line in lines if line.get("section", "") == name]
+
+
+def whole_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """All lines, with their targets where they have one."""
+    rows = [
+        "| case | Stepwell | compared with | ratio | to reach | reached |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for line in lines:
+        ours = f"{number(line['ours'])} {line['unit']}"
+        theirs = f"{line['baseline']}: {number(line['theirs'])}" if line["baseline"] else ""
+        limit = "" if line["target"] is None else f"{line['target'][0]} {line['target'][1]:g}"
+        reached = {True: "yes", False: "**no**", None: ""}[line["reached"]]
+        rows.append(f"| {line['case']} | {ours} | {theirs} | {number(line['ratio'])} | {limit} | {reached} |")
+    return "\n".join(rows)
+
+
+def million_blocks(document: Mapping[str, Any]) -> dict[str, str]:
+    """The tables of the run with very many sessions, and what it ran on."""
+    plan, machine = document["plan"], document["machine"]
+    return {
+        "million-run": (
+            f"Measured on {machine['date']} at commit `{machine['commit']}`, with"
+            f" {plan['resident_rows']:,} resident rows and durability {plan['durability']}."
+        ),
+        "million": whole_table(document["lines"]),
+    }
+
+
 def is_model(line: Mapping[str, Any]) -> bool:
     """Whether a line is one of those that show each model by itself."""
     return str(line["case"]).startswith(("small,", "medium,", "large,"))
@@ -245,12 +278,19 @@ def main() -> int:
             # Without the version of matplotlib, so that only other numbers make another file.
             figure.savefig(PLOTS / f"{name}.png", dpi=130, metadata={"Software": None})
             plt.close(figure)
+    first = section(compare["lines"], "")
     blocks = {
         "machine": machine_text(compare["machine"]),
-        "targets": targets_table(compare["lines"]),
-        "others": others_table(compare["lines"]),
-        "models": models_table(compare["lines"]),
+        "targets": targets_table(first),
+        "others": others_table(first),
+        "models": models_table(first),
     }
+    kept = section(compare["lines"], "stores")
+    if kept:
+        blocks["stores"] = whole_table(kept)
+    million = OUT / "million.json"
+    if million.exists():
+        blocks |= million_blocks(json.loads(million.read_text()))
     PAGE.write_text(fill_in(PAGE.read_text(encoding="utf-8"), blocks), encoding="utf-8")
     return 0
 
