@@ -227,7 +227,7 @@ def single(at: Harness) -> Any:
 async def test_who_waits_for_a_session_that_is_being_made_gets_it(disk: Disk) -> None:
     async with disk.engine() as at:
         await begin(at)
-        disk.store.stall()
+        disk.store.stall(kept=True)
         ask = at.engine.open_session
         first = await begun(ask("plain", session_id="new", request_id=1, must_be_new=True))
         await stalled(disk.store)
@@ -237,6 +237,8 @@ async def test_who_waits_for_a_session_that_is_being_made_gets_it(disk: Disk) ->
         among = await begun(at.engine.open_sessions("plain", session_ids=["newer", "new"]))
         await turns()
         assert not any(task.done() for task in (first, again, other, taken, among))
+        with pytest.raises(SessionNotFound):  # the store has it, but nobody was told
+            at.engine.session_info("new")
         disk.store.go_on()
         assert not (await first).replayed
         assert (await again).replayed
