@@ -180,7 +180,7 @@ async def _run(
         if metrics is not None:
             await asyncio.to_thread(metrics.close)
     finally:
-        if await engine.close():
+        if await engine.close(settings.drain_timeout_s):
             store.close()
         else:
             _log.warning("the store did not come back from a commit; what was not acknowledged may be lost")

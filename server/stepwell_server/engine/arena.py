@@ -100,9 +100,9 @@ class Arena:
         if lines is None:
             packed[...] = self.pack(rows).reshape(packed.shape)
             return
-        start = 0
+        start, where = 0, _as_slice(rows)
         for array in self._arrays:
-            part = _as_bytes(array[rows])
+            part = _as_bytes(array[where])
             lines[:, start : start + part.shape[1]] = part
             start += part.shape[1]
 
@@ -135,6 +135,14 @@ class Arena:
         """Set `rows` to the model's initial state."""
         for state, value in zip(self.states, self._initial, strict=True):
             state[rows] = value
+
+
+def _as_slice(rows: Rows) -> Rows | slice:
+    """Rows that follow one another as a slice, which numpy need not copy: those of a group mostly do."""
+    first = int(rows[0])
+    if int(rows[-1]) - first == len(rows) - 1 and (rows[1:] - rows[:-1] == 1).all():
+        return slice(first, first + len(rows))
+    return rows
 
 
 def _as_bytes(array: Array) -> npt.NDArray[np.uint8]:

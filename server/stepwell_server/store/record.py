@@ -178,7 +178,7 @@ class Sheet:
         heads = self._heads
         heads["revision"], heads["position"], heads["request_id"] = revisions, positions, request_ids
         heads["last_used"], heads["reply"] = last_used, replies
-        heads["checksum"] = list(map(crc32, self._bodies, self._seeds))
+        heads["checksum"] = np.fromiter(map(crc32, self._bodies, self._seeds), np.uint32, len(heads))
         return self._puts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,6 +16,9 @@ from stepwell_server.engine.executors.quiet import without_announcements
 from stepwell_server.program import Program, StateSpec, TensorSpec
 
 Array = npt.NDArray[np.generic]
+
+#: Runs of one size after which it is worth while to hold its arrays.
+_RUNS_UNTIL_HELD = 8
 
 
 def load(program: Program) -> Executor:
@@ -69,6 +73,8 @@ class LiteRTExecutor:
         made = {key: int(item["index"]) for key, item in runner.get_output_details().items()}
         del runner
         self._rows = 0
+        self._runs = 0
+        """Since the last resize."""
         self._given = given
         taken = set(given.values())
         self._in = _Tensors(self._interpreter, "in", program.inputs, given)
@@ -86,7 +92,8 @@ class LiteRTExecutor:
         for key, index in self._given.items():
             self._interpreter.resize_tensor_input(index, (rows, *specs[key]))
         self._interpreter.allocate_tensors()
-        for tensors in (self._in, self._state, self._out, self._next):
+        self._runs = 0
+        for tensors in self._tensors:
             tensors.resize(rows)
         self._rows = rows
 
@@ -119,6 +126,14 @@ class LiteRTExecutor:
             raise ExecutionError(str(error).strip()) from error
         self._out.settle()
         self._next.settle()
+        self._runs += 1
+        if self._runs == _RUNS_UNTIL_HELD:
+            for tensors in self._tensors:
+                tensors.hold()
+
+    @property
+    def _tensors(self) -> tuple[_Tensors, ...]:
+        return self._in, self._state, self._out, self._next
 
     def outputs(self) -> Sequence[Array]:
         """Views of the outputs of the last step."""
@@ -152,8 +167,11 @@ class _Tensors:
         ]
         self._own = [index is None or index in (taken or ()) for index in found]
         self._buffers: list[Array] = []
+        self._held: list[Array] | None = None
 
     def resize(self, rows: int) -> None:
+        self._held = None
+        self._is_static = all(read is None or _has_memory(read) for read in self._read)
         self._buffers = [
             np.zeros((rows if own else 0, *spec.shape), spec.dtype)
             for spec, own in zip(self._specs, self._own, strict=True)
@@ -164,8 +182,38 @@ class _Tensors:
             if own and read is not None:
                 np.copyto(buffer, read())
 
+    def hold(self) -> None:
+        """From now on until the next resize give out the same arrays, instead of making them each time.
+
+        LiteRT places the tensors of a graph when they are allocated, and moves them at the next allocation
+        only. It moves those whose size it learns while it runs ("dynamic" ones) at any run; they, and what
+        comes after them in the graph, have no memory before the first run, and are not held.
+        """
+        if self._is_static:
+            self._held = [_unbound(view) for view in self.views()]
+
     def views(self) -> list[Array]:
+        if self._held is not None:
+            return self._held
         return [
             buffer if own or read is None else read()
             for read, own, buffer in zip(self._read, self._own, self._buffers, strict=True)
         ]
+
+
+def _has_memory(read: Callable[[], Array]) -> bool:
+    """Whether a tensor has its place before the first run."""
+    try:
+        read()
+    except ValueError:  # "Tensor data is null"
+        return False
+    return True
+
+
+def _unbound(view: Array) -> Array:
+    """The same memory as an array that does not keep the interpreter from running."""
+    if not view.size:
+        return view.copy()
+    memory = (ctypes.c_char * view.nbytes).from_address(view.__array_interface__["data"][0])
+    unbound: Array = np.ndarray(view.shape, view.dtype, memoryview(memory))
+    return unbound
