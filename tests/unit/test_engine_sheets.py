@@ -38,16 +38,31 @@ async def test_a_group_that_steps_again_shares_a_sheet_and_each_record_is_its_ow
             await check_stored(at, ids)
         assert len(at.engine._keeper._sheets._kept) == 1
         some = ids[5:30]
-        await at.submit(some, x(len(some), seed=9)).all()
+        for seed, kept in ((9, 1), (10, 2)):
+            await at.submit(some, x(len(some), seed=seed)).all()
+            await check_stored(at, ids)
+            assert len(at.engine._keeper._sheets._kept) == kept
+
+
+async def test_sessions_that_come_together_once_leave_no_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sheets, "_MOST_SEEN", 3)
+    async with running() as at:
+        ids = [f"s{i}" for i in range(COUNT)]
+        await at.engine.open_sessions("plain", session_ids=ids)
+        for start in range(10):
+            await at.submit(ids[start:], x(COUNT - start, seed=start)).all()
         await check_stored(at, ids)
-        assert len(at.engine._keeper._sheets._kept) == 2
+        kept = at.engine._keeper._sheets
+        assert not kept._kept
+        assert len(kept._seen) == 3
 
 
 async def test_sessions_that_have_the_handles_of_others_get_a_sheet_of_their_own() -> None:
     async with running() as at:
         first = [f"old{i}" for i in range(COUNT)]
         await at.engine.open_sessions("plain", session_ids=first)
-        await at.submit(first, x(COUNT)).all()
+        for seed in range(2):
+            await at.submit(first, x(COUNT, seed=seed)).all()
         before = at.engine._table.find_all(first).tolist()
         await at.engine.close_sessions(first)
         at.clock.advance(5)
@@ -67,7 +82,8 @@ async def test_sheets_are_kept_within_their_bytes(monkeypatch: pytest.MonkeyPatc
         ids = [f"s{i}" for i in range(COUNT)]
         await at.engine.open_sessions("plain", session_ids=ids)
         for start in range(0, 20, 2):
-            await at.submit(ids[start:], x(COUNT - start, seed=start)).all()
+            for seed in (start, start + 1):
+                await at.submit(ids[start:], x(COUNT - start, seed=seed)).all()
         await check_stored(at, ids)
         kept = at.engine._keeper._sheets
         assert 0 < sum(sheet.byte_count for _, sheet in kept._kept.values()) == kept._bytes <= 20_000

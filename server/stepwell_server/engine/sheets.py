@@ -15,6 +15,8 @@ from stepwell_server.store.record import Sheet
 _WORTH_KEEPING = 16
 #: Bytes of all sheets that are kept.
 _MOST_BYTES = 32 << 20
+#: So many sets of sessions are known by sight: a sheet is kept when its sessions come the second time.
+_MOST_SEEN = 4096
 
 _Key = tuple[int, bytes]
 
@@ -26,6 +28,7 @@ class Sheets:
         self._table = table
         self._kept: OrderedDict[_Key, tuple[npt.NDArray[np.uint64], Sheet]] = OrderedDict()
         self._bytes = 0
+        self._seen: OrderedDict[int, None] = OrderedDict()
 
     def of(self, model: ServedModel, handles: Handles) -> Sheet:
         """A sheet for sessions of one batch size, to be filled.
@@ -43,12 +46,27 @@ class Sheets:
         if found is not None:
             self._bytes -= self._kept.pop(key)[1].byte_count
         sheet = self._lay_out(model, handles)
+        if self._is_first(hash(key)):
+            return sheet
         self._kept[key] = (births, sheet)
         self._bytes += sheet.byte_count
         while self._bytes > _MOST_BYTES:
             _, (_, oldest) = self._kept.popitem(last=False)
             self._bytes -= oldest.byte_count
         return sheet
+
+    def _is_first(self, key: int) -> bool:
+        """Whether sessions come together for the first time, as far as that is known.
+
+        Those that do so by chance would push out those that will again, and the garbage collector looks at
+        every record of every sheet that is kept.
+        """
+        is_first = key not in self._seen
+        self._seen[key] = None
+        self._seen.move_to_end(key)
+        if len(self._seen) > _MOST_SEEN:
+            self._seen.popitem(last=False)
+        return is_first
 
     def _lay_out(self, model: ServedModel, handles: Handles) -> Sheet:
         table = self._table
