@@ -108,6 +108,16 @@ def test_those_that_are_due_come_in_parts_and_what_happens_between_two_parts_cou
     assert names(table, watch.take_due(2 * now)) == ["again", "s4"]
 
 
+def test_what_a_look_that_ended_early_has_not_come_to_is_due_the_next_time() -> None:
+    table = SessionTable()
+    watch = IdleWatch(table, LIMIT_S, started=0.0)
+    watch.watch(add(table, "a", "b", "c"))
+    parts = watch.take_due_in_parts(lambda: LIMIT_S + 1, 1)
+    assert names(table, next(parts)) == ["a"]
+    del parts
+    assert names(table, watch.take_due(LIMIT_S + 1)) == ["b", "c"]
+
+
 def test_without_a_limit_nothing_is_watched() -> None:
     table = SessionTable()
     watch = IdleWatch(table, 0.0, started=0.0)

@@ -55,15 +55,22 @@ class IdleWatch:
     def take_due_in_parts(self, now: Callable[[], float], most: int) -> Iterator[Handles]:
         """As `take_due`, at most so many at a time: between two parts sessions may be used, or go.
 
-        To be gone through to the end: what it has not come to yet is in no slot meanwhile.
+        Where this ends early, the others are due the next time.
         """
         if not self._max_idle_s:
             return
         current = math.floor(now() / self._slot_s)
         for slot in [slot for slot in self._slots if slot <= current]:
             watched = self._slots.pop(slot, array("q"))
-            for start in range(0, len(watched), most):
-                yield self._take(watched[start : start + most], slot, current, now())
+            at = 0
+            try:
+                while at < len(watched):
+                    some = watched[at : at + most]
+                    at += most
+                    yield self._take(some, slot, current, now())
+            finally:
+                if at < len(watched):
+                    self._slots.setdefault(slot, array("q")).extend(watched[at:])
 
     def _take(self, watched: array[int], slot: int, current: int, now: float) -> Handles:
         handles = np.frombuffer(watched, np.intp)
