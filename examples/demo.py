@@ -83,14 +83,15 @@ async def live(session: AsyncSession, log: Log, progress: Progress) -> None:
     for hour in progress.track(range(HOURS), description=log.title):
         forecast = await next_hour(session, weather[hour : hour + 1])
         log.next_hour.append(float(forecast[0, 0]))
+        if hour == HOURS // 2:
+            log.half_way.set()
         if hour >= HISTORY and hour % LOOK_AHEAD_EVERY == 0:
             log.next_day[hour] = await look_ahead(session, forecast, log.user.first_hour + hour)
 
 
 async def crash(server: LocalServer, log: Log, console: Console) -> None:
     """Kill the server (`kill -9`) while a user is half way, and start it again; nobody's session notices."""
-    while len(log.next_hour) < HOURS // 2:
-        await asyncio.sleep(0.01)
+    await log.half_way.wait()
     await asyncio.to_thread(server.kill)
     await asyncio.to_thread(server.restart)
     console.print(f"killed at hour {len(log.next_hour)} of {log.user.name}, and started again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,8 @@ class Log:
     """Forecast made at each hour for the hour after it."""
     next_day: dict[int, list[float]] = field(default_factory=dict)
     """Hour -> forecast made there for the next 24 hours."""
+    half_way: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when half of the hours have been fed to the session."""
 
     @property
     def title(self) -> str:

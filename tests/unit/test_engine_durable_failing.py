@@ -72,14 +72,12 @@ async def test_what_is_not_kept_has_not_happened(
     async with disk.engine(**options) as at:
         before = await begin(at)
         resident = at.slots().resident
-        # a step that ran alone is tried once more the general way, which is where the caller hears of it
-        disk.store.fail(RuntimeError("a secret detail") if unexpected else AWAY, 2)
+        disk.store.fail(RuntimeError("a secret detail") if unexpected else AWAY)
         await fails(call(at), Internal if unexpected else Unavailable)
         await at.settled()
         at.check_books()
         assert at.slots().resident <= resident
         assert (await everything(at)) == before
-        disk.store._errors.clear()
         answer = await call(at)
         assert answer is False or not answer.replayed
         again = await call(at)
@@ -99,12 +97,22 @@ async def test_a_change_that_was_kept_though_the_store_failed_is_answered_when_i
     async with disk.engine(**options) as at:
         await begin(at)
         disk.store.fail(AWAY, kept=True)
-        try:
-            found = await CHANGES[name](at)  # a lone step looks again by itself
-        except Unavailable:
-            found = await CHANGES[name](at)
+        await fails(CHANGES[name](at))
+        found = await CHANGES[name](at)
         same_reply(found, wanted)
         assert len(disk.store.tried) == 3 + 3 + 1, "it was kept once"
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_the_server_does_not_try_again_by_itself_what_may_have_been_kept(
+    disk: Disk, options: dict[str, Any], kept: bool
+) -> None:
+    async with disk.engine(**options) as at:
+        await begin(at)
+        disk.store.fail(AWAY, kept=kept)
+        await fails(at.single("a", x(1, seed=1)).only())
+        assert at.engine.session_info("b").revision == 1
+        assert (await at.engine.get_state("a")).session.revision == (2 if kept else 1)
 
 
 async def undisturbed(call: Change) -> Answer:

@@ -11,7 +11,7 @@ import pytest
 
 from stepwell_server.engine import commits
 from stepwell_server.engine.calls import Single
-from stepwell_server.errors import SessionExpired, SessionNotFound, Unavailable
+from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
 from support.durable import Disk, begun, everything, facts, kinds, stalled, x
 from support.engine import Harness
 
@@ -301,3 +301,30 @@ async def test_to_stop_waits_for_the_store_and_says_if_it_does_not_come_back(dis
         assert at.engine._commits.is_idle
         assert kinds(await answers.all()) == ["Answer"]
         assert await at.engine.close() is True
+
+
+async def test_what_would_wait_for_a_store_that_has_too_much_is_refused(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "MOST_WAITING", 1)
+    async with disk.engine() as at:
+        await begin(at)
+        before = await shown(at)
+        monkeypatch.setattr(at.engine._commits, "may_commit_here", lambda _size: False)
+        disk.store.stall()
+        first = await begun(at.submit("a", reset=True).only())
+        await stalled(disk.store)
+        for call in (
+            at.engine.open_session("plain", session_id="new"),
+            at.engine.open_sessions("plain", count=3),
+            at.engine.fork("b"),
+        ):
+            with pytest.raises(Overloaded, match="wait for the store must stay within 1"):
+                await call
+        with pytest.raises(Overloaded) as refused:
+            at.submit("b", reset=True)
+        assert refused.value.retry_after_s > 0
+        assert await shown(at) == before
+        disk.store.go_on()
+        await first
+        assert (await at.submit("b", reset=True).only()).revision == 2

@@ -76,6 +76,26 @@ async def test_sessions_that_have_the_handles_of_others_get_a_sheet_of_their_own
         assert at.store.count() == COUNT
 
 
+async def test_new_sessions_do_not_hold_the_outputs_of_whoever_had_their_rows() -> None:
+    async with running(resident_rows=COUNT) as at:
+        ids = [f"s{i}" for i in range(COUNT)]
+        await at.engine.open_sessions("plain", session_ids=ids)
+
+        def rows(session_id: str) -> bytes:
+            stored = at.store.get(session_id)
+            assert stored is not None
+            return decode(session_id, stored).rows
+
+        fresh = rows("s0")
+        await at.submit(ids, x(COUNT)).all()
+        assert rows("s0") != fresh
+        await at.engine.close_sessions(ids)
+        await at.engine.open_sessions("plain", session_ids=ids[:30])
+        await at.open("alone", "beside")
+        for session_id in (*ids[:30], "alone", "beside"):
+            assert rows(session_id) == fresh, session_id
+
+
 async def test_sheets_are_kept_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sheets, "_MOST_BYTES", 20_000)
     async with running() as at:

@@ -131,6 +131,11 @@ class Arena:
     def _arrays(self) -> tuple[Array, ...]:
         return (*self.states, *self.outputs)
 
+    def clear_outputs(self, rows: Rows) -> None:
+        """Forget the outputs of `rows`: they are those of whoever had the rows before."""
+        for output in self.outputs:
+            output[rows] = 0
+
     def reset(self, rows: Rows) -> None:
         """Set `rows` to the model's initial state."""
         for state, value in zip(self.states, self._initial, strict=True):

@@ -189,8 +189,7 @@ class Observer:
         """Many at once by OpenSessions; also told one by one for a single one: never both."""
 
     def stage(self, model: str, stage: str, seconds: float, count: int) -> None:
-        """`count` changes spent `seconds` each in `stage`: wait (for their pass),
-        commit (until the store that keeps them had them), total (until the answer)."""
+        """`count` changes spent `seconds` each in `stage`: wait (for a pass), commit (by a store on disk), total."""
 
     def pass_done(self, model: str, rows: int, time_steps: int, seconds: float) -> None:
         """A pass ran `rows` rows for `time_steps` time steps."""

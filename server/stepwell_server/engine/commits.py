@@ -14,7 +14,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
-from stepwell_server.errors import Internal, ServerError
+from stepwell_server.errors import Internal, Overloaded, ServerError
 from stepwell_server.store.base import Batch, Store
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ IN_PLACE_S = 1e-3
 MOST_TOGETHER = 8192
 #: So many sessions may wait for the store before passes wait too.
 MOST_WAITING = 32_768
+
+_RETRY_AFTER_S = 0.5
 
 Done = Callable[[ServerError | None], None]
 
@@ -73,6 +75,19 @@ class Commits:
     def is_full(self) -> bool:
         """So much waits for the store that no more should be done until some of it is kept."""
         return self._waiting >= MOST_WAITING
+
+    def require_room(self) -> None:
+        """Refuse what would wait for the store if too much does already.
+
+        Raises:
+            Overloaded: with the time after which to come again.
+        """
+        if self.is_full:
+            raise Overloaded(
+                f"sessions whose changes wait for the store must stay within {MOST_WAITING};"
+                f" {self._waiting} wait",
+                retry_after_s=_RETRY_AFTER_S,
+            )
 
     def may_commit_here(self, size: int) -> bool:
         """Whether so many records are committed in place."""

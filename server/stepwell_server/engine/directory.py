@@ -213,7 +213,10 @@ class Directory:
     def count(self, model: ServedModel) -> int:
         """How many sessions a model has."""
         if self._commits.is_durable:
-            return self._store.count_of(model.name)
+            try:
+                return self._store.count_of(model.name)
+            except Unavailable as error:
+                log.warning("the store could not be asked how many sessions it has: %s", error)
         return self._table.count(model.index)
 
     def remove(self, handle: int, event: str, error: ServerError) -> None:

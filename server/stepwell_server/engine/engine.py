@@ -181,6 +181,7 @@ class Engine:
             ModelNotFound, ModelMismatch, InvalidInput, SessionExists, Overloaded, Unavailable
         """
         self._require_accepting()
+        self._commits.require_room()
         return await self._opening.open(
             model,
             session_id=session_id,
@@ -202,6 +203,7 @@ class Engine:
     ) -> OpenedMany:
         """Open many sessions: all of them or none. Errors as of `open_session`."""
         self._require_accepting()
+        self._commits.require_room()
         return await self._opening.open_many(
             model, count=count, session_ids=session_ids, batch_size=batch_size, request_id=request_id
         )
@@ -247,6 +249,8 @@ class Engine:
             ServerError: the frame is refused as a whole; its sink gets nothing.
         """
         self._require_accepting()
+        if frame.reset:
+            self._commits.require_room()  # a step waits for its pass, and passes wait for the store
         self._admit_singles()
         self._take(frame)
 
@@ -353,6 +357,7 @@ class Engine:
             SessionGone, SessionExists, RevisionConflict, InvalidInput, Overloaded, DeadlineExceeded
         """
         self._require_accepting()
+        self._commits.require_room()
         self._admit_singles()
         return await self._opening.fork(
             session_id,

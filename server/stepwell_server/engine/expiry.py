@@ -39,11 +39,14 @@ class Expiry:
         """Expire sessions until cancelled; without a time limit there is nothing to do."""
         while self._max_idle_s:
             await asyncio.sleep(max(_SHORTEST_S, self._max_idle_s / _TICKS))
-            for _ in self._directory.expire_idle_in_parts(_AT_ONCE):
-                await asyncio.sleep(_PAUSE_S)  # others come first
-            await self._sweep_all()
+            try:
+                await self._expire_all()
+            except Exception:
+                log.exception("idle sessions could not be expired; the timer goes on")
 
-    async def _sweep_all(self) -> None:
+    async def _expire_all(self) -> None:
+        for _ in self._directory.expire_idle_in_parts(_AT_ONCE):
+            await asyncio.sleep(_PAUSE_S)  # others come first
         more = self.sweep()
         while more:
             await asyncio.sleep(_PAUSE_S)  # others come first
@@ -54,7 +57,11 @@ class Expiry:
 
         Each start does this once, when the time limit has passed: from then on all others are in the table.
         """
-        if self._after is None or self._clock.monotonic() - self._started <= self._max_idle_s:
+        if (
+            not self._max_idle_s
+            or self._after is None
+            or self._clock.monotonic() - self._started <= self._max_idle_s
+        ):
             return False
         try:
             found = self._store.scan(after=self._after, limit=_AT_ONCE)

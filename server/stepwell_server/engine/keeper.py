@@ -104,10 +104,11 @@ class Keeper:
 
     def keep_one(
         self, model: ServedModel, handle: int, revision: int, position: int, request_id: int, kept: Kept
-    ) -> bool:
-        """Make a change of one session of batch size 1 true, at once; False if the store cannot keep it.
+    ) -> ServerError | None:
+        """Make a change of one session of batch size 1 true, at once.
 
-        In that case the session is dropped, as in `keep`.
+        Returns:
+            Why it never will be; the session is dropped then, as in `keep`.
         """
         table = self._table
         if self._commits.is_durable:
@@ -128,14 +129,15 @@ class Keeper:
                 ).encode(session_id)
                 self._commits.commit_here(Batch(puts=((session_id, record),)), 1)
             except Exception as error:  # whatever it is: the row has moved on, and the session has not
-                self.drop(np.array([handle]), reason(error))
-                return False
+                why = reason(error)
+                self.drop(np.array([handle]), why)
+                return why
         table.revision[handle] = revision
         table.position[handle] = position
         table.request_id[handle] = request_id
         table.used[handle] = self._clock.monotonic()
         model.replies.remember_rows(handle, kept)
-        return True
+        return None
 
     def records(self, change: Change, last_used: float) -> list[tuple[str, Stored]]:
         """What the store keeps of a change, by session id."""

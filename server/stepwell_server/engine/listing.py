@@ -14,6 +14,8 @@ from stepwell_server.store.record import Header
 
 #: Records looked at before others get a turn.
 _AT_ONCE = 2000
+#: The same where ids are enough.
+_IDS_AT_ONCE = 10_000
 
 
 class Listing:
@@ -29,26 +31,38 @@ class Listing:
         if model:
             self._directory.model(model)  # raises
         if self._store.is_volatile:
-            return self._page_of_table(model, prefix, after, limit)
+            return await self._page_of_table(model, prefix, after, limit)
         return await self._page_of_store(model, prefix, after, limit), await self._total(model, prefix)
 
-    def _page_of_table(
+    async def _page_of_table(
         self, model: str, prefix: str, after: str, limit: int
     ) -> tuple[list[SessionInfo], int]:
         wanted = self._directory.model(model).index if model else None
-        fitting = [
-            session_id
-            for session_id, handle in self._table.items()
-            if session_id.startswith(prefix) and (wanted is None or self._table.model[handle] == wanted)
-        ]
-        page = heapq.nsmallest(limit, (session_id for session_id in fitting if session_id > after))
-        found = [self._info(session_id, None) for session_id in page]
-        return [info for info in found if info is not None], len(fitting)
+        ids = self._table.ids()
+        page: list[str] = []
+        total = 0
+        for start in range(0, len(ids), _IDS_AT_ONCE):
+            if start:
+                await asyncio.sleep(0)
+            fitting = [
+                session_id
+                for session_id in ids[start : start + _IDS_AT_ONCE]
+                if session_id.startswith(prefix) and (wanted is None or self._is_of(session_id, wanted))
+            ]
+            total += len(fitting)
+            page = heapq.nsmallest(limit, page + [session_id for session_id in fitting if session_id > after])
+        found = [self._info(session_id, None) for session_id in page if session_id in self._table]
+        return [info for info in found if info is not None], total
+
+    def _is_of(self, session_id: str, model: int) -> bool:
+        handle = self._table.find(session_id)  # None: it is gone since
+        return handle is not None and bool(self._table.model[handle] == model)
 
     async def _page_of_store(self, model: str, prefix: str, after: str, limit: int) -> list[SessionInfo]:
         found: list[SessionInfo] = []
         while len(found) < limit:
-            some = self._store.scan(after=after, prefix=prefix, limit=min(_AT_ONCE, limit))
+            at_once = _AT_ONCE if model else min(_AT_ONCE, limit - len(found))
+            some = self._store.scan(after=after, prefix=prefix, limit=at_once)
             if not some:
                 break
             for session_id, header in some:
@@ -63,6 +77,12 @@ class Listing:
         if not prefix:
             return self._store.count_of(model) if model else self._store.count()
         total, after = 0, ""
+        while not model:
+            count, after = self._store.count_some(after=after, prefix=prefix, limit=_IDS_AT_ONCE)
+            if not count:
+                return total
+            total += count
+            await asyncio.sleep(0)
         while some := self._store.scan(after=after, prefix=prefix, limit=_AT_ONCE):
             total += sum(model in {"", header.model if header else ""} for _, header in some)
             after = some[-1][0]

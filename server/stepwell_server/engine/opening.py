@@ -83,6 +83,7 @@ class Opening:
             self._require_not_gone(name)
         values = _checked_state(model, state, batch_size)
         rows = self._pager.take(model, batch_size)
+        model.arena.clear_outputs(rows)
         if values is None:
             model.arena.reset(rows)
         else:
@@ -114,6 +115,7 @@ class Opening:
         fitting = (model.slots.resident_limit - model.slots.resident) // batch_size
         rows = model.slots.take_resident(min(fitting, len(ids)) * batch_size)
         assert rows is not None, "there is room for as many"
+        model.arena.clear_outputs(rows)
         model.arena.reset(rows)
         await self._creation.create(model, ids, batch_size, rows, Fresh(opened_with=request_id))
         self._observer.sessions_opened(model.name, len(ids))

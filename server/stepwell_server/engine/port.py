@@ -10,6 +10,7 @@ from stepwell_server.engine.calls import Array, Select, StepReply
 from stepwell_server.engine.plain import PlainIntake, PlainSteps
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.engine.solo import Solo
+from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 
 
@@ -90,7 +91,7 @@ class PlainPort:
         request_id: int,
         select: Select,
         with_time: bool,
-    ) -> StepReply | None:
+    ) -> StepReply | ServerError | None:
         """See `Solo.run`; only while `is_free`."""
         if not self._ran_alone:
             self._ran_alone = True

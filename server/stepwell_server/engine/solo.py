@@ -18,6 +18,7 @@ from stepwell_server.engine.checks import is_float
 from stepwell_server.engine.keeper import Keeper
 from stepwell_server.engine.replies import Kept
 from stepwell_server.engine.served import ServedModel
+from stepwell_server.errors import ServerError
 
 
 class Solo:
@@ -44,11 +45,12 @@ class Solo:
         request_id: int,
         select: Select,
         with_time: bool,
-    ) -> StepReply | None:
+    ) -> StepReply | ServerError | None:
         """Run a step whose inputs have the model's dtypes and shapes, `(1, ...)` each.
 
         Returns:
-            None if it has to go the general way; nothing has changed then.
+            None if it has to go the general way; nothing has changed then. An error if the store did not keep
+            the step, or perhaps did: it must not be run again by the server itself.
         """
         if not self._may_run(handle, arrays, expected, request_id):
             return None
@@ -61,8 +63,8 @@ class Solo:
         self._model.arena.keep_row_outputs(row, outputs)
         kept = _kept(select, with_time=with_time)
         reply = self._keep(handle, request_id, kept)
-        if reply is None:
-            return None
+        if isinstance(reply, ServerError):
+            return reply
         reply.outputs = self._outputs(kept, outputs)
         self._observer.stepped_alone(self._model.name, self._clock.monotonic() - started)
         return reply
@@ -82,13 +84,11 @@ class Solo:
             if may_be_infinite
         )
 
-    def _keep(self, handle: int, request_id: int, kept: Kept) -> StepReply | None:
-        """Make the step true; None if the store did not keep it: the general way says so."""
+    def _keep(self, handle: int, request_id: int, kept: Kept) -> StepReply | ServerError:
         table = self._table
         revision, position = int(table.revision[handle]) + 1, int(table.position[handle]) + 1
-        if not self._keeper.keep_one(self._model, handle, revision, position, request_id, kept):
-            return None
-        return StepReply(revision, position, {}, replayed=False)
+        error = self._keeper.keep_one(self._model, handle, revision, position, request_id, kept)
+        return error or StepReply(revision, position, {}, replayed=False)
 
     def _outputs(self, kept: Kept, outputs: Sequence[Array]) -> dict[str, Array]:
         if kept is Kept.EMPTY:

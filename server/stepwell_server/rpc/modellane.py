@@ -182,6 +182,9 @@ class ModelLane:
         )
         if reply is None:
             return False
+        if isinstance(reply, ServerError):
+            caller.fail_plain(item.frame_id, known.size, reply)
+            return True
         outputs = reply.outputs
         form = known.form(outputs)
         written = form.write_one(item.frame_id, reply.revision, reply.position, tuple(outputs.values()))
