@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepwell_server.engine import listing
 from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -521,7 +522,7 @@ async def test_a_session_of_another_server_process_is_lost_and_not_unknown() -> 
         assert await gone(first, session_id) == "SessionNotFound"
 
 
-async def test_sessions_are_listed_in_the_order_of_their_ids() -> None:
+async def test_sessions_are_listed_in_the_order_of_their_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running({"plain": PLAIN, "other": PLAIN}) as at:
         await at.open("b2", "a1", "b1", "c")
         await at.open("b3", model="other")
@@ -530,11 +531,13 @@ async def test_sessions_are_listed_in_the_order_of_their_ids() -> None:
             infos, total = await at.engine.list_sessions(**fields)
             return [info.session_id for info in infos], total
 
-        assert await listed() == (["a1", "b1", "b2", "b3", "c"], 5)
-        assert await listed(prefix="b") == (["b1", "b2", "b3"], 3)
-        assert await listed(prefix="b", model="plain") == (["b1", "b2"], 2)
-        assert await listed(limit=2) == (["a1", "b1"], 5)
-        assert await listed(limit=2, after="b1") == (["b2", "b3"], 5)
+        for at_once in (10_000, 2):  # others get a turn after so many
+            monkeypatch.setattr(listing, "_IDS_AT_ONCE", at_once)
+            assert await listed() == (["a1", "b1", "b2", "b3", "c"], 5)
+            assert await listed(prefix="b") == (["b1", "b2", "b3"], 3)
+            assert await listed(prefix="b", model="plain") == (["b1", "b2"], 2)
+            assert await listed(limit=2) == (["a1", "b1"], 5)
+            assert await listed(limit=2, after="b1") == (["b2", "b3"], 5)
         with pytest.raises(ModelNotFound):
             await listed(model="x")
 

@@ -76,6 +76,10 @@ class SessionTable:
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._handles
 
+    def ids(self) -> list[str]:
+        """Ids of all live sessions."""
+        return list(self._handles)
+
     def items(self) -> ItemsView[str, int]:
         """Ids and handles of all live sessions."""
         return self._handles.items()

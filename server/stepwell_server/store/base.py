@@ -132,6 +132,9 @@ class Store(Protocol):
     def count_of(self, model: str) -> int:
         """How many sessions a model has, by the counts of all batches."""
 
+    def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
+        """How many sessions a `scan` would give, and the last one's id: faster, as no record is looked at."""
+
     def tombstone(self, session_id: str) -> Tombstone | None:
         """What is remembered of a session that is gone."""
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import operator
 import os
@@ -174,6 +175,15 @@ class LmdbStore:
         """See `base.Store`."""
         key = _count_key(model)
         return int(self._read("", lambda transaction: transaction.get(key, b"0", db=self._meta)))
+
+    def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
+        """See `base.Store`."""
+
+        def read(transaction: _Transaction) -> tuple[int, str]:
+            found = list(itertools.islice(_ids(transaction, self._sessions, after, prefix), limit))
+            return len(found), found[-1] if found else ""
+
+        return self._read("", read, buffers=True)
 
     def tombstone(self, session_id: str) -> Tombstone | None:
         """See `base.Store`."""
@@ -517,6 +527,21 @@ def _entries(
         session_id, record = _named(key, value)
         if key != start and session_id.startswith(prefix):
             yield session_id, record
+
+
+def _ids(transaction: _Transaction, sessions: Any, after: str, prefix: str) -> Iterator[str]:
+    """As `_entries`, but records are read only where an id is in one."""
+    start, shared = _key(after), prefix.encode()[:_KEPT_BYTES]
+    cursor = transaction.cursor(sessions)
+    if not cursor.set_range(max(start, shared) or b"\0"):
+        return
+    for key in cursor.iternext(keys=True, values=False):
+        name = bytes(key)
+        if not name.startswith(shared):
+            return
+        session_id = _named(key, cursor.value())[0] if _is_digest(key) else str(name, "utf-8", "replace")
+        if name != start and session_id.startswith(prefix):
+            yield session_id
 
 
 def _named(key: memoryview, value: memoryview) -> tuple[str, memoryview]:

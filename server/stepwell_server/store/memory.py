@@ -63,6 +63,12 @@ class MemoryStore:
         """See `base.Store`."""
         return self._counts[model]
 
+    def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
+        """See `base.Store`."""
+        fitting = (i for i in self._records if i.startswith(prefix) and i > after)
+        found = heapq.nsmallest(limit, fitting)
+        return len(found), found[-1] if found else ""
+
     def tombstone(self, session_id: str) -> Tombstone | None:
         """See `base.Store`."""
         return self._tombstones.get(session_id)
