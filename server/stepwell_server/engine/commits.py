@@ -26,6 +26,8 @@ MOST_TOGETHER = 8192
 #: So many sessions may wait for the store before passes wait too.
 MOST_WAITING = 32_768
 
+#: So many records tell what one costs, fewer what a commit costs.
+_MANY = 16
 _RETRY_AFTER_S = 0.5
 
 Done = Callable[[ServerError | None], None]
@@ -52,7 +54,7 @@ class Commits:
         self.is_durable = not store.is_volatile
         """Changes are to be committed before they are acknowledged; else the arena is all there is."""
         self._loop = asyncio.get_running_loop()
-        self._per_record_s = 4e-6
+        self._fixed_s, self._per_record_s = 20e-6, 1e-6
         self._waiting = 0
         self._queue: deque[_Item] = deque()
         self._may_take = threading.Condition()
@@ -93,7 +95,7 @@ class Commits:
         """Whether so many records are committed in place."""
         if self._store.is_volatile:
             return True
-        small = size * self._per_record_s <= IN_PLACE_S
+        small = self._fixed_s + size * self._per_record_s <= IN_PLACE_S
         return small and not self._waiting and not self._store.waits_for_disk
 
     def commit_here(self, batch: Batch, size: int) -> None:
@@ -188,7 +190,10 @@ class Commits:
             self._idle = None
 
     def _learn(self, size: int, seconds: float) -> None:
-        self._per_record_s += 0.1 * (seconds / size - self._per_record_s)
+        if size >= _MANY:
+            self._per_record_s += 0.2 * (max(0.0, seconds - self._fixed_s) / size - self._per_record_s)
+        else:
+            self._fixed_s += 0.2 * (max(1e-6, seconds - size * self._per_record_s) - self._fixed_s)
 
 
 def _keep(items: Sequence[_Item], commit: Callable[[Batch], None]) -> None:
