@@ -11,10 +11,14 @@ import grpc.aio
 from stepwell import _status
 from stepwell._flow import Call
 from stepwell.config import ClientConfig
-from stepwell.errors import ClosedError, StepwellError
+from stepwell.errors import ClosedError, StepwellError, UnavailableError
 from stepwell.v1 import models_pb2_grpc, sessions_pb2_grpc
 
 _MODEL_RPCS = frozenset({"ListModels", "GetModel", "Predict"})
+# When a message could not be written, grpc.aio ends the call with a status of its own making, INTERNAL, which takes
+# the place of the real one (mostly UNAVAILABLE; see `_StreamRequestMixin._write` there). Only such a status has this
+# for its debug string: that of one which came over the wire begins with its code.
+_FAILED_WRITE = 'Failed "execute_batch"'
 
 
 def options(config: ClientConfig) -> list[tuple[str, Any]]:
@@ -41,7 +45,14 @@ def closed() -> ClosedError:
 def translate(error: grpc.RpcError) -> StepwellError:
     """The error of a failed call. Both kinds of call carry code, details and trailing metadata."""
     failed: Any = error
+    if failed.code() is grpc.StatusCode.INTERNAL and _is_failed_write(failed):
+        return UnavailableError("the connection broke while a message was being sent")
     return _status.from_rpc(failed.code(), failed.details(), failed.trailing_metadata())
+
+
+def _is_failed_write(failed: Any) -> bool:
+    debug: str | None = failed.debug_error_string()
+    return debug is not None and debug.startswith(_FAILED_WRITE)
 
 
 class SyncTransport:

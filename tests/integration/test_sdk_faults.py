@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from stepwell import errors
+from support.proxy import Proxy
 from support.scripted_server import MODEL, Fault, ScriptedServer
 from support.shells import SHELLS, connect
 
@@ -418,3 +419,26 @@ async def test_a_handle_says_whether_it_resumed(client: Any) -> None:
     again = await client.open_session(MODEL, session_id="user-42")
     twin = await again.fork()
     assert (first.resumed, again.resumed, twin.resumed) == (False, True, False)
+
+
+async def test_connections_that_break_while_frames_are_written(server: ScriptedServer) -> None:
+    with Proxy(server.address, 1) as proxy:
+        async with connect("async", proxy.address, timeout_s=20.0) as client:
+            sessions = [await client.open_session(MODEL) for _ in range(16)]
+            stepped, over = asyncio.Event(), False
+
+            async def go(session: Any) -> None:
+                while not over:
+                    await session.step(X)
+                    stepped.set()
+
+            async with asyncio.TaskGroup() as tasks:
+                for session in sessions:
+                    tasks.create_task(go(session))
+                # about every eighth time grpc.aio finds a write failed before it is told that the stream is
+                for _ in range(60):
+                    stepped.clear()
+                    await stepped.wait()
+                    await asyncio.to_thread(proxy.be, "clean")
+                over = True
+    assert server.applied == sum(session.revision for session in sessions)

@@ -32,8 +32,6 @@ STATES = ("lstm/h", "lstm/c")
 PATIENCE_S = 60.0
 """Time limit of the calls that shall get through, over any number of restarts."""
 _SHORT_S = (0.005, 0.3)
-BROKEN_WRITE = "Internal error from Core"
-"""What grpc.aio says when a connection broke while it wrote. It is no defect of the server: the SDK ought to say UNAVAILABLE."""
 _MOST_HANDLES = 3
 _MOST_RESUMED = 16
 
@@ -52,8 +50,6 @@ def told(error: BaseException) -> Told:
     match error:
         case stepwell.UnavailableError() | stepwell.DeadlineExceededError():
             return Told(End(outcome=error.outcome, error=text), may_try_again=True)
-        case stepwell.InternalError() if BROKEN_WRITE in error.message:
-            return Told(End(outcome="unknown", error=text), may_try_again=True)
         case stepwell.OverloadedError():
             return Told(End(outcome="not_applied", error=text), may_try_again=True)
         case stepwell.RevisionConflictError():

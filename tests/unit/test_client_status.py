@@ -6,11 +6,13 @@ import copy
 import pickle
 
 import grpc
+import grpc.aio
 import pytest
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from stepwell import errors
+from stepwell._channel import translate
 from stepwell._status import BY_CODE, BY_REASON, DETAILS_KEY, from_message, from_rpc
 from stepwell.v1 import errors_pb2
 from stepwell_server import errors as server_errors
@@ -189,3 +191,30 @@ def test_errors_can_be_copied_and_sent_between_processes(make: object) -> None:
     other = make(error)  # type: ignore[operator]
     assert type(other) is type(error)
     assert (other.message, other.expected, other.actual, str(other)) == ("told", 1, 2, "told")
+
+
+@pytest.mark.parametrize(
+    ("debug", "kind"),
+    [
+        ('Failed "execute_batch": (<grpc._cython.cygrpc.SendMessageOperation object at 0x7f>,)', "broken"),
+        ("INTERNAL:Internal error from Core", "sent"),
+        ('INTERNAL:Failed "execute_batch"', "sent"),
+        ("", "sent"),
+        (None, "sent"),
+    ],
+)
+def test_a_failed_write_is_a_broken_connection(debug: str | None, kind: str) -> None:
+    """grpc.aio makes a status of its own of it; what a server sent, with whatever text, is the server's."""
+    failed = grpc.aio.AioRpcError(
+        grpc.StatusCode.INTERNAL,
+        grpc.aio.Metadata(),
+        grpc.aio.Metadata(),
+        "Internal error from Core",
+        debug,
+    )
+    error = translate(failed)
+    if kind == "broken":
+        assert isinstance(error, errors.UnavailableError)
+        assert error.outcome == "unknown"
+    else:
+        assert isinstance(error, errors.InternalError)
