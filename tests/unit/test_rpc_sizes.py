@@ -57,3 +57,15 @@ async def test_predictions(sizes: ReplySizes) -> None:
         sizes.predict(MODEL, _x(2, 200, 2))
     with pytest.raises(ModelNotFound):
         sizes.predict("other", _x(1, 1, 2))
+
+
+async def test_a_model_is_not_described_for_each_call(
+    sizes: ReplySizes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine counts a model's sessions to describe it, in the store where it must."""
+    asked: list[str] = []
+    monkeypatch.setattr(FakeEngine, "model", lambda _, name: asked.append(name))
+    monkeypatch.setattr(FakeEngine, "models", lambda _: asked.append("all"))
+    sizes.predict(MODEL, _x(1, 200, 2))
+    sizes.step(["a"], _x(1, 255, 2), Select.ALL)
+    assert asked == []

@@ -52,7 +52,9 @@ class ReplySizes:
     def __init__(self, engine: Engine, limit: int) -> None:
         self._engine = engine
         self._limit = limit
-        self._outputs = {model.name: _OutputSizes.of(model.program) for model in engine.models()}
+        # The models of a server stay the same. Not asked for each call: the engine counts sessions to describe one.
+        self._programs = {model.name: model.program for model in engine.models()}
+        self._outputs = {name: _OutputSizes.of(program) for name, program in self._programs.items()}
         largest = [sizes.of_rows(1, 1) for sizes in self._outputs.values()]
         self._largest_row = max(largest, default=0)
 
@@ -79,7 +81,7 @@ class ReplySizes:
             MessageTooLarge: more than the limit.
             ModelNotFound: no such model.
         """
-        program = self._engine.model(model).program
+        program = self._program(model)
         rows, time_steps = _extent(program, inputs)
         outputs = self._outputs[model].of_rows(rows, time_steps)
         self._check(outputs + rows * program.state_row_bytes + _REPLY_BYTES, "the prediction")
@@ -88,8 +90,12 @@ class ReplySizes:
         model = self._model_of(session_ids)
         if model is None:
             return 0  # none of them is there: there will be no outputs
-        rows, time_steps = _extent(self._engine.model(model).program, inputs)
+        rows, time_steps = _extent(self._program(model), inputs)
         return self._outputs[model].of_rows(rows, time_steps if select is Select.ALL else 1)
+
+    def _program(self, model: str) -> Program:
+        program = self._programs.get(model)
+        return self._engine.model(model).program if program is None else program  # says that there is none
 
     def _model_of(self, session_ids: Sequence[str]) -> str | None:
         """The model of the frame: that of its first session which is there."""
