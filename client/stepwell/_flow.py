@@ -126,9 +126,10 @@ class Attempter:
 
         return (yield from self._answered(ask, Attempts(self._policy, deadline, changes=changes)))
 
-    def step(self, step: Step) -> Flow[Stepped]:
-        """A step with its retries."""
-        return self._answered(lambda: step, Attempts(self._policy, step.deadline, changes=True))
+    def step(self, step: Step, *, in_doubt: bool = False) -> Flow[Stepped]:
+        """A step with its retries; `in_doubt` if it may have been applied before."""
+        attempts = Attempts(self._policy, step.deadline, changes=True, in_doubt=in_doubt)
+        return self._answered(lambda: step, attempts)
 
     def unary(self, step: Step) -> Call:
         """A step as a call of its own.
@@ -153,10 +154,19 @@ class Attempter:
         """One round of a frame, to be asked."""
         return Exchange(frame, deadline, on_part, self._max_message_bytes)
 
-    def exchange(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Flow[None]:
-        """A frame with its retries, until every member of it is applied or failed for good."""
+    def exchange(
+        self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None], *, in_doubt: bool = False
+    ) -> Flow[None]:
+        """A frame with its retries, until every member of it is applied or failed for good.
+
+        Args:
+            frame: The frame.
+            deadline: Covers all attempts.
+            on_part: Gets what is settled.
+            in_doubt: Its members may have been applied before.
+        """
         ask = self.ask(frame, deadline, on_part)
-        attempts = Attempts(self._policy, deadline, changes=True)
+        attempts = Attempts(self._policy, deadline, changes=True, in_doubt=in_doubt)
         try:
             while (error := (yield from _round(ask))) is not None:
                 yield Pause(attempts.failed(error))

@@ -70,12 +70,14 @@ class RetryPolicy:
 class Attempts:
     """The attempts of one call: decides after each failure whether to wait or to give up."""
 
-    def __init__(self, policy: RetryPolicy, deadline: Deadline, *, changes: bool) -> None:
+    def __init__(
+        self, policy: RetryPolicy, deadline: Deadline, *, changes: bool, in_doubt: bool = False
+    ) -> None:
         self._policy = policy
         self._deadline = deadline
         self._changes = changes
         self._made = 0
-        self._unknown = False
+        self._unknown = in_doubt
         self._last: errors.StepwellError | None = None
 
     def failed(self, error: errors.StepwellError) -> float:
