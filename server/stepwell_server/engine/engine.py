@@ -55,6 +55,7 @@ from stepwell_server.engine.warmup import warm_up
 from stepwell_server.errors import InvalidInput, ServerError, Unavailable
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
+from stepwell_server.store.record import Texts
 
 __all__ = ["Engine", "ModelStats", "OpenedMany"]
 
@@ -470,8 +471,8 @@ class Engine:
             observer=self._observer,
             max_batch_rows=max_batch_rows,
         )
-        replies = Replies(program, self._table, arena)
-        model = ServedModel(len(self._models), name, program, arena, slots, replies, loop)
+        replies, texts = Replies(program, self._table, arena), Texts(program.fingerprint, name)
+        model = ServedModel(len(self._models), name, program, arena, slots, replies, loop, texts)
         completion.model = model
         loop.pause_while(lambda: self._commits.is_full)
         self._commits.on_room(loop.wake)

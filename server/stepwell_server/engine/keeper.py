@@ -24,7 +24,7 @@ from stepwell_server.engine.served import ServedModel
 from stepwell_server.engine.sheets import Sheets
 from stepwell_server.errors import ServerError
 from stepwell_server.store.base import Batch
-from stepwell_server.store.record import Record, Stored
+from stepwell_server.store.record import Record, Stored, encode
 
 Answer = Callable[[ServerError | None], None]
 _NOBODY = np.zeros(0, np.intp)
@@ -114,19 +114,19 @@ class Keeper:
         if self._commits.is_durable:
             session_id = table.session_id(handle)
             try:
-                record = Record(
-                    fingerprint=model.program.fingerprint,
-                    model=model.name,
-                    batch_size=1,
-                    revision=revision,
-                    position=position,
-                    request_id=request_id,
-                    opened_with=int(table.opened_with[handle]),
-                    created=float(table.created[handle]),
-                    last_used=self._clock.now(),
-                    reply=kept,
-                    rows=model.arena.pack_row(int(table.row[handle])),
-                ).encode(session_id)
+                record = encode(
+                    session_id,
+                    model.texts,
+                    kept,
+                    revision,
+                    position,
+                    request_id,
+                    table.opened_with[handle],
+                    table.created[handle],
+                    self._clock.now(),
+                    1,
+                    model.arena.pack_row(int(table.row[handle])),
+                )
                 self._commits.commit_here(Batch(puts=((session_id, record),)), 1)
             except Exception as error:  # whatever it is: the row has moved on, and the session has not
                 why = reason(error)

@@ -9,6 +9,7 @@ from stepwell_server.engine.arena import Arena
 from stepwell_server.engine.loop import PassLoop
 from stepwell_server.engine.replies import Replies
 from stepwell_server.program import Program
+from stepwell_server.store.record import Texts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,3 +24,5 @@ class ServedModel:
     slots: Slots
     replies: Replies
     loop: PassLoop
+    texts: Texts
+    """Of its sessions' records."""

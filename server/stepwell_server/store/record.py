@@ -92,19 +92,57 @@ class Record(Header):
         Raises:
             ValueError: a part is too large to be stored.
         """
-        fingerprint, model = self.fingerprint.encode(), self.model.encode()
-        try:
-            head = _STRUCT.pack(
-                0, SCHEMA_VERSION, self.reply, len(fingerprint),
-                self.revision, self.position, self.request_id, self.opened_with, self.created, self.last_used,
-                self.batch_size, len(self.rows), len(self.extra), len(model), 0,
-            )  # fmt: skip
-        except struct.error as error:
-            raise ValueError(
-                f"a part of session {session_id!r} is too large to be stored: {error}"
-            ) from error
-        body = b"".join((head[_CHECKSUM_BYTES:], fingerprint, model, self.rows, self.extra))
-        return crc32(body, _seed(session_id)).to_bytes(_CHECKSUM_BYTES, "little") + body
+        return encode(
+            session_id,
+            Texts(self.fingerprint, self.model),
+            self.reply,
+            self.revision,
+            self.position,
+            self.request_id,
+            self.opened_with,
+            self.created,
+            self.last_used,
+            self.batch_size,
+            self.rows,
+            self.extra,
+        )
+
+
+class Texts:
+    """The texts of a model's records."""
+
+    __slots__ = ("data", "fingerprint_bytes", "model_bytes")
+
+    def __init__(self, fingerprint: str, model: str) -> None:
+        self.fingerprint_bytes, self.model_bytes = len(fingerprint.encode()), len(model.encode())
+        self.data = (fingerprint + model).encode()
+
+
+def encode(
+    session_id: str,
+    texts: Texts,
+    reply: int,
+    revision: int,
+    position: int,
+    request_id: int,
+    opened_with: int,
+    created: float,
+    last_used: float,
+    batch_size: int,
+    rows: bytes,
+    extra: bytes = b"",
+) -> bytes:
+    """`Record.encode` without a record: a lone step has no time for one."""
+    try:
+        head = _STRUCT.pack(
+            0, SCHEMA_VERSION, reply, texts.fingerprint_bytes,
+            revision, position, request_id, opened_with, created, last_used,
+            batch_size, len(rows), len(extra), texts.model_bytes, 0,
+        )  # fmt: skip
+    except struct.error as error:
+        raise ValueError(f"a part of session {session_id!r} is too large to be stored: {error}") from error
+    body = b"".join((head[_CHECKSUM_BYTES:], texts.data, rows, extra))
+    return crc32(body, _seed(session_id)).to_bytes(_CHECKSUM_BYTES, "little") + body
 
 
 class Puts(list[tuple[str, Stored]]):
@@ -142,7 +180,8 @@ class Sheet:
             row_bytes: bytes of a row, as `Arena.pack` lays it out.
             batch_size: rows of each session.
         """
-        text = np.frombuffer(fingerprint.encode() + model.encode(), np.uint8)
+        texts = Texts(fingerprint, model)
+        text = np.frombuffer(texts.data, np.uint8)
         start = HEADER.itemsize + len(text)
         size = start + batch_size * row_bytes
         buffer = np.zeros((len(session_ids), size), np.uint8)
@@ -152,7 +191,7 @@ class Sheet:
         heads = self._heads = buffer[:, : HEADER.itemsize].view(HEADER)[:, 0]
         heads["schema"], heads["batch_size"] = SCHEMA_VERSION, batch_size
         heads["rows_bytes"] = batch_size * row_bytes
-        heads["fingerprint_bytes"], heads["model_bytes"] = len(fingerprint.encode()), len(model.encode())
+        heads["fingerprint_bytes"], heads["model_bytes"] = texts.fingerprint_bytes, texts.model_bytes
         heads["opened_with"], heads["created"] = opened_with, created
         self.byte_count = buffer.nbytes
         flat = memoryview(buffer.reshape(-1).data)
