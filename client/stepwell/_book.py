@@ -78,16 +78,8 @@ class SessionBook:
 
     def failed(self, error: StepwellError) -> StepwellError:
         """The change has failed; the result is what to raise. Not called for a change that was cancelled."""
-        self._open = getattr(error, "outcome", "not_applied") == "unknown"
-        if self._in_doubt and isinstance(error, RevisionConflictError):
-            return RevisionConflictError(
-                f"{error.message}; an earlier change of this handle ended without an answer and may have been "
-                f"applied: refresh() takes over the server's revision, and the handle goes on from there",
-                expected=error.expected,
-                actual=error.actual,
-                reason=error.reason,
-            )
-        return error
+        self._open = _is_unknown(error)
+        return _told(error, in_doubt=self._in_doubt)
 
     def applied(self, revision: int, position: int) -> None:
         """The change is answered."""
@@ -102,6 +94,23 @@ class SessionBook:
         self.applied(session.revision, session.position)
 
 
+def _is_unknown(error: StepwellError) -> bool:
+    return getattr(error, "outcome", "not_applied") == "unknown"
+
+
+def _told(error: StepwellError, *, in_doubt: bool) -> StepwellError:
+    """The error of a change as its caller gets it, if an earlier one may have been applied."""
+    if not in_doubt or not isinstance(error, RevisionConflictError):
+        return error
+    return RevisionConflictError(
+        f"{error.message}; an earlier change of this handle ended without an answer and may have been "
+        f"applied: refresh() takes over the server's revision, and the handle goes on from there",
+        expected=error.expected,
+        actual=error.actual,
+        reason=error.reason,
+    )
+
+
 class GroupBook:
     """What this side knows of many sessions of one model and batch size."""
 
@@ -114,6 +123,9 @@ class GroupBook:
         self.positions = np.zeros(len(ids), np.uint64)
         self._pending: tuple[Change, Frame] | None = None
         self._all: Indexes = np.arange(len(ids))
+        # As in `SessionBook`, for each member.
+        self._open = np.zeros(len(ids), np.bool_)
+        self._in_doubt = np.zeros(len(ids), np.bool_)
 
     def members(self, change: Change) -> Indexes:
         """The members a change concerns."""
@@ -121,10 +133,13 @@ class GroupBook:
 
     def begin(self, change: Change) -> Frame:
         """The frame to send a change as. The same change again is a frame with the same request ids."""
+        members = self.members(change)
+        self._in_doubt[members] |= self._open[members]
+        self._open[members] = True
         if self._pending is not None and self._pending[0] == change:
             frame = self._pending[1].again()
         else:
-            frame = self._frame(change, self.members(change))
+            frame = self._frame(change, members)
         self._pending = (change, frame)
         return frame
 
@@ -135,15 +150,21 @@ class GroupBook:
         return Frame(change, ids, rows, self.revisions[members], new_request_ids(len(members)))
 
     def settle(self, change: Change, gathered: Gathered) -> None:
-        """Takes over what was applied; what failed stays pending."""
-        members = self.members(change)[gathered.applied]
+        """Takes over what was applied; what failed stays pending, with the errors to raise."""
+        concerned = self.members(change)
+        members = concerned[gathered.applied]
         self.revisions[members] = gathered.revisions[gathered.applied]
         self.positions[members] = gathered.positions[gathered.applied]
+        self._open[members] = self._in_doubt[members] = False
+        for i, error in gathered.failures.items():
+            self._open[concerned[i]] = _is_unknown(error)
+            gathered.failures[i] = _told(error, in_doubt=bool(self._in_doubt[concerned[i]]))
         if not gathered.failures:
             self._pending = None
 
     def refresh(self, sessions: Sequence[sessions_pb2.Session]) -> None:
         """Takes over what the server says."""
         self._pending = None
+        self._open[:] = self._in_doubt[:] = False
         self.revisions[:] = [session.revision for session in sessions]
         self.positions[:] = [session.position for session in sessions]

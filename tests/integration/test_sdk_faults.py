@@ -278,6 +278,21 @@ async def test_group_time_limit(client: Any, server: ScriptedServer) -> None:
     assert server.applied == 3
 
 
+async def test_another_change_of_a_group_after_an_unknown_outcome(
+    client: Any, server: ScriptedServer
+) -> None:
+    group = await client.open_sessions(MODEL, 3)
+    x = np.ones((3, 2), np.float32)
+    server.fail("StepStream", LOST, 1000)
+    with pytest.raises(GAVE_UP):
+        await group.step(x, timeout_s=0.2)
+    server._faults.clear()
+    with pytest.raises(errors.RevisionConflictError, match=r"earlier change of this handle.*refresh\(\)"):
+        await group.step(2 * x)
+    await group.refresh()
+    assert (await group.step(2 * x)).tolist() == (3 * x).tolist()
+
+
 async def test_with_blocks_close_what_has_no_name(client: Any, server: ScriptedServer) -> None:
     async with await client.open_session(MODEL) as session:
         async with await session.fork() as twin:

@@ -8,7 +8,7 @@ from stepwell._book import GroupBook, SessionBook, new_request_ids
 from stepwell._frames import Change, Frame, Gathered, Part
 from stepwell._inputs import pack_inputs
 from stepwell._retry import Deadline
-from stepwell.errors import RevisionConflictError, UnavailableError
+from stepwell.errors import RevisionConflictError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2
 
 
@@ -163,3 +163,44 @@ def test_group_change_of_some_members() -> None:
     result.add(Part(np.array([0, 1]), np.array([8, 9], np.uint64), np.zeros(2, np.uint64), {}, {}))
     book.settle(change, result)
     assert book.revisions.tolist() == [9, 0, 8]
+
+
+def fails(book: GroupBook, change: Change, failures: dict[int, StepwellError]) -> dict[int, StepwellError]:
+    """Make a change that fails for these; what their callers get."""
+    book.begin(change)
+    result = Gathered(3, 1)
+    applied = np.array([i for i in range(3) if i not in failures], np.intp)
+    ones = np.ones(len(applied), np.uint64)
+    result.add(Part(applied, ones, ones, {}, failures))
+    book.settle(change, result)
+    return result.failures
+
+
+def test_a_conflict_of_a_member_with_its_own_group_says_so() -> None:
+    book = group()
+    lost = {0: UnavailableError("lost"), 1: UnavailableError("full", outcome="not_applied")}
+    assert fails(book, wide(1), dict(lost)) == lost
+    told = fails(book, wide(2), {0: conflict(), 1: conflict(), 2: conflict()})
+    assert str(told[0]).startswith("revision is 5; an earlier change of this handle")
+    assert "refresh()" in str(told[0])
+    assert isinstance(told[0], RevisionConflictError)
+    assert (told[0].expected, told[0].actual, told[0].reason) == (4, 5, "REVISION_CONFLICT")
+    assert [str(told[i]) for i in (1, 2)] == ["revision is 5"] * 2
+    # it stays so until the book is right again
+    assert "refresh()" in str(fails(book, wide(3), {0: conflict()})[0])
+    book.refresh([sessions_pb2.Session(session_id=one) for one in book.ids])
+    assert str(fails(book, wide(4), {0: conflict()})[0]) == "revision is 5"
+
+
+def test_a_groups_change_that_nobody_settled_is_in_doubt() -> None:
+    book = group()
+    book.begin(Change("reset", (), rows=(2, 0)))  # cancelled
+    told = fails(book, wide(1), {i: conflict() for i in range(3)})
+    assert ["refresh()" in str(told[i]) for i in range(3)] == [True, False, True]
+
+
+def test_an_answered_change_of_a_group_leaves_no_doubt() -> None:
+    book = group()
+    fails(book, wide(1), {0: UnavailableError("lost")})
+    fails(book, wide(1), {})
+    assert str(fails(book, wide(2), {0: conflict()})[0]) == "revision is 5"
