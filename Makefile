@@ -48,7 +48,7 @@ test: $(INSTALLED) ## Run all tests; ARGS="tests/unit -k slots" runs some
 	$(BIN)/pytest $(ARGS)
 
 .PHONY: soak
-soak: $(INSTALLED) ## Kill servers a thousand times under load and check every change (half an hour; ARGS="--kills 50 --seed 7")
+soak: $(INSTALLED) ## Kill servers a thousand times under load and check every change (about ten minutes; ARGS="--kills 50 --seed 7")
 	$(BIN)/python tests/fault/soak.py $(ARGS)
 
 .PHONY: bench

@@ -27,7 +27,9 @@ class SessionGroup(Handle):
     error, its `.outputs` holds the outputs of the others (zeros for the failed), and the revisions of the
     others are taken over. The same call with the same arguments again finishes that change: members that
     have it answer with their first answer, the others apply it. A call with other arguments is a new
-    change of every member.
+    change of every member. To give up a change of unknown outcome, call `get_state`, which waits for each
+    member's turn, then `refresh`, which does not: alone it may return revisions from before a change that is
+    still under way and lands afterwards.
 
     **At the end of a `with` block** a group opened without ids is closed; a named one lives on.
 

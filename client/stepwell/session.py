@@ -82,6 +82,12 @@ class Session(Handle):
     a new change; if the unfinished one did get through, it raises `RevisionConflictError`, and `refresh`
     takes over the server's revision. The same holds after Ctrl-C.
 
+    To give up a change of unknown outcome, call `get_state`, then `refresh`. `refresh` alone does not wait:
+    while the change is still under way on the server it returns the old revision, and the change lands
+    afterwards, so that the next one raises `RevisionConflictError` after all. `get_state` waits for its turn,
+    behind the changes that the server has received. Where the connection broke a request may be received later
+    still; the same call again is what settles it for certain.
+
     **At the end of a `with` block** a session opened without an id is closed; a named one lives on.
 
     Example:
