@@ -79,6 +79,9 @@ def check(server: LocalServer, history: Path, full: Callable[[], object], room: 
         state = mine.get_state()
         assert np.array_equal(client.predict(MODEL, x)[0], y)
         assert client.session_info(mine.ids[0]).revision == 1
+        groups[0].close(timeout_s=10.0)
+        with pytest.raises(stepwell.SessionNotFoundError):
+            client.session_info(groups[0].ids[-1])
         room()
         assert np.array_equal(mine.get_state()["lstm/h"], state["lstm/h"])
         mine.reset_states()

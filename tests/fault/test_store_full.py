@@ -7,6 +7,7 @@ a small file system of its own, where a mount is allowed.
 from __future__ import annotations
 
 import os
+import random
 import resource
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ DISK_BYTES = 8 * MIB
 MOUNTED = 'mount -t tmpfs -o size=8m none "$1" && shift && exec "$@"'
 
 
-def record(session_id: str, revision: int) -> bytes:
+def record(session_id: str, revision: int, row_bytes: int = 5000) -> bytes:
     return Record(
         fingerprint="f" * 64,
         model="m",
@@ -40,22 +41,24 @@ def record(session_id: str, revision: int) -> bytes:
         created=0.0,
         last_used=0.0,
         reply=0,
-        rows=b"r" * 5000,
+        rows=b"r" * row_bytes,
     ).encode(session_id)
 
 
+@pytest.mark.parametrize("what", ["go-on", "close-many"])
 @pytest.mark.parametrize("durability", ["sync", "async"])
-def test_a_limit_on_files(tmp_path: Path, durability: str) -> None:
-    _run([sys.executable, __file__, "limit", durability, os.fspath(tmp_path)])
+def test_a_limit_on_files(tmp_path: Path, durability: str, what: str) -> None:
+    _run([sys.executable, __file__, what, "limit", durability, os.fspath(tmp_path)])
 
 
+@pytest.mark.parametrize("what", ["go-on", "close-many"])
 @pytest.mark.parametrize("durability", ["sync", "async"])
-def test_a_small_disk(tmp_path: Path, durability: str) -> None:
+def test_a_small_disk(tmp_path: Path, durability: str, what: str) -> None:
     prefix = ["unshare", "--mount"] if os.getuid() == 0 else ["unshare", "--mount", "--map-root-user"]
     probe = [*prefix, "sh", "-c", MOUNTED, "sh", os.fspath(tmp_path), "true"]
     if not shutil.which("unshare") or subprocess.run(probe, capture_output=True, check=False).returncode:
         pytest.skip("no mount is allowed here; test_a_limit_on_files fills the disk in the other way")
-    _run([*probe[:-1], sys.executable, __file__, "disk", durability, os.fspath(tmp_path)])
+    _run([*probe[:-1], sys.executable, __file__, what, "disk", durability, os.fspath(tmp_path)])
 
 
 def _run(command: list[str]) -> None:
@@ -155,6 +158,40 @@ def _go_on(store: LmdbStore, kept: dict[str, int]) -> None:
     store.sync()
 
 
+def check_closing(way: str, durability: Durability, path: Path) -> None:
+    """Close many sessions at once on a full disk, open others in their place, and again, without a restart."""
+    store = LmdbStore(path / "data", durability=durability, clock=SystemClock(), first_map_bytes=MIB)
+    full, room = limited() if way == "limit" else mounted(path)
+    full()
+    open_ones: list[str] = []
+    chance = random.Random(7)
+    for cycle in range(20):
+        opened = _open_until_full(store, open_ones, cycle)
+        # later the pages are less and less full, and only closing is sure to go on
+        assert opened >= (1000, 40, 40, *[0] * 20)[cycle], "there was room for some"
+        chance.shuffle(open_ones)  # so that each lies on a page of its own
+        gone, open_ones = open_ones[:60], open_ones[60:]
+        stones = [Tombstone(name, End.CLOSED, 0.0) for name in gone]
+        store.commit(Batch(deletes=gone, tombstones=stones, counts=[("m", -1)] * len(gone)))
+        require(store, dict.fromkeys(open_ones, 1))
+        assert store.count_of("m") == len(open_ones)
+    room()
+    assert _open_until_full(store, open_ones, 99, most=300) == 300
+    require(store, dict.fromkeys(open_ones, 1))
+    store.close()
+
+
+def _open_until_full(store: LmdbStore, open_ones: list[str], cycle: int, most: int = 100_000) -> int:
+    for at in range(0, most, 20):
+        names = [f"{hash((cycle, at, i)):x}-{cycle}" for i in range(20)]
+        puts = [(name, record(name, 1, 400)) for name in names]
+        if not is_kept(store, Batch(puts=puts, counts=[("m", 1)] * 20)):
+            return at
+        open_ones += names
+    return most
+
+
 if __name__ == "__main__":
-    check(sys.argv[1], "sync" if sys.argv[2] == "sync" else "async", Path(sys.argv[3]))
+    test = check_closing if sys.argv[1] == "close-many" else check
+    test(sys.argv[2], "sync" if sys.argv[3] == "sync" else "async", Path(sys.argv[4]))
     print("all is well")

@@ -3,6 +3,7 @@
     server.lock          who uses the directory
     sessions/data.mdb    databases `sessions`, `tombstones`, `tombstone_ages`, `meta`
     sessions/lock.mdb    LMDB's own; means nothing between two runs
+    sessions/reserve     room for ending sessions on a full disk; see `reserve`
 
 What a commit survives, and why:
 
@@ -38,6 +39,7 @@ from stepwell_server.errors import StateCorrupt, Unavailable
 from stepwell_server.store.base import Batch, End, StoreError, Tombstone
 from stepwell_server.store.lock import DirectoryLock
 from stepwell_server.store.record import Header, Puts, Stored, decode_header
+from stepwell_server.store.reserve import Extent, Reserve
 
 Durability = Literal["sync", "async"]
 T = TypeVar("T")
@@ -101,6 +103,7 @@ class LmdbStore:
         try:
             with _start_errors(path):
                 self._start(path)
+                self._reserve = Reserve(self._folder, clock)
         except BaseException:
             self.lock.release()
             raise
@@ -124,7 +127,7 @@ class LmdbStore:
         """See `base.Store`."""
         self._require_open()
         try:
-            self._commit(batch)
+            self._reserve.commit(batch, self._commit, self._extent)
         except (lmdb.Error, OSError, StoreError) as error:
             raise _unavailable("the store must be able to keep the change", error) from error
 
@@ -318,6 +321,10 @@ class LmdbStore:
         return int(pages * stats[0]["psize"])
 
     # ------------------------------------------------------------------------------------------------------ writing
+
+    def _extent(self) -> Extent:
+        pages = self._environment.info()["last_pgno"] + 1
+        return Extent(pages * self._environment.stat()["psize"], self._live_bytes())
 
     def _commit(self, batch: Batch) -> None:
         reopened = False
