@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -398,5 +399,9 @@ def test_a_store_of_a_later_release_stops_the_start(tmp_path: Path) -> None:
 
 def test_a_directory_that_is_none_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="data directory"):
-        opened(tmp_path / "file")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "sessions").touch()
+    for path, file in (("file", "file"), ("file/under", "file"), ("data", "data/sessions")):
+        rule = f"the data directory {tmp_path / path} must be a folder; {tmp_path / file} is none"
+        with pytest.raises(StoreError, match=f"^{re.escape(rule)}$"):
+            opened(tmp_path / path)

@@ -441,6 +441,10 @@ def _unavailable(rule: str, error: Exception) -> Unavailable:
 def _start_errors(path: Path) -> Iterator[None]:
     try:
         yield
+    except (FileExistsError, NotADirectoryError) as error:
+        on_the_way = (*reversed(path.parents), path, path / _FOLDER)
+        file = next((at for at in on_the_way if os.path.lexists(at) and not at.is_dir()), path)
+        raise StoreError(f"the data directory {path} must be a folder; {file} is none") from error
     except (lmdb.Error, OSError) as error:
         raise StoreError(
             f"the data directory {path} must hold a store that can be opened: {error}"
