@@ -1,8 +1,8 @@
 """What can be set, by an option or by its environment variable.
 
-A value is read from the command line, else from the environment, else it is the default. Both are read
-by the same rules, and a value that cannot be read stops the start with a line that names where it came
-from. The docstring under a field of `Settings` is the help text of its option.
+A value is that of the command line, else that of the environment, else the default. Both are read by the
+same rules, and a value that cannot be read stops the start with a line that names where it came from, also
+where the command line has another. The docstring under a field of `Settings` is the help text of its option.
 """
 
 # ruff: noqa: RUF009  (the calls in the dataclass make fields)
@@ -105,22 +105,49 @@ def _models(items: Sequence[str]) -> dict[str, Path]:
             )
         if name in models:
             raise ValueError(f"NAME=PATH.keras with different names; got {name!r} twice")
-        models[name] = Path(path)
+        try:
+            models[name] = _expanded(path)
+        except LookupError as error:
+            raise ValueError(
+                f"NAME=PATH.keras with a path that can be found: {error}; got {item!r}"
+            ) from None
     return models
-
-
-def _default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepwell"
 
 
 def _folder(text: str) -> Path:
     if not text:
         raise ValueError("a folder")
-    return Path(text)
+    try:
+        return _expanded(text)
+    except LookupError as error:
+        raise ValueError(f"a folder: {error}") from None
+
+
+def _expanded(text: str) -> Path:
+    """The path, with ~ and ~NAME for a home as shells have them, which expand neither in `--option=~/x`."""
+    if not text.startswith("~"):
+        return Path(text)
+    path = os.path.expanduser(text)
+    if path.startswith("~") or (text.partition("/")[0] == "~" and os.environ.get("HOME") == ""):
+        raise LookupError(f"{text.partition('/')[0]} has no home here")
+    return Path(path)
+
+
+def _default_cache_dir() -> Path:
+    return _default_folder("--cache-dir", "XDG_CACHE_HOME", "~/.cache")
 
 
 def _default_data_dir() -> Path:
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "stepwell"
+    return _default_folder("--data-dir", "XDG_DATA_HOME", "~/.local/share")
+
+
+def _default_folder(option: str, variable: str, fallback: str) -> Path:
+    try:
+        return Path(os.environ.get(variable) or _expanded(fallback)) / "stepwell"
+    except LookupError:
+        raise SettingsError(
+            f"{option}: give a folder; without a home (HOME) and without {variable} there is no default"
+        ) from None
 
 
 def _cores() -> int:
@@ -153,7 +180,7 @@ class Settings:
     """Address to serve Prometheus metrics on. Default: nowhere."""
     imports: Sequence[str] = _several(_module_names, tuple, "MODULE")
     """Module to import before a model is loaded, for its own layers and functions. May be given again."""
-    cache_dir: Path = _computed(Path, _default_cache_dir, "DIR")
+    cache_dir: Path = _computed(_folder, _default_cache_dir, "DIR")
     """Folder for compiled models. Default: stepwell in the user's cache folder."""
     max_message_bytes: int = _setting(_whole(1024), 64 * 1024 * 1024, "N")
     """Size of a request or reply at most."""
@@ -187,17 +214,34 @@ def read_settings(
         SystemExit: help or the version was asked for and printed.
     """
     given = vars(_parser(prog, explain=bool(_EXPLAINING & set(arguments))).parse_intermixed_args(arguments))
-    values: dict[str, Any] = {}
+    line: dict[str, Any] = {}
+    variables: dict[str, Any] = {}
     for name, field in _FIELDS.items():
         variable = variable_of(name)
         if given[name] not in (None, []):
-            values[name] = _read(name, given[name], "model" if name == "models" else _OPTIONS[name])
-        elif text := environment.get(variable):  # set to nothing counts as not set
+            line[name] = _read(name, given[name], "model" if name == "models" else _OPTIONS[name])
+        if text := environment.get(variable):  # set to nothing counts as not set
             several = "several" in field.metadata
-            values[name] = _read(
+            variables[name] = _read(
                 name, [item.strip() for item in text.split(",")] if several else text, variable
             )
-    return _checked(values)
+    return _checked(_merged(line, variables))
+
+
+def _merged(line: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
+    """Both, where the command line wins: also over a variable that contradicts it under another name."""
+    for values, data_dir, store in (
+        (line, _OPTIONS["data_dir"], "--store memory"),
+        (variables, variable_of("data_dir"), f"{variable_of('store')}=memory"),
+    ):
+        if "data_dir" in values and values.get("store") == "memory":
+            raise SettingsError(f"{data_dir}: with {store} nothing is kept on disk; give one of the two")
+    variables = dict(variables)
+    if line.get("store") == "memory":
+        variables.pop("data_dir", None)
+    if "data_dir" in line and variables.get("store") == "memory":
+        del variables["store"]
+    return variables | line
 
 
 def _read(name: str, value: str | Sequence[str], origin: str) -> Any:
@@ -215,8 +259,8 @@ def _checked(values: dict[str, Any]) -> Settings:
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise SettingsError(f"model {name}: PATH must be a .keras file; {path} {what}")
-    if "data_dir" in values and values.get("store") == "memory":
-        raise SettingsError("--data-dir: with --store memory nothing is kept on disk; give one of the two")
+    if values.get("store") == "memory":
+        values["data_dir"] = Path()  # of no use, and its default may not be there
     return Settings(**values)
 
 

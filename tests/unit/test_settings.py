@@ -102,12 +102,60 @@ def test_models_that_cannot_be_served(models: list[str], expected: str) -> None:
         read_settings(models, {})
 
 
-@pytest.mark.parametrize("how", ["option", "variable"])
-def test_a_data_dir_and_the_memory_store_exclude_each_other(model: str, how: str) -> None:
-    arguments = ["--data-dir", "/tmp/x"] if how == "option" else []
-    environment = {} if how == "option" else {"STEPWELL_DATA_DIR": "/tmp/x"}
-    with pytest.raises(SettingsError, match="--data-dir: with --store memory nothing is kept on disk"):
-        read_settings([model, "--store", "memory", *arguments], environment)
+def test_a_data_dir_and_the_memory_store_exclude_each_other(model: str) -> None:
+    rule = "nothing is kept on disk; give one of the two"
+    with pytest.raises(SettingsError, match=f"^--data-dir: with --store memory {rule}$"):
+        read_settings([model, "--store", "memory", "--data-dir", "/x"], {})
+    environment = {"STEPWELL_STORE": "memory", "STEPWELL_DATA_DIR": "/x"}
+    with pytest.raises(SettingsError, match=f"^STEPWELL_DATA_DIR: with STEPWELL_STORE=memory {rule}$"):
+        read_settings([model], environment)
+
+
+def test_the_command_line_wins_over_a_variable_that_contradicts_it(model: str) -> None:
+    assert read_settings([model, "--store", "memory"], {"STEPWELL_DATA_DIR": "/x"}).store == "memory"
+    settings = read_settings([model, "--data-dir", "/y"], {"STEPWELL_STORE": "memory"})
+    assert (settings.store, settings.data_dir) == ("lmdb", Path("/y"))
+    both = {"STEPWELL_STORE": "lmdb", "STEPWELL_DATA_DIR": "/x"}
+    assert read_settings([model, "--store=memory"], both).store == "memory"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "arguments"),
+    [
+        ("STEPWELL_LISTEN", "nowhere", ["--listen", "127.0.0.1:0"]),
+        ("STEPWELL_RESIDENT_ROWS", "many", ["--resident-rows", "7"]),
+        ("STEPWELL_IMPORT", "not a module", ["--import", "m"]),
+        ("STEPWELL_MODELS", "forecast", []),
+    ],
+)
+def test_a_variable_that_cannot_be_read_stops_the_start_though_the_option_is_given(
+    model: str, variable: str, value: str, arguments: list[str]
+) -> None:
+    with pytest.raises(SettingsError, match=f"^{variable} must be .*'{value}'"):
+        read_settings([model, *arguments], {variable: value})
+
+
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.keras").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = read_settings(["m=~/m.keras", "--data-dir=~/data"], {"STEPWELL_CACHE_DIR": "~/cache"})
+    assert settings.models == {"m": tmp_path / "m.keras"}
+    assert (settings.data_dir, settings.cache_dir) == (tmp_path / "data", tmp_path / "cache")
+
+
+def test_a_home_that_is_not_there_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "")
+    for variable in ("XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(SettingsError, match=r"^--data-dir: give a folder; without a home \(HOME\)"):
+        read_settings([model, "--cache-dir", "/c"], {})
+    with pytest.raises(SettingsError, match=r"^--cache-dir: give a folder; without a home \(HOME\)"):
+        read_settings([model, "--data-dir", "/d"], {})
+    assert read_settings([model, "--store", "memory", "--cache-dir", "/c"], {}).store == "memory"
+    with pytest.raises(SettingsError, match=r"^--data-dir must be a folder: ~ has no home here; got '~/x'"):
+        read_settings([model, "--data-dir", "~/x", "--cache-dir", "/c"], {})
+    with pytest.raises(SettingsError, match=r"^model must be NAME=PATH\.keras .*: ~nobody_here has no home"):
+        read_settings(["m=~nobody_here/m.keras"], {})
 
 
 def test_the_data_dir_has_a_default_in_the_users_data_folder(
