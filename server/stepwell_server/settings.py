@@ -159,7 +159,7 @@ class Settings:
     """What a server is started with."""
 
     models: Mapping[str, Path] = _several(_models, dict, "NAME=PATH.keras")
-    """Models to serve: the name under which, and the file that Keras saved."""
+    """Models to serve: the name under which, and the file that Keras saved. In the variable, with commas between them."""
     listen: Address = _setting(_address, Address("127.0.0.1", 50051), "HOST:PORT")
     """Address to serve gRPC on. Port 0 lets the system choose; the line on stdout says which."""
     store: Literal["lmdb", "memory"] = _setting(_choice("lmdb", "memory"), "lmdb", "lmdb|memory")
@@ -179,7 +179,7 @@ class Settings:
     metrics_listen: Address | None = _setting(_address, None, "HOST:PORT")
     """Address to serve Prometheus metrics on. Default: nowhere."""
     imports: Sequence[str] = _several(_module_names, tuple, "MODULE")
-    """Module to import before a model is loaded, for its own layers and functions. May be given again."""
+    """Module to import before a model is loaded, for its own layers and functions. May be given again; in the variable, with commas between them."""
     cache_dir: Path = _computed(_folder, _default_cache_dir, "DIR")
     """Folder for compiled models. Default: stepwell in the user's cache folder."""
     max_message_bytes: int = _setting(_whole(1024), 64 * 1024 * 1024, "N")

@@ -181,6 +181,10 @@ def test_help_explains_every_option_and_names_its_variable(capsys: pytest.Captur
     assert caught.value.code == 0
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "usage: stepwell serve" in text
+    for name in ("MODELS", "IMPORT"):
+        assert f"in the variable, with commas between them. [STEPWELL_{name}]" in text.replace(
+            "In the", "in the"
+        )
     for field in dataclasses.fields(Settings):
         assert re.search(rf"[.)] (Default: \S+ )?\[{variable_of(field.name)}\]", text), field.name
 
