@@ -69,6 +69,8 @@ class ModelOfSessions:
     def __init__(self, max_idle_s: float) -> None:
         self.sessions: dict[str, ModelSession] = {}
         self.expired: set[str] = set()
+        self.first: dict[str, int] = {}
+        """With which revision the next session of an id begins, where there was one before."""
         self._max_idle_s = max_idle_s
 
     def open(self, name: str, batch_size: int, state: Array | None, now: float) -> str:
@@ -78,7 +80,7 @@ class ModelOfSessions:
             found.used = now
             return "resumed"
         start = initial(batch_size) if state is None else state.copy()
-        self.sessions[name] = ModelSession(batch_size, start, now)
+        self.sessions[name] = ModelSession(batch_size, start, now, self.first.pop(name, 0))
         self.expired.discard(name)
         return "opened"
 
@@ -86,15 +88,17 @@ class ModelOfSessions:
         if not self._max_idle_s:
             return
         for name in [n for n, s in self.sessions.items() if s.used < now - self._max_idle_s]:
-            del self.sessions[name]
+            self.first[name] = self.sessions.pop(name).revision + 1
             self.expired.add(name)
 
     def gone(self, name: str) -> Refused:
         return Refused("SessionExpired" if name in self.expired else "SessionNotFound")
 
     def close(self, name: str) -> bool | Refused:
-        if self.sessions.pop(name, None) is None:
+        closed = self.sessions.pop(name, None)
+        if closed is None:
             return self.gone(name)
+        self.first[name] = closed.revision + 1
         return True
 
     def fork(self, name: str, new: str, now: float) -> ModelSession | Refused:
@@ -105,6 +109,7 @@ class ModelOfSessions:
             return self.gone(name)
         source.used = now
         twin = dataclasses.replace(source, state=source.state.copy(), request=0, outputs={}, used=now)
+        twin.revision = max(source.revision, self.first.pop(new, 0))
         self.sessions[new] = twin
         self.expired.discard(new)
         return twin

@@ -84,7 +84,8 @@ async def test_a_session_of_another_model_can_be_listed_and_closed(disk: Disk, c
             at.engine.session_info("a")
         assert at.engine.stats()[0].sessions == 1
         assert (await at.engine.list_sessions())[1] == 1
-        assert (await at.engine.open_session("plain", session_id="a")).session.revision == 0
+        opened = (await at.engine.open_session("plain", session_id="a")).session
+        assert (opened.revision, opened.position) == (3, 0), "one more than the session before had"
 
 
 async def test_a_session_of_a_model_that_is_not_served_can_be_listed_and_closed(disk: Disk) -> None:

@@ -172,10 +172,10 @@ async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(disk: Disk)
         await turns()
         disk.store.go_on()
         await waiting
-        assert (await again).session.revision == 0
+        assert (await again).session.revision == 2
         await many
         assert at.engine.stats()[0].sessions == 4
-        assert (await at.step("a", x(1), expected=0)).revision == 1
+        assert (await at.step("a", x(1), expected=2)).revision == 3
         before = await everything(at)
         assert list(before) == ["a", "b", "c", "d"]
         disk.kill(away_s=0)

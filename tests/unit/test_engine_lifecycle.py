@@ -483,6 +483,50 @@ async def test_a_session_that_is_due_is_gone_even_before_the_timer_comes() -> No
         assert (await at.engine.list_sessions())[0] == []
 
 
+@pytest.mark.parametrize("end", ["close", "expire"])
+@pytest.mark.parametrize("begin", ["open", "open many", "fork"])
+async def test_whoever_has_the_revision_of_a_session_that_ended_does_not_step_the_next_of_its_id(
+    end: str, begin: str
+) -> None:
+    async with running(max_session_idle_s=60) as at:
+        await at.open("x")
+        await at.step("x", x(1), expected=0, request_ids=1)
+        if end == "close":
+            await at.engine.close_session("x")
+        at.clock.advance(61)
+        await at.open("source")
+        if begin == "open":
+            await at.open("x")
+        elif begin == "open many":
+            await at.engine.open_sessions("plain", session_ids=["y", "x"])
+        else:
+            await at.engine.fork("source", new_session_id="x")
+        info = at.engine.session_info("x")
+        assert (info.revision, info.position) == (2, 0)
+        with pytest.raises(RevisionConflict):
+            await at.step("x", x(1), expected=1, request_ids=2)
+        with pytest.raises(RevisionConflict):  # the last change, sent again too late
+            await at.step("x", x(1), expected=0, request_ids=1)
+        assert (await at.step("x", x(1), expected=2, request_ids=3)).revision == 3
+
+
+async def test_ids_that_servers_make_cannot_be_chosen() -> None:
+    async with running() as first:
+        gone_now = (await first.engine.open_session("plain", request_id=5)).session.session_id
+        await first.engine.close_session(gone_now)
+        with pytest.raises(SessionNotFound, match="was closed"):
+            await first.open(gone_now)
+    async with running() as at:
+        await at.open("a")
+        with pytest.raises(SessionLost):
+            await at.open(gone_now)
+        with pytest.raises(SessionLost):
+            await at.engine.open_sessions("plain", session_ids=["b", gone_now])
+        with pytest.raises(SessionLost):
+            await at.engine.fork("a", new_session_id=gone_now)
+        assert (await at.engine.list_sessions())[1] == 1
+
+
 async def test_an_expired_session_may_be_opened_anew_and_then_is_no_longer_expired() -> None:
     async with running(max_session_idle_s=60) as at:
         for open_again in ("one", "many"):
@@ -492,7 +536,7 @@ async def test_an_expired_session_may_be_opened_anew_and_then_is_no_longer_expir
             if open_again == "one":
                 opened = await at.engine.open_session("plain", session_id="a")
                 assert not opened.resumed
-                assert opened.session.revision == 0
+                assert (opened.session.revision, opened.session.position) == (2, 0)
             else:
                 await at.engine.open_sessions("plain", session_ids=["a"])
             assert (await at.state("a"))["sum"].tobytes() == initial(1).tobytes()

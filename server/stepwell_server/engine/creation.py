@@ -11,6 +11,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
+from stepwell_server.engine.call import U64
 from stepwell_server.engine.calls import SessionInfo
 from stepwell_server.engine.commits import Commits
 from stepwell_server.engine.directory import Directory
@@ -26,7 +27,8 @@ class Fresh:
 
     opened_with: int
     """Request id of the call, 0 for none."""
-    revision: int = 0
+    revisions: U64
+    """`(n,)`. Not 0 where another session had the id: see `Directory.first_revisions`."""
     position: int = 0
 
 
@@ -111,7 +113,8 @@ class Creation:
                 forgets=ids,
                 counts=((model.name, len(ids)),),
             )
-        return Batch(puts=_records(model, ids[ready:], batch_size, stored, facts, created), forgets=ids)
+        rest = dataclasses.replace(facts, revisions=facts.revisions[ready:])
+        return Batch(puts=_records(model, ids[ready:], batch_size, stored, rest, created), forgets=ids)
 
     def _add(
         self,
@@ -123,7 +126,9 @@ class Creation:
         created: float,
     ) -> None:
         ready = len(rows) // batch_size
-        for some, own in ((ids[:ready], rows), (ids[ready:], None)):
+        parts = ((slice(0, ready), rows), (slice(ready, len(ids)), None))
+        for part, own in parts:
+            some = ids[part]
             if not some:
                 continue
             handles = self._table.add(
@@ -131,7 +136,7 @@ class Creation:
                 rows=own,
                 model=model.index,
                 batch_size=batch_size,
-                revision=facts.revision,
+                revision=facts.revisions[part],
                 position=facts.position,
                 opened_with=facts.opened_with,
                 used=self._clock.monotonic(),
@@ -158,5 +163,5 @@ def _records(
     )
     sheet.rows[...] = rows
     return sheet.fill(
-        revisions=facts.revision, positions=facts.position, request_ids=0, last_used=created, replies=0
+        revisions=facts.revisions, positions=facts.position, request_ids=0, last_used=created, replies=0
     )

@@ -14,6 +14,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.idle import IdleWatch
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.admission import Admission
+from stepwell_server.engine.call import U64
 from stepwell_server.engine.calls import Observer, SessionInfo
 from stepwell_server.engine.commits import Commits
 from stepwell_server.engine.ids import IdMaker, shown
@@ -67,8 +68,8 @@ class Directory:
         self.idle = IdleWatch(table, max_idle_s, clock.monotonic())
         self.opening: dict[str, asyncio.Future[None]] = {}
         """Sessions that are being made: nobody else sees them before they are kept."""
-        self.burying: set[str] = set()
-        """Sessions that expired and may still be in the store."""
+        self.burying: dict[str, int] = {}
+        """Sessions that expired and may still be in the store, with their revisions."""
         self._strays: dict[str, float] = {}
         """When sessions were last used, on the monotonic clock, that left the table while they may still be in the
         store: their records know it less well. Empty where sessions do not expire."""
@@ -189,6 +190,29 @@ class Directory:
         if stone.end is End.EXPIRED:
             return self._expired(session_id)
         return SessionNotFound(session_id, f"session {session_id!r} was closed")
+
+    def first_revisions(self, session_ids: Sequence[str]) -> U64:
+        """The revisions with which sessions begin: 0, or more than another session that had the id ever had.
+
+        So whoever still has that one's revision gets a conflict, and does not step a session that is not theirs.
+        As long as its end is remembered, that is.
+        """
+        return np.array([self._first_revision(session_id) for session_id in session_ids], np.uint64)
+
+    def _first_revision(self, session_id: str) -> int:
+        if session_id in self.burying:
+            return self.burying[session_id] + 1
+        stone = self._store.tombstone(session_id)
+        return 0 if stone is None else stone.revision + 1
+
+    def stored_revision(self, session_id: str) -> int:
+        """The revision that the store has of a session, 0 if it cannot tell."""
+        try:
+            stored = self._store.get(session_id)
+        except StateCorrupt:
+            return 0
+        header = None if stored is None else _header_or_none(session_id, stored)
+        return 0 if header is None else header.revision
 
     def closed_with(self, session_id: str) -> int:
         """The request id of the call that closed a session that is gone, 0 if none said one."""
@@ -313,7 +337,8 @@ class Directory:
         now, ids = self._clock.now(), [session_id for session_id, _, _ in sessions]
 
         def done(error: ServerError | None) -> None:
-            self.burying.difference_update(ids)
+            for session_id in ids:
+                self.burying.pop(session_id, None)
             if error is not None:
                 log.warning("sessions that expired are still in the store: %s", error)
                 self._remember_use(ids, -math.inf)
@@ -323,7 +348,7 @@ class Directory:
             tombstones=[Tombstone(i, End.EXPIRED, now, revision=revision) for i, _, revision in sessions],
             counts=[(model, -1) for _, model, _ in sessions],
         )
-        self.burying.update(ids)
+        self.burying.update({session_id: revision for session_id, _, revision in sessions})
         self._commits.submit(lambda: batch, len(sessions), done)
 
     def _expired(self, session_id: str) -> SessionExpired:

@@ -40,6 +40,11 @@ class IdMaker:
         first = self.make(request_id)
         return [f"{first}-{number:04x}" for number in range(count)]
 
+    @staticmethod
+    def is_made_by_a_server(session_id: str) -> bool:
+        """Whether it is one of the ids that servers make: nobody may choose it for a session of theirs."""
+        return _MADE_BY_A_SERVER.fullmatch(session_id) is not None
+
     def is_from_elsewhere(self, session_id: str) -> bool:
         """Whether a server made the id with a store that is not there any more."""
         made = _MADE_BY_A_SERVER.fullmatch(session_id)

@@ -139,7 +139,8 @@ class Lifecycle:
             del self._deleting[session_id]
             ended.set_result(None)
 
-        await self._commit(self._batch([(session_id, model, 0)], request_id), done)
+        revision = self._directory.stored_revision(session_id)
+        await self._commit(self._batch([(session_id, model, revision)], request_id), done)
 
     def _batch(self, sessions: Sequence[tuple[str, str, int]], request_id: int) -> Batch:
         """What the store is to know: ids, models and revisions of sessions that were closed."""

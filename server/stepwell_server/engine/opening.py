@@ -81,6 +81,7 @@ class Opening:
             return self._resume(handle, model, batch_size, must_be_new, request_id)
         if not session_id:
             self._require_not_gone(name)
+        self._require_own(session_id)
         values = _checked_state(model, state, batch_size)
         rows = self._pager.take(model, batch_size)
         model.arena.clear_outputs(rows)
@@ -88,7 +89,8 @@ class Opening:
             model.arena.reset(rows)
         else:
             model.arena.write(rows, values)
-        info = await self._creation.create(model, [name], batch_size, rows, Fresh(opened_with=request_id))
+        facts = Fresh(request_id, self._directory.first_revisions([name]))
+        info = await self._creation.create(model, [name], batch_size, rows, facts)
         self._observer.session_event("opened", model.name, name)
         return Opened(info)
 
@@ -110,14 +112,18 @@ class Opening:
             return OpenedMany(ids, model.program.fingerprint, replayed=True)
         if not session_ids:
             self._require_not_gone(ids[0])
+        for session_id in session_ids:
+            self._require_own(session_id)
         self._directory.require_new("session_ids", ids)
+        # of ids that are made here none was another session's
+        revisions = self._directory.first_revisions(ids) if session_ids else np.zeros(len(ids), np.uint64)
         # as many as there is room for are ready at once; the others come when they are stepped
         fitting = (model.slots.resident_limit - model.slots.resident) // batch_size
         rows = model.slots.take_resident(min(fitting, len(ids)) * batch_size)
         assert rows is not None, "there is room for as many"
         model.arena.clear_outputs(rows)
         model.arena.reset(rows)
-        await self._creation.create(model, ids, batch_size, rows, Fresh(opened_with=request_id))
+        await self._creation.create(model, ids, batch_size, rows, Fresh(request_id, revisions))
         self._observer.sessions_opened(model.name, len(ids))
         return OpenedMany(ids, model.program.fingerprint)
 
@@ -140,6 +146,8 @@ class Opening:
             known = self._forked_before(name, request_id)
             if known is None and not new_session_id:
                 self._require_not_gone(name)
+            if known is None:
+                self._require_own(new_session_id)
             return known or await self._fork(source, name, expected, request_id)
         finally:
             self._admission.release(np.array([source]))
@@ -172,7 +180,8 @@ class Opening:
         rows = self._pager.take(model, batch_size)
         model.arena.copy(table.rows(source), rows)
         table.used[source] = self._clock.monotonic()
-        facts = Fresh(request_id, revision, int(table.position[source]))
+        revisions = np.maximum(self._directory.first_revisions([name]), np.uint64(revision))
+        facts = Fresh(request_id, revisions, int(table.position[source]))
         info = await self._creation.create(model, [name], batch_size, rows, facts)
         self._observer.session_event("forked", model.name, name)
         return Opened(info)
@@ -204,6 +213,11 @@ class Opening:
         error = self._directory.ended(name)
         if error is not None:
             raise error
+
+    def _require_own(self, chosen: str) -> None:
+        """Refuse a chosen id that a server made for a session which is gone: it must not begin anew unnoticed."""
+        if chosen and self._directory.ids.is_made_by_a_server(chosen):
+            raise self._directory.gone(chosen)
 
     def _forked_before(self, name: str, request_id: int) -> Opened | None:
         known = self._directory.live(name)
