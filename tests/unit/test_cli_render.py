@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -47,6 +48,38 @@ def test_a_table_on_a_terminal_fits_it_and_has_colours(monkeypatch: pytest.Monke
 
     assert "\x1b[1m" in terminal.getvalue()
     assert len(terminal.getvalue().splitlines()) > 4
+
+
+def test_a_hundred_thousand_rows_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [(f"user-{n}", "forecast", str(n)) for n in range(100_000)]
+    for screen in (watch(monkeypatch), io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", screen)
+        started = time.process_time()
+
+        _render.print_table(("SESSION", "MODEL", "REVISION"), rows, right=("REVISION",))
+
+        assert time.process_time() - started < 5  # rich: 20 s and more
+        lines = screen.getvalue().splitlines()
+        assert len(lines) == 100_001
+        assert lines[0] == "SESSION     MODEL     REVISION"
+        assert lines[8] == "user-7      forecast         7"
+
+
+def test_wide_characters_are_counted_as_they_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    _render.print_table(("ID", "N"), [("日本", "1"), ("abcd", "2")])
+
+    assert capsys.readouterr().out == "ID    N\n日本  1\nabcd  2\n"
+
+
+def test_a_long_text_is_shortened_on_a_terminal_for_all_to_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "user-" + "x" * 246 + "-last"
+    assert _render.short_text(long) == long
+
+    watch(monkeypatch)
+    short = _render.short_text(long)
+    assert re.fullmatch(r"user-x+\.\.\.x+-last", short)
+    assert len(short) == _render.MAX_PADDED_WIDTH
+    assert _render.short_text("x" * 48) == "x" * 48
 
 
 def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:

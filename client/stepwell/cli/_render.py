@@ -1,7 +1,8 @@
 """Tables for people, JSON for programs.
 
 On a terminal tables have colours and fit its width; NO_COLOR takes the colours away. Into a pipe or a file they
-go plain: columns set apart by spaces, one line a row, nothing cut off.
+go plain: columns set apart by spaces, one line a row, nothing cut off. So do long ones on a terminal, where rich would
+take minutes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 PLAIN_WIDTH = 100_000
 """Columns that a plain table may take; nothing is ever cut off or wrapped."""
+MAX_RICH_ROWS = 500
+"""Rows of a table that is fitted to a terminal; longer ones are plain."""
+MAX_PADDED_WIDTH = 48
+"""Columns that a cell of a plain table may claim for the whole column; a wider one moves only its own row."""
 FINGERPRINT_DIGITS = 12
 """Digits of a fingerprint that people are shown."""
 
@@ -35,7 +40,35 @@ def print_json(document: object) -> None:
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
     """Print rows under headings; the columns named in `right` are set to the right."""
-    print_rich(filled_table(headings, rows, right))
+    if sys.stdout.isatty() and len(rows) <= MAX_RICH_ROWS:
+        print_rich(filled_table(headings, rows, right))
+    else:
+        print_plain(headings, rows, right)
+
+
+def print_plain(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """Print rows as lines of aligned text, in a time that hundreds of thousands of them allow."""
+    from rich.cells import cell_len
+
+    lines = [[*headings], *([cell_text(cell, plain=True) for cell in row] for row in rows)]
+    columns = []
+    for heading, *cells in zip(*lines, strict=True):
+        lengths = [len(cell) if cell.isascii() else cell_len(cell) for cell in (heading, *cells)]
+        width = max(length for length in lengths if length <= MAX_PADDED_WIDTH)
+        pads = (" " * max(0, width - length) for length in lengths)
+        padded = zip((heading, *cells), pads, strict=True)
+        columns.append([pad + cell if heading in right else cell + pad for cell, pad in padded])
+    texts = ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+    for start in range(0, len(texts), MAX_RICH_ROWS):
+        click.echo("\n".join(texts[start : start + MAX_RICH_ROWS]))
+
+
+def short_text(text: str) -> str:
+    """A text without its middle, for which ... stands, if a terminal would be filled by it; whole into a pipe."""
+    if len(text) <= MAX_PADDED_WIDTH or not sys.stdout.isatty():
+        return text
+    kept = MAX_PADDED_WIDTH - 3
+    return f"{text[: kept - kept // 3]}...{text[-(kept // 3) :]}"
 
 
 def print_records(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:

@@ -57,6 +57,8 @@ def list_sessions(target: Target, model: str | None, prefix: str | None, as_json
 
     AGE is the time since a session was opened, IDLE the time since it was last changed, read or resumed. Being
     listed does not count as use.
+
+    On a terminal the middle of a long id is left out, and ... stands for it; a pipe and --json get it whole.
     """
     with target.connect("Listing the sessions") as client:
         found = client.sessions(model=model, prefix=prefix)
@@ -142,8 +144,8 @@ def confirm(session_ids: tuple[str, ...]) -> None:
 def session_cells(session: SessionInfo) -> tuple[str, ...]:
     """A session as a row of the table."""
     return (
-        session.session_id,
-        session.model,
+        _render.short_text(session.session_id),
+        _render.short_text(session.model),
         str(session.batch_size),
         str(session.revision),
         str(session.position),
