@@ -88,7 +88,7 @@ class State(Mapping[str, Array]):
             path: Where to; the suffix .safetensors is customary.
 
         Raises:
-            OSError: The file cannot be written.
+            OSError: The file cannot be written. It is Python's own, no `StepwellError`, and names the path.
 
         Example:
             >>> session.get_state().save("user-42.safetensors")
@@ -120,7 +120,8 @@ class State(Mapping[str, Array]):
             path: The file.
 
         Raises:
-            OSError: The file cannot be read.
+            OSError: The file cannot be read, or is not there (`FileNotFoundError`). It is Python's own, no
+                `StepwellError`.
             InvalidInputError: It is no saved state.
 
         Example:
@@ -160,13 +161,19 @@ class State(Mapping[str, Array]):
 
 def _write_atomically(path: str, data: bytes) -> None:
     """Writes beside the target and renames: a crash leaves the old file or the new one."""
-    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".stepwell-")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".stepwell-")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # Not the temporary file's name: the caller knows only this one.
+        raise OSError(error.errno, error.strerror, path) from None

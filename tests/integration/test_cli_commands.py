@@ -228,6 +228,15 @@ def test_a_state_for_people(run: Run, client: stepwell.Client, tmp_path: Path) -
     assert lines[-2:] == ["forecast at revision 0, position 0", f"saved to {tmp_path}/s.safetensors"]
 
 
+def test_a_state_that_cannot_be_saved_names_the_option_and_the_path(
+    run: Run, client: stepwell.Client, tmp_path: Path
+) -> None:
+    client.open_session("forecast", session_id="user-42")
+    file = f"{tmp_path}/nowhere/s.safetensors"
+
+    refused(run("state", "get", "user-42", "-o", file), f"cannot write -o {file}: No such file", exit_code=2)
+
+
 def test_rows_of_a_state_are_set(run: Run, client: stepwell.Client) -> None:
     session = client.open_session("forecast", batch_size=3, session_id="three")
     session.step(np.ones((3, 3), np.float32))
@@ -247,9 +256,6 @@ def test_a_state_of_another_model_is_refused(run: Run, client: stepwell.Client, 
     client.open_session("forecast", session_id="user-42")
 
     refused(run("state", "set", "user-42", f"{tmp_path}/other.safetensors"), "fingerprint")
-    refused(
-        run("state", "get", "user-42", "-o", f"{tmp_path}/gone/x.safetensors"), "No such file or directory"
-    )
 
 
 def test_sessions_are_listed(run: Run, client: stepwell.Client) -> None:
@@ -273,6 +279,18 @@ def test_sessions_are_listed(run: Run, client: stepwell.Client) -> None:
     ]
     assert ids == ["user-1", "user-2", "user-3"]
     assert [(session["session_id"], session["batch_size"]) for session in of_model] == [("user-3", 4)]
+
+
+def test_a_long_id_is_whole_in_a_pipe_and_pads_no_other_row(run: Run, client: stepwell.Client) -> None:
+    long = "user-" + "x" * 251
+    for name in ("user-1", long):
+        client.open_session("forecast", session_id=name)
+
+    heading, first, second = run("sessions", "list").stdout.splitlines()
+
+    assert second.split()[:2] == [long, "forecast"]
+    assert max(len(heading), len(first)) < 80
+    assert heading.index("MODEL") == first.index("forecast")
 
 
 def test_no_sessions_are_an_empty_list(run: Run) -> None:

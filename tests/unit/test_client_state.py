@@ -65,6 +65,21 @@ def test_an_old_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -
     assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
 
 
+def test_an_error_of_a_file_is_pythons_and_names_the_callers_path(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere" / "s")
+    with pytest.raises(FileNotFoundError) as caught:
+        state().save(nowhere)
+    assert caught.value.filename == nowhere
+    with pytest.raises(FileNotFoundError) as caught:
+        State.load(nowhere)
+    assert caught.value.filename == nowhere
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as moved:
+        state().save(tmp_path / "folder")
+    assert moved.value.filename == str(tmp_path / "folder")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "s"
     state(1.0).save(path)

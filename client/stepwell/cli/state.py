@@ -64,7 +64,7 @@ def get(target: Target, session_id: str, output: Path | None, as_json: bool) -> 
         session = attach(client, session_id)
         read = session.get_state()
     if output is not None:
-        read.save(output)
+        save_state(read, output)
     if as_json:
         _render.print_json({"session_id": session_id, **state_json(read), "file": output and str(output)})
     else:
@@ -126,6 +126,14 @@ def parse_rows(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise click.BadParameter(f"{text!r} must be row numbers set apart by commas, as in 0,3") from None
+
+
+def save_state(read: State, output: Path) -> None:
+    """Save a state to the file that -o names."""
+    try:
+        read.save(output)
+    except OSError as error:
+        raise Failure(f"cannot write -o {output}: {error.strerror}") from None
 
 
 def load_state(file: Path) -> State:
