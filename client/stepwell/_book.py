@@ -114,12 +114,19 @@ def _told(error: StepwellError, *, in_doubt: bool) -> StepwellError:
 class GroupBook:
     """What this side knows of many sessions of one model and batch size."""
 
-    def __init__(self, model: str, fingerprint: str, batch_size: int, ids: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: str,
+        fingerprint: str,
+        batch_size: int,
+        ids: Sequence[str],
+        revisions: Sequence[int] = (),
+    ) -> None:
         self.model = model
         self.fingerprint = fingerprint
         self.batch_size = batch_size
         self.ids = tuple(ids)
-        self.revisions = np.zeros(len(ids), np.uint64)
+        self.revisions = np.array(revisions or [0] * len(ids), np.uint64)
         self.positions = np.zeros(len(ids), np.uint64)
         self._pending: tuple[Change, Frame] | None = None
         self._all: Indexes = np.arange(len(ids))

@@ -142,7 +142,7 @@ class Core:
         reply: sessions_pb2.OpenSessionsResponse = yield from self.attempter.call(
             "OpenSessions", request, deadline, changes=True
         )
-        return GroupBook(model, reply.model_fingerprint, rows, reply.session_ids)
+        return GroupBook(model, reply.model_fingerprint, rows, reply.session_ids, reply.revisions)
 
     def sessions(self, model: str | None, prefix: str | None, deadline: Deadline) -> Flow[list[SessionInfo]]:
         """All live sessions that fit, over all pages."""

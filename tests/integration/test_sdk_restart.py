@@ -77,3 +77,30 @@ def test_stopping_is_clean(server: LocalServer) -> None:
     server.restart()
     with stepwell.connect(server.address) as client:
         assert [info.name for info in client.models()] == ["seq"]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+async def test_a_handle_of_a_session_that_ended_does_not_step_the_next_of_its_id(
+    shell: str, server: LocalServer
+) -> None:
+    ids = [f"{shell}-stale-{i}" for i in range(3)]
+    async with connect(shell, server.address) as mine, connect(shell, server.address) as others:
+        stale = await mine.open_session("seq", session_id=ids[0])
+        old_group = await mine.open_sessions("seq", 2, session_ids=ids[1:])
+        await stale.step(X)
+        await old_group.step(np.ones((2, 3)))
+        for session_id in ids:
+            await others.close_session(session_id)
+        fresh = await others.open_session("seq", session_id=ids[0])
+        new_group = await others.open_sessions("seq", 2, session_ids=ids[1:])
+        first = await fresh.step(X)
+        np.testing.assert_array_equal(await new_group.step(np.ones((2, 3))), np.repeat(first, 2, 0))
+        with pytest.raises(stepwell.RevisionConflictError):
+            await stale.step(X)
+        with pytest.raises(stepwell.StepwellError) as caught:
+            await old_group.step(np.ones((2, 3)))
+        kinds = {type(error) for error in caught.value.failures.values()}  # type: ignore[attr-defined]
+        assert kinds == {stepwell.RevisionConflictError}
+        np.testing.assert_array_equal(
+            await new_group.step(np.ones((2, 3))), np.repeat(await fresh.step(X), 2, 0)
+        )

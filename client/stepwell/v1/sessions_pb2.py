@@ -27,15 +27,15 @@ from stepwell.v1 import errors_pb2 as stepwell_dot_v1_dot_errors__pb2
 from stepwell.v1 import tensors_pb2 as stepwell_dot_v1_dot_tensors__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astepwell/v1/sessions.proto\x12\x0bstepwell.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18stepwell/v1/errors.proto\x1a\x19stepwell/v1/tensors.proto\"\xf7\x01\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x12\n\nbatch_size\x18\x04 \x01(\r\x12\x10\n\x08revision\x18\x05 \x01(\x04\x12\x10\n\x08position\x18\x06 \x01(\x04\x12\x30\n\x0c\x63reated_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_used_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08resident\x18\t \x01(\x08\"\xb3\x01\n\x12OpenSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12\"\n\x05state\x18\x04 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\x13\n\x0bmust_be_new\x18\x05 \x01(\x08\x12\x12\n\nrequest_id\x18\x06 \x01(\x06\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\"_\n\x13OpenSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwell.v1.Session\x12\x0f\n\x07resumed\x18\x02 \x01(\x08\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"p\n\x13OpenSessionsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x13\n\x0bsession_ids\x18\x03 \x03(\t\x12\x12\n\nbatch_size\x18\x04 \x01(\r\x12\x12\n\nrequest_id\x18\x05 \x01(\x06\"X\n\x14OpenSessionsResponse\x12\x13\n\x0bsession_ids\x18\x01 \x03(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"=\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\x06\"(\n\x14\x43loseSessionResponse\x12\x10\n\x08replayed\x18\x01 \x01(\x08\"+\n\x14\x43loseSessionsRequest\x12\x13\n\x0bsession_ids\x18\x01 \x03(\t\"\'\n\x15\x43loseSessionsResponse\x12\x0e\n\x06\x63losed\x18\x01 \x01(\r\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\";\n\x12GetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwell.v1.Session\"f\n\x13ListSessionsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x19\n\x11session_id_prefix\x18\x04 \x01(\t\"f\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.stepwell.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\r\n\x05total\x18\x03 \x01(\x04\"\xbf\x01\n\x0bStepRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12#\n\x06inputs\x18\x02 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\x1e\n\x11\x65xpected_revision\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\x06\x12-\n\x07outputs\x18\x05 \x01(\x0e\x32\x1c.stepwell.v1.OutputSelectionB\x14\n\x12_expected_revision\"j\n\x0cStepResponse\x12$\n\x07outputs\x18\x01 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\x10\n\x08position\x18\x03 \x01(\x04\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"\x81\x01\n\x11StepStreamRequest\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x16.stepwell.v1.StepFrameH\x00\x12(\n\x05reset\x18\x03 \x01(\x0b\x32\x17.stepwell.v1.ResetFrameH\x00\x42\x08\n\x06\x63hange\"\xce\x01\n\tStepFrame\x12\x13\n\x0bsession_ids\x18\x01 \x03(\t\x12#\n\x06inputs\x18\x02 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\x1a\n\x12\x65xpected_revisions\x18\x03 \x03(\x04\x12\x13\n\x0brequest_ids\x18\x04 \x03(\x06\x12-\n\x07outputs\x18\x05 \x01(\x0e\x32\x1c.stepwell.v1.OutputSelection\x12\x12\n\ntimeout_ms\x18\x06 \x01(\r\x12\x13\n\x0b\x62\x61tch_sizes\x18\x07 \x03(\r\"\x9f\x01\n\nResetFrame\x12\x13\n\x0bsession_ids\x18\x01 \x03(\t\x12\"\n\x05state\x18\x02 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\x1a\n\x12\x65xpected_revisions\x18\x03 \x03(\x04\x12\x13\n\x0brequest_ids\x18\x04 \x03(\x06\x12\x12\n\ntimeout_ms\x18\x05 \x01(\r\x12\x13\n\x0b\x62\x61tch_sizes\x18\x06 \x03(\r\"\xea\x01\n\x12StepStreamResponse\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x0f\n\x07members\x18\x02 \x03(\r\x12\x13\n\x0b\x61ll_members\x18\x03 \x01(\x08\x12\x11\n\trevisions\x18\x04 \x03(\x04\x12\x11\n\tpositions\x18\x05 \x03(\x04\x12$\n\x07outputs\x18\x06 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\x18\n\x10replayed_members\x18\x07 \x03(\r\x12(\n\x06\x65rrors\x18\x08 \x03(\x0b\x32\x18.stepwell.v1.MemberError\x12\x0c\n\x04last\x18\t \x01(\x08\"A\n\x0bMemberError\x12\x0f\n\x07members\x18\x01 \x03(\r\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.stepwell.v1.Error\"\xa4\x01\n\x12ResetStatesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\"\n\x05state\x18\x02 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\x0c\n\x04rows\x18\x03 \x03(\r\x12\x1e\n\x11\x65xpected_revision\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x05 \x01(\x06\x42\x14\n\x12_expected_revision\"K\n\x13ResetStatesResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\x04\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"%\n\x0fGetStateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"]\n\x10GetStateResponse\x12\"\n\x05state\x18\x01 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12%\n\x07session\x18\x02 \x01(\x0b\x32\x14.stepwell.v1.Session\"\x8a\x01\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0enew_session_id\x18\x02 \x01(\t\x12\x1e\n\x11\x65xpected_revision\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\x06\x42\x14\n\x12_expected_revision\"N\n\x13\x46orkSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwell.v1.Session\x12\x10\n\x08replayed\x18\x02 \x01(\x08*\x83\x01\n\x0fOutputSelection\x12 \n\x1cOUTPUT_SELECTION_UNSPECIFIED\x10\x00\x12\x18\n\x14OUTPUT_SELECTION_ALL\x10\x01\x12\x19\n\x15OUTPUT_SELECTION_LAST\x10\x02\x12\x19\n\x15OUTPUT_SELECTION_NONE\x10\x03\x32\x85\x07\n\x0eSessionService\x12P\n\x0bOpenSession\x12\x1f.stepwell.v1.OpenSessionRequest\x1a .stepwell.v1.OpenSessionResponse\x12S\n\x0cOpenSessions\x12 .stepwell.v1.OpenSessionsRequest\x1a!.stepwell.v1.OpenSessionsResponse\x12S\n\x0c\x43loseSession\x12 .stepwell.v1.CloseSessionRequest\x1a!.stepwell.v1.CloseSessionResponse\x12V\n\rCloseSessions\x12!.stepwell.v1.CloseSessionsRequest\x1a\".stepwell.v1.CloseSessionsResponse\x12M\n\nGetSession\x12\x1e.stepwell.v1.GetSessionRequest\x1a\x1f.stepwell.v1.GetSessionResponse\x12S\n\x0cListSessions\x12 .stepwell.v1.ListSessionsRequest\x1a!.stepwell.v1.ListSessionsResponse\x12;\n\x04Step\x12\x18.stepwell.v1.StepRequest\x1a\x19.stepwell.v1.StepResponse\x12Q\n\nStepStream\x12\x1e.stepwell.v1.StepStreamRequest\x1a\x1f.stepwell.v1.StepStreamResponse(\x01\x30\x01\x12P\n\x0bResetStates\x12\x1f.stepwell.v1.ResetStatesRequest\x1a .stepwell.v1.ResetStatesResponse\x12G\n\x08GetState\x12\x1c.stepwell.v1.GetStateRequest\x1a\x1d.stepwell.v1.GetStateResponse\x12P\n\x0b\x46orkSession\x12\x1f.stepwell.v1.ForkSessionRequest\x1a .stepwell.v1.ForkSessionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astepwell/v1/sessions.proto\x12\x0bstepwell.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18stepwell/v1/errors.proto\x1a\x19stepwell/v1/tensors.proto\"\xf7\x01\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x12\n\nbatch_size\x18\x04 \x01(\r\x12\x10\n\x08revision\x18\x05 \x01(\x04\x12\x10\n\x08position\x18\x06 \x01(\x04\x12\x30\n\x0c\x63reated_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_used_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08resident\x18\t \x01(\x08\"\xb3\x01\n\x12OpenSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12\"\n\x05state\x18\x04 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\x13\n\x0bmust_be_new\x18\x05 \x01(\x08\x12\x12\n\nrequest_id\x18\x06 \x01(\x06\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\"_\n\x13OpenSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwell.v1.Session\x12\x0f\n\x07resumed\x18\x02 \x01(\x08\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"p\n\x13OpenSessionsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x13\n\x0bsession_ids\x18\x03 \x03(\t\x12\x12\n\nbatch_size\x18\x04 \x01(\r\x12\x12\n\nrequest_id\x18\x05 \x01(\x06\"k\n\x14OpenSessionsResponse\x12\x13\n\x0bsession_ids\x18\x01 \x03(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x10\n\x08replayed\x18\x03 \x01(\x08\x12\x11\n\trevisions\x18\x04 \x03(\x04\"=\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\x06\"(\n\x14\x43loseSessionResponse\x12\x10\n\x08replayed\x18\x01 \x01(\x08\"+\n\x14\x43loseSessionsRequest\x12\x13\n\x0bsession_ids\x18\x01 \x03(\t\"\'\n\x15\x43loseSessionsResponse\x12\x0e\n\x06\x63losed\x18\x01 \x01(\r\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\";\n\x12GetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwell.v1.Session\"f\n\x13ListSessionsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x19\n\x11session_id_prefix\x18\x04 \x01(\t\"f\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.stepwell.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\r\n\x05total\x18\x03 \x01(\x04\"\xbf\x01\n\x0bStepRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12#\n\x06inputs\x18\x02 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\x1e\n\x11\x65xpected_revision\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\x06\x12-\n\x07outputs\x18\x05 \x01(\x0e\x32\x1c.stepwell.v1.OutputSelectionB\x14\n\x12_expected_revision\"j\n\x0cStepResponse\x12$\n\x07outputs\x18\x01 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\x10\n\x08position\x18\x03 \x01(\x04\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"\x81\x01\n\x11StepStreamRequest\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x16.stepwell.v1.StepFrameH\x00\x12(\n\x05reset\x18\x03 \x01(\x0b\x32\x17.stepwell.v1.ResetFrameH\x00\x42\x08\n\x06\x63hange\"\xce\x01\n\tStepFrame\x12\x13\n\x0bsession_ids\x18\x01 \x03(\t\x12#\n\x06inputs\x18\x02 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\x1a\n\x12\x65xpected_revisions\x18\x03 \x03(\x04\x12\x13\n\x0brequest_ids\x18\x04 \x03(\x06\x12-\n\x07outputs\x18\x05 \x01(\x0e\x32\x1c.stepwell.v1.OutputSelection\x12\x12\n\ntimeout_ms\x18\x06 \x01(\r\x12\x13\n\x0b\x62\x61tch_sizes\x18\x07 \x03(\r\"\x9f\x01\n\nResetFrame\x12\x13\n\x0bsession_ids\x18\x01 \x03(\t\x12\"\n\x05state\x18\x02 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\x1a\n\x12\x65xpected_revisions\x18\x03 \x03(\x04\x12\x13\n\x0brequest_ids\x18\x04 \x03(\x06\x12\x12\n\ntimeout_ms\x18\x05 \x01(\r\x12\x13\n\x0b\x62\x61tch_sizes\x18\x06 \x03(\r\"\xea\x01\n\x12StepStreamResponse\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x0f\n\x07members\x18\x02 \x03(\r\x12\x13\n\x0b\x61ll_members\x18\x03 \x01(\x08\x12\x11\n\trevisions\x18\x04 \x03(\x04\x12\x11\n\tpositions\x18\x05 \x03(\x04\x12$\n\x07outputs\x18\x06 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\x18\n\x10replayed_members\x18\x07 \x03(\r\x12(\n\x06\x65rrors\x18\x08 \x03(\x0b\x32\x18.stepwell.v1.MemberError\x12\x0c\n\x04last\x18\t \x01(\x08\"A\n\x0bMemberError\x12\x0f\n\x07members\x18\x01 \x03(\r\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.stepwell.v1.Error\"\xa4\x01\n\x12ResetStatesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\"\n\x05state\x18\x02 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\x0c\n\x04rows\x18\x03 \x03(\r\x12\x1e\n\x11\x65xpected_revision\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x05 \x01(\x06\x42\x14\n\x12_expected_revision\"K\n\x13ResetStatesResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\x04\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"%\n\x0fGetStateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"]\n\x10GetStateResponse\x12\"\n\x05state\x18\x01 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12%\n\x07session\x18\x02 \x01(\x0b\x32\x14.stepwell.v1.Session\"\x8a\x01\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0enew_session_id\x18\x02 \x01(\t\x12\x1e\n\x11\x65xpected_revision\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\x06\x42\x14\n\x12_expected_revision\"N\n\x13\x46orkSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwell.v1.Session\x12\x10\n\x08replayed\x18\x02 \x01(\x08*\x83\x01\n\x0fOutputSelection\x12 \n\x1cOUTPUT_SELECTION_UNSPECIFIED\x10\x00\x12\x18\n\x14OUTPUT_SELECTION_ALL\x10\x01\x12\x19\n\x15OUTPUT_SELECTION_LAST\x10\x02\x12\x19\n\x15OUTPUT_SELECTION_NONE\x10\x03\x32\x85\x07\n\x0eSessionService\x12P\n\x0bOpenSession\x12\x1f.stepwell.v1.OpenSessionRequest\x1a .stepwell.v1.OpenSessionResponse\x12S\n\x0cOpenSessions\x12 .stepwell.v1.OpenSessionsRequest\x1a!.stepwell.v1.OpenSessionsResponse\x12S\n\x0c\x43loseSession\x12 .stepwell.v1.CloseSessionRequest\x1a!.stepwell.v1.CloseSessionResponse\x12V\n\rCloseSessions\x12!.stepwell.v1.CloseSessionsRequest\x1a\".stepwell.v1.CloseSessionsResponse\x12M\n\nGetSession\x12\x1e.stepwell.v1.GetSessionRequest\x1a\x1f.stepwell.v1.GetSessionResponse\x12S\n\x0cListSessions\x12 .stepwell.v1.ListSessionsRequest\x1a!.stepwell.v1.ListSessionsResponse\x12;\n\x04Step\x12\x18.stepwell.v1.StepRequest\x1a\x19.stepwell.v1.StepResponse\x12Q\n\nStepStream\x12\x1e.stepwell.v1.StepStreamRequest\x1a\x1f.stepwell.v1.StepStreamResponse(\x01\x30\x01\x12P\n\x0bResetStates\x12\x1f.stepwell.v1.ResetStatesRequest\x1a .stepwell.v1.ResetStatesResponse\x12G\n\x08GetState\x12\x1c.stepwell.v1.GetStateRequest\x1a\x1d.stepwell.v1.GetStateResponse\x12P\n\x0b\x46orkSession\x12\x1f.stepwell.v1.ForkSessionRequest\x1a .stepwell.v1.ForkSessionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stepwell.v1.sessions_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OUTPUTSELECTION']._serialized_start=3072
-  _globals['_OUTPUTSELECTION']._serialized_end=3203
+  _globals['_OUTPUTSELECTION']._serialized_start=3091
+  _globals['_OUTPUTSELECTION']._serialized_end=3222
   _globals['_SESSION']._serialized_start=130
   _globals['_SESSION']._serialized_end=377
   _globals['_OPENSESSIONREQUEST']._serialized_start=380
@@ -45,49 +45,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENSESSIONSREQUEST']._serialized_start=658
   _globals['_OPENSESSIONSREQUEST']._serialized_end=770
   _globals['_OPENSESSIONSRESPONSE']._serialized_start=772
-  _globals['_OPENSESSIONSRESPONSE']._serialized_end=860
-  _globals['_CLOSESESSIONREQUEST']._serialized_start=862
-  _globals['_CLOSESESSIONREQUEST']._serialized_end=923
-  _globals['_CLOSESESSIONRESPONSE']._serialized_start=925
-  _globals['_CLOSESESSIONRESPONSE']._serialized_end=965
-  _globals['_CLOSESESSIONSREQUEST']._serialized_start=967
-  _globals['_CLOSESESSIONSREQUEST']._serialized_end=1010
-  _globals['_CLOSESESSIONSRESPONSE']._serialized_start=1012
-  _globals['_CLOSESESSIONSRESPONSE']._serialized_end=1051
-  _globals['_GETSESSIONREQUEST']._serialized_start=1053
-  _globals['_GETSESSIONREQUEST']._serialized_end=1092
-  _globals['_GETSESSIONRESPONSE']._serialized_start=1094
-  _globals['_GETSESSIONRESPONSE']._serialized_end=1153
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=1155
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1257
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1259
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1361
-  _globals['_STEPREQUEST']._serialized_start=1364
-  _globals['_STEPREQUEST']._serialized_end=1555
-  _globals['_STEPRESPONSE']._serialized_start=1557
-  _globals['_STEPRESPONSE']._serialized_end=1663
-  _globals['_STEPSTREAMREQUEST']._serialized_start=1666
-  _globals['_STEPSTREAMREQUEST']._serialized_end=1795
-  _globals['_STEPFRAME']._serialized_start=1798
-  _globals['_STEPFRAME']._serialized_end=2004
-  _globals['_RESETFRAME']._serialized_start=2007
-  _globals['_RESETFRAME']._serialized_end=2166
-  _globals['_STEPSTREAMRESPONSE']._serialized_start=2169
-  _globals['_STEPSTREAMRESPONSE']._serialized_end=2403
-  _globals['_MEMBERERROR']._serialized_start=2405
-  _globals['_MEMBERERROR']._serialized_end=2470
-  _globals['_RESETSTATESREQUEST']._serialized_start=2473
-  _globals['_RESETSTATESREQUEST']._serialized_end=2637
-  _globals['_RESETSTATESRESPONSE']._serialized_start=2639
-  _globals['_RESETSTATESRESPONSE']._serialized_end=2714
-  _globals['_GETSTATEREQUEST']._serialized_start=2716
-  _globals['_GETSTATEREQUEST']._serialized_end=2753
-  _globals['_GETSTATERESPONSE']._serialized_start=2755
-  _globals['_GETSTATERESPONSE']._serialized_end=2848
-  _globals['_FORKSESSIONREQUEST']._serialized_start=2851
-  _globals['_FORKSESSIONREQUEST']._serialized_end=2989
-  _globals['_FORKSESSIONRESPONSE']._serialized_start=2991
-  _globals['_FORKSESSIONRESPONSE']._serialized_end=3069
-  _globals['_SESSIONSERVICE']._serialized_start=3206
-  _globals['_SESSIONSERVICE']._serialized_end=4107
+  _globals['_OPENSESSIONSRESPONSE']._serialized_end=879
+  _globals['_CLOSESESSIONREQUEST']._serialized_start=881
+  _globals['_CLOSESESSIONREQUEST']._serialized_end=942
+  _globals['_CLOSESESSIONRESPONSE']._serialized_start=944
+  _globals['_CLOSESESSIONRESPONSE']._serialized_end=984
+  _globals['_CLOSESESSIONSREQUEST']._serialized_start=986
+  _globals['_CLOSESESSIONSREQUEST']._serialized_end=1029
+  _globals['_CLOSESESSIONSRESPONSE']._serialized_start=1031
+  _globals['_CLOSESESSIONSRESPONSE']._serialized_end=1070
+  _globals['_GETSESSIONREQUEST']._serialized_start=1072
+  _globals['_GETSESSIONREQUEST']._serialized_end=1111
+  _globals['_GETSESSIONRESPONSE']._serialized_start=1113
+  _globals['_GETSESSIONRESPONSE']._serialized_end=1172
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1174
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1276
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1278
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1380
+  _globals['_STEPREQUEST']._serialized_start=1383
+  _globals['_STEPREQUEST']._serialized_end=1574
+  _globals['_STEPRESPONSE']._serialized_start=1576
+  _globals['_STEPRESPONSE']._serialized_end=1682
+  _globals['_STEPSTREAMREQUEST']._serialized_start=1685
+  _globals['_STEPSTREAMREQUEST']._serialized_end=1814
+  _globals['_STEPFRAME']._serialized_start=1817
+  _globals['_STEPFRAME']._serialized_end=2023
+  _globals['_RESETFRAME']._serialized_start=2026
+  _globals['_RESETFRAME']._serialized_end=2185
+  _globals['_STEPSTREAMRESPONSE']._serialized_start=2188
+  _globals['_STEPSTREAMRESPONSE']._serialized_end=2422
+  _globals['_MEMBERERROR']._serialized_start=2424
+  _globals['_MEMBERERROR']._serialized_end=2489
+  _globals['_RESETSTATESREQUEST']._serialized_start=2492
+  _globals['_RESETSTATESREQUEST']._serialized_end=2656
+  _globals['_RESETSTATESRESPONSE']._serialized_start=2658
+  _globals['_RESETSTATESRESPONSE']._serialized_end=2733
+  _globals['_GETSTATEREQUEST']._serialized_start=2735
+  _globals['_GETSTATEREQUEST']._serialized_end=2772
+  _globals['_GETSTATERESPONSE']._serialized_start=2774
+  _globals['_GETSTATERESPONSE']._serialized_end=2867
+  _globals['_FORKSESSIONREQUEST']._serialized_start=2870
+  _globals['_FORKSESSIONREQUEST']._serialized_end=3008
+  _globals['_FORKSESSIONRESPONSE']._serialized_start=3010
+  _globals['_FORKSESSIONRESPONSE']._serialized_end=3088
+  _globals['_SESSIONSERVICE']._serialized_start=3225
+  _globals['_SESSIONSERVICE']._serialized_end=4126
 # @@protoc_insertion_point(module_scope)

@@ -74,7 +74,7 @@ class Session(_message.Message):
     batch_size: _builtins.int
     """Rows, fixed when it was opened."""
     revision: _builtins.int
-    """Changes so far."""
+    """Changes so far, those of sessions that had the id before among them: no revision of an id comes twice."""
     position: _builtins.int
     """Time steps consumed since the last reset of the whole state."""
     resident: _builtins.bool
@@ -245,6 +245,7 @@ class OpenSessionsResponse(_message.Message):
     SESSION_IDS_FIELD_NUMBER: _builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
+    REVISIONS_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     """Fingerprint of their model."""
     replayed: _builtins.bool
@@ -253,16 +254,23 @@ class OpenSessionsResponse(_message.Message):
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """In the order of the request, or of their making."""
 
+    @_builtins.property
+    def revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Their revisions, one each; empty if all are 0. A session whose id another one had before, as far as that is
+        remembered, does not begin with 0 but with a revision that the other never had.
+        """
+
     def __init__(
         self,
         *,
         session_ids: _abc.Iterable[_builtins.str] | None = ...,
         model_fingerprint: _builtins.str = ...,
         replayed: _builtins.bool = ...,
+        revisions: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_fingerprint", b"model_fingerprint", "replayed", b"replayed", "session_ids", b"session_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_fingerprint", b"model_fingerprint", "replayed", b"replayed", "revisions", b"revisions", "session_ids", b"session_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

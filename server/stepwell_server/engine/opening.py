@@ -10,6 +10,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.admission import Admission
+from stepwell_server.engine.call import U64
 from stepwell_server.engine.calls import Array, Observer, Opened, Tensors
 from stepwell_server.engine.checks import check_state, require_finite
 from stepwell_server.engine.creation import Creation, Fresh
@@ -28,6 +29,8 @@ class OpenedMany:
 
     session_ids: Sequence[str]
     fingerprint: str
+    revisions: U64
+    """`(n,)`."""
     replayed: bool = False
 
 
@@ -109,7 +112,8 @@ class Opening:
         ids = self._ids_to_open(count, session_ids, request_id)
         await self._creation.all_settled(ids)
         if self._all_opened_with(ids, request_id):
-            return OpenedMany(ids, model.program.fingerprint, replayed=True)
+            revisions = self._table.revision[self._directory.find_all(ids)]
+            return OpenedMany(ids, model.program.fingerprint, revisions, replayed=True)
         if not session_ids:
             self._require_not_gone(ids[0])
         for session_id in session_ids:
@@ -125,7 +129,7 @@ class Opening:
         model.arena.reset(rows)
         await self._creation.create(model, ids, batch_size, rows, Fresh(request_id, revisions))
         self._observer.sessions_opened(model.name, len(ids))
-        return OpenedMany(ids, model.program.fingerprint)
+        return OpenedMany(ids, model.program.fingerprint, revisions)
 
     async def fork(
         self, session_id: str, *, new_session_id: str, expected: int | None, request_id: int, deadline: float

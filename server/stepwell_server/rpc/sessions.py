@@ -80,7 +80,10 @@ class SessionServicer:
             request_id=request.request_id,
         )
         return pb.OpenSessionsResponse(
-            session_ids=opened.session_ids, model_fingerprint=opened.fingerprint, replayed=opened.replayed
+            session_ids=opened.session_ids,
+            model_fingerprint=opened.fingerprint,
+            replayed=opened.replayed,
+            revisions=opened.revisions.tolist() if opened.revisions.any() else (),
         )
 
     async def close_session(
