@@ -148,8 +148,23 @@ def test_every_request_counts_once_though_the_server_is_killed(folder: Path, tmp
 def test_the_page_for_those_who_come_from_triton(server: LocalServer) -> None:
     page = (Path(triton.__file__).parents[2] / "docs" / "coming-from-triton.md").read_text()
     code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
-    code = code.replace("127.0.0.1:50051", server.address).replace("forecast", "lstm")
-    assert len(triton.run_code(code).splitlines()) == 3
+    for model in ("lstm", "tokens", "acc_int64"):
+        served = code.replace("127.0.0.1:50051", server.address).replace("forecast", model)
+        assert len(triton.run_code(served).splitlines()) == 3
+
+
+def test_a_sequence_numbered_0_is_none(server: LocalServer) -> None:
+    """As the page says: tritonclient sends nothing of it."""
+    said = triton.run_code(
+        "import numpy as np, tritonclient.grpc as triton\n"
+        f"client = triton.InferenceServerClient({server.address!r})\n"
+        "x = triton.InferInput('x', [1, 3], 'FP32')\n"
+        "x.set_data_from_numpy(np.ones((1, 3), np.float32))\n"
+        "for number in (0, '', 1):\n"
+        "    reply = client.infer('lstm', [x], sequence_id=number, sequence_start=True, sequence_end=True)\n"
+        "    print('stepwell_revision' in reply.get_response().parameters)\n"
+    )
+    assert said.split() == ["False", "False", "True"]
 
 
 def test_a_stopping_server_ends_open_streams(folder: Path) -> None:
