@@ -99,7 +99,7 @@ async def test_a_handle_of_a_session_that_ended_does_not_step_the_next_of_its_id
             await stale.step(X)
         with pytest.raises(stepwell.StepwellError) as caught:
             await old_group.step(np.ones((2, 3)))
-        kinds = {type(error) for error in caught.value.failures.values()}  # type: ignore[attr-defined]
+        kinds = {type(error) for error in caught.value.failures.values()}
         assert kinds == {stepwell.RevisionConflictError}
         np.testing.assert_array_equal(
             await new_group.step(np.ones((2, 3))), np.repeat(await fresh.step(X), 2, 0)

@@ -150,7 +150,7 @@ async def test_what_cannot_be_made_fails_alone(slow: tuple[Slow, Commits, Told])
 
 
 @pytest.mark.parametrize("error", [Unavailable("no room"), ValueError("a secret detail")])
-async def test_a_transaction_that_fails_fails_for_all_that_are_in_it(
+async def test_a_transaction_that_fails_is_told_to_all_that_are_in_it(
     slow: tuple[Slow, Commits, Told], error: Exception
 ) -> None:
     store, commits, told = slow
@@ -168,12 +168,40 @@ async def test_a_transaction_that_fails_fails_for_all_that_are_in_it(
     assert [name for name, _ in told.told] == [*"abcde"]
     said = [why for _, why in told.told]
     assert {type(why) for why in said} == {Unavailable if isinstance(error, Unavailable) else Internal}
-    assert said[1] is said[2]
-    assert said[3] is said[4]
     assert "secret" not in "".join(str(why) for why in said)
     told.submit("f")
     await commits.idle()
     assert told.names == "f", "it goes on"
+
+
+async def test_what_could_not_be_kept_together_is_tried_one_by_one(
+    slow: tuple[Slow, Commits, Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, commits, told = slow
+    store.gate.clear()
+    told.submit("a", size=HUGE)
+    await inside(store)
+    told.submit("b", Batch(deletes=["x"]))
+    told.submit("c", Batch(puts=[("y", b"1")]))
+    told.submit("d", Batch(deletes=["z"]))
+    kept, commit = [], store.commit
+
+    def full(batch: Batch) -> None:
+        commit(batch)
+        if batch.puts:
+            raise Unavailable("no room")
+        kept.append(batch.deletes)
+
+    monkeypatch.setattr(store, "commit", full)
+    store.gate.set()
+    await commits.idle()
+    assert kept[-2:] == [["x"], ["z"]]
+    assert [(name, type(why)) for name, why in told.told] == [
+        ("a", type(None)),
+        ("b", type(None)),
+        ("c", Unavailable),
+        ("d", type(None)),
+    ]
 
 
 async def test_it_says_when_it_is_full_and_when_it_is_not_any_more(

@@ -19,6 +19,7 @@ from stepwell_server.engine.framecall import too_late
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.keeper import Change, Keeper
 from stepwell_server.engine.paging import Pager
+from stepwell_server.engine.parking import Parking
 from stepwell_server.engine.replies import Kept
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.errors import Overloaded, RevisionConflict, ServerError
@@ -66,12 +67,19 @@ class Admission:
         self._clock = clock
         self._observer = observer
         self._claims: Claims[Waiter] = Claims(table)
+        self._parking = Parking(table, models, pager, self._start_parked)
+        self._parking.release = self.release
         self._waiters: Counter[int] = Counter()
         self.bytes_waiting = 0
 
     def waiting(self, model: int) -> int:
         """Rows and changes of a model that wait for a pass or for their session."""
-        return self._models[model].loop.rows_waiting + self._waiters[model]
+        return self._models[model].loop.rows_waiting + self._waiters[model] + self._parking.count(model)
+
+    @property
+    def has_parked(self) -> bool:
+        """Changes wait for their sessions' rows."""
+        return bool(self._parking)
 
     def require_room(self, call: Call) -> None:
         """Refuse a frame if too much waits already.
@@ -189,6 +197,7 @@ class Admission:
                 chosen = np.sort(np.array(members, np.intp))
                 again += self._start_claimed(call, chosen).tolist()
             due = self._claims.release(np.array(again, np.intp)) if again else []
+        self._parking.room_may_have_come()
 
     def close_line(self, handle: int, model: int, error: ServerError) -> None:
         """Refuse what waited for a session that has gone away, of the model of that number."""
@@ -199,6 +208,7 @@ class Admission:
                     waiter.granted.set_exception(error)
             else:
                 waiter[0].fail(np.array([waiter[1]]), error)
+        self._parking.room_may_have_come()
 
     def _grant(self, hold: Hold, handle: int) -> bool:
         """Whether the turn is taken."""
@@ -257,15 +267,44 @@ class Admission:
         """Claim, judge and start members whose turn it is; return sessions that are done with already."""
         handles = call.handles[members]
         self._claims.claim(handles)
+        if self._parking.count(call.model):
+            # who came before has not found room yet: only those that need none go on
+            absent = self._table.row[handles] < 0
+            if absent.any():
+                self._parking.park(call, members[absent])
+                members, handles = members[~absent], handles[~absent]
+        return self._bring_in(call, members, handles)
+
+    def _start_parked(self, call: Call, members: Members) -> Handles:
+        """Start members that waited for rows, unless they should not go on; as `_start_claimed`."""
+        done: list[Handles] = []
+        for dropped, error in call.drop(members, self._clock.monotonic()):
+            done.append(call.handles[dropped])
+            members = np.setdiff1d(members, dropped)
+            call.fail(dropped, error)
+        if len(members):
+            done.append(self._bring_in(call, members, call.handles[members]))
+        return np.concatenate(done) if done else call.handles[:0]
+
+    def _bring_in(self, call: Call, members: Members, handles: Handles) -> Handles:
+        """Have the rows of claimed sessions and judge their members, or let them wait for rows."""
+        if not len(members):
+            return handles
         refused = self._pager.page_in(self._models[call.model], handles)
         if not refused:
             return self._judge(call, members, handles)
-        for member, handle in zip(members.tolist(), handles.tolist(), strict=True):
-            if handle in refused:
-                call.fail(np.array([member]), refused[handle])
         out = np.isin(handles, list(refused))
+        failed: list[int] = []
+        parked: list[int] = []
+        for member, handle in zip(members[out].tolist(), handles[out].tolist(), strict=True):
+            if isinstance(refused[handle], Overloaded):
+                parked.append(member)
+            else:
+                call.fail(np.array([member]), refused[handle])
+                failed.append(handle)
+        self._parking.park(call, np.array(parked, np.intp))
         done = self._judge(call, members[~out], handles[~out]) if not out.all() else handles[:0]
-        return np.concatenate([handles[out], done])
+        return np.concatenate([np.array(failed, np.intp), done])
 
     def _judge(self, call: Call, members: Members, handles: Handles) -> Handles:
         verdict = judge(

@@ -207,9 +207,19 @@ def _keep(items: Sequence[_Item], commit: Callable[[Batch], None]) -> None:
         try:
             commit(_merged([item.batch for item in group]))
         except Exception as error:
-            why = reason(error)
-            for item in group:
-                item.error = why
+            if len(group) == 1:
+                group[0].error = reason(error)
+            else:
+                _keep_each(group, commit)
+
+
+def _keep_each(items: Iterable[_Item], commit: Callable[[Batch], None]) -> None:
+    """One by one what could not be kept together: on a full disk the end of a session may be, its beginning not."""
+    for item in items:
+        try:
+            commit(item.batch)
+        except Exception as error:
+            item.error = reason(error)
 
 
 def _groups(items: Iterable[_Item]) -> list[list[_Item]]:

@@ -430,6 +430,7 @@ class Engine:
             for model in self._models:
                 await model.loop.idle()
             await self._commits.idle()
+            await asyncio.sleep(0)  # what waits for rows is let in by the event loop
 
     async def close(self, timeout_s: float = 10.0) -> bool:
         """Stop the threads. Nothing may be under way.
@@ -444,7 +445,11 @@ class Engine:
 
     @property
     def _is_busy(self) -> bool:
-        return not self._commits.is_idle or any(model.loop.busy for model in self._models)
+        return (
+            self._admission.has_parked
+            or not self._commits.is_idle
+            or any(model.loop.busy for model in self._models)
+        )
 
     def expire_idle(self) -> int:
         """Delete the sessions that have been idle for too long; return how many. Called by a timer."""

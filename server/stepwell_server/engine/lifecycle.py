@@ -25,6 +25,8 @@ from stepwell_server.errors import (
 )
 from stepwell_server.store.base import Batch, End, Tombstone
 
+#: Sessions deleted in one transaction by one call: each needs room on the disk before it gives any back.
+_CLOSE_AT_ONCE = 500
 #: A session that cannot be stepped here can be closed all the same.
 _UNUSABLE = (ModelMismatch, ModelNotFound, StateCorrupt)
 
@@ -89,10 +91,8 @@ class Lifecycle:
         handles = handles[handles >= 0]
         free = handles[~self._table.claimed[handles]]
         named = {self._table.session_id(handle) for handle in free.tolist()}
-        if len(free):
-            self._admission.claim(free)
-            await self._delete(free, 0)
-        closed = len(free)
+        self._admission.claim(free)
+        closed = await self._delete_in_parts(free)
         # one after the other: to hold some while waiting for others could wait for ever
         for session_id in dict.fromkeys(session_ids):
             if session_id in named:
@@ -103,6 +103,20 @@ class Lifecycle:
                 continue  # it was not there, or somebody else closed it while it was waited for
             closed += 1
         return closed
+
+    async def _delete_in_parts(self, handles: Handles) -> int:
+        """Delete claimed sessions, so many at a time as a full disk has room for; return how many.
+
+        Raises:
+            Unavailable: the store did not delete all.
+        """
+        for start in range(0, len(handles), _CLOSE_AT_ONCE):
+            try:
+                await self._delete(handles[start : start + _CLOSE_AT_ONCE], 0)
+            except BaseException:
+                self._admission.release(handles[start + _CLOSE_AT_ONCE :])
+                raise
+        return len(handles)
 
     async def _delete(self, handles: Handles, request_id: int) -> None:
         """Delete claimed sessions.

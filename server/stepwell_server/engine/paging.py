@@ -64,7 +64,8 @@ class Pager:
         if not len(absent):
             return {}
         refused: dict[int, ServerError] = {}
-        fits = np.cumsum(self._table.batch_size[absent]) <= self._room(model, absent)
+        sizes = self._table.batch_size[absent]
+        fits = np.cumsum(sizes) <= self.room(model, int(sizes.sum()))
         if not fits.all():
             short = self._overloaded(model, int(self._table.batch_size[absent].sum()))
             refused = dict.fromkeys(absent[~fits].tolist(), short)
@@ -87,10 +88,10 @@ class Pager:
             self._unpack(model, handles[decoded.sound], decoded)
         return refused
 
-    def _room(self, model: ServedModel, handles: Handles) -> int:
-        """Rows that could be had for sessions: free ones, and those of sessions that may go."""
+    def room(self, model: ServedModel, wanted: int) -> int:
+        """Rows that could be had for sessions: free ones, and if these are too few those of sessions that may go."""
         room = model.slots.resident_limit - model.slots.resident
-        if int(self._table.batch_size[handles].sum()) > room:
+        if wanted > room:
             room += int(self._table.batch_size[self._may_go(model)].sum())
         return room
 

@@ -1,0 +1,131 @@
+"""More sessions at the same moment than rows: the changes take turns, and none is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from stepwell_server.errors import DeadlineExceeded, Overloaded, SessionNotFound, Unavailable
+from support.engine import Answer, Harness, running
+from support.model_of_sessions import initial
+
+
+def x(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
+
+
+async def crowded(at: Harness, *waiting: str) -> object:
+    """Sessions `a` and `b` have both rows and are under way; the others are there and have none."""
+    await at.open(*waiting, "a", "b")
+    at.hooks.close_gate()
+    busy = at.submit(["a", "b"], x(2))
+    await at.in_flight()
+    return busy
+
+
+@pytest.mark.parametrize("threads", [False, True])
+@pytest.mark.parametrize("steps", [None, 3])
+async def test_a_frame_of_more_sessions_than_rows_is_done_in_portions(
+    threads: bool, steps: int | None
+) -> None:
+    async with running(resident_rows=4, threads=threads) as at:
+        ids = [f"s{i}" for i in range(30)]
+        await at.engine.open_sessions("plain", session_ids=ids)
+        value = x(30) if steps is None else x(30, steps)
+        answers = await at.submit(ids, value, expected=[0] * 30, request_ids=list(range(1, 31))).all()
+        for i, answer in enumerate(answers):
+            assert isinstance(answer, Answer)
+            alone = await at.step(f"s{i}", value[i : i + 1], expected=0, request_ids=i + 1)
+            assert alone.replayed
+            assert answer.outputs["y"].tobytes() == alone.outputs["y"].tobytes()
+        again = await at.submit(ids, value, expected=[1] * 30).all()
+        assert all(isinstance(answer, Answer) and answer.revision == 2 for answer in again)
+
+
+async def test_a_reset_of_more_sessions_than_rows_goes_through_too() -> None:
+    async with running(resident_rows=4) as at:
+        ids = [f"s{i}" for i in range(30)]
+        await at.engine.open_sessions("plain", session_ids=ids)
+        await at.submit(ids, x(30)).all()
+        assert all(isinstance(answer, Answer) for answer in await at.submit(ids, reset=True).all())
+        for session_id in ids:
+            assert (await at.state(session_id))["sum"].tobytes() == initial(1).tobytes()
+
+
+async def test_a_session_of_many_rows_is_not_passed_by_those_that_come_after_it() -> None:
+    async with running(resident_rows=4, threads=True) as at:
+        small = [f"s{i}" for i in range(10)]
+        await at.open(*small)
+        await at.open("big", batch_size=4)
+        at.clock.advance(1)
+        await at.open("a", "b")
+        at.hooks.close_gate()
+        busy = at.submit(["a", "b"], x(2))
+        await at.in_flight()
+        order: list[str] = []
+        waiting = {"big": at.submit("big", x(4), sizes=[4])} | {name: at.submit(name, x(1)) for name in small}
+        for name, answers in waiting.items():
+            answers._ended.add_done_callback(lambda _done, name=name: order.append(name))  # type: ignore[misc]
+        at.hooks.open_gate()
+        for answers in (busy, *waiting.values()):
+            assert all(isinstance(answer, Answer) for answer in await answers.all())
+        assert order[0] == "big"
+
+
+async def test_what_waits_for_rows_is_dropped_when_its_time_is_over_or_its_caller_has_left() -> None:
+    async with running(resident_rows=2, threads=True) as at:
+        busy = await crowded(at, "late", "left", "stays")
+        late = at.submit("late", x(1), deadline=at.clock.monotonic() + 5)
+        left, stays = at.submit("left", x(1)), at.submit("stays", x(1))
+        at.clock.advance(6)
+        at.cancel(left)
+        at.hooks.open_gate()
+        await busy.all()  # type: ignore[attr-defined]
+        with pytest.raises(DeadlineExceeded):
+            await late.only()
+        with pytest.raises(Unavailable, match="cancelled"):
+            await left.only()
+        assert (await stays.only()).revision == 1
+        assert [at.engine.session_info(name).revision for name in ("late", "left")] == [0, 0]
+
+
+async def test_the_line_of_a_session_that_waits_for_rows_keeps_its_order() -> None:
+    async with running(resident_rows=2, threads=True) as at:
+        await crowded(at, "c")
+        steps = [at.submit("c", x(1, seed=i), expected=i) for i in range(3)]
+        single = at.single("c", x(1, seed=3), expected=3)
+        closing = at.engine.close_session("c")
+        at.hooks.open_gate()
+        assert [(await step.only()).revision for step in steps] == [1, 2, 3]
+        assert (await single.only()).revision == 4
+        assert await closing is False
+        with pytest.raises(SessionNotFound):
+            await at.step("c", x(1))
+
+
+async def test_no_more_waits_for_rows_than_may_wait_at_all() -> None:
+    async with running(resident_rows=2, max_batch_rows=1, threads=True) as at:
+        names = [f"s{i}" for i in range(80)]
+        await crowded(at, *names)
+        waiting, refused = [], 0
+        for name in names:
+            try:
+                waiting.append(at.submit(name, x(1)))
+            except Overloaded as error:
+                assert "rows waiting for model" in error.message  # noqa: PT017  most are not refused
+                refused += 1
+        assert refused == len(names) - len(waiting)
+        assert 60 <= len(waiting) <= 64
+        at.hooks.open_gate()
+        for answers in waiting:
+            assert (await answers.only()).revision == 1
+
+
+async def test_a_server_that_stops_finishes_what_waits_for_rows() -> None:
+    async with running(resident_rows=2, threads=True) as at:
+        await crowded(at, "c", "d")
+        waiting = at.submit(["c", "d"], x(2))
+        at.engine.stop_accepting()
+        at.hooks.open_gate()
+        await at.settled()
+        assert waiting.ended
