@@ -4,10 +4,11 @@ A sequence's session is found by an id that is made of the model and the sequenc
 Stepwell does with sessions can be done with sequences: read, fork, save, list them.
 
 START is two changes of the session, reset and step, with nothing in between: no other request of this
-protocol, because of turns, and no other change at all, because the step says the revision it expects. All that can be checked beforehand is checked before the first of them, and a session that was opened for a
-START is closed again if its step fails. What is left is a START on a live sequence whose step fails in the
-model itself, or is cut off by a crash in between: the old sequence has ended then, and the new one has not
-begun. A session at position 0 says so: it needs another START.
+protocol, because of turns, and no other change at all, because the step says the revision it expects. All
+that can be checked beforehand is checked before the first of them, and a session that was opened for a START
+is closed again if its step fails. What is left is a START on a live sequence whose step fails in the model
+itself, or is cut off by a crash in between: the old sequence has ended then, and the new one has not begun. A
+session at position 0 says so: it needs another START.
 """
 
 from __future__ import annotations
@@ -120,11 +121,11 @@ class Sequences:
             return await self._advance(request, int(reset.revisions[0]))
         if info is not None:
             await self._engine.close_session(request.session_id, deadline=request.deadline)
-        await self._engine.open_session(
+        opened = await self._engine.open_session(
             request.model, session_id=request.session_id, batch_size=request.inputs.rows, must_be_new=True
         )
         try:
-            return await self._advance(request, 0)
+            return await self._advance(request, opened.session.revision)
         except BaseException:  # cancelled too: then nobody knows of the sequence
             with contextlib.suppress(SessionGone):
                 await self._engine.close_session(request.session_id)
