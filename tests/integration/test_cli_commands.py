@@ -121,7 +121,7 @@ def test_steps_of_the_command_line_are_those_of_the_sdk(
     whole, _ = client.predict("forecast", x)
 
     def step(value: str, **options: str) -> Any:
-        return document(run("step", "user-42", "--input", value, "--json", *options.get("more", "").split()))
+        return document(run("step", "user-41", "--input", value, "--json", *options.get("more", "").split()))
 
     answers = [
         step(f"{tmp_path}/x.npy", more="--open forecast"),
@@ -190,21 +190,21 @@ def test_open_goes_on_with_a_session_whatever_its_batch_size(run: Run, client: s
     "x", ["[[1, 2]]", "[1, 2, 3]", "[[[[1, 2, 3]]]]", "[[1, 2, NaN]]", "[]", "5", "z=[[1, 2, 3]]"]
 )
 def test_a_bad_input_is_one_line_and_changes_nothing(run: Run, client: stepwell.Client, x: str) -> None:
-    client.open_session("forecast", session_id="user-42")
+    before = client.open_session("forecast", session_id="user-43").revision
 
-    result = run("step", "user-42", "--input", x)
+    result = run("step", "user-43", "--input", x)
 
     refused(result, "input")
-    assert client.session_info("user-42").revision == 0
+    assert client.session_info("user-43").revision == before
 
 
 def test_a_state_is_saved_and_set(run: Run, client: stepwell.Client, tmp_path: Path) -> None:
     file = tmp_path / "saved.safetensors"
-    session = client.open_session("forecast", session_id="user-42")
+    session = client.open_session("forecast", session_id="user-44")
     session.step(np.ones((1, 3), np.float32))
     state = session.get_state()
 
-    shown = document(run("state", "get", "user-42", "-o", str(file), "--json"))
+    shown = document(run("state", "get", "user-44", "-o", str(file), "--json"))
     assert stepwell.State.load(file) == state
     assert (shown["file"], shown["revision"], shown["position"]) == (str(file), 1, 1)
     assert shown["model_fingerprint"] == state.fingerprint
@@ -212,16 +212,16 @@ def test_a_state_is_saved_and_set(run: Run, client: stepwell.Client, tmp_path: P
         name: array.tolist() for name, array in state.items()
     }
 
-    assert run("state", "set", "user-42", "--zero").stdout == "revision 2, position 0\n"
+    assert run("state", "set", "user-44", "--zero").stdout == "revision 2, position 0\n"
     assert all(not array.any() for array in session.get_state().values())
-    assert document(run("state", "set", "user-42", str(file), "--json"))["revision"] == 3
+    assert document(run("state", "set", "user-44", str(file), "--json"))["revision"] == 3
     assert session.get_state() == state
 
 
 def test_a_state_for_people(run: Run, client: stepwell.Client, tmp_path: Path) -> None:
-    client.open_session("forecast", session_id="user-42")
+    client.open_session("forecast", session_id="user-45")
 
-    lines = run("state", "get", "user-42", "-o", f"{tmp_path}/s.safetensors").stdout.splitlines()
+    lines = run("state", "get", "user-45", "-o", f"{tmp_path}/s.safetensors").stdout.splitlines()
 
     assert lines[0].split() == ["TENSOR", "DTYPE", "SHAPE", "MIN", "MEAN", "MAX", "ZEROS"]
     assert lines[1].split() == ["lstm/h", "float32", "(1,", "8)", "0", "0", "0", "8", "of", "8"]
@@ -231,10 +231,10 @@ def test_a_state_for_people(run: Run, client: stepwell.Client, tmp_path: Path) -
 def test_a_state_that_cannot_be_saved_names_the_option_and_the_path(
     run: Run, client: stepwell.Client, tmp_path: Path
 ) -> None:
-    client.open_session("forecast", session_id="user-42")
+    client.open_session("forecast", session_id="user-46")
     file = f"{tmp_path}/nowhere/s.safetensors"
 
-    refused(run("state", "get", "user-42", "-o", file), f"cannot write -o {file}: No such file", exit_code=2)
+    refused(run("state", "get", "user-46", "-o", file), f"cannot write -o {file}: No such file", exit_code=2)
 
 
 def test_rows_of_a_state_are_set(run: Run, client: stepwell.Client) -> None:
@@ -253,9 +253,9 @@ def test_rows_of_a_state_are_set(run: Run, client: stepwell.Client) -> None:
 
 def test_a_state_of_another_model_is_refused(run: Run, client: stepwell.Client, tmp_path: Path) -> None:
     client.open_session("several", session_id="other").get_state().save(tmp_path / "other.safetensors")
-    client.open_session("forecast", session_id="user-42")
+    client.open_session("forecast", session_id="user-47")
 
-    refused(run("state", "set", "user-42", f"{tmp_path}/other.safetensors"), "fingerprint")
+    refused(run("state", "set", "user-47", f"{tmp_path}/other.safetensors"), "fingerprint")
 
 
 def test_sessions_are_listed(run: Run, client: stepwell.Client) -> None:
@@ -300,15 +300,15 @@ def test_no_sessions_are_an_empty_list(run: Run) -> None:
 
 
 def test_a_session_is_shown(run: Run, client: stepwell.Client) -> None:
-    client.open_session("forecast", session_id="user-42").step(np.ones((1, 5, 3), np.float32))
+    client.open_session("forecast", session_id="user-48").step(np.ones((1, 5, 3), np.float32))
 
-    shown = document(run("sessions", "show", "user-42", "--json"))
-    facts = dict(line.split(maxsplit=1) for line in run("sessions", "show", "user-42").stdout.splitlines())
+    shown = document(run("sessions", "show", "user-48", "--json"))
+    facts = dict(line.split(maxsplit=1) for line in run("sessions", "show", "user-48").stdout.splitlines())
 
     assert (shown["revision"], shown["position"], shown["resident"]) == (1, 5, True)
     assert 0 <= shown["idle_s"] <= shown["age_s"] < 60
     assert shown["created_time"].endswith("Z")
-    assert (facts["session"], facts["position"]) == ("user-42", "5")
+    assert (facts["session"], facts["position"]) == ("user-48", "5")
 
 
 def test_sessions_are_closed(run: Run, client: stepwell.Client) -> None:
