@@ -8,7 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from stepwell_server.errors import ModelMismatch, ModelNotFound, ServerError, SessionNotFound, StateCorrupt
+from stepwell_server.errors import (
+    ModelMismatch,
+    ModelNotFound,
+    ServerError,
+    SessionExists,
+    SessionNotFound,
+    StateCorrupt,
+)
 from support.durable import Disk, damage, kinds, x
 from support.engine import Harness
 from support.fake_executor import PLAIN
@@ -36,13 +43,19 @@ async def refused(at: Harness, session_id: str, kind: type[ServerError], message
         at.engine.fork(session_id),
         at.engine.fork("fine", new_session_id=session_id),
         at.engine.open_session("plain", session_id=session_id),
-        at.engine.open_session("plain", session_id=session_id, must_be_new=True, request_id=5),
         at.engine.open_sessions("plain", session_ids=["new", session_id]),
     ):
         with pytest.raises(kind, match=message):
             await call
-    with pytest.raises(kind, match=message):
-        at.engine.session_info(session_id)
+    # a damaged record does not even say that there is a session
+    with pytest.raises(kind if kind is StateCorrupt else SessionExists):
+        await at.engine.open_session("plain", session_id=session_id, must_be_new=True, request_id=5)
+    if kind is StateCorrupt:
+        with pytest.raises(kind, match=message):
+            at.engine.session_info(session_id)
+    else:
+        listed, _ = await at.engine.list_sessions(prefix=session_id)
+        assert [at.engine.session_info(session_id)] == listed
     with pytest.raises(kind, match=message):
         at.single(session_id, x(1))
     with pytest.raises(kind, match=message):

@@ -234,6 +234,20 @@ class Directory:
             resident=bool(table.row[handle] >= 0),
         )
 
+    def describe(self, session_id: str) -> SessionInfo:
+        """Describe a session, also one of a model that is not served.
+
+        Raises:
+            SessionGone, StateCorrupt, Unavailable: as of `find`.
+        """
+        try:
+            return self.info(self.find(session_id))
+        except (ModelMismatch, ModelNotFound):
+            stored = self._store.get(session_id)
+            if stored is None:
+                raise
+            return stored_info(session_id, decode_header(session_id, stored))
+
     def count(self, model: ServedModel) -> int:
         """How many sessions a model has."""
         if self._commits.is_durable:
@@ -412,13 +426,14 @@ class Directory:
         if model is None:
             raise ModelNotFound(
                 f"session {session_id!r} belongs to model {header.model!r}, which is not served;"
-                f" model must be one of {sorted(self._by_name)}",
+                f" model must be one of {sorted(self._by_name)}. Serve it again, or close the session",
                 model=header.model,
             )
         if model.program.fingerprint != header.fingerprint:
             raise ModelMismatch(
                 f"session {session_id!r} belongs to model {header.model!r} with fingerprint"
-                f" {header.fingerprint}; the one that is served has {model.program.fingerprint}",
+                f" {header.fingerprint}; the one that is served has {model.program.fingerprint}."
+                " Serve that model file again, or close the session",
                 model=header.model,
             )
         return model
@@ -445,6 +460,21 @@ class Directory:
         """On the monotonic clock."""
         # for people: a clock that was set back meanwhile must not make it the future
         return self._clock.monotonic() - max(0.0, self._clock.now() - header.last_used)
+
+
+def stored_info(session_id: str, header: Header) -> SessionInfo:
+    """What a record says of a session."""
+    return SessionInfo(
+        session_id=session_id,
+        model=header.model,
+        fingerprint=header.fingerprint,
+        batch_size=header.batch_size,
+        revision=header.revision,
+        position=header.position,
+        created=header.created,
+        last_used=header.last_used,
+        resident=False,
+    )
 
 
 def _header_or_none(session_id: str, stored: Stored) -> Header | None:

@@ -231,7 +231,7 @@ class Engine:
         Raises:
             SessionGone: there is none.
         """
-        return self._directory.info(self._directory.find(session_id))
+        return self._directory.describe(session_id)
 
     async def list_sessions(
         self, *, model: str = "", prefix: str = "", after: str = "", limit: int = 1000

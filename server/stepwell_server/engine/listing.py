@@ -7,7 +7,7 @@ import heapq
 
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.calls import SessionInfo
-from stepwell_server.engine.directory import Directory
+from stepwell_server.engine.directory import Directory, stored_info
 from stepwell_server.errors import SessionGone
 from stepwell_server.store.base import Store
 from stepwell_server.store.record import Header
@@ -100,14 +100,4 @@ class Listing:
             return None
         if header is None:
             return SessionInfo(session_id, "", "", 0, 0, 0, 0.0, 0.0, resident=False)
-        return SessionInfo(
-            session_id=session_id,
-            model=header.model,
-            fingerprint=header.fingerprint,
-            batch_size=header.batch_size,
-            revision=header.revision,
-            position=header.position,
-            created=header.created,
-            last_used=header.last_used,
-            resident=False,
-        )
+        return stored_info(session_id, header)

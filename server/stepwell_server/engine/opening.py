@@ -18,7 +18,7 @@ from stepwell_server.engine.directory import Directory
 from stepwell_server.engine.ids import require_session_id
 from stepwell_server.engine.paging import Pager
 from stepwell_server.engine.served import ServedModel
-from stepwell_server.errors import InvalidInput, ModelMismatch, RevisionConflict, SessionExists
+from stepwell_server.errors import InvalidInput, ModelMismatch, ModelNotFound, RevisionConflict, SessionExists
 
 MAX_SESSIONS_PER_CALL = 65_536
 
@@ -79,7 +79,7 @@ class Opening:
             require_session_id("session_id", session_id)
         name = session_id or self._directory.ids.make(request_id)
         await self._creation.settled(name)
-        handle = self._directory.live(name)
+        handle = self._live(name, must_be_new)
         if handle is not None:
             return self._resume(handle, model, batch_size, must_be_new, request_id)
         if not session_id:
@@ -155,6 +155,14 @@ class Opening:
             return known or await self._fork(source, name, expected, request_id)
         finally:
             self._admission.release(np.array([source]))
+
+    def _live(self, name: str, must_be_new: bool) -> int | None:
+        try:
+            return self._directory.live(name)
+        except (ModelMismatch, ModelNotFound) as error:
+            if must_be_new:  # it is there, whatever it belongs to
+                raise _exists("session_id", name) from error
+            raise
 
     def _resume(
         self, handle: int, model: ServedModel, batch_size: int, must_be_new: bool, request_id: int

@@ -184,6 +184,7 @@ class Sequences:
         )
 
     def _live(self, request: SequenceRequest) -> SessionInfo:
+        self._engine.locate(request.session_id)  # raises where the session is of a model that is not served
         info = self._engine.session_info(request.session_id)
         if info.model != request.model:
             raise InvalidInput(
