@@ -175,33 +175,30 @@ def test_damaged_frames_are_answered_one_by_one(served: Served, seed: int) -> No
 def test_damaged_frames_of_one_session_are_read_as_protobuf_reads_them(served: Served, seed: int) -> None:
     """The server reads them by their layout where it can: it must do what a Step of the same fields does."""
     rng = np.random.default_rng(seed)
-    state = served.wire.state(served.wire.open("seq", "lane-1")).state
+    state = served.wire.state(served.wire.open("seq", f"state-{seed}")).state
     with served.session("seq") as bystander, served.nothing_changes(bystander):
         for nth in range(60):
             x = rng.standard_normal((1, 3) if nth % 2 else (1, 1, 3)).astype(np.float32)
             fields: dict[str, Any] = (
                 {"expected_revisions": [0], "request_ids": [2**63 + nth]} if nth % 3 else {}
             )
-            good = wire.step_frame(nth + 1, ["lane-1"], [tensor(x)], timeout_ms=60_000, **fields)
+            # ids that nobody had before, of the same length: one for each way, one for the neighbour
+            streamed, called, neighbour = [f"{way}{seed}-{nth:03d}" for way in "abn"]
+            for session_id in (streamed, called, neighbour):
+                served.wire.open("seq", session_id, state=state)
+            good = wire.step_frame(nth + 1, [streamed], [tensor(x)], timeout_ms=60_000, **fields)
             raw = damaged(good.SerializeToString(), rng)
-            renew(served, "lane-0", state)
-            renew(served, "lane-1", state)
-            on_stream = by_stream(served, good, raw)
-            renew(served, "lane-1", state)
-            assert on_stream == by_call(served, raw), raw
-    served.wire.close("lane-0", "lane-1")
+            on_stream = by_stream(served, good, raw, neighbour)
+            assert on_stream == by_call(served, raw.replace(streamed.encode(), called.encode())), raw
+            served.wire.close(streamed, called, neighbour)
+    served.wire.close(f"state-{seed}")
 
 
-def renew(served: Served, session_id: str, state: Any) -> None:
-    served.wire.close(session_id)
-    served.wire.open("seq", session_id, state=state)
-
-
-def by_stream(served: Served, good: Any, raw: bytes) -> tuple[object, ...]:
+def by_stream(served: Served, good: Any, raw: bytes, neighbour: str) -> tuple[object, ...]:
     """Send a good frame of a neighbour, from which the layout can be learnt, and then the damaged one."""
     first = pb.StepStreamRequest()
     first.CopyFrom(good)
-    first.step.session_ids[:] = ["lane-0"]
+    first.step.session_ids[:] = [neighbour]
     call: Any = served.wire.channel.stream_stream(f"/{SERVICE}/StepStream")
     try:
         answers = [
