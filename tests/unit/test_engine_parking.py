@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import pytest
 
+from stepwell_server.engine.calls import Frame
 from stepwell_server.errors import DeadlineExceeded, Overloaded, SessionNotFound, Unavailable
-from support.engine import Answer, Harness, running
+from support.engine import Answer, Answers, Harness, running
+from support.fake_executor import PLAIN
 from support.model_of_sessions import initial
 
 
@@ -129,3 +133,29 @@ async def test_a_server_that_stops_finishes_what_waits_for_rows() -> None:
         at.hooks.open_gate()
         await at.settled()
         assert waiting.ended
+
+
+@pytest.mark.stores("memory", "async")
+async def test_another_model_may_begin_to_wait_while_one_is_let_in() -> None:
+    async with running({"a": PLAIN, "b": PLAIN}, resident_rows=1) as at:
+        for name in ("a2", "a1", "b2", "b1"):
+            at.clock.advance(1)
+            await at.open(name, model=name[0])
+        admission, table = at.engine._admission, at.engine._table
+        busy = {name: np.array([table.find(name)], np.intp) for name in ("a1", "b1")}
+        for handles in busy.values():
+            admission.claim(handles)
+        steps: list[Answers] = []
+        reset = Frame(["a2"], lambda _part: steps.append(at.submit("b2", x(1))), reset=True)
+        at.engine.submit(reset)
+        assert not steps, "it waits for the row"
+        broken: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: broken.append(context))
+        admission.release(busy["a1"])
+        for _ in range(10):
+            await asyncio.sleep(0)
+        (step,) = steps
+        assert not step.ended
+        assert not broken
+        admission.release(busy["b1"])
+        assert (await step.only()).revision == 1

@@ -66,7 +66,7 @@ class Parking:
 
     def _let_in(self) -> None:
         self._is_due = False
-        for model, waiting in self._waiting.items():
+        for model, waiting in list(self._waiting.items()):  # answers may bring what waits for another model
             if waiting:
                 self._let_in_some(self._models[model], waiting)
 
