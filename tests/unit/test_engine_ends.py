@@ -2,53 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import pytest
 
 from stepwell_server.errors import (
     RevisionConflict,
     SessionExpired,
-    SessionGone,
     SessionLost,
     SessionNotFound,
 )
-from support.engine import Harness, running
+from support.engine import running
+from support.lives import blocked, gone, x
 from support.model_of_sessions import initial
-
-
-def x(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
-
-
-async def blocked(at: Harness, *session_ids: str) -> Any:
-    """A pass in flight with some sessions."""
-    at.hooks.close_gate()
-    answers = at.submit(list(session_ids), x(len(session_ids)))
-    await at.in_flight()
-    return answers
-
-
-async def gone(at: Harness, session_id: str) -> str:
-    """What everybody is told about a session that is not there, by every call."""
-    told = set()
-    for call in (
-        at.step(session_id, x(1)),
-        at.state(session_id),
-        at.engine.fork(session_id),
-        at.engine.close_session(session_id),
-        at.engine.close_session(session_id, request_id=99),
-    ):
-        with pytest.raises(SessionGone) as error:
-            await call
-        told.add((type(error.value).__name__, error.value.message, error.value.session_id))
-    with pytest.raises(SessionGone) as error:
-        at.engine.session_info(session_id)
-    told.add((type(error.value).__name__, error.value.message, error.value.session_id))
-    ((kind, _message, named),) = told
-    assert named == session_id
-    return kind
 
 
 async def test_many_idle_sessions_expire_a_few_at_a_time() -> None:
