@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from stepwell import errors
+from stepwell._flight import Waiting
 from stepwell._flow import Attempter, Exchange
 from stepwell._frames import Change
 from stepwell._inputs import pack_inputs
@@ -390,12 +391,16 @@ def test_closing_refuses_the_line_and_ends_the_thread(bench: Bench) -> None:
 def test_an_interrupted_caller_leaves_the_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     _, posted = bench.first()
     [other] = bench.stand("other")
+    wait, here = Waiting.wait, threading.get_ident()
 
-    def interrupted(self: object, timeout_s: float) -> bool:
-        raise KeyboardInterrupt
+    def interrupted(self: Waiting, timeout_s: float) -> bool:
+        # Only here: the thread of "other" stands in the line, but need not wait for its answer yet.
+        if threading.get_ident() == here:
+            raise KeyboardInterrupt
+        return wait(self, timeout_s)
 
     with monkeypatch.context() as patch:
-        patch.setattr("stepwell._flight.Waiting.wait", interrupted)
+        patch.setattr(Waiting, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             bench.sender.step(step("interrupted"))
     posted.answer()
