@@ -23,7 +23,7 @@ from stepwell_server.program import Program
 from stepwell_server.rpc.server import BindError, RpcServer
 from stepwell_server.settings import Address, Settings
 from stepwell_server.store.base import StoreBusy, StoreError
-from stepwell_server.store.lmdb import LmdbStore
+from stepwell_server.store.disk import DiskStore
 from stepwell_server.store.memory import MemoryStore
 
 _log = Log("app")
@@ -140,11 +140,11 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-def _open_store(settings: Settings, clock: Clock) -> MemoryStore | LmdbStore:
+def _open_store(settings: Settings, clock: Clock) -> MemoryStore | DiskStore:
     if settings.store == "memory":
         return MemoryStore()
     try:
-        store = LmdbStore(settings.data_dir, durability=settings.durability, clock=clock)
+        store = DiskStore(settings.data_dir, durability=settings.durability, clock=clock)
     except StoreBusy as error:
         raise StartError(
             f"--data-dir: {error}; give this server another folder, or --store memory"
@@ -156,7 +156,7 @@ def _open_store(settings: Settings, clock: Clock) -> MemoryStore | LmdbStore:
 
 
 async def _run(
-    settings: Settings, programs: Mapping[str, Program], store: MemoryStore | LmdbStore, clock: Clock
+    settings: Settings, programs: Mapping[str, Program], store: MemoryStore | DiskStore, clock: Clock
 ) -> int:
     stop = _stop_on_signals(clock)
     observer = _Observer()
@@ -227,7 +227,7 @@ def _serve_metrics(settings: Settings, observer: PrometheusObserver, engine: Eng
     return metrics
 
 
-async def _serve_calls(settings: Settings, rpc: RpcServer, store: MemoryStore | LmdbStore) -> None:
+async def _serve_calls(settings: Settings, rpc: RpcServer, store: MemoryStore | DiskStore) -> None:
     try:
         port = await rpc.start(*settings.listen)
     except BindError as error:
@@ -236,7 +236,7 @@ async def _serve_calls(settings: Settings, rpc: RpcServer, store: MemoryStore | 
     gc.collect()
     gc.freeze()
     address = settings.listen._replace(port=port)
-    if isinstance(store, LmdbStore):
+    if isinstance(store, DiskStore):
         store.lock.set_listen(str(address))
     sys.stdout.write(f"stepwell: listening on {address}\n")
     sys.stdout.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import shutil
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
@@ -19,9 +20,9 @@ from stepwell_server.engine.calls import SessionInfo
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 from stepwell_server.store.base import Batch
-from stepwell_server.store.lmdb import LmdbStore
+from stepwell_server.store.disk import DiskStore
 from support.clock import ManualClock
-from support.engine import STORES, Answer, Harness, running
+from support.engine import JOURNAL_BYTES, STORES, Answer, Harness, running
 from support.fake_executor import WAIT_S
 
 Array = npt.NDArray[Any]
@@ -31,7 +32,7 @@ _NUMBERS = itertools.count()
 class Troubled:
     """A store that fails, stalls and counts as a test says."""
 
-    def __init__(self, store: LmdbStore) -> None:
+    def __init__(self, store: DiskStore) -> None:
         self.store = store
         self.waits_for_disk = store.waits_for_disk
         """Set it, and no commit is made in place."""
@@ -99,9 +100,9 @@ class Disk:
         self.store = Troubled(self._opened(STORES.folder / f"disk-{next(_NUMBERS)}"))
         self._is_dead = False
 
-    def _opened(self, folder: Path) -> LmdbStore:
+    def _opened(self, folder: Path) -> DiskStore:
         durability: Literal["sync", "async"] = "sync" if STORES.kind == "sync" else "async"
-        return LmdbStore(folder, durability=durability, clock=self.clock)
+        return DiskStore(folder, durability=durability, clock=self.clock, journal_bytes=JOURNAL_BYTES)
 
     @asynccontextmanager
     async def engine(
@@ -124,8 +125,10 @@ class Disk:
         old = self.store
         folder = STORES.folder / f"disk-{next(_NUMBERS)}"
         (folder / "sessions").mkdir(parents=True)
-        # what a commit that is under way has written so far is not part of it
-        old.store._environment.copy(os.fspath(folder / "sessions"))
+        # The journal first: what is brought over into LMDB meanwhile is then in both, and not in neither.
+        shutil.copytree(old.path / "journal", folder / "journal")
+        # what a transaction that is under way has written so far is not part of it
+        old.store._base._environment.copy(os.fspath(folder / "sessions"))
         self.clock = ManualClock(monotonic=5.0 + next(_NUMBERS), now=self.clock.now() + away_s)
         self.store = Troubled(self._opened(folder))
 
@@ -155,7 +158,9 @@ def damage(store: Troubled, session_id: str) -> None:
     assert record is not None
     changed = bytearray(record)
     changed[-1] ^= 4
-    store.store.commit(Batch(puts=[(session_id, bytes(changed))]))
+    store.store._base.commit(Batch(puts=[(session_id, bytes(changed))]))
+    if store.store._journals is not None:
+        store.store._journals.forget([session_id])
 
 
 def x(*shape: int, seed: int = 0) -> Array:

@@ -21,7 +21,7 @@ from stepwell_server.engine.passes import Pass
 from stepwell_server.engine.runner import Cost, Runner
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
-from stepwell_server.store.lmdb import LmdbStore
+from stepwell_server.store.disk import DiskStore
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock
 from support.fake_executor import PLAIN, WAIT_S, FakeExecutor, Hooks
@@ -191,6 +191,10 @@ class SingleAnswer:
         return answer
 
 
+#: So small that changes are brought over again and again.
+JOURNAL_BYTES = 32 * 1024
+
+
 class Stores:
     """Makes the stores of engines under test: in memory, unless a test wants another kind."""
 
@@ -199,12 +203,12 @@ class Stores:
         self.folder = Path()
         self._numbers = itertools.count()
 
-    def make(self, clock: ManualClock) -> MemoryStore | LmdbStore:
+    def make(self, clock: ManualClock) -> MemoryStore | DiskStore:
         if self.kind == "memory":
             return MemoryStore()
         folder = self.folder / f"store-{next(self._numbers)}"
         durability: Literal["sync", "async"] = "sync" if self.kind == "sync" else "async"
-        return LmdbStore(folder, durability=durability, clock=clock)
+        return DiskStore(folder, durability=durability, clock=clock, journal_bytes=JOURNAL_BYTES)
 
 
 STORES = Stores()

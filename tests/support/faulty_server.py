@@ -29,9 +29,11 @@ import numpy as np
 
 from stepwell_server import clock
 from stepwell_server.core import exactly_once
+from stepwell_server.store.disk import DiskStore
+from stepwell_server.store.journal import Journal
 from stepwell_server.store.lmdb import LmdbStore
 
-Commit = Callable[[LmdbStore, Any], None]
+Commit = Callable[[DiskStore, Any], None]
 _LATE_S = 0.2
 
 
@@ -78,14 +80,19 @@ def replace(owner: object, name: str, function: Callable[..., Any]) -> None:
 
 def install(faults: Faults) -> None:
     """Faults on demand."""
-    commit: Commit = LmdbStore._commit
+    commit, append = LmdbStore._commit, Journal.append
 
     def _commit(store: LmdbStore, batch: Any) -> None:
         faults.before_commit()
         commit(store, batch)
 
+    def _append(journal: Journal, parts: Any) -> bool:
+        faults.before_commit()
+        return append(journal, parts)
+
     # Where the disk's own errors come from, so that they are translated as those are.
     replace(LmdbStore, "_commit", _commit)
+    replace(Journal, "append", _append)
     replace(clock.SystemClock, "now", lambda _: time.time() + faults.jump_s)
 
 
@@ -114,22 +121,22 @@ def judge_nothing() -> None:
 
 def drop_commits() -> None:
     """Every other commit is said to be kept and is not."""
-    commit: Commit = LmdbStore.commit
+    commit: Commit = DiskStore.commit
     count = 0
 
-    def dropping(store: LmdbStore, batch: Any) -> None:
+    def dropping(store: DiskStore, batch: Any) -> None:
         nonlocal count
         count += 1
         if count % 2:
             commit(store, batch)
 
-    replace(LmdbStore, "commit", dropping)
+    replace(DiskStore, "commit", dropping)
 
 
 def commit_late() -> None:
     """Commits are said to be kept a little before they are: the order is right, the reply is too early."""
-    commit: Commit = LmdbStore.commit
-    waiting: queue.SimpleQueue[tuple[float, LmdbStore, Any]] = queue.SimpleQueue()
+    commit: Commit = DiskStore.commit
+    waiting: queue.SimpleQueue[tuple[float, DiskStore, Any]] = queue.SimpleQueue()
 
     def work() -> None:
         while True:
@@ -139,10 +146,10 @@ def commit_late() -> None:
 
     threading.Thread(target=work, daemon=True).start()
 
-    def later(store: LmdbStore, batch: Any) -> None:
+    def later(store: DiskStore, batch: Any) -> None:
         waiting.put((time.monotonic() + _LATE_S, store, batch))
 
-    replace(LmdbStore, "commit", later)
+    replace(DiskStore, "commit", later)
 
 
 DEFECTS: dict[str, Callable[[], None]] = {

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.errors import StateCorrupt, Unavailable
+from stepwell_server.store import keys
 from stepwell_server.store import lmdb as module
 from stepwell_server.store.base import Batch, End, Store, StoreError, Tombstone
 from stepwell_server.store.lmdb import Durability, LmdbStore
@@ -125,8 +126,8 @@ def test_the_value_under_a_digest_is_that_of_the_whole_id(store: LmdbStore) -> N
     mine, other = "é" * 256, "é" * 255 + "1"
     put(store, other)
     with store._environment.begin(write=True) as transaction:
-        value = transaction.get(module._key(other), db=store._sessions)
-        transaction.put(module._key(mine), value, db=store._sessions)
+        value = transaction.get(keys.key_of(other), db=store._sessions)
+        transaction.put(keys.key_of(mine), value, db=store._sessions)
     with pytest.raises(StateCorrupt):
         decode(mine, store.get(mine) or b"")
 
@@ -314,7 +315,7 @@ def test_a_page_that_lmdb_finds_damaged_is_that_of_its_sessions(
             raise lmdb.CorruptedError("mdb_get")
         return value
 
-    monkeypatch.setattr(module, "_own", own)
+    monkeypatch.setattr(module, "own", own)
     with pytest.raises(StateCorrupt, match="page that holds session 'b'"):
         store.get("b")
     assert store.get_many(["a", "b", "c"]) == [record("a"), b"", None]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from stepwell_server.errors import Internal, Overloaded, ServerError
 from stepwell_server.store.base import Batch, Store
+from stepwell_server.store.record import Joined
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,8 @@ class Commits:
         self._store.commit(batch)
         if size:
             self._learn(size, time.perf_counter() - started)
+        if self._store.is_behind:
+            self._loop.call_soon(self._tend_here)
 
     def submit(self, build: Callable[[], Batch], size: int, done: Done) -> None:
         """Commit what `build` makes; `done` is called on the event loop, maybe before this returns.
@@ -158,12 +161,22 @@ class Commits:
             size = sum(item.size for item in items)
             started = time.perf_counter()
             _keep(items, self._store.commit)
-            if not self._store.waits_for_disk and size:
-                self._learn(size, time.perf_counter() - started)
+            waits_for_disk = self._store.waits_for_disk
+            if not waits_for_disk:
+                if size:
+                    self._learn(size, time.perf_counter() - started)
+                # before anything is told: then the event loop may use the store
+                self._store.tend()
             try:
                 self._loop.call_soon_threadsafe(self._finish, items)
             except RuntimeError:  # the event loop was closed: nobody is left to be told
                 return
+            if waits_for_disk:
+                self._store.tend()
+
+    def _tend_here(self) -> None:
+        if not self._waiting and not self._store.waits_for_disk:
+            self._store.tend()
 
     def _take(self) -> list[_Item]:
         """What is committed next, together; nothing at the end."""
@@ -242,7 +255,7 @@ def _merged(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     return Batch(
-        puts=[put for batch in batches for put in batch.puts],
+        puts=Joined([batch.puts for batch in batches if batch.puts]),
         deletes=[name for batch in batches for name in batch.deletes],
         forgets=[name for batch in batches for name in batch.forgets],
         tombstones=[stone for batch in batches for stone in batch.tombstones],

@@ -56,7 +56,10 @@ class Batch:
     """Changes that are kept together or not at all. They are applied in the order of these fields."""
 
     puts: Sequence[tuple[str, Stored]] = ()
-    """Records by session id, as `store.record` encodes them; the last one of an id counts."""
+    """Records by session id, as `store.record` encodes them; the last one of an id counts.
+
+    A batch that has nothing else is of sessions that are there: one that begins is in `counts`.
+    """
     deletes: Sequence[str] = ()
     """Sessions to forget, where there are any."""
     forgets: Sequence[str] = ()
@@ -70,7 +73,7 @@ class Batch:
 class Store(Protocol):
     """Keeps encoded records and tombstones by session id.
 
-    `commit`, `sync` and `close` are called from one thread at a time; the other methods from any thread, at
+    `commit`, `tend`, `sync` and `close` are called from one thread at a time; the other methods from any thread, at
     any time before `close`.
     """
 
@@ -97,6 +100,13 @@ class Store(Protocol):
             Unavailable: it could not be kept. Nothing of it is there, except when the disk broke in the
                 very last write: what `get` finds afterwards is the truth.
         """
+
+    @property
+    def is_behind(self) -> bool:
+        """There is something for `tend` to do."""
+
+    def tend(self) -> None:
+        """Do a part of what can wait until callers have been told of a commit. It does not raise."""
 
     def get(self, session_id: str) -> Stored | None:
         """The record of a session, or None.

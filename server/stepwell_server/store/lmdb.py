@@ -1,4 +1,4 @@
-"""The store on disk: one LMDB environment under the data directory.
+"""Sessions in one LMDB environment under the data directory.
 
     server.lock          who uses the directory
     sessions/data.mdb    databases `sessions`, `tombstones`, `tombstone_ages`, `meta`
@@ -19,10 +19,8 @@ What a commit survives, and why:
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import logging
-import operator
 import os
 import secrets
 import shutil
@@ -37,8 +35,9 @@ import lmdb
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, Unavailable
 from stepwell_server.store.base import Batch, End, StoreError, Tombstone
+from stepwell_server.store.keys import is_digest, items, key_of, named, own, shared_key
 from stepwell_server.store.lock import DirectoryLock
-from stepwell_server.store.record import Header, Puts, Stored, decode_header
+from stepwell_server.store.record import Header, Stored, decode_header
 from stepwell_server.store.reserve import Extent, Reserve
 
 Durability = Literal["sync", "async"]
@@ -57,10 +56,6 @@ SPARSE = 1 / 2
 _log = logging.getLogger(__name__)
 
 _FOLDER, _COPY, _DATA = "sessions", "sessions.compacting", "data.mdb"
-_MAX_KEY_BYTES = 511
-_DIGEST_BYTES = 32
-_KEPT_BYTES = _MAX_KEY_BYTES - _DIGEST_BYTES - 1
-_ID_LENGTH = struct.Struct("<H")
 _TOMBSTONE = struct.Struct("<QBdQQ")  # age, end, at, request id, revision
 _AGE = struct.Struct(">Q")  # big-endian: in the order of the keys
 
@@ -72,6 +67,7 @@ class LmdbStore:
     """
 
     is_volatile = False
+    is_behind = False
 
     def __init__(
         self,
@@ -131,23 +127,26 @@ class LmdbStore:
         except (lmdb.Error, OSError, StoreError) as error:
             raise _unavailable("the store must be able to keep the change", error) from error
 
+    def tend(self) -> None:
+        """See `base.Store`: there is nothing to do."""
+
     def get(self, session_id: str) -> bytes | None:
         """See `base.Store`."""
-        key = _key(session_id)
+        key = key_of(session_id)
 
         def read(transaction: _Transaction) -> bytes | None:
-            return _own(session_id, key, transaction.get(key, db=self._sessions))
+            return own(session_id, key, transaction.get(key, db=self._sessions))
 
         return self._read(session_id, read)
 
     def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
         """See `base.Store`."""
-        keys = [_key(session_id) for session_id in session_ids]
+        keys = [key_of(session_id) for session_id in session_ids]
 
         def read(transaction: _Transaction) -> list[Stored | None]:
             get, sessions = transaction.get, self._sessions
             return [
-                _own(session_id, key, get(key, db=sessions))
+                own(session_id, key, get(key, db=sessions))
                 for session_id, key in zip(session_ids, keys, strict=True)
             ]
 
@@ -190,7 +189,7 @@ class LmdbStore:
 
     def tombstone(self, session_id: str) -> Tombstone | None:
         """See `base.Store`."""
-        key = _key(session_id)
+        key = key_of(session_id)
         stored = self._read(session_id, lambda transaction: transaction.get(key, db=self._tombstones))
         if stored is None:
             return None
@@ -351,11 +350,11 @@ class LmdbStore:
 
     def _write(self, transaction: _Transaction, batch: Batch) -> None:
         if batch.puts:
-            transaction.cursor(self._sessions).putmulti(_prepared(batch.puts))
+            transaction.cursor(self._sessions).putmulti(items(batch.puts))
         for session_id in batch.deletes:
-            transaction.delete(_key(session_id), db=self._sessions)
+            transaction.delete(key_of(session_id), db=self._sessions)
         for session_id in batch.forgets:
-            transaction.delete(_key(session_id), db=self._tombstones)
+            transaction.delete(key_of(session_id), db=self._tombstones)
         if batch.tombstones:
             self._bury(transaction, batch.tombstones)
         for model, change in batch.counts:
@@ -365,7 +364,7 @@ class LmdbStore:
 
     def _bury(self, transaction: _Transaction, tombstones: Sequence[Tombstone]) -> None:
         for stone in tombstones:
-            age, key = self._next_age, _key(stone.session_id)
+            age, key = self._next_age, key_of(stone.session_id)
             self._next_age += 1
             value = _TOMBSTONE.pack(age, stone.end, stone.at, stone.request_id, stone.revision)
             transaction.put(key, value, db=self._tombstones)
@@ -451,98 +450,28 @@ def _start_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-# ------------------------------------------------------------------------------------------------------------- keys
-
-
-def _key(session_id: str) -> bytes:
-    """The id itself; of a long one its beginning and a digest.
-
-    0xFF stands in no UTF-8, so no id is the key of another. The value of a long id begins with the id.
-    """
-    key = session_id.encode()
-    if len(key) <= _MAX_KEY_BYTES:
-        return key
-    return key[:_KEPT_BYTES] + b"\xff" + hashlib.sha256(key).digest()
-
-
-def _count_key(model: str) -> bytes:
-    return b"sessions of " + model.encode()
-
-
-_first = operator.itemgetter(0)
-
-
-def _is_digest(key: Stored) -> bool:
-    return len(key) == _MAX_KEY_BYTES and key[_KEPT_BYTES] == 0xFF
-
-
-def _prepared(puts: Sequence[tuple[str, Stored]]) -> list[tuple[bytes, Stored]]:
-    """As `_items`; remembered where the same records come again and again."""
-    if not isinstance(puts, Puts):
-        return _items(puts)
-    if puts.prepared is None:
-        items = _items(puts)
-        # the value of a long id is a copy, and would not change with the record
-        if any(_is_digest(key) for key, _ in items):
-            return items
-        puts.prepared = items
-    found: list[tuple[bytes, Stored]] = puts.prepared
-    return found
-
-
-def _items(puts: Sequence[tuple[str, Stored]]) -> list[tuple[bytes, Stored]]:
-    """Keys and values in the order of the keys, so that a cursor mostly stays on its page. The sort is stable."""
-    items = [(session_id.encode(), record) for session_id, record in puts]
-    if max(map(len, map(_first, items))) > _MAX_KEY_BYTES:
-        items = [_item(session_id, record) for session_id, record in puts]
-    items.sort(key=_first)
-    return items
-
-
-def _item(session_id: str, record: Stored) -> tuple[bytes, Stored]:
-    key = _key(session_id)
-    if not _is_digest(key):
-        return key, record
-    name = session_id.encode()
-    return key, b"".join((_ID_LENGTH.pack(len(name)), name, record))
-
-
-def _own(session_id: str, key: bytes, value: bytes | None) -> bytes | None:
-    """The record in a value. That of another session, or of none, is no record of this one."""
-    if value is None or len(key) < _MAX_KEY_BYTES or not _is_digest(key):
-        return value
-    name, record = _split(value)
-    return bytes(record) if bytes(name) == session_id.encode() else b""
-
-
-def _split(value: Stored) -> tuple[memoryview, memoryview]:
-    """Id and record of a long id's value; both empty if it is too short for an id."""
-    view = memoryview(value)
-    if len(view) < _ID_LENGTH.size:
-        return view[:0], view[:0]
-    end = _ID_LENGTH.size + _ID_LENGTH.unpack_from(view)[0]
-    return view[_ID_LENGTH.size : end], view[end:]
+# --------------------------------------------------------------------------------------------------------- scanning
 
 
 def _entries(
     transaction: _Transaction, sessions: Any, after: str, prefix: str
 ) -> Iterator[tuple[str, memoryview]]:
     """Ids and records behind `after` that begin with `prefix`."""
-    start, shared = _key(after), prefix.encode()[:_KEPT_BYTES]
+    start, shared = key_of(after), shared_key(prefix)
     cursor = transaction.cursor(sessions)
     if not cursor.set_range(max(start, shared) or b"\0"):
         return
     for key, value in cursor:
         if bytes(key[: len(shared)]) != shared:
             return
-        session_id, record = _named(key, value)
+        session_id, record = named(key, value)
         if key != start and session_id.startswith(prefix):
             yield session_id, record
 
 
 def _ids(transaction: _Transaction, sessions: Any, after: str, prefix: str) -> Iterator[str]:
     """As `_entries`, but records are read only where an id is in one."""
-    start, shared = _key(after), prefix.encode()[:_KEPT_BYTES]
+    start, shared = key_of(after), shared_key(prefix)
     cursor = transaction.cursor(sessions)
     if not cursor.set_range(max(start, shared) or b"\0"):
         return
@@ -550,14 +479,13 @@ def _ids(transaction: _Transaction, sessions: Any, after: str, prefix: str) -> I
         name = bytes(key)
         if not name.startswith(shared):
             return
-        session_id = _named(key, cursor.value())[0] if _is_digest(key) else str(name, "utf-8", "replace")
+        session_id = named(key, cursor.value())[0] if is_digest(key) else str(name, "utf-8", "replace")
         if name != start and session_id.startswith(prefix):
             yield session_id
 
 
-def _named(key: memoryview, value: memoryview) -> tuple[str, memoryview]:
-    name, record = _split(value) if _is_digest(key) else (key, value)
-    return str(name, "utf-8", "replace"), record
+def _count_key(model: str) -> bytes:
+    return b"sessions of " + model.encode()
 
 
 def _header_or_none(session_id: str, record: memoryview) -> Header | None:

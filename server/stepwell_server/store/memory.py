@@ -20,6 +20,7 @@ class MemoryStore:
 
     is_volatile = True
     waits_for_disk = False
+    is_behind = False
 
     def __init__(self, *, tombstones: int = TOMBSTONES) -> None:
         self.incarnation = secrets.token_hex(4)
@@ -41,6 +42,9 @@ class MemoryStore:
             self._tombstones.put(stone.session_id, stone)
         for model, change in batch.counts:
             self._counts[model] += change
+
+    def tend(self) -> None:
+        """See `base.Store`: there is nothing to do."""
 
     def get(self, session_id: str) -> bytes | None:
         """See `base.Store`."""

@@ -11,8 +11,9 @@ checksum and schema where they are now: a record of a later version can be told 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,10 +147,35 @@ def encode(
 
 
 class Puts(list[tuple[str, Stored]]):
-    """Ids and records that may be put again, the same objects with other contents."""
+    """Ids and records that lie one after the other, and may be put again: the same objects with other contents."""
 
-    prepared: Any = None
-    """What a store made of them for itself, so that it need not do so again."""
+    def __init__(self, session_ids: Sequence[str], records: Sequence[Stored], together: memoryview) -> None:
+        super().__init__(zip(session_ids, records, strict=True))
+        self.together = together
+        """All records: of one size, one after the other."""
+        self.checksums = b""
+        """The records' checksums, four bytes each."""
+        self.prepared: Any = None
+        """What a store made of the ids for itself, so that it need not do so again."""
+
+
+class Joined(Sequence[tuple[str, Stored]]):
+    """Ids and records of several changes, as one sequence."""
+
+    def __init__(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        """How many records there are."""
+        return sum(map(len, self.parts))
+
+    def __iter__(self) -> Iterator[tuple[str, Stored]]:
+        """The records of one part after the other."""
+        return itertools.chain.from_iterable(self.parts)
+
+    def __getitem__(self, index: Any) -> Any:
+        """As of a list."""
+        return list(self)[index]
 
 
 class Sheet:
@@ -198,7 +224,7 @@ class Sheet:
         records: list[Stored] = [flat[at : at + size] for at in range(0, buffer.size, size)]
         self._bodies = [record[_CHECKSUM_BYTES:] for record in records]
         self._seeds = [_seed(session_id) for session_id in session_ids]
-        self._puts = Puts(zip(session_ids, records, strict=True))
+        self._puts = Puts(session_ids, records, flat)
 
     def fill(
         self,
@@ -217,7 +243,9 @@ class Sheet:
         heads = self._heads
         heads["revision"], heads["position"], heads["request_id"] = revisions, positions, request_ids
         heads["last_used"], heads["reply"] = last_used, replies
-        heads["checksum"] = np.fromiter(map(crc32, self._bodies, self._seeds), np.uint32, len(heads))
+        checksums = np.fromiter(map(crc32, self._bodies, self._seeds), np.dtype("<u4"), len(heads))
+        heads["checksum"] = checksums
+        self._puts.checksums = checksums.tobytes()
         return self._puts
 
 
@@ -247,6 +275,30 @@ def decode_header(session_id: str, stored: Stored) -> Header:
     """
     view = _checked(session_id, stored)
     return _header(_STRUCT.unpack_from(view), view)
+
+
+def size_of(head: Stored) -> int:
+    """How many bytes a record has, by its header; nothing is checked."""
+    facts = _STRUCT.unpack_from(head)
+    return int(HEADER.itemsize + facts[3] + facts[13] + facts[11] + facts[12])
+
+
+def is_sound(session_id: str, stored: Stored) -> bool:
+    """Whether a record is as it was written, and this session's."""
+    try:
+        _checked(session_id, stored)
+    except StateCorrupt:
+        return False
+    return True
+
+
+def supersedes(newer: Stored, older: Stored) -> bool:
+    """Whether a record is of the same session as another, not only of the same id, and of a later change."""
+    if len(newer) < HEADER.itemsize or len(older) < HEADER.itemsize:
+        return False
+    a, b = _STRUCT.unpack_from(newer), _STRUCT.unpack_from(older)
+    # revision; opened_with, created
+    return a[4] > b[4] and a[7:9] == b[7:9]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

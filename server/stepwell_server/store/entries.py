@@ -1,0 +1,147 @@
+"""The layout of a journal's entries: some records that were written together.
+
+    checksum, magic, fill, number, counts | ids | records | padding
+
+The checksum is over everything before the records, and over their own checksums, which they begin with. So an entry of
+which a part is missing is told from a whole one, and both from one with a record that was damaged later.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from isal.isal_zlib import crc32
+
+from stepwell_server.store.record import HEADER, Puts, Stored, is_sound, size_of
+
+HEAD = struct.Struct("<IIQQIIQ")  # checksum, magic, fill, number, records, bytes of ids, bytes of records
+_MAGIC = int.from_bytes(b"SWJ1", "little")
+_MARK = struct.Struct("<IQ")
+_LENGTH = struct.Struct("<H")
+_CHECKSUM_BYTES = 4
+_ALIGNMENT = 8
+
+
+class Layout(NamedTuple):
+    """What an entry has beside its records: the same as long as the same sessions change."""
+
+    ids: Sequence[str]
+    sizes: Sequence[int]
+    text: bytes
+    """The ids as they are written."""
+
+
+class Entry(NamedTuple):
+    """An entry to be written."""
+
+    layout: Layout
+    buffers: Sequence[Stored]
+    size: int
+
+    def offsets(self, at: int) -> Iterator[tuple[str, int]]:
+        """Where the records are if the entry is at an offset."""
+        first = at + HEAD.size + len(self.layout.text)
+        return zip(self.layout.ids, itertools.accumulate(self.layout.sizes[:-1], initial=first), strict=True)
+
+
+class Found(NamedTuple):
+    """An entry that was read."""
+
+    number: int
+    end: int
+    offsets: Sequence[tuple[str, int]]
+
+
+def lay_out(puts: Sequence[tuple[str, Stored]], fill: int, number: int) -> Entry:
+    """Make an entry of records."""
+    layout, records = _layout(puts), _records(puts)
+    if isinstance(puts, Puts):
+        checksums = puts.checksums
+    else:
+        checksums = b"".join([record[:_CHECKSUM_BYTES] for record in records])
+    byte_count = sum(layout.sizes)
+    head = HEAD.pack(0, _MAGIC, fill, number, len(puts), len(layout.text), byte_count)[_CHECKSUM_BYTES:]
+    checksum = _checksum(head, layout.text, checksums).to_bytes(_CHECKSUM_BYTES, "little")
+    size = HEAD.size + len(layout.text) + byte_count
+    padding = -size % _ALIGNMENT
+    return Entry(layout, [checksum + head, layout.text, *records, bytes(padding)], size + padding)
+
+
+def read(data: bytes, at: int, fill: int | None) -> Found | None:
+    """The entry at an offset, None if there is no whole one of the fill, or of any if that is None."""
+    if len(data) - at < HEAD.size:
+        return None
+    checksum, magic, its_fill, number, count, text_bytes, byte_count = HEAD.unpack_from(data, at)
+    records_at = at + HEAD.size + text_bytes
+    if magic != _MAGIC or fill not in (None, its_fill) or records_at + byte_count > len(data):
+        return None
+    text = data[at + HEAD.size : records_at]
+    offsets = _offsets(data, text, records_at, count)
+    if offsets is None:
+        return None
+    checksums = b"".join([data[offset : offset + _CHECKSUM_BYTES] for _, offset in offsets])
+    if _checksum(data[at + _CHECKSUM_BYTES : at + HEAD.size], text, checksums) != checksum:
+        return None
+    end = records_at + byte_count
+    return Found(number, end + -(end - at) % _ALIGNMENT, offsets)
+
+
+def fill_of(data: bytes) -> int:
+    """The fill of the entry that data begin with."""
+    return int(HEAD.unpack_from(data)[2])
+
+
+def search(data: bytes, at: int, fill: int) -> Iterator[Found]:
+    """All entries of a fill from an offset on, whatever lies between them."""
+    mark = _MARK.pack(_MAGIC, fill)
+    place = data.find(mark, at)
+    while place >= 0:
+        found = read(data, place - _CHECKSUM_BYTES, fill)
+        if found is not None:
+            yield found
+        place = data.find(mark, place + 1)
+
+
+def is_whole(data: bytes, found: Found) -> bool:
+    """Whether all records of an entry are as they were written."""
+    return all(
+        is_sound(name, data[at : at + size_of(data[at : at + HEADER.itemsize])]) for name, at in found.offsets
+    )
+
+
+def _checksum(head: Stored, text: bytes, checksums: bytes) -> int:
+    return crc32(checksums, crc32(text, crc32(head)))
+
+
+def _records(puts: Sequence[tuple[str, Stored]]) -> Sequence[Stored]:
+    return [puts.together] if isinstance(puts, Puts) else [record for _, record in puts]
+
+
+def _layout(puts: Sequence[tuple[str, Stored]]) -> Layout:
+    """Remembered where the same sessions come again and again."""
+    if isinstance(puts, Puts) and isinstance(puts.prepared, Layout):
+        return puts.prepared
+    ids = [session_id for session_id, _ in puts]
+    keys = [session_id.encode() for session_id in ids]
+    text = b"".join([_LENGTH.pack(len(key)) + key for key in keys])
+    layout = Layout(ids, [len(record) for _, record in puts], text)
+    if isinstance(puts, Puts):
+        puts.prepared = layout
+    return layout
+
+
+def _offsets(data: bytes, text: bytes, at: int, count: int) -> list[tuple[str, int]] | None:
+    """Ids and where their records are; None if that cannot be told."""
+    place, offsets = 0, []
+    try:
+        for _ in range(count):
+            (length,) = _LENGTH.unpack_from(text, place)
+            place += _LENGTH.size + length
+            offsets.append((str(text[place - length : place], "utf-8"), at))
+            at += size_of(data[at : at + HEADER.itemsize])
+    except (struct.error, UnicodeDecodeError):
+        return None
+    return offsets if place == len(text) else None

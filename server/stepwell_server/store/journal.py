@@ -1,0 +1,196 @@
+"""A file of changes: what happened last to sessions that the store has, one entry after the other; see `entries`.
+
+The file is laid out in full when it is made and written from the beginning whenever it is filled anew, so that to
+append is one write into blocks that the disk has already: it waits for the disk once, for nothing but the
+bytes. A file that grows, or an LMDB transaction, waits twice: for the bytes, and for what points to them. Each
+fill has a number drawn by chance; what earlier ones left behind the last entry is none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import secrets
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from stepwell_server.store import entries
+from stepwell_server.store.record import Stored, size_of
+
+#: A record of up to this size is read at once, a longer one in two steps.
+_GUESS_BYTES = 2048
+#: Buffers in one write.
+_MOST_BUFFERS = 512
+_ZEROS = bytes(1 << 20)
+_NO_HEAD = bytes(entries.HEAD.size)
+
+
+class JournalDamaged(Exception):
+    """Changes are missing that later ones were made after; nobody can tell of which sessions."""
+
+
+class Journal:
+    """One file. For one thread, but `record`, which others may call while it is not filled anew."""
+
+    def __init__(self, path: Path, size: int, *, flush: bool) -> None:
+        """Open the file, or lay it out.
+
+        Args:
+            path: The file.
+            size: Its bytes, if it is made.
+            flush: Whether an entry is on the disk when it was appended.
+
+        Raises:
+            OSError: it cannot be opened, or there is no room.
+        """
+        self.path = path
+        self.offsets: dict[str, int] = {}
+        """Where each session's last record is."""
+        self.end = 0
+        self.number = 0
+        """Of the last write."""
+        self._fill = 0
+        self._flags = os.RWF_DSYNC if flush else 0
+        self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            self.size = self._laid_out(size)
+            if flush:
+                os.fsync(self._file)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    @property
+    def is_filled(self) -> bool:
+        """It can be appended to, if there is room."""
+        return self._fill != 0
+
+    def fill_anew(self, number: int) -> None:
+        """Forget all entries: the file has none from now on.
+
+        Args:
+            number: Of the last write to any journal.
+
+        Raises:
+            OSError: it could not be written; then this is to be done again before anything is appended.
+        """
+        self.offsets = {}
+        self._fill, self.end = 0, self.size  # there is no room until this is done
+        fill = secrets.randbits(63) + 1
+        start = entries.lay_out((), fill, number)
+        self._write(start.buffers, 0, start.size)
+        self._fill, self.end, self.number = fill, start.size, number
+
+    def append(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
+        """Write entries, all of them or none; False if there is no room.
+
+        Args:
+            parts: Ids and records of each.
+
+        Raises:
+            OSError: they could not be written. None is there.
+        """
+        number = self.number + 1
+        added = [entries.lay_out(part, self._fill, number) for part in parts]
+        size = sum(entry.size for entry in added)
+        if self.end + size > self.size:
+            return False
+        try:
+            self._write([buffer for entry in added for buffer in entry.buffers], self.end, size)
+        except BaseException:
+            self._erase(added)
+            raise
+        for entry in added:
+            self.offsets.update(entry.offsets(self.end))
+            self.end += entry.size
+        self.number = number
+        return True
+
+    def record(self, session_id: str) -> bytes | None:
+        """The last record of a session, or None.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        at = self.offsets.get(session_id)
+        if at is None:
+            return None
+        start = os.pread(self._file, _GUESS_BYTES, at)
+        size = size_of(start)
+        return start[:size] if size <= len(start) else os.pread(self._file, size, at)
+
+    def load(self) -> None:
+        """Read what the file has. A write that was under way when the process or the machine ended is left out.
+
+        Raises:
+            JournalDamaged: what could be read is loaded.
+            OSError: the file cannot be read.
+        """
+        data = os.pread(self._file, self.size, 0)
+        found = entries.read(data, 0, None)
+        if found is None:
+            self.end = self.size  # to be filled anew
+            if data[: entries.HEAD.size] != _NO_HEAD:
+                raise JournalDamaged(f"{self.path} cannot be read")
+            return
+        self._fill = entries.fill_of(data)
+        last_write = [found]
+        while (found := entries.read(data, found.end, self._fill)) is not None:
+            if found.number != last_write[0].number:
+                self._take(last_write)
+                last_write = []
+            last_write.append(found)
+        # of an earlier one all is there; a record that was damaged since says so when it is read
+        self._take(itertools.takewhile(lambda entry: entries.is_whole(data, entry), last_write))
+        if any(later.number > self.number + 1 for later in entries.search(data, self.end, self._fill)):
+            raise JournalDamaged(f"{self.path} cannot be read from byte {self.end} on")
+
+    def sync(self) -> None:
+        """See to it that all of it survives a loss of power.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        os.fdatasync(self._file)
+
+    def close(self) -> None:
+        """End; not to be used any more."""
+        os.close(self._file)
+
+    def _take(self, found: Iterable[entries.Found]) -> None:
+        for entry in found:
+            self.offsets.update(entry.offsets)
+            self.end, self.number = entry.end, entry.number
+
+    def _laid_out(self, size: int) -> int:
+        """Write the whole file once, unless it has been; its size."""
+        there = os.fstat(self._file).st_size
+        if there:
+            return there
+        try:
+            at = 0
+            while at < size:
+                at += os.pwrite(self._file, _ZEROS[: size - at], at)
+        except OSError:
+            os.ftruncate(self._file, 0)
+            raise
+        return size
+
+    def _write(self, buffers: Sequence[Stored], at: int, size: int) -> None:
+        if len(buffers) > _MOST_BUFFERS:
+            buffers = [b"".join(buffers)]
+        written = os.pwritev(self._file, buffers, at, self._flags)
+        if written == size:
+            return
+        rest = memoryview(b"".join(buffers))
+        while written < size:  # there was a limit: what is left meets it, or goes in
+            written += os.pwritev(self._file, [rest[written:]], at + written, self._flags)
+
+    def _erase(self, added: Sequence[entries.Entry]) -> None:
+        at = self.end
+        for entry in added:
+            # should this fail as well, the change may be found later: whoever was told that it failed may not mind
+            with contextlib.suppress(OSError):
+                os.pwrite(self._file, _NO_HEAD, at)
+            at += entry.size

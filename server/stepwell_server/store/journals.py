@@ -1,0 +1,171 @@
+"""Two journals by turns: one is written, what the other has is brought over into the store meanwhile."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from stepwell_server.store.journal import Journal, JournalDamaged
+from stepwell_server.store.record import Stored
+
+JOURNAL_BYTES = 8 * 2**20
+"""Of each of the two."""
+
+#: Of the room on the disk a journal takes no more than this part.
+_SHARE = 64
+_LEAST_BYTES = 64 * 1024
+#: So many records are brought over at once, or this part of those that are left: whichever are more.
+_AT_ONCE, _PART = 64, 8
+#: Bringing over begins when this part of the journal that is written is used.
+_BEGIN = 1 / 2
+
+Records = list[tuple[str, Stored]]
+
+
+class Journals:
+    """What happened last to sessions, by id. For one thread, but `find`."""
+
+    def __init__(self, folder: Path, size: int, *, flush: bool) -> None:
+        """Open the two, or lay them out if there is room. `load` comes next.
+
+        Raises:
+            OSError: there is no room, or they cannot be opened.
+        """
+        folder.mkdir(mode=0o700, exist_ok=True)
+        room = shutil.disk_usage(folder).free // _SHARE
+        if room < min(size, _LEAST_BYTES) and not (folder / "1").exists():
+            raise OSError(f"a journal must have {min(size, _LEAST_BYTES)} bytes; there is room for {room}")
+        size = min(size, room)
+        # Held by whoever looks into both: no journal is filled anew meanwhile.
+        self._looking = threading.Lock()
+        self._written = Journal(folder / "0", size, flush=flush)
+        try:
+            self._left = Journal(folder / "1", size, flush=flush)
+        except BaseException:
+            self._written.close()
+            raise
+
+    def load(self, counts: Callable[[Records], Iterable[bool]]) -> list[JournalDamaged]:
+        """Read what the files have.
+
+        Args:
+            counts: Which of some records are later than what the store has of their sessions.
+
+        Returns:
+            What is missing.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        damage = []
+        for journal in (self._written, self._left):
+            try:
+                journal.load()
+            except JournalDamaged as error:
+                damage.append(error)
+        if self._left.number > self._written.number:
+            self._turn()
+        for journal in (self._written, self._left):
+            self._drop_earlier(journal, counts)
+        if not self._written.is_filled:
+            self._written.fill_anew(self._written.number)
+        return damage
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing is here that the store does not have."""
+        return not self._written.offsets and not self._left.offsets
+
+    @property
+    def is_behind(self) -> bool:
+        """It is time to bring something over."""
+        return bool(self._left.offsets) and self._written.end > self._written.size * _BEGIN
+
+    def append(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
+        """Keep changes; False if there is no room until more is brought over, or ever.
+
+        Args:
+            parts: Ids and records of each.
+
+        Raises:
+            OSError: they could not be written. None is there.
+        """
+        if self._written.append(parts):
+            return True
+        if self._left.offsets or not self.takes(parts):
+            return False
+        with self._looking:
+            self._left.fill_anew(self._written.number)
+            self._turn()
+        return self._written.append(parts)
+
+    def takes(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
+        """Whether changes are small enough for a journal that has little else."""
+        return sum(len(record) for part in parts for _, record in part) < self._left.size // 2
+
+    def find(self, session_id: str) -> bytes | None:
+        """The record of a session, None if the store has it. From any thread.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        with self._looking:
+            return self._written.record(session_id) or self._left.record(session_id)
+
+    def forget(self, session_ids: Iterable[str]) -> None:
+        """Let the store be right about sessions."""
+        written, left = self._written.offsets, self._left.offsets
+        if written or left:
+            for session_id in session_ids:
+                written.pop(session_id, None)
+                left.pop(session_id, None)
+
+    def next(self) -> tuple[list[str], Records]:
+        """Sessions whose changes are to be brought over next, to be `done` then; and the records."""
+        most = max(_AT_ONCE, len(self._left.offsets) // _PART)
+        ids = list(itertools.islice(self._left.offsets, most))
+        # what the other journal has is later, and stays there
+        wanted = [session_id for session_id in ids if session_id not in self._written.offsets]
+        records: Records = [(i, record) for i in wanted if (record := self._left.record(i)) is not None]
+        return ids, records
+
+    def done(self, session_ids: Iterable[str]) -> None:
+        """What `next` gave is in the store."""
+        for session_id in session_ids:
+            self._left.offsets.pop(session_id, None)
+
+    def turn(self) -> None:
+        """Have `next` give what is in the journal that is written; only if the other has nothing.
+
+        Raises:
+            OSError: the other cannot be written.
+        """
+        with self._looking:
+            self._left.fill_anew(self._written.number)
+            self._turn()
+
+    def sync(self) -> None:
+        """See to it that all of it survives a loss of power.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        self._written.sync()
+        self._left.sync()
+
+    def close(self) -> None:
+        """End; not to be used any more."""
+        self._written.close()
+        self._left.close()
+
+    def _turn(self) -> None:
+        self._written, self._left = self._left, self._written
+
+    def _drop_earlier(self, journal: Journal, counts: Callable[[Records], Iterable[bool]]) -> None:
+        records: Records = [(i, journal.record(i) or b"") for i in journal.offsets]
+        for (session_id, _), is_later in zip(records, counts(records), strict=True):
+            if not is_later:
+                del journal.offsets[session_id]

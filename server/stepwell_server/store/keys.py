@@ -1,0 +1,79 @@
+"""Keys and values: under which key a session's record is, for ids of any length."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import struct
+from collections.abc import Sequence
+
+from stepwell_server.store.record import Stored
+
+_MAX_KEY_BYTES = 511
+_DIGEST_BYTES = 32
+_KEPT_BYTES = _MAX_KEY_BYTES - _DIGEST_BYTES - 1
+_ID_LENGTH = struct.Struct("<H")
+_first = operator.itemgetter(0)
+
+
+def key_of(session_id: str) -> bytes:
+    """The id itself; of a long one its beginning and a digest.
+
+    0xFF stands in no UTF-8, so no id is the key of another. The value of a long id begins with the id.
+    """
+    key = session_id.encode()
+    if len(key) <= _MAX_KEY_BYTES:
+        return key
+    return key[:_KEPT_BYTES] + b"\xff" + hashlib.sha256(key).digest()
+
+
+def is_digest(key: Stored) -> bool:
+    """Whether a key is that of a long id."""
+    return len(key) == _MAX_KEY_BYTES and key[_KEPT_BYTES] == 0xFF
+
+
+def items(puts: Sequence[tuple[str, Stored]]) -> list[tuple[bytes, Stored]]:
+    """Keys and values in the order of the keys, so that a cursor mostly stays on its page. The sort is stable."""
+    found = [(session_id.encode(), record) for session_id, record in puts]
+    if max(map(len, map(_first, found))) > _MAX_KEY_BYTES:
+        found = [_item(put) for put in puts]
+    found.sort(key=_first)
+    return found
+
+
+def _item(put: tuple[str, Stored]) -> tuple[bytes, Stored]:
+    """Key and value of a record."""
+    session_id, record = put
+    key = key_of(session_id)
+    if not is_digest(key):
+        return key, record
+    name = session_id.encode()
+    return key, b"".join((_ID_LENGTH.pack(len(name)), name, record))
+
+
+def own(session_id: str, key: bytes, value: bytes | None) -> bytes | None:
+    """The record in a value. That of another session, or of none, is no record of this one."""
+    if value is None or len(key) < _MAX_KEY_BYTES or not is_digest(key):
+        return value
+    name, record = _split(value)
+    return bytes(record) if bytes(name) == session_id.encode() else b""
+
+
+def _split(value: Stored) -> tuple[memoryview, memoryview]:
+    """Id and record of a long id's value; both empty if it is too short for an id."""
+    view = memoryview(value)
+    if len(view) < _ID_LENGTH.size:
+        return view[:0], view[:0]
+    end = _ID_LENGTH.size + _ID_LENGTH.unpack_from(view)[0]
+    return view[_ID_LENGTH.size : end], view[end:]
+
+
+def shared_key(prefix: str) -> bytes:
+    """What the keys of all ids with a prefix begin with."""
+    return prefix.encode()[:_KEPT_BYTES]
+
+
+def named(key: memoryview, value: memoryview) -> tuple[str, memoryview]:
+    """The id and the record of an entry."""
+    name, record = _split(value) if is_digest(key) else (key, value)
+    return str(name, "utf-8", "replace"), record
