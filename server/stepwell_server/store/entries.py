@@ -70,6 +70,20 @@ def lay_out(puts: Sequence[tuple[str, Stored]], fill: int, number: int) -> Entry
     return Entry(layout, [checksum + head, layout.text, *records, bytes(padding)], size + padding)
 
 
+def lay_out_one(session_id: str, record: Stored, fill: int, number: int) -> tuple[bytes, int]:
+    """What `lay_out` would have written for one record, and where in it the record is: a lone step is in a hurry."""
+    key = session_id.encode()
+    start = b"".join((
+        HEAD.pack(0, _MAGIC, fill, number, 1, _LENGTH.size + len(key), len(record))[_CHECKSUM_BYTES:],
+        _LENGTH.pack(len(key)),
+        key,
+    ))  # fmt: skip
+    checksum = crc32(record[:_CHECKSUM_BYTES], crc32(start)).to_bytes(_CHECKSUM_BYTES, "little")
+    record_at = _CHECKSUM_BYTES + len(start)
+    padding = bytes(-(record_at + len(record)) % _ALIGNMENT)
+    return b"".join((checksum, start, record, padding)), record_at
+
+
 def read(data: bytes, at: int, fill: int | None) -> Found | None:
     """The entry at an offset, None if there is no whole one of the fill, or of any if that is None."""
     if len(data) - at < HEAD.size:

@@ -99,12 +99,28 @@ class Journal:
         try:
             self._write([buffer for entry in added for buffer in entry.buffers], self.end, size)
         except BaseException:
-            self._erase(added)
+            self._erase(itertools.accumulate((entry.size for entry in added[:-1]), initial=self.end))
             raise
         for entry in added:
             self.offsets.update(entry.offsets(self.end))
             self.end += entry.size
         self.number = number
+        return True
+
+    def append_one(self, session_id: str, record: Stored) -> bool:
+        """As `append`, of one record."""
+        number, start = self.number + 1, self.end
+        data, record_at = entries.lay_out_one(session_id, record, self._fill, number)
+        size = len(data)
+        if start + size > self.size:
+            return False
+        try:
+            self._write((data,), start, size)
+        except BaseException:
+            self._erase([start])
+            raise
+        self.offsets[session_id] = start + record_at
+        self.end, self.number = start + size, number
         return True
 
     def record(self, session_id: str) -> bytes | None:
@@ -187,10 +203,8 @@ class Journal:
         while written < size:  # there was a limit: what is left meets it, or goes in
             written += os.pwritev(self._file, [rest[written:]], at + written, self._flags)
 
-    def _erase(self, added: Sequence[entries.Entry]) -> None:
-        at = self.end
-        for entry in added:
+    def _erase(self, heads: Iterable[int]) -> None:
+        for at in heads:
             # should this fail as well, the change may be found later: whoever was told that it failed may not mind
             with contextlib.suppress(OSError):
                 os.pwrite(self._file, _NO_HEAD, at)
-            at += entry.size

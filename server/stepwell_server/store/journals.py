@@ -93,13 +93,15 @@ class Journals:
         Raises:
             OSError: they could not be written. None is there.
         """
-        if self._written.append(parts):
+        if len(parts) == 1 and len(parts[0]) == 1:
+            is_kept = self._written.append_one(*parts[0][0])
+        else:
+            is_kept = self._written.append(parts)
+        if is_kept:
             return True
         if self._left.offsets or not self.takes(parts):
             return False
-        with self._looking:
-            self._left.fill_anew(self._written.number)
-            self._turn()
+        self.turn()
         return self._written.append(parts)
 
     def takes(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
