@@ -35,6 +35,7 @@ from stepwell_server.engine.directory import Directory
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.expiry import Expiry
+from stepwell_server.engine.expiry_timer import ExpiryTimer
 from stepwell_server.engine.frames import Frames
 from stepwell_server.engine.keeper import Keeper
 from stepwell_server.engine.lifecycle import Lifecycle
@@ -47,6 +48,7 @@ from stepwell_server.engine.plain import PlainIntake
 from stepwell_server.engine.port import PlainPort
 from stepwell_server.engine.predict import PredictCall
 from stepwell_server.engine.replies import Replies
+from stepwell_server.engine.roster import Roster
 from stepwell_server.engine.runner import Runner
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.engine.singles import Singles
@@ -114,18 +116,28 @@ class Engine:
                     resident_rows or default_resident_rows(programs[name]),
                 )
             )
-        self._directory = Directory(
+        self._roster = Roster(self._table, self._models, self._admission, observer)
+        self._expiry = Expiry(
             self._table,
-            self._models,
-            self._admission,
+            self._roster,
             store,
             self._commits,
             clock=clock,
             observer=observer,
             max_idle_s=max_session_idle_s,
         )
+        self._directory = Directory(
+            self._table, self._models, store, roster=self._roster, expiry=self._expiry, clock=clock
+        )
         self._keeper.drop = self._directory.drop
-        creation = Creation(self._table, self._directory, self._commits, clock)
+        creation = Creation(
+            self._table,
+            self._directory,
+            self._commits,
+            roster=self._roster,
+            expiry=self._expiry,
+            clock=clock,
+        )
         self._opening = Opening(
             self._table,
             self._directory,
@@ -135,8 +147,10 @@ class Engine:
             clock=clock,
             observer=observer,
         )
-        self._lifecycle = Lifecycle(self._table, self._directory, self._admission, self._commits, clock=clock)
-        self._listing = Listing(self._table, self._directory, store)
+        self._lifecycle = Lifecycle(
+            self._table, self._directory, self._admission, self._commits, roster=self._roster, clock=clock
+        )
+        self._listing = Listing(self._table, self._directory, self._expiry, store)
         self._frames = Frames(self._table, self._directory)
         self.ports = [self._port(model) for model in self._models]
         """Where plain steps come in, by the number of the model that `locate` says."""
@@ -144,14 +158,14 @@ class Engine:
         for port, singles in zip(self.ports, self._singles, strict=True):
             port.feed(singles.admit_all, singles.__len__)
         self._accepting = True
-        self._expiry = Expiry(self._directory, store, clock, max_session_idle_s)
+        self._timer = ExpiryTimer(self._expiry, max_session_idle_s)
         self._expiring: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Run each program once at several sizes, so that the first callers do not pay for it."""
         for model in self._models:
             await asyncio.to_thread(warm_up, model.loop.runner, model.program, model.loop.max_batch_rows)
-        self._expiring = asyncio.create_task(self._expiry.run())
+        self._expiring = asyncio.create_task(self._timer.run())
 
     def models(self) -> list[ModelInfo]:
         """The models, in the order of their names."""
@@ -453,7 +467,7 @@ class Engine:
 
     def expire_idle(self) -> int:
         """Delete the sessions that have been idle for too long; return how many. Called by a timer."""
-        return self._directory.expire_idle()
+        return self._expiry.expire_idle()
 
     def _port(self, model: ServedModel) -> PlainPort:
         solo = Solo(self._table, model, self._keeper, clock=self._clock, observer=self._observer)

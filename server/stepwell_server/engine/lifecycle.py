@@ -14,6 +14,7 @@ from stepwell_server.engine.calls import StateRead
 from stepwell_server.engine.commits import Commits
 from stepwell_server.engine.directory import Directory
 from stepwell_server.engine.opening import MAX_SESSIONS_PER_CALL
+from stepwell_server.engine.roster import Roster
 from stepwell_server.errors import (
     InvalidInput,
     ModelMismatch,
@@ -41,12 +42,14 @@ class Lifecycle:
         admission: Admission,
         commits: Commits,
         *,
+        roster: Roster,
         clock: Clock,
     ) -> None:
         self._table = table
         self._directory = directory
         self._admission = admission
         self._commits = commits
+        self._roster = roster
         self._clock = clock
         self._deleting: dict[str, asyncio.Future[None]] = {}
         """Sessions that cannot be stepped here and are being deleted: they have no claim."""
@@ -124,9 +127,9 @@ class Lifecycle:
         Raises:
             Unavailable: the store did not. They leave the table: what it has of them is the truth.
         """
-        table, directory = self._table, self._directory
+        table, roster = self._table, self._roster
         sessions = [
-            (table.session_id(handle), directory.model_of(handle).name, int(table.revision[handle]))
+            (table.session_id(handle), roster.model_of(handle).name, int(table.revision[handle]))
             for handle in handles.tolist()
         ]
 
@@ -136,7 +139,7 @@ class Lifecycle:
                 return
             for handle, (session_id, _, _) in zip(handles.tolist(), sessions, strict=True):
                 gone = SessionNotFound(session_id, f"session {session_id!r} was closed")
-                directory.remove(handle, "closed", gone)
+                roster.remove(handle, "closed", gone)
 
         await self._commit(self._batch(sessions, request_id), done)
 
