@@ -28,6 +28,7 @@ from stepwell_server.engine.calls import (
     Tensors,
 )
 from stepwell_server.engine.checks import check_inputs, check_state, require_finite
+from stepwell_server.engine.closing import Closing
 from stepwell_server.engine.commits import Commits
 from stepwell_server.engine.completion import ModelCompletion
 from stepwell_server.engine.creation import Creation
@@ -38,7 +39,6 @@ from stepwell_server.engine.expiry import Expiry
 from stepwell_server.engine.expiry_timer import ExpiryTimer
 from stepwell_server.engine.frames import Frames
 from stepwell_server.engine.keeper import Keeper
-from stepwell_server.engine.lifecycle import Lifecycle
 from stepwell_server.engine.listing import Listing
 from stepwell_server.engine.loop import PassLoop
 from stepwell_server.engine.opening import OpenedMany, Opening
@@ -47,6 +47,7 @@ from stepwell_server.engine.passes import Lane
 from stepwell_server.engine.plain import PlainIntake
 from stepwell_server.engine.port import PlainPort
 from stepwell_server.engine.predict import PredictCall
+from stepwell_server.engine.reading import Reading
 from stepwell_server.engine.replies import Replies
 from stepwell_server.engine.roster import Roster
 from stepwell_server.engine.runner import Runner
@@ -147,7 +148,8 @@ class Engine:
             clock=clock,
             observer=observer,
         )
-        self._lifecycle = Lifecycle(
+        self._reading = Reading(self._table, self._directory, self._admission, clock=clock)
+        self._closing = Closing(
             self._table, self._directory, self._admission, self._commits, roster=self._roster, clock=clock
         )
         self._listing = Listing(self._table, self._directory, self._expiry, store)
@@ -232,12 +234,12 @@ class Engine:
             SessionGone, DeadlineExceeded
         """
         self._admit_singles()
-        return await self._lifecycle.close(session_id, request_id=request_id, deadline=deadline)
+        return await self._closing.close(session_id, request_id=request_id, deadline=deadline)
 
     async def close_sessions(self, session_ids: Sequence[str]) -> int:
         """Delete those of many sessions that are there; return how many they were."""
         self._admit_singles()
-        return await self._lifecycle.close_many(session_ids)
+        return await self._closing.close_many(session_ids)
 
     def session_info(self, session_id: str) -> SessionInfo:
         """Describe a session as of its last completed change.
@@ -355,7 +357,7 @@ class Engine:
             SessionGone, DeadlineExceeded, Overloaded
         """
         self._admit_singles()
-        return await self._lifecycle.read_state(session_id, deadline)
+        return await self._reading.read(session_id, deadline)
 
     async def fork(
         self,
