@@ -231,13 +231,21 @@ class Engine:
         """Delete a session after what was received before; True if this request did so before.
 
         Raises:
-            SessionGone, DeadlineExceeded
+            SessionGone, Overloaded, DeadlineExceeded, Unavailable
         """
+        self._commits.require_room()
         self._admit_singles()
         return await self._closing.close(session_id, request_id=request_id, deadline=deadline)
 
     async def close_sessions(self, session_ids: Sequence[str]) -> int:
-        """Delete those of many sessions that are there; return how many they were."""
+        """Delete those of many sessions that are there; return how many they were.
+
+        Raises:
+            InvalidInput: there are too many.
+            Overloaded: too much waits for the store, and none was deleted; or for one of them.
+            Unavailable: the store did not delete all.
+        """
+        self._commits.require_room()
         self._admit_singles()
         return await self._closing.close_many(session_ids)
 
