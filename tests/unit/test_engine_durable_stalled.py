@@ -358,3 +358,25 @@ async def test_no_session_is_closed_behind_a_store_that_has_too_much(
         assert await at.engine.close_session("b", request_id=5) is False
         assert await at.engine.close_sessions(["b", "c", "a", "never"]) == 2
         assert await shown(at) == []
+
+
+@pytest.mark.parametrize("kept", [True, False])
+async def test_who_waits_for_rows_of_sessions_that_are_being_made_is_let_in_when_that_has_ended(
+    disk: Disk, kept: bool
+) -> None:
+    async with disk.engine(resident_rows=2) as at:
+        await at.open("a")
+        if not kept:
+            disk.store.fail(AWAY, 2)
+        disk.store.stall()
+        making = [await begun(at.engine.open_session("plain", session_id="b"))]
+        await stalled(disk.store)
+        making.append(await begun(at.engine.open_session("plain", session_id="c")))
+        assert not at.engine.session_info("a").resident
+        step = at.submit("a", x(1))
+        await turns()
+        assert at.engine._admission.has_parked
+        disk.store.go_on()
+        made = await asyncio.gather(*making, return_exceptions=True)
+        assert [isinstance(one, Unavailable) for one in made] == [not kept] * 2
+        assert (await step.only()).revision == 1

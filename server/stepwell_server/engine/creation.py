@@ -11,6 +11,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
+from stepwell_server.engine.admission import Admission
 from stepwell_server.engine.call import U64
 from stepwell_server.engine.calls import SessionInfo
 from stepwell_server.engine.commits import Commits
@@ -41,6 +42,7 @@ class Creation:
         self,
         table: SessionTable,
         directory: Directory,
+        admission: Admission,
         commits: Commits,
         *,
         roster: Roster,
@@ -49,6 +51,7 @@ class Creation:
     ) -> None:
         self._table = table
         self._directory = directory
+        self._admission = admission
         self._roster = roster
         self._expiry = expiry
         self._commits = commits
@@ -98,6 +101,7 @@ class Creation:
             else:
                 self._add(model, ids, batch_size, rows, facts, created)
                 made.set_result(self._directory.info(self._directory.find(ids[0])))
+            self._admission.room_may_have_come()  # the rows are free, or of sessions that have nothing under way
 
         self._commits.submit(
             lambda: self._batch(model, ids, batch_size, rows, facts, created), len(ids), done

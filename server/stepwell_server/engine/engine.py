@@ -134,6 +134,7 @@ class Engine:
         creation = Creation(
             self._table,
             self._directory,
+            self._admission,
             self._commits,
             roster=self._roster,
             expiry=self._expiry,
