@@ -328,3 +328,55 @@ async def test_what_would_wait_for_a_store_that_has_too_much_is_refused(
         disk.store.go_on()
         await first
         assert (await at.submit("b", reset=True).only()).revision == 2
+
+
+async def test_no_session_is_closed_behind_a_store_that_has_too_much(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "MOST_WAITING", 1)
+    async with disk.engine() as at:
+        await begin(at)
+        before = await shown(at)
+        monkeypatch.setattr(at.engine._commits, "may_commit_here", lambda _size: False)
+        disk.store.stall()
+        first = await begun(at.submit("a", reset=True).only())
+        await stalled(disk.store)
+        for call in (
+            at.engine.close_session("b", request_id=5),
+            at.engine.close_session("a", request_id=5),
+            at.engine.close_sessions(["b", "c", "a", "never"]),
+        ):
+            closing = await begun(call)
+            assert closing.done(), "it must not wait"
+            with pytest.raises(Overloaded, match="wait for the store must stay within 1") as refused:
+                await closing
+            assert refused.value.retry_after_s > 0
+        assert await shown(at) == before
+        assert not at.engine._table.claimed[at.engine._table.find_all(["b", "c"])].any()
+        disk.store.go_on()
+        await first
+        assert await at.engine.close_session("b", request_id=5) is False
+        assert await at.engine.close_sessions(["b", "c", "a", "never"]) == 2
+        assert await shown(at) == []
+
+
+@pytest.mark.parametrize("kept", [True, False])
+async def test_who_waits_for_rows_of_sessions_that_are_being_made_is_let_in_when_that_has_ended(
+    disk: Disk, kept: bool
+) -> None:
+    async with disk.engine(resident_rows=2) as at:
+        await at.open("a")
+        if not kept:
+            disk.store.fail(AWAY, 2)
+        disk.store.stall()
+        making = [await begun(at.engine.open_session("plain", session_id="b"))]
+        await stalled(disk.store)
+        making.append(await begun(at.engine.open_session("plain", session_id="c")))
+        assert not at.engine.session_info("a").resident
+        step = at.submit("a", x(1))
+        await turns()
+        assert at.engine._admission.has_parked
+        disk.store.go_on()
+        made = await asyncio.gather(*making, return_exceptions=True)
+        assert [isinstance(one, Unavailable) for one in made] == [not kept] * 2
+        assert (await step.only()).revision == 1

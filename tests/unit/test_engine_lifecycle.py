@@ -381,8 +381,8 @@ async def test_a_reader_that_is_cancelled_as_the_session_goes_takes_nothing_from
         await blocked(at, "a")
         closing = await task_of(at.engine.close_session("a"))
         reading = await task_of(at.state("a"))
-        directory, table = at.engine._directory, at.engine._table
-        handle, remove = table.find("a"), directory.remove
+        roster, table = at.engine._roster, at.engine._table
+        handle, remove = table.find("a"), roster.remove
 
         def remove_and_reuse(*args: Any) -> None:
             remove(*args)
@@ -392,7 +392,7 @@ async def test_a_reader_that_is_cancelled_as_the_session_goes_takes_nothing_from
             at.hooks.close_gate()
             at.submit("b", x(1))
 
-        monkeypatch.setattr(directory, "remove", remove_and_reuse)
+        monkeypatch.setattr(roster, "remove", remove_and_reuse)
         at.hooks.open_gate()
         await closing
         await asyncio.wait([reading])

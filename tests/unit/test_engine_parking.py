@@ -136,6 +136,34 @@ async def test_a_server_that_stops_finishes_what_waits_for_rows() -> None:
 
 
 @pytest.mark.stores("memory", "async")
+async def test_who_was_let_in_and_did_not_fit_keeps_its_place() -> None:
+    async with running(resident_rows=2) as at:
+        for name in ("first", "second", "third", "fourth", "a", "b"):
+            at.clock.advance(1)
+            await at.open(name)
+        admission, table = at.engine._admission, at.engine._table
+        claims = {name: table.find_all([name]) for name in ("a", "b", "first")}
+        admission.claim(np.concatenate([claims["a"], claims["b"]]))
+        order: list[str] = []
+        at.engine.submit(Frame(["first"], lambda _part: admission.claim(claims["b"]), reset=True))
+        holding = asyncio.create_task(admission.hold(int(claims["first"][0]), float("inf")))
+        await asyncio.sleep(0)
+        waiting = {name: at.submit(name, x(1)) for name in ("second", "third", "fourth")}
+        for name, answers in waiting.items():
+            answers._ended.add_done_callback(lambda _done, name=name: order.append(name))  # type: ignore[misc]
+        admission.release(np.concatenate([claims["a"], claims["b"]]))
+        await holding
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not order, "all rows are in use again"
+        admission.release(claims["b"])
+        for answers in waiting.values():
+            assert (await answers.only()).revision == 1
+        assert order == ["second", "third", "fourth"]
+        admission.release(claims["first"])
+
+
+@pytest.mark.stores("memory", "async")
 async def test_another_model_may_begin_to_wait_while_one_is_let_in() -> None:
     async with running({"a": PLAIN, "b": PLAIN}, resident_rows=1) as at:
         for name in ("a2", "a1", "b2", "b1"):

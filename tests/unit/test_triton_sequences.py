@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.calls import Frame, Part, StepReply
-from stepwell_server.errors import InvalidInput, RevisionConflict, ServerError, Unavailable, Unsupported
+from stepwell_server.errors import (
+    InvalidInput,
+    Overloaded,
+    RevisionConflict,
+    ServerError,
+    Unavailable,
+    Unsupported,
+)
 from stepwell_server.rpc.triton.ended import EndedReplies
 from stepwell_server.rpc.triton.sequences import session_id_of
 from support.fake_executor import BAD, PLAIN
@@ -121,6 +128,22 @@ async def test_a_start_whose_step_fails_leaves_nothing() -> None:
         np.testing.assert_array_equal(await client.y(x, sequence_id=1), replay(x, x)[1])
         # what only the model finds out ends the old sequence, and the new one has not begun
         await refused(InvalidInput, client.infer(bad, sequence_id=1, start=True))
+        assert await refused(InvalidInput, client.infer(x, sequence_id=1)) == must_start(1)
+        np.testing.assert_array_equal(await client.y(x, sequence_id=1, start=True), replay(x)[0])
+
+
+async def test_a_start_whose_step_fails_says_so_even_if_its_session_cannot_be_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bad, x = np.array([[BAD, 0]], np.float32), draw(1, 1, 2)
+
+    async def close_session(*_: Any, **__: Any) -> bool:
+        raise Overloaded("no more may wait", retry_after_s=1.0)
+
+    async with inference() as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(client.harness.engine, "close_session", close_session)
+            await refused(InvalidInput, client.infer(bad, sequence_id=1, start=True))
         assert await refused(InvalidInput, client.infer(x, sequence_id=1)) == must_start(1)
         np.testing.assert_array_equal(await client.y(x, sequence_id=1, start=True), replay(x)[0])
 

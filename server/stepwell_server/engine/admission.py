@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -199,6 +199,10 @@ class Admission:
             due = self._claims.release(np.array(again, np.intp)) if again else []
         self._parking.room_may_have_come()
 
+    def room_may_have_come(self) -> None:
+        """Rows can be had that could not be had before: let in who waits for them. Claims that end say so by themselves."""
+        self._parking.room_may_have_come()
+
     def close_line(self, handle: int, model: int, error: ServerError) -> None:
         """Refuse what waited for a session that has gone away, of the model of that number."""
         for waiter in self._claims.drop_line(handle):
@@ -273,7 +277,7 @@ class Admission:
             if absent.any():
                 self._parking.park(call, members[absent])
                 members, handles = members[~absent], handles[~absent]
-        return self._bring_in(call, members, handles)
+        return self._bring_in(call, members, handles, self._parking.park)
 
     def _start_parked(self, call: Call, members: Members) -> Handles:
         """Start members that waited for rows, unless they should not go on; as `_start_claimed`."""
@@ -283,10 +287,12 @@ class Admission:
             members = np.setdiff1d(members, dropped)
             call.fail(dropped, error)
         if len(members):
-            done.append(self._bring_in(call, members, call.handles[members]))
+            done.append(self._bring_in(call, members, call.handles[members], self._parking.put_back))
         return np.concatenate(done) if done else call.handles[:0]
 
-    def _bring_in(self, call: Call, members: Members, handles: Handles) -> Handles:
+    def _bring_in(
+        self, call: Call, members: Members, handles: Handles, park: Callable[[Call, Members], None]
+    ) -> Handles:
         """Have the rows of claimed sessions and judge their members, or let them wait for rows."""
         if not len(members):
             return handles
@@ -302,7 +308,7 @@ class Admission:
             else:
                 call.fail(np.array([member]), refused[handle])
                 failed.append(handle)
-        self._parking.park(call, np.array(parked, np.intp))
+        park(call, np.array(parked, np.intp))
         done = self._judge(call, members[~out], handles[~out]) if not out.all() else handles[:0]
         return np.concatenate([np.array(failed, np.intp), done])
 

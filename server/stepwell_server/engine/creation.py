@@ -11,10 +11,13 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
+from stepwell_server.engine.admission import Admission
 from stepwell_server.engine.call import U64
 from stepwell_server.engine.calls import SessionInfo
 from stepwell_server.engine.commits import Commits
 from stepwell_server.engine.directory import Directory
+from stepwell_server.engine.expiry import Expiry
+from stepwell_server.engine.roster import Roster
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.errors import ServerError
 from stepwell_server.store.base import Batch
@@ -35,20 +38,33 @@ class Fresh:
 class Creation:
     """Makes sessions. Lives on the event loop."""
 
-    def __init__(self, table: SessionTable, directory: Directory, commits: Commits, clock: Clock) -> None:
+    def __init__(
+        self,
+        table: SessionTable,
+        directory: Directory,
+        admission: Admission,
+        commits: Commits,
+        *,
+        roster: Roster,
+        expiry: Expiry,
+        clock: Clock,
+    ) -> None:
         self._table = table
         self._directory = directory
+        self._admission = admission
+        self._roster = roster
+        self._expiry = expiry
         self._commits = commits
         self._clock = clock
 
     async def settled(self, session_id: str) -> None:
         """Return when nobody is making a session of this id."""
-        while (pending := self._directory.opening.get(session_id)) is not None:
+        while (pending := self._roster.opening.get(session_id)) is not None:
             await asyncio.shield(pending)
 
     async def all_settled(self, session_ids: Sequence[str]) -> None:
         """As `settled`, for all of many ids at the same moment."""
-        while pending := {self._directory.opening[i] for i in session_ids if i in self._directory.opening}:
+        while pending := {self._roster.opening[i] for i in session_ids if i in self._roster.opening}:
             await asyncio.wait(pending)
 
     async def create(
@@ -72,12 +88,12 @@ class Creation:
         """
         made: asyncio.Future[SessionInfo | ServerError] = asyncio.get_running_loop().create_future()
         pending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._directory.opening.update(dict.fromkeys(ids, pending))
+        self._roster.opening.update(dict.fromkeys(ids, pending))
         created = self._clock.now()
 
         def done(error: ServerError | None) -> None:
             for session_id in ids:
-                del self._directory.opening[session_id]
+                del self._roster.opening[session_id]
             pending.set_result(None)
             if error is not None:
                 model.slots.free_resident(rows)
@@ -85,6 +101,7 @@ class Creation:
             else:
                 self._add(model, ids, batch_size, rows, facts, created)
                 made.set_result(self._directory.info(self._directory.find(ids[0])))
+            self._admission.room_may_have_come()  # the rows are free, or of sessions that have nothing under way
 
         self._commits.submit(
             lambda: self._batch(model, ids, batch_size, rows, facts, created), len(ids), done
@@ -144,7 +161,7 @@ class Creation:
             )
             if own is not None:
                 model.slots.owner[self._table.row[handles]] = handles
-            self._directory.idle.watch(handles)
+            self._expiry.watch(handles)
 
 
 def _records(

@@ -28,6 +28,7 @@ from stepwell_server.engine.calls import (
     Tensors,
 )
 from stepwell_server.engine.checks import check_inputs, check_state, require_finite
+from stepwell_server.engine.closing import Closing
 from stepwell_server.engine.commits import Commits
 from stepwell_server.engine.completion import ModelCompletion
 from stepwell_server.engine.creation import Creation
@@ -35,9 +36,9 @@ from stepwell_server.engine.directory import Directory
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.expiry import Expiry
+from stepwell_server.engine.expiry_timer import ExpiryTimer
 from stepwell_server.engine.frames import Frames
 from stepwell_server.engine.keeper import Keeper
-from stepwell_server.engine.lifecycle import Lifecycle
 from stepwell_server.engine.listing import Listing
 from stepwell_server.engine.loop import PassLoop
 from stepwell_server.engine.opening import OpenedMany, Opening
@@ -46,7 +47,9 @@ from stepwell_server.engine.passes import Lane
 from stepwell_server.engine.plain import PlainIntake
 from stepwell_server.engine.port import PlainPort
 from stepwell_server.engine.predict import PredictCall
+from stepwell_server.engine.reading import Reading
 from stepwell_server.engine.replies import Replies
+from stepwell_server.engine.roster import Roster
 from stepwell_server.engine.runner import Runner
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.engine.singles import Singles
@@ -114,18 +117,29 @@ class Engine:
                     resident_rows or default_resident_rows(programs[name]),
                 )
             )
-        self._directory = Directory(
+        self._roster = Roster(self._table, self._models, self._admission, observer)
+        self._expiry = Expiry(
             self._table,
-            self._models,
-            self._admission,
+            self._roster,
             store,
             self._commits,
             clock=clock,
             observer=observer,
             max_idle_s=max_session_idle_s,
         )
+        self._directory = Directory(
+            self._table, self._models, store, roster=self._roster, expiry=self._expiry, clock=clock
+        )
         self._keeper.drop = self._directory.drop
-        creation = Creation(self._table, self._directory, self._commits, clock)
+        creation = Creation(
+            self._table,
+            self._directory,
+            self._admission,
+            self._commits,
+            roster=self._roster,
+            expiry=self._expiry,
+            clock=clock,
+        )
         self._opening = Opening(
             self._table,
             self._directory,
@@ -135,8 +149,11 @@ class Engine:
             clock=clock,
             observer=observer,
         )
-        self._lifecycle = Lifecycle(self._table, self._directory, self._admission, self._commits, clock=clock)
-        self._listing = Listing(self._table, self._directory, store)
+        self._reading = Reading(self._table, self._directory, self._admission, clock=clock)
+        self._closing = Closing(
+            self._table, self._directory, self._admission, self._commits, roster=self._roster, clock=clock
+        )
+        self._listing = Listing(self._table, self._directory, self._expiry, store)
         self._frames = Frames(self._table, self._directory)
         self.ports = [self._port(model) for model in self._models]
         """Where plain steps come in, by the number of the model that `locate` says."""
@@ -144,14 +161,14 @@ class Engine:
         for port, singles in zip(self.ports, self._singles, strict=True):
             port.feed(singles.admit_all, singles.__len__)
         self._accepting = True
-        self._expiry = Expiry(self._directory, store, clock, max_session_idle_s)
+        self._timer = ExpiryTimer(self._expiry, max_session_idle_s)
         self._expiring: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Run each program once at several sizes, so that the first callers do not pay for it."""
         for model in self._models:
             await asyncio.to_thread(warm_up, model.loop.runner, model.program, model.loop.max_batch_rows)
-        self._expiring = asyncio.create_task(self._expiry.run())
+        self._expiring = asyncio.create_task(self._timer.run())
 
     def models(self) -> list[ModelInfo]:
         """The models, in the order of their names."""
@@ -215,15 +232,23 @@ class Engine:
         """Delete a session after what was received before; True if this request did so before.
 
         Raises:
-            SessionGone, DeadlineExceeded
+            SessionGone, Overloaded, DeadlineExceeded, Unavailable
         """
+        self._commits.require_room()
         self._admit_singles()
-        return await self._lifecycle.close(session_id, request_id=request_id, deadline=deadline)
+        return await self._closing.close(session_id, request_id=request_id, deadline=deadline)
 
     async def close_sessions(self, session_ids: Sequence[str]) -> int:
-        """Delete those of many sessions that are there; return how many they were."""
+        """Delete those of many sessions that are there; return how many they were.
+
+        Raises:
+            InvalidInput: there are too many.
+            Overloaded: too much waits for the store, and none was deleted; or for one of them.
+            Unavailable: the store did not delete all.
+        """
+        self._commits.require_room()
         self._admit_singles()
-        return await self._lifecycle.close_many(session_ids)
+        return await self._closing.close_many(session_ids)
 
     def session_info(self, session_id: str) -> SessionInfo:
         """Describe a session as of its last completed change.
@@ -341,7 +366,7 @@ class Engine:
             SessionGone, DeadlineExceeded, Overloaded
         """
         self._admit_singles()
-        return await self._lifecycle.read_state(session_id, deadline)
+        return await self._reading.read(session_id, deadline)
 
     async def fork(
         self,
@@ -453,7 +478,7 @@ class Engine:
 
     def expire_idle(self) -> int:
         """Delete the sessions that have been idle for too long; return how many. Called by a timer."""
-        return self._directory.expire_idle()
+        return self._expiry.expire_idle()
 
     def _port(self, model: ServedModel) -> PlainPort:
         solo = Solo(self._table, model, self._keeper, clock=self._clock, observer=self._observer)

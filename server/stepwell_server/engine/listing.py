@@ -8,6 +8,7 @@ import heapq
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.calls import SessionInfo
 from stepwell_server.engine.directory import Directory, stored_info
+from stepwell_server.engine.expiry import Expiry
 from stepwell_server.errors import SessionGone
 from stepwell_server.store.base import Store
 from stepwell_server.store.record import Header
@@ -21,9 +22,10 @@ _IDS_AT_ONCE = 10_000
 class Listing:
     """Lists sessions in the order of their ids. Lives on the event loop."""
 
-    def __init__(self, table: SessionTable, directory: Directory, store: Store) -> None:
+    def __init__(self, table: SessionTable, directory: Directory, expiry: Expiry, store: Store) -> None:
         self._table = table
         self._directory = directory
+        self._expiry = expiry
         self._store = store
 
     async def page(self, *, model: str, prefix: str, after: str, limit: int) -> tuple[list[SessionInfo], int]:
@@ -96,7 +98,7 @@ class Listing:
                 return self._directory.info(self._directory.find(session_id))
             except SessionGone:
                 return None
-        if session_id in self._directory.burying:
+        if session_id in self._expiry.burying:
             return None
         if header is None:
             return SessionInfo(session_id, "", "", 0, 0, 0, 0.0, 0.0, resident=False)

@@ -127,8 +127,7 @@ class Sequences:
         try:
             return await self._advance(request, opened.session.revision)
         except BaseException:  # cancelled too: then nobody knows of the sequence
-            with contextlib.suppress(SessionGone):
-                await self._engine.close_session(request.session_id)
+            await self._close_if_possible(request.session_id)
             raise
 
     async def _go_on(self, request: SequenceRequest) -> StepReply:
@@ -149,13 +148,16 @@ class Sequences:
     async def _end(self, request: SequenceRequest, reply: StepReply) -> None:
         if request.parameters.request_id:
             self._ended.put(request.session_id, request.parameters.request_id, reply)
+        await self._close_if_possible(request.session_id, request.parameters.request_id)
+
+    async def _close_if_possible(self, session_id: str, request_id: int = 0) -> None:
         try:
-            await self._engine.close_session(request.session_id, request_id=request.parameters.request_id)
+            await self._engine.close_session(session_id, request_id=request_id)
         except SessionGone:
             return  # somebody else closed it
         except ServerError as error:
-            # the step counts and its answer is due; the session stays until it has been idle for too long
-            _log.warning("sequence not closed", session=request.session_id, error=error.message)
+            # what the caller is to be told is known already; the session stays until it has been idle for too long
+            _log.warning("sequence not closed", session=session_id, error=error.message)
 
     async def _advance(self, request: SequenceRequest, expected: int | None) -> StepReply:
         single = Single(

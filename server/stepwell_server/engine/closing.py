@@ -1,4 +1,4 @@
-"""Sessions are read and closed, each when its turn comes."""
+"""Sessions are closed, each when its turn comes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.admission import Admission
-from stepwell_server.engine.calls import StateRead
 from stepwell_server.engine.commits import Commits
 from stepwell_server.engine.directory import Directory
 from stepwell_server.engine.opening import MAX_SESSIONS_PER_CALL
+from stepwell_server.engine.roster import Roster
 from stepwell_server.errors import (
     InvalidInput,
     ModelMismatch,
@@ -31,8 +31,8 @@ _CLOSE_AT_ONCE = 500
 _UNUSABLE = (ModelMismatch, ModelNotFound, StateCorrupt)
 
 
-class Lifecycle:
-    """Reads and closes sessions. Lives on the event loop."""
+class Closing:
+    """Closes sessions. Lives on the event loop."""
 
     def __init__(
         self,
@@ -41,31 +41,20 @@ class Lifecycle:
         admission: Admission,
         commits: Commits,
         *,
+        roster: Roster,
         clock: Clock,
     ) -> None:
         self._table = table
         self._directory = directory
         self._admission = admission
         self._commits = commits
+        self._roster = roster
         self._clock = clock
         self._deleting: dict[str, asyncio.Future[None]] = {}
         """Sessions that cannot be stepped here and are being deleted: they have no claim."""
 
-    async def read_state(self, session_id: str, deadline: float) -> StateRead:
-        """Read a state when its turn comes. See `Engine.get_state`."""
-        handle = self._directory.find(session_id)
-        await self._admission.hold(handle, deadline)
-        try:
-            self._table.used[handle] = self._clock.monotonic()
-            model = self._directory.model_of(handle)
-            arrays = model.arena.read(self._table.rows(handle))
-            state = {spec.name: array for spec, array in zip(model.program.state, arrays, strict=True)}
-            return StateRead(state, self._directory.info(handle))
-        finally:
-            self._admission.release(np.array([handle]))
-
     async def close(self, session_id: str, *, request_id: int, deadline: float) -> bool:
-        """Delete a session when its turn comes; True if this request did so before."""
+        """Delete a session when its turn comes. See `Engine.close_session`."""
         try:
             handle = self._directory.find(session_id)
             await self._admission.hold(handle, deadline, rows=False)
@@ -84,7 +73,7 @@ class Lifecycle:
         return False
 
     async def close_many(self, session_ids: Sequence[str]) -> int:
-        """Delete those of many sessions that are there; return how many."""
+        """Delete those of many sessions that are there. See `Engine.close_sessions`."""
         if len(session_ids) > MAX_SESSIONS_PER_CALL:
             raise InvalidInput(f"session_ids must be at most {MAX_SESSIONS_PER_CALL}; got {len(session_ids)}")
         handles = np.unique(self._directory.find_all(session_ids))
@@ -124,9 +113,9 @@ class Lifecycle:
         Raises:
             Unavailable: the store did not. They leave the table: what it has of them is the truth.
         """
-        table, directory = self._table, self._directory
+        table, roster = self._table, self._roster
         sessions = [
-            (table.session_id(handle), directory.model_of(handle).name, int(table.revision[handle]))
+            (table.session_id(handle), roster.model_of(handle).name, int(table.revision[handle]))
             for handle in handles.tolist()
         ]
 
@@ -136,7 +125,7 @@ class Lifecycle:
                 return
             for handle, (session_id, _, _) in zip(handles.tolist(), sessions, strict=True):
                 gone = SessionNotFound(session_id, f"session {session_id!r} was closed")
-                directory.remove(handle, "closed", gone)
+                roster.remove(handle, "closed", gone)
 
         await self._commit(self._batch(sessions, request_id), done)
 
