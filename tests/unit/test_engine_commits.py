@@ -40,6 +40,14 @@ class Slow(MemoryStore):
         self.batches: list[Batch] = []
         self.threads: list[str] = []
         self.error: Exception | None = None
+        self.is_behind = False
+        self.tended: list[str] = []
+        """Who did, and what those who wait had been told by then."""
+        self.told: list[tuple[str, ServerError | None]] = []
+
+    def tend(self) -> None:
+        self.tended.append(f"{threading.current_thread().name} {''.join(name for name, _ in self.told)}")
+        self.is_behind = False
 
     def commit(self, batch: Batch) -> None:
         self.threads.append(threading.current_thread().name)
@@ -54,9 +62,11 @@ class Slow(MemoryStore):
 class Told:
     """What those who wait were told, in that order."""
 
-    def __init__(self, commits: Commits) -> None:
+    def __init__(self, commits: Commits, store: Store) -> None:
         self._commits = commits
         self.told: list[tuple[str, ServerError | None]] = []
+        if isinstance(store, Slow):
+            store.told = self.told
 
     def submit(self, name: str, batch: Batch | None = None, size: int = 1) -> None:
         batch = Batch(puts=[(name, b"record")]) if batch is None else batch
@@ -71,7 +81,7 @@ class Told:
 async def slow(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Slow, Commits, Told]]:
     store = Slow(waits_for_disk=request.param)
     commits = Commits(store)
-    yield store, commits, Told(commits)
+    yield store, commits, Told(commits, store)
     store.gate.set()
     await asyncio.wait_for(commits.idle(), WAIT_S)
     assert commits.close(WAIT_S)
@@ -96,6 +106,40 @@ async def test_small_ones_are_made_in_place_unless_they_wait_for_the_disk(
     await commits.idle()
     assert told.names == "ab"
     assert store.threads[-1] == "stepwell-store"
+
+
+async def test_what_can_wait_is_done_when_callers_have_been_told(slow: tuple[Slow, Commits, Told]) -> None:
+    store, commits, told = slow
+    store.is_behind = True
+    told.submit("a")
+    await commits.idle()
+    await asyncio.sleep(0)
+    if store.waits_for_disk:
+        # the thread goes on with it while the event loop tells them
+        assert commits.close(WAIT_S)
+        assert [who.split()[0] for who in store.tended] == ["stepwell-store"]
+    else:
+        assert store.tended == ["MainThread a"]
+        store.is_behind = True
+        told.submit("b", size=HUGE)
+        await commits.idle()
+        assert store.tended[1:] == ["stepwell-store a"], "before: then the event loop may commit in place"
+
+
+async def test_nothing_is_done_in_place_while_the_thread_has_the_store(
+    slow: tuple[Slow, Commits, Told],
+) -> None:
+    store, commits, told = slow
+    store.is_behind = True
+    told.submit("a")
+    store.gate.clear()
+    told.submit("b", size=HUGE)
+    await inside(store)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert store.tended == []
+    store.gate.set()
+    await commits.idle()
 
 
 async def test_none_overtakes_those_that_wait(slow: tuple[Slow, Commits, Told]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine import commits
+from stepwell_server.engine import commits, expiry_timer
 from stepwell_server.engine.calls import Single
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
 from support.durable import Disk, begun, everything, facts, kinds, stalled, x
@@ -380,3 +380,24 @@ async def test_who_waits_for_rows_of_sessions_that_are_being_made_is_let_in_when
         made = await asyncio.gather(*making, return_exceptions=True)
         assert [isinstance(one, Unavailable) for one in made] == [not kept] * 2
         assert (await step.only()).revision == 1
+
+
+async def test_the_timer_does_not_queue_behind_a_store_that_has_too_much(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "MOST_WAITING", 4)
+    monkeypatch.setattr(expiry_timer, "_AT_ONCE", 2)
+    async with disk.engine(max_session_idle_s=5.0) as at:
+        names = [f"s{number}" for number in range(40)]
+        await at.open(*names)
+        disk.clock.advance(6.0)
+        disk.store.stall()
+        monkeypatch.setattr(expiry_timer, "_PAUSE_S", 0)
+        expiring = await begun(at.engine._timer._expire_all())
+        for _ in range(5):
+            await turns()
+        assert at.engine._commits.waiting == 4
+        disk.store.go_on()
+        await expiring
+        await at.engine._commits.idle()
+        assert at.store.count() == 0

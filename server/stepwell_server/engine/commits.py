@@ -62,6 +62,7 @@ class Commits:
         self._thread: threading.Thread | None = None
         self._closing = False
         self._idle: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
         self._listeners: list[Callable[[], None]] = []
 
     @property
@@ -137,6 +138,12 @@ class Commits:
             self._idle = self._idle or self._loop.create_future()
             await asyncio.shield(self._idle)
 
+    async def room(self) -> None:
+        """Return when not too much waits for the store."""
+        while self.is_full:
+            self._room = self._room or self._loop.create_future()
+            await asyncio.shield(self._room)
+
     def close(self, timeout_s: float) -> bool:
         """End the thread; False if the store did not come back to it in time."""
         with self._may_take:
@@ -198,6 +205,9 @@ class Commits:
         if was_full and not self.is_full:
             for listener in self._listeners:
                 listener()
+            if self._room is not None:
+                self._room.set_result(None)
+                self._room = None
         if not self._waiting and self._idle is not None:
             self._idle.set_result(None)
             self._idle = None

@@ -161,7 +161,7 @@ class Engine:
         for port, singles in zip(self.ports, self._singles, strict=True):
             port.feed(singles.admit_all, singles.__len__)
         self._accepting = True
-        self._timer = ExpiryTimer(self._expiry, max_session_idle_s)
+        self._timer = ExpiryTimer(self._expiry, self._commits, max_session_idle_s)
         self._expiring: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from stepwell_server.engine.commits import Commits
 from stepwell_server.engine.expiry import Expiry
 
 log = logging.getLogger(__name__)
@@ -19,8 +20,9 @@ _PAUSE_S = 0.01
 class ExpiryTimer:
     """Expires idle sessions from time to time. Lives on the event loop."""
 
-    def __init__(self, expiry: Expiry, max_idle_s: float) -> None:
+    def __init__(self, expiry: Expiry, commits: Commits, max_idle_s: float) -> None:
         self._expiry = expiry
+        self._commits = commits
         self._max_idle_s = max_idle_s
 
     async def run(self) -> None:
@@ -34,8 +36,11 @@ class ExpiryTimer:
 
     async def _expire_all(self) -> None:
         for _ in self._expiry.expire_idle_in_parts(_AT_ONCE):
-            await asyncio.sleep(_PAUSE_S)  # others come first
-        more = self._expiry.sweep()
-        while more:
-            await asyncio.sleep(_PAUSE_S)  # others come first
-            more = self._expiry.sweep()
+            await self._let_others()
+        while self._expiry.sweep():
+            await self._let_others()
+
+    async def _let_others(self) -> None:
+        """Others come first, and so does what waits for the store."""
+        await asyncio.sleep(_PAUSE_S)
+        await self._commits.room()
