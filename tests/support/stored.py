@@ -1,14 +1,24 @@
-"""Records for tests of stores."""
+"""Stores on disk with journals that are full all the time, and records for them."""
 
 from __future__ import annotations
 
+import itertools
+import os
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stepwell_server.errors import StateCorrupt
+from stepwell_server.store.base import Batch, End, Store, Tombstone
+from stepwell_server.store.disk import DiskStore
+from stepwell_server.store.lmdb import Durability
 from stepwell_server.store.record import Puts, Record, Sheet, Stored, decode
+from support.clock import ManualClock
+
+JOURNAL_BYTES = 4096
 
 
 def record(
@@ -55,3 +65,68 @@ def is_damaged(session_id: str, stored: Stored) -> bool:
 def put_all(parts: Sequence[Any]) -> dict[str, bytes]:
     """What is there when the records of some parts were put one after the other."""
     return {session_id: bytes(stored) for part in parts for session_id, stored in part}
+
+
+def opened(path: Path, durability: Durability = "async", **options: Any) -> DiskStore:
+    options = {"journal_bytes": JOURNAL_BYTES, **options}
+    return DiskStore(path, durability=durability, clock=ManualClock(), **options)
+
+
+def left_behind(store: DiskStore) -> Path:
+    """What the next process finds if this one is killed now: a copy of it."""
+    numbers = itertools.count()
+    copy = next(at for n in numbers if not (at := store.path.with_name(f"{store.path.name}-{n}")).exists())
+    (copy / "sessions").mkdir(parents=True)
+    # The journal first: what is brought over into LMDB meanwhile is then in both, and not in neither.
+    shutil.copytree(store.path / "journal", copy / "journal")
+    store._base._environment.copy(os.fspath(copy / "sessions"))
+    return copy
+
+
+def killed(store: DiskStore, durability: Durability = "async", **options: Any) -> DiskStore:
+    """The next process's store."""
+    copy = left_behind(store)
+    store.close()
+    return opened(copy, durability, **options)
+
+
+def begin(store: Store, *session_ids: str, **facts: Any) -> None:
+    """Open sessions: as all do, by a transaction."""
+    puts = [(i, record(i, **facts)) for i in session_ids]
+    store.commit(Batch(puts=puts, forgets=session_ids, counts=[("m", 1)] * len(puts)))
+
+
+def put(store: Store, *session_ids: str, revision: int, **facts: Any) -> None:
+    store.commit(Batch(puts=[(i, record(i, revision, **facts)) for i in session_ids]))
+
+
+def end(store: Store, *session_ids: str) -> None:
+    stones = [Tombstone(i, End.CLOSED, 1.0) for i in session_ids]
+    store.commit(Batch(deletes=session_ids, tombstones=stones, counts=[("m", -1)] * len(stones)))
+
+
+def revisions(store: Store) -> dict[str, int]:
+    """Of all sessions, from `scan`; those of `get` and `get_many` are the same."""
+    some = store.scan(limit=10_000)
+    for (session_id, header), found in zip(some, store.get_many([i for i, _ in some]), strict=True):
+        assert header is not None
+        assert found is not None
+        assert decode(session_id, found).revision == header.revision
+        assert store.get(session_id) == found
+    return {session_id: header.revision for session_id, header in some if header is not None}
+
+
+def in_lmdb(store: DiskStore) -> dict[str, int]:
+    return revisions(store._base)
+
+
+def fill_one(store: DiskStore, revision: int = 1) -> list[str]:
+    """Change sessions until one journal is full and the other is begun; which ones have changed."""
+    assert store._journals is not None
+    names = [f"s{i}" for i in range(100)]
+    begin(store, *names)
+    for place, name in enumerate(names):
+        put(store, name, revision=revision)
+        if store._journals._left.offsets:
+            return names[: place + 1]
+    raise AssertionError("the journal is never full")

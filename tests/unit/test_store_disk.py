@@ -1,0 +1,324 @@
+"""The store on disk answers as the one in memory does, whatever is in its journals when it is opened, killed or failing."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from stepwell_server.store.base import Batch, End, Tombstone
+from stepwell_server.store.lmdb import Durability
+from stepwell_server.store.memory import MemoryStore
+from stepwell_server.store.record import Joined, decode
+from support.stored import (
+    JOURNAL_BYTES,
+    begin,
+    end,
+    fill_one,
+    in_lmdb,
+    killed,
+    left_behind,
+    opened,
+    put,
+    record,
+    revisions,
+    sheet,
+)
+
+DURABILITIES = pytest.mark.parametrize("durability", ["sync", "async"])
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+# ------------------------------------------------------------------------------------------------ as the one in memory
+
+KNOWN = ["a", "aa", "ab", "b", "ä", "é" * 256]
+DEEDS = st.sampled_from(["begin", "put", "put", "put", "end", "both", "tend", "reopen", "kill", "sync"])
+SIZES = [0, 20, 20, 300, 900, 2500, 9000]
+
+
+class Two:
+    """The store on disk and the one in memory, to which the same is done."""
+
+    def __init__(self, folder: Path, durability: Durability) -> None:
+        self._durability: Durability = durability
+        self._folder = folder / "data"
+        self.disk = opened(self._folder, durability)
+        self.memory = MemoryStore(tombstones=100)
+        self._lives: dict[str, tuple[int, dict[str, Any]]] = {}
+        """Revision of each session, and what tells it from others of its id."""
+        self._numbers = itertools.count(1)
+
+    def do(self, deed: str, chance: random.Random) -> None:
+        if deed in {"tend", "sync"}:
+            getattr(self.disk, deed)()
+        elif deed == "kill":
+            self.disk = killed(self.disk, self._durability)
+        elif deed == "reopen":
+            self.disk.close()
+            self.disk = opened(self.disk.path, self._durability)
+            assert self.disk._journals is not None
+            assert self.disk._journals.is_empty
+        else:
+            self._commit(getattr(self, f"_{deed}")(chance))
+
+    def _commit(self, batch: Batch) -> None:
+        self.disk.commit(batch)
+        self.memory.commit(batch)
+
+    def _begin(self, chance: random.Random) -> Batch:
+        """A session begins; one that has its id ends in the commit before."""
+        session_id, number = chance.choice(KNOWN), next(self._numbers)
+        if session_id in self._lives:
+            self._commit(Batch(deletes=[session_id], counts=[("m", -1)]))
+        # of one id and one time two sessions are told apart by the call that made them, and the other way round
+        facts: dict[str, Any] = chance.choice(
+            [{"created": float(number)}, {"opened_with": number}, {"created": number, "opened_with": 7}]
+        )
+        self._lives[session_id] = chance.choice([0, 0, 5]), facts
+        stored = record(session_id, self._lives[session_id][0], content=number, **facts)
+        return Batch(puts=[(session_id, stored)], forgets=[session_id], counts=[("m", 1)])
+
+    def _put(self, chance: random.Random) -> Batch:
+        parts = [part for _ in range(chance.choice([1, 1, 2, 3])) if (part := self._part(chance))]
+        return Batch(puts=Joined(parts) if len(parts) > 1 else [put for part in parts for put in part])
+
+    def _part(self, chance: random.Random) -> Any:
+        some = [i for i in self._lives if chance.random() < 0.5]
+        size, puts = chance.choice(SIZES), []
+        for session_id in some + some[: chance.randrange(2)]:
+            revision, facts = self._lives[session_id]
+            self._lives[session_id] = revision + chance.choice([1, 1, 3]), facts
+            puts.append((session_id, record(session_id, self._lives[session_id][0], size, **facts)))
+        return puts
+
+    def _end(self, chance: random.Random) -> Batch:
+        gone = [i for i in self._lives if chance.random() < 0.3]
+        for session_id in gone:
+            del self._lives[session_id]
+        stones = [Tombstone(i, chance.choice(list(End)), 2.0, 3, 4) for i in gone]
+        return Batch(deletes=gone, tombstones=stones, counts=[("m", -1)] * len(gone))
+
+    def _both(self, chance: random.Random) -> Batch:
+        ended = self._end(chance)
+        return Batch(puts=self._part(chance), deletes=ended.deletes, counts=ended.counts)
+
+    def require_same(self) -> None:
+        disk, memory = self.disk, self.memory
+        assert disk.get_many(KNOWN) == memory.get_many(KNOWN) == [disk.get(i) for i in KNOWN]
+        assert [disk.tombstone(i) for i in KNOWN] == [memory.tombstone(i) for i in KNOWN]
+        assert disk.count() == memory.count() == disk.count_of("m") == memory.count_of("m")
+        for options in ({}, {"prefix": "a"}, {"prefix": "a", "after": "a"}):
+            assert disk.scan(limit=9, **options) == memory.scan(limit=9, **options)
+            assert disk.count_some(limit=9, **options) == memory.count_some(limit=9, **options)
+
+
+@DURABILITIES
+@settings(max_examples=60, deadline=None)
+@example(deeds=["begin", "put", "begin", "kill", "put", "kill"], seed=1)
+@given(deeds=st.lists(DEEDS, min_size=5, max_size=60), seed=st.integers(0, 2**32))
+def test_it_answers_as_the_store_in_memory_does(
+    tmp_path_factory: pytest.TempPathFactory, durability: Durability, deeds: list[str], seed: int
+) -> None:
+    two, chance = Two(tmp_path_factory.mktemp("store"), durability), random.Random(seed)
+    try:
+        for deed in ["begin", "begin", *deeds, "kill"]:
+            two.do(deed, chance)
+            two.require_same()
+    finally:
+        two.disk.close()
+
+
+@DURABILITIES
+def test_journals_turn_a_hundred_times_and_nothing_is_lost(path: Path, durability: Durability) -> None:
+    store, names = opened(path, durability), [f"s{i}" for i in range(20)]
+    begin(store, *names)
+    wanted, chance = dict.fromkeys(names, 0), random.Random(3)
+    for revision in range(1, 1500):
+        some = chance.sample(names, 3)
+        put(store, *some, revision=revision)
+        wanted |= dict.fromkeys(some, revision)
+        if chance.random() < 0.5:
+            store.tend()
+        if revision % 50 == 0:
+            assert revisions(store) == wanted
+            store = killed(store, durability)
+            assert revisions(store) == wanted
+    store.close()
+
+
+def test_a_sheet_is_kept_as_its_records_are(path: Path) -> None:
+    store, names = opened(path), ["a", "b", "c"]
+    begin(store, *names)
+    puts = sheet(names, 1)
+    store.commit(Batch(puts=Joined([puts, [("a", record("a", 2))]])))
+    assert revisions(store) == {"a": 2, "b": 1, "c": 1}
+    store = killed(store)
+    assert revisions(store) == {"a": 2, "b": 1, "c": 1}
+    store.close()
+
+
+def test_what_is_read_while_journals_turn_never_goes_back(path: Path) -> None:
+    store, done, problems = opened(path), threading.Event(), list[BaseException]()
+    begin(store, "a", "b")
+
+    def read() -> None:
+        last = 0
+        try:
+            while not done.is_set():
+                found = decode("a", store.get("a") or b"").revision
+                ((_, header),) = store.scan(prefix="a", limit=1)
+                assert header is not None
+                assert last <= found <= header.revision
+                last = header.revision
+        except BaseException as error:
+            problems.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for revision in range(1, 2000):
+        put(store, "a", *["b"] * (revision % 2), revision=revision)
+        if revision % 3:
+            store.tend()
+    done.set()
+    for reader in readers:
+        reader.join(timeout=20)
+    store.close()
+    assert not problems
+
+
+# -------------------------------------------------------------------------------------------------- ended, and reopened
+
+
+@DURABILITIES
+def test_what_is_ended_never_comes_back(path: Path, durability: Durability) -> None:
+    store = opened(path, durability)
+    begin(store, "a", "b")
+    put(store, "a", "b", revision=7)
+    end(store, "a")
+    for _ in range(2):
+        assert store.get("a") is None
+        assert store.get_many(["a", "b"]) == [None, record("b", 7)]
+        assert revisions(store) == {"b": 7}
+        assert store.count() == 1
+        store = killed(store, durability)
+    store.close()
+
+
+@pytest.mark.parametrize("facts", [{"created": 8.0}, {"opened_with": 8}])
+def test_a_session_that_is_opened_under_the_id_of_an_old_one_is_the_new_one(
+    path: Path, facts: dict[str, Any]
+) -> None:
+    store = opened(path)
+    begin(store, "a")
+    put(store, "a", revision=7)
+    end(store, "a")
+    begin(store, "a", **facts)
+    assert revisions(store) == {"a": 0}
+    store = killed(store)
+    assert store.get("a") == record("a", 0, **facts)
+    put(store, "a", revision=1, **facts)
+    store = killed(store)
+    assert store.get("a") == record("a", 1, **facts)
+    store.close()
+    store = opened(store.path)
+    assert store.get("a") == record("a", 1, **facts)
+    store.close()
+
+
+# ------------------------------------------------------------------------------------------------------- bringing over
+
+
+def test_what_is_in_both_journals_is_that_of_the_later_one(path: Path) -> None:
+    store = opened(path)
+    changed = fill_one(store)
+    put(store, changed[0], revision=2)
+    wanted = dict.fromkeys(in_lmdb(store), 0) | dict.fromkeys(changed, 1) | {changed[0]: 2}
+    assert in_lmdb(store)[changed[0]] == 0
+    assert revisions(store) == wanted
+    store = killed(store)
+    assert revisions(store) == wanted
+    store.close()
+    store = opened(store.path)
+    assert in_lmdb(store) == revisions(store) == wanted
+    store.close()
+
+
+def test_it_is_behind_until_what_is_to_be_brought_over_is(path: Path) -> None:
+    store = opened(path)
+    changed = fill_one(store)
+    hurry, revision = [store.is_behind], 1
+    while not hurry[-1]:
+        revision += 1
+        put(store, changed[-1], revision=revision)
+        hurry.append(store.is_behind)
+    assert len(hurry) > 5, "there is room for more"
+    store.tend()
+    assert not store.is_behind
+    assert [in_lmdb(store)[i] for i in changed] == [*[1] * (len(changed) - 1), 0]
+    assert revisions(store)[changed[-1]] == revision
+    store.close()
+
+
+def test_closing_empties_the_journals(path: Path) -> None:
+    store = opened(path)
+    changed = fill_one(store)
+    wanted = revisions(store)
+    store.close()
+    store.close()
+    store = opened(path)
+    assert store._journals is not None
+    assert store._journals.is_empty
+    assert in_lmdb(store) == wanted
+    put(store, changed[0], revision=2)
+    assert in_lmdb(store)[changed[0]] == 1, "journals are written again"
+    store.close()
+    shutil.rmtree(path / "journal")
+    store = opened(path)
+    assert revisions(store) == wanted | {changed[0]: 2}
+    store.close()
+
+
+@pytest.mark.parametrize("size", [JOURNAL_BYTES // 2 - 200, JOURNAL_BYTES - 200, 3 * JOURNAL_BYTES])
+def test_what_is_large_for_a_journal_is_kept_as_well(path: Path, size: int) -> None:
+    store = opened(path)
+    begin(store, "a", "b")
+    wanted = {"a": 0, "b": 0}
+    for revision in range(1, 12):
+        name = "ab"[revision % 2]
+        put(store, name, revision=revision, size=size if revision % 3 else 20)
+        wanted[name] = revision
+        assert revisions(store) == wanted
+        again = opened(left_behind(store))
+        assert revisions(again) == wanted
+        again.close()
+    store.close()
+
+
+@pytest.mark.parametrize("sizes", [(4096, 65536), (65536, 4096)])
+@pytest.mark.parametrize("durabilities", [("sync", "async"), ("async", "sync")])
+def test_a_journal_of_another_size_or_durability_is_read(
+    path: Path, sizes: tuple[int, int], durabilities: tuple[Durability, Durability]
+) -> None:
+    store, names = opened(path, durabilities[0], journal_bytes=sizes[0]), [f"s{i}" for i in range(30)]
+    begin(store, *names)
+    for revision in range(1, 20):
+        put(store, *names[:revision], revision=revision)
+    wanted = revisions(store)
+    store = killed(store, durabilities[1], journal_bytes=sizes[1])
+    assert revisions(store) == wanted
+    put(store, *names, revision=30)
+    store = killed(store, durabilities[0])
+    assert revisions(store) == dict.fromkeys(names, 30)
+    store.close()
