@@ -22,6 +22,7 @@ from support.server_process import (
     OUTPUTS,
     ServerProcess,
     array,
+    begin_long_step,
     connect,
     random_tensor,
     serve,
@@ -60,11 +61,6 @@ def session_id(stub: Stub) -> str:
 
 def _step(session_id: str, seed: int = 0, steps: int = 1, **more: Any) -> pb.StepRequest:
     return pb.StepRequest(session_id=session_id, inputs=[random_tensor(seed, 1, steps, FEATURES)], **more)
-
-
-def _long_step(session_id: str) -> pb.StepRequest:
-    x = tensor(np.zeros((1, _LONG, FEATURES), np.float16))
-    return pb.StepRequest(session_id=session_id, inputs=[x], outputs=pb.OUTPUT_SELECTION_NONE)
 
 
 def _revision(stub: Stub, session_id: str) -> int:
@@ -247,7 +243,7 @@ def test_a_stale_revision_says_both(stub: Stub, session_id: str) -> None:
 
 
 def test_an_unanswered_deadline_changes_nothing(stub: Stub, session_id: str) -> None:
-    long = stub.Step.future(_long_step(session_id), timeout=_TIMEOUT_S)
+    long = begin_long_step(stub, session_id, _LONG)
     with pytest.raises(grpc.RpcError) as caught:
         stub.Step(_step(session_id), timeout=0.05)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -256,7 +252,7 @@ def test_an_unanswered_deadline_changes_nothing(stub: Stub, session_id: str) -> 
 
 
 def test_a_time_limit_of_a_frame_changes_nothing(stub: Stub, session_id: str) -> None:
-    long = stub.Step.future(_long_step(session_id), timeout=_TIMEOUT_S)
+    long = begin_long_step(stub, session_id, _LONG)
     frame = pb.StepFrame(session_ids=[session_id], inputs=[random_tensor(1, 1, 1, FEATURES)], timeout_ms=20)
     (reply,) = stub.StepStream(iter([pb.StepStreamRequest(step=frame)]), timeout=_TIMEOUT_S)
     assert reply.errors[0].error.reason == "DEADLINE_EXCEEDED"
@@ -265,15 +261,14 @@ def test_a_time_limit_of_a_frame_changes_nothing(stub: Stub, session_id: str) ->
 
 def test_a_cancelled_long_step_changes_nothing(stub: Stub, session_id: str) -> None:
     state = stub.GetState(pb.GetStateRequest(session_id=session_id), timeout=_TIMEOUT_S).state
-    call = stub.Step.future(_long_step(session_id), timeout=_TIMEOUT_S)
-    stub.ListSessions(pb.ListSessionsRequest(), timeout=_TIMEOUT_S)  # by now the step is in the server
+    call = begin_long_step(stub, session_id, _LONG)
     call.cancel()
     read = stub.GetState(pb.GetStateRequest(session_id=session_id), timeout=_TIMEOUT_S)
     assert (read.session.revision, read.state) == (0, state)
 
 
 def test_a_stream_that_is_cancelled_drops_what_waits(stub: Stub, session_id: str) -> None:
-    long = stub.Step.future(_long_step(session_id), timeout=_TIMEOUT_S)
+    long = begin_long_step(stub, session_id, _LONG)
     sent, taken = queue.SimpleQueue[pb.StepStreamRequest | None](), threading.Event()
 
     def requests() -> Iterator[pb.StepStreamRequest]:

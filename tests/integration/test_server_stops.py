@@ -13,7 +13,15 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stepwell.v1 import sessions_pb2 as pb
-from support.server_process import FEATURES, ServerProcess, connect, random_tensor, serve, tensor
+from support.server_process import (
+    FEATURES,
+    ServerProcess,
+    begin_long_step,
+    connect,
+    random_tensor,
+    serve,
+    tensor,
+)
 
 _TIMEOUT_S = 30.0
 _LONG = 150_000
@@ -25,19 +33,6 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 def server() -> Iterator[ServerProcess]:
     with serve() as server:
         yield server
-
-
-def _long_step(stub: Any, session_id: str) -> Any:
-    """A step that runs for a while. Returns its call, taken in by the server."""
-    x = tensor(np.zeros((1, _LONG, FEATURES), np.float16))
-    request = pb.StepRequest(session_id=session_id, inputs=[x], outputs=pb.OUTPUT_SELECTION_NONE)
-    call = stub.Step.future(request, timeout=_TIMEOUT_S)
-    # The first step of this session is answered only if it overtakes the long one: it cannot.
-    short = pb.StepRequest(session_id=session_id, inputs=[random_tensor(1, 1, 1, FEATURES)])
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.Step(short, timeout=0.2)
-    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    return call
 
 
 def _open(stub: Any, *session_ids: str) -> None:
@@ -58,7 +53,7 @@ def test_queued_work_is_finished_and_new_work_refused(server: ServerProcess) -> 
         _open(stub, "a", "b")
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
         assert next(watch).status == _SERVING
-        long = _long_step(stub, "a")
+        long = begin_long_step(stub, "a", _LONG)
         server.signal()
         assert next(watch).status == _NOT_SERVING
         for refused in (
@@ -139,7 +134,7 @@ def test_a_stop_waits_no_longer_than_it_was_told() -> None:
         channel, stub = connect(server)
         with channel:
             _open(stub, "a")
-            long = _long_step(stub, "a")
+            long = begin_long_step(stub, "a", _LONG)
             server.signal()
             with pytest.raises(grpc.RpcError):
                 long.result()
@@ -152,7 +147,7 @@ def test_a_signal_that_a_wrapper_sends_twice_is_one(server: ServerProcess) -> No
     channel, stub = connect(server)
     with channel:
         _open(stub, "a")
-        long = _long_step(stub, "a")
+        long = begin_long_step(stub, "a", _LONG)
         for _ in range(3):
             server.signal()
         code, _, err = server.finish()
@@ -165,7 +160,7 @@ def test_a_second_signal_ends_it_at_once(server: ServerProcess) -> None:
     channel, stub = connect(server)
     with channel:
         _open(stub, "a")
-        long = _long_step(stub, "a")
+        long = begin_long_step(stub, "a", _LONG)
         server.signal()
         server.wait_for_log("stopping")
         server.signal(signal.SIGINT)

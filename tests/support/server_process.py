@@ -15,13 +15,13 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 
-from stepwell.v1 import sessions_pb2_grpc, tensors_pb2
+from stepwell.v1 import sessions_pb2, sessions_pb2_grpc, tensors_pb2
 
 _START_S = 100.0
 _STOP_S = 20.0
@@ -147,3 +147,22 @@ def array(message: tensors_pb2.Tensor) -> npt.NDArray[np.generic]:
     """The array of a wire tensor."""
     dtype = tensors_pb2.DataType.Name(message.dtype).removeprefix("DATA_TYPE_").lower()
     return np.frombuffer(message.data, dtype).reshape(tuple(message.shape))
+
+
+def begin_long_step(stub: Any, session_id: str, steps: int) -> Any:
+    """A step that runs for a while. Returns its call when the server has it under way."""
+    x = tensor(np.zeros((1, steps, FEATURES), np.float16))
+    request = sessions_pb2.StepRequest(
+        session_id=session_id, inputs=[x], outputs=sessions_pb2.OUTPUT_SELECTION_NONE
+    )
+    call = stub.Step.future(request, timeout=30.0)
+    # Its message is long: what is sent later may come first. Once it has come, nobody gets at the session.
+    code: Any = None
+    for _ in range(100):
+        try:
+            stub.GetState(sessions_pb2.GetStateRequest(session_id=session_id), timeout=0.05)
+        except grpc.RpcError as error:
+            code = error.code()
+            break
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    return call
