@@ -1,9 +1,9 @@
 """The long version of the fault tests: `make soak ARGS="--kills 1000 --seed 7 --lanes 2"`.
 
 Each lane has a server, a data directory and a driver of its own, and goes through rounds of some kills: in each the
-durability, the room for resident sessions, good or bad connections and whether clients die too are drawn. Most
-kills come at a random moment under load, some while the server is starting, and now and then it is a SIGTERM. After
-each round the checker replays the history. What is found wrong is kept, with the seed to find it again.
+durability, the room for resident sessions, the journals' size, good or bad connections and whether clients die too
+are drawn. Most kills come at a random moment under load, some while the server is starting, and now and then it is a
+SIGTERM. After each round the checker replays the history. What is found wrong is kept, with the seed to find it again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
 
 from stepwell.testing import LocalServer, ServerStartError
 from support.checker import Report
 from support.driver_process import DriverProcess
-from support.faults import local, verdict
+from support.faults import SMALL_BYTES, local, verdict
 from support.killer import kill_at_random
 from support.proxy import Fate, Proxy
 from support.server_process import forecast
@@ -76,6 +77,7 @@ class Weather:
     resident_rows: int
     bad_connections: bool
     clients_die: bool
+    journal_bytes: int | None
 
     @classmethod
     def draw(cls, chance: random.Random) -> Weather:
@@ -84,17 +86,18 @@ class Weather:
             chance.choice([16, 65536]),
             chance.random() < 0.3,
             chance.random() < 0.3,
+            chance.choice([SMALL_BYTES, None]),
         )
 
 
 class Round:
     """One server, its clients and some kills."""
 
-    def __init__(self, seed: int, number: int, folder: Path, total: Total) -> None:
+    def __init__(self, seed: int, number: int, folder: Path, total: Total, fixed: dict[str, Any]) -> None:
         self._chance = random.Random(f"{seed}/{number}")
         self._number = number
         self._total = total
-        self._weather = Weather.draw(self._chance)
+        self._weather = dataclasses.replace(Weather.draw(self._chance), **fixed)
         self.folder = folder / str(number)
         self._history = self.folder / "history"
 
@@ -103,7 +106,8 @@ class Round:
         self.folder.mkdir()
         weather = self._weather
         options = ("--durability", weather.durability, "--resident-rows", str(weather.resident_rows))
-        with local(self.folder / "data", *options) as server, self._way_to(server) as address:
+        server = local(self.folder / "data", *options, journal_bytes=weather.journal_bytes)
+        with server, self._way_to(server) as address:
             driver = self._driver(address)
             try:
                 for _ in range(kills):
@@ -162,8 +166,8 @@ class Round:
         return f"round {self._number}, kept in {self.folder}: {self._weather}"
 
 
-def soak(wanted: int, seed: int, lanes: int) -> int:
-    """Run all rounds. Returns the exit code."""
+def soak(wanted: int, seed: int, lanes: int, fixed: dict[str, Any]) -> int:
+    """Run all rounds, with what is fixed of the weather. Returns the exit code."""
     total, began_s = Total(wanted), time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="stepwell-soak-"))
     print(f"seed {seed}, {lanes} lanes, what is found wrong is kept in {folder}", flush=True)
@@ -171,7 +175,7 @@ def soak(wanted: int, seed: int, lanes: int) -> int:
     failed = False
     forecast()  # made once, before there are lanes
     with ThreadPoolExecutor(lanes) as pool:
-        rounds = [Round(seed, number, folder, total) for number in range(len(sizes))]
+        rounds = [Round(seed, number, folder, total, fixed) for number in range(len(sizes))]
         going = {pool.submit(one.run, kills): one for one, kills in zip(rounds, sizes, strict=True)}
         for done in as_completed(going):
             one, wrong = going[done], ""
@@ -199,8 +203,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--lanes", type=int, default=2, help="servers at a time")
+    parser.add_argument(
+        "--journal-bytes", type=int, help="of each server's journals; they are drawn unless given"
+    )
     arguments = parser.parse_args()
-    return soak(arguments.kills, arguments.seed, arguments.lanes)
+    fixed = {"journal_bytes": arguments.journal_bytes} if arguments.journal_bytes else {}
+    return soak(arguments.kills, arguments.seed, arguments.lanes, fixed)
 
 
 if __name__ == "__main__":

@@ -80,19 +80,19 @@ def replace(owner: object, name: str, function: Callable[..., Any]) -> None:
 
 def install(faults: Faults) -> None:
     """Faults on demand."""
-    commit, append = LmdbStore._commit, Journal.append
+    commit, write = LmdbStore._commit, Journal._write
 
     def _commit(store: LmdbStore, batch: Any) -> None:
         faults.before_commit()
         commit(store, batch)
 
-    def _append(journal: Journal, parts: Any) -> bool:
+    def _write(journal: Journal, *arguments: Any) -> None:
         faults.before_commit()
-        return append(journal, parts)
+        write(journal, *arguments)
 
     # Where the disk's own errors come from, so that they are translated as those are.
     replace(LmdbStore, "_commit", _commit)
-    replace(Journal, "append", _append)
+    replace(Journal, "_write", _write)
     replace(clock.SystemClock, "now", lambda _: time.time() + faults.jump_s)
 
 
