@@ -20,11 +20,14 @@ import pytest
 from stepwell_server.clock import SystemClock
 from stepwell_server.errors import Unavailable
 from stepwell_server.store.base import Batch, End, Tombstone
+from stepwell_server.store.disk import DiskStore
 from stepwell_server.store.lmdb import Durability, LmdbStore
 from stepwell_server.store.record import Record, decode
 
 MIB = 2**20
 DISK_BYTES = 8 * MIB
+JOURNAL_BYTES = 64 * 1024
+DiskOrLmdb = LmdbStore | DiskStore
 #: Mounts a small file system over a folder, in name spaces of its own, and runs the rest of the command there.
 MOUNTED = 'mount -t tmpfs -o size=8m none "$1" && shift && exec "$@"'
 
@@ -47,18 +50,20 @@ def record(session_id: str, revision: int, row_bytes: int = 5000) -> bytes:
 
 @pytest.mark.parametrize("what", ["go-on", "close-many"])
 @pytest.mark.parametrize("durability", ["sync", "async"])
-def test_a_limit_on_files(tmp_path: Path, durability: str, what: str) -> None:
-    _run([sys.executable, __file__, what, "limit", durability, os.fspath(tmp_path)])
+@pytest.mark.parametrize("kind", ["lmdb", "journals"])
+def test_a_limit_on_files(tmp_path: Path, kind: str, durability: str, what: str) -> None:
+    _run([sys.executable, __file__, what, "limit", kind, durability, os.fspath(tmp_path)])
 
 
 @pytest.mark.parametrize("what", ["go-on", "close-many"])
 @pytest.mark.parametrize("durability", ["sync", "async"])
-def test_a_small_disk(tmp_path: Path, durability: str, what: str) -> None:
+@pytest.mark.parametrize("kind", ["lmdb", "journals"])
+def test_a_small_disk(tmp_path: Path, kind: str, durability: str, what: str) -> None:
     prefix = ["unshare", "--mount"] if os.getuid() == 0 else ["unshare", "--mount", "--map-root-user"]
     probe = [*prefix, "sh", "-c", MOUNTED, "sh", os.fspath(tmp_path), "true"]
     if not shutil.which("unshare") or subprocess.run(probe, capture_output=True, check=False).returncode:
         pytest.skip("no mount is allowed here; test_a_limit_on_files fills the disk in the other way")
-    _run([*probe[:-1], sys.executable, __file__, what, "disk", durability, os.fspath(tmp_path)])
+    _run([*probe[:-1], sys.executable, __file__, what, "disk", kind, durability, os.fspath(tmp_path)])
 
 
 def _run(command: list[str]) -> None:
@@ -85,7 +90,7 @@ def mounted(path: Path) -> tuple[Callable[[], None], Callable[[], None]]:
     return full, ballast.unlink
 
 
-def is_kept(store: LmdbStore, batch: Batch) -> bool:
+def is_kept(store: DiskOrLmdb, batch: Batch) -> bool:
     """Commit; say whether there was room."""
     try:
         store.commit(batch)
@@ -94,20 +99,21 @@ def is_kept(store: LmdbStore, batch: Batch) -> bool:
     return True
 
 
-def fill(store: LmdbStore) -> tuple[dict[str, int], int]:
+def fill(store: DiskOrLmdb) -> tuple[dict[str, int], int]:
     """Commit until it is refused; return what was acknowledged and how often it was refused."""
     kept: dict[str, int] = {}
     for number in range(1000):
         names = [f"s{number}-{i}" for i in range(50)] + list(kept)[:10]
         puts = [(name, record(name, number)) for name in names]
-        if not is_kept(store, Batch(puts=puts, tombstones=[Tombstone(f"t{number}", End.CLOSED, 0.0)])):
+        stones = [Tombstone(f"t{number}", End.CLOSED, 0.0)]
+        if not is_kept(store, Batch(puts=puts, tombstones=stones, counts=[("m", 50)])):
             assert store.tombstone(f"t{number}") is None
             return kept, number
         kept |= dict.fromkeys(names, number)
     raise AssertionError("the disk is never full")
 
 
-def require(store: LmdbStore, kept: dict[str, int]) -> None:
+def require(store: DiskOrLmdb, kept: dict[str, int]) -> None:
     """What was acknowledged is there, whole, and nothing else."""
     assert store.count() == len(kept)
     for name, revision in kept.items():
@@ -116,27 +122,52 @@ def require(store: LmdbStore, kept: dict[str, int]) -> None:
         assert decode(name, stored).revision == revision
 
 
-def check(way: str, durability: Durability, path: Path) -> None:
+def opened(kind: str, durability: Durability, path: Path) -> DiskOrLmdb:
+    clock = SystemClock()
+    if kind == "lmdb":
+        return LmdbStore(path / "data", durability=durability, clock=clock, first_map_bytes=MIB)
+    return DiskStore(
+        path / "data", durability=durability, clock=clock, first_map_bytes=MIB, journal_bytes=JOURNAL_BYTES
+    )
+
+
+def check(way: str, kind: str, durability: Durability, path: Path) -> None:
     """The test; in a process of its own, because limits and mounts are a process's."""
-    store = LmdbStore(path / "data", durability=durability, clock=SystemClock(), first_map_bytes=MIB)
+    store = opened(kind, durability, path)
     full, room = limited() if way == "limit" else mounted(path)
     full()
     kept, number = fill(store)
     assert number > 3, "there was room for some"
     for _ in range(5):
         puts = [(f"more-{i}", record(f"more-{i}", 1)) for i in range(500)]
-        assert not is_kept(store, Batch(puts=puts))
+        assert not is_kept(store, Batch(puts=puts, counts=[("m", 500)]))
         require(store, kept)
+    changed = _change_some(store, kept)
+    assert changed >= (kind == "journals") * 9, "the journal has its room already"
     _close_some(store, kept)
     room()
     _go_on(store, kept)
     store.close()
-    store = LmdbStore(path / "data", durability=durability, clock=SystemClock())
+    store = opened(kind, durability, path)
     require(store, kept)
     store.close()
 
 
-def _close_some(store: LmdbStore, kept: dict[str, int]) -> None:
+def _change_some(store: DiskOrLmdb, kept: dict[str, int]) -> int:
+    """Change sessions that are there, until it is refused or for long; how often that went well."""
+    chance = random.Random(5)
+    for number in range(1000, 1100):
+        names = chance.sample(list(kept), 3)
+        if not is_kept(store, Batch(puts=[(name, record(name, number, 1000)) for name in names])):
+            require(store, kept)
+            return number - 1000
+        kept |= dict.fromkeys(names, number)
+        store.tend()
+    require(store, kept)
+    return 100
+
+
+def _close_some(store: DiskOrLmdb, kept: dict[str, int]) -> None:
     """Closing sessions works on a full disk, and makes room on it."""
     gone = list(kept)[:200]
     for at in range(0, 200, 20):
@@ -144,31 +175,31 @@ def _close_some(store: LmdbStore, kept: dict[str, int]) -> None:
     for name in gone:
         del kept[name]
     require(store, kept)
-    store.commit(Batch(puts=[(name, record(name, 77)) for name in gone[:50]]))
+    store.commit(Batch(puts=[(name, record(name, 77)) for name in gone[:50]], counts=[("m", 50)]))
     kept |= dict.fromkeys(gone[:50], 77)
     require(store, kept)
 
 
-def _go_on(store: LmdbStore, kept: dict[str, int]) -> None:
+def _go_on(store: DiskOrLmdb, kept: dict[str, int]) -> None:
     """Once there is room all is as before."""
     names = [f"later-{i}" for i in range(300)]
-    store.commit(Batch(puts=[(name, record(name, 9)) for name in names]))
+    store.commit(Batch(puts=[(name, record(name, 9)) for name in names], counts=[("m", 300)]))
     kept |= dict.fromkeys(names, 9)
     require(store, kept)
     store.sync()
 
 
-def check_closing(way: str, durability: Durability, path: Path) -> None:
+def check_closing(way: str, kind: str, durability: Durability, path: Path) -> None:
     """Close many sessions at once on a full disk, open others in their place, and again, without a restart."""
-    store = LmdbStore(path / "data", durability=durability, clock=SystemClock(), first_map_bytes=MIB)
+    store = opened(kind, durability, path)
     full, room = limited() if way == "limit" else mounted(path)
     full()
     open_ones: list[str] = []
     chance = random.Random(7)
     for cycle in range(20):
-        opened = _open_until_full(store, open_ones, cycle)
+        count = _open_until_full(store, open_ones, cycle)
         # later the pages are less and less full, and only closing is sure to go on
-        assert opened >= (1000, 40, 40, *[0] * 20)[cycle], "there was room for some"
+        assert count >= (1000, 40, 40, *[0] * 20)[cycle], "there was room for some"
         chance.shuffle(open_ones)  # so that each lies on a page of its own
         gone, open_ones = open_ones[:60], open_ones[60:]
         stones = [Tombstone(name, End.CLOSED, 0.0) for name in gone]
@@ -181,7 +212,7 @@ def check_closing(way: str, durability: Durability, path: Path) -> None:
     store.close()
 
 
-def _open_until_full(store: LmdbStore, open_ones: list[str], cycle: int, most: int = 100_000) -> int:
+def _open_until_full(store: DiskOrLmdb, open_ones: list[str], cycle: int, most: int = 100_000) -> int:
     for at in range(0, most, 20):
         names = [f"{hash((cycle, at, i)):x}-{cycle}" for i in range(20)]
         puts = [(name, record(name, 1, 400)) for name in names]
@@ -193,5 +224,5 @@ def _open_until_full(store: LmdbStore, open_ones: list[str], cycle: int, most: i
 
 if __name__ == "__main__":
     test = check_closing if sys.argv[1] == "close-many" else check
-    test(sys.argv[2], "sync" if sys.argv[3] == "sync" else "async", Path(sys.argv[4]))
+    test(sys.argv[2], sys.argv[3], "sync" if sys.argv[4] == "sync" else "async", Path(sys.argv[5]))
     print("all is well")

@@ -1,7 +1,7 @@
 """A writer is killed at random moments: what it acknowledged is there, and nothing is there by half.
 
-Every commit of the writer (this file, run as a program) replaces all sessions, deletes one, buries one and
-grows the file now and then. Session i of commit r holds r, so a commit that came through by half shows.
+Every commit of the writer (this file, run as a program) replaces all sessions, and grows the file now and then; some
+delete one and bury one as well. Session i of commit r holds r, so a commit that came through by half shows.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from stepwell_server.clock import SystemClock
 from stepwell_server.store.base import Batch, End, Tombstone
+from stepwell_server.store.disk import DiskStore
 from stepwell_server.store.lmdb import Durability, LmdbStore
 from stepwell_server.store.record import Record, decode
 
@@ -24,20 +26,44 @@ SESSIONS = 40
 ROUNDS = 6
 
 
-def opened(path: Path, durability: Durability) -> LmdbStore:
-    return LmdbStore(path, durability=durability, clock=SystemClock(), first_map_bytes=256 * 1024)
+class Kind(NamedTuple):
+    """A store, and what is done with it."""
+
+    journal_bytes: int
+    """0 for LMDB alone."""
+    period: int
+    """Every so many commits one session takes another's place; the others change those that are there."""
+    growth_bytes: int
 
 
-def batch(number: int) -> Batch:
-    names = [f"s{i}" for i in range(SESSIONS)] + ["é" * 256, f"of-{number}"]
-    return Batch(
-        puts=[(name, record(number).encode(name)) for name in names],
-        deletes=[f"of-{number - 1}"],
-        tombstones=[Tombstone(f"of-{number - 1}", End.CLOSED, 0.0, revision=number)],
+#: An entry is a third of a journal, so that a kill is as likely to come while journals turn as at any other time.
+KINDS = {"lmdb": Kind(0, 1, 3000), "journals": Kind(128 * 1024, 7, 30)}
+
+
+def opened(path: Path, durability: Durability, kind: Kind) -> LmdbStore | DiskStore:
+    clock, first_map_bytes = SystemClock(), 256 * 1024
+    if not kind.journal_bytes:
+        return LmdbStore(path, durability=durability, clock=clock, first_map_bytes=first_map_bytes)
+    return DiskStore(
+        path,
+        durability=durability,
+        clock=clock,
+        first_map_bytes=first_map_bytes,
+        journal_bytes=kind.journal_bytes,
     )
 
 
-def record(number: int) -> Record:
+def batch(number: int, kind: Kind) -> Batch:
+    latest = number - number % kind.period
+    names = [f"s{i}" for i in range(SESSIONS)] + ["é" * 256, f"of-{latest}"]
+    puts = [(name, record(number, kind).encode(name)) for name in names]
+    if number != latest:
+        return Batch(puts=puts)
+    gone = f"of-{latest - kind.period}"
+    return Batch(puts=puts, deletes=[gone], tombstones=[Tombstone(gone, End.CLOSED, 0.0, revision=number)])
+
+
+def record(number: int, kind: Kind) -> Record:
     return Record(
         fingerprint="f" * 64,
         model="m",
@@ -50,11 +76,11 @@ def record(number: int) -> Record:
         last_used=0.0,
         reply=1,
         rows=number.to_bytes(8, "little") * 80,
-        extra=b"x" * (number % 7 * 3000),
+        extra=b"x" * (number % 7 * kind.growth_bytes),
     )
 
 
-def held(store: LmdbStore) -> int:
+def held(store: LmdbStore | DiskStore, kind: Kind) -> int:
     """The number of the commit that the store holds, every part of it and of no other; -1 for none."""
     names = [name for name, header in store.scan(limit=1000) if header]
     assert len(names) == store.count(), "no record is damaged"
@@ -63,27 +89,29 @@ def held(store: LmdbStore) -> int:
     first = store.get("s0")
     assert first is not None
     number = decode("s0", first).revision
-    assert sorted(names) == sorted(name for name, _ in batch(number).puts)
+    assert sorted(names) == sorted(name for name, _ in batch(number, kind).puts)
     for name in names:
         stored = store.get(name)
         assert stored is not None
-        assert decode(name, stored) == record(number)
-    stone = store.tombstone(f"of-{number - 1}")
+        assert decode(name, stored) == record(number, kind)
+    latest = number - number % kind.period
+    stone = store.tombstone(f"of-{latest - kind.period}")
     assert stone is not None
-    assert stone.revision == number
-    assert store.tombstone(f"of-{number}") is None
+    assert stone.revision == latest
+    assert store.tombstone(f"of-{latest}") is None
     return number
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("durability", ["sync", "async"])
 def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(
-    tmp_path: Path, durability: Durability
+    tmp_path: Path, durability: Durability, kind: str
 ) -> None:
     chance, last = random.Random(7), -1
     for _ in range(ROUNDS):
-        acknowledged = _write_until_killed(tmp_path, durability, chance.uniform(0.005, 0.25))
-        store = opened(tmp_path, durability)
-        found = held(store)
+        acknowledged = _write_until_killed(tmp_path, durability, kind, chance.uniform(0.005, 0.25))
+        store = opened(tmp_path, durability, KINDS[kind])
+        found = held(store, KINDS[kind])
         store.close()
         assert found >= 0
         assert found in {acknowledged, acknowledged + 1}, "at most the one under way is more than was said"
@@ -91,10 +119,10 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(
         last = found
 
 
-def _write_until_killed(path: Path, durability: Durability, seconds: float) -> int:
+def _write_until_killed(path: Path, durability: Durability, kind: str, seconds: float) -> int:
     """Let a writer go on for a while, kill it, and return the last commit that it acknowledged."""
     with subprocess.Popen(
-        [sys.executable, __file__, os.fspath(path), durability], stdout=subprocess.PIPE
+        [sys.executable, __file__, os.fspath(path), durability, kind], stdout=subprocess.PIPE
     ) as writer:
         assert writer.stdout is not None
         lines = [writer.stdout.readline()]  # it has begun
@@ -106,14 +134,16 @@ def _write_until_killed(path: Path, durability: Durability, seconds: float) -> i
     return int([line for line in lines if line.endswith(b"\n")][-1])
 
 
-def _write(path: Path, durability: Durability) -> None:
-    store = opened(path, durability)
-    number = held(store)
+def _write(path: Path, durability: Durability, kind: Kind) -> None:
+    store = opened(path, durability, kind)
+    number = held(store, kind)
     while True:
         number += 1
-        store.commit(batch(number))
+        store.commit(batch(number, kind))
         os.write(1, b"%d\n" % number)
+        if number % 3:
+            store.tend()
 
 
 if __name__ == "__main__":
-    _write(Path(sys.argv[1]), "sync" if sys.argv[2] == "sync" else "async")
+    _write(Path(sys.argv[1]), "sync" if sys.argv[2] == "sync" else "async", KINDS[sys.argv[3]])
