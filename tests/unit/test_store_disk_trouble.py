@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from stepwell_server.errors import Unavailable
 from stepwell_server.store.base import Batch, End, StoreError, Tombstone
 from stepwell_server.store.disk import DiskStore
 from stepwell_server.store.lmdb import Durability, LmdbStore
+from stepwell_server.store.record import Joined
 from support.stored import (
     JOURNAL_BYTES,
     begin,
@@ -184,6 +186,61 @@ def test_a_damaged_record_in_a_journal_harms_its_session_alone(path: Path, durab
     end(store, "b")
     begin(store, "b", created=2.0)
     assert revisions(store) == {"a": 4, "b": 0, "c": 4}
+    store.close()
+
+
+# ------------------------------------------------------------------------------------------------------ loss of power
+
+
+class Last:
+    """`os.pwritev`, and what the last write to a journal changed."""
+
+    def __init__(self) -> None:
+        self._pwritev = os.pwritev
+        self.path = Path()
+        self.old = self.new = b""
+
+    def __call__(self, file: int, buffers: Sequence[bytes], at: int, flags: int = 0) -> int:
+        assert flags == os.RWF_DSYNC
+        self.path = Path(f"/proc/self/fd/{file}").resolve()
+        self.old = self.path.read_bytes()
+        written = self._pwritev(file, buffers, at, flags)
+        self.new = self.path.read_bytes()
+        return written
+
+    def torn(self, chance: random.Random) -> bytes:
+        """The file if the power failed meanwhile: any of the sectors are as they were."""
+        picture, share = bytearray(self.new), chance.choice([0.1, 0.5, 0.9])
+        for at in range(0, len(picture), 512):
+            if chance.random() < share:
+                picture[at : at + 512] = self.old[at : at + 512]
+        return bytes(picture)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_loss_of_power_takes_nothing_but_the_change_that_was_not_acknowledged(
+    path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    chance, names = random.Random(seed), [f"s{i}" for i in range(12)]
+    monkeypatch.setattr(os, "pwritev", last := Last())
+    store = opened(path, "sync")
+    begin(store, *names)
+    for revision in range(1, 120):
+        before = revisions(store)
+        parts = [chance.sample(names, chance.choice([1, 2, 5])) for _ in range(chance.choice([1, 1, 2, 3]))]
+        size = chance.choice([20, 200, 350])
+        puts = [[(name, record(name, revision, size)) for name in part] for part in parts]
+        store.commit(Batch(puts=Joined(puts)))
+        after = revisions(store)
+        copy = left_behind(store)
+        (copy / "journal" / last.path.name).write_bytes(last.torn(chance))
+        again = opened(copy, "sync")
+        found = revisions(again)
+        again.close()
+        shutil.rmtree(copy)
+        assert all(found[name] in {before[name], after[name]} for name in names)
+        if chance.random() < 0.5:
+            store.tend()
     store.close()
 
 
