@@ -401,3 +401,34 @@ async def test_the_timer_does_not_queue_behind_a_store_that_has_too_much(
         await expiring
         await at.engine._commits.idle()
         assert at.store.count() == 0
+
+
+async def test_a_lone_step_is_under_way_until_the_store_has_it(disk: Disk) -> None:
+    async with disk.engine() as at:
+        await begin(at)
+        disk.store.stall()
+        ran = len(at.hooks.rows)
+        lone = at.single("a", x(1))
+        assert len(at.hooks.rows) == ran + 1, "it ran at once"
+        second, other = at.single("a", x(1)), at.single("b", x(1))
+        await turns()
+        assert len(at.hooks.rows) == ran + 2, "the session's next one waits, another's does not"
+        assert not any(answer.ended for answer in (lone, second, other))
+        disk.store.go_on()
+        assert [(await answer.only()).revision for answer in (lone, second, other)] == [2, 3, 2]
+
+
+async def test_a_caller_who_cannot_be_told_of_a_lone_step_costs_nobody_else(
+    disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    def raises(_answer: object) -> None:
+        raise RuntimeError("nobody is there")
+
+    async with disk.engine() as at:
+        await begin(at)
+        disk.store.stall()
+        at.engine.submit_single(Single("a", {"": x(1)}, raises))
+        after = at.single("a", x(1))
+        disk.store.go_on()
+        assert (await after.only()).revision == 3
+        assert "could not be delivered" in caplog.text

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import queue
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from stepwell_server.errors import Internal, Overloaded, ServerError
@@ -57,10 +57,9 @@ class Commits:
         self._loop = asyncio.get_running_loop()
         self._fixed_s, self._per_record_s = 20e-6, 1e-6
         self._waiting = 0
-        self._queue: deque[_Item] = deque()
-        self._may_take = threading.Condition()
+        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        """For the thread; None is its end."""
         self._thread: threading.Thread | None = None
-        self._closing = False
         self._idle: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self._listeners: list[Callable[[], None]] = []
@@ -146,9 +145,7 @@ class Commits:
 
     def close(self, timeout_s: float) -> bool:
         """End the thread; False if the store did not come back to it in time."""
-        with self._may_take:
-            self._closing = True
-            self._may_take.notify()
+        self._queue.put(None)
         if self._thread is not None:
             self._thread.join(timeout_s)
         return self._thread is None or not self._thread.is_alive()
@@ -159,9 +156,7 @@ class Commits:
             # a daemon: a store that never comes back must not keep the process from ending
             self._thread = threading.Thread(target=self._work, name="stepwell-store", daemon=True)
             self._thread.start()
-        with self._may_take:
-            self._queue.append(item)
-            self._may_take.notify()
+        self._queue.put(item)
 
     def _work(self) -> None:
         while items := self._take():
@@ -187,15 +182,18 @@ class Commits:
 
     def _take(self) -> list[_Item]:
         """What is committed next, together; nothing at the end."""
-        with self._may_take:
-            while not self._queue and not self._closing:
-                self._may_take.wait()
-            items: list[_Item] = []
-            size = 0
-            while self._queue and size < MOST_TOGETHER:
-                items.append(self._queue.popleft())
-                size += items[-1].size
-            return items
+        items: list[_Item] = []
+        size = 0
+        item = self._queue.get()
+        while item is not None:
+            items.append(item)
+            size += item.size
+            if size >= MOST_TOGETHER or self._queue.empty():
+                return items
+            item = self._queue.get()
+        if items:
+            self._queue.put(None)  # the end comes after these
+        return items
 
     def _finish(self, items: Sequence[_Item]) -> None:
         was_full = self.is_full

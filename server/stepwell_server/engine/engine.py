@@ -481,7 +481,14 @@ class Engine:
         return self._expiry.expire_idle()
 
     def _port(self, model: ServedModel) -> PlainPort:
-        solo = Solo(self._table, model, self._keeper, clock=self._clock, observer=self._observer)
+        solo = Solo(
+            self._table,
+            model,
+            self._keeper,
+            self._admission.claim,
+            clock=self._clock,
+            observer=self._observer,
+        )
         return PlainPort(model, PlainIntake(self._table, self._admission, model), solo)
 
     def _serve(self, name: str, program: Program, max_batch_rows: int, resident_rows: int) -> ServedModel:

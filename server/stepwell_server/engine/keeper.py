@@ -110,34 +110,80 @@ class Keeper:
         Returns:
             Why it never will be; the session is dropped then, as in `keep`.
         """
-        table = self._table
         if self._commits.is_durable:
-            session_id = table.session_id(handle)
             try:
-                record = encode(
-                    session_id,
-                    model.texts,
-                    kept,
-                    revision,
-                    position,
-                    request_id,
-                    table.opened_with[handle],
-                    table.created[handle],
-                    self._clock.now(),
-                    1,
-                    model.arena.pack_row(int(table.row[handle])),
-                )
-                self._commits.commit_here(Batch(puts=((session_id, record),)), 1)
+                put = self._put_of_one(model, handle, revision, position, request_id, kept)
+                self._commits.commit_here(Batch(puts=(put,)), 1)
             except Exception as error:  # whatever it is: the row has moved on, and the session has not
                 why = reason(error)
                 self.drop(np.array([handle]), why)
                 return why
+        self._set_one(model, handle, revision, position, request_id, kept)
+        return None
+
+    def may_keep_one(self) -> bool:
+        """Whether `keep_one_later` may be called now."""
+        return not self._commits.is_full
+
+    def keep_one_later(
+        self,
+        model: ServedModel,
+        handle: int,
+        revision: int,
+        position: int,
+        request_id: int,
+        kept: Kept,
+        answer: Answer,
+    ) -> None:
+        """As `keep_one` where the store is to be waited for: of a claimed session, whose claim ends then.
+
+        `answer` is called with None when the change is true, else with why it never will be. It must not raise.
+        """
+
+        def done(error: ServerError | None) -> None:
+            if error is not None:
+                answer(error)
+                self.drop(np.array([handle]), error)
+                return
+            self._set_one(model, handle, revision, position, request_id, kept)
+            answer(None)
+            self.release(np.array([handle]))
+
+        try:
+            put = self._put_of_one(model, handle, revision, position, request_id, kept)
+        except Exception as error:  # as in `keep_one`
+            done(reason(error))
+            return
+        self._commits.submit(lambda: Batch(puts=(put,)), 1, done)
+
+    def _put_of_one(
+        self, model: ServedModel, handle: int, revision: int, position: int, request_id: int, kept: Kept
+    ) -> tuple[str, Stored]:
+        table = self._table
+        session_id = table.session_id(handle)
+        return session_id, encode(
+            session_id,
+            model.texts,
+            kept,
+            revision,
+            position,
+            request_id,
+            table.opened_with[handle],
+            table.created[handle],
+            self._clock.now(),
+            1,
+            model.arena.pack_row(int(table.row[handle])),
+        )
+
+    def _set_one(
+        self, model: ServedModel, handle: int, revision: int, position: int, request_id: int, kept: Kept
+    ) -> None:
+        table = self._table
         table.revision[handle] = revision
         table.position[handle] = position
         table.request_id[handle] = request_id
         table.used[handle] = self._clock.monotonic()
         model.replies.remember_rows(handle, kept)
-        return None
 
     def records(self, change: Change, last_used: float) -> list[tuple[str, Stored]]:
         """What the store keeps of a change, by session id."""

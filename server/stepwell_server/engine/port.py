@@ -6,11 +6,10 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from stepwell_server.engine.admission import MAX_WAITING_PASSES
-from stepwell_server.engine.calls import Array, Select, StepReply
+from stepwell_server.engine.calls import Array, Select
 from stepwell_server.engine.plain import PlainIntake, PlainSteps
 from stepwell_server.engine.served import ServedModel
-from stepwell_server.engine.solo import Solo
-from stepwell_server.errors import ServerError
+from stepwell_server.engine.solo import Answered, Solo
 from stepwell_server.program import Program
 
 
@@ -91,7 +90,7 @@ class PlainPort:
         request_id: int,
         select: Select,
         with_time: bool,
-    ) -> StepReply | ServerError | None:
+    ) -> Answered | None:
         """See `Solo.run`; only while `is_free`."""
         if not self._ran_alone:
             self._ran_alone = True

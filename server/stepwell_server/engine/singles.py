@@ -19,6 +19,7 @@ from stepwell_server.engine.call import U64
 from stepwell_server.engine.calls import Array, Frame, Members, Part, Select, Single, StepReply
 from stepwell_server.engine.plain import PlainSteps
 from stepwell_server.engine.port import PlainPort
+from stepwell_server.engine.solo import Later
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 
@@ -98,7 +99,10 @@ class Singles:
             select=single.select,
             with_time=plain[1],
         )
-        if reply is not None:
+        if isinstance(reply, Later):
+            later = reply
+            later.tell(lambda error: single.settle(error or later.reply))
+        elif reply is not None:
             single.settle(reply)
         return reply is not None
 

@@ -6,13 +6,14 @@ is. That both ways agree bit for bit is tested.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.exactly_once import applies
-from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.calls import Array, Observer, Select, StepReply
 from stepwell_server.engine.checks import is_float
 from stepwell_server.engine.keeper import Keeper
@@ -20,16 +21,55 @@ from stepwell_server.engine.replies import Kept
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.errors import ServerError
 
+log = logging.getLogger(__name__)
+Listener = Callable[[ServerError | None], None]
+
+
+class Later:
+    """A step that ran, and whose reply holds if the store keeps it."""
+
+    __slots__ = ("_error", "_is_settled", "_listener", "reply")
+
+    def __init__(self, reply: StepReply) -> None:
+        self.reply = reply
+        """Not to be shown to anybody before `tell` says so."""
+        self._is_settled = False
+        self._error: ServerError | None = None
+        self._listener: Listener | None = None
+
+    def tell(self, listener: Listener) -> None:
+        """Call `listener` once: with None when it is kept, else with why it was not."""
+        self._listener = listener
+        if self._is_settled:
+            listener(self._error)
+
+    def settle(self, error: ServerError | None) -> None:
+        """It is kept, or will never be."""
+        self._is_settled, self._error = True, error
+        if self._listener is not None:
+            self._listener(error)
+
+
+Answered = StepReply | ServerError | Later
+
 
 class Solo:
     """Runs single steps of one model in place, one at a time."""
 
     def __init__(
-        self, table: SessionTable, model: ServedModel, keeper: Keeper, *, clock: Clock, observer: Observer
+        self,
+        table: SessionTable,
+        model: ServedModel,
+        keeper: Keeper,
+        claim: Callable[[Handles], None],
+        *,
+        clock: Clock,
+        observer: Observer,
     ) -> None:
         self._table = table
         self._model = model
         self._keeper = keeper
+        self._claim = claim
         self._clock = clock
         self._observer = observer
         self._temporal = [spec.temporal for spec in model.program.outputs]
@@ -45,10 +85,11 @@ class Solo:
         request_id: int,
         select: Select,
         with_time: bool,
-    ) -> StepReply | ServerError | None:
+    ) -> Answered | None:
         """Run a step whose inputs have the model's dtypes and shapes, `(1, ...)` each.
 
         Returns:
+            The reply, or `Later` if the store is to be waited for; the session is claimed until then.
             None if it has to go the general way; nothing has changed then. An error if the store did not keep
             the step, or perhaps did: it must not be run again by the server itself.
         """
@@ -62,18 +103,43 @@ class Solo:
             return None
         self._model.arena.keep_row_outputs(row, outputs)
         kept = _kept(select, with_time=with_time)
-        reply = self._keep(handle, request_id, kept)
-        if isinstance(reply, ServerError):
-            return reply
-        reply.outputs = self._outputs(kept, outputs)
-        self._observer.stepped_alone(self._model.name, self._clock.monotonic() - started)
-        return reply
+        revision, position = int(self._table.revision[handle]) + 1, int(self._table.position[handle]) + 1
+        reply = StepReply(revision, position, self._outputs(kept, outputs), replayed=False)
+        if not self._keeper.may_keep_one_here():
+            return self._keep_later(handle, request_id, kept, reply, started)
+        error = self._keeper.keep_one(self._model, handle, revision, position, request_id, kept)
+        if error is None:
+            self._observer.stepped_alone(self._model.name, self._clock.monotonic() - started)
+        return error or reply
+
+    def _keep_later(
+        self, handle: int, request_id: int, kept: Kept, reply: StepReply, started: float
+    ) -> Later:
+        self._claim(np.array([handle]))
+        later = Later(reply)
+        ran = self._clock.monotonic()
+
+        def answer(error: ServerError | None) -> None:
+            now = self._clock.monotonic()
+            self._observer.stage(self._model.name, "commit", now - ran, 1)
+            if error is None:
+                self._observer.stepped_alone(self._model.name, now - started)
+            try:
+                later.settle(error)
+            except Exception:
+                # its caller's loss, and no one else's: the claim is due
+                log.exception("an answer for model %s could not be delivered", self._model.name)
+
+        self._keeper.keep_one_later(
+            self._model, handle, reply.revision, reply.position, request_id, kept, answer
+        )
+        return later
 
     def _may_run(self, handle: int, arrays: Sequence[Array], expected: int | None, request_id: int) -> bool:
         table = self._table
         if table.claimed[handle] or table.row[handle] < 0 or table.batch_size[handle] != 1:
             return False
-        if not self._keeper.may_keep_one_here():
+        if not self._keeper.may_keep_one():
             return False
         revision, last = int(table.revision[handle]), int(table.request_id[handle])
         if not applies(revision, last, expected, request_id):
@@ -83,12 +149,6 @@ class Solo:
             for array, may_be_infinite in zip(arrays, self._floats, strict=True)
             if may_be_infinite
         )
-
-    def _keep(self, handle: int, request_id: int, kept: Kept) -> StepReply | ServerError:
-        table = self._table
-        revision, position = int(table.revision[handle]) + 1, int(table.position[handle]) + 1
-        error = self._keeper.keep_one(self._model, handle, revision, position, request_id, kept)
-        return error or StepReply(revision, position, {}, replayed=False)
 
     def _outputs(self, kept: Kept, outputs: Sequence[Array]) -> dict[str, Array]:
         if kept is Kept.EMPTY:

@@ -14,6 +14,7 @@ from stepwell_server.engine.call import U64
 from stepwell_server.engine.calls import Array, Members, StepReply
 from stepwell_server.engine.plain import PlainSteps
 from stepwell_server.engine.port import PlainPort
+from stepwell_server.engine.solo import Later
 from stepwell_server.errors import ServerError
 from stepwell_server.rpc.layout import U8, Layout, join
 from stepwell_server.rpc.plain import CALL, FRAME, Known, Layouts
@@ -184,12 +185,23 @@ class ModelLane:
             return False
         if isinstance(reply, ServerError):
             caller.fail_plain(item.frame_id, known.size, reply)
-            return True
-        outputs = reply.outputs
-        form = known.form(outputs)
-        written = form.write_one(item.frame_id, reply.revision, reply.position, tuple(outputs.values()))
-        caller.reply_plain(item.frame_id, known.size, written)
+        elif isinstance(reply, Later):
+            self._answer_later(item, reply)
+        else:
+            caller.reply_plain(item.frame_id, known.size, _written(item, reply))
         return True
+
+    def _answer_later(self, item: Item, later: Later) -> None:
+        # now, while the store is at it
+        caller, written = item.caller, _written(item, later.reply)
+
+        def answer(error: ServerError | None) -> None:
+            if error is None:
+                caller.reply_plain(item.frame_id, item.known.size, written)
+            else:
+                caller.fail_plain(item.frame_id, item.known.size, error)
+
+        later.tell(answer)
 
     def _forget(self, items: Sequence[Item]) -> None:
         known = items[0].known
@@ -211,6 +223,11 @@ class ModelLane:
             timeouts > 0, came + timeouts.astype(np.float64) / 1000, _INFINITY
         )
         return np.minimum(until, own)
+
+
+def _written(item: Item, reply: StepReply) -> bytes:
+    form = item.known.form(reply.outputs)
+    return form.write_one(item.frame_id, reply.revision, reply.position, tuple(reply.outputs.values()))
 
 
 def _deadline(item: Item) -> float:
