@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import shutil
 import threading
@@ -198,6 +199,48 @@ def test_what_is_read_while_journals_turn_never_goes_back(path: Path) -> None:
     assert not problems
 
 
+class Watched:
+    """A lock that says when someone must wait for it."""
+
+    def __init__(self, lock: threading.Lock, waits: threading.Event) -> None:
+        self._lock, self._waits = lock, waits
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self._waits.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_a_journal_is_not_filled_anew_while_someone_reads_in_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(path)
+    changed = fill_one(store)
+    assert store._journals is not None
+    inside, go_on, found, pread = threading.Event(), threading.Event(), list[bytes](), os.pread
+
+    def read(file: int, size: int, at: int) -> bytes:
+        if threading.current_thread() is reader:
+            inside.set()
+            assert go_on.wait(20)
+        return pread(file, size, at)
+
+    monkeypatch.setattr(os, "pread", read)
+    monkeypatch.setattr(store._journals, "_looking", Watched(store._journals._looking, go_on))
+    reader = threading.Thread(target=lambda: found.append(bytes(store.get(changed[0]) or b"")))
+    reader.start()
+    assert inside.wait(20)
+    for revision in range(2, 100):
+        put(store, changed[-1], revision=revision)
+    go_on.set()
+    reader.join(20)
+    assert found == [record(changed[0], 1)]
+    store.close()
+
+
 # -------------------------------------------------------------------------------------------------- ended, and reopened
 
 
@@ -261,13 +304,15 @@ def test_it_is_behind_until_what_is_to_be_brought_over_is(path: Path) -> None:
     hurry, revision = [store.is_behind], 1
     while not hurry[-1]:
         revision += 1
-        put(store, changed[-1], revision=revision)
+        put(store, changed[0], revision=revision)
         hurry.append(store.is_behind)
     assert len(hurry) > 5, "there is room for more"
     store.tend()
     assert not store.is_behind
-    assert [in_lmdb(store)[i] for i in changed] == [*[1] * (len(changed) - 1), 0]
-    assert revisions(store)[changed[-1]] == revision
+    assert [in_lmdb(store)[i] for i in changed] == [0, *[1] * (len(changed) - 2), 0], (
+        "but what changed again is not"
+    )
+    assert revisions(store)[changed[0]] == revision
     store.close()
 
 
