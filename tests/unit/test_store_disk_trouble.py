@@ -118,7 +118,6 @@ def test_a_damaged_journal_is_a_warning_where_the_power_may_take_changes(
     store.close()
 
 
-@pytest.mark.xfail(reason="what lies behind the damage is found again once the entries line up")
 def test_what_lies_behind_damage_never_comes_back(path: Path) -> None:
     copy, _ = damaged(path, "async")
     store = opened(copy, "async")
@@ -150,7 +149,6 @@ def test_a_file_that_is_no_journal(
     store.close()
 
 
-@pytest.mark.xfail(reason="the end of the journal that is brought over may be missing, and nobody says so")
 def test_damage_at_the_end_of_a_journal_is_no_write_that_was_cut_off_if_the_other_has_later_ones(
     path: Path,
 ) -> None:
@@ -291,7 +289,7 @@ def test_a_journal_takes_no_more_than_its_share_of_the_room(
 
 @pytest.mark.parametrize(
     "which",
-    ["0", pytest.param("1", marks=pytest.mark.xfail(reason="the start fails; the journal is not needed"))],
+    ["0", "1"],
 )
 def test_where_one_of_the_journals_cannot_be_laid_out_it_starts_without(
     path: Path, monkeypatch: pytest.MonkeyPatch, which: str
@@ -450,7 +448,6 @@ def test_what_could_not_be_brought_over_at_the_end_is_there_at_the_next_start(
     store.close()
 
 
-@pytest.mark.xfail(reason="the journal hides what LMDB has kept")
 @pytest.mark.parametrize("what", ["put", "end"])
 def test_what_is_read_after_a_failed_commit_is_what_the_next_start_reads(
     path: Path, monkeypatch: pytest.MonkeyPatch, what: str
@@ -530,7 +527,6 @@ def test_a_closed_store_says_so(path: Path) -> None:
             use()
 
 
-@pytest.mark.xfail(reason="it writes to the files that have the numbers of the journals' now")
 def test_a_closed_store_writes_to_no_file(path: Path) -> None:
     store = opened(path)
     begin(store, "a")

@@ -20,7 +20,8 @@ from pathlib import Path
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, Unavailable
 from stepwell_server.store.base import Batch, StoreError, Tombstone
-from stepwell_server.store.journals import JOURNAL_BYTES, Journals, Records
+from stepwell_server.store.journal import is_blank
+from stepwell_server.store.journals import JOURNAL_BYTES, NAMES, Journals, Records
 from stepwell_server.store.lmdb import FIRST_MAP_BYTES, TOMBSTONES, Durability, LmdbStore
 from stepwell_server.store.record import Header, Joined, Stored, decode_header, is_sound, supersedes
 
@@ -67,6 +68,8 @@ class DiskStore:
         self.incarnation, self.secret = self._base.incarnation, self._base.secret
         self.waits_for_disk = self._base.waits_for_disk
         self._closed = self._in_trouble = False
+        self._in_doubt: set[str] = set()
+        """Sessions whose transaction failed, and may have been kept all the same."""
         self._journals: Journals | None = None
         try:
             self._open_journals(path / _FOLDER, journal_bytes)
@@ -81,14 +84,18 @@ class DiskStore:
 
     def commit(self, batch: Batch) -> None:
         """See `base.Store`."""
-        if self._journals is None:
+        if self._journals is None or self._closed:
             self._base.commit(batch)
             return
         others = batch.deletes or batch.forgets or batch.tombstones or batch.counts
         if others or not batch.puts or not self._append(self._journals, batch.puts):
-            self._base.commit(batch)
-            self._journals.forget(session_id for session_id, _ in batch.puts)
-            self._journals.forget(batch.deletes)
+            ids = [*(session_id for session_id, _ in batch.puts), *batch.deletes]
+            try:
+                self._base.commit(batch)
+            except BaseException:
+                self._in_doubt.update(ids)
+                raise
+            self._journals.forget(ids)
 
     def tend(self) -> None:
         """See `base.Store`."""
@@ -140,7 +147,7 @@ class DiskStore:
 
     def sync(self) -> None:
         """See `base.Store`."""
-        if self._journals is not None:
+        if self._journals is not None and not self._closed:
             try:
                 self._journals.sync()
             except OSError as error:
@@ -164,7 +171,7 @@ class DiskStore:
         try:
             self._journals = Journals(folder, size, flush=self.waits_for_disk)
         except OSError as error:
-            if (folder / "0").exists() and (folder / "1").exists():
+            if not all(is_blank(folder / name) for name in NAMES):
                 raise StoreError(f"the journal in {folder} must be readable: {error}") from error
             _log.warning("there is no journal, every change is a transaction: %s", error)
             return
@@ -237,9 +244,16 @@ class DiskStore:
         if self._journals is None or self._closed:
             return None
         try:
-            return self._journals.find(session_id)
+            record = self._journals.find(session_id)
         except OSError as error:
             raise Unavailable(f"the journal must be readable; got {error}") from error
+        if record is None or session_id not in self._in_doubt:
+            return record
+        (is_later,) = self._later([(session_id, record)])
+        if not is_later:
+            self._journals.forget([session_id])
+        self._in_doubt.discard(session_id)
+        return record if is_later else None
 
     def _header(self, session_id: str, header: Header | None) -> Header | None:
         """What is said of a session: LMDB's, unless there is something later."""

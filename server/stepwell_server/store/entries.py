@@ -1,6 +1,8 @@
 """The layout of a journal's entries: some records that were written together.
 
-    checksum, magic, fill, number, counts | ids | records | padding
+    checksum, magic, fill, number, rest, counts | ids | records | padding
+
+What was written at once may be several entries: they have one number, and each says how many follow (`rest`).
 
 The checksum is over everything before the records, and over their own checksums, which they begin with. So an entry of
 which a part is missing is told from a whole one, and both from one with a record that was damaged later.
@@ -17,7 +19,8 @@ from isal.isal_zlib import crc32
 
 from stepwell_server.store.record import HEADER, Puts, Stored, is_sound, size_of
 
-HEAD = struct.Struct("<IIQQIIQ")  # checksum, magic, fill, number, records, bytes of ids, bytes of records
+# checksum, magic, fill, number, rest, records, bytes of ids, 0, bytes of records
+HEAD = struct.Struct("<IIQQIIIIQ")
 _MAGIC = int.from_bytes(b"SWJ1", "little")
 _MARK = struct.Struct("<IQ")
 _LENGTH = struct.Struct("<H")
@@ -51,11 +54,18 @@ class Found(NamedTuple):
     """An entry that was read."""
 
     number: int
+    rest: int
     end: int
     offsets: Sequence[tuple[str, int]]
 
+    def follows(self, other: Found) -> bool:
+        """Whether it was written next, or is the next part of the same write."""
+        if other.rest:
+            return (self.number, self.rest) == (other.number, other.rest - 1)
+        return self.number == other.number + 1
 
-def lay_out(puts: Sequence[tuple[str, Stored]], fill: int, number: int) -> Entry:
+
+def lay_out(puts: Sequence[tuple[str, Stored]], fill: int, number: int, rest: int = 0) -> Entry:
     """Make an entry of records."""
     layout, records = _layout(puts), _records(puts)
     if isinstance(puts, Puts):
@@ -63,7 +73,9 @@ def lay_out(puts: Sequence[tuple[str, Stored]], fill: int, number: int) -> Entry
     else:
         checksums = b"".join([record[:_CHECKSUM_BYTES] for record in records])
     byte_count = sum(layout.sizes)
-    head = HEAD.pack(0, _MAGIC, fill, number, len(puts), len(layout.text), byte_count)[_CHECKSUM_BYTES:]
+    head = HEAD.pack(0, _MAGIC, fill, number, rest, len(puts), len(layout.text), 0, byte_count)[
+        _CHECKSUM_BYTES:
+    ]
     checksum = _checksum(head, layout.text, checksums).to_bytes(_CHECKSUM_BYTES, "little")
     size = HEAD.size + len(layout.text) + byte_count
     padding = -size % _ALIGNMENT
@@ -74,7 +86,7 @@ def lay_out_one(session_id: str, record: Stored, fill: int, number: int) -> tupl
     """What `lay_out` would have written for one record, and where in it the record is: a lone step is in a hurry."""
     key = session_id.encode()
     start = b"".join((
-        HEAD.pack(0, _MAGIC, fill, number, 1, _LENGTH.size + len(key), len(record))[_CHECKSUM_BYTES:],
+        HEAD.pack(0, _MAGIC, fill, number, 0, 1, _LENGTH.size + len(key), 0, len(record))[_CHECKSUM_BYTES:],
         _LENGTH.pack(len(key)),
         key,
     ))  # fmt: skip
@@ -88,7 +100,7 @@ def read(data: bytes, at: int, fill: int | None) -> Found | None:
     """The entry at an offset, None if there is no whole one of the fill, or of any if that is None."""
     if len(data) - at < HEAD.size:
         return None
-    checksum, magic, its_fill, number, count, text_bytes, byte_count = HEAD.unpack_from(data, at)
+    checksum, magic, its_fill, number, rest, count, text_bytes, _, byte_count = HEAD.unpack_from(data, at)
     records_at = at + HEAD.size + text_bytes
     if magic != _MAGIC or fill not in (None, its_fill) or records_at + byte_count > len(data):
         return None
@@ -100,7 +112,7 @@ def read(data: bytes, at: int, fill: int | None) -> Found | None:
     if _checksum(data[at + _CHECKSUM_BYTES : at + HEAD.size], text, checksums) != checksum:
         return None
     end = records_at + byte_count
-    return Found(number, end + -(end - at) % _ALIGNMENT, offsets)
+    return Found(number, rest, end + -(end - at) % _ALIGNMENT, offsets)
 
 
 def fill_of(data: bytes) -> int:

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from stepwell_server.store import entries
@@ -28,6 +28,15 @@ _NO_HEAD = bytes(entries.HEAD.size)
 
 class JournalDamaged(Exception):
     """Changes are missing that later ones were made after; nobody can tell of which sessions."""
+
+
+def is_blank(path: Path) -> bool:
+    """Whether there is no journal in which anything was ever written."""
+    try:
+        with path.open("rb") as file:
+            return not any(file.read(entries.HEAD.size))
+    except (FileNotFoundError, NotADirectoryError):
+        return True
 
 
 class Journal:
@@ -50,6 +59,8 @@ class Journal:
         self.end = 0
         self.number = 0
         """Of the last write."""
+        self.first = 0
+        """Of the last write to the other journal when this one was filled anew."""
         self._fill = 0
         self._flags = os.RWF_DSYNC if flush else 0
         self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -80,7 +91,7 @@ class Journal:
         fill = secrets.randbits(63) + 1
         start = entries.lay_out((), fill, number)
         self._write(start.buffers, 0, start.size)
-        self._fill, self.end, self.number = fill, start.size, number
+        self._fill, self.end, self.number, self.first = fill, start.size, number, number
 
     def append(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
         """Write entries, all of them or none; False if there is no room.
@@ -92,7 +103,10 @@ class Journal:
             OSError: they could not be written. None is there.
         """
         number = self.number + 1
-        added = [entries.lay_out(part, self._fill, number) for part in parts]
+        added = [
+            entries.lay_out(part, self._fill, number, len(parts) - 1 - place)
+            for place, part in enumerate(parts)
+        ]
         size = sum(entry.size for entry in added)
         if self.end + size > self.size:
             return False
@@ -133,33 +147,52 @@ class Journal:
         if at is None:
             return None
         start = os.pread(self._file, _GUESS_BYTES, at)
-        size = size_of(start)
+        size = min(size_of(start), self.size - at)
         return start[:size] if size <= len(start) else os.pread(self._file, size, at)
 
     def load(self) -> None:
         """Read what the file has. A write that was under way when the process or the machine ended is left out.
 
         Raises:
-            JournalDamaged: what could be read is loaded.
+            JournalDamaged: with `flush` nothing is done about it; else what could be read is loaded, and the rest gone.
             OSError: the file cannot be read.
         """
         data = os.pread(self._file, self.size, 0)
-        found = entries.read(data, 0, None)
-        if found is None:
+        start = entries.read(data, 0, None)
+        if start is None:
             self.end = self.size  # to be filled anew
             if data[: entries.HEAD.size] != _NO_HEAD:
                 raise JournalDamaged(f"{self.path} cannot be read")
             return
-        self._fill = entries.fill_of(data)
-        last_write = [found]
-        while (found := entries.read(data, found.end, self._fill)) is not None:
-            if found.number != last_write[0].number:
-                self._take(last_write)
-                last_write = []
-            last_write.append(found)
-        # of an earlier one all is there; a record that was damaged since says so when it is read
-        self._take(itertools.takewhile(lambda entry: entries.is_whole(data, entry), last_write))
-        if any(later.number > self.number + 1 for later in entries.search(data, self.end, self._fill)):
+        self._fill, self.first = entries.fill_of(data), start.number
+        for write in self._writes(data, start):
+            self._take(write)
+        self._drop_behind(data)
+
+    def _writes(self, data: bytes, start: entries.Found) -> Iterator[list[entries.Found]]:
+        """What was written at once, and is there whole."""
+        write, last = [start], start
+        while (found := entries.read(data, last.end, self._fill)) is not None and found.follows(last):
+            if not last.rest:
+                # later ones are there, so this one is: a record that was damaged since says so when it is read
+                yield write
+                write = []
+            write.append(found)
+            last = found
+        if not last.rest and all(entries.is_whole(data, entry) for entry in write):
+            yield write
+
+    def _drop_behind(self, data: bytes) -> None:
+        """Entries behind the last that was taken are of a write that did not come to its end, or there is damage.
+
+        They must not follow upon the next ones by chance.
+        """
+        behind = list(entries.search(data, self.end, self._fill))
+        is_damaged = any(found.number > self.number + 1 for found in behind)
+        if behind and not (is_damaged and self._flags):
+            self._write_zeros(self.end)
+            os.fsync(self._file)
+        if is_damaged:
             raise JournalDamaged(f"{self.path} cannot be read from byte {self.end} on")
 
     def sync(self) -> None:
@@ -184,14 +217,17 @@ class Journal:
         there = os.fstat(self._file).st_size
         if there:
             return there
+        self.size = size
         try:
-            at = 0
-            while at < size:
-                at += os.pwrite(self._file, _ZEROS[: size - at], at)
+            self._write_zeros(0)
         except OSError:
             os.ftruncate(self._file, 0)
             raise
         return size
+
+    def _write_zeros(self, at: int) -> None:
+        while at < self.size:
+            at += os.pwrite(self._file, _ZEROS[: self.size - at], at)
 
     def _write(self, buffers: Sequence[Stored], at: int, size: int) -> None:
         if len(buffers) > _MOST_BUFFERS:

@@ -11,16 +11,17 @@ from pathlib import Path
 from stepwell_server.store.journal import Journal, JournalDamaged
 from stepwell_server.store.record import Stored
 
+NAMES = ("0", "1")
 JOURNAL_BYTES = 8 * 2**20
 """Of each of the two."""
 
 #: Of the room on the disk a journal takes no more than this part.
 _SHARE = 64
 _LEAST_BYTES = 64 * 1024
-#: So many records are brought over at once, or this part of those that are left: whichever are more.
-_AT_ONCE, _PART = 64, 8
 #: Bringing over begins when this part of the journal that is written is used.
 _BEGIN = 1 / 2
+#: So many records are brought over at once at least; or twice as many as the last write had, to keep up with writes.
+_AT_ONCE = 64
 
 Records = list[tuple[str, Stored]]
 
@@ -36,14 +37,15 @@ class Journals:
         """
         folder.mkdir(mode=0o700, exist_ok=True)
         room = shutil.disk_usage(folder).free // _SHARE
-        if room < min(size, _LEAST_BYTES) and not (folder / "1").exists():
+        if room < min(size, _LEAST_BYTES) and not (folder / NAMES[1]).exists():
             raise OSError(f"a journal must have {min(size, _LEAST_BYTES)} bytes; there is room for {room}")
         size = min(size, room)
+        self._last_count = 0
         # Held by whoever looks into both: no journal is filled anew meanwhile.
         self._looking = threading.Lock()
-        self._written = Journal(folder / "0", size, flush=flush)
+        self._written = Journal(folder / NAMES[0], size, flush=flush)
         try:
-            self._left = Journal(folder / "1", size, flush=flush)
+            self._left = Journal(folder / NAMES[1], size, flush=flush)
         except BaseException:
             self._written.close()
             raise
@@ -66,8 +68,10 @@ class Journals:
                 journal.load()
             except JournalDamaged as error:
                 damage.append(error)
-        if self._left.number > self._written.number:
+        if (self._left.number, self._left.first) > (self._written.number, self._written.first):
             self._turn()
+        if self._left.is_filled and self._left.number != self._written.first:
+            damage.append(JournalDamaged(f"{self._left.path} cannot be read to its end"))
         for journal in (self._written, self._left):
             self._drop_earlier(journal, counts)
         if not self._written.is_filled:
@@ -93,7 +97,8 @@ class Journals:
         Raises:
             OSError: they could not be written. None is there.
         """
-        if len(parts) == 1 and len(parts[0]) == 1:
+        self._last_count = sum(map(len, parts))
+        if self._last_count == len(parts) == 1:
             is_kept = self._written.append_one(*parts[0][0])
         else:
             is_kept = self._written.append(parts)
@@ -127,8 +132,7 @@ class Journals:
 
     def next(self) -> tuple[list[str], Records]:
         """Sessions whose changes are to be brought over next, to be `done` then; and the records."""
-        most = max(_AT_ONCE, len(self._left.offsets) // _PART)
-        ids = list(itertools.islice(self._left.offsets, most))
+        ids = list(itertools.islice(self._left.offsets, max(_AT_ONCE, 2 * self._last_count)))
         # what the other journal has is later, and stays there
         wanted = [session_id for session_id in ids if session_id not in self._written.offsets]
         records: Records = [(i, record) for i in wanted if (record := self._left.record(i)) is not None]
