@@ -20,7 +20,7 @@ from support.server_process import forecast
 _SCRIPT = Path(__file__).with_name("faulty_server.py")
 _SMALL = Path(__file__).with_name("small_journals.py")
 _CONTROL_S = 30.0
-SMALL_BYTES = 16 * 1024
+SMALL_BYTES = 8 * 1024
 """Of a journal that is full after some dozens of changes."""
 
 
