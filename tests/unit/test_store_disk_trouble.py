@@ -230,6 +230,7 @@ def test_a_loss_of_power_takes_nothing_but_the_change_that_was_not_acknowledged(
     monkeypatch.setattr(os, "pwritev", last := Last())
     store = opened(path, "sync")
     begin(store, *names)
+    torn = 0
     for revision in range(1, 120):
         before, count = revisions(store), last.count
         parts = [chance.sample(names, chance.choice([1, 2, 5])) for _ in range(chance.choice([1, 1, 2, 3]))]
@@ -240,14 +241,19 @@ def test_a_loss_of_power_takes_nothing_but_the_change_that_was_not_acknowledged(
         copy = left_behind(store)
         if last.count > count:  # the others were too large for a journal
             (copy / "journal" / last.path.name).write_bytes(last.torn(chance))
+            torn += 1
         again = opened(copy, "sync")
         found = revisions(again)
+        put(again, goes_on := chance.choice(names), revision=200 + revision, size=size)
+        again = killed(again, "sync")
+        assert revisions(again) == found | {goes_on: 200 + revision}, "nothing comes back later"
         again.close()
         shutil.rmtree(copy)
+        shutil.rmtree(again.path)
         assert all(found[name] in {before[name], after[name]} for name in names)
         if chance.random() < 0.5:
             store.tend()
-    assert last.count > 100
+    assert torn > 100
     store.close()
 
 
