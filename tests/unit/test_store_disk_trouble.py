@@ -192,6 +192,21 @@ def test_a_damaged_record_in_a_journal_harms_its_session_alone(
     store.close()
 
 
+@pytest.mark.xfail(reason="it starts, and says nothing")
+@pytest.mark.parametrize("what", ["cut off", "first sector"])
+def test_a_part_of_a_journal_that_is_gone_is_damage(path: Path, what: str) -> None:
+    store = opened(path, "sync")
+    begin(store, "a")
+    for revision in range(1, 20):
+        put(store, "a", revision=revision)
+    journal = left_behind(store) / "journal" / place_of(store, "a")[0]
+    store.close()
+    data = journal.read_bytes()
+    journal.write_bytes(data[:1024] if what == "cut off" else bytes(512) + data[512:])
+    with pytest.raises(StoreError, match=f"^{journal} "):
+        opened(journal.parent.parent, "sync").close()
+
+
 # ------------------------------------------------------------------------------------------------------ loss of power
 
 
