@@ -77,7 +77,7 @@ def test_what_goes_on_unread_is_kept_as_well(
 
 @pytest.mark.parametrize(
     "is_read",
-    [True, pytest.param(False, marks=pytest.mark.xfail(reason="it comes back, as nobody has looked"))],
+    [True, False],
 )
 def test_a_session_that_has_ended_all_the_same_is_not_brought_over_again(
     path: Path, monkeypatch: pytest.MonkeyPatch, is_read: bool
@@ -92,7 +92,6 @@ def test_a_session_that_has_ended_all_the_same_is_not_brought_over_again(
     store.close()
 
 
-@pytest.mark.xfail(reason="it forgets a change that was acknowledged meanwhile")
 def test_a_reader_forgets_nothing_that_is_later_than_what_it_looked_at(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +111,6 @@ def test_a_reader_forgets_nothing_that_is_later_than_what_it_looked_at(
     store.close()
 
 
-@pytest.mark.xfail(reason="the other one goes on, and its number is no more the one that this one began with")
 def test_a_journal_that_was_filled_anew_though_that_failed_is_no_damage(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -392,10 +392,21 @@ def test_a_file_that_is_cut_off_or_no_store_stops_the_start(tmp_path: Path) -> N
 def test_a_store_of_a_later_release_stops_the_start(tmp_path: Path) -> None:
     store = opened(tmp_path)
     with store._environment.begin(write=True, db=store._meta) as transaction:
-        transaction.put(b"schema", b"2")
+        transaction.put(b"schema", b"3")
     store.close()
-    with pytest.raises(StoreError, match="must be of schema version 1; it is of 2"):
+    with pytest.raises(StoreError, match="must be of schema version 2; it is of 3"):
         opened(tmp_path)
+
+
+def test_a_store_from_before_there_were_journals_becomes_one_that_may_have_some(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    with store._environment.begin(write=True, db=store._meta) as transaction:
+        transaction.put(b"schema", b"1")
+    store.close()
+    store = opened(tmp_path)
+    with store._environment.begin(db=store._meta) as transaction:
+        assert transaction.get(b"schema") == b"2", "the release before must not open it any more"
+    store.close()
 
 
 def test_a_directory_that_is_none_stops_the_start(tmp_path: Path) -> None:

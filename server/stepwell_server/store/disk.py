@@ -14,18 +14,21 @@ What cannot be written to a journal goes to LMDB: they are never needed.
 from __future__ import annotations
 
 import logging
+import secrets
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, Unavailable
 from stepwell_server.store.base import Batch, StoreError, Tombstone
-from stepwell_server.store.journal import is_blank
-from stepwell_server.store.journals import JOURNAL_BYTES, NAMES, Journals, Records
-from stepwell_server.store.lmdb import FIRST_MAP_BYTES, TOMBSTONES, Durability, LmdbStore
+from stepwell_server.store.journals import JOURNAL_BYTES, Journals, Records, room_for
+from stepwell_server.store.lmdb import FIRST_MAP_BYTES, TOMBSTONES, Durability, LmdbStore, flush_folders
 from stepwell_server.store.record import Header, Joined, Stored, decode_header, is_sound, supersedes
 
 _FOLDER = "journal"
+#: What LMDB says of the journals while there may be something in them: whose they are, and their size.
+_MARK = struct.Struct("<IQ")
 
 _log = logging.getLogger(__name__)
 
@@ -96,6 +99,7 @@ class DiskStore:
                 self._in_doubt.update(ids)
                 raise
             self._journals.forget(ids)
+            self._in_doubt.difference_update(ids)
 
     def tend(self) -> None:
         """See `base.Store`."""
@@ -168,24 +172,62 @@ class DiskStore:
     # ------------------------------------------------------------------------------------------------------ opening
 
     def _open_journals(self, folder: Path, size: int) -> None:
-        try:
-            self._journals = Journals(folder, size, flush=self.waits_for_disk)
-        except OSError as error:
-            if not all(is_blank(folder / name) for name in NAMES):
-                raise StoreError(f"the journal in {folder} must be readable: {error}") from error
-            _log.warning("there is no journal, every change is a transaction: %s", error)
+        """Load the journals that LMDB says there are, else make new ones."""
+        mark = _MARK.unpack(self._base.journal) if self._base.journal else None
+        if mark is not None and self._load_journals(folder, *mark):
             return
         try:
-            damage = self._journals.load(self._later)
+            self._make_journals(folder, size)
+        except (OSError, Unavailable) as error:
+            _log.warning("there is no journal, every change is a transaction: %s", error)
+
+    def _load_journals(self, folder: Path, owner: int, size: int) -> bool:
+        """Load the journals; False if new ones are to be made, because something is missing and may be.
+
+        Raises:
+            StoreError: something is missing, and was acknowledged; or they cannot be read.
+        """
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            journals = self._journals = Journals(folder, size, owner, flush=self.waits_for_disk, make=False)
+            damage = journals.load(self._later)
         except (OSError, Unavailable) as error:
             raise StoreError(f"the journal in {folder} must be readable: {error}") from error
         for problem in damage:
             if self.waits_for_disk:
                 raise StoreError(
-                    f"{problem}: changes that were acknowledged are missing. Restore the file; or delete it, and"
-                    " sessions go back to what the store has of them"
+                    f"{problem}. Changes that were acknowledged are missing: restore the folder; or start once with"
+                    " --durability async, and sessions go on from what there is of them"
                 )
-            _log.warning("%s: changes made before the machine went down are missing", problem)
+            _log.warning("%s: sessions go on from what there is of them", problem)
+        if damage:
+            self._give_up(journals)
+        return not damage
+
+    def _give_up(self, journals: Journals) -> None:
+        """Bring what could be read over into LMDB."""
+        try:
+            self._empty(journals)
+        except (Unavailable, OSError) as error:
+            raise StoreError(
+                f"what is left of the journal must find its way into the store: {error}"
+            ) from error
+        journals.close()
+        self._journals = None
+
+    def _make_journals(self, folder: Path, size: int) -> None:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        owner = secrets.randbits(31) + 1
+        flush = self.waits_for_disk
+        journals = Journals(folder, room_for(folder, size), owner, flush=flush, make=True)
+        try:
+            journals.begin()
+            flush_folders(folder, folder.parent)
+            self._base.set_journal(_MARK.pack(owner, journals.size))
+        except BaseException:
+            journals.close()
+            raise
+        self._journals = journals
 
     def _later(self, records: Records) -> list[bool]:
         """Whether each record counts. One that is damaged does, so that its session does not go back silently."""
@@ -198,7 +240,7 @@ class DiskStore:
     # ------------------------------------------------------------------------------------------------------ writing
 
     def _append(self, journals: Journals, puts: Sequence[tuple[str, Stored]]) -> bool:
-        parts = puts.parts if isinstance(puts, Joined) else [puts]
+        parts = [part for part in puts.parts if len(part)] if isinstance(puts, Joined) else [puts]
         try:
             if journals.append(parts):
                 return True
@@ -214,6 +256,8 @@ class DiskStore:
     def _bring_over(self, journals: Journals) -> bool:
         """Bring some changes over; False if there are none."""
         ids, records = journals.next()
+        if not self._in_doubt.isdisjoint(ids):
+            records = [put for put, is_later in zip(records, self._later(records), strict=True) if is_later]
         if records:
             self._base.commit(Batch(puts=records))
         journals.done(ids)
@@ -221,11 +265,14 @@ class DiskStore:
         return bool(ids)
 
     def _empty(self, journals: Journals) -> None:
-        for _ in range(2):
-            while self._bring_over(journals):
-                pass
-            self._base.sync()
-            journals.turn()
+        """Bring everything over."""
+        while self._bring_over(journals):
+            pass
+        journals.turn()
+        while self._bring_over(journals):
+            pass
+        self._base.sync()
+        self._base.set_journal(b"")
 
     def _complain(self, message: str, error: Exception) -> None:
         if not self._in_trouble:
@@ -249,10 +296,8 @@ class DiskStore:
             raise Unavailable(f"the journal must be readable; got {error}") from error
         if record is None or session_id not in self._in_doubt:
             return record
+        # nothing is forgotten here: another thread may be about to commit
         (is_later,) = self._later([(session_id, record)])
-        if not is_later:
-            self._journals.forget([session_id])
-        self._in_doubt.discard(session_id)
         return record if is_later else None
 
     def _header(self, session_id: str, header: Header | None) -> Header | None:

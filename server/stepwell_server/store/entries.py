@@ -19,7 +19,7 @@ from isal.isal_zlib import crc32
 
 from stepwell_server.store.record import HEADER, Puts, Stored, is_sound, size_of
 
-# checksum, magic, fill, number, rest, records, bytes of ids, 0, bytes of records
+# checksum, magic, fill, number, rest, records, bytes of ids, owner (in a first entry, else 0), bytes of records
 HEAD = struct.Struct("<IIQQIIIIQ")
 _MAGIC = int.from_bytes(b"SWJ1", "little")
 _MARK = struct.Struct("<IQ")
@@ -55,6 +55,7 @@ class Found(NamedTuple):
 
     number: int
     rest: int
+    owner: int
     end: int
     offsets: Sequence[tuple[str, int]]
 
@@ -65,7 +66,9 @@ class Found(NamedTuple):
         return self.number == other.number + 1
 
 
-def lay_out(puts: Sequence[tuple[str, Stored]], fill: int, number: int, rest: int = 0) -> Entry:
+def lay_out(
+    puts: Sequence[tuple[str, Stored]], fill: int, number: int, *, rest: int = 0, owner: int = 0
+) -> Entry:
     """Make an entry of records."""
     layout, records = _layout(puts), _records(puts)
     if isinstance(puts, Puts):
@@ -73,7 +76,7 @@ def lay_out(puts: Sequence[tuple[str, Stored]], fill: int, number: int, rest: in
     else:
         checksums = b"".join([record[:_CHECKSUM_BYTES] for record in records])
     byte_count = sum(layout.sizes)
-    head = HEAD.pack(0, _MAGIC, fill, number, rest, len(puts), len(layout.text), 0, byte_count)[
+    head = HEAD.pack(0, _MAGIC, fill, number, rest, len(puts), len(layout.text), owner, byte_count)[
         _CHECKSUM_BYTES:
     ]
     checksum = _checksum(head, layout.text, checksums).to_bytes(_CHECKSUM_BYTES, "little")
@@ -100,7 +103,7 @@ def read(data: bytes, at: int, fill: int | None) -> Found | None:
     """The entry at an offset, None if there is no whole one of the fill, or of any if that is None."""
     if len(data) - at < HEAD.size:
         return None
-    checksum, magic, its_fill, number, rest, count, text_bytes, _, byte_count = HEAD.unpack_from(data, at)
+    checksum, magic, its_fill, number, rest, count, text_bytes, owner, byte_count = HEAD.unpack_from(data, at)
     records_at = at + HEAD.size + text_bytes
     if magic != _MAGIC or fill not in (None, its_fill) or records_at + byte_count > len(data):
         return None
@@ -112,7 +115,7 @@ def read(data: bytes, at: int, fill: int | None) -> Found | None:
     if _checksum(data[at + _CHECKSUM_BYTES : at + HEAD.size], text, checksums) != checksum:
         return None
     end = records_at + byte_count
-    return Found(number, rest, end + -(end - at) % _ALIGNMENT, offsets)
+    return Found(number, rest, owner, end + -(end - at) % _ALIGNMENT, offsets)
 
 
 def fill_of(data: bytes) -> int:

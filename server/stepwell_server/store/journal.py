@@ -30,30 +30,24 @@ class JournalDamaged(Exception):
     """Changes are missing that later ones were made after; nobody can tell of which sessions."""
 
 
-def is_blank(path: Path) -> bool:
-    """Whether there is no journal in which anything was ever written."""
-    try:
-        with path.open("rb") as file:
-            return not any(file.read(entries.HEAD.size))
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-
-
 class Journal:
     """One file. For one thread, but `record`, which others may call while it is not filled anew."""
 
-    def __init__(self, path: Path, size: int, *, flush: bool) -> None:
-        """Open the file, or lay it out.
+    def __init__(self, path: Path, size: int, owner: int, *, flush: bool, make: bool) -> None:
+        """Open the file, to `load` it, or make it, to be filled anew.
 
         Args:
             path: The file.
-            size: Its bytes, if it is made.
+            size: Its bytes.
+            owner: Whose it is: a number drawn by chance, not 0.
             flush: Whether an entry is on the disk when it was appended.
+            make: Lay it out if it has another size; what is in it does not matter.
 
         Raises:
             OSError: it cannot be opened, or there is no room.
         """
         self.path = path
+        self.size = size
         self.offsets: dict[str, int] = {}
         """Where each session's last record is."""
         self.end = 0
@@ -62,20 +56,17 @@ class Journal:
         self.first = 0
         """Of the last write to the other journal when this one was filled anew."""
         self._fill = 0
+        self._owner = owner
         self._flags = os.RWF_DSYNC if flush else 0
         self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
-            self.size = self._laid_out(size)
+            if make and os.fstat(self._file).st_size != size:
+                self._lay_out()
             if flush:
                 os.fsync(self._file)
         except BaseException:
             os.close(self._file)
             raise
-
-    @property
-    def is_filled(self) -> bool:
-        """It can be appended to, if there is room."""
-        return self._fill != 0
 
     def fill_anew(self, number: int) -> None:
         """Forget all entries: the file has none from now on.
@@ -89,7 +80,7 @@ class Journal:
         self.offsets = {}
         self._fill, self.end = 0, self.size  # there is no room until this is done
         fill = secrets.randbits(63) + 1
-        start = entries.lay_out((), fill, number)
+        start = entries.lay_out((), fill, number, owner=self._owner)
         self._write(start.buffers, 0, start.size)
         self._fill, self.end, self.number, self.first = fill, start.size, number, number
 
@@ -104,7 +95,7 @@ class Journal:
         """
         number = self.number + 1
         added = [
-            entries.lay_out(part, self._fill, number, len(parts) - 1 - place)
+            entries.lay_out(part, self._fill, number, rest=len(parts) - 1 - place)
             for place, part in enumerate(parts)
         ]
         size = sum(entry.size for entry in added)
@@ -157,13 +148,15 @@ class Journal:
             JournalDamaged: with `flush` nothing is done about it; else what could be read is loaded, and the rest gone.
             OSError: the file cannot be read.
         """
+        self.end = self.size  # nothing can be appended unless it is loaded, or filled anew
         data = os.pread(self._file, self.size, 0)
         start = entries.read(data, 0, None)
-        if start is None:
-            self.end = self.size  # to be filled anew
-            if data[: entries.HEAD.size] != _NO_HEAD:
-                raise JournalDamaged(f"{self.path} cannot be read")
-            return
+        if start is None or os.fstat(self._file).st_size != self.size:
+            raise JournalDamaged(
+                f"{self.path} cannot be read: it must have {self.size} bytes and a beginning"
+            )
+        if start.owner != self._owner:
+            raise JournalDamaged(f"{self.path} cannot be read: it does not belong to this store")
         self._fill, self.first = entries.fill_of(data), start.number
         for write in self._writes(data, start):
             self._take(write)
@@ -212,18 +205,14 @@ class Journal:
             self.offsets.update(entry.offsets)
             self.end, self.number = entry.end, entry.number
 
-    def _laid_out(self, size: int) -> int:
-        """Write the whole file once, unless it has been; its size."""
-        there = os.fstat(self._file).st_size
-        if there:
-            return there
-        self.size = size
+    def _lay_out(self) -> None:
+        """Write the whole file once."""
+        os.ftruncate(self._file, 0)
         try:
             self._write_zeros(0)
         except OSError:
             os.ftruncate(self._file, 0)
             raise
-        return size
 
     def _write_zeros(self, at: int) -> None:
         while at < self.size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import shutil
 import threading
@@ -26,29 +27,50 @@ _AT_ONCE = 64
 Records = list[tuple[str, Stored]]
 
 
+def room_for(folder: Path, size: int) -> int:
+    """How large journals may be, at most as large as is wanted.
+
+    Raises:
+        OSError: there is too little room.
+    """
+    sizes = {(folder / name).stat().st_size if (folder / name).is_file() else 0 for name in NAMES}
+    least = min(size, _LEAST_BYTES)
+    if len(sizes) == 1 and (there := sizes.pop()) >= least:
+        return there  # whatever they are: they take no more
+    room = shutil.disk_usage(folder).free // _SHARE
+    if room < least:
+        raise OSError(errno.ENOSPC, f"{_SHARE * least} bytes of the disk must be free")
+    return min(size, room)
+
+
 class Journals:
     """What happened last to sessions, by id. For one thread, but `find`."""
 
-    def __init__(self, folder: Path, size: int, *, flush: bool) -> None:
-        """Open the two, or lay them out if there is room. `load` comes next.
+    def __init__(self, folder: Path, size: int, owner: int, *, flush: bool, make: bool) -> None:
+        """Open the two, to be loaded, or make them. See `Journal`.
 
         Raises:
-            OSError: there is no room, or they cannot be opened.
+            OSError: one cannot be opened, or there is no room.
         """
-        folder.mkdir(mode=0o700, exist_ok=True)
-        room = shutil.disk_usage(folder).free // _SHARE
-        if room < min(size, _LEAST_BYTES) and not (folder / NAMES[1]).exists():
-            raise OSError(f"a journal must have {min(size, _LEAST_BYTES)} bytes; there is room for {room}")
-        size = min(size, room)
+        self.size = size
         self._last_count = 0
         # Held by whoever looks into both: no journal is filled anew meanwhile.
         self._looking = threading.Lock()
-        self._written = Journal(folder / NAMES[0], size, flush=flush)
+        self._written = Journal(folder / NAMES[0], size, owner, flush=flush, make=make)
         try:
-            self._left = Journal(folder / NAMES[1], size, flush=flush)
+            self._left = Journal(folder / NAMES[1], size, owner, flush=flush, make=make)
         except BaseException:
             self._written.close()
             raise
+
+    def begin(self) -> None:
+        """Forget whatever the files have.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        self._left.fill_anew(0)
+        self._written.fill_anew(0)
 
     def load(self, counts: Callable[[Records], Iterable[bool]]) -> list[JournalDamaged]:
         """Read what the files have.
@@ -70,12 +92,10 @@ class Journals:
                 damage.append(error)
         if (self._left.number, self._left.first) > (self._written.number, self._written.first):
             self._turn()
-        if self._left.is_filled and self._left.number != self._written.first:
+        if not damage and self._left.number < self._written.first:
             damage.append(JournalDamaged(f"{self._left.path} cannot be read to its end"))
         for journal in (self._written, self._left):
             self._drop_earlier(journal, counts)
-        if not self._written.is_filled:
-            self._written.fill_anew(self._written.number)
         return damage
 
     @property

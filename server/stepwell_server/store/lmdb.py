@@ -46,7 +46,8 @@ T = TypeVar("T")
 _Environment = Any
 _Transaction = Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Since 2 there may be a journal; a store of 1 has none, and becomes one of 2."""
 FIRST_MAP_BYTES = 64 * 2**20
 """The map is address space, not disk: it is doubled whenever it is full."""
 TOMBSTONES = 100_000
@@ -118,6 +119,25 @@ class LmdbStore:
     def secret(self) -> bytes:
         """See `base.Store`."""
         return self._secret
+
+    @property
+    def journal(self) -> bytes:
+        """What was last set by `set_journal`."""
+        return self._mark
+
+    def set_journal(self, mark: bytes) -> None:
+        """Remember something of the journal that belongs to the store.
+
+        Raises:
+            Unavailable: it could not be kept.
+        """
+        self._require_open()
+        try:
+            with self._environment.begin(db=self._meta, write=True) as transaction:
+                transaction.put(b"journal", mark)
+        except (lmdb.Error, OSError) as error:
+            raise _unavailable("the store must be able to keep the change", error) from error
+        self._mark: bytes = mark
 
     def commit(self, batch: Batch) -> None:
         """See `base.Store`."""
@@ -230,7 +250,7 @@ class LmdbStore:
         self._read_meta()
         if is_new:
             # a file survives the loss of power only if the folders that name it do
-            _flush_folders(self._folder, path, path.parent)
+            flush_folders(self._folder, path, path.parent)
 
     def _open(self) -> None:
         """Open the environment and its databases."""
@@ -277,13 +297,16 @@ class LmdbStore:
                 transaction.put(b"incarnation", secrets.token_hex(4).encode())
                 transaction.put(b"secret", secrets.token_bytes(32))
             schema = int(transaction.get(b"schema"))
-            if schema != SCHEMA_VERSION:
+            if schema == 1:
+                transaction.put(b"schema", str(SCHEMA_VERSION).encode())
+            elif schema != SCHEMA_VERSION:
                 raise StoreError(
                     f"the store in {self._folder} must be of schema version {SCHEMA_VERSION};"
                     f" it is of {schema}, written by another release"
                 )
             self._incarnation: str = transaction.get(b"incarnation").decode()
             self._secret: bytes = transaction.get(b"secret")
+            self._mark = transaction.get(b"journal", b"")
 
     def _compact(self, copy: Path) -> bool:
         """Give the file's free pages back to the disk if that is worth it.
@@ -506,6 +529,7 @@ def _flush(path: Path) -> None:
         os.close(file)
 
 
-def _flush_folders(*folders: Path) -> None:
+def flush_folders(*folders: Path) -> None:
+    """A file survives the loss of power only if the folders that name it do."""
     for folder in folders:
         _flush(folder)
