@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.base import Batch, End, Store, Tombstone
@@ -19,6 +20,9 @@ from stepwell_server.store.record import Puts, Record, Sheet, Stored, decode
 from support.clock import ManualClock
 
 JOURNAL_BYTES = 4096
+
+
+DURABILITIES = pytest.mark.parametrize("durability", ["sync", "async"])
 
 
 def record(
@@ -130,3 +134,18 @@ def fill_one(store: DiskStore, revision: int = 1) -> list[str]:
         if store._journals._left.offsets:
             return names[: place + 1]
     raise AssertionError("the journal is never full")
+
+
+def place_of(store: DiskStore, session_id: str) -> tuple[str, int]:
+    """In which file a session's record is, and where there."""
+    assert store._journals is not None
+    for journal in (store._journals._written, store._journals._left):
+        if session_id in journal.offsets:
+            return journal.path.name, journal.offsets[session_id]
+    raise AssertionError(f"{session_id} is in no journal")
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    found = [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
+    caplog.clear()
+    return found

@@ -1,0 +1,253 @@
+"""The store on disk when a part of a journal is damaged or missing, or the power went."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from stepwell_server.store.base import Batch, StoreError
+from stepwell_server.store.lmdb import Durability
+from stepwell_server.store.record import Joined
+from support.stored import (
+    DURABILITIES,
+    begin,
+    end,
+    fill_one,
+    is_damaged,
+    killed,
+    left_behind,
+    opened,
+    place_of,
+    put,
+    record,
+    revisions,
+    warnings,
+)
+
+#: Where some parts of a record are. What it seems to be with another revision, or of another session, does not count.
+RECORD_PARTS = {"schema": 4, "revision": 8, "opened with": 32, "created": 44, "rows": 90}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+def flip(path: Path, at: int) -> None:
+    """Flip a bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def damaged(path: Path, durability: Durability) -> tuple[Path, str]:
+    """What is left of a store with changes 1 to 6 of `a`, of which the journal's third cannot be read; and its file."""
+    store = opened(path, durability)
+    begin(store, "a", "b")
+    for revision in range(1, 4):
+        put(store, "a", revision=revision)
+    name, at = place_of(store, "a")
+    for revision in range(4, 7):
+        put(store, "a", revision=revision)
+    copy = left_behind(store)
+    store.close()
+    flip(copy / "journal" / name, at - 3)
+    return copy, name
+
+
+def test_a_damaged_journal_stops_a_start_that_must_lose_nothing(path: Path) -> None:
+    copy, name = damaged(path, "sync")
+    rule = rf"^{copy / 'journal' / name} cannot be read from byte \d+ on\. .* are missing: restore the folder; or start once with --durability async"
+    before = {file: (copy / "journal" / file).read_bytes() for file in "01"}
+    for _ in range(2):
+        with pytest.raises(StoreError, match=rule):
+            opened(copy, "sync")
+        assert {file: (copy / "journal" / file).read_bytes() for file in "01"} == before
+    opened(copy, "async").close()
+    store = opened(copy, "sync")
+    assert revisions(store) == {"a": 2, "b": 0}
+    store.close()
+
+
+def test_a_damaged_journal_is_a_warning_where_the_power_may_take_changes(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy, name = damaged(path, "async")
+    store = opened(copy, "async")
+    (warning,) = warnings(caplog)
+    assert warning.startswith(f"{copy / 'journal' / name} cannot be read from byte ")
+    assert revisions(store) == {"a": 2, "b": 0}
+    store.close()
+    store = opened(copy, "async")
+    assert not warnings(caplog)
+    assert revisions(store) == {"a": 2, "b": 0}
+    store.close()
+
+
+def test_what_lies_behind_damage_never_comes_back(path: Path) -> None:
+    copy, _ = damaged(path, "async")
+    store = opened(copy, "async")
+    put(store, "b", revision=1)
+    for _ in range(2):
+        assert revisions(store) == {"a": 2, "b": 1}
+        store = killed(store)
+    store.close()
+
+
+@DURABILITIES
+def test_a_file_that_is_no_journal(
+    path: Path, caplog: pytest.LogCaptureFixture, durability: Durability
+) -> None:
+    store = opened(path, durability)
+    begin(store, "a")
+    path = left_behind(store)
+    store.close()
+    (path / "journal" / "1").write_bytes(b"no journal" * 500)
+    if durability == "sync":
+        with pytest.raises(StoreError, match=f"^{path / 'journal' / '1'} cannot be read: "):
+            opened(path, durability)
+        return
+    store = opened(path, durability)
+    assert warnings(caplog)[0].startswith(f"{path / 'journal' / '1'} cannot be read: ")
+    for revision in range(1, 200):
+        put(store, "a", revision=revision)
+    store = killed(store)
+    assert revisions(store) == {"a": 199}
+    store.close()
+
+
+def test_damage_at_the_end_of_a_journal_is_no_write_that_was_cut_off_if_the_other_has_later_ones(
+    path: Path,
+) -> None:
+    store = opened(path, "sync")
+    changed = fill_one(store)
+    name, at = place_of(store, changed[-2])
+    copy = left_behind(store)
+    assert place_of(store, changed[-1])[0] != name
+    store.close()
+    flip(copy / "journal" / name, at - 3)
+    with pytest.raises(StoreError, match="cannot be read"):
+        opened(copy, "sync").close()
+
+
+@pytest.mark.parametrize("what", RECORD_PARTS)
+@DURABILITIES
+def test_a_damaged_record_in_a_journal_harms_its_session_alone(
+    path: Path, durability: Durability, what: str
+) -> None:
+    store = opened(path, durability)
+    begin(store, "a", "b", "c")
+    for name in ("a", "b", "c"):
+        put(store, name, revision=4)
+    name, at = place_of(store, "b")
+    copy = left_behind(store)
+    store.close()
+    flip(copy / "journal" / name, at + RECORD_PARTS[what])
+    for _ in range(3):
+        store = opened(copy, durability)
+        assert store.get_many(["a", "c"]) == [record("a", 4), record("c", 4)]
+        assert is_damaged("b", store.get("b") or b"")
+        assert is_damaged("b", store.get_many(["b"])[0] or b"")
+        assert [(i, header is None) for i, header in store.scan(limit=9)] == [
+            ("a", False), ("b", True), ("c", False),
+        ]  # fmt: skip
+        store.close()
+    store = opened(copy, durability)
+    end(store, "b")
+    begin(store, "b", created=2.0)
+    assert revisions(store) == {"a": 4, "b": 0, "c": 4}
+    store.close()
+
+
+@pytest.mark.parametrize("what", ["cut off", "first sector"])
+def test_a_part_of_a_journal_that_is_gone_is_damage(path: Path, what: str) -> None:
+    store = opened(path, "sync")
+    begin(store, "a")
+    for revision in range(1, 20):
+        put(store, "a", revision=revision)
+    journal = left_behind(store) / "journal" / place_of(store, "a")[0]
+    store.close()
+    data = journal.read_bytes()
+    journal.write_bytes(data[:1024] if what == "cut off" else bytes(512) + data[512:])
+    with pytest.raises(StoreError, match=f"^{journal} "):
+        opened(journal.parent.parent, "sync").close()
+
+
+# ------------------------------------------------------------------------------------------------------ loss of power
+
+
+class Last:
+    """`os.pwritev`, and what the last write to a journal changed."""
+
+    def __init__(self) -> None:
+        self._pwritev = os.pwritev
+        self.path = Path()
+        self.old = self.new = b""
+        self.count = 0
+
+    def __call__(self, file: int, buffers: Sequence[bytes], at: int, flags: int = 0) -> int:
+        assert flags == os.RWF_DSYNC
+        self.path = Path(f"/proc/self/fd/{file}").resolve()
+        self.old = self.path.read_bytes()
+        written = self._pwritev(file, buffers, at, flags)
+        self.new = self.path.read_bytes()
+        self.count += 1
+        return written
+
+    def torn(self, chance: random.Random) -> bytes:
+        """The file if the power failed meanwhile: any of the sectors are as they were."""
+        picture, share = bytearray(self.new), chance.choice([0.1, 0.5, 0.9])
+        for at in range(0, len(picture), 512):
+            if chance.random() < share:
+                picture[at : at + 512] = self.old[at : at + 512]
+        return bytes(picture)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_loss_of_power_takes_nothing_but_the_change_that_was_not_acknowledged(
+    path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Nor does what is left of that come back, however it goes on."""
+    chance, names = random.Random(seed), list("abcdefghijkl")
+    monkeypatch.setattr(os, "pwritev", last := Last())
+    store = opened(path, "sync")
+    begin(store, *names)
+    torn = 0
+    for revision in range(1, 60):
+        before, count, size = revisions(store), last.count, chance.choice([20, 440, 440, 700])
+        parts = [
+            chance.sample(names, chance.choice([1, 1, 1, 4])) for _ in range(chance.choice([1, 2, 2, 3]))
+        ]
+        puts = [[(name, record(name, revision, size)) for name in part] for part in parts]
+        store.commit(Batch(puts=Joined(puts)))
+        # the others were too large for a journal
+        pictures = [last.torn(chance) for _ in range(5)] if last.count > count else []
+        name, after = last.path.name, revisions(store)
+        for picture in pictures:
+            copy = left_behind(store)
+            (copy / "journal" / name).write_bytes(picture)
+            found = gone_on(copy, chance.choice(names), revision=200, size=size)
+            assert all(found[name] in {before[name], after[name]} for name in names)
+            torn += 1
+        if chance.random() < 0.5:
+            store.tend()
+    assert torn > 150
+    store.close()
+
+
+def gone_on(path: Path, session_id: str, *, revision: int, size: int) -> dict[str, int]:
+    """Open what is there, change one session, and see that all is so when it is killed; what was there."""
+    store = opened(path, "sync")
+    found = revisions(store)
+    put(store, session_id, revision=revision, size=size)
+    store = killed(store, "sync")
+    assert revisions(store) == found | {session_id: revision}
+    store.close()
+    shutil.rmtree(path)
+    shutil.rmtree(store.path)
+    return found
