@@ -379,8 +379,8 @@ def test_what_cannot_be_sent_leaves_nobody_waiting(bench: Bench, kind: type[Exce
 def test_closing_refuses_the_line_and_ends_the_thread(bench: Bench) -> None:
     bench.first()
     steps = bench.stand(*"abc")
-    thread = bench.sender._thread
     bench.sender.close()
+    thread = bench.sender._thread
     assert [type(error(one)) for one in steps] == [errors.ClosedError] * 3
     assert thread is not None
     assert not thread.is_alive()
