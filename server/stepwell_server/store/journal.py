@@ -151,15 +151,18 @@ class Journal:
         self.end = self.size  # nothing can be appended unless it is loaded, or filled anew
         data = os.pread(self._file, self.size, 0)
         start = entries.read(data, 0, None)
-        if start is None or os.fstat(self._file).st_size != self.size:
-            raise JournalDamaged(
-                f"{self.path} cannot be read: it must have {self.size} bytes and a beginning"
-            )
+        if start is None:
+            raise JournalDamaged(f"{self.path} cannot be read: it must have a beginning")
         if start.owner != self._owner:
             raise JournalDamaged(f"{self.path} cannot be read: it does not belong to this store")
         self._fill, self.first = entries.fill_of(data), start.number
         for write in self._writes(data, start):
             self._take(write)
+        there = os.fstat(self._file).st_size
+        if there != self.size:
+            raise JournalDamaged(
+                f"{self.path} cannot be read to its end: it must have {self.size} bytes; it has {there}"
+            )
         self._drop_behind(data)
 
     def _writes(self, data: bytes, start: entries.Found) -> Iterator[list[entries.Found]]:
