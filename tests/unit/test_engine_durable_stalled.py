@@ -303,17 +303,23 @@ async def test_to_stop_waits_for_the_store_and_says_if_it_does_not_come_back(dis
         assert await at.engine.close() is True
 
 
+async def too_much_waits(disk: Disk, at: Harness, monkeypatch: pytest.MonkeyPatch) -> asyncio.Task[Any]:
+    """The store stalls, and has as much before it as it may; the reset of `a` that it waits for."""
+    monkeypatch.setattr(commits, "MOST_WAITING", 1)
+    monkeypatch.setattr(at.engine._commits, "may_commit_here", lambda _size: False)
+    disk.store.stall()
+    first = await begun(at.submit("a", reset=True).only())
+    await stalled(disk.store)
+    return first
+
+
 async def test_what_would_wait_for_a_store_that_has_too_much_is_refused(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commits, "MOST_WAITING", 1)
     async with disk.engine() as at:
         await begin(at)
         before = await shown(at)
-        monkeypatch.setattr(at.engine._commits, "may_commit_here", lambda _size: False)
-        disk.store.stall()
-        first = await begun(at.submit("a", reset=True).only())
-        await stalled(disk.store)
+        first = await too_much_waits(disk, at, monkeypatch)
         for call in (
             at.engine.open_session("plain", session_id="new"),
             at.engine.open_sessions("plain", count=3),
@@ -333,14 +339,10 @@ async def test_what_would_wait_for_a_store_that_has_too_much_is_refused(
 async def test_no_session_is_closed_behind_a_store_that_has_too_much(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commits, "MOST_WAITING", 1)
     async with disk.engine() as at:
         await begin(at)
         before = await shown(at)
-        monkeypatch.setattr(at.engine._commits, "may_commit_here", lambda _size: False)
-        disk.store.stall()
-        first = await begun(at.submit("a", reset=True).only())
-        await stalled(disk.store)
+        first = await too_much_waits(disk, at, monkeypatch)
         for call in (
             at.engine.close_session("b", request_id=5),
             at.engine.close_session("a", request_id=5),

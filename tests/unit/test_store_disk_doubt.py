@@ -15,7 +15,7 @@ from stepwell_server.store.base import Batch
 from stepwell_server.store.disk import DiskStore
 from stepwell_server.store.lmdb import LmdbStore
 from stepwell_server.store.record import Stored
-from support.stored import begin, fill_one, killed, opened, put, record, revisions
+from support.stored import begin, fill_one, killed, left_behind, opened, put, record, revisions
 
 
 @pytest.fixture
@@ -48,6 +48,18 @@ def doubtful(path: Path, monkeypatch: pytest.MonkeyPatch, batch: Batch) -> DiskS
 
 CHANGED = Batch(puts=[("a", record("a", 2))])
 ENDED = Batch(deletes=["a"])
+
+
+@pytest.mark.parametrize("batch", [CHANGED, ENDED], ids=["put", "end"])
+def test_what_is_read_after_a_failed_commit_is_what_the_next_start_reads(
+    path: Path, monkeypatch: pytest.MonkeyPatch, batch: Batch
+) -> None:
+    store = doubtful(path, monkeypatch, batch)
+    found = store.get("a")
+    again = opened(left_behind(store))
+    store.close()
+    assert again.get("a") == found
+    again.close()
 
 
 def test_what_was_read_is_what_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -477,7 +477,7 @@ class Engine:
         )
 
     def expire_idle(self) -> int:
-        """Delete the sessions that have been idle for too long; return how many. Called by a timer."""
+        """Delete the sessions that have been idle for too long; return how many. The timer does it by itself."""
         return self._expiry.expire_idle()
 
     def _port(self, model: ServedModel) -> PlainPort:
