@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 #: Version of the folder's layout. A folder of another version is compiled again.
-FORMAT = 1
+FORMAT = 2
 
 ExecutorKind = Literal["litert", "tensorflow"]
 Array = npt.NDArray[np.generic]
@@ -54,6 +54,34 @@ class StateSpec:
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProofOptions:
+    """What the user says about the proof of one model."""
+
+    steps: int | None = None
+    """Time steps over which it is compared with Keras; None: enough for what its layers reach."""
+    trust: bool = False
+    """Serve it also where its graph does not prove that it may be stepped."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Proof:
+    """How it is known that stepping a model gives what one call of it over the sequence gives."""
+
+    steps: int
+    """Length of the sequences over which it was compared with Keras."""
+    unproven: str = ""
+    """What the graph does not prove, as a clause; empty: it follows from the graph, for every length."""
+
+    def __str__(self) -> str:
+        samples = f"compared with Keras over {self.steps} time steps"
+        return (
+            f"trusted by --trust-causality, {samples}"
+            if self.unproven
+            else f"proven from its graph, {samples}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A model made ready to step. Immutable; safe to share between threads."""
@@ -73,6 +101,8 @@ class Program:
     """Batch sizes that give the same bits for a row; empty means every one does."""
     path: Path
     """The artefact's folder."""
+    proof: Proof = Proof(steps=0, unproven="nothing is known of a proof")
+    """How it is known that stepping it gives what Keras's call of the model gives."""
 
     @property
     def state_row_bytes(self) -> int:
@@ -90,6 +120,7 @@ class Program:
             "executor": self.executor,
             "executor_reason": self.executor_reason,
             "batch_sizes": list(self.batch_sizes),
+            "proof": dataclasses.asdict(self.proof),
         }
         if any(np.any(value) for value in self.initial):
             named = {f"state_{i}": value for i, value in enumerate(self.initial)}
@@ -119,6 +150,7 @@ class Program:
             executor=document["executor"],
             executor_reason=document["executor_reason"],
             batch_sizes=tuple(document["batch_sizes"]),
+            proof=Proof(**document["proof"]),
             path=path,
         )
 

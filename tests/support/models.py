@@ -488,9 +488,7 @@ def mixed_bfloat16(keras: Any) -> Any:
 # --- what cannot be stepped ----------------------------------------------------------------------------
 
 
-@refused(
-    r"not causal: output '.*' of one call over \d steps differs by .*'both' \(Bidirectional\) looks ahead"
-)
+@refused(r"not causal: the layer 'both' \(Bidirectional\) looks ahead: it reads its sequence backwards; use")
 def bidirectional(keras: Any) -> Any:
     both = keras.layers.Bidirectional(keras.layers.LSTM(4, return_sequences=True), name="both")
     return keras.Sequential([keras.Input((None, 3)), both, keras.layers.Dense(2)])
@@ -502,34 +500,36 @@ def bidirectional_last_fixed_time(keras: Any) -> Any:
     return keras.Sequential([keras.Input((10, 3)), both, keras.layers.Dense(2)])
 
 
-@refused(r"not causal.*'back' \(LSTM\) looks ahead")
+@refused(r"not causal: the layer 'back' \(LSTM\) looks ahead: it reads its sequence backwards")
 def go_backwards(keras: Any) -> Any:
     lstm = keras.layers.LSTM(4, return_sequences=True, go_backwards=True, name="back")
     return keras.Sequential([keras.Input((None, 3)), lstm])
 
 
-@refused(r"not causal.*'pool' \(GlobalAveragePooling1D\) mixes time steps")
+@refused(
+    r"step by step: the layer 'pool' \(GlobalAveragePooling1D\) mixes time steps: it takes the mean over"
+)
 def pooling_over_time(keras: Any) -> Any:
     layers = keras.layers
     pool = layers.GlobalAveragePooling1D(name="pool")
     return keras.Sequential([keras.Input((None, 3)), layers.LSTM(4, return_sequences=True), pool])
 
 
-@refused(r"not causal.*'conv' \(Conv1D\) looks ahead")
+@refused(r"not causal: the layer 'conv' \(Conv1D\) looks ahead: it has a window of 3 over the time axis")
 def convolution_over_time(keras: Any) -> Any:
     conv = keras.layers.Conv1D(4, 3, padding="same", name="conv")
     return keras.Sequential([keras.Input((None, 3)), conv, keras.layers.LSTM(4, return_sequences=True)])
 
 
 @refused(
-    r"cannot be run step by step.*'conv' \(Conv1D\) looks back over several time steps and keeps no state, so that"
+    r"step by step: the layer 'conv' \(Conv1D\) looks back over several time steps and keeps no state: it"
 )
 def causal_convolution(keras: Any) -> Any:
     conv = keras.layers.Conv1D(4, 3, padding="causal", name="conv")
     return keras.Sequential([keras.Input((None, 3)), conv, keras.layers.LSTM(4, return_sequences=True)])
 
 
-@refused(r"cannot be run step by step.*'attend' \(MultiHeadAttention\) looks back over several time steps")
+@refused(r"step by step: the layer 'attend' \(MultiHeadAttention\) looks back over several time steps")
 def causal_attention(keras: Any) -> Any:
     x = keras.Input((None, 4))
     hidden = keras.layers.LSTM(4, return_sequences=True)(x)
@@ -537,21 +537,25 @@ def causal_attention(keras: Any) -> Any:
     return keras.Model(x, attend(hidden, hidden, use_causal_mask=True))
 
 
-@refused(r"not causal.*'attend' \(MultiHeadAttention\) looks ahead")
+@refused(r"not causal: the layer 'attend' \(MultiHeadAttention\) looks ahead: it relates all time steps")
 def attention(keras: Any) -> Any:
     x = keras.Input((None, 4))
     hidden = keras.layers.LSTM(4, return_sequences=True)(x)
     return keras.Model(x, keras.layers.MultiHeadAttention(2, 4, name="attend")(hidden, hidden))
 
 
-@refused(r"not causal.*\(Mean\) mixes time steps")
+@refused(
+    r"step by step: the operation 'mean' \(Mean\) mixes time steps: it takes the mean over the time axis"
+)
 def mean_operation(keras: Any) -> Any:
     x = keras.Input((None, 4))
     hidden = keras.layers.LSTM(4, return_sequences=True)(x)
     return keras.Model(x, keras.ops.mean(hidden, axis=1))
 
 
-@refused(r"not causal.*no single layer was found at fault")
+@refused(
+    r"step by step: the model's own call \(MeanOverTime\) mixes time steps: it takes the mean over the time"
+)
 def mean_in_a_subclass(keras: Any) -> Any:
     from support.custom_layers import MeanOverTime
 
@@ -560,7 +564,9 @@ def mean_in_a_subclass(keras: Any) -> Any:
     return model
 
 
-@refused(r"initial state of layer 'decoder' is computed from the model's inputs")
+@refused(
+    r"initial state is computed from the model's inputs: the layer 'decoder' \(LSTM\).*open_session\(\) or reset"
+)
 def encoder_decoder(keras: Any) -> Any:
     source, target = keras.Input((None, 3), name="source"), keras.Input((None, 2), name="target")
     _, *state = keras.layers.LSTM(4, return_state=True, name="encoder")(source)

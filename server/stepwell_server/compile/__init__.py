@@ -4,8 +4,9 @@ The server calls `launch.compile_program` and never loads TensorFlow; ``python -
 is the compiling process. Its stages, each a module or two:
 
     load      archive    the file is what it says; its fingerprint
-    trace     interface, watch, plan, trace    one time step of the model as a function
-    probe     probe, culprit    T calls of one step equal one call over T steps, or who is to blame
+    trace     interface, causality/, watch, plan, trace    the graph proves that it may be stepped; one
+              time step of the model as a function
+    probe     probe, samples, evidence    T calls of one step equal one call over T steps, on samples
     convert   convert    that function as a LiteRT flatbuffer or a SavedModel
     check     check      the artefact computes what Keras does, and the same bits at every batch size
 """

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from stepwell_server.compile.evidence import compare
 from stepwell_server.compile.probe import Traced
 from stepwell_server.compile.sequences import Step, initial_states, run, tolerance, worst
 
@@ -27,7 +28,7 @@ class CheckError(Exception):
 
 
 def check_against_keras(traced: Traced, step: Step) -> None:
-    """Compare the artefact with the whole-sequence calls of the probe.
+    """Compare the artefact with the short and the long calls of the whole model.
 
     Raises:
         CheckError: they differ by more than rounding.
@@ -38,6 +39,12 @@ def check_against_keras(traced: Traced, step: Step) -> None:
         name, share = worst(observation.outputs, stepped)
         if share > allowed:
             raise CheckError(f"output {name!r} differs from Keras by {share:.2g} of its largest value")
+    for sample in traced.evidence:
+        found = compare(traced.plan, sample, run(traced.plan, step, sample.inputs, sample.steps))
+        if found.share > 1:
+            raise CheckError(
+                f"output {found.output!r} differs from Keras by {found.absolute:.2g} at time step {found.time} of {sample.steps}"
+            )
 
 
 def agreeing_sizes(traced: Traced, step: Step, sizes: Sequence[int]) -> tuple[int, ...]:

@@ -30,6 +30,11 @@ class Interface:
     _output_names: tuple[str, ...] | None
     """None: they are found when the model is called (subclassed models)."""
 
+    @property
+    def is_functional(self) -> bool:
+        """The model declares its inputs; a subclassed one only shows what it was first called with."""
+        return hasattr(getattr(self.model, "_functional", None) or self.model, "_inputs_struct")
+
     def call(self, tensors: Sequence[Any]) -> dict[str, Any]:
         """Call the model as at inference; returns its outputs by name, in its order."""
         args, kwargs = self._pack(tensors)

@@ -14,11 +14,15 @@ from stepwell_server.compile.probe import Traced, trace_and_probe
 from stepwell_server.compile.sequences import step_of_executor
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import ExecutionError
-from stepwell_server.program import Program
+from stepwell_server.program import Program, ProofOptions
 
 
 def compile_model(
-    model: Path, folder: Path, imports: Sequence[str] = (), progress: Callable[[str], None] | None = None
+    model: Path,
+    folder: Path,
+    imports: Sequence[str] = (),
+    progress: Callable[[str], None] | None = None,
+    options: ProofOptions | None = None,
 ) -> Program:
     """Compile ``model`` into the existing, empty ``folder``.
 
@@ -33,7 +37,7 @@ def compile_model(
     fingerprint = archive.fingerprint(model)
     report("trace")
     try:
-        traced = trace_and_probe(loaded, report)
+        traced = trace_and_probe(loaded, report, options)
         program = _artefact(traced, fingerprint, folder, report)
     except ModelError as error:
         raise type(error)(f"{model}: {error}", error.details) from error
@@ -62,6 +66,7 @@ def _artefact(traced: Traced, fingerprint: str, folder: Path, report: Callable[[
         executor="litert",
         executor_reason="LiteRT converts every operation of the model",
         batch_sizes=(),
+        proof=traced.proof,
         path=folder,
     )
     report("convert")

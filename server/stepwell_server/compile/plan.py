@@ -18,7 +18,7 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.interface import Input, Interface
 from stepwell_server.compile.samples import plain_dtype
 from stepwell_server.compile.tensorflow_setup import keras
-from stepwell_server.compile.watch import Observation, RecurrentCall
+from stepwell_server.compile.watch import Observation, RecurrentCall, recurrent_layers
 from stepwell_server.program import StateSpec, TensorSpec
 
 Array = npt.NDArray[np.generic]
@@ -54,24 +54,46 @@ class Plan:
         return tuple(spec.temporal for spec in self.inputs)
 
 
-def assignments(inputs: Sequence[Input]) -> Iterator[tuple[bool, ...]]:
+def assignments(interface: Interface) -> Iterator[tuple[bool, ...]]:
     """Yield the possible answers to "which inputs have a time axis", the likeliest first.
 
     An input whose second axis is open has one. One whose second axis is fixed may have one (the model was
-    saved with a fixed number of time steps) or not (a feature vector): with an open one beside it, rather
-    not.
+    saved with a fixed number of time steps) or not (a feature vector): with an open one beside it, or in a
+    model without recurrent layers, rather not. Inputs of different fixed lengths have no common time.
+
+    Raises:
+        ModelError: the fixed lengths of the inputs of recurrent layers differ.
     """
-    choices = [
-        _choices(info, any(len(x.shape) > 1 and x.shape[1] is None for x in inputs)) for info in inputs
-    ]
-    yield from itertools.islice(itertools.product(*choices), 16)
+    inputs = interface.inputs
+    some_open = any(len(x.shape) > 1 and x.shape[1] is None for x in inputs)
+    is_recurrent = bool(recurrent_layers(interface.model)) or not interface.is_functional
+    found = False
+    for temporal in itertools.islice(
+        itertools.product(*(_choices(info, some_open, is_recurrent) for info in inputs)), 64
+    ):
+        lengths = {x.shape[1] for x, timed in zip(inputs, temporal, strict=True) if timed} - {None}
+        if len(lengths) < 2:
+            found = True
+            yield temporal
+    assert found  # That no input has a time axis is one of the choices, or all are open.
 
 
-def _choices(info: Input, some_open: bool) -> tuple[bool, ...]:
+def fixed_lengths(interface: Interface) -> dict[str, int]:
+    """Return the inputs that are sequences of a fixed length, or may be, and their lengths."""
+    return {
+        info.name: info.shape[1]
+        for info in interface.inputs
+        if len(info.shape) > 2 and info.shape[1] is not None
+    }
+
+
+def _choices(info: Input, some_open: bool, is_recurrent: bool) -> tuple[bool, ...]:
     if len(info.shape) < 2:
         return (False,)
     if info.shape[1] is None:
         return (True,)
+    if not is_recurrent:
+        return (False,)
     return (False, True) if some_open else (True, False)
 
 
@@ -82,6 +104,7 @@ def make_plan(interface: Interface, temporal: Sequence[bool], short: Observation
         ModelError: the model is none that can be stepped.
     """
     followed = [pair for pair in _pairs(short, long) if pair[0].steps == short.steps]
+    _refuse_two_clocks(interface, temporal, short)
     if short.calls and not followed:
         raise ModelError("no recurrent layer of the model follows the sequence of its inputs")
     state: list[StateSpec] = []
@@ -100,6 +123,23 @@ def make_plan(interface: Interface, temporal: Sequence[bool], short: Observation
     inputs = tuple(_input_spec(info, timed) for info, timed in zip(interface.inputs, temporal, strict=True))
     outputs = tuple(_output_spec(name, short, long) for name in short.outputs)
     return Plan(interface, inputs, outputs, tuple(state), tuple(initial), carried)
+
+
+def _refuse_two_clocks(interface: Interface, temporal: Sequence[bool], seen: Observation) -> None:
+    """Refuse two series of different fixed lengths: a session has one time."""
+    fixed = fixed_lengths(interface)
+    timed = {info.name for info, is_timed in zip(interface.inputs, temporal, strict=True) if is_timed}
+    others = {name: steps for name, steps in fixed.items() if name not in timed}
+    if not timed & set(fixed) or not others:
+        return
+    for name, steps in others.items():
+        if any(call.steps == steps != seen.steps for call in seen.calls):
+            known = ", ".join(f"{other!r} of {length}" for other, length in fixed.items())
+            raise ModelError(
+                f"the inputs are sequences of different lengths ({known} time steps), and a session has one time: all of its "
+                f"sequences advance together. Give {name!r} the length of the others, or serve its part of the model "
+                "as a model of its own"
+            )
 
 
 def _pairs(short: Observation, long: Observation) -> list[tuple[RecurrentCall, RecurrentCall]]:

@@ -1,26 +1,35 @@
-"""The load-time proof that a model can be stepped: T calls of one step equal one call over T steps."""
+"""The load-time proof that a model can be stepped: from its graph, and on samples, which only add refusals."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from stepwell_server.compile.culprit import LOOKS_BACK, culprits
+from stepwell_server.compile import evidence
+from stepwell_server.compile.causality.blame import length_problem, named, refusal_of
+from stepwell_server.compile.causality.cut import CutError, Cuts, cut
+from stepwell_server.compile.causality.proof import Unadmitted, prove
+from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.errors import ModelError, NotCausalError, gist
-from stepwell_server.compile.interface import describe
+from stepwell_server.compile.evidence import Evidence
+from stepwell_server.compile.interface import Interface, describe
 from stepwell_server.compile.plan import Plan, assignments, make_plan
 from stepwell_server.compile.samples import Sampler, make_sampler
-from stepwell_server.compile.sequences import difference, run, step_of_function, tolerance, worst
+from stepwell_server.compile.sequences import run, step_of_function, tolerance, worst
 from stepwell_server.compile.trace import trace
 from stepwell_server.compile.watch import Observation, watch
+from stepwell_server.program import Proof, ProofOptions
 
 #: Two lengths that tell a time axis from a feature axis, and two that try the ends.
 _LENGTHS = (5, 7)
 _MORE_LENGTHS = (1, 2)
+#: What is refused also where the user answers for the rest: served sessions would share what is changed or drawn.
+_NEVER_TRUSTED = {Reason.RANDOM, Reason.WRITES, Reason.STATE}
+Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,31 +41,44 @@ class Traced:
     function: Any
     """The concrete function of one time step, with variables."""
     observations: tuple[Observation, ...]
-    """Whole-sequence calls that its steps were compared with."""
+    """Short calls of the whole model, by Keras itself."""
+    evidence: tuple[Evidence, ...]
+    """Long ones on hard sequences."""
+    proof: Proof
 
 
-def trace_and_probe(model: Any, progress: Any = None) -> Traced:
+def trace_and_probe(
+    model: Any, progress: Progress | None = None, options: ProofOptions | None = None
+) -> Traced:
     """Trace one time step of ``model`` and prove that it is one.
 
     Raises:
         NotCausalError: an output at one time step depends on later ones, or on earlier ones other than
             through the state of a recurrent layer.
-        ModelError: the model cannot be traced for another reason.
+        ModelError: the model cannot be traced, or it is not proven, for another reason.
     """
     interface = describe(model)
     problems: list[ModelError] = []
-    for temporal in assignments(interface.inputs):
+    for temporal in assignments(interface):
         try:
-            return _try(interface, temporal, progress)
+            return _try(interface, temporal, progress, options or ProofOptions())
         except ModelError as error:
             problems.append(error)
-    raise next((problem for problem in problems if isinstance(problem, NotCausalError)), problems[0])
+    raise problems[0]
 
 
-def _try(interface: Any, temporal: Sequence[bool], progress: Any) -> Traced:
+def _try(
+    interface: Interface, temporal: Sequence[bool], progress: Progress | None, options: ProofOptions
+) -> Traced:
     rng = np.random.default_rng(7)
+    try:
+        cuts = cut(interface, temporal)
+    except CutError as error:
+        raise length_problem(interface, temporal, error) from error
     with _explained(f"the model does not run on sequences of {' and '.join(map(str, _LENGTHS))} time steps"):
-        sampler = make_sampler(interface, temporal)
+        sampler = dataclasses.replace(make_sampler(interface, temporal), compared=cuts.compared())
+    unproven = _admit(cuts, sampler, options)
+    with _explained(f"the model does not run on sequences of {' and '.join(map(str, _LENGTHS))} time steps"):
         seen = [_observe(sampler, temporal, steps, rng) for steps in _LENGTHS]
     plan = make_plan(sampler.interface, temporal, seen[0], seen[1])
     with _explained("the model does not run on a sequence of one time step"):
@@ -64,9 +86,31 @@ def _try(interface: Any, temporal: Sequence[bool], progress: Any) -> Traced:
         if progress is not None:
             progress("probe")
         seen += [_observe(sampler, temporal, steps, rng) for steps in _MORE_LENGTHS]
-    traced = Traced(plan, sampler, function, tuple(seen))
-    _prove(traced)
+    steps = options.steps or evidence.reach(interface.model, _own_steps(interface, temporal))
+    found = evidence.gather(plan, sampler, steps if any(temporal) else 1)
+    proof = Proof(steps=found[0].steps, unproven=unproven)
+    traced = Traced(plan, sampler, function, tuple(seen), tuple(found), proof)
+    _compare(traced)
     return traced
+
+
+def _admit(cuts: Cuts, sampler: Sampler, options: ProofOptions) -> str:
+    """Return what the graph leaves open and the user answers for, or "" where it leaves nothing open.
+
+    Raises:
+        ModelError: it leaves something open that the user does not answer for.
+    """
+    try:
+        prove(cuts)
+    except Unadmitted as found:
+        if not options.trust or found.reason in _NEVER_TRUSTED:
+            raise refusal_of(sampler, cuts.temporal, found) from found
+        return f"{named(sampler.interface.model, found.layer)} {found}"
+    return ""
+
+
+def _own_steps(interface: Interface, temporal: Sequence[bool]) -> list[int | None]:
+    return [info.shape[1] for info, timed in zip(interface.inputs, temporal, strict=True) if timed]
 
 
 @contextlib.contextmanager
@@ -83,26 +127,27 @@ def _observe(sampler: Sampler, temporal: Sequence[bool], steps: int, rng: np.ran
     return watch(sampler.interface, sampler.draw(rng, temporal, steps), steps)
 
 
-def _prove(traced: Traced) -> None:
+def _compare(traced: Traced) -> None:
+    """Step through the samples and compare: the short ones always, the long ones where the graph proves too little.
+
+    Where it proves enough they are left to the check of the artefact, which is what will run.
+    """
     step, allowed = step_of_function(traced.plan, traced.function), tolerance(traced.plan)
     for observation in traced.observations:
         stepped = run(traced.plan, step, observation.inputs, observation.steps)
         name, share = worst(observation.outputs, stepped)
-        if share <= allowed:
-            continue
-        largest = _absolute(observation.outputs[name], stepped[name])
-        blamed = culprits(traced.sampler, traced.plan.temporal)
-        is_causal = bool(blamed) and all(LOOKS_BACK in clause for clause in blamed)
-        raise NotCausalError(
-            f"model {'cannot be run step by step' if is_causal else 'is not causal'}: output {name!r} of one call over {observation.steps} steps differs by "
-            f"{largest:.2g} from {observation.steps} calls of one step; "
-            + (" and ".join(blamed) or "no single layer was found at fault")
-        )
-
-
-def _absolute(one: Any, two: Any) -> float:
-    if one.shape != two.shape or not np.isfinite(difference(one, two)):
-        return float("inf")
-    return float(
-        np.max(np.abs(np.nan_to_num(one.astype(np.float64)) - np.nan_to_num(two.astype(np.float64))))
-    )
+        if share > allowed:
+            raise NotCausalError(
+                f"model cannot be run step by step: output {name!r} of one call over {observation.steps} steps differs by "
+                f"{share:.2g} of its largest value from {observation.steps} calls of one step"
+            )
+    if not traced.proof.unproven:
+        return
+    for sample in traced.evidence:
+        found = evidence.compare(traced.plan, sample, run(traced.plan, step, sample.inputs, sample.steps))
+        if found.share > 1:
+            raise NotCausalError(
+                f"model cannot be run step by step: output {found.output!r} of one call over {sample.steps} steps differs "
+                f"by {found.absolute:.2g} at time step {found.time} from {sample.steps} calls of one step, although "
+                f"--trust-causality names the model: {traced.proof.unproven}"
+            )

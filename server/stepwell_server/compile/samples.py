@@ -19,6 +19,10 @@ Array = npt.NDArray[np.generic]
 ROWS = 3
 #: Integers that index no known table are drawn below this.
 _INTEGERS = 4
+#: Rows of a hard batch, the scale of each, and the sizes of disturbances.
+HARD_ROWS = 8
+_SCALES = (1.0, 1.0, 1e-3, 1e-3, 1e3, 10.0, 1.0, 1e3)
+_DISTURBANCES = (1.0, 10.0, 1e3, 1e-2)
 #: Share of time steps that are masked, or of indices that are 0 (which may mean masked).
 _MASKED = 0.3
 
@@ -32,6 +36,8 @@ class Sampler:
     """Inputs (by position) that are indices, and the size of the smallest table that they index."""
     mask_values: tuple[float, ...]
     """Values that the model's Masking layers take for "no data"."""
+    compared: tuple[float, ...] = ()
+    """Numbers that the model's graph compares with: tokens that mean something, thresholds."""
 
     def draw(
         self, rng: np.random.Generator, temporal: Sequence[bool], steps: int, rows: int = ROWS
@@ -48,6 +54,71 @@ class Sampler:
             arrays.append(array)
         return tuple(arrays)
 
+    def hard(self, rng: np.random.Generator, temporal: Sequence[bool], steps: int) -> tuple[Array, ...]:
+        """Return ``HARD_ROWS`` rows of long sequences, each of which tries something else.
+
+        They differ in scale (0.001 to 1,000) and in which time steps hold special values: those that
+        masks or comparisons look for, and the borders of a vocabulary.
+        """
+        drawn = self.draw(rng, temporal, steps, HARD_ROWS)
+        special = [_special_steps(rng, row, steps) for row in range(HARD_ROWS)]
+        arrays = []
+        for i, (value, timed) in enumerate(zip(drawn, temporal, strict=True)):
+            array = np.array(value)
+            floating = np.issubdtype(array.dtype, np.floating) and i not in self.tables
+            if floating:
+                scales = np.reshape(_SCALES, (HARD_ROWS, *[1] * (array.ndim - 1)))
+                held = np.isin(array, self.mask_values)
+                array = np.where(held, array, array * scales).astype(array.dtype)
+            if timed:
+                for row, places in enumerate(special):
+                    self._place(rng, i, array[row], places)
+            arrays.append(array)
+        return tuple(arrays)
+
+    def _place(self, rng: np.random.Generator, i: int, row: Array, places: Array) -> None:
+        """Put special values where they fit, the same one for all features of a time step."""
+        values = self._special(i, row.dtype)
+        if len(values):
+            drawn = rng.choice(values, len(places))
+            row[places] = drawn.reshape(-1, *[1] * (row.ndim - 1)).astype(row.dtype)
+
+    def _special(self, i: int, dtype: np.dtype[Any]) -> Array:
+        if dtype == np.bool_:
+            return np.array([False])
+        if np.issubdtype(dtype, np.floating) and i not in self.tables:
+            return np.array([*self.mask_values, *self.compared, 0.0])
+        size = self.tables.get(i, _INTEGERS)
+        tokens = {int(value) for value in self.compared if value == int(value)} | {0, 1, size - 2, size - 1}
+        return np.array(sorted(token for token in tokens if 0 <= token < size))
+
+    def disturbed(
+        self, rng: np.random.Generator, temporal: Sequence[bool], inputs: Sequence[Array]
+    ) -> tuple[tuple[Array, ...], dict[int, int]]:
+        """Return hard rows with one time step changed in every second row, and which one, by row."""
+        changed = tuple(np.array(value) for value in inputs)
+        steps = next((value.shape[1] for value, timed in zip(inputs, temporal, strict=True) if timed), 1)
+        rows = range(1, HARD_ROWS, 2)
+        times = {row: (steps * (2 * k + 1)) // (2 * len(rows)) for k, row in enumerate(rows)}
+        for i, (array, timed) in enumerate(zip(changed, temporal, strict=True)):
+            for k, (row, at) in enumerate(times.items()):
+                if timed:
+                    array[row, at] = self._other(
+                        rng, i, array[row, at], _DISTURBANCES[k % len(_DISTURBANCES)]
+                    )
+        return changed, times
+
+    def _other(self, rng: np.random.Generator, i: int, value: Array, size: float) -> Array:
+        """Return another value for one time step: a number moved by ``size``, another index, a bit turned."""
+        array: Any = np.asarray(value)
+        if array.dtype == np.bool_:
+            return np.asarray(np.logical_not(array), np.bool_)
+        if np.issubdtype(array.dtype, np.floating) and i not in self.tables:
+            noise = rng.standard_normal(array.shape)
+            return np.asarray(array + size * (1 + np.abs(noise)) * np.sign(noise), array.dtype)
+        count = self.tables.get(i, _INTEGERS)
+        return np.asarray((array + rng.integers(1, max(count, 2), array.shape)) % count, array.dtype)
+
     def _values(self, rng: np.random.Generator, i: int, dtype: str, shape: tuple[int, ...]) -> Array:
         kind = np.dtype(plain_dtype(dtype))
         if i in self.tables:
@@ -58,6 +129,22 @@ class Sampler:
         if np.issubdtype(kind, np.integer):
             return rng.integers(0, _INTEGERS, shape).astype(kind)
         return rng.standard_normal(shape).astype(kind)
+
+
+def _special_steps(rng: np.random.Generator, row: int, steps: int) -> Array:
+    """Return which time steps of a hard row hold special values: masks of all kinds."""
+    everything = np.arange(steps)
+    third = max(steps // 3, 1)
+    return (
+        everything[:0],
+        everything[rng.random(steps) < _MASKED],
+        everything[:third],
+        everything[-third:],
+        everything[::2],
+        everything[third:-third],
+        everything,
+        everything[rng.random(steps) < _MASKED / 10],
+    )[row % HARD_ROWS]
 
 
 def plain_dtype(dtype: str) -> str:

@@ -74,6 +74,16 @@ def run(plan: Plan, step: Step, inputs: Sequence[Array], steps: int) -> dict[str
     }
 
 
+def rounding(model: Any) -> float:
+    """Return one rounding of the coarsest type that a layer of the model computes in, as a share of a value."""
+    types = {layer.compute_dtype for layer in model._flatten_layers()}
+    if "bfloat16" in types:
+        return 2.0**-8
+    if "float16" in types:
+        return 2.0**-10
+    return 2.0**-23
+
+
 def tolerance(plan: Plan) -> float:
     """Return the difference that rounding may make, as a share of an output's largest value.
 
@@ -81,12 +91,8 @@ def tolerance(plan: Plan) -> float:
     some steps can gather: its square root, 256. Half-precision types round their intermediate results
     alike in both ways of computing, so 16 will do for them (256 would allow everything).
     """
-    types = {layer.compute_dtype for layer in plan.interface.model._flatten_layers()}
-    if "bfloat16" in types:
-        return 16 * 2.0**-8
-    if "float16" in types:
-        return 16 * 2.0**-10
-    return 256 * 2.0**-23
+    one = rounding(plan.interface.model)
+    return (256 if one < 2.0**-16 else 16) * one
 
 
 def difference(one: Array, two: Array) -> float:

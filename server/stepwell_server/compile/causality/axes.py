@@ -1,0 +1,143 @@
+"""Where the batch and the time axis stand in a tensor: the abstract value that the proof follows.
+
+A dimension is a tuple of factors, outermost first: ``BATCH``, ``TIME`` or a plain size. ``(BATCH, TIME)``
+is what a reshape from (batch, time, features) to (batch * time, features) makes. A dimension of size 1 has
+no factors. The two traces (`cut.SCALES`) have prime numbers of rows and time steps, so that a size read in
+both says which axes are in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+
+class Axis(enum.Enum):
+    """An axis that is followed."""
+
+    BATCH = "batch"
+    TIME = "time"
+
+
+BATCH, TIME = Axis.BATCH, Axis.TIME
+Factor = Axis | int
+Dim = tuple[Factor, ...]
+Axes = tuple[Dim, ...]
+
+
+class Scale(NamedTuple):
+    """The sizes of one trace."""
+
+    rows: int
+    steps: int
+
+    def of(self, factor: Factor) -> int:
+        """Return the size of a factor in this trace."""
+        if isinstance(factor, int):
+            return factor
+        return self.rows if factor is BATCH else self.steps
+
+
+class Pair(NamedTuple):
+    """One size, or one integer, as it stands in the two traces."""
+
+    first: int
+    second: int
+
+    @property
+    def is_same(self) -> bool:
+        """It does not depend on the sizes of the trace."""
+        return self.first == self.second
+
+
+class LostAxisError(Exception):
+    """It cannot be said any more where the batch or the time axis is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """The sizes of the two traces."""
+
+    first: Scale
+    second: Scale
+
+    def size(self, dim: Iterable[Factor]) -> Pair:
+        """Return the size of a dimension in the two traces."""
+        factors = tuple(dim)
+        return Pair(
+            math.prod(self.first.of(factor) for factor in factors),
+            math.prod(self.second.of(factor) for factor in factors),
+        )
+
+    def factors(self, size: Pair) -> Dim:
+        """Return the factors of a size: the batch before the time, then what is left.
+
+        Raises:
+            LostAxisError: it is no product of batch, time and a fixed number (time + 2, say).
+        """
+        for axes in ((), (TIME,), (BATCH,), (BATCH, TIME)):
+            of_axes = self.size(axes)
+            rest = Pair(size.first // of_axes.first, size.second // of_axes.second)
+            if rest.is_same and (rest.first * of_axes.first, rest.second * of_axes.second) == size:
+                return normal((*axes, rest.first))
+        raise LostAxisError(f"a dimension has {size.first} and {size.second} elements")
+
+    def reshape(self, axes: Axes, sizes: Sequence[Pair]) -> Axes:
+        """Return the axes after a reshape, which keeps the order of all elements.
+
+        Raises:
+            LostAxisError: the new dimensions cut through the batch or the time axis.
+        """
+        left = list(normal(factor for dim in axes for factor in dim))
+        result: list[Dim] = []
+        for size in sizes:
+            dim: list[Factor] = []
+            while self.size(dim) != size:
+                dim.append(self._next(left, self.size(dim), size))
+            result.append(normal(dim))
+        if left:
+            raise LostAxisError("a reshape leaves elements over")
+        return tuple(result)
+
+    def _next(self, left: list[Factor], so_far: Pair, wanted: Pair) -> Factor:
+        """Take the next factor for a dimension off ``left``, or a part of it if it is a plain size."""
+        if left:
+            factor = left[0]
+            grown = self.size((factor,))
+            grown = Pair(so_far.first * grown.first, so_far.second * grown.second)
+            if not wanted.first % grown.first and not wanted.second % grown.second:
+                return left.pop(0)
+            part = Pair(wanted.first // so_far.first, wanted.second // so_far.second)
+            if isinstance(factor, int) and part.is_same and part.first and not factor % part.first:
+                left[0] = factor // part.first
+                return part.first
+            # The part of a fixed number that belongs to this dimension, followed by an axis.
+            shared = math.gcd(factor, *part) if isinstance(factor, int) else 1
+            if shared > 1:
+                left[0] = int(factor) // shared  # type: ignore[arg-type]
+                return shared
+        raise LostAxisError("a reshape cuts through the batch or the time axis")
+
+
+def normal(dim: Iterable[Factor]) -> Dim:
+    """Return a dimension in its one normal form: neighbouring sizes multiplied, ones left out."""
+    result: list[Factor] = []
+    for factor in dim:
+        if isinstance(factor, int) and result and isinstance(result[-1], int):
+            result[-1] *= factor
+        elif factor != 1:
+            result.append(factor)
+    return tuple(result)
+
+
+def labels(axes: Axes) -> Iterator[Axis]:
+    """Yield the followed axes of a tensor, each as often as it is there."""
+    return (factor for dim in axes for factor in dim if isinstance(factor, Axis))
+
+
+def is_plain(dim: Dim) -> bool:
+    """Return whether neither the batch nor the time axis is in a dimension."""
+    return all(isinstance(factor, int) for factor in dim)

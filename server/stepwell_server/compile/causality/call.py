@@ -1,0 +1,156 @@
+"""One operation as a rule sees it: what goes in, what it is told, what shape comes out, in both traces."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from stepwell_server.compile.causality.axes import (
+    BATCH,
+    Axes,
+    Axis,
+    Dim,
+    LostAxisError,
+    Pair,
+    Scales,
+    is_plain,
+    normal,
+)
+from stepwell_server.compile.causality.refusals import Reason, Refusal
+from stepwell_server.compile.causality.values import Array, Const, Data, equal, sizes
+
+Rule = Callable[["Call"], "Sequence[Axes | Data | Const]"]
+"""Says of each result of an operation where its axes are; of those that it leaves out nothing is known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One operation, in the graphs of the two traces."""
+
+    first: Any
+    second: Any
+    inputs: tuple[Data | Const, ...]
+    scales: Scales
+
+    @property
+    def kind(self) -> str:
+        """Type of the operation, as TensorFlow names it."""
+        return str(self.first.type)
+
+    def attr(self, name: str) -> Any:
+        """Return an attribute; it is the same in both traces."""
+        return self.first.get_attr(name)
+
+    def out(self, i: int = 0) -> list[Pair]:
+        """Return the sizes of a result."""
+        return sizes(self.first.outputs[i], self.second.outputs[i])
+
+    def rank(self, i: int) -> int:
+        """Return the number of dimensions of an input."""
+        return len(self.first.inputs[i].shape)
+
+    def data(self, i: int) -> Data:
+        """Return an input that a rule can only treat as data."""
+        value = self.inputs[i]
+        if isinstance(value, Data):
+            return value
+        raise LostAxisError(f"{self.kind} of a constant and of data")
+
+    def axes(self, i: int) -> Axes:
+        """Return the axes of an input; a constant is spread evenly over those that its shape has.
+
+        Raises:
+            Refusal: it is constant and has another value at another time step, row or length.
+        """
+        value = self.inputs[i]
+        if isinstance(value, Data):
+            return value.axes
+        return self.even(value, tuple(self.scales.factors(size) for size in value.shape()))
+
+    def pairs(self, i: int) -> list[Pair]:
+        """Return the integers of a constant input, as they are in the two traces."""
+        value = self.inputs[i]
+        if isinstance(value, Const):
+            return value.pairs()
+        raise Refusal(Reason.UNPROVEN, f"lets values decide about shapes or places ({self.kind})")
+
+    def integers(self, i: int) -> list[int]:
+        """Return the integers of a constant input that are the same in both traces."""
+        found = self.pairs(i)
+        self.require_same(*found)
+        return [pair.first for pair in found]
+
+    def require_same(self, *numbers: Pair) -> None:
+        """Refuse numbers that depend on the size of the trace."""
+        if not all(number.is_same for number in numbers):
+            raise Refusal(Reason.LENGTH, f"depends on the number of time steps ({self.kind})")
+
+    def plain(self, size: Pair) -> Dim:
+        """Return the dimension of a size that neither the batch nor the time axis is in."""
+        self.require_same(size)
+        return normal((size.first,))
+
+    def even(self, const: Const, axes: Axes) -> Axes:
+        """Return ``axes``, over which a constant must be spread evenly where they are followed ones.
+
+        Raises:
+            Refusal: it is not.
+        """
+        if all(is_plain(dim) for dim in axes):
+            if not const.is_same:
+                raise Refusal(Reason.LENGTH, "depends on the number of time steps or of rows")
+            return axes
+        first, second = (
+            self._evened(value, axes, scale.of)
+            for value, scale in zip(const.arrays(), (self.scales.first, self.scales.second), strict=True)
+        )
+        if not equal(first, second):
+            raise Refusal(Reason.LENGTH, "depends on the number of time steps or of rows")
+        return axes
+
+    def _evened(self, value: Array, axes: Axes, size: Callable[[Any], int]) -> Array:
+        factors = [factor for dim in axes for factor in dim]
+        value = np.reshape(value, [size(factor) for factor in factors])
+        for i, factor in enumerate(factors):
+            if isinstance(factor, Axis):
+                one = np.take(value, [0], i)
+                if not equal(value, np.broadcast_to(one, value.shape)):
+                    what = "row of the batch" if factor is BATCH else "time step"
+                    reason = Reason.ROWS if factor is BATCH else Reason.POSITION
+                    raise Refusal(reason, f"has another constant for each {what}")
+                value = one
+        return value
+
+
+def broadcast(call: Call, inputs: Sequence[int]) -> Axes:
+    """Return the axes of what comes of some inputs by NumPy's rules of broadcasting."""
+    rank = max(call.rank(i) for i in inputs)
+    dims: list[Dim] = [()] * rank
+    for i in inputs:
+        value = call.inputs[i]
+        if isinstance(value, Data):
+            _align(dims, value.axes)
+    for i in inputs:
+        value = call.inputs[i]
+        if isinstance(value, Const):
+            shape = value.shape()
+            own = dims[rank - len(shape) :]
+            axes = tuple(
+                () if size == (1, 1) else dim or call.scales.factors(size)
+                for size, dim in zip(shape, own, strict=True)
+            )
+            if [call.scales.size(dim) for dim in axes] != shape:
+                raise LostAxisError("a constant's shape does not fit")
+            _align(dims, call.even(value, axes))
+    return tuple(dims)
+
+
+def _align(dims: list[Dim], axes: Axes) -> None:
+    start = len(dims) - len(axes)
+    for i, dim in enumerate(axes, start):
+        if dim and dims[i] and dim != dims[i]:
+            raise LostAxisError("two values have their axes in different orders")
+        dims[i] = dim or dims[i]

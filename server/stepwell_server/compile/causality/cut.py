@@ -1,0 +1,298 @@
+"""The whole model as a graph, cut at its recurrent layers, at two sizes.
+
+Where a recurrent layer follows the sequence, its loop is left out: one call of its cell stands in the
+graph for all of them, on placeholders for one time step and for the state, and placeholders stand for what
+the loop would give. What is left is what the model does outside of its loops, and what its cells do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from stepwell_server.compile.causality.axes import Scale, Scales
+from stepwell_server.compile.errors import ModelError, gist
+from stepwell_server.compile.interface import Interface
+from stepwell_server.compile.patch import attribute, relaxed
+from stepwell_server.compile.tensorflow_setup import keras, tf
+from stepwell_server.compile.watch import recurrent_layers
+
+#: Primes larger than any reach that a layer is likely to have, so that a window over time does not fit
+#: neither trace; and sizes that no feature axis is likely to have in both.
+SCALES = Scales(Scale(rows=37, steps=1031), Scale(rows=41, steps=2053))
+_COMPARISONS = {"Equal", "NotEqual", "Less", "LessEqual", "Greater", "GreaterEqual", "Maximum", "Minimum"}
+#: Loops of Keras's own that call the cell once for each time step, in order. ConvLSTM has RNN's.
+_KNOWN_LOOPS = {
+    layer.inner_loop
+    for layer in (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU, keras.layers.SimpleRNN)
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CutCall:
+    """A call of a recurrent layer whose loop was left out of the graph."""
+
+    layer: Any
+    path: str
+    number: int
+    sequences: tuple[Any, ...]
+    mask: Any
+    initial: tuple[Any, ...]
+    now: tuple[Any, ...]
+    """Placeholders: one time step of each sequence."""
+    before: tuple[Any, ...]
+    """Placeholders: the state before the step."""
+    after: tuple[Any, ...]
+    """What the cell makes of them: its output, then the state."""
+    outputs: Any
+    """Placeholder: the outputs of all time steps."""
+    last: tuple[Any, ...]
+    """Placeholders: the output and the state after the last time step."""
+
+    @property
+    def loop_is_known(self) -> bool:
+        """The loop that was left out is Keras's own."""
+        return type(self.layer).inner_loop in _KNOWN_LOOPS
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """The graph of a model at one size."""
+
+    scale: Scale
+    function: Any
+    """Keeps the graph, and what it captured, alive."""
+    inputs: tuple[Any, ...]
+    outputs: dict[str, Any]
+    calls: tuple[CutCall, ...]
+    owners: tuple[tuple[int, int, Any], ...]
+    """Ranges of operations (first, end) and the layer that made them; inner layers before outer ones."""
+
+    @property
+    def graph(self) -> Any:
+        """The TensorFlow graph."""
+        return self.function.graph
+
+    def owner(self, index: int) -> Any:
+        """Return the innermost layer that made the operation at ``index``, or None."""
+        return next((layer for first, end, layer in self.owners if first <= index < end), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cuts:
+    """The graphs of a model at two sizes."""
+
+    temporal: tuple[bool, ...]
+    scales: Scales
+    first: Cut
+    second: Cut
+
+    def compared(self) -> tuple[float, ...]:
+        """Return the single numbers that the graph compares values with."""
+        found: set[float] = set()
+        for op in self.first.graph.get_operations():
+            if op.type in _COMPARISONS:
+                for value in op.inputs:
+                    if value.op.type == "Const" and value.shape.num_elements() == 1:
+                        number = float(tf.make_ndarray(value.op.get_attr("value")).reshape(-1)[0])
+                        found |= {number} if math.isfinite(number) else set()
+        return tuple(sorted(found))
+
+
+class CutError(ModelError):
+    """The model does not run on sequences of another length than its own."""
+
+    def __init__(self, layer: Any, problem: str) -> None:
+        super().__init__(problem)
+        self.layer = layer
+        """The layer that raised, or None."""
+
+
+class _Tracing:
+    """One trace in progress."""
+
+    def __init__(self, interface: Interface, scale: Scale) -> None:
+        self.interface, self.scale = interface, scale
+        self.calls: list[CutCall] = []
+        self.owners: list[tuple[int, int, Any]] = []
+        self.inputs: tuple[Any, ...] = ()
+        self.outputs: dict[str, Any] = {}
+        self.raised: Any = None
+
+    def run(self, *tensors: Any) -> list[Any]:
+        """Call the model in the graph that is being made."""
+        self.calls.clear()  # Called again where TensorFlow traces twice.
+        self.owners.clear()
+        self.inputs = tensors
+        model = self.interface.model
+        with relaxed(model), contextlib.ExitStack() as stack:
+            for path, layer in recurrent_layers(model).items():
+                # One that runs over another axis runs whole, without a loop in the graph.
+                stack.enter_context(attribute(layer, "unroll", True))
+                stack.enter_context(attribute(layer, "inner_loop", self._loop(path, layer)))
+            for operation in all_operations(model):
+                original = time_distributed(operation) or operation.call
+                stack.enter_context(attribute(operation, "call", self._owned(operation, original)))
+            start = _count()
+            casts = zip(tensors, self.interface.inputs, strict=True)
+            self.outputs = self.interface.call([tf.cast(value, info.dtype) for value, info in casts])
+            self.owners.append((start, _count(), model))
+        return list(self.outputs.values())
+
+    def _owned(self, operation: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = _count()
+            try:
+                result = original(*args, **kwargs)
+            except Exception:
+                self.raised = self.raised or operation
+                raise
+            self.owners.append((start, _count(), operation))
+            return result
+
+        return call
+
+    def _loop(self, path: str, layer: Any) -> Callable[..., Any]:
+        original = layer.inner_loop
+
+        def inner_loop(sequences: Any, initial_state: Any, mask: Any = None, training: Any = False) -> Any:
+            rows, steps, *_ = keras.tree.flatten(sequences)[0].shape
+            if steps % self.scale.steps or rows % self.scale.rows:
+                return original(
+                    sequences=sequences, initial_state=initial_state, mask=mask, training=training
+                )
+            if (rows, steps) != (self.scale.rows, self.scale.steps):
+                raise ModelError(_other_rows(path, layer, rows, steps, self.scale))
+            return self._cut(path, layer, sequences, initial_state, mask)
+
+        return inner_loop
+
+    def _cut(self, path: str, layer: Any, sequences: Any, initial_state: Any, mask: Any) -> Any:
+        rows, steps = self.scale
+        map_structure, flatten = keras.tree.map_structure, keras.tree.flatten
+        now = map_structure(lambda x: _placeholder(x.dtype, (rows, *x.shape[2:])), sequences)
+        before = map_structure(lambda x: _placeholder(x.dtype, x.shape), initial_state)
+        takes_training = isinstance(layer.cell, keras.Layer) and layer.cell._call_has_training_arg
+        output, after = layer.cell(now, before, **({"training": False} if takes_training else {}))
+        outputs = _placeholder(output.dtype, (rows, steps, *output.shape[1:]))
+        last = _placeholder(output.dtype, output.shape)
+        states = map_structure(lambda x: _placeholder(x.dtype, x.shape), after)
+        states = states if keras.tree.is_nested(states) else [states]
+        self.calls.append(
+            CutCall(
+                layer=layer,
+                path=path,
+                number=sum(call.layer is layer for call in self.calls),
+                sequences=tuple(flatten(sequences)),
+                mask=flatten(mask)[0],
+                initial=tuple(flatten(initial_state)),
+                now=tuple(flatten(now)),
+                before=tuple(flatten(before)),
+                after=(output, *flatten(after)),
+                outputs=outputs,
+                last=(last, *flatten(states)),
+            )
+        )
+        return last, outputs, keras.tree.pack_sequence_as(initial_state, flatten(states))
+
+
+def cut(interface: Interface, temporal: Sequence[bool], scales: Scales = SCALES) -> Cuts:
+    """Trace the model at two sizes.
+
+    Raises:
+        CutError: it does not run on sequences of such lengths.
+        ModelError: a recurrent layer runs over something that no session's state can be kept for.
+    """
+    first, second = (_cut(interface, temporal, scale) for scale in (scales.first, scales.second))
+    return Cuts(tuple(temporal), scales, first, second)
+
+
+def _cut(interface: Interface, temporal: Sequence[bool], scale: Scale) -> Cut:
+    """Trace the model on sequences of ``scale.steps`` time steps.
+
+    Raises:
+        CutError: it does not run on them.
+        ModelError: a recurrent layer runs over something that no session's state can be kept for.
+    """
+    signature = []
+    for info, timed in zip(interface.inputs, temporal, strict=True):
+        features = info.shape[2:] if timed else info.shape[1:]
+        shape = (scale.rows, *((scale.steps,) if timed else ()), *features)
+        signature.append(tf.TensorSpec(shape, info.dtype))
+    tracing = _Tracing(interface, scale)
+    try:
+        function = tf.function(tracing.run).get_concrete_function(*signature)
+    except ModelError:
+        raise
+    except Exception as error:  # Keras and user code raise whatever they like.
+        raise CutError(tracing.raised, f"{type(error).__name__}: {gist(error)}") from error
+    return Cut(
+        scale=scale,
+        function=function,
+        inputs=tracing.inputs,
+        outputs=tracing.outputs,
+        calls=tuple(tracing.calls),
+        owners=tuple(tracing.owners),
+    )
+
+
+def all_operations(model: Any) -> list[Any]:
+    """Return everything with a ``call`` that a model is made of, each once; not the model itself."""
+    found: dict[int, Any] = {}
+
+    def walk(layer: Any) -> None:
+        graph = getattr(layer, "_functional", None) or layer
+        for child in (*(getattr(graph, "_operations", None) or ()), *layer._layers):
+            if id(child) not in found and child is not layer:
+                found[id(child)] = child
+                if isinstance(child, keras.Layer):
+                    walk(child)
+
+    walk(model)
+    return [item for item in found.values() if not isinstance(item, keras.layers.InputLayer)]
+
+
+def time_distributed(operation: Any) -> Callable[..., Any] | None:
+    """Return what Keras's own TimeDistributed computes, without a copy of the layer for each time step.
+
+    It calls its layer on every time step by itself: the same as on all of them as rows of one batch, where
+    the layer treats rows by themselves. Whether it does is what the proof follows.
+    """
+    if type(operation).__dict__.get("call") is not keras.layers.TimeDistributed.call:
+        return None
+    layer = operation.layer
+
+    def call(inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        rows, steps = inputs.shape[:2]
+        kwargs: dict[str, Any] = {"training": training} if layer._call_has_training_arg else {}
+        if layer._call_has_mask_arg and mask is not None:
+            kwargs["mask"] = tf.reshape(mask, (rows * steps, *mask.shape[2:]))
+        result = layer.call(tf.reshape(inputs, (rows * steps, *inputs.shape[2:])), **kwargs)
+        return tf.reshape(result, (rows, steps, *result.shape[1:]))
+
+    return call
+
+
+def _other_rows(path: str, layer: Any, rows: int, steps: int, scale: Scale) -> str:
+    who = f"the layer {path!r} ({type(layer).__name__})"
+    if rows != scale.rows:
+        return (
+            f"{who} runs over {rows // scale.rows} rows for each row of the batch (a graph's nodes, say), and a "
+            "session keeps one state for each of its rows; make every node a row of the batch, and open "
+            "sessions whose batch_size is the number of nodes"
+        )
+    return (
+        f"{who} runs over {steps // scale.steps} time steps for each one that comes in, and a step of a session "
+        "advances every layer by one; put them beside the features, before the layer"
+    )
+
+
+def _placeholder(dtype: Any, shape: Any) -> Any:
+    return tf.compat.v1.placeholder(dtype, shape)
+
+
+def _count() -> int:
+    return len(tf.compat.v1.get_default_graph().get_operations())

@@ -1,0 +1,98 @@
+"""Whether a layer that mixes time steps looks ahead or back: its input is disturbed at one time step."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from stepwell_server.compile.causality.cut import all_operations
+from stepwell_server.compile.patch import attribute, relaxed
+from stepwell_server.compile.samples import Sampler
+from stepwell_server.compile.tensorflow_setup import keras, tf
+
+#: A length that hardly any feature axis has, and the time step that is disturbed: reaches of some hundreds
+#: of steps are seen on both sides.
+STEPS, _AT = 523, 261
+_Call = Callable[[bool], Any]
+"""Call the layer again on what it was given, disturbed or not; its first result."""
+
+
+class Direction(enum.Enum):
+    """Where a layer takes from what it mixes into a time step."""
+
+    AHEAD = "later time steps"
+    BACK = "earlier time steps"
+    UNKNOWN = "not found out: its results have no time axis, or it cannot be called again"
+
+
+def direction(sampler: Sampler, temporal: Sequence[bool], layer: Any) -> Direction:
+    """Return which way ``layer``, a part of the model, looks."""
+    interface = sampler.interface
+    operation = next((item for item in all_operations(interface.model) if item is layer), None)
+    if operation is None:
+        return Direction.UNKNOWN
+    inputs = sampler.draw(np.random.default_rng(1), temporal, STEPS)
+    calls: list[_Call] = []
+    try:
+        with relaxed(interface.model), contextlib.ExitStack() as stack:
+            stack.enter_context(attribute(operation, "call", _recorder(operation, calls)))
+            interface.call(
+                [tf.cast(value, info.dtype) for value, info in zip(inputs, interface.inputs, strict=True)]
+            )
+            return _look(calls)
+    except Exception:  # It only makes a message better: Keras and user code raise whatever they like.
+        return Direction.UNKNOWN
+
+
+def _look(calls: Sequence[_Call]) -> Direction:
+    found = Direction.UNKNOWN
+    for call in calls:
+        usual, disturbed = call(False), call(True)
+        if not _has_time(usual):
+            continue
+        if _differ(usual[:, :_AT], disturbed[:, :_AT]):
+            return Direction.AHEAD
+        if _differ(usual[:, _AT + 1 :], disturbed[:, _AT + 1 :]):
+            found = Direction.BACK
+    return found
+
+
+def _recorder(operation: Any, calls: list[_Call]) -> Callable[..., Any]:
+    original = operation.call
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if any(_has_time(value) for value in keras.tree.flatten((args, kwargs))):
+            calls.append(_again(original, args, kwargs))
+        return original(*args, **kwargs)
+
+    return call
+
+
+def _again(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    def call(is_disturbed: bool) -> Any:
+        def given(value: Any) -> Any:
+            if not is_disturbed or not _has_time(value) or not value.dtype.is_floating:
+                return value
+            array = np.array(value)
+            noise = np.random.default_rng(2).standard_normal(array[:, _AT].shape)
+            # Large enough to move a maximum as well.
+            array[:, _AT] += (10 + np.abs(noise)).astype(array.dtype)
+            return tf.constant(array)
+
+        changed_args, changed_kwargs = keras.tree.map_structure(given, (args, kwargs))
+        return keras.tree.flatten(original(*changed_args, **changed_kwargs))[0]
+
+    return call
+
+
+def _has_time(value: Any) -> bool:
+    return tf.is_tensor(value) and len(value.shape) > 1 and value.shape[1] == STEPS
+
+
+def _differ(one: Any, two: Any) -> bool:
+    first, second = np.asarray(one, np.float64), np.asarray(two, np.float64)
+    return bool(np.max(np.abs(first - second), initial=0) > 1e-6 * max(1.0, np.max(np.abs(first), initial=0)))

@@ -1,0 +1,348 @@
+"""Follow the batch and the time axis through the graph of a model, from its inputs to its outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from stepwell_server.compile.causality.axes import (
+    BATCH,
+    TIME,
+    LostAxisError,
+    is_plain,
+    labels,
+    normal,
+)
+from stepwell_server.compile.causality.call import Call
+from stepwell_server.compile.causality.cut import Cut, CutCall, Cuts
+from stepwell_server.compile.causality.refusals import Reason, Refusal
+from stepwell_server.compile.causality.rules import RULES
+from stepwell_server.compile.causality.values import OF_SHAPES, Const, Data, Evaluator, attributes, sizes
+
+_CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
+_WRITES = ("Assign", "ResourceApply", "ResourceScatter", "LookupTableInsert", "LookupTableImport")
+_DRAWS = ("Random", "Multinomial")
+_Value = Data | Const
+
+
+class Unadmitted(Exception):
+    """The graph does not admit the model. The message is a clause: what the layer does."""
+
+    def __init__(self, reason: Reason, layer: Any, clause: str) -> None:
+        super().__init__(clause)
+        self.reason = reason
+        self.layer = layer
+        """The innermost layer or operation at fault; the model itself where it is in none; None if unknown."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What the graph of an admitted model shows."""
+
+    calls: tuple[CutCall, ...]
+    """The recurrent layers' calls that follow the sequence."""
+    outputs: Mapping[str, Data]
+    """Where the axes are in each output."""
+
+
+def prove(cuts: Cuts) -> Proof:
+    """Prove that each output at one time step is made of the inputs of that time step and of carried states.
+
+    Raises:
+        Unadmitted: it is not so, or it does not follow from the operations that are known.
+    """
+    return _Walk(cuts).run()
+
+
+class _Walk:
+    """One walk through the graphs of both traces side by side."""
+
+    def __init__(self, cuts: Cuts) -> None:
+        self.temporal, self.scales = cuts.temporal, cuts.scales
+        self.first, self.second = cuts.first, cuts.second
+        self.made: dict[str, CutCall] = {}
+        """Which call a placeholder belongs to that stands for what a loop gives."""
+
+    def run(self) -> Proof:
+        """Walk, and look at what arrives."""
+        if [(id(call.layer), call.number) for call in self.first.calls] != [
+            (id(call.layer), call.number) for call in self.second.calls
+        ]:
+            raise Unadmitted(Reason.LENGTH, None, "calls its layers as often as there are time steps")
+        for graph, scope in ((self.first.graph, self.first), (self.second.graph, self.second)):
+            self._refuse_effects(graph, scope)
+        values = self._seeds()
+        evaluators = (Evaluator(_captured(self.first)), Evaluator(_captured(self.second)))
+        ops = [self._needed(side) for side in (self.first, self.second)]
+        frame = _Frame(self, values, evaluators)
+        for index, one, two in _side_by_side(ops[0], ops[1], self.first):
+            try:
+                frame.enter(one, two)
+                for i, output in enumerate(one.outputs):
+                    if output.name in self.made:
+                        self._check_call(frame, output.name)
+                        frame.values[output.name] = self._given(one.outputs[i], two.outputs[i])
+            except Refusal as refusal:
+                raise Unadmitted(refusal.reason, self.first.owner(index), str(refusal)) from refusal
+        for one, two in zip(self.first.calls, self.second.calls, strict=True):
+            self._check_cell(frame, one, two)
+        return Proof(self.first.calls, self._outputs(frame))
+
+    def _seeds(self) -> dict[str, _Value]:
+        """Return what is known before the walk: the inputs, and what each cell is given."""
+        values: dict[str, _Value] = {}
+        for one, two, timed in zip(self.first.inputs, self.second.inputs, self.temporal, strict=True):
+            rest = [normal((size.first,)) for size in sizes(one, two)[2 if timed else 1 :]]
+            values[one.name] = Data(((BATCH,), *([(TIME,)] if timed else []), *rest))
+        for call, other in zip(self.first.calls, self.second.calls, strict=True):
+            for one, two in zip((*call.now, *call.before), (*other.now, *other.before), strict=True):
+                values[one.name] = _of_step(one, two, call)
+            for one in (call.outputs, *call.last):
+                self.made[one.name] = call
+        return values
+
+    def _given(self, one: Any, two: Any) -> Data:
+        """Return what a loop gives: its outputs have time, its last output and its states are about the end."""
+        call = self.made[one.name]
+        rest = tuple(normal((size.first,)) for size in sizes(one, two))
+        if one is call.outputs:
+            return Data(((BATCH,), (TIME,), *rest[2:]))
+        return Data(((BATCH,), *rest[1:]), ends=True)
+
+    def _needed(self, side: Cut) -> list[tuple[int, Any]]:
+        """Return the operations that the outputs need, in the graph's order, with their places in it."""
+        loops = {placeholder.name: call for call in side.calls for placeholder in (call.outputs, *call.last)}
+        waiting = [*side.outputs.values()]
+        for call in side.calls:
+            waiting += _into(call)
+        seen: set[str] = set()
+        while waiting:
+            tensor = waiting.pop()
+            op = tensor.op
+            if op.name in seen:
+                continue
+            seen.add(op.name)
+            if op.type not in OF_SHAPES:
+                waiting += op.inputs
+            for output in op.outputs:
+                if output.name in loops:
+                    waiting += _into(loops[output.name])
+        return [(i, op) for i, op in enumerate(side.graph.get_operations()) if op.name in seen]
+
+    def _check_call(self, frame: _Frame, name: str) -> None:
+        """What a loop is given must follow the sequence, and begin from a constant."""
+        call = self.made[name]
+        other = next(two for one, two in zip(self.first.calls, self.second.calls, strict=True) if one is call)
+        who = call.layer
+        for tensor in (*call.sequences, *([] if call.mask is None else [call.mask])):
+            value = frame.values[tensor.name]
+            if isinstance(value, Const):
+                continue
+            if value.axes[:2] != ((BATCH,), (TIME,)) or not all(is_plain(dim) for dim in value.axes[2:]):
+                raise Unadmitted(Reason.UNPROVEN, who, "runs over other axes than batch and time")
+        if call.layer.go_backwards:
+            raise Unadmitted(Reason.BACKWARDS, who, "reads its sequence backwards")
+        if not call.loop_is_known:
+            raise Unadmitted(
+                Reason.UNPROVEN,
+                who,
+                "has a loop (inner_loop) of its own, which is not known to go step by step",
+            )
+        for one, two in zip(call.initial, other.initial, strict=True):
+            value = frame.values[one.name]
+            if isinstance(value, Data):
+                raise Unadmitted(
+                    Reason.STATE, who, "takes its initial state from the model's inputs (initial_state=...)"
+                )
+            axes = ((BATCH,), *(normal((size.first,)) for size in sizes(one, two)[1:]))
+            Call(None, None, (), self.scales).even(value, axes)
+
+    def _check_cell(self, frame: _Frame, call: CutCall, other: CutCall) -> None:
+        """What a cell makes must be of its step and its row."""
+        for one in call.after:
+            value = frame.values[one.name]
+            if isinstance(value, Const):
+                continue
+            if (
+                value.axes[:1] != ((BATCH,),)
+                or value.ends
+                or not all(is_plain(dim) for dim in value.axes[1:])
+            ):
+                raise Unadmitted(
+                    Reason.UNPROVEN, call.layer, "has a cell whose results are not one for each row"
+                )
+        if len(call.after) != len(other.after):
+            raise Unadmitted(Reason.LENGTH, call.layer, "has a state that depends on the length")
+
+    def _outputs(self, frame: _Frame) -> dict[str, Data]:
+        found = {}
+        for name, tensor in self.first.outputs.items():
+            value = frame.values[tensor.name]
+            if isinstance(value, Const):
+                second = self.second.outputs[name]
+                axes = tuple(self.scales.factors(size) for size in sizes(tensor, second))
+                Call(None, None, (), self.scales).even(value, axes)
+                value = Data(axes)
+            found[name] = value
+        return found
+
+    def _refuse_effects(self, graph: Any, scope: Cut) -> None:
+        """Refuse what leaves something behind for the next call: it would be shared by all sessions."""
+        for index, op in enumerate(graph.get_operations()):
+            if any(op.type.startswith(kind) for kind in _WRITES):
+                variable = _variable(op, scope)
+                is_seed = "seed_generator" in variable
+                raise Unadmitted(
+                    Reason.RANDOM if is_seed else Reason.WRITES,
+                    scope.owner(index),
+                    "draws random numbers" if is_seed else f"changes a variable as it runs ({variable})",
+                )
+
+
+def _into(call: CutCall) -> list[Any]:
+    mask = [] if call.mask is None else [call.mask]
+    return [*call.sequences, *mask, *call.initial, *call.after]
+
+
+def _of_step(one: Any, two: Any, call: CutCall) -> Data:
+    found = sizes(one, two)
+    if not found or not all(size.is_same for size in found[1:]):
+        raise Unadmitted(Reason.LENGTH, call.layer, "has a state or an input that depends on the length")
+    return Data(((BATCH,), *(normal((size.first,)) for size in found[1:])))
+
+
+def _captured(side: Cut) -> dict[str, Any]:
+    return {inner.name: value for value, inner in side.graph.captures}
+
+
+def _variable(op: Any, scope: Cut) -> str:
+    """Return the name of the variable that an operation writes to."""
+    handles = {inner.name: value for value, inner in scope.graph.captures}
+    handle = handles.get(op.inputs[0].name) if op.inputs else None
+    for variable in scope.function.variables:
+        if handle is not None and variable.handle is handle:
+            return str(variable.name)
+    return str(op.type)
+
+
+def _side_by_side(
+    first: Sequence[tuple[int, Any]], second: Sequence[tuple[int, Any]], side: Cut | None
+) -> Iterable[tuple[int, Any, Any]]:
+    """Yield the operations of both graphs in pairs.
+
+    Raises:
+        Unadmitted: the graphs are not the same operations in the same order.
+    """
+    for (index, one), (_, two) in zip(first, second, strict=False):
+        same = one.type == two.type and len(one.inputs) == len(two.inputs)
+        if not same or (one.type != "Const" and attributes(one) != attributes(two)):
+            raise Unadmitted(
+                Reason.LENGTH,
+                side and side.owner(index),
+                "computes something else for another number of time steps",
+            )
+        yield index, one, two
+    if len(first) != len(second):
+        longer = first if len(first) > len(second) else second
+        index = longer[min(len(first), len(second))][0]
+        raise Unadmitted(
+            Reason.LENGTH,
+            side and side.owner(index),
+            "computes something else for another number of time steps",
+        )
+
+
+class _Frame:
+    """The values of the tensors of one pair of graphs: the model's, or those of a function that it calls."""
+
+    def __init__(
+        self, walk: _Walk, values: dict[str, _Value], evaluators: tuple[Evaluator, Evaluator]
+    ) -> None:
+        self.walk, self.values, self.evaluators = walk, values, evaluators
+
+    def enter(self, one: Any, two: Any) -> None:
+        """Find out about the results of one operation.
+
+        Raises:
+            Refusal: the proof does not let it pass.
+        """
+        if any(kind in one.type for kind in _DRAWS) and not one.type.startswith("Stateless"):
+            raise Refusal(Reason.RANDOM, "draws random numbers")
+        inputs = [] if one.type in OF_SHAPES else [self.values.get(value.name) for value in one.inputs]
+        if any(value is None for value in inputs):
+            raise Refusal(Reason.UNPROVEN, f"uses a result of an operation that is not known ({one.type})")
+        if not any(isinstance(value, Data) for value in inputs):
+            for result, other in zip(one.outputs, two.outputs, strict=True):
+                self.values.setdefault(result.name, Const(result, other, self.evaluators))
+            return
+        try:
+            results = self._results(one, two, [value for value in inputs if value is not None])
+        except (LostAxisError, ValueError, IndexError) as error:
+            raise Refusal(
+                Reason.UNPROVEN,
+                f"does something after which the time axis cannot be followed ({one.type}: {error})",
+            ) from error
+        for result, value in zip(one.outputs, results, strict=False):
+            self.values[result.name] = value
+
+    def _results(self, one: Any, two: Any, inputs: Sequence[_Value]) -> list[_Value]:
+        if one.type in _CALLS:
+            return self._called(one, two, inputs)
+        rule = RULES.get(one.type)
+        if rule is None:
+            raise Refusal(
+                Reason.UNPROVEN,
+                f"uses the operation {one.type}, which is not known to treat every time step and every row by itself",
+            )
+        call = Call(one, two, tuple(inputs), self.walk.scales)
+        ends = any(value.ends for value in inputs if isinstance(value, Data))
+        results: list[_Value] = []
+        for i, found in enumerate(rule(call)):
+            if isinstance(found, Const):
+                results.append(found)
+                continue
+            data = found if isinstance(found, Data) else Data(found, ends)
+            results.append(self._checked(call, i, data))
+        return results
+
+    def _checked(self, call: Call, i: int, data: Data) -> Data:
+        """Check what every result of every operation must keep to."""
+        if [self.walk.scales.size(dim) for dim in data.axes] != call.out(i):
+            raise LostAxisError("the axes do not make up the shape")
+        found = list(labels(data.axes))
+        if found.count(BATCH) != 1:
+            raise Refusal(Reason.ROWS, "relates the rows of the batch to each other")
+        if found.count(TIME) > 1:
+            raise Refusal(Reason.TIME, "relates all time steps to each other")
+        if TIME in found and data.ends:
+            raise Refusal(Reason.END, "spreads a value of the whole sequence over its time steps")
+        return data
+
+    def _called(self, one: Any, two: Any, inputs: Sequence[_Value]) -> list[_Value]:
+        """Walk through a function that is called."""
+        graphs = [op.graph._get_function(op.get_attr("f").name).graph for op in (one, two)]
+        values: dict[str, _Value] = {}
+        given: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+        for inner, other, value in zip(graphs[0].inputs, graphs[1].inputs, inputs, strict=True):
+            if isinstance(value, Data):
+                values[inner.name] = value
+            else:
+                given[0][inner.name] = value.evaluators[0].value(value.first)
+                given[1][other.name] = value.evaluators[1].value(value.second)
+        frame = _Frame(self.walk, values, (Evaluator(given[0]), Evaluator(given[1])))
+        ops = [_needed_by(graph.outputs, graph) for graph in graphs]
+        for _, first, second in _side_by_side(ops[0], ops[1], None):
+            frame.enter(first, second)
+        return [frame.values[output.name] for output in graphs[0].outputs]
+
+
+def _needed_by(wanted: Iterable[Any], graph: Any) -> list[tuple[int, Any]]:
+    seen: set[str] = set()
+    waiting = list(wanted)
+    while waiting:
+        op = waiting.pop().op
+        if op.name not in seen:
+            seen.add(op.name)
+            waiting += () if op.type in OF_SHAPES else op.inputs
+    return [(i, op) for i, op in enumerate(graph.get_operations()) if op.name in seen]

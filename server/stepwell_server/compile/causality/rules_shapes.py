@@ -1,0 +1,313 @@
+"""Operations that move elements: reshape, transpose, slice, join, pad, tile, look up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stepwell_server.compile.causality.axes import (
+    BATCH,
+    TIME,
+    Axes,
+    Dim,
+    LostAxisError,
+    Pair,
+    is_plain,
+    normal,
+)
+from stepwell_server.compile.causality.call import Call, Rule, broadcast
+from stepwell_server.compile.causality.refusals import Reason, Refusal
+from stepwell_server.compile.causality.values import Const, Data
+
+
+def mixed(dim: Dim, clause: str) -> Refusal:
+    """Return the refusal of what works along a followed axis."""
+    if TIME in dim:
+        return Refusal(Reason.TIME, f"{clause} the time axis")
+    return Refusal(Reason.ROWS, f"{clause} the rows of the batch")
+
+
+def require_plain(dim: Dim, clause: str) -> None:
+    """Refuse what works along the batch or the time axis."""
+    if not is_plain(dim):
+        raise mixed(dim, clause)
+
+
+def axis_of(call: Call, i: int, rank: int) -> int:
+    """Return the axis that a constant input names, counted from the front."""
+    (axis,) = call.integers(i)
+    return axis % rank
+
+
+def _reshape(call: Call) -> Sequence[Axes]:
+    return [call.scales.reshape(call.data(0).axes, call.out())]
+
+
+def _expand_dims(call: Call) -> Sequence[Axes]:
+    axes = list(call.data(0).axes)
+    axes.insert(axis_of(call, 1, len(axes) + 1), ())
+    return [tuple(axes)]
+
+
+def _transpose(call: Call) -> Sequence[Axes]:
+    axes = call.data(0).axes
+    return [tuple(axes[i] for i in call.integers(1))]
+
+
+def _strided_slice(call: Call) -> Sequence[Axes | Data]:
+    """Python's ``x[...]``: each entry of the specification has its bits in the masks."""
+    data = call.data(0)
+    begins, ends, strides = call.pairs(1), call.pairs(2), call.integers(3)
+    masks = {
+        name: call.attr(f"{name}_mask") for name in ("begin", "end", "ellipsis", "new_axis", "shrink_axis")
+    }
+    rest = list(data.axes)
+    dims: list[Dim] = []
+    is_last = False
+    for i, stride in enumerate(strides):
+        if masks["ellipsis"] >> i & 1:
+            kept = len(rest) - sum(1 for j in range(i + 1, len(strides)) if not masks["new_axis"] >> j & 1)
+            dims += rest[:kept]
+            del rest[:kept]
+        elif masks["new_axis"] >> i & 1:
+            dims.append(())
+        else:
+            dim = rest.pop(0)
+            begin = None if masks["begin"] >> i & 1 else begins[i]
+            end = None if masks["end"] >> i & 1 else ends[i]
+            if masks["shrink_axis"] >> i & 1:
+                is_last |= _takes_last(call, dim, begins[i])
+            else:
+                part, last = _range(call, dim, begin, end, stride)
+                is_last |= last
+                dims.append(part)
+    axes = (*dims, *rest)
+    return [Data(_sized(call, axes), ends=True) if is_last else _sized(call, axes)]
+
+
+def _takes_last(call: Call, dim: Dim, place: Pair) -> bool:
+    """One element of a dimension is taken; returns whether that is the last time step."""
+    if is_plain(dim):
+        call.require_same(place)
+        return False
+    if dim == (TIME,) and _is_last(call, place):
+        return True
+    raise mixed(dim, f"takes number {place.first} of")
+
+
+def _is_last(call: Call, place: Pair) -> bool:
+    steps = call.scales.size((TIME,))
+    return place == (-1, -1) or place == (steps.first - 1, steps.second - 1)
+
+
+def _range(call: Call, dim: Dim, begin: Pair | None, end: Pair | None, stride: int) -> tuple[Dim, bool]:
+    """Return what is left of a dimension, and whether that is the last time step only."""
+    if is_plain(dim):
+        call.require_same(*(place for place in (begin, end) if place is not None))
+        return (0,), False  # Its size stands in the result's shape.
+    whole = call.scales.size(dim)
+    if stride == 1 and begin in (None, (0, 0)) and end in (None, whole):
+        return dim, False
+    if (
+        stride == 1
+        and dim == (TIME,)
+        and begin is not None
+        and _is_last(call, begin)
+        and end in (None, whole)
+    ):
+        return (), True
+    if stride < 0:
+        raise mixed(dim, "reverses")
+    raise mixed(dim, "takes a part of")
+
+
+def _sized(call: Call, axes: Axes) -> Axes:
+    """Read the sizes of plain dimensions off the result's shape."""
+    sizes = call.out()
+    if len(sizes) != len(axes):
+        raise LostAxisError(f"{call.kind} gives another number of dimensions")
+    return tuple(call.plain(size) if is_plain(dim) else dim for dim, size in zip(axes, sizes, strict=True))
+
+
+def _slice(call: Call) -> Sequence[Axes | Data]:
+    data = call.data(0)
+    dims: list[Dim] = []
+    is_last = False
+    for dim, begin, size in zip(data.axes, call.pairs(1), call.pairs(2), strict=True):
+        whole = call.scales.size(dim)
+        is_rest = size in ((-1, -1), (whole.first - begin.first, whole.second - begin.second))
+        if is_plain(dim):
+            call.require_same(begin, size)
+        part, last = _range(call, dim, begin, None if is_rest else Pair(-2, -2), 1)
+        dims.append(part)
+        is_last |= last
+    axes = _sized(call, tuple(dims))
+    return [Data(axes, ends=True) if is_last else axes]
+
+
+def _concat(call: Call) -> Sequence[Axes]:
+    """Join along one axis; along the others all inputs are alike."""
+    count = len(call.inputs) - 1
+    rank = call.rank(0)
+    axis = axis_of(call, count, rank)
+    parts = [call.axes(i) for i in range(count)]
+    for part in parts:
+        require_plain(part[axis], "joins values along")
+    dims: list[Dim] = [()] * rank
+    for part in parts:
+        for i, dim in enumerate(part):
+            if i != axis and dim != dims[i]:
+                if dims[i] and part is not parts[0]:
+                    raise LostAxisError("two values that are joined have their axes in different orders")
+                dims[i] = dim
+    return [_sized(call, tuple((0,) if i == axis else dim for i, dim in enumerate(dims)))]
+
+
+def _pack(call: Call) -> Sequence[Axes]:
+    dims = list(broadcast(call, range(len(call.inputs))))
+    dims.insert(call.attr("axis") % (len(dims) + 1), (len(call.inputs),))
+    return [tuple(normal(dim) for dim in dims)]
+
+
+def _unpack(call: Call) -> Sequence[Axes]:
+    axes = list(call.data(0).axes)
+    dim = axes.pop(call.attr("axis") % len(axes))
+    require_plain(dim, "takes apart")
+    return [tuple(axes)] * len(call.first.outputs)
+
+
+def _split(call: Call) -> Sequence[Axes]:
+    place = {"Split": 1, "SplitV": 0}[call.kind]
+    axes = call.data(place).axes
+    axis = axis_of(call, {"Split": 0, "SplitV": 2}[call.kind], len(axes))
+    require_plain(axes[axis], "splits")
+    return [
+        tuple(call.plain(call.out(i)[axis]) if j == axis else dim for j, dim in enumerate(axes))
+        for i in range(len(call.first.outputs))
+    ]
+
+
+def _tile(call: Call) -> Sequence[Axes]:
+    dims = [
+        normal((*call.scales.factors(times), *dim))
+        for dim, times in zip(call.data(0).axes, call.pairs(1), strict=True)
+    ]
+    return [tuple(dims)]
+
+
+def _broadcast_to(call: Call) -> Sequence[Axes]:
+    axes, sizes = call.data(0).axes, call.out()
+    axes = ((),) * (len(sizes) - len(axes)) + axes
+    return [tuple(dim or call.scales.factors(size) for dim, size in zip(axes, sizes, strict=True))]
+
+
+def _pad(call: Call) -> Sequence[Axes]:
+    axes, paddings = call.data(0).axes, call.pairs(1)
+    for i, dim in enumerate(axes):
+        if paddings[2 * i : 2 * i + 2] != [(0, 0)] * 2:
+            require_plain(dim, "pads")
+    for i in range(2, len(call.inputs)):
+        broadcast(call, [i])
+    return [_sized(call, axes)]
+
+
+def _along_axis(call: Call) -> Sequence[Axes]:
+    """Cumulative sums, reversals and rolls: along plain axes only."""
+    axes = call.data(0).axes
+    place = {"Roll": 2}.get(call.kind, 1)
+    what = {"ReverseV2": "reverses", "Roll": "shifts"}.get(call.kind, "accumulates along")
+    for axis in call.integers(place):
+        require_plain(axes[axis % len(axes)], what)
+    if call.kind == "Roll":
+        call.integers(1)
+    return [axes]
+
+
+def _gather(call: Call) -> Sequence[Axes | Data]:
+    """Look up along an axis of a table; the first ``batch_dims`` axes belong together."""
+    shared = call.attr("batch_dims")
+    places = call.inputs[1]
+    table = call.axes(0)
+    axis = axis_of(call, 2, len(table))
+    if isinstance(places, Const):
+        if not is_plain(table[axis]):
+            return _gather_time(call, table, axis, places)
+        if not places.is_same:
+            raise Refusal(Reason.LENGTH, "looks up by the number of time steps (GatherV2)")
+    require_plain(table[axis], "looks up by values along")
+    indices = call.axes(1)
+    if indices[:shared] != table[:shared]:
+        raise LostAxisError("a look-up has its axes in different orders")
+    return [(*table[:axis], *indices[shared:], *table[axis + 1 :])]
+
+
+def _gather_time(call: Call, table: Axes, axis: int, places: Const) -> Sequence[Axes | Data]:
+    found = places.pairs()
+    if table[axis] == (TIME,) and len(found) == 1 and _is_last(call, found[0]):
+        kept = tuple(call.scales.factors(size) for size in places.shape())
+        return [Data((*table[:axis], *kept, *table[axis + 1 :]), ends=True)]
+    raise mixed(table[axis], "takes elements by their number along")
+
+
+def _one_hot(call: Call) -> Sequence[Axes]:
+    axes = list(call.data(0).axes)
+    (depth,) = call.integers(1)
+    axis = call.attr("axis")
+    axes.insert(axis if axis >= 0 else len(axes), normal((depth,)))
+    return [tuple(axes)]
+
+
+def _to_batch(call: Call) -> Sequence[Axes]:
+    """SpaceToBatchND, a part of dilated convolutions: blocks of plain axes become rows, outermost."""
+    axes, blocks, paddings = call.data(0).axes, call.integers(1), call.pairs(2)
+    for i, block in enumerate(blocks):
+        if block != 1 or paddings[2 * i : 2 * i + 2] != [(0, 0)] * 2:
+            require_plain(axes[i + 1], "has a window with gaps over")
+    return [_sized(call, (normal((*blocks, *axes[0])), *axes[1:]))]
+
+
+def _to_space(call: Call) -> Sequence[Axes]:
+    axes, blocks = call.data(0).axes, call.integers(1)
+    rows: list[int | object] = list(axes[0])
+    for block in blocks:
+        if block == 1:
+            continue
+        if not rows or not isinstance(rows[0], int) or rows[0] % block:
+            raise LostAxisError("rows are put back into space in another order")
+        rows[0] //= block
+        rows = list(normal(rows))  # type: ignore[arg-type]
+    for i, block in enumerate(blocks):
+        if block != 1 or call.pairs(2)[2 * i : 2 * i + 2] != [(0, 0)] * 2:
+            require_plain(axes[i + 1], "has a window with gaps over")
+    first: Dim = normal(rows)  # type: ignore[arg-type]
+    if BATCH not in first:
+        raise LostAxisError("rows are put back into space")
+    return [_sized(call, (first, *axes[1:]))]
+
+
+RULES: dict[str, Rule] = {
+    "Reshape": _reshape,
+    "Squeeze": _reshape,
+    "ExpandDims": _expand_dims,
+    "Transpose": _transpose,
+    "StridedSlice": _strided_slice,
+    "Slice": _slice,
+    "ConcatV2": _concat,
+    "Pack": _pack,
+    "Unpack": _unpack,
+    "Split": _split,
+    "SplitV": _split,
+    "Tile": _tile,
+    "BroadcastTo": _broadcast_to,
+    "Pad": _pad,
+    "PadV2": _pad,
+    "MirrorPad": _pad,
+    "Cumsum": _along_axis,
+    "Cumprod": _along_axis,
+    "CumulativeLogsumexp": _along_axis,
+    "ReverseV2": _along_axis,
+    "Roll": _along_axis,
+    "GatherV2": _gather,
+    "OneHot": _one_hot,
+    "SpaceToBatchND": _to_batch,
+    "BatchToSpaceND": _to_space,
+}

@@ -1,0 +1,172 @@
+"""Operations that sum, compare or convolve: not over the batch or the time axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stepwell_server.compile.causality.axes import Axes, Dim, LostAxisError, is_plain
+from stepwell_server.compile.causality.call import Call, Rule
+from stepwell_server.compile.causality.refusals import Reason, Refusal
+from stepwell_server.compile.causality.rules_shapes import mixed, require_plain
+from stepwell_server.compile.causality.values import Data
+
+_REDUCTIONS = ("All", "Any", "EuclideanNorm", "Max", "Mean", "Min", "Prod", "Sum")
+
+
+def _reduction(call: Call) -> Sequence[Axes]:
+    axes = call.data(0).axes
+    over = {axis % len(axes) for axis in call.integers(1)} if axes else set()
+    for axis in over:
+        require_plain(axes[axis], f"takes the {call.kind.lower()} over")
+    if call.attr("keep_dims"):
+        return [tuple(() if i in over else dim for i, dim in enumerate(axes))]
+    return [tuple(dim for i, dim in enumerate(axes) if i not in over)]
+
+
+def _arg(call: Call) -> Sequence[Axes]:
+    axes = list(call.data(0).axes)
+    (axis,) = call.integers(1)
+    require_plain(axes.pop(axis % len(axes)), "looks for the largest over")
+    return [tuple(axes)]
+
+
+def _last_axis(call: Call) -> Sequence[Axes]:
+    axes = call.data(0).axes
+    require_plain(axes[-1], f"works ({call.kind}) over")
+    return [axes]
+
+
+def _top(call: Call) -> Sequence[Axes]:
+    axes = call.data(0).axes
+    require_plain(axes[-1], "sorts")
+    call.integers(1)
+    return [(*axes[:-1], call.plain(call.out(i)[-1])) for i in range(2)]
+
+
+def _matmul(call: Call) -> Sequence[Axes]:
+    """Matrix products: of two matrices, or of stacks of them."""
+    one, two = list(call.axes(0)), list(call.axes(1))
+    names = ("transpose_a", "transpose_b") if call.kind == "MatMul" else ("adj_x", "adj_y")
+    if call.attr(names[0]):
+        one[-2:] = one[:-3:-1]
+    if call.attr(names[1]):
+        two[-2:] = two[:-3:-1]
+    for dim in (one[-1], two[-2]):
+        require_plain(dim, "multiplies a matrix with")
+    stacked: list[Dim] = []
+    depth = max(len(one), len(two)) - 2
+    for first, second in zip(_deepened(one[:-2], depth), _deepened(two[:-2], depth), strict=True):
+        if first and second and first != second:
+            raise LostAxisError("two stacks of matrices have their axes in different orders")
+        stacked.append(first or second)
+    return [(*stacked, one[-2], two[-1])]
+
+
+def _deepened(dims: Sequence[Dim], depth: int) -> list[Dim]:
+    return [()] * (depth - len(dims)) + list(dims)
+
+
+def _einsum(call: Call) -> Sequence[Axes]:
+    inputs, output = call.attr("equation").decode().replace(" ", "").split("->")
+    terms = inputs.split(",")
+    found: dict[str, Dim] = {}
+    for i, term in enumerate(terms):
+        letters = _letters(term, call.rank(i))
+        for letter, dim in zip(letters, call.axes(i), strict=True):
+            if len(letters) != len(set(letters)):
+                raise Refusal(Reason.UNPROVEN, "takes a diagonal (Einsum)")
+            known = found.get(letter, ())
+            if known and dim and known != dim:
+                raise LostAxisError("two factors have their axes in different orders")
+            found[letter] = known or dim
+    kept = _letters(output, len(call.out()))
+    for letter, dim in found.items():
+        if letter not in kept:
+            require_plain(dim, "sums products over")
+    return [tuple(found[letter] for letter in kept)]
+
+
+def _letters(term: str, rank: int) -> list[str]:
+    """Return one name for each dimension; those that ``...`` stands for are numbered from the last."""
+    if "..." not in term:
+        return list(term)
+    before, after = term.split("...")
+    count = rank - len(before) - len(after)
+    return [*before, *(f"...{i}" for i in range(count, 0, -1)), *after]
+
+
+def _convolution(call: Call) -> Sequence[Axes]:
+    """Convolutions with channels last: a window of one element may slide over the time axis."""
+    axes, kernel = call.data(0).axes, _weights(call, 1)
+    spatial = _spatial(call, len(axes))
+    padding = call.attr("explicit_paddings") if call.attr("padding") == b"EXPLICIT" else []
+    for place, axis in enumerate(spatial):
+        if is_plain(axes[axis]):
+            continue
+        size, stride = kernel[place], call.attr("strides")[axis]
+        if size != 1 or stride != 1 or any(padding[2 * axis : 2 * axis + 2]):
+            raise mixed(axes[axis], f"has a window of {size} over")
+    return [_windowed(call, axes, spatial)]
+
+
+def _transposed_convolution(call: Call) -> Sequence[Axes]:
+    axes, kernel = call.data(2).axes, _weights(call, 1)
+    spatial = _spatial(call, len(axes))
+    for place, axis in enumerate(spatial):
+        if not is_plain(axes[axis]) and (kernel[place] != 1 or call.attr("strides")[axis] != 1):
+            raise mixed(axes[axis], f"has a window of {kernel[place]} over")
+    return [_windowed(call, axes, spatial)]
+
+
+def _pooling(call: Call) -> Sequence[Axes]:
+    axes = call.data(0).axes
+    spatial = _spatial(call, len(axes))
+    for axis in spatial:
+        if not is_plain(axes[axis]) and (call.attr("ksize")[axis], call.attr("strides")[axis]) != (1, 1):
+            raise mixed(axes[axis], f"pools {call.attr('ksize')[axis]} elements of")
+    return [_windowed(call, axes, spatial)]
+
+
+def _resize(call: Call) -> Sequence[Axes]:
+    axes = call.data(0).axes
+    for axis in (1, 2):
+        require_plain(axes[axis], "resizes")
+    return [_windowed(call, axes, (1, 2))]
+
+
+def _weights(call: Call, i: int) -> list[int]:
+    value = call.inputs[i]
+    if isinstance(value, Data) or not value.is_same:
+        raise Refusal(Reason.UNPROVEN, f"computes the weights of a convolution from data ({call.kind})")
+    return [size.first for size in value.shape()]
+
+
+def _spatial(call: Call, rank: int) -> tuple[int, ...]:
+    if call.attr("data_format") not in (b"NHWC", b"NDHWC"):
+        raise Refusal(Reason.UNPROVEN, f"has its channels before the other axes ({call.kind})")
+    return tuple(range(1, rank - 1))
+
+
+def _windowed(call: Call, axes: Axes, spatial: Sequence[int]) -> Axes:
+    """Return the axes of a result: new sizes for plain spatial axes and for the channels."""
+    channels = len(axes) - 1
+    require_plain(axes[channels], "sums over")
+    return tuple(
+        call.plain(size) if i == channels or (i in spatial and is_plain(axes[i])) else axes[i]
+        for i, size in enumerate(call.out())
+    )
+
+
+_BY_RULE: dict[Rule, tuple[str, ...]] = {
+    _reduction: _REDUCTIONS,
+    _arg: ("ArgMax", "ArgMin"),
+    _last_axis: ("Softmax", "LogSoftmax"),
+    _matmul: ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"),
+    _convolution: ("Conv2D", "Conv3D", "DepthwiseConv2dNative"),
+    _transposed_convolution: ("Conv2DBackpropInput", "Conv3DBackpropInputV2"),
+    _pooling: ("MaxPool", "AvgPool", "MaxPool3D", "AvgPool3D"),
+    _resize: ("ResizeBilinear", "ResizeNearestNeighbor", "ResizeBicubic"),
+    _top: ("TopKV2",),
+    _einsum: ("Einsum",),
+}
+RULES: dict[str, Rule] = {kind: rule for rule, kinds in _BY_RULE.items() for kind in kinds}

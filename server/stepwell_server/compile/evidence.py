@@ -1,0 +1,224 @@
+"""Long, hard sequences, and what Keras's own call over them gives: the samples that a program is held against.
+
+They add refusals, and admit nothing. Rows differ in what they try (see `samples.Sampler.hard`). Every
+second row is drawn anew with one time step disturbed, so that what looks ahead, or mixes rows, shows in
+Keras's call alone; what looks back where no state is carried shows beside the program.
+
+The allowed difference is relative to what noise of one rounding on the inputs does to Keras's own call
+(the largest until that time step): a chaotic or unbounded cell is not refused for its rounding, and where
+rounding has grown to the size of the values nothing is compared. Non-finite values end a row's comparison.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.compile.causality.cut import all_operations, time_distributed
+from stepwell_server.compile.errors import ModelError, NotCausalError, gist
+from stepwell_server.compile.interface import Interface
+from stepwell_server.compile.patch import attribute, relaxed
+from stepwell_server.compile.plan import Plan
+from stepwell_server.compile.samples import Sampler
+from stepwell_server.compile.sequences import rounding, tolerance
+from stepwell_server.compile.tensorflow_setup import tf
+from stepwell_server.compile.watch import plain, recurrent_layers
+
+Array = npt.NDArray[np.generic]
+Floats = npt.NDArray[np.float64]
+_Whole = Callable[[Sequence[Array]], dict[str, Array]]
+#: How long the sequences are where nothing says that a layer reaches further.
+STEPS = 512
+#: Times the effect of noise of one rounding on each input. Stepping rounds at other places than one call
+#: over the sequence does, some tens of times in each time step.
+_NOISES = 64
+#: Above this share of the values the effect of rounding is as large as they are: nothing to compare.
+_LOST = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """One call of the whole model on long sequences."""
+
+    steps: int
+    inputs: tuple[Array, ...]
+    outputs: Mapping[str, Array]
+    noise: Mapping[str, Floats]
+    """What rounding on the inputs does to each output, ``(rows, time)`` or ``(rows, 1)``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Where a program differs most from Keras, in terms of what is allowed there."""
+
+    share: float
+    """Times the allowed difference: above 1 it is too large."""
+    output: str
+    row: int
+    time: int
+    """Time step, from 0; of an output without a time axis, the last one."""
+    absolute: float
+
+
+def gather(plan: Plan, sampler: Sampler, steps: int) -> list[Evidence]:
+    """Call the model on hard sequences of ``steps`` time steps, and look at what disturbances do.
+
+    Args:
+        plan: which inputs and outputs have a time axis.
+        sampler: draws the sequences.
+        steps: their length.
+
+    Raises:
+        NotCausalError: an output moves before the time step that was disturbed.
+        ModelError: two calls differ, a row moves when another one is disturbed, or Keras's call fails.
+    """
+    rng, base = np.random.default_rng(17), rounding(plan.interface.model)
+    temporal = plan.temporal
+    inputs = sampler.hard(rng, temporal, steps)
+    disturbed, times = sampler.disturbed(rng, temporal, inputs)
+    whole = _whole_call(plan.interface)
+    try:
+        usual, again = whole(inputs), whole(inputs)
+        noisy = whole([_noisy(rng, value, base) for value in inputs])
+        moved = whole(disturbed)
+        moved_noisy = whole([_noisy(rng, value, base) for value in disturbed])
+    except Exception as error:  # Keras and user code raise whatever they like.
+        raise ModelError(
+            f"the model does not run on a sequence of {steps} time steps: {type(error).__name__}: {gist(error)}"
+        ) from error
+    for spec in plan.outputs:
+        name, timed = spec.name, spec.temporal
+        if not _same(usual[name], again[name]):
+            raise ModelError(f"two calls of the model differ: output {name!r} is another for the same inputs")
+        _refuse_moves(name, timed, usual[name], moved[name], times)
+    return [
+        Evidence(steps, tuple(inputs), usual, _noise(plan, usual, noisy)),
+        Evidence(steps, tuple(disturbed), moved, _noise(plan, moved, moved_noisy)),
+    ]
+
+
+def compare(plan: Plan, evidence: Evidence, stepped: Mapping[str, Array]) -> Difference:
+    """Return where what a program gives, stepped through the same inputs, differs most from Keras."""
+    worst = Difference(0.0, plan.outputs[0].name if plan.outputs else "", 0, 0, 0.0)
+    for spec in plan.outputs:
+        one = _rows(evidence.outputs[spec.name], spec.temporal)
+        two = _rows(stepped[spec.name], spec.temporal)
+        if one.shape != two.shape:
+            return Difference(float("inf"), spec.name, 0, 0, float("inf"))
+        if not one.size:
+            continue
+        allowed, ended = _allowed(one, evidence.noise[spec.name], tolerance(plan))
+        apart = np.max(np.abs(np.nan_to_num(one - two, nan=np.inf)), axis=2)
+        share = np.where(ended, 0.0, apart / allowed)
+        row, time = np.unravel_index(int(np.argmax(share)), share.shape)
+        if share[row, time] > worst.share:
+            at = int(time) if spec.temporal else evidence.steps - 1
+            worst = Difference(float(share[row, time]), spec.name, int(row), at, float(apart[row, time]))
+    return worst
+
+
+def reach(model: object, own_steps: Sequence[int | None]) -> int:
+    """Return how many time steps to try: more than any layer reaches as far as that can be read from it."""
+    total = max((steps or 0 for steps in own_steps), default=0)
+    for layer in all_operations(model):
+        sizes = [
+            getattr(layer, name, None)
+            for name in ("kernel_size", "pool_size", "padding", "cropping", "size", "n")
+        ]
+        spread = max(
+            (_largest(getattr(layer, name, None)) for name in ("dilation_rate", "strides")), default=1
+        )
+        total += max(map(_largest, sizes)) * max(spread, 1)
+    return max(STEPS, min(2 * total, 16 * STEPS))
+
+
+def _largest(value: object) -> int:
+    if isinstance(value, (tuple, list)):
+        return max(map(_largest, value), default=0)
+    return value if isinstance(value, int) else 0
+
+
+def _whole_call(interface: Interface) -> _Whole:
+    """Return Keras's call of the model as a compiled function: eager, a loop over time takes seconds."""
+    model = interface.model
+
+    def call(*tensors: object) -> dict[str, object]:
+        with relaxed(model), contextlib.ExitStack() as stack:
+            for layer in recurrent_layers(model).values():
+                stack.enter_context(attribute(layer, "unroll", False))
+            for operation in all_operations(model):
+                merged = time_distributed(operation)
+                if merged is not None:  # Keras would make a copy of the layer for each time step.
+                    stack.enter_context(attribute(operation, "call", merged))
+            return interface.call(tensors)
+
+    compiled = tf.function(call)
+
+    def whole(inputs: Sequence[Array]) -> dict[str, Array]:
+        casts = zip(inputs, interface.inputs, strict=True)
+        results = compiled(*(tf.cast(value, info.dtype) for value, info in casts))
+        return {name: plain(value) for name, value in results.items()}
+
+    return whole
+
+
+def _noisy(rng: np.random.Generator, value: Array, base: float) -> Array:
+    if not np.issubdtype(value.dtype, np.floating):
+        return value
+    signs = rng.choice([-1.0, 1.0], value.shape)
+    return np.asarray(value.astype(np.float64) * (1 + signs * base), value.dtype)
+
+
+def _rows(value: Array, timed: bool) -> Floats:
+    """Return an output as ``(rows, time, all the rest)``; without a time axis, of one time step."""
+    shape = value.shape[: 2 if timed else 1]
+    return value.reshape(*shape, *(() if timed else (1,)), -1).astype(np.float64)
+
+
+def _noise(plan: Plan, usual: Mapping[str, Array], noisy: Mapping[str, Array]) -> dict[str, Floats]:
+    found = {}
+    for spec in plan.outputs:
+        one, two = _rows(usual[spec.name], spec.temporal), _rows(noisy[spec.name], spec.temporal)
+        moved = np.max(np.abs(np.nan_to_num(one - two, nan=np.inf)), axis=2, initial=0)
+        found[spec.name] = np.maximum.accumulate(moved, axis=1)
+    return found
+
+
+def _allowed(usual: Floats, noise: Floats, tolerance: float) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Return the allowed difference by row and time, and from where on a row says nothing."""
+    size = np.max(np.abs(np.nan_to_num(usual, nan=0, posinf=0, neginf=0)), axis=2, initial=0)
+    size = np.maximum(np.maximum.accumulate(size, axis=1), 0.1)
+    effect = _NOISES * noise
+    ended = ~np.all(np.isfinite(usual), axis=2) | ~np.isfinite(noise) | (effect > _LOST * size)
+    return tolerance * size + effect, np.logical_or.accumulate(ended, axis=1)
+
+
+def _same(one: Array, two: Array) -> bool:
+    return bool(np.array_equal(one, two, equal_nan=np.issubdtype(one.dtype, np.inexact)))
+
+
+def _refuse_moves(name: str, timed: bool, usual: Array, moved: Array, times: Mapping[int, int]) -> None:
+    """Refuse what moves before the disturbance, and rows that were not disturbed."""
+    one, two = _rows(usual, timed), _rows(moved, timed)
+    tolerance = 1e-5 * np.maximum(np.max(np.abs(np.nan_to_num(one)), axis=(1, 2), initial=0), 1e-3)
+    for row in range(len(one)):
+        until = times.get(row)
+        if until is not None and not timed:
+            continue
+        before = slice(0, until)
+        apart = np.max(np.abs(np.nan_to_num(one[row, before] - two[row, before])), initial=0)
+        if apart <= tolerance[row]:
+            continue
+        if until is None:
+            raise ModelError(
+                f"the rows of a batch are not independent of each other: output {name!r} of one row moves by {apart:.2g} "
+                "when another row is disturbed"
+            )
+        raise NotCausalError(
+            f"model is not causal: output {name!r} moves by {apart:.2g} before the time step that was disturbed "
+            f"({until})"
+        )
