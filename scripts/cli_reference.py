@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from stepwell.cli import main as root
+from stepwell.cli.serve import PassedOn
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 WIDTH = 100
@@ -66,13 +67,13 @@ def walk(command: click.Command, context: click.Context) -> Iterator[tuple[str, 
 
 def help_text(command: click.Command, context: click.Context) -> str:
     """What `--help` prints; the server tells its own."""
-    return server_help() if command.name == "serve" else command.get_help(context)
+    return server_help(command) if isinstance(command, PassedOn) else command.get_help(context)
 
 
-def server_help() -> str:
-    """What `stepwell serve --help` prints, at the page's width whatever the terminal's."""
+def server_help(command: click.Command) -> str:
+    """What `stepwell serve --help` prints, or the like, at the page's width whatever the terminal's."""
     finished = subprocess.run(
-        [sys.executable, "-m", "stepwell", "serve", "--help"],
+        [sys.executable, "-m", "stepwell", str(command.name), "--help"],
         env={**os.environ, "COLUMNS": str(WIDTH), "NO_COLOR": "1"},
         capture_output=True,
         text=True,

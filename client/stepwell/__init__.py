@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stepwell import aio, config, errors
     from stepwell._state import State
-    from stepwell._types import ModelInfo, SessionInfo, TensorInfo
+    from stepwell._types import ModelInfo, ProofInfo, SessionInfo, TensorInfo
     from stepwell.client import Client, connect
     from stepwell.errors import (
         ClosedError,
@@ -52,6 +52,7 @@ __all__ = [
     "ModelMismatchError",
     "ModelNotFoundError",
     "OverloadedError",
+    "ProofInfo",
     "RefusedError",
     "ReplyTooLargeError",
     "RevisionConflictError",
@@ -78,6 +79,7 @@ _MODULES = frozenset({"aio", "config", "errors"})
 _HOMES = {
     "Client": "client",
     "ModelInfo": "_types",
+    "ProofInfo": "_types",
     "Session": "session",
     "SessionGroup": "group",
     "SessionInfo": "_types",

@@ -47,6 +47,32 @@ class TensorInfo:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class ProofInfo:
+    """How it is known that stepping a model gives what one call of it over the sequence gives.
+
+    Example:
+        >>> client.model("forecast").proof.is_trusted
+        False
+    """
+
+    compared_steps: int
+    """Length of the sequences on which it was compared with Keras, in time steps."""
+    unproven: str
+    """What does not follow from its graph and was trusted (``--trust-causality``), as a clause, or empty."""
+
+    @property
+    def is_trusted(self) -> bool:
+        """It does not all follow from the graph: the server was told to trust the rest."""
+        return bool(self.unproven)
+
+    def __str__(self) -> str:
+        if not self.compared_steps:
+            return "unknown"
+        samples = f"compared with Keras over {self.compared_steps} time steps"
+        return f"TRUSTED, not proven; {samples}" if self.unproven else f"proven from its graph; {samples}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A model as it is served.
 
@@ -75,6 +101,8 @@ class ModelInfo:
     """Size of the state of one row, in bytes."""
     sessions: int
     """Open sessions when it was described."""
+    proof: ProofInfo = ProofInfo(0, "")
+    """How it is known that it may be stepped; a server of an older release says nothing of it."""
 
     @classmethod
     def _from_message(cls, model: models_pb2.Model) -> Self:
@@ -89,6 +117,7 @@ class ModelInfo:
             batch_sizes=tuple(model.batch_sizes),
             state_row_bytes=model.state_row_bytes,
             sessions=model.sessions,
+            proof=ProofInfo(model.proof.compared_steps, model.proof.unproven),
         )
 
 

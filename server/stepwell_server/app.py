@@ -19,7 +19,7 @@ from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.engine.engine import Engine
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics import MetricsServer, PrometheusObserver
-from stepwell_server.program import Program
+from stepwell_server.program import Program, ProofOptions
 from stepwell_server.rpc.server import BindError, RpcServer
 from stepwell_server.settings import Address, Settings
 from stepwell_server.store.base import StoreBusy, StoreError
@@ -101,7 +101,11 @@ def _compile(settings: Settings) -> dict[str, Program]:
     for name, path in settings.models.items():
         started = time.perf_counter()
         try:
-            programs[name] = compile_program(path, settings.cache_dir, settings.imports, _progress(name))
+            options = ProofOptions(settings.probe_steps.get(name), name in settings.trust_causality)
+            program = compile_program(path, settings.cache_dir, settings.imports, _progress(name), options)
+            if name in settings.check_with:
+                _check(settings, name, program)
+            programs[name] = program
         except ModelError as error:
             if error.details:
                 _log.warning("model refused", model=name, details=error.details)
@@ -109,8 +113,25 @@ def _compile(settings: Settings) -> dict[str, Program]:
         except OSError as error:
             raise StartError(f"--cache-dir: {error}") from error
         seconds = time.perf_counter() - started
-        _log.info("model loaded", model=name, executor=programs[name].executor, seconds=seconds)
+        _log.info(
+            "model loaded", model=name, executor=program.executor, proof=str(program.proof), seconds=seconds
+        )
+        if program.proof.unproven:
+            _log.warning("model is trusted, not proven", model=name, unproven=program.proof.unproven)
     return programs
+
+
+def _check(settings: Settings, name: str, program: Program) -> None:
+    """Hold a program against Keras on the user's own sequences."""
+    from stepwell_server.compile.launch import compare_with_keras
+
+    file = settings.check_with[name]
+    report = compare_with_keras(settings.models[name], program, file, settings.imports)
+    for output in report.outputs:
+        _log.info("compared with Keras", model=name, data=str(file), **output.fields())
+    worst = report.worst
+    if worst is not None and not worst.is_allowed:
+        raise StartError(f"model {name}: --check-with {file}: {worst}")
 
 
 def _progress(model: str) -> Callable[[str], None]:

@@ -114,6 +114,46 @@ def _models(items: Sequence[str]) -> dict[str, Path]:
     return models
 
 
+def _probe_steps(items: Sequence[str]) -> dict[str, int]:
+    steps: dict[str, int] = {}
+    for name, text in _named(items, "NAME=N").items():
+        if not re.fullmatch(r"\d{1,6}", text) or not 1 <= int(text) <= 100_000:
+            raise ValueError(
+                f"NAME=N with a number of time steps from 1 to 100000; got {name + '=' + text!r}"
+            )
+        steps[name] = int(text)
+    return steps
+
+
+def _data_files(items: Sequence[str]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for name, text in _named(items, "NAME=FILE.npy").items():
+        files[name] = _expanded(text)
+        if files[name].suffix not in {".npy", ".npz"} or not files[name].is_file():
+            raise ValueError(f"NAME=FILE with an .npy or .npz file that exists; got {name + '=' + text!r}")
+    return files
+
+
+def _named(items: Sequence[str], form: str) -> dict[str, str]:
+    """Read pairs of a model's name and a text, each model once."""
+    pairs: dict[str, str] = {}
+    for item in items:
+        name, _, text = item.partition("=")
+        if not text or not _MODEL_NAME.fullmatch(name):
+            raise ValueError(f"{form} with the name of a model; got {item!r}")
+        if name in pairs:
+            raise ValueError(f"{form} with different names; got {name!r} twice")
+        pairs[name] = text
+    return pairs
+
+
+def _names(items: Sequence[str]) -> tuple[str, ...]:
+    for item in items:
+        if not _MODEL_NAME.fullmatch(item):
+            raise ValueError(f"the name of a model; got {item!r}")
+    return tuple(dict.fromkeys(items))
+
+
 def _folder(text: str) -> Path:
     if not text:
         raise ValueError("a folder")
@@ -133,7 +173,12 @@ def _expanded(text: str) -> Path:
     return Path(path)
 
 
-def _default_cache_dir() -> Path:
+def default_cache_dir() -> Path:
+    """Return the folder for compiled models where none is given.
+
+    Raises:
+        SettingsError: there is no home.
+    """
     return _default_folder("--cache-dir", "XDG_CACHE_HOME", "~/.cache")
 
 
@@ -180,7 +225,13 @@ class Settings:
     """Address to serve Prometheus metrics on. Default: nowhere."""
     imports: Sequence[str] = _several(_module_names, tuple, "MODULE")
     """Module to import before a model is loaded, for its own layers and functions. May be given again; in the variable, with commas between them."""
-    cache_dir: Path = _computed(_folder, _default_cache_dir, "DIR")
+    probe_steps: Mapping[str, int] = _several(_probe_steps, dict, "NAME=N")
+    """Time steps over which a model is compared with Keras when it is compiled. Default: 512, or twice what its layers reach."""
+    trust_causality: Sequence[str] = _several(_names, tuple, "NAME")
+    """Model to serve although its graph does not prove that it may be stepped. It is still compared with Keras. May be given again."""
+    check_with: Mapping[str, Path] = _several(_data_files, dict, "NAME=FILE.npy")
+    """Sequences of your own, (batch, T, features), or an .npz of them by the names of the inputs: the start is refused if stepping the model through them differs from Keras."""
+    cache_dir: Path = _computed(_folder, default_cache_dir, "DIR")
     """Folder for compiled models. Default: stepwell in the user's cache folder."""
     max_message_bytes: int = _setting(_whole(1024), 64 * 1024 * 1024, "N")
     """Size of a request or reply at most."""
@@ -259,6 +310,13 @@ def _checked(values: dict[str, Any]) -> Settings:
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise SettingsError(f"model {name}: PATH must be a .keras file; {path} {what}")
+    for setting in ("probe_steps", "trust_causality", "check_with"):
+        for name in values.get(setting, ()):
+            if name not in values["models"]:
+                known = ", ".join(values["models"])
+                raise SettingsError(
+                    f"{_OPTIONS[setting]}: there is no model {name!r}; the models are {known}"
+                )
     if values.get("store") == "memory":
         values["data_dir"] = Path()  # of no use, and its default may not be there
     return Settings(**values)

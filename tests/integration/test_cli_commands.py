@@ -90,6 +90,7 @@ def test_models_are_shown(run: Run) -> None:
         "OUTPUTS",
         "STATE",
         "SESSIONS",
+        "PROOF",
         "EXECUTOR",
         "WHY",
     ]
@@ -97,13 +98,16 @@ def test_models_are_shown(run: Run) -> None:
     assert "x float32 (B, T, 3)" in lines[1]
     assert "lstm/h float32 (B, 8); lstm/c float32 (B, 8)" in lines[1]
     assert "profile float32 (B, 5)" in lines[2]
+    assert all("proven from its graph; compared with Keras over 512 time steps" in line for line in lines[1:])
 
 
 def test_models_for_programs_have_every_documented_key(run: Run, client: stepwell.Client) -> None:
     shown = document(run("models", "--json"))["models"]
 
     keys = [key for text, _ in main.commands["models"].json_keys[1:] for key in text.split(", ")]  # type: ignore[attr-defined]
-    assert [list(model) for model in shown] == [keys, keys]
+    within = [f"proof.{key}" for key in shown[0]["proof"]]
+    assert [[*model, *within] for model in shown] == [keys, keys]
+    assert shown[0]["proof"] == {"compared_steps": 512, "unproven": ""}
     assert [model["fingerprint"] for model in shown] == [model.fingerprint for model in client.models()]
     assert shown[0]["inputs"] == [{"name": "x", "dtype": "float32", "shape": [3], "temporal": True}]
     assert shown[0]["executor"] == "litert"

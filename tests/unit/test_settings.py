@@ -43,9 +43,31 @@ def test_variables_hold_several_values_with_commas(tmp_path: Path) -> None:
     assert settings.imports == ("m", "n.o")
 
 
+def test_what_is_said_of_single_models(model: str, tmp_path: Path) -> None:
+    data = tmp_path / "x.npy"
+    data.write_bytes(b"")
+    arguments = ["--probe-steps", "forecast=2000", "--trust-causality", "forecast"]
+    settings = read_settings([model, *arguments, "--check-with", f"forecast={data}"], {})
+    assert settings.probe_steps == {"forecast": 2000}
+    assert settings.trust_causality == ("forecast",)
+    assert settings.check_with == {"forecast": data}
+    with pytest.raises(
+        SettingsError, match=r"--trust-causality: there is no model 'other'; the models are forecast"
+    ):
+        read_settings([model, "--trust-causality", "other"], {})
+    with pytest.raises(SettingsError, match=r"--probe-steps: there is no model 'other'"):
+        read_settings([model, "--probe-steps", "other=5"], {})
+
+
 @pytest.mark.parametrize(
     ("option", "value", "rule"),
     [
+        ("probe-steps", "forecast", "NAME=N with the name of a model"),
+        ("probe-steps", "forecast=0", "a number of time steps from 1 to 100000"),
+        ("probe-steps", "forecast=1e3", "a number of time steps from 1 to 100000"),
+        ("trust-causality", "a/b", "the name of a model"),
+        ("check-with", "forecast=gone.npy", "an .npy or .npz file that exists"),
+        ("check-with", "forecast", "NAME=FILE.npy with the name of a model"),
         ("listen", "50051", "HOST:PORT"),
         ("listen", "localhost:70000", "0 to 65535"),
         ("listen", "::1:5", "[HOST]:PORT"),

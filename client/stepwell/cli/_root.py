@@ -9,6 +9,7 @@ import click
 
 from stepwell.cli import _errors, _help
 from stepwell.cli.bench import bench
+from stepwell.cli.check import check
 from stepwell.cli.models import models
 from stepwell.cli.serve import serve
 from stepwell.cli.sessions import sessions
@@ -72,5 +73,5 @@ def main() -> None:
     """
 
 
-for command in (serve, models, sessions, step, state, bench):
+for command in (serve, check, models, sessions, step, state, bench):
     main.add_command(command)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
         ("batch_sizes", "batch sizes that it is padded to; empty: any"),
         ("state_row_bytes", "size of the state of one row"),
         ("sessions", "open sessions"),
+        ("proof", "how it is known that it may be stepped:"),
+        ("proof.compared_steps", "length of the sequences on which it was compared with Keras"),
+        ("proof.unproven", "what does not follow from its graph and was trusted; empty: nothing"),
     ),
 )
 @json_option
@@ -45,7 +48,17 @@ def models(target: Target, as_json: bool) -> None:
     elif not served:
         click.echo("no models", err=True)
     else:
-        headings = ("MODEL", "FINGERPRINT", "INPUTS", "OUTPUTS", "STATE", "SESSIONS", "EXECUTOR", "WHY")
+        headings = (
+            "MODEL",
+            "FINGERPRINT",
+            "INPUTS",
+            "OUTPUTS",
+            "STATE",
+            "SESSIONS",
+            "PROOF",
+            "EXECUTOR",
+            "WHY",
+        )
         _render.print_records(headings, [model_cells(model) for model in served], right=("SESSIONS",))
 
 
@@ -58,6 +71,7 @@ def model_cells(model: ModelInfo) -> tuple[str, ...]:
         "\n".join(map(_render.shape_text, model.outputs)),
         "\n".join(map(_render.shape_text, model.state)),
         str(model.sessions),
+        str(model.proof),
         model.executor,
         model.executor_reason,
     )
@@ -76,6 +90,7 @@ def model_json(model: ModelInfo) -> dict[str, object]:
         "batch_sizes": list(model.batch_sizes),
         "state_row_bytes": model.state_row_bytes,
         "sessions": model.sessions,
+        "proof": {"compared_steps": model.proof.compared_steps, "unproven": model.proof.unproven},
     }
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Sequence
 from importlib import metadata
+from typing import NoReturn
 
 import click
 
@@ -41,15 +43,23 @@ class PassedOn(Command):
 @click.pass_context
 def serve(ctx: click.Context, arguments: tuple[str, ...]) -> None:
     """Serve Keras models; the options are the server's own."""
+    pass_on(ctx, arguments, "stepwell_server.__main__", "serving")
+
+
+def pass_on(ctx: click.Context, arguments: Sequence[str], module: str, doing: str) -> NoReturn:
+    """Run the main function of a module of the server with a command's arguments, and exit with its code."""
     missing = missing_packages()
     if missing:
-        raise Failure(f"serving needs packages that are not installed ({', '.join(missing)}): {INSTALL}")
+        raise Failure(f"{doing} needs packages that are not installed ({', '.join(missing)}): {INSTALL}")
     try:
         # By name, so that the client's code nowhere imports the server's.
-        server = importlib.import_module("stepwell_server.__main__")
+        server = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise Failure(f"serving needs a package that is not installed ({error.name}): {INSTALL}") from None
-    code = server.main(list(arguments), prog="stepwell serve")
+        raise Failure(f"{doing} needs a package that is not installed ({error.name}): {INSTALL}") from None
+    try:
+        code = server.main(list(arguments), prog=f"stepwell {ctx.command.name}")
+    except SystemExit as exit_:  # argparse has printed the help, or what is wrong.
+        code = exit_.code if isinstance(exit_.code, int) else 2
     if not {"-h", "--help"}.isdisjoint(arguments):
         show_epilog(ctx)
     ctx.exit(code)

@@ -35,6 +35,7 @@ class Model(_message.Message):
     BATCH_SIZES_FIELD_NUMBER: _builtins.int
     STATE_ROW_BYTES_FIELD_NUMBER: _builtins.int
     SESSIONS_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name it is served under."""
     fingerprint: _builtins.str
@@ -63,6 +64,10 @@ class Model(_message.Message):
     def batch_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Batch sizes that give the same bits for a row; others are padded up to one of them. Empty: all do."""
 
+    @_builtins.property
+    def proof(self) -> Global___Proof:
+        """How it is known that stepping it gives what one call of it over the sequence gives."""
+
     def __init__(
         self,
         *,
@@ -76,14 +81,43 @@ class Model(_message.Message):
         batch_sizes: _abc.Iterable[_builtins.int] | None = ...,
         state_row_bytes: _builtins.int = ...,
         sessions: _builtins.int = ...,
+        proof: Global___Proof | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "executor", b"executor", "executor_reason", b"executor_reason", "fingerprint", b"fingerprint", "inputs", b"inputs", "name", b"name", "outputs", b"outputs", "sessions", b"sessions", "state", b"state", "state_row_bytes", b"state_row_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "executor", b"executor", "executor_reason", b"executor_reason", "fingerprint", b"fingerprint", "inputs", b"inputs", "name", b"name", "outputs", b"outputs", "proof", b"proof", "sessions", b"sessions", "state", b"state", "state_row_bytes", b"state_row_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Proof(_message.Message):
+    """The proof that a model may be stepped, made when it was compiled."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPARED_STEPS_FIELD_NUMBER: _builtins.int
+    UNPROVEN_FIELD_NUMBER: _builtins.int
+    compared_steps: _builtins.int
+    """Length of the sequences on which it was compared with Keras, in time steps."""
+    unproven: _builtins.str
+    """What does not follow from the model's graph and was trusted (--trust-causality), as a clause. Empty: all
+    follows from the graph, for sequences of every length.
+    """
+    def __init__(
+        self,
+        *,
+        compared_steps: _builtins.int = ...,
+        unproven: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compared_steps", b"compared_steps", "unproven", b"unproven"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Proof: _TypeAlias = Proof  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):

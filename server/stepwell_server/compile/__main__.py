@@ -1,7 +1,10 @@
 """The compiling process: ``python -m stepwell_server.compile MODEL FOLDER [--import MODULE]...``.
 
+With ``--compare`` it holds the program that is in FOLDER already against Keras instead.
+
 It speaks JSON lines on what was its standard output: ``{"stage": ...}`` as each stage begins, then
-``{"done": true}`` or ``{"error": ..., "kind": ...}``. Whatever else prints lands on standard error.
+``{"done": ...}``, true or the comparison, or ``{"error": ..., "kind": ...}``. Whatever else prints lands on
+standard error.
 """
 
 from __future__ import annotations
@@ -10,8 +13,11 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from stepwell_server.program import Program, ProofOptions
 
 
 def main() -> int:
@@ -21,26 +27,42 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--import", dest="imports", action="append", default=[])
+    parser.add_argument("--steps", type=int, help="time steps to compare over")
+    parser.add_argument("--trust", action="store_true", help="also where the graph proves too little")
+    parser.add_argument("--compare", action="store_true", help="compare the program in FOLDER with Keras")
+    parser.add_argument("--data", type=Path, help="sequences to compare on, .npy or .npz")
     arguments = parser.parse_args()
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     speak({"stage": "load"})
     # After the protocol is safe: loading TensorFlow prints.
     from stepwell_server.compile.errors import ModelError
-    from stepwell_server.compile.pipeline import compile_model
 
     try:
-        compile_model(
-            arguments.model,
-            arguments.folder,
-            arguments.imports,
-            lambda stage: speak({"stage": stage}) if stage != "load" else None,
-        )
+        if arguments.compare:
+            speak({"done": _compare(arguments)})
+        else:
+            _compile(arguments, lambda stage: speak({"stage": stage}) if stage != "load" else None)
+            speak({"done": True})
     except ModelError as error:
         speak({"error": str(error), "kind": type(error).__name__, "details": error.details})
         return 2
-    speak({"done": True})
     return 0
+
+
+def _compile(arguments: argparse.Namespace, report: Callable[[str], None]) -> None:
+    from stepwell_server.compile.pipeline import compile_model
+
+    options = ProofOptions(arguments.steps, arguments.trust)
+    compile_model(arguments.model, arguments.folder, arguments.imports, report, options)
+
+
+def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    from stepwell_server.compile.own_data import compare
+    from stepwell_server.compile.pipeline import import_modules
+
+    import_modules(arguments.imports)
+    return compare(arguments.model, Program.load(arguments.folder), arguments.data).to_json()
 
 
 def _protocol() -> Any:

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.program import FORMAT, Program
+from stepwell_server.program import FORMAT, Program, ProofOptions
 
 #: Raise it when the compiler makes something else of the same model.
 COMPILE_VERSION = 2
@@ -24,8 +24,8 @@ _PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")
 _DIGESTS = "digests.json"
 
 
-def cache_key(model: Path, imports: Sequence[str]) -> str:
-    """Hash all that a program is made from: the file, the versions, the imported modules' source.
+def cache_key(model: Path, imports: Sequence[str], options: ProofOptions | None = None) -> str:
+    """Hash all that a program is made from: the file, the versions, the imported modules' source, the options.
 
     The processor is part of it: kernels are chosen by what it can do, and which batch sizes give the same
     bits was found out on it.
@@ -41,6 +41,7 @@ def cache_key(model: Path, imports: Sequence[str]) -> str:
         for file in module_files(module):
             digest.update(f"{module} {file.name}\n".encode())
             digest.update(hashlib.sha256(file.read_bytes()).digest())
+    digest.update(f"{options or ProofOptions()}\n".encode())
     digest.update(_file_digest(model))
     return digest.hexdigest()
 

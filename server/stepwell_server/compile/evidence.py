@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.compile.causality.cut import all_operations, time_distributed
+from stepwell_server.compile.comparison import Comparison, Difference
 from stepwell_server.compile.errors import ModelError, NotCausalError, gist
 from stepwell_server.compile.interface import Interface
 from stepwell_server.compile.patch import attribute, relaxed
 from stepwell_server.compile.plan import Plan
 from stepwell_server.compile.samples import Sampler
-from stepwell_server.compile.sequences import rounding, tolerance
+from stepwell_server.compile.sequences import Stepped, rounding
 from stepwell_server.compile.tensorflow_setup import tf
 from stepwell_server.compile.watch import plain, recurrent_layers
 
@@ -51,19 +53,6 @@ class Evidence:
     """What rounding on the inputs does to each output, ``(rows, time)`` or ``(rows, 1)``."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """Where a program differs most from Keras, in terms of what is allowed there."""
-
-    share: float
-    """Times the allowed difference: above 1 it is too large."""
-    output: str
-    row: int
-    time: int
-    """Time step, from 0; of an output without a time axis, the last one."""
-    absolute: float
-
-
 def gather(plan: Plan, sampler: Sampler, steps: int) -> list[Evidence]:
     """Call the model on hard sequences of ``steps`` time steps, and look at what disturbances do.
 
@@ -81,15 +70,11 @@ def gather(plan: Plan, sampler: Sampler, steps: int) -> list[Evidence]:
     inputs = sampler.hard(rng, temporal, steps)
     disturbed, times = sampler.disturbed(rng, temporal, inputs)
     whole = _whole_call(plan.interface)
-    try:
+    with _explained(steps):
         usual, again = whole(inputs), whole(inputs)
         noisy = whole([_noisy(rng, value, base) for value in inputs])
         moved = whole(disturbed)
         moved_noisy = whole([_noisy(rng, value, base) for value in disturbed])
-    except Exception as error:  # Keras and user code raise whatever they like.
-        raise ModelError(
-            f"the model does not run on a sequence of {steps} time steps: {type(error).__name__}: {gist(error)}"
-        ) from error
     for spec in plan.outputs:
         name, timed = spec.name, spec.temporal
         if not _same(usual[name], again[name]):
@@ -101,24 +86,68 @@ def gather(plan: Plan, sampler: Sampler, steps: int) -> list[Evidence]:
     ]
 
 
-def compare(plan: Plan, evidence: Evidence, stepped: Mapping[str, Array]) -> Difference:
-    """Return where what a program gives, stepped through the same inputs, differs most from Keras."""
-    worst = Difference(0.0, plan.outputs[0].name if plan.outputs else "", 0, 0, 0.0)
-    for spec in plan.outputs:
-        one = _rows(evidence.outputs[spec.name], spec.temporal)
-        two = _rows(stepped[spec.name], spec.temporal)
-        if one.shape != two.shape:
-            return Difference(float("inf"), spec.name, 0, 0, float("inf"))
-        if not one.size:
-            continue
-        allowed, ended = _allowed(one, evidence.noise[spec.name], tolerance(plan))
-        apart = np.max(np.abs(np.nan_to_num(one - two, nan=np.inf)), axis=2)
-        share = np.where(ended, 0.0, apart / allowed)
-        row, time = np.unravel_index(int(np.argmax(share)), share.shape)
-        if share[row, time] > worst.share:
-            at = int(time) if spec.temporal else evidence.steps - 1
-            worst = Difference(float(share[row, time]), spec.name, int(row), at, float(apart[row, time]))
-    return worst
+def compare(plan: Stepped, evidence: Evidence, stepped: Mapping[str, Array], tolerance: float) -> Comparison:
+    """Return how what a program gives, stepped through the same inputs, differs from Keras.
+
+    Args:
+        plan: the program's specs.
+        evidence: Keras's call, and the inputs.
+        stepped: the program's outputs, shaped as Keras's are.
+        tolerance: see `sequences.tolerance`.
+    """
+    rows = len(evidence.inputs[0])
+    found = [
+        _difference(spec.name, spec.temporal, evidence, stepped[spec.name], tolerance)
+        for spec in plan.outputs
+    ]
+    return Comparison(rows, evidence.steps, tuple(found))
+
+
+def _difference(name: str, timed: bool, evidence: Evidence, stepped: Array, tolerance: float) -> Difference:
+    one, two = _rows(evidence.outputs[name], timed), _rows(stepped, timed)
+    if one.shape != two.shape:
+        return Difference(name, math.inf, math.inf, 0.0, 0, 0, (math.inf,))
+    if not one.size:
+        return Difference(name, 0.0, 0.0, tolerance, 0, 0, (0.0,))
+    allowed, ended = _allowed(one, evidence.noise[name], tolerance)
+    same = (one == two) | (np.isnan(one) & np.isnan(two))
+    with np.errstate(invalid="ignore"):
+        apart = np.max(np.where(same, 0.0, np.nan_to_num(np.abs(one - two), nan=np.inf)), axis=2)
+    share = np.where(ended, 0.0, apart / allowed)
+    row, time = (int(i) for i in np.unravel_index(int(np.argmax(share)), share.shape))
+    return Difference(
+        output=name,
+        share=float(share[row, time]),
+        absolute=float(apart[row, time]) if not ended[row, time] else 0.0,
+        allowed=float(allowed[row, time]),
+        row=row,
+        time=time if timed else evidence.steps - 1,
+        by_step=tuple(float(x) for x in np.max(np.where(ended, 0.0, apart), axis=0)),
+        skipped=float(np.mean(ended)),
+    )
+
+
+def observe(plan: Stepped, interface: Interface, inputs: Sequence[Array], steps: int) -> Evidence:
+    """Call the model on given sequences, and once more with noise of one rounding on them.
+
+    Raises:
+        ModelError: Keras's call fails.
+    """
+    whole, base = _whole_call(interface), rounding(interface.model)
+    with _explained(steps):
+        usual = whole(inputs)
+        noisy = whole([_noisy(np.random.default_rng(19), value, base) for value in inputs])
+    return Evidence(steps, tuple(inputs), usual, _noise(plan, usual, noisy))
+
+
+@contextlib.contextmanager
+def _explained(steps: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Keras and user code raise whatever they like.
+        raise ModelError(
+            f"the model does not run on a sequence of {steps} time steps: {type(error).__name__}: {gist(error)}"
+        ) from error
 
 
 def reach(model: object, own_steps: Sequence[int | None]) -> int:
@@ -179,7 +208,7 @@ def _rows(value: Array, timed: bool) -> Floats:
     return value.reshape(*shape, *(() if timed else (1,)), -1).astype(np.float64)
 
 
-def _noise(plan: Plan, usual: Mapping[str, Array], noisy: Mapping[str, Array]) -> dict[str, Floats]:
+def _noise(plan: Stepped, usual: Mapping[str, Array], noisy: Mapping[str, Array]) -> dict[str, Floats]:
     found = {}
     for spec in plan.outputs:
         one, two = _rows(usual[spec.name], spec.temporal), _rows(noisy[spec.name], spec.temporal)

@@ -9,12 +9,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import stepwell_server
 from stepwell_server.compile import cache
+from stepwell_server.compile.comparison import Comparison
 from stepwell_server.compile.errors import ModelError, NotCausalError
-from stepwell_server.program import Program
+from stepwell_server.program import Program, ProofOptions
 
 Progress = Callable[[str], None]
 _DETAIL_LINES = 40
@@ -25,6 +26,7 @@ def compile_program(
     cache_dir: Path,
     imports: Sequence[str] = (),
     progress: Progress | None = None,
+    options: ProofOptions | None = None,
 ) -> Program:
     """Return the program of a ``.keras`` file, from the cache if it is there.
 
@@ -35,6 +37,7 @@ def compile_program(
             searched first. Their source is part of the cache's key, that of modules they import is not.
         progress: called with each stage as it begins: load, trace, probe, convert, check. Not called
             when the program comes from the cache.
+        options: what the user says about the proof.
 
     Raises:
         ModelError: the model cannot be served; the message is one line for people.
@@ -42,17 +45,40 @@ def compile_program(
     """
     if not model.is_file():
         raise ModelError(f"{model}: there is no such file")
-    key = cache.cache_key(model, imports)
+    options = options or ProofOptions()
+    key = cache.cache_key(model, imports, options)
     found = cache.load(cache_dir / key)
     if found is not None:
         return found
     with cache.workspace(cache_dir, key) as folder:
-        _compile(model, folder, imports, progress)
+        told = [] if options.steps is None else ["--steps", str(options.steps)]
+        _run(model, folder, imports, [*told, *(["--trust"] if options.trust else [])], progress)
         return cache.publish(folder, cache_dir / key)
 
 
-def _compile(model: Path, folder: Path, imports: Sequence[str], progress: Progress | None) -> None:
-    command = [sys.executable, "-m", "stepwell_server.compile", str(model), str(folder)]
+def compare_with_keras(
+    model: Path, program: Program, data: Path | None = None, imports: Sequence[str] = ()
+) -> Comparison:
+    """Return how stepping a program differs from Keras's own call of the model it was made from.
+
+    Args:
+        model: the ``.keras`` file.
+        program: what was compiled from it.
+        data: an ``.npy`` or ``.npz`` file of sequences, (batch, T, features); None: those of the proof.
+        imports: see `compile_program`.
+
+    Raises:
+        ModelError: the data do not fit the model.
+    """
+    told = ["--compare", *([] if data is None else ["--data", str(data)])]
+    return Comparison.from_json(_run(model, program.path, imports, told, None))
+
+
+def _run(
+    model: Path, folder: Path, imports: Sequence[str], told: Sequence[str], progress: Progress | None
+) -> Any:
+    """Run the compiling process, and return what it says when it is done."""
+    command = [sys.executable, "-m", "stepwell_server.compile", str(model), str(folder), *told]
     command += [argument for module in imports for argument in ("--import", module)]
     with (
         tempfile.TemporaryFile("w+", errors="replace") as noise,
@@ -67,16 +93,17 @@ def _compile(model: Path, folder: Path, imports: Sequence[str], progress: Progre
     ):
         try:
             assert process.stdout is not None
-            ended = _relay(process.stdout, progress)
+            done = _relay(process.stdout, progress)
             code = process.wait()
         finally:
             process.kill()  # Does nothing if it has ended; else we are leaving early, and so shall it.
-        if not ended:
+        if done is None:
             raise _crash(model, code, noise)
+        return done
 
 
-def _relay(lines: IO[str], progress: Progress | None) -> bool:
-    """Read the child's messages; True if the last of them says that the work is done."""
+def _relay(lines: IO[str], progress: Progress | None) -> Any:
+    """Read the child's messages; return what it says with "done", or None if it never says so."""
     for line in lines:
         message = json.loads(line)
         if "stage" in message:
@@ -86,8 +113,8 @@ def _relay(lines: IO[str], progress: Progress | None) -> bool:
             kind = NotCausalError if message.get("kind") == "NotCausalError" else ModelError
             raise kind(message["error"], message.get("details", ""))
         elif "done" in message:
-            return True
-    return False
+            return message["done"]
+    return None
 
 
 def _crash(model: Path, code: int, noise: IO[str]) -> ModelError:

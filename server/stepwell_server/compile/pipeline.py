@@ -31,8 +31,7 @@ def compile_model(
     """
     report = progress or _silent
     report("load")
-    for module in imports:
-        _import(module)
+    import_modules(imports)
     loaded = archive.load_model(model)
     fingerprint = archive.fingerprint(model)
     report("trace")
@@ -49,11 +48,17 @@ def _silent(_stage: str) -> None:
     return None
 
 
-def _import(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # A user's module raises whatever it likes.
-        raise ModelError(f"--import {module}: {type(error).__name__}: {gist(error)}") from error
+def import_modules(modules: Sequence[str]) -> None:
+    """Import the modules that register a model's own layers.
+
+    Raises:
+        ModelError: one of them cannot be imported.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # A user's module raises whatever it likes.
+            raise ModelError(f"--import {module}: {type(error).__name__}: {gist(error)}") from error
 
 
 def _artefact(traced: Traced, fingerprint: str, folder: Path, report: Callable[[str], None]) -> Program:

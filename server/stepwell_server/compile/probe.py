@@ -132,7 +132,7 @@ def _compare(traced: Traced) -> None:
 
     Where it proves enough they are left to the check of the artefact, which is what will run.
     """
-    step, allowed = step_of_function(traced.plan, traced.function), tolerance(traced.plan)
+    step, allowed = step_of_function(traced.plan, traced.function), tolerance(traced.plan.interface.model)
     for observation in traced.observations:
         stepped = run(traced.plan, step, observation.inputs, observation.steps)
         name, share = worst(observation.outputs, stepped)
@@ -144,10 +144,10 @@ def _compare(traced: Traced) -> None:
     if not traced.proof.unproven:
         return
     for sample in traced.evidence:
-        found = evidence.compare(traced.plan, sample, run(traced.plan, step, sample.inputs, sample.steps))
-        if found.share > 1:
+        stepped = run(traced.plan, step, sample.inputs, sample.steps)
+        found = evidence.compare(traced.plan, sample, stepped, allowed).worst
+        if found is not None and not found.is_allowed:
             raise NotCausalError(
-                f"model cannot be run step by step: output {found.output!r} of one call over {sample.steps} steps differs "
-                f"by {found.absolute:.2g} at time step {found.time} from {sample.steps} calls of one step, although "
-                f"--trust-causality names the model: {traced.proof.unproven}"
+                f"model cannot be run step by step, although --trust-causality names it: {found}; "
+                f"{traced.proof.unproven}"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from stepwell_server.compile.plan import Plan
 from stepwell_server.compile.tensorflow_setup import tf
 from stepwell_server.engine.executors.base import Executor
+from stepwell_server.program import TensorSpec
 
 Array = npt.NDArray[np.generic]
 Step = Callable[[Sequence[Array], Sequence[Array]], tuple[Sequence[Array], Sequence[Array]]]
@@ -48,12 +49,28 @@ def _fill(executor: Executor, inputs: Sequence[Array], states: Sequence[Array]) 
         np.copyto(view, value)
 
 
-def initial_states(plan: Plan, rows: int) -> list[Array]:
+class Stepped(Protocol):
+    """What has to be known for stepping: a `Plan` or a `Program`."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Its inputs."""
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Its outputs."""
+
+    @property
+    def initial(self) -> tuple[Array, ...]:
+        """The initial value of one row of each state."""
+
+
+def initial_states(plan: Stepped, rows: int) -> list[Array]:
     """Return the model's initial state for ``rows`` rows."""
     return [np.repeat(value[np.newaxis], rows, axis=0) for value in plan.initial]
 
 
-def at(plan: Plan, inputs: Sequence[Array], time: int) -> list[Array]:
+def at(plan: Stepped, inputs: Sequence[Array], time: int) -> list[Array]:
     """Return the inputs of one time step of a sequence."""
     return [
         np.ascontiguousarray(value[:, time]) if spec.temporal else value
@@ -61,7 +78,7 @@ def at(plan: Plan, inputs: Sequence[Array], time: int) -> list[Array]:
     ]
 
 
-def run(plan: Plan, step: Step, inputs: Sequence[Array], steps: int) -> dict[str, Array]:
+def run(plan: Stepped, step: Step, inputs: Sequence[Array], steps: int) -> dict[str, Array]:
     """Step through a sequence; returns what one call over it would, by output name."""
     states: Sequence[Array] = initial_states(plan, len(inputs[0]))
     seen: list[Sequence[Array]] = []
@@ -84,14 +101,14 @@ def rounding(model: Any) -> float:
     return 2.0**-23
 
 
-def tolerance(plan: Plan) -> float:
+def tolerance(model: Any) -> float:
     """Return the difference that rounding may make, as a share of an output's largest value.
 
     One rounding of the coarsest type that a layer computes in, times what a sum of thousands of terms over
     some steps can gather: its square root, 256. Half-precision types round their intermediate results
     alike in both ways of computing, so 16 will do for them (256 would allow everything).
     """
-    one = rounding(plan.interface.model)
+    one = rounding(model)
     return (256 if one < 2.0**-16 else 16) * one
 
 

@@ -1,0 +1,149 @@
+"""``stepwell check MODEL.keras``: may it be stepped, and how close is stepping to Keras?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from stepwell_server.compile.comparison import Comparison, Difference
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.launch import compare_with_keras, compile_program
+from stepwell_server.program import Program, ProofOptions
+from stepwell_server.settings import SettingsError, default_cache_dir
+
+#: Lines at most for the time steps of one output.
+_RANGES = 16
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m stepwell_server.check") -> int:
+    """Check a model and print what came of it.
+
+    Returns:
+        The exit code: 0 if it may be stepped and equals Keras, 1 if it differs on the sequences, 2 if it is
+        refused or cannot be checked.
+    """
+    parser = _parser(prog)
+    arguments = parser.parse_args(argv)
+    try:
+        cache_dir = arguments.cache_dir or default_cache_dir()
+        options = ProofOptions(arguments.probe_steps, arguments.trust_causality)
+        program = compile_program(arguments.model, cache_dir, arguments.imports, _progress, options)
+        _progress("compare")
+        found = compare_with_keras(arguments.model, program, arguments.data, arguments.imports)
+    except (ModelError, SettingsError) as error:
+        sys.stderr.write(f"stepwell: {error}\n")
+        return 2
+    except OSError as error:
+        sys.stderr.write(f"stepwell: --cache-dir: {error}\n")
+        return 2
+    if arguments.json:
+        sys.stdout.write(json.dumps(_document(program, found), indent=2) + "\n")
+    else:
+        sys.stdout.write("\n".join(_lines(program, found, arguments.data)) + "\n")
+    return 0 if found.worst is None or found.worst.is_allowed else 1
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        allow_abbrev=False,
+        description="Prove that a Keras model may be stepped, and compare stepping it with Keras's own call of it "
+        "over whole sequences.",
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL.keras", help="file that Keras saved")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE.npy",
+        help="Your own sequences, (batch, T, features) or (T, features); an .npz with one array for each input of a "
+        "model that has several. Default: the hard sequences of the proof.",
+    )
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="Module to import first, for the model's own layers and functions. May be given again.",
+    )
+    parser.add_argument(
+        "--probe-steps",
+        type=_steps,
+        metavar="N",
+        help="Time steps over which the proof compares. Default: 512, or twice what the layers reach.",
+    )
+    parser.add_argument(
+        "--trust-causality",
+        action="store_true",
+        help="Go on where the graph does not prove that the model may be stepped.",
+    )
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="Folder for compiled models, as of serve."
+    )
+    parser.add_argument("--json", action="store_true", help="Print one JSON document.")
+    return parser
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 100_000:
+        raise argparse.ArgumentTypeError(f"must be a number of time steps from 1 to 100000; got {text!r}")
+    return int(text)
+
+
+def _progress(stage: str) -> None:
+    sys.stderr.write(f"{stage}...\n")
+
+
+def _document(program: Program, found: Comparison) -> dict[str, object]:
+    return {
+        "fingerprint": program.fingerprint,
+        "proof": {"compared_steps": program.proof.steps, "unproven": program.proof.unproven},
+        "executor": program.executor,
+        "executor_reason": program.executor_reason,
+        **found.to_json(),
+    }
+
+
+def _lines(program: Program, found: Comparison, data: Path | None) -> list[str]:
+    lines = [f"proof: {program.proof}"]
+    if program.proof.unproven:
+        lines.append(f"not proven: {program.proof.unproven}")
+    lines.append(f"executor: {program.executor} ({program.executor_reason})")
+    what = "the proof's sequences" if data is None else str(data)
+    lines.append(f"compared with Keras on {what}: {found.rows} rows of {found.steps} time steps")
+    for output in found.outputs:
+        largest, step = output.largest
+        lines += [
+            "",
+            f"output {output.output!r}: the largest difference is {largest:.2g}, at time step {step}",
+            f"  {output.share:.2g} times what rounding may make, at most (time step {output.time} of row {output.row})"
+            + ("" if output.is_allowed else ": STEPPING IT IS NOT WHAT KERAS COMPUTES"),
+        ]
+        if output.skipped:
+            lines.append(
+                f"  nothing can be said of {output.skipped:.1%} of its rows and time steps: there one rounding of the inputs "
+                "moves Keras's own values by a tenth or more"
+            )
+        lines += [f"  {name:>16}  {value:.3g}" for name, value in _ranges(output)]
+    return lines
+
+
+def _ranges(output: Difference) -> list[tuple[str, float]]:
+    """Return the largest difference of each time step, or of ranges of them where there are many."""
+    count = len(output.by_step)
+    if count == 1:
+        return []
+    width = -(-count // _RANGES)
+    found = []
+    for first in range(0, count, width):
+        last = min(first + width, count) - 1
+        name = f"step {first}" if first == last else f"steps {first}-{last}"
+        found.append((name, max(output.by_step[first : last + 1])))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

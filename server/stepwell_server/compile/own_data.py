@@ -1,0 +1,102 @@
+"""Hold a compiled program against Keras: on the user's own sequences, or on the hard ones of the proof."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepwell_server.compile import archive, evidence
+from stepwell_server.compile.comparison import Comparison
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.evidence import Evidence
+from stepwell_server.compile.interface import Interface, describe
+from stepwell_server.compile.samples import make_sampler
+from stepwell_server.compile.sequences import Array, run, step_of_executor, tolerance
+from stepwell_server.engine.executors import load_executor
+from stepwell_server.program import Program, TensorSpec
+
+
+def compare(model: Path, program: Program, data: Path | None) -> Comparison:
+    """Return how stepping ``program`` differs from Keras's call of ``model``, whose modules are imported.
+
+    Args:
+        model: the ``.keras`` file that the program was made from.
+        program: the program.
+        data: an ``.npy`` or ``.npz`` file, see `read`; None for the proof's own sequences.
+
+    Raises:
+        ModelError: the data do not fit the model, or Keras's call of it fails.
+    """
+    loaded = archive.load_model(model)
+    sampler = make_sampler(describe(loaded), [spec.temporal for spec in program.inputs])
+    interface = sampler.interface
+    if data is None:
+        temporal = [spec.temporal for spec in program.inputs]
+        steps = program.proof.steps
+        inputs: Sequence[Array] = sampler.hard(np.random.default_rng(23), temporal, steps)
+    else:
+        inputs, steps = read(data, program.inputs)
+    sample = _observe(program, interface, inputs, steps)
+    stepped = run(program, step_of_executor(load_executor(program)), inputs, steps)
+    return evidence.compare(program, sample, stepped, tolerance(loaded))
+
+
+def _observe(program: Program, interface: Interface, inputs: Sequence[Array], steps: int) -> Evidence:
+    casts = [np.asarray(value, spec.dtype) for value, spec in zip(inputs, program.inputs, strict=True)]
+    return evidence.observe(program, interface, casts, steps)
+
+
+def read(file: Path, specs: Sequence[TensorSpec]) -> tuple[list[Array], int]:
+    """Read sequences for the inputs of a model; returns them and the number of time steps.
+
+    An ``.npy`` file holds the one input of a model, an ``.npz`` file inputs by their names. Each is
+    ``(batch, T, features...)``; a single sequence may leave out the batch.
+
+    Raises:
+        ModelError: it cannot be read, or does not fit.
+    """
+    try:
+        content: Any = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ModelError(f"{file}: cannot be read as NumPy's .npy or .npz: {error}") from error
+    if isinstance(content, np.ndarray):
+        if len(specs) != 1:
+            names = ", ".join(repr(spec.name) for spec in specs)
+            raise ModelError(
+                f"{file}: the model has the inputs {names}: give an .npz file with one array for each"
+            )
+        found = {specs[0].name: content}
+    else:
+        with content:
+            found = {name: content[name] for name in content.files}
+    missing = [spec.name for spec in specs if spec.name not in found]
+    unknown = [name for name in found if name not in {spec.name for spec in specs}]
+    if missing or unknown:
+        wanted = ", ".join(repr(spec.name) for spec in specs)
+        raise ModelError(
+            f"{file}: must hold the inputs {wanted}; got {', '.join(map(repr, found)) or 'none'}"
+        )
+    arrays = [_fitting(file, spec, found[spec.name]) for spec in specs]
+    lengths = {array.shape[1] for array, spec in zip(arrays, specs, strict=True) if spec.temporal}
+    rows = {len(array) for array in arrays}
+    if len(lengths) > 1 or len(rows) > 1:
+        shapes = ", ".join(f"{spec.name!r} {array.shape}" for spec, array in zip(specs, arrays, strict=True))
+        raise ModelError(f"{file}: all inputs must have the same rows and time steps; got {shapes}")
+    return arrays, lengths.pop() if lengths else 1
+
+
+def _fitting(file: Path, spec: TensorSpec, array: Array) -> Array:
+    leading = 2 if spec.temporal else 1
+    if array.ndim == leading - 1 + len(spec.shape):
+        array = array[np.newaxis]
+    wanted = ("batch", *(("T",) if spec.temporal else ()), *map(str, spec.shape))
+    if array.ndim != len(wanted) or array.shape[leading:] != spec.shape or 0 in array.shape[:leading]:
+        raise ModelError(
+            f"{file}: input {spec.name!r} must have the shape ({', '.join(wanted)}), none of them 0; got {array.shape}"
+        )
+    if not np.can_cast(array.dtype, np.dtype(spec.dtype), "same_kind"):
+        raise ModelError(f"{file}: input {spec.name!r} must be {spec.dtype}; got {array.dtype}")
+    return array.astype(spec.dtype)

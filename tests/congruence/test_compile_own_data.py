@@ -1,0 +1,122 @@
+"""A program held against Keras on the user's own sequences, and what the user may say about the proof."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.compile.comparison import Comparison
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.program import Program, Proof, ProofOptions, TensorSpec
+from support import models
+
+# Keras calls numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def forecast(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Program]:
+    """A model's file and its program."""
+    from stepwell_server.compile.pipeline import compile_model
+
+    folder = tmp_path_factory.mktemp("forecast")
+    models.build("lstm_dense").save(folder / "model.keras")
+    return folder / "model.keras", compile_model(folder / "model.keras", folder)
+
+
+def _saved(folder: Path, **arrays: Any) -> Path:
+    np.savez(folder / "data.npz", **arrays)
+    return folder / "data.npz"
+
+
+def test_a_program_equals_the_model_it_was_made_from(forecast: tuple[Path, Program], tmp_path: Path) -> None:
+    from stepwell_server.compile.own_data import compare
+
+    file, program = forecast
+    np.save(tmp_path / "x.npy", np.random.default_rng(1).standard_normal((4, 30, 3)))
+    found = compare(file, program, tmp_path / "x.npy")
+    assert (found.rows, found.steps, [output.output for output in found.outputs]) == (4, 30, ["y"])
+    assert len(found.outputs[0].by_step) == 30
+    assert found.worst is not None
+    assert found.worst.is_allowed
+    assert found.outputs[0].largest[0] < 2e-6
+    assert compare(file, program, None).steps == 512
+
+
+def test_a_program_of_other_weights_is_found_out(forecast: tuple[Path, Program], tmp_path: Path) -> None:
+    from stepwell_server.compile.own_data import compare
+
+    models.build("lstm_dense", seed=1).save(tmp_path / "other.keras")
+    found = compare(tmp_path / "other.keras", forecast[1], None)
+    assert found.worst is not None
+    assert not found.worst.is_allowed
+    assert "stepping is not what Keras computes" in str(found.worst)
+    assert Comparison.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"y": np.zeros((1, 2, 3))}, r"must hold the inputs 'x'; got 'y'"),
+        (
+            {"x": np.zeros((2, 5, 4))},
+            r"'x' must have the shape \(batch, T, 3\), none of them 0; got \(2, 5, 4\)",
+        ),
+        ({"x": np.zeros((0, 5, 3))}, r"none of them 0; got \(0, 5, 3\)"),
+        ({"x": np.array([[["a", "b", "c"]]])}, r"'x' must be float32; got <U1"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused(arrays: dict[str, Any], says: str, tmp_path: Path) -> None:
+    from stepwell_server.compile.own_data import read
+
+    with pytest.raises(ModelError, match=says):
+        read(_saved(tmp_path, **arrays), [TensorSpec("x", (3,), "float32", temporal=True)])
+
+
+def test_inputs_of_unlike_lengths_and_objects_are_refused(tmp_path: Path) -> None:
+    from stepwell_server.compile.own_data import read
+
+    specs = [TensorSpec(name, (3,), "float32", temporal=True) for name in ("x", "z")]
+    file = _saved(tmp_path, x=np.zeros((2, 5, 3)), z=np.zeros((2, 6, 3)))
+    with pytest.raises(ModelError, match="all inputs must have the same rows and time steps"):
+        read(file, specs)
+    np.save(tmp_path / "x.npy", np.zeros((2, 5, 3)))
+    with pytest.raises(ModelError, match=r"the model has the inputs 'x', 'z': give an \.npz file"):
+        read(tmp_path / "x.npy", specs)
+    np.save(tmp_path / "objects.npy", np.array([object()]), allow_pickle=True)
+    with pytest.raises(ModelError, match="cannot be read as NumPy's"):
+        read(tmp_path / "objects.npy", specs[:1])
+
+
+def test_one_sequence_may_leave_out_the_batch(tmp_path: Path) -> None:
+    from stepwell_server.compile.own_data import read
+
+    np.save(tmp_path / "x.npy", np.ones((5, 3)))
+    arrays, steps = read(tmp_path / "x.npy", [TensorSpec("x", (3,), "float32", temporal=True)])
+    assert (arrays[0].shape, arrays[0].dtype.name, steps) == ((1, 5, 3), "float32", 5)
+
+
+def test_an_unknown_operation_needs_trust_and_is_then_said_everywhere(tmp_path: Path) -> None:
+    from stepwell_server.compile.pipeline import compile_model
+
+    models.build("determinant").save(tmp_path / "model.keras")
+    with pytest.raises(
+        ModelError,
+        match=r"not proven that the model may be stepped: the layer 'det' \(Determinant\) uses the operation "
+        r"MatrixDeterminant, which is not known .*--trust-causality NAME",
+    ):
+        compile_model(tmp_path / "model.keras", tmp_path)
+    program = compile_model(tmp_path / "model.keras", tmp_path, options=ProofOptions(steps=700, trust=True))
+    assert program.proof.steps == 700
+    assert "MatrixDeterminant" in program.proof.unproven
+    assert str(program.proof) == "trusted by --trust-causality, compared with Keras over 700 time steps"
+    assert Program.load(tmp_path).proof == program.proof
+
+
+def test_the_proof_of_a_known_model_is_of_its_graph(forecast: tuple[Path, Program]) -> None:
+    assert forecast[1].proof == Proof(steps=512)
+    assert dataclasses.asdict(forecast[1].proof) == {"steps": 512, "unproven": ""}

@@ -1,0 +1,132 @@
+"""`stepwell check`, and what `stepwell serve` says about the proof of its models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import stepwell
+from stepwell_server.compile import cache
+from support import models
+from support.server_process import Forecast, ServerProcess, forecast
+
+# Keras calls numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sequences that fit the forecast."""
+    file = tmp_path_factory.mktemp("data") / "x.npy"
+    np.save(file, np.random.default_rng(3).standard_normal((2, 40, 3)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def swapped(tmp_path_factory: pytest.TempPathFactory) -> Forecast:
+    """A model in whose place the cache holds the program of another one, as a broken compiler would make it."""
+    folder = tmp_path_factory.mktemp("swapped")
+    known = forecast()
+    models.build("lstm_dense", seed=5).save(folder / "other.keras")
+    shutil.copytree(
+        known.cache_dir / cache.cache_key(known.path, ()),
+        folder / "cache" / cache.cache_key(folder / "other.keras", ()),
+    )
+    return Forecast(folder / "other.keras", folder / "cache")
+
+
+def _check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stepwell", "check", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_a_good_model_passes_on_ones_own_data(data: Path) -> None:
+    known = forecast()
+    done = _check(str(known.path), "--cache-dir", str(known.cache_dir), "--data", str(data))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "proof: proven from its graph, compared with Keras over 512 time steps"
+    assert f"compared with Keras on {data}: 2 rows of 40 time steps" in lines
+    assert any(line.startswith("output 'y': the largest difference is ") for line in lines)
+    assert sum(line.split()[0] in {"step", "steps"} for line in lines if line.startswith("   ")) == 14
+
+
+def test_a_model_that_is_not_what_runs_is_found_out(data: Path, swapped: Forecast) -> None:
+    arguments = (str(swapped.path), "--cache-dir", str(swapped.cache_dir), "--data", str(data))
+    done = _check(*arguments)
+    assert done.returncode == 1, done.stderr
+    assert "STEPPING IT IS NOT WHAT KERAS COMPUTES" in done.stdout
+    done = _check(*arguments, "--json")
+    assert done.returncode == 1
+    document = json.loads(done.stdout)
+    assert document["proof"] == {"compared_steps": 512, "unproven": ""}
+    assert [output["is_allowed"] for output in document["outputs"]] == [False]
+    assert len(document["outputs"][0]["by_step"]) == 40
+
+
+def test_what_cannot_be_stepped_and_what_cannot_be_read_exit_with_2(tmp_path: Path) -> None:
+    models.build("convolution_over_time").save(tmp_path / "conv.keras")
+    done = _check(str(tmp_path / "conv.keras"), "--cache-dir", str(tmp_path))
+    assert done.returncode == 2
+    assert "the layer 'conv' (Conv1D) looks ahead" in done.stderr.splitlines()[-1]
+    done = _check(str(tmp_path / "gone.keras"), "--cache-dir", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith("gone.keras: there is no such file\n")
+
+
+def test_a_start_checks_with_ones_own_data_and_is_refused_if_they_differ(
+    data: Path, swapped: Forecast
+) -> None:
+    known = forecast()
+    arguments = ("--listen", "127.0.0.1:0", "--check-with", f"forecast={data}")
+    with ServerProcess(f"forecast={known.path}", "--cache-dir", str(known.cache_dir), *arguments) as server:
+        server.signal()
+        _, _, err = server.finish()
+    assert "compared with Keras model=forecast" in err
+    with ServerProcess(
+        f"forecast={swapped.path}", "--cache-dir", str(swapped.cache_dir), *arguments, ready=False
+    ) as server:
+        code, out, err = server.finish()
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith(
+        f"stepwell: model forecast: --check-with {data}: output 'y' differs from Keras"
+    )
+
+
+def test_trust_is_shown_wherever_the_model_is(tmp_path: Path) -> None:
+    models.build("determinant").save(tmp_path / "det.keras")
+    arguments = (
+        f"det={tmp_path}/det.keras",
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        "--listen",
+        "127.0.0.1:0",
+    )
+    options = ("--import", "support.custom_layers", "--probe-steps", "det=600")
+    environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    with ServerProcess(*arguments, *options, ready=False, environment=environment) as server:
+        code, _, err = server.finish()
+    assert code == 2
+    assert "--trust-causality NAME serves the model" in err.splitlines()[-1]
+    with ServerProcess(*arguments, *options, "--trust-causality", "det", environment=environment) as server:
+        with stepwell.connect(server.address) as client:
+            proof = client.model("det").proof
+        listed = subprocess.run(
+            [sys.executable, "-m", "stepwell", "models", "--server", server.address],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+        server.signal()
+        _, _, err = server.finish()
+    assert (proof.is_trusted, proof.compared_steps) == (True, 600)
+    assert "MatrixDeterminant" in proof.unproven
+    assert "TRUSTED, not proven; compared with Keras over 600 time steps" in listed
+    assert "warning model is trusted, not proven model=det" in err
