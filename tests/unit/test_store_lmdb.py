@@ -367,7 +367,7 @@ def test_a_copy_that_fails_leaves_the_file_as_it_is(tmp_path: Path, monkeypatch:
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_flush", full)
+    monkeypatch.setattr(module, "flush", full)
     store = opened(tmp_path)
     assert ids(store) == ["s0"]
     assert not (tmp_path / "sessions.compacting").exists()

@@ -7,6 +7,7 @@ import enum
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from stepwell_server.errors import Unavailable
 from stepwell_server.store.record import Header, Stored
 
 if TYPE_CHECKING:
@@ -24,6 +25,20 @@ class StoreBusy(StoreError):
         super().__init__(message)
         self.holder = holder
         """None if it has not said who it is."""
+
+
+class StoreGone(Unavailable):
+    """What is kept cannot be reached any more, and will not be: changes are refused and the server must end."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoreHealth:
+    """How a store is."""
+
+    problem: str = ""
+    """Why it cannot be used for now; empty if it can."""
+    reopened: int = 0
+    """How often it was opened anew since the start, because its disk had failed."""
 
 
 class End(enum.IntEnum):
@@ -147,6 +162,13 @@ class Store(Protocol):
 
     def tombstone(self, session_id: str) -> Tombstone | None:
         """What is remembered of a session that is gone."""
+
+    def check(self) -> StoreHealth:
+        """Look after it, every few seconds, from any thread: mend what can be mended.
+
+        Raises:
+            StoreGone: it cannot be mended. All changes are refused from now on.
+        """
 
     def sync(self) -> None:
         """See to it that all that was committed survives a loss of power.

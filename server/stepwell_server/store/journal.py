@@ -68,6 +68,11 @@ class Journal:
             os.close(self._file)
             raise
 
+    @property
+    def descriptor(self) -> int:
+        """Of the open file."""
+        return self._file
+
     def fill_anew(self, number: int) -> None:
         """Forget all entries: the file has none from now on.
 
