@@ -24,7 +24,7 @@ from stepwell_server.program import Program
 from stepwell_server.rpc.server import BindError, RpcServer
 from stepwell_server.settings import Address, Settings
 from stepwell_server.store.base import Store, StoreBusy, StoreError, StoreGone
-from stepwell_server.store.disk import DiskStore
+from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.memory import MemoryStore
 
 _log = Log("app")

@@ -33,9 +33,9 @@ import numpy as np
 
 from stepwell_server import clock
 from stepwell_server.core import exactly_once
-from stepwell_server.store.disk import DiskStore
-from stepwell_server.store.journal import Journal
-from stepwell_server.store.lmdb import LmdbStore
+from stepwell_server.store.disk.lmdb import LmdbStore
+from stepwell_server.store.disk.store import DiskStore
+from stepwell_server.store.disk.wal_file import Journal
 
 Commit = Callable[[DiskStore, Any], None]
 _LATE_S = 0.2

@@ -15,10 +15,10 @@ import pytest
 
 from stepwell_server.errors import Unavailable
 from stepwell_server.store.base import StoreBusy, StoreGone
-from stepwell_server.store.disk import DiskStore
-from stepwell_server.store.files import OpenFiles, explain
-from stepwell_server.store.lmdb import LmdbStore
-from stepwell_server.store.lock import DirectoryLock
+from stepwell_server.store.disk.files import OpenFiles, explain
+from stepwell_server.store.disk.lmdb import LmdbStore
+from stepwell_server.store.disk.lock import DirectoryLock
+from stepwell_server.store.disk.store import DiskStore
 from support.clock import ManualClock
 from support.stored import begin, fill_one, opened, put, revisions
 
@@ -177,7 +177,7 @@ def test_a_name_that_another_user_holds_keeps_nobody_from_starting(
     store = opened(path)
     path.rename(path.with_name("elsewhere"))
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    monkeypatch.setattr("stepwell_server.store.lock._owner", lambda _: (17, 54321))
+    monkeypatch.setattr("stepwell_server.store.disk.lock._owner", lambda _: (17, 54321))
     opened(path).close()
     assert "process 17 of user 54321 holds the name of" in caplog.text
     store.close()

@@ -13,8 +13,8 @@ import pytest
 
 from stepwell_server.errors import Unavailable
 from stepwell_server.store.base import Batch, End, StoreGone, Tombstone
-from stepwell_server.store.disk import DiskStore
-from stepwell_server.store.lmdb import GIVE_UP_S, RETRY_S, LmdbStore
+from stepwell_server.store.disk.lmdb import GIVE_UP_S, RETRY_S, LmdbStore
+from stepwell_server.store.disk.store import DiskStore
 from support.broken_disk import break_last_writes
 from support.clock import ManualClock
 from support.stored import begin, end, put, revisions

@@ -5,17 +5,32 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from datetime import UTC, datetime
+from typing import Protocol
 
 from stepwell_server.errors import Unavailable
 from stepwell_server.store.record import Header, Stored
 
-if TYPE_CHECKING:
-    from stepwell_server.store.lock import Holder
-
 
 class StoreError(Exception):
     """The store cannot be opened: the server does not start."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Holder:
+    """Who uses a data directory."""
+
+    pid: int
+    host: str
+    since: float
+    """Seconds since the epoch."""
+    listen: str = ""
+    """The address it serves at, if it is known."""
+
+    def __str__(self) -> str:
+        since = datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds")
+        where = f", listening at {self.listen}" if self.listen else ""
+        return f"process {self.pid} on {self.host}, since {since}{where}"
 
 
 class StoreBusy(StoreError):

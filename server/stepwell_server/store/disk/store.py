@@ -22,9 +22,9 @@ from pathlib import Path
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, Unavailable
 from stepwell_server.store.base import Batch, StoreError, StoreGone, StoreHealth, Tombstone
-from stepwell_server.store.files import flush_folders
-from stepwell_server.store.journals import JOURNAL_BYTES, Journals, Records, room_for
-from stepwell_server.store.lmdb import FIRST_MAP_BYTES, TOMBSTONES, Durability, LmdbStore
+from stepwell_server.store.disk.files import flush_folders
+from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, TOMBSTONES, Durability, LmdbStore
+from stepwell_server.store.disk.wal import JOURNAL_BYTES, Journals, Records, room_for
 from stepwell_server.store.record import Header, Joined, Stored, decode_header, is_sound, supersedes
 
 _FOLDER = "journal"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from stepwell_server.clock import Clock
 from stepwell_server.store.base import Batch
-from stepwell_server.store.files import free_bytes
+from stepwell_server.store.disk.files import free_bytes
 
 RESERVE_BYTES = 8 * 2**20
 """Each session that ends changes two or three pages at most, of 4 KiB: it is good for five hundred at once and more."""

@@ -35,11 +35,11 @@ import lmdb
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, Unavailable
 from stepwell_server.store.base import Batch, End, StoreError, StoreGone, StoreHealth, Tombstone
-from stepwell_server.store.files import OpenFiles, explain, flush, flush_folders
-from stepwell_server.store.keys import entries, items, key_of, names, own
-from stepwell_server.store.lock import DirectoryLock
+from stepwell_server.store.disk.files import OpenFiles, explain, flush, flush_folders
+from stepwell_server.store.disk.keys import entries, items, key_of, names, own
+from stepwell_server.store.disk.lock import DirectoryLock
+from stepwell_server.store.disk.reserve import Extent, NoRoom, Reserve
 from stepwell_server.store.record import Header, Stored, decode_header
-from stepwell_server.store.reserve import Extent, NoRoom, Reserve
 
 Durability = Literal["sync", "async"]
 T = TypeVar("T")

@@ -13,12 +13,11 @@ import os
 import socket
 import struct
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 from stepwell_server.clock import Clock
-from stepwell_server.store.base import StoreBusy, StoreError
-from stepwell_server.store.files import is_same
+from stepwell_server.store.base import Holder, StoreBusy, StoreError
+from stepwell_server.store.disk.files import is_same
 
 LOCK_FILE = "server.lock"
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
@@ -27,23 +26,6 @@ _log = logging.getLogger(__name__)
 
 _BYTES = 1024
 """Of the file: what is written last covers what was there before."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Holder:
-    """Who uses a data directory."""
-
-    pid: int
-    host: str
-    since: float
-    """Seconds since the epoch."""
-    listen: str = ""
-    """The address it serves at, if it is known."""
-
-    def __str__(self) -> str:
-        since = datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds")
-        where = f", listening at {self.listen}" if self.listen else ""
-        return f"process {self.pid} on {self.host}, since {since}{where}"
 
 
 class DirectoryLock:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from stepwell_server.store.journal import Journal, JournalDamaged
+from stepwell_server.store.disk.wal_file import Journal, JournalDamaged
 from stepwell_server.store.record import Stored
 
 NAMES = ("0", "1")
