@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import math
 import os
 import signal
 import socket
@@ -22,13 +23,17 @@ from stepwell_server.metrics import MetricsServer, PrometheusObserver
 from stepwell_server.program import Program, ProofOptions
 from stepwell_server.rpc.server import BindError, RpcServer
 from stepwell_server.settings import Address, Settings
-from stepwell_server.store.base import StoreBusy, StoreError
-from stepwell_server.store.disk import DiskStore
+from stepwell_server.store.base import Store, StoreBusy, StoreError, StoreGone
+from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.memory import MemoryStore
 
 _log = Log("app")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SAME_SIGNAL_S = 0.25
+STORE_CHECK_S = 2.0
+"""Time between two looks after the store."""
+_GONE_DRAIN_S = 5.0
+"""Without a store nothing can be finished; this is for telling callers so."""
 
 
 class StartError(Exception):
@@ -196,8 +201,8 @@ async def _run(
         rpc = RpcServer(engine, clock=clock, observer=observer, max_message_bytes=settings.max_message_bytes)
         metrics = _serve_metrics(settings, observer, engine)
         await _serve_calls(settings, rpc, store)
-        await stop.wait()
-        await _drain(settings.drain_timeout_s, engine, rpc)
+        gone = await _until_stopped(stop, store, rpc, observer)
+        await _drain(min(_GONE_DRAIN_S if gone else math.inf, settings.drain_timeout_s), engine, rpc)
         if metrics is not None:
             await asyncio.to_thread(metrics.close)
     finally:
@@ -206,7 +211,45 @@ async def _run(
         else:
             _log.warning("the store did not come back from a commit; what was not acknowledged may be lost")
     _log.info("stopped")
-    return 0
+    return 1 if gone else 0
+
+
+async def _until_stopped(
+    stop: asyncio.Event, store: Store, rpc: RpcServer, observer: PrometheusObserver
+) -> bool:
+    """Return when the server is to end; True if that is because the store is gone."""
+    stopped = asyncio.create_task(stop.wait())
+    watch = asyncio.create_task(_look_after(store, rpc, observer))
+    await asyncio.wait((stopped, watch), return_when=asyncio.FIRST_COMPLETED)
+    for task in (stopped, watch):
+        task.cancel()
+    await asyncio.gather(stopped, watch, return_exceptions=True)
+    return not watch.cancelled()
+
+
+async def _look_after(store: Store, rpc: RpcServer, observer: PrometheusObserver) -> None:
+    """Check the store from time to time and tell health checkers, log and metrics; return when it is gone."""
+    was_ready = True
+    while True:
+        await asyncio.sleep(STORE_CHECK_S)
+        try:
+            # on a thread: a disk that does not answer must not keep everybody else waiting
+            health = await asyncio.to_thread(store.check)
+        except StoreGone as error:
+            _log.error("the store is gone, the server ends", reason=error.message)
+            return
+        except Exception as error:
+            _log.defect("the store could not be checked", error)
+            continue
+        is_ready = not health.problem
+        observer.store_checked(is_ready=is_ready, reopened=health.reopened)
+        if is_ready is not was_ready:
+            await rpc.announce_ready(is_ready=is_ready)
+            if is_ready:
+                _log.info("the store can be used again")
+            else:
+                _log.warning("the store cannot be used", reason=health.problem)
+        was_ready = is_ready
 
 
 def _stop_on_signals(clock: Clock) -> asyncio.Event:

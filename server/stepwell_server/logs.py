@@ -43,6 +43,10 @@ class Log:
         """Write an event that someone should look at some day."""
         self._write(logging.WARNING, event, fields)
 
+    def error(self, event: str, **fields: object) -> None:
+        """Write an event that someone must look at now."""
+        self._write(logging.ERROR, event, fields)
+
     def defect(self, event: str, error: BaseException, **fields: object) -> None:
         """Write a defect with the traceback of ``error``."""
         self._logger.error(event, exc_info=error, extra={"fields": fields})

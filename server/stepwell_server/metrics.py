@@ -117,6 +117,8 @@ class PrometheusObserver(Observer):
             ("model", "stage"),
             _SECONDS,
         )
+        self._store_is_ready = True
+        self._store_reopened = 0
         self._requests = _Counter("stepwell_requests", "Calls by method and status code.", ("method", "code"))
         self._request_seconds = _Histogram(
             "stepwell_request_seconds", "Duration of a call.", ("method",), _SECONDS
@@ -190,6 +192,10 @@ class PrometheusObserver(Observer):
         """Calls or changes of a frame ended with an error."""
         self._errors.values[(reason,)] += count
 
+    def store_checked(self, *, is_ready: bool, reopened: int) -> None:
+        """The store was looked after: whether it can be used, and how often it was opened anew."""
+        self._store_is_ready, self._store_reopened = is_ready, reopened
+
     def request_done(self, method: str, code: str, seconds: float) -> None:
         """A call ended."""
         self._requests.values[method, code] += 1
@@ -202,7 +208,15 @@ class PrometheusObserver(Observer):
             *(self._events, self._changes, self._row_steps, self._errors, self._time_steps),
             *(self._pass_rows, self._pass_seconds, self._stages, self._requests, self._request_seconds),
         ]
-        return [*(each.family() for each in counted), *_gauges(list(stats))]
+        return [*(each.family() for each in counted), *self._store_families(), *_gauges(list(stats))]
+
+    def _store_families(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        text = "1 if the store can be used, 0 if not."
+        yield GaugeMetricFamily("stepwell_store_ready", text, value=self._store_is_ready)
+        text = "How often the store was opened anew because its disk had failed."
+        yield CounterMetricFamily("stepwell_store_reopened", text, value=self._store_reopened)
 
 
 def _gauges(stats: Sequence[ModelStats]) -> list[Metric]:

@@ -13,7 +13,7 @@ import pytest
 
 from stepwell_server.clock import SystemClock
 from stepwell_server.store.base import Batch, End, StoreBusy, Tombstone
-from stepwell_server.store.lmdb import LmdbStore
+from stepwell_server.store.disk.lmdb import LmdbStore
 
 
 @contextmanager

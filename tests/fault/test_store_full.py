@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -20,13 +21,18 @@ import pytest
 from stepwell_server.clock import SystemClock
 from stepwell_server.errors import Unavailable
 from stepwell_server.store.base import Batch, End, Tombstone
-from stepwell_server.store.disk import DiskStore
-from stepwell_server.store.lmdb import Durability, LmdbStore
+from stepwell_server.store.disk.lmdb import Durability, LmdbStore
+from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.record import Record, decode
 
 MIB = 2**20
 DISK_BYTES = 8 * MIB
 JOURNAL_BYTES = 64 * 1024
+REASON = re.compile(
+    r"got no room: the disk of .*/data/sessions is full, \d+ bytes are free \("
+    r"|got no room: a file of this process must stay within 8388608 bytes, its RLIMIT_FSIZE \("
+    r"|new sessions must leave \d+ bytes free for closing others; the disk of .*/data/sessions has \d+ bytes free"
+)
 DiskOrLmdb = LmdbStore | DiskStore
 #: Mounts a small file system over a folder, in name spaces of its own, and runs the rest of the command there.
 MOUNTED = 'mount -t tmpfs -o size=8m none "$1" && shift && exec "$@"'
@@ -91,12 +97,15 @@ def mounted(path: Path) -> tuple[Callable[[], None], Callable[[], None]]:
 
 
 def is_kept(store: DiskOrLmdb, batch: Batch) -> bool:
-    """Commit; say whether there was room."""
+    """Commit; say whether there was room. Who is refused is told that it is room that there is none of."""
     try:
         store.commit(batch)
-    except Unavailable:
-        return False
-    return True
+    except Unavailable as error:
+        refusal = error.message
+    else:
+        return True
+    assert REASON.search(refusal), refusal
+    return False
 
 
 def fill(store: DiskOrLmdb) -> tuple[dict[str, int], int]:

@@ -18,8 +18,8 @@ import pytest
 
 from stepwell_server.clock import SystemClock
 from stepwell_server.store.base import Batch, End, Tombstone
-from stepwell_server.store.disk import DiskStore
-from stepwell_server.store.lmdb import Durability, LmdbStore
+from stepwell_server.store.disk.lmdb import Durability, LmdbStore
+from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.record import Record, decode
 
 SESSIONS = 40

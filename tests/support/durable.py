@@ -20,7 +20,7 @@ from stepwell_server.engine.calls import SessionInfo
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 from stepwell_server.store.base import Batch
-from stepwell_server.store.disk import DiskStore
+from stepwell_server.store.disk.store import DiskStore
 from support.clock import ManualClock
 from support.engine import JOURNAL_BYTES, STORES, Answer, Harness, running
 from support.fake_executor import WAIT_S

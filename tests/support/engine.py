@@ -21,7 +21,7 @@ from stepwell_server.engine.passes import Pass
 from stepwell_server.engine.runner import Cost, Runner
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
-from stepwell_server.store.disk import DiskStore
+from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock
 from support.fake_executor import PLAIN, WAIT_S, FakeExecutor, Hooks

@@ -104,6 +104,13 @@ class FaultyServer(LocalServer):
             self._unread.append(line.strip())
         self._unread.remove(word)
 
+    def wait_for_end(self) -> int:
+        """Wait until it ends by itself; its exit code."""
+        assert self._reader is not None
+        while self._reader.readline():
+            pass
+        return self.stop()
+
     def close(self) -> None:
         """Give the sockets back."""
         self._hang_up()

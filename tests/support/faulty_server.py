@@ -7,6 +7,8 @@ CONTROL is the HOST:PORT that sends commands, one a line, each answered by "ok":
     fail        the store's commits fail as on a full disk
     stall       they wait; "stalled" is said when the first one does
     well        as ever
+    panic       the last write of LMDB's next transaction fails, and LMDB gives its environment up
+    panic-away  so, and it cannot be opened anew until all is well
     jump S      the clock on the wall jumps
 
 JUMP_S is where that clock stands at the start, in seconds from the right time. `faults.FaultyServer` starts it.
@@ -23,15 +25,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 
 from stepwell_server import clock
 from stepwell_server.core import exactly_once
-from stepwell_server.store.disk import DiskStore
-from stepwell_server.store.journal import Journal
-from stepwell_server.store.lmdb import LmdbStore
+from stepwell_server.store.disk.lmdb import LmdbStore
+from stepwell_server.store.disk.store import DiskStore
+from stepwell_server.store.disk.wal_file import Journal
 
 Commit = Callable[[DiskStore, Any], None]
 _LATE_S = 0.2
@@ -44,6 +48,8 @@ class Faults:
         host, _, port = control.rpartition(":")
         self._control = socket.create_connection((host, int(port)))
         self._fails = False
+        self.is_away = False
+        self.data_dir = Path()
         self._well = threading.Event()
         self._well.set()
         self.jump_s = jump_s
@@ -61,6 +67,11 @@ class Faults:
         for line in self._control.makefile():
             command, *arguments = line.split()
             self._fails = command == "fail"
+            self.is_away = command == "panic-away"
+            if command.startswith("panic"):
+                from support.broken_disk import break_last_writes
+
+                break_last_writes(self.data_dir)
             if command == "stall":
                 self._well.clear()
             else:
@@ -80,6 +91,8 @@ def replace(owner: object, name: str, function: Callable[..., Any]) -> None:
 
 def install(faults: Faults) -> None:
     """Faults on demand."""
+    # A script has its own folder there, and not the one of all tests.
+    sys.path.insert(0, os.fspath(Path(__file__).parents[1]))
     commit, write = LmdbStore._commit, Journal._write
 
     def _commit(store: LmdbStore, batch: Any) -> None:
@@ -90,6 +103,15 @@ def install(faults: Faults) -> None:
         faults.before_commit()
         write(journal, *arguments)
 
+    open_one = lmdb.open
+
+    def _open(path: str, **options: Any) -> Any:
+        faults.data_dir = Path(path).parent
+        if faults.is_away:
+            raise lmdb.DiskError("the disk is away")
+        return open_one(path, **options)
+
+    replace(lmdb, "open", _open)
     # Where the disk's own errors come from, so that they are translated as those are.
     replace(LmdbStore, "_commit", _commit)
     replace(Journal, "_write", _write)

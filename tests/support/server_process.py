@@ -119,11 +119,11 @@ class ServerProcess:
         return line
 
 
-def serve(*arguments: str) -> ServerProcess:
-    """A server of the `forecast` model."""
+def serve(*arguments: str, ready: bool = True) -> ServerProcess:
+    """A server of the `forecast` model; wait until it is `ready`, or not."""
     model = forecast()
     standard = (f"forecast={model.path}", "--listen", "127.0.0.1:0", "--cache-dir", str(model.cache_dir))
-    return ServerProcess(*standard, *arguments)
+    return ServerProcess(*standard, *arguments, ready=ready)
 
 
 def connect(server: ServerProcess) -> tuple[grpc.Channel, sessions_pb2_grpc.SessionServiceStub]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from stepwell_server.store.disk import DiskStore
+from stepwell_server.store.disk.store import DiskStore
 
 
 def main() -> int:

@@ -14,8 +14,8 @@ import pytest
 
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.base import Batch, End, Store, Tombstone
-from stepwell_server.store.disk import DiskStore
-from stepwell_server.store.lmdb import Durability
+from stepwell_server.store.disk.lmdb import Durability
+from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.record import Puts, Record, Sheet, Stored, decode
 from support.clock import ManualClock
 

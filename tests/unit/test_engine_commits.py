@@ -16,7 +16,7 @@ from stepwell_server.engine import commits as module
 from stepwell_server.engine.commits import Commits
 from stepwell_server.errors import Internal, ServerError, Unavailable
 from stepwell_server.store.base import Batch, End, Store, Tombstone
-from stepwell_server.store.lmdb import LmdbStore
+from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock
 from support.fake_executor import WAIT_S

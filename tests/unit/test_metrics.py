@@ -73,3 +73,12 @@ def test_gauges_are_those_of_the_moment() -> None:
     assert samples["stepwell_sessions", "n"] == 0
     assert samples[("stepwell_queued_bytes",)] == 70
     assert samples[("stepwell_uncommitted",)] == 5
+
+
+def test_how_the_store_is_stands_there() -> None:
+    observer = PrometheusObserver()
+    assert _samples(observer)[("stepwell_store_ready",)] == 1
+    observer.store_checked(is_ready=False, reopened=3)
+    samples = _samples(observer)
+    assert samples[("stepwell_store_ready",)] == 0
+    assert samples[("stepwell_store_reopened_total",)] == 3

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.store.base import Batch, End, Tombstone
-from stepwell_server.store.lmdb import Durability
+from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Joined, decode
 from support.stored import (

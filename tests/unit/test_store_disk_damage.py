@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stepwell_server.store.base import Batch, StoreError
-from stepwell_server.store.lmdb import Durability
+from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.record import Joined
 from support.stored import (
     DURABILITIES,

@@ -12,8 +12,8 @@ import pytest
 
 from stepwell_server.errors import Unavailable
 from stepwell_server.store.base import Batch
-from stepwell_server.store.disk import DiskStore
-from stepwell_server.store.lmdb import LmdbStore
+from stepwell_server.store.disk.lmdb import LmdbStore
+from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.record import Stored
 from support.stored import begin, fill_one, killed, left_behind, opened, put, record, revisions
 

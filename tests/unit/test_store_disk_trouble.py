@@ -14,8 +14,8 @@ import pytest
 
 from stepwell_server.errors import Unavailable
 from stepwell_server.store.base import Batch, End, StoreError, Tombstone
-from stepwell_server.store.disk import DiskStore
-from stepwell_server.store.lmdb import Durability, LmdbStore
+from stepwell_server.store.disk.lmdb import Durability, LmdbStore
+from stepwell_server.store.disk.store import DiskStore
 from support.stored import (
     DURABILITIES,
     JOURNAL_BYTES,

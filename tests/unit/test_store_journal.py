@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepwell_server.store import entries
-from stepwell_server.store.journal import Journal, JournalDamaged
+from stepwell_server.store.disk import wal_format
+from stepwell_server.store.disk.wal_file import Journal, JournalDamaged
 from stepwell_server.store.record import Stored
 from support.stored import is_damaged, put_all, record, sheet
 
@@ -140,8 +140,8 @@ def test_what_was_appended_is_there_when_it_is_loaded(
 @given(ID, SIZES)
 def test_a_lone_record_is_written_as_one_among_others(session_id: str, size: int) -> None:
     stored = record(session_id, 3, size)
-    entry = entries.lay_out([(session_id, stored)], 2**63, 5)
-    data, record_at = entries.lay_out_one(session_id, stored, 2**63, 5)
+    entry = wal_format.lay_out([(session_id, stored)], 2**63, 5)
+    data, record_at = wal_format.lay_out_one(session_id, stored, 2**63, 5)
     assert data == b"".join(entry.buffers)
     assert [(session_id, record_at)] == list(entry.offsets(0))
 
@@ -283,7 +283,7 @@ def parts_in(picture: bytes, after: bytes, start: int, last: Write) -> int:
     count = 0
     for part in last:
         ids, bytes_of = [i.encode() for i, _ in part], sum(len(stored) for _, stored in part)
-        end = start + entries.HEAD.size + sum(2 + len(i) for i in ids) + bytes_of
+        end = start + wal_format.HEAD.size + sum(2 + len(i) for i in ids) + bytes_of
         if picture[start:end] != after[start:end]:
             break
         start, count = end + -end % 8, count + 1

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.errors import StateCorrupt, Unavailable
-from stepwell_server.store import keys
-from stepwell_server.store import lmdb as module
 from stepwell_server.store.base import Batch, End, Store, StoreError, Tombstone
-from stepwell_server.store.lmdb import Durability, LmdbStore
+from stepwell_server.store.disk import keys
+from stepwell_server.store.disk import lmdb as module
+from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Record, decode, decode_header
 from support.clock import ManualClock
@@ -367,7 +367,7 @@ def test_a_copy_that_fails_leaves_the_file_as_it_is(tmp_path: Path, monkeypatch:
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_flush", full)
+    monkeypatch.setattr(module, "flush", full)
     store = opened(tmp_path)
     assert ids(store) == ["s0"]
     assert not (tmp_path / "sessions.compacting").exists()

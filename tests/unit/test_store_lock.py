@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stepwell_server.store.base import StoreBusy, StoreError
-from stepwell_server.store.lmdb import LmdbStore
-from stepwell_server.store.lock import LOCK_FILE, DirectoryLock
+from stepwell_server.store.disk.lmdb import LmdbStore
+from stepwell_server.store.disk.lock import LOCK_FILE, DirectoryLock
 from support.clock import ManualClock
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stepwell_server.store.base import Batch, End, Tombstone
-from stepwell_server.store.reserve import RESERVE_BYTES, Extent, Reserve
+from stepwell_server.store.disk.reserve import RESERVE_BYTES, Extent, Reserve
 from support.clock import ManualClock
 
 CLOSE = Batch(deletes=["a"], tombstones=[Tombstone("a", End.CLOSED, 0.0)], counts=[("m", -1)])

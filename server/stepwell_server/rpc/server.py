@@ -83,9 +83,16 @@ class RpcServer:
                 f"cannot listen on {address}: it is in use or not an address of this machine"
             ) from error
         await self._server.start()
-        for service in _SERVICES:
-            await self._health.set(service.full_name, health_pb2.HealthCheckResponse.SERVING)
+        await self.announce_ready(is_ready=True)
         return bound
+
+    async def announce_ready(self, *, is_ready: bool) -> None:
+        """Tell health checkers whether calls can be answered now; they are taken all the same."""
+        answer = health_pb2.HealthCheckResponse
+        status = answer.SERVING if is_ready else answer.NOT_SERVING
+        for name in ("", *(service.full_name for service in _SERVICES)):
+            await self._health.set(name, status)
+        self._triton.announce_ready(is_ready=is_ready)
 
     async def announce_stop(self) -> None:
         """Tell health checkers that the server is going away; serve on."""

@@ -5,16 +5,32 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from datetime import UTC, datetime
+from typing import Protocol
 
+from stepwell_server.errors import Unavailable
 from stepwell_server.store.record import Header, Stored
-
-if TYPE_CHECKING:
-    from stepwell_server.store.lock import Holder
 
 
 class StoreError(Exception):
     """The store cannot be opened: the server does not start."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Holder:
+    """Who uses a data directory."""
+
+    pid: int
+    host: str
+    since: float
+    """Seconds since the epoch."""
+    listen: str = ""
+    """The address it serves at, if it is known."""
+
+    def __str__(self) -> str:
+        since = datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds")
+        where = f", listening at {self.listen}" if self.listen else ""
+        return f"process {self.pid} on {self.host}, since {since}{where}"
 
 
 class StoreBusy(StoreError):
@@ -24,6 +40,20 @@ class StoreBusy(StoreError):
         super().__init__(message)
         self.holder = holder
         """None if it has not said who it is."""
+
+
+class StoreGone(Unavailable):
+    """What is kept cannot be reached any more, and will not be: changes are refused and the server must end."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoreHealth:
+    """How a store is."""
+
+    problem: str = ""
+    """Why it cannot be used for now; empty if it can."""
+    reopened: int = 0
+    """How often it was opened anew since the start, because its disk had failed."""
 
 
 class End(enum.IntEnum):
@@ -147,6 +177,13 @@ class Store(Protocol):
 
     def tombstone(self, session_id: str) -> Tombstone | None:
         """What is remembered of a session that is gone."""
+
+    def check(self) -> StoreHealth:
+        """Look after it, every few seconds, from any thread: mend what can be mended.
+
+        Raises:
+            StoreGone: it cannot be mended. All changes are refused from now on.
+        """
 
     def sync(self) -> None:
         """See to it that all that was committed survives a loss of power.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from stepwell_server.core.remembered import Remembered
 from stepwell_server.errors import StateCorrupt
-from stepwell_server.store.base import Batch, Tombstone
+from stepwell_server.store.base import Batch, StoreHealth, Tombstone
 from stepwell_server.store.record import Header, Stored, decode_header
 
 TOMBSTONES = 100_000
@@ -76,6 +76,10 @@ class MemoryStore:
     def tombstone(self, session_id: str) -> Tombstone | None:
         """See `base.Store`."""
         return self._tombstones.get(session_id)
+
+    def check(self) -> StoreHealth:
+        """See `base.Store`: nothing can happen to it."""
+        return StoreHealth()
 
     def sync(self) -> None:
         """See `base.Store`: there is nothing to do."""

@@ -41,6 +41,7 @@ class TritonServicer:
         self._inference = Inference(engine, clock, sizes, passes)
         self._streams: set[InferStream] = set()
         self._stopping = False
+        self._ready = True
 
     async def server_live(self, _request: pb.ServerLiveRequest, _context: Context) -> pb.ServerLiveResponse:
         """Whether the process runs."""
@@ -50,12 +51,12 @@ class TritonServicer:
         self, _request: pb.ServerReadyRequest, _context: Context
     ) -> pb.ServerReadyResponse:
         """Whether requests are taken."""
-        return pb.ServerReadyResponse(ready=not self._stopping)
+        return pb.ServerReadyResponse(ready=self._is_ready)
 
     async def model_ready(self, request: pb.ModelReadyRequest, _context: Context) -> pb.ModelReadyResponse:
         """Whether a model takes requests."""
         is_served = request.name in self._inference.models and request.version in {"", metadata.VERSION}
-        return pb.ModelReadyResponse(ready=is_served and not self._stopping)
+        return pb.ModelReadyResponse(ready=is_served and self._is_ready)
 
     async def server_metadata(
         self, _request: pb.ServerMetadataRequest, _context: Context
@@ -106,6 +107,14 @@ class TritonServicer:
             await stream.run()
         finally:
             self._streams.discard(stream)
+
+    @property
+    def _is_ready(self) -> bool:
+        return self._ready and not self._stopping
+
+    def announce_ready(self, *, is_ready: bool) -> None:
+        """Say from now on whether the server is ready, unless it stops."""
+        self._ready = is_ready
 
     def announce_stop(self) -> None:
         """Say from now on that the server is not ready."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import operator
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from stepwell_server.store.record import Stored
 
@@ -77,3 +78,30 @@ def named(key: memoryview, value: memoryview) -> tuple[str, memoryview]:
     """The id and the record of an entry."""
     name, record = _split(value) if is_digest(key) else (key, value)
     return str(name, "utf-8", "replace"), record
+
+
+def entries(cursor: Any, after: str, prefix: str) -> Iterator[tuple[str, memoryview]]:
+    """Ids and records behind `after` that begin with `prefix`, of a cursor over sessions."""
+    start, shared = key_of(after), shared_key(prefix)
+    if not cursor.set_range(max(start, shared) or b"\0"):
+        return
+    for key, value in cursor:
+        if bytes(key[: len(shared)]) != shared:
+            return
+        session_id, record = named(key, value)
+        if key != start and session_id.startswith(prefix):
+            yield session_id, record
+
+
+def names(cursor: Any, after: str, prefix: str) -> Iterator[str]:
+    """As `entries`, but records are read only where an id is in one."""
+    start, shared = key_of(after), shared_key(prefix)
+    if not cursor.set_range(max(start, shared) or b"\0"):
+        return
+    for key in cursor.iternext(keys=True, values=False):
+        name = bytes(key)
+        if not name.startswith(shared):
+            return
+        session_id = named(key, cursor.value())[0] if is_digest(key) else str(name, "utf-8", "replace")
+        if name != start and session_id.startswith(prefix):
+            yield session_id

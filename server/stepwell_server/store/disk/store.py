@@ -21,9 +21,10 @@ from pathlib import Path
 
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, Unavailable
-from stepwell_server.store.base import Batch, StoreError, Tombstone
-from stepwell_server.store.journals import JOURNAL_BYTES, Journals, Records, room_for
-from stepwell_server.store.lmdb import FIRST_MAP_BYTES, TOMBSTONES, Durability, LmdbStore, flush_folders
+from stepwell_server.store.base import Batch, StoreError, StoreGone, StoreHealth, Tombstone
+from stepwell_server.store.disk.files import flush_folders
+from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, TOMBSTONES, Durability, LmdbStore
+from stepwell_server.store.disk.wal import JOURNAL_BYTES, Journals, Records, room_for
 from stepwell_server.store.record import Header, Joined, Stored, decode_header, is_sound, supersedes
 
 _FOLDER = "journal"
@@ -76,6 +77,7 @@ class DiskStore:
         self._journals: Journals | None = None
         try:
             self._open_journals(path / _FOLDER, journal_bytes)
+            self._watch_files()
         except BaseException:
             self._close_files()
             raise
@@ -87,6 +89,7 @@ class DiskStore:
 
     def commit(self, batch: Batch) -> None:
         """See `base.Store`."""
+        self._base.files.require()
         if self._journals is None or self._closed:
             self._base.commit(batch)
             return
@@ -106,6 +109,8 @@ class DiskStore:
         if self._journals is not None and not self._closed and self._journals.is_behind:
             try:
                 self._bring_over(self._journals)
+            except StoreGone:
+                return  # whoever looks after the store says so, and ends the server
             except (Unavailable, OSError) as error:
                 self._complain("changes stay in the journal until they can be brought over", error)
 
@@ -149,6 +154,10 @@ class DiskStore:
         """See `base.Store`."""
         return self._base.tombstone(session_id)
 
+    def check(self) -> StoreHealth:
+        """See `base.Store`."""
+        return self._base.check()
+
     def sync(self) -> None:
         """See `base.Store`."""
         if self._journals is not None and not self._closed:
@@ -162,7 +171,7 @@ class DiskStore:
         """See `base.Store`."""
         if self._closed:
             return
-        if self._journals is not None:
+        if self._journals is not None and not self._base.files.is_gone:
             try:
                 self._empty(self._journals)
             except (Unavailable, OSError) as error:
@@ -181,6 +190,11 @@ class DiskStore:
         except (OSError, Unavailable) as error:
             _log.warning("there is no journal, every change is a transaction: %s", error)
 
+    def _watch_files(self) -> None:
+        if self._journals is not None:
+            for place, descriptor in self._journals.descriptors():
+                self._base.files.add(place, descriptor)
+
     def _load_journals(self, folder: Path, owner: int, size: int) -> bool:
         """Load the journals; False if new ones are to be made, because something is missing and may be.
 
@@ -189,7 +203,7 @@ class DiskStore:
         """
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
-            journals = self._journals = Journals(folder, size, owner, flush=self.waits_for_disk, make=False)
+            journals = self._journals = self._journals_in(folder, size, owner, make=False)
             damage = journals.load(self._later)
         except (OSError, Unavailable) as error:
             raise StoreError(f"the journal in {folder} must be readable: {error}") from error
@@ -218,8 +232,7 @@ class DiskStore:
     def _make_journals(self, folder: Path, size: int) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
         owner = secrets.randbits(31) + 1
-        flush = self.waits_for_disk
-        journals = Journals(folder, room_for(folder, size), owner, flush=flush, make=True)
+        journals = self._journals_in(folder, room_for(folder, size), owner, make=True)
         try:
             journals.begin()
             flush_folders(folder, folder.parent)
@@ -228,6 +241,10 @@ class DiskStore:
             journals.close()
             raise
         self._journals = journals
+
+    def _journals_in(self, folder: Path, size: int, owner: int, *, make: bool) -> Journals:
+        check = self._base.files.check
+        return Journals(folder, size, owner, flush=self.waits_for_disk, make=make, before_turn=check)
 
     def _later(self, records: Records) -> list[bool]:
         """Whether each record counts. One that is damaged does, so that its session does not go back silently."""
@@ -249,6 +266,8 @@ class DiskStore:
             while self._bring_over(journals):
                 pass
             return journals.append(parts)
+        except StoreGone:
+            raise
         except (Unavailable, OSError) as error:
             self._complain("a change could not be written to the journal, and goes to the store", error)
             return False
@@ -281,6 +300,7 @@ class DiskStore:
 
     def _close_files(self) -> None:
         self._closed = True
+        self._base.files.forget()
         if self._journals is not None:
             self._journals.close()
         self._base.close()

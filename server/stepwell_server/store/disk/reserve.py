@@ -19,6 +19,7 @@ from pathlib import Path
 
 from stepwell_server.clock import Clock
 from stepwell_server.store.base import Batch
+from stepwell_server.store.disk.files import free_bytes
 
 RESERVE_BYTES = 8 * 2**20
 """Each session that ends changes two or three pages at most, of 4 KiB: it is good for five hundred at once and more."""
@@ -33,6 +34,10 @@ _PAGE_FILL = 2 / 3
 _NAME = "reserve"
 
 _log = logging.getLogger(__name__)
+
+
+class NoRoom(OSError):
+    """New sessions would take the room that is kept for ending others."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,7 +146,7 @@ class Reserve:
 
     def take_back(self) -> None:
         """After it was given up and used: take what is left of it before somebody else does."""
-        left = _whole(_free_bytes(self._folder) * 3 // 4)
+        left = _whole(free_bytes(self._folder) * 3 // 4)
         if self._held < left >= _LEAST_BYTES:
             self._take(min(self._wanted, left))
 
@@ -151,7 +156,7 @@ class Reserve:
         if not self.is_short or now < self._look_at:
             return
         self._look_at = now + _LOOK_S
-        if _free_bytes(self._folder) >= 2 * (self._wanted - self._held):
+        if free_bytes(self._folder) >= 2 * (self._wanted - self._held):
             self._take(self._wanted)
 
     def _take(self, size: int) -> None:
@@ -180,7 +185,7 @@ class Reserve:
             in_place: As many have ended: mostly there is room on their pages, and less has to be left.
 
         Raises:
-            OSError: there is no other.
+            NoRoom: there is no other.
         """
         size = int(sum(len(record) + _PER_PUT_BYTES for _, record in batch.puts) / _PAGE_FILL)
         # to end all there are takes no more than the pages they are in
@@ -193,20 +198,13 @@ class Reserve:
         if limit != resource.RLIM_INFINITY:
             rooms.append(free + limit - extent.file_bytes)
         if self.is_short:
-            rooms.append(free + _free_bytes(self._folder) + self._held)
+            rooms.append(free + free_bytes(self._folder) + self._held)
         if rooms and min(rooms) < size + kept:
-            raise OSError(
+            raise NoRoom(
                 errno.ENOSPC,
-                f"{os.strerror(errno.ENOSPC)}: new sessions must leave {kept} bytes free for closing others",
+                f"{os.strerror(errno.ENOSPC)}: new sessions must leave {kept} bytes free for closing others;"
+                f" the disk of {self._folder} has {free_bytes(self._folder)} bytes free",
             )
-
-
-def _free_bytes(folder: Path) -> int:
-    try:
-        disk = os.statvfs(folder)
-    except OSError:
-        return 0
-    return disk.f_bavail * disk.f_frsize
 
 
 def _whole(size: int) -> int:

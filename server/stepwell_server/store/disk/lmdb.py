@@ -34,11 +34,12 @@ import lmdb
 
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, Unavailable
-from stepwell_server.store.base import Batch, End, StoreError, Tombstone
-from stepwell_server.store.keys import is_digest, items, key_of, named, own, shared_key
-from stepwell_server.store.lock import DirectoryLock
+from stepwell_server.store.base import Batch, End, StoreError, StoreGone, StoreHealth, Tombstone
+from stepwell_server.store.disk.files import OpenFiles, explain, flush, flush_folders
+from stepwell_server.store.disk.keys import entries, items, key_of, names, own
+from stepwell_server.store.disk.lock import DirectoryLock
+from stepwell_server.store.disk.reserve import Extent, NoRoom, Reserve
 from stepwell_server.store.record import Header, Stored, decode_header
-from stepwell_server.store.reserve import Extent, Reserve
 
 Durability = Literal["sync", "async"]
 T = TypeVar("T")
@@ -53,9 +54,15 @@ FIRST_MAP_BYTES = 64 * 2**20
 TOMBSTONES = 100_000
 SPARSE = 1 / 2
 """A file of which less than this share is in use is compacted when it is opened."""
+GIVE_UP_S = 30.0
+"""Once a disk has failed the store must be opened anew; for so long that is tried in vain at most."""
+RETRY_S = 0.5
+"""Readers try that no more often than this; whoever commits always does."""
 
 _log = logging.getLogger(__name__)
 
+_READABLE = "the store must be readable"
+_KEEPS = "the store must be able to keep the change"
 _FOLDER, _COPY, _DATA = "sessions", "sessions.compacting", "data.mdb"
 _TOMBSTONE = struct.Struct("<QBdQQ")  # age, end, at, request id, revision
 _AGE = struct.Struct(">Q")  # big-endian: in the order of the keys
@@ -90,10 +97,18 @@ class LmdbStore:
         self._durability = durability
         self._most_tombstones = tombstones
         self._first_map_bytes = first_map_bytes
-        # A transaction must not be open while the map is replaced, in any thread. Whoever reads holds this.
-        self._remap = threading.Lock()
+        # A transaction must not be open while the map is replaced, in any thread. Whoever writes holds the first,
+        # whoever reads the second, and whoever opens the environment anew both, in this order.
+        self._writing, self._remap = threading.Lock(), threading.Lock()
         self._must_reopen = False
+        self._reopened = 0
+        self._failing_since: float | None = None
+        self._retry_at = 0.0
         self._closed = False
+        self._clock = clock
+        self._data_file = -1
+        self.files = OpenFiles()
+        """What must stay where it is."""
         with _start_errors(path):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.lock = DirectoryLock(path, clock=clock, listen=listen)
@@ -102,7 +117,7 @@ class LmdbStore:
                 self._start(path)
                 self._reserve = Reserve(self._folder, clock)
         except BaseException:
-            self.lock.release()
+            self._release()
             raise
 
     @property
@@ -131,21 +146,17 @@ class LmdbStore:
         Raises:
             Unavailable: it could not be kept.
         """
-        self._require_open()
-        try:
+
+        def put() -> None:
             with self._environment.begin(db=self._meta, write=True) as transaction:
                 transaction.put(b"journal", mark)
-        except (lmdb.Error, OSError) as error:
-            raise _unavailable("the store must be able to keep the change", error) from error
+
+        self._write_with(_KEEPS, put)
         self._mark: bytes = mark
 
     def commit(self, batch: Batch) -> None:
         """See `base.Store`."""
-        self._require_open()
-        try:
-            self._reserve.commit(batch, self._commit, self._extent)
-        except (lmdb.Error, OSError, StoreError) as error:
-            raise _unavailable("the store must be able to keep the change", error) from error
+        self._write_with(_KEEPS, lambda: self._reserve.commit(batch, self._commit, self._extent))
 
     def tend(self) -> None:
         """See `base.Store`: there is nothing to do."""
@@ -181,7 +192,7 @@ class LmdbStore:
         def read(transaction: _Transaction) -> list[tuple[str, Header | None]]:
             found: list[tuple[str, Header | None]] = []
             if limit > 0:
-                for session_id, record in _entries(transaction, self._sessions, after, prefix):
+                for session_id, record in entries(transaction.cursor(self._sessions), after, prefix):
                     found.append((session_id, _header_or_none(session_id, record)))
                     if len(found) == limit:
                         break
@@ -202,7 +213,7 @@ class LmdbStore:
         """See `base.Store`."""
 
         def read(transaction: _Transaction) -> tuple[int, str]:
-            found = list(itertools.islice(_ids(transaction, self._sessions, after, prefix), limit))
+            found = list(itertools.islice(names(transaction.cursor(self._sessions), after, prefix), limit))
             return len(found), found[-1] if found else ""
 
         return self._read("", read, buffers=True)
@@ -216,13 +227,27 @@ class LmdbStore:
         _, end, at, request_id, revision = _TOMBSTONE.unpack(stored)
         return Tombstone(session_id, End(end), at, request_id, revision)
 
+    def check(self) -> StoreHealth:
+        """See `base.Store`."""
+        self.files.check()
+        problem = ""
+        try:
+            self.count()  # which opens it anew if it must be
+        except StoreGone:
+            raise
+        except Unavailable as error:
+            problem = error.message
+        except StateCorrupt:
+            pass  # sessions say so one by one
+        since = self._failing_since
+        if since is not None and self._clock.monotonic() - since >= GIVE_UP_S:
+            self.files.give_up(f"{self._folder} must be a store again within {GIVE_UP_S:g} s; {problem}")
+            self.files.require()
+        return StoreHealth(problem, self._reopened)
+
     def sync(self) -> None:
         """See `base.Store`."""
-        self._require_open()
-        try:
-            self._environment.sync(True)
-        except lmdb.Error as error:
-            raise _unavailable("the store must be able to flush to disk", error) from error
+        self._write_with("the store must be able to flush to disk", lambda: self._environment.sync(True))
 
     def close(self) -> None:
         """See `base.Store`."""
@@ -235,7 +260,7 @@ class LmdbStore:
             except lmdb.Error as error:
                 _log.warning("the store could not be flushed when it was closed: %s", error)
             self._environment.close()
-        self.lock.release()
+        self._release()
 
     # ------------------------------------------------------------------------------------------------------ opening
 
@@ -248,9 +273,20 @@ class LmdbStore:
         if self._compact(copy):
             self._open()
         self._read_meta()
+        self._data_file = os.open(self._folder / _DATA, os.O_RDONLY | os.O_CLOEXEC)
+        for place, descriptor in (*self.lock.descriptors(), (self._folder / _DATA, self._data_file)):
+            self.files.add(place, descriptor)
         if is_new:
             # a file survives the loss of power only if the folders that name it do
             flush_folders(self._folder, path, path.parent)
+
+    def _release(self) -> None:
+        """Let go of what is held beside the environment."""
+        self.files.forget()
+        if self._data_file >= 0:
+            os.close(self._data_file)
+            self._data_file = -1
+        self.lock.release()
 
     def _open(self) -> None:
         """Open the environment and its databases."""
@@ -324,14 +360,14 @@ class LmdbStore:
         copy.mkdir(mode=0o700)
         try:
             self._environment.copy(os.fspath(copy), compact=True)
-            _flush(copy / _DATA)
+            flush(copy / _DATA)
         except (lmdb.Error, OSError) as error:
             _log.warning("the store could not be compacted: %s", error)
             shutil.rmtree(copy, ignore_errors=True)
             return False
         self._environment.close()
         os.replace(copy / _DATA, data)
-        _flush(self._folder)
+        flush(self._folder)
         shutil.rmtree(copy, ignore_errors=True)
         return True
 
@@ -344,14 +380,33 @@ class LmdbStore:
 
     # ------------------------------------------------------------------------------------------------------ writing
 
+    def _write_with(self, rule: str, action: Callable[[], object]) -> None:
+        """Do something with the environment, alone; once more with one that was opened anew if it had given up.
+
+        Raises:
+            StoreGone: there is none any more.
+            Unavailable: there is none now, or the action failed.
+        """
+        self._require_open()
+        self.files.require()
+        with self._writing:
+            try:
+                if self._must_reopen:
+                    self._reopen()
+                try:
+                    action()
+                except lmdb.PanicError:
+                    self._reopen()
+                    action()
+            except (lmdb.Error, OSError, StoreError) as error:
+                raise self._unavailable(rule, error) from error
+
     def _extent(self) -> Extent:
         pages = self._environment.info()["last_pgno"] + 1
         return Extent(pages * self._environment.stat()["psize"], self._live_bytes())
 
     def _commit(self, batch: Batch) -> None:
         reopened = False
-        if self._must_reopen:
-            self._reopen()
         while True:
             age = self._next_age
             try:
@@ -420,13 +475,29 @@ class LmdbStore:
 
     def _reopen(self) -> None:
         with self._remap:
+            self._require_open()
             self._reopen_locked()
 
     def _reopen_locked(self) -> None:
-        self._must_reopen = True
+        """Open the environment anew: the same files, never others that are made in their place."""
+        now = self._clock.monotonic()
+        self._must_reopen, self._retry_at = True, now + RETRY_S
+        self.files.check()
         self._environment.close()
-        self._open()
-        self._must_reopen = False
+        try:
+            self._open()
+        except (lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError, StoreError) as error:
+            self.files.give_up(f"{self._folder} must hold a store that can be opened again: {error}")
+            self.files.require()
+        except (lmdb.Error, OSError) as error:
+            if self._failing_since is None:
+                self._failing_since = now
+                _log.warning("the store must be opened anew, and cannot be yet: %s", error)
+            raise
+        self.files.check()
+        self._must_reopen, self._failing_since = False, None
+        self._reopened += 1
+        _log.warning("the store was opened anew: its disk had failed, or had no room for it to grow")
 
     # ------------------------------------------------------------------------------------------------------ reading
 
@@ -435,28 +506,57 @@ class LmdbStore:
             raise Unavailable("the store must be open; it is closed")
 
     def _read(self, session_id: str, read: Callable[[_Transaction], T], *, buffers: bool = False) -> T:
-        with self._remap:
-            self._require_open()
-            try:
-                with self._environment.begin(buffers=buffers) as transaction:
-                    return read(transaction)
-            except (lmdb.CorruptedError, lmdb.PageNotFoundError) as error:
-                raise StateCorrupt(
-                    f"the page that holds session {session_id!r} must be as it was written: {error}",
-                    session_id=session_id,
-                ) from error
-            except (lmdb.Error, OSError) as error:
-                raise _unavailable("the store must be readable", error) from error
+        for is_last in (False, True):
+            if self._must_reopen:
+                self._mend()
+            with self._remap:
+                self._require_open()
+                try:
+                    with self._environment.begin(buffers=buffers) as transaction:
+                        return read(transaction)
+                except (lmdb.CorruptedError, lmdb.PageNotFoundError) as error:
+                    raise StateCorrupt(
+                        f"the page that holds session {session_id!r} must be as it was written: {error}",
+                        session_id=session_id,
+                    ) from error
+                except (lmdb.Error, OSError) as error:
+                    # of an environment that gave up nothing but opening anew helps
+                    gave_up = isinstance(error, lmdb.PanicError)
+                    self._must_reopen = self._must_reopen or gave_up
+                    if is_last or not gave_up:
+                        raise self._unavailable(_READABLE, error) from error
+        raise AssertionError("one of the two attempts returns or raises")
+
+    def _mend(self) -> None:
+        """Open the environment anew for a reader, who does not wait for whoever writes.
+
+        Raises:
+            StoreGone: it will not be opened any more.
+            Unavailable: not yet.
+        """
+        self._require_open()
+        self.files.require()
+        if not self._writing.acquire(blocking=False):
+            raise Unavailable(f"{_READABLE}; a change that is under way opens it anew")
+        try:
+            if self._must_reopen:
+                if self._failing_since is not None and self._clock.monotonic() < self._retry_at:
+                    raise Unavailable(f"{_READABLE}; it could not be opened anew a moment ago")
+                self._reopen()
+        except (lmdb.Error, OSError) as error:
+            raise self._unavailable(_READABLE, error) from error
+        finally:
+            self._writing.release()
+
+    def _unavailable(self, rule: str, error: Exception) -> Unavailable:
+        text = str(error) if isinstance(error, NoRoom) else explain(error, self._folder)
+        return Unavailable(f"{rule}; got {text}")
 
     def _get_or_empty(self, session_id: str) -> bytes | None:
         try:
             return self.get(session_id)
         except StateCorrupt:
             return b""
-
-
-def _unavailable(rule: str, error: Exception) -> Unavailable:
-    return Unavailable(f"{rule}; got {error}")
 
 
 @contextlib.contextmanager
@@ -469,42 +569,8 @@ def _start_errors(path: Path) -> Iterator[None]:
         raise StoreError(f"the data directory {path} must be a folder; {file} is none") from error
     except (lmdb.Error, OSError) as error:
         raise StoreError(
-            f"the data directory {path} must hold a store that can be opened: {error}"
+            f"the data directory {path} must hold a store that can be opened: {explain(error, path)}"
         ) from error
-
-
-# --------------------------------------------------------------------------------------------------------- scanning
-
-
-def _entries(
-    transaction: _Transaction, sessions: Any, after: str, prefix: str
-) -> Iterator[tuple[str, memoryview]]:
-    """Ids and records behind `after` that begin with `prefix`."""
-    start, shared = key_of(after), shared_key(prefix)
-    cursor = transaction.cursor(sessions)
-    if not cursor.set_range(max(start, shared) or b"\0"):
-        return
-    for key, value in cursor:
-        if bytes(key[: len(shared)]) != shared:
-            return
-        session_id, record = named(key, value)
-        if key != start and session_id.startswith(prefix):
-            yield session_id, record
-
-
-def _ids(transaction: _Transaction, sessions: Any, after: str, prefix: str) -> Iterator[str]:
-    """As `_entries`, but records are read only where an id is in one."""
-    start, shared = key_of(after), shared_key(prefix)
-    cursor = transaction.cursor(sessions)
-    if not cursor.set_range(max(start, shared) or b"\0"):
-        return
-    for key in cursor.iternext(keys=True, values=False):
-        name = bytes(key)
-        if not name.startswith(shared):
-            return
-        session_id = named(key, cursor.value())[0] if is_digest(key) else str(name, "utf-8", "replace")
-        if name != start and session_id.startswith(prefix):
-            yield session_id
 
 
 def _count_key(model: str) -> bytes:
@@ -516,20 +582,3 @@ def _header_or_none(session_id: str, record: memoryview) -> Header | None:
         return decode_header(session_id, record)
     except StateCorrupt:
         return None
-
-
-# ------------------------------------------------------------------------------------------------------------ files
-
-
-def _flush(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def flush_folders(*folders: Path) -> None:
-    """A file survives the loss of power only if the folders that name it do."""
-    for folder in folders:
-        _flush(folder)

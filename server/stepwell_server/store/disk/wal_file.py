@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from stepwell_server.store import entries
+from stepwell_server.store.disk import wal_format
 from stepwell_server.store.record import Stored, size_of
 
 #: A record of up to this size is read at once, a longer one in two steps.
@@ -23,7 +23,7 @@ _GUESS_BYTES = 2048
 #: Buffers in one write.
 _MOST_BUFFERS = 512
 _ZEROS = bytes(1 << 20)
-_NO_HEAD = bytes(entries.HEAD.size)
+_NO_HEAD = bytes(wal_format.HEAD.size)
 
 
 class JournalDamaged(Exception):
@@ -68,6 +68,11 @@ class Journal:
             os.close(self._file)
             raise
 
+    @property
+    def descriptor(self) -> int:
+        """Of the open file."""
+        return self._file
+
     def fill_anew(self, number: int) -> None:
         """Forget all entries: the file has none from now on.
 
@@ -80,7 +85,7 @@ class Journal:
         self.offsets = {}
         self._fill, self.end = 0, self.size  # there is no room until this is done
         fill = secrets.randbits(63) + 1
-        start = entries.lay_out((), fill, number, owner=self._owner)
+        start = wal_format.lay_out((), fill, number, owner=self._owner)
         self._write(start.buffers, 0, start.size)
         self._fill, self.end, self.number, self.first = fill, start.size, number, number
 
@@ -95,7 +100,7 @@ class Journal:
         """
         number = self.number + 1
         added = [
-            entries.lay_out(part, self._fill, number, rest=len(parts) - 1 - place)
+            wal_format.lay_out(part, self._fill, number, rest=len(parts) - 1 - place)
             for place, part in enumerate(parts)
         ]
         size = sum(entry.size for entry in added)
@@ -115,7 +120,7 @@ class Journal:
     def append_one(self, session_id: str, record: Stored) -> bool:
         """As `append`, of one record."""
         number, start = self.number + 1, self.end
-        data, record_at = entries.lay_out_one(session_id, record, self._fill, number)
+        data, record_at = wal_format.lay_out_one(session_id, record, self._fill, number)
         size = len(data)
         if start + size > self.size:
             return False
@@ -150,12 +155,12 @@ class Journal:
         """
         self.end = self.size  # nothing can be appended unless it is loaded, or filled anew
         data = os.pread(self._file, self.size, 0)
-        start = entries.read(data, 0, None)
+        start = wal_format.read(data, 0, None)
         if start is None:
             raise JournalDamaged(f"{self.path} cannot be read: it must have a beginning")
         if start.owner != self._owner:
             raise JournalDamaged(f"{self.path} cannot be read: it does not belong to this store")
-        self._fill, self.first = entries.fill_of(data), start.number
+        self._fill, self.first = wal_format.fill_of(data), start.number
         for write in self._writes(data, start):
             self._take(write)
         there = os.fstat(self._file).st_size
@@ -165,17 +170,17 @@ class Journal:
             )
         self._drop_behind(data)
 
-    def _writes(self, data: bytes, start: entries.Found) -> Iterator[list[entries.Found]]:
+    def _writes(self, data: bytes, start: wal_format.Found) -> Iterator[list[wal_format.Found]]:
         """What was written at once, and is there whole."""
         write, last = [start], start
-        while (found := entries.read(data, last.end, self._fill)) is not None and found.follows(last):
+        while (found := wal_format.read(data, last.end, self._fill)) is not None and found.follows(last):
             if not last.rest:
                 # later ones are there, so this one is: a record that was damaged since says so when it is read
                 yield write
                 write = []
             write.append(found)
             last = found
-        if not last.rest and all(entries.is_whole(data, entry) for entry in write):
+        if not last.rest and all(wal_format.is_whole(data, entry) for entry in write):
             yield write
 
     def _drop_behind(self, data: bytes) -> None:
@@ -183,7 +188,7 @@ class Journal:
 
         They must not follow upon the next ones by chance.
         """
-        behind = list(entries.search(data, self.end, self._fill))
+        behind = list(wal_format.search(data, self.end, self._fill))
         is_damaged = any(found.number > self.number + 1 for found in behind)
         if behind and not (is_damaged and self._flags):
             self._write_zeros(self.end)
@@ -203,7 +208,7 @@ class Journal:
         """End; not to be used any more."""
         os.close(self._file)
 
-    def _take(self, found: Iterable[entries.Found]) -> None:
+    def _take(self, found: Iterable[wal_format.Found]) -> None:
         for entry in found:
             self.offsets.update(entry.offsets)
             self.end, self.number = entry.end, entry.number

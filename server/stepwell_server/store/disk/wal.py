@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from stepwell_server.store.journal import Journal, JournalDamaged
+from stepwell_server.store.disk.wal_file import Journal, JournalDamaged
 from stepwell_server.store.record import Stored
 
 NAMES = ("0", "1")
@@ -46,13 +46,18 @@ def room_for(folder: Path, size: int) -> int:
 class Journals:
     """What happened last to sessions, by id. For one thread, but `find`."""
 
-    def __init__(self, folder: Path, size: int, owner: int, *, flush: bool, make: bool) -> None:
+    def __init__(
+        self, folder: Path, size: int, owner: int, *, flush: bool, make: bool, before_turn: Callable[[], None]
+    ) -> None:
         """Open the two, to be loaded, or make them. See `Journal`.
+
+        `before_turn` raises if what is written would be lost.
 
         Raises:
             OSError: one cannot be opened, or there is no room.
         """
         self.size = size
+        self._before_turn = before_turn
         self._last_count = 0
         # Held by whoever looks into both: no journal is filled anew meanwhile.
         self._looking = threading.Lock()
@@ -62,6 +67,10 @@ class Journals:
         except BaseException:
             self._written.close()
             raise
+
+    def descriptors(self) -> list[tuple[Path, int]]:
+        """The files that are open."""
+        return [(journal.path, journal.descriptor) for journal in (self._written, self._left)]
 
     def begin(self) -> None:
         """Forget whatever the files have.
@@ -168,7 +177,9 @@ class Journals:
 
         Raises:
             OSError: the other cannot be written.
+            StoreGone: by `before_turn`.
         """
+        self._before_turn()
         with self._looking:
             self._left.fill_anew(self._written.number)
             self._turn()

@@ -1,0 +1,124 @@
+"""Whether the files of a store are still where they were opened, and what an error of their disk means."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import threading
+from pathlib import Path
+
+from stepwell_server.store.base import StoreGone
+
+#: A file that is there and cannot be looked at (EACCES, EIO) says nothing: only these say that it is gone.
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP})
+#: LMDB reports a write of which only a part fitted in as EIO; with less room than this it was the disk that is full.
+_FULL_BYTES = 2**20
+
+
+class OpenFiles:
+    """Files and folders that must stay where they are while the server uses them.
+
+    A file that was deleted goes on being written without an error, and nobody will ever find what is in it. So the
+    paths are compared with the open descriptors; the descriptors stay open, else a new file could have the same number.
+    Safe for threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._files: dict[Path, int] = {}
+        self._reason = ""
+
+    def add(self, path: Path, descriptor: int) -> None:
+        """Watch a path that was opened as `descriptor`, which must stay open until `forget`."""
+        with self._lock:
+            self._files[path] = descriptor
+
+    def forget(self) -> None:
+        """Watch nothing any more: the descriptors are about to be closed."""
+        with self._lock:
+            self._files.clear()
+
+    @property
+    def is_gone(self) -> bool:
+        """Nothing must be written any more."""
+        return bool(self._reason)
+
+    def require(self) -> None:
+        """Refuse to go on with what was found to be gone. This looks at no file.
+
+        Raises:
+            StoreGone: the server must end.
+        """
+        if self._reason:
+            raise StoreGone(self._reason)
+
+    def check(self) -> None:
+        """Look at each path; some microseconds for each.
+
+        Raises:
+            StoreGone: one is not what was opened. It stays so, whatever comes back.
+        """
+        if not self._reason:
+            with self._lock:
+                problems = (_problem(path, descriptor) for path, descriptor in self._files.items())
+                self._reason = next(filter(None, problems), "")
+        self.require()
+
+    def give_up(self, reason: str) -> None:
+        """Have `require` refuse from now on."""
+        self._reason = self._reason or reason
+
+
+def is_same(path: Path, descriptor: int) -> bool:
+    """Whether a path still leads to an open file; True if nobody can tell."""
+    return not _problem(path, descriptor)
+
+
+def _problem(path: Path, descriptor: int) -> str:
+    rule = f"{path} must stay where it is while a server uses it"
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        return f"{rule}; it was removed or renamed ({error.strerror})" if error.errno in _GONE else ""
+    opened = os.fstat(descriptor)
+    if (found.st_dev, found.st_ino) == (opened.st_dev, opened.st_ino):
+        return ""
+    return f"{rule}; something else is in its place"
+
+
+def free_bytes(folder: Path) -> int:
+    """How many bytes of a folder's disk are free for this process; 0 if nobody can tell."""
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return 0
+    return disk.f_bavail * disk.f_frsize
+
+
+def explain(error: Exception, folder: Path) -> str:
+    """What an error of LMDB or of the system means; that the disk of `folder` is full is said in so many words."""
+    text, free = str(error), free_bytes(folder)
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY and any(
+        os.strerror(code) in text for code in (errno.EFBIG, errno.EIO)
+    ):
+        return f"no room: a file of this process must stay within {limit} bytes, its RLIMIT_FSIZE ({text})"
+    if os.strerror(errno.ENOSPC) in text or (free < _FULL_BYTES and os.strerror(errno.EIO) in text):
+        return f"no room: the disk of {folder} is full, {free} bytes are free ({text})"
+    return text
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold what a file or a folder says."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_folders(*folders: Path) -> None:
+    """A file survives the loss of power only if the folders that name it do."""
+    for folder in folders:
+        flush(folder)

@@ -1,0 +1,226 @@
+"""LMDB gives its environment up when the last write of a transaction fails: it is opened anew, by whoever comes next."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import pytest
+
+from stepwell_server.errors import Unavailable
+from stepwell_server.store.base import Batch, End, StoreGone, Tombstone
+from stepwell_server.store.disk.lmdb import GIVE_UP_S, RETRY_S, LmdbStore
+from stepwell_server.store.disk.store import DiskStore
+from support.broken_disk import break_last_writes
+from support.clock import ManualClock
+from support.stored import begin, end, put, revisions
+
+CLOCK = ManualClock()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[DiskStore]:
+    """One that has a session, and of which a transaction has just failed for good."""
+    found = DiskStore(path, durability="sync", clock=CLOCK, journal_bytes=64 * 1024)
+    begin(found, "a", "b")
+    put(found, "a", revision=1)
+    fail_once(found, path)
+    yield found
+    found.close()
+
+
+def fail_once(store: DiskStore, path: Path) -> None:
+    break_last_writes(path)
+    with pytest.raises(Unavailable, match=r"must be able to keep the change; .*is full.*No space left"):
+        begin(store, "refused")
+
+
+READS: dict[str, Callable[[DiskStore], object]] = {
+    "get": lambda store: store.get("b"),
+    "get_many": lambda store: store.get_many(["a", "b", "c"]),
+    "scan": lambda store: store.scan(limit=9),
+    "count": lambda store: store.count(),
+    "count_of": lambda store: store.count_of("m"),
+    "count_some": lambda store: store.count_some(limit=9),
+    "tombstone": lambda store: store.tombstone("a"),
+    "check": lambda store: store.check().problem,
+}
+WRITES: dict[str, Callable[[DiskStore], object]] = {
+    "open": lambda store: begin(store, "c"),
+    "close": lambda store: end(store, "b"),
+    "sync": lambda store: store.sync(),
+    "mark": lambda store: store._base.set_journal(store._base.journal),
+}
+
+
+@pytest.mark.parametrize("use", [*READS, *WRITES])
+def test_whatever_comes_next_opens_it_anew(store: DiskStore, use: str) -> None:
+    (READS | WRITES)[use](store)
+    assert store.check().reopened == 1
+    found = revisions(store)
+    # whether what could not be acknowledged is there is open; all else is not
+    assert {name: found[name] for name in found if name not in ("refused", "c")} == {
+        "a": 1,
+        **({} if use == "close" else {"b": 0}),
+    }
+    put(store, "a", revision=2)
+    begin(store, "d")
+    assert revisions(store)["a"] == 2
+    assert store.check().reopened == 1
+
+
+def test_an_opening_that_is_tight_on_room_opens_it_anew(
+    store: DiskStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The room is looked at before anything is written, and that must not fail for ever."""
+    monkeypatch.setattr(type(store._base._reserve), "is_short", True)
+    begin(store, "c")
+
+
+@pytest.mark.parametrize("kind", [lmdb.DiskError, lmdb.Error, OSError])
+def test_while_it_cannot_be_opened_all_are_refused_and_told_why(
+    store: DiskStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: type[Exception]
+) -> None:
+    tries = 0
+
+    def refuse(*_: Any, **__: Any) -> None:
+        nonlocal tries
+        tries += 1
+        raise kind("the disk is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lmdb, "open", refuse)
+        assert "must be readable; got the disk is away" in store.check().problem
+        with pytest.raises(Unavailable, match="must be able to keep the change; got the disk is away"):
+            begin(store, "c")
+        for _ in range(50):  # many readers do not make many attempts
+            with pytest.raises(Unavailable, match="it could not be opened anew a moment ago"):
+                store.get("b")
+        assert tries == 2
+        CLOCK.advance(RETRY_S)
+        with pytest.raises(Unavailable, match="the disk is away"):
+            store.count()
+        assert tries == 3
+        put(store, "a", revision=3)
+        assert store.get("a") is not None, "the journal has it"
+    CLOCK.advance(RETRY_S)
+    assert store.check().problem == ""
+    assert store.check().reopened == 1
+    assert revisions(store)["a"] == 3
+    begin(store, "c")
+    said = [entry.getMessage() for entry in caplog.records if "anew" in entry.getMessage()]
+    assert [line.partition(":")[0] for line in said] == [
+        "the store must be opened anew, and cannot be yet",
+        "the store was opened anew",
+    ]
+
+
+def test_what_cannot_be_opened_for_long_is_given_up(
+    store: DiskStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise lmdb.DiskError("the disk is away")
+
+    monkeypatch.setattr(lmdb, "open", refuse)
+    since = CLOCK.monotonic()
+    while CLOCK.monotonic() + 1 < since + GIVE_UP_S:
+        assert store.check().problem
+        CLOCK.advance(1.0)
+    CLOCK.advance(1.0)
+    with pytest.raises(StoreGone, match=r"/sessions must be a store again within 30 s; .*the disk is away"):
+        store.check()
+    monkeypatch.undo()
+    with pytest.raises(StoreGone):
+        put(store, "a", revision=4)
+    with pytest.raises(StoreGone):
+        store.count()
+
+
+def test_what_will_never_open_again_is_given_up_at_once(store: DiskStore, path: Path) -> None:
+    data = path / "sessions" / "data.mdb"
+    with data.open("r+b") as file:
+        file.write(b"not LMDB" * 2000)
+    with pytest.raises(
+        StoreGone, match=r"/sessions must hold a store that can be opened again: .*not an LMDB"
+    ):
+        store.count()
+    with pytest.raises(StoreGone):
+        store.check()
+    with pytest.raises(StoreGone):
+        put(store, "a", revision=4)
+
+
+def test_no_other_file_is_made_in_place_of_one_that_is_gone(store: DiskStore, path: Path) -> None:
+    data = path / "sessions" / "data.mdb"
+    data.unlink()
+    with pytest.raises(StoreGone, match=str(data)):
+        store.get("b")
+    assert not data.exists()
+
+
+def test_a_reader_does_not_wait_for_whoever_writes(store: DiskStore) -> None:
+    """A commit may take as long as a disk that stalls, and opens the environment anew itself."""
+    with store._base._writing, pytest.raises(Unavailable, match="a change that is under way opens it anew"):
+        store.get("b")
+    assert store.get("b") is not None
+
+
+def test_many_readers_and_a_writer_meet_one_that_gave_up(path: Path) -> None:
+    store = DiskStore(path, durability="sync", clock=CLOCK, journal_bytes=64 * 1024)
+    names = [f"s{i}" for i in range(50)]
+    begin(store, *names)
+    problems: list[BaseException] = []
+    done = threading.Event()
+
+    def read() -> None:
+        try:
+            while not done.is_set():
+                try:
+                    assert None not in store.get_many(names)
+                    store.check()
+                except Unavailable as error:
+                    if not any(reason in error.message for reason in ("opens it anew", "MDB_PANIC")):
+                        raise
+        except Exception as error:
+            problems.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    for turn in range(20):
+        break_last_writes(path)
+        with pytest.raises(Unavailable):
+            begin(store, f"t{turn}")
+        store.commit(Batch(tombstones=[Tombstone(f"u{turn}", End.CLOSED, 0.0)]))
+    done.set()
+    for reader in readers:
+        reader.join(timeout=20)
+    assert not problems
+    assert store.check().reopened == 20
+    assert all(store.tombstone(f"u{turn}") for turn in range(20))
+    store.close()
+    assert os.path.exists(path)
+
+
+def test_one_that_is_closed_is_not_opened_anew(store: DiskStore) -> None:
+    store.close()
+    with pytest.raises(Unavailable, match="it is closed"):
+        store.count()
+
+
+def test_lmdb_alone_does_the_same(path: Path) -> None:
+    store = LmdbStore(path, durability="sync", clock=CLOCK)
+    break_last_writes(path)
+    with pytest.raises(Unavailable):
+        begin(store, "a")
+    assert store.count() <= 1
+    store.close()
