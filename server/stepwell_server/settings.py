@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
+from stepwell_server.compile.origin import folder_problem
+
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _PREFIX = "STEPWELL_"
 
@@ -257,7 +259,7 @@ def _checked(values: dict[str, Any]) -> Settings:
         raise SettingsError(f"models: give at least one as NAME=PATH.keras, or in {variable_of('models')}")
     for name, path in values["models"].items():
         if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
+            what = folder_problem(path) if path.is_dir() else "does not exist"
             raise SettingsError(f"model {name}: PATH must be a .keras file; {path} {what}")
     if values.get("store") == "memory":
         values["data_dir"] = Path()  # of no use, and its default may not be there

@@ -9,9 +9,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
-from stepwell_server.compile import weights
+from stepwell_server.compile import origin, weights
 from stepwell_server.compile.errors import ModelError, gist
 from stepwell_server.compile.tensorflow_setup import keras
 
@@ -45,7 +46,9 @@ def check_archive(path: Path) -> None:
         ModelError: it is not.
     """
     if not path.is_file():
-        raise ModelError(f"{path}: there is no such file")
+        raise ModelError(f"{path}: {origin.no_file_problem(path)}")
+    if h5py.is_hdf5(path):
+        raise ModelError(f"{path}: {_hdf5_problem(path)}")
     if not zipfile.is_zipfile(path):
         raise ModelError(
             f"{path}: not a .keras file, or a truncated one; save the model with model.save('name.keras')"
@@ -60,6 +63,27 @@ def check_archive(path: Path) -> None:
         raise ModelError(f"{path}: damaged .keras file: {broken} does not match its checksum")
     if missing:
         raise ModelError(f"{path}: not a .keras file: it has no {', '.join(missing)}")
+    version = _keras_version(path)
+    if origin.is_keras2(version):
+        raise ModelError(f"{path}: {origin.keras2_problem(version, path.name)}")
+
+
+def _keras_version(path: Path) -> str:
+    with zipfile.ZipFile(path) as archive:
+        text = archive.read("metadata.json")
+    try:
+        return str(json.loads(text)["keras_version"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ModelError(f"{path}: damaged .keras file: metadata.json does not say keras_version") from error
+
+
+def _hdf5_problem(path: Path) -> str:
+    try:
+        with h5py.File(path, "r") as file:
+            version, is_model = file.attrs.get("keras_version"), "model_config" in file.attrs
+    except OSError as error:
+        return f"a damaged HDF5 file: {gist(error)}"
+    return origin.hdf5_problem(path.name, None if version is None else str(version), is_model=is_model)
 
 
 def fingerprint(path: Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 import stepwell_server
-from stepwell_server.compile import cache
+from stepwell_server.compile import cache, origin
 from stepwell_server.compile.errors import ModelError, NotCausalError
 from stepwell_server.program import Program
 
@@ -41,7 +41,7 @@ def compile_program(
         OSError: the cache cannot be written.
     """
     if not model.is_file():
-        raise ModelError(f"{model}: there is no such file")
+        raise ModelError(f"{model}: {origin.no_file_problem(model)}")
     key = cache.cache_key(model, imports)
     found = cache.load(cache_dir / key)
     if found is not None:
