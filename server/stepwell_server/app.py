@@ -96,12 +96,16 @@ def _compile(settings: Settings) -> dict[str, Program]:
     """The program of each model, from the cache or compiled now by a process of its own."""
     from stepwell_server.compile.errors import ModelError
     from stepwell_server.compile.launch import compile_program
+    from stepwell_server.compile.limits import Limits
 
+    limits = Limits(settings.max_model_bytes, settings.max_compile_memory_bytes, settings.compile_timeout_s)
     programs: dict[str, Program] = {}
     for name, path in settings.models.items():
         started = time.perf_counter()
         try:
-            programs[name] = compile_program(path, settings.cache_dir, settings.imports, _progress(name))
+            programs[name] = compile_program(
+                path, settings.cache_dir, settings.imports, _progress(name), limits
+            )
         except ModelError as error:
             if error.details:
                 _log.warning("model refused", model=name, details=error.details)

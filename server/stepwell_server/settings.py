@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
+from stepwell_server.compile.limits import Limits, default_memory_bytes
 from stepwell_server.compile.origin import folder_problem
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -184,6 +185,12 @@ class Settings:
     """Module to import before a model is loaded, for its own layers and functions. May be given again; in the variable, with commas between them."""
     cache_dir: Path = _computed(_folder, _default_cache_dir, "DIR")
     """Folder for compiled models. Default: stepwell in the user's cache folder."""
+    max_model_bytes: int = _setting(_whole(1), Limits.model_bytes, "N")
+    """What a model's file may hold when it is unpacked; a larger one is refused."""
+    max_compile_memory_bytes: int = _computed(_whole(1), default_memory_bytes, "N")
+    """Memory that compiling a model may take. Default: three quarters of what there is. Linux only."""
+    compile_timeout_s: float = _setting(_seconds, Limits.timeout_s, "S")
+    """Seconds that compiling a model may take; 0 means as long as it takes."""
     max_message_bytes: int = _setting(_whole(1024), 64 * 1024 * 1024, "N")
     """Size of a request or reply at most."""
     drain_timeout_s: float = _setting(_seconds, 30.0, "S")

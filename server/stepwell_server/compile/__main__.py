@@ -10,8 +10,14 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.sizes import check_sizes
+
+Speak = Callable[[dict[str, Any]], None]
 
 
 def main() -> int:
@@ -21,21 +27,12 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--import", dest="imports", action="append", default=[])
+    parser.add_argument("--max-model-bytes", type=int, required=True)
     arguments = parser.parse_args()
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    speak({"stage": "load"})
-    # After the protocol is safe: loading TensorFlow prints.
-    from stepwell_server.compile.errors import ModelError
-    from stepwell_server.compile.pipeline import compile_model
-
     try:
-        compile_model(
-            arguments.model,
-            arguments.folder,
-            arguments.imports,
-            lambda stage: speak({"stage": stage}) if stage != "load" else None,
-        )
+        _compile(arguments, speak)
     except ModelError as error:
         speak({"error": str(error), "kind": type(error).__name__, "details": error.details})
         return 2
@@ -43,7 +40,21 @@ def main() -> int:
     return 0
 
 
-def _protocol() -> Any:
+def _compile(arguments: argparse.Namespace, speak: Speak) -> None:
+    speak({"stage": "load"})
+    check_sizes(arguments.model, arguments.max_model_bytes)
+    # After the protocol is safe: loading TensorFlow prints.
+    from stepwell_server.compile.pipeline import compile_model
+
+    compile_model(
+        arguments.model,
+        arguments.folder,
+        arguments.imports,
+        lambda stage: speak({"stage": stage}) if stage != "load" else None,
+    )
+
+
+def _protocol() -> Speak:
     """Keep standard output for messages, and send all that others print to standard error."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import IO
 
 import stepwell_server
+from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.compile import cache, origin
-from stepwell_server.compile.errors import ModelError, NotCausalError
+from stepwell_server.compile.errors import REPORT, ModelError, NotCausalError
+from stepwell_server.compile.limits import Limits, Watch
 from stepwell_server.program import Program
 
 Progress = Callable[[str], None]
@@ -25,6 +28,8 @@ def compile_program(
     cache_dir: Path,
     imports: Sequence[str] = (),
     progress: Progress | None = None,
+    limits: Limits | None = None,
+    clock: Clock | None = None,
 ) -> Program:
     """Return the program of a ``.keras`` file, from the cache if it is there.
 
@@ -35,6 +40,8 @@ def compile_program(
             searched first. Their source is part of the cache's key, that of modules they import is not.
         progress: called with each stage as it begins: load, trace, probe, convert, check. Not called
             when the program comes from the cache.
+        limits: what compiling may take; by default those of `Limits`.
+        clock: against which the time is limited; by default the machine's.
 
     Raises:
         ModelError: the model cannot be served; the message is one line for people.
@@ -47,55 +54,106 @@ def compile_program(
     if found is not None:
         return found
     with cache.workspace(cache_dir, key) as folder:
-        _compile(model, folder, imports, progress)
+        _Compilation(model, limits or Limits(), progress).run(folder, imports, clock or SystemClock())
         return cache.publish(folder, cache_dir / key)
 
 
-def _compile(model: Path, folder: Path, imports: Sequence[str], progress: Progress | None) -> None:
-    command = [sys.executable, "-m", "stepwell_server.compile", str(model), str(folder)]
-    command += [argument for module in imports for argument in ("--import", module)]
-    with (
-        tempfile.TemporaryFile("w+", errors="replace") as noise,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=noise,
-            text=True,
-            env=_environment(),
-        ) as process,
-    ):
-        try:
-            assert process.stdout is not None
-            ended = _relay(process.stdout, progress)
-            code = process.wait()
-        finally:
-            process.kill()  # Does nothing if it has ended; else we are leaving early, and so shall it.
-        if not ended:
-            raise _crash(model, code, noise)
+class _Compilation:
+    """One run of the compiling process."""
+
+    def __init__(self, model: Path, limits: Limits, progress: Progress | None) -> None:
+        self._model = model
+        self._limits = limits
+        self._progress = progress
+        self._stage = "load"
+
+    def run(self, folder: Path, imports: Sequence[str], clock: Clock) -> None:
+        """Compile the model into ``folder``.
+
+        Raises:
+            ModelError: it cannot be served, or the process did not come to an end.
+        """
+        command = [sys.executable, "-m", "stepwell_server.compile", str(self._model), str(folder)]
+        command += ["--max-model-bytes", str(self._limits.model_bytes)]
+        command += [argument for module in imports for argument in ("--import", module)]
+        with (
+            tempfile.TemporaryFile("w+", errors="replace") as noise,
+            subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=noise,
+                text=True,
+                env=_environment(),
+            ) as process,
+        ):
+            try:
+                assert process.stdout is not None
+                with Watch(process, self._limits, clock) as watch:
+                    is_done = self._relay(process.stdout)
+                    code = process.wait()
+            finally:
+                process.kill()  # Does nothing if it has ended; else we are leaving early, and so shall it.
+            if not is_done:
+                raise ModelError(f"{self._model}: {self._problem(watch, code)}", _last_lines(noise))
+
+    def _relay(self, lines: IO[str]) -> bool:
+        """Read the child's messages; True if the last of them says that the work is done."""
+        for line in lines:
+            if not line.endswith("\n"):
+                return False  # It ended in the middle of a message.
+            message = json.loads(line)
+            if "stage" in message:
+                self._stage = message["stage"]
+                if self._progress is not None:
+                    self._progress(self._stage)
+            elif "error" in message:
+                kind = NotCausalError if message.get("kind") == "NotCausalError" else ModelError
+                raise kind(message["error"], message.get("details", ""))
+            elif "done" in message:
+                return True
+        return False
+
+    def _problem(self, watch: Watch, code: int) -> str:
+        """Why the process ended without an answer, and the way on."""
+        if watch.exceeded == "time":
+            return (
+                f"compiling it must take at most {self._limits.timeout_s:g} s (--compile-timeout-s); it was ended in "
+                f"stage {self._stage}. Allow more time, or compile it on a faster machine of the same kind and take "
+                "that one's --cache-dir"
+            )
+        if watch.exceeded == "memory":
+            return (
+                f"compiling it must take at most {self._limits.memory_bytes} bytes of memory "
+                f"(--max-compile-memory-bytes); it took more in stage {self._stage} and was ended. Allow more, or "
+                "make the model smaller"
+            )
+        if code == -signal.SIGKILL:
+            return (
+                f"the compiling process was killed from outside in stage {self._stage} (SIGKILL), as the system does "
+                "when memory runs out. Give it more memory, or less than the system's to --max-compile-memory-bytes"
+            )
+        if code < 0:
+            return (
+                f"the compiler crashed on this model in stage {self._stage} ({_signal_name(-code)}): a defect in "
+                f"TensorFlow or in a module of --import, not in the model. {REPORT}"
+            )
+        return (
+            f"the compiling process ended without an answer in stage {self._stage} (exit code {code}). Does a module "
+            f"of --import end it? If not: {REPORT}"
+        )
 
 
-def _relay(lines: IO[str], progress: Progress | None) -> bool:
-    """Read the child's messages; True if the last of them says that the work is done."""
-    for line in lines:
-        message = json.loads(line)
-        if "stage" in message:
-            if progress is not None:
-                progress(message["stage"])
-        elif "error" in message:
-            kind = NotCausalError if message.get("kind") == "NotCausalError" else ModelError
-            raise kind(message["error"], message.get("details", ""))
-        elif "done" in message:
-            return True
-    return False
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
-def _crash(model: Path, code: int, noise: IO[str]) -> ModelError:
+def _last_lines(noise: IO[str]) -> str:
     noise.seek(0)
-    lines = noise.read().strip().splitlines()[-_DETAIL_LINES:]
-    how = f"signal {-code}" if code < 0 else f"exit code {code}"
-    last = f": {lines[-1].strip()}" if lines else ""
-    return ModelError(f"{model}: the compiling process ended unexpectedly ({how}){last}", "\n".join(lines))
+    return "\n".join(noise.read().strip().splitlines()[-_DETAIL_LINES:])
 
 
 def _environment() -> dict[str, str]:
