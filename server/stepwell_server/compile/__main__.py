@@ -16,6 +16,7 @@ from typing import Any
 
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.sizes import check_sizes
+from stepwell_server.compile.unexpected import failure
 
 Speak = Callable[[dict[str, Any]], None]
 
@@ -35,6 +36,11 @@ def main() -> int:
         _compile(arguments, speak)
     except ModelError as error:
         speak({"error": str(error), "kind": type(error).__name__, "details": error.details})
+        return 2
+    # SystemExit: a user's module may call sys.exit().
+    except (Exception, SystemExit) as error:
+        told = failure(arguments.model, error)
+        speak({"error": str(told), "kind": type(told).__name__, "details": told.details})
         return 2
     speak({"done": True})
     return 0
