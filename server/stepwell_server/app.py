@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.engine.engine import Engine
@@ -26,6 +26,9 @@ from stepwell_server.settings import Address, Settings
 from stepwell_server.store.base import Store, StoreBusy, StoreError, StoreGone
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.memory import MemoryStore
+
+if TYPE_CHECKING:
+    from stepwell_server.compile.limits import Limits
 
 _log = Log("app")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -101,15 +104,18 @@ def _compile(settings: Settings) -> dict[str, Program]:
     """The program of each model, from the cache or compiled now by a process of its own."""
     from stepwell_server.compile.errors import ModelError
     from stepwell_server.compile.launch import compile_program
+    from stepwell_server.compile.limits import Limits
 
+    limits = Limits(settings.max_model_bytes, settings.max_compile_memory_bytes, settings.compile_timeout_s)
     programs: dict[str, Program] = {}
     for name, path in settings.models.items():
         started = time.perf_counter()
         try:
             options = ProofOptions(settings.probe_steps.get(name), name in settings.trust_causality)
-            program = compile_program(path, settings.cache_dir, settings.imports, _progress(name), options)
+            report = _progress(name)
+            program = compile_program(path, settings.cache_dir, settings.imports, report, options, limits)
             if name in settings.check_with:
-                _check(settings, name, program)
+                _check(settings, name, program, limits)
             programs[name] = program
         except ModelError as error:
             if error.details:
@@ -126,12 +132,12 @@ def _compile(settings: Settings) -> dict[str, Program]:
     return programs
 
 
-def _check(settings: Settings, name: str, program: Program) -> None:
+def _check(settings: Settings, name: str, program: Program, limits: Limits) -> None:
     """Hold a program against Keras on the user's own sequences."""
     from stepwell_server.compile.launch import compare_with_keras
 
     file = settings.check_with[name]
-    report = compare_with_keras(settings.models[name], program, file, settings.imports)
+    report = compare_with_keras(settings.models[name], program, file, settings.imports, limits)
     for output in report.outputs:
         _log.info("compared with Keras", model=name, data=str(file), **output.fields())
     worst = report.worst

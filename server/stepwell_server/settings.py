@@ -18,6 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
+from stepwell_server.compile.limits import Limits, default_memory_bytes
+from stepwell_server.compile.origin import folder_problem
+
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _PREFIX = "STEPWELL_"
 
@@ -233,6 +236,12 @@ class Settings:
     """Sequences of your own, (batch, T, features), or an .npz of them by the names of the inputs: the start is refused if stepping the model through them differs from Keras."""
     cache_dir: Path = _computed(_folder, default_cache_dir, "DIR")
     """Folder for compiled models. Default: stepwell in the user's cache folder."""
+    max_model_bytes: int = _setting(_whole(1), Limits.model_bytes, "N")
+    """What a model's file may hold when it is unpacked; a larger one is refused."""
+    max_compile_memory_bytes: int = _computed(_whole(1), default_memory_bytes, "N")
+    """Memory that compiling a model may take. Default: three quarters of what there is. Linux only."""
+    compile_timeout_s: float = _setting(_seconds, Limits.timeout_s, "S")
+    """Seconds that compiling a model may take; 0 means as long as it takes."""
     max_message_bytes: int = _setting(_whole(1024), 64 * 1024 * 1024, "N")
     """Size of a request or reply at most."""
     drain_timeout_s: float = _setting(_seconds, 30.0, "S")
@@ -308,7 +317,7 @@ def _checked(values: dict[str, Any]) -> Settings:
         raise SettingsError(f"models: give at least one as NAME=PATH.keras, or in {variable_of('models')}")
     for name, path in values["models"].items():
         if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
+            what = folder_problem(path) if path.is_dir() else "does not exist"
             raise SettingsError(f"model {name}: PATH must be a .keras file; {path} {what}")
     for setting in ("probe_steps", "trust_causality", "check_with"):
         for name in values.get(setting, ()):

@@ -84,17 +84,63 @@ def test_a_custom_layer_needs_its_module(
     assert program.state[0].name == "sum/state"
 
 
-def test_a_crash_is_one_line_with_the_rest_as_details(
-    lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+BREAK_THE_COMPILER = """
+import stepwell_server.compile.archive
+stepwell_server.compile.archive.fingerprint = None
+"""
+FAIL_IN_A_MODULE = """
+import stepwell_server.compile.archive
+
+def broken(path):
+    raise LookupError("first line\\nsecond line")
+
+stepwell_server.compile.archive.fingerprint = broken
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (
+            "import os\nos.abort()",
+            r"the compiler crashed on this model in stage load \(SIGABRT\): .*Report it",
+        ),
+        (
+            "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+            r"was killed from outside in stage load \(SIGKILL\), as the system does when memory runs out",
+        ),
+        ("import os\nos._exit(0)", r"ended without an answer in stage load \(exit code 0\)\. Does a module"),
+        ("import os\nos._exit(7)", r"ended without an answer in stage load \(exit code 7\)\. Does a module"),
+        (
+            "import sys\nsys.exit('bye')",
+            r"code that --import has loaded failed on this model \(SystemExit: bye\) at .*ending\.py:4$",
+        ),
+        (
+            BREAK_THE_COMPILER,
+            (
+                r"the compiler failed on this model \(TypeError: 'NoneType' object is not callable\): a defect of "
+                r"Stepwell, not of the model\. Report it with the config\.json"
+            ),
+        ),
+        (
+            FAIL_IN_A_MODULE,
+            r"code that --import has loaded failed on this model \(LookupError: first line\) at .*ending\.py:7$",
+        ),
+        (FAIL_IN_A_MODULE.replace("Lookup", "Memory"), r"memory ran out while it was compiled"),
+    ],
+    ids=["abort", "kill", "exit 0", "exit 7", "sys.exit", "defect", "module", "memory"],
+)
+def test_whatever_ends_the_compiler_is_told_in_one_line_with_the_rest_as_details(
+    module: str, expected: str, lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "crashing.py").write_text(
-        "import os, sys\nprint('last words', file=sys.stderr)\nos.abort()\n"
+    (tmp_path / "ending.py").write_text(
+        f"import sys\nprint('last words', file=sys.stderr, flush=True)\n{module}\n"
     )
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match=r"ended unexpectedly \(signal 6\)") as caught:
-        compile_program(lstm, tmp_path / "cache", ["crashing"])
+    with pytest.raises(ModelError, match=expected) as caught:
+        compile_program(lstm, tmp_path / "cache", ["ending"])
     assert "\n" not in str(caught.value)
-    assert "last words" in caught.value.details
+    assert "last words" in caught.value.details or "Traceback" in caught.value.details
     assert list((tmp_path / "cache").iterdir()) == []
 
 

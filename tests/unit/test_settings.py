@@ -124,6 +124,18 @@ def test_models_that_cannot_be_served(models: list[str], expected: str) -> None:
         read_settings(models, {})
 
 
+def test_a_saved_model_folder_is_told_from_another(tmp_path: Path) -> None:
+    (tmp_path / "saved_model.pb").touch()
+    with pytest.raises(
+        SettingsError, match=r"is a SavedModel folder, which holds a graph and no Keras model: "
+    ):
+        read_settings([f"a={tmp_path}"], {})
+    (tmp_path / "keras_metadata.pb").touch()
+    with pytest.raises(SettingsError, match=r"is a SavedModel folder of Keras 2: .*tf_keras") as caught:
+        read_settings([f"a={tmp_path}"], {})
+    assert f"load_model('{tmp_path.name}').save_weights('name.weights.h5')" in str(caught.value)
+
+
 def test_a_data_dir_and_the_memory_store_exclude_each_other(model: str) -> None:
     rule = "nothing is kept on disk; give one of the two"
     with pytest.raises(SettingsError, match=f"^--data-dir: with --store memory {rule}$"):

@@ -17,7 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.sizes import check_sizes
+from stepwell_server.compile.unexpected import failure
 from stepwell_server.program import Program, ProofOptions
+
+Speak = Callable[[dict[str, Any]], None]
 
 
 def main() -> int:
@@ -31,41 +36,48 @@ def main() -> int:
     parser.add_argument("--trust", action="store_true", help="also where the graph proves too little")
     parser.add_argument("--compare", action="store_true", help="compare the program in FOLDER with Keras")
     parser.add_argument("--data", type=Path, help="sequences to compare on, .npy or .npz")
+    parser.add_argument("--max-model-bytes", type=int, required=True)
     arguments = parser.parse_args()
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    speak({"stage": "load"})
-    # After the protocol is safe: loading TensorFlow prints.
-    from stepwell_server.compile.errors import ModelError
-
     try:
-        if arguments.compare:
-            speak({"done": _compare(arguments)})
-        else:
-            _compile(arguments, lambda stage: speak({"stage": stage}) if stage != "load" else None)
-            speak({"done": True})
+        done = _work(arguments, speak)
     except ModelError as error:
         speak({"error": str(error), "kind": type(error).__name__, "details": error.details})
         return 2
+    # SystemExit: a user's module may call sys.exit().
+    except (Exception, SystemExit) as error:
+        told = failure(arguments.model, error)
+        speak({"error": str(told), "kind": type(told).__name__, "details": told.details})
+        return 2
+    speak({"done": done})
     return 0
 
 
-def _compile(arguments: argparse.Namespace, report: Callable[[str], None]) -> None:
+def _work(arguments: argparse.Namespace, speak: Speak) -> Any:
+    """Compile, or compare; return what is said of it when it is done."""
+    speak({"stage": "load"})
+    check_sizes(arguments.model, arguments.max_model_bytes)
+    # After the protocol is safe: loading TensorFlow prints.
+    if arguments.compare:
+        from stepwell_server.compile.own_data import compare
+        from stepwell_server.compile.pipeline import import_modules
+
+        import_modules(arguments.imports)
+        return compare(arguments.model, Program.load(arguments.folder), arguments.data).to_json()
     from stepwell_server.compile.pipeline import compile_model
 
-    options = ProofOptions(arguments.steps, arguments.trust)
-    compile_model(arguments.model, arguments.folder, arguments.imports, report, options)
+    compile_model(
+        arguments.model,
+        arguments.folder,
+        arguments.imports,
+        lambda stage: speak({"stage": stage}) if stage != "load" else None,
+        ProofOptions(arguments.steps, arguments.trust),
+    )
+    return True
 
 
-def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    from stepwell_server.compile.own_data import compare
-    from stepwell_server.compile.pipeline import import_modules
-
-    import_modules(arguments.imports)
-    return compare(arguments.model, Program.load(arguments.folder), arguments.data).to_json()
-
-
-def _protocol() -> Any:
+def _protocol() -> Speak:
     """Keep standard output for messages, and send all that others print to standard error."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

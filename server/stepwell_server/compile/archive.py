@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
+from stepwell_server.compile import origin, weights
 from stepwell_server.compile.errors import ModelError, gist
 from stepwell_server.compile.tensorflow_setup import keras
 
-_MEMBERS = ("config.json", "metadata.json", "model.weights.h5")
+_MEMBERS = ("config.json", "metadata.json", weights.MEMBER)
 #: Parts of the configuration that do not change what the model computes.
 _NOISE = {"compile_config", "shared_object_id", "build_config"}
 
@@ -26,22 +25,17 @@ def load_model(path: Path) -> Any:
     """Load the Keras model in ``path``, with Keras's safe mode on.
 
     Raises:
-        ModelError: no such file, not a ``.keras`` file, damaged, or Keras refuses it.
+        ModelError: no such file, not a ``.keras`` file, damaged, Keras refuses it, or does not restore it whole.
     """
     check_archive(path)
     try:
-        model = keras.saving.load_model(path, compile=False, safe_mode=True)
+        with weights.reads_recorded() as read:
+            model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # Keras and user code raise whatever they like here.
         raise ModelError(f"{path}: {_load_problem(error)}") from error
     if not isinstance(model, keras.Model):
         raise ModelError(f"{path}: must hold a keras.Model; it holds a {type(model).__name__}")
-    saved = sum(1 for _ in _saved_weights(path))
-    if len(model.weights) < saved:
-        # Keras only warns, and would then run on random weights.
-        raise ModelError(
-            f"{path}: {saved - len(model.weights)} of {saved} weights of the model were not restored: Keras could "
-            "not build it while loading; give the class a build() for its input shapes, or build_from_config()"
-        )
+    weights.check_restored(path, read)
     return model
 
 
@@ -52,7 +46,9 @@ def check_archive(path: Path) -> None:
         ModelError: it is not.
     """
     if not path.is_file():
-        raise ModelError(f"{path}: there is no such file")
+        raise ModelError(f"{path}: {origin.no_file_problem(path)}")
+    if h5py.is_hdf5(path):
+        raise ModelError(f"{path}: {_hdf5_problem(path)}")
     if not zipfile.is_zipfile(path):
         raise ModelError(
             f"{path}: not a .keras file, or a truncated one; save the model with model.save('name.keras')"
@@ -67,6 +63,27 @@ def check_archive(path: Path) -> None:
         raise ModelError(f"{path}: damaged .keras file: {broken} does not match its checksum")
     if missing:
         raise ModelError(f"{path}: not a .keras file: it has no {', '.join(missing)}")
+    version = _keras_version(path)
+    if origin.is_keras2(version):
+        raise ModelError(f"{path}: {origin.keras2_problem(version, path.name)}")
+
+
+def _keras_version(path: Path) -> str:
+    with zipfile.ZipFile(path) as archive:
+        text = archive.read("metadata.json")
+    try:
+        return str(json.loads(text)["keras_version"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ModelError(f"{path}: damaged .keras file: metadata.json does not say keras_version") from error
+
+
+def _hdf5_problem(path: Path) -> str:
+    try:
+        with h5py.File(path, "r") as file:
+            version, is_model = file.attrs.get("keras_version"), "model_config" in file.attrs
+    except OSError as error:
+        return f"a damaged HDF5 file: {gist(error)}"
+    return origin.hdf5_problem(path.name, None if version is None else str(version), is_model=is_model)
 
 
 def fingerprint(path: Path) -> str:
@@ -80,23 +97,10 @@ def fingerprint(path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
         config = _without_noise(json.loads(archive.read("config.json")))
     digest.update(json.dumps(config, sort_keys=True).encode())
-    for name, value in _saved_weights(path):
+    for name, value in weights.saved_weights(path):
         digest.update(f"\n{name} {value.shape} {value.dtype}\n".encode())
         digest.update(np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()
-
-
-def _saved_weights(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the weights in the archive by their place in it, in a fixed order."""
-    with zipfile.ZipFile(path) as archive:
-        content = io.BytesIO(archive.read("model.weights.h5"))
-    found: dict[str, Any] = {}
-    with h5py.File(content, "r") as file:
-        file.visititems(lambda name, item: found.update({name: item}) if hasattr(item, "dtype") else None)
-        for name in sorted(found):
-            parts = name.split("/")
-            if parts[0] != "optimizer" and "seed_generator" not in parts:
-                yield name, found[name][()]
 
 
 def _without_noise(config: Any) -> Any:
@@ -121,5 +125,11 @@ def _load_problem(error: Exception) -> str:
         return (
             f"unknown {unknown[1]} '{unknown[2]}'; register it with "
             "@keras.saving.register_keras_serializable() and name its module with --import MODULE"
+        )
+    misfit = re.search(r"^Layer '[^']+' (?:expected \d+ variables|was never built).*$", text, re.MULTILINE)
+    if misfit:
+        return (
+            f"the weights in the file do not fit: {misfit[0].split(' during loading')[0].rstrip('.')}; the class must "
+            "be the one that the model was saved with (--import MODULE), and its build() must build all that it holds"
         )
     return f"Keras cannot load it: {type(error).__name__}: {gist(error)}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+REPORT = "Report it with the config.json in the file, which is a zip archive, and what the log says"
+"""The way on where the fault is not the user's."""
+
 
 class ModelError(Exception):
     """The model cannot be served. The message is one line for people."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import stepwell_server
-from stepwell_server.compile import cache
+from stepwell_server.clock import Clock, SystemClock
+from stepwell_server.compile import cache, origin
 from stepwell_server.compile.comparison import Comparison
-from stepwell_server.compile.errors import ModelError, NotCausalError
+from stepwell_server.compile.errors import REPORT, ModelError, NotCausalError
+from stepwell_server.compile.limits import Limits, Watch
 from stepwell_server.program import Program, ProofOptions
 
 Progress = Callable[[str], None]
@@ -27,6 +30,8 @@ def compile_program(
     imports: Sequence[str] = (),
     progress: Progress | None = None,
     options: ProofOptions | None = None,
+    limits: Limits | None = None,
+    clock: Clock | None = None,
 ) -> Program:
     """Return the program of a ``.keras`` file, from the cache if it is there.
 
@@ -38,13 +43,15 @@ def compile_program(
         progress: called with each stage as it begins: load, trace, probe, convert, check. Not called
             when the program comes from the cache.
         options: what the user says about the proof.
+        limits: what compiling may take; by default those of `Limits`.
+        clock: against which the time is limited; by default the machine's.
 
     Raises:
         ModelError: the model cannot be served; the message is one line for people.
         OSError: the cache cannot be written.
     """
     if not model.is_file():
-        raise ModelError(f"{model}: there is no such file")
+        raise ModelError(f"{model}: {origin.no_file_problem(model)}")
     options = options or ProofOptions()
     key = cache.cache_key(model, imports, options)
     found = cache.load(cache_dir / key)
@@ -52,12 +59,18 @@ def compile_program(
         return found
     with cache.workspace(cache_dir, key) as folder:
         told = [] if options.steps is None else ["--steps", str(options.steps)]
-        _run(model, folder, imports, [*told, *(["--trust"] if options.trust else [])], progress)
+        told += ["--trust"] if options.trust else []
+        _Compilation(model, limits or Limits(), progress).run(folder, imports, told, clock or SystemClock())
         return cache.publish(folder, cache_dir / key)
 
 
 def compare_with_keras(
-    model: Path, program: Program, data: Path | None = None, imports: Sequence[str] = ()
+    model: Path,
+    program: Program,
+    data: Path | None = None,
+    imports: Sequence[str] = (),
+    limits: Limits | None = None,
+    clock: Clock | None = None,
 ) -> Comparison:
     """Return how stepping a program differs from Keras's own call of the model it was made from.
 
@@ -66,63 +79,114 @@ def compare_with_keras(
         program: what was compiled from it.
         data: an ``.npy`` or ``.npz`` file of sequences, (batch, T, features); None: those of the proof.
         imports: see `compile_program`.
+        limits: see `compile_program`.
+        clock: see `compile_program`.
 
     Raises:
         ModelError: the data do not fit the model.
     """
     told = ["--compare", *([] if data is None else ["--data", str(data)])]
-    return Comparison.from_json(_run(model, program.path, imports, told, None))
+    run = _Compilation(model, limits or Limits(), None).run
+    return Comparison.from_json(run(program.path, imports, told, clock or SystemClock()))
 
 
-def _run(
-    model: Path, folder: Path, imports: Sequence[str], told: Sequence[str], progress: Progress | None
-) -> Any:
-    """Run the compiling process, and return what it says when it is done."""
-    command = [sys.executable, "-m", "stepwell_server.compile", str(model), str(folder), *told]
-    command += [argument for module in imports for argument in ("--import", module)]
-    with (
-        tempfile.TemporaryFile("w+", errors="replace") as noise,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=noise,
-            text=True,
-            env=_environment(),
-        ) as process,
-    ):
-        try:
-            assert process.stdout is not None
-            done = _relay(process.stdout, progress)
-            code = process.wait()
-        finally:
-            process.kill()  # Does nothing if it has ended; else we are leaving early, and so shall it.
-        if done is None:
-            raise _crash(model, code, noise)
-        return done
+class _Compilation:
+    """One run of the compiling process."""
+
+    def __init__(self, model: Path, limits: Limits, progress: Progress | None) -> None:
+        self._model = model
+        self._limits = limits
+        self._progress = progress
+        self._stage = "load"
+
+    def run(self, folder: Path, imports: Sequence[str], told: Sequence[str], clock: Clock) -> Any:
+        """Compile the model into ``folder``, or what else the options in ``told`` say; return what comes of it.
+
+        Raises:
+            ModelError: it cannot be served, or the process did not come to an end.
+        """
+        command = [sys.executable, "-m", "stepwell_server.compile", str(self._model), str(folder), *told]
+        command += ["--max-model-bytes", str(self._limits.model_bytes)]
+        command += [argument for module in imports for argument in ("--import", module)]
+        with (
+            tempfile.TemporaryFile("w+", errors="replace") as noise,
+            subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=noise,
+                text=True,
+                env=_environment(),
+            ) as process,
+        ):
+            try:
+                assert process.stdout is not None
+                with Watch(process, self._limits, clock) as watch:
+                    done = self._relay(process.stdout)
+                    code = process.wait()
+            finally:
+                process.kill()  # Does nothing if it has ended; else we are leaving early, and so shall it.
+            if done is None:
+                raise ModelError(f"{self._model}: {self._problem(watch, code)}", _last_lines(noise))
+            return done
+
+    def _relay(self, lines: IO[str]) -> Any:
+        """Read the child's messages; return what it says with "done", or None if it never says so."""
+        for line in lines:
+            if not line.endswith("\n"):
+                return None  # It ended in the middle of a message.
+            message = json.loads(line)
+            if "stage" in message:
+                self._stage = message["stage"]
+                if self._progress is not None:
+                    self._progress(self._stage)
+            elif "error" in message:
+                kind = NotCausalError if message.get("kind") == "NotCausalError" else ModelError
+                raise kind(message["error"], message.get("details", ""))
+            elif "done" in message:
+                return message["done"]
+        return None
+
+    def _problem(self, watch: Watch, code: int) -> str:
+        """Why the process ended without an answer, and the way on."""
+        if watch.exceeded == "time":
+            return (
+                f"compiling it must take at most {self._limits.timeout_s:g} s (--compile-timeout-s); it was ended in "
+                f"stage {self._stage}. Allow more time, or compile it on a faster machine of the same kind and take "
+                "that one's --cache-dir"
+            )
+        if watch.exceeded == "memory":
+            return (
+                f"compiling it must take at most {self._limits.memory_bytes} bytes of memory "
+                f"(--max-compile-memory-bytes); it took more in stage {self._stage} and was ended. Allow more, or "
+                "make the model smaller"
+            )
+        if code == -signal.SIGKILL:
+            return (
+                f"the compiling process was killed from outside in stage {self._stage} (SIGKILL), as the system does "
+                "when memory runs out. Give it more memory, or less than the system's to --max-compile-memory-bytes"
+            )
+        if code < 0:
+            return (
+                f"the compiler crashed on this model in stage {self._stage} ({_signal_name(-code)}): a defect in "
+                f"TensorFlow or in a module of --import, not in the model. {REPORT}"
+            )
+        return (
+            f"the compiling process ended without an answer in stage {self._stage} (exit code {code}). Does a module "
+            f"of --import end it? If not: {REPORT}"
+        )
 
 
-def _relay(lines: IO[str], progress: Progress | None) -> Any:
-    """Read the child's messages; return what it says with "done", or None if it never says so."""
-    for line in lines:
-        message = json.loads(line)
-        if "stage" in message:
-            if progress is not None:
-                progress(message["stage"])
-        elif "error" in message:
-            kind = NotCausalError if message.get("kind") == "NotCausalError" else ModelError
-            raise kind(message["error"], message.get("details", ""))
-        elif "done" in message:
-            return message["done"]
-    return None
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
-def _crash(model: Path, code: int, noise: IO[str]) -> ModelError:
+def _last_lines(noise: IO[str]) -> str:
     noise.seek(0)
-    lines = noise.read().strip().splitlines()[-_DETAIL_LINES:]
-    how = f"signal {-code}" if code < 0 else f"exit code {code}"
-    last = f": {lines[-1].strip()}" if lines else ""
-    return ModelError(f"{model}: the compiling process ended unexpectedly ({how}){last}", "\n".join(lines))
+    return "\n".join(noise.read().strip().splitlines()[-_DETAIL_LINES:])
 
 
 def _environment() -> dict[str, str]:

@@ -1,0 +1,89 @@
+"""What the compiling process may take of memory and time, and who sees to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import threading
+from pathlib import Path
+from typing import Literal, Self
+
+from stepwell_server.clock import Clock
+
+_LOOK_S = 0.02
+_SHARE_OF_MEMORY = 3 / 4
+#: What a process cannot give back by itself: not the files that it has mapped, such as TensorFlow's libraries.
+_OWN = re.compile(r"^(?:RssAnon|RssShmem|VmSwap):\s+(\d+) kB$", re.MULTILINE)
+
+
+def default_memory_bytes() -> int:
+    """Three quarters of the memory that there is, or that the container may have."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        text = "max"
+    return int(min(memory, int(text) if text.isdigit() else memory) * _SHARE_OF_MEMORY)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one model may take until it is compiled."""
+
+    model_bytes: int = 2 * 1024**3
+    """Of what the file holds, unpacked."""
+    memory_bytes: int = dataclasses.field(default_factory=default_memory_bytes)
+    """Of the compiling process."""
+    timeout_s: float = 1800.0
+    """Of the compiling process; 0: as long as it takes."""
+
+
+Limit = Literal["memory", "time"]
+
+
+class Watch:
+    """Ends a process that goes over its limits; a context manager.
+
+    It looks at the memory that the process uses, many times in a second, and does not have the kernel refuse
+    more (RLIMIT_AS, RLIMIT_DATA): TensorFlow maps many times what it uses, and where it is refused memory it
+    ends by SIGSEGV, SIGABRT or a MemoryError somewhere, which cannot be told from a defect. Other systems
+    than Linux do not say what a process uses; there only the time is limited.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], limits: Limits, clock: Clock) -> None:
+        self._process = process
+        self._limits = limits
+        self._clock = clock
+        self._began = clock.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="stepwell-compile-watch", daemon=True)
+        self.exceeded: Limit | None = None
+        """The limit for which the process was ended."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc_info: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while self.exceeded is None and not self._over.wait(_LOOK_S):
+            if 0 < self._limits.timeout_s < self._clock.monotonic() - self._began:
+                self.exceeded = "time"
+            elif memory_of(self._process.pid) > self._limits.memory_bytes:
+                self.exceeded = "memory"
+        if self.exceeded is not None:
+            self._process.kill()
+
+
+def memory_of(pid: int) -> int:
+    """Bytes of memory that a process uses for itself; 0 if it has ended or the system does not say."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return sum(int(kilobytes) for kilobytes in _OWN.findall(status)) * 1024

@@ -1,0 +1,82 @@
+"""Files and folders that hold a model in another form than Keras 3's: what they are, and the way on.
+
+Each way on has been tried on LSTM, GRU, stacked cells, nested and subclassed models that tf_keras 2.21 had
+saved: Keras 3 loads none of their files as models, and all of their weights. Imports no framework.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_SERVED = "Stepwell serves .keras files of Keras 3"
+_COMPARE = "compare what both models compute: some functions are not the same, such as hard_sigmoid"
+
+
+def keras2_problem(version: str, weights: str, first: str = "") -> str:
+    """What to say of a file that Keras 2 has saved.
+
+    Args:
+        version: of Keras.
+        weights: the name by which Keras 3 can read its weights.
+        first: what is to be done before that, with a comma and a space.
+    """
+    return (
+        f"saved by Keras {version}: {_SERVED}, which cannot load models of Keras 2, only their weights; "
+        f"{first}build the model with Keras 3 by the same code, then model.load_weights({weights!r}) and "
+        f"model.save('name.keras'), and {_COMPARE}"
+    )
+
+
+def hdf5_problem(name: str, version: str | None, *, is_model: bool) -> str:
+    """What to say of an HDF5 file.
+
+    Args:
+        name: the file's name.
+        version: of the Keras that has saved it, if the file says so.
+        is_model: it holds a model, not only weights.
+    """
+    rename = ""
+    if not name.endswith(
+        (".h5", ".hdf5")
+    ):  # Keras 2 wrote HDF5 under other names too; Keras 3 goes by the name.
+        name = f"{name.removesuffix('.keras')}.h5"
+        rename = f"rename it to {name}, "
+    if is_model and version is not None and is_keras2(version):
+        return f"a legacy HDF5 file, {keras2_problem(version, name, rename)}"
+    if is_model:
+        return (
+            f"a legacy HDF5 file: {_SERVED}; {rename}save it as one: "
+            f"keras.models.load_model({name!r}).save('name.keras')"
+        )
+    return (
+        f"an HDF5 file without a model, weights at most: {_SERVED}; {rename}build the model by the code that it was "
+        f"saved by, then model.load_weights({name!r}) and model.save('name.keras')"
+    )
+
+
+def no_file_problem(path: Path) -> str:
+    """What to say of a path that is no file."""
+    return folder_problem(path) if path.is_dir() else "there is no such file"
+
+
+def folder_problem(folder: Path) -> str:
+    """What to say of a folder."""
+    if (folder / "keras_metadata.pb").is_file():
+        return (
+            f"is a SavedModel folder of Keras 2: {_SERVED}; where tf_keras is installed, "
+            f"tf_keras.models.load_model({folder.name!r}).save_weights('name.weights.h5'), then build the model with "
+            f"Keras 3 by the same code, model.load_weights('name.weights.h5') and model.save('name.keras'), and "
+            f"{_COMPARE}"
+        )
+    if (folder / "saved_model.pb").is_file():
+        return (
+            f"is a SavedModel folder, which holds a graph and no Keras model: {_SERVED}; save the model from the "
+            "code that made it, with model.save('name.keras')"
+        )
+    return "is a folder"
+
+
+def is_keras2(version: str) -> bool:
+    """Whether a version is one of Keras 2 or before it."""
+    return re.match(r"[012]\.", version) is not None

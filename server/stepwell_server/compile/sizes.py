@@ -1,0 +1,107 @@
+"""How large a ``.keras`` file becomes when it is unpacked, found out without unpacking it into memory."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+import h5py
+
+from stepwell_server.compile.errors import ModelError
+
+OPTION = "--max-model-bytes"
+_WEIGHTS = "model.weights.h5"
+_PIECE_BYTES = 1 << 20
+_LOCAL_HEADER_BYTES = 30
+
+
+def check_sizes(path: Path, max_bytes: int) -> None:
+    """Check that all that ``path`` holds, unpacked, is within ``max_bytes``. Takes little memory, whatever the file says.
+
+    Nothing is said of a file that is no ``.keras`` file.
+
+    Raises:
+        ModelError: it is not, or its sizes are untrue.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            _check_limit(path, sum(member.file_size for member in archive.infolist()), max_bytes)
+            for member in archive.infolist():
+                if not _size_is_true(file, member):
+                    raise ModelError(
+                        f"{path}: damaged .keras file: {member.filename} is not of the size it says"
+                    )
+            if _WEIGHTS in archive.namelist():
+                _check_weights(path, archive.read(_WEIGHTS), max_bytes)
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, zlib.error) as error:
+        raise ModelError(f"{path}: damaged .keras file: {error}") from error
+
+
+def _check_limit(path: Path, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise ModelError(
+            f"{path}: what it holds must be at most {max_bytes} bytes when unpacked ({OPTION}); it is {size} bytes"
+        )
+
+
+def _size_is_true(file: IO[bytes], member: zipfile.ZipInfo) -> bool:
+    """Whether a member unpacks to as many bytes as it says.
+
+    zipfile gives no more than that, but inflates whatever is there before it cuts it off.
+    """
+    if member.compress_type == zipfile.ZIP_STORED:  # as Keras writes them
+        return member.file_size == member.compress_size
+    if member.compress_type != zipfile.ZIP_DEFLATED:
+        raise zipfile.BadZipFile(f"{member.filename} is compressed in a way that Keras does not use")
+    file.seek(member.header_offset)
+    header = file.read(_LOCAL_HEADER_BYTES)
+    if len(header) < _LOCAL_HEADER_BYTES:
+        raise zipfile.BadZipFile(f"{member.filename} is cut off")
+    file.seek(sum(struct.unpack("<2H", header[26:])), io.SEEK_CUR)
+    return _inflated_bytes(file, member.compress_size, member.file_size) == member.file_size
+
+
+def _inflated_bytes(file: IO[bytes], compressed: int, most: int) -> int:
+    """Bytes that ``compressed`` bytes from here inflate to; counting ends above ``most``."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    count = 0
+    while not inflater.eof and count <= most:
+        piece = inflater.unconsumed_tail
+        if not piece:
+            piece = file.read(min(_PIECE_BYTES, compressed))
+            compressed -= len(piece)
+            if not piece:
+                break
+        count += len(inflater.decompress(piece, _PIECE_BYTES))
+    return count
+
+
+def _check_weights(path: Path, content: bytes, max_bytes: int) -> None:
+    """HDF5 compresses too, keeps only what was written of an array, and can point to other files."""
+    size = 0
+
+    def look(name: str, item: object) -> None:
+        nonlocal size
+        if isinstance(item, h5py.Dataset):
+            if item.external or item.is_virtual:
+                raise ModelError(
+                    f"{path}: {_WEIGHTS} must hold its weights itself; {name!r} is in another file"
+                )
+            chunk = math.prod(item.chunks or ()) * item.dtype.itemsize
+            size += max((item.size or 0) * item.dtype.itemsize, chunk)
+
+    try:
+        with h5py.File(io.BytesIO(content), "r") as file:
+            file.visititems(look)
+    except ModelError:
+        raise
+    except Exception as error:  # h5py raises many kinds for damaged files.
+        raise ModelError(f"{path}: damaged .keras file: {_WEIGHTS}: {error}") from error
+    _check_limit(path, size, max_bytes)

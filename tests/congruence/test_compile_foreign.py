@@ -1,0 +1,131 @@
+"""Files of Keras 2, and models in other forms than a ``.keras`` file: each is named, with a way on that works."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.launch import compile_program
+from support import models
+
+# Keras calls numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def refusal_of(path: Path) -> str:
+    from stepwell_server.compile.archive import load_model
+
+    with pytest.raises(ModelError) as caught:
+        load_model(path)
+    said = str(caught.value)
+    assert said.startswith(f"{path}: ")
+    assert "\n" not in said
+    return said
+
+
+def as_keras2_writes(layer: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a layer as tf_keras writes it: other names, and what Keras 3 no longer knows."""
+    config = dict(layer["config"])
+    if "batch_shape" in config:
+        config["batch_input_shape"] = config.pop("batch_shape")
+    if layer["class_name"] in {"LSTM", "GRU"}:
+        config["time_major"] = False
+    config["dtype"] = "float32"
+    return {**layer, "config": config}
+
+
+def keras2_file(folder: Path, name: str, version: str = "2.15.0") -> Path:
+    """A small ``.keras`` file with what tf_keras writes, made from one of Keras 3."""
+    models.build(name).save(folder / "new.keras")
+    old = folder / "old.keras"
+    with zipfile.ZipFile(folder / "new.keras") as source, zipfile.ZipFile(old, "w") as target:
+        config = json.loads(source.read("config.json"))
+        config["config"]["layers"] = [as_keras2_writes(layer) for layer in config["config"]["layers"]]
+        config["module"] = "tf_keras.src.engine.functional"
+        target.writestr("metadata.json", json.dumps({"keras_version": version, "date_saved": "2024-01-01"}))
+        target.writestr("config.json", json.dumps(config))
+        target.writestr("model.weights.h5", source.read("model.weights.h5"))
+    return old
+
+
+@pytest.mark.parametrize("version", ["2.15.0", "2.21.0"])
+def test_a_file_of_keras_2_is_refused_before_it_is_loaded(version: str, tmp_path: Path) -> None:
+    said = refusal_of(keras2_file(tmp_path, "lstm_dense", version))
+    assert f"saved by Keras {version}: Stepwell serves .keras files of Keras 3" in said
+    assert "model.load_weights('old.keras')" in said
+    assert "time_major" not in said
+
+
+def test_the_way_on_from_keras_2_works(tmp_path: Path) -> None:
+    from stepwell_server.compile.archive import load_model
+
+    old = keras2_file(tmp_path, "lstm_dense")
+    rebuilt = models.build("lstm_dense", seed=1)
+    rebuilt.load_weights(old)
+    rebuilt.save(tmp_path / "name.keras")
+    loaded = load_model(tmp_path / "name.keras")
+    for one, two in zip(loaded.get_weights(), models.build("lstm_dense").get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_file_that_does_not_say_its_version_is_refused(tmp_path: Path) -> None:
+    old = keras2_file(tmp_path, "lstm_dense")
+    with zipfile.ZipFile(tmp_path / "new.keras") as source, zipfile.ZipFile(old, "w") as target:
+        for member in source.namelist():
+            target.writestr(member, b"[]" if member == "metadata.json" else source.read(member))
+    assert "metadata.json does not say keras_version" in refusal_of(old)
+
+
+def test_a_legacy_hdf5_file_is_refused_with_the_way_on(tmp_path: Path) -> None:
+    from stepwell_server.compile.archive import load_model
+    from stepwell_server.compile.tensorflow_setup import keras
+
+    file = tmp_path / "model.h5"
+    models.build("lstm_dense").save(file)
+    said = refusal_of(file)
+    assert "a legacy HDF5 file: " in said
+    assert "keras.models.load_model('model.h5').save('name.keras')" in said
+    keras.models.load_model(file, compile=False).save(tmp_path / "name.keras")  # the way on
+    load_model(tmp_path / "name.keras")
+    with h5py.File(file, "a") as content:
+        content.attrs["keras_version"] = "2.15.0"
+    said = refusal_of(file)
+    assert "a legacy HDF5 file, saved by Keras 2.15.0: " in said
+    assert "model.load_weights('model.h5')" in said
+    rebuilt = models.build("lstm_dense", seed=1)
+    rebuilt.load_weights(file)  # the way on
+    for one, two in zip(rebuilt.get_weights(), models.build("lstm_dense").get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_hdf5_under_the_name_of_a_keras_file_is_to_be_renamed(tmp_path: Path) -> None:
+    """Keras 2 wrote such files before 2.12."""
+    models.build("lstm_dense").save(tmp_path / "old.h5")
+    (tmp_path / "old.h5").rename(tmp_path / "old.keras")
+    said = refusal_of(tmp_path / "old.keras")
+    assert "rename it to old.h5, save it as one: keras.models.load_model('old.h5')" in said
+
+
+def test_a_file_of_weights_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.weights.h5"
+    models.build("lstm_dense").save_weights(file)
+    said = refusal_of(file)
+    assert "an HDF5 file without a model" in said
+    assert "model.load_weights('model.weights.h5')" in said
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    assert "a damaged HDF5 file: " in refusal_of(file)
+
+
+def test_a_saved_model_folder_is_refused(tmp_path: Path) -> None:
+    models.build("lstm_dense").export(tmp_path / "exported", verbose=False)
+    assert "is a SavedModel folder, which holds a graph" in refusal_of(tmp_path / "exported")
+    with pytest.raises(ModelError, match=r"exported: is a SavedModel folder"):
+        compile_program(tmp_path / "exported", tmp_path / "cache")

@@ -1,0 +1,174 @@
+"""What a file may unpack to, and what the compiling process may take: each is refused by its own message."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.launch import compile_program
+from stepwell_server.compile.limits import Limits, default_memory_bytes, memory_of
+from stepwell_server.compile.sizes import check_sizes
+from support import models
+from support.clock import ManualClock
+
+# Keras calls numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+MIB = 1 << 20
+ANY = Limits()
+
+
+@pytest.fixture(scope="module")
+def lstm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("lstm") / "lstm.keras"
+    models.build("lstm_dense").save(file)
+    return file
+
+
+def with_member(model: Path, folder: Path, name: str, content: bytes, method: int) -> Path:
+    """The same model with one more member, or another in its place."""
+    file = folder / "other.keras"
+    with zipfile.ZipFile(model) as source, zipfile.ZipFile(file, "w") as target:
+        for member in source.namelist():
+            if member != name:
+                target.writestr(member, source.read(member))
+        target.writestr(name, content, method)
+    return file
+
+
+def with_weights(model: Path, folder: Path, change: str, method: int = zipfile.ZIP_STORED) -> Path:
+    """The same model with something else in its weights."""
+    weights = folder / "weights.h5"
+    with zipfile.ZipFile(model) as source:
+        weights.write_bytes(source.read("model.weights.h5"))
+    with h5py.File(weights, "a") as file:
+        if change == "gzip":
+            file.create_dataset("huge", (1 << 40,), "u1", chunks=(MIB,), compression="gzip")
+        elif change == "chunk":
+            file.create_dataset("chunk", (1,), "u1", chunks=(64 * MIB,), maxshape=(None,), compression="gzip")
+        elif change == "external":
+            other = folder / "elsewhere"
+            other.write_bytes(b"secret")
+            file.create_dataset("external", (6,), "u1", external=[(str(other), 0, 6)])
+    return with_member(model, folder, "model.weights.h5", weights.read_bytes(), method)
+
+
+def lying_size(file: Path, name: str, size: int) -> None:
+    """Let a deflated member say that it is smaller than it is, with the checksum of its beginning."""
+    with zipfile.ZipFile(file) as archive:
+        checksum = zlib.crc32(archive.read(name)[:size])
+    content = bytearray(file.read_bytes())
+    central = content.rindex(b"PK\x01\x02")
+    while content[central + 46 : central + 46 + len(name)] != name.encode():
+        central = content.rindex(b"PK\x01\x02", 0, central)
+    struct.pack_into("<I", content, central + 16, checksum)
+    struct.pack_into("<I", content, central + 24, size)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_file_is_judged_by_what_it_unpacks_to(method: int, lstm: Path, tmp_path: Path) -> None:
+    file = with_member(lstm, tmp_path, "assets/zeros", bytes(8 * MIB), method)
+    check_sizes(file, 9 * MIB)
+    with pytest.raises(
+        ModelError, match=r"at most 1048576 bytes .*\(--max-model-bytes\); it is 84\d{5} bytes"
+    ):
+        check_sizes(file, MIB)
+
+
+def test_a_size_that_is_too_small_is_found(lstm: Path, tmp_path: Path) -> None:
+    file = with_member(lstm, tmp_path, "assets/zeros", bytes(8 * MIB), zipfile.ZIP_DEFLATED)
+    lying_size(file, "assets/zeros", 1000)
+    with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is None  # zipfile itself is content
+    with pytest.raises(ModelError, match=r"damaged \.keras file: assets/zeros is not of the size it says"):
+        check_sizes(file, MIB)
+
+
+def test_another_compression_is_refused(lstm: Path, tmp_path: Path) -> None:
+    file = with_member(lstm, tmp_path, "assets/zeros", bytes(8 * MIB), zipfile.ZIP_LZMA)
+    with pytest.raises(ModelError, match="assets/zeros is compressed in a way that Keras does not use"):
+        check_sizes(file, 9 * MIB)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("change", ["gzip", "chunk"])
+def test_arrays_are_judged_by_what_they_unpack_to(
+    change: str, method: int, lstm: Path, tmp_path: Path
+) -> None:
+    file = with_weights(lstm, tmp_path, change, method)
+    assert file.stat().st_size < MIB
+    with pytest.raises(ModelError, match=r"at most 33554432 bytes .*\(--max-model-bytes\)"):
+        check_sizes(file, 32 * MIB)
+
+
+def test_weights_in_another_file_are_refused(lstm: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"must hold its weights itself; 'external' is in another file"):
+        check_sizes(with_weights(lstm, tmp_path, "external"), MIB)
+
+
+def test_damaged_weights_are_a_damaged_file(lstm: Path, tmp_path: Path) -> None:
+    file = with_member(lstm, tmp_path, "model.weights.h5", b"no HDF5", zipfile.ZIP_STORED)
+    with pytest.raises(ModelError, match=r"damaged .keras file: model\.weights\.h5: "):
+        check_sizes(file, MIB)
+
+
+def test_the_limit_holds_where_models_are_compiled(lstm: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"at most 1000 bytes when unpacked \(--max-model-bytes\)"):
+        compile_program(lstm, tmp_path / "cache", limits=dataclasses.replace(ANY, model_bytes=1000))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_compilation_that_takes_too_long_is_ended(
+    lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "waiting.py").write_text("import threading\nthreading.Event().wait()\n")
+    monkeypatch.chdir(tmp_path)
+    clock = ManualClock()
+    with pytest.raises(ModelError, match=r"at most 60 s \(--compile-timeout-s\); it was ended in stage load"):
+        compile_program(
+            lstm,
+            tmp_path / "cache",
+            ["waiting"],
+            lambda _stage: clock.advance(61),
+            limits=dataclasses.replace(ANY, timeout_s=60.0),
+            clock=clock,
+        )
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_0_seconds_are_no_limit(lstm: Path, tmp_path: Path) -> None:
+    clock = ManualClock()
+    limits = dataclasses.replace(ANY, timeout_s=0.0)
+    compile_program(lstm, tmp_path, (), lambda _stage: clock.advance(1e9), limits=limits, clock=clock)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what a process uses")
+def test_a_compilation_that_takes_too_much_memory_is_ended(
+    lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "greedy.py").write_text(
+        "import threading\nkept = b'x' * (1 << 30)\nthreading.Event().wait()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"at most 943718400 bytes of memory \(--max-compile-memory-bytes\)"):
+        compile_program(
+            lstm, tmp_path / "cache", ["greedy"], limits=dataclasses.replace(ANY, memory_bytes=900 * MIB)
+        )
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what a process uses")
+def test_memory_that_is_used_counts() -> None:
+    kept = np.ones(64 * MIB, np.uint8)
+    assert memory_of(os.getpid()) > kept.nbytes
+    assert memory_of(0) == 0
+    assert default_memory_bytes() > 0
