@@ -175,6 +175,11 @@ def test_a_sequence_numbered_0_is_refused_by_a_model_that_keeps_state(server: Lo
     assert said.split() == ["True", "True", "True", "False", "False"]
 
 
+def test_more_sequences_than_resident_rows_take_turns(folder: Path) -> None:
+    with triton.serve(folder, "--resident-rows", "2", only=("acc",)) as server:
+        triton.run_scenario("crowd", server.address)
+
+
 def test_a_stopping_server_ends_open_streams(folder: Path) -> None:
     with triton.serve(folder, only=("acc",)) as server:
         said = triton.run_scenario("stopped", server.address, str(server.pid))

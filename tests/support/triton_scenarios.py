@@ -148,6 +148,25 @@ def unary(address: str) -> None:
 
 
 @scenario
+def crowd(address: str) -> None:
+    """Many sequences at the same moment, each of several steps."""
+
+    async def sequence(client: Any, sequence_id: int) -> None:
+        for t in range(1, 5):
+            given = inputs(np.full((1, FEATURES), sequence_id, np.int32))
+            result = await client.infer(
+                "acc", given, sequence_id=sequence_id, sequence_start=t == 1, sequence_end=t == 4
+            )
+            assert result.as_numpy(Y).tolist() == [[sequence_id * t] * FEATURES]
+
+    async def run() -> None:
+        async with triton_aio.InferenceServerClient(address) as client:
+            await asyncio.gather(*(sequence(client, i) for i in range(1, 200)))
+
+    asyncio.run(run())
+
+
+@scenario
 def callbacks(address: str) -> None:
     """`async_infer`: one request of each sequence at a time, many sequences at the same time."""
     with triton.InferenceServerClient(address) as client:

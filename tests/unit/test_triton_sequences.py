@@ -389,3 +389,38 @@ async def test_a_prediction_is_to_be_asked_for() -> None:
         number = request(x)
         number.parameters["stepwell_stateless"].int64_param = 1
         assert "expected bool_param" in await refused(InvalidInput, client.send(number))
+
+
+async def test_sequences_wait_for_rows_as_sessions_do() -> None:
+    """More of them at the same moment than rows: each waits, and none is refused."""
+    x = draw(1, 1, 2)
+    async with inference(threads=True, resident_rows=2) as client:
+        client.harness.hooks.close_gate()
+        busy = [asyncio.create_task(client.y(x, sequence_id=i, start=True)) for i in (1, 2)]
+        await client.harness.in_flight()
+        waiting = [asyncio.create_task(client.y(x, sequence_id=i, start=True)) for i in range(3, 9)]
+        await asyncio.sleep(0)
+        client.harness.hooks.open_gate()
+        for answer in await asyncio.gather(*busy, *waiting):
+            np.testing.assert_array_equal(answer, replay(x)[0])
+        again = [client.y(x, sequence_id=i, end=True) for i in range(1, 9)]
+        for answer in await asyncio.gather(*again):
+            np.testing.assert_array_equal(answer, replay(x, x)[1])
+        assert client.sessions() == []
+
+
+async def test_a_sequence_that_waits_for_rows_leaves_nothing_when_its_time_is_over() -> None:
+    x = draw(1, 1, 2)
+    async with inference(threads=True, resident_rows=1) as client:
+        client.harness.hooks.close_gate()
+        busy = asyncio.create_task(client.y(x, sequence_id=1, start=True))
+        await client.harness.in_flight()
+        late = asyncio.create_task(
+            client.send(request(x, sequence_id=2, start=True), client.harness.clock.monotonic() + 1)
+        )
+        await asyncio.sleep(0)
+        client.harness.clock.advance(2)
+        client.harness.hooks.open_gate()
+        await busy
+        assert "Request timeout expired" in await refused(Unavailable, late)
+        assert client.sessions() == ["triton/plain/1"]
