@@ -169,7 +169,7 @@ MEMBERS: dict[str, tuple[list[str], list[int], dict[str, Any], dict[int, tuple[s
         {
             0: ("NOT_FOUND", "SESSION_NOT_FOUND", "'gone'"),
             2: ("NOT_FOUND", "SESSION_NOT_FOUND", "'gone too'"),
-            4: ("NOT_FOUND", "SESSION_NOT_FOUND", "''"),
+            4: ("INVALID_ARGUMENT", "INVALID_INPUT", "session_id is missing"),
         },
     ),
     "one of another batch size": (
@@ -252,6 +252,18 @@ def test_a_frame_of_one_session(served: Served, name: str, rows: int) -> None:
         fields["inputs"] = [tensor(fields["inputs"])]
         answers = served.wire.exchange(wire.step_frame(1, [session_id], **fields))
         wire.of_members(answers, 1)[0].expect("INVALID_ARGUMENT", "INVALID_INPUT", words)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_id_that_is_missing(served: Served, count: int) -> None:
+    """A frame of one session and one of several say what a unary call says."""
+    ids = ["", "gone"][:count]
+    reset = pb.StepStreamRequest(frame_id=2, reset=pb.ResetFrame(session_ids=ids))
+    for frame in (wire.step_frame(1, ids, [tensor(ones(count, 3))], batch_sizes=[1] * count), reset):
+        refusals = wire.of_members(served.wire.exchange(frame), count)
+        refusals[0].expect("INVALID_ARGUMENT", "INVALID_INPUT", "session_id is missing; ")
+        for i in range(1, count):
+            refusals[i].expect("NOT_FOUND", "SESSION_NOT_FOUND", "'gone'")
 
 
 def test_all_gone(served: Served) -> None:

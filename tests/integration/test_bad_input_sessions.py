@@ -86,7 +86,6 @@ CALLS_BY_ID: dict[str, Callable[[str], Any]] = {
     ("session_id", "shown"),
     [
         pytest.param("nobody", "'nobody'", id="unknown"),
-        pytest.param("", "''", id="empty"),
         *[pytest.param(*BAD_IDS[name], id=name) for name in BAD_IDS],
     ],
 )
@@ -96,6 +95,22 @@ def test_a_session_that_is_not_there(served: Served, rpc: str, session_id: str, 
         "NOT_FOUND", "SESSION_NOT_FOUND", "session_id must be that of an open session; got " + shown
     )
     assert refused.metadata["session_id"] == session_id[:256]
+
+
+@pytest.mark.parametrize("rpc", CALLS_BY_ID)
+def test_an_id_that_is_missing_is_the_callers_mistake(served: Served, rpc: str) -> None:
+    """Left out or misspelt, it arrives as empty: no session has ended, and none is to be opened anew."""
+    with served.nothing_changes():
+        refused = served.wire.refused(rpc, CALLS_BY_ID[rpc](""))
+        refused.expect("INVALID_ARGUMENT", "INVALID_INPUT", "session_id is missing; ")
+
+
+def test_an_id_that_is_missing_closes_none(served: Served) -> None:
+    with served.session("seq") as session_id, served.nothing_changes(session_id):
+        request = pb.CloseSessionsRequest(session_ids=[session_id, ""])
+        served.wire.refused("CloseSessions", request).expect(
+            "INVALID_ARGUMENT", "INVALID_INPUT", "session_ids must be ids of sessions; one of them is missing"
+        )
 
 
 @pytest.mark.parametrize("rpc", CALLS_BY_ID)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -107,6 +112,7 @@ def test_reflection_shows_services_and_messages(channel: grpc.Channel) -> None:
     listed, described, *triton = stub.ServerReflectionInfo(iter(requests), timeout=_TIMEOUT_S)
     assert {service.name for service in listed.list_services_response.service} == {
         "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
         "grpc.reflection.v1alpha.ServerReflection",
         "inference.GRPCInferenceService",
         "stepwell.v1.ModelService",
@@ -117,6 +123,36 @@ def test_reflection_shows_services_and_messages(channel: grpc.Channel) -> None:
     for reply in triton:
         file = FileDescriptorProto.FromString(reply.file_descriptor_response.file_descriptor_proto[0])
         assert file.service[0].name == "GRPCInferenceService"
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_a_client_that_knows_nothing_calls_by_reflection(
+    version: str, server: ServerProcess, tmp_path: Path
+) -> None:
+    """`buf curl` asks for messages and services by the one version, as grpcurl and Postman do."""
+
+    def curl(*arguments: str) -> str:
+        command = [str(Path(sys.executable).with_name("buf")), "curl", "--protocol", "grpc"]
+        command += ["--http2-prior-knowledge", "--reflect-protocol", f"grpc-{version}", *arguments]
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    url = f"http://{server.address}"
+    named = curl("--list-methods", url).splitlines()
+    for method in (
+        "stepwell.v1.SessionService/Step",
+        "inference.GRPCInferenceService/ModelInfer",
+        "grpc.health.v1.Health/Check",
+        "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    ):
+        assert method in named
+    listed = json.loads(curl(f"{url}/stepwell.v1.ModelService/ListModels"))
+    assert [model["name"] for model in listed["models"]] == ["forecast"]
+    assert json.loads(curl(f"{url}/inference.GRPCInferenceService/ServerLive")) == {"live": True}
 
 
 def test_models_are_described(channel: grpc.Channel) -> None:

@@ -153,18 +153,31 @@ def test_the_page_for_those_who_come_from_triton(server: LocalServer) -> None:
         assert len(triton.run_code(served).splitlines()) == 3
 
 
-def test_a_sequence_numbered_0_is_none(server: LocalServer) -> None:
-    """As the page says: tritonclient sends nothing of it."""
+def test_a_sequence_numbered_0_is_refused_by_a_model_that_keeps_state(server: LocalServer) -> None:
+    """As the page says: tritonclient sends nothing of it, so it would begin anew each time."""
     said = triton.run_code(
         "import numpy as np, tritonclient.grpc as triton\n"
         f"client = triton.InferenceServerClient({server.address!r})\n"
         "x = triton.InferInput('x', [1, 3], 'FP32')\n"
         "x.set_data_from_numpy(np.ones((1, 3), np.float32))\n"
+        "def ask(**given):\n"
+        "    try:\n"
+        "        print('stepwell_revision' in client.infer(inputs=[x], **given).get_response().parameters)\n"
+        "    except Exception as error:\n"
+        "        print('sequence_id is missing' in str(error))\n"
         "for number in (0, '', 1):\n"
-        "    reply = client.infer('lstm', [x], sequence_id=number, sequence_start=True, sequence_end=True)\n"
-        "    print('stepwell_revision' in reply.get_response().parameters)\n"
+        "    ask(model_name='lstm', sequence_id=number, sequence_start=True, sequence_end=True)\n"
+        "ask(model_name='lstm', parameters={'stepwell_stateless': True})\n"
+        "x = triton.InferInput(client.get_model_metadata('plain').inputs[0].name, [1, 3], 'FP32')\n"
+        "x.set_data_from_numpy(np.ones((1, 3), np.float32))\n"
+        "ask(model_name='plain')\n"
     )
-    assert said.split() == ["False", "False", "True"]
+    assert said.split() == ["True", "True", "True", "False", "False"]
+
+
+def test_more_sequences_than_resident_rows_take_turns(folder: Path) -> None:
+    with triton.serve(folder, "--resident-rows", "2", only=("acc",)) as server:
+        triton.run_scenario("crowd", server.address)
 
 
 def test_a_stopping_server_ends_open_streams(folder: Path) -> None:

@@ -36,9 +36,10 @@ def request(
     start: bool = False,
     end: bool = False,
     request_id: str = "",
+    stateless: bool | None = None,
     **parameters: int,
 ) -> pb.ModelInferRequest:
-    """A request with raw inputs: `x`, or as named."""
+    """A request with raw inputs: `x`, or as named. Without a sequence it is a prediction, unless `stateless` is False."""
     made = pb.ModelInferRequest(model_name=model, id=request_id)
     for given in arrays:
         name, array = given if isinstance(given, tuple) else ("x", given)
@@ -52,6 +53,8 @@ def request(
     if sequence_id is not None:
         made.parameters["sequence_start"].bool_param = start
         made.parameters["sequence_end"].bool_param = end
+    if sequence_id is None if stateless is None else stateless:
+        made.parameters["stepwell_stateless"].bool_param = True
     for name, value in parameters.items():
         made.parameters[name].int64_param = value
     return made

@@ -30,6 +30,8 @@ TIMEOUT_S = 20.0
 FEATURES = 3
 #: Input and output of the model `acc`.
 X, Y = "x", "sum"
+#: Of a request that is a prediction by a model that keeps state.
+STATELESS = {"stepwell_stateless": True}
 _SCENARIOS: dict[str, Callable[..., Any]] = {}
 
 
@@ -138,7 +140,30 @@ def unary(address: str) -> None:
             x = np.full((1, FEATURES), i, np.int32)
             client.infer("acc", inputs(x), sequence_id=77, sequence_start=i == 0, sequence_end=i == 2)
         fails("INVALID_ARGUMENT", must_start(77), lambda: client.infer("acc", inputs(x), sequence_id=77))
-        assert client.infer("acc", inputs(x)).as_numpy(Y).tolist() == x.tolist()
+        code, message = error_of(lambda: client.infer("acc", inputs(x)))
+        assert code == "INVALID_ARGUMENT"
+        assert "the model keeps state, and sequence_id is missing, 0 or empty" in message
+        predicted = client.infer("acc", inputs(x), parameters=STATELESS)
+        assert predicted.as_numpy(Y).tolist() == x.tolist()
+
+
+@scenario
+def crowd(address: str) -> None:
+    """Many sequences at the same moment, each of several steps."""
+
+    async def sequence(client: Any, sequence_id: int) -> None:
+        for t in range(1, 5):
+            given = inputs(np.full((1, FEATURES), sequence_id, np.int32))
+            result = await client.infer(
+                "acc", given, sequence_id=sequence_id, sequence_start=t == 1, sequence_end=t == 4
+            )
+            assert result.as_numpy(Y).tolist() == [[sequence_id * t] * FEATURES]
+
+    async def run() -> None:
+        async with triton_aio.InferenceServerClient(address) as client:
+            await asyncio.gather(*(sequence(client, i) for i in range(1, 200)))
+
+    asyncio.run(run())
 
 
 @scenario
@@ -188,7 +213,7 @@ def stream(address: str) -> None:
                 assert error is None, error
                 assert result.get_response().id == request_id
                 np.testing.assert_array_equal(result.as_numpy(Y), right)
-        client.async_stream_infer("acc", inputs(x), enable_empty_final_response=True)
+        client.async_stream_infer("acc", inputs(x), enable_empty_final_response=True, parameters=STATELESS)
         result, error = answers.get(timeout=TIMEOUT_S)
         assert error is None, error
         assert result.get_response().parameters["triton_final_response"].bool_param
@@ -246,7 +271,7 @@ def floats(address: str, path: str) -> None:
              .as_numpy(name) for one in x]
         )  # fmt: skip
         rows = inputs(x[:, :, 0], "x", "FP32")
-        alone = client.infer("lstm", rows).as_numpy(name)
+        alone = client.infer("lstm", rows, parameters=STATELESS).as_numpy(name)
         batch = [
             client.infer("lstm", inputs(x[:, t, 0], "x", "FP32"), sequence_id="b", sequence_start=t == 0)
             .as_numpy(name) for t in range(x.shape[1])
@@ -267,7 +292,7 @@ def outputs(address: str) -> None:
     tensors = [inputs(array, name, datatype)[0] for name, (array, datatype) in given.items()]
     with triton.InferenceServerClient(address) as client:
         names = [output.name for output in client.get_model_metadata("multi").outputs]
-        whole = client.infer("multi", tensors)
+        whole = client.infer("multi", tensors, parameters=STATELESS)
         assert [output.name for output in whole.get_response().outputs] == names
         some = client.infer("multi", tensors, outputs=wanted, sequence_id=1, sequence_start=True)
         assert [output.name for output in some.get_response().outputs] == ["head", "echo"]
@@ -307,6 +332,7 @@ def typed(stub: Any, name: str, datatype: str, x: Any) -> None:
         "UINT32": "uint_contents",
     }  # fmt: skip
     request = service_pb2.ModelInferRequest(model_name=name)
+    request.parameters["stepwell_stateless"].bool_param = True
     request.inputs.add(name="x", datatype=datatype, shape=[1, 1])
     getattr(request.inputs[0].contents, fields.get(datatype, "int_contents")).append(x[0, 0, 0].item())
     if datatype == "FP16":

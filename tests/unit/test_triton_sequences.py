@@ -19,6 +19,7 @@ from stepwell_server.errors import (
     Unsupported,
 )
 from stepwell_server.rpc.triton.ended import EndedReplies
+from stepwell_server.rpc.triton.parameters import read_parameters
 from stepwell_server.rpc.triton.sequences import session_id_of
 from support.fake_executor import BAD, PLAIN
 from support.triton_requests import Array, inference, request
@@ -108,10 +109,10 @@ async def test_no_id() -> None:
         for sequence_id in (0, ""):
             for start in (True, False):
                 call = client.infer(x, sequence_id=sequence_id, start=start)
-                assert await refused(InvalidInput, call) == none
+                assert (await refused(InvalidInput, call)).startswith(none)
         lonely = request(x)
         lonely.parameters["sequence_start"].bool_param = True
-        assert await refused(InvalidInput, client.send(lonely)) == none
+        assert (await refused(InvalidInput, client.send(lonely))).startswith(none)
         assert client.sessions() == []
 
 
@@ -346,13 +347,80 @@ async def test_too_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         assert done[2].raw_output_contents[0] == replay(x, x)[1].tobytes()
 
 
-async def test_without_a_sequence_it_is_a_prediction() -> None:
+@pytest.mark.parametrize("sequence_id", [None, 0, ""])
+@pytest.mark.parametrize("start", [True, False])
+async def test_a_model_with_state_needs_a_sequence(sequence_id: int | str | None, start: bool) -> None:
+    """A client that forgets the id must not get numbers of a state that nobody keeps."""
+    async with inference() as client:
+        bad = client.infer(draw(1, 1, 2), sequence_id=sequence_id, start=start, stateless=False)
+        message = await refused(InvalidInput, bad)
+        assert message.startswith(
+            "inference request to model 'plain' must specify a non-zero or non-empty correlation ID: "
+            "the model keeps state, and sequence_id is missing, 0 or empty."
+        )
+        for said in ("sequence_id", "sequence_start", "stepwell_stateless"):
+            assert said in message
+        assert client.sessions() == []
+
+
+def test_a_model_without_state_needs_no_sequence() -> None:
+    assert read_parameters("plain", {}, keeps_state=False).sequence_id is None
+
+
+async def test_a_prediction_is_to_be_asked_for() -> None:
     async with inference() as client:
         for rows in (1, 3):
             x = draw(rows, rows, 4, 2)
             right = np.stack(replay(*x.swapaxes(0, 1)), 1)
-            np.testing.assert_array_equal(await client.y(x), right)
-            response = await client.infer(x[:, 0])
-            assert response.raw_output_contents[0] == right[:, 0].tobytes()
-            assert not response.parameters
+            for given in (x, x[:, 0]):
+                response = await client.infer(given, stateless=True)
+                assert response.raw_output_contents[0] == (right if given is x else right[:, 0]).tobytes()
+                assert not response.parameters
         assert client.sessions() == []
+        x = draw(1, 1, 2)
+        for value in (True, False):
+            both = request(x, sequence_id=1, start=True)
+            both.parameters["stepwell_stateless"].bool_param = value
+            if value:
+                message = await refused(InvalidInput, client.send(both))
+                assert "'stepwell_stateless' must not come with a 'sequence_id'" in message
+            else:
+                await client.send(both)
+        number = request(x)
+        number.parameters["stepwell_stateless"].int64_param = 1
+        assert "expected bool_param" in await refused(InvalidInput, client.send(number))
+
+
+async def test_sequences_wait_for_rows_as_sessions_do() -> None:
+    """More of them at the same moment than rows: each waits, and none is refused."""
+    x = draw(1, 1, 2)
+    async with inference(threads=True, resident_rows=2) as client:
+        client.harness.hooks.close_gate()
+        busy = [asyncio.create_task(client.y(x, sequence_id=i, start=True)) for i in (1, 2)]
+        await client.harness.in_flight()
+        waiting = [asyncio.create_task(client.y(x, sequence_id=i, start=True)) for i in range(3, 9)]
+        await asyncio.sleep(0)
+        client.harness.hooks.open_gate()
+        for answer in await asyncio.gather(*busy, *waiting):
+            np.testing.assert_array_equal(answer, replay(x)[0])
+        again = [client.y(x, sequence_id=i, end=True) for i in range(1, 9)]
+        for answer in await asyncio.gather(*again):
+            np.testing.assert_array_equal(answer, replay(x, x)[1])
+        assert client.sessions() == []
+
+
+async def test_a_sequence_that_waits_for_rows_leaves_nothing_when_its_time_is_over() -> None:
+    x = draw(1, 1, 2)
+    async with inference(threads=True, resident_rows=1) as client:
+        client.harness.hooks.close_gate()
+        busy = asyncio.create_task(client.y(x, sequence_id=1, start=True))
+        await client.harness.in_flight()
+        late = asyncio.create_task(
+            client.send(request(x, sequence_id=2, start=True), client.harness.clock.monotonic() + 1)
+        )
+        await asyncio.sleep(0)
+        client.harness.clock.advance(2)
+        client.harness.hooks.open_gate()
+        await busy
+        assert "Request timeout expired" in await refused(Unavailable, late)
+        assert client.sessions() == ["triton/plain/1"]

@@ -21,7 +21,14 @@ DESCRIPTOR: _descriptor.FileDescriptor
 @_typing.final
 class Error(_message.Message):
     """An error of one session or of a whole frame on a stream, where no gRPC status can be sent for it
-    alone. It says what the trailers of a unary call would say.
+    alone. It says what the status of a unary call would say.
+
+    The status of a unary call that fails carries the same as details, a google.rpc.Status in the trailer
+    grpc-status-details-bin: a google.rpc.ErrorInfo with the reason and the metadata, its domain stepwell, and a
+    google.rpc.RetryInfo where it is worth while to come again. These messages are not in this package. Generate
+    them from google/rpc/status.proto and google/rpc/error_details.proto of github.com/googleapis/googleapis, or
+    take your language's build of them: googleapis-common-protos with grpcio-status (Python),
+    google.golang.org/genproto/googleapis/rpc (Go), com.google.api.grpc:proto-google-common-protos (Java).
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -33,6 +33,11 @@ class SessionServiceStub(object):
     revision r: expected r applies it, after which the session is at r + 1 and remembers the request id
     and the reply; expected r - 1 with the same request id sends the remembered reply, marked replayed;
     anything else is ABORTED and changes nothing.
+
+    Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
+    expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
+    in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
+    INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
     """
 
     def __init__(self, channel):
@@ -106,6 +111,11 @@ class SessionServiceServicer(object):
     revision r: expected r applies it, after which the session is at r + 1 and remembers the request id
     and the reply; expected r - 1 with the same request id sends the remembered reply, marked replayed;
     anything else is ABORTED and changes nothing.
+
+    Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
+    expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
+    in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
+    INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
     """
 
     def OpenSession(self, request, context):
@@ -260,6 +270,11 @@ class SessionService(object):
     revision r: expected r applies it, after which the session is at r + 1 and remembers the request id
     and the reply; expected r - 1 with the same request id sends the remembered reply, marked replayed;
     anything else is ABORTED and changes nothing.
+
+    Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
+    expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
+    in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
+    INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
     """
 
     @staticmethod

@@ -34,6 +34,11 @@ class SessionServiceStub:
     revision r: expected r applies it, after which the session is at r + 1 and remembers the request id
     and the reply; expected r - 1 with the same request id sends the remembered reply, marked replayed;
     anything else is ABORTED and changes nothing.
+
+    Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
+    expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
+    in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
+    INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
     """
 
     @_typing.overload
@@ -74,6 +79,11 @@ class SessionServiceAsyncStub(SessionServiceStub):
     revision r: expected r applies it, after which the session is at r + 1 and remembers the request id
     and the reply; expected r - 1 with the same request id sends the remembered reply, marked replayed;
     anything else is ABORTED and changes nothing.
+
+    Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
+    expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
+    in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
+    INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -110,6 +120,11 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     revision r: expected r applies it, after which the session is at r + 1 and remembers the request id
     and the reply; expected r - 1 with the same request id sends the remembered reply, marked replayed;
     anything else is ABORTED and changes nothing.
+
+    Errors carry details beside their status: google.rpc.ErrorInfo, whose reason tells e.g. a session that has
+    expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
+    in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
+    INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
     """
 
     @_abc_1.abstractmethod

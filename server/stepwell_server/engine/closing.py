@@ -76,6 +76,8 @@ class Closing:
         """Delete those of many sessions that are there. See `Engine.close_sessions`."""
         if len(session_ids) > MAX_SESSIONS_PER_CALL:
             raise InvalidInput(f"session_ids must be at most {MAX_SESSIONS_PER_CALL}; got {len(session_ids)}")
+        if "" in session_ids:
+            raise InvalidInput("session_ids must be ids of sessions; one of them is missing (it is empty)")
         handles = np.unique(self._directory.find_all(session_ids))
         handles = handles[handles >= 0]
         free = handles[~self._table.claimed[handles]]

@@ -17,6 +17,7 @@ from stepwell_server.engine.loading import Loader
 from stepwell_server.engine.roster import Roster
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.errors import (
+    InvalidInput,
     ModelMismatch,
     ModelNotFound,
     ServerError,
@@ -144,8 +145,10 @@ class Directory:
             return error
         return Unavailable(f"session {session_id!r} must be readable; it was not, just now")
 
-    def gone(self, session_id: str) -> SessionGone:
+    def gone(self, session_id: str) -> ServerError:
         """Why there is no such session."""
+        if not session_id:  # a field that was left out or misspelt, not a session that has ended
+            return InvalidInput("session_id is missing; it must be that of an open session")
         ended = self.ended(session_id)
         if ended is not None:
             return ended

@@ -13,15 +13,14 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_health.v1.health import aio as health
-from grpc_reflection.v1alpha import reflection
 
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.rpc.boundary import Boundary, RequestObserver
 from stepwell_server.rpc.models import ModelServicer
+from stepwell_server.rpc.reflection import enable_reflection
 from stepwell_server.rpc.sessions import SessionServicer
 from stepwell_server.rpc.sizes import ReplySizes
 from stepwell_server.rpc.stream import StreamLimits
-from stepwell_server.rpc.triton.pool import BothPools
 from stepwell_server.rpc.triton.servicer import SERVICE as _TRITON
 from stepwell_server.rpc.triton.servicer import TritonServicer
 from stepwell_server.rpc.triton.statistics import PassObserver
@@ -66,8 +65,7 @@ class RpcServer:
         self._add(_MODELS, ModelServicer(engine, clock, sizes))
         self._add(_TRITON, self._triton, unsupported_handlers(self._boundary))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (*(service.full_name for service in _SERVICES), HEALTH, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server, pool=BothPools())
+        enable_reflection((*(service.full_name for service in _SERVICES), HEALTH), self._server)
 
     async def start(self, host: str, port: int) -> int:
         """Listen and serve. Returns the port, which the system chooses if ``port`` is 0.

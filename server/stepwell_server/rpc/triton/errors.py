@@ -28,10 +28,15 @@ def unknown_model(name: str, version: str = "") -> ModelNotFound:
     return ModelNotFound(f"Request for unknown model: {which} is not found", model=name)
 
 
-def no_sequence_id(model: str) -> InvalidInput:
-    """START or END without an id, or the id 0 or an empty one, which mean none."""
+def no_sequence_id(model: str, *, keeps_state: bool) -> InvalidInput:
+    """No id, or the id 0 or an empty one, which mean none, where a sequence is meant or needed."""
+    rule = f"inference request to model '{model}' must specify a non-zero or non-empty correlation ID"
+    if not keeps_state:
+        return InvalidInput(rule)
     return InvalidInput(
-        f"inference request to model '{model}' must specify a non-zero or non-empty correlation ID"
+        f"{rule}: the model keeps state, and sequence_id is missing, 0 or empty. Give each sequence a sequence_id from"
+        " 1 on, and sequence_start with its first request; or, for an answer from the initial state that changes"
+        " nothing, the parameter stepwell_stateless (true)"
     )
 
 

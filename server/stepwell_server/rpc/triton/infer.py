@@ -1,4 +1,4 @@
-"""One inference request from message to message: with sequence parameters a step, without a prediction."""
+"""One inference request from message to message: a step of a sequence, or a prediction."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Inference:
         source: object,
         timing: Timing,
     ) -> tuple[pb.ModelInferResponse, Inputs]:
-        parameters = read_parameters(model.name, request.parameters)
+        parameters = read_parameters(model.name, request.parameters, keeps_state=bool(model.program.state))
         outputs = model.tensors.requested(request)
         inputs = model.tensors.read(request)
         if inputs.rows * inputs.steps * model.tensors.output_row_bytes > _SURELY_FITS_BYTES:

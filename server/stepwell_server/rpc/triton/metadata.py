@@ -10,6 +10,7 @@ from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.tensors import ModelTensors
 
 SERVER_NAME = "stepwell"
+"""What this server is called. The protocol leaves the name to the server; Triton's clients go by the extensions."""
 VERSION = "1"
 """A model has one version; clients may name it or leave it out."""
 EXTENSIONS = (
@@ -21,6 +22,8 @@ EXTENSIONS = (
     # request has the parameters stepwell_revision and stepwell_request_id.
     "stepwell_durable_sequences",
     "stepwell_exactly_once(stepwell_revision,stepwell_request_id)",
+    # A prediction by a model that keeps state.
+    "stepwell_stateless",
 )
 
 

@@ -11,7 +11,7 @@ from stepwell_server.rpc.triton.inference import service_pb2 as pb
 
 _MAX_STRING_ID = 128
 _U64 = 1 << 64
-_OURS = ("stepwell_request_id", "stepwell_revision")
+_OURS = ("stepwell_request_id", "stepwell_revision", "stepwell_stateless")
 
 
 @dataclasses.dataclass(slots=True)
@@ -30,13 +30,20 @@ class Parameters:
     """The sequence's revision that the client knows."""
     request_id: int = 0
     """The client's random number for this change; 0: none."""
+    stateless: bool = False
+    """A prediction from the initial state is what the client wants of a model that keeps state."""
 
 
-def read_parameters(model: str, given: Mapping[str, pb.InferParameter]) -> Parameters:
+def read_parameters(model: str, given: Mapping[str, pb.InferParameter], *, keeps_state: bool) -> Parameters:
     """Read a request's parameters. Parameters of other names are for models, and no model here takes any.
 
+    Args:
+        model: its name.
+        given: by name.
+        keeps_state: the model does, so that a request without a sequence would begin anew each time.
+
     Raises:
-        InvalidInput: a value has the wrong type or breaks a rule.
+        InvalidInput: a value has the wrong type or breaks a rule, or a model that keeps state has no sequence.
         Unsupported: a string id is too long.
     """
     read = Parameters()
@@ -53,22 +60,30 @@ def read_parameters(model: str, given: Mapping[str, pb.InferParameter]) -> Param
             )
         elif name.startswith("stepwell_"):
             raise InvalidInput(f"parameter keys starting with 'stepwell_' must be of {_OURS}; got {name!r}")
-    _check_together(model, read, id_given=id_given)
+    _check_together(model, read, id_given=id_given, keeps_state=keeps_state)
     return read
 
 
-def _check_together(model: str, read: Parameters, *, id_given: bool) -> None:
+def _check_together(model: str, read: Parameters, *, id_given: bool, keeps_state: bool) -> None:
     if read.sequence_id is None:
         if id_given or read.start or read.end:
-            raise no_sequence_id(model)
+            raise no_sequence_id(model, keeps_state=keeps_state)
         if read.revision is not None or read.request_id:
             raise InvalidInput("'stepwell_revision' and 'stepwell_request_id' need a 'sequence_id'; got none")
-    elif read.start and read.revision is not None:
+        if keeps_state and not read.stateless:
+            # tritonclient sends nothing at all of a sequence that is numbered 0
+            raise no_sequence_id(model, keeps_state=True)
+    elif read.stateless:
+        raise InvalidInput(
+            f"'stepwell_stateless' must not come with a 'sequence_id', whose state it would leave aside; got"
+            f" {read.sequence_id!r}"
+        )
+    if read.start and read.revision is not None:
         raise InvalidInput(
             "'stepwell_revision' must not come with 'sequence_start', which applies at any revision;"
             f" got {read.revision}"
         )
-    elif read.request_id and not read.start and read.revision is None:
+    if read.request_id and not read.start and read.revision is None:
         raise InvalidInput("'stepwell_request_id' needs a 'stepwell_revision' unless the sequence starts")
 
 
@@ -135,6 +150,10 @@ def _request_id(read: Parameters, parameter: pb.InferParameter) -> None:
         raise InvalidInput("'stepwell_request_id' must be a random number from 1 on; got 0")
 
 
+def _stateless(read: Parameters, parameter: pb.InferParameter) -> None:
+    read.stateless = _bool("stepwell_stateless", parameter)
+
+
 def _wrong_type(name: str, expected: str) -> InvalidInput:
     return InvalidInput(f"invalid value type for '{name}' parameter, expected {expected}.")
 
@@ -146,6 +165,7 @@ _READERS: Mapping[str, Callable[[Parameters, pb.InferParameter], None]] = {
     "sequence_start": _start,
     "stepwell_request_id": _request_id,
     "stepwell_revision": _revision,
+    "stepwell_stateless": _stateless,
     "timeout": _timeout,
     "triton_enable_empty_final_response": _final_flag,
 }

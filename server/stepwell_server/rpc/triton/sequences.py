@@ -24,6 +24,7 @@ from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,
     ModelMismatch,
+    Overloaded,
     RevisionConflict,
     ServerError,
     SessionGone,
@@ -121,14 +122,28 @@ class Sequences:
             return await self._advance(request, int(reset.revisions[0]))
         if info is not None:
             await self._engine.close_session(request.session_id, deadline=request.deadline)
-        opened = await self._engine.open_session(
-            request.model, session_id=request.session_id, batch_size=request.inputs.rows, must_be_new=True
-        )
+        revision = await self._open(request)
         try:
-            return await self._advance(request, opened.session.revision)
+            return await self._advance(request, revision)
         except BaseException:  # cancelled too: then nobody knows of the sequence
             await self._close_if_possible(request.session_id)
             raise
+
+    async def _open(self, request: SequenceRequest) -> int:
+        """Open the sequence's session; returns its revision."""
+        rows = request.inputs.rows
+        try:
+            opened = await self._engine.open_session(
+                request.model, session_id=request.session_id, batch_size=rows, must_be_new=True
+            )
+            return opened.session.revision
+        except Overloaded:
+            # Sessions with something under way have all rows. Triton's clients do not come again as our SDK does: so
+            # the session begins without rows, and its first step waits in line for them.
+            many = await self._engine.open_sessions(
+                request.model, session_ids=[request.session_id], batch_size=rows
+            )
+            return int(many.revisions[0])
 
     async def _go_on(self, request: SequenceRequest) -> StepReply:
         try:
