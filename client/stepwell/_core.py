@@ -7,10 +7,12 @@ first step of the flow, so that a wrong argument costs no call.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 from stepwell import _inputs
-from stepwell._book import GroupBook, SessionBook, new_request_id
+from stepwell._abandoned import TRY_FOR_S
+from stepwell._book import GroupBook, SessionBook, is_unknown, new_request_id
 from stepwell._flow import Attempter, Flow
 from stepwell._frames import Change
 from stepwell._retry import Clock, Deadline, RetryPolicy
@@ -23,13 +25,35 @@ from stepwell.v1 import models_pb2, sessions_pb2
 
 _PAGE_SIZE = 10_000
 
+_Opening: TypeAlias = (
+    sessions_pb2.OpenSessionRequest | sessions_pb2.OpenSessionsRequest | sessions_pb2.ForkSessionRequest
+)
+
+
+def _drop(flow: Flow[None]) -> None:
+    """Leaves a flow undriven."""
+
 
 class Core:
     """The operations of a client and of its sessions."""
 
     def __init__(
-        self, config: ClientConfig, policy: RetryPolicy | None = None, clock: Clock = time.monotonic
+        self,
+        config: ClientConfig,
+        policy: RetryPolicy | None = None,
+        clock: Clock = time.monotonic,
+        *,
+        finish: Callable[[Flow[None]], None] = _drop,
     ) -> None:
+        """The operations for one server.
+
+        Args:
+            config: What the client was told.
+            policy: When to try again.
+            clock: Monotonic, in seconds.
+            finish: Drives a flow that nobody waits for, in the background; returns at once.
+        """
+        self._finish = finish
         self.attempter = Attempter(policy or RetryPolicy(), config.max_message_bytes)
         self._config = config
         self._clock = clock
@@ -114,9 +138,7 @@ class Core:
             model_fingerprint=state.fingerprint if isinstance(state, State) else "",
         )
         request.state.extend(to_messages((yield from self.states(model, "", state, rows, deadline))))
-        reply: sessions_pb2.OpenSessionResponse = yield from self.attempter.call(
-            "OpenSession", request, deadline, changes=True
-        )
+        reply: sessions_pb2.OpenSessionResponse = yield from self._open("OpenSession", request, deadline)
         return SessionBook(reply.session, resumed=reply.resumed)
 
     def open_sessions(
@@ -139,10 +161,32 @@ class Core:
             batch_size=rows,
             request_id=new_request_id(),
         )
-        reply: sessions_pb2.OpenSessionsResponse = yield from self.attempter.call(
-            "OpenSessions", request, deadline, changes=True
-        )
+        reply: sessions_pb2.OpenSessionsResponse = yield from self._open("OpenSessions", request, deadline)
         return GroupBook(model, reply.model_fingerprint, rows, reply.session_ids, reply.revisions)
+
+    def _open(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[Any]:
+        """A call that makes sessions; the result is its response.
+
+        If it ends without an answer, or nobody waits for it any more, sessions may be there whose ids nobody
+        knows: they are closed in the background. Sessions with ids of the caller's are the caller's affair.
+        """
+        try:
+            return (yield from self.attempter.call(rpc, request, deadline, changes=True))
+        except StepwellError as error:
+            if is_unknown(error) and not _names_sessions(request):
+                self._finish(self._close_made(rpc, request, Deadline(TRY_FOR_S, self._clock)))
+            raise
+        except GeneratorExit:  # Ctrl-C, or a cancelled task
+            if not _names_sessions(request):
+                self._finish(self._close_made(rpc, request, Deadline(TRY_FOR_S, self._clock)))
+            raise
+
+    def _close_made(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[None]:
+        """Closes what a call has made: the same request again is answered with the sessions' ids."""
+        reply = yield from self.attempter.call(rpc, request, deadline, changes=True)
+        made = reply.session_ids if rpc == "OpenSessions" else [reply.session.session_id]
+        closing = sessions_pb2.CloseSessionsRequest(session_ids=made)
+        yield from self.attempter.call("CloseSessions", closing, deadline, changes=True)
 
     def sessions(self, model: str | None, prefix: str | None, deadline: Deadline) -> Flow[list[SessionInfo]]:
         """All live sessions that fit, over all pages."""
@@ -242,9 +286,7 @@ class Core:
             new_session_id=_inputs.optional_session_id("session_id", session_id),
             request_id=new_request_id(),
         )
-        reply: sessions_pb2.ForkSessionResponse = yield from self.attempter.call(
-            "ForkSession", request, deadline, changes=True
-        )
+        reply: sessions_pb2.ForkSessionResponse = yield from self._open("ForkSession", request, deadline)
         return SessionBook(reply.session)
 
     def refresh(self, book: SessionBook, deadline: Deadline) -> Flow[None]:
@@ -257,6 +299,15 @@ class Core:
             yield from self.close_session(book.session_id, deadline)
         except SessionGoneError:
             return
+
+
+def _names_sessions(request: _Opening) -> bool:
+    """Whether the caller chose the ids of the sessions that a request makes."""
+    if isinstance(request, sessions_pb2.OpenSessionRequest):
+        return bool(request.session_id)
+    if isinstance(request, sessions_pb2.OpenSessionsRequest):
+        return bool(request.session_ids)
+    return bool(request.new_session_id)
 
 
 def selected(outputs: dict[str, Array], selection: str) -> Outputs:

@@ -76,6 +76,9 @@ def drive(flow: Flow[T], answer: Callable[[Ask], Any]) -> T:
     except StopIteration as stop:
         result: T = stop.value
         return result
+    finally:
+        # A flow that was left in the middle (Ctrl-C, a cancelled task) learns of it here.
+        flow.close()
 
 
 async def drive_async(flow: Flow[T], answer: Callable[[Ask], Awaitable[Any]]) -> T:
@@ -92,6 +95,9 @@ async def drive_async(flow: Flow[T], answer: Callable[[Ask], Awaitable[Any]]) ->
     except StopIteration as stop:
         result: T = stop.value
         return result
+    finally:
+        # A flow that was left in the middle (Ctrl-C, a cancelled task) learns of it here.
+        flow.close()
 
 
 def each(flows: Iterable[Flow[T]]) -> Flow[list[T]]:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from stepwell import _channel
+from stepwell._abandoned import AsyncFinisher
 from stepwell._book import GroupBook, SessionBook
 from stepwell._core import Core
 from stepwell._flow import Ask, Call, Exchange, Flow, drive_async
@@ -96,7 +97,8 @@ class AsyncClient:
     def __init__(self, config: ClientConfig, *, coalesce: bool = True) -> None:
         self._config = config
         self._coalesce = coalesce
-        self._core = Core(config)
+        self._finisher = AsyncFinisher(self._answer)
+        self._core = Core(config, finish=self._finisher.add)
         self._closing = asyncio.Event()
 
     @functools.cached_property
@@ -274,6 +276,7 @@ class AsyncClient:
             ...         await client.close()
             >>> asyncio.run(main())
         """
+        await self._finisher.close()
         self._closing.set()
         await self._wires.close()
 

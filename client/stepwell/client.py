@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from stepwell import _channel
+from stepwell._abandoned import Finisher
 from stepwell._core import Core
 from stepwell._flow import Ask, Attempter, Call, Exchange, Flow, drive
 from stepwell._group_core import GroupCore
@@ -71,7 +72,8 @@ class Client:
 
     def __init__(self, config: ClientConfig, *, coalesce: bool = True) -> None:
         self._config = config
-        self._core = Core(config)
+        self._finisher = Finisher(self._answer, self.close)
+        self._core = Core(config, finish=self._finisher.add)
         self._transport = _channel.SyncTransport(config)
         self._link = Link(self._transport.sessions)
         # Room for outputs that are larger than the inputs.
@@ -118,6 +120,10 @@ class Client:
         timeout_s: float | None = None,
     ) -> Session:
         """Opens a session, or resumes the live session of that id: `Session.resumed` says which.
+
+        If the call ends without an answer, the session may be there all the same. One without an id, which
+        nobody could find again, is then closed in the background as soon as the server can be reached, as
+        long as the client is open. The same holds for `open_sessions` and `Session.fork`.
 
         Args:
             model: Name of the model.
@@ -246,11 +252,13 @@ class Client:
         Example:
             >>> stepwell.connect(address).close()
         """
+        self._finisher.close()
         self._closing.set()
         self._transport.is_closed = True
         self._sender.close()
         self._link.close()
         self._transport.close()
+        self._finisher.join()
 
     def __enter__(self) -> Self:
         return self
