@@ -13,7 +13,9 @@ import pytest
 
 import stepwell
 from stepwell import errors
+from support.proxy import Proxy
 from support.scripted_server import MODEL, Fault, ScriptedServer
+from support.served import Served
 from support.shells import SHELLS, connect
 
 GAVE_UP = (errors.UnavailableError, errors.DeadlineExceededError)
@@ -21,11 +23,13 @@ LOST = Fault(after_work=True)
 """The work is done, the answer is lost."""
 FOR_GOOD = 10_000
 
-Opens = Callable[[Any, Any, float], Awaitable[Any]]
+Opens = Callable[..., Awaitable[Any]]
 OPENS: dict[str, Opens] = {
-    "OpenSession": lambda client, _, timeout_s: client.open_session(MODEL, timeout_s=timeout_s),
-    "OpenSessions": lambda client, _, timeout_s: client.open_sessions(MODEL, 3, timeout_s=timeout_s),
-    "ForkSession": lambda _, session, timeout_s: session.fork(timeout_s=timeout_s),
+    "OpenSession": lambda client, _, timeout_s, model=MODEL: client.open_session(model, timeout_s=timeout_s),
+    "OpenSessions": lambda client, _, timeout_s, model=MODEL: client.open_sessions(
+        model, 3, timeout_s=timeout_s
+    ),
+    "ForkSession": lambda _, session, timeout_s, model=MODEL: session.fork(timeout_s=timeout_s),
 }
 NAMED: dict[str, Opens] = {
     "OpenSession": lambda client, _, timeout_s: client.open_session(
@@ -139,6 +143,26 @@ async def test_a_client_that_cannot_reach_its_server_is_closed_soon(shell: str) 
             await client.open_session(MODEL, timeout_s=0.2)
         async with asyncio.timeout(10):
             await client.close()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+async def test_nothing_is_left_on_a_real_server(
+    served: Served, shell: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepwell._abandoned.GRACE_S", 60.0)
+    with Proxy(served.address, 1) as proxy:
+        async with connect("sync", served.address) as watching, connect(shell, proxy.address) as client:
+            kept = await client.open_session("seq", session_id="kept")
+            before = {info.session_id for info in await watching.sessions()}
+            proxy.hold("answers")
+            calls = [OPENS[method](client, kept, 2.0, "seq") for method in OPENS]
+            gave_up = await asyncio.gather(*calls, return_exceptions=True)
+            assert {type(error) for error in gave_up} == {errors.DeadlineExceededError}
+            assert len(await watching.sessions()) == len(before) + 5
+            proxy.release()
+            await client.close()
+            assert {info.session_id for info in await watching.sessions()} == before
+            await watching.close_session("kept")
 
 
 INTERRUPTED = """
