@@ -13,12 +13,12 @@ from collections.abc import Awaitable, Hashable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 from stepwell import _channel
-from stepwell._book import SessionBook
 from stepwell._core import selected
-from stepwell._flow import Attempter, Flow
+from stepwell._flow import Flow, Retrier
 from stepwell._frames import Change, Part
 from stepwell._retry import Deadline
 from stepwell._steps import Gathering, Step, Stepped, abandon, answer, framed, latest
+from stepwell._tracker import SessionTracker
 from stepwell._types import Outputs
 from stepwell.errors import ReplyTooLargeError, StepwellError
 
@@ -48,8 +48,8 @@ class _Member(NamedTuple):
 class Coalescer:
     """Collects steps and sends them as frames. Of one event loop."""
 
-    def __init__(self, attempter: Attempter, drive: Drive, max_frame_bytes: int) -> None:
-        self._attempter = attempter
+    def __init__(self, retrier: Retrier, drive: Drive, max_frame_bytes: int) -> None:
+        self._retrier = retrier
         self._drive = drive
         self._max_frame_bytes = max_frame_bytes
         self._waiting: Gathering[_Member] = Gathering()
@@ -57,18 +57,18 @@ class Coalescer:
         """How many steps may leave together, by kind, where more had replies too large for one message."""
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def step(self, book: SessionBook, change: Change, deadline: Deadline) -> Outputs:
+    async def step(self, tracker: SessionTracker, change: Change, deadline: Deadline) -> Outputs:
         """Advances a session in a frame with whoever steps at the same time."""
         loop = asyncio.get_running_loop()
         if not self._waiting:
             loop.call_soon(self._flush)
-        member = _Member(book.step(change, deadline), loop.create_future())
+        member = _Member(tracker.step(change, deadline), loop.create_future())
         self._waiting.add(member, round(deadline.remaining_s(), 2))
         try:
             revision, position, outputs = await member.answer
         except StepwellError as error:
-            raise book.failed(error) from None
-        book.applied(revision, position)
+            raise tracker.failed(error) from None
+        tracker.applied(revision, position)
         return selected(outputs, change.outputs)
 
     def _flush(self) -> None:
@@ -98,7 +98,7 @@ class Coalescer:
             answer(members, dataclasses.replace(part, failures=others))
 
         await self._drive(
-            self._attempter.exchange(framed(members), latest(members), on_part, in_doubt=in_doubt)
+            self._retrier.exchange(framed(members), latest(members), on_part, in_doubt=in_doubt)
         )
         most = max(1, len(members) // 2)
         if apart and len(members) > 1:
@@ -112,7 +112,7 @@ class Coalescer:
 
     async def _alone(self, member: _Member) -> None:
         try:
-            member.settle(await self._drive(self._attempter.step(member.step, in_doubt=True)))
+            member.settle(await self._drive(self._retrier.step(member.step, in_doubt=True)))
         except StepwellError as error:
             member.fail(error)
 

@@ -109,7 +109,7 @@ def each(flows: Iterable[Flow[T]]) -> Flow[list[T]]:
     return results
 
 
-class Attempter:
+class Retrier:
     """Makes flows of single attempts into flows that try again."""
 
     def __init__(self, policy: RetryPolicy, max_message_bytes: int) -> None:

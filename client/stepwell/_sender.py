@@ -23,8 +23,8 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 
 from stepwell import _channel
-from stepwell._flight import Flight, Waiting
-from stepwell._flow import Attempter
+from stepwell._flow import Retrier
+from stepwell._in_flight import InFlightFrame, Waiting
 from stepwell._link import Link
 from stepwell._retry import Clock
 from stepwell._steps import Gathering, Step, Stepped, abandon
@@ -48,20 +48,20 @@ class Sender:
     def __init__(
         self,
         link: Link,
-        attempter: Attempter,
+        retrier: Retrier,
         unary: Callable[[Step], Stepped],
         max_frame_bytes: int,
         clock: Clock = time.monotonic,
     ) -> None:
         self._link = link
-        self._attempter = attempter
+        self._retrier = retrier
         self._unary = unary
         self._max_frame_bytes = max_frame_bytes
         self._clock = clock
         self._alone = threading.Lock()
         """Held by the step that is under way as a call of its own because it found nobody else."""
         self._waiting: collections.deque[Waiting] = collections.deque()
-        self._flights: list[Flight] = []
+        self._in_flight: list[InFlightFrame] = []
         self._most: dict[Hashable, int] = {}
         """How many steps may leave together, by kind, where more had replies too large for one message."""
         self._wake = Wake()
@@ -80,7 +80,7 @@ class Sender:
         """
         if step.input_bytes() > _SHARED_BYTES:
             return self._unary(step)
-        if not self._waiting and not self._flights and self._alone.acquire(blocking=False):
+        if not self._waiting and not self._in_flight and self._alone.acquire(blocking=False):
             try:
                 return self._unary(step)
             finally:
@@ -108,7 +108,7 @@ class Sender:
         if self._closed:
             # Too late for `close` to see what was put in the line: empty it as `close` does.
             self._refuse_all()
-        elif self._idle or not self._flights:
+        elif self._idle or not self._in_flight:
             self._call()
 
     def _start(self) -> None:
@@ -168,11 +168,11 @@ class Sender:
     def _wait_s(self) -> float:
         """Seconds until there is room for a frame: no young one under way."""
         now_s = self._clock()
-        for flight in self._flights.copy():
-            if flight.deadline.remaining_s() <= 0:
-                self.landed(flight)  # every caller has left
-            elif now_s < flight.sent_s + _YOUNG_S:
-                return flight.sent_s + _YOUNG_S - now_s
+        for frame in self._in_flight.copy():
+            if frame.deadline.remaining_s() <= 0:
+                self.landed(frame)  # every caller has left
+            elif now_s < frame.sent_s + _YOUNG_S:
+                return frame.sent_s + _YOUNG_S - now_s
         return 0.0
 
     def _send_all(self) -> None:
@@ -180,9 +180,9 @@ class Sender:
         for member in self._take_all():
             gathering.add(member, _roughly(member.step.deadline.remaining_s()))
         for members in gathering.frames(self._max_frame_bytes, self._most):
-            flight = Flight(self, members, self._clock())
-            self._flights.append(flight)
-            flight.send(self._link, self._attempter)
+            frame = InFlightFrame(self, members, self._clock())
+            self._in_flight.append(frame)
+            frame.send(self._link, self._retrier)
 
     def _take_all(self) -> list[Waiting]:
         members = []
@@ -192,11 +192,11 @@ class Sender:
             except IndexError:
                 return members
 
-    def landed(self, flight: Flight) -> None:
+    def landed(self, frame: InFlightFrame) -> None:
         """A frame is over. Its callers have their answers by now, so that they can share the next."""
-        flight.forget()
+        frame.forget()
         try:
-            self._flights.remove(flight)
+            self._in_flight.remove(frame)
         except ValueError:
             return
         if self._waiting:

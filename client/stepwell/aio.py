@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 
 from stepwell import _channel
 from stepwell._abandoned import AsyncFinisher
-from stepwell._book import GroupBook, SessionBook
+from stepwell._aio_connection import AsyncConnection
 from stepwell._core import Core
 from stepwell._flow import Ask, Call, Exchange, Flow, drive_async
 from stepwell._frames import Change
@@ -25,8 +25,8 @@ from stepwell._group_core import GroupCore
 from stepwell._retry import Deadline
 from stepwell._state import State, States
 from stepwell._steps import Step, read
+from stepwell._tracker import GroupTracker, SessionTracker
 from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo
-from stepwell._wires import Wires
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
 from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig, server_address
@@ -102,9 +102,9 @@ class AsyncClient:
         self._closing = asyncio.Event()
 
     @functools.cached_property
-    def _wires(self) -> Wires:
+    def _connection(self) -> AsyncConnection:
         # Made by the first call, because only a running loop can own a channel.
-        return Wires(self._config, self._core.attempter, self._run)
+        return AsyncConnection(self._config, self._core.retrier, self._run)
 
     @property
     def address(self) -> str:
@@ -167,7 +167,7 @@ class AsyncClient:
         flow = self._core.open_session(model, batch_size, session_id, state, must_be_new, deadline)
         return Opening(self._session(flow, owned=session_id is None))
 
-    async def _session(self, flow: Flow[SessionBook], owned: bool) -> AsyncSession:
+    async def _session(self, flow: Flow[SessionTracker], owned: bool) -> AsyncSession:
         return AsyncSession(self, await self._run(flow), owned=owned)
 
     def open_sessions(
@@ -195,7 +195,7 @@ class AsyncClient:
         flow = self._core.open_sessions(model, n, batch_size, session_ids, self._core.deadline(timeout_s))
         return Opening(self._group(flow, owned=session_ids is None))
 
-    async def _group(self, flow: Flow[GroupBook], owned: bool) -> AsyncSessionGroup:
+    async def _group(self, flow: Flow[GroupTracker], owned: bool) -> AsyncSessionGroup:
         return AsyncSessionGroup(self, GroupCore(self._core, await self._run(flow)), owned=owned)
 
     async def predict(
@@ -278,7 +278,7 @@ class AsyncClient:
         """
         await self._finisher.close()
         self._closing.set()
-        await self._wires.close()
+        await self._connection.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -288,15 +288,15 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _step(self, book: SessionBook, change: Change, deadline: Deadline) -> Outputs:
+    async def _step(self, tracker: SessionTracker, change: Change, deadline: Deadline) -> Outputs:
         """A step of one session: in a frame with others, or as a call of its own.
 
         A large step gains nothing from company, and as a call it ends on the server when it is cancelled
         here: a frame has no way to say so for one of its members.
         """
         if self._coalesce and sum(len(tensor.data) for tensor in change.tensors) <= _SHARED_BYTES:
-            return await self._wires.coalescer.step(book, change, deadline)
-        return await self._run(self._core.step(book, change, deadline))
+            return await self._connection.coalescer.step(tracker, change, deadline)
+        return await self._run(self._core.step(tracker, change, deadline))
 
     async def _run(self, flow: Flow[T]) -> T:
         """Drives an operation of the core to its result."""
@@ -304,11 +304,11 @@ class AsyncClient:
 
     async def _answer(self, ask: Ask) -> Any:
         if isinstance(ask, Call):
-            return await self._wires.transport.invoke(ask)
+            return await self._connection.transport.invoke(ask)
         if isinstance(ask, Step):
-            return read(await self._wires.transport.invoke(self._core.attempter.unary(ask)))
+            return read(await self._connection.transport.invoke(self._core.retrier.unary(ask)))
         if isinstance(ask, Exchange):
-            return await self._wires.link.exchange(ask)
+            return await self._connection.link.exchange(ask)
         try:
             await asyncio.wait_for(self._closing.wait(), ask.seconds)
         except TimeoutError:

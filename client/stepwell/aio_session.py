@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Coroutine, Generator, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from stepwell._book import SessionBook
 from stepwell._retry import Deadline
 from stepwell._state import State, States
+from stepwell._tracker import SessionTracker
 from stepwell._types import Inputs, Outputs, OutputSelection
 from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError
 
@@ -146,40 +146,40 @@ class AsyncSession(AsyncHandle):
         ((1, 1), 1, 1)
     """
 
-    def __init__(self, client: AsyncClient, book: SessionBook, *, owned: bool) -> None:
+    def __init__(self, client: AsyncClient, tracker: SessionTracker, *, owned: bool) -> None:
         super().__init__(client, owned)
         self._core = client._core
-        self._book = book
+        self._tracker = tracker
 
     @property
     def id(self) -> str:
         """Its id on the server."""
-        return self._book.session_id
+        return self._tracker.session_id
 
     @property
     def model(self) -> str:
         """Name of its model."""
-        return self._book.model
+        return self._tracker.model
 
     @property
     def batch_size(self) -> int:
         """Rows, fixed when it was opened."""
-        return self._book.batch_size
+        return self._tracker.batch_size
 
     @property
     def revision(self) -> int:
         """Changes so far, as of the last answer to this handle."""
-        return self._book.revision
+        return self._tracker.revision
 
     @property
     def position(self) -> int:
         """Time steps since the last reset of the whole state, as of the last answer to this handle."""
-        return self._book.position
+        return self._tracker.position
 
     @property
     def resumed(self) -> bool:
         """Whether opening it found the session there and resumed it; False for a new one and for a fork."""
-        return self._book.resumed
+        return self._tracker.resumed
 
     async def step(
         self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None
@@ -199,9 +199,9 @@ class AsyncSession(AsyncHandle):
             (1, 1)
         """
         deadline = self._core.deadline(timeout_s)
-        change = self._core.step_change(self._book, x, outputs)
+        change = self._core.step_change(self._tracker, x, outputs)
         async with self._changing(deadline):
-            return await self._client._step(self._book, change, deadline)
+            return await self._client._step(self._tracker, change, deadline)
 
     async def reset_states(
         self,
@@ -227,7 +227,7 @@ class AsyncSession(AsyncHandle):
         """
         deadline = self._core.deadline(timeout_s)
         async with self._changing(deadline):
-            await self._client._run(self._core.reset_states(self._book, states, rows, deadline))
+            await self._client._run(self._core.reset_states(self._tracker, states, rows, deadline))
 
     async def get_state(self, *, timeout_s: float | None = None) -> State:
         """A copy of the state, after the changes received before.
@@ -264,8 +264,8 @@ class AsyncSession(AsyncHandle):
     async def _fork(self, session_id: str | None, timeout_s: float | None) -> AsyncSession:
         self._check_open()
         deadline = self._core.deadline(timeout_s)
-        book = await self._client._run(self._core.fork(self._book, session_id, deadline))
-        return AsyncSession(self._client, book, owned=session_id is None)
+        tracker = await self._client._run(self._core.fork(self._tracker, session_id, deadline))
+        return AsyncSession(self._client, tracker, owned=session_id is None)
 
     async def refresh(self, *, timeout_s: float | None = None) -> None:
         """Takes over the server's revision and position, and drops a change left unfinished by an error.
@@ -282,7 +282,7 @@ class AsyncSession(AsyncHandle):
         """
         deadline = self._core.deadline(timeout_s)
         async with self._changing(deadline):
-            await self._client._run(self._core.refresh(self._book, deadline))
+            await self._client._run(self._core.refresh(self._tracker, deadline))
 
     async def close(self, *, timeout_s: float | None = None) -> None:
         """Deletes the session on the server. Closing again, or a session that is gone, does nothing.
@@ -296,7 +296,7 @@ class AsyncSession(AsyncHandle):
             >>> asyncio.run(main())
         """
         if not self._closed:
-            await self._client._run(self._core.close(self._book, self._core.deadline(timeout_s)))
+            await self._client._run(self._core.close(self._tracker, self._core.deadline(timeout_s)))
             self._closed = True
 
     def __repr__(self) -> str:

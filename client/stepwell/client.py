@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 from stepwell import _channel
 from stepwell._abandoned import Finisher
 from stepwell._core import Core
-from stepwell._flow import Ask, Attempter, Call, Exchange, Flow, drive
+from stepwell._flow import Ask, Call, Exchange, Flow, Retrier, drive
 from stepwell._group_core import GroupCore
 from stepwell._link import Link
 from stepwell._sender import Sender
@@ -78,8 +78,8 @@ class Client:
         self._link = Link(self._transport.sessions)
         # Room for outputs that are larger than the inputs.
         frame_bytes = config.max_message_bytes // 4
-        unary = functools.partial(_unary, self._transport, self._core.attempter)
-        self._sender = Sender(self._link, self._core.attempter, unary, frame_bytes)
+        unary = functools.partial(_unary, self._transport, self._core.retrier)
+        self._sender = Sender(self._link, self._core.retrier, unary, frame_bytes)
         self._step = self._sender.step if coalesce else unary
         self._closing = threading.Event()
 
@@ -147,8 +147,10 @@ class Client:
             >>> session.close()
         """
         deadline = self._core.deadline(timeout_s)
-        book = self._run(self._core.open_session(model, batch_size, session_id, state, must_be_new, deadline))
-        return Session(self, book, owned=session_id is None)
+        tracker = self._run(
+            self._core.open_session(model, batch_size, session_id, state, must_be_new, deadline)
+        )
+        return Session(self, tracker, owned=session_id is None)
 
     def open_sessions(
         self,
@@ -179,8 +181,8 @@ class Client:
             (8, 1)
         """
         deadline = self._core.deadline(timeout_s)
-        book = self._run(self._core.open_sessions(model, n, batch_size, session_ids, deadline))
-        return SessionGroup(self, GroupCore(self._core, book), owned=session_ids is None)
+        tracker = self._run(self._core.open_sessions(model, n, batch_size, session_ids, deadline))
+        return SessionGroup(self, GroupCore(self._core, tracker), owned=session_ids is None)
 
     def predict(
         self, model: str, x: Inputs, state: States | None = None, *, timeout_s: float | None = None
@@ -284,5 +286,5 @@ class Client:
         return None
 
 
-def _unary(transport: _channel.SyncTransport, attempter: Attempter, step: Step) -> Stepped:
-    return read(transport.invoke(attempter.unary(step)))
+def _unary(transport: _channel.SyncTransport, retrier: Retrier, step: Step) -> Stepped:
+    return read(transport.invoke(retrier.unary(step)))

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from stepwell import errors
-from stepwell._book import SessionBook
 from stepwell._coalesce import Coalescer
-from stepwell._flow import Ask, Attempter, Exchange, Flow, drive_async
+from stepwell._flow import Ask, Exchange, Flow, Retrier, drive_async
 from stepwell._frames import Change
 from stepwell._inputs import pack_inputs
 from stepwell._retry import Deadline, RetryPolicy
 from stepwell._steps import Step
 from stepwell._tensors import pack, to_messages, unpack
+from stepwell._tracker import SessionTracker
 from stepwell.v1 import sessions_pb2
 
 
@@ -67,15 +67,15 @@ async def step_all(coalescer: Coalescer, names: str, limit_s: float = 60.0) -> l
     """Step sessions at the same time, each with an input of its own."""
 
     def one(i: int, name: str) -> Any:
-        book = SessionBook(sessions_pb2.Session(session_id=name, model="m", batch_size=1))
+        tracker = SessionTracker(sessions_pb2.Session(session_id=name, model="m", batch_size=1))
         change = Change("step", pack_inputs(np.full((1, 2), i, np.float32)), "all")
-        return coalescer.step(book, change, Deadline(limit_s))
+        return coalescer.step(tracker, change, Deadline(limit_s))
 
     return await asyncio.gather(*(one(i, n) for i, n in enumerate(names)), return_exceptions=True)
 
 
 def coalescer(wire: Wire) -> Coalescer:
-    return Coalescer(Attempter(RetryPolicy(), 1 << 20), wire.drive, 1 << 20)
+    return Coalescer(Retrier(RetryPolicy(), 1 << 20), wire.drive, 1 << 20)
 
 
 async def test_replies_that_are_too_large_together_make_smaller_frames() -> None:

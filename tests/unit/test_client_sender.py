@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from stepwell import errors
-from stepwell._flight import Waiting
-from stepwell._flow import Attempter, Exchange
+from stepwell._flow import Exchange, Retrier
 from stepwell._frames import Change
+from stepwell._in_flight import Waiting
 from stepwell._inputs import pack_inputs
 from stepwell._link import Answer, Sink
 from stepwell._retry import Deadline, RetryPolicy
@@ -99,8 +99,8 @@ class Bench:
         self.gate = threading.Event()
         self.lone = threading.Event()
         self.threads = futures.ThreadPoolExecutor(40)
-        attempter = Attempter(RetryPolicy(), 1 << 20)
-        self.sender = Sender(self.link, attempter, self.unary, max_frame_bytes, self.clock)  # type: ignore[arg-type]
+        retrier = Retrier(RetryPolicy(), 1 << 20)
+        self.sender = Sender(self.link, retrier, self.unary, max_frame_bytes, self.clock)  # type: ignore[arg-type]
         self.line = self.sender._waiting = Line()
 
     def clock(self) -> float:

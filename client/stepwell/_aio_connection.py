@@ -5,18 +5,18 @@ from __future__ import annotations
 from stepwell._aio_link import AsyncLink
 from stepwell._channel import AsyncTransport
 from stepwell._coalesce import Coalescer, Drive
-from stepwell._flow import Attempter
+from stepwell._flow import Retrier
 from stepwell.config import ClientConfig
 
 
-class Wires:
+class AsyncConnection:
     """Made and used in one running event loop."""
 
-    def __init__(self, config: ClientConfig, attempter: Attempter, drive: Drive) -> None:
+    def __init__(self, config: ClientConfig, retrier: Retrier, drive: Drive) -> None:
         self.transport = AsyncTransport(config)
         self.link = AsyncLink(self.transport.sessions)
         # Room for outputs that are larger than the inputs.
-        self.coalescer = Coalescer(attempter, drive, config.max_message_bytes // 4)
+        self.coalescer = Coalescer(retrier, drive, config.max_message_bytes // 4)
 
     async def close(self) -> None:
         """Ends the calls under way, then the channel."""

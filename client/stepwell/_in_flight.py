@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from stepwell._flow import Attempter
+from stepwell._flow import Retrier
 from stepwell._link import Answer, Link
 from stepwell._steps import Step, Stepped, abandon, answer, framed, latest
 from stepwell.errors import ReplyTooLargeError, StepwellError, UnavailableError
@@ -50,14 +50,14 @@ class Waiting:
 class Owner(Protocol):
     """Who sent a frame, and is told what becomes of it."""
 
-    def landed(self, flight: Flight) -> None:
+    def landed(self, frame: InFlightFrame) -> None:
         """The frame is over: all its callers have their answers, or have left."""
 
     def too_large(self, members: Sequence[Waiting]) -> None:
         """The replies to these, together, are over the limit of a message."""
 
 
-class Flight:
+class InFlightFrame:
     """A frame under way."""
 
     def __init__(self, owner: Owner, members: Sequence[Waiting], sent_s: float) -> None:
@@ -68,10 +68,10 @@ class Flight:
         self._frame = framed(members)
         self.forget: Callable[[], None] = _nothing
 
-    def send(self, link: Link, attempter: Attempter) -> None:
+    def send(self, link: Link, retrier: Retrier) -> None:
         """Sends it. Whatever happens, no caller is left waiting."""
         try:
-            ask = attempter.ask(self._frame, self.deadline, _nothing)
+            ask = retrier.ask(self._frame, self.deadline, _nothing)
             self.forget = link.post(ask, self._take)
         except Exception as error:
             self._end(error)

@@ -32,7 +32,7 @@ def new_request_ids(count: int) -> Counts:
     return ids
 
 
-class SessionBook:
+class SessionTracker:
     """What this side knows of one session."""
 
     __slots__ = (
@@ -112,7 +112,7 @@ def _told(error: StepwellError, *, in_doubt: bool) -> StepwellError:
     )
 
 
-class GroupBook:
+class GroupTracker:
     """What this side knows of many sessions of one model and batch size."""
 
     def __init__(
@@ -131,7 +131,7 @@ class GroupBook:
         self.positions = np.zeros(len(ids), np.uint64)
         self._pending: tuple[Change, Frame] | None = None
         self._all: Indexes = np.arange(len(ids))
-        # As in `SessionBook`, for each member.
+        # As in `SessionTracker`, for each member.
         self._open = np.zeros(len(ids), np.bool_)
         self._in_doubt = np.zeros(len(ids), np.bool_)
 
