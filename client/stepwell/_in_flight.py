@@ -1,70 +1,65 @@
-"""A frame of many threads' steps on its way, and the callers that wait for it. See `_sender`."""
+"""A frame of many callers' steps while it is under way. Both clients send steps so.
+
+What is shared is one attempt of each step: trying again is each step's own flow (see `_flow.Retrier.step`),
+which makes a broken stream no special case.
+"""
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeAlias
 
-from stepwell._flow import Retrier
-from stepwell._link import Answer, Link
-from stepwell._steps import Step, Stepped, abandon, answer, framed, latest
-from stepwell.errors import ReplyTooLargeError, StepwellError, UnavailableError
+from stepwell._flow import Exchange, Retrier
+from stepwell._retry import Deadline, RepliesTooLargeError
+from stepwell._steps import M, abandon, answer, framed
+from stepwell.errors import ReplyTooLargeError, StepwellError
+from stepwell.v1 import sessions_pb2
 
-
-class Waiting:
-    """A step in the line, and the caller that waits for it."""
-
-    __slots__ = ("_error", "_ready", "_stepped", "step")
-
-    def __init__(self, step: Step) -> None:
-        self.step = step
-        self._stepped: Stepped | None = None
-        self._error: BaseException | None = None
-        # Held until there is an answer; the cheapest thing a thread can wait for.
-        self._ready = threading.Lock()
-        self._ready.acquire()
-
-    def settle(self, stepped: Stepped) -> None:
-        if self._stepped is None and self._error is None:
-            self._stepped = stepped
-            self._ready.release()
-
-    def fail(self, error: BaseException) -> None:
-        if self._stepped is None and self._error is None:
-            self._error = error
-            self._ready.release()
-
-    def wait(self, timeout_s: float) -> bool:
-        """Waits for the answer, but not longer; says whether it is there."""
-        return self._ready.acquire(timeout=-1 if math.isinf(timeout_s) else timeout_s)
-
-    def result(self) -> Stepped:
-        """The answer."""
-        if self._stepped is None:
-            raise self._error or AssertionError("a member is asked for its answer before it has one")
-        return self._stepped
+Answer: TypeAlias = sessions_pb2.StepStreamResponse | StepwellError
+"""A part of the reply to a frame, or why no more of it will come."""
+Sink: TypeAlias = Callable[[Answer], None]
 
 
-class Owner(Protocol):
+class Link(Protocol):
+    """A stream as a frame needs it."""
+
+    def post(self, ask: Exchange, sink: Sink, /) -> Callable[[], None]:
+        """Sends a frame without waiting for its reply.
+
+        Args:
+            ask: The frame; taking in its reply is the sink's affair.
+            sink: Called with each part of the reply, or with why no more will come, until it is forgotten:
+                by whoever reads the stream, so it must neither block nor raise.
+
+        Returns:
+            What ends the sink's job. It must be called when the round is over.
+
+        Raises:
+            StepwellError: Nothing was sent, and the sink is not called.
+        """
+
+
+class Owner(Protocol[M]):
     """Who sent a frame, and is told what becomes of it."""
 
-    def landed(self, frame: InFlightFrame) -> None:
-        """The frame is over: all its callers have their answers, or have left."""
+    def over(self, frame: InFlightFrame[M], /) -> None:
+        """All callers of the frame have their answers, or have left."""
 
-    def too_large(self, members: Sequence[Waiting]) -> None:
+    def too_large(self, members: Sequence[M], /) -> None:
         """The replies to these, together, are over the limit of a message."""
 
 
-class InFlightFrame:
+class InFlightFrame(Generic[M]):
     """A frame under way."""
 
-    def __init__(self, owner: Owner, members: Sequence[Waiting], sent_s: float) -> None:
+    __slots__ = ("_frame", "_owner", "deadline", "forget", "members", "sent_s")
+
+    def __init__(self, owner: Owner[M], members: Sequence[M], sent_s: float) -> None:
         self.sent_s = sent_s
-        self.deadline = latest(members)
+        self.members = members
+        # None of the members may be cut short.
+        self.deadline: Deadline = max([member.step.deadline for member in members], key=Deadline.at_s)
         self._owner = owner
-        self._members = members
         self._frame = framed(members)
         self.forget: Callable[[], None] = _nothing
 
@@ -74,29 +69,34 @@ class InFlightFrame:
             ask = retrier.ask(self._frame, self.deadline, _nothing)
             self.forget = link.post(ask, self._take)
         except Exception as error:
-            self._end(error)
+            self.end(error)
         if self._frame.round_over:
             self.forget()  # the reply was here before the means to forget it
 
     def _take(self, answered: Answer) -> None:
-        """Takes in a part of the reply, or why there is none. Never raises: it is the reader's thread."""
+        """Takes in a part of the reply, or why there is none. Never raises: it is called by the reader."""
         try:
-            if isinstance(answered, ReplyTooLargeError) and len(self._members) > 1:
-                self._owner.too_large(self._members)
-                answered = UnavailableError(f"the replies to {len(self._members)} steps at once: {answered}")
+            if isinstance(answered, ReplyTooLargeError):
+                answered = self._too_large(answered)
             if isinstance(answered, StepwellError):
-                self._end(answered)
+                self.end(answered)
                 return
-            answer(self._members, self._frame.accept(answered))
+            answer(self.members, self._frame.accept(answered))
             if self._frame.round_over:
-                answer(self._members, self._frame.left())
-                self._owner.landed(self)
+                answer(self.members, self._frame.left())
+                self._owner.over(self)
         except Exception as defect:
-            self._end(defect)
+            self.end(defect)
 
-    def _end(self, error: Exception) -> None:
-        abandon(self._members, error)
-        self._owner.landed(self)
+    def _too_large(self, error: ReplyTooLargeError) -> RepliesTooLargeError:
+        if len(self.members) > 1:
+            self._owner.too_large(self.members)
+        return RepliesTooLargeError.of(len(self.members), error)
+
+    def end(self, error: Exception) -> None:
+        """Fails whoever still waits."""
+        abandon(self.members, error)
+        self._owner.over(self)
 
 
 def _nothing(_: object = None) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -20,11 +20,9 @@ from stepwell._abandoned import AsyncFinisher
 from stepwell._aio_connection import AsyncConnection
 from stepwell._core import Core
 from stepwell._flow import Ask, Call, Exchange, Flow, drive_async
-from stepwell._frames import Change
 from stepwell._group_core import GroupCore
-from stepwell._retry import Deadline
 from stepwell._state import State, States
-from stepwell._steps import Step, read
+from stepwell._steps import Step
 from stepwell._tracker import GroupTracker, SessionTracker
 from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo
 from stepwell.aio_group import AsyncSessionGroup
@@ -67,10 +65,6 @@ def connect(
     return AsyncClient(ClientConfig(server_address(address), timeout_s, max_message_bytes), coalesce=coalesce)
 
 
-#: Steps with inputs up to this size share frames.
-_SHARED_BYTES = 16 * 1024
-
-
 class AsyncClient:
     """A connection to a server. Make one with `connect`, and share it.
 
@@ -104,7 +98,7 @@ class AsyncClient:
     @functools.cached_property
     def _connection(self) -> AsyncConnection:
         # Made by the first call, because only a running loop can own a channel.
-        return AsyncConnection(self._config, self._core.retrier, self._run)
+        return AsyncConnection(self._config, self._core.retrier, coalesce=self._coalesce)
 
     @property
     def address(self) -> str:
@@ -288,29 +282,26 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _step(self, tracker: SessionTracker, change: Change, deadline: Deadline) -> Outputs:
-        """A step of one session: in a frame with others, or as a call of its own.
-
-        A large step gains nothing from company, and as a call it ends on the server when it is cancelled
-        here: a frame has no way to say so for one of its members.
-        """
-        if self._coalesce and sum(len(tensor.data) for tensor in change.tensors) <= _SHARED_BYTES:
-            return await self._connection.coalescer.step(tracker, change, deadline)
-        return await self._run(self._core.step(tracker, change, deadline))
-
     async def _run(self, flow: Flow[T]) -> T:
         """Drives an operation of the core to its result."""
         return await drive_async(flow, self._answer)
 
-    async def _answer(self, ask: Ask) -> Any:
-        if isinstance(ask, Call):
-            return await self._connection.transport.invoke(ask)
+    def _answer(self, ask: Ask) -> Awaitable[Any]:
         if isinstance(ask, Step):
-            return read(await self._connection.transport.invoke(self._core.retrier.unary(ask)))
+            return self._connection.step(ask)
+        if isinstance(ask, Call):
+            return self._connection.transport.invoke(ask)
         if isinstance(ask, Exchange):
-            return await self._connection.link.exchange(ask)
+            return self._connection.link.exchange(ask)
+        return self._pause(ask.seconds)
+
+    async def _pause(self, seconds: float) -> None:
+        if self._closing.is_set():
+            raise _channel.closed()
+        if seconds <= 0:
+            return
         try:
-            await asyncio.wait_for(self._closing.wait(), ask.seconds)
+            await asyncio.wait_for(self._closing.wait(), seconds)
         except TimeoutError:
-            return None
+            return
         raise _channel.closed()

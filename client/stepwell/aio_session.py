@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Coroutine, Generator, Iterable
+from collections.abc import Coroutine, Generator, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -21,6 +20,24 @@ if TYPE_CHECKING:
 H = TypeVar("H", bound="AsyncHandle")
 
 
+class _Turn:
+    """The turn of one change. A class, because `contextlib.asynccontextmanager` costs as much as half a step."""
+
+    __slots__ = ("_deadline", "_handle")
+
+    def __init__(self, handle: AsyncHandle, deadline: Deadline) -> None:
+        self._handle = handle
+        self._deadline = deadline
+
+    async def __aenter__(self) -> None:
+        await self._handle._begin(self._deadline)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handle._lock.release()
+
+
 class AsyncHandle(abc.ABC):
     """What a session and a group have in common: one change at a time, and an end."""
 
@@ -30,16 +47,16 @@ class AsyncHandle(abc.ABC):
         self._closed = False
         self._lock = asyncio.Lock()
 
-    @contextlib.asynccontextmanager
-    async def _changing(self, deadline: Deadline) -> AsyncIterator[None]:
+    def _changing(self, deadline: Deadline) -> _Turn:
         """One change at a time; waiting for one's turn counts against the time limit."""
+        return _Turn(self, deadline)
+
+    async def _begin(self, deadline: Deadline) -> None:
         self._check_open()
         await self._take_turn(deadline)
-        try:
-            self._check_open()
-            yield
-        finally:
+        if self._closed:
             self._lock.release()
+            self._check_open()
 
     async def _take_turn(self, deadline: Deadline) -> None:
         if not self._lock.locked():
@@ -201,7 +218,7 @@ class AsyncSession(AsyncHandle):
         deadline = self._core.deadline(timeout_s)
         change = self._core.step_change(self._tracker, x, outputs)
         async with self._changing(deadline):
-            return await self._client._step(self._tracker, change, deadline)
+            return await self._client._run(self._core.step(self._tracker, change, deadline))
 
     async def reset_states(
         self,
