@@ -5,6 +5,9 @@
             y = await session.step(x)
 
 Steps awaited at the same time, by `asyncio.gather` or by many tasks, leave together as one message.
+
+The examples of classes are whole programs. Those of methods are as one types them into `python -m asyncio`, with an
+open `client` and `session`.
 """
 
 from __future__ import annotations
@@ -109,11 +112,7 @@ class AsyncClient:
         """All models of the server, in the order of their names.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         return [model.name for model in await client.models()]
-            >>> asyncio.run(main())
+            >>> [model.name for model in await client.models()]
             ['forecast']
         """
         return await self._run(self._core.models(self._core.deadline(timeout_s)))
@@ -124,11 +123,7 @@ class AsyncClient:
         Arguments, result and errors are those of `Client.model`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         return [tensor.shape for tensor in (await client.model("forecast")).inputs]
-            >>> asyncio.run(main())
+            >>> [tensor.shape for tensor in (await client.model("forecast")).inputs]
             [(3,)]
         """
         return await self._run(self._core.model(name, self._core.deadline(timeout_s)))
@@ -148,14 +143,10 @@ class AsyncClient:
         Arguments, result and errors are those of `Client.open_session`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         session = await client.open_session("forecast", session_id="user-43")
-            ...         await session.close()
-            ...         return session.id, session.batch_size
-            >>> asyncio.run(main())
+            >>> session = await client.open_session("forecast", session_id="user-43")
+            >>> session.id, session.batch_size
             ('user-43', 1)
+            >>> await session.close()
         """
         deadline = self._core.deadline(timeout_s)
         flow = self._core.open_session(model, batch_size, session_id, state, must_be_new, deadline)
@@ -178,12 +169,8 @@ class AsyncClient:
         Arguments, result and errors are those of `Client.open_sessions`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         async with client.open_sessions("forecast", 8) as group:
-            ...             return (await group.step(np.ones((8, 3), np.float32))).shape
-            >>> asyncio.run(main())
+            >>> async with client.open_sessions("forecast", 8) as group:
+            ...     (await group.step(np.ones((8, 3), np.float32))).shape
             (8, 1)
         """
         flow = self._core.open_sessions(model, n, batch_size, session_ids, self._core.deadline(timeout_s))
@@ -200,12 +187,8 @@ class AsyncClient:
         Arguments, result and errors are those of `Client.predict`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         y, state = await client.predict("forecast", np.ones((5, 3), np.float32))
-            ...         return y.shape, state.batch_size
-            >>> asyncio.run(main())
+            >>> y, state = await client.predict("forecast", np.ones((5, 3), np.float32))
+            >>> y.shape, state.batch_size
             ((5, 1), 5)
         """
         return await self._run(self._core.predict(model, x, state, self._core.deadline(timeout_s)))
@@ -218,14 +201,8 @@ class AsyncClient:
         Arguments, result and errors are those of `Client.sessions`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         async with client.open_session("forecast") as session:
-            ...             infos = await client.sessions(prefix=session.id)
-            ...             return [info.session_id == session.id for info in infos]
-            >>> asyncio.run(main())
-            [True]
+            >>> session.id in [info.session_id for info in await client.sessions(model="forecast")]
+            True
         """
         return await self._run(self._core.sessions(model, prefix, self._core.deadline(timeout_s)))
 
@@ -235,12 +212,7 @@ class AsyncClient:
         Arguments, result and errors are those of `Client.session_info`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         async with client.open_session("forecast") as session:
-            ...             return (await client.session_info(session.id)).model
-            >>> asyncio.run(main())
+            >>> (await client.session_info(session.id)).model
             'forecast'
         """
         return await self._run(self._core.session_info(session_id, self._core.deadline(timeout_s)))
@@ -251,12 +223,7 @@ class AsyncClient:
         Arguments, result and errors are those of `Client.close_session`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         session = await client.open_session("forecast")
-            ...         await client.close_session(session.id)
-            >>> asyncio.run(main())
+            >>> await client.close_session((await client.open_session("forecast")).id)
         """
         await self._run(self._core.close_session(session_id, self._core.deadline(timeout_s)))
 
@@ -264,11 +231,7 @@ class AsyncClient:
         """Ends the connection; calls under way end with `ClosedError`. Sessions stay on the server.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         await client.close()
-            >>> asyncio.run(main())
+            >>> await stepwell.aio.connect(address).close()
         """
         await self._finisher.close()
         self._closing.set()
