@@ -1,4 +1,4 @@
-"""A session, and a group of sessions, of the sync client."""
+"""A session of the sync client, and what it has in common with a group of sessions."""
 
 from __future__ import annotations
 

@@ -17,8 +17,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import grpc.aio
-
 from stepwell import _channel, aio
 from stepwell._tracker import SessionTracker
 from stepwell.cli.bench import inputs as random_inputs
@@ -59,7 +57,7 @@ class Worker:
         self._plan = plan
         config = ClientConfig(plan.address, plan.timeout_s, MAX_MESSAGE_BYTES)
         self._client = aio.AsyncClient(config)
-        self._channel = grpc.aio.insecure_channel(plan.address, options=_channel.options(config))
+        self._channel = _channel.open_async_channel(config)
         self._opened: list[str] = []
         self._lanes: list[lanes.Lane] = []
         self._stopping = False
