@@ -1,3 +1,5 @@
+"""The parts of `stepwell bench`: histograms, plans, inputs, and what it finds out about the server."""
+
 from __future__ import annotations
 
 import dataclasses
