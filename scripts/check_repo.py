@@ -5,6 +5,7 @@ Each rule is a function that yields one line per finding. The script prints them
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 import subprocess
@@ -71,6 +72,13 @@ def module_length() -> Iterator[str]:
         lines = len(text_of(name).splitlines())
         if lines > MAX_MODULE_LINES:
             yield f"{name}: {lines} lines, {MAX_MODULE_LINES} at most"
+
+
+def modules_say_what_they_hold() -> Iterator[str]:
+    """A module begins with a docstring: ruff asks for it everywhere but in tests."""
+    for name in modules():
+        if text_of(name).strip() and ast.get_docstring(ast.parse(text_of(name))) is None:
+            yield f"{name}: must begin with a docstring that says what it holds"
 
 
 def no_lock_files() -> Iterator[str]:
@@ -229,6 +237,7 @@ def files_keep_the_editorconfig() -> Iterator[str]:
 
 RULES = (
     module_length,
+    modules_say_what_they_hold,
     commands_are_make_targets,
     python_versions_agree,
     files_keep_the_editorconfig,

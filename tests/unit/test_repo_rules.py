@@ -155,3 +155,12 @@ def test_what_goes_against_the_editorconfig_is_found(write: Write, text: str) ->
     write("notes.txt", text)
     (finding,) = check_repo.files_keep_the_editorconfig()
     assert finding.startswith("notes.txt")
+
+
+def test_a_module_without_a_docstring_is_found(write: Write) -> None:
+    write("tests/unit/test_one.py", '"""Ones."""\n')
+    write("tests/unit/__init__.py", "")
+    write("tests/unit/test_two.py", "# Twos.\nimport re\n")
+    assert list(check_repo.modules_say_what_they_hold()) == [
+        "tests/unit/test_two.py: must begin with a docstring that says what it holds"
+    ]
