@@ -5,6 +5,7 @@ Each rule is a function that yields one line per finding. The script prints them
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 import subprocess
@@ -24,6 +25,7 @@ REGISTRY_HOSTS = re.compile(
 PATH_IN_DOCUMENT = re.compile(r"`([\w.-]+(?:/[\w.-]+)+/?|[\w-]+/)`|\]\((?!https?:|#|mailto:)([^)#\s]+)")
 FOLDERS_OF_PACKAGES = ("", "client/stepwell", "server/stepwell_server", "tests")
 MADE_AT_RUN_TIME = {".venv", ".tools", "out", "dist", "build"}
+MAKE_OPTIONS = ("", "-o .venv/.installed ")
 VARIABLE = re.compile(r"\bSTEPWELL_[A-Z0-9_]+\b")
 
 
@@ -70,6 +72,13 @@ def module_length() -> Iterator[str]:
         lines = len(text_of(name).splitlines())
         if lines > MAX_MODULE_LINES:
             yield f"{name}: {lines} lines, {MAX_MODULE_LINES} at most"
+
+
+def modules_say_what_they_hold() -> Iterator[str]:
+    """A module begins with a docstring: ruff asks for it everywhere but in tests."""
+    for name in modules():
+        if text_of(name).strip() and ast.get_docstring(ast.parse(text_of(name))) is None:
+            yield f"{name}: must begin with a docstring that says what it holds"
 
 
 def no_lock_files() -> Iterator[str]:
@@ -134,7 +143,7 @@ def is_path(text: str) -> bool:
 
 def documents_name_real_targets() -> Iterator[str]:
     """Every `make target` of a document is in the Makefile."""
-    targets = set(re.findall(r"^([a-z][a-z-]*):", text_of("Makefile"), re.MULTILINE))
+    targets = makefile_targets()
     for name in documents():
         for target in re.findall(r"(?:`|^\$? *)make ([a-z][a-z-]*)", text_of(name), re.MULTILINE):
             if target not in targets:
@@ -165,8 +174,73 @@ def environment_variables_are_documented() -> Iterator[str]:
         yield f"{documented[variable]}: names {variable}, which nothing reads"
 
 
+def makefile_targets() -> set[str]:
+    """Return the targets of the Makefile."""
+    return set(re.findall(r"^([a-z][a-z-]*):", text_of("Makefile"), re.MULTILINE))
+
+
+def commands_are_make_targets() -> Iterator[str]:
+    """CI and the commit hooks run what everybody runs, by its name: what they did themselves would drift."""
+    for name in tracked_files():
+        if name.startswith(".github/workflows/"):
+            allowed, key = {".ci/run"}, r"run"
+        elif name == ".pre-commit-config.yaml":
+            allowed, key = set(), r"entry"
+            for repository in re.findall(r"- repo: *(.*)", text_of(name)):
+                if repository != "local":
+                    yield f"{name}: hooks must be local, make targets; got those of {repository}"
+        else:
+            continue
+        allowed |= {f"make {option}{target}" for target in makefile_targets() for option in MAKE_OPTIONS}
+        for command in re.findall(rf"^ *(?:- )?{key}: *(.*?) *(?:#.*)?$", text_of(name), re.MULTILINE):
+            if command not in allowed:
+                yield f"{name}: runs {command!r}; must be a make target" + (" or .ci/run" * (key == "run"))
+
+
+def python_versions_agree() -> Iterator[str]:
+    """The versions of Python that are allowed, named, found by make and tried by CI are the same."""
+    project = tomllib.loads(text_of("pyproject.toml"))["project"]
+    bounds = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", project["requires-python"])
+    if bounds is None:
+        yield f"pyproject.toml: requires-python must be >=3.X,<3.Y; is {project['requires-python']}"
+        return
+    allowed = [f"3.{minor}" for minor in range(int(bounds[1]), int(bounds[2]))]
+    classifiers = "\n".join(project.get("classifiers", []))
+    supported = re.search(r"\(3, (\d+)\) <= .* <= \(3, (\d+)\)", text_of("Makefile"))
+    found = {
+        "pyproject.toml: classifiers": re.findall(r"Python :: (3\.\d+)$", classifiers, re.MULTILINE),
+        "Makefile: SUPPORTED": [f"3.{n}" for n in range(int(supported[1]), int(supported[2]) + 1)]
+        if supported
+        else [],
+    }
+    for name in tracked_files():
+        if name.startswith(".github/workflows/"):
+            found[name] = re.findall(r"\"(3\.\d+)\"", text_of(name))
+    for where, versions in found.items():
+        if versions != allowed:
+            yield f"{where}: must be Python {allowed}, as requires-python says; is {versions}"
+
+
+def files_keep_the_editorconfig() -> Iterator[str]:
+    """What .editorconfig asks of editors, and no formatter sees to in every kind of file."""
+    for name in tracked_files():
+        text = text_of(name)
+        if text and not text.endswith("\n"):
+            yield f"{name}: must end with a line break"
+        for number, line in lines_matching(name, re.compile(r"[ \t]$")):
+            yield f"{name}:{number}: has spaces at its end: {line[:80]}"
+        if "\r" in text:
+            yield f"{name}: must end its lines with LF"
+        if name != "Makefile" and "\t" in text:
+            yield f"{name}: has tabs"
+
+
 RULES = (
     module_length,
+    modules_say_what_they_hold,
+    commands_are_make_targets,
+    python_versions_agree,
+    files_keep_the_editorconfig,
     no_lock_files,
     no_registry_hosts,
     no_machine_paths,

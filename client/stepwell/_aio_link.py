@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 
 from stepwell import _channel
 from stepwell._flow import Exchange
+from stepwell._in_flight import Answer, Sink
 from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2
 
-Inbox = asyncio.Queue[sessions_pb2.StepStreamResponse | StepwellError]
+Inbox = asyncio.Queue[Answer]
 
 
 class AsyncLink:
@@ -31,17 +33,23 @@ class AsyncLink:
         Raises:
             StepwellError: The stream broke or the time limit passed; what was not answered is unknown.
         """
-        stream = self._open_stream()
-        frame_id, inbox = stream.register()
+        inbox = Inbox()
+        forget = self.post(ask, inbox.put_nowait)
         try:
             async with asyncio.timeout(ask.deadline.grpc_timeout_s()):
-                stream.send(ask.request(frame_id))
                 while not ask.frame.round_over:
                     ask.on_part(ask.frame.accept(_received(await inbox.get())))
         except TimeoutError:
             raise DeadlineExceededError("the time limit passed while a frame was unanswered") from None
         finally:
-            stream.forget(frame_id)
+            forget()
+
+    def post(self, ask: Exchange, sink: Sink) -> Callable[[], None]:
+        """Sends a frame without waiting for its reply; `_in_flight.Link` has the rules."""
+        stream = self._open_stream()
+        frame_id = stream.new_frame_id()
+        stream.send(frame_id, ask.request(frame_id), sink)
+        return functools.partial(stream.forget, frame_id)
 
     def _open_stream(self) -> _Stream:
         if self._closed:
@@ -58,7 +66,7 @@ class AsyncLink:
             await stream.close()
 
 
-def _received(answer: sessions_pb2.StepStreamResponse | StepwellError) -> sessions_pb2.StepStreamResponse:
+def _received(answer: Answer) -> sessions_pb2.StepStreamResponse:
     if isinstance(answer, StepwellError):
         raise answer
     return answer
@@ -69,7 +77,7 @@ class _Stream:
 
     def __init__(self, stub: Any) -> None:
         self._outbox: asyncio.Queue[sessions_pb2.StepStreamRequest | None] = asyncio.Queue()
-        self._inboxes: dict[int, Inbox] = {}
+        self._sinks: dict[int, Sink] = {}
         self._frame_ids = itertools.count(1)
         self.error: StepwellError | None = None
         self._call: Any = stub.StepStream(self._requests())
@@ -79,27 +87,26 @@ class _Stream:
         while (request := await self._outbox.get()) is not None:
             yield request
 
-    def register(self) -> tuple[int, Inbox]:
-        """An id for a frame, and where the parts of its reply will be."""
-        frame_id, inbox = next(self._frame_ids), Inbox()
-        self._inboxes[frame_id] = inbox
-        return frame_id, inbox
+    def new_frame_id(self) -> int:
+        """An id for a frame."""
+        return next(self._frame_ids)
 
     def forget(self, frame_id: int) -> None:
         """Nobody waits for this frame any more."""
-        self._inboxes.pop(frame_id, None)
+        self._sinks.pop(frame_id, None)
 
-    def send(self, request: sessions_pb2.StepStreamRequest) -> None:
-        """Queues a frame."""
+    def send(self, frame_id: int, request: sessions_pb2.StepStreamRequest, sink: Sink) -> None:
+        """Queues a frame; `sink` gets the parts of its reply, or why there are none."""
+        self._sinks[frame_id] = sink
         self._outbox.put_nowait(request)
 
     async def _read(self) -> None:
         error: StepwellError = UnavailableError("the server ended the stream")
         try:
             async for response in self._call:
-                inbox = self._inboxes.get(response.frame_id)
-                if inbox is not None:
-                    inbox.put_nowait(response)
+                sink = self._sinks.get(response.frame_id)
+                if sink is not None:
+                    sink(response)
         except grpc.RpcError as failed:
             error = _channel.translate(failed)
         finally:
@@ -108,8 +115,8 @@ class _Stream:
     def _end(self, error: StepwellError) -> None:
         self.error = error
         self._outbox.put_nowait(None)
-        for inbox in self._inboxes.values():
-            inbox.put_nowait(error)
+        for sink in list(self._sinks.values()):
+            sink(error)
 
     async def close(self) -> None:
         """Ends the call and waits for the reader."""

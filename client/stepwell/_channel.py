@@ -21,8 +21,17 @@ _MODEL_RPCS = frozenset({"ListModels", "GetModel", "Predict"})
 _FAILED_WRITE = 'Failed "execute_batch"'
 
 
-def options(config: ClientConfig) -> list[tuple[str, Any]]:
-    """Channel options of both shells."""
+def open_channel(config: ClientConfig) -> grpc.Channel:
+    """A channel of the sync client. The connection is made by the first call."""
+    return grpc.insecure_channel(config.address, options=_options(config))
+
+
+def open_async_channel(config: ClientConfig) -> grpc.aio.Channel:
+    """The same for the running event loop. Channels are opened nowhere else, not for `stepwell bench` either."""
+    return grpc.aio.insecure_channel(config.address, options=_options(config))
+
+
+def _options(config: ClientConfig) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -59,7 +68,7 @@ class SyncTransport:
     """A channel of the sync client."""
 
     def __init__(self, config: ClientConfig) -> None:
-        self._channel = grpc.insecure_channel(config.address, options=options(config))
+        self._channel = open_channel(config)
         self.sessions = sessions_pb2_grpc.SessionServiceStub(self._channel)
         self._models = models_pb2_grpc.ModelServiceStub(self._channel)
         self.is_closed = False
@@ -92,7 +101,7 @@ class AsyncTransport:
     """A channel of the async client."""
 
     def __init__(self, config: ClientConfig) -> None:
-        self._channel = grpc.aio.insecure_channel(config.address, options=options(config))
+        self._channel = open_async_channel(config)
         self.sessions = sessions_pb2_grpc.SessionServiceStub(self._channel)
         self._models = models_pb2_grpc.ModelServiceStub(self._channel)
         self.is_closed = False

@@ -1,39 +1,25 @@
-"""Steps awaited in the same turn of the event loop leave together, as few frames as possible.
-
-Where the replies to a frame, together, are over the limit of a message, its steps are sent again in smaller frames, and
-fewer of their kind leave together from then on. A frame of one may have been hit by another's reply, for a reply that is
-too large ends the stream they share: as a call of its own it gets an answer that is about itself.
-"""
+"""Steps awaited in the same turn of the event loop leave together, as few frames as possible."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-from collections.abc import Awaitable, Hashable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 
 from stepwell import _channel
-from stepwell._book import SessionBook
-from stepwell._core import selected
-from stepwell._flow import Attempter, Flow
-from stepwell._frames import Change, Part
-from stepwell._retry import Deadline
-from stepwell._steps import Gathering, Step, Stepped, abandon, answer, framed, latest
-from stepwell._types import Outputs
-from stepwell.errors import ReplyTooLargeError, StepwellError
-
-T = TypeVar("T")
+from stepwell._flow import Retrier
+from stepwell._in_flight import InFlightFrame, Link
+from stepwell._steps import SHARED_BYTES, Gathering, Step, Stepped, abandon
+from stepwell.errors import DeadlineExceededError
 
 
-class Drive(Protocol):
-    """Drives a flow to its result."""
+class WaitingStep:
+    """A step that was handed over, and the task that awaits it."""
 
-    def __call__(self, flow: Flow[T], /) -> Awaitable[T]: ...
+    __slots__ = ("answer", "step")
 
-
-class _Member(NamedTuple):
-    step: Step
-    answer: asyncio.Future[Stepped]
+    def __init__(self, step: Step, answer: asyncio.Future[Stepped]) -> None:
+        self.step = step
+        self.answer = answer
 
     def settle(self, stepped: Stepped) -> None:
         # A caller that was cancelled has left; its neighbours have not.
@@ -45,84 +31,87 @@ class _Member(NamedTuple):
             self.answer.set_exception(error)
 
 
-class Coalescer:
-    """Collects steps and sends them as frames. Of one event loop."""
+Frame = InFlightFrame[WaitingStep]
 
-    def __init__(self, attempter: Attempter, drive: Drive, max_frame_bytes: int) -> None:
-        self._attempter = attempter
-        self._drive = drive
+
+class Coalescer:
+    """Makes attempts of steps, together with those that are awaited at the same time. Of one event loop."""
+
+    def __init__(
+        self,
+        link: Link,
+        retrier: Retrier,
+        unary: Callable[[Step], Awaitable[Stepped]],
+        max_frame_bytes: int,
+    ) -> None:
+        self._link = link
+        self._retrier = retrier
+        self._unary = unary
         self._max_frame_bytes = max_frame_bytes
-        self._waiting: Gathering[_Member] = Gathering()
+        self._waiting: Gathering[WaitingStep] = Gathering()
+        self._in_flight: dict[Frame, asyncio.TimerHandle | None] = {}
+        """Frames under way, with what calls when the next time limit of a member is up."""
         self._most: dict[Hashable, int] = {}
         """How many steps may leave together, by kind, where more had replies too large for one message."""
-        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def step(self, book: SessionBook, change: Change, deadline: Deadline) -> Outputs:
-        """Advances a session in a frame with whoever steps at the same time."""
+    def step(self, step: Step) -> Awaitable[Stepped]:
+        """One attempt of a step.
+
+        A large step gains nothing from company, and as a call of its own it ends on the server when it is
+        cancelled here: a frame has no way to say so for one of its members.
+
+        Raises:
+            StepwellError: How it ended; its outcome is told as of a call of its own.
+        """
+        if step.input_bytes() > SHARED_BYTES:
+            return self._unary(step)
         loop = asyncio.get_running_loop()
         if not self._waiting:
-            loop.call_soon(self._flush)
-        member = _Member(book.step(change, deadline), loop.create_future())
-        self._waiting.add(member, round(deadline.remaining_s(), 2))
-        try:
-            revision, position, outputs = await member.answer
-        except StepwellError as error:
-            raise book.failed(error) from None
-        book.applied(revision, position)
-        return selected(outputs, change.outputs)
+            loop.call_soon(self._send_all)
+        member = WaitingStep(step, loop.create_future())
+        self._waiting.add(member)
+        return member.answer
 
-    def _flush(self) -> None:
+    def _send_all(self) -> None:
         waiting, self._waiting = self._waiting, Gathering()
+        now_s = asyncio.get_running_loop().time()
         for members in waiting.frames(self._max_frame_bytes, self._most):
-            task = asyncio.create_task(self._send(members))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            frame = Frame(self, members, now_s)
+            self._in_flight[frame] = None
+            frame.send(self._link, self._retrier)
+            self._watch(frame)
 
-    async def _send(self, members: Sequence[_Member]) -> None:
-        """Sees one frame through. Whatever happens, no caller is left waiting."""
-        error: BaseException | None = None
-        try:
-            await self._frame(members)
-        except Exception as defect:
-            error = defect
-        finally:
-            abandon(members, error or _channel.closed())
+    def _watch(self, frame: Frame) -> None:
+        """Sees to the time limits of its members, if it is under way."""
+        if frame in self._in_flight:
+            waiting = [member.step.deadline for member in frame.members if not member.answer.done()]
+            next_s = min([deadline.remaining_s() for deadline in waiting], default=0.0)
+            if next_s <= 0:
+                self.over(frame)  # every caller has left
+            elif next_s < float("inf"):
+                loop = asyncio.get_running_loop()
+                self._in_flight[frame] = loop.call_later(next_s, self._time_is_up, frame)
 
-    async def _frame(self, members: Sequence[_Member], *, in_doubt: bool = False) -> None:
-        """Sends a frame with its retries, and again in smaller ones what was too large together."""
-        apart: list[_Member] = []
+    def _time_is_up(self, frame: Frame) -> None:
+        late = [member for member in frame.members if member.step.deadline.remaining_s() <= 0]
+        abandon(late, DeadlineExceededError("the time limit passed while a frame was unanswered"))
+        self._watch(frame)
 
-        def on_part(part: Part) -> None:
-            apart.extend([members[i] for i, error in part.failures.items() if _is_too_large(error)])
-            others = {i: error for i, error in part.failures.items() if not _is_too_large(error)}
-            answer(members, dataclasses.replace(part, failures=others))
+    def over(self, frame: Frame) -> None:
+        """A frame is over: its callers have their answers, or have left."""
+        frame.forget()
+        timer = self._in_flight.pop(frame, None)
+        if timer is not None:
+            timer.cancel()
 
-        await self._drive(
-            self._attempter.exchange(framed(members), latest(members), on_part, in_doubt=in_doubt)
-        )
-        most = max(1, len(members) // 2)
-        if apart and len(members) > 1:
-            self._most[members[0].step.kind()] = most
-        for begin in range(0, len(apart), most):
-            fewer = apart[begin : begin + most]
-            if len(fewer) > 1:
-                await self._frame(fewer, in_doubt=True)
-            else:
-                await self._alone(fewer[0])
+    def too_large(self, members: Sequence[WaitingStep]) -> None:
+        """The replies to these, together, are over the limit of a message: fewer leave together from now on."""
+        self._most[members[0].step.kind()] = max(1, len(members) // 2)
 
-    async def _alone(self, member: _Member) -> None:
-        try:
-            member.settle(await self._drive(self._attempter.step(member.step, in_doubt=True)))
-        except StepwellError as error:
-            member.fail(error)
-
-    async def close(self) -> None:
-        """Ends the frames under way; their callers get `ClosedError`."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-
-
-def _is_too_large(error: StepwellError) -> bool:
-    return isinstance(error, ReplyTooLargeError)
+    def close(self) -> None:
+        """Ends what waits and what is under way; the callers get `ClosedError`."""
+        for members in self._waiting.frames(self._max_frame_bytes):
+            abandon(members, _channel.closed())
+        self._waiting = Gathering()
+        for frame in list(self._in_flight):
+            frame.end(_channel.closed())

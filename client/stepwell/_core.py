@@ -1,4 +1,4 @@
-"""The client without its I/O: builds requests, keeps the books, reads replies. Both shells drive it.
+"""The client without its I/O: builds requests, keeps track of sessions, reads replies. Both shells drive it.
 
 Each operation is a flow (see `_flow`). What is checked here before anything is sent raises from the
 first step of the flow, so that a wrong argument costs no call.
@@ -7,15 +7,17 @@ first step of the flow, so that a wrong argument costs no call.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 from stepwell import _inputs
-from stepwell._book import GroupBook, SessionBook, new_request_id
-from stepwell._flow import Attempter, Flow
+from stepwell._abandoned import TRY_FOR_S
+from stepwell._flow import Flow, Retrier
 from stepwell._frames import Change
 from stepwell._retry import Clock, Deadline, RetryPolicy
 from stepwell._state import State, States
 from stepwell._tensors import Array, Packed, to_messages, unpack_all
+from stepwell._tracker import GroupTracker, SessionTracker, is_unknown, new_request_id
 from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo
 from stepwell.config import ClientConfig, check_timeout
 from stepwell.errors import InvalidInputError, ModelMismatchError, SessionGoneError, StepwellError
@@ -23,14 +25,36 @@ from stepwell.v1 import models_pb2, sessions_pb2
 
 _PAGE_SIZE = 10_000
 
+_Opening: TypeAlias = (
+    sessions_pb2.OpenSessionRequest | sessions_pb2.OpenSessionsRequest | sessions_pb2.ForkSessionRequest
+)
+
+
+def _drop(flow: Flow[None]) -> None:
+    """Leaves a flow undriven."""
+
 
 class Core:
     """The operations of a client and of its sessions."""
 
     def __init__(
-        self, config: ClientConfig, policy: RetryPolicy | None = None, clock: Clock = time.monotonic
+        self,
+        config: ClientConfig,
+        policy: RetryPolicy | None = None,
+        clock: Clock = time.monotonic,
+        *,
+        finish: Callable[[Flow[None]], None] = _drop,
     ) -> None:
-        self.attempter = Attempter(policy or RetryPolicy(), config.max_message_bytes)
+        """The operations for one server.
+
+        Args:
+            config: What the client was told.
+            policy: When to try again.
+            clock: Monotonic, in seconds.
+            finish: Drives a flow that nobody waits for, in the background; returns at once.
+        """
+        self._finish = finish
+        self.retrier = Retrier(policy or RetryPolicy(), config.max_message_bytes)
         self._config = config
         self._clock = clock
         self._models: dict[str, ModelInfo] = {}
@@ -44,7 +68,7 @@ class Core:
 
     def models(self, deadline: Deadline) -> Flow[list[ModelInfo]]:
         """All models, in the order of their names."""
-        reply: models_pb2.ListModelsResponse = yield from self.attempter.call(
+        reply: models_pb2.ListModelsResponse = yield from self.retrier.call(
             "ListModels", models_pb2.ListModelsRequest(), deadline
         )
         return [ModelInfo._from_message(model) for model in reply.models]
@@ -52,7 +76,7 @@ class Core:
     def model(self, name: str, deadline: Deadline) -> Flow[ModelInfo]:
         """One model, asked for anew."""
         request = models_pb2.GetModelRequest(name=_inputs.check_model(name))
-        reply: models_pb2.GetModelResponse = yield from self.attempter.call("GetModel", request, deadline)
+        reply: models_pb2.GetModelResponse = yield from self.retrier.call("GetModel", request, deadline)
         info = self._models[name] = ModelInfo._from_message(reply.model)
         return info
 
@@ -88,7 +112,7 @@ class Core:
         info = self._models.get(_inputs.check_model(model)) or (yield from self.model(model, deadline))
         state = yield from self.states(model, "", states, rows, deadline)
         request = models_pb2.PredictRequest(model=model, inputs=to_messages(packed), state=to_messages(state))
-        reply: models_pb2.PredictResponse = yield from self.attempter.call("Predict", request, deadline)
+        reply: models_pb2.PredictResponse = yield from self.retrier.call("Predict", request, deadline)
         final = State(unpack_all(reply.state), model=model, fingerprint=info.fingerprint, batch_size=rows)
         return _outputs(unpack_all(reply.outputs)), final
 
@@ -102,7 +126,7 @@ class Core:
         state: States | None,
         must_be_new: bool,
         deadline: Deadline,
-    ) -> Flow[SessionBook]:
+    ) -> Flow[SessionTracker]:
         """Opens or resumes a session."""
         rows = _inputs.check_count("batch_size", batch_size)
         request = sessions_pb2.OpenSessionRequest(
@@ -114,10 +138,8 @@ class Core:
             model_fingerprint=state.fingerprint if isinstance(state, State) else "",
         )
         request.state.extend(to_messages((yield from self.states(model, "", state, rows, deadline))))
-        reply: sessions_pb2.OpenSessionResponse = yield from self.attempter.call(
-            "OpenSession", request, deadline, changes=True
-        )
-        return SessionBook(reply.session, resumed=reply.resumed)
+        reply: sessions_pb2.OpenSessionResponse = yield from self._open("OpenSession", request, deadline)
+        return SessionTracker(reply.session, resumed=reply.resumed)
 
     def open_sessions(
         self,
@@ -126,7 +148,7 @@ class Core:
         batch_size: int,
         session_ids: Sequence[str] | None,
         deadline: Deadline,
-    ) -> Flow[GroupBook]:
+    ) -> Flow[GroupTracker]:
         """Opens many sessions: all of them or none."""
         count, rows = _inputs.check_count("n", n), _inputs.check_count("batch_size", batch_size)
         ids = [_inputs.check_session_id("session_ids", one) for one in session_ids or ()]
@@ -139,10 +161,32 @@ class Core:
             batch_size=rows,
             request_id=new_request_id(),
         )
-        reply: sessions_pb2.OpenSessionsResponse = yield from self.attempter.call(
-            "OpenSessions", request, deadline, changes=True
-        )
-        return GroupBook(model, reply.model_fingerprint, rows, reply.session_ids, reply.revisions)
+        reply: sessions_pb2.OpenSessionsResponse = yield from self._open("OpenSessions", request, deadline)
+        return GroupTracker(model, reply.model_fingerprint, rows, reply.session_ids, reply.revisions)
+
+    def _open(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[Any]:
+        """A call that makes sessions; the result is its response.
+
+        If it ends without an answer, or nobody waits for it any more, sessions may be there whose ids nobody
+        knows: they are closed in the background. Sessions with ids of the caller's are the caller's affair.
+        """
+        try:
+            return (yield from self.retrier.call(rpc, request, deadline, changes=True))
+        except StepwellError as error:
+            if is_unknown(error) and not _names_sessions(request):
+                self._finish(self._close_made(rpc, request, Deadline(TRY_FOR_S, self._clock)))
+            raise
+        except GeneratorExit:  # Ctrl-C, or a cancelled task
+            if not _names_sessions(request):
+                self._finish(self._close_made(rpc, request, Deadline(TRY_FOR_S, self._clock)))
+            raise
+
+    def _close_made(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[None]:
+        """Closes what a call has made: the same request again is answered with the sessions' ids."""
+        reply = yield from self.retrier.call(rpc, request, deadline, changes=True)
+        made = reply.session_ids if rpc == "OpenSessions" else [reply.session.session_id]
+        closing = sessions_pb2.CloseSessionsRequest(session_ids=made)
+        yield from self.retrier.call("CloseSessions", closing, deadline, changes=True)
 
     def sessions(self, model: str | None, prefix: str | None, deadline: Deadline) -> Flow[list[SessionInfo]]:
         """All live sessions that fit, over all pages."""
@@ -153,7 +197,7 @@ class Core:
         )
         infos: list[SessionInfo] = []
         while True:
-            reply: sessions_pb2.ListSessionsResponse = yield from self.attempter.call(
+            reply: sessions_pb2.ListSessionsResponse = yield from self.retrier.call(
                 "ListSessions", request, deadline
             )
             infos.extend(SessionInfo._from_message(session) for session in reply.sessions)
@@ -169,9 +213,7 @@ class Core:
         request = sessions_pb2.GetSessionRequest(
             session_id=_inputs.check_session_id("session_id", session_id)
         )
-        reply: sessions_pb2.GetSessionResponse = yield from self.attempter.call(
-            "GetSession", request, deadline
-        )
+        reply: sessions_pb2.GetSessionResponse = yield from self.retrier.call("GetSession", request, deadline)
         return reply.session
 
     def close_session(self, session_id: str, deadline: Deadline) -> Flow[None]:
@@ -179,53 +221,53 @@ class Core:
         request = sessions_pb2.CloseSessionRequest(
             session_id=_inputs.check_session_id("session_id", session_id), request_id=new_request_id()
         )
-        yield from self.attempter.call("CloseSession", request, deadline, changes=True)
+        yield from self.retrier.call("CloseSession", request, deadline, changes=True)
 
     # One session.
 
-    def step_change(self, book: SessionBook, inputs: Inputs, outputs: str) -> Change:
+    def step_change(self, tracker: SessionTracker, inputs: Inputs, outputs: str) -> Change:
         """A step as a value, checked."""
         selection = _inputs.check_selection(outputs)
-        return Change("step", _inputs.pack_inputs(inputs, book.batch_size), selection)
+        return Change("step", _inputs.pack_inputs(inputs, tracker.batch_size), selection)
 
-    def step(self, book: SessionBook, change: Change, deadline: Deadline) -> Flow[Outputs]:
+    def step(self, tracker: SessionTracker, change: Change, deadline: Deadline) -> Flow[Outputs]:
         """Advances a session."""
         try:
-            revision, position, outputs = yield from self.attempter.step(book.step(change, deadline))
+            revision, position, outputs = yield from self.retrier.step(tracker.step(change, deadline))
         except StepwellError as error:
-            raise book.failed(error) from None
-        book.applied(revision, position)
+            raise tracker.failed(error) from None
+        tracker.applied(revision, position)
         return selected(outputs, change.outputs)
 
     def reset_states(
-        self, book: SessionBook, states: States | None, rows: Iterable[int] | None, deadline: Deadline
+        self, tracker: SessionTracker, states: States | None, rows: Iterable[int] | None, deadline: Deadline
     ) -> Flow[None]:
         """Sets the state of a session, or some rows of it."""
-        chosen = _inputs.check_rows(rows, book.batch_size)
+        chosen = _inputs.check_rows(rows, tracker.batch_size)
         if chosen == ():
             return
-        count = book.batch_size if chosen is None else len(chosen)
-        packed = yield from self.states(book.model, book.fingerprint, states, count, deadline)
+        count = tracker.batch_size if chosen is None else len(chosen)
+        packed = yield from self.states(tracker.model, tracker.fingerprint, states, count, deadline)
         change = Change("reset", packed, rows=chosen or ())
         request = sessions_pb2.ResetStatesRequest(
-            session_id=book.session_id,
+            session_id=tracker.session_id,
             state=to_messages(packed),
             rows=change.rows,
-            expected_revision=book.revision,
-            request_id=book.begin(change),
+            expected_revision=tracker.revision,
+            request_id=tracker.begin(change),
         )
         try:
-            reply: sessions_pb2.ResetStatesResponse = yield from self.attempter.call(
+            reply: sessions_pb2.ResetStatesResponse = yield from self.retrier.call(
                 "ResetStates", request, deadline, changes=True
             )
         except StepwellError as error:
-            raise book.failed(error) from None
-        book.applied(reply.revision, reply.position)
+            raise tracker.failed(error) from None
+        tracker.applied(reply.revision, reply.position)
 
     def get_state(self, session_id: str, deadline: Deadline) -> Flow[State]:
         """Reads the state of a session."""
         request = sessions_pb2.GetStateRequest(session_id=session_id)
-        reply: sessions_pb2.GetStateResponse = yield from self.attempter.call("GetState", request, deadline)
+        reply: sessions_pb2.GetStateResponse = yield from self.retrier.call("GetState", request, deadline)
         return State(
             unpack_all(reply.state),
             model=reply.session.model,
@@ -235,28 +277,37 @@ class Core:
             position=reply.session.position,
         )
 
-    def fork(self, book: SessionBook, session_id: str | None, deadline: Deadline) -> Flow[SessionBook]:
+    def fork(
+        self, tracker: SessionTracker, session_id: str | None, deadline: Deadline
+    ) -> Flow[SessionTracker]:
         """Opens a session with the state of another."""
         request = sessions_pb2.ForkSessionRequest(
-            session_id=book.session_id,
+            session_id=tracker.session_id,
             new_session_id=_inputs.optional_session_id("session_id", session_id),
             request_id=new_request_id(),
         )
-        reply: sessions_pb2.ForkSessionResponse = yield from self.attempter.call(
-            "ForkSession", request, deadline, changes=True
-        )
-        return SessionBook(reply.session)
+        reply: sessions_pb2.ForkSessionResponse = yield from self._open("ForkSession", request, deadline)
+        return SessionTracker(reply.session)
 
-    def refresh(self, book: SessionBook, deadline: Deadline) -> Flow[None]:
+    def refresh(self, tracker: SessionTracker, deadline: Deadline) -> Flow[None]:
         """Takes over the server's revision and position."""
-        book.refresh((yield from self.session(book.session_id, deadline)))
+        tracker.refresh((yield from self.session(tracker.session_id, deadline)))
 
-    def close(self, book: SessionBook, deadline: Deadline) -> Flow[None]:
+    def close(self, tracker: SessionTracker, deadline: Deadline) -> Flow[None]:
         """Deletes a session that may be gone already: either way it is gone afterwards."""
         try:
-            yield from self.close_session(book.session_id, deadline)
+            yield from self.close_session(tracker.session_id, deadline)
         except SessionGoneError:
             return
+
+
+def _names_sessions(request: _Opening) -> bool:
+    """Whether the caller chose the ids of the sessions that a request makes."""
+    if isinstance(request, sessions_pb2.OpenSessionRequest):
+        return bool(request.session_id)
+    if isinstance(request, sessions_pb2.OpenSessionsRequest):
+        return bool(request.session_ids)
+    return bool(request.new_session_id)
 
 
 def selected(outputs: dict[str, Array], selection: str) -> Outputs:

@@ -15,8 +15,8 @@ from typing import Any, TypeAlias, TypeVar
 from google.protobuf.message import Message
 
 from stepwell._frames import Frame, Part
-from stepwell._retry import Attempts, Deadline, RetryPolicy
-from stepwell._steps import Step, Stepped
+from stepwell._retry import Attempts, Deadline, RepliesTooLargeError, RetryPolicy
+from stepwell._steps import Step, Stepped, read
 from stepwell.errors import InvalidInputError, StepwellError
 from stepwell.v1 import sessions_pb2
 
@@ -76,6 +76,9 @@ def drive(flow: Flow[T], answer: Callable[[Ask], Any]) -> T:
     except StopIteration as stop:
         result: T = stop.value
         return result
+    finally:
+        # A flow that was left in the middle (Ctrl-C, a cancelled task) learns of it here.
+        flow.close()
 
 
 async def drive_async(flow: Flow[T], answer: Callable[[Ask], Awaitable[Any]]) -> T:
@@ -92,6 +95,9 @@ async def drive_async(flow: Flow[T], answer: Callable[[Ask], Awaitable[Any]]) ->
     except StopIteration as stop:
         result: T = stop.value
         return result
+    finally:
+        # A flow that was left in the middle (Ctrl-C, a cancelled task) learns of it here.
+        flow.close()
 
 
 def each(flows: Iterable[Flow[T]]) -> Flow[list[T]]:
@@ -103,7 +109,7 @@ def each(flows: Iterable[Flow[T]]) -> Flow[list[T]]:
     return results
 
 
-class Attempter:
+class Retrier:
     """Makes flows of single attempts into flows that try again."""
 
     def __init__(self, policy: RetryPolicy, max_message_bytes: int) -> None:
@@ -126,10 +132,26 @@ class Attempter:
 
         return (yield from self._answered(ask, Attempts(self._policy, deadline, changes=changes)))
 
-    def step(self, step: Step, *, in_doubt: bool = False) -> Flow[Stepped]:
-        """A step with its retries; `in_doubt` if it may have been applied before."""
-        attempts = Attempts(self._policy, step.deadline, changes=True, in_doubt=in_doubt)
-        return self._answered(lambda: step, attempts)
+    def step(self, step: Step) -> Flow[Stepped]:
+        """A step with its retries, in company with others where the shell sends steps together.
+
+        Where a reply was too large though the step had left alone, another's reply may have been to blame: as
+        a call of its own it gets an answer that is about itself.
+        """
+        attempts: Attempts | None = None
+        by_itself = False
+        while True:
+            try:
+                if by_itself:
+                    return read((yield self.unary(step)))
+                stepped: Stepped = yield step
+                return stepped
+            except StepwellError as error:
+                attempts = attempts or Attempts(self._policy, step.deadline, changes=True)
+                by_itself = isinstance(error, RepliesTooLargeError) and error.members == 1
+                delay_s = attempts.failed(error)
+            yield Pause(delay_s)
+            attempts.woke()
 
     def unary(self, step: Step) -> Call:
         """A step as a call of its own.
@@ -154,19 +176,16 @@ class Attempter:
         """One round of a frame, to be asked."""
         return Exchange(frame, deadline, on_part, self._max_message_bytes)
 
-    def exchange(
-        self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None], *, in_doubt: bool = False
-    ) -> Flow[None]:
+    def exchange(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Flow[None]:
         """A frame with its retries, until every member of it is applied or failed for good.
 
         Args:
             frame: The frame.
             deadline: Covers all attempts.
             on_part: Gets what is settled.
-            in_doubt: Its members may have been applied before.
         """
         ask = self.ask(frame, deadline, on_part)
-        attempts = Attempts(self._policy, deadline, changes=True, in_doubt=in_doubt)
+        attempts = Attempts(self._policy, deadline, changes=True)
         try:
             while (error := (yield from _round(ask))) is not None:
                 yield Pause(attempts.failed(error))

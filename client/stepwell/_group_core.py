@@ -8,12 +8,12 @@ from collections.abc import Iterable
 import numpy as np
 
 from stepwell import _inputs
-from stepwell._book import GroupBook
 from stepwell._core import Core, selected
 from stepwell._flow import Flow, each
 from stepwell._frames import Change, Gathered
 from stepwell._retry import Deadline
 from stepwell._state import State, States
+from stepwell._tracker import GroupTracker
 from stepwell._types import Inputs, Outputs
 from stepwell.errors import StepwellError
 from stepwell.v1 import sessions_pb2
@@ -24,14 +24,14 @@ _CLOSE_AT_ONCE = 65_536
 class GroupCore:
     """The operations of one group; a change of it is one frame."""
 
-    def __init__(self, core: Core, book: GroupBook) -> None:
+    def __init__(self, core: Core, tracker: GroupTracker) -> None:
         self._core = core
-        self.book = book
+        self.tracker = tracker
 
     def step(self, inputs: Inputs, outputs: str, deadline: Deadline) -> Flow[Outputs]:
         """Advances every member."""
         selection = _inputs.check_selection(outputs)
-        rows = len(self.book.ids) * self.book.batch_size
+        rows = len(self.tracker.ids) * self.tracker.batch_size
         change = Change("step", _inputs.pack_inputs(inputs, rows), selection)
         gathered = yield from self._apply(change, deadline)
         return selected(gathered.outputs, selection)
@@ -40,32 +40,34 @@ class GroupCore:
         self, states: States | None, rows: Iterable[int] | None, deadline: Deadline
     ) -> Flow[None]:
         """Sets the whole state of every member, or of some."""
-        chosen = _inputs.check_rows(rows, len(self.book.ids))
+        chosen = _inputs.check_rows(rows, len(self.tracker.ids))
         if chosen == ():
             return
-        members = len(self.book.ids) if chosen is None else len(chosen)
-        count = members * self.book.batch_size
-        packed = yield from self._core.states(self.book.model, self.book.fingerprint, states, count, deadline)
+        members = len(self.tracker.ids) if chosen is None else len(chosen)
+        count = members * self.tracker.batch_size
+        packed = yield from self._core.states(
+            self.tracker.model, self.tracker.fingerprint, states, count, deadline
+        )
         yield from self._apply(Change("reset", packed, rows=chosen or ()), deadline)
 
     def _apply(self, change: Change, deadline: Deadline) -> Flow[Gathered]:
-        frame = self.book.begin(change)
-        gathered = Gathered(len(frame), self.book.batch_size)
-        yield from self._core.attempter.exchange(frame, deadline, gathered.add)
-        self.book.settle(change, gathered)
+        frame = self.tracker.begin(change)
+        gathered = Gathered(len(frame), self.tracker.batch_size)
+        yield from self._core.retrier.exchange(frame, deadline, gathered.add)
+        self.tracker.settle(change, gathered)
         if gathered.failures:
             raise self._failed(change, gathered)
         return gathered
 
     def _failed(self, change: Change, gathered: Gathered) -> StepwellError:
-        members = self.book.members(change).tolist()
+        members = self.tracker.members(change).tolist()
         failures = {members[i]: error for i, error in sorted(gathered.failures.items())}
         # A copy: what is said of all members must not be read as the first member's own error.
         first, own = next(iter(failures.items()))
         error = copy.copy(own)
         error.message = (
             f"{len(failures)} of {len(members)} sessions failed, first: {own.message} "
-            f"(session {self.book.ids[first]!r}, index {first})"
+            f"(session {self.tracker.ids[first]!r}, index {first})"
         )
         error.args = (error.message,)
         error.failures = failures
@@ -74,22 +76,22 @@ class GroupCore:
 
     def get_state(self, deadline: Deadline) -> Flow[State]:
         """The states of all members, one after the other."""
-        states = yield from each(self._core.get_state(one, deadline) for one in self.book.ids)
+        states = yield from each(self._core.get_state(one, deadline) for one in self.tracker.ids)
         return State(
             {name: np.concatenate([state[name] for state in states]) for name in states[0]},
-            model=self.book.model,
+            model=self.tracker.model,
             fingerprint=states[0].fingerprint,
-            batch_size=len(states) * self.book.batch_size,
+            batch_size=len(states) * self.tracker.batch_size,
         )
 
     def refresh(self, deadline: Deadline) -> Flow[None]:
         """Takes over the server's revisions and positions."""
-        self.book.refresh((yield from each(self._core.session(one, deadline) for one in self.book.ids)))
+        self.tracker.refresh((yield from each(self._core.session(one, deadline) for one in self.tracker.ids)))
 
     def close(self, deadline: Deadline) -> Flow[None]:
         """Deletes all members; those that are gone already are passed over."""
-        for start in range(0, len(self.book.ids), _CLOSE_AT_ONCE):
+        for start in range(0, len(self.tracker.ids), _CLOSE_AT_ONCE):
             request = sessions_pb2.CloseSessionsRequest(
-                session_ids=self.book.ids[start : start + _CLOSE_AT_ONCE]
+                session_ids=self.tracker.ids[start : start + _CLOSE_AT_ONCE]
             )
-            yield from self._core.attempter.call("CloseSessions", request, deadline, changes=True)
+            yield from self._core.retrier.call("CloseSessions", request, deadline, changes=True)

@@ -15,18 +15,17 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 
 from stepwell import _channel
 from stepwell._flow import Exchange
+from stepwell._in_flight import Answer, Sink
 from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2, sessions_pb2_grpc
 
-Answer: TypeAlias = sessions_pb2.StepStreamResponse | StepwellError
 Inbox = queue.SimpleQueue[Answer]
-Sink = Callable[[Answer], None]
 
 # A reader thread must not outlive the interpreter's machinery under it.
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
@@ -60,19 +59,7 @@ class Link:
             forget()
 
     def post(self, ask: Exchange, sink: Sink) -> Callable[[], None]:
-        """Sends a frame without waiting for its reply.
-
-        Args:
-            ask: The frame; taking in its reply is the sink's affair.
-            sink: Called with each part of the reply, or with why no more will come, until it is forgotten:
-                by the thread that reads, so it must neither block nor raise.
-
-        Returns:
-            What ends the sink's job. It must be called when the round is over.
-
-        Raises:
-            StepwellError: Nothing was sent, and the sink is not called.
-        """
+        """Sends a frame without waiting for its reply; `_in_flight.Link` has the rules."""
         stream = self._open_stream()
         frame_id = stream.new_frame_id()
         request = ask.request(frame_id)

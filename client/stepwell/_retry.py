@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from typing import Self
 
 from stepwell import errors
 
@@ -30,10 +31,31 @@ class Deadline:
         """Seconds left, never below 0; `math.inf` without a limit."""
         return max(0.0, self._at_s - self._clock())
 
+    def at_s(self) -> float:
+        """When it is up, by its clock."""
+        return self._at_s
+
     def grpc_timeout_s(self) -> float | None:
         """Seconds left as gRPC takes them."""
         remaining_s = self.remaining_s()
         return None if math.isinf(remaining_s) else remaining_s
+
+
+class RepliesTooLargeError(errors.UnavailableError):
+    """The replies to steps that left together were over the limit of a message. Never leaves the SDK.
+
+    A reply that is too large ends the stream, and with it every frame on it, also one that is not to blame.
+    """
+
+    members = 0
+    """How many left together."""
+
+    @classmethod
+    def of(cls, members: int, error: errors.StepwellError) -> Self:
+        """The error of a frame of so many members."""
+        made = cls(f"the replies to {members} steps at once: {error}")
+        made.members = members
+        return made
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,6 +81,8 @@ class RetryPolicy:
             error: How the last one ended.
         """
         backoff_s = min(self.cap_s, self.base_s * 2 ** min(attempt - 1, 30))
+        if isinstance(error, RepliesTooLargeError):
+            return 0.0  # what was wrong was this side's doing, and is put right
         if isinstance(error, errors.OverloadedError) and error.retry_after_s > 0:
             # Never before the server's delay, and not all callers at the same instant after it.
             return error.retry_after_s + self.draw(0.0, min(backoff_s, error.retry_after_s))
@@ -70,14 +94,12 @@ class RetryPolicy:
 class Attempts:
     """The attempts of one call: decides after each failure whether to wait or to give up."""
 
-    def __init__(
-        self, policy: RetryPolicy, deadline: Deadline, *, changes: bool, in_doubt: bool = False
-    ) -> None:
+    def __init__(self, policy: RetryPolicy, deadline: Deadline, *, changes: bool) -> None:
         self._policy = policy
         self._deadline = deadline
         self._changes = changes
         self._made = 0
-        self._unknown = in_doubt
+        self._unknown = False
         self._last: errors.StepwellError | None = None
 
     def failed(self, error: errors.StepwellError) -> float:
@@ -108,8 +130,10 @@ class Attempts:
             raise self._final(self._last)
 
     def _final(self, error: errors.StepwellError) -> errors.StepwellError:
-        if isinstance(error, errors.UnavailableError | errors.DeadlineExceededError):
-            return self._told(type(error), error)
+        if isinstance(error, errors.DeadlineExceededError):
+            return self._told(errors.DeadlineExceededError, error)
+        if isinstance(error, errors.UnavailableError):
+            return self._told(errors.UnavailableError, error)
         if isinstance(error, errors.OverloadedError) and self._unknown:
             # Refused now, but an earlier attempt may have got through: it is not for us to say it did not.
             return self._told(errors.UnavailableError, error)

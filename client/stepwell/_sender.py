@@ -23,15 +23,12 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 
 from stepwell import _channel
-from stepwell._flight import Flight, Waiting
-from stepwell._flow import Attempter
-from stepwell._link import Link
+from stepwell._flow import Retrier
+from stepwell._in_flight import InFlightFrame, Link
 from stepwell._retry import Clock
-from stepwell._steps import Gathering, Step, Stepped, abandon
+from stepwell._steps import SHARED_BYTES, Gathering, Step, Stepped, abandon
 from stepwell.errors import DeadlineExceededError
 
-#: Steps with inputs up to this size share frames; a larger one gains nothing from company.
-_SHARED_BYTES = 64 * 1024
 #: A frame older than this does not hold up the next: one slow session must not slow down the rest.
 _YOUNG_S = 0.01
 
@@ -42,26 +39,63 @@ _senders: weakref.WeakSet[Sender] = weakref.WeakSet()
 os.register_at_fork(after_in_child=_senders.clear)
 
 
+class WaitingStep:
+    """A step in the line, and the thread that waits for it."""
+
+    __slots__ = ("_error", "_ready", "_stepped", "step")
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self._stepped: Stepped | None = None
+        self._error: BaseException | None = None
+        # Held until there is an answer; the cheapest thing a thread can wait for.
+        self._ready = threading.Lock()
+        self._ready.acquire()
+
+    def settle(self, stepped: Stepped) -> None:
+        if self._stepped is None and self._error is None:
+            self._stepped = stepped
+            self._ready.release()
+
+    def fail(self, error: BaseException) -> None:
+        if self._stepped is None and self._error is None:
+            self._error = error
+            self._ready.release()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits for the answer, but not longer; says whether it is there."""
+        return self._ready.acquire(timeout=-1 if math.isinf(timeout_s) else timeout_s)
+
+    def result(self) -> Stepped:
+        """The answer."""
+        if self._stepped is None:
+            raise self._error or AssertionError("a member is asked for its answer before it has one")
+        return self._stepped
+
+
+Frame = InFlightFrame[WaitingStep]
+
+
 class Sender:
     """Makes attempts of steps, alone or in company. Thread-safe."""
 
     def __init__(
         self,
         link: Link,
-        attempter: Attempter,
+        retrier: Retrier,
         unary: Callable[[Step], Stepped],
         max_frame_bytes: int,
         clock: Clock = time.monotonic,
     ) -> None:
         self._link = link
-        self._attempter = attempter
+        self._retrier = retrier
         self._unary = unary
         self._max_frame_bytes = max_frame_bytes
         self._clock = clock
         self._alone = threading.Lock()
         """Held by the step that is under way as a call of its own because it found nobody else."""
-        self._waiting: collections.deque[Waiting] = collections.deque()
-        self._flights: list[Flight] = []
+        self._waiting: collections.deque[WaitingStep] = collections.deque()
+        self._in_flight: list[Frame] = []
         self._most: dict[Hashable, int] = {}
         """How many steps may leave together, by kind, where more had replies too large for one message."""
         self._wake = Wake()
@@ -78,9 +112,9 @@ class Sender:
         Raises:
             StepwellError: How it ended; its outcome is told as of a call of its own.
         """
-        if step.input_bytes() > _SHARED_BYTES:
+        if step.input_bytes() > SHARED_BYTES:
             return self._unary(step)
-        if not self._waiting and not self._flights and self._alone.acquire(blocking=False):
+        if not self._waiting and not self._in_flight and self._alone.acquire(blocking=False):
             try:
                 return self._unary(step)
             finally:
@@ -88,7 +122,7 @@ class Sender:
         return self._in_company(step)
 
     def _in_company(self, step: Step) -> Stepped:
-        member = Waiting(step)
+        member = WaitingStep(step)
         try:
             self._waiting.append(member)
             self._come()
@@ -108,7 +142,7 @@ class Sender:
         if self._closed:
             # Too late for `close` to see what was put in the line: empty it as `close` does.
             self._refuse_all()
-        elif self._idle or not self._flights:
+        elif self._idle or not self._in_flight:
             self._call()
 
     def _start(self) -> None:
@@ -129,7 +163,7 @@ class Sender:
         if self._wake.empty():
             self._wake.put(None)
 
-    def _withdraw(self, member: Waiting) -> bool:
+    def _withdraw(self, member: WaitingStep) -> bool:
         """Takes a member out of the line; says whether it was still there."""
         try:
             self._waiting.remove(member)
@@ -137,7 +171,7 @@ class Sender:
             return False
         return True
 
-    def _time_is_up(self, member: Waiting) -> None:
+    def _time_is_up(self, member: WaitingStep) -> None:
         if self._withdraw(member):
             raise DeadlineExceededError(
                 "the time limit passed while the step waited to be sent", outcome="not_applied"
@@ -168,23 +202,23 @@ class Sender:
     def _wait_s(self) -> float:
         """Seconds until there is room for a frame: no young one under way."""
         now_s = self._clock()
-        for flight in self._flights.copy():
-            if flight.deadline.remaining_s() <= 0:
-                self.landed(flight)  # every caller has left
-            elif now_s < flight.sent_s + _YOUNG_S:
-                return flight.sent_s + _YOUNG_S - now_s
+        for frame in list(self._in_flight):
+            if frame.deadline.remaining_s() <= 0:
+                self.over(frame)  # every caller has left
+            elif now_s < frame.sent_s + _YOUNG_S:
+                return frame.sent_s + _YOUNG_S - now_s
         return 0.0
 
     def _send_all(self) -> None:
-        gathering: Gathering[Waiting] = Gathering()
+        gathering: Gathering[WaitingStep] = Gathering()
         for member in self._take_all():
-            gathering.add(member, _roughly(member.step.deadline.remaining_s()))
+            gathering.add(member)
         for members in gathering.frames(self._max_frame_bytes, self._most):
-            flight = Flight(self, members, self._clock())
-            self._flights.append(flight)
-            flight.send(self._link, self._attempter)
+            frame = Frame(self, members, self._clock())
+            self._in_flight.append(frame)
+            frame.send(self._link, self._retrier)
 
-    def _take_all(self) -> list[Waiting]:
+    def _take_all(self) -> list[WaitingStep]:
         members = []
         while True:
             try:
@@ -192,17 +226,17 @@ class Sender:
             except IndexError:
                 return members
 
-    def landed(self, flight: Flight) -> None:
+    def over(self, frame: Frame) -> None:
         """A frame is over. Its callers have their answers by now, so that they can share the next."""
-        flight.forget()
+        frame.forget()
         try:
-            self._flights.remove(flight)
+            self._in_flight.remove(frame)
         except ValueError:
             return
         if self._waiting:
             self._call()
 
-    def too_large(self, members: Sequence[Waiting]) -> None:
+    def too_large(self, members: Sequence[WaitingStep]) -> None:
         """The replies to these, together, are over the limit of a message: fewer leave together from now on."""
         self._most[members[0].step.kind()] = max(1, len(members) // 2)
 
@@ -222,11 +256,6 @@ class Sender:
     def is_closed(self) -> bool:
         """No step is taken any more."""
         return self._closed
-
-
-def _roughly(remaining_s: float) -> Hashable:
-    """Time limits that may share a frame: each less than twice the other. Every caller keeps its own."""
-    return math.frexp(remaining_s)[1] if math.isfinite(remaining_s) else remaining_s
 
 
 def _run(sender: weakref.ref[Sender], wake: Wake) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Self, TypeAlias
 
 import numpy.typing as npt
 
+from stepwell import _state_file
 from stepwell._tensors import Array
-from stepwell.errors import InvalidInputError
 
 States: TypeAlias = "State | Mapping[str, npt.ArrayLike] | Sequence[npt.ArrayLike]"
 """State tensors by name, or as a list in the model's order."""
@@ -31,8 +29,6 @@ class State(Mapping[str, Array]):
         True
         >>> session.reset_states(state)
     """
-
-    _FORMAT = "stepwell-state/1"
 
     def __init__(
         self,
@@ -88,6 +84,8 @@ class State(Mapping[str, Array]):
             path: Where to; the suffix .safetensors is customary.
 
         Raises:
+            InvalidInputError: It could not be loaded again: it has no tensors (its model keeps no state), or
+                they do not have `batch_size` rows each.
             OSError: The file cannot be written. It is Python's own, no `StepwellError`, and names the path.
 
         Example:
@@ -95,22 +93,10 @@ class State(Mapping[str, Array]):
             >>> stepwell.State.load("user-42.safetensors") == session.get_state()
             True
         """
-        from safetensors import numpy as safetensors_numpy
-
-        arrays = {name: array.copy(order="C") for name, array in self._tensors.items()}
-        _write_atomically(os.fspath(path), safetensors_numpy.save(arrays, metadata=self._metadata()))
-
-    def _metadata(self) -> dict[str, str]:
-        return {
-            "format": self._FORMAT,
-            "model": self.model,
-            "fingerprint": self.fingerprint,
-            "batch_size": str(self.batch_size),
-            "revision": str(self.revision),
-            "position": str(self.position),
-            # The file format sorts its tensors; a list of states is read in the model's order.
-            "names": json.dumps(list(self._tensors)),
-        }
+        header = _state_file.Header(
+            self.model, self.fingerprint, self.batch_size, self.revision, self.position
+        )
+        _state_file.write(os.fspath(path), self._tensors, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -122,58 +108,12 @@ class State(Mapping[str, Array]):
         Raises:
             OSError: The file cannot be read, or is not there (`FileNotFoundError`). It is Python's own, no
                 `StepwellError`.
-            InvalidInputError: It is no saved state.
+            InvalidInputError: It is no saved state, or a damaged one. A file from anywhere may be tried: it is
+                read whole into memory, and no code in it is run.
 
         Example:
             >>> session.get_state().save("user-42.safetensors")
             >>> session.reset_states(stepwell.State.load("user-42.safetensors"))
         """
-        from safetensors import SafetensorError, safe_open
-
-        with open(path, "rb"):  # safe_open's own errors do not tell a missing file from a broken one
-            pass
-        try:
-            with safe_open(os.fspath(path), framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != cls._FORMAT:
-                    raise InvalidInputError(
-                        f"path must be a state saved by State.save; {os.fspath(path)!r} has the format "
-                        f"{metadata.get('format')!r} instead of {cls._FORMAT!r}"
-                    )
-                tensors = {name: file.get_tensor(name) for name in json.loads(metadata["names"])}
-                return cls._loaded(tensors, metadata)
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise InvalidInputError(
-                f"path must be a state saved by State.save; {os.fspath(path)!r} is not: {error}"
-            ) from None
-
-    @classmethod
-    def _loaded(cls, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> Self:
-        return cls(
-            tensors,
-            model=metadata["model"],
-            fingerprint=metadata["fingerprint"],
-            batch_size=int(metadata["batch_size"]),
-            revision=int(metadata["revision"]),
-            position=int(metadata["position"]),
-        )
-
-
-def _write_atomically(path: str, data: bytes) -> None:
-    """Writes beside the target and renames: a crash leaves the old file or the new one."""
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".stepwell-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        if error.errno is None:
-            raise
-        # Not the temporary file's name: the caller knows only this one.
-        raise OSError(error.errno, error.strerror, path) from None
+        tensors, header = _state_file.read(os.fspath(path))
+        return cls(tensors, **header._asdict())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -22,6 +23,9 @@ from stepwell.v1 import sessions_pb2
 Stepped: TypeAlias = tuple[int, int, dict[str, Array]]
 """Revision and position after a step, and its outputs by name."""
 
+#: Steps with inputs up to this size share frames. Measured with 64 steps at the same time, on two cores: of 30 KiB
+#: each they take half as long in company.
+SHARED_BYTES = 64 * 1024
 #: About what a member takes in a frame besides its inputs.
 _MEMBER_BYTES = 64
 
@@ -84,22 +88,20 @@ class Gathering(Generic[M]):
     """Members, sorted by the frame they may leave in."""
 
     def __init__(self) -> None:
-        self._groups: dict[tuple[Hashable, Hashable, int], dict[str, M]] = {}
+        self._groups: dict[tuple[Hashable, float, int], dict[str, M]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._groups)
 
-    def add(self, member: M, limit: Hashable) -> None:
-        """Puts a member with its like.
-
-        Args:
-            member: The member.
-            limit: Its time limit, roughly: a frame has one for all.
-        """
+    def add(self, member: M) -> None:
+        """Puts a member with its like, whose time limits are like its own: a frame has one for all."""
+        limit = _roughly(member.step.deadline.remaining_s())
         # A frame names a session once: another handle's step of the same session goes in a frame of its own.
         nth, kind, session_id = 0, member.step.kind(), member.step.session_id
-        while session_id in (group := self._groups.setdefault((kind, limit, nth), {})):
+        while (group := self._groups.get((kind, limit, nth))) is not None and session_id in group:
             nth += 1
+        if group is None:
+            group = self._groups[kind, limit, nth] = {}
         group[session_id] = member
 
     def frames(self, max_bytes: int, most: Mapping[Hashable, int] | None = None) -> Iterator[list[M]]:
@@ -122,9 +124,9 @@ class Gathering(Generic[M]):
             yield members[begin:]
 
 
-def latest(members: Sequence[Member]) -> Deadline:
-    """The time limit of a frame: none of its members may be cut short."""
-    return max((member.step.deadline for member in members), key=Deadline.remaining_s)
+def _roughly(remaining_s: float) -> float:
+    """Time limits that may share a frame: each less than twice the other. Every caller keeps its own."""
+    return math.frexp(remaining_s)[1] if math.isfinite(remaining_s) else remaining_s
 
 
 def framed(members: Sequence[Member]) -> Frame:

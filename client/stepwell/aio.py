@@ -5,27 +5,29 @@
             y = await session.step(x)
 
 Steps awaited at the same time, by `asyncio.gather` or by many tasks, leave together as one message.
+
+The examples of classes are whole programs. Those of methods are as one types them into `python -m asyncio`, with an
+open `client` and `session`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from stepwell import _channel
-from stepwell._book import GroupBook, SessionBook
+from stepwell._abandoned import AsyncFinisher
+from stepwell._aio_connection import AsyncConnection
 from stepwell._core import Core
 from stepwell._flow import Ask, Call, Exchange, Flow, drive_async
-from stepwell._frames import Change
 from stepwell._group_core import GroupCore
-from stepwell._retry import Deadline
 from stepwell._state import State, States
-from stepwell._steps import Step, read
+from stepwell._steps import Step
+from stepwell._tracker import GroupTracker, SessionTracker
 from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo
-from stepwell._wires import Wires
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
 from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig, server_address
@@ -66,10 +68,6 @@ def connect(
     return AsyncClient(ClientConfig(server_address(address), timeout_s, max_message_bytes), coalesce=coalesce)
 
 
-#: Steps with inputs up to this size share frames.
-_SHARED_BYTES = 16 * 1024
-
-
 class AsyncClient:
     """A connection to a server. Make one with `connect`, and share it.
 
@@ -96,13 +94,14 @@ class AsyncClient:
     def __init__(self, config: ClientConfig, *, coalesce: bool = True) -> None:
         self._config = config
         self._coalesce = coalesce
-        self._core = Core(config)
+        self._finisher = AsyncFinisher(self._answer)
+        self._core = Core(config, finish=self._finisher.add)
         self._closing = asyncio.Event()
 
     @functools.cached_property
-    def _wires(self) -> Wires:
+    def _connection(self) -> AsyncConnection:
         # Made by the first call, because only a running loop can own a channel.
-        return Wires(self._config, self._core.attempter, self._run)
+        return AsyncConnection(self._config, self._core.retrier, coalesce=self._coalesce)
 
     @property
     def address(self) -> str:
@@ -113,11 +112,7 @@ class AsyncClient:
         """All models of the server, in the order of their names.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         return [model.name for model in await client.models()]
-            >>> asyncio.run(main())
+            >>> [model.name for model in await client.models()]
             ['forecast']
         """
         return await self._run(self._core.models(self._core.deadline(timeout_s)))
@@ -128,11 +123,7 @@ class AsyncClient:
         Arguments, result and errors are those of `Client.model`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         return [tensor.shape for tensor in (await client.model("forecast")).inputs]
-            >>> asyncio.run(main())
+            >>> [tensor.shape for tensor in (await client.model("forecast")).inputs]
             [(3,)]
         """
         return await self._run(self._core.model(name, self._core.deadline(timeout_s)))
@@ -152,20 +143,16 @@ class AsyncClient:
         Arguments, result and errors are those of `Client.open_session`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         session = await client.open_session("forecast", session_id="user-43")
-            ...         await session.close()
-            ...         return session.id, session.batch_size
-            >>> asyncio.run(main())
+            >>> session = await client.open_session("forecast", session_id="user-43")
+            >>> session.id, session.batch_size
             ('user-43', 1)
+            >>> await session.close()
         """
         deadline = self._core.deadline(timeout_s)
         flow = self._core.open_session(model, batch_size, session_id, state, must_be_new, deadline)
         return Opening(self._session(flow, owned=session_id is None))
 
-    async def _session(self, flow: Flow[SessionBook], owned: bool) -> AsyncSession:
+    async def _session(self, flow: Flow[SessionTracker], owned: bool) -> AsyncSession:
         return AsyncSession(self, await self._run(flow), owned=owned)
 
     def open_sessions(
@@ -182,18 +169,14 @@ class AsyncClient:
         Arguments, result and errors are those of `Client.open_sessions`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         async with client.open_sessions("forecast", 8) as group:
-            ...             return (await group.step(np.ones((8, 3), np.float32))).shape
-            >>> asyncio.run(main())
+            >>> async with client.open_sessions("forecast", 8) as group:
+            ...     (await group.step(np.ones((8, 3), np.float32))).shape
             (8, 1)
         """
         flow = self._core.open_sessions(model, n, batch_size, session_ids, self._core.deadline(timeout_s))
         return Opening(self._group(flow, owned=session_ids is None))
 
-    async def _group(self, flow: Flow[GroupBook], owned: bool) -> AsyncSessionGroup:
+    async def _group(self, flow: Flow[GroupTracker], owned: bool) -> AsyncSessionGroup:
         return AsyncSessionGroup(self, GroupCore(self._core, await self._run(flow)), owned=owned)
 
     async def predict(
@@ -204,12 +187,8 @@ class AsyncClient:
         Arguments, result and errors are those of `Client.predict`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         y, state = await client.predict("forecast", np.ones((5, 3), np.float32))
-            ...         return y.shape, state.batch_size
-            >>> asyncio.run(main())
+            >>> y, state = await client.predict("forecast", np.ones((5, 3), np.float32))
+            >>> y.shape, state.batch_size
             ((5, 1), 5)
         """
         return await self._run(self._core.predict(model, x, state, self._core.deadline(timeout_s)))
@@ -222,14 +201,8 @@ class AsyncClient:
         Arguments, result and errors are those of `Client.sessions`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         async with client.open_session("forecast") as session:
-            ...             infos = await client.sessions(prefix=session.id)
-            ...             return [info.session_id == session.id for info in infos]
-            >>> asyncio.run(main())
-            [True]
+            >>> session.id in [info.session_id for info in await client.sessions(model="forecast")]
+            True
         """
         return await self._run(self._core.sessions(model, prefix, self._core.deadline(timeout_s)))
 
@@ -239,12 +212,7 @@ class AsyncClient:
         Arguments, result and errors are those of `Client.session_info`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         async with client.open_session("forecast") as session:
-            ...             return (await client.session_info(session.id)).model
-            >>> asyncio.run(main())
+            >>> (await client.session_info(session.id)).model
             'forecast'
         """
         return await self._run(self._core.session_info(session_id, self._core.deadline(timeout_s)))
@@ -255,12 +223,7 @@ class AsyncClient:
         Arguments, result and errors are those of `Client.close_session`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         session = await client.open_session("forecast")
-            ...         await client.close_session(session.id)
-            >>> asyncio.run(main())
+            >>> await client.close_session((await client.open_session("forecast")).id)
         """
         await self._run(self._core.close_session(session_id, self._core.deadline(timeout_s)))
 
@@ -268,14 +231,11 @@ class AsyncClient:
         """Ends the connection; calls under way end with `ClosedError`. Sessions stay on the server.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         await client.close()
-            >>> asyncio.run(main())
+            >>> await stepwell.aio.connect(address).close()
         """
+        await self._finisher.close()
         self._closing.set()
-        await self._wires.close()
+        await self._connection.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -285,29 +245,26 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _step(self, book: SessionBook, change: Change, deadline: Deadline) -> Outputs:
-        """A step of one session: in a frame with others, or as a call of its own.
-
-        A large step gains nothing from company, and as a call it ends on the server when it is cancelled
-        here: a frame has no way to say so for one of its members.
-        """
-        if self._coalesce and sum(len(tensor.data) for tensor in change.tensors) <= _SHARED_BYTES:
-            return await self._wires.coalescer.step(book, change, deadline)
-        return await self._run(self._core.step(book, change, deadline))
-
     async def _run(self, flow: Flow[T]) -> T:
         """Drives an operation of the core to its result."""
         return await drive_async(flow, self._answer)
 
-    async def _answer(self, ask: Ask) -> Any:
-        if isinstance(ask, Call):
-            return await self._wires.transport.invoke(ask)
+    def _answer(self, ask: Ask) -> Awaitable[Any]:
         if isinstance(ask, Step):
-            return read(await self._wires.transport.invoke(self._core.attempter.unary(ask)))
+            return self._connection.step(ask)
+        if isinstance(ask, Call):
+            return self._connection.transport.invoke(ask)
         if isinstance(ask, Exchange):
-            return await self._wires.link.exchange(ask)
+            return self._connection.link.exchange(ask)
+        return self._pause(ask.seconds)
+
+    async def _pause(self, seconds: float) -> None:
+        if self._closing.is_set():
+            raise _channel.closed()
+        if seconds <= 0:
+            return
         try:
-            await asyncio.wait_for(self._closing.wait(), ask.seconds)
+            await asyncio.wait_for(self._closing.wait(), seconds)
         except TimeoutError:
-            return None
+            return
         raise _channel.closed()

@@ -49,32 +49,32 @@ class AsyncSessionGroup(AsyncHandle):
         self._group = core
 
     def __len__(self) -> int:
-        return len(self._group.book.ids)
+        return len(self._group.tracker.ids)
 
     @property
     def ids(self) -> tuple[str, ...]:
         """The members' ids, in their order."""
-        return self._group.book.ids
+        return self._group.tracker.ids
 
     @property
     def model(self) -> str:
         """Name of their model."""
-        return self._group.book.model
+        return self._group.tracker.model
 
     @property
     def batch_size(self) -> int:
         """Rows of each member."""
-        return self._group.book.batch_size
+        return self._group.tracker.batch_size
 
     @property
     def revisions(self) -> Counts:
         """Changes of each member so far, (n,) uint64; a copy."""
-        return self._group.book.revisions.copy()
+        return self._group.tracker.revisions.copy()
 
     @property
     def positions(self) -> Counts:
         """Time steps of each member since its last reset, (n,) uint64; a copy."""
-        return self._group.book.positions.copy()
+        return self._group.tracker.positions.copy()
 
     async def step(
         self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None
@@ -84,13 +84,8 @@ class AsyncSessionGroup(AsyncHandle):
         Arguments, result and errors are those of `SessionGroup.step`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         async with client.open_sessions("forecast", 4) as group:
-            ...             y = await group.step(np.ones((4, 10, 3), np.float32), outputs="last")
-            ...             return y.shape
-            >>> asyncio.run(main())
+            >>> async with client.open_sessions("forecast", 4) as group:
+            ...     (await group.step(np.ones((4, 10, 3), np.float32), outputs="last")).shape
             (4, 1)
         """
         deadline = self._client._core.deadline(timeout_s)
@@ -109,13 +104,9 @@ class AsyncSessionGroup(AsyncHandle):
         Arguments, result and errors are those of `SessionGroup.reset_states`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         async with client.open_sessions("forecast", 4) as group:
-            ...             await group.reset_states(rows=[0, 3])
-            ...             return group.revisions.tolist()
-            >>> asyncio.run(main())
+            >>> async with client.open_sessions("forecast", 4) as group:
+            ...     await group.reset_states(rows=[0, 3])
+            ...     group.revisions.tolist()
             [1, 0, 0, 1]
         """
         deadline = self._client._core.deadline(timeout_s)
@@ -128,12 +119,8 @@ class AsyncSessionGroup(AsyncHandle):
         Reads one member after the other, one call each.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         async with client.open_sessions("forecast", 4) as group:
-            ...             return (await group.get_state()).batch_size
-            >>> asyncio.run(main())
+            >>> async with client.open_sessions("forecast", 4) as group:
+            ...     (await group.get_state()).batch_size
             4
         """
         self._check_open()
@@ -143,12 +130,8 @@ class AsyncSessionGroup(AsyncHandle):
         """Takes over the server's revisions and positions, and drops a change left unfinished.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         async with client.open_sessions("forecast", 4) as group:
-            ...             await group.refresh()
-            >>> asyncio.run(main())
+            >>> async with client.open_sessions("forecast", 4) as group:
+            ...     await group.refresh()
         """
         deadline = self._client._core.deadline(timeout_s)
         async with self._changing(deadline):
@@ -158,12 +141,8 @@ class AsyncSessionGroup(AsyncHandle):
         """Deletes all members on the server. Closing again does nothing.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         group = await client.open_sessions("forecast", 4)
-            ...         await group.close()
-            >>> asyncio.run(main())
+            >>> group = await client.open_sessions("forecast", 4)
+            >>> await group.close()
         """
         if not self._closed:
             await self._client._run(self._group.close(self._client._core.deadline(timeout_s)))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Coroutine, Generator, Iterable
+from collections.abc import Coroutine, Generator, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from stepwell._book import SessionBook
 from stepwell._retry import Deadline
 from stepwell._state import State, States
+from stepwell._tracker import SessionTracker
 from stepwell._types import Inputs, Outputs, OutputSelection
 from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError
 
@@ -19,6 +18,24 @@ if TYPE_CHECKING:
     from stepwell.aio import AsyncClient
 
 H = TypeVar("H", bound="AsyncHandle")
+
+
+class _Turn:
+    """The turn of one change. A class, because `contextlib.asynccontextmanager` costs as much as half a step."""
+
+    __slots__ = ("_deadline", "_handle")
+
+    def __init__(self, handle: AsyncHandle, deadline: Deadline) -> None:
+        self._handle = handle
+        self._deadline = deadline
+
+    async def __aenter__(self) -> None:
+        await self._handle._begin(self._deadline)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handle._lock.release()
 
 
 class AsyncHandle(abc.ABC):
@@ -30,16 +47,16 @@ class AsyncHandle(abc.ABC):
         self._closed = False
         self._lock = asyncio.Lock()
 
-    @contextlib.asynccontextmanager
-    async def _changing(self, deadline: Deadline) -> AsyncIterator[None]:
+    def _changing(self, deadline: Deadline) -> _Turn:
         """One change at a time; waiting for one's turn counts against the time limit."""
+        return _Turn(self, deadline)
+
+    async def _begin(self, deadline: Deadline) -> None:
         self._check_open()
         await self._take_turn(deadline)
-        try:
-            self._check_open()
-            yield
-        finally:
+        if self._closed:
             self._lock.release()
+            self._check_open()
 
     async def _take_turn(self, deadline: Deadline) -> None:
         if not self._lock.locked():
@@ -146,40 +163,40 @@ class AsyncSession(AsyncHandle):
         ((1, 1), 1, 1)
     """
 
-    def __init__(self, client: AsyncClient, book: SessionBook, *, owned: bool) -> None:
+    def __init__(self, client: AsyncClient, tracker: SessionTracker, *, owned: bool) -> None:
         super().__init__(client, owned)
         self._core = client._core
-        self._book = book
+        self._tracker = tracker
 
     @property
     def id(self) -> str:
         """Its id on the server."""
-        return self._book.session_id
+        return self._tracker.session_id
 
     @property
     def model(self) -> str:
         """Name of its model."""
-        return self._book.model
+        return self._tracker.model
 
     @property
     def batch_size(self) -> int:
         """Rows, fixed when it was opened."""
-        return self._book.batch_size
+        return self._tracker.batch_size
 
     @property
     def revision(self) -> int:
         """Changes so far, as of the last answer to this handle."""
-        return self._book.revision
+        return self._tracker.revision
 
     @property
     def position(self) -> int:
         """Time steps since the last reset of the whole state, as of the last answer to this handle."""
-        return self._book.position
+        return self._tracker.position
 
     @property
     def resumed(self) -> bool:
         """Whether opening it found the session there and resumed it; False for a new one and for a fork."""
-        return self._book.resumed
+        return self._tracker.resumed
 
     async def step(
         self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None
@@ -189,19 +206,13 @@ class AsyncSession(AsyncHandle):
         Arguments, result and errors are those of `Session.step`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         async with client.open_session("forecast") as session:
-            ...             y = await session.step(np.ones((1, 10, 3), np.float32), outputs="last")
-            ...             return y.shape
-            >>> asyncio.run(main())
+            >>> (await session.step(np.ones((1, 10, 3), np.float32), outputs="last")).shape
             (1, 1)
         """
         deadline = self._core.deadline(timeout_s)
-        change = self._core.step_change(self._book, x, outputs)
+        change = self._core.step_change(self._tracker, x, outputs)
         async with self._changing(deadline):
-            return await self._client._step(self._book, change, deadline)
+            return await self._client._run(self._core.step(self._tracker, change, deadline))
 
     async def reset_states(
         self,
@@ -215,31 +226,20 @@ class AsyncSession(AsyncHandle):
         Arguments, result and errors are those of `Session.reset_states`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         async with client.open_session("forecast") as session:
-            ...             await session.step(np.ones((1, 3), np.float32))
-            ...             await session.reset_states()
-            ...             return session.revision, session.position
-            >>> asyncio.run(main())
-            (2, 0)
+            >>> await session.reset_states()
+            >>> session.position
+            0
         """
         deadline = self._core.deadline(timeout_s)
         async with self._changing(deadline):
-            await self._client._run(self._core.reset_states(self._book, states, rows, deadline))
+            await self._client._run(self._core.reset_states(self._tracker, states, rows, deadline))
 
     async def get_state(self, *, timeout_s: float | None = None) -> State:
         """A copy of the state, after the changes received before.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         async with client.open_session("forecast") as session:
-            ...             return (await session.get_state()).revision
-            >>> asyncio.run(main())
-            0
+            >>> (await session.get_state()).revision == session.revision
+            True
         """
         self._check_open()
         return await self._client._run(self._core.get_state(self.id, self._core.deadline(timeout_s)))
@@ -250,53 +250,39 @@ class AsyncSession(AsyncHandle):
         Arguments, result and errors are those of `Session.fork`.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         async with client.open_session("forecast") as session:
-            ...             async with session.fork() as twin:
-            ...                 return twin.id != session.id
-            >>> asyncio.run(main())
-            True
+            >>> async with session.fork() as twin:
+            ...     twin.id != session.id, twin.position == session.position
+            (True, True)
         """
         return Opening(self._fork(session_id, timeout_s))
 
     async def _fork(self, session_id: str | None, timeout_s: float | None) -> AsyncSession:
         self._check_open()
         deadline = self._core.deadline(timeout_s)
-        book = await self._client._run(self._core.fork(self._book, session_id, deadline))
-        return AsyncSession(self._client, book, owned=session_id is None)
+        tracker = await self._client._run(self._core.fork(self._tracker, session_id, deadline))
+        return AsyncSession(self._client, tracker, owned=session_id is None)
 
     async def refresh(self, *, timeout_s: float | None = None) -> None:
         """Takes over the server's revision and position, and drops a change left unfinished by an error.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         async with client.open_session("forecast") as session:
-            ...             await session.refresh()
-            ...             return session.revision
-            >>> asyncio.run(main())
-            0
+            >>> await session.refresh()
+            >>> session.revision == (await client.session_info(session.id)).revision
+            True
         """
         deadline = self._core.deadline(timeout_s)
         async with self._changing(deadline):
-            await self._client._run(self._core.refresh(self._book, deadline))
+            await self._client._run(self._core.refresh(self._tracker, deadline))
 
     async def close(self, *, timeout_s: float | None = None) -> None:
         """Deletes the session on the server. Closing again, or a session that is gone, does nothing.
 
         Example:
-            >>> import asyncio
-            >>> async def main():
-            ...     async with stepwell.aio.connect(address) as client:
-            ...         session = await client.open_session("forecast")
-            ...         await session.close()
-            >>> asyncio.run(main())
+            >>> session = await client.open_session("forecast")
+            >>> await session.close()
         """
         if not self._closed:
-            await self._client._run(self._core.close(self._book, self._core.deadline(timeout_s)))
+            await self._client._run(self._core.close(self._tracker, self._core.deadline(timeout_s)))
             self._closed = True
 
     def __repr__(self) -> str:

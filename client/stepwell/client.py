@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from stepwell import _channel
+from stepwell._abandoned import Finisher
 from stepwell._core import Core
-from stepwell._flow import Ask, Attempter, Call, Exchange, Flow, drive
+from stepwell._flow import Ask, Call, Exchange, Flow, Retrier, drive
 from stepwell._group_core import GroupCore
 from stepwell._link import Link
 from stepwell._sender import Sender
@@ -71,13 +72,14 @@ class Client:
 
     def __init__(self, config: ClientConfig, *, coalesce: bool = True) -> None:
         self._config = config
-        self._core = Core(config)
+        self._finisher = Finisher(self._answer, self.close)
+        self._core = Core(config, finish=self._finisher.add)
         self._transport = _channel.SyncTransport(config)
         self._link = Link(self._transport.sessions)
         # Room for outputs that are larger than the inputs.
         frame_bytes = config.max_message_bytes // 4
-        unary = functools.partial(_unary, self._transport, self._core.attempter)
-        self._sender = Sender(self._link, self._core.attempter, unary, frame_bytes)
+        unary = functools.partial(_unary, self._transport, self._core.retrier)
+        self._sender = Sender(self._link, self._core.retrier, unary, frame_bytes)
         self._step = self._sender.step if coalesce else unary
         self._closing = threading.Event()
 
@@ -119,6 +121,10 @@ class Client:
     ) -> Session:
         """Opens a session, or resumes the live session of that id: `Session.resumed` says which.
 
+        If the call ends without an answer, the session may be there all the same. One without an id, which
+        nobody could find again, is then closed in the background as soon as the server can be reached, as
+        long as the client is open. The same holds for `open_sessions` and `Session.fork`.
+
         Args:
             model: Name of the model.
             batch_size: Rows of the session, fixed from now on.
@@ -141,8 +147,10 @@ class Client:
             >>> session.close()
         """
         deadline = self._core.deadline(timeout_s)
-        book = self._run(self._core.open_session(model, batch_size, session_id, state, must_be_new, deadline))
-        return Session(self, book, owned=session_id is None)
+        tracker = self._run(
+            self._core.open_session(model, batch_size, session_id, state, must_be_new, deadline)
+        )
+        return Session(self, tracker, owned=session_id is None)
 
     def open_sessions(
         self,
@@ -173,8 +181,8 @@ class Client:
             (8, 1)
         """
         deadline = self._core.deadline(timeout_s)
-        book = self._run(self._core.open_sessions(model, n, batch_size, session_ids, deadline))
-        return SessionGroup(self, GroupCore(self._core, book), owned=session_ids is None)
+        tracker = self._run(self._core.open_sessions(model, n, batch_size, session_ids, deadline))
+        return SessionGroup(self, GroupCore(self._core, tracker), owned=session_ids is None)
 
     def predict(
         self, model: str, x: Inputs, state: States | None = None, *, timeout_s: float | None = None
@@ -246,11 +254,13 @@ class Client:
         Example:
             >>> stepwell.connect(address).close()
         """
+        self._finisher.close()
         self._closing.set()
         self._transport.is_closed = True
         self._sender.close()
         self._link.close()
         self._transport.close()
+        self._finisher.join()
 
     def __enter__(self) -> Self:
         return self
@@ -276,5 +286,5 @@ class Client:
         return None
 
 
-def _unary(transport: _channel.SyncTransport, attempter: Attempter, step: Step) -> Stepped:
-    return read(transport.invoke(attempter.unary(step)))
+def _unary(transport: _channel.SyncTransport, retrier: Retrier, step: Step) -> Stepped:
+    return read(transport.invoke(retrier.unary(step)))

@@ -45,32 +45,32 @@ class SessionGroup(Handle):
         self._group = core
 
     def __len__(self) -> int:
-        return len(self._group.book.ids)
+        return len(self._group.tracker.ids)
 
     @property
     def ids(self) -> tuple[str, ...]:
         """The members' ids, in their order."""
-        return self._group.book.ids
+        return self._group.tracker.ids
 
     @property
     def model(self) -> str:
         """Name of their model."""
-        return self._group.book.model
+        return self._group.tracker.model
 
     @property
     def batch_size(self) -> int:
         """Rows of each member."""
-        return self._group.book.batch_size
+        return self._group.tracker.batch_size
 
     @property
     def revisions(self) -> Counts:
         """Changes of each member so far, (n,) uint64; a copy."""
-        return self._group.book.revisions.copy()
+        return self._group.tracker.revisions.copy()
 
     @property
     def positions(self) -> Counts:
         """Time steps of each member since its last reset, (n,) uint64; a copy."""
-        return self._group.book.positions.copy()
+        return self._group.tracker.positions.copy()
 
     def step(self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None) -> Outputs:
         """Advances every member by one time step, or by T.

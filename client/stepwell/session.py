@@ -1,4 +1,4 @@
-"""A session, and a group of sessions, of the sync client."""
+"""A session of the sync client, and what it has in common with a group of sessions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from stepwell._book import SessionBook
 from stepwell._retry import Deadline
 from stepwell._state import State, States
+from stepwell._tracker import SessionTracker
 from stepwell._types import Inputs, Outputs, OutputSelection
 from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError
 
@@ -97,40 +97,40 @@ class Session(Handle):
         ((1, 1), 1, 1)
     """
 
-    def __init__(self, client: Client, book: SessionBook, *, owned: bool) -> None:
+    def __init__(self, client: Client, tracker: SessionTracker, *, owned: bool) -> None:
         super().__init__(client, owned)
         self._core = client._core
-        self._book = book
+        self._tracker = tracker
 
     @property
     def id(self) -> str:
         """Its id on the server."""
-        return self._book.session_id
+        return self._tracker.session_id
 
     @property
     def model(self) -> str:
         """Name of its model."""
-        return self._book.model
+        return self._tracker.model
 
     @property
     def batch_size(self) -> int:
         """Rows, fixed when it was opened."""
-        return self._book.batch_size
+        return self._tracker.batch_size
 
     @property
     def revision(self) -> int:
         """Changes so far, as of the last answer to this handle."""
-        return self._book.revision
+        return self._tracker.revision
 
     @property
     def position(self) -> int:
         """Time steps since the last reset of the whole state, as of the last answer to this handle."""
-        return self._book.position
+        return self._tracker.position
 
     @property
     def resumed(self) -> bool:
         """Whether opening it found the session there and resumed it; False for a new one and for a fork."""
-        return self._book.resumed
+        return self._tracker.resumed
 
     def step(self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None) -> Outputs:
         """Advances the session by one time step, or by T: whole or not at all.
@@ -156,9 +156,9 @@ class Session(Handle):
             (1, 1)
         """
         deadline = self._core.deadline(timeout_s)
-        change = self._core.step_change(self._book, x, outputs)
+        change = self._core.step_change(self._tracker, x, outputs)
         with self._changing(deadline):
-            return self._client._run(self._core.step(self._book, change, deadline))
+            return self._client._run(self._core.step(self._tracker, change, deadline))
 
     def reset_states(
         self,
@@ -189,7 +189,7 @@ class Session(Handle):
         """
         deadline = self._core.deadline(timeout_s)
         with self._changing(deadline):
-            self._client._run(self._core.reset_states(self._book, states, rows, deadline))
+            self._client._run(self._core.reset_states(self._tracker, states, rows, deadline))
 
     def get_state(self, *, timeout_s: float | None = None) -> State:
         """A copy of the state, after the changes received before.
@@ -218,8 +218,10 @@ class Session(Handle):
             (True, True)
         """
         self._check_open()
-        book = self._client._run(self._core.fork(self._book, session_id, self._core.deadline(timeout_s)))
-        return Session(self._client, book, owned=session_id is None)
+        tracker = self._client._run(
+            self._core.fork(self._tracker, session_id, self._core.deadline(timeout_s))
+        )
+        return Session(self._client, tracker, owned=session_id is None)
 
     def refresh(self, *, timeout_s: float | None = None) -> None:
         """Takes over the server's revision and position, and drops a change left unfinished by an error.
@@ -231,7 +233,7 @@ class Session(Handle):
         """
         deadline = self._core.deadline(timeout_s)
         with self._changing(deadline):
-            self._client._run(self._core.refresh(self._book, deadline))
+            self._client._run(self._core.refresh(self._tracker, deadline))
 
     def close(self, *, timeout_s: float | None = None) -> None:
         """Deletes the session on the server. Closing again, or a session that is gone, does nothing.
@@ -241,7 +243,7 @@ class Session(Handle):
             >>> session.close()
         """
         if not self._closed:
-            self._client._run(self._core.close(self._book, self._core.deadline(timeout_s)))
+            self._client._run(self._core.close(self._tracker, self._core.deadline(timeout_s)))
             self._closed = True
 
     def __repr__(self) -> str:

@@ -1,3 +1,5 @@
+"""Fixtures of the congruence tests: one real server for all of them."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

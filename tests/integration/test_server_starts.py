@@ -12,6 +12,9 @@ import pytest
 
 from support.server_process import ServerProcess, forecast, serve
 
+#: The default port may be taken: somebody may have a server of their own.
+ANYWHERE = ("--listen", "127.0.0.1:0")
+
 
 @pytest.fixture
 def taken() -> Iterator[str]:
@@ -21,6 +24,8 @@ def taken() -> Iterator[str]:
 
 def _refused(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
     """Start a server that cannot be; return the one line it says."""
+    if "--listen" not in arguments:
+        arguments += ANYWHERE
     with ServerProcess(*arguments, "--log-level", "error", ready=False, environment=environment) as server:
         code, out, err = server.finish()
     assert code == 2, err
@@ -126,7 +131,8 @@ def test_a_signal_while_a_model_is_compiled_leaves_nothing_behind(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     cache = tmp_path / "cache"
-    with ServerProcess(f"x={forecast().path}", "--cache-dir", str(cache), ready=False) as server:
+    model = f"x={forecast().path}"
+    with ServerProcess(model, *ANYWHERE, "--cache-dir", str(cache), ready=False) as server:
         server.wait_for_log("stage=load")
         children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
         server.signal(number)

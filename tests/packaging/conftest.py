@@ -1,3 +1,5 @@
+"""Fixtures of the packaging tests: the repository, what is built from it, a served model."""
+
 from __future__ import annotations
 
 import subprocess

@@ -81,6 +81,8 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         self._faults: dict[str, collections.deque[Fault]] = collections.defaultdict(collections.deque)
         self._gates: dict[str, tuple[threading.Event, threading.Semaphore]] = {}
         self._lock = threading.RLock()
+        self._answered = threading.Condition(self._lock)
+        self._made: dict[int, list[_Session]] = {}
         self._ids = (f"made-{i}" for i in itertools.count())
         self._server = grpc.server(futures.ThreadPoolExecutor(16))
         sessions_pb2_grpc.add_SessionServiceServicer_to_server(self, self._server)
@@ -104,6 +106,11 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         """The next attempts of a method go wrong so."""
         self._faults[method].extend([fault] * times)
 
+    def recover(self, method: str) -> None:
+        """Nothing more goes wrong with a method."""
+        with self._lock:
+            self._faults[method].clear()
+
     def hold(self, method: str) -> tuple[threading.Event, threading.Semaphore]:
         """Answers of this method wait for the event; each one that has come releases the semaphore."""
         self._gates[method] = (threading.Event(), threading.Semaphore(0))
@@ -111,6 +118,11 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
 
     def requests(self, method: str) -> list[Any]:
         return [request for name, request in self.calls if name == method]
+
+    def wait_until(self, is_so: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+        """Waits for what the answer to some call makes so; says whether it is."""
+        with self._answered:
+            return self._answered.wait_for(is_so, timeout_s)
 
     def _enter(self, method: str, request: Any) -> Fault | None:
         with self._lock:
@@ -127,8 +139,9 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         if fault is not None and not fault.after_work:
             abort(context, fault)
         try:
-            with self._lock:
+            with self._answered:
                 reply = work()
+                self._answered.notify_all()
         except Refusal as refusal:
             abort(context, refusal.fault)
         if fault is not None:
@@ -184,6 +197,15 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
             )
         return self.sessions[session_id]
 
+    def _open_as(self, request: Any, session_ids: list[str], batch_size: int) -> list[_Session]:
+        """Opens sessions; the same request again means the same sessions, as long as they are there."""
+        before = self._made.get(request.request_id)
+        if before is not None:
+            for session in before:
+                self._session(session.session_id)
+            return before
+        return self._made.setdefault(request.request_id, [self._open(one, batch_size) for one in session_ids])
+
     def _open(self, session_id: str, batch_size: int) -> _Session:
         session_id = session_id or next(self._ids)
         state = np.zeros((batch_size, FEATURES), np.float32)
@@ -203,16 +225,18 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         def work() -> Any:
             self._model(request.model)
             resumed = request.session_id in self.sessions
-            opened = self._open(request.session_id, request.batch_size)
+            (opened,) = self._open_as(request, [request.session_id], request.batch_size)
             return sessions_pb2.OpenSessionResponse(session=self._info(opened), resumed=resumed)
 
         return self._answer("OpenSession", request, context, work)
 
     def OpenSessions(self, request: Any, context: Any) -> Any:  # noqa: N802
         def work() -> Any:
-            ids = request.session_ids or [""] * request.count
-            opened = [self._open(one, request.batch_size).session_id for one in ids]
-            return sessions_pb2.OpenSessionsResponse(session_ids=opened, model_fingerprint=self.fingerprint)
+            ids = list(request.session_ids) or [""] * request.count
+            opened = self._open_as(request, ids, request.batch_size)
+            return sessions_pb2.OpenSessionsResponse(
+                session_ids=[one.session_id for one in opened], model_fingerprint=self.fingerprint
+            )
 
         return self._answer("OpenSessions", request, context, work)
 
@@ -265,7 +289,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
     def ForkSession(self, request: Any, context: Any) -> Any:  # noqa: N802
         def work() -> Any:
             old = self._session(request.session_id)
-            new = self._open(request.new_session_id, old.batch_size)
+            (new,) = self._open_as(request, [request.new_session_id], old.batch_size)
             new.state, new.revision, new.position = old.state, old.revision, old.position
             return sessions_pb2.ForkSessionResponse(session=self._info(new))
 

@@ -1,3 +1,5 @@
+"""The parts of `stepwell bench`: histograms, plans, inputs, and what it finds out about the server."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -143,13 +145,13 @@ def test_inputs_take_bounded_memory() -> None:
 
 
 def test_a_failed_change_is_sent_again_as_the_same_one() -> None:
-    book = lanes.Book("one")
-    first = book.begin()
+    session = lanes.LaneSession("one")
+    first = session.begin()
 
-    assert book.begin() == first
-    book.applied()
-    assert book.begin() != first
-    assert book.revision == 1
+    assert session.begin() == first
+    session.applied()
+    assert session.begin() != first
+    assert session.revision == 1
 
 
 # --- processor time ---

@@ -1,3 +1,5 @@
+"""However a command ends: one line, the right exit code, and a traceback for defects alone."""
+
 from __future__ import annotations
 
 import errno

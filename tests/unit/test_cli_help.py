@@ -1,3 +1,5 @@
+"""Help that teaches: every command, option and JSON key is explained, and every example parses."""
+
 from __future__ import annotations
 
 import importlib.metadata

@@ -1,3 +1,5 @@
+"""What commands print: for a terminal, for a pipe, and as JSON."""
+
 from __future__ import annotations
 
 import io

@@ -1,3 +1,5 @@
+"""Inputs as a command line gives them: JSON, numpy files, CSV."""
+
 from __future__ import annotations
 
 import io

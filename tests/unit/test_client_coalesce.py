@@ -1,59 +1,85 @@
-"""The steps of many tasks leave as frames; where their replies are too large together, as smaller ones."""
+"""The steps of many tasks leave as frames; whoever leaves, fails or is too large does so alone."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 from stepwell import errors
-from stepwell._book import SessionBook
 from stepwell._coalesce import Coalescer
-from stepwell._flow import Ask, Attempter, Exchange, Flow, drive_async
+from stepwell._flow import Ask, Call, Exchange, Retrier, drive_async
 from stepwell._frames import Change
+from stepwell._in_flight import Sink
 from stepwell._inputs import pack_inputs
 from stepwell._retry import Deadline, RetryPolicy
-from stepwell._steps import Step
+from stepwell._steps import Step, Stepped, read
 from stepwell._tensors import pack, to_messages, unpack
 from stepwell.v1 import sessions_pb2
+from support.clock import ManualClock
 
 
 @dataclasses.dataclass
 class Wire:
     """Answers frames of up to so many members, and calls of one step unless they are of the session named."""
 
-    most: int
+    most: int = 1000
     too_large: str = ""
-    sent: list[list[str]] = dataclasses.field(default_factory=list)
-    request_ids: dict[str, set[int]] = dataclasses.field(default_factory=dict)
-    refuse: Exception | None = None
+    refuse: errors.StepwellError | None = None
     """What becomes of everything after the first frame that was too large."""
+    answers: bool = True
+    sent: list[list[str]] = dataclasses.field(default_factory=list)
+    forgotten: int = 0
+    request_ids: dict[str, set[int]] = dataclasses.field(default_factory=dict)
 
-    async def drive(self, flow: Flow[Any], /) -> Any:
-        return await drive_async(flow, self._answer)
+    def __post_init__(self) -> None:
+        self.retrier = Retrier(RetryPolicy(base_s=0.0), 1 << 20)
+        self.coalescer = Coalescer(self, self.retrier, self.unary, 1 << 20)
+
+    async def step(self, step: Step) -> Stepped:
+        """A step with its retries, as a client makes it."""
+        return await drive_async(self.retrier.step(step), self._answer)
 
     async def _answer(self, ask: Ask) -> Any:
         if isinstance(ask, Step):
-            self._note([ask.session_id], [ask.request_id], "alone")
-            if ask.session_id == self.too_large:
-                raise errors.ReplyTooLargeError("too large by itself")
-            return 1, 1, {"y": 2 * unpack(to_messages(ask.change.tensors)[0])}
-        if not isinstance(ask, Exchange):
-            return None  # a pause
+            return await self.coalescer.step(ask)
+        if isinstance(ask, Call):
+            return self._call(ask)
+        return None  # a pause
+
+    async def unary(self, step: Step) -> Stepped:
+        return read(self._call(self.retrier.unary(step)))
+
+    def _call(self, call: Call) -> sessions_pb2.StepResponse:
+        request: Any = call.request
+        self._note([request.session_id], [request.request_id], "alone")
+        if request.session_id == self.too_large:
+            raise errors.ReplyTooLargeError("too large by itself")
+        y = 2 * unpack(request.inputs[0])
+        return sessions_pb2.StepResponse(outputs=to_messages([pack("y", "y", y)]), revision=1, position=1)
+
+    def post(self, ask: Exchange, sink: Sink) -> Callable[[], None]:
         frame = ask.request(1).step
         self._note(list(frame.session_ids), list(frame.request_ids))
+        if self.answers:
+            asyncio.get_running_loop().call_soon(sink, self._reply(frame))
+        return self._forget
+
+    def _forget(self) -> None:
+        self.forgotten += 1
+
+    def _reply(self, frame: sessions_pb2.StepFrame) -> sessions_pb2.StepStreamResponse | errors.StepwellError:
         if len(frame.session_ids) > self.most or self.too_large in frame.session_ids:
-            raise errors.ReplyTooLargeError("too large together")
+            return errors.ReplyTooLargeError("too large together")
         ones = [1] * len(frame.session_ids)
         outputs = to_messages([pack("y", "y", 2 * unpack(frame.inputs[0]))])
-        response = sessions_pb2.StepStreamResponse(
+        return sessions_pb2.StepStreamResponse(
             all_members=True, revisions=ones, positions=ones, outputs=outputs, last=True
         )
-        ask.on_part(ask.frame.accept(response))
-        return None
 
     def _note(self, ids: list[str], request_ids: list[int], how: str = "") -> None:
         if self.refuse is not None and self.sent:
@@ -63,36 +89,38 @@ class Wire:
             self.request_ids.setdefault(one, set()).add(request_id)
 
 
-async def step_all(coalescer: Coalescer, names: str, limit_s: float = 60.0) -> list[Any]:
+def one_step(number: int, name: str, deadline: Deadline) -> Step:
+    change = Change("step", pack_inputs(np.full((1, 2), number, np.float32)), "all")
+    return Step("m", name, change, 1, 0, number + 1, deadline)
+
+
+async def step_all(wire: Wire, names: str, limit_s: float = 60.0) -> list[Any]:
     """Step sessions at the same time, each with an input of its own."""
-
-    def one(i: int, name: str) -> Any:
-        book = SessionBook(sessions_pb2.Session(session_id=name, model="m", batch_size=1))
-        change = Change("step", pack_inputs(np.full((1, 2), i, np.float32)), "all")
-        return coalescer.step(book, change, Deadline(limit_s))
-
-    return await asyncio.gather(*(one(i, n) for i, n in enumerate(names)), return_exceptions=True)
+    deadline = Deadline(limit_s)
+    steps = [wire.step(one_step(i, name, deadline)) for i, name in enumerate(names)]
+    return await asyncio.gather(*steps, return_exceptions=True)
 
 
-def coalescer(wire: Wire) -> Coalescer:
-    return Coalescer(Attempter(RetryPolicy(), 1 << 20), wire.drive, 1 << 20)
+def values(answers: list[Any]) -> list[float]:
+    return [float(outputs["y"][0, 0]) for _, _, outputs in answers]
 
 
 async def test_replies_that_are_too_large_together_make_smaller_frames() -> None:
     wire = Wire(most=2)
-    sender = coalescer(wire)
-    answers = await step_all(sender, "abcdefg")
-    assert [float(y[0, 0]) for y in answers] == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0]
+    assert values(await step_all(wire, "abcdefg")) == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0]
     # the same change in each frame: what was applied is answered again
     assert all(len(request_ids) == 1 for request_ids in wire.request_ids.values())
+    assert wire.sent == [
+        list("abcdefg"),
+        *(list(x) for x in ("abc", "def", "g", "a", "b", "c", "d", "e", "f")),
+    ]
     wire.sent.clear()
-    await step_all(sender, "abc")
+    await step_all(wire, "abc")
     assert wire.sent == [["a"], ["b"], ["c"]], "it is remembered"
 
 
 async def test_a_reply_that_is_too_large_by_itself_is_told_to_its_caller_alone() -> None:
-    wire = Wire(most=9, too_large="c")
-    answers = await step_all(coalescer(wire), "abcd")
+    answers = await step_all(Wire(too_large="c"), "abcd")
     assert [i for i, one in enumerate(answers) if isinstance(one, BaseException)] == [2]
     assert isinstance(answers[2], errors.ReplyTooLargeError)
     assert answers[2].message == "too large by itself"
@@ -101,14 +129,83 @@ async def test_a_reply_that_is_too_large_by_itself_is_told_to_its_caller_alone()
 async def test_a_frame_of_one_is_asked_for_by_itself() -> None:
     """The reply that ended the stream may have been another's."""
     wire = Wire(most=0)
-    [y] = await step_all(coalescer(wire), "a")
-    assert y.tolist() == [[0.0, 0.0]]
+    assert values(await step_all(wire, "a")) == [0.0]
     assert wire.sent == [["a"], ["alone", "a"]]
 
 
 @pytest.mark.parametrize("names", ["ab", "abcd"])
 async def test_what_is_refused_later_may_have_been_applied_before(names: str) -> None:
     wire = Wire(most=1, refuse=errors.OverloadedError("full", retry_after_s=100.0))
-    for told in await step_all(coalescer(wire), names, limit_s=5.0):
-        assert isinstance(told, errors.UnavailableError)
+    for told in await step_all(wire, names, limit_s=5.0):
+        assert type(told) is errors.UnavailableError
         assert told.outcome == "unknown"
+
+
+async def test_time_limits_that_differ_a_little_leave_together_and_those_that_differ_a_lot_do_not() -> None:
+    """However long the machine took between the first step and the last."""
+    clock = ManualClock()
+    wire = Wire()
+    steps = []
+    for i, (name, limit_s) in enumerate([("a", 30.0), ("b", 30.0), ("c", 29.0), ("d", 2.0)]):
+        steps.append(wire.step(one_step(i, name, Deadline(limit_s, clock.monotonic))))
+        clock.advance(0.5)
+    await asyncio.gather(*steps)
+    assert wire.sent == [["a", "b", "c"], ["d"]]
+
+
+async def test_a_large_step_is_a_call_of_its_own() -> None:
+    wire = Wire()
+    change = Change("step", pack_inputs(np.zeros((1, 20_000), np.float32)), "all")
+    await wire.step(Step("m", "a", change, 1, 0, 7, Deadline(60.0)))
+    assert wire.sent == [["alone", "a"]]
+
+
+async def test_each_caller_keeps_its_own_time_limit_in_a_frame_with_a_longer_one() -> None:
+    clock = ManualClock()
+    wire = Wire(answers=False)
+    limits = {"a": 20.0, "b": 25.0, "c": 31.0}
+    steps = [
+        asyncio.ensure_future(wire.step(one_step(i, name, Deadline(limit_s, clock.monotonic))))
+        for i, (name, limit_s) in enumerate(limits.items())
+    ]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert wire.sent == [["a", "b", "c"]]
+    (frame,) = wire.coalescer._in_flight
+    ended = []
+    for passed_s in (19.0, 1.0, 6.0):
+        clock.advance(passed_s)
+        wire.coalescer._time_is_up(frame)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        ended.append([step.done() for step in steps])
+    assert ended == [[False] * 3, [True, False, False], [True, True, False]]
+    assert type(steps[0].exception()) is errors.DeadlineExceededError
+    assert wire.forgotten == 0
+    steps[2].cancel()
+    await asyncio.sleep(0)
+    wire.coalescer._time_is_up(frame)
+    assert wire.forgotten == 1, "every caller has left"
+    assert not wire.coalescer._in_flight
+
+
+async def test_a_time_limit_passes_by_itself() -> None:
+    wire = Wire(answers=False)
+    [told] = await step_all(wire, "a", limit_s=0.05)
+    assert type(told) is errors.DeadlineExceededError
+    assert told.outcome == "unknown"
+    assert not wire.coalescer._in_flight
+
+
+async def test_closing_ends_what_waits_and_what_is_under_way() -> None:
+    wire = Wire(answers=False)
+    under_way = asyncio.ensure_future(wire.step(one_step(0, "a", Deadline(60.0))))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    waiting = asyncio.ensure_future(wire.step(one_step(1, "b", Deadline(60.0))))
+    await asyncio.sleep(0)
+    wire.coalescer.close()
+    ends = await asyncio.gather(under_way, waiting, return_exceptions=True)
+    assert [type(end) for end in ends] == [errors.ClosedError] * 2
+    assert wire.sent == [["a"]]
+    assert not wire.coalescer._in_flight

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from stepwell import errors
-from stepwell._flow import Attempter, Call, Flow, Pause
+from stepwell._flow import Call, Flow, Pause, Retrier
 from stepwell._retry import Deadline, RetryPolicy
 from stepwell.v1 import sessions_pb2
 
@@ -37,8 +37,8 @@ def drive(
 ) -> tuple[object, list[float], int]:
     """Runs a call whose attempts end as scripted; returns its result, the pauses and the attempts."""
     clock = Clock()
-    attempter = Attempter(RetryPolicy(draw=draw), 1024)
-    flow: Flow[object] = attempter.call(
+    retrier = Retrier(RetryPolicy(draw=draw), 1024)
+    flow: Flow[object] = retrier.call(
         "Step", sessions_pb2.StepRequest(), Deadline(limit_s, clock), changes=changes
     )
     pauses: list[float] = []
@@ -195,7 +195,7 @@ def test_deadline_as_grpc_takes_it() -> None:
 
 
 def test_message_over_the_limit_is_never_sent() -> None:
-    attempter = Attempter(RetryPolicy(), 1024)
+    retrier = Retrier(RetryPolicy(), 1024)
     request = sessions_pb2.StepRequest(session_id="x" * 2000)
     with pytest.raises(errors.InvalidInputError, match="max_message_bytes = 1024"):
-        next(attempter.call("Step", request, Deadline(1.0)))
+        next(retrier.call("Step", request, Deadline(1.0)))

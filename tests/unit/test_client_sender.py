@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 
 from stepwell import errors
-from stepwell._flight import Waiting
-from stepwell._flow import Attempter, Exchange
+from stepwell._flow import Exchange, Retrier
 from stepwell._frames import Change
+from stepwell._in_flight import Answer, Sink
 from stepwell._inputs import pack_inputs
-from stepwell._link import Answer, Sink
-from stepwell._retry import Deadline, RetryPolicy
-from stepwell._sender import Sender
+from stepwell._retry import Deadline, RepliesTooLargeError, RetryPolicy
+from stepwell._sender import Sender, WaitingStep
 from stepwell._steps import Step, Stepped, read
 from stepwell._tensors import pack, to_messages, unpack
 from stepwell.v1 import errors_pb2, sessions_pb2
@@ -99,8 +98,8 @@ class Bench:
         self.gate = threading.Event()
         self.lone = threading.Event()
         self.threads = futures.ThreadPoolExecutor(40)
-        attempter = Attempter(RetryPolicy(), 1 << 20)
-        self.sender = Sender(self.link, attempter, self.unary, max_frame_bytes, self.clock)  # type: ignore[arg-type]
+        retrier = Retrier(RetryPolicy(), 1 << 20)
+        self.sender = Sender(self.link, retrier, self.unary, max_frame_bytes, self.clock)
         self.line = self.sender._waiting = Line()
 
     def clock(self) -> float:
@@ -327,7 +326,8 @@ def test_replies_that_are_too_large_together_make_smaller_frames(bench: Bench) -
     posted.answer()
     bench.posted().sink(errors.ReplyTooLargeError("too large"))
     ends = [error(one) for one in steps]
-    assert [(type(end), end.outcome) for end in ends] == [(errors.UnavailableError, "unknown")] * 4
+    assert [(type(end), end.outcome) for end in ends] == [(RepliesTooLargeError, "unknown")] * 4
+    assert [end.members for end in ends] == [4] * 4
     _, posted = bench.stand("x")[0], bench.posted()
     again = bench.stand(*"abcd", features=3)
     others = bench.stand(*"efgh")
@@ -339,12 +339,13 @@ def test_replies_that_are_too_large_together_make_smaller_frames(bench: Bench) -
     assert [result(one)[0] for one in again + others] == [5] * 8
 
 
-def test_a_reply_that_is_too_large_by_itself_is_told(bench: Bench) -> None:
+def test_a_frame_of_one_that_is_too_large_says_that_it_was_alone(bench: Bench) -> None:
+    """Its step is then made as a call of its own; the reply that ended the stream may have been another's."""
     waiting, posted = bench.first()
     posted.sink(errors.ReplyTooLargeError("too large"))
     ended = error(waiting)
-    assert isinstance(ended, errors.ReplyTooLargeError)
-    assert ended.outcome == "unknown"
+    assert isinstance(ended, RepliesTooLargeError)
+    assert (ended.members, ended.outcome) == (1, "unknown")
 
 
 @pytest.mark.parametrize(
@@ -391,16 +392,16 @@ def test_closing_refuses_the_line_and_ends_the_thread(bench: Bench) -> None:
 def test_an_interrupted_caller_leaves_the_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     _, posted = bench.first()
     [other] = bench.stand("other")
-    wait, here = Waiting.wait, threading.get_ident()
+    wait, here = WaitingStep.wait, threading.get_ident()
 
-    def interrupted(self: Waiting, timeout_s: float) -> bool:
+    def interrupted(self: WaitingStep, timeout_s: float) -> bool:
         # Only here: the thread of "other" stands in the line, but need not wait for its answer yet.
         if threading.get_ident() == here:
             raise KeyboardInterrupt
         return wait(self, timeout_s)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Waiting, "wait", interrupted)
+        patch.setattr(WaitingStep, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             bench.sender.step(step("interrupted"))
     posted.answer()

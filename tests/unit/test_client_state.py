@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from stepwell import errors
-from stepwell._state import State, _write_atomically
+from stepwell._state import State
+from stepwell._state_file import _write_atomically
 from stepwell._tensors import Array
 
 

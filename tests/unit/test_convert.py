@@ -1,3 +1,5 @@
+"""Tensors and sessions between messages and the engine's terms, and what is no tensor."""
+
 from __future__ import annotations
 
 import ml_dtypes

@@ -1,3 +1,5 @@
+"""Who waits for a session is served in the order of coming."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""The rule of exactly once, row by row: apply, replay or refuse."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Which jobs run in the next pass: fairness between sources, and what fits."""
+
 from __future__ import annotations
 
 import dataclasses

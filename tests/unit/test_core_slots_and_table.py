@@ -1,3 +1,5 @@
+"""Rows of the arena and the table of sessions: nothing shared, nothing remembered of who is gone."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Inputs and states that break a rule are refused with a message that names it; the others are cast."""
+
 from __future__ import annotations
 
 import dataclasses

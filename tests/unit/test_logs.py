@@ -1,3 +1,5 @@
+"""Lines of the log, as text and as JSON, and values that try to forge them."""
+
 from __future__ import annotations
 
 import io

@@ -1,3 +1,5 @@
+"""What is told to the metrics is counted and shown."""
+
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, generate_latest

@@ -108,3 +108,59 @@ def test_an_undocumented_and_an_unread_variable_are_found(write: Write) -> None:
     assert "README.md: names STEPWELL_NOTHING, which nothing reads" in findings
     assert "STEPWELL_STORE: is read, and no document names it" in findings
     assert not [finding for finding in findings if "STEPWELL_LISTEN" in finding]
+
+
+def test_a_workflow_that_runs_something_of_its_own_is_found(write: Write) -> None:
+    write("Makefile", "test: ## Run all tests\n\ttrue\n")
+    write(".github/workflows/ci.yml", "    steps:\n      - run: .ci/run\n      - run: make test\n")
+    assert list(check_repo.commands_are_make_targets()) == []
+    write(".github/workflows/ci.yml", "    steps:\n      - run: pytest\n      - name: x\n        run: |\n")
+    assert list(check_repo.commands_are_make_targets()) == [
+        ".github/workflows/ci.yml: runs 'pytest'; must be a make target or .ci/run",
+        ".github/workflows/ci.yml: runs '|'; must be a make target or .ci/run",
+    ]
+
+
+def test_a_hook_that_is_no_make_target_is_found(write: Write) -> None:
+    write("Makefile", "check-lint: ## Does ruff find anything?\n\ttrue\n")
+    hooks = "repos:\n  - repo: local\n    hooks:\n      - entry: make -o .venv/.installed check-lint\n"
+    write(".pre-commit-config.yaml", hooks)
+    assert list(check_repo.commands_are_make_targets()) == []
+    write(
+        ".pre-commit-config.yaml", hooks + "      - entry: make check-types\n  - repo: https://x.example/y\n"
+    )
+    assert list(check_repo.commands_are_make_targets()) == [
+        ".pre-commit-config.yaml: hooks must be local, make targets; got those of https://x.example/y",
+        ".pre-commit-config.yaml: runs 'make check-types'; must be a make target",
+    ]
+
+
+def test_versions_of_python_that_disagree_are_found(write: Write) -> None:
+    write("Makefile", "SUPPORTED := not (3, 11) <= sys.version_info[:2] <= (3, 12)\n")
+    write(
+        "pyproject.toml",
+        '[project]\nrequires-python = ">=3.11,<3.13"\n'
+        'classifiers = ["Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12"]\n',
+    )
+    write(".github/workflows/ci.yml", '        python: ["3.11", "3.12"]\n')
+    assert list(check_repo.python_versions_agree()) == []
+    write(".github/workflows/ci.yml", '        python: ["3.11"]\n')
+    assert list(check_repo.python_versions_agree()) == [
+        ".github/workflows/ci.yml: must be Python ['3.11', '3.12'], as requires-python says; is ['3.11']"
+    ]
+
+
+@pytest.mark.parametrize("text", ["no line break", "a space \n", "a tab\tinside\n", "carriage return\r\n"])
+def test_what_goes_against_the_editorconfig_is_found(write: Write, text: str) -> None:
+    write("notes.txt", text)
+    (finding,) = check_repo.files_keep_the_editorconfig()
+    assert finding.startswith("notes.txt")
+
+
+def test_a_module_without_a_docstring_is_found(write: Write) -> None:
+    write("tests/unit/test_one.py", '"""Ones."""\n')
+    write("tests/unit/__init__.py", "")
+    write("tests/unit/test_two.py", "# Twos.\nimport re\n")
+    assert list(check_repo.modules_say_what_they_hold()) == [
+        "tests/unit/test_two.py: must begin with a docstring that says what it holds"
+    ]

@@ -1,3 +1,5 @@
+"""The boundary of a call: errors become statuses, defects become opaque and are logged under an id."""
+
 from __future__ import annotations
 
 import asyncio

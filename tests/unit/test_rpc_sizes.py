@@ -1,3 +1,5 @@
+"""The size of a reply is known before anything is changed."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""A stream of frames: answers, failures of members, limits, cancelling and stopping."""
+
 from __future__ import annotations
 
 import asyncio

@@ -1,3 +1,5 @@
+"""Settings from options and variables, and the message for each that cannot be used."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,3 +1,5 @@
+"""The one table of errors and gRPC statuses, for calls and for frames."""
+
 from __future__ import annotations
 
 import grpc

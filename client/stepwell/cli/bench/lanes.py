@@ -45,7 +45,7 @@ class Lane(abc.ABC):
         """End what the lane has open; never the sessions."""
 
 
-class Book:
+class LaneSession:
     """A session as a lane knows it: its id, its revision, and the change that is not settled yet."""
 
     __slots__ = ("_request_id", "revision", "session_id")
@@ -86,20 +86,20 @@ class UnaryLane(Lane):
     ) -> None:
         self._step: Any = channel.unary_unary(STEP)
         self._requests = requests
-        self._books = itertools.cycle([Book(one) for one in ids])
+        self._sessions = itertools.cycle([LaneSession(one) for one in ids])
         self._timeout_s = timeout_s
 
     async def call(self) -> int:
         """Make the next call."""
-        book, request = next(self._books), next(self._requests)
-        request.session_id = book.session_id
-        request.expected_revision = book.revision
-        request.request_id = book.begin()
+        session, request = next(self._sessions), next(self._requests)
+        request.session_id = session.session_id
+        request.expected_revision = session.revision
+        request.request_id = session.begin()
         try:
             await self._step(request.SerializeToString(), timeout=self._timeout_s)
         except grpc.RpcError as error:
             raise _channel.translate(error) from None
-        book.applied()
+        session.applied()
         return 1
 
 
@@ -117,21 +117,21 @@ class StreamLane(Lane):
         self._open: Any = channel.stream_stream(STEP_STREAM, response_deserializer=parse)
         self._stream: Any = None
         self._requests = requests
-        self._books = itertools.cycle([Book(one) for one in ids])
+        self._sessions = itertools.cycle([LaneSession(one) for one in ids])
         self._frame_ids = itertools.count(1)
         self._timeout_s = timeout_s
 
     async def call(self) -> int:
         """Make the next call."""
-        book, request = next(self._books), next(self._requests)
+        session, request = next(self._sessions), next(self._requests)
         request.frame_id = next(self._frame_ids)
-        request.step.session_ids[0] = book.session_id
-        request.step.expected_revisions[0] = book.revision
-        request.step.request_ids[0] = book.begin()
+        request.step.session_ids[0] = session.session_id
+        request.step.expected_revisions[0] = session.revision
+        request.step.request_ids[0] = session.begin()
         answer = await self._exchange(request.SerializeToString())
         for failed in answer.errors:
             raise _status.from_message(failed.error)
-        book.applied()
+        session.applied()
         return 1
 
     async def _exchange(self, request: bytes) -> sessions_pb2.StepStreamResponse:

@@ -17,10 +17,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import grpc.aio
-
 from stepwell import _channel, aio
-from stepwell._book import SessionBook
+from stepwell._tracker import SessionTracker
 from stepwell.cli.bench import inputs as random_inputs
 from stepwell.cli.bench import lanes
 from stepwell.cli.bench.histogram import Histogram
@@ -59,7 +57,7 @@ class Worker:
         self._plan = plan
         config = ClientConfig(plan.address, plan.timeout_s, MAX_MESSAGE_BYTES)
         self._client = aio.AsyncClient(config)
-        self._channel = grpc.aio.insecure_channel(plan.address, options=_channel.options(config))
+        self._channel = _channel.open_async_channel(config)
         self._opened: list[str] = []
         self._lanes: list[lanes.Lane] = []
         self._stopping = False
@@ -99,7 +97,7 @@ class Worker:
         # As `open_session` would make it, without a call for each: there may be a hundred thousand.
         plan = self._plan
         new = sessions_pb2.Session(session_id=session_id, model=plan.model, batch_size=plan.batch_size)
-        return aio.AsyncSession(self._client, SessionBook(new), owned=False)
+        return aio.AsyncSession(self._client, SessionTracker(new), owned=False)
 
     async def _group_lanes(self, specs: Sequence[Any]) -> list[lanes.Lane]:
         plan, ids = self._plan, self._plan.ids()

@@ -32,7 +32,7 @@ def new_request_ids(count: int) -> Counts:
     return ids
 
 
-class SessionBook:
+class SessionTracker:
     """What this side knows of one session."""
 
     __slots__ = (
@@ -78,7 +78,7 @@ class SessionBook:
 
     def failed(self, error: StepwellError) -> StepwellError:
         """The change has failed; the result is what to raise. Not called for a change that was cancelled."""
-        self._open = _is_unknown(error)
+        self._open = is_unknown(error)
         return _told(error, in_doubt=self._in_doubt)
 
     def applied(self, revision: int, position: int) -> None:
@@ -94,7 +94,8 @@ class SessionBook:
         self.applied(session.revision, session.position)
 
 
-def _is_unknown(error: StepwellError) -> bool:
+def is_unknown(error: StepwellError) -> bool:
+    """Whether a change that ended with this error may have been applied all the same."""
     return getattr(error, "outcome", "not_applied") == "unknown"
 
 
@@ -111,7 +112,7 @@ def _told(error: StepwellError, *, in_doubt: bool) -> StepwellError:
     )
 
 
-class GroupBook:
+class GroupTracker:
     """What this side knows of many sessions of one model and batch size."""
 
     def __init__(
@@ -130,7 +131,7 @@ class GroupBook:
         self.positions = np.zeros(len(ids), np.uint64)
         self._pending: tuple[Change, Frame] | None = None
         self._all: Indexes = np.arange(len(ids))
-        # As in `SessionBook`, for each member.
+        # As in `SessionTracker`, for each member.
         self._open = np.zeros(len(ids), np.bool_)
         self._in_doubt = np.zeros(len(ids), np.bool_)
 
@@ -164,7 +165,7 @@ class GroupBook:
         self.positions[members] = gathered.positions[gathered.applied]
         self._open[members] = self._in_doubt[members] = False
         for i, error in gathered.failures.items():
-            self._open[concerned[i]] = _is_unknown(error)
+            self._open[concerned[i]] = is_unknown(error)
             gathered.failures[i] = _told(error, in_doubt=bool(self._in_doubt[concerned[i]]))
         if not gathered.failures:
             self._pending = None

@@ -1,0 +1,125 @@
+"""Finishes what nobody waits for any more, such as closing a session whose opening was given up.
+
+Each client drives such flows in the background, the sync one in a thread, the async one in a task: one after the
+other, so that a server in trouble is not asked by all of them at once. It is best effort: a flow that fails is
+dropped, and closing the client gives the flows a little more time, then ends them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from stepwell._flow import Ask, Flow, drive, drive_async
+from stepwell.errors import StepwellError
+
+#: How long to go on trying while the client is open, from when it was given up: a server that restarts is back by then.
+TRY_FOR_S = 300.0
+#: How long closing a client may take longer because of it.
+GRACE_S = 1.0
+
+_open: weakref.WeakSet[Finisher] = weakref.WeakSet()
+# The thread of a parent is not a forked child's to wait for.
+os.register_at_fork(after_in_child=_open.clear)
+
+
+class Finisher:
+    """Drives flows one after the other, in a thread that ends when there are none. Thread-safe."""
+
+    def __init__(self, answer: Callable[[Ask], Any], close_client: Callable[[], None]) -> None:
+        """A finisher without flows.
+
+        Args:
+            answer: Answers the flows' asks; blocks.
+            close_client: Called when the interpreter ends while a flow is unfinished.
+        """
+        self._answer = answer
+        self._close_client = close_client
+        self._flows: deque[Flow[None]] = deque()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def add(self, flow: Flow[None]) -> None:
+        """Begins to drive a flow; returns at once."""
+        with self._lock:
+            if self._closed:
+                return
+            self._flows.append(flow)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="stepwell-finisher", daemon=True)
+                self._thread.start()
+                _open.add(self)
+
+    def _work(self) -> None:
+        while (flow := self._next()) is not None:
+            with contextlib.suppress(StepwellError):
+                drive(flow, self._answer)
+
+    def _next(self) -> Flow[None] | None:
+        with self._lock:
+            if self._flows and not self._closed:
+                return self._flows.popleft()
+            self._thread = None
+            return None
+
+    def close(self) -> None:
+        """Waits a little for the flows under way; none is begun any more."""
+        if (thread := self._thread) is not None:
+            thread.join(GRACE_S)
+        with self._lock:
+            self._closed = True
+
+    def join(self) -> None:
+        """Waits for the thread, after its calls were ended."""
+        if (thread := self._thread) is not None:
+            thread.join()
+
+    def close_client(self) -> None:
+        """Closes the client, if a flow of it is unfinished."""
+        if self._thread is not None:
+            self._close_client()
+
+
+class AsyncFinisher:
+    """Drives flows one after the other, in a task that ends when there are none. Of one event loop."""
+
+    def __init__(self, answer: Callable[[Ask], Awaitable[Any]]) -> None:
+        self._answer = answer
+        self._flows: deque[Flow[None]] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+
+    def add(self, flow: Flow[None]) -> None:
+        """Begins to drive a flow; returns at once."""
+        if not self._closed:
+            self._flows.append(flow)
+            if self._task is None or self._task.done():
+                self._task = asyncio.create_task(self._work(), name="stepwell-finisher")
+
+    async def _work(self) -> None:
+        while self._flows and not self._closed:
+            with contextlib.suppress(StepwellError):
+                await drive_async(self._flows.popleft(), self._answer)
+
+    async def close(self) -> None:
+        """Waits a little for the flows under way, then ends them."""
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=GRACE_S)
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+
+@atexit.register
+def _close_clients() -> None:
+    for finisher in list(_open):
+        finisher.close_client()
