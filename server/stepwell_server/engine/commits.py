@@ -7,18 +7,17 @@ goes into the next transaction together. One that costs less than the hand-over 
 from __future__ import annotations
 
 import asyncio
-import logging
 import queue
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 
-from stepwell_server.errors import Internal, Overloaded, ServerError
+from stepwell_server.errors import Overloaded, ServerError
+from stepwell_server.logs import Log
 from stepwell_server.store.base import Batch, Store
 from stepwell_server.store.record import Joined
 
-log = logging.getLogger(__name__)
+_log = Log("engine.commits")
 
 #: A commit expected to take less is made on the event loop: a thread costs more, in waiting for Python's lock.
 IN_PLACE_S = 1e-3
@@ -275,6 +274,4 @@ def reason(error: Exception) -> ServerError:
     """Why a store did not do something, as callers may hear it; the log has what they may not."""
     if isinstance(error, ServerError):
         return error
-    internal = Internal(uuid.uuid4().hex[:12])
-    log.error("the store raised", exc_info=error, extra={"error_id": internal.error_id})
-    return internal
+    return _log.internal("the store raised", error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -21,8 +20,9 @@ from stepwell_server.engine.predict import PredictCall
 from stepwell_server.engine.replies import Kept, Outputs
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.errors import ServerError
+from stepwell_server.logs import Log
 
-log = logging.getLogger(__name__)
+_log = Log("engine.replies")
 S = TypeVar("S", bound=np.generic)
 
 
@@ -115,9 +115,9 @@ class ModelCompletion:
                     _call(job).succeed(
                         job.members, change.revisions[start:end], change.positions[start:end], given
                     )
-            except Exception:
+            except Exception as raised:
                 # its caller's loss, and no one else's: the others' answers and the claims are due
-                log.exception("an answer for model %s could not be delivered", change.model.name)
+                _log.defect("an answer could not be delivered", raised, model=change.model.name)
             start = end
         if error is None:
             row_steps = sum(job.row_count * job.steps for job in jobs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,10 +26,11 @@ from stepwell_server.errors import (
     StateCorrupt,
     Unavailable,
 )
+from stepwell_server.logs import Log
 from stepwell_server.store.base import End, Store
 from stepwell_server.store.record import Header, decode_header
 
-log = logging.getLogger(__name__)
+_log = Log("engine.directory")
 
 
 class Directory:
@@ -232,12 +232,12 @@ class Directory:
             try:
                 return self._store.count_of(model.name)
             except Unavailable as error:
-                log.warning("the store could not be asked how many sessions it has: %s", error)
+                _log.warning("the store could not be asked how many sessions it has", error=error)
         return self._table.count(model.index)
 
     def drop(self, handles: Handles, error: ServerError) -> None:
         """Forget claimed sessions whose rows are not what the store holds; they are loaded when next named."""
-        log.warning("%d sessions left the arena: %s", len(handles), error)
+        _log.warning("sessions left the arena", sessions=len(handles), error=error)
         for handle in handles.tolist():
             self._expiry.remember_use([self._table.session_id(handle)], float(self._table.used[handle]))
             self._roster.forget(handle, error)

@@ -6,7 +6,6 @@ They are looked at when they are named, so nobody sees one that should be gone, 
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,10 +19,11 @@ from stepwell_server.engine.calls import Observer
 from stepwell_server.engine.commits import Commits
 from stepwell_server.engine.roster import Roster
 from stepwell_server.errors import ServerError, SessionExpired, StateCorrupt
+from stepwell_server.logs import Log
 from stepwell_server.store.base import Batch, End, Store, Tombstone
 from stepwell_server.store.record import Header, Stored, decode_header
 
-log = logging.getLogger(__name__)
+_log = Log("engine.expiry")
 
 SWEPT_AT_ONCE = 500
 """Records."""
@@ -144,7 +144,7 @@ class Expiry:
         try:
             found = self._store.scan(after=self._swept, limit=SWEPT_AT_ONCE)
         except ServerError as error:
-            log.warning("the store could not be looked through for idle sessions: %s", error)
+            _log.warning("the store could not be looked through for idle sessions", error=error)
             return False
         self._expire_untouched(found)
         self._swept = found[-1][0] if found else None
@@ -158,7 +158,7 @@ class Expiry:
         try:
             records = self._store.get_many(due)
         except ServerError as error:
-            log.warning("the store could not be asked for idle sessions: %s", error)
+            _log.warning("the store could not be asked for idle sessions", error=error)
             return 0
         for session_id in due:
             del self._strays[session_id]
@@ -194,7 +194,7 @@ class Expiry:
             for session_id in ids:
                 self.burying.pop(session_id, None)
             if error is not None:
-                log.warning("sessions that expired are still in the store: %s", error)
+                _log.warning("sessions that expired are still in the store", sessions=len(ids), error=error)
                 self.remember_use(ids, -math.inf)
 
         batch = Batch(

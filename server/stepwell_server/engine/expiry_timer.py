@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
 from stepwell_server.engine.commits import Commits
 from stepwell_server.engine.expiry import Expiry
+from stepwell_server.logs import Log
 
-log = logging.getLogger(__name__)
+_log = Log("engine.expiry")
 
 _TICKS = 10
 """Per time limit."""
@@ -31,8 +31,8 @@ class ExpiryTimer:
             await asyncio.sleep(max(_SHORTEST_S, self._max_idle_s / _TICKS))
             try:
                 await self._expire_all()
-            except Exception:
-                log.exception("idle sessions could not be expired; the timer goes on")
+            except Exception as error:
+                _log.defect("idle sessions could not be expired; the timer goes on", error)
 
     async def _expire_all(self) -> None:
         for _ in self._expiry.expire_idle_in_parts(_AT_ONCE):

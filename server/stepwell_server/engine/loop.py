@@ -8,8 +8,6 @@ on threads.
 from __future__ import annotations
 
 import asyncio
-import logging
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -23,10 +21,11 @@ from stepwell_server.engine.calls import Observer
 from stepwell_server.engine.job import Job, Mask
 from stepwell_server.engine.passes import FailedUnit, Pass
 from stepwell_server.engine.runner import IN_PLACE_S, SLICE_S, Runner
-from stepwell_server.errors import Internal, InvalidInput, ServerError
+from stepwell_server.errors import InvalidInput, ServerError
+from stepwell_server.logs import Log
 from stepwell_server.program import Program
 
-log = logging.getLogger(__name__)
+_log = Log("engine.loop")
 
 
 class Completion(Protocol):
@@ -223,10 +222,7 @@ class PassLoop:
             self._completion.complete(work, ended)
 
     def _fail_all(self, jobs: Sequence[Job], broken: BaseException) -> None:
-        error = Internal(uuid.uuid4().hex[:12])
-        log.error(
-            "a pass of model %s raised", self._name, exc_info=broken, extra={"error_id": error.error_id}
-        )
+        error = _log.internal("a pass raised", broken, model=self._name)
         for job in jobs:
             self._drop_members(job, np.ones(len(job.members), np.bool_), error)
 
@@ -244,7 +240,7 @@ class PassLoop:
     def _drop_units(self, work: Pass, index: int, units: Sequence[FailedUnit]) -> Mask:
         job = work.jobs[index]
         dropped = np.zeros(len(job.members), np.bool_)
-        log.debug("model %s refused inputs: %s", self._name, units[0].cause)
+        _log.debug("inputs refused by the model", model=self._name, cause=units[0].cause)
         dropped[[unit.session for unit in units]] = True
         rows = job.row_mask(~dropped)
         self._drop_members(job, dropped, _refusal(work, index, units[0]))

@@ -6,7 +6,6 @@ is. That both ways agree bit for bit is tested.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,8 +19,9 @@ from stepwell_server.engine.keeper import Keeper
 from stepwell_server.engine.replies import Kept
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.errors import ServerError
+from stepwell_server.logs import Log
 
-log = logging.getLogger(__name__)
+_log = Log("engine.replies")
 Listener = Callable[[ServerError | None], None]
 
 
@@ -126,9 +126,9 @@ class Solo:
                 self._observer.stepped_alone(self._model.name, now - started)
             try:
                 later.settle(error)
-            except Exception:
+            except Exception as raised:
                 # its caller's loss, and no one else's: the claim is due
-                log.exception("an answer for model %s could not be delivered", self._model.name)
+                _log.defect("an answer could not be delivered", raised, model=self._model.name)
 
         self._keeper.keep_one_later(
             self._model, handle, reply.revision, reply.position, request_id, kept, answer

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -177,9 +176,7 @@ def _facts(request: _Request | None) -> dict[str, str]:
 
 def internal(error: BaseException, **facts: object) -> Internal:
     """The opaque error that stands for a defect, whose details go to the log."""
-    opaque = Internal(secrets.token_hex(8))
-    _log.defect("internal error", error, error_id=opaque.error_id, **facts)
-    return opaque
+    return _log.internal("internal error", error, **facts)
 
 
 def _is_cancelled_by_grpc() -> bool:
