@@ -52,7 +52,7 @@ class Log:
 
     def internal(self, event: str, error: BaseException, **fields: object) -> Internal:
         """Write a defect, and return the opaque error that stands for it: its id is in the line."""
-        opaque = Internal(secrets.token_hex(8))
+        opaque = Internal(secrets.token_hex(6))
         self.defect(event, error, error_id=opaque.error_id, **fields)
         return opaque
 

@@ -24,7 +24,6 @@ from stepwell_server.engine.calls import (
     StepReply,
     Tensors,
 )
-from stepwell_server.engine.port import PlainPort
 from stepwell_server.errors import InvalidInput, ModelNotFound, ServerError, SessionExists, SessionNotFound
 from stepwell_server.program import Program, StateSpec, TensorSpec
 
@@ -57,7 +56,6 @@ class FakeEngine:
 
     def __init__(self, outputs: int = FEATURES) -> None:
         self.program = program(outputs)
-        self.ports: list[PlainPort] = []
         self.held = False
         self.frames: list[Frame] = []
         self.cancelled: list[Frame] = []

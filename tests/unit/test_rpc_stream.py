@@ -28,13 +28,6 @@ def _step(frame_id: int, *session_ids: str, steps: int = 0, timeout_ms: int = 0)
     return pb.StepStreamRequest(frame_id=frame_id, step=frame)
 
 
-class _NoLane:
-    """Leaves every message to the stream."""
-
-    def take(self, _stream: FrameStream, _raw: bytes) -> bool:
-        return False
-
-
 class Call:
     """A running StepStream call, seen from its client."""
 
@@ -50,7 +43,6 @@ class Call:
             limits,
             self.observer,
             self.context,  # type: ignore[arg-type]
-            _NoLane(),  # type: ignore[arg-type]
         )
         self.task = asyncio.create_task(self.stream.run(float("inf")))
 

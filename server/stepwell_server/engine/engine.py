@@ -290,7 +290,7 @@ class Engine:
             self._admission.admit(checked.call, checked.members)
 
     def locate(self, session_id: str) -> tuple[int, int]:
-        """Where a live session is: its handle and the number of its model. For plain steps.
+        """Where a live session is: its handle and the number of its model.
 
         Raises:
             SessionGone: there is none.

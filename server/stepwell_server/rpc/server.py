@@ -112,8 +112,6 @@ class RpcServer:
             request_type = message_factory.GetMessageClass(method.input_type)
             if method.client_streaming:
                 handlers[method.name] = self._boundary.stream(method.name, behaviour)
-            elif method.name in getattr(servicer, "in_bytes", ()):
-                handlers[method.name] = self._boundary.in_bytes(method.name, behaviour, request_type)
             else:
                 handlers[method.name] = self._boundary.unary(method.name, behaviour, request_type)
         generic = grpc.method_handlers_generic_handler(service.full_name, handlers)

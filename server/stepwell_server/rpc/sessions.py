@@ -12,7 +12,6 @@ from stepwell_server.engine.calls import Frame, Opened, Part
 from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.boundary import deadline_of
-from stepwell_server.rpc.fastlane import FastLane
 from stepwell_server.rpc.pages import from_token, to_token
 from stepwell_server.rpc.stepcall import StepCalls
 from stepwell_server.rpc.stream import FrameStream, StreamLimits
@@ -32,9 +31,6 @@ _LARGEST_PAGE = 10_000
 class SessionServicer:
     """The calls of SessionService, each by its name in snake case. Lives on the event loop."""
 
-    in_bytes = frozenset({"Step"})
-    """Those that take and give bytes, not messages."""
-
     def __init__(
         self,
         engine: Engine,
@@ -48,8 +44,7 @@ class SessionServicer:
         self._clock = clock
         self._sizes = sizes
         self._limits = limits
-        self._lane = FastLane(engine, clock)
-        self._steps = StepCalls(engine, clock, sizes, self._lane)
+        self._steps = StepCalls(engine, clock, sizes)
         self._streams: set[FrameStream] = set()
         self._stopping = False
 
@@ -128,9 +123,9 @@ class SessionServicer:
             total=total,
         )
 
-    async def step(self, raw: bytes, context: Context) -> bytes:
-        """Advance a session. Takes and gives bytes: see `stepcall`."""
-        return await self._steps.serve(raw, context)
+    async def step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
+        """Advance a session."""
+        return await self._steps.serve(request, context)
 
     async def reset_states(self, request: pb.ResetStatesRequest, context: Context) -> pb.ResetStatesResponse:
         """Set the state of a session, or of some of its rows."""
@@ -166,9 +161,7 @@ class SessionServicer:
 
     async def step_stream(self, context: Context) -> None:
         """Advance many sessions at once, frame by frame."""
-        stream = FrameStream(
-            self._engine, self._clock, self._sizes, self._limits, self._observer, context, self._lane
-        )
+        stream = FrameStream(self._engine, self._clock, self._sizes, self._limits, self._observer, context)
         self._streams.add(stream)
         if self._stopping:
             stream.stop()

@@ -22,7 +22,6 @@ from stepwell_server.errors import InvalidInput, ServerError, Unavailable
 from stepwell_server.logs import Log
 from stepwell_server.rpc import frames
 from stepwell_server.rpc.boundary import parse
-from stepwell_server.rpc.fastlane import FastLane
 from stepwell_server.rpc.outbox import Outbox
 from stepwell_server.rpc.pending import Pending
 
@@ -58,7 +57,6 @@ class FrameStream:
         limits: StreamLimits,
         observer: RequestObserver,
         context: Context,
-        lane: FastLane,
     ) -> None:
         self._engine = engine
         self._clock = clock
@@ -67,17 +65,15 @@ class FrameStream:
         self._observer = observer
         self._context = context
         self._source = context.peer()
-        self._lane = lane
         self.deadline = float("inf")
-        self._pending: dict[int, Pending | None] = {}
-        """Frames without their last part; None: a plain step, which the lane has."""
-        self._broken: ServerError | None = None
+        self._pending: dict[int, Pending] = {}
+        """Frames without their last part."""
         self._held_frames = 0
         self._held_bytes = 0
         self._outbox = Outbox(context.write, self._release, self._progressed)
         self._is_stopping = False
         self._is_ending = False
-        """Stopping, broken, or read to the end: what is answered now may be the last."""
+        """Stopping, or read to the end: what is answered now may be the last."""
         self.is_over = False
         self._reader: asyncio.Task[None] | None = None
         self._end: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
@@ -112,10 +108,9 @@ class FrameStream:
         self._begin_end()
 
     async def _read(self) -> None:
-        read, take, limits = self._context.read, self._lane.take, self._limits
+        read, limits = self._context.read, self._limits
         while (raw := await read()) is not grpc.aio.EOF:
-            if not take(self, raw):
-                self._accept(raw)
+            self._accept(raw)
             if self._held_frames >= limits.frames or self._held_bytes >= limits.bytes:
                 await self._wait_for_room()
 
@@ -140,8 +135,6 @@ class FrameStream:
         reader = self._reader
         if self._outbox.error is not None:
             self._end.set_result(self._outbox.error)
-        elif self._broken is not None:
-            self._end.set_result(self._broken)
         elif reader is not None and reader.done() and not (self._pending and _ended_well(reader)):
             self._end.set_result(_error_of(reader))
         elif self._is_stopping and not self._pending:
@@ -193,39 +186,6 @@ class FrameStream:
         pending.held_bytes += reply_bytes
         self._held_bytes += reply_bytes
 
-    def begin_plain(self, frame_id: int, size: int) -> bool:
-        """See `fastlane.Stream`."""
-        if frame_id in self._pending:
-            return False
-        self._pending[frame_id] = None
-        self._held_frames += 1
-        self._held_bytes += size
-        return True
-
-    def reply_plain(self, frame_id: int, size: int, reply: bytes) -> None:
-        """See `fastlane.Stream`."""
-        if self.is_over:
-            return
-        del self._pending[frame_id]
-        self._put(reply, size)
-
-    def fail_plain(self, frame_id: int, size: int, error: ServerError) -> None:
-        """See `fastlane.Stream`."""
-        self._observer.refused(error.reason, 1)
-        self.reply_plain(frame_id, size, frames.from_refusal(frame_id, error))
-
-    def send_alone(self, frame_id: int, size: int, raw: bytes) -> None:
-        """See `fastlane.Stream`."""
-        if self.is_over:
-            return
-        del self._pending[frame_id]
-        self._release(size)
-        try:
-            self._accept(raw)
-        except InvalidInput as error:
-            self._broken = error
-            self._begin_end()
-
     def on_part(self, pending: Pending, part: Part) -> None:
         """The engine has a part of the frame's reply."""
         if self.is_over:
@@ -276,7 +236,7 @@ class FrameStream:
 
     def _cancel_frames(self) -> None:
         for pending in list(self._pending.values()):
-            if pending is not None and pending.request is not None:
+            if pending.request is not None:
                 self._engine.cancel(pending.request)
 
 
