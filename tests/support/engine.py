@@ -14,11 +14,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.engine.calls import Frame, Observer, Part, Single, StepReply
+from stepwell_server.engine.api import Frame, Observer, Part, Single, StepReply
 from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.executors.base import Executor
-from stepwell_server.engine.passes import Pass
-from stepwell_server.engine.runner import Cost, Runner
+from stepwell_server.engine.passes.batch import Pass
+from stepwell_server.engine.passes.runner import Cost, Runner
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 from stepwell_server.store.disk import DiskStore

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from stepwell_server.engine.calls import (
+from stepwell_server.engine.api import (
     Failure,
     Frame,
     ModelInfo,

@@ -14,8 +14,8 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1 import tensors_pb2
 from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.sizes import ReplySizes
-from stepwell_server.rpc.stepcall import StepCalls
-from stepwell_server.rpc.stream import FrameStream, StreamLimits
+from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
+from stepwell_server.rpc.steps.unary import StepCalls
 from support.engine import Harness, running
 from support.fake_context import Aborted, FakeContext, Requests
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from stepwell_server.engine.calls import Predicted, Select, StateRead
+from stepwell_server.engine.api import Predicted, Select, StateRead
 from stepwell_server.errors import Overloaded, ServerError, Unavailable
 from support.engine import Answer, Answers, Harness, SingleAnswer
 from support.fake_executor import BAD, WAIT_S

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepwell_server.engine import commits as module
-from stepwell_server.engine.commits import Commits
+from stepwell_server.engine.durability import group_commit as module
+from stepwell_server.engine.durability.group_commit import Commits
 from stepwell_server.errors import Internal, ServerError, Unavailable
 from stepwell_server.store.base import Batch, End, Store, Tombstone
 from stepwell_server.store.lmdb import LmdbStore

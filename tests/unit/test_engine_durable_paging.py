@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.calls import Select
+from stepwell_server.engine.api import Select
 from support.durable import Disk, kinds, same_reply, x
 from support.model_of_sessions import ModelOfSessions, Reply
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine import commits, expiry_timer
-from stepwell_server.engine.calls import Single
+from stepwell_server.engine.api import Single
+from stepwell_server.engine.durability import group_commit as commits
+from stepwell_server.engine.sessions import expiry_timer
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
 from support.durable import Disk, begun, everything, facts, kinds, stalled, x
 from support.engine import Harness

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.calls import Frame, Part
+from stepwell_server.engine.api import Frame, Part
 from stepwell_server.errors import Internal, SessionExpired, SessionGone, Unavailable
 from support.durable import Disk, begun, everything, kinds, stalled, x
 from support.engine import Harness

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.calls import Frame, Part
+from stepwell_server.engine.api import Frame, Part
 from stepwell_server.errors import InvalidInput, ServerError, SessionNotFound
 from support.engine import Answer, Harness, running
 from support.fake_executor import BAD, PLAIN, RICH

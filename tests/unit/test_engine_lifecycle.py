@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine import listing
+from stepwell_server.engine.sessions import listing
 from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,

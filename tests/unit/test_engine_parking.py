@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from stepwell_server.engine.calls import Frame
+from stepwell_server.engine.api import Frame
 from stepwell_server.errors import DeadlineExceeded, Overloaded, SessionNotFound, Unavailable
 from support.engine import Answer, Answers, Harness, running
 from support.fake_executor import PLAIN

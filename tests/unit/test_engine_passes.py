@@ -156,7 +156,7 @@ async def test_cancelling_any_member_of_a_batch_harms_no_other(victim: int) -> N
 
 @pytest.mark.parametrize("victim", range(4))
 async def test_cancelling_the_task_that_waits_for_a_change_harms_no_other(victim: int) -> None:
-    from stepwell_server.engine.calls import Frame
+    from stepwell_server.engine.api import Frame
 
     async with running(threads=True) as at:
         ids = await open_all(at, 5)
@@ -298,7 +298,7 @@ async def test_too_many_rows_waiting_are_refused_and_nothing_changes() -> None:
 
 
 async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepwell_server.engine.admission.MAX_WAITING_BYTES", 100)
+    monkeypatch.setattr("stepwell_server.engine.intake.admission.MAX_WAITING_BYTES", 100)
     async with running(threads=True) as at:
         ids = await open_all(at, 3)
         at.hooks.close_gate()

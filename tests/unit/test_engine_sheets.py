@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepwell_server.engine import sheets
+from stepwell_server.engine.durability import record_templates as sheets
 from stepwell_server.store.record import decode
 from support.engine import Harness, running
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.calls import Select, Single
-from stepwell_server.engine.plain import PlainSteps
+from stepwell_server.engine.api import Select, Single
+from stepwell_server.engine.intake.plain import PlainSteps
 from stepwell_server.errors import (
     DeadlineExceeded,
     Internal,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.calls import Select
+from stepwell_server.engine.api import Select
 from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,

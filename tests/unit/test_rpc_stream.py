@@ -12,7 +12,7 @@ from stepwell.v1 import tensors_pb2
 from stepwell_server.clock import SystemClock
 from stepwell_server.errors import InvalidInput, Overloaded, Unavailable
 from stepwell_server.rpc.sizes import ReplySizes
-from stepwell_server.rpc.stream import FrameStream, StreamLimits
+from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 from support.fake_context import FakeContext, Requests
 from support.fake_engine import MODEL, FakeEngine
 

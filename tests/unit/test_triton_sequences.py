@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.calls import Frame, Part, StepReply
+from stepwell_server.engine.api import Frame, Part, StepReply
 from stepwell_server.errors import (
     InvalidInput,
     Overloaded,

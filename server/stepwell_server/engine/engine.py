@@ -12,9 +12,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Slots
-from stepwell_server.engine.admission import Admission
-from stepwell_server.engine.arena import Arena, default_resident_rows
-from stepwell_server.engine.calls import (
+from stepwell_server.engine.api import (
     Frame,
     ModelInfo,
     Observer,
@@ -28,33 +26,35 @@ from stepwell_server.engine.calls import (
     Tensors,
 )
 from stepwell_server.engine.checks import check_inputs, check_state, require_finite
-from stepwell_server.engine.closing import Closing
-from stepwell_server.engine.commits import Commits
-from stepwell_server.engine.completion import ModelCompletion
-from stepwell_server.engine.creation import Creation
-from stepwell_server.engine.directory import Directory
+from stepwell_server.engine.durability.committer import Keeper
+from stepwell_server.engine.durability.group_commit import Commits
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
-from stepwell_server.engine.expiry import Expiry
-from stepwell_server.engine.expiry_timer import ExpiryTimer
-from stepwell_server.engine.frames import Frames
-from stepwell_server.engine.keeper import Keeper
-from stepwell_server.engine.listing import Listing
-from stepwell_server.engine.loop import PassLoop
-from stepwell_server.engine.opening import OpenedMany, Opening
-from stepwell_server.engine.paging import Pager
-from stepwell_server.engine.passes import Lane
-from stepwell_server.engine.plain import PlainIntake
-from stepwell_server.engine.port import PlainPort
-from stepwell_server.engine.predict import PredictCall
-from stepwell_server.engine.reading import Reading
-from stepwell_server.engine.replies import Replies
-from stepwell_server.engine.roster import Roster
-from stepwell_server.engine.runner import Runner
-from stepwell_server.engine.served import ServedModel
-from stepwell_server.engine.singles import Singles
-from stepwell_server.engine.solo import Solo
-from stepwell_server.engine.warmup import warm_up
+from stepwell_server.engine.intake.admission import Admission
+from stepwell_server.engine.intake.paging import Pager
+from stepwell_server.engine.intake.plain import PlainIntake
+from stepwell_server.engine.intake.port import PlainPort
+from stepwell_server.engine.intake.singles import Singles
+from stepwell_server.engine.intake.validation import Frames
+from stepwell_server.engine.passes.batch import Lane
+from stepwell_server.engine.passes.completion import ModelCompletion
+from stepwell_server.engine.passes.inline import Solo
+from stepwell_server.engine.passes.loop import PassLoop
+from stepwell_server.engine.passes.predict import PredictCall
+from stepwell_server.engine.passes.runner import Runner
+from stepwell_server.engine.passes.warmup import warm_up
+from stepwell_server.engine.sessions.closing import Closing
+from stepwell_server.engine.sessions.creation import Creation
+from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.expiry import Expiry
+from stepwell_server.engine.sessions.expiry_timer import ExpiryTimer
+from stepwell_server.engine.sessions.listing import Listing
+from stepwell_server.engine.sessions.opening import OpenedMany, Opening
+from stepwell_server.engine.sessions.reading import Reading
+from stepwell_server.engine.sessions.removal import Roster
+from stepwell_server.engine.state.arena import Arena, default_resident_rows
+from stepwell_server.engine.state.model import ServedModel
+from stepwell_server.engine.state.replies import Replies
 from stepwell_server.errors import InvalidInput, ServerError, Unavailable
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store

@@ -8,8 +8,8 @@ import numpy as np
 
 from stepwell_server.core.sessions import Handles
 from stepwell_server.core.slots import Rows
+from stepwell_server.engine.api import Array, Failure, Frame, Members, Part
 from stepwell_server.engine.call import U64, Call
-from stepwell_server.engine.calls import Array, Failure, Frame, Members, Part
 from stepwell_server.errors import DeadlineExceeded, ServerError, Unavailable
 
 _NONE = np.zeros(0, np.uint64)

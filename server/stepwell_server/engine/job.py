@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from stepwell_server.core.sessions import Handles
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.calls import Array, Members, Select
+from stepwell_server.engine.api import Array, Members, Select
 from stepwell_server.errors import ServerError
 
 Mask = npt.NDArray[np.bool_]

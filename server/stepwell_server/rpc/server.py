@@ -20,7 +20,7 @@ from stepwell_server.rpc.boundary import Boundary, RequestObserver
 from stepwell_server.rpc.models import ModelServicer
 from stepwell_server.rpc.sessions import SessionServicer
 from stepwell_server.rpc.sizes import ReplySizes
-from stepwell_server.rpc.stream import StreamLimits
+from stepwell_server.rpc.steps.stream import StreamLimits
 from stepwell_server.rpc.triton.pool import BothPools
 from stepwell_server.rpc.triton.servicer import SERVICE as _TRITON
 from stepwell_server.rpc.triton.servicer import TritonServicer

@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.engine.calls import Frame, Opened, Part
+from stepwell_server.engine.api import Frame, Opened, Part
 from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.boundary import deadline_of
 from stepwell_server.rpc.pages import from_token, to_token
-from stepwell_server.rpc.stepcall import StepCalls
-from stepwell_server.rpc.stream import FrameStream, StreamLimits
+from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
+from stepwell_server.rpc.steps.unary import StepCalls
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stepwell_server.engine.calls import Array, Select
+from stepwell_server.engine.api import Array, Select
 from stepwell_server.errors import MessageTooLarge, SessionGone
 from stepwell_server.program import Program, TensorSpec
 

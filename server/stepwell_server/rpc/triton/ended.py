@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 
-from stepwell_server.engine.calls import StepReply
+from stepwell_server.engine.api import StepReply
 
 _MAX_ANSWERS = 10_000
 _MAX_BYTES = 16 * 1024 * 1024

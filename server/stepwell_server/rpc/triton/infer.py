@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from stepwell_server.engine.calls import Array, StepReply
+from stepwell_server.engine.api import Array, StepReply
 from stepwell_server.errors import ServerError
 from stepwell_server.rpc.triton.errors import translated, unknown_model
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
@@ -18,7 +18,7 @@ from stepwell_server.rpc.triton.tensors import Inputs, ModelTensors, Tensor, wri
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
-    from stepwell_server.engine.calls import ModelInfo
+    from stepwell_server.engine.api import ModelInfo
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.sizes import ReplySizes
 

@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 from typing import TYPE_CHECKING
 
-from stepwell_server.engine.calls import Frame, Part, SessionInfo, Single, StepReply
+from stepwell_server.engine.api import Frame, Part, SessionInfo, Single, StepReply
 from stepwell_server.engine.checks import check_inputs, require_finite
 from stepwell_server.errors import (
     DeadlineExceeded,

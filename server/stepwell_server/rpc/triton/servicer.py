@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.boundary import Context, RequestObserver
     from stepwell_server.rpc.sizes import ReplySizes
-    from stepwell_server.rpc.stream import StreamLimits
+    from stepwell_server.rpc.steps.stream import StreamLimits
     from stepwell_server.rpc.triton.statistics import PassObserver
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
