@@ -13,9 +13,9 @@ import pytest
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1 import tensors_pb2
 from stepwell_server.rpc.boundary import Boundary
+from stepwell_server.rpc.sessions import SessionServicer
 from stepwell_server.rpc.sizes import ReplySizes
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
-from stepwell_server.rpc.steps.unary import StepCalls
 from support.engine import Harness, running
 from support.fake_context import Aborted, FakeContext, Requests
 
@@ -59,8 +59,8 @@ class Streams:
             for context in self.contexts
         ]
         boundary = Boundary(self.observer, max_message_bytes=1 << 20)
-        calls = StepCalls(at.engine, at.clock, sizes)
-        self._serve_call = boundary.unary("Step", calls.serve, pb.StepRequest).unary_unary
+        servicer = SessionServicer(at.engine, at.clock, sizes, _LIMITS, self.observer)
+        self._serve_call = boundary.unary("Step", servicer.step, pb.StepRequest).unary_unary
         self.calls: list[asyncio.Task[bytes]] = []
         self.tasks = [asyncio.create_task(stream.run(float("inf"))) for stream in self.streams]
 

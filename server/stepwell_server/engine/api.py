@@ -1,25 +1,13 @@
-"""What is asked of the engine and what it answers: plain values, no wire format.
-
-Many changes travel as one `Frame`: a unary Step is a frame of one session, a message of a stream is a
-frame of many. Its reply comes as one or more `Part`s, each an event-loop callback to the frame's sink.
-"""
+"""What the engine answers and tells: plain values, no wire format. What is asked of it is in `change`."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
-import numpy as np
-import numpy.typing as npt
-
-from stepwell_server.errors import ServerError
+from stepwell_server.engine.types import Array, Tensors
 from stepwell_server.program import Program
-
-Array = npt.NDArray[np.generic]
-#: Tensors by name. The name "" stands for the model's only input or state tensor.
-Tensors = Mapping[str, Array]
-Members = npt.NDArray[np.intp]
 
 
 class Select(enum.Enum):
@@ -81,99 +69,18 @@ class Predicted:
     state: Mapping[str, Array]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Failure:
-    """Members of a frame that failed alike. `members` None: all of the frame's."""
-
-    members: Members | None
-    error: ServerError
-
-
 @dataclasses.dataclass(slots=True)
-class Part:
-    """A part of a frame's reply. Every member of the frame is in exactly one part."""
-
-    members: Members | None
-    """Members applied in this part, ascending indexes; None: every member of the frame."""
-    revisions: npt.NDArray[np.uint64]
-    """After the change, one per applied member."""
-    positions: npt.NDArray[np.uint64]
-    """After the change, one per applied member."""
-    outputs: Mapping[str, Array]
-    """Rows of the applied members one after the other, `(rows, T, ...)` or `(rows, ...)`."""
-    replayed: bool = False
-    """All applied members of this part were answered with a remembered reply."""
-    failures: Sequence[Failure] = ()
-    last: bool = True
-    """No part of this frame follows."""
-
-
-Sink = Callable[[Part], None]
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Frame:
-    """The same change for each of many sessions of one model. `eq=False`: a frame is itself.
-
-    Give either `inputs` (a step) or `reset=True` (with `state` None for the model's initial state).
-    """
-
-    session_ids: Sequence[str]
-    sink: Sink
-    inputs: Tensors | None = None
-    """`(R, T, features...)` or `(R, features...)`, R the sum of the sessions' batch sizes."""
-    reset: bool = False
-    state: Tensors | None = None
-    """`(R, ...)` each; with `rows`, `(len(rows), ...)`."""
-    rows: Sequence[int] | None = None
-    """Reset of these rows only; the frame then has one session."""
-    expected: npt.NDArray[np.uint64] | None = None
-    """One per session; None: applied at any revision."""
-    request_ids: npt.NDArray[np.uint64] | None = None
-    """One per session; 0 or None: none."""
-    batch_sizes: npt.NDArray[np.intp] | None = None
-    """Rows of each session as the caller knows them; None: the sessions' own."""
-    select: Select = Select.ALL
-    deadline: float = float("inf")
-    """On the clock's monotonic time. Members that still wait then are dropped unapplied."""
-    source: object = None
-    """Who sent it: the scheduler takes turns between sources."""
-    cancelled: bool = False
-    """Set by `Engine.cancel`. Members that still wait are dropped unapplied."""
-
-
-@dataclasses.dataclass(slots=True)
-class StepReply:
-    """Answer to a single step."""
+class Applied:
+    """Answer to a change of one session."""
 
     revision: int
+    """After the change."""
     position: int
-    outputs: Mapping[str, Array]
+    """After the change."""
+    outputs: Tensors
     """`(batch_size, T, ...)` or `(batch_size, ...)`; views of arrays that only this answer and its neighbours share."""
-    replayed: bool
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Single:
-    """A step of one session. What many callers send at the same time is worked on together."""
-
-    session_id: str
-    inputs: Tensors
-    settle: Callable[[StepReply | ServerError], None]
-    """Called once, on the event loop, with what became of it."""
-    expected: int | None = None
-    request_id: int = 0
-    batch_size: int | None = None
-    """The session's, as the caller knows it; None: not said."""
-    select: Select = Select.ALL
-    deadline: float = float("inf")
-    """On the clock's monotonic time."""
-    source: object = None
-    """Who sent it."""
-    cancelled: bool = False
-    """Set by `Engine.cancel`: dropped unapplied if it still waits."""
-    frame: Frame | None = None
-    """The frame it became, where it was not plain."""
+    replayed: bool = False
+    """It is the remembered answer to a change that was sent again."""
 
 
 class Observer:
@@ -199,6 +106,3 @@ class Observer:
 
     def applied(self, model: str, change: str, count: int, row_steps: int) -> None:
         """`count` changes (`change`: step, reset, predict) were applied: `row_steps` rows x time steps."""
-
-    def failed(self, model: str, reason: str, count: int) -> None:
-        """`count` changes were refused with `reason`."""

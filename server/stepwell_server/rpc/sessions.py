@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.engine.api import Frame, Opened, Part
+from stepwell_server.engine.api import Applied, Opened
+from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.boundary import deadline_of
 from stepwell_server.rpc.pages import from_token, to_token
+from stepwell_server.rpc.steps import messages
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
-from stepwell_server.rpc.steps.unary import StepCalls
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
@@ -44,7 +42,6 @@ class SessionServicer:
         self._clock = clock
         self._sizes = sizes
         self._limits = limits
-        self._steps = StepCalls(engine, clock, sizes)
         self._streams: set[FrameStream] = set()
         self._stopping = False
 
@@ -125,21 +122,16 @@ class SessionServicer:
 
     async def step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
         """Advance a session."""
-        return await self._steps.serve(request, context)
+        answer = Awaited()
+        change = messages.of_step(request, answer)
+        assert change.inputs is not None, "a step has inputs"
+        self._sizes.step(change.session_ids, change.inputs, change.select)
+        return messages.step_reply(await self._apply(change, answer, context))
 
     async def reset_states(self, request: pb.ResetStatesRequest, context: Context) -> pb.ResetStatesResponse:
         """Set the state of a session, or of some of its rows."""
-        frame = Frame(
-            (request.session_id,),
-            _no_sink,
-            reset=True,
-            state=convert.to_optional_arrays(request.state, "state"),
-            rows=list(request.rows) or None,
-        )
-        part = await self._apply(frame, request, context)
-        return pb.ResetStatesResponse(
-            revision=int(part.revisions[0]), position=int(part.positions[0]), replayed=part.replayed
-        )
+        answer = Awaited()
+        return messages.reset_reply(await self._apply(messages.of_reset(request, answer), answer, context))
 
     async def get_state(self, request: pb.GetStateRequest, context: Context) -> pb.GetStateResponse:
         """Read the state of a session."""
@@ -176,19 +168,6 @@ class SessionServicer:
         for stream in self._streams:
             stream.stop()
 
-    async def _apply(self, frame: Frame, request: pb.ResetStatesRequest, context: Context) -> Part:
-        if request.HasField("expected_revision"):
-            frame.expected = _one(request.expected_revision)
-        if request.request_id:
-            frame.request_ids = _one(request.request_id)
-        frame.deadline = deadline_of(context, self._clock)
-        frame.source = context.peer()
-        return await self._engine.apply(frame)
-
-
-def _one(number: int) -> npt.NDArray[np.uint64]:
-    return np.array([number], np.uint64)
-
-
-def _no_sink(_part: Part) -> None:
-    raise AssertionError("Engine.apply sets the sink")
+    async def _apply(self, change: Change, answer: Awaited, context: Context) -> Applied:
+        change.deadline, change.caller = deadline_of(context, self._clock), context.peer()
+        return await self._engine.apply(change, answer)

@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from stepwell_server.engine.cost import Cost
 from stepwell_server.errors import Overloaded, ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import Batch, Store
 from stepwell_server.store.record import Joined
 
-_log = Log("engine.commits")
+_log = Log("engine.commit")
 
 #: A commit expected to take less is made on the event loop: a thread costs more, in waiting for Python's lock.
 IN_PLACE_S = 1e-3
@@ -26,8 +27,6 @@ MOST_TOGETHER = 8192
 #: So many sessions may wait for the store before passes wait too.
 MOST_WAITING = 32_768
 
-#: So many records tell what one costs, fewer what a commit costs.
-_MANY = 16
 _RETRY_AFTER_S = 0.5
 
 Done = Callable[[ServerError | None], None]
@@ -46,7 +45,7 @@ class _Item:
         self.error: ServerError | None = None
 
 
-class Commits:
+class GroupCommit:
     """Commits to a store. Lives on the event loop, with one thread of its own once that is needed."""
 
     def __init__(self, store: Store) -> None:
@@ -54,7 +53,8 @@ class Commits:
         self.is_durable = not store.is_volatile
         """Changes are to be committed before they are acknowledged; else the arena is all there is."""
         self._loop = asyncio.get_running_loop()
-        self._fixed_s, self._per_record_s = 20e-6, 1e-6
+        self.cost = Cost()
+        """Of a commit by its records."""
         self._waiting = 0
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         """For the thread; None is its end."""
@@ -95,7 +95,7 @@ class Commits:
         """Whether so many records are committed in place."""
         if self._store.is_volatile:
             return True
-        small = self._fixed_s + size * self._per_record_s <= IN_PLACE_S
+        small = self.cost.of(size) <= IN_PLACE_S
         return small and not self._waiting and not self._store.waits_for_disk
 
     def commit_here(self, batch: Batch, size: int) -> None:
@@ -107,7 +107,7 @@ class Commits:
         started = time.perf_counter()
         self._store.commit(batch)
         if size:
-            self._learn(size, time.perf_counter() - started)
+            self.cost.learn(size, time.perf_counter() - started)
         if self._store.is_behind:
             self._loop.call_soon(self._tend_here)
 
@@ -165,7 +165,7 @@ class Commits:
             waits_for_disk = self._store.waits_for_disk
             if not waits_for_disk:
                 if size:
-                    self._learn(size, time.perf_counter() - started)
+                    self.cost.learn(size, time.perf_counter() - started)
                 # before anything is told: then the event loop may use the store
                 self._store.tend()
             try:
@@ -208,12 +208,6 @@ class Commits:
         if not self._waiting and self._idle is not None:
             self._idle.set_result(None)
             self._idle = None
-
-    def _learn(self, size: int, seconds: float) -> None:
-        if size >= _MANY:
-            self._per_record_s += 0.2 * (max(0.0, seconds - self._fixed_s) / size - self._per_record_s)
-        else:
-            self._fixed_s += 0.2 * (max(1e-6, seconds - size * self._per_record_s) - self._fixed_s)
 
 
 def _keep(items: Sequence[_Item], commit: Callable[[Batch], None]) -> None:

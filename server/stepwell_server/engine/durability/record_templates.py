@@ -1,4 +1,4 @@
-"""Sheets of records, kept for those sessions that change together again and again: the members of a group."""
+"""Templates of records, kept for those sessions that change together again and again: the members of a group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.state.model import ServedModel
+from stepwell_server.engine.state.model import Model
 from stepwell_server.store.record import Sheet
 
 #: Fewer sessions are laid out anew each time.
@@ -21,7 +21,7 @@ _MOST_SEEN = 4096
 _Key = tuple[int, bytes]
 
 
-class Sheets:
+class Templates:
     """Lays out records. For whoever holds the claims of the sessions, on the thread that stores them."""
 
     def __init__(self, table: SessionTable) -> None:
@@ -30,7 +30,7 @@ class Sheets:
         self._bytes = 0
         self._seen: OrderedDict[int, None] = OrderedDict()
 
-    def of(self, model: ServedModel, handles: Handles) -> Sheet:
+    def of(self, model: Model, handles: Handles) -> Sheet:
         """A sheet for sessions of one batch size, to be filled.
 
         Nobody else fills it before their change is stored: their claims see to that.
@@ -68,7 +68,7 @@ class Sheets:
             self._seen.popitem(last=False)
         return is_first
 
-    def _lay_out(self, model: ServedModel, handles: Handles) -> Sheet:
+    def _lay_out(self, model: Model, handles: Handles) -> Sheet:
         table = self._table
         return Sheet(
             [table.session_id(handle) for handle in handles.tolist()],

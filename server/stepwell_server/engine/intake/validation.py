@@ -1,16 +1,19 @@
-"""From a frame as it came to a checked call: which sessions, whose rows, what is refused at once."""
+"""Whether a change fits the sessions and the model that it names; which members are refused at once.
+
+A change is refused as a whole where nothing of it could be told apart (names, dtypes, shapes, lengths of lists);
+a row that is not finite or a wrong batch size fails for its member alone.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence, Sized
 
 import numpy as np
 
 from stepwell_server.core.exactly_once import ANY_REVISION
-from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import Frame, Members, Tensors
+from stepwell_server.engine.change import Change
 from stepwell_server.engine.checks import (
     check_inputs,
     check_state,
@@ -19,135 +22,153 @@ from stepwell_server.engine.checks import (
     not_finite,
     require_finite,
 )
-from stepwell_server.engine.framecall import FrameCall
-from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.state.model import ServedModel
+from stepwell_server.engine.models import Models
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.types import Mask, Tensors
 from stepwell_server.errors import InvalidInput, RevisionConflict, ServerError
-from stepwell_server.program import Program
 
 MAX_MEMBERS = 65_536
-#: Far above every session's, and low enough that the sum of a frame's cannot wrap.
+#: Far above every session's, and low enough that the sum of a change's cannot wrap.
 MAX_BATCH_SIZE = 1 << 31
+_ANY = np.uint64(ANY_REVISION)
+
+Refusals = list[tuple[int, ServerError]]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Checked:
-    """A frame that is not refused as a whole."""
+def require_lists(change: Change) -> None:
+    """Refuse a change whose lists do not fit each other, before its sessions are looked for.
 
-    call: FrameCall
-    members: Members
-    """Members that may start."""
-    errors: Sequence[tuple[int, ServerError]]
-    """The others, each with what is wrong."""
+    Raises:
+        InvalidInput: it names too many sessions, one of them twice, or numbers for others.
+    """
+    ids = change.session_ids
+    if not 1 <= len(ids) <= MAX_MEMBERS:
+        raise InvalidInput(f"session_ids must be 1 to {MAX_MEMBERS}; got {len(ids)}")
+    if len(ids) > 1 and len(set(ids)) != len(ids):
+        raise InvalidInput(f"session_ids must name each session once; {_repeated(ids)!r} came twice")
+    _require_length("expected_revisions", change.expected, len(ids))
+    _require_length("request_ids", change.request_ids, len(ids))
+    _require_length("batch_sizes", change.batch_sizes, len(ids))
+    _require_sizes(change.batch_sizes)
 
 
-class Frames:
-    """Checks frames against the sessions and the model they name."""
+class Validation:
+    """Checks changes, and fills in what is known of their sessions."""
 
-    def __init__(self, table: SessionTable, directory: Directory) -> None:
+    def __init__(self, table: SessionTable, models: Models) -> None:
         self._table = table
-        self._directory = directory
+        self._models = models
 
-    def check(self, frame: Frame) -> Checked:
-        """Check a frame. Nothing is answered yet.
+    def check(self, change: Change, handles: Handles) -> Refusals:
+        """Check a change some of whose sessions are there. Nothing is answered yet.
+
+        Args:
+            change: As it came; its own columns are set here.
+            handles: Of its sessions, -1 for those that are not there.
+
+        Returns:
+            Members that are refused, beside those that are not there, and why.
 
         Raises:
-            ServerError: the frame as a whole is refused.
+            ServerError: the change as a whole is refused.
         """
-        call = self._call(frame)
-        if call.model < 0:
-            return Checked(call, np.zeros(0, np.intp), self._missing(call))
-        model = self._directory.model_of(int(call.handles[call.handles >= 0][0]))
-        if frame.reset:
-            self._check_reset(call, model)
-        else:
-            self._check_step(call, model)
-        there = call.handles >= 0
-        errors = [] if there.all() else self._missing(call)
-        finite = self._finite(call)
-        for member in [] if finite is None else np.flatnonzero(there & ~finite).tolist():
-            errors.append((member, _not_finite_member(call, model.program, member)))
-        good = there if finite is None else there & finite
-        for member in np.flatnonzero(good & (self._table.batch_size[call.handles] != call.sizes)).tolist():
-            errors.append((member, self._wrong_size(call, member)))
-            good[member] = False
-        if frame.expected is not None:
-            for member in np.flatnonzero(good & (frame.expected == np.uint64(ANY_REVISION))).tolist():
-                errors.append((member, self._no_such_revision(call, member)))
-                good[member] = False
-        return Checked(call, np.flatnonzero(good), errors)
-
-    def _call(self, frame: Frame) -> FrameCall:
-        ids = frame.session_ids
-        if not 1 <= len(ids) <= MAX_MEMBERS:
-            raise InvalidInput(f"session_ids must be 1 to {MAX_MEMBERS}; got {len(ids)}")
-        if len(ids) > 1 and len(set(ids)) != len(ids):
-            raise InvalidInput(f"session_ids must name each session once; {_repeated(ids)!r} came twice")
-        _require_length("expected_revisions", frame.expected, len(ids))
-        _require_length("request_ids", frame.request_ids, len(ids))
-        _require_length("batch_sizes", frame.batch_sizes, len(ids))
-        _require_sizes(frame.batch_sizes)
-        handles = self._directory.find_all(ids)
-        there = handles[handles >= 0]
-        if not len(there):
-            return FrameCall(frame, -1, handles, np.ones(len(ids), np.intp))
-        models = self._table.model[there]
-        if len(there) > 1 and np.any(models != models[0]):
-            raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
-        return FrameCall(frame, int(models[0]), handles, self._sizes(frame, handles))
-
-    def _sizes(self, frame: Frame, handles: Members) -> Rows:
+        table = self._table
         there = handles >= 0
-        sizes = np.where(there, self._table.batch_size[handles], 0).astype(np.intp)
-        said = frame.batch_sizes
-        if said is not None:
-            return said  # a member that says a wrong one is refused, but its rows are where it says
-        missing = len(handles) - int(np.count_nonzero(there))
-        if missing:
-            sizes[~there] = _rows_of_missing(frame, sizes, missing)
-        return sizes
+        all_there = len(handles) == 1 or bool(there.all())
+        models = table.model[handles if all_there else handles[there]]
+        if len(models) > 1 and np.any(models != models[0]):
+            raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
+        change.model = self._models.by_index(int(models[0]))
+        change.handles, change.births = handles, table.birth[handles]
+        own = table.batch_size[handles].astype(np.intp)
+        change.sizes = self._sizes(change, own, there, all_there=all_there)
+        change.row_count = int(change.sizes[0]) if len(handles) == 1 else int(change.sizes.sum())
+        if change.reset:
+            _check_reset(change)
+        else:
+            _check_step(change)
+        refused = self._refused(change, there, own)
+        if refused:
+            there = there.copy()
+            there[[member for member, _ in refused]] = False
+        change.members = np.arange(change.size) if all_there and not refused else np.flatnonzero(there)
+        return refused
 
-    def _check_step(self, call: FrameCall, model: ServedModel) -> None:
-        inputs = call.frame.inputs
-        if inputs is None:
-            raise InvalidInput("inputs must be given; got none")
-        call.checked = check_inputs(model.program, inputs, call.row_count)
-        call.byte_count = sum(array.nbytes for array in call.checked.arrays)
-
-    def _check_reset(self, call: FrameCall, model: ServedModel) -> None:
-        rows = call.frame.rows
-        if rows is not None:
-            _require_rows(rows, call)
-        if call.frame.state is not None:
-            count = call.row_count if rows is None else len(rows)
-            call.state = check_state(model.program, call.frame.state, count)
-            call.byte_count = sum(array.nbytes for array in call.state)
-            if call.size == 1:
-                require_finite("state", call.state, [spec.name for spec in model.program.state])
-
-    def _missing(self, call: FrameCall) -> list[tuple[int, ServerError]]:
-        ids = call.frame.session_ids
-        return [(m, self._directory.why_not(ids[m])) for m in np.flatnonzero(call.handles < 0).tolist()]
-
-    def _wrong_size(self, call: FrameCall, member: int) -> ServerError:
-        own = int(self._table.batch_size[call.handles[member]])
-        return InvalidInput(
-            f"batch_sizes must be the sessions' own; session {call.frame.session_ids[member]!r} has {own},"
-            f" got {call.sizes[member]}"
-        )
-
-    def _no_such_revision(self, call: FrameCall, member: int) -> ServerError:
-        revision = int(self._table.revision[call.handles[member]])
-        return RevisionConflict(call.frame.session_ids[member], ANY_REVISION, revision)
+    def _refused(self, change: Change, there: Mask, own: Rows) -> Refusals:
+        """Members that are there and are refused; each for the first reason."""
+        refused: dict[int, ServerError] = {}
+        finite = _finite(change)
+        if finite is not None:
+            for member in np.flatnonzero(there & ~finite).tolist():
+                refused[member] = _not_finite_member(change, member)
+        if change.batch_sizes is not None:
+            for member in np.flatnonzero(there & (own != change.sizes)).tolist():
+                refused.setdefault(member, _wrong_size(change, member, int(own[member])))
+        if change.expected is not None and _ANY in change.expected:
+            for member in np.flatnonzero(there & (change.expected == _ANY)).tolist():
+                revision = int(self._table.revision[change.handles[member]])
+                conflict = RevisionConflict(change.session_ids[member], ANY_REVISION, revision)
+                refused.setdefault(member, conflict)
+        return list(refused.items())
 
     @staticmethod
-    def _finite(call: FrameCall) -> Members | None:
-        """Which members hold only finite numbers, as a mask; None if all do."""
-        arrays = call.state if call.frame.reset else call.checked and call.checked.arrays
-        rows = finite_rows(arrays) if arrays else None
-        if rows is None:
-            return None
-        return np.logical_and.reduceat(rows, call.starts)
+    def _sizes(change: Change, own: Rows, there: Mask, *, all_there: bool) -> Rows:
+        said = change.batch_sizes
+        if said is not None:
+            return said  # a member that says a wrong one is refused, but its rows are where it says
+        if all_there:
+            return own
+        sizes = np.where(there, own, 0)
+        sizes[~there] = _rows_of_missing(change, sizes, int(np.count_nonzero(~there)))
+        return sizes
+
+
+def _check_step(change: Change) -> None:
+    if change.inputs is None:
+        raise InvalidInput("inputs must be given; got none")
+    program = change.model.program
+    known = [spec.name for spec in program.outputs]
+    for name in change.output_names:
+        if name not in known:
+            raise InvalidInput(f"output_names must be among {known}; got {name!r}")
+    rows = change.row_count
+    checked = check_inputs(program, change.inputs, rows)
+    change.arrays, change.steps, change.with_time = checked.arrays, checked.steps, checked.with_time
+    if len(set(change.output_names)) != len(change.output_names):
+        raise InvalidInput(f"output_names must name each output once; got {list(change.output_names)}")
+    if change.reset_rows is not None:
+        if len(change.reset_rows) != rows:
+            raise InvalidInput(
+                f"reset_mask must be empty or one for each of {rows} rows; got {len(change.reset_rows)}"
+            )
+        if not change.reset_rows.any():
+            change.reset_rows = None
+
+
+def _check_reset(change: Change) -> None:
+    rows, model = change.rows, change.model
+    if rows is not None:
+        _require_rows(rows, change)
+    if change.state is not None:
+        count = change.row_count if rows is None else len(rows)
+        change.arrays = check_state(model.program, change.state, count)
+        if change.size == 1:
+            require_finite("state", change.arrays, [spec.name for spec in model.program.state])
+
+
+def _wrong_size(change: Change, member: int, own: int) -> ServerError:
+    return InvalidInput(
+        f"batch_sizes must be the sessions' own; session {change.session_ids[member]!r} has {own},"
+        f" got {change.sizes[member]}"
+    )
+
+
+def _finite(change: Change) -> Mask | None:
+    """Which members hold only finite numbers, as a mask; None if all do."""
+    rows = finite_rows(change.arrays) if change.arrays else None
+    if rows is None:
+        return None
+    return np.logical_and.reduceat(rows, change.starts)
 
 
 def _require_length(name: str, values: Sized | None, count: int) -> None:
@@ -170,15 +191,15 @@ def _repeated(ids: Iterable[str]) -> str:
     raise AssertionError("only called with a repeated id")
 
 
-def _rows_of_missing(frame: Frame, sizes: Rows, missing: int) -> int:
+def _rows_of_missing(change: Change, sizes: Rows, missing: int) -> int:
     """Rows of each session that is gone: they are in the tensors too, before and between the others'.
 
     Raises:
         InvalidInput: it is not certain whose rows are whose.
     """
-    left = _rows_given(frame) - int(sizes.sum())
+    left = _rows_given(change) - int(sizes.sum())
     if missing > 1 and left != missing:
-        gone = [frame.session_ids[int(member)] for member in np.flatnonzero(sizes == 0)]
+        gone = [change.session_ids[int(member)] for member in np.flatnonzero(sizes == 0)]
         raise InvalidInput(
             "batch_sizes must be given for a frame in which several sessions are gone:"
             f" it is not certain whose rows are whose without {gone[:3]}"
@@ -186,16 +207,16 @@ def _rows_of_missing(frame: Frame, sizes: Rows, missing: int) -> int:
     return max(1, left // missing)
 
 
-def _rows_given(frame: Frame) -> int:
-    tensors: Tensors = (frame.state if frame.reset else frame.inputs) or {}
-    return next((len(array) for array in tensors.values() if array.ndim), len(frame.session_ids))
+def _rows_given(change: Change) -> int:
+    tensors: Tensors = (change.state if change.reset else change.inputs) or {}
+    return next((len(array) for array in tensors.values() if array.ndim), len(change.session_ids))
 
 
-def _require_rows(rows: Sequence[int], call: FrameCall) -> None:
-    if call.size > 1:
-        raise InvalidInput(f"rows may be given for one session only; got {call.size} sessions")
+def _require_rows(rows: Sequence[int], change: Change) -> None:
+    if change.size > 1:
+        raise InvalidInput(f"rows may be given for one session only; got {change.size} sessions")
     given = list(rows)
-    batch_size = int(call.sizes[0])
+    batch_size = int(change.sizes[0])
     outside = [row for row in given if not 0 <= row < batch_size]
     if outside:
         raise InvalidInput(f"rows must be within 0 to {batch_size - 1}; got {outside[0]}")
@@ -203,17 +224,14 @@ def _require_rows(rows: Sequence[int], call: FrameCall) -> None:
         raise InvalidInput(f"rows must name each row once; got {given}")
 
 
-def _not_finite_member(call: FrameCall, program: Program, member: int) -> ServerError:
-    low = call.starts[member]
-    high = low + call.sizes[member]
-    if call.frame.reset:
-        what, arrays = "state", call.state or ()
-        names = [spec.name for spec in program.state]
-    else:
-        what, arrays = "input", call.checked.arrays if call.checked else ()
-        names = [spec.name for spec in program.inputs]
-    for name, array in zip(names, arrays, strict=True):
+def _not_finite_member(change: Change, member: int) -> ServerError:
+    low = int(change.starts[member])
+    high = low + int(change.sizes[member])
+    model: Model = change.model
+    specs = model.program.state if change.reset else model.program.inputs
+    names = [spec.name for spec in specs]
+    for name, array in zip(names, change.arrays, strict=True):
         part = array[low:high]
         if is_float(part.dtype) and not np.isfinite(part).all():
-            return not_finite(what, name, part)
+            return not_finite("state" if change.reset else "input", name, part)
     raise AssertionError("only called for members that are not finite")

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import Array
+from stepwell_server.engine.api import Select
 from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.state.arena import Arena
+from stepwell_server.engine.types import Array, Mask
 from stepwell_server.program import Program
 
 S = TypeVar("S", bound=np.generic)
@@ -48,6 +49,8 @@ class Pass:
         self.row_count = int(self.starts[-1])
         self.source_rows = _join([job.source_rows for job in jobs])
         self.target_rows = _join([job.target_rows for job in jobs])
+        self.reset_rows = _reset_rows(jobs)
+        """Rows that begin at the initial state, `(rows,)`; None: none of them."""
         self.inputs = [
             _join([job.window(i, spec.temporal, steps) for job in jobs])
             for i, spec in enumerate(program.inputs)
@@ -72,6 +75,35 @@ class Pass:
         sizes = np.concatenate([job.sizes for job in self.jobs])
         names = [(j, s) for j, job in enumerate(self.jobs) for s in range(len(job.sizes))]
         return np.concatenate(([0], np.cumsum(sizes))), names
+
+
+def outputs_of(work: Pass, index: int, job: Job) -> dict[str, Array]:
+    """The outputs of a job that has run its last step, by name; views of the pass's arrays."""
+    if job.select is Select.NONE:
+        return {}
+    start = work.starts[index]
+    found: dict[str, Array] = {}
+    for i, spec in enumerate(work.program.outputs):
+        last = work.outputs[i][-1, start : start + job.row_count]
+        series = job.collected[i] if job.collected else None
+        if series is not None:
+            last = series
+        elif spec.temporal and job.has_time:
+            last = last[:, None]
+        found[spec.name] = last
+    return found
+
+
+def _reset_rows(jobs: Sequence[Job]) -> Mask | None:
+    if not any(job.reset_rows is not None and job.done == 0 for job in jobs):
+        return None
+    nothing = [np.zeros(job.row_count, np.bool_) for job in jobs]
+    return _join(
+        [
+            job.reset_rows if job.reset_rows is not None and job.done == 0 else none
+            for job, none in zip(jobs, nothing, strict=True)
+        ]
+    )
 
 
 def _starts(jobs: Sequence[Job]) -> Rows:
@@ -101,6 +133,8 @@ class Lane:
         executor = self._executor
         executor.bind(high - low)
         self._arena.gather(work.source_rows[low:high], executor.states())
+        if work.reset_rows is not None:
+            self._arena.put_initial(work.reset_rows[low:high], executor.states())
         for step in range(work.steps):
             if step:
                 executor.carry()

@@ -1,4 +1,4 @@
-"""The end of jobs: what they changed is kept, and their callers are answered."""
+"""The end of jobs: what they changed is committed, and their callers are answered."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.api import Observer
-from stepwell_server.engine.call import Call
-from stepwell_server.engine.durability.committer import Change, Keeper
-from stepwell_server.engine.intake.admission import Admission
+from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.slots import Rows
+from stepwell_server.engine.api import Observer, Select
+from stepwell_server.engine.change import Change
+from stepwell_server.engine.durability.committer import Committer
+from stepwell_server.engine.durability.records import Outcome
 from stepwell_server.engine.job import Job
-from stepwell_server.engine.passes.batch import Pass
+from stepwell_server.engine.passes.batch import Pass, outputs_of
 from stepwell_server.engine.passes.predict import PredictCall
-from stepwell_server.engine.state.model import ServedModel
-from stepwell_server.engine.state.replies import Kept, Outputs
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.state.replies import Kept
+from stepwell_server.engine.types import Tensors
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 
@@ -26,81 +28,78 @@ _log = Log("engine.replies")
 S = TypeVar("S", bound=np.generic)
 
 
-class ModelCompletion:
-    """See `loop.Completion`. One per model."""
+class Completion:
+    """Ends the jobs of one model. Lives on the event loop."""
 
     def __init__(
-        self,
-        table: SessionTable,
-        admission: Admission,
-        keeper: Keeper,
-        *,
-        clock: Clock,
-        observer: Observer,
+        self, model: Model, table: SessionTable, committer: Committer, *, clock: Clock, observer: Observer
     ) -> None:
+        self._model = model
         self._table = table
-        self._admission = admission
-        self._keeper = keeper
+        self._committer = committer
         self._clock = clock
         self._observer = observer
-        self.model: ServedModel | None = None
-        """Set once the model is put together."""
-
-    def release(self, handles: Handles) -> None:
-        """See `loop.Completion`."""
-        self._admission.release(handles)
 
     def complete(self, work: Pass, jobs: Sequence[tuple[int, Job]]) -> None:
-        """See `loop.Completion`."""
+        """Commit and answer jobs (with their index in the pass) that have run their last time step."""
         changes = [(index, job) for index, job in jobs if job.handles is not None]
         if changes:
-            self._complete_changes(work, changes)
+            self._commit(work, changes)
         for index, job in jobs:
             if isinstance(job.owner, PredictCall):
                 job.owner.complete(work, index, job)
 
-    def _complete_changes(self, work: Pass, jobs: Sequence[tuple[int, Job]]) -> None:
-        model = self._model()
-        self._exchange_rows(model, [job for _, job in jobs])
-        self._keep_outputs(model, work, jobs)
-        outputs = [model.replies.outputs(work, index, job) for index, job in jobs]
-        change = self._change(model, [job for _, job in jobs], outputs)
-        ended = self._clock.monotonic()
+    def _commit(self, work: Pass, ended: Sequence[tuple[int, Job]]) -> None:
+        jobs = [job for _, job in ended]
+        self._exchange_rows(jobs)
+        self._keep_outputs(work, ended)
+        outputs = [outputs_of(work, index, job) for index, job in ended]
+        outcome = self._outcome(jobs, outputs)
+        ran = self._clock.monotonic()
 
         def answer(error: ServerError | None) -> None:
             now = self._clock.monotonic()
-            if self._keeper.is_durable:
-                self._observer.stage(model.name, "commit", now - ended, len(change.handles))
-            self._answer(change, [job for _, job in jobs], outputs, error, now)
+            if self._committer.is_durable:
+                self._observer.stage(self._model.name, "commit", now - ran, len(outcome.handles))
+            self._answer(outcome, jobs, outputs, error, now)
 
-        free = self._keeper.keep(change, answer)
-        if len(free):
-            self._admission.release(free)
+        self._committer.commit(outcome, answer)
 
-    def _change(self, model: ServedModel, jobs: Sequence[Job], outputs: Sequence[Outputs]) -> Change:
+    def _outcome(self, jobs: Sequence[Job], outputs: Sequence[Tensors]) -> Outcome:
         handles = _join([job.handles for job in jobs])
         counts = [len(job.members) for job in jobs]
-        steps = np.repeat(np.array([job.steps for job in jobs], np.uint64), counts)
-        kept = [model.replies.kept(job) for job in jobs]
-        arrays: dict[int, Outputs] = {}
+        kept = [_kept(job) for job in jobs]
+        arrays: dict[int, Tensors] = {}
         for job, how, given, start in zip(jobs, kept, outputs, np.cumsum([0, *counts]), strict=False):
             if how is Kept.ARRAYS:
-                arrays.update(enumerate(model.replies.arrays_of(job, given), int(start)))
-        return Change(
-            model,
+                arrays.update(enumerate(_arrays_of(job, given), int(start)))
+        return Outcome(
+            self._model,
             handles,
             self._table.revision[handles] + np.uint64(1),
-            self._table.position[handles] + steps,
-            _join([_call(job).request_ids(job.members) for job in jobs]),
+            self._positions(jobs, handles, counts),
+            _join([_change(job).requests_of(job.members) for job in jobs]),
             np.repeat(np.array(kept, np.uint8), counts),
             arrays,
         )
 
+    def _positions(
+        self, jobs: Sequence[Job], handles: npt.NDArray[np.intp], counts: Sequence[int]
+    ) -> npt.NDArray[np.uint64]:
+        steps = np.repeat(np.array([job.steps for job in jobs], np.uint64), counts)
+        before = self._table.position[handles]
+        if any(job.reset_rows is not None for job in jobs):
+            anew = [_change(job).begins_anew(job.members) for job in jobs]
+            nobody = [np.zeros(count, np.bool_) for count in counts]
+            begins = [none if some is None else some for some, none in zip(anew, nobody, strict=True)]
+            before[np.concatenate(begins)] = 0
+        return before + steps
+
     def _answer(
         self,
-        change: Change,
+        outcome: Outcome,
         jobs: Sequence[Job],
-        outputs: Sequence[Outputs],
+        outputs: Sequence[Tensors],
         error: ServerError | None,
         now: float,
     ) -> None:
@@ -109,40 +108,55 @@ class ModelCompletion:
             end = start + len(job.members)
             try:
                 if error is not None:
-                    _call(job).fail(job.members, error)
+                    _change(job).fail(job.members, error)
                 else:
-                    self._observer.stage(change.model.name, "total", now - job.queued_at, end - start)
-                    _call(job).succeed(
-                        job.members, change.revisions[start:end], change.positions[start:end], given
+                    self._observer.stage(self._model.name, "total", now - job.queued_at, end - start)
+                    _change(job).succeed(
+                        job.members, outcome.revisions[start:end], outcome.positions[start:end], given
                     )
             except Exception as raised:
                 # its caller's loss, and no one else's: the others' answers and the claims are due
-                _log.defect("an answer could not be delivered", raised, model=change.model.name)
+                _log.defect("an answer could not be delivered", raised, model=self._model.name)
             start = end
         if error is None:
             row_steps = sum(job.row_count * job.steps for job in jobs)
-            self._observer.applied(change.model.name, "step", len(change.handles), row_steps)
+            self._observer.applied(self._model.name, "step", len(outcome.handles), row_steps)
 
-    def _exchange_rows(self, model: ServedModel, jobs: Sequence[Job]) -> None:
+    def _exchange_rows(self, jobs: Sequence[Job]) -> None:
+        slots = self._model.slots
         for job in jobs:
             if job.working is None or job.handles is None:
                 continue
             self._table.set_rows_of(job.handles, job.working)
-            model.slots.owner[self._table.row[job.handles]] = job.handles
-            model.slots.free_working(job.rows)
+            slots.owner[self._table.row[job.handles]] = job.handles
+            slots.free_working(job.rows)
 
-    def _keep_outputs(self, model: ServedModel, work: Pass, jobs: Sequence[tuple[int, Job]]) -> None:
+    def _keep_outputs(self, work: Pass, jobs: Sequence[tuple[int, Job]]) -> None:
         last = [output[-1] for output in work.outputs]
         if len(jobs) == len(work.jobs):
-            model.arena.keep_outputs(work.target_rows, last)
+            self._model.arena.keep_outputs(work.target_rows, last)
             return
         spans = [np.arange(work.starts[i], work.starts[i] + job.row_count) for i, job in jobs]
         rows = np.concatenate(spans)
-        model.arena.keep_outputs(work.target_rows[rows], [output[rows] for output in last])
+        self._model.arena.keep_outputs(work.target_rows[rows], [output[rows] for output in last])
 
-    def _model(self) -> ServedModel:
-        assert self.model is not None, "the model is put together before its loop runs"
-        return self.model
+
+def _kept(job: Job) -> Kept:
+    """How the replies of a job are remembered."""
+    if job.select is Select.NONE:
+        return Kept.EMPTY
+    if any(array is not None for array in job.collected):
+        return Kept.ARRAYS
+    return Kept.ROWS_WITH_TIME if job.has_time else Kept.ROWS
+
+
+def _arrays_of(job: Job, outputs: Tensors) -> list[Tensors]:
+    """A job's outputs by session: copies, so that one session does not keep the arrays of all alive."""
+    ends: Rows = np.cumsum(job.sizes)
+    return [
+        {name: array[end - size : end].copy() for name, array in outputs.items()}
+        for size, end in zip(job.sizes.tolist(), ends.tolist(), strict=True)
+    ]
 
 
 def _join(arrays: Sequence[npt.NDArray[S] | None]) -> npt.NDArray[S]:
@@ -150,6 +164,6 @@ def _join(arrays: Sequence[npt.NDArray[S] | None]) -> npt.NDArray[S]:
     return given[0] if len(given) == 1 else np.concatenate(given)
 
 
-def _call(job: Job) -> Call:
-    assert isinstance(job.owner, Call), "jobs with sessions come from calls"
+def _change(job: Job) -> Change:
+    assert isinstance(job.owner, Change), "jobs with sessions come from changes"
     return job.owner

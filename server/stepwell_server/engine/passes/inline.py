@@ -1,165 +1,130 @@
-"""One plain single step when nothing else is there.
+"""A lone step, when nothing else is there: the same change by the same rules, without the array work of a pass.
 
-The same rules and the same program, without the array work that pays only from a few rows on. It declines whatever is not plain; the step then goes the general way, where every rule and every message
-is. That both ways agree bit for bit is tested.
+A pass costs some 150 microseconds beside its rows, whatever their number, and a step that comes alone would pay all of
+it. What is not plain here (a session that has something under way or is paged out, a retry, a conflict, several rows
+or time steps) is declined, and goes through a pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.exactly_once import applies
-from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.api import Array, Observer, Select, StepReply
-from stepwell_server.engine.checks import is_float
-from stepwell_server.engine.durability.committer import Keeper
-from stepwell_server.engine.state.model import ServedModel
+from stepwell_server.core.sessions import SessionTable
+from stepwell_server.engine.api import Observer, Select
+from stepwell_server.engine.change import Change, may_join
+from stepwell_server.engine.durability.committer import Committer
+from stepwell_server.engine.durability.records import Outcome
+from stepwell_server.engine.passes.runner import IN_PLACE_S, Runner
+from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept
+from stepwell_server.engine.types import Array
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 
 _log = Log("engine.replies")
-Listener = Callable[[ServerError | None], None]
+#: So many steps of one turn are run one by one: they cost less than one pass for all of them.
+MOST = 4
 
 
-class Later:
-    """A step that ran, and whose reply holds if the store keeps it."""
-
-    __slots__ = ("_error", "_is_settled", "_listener", "reply")
-
-    def __init__(self, reply: StepReply) -> None:
-        self.reply = reply
-        """Not to be shown to anybody before `tell` says so."""
-        self._is_settled = False
-        self._error: ServerError | None = None
-        self._listener: Listener | None = None
-
-    def tell(self, listener: Listener) -> None:
-        """Call `listener` once: with None when it is kept, else with why it was not."""
-        self._listener = listener
-        if self._is_settled:
-            listener(self._error)
-
-    def settle(self, error: ServerError | None) -> None:
-        """It is kept, or will never be."""
-        self._is_settled, self._error = True, error
-        if self._listener is not None:
-            self._listener(error)
-
-
-Answered = StepReply | ServerError | Later
-
-
-class Solo:
-    """Runs single steps of one model in place, one at a time."""
+class Inline:
+    """Runs lone steps of one model on the event loop. Only while no pass runs."""
 
     def __init__(
         self,
+        model: Model,
         table: SessionTable,
-        model: ServedModel,
-        keeper: Keeper,
-        claim: Callable[[Handles], None],
+        runner: Runner,
+        committer: Committer,
         *,
         clock: Clock,
         observer: Observer,
     ) -> None:
-        self._table = table
         self._model = model
-        self._keeper = keeper
-        self._claim = claim
+        self._table = table
+        self._runner = runner
+        self._committer = committer
         self._clock = clock
         self._observer = observer
-        self._temporal = [spec.temporal for spec in model.program.outputs]
-        self._names = [spec.name for spec in model.program.outputs]
-        self._floats = [is_float(np.dtype(spec.dtype)) for spec in model.program.inputs]
+        self._outputs = [(spec.name, spec.temporal) for spec in model.program.outputs]
 
-    def run(
-        self,
-        handle: int,
-        arrays: Sequence[Array],
-        *,
-        expected: int | None,
-        request_id: int,
-        select: Select,
-        with_time: bool,
-    ) -> Answered | None:
-        """Run a step whose inputs have the model's dtypes and shapes, `(1, ...)` each.
+    def run_few(self, changes: list[Change]) -> list[Change]:
+        """Run the first of some changes, as long as they are few and plain; return the others."""
+        if len(changes) > MOST or self._model.ready or self._model.cost.of(1) > IN_PLACE_S:
+            return changes
+        for place, change in enumerate(changes):
+            if not self._run(change):
+                return changes[place:]
+        return []
 
-        Returns:
-            The reply, or `Later` if the store is to be waited for; the session is claimed until then.
-            None if it has to go the general way; nothing has changed then. An error if the store did not keep
-            the step, or perhaps did: it must not be run again by the server itself.
-        """
-        if not self._may_run(handle, arrays, expected, request_id):
-            return None
-        row = int(self._table.row[handle])
-        started = self._clock.monotonic()
+    def _run(self, change: Change) -> bool:
+        """Whether the step has run; it is answered as soon as it is committed."""
+        if not may_join(change) or change.reset_rows is not None or not self._may_run(change):
+            return False
+        table, handle = self._table, int(change.handles[0])
+        row, started = int(table.row[handle]), self._clock.monotonic()
         try:
-            outputs = self._model.loop.runner.run_row(row, arrays)
-        except Exception:  # the general way finds out what it is, and answers
-            return None
+            outputs = self._runner.run_row(row, change.arrays)
+        except Exception:  # the pass finds out what it is, and answers
+            return False
         self._model.arena.keep_row_outputs(row, outputs)
-        kept = _kept(select, with_time=with_time)
-        revision, position = int(self._table.revision[handle]) + 1, int(self._table.position[handle]) + 1
-        reply = StepReply(revision, position, self._outputs(kept, outputs), replayed=False)
-        if not self._keeper.may_keep_one_here():
-            return self._keep_later(handle, request_id, kept, reply, started)
-        error = self._keeper.keep_one(self._model, handle, revision, position, request_id, kept)
-        if error is None:
-            self._observer.stepped_alone(self._model.name, self._clock.monotonic() - started)
-        return error or reply
-
-    def _keep_later(
-        self, handle: int, request_id: int, kept: Kept, reply: StepReply, started: float
-    ) -> Later:
-        self._claim(np.array([handle]))
-        later = Later(reply)
+        kept = _kept(change)
+        outcome = Outcome(
+            self._model,
+            change.handles,
+            table.revision[change.handles] + np.uint64(1),
+            table.position[change.handles] + np.uint64(1),
+            change.requests_of(change.members),
+            np.array([kept], np.uint8),
+        )
+        table.claimed[handle] = True
         ran = self._clock.monotonic()
 
         def answer(error: ServerError | None) -> None:
             now = self._clock.monotonic()
-            self._observer.stage(self._model.name, "commit", now - ran, 1)
-            if error is None:
-                self._observer.stepped_alone(self._model.name, now - started)
+            if self._committer.is_durable:
+                self._observer.stage(self._model.name, "commit", now - ran, 1)
             try:
-                later.settle(error)
+                if error is not None:
+                    change.fail(change.members, error)
+                else:
+                    self._observer.stepped_alone(self._model.name, now - started)
+                    change.succeed(
+                        change.members, outcome.revisions, outcome.positions, self._named(kept, outputs)
+                    )
             except Exception as raised:
                 # its caller's loss, and no one else's: the claim is due
                 _log.defect("an answer could not be delivered", raised, model=self._model.name)
 
-        self._keeper.keep_one_later(
-            self._model, handle, reply.revision, reply.position, request_id, kept, answer
-        )
-        return later
+        self._committer.commit(outcome, answer)
+        return True
 
-    def _may_run(self, handle: int, arrays: Sequence[Array], expected: int | None, request_id: int) -> bool:
-        table = self._table
-        if table.claimed[handle] or table.row[handle] < 0 or table.batch_size[handle] != 1:
+    def _may_run(self, change: Change) -> bool:
+        table, handle = self._table, int(change.handles[0])
+        if not len(change.members) or table.birth[handle] != change.births[0]:
             return False
-        if not self._keeper.may_keep_one():
+        if table.claimed[handle] or table.row[handle] < 0:
             return False
-        revision, last = int(table.revision[handle]), int(table.request_id[handle])
-        if not applies(revision, last, expected, request_id):
+        if self._clock.monotonic() >= change.deadline or len(change.replies.cancelled(change.members)):
             return False
-        return all(
-            np.isfinite(array).all()
-            for array, may_be_infinite in zip(arrays, self._floats, strict=True)
-            if may_be_infinite
-        )
+        expected = None if change.expected is None else int(change.expected[0])
+        request = 0 if change.request_ids is None else int(change.request_ids[0])
+        return applies(int(table.revision[handle]), int(table.request_id[handle]), expected, request)
 
-    def _outputs(self, kept: Kept, outputs: Sequence[Array]) -> dict[str, Array]:
+    def _named(self, kept: Kept, outputs: Sequence[Array]) -> dict[str, Array]:
         if kept is Kept.EMPTY:
             return {}
+        with_time = kept is Kept.ROWS_WITH_TIME
         return {
-            name: output[:, None] if temporal and kept is Kept.ROWS_WITH_TIME else output
-            for name, output, temporal in zip(self._names, outputs, self._temporal, strict=True)
+            name: output[:, None] if temporal and with_time else output
+            for (name, temporal), output in zip(self._outputs, outputs, strict=True)
         }
 
 
-def _kept(select: Select, *, with_time: bool) -> Kept:
-    if select is Select.NONE:
+def _kept(change: Change) -> Kept:
+    if change.select is Select.NONE:
         return Kept.EMPTY
-    return Kept.ROWS_WITH_TIME if with_time and select is Select.ALL else Kept.ROWS
+    return Kept.ROWS_WITH_TIME if change.with_time and change.select is Select.ALL else Kept.ROWS

@@ -9,33 +9,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.sessions import Handles
-from stepwell_server.core.slots import Slots
-from stepwell_server.engine.api import Observer
-from stepwell_server.engine.job import Job, Mask
+from stepwell_server.engine.api import Observer, Select
+from stepwell_server.engine.intake.admission import Admission
+from stepwell_server.engine.intake.inbox import Inbox, joined_where_alike
+from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes.batch import FailedUnit, Pass
-from stepwell_server.engine.passes.runner import IN_PLACE_S, SLICE_S, Runner
+from stepwell_server.engine.passes.completion import Completion
+from stepwell_server.engine.passes.inline import Inline
+from stepwell_server.engine.passes.runner import SLICE_S, Runner
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.types import Mask
 from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.logs import Log
-from stepwell_server.program import Program
 
 _log = Log("engine.loop")
-
-
-class Completion(Protocol):
-    """What happens to jobs when they end."""
-
-    def complete(self, work: Pass, jobs: Sequence[tuple[int, Job]]) -> None:
-        """Jobs (with their index in the pass) have run their last time step."""
-
-    def release(self, handles: Handles) -> None:
-        """Sessions that a job no longer holds."""
 
 
 class PassLoop:
@@ -43,41 +35,51 @@ class PassLoop:
 
     def __init__(
         self,
-        name: str,
-        program: Program,
-        *,
-        slots: Slots,
+        model: Model,
+        inbox: Inbox,
+        admission: Admission,
         runner: Runner,
         completion: Completion,
+        inline: Inline,
+        release: Callable[[Handles], None],
+        must_wait: Callable[[], bool],
+        *,
         clock: Clock,
         observer: Observer,
-        max_batch_rows: int,
     ) -> None:
-        self._name = name
-        self._program = program
-        self._slots = slots
+        """See the module.
+
+        Args:
+            model: Whose jobs run.
+            inbox: Where its changes come in.
+            admission: Makes jobs of them.
+            runner: Runs passes.
+            completion: Commits and answers jobs that have ended.
+            inline: Runs what comes alone.
+            release: Ends the claims of sessions whose job failed.
+            must_wait: No pass begins while this is true; whoever makes it false rings `model.work`.
+            clock: For deadlines.
+            observer: Is told of passes.
+        """
+        self._model = model
+        self._inbox = inbox
+        self._admission = admission
         self.runner = runner
         self._completion = completion
+        self._inline = inline
+        self._release = release
+        self._must_wait = must_wait
         self._clock = clock
         self._observer = observer
-        self._scheduler: Scheduler[Job] = Scheduler(max_batch_rows)
         self._running = False
-        self._turn_due = False
-        self._feed: Callable[[], None] = lambda: None
-        self._must_wait: Callable[[], bool] = lambda: False
         self._idle: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
-        self.max_batch_rows = max_batch_rows
-
-    @property
-    def rows_waiting(self) -> int:
-        """Rows of jobs that wait for a pass."""
-        return self._scheduler.rows_waiting
+        model.work.listen(self._turn)
 
     @property
     def busy(self) -> bool:
-        """A pass runs or jobs wait for one."""
-        return self._running or self._turn_due or bool(self._scheduler)
+        """A pass runs, or something waits for one."""
+        return self._running or self._model.work.is_due or bool(self._inbox) or bool(self._model.ready)
 
     async def idle(self) -> None:
         """Return when no pass runs and nothing waits for one."""
@@ -85,56 +87,24 @@ class PassLoop:
             self._idle = self._idle or self._loop.create_future()
             await asyncio.shield(self._idle)
 
-    def expected_wait_s(self) -> float:
-        """About how long what waits now will take."""
-        return self.runner.cost.of(self._scheduler.rows_waiting)
-
-    @property
-    def is_free(self) -> bool:
-        """No pass runs and nothing waits for one, and one row is cheap enough to run in place."""
-        return not self._running and not self._scheduler and self.runner.cost.of(1) <= IN_PLACE_S
-
-    @property
-    def is_turn_due(self) -> bool:
-        """A turn comes as soon as the event loop is at it."""
-        return self._turn_due
-
-    def feed(self, source: Callable[[], None]) -> None:
-        """Call `source` at the beginning of each turn: it adds jobs made of what has come meanwhile."""
-        self._feed = source
-
-    def pause_while(self, must_wait: Callable[[], bool]) -> None:
-        """Begin no pass while this is true. Whoever makes it false wakes the loop."""
-        self._must_wait = must_wait
-
-    def wake(self) -> None:
-        """Something waits at the source: take a turn as soon as no pass runs."""
-        self._wake()
-
-    def add(self, job: Job) -> None:
-        """Put a job in line; it runs in one of the next turns."""
-        self._scheduler.add(job)
-        self._wake()
-
-    def _wake(self) -> None:
-        if not self._running and not self._turn_due:
-            self._turn_due = True
-            self._loop.call_soon(self._turn)
-
     def _turn(self) -> None:
-        # before the feed: what it answers may bring new steps at once, and they must wake the loop
-        self._turn_due = False
-        if self._running or self._must_wait():  # the turn before began a pass, after this one was asked for
+        """What came is drained, admitted and chosen from; what was chosen runs, is committed and answered."""
+        if self._running or self._must_wait():
             return
-        self._feed()
+        came = self._inline.run_few(self._inbox.drain())
+        self._admission.admit(joined_where_alike(came))
         jobs = self._choose()
-        if not jobs:
+        if jobs:
+            self._run(jobs)  # then `_finish`: commit and reply
+        else:
             self._tell_if_idle()
-            return
+
+    def _run(self, jobs: Sequence[Job]) -> None:
         try:
             work = self._pack(jobs)
         except Exception as error:
             self._fail_all(jobs, error)
+            self._model.work.ring()
             return
         self._running = True
         if self.runner.is_small(work):
@@ -144,8 +114,8 @@ class PassLoop:
 
     def _pack(self, jobs: Sequence[Job]) -> Pass:
         rows = sum(job.row_count for job in jobs)
-        budget = self.runner.cost.steps_within(rows, SLICE_S)
-        return Pass(self._program, jobs, self._scheduler.steps_together(jobs, budget))
+        budget = self._model.cost.times_within(rows, SLICE_S)
+        return Pass(self._model.program, jobs, self._model.ready.steps_together(jobs, budget))
 
     def _tell(self, work: Pass, broken: BaseException | None) -> None:
         """From a compute thread: one wake-up of the event loop per pass."""
@@ -168,11 +138,14 @@ class PassLoop:
         now = self._clock.monotonic()
         chosen: list[Job] = []
         later: list[Job] = []
-        while self._scheduler and not chosen:
-            for job in self._scheduler.next_pass():
+        while self._model.ready and not chosen:
+            for job in self._model.ready.next_pass():
                 self._consider(job, now, chosen, later)
         for job in later:
-            self._scheduler.add(job)
+            self._model.ready.add(job)
+        if later and not chosen:
+            # the rows that these wait for were those of jobs which have been dropped just now
+            self._model.work.ring()
         return chosen
 
     def _consider(self, job: Job, now: float, chosen: list[Job], later: list[Job]) -> None:
@@ -184,11 +157,11 @@ class PassLoop:
             later.append(job)
         else:
             if job.done == 0:
-                self._observer.stage(self._name, "wait", now - job.queued_at, len(job.members))
+                self._observer.stage(self._model.name, "wait", now - job.queued_at, len(job.members))
             chosen.append(job)
 
     def _take_working_rows(self, job: Job) -> bool:
-        rows = self._slots.take_working(job.row_count)
+        rows = self._model.slots.take_working(job.row_count)
         if rows is None:
             return False
         job.work_on(rows)
@@ -199,12 +172,11 @@ class PassLoop:
         if broken is not None:
             self._fail_all(work.jobs, broken)
         else:
-            self._observer.pass_done(self._name, work.row_count, work.steps, work.seconds)
+            self._observer.pass_done(self._model.name, work.row_count, work.steps, work.seconds)
             if work.failed:
                 self._drop_failed(work)
             self._advance(work)
-        # what came while the pass ran wakes the loop too: `wake` does nothing in the meantime
-        self._wake()
+        self._model.work.ring()
 
     def _advance(self, work: Pass) -> None:
         ended: list[tuple[int, Job]] = []
@@ -215,14 +187,14 @@ class PassLoop:
                 _collect(work, index, job)
             job.done += work.steps
             if job.steps_left:
-                self._scheduler.add(job)
+                self._model.ready.add(job)
             else:
                 ended.append((index, job))
         if ended:
             self._completion.complete(work, ended)
 
     def _fail_all(self, jobs: Sequence[Job], broken: BaseException) -> None:
-        error = _log.internal("a pass raised", broken, model=self._name)
+        error = _log.internal("a pass raised", broken, model=self._model.name)
         for job in jobs:
             self._drop_members(job, np.ones(len(job.members), np.bool_), error)
 
@@ -240,7 +212,7 @@ class PassLoop:
     def _drop_units(self, work: Pass, index: int, units: Sequence[FailedUnit]) -> Mask:
         job = work.jobs[index]
         dropped = np.zeros(len(job.members), np.bool_)
-        _log.debug("inputs refused by the model", model=self._name, cause=units[0].cause)
+        _log.debug("inputs refused by the model", model=self._model.name, cause=units[0].cause)
         dropped[[unit.session for unit in units]] = True
         rows = job.row_mask(~dropped)
         self._drop_members(job, dropped, _refusal(work, index, units[0]))
@@ -252,10 +224,10 @@ class PassLoop:
         handles = None if job.handles is None else job.handles[dropped]
         freed = job.keep(~dropped)
         if freed is not None:
-            self._slots.free_working(freed)
+            self._model.slots.free_working(freed)
         job.owner.fail(members, error)
         if handles is not None:
-            self._completion.release(handles)
+            self._release(handles)
 
 
 def _refusal(work: Pass, index: int, unit: FailedUnit) -> ServerError:
@@ -283,7 +255,7 @@ def _collect(work: Pass, index: int, job: Job) -> None:
     if not job.collected:
         job.collected = [
             np.empty((job.row_count, job.steps, *spec.shape), spec.dtype)
-            if spec.temporal and job.select.value == "all"
+            if spec.temporal and job.select is Select.ALL
             else None
             for spec in work.program.outputs
         ]

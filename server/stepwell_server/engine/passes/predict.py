@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import Array, Members, Predicted, Select
+from stepwell_server.engine.api import Predicted, Select
+from stepwell_server.engine.change import cancelled, too_late
 from stepwell_server.engine.checks import CheckedInputs
-from stepwell_server.engine.framecall import cancelled, too_late
 from stepwell_server.engine.job import Job
-from stepwell_server.engine.passes.batch import Pass
-from stepwell_server.engine.state.model import ServedModel
+from stepwell_server.engine.passes.batch import Pass, outputs_of
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.types import Array, Members
 from stepwell_server.errors import ServerError
 
 
@@ -22,7 +23,7 @@ class PredictCall:
 
     def __init__(
         self,
-        model: ServedModel,
+        model: Model,
         checked: CheckedInputs,
         state: tuple[Array, ...] | None,
         rows: int,
@@ -45,7 +46,8 @@ class PredictCall:
     async def run(self) -> Predicted:
         """Put the jobs in line and wait for all of them."""
         for job in self._jobs:
-            self._model.loop.add(job)
+            self._model.ready.add(job)
+        self._model.work.ring()
         return await self._done
 
     def drop(self, members: Members, now: float) -> Sequence[tuple[Members, ServerError]]:
@@ -76,7 +78,7 @@ class PredictCall:
             self._done.set_result(self._result())
 
     def _take_outputs(self, work: Pass, index: int, job: Job) -> None:
-        outputs = self._model.replies.outputs(work, index, job)
+        outputs = outputs_of(work, index, job)
         for i, array in enumerate(outputs.values()):
             whole = self._outputs[i]
             if whole is None:
@@ -92,7 +94,7 @@ class PredictCall:
         )
 
     def _make_jobs(self, checked: CheckedInputs, source: object, now: float) -> Sequence[Job]:
-        limit = self._model.loop.max_batch_rows
+        limit = self._model.max_batch_rows
         limit = min(limit, self._model.slots.working_limit)
         return [
             self._make_job(checked, low, min(low + limit, self._rows), source, now)

@@ -9,11 +9,11 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.durability.group_commit import Commits
-from stepwell_server.engine.intake.admission import Admission
+from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.opening import MAX_SESSIONS_PER_CALL
-from stepwell_server.engine.sessions.removal import Roster
+from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL
+from stepwell_server.engine.sessions.removal import Removal
 from stepwell_server.errors import (
     InvalidInput,
     ModelMismatch,
@@ -38,17 +38,19 @@ class Closing:
         self,
         table: SessionTable,
         directory: Directory,
-        admission: Admission,
-        commits: Commits,
+        turns: Turns,
+        commits: GroupCommit,
         *,
-        roster: Roster,
+        removal: Removal,
+        drop: Callable[[Handles, ServerError], None],
         clock: Clock,
     ) -> None:
         self._table = table
         self._directory = directory
-        self._admission = admission
+        self._turns = turns
         self._commits = commits
-        self._roster = roster
+        self._removal = removal
+        self._drop = drop
         self._clock = clock
         self._deleting: dict[str, asyncio.Future[None]] = {}
         """Sessions that cannot be stepped here and are being deleted: they have no claim."""
@@ -57,7 +59,7 @@ class Closing:
         """Delete a session when its turn comes. See `Engine.close_session`."""
         try:
             handle = self._directory.find(session_id)
-            await self._admission.hold(handle, deadline, rows=False)
+            await self._turns.hold(handle, deadline, rows=False)
         except SessionGone:
             if request_id and self._directory.closed_with(session_id) == request_id:
                 return True
@@ -80,7 +82,7 @@ class Closing:
         handles = handles[handles >= 0]
         free = handles[~self._table.claimed[handles]]
         named = {self._table.session_id(handle) for handle in free.tolist()}
-        self._admission.claim(free)
+        self._turns.claim(free)
         closed = await self._delete_in_parts(free)
         # one after the other: to hold some while waiting for others could wait for ever
         for session_id in dict.fromkeys(session_ids):
@@ -103,7 +105,7 @@ class Closing:
             try:
                 await self._delete(handles[start : start + _CLOSE_AT_ONCE], 0)
             except BaseException:
-                self._admission.release(handles[start + _CLOSE_AT_ONCE :])
+                self._turns.release(handles[start + _CLOSE_AT_ONCE :])
                 raise
         return len(handles)
 
@@ -113,19 +115,19 @@ class Closing:
         Raises:
             Unavailable: the store did not. They leave the table: what it has of them is the truth.
         """
-        table, roster = self._table, self._roster
+        table, removal = self._table, self._removal
         sessions = [
-            (table.session_id(handle), roster.model_of(handle).name, int(table.revision[handle]))
+            (table.session_id(handle), removal.model_of(handle).name, int(table.revision[handle]))
             for handle in handles.tolist()
         ]
 
         def done(error: ServerError | None) -> None:
             if error is not None:
-                self._directory.drop(handles, error)
+                self._drop(handles, error)
                 return
             for handle, (session_id, _, _) in zip(handles.tolist(), sessions, strict=True):
                 gone = SessionNotFound(session_id, f"session {session_id!r} was closed")
-                roster.remove(handle, "closed", gone)
+                removal.remove(handle, "closed", gone)
 
         await self._commit(self._batch(sessions, request_id), done)
 

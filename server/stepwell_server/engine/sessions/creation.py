@@ -12,13 +12,13 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import SessionInfo
-from stepwell_server.engine.call import U64
-from stepwell_server.engine.durability.group_commit import Commits
-from stepwell_server.engine.intake.admission import Admission
+from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.expiry import Expiry
-from stepwell_server.engine.sessions.removal import Roster
-from stepwell_server.engine.state.model import ServedModel
+from stepwell_server.engine.sessions.removal import Removal
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.types import U64
 from stepwell_server.errors import ServerError
 from stepwell_server.store.base import Batch
 from stepwell_server.store.record import U8, Sheet, Stored
@@ -42,33 +42,33 @@ class Creation:
         self,
         table: SessionTable,
         directory: Directory,
-        admission: Admission,
-        commits: Commits,
+        row_queue: RowQueue,
+        commits: GroupCommit,
         *,
-        roster: Roster,
+        removal: Removal,
         expiry: Expiry,
         clock: Clock,
     ) -> None:
         self._table = table
         self._directory = directory
-        self._admission = admission
-        self._roster = roster
+        self._row_queue = row_queue
+        self._removal = removal
         self._expiry = expiry
         self._commits = commits
         self._clock = clock
 
     async def settled(self, session_id: str) -> None:
         """Return when nobody is making a session of this id."""
-        while (pending := self._roster.opening.get(session_id)) is not None:
+        while (pending := self._removal.opening.get(session_id)) is not None:
             await asyncio.shield(pending)
 
     async def all_settled(self, session_ids: Sequence[str]) -> None:
         """As `settled`, for all of many ids at the same moment."""
-        while pending := {self._roster.opening[i] for i in session_ids if i in self._roster.opening}:
+        while pending := {self._removal.opening[i] for i in session_ids if i in self._removal.opening}:
             await asyncio.wait(pending)
 
     async def create(
-        self, model: ServedModel, ids: Sequence[str], batch_size: int, rows: Rows, facts: Fresh
+        self, model: Model, ids: Sequence[str], batch_size: int, rows: Rows, facts: Fresh
     ) -> SessionInfo:
         """Make sessions. They are there when this returns; to be cancelled meanwhile changes nothing about it.
 
@@ -88,12 +88,12 @@ class Creation:
         """
         made: asyncio.Future[SessionInfo | ServerError] = asyncio.get_running_loop().create_future()
         pending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._roster.opening.update(dict.fromkeys(ids, pending))
+        self._removal.opening.update(dict.fromkeys(ids, pending))
         created = self._clock.now()
 
         def done(error: ServerError | None) -> None:
             for session_id in ids:
-                del self._roster.opening[session_id]
+                del self._removal.opening[session_id]
             pending.set_result(None)
             if error is not None:
                 model.slots.free_resident(rows)
@@ -101,7 +101,7 @@ class Creation:
             else:
                 self._add(model, ids, batch_size, rows, facts, created)
                 made.set_result(self._directory.info(self._directory.find(ids[0])))
-            self._admission.room_may_have_come()  # the rows are free, or of sessions that have nothing under way
+            self._row_queue.room_may_have_come()  # the rows are free, or of sessions that have nothing under way
 
         self._commits.submit(
             lambda: self._batch(model, ids, batch_size, rows, facts, created), len(ids), done
@@ -113,7 +113,7 @@ class Creation:
 
     def _batch(
         self,
-        model: ServedModel,
+        model: Model,
         ids: Sequence[str],
         batch_size: int,
         rows: Rows,
@@ -135,7 +135,7 @@ class Creation:
 
     def _add(
         self,
-        model: ServedModel,
+        model: Model,
         ids: Sequence[str],
         batch_size: int,
         rows: Rows,
@@ -165,7 +165,7 @@ class Creation:
 
 
 def _records(
-    model: ServedModel, ids: Sequence[str], batch_size: int, rows: U8, facts: Fresh, created: float
+    model: Model, ids: Sequence[str], batch_size: int, rows: U8, facts: Fresh, created: float
 ) -> list[tuple[str, Stored]]:
     if not ids:
         return []

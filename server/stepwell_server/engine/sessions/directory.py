@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import SessionInfo
-from stepwell_server.engine.call import U64
+from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.expiry import Expiry
 from stepwell_server.engine.sessions.ids import IdMaker, shown
 from stepwell_server.engine.sessions.loading import Loader
-from stepwell_server.engine.sessions.removal import Roster
-from stepwell_server.engine.state.model import ServedModel
+from stepwell_server.engine.sessions.removal import Removal
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import (
     ModelMismatch,
     ModelNotFound,
@@ -42,36 +43,25 @@ class Directory:
     def __init__(
         self,
         table: SessionTable,
-        models: Sequence[ServedModel],
+        models: Models,
         store: Store,
         *,
-        roster: Roster,
+        removal: Removal,
         expiry: Expiry,
         clock: Clock,
     ) -> None:
         self._table = table
-        self._by_name = {model.name: model for model in models}
+        self.models = models
         self._store = store
-        self._roster = roster
+        self._removal = removal
         self._expiry = expiry
         self._clock = clock
-        self._loader = Loader(table, models, roster, expiry, store)
+        self._loader = Loader(table, models, removal, expiry, store)
         self.ids = IdMaker(store)
 
-    def model(self, name: str) -> ServedModel:
-        """The model served under a name.
-
-        Raises:
-            ModelNotFound: there is none.
-        """
-        model = self._by_name.get(name)
-        if model is None:
-            raise ModelNotFound(f"model must be one of {sorted(self._by_name)}; got {name!r}", model=name)
-        return model
-
-    def model_of(self, handle: int) -> ServedModel:
+    def model_of(self, handle: int) -> Model:
         """The model of a session."""
-        return self._roster.model_of(handle)
+        return self._removal.model_of(handle)
 
     def find(self, session_id: str) -> int:
         """The handle of a live session.
@@ -143,6 +133,13 @@ class Directory:
         except ServerError as error:
             return error
         return Unavailable(f"session {session_id!r} must be readable; it was not, just now")
+
+    def why_not_all(
+        self, session_ids: Sequence[str], members: Members
+    ) -> Iterator[tuple[Members, ServerError]]:
+        """Why those of some sessions, by their index, cannot be had."""
+        for member in members.tolist():
+            yield np.array([member]), self.why_not(session_ids[member])
 
     def gone(self, session_id: str) -> SessionGone:
         """Why there is no such session."""
@@ -226,7 +223,7 @@ class Directory:
                 raise
             return stored_info(session_id, decode_header(session_id, stored))
 
-    def count(self, model: ServedModel) -> int:
+    def count(self, model: Model) -> int:
         """How many sessions a model has."""
         if not self._store.is_volatile:
             try:
@@ -234,13 +231,6 @@ class Directory:
             except Unavailable as error:
                 _log.warning("the store could not be asked how many sessions it has", error=error)
         return self._table.count(model.index)
-
-    def drop(self, handles: Handles, error: ServerError) -> None:
-        """Forget claimed sessions whose rows are not what the store holds; they are loaded when next named."""
-        _log.warning("sessions left the arena", sessions=len(handles), error=error)
-        for handle in handles.tolist():
-            self._expiry.remember_use([self._table.session_id(handle)], float(self._table.used[handle]))
-            self._roster.forget(handle, error)
 
 
 def stored_info(session_id: str, header: Header) -> SessionInfo:

@@ -16,8 +16,8 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.idle import IdleWatch
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
-from stepwell_server.engine.durability.group_commit import Commits
-from stepwell_server.engine.sessions.removal import Roster
+from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.sessions.removal import Removal
 from stepwell_server.errors import ServerError, SessionExpired, StateCorrupt
 from stepwell_server.logs import Log
 from stepwell_server.store.base import Batch, End, Store, Tombstone
@@ -38,16 +38,16 @@ class Expiry:
     def __init__(
         self,
         table: SessionTable,
-        roster: Roster,
+        removal: Removal,
         store: Store,
-        commits: Commits,
+        commits: GroupCommit,
         *,
         clock: Clock,
         observer: Observer,
         max_idle_s: float,
     ) -> None:
         self._table = table
-        self._roster = roster
+        self._removal = removal
         self._store = store
         self._commits = commits
         self._clock = clock
@@ -96,12 +96,19 @@ class Expiry:
         """End sessions of the table; the answer is the last one's."""
         table, error = self._table, self.error("")
         self._bury(
-            [(table.session_id(h), self._roster.model_of(h).name, int(table.revision[h])) for h in handles]
+            [(table.session_id(h), self._removal.model_of(h).name, int(table.revision[h])) for h in handles]
         )
         for handle in handles:
             error = self.error(table.session_id(handle))
-            self._roster.remove(handle, "expired", error)
+            self._removal.remove(handle, "expired", error)
         return error
+
+    def drop(self, handles: Handles, error: ServerError) -> None:
+        """Forget claimed sessions whose rows are not what the store holds; they are loaded when next named."""
+        _log.warning("sessions left the arena", sessions=len(handles), error=error)
+        for handle in handles.tolist():
+            self.remember_use([self._table.session_id(handle)], float(self._table.used[handle]))
+            self._removal.forget(handle, error)
 
     def expire_among(self, handles: Handles) -> None:
         """End those of some sessions that are due, and put -1 in their places, as it stands for others already."""
@@ -171,7 +178,7 @@ class Expiry:
             (session_id, header)
             for session_id, header in found
             if header is not None
-            and session_id not in self._roster
+            and session_id not in self._removal
             and session_id not in self.burying
             and session_id not in self._strays
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from stepwell_server.engine.durability.group_commit import Commits
+from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.sessions.expiry import Expiry
 from stepwell_server.logs import Log
 
@@ -20,7 +20,7 @@ _PAUSE_S = 0.01
 class ExpiryTimer:
     """Expires idle sessions from time to time. Lives on the event loop."""
 
-    def __init__(self, expiry: Expiry, commits: Commits, max_idle_s: float) -> None:
+    def __init__(self, expiry: Expiry, commits: GroupCommit, max_idle_s: float) -> None:
         self._expiry = expiry
         self._commits = commits
         self._max_idle_s = max_idle_s

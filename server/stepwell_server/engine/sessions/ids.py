@@ -11,6 +11,7 @@ from stepwell_server.errors import InvalidInput
 from stepwell_server.store.base import Store
 
 MAX_ID_LENGTH = 256
+MAX_SESSIONS_PER_CALL = 65_536
 _MADE_BY_A_SERVER = re.compile(r"s-([0-9a-f]{8})-[A-Za-z0-9_-]{22}(-[0-9a-f]{4})?")
 _TOKEN_BYTES = 16
 

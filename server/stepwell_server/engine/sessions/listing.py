@@ -31,7 +31,7 @@ class Listing:
     async def page(self, *, model: str, prefix: str, after: str, limit: int) -> tuple[list[SessionInfo], int]:
         """See `Engine.list_sessions`."""
         if model:
-            self._directory.model(model)  # raises
+            self._directory.models.by_name(model)  # raises
         if self._store.is_volatile:
             return await self._page_of_table(model, prefix, after, limit)
         return await self._page_of_store(model, prefix, after, limit), await self._total(model, prefix)
@@ -39,7 +39,7 @@ class Listing:
     async def _page_of_table(
         self, model: str, prefix: str, after: str, limit: int
     ) -> tuple[list[SessionInfo], int]:
-        wanted = self._directory.model(model).index if model else None
+        wanted = self._directory.models.by_name(model).index if model else None
         ids = self._table.ids()
         page: list[str] = []
         total = 0

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.expiry import Expiry
-from stepwell_server.engine.sessions.removal import Roster
-from stepwell_server.engine.state.model import ServedModel
+from stepwell_server.engine.sessions.removal import Removal
+from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ModelMismatch, ModelNotFound, StateCorrupt
 from stepwell_server.store.base import Store
 from stepwell_server.store.record import Header, decode_header
@@ -19,11 +20,11 @@ class Loader:
     """Takes the store's sessions into the table when they are named. Lives on the event loop."""
 
     def __init__(
-        self, table: SessionTable, models: Sequence[ServedModel], roster: Roster, expiry: Expiry, store: Store
+        self, table: SessionTable, models: Models, removal: Removal, expiry: Expiry, store: Store
     ) -> None:
         self._table = table
-        self._by_name = {model.name: model for model in models}
-        self._roster = roster
+        self._models = models
+        self._removal = removal
         self._expiry = expiry
         self._store = store
 
@@ -39,7 +40,7 @@ class Loader:
 
     def _is_only_stored(self, session_id: str) -> bool:
         """If it is anywhere, it is in the store and nowhere else, to stay."""
-        return session_id != "" and session_id not in self._roster and session_id not in self._expiry.burying
+        return session_id != "" and session_id not in self._removal and session_id not in self._expiry.burying
 
     def load_all(self, session_ids: Sequence[str]) -> tuple[int, list[str]]:
         """Take those sessions into the table that are in the store and can be stepped.
@@ -51,7 +52,7 @@ class Loader:
             Unavailable: the store cannot be read.
         """
         wanted = [session_id for session_id in dict.fromkeys(session_ids) if self._is_only_stored(session_id)]
-        found: list[tuple[str, Header, ServedModel]] = []
+        found: list[tuple[str, Header, Model]] = []
         unusable: list[str] = []
         for session_id, stored in zip(wanted, self._store.get_many(wanted), strict=True):
             if stored is None:
@@ -65,13 +66,13 @@ class Loader:
             self._adopt(found)
         return len(found), unusable
 
-    def _served(self, session_id: str, header: Header) -> ServedModel:
+    def _served(self, session_id: str, header: Header) -> Model:
         """The model of a stored session."""
-        model = self._by_name.get(header.model)
+        model = self._models.find(header.model)
         if model is None:
             raise ModelNotFound(
                 f"session {session_id!r} belongs to model {header.model!r}, which is not served;"
-                f" model must be one of {sorted(self._by_name)}. Serve it again, or close the session",
+                f" model must be one of {self._models.names()}. Serve it again, or close the session",
                 model=header.model,
             )
         if model.program.fingerprint != header.fingerprint:
@@ -83,7 +84,7 @@ class Loader:
             )
         return model
 
-    def _adopt(self, sessions: Sequence[tuple[str, Header, ServedModel]]) -> Handles:
+    def _adopt(self, sessions: Sequence[tuple[str, Header, Model]]) -> Handles:
         headers = [header for _, header, _ in sessions]
         handles = self._table.add(
             [session_id for session_id, _, _ in sessions],

@@ -9,18 +9,16 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
-from stepwell_server.engine.api import Array, Observer, Opened, Tensors
-from stepwell_server.engine.call import U64
+from stepwell_server.engine.api import Observer, Opened
 from stepwell_server.engine.checks import check_state, require_finite
-from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.paging import Pager
+from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.sessions.creation import Creation, Fresh
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ids import require_session_id
-from stepwell_server.engine.state.model import ServedModel
+from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, require_session_id
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.types import U64, Array, Tensors
 from stepwell_server.errors import InvalidInput, ModelMismatch, ModelNotFound, RevisionConflict, SessionExists
-
-MAX_SESSIONS_PER_CALL = 65_536
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,7 +43,7 @@ class Opening:
         self,
         table: SessionTable,
         directory: Directory,
-        admission: Admission,
+        turns: Turns,
         pager: Pager,
         creation: Creation,
         *,
@@ -54,7 +52,7 @@ class Opening:
     ) -> None:
         self._table = table
         self._directory = directory
-        self._admission = admission
+        self._turns = turns
         self._pager = pager
         self._creation = creation
         self._clock = clock
@@ -72,7 +70,7 @@ class Opening:
         fingerprint: str,
     ) -> Opened:
         """Open a session, or resume a live one. See `Engine.open_session`."""
-        model = self._directory.model(model_name)
+        model = self._directory.models.by_name(model_name)
         _require_fingerprint(model, fingerprint)
         _require_batch_size(model, batch_size)
         if session_id:
@@ -107,7 +105,7 @@ class Opening:
         request_id: int,
     ) -> OpenedMany:
         """Open many sessions or none. See `Engine.open_sessions`."""
-        model = self._directory.model(model_name)
+        model = self._directory.models.by_name(model_name)
         _require_batch_size(model, batch_size)
         ids = self._ids_to_open(count, session_ids, request_id)
         await self._creation.all_settled(ids)
@@ -143,7 +141,7 @@ class Opening:
         if known is not None:
             return known
         source = self._directory.find(session_id)
-        await self._admission.hold(source, deadline)
+        await self._turns.hold(source, deadline)
         try:
             # once more: the same call may have been in line before this one
             await self._creation.settled(name)
@@ -154,7 +152,7 @@ class Opening:
                 self._require_own(new_session_id)
             return known or await self._fork(source, name, expected, request_id)
         finally:
-            self._admission.release(np.array([source]))
+            self._turns.release(np.array([source]))
 
     def _live(self, name: str, must_be_new: bool) -> int | None:
         try:
@@ -165,7 +163,7 @@ class Opening:
             raise
 
     def _resume(
-        self, handle: int, model: ServedModel, batch_size: int, must_be_new: bool, request_id: int
+        self, handle: int, model: Model, batch_size: int, must_be_new: bool, request_id: int
     ) -> Opened:
         session_id = self._table.session_id(handle)
         if request_id and int(self._table.opened_with[handle]) == request_id:
@@ -240,7 +238,7 @@ class Opening:
         raise _exists("new_session_id", name)
 
 
-def _checked_state(model: ServedModel, state: Tensors | None, batch_size: int) -> tuple[Array, ...] | None:
+def _checked_state(model: Model, state: Tensors | None, batch_size: int) -> tuple[Array, ...] | None:
     if state is None:
         return None
     values = check_state(model.program, state, batch_size)
@@ -248,7 +246,7 @@ def _checked_state(model: ServedModel, state: Tensors | None, batch_size: int) -
     return values
 
 
-def _require_fingerprint(model: ServedModel, fingerprint: str) -> None:
+def _require_fingerprint(model: Model, fingerprint: str) -> None:
     if fingerprint and fingerprint != model.program.fingerprint:
         raise ModelMismatch(
             f"model_fingerprint must be that of model {model.name!r}, {model.program.fingerprint};"
@@ -257,7 +255,7 @@ def _require_fingerprint(model: ServedModel, fingerprint: str) -> None:
         )
 
 
-def _require_batch_size(model: ServedModel, batch_size: int) -> None:
+def _require_batch_size(model: Model, batch_size: int) -> None:
     if not 1 <= batch_size <= model.slots.resident_limit:
         raise InvalidInput(
             f"batch_size must be 1 to resident_rows, {model.slots.resident_limit}; got {batch_size}"

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Observer
-from stepwell_server.engine.intake.admission import Admission
-from stepwell_server.engine.state.model import ServedModel
+from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.models import Models
+from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ServerError
 
 
-class Roster:
+class Removal:
     """Knows the sessions that are here, and lets them go. Lives on the event loop."""
 
-    def __init__(
-        self, table: SessionTable, models: Sequence[ServedModel], admission: Admission, observer: Observer
-    ) -> None:
+    def __init__(self, table: SessionTable, models: Models, turns: Turns, observer: Observer) -> None:
         self._table = table
         self._models = models
-        self._admission = admission
+        self._turns = turns
         self._observer = observer
         self.opening: dict[str, asyncio.Future[None]] = {}
         """Sessions that are being made: nobody else sees them before they are kept."""
@@ -28,9 +26,9 @@ class Roster:
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._table or session_id in self.opening
 
-    def model_of(self, handle: int) -> ServedModel:
+    def model_of(self, handle: int) -> Model:
         """The model of a session."""
-        return self._models[int(self._table.model[handle])]
+        return self._models.by_handle(handle)
 
     def remove(self, handle: int, event: str, error: ServerError) -> None:
         """Forget a session that ended and is claimed or idle, and refuse what waits for it."""
@@ -47,4 +45,4 @@ class Roster:
         self._table.claimed[handle] = False
         self._table.remove(handle)
         # last: whoever is refused may ask again at once, and must not get into the line of a session that is gone
-        self._admission.close_line(handle, model.index, error)
+        self._turns.close_line(handle, model.index, error)

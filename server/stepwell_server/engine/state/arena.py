@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import Array
+from stepwell_server.engine.types import Array, Mask
 from stepwell_server.program import Program
 
 _MOST_ROWS = 65_536
@@ -50,6 +50,11 @@ class Arena:
         for state, buffer in zip(self.states, into, strict=True):
             # mode="clip" lets numpy write straight into `out`; the rows are always in range
             np.take(state, rows, axis=0, out=buffer, mode="clip")
+
+    def put_initial(self, where: Mask, states: Sequence[Array]) -> None:
+        """Set those rows of buffers, as `gather` filled them, to the model's initial state."""
+        for buffer, value in zip(states, self._initial, strict=True):
+            buffer[where] = value
 
     def write(self, rows: Rows, states: Sequence[Array]) -> None:
         """Set the states of `rows`."""

@@ -15,11 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import Array, Select
-from stepwell_server.engine.job import Job
-from stepwell_server.engine.passes.batch import Pass
 from stepwell_server.engine.state.arena import Arena
+from stepwell_server.engine.types import Array
 from stepwell_server.program import Program
 
 Outputs = Mapping[str, Array]
@@ -38,47 +35,14 @@ class Kept(enum.IntEnum):
     """Arrays of their own."""
 
 
-class Replies:
-    """The replies of one model's sessions."""
+class ReplyMemory:
+    """The last reply of each of one model's sessions."""
 
     def __init__(self, program: Program, table: SessionTable, arena: Arena) -> None:
         self._program = program
         self._table = table
         self._arena = arena
         self._arrays: dict[int, Outputs] = {}
-
-    def outputs(self, work: Pass, index: int, job: Job) -> Outputs:
-        """The outputs of a job that has run its last step; views of the pass's arrays."""
-        if job.select is Select.NONE:
-            return {}
-        start = work.starts[index]
-        found: dict[str, Array] = {}
-        for i, spec in enumerate(self._program.outputs):
-            last = work.outputs[i][-1, start : start + job.row_count]
-            series = job.collected[i] if job.collected else None
-            if series is not None:
-                last = series
-            elif spec.temporal and _has_time(job):
-                last = last[:, None]
-            found[spec.name] = last
-        return found
-
-    def kept(self, job: Job) -> Kept:
-        """How the replies of a job are kept."""
-        if job.select is Select.NONE:
-            return Kept.EMPTY
-        if any(array is not None for array in job.collected):
-            return Kept.ARRAYS
-        return Kept.ROWS_WITH_TIME if _has_time(job) else Kept.ROWS
-
-    @staticmethod
-    def arrays_of(job: Job, outputs: Outputs) -> list[dict[str, Array]]:
-        """A job's outputs by session: copies, so that one session does not keep the arrays of all alive."""
-        ends: Rows = np.cumsum(job.sizes)
-        return [
-            {name: array[end - size : end].copy() for name, array in outputs.items()}
-            for size, end in zip(job.sizes.tolist(), ends.tolist(), strict=True)
-        ]
 
     def remember(self, handles: Handles, kept: npt.NDArray[np.uint8], arrays: Mapping[int, Outputs]) -> None:
         """Keep replies; the last time step's outputs are in the arena already.
@@ -94,12 +58,6 @@ class Replies:
         self._table.reply[handles] = kept
         for place, outputs in arrays.items():
             self._arrays[int(handles[place])] = outputs
-
-    def remember_rows(self, handle: int, kept: Kept) -> None:
-        """Keep how the reply of one session is kept; not as arrays."""
-        if self._arrays:
-            self._arrays.pop(handle, None)
-        self._table.reply[handle] = kept
 
     def recall(self, handle: int) -> Outputs:
         """The outputs of a session's last change."""
@@ -144,7 +102,3 @@ class Replies:
     def forget(self, handle: int) -> None:
         """The session is gone, or only in the store."""
         self._arrays.pop(handle, None)
-
-
-def _has_time(job: Job) -> bool:
-    return job.with_time and job.select is Select.ALL

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING
 import grpc.aio
 
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.engine.api import Frame, Part, StepReply
+from stepwell_server.engine.types import U64, Members, Tensors
 from stepwell_server.errors import InvalidInput, ServerError, Unavailable
 from stepwell_server.logs import Log
 from stepwell_server.rpc.boundary import parse
-from stepwell_server.rpc.steps import messages as frames
-from stepwell_server.rpc.steps.pending import Pending
+from stepwell_server.rpc.steps import messages
 from stepwell_server.rpc.steps.write_queue import Outbox
 
 if TYPE_CHECKING:
@@ -64,9 +63,9 @@ class FrameStream:
         self._limits = limits
         self._observer = observer
         self._context = context
-        self._source = context.peer()
+        self._caller = context.peer()
         self.deadline = float("inf")
-        self._pending: dict[int, Pending] = {}
+        self._pending: dict[int, _Frame] = {}
         """Frames without their last part."""
         self._held_frames = 0
         self._held_bytes = 0
@@ -97,7 +96,6 @@ class FrameStream:
         finally:
             self.is_over = True
             self._reader.cancel()
-            self._cancel_frames()
             self._outbox.close()
             # Its own error, if it has one, has either ended the stream or comes too late to matter.
             await asyncio.gather(self._reader, return_exceptions=True)
@@ -149,75 +147,56 @@ class FrameStream:
 
     def _accept(self, raw: bytes) -> None:
         request = parse(pb.StepStreamRequest, raw)
-        frame_id = request.frame_id
-        pending = Pending(self, frame_id, len(raw))
+        frame = _Frame(self, request.frame_id, len(raw))
         self._held_frames += 1
         self._held_bytes += len(raw)
-        if frame_id in self._pending:
-            error = InvalidInput(f"frame_id must not be that of an unanswered frame; got {frame_id}")
-            return self._refuse(pending, error)
-        self._pending[frame_id] = pending
+        if frame.frame_id in self._pending:
+            error = InvalidInput(f"frame_id must not be that of an unanswered frame; got {frame.frame_id}")
+            return self._refuse(frame, error)
+        self._pending[frame.frame_id] = frame
         try:
-            self._submit(request, pending)
+            self._submit(request, frame)
         except ServerError as error:
-            del self._pending[frame_id]
-            self._refuse(pending, error)
+            del self._pending[frame.frame_id]
+            self._refuse(frame, error)
 
-    def _submit(self, request: pb.StepStreamRequest, pending: Pending) -> None:
-        body = frames.change_of(request)
-        if isinstance(body, pb.StepFrame) and len(body.session_ids) == 1:
-            single = pending.request = frames.to_single(body, pending.settle)
-            single.source, single.deadline = self._source, self._deadline_of(body)
-            self._hold(pending, self._sizes.step(body.session_ids, single.inputs, single.select))
-            self._engine.submit_single(single)
-        else:
-            frame = pending.request = frames.to_frame(body, pending.on_part)
-            frame.source, frame.deadline = self._source, self._deadline_of(body)
-            if frame.inputs is not None:
-                self._hold(pending, self._sizes.step(frame.session_ids, frame.inputs, frame.select))
-            self._engine.submit(frame)
+    def _submit(self, request: pb.StepStreamRequest, frame: _Frame) -> None:
+        body = messages.body_of(request)
+        change = messages.of_frame(body, frame)
+        frame.size = frame.left = change.size
+        change.caller, change.deadline = self._caller, self._deadline_of(body)
+        if change.inputs is not None:
+            self._hold(frame, self._sizes.step(change.session_ids, change.inputs, change.select))
+        self._engine.submit(change)
 
-    def _deadline_of(self, body: frames.Change) -> float:
+    def _deadline_of(self, body: messages.FrameBody) -> float:
         if not body.timeout_ms:
             return self.deadline
         return min(self.deadline, self._clock.monotonic() + body.timeout_ms / 1000)
 
-    def _hold(self, pending: Pending, reply_bytes: int) -> None:
-        pending.held_bytes += reply_bytes
+    def _hold(self, frame: _Frame, reply_bytes: int) -> None:
+        frame.held_bytes += reply_bytes
         self._held_bytes += reply_bytes
 
-    def on_part(self, pending: Pending, part: Part) -> None:
-        """The engine has a part of the frame's reply."""
-        if self.is_over:
-            return
-        frame = pending.request
-        assert isinstance(frame, Frame)
-        if part.last:
-            del self._pending[pending.frame_id]
-        for failure in part.failures:
-            members = frame.session_ids if failure.members is None else failure.members
-            self._observer.refused(failure.error.reason, len(members))
-        self._reply(pending, frames.from_part(pending.frame_id, frame, part), last=part.last)
+    def answer(self, frame: _Frame, reply: bytes, *, last: bool) -> None:
+        """Send a part of a frame's reply."""
+        if last:
+            del self._pending[frame.frame_id]
+        self._reply(frame, reply, last=last)
 
-    def on_answer(self, pending: Pending, answer: StepReply | ServerError) -> None:
-        """The engine has the answer to a frame of one session."""
-        if self.is_over:
-            return
-        del self._pending[pending.frame_id]
-        if isinstance(answer, ServerError):
-            self._refuse(pending, answer)
-        else:
-            self._reply(pending, frames.from_answer(pending.frame_id, answer), last=True)
+    def refused(self, error: ServerError, count: int) -> None:
+        """Members of a frame failed."""
+        self._observer.refused(error.reason, count)
 
-    def _refuse(self, pending: Pending, error: ServerError) -> None:
+    def _refuse(self, frame: _Frame, error: ServerError) -> None:
         """Answer a frame of which nothing was done."""
-        self._observer.refused(error.reason, pending.members)
-        self._reply(pending, frames.from_refusal(pending.frame_id, error), last=True)
+        self.refused(error, frame.size or 1)
+        self._reply(frame, messages.failed_part(frame.frame_id, None, error, last=True), last=True)
 
-    def _reply(self, pending: Pending, reply: bytes, *, last: bool) -> None:
-        self._put(reply, pending.held_bytes if last else _NOT_LAST)
+    def _reply(self, frame: _Frame, reply: bytes, *, last: bool) -> None:
+        self._put(reply, frame.held_bytes if last else _NOT_LAST)
         if _log.is_debug:
-            _log.debug("frame part", peer=self._source, frame=pending.frame_id, bytes=len(reply), last=last)
+            _log.debug("frame part", peer=self._caller, frame=frame.frame_id, bytes=len(reply), last=last)
 
     def _put(self, reply: bytes, held_bytes: int) -> None:
         self._outbox.put(reply, held_bytes)
@@ -234,10 +213,56 @@ class FrameStream:
                 self._room.set_result(None)
             self._room = None
 
-    def _cancel_frames(self) -> None:
-        for pending in list(self._pending.values()):
-            if pending.request is not None:
-                self._engine.cancel(pending.request)
+
+class _Frame:
+    """A frame whose last part is not written yet: the replies to its change."""
+
+    __slots__ = ("_stream", "frame_id", "held_bytes", "left", "size")
+
+    def __init__(self, stream: FrameStream, frame_id: int, held_bytes: int) -> None:
+        self._stream = stream
+        self.frame_id = frame_id
+        self.held_bytes = held_bytes
+        self.size = 0
+        """Sessions that it names; 0 if it could not be read."""
+        self.left = 0
+        """Those of them without an answer."""
+
+    def applied(
+        self, members: Members, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
+    ) -> None:
+        """See `Replies`."""
+        last = self._is_last(len(members))
+        if not self._stream.is_over:
+            part = messages.applied_part(
+                self.frame_id,
+                self._named(members),
+                revisions,
+                positions,
+                outputs,
+                replayed=replayed,
+                last=last,
+            )
+            self._stream.answer(self, part, last=last)
+
+    def failed(self, members: Members, error: ServerError) -> None:
+        """See `Replies`."""
+        last = self._is_last(len(members))
+        if not self._stream.is_over:
+            self._stream.refused(error, len(members))
+            part = messages.failed_part(self.frame_id, self._named(members), error, last=last)
+            self._stream.answer(self, part, last=last)
+
+    def cancelled(self, members: Members) -> Members:
+        """See `Replies`."""
+        return members if self._stream.is_over else members[:0]
+
+    def _is_last(self, answered: int) -> bool:
+        self.left -= answered
+        return self.left == 0
+
+    def _named(self, members: Members) -> Members | None:
+        return None if len(members) == self.size else members
 
 
 def _ended_well(reader: asyncio.Task[None]) -> bool:

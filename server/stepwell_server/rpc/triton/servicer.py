@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stepwell_server.rpc.sessions import deadline_of
+from stepwell_server.rpc.boundary import deadline_of
 from stepwell_server.rpc.triton import metadata
 from stepwell_server.rpc.triton.infer import Inference
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
