@@ -13,15 +13,18 @@ from __future__ import annotations
 import datetime as dt
 import json
 import logging
+import secrets
 import sys
 from typing import IO, Literal
 
+from stepwell_server.errors import Internal
+
 LogFormat = Literal["text", "json"]
-_ROOT = "stepwell"
+_ROOT = "stepwell_server"
 
 
 class Log:
-    """Writes events with fields to the logger ``stepwell.<name>``. Thread-safe."""
+    """Writes events with fields to the logger ``stepwell_server.<name>``. Thread-safe."""
 
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(f"{_ROOT}.{name}")
@@ -51,13 +54,19 @@ class Log:
         """Write a defect with the traceback of ``error``."""
         self._logger.error(event, exc_info=error, extra={"fields": fields})
 
+    def internal(self, event: str, error: BaseException, **fields: object) -> Internal:
+        """Write a defect, and return the opaque error that stands for it: its id is in the line."""
+        opaque = Internal(secrets.token_hex(6))
+        self.defect(event, error, error_id=opaque.error_id, **fields)
+        return opaque
+
     def _write(self, level: int, event: str, fields: dict[str, object]) -> None:
         if self._logger.isEnabledFor(level):
             self._logger.log(level, event, extra={"fields": fields})
 
 
 def configure(level: str, log_format: LogFormat, stream: IO[str] | None = None) -> None:
-    """Send every record of this process to ``stream`` (stderr), ``stepwell``'s from ``level`` up."""
+    """Send every record of this process to ``stream`` (stderr), ``stepwell_server``'s from ``level`` up."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     root = logging.getLogger()

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from stepwell_server.engine.calls import Observer
+from stepwell_server.engine.api import Observer
 
 if TYPE_CHECKING:
     from wsgiref.simple_server import WSGIServer

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.reference import gru_step, lstm_step
 from support.compiled import compile_zoo
+from support.reference import gru_step, lstm_step
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from stepwell_server.errors import ServerError, Unavailable
 from stepwell_server.store.record import Header
 from support.durable import Disk
-from support.engine import STORES, Answer, Answers, SingleAnswer
+from support.engine import STORES, Answer, Answers
 from support.fake_executor import WAIT_S
 from support.play import (
     IDLE_S,
@@ -202,21 +202,13 @@ def _told(entry: Sent | Asked) -> set[int]:
     everybody = set(range(len(entry.outcomes)))
     if isinstance(answers, list):
         return everybody
-    if isinstance(answers, SingleAnswer):
-        return everybody if answers.ended else set()
-    found: set[int] = set()
-    for part in answers._parts:
-        for members in [failure.members for failure in part.failures] or [part.members]:
-            found |= everybody if members is None else set(members.tolist())
-        if part.members is not None:
-            found |= set(part.members.tolist())
-    return found
+    return set(answers.by_member)
 
 
 async def _answers(entry: Sent | Asked) -> Sequence[Any]:
     if isinstance(entry, Asked):
         return [await asyncio.wait_for(entry.task, WAIT_S)]
-    if isinstance(entry.answers, Answers | SingleAnswer):
+    if isinstance(entry.answers, Answers):
         return await entry.answers.all()
     return entry.answers
 

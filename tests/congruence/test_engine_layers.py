@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.executors import load_executor
-from stepwell_server.engine.reference import lstm_step
 from support.compiled import Compiled, compile_zoo
 from support.engine import Harness, running
+from support.reference import lstm_step
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.engine.calls import SessionInfo
+from stepwell_server.engine.api import SessionInfo
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 from stepwell_server.store.base import Batch

@@ -14,11 +14,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.engine.calls import Frame, Observer, Part, Single, StepReply
+from stepwell_server.engine.api import Observer
+from stepwell_server.engine.change import Change
+from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.executors.base import Executor
-from stepwell_server.engine.passes import Pass
-from stepwell_server.engine.runner import Cost, Runner
+from stepwell_server.engine.passes.batch import Pass
+from stepwell_server.engine.passes.runner import Runner
+from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 from stepwell_server.store.disk.store import DiskStore
@@ -37,10 +40,10 @@ class FixedCost(Cost):
         self.seconds = seconds
         self.steps = steps
 
-    def of(self, rows: int, steps: int = 1) -> float:
+    def of(self, items: int, times: int = 1) -> float:
         return self.seconds
 
-    def steps_within(self, rows: int, seconds: float) -> int:
+    def times_within(self, items: int, seconds: float) -> int:
         return self.steps
 
 
@@ -100,95 +103,77 @@ class Answer:
 
 
 class Answers:
-    """The sink of a frame: what each member got."""
+    """The replies to a change: what each member got."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self._sizes = sizes
         self.by_member: dict[int, Answer | ServerError] = {}
-        self._parts: list[Part] = []
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.frame: Frame | None = None
+        self.is_cancelled = False
 
-    def __call__(self, part: Part) -> None:
-        assert not self._ended.done(), "a part came after the last one"
-        self._parts.append(part)
-        if part.last:
-            self._ended.set_result(None)
+    def applied(
+        self,
+        members: Members,
+        revisions: U64,
+        positions: U64,
+        outputs: Mapping[str, Array],
+        *,
+        replayed: bool,
+    ) -> None:
+        row = 0
+        for place, member in enumerate(members.tolist()):
+            end = row + self._sizes[member]
+            # copied at once: they may be views that the next pass does not outlive
+            own = {name: array[row:end].copy() for name, array in outputs.items()}
+            self._set(member, Answer(int(revisions[place]), int(positions[place]), own, replayed))
+            row = end
+        assert all(len(array) == row for array in outputs.values())
+        self._end_if_due()
+
+    def failed(self, members: Members, error: ServerError) -> None:
+        for member in members.tolist():
+            self._set(member, error)
+        self._end_if_due()
+
+    def cancelled(self, members: Members) -> Members:
+        return members if self.is_cancelled else members[:0]
 
     @property
     def ended(self) -> bool:
         return self._ended.done()
 
     async def all(self) -> list[Answer | ServerError]:
-        """Wait for the last part; one answer for each member."""
+        """Wait until every member has its answer."""
         await asyncio.wait_for(asyncio.shield(self._ended), WAIT_S)
-        if not self.by_member:
-            for part in self._parts:
-                self._read(part)
-        assert sorted(self.by_member) == list(range(len(self._sizes))), "every member is answered once"
         return [self.by_member[member] for member in range(len(self._sizes))]
 
     async def only(self) -> Answer:
-        """The answer of a frame of one session; raises its error."""
+        """The answer of a change of one session; raises its error."""
         (answer,) = await self.all()
         if isinstance(answer, ServerError):
             raise answer
         return answer
 
-    def _read(self, part: Part) -> None:
-        # only now: an answer must not change between its part and its being read
-        every = range(len(self._sizes))
-        row = 0
-        for place, member in enumerate(every if part.members is None and not part.failures else _list(part)):
-            end = row + self._sizes[member]
-            outputs = {name: array[row:end].copy() for name, array in part.outputs.items()}
-            answer = Answer(int(part.revisions[place]), int(part.positions[place]), outputs, part.replayed)
-            self._set(member, answer)
-            row = end
-        assert all(len(array) == row for array in part.outputs.values())
-        for failure in part.failures:
-            for member in every if failure.members is None else failure.members.tolist():
-                self._set(member, failure.error)
-
     def _set(self, member: int, answer: Answer | ServerError) -> None:
+        assert 0 <= member < len(self._sizes)
         assert member not in self.by_member, f"member {member} is answered twice"
         self.by_member[member] = answer
 
+    def _end_if_due(self) -> None:
+        if len(self.by_member) == len(self._sizes):
+            self._ended.set_result(None)
 
-def _list(part: Part) -> list[int]:
-    return [] if part.members is None else part.members.tolist()
 
+class Later(Answers):
+    """Replies that call `on_answer` with each answer of a change of one session."""
 
-class SingleAnswer:
-    """What a single step got."""
+    def __init__(self, on_answer: Callable[[Answer | ServerError], object]) -> None:
+        super().__init__([1])
+        self._on_answer = on_answer
 
-    def __init__(self) -> None:
-        self._settled: asyncio.Future[Answer | ServerError] = asyncio.get_running_loop().create_future()
-        self.single: Single | None = None
-
-    def __call__(self, answer: StepReply | ServerError) -> None:
-        assert not self._settled.done(), "a step is answered once"
-        if isinstance(answer, StepReply):
-            # copied at once: they may be views that the next pass does not outlive
-            outputs = {name: array.copy() for name, array in answer.outputs.items()}
-            self._settled.set_result(Answer(answer.revision, answer.position, outputs, answer.replayed))
-        else:
-            self._settled.set_result(answer)
-
-    @property
-    def ended(self) -> bool:
-        return self._settled.done()
-
-    async def all(self) -> list[Answer | ServerError]:
-        """As of `Answers`."""
-        return [await asyncio.wait_for(asyncio.shield(self._settled), WAIT_S)]
-
-    async def only(self) -> Answer:
-        """As of `Answers`."""
-        (answer,) = await self.all()
-        if isinstance(answer, ServerError):
-            raise answer
-        return answer
+    def _set(self, member: int, answer: Answer | ServerError) -> None:
+        super()._set(member, answer)
+        self._on_answer(answer)
 
 
 #: So small that changes are brought over again and again.
@@ -223,9 +208,10 @@ class Harness:
         self.hooks = hooks
         self.store = store
         self.events = events
-        self.passes = [PassCounter(model.loop.runner) for model in engine._models]
-        for counter, model in zip(self.passes, engine._models, strict=True):
-            model.loop.runner.run_on_threads = counter.run_on_threads  # type: ignore[method-assign]
+        runners = [line.loop.runner for line in engine._lines.values()]
+        self.passes = [PassCounter(runner) for runner in runners]
+        for counter, runner in zip(self.passes, runners, strict=True):
+            runner.run_on_threads = counter.run_on_threads  # type: ignore[method-assign]
 
     async def open(self, *session_ids: str, batch_size: int = 1, model: str = "plain") -> None:
         for session_id in session_ids:
@@ -249,24 +235,25 @@ class Harness:
                 fields[name] = np.atleast_1d(np.array(fields[name], np.uint64))
         if fields.get("batch_sizes") is not None:
             fields["batch_sizes"] = np.array(fields["batch_sizes"], np.intp)
-        answers.frame = Frame(ids, answers, **fields)
-        self.engine.submit(answers.frame)
+        self.engine.submit(Change(ids, answers, **fields))
         return answers
 
     def single(
         self, session_id: str, x: Any, *, expected: int | None = None, request_id: int = 0, **fields: Any
-    ) -> SingleAnswer:
-        """Submit a single step."""
+    ) -> Answers:
+        """Submit a step of one session as a hand-written client sends it; refusals are answers too."""
         inputs = fields.pop("inputs", None) or {"": np.asarray(x, np.float32)}
-        answer = SingleAnswer()
-        answer.single = Single(session_id, inputs, answer, expected=expected, request_id=request_id, **fields)
-        self.engine.submit_single(answer.single)
-        return answer
+        answers = Answers([len(next(iter(inputs.values())))])
+        change = Change([session_id], answers, inputs=inputs, **fields)
+        if expected is not None:
+            change.expected = np.array([expected], np.uint64)
+        if request_id:
+            change.request_ids = np.array([request_id], np.uint64)
+        self.engine.submit(change)
+        return answers
 
-    def cancel(self, answers: Answers | SingleAnswer) -> None:
-        request = answers.single if isinstance(answers, SingleAnswer) else answers.frame
-        assert request is not None
-        self.engine.cancel(request)
+    def cancel(self, answers: Answers) -> None:
+        answers.is_cancelled = True
 
     async def step(self, session_id: str, x: Any, **fields: Any) -> Answer:
         """Step one session and wait."""
@@ -292,8 +279,8 @@ class Harness:
         engine, table = self.engine, self.engine._table
         live = np.array(sorted(handle for _, handle in table.items()), np.intp)
         assert not table.claimed[live].any(), "a session is claimed though nothing is under way"
-        assert not engine._admission._claims._waiting, "something waits in line"
-        assert engine._admission.bytes_waiting == 0
+        assert not engine._turns, "something waits in line"
+        assert engine._limits.bytes_waiting == 0
         for model in engine._models:
             own = live[table.model[live] == model.index]
             resident = own[table.row[own] >= 0]
@@ -303,8 +290,8 @@ class Harness:
             assert slots._top == slots.capacity - slots.resident
             rows = [*slots._free[: slots._top].tolist(), *table.rows_of(resident).tolist()]
             assert sorted(rows) == list(range(slots.capacity)), "a row is lost or has two owners"
-            assert engine._admission.waiting(model.index) == 0
-            assert not model.loop.busy
+            assert engine._limits.waiting(model) == 0
+            assert not engine._lines[model.index].loop.busy
             assert set(model.replies._arrays) <= set(own.tolist()), "a reply outlives its session"
         assert all(counter.most <= 1 for counter in self.passes), "two passes of a model ran at once"
         away = {session_id for session_id, handle in table.items() if table.row[handle] < 0}
@@ -343,7 +330,7 @@ async def running(
         executor=executor or (lambda program: FakeExecutor(program, hooks)),
     )
     for model in engine._models:
-        model.loop.runner.cost = FixedCost(1.0 if threads else 0.0, steps)
+        model.cost = FixedCost(1.0 if threads else 0.0, steps)
     harness = Harness(engine, clock, hooks, store, events)
     try:
         yield harness

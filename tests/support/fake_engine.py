@@ -5,26 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stepwell_server.engine.calls import (
-    Failure,
-    Frame,
-    ModelInfo,
-    Opened,
-    Part,
-    Predicted,
-    SessionInfo,
-    Single,
-    StateRead,
-    StepReply,
-    Tensors,
-)
-from stepwell_server.engine.port import PlainPort
+from stepwell_server.engine.api import Applied, ModelInfo, Opened, Predicted, SessionInfo, StateRead
+from stepwell_server.engine.change import Awaited, Change
+from stepwell_server.engine.types import Tensors
 from stepwell_server.errors import InvalidInput, ModelNotFound, ServerError, SessionExists, SessionNotFound
 from stepwell_server.program import Program, StateSpec, TensorSpec
 
@@ -53,16 +41,13 @@ class _Session:
 
 
 class FakeEngine:
-    """Answers frames at once; those sent while `held` is true when `release` is called."""
+    """Answers changes at once; those sent while `held` is true when `release` is called."""
 
     def __init__(self, outputs: int = FEATURES) -> None:
         self.program = program(outputs)
-        self.ports: list[PlainPort] = []
         self.held = False
-        self.frames: list[Frame] = []
-        self.cancelled: list[Frame] = []
+        self.changes: list[Change] = []
         self.submitted: asyncio.Event = asyncio.Event()
-        self.was_cancelled: asyncio.Event = asyncio.Event()
         self.next_error: BaseException | None = None
         self._sessions: dict[str, _Session] = {}
         self._ids = map("made-{}".format, itertools.count())
@@ -104,37 +89,31 @@ class FakeEngine:
         page = [name for name in ids if name > after][:limit]
         return [self._sessions[name].info for name in page], len(ids)
 
-    def submit(self, frame: Frame) -> None:
+    def submit(self, change: Change) -> None:
         self._raise()
-        if not frame.session_ids:
+        if not change.session_ids:
             raise InvalidInput("session_ids must name a session; got none")
-        self.frames.append(frame)
+        self.changes.append(change)
         self.submitted.set()
         if not self.held:
             self.release()
 
     def release(self) -> None:
-        frames, self.frames = self.frames, []
-        for frame in frames:
-            frame.sink(self._run(frame))
+        changes, self.changes = self.changes, []
+        for change in changes:
+            self._run(change)
 
-    def submit_single(self, single: Single) -> None:
-        single.frame = Frame(
-            [single.session_id],
-            lambda part: single.settle(_reply(part)),
-            inputs=single.inputs,
-            select=single.select,
-            deadline=single.deadline,
-        )
-        self.submit(single.frame)
+    async def apply(self, change: Change, answer: Awaited) -> Applied:
+        self.submit(change)
+        return await answer.get()
 
-    def cancel(self, request: Frame | Single) -> None:
-        frame = request if isinstance(request, Frame) else request.frame
-        assert frame is not None
-        self.cancelled.append(frame)
-        if frame in self.frames:
-            self.frames.remove(frame)
-        self.was_cancelled.set()
+    def model_of(self, session_id: str) -> str:
+        return self._find(session_id).info.model
+
+    def cancelled(self) -> list[Change]:
+        """Those that wait and whose caller does not."""
+        first = np.zeros(1, np.intp)
+        return [change for change in self.changes if len(change.replies.cancelled(first))]
 
     async def get_state(self, session_id: str, **_: Any) -> StateRead:
         session = self._find(session_id)
@@ -154,32 +133,26 @@ class FakeEngine:
             raise SessionNotFound(session_id, f"no session {session_id!r}")
         return self._sessions[session_id]
 
-    def _run(self, frame: Frame) -> Part:
+    def _run(self, change: Change) -> None:
         members: list[int] = []
         outputs: list[Any] = []
-        failures: list[Failure] = []
-        rows = iter(np.concatenate([*frame.inputs.values()])) if frame.inputs else itertools.repeat(None)
-        for index, session_id in enumerate(frame.session_ids):
+        rows = iter(np.concatenate([*change.inputs.values()])) if change.inputs else itertools.repeat(None)
+        for index, session_id in enumerate(change.session_ids):
             x = next(rows)
             try:
                 outputs.append(self._step(session_id, x))
                 members.append(index)
             except ServerError as error:
-                failures.append(Failure(np.array([index]), error))
-        return self._part(frame, members, outputs, failures)
-
-    def _part(
-        self, frame: Frame, members: list[int], outputs: list[Any], failures: Sequence[Failure]
-    ) -> Part:
-        infos = [self._sessions[frame.session_ids[index]].info for index in members]
-        whole = len(members) == len(frame.session_ids)
-        return Part(
-            members=None if whole else np.array(members, np.intp),
-            revisions=np.array([info.revision for info in infos], np.uint64),
-            positions=np.array([info.position for info in infos], np.uint64),
-            outputs={"y": np.array(outputs, np.float32)} if frame.inputs and outputs else {},
-            failures=failures,
-        )
+                change.replies.failed(np.array([index]), error)
+        if members:
+            infos = [self._sessions[change.session_ids[index]].info for index in members]
+            change.replies.applied(
+                np.array(members, np.intp),
+                np.array([info.revision for info in infos], np.uint64),
+                np.array([info.position for info in infos], np.uint64),
+                {"y": np.array(outputs, np.float32)} if change.inputs else {},
+                replayed=False,
+            )
 
     def _step(self, session_id: str, x: Any) -> Any:
         session = self._find(session_id)
@@ -187,9 +160,3 @@ class FakeEngine:
         info = session.info
         session.info = dataclasses.replace(info, revision=info.revision + 1, position=info.position + 1)
         return session.state[0]
-
-
-def _reply(part: Part) -> StepReply | ServerError:
-    if part.failures:
-        return part.failures[0].error
-    return StepReply(int(part.revisions[0]), int(part.positions[0]), part.outputs, replayed=False)

@@ -1,4 +1,4 @@
-"""Streams and unary calls of one server, served by the fast lane and without it."""
+"""Streams and unary calls of one server, without gRPC."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import pytest
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1 import tensors_pb2
 from stepwell_server.rpc.boundary import Boundary
-from stepwell_server.rpc.fastlane import FastLane
+from stepwell_server.rpc.sessions import SessionServicer
 from stepwell_server.rpc.sizes import ReplySizes
-from stepwell_server.rpc.stepcall import StepCalls
-from stepwell_server.rpc.stream import FrameStream, StreamLimits
+from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 from support.engine import Harness, running
 from support.fake_context import Aborted, FakeContext, Requests
 
@@ -47,43 +46,21 @@ def request(session_id: str, x: Any = None, **fields: Any) -> bytes:
     return raw
 
 
-class _NoLane:
-    def take(self, _stream: FrameStream, _raw: bytes) -> bool:
-        return False
-
-    take_call = take
-
-
-class _Counting(FastLane):
-    taken = 0
-
-    def take(self, stream: Any, raw: bytes) -> bool:
-        took = super().take(stream, raw)
-        self.taken += took
-        return took
-
-    def take_call(self, call: Any, raw: bytes) -> bool:
-        took = super().take_call(call, raw)
-        self.taken += took
-        return took
-
-
 class Streams:
     """Some streams of one server."""
 
-    def __init__(self, at: Harness, lane: Any, count: int) -> None:
+    def __init__(self, at: Harness, count: int) -> None:
         self.at = at
-        self.lane = lane
         sizes = ReplySizes(at.engine, limit=1 << 20)
         self.contexts = [FakeContext() for _ in range(count)]
         self.observer = Requests()
         self.streams = [
-            FrameStream(at.engine, at.clock, sizes, _LIMITS, self.observer, context, lane)  # type: ignore[arg-type]
+            FrameStream(at.engine, at.clock, sizes, _LIMITS, self.observer, context)  # type: ignore[arg-type]
             for context in self.contexts
         ]
         boundary = Boundary(self.observer, max_message_bytes=1 << 20)
-        calls = StepCalls(at.engine, at.clock, sizes, lane)
-        self._serve_call = boundary.in_bytes("Step", calls.serve, pb.StepRequest).unary_unary
+        servicer = SessionServicer(at.engine, at.clock, sizes, _LIMITS, self.observer)
+        self._serve_call = boundary.unary("Step", servicer.step, pb.StepRequest).unary_unary
         self.calls: list[asyncio.Task[bytes]] = []
         self.tasks = [asyncio.create_task(stream.run(float("inf"))) for stream in self.streams]
 
@@ -132,10 +109,9 @@ class Streams:
 
 
 @asynccontextmanager
-async def streams(*, fast: bool = True, count: int = 1, **options: Any) -> AsyncIterator[Streams]:
+async def streams(*, count: int = 1, **options: Any) -> AsyncIterator[Streams]:
     async with running(**options) as at:
-        lane = _Counting(at.engine, at.clock) if fast else _NoLane()
-        under_test = Streams(at, lane, count)
+        under_test = Streams(at, count)
         yield under_test
         under_test.at.hooks.open_gate()
         await at.settled()
@@ -152,23 +128,11 @@ def _ending(error: BaseException) -> Any:
 Scenario = Callable[[Streams], Any]
 
 
-async def alike(scenario: Scenario, *, taken: int | None = None, **options: Any) -> list[list[bytes]]:
-    """Play a scenario both ways; return the answers, which are the same."""
-    seen = []
-    for fast in (False, True):
-        async with streams(fast=fast, **options) as at:
-            await scenario(at)
-            answers = await at.done()
-            seen.append((answers, at.observer.refusals, await at.call_results(), sorted(at.observer.done)))
-            if fast and taken is not None:
-                assert at.lane.taken == taken
-    for general, fast_ones in zip(seen[0][0], seen[1][0], strict=True):
-        for one, other in zip(parsed(general), parsed(fast_ones), strict=True):
-            assert one == other
-    for general, fast_one in zip(seen[0][2], seen[1][2], strict=True):
-        assert general == fast_one
-    assert seen[0] == seen[1]
-    return seen[1][0]
+async def play(scenario: Scenario, **options: Any) -> list[list[bytes]]:
+    """Play a scenario; return the answers of each stream by frame."""
+    async with streams(**options) as at:
+        await scenario(at)
+        return await at.done()
 
 
 def parsed(replies: Sequence[bytes]) -> list[pb.StepStreamResponse]:

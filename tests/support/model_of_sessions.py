@@ -115,17 +115,29 @@ class ModelOfSessions:
         return twin
 
     def step(
-        self, name: str, x: Array, select: str, expected: int | None, request: int, now: float
+        self,
+        name: str,
+        x: Array,
+        select: str,
+        expected: int | None,
+        request: int,
+        now: float,
+        reset: Array | None = None,
     ) -> Reply | Refused:
-        """`x` is `(rows, 2)` or `(rows, T, 2)`."""
+        """`x` is `(rows, 2)` or `(rows, T, 2)`; `reset` says for each row whether it begins anew."""
         session = self._judge(name, expected, request)
         if not isinstance(session, ModelSession):
             return session
         timed = x.ndim == 3
-        ran = run(session.state, x if timed else x[:, None])
+        state = session.state
+        if reset is not None:
+            state = np.where(reset[:, None], initial(len(state)), state)
+        ran = run(state, x if timed else x[:, None])
         if ran is None:
             return Refused("InvalidInput")
         outputs, session.state = ran
+        if reset is not None and reset.all():
+            session.position = 0
         session.position += outputs.shape[1]
         shown = {"ALL": outputs if timed else outputs[:, 0], "LAST": outputs[:, -1], "NONE": None}[select]
         return self._changed(session, request, {} if shown is None else {"y": shown}, now)

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from stepwell_server.engine.calls import Predicted, Select, StateRead
+from stepwell_server.engine.api import Predicted, Select, StateRead
 from stepwell_server.errors import Overloaded, ServerError, Unavailable
-from support.engine import Answer, Answers, Harness, SingleAnswer
+from support.engine import Answer, Answers, Harness
 from support.fake_executor import BAD, WAIT_S
 from support.model_of_sessions import ModelOfSessions, ModelSession, Refused, Reply, initial, run
 
@@ -52,6 +52,8 @@ class Change:
     with_state: bool
     single: bool
     cancel: bool
+    anew: str
+    """For a step: which rows are reset before it: none, some, all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,7 @@ changes = st.builds(
     st.booleans(),
     st.booleans(),
     st.sampled_from([False, False, False, False, True]),
+    st.sampled_from(["none", "none", "none", "some", "all"]),
 )
 simple = st.builds(
     Simple,
@@ -129,7 +132,7 @@ class Sent:
     """A change that was sent, and what the model says to it when its turn comes."""
 
     names: Sequence[str]
-    answers: Answers | SingleAnswer | list[ServerError]
+    answers: Answers | list[ServerError]
     outcomes: Sequence[Callable[[], Outcome]]
     cancelled: bool = False
 
@@ -329,6 +332,7 @@ class Play:
         outcomes: list[Callable[[], Outcome]] = []
         expected: list[int] = []
         requests: list[int] = []
+        masks: list[Array] = []
         for member, (name, size) in enumerate(zip(chosen, sizes, strict=True)):
             self.request += 1
             requests.append(self.request if action.with_request else 0)
@@ -341,7 +345,9 @@ class Play:
                 if member in action.bad:
                     value[(-1, action.steps // 2, 0) if action.steps else (-1, 0)] = BAD
             parts.append(value)
-            outcomes.append(self.outcome(action, name, value, some_rows, wanted, requests[-1]))
+            mask = None if is_reset else mask_of(action.anew, size)
+            masks.append(np.zeros(size, np.bool_) if mask is None else mask)
+            outcomes.append(self.outcome(action, name, value, some_rows, wanted, requests[-1], mask))
         fields: dict[str, Any] = {"request_ids": requests, "sizes": sizes, "batch_sizes": sizes}
         if action.expects != "nothing":
             fields["expected"] = expected
@@ -352,8 +358,12 @@ class Play:
         key = None if is_reset and not action.with_state else "state" if is_reset else "x"
         for member, name in enumerate(chosen):
             own = {field: v[member : member + 1] if isinstance(v, list) else v for field, v in fields.items()}
+            if not is_reset:
+                own["reset_rows"] = masks[member]
             self.last[name] = Repeatable(own | filled(key, parts[member]), outcomes[member])
         fields |= filled(key, np.concatenate(parts))
+        if not is_reset:
+            fields["reset_rows"] = np.concatenate(masks)
         self.send(chosen, fields, outcomes, single=single)
         if action.cancel:
             self.cancel(-1)
@@ -371,7 +381,7 @@ class Play:
         *,
         single: bool,
     ) -> None:
-        answers: Answers | SingleAnswer | list[ServerError]
+        answers: Answers | list[ServerError]
         try:
             if single:
                 answers = self.at.single(
@@ -380,6 +390,7 @@ class Play:
                     expected=fields["expected"][0] if "expected" in fields else None,
                     request_id=fields["request_ids"][0],
                     select=fields["select"],
+                    reset_rows=fields["reset_rows"],
                 )
             else:
                 answers = self.at.submit(chosen, **fields)
@@ -395,11 +406,12 @@ class Play:
         rows: tuple[int, ...] | None,
         expected: int | None,
         request: int,
+        mask: Array | None,
     ) -> Callable[[], Outcome]:
         if action.kind == "reset":
             state = value if action.with_state else None
             return lambda: self.model.reset(name, state, rows, expected, request, self.now)
-        return lambda: self.model.step(name, value, action.select, expected, request, self.now)
+        return lambda: self.model.step(name, value, action.select, expected, request, self.now, mask)
 
     def expected(self, name: str, expects: str) -> int | None:
         revision = self.guess.get(name, 0)
@@ -471,6 +483,13 @@ class Play:
         assert total == len(self.model.sessions)
         for name, session in self.model.sessions.items():
             same_session(await self.at.engine.get_state(name), session)
+
+
+def mask_of(anew: str, size: int) -> Array | None:
+    """Which rows of a session are reset before its step."""
+    if anew == "none":
+        return None
+    return np.arange(size) % 2 == 0 if anew == "some" else np.ones(size, np.bool_)
 
 
 def filled(key: str | None, values: Array) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stepwell.v1 import sessions_pb2, tensors_pb2
-from stepwell_server.engine.calls import ModelInfo, Select, SessionInfo
+from stepwell_server.engine.api import ModelInfo, Select, SessionInfo
 from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert
 from support.fake_engine import program

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.checks import check_inputs, check_state, finite_rows, require_finite
-from stepwell_server.engine.ids import require_session_id
+from stepwell_server.engine.sessions.ids import require_session_id
 from stepwell_server.errors import InvalidInput
 from stepwell_server.program import TensorSpec
 from support.fake_executor import PLAIN, RICH

@@ -1,4 +1,4 @@
-"""Commits: in place or by a thread, in order, together, and each told what became of it."""
+"""GroupCommit: in place or by a thread, in order, together, and each told what became of it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepwell_server.engine import commits as module
-from stepwell_server.engine.commits import Commits
+from stepwell_server.engine.durability import group_commit as module
+from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.errors import Internal, ServerError, Unavailable
 from stepwell_server.store.base import Batch, End, Store, Tombstone
 from stepwell_server.store.disk.lmdb import LmdbStore
@@ -62,7 +62,7 @@ class Slow(MemoryStore):
 class Told:
     """What those who wait were told, in that order."""
 
-    def __init__(self, commits: Commits, store: Store) -> None:
+    def __init__(self, commits: GroupCommit, store: Store) -> None:
         self._commits = commits
         self.told: list[tuple[str, ServerError | None]] = []
         if isinstance(store, Slow):
@@ -78,9 +78,9 @@ class Told:
 
 
 @pytest.fixture(params=[False, True], ids=["async", "sync"])
-async def slow(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Slow, Commits, Told]]:
+async def slow(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Slow, GroupCommit, Told]]:
     store = Slow(waits_for_disk=request.param)
-    commits = Commits(store)
+    commits = GroupCommit(store)
     yield store, commits, Told(commits, store)
     store.gate.set()
     await asyncio.wait_for(commits.idle(), WAIT_S)
@@ -92,7 +92,7 @@ async def inside(store: Slow) -> None:
 
 
 async def test_small_ones_are_made_in_place_unless_they_wait_for_the_disk(
-    slow: tuple[Slow, Commits, Told],
+    slow: tuple[Slow, GroupCommit, Told],
 ) -> None:
     store, commits, told = slow
     told.submit("a")
@@ -108,7 +108,9 @@ async def test_small_ones_are_made_in_place_unless_they_wait_for_the_disk(
     assert store.threads[-1] == "stepwell-store"
 
 
-async def test_what_can_wait_is_done_when_callers_have_been_told(slow: tuple[Slow, Commits, Told]) -> None:
+async def test_what_can_wait_is_done_when_callers_have_been_told(
+    slow: tuple[Slow, GroupCommit, Told],
+) -> None:
     store, commits, told = slow
     store.is_behind = True
     told.submit("a")
@@ -127,7 +129,7 @@ async def test_what_can_wait_is_done_when_callers_have_been_told(slow: tuple[Slo
 
 
 async def test_nothing_is_done_in_place_while_the_thread_has_the_store(
-    slow: tuple[Slow, Commits, Told],
+    slow: tuple[Slow, GroupCommit, Told],
 ) -> None:
     store, commits, told = slow
     store.is_behind = True
@@ -142,7 +144,7 @@ async def test_nothing_is_done_in_place_while_the_thread_has_the_store(
     await commits.idle()
 
 
-async def test_none_overtakes_those_that_wait(slow: tuple[Slow, Commits, Told]) -> None:
+async def test_none_overtakes_those_that_wait(slow: tuple[Slow, GroupCommit, Told]) -> None:
     store, commits, told = slow
     store.gate.clear()
     told.submit("a", size=HUGE)
@@ -160,7 +162,7 @@ async def test_none_overtakes_those_that_wait(slow: tuple[Slow, Commits, Told]) 
 
 
 async def test_a_transaction_takes_only_so_much(
-    slow: tuple[Slow, Commits, Told], monkeypatch: pytest.MonkeyPatch
+    slow: tuple[Slow, GroupCommit, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MOST_TOGETHER", 10)
     store, commits, told = slow
@@ -175,7 +177,7 @@ async def test_a_transaction_takes_only_so_much(
     assert told.names == "abcdefgh"
 
 
-async def test_what_cannot_be_made_fails_alone(slow: tuple[Slow, Commits, Told]) -> None:
+async def test_what_cannot_be_made_fails_alone(slow: tuple[Slow, GroupCommit, Told]) -> None:
     store, commits, told = slow
     store.gate.clear()
     told.submit("a", size=HUGE)
@@ -195,7 +197,7 @@ async def test_what_cannot_be_made_fails_alone(slow: tuple[Slow, Commits, Told])
 
 @pytest.mark.parametrize("error", [Unavailable("no room"), ValueError("a secret detail")])
 async def test_a_transaction_that_fails_is_told_to_all_that_are_in_it(
-    slow: tuple[Slow, Commits, Told], error: Exception
+    slow: tuple[Slow, GroupCommit, Told], error: Exception
 ) -> None:
     store, commits, told = slow
     store.gate.clear()
@@ -219,7 +221,7 @@ async def test_a_transaction_that_fails_is_told_to_all_that_are_in_it(
 
 
 async def test_what_could_not_be_kept_together_is_tried_one_by_one(
-    slow: tuple[Slow, Commits, Told], monkeypatch: pytest.MonkeyPatch
+    slow: tuple[Slow, GroupCommit, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, commits, told = slow
     store.gate.clear()
@@ -249,14 +251,14 @@ async def test_what_could_not_be_kept_together_is_tried_one_by_one(
 
 
 async def test_it_says_when_it_is_full_and_when_it_is_not_any_more(
-    slow: tuple[Slow, Commits, Told], monkeypatch: pytest.MonkeyPatch
+    slow: tuple[Slow, GroupCommit, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MOST_WAITING", 5)
     store, commits, told = slow
     rooms: list[bool] = []
     commits.on_room(lambda: rooms.append(commits.is_full))
     store.gate.clear()
-    monkeypatch.setattr(commits, "_per_record_s", 1.0)
+    monkeypatch.setattr(commits.cost, "_each_s", 1.0)
     told.submit("a", size=4)
     await inside(store)
     full = [commits.is_full]
@@ -269,7 +271,7 @@ async def test_it_says_when_it_is_full_and_when_it_is_not_any_more(
     assert commits.is_idle
 
 
-async def test_to_end_it_makes_what_is_left(slow: tuple[Slow, Commits, Told]) -> None:
+async def test_to_end_it_makes_what_is_left(slow: tuple[Slow, GroupCommit, Told]) -> None:
     store, commits, told = slow
     store.gate.clear()
     told.submit("a", size=HUGE)
@@ -285,13 +287,13 @@ async def test_to_end_it_makes_what_is_left(slow: tuple[Slow, Commits, Told]) ->
 
 async def test_it_learns_what_a_record_costs_in_place() -> None:
     store = Slow()
-    commits = Commits(store)
+    commits = GroupCommit(store)
     assert commits.may_commit_here(100)
     for _ in range(100):
-        commits._learn(100, 1.0)
+        commits.cost.learn(100, 1.0)
     assert not commits.may_commit_here(100)
     for _ in range(300):
-        commits._learn(100, 1e-6)
+        commits.cost.learn(100, 1e-6)
     assert commits.may_commit_here(100)
     assert commits.close(0)
 

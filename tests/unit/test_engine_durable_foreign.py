@@ -57,9 +57,9 @@ async def refused(at: Harness, session_id: str, kind: type[ServerError], message
         listed, _ = await at.engine.list_sessions(prefix=session_id)
         assert [at.engine.session_info(session_id)] == listed
     with pytest.raises(kind, match=message):
-        at.single(session_id, x(1))
+        await at.single(session_id, x(1)).only()
     with pytest.raises(kind, match=message):
-        at.engine.locate(session_id)
+        at.engine.model_of(session_id)
     answers = await at.submit([session_id, "fine"], x(2)).all()
     assert kinds(answers) == [kind.__name__, "Answer"]
     assert at.engine.session_info("fine").revision == neighbour + 1

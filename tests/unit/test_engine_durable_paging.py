@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.calls import Select
+from stepwell_server.engine.api import Select
 from support.durable import Disk, kinds, same_reply, x
 from support.model_of_sessions import ModelOfSessions, Reply
 
@@ -55,7 +55,7 @@ async def test_a_reply_comes_back_with_its_session(
         at.clock.advance(1)
         await at.open("b", batch_size=4)
         assert not at.engine.session_info("a").resident
-        assert not at.engine._models[0].replies._arrays
+        assert not at.engine._models.by_name("plain").replies._arrays
         if killed:
             disk.kill()
         else:

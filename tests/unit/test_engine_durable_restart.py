@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.calls import Select
+from stepwell_server.engine.api import Select
 from stepwell_server.errors import RevisionConflict
 from support.durable import Disk, damage, everything, facts, kinds, same_reply, x
 from support.engine import Answer

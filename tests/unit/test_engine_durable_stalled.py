@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine import commits, expiry_timer
-from stepwell_server.engine.calls import Single
+from stepwell_server.engine.change import Awaited, Change
+from stepwell_server.engine.durability import group_commit as commits
+from stepwell_server.engine.sessions import expiry_timer
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
 from support.durable import Disk, begun, everything, facts, kinds, stalled, x
-from support.engine import Harness
+from support.engine import Harness, Later
 
 pytestmark = pytest.mark.stores("async", "sync")
 
@@ -133,7 +134,7 @@ async def test_passes_wait_while_too_much_waits_for_the_store(
         disk.store.stall()
         first = at.submit(["a", "b", "c"], x(3))
         await stalled(disk.store)
-        assert at.engine._commits.is_full
+        assert at.engine._group.is_full
         ran = len(at.hooks.rows)
         later: list[Any] = [
             at.submit(["d", "e"], x(2, 3), sizes=[1, 1]),
@@ -190,7 +191,7 @@ async def test_a_caller_that_goes_away_leaves_nothing_half_done(disk: Disk, name
     cancellable: dict[str, Callable[[Harness], Awaitable[Any]]] = {
         **CHANGES,
         "close many": lambda at: at.engine.close_sessions(["b", "a"]),
-        "single": lambda at: at.engine.step(single(at)),
+        "single": single,
     }
     async with disk.engine() as at:
         await begin(at)
@@ -219,9 +220,11 @@ async def test_a_caller_that_goes_away_leaves_nothing_half_done(disk: Disk, name
         assert (await everything(at)) == after
 
 
-def single(at: Harness) -> Any:
-    """The step of `CHANGES`, for whoever settles it."""
-    return Single("a", {"": x(1, seed=1)}, lambda _answer: None, expected=1, request_id=22)
+def single(at: Harness) -> Awaitable[Any]:
+    """The step of `CHANGES`, for a task that waits for it."""
+    answer, numbers = Awaited(), np.array([1, 22], np.uint64)
+    change = Change(["a"], answer, inputs={"": x(1, seed=1)}, expected=numbers[:1], request_ids=numbers[1:])
+    return at.engine.apply(change, answer)
 
 
 async def test_who_waits_for_a_session_that_is_being_made_gets_it(disk: Disk) -> None:
@@ -298,7 +301,7 @@ async def test_to_stop_waits_for_the_store_and_says_if_it_does_not_come_back(dis
         assert await at.engine.close(timeout_s=0.01) is False
         disk.store.go_on()
         await drain
-        assert at.engine._commits.is_idle
+        assert at.engine._group.is_idle
         assert kinds(await answers.all()) == ["Answer"]
         assert await at.engine.close() is True
 
@@ -306,7 +309,7 @@ async def test_to_stop_waits_for_the_store_and_says_if_it_does_not_come_back(dis
 async def too_much_waits(disk: Disk, at: Harness, monkeypatch: pytest.MonkeyPatch) -> asyncio.Task[Any]:
     """The store stalls, and has as much before it as it may; the reset of `a` that it waits for."""
     monkeypatch.setattr(commits, "MOST_WAITING", 1)
-    monkeypatch.setattr(at.engine._commits, "may_commit_here", lambda _size: False)
+    monkeypatch.setattr(at.engine._group, "may_commit_here", lambda _size: False)
     disk.store.stall()
     first = await begun(at.submit("a", reset=True).only())
     await stalled(disk.store)
@@ -377,7 +380,7 @@ async def test_who_waits_for_rows_of_sessions_that_are_being_made_is_let_in_when
         assert not at.engine.session_info("a").resident
         step = at.submit("a", x(1))
         await turns()
-        assert at.engine._admission.has_parked
+        assert at.engine._row_queue
         disk.store.go_on()
         made = await asyncio.gather(*making, return_exceptions=True)
         assert [isinstance(one, Unavailable) for one in made] == [not kept] * 2
@@ -398,10 +401,10 @@ async def test_the_timer_does_not_queue_behind_a_store_that_has_too_much(
         expiring = await begun(at.engine._timer._expire_all())
         for _ in range(5):
             await turns()
-        assert at.engine._commits.waiting == 4
+        assert at.engine._group.waiting == 4
         disk.store.go_on()
         await expiring
-        await at.engine._commits.idle()
+        await at.engine._group.idle()
         assert at.store.count() == 0
 
 
@@ -411,7 +414,8 @@ async def test_a_lone_step_is_under_way_until_the_store_has_it(disk: Disk) -> No
         disk.store.stall()
         ran = len(at.hooks.rows)
         lone = at.single("a", x(1))
-        assert len(at.hooks.rows) == ran + 1, "it ran at once"
+        await turns()
+        assert len(at.hooks.rows) == ran + 1
         second, other = at.single("a", x(1)), at.single("b", x(1))
         await turns()
         assert len(at.hooks.rows) == ran + 2, "the session's next one waits, another's does not"
@@ -429,7 +433,7 @@ async def test_a_caller_who_cannot_be_told_of_a_lone_step_costs_nobody_else(
     async with disk.engine() as at:
         await begin(at)
         disk.store.stall()
-        at.engine.submit_single(Single("a", {"": x(1)}, raises))
+        at.engine.submit(Change(["a"], Later(raises), inputs={"": x(1)}))
         after = at.single("a", x(1))
         disk.store.go_on()
         assert (await after.only()).revision == 3

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.calls import Frame, Part
-from stepwell_server.errors import Internal, SessionExpired, SessionGone, Unavailable
+from stepwell_server.engine.change import Change
+from stepwell_server.errors import Internal, ServerError, SessionExpired, SessionGone, Unavailable
 from support.durable import Disk, begun, everything, kinds, stalled, x
-from support.engine import Harness
+from support.engine import Answer, Harness, Later
 
 pytestmark = pytest.mark.stores("async", "sync")
 
@@ -38,7 +38,7 @@ async def expired(at: Harness) -> list[str]:
 
 async def dropped(at: Harness, *session_ids: str) -> None:
     """The store fails to keep a change of sessions."""
-    at.engine._commits._store.fail(AWAY)  # type: ignore[attr-defined]
+    at.engine._group._store.fail(AWAY)  # type: ignore[attr-defined]
     answers = at.submit(list(session_ids), x(len(session_ids)))
     assert kinds(await answers.all()) == ["Unavailable"] * len(session_ids)
     await at.settled()
@@ -136,7 +136,7 @@ async def test_an_id_whose_old_session_could_not_be_deleted_is_opened_anew(disk:
 
 
 async def test_who_sends_again_from_within_an_answer_is_answered_too(disk: Disk) -> None:
-    parts: list[Part] = []
+    told: list[Answer | ServerError] = []
     async with disk.engine() as at:
         await at.open("a")
         disk.store.fail(AWAY)
@@ -144,16 +144,17 @@ async def test_who_sends_again_from_within_an_answer_is_answered_too(disk: Disk)
         first = at.submit("a", x(1))
         await stalled(disk.store)
 
-        def again(part: Part) -> None:
-            parts.append(part)
-            if part.failures and len(parts) < 5:
-                at.engine.submit(Frame(["a"], again, inputs={"": x(1)}))
+        def again(answer: Answer | ServerError) -> None:
+            told.append(answer)
+            if isinstance(answer, ServerError) and len(told) < 5:
+                at.engine.submit(Change(["a"], Later(again), inputs={"": x(1)}))
 
-        at.engine.submit(Frame(["a"], again, inputs={"": x(1)}))
+        at.engine.submit(Change(["a"], Later(again), inputs={"": x(1)}))
+        at.engine._drain_inboxes()
         disk.store.go_on()
         assert kinds(await first.all()) == ["Unavailable"]
         await at.settled()
-        assert [len(part.failures) for part in parts] == [1, 0]
+        assert kinds(told) == ["Unavailable", "Answer"]
         assert at.engine.session_info("a").revision == 1
 
 
@@ -165,13 +166,14 @@ async def test_who_sends_again_when_a_session_is_closed_is_answered_too(disk: Di
         close = await begun(at.engine.close_session("a"))
         await stalled(disk.store)
 
-        def again(part: Part) -> None:
+        def again(answer: Answer | ServerError) -> None:
             assert len(refused) < 5
-            refused.append(type(part.failures[0].error).__name__)
+            refused.append(type(answer).__name__)
             if len(refused) == 1:
-                at.engine.submit(Frame(["a"], again, inputs={"": x(1)}))
+                at.engine.submit(Change(["a"], Later(again), inputs={"": x(1)}))
 
-        at.engine.submit(Frame(["a"], again, inputs={"": x(1)}))
+        at.engine.submit(Change(["a"], Later(again), inputs={"": x(1)}))
+        at.engine._drain_inboxes()
         disk.store.go_on()
         assert await close is False
         await at.settled()

@@ -56,7 +56,7 @@ async def test_a_session_that_is_due_is_gone_even_before_the_timer_comes() -> No
         answers = await at.submit(["a", "b"], x(2)).all()
         assert [type(answer) for answer in answers] == [SessionExpired, SessionExpired]
         with pytest.raises(SessionExpired):
-            at.single("c", x(1))
+            await at.single("c", x(1)).only()
         assert (await at.engine.list_sessions())[0] == []
 
 

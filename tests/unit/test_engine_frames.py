@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.calls import Frame, Part
 from stepwell_server.errors import InvalidInput, ServerError, SessionNotFound
 from support.engine import Answer, Harness, running
 from support.fake_executor import BAD, PLAIN, RICH
@@ -241,26 +240,6 @@ async def test_a_frame_that_is_refused_as_a_whole_changes_nobody(
             at.submit(ids, **fields)
         for name in "adr":
             assert at.engine.session_info(name).revision == 0
-
-
-async def test_the_parts_of_a_reply_say_when_they_are_all() -> None:
-    async with running(max_batch_rows=2, threads=True) as at:
-        await at.open(*"abcde")
-        parts: list[Part] = []
-        ids = ["a", "gone", "b", "c", "d", "e"]
-        frame = Frame(ids, parts.append, inputs={"": x(6)}, expected=np.array([0, 0, 9, 0, 0, 0], np.uint64))
-        at.engine.submit(frame)
-        await at.settled()
-        assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
-        members: list[int] = []
-        for part in parts:
-            assert part.members is not None
-            assert part.members.tolist() == sorted(part.members.tolist())
-            members += part.members.tolist()
-            for failure in part.failures:
-                assert failure.members is not None
-                members += failure.members.tolist()
-        assert sorted(members) == list(range(6))
 
 
 async def test_two_models_do_not_share_passes_or_rows() -> None:

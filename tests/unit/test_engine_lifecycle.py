@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine import listing
+from stepwell_server.engine.sessions import listing
 from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -358,15 +358,15 @@ async def test_a_reader_that_is_cancelled_as_its_turn_comes_gives_it_away(
         await blocked(at, "a")
         reading = await task_of(at.state("a"))
         following = at.submit("a", x(1))
-        admission = at.engine._admission
-        grant = admission._grant
+        lines = at.engine._turns
+        grant = lines._grant
 
         def grant_and_cancel(hold: Any, handle: int) -> bool:
             taken = grant(hold, handle)
             reading.cancel()
             return taken
 
-        monkeypatch.setattr(admission, "_grant", grant_and_cancel)
+        monkeypatch.setattr(lines, "_grant", grant_and_cancel)
         at.hooks.open_gate()
         assert (await following.only()).revision == 2
         assert reading.cancelled()
@@ -381,8 +381,8 @@ async def test_a_reader_that_is_cancelled_as_the_session_goes_takes_nothing_from
         await blocked(at, "a")
         closing = await task_of(at.engine.close_session("a"))
         reading = await task_of(at.state("a"))
-        roster, table = at.engine._roster, at.engine._table
-        handle, remove = table.find("a"), roster.remove
+        removal, table = at.engine._closing._removal, at.engine._table
+        handle, remove = table.find("a"), removal.remove
 
         def remove_and_reuse(*args: Any) -> None:
             remove(*args)
@@ -392,7 +392,7 @@ async def test_a_reader_that_is_cancelled_as_the_session_goes_takes_nothing_from
             at.hooks.close_gate()
             at.submit("b", x(1))
 
-        monkeypatch.setattr(roster, "remove", remove_and_reuse)
+        monkeypatch.setattr(removal, "remove", remove_and_reuse)
         at.hooks.open_gate()
         await closing
         await asyncio.wait([reading])
@@ -442,4 +442,4 @@ async def test_what_is_read_does_not_change_afterwards() -> None:
         before = read.state["sum"].tobytes()
         await at.step("a", x(1, 4))
         assert read.state["sum"].tobytes() == before
-        assert not np.shares_memory(read.state["sum"], at.engine._models[0].arena.states[0])
+        assert not np.shares_memory(read.state["sum"], at.engine._models.by_name("plain").arena.states[0])

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from stepwell_server.engine.arena import Arena
+from stepwell_server.engine.state.arena import Arena
 from stepwell_server.errors import Overloaded, ServerError, SessionLost
 from stepwell_server.program import StateSpec
 from stepwell_server.store.base import Batch

@@ -7,9 +7,9 @@ import asyncio
 import numpy as np
 import pytest
 
-from stepwell_server.engine.calls import Frame
+from stepwell_server.engine.change import Change
 from stepwell_server.errors import DeadlineExceeded, Overloaded, SessionNotFound, Unavailable
-from support.engine import Answer, Answers, Harness, running
+from support.engine import Answer, Answers, Harness, Later, running
 from support.fake_executor import PLAIN
 from support.model_of_sessions import initial
 
@@ -141,26 +141,28 @@ async def test_who_was_let_in_and_did_not_fit_keeps_its_place() -> None:
         for name in ("first", "second", "third", "fourth", "a", "b"):
             at.clock.advance(1)
             await at.open(name)
-        admission, table = at.engine._admission, at.engine._table
+        turns, table = at.engine._turns, at.engine._table
         claims = {name: table.find_all([name]) for name in ("a", "b", "first")}
-        admission.claim(np.concatenate([claims["a"], claims["b"]]))
+        turns.claim(np.concatenate([claims["a"], claims["b"]]))
         order: list[str] = []
-        at.engine.submit(Frame(["first"], lambda _part: admission.claim(claims["b"]), reset=True))
-        holding = asyncio.create_task(admission.hold(int(claims["first"][0]), float("inf")))
+        first = Later(lambda _answer: turns.claim(claims["b"]))
+        at.engine.submit(Change(["first"], first, reset=True))
+        at.engine._drain_inboxes()
+        holding = asyncio.create_task(turns.hold(int(claims["first"][0]), float("inf")))
         await asyncio.sleep(0)
         waiting = {name: at.submit(name, x(1)) for name in ("second", "third", "fourth")}
         for name, answers in waiting.items():
             answers._ended.add_done_callback(lambda _done, name=name: order.append(name))  # type: ignore[misc]
-        admission.release(np.concatenate([claims["a"], claims["b"]]))
+        turns.release(np.concatenate([claims["a"], claims["b"]]))
         await holding
         for _ in range(10):
             await asyncio.sleep(0)
         assert not order, "all rows are in use again"
-        admission.release(claims["b"])
+        turns.release(claims["b"])
         for answers in waiting.values():
             assert (await answers.only()).revision == 1
         assert order == ["second", "third", "fourth"]
-        admission.release(claims["first"])
+        turns.release(claims["first"])
 
 
 @pytest.mark.stores("memory", "async")
@@ -169,21 +171,22 @@ async def test_another_model_may_begin_to_wait_while_one_is_let_in() -> None:
         for name in ("a2", "a1", "b2", "b1"):
             at.clock.advance(1)
             await at.open(name, model=name[0])
-        admission, table = at.engine._admission, at.engine._table
+        turns, table = at.engine._turns, at.engine._table
         busy = {name: np.array([table.find(name)], np.intp) for name in ("a1", "b1")}
         for handles in busy.values():
-            admission.claim(handles)
+            turns.claim(handles)
         steps: list[Answers] = []
-        reset = Frame(["a2"], lambda _part: steps.append(at.submit("b2", x(1))), reset=True)
-        at.engine.submit(reset)
+        reset = Later(lambda _answer: steps.append(at.submit("b2", x(1))))
+        at.engine.submit(Change(["a2"], reset, reset=True))
+        await asyncio.sleep(0)
         assert not steps, "it waits for the row"
         broken: list[object] = []
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: broken.append(context))
-        admission.release(busy["a1"])
+        turns.release(busy["a1"])
         for _ in range(10):
             await asyncio.sleep(0)
         (step,) = steps
         assert not step.ended
         assert not broken
-        admission.release(busy["b1"])
+        turns.release(busy["b1"])
         assert (await step.only()).revision == 1

@@ -7,6 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, ServerError, Unavailable
 from support.engine import Answer, Harness, running
 from support.fake_executor import BAD, BROKEN, PLAIN
@@ -109,7 +110,7 @@ async def test_a_pass_that_breaks_changes_nothing_and_the_loop_goes_on(
         error = answers[0]
         assert isinstance(error, Internal)
         assert "secret" not in error.message
-        (record,) = [r for r in caplog.records if getattr(r, "error_id", None) == error.error_id]
+        (record,) = [r for r in caplog.records if error.error_id in str(getattr(r, "fields", {}))]
         assert "a secret detail" in (record.exc_text or "")
         for member, answer in enumerate(await after.all()):
             assert isinstance(answer, Answer)
@@ -156,16 +157,17 @@ async def test_cancelling_any_member_of_a_batch_harms_no_other(victim: int) -> N
 
 @pytest.mark.parametrize("victim", range(4))
 async def test_cancelling_the_task_that_waits_for_a_change_harms_no_other(victim: int) -> None:
-    from stepwell_server.engine.calls import Frame
-
     async with running(threads=True) as at:
         ids = await open_all(at, 5)
         at.hooks.close_gate()
         at.submit(ids[4], x(1))
         await at.in_flight()
         value = x(4)
-        frames = [Frame([ids[i]], lambda part: None, inputs={"": value[i : i + 1]}) for i in range(4)]
-        tasks = [asyncio.create_task(at.engine.apply(frame)) for frame in frames]
+        waiting = [(Awaited(), ids[i], value[i : i + 1]) for i in range(4)]
+        tasks = [
+            asyncio.create_task(at.engine.apply(Change([name], answer, inputs={"": own}), answer))
+            for answer, name, own in waiting
+        ]
         await asyncio.sleep(0)
         tasks[victim].cancel()
         await asyncio.wait([tasks[victim]])
@@ -187,6 +189,7 @@ async def test_one_pass_runs_at_a_time_even_if_what_is_dropped_lets_others_in() 
         dropped, in_line, other = at.submit("b", x(1)), at.submit("b", x(1)), at.submit("c", x(1))
         at.cancel(dropped)
         at.passes[0].on_end = at.hooks.close_gate  # the next pass waits until this test has looked
+        at.hooks.inside.clear()
         at.hooks.open_gate()
         for _ in range(2):
             await at.in_flight()
@@ -298,7 +301,7 @@ async def test_too_many_rows_waiting_are_refused_and_nothing_changes() -> None:
 
 
 async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepwell_server.engine.admission.MAX_WAITING_BYTES", 100)
+    monkeypatch.setattr("stepwell_server.engine.intake.limits.MAX_WAITING_BYTES", 100)
     async with running(threads=True) as at:
         ids = await open_all(at, 3)
         at.hooks.close_gate()

@@ -8,9 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.errors import DeadlineExceeded, Internal, InvalidInput, ModelNotFound, Overloaded
+from stepwell_server.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidInput,
+    ModelNotFound,
+    Overloaded,
+    Unavailable,
+)
 from support.engine import running
-from support.fake_executor import BAD, BROKEN, RICH
+from support.fake_executor import BAD, BROKEN, RICH, WAIT_S
 from support.model_of_sessions import initial, run
 
 BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
@@ -172,7 +179,7 @@ async def test_too_much_waiting_is_refused() -> None:
 
 
 async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepwell_server.engine.admission.MAX_WAITING_BYTES", 100)
+    monkeypatch.setattr("stepwell_server.engine.intake.limits.MAX_WAITING_BYTES", 100)
     async with running(threads=True) as at:
         at.hooks.close_gate()
         first = asyncio.create_task(at.engine.predict("plain", {"": x(1, 10)}))
@@ -182,3 +189,17 @@ async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatc
         at.hooks.open_gate()
         await first
         assert (await at.engine.predict("plain", {"": x(3)})).outputs["y"].shape == (3, 2)
+
+
+async def test_who_waits_for_rows_to_work_in_gets_those_of_a_request_that_is_cancelled() -> None:
+    async with running(threads=True, resident_rows=4, max_batch_rows=4, steps=1) as at:
+        await at.open("a", batch_size=2)
+        at.hooks.close_gate()
+        long = at.submit("a", np.zeros((2, 5, 2), np.float32), sizes=[2])
+        await at.in_flight()
+        predict = asyncio.create_task(at.engine.predict("plain", {"": np.zeros((3, 2), np.float32)}))
+        await asyncio.sleep(0)
+        at.cancel(long)
+        at.hooks.open_gate()
+        await asyncio.wait_for(predict, WAIT_S)
+        assert isinstance((await long.all())[0], Unavailable)

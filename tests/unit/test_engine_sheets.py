@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepwell_server.engine import sheets
+from stepwell_server.engine.durability import record_templates as sheets
 from stepwell_server.store.record import decode
 from support.engine import Harness, running
 
@@ -36,12 +36,12 @@ async def test_a_group_that_steps_again_shares_a_sheet_and_each_record_is_its_ow
         for step in range(3):
             await at.submit(ids, x(COUNT, seed=step)).all()
             await check_stored(at, ids)
-        assert len(at.engine._keeper._sheets._kept) == 1
+        assert len(at.engine._committer._records._templates._kept) == 1
         some = ids[5:30]
         for seed, kept in ((9, 1), (10, 2)):
             await at.submit(some, x(len(some), seed=seed)).all()
             await check_stored(at, ids)
-            assert len(at.engine._keeper._sheets._kept) == kept
+            assert len(at.engine._committer._records._templates._kept) == kept
 
 
 async def test_sessions_that_come_together_once_leave_no_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +52,7 @@ async def test_sessions_that_come_together_once_leave_no_sheet(monkeypatch: pyte
         for start in range(10):
             await at.submit(ids[start:], x(COUNT - start, seed=start)).all()
         await check_stored(at, ids)
-        kept = at.engine._keeper._sheets
+        kept = at.engine._committer._records._templates
         assert not kept._kept
         assert len(kept._seen) == 3
 
@@ -105,5 +105,5 @@ async def test_sheets_are_kept_within_their_bytes(monkeypatch: pytest.MonkeyPatc
             for seed in (start, start + 1):
                 await at.submit(ids[start:], x(COUNT - start, seed=seed)).all()
         await check_stored(at, ids)
-        kept = at.engine._keeper._sheets
+        kept = at.engine._committer._records._templates
         assert 0 < sum(sheet.byte_count for _, sheet in kept._kept.values()) == kept._bytes <= 20_000

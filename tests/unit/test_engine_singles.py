@@ -1,4 +1,4 @@
-"""Single steps go quicker ways than frames, to the same answers."""
+"""Steps of one session: what many callers send at the same time is run together, and each is answered alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.calls import Select, Single
-from stepwell_server.engine.plain import PlainSteps
+from stepwell_server.engine.api import Select
+from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.errors import (
     DeadlineExceeded,
     Internal,
@@ -21,11 +21,10 @@ from stepwell_server.errors import (
     Unavailable,
 )
 from support.engine import Answer, Harness, running
-from support.fake_executor import BAD, BROKEN, RICH
+from support.fake_executor import BROKEN, RICH
 from support.model_of_sessions import initial, run
 
 BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
-ANY = 2**64 - 1
 
 
 def x(*shape: int, seed: int = 0) -> np.ndarray:
@@ -42,71 +41,6 @@ def shown(answer: Answer | ServerError) -> Any:
 def bytes_of(answer: Answer) -> bytes:
     data: bytes = answer.outputs["y"].tobytes()
     return data
-
-
-CASES: list[dict[str, Any]] = [
-    {"x": x(1)},
-    {"x": x(1, 1)},
-    {"x": x(1, 4)},
-    *({"x": x(1, t), "select": select} for t in (1, 4) for select in (Select.LAST, Select.NONE)),
-    {"x": x(1).astype(np.float64)},
-    {"x": x(1), "expected": 1, "request": 7},
-    {"x": x(1), "expected": 0, "request": 5},
-    {"x": x(1), "request": 5},
-    {"x": x(1), "expected": 0, "request": 6},
-    {"x": x(1), "expected": 9},
-    {"x": x(1), "expected": ANY, "request": 8},
-    {"x": x(2)},
-    {"x": x(1, 0)},
-    {"x": np.zeros((1, 3), np.float32)},
-    {"x": np.array([[np.nan, 1]], np.float32)},
-    {"x": np.array([[1e300, 1]])},
-    {"x": np.array([[BAD, 1]], np.float32)},
-    {"x": np.array([[1, 1]], np.complex64)},
-    {"x": x(1), "name": "x"},
-    {"x": x(1), "name": "z"},
-    {"x": x(1), "deadline": 999.0},
-]
-
-
-@BOTH_WAYS
-@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-@pytest.mark.parametrize("company", [0, 3])
-async def test_a_single_step_gets_what_a_frame_of_one_gets(
-    threads: bool, case: dict[str, Any], company: int
-) -> None:
-    seen = []
-    for way in ("single", "frame"):
-        async with running(threads=threads) as at:
-            await at.open("a", *(f"other{i}" for i in range(company)))
-            await at.submit("a", x(1, seed=9), request_ids=5).only()
-            others = [at.single(f"other{i}", x(1, seed=i)) for i in range(company)]
-            fields = {name: case[name] for name in ("select", "deadline") if name in case}
-            inputs = {case.get("name", ""): case["x"]}
-            expected, request = case.get("expected"), case.get("request", 0)
-            try:
-                if way == "single":
-                    waiting: Any = at.single(
-                        "a", None, inputs=inputs, expected=expected, request_id=request, **fields
-                    )
-                else:
-                    request_ids = request or None
-                    waiting = at.submit(
-                        "a", inputs=inputs, expected=expected, request_ids=request_ids, **fields
-                    )
-                (answer,) = await waiting.all()
-            except ServerError as error:
-                answer = error
-            for i, other in enumerate(others):
-                ran = run(initial(1), x(1, seed=i)[:, None])
-                assert ran is not None
-                assert bytes_of(await other.only()) == ran[0].tobytes()
-            again = await at.submit("a", x(1), expected=1, request_ids=request or 99).all()
-            after = await at.engine.get_state("a")
-            seen.append(
-                (shown(answer), shown(again[0]), after.state["sum"].tobytes(), after.session.revision)
-            )
-    assert seen[0] == seen[1]
 
 
 @BOTH_WAYS
@@ -146,7 +80,7 @@ async def test_an_executor_that_breaks_is_answered_and_the_next_step_runs(
 async def test_what_is_gone_or_too_much_is_refused_at_once() -> None:
     async with running(threads=True, max_batch_rows=1) as at:
         with pytest.raises(SessionNotFound):
-            at.single("nobody", x(1))
+            await at.single("nobody", x(1)).only()
         await at.open("a", "b")
         at.hooks.close_gate()
         at.single("a", x(1))
@@ -204,8 +138,9 @@ async def test_cancelling_the_task_that_waits_cancels_the_step() -> None:
         at.single("b", x(1))
         await at.in_flight()
         for value in (x(1), x(1, 5)):
-            single = Single("a", {"": value}, lambda answer: None)
-            task = asyncio.create_task(at.engine.step(single))
+            answer = Awaited()
+            change = Change(["a"], answer, inputs={"": value})
+            task = asyncio.create_task(at.engine.apply(change, answer))
             await asyncio.sleep(0)
             task.cancel()
             await asyncio.wait([task])
@@ -247,7 +182,7 @@ async def test_a_session_closed_while_its_step_waits() -> None:
         assert await closing is False
         assert (await after.only()).revision == 2
         with pytest.raises(SessionNotFound):
-            at.single("a", x(1))
+            await at.single("a", x(1)).only()
 
 
 KINDS = ["plain", "long", "last", "frame", "reset", "get", "fork"]
@@ -297,77 +232,6 @@ def change_of(at: Harness, kind: str, expected: int) -> Any:
     if kind == "frame":
         return at.submit("a", x(1), expected=expected)
     return at.submit("a", reset=True, expected=expected)
-
-
-class Gatherer:
-    """Gathers plain steps between two passes, as the lane of the streams does."""
-
-    def __init__(self, at: Harness) -> None:
-        self._port = at.engine.ports[0]
-        self._locate = at.engine.locate
-        self._waiting: list[PlainSteps] = []
-        self.revisions: list[int] = []
-        self.errors: list[ServerError] = []
-        self._port.feed(self._give_away, lambda: len(self._waiting))
-
-    def add(self, session_id: str, expected: int) -> None:
-        handle, _ = self._locate(session_id)
-        self._waiting.append(
-            PlainSteps(
-                [session_id],
-                np.array([handle]),
-                (x(1),),
-                with_time=False,
-                select=Select.ALL,
-                receiver=self,
-                expected=np.array([expected], np.uint64),
-            )
-        )
-        self._port.wake()
-
-    def _give_away(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for steps in waiting:
-            self._port.admit(steps)
-
-    def settle(self, members: Any, revisions: Any, positions: Any, outputs: Any, *, replayed: bool) -> None:
-        self.revisions += revisions.tolist()
-
-    def fail(self, members: Any, error: ServerError) -> None:
-        self.errors.append(error)
-
-    def cancelled(self, members: Any) -> list[int]:
-        return []
-
-    def send_alone(self, members: Any) -> None:
-        raise AssertionError("these steps are plain")
-
-
-@BOTH_WAYS
-@pytest.mark.parametrize("kind", ["plain", "long", "last", "frame", "reset"])
-async def test_steps_gathered_elsewhere_keep_their_place(threads: bool, kind: str) -> None:
-    async with running(threads=threads) as at:
-        await at.open("a")
-        gatherer = Gatherer(at)
-        gatherer.add("a", 0)
-        second = change_of(at, kind, 1)
-        gatherer.add("a", 2)
-        assert (await second.only()).revision == 2
-        await at.settled()
-        assert (gatherer.revisions, gatherer.errors) == ([1, 3], [])
-
-
-async def test_a_step_does_not_run_at_once_if_another_is_gathered() -> None:
-    async with running() as at:
-        await at.open("a")
-        port = at.engine.ports[0]
-        seen = [port.may_run_now]
-        long = at.single("a", x(1, 3))
-        seen.append(port.may_run_now)  # it would overtake the one that is not plain
-        await long.only()
-        await asyncio.sleep(0)
-        seen.append(port.may_run_now)
-        assert seen == [True, False, True]
 
 
 async def test_a_single_step_comes_back_from_the_store() -> None:

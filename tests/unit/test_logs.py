@@ -9,12 +9,16 @@ from collections.abc import Iterator
 
 import pytest
 
+from stepwell_server.errors import Internal
 from stepwell_server.logs import Log, LogFormat, configure
+from support.durable import x
+from support.engine import running
+from support.fake_executor import BROKEN
 
 
 @pytest.fixture
 def stream() -> Iterator[io.StringIO]:
-    root, ours = logging.getLogger(), logging.getLogger("stepwell")
+    root, ours = logging.getLogger(), logging.getLogger("stepwell_server")
     before = (root.handlers[:], root.level, ours.level)
     yield io.StringIO()
     root.handlers[:] = before[0]
@@ -69,3 +73,44 @@ def test_text_values_cannot_forge_lines_or_fields(stream: io.StringIO, value: st
     (line,) = stream.getvalue().splitlines()
     assert line.isprintable()
     assert json.loads(line.partition("value=")[2]) == value
+
+
+async def test_the_id_of_an_engine_s_defect_is_in_the_printed_line(stream: io.StringIO) -> None:
+    configure("info", "text", stream)
+    async with running() as at:
+        await at.open("a")
+        (error,) = await at.submit("a", x(1) * 0 + BROKEN).all()
+    assert isinstance(error, Internal)
+    (line,) = [line for line in stream.getvalue().splitlines() if error.error_id in line]
+    assert line.split(" ", 1)[1] == f"error a pass raised error_id={error.error_id} model=plain"
+    assert "Traceback" in stream.getvalue()
+
+
+async def test_the_id_of_a_store_s_defect_is_in_the_printed_line(
+    stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure("info", "json", stream)
+
+    def breaks(*_arguments: object) -> None:
+        raise RuntimeError("a secret detail")
+
+    async with running(resident_rows=1) as at:
+        await at.open("a")
+        monkeypatch.setattr(at.store, "get_many", breaks)
+        await at.open("b")
+        (error,) = await at.submit("a", x(1)).all()
+        monkeypatch.undo()
+    assert isinstance(error, Internal)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    (line,) = [line for line in lines if line.get("error_id") == error.error_id]
+    assert (line["level"], line["event"]) == ("error", "the store raised")
+    assert "a secret detail" in line["traceback"]
+
+
+def test_the_level_reaches_engine_and_store(stream: io.StringIO) -> None:
+    configure("debug", "text", stream)
+    Log("engine.loop").debug("inputs refused", model="forecast")
+    logging.getLogger("stepwell_server.store.disk").debug("a segment is full")
+    first, second = stream.getvalue().splitlines()
+    assert first.endswith("debug inputs refused model=forecast")
+    assert second.endswith("debug a segment is full logger=stepwell_server.store.disk")

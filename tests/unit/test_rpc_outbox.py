@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from stepwell_server.rpc.outbox import Outbox
+from stepwell_server.rpc.steps.write_queue import Outbox
 
 
 class _Wire:

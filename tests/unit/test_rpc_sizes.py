@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepwell_server.engine.calls import Select
+from stepwell_server.engine.api import Select
 from stepwell_server.errors import MessageTooLarge, ModelNotFound
 from stepwell_server.rpc.sizes import ReplySizes
 from support.fake_engine import MODEL, FakeEngine

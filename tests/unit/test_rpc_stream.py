@@ -14,7 +14,7 @@ from stepwell.v1 import tensors_pb2
 from stepwell_server.clock import SystemClock
 from stepwell_server.errors import InvalidInput, Overloaded, Unavailable
 from stepwell_server.rpc.sizes import ReplySizes
-from stepwell_server.rpc.stream import FrameStream, StreamLimits
+from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 from support.fake_context import FakeContext, Requests
 from support.fake_engine import MODEL, FakeEngine
 
@@ -28,13 +28,6 @@ def _step(frame_id: int, *session_ids: str, steps: int = 0, timeout_ms: int = 0)
     tensor = tensors_pb2.Tensor(dtype=tensors_pb2.DATA_TYPE_FLOAT32, shape=x.shape, data=x.tobytes())
     frame = pb.StepFrame(session_ids=session_ids, inputs=[tensor], timeout_ms=timeout_ms)
     return pb.StepStreamRequest(frame_id=frame_id, step=frame)
-
-
-class _NoLane:
-    """Leaves every message to the stream."""
-
-    def take(self, _stream: FrameStream, _raw: bytes) -> bool:
-        return False
 
 
 class Call:
@@ -52,7 +45,6 @@ class Call:
             limits,
             self.observer,
             self.context,  # type: ignore[arg-type]
-            _NoLane(),  # type: ignore[arg-type]
         )
         self.task = asyncio.create_task(self.stream.run(float("inf")))
 
@@ -103,9 +95,10 @@ async def test_frames_are_answered_and_the_stream_ends_with_the_client() -> None
 async def test_members_fail_alone() -> None:
     async with _call() as call:
         call.context.send(_step(1, "a", "nobody", "b"))
-        reply = await call.reply()
+        failed, reply = await call.reply(), await call.reply()
+    assert (failed.last, reply.last) == (False, True)
     assert (reply.all_members, list(reply.members)) == (False, [0, 2])
-    (error,) = reply.errors
+    (error,) = failed.errors
     assert (list(error.members), error.error.reason) == ([1], "SESSION_NOT_FOUND")
     assert call.observer.refusals == {"SESSION_NOT_FOUND": 1}
 
@@ -165,18 +158,18 @@ async def test_bytes_that_are_no_frame_end_the_stream() -> None:
         call.context.send(_step(1, "a"), b"\xff\xff\xff")
         with pytest.raises(InvalidInput, match=r"must be a stepwell\.v1\.StepStreamRequest; got 3 bytes"):
             await call.ended()
-        assert [frame.session_ids for frame in call.engine.cancelled] == [["a"]]
+        assert [frame.session_ids for frame in call.engine.cancelled()] == [["a"]]
 
 
 async def test_the_end_of_the_call_cancels_what_waits() -> None:
     async with _call() as call:
         call.engine.held = True
         call.context.send(_step(1, "a"), _step(2, "b"))
-        await call.until(lambda: len(call.engine.frames) == 2)
+        await call.until(lambda: len(call.engine.changes) == 2)
         call.task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call.ended()
-        assert [frame.session_ids for frame in call.engine.cancelled] == [["a"], ["b"]]
+        assert [frame.session_ids for frame in call.engine.cancelled()] == [["a"], ["b"]]
         call.engine.release()  # a part that comes later goes nowhere
         assert call.context.replies.empty()
 
@@ -197,7 +190,7 @@ async def test_a_stopping_stream_answers_first() -> None:
     async with _call() as call:
         call.engine.held = True
         call.context.send(_step(1, "a"))
-        await call.until(lambda: len(call.engine.frames) == 1)
+        await call.until(lambda: len(call.engine.changes) == 1)
         call.stream.stop()
         await asyncio.sleep(0)
         assert not call.task.done()
@@ -222,7 +215,7 @@ async def test_a_client_that_does_not_read_is_not_read(limits: StreamLimits) -> 
         call.context.client_reads.clear()
         call.engine.held = True
         call.context.send(_step(0, "a"))
-        await call.until(lambda: len(call.engine.frames) == 1)
+        await call.until(lambda: len(call.engine.changes) == 1)
         call.engine.held = False
         call.engine.release()
         await call.turns()  # the writer is stuck now; the reader is free
@@ -238,9 +231,9 @@ async def test_unanswered_frames_hold_up_reading() -> None:
         call.engine.held = True
         call.context.send(*(_step(number, "a") for number in range(7)))
         for count in (3, 3, 1):
-            await call.until(lambda count=count: len(call.engine.frames) == count)  # type: ignore[misc]
+            await call.until(lambda count=count: len(call.engine.changes) == count)  # type: ignore[misc]
             await call.turns()
-            assert len(call.engine.frames) == count
+            assert len(call.engine.changes) == count
             call.engine.release()
         assert [(await call.reply()).frame_id for _ in range(7)] == list(range(7))
 
@@ -250,7 +243,7 @@ async def test_time_limits_of_frames() -> None:
         call.engine.held = True
         before = SystemClock().monotonic()
         call.context.send(_step(1, "a"), _step(2, "b", timeout_ms=60_000))
-        await call.until(lambda: len(call.engine.frames) == 2)
-        unlimited, limited = call.engine.frames
+        await call.until(lambda: len(call.engine.changes) == 2)
+        unlimited, limited = call.engine.changes
     assert unlimited.deadline == float("inf")
     assert before + 60 <= limited.deadline <= SystemClock().monotonic() + 60

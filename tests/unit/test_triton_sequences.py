@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.calls import Frame, Part, StepReply
+from stepwell_server.engine.api import Applied
 from stepwell_server.errors import (
     InvalidInput,
     Overloaded,
@@ -127,9 +127,9 @@ async def test_a_start_whose_step_fails_leaves_nothing() -> None:
             InvalidInput, client.infer(np.full((1, 2), np.nan, np.float32), sequence_id=1, start=True)
         )
         np.testing.assert_array_equal(await client.y(x, sequence_id=1), replay(x, x)[1])
-        # what only the model finds out ends the old sequence, and the new one has not begun
+        # so does what only the model finds out: reset and step are one change
         await refused(InvalidInput, client.infer(bad, sequence_id=1, start=True))
-        assert await refused(InvalidInput, client.infer(x, sequence_id=1)) == must_start(1)
+        np.testing.assert_array_equal(await client.y(x, sequence_id=1), replay(x, x, x)[2])
         np.testing.assert_array_equal(await client.y(x, sequence_id=1, start=True), replay(x)[0])
 
 
@@ -248,22 +248,6 @@ async def test_a_timeout_that_passes_while_waiting_changes_nothing() -> None:
         np.testing.assert_array_equal(await client.y(x, sequence_id=3), replay(x, x, x)[2])
 
 
-async def test_a_change_between_reset_and_step_refuses_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = draw(1, 1, 2)
-    async with inference() as client:
-        await client.infer(x, sequence_id=1, start=True)
-        engine = client.harness.engine
-        apply = engine.apply
-
-        async def apply_and_step(frame: Frame) -> Part:
-            part = await apply(frame)
-            await client.harness.step("triton/plain/1", x)
-            return part
-
-        monkeypatch.setattr(engine, "apply", apply_and_step)
-        await refused(RevisionConflict, client.infer(x, sequence_id=1, start=True))
-
-
 async def test_a_session_of_another_model_is_no_sequence() -> None:
     x = draw(1, 1, 2)
     async with inference({"plain": PLAIN, "other": PLAIN}) as client:
@@ -276,10 +260,10 @@ def test_answers_to_ends_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepwell_server.rpc.triton.ended._MAX_BYTES", 100)
     ended = EndedReplies()
     for i in range(5):
-        ended.put("s", i + 1, StepReply(i, i, {"y": np.zeros(10, np.float32)}, replayed=False))
+        ended.put("s", i + 1, Applied(i, i, {"y": np.zeros(10, np.float32)}, replayed=False))
     kept = [i for i in range(6) if ended.get("s", i) is not None]
     assert kept == [4, 5]
-    ended.put("s", 5, StepReply(0, 0, {"y": np.zeros(1, np.float32)}, replayed=False))
+    ended.put("s", 5, Applied(0, 0, {"y": np.zeros(1, np.float32)}, replayed=False))
     assert [i for i in range(6) if ended.get("s", i) is not None] == [4, 5]
     reply = ended.get("s", 5)
     assert reply is not None

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from stepwell_server.errors import InvalidInput, Unavailable
-from stepwell_server.rpc.stream import StreamLimits
+from stepwell_server.rpc.steps.stream import StreamLimits
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.stream import InferStream
 from support.fake_context import FakeContext, Requests

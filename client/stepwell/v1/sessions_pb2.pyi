@@ -50,6 +50,34 @@ OUTPUT_SELECTION_NONE: OutputSelection.ValueType  # 3
 """No outputs at all."""
 Global___OutputSelection: _TypeAlias = OutputSelection  # noqa: Y015
 
+class _StateSelection:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StateSelectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StateSelection.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STATE_SELECTION_UNSPECIFIED: _StateSelection.ValueType  # 0
+    """As NONE."""
+    STATE_SELECTION_NONE: _StateSelection.ValueType  # 1
+    """No states."""
+    STATE_SELECTION_LAST: _StateSelection.ValueType  # 2
+    """The state after the last time step, without a time axis."""
+    STATE_SELECTION_ALL: _StateSelection.ValueType  # 3
+    """The state after every time step."""
+
+class StateSelection(_StateSelection, metaclass=_StateSelectionEnumTypeWrapper):
+    """For which time steps the state comes back with the outputs."""
+
+STATE_SELECTION_UNSPECIFIED: StateSelection.ValueType  # 0
+"""As NONE."""
+STATE_SELECTION_NONE: StateSelection.ValueType  # 1
+"""No states."""
+STATE_SELECTION_LAST: StateSelection.ValueType  # 2
+"""The state after the last time step, without a time axis."""
+STATE_SELECTION_ALL: StateSelection.ValueType  # 3
+"""The state after every time step."""
+Global___StateSelection: _TypeAlias = StateSelection  # noqa: Y015
+
 @_typing.final
 class Session(_message.Message):
     """A session as others may see it."""
@@ -495,6 +523,10 @@ class StepRequest(_message.Message):
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
+    RESET_MASK_FIELD_NUMBER: _builtins.int
+    OUTPUT_NAMES_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    STATE_ROWS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     expected_revision: _builtins.int
@@ -503,9 +535,25 @@ class StepRequest(_message.Message):
     """Random and non-zero, the same in a retry. 0: none."""
     outputs: Global___OutputSelection.ValueType
     """Which time steps come back."""
+    states: Global___StateSelection.ValueType
+    """For which time steps states come back. A server that cannot do what is asked for says INVALID_ARGUMENT."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
         """Inputs, (batch_size, T, features...); one time step may leave out T. Every input of the model."""
+
+    @_builtins.property
+    def reset_mask(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """Rows that begin anew, one for each row: those that are true are set to the model's initial state, then stepped,
+        which is one change. Empty: none. With all of them true the position begins at 0 again.
+        """
+
+    @_builtins.property
+    def output_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the outputs that come back. Empty: all of them."""
+
+    @_builtins.property
+    def state_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows whose states come back, each in 0 to batch_size - 1 and at most once. Empty: all rows."""
 
     def __init__(
         self,
@@ -515,10 +563,14 @@ class StepRequest(_message.Message):
         expected_revision: _builtins.int | None = ...,
         request_id: _builtins.int = ...,
         outputs: Global___OutputSelection.ValueType = ...,
+        reset_mask: _abc.Iterable[_builtins.bool] | None = ...,
+        output_names: _abc.Iterable[_builtins.str] | None = ...,
+        states: Global___StateSelection.ValueType = ...,
+        state_rows: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "inputs", b"inputs", "outputs", b"outputs", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "inputs", b"inputs", "output_names", b"output_names", "outputs", b"outputs", "request_id", b"request_id", "reset_mask", b"reset_mask", "session_id", b"session_id", "state_rows", b"state_rows", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -536,6 +588,7 @@ class StepResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """After the step."""
     position: _builtins.int
@@ -548,6 +601,10 @@ class StepResponse(_message.Message):
         had T, else (batch_size, ...). Empty with NONE.
         """
 
+    @_builtins.property
+    def states(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
+        """States as asked for, (rows, T, ...) with ALL and T, else (rows, ...)."""
+
     def __init__(
         self,
         *,
@@ -555,10 +612,11 @@ class StepResponse(_message.Message):
         revision: _builtins.int = ...,
         position: _builtins.int = ...,
         replayed: _builtins.bool = ...,
+        states: _abc.Iterable[_tensors_pb2.Tensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "position", b"position", "replayed", b"replayed", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "position", b"position", "replayed", b"replayed", "revision", b"revision", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -613,10 +671,16 @@ class StepFrame(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     BATCH_SIZES_FIELD_NUMBER: _builtins.int
+    RESET_MASK_FIELD_NUMBER: _builtins.int
+    OUTPUT_NAMES_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    STATE_MEMBERS_FIELD_NUMBER: _builtins.int
     outputs: Global___OutputSelection.ValueType
     """Which time steps come back."""
     timeout_ms: _builtins.int
     """Milliseconds after which steps that still wait are dropped unapplied. 0: no limit."""
+    states: Global___StateSelection.ValueType
+    """As in StepRequest."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The sessions, each at most once."""
@@ -642,6 +706,18 @@ class StepFrame(_message.Message):
         are gone at once make it refuse the whole frame.
         """
 
+    @_builtins.property
+    def reset_mask(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """As in StepRequest, for each of the R rows."""
+
+    @_builtins.property
+    def output_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in StepRequest."""
+
+    @_builtins.property
+    def state_members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Indexes into session_ids of the members whose states come back, ascending. Empty: all members."""
+
     def __init__(
         self,
         *,
@@ -652,10 +728,14 @@ class StepFrame(_message.Message):
         outputs: Global___OutputSelection.ValueType = ...,
         timeout_ms: _builtins.int = ...,
         batch_sizes: _abc.Iterable[_builtins.int] | None = ...,
+        reset_mask: _abc.Iterable[_builtins.bool] | None = ...,
+        output_names: _abc.Iterable[_builtins.str] | None = ...,
+        states: Global___StateSelection.ValueType = ...,
+        state_members: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "expected_revisions", b"expected_revisions", "inputs", b"inputs", "outputs", b"outputs", "request_ids", b"request_ids", "session_ids", b"session_ids", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "expected_revisions", b"expected_revisions", "inputs", b"inputs", "output_names", b"output_names", "outputs", b"outputs", "request_ids", b"request_ids", "reset_mask", b"reset_mask", "session_ids", b"session_ids", "state_members", b"state_members", "states", b"states", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -730,6 +810,7 @@ class StepStreamResponse(_message.Message):
     REPLAYED_MEMBERS_FIELD_NUMBER: _builtins.int
     ERRORS_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
     frame_id: _builtins.int
     """The frame."""
     all_members: _builtins.bool
@@ -762,6 +843,10 @@ class StepStreamResponse(_message.Message):
     def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberError]:
         """Members that failed; nothing changed for them."""
 
+    @_builtins.property
+    def states(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
+        """States as asked for, rows of the applied members among state_members one after the other."""
+
     def __init__(
         self,
         *,
@@ -774,10 +859,11 @@ class StepStreamResponse(_message.Message):
         replayed_members: _abc.Iterable[_builtins.int] | None = ...,
         errors: _abc.Iterable[Global___MemberError] | None = ...,
         last: _builtins.bool = ...,
+        states: _abc.Iterable[_tensors_pb2.Tensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_members", b"all_members", "errors", b"errors", "frame_id", b"frame_id", "last", b"last", "members", b"members", "outputs", b"outputs", "positions", b"positions", "replayed_members", b"replayed_members", "revisions", b"revisions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_members", b"all_members", "errors", b"errors", "frame_id", b"frame_id", "last", b"last", "members", b"members", "outputs", b"outputs", "positions", b"positions", "replayed_members", b"replayed_members", "revisions", b"revisions", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

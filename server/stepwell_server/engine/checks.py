@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.engine.calls import Array, Tensors
+from stepwell_server.engine.types import Array, Tensors
 from stepwell_server.errors import InvalidInput
 from stepwell_server.program import Program, StateSpec, TensorSpec
 

@@ -10,57 +10,60 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Slots
-from stepwell_server.engine.admission import Admission
-from stepwell_server.engine.arena import Arena, default_resident_rows
-from stepwell_server.engine.calls import (
-    Frame,
-    ModelInfo,
-    Observer,
-    Opened,
-    Part,
-    Predicted,
-    SessionInfo,
-    Single,
-    StateRead,
-    StepReply,
-    Tensors,
-)
+from stepwell_server.engine.alarm import Alarm
+from stepwell_server.engine.api import Applied, ModelInfo, Observer, Opened, Predicted, SessionInfo, StateRead
+from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.checks import check_inputs, check_state, require_finite
-from stepwell_server.engine.closing import Closing
-from stepwell_server.engine.commits import Commits
-from stepwell_server.engine.completion import ModelCompletion
-from stepwell_server.engine.creation import Creation
-from stepwell_server.engine.directory import Directory
+from stepwell_server.engine.cost import Cost
+from stepwell_server.engine.durability.committer import Committer
+from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.durability.records import Records
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
-from stepwell_server.engine.expiry import Expiry
-from stepwell_server.engine.expiry_timer import ExpiryTimer
-from stepwell_server.engine.frames import Frames
-from stepwell_server.engine.keeper import Keeper
-from stepwell_server.engine.listing import Listing
-from stepwell_server.engine.loop import PassLoop
-from stepwell_server.engine.opening import OpenedMany, Opening
-from stepwell_server.engine.paging import Pager
-from stepwell_server.engine.passes import Lane
-from stepwell_server.engine.plain import PlainIntake
-from stepwell_server.engine.port import PlainPort
-from stepwell_server.engine.predict import PredictCall
-from stepwell_server.engine.reading import Reading
-from stepwell_server.engine.replies import Replies
-from stepwell_server.engine.roster import Roster
-from stepwell_server.engine.runner import Runner
-from stepwell_server.engine.served import ServedModel
-from stepwell_server.engine.singles import Singles
-from stepwell_server.engine.solo import Solo
-from stepwell_server.engine.warmup import warm_up
-from stepwell_server.errors import InvalidInput, ServerError, Unavailable
+from stepwell_server.engine.intake.admission import Admission
+from stepwell_server.engine.intake.inbox import Inbox, joined_where_alike
+from stepwell_server.engine.intake.limits import Limits
+from stepwell_server.engine.intake.paging import Pager
+from stepwell_server.engine.intake.row_queue import RowQueue
+from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.intake.validation import Validation, require_lists
+from stepwell_server.engine.models import Models
+from stepwell_server.engine.passes.batch import Lane
+from stepwell_server.engine.passes.completion import Completion
+from stepwell_server.engine.passes.inline import Inline
+from stepwell_server.engine.passes.loop import PassLoop
+from stepwell_server.engine.passes.predict import PredictCall
+from stepwell_server.engine.passes.runner import Runner, warm_up
+from stepwell_server.engine.sessions.closing import Closing
+from stepwell_server.engine.sessions.creation import Creation
+from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.expiry import Expiry
+from stepwell_server.engine.sessions.expiry_timer import ExpiryTimer
+from stepwell_server.engine.sessions.listing import Listing
+from stepwell_server.engine.sessions.opening import OpenedMany, Opening
+from stepwell_server.engine.sessions.reading import Reading
+from stepwell_server.engine.sessions.removal import Removal
+from stepwell_server.engine.state.arena import Arena, default_resident_rows
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.state.replies import ReplyMemory
+from stepwell_server.engine.types import Members, Tensors
+from stepwell_server.errors import InvalidInput, Unavailable
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
 from stepwell_server.store.record import Texts
 
 __all__ = ["Engine", "ModelStats", "OpenedMany"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Line:
+    """What works on a model's changes."""
+
+    inbox: Inbox
+    loop: PassLoop
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,74 +103,79 @@ class Engine:
         self._compute_threads = compute_threads
         self._executor = executor
         self._max_idle_s = max_session_idle_s
-        self._table = SessionTable()
-        self._models: list[ServedModel] = []
-        self._commits = Commits(store)
-        self._keeper = Keeper(self._table, self._commits, clock)
-        pager = Pager(self._table, store, self._keeper, clock)
-        self._admission = Admission(
-            self._table, self._models, clock=clock, observer=observer, pager=pager, keeper=self._keeper
-        )
-        for name in sorted(programs):
-            self._models.append(
-                self._serve(
-                    name,
-                    programs[name],
-                    max_batch_rows,
-                    resident_rows or default_resident_rows(programs[name]),
-                )
-            )
-        self._roster = Roster(self._table, self._models, self._admission, observer)
+        self._table = table = SessionTable()
+        self._models = Models(table)
+        self._group = GroupCommit(store)
+        records = Records(table)
+        pager = Pager(table, store, records, clock)
+        row_queue = RowQueue(table, self._models, pager)
+        self._turns = Turns(table, self._models, pager, row_queue, clock)
+        self._row_queue = row_queue
+        self._limits = Limits(self._turns, row_queue)
+        removal = Removal(table, self._models, self._turns, observer)
         self._expiry = Expiry(
-            self._table,
-            self._roster,
+            table,
+            removal,
             store,
-            self._commits,
+            self._group,
             clock=clock,
             observer=observer,
             max_idle_s=max_session_idle_s,
         )
         self._directory = Directory(
-            self._table, self._models, store, roster=self._roster, expiry=self._expiry, clock=clock
+            table, self._models, store, removal=removal, expiry=self._expiry, clock=clock
         )
-        self._keeper.drop = self._directory.drop
+        self._committer = Committer(
+            table, self._group, records, clock, release=self._turns.release, drop=self._expiry.drop
+        )
+        self._admission = Admission(
+            table,
+            self._turns,
+            row_queue,
+            pager,
+            self._committer,
+            refuse_stale=self._refuse_stale,
+            clock=clock,
+            observer=observer,
+        )
         creation = Creation(
-            self._table,
+            table,
             self._directory,
-            self._admission,
-            self._commits,
-            roster=self._roster,
+            row_queue,
+            self._group,
+            removal=removal,
             expiry=self._expiry,
             clock=clock,
         )
         self._opening = Opening(
-            self._table,
-            self._directory,
-            self._admission,
-            pager,
-            creation,
-            clock=clock,
-            observer=observer,
+            table, self._directory, self._turns, pager, creation, clock=clock, observer=observer
         )
-        self._reading = Reading(self._table, self._directory, self._admission, clock=clock)
+        self._reading = Reading(table, self._directory, self._turns, clock=clock)
         self._closing = Closing(
-            self._table, self._directory, self._admission, self._commits, roster=self._roster, clock=clock
+            table,
+            self._directory,
+            self._turns,
+            self._group,
+            removal=removal,
+            drop=self._expiry.drop,
+            clock=clock,
         )
-        self._listing = Listing(self._table, self._directory, self._expiry, store)
-        self._frames = Frames(self._table, self._directory)
-        self.ports = [self._port(model) for model in self._models]
-        """Where plain steps come in, by the number of the model that `locate` says."""
-        self._singles = [Singles(self._table, port, clock, self._take) for port in self.ports]
-        for port, singles in zip(self.ports, self._singles, strict=True):
-            port.feed(singles.admit_all, singles.__len__)
+        self._listing = Listing(table, self._directory, self._expiry, store)
+        self._validation = Validation(table, self._models)
+        self._lines: dict[int, Line] = {}
+        for name in sorted(programs):
+            rows = resident_rows or default_resident_rows(programs[name])
+            self._serve(name, programs[name], max_batch_rows, rows)
+        self._group.on_room(self._ring_all)
         self._accepting = True
-        self._timer = ExpiryTimer(self._expiry, self._commits, max_session_idle_s)
+        self._timer = ExpiryTimer(self._expiry, self._group, max_session_idle_s)
         self._expiring: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Run each program once at several sizes, so that the first callers do not pay for it."""
         for model in self._models:
-            await asyncio.to_thread(warm_up, model.loop.runner, model.program, model.loop.max_batch_rows)
+            runner = self._lines[model.index].loop.runner
+            await asyncio.to_thread(warm_up, runner, model.program, model.max_batch_rows)
         self._expiring = asyncio.create_task(self._timer.run())
 
     def models(self) -> list[ModelInfo]:
@@ -180,7 +188,7 @@ class Engine:
         Raises:
             ModelNotFound: there is none of that name.
         """
-        return self._info(self._directory.model(name))
+        return self._info(self._models.by_name(name))
 
     async def open_session(
         self,
@@ -199,7 +207,7 @@ class Engine:
             ModelNotFound, ModelMismatch, InvalidInput, SessionExists, Overloaded, Unavailable
         """
         self._require_accepting()
-        self._commits.require_room()
+        self._group.require_room()
         return await self._opening.open(
             model,
             session_id=session_id,
@@ -221,7 +229,7 @@ class Engine:
     ) -> OpenedMany:
         """Open many sessions: all of them or none. Errors as of `open_session`."""
         self._require_accepting()
-        self._commits.require_room()
+        self._group.require_room()
         return await self._opening.open_many(
             model, count=count, session_ids=session_ids, batch_size=batch_size, request_id=request_id
         )
@@ -234,8 +242,8 @@ class Engine:
         Raises:
             SessionGone, Overloaded, DeadlineExceeded, Unavailable
         """
-        self._commits.require_room()
-        self._admit_singles()
+        self._group.require_room()
+        self._drain_inboxes()
         return await self._closing.close(session_id, request_id=request_id, deadline=deadline)
 
     async def close_sessions(self, session_ids: Sequence[str]) -> int:
@@ -246,8 +254,8 @@ class Engine:
             Overloaded: too much waits for the store, and none was deleted; or for one of them.
             Unavailable: the store did not delete all.
         """
-        self._commits.require_room()
-        self._admit_singles()
+        self._group.require_room()
+        self._drain_inboxes()
         return await self._closing.close_many(session_ids)
 
     def session_info(self, session_id: str) -> SessionInfo:
@@ -268,96 +276,67 @@ class Engine:
         """
         return await self._listing.page(model=model, prefix=prefix, after=after, limit=limit)
 
-    def submit(self, frame: Frame) -> None:
-        """Take a frame. Its sink gets parts until one is `last`, the first maybe before this returns.
+    def submit(self, change: Change) -> None:
+        """Take a change. Its replies get every member's answer, some maybe before this returns.
 
         Raises:
-            ServerError: the frame is refused as a whole; its sink gets nothing.
+            ServerError: the change is refused as a whole; its replies get nothing.
         """
         self._require_accepting()
-        if frame.reset:
-            self._commits.require_room()  # a step waits for its pass, and passes wait for the store
-        self._admit_singles()
-        self._take(frame)
+        if change.reset:
+            self._group.require_room()  # a step waits for its pass, and passes wait for the store
+        require_lists(change)
+        handles = self._directory.find_all(change.session_ids)
+        there = handles >= 0
+        if not there.any():
+            self._refuse_missing(change, np.arange(change.size))
+            return
+        refused = self._validation.check(change, handles)
+        if len(change.members):
+            self._limits.take(change)
+        for member, error in refused:
+            change.fail(np.array([member]), error)
+        if not there.all():
+            self._refuse_missing(change, np.flatnonzero(~there))
+        if len(change.members):
+            self._lines[change.model.index].inbox.put(change)
 
-    def _take(self, frame: Frame) -> None:
-        checked = self._frames.check(frame)
-        if len(checked.members):
-            self._admission.require_room(checked.call)
-        for member, error in checked.errors:
-            checked.call.fail(np.array([member]), error)
-        if len(checked.members):
-            self._admission.admit(checked.call, checked.members)
+    async def apply(self, change: Change, answer: Awaited) -> Applied:
+        """Submit a change of one session whose replies are `answer`, and wait for it.
 
-    def locate(self, session_id: str) -> tuple[int, int]:
-        """Where a live session is: its handle and the number of its model. For plain steps.
-
-        Raises:
-            SessionGone: there is none.
-            Unavailable: the server is stopping.
-        """
-        self._require_accepting()
-        handle = self._directory.find(session_id)
-        return handle, int(self._table.model[handle])
-
-    def submit_single(self, single: Single) -> None:
-        """Take a step of one session; it is settled later, or at once if it is refused.
-
-        Raises:
-            SessionGone, Overloaded, Unavailable: refused; it is not settled.
-        """
-        self._require_accepting()
-        handle = self._directory.find(single.session_id)
-        model = self._directory.model_of(handle)
-        waiting = self._singles[model.index]
-        self._admission.require_rows(model.index, 1, gathered=self.ports[model.index].gathered)
-        waiting.add(handle, single)
-
-    async def step(self, single: Single) -> StepReply:
-        """Submit a single step and wait for its answer. Sets its `settle`.
-
-        Cancelling the waiting task cancels the step.
-
-        Raises:
-            ServerError: the step failed; nothing changed.
-        """
-        done: asyncio.Future[StepReply | ServerError] = asyncio.get_running_loop().create_future()
-        single.settle = lambda answer: None if done.done() else done.set_result(answer)
-        self.submit_single(single)
-        try:
-            answer = await done
-        except asyncio.CancelledError:
-            self.cancel(single)
-            raise
-        if isinstance(answer, ServerError):
-            raise answer
-        return answer
-
-    def cancel(self, request: Frame | Single) -> None:
-        """Drop what still waits of a frame or a step, unapplied. It still gets its answers."""
-        request.cancelled = True
-        if isinstance(request, Single) and request.frame is not None:
-            request.frame.cancelled = True
-
-    async def apply(self, frame: Frame) -> Part:
-        """Submit a frame of one session and wait for its answer. Sets the frame's sink.
-
-        Cancelling the waiting task cancels the frame.
+        Cancelling the waiting task cancels the change.
 
         Raises:
             ServerError: the change failed; nothing changed.
         """
-        done: asyncio.Future[Part] = asyncio.get_running_loop().create_future()
-        frame.sink = lambda part: None if done.done() else done.set_result(part)
-        self.submit(frame)
-        try:
-            part = await done
-        except asyncio.CancelledError:
-            self.cancel(frame)
-            raise
-        for failure in part.failures:
-            raise failure.error
-        return part
+        self.submit(change)
+        return await answer.get()
+
+    def model_of(self, session_id: str) -> str:
+        """The name of a live session's model.
+
+        Raises:
+            SessionGone: there is none.
+            ModelMismatch, ModelNotFound, StateCorrupt, Unavailable: it cannot be stepped here.
+        """
+        return self._models.by_handle(self._directory.find(session_id)).name
+
+    def _refuse_missing(self, change: Change, members: Members) -> None:
+        for some, error in self._directory.why_not_all(change.session_ids, members):
+            change.fail(some, error)
+
+    def _refuse_stale(self, change: Change, members: Members) -> Members:
+        """Members whose sessions left the table since they were checked: see `Admission`."""
+        found = self._directory.find_all([change.session_ids[member] for member in members.tolist()])
+        fits = found >= 0
+        fits &= self._table.batch_size[found] == change.sizes[members]
+        fits &= self._table.model[found] == change.model.index
+        change.handles[members[fits]] = found[fits]
+        change.births[members[fits]] = self._table.birth[found[fits]]
+        gone = members[~fits]
+        if len(gone):
+            self._refuse_missing(change, gone)
+        return members[fits]
 
     async def get_state(self, session_id: str, *, deadline: float = float("inf")) -> StateRead:
         """Read a session's state after what was received before.
@@ -365,7 +344,7 @@ class Engine:
         Raises:
             SessionGone, DeadlineExceeded, Overloaded
         """
-        self._admit_singles()
+        self._drain_inboxes()
         return await self._reading.read(session_id, deadline)
 
     async def fork(
@@ -383,8 +362,8 @@ class Engine:
             SessionGone, SessionExists, RevisionConflict, InvalidInput, Overloaded, DeadlineExceeded
         """
         self._require_accepting()
-        self._commits.require_room()
-        self._admit_singles()
+        self._group.require_room()
+        self._drain_inboxes()
         return await self._opening.fork(
             session_id,
             new_session_id=new_session_id,
@@ -408,7 +387,7 @@ class Engine:
             ModelNotFound, InvalidInput, DeadlineExceeded, Overloaded
         """
         self._require_accepting()
-        served = self._directory.model(model)
+        served = self._models.by_name(model)
         rows = next((len(array) for array in inputs.values() if array.ndim), 0)
         if not rows:
             raise InvalidInput(f"inputs must have at least one row; got {rows}")
@@ -417,17 +396,17 @@ class Engine:
         values = None if state is None else check_state(served.program, state, rows)
         if values is not None:
             require_finite("state", values, [spec.name for spec in served.program.state])
-        self._admit_singles()
+        self._drain_inboxes()
         byte_count = sum(array.nbytes for array in (*checked.arrays, *(values or ())))
-        self._admission.require_rows(served.index, rows)
-        self._admission.require_bytes(served.index, byte_count)
+        self._limits.require_rows(served, rows)
+        self._limits.require_bytes(served, byte_count)
         now = self._clock.monotonic()
         call = PredictCall(served, checked, values, rows, deadline=deadline, source=source, now=now)
-        self._admission.bytes_waiting += byte_count
+        self._limits.bytes_waiting += byte_count
         try:
             predicted = await call.run()
         finally:
-            self._admission.bytes_waiting -= byte_count
+            self._limits.bytes_waiting -= byte_count
         self._observer.applied(model, "predict", 1, rows * checked.steps)
         return predicted
 
@@ -438,9 +417,9 @@ class Engine:
                 name=model.name,
                 sessions=self._directory.count(model),
                 resident_rows=model.slots.resident,
-                queued=self._admission.waiting(model.index),
-                queued_bytes=self._admission.bytes_waiting,
-                uncommitted=self._commits.waiting,
+                queued=self._limits.waiting(model),
+                queued_bytes=self._limits.bytes_waiting,
+                uncommitted=self._group.waiting,
             )
             for model in self._models
         ]
@@ -452,9 +431,9 @@ class Engine:
     async def drain(self) -> None:
         """Return when everything that was taken in is finished."""
         while self._is_busy:
-            for model in self._models:
-                await model.loop.idle()
-            await self._commits.idle()
+            for line in list(self._lines.values()):
+                await line.loop.idle()
+            await self._group.idle()
             await asyncio.sleep(0)  # what waits for rows is let in by the event loop
 
     async def close(self, timeout_s: float = 10.0) -> bool:
@@ -466,62 +445,68 @@ class Engine:
         if self._expiring is not None:
             self._expiring.cancel()
         self._pool.shutdown(wait=True)
-        return await asyncio.to_thread(self._commits.close, timeout_s)
+        return await asyncio.to_thread(self._group.close, timeout_s)
 
     @property
     def _is_busy(self) -> bool:
         return (
-            self._admission.has_parked
-            or not self._commits.is_idle
-            or any(model.loop.busy for model in self._models)
+            bool(self._row_queue)
+            or not self._group.is_idle
+            or any(line.loop.busy for line in self._lines.values())
         )
 
     def expire_idle(self) -> int:
         """Delete the sessions that have been idle for too long; return how many. The timer does it by itself."""
         return self._expiry.expire_idle()
 
-    def _port(self, model: ServedModel) -> PlainPort:
-        solo = Solo(
-            self._table,
-            model,
-            self._keeper,
-            self._admission.claim,
-            clock=self._clock,
-            observer=self._observer,
-        )
-        return PlainPort(model, PlainIntake(self._table, self._admission, model), solo)
-
-    def _serve(self, name: str, program: Program, max_batch_rows: int, resident_rows: int) -> ServedModel:
+    def _serve(self, name: str, program: Program, max_batch_rows: int, resident_rows: int) -> None:
         slots = Slots(resident_rows)
         arena = Arena(program, slots.capacity)
+        model = Model(
+            index=self._models.new_index(),
+            name=name,
+            program=program,
+            arena=arena,
+            slots=slots,
+            replies=ReplyMemory(program, self._table, arena),
+            texts=Texts(program.fingerprint, name),
+            max_batch_rows=max_batch_rows,
+            ready=Scheduler(max_batch_rows),
+            cost=Cost(),
+            work=Alarm(),
+        )
         lanes = [Lane(self._executor(program), arena) for _ in range(self._compute_threads)]
-        completion = ModelCompletion(
-            self._table, self._admission, self._keeper, clock=self._clock, observer=self._observer
+        inbox, runner = Inbox(model), Runner(model, lanes, self._pool)
+        inline = Inline(
+            model, self._table, runner, self._committer, clock=self._clock, observer=self._observer
         )
         loop = PassLoop(
-            name,
-            program,
-            slots=slots,
-            runner=Runner(lanes, self._pool),
-            completion=completion,
+            model,
+            inbox,
+            self._admission,
+            runner,
+            Completion(model, self._table, self._committer, clock=self._clock, observer=self._observer),
+            inline,
+            self._turns.release,
+            lambda: self._group.is_full,
             clock=self._clock,
             observer=self._observer,
-            max_batch_rows=max_batch_rows,
         )
-        replies, texts = Replies(program, self._table, arena), Texts(program.fingerprint, name)
-        model = ServedModel(len(self._models), name, program, arena, slots, replies, loop, texts)
-        completion.model = model
-        loop.pause_while(lambda: self._commits.is_full)
-        self._commits.on_room(loop.wake)
-        return model
+        self._models.add(model)
+        self._lines[model.index] = Line(inbox, loop)
 
-    def _info(self, model: ServedModel) -> ModelInfo:
+    def _ring_all(self) -> None:
+        for model in self._models:
+            model.work.ring()
+
+    def _info(self, model: Model) -> ModelInfo:
         return ModelInfo(model.name, model.program, self._directory.count(model))
 
-    def _admit_singles(self) -> None:
-        """Single steps that wait came before what comes now: it must not overtake them."""
-        for port in self.ports:
-            port.take_in()
+    def _drain_inboxes(self) -> None:
+        """What waits in the inboxes came before what comes now, which is no change: it must not overtake them."""
+        for line in self._lines.values():
+            if line.inbox:
+                self._admission.admit(joined_where_alike(line.inbox.drain()))
 
     def _require_accepting(self) -> None:
         if not self._accepting:

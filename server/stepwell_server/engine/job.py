@@ -6,14 +6,12 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from stepwell_server.core.sessions import Handles
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.calls import Array, Members, Select
+from stepwell_server.engine.api import Select
+from stepwell_server.engine.types import Array, Mask, Members
 from stepwell_server.errors import ServerError
-
-Mask = npt.NDArray[np.bool_]
 
 
 class Owner(Protocol):
@@ -43,6 +41,7 @@ class Job:
         "owner",
         "prepare",
         "queued_at",
+        "reset_rows",
         "row_count",
         "rows",
         "select",
@@ -68,6 +67,7 @@ class Job:
         source: Hashable,
         queued_at: float,
         prepare: Callable[[Rows], None] | None = None,
+        reset_rows: Mask | None = None,
     ) -> None:
         self.owner = owner
         self.members = members
@@ -89,6 +89,8 @@ class Job:
         self.queued_at = queued_at
         self.prepare = prepare
         """Writes the initial state to its rows, for a job without sessions."""
+        self.reset_rows = reset_rows
+        """Rows that begin at the initial state, `(rows,)`; None: none of them."""
         self.working: Rows | None = None
         """Rows it works on instead of the sessions'."""
         self.collected: list[Array | None] = []
@@ -103,6 +105,11 @@ class Job:
     def needs_working_rows(self) -> bool:
         """It has no rows to write to yet that nobody else sees."""
         return self.working is None and (self.steps > 1 or self.handles is None)
+
+    @property
+    def has_time(self) -> bool:
+        """Its reply has a time axis."""
+        return self.with_time and self.select is Select.ALL
 
     @property
     def source_rows(self) -> Rows:
@@ -146,5 +153,6 @@ class Job:
         self.row_count = int(self.sizes.sum())
         self.working = None if self.working is None else self.working[rows]
         self.inputs = [array[rows] for array in self.inputs]
+        self.reset_rows = None if self.reset_rows is None else self.reset_rows[rows]
         self.collected = [None if array is None else array[rows] for array in self.collected]
         return freed

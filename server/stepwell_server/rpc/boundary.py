@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -37,7 +36,6 @@ _Request = tuple[type[Message], bytes]
 #: A call as gRPC hands it over: requests and replies are bytes, this module turns them into messages.
 Context = grpc.aio.ServicerContext[Any, Any]
 UnaryBehaviour = Callable[[Any, Context], Awaitable[Message]]
-BytesBehaviour = Callable[[bytes, Context], Awaitable[bytes]]
 StreamBehaviour = Callable[[Context], Awaitable[None]]
 
 
@@ -77,19 +75,10 @@ class Boundary:
     def unary(self, method: str, behaviour: UnaryBehaviour, request_type: type[Message]) -> Any:
         """A handler for one request and one reply."""
 
-        async def in_messages(raw: bytes, context: Context) -> bytes:
-            reply = await behaviour(parse(request_type, raw), context)
-            return reply.SerializeToString()
-
-        return self.in_bytes(method, in_messages, request_type)
-
-    def in_bytes(self, method: str, behaviour: BytesBehaviour, request_type: type[Message]) -> Any:
-        """As `unary`, for a behaviour that parses and serialises by itself."""
-
         async def handle(raw: bytes, context: Context) -> bytes:
             started = self._begin()
             try:
-                reply = await behaviour(raw, context)
+                reply = (await behaviour(parse(request_type, raw), context)).SerializeToString()
                 if len(reply) > self._max_message_bytes:
                     raise self._too_large(reply)
             except (Exception, asyncio.CancelledError) as error:
@@ -177,9 +166,7 @@ def _facts(request: _Request | None) -> dict[str, str]:
 
 def internal(error: BaseException, **facts: object) -> Internal:
     """The opaque error that stands for a defect, whose details go to the log."""
-    opaque = Internal(secrets.token_hex(8))
-    _log.defect("internal error", error, error_id=opaque.error_id, **facts)
-    return opaque
+    return _log.internal("internal error", error, **facts)
 
 
 def _is_cancelled_by_grpc() -> bool:

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from google.protobuf import timestamp_pb2
 
 from stepwell.v1 import models_pb2, sessions_pb2, tensors_pb2
-from stepwell_server.engine.calls import Array, ModelInfo, Select, SessionInfo
+from stepwell_server.engine.api import ModelInfo, Select, SessionInfo
+from stepwell_server.engine.types import Array
 from stepwell_server.errors import InvalidInput
 from stepwell_server.program import StateSpec, TensorSpec
 

@@ -6,7 +6,7 @@ import base64
 import binascii
 import zlib
 
-from stepwell_server.engine.ids import shown
+from stepwell_server.engine.sessions.ids import shown
 from stepwell_server.errors import InvalidInput
 
 

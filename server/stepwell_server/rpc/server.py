@@ -20,7 +20,7 @@ from stepwell_server.rpc.models import ModelServicer
 from stepwell_server.rpc.reflection import enable_reflection
 from stepwell_server.rpc.sessions import SessionServicer
 from stepwell_server.rpc.sizes import ReplySizes
-from stepwell_server.rpc.stream import StreamLimits
+from stepwell_server.rpc.steps.stream import StreamLimits
 from stepwell_server.rpc.triton.servicer import SERVICE as _TRITON
 from stepwell_server.rpc.triton.servicer import TritonServicer
 from stepwell_server.rpc.triton.statistics import PassObserver
@@ -117,8 +117,6 @@ class RpcServer:
             request_type = message_factory.GetMessageClass(method.input_type)
             if method.client_streaming:
                 handlers[method.name] = self._boundary.stream(method.name, behaviour)
-            elif method.name in getattr(servicer, "in_bytes", ()):
-                handlers[method.name] = self._boundary.in_bytes(method.name, behaviour, request_type)
             else:
                 handlers[method.name] = self._boundary.unary(method.name, behaviour, request_type)
         generic = grpc.method_handlers_generic_handler(service.full_name, handlers)

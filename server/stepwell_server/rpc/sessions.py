@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.engine.calls import Frame, Opened, Part
+from stepwell_server.engine.api import Applied, Opened
+from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.boundary import deadline_of
-from stepwell_server.rpc.fastlane import FastLane
 from stepwell_server.rpc.pages import from_token, to_token
-from stepwell_server.rpc.stepcall import StepCalls
-from stepwell_server.rpc.stream import FrameStream, StreamLimits
+from stepwell_server.rpc.steps import messages
+from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
@@ -32,9 +29,6 @@ _LARGEST_PAGE = 10_000
 class SessionServicer:
     """The calls of SessionService, each by its name in snake case. Lives on the event loop."""
 
-    in_bytes = frozenset({"Step"})
-    """Those that take and give bytes, not messages."""
-
     def __init__(
         self,
         engine: Engine,
@@ -48,8 +42,6 @@ class SessionServicer:
         self._clock = clock
         self._sizes = sizes
         self._limits = limits
-        self._lane = FastLane(engine, clock)
-        self._steps = StepCalls(engine, clock, sizes, self._lane)
         self._streams: set[FrameStream] = set()
         self._stopping = False
 
@@ -128,23 +120,18 @@ class SessionServicer:
             total=total,
         )
 
-    async def step(self, raw: bytes, context: Context) -> bytes:
-        """Advance a session. Takes and gives bytes: see `stepcall`."""
-        return await self._steps.serve(raw, context)
+    async def step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
+        """Advance a session."""
+        answer = Awaited()
+        change = messages.of_step(request, answer)
+        assert change.inputs is not None, "a step has inputs"
+        self._sizes.step(change.session_ids, change.inputs, change.select)
+        return messages.step_reply(await self._apply(change, answer, context))
 
     async def reset_states(self, request: pb.ResetStatesRequest, context: Context) -> pb.ResetStatesResponse:
         """Set the state of a session, or of some of its rows."""
-        frame = Frame(
-            (request.session_id,),
-            _no_sink,
-            reset=True,
-            state=convert.to_optional_arrays(request.state, "state"),
-            rows=list(request.rows) or None,
-        )
-        part = await self._apply(frame, request, context)
-        return pb.ResetStatesResponse(
-            revision=int(part.revisions[0]), position=int(part.positions[0]), replayed=part.replayed
-        )
+        answer = Awaited()
+        return messages.reset_reply(await self._apply(messages.of_reset(request, answer), answer, context))
 
     async def get_state(self, request: pb.GetStateRequest, context: Context) -> pb.GetStateResponse:
         """Read the state of a session."""
@@ -166,9 +153,7 @@ class SessionServicer:
 
     async def step_stream(self, context: Context) -> None:
         """Advance many sessions at once, frame by frame."""
-        stream = FrameStream(
-            self._engine, self._clock, self._sizes, self._limits, self._observer, context, self._lane
-        )
+        stream = FrameStream(self._engine, self._clock, self._sizes, self._limits, self._observer, context)
         self._streams.add(stream)
         if self._stopping:
             stream.stop()
@@ -183,19 +168,6 @@ class SessionServicer:
         for stream in self._streams:
             stream.stop()
 
-    async def _apply(self, frame: Frame, request: pb.ResetStatesRequest, context: Context) -> Part:
-        if request.HasField("expected_revision"):
-            frame.expected = _one(request.expected_revision)
-        if request.request_id:
-            frame.request_ids = _one(request.request_id)
-        frame.deadline = deadline_of(context, self._clock)
-        frame.source = context.peer()
-        return await self._engine.apply(frame)
-
-
-def _one(number: int) -> npt.NDArray[np.uint64]:
-    return np.array([number], np.uint64)
-
-
-def _no_sink(_part: Part) -> None:
-    raise AssertionError("Engine.apply sets the sink")
+    async def _apply(self, change: Change, answer: Awaited, context: Context) -> Applied:
+        change.deadline, change.caller = deadline_of(context, self._clock), context.peer()
+        return await self._engine.apply(change, answer)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stepwell_server.engine.calls import Array, Select
+from stepwell_server.engine.api import Select
+from stepwell_server.engine.types import Array
 from stepwell_server.errors import MessageTooLarge, SessionGone
 from stepwell_server.program import Program, TensorSpec
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _MEMBER_BYTES = 32
 #: Bytes that a reply takes beside members and elements, with names and shapes of an ordinary model.
 _REPLY_BYTES = 512
+#: So many sessions of a frame are asked for their model: were they all gone, each would be looked for in the store.
+_LOOKED_AT = 8
 #: Bounds up to here are good enough as they are; beyond, the exact size is worth a look at the session.
 _COARSE_BYTES = 64 * 1024
 
@@ -99,9 +102,9 @@ class ReplySizes:
 
     def _model_of(self, session_ids: Sequence[str]) -> str | None:
         """The model of the frame: that of its first session which is there."""
-        for session_id in session_ids:
+        for session_id in session_ids[:_LOOKED_AT]:
             try:
-                return self._engine.session_info(session_id).model
+                return self._engine.model_of(session_id)
             except SessionGone:
                 continue  # the engine will say so, for this member
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 
@@ -16,10 +15,11 @@ import tensorflow as tf
 
 from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.executors.padded import PaddedExecutor
+from stepwell_server.logs import Log
 from stepwell_server.program import Program
 
 Array = npt.NDArray[np.generic]
-_log = logging.getLogger(__name__)
+_log = Log("engine.executors")
 
 
 def configure() -> None:
@@ -36,7 +36,7 @@ def configure() -> None:
         threading.set_inter_op_parallelism_threads(1)
         tf.config.set_visible_devices([], "GPU")
     except RuntimeError as error:
-        _log.warning("TensorFlow was running before it could be set to one thread: %s", error)
+        _log.warning("TensorFlow was running before it could be set to one thread", error=error)
 
 
 configure()

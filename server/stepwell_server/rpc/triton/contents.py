@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stepwell_server.engine.calls import Array
+from stepwell_server.engine.types import Array
 from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc.triton.datatypes import CONTENTS_FIELDS, Datatype
 from stepwell_server.rpc.triton.inference import service_pb2 as pb

@@ -6,7 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from stepwell_server.engine.calls import Array, StepReply
+from stepwell_server.engine.api import Applied
+from stepwell_server.engine.types import Array
 from stepwell_server.errors import ServerError
 from stepwell_server.rpc.triton.errors import translated, unknown_model
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
@@ -18,7 +19,7 @@ from stepwell_server.rpc.triton.tensors import Inputs, ModelTensors, Tensor, wri
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
-    from stepwell_server.engine.calls import ModelInfo
+    from stepwell_server.engine.api import ModelInfo
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.sizes import ReplySizes
 
@@ -141,7 +142,7 @@ def _response(
     return response
 
 
-def _tell_revision(response: pb.ModelInferResponse, reply: StepReply) -> None:
+def _tell_revision(response: pb.ModelInferResponse, reply: Applied) -> None:
     response.parameters["stepwell_revision"].int64_param = reply.revision
     response.parameters["stepwell_position"].int64_param = reply.position
     if reply.replayed:

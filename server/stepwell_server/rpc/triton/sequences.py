@@ -3,12 +3,9 @@
 A sequence's session is found by an id that is made of the model and the sequence id, so everything that
 Stepwell does with sessions can be done with sequences: read, fork, save, list them.
 
-START is two changes of the session, reset and step, with nothing in between: no other request of this
-protocol, because of turns, and no other change at all, because the step says the revision it expects. All
-that can be checked beforehand is checked before the first of them, and a session that was opened for a START
-is closed again if its step fails. What is left is a START on a live sequence whose step fails in the model
-itself, or is cut off by a crash in between: the old sequence has ended then, and the new one has not begun. A
-session at position 0 says so: it needs another START.
+START on a live sequence is one change of its session: its rows are reset, then stepped, or nothing changes. Sent again
+with its request id it is that change, and is answered with the first answer. Where no session is there yet, one is
+opened for it, and closed again if its step fails; one of another batch size is replaced.
 """
 
 from __future__ import annotations
@@ -18,14 +15,16 @@ import dataclasses
 import hashlib
 from typing import TYPE_CHECKING
 
-from stepwell_server.engine.calls import Frame, Part, SessionInfo, Single, StepReply
+import numpy as np
+
+from stepwell_server.engine.api import Applied, SessionInfo
+from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.checks import check_inputs, require_finite
 from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,
     ModelMismatch,
     Overloaded,
-    RevisionConflict,
     ServerError,
     SessionGone,
     StateCorrupt,
@@ -85,12 +84,12 @@ class Sequences:
         self._turns = Turns()
         self._ended = EndedReplies()
 
-    async def step(self, request: SequenceRequest) -> StepReply:
+    async def step(self, request: SequenceRequest) -> Applied:
         """Serve a request when its turn has come.
 
         Raises:
             InvalidInput: the sequence has not begun, or the request does not fit it; nothing changed.
-            ServerError: as of `Engine.step`; nothing changed, but see the module about START.
+            ServerError: as of `Engine.apply`; nothing changed.
         """
         await self._turns.take(request.session_id)
         try:
@@ -98,7 +97,7 @@ class Sequences:
         finally:
             self._turns.give(request.session_id)
 
-    async def _step(self, request: SequenceRequest) -> StepReply:
+    async def _step(self, request: SequenceRequest) -> Applied:
         if self._clock.monotonic() >= request.deadline:
             raise DeadlineExceeded("the request's time was over before its sequence's turn; nothing changed")
         given = request.parameters
@@ -109,17 +108,12 @@ class Sequences:
             await self._end(request, reply)
         return reply
 
-    async def _start(self, request: SequenceRequest) -> StepReply:
+    async def _start(self, request: SequenceRequest) -> Applied:
         info = await self._live_or_cleared(request)
-        if info is not None and request.parameters.request_id:
-            replayed = await self._answered_before(request, info)
-            if replayed is not None:
-                return replayed
         checked = check_inputs(request.program, request.inputs.arrays, request.inputs.rows)
         require_finite("input", checked.arrays, [spec.name for spec in request.program.inputs])
         if info is not None and info.batch_size == request.inputs.rows:
-            reset = await self._engine.apply(self._reset(request))
-            return await self._advance(request, int(reset.revisions[0]))
+            return await self._advance(request, None, anew=True)
         if info is not None:
             await self._engine.close_session(request.session_id, deadline=request.deadline)
         revision = await self._open(request)
@@ -145,7 +139,7 @@ class Sequences:
             )
             return int(many.revisions[0])
 
-    async def _go_on(self, request: SequenceRequest) -> StepReply:
+    async def _go_on(self, request: SequenceRequest) -> Applied:
         try:
             info = self._live(request)
         except _UNUSABLE as error:
@@ -160,7 +154,7 @@ class Sequences:
             )
         return await self._advance(request, request.parameters.revision)
 
-    async def _end(self, request: SequenceRequest, reply: StepReply) -> None:
+    async def _end(self, request: SequenceRequest, reply: Applied) -> None:
         if request.parameters.request_id:
             self._ended.put(request.session_id, request.parameters.request_id, reply)
         await self._close_if_possible(request.session_id, request.parameters.request_id)
@@ -174,34 +168,26 @@ class Sequences:
             # what the caller is to be told is known already; the session stays until it has been idle for too long
             _log.warning("sequence not closed", session=session_id, error=error.message)
 
-    async def _advance(self, request: SequenceRequest, expected: int | None) -> StepReply:
-        single = Single(
-            request.session_id,
-            request.inputs.arrays,
-            _no_one,
-            expected=expected,
-            request_id=request.parameters.request_id,
-            deadline=request.deadline,
-            source=request.source,
-        )
-        return await self._engine.step(single)
+    async def _advance(
+        self, request: SequenceRequest, expected: int | None, *, anew: bool = False
+    ) -> Applied:
+        answer, given = Awaited(), request.parameters
+        change = self._change(request, answer)
+        change.inputs = request.inputs.arrays
+        if anew:
+            change.reset_rows = np.ones(request.inputs.rows, np.bool_)
+        if expected is not None:
+            change.expected = np.array([expected], np.uint64)
+        if given.request_id:
+            change.request_ids = np.array([given.request_id], np.uint64)
+        return await self._engine.apply(change, answer)
 
-    async def _answered_before(self, request: SequenceRequest, info: SessionInfo) -> StepReply | None:
-        """The answer to this START if it was the sequence's last change; else None."""
-        if info.revision == 0 or info.position == 0:
-            return None
-        try:
-            return await self._advance(request, info.revision - 1)
-        except (RevisionConflict, InvalidInput):
-            return None  # it is a new one
-
-    def _reset(self, request: SequenceRequest) -> Frame:
-        return Frame(
-            (request.session_id,), _no_sink, reset=True, deadline=request.deadline, source=request.source
-        )
+    @staticmethod
+    def _change(request: SequenceRequest, answer: Awaited) -> Change:
+        return Change((request.session_id,), answer, deadline=request.deadline, caller=request.source)
 
     def _live(self, request: SequenceRequest) -> SessionInfo:
-        self._engine.locate(request.session_id)  # raises where the session is of a model that is not served
+        self._engine.model_of(request.session_id)  # raises where the session is of a model that is not served
         info = self._engine.session_info(request.session_id)
         if info.model != request.model:
             raise InvalidInput(
@@ -232,11 +218,3 @@ class Sequences:
                     " request, and its answer was lost with the server's process",
                     cause="ALREADY_APPLIED",
                 )
-
-
-def _no_one(_answer: object) -> None:
-    raise AssertionError("Engine.step sets who is told")
-
-
-def _no_sink(_part: Part) -> None:
-    raise AssertionError("Engine.apply sets the sink")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stepwell_server.rpc.sessions import deadline_of
+from stepwell_server.rpc.boundary import deadline_of
 from stepwell_server.rpc.triton import metadata
 from stepwell_server.rpc.triton.infer import Inference
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.boundary import Context, RequestObserver
     from stepwell_server.rpc.sizes import ReplySizes
-    from stepwell_server.rpc.stream import StreamLimits
+    from stepwell_server.rpc.steps.stream import StreamLimits
     from stepwell_server.rpc.triton.statistics import PassObserver
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]

@@ -21,7 +21,7 @@ from stepwell_server.rpc.triton.inference import service_pb2 as pb
 
 if TYPE_CHECKING:
     from stepwell_server.rpc.boundary import Context, RequestObserver
-    from stepwell_server.rpc.stream import StreamLimits
+    from stepwell_server.rpc.steps.stream import StreamLimits
 
 Infer = Callable[[pb.ModelInferRequest], Awaitable[pb.ModelInferResponse]]
 _FINAL_FLAG = "triton_enable_empty_final_response"

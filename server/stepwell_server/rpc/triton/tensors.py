@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from stepwell_server.engine.calls import Array
+from stepwell_server.engine.types import Array
 from stepwell_server.errors import InvalidInput, Unsupported
 from stepwell_server.program import Program, TensorSpec
 from stepwell_server.rpc.triton import contents

@@ -1,0 +1,108 @@
+"""What the engine answers and tells: plain values, no wire format. What is asked of it is in `change`."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+
+from stepwell_server.engine.types import Array, Tensors
+from stepwell_server.program import Program
+
+
+class Select(enum.Enum):
+    """Which time steps of the temporal outputs come back."""
+
+    ALL = "all"
+    LAST = "last"
+    NONE = "none"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """A session as of its last completed change."""
+
+    session_id: str
+    model: str
+    fingerprint: str
+    batch_size: int
+    revision: int
+    position: int
+    created: float
+    """Seconds since the epoch."""
+    last_used: float
+    """Seconds since the epoch."""
+    resident: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model as it is served."""
+
+    name: str
+    program: Program
+    sessions: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Opened:
+    """Answer to opening or forking."""
+
+    session: SessionInfo
+    resumed: bool = False
+    replayed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StateRead:
+    """Answer to reading a state: `(batch_size, ...)` each, in the model's order."""
+
+    state: Mapping[str, Array]
+    session: SessionInfo
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Predicted:
+    """Answer to a run without a session."""
+
+    outputs: Mapping[str, Array]
+    state: Mapping[str, Array]
+
+
+@dataclasses.dataclass(slots=True)
+class Applied:
+    """Answer to a change of one session."""
+
+    revision: int
+    """After the change."""
+    position: int
+    """After the change."""
+    outputs: Tensors
+    """`(batch_size, T, ...)` or `(batch_size, ...)`; views of arrays that only this answer and its neighbours share."""
+    replayed: bool = False
+    """It is the remembered answer to a change that was sent again."""
+
+
+class Observer:
+    """What the engine tells of its doings. This one listens to nothing; `metrics` has one that does.
+
+    Called on the event loop; must be quick and must not raise.
+    """
+
+    def session_event(self, event: str, model: str, session_id: str) -> None:
+        """`event`: opened, resumed, forked, closed, expired."""
+
+    def sessions_opened(self, model: str, count: int) -> None:
+        """Many at once by OpenSessions; also told one by one for a single one: never both."""
+
+    def stage(self, model: str, stage: str, seconds: float, count: int) -> None:
+        """`count` changes spent `seconds` each in `stage`: wait (for a pass), commit (by a store on disk), total."""
+
+    def pass_done(self, model: str, rows: int, time_steps: int, seconds: float) -> None:
+        """A pass ran `rows` rows for `time_steps` time steps."""
+
+    def stepped_alone(self, model: str, seconds: float) -> None:
+        """A single step ran at once, alone: `pass_done`, `stage` and `applied` in one."""
+
+    def applied(self, model: str, change: str, count: int, row_steps: int) -> None:
+        """`count` changes (`change`: step, reset, predict) were applied: `row_steps` rows x time steps."""

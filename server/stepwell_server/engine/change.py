@@ -1,0 +1,344 @@
+"""A change: what is to be done to n sessions of one model, as columns, and who is answered.
+
+Whatever the caller and the protocol, a step or a reset is a `Change`; a step of one session is one of one member.
+Members are named by their index. Its first fields are what its caller says; the others are set when it has been
+checked against the sessions and the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.core.exactly_once import ANY_REVISION
+from stepwell_server.core.sessions import Handles
+from stepwell_server.core.slots import Rows
+from stepwell_server.engine.api import Applied, Select
+from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors
+from stepwell_server.errors import DeadlineExceeded, ServerError, Unavailable
+from stepwell_server.logs import Log
+
+if TYPE_CHECKING:
+    from stepwell_server.engine.state.model import Model
+
+_log = Log("engine.replies")
+_NOBODY: Members = np.zeros(0, np.intp)
+_FIRST: Members = np.zeros(1, np.intp)
+_FIRST.flags.writeable = False
+_ANY: U64 = np.array([ANY_REVISION], np.uint64)
+_NONE: U64 = np.zeros(1, np.uint64)
+
+
+class Replies(Protocol):
+    """Who gets the answers to a change. Every member is in exactly one of them. Called on the event loop."""
+
+    def applied(
+        self, members: Members, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
+    ) -> None:
+        """Members were applied, now or before (`replayed`).
+
+        Args:
+            members: Ascending indexes, `(m,)`.
+            revisions: After the change, `(m,)`.
+            positions: After the change, `(m,)`.
+            outputs: The members' rows one after the other, `(rows, T, ...)` or `(rows, ...)`.
+            replayed: They were answered with a remembered reply.
+        """
+
+    def failed(self, members: Members, error: ServerError) -> None:
+        """Members failed; nothing changed for them."""
+
+    def cancelled(self, members: Members) -> Members:
+        """Those of the members whose callers do not wait any more: what still waits of them is dropped."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Change:
+    """The same change for each of some sessions of one model. `eq=False`: a change is itself.
+
+    Give either `inputs` (a step) or `reset=True` (with `state` None for the model's initial state).
+    """
+
+    session_ids: Sequence[str]
+    replies: Replies
+    inputs: Tensors | None = None
+    """`(R, T, features...)` or `(R, features...)`, R the sum of the sessions' batch sizes."""
+    reset: bool = False
+    state: Tensors | None = None
+    """For a reset: `(R, ...)` each; with `rows`, `(len(rows), ...)`."""
+    rows: Sequence[int] | None = None
+    """Reset of these rows only; the change then has one session."""
+    reset_rows: Mask | None = None
+    """For a step: rows that are reset to the initial state before it, `(R,)`. Reset and step are one change."""
+    expected: U64 | None = None
+    """One per session; None: applied at any revision."""
+    request_ids: U64 | None = None
+    """One per session; 0 or None: none."""
+    batch_sizes: Rows | None = None
+    """Rows of each session as the caller knows them; None: the sessions' own."""
+    select: Select = Select.ALL
+    output_names: Sequence[str] = ()
+    """Outputs that come back; none named: all of them."""
+    deadline: float = float("inf")
+    """On the clock's monotonic time. Members that still wait then are dropped unapplied."""
+    caller: Hashable = None
+    """Who sent it: the scheduler takes turns between callers. None: nobody else sends for the same caller."""
+
+    # set when it has been checked
+
+    model: Model = dataclasses.field(init=False)
+    handles: Handles = dataclasses.field(init=False)
+    """Of each member; -1 for those that are not there."""
+    births: U64 = dataclasses.field(init=False)
+    """Of each member's session: a handle is used again, a birth is not."""
+    sizes: Rows = dataclasses.field(init=False)
+    """Rows of each member."""
+    row_count: int = 0
+    """Rows in all."""
+    arrays: tuple[Array, ...] = ()
+    """Inputs of a step, or the state that a reset sets, in the program's order and dtypes; empty: the initial one."""
+    steps: int = 1
+    """T."""
+    with_time: bool = False
+    """The inputs have a time axis, so the reply has one too."""
+    members: Members = dataclasses.field(init=False)
+    """Those that may start: the others have their answer."""
+    on_end: Callable[[], None] | None = None
+    """Called when every member has its answer."""
+    left: int = dataclasses.field(init=False)
+    """Members without an answer."""
+
+    # set where it is made of several
+
+    parts: Sequence[Change] = ()
+    """The changes of one member each that it is made of."""
+    deadlines: npt.NDArray[np.float64] | None = None
+    """One per member, in place of `deadline`."""
+
+    def __post_init__(self) -> None:
+        self.left = len(self.session_ids)
+
+    @property
+    def size(self) -> int:
+        """Members in all."""
+        return len(self.session_ids)
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes of its inputs or states."""
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def may_repeat(self) -> bool:
+        """The same session may be among the members more than once, to be applied in their order."""
+        return bool(self.parts)
+
+    @property
+    def starts(self) -> Rows:
+        """Where each member's rows begin in the tensors."""
+        starts: Rows = np.cumsum(self.sizes) - self.sizes
+        return starts
+
+    def rows_of(self, members: Members) -> Rows:
+        """Indexes of the members' rows in the tensors."""
+        if len(members) == self.size:
+            return np.arange(self.row_count, dtype=np.intp)
+        if bool((self.sizes == 1).all()):
+            return members
+        starts = self.starts
+        spans = [np.arange(starts[m], starts[m] + self.sizes[m]) for m in members]
+        return np.concatenate(spans) if spans else np.zeros(0, np.intp)
+
+    def requests_of(self, members: Members) -> U64:
+        """Request ids of members, 0 for none."""
+        return np.zeros(len(members), np.uint64) if self.request_ids is None else self.request_ids[members]
+
+    def expected_of(self, members: Members) -> U64 | None:
+        """Revisions that members expect; None if none of them expects any."""
+        return None if self.expected is None else self.expected[members]
+
+    def begins_anew(self, members: Members) -> Mask | None:
+        """Which members have all their rows reset before their step; None: none of them."""
+        if self.reset_rows is None:
+            return None
+        return np.logical_and.reduceat(self.reset_rows, self.starts)[members]
+
+    def by_caller(self, members: Members) -> Iterator[tuple[Hashable, Members]]:
+        """The members of each caller."""
+        if not self.parts:
+            yield self.caller if self.caller is not None else self, members
+            return
+        callers: dict[Hashable, list[int]] = {}
+        for member in members.tolist():
+            part = self.parts[member]
+            callers.setdefault(part.caller if part.caller is not None else part, []).append(member)
+        for caller, own in callers.items():
+            yield caller, np.array(own, np.intp)
+
+    def drop(self, members: Members, now: float) -> Sequence[tuple[Members, ServerError]]:
+        """Those of the members that should not go on, and why. See `job.Owner`."""
+        found: list[tuple[Members, ServerError]] = []
+        if self.deadlines is not None:
+            late = self.deadlines[members] <= now
+            if late.any():
+                found.append((members[late], too_late()))
+                members = members[~late]
+        elif now >= self.deadline:
+            return [(members, too_late())]
+        gone = self.replies.cancelled(members)
+        if len(gone):
+            found.append((gone, cancelled()))
+        return found
+
+    def fail(self, members: Members, error: ServerError) -> None:
+        """Members failed; nothing changed for them. See `job.Owner`."""
+        self._count(len(members))
+        self.replies.failed(members, error)
+
+    def succeed(
+        self, members: Members, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool = False
+    ) -> None:
+        """Members were applied, now or before; `outputs` are their rows one after the other."""
+        self._count(len(members))
+        if self.output_names:
+            outputs = {name: outputs[name] for name in self.output_names if name in outputs}
+        self.replies.applied(members, revisions, positions, outputs, replayed=replayed)
+
+    def _count(self, answered: int) -> None:
+        self.left -= answered
+        if self.left == 0 and self.on_end is not None:
+            self.on_end()
+
+
+class Awaited:
+    """The answer to a change of one session, for a task that waits for it. `Replies`."""
+
+    def __init__(self) -> None:
+        self._answer: asyncio.Future[Applied | ServerError] = asyncio.get_running_loop().create_future()
+
+    async def get(self) -> Applied:
+        """Wait for the answer. Cancelling the waiting task cancels the change.
+
+        Raises:
+            ServerError: the change failed; nothing changed.
+        """
+        answer = await self._answer
+        if isinstance(answer, ServerError):
+            raise answer
+        return answer
+
+    def applied(
+        self, _members: Members, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
+    ) -> None:
+        """See `Replies`."""
+        if not self._answer.done():
+            self._answer.set_result(Applied(int(revisions[0]), int(positions[0]), outputs, replayed))
+
+    def failed(self, _members: Members, error: ServerError) -> None:
+        """See `Replies`."""
+        if not self._answer.done():
+            self._answer.set_result(error)
+
+    def cancelled(self, members: Members) -> Members:
+        """See `Replies`."""
+        return members if self._answer.cancelled() else _NOBODY
+
+
+class _Callers:
+    """The callers of the changes of one session each that were put together. `Replies`."""
+
+    def __init__(self, parts: Sequence[Change]) -> None:
+        self._parts = parts
+
+    def applied(
+        self, members: Members, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
+    ) -> None:
+        parts, names, columns = self._parts, list(outputs), list(outputs.values())
+        for at, member in enumerate(members.tolist()):
+            own = {name: column[at : at + 1] for name, column in zip(names, columns, strict=True)}
+            part = parts[member]
+            try:
+                part.replies.applied(
+                    _FIRST, revisions[at : at + 1], positions[at : at + 1], own, replayed=replayed
+                )
+            except Exception as error:  # its caller's loss, and no one else's
+                _log.defect("an answer could not be delivered", error, model=part.model.name)
+
+    def failed(self, members: Members, error: ServerError) -> None:
+        for member in members.tolist():
+            part = self._parts[member]
+            try:
+                part.replies.failed(_FIRST, error)
+            except Exception as raised:
+                _log.defect("an answer could not be delivered", raised, model=part.model.name)
+
+    def cancelled(self, members: Members) -> Members:
+        parts = self._parts
+        gone = [member for member in members.tolist() if len(parts[member].replies.cancelled(_FIRST))]
+        return np.array(gone, np.intp) if gone else _NOBODY
+
+
+def may_join(change: Change) -> bool:
+    """Whether a checked change may be put together with others that are alike: a step of one row, one time step."""
+    return not change.reset and len(change.session_ids) == 1 and change.steps == 1 and change.sizes[0] == 1
+
+
+def kind_of(change: Change) -> Hashable:
+    """Changes of one kind can be one change."""
+    return change.select, change.with_time, change.reset_rows is None, tuple(change.output_names)
+
+
+def joined(parts: Sequence[Change]) -> Change:
+    """One change of many members, in their order, of changes of one kind for which `may_join` holds.
+
+    Each member keeps its caller and its deadline.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    whole = Change(
+        [part.session_ids[0] for part in parts],
+        _Callers(parts),
+        select=first.select,
+        output_names=first.output_names,
+        parts=parts,
+    )
+    whole.model = first.model
+    whole.handles = np.concatenate([part.handles for part in parts])
+    whole.births = np.concatenate([part.births for part in parts])
+    whole.sizes = np.ones(len(parts), np.intp)
+    whole.row_count = len(parts)
+    whole.arrays = tuple(np.concatenate(column) for column in zip(*(p.arrays for p in parts), strict=True))
+    whole.with_time = first.with_time
+    if any(part.expected is not None for part in parts):
+        whole.expected = np.concatenate([_ANY if part.expected is None else part.expected for part in parts])
+    if any(part.request_ids is not None for part in parts):
+        requests = [_NONE if part.request_ids is None else part.request_ids for part in parts]
+        whole.request_ids = np.concatenate(requests)
+    if first.reset_rows is not None:
+        whole.reset_rows = np.concatenate([p.reset_rows for p in parts if p.reset_rows is not None])
+    whole.deadlines = np.array([part.deadline for part in parts])
+    whole.members = np.arange(len(parts), dtype=np.intp)
+
+    def on_end() -> None:
+        for part in parts:
+            if part.on_end is not None:
+                part.on_end()
+
+    whole.on_end = on_end
+    return whole
+
+
+def cancelled() -> ServerError:
+    """The answer to what its caller cancelled in time."""
+    return Unavailable("the request was cancelled by its caller; it was not applied")
+
+
+def too_late() -> ServerError:
+    """The answer to what waited past its deadline."""
+    return DeadlineExceeded("the request's deadline passed while it waited; it was not applied")

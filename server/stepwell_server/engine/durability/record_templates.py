@@ -1,0 +1,81 @@
+"""Templates of records, kept for those sessions that change together again and again: the members of a group."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.state.model import Model
+from stepwell_server.store.record import Sheet
+
+#: Fewer sessions are laid out anew each time.
+_WORTH_KEEPING = 16
+#: Bytes of all sheets that are kept.
+_MOST_BYTES = 32 << 20
+#: So many sets of sessions are known by sight: a sheet is kept when its sessions come the second time.
+_MOST_SEEN = 4096
+
+_Key = tuple[int, bytes]
+
+
+class Templates:
+    """Lays out records. For whoever holds the claims of the sessions, on the thread that stores them."""
+
+    def __init__(self, table: SessionTable) -> None:
+        self._table = table
+        self._kept: OrderedDict[_Key, tuple[npt.NDArray[np.uint64], Sheet]] = OrderedDict()
+        self._bytes = 0
+        self._seen: OrderedDict[int, None] = OrderedDict()
+
+    def of(self, model: Model, handles: Handles) -> Sheet:
+        """A sheet for sessions of one batch size, to be filled.
+
+        Nobody else fills it before their change is stored: their claims see to that.
+        """
+        if len(handles) < _WORTH_KEEPING:
+            return self._lay_out(model, handles)
+        key = (model.index, handles.tobytes())
+        found = self._kept.get(key)
+        births = self._table.birth[handles]
+        if found is not None and (found[0] == births).all():
+            self._kept.move_to_end(key)
+            return found[1]
+        if found is not None:
+            self._bytes -= self._kept.pop(key)[1].byte_count
+        sheet = self._lay_out(model, handles)
+        if self._is_first(hash(key)):
+            return sheet
+        self._kept[key] = (births, sheet)
+        self._bytes += sheet.byte_count
+        while self._bytes > _MOST_BYTES:
+            _, (_, oldest) = self._kept.popitem(last=False)
+            self._bytes -= oldest.byte_count
+        return sheet
+
+    def _is_first(self, key: int) -> bool:
+        """Whether sessions come together for the first time, as far as that is known.
+
+        Those that do so by chance would push out those that will again, and the garbage collector looks at
+        every record of every sheet that is kept.
+        """
+        is_first = key not in self._seen
+        self._seen[key] = None
+        self._seen.move_to_end(key)
+        if len(self._seen) > _MOST_SEEN:
+            self._seen.popitem(last=False)
+        return is_first
+
+    def _lay_out(self, model: Model, handles: Handles) -> Sheet:
+        table = self._table
+        return Sheet(
+            [table.session_id(handle) for handle in handles.tolist()],
+            fingerprint=model.program.fingerprint,
+            model=model.name,
+            opened_with=table.opened_with[handles],
+            created=table.created[handles],
+            row_bytes=model.arena.row_bytes,
+            batch_size=int(table.batch_size[handles[0]]),
+        )

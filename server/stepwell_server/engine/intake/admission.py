@@ -1,0 +1,277 @@
+"""How changes become jobs: sessions are claimed, the exactly-once rule is applied, rows are had.
+
+What cannot start yet waits: for the session's turn in `turns`, for rows in `row_queue`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+
+from stepwell_server.clock import Clock
+from stepwell_server.core.exactly_once import Verdict, judge
+from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.api import Observer
+from stepwell_server.engine.change import Change
+from stepwell_server.engine.durability.committer import Committer
+from stepwell_server.engine.durability.records import Outcome
+from stepwell_server.engine.intake.paging import Pager
+from stepwell_server.engine.intake.row_queue import RowQueue
+from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.job import Job
+from stepwell_server.engine.state.replies import Kept
+from stepwell_server.engine.types import Mask, Members
+from stepwell_server.errors import Overloaded, RevisionConflict, ServerError
+
+#: The source of a job of many callers' steps, as long as there is room for all of them in one pass.
+_EVERYBODY = "everybody"
+
+Wait = Callable[[Change, Members], None]
+
+
+class Admission:
+    """Claims the sessions of changes and hands jobs to the models' queues. Lives on the event loop."""
+
+    def __init__(
+        self,
+        table: SessionTable,
+        turns: Turns,
+        row_queue: RowQueue,
+        pager: Pager,
+        committer: Committer,
+        *,
+        refuse_stale: Callable[[Change, Members], Members],
+        clock: Clock,
+        observer: Observer,
+    ) -> None:
+        """See the module.
+
+        Args:
+            table: The sessions.
+            turns: Claims and lines.
+            row_queue: Where changes wait for rows.
+            pager: Brings sessions back.
+            committer: For resets, which need no pass.
+            refuse_stale: Finds members anew whose sessions left the table since the change was checked; answers
+                those that are gone, and returns the others.
+            clock: For deadlines and waiting times.
+            observer: Is told of resets.
+        """
+        self._table = table
+        self._turns = turns
+        self._row_queue = row_queue
+        self._pager = pager
+        self._committer = committer
+        self._refuse_stale = refuse_stale
+        self._clock = clock
+        self._observer = observer
+
+    def admit(self, changes: Sequence[Change]) -> None:
+        """Start changes, or put their members in their sessions' lines."""
+        for change in changes:
+            members = change.members
+            stale = self._table.birth[change.handles[members]] != change.births[members]
+            if stale.any():
+                found = self._refuse_stale(change, members[stale])
+                members = np.sort(np.concatenate([members[~stale], found]))
+            if len(members):
+                self._admit(change, members)
+
+    def _admit(self, change: Change, members: Members) -> None:
+        while len(members):
+            claimed = self._table.claimed[change.handles[members]]
+            if claimed.any():
+                self._turns.line_up(self, change, members[claimed])
+                members = members[~claimed]
+            if len(members):
+                is_first = self._is_first(change, members)
+                self._start(change, members[is_first])
+                members = members[~is_first]
+
+    @staticmethod
+    def _is_first(change: Change, members: Members) -> Mask:
+        """Which members are the first of their session: those that name it again come after."""
+        if not change.may_repeat:
+            return np.ones(len(members), np.bool_)
+        is_first = np.zeros(len(members), np.bool_)
+        is_first[np.unique(change.handles[members], return_index=True)[1]] = True
+        return is_first
+
+    def _start(self, change: Change, members: Members) -> None:
+        done = self.start_due(change, members)
+        if len(done):
+            self._turns.release(done)
+
+    def start_due(self, change: Change, members: Members) -> Handles:
+        """See `turns.Starter`."""
+        handles = change.handles[members]
+        self._turns.claim(handles)
+        if self._row_queue.count(change.model.index):
+            # who came before has not found room yet: only those that need none go on
+            absent = self._table.row[handles] < 0
+            if absent.any():
+                self._wait_for_rows(change, members[absent])
+                members, handles = members[~absent], handles[~absent]
+        return self._bring_in(change, members, handles, self._wait_for_rows)
+
+    def start_waiting(self, change: Change, members: Members) -> None:
+        """See `row_queue.Starter`."""
+        done: list[Handles] = []
+        for dropped, error in change.drop(members, self._clock.monotonic()):
+            done.append(change.handles[dropped])
+            members = np.setdiff1d(members, dropped)
+            change.fail(dropped, error)
+        if len(members):
+            done.append(self._bring_in(change, members, change.handles[members], self._wait_again))
+        freed = np.concatenate(done) if done else change.handles[:0]
+        if len(freed):
+            self._turns.release(freed)
+
+    def _wait_for_rows(self, change: Change, members: Members) -> None:
+        self._row_queue.add(self, change, members)
+
+    def _wait_again(self, change: Change, members: Members) -> None:
+        self._row_queue.put_back(self, change, members)
+
+    def _bring_in(self, change: Change, members: Members, handles: Handles, wait: Wait) -> Handles:
+        """Have the rows of claimed sessions and judge their members, or let them wait for rows.
+
+        Returns:
+            Sessions that are done with already.
+        """
+        if not len(members):
+            return handles
+        refused = self._pager.page_in(change.model, handles)
+        if not refused:
+            return self._judge(change, members, handles)
+        out = np.isin(handles, list(refused))
+        failed: list[int] = []
+        waiting: list[int] = []
+        for member, handle in zip(members[out].tolist(), handles[out].tolist(), strict=True):
+            if isinstance(refused[handle], Overloaded):
+                waiting.append(member)
+            else:
+                change.fail(np.array([member]), refused[handle])
+                failed.append(handle)
+        wait(change, np.array(waiting, np.intp))
+        done = self._judge(change, members[~out], handles[~out]) if not out.all() else handles[:0]
+        return np.concatenate([np.array(failed, np.intp), done])
+
+    def _judge(self, change: Change, members: Members, handles: Handles) -> Handles:
+        verdict = judge(
+            self._table.revision[handles],
+            self._table.request_id[handles],
+            change.expected_of(members),
+            change.requests_of(members),
+        )
+        apply = verdict.apply
+        if apply.all():
+            self._apply(change, members, handles)
+            return handles[:0]
+        self._answer_unapplied(change, members, handles, verdict)
+        if apply.any():
+            self._apply(change, members[apply], handles[apply])
+        return handles[~apply]
+
+    def _answer_unapplied(self, change: Change, members: Members, handles: Handles, verdict: Verdict) -> None:
+        table = self._table
+        for member, handle in zip(members[verdict.replay], handles[verdict.replay].tolist(), strict=True):
+            outputs = change.model.replies.recall(handle)
+            one = np.array([handle])  # not a slice: the caller must not see the session move on
+            change.succeed(
+                np.array([member]), table.revision[one], table.position[one], outputs, replayed=True
+            )
+        for member, handle in zip(members[verdict.conflict], handles[verdict.conflict].tolist(), strict=True):
+            expected = 0 if change.expected is None else int(change.expected[member])
+            change.fail(
+                np.array([member]),
+                RevisionConflict(table.session_id(handle), expected, int(table.revision[handle])),
+            )
+
+    def _apply(self, change: Change, members: Members, handles: Handles) -> None:
+        if change.reset:
+            self._reset(change, members, handles)
+            return
+        most = change.model.max_batch_rows
+        sources = self._sources(change, members)
+        for source, some in sources:
+            # a part for each caller fits into one pass
+            for part in _split(change.sizes[some], max(1, most // len(sources))):
+                self._add_job(change, some[part], source)
+
+    def _sources(self, change: Change, members: Members) -> list[tuple[Hashable, Members]]:
+        """Members by whose turn it is: a greedy caller must not keep the others' steps out of the next pass.
+
+        Where all that waits fits into one pass there are no turns to take, and one job is the least work.
+        """
+        model = change.model
+        if change.parts and model.ready.rows_waiting + len(members) <= model.max_batch_rows:
+            return [(_EVERYBODY, members)]
+        return list(change.by_caller(members))
+
+    def _add_job(self, change: Change, members: Members, source: Hashable) -> None:
+        handles = change.handles[members]
+        whole = len(members) == change.size
+        rows = None if whole else change.rows_of(members)
+        resets = change.reset_rows
+        job = Job(
+            change,
+            members=members,
+            handles=handles,
+            rows=self._table.rows_of(handles),
+            sizes=change.sizes[members],
+            inputs=[array if rows is None else array[rows] for array in change.arrays],
+            steps=change.steps,
+            with_time=change.with_time,
+            select=change.select,
+            source=source,
+            queued_at=self._clock.monotonic(),
+            reset_rows=resets if resets is None or rows is None else resets[rows],
+        )
+        change.model.ready.add(job)
+        change.model.work.ring()
+
+    def _reset(self, change: Change, members: Members, handles: Handles) -> None:
+        table, model = self._table, change.model
+        rows = table.rows_of(handles)
+        some = change.rows is not None
+        if change.rows is not None:
+            rows = rows[np.array(change.rows, np.intp)]
+        if not change.arrays:
+            model.arena.reset(rows)
+        elif some or len(members) == change.size:
+            model.arena.write(rows, change.arrays)
+        else:
+            picked = change.rows_of(members)
+            model.arena.write(rows, [array[picked] for array in change.arrays])
+        outcome = Outcome(
+            model,
+            handles,
+            table.revision[handles] + np.uint64(1),
+            table.position[handles] if some else np.zeros(len(handles), np.uint64),
+            change.requests_of(members),
+            np.full(len(handles), Kept.EMPTY, np.uint8),
+        )
+
+        def answer(error: ServerError | None) -> None:
+            if error is not None:
+                change.fail(members, error)
+                return
+            self._observer.applied(model.name, "reset", len(handles), len(rows))
+            change.succeed(members, outcome.revisions, outcome.positions, {})
+
+        self._committer.commit(outcome, answer)
+
+
+def _split(sizes: Members, limit: int) -> list[slice]:
+    """Neighbours that fit into a pass."""
+    if int(sizes.sum()) <= limit:
+        return [slice(0, len(sizes))]
+    parts, start, rows = [], 0, 0
+    for index, size in enumerate(sizes.tolist()):
+        if rows and rows + size > limit:
+            parts.append(slice(start, index))
+            start, rows = index, 0
+        rows += size
+    return [*parts, slice(start, len(sizes))]

@@ -1,0 +1,200 @@
+"""A pass: one run of the program over the rows of many jobs.
+
+Nothing outside the executor's buffers changes until all of a session's rows have run: a pass is
+attempted, and only then stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.core.slots import Rows
+from stepwell_server.engine.api import Select
+from stepwell_server.engine.executors.base import ExecutionError, Executor
+from stepwell_server.engine.job import Job
+from stepwell_server.engine.state.arena import Arena
+from stepwell_server.engine.types import Array, Mask
+from stepwell_server.program import Program
+
+S = TypeVar("S", bound=np.generic)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FailedUnit:
+    """A session whose rows the program cannot run."""
+
+    job: int
+    """Index of the job in the pass."""
+    session: int
+    """Index of the session in the job."""
+    cause: str
+    """What the executor said; for the log and, trimmed, for the caller."""
+
+
+class Pass:
+    """The next time step, or several, of some jobs, packed together."""
+
+    def __init__(self, program: Program, jobs: Sequence[Job], steps: int) -> None:
+        self.program = program
+        self.jobs = jobs
+        self.steps = steps
+        self.starts = _starts(jobs)
+        """Where each job's rows begin; one more for the end."""
+        self.row_count = int(self.starts[-1])
+        self.source_rows = _join([job.source_rows for job in jobs])
+        self.target_rows = _join([job.target_rows for job in jobs])
+        self.reset_rows = _reset_rows(jobs)
+        """Rows that begin at the initial state, `(rows,)`; None: none of them."""
+        self.inputs = [
+            _join([job.window(i, spec.temporal, steps) for job in jobs])
+            for i, spec in enumerate(program.inputs)
+        ]
+        self.outputs: list[Array] = [
+            np.empty((steps, self.row_count, *spec.shape), spec.dtype) for spec in program.outputs
+        ]
+        """`(steps, rows, ...)`; filled by the executors."""
+        self.failed: list[FailedUnit] = []
+        self.seconds = 0.0
+
+    def fill(self, inputs: Sequence[Array], low: int, high: int, step: int) -> None:
+        """Copy the inputs of rows `low` to before `high` at time step `step` of the pass."""
+        for spec, source, target in zip(self.program.inputs, self.inputs, inputs, strict=True):
+            if spec.temporal and self.steps > 1:
+                target[...] = source[low:high, step]
+            else:
+                target[...] = source[low:high]
+
+    def units(self) -> tuple[Rows, list[tuple[int, int]]]:
+        """Where each session's rows begin, one more for the end; and its job and place in it."""
+        sizes = np.concatenate([job.sizes for job in self.jobs])
+        names = [(j, s) for j, job in enumerate(self.jobs) for s in range(len(job.sizes))]
+        return np.concatenate(([0], np.cumsum(sizes))), names
+
+
+def outputs_of(work: Pass, index: int, job: Job) -> dict[str, Array]:
+    """The outputs of a job that has run its last step, by name; views of the pass's arrays."""
+    if job.select is Select.NONE:
+        return {}
+    start = work.starts[index]
+    found: dict[str, Array] = {}
+    for i, spec in enumerate(work.program.outputs):
+        last = work.outputs[i][-1, start : start + job.row_count]
+        series = job.collected[i] if job.collected else None
+        if series is not None:
+            last = series
+        elif spec.temporal and job.has_time:
+            last = last[:, None]
+        found[spec.name] = last
+    return found
+
+
+def _reset_rows(jobs: Sequence[Job]) -> Mask | None:
+    if not any(job.reset_rows is not None and job.done == 0 for job in jobs):
+        return None
+    nothing = [np.zeros(job.row_count, np.bool_) for job in jobs]
+    return _join(
+        [
+            job.reset_rows if job.reset_rows is not None and job.done == 0 else none
+            for job, none in zip(jobs, nothing, strict=True)
+        ]
+    )
+
+
+def _starts(jobs: Sequence[Job]) -> Rows:
+    return np.cumsum([0, *(job.row_count for job in jobs)], dtype=np.intp)
+
+
+def _join(arrays: Sequence[npt.NDArray[S]]) -> npt.NDArray[S]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+class Lane:
+    """An executor and what it does for a pass. One thread at a time."""
+
+    def __init__(self, executor: Executor, arena: Arena) -> None:
+        self._executor = executor
+        self._arena = arena
+        self.spent_s = 0.0
+        """Processor time of the last `attempt` and `store`, in seconds."""
+
+    def attempt(self, work: Pass, low: int, high: int) -> None:
+        """Run rows `low` to before `high`. The new state stays in the executor.
+
+        Raises:
+            ExecutionError: the program raised; nothing changed.
+        """
+        started = time.thread_time()
+        executor = self._executor
+        executor.bind(high - low)
+        self._arena.gather(work.source_rows[low:high], executor.states())
+        if work.reset_rows is not None:
+            self._arena.put_initial(work.reset_rows[low:high], executor.states())
+        for step in range(work.steps):
+            if step:
+                executor.carry()
+            work.fill(executor.inputs(), low, high, step)
+            executor.invoke()
+            self._collect(work, low, high, step)
+        self.spent_s = time.thread_time() - started
+
+    def _collect(self, work: Pass, low: int, high: int, step: int) -> None:
+        # in a function of its own: no view of the executor's buffers may outlive it
+        for kept, output in zip(work.outputs, self._executor.outputs(), strict=True):
+            kept[step, low:high] = output
+
+    def store(self, work: Pass, low: int, high: int) -> None:
+        """Write what the last `attempt` of the same rows computed to the arena."""
+        started = time.thread_time()
+        self._arena.write(work.target_rows[low:high], self._executor.next_states())
+        self.spent_s += time.thread_time() - started
+
+    def run_row(self, row: int, inputs: Sequence[Array]) -> list[Array]:
+        """Run one time step of one row of the arena and write its new state there.
+
+        Returns:
+            Its outputs, `(1, ...)` each.
+
+        Raises:
+            ExecutionError: the program raised; nothing changed.
+        """
+        executor = self._executor
+        executor.bind(1)
+        self._arena.gather_row(row, executor.states())
+        for view, array in zip(executor.inputs(), inputs, strict=True):
+            view[...] = array
+        del view
+        executor.invoke()
+        self._arena.write_row(row, executor.next_states())
+        return [output.copy() for output in executor.outputs()]
+
+    def narrow(self, work: Pass) -> None:
+        """Run a pass that failed as a whole in parts, until each session has run or is found at fault.
+
+        Nothing is stored before all parts have run: if the executor breaks, nothing has changed.
+        """
+        starts, names = work.units()
+        parts = [(0, len(names))]
+        ran: list[tuple[Rows, list[Array]]] = []
+        while parts:
+            first, last = parts.pop()
+            try:
+                self.attempt(work, int(starts[first]), int(starts[last]))
+            except ExecutionError as error:
+                if last - first == 1:
+                    work.failed.append(FailedUnit(*names[first], cause=str(error)))
+                    continue
+                middle = (first + last) // 2
+                parts += [(middle, last), (first, middle)]
+            else:
+                ran.append((work.target_rows[starts[first] : starts[last]], self._next_states()))
+        for rows, states in ran:
+            self._arena.write(rows, states)
+
+    def _next_states(self) -> list[Array]:
+        return [state.copy() for state in self._executor.next_states()]

@@ -1,0 +1,130 @@
+"""A lone step, when nothing else is there: the same change by the same rules, without the array work of a pass.
+
+A pass costs some 150 microseconds beside its rows, whatever their number, and a step that comes alone would pay all of
+it. What is not plain here (a session that has something under way or is paged out, a retry, a conflict, several rows
+or time steps) is declined, and goes through a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from stepwell_server.clock import Clock
+from stepwell_server.core.exactly_once import applies
+from stepwell_server.core.sessions import SessionTable
+from stepwell_server.engine.api import Observer, Select
+from stepwell_server.engine.change import Change, may_join
+from stepwell_server.engine.durability.committer import Committer
+from stepwell_server.engine.durability.records import Outcome
+from stepwell_server.engine.passes.runner import IN_PLACE_S, Runner
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.state.replies import Kept
+from stepwell_server.engine.types import Array
+from stepwell_server.errors import ServerError
+from stepwell_server.logs import Log
+
+_log = Log("engine.replies")
+#: So many steps of one turn are run one by one: they cost less than one pass for all of them.
+MOST = 4
+
+
+class Inline:
+    """Runs lone steps of one model on the event loop. Only while no pass runs."""
+
+    def __init__(
+        self,
+        model: Model,
+        table: SessionTable,
+        runner: Runner,
+        committer: Committer,
+        *,
+        clock: Clock,
+        observer: Observer,
+    ) -> None:
+        self._model = model
+        self._table = table
+        self._runner = runner
+        self._committer = committer
+        self._clock = clock
+        self._observer = observer
+        self._outputs = [(spec.name, spec.temporal) for spec in model.program.outputs]
+
+    def run_few(self, changes: list[Change]) -> list[Change]:
+        """Run the first of some changes, as long as they are few and plain; return the others."""
+        if len(changes) > MOST or self._model.ready or self._model.cost.of(1) > IN_PLACE_S:
+            return changes
+        for place, change in enumerate(changes):
+            if not self._run(change):
+                return changes[place:]
+        return []
+
+    def _run(self, change: Change) -> bool:
+        """Whether the step has run; it is answered as soon as it is committed."""
+        if not may_join(change) or change.reset_rows is not None or not self._may_run(change):
+            return False
+        table, handle = self._table, int(change.handles[0])
+        row, started = int(table.row[handle]), self._clock.monotonic()
+        try:
+            outputs = self._runner.run_row(row, change.arrays)
+        except Exception:  # the pass finds out what it is, and answers
+            return False
+        self._model.arena.keep_row_outputs(row, outputs)
+        kept = _kept(change)
+        outcome = Outcome(
+            self._model,
+            change.handles,
+            table.revision[change.handles] + np.uint64(1),
+            table.position[change.handles] + np.uint64(1),
+            change.requests_of(change.members),
+            np.array([kept], np.uint8),
+        )
+        table.claimed[handle] = True
+        ran = self._clock.monotonic()
+
+        def answer(error: ServerError | None) -> None:
+            now = self._clock.monotonic()
+            if self._committer.is_durable:
+                self._observer.stage(self._model.name, "commit", now - ran, 1)
+            try:
+                if error is not None:
+                    change.fail(change.members, error)
+                else:
+                    self._observer.stepped_alone(self._model.name, now - started)
+                    change.succeed(
+                        change.members, outcome.revisions, outcome.positions, self._named(kept, outputs)
+                    )
+            except Exception as raised:
+                # its caller's loss, and no one else's: the claim is due
+                _log.defect("an answer could not be delivered", raised, model=self._model.name)
+
+        self._committer.commit(outcome, answer)
+        return True
+
+    def _may_run(self, change: Change) -> bool:
+        table, handle = self._table, int(change.handles[0])
+        if not len(change.members) or table.birth[handle] != change.births[0]:
+            return False
+        if table.claimed[handle] or table.row[handle] < 0:
+            return False
+        if self._clock.monotonic() >= change.deadline or len(change.replies.cancelled(change.members)):
+            return False
+        expected = None if change.expected is None else int(change.expected[0])
+        request = 0 if change.request_ids is None else int(change.request_ids[0])
+        return applies(int(table.revision[handle]), int(table.request_id[handle]), expected, request)
+
+    def _named(self, kept: Kept, outputs: Sequence[Array]) -> dict[str, Array]:
+        if kept is Kept.EMPTY:
+            return {}
+        with_time = kept is Kept.ROWS_WITH_TIME
+        return {
+            name: output[:, None] if temporal and with_time else output
+            for (name, temporal), output in zip(self._outputs, outputs, strict=True)
+        }
+
+
+def _kept(change: Change) -> Kept:
+    if change.select is Select.NONE:
+        return Kept.EMPTY
+    return Kept.ROWS_WITH_TIME if change.with_time and change.select is Select.ALL else Kept.ROWS

@@ -1,0 +1,274 @@
+"""The pass loop of one model: choose, run, complete.
+
+No waiting for company: when nothing runs, what has arrived goes at once; what arrives while a pass runs
+forms the next one. Everything here happens on the event loop, but for the passes that the runner puts
+on threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from stepwell_server.clock import Clock
+from stepwell_server.core.sessions import Handles
+from stepwell_server.engine.api import Observer, Select
+from stepwell_server.engine.intake.admission import Admission
+from stepwell_server.engine.intake.inbox import Inbox, joined_where_alike
+from stepwell_server.engine.job import Job
+from stepwell_server.engine.passes.batch import FailedUnit, Pass
+from stepwell_server.engine.passes.completion import Completion
+from stepwell_server.engine.passes.inline import Inline
+from stepwell_server.engine.passes.runner import SLICE_S, Runner
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.types import Mask
+from stepwell_server.errors import InvalidInput, ServerError
+from stepwell_server.logs import Log
+
+_log = Log("engine.loop")
+
+
+class PassLoop:
+    """Runs the ready jobs of one model, pass after pass."""
+
+    def __init__(
+        self,
+        model: Model,
+        inbox: Inbox,
+        admission: Admission,
+        runner: Runner,
+        completion: Completion,
+        inline: Inline,
+        release: Callable[[Handles], None],
+        must_wait: Callable[[], bool],
+        *,
+        clock: Clock,
+        observer: Observer,
+    ) -> None:
+        """See the module.
+
+        Args:
+            model: Whose jobs run.
+            inbox: Where its changes come in.
+            admission: Makes jobs of them.
+            runner: Runs passes.
+            completion: Commits and answers jobs that have ended.
+            inline: Runs what comes alone.
+            release: Ends the claims of sessions whose job failed.
+            must_wait: No pass begins while this is true; whoever makes it false rings `model.work`.
+            clock: For deadlines.
+            observer: Is told of passes.
+        """
+        self._model = model
+        self._inbox = inbox
+        self._admission = admission
+        self.runner = runner
+        self._completion = completion
+        self._inline = inline
+        self._release = release
+        self._must_wait = must_wait
+        self._clock = clock
+        self._observer = observer
+        self._running = False
+        self._idle: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        model.work.listen(self._turn)
+
+    @property
+    def busy(self) -> bool:
+        """A pass runs, or something waits for one."""
+        return self._running or self._model.work.is_due or bool(self._inbox) or bool(self._model.ready)
+
+    async def idle(self) -> None:
+        """Return when no pass runs and nothing waits for one."""
+        while self.busy:
+            self._idle = self._idle or self._loop.create_future()
+            await asyncio.shield(self._idle)
+
+    def _turn(self) -> None:
+        """What came is drained, admitted and chosen from; what was chosen runs, is committed and answered."""
+        if self._running or self._must_wait():
+            return
+        came = self._inline.run_few(self._inbox.drain())
+        self._admission.admit(joined_where_alike(came))
+        jobs = self._choose()
+        if jobs:
+            self._run(jobs)  # then `_finish`: commit and reply
+        else:
+            self._tell_if_idle()
+
+    def _run(self, jobs: Sequence[Job]) -> None:
+        try:
+            work = self._pack(jobs)
+        except Exception as error:
+            self._fail_all(jobs, error)
+            self._model.work.ring()
+            return
+        self._running = True
+        if self.runner.is_small(work):
+            self._run_here(work)
+        else:
+            self.runner.run_on_threads(work, lambda broken: self._tell(work, broken))
+
+    def _pack(self, jobs: Sequence[Job]) -> Pass:
+        rows = sum(job.row_count for job in jobs)
+        budget = self._model.cost.times_within(rows, SLICE_S)
+        return Pass(self._model.program, jobs, self._model.ready.steps_together(jobs, budget))
+
+    def _tell(self, work: Pass, broken: BaseException | None) -> None:
+        """From a compute thread: one wake-up of the event loop per pass."""
+        self._loop.call_soon_threadsafe(self._finish, work, broken)
+
+    def _run_here(self, work: Pass) -> None:
+        broken: BaseException | None = None
+        try:
+            self.runner.run_here(work)
+        except Exception as error:
+            broken = error
+        self._finish(work, broken)
+
+    def _tell_if_idle(self) -> None:
+        if self._idle is not None and not self.busy:
+            self._idle.set_result(None)
+            self._idle = None
+
+    def _choose(self) -> list[Job]:
+        now = self._clock.monotonic()
+        chosen: list[Job] = []
+        later: list[Job] = []
+        while self._model.ready and not chosen:
+            for job in self._model.ready.next_pass():
+                self._consider(job, now, chosen, later)
+        for job in later:
+            self._model.ready.add(job)
+        if later and not chosen:
+            # the rows that these wait for were those of jobs which have been dropped just now
+            self._model.work.ring()
+        return chosen
+
+    def _consider(self, job: Job, now: float, chosen: list[Job], later: list[Job]) -> None:
+        for members, error in job.owner.drop(job.members, now):
+            self._drop_members(job, np.isin(job.members, members), error)
+        if not job.row_count:
+            return
+        if job.needs_working_rows and not self._take_working_rows(job):
+            later.append(job)
+        else:
+            if job.done == 0:
+                self._observer.stage(self._model.name, "wait", now - job.queued_at, len(job.members))
+            chosen.append(job)
+
+    def _take_working_rows(self, job: Job) -> bool:
+        rows = self._model.slots.take_working(job.row_count)
+        if rows is None:
+            return False
+        job.work_on(rows)
+        return True
+
+    def _finish(self, work: Pass, broken: BaseException | None) -> None:
+        self._running = False
+        if broken is not None:
+            self._fail_all(work.jobs, broken)
+        else:
+            self._observer.pass_done(self._model.name, work.row_count, work.steps, work.seconds)
+            if work.failed:
+                self._drop_failed(work)
+            self._advance(work)
+        self._model.work.ring()
+
+    def _advance(self, work: Pass) -> None:
+        ended: list[tuple[int, Job]] = []
+        for index, job in enumerate(work.jobs):
+            if not job.row_count:
+                continue
+            if job.steps > 1:
+                _collect(work, index, job)
+            job.done += work.steps
+            if job.steps_left:
+                self._model.ready.add(job)
+            else:
+                ended.append((index, job))
+        if ended:
+            self._completion.complete(work, ended)
+
+    def _fail_all(self, jobs: Sequence[Job], broken: BaseException) -> None:
+        error = _log.internal("a pass raised", broken, model=self._model.name)
+        for job in jobs:
+            self._drop_members(job, np.ones(len(job.members), np.bool_), error)
+
+    def _drop_failed(self, work: Pass) -> None:
+        by_job: dict[int, list[FailedUnit]] = {}
+        for unit in work.failed:
+            by_job.setdefault(unit.job, []).append(unit)
+        kept_rows = np.ones(work.row_count, np.bool_)
+        for index, units in by_job.items():
+            start = work.starts[index]
+            kept = self._drop_units(work, index, units)
+            kept_rows[start : start + len(kept)] = kept
+        _compact(work, kept_rows)
+
+    def _drop_units(self, work: Pass, index: int, units: Sequence[FailedUnit]) -> Mask:
+        job = work.jobs[index]
+        dropped = np.zeros(len(job.members), np.bool_)
+        _log.debug("inputs refused by the model", model=self._model.name, cause=units[0].cause)
+        dropped[[unit.session for unit in units]] = True
+        rows = job.row_mask(~dropped)
+        self._drop_members(job, dropped, _refusal(work, index, units[0]))
+        return rows
+
+    def _drop_members(self, job: Job, dropped: Mask, error: ServerError) -> None:
+        """Go on without some members; all of them may go."""
+        members = job.members[dropped]
+        handles = None if job.handles is None else job.handles[dropped]
+        freed = job.keep(~dropped)
+        if freed is not None:
+            self._model.slots.free_working(freed)
+        job.owner.fail(members, error)
+        if handles is not None:
+            self._release(handles)
+
+
+def _refusal(work: Pass, index: int, unit: FailedUnit) -> ServerError:
+    # LiteRT's text goes on about nodes, and about failures before this one
+    cause = unit.cause.strip().partition("Node number")[0].strip().splitlines()
+    said = cause[0][:200] if cause else "no reason given"
+    sizes = work.jobs[index].sizes
+    low = int(work.starts[index] + sizes[: unit.session].sum())
+    got = _whole_numbers(work, low, low + int(sizes[unit.session]))
+    return InvalidInput(f"inputs must be ones that the model can run{got}; it refused them: {said}")
+
+
+def _whole_numbers(work: Pass, low: int, high: int) -> str:
+    """What integer inputs hold: an index out of an Embedding's range is the usual reason."""
+    held = [
+        f"input {spec.name!r} holds {array[low:high].min()} to {array[low:high].max()}"
+        for spec, array in zip(work.program.inputs, work.inputs, strict=True)
+        if array.dtype.kind in "iu"
+    ]
+    return f" (an Embedding's indexes within its range, for one); {', '.join(held)}" if held else ""
+
+
+def _collect(work: Pass, index: int, job: Job) -> None:
+    """Copy a job's share of the pass's outputs to the job."""
+    if not job.collected:
+        job.collected = [
+            np.empty((job.row_count, job.steps, *spec.shape), spec.dtype)
+            if spec.temporal and job.select is Select.ALL
+            else None
+            for spec in work.program.outputs
+        ]
+    start = work.starts[index]
+    for kept, output in zip(job.collected, work.outputs, strict=True):
+        if kept is not None:
+            share = output[:, start : start + job.row_count]
+            kept[:, job.done : job.done + work.steps] = share.swapaxes(0, 1)
+
+
+def _compact(work: Pass, kept: Mask) -> None:
+    """Take the rows of failed sessions out of a pass."""
+    work.outputs = [output[:, kept] for output in work.outputs]
+    work.starts = np.cumsum([0, *(job.row_count for job in work.jobs)], dtype=np.intp)
+    work.row_count = int(work.starts[-1])
+    work.target_rows = work.target_rows[kept]

@@ -1,0 +1,170 @@
+"""Where a pass runs: in place on the event loop if that is cheaper than a hand-over, else on threads."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor as Pool
+
+import numpy as np
+
+from stepwell_server.core.slots import Rows
+from stepwell_server.engine.api import Select
+from stepwell_server.engine.executors.base import ExecutionError
+from stepwell_server.engine.job import Job
+from stepwell_server.engine.passes.batch import Lane, Pass
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.types import Array
+from stepwell_server.errors import ServerError
+from stepwell_server.program import Program
+
+#: A pass expected to take less runs in place: handing it to a thread and back costs about as much.
+IN_PLACE_S = 400e-6
+#: Rows are split over threads only in pieces expected to take at least this long.
+PIECE_S = 200e-6
+#: A pass of several time steps is cut so that what arrives meanwhile waits about this long at most.
+SLICE_S = 2e-3
+
+
+class Runner:
+    """Runs the passes of one model, one at a time, on one lane per compute thread."""
+
+    def __init__(self, model: Model, lanes: Sequence[Lane], pool: Pool) -> None:
+        self._model = model
+        self._lanes = lanes
+        self._pool = pool
+
+    def is_small(self, work: Pass) -> bool:
+        """Whether the pass should run in place."""
+        return self._model.cost.of(work.row_count, work.steps) <= IN_PLACE_S
+
+    def run_here(self, work: Pass) -> None:
+        """Run a pass on the calling thread."""
+        started = time.perf_counter()
+        lane = self._lanes[0]
+        try:
+            lane.attempt(work, 0, work.row_count)
+        except ExecutionError:
+            lane.narrow(work)
+        else:
+            lane.store(work, 0, work.row_count)
+        work.seconds = time.perf_counter() - started
+        self._model.cost.learn(work.row_count, lane.spent_s, work.steps)
+
+    def run_row(self, row: int, inputs: Sequence[Array]) -> list[Array]:
+        """Run one time step of one row on the calling thread. See `Lane.run_row`."""
+        return self._lanes[0].run_row(row, inputs)
+
+    def try_out(self, work: Pass) -> None:
+        """Run a pass on the calling thread for its cost alone; nothing is stored."""
+        lane = self._lanes[0]
+        lane.attempt(work, 0, work.row_count)
+        self._model.cost.learn(work.row_count, lane.spent_s, work.steps)
+
+    def run_on_threads(self, work: Pass, done: Callable[[BaseException | None], None]) -> None:
+        """Run a pass on the pool's threads; `done` is called from one of them, with what it raised."""
+        pieces = self._cut(work)
+        group = _Pieces(self._lanes, work, pieces, self._model, done)
+        for index in range(len(pieces)):
+            self._pool.submit(group.run, index)
+
+    def _cut(self, work: Pass) -> list[tuple[int, int]]:
+        worth = int(self._model.cost.of(work.row_count, work.steps) / PIECE_S)
+        count = max(1, min(len(self._lanes), worth, work.row_count))
+        edges = [work.row_count * i // count for i in range(count + 1)]
+        return list(itertools.pairwise(edges))
+
+
+class _Pieces:
+    """A pass cut into pieces of rows. The last piece to end stores all of them."""
+
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        work: Pass,
+        pieces: Sequence[tuple[int, int]],
+        model: Model,
+        done: Callable[[BaseException | None], None],
+    ) -> None:
+        self._lanes = lanes
+        self._work = work
+        self._pieces = pieces
+        self._model = model
+        self._done = done
+        self._lock = threading.Lock()
+        self._left = len(pieces)
+        self._failed = False
+        self._broken: BaseException | None = None
+        self._started = time.perf_counter()
+
+    def run(self, index: int) -> None:
+        try:
+            self._lanes[index].attempt(self._work, *self._pieces[index])
+        except ExecutionError:
+            self._failed = True
+        except BaseException as error:
+            self._broken = error
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._finish()
+
+    def _finish(self) -> None:
+        try:
+            if self._broken is None:
+                self._store()
+        except BaseException as error:
+            self._broken = error
+        self._done(self._broken)
+
+    def _store(self) -> None:
+        if self._failed:
+            self._lanes[0].narrow(self._work)
+        else:
+            for lane, (low, high) in zip(self._lanes, self._pieces, strict=False):
+                lane.store(self._work, low, high)
+                self._model.cost.learn(high - low, lane.spent_s, self._work.steps)
+        self._work.seconds = time.perf_counter() - self._started
+
+
+_WARM_UP_SIZES = (1, 8, 64, 256)
+_WARM_UP_TIMES = 3
+
+
+class _Nobody:
+    def drop(self, _members: Rows, _now: float) -> Sequence[tuple[Rows, ServerError]]:
+        return ()
+
+    def fail(self, _members: Rows, error: ServerError) -> None:
+        raise error
+
+
+def warm_up(runner: Runner, program: Program, max_rows: int) -> None:
+    """Run zeros through a program at several batch sizes; no session's rows are written.
+
+    Before the model serves: it uses the runner's first lane.
+    """
+    for size in _WARM_UP_SIZES:
+        for _ in range(_WARM_UP_TIMES):
+            if size <= max_rows:
+                runner.try_out(Pass(program, [_zeros(program, size)], 1))
+
+
+def _zeros(program: Program, size: int) -> Job:
+    rows = np.zeros(size, np.intp)
+    return Job(
+        _Nobody(),
+        members=np.arange(size),
+        handles=None,
+        rows=rows,
+        sizes=np.ones(size, np.intp),
+        inputs=[np.zeros((size, *spec.shape), spec.dtype) for spec in program.inputs],
+        steps=1,
+        with_time=False,
+        select=Select.LAST,
+        source=None,
+        queued_at=0.0,
+    )

@@ -1,0 +1,184 @@
+"""The making of sessions: kept by the store, then in the table, all of a call's or none."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from stepwell_server.clock import Clock
+from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.slots import Rows
+from stepwell_server.engine.api import SessionInfo
+from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.intake.row_queue import RowQueue
+from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.expiry import Expiry
+from stepwell_server.engine.sessions.removal import Removal
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.types import U64
+from stepwell_server.errors import ServerError
+from stepwell_server.store.base import Batch
+from stepwell_server.store.record import U8, Sheet, Stored
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fresh:
+    """What is true of sessions from their first moment."""
+
+    opened_with: int
+    """Request id of the call, 0 for none."""
+    revisions: U64
+    """`(n,)`. Not 0 where another session had the id: see `Directory.first_revisions`."""
+    position: int = 0
+
+
+class Creation:
+    """Makes sessions. Lives on the event loop."""
+
+    def __init__(
+        self,
+        table: SessionTable,
+        directory: Directory,
+        row_queue: RowQueue,
+        commits: GroupCommit,
+        *,
+        removal: Removal,
+        expiry: Expiry,
+        clock: Clock,
+    ) -> None:
+        self._table = table
+        self._directory = directory
+        self._row_queue = row_queue
+        self._removal = removal
+        self._expiry = expiry
+        self._commits = commits
+        self._clock = clock
+
+    async def settled(self, session_id: str) -> None:
+        """Return when nobody is making a session of this id."""
+        while (pending := self._removal.opening.get(session_id)) is not None:
+            await asyncio.shield(pending)
+
+    async def all_settled(self, session_ids: Sequence[str]) -> None:
+        """As `settled`, for all of many ids at the same moment."""
+        while pending := {self._removal.opening[i] for i in session_ids if i in self._removal.opening}:
+            await asyncio.wait(pending)
+
+    async def create(
+        self, model: Model, ids: Sequence[str], batch_size: int, rows: Rows, facts: Fresh
+    ) -> SessionInfo:
+        """Make sessions. They are there when this returns; to be cancelled meanwhile changes nothing about it.
+
+        Args:
+            model: Of all of them.
+            ids: None of them is there or being made.
+            batch_size: Of each.
+            rows: The arena's rows, with their states, of the first sessions, one after the other. The others begin
+                with the initial state, paged out.
+            facts: See `Fresh`.
+
+        Returns:
+            The first of them, as it was made.
+
+        Raises:
+            Unavailable: the store could not keep them; none is made, and the rows are given back.
+        """
+        made: asyncio.Future[SessionInfo | ServerError] = asyncio.get_running_loop().create_future()
+        pending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._removal.opening.update(dict.fromkeys(ids, pending))
+        created = self._clock.now()
+
+        def done(error: ServerError | None) -> None:
+            for session_id in ids:
+                del self._removal.opening[session_id]
+            pending.set_result(None)
+            if error is not None:
+                model.slots.free_resident(rows)
+                made.set_result(error)
+            else:
+                self._add(model, ids, batch_size, rows, facts, created)
+                made.set_result(self._directory.info(self._directory.find(ids[0])))
+            self._row_queue.room_may_have_come()  # the rows are free, or of sessions that have nothing under way
+
+        self._commits.submit(
+            lambda: self._batch(model, ids, batch_size, rows, facts, created), len(ids), done
+        )
+        result = await asyncio.shield(made)
+        if isinstance(result, ServerError):
+            raise result
+        return result
+
+    def _batch(
+        self,
+        model: Model,
+        ids: Sequence[str],
+        batch_size: int,
+        rows: Rows,
+        facts: Fresh,
+        created: float,
+    ) -> Batch:
+        initial = np.tile(model.arena.pack_initial(), (1, batch_size))
+        ready = len(rows) // batch_size
+        stored = np.broadcast_to(initial, (len(ids) - ready, initial.shape[1]))
+        if self._commits.is_durable:
+            packed = model.arena.pack(rows).reshape(ready, -1) if ready else stored[:0]
+            return Batch(
+                puts=_records(model, ids, batch_size, np.concatenate([packed, stored]), facts, created),
+                forgets=ids,
+                counts=((model.name, len(ids)),),
+            )
+        rest = dataclasses.replace(facts, revisions=facts.revisions[ready:])
+        return Batch(puts=_records(model, ids[ready:], batch_size, stored, rest, created), forgets=ids)
+
+    def _add(
+        self,
+        model: Model,
+        ids: Sequence[str],
+        batch_size: int,
+        rows: Rows,
+        facts: Fresh,
+        created: float,
+    ) -> None:
+        ready = len(rows) // batch_size
+        parts = ((slice(0, ready), rows), (slice(ready, len(ids)), None))
+        for part, own in parts:
+            some = ids[part]
+            if not some:
+                continue
+            handles = self._table.add(
+                some,
+                rows=own,
+                model=model.index,
+                batch_size=batch_size,
+                revision=facts.revisions[part],
+                position=facts.position,
+                opened_with=facts.opened_with,
+                used=self._clock.monotonic(),
+                created=created,
+            )
+            if own is not None:
+                model.slots.owner[self._table.row[handles]] = handles
+            self._expiry.watch(handles)
+
+
+def _records(
+    model: Model, ids: Sequence[str], batch_size: int, rows: U8, facts: Fresh, created: float
+) -> list[tuple[str, Stored]]:
+    if not ids:
+        return []
+    sheet = Sheet(
+        ids,
+        fingerprint=model.program.fingerprint,
+        model=model.name,
+        opened_with=facts.opened_with,
+        created=created,
+        row_bytes=model.arena.row_bytes,
+        batch_size=batch_size,
+    )
+    sheet.rows[...] = rows
+    return sheet.fill(
+        revisions=facts.revisions, positions=facts.position, request_ids=0, last_used=created, replies=0
+    )

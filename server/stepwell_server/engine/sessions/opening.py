@@ -1,0 +1,266 @@
+"""Sessions come into being: opened, resumed, forked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from stepwell_server.clock import Clock
+from stepwell_server.core.sessions import SessionTable
+from stepwell_server.engine.api import Observer, Opened
+from stepwell_server.engine.checks import check_state, require_finite
+from stepwell_server.engine.intake.paging import Pager
+from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.sessions.creation import Creation, Fresh
+from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, require_session_id
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.types import U64, Array, Tensors
+from stepwell_server.errors import InvalidInput, ModelMismatch, ModelNotFound, RevisionConflict, SessionExists
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OpenedMany:
+    """Answer to opening many sessions."""
+
+    session_ids: Sequence[str]
+    fingerprint: str
+    revisions: U64
+    """`(n,)`."""
+    replayed: bool = False
+
+
+class Opening:
+    """Opens and forks sessions. Lives on the event loop.
+
+    A call that says its request id and is sent again gets the session that it made: the session's id follows from
+    the request id, or was said, and the session remembers the request id. So it stays through a restart.
+    """
+
+    def __init__(
+        self,
+        table: SessionTable,
+        directory: Directory,
+        turns: Turns,
+        pager: Pager,
+        creation: Creation,
+        *,
+        clock: Clock,
+        observer: Observer,
+    ) -> None:
+        self._table = table
+        self._directory = directory
+        self._turns = turns
+        self._pager = pager
+        self._creation = creation
+        self._clock = clock
+        self._observer = observer
+
+    async def open(
+        self,
+        model_name: str,
+        *,
+        session_id: str,
+        batch_size: int,
+        state: Tensors | None,
+        must_be_new: bool,
+        request_id: int,
+        fingerprint: str,
+    ) -> Opened:
+        """Open a session, or resume a live one. See `Engine.open_session`."""
+        model = self._directory.models.by_name(model_name)
+        _require_fingerprint(model, fingerprint)
+        _require_batch_size(model, batch_size)
+        if session_id:
+            require_session_id("session_id", session_id)
+        name = session_id or self._directory.ids.make(request_id)
+        await self._creation.settled(name)
+        handle = self._live(name, must_be_new)
+        if handle is not None:
+            return self._resume(handle, model, batch_size, must_be_new, request_id)
+        if not session_id:
+            self._require_not_gone(name)
+        self._require_own(session_id)
+        values = _checked_state(model, state, batch_size)
+        rows = self._pager.take(model, batch_size)
+        model.arena.clear_outputs(rows)
+        if values is None:
+            model.arena.reset(rows)
+        else:
+            model.arena.write(rows, values)
+        facts = Fresh(request_id, self._directory.first_revisions([name]))
+        info = await self._creation.create(model, [name], batch_size, rows, facts)
+        self._observer.session_event("opened", model.name, name)
+        return Opened(info)
+
+    async def open_many(
+        self,
+        model_name: str,
+        *,
+        count: int,
+        session_ids: Sequence[str],
+        batch_size: int,
+        request_id: int,
+    ) -> OpenedMany:
+        """Open many sessions or none. See `Engine.open_sessions`."""
+        model = self._directory.models.by_name(model_name)
+        _require_batch_size(model, batch_size)
+        ids = self._ids_to_open(count, session_ids, request_id)
+        await self._creation.all_settled(ids)
+        if self._all_opened_with(ids, request_id):
+            revisions = self._table.revision[self._directory.find_all(ids)]
+            return OpenedMany(ids, model.program.fingerprint, revisions, replayed=True)
+        if not session_ids:
+            self._require_not_gone(ids[0])
+        for session_id in session_ids:
+            self._require_own(session_id)
+        self._directory.require_new("session_ids", ids)
+        # of ids that are made here none was another session's
+        revisions = self._directory.first_revisions(ids) if session_ids else np.zeros(len(ids), np.uint64)
+        # as many as there is room for are ready at once; the others come when they are stepped
+        fitting = (model.slots.resident_limit - model.slots.resident) // batch_size
+        rows = model.slots.take_resident(min(fitting, len(ids)) * batch_size)
+        assert rows is not None, "there is room for as many"
+        model.arena.clear_outputs(rows)
+        model.arena.reset(rows)
+        await self._creation.create(model, ids, batch_size, rows, Fresh(request_id, revisions))
+        self._observer.sessions_opened(model.name, len(ids))
+        return OpenedMany(ids, model.program.fingerprint, revisions)
+
+    async def fork(
+        self, session_id: str, *, new_session_id: str, expected: int | None, request_id: int, deadline: float
+    ) -> Opened:
+        """Open a session with the state of another. See `Engine.fork`."""
+        if new_session_id:
+            require_session_id("new_session_id", new_session_id)
+        name = new_session_id or self._directory.ids.make(request_id, session_id)
+        await self._creation.settled(name)
+        known = self._forked_before(name, request_id)
+        if known is not None:
+            return known
+        source = self._directory.find(session_id)
+        await self._turns.hold(source, deadline)
+        try:
+            # once more: the same call may have been in line before this one
+            await self._creation.settled(name)
+            known = self._forked_before(name, request_id)
+            if known is None and not new_session_id:
+                self._require_not_gone(name)
+            if known is None:
+                self._require_own(new_session_id)
+            return known or await self._fork(source, name, expected, request_id)
+        finally:
+            self._turns.release(np.array([source]))
+
+    def _live(self, name: str, must_be_new: bool) -> int | None:
+        try:
+            return self._directory.live(name)
+        except (ModelMismatch, ModelNotFound) as error:
+            if must_be_new:  # it is there, whatever it belongs to
+                raise _exists("session_id", name) from error
+            raise
+
+    def _resume(
+        self, handle: int, model: Model, batch_size: int, must_be_new: bool, request_id: int
+    ) -> Opened:
+        session_id = self._table.session_id(handle)
+        if request_id and int(self._table.opened_with[handle]) == request_id:
+            return Opened(self._directory.info(handle), replayed=True)
+        if must_be_new:
+            raise _exists("session_id", session_id)
+        info = self._directory.info(handle)
+        if info.model != model.name or info.batch_size != batch_size:
+            raise SessionExists(
+                f"session {session_id!r} is open with model {info.model!r} and batch_size {info.batch_size};"
+                f" got model {model.name!r} and batch_size {batch_size}",
+                session_id=session_id,
+            )
+        self._table.used[handle] = self._clock.monotonic()
+        self._observer.session_event("resumed", model.name, session_id)
+        return Opened(info, resumed=True)
+
+    async def _fork(self, source: int, name: str, expected: int | None, request_id: int) -> Opened:
+        table, model = self._table, self._directory.model_of(source)
+        revision = int(table.revision[source])
+        if expected is not None and expected != revision:
+            raise RevisionConflict(table.session_id(source), expected, revision)
+        batch_size = int(table.batch_size[source])
+        rows = self._pager.take(model, batch_size)
+        model.arena.copy(table.rows(source), rows)
+        table.used[source] = self._clock.monotonic()
+        revisions = np.maximum(self._directory.first_revisions([name]), np.uint64(revision))
+        facts = Fresh(request_id, revisions, int(table.position[source]))
+        info = await self._creation.create(model, [name], batch_size, rows, facts)
+        self._observer.session_event("forked", model.name, name)
+        return Opened(info)
+
+    def _ids_to_open(self, count: int, session_ids: Sequence[str], request_id: int) -> list[str]:
+        if session_ids and count and count != len(session_ids):
+            raise InvalidInput(
+                f"count must be 0 or the number of session_ids, {len(session_ids)}; got {count}"
+            )
+        wanted = len(session_ids) or count
+        if not 1 <= wanted <= MAX_SESSIONS_PER_CALL:
+            raise InvalidInput(f"count must be 1 to {MAX_SESSIONS_PER_CALL}; got {wanted}")
+        if not session_ids:
+            return self._directory.ids.make_many(request_id, count)
+        for session_id in session_ids:
+            require_session_id("session_ids", session_id)
+        if len(set(session_ids)) != len(session_ids):
+            raise InvalidInput("session_ids must be different from each other; got one of them twice")
+        return list(session_ids)
+
+    def _all_opened_with(self, ids: Sequence[str], request_id: int) -> bool:
+        if not request_id or self._directory.live(ids[0]) is None:
+            return False
+        handles = self._directory.find_all(ids)
+        return bool((handles >= 0).all() and (self._table.opened_with[handles] == request_id).all())
+
+    def _require_not_gone(self, name: str) -> None:
+        """Refuse a call that made a session and comes again when that is gone: it must not begin anew."""
+        error = self._directory.ended(name)
+        if error is not None:
+            raise error
+
+    def _require_own(self, chosen: str) -> None:
+        """Refuse a chosen id that a server made for a session which is gone: it must not begin anew unnoticed."""
+        if chosen and self._directory.ids.is_made_by_a_server(chosen):
+            raise self._directory.gone(chosen)
+
+    def _forked_before(self, name: str, request_id: int) -> Opened | None:
+        known = self._directory.live(name)
+        if known is None:
+            return None
+        if request_id and int(self._table.opened_with[known]) == request_id:
+            return Opened(self._directory.info(known), replayed=True)
+        raise _exists("new_session_id", name)
+
+
+def _checked_state(model: Model, state: Tensors | None, batch_size: int) -> tuple[Array, ...] | None:
+    if state is None:
+        return None
+    values = check_state(model.program, state, batch_size)
+    require_finite("state", values, [spec.name for spec in model.program.state])
+    return values
+
+
+def _require_fingerprint(model: Model, fingerprint: str) -> None:
+    if fingerprint and fingerprint != model.program.fingerprint:
+        raise ModelMismatch(
+            f"model_fingerprint must be that of model {model.name!r}, {model.program.fingerprint};"
+            f" got {fingerprint}",
+            model=model.name,
+        )
+
+
+def _require_batch_size(model: Model, batch_size: int) -> None:
+    if not 1 <= batch_size <= model.slots.resident_limit:
+        raise InvalidInput(
+            f"batch_size must be 1 to resident_rows, {model.slots.resident_limit}; got {batch_size}"
+        )
+
+
+def _exists(name: str, session_id: str) -> SessionExists:
+    return SessionExists(f"{name} must be new; session {session_id!r} is open", session_id=session_id)

@@ -1,0 +1,160 @@
+"""The preallocated rows: the state of every resident session, and its last output beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.core.slots import Rows
+from stepwell_server.engine.types import Array, Mask
+from stepwell_server.program import Program
+
+_MOST_ROWS = 65_536
+_SHARE_OF_MEMORY = 1 / 4
+
+
+def default_resident_rows(program: Program) -> int:
+    """Rows of sessions that an arena has unless told otherwise: many, but no more than the memory bears.
+
+    As many again are for requests to work in; both are counted.
+    """
+    outputs = sum(int(np.prod(s.shape, dtype=np.int64)) * np.dtype(s.dtype).itemsize for s in program.outputs)
+    row_bytes = max(1, program.state_row_bytes + outputs)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(_MOST_ROWS, int(memory * _SHARE_OF_MEMORY) // (2 * row_bytes)))
+
+
+class Arena:
+    """Rows of one model's state and of its last outputs.
+
+    The memory is reserved at once and touched when a row is first used: pages that were never written
+    cost nothing. Rows of different sessions may be read and written from different threads; who may
+    touch a session's rows is settled by its claim.
+    """
+
+    def __init__(self, program: Program, capacity: int) -> None:
+        self._initial = program.initial
+        self.states = tuple(np.zeros((capacity, *spec.shape), spec.dtype) for spec in program.state)
+        self.outputs = tuple(np.zeros((capacity, *spec.shape), spec.dtype) for spec in program.outputs)
+        """The output of the last time step of each row: part of the reply that is remembered."""
+
+    def read(self, rows: Rows) -> tuple[Array, ...]:
+        """Copies of the states of `rows`, `(len(rows), ...)` each."""
+        return tuple(state[rows] for state in self.states)
+
+    def gather(self, rows: Rows, into: Sequence[Array]) -> None:
+        """Copy the states of `rows` into buffers of the same length."""
+        for state, buffer in zip(self.states, into, strict=True):
+            # mode="clip" lets numpy write straight into `out`; the rows are always in range
+            np.take(state, rows, axis=0, out=buffer, mode="clip")
+
+    def put_initial(self, where: Mask, states: Sequence[Array]) -> None:
+        """Set those rows of buffers, as `gather` filled them, to the model's initial state."""
+        for buffer, value in zip(states, self._initial, strict=True):
+            buffer[where] = value
+
+    def write(self, rows: Rows, states: Sequence[Array]) -> None:
+        """Set the states of `rows`."""
+        for state, values in zip(self.states, states, strict=True):
+            state[rows] = values
+
+    def keep_outputs(self, rows: Rows, outputs: Sequence[Array]) -> None:
+        """Keep the outputs of the last time step of `rows`."""
+        for kept, values in zip(self.outputs, outputs, strict=True):
+            kept[rows] = values
+
+    def gather_row(self, row: int, into: Sequence[Array]) -> None:
+        """As `gather`, for one row."""
+        for state, buffer in zip(self.states, into, strict=True):
+            buffer[0] = state[row]
+
+    def write_row(self, row: int, states: Sequence[Array]) -> None:
+        """As `write`, for one row."""
+        for state, values in zip(self.states, states, strict=True):
+            state[row] = values[0]
+
+    def keep_row_outputs(self, row: int, outputs: Sequence[Array]) -> None:
+        """As `keep_outputs`, for one row."""
+        for kept, values in zip(self.outputs, outputs, strict=True):
+            kept[row] = values[0]
+
+    def copy(self, source: Rows, target: Rows) -> None:
+        """Copy states and outputs from rows to other rows."""
+        for array in self._arrays:
+            array[target] = array[source]
+
+    def pack(self, rows: Rows) -> npt.NDArray[np.uint8]:
+        """States and outputs of `rows` as bytes, `(len(rows), bytes per row)`."""
+        return np.concatenate([_as_bytes(array[rows]) for array in self._arrays], axis=1)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a packed row."""
+        return sum(array.nbytes // len(array) for array in self._arrays)
+
+    def pack_into(self, rows: Rows, packed: npt.NDArray[np.uint8]) -> None:
+        """As `pack`, into `(n, bytes)` where each line takes the rows of one session, one after the other."""
+        if not len(rows):
+            return
+        lines = packed.reshape(len(rows), -1) if packed.flags.c_contiguous else None
+        if lines is None and len(packed) == len(rows):
+            lines = packed
+        if lines is None:
+            packed[...] = self.pack(rows).reshape(packed.shape)
+            return
+        start, where = 0, _as_slice(rows)
+        for array in self._arrays:
+            part = _as_bytes(array[where])
+            lines[:, start : start + part.shape[1]] = part
+            start += part.shape[1]
+
+    def pack_row(self, row: int) -> bytes:
+        """As `pack`, for one row."""
+        return b"".join([array[row].tobytes() for array in self._arrays])
+
+    def pack_initial(self) -> npt.NDArray[np.uint8]:
+        """What `pack` returns for a row that nobody has stepped, `(1, bytes per row)`."""
+        states = [
+            value.astype(state.dtype)[None] for state, value in zip(self.states, self._initial, strict=True)
+        ]
+        outputs = [np.zeros((1, *array.shape[1:]), array.dtype) for array in self.outputs]
+        return np.concatenate([_as_bytes(array) for array in (*states, *outputs)], axis=1)
+
+    def unpack(self, rows: Rows, packed: npt.NDArray[np.uint8]) -> None:
+        """Set states and outputs of `rows` to what `pack` returned."""
+        start = 0
+        for array in self._arrays:
+            size = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+            part = np.ascontiguousarray(packed[:, start : start + size])
+            array[rows] = part.view(array.dtype).reshape(len(rows), *array.shape[1:])
+            start += size
+
+    @property
+    def _arrays(self) -> tuple[Array, ...]:
+        return (*self.states, *self.outputs)
+
+    def clear_outputs(self, rows: Rows) -> None:
+        """Forget the outputs of `rows`: they are those of whoever had the rows before."""
+        for output in self.outputs:
+            output[rows] = 0
+
+    def reset(self, rows: Rows) -> None:
+        """Set `rows` to the model's initial state."""
+        for state, value in zip(self.states, self._initial, strict=True):
+            state[rows] = value
+
+
+def _as_slice(rows: Rows) -> Rows | slice:
+    """Rows that follow one another as a slice, which numpy need not copy: those of a group mostly do."""
+    first = int(rows[0])
+    if int(rows[-1]) - first == len(rows) - 1 and (rows[1:] - rows[:-1] == 1).all():
+        return slice(first, first + len(rows))
+    return rows
+
+
+def _as_bytes(array: Array) -> npt.NDArray[np.uint8]:
+    flat = np.ascontiguousarray(array).reshape(len(array), -1)
+    return flat.view(np.uint8)

@@ -1,0 +1,104 @@
+"""The reply to each session's last change, kept so that a retry gets the same bytes.
+
+What a reply holds of the last time step lies in the arena beside the state. Only replies of several time
+steps are kept as arrays of their own.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import struct
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.state.arena import Arena
+from stepwell_server.engine.types import Array
+from stepwell_server.program import Program
+
+Outputs = Mapping[str, Array]
+
+
+class Kept(enum.IntEnum):
+    """How a reply is kept; the values of the session table's column `reply`."""
+
+    EMPTY = 0
+    """It has no outputs."""
+    ROWS = 1
+    """The arena's output rows, as they are."""
+    ROWS_WITH_TIME = 2
+    """The arena's output rows, temporal ones with a time axis of length 1."""
+    ARRAYS = 3
+    """Arrays of their own."""
+
+
+class ReplyMemory:
+    """The last reply of each of one model's sessions."""
+
+    def __init__(self, program: Program, table: SessionTable, arena: Arena) -> None:
+        self._program = program
+        self._table = table
+        self._arena = arena
+        self._arrays: dict[int, Outputs] = {}
+
+    def remember(self, handles: Handles, kept: npt.NDArray[np.uint8], arrays: Mapping[int, Outputs]) -> None:
+        """Keep replies; the last time step's outputs are in the arena already.
+
+        Args:
+            handles: The sessions.
+            kept: How each of their replies is kept.
+            arrays: Those that are kept as arrays, by place.
+        """
+        if self._arrays:
+            for handle in handles.tolist():
+                self._arrays.pop(handle, None)
+        self._table.reply[handles] = kept
+        for place, outputs in arrays.items():
+            self._arrays[int(handles[place])] = outputs
+
+    def recall(self, handle: int) -> Outputs:
+        """The outputs of a session's last change."""
+        kept = Kept(self._table.reply[handle])
+        if kept is Kept.EMPTY:
+            return {}
+        if kept is Kept.ARRAYS:
+            return self._arrays[handle]
+        rows = self._table.rows(handle)
+        return {
+            spec.name: array[rows][:, None] if kept is Kept.ROWS_WITH_TIME and spec.temporal else array[rows]
+            for spec, array in zip(self._program.outputs, self._arena.outputs, strict=True)
+        }
+
+    def arrays(self, handles: Handles) -> dict[int, Outputs]:
+        """Those replies of sessions that are kept as arrays, by place."""
+        if not self._arrays:
+            return {}
+        places = np.flatnonzero(self._table.reply[handles] == Kept.ARRAYS).tolist()
+        return {place: self._arrays[int(handles[place])] for place in places}
+
+    def pack(self, outputs: Outputs) -> bytes:
+        """A reply that is kept as arrays, as bytes: each output's shape and data, in the program's order."""
+        parts: list[bytes] = []
+        for spec in self._program.outputs:
+            array = outputs[spec.name]
+            parts += [struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape), array.tobytes()]
+        return b"".join(parts)
+
+    def restore(self, handle: int, packed: bytes) -> None:
+        """Keep what `pack` returned as the reply of a session."""
+        found: dict[str, Array] = {}
+        at = 0
+        for spec in self._program.outputs:
+            shape = struct.unpack_from(f"<{packed[at]}I", packed, at + 1)
+            at += 1 + 4 * len(shape)
+            count = math.prod(shape)
+            found[spec.name] = np.frombuffer(packed, spec.dtype, count, at).reshape(shape)
+            at += count * found[spec.name].itemsize
+        self._arrays[handle] = found
+
+    def forget(self, handle: int) -> None:
+        """The session is gone, or only in the store."""
+        self._arrays.pop(handle, None)

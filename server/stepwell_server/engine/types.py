@@ -1,0 +1,16 @@
+"""Arrays that many modules speak of, by what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.generic]
+#: Tensors by name. The name "" stands for the model's only input or state tensor.
+Tensors = Mapping[str, Array]
+#: Indexes of sessions in a change.
+Members = npt.NDArray[np.intp]
+Mask = npt.NDArray[np.bool_]
+U64 = npt.NDArray[np.uint64]

@@ -1,0 +1,149 @@
+"""Between the messages of steps and resets and the engine's changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from stepwell.v1 import sessions_pb2 as pb
+from stepwell_server.engine.api import Applied
+from stepwell_server.engine.change import Change, Replies
+from stepwell_server.engine.types import U64, Members, Tensors
+from stepwell_server.errors import InvalidInput, ServerError
+from stepwell_server.rpc import convert
+from stepwell_server.rpc.status import to_proto
+
+FrameBody = pb.StepFrame | pb.ResetFrame
+
+
+def of_step(request: pb.StepRequest, replies: Replies) -> Change:
+    """The change that a unary Step asks for.
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    change = Change((request.session_id,), replies, inputs=convert.to_arrays(request.inputs, "inputs"))
+    _say_step(change, request)
+    _require_no_states(request.states, "state_rows", request.state_rows)
+    _say_once(change, request)
+    return change
+
+
+def of_reset(request: pb.ResetStatesRequest, replies: Replies) -> Change:
+    """The change that a unary ResetStates asks for.
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    change = Change((request.session_id,), replies, reset=True)
+    change.state = convert.to_optional_arrays(request.state, "state")
+    change.rows = list(request.rows) or None
+    _say_once(change, request)
+    return change
+
+
+def _say_step(change: Change, message: pb.StepRequest | pb.StepFrame) -> None:
+    change.select = convert.to_select(message.outputs)
+    change.output_names = tuple(message.output_names)
+    if message.reset_mask:
+        change.reset_rows = np.array(message.reset_mask, np.bool_)
+
+
+def _require_no_states(states: int, chosen: str, some: Sequence[int]) -> None:
+    """Refuse what is in the protocol and not yet in this server."""
+    if states not in {pb.STATE_SELECTION_UNSPECIFIED, pb.STATE_SELECTION_NONE}:
+        names: dict[int, str] = {number: name for name, number in pb.StateSelection.items()}
+        said = names.get(states, str(states))
+        raise InvalidInput(
+            f"states must be STATE_SELECTION_NONE: this server sends no states with steps; got {said}"
+        )
+    if some:
+        raise InvalidInput(f"{chosen} must be empty where states is STATE_SELECTION_NONE; got {len(some)}")
+
+
+def _say_once(change: Change, request: pb.StepRequest | pb.ResetStatesRequest) -> None:
+    if request.HasField("expected_revision"):
+        change.expected = np.array([request.expected_revision], np.uint64)
+    if request.request_id:
+        change.request_ids = np.array([request.request_id], np.uint64)
+
+
+def body_of(request: pb.StepStreamRequest) -> FrameBody:
+    """What a frame asks for.
+
+    Raises:
+        InvalidInput: nothing.
+    """
+    kind = request.WhichOneof("change")
+    if kind is None:
+        raise InvalidInput("change must be step or reset; got neither")
+    return request.step if kind == "step" else request.reset
+
+
+def of_frame(body: FrameBody, replies: Replies) -> Change:
+    """The change that a frame asks for.
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    ids = list(body.session_ids)
+    change = Change(ids, replies)
+    change.expected = convert.to_numbers(body.expected_revisions, np.uint64, "expected_revisions", len(ids))
+    change.request_ids = convert.to_numbers(body.request_ids, np.uint64, "request_ids", len(ids))
+    change.batch_sizes = convert.to_numbers(body.batch_sizes, np.intp, "batch_sizes", len(ids))
+    if isinstance(body, pb.StepFrame):
+        change.inputs = convert.to_arrays(body.inputs, "inputs")
+        _say_step(change, body)
+        _require_no_states(body.states, "state_members", body.state_members)
+    else:
+        change.reset = True
+        change.state = convert.to_optional_arrays(body.state, "state")
+    return change
+
+
+def step_reply(answer: Applied) -> pb.StepResponse:
+    """The reply to a unary Step."""
+    response = pb.StepResponse(revision=answer.revision, position=answer.position, replayed=answer.replayed)
+    convert.add_tensors(response.outputs, answer.outputs)
+    return response
+
+
+def reset_reply(answer: Applied) -> pb.ResetStatesResponse:
+    """The reply to a unary ResetStates."""
+    return pb.ResetStatesResponse(
+        revision=answer.revision, position=answer.position, replayed=answer.replayed
+    )
+
+
+def applied_part(
+    frame_id: int,
+    members: Members | None,
+    revisions: U64,
+    positions: U64,
+    outputs: Tensors,
+    *,
+    replayed: bool,
+    last: bool,
+) -> bytes:
+    """The part of a frame's reply for members that were applied; None: all of the frame's."""
+    response = pb.StepStreamResponse(
+        frame_id=frame_id,
+        all_members=members is None,
+        revisions=revisions.tolist(),
+        positions=positions.tolist(),
+        last=last,
+    )
+    if members is not None:
+        response.members.extend(members.tolist())
+    convert.add_tensors(response.outputs, outputs)
+    if replayed:
+        response.replayed_members.extend(range(len(revisions)) if members is None else members.tolist())
+    return response.SerializeToString()
+
+
+def failed_part(frame_id: int, members: Members | None, error: ServerError, *, last: bool) -> bytes:
+    """The part of a frame's reply for members that failed alike; None: all of the frame's."""
+    indexes = () if members is None else members.tolist()
+    errors = [pb.MemberError(members=indexes, error=to_proto(error))]
+    return pb.StepStreamResponse(frame_id=frame_id, errors=errors, last=last).SerializeToString()

@@ -1,0 +1,273 @@
+"""StepStream: frames in, parts of their replies out.
+
+One task reads; none is made per message. It parses a frame and submits it; the engine hands over the parts
+of its reply, some before `submit` returns, and each is written from there: see `outbox`.
+
+What a stream holds is bounded: with too many frames, or too many bytes of requests and of replies to
+come, not yet written to the client, reading stops until some are. A client that does not read its
+replies therefore holds up itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import TYPE_CHECKING
+
+import grpc.aio
+
+from stepwell.v1 import sessions_pb2 as pb
+from stepwell_server.engine.types import U64, Members, Tensors
+from stepwell_server.errors import InvalidInput, ServerError, Unavailable
+from stepwell_server.logs import Log
+from stepwell_server.rpc.boundary import parse
+from stepwell_server.rpc.steps import messages
+from stepwell_server.rpc.steps.write_queue import Outbox
+
+if TYPE_CHECKING:
+    from stepwell_server.clock import Clock
+    from stepwell_server.engine.engine import Engine
+    from stepwell_server.rpc.boundary import Context, RequestObserver
+    from stepwell_server.rpc.sizes import ReplySizes
+
+_log = Log("rpc.stream")
+#: In place of what a frame holds, with a part that is not its last.
+_NOT_LAST = -1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StreamLimits:
+    """What one stream may hold before reading stops."""
+
+    frames: int
+    """Frames whose last part is not written yet."""
+    bytes: int
+    """Bytes of their requests and of their whole replies."""
+
+
+class FrameStream:
+    """One StepStream call. Lives on the event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        clock: Clock,
+        sizes: ReplySizes,
+        limits: StreamLimits,
+        observer: RequestObserver,
+        context: Context,
+    ) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._sizes = sizes
+        self._limits = limits
+        self._observer = observer
+        self._context = context
+        self._caller = context.peer()
+        self.deadline = float("inf")
+        self._pending: dict[int, _Frame] = {}
+        """Frames without their last part."""
+        self._held_frames = 0
+        self._held_bytes = 0
+        self._outbox = Outbox(context.write, self._release, self._progressed)
+        self._is_stopping = False
+        self._is_ending = False
+        """Stopping, or read to the end: what is answered now may be the last."""
+        self.is_over = False
+        self._reader: asyncio.Task[None] | None = None
+        self._end: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+        self._room: asyncio.Future[None] | None = None
+        """The reader waits for something to be written."""
+
+    async def run(self, deadline: float) -> None:
+        """Serve the stream to its end.
+
+        Raises:
+            InvalidInput: the client sent bytes that are no frame.
+            Unavailable: the server is stopping, and all frames are answered.
+        """
+        self.deadline = deadline
+        self._reader = asyncio.create_task(self._read())
+        self._reader.add_done_callback(lambda _: self._begin_end())
+        try:
+            error = await self._end
+            if error is not None:
+                raise error
+        finally:
+            self.is_over = True
+            self._reader.cancel()
+            self._outbox.close()
+            # Its own error, if it has one, has either ended the stream or comes too late to matter.
+            await asyncio.gather(self._reader, return_exceptions=True)
+
+    def stop(self) -> None:
+        """End the stream with UNAVAILABLE as soon as its frames are answered."""
+        self._is_stopping = True
+        self._begin_end()
+
+    async def _read(self) -> None:
+        read, limits = self._context.read, self._limits
+        while (raw := await read()) is not grpc.aio.EOF:
+            self._accept(raw)
+            if self._held_frames >= limits.frames or self._held_bytes >= limits.bytes:
+                await self._wait_for_room()
+
+    async def _wait_for_room(self) -> None:
+        self._outbox.look()
+        while self._held_frames >= self._limits.frames or self._held_bytes >= self._limits.bytes:
+            self._outbox.watch()
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+
+    def _begin_end(self) -> None:
+        self._is_ending = True
+        self._end_if_due()
+
+    def _end_if_due(self) -> None:
+        """End the stream if it should and everything that was answered is written."""
+        if self._end.done():
+            return
+        if not self._outbox.look():
+            self._outbox.watch()
+            return
+        reader = self._reader
+        if self._outbox.error is not None:
+            self._end.set_result(self._outbox.error)
+        elif reader is not None and reader.done() and not (self._pending and _ended_well(reader)):
+            self._end.set_result(_error_of(reader))
+        elif self._is_stopping and not self._pending:
+            self._end.set_result(Unavailable("the server is stopping"))
+
+    def _progressed(self) -> None:
+        """Something was written, or cannot be: see `outbox`."""
+        if self._outbox.error is not None:
+            self._is_ending = True
+        if self._is_ending:
+            self._end_if_due()
+
+    def _accept(self, raw: bytes) -> None:
+        request = parse(pb.StepStreamRequest, raw)
+        frame = _Frame(self, request.frame_id, len(raw))
+        self._held_frames += 1
+        self._held_bytes += len(raw)
+        if frame.frame_id in self._pending:
+            error = InvalidInput(f"frame_id must not be that of an unanswered frame; got {frame.frame_id}")
+            return self._refuse(frame, error)
+        self._pending[frame.frame_id] = frame
+        try:
+            self._submit(request, frame)
+        except ServerError as error:
+            del self._pending[frame.frame_id]
+            self._refuse(frame, error)
+
+    def _submit(self, request: pb.StepStreamRequest, frame: _Frame) -> None:
+        body = messages.body_of(request)
+        change = messages.of_frame(body, frame)
+        frame.size = frame.left = change.size
+        change.caller, change.deadline = self._caller, self._deadline_of(body)
+        if change.inputs is not None:
+            self._hold(frame, self._sizes.step(change.session_ids, change.inputs, change.select))
+        self._engine.submit(change)
+
+    def _deadline_of(self, body: messages.FrameBody) -> float:
+        if not body.timeout_ms:
+            return self.deadline
+        return min(self.deadline, self._clock.monotonic() + body.timeout_ms / 1000)
+
+    def _hold(self, frame: _Frame, reply_bytes: int) -> None:
+        frame.held_bytes += reply_bytes
+        self._held_bytes += reply_bytes
+
+    def answer(self, frame: _Frame, reply: bytes, *, last: bool) -> None:
+        """Send a part of a frame's reply."""
+        if last:
+            del self._pending[frame.frame_id]
+        self._reply(frame, reply, last=last)
+
+    def refused(self, error: ServerError, count: int) -> None:
+        """Members of a frame failed."""
+        self._observer.refused(error.reason, count)
+
+    def _refuse(self, frame: _Frame, error: ServerError) -> None:
+        """Answer a frame of which nothing was done."""
+        self.refused(error, frame.size or 1)
+        self._reply(frame, messages.failed_part(frame.frame_id, None, error, last=True), last=True)
+
+    def _reply(self, frame: _Frame, reply: bytes, *, last: bool) -> None:
+        self._put(reply, frame.held_bytes if last else _NOT_LAST)
+        if _log.is_debug:
+            _log.debug("frame part", peer=self._caller, frame=frame.frame_id, bytes=len(reply), last=last)
+
+    def _put(self, reply: bytes, held_bytes: int) -> None:
+        self._outbox.put(reply, held_bytes)
+        if self._is_ending or self._outbox.error is not None:
+            self._begin_end()
+
+    def _release(self, held_bytes: int) -> None:
+        if held_bytes == _NOT_LAST:
+            return
+        self._held_frames -= 1
+        self._held_bytes -= held_bytes
+        if self._room is not None:
+            if not self._room.done():
+                self._room.set_result(None)
+            self._room = None
+
+
+class _Frame:
+    """A frame whose last part is not written yet: the replies to its change."""
+
+    __slots__ = ("_stream", "frame_id", "held_bytes", "left", "size")
+
+    def __init__(self, stream: FrameStream, frame_id: int, held_bytes: int) -> None:
+        self._stream = stream
+        self.frame_id = frame_id
+        self.held_bytes = held_bytes
+        self.size = 0
+        """Sessions that it names; 0 if it could not be read."""
+        self.left = 0
+        """Those of them without an answer."""
+
+    def applied(
+        self, members: Members, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
+    ) -> None:
+        """See `Replies`."""
+        last = self._is_last(len(members))
+        if not self._stream.is_over:
+            part = messages.applied_part(
+                self.frame_id,
+                self._named(members),
+                revisions,
+                positions,
+                outputs,
+                replayed=replayed,
+                last=last,
+            )
+            self._stream.answer(self, part, last=last)
+
+    def failed(self, members: Members, error: ServerError) -> None:
+        """See `Replies`."""
+        last = self._is_last(len(members))
+        if not self._stream.is_over:
+            self._stream.refused(error, len(members))
+            part = messages.failed_part(self.frame_id, self._named(members), error, last=last)
+            self._stream.answer(self, part, last=last)
+
+    def cancelled(self, members: Members) -> Members:
+        """See `Replies`."""
+        return members if self._stream.is_over else members[:0]
+
+    def _is_last(self, answered: int) -> bool:
+        self.left -= answered
+        return self.left == 0
+
+    def _named(self, members: Members) -> Members | None:
+        return None if len(members) == self.size else members
+
+
+def _ended_well(reader: asyncio.Task[None]) -> bool:
+    return not reader.cancelled() and reader.exception() is None
+
+
+def _error_of(reader: asyncio.Task[None]) -> BaseException | None:
+    return asyncio.CancelledError() if reader.cancelled() else reader.exception()

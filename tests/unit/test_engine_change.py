@@ -1,0 +1,159 @@
+"""What a step may ask for beside its inputs, and whose turn it is when more waits than fits into a pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine.api import Select
+from stepwell_server.engine.change import Change
+from stepwell_server.errors import InvalidInput, RevisionConflict
+from support.engine import Answer, Later, running
+from support.fake_executor import BAD, RICH
+from support.model_of_sessions import initial, run
+
+BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
+
+
+def x(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
+
+
+def ran(state: Any, value: Any) -> tuple[Any, Any]:
+    found = run(state, value if value.ndim == 3 else value[:, None])
+    assert found is not None
+    return found
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("steps", [0, 1, 4])
+async def test_rows_of_the_mask_begin_anew_and_the_others_go_on(threads: bool, steps: int) -> None:
+    shape = (3, steps) if steps else (3,)
+    async with running(threads=threads) as at:
+        await at.open("a", batch_size=3)
+        await at.step("a", x(3, seed=1))
+        before = (await at.state("a"))["sum"]
+        mask = np.array([True, False, True])
+        answer = await at.step("a", x(*shape, seed=2), reset_rows=mask)
+        outputs, state = ran(np.where(mask[:, None], initial(3), before), x(*shape, seed=2))
+        assert answer.outputs["y"].tobytes() == outputs.tobytes()
+        assert (await at.state("a"))["sum"].tobytes() == state.tobytes()
+        assert (answer.revision, answer.position) == (2, 1 + max(1, steps))
+
+
+@BOTH_WAYS
+async def test_with_all_rows_in_the_mask_the_position_begins_anew_and_a_retry_is_the_same_change(
+    threads: bool,
+) -> None:
+    async with running(threads=threads) as at:
+        await at.open("a")
+        await at.step("a", x(1, 5))
+        said: dict[str, Any] = {"reset_rows": np.ones(1, np.bool_), "expected": 1, "request_ids": 9}
+        first = await at.step("a", x(1, 3, seed=2), **said)
+        again = await at.step("a", x(1, 3, seed=2), **said)
+        assert (first.revision, first.position, first.replayed) == (2, 3, False)
+        assert (again.revision, again.position, again.replayed) == (2, 3, True)
+        assert first.outputs["y"].tobytes() == again.outputs["y"].tobytes()
+        assert first.outputs["y"].tobytes() == ran(initial(1), x(1, 3, seed=2))[0].tobytes()
+
+
+@BOTH_WAYS
+async def test_a_step_that_fails_resets_nothing(threads: bool) -> None:
+    async with running(threads=threads) as at:
+        await at.open("a", "b")
+        await at.submit(["a", "b"], x(2)).all()
+        before = await at.state("a")
+        value = x(2, seed=3)
+        value[0, 0] = BAD
+        answers = await at.submit(["a", "b"], value, reset_rows=np.ones(2, np.bool_)).all()
+        assert isinstance(answers[0], InvalidInput)
+        assert isinstance(answers[1], Answer)
+        assert answers[1].position == 1
+        assert (await at.state("a"))["sum"].tobytes() == before["sum"].tobytes()
+        assert at.engine.session_info("a").position == 1
+
+
+async def test_steps_with_and_without_a_mask_of_one_turn_are_each_right() -> None:
+    async with running(threads=True) as at:
+        names = [f"s{i}" for i in range(6)]
+        await at.open(*names, "busy")
+        for name in names:
+            await at.step(name, x(1, seed=1))
+        at.hooks.close_gate()
+        at.submit("busy", x(1))
+        await at.in_flight()
+        waiting = [
+            at.single(name, x(1, seed=2), reset_rows=np.array([i % 2 == 0])) for i, name in enumerate(names)
+        ]
+        at.hooks.open_gate()
+        once = ran(initial(1), x(1, seed=1))[1]
+        for i, answers in enumerate(waiting):
+            answer = await answers.only()
+            state = initial(1) if i % 2 == 0 else once
+            assert answer.outputs["y"].tobytes() == ran(state, x(1, seed=2))[0].tobytes()
+            assert answer.position == (1 if i % 2 == 0 else 2)
+
+
+async def test_outputs_come_by_name_also_when_they_are_remembered() -> None:
+    inputs = {"gain": np.array([3], np.float32), "token": np.array([2], np.int32), "x": x(1)}
+    async with running({"rich": RICH}) as at:
+        await at.open("a", "b", model="rich")
+        everything = await at.single("a", None, inputs=inputs).only()
+        some: dict[str, Any] = {"inputs": inputs, "request_id": 4, "output_names": ("head",)}
+        one = await at.single("b", None, **some).only()
+        again = await at.single("b", None, **some).only()
+        assert again.replayed
+        for answer in (one, again):
+            assert list(answer.outputs) == ["head"]
+            assert answer.outputs["head"].tobytes() == everything.outputs["head"].tobytes()
+        none = await at.single("b", None, inputs=inputs, output_names=("y",), select=Select.NONE).only()
+        assert not none.outputs
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"output_names": ("z",)}, r"output_names must be among \['y'\]; got 'z'"),
+        ({"output_names": ("y", "y")}, "output_names must name each output once"),
+        ({"reset_rows": np.ones(2, np.bool_)}, "reset_mask must be empty or one for each of 1 rows; got 2"),
+    ],
+)
+async def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:
+    async with running() as at:
+        await at.open("a")
+        with pytest.raises(InvalidInput, match=message):
+            at.single("a", x(1), **fields)
+        assert at.engine.session_info("a").revision == 0
+
+
+async def test_a_modest_caller_is_in_the_next_pass_whatever_a_greedy_one_has_sent() -> None:
+    async with running(threads=True, max_batch_rows=4, resident_rows=64) as at:
+        greedy = [f"g{i}" for i in range(20)]
+        await at.open(*greedy, "modest", "busy")
+        at.hooks.close_gate()
+        at.single("busy", x(1))
+        await at.in_flight()
+        order: list[str] = []
+        for name in [*greedy, "modest"]:
+            told = Later(lambda _answer, name=name: order.append(name))  # type: ignore[misc]
+            caller = "modest" if name == "modest" else "greedy"
+            at.engine.submit(Change([name], told, inputs={"": x(1)}, caller=caller))
+        at.hooks.open_gate()
+        await at.settled()
+        assert "modest" in order[:4]
+        assert sorted(order) == sorted([*greedy, "modest"])
+
+
+async def test_steps_of_one_session_that_all_conflict_are_each_answered() -> None:
+    async with running(threads=True, max_batch_rows=64, resident_rows=4) as at:
+        await at.open("a", "busy")
+        at.hooks.close_gate()
+        at.single("busy", x(1))
+        await at.in_flight()
+        waiting = [at.single("a", x(1), expected=7) for _ in range(1500)]
+        at.hooks.open_gate()
+        for answers in waiting:
+            with pytest.raises(RevisionConflict):
+                await answers.only()

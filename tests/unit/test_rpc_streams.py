@@ -1,0 +1,214 @@
+"""Streams of one server: order, time limits, numbers of frames, ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell.v1 import sessions_pb2 as pb
+from support.lane import ALL, BOTH_WAYS, LAST, Streams, message, parsed, play, reasons, streams
+
+
+@BOTH_WAYS
+async def test_steps_with_all_that_the_sdk_sends(threads: bool) -> None:
+    """With everything that `stepwell._frames` fills in."""
+
+    async def scenario(at: Streams) -> None:
+        await at.at.open("a")
+        await at.at.open("big", batch_size=2)
+        for number in range(3):
+            fields: dict[str, Any] = {"expected_revisions": [number], "request_ids": [7 + number]}
+            at.send(message(1 + number, "a", **fields, batch_sizes=[1], outputs=ALL, timeout_ms=29_000))
+        at.send(message(4, "a", batch_sizes=[2]), message(5, "big", batch_sizes=[1]))
+
+    (replies,) = await play(scenario, threads=threads)
+    assert [list(reply.revisions) for reply in parsed(replies)[:3]] == [[1], [2], [3]]
+    assert reasons(replies)[3:] == ["INVALID_INPUT", "INVALID_INPUT"]
+
+
+@pytest.mark.parametrize("between", ["none", "double", "other fields"])
+async def test_steps_of_one_session_keep_their_order_whatever_their_fields(between: str) -> None:
+    async def scenario(at: Streams) -> None:
+        await at.at.open("a", "busy")
+        at.send(message(1, "a", timeout_ms=5, expected_revisions=[0]))
+        at.send(message(2, "a", outputs=LAST))
+        await at.turns()
+        await at.busy()
+        double = np.ones((1, 2), np.float64)
+        if between == "other fields":
+            at.send(message(3, "a", timeout_ms=0x80_00, expected_revisions=[], outputs=LAST))
+        if between == "double":
+            at.send(message(3, "a", x=double))
+        at.send(message(4, "a", outputs=LAST))
+        at.send(message(5, "a", x=double))
+        at.send(message(6, "a", timeout_ms=5, expected_revisions=[9], request_ids=[]))
+        at.send(message(7, "a", outputs=LAST))
+        await at.turns()
+
+    (replies,) = await play(scenario, threads=True)
+    applied = [reply.revisions[0] for reply in parsed(replies) if reply.revisions]
+    assert applied == sorted(applied)
+
+
+async def test_a_step_keeps_behind_one_that_is_cast() -> None:
+    async def scenario(at: Streams) -> None:
+        await at.at.open("a", "busy")
+        double = np.ones((1, 2), np.float64)
+        await at.busy()
+        at.send(message(1, "a", x=double), message(2, "a"), message(3, "a", x=double), message(4, "a"))
+        await at.turns()
+
+    (replies,) = await play(scenario, threads=True)
+    assert [reply.revisions[0] for reply in parsed(replies)] == [1, 2, 3, 4]
+
+
+async def test_a_handle_that_is_another_sessions_by_now_is_not_stepped() -> None:
+    async def scenario(at: Streams) -> None:
+        await at.at.open("a", "busy")
+        await at.busy()
+        at.at.clock.advance(6)
+        at.at.single("busy", [[2, 2]])
+        at.at.clock.advance(5)
+        await _run_in_place(at)
+        assert at.at.engine.expire_idle() == 1
+        await at.at.open("b")
+        at.at.hooks.open_gate()
+        await at.done()
+        assert at.at.engine.session_info("b").revision == 0
+
+    # "a" is still there when the message comes, and expires before the pass in flight ends
+    async def _run_in_place(at: Streams) -> None:
+        at.at.clock.advance(-5)
+        at.send(message(1, "a"))
+        await at.turns()
+        at.at.clock.advance(5)
+
+    async with streams(threads=True, max_session_idle_s=10) as at:
+        at.at.passes[0].on_end = lambda: _cheap(at)
+        await scenario(at)
+
+
+def _cheap(at: Streams) -> None:
+    """From now on a row is cheap enough to run in place."""
+    for model in at.at.engine._models:
+        model.cost.seconds = 0.0  # type: ignore[attr-defined]
+
+
+async def test_time_limits_begin_when_the_message_comes() -> None:
+    async def scenario(at: Streams) -> None:
+        await at.at.open("a", "b", "c", "d", "busy")
+        await at.busy()
+        at.send(message(1, "a", timeout_ms=100), message(2, "b", timeout_ms=1), message(3, "c"))
+        at.send(message(4, "d", timeout_ms=60_000))
+        await at.turns()
+        at.at.clock.advance(1)
+
+    (replies,) = await play(scenario, threads=True)
+    assert reasons(replies) == ["DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", "", ""]
+
+
+async def test_a_step_that_waited_alone_past_its_time_limit_is_dropped() -> None:
+    async def scenario(at: Streams) -> None:
+        await at.at.open("a", "busy")
+        at.at.passes[0].on_end = lambda: _cheap(at)
+        await at.busy()
+        at.send(message(1, "a", timeout_ms=100))
+        await at.turns()
+        at.at.clock.advance(0.1)
+
+    (replies,) = await play(scenario, threads=True)
+    assert reasons(replies) == ["DEADLINE_EXCEEDED"]
+
+
+async def test_a_time_limit_is_read_as_a_uint32() -> None:
+    async def scenario(at: Streams) -> None:
+        await at.at.open("a", "b", "busy")
+        await at.busy()
+        short = message(1, "a", timeout_ms=5)
+        head = short[: short.index(b"\x12") + 1]
+        for frame_id, number in ((1, b"\x80\x80\x80\x80\x10"), (2, b"\x81\x80\x80\x80\x10")):
+            step = pb.StepStreamRequest.FromString(short).step
+            step.timeout_ms = 0
+            step.session_ids[0] = "ab"[frame_id - 1]
+            body = step.SerializeToString() + b"\x30" + number
+            at.send(head[:1] + bytes([frame_id]) + head[2:] + bytes([len(body)]) + body)
+        await at.turns()
+        at.at.clock.advance(2**33)
+
+    (replies,) = await play(scenario, threads=True)
+    assert reasons(replies) == ["", "DEADLINE_EXCEEDED"]
+
+
+async def test_a_number_cut_off_by_the_end_ends_its_stream_and_no_other() -> None:
+    for expected in (True, False):
+        fields: dict[str, Any] = {"expected_revisions": [0]} if expected else {"timeout_ms": 9}
+        async with streams(count=2) as at:
+            await at.at.open("a")
+            good = message(1, "a", **fields)
+            at.send(good)
+            await at.turns()
+            at.send(good[:-1] + b"\x80")
+            at.send(message(1, "a"), stream=1)
+            mine, other = await at.done()
+            assert len(mine) == len(other) == 1
+            assert "InvalidInput" in repr(at.tasks[0].exception())
+            assert not at.tasks[1].done()
+
+
+async def test_an_unanswered_frames_id_is_refused() -> None:
+    async def scenario(at: Streams) -> None:
+        await at.at.open("a", "b", "busy")
+        await at.busy()
+        at.send(message(1, "a"), message(1, "b"), message(0, "a"), message(0, "b"), message(2, "b"))
+        await at.turns()
+
+    (replies,) = await play(scenario, threads=True)
+    assert sorted(reasons(replies)) == ["", "", "", "INVALID_INPUT", "INVALID_INPUT"]
+
+
+async def test_what_waits_of_a_stream_that_is_over_is_not_applied() -> None:
+    for count in (1, 3):
+        async with streams(threads=True) as at:
+            await at.at.open("a", "busy")
+            at.at.passes[0].on_end = lambda at=at: _cheap(at)  # type: ignore[misc]
+            await at.busy()
+            at.send(*(message(frame_id, "a") for frame_id in range(count)))
+            await at.turns()
+            at.tasks[0].cancel()
+            await at.turns()
+            await at.done()
+            assert at.at.engine.session_info("a").revision == 0
+
+
+async def test_a_stopping_server_answers_what_it_has_taken() -> None:
+    async def scenario(at: Streams) -> None:
+        await at.at.open("a", "busy")
+        await at.busy()
+        at.send(message(1, "a"))
+        await at.turns()
+        at.at.engine.stop_accepting()
+        at.send(message(2, "a"))
+        await at.turns()
+
+    (replies,) = await play(scenario, threads=True)
+    assert reasons(replies) == ["", "UNAVAILABLE"]
+
+
+async def test_more_than_may_wait_is_refused() -> None:
+    async def scenario(at: Streams) -> None:
+        ids = [f"s{i}" for i in range(100)]
+        await at.at.open(*ids, "busy")
+        at.send(message(1, ids[0]))
+        await at.turns()
+        await at.at.settled()
+        await at.busy()
+        for i, session_id in enumerate(ids):
+            at.send(message(100 + i, session_id))
+            await at.turns(2)
+
+    (replies,) = await play(scenario, threads=True, max_batch_rows=1, resident_rows=1000)
+    refused = [reason for reason in reasons(replies) if reason]
+    assert set(refused) == {"OVERLOADED"}
+    assert len(refused) == 100 - 64
