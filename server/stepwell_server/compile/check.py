@@ -27,6 +27,10 @@ class CheckError(Exception):
     """The artefact does not compute what Keras does. The message is one clause for people."""
 
 
+class DiffersError(CheckError):
+    """What was traced gives other values over a long sequence than Keras's call does."""
+
+
 def check_against_keras(traced: Traced, step: Step) -> None:
     """Compare the artefact with the short and the long calls of the whole model.
 
@@ -42,7 +46,7 @@ def check_against_keras(traced: Traced, step: Step) -> None:
     for sample in traced.evidence:
         found = compare(traced.plan, sample, run(traced.plan, step, sample.inputs, sample.steps))
         if found.share > 1:
-            raise CheckError(
+            raise DiffersError(
                 f"output {found.output!r} differs from Keras by {found.absolute:.2g} at time step {found.time} of {sample.steps}"
             )
 
