@@ -8,6 +8,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from stepwell_server import errors
 from stepwell_server.rpc.status import Status, code_of, to_proto, to_status
+from stepwell_server.store.base import StoreGone
 
 _CODES = [
     (errors.InvalidInput("m"), "INVALID_ARGUMENT", "INVALID_INPUT"),
@@ -39,7 +40,8 @@ def _details(status: Status) -> status_pb2.Status:
 
 
 def test_the_table_knows_every_error() -> None:
-    abstract = {errors.ServerError, errors.SessionGone}
+    # Only what the store raises is told apart inside: to callers it is Unavailable.
+    abstract = {errors.ServerError, errors.SessionGone, StoreGone}
     assert {type(error) for error, _, _ in _CODES} == _all_subclasses(errors.ServerError) - abstract
 
 

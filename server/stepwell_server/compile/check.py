@@ -27,6 +27,10 @@ class CheckError(Exception):
     """The artefact does not compute what Keras does. The message is one clause for people."""
 
 
+class DiffersError(CheckError):
+    """What was traced gives other values over a long sequence than Keras's call does."""
+
+
 def check_against_keras(traced: Traced, step: Step) -> None:
     """Compare the artefact with the short and the long calls of the whole model.
 
@@ -43,7 +47,7 @@ def check_against_keras(traced: Traced, step: Step) -> None:
         stepped = run(traced.plan, step, sample.inputs, sample.steps)
         found = compare(traced.plan, sample, stepped, allowed).worst
         if found is not None and not found.is_allowed:
-            raise CheckError(str(found))
+            raise DiffersError(str(found))
 
 
 def agreeing_sizes(traced: Traced, step: Step, sizes: Sequence[int]) -> tuple[int, ...]:

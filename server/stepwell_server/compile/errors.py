@@ -24,7 +24,8 @@ class NotCausalError(ModelError):
 def gist(error: Exception | str) -> str:
     """Return one line that says what went wrong, out of what may be pages.
 
-    Keras sets the message itself in bold, below a line that only says where it happened.
+    Keras sets the message itself in bold, below a line that only says where it happened. TensorFlow adds
+    how its node is written, which tells nobody anything.
     """
     text = str(error)
     bold = re.search(r"\x1b\[1m(.+?)\x1b\[0m", text, re.DOTALL)
@@ -32,4 +33,5 @@ def gist(error: Exception | str) -> str:
         text = bold[1]
     elif "in user code:" in text:
         text = text.strip().splitlines()[-1]
+    text = re.sub(r" for '\{\{node .*", "", text, flags=re.DOTALL).replace(" with name 'None'", "")
     return next((line.strip() for line in text.splitlines() if line.strip()), "no message")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stepwell_server.compile import archive, check, convert
-from stepwell_server.compile.errors import ModelError, gist
+from stepwell_server.compile.errors import ModelError, NotCausalError, gist
 from stepwell_server.compile.probe import Traced, trace_and_probe
 from stepwell_server.compile.sequences import step_of_executor
 from stepwell_server.engine.executors import load_executor
@@ -110,6 +110,11 @@ def _tensorflow(traced: Traced, program: Program, reason: str, report: Callable[
         report("check")
         step = step_of_executor(load_executor(program))
         check.check_against_keras(traced, step)
+    except check.DiffersError as error:
+        raise NotCausalError(
+            f"model cannot be run step by step: {error}, though its graph says nothing of it; does it do something else "
+            "from some number of time steps on?"
+        ) from error
     except (convert.ConversionError, check.CheckError) as error:
         raise ModelError(f"{reason}; nor can TensorFlow run what was traced of it: {error}") from error
     sizes = check.agreeing_sizes(traced, step, check.affordable(traced, step, check.TENSORFLOW_SIZES))

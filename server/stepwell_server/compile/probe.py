@@ -28,7 +28,7 @@ from stepwell_server.program import Proof, ProofOptions
 _LENGTHS = (5, 7)
 _MORE_LENGTHS = (1, 2)
 #: What is refused also where the user answers for the rest: served sessions would share what is changed or drawn.
-_NEVER_TRUSTED = {Reason.RANDOM, Reason.WRITES, Reason.STATE}
+_NEVER_TRUSTED = {Reason.RANDOM, Reason.WRITES, Reason.STATE, Reason.LAYOUT}
 Progress = Callable[[str], None]
 
 

@@ -38,6 +38,8 @@ def refusal_of(sampler: Sampler, temporal: Sequence[bool], found: Unadmitted) ->
             return ModelError(f"the rows of a batch are not independent of each other: {who} {clause}; {way}")
         case Reason.RANDOM | Reason.WRITES:
             return ModelError(f"two calls of the model differ: {who} {clause}; {way}")
+        case Reason.LAYOUT:
+            return ModelError(f"an output cannot be told apart by row and time step: {who} {clause}; {way}")
         case Reason.STATE:
             return ModelError(f"the initial state is computed from the model's inputs: {who} {clause}; {way}")
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from stepwell_server.compile.causality.axes import (
     BATCH,
+    TIME,
     Axes,
     Axis,
     Dim,
@@ -97,8 +98,13 @@ class Call:
         """Return ``axes``, over which a constant must be spread evenly where they are followed ones.
 
         Raises:
-            Refusal: it is not.
+            Refusal: it is not, or it has something for each pair of time steps or rows.
         """
+        found = [factor for dim in axes for factor in dim]
+        if found.count(TIME) > 1:  # Told before its values are computed: there are millions.
+            raise Refusal(Reason.TIME, "relates all time steps to each other")
+        if found.count(BATCH) > 1:
+            raise Refusal(Reason.ROWS, "relates the rows of the batch to each other")
         if all(is_plain(dim) for dim in axes):
             if not const.is_same:
                 raise Refusal(Reason.LENGTH, "depends on the number of time steps or of rows")

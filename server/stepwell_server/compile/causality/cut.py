@@ -7,6 +7,7 @@ the loop would give. What is left is what the model does outside of its loops, a
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -20,15 +21,23 @@ from stepwell_server.compile.patch import attribute, relaxed
 from stepwell_server.compile.tensorflow_setup import keras, tf
 from stepwell_server.compile.watch import recurrent_layers
 
-#: Primes larger than any reach that a layer is likely to have, so that a window over time does not fit
-#: neither trace; and sizes that no feature axis is likely to have in both.
-SCALES = Scales(Scale(rows=37, steps=1031), Scale(rows=41, steps=2053))
+#: Primes, larger than any reach that a layer is likely to have. What is different from some length on is
+#: different in the two traces, or, below the first, in samples of one and of `evidence.STEPS` time steps,
+#: which therefore are more than the first.
+SCALES = Scales(Scale(rows=37, steps=509), Scale(rows=41, steps=4099))
+#: A loop over another axis than the sequence runs whole in the graph. One longer than this does so only
+#: if it is as long in both traces: a loop over a part of the sequence would make a thousand copies of a cell.
+_SHORT = 16
 _COMPARISONS = {"Equal", "NotEqual", "Less", "LessEqual", "Greater", "GreaterEqual", "Maximum", "Minimum"}
 #: Loops of Keras's own that call the cell once for each time step, in order. ConvLSTM has RNN's.
 _KNOWN_LOOPS = {
     layer.inner_loop
     for layer in (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU, keras.layers.SimpleRNN)
 }
+
+
+_Loop = tuple[str, int]
+"""A call of a recurrent layer: its path, and which call of it this is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +60,8 @@ class CutCall:
     """Placeholder: the outputs of all time steps."""
     last: tuple[Any, ...]
     """Placeholders: the output and the state after the last time step."""
+    problem: str = ""
+    """Why no session could keep its state, if it runs over other rows or time steps."""
 
     @property
     def loop_is_known(self) -> bool:
@@ -68,6 +79,8 @@ class Cut:
     inputs: tuple[Any, ...]
     outputs: dict[str, Any]
     calls: tuple[CutCall, ...]
+    parts: tuple[CutCall, ...]
+    """Calls over a part of the sequence or more than it, or over other rows: their loops are left out too."""
     owners: tuple[tuple[int, int, Any], ...]
     """Ranges of operations (first, end) and the layer that made them; inner layers before outer ones."""
 
@@ -114,9 +127,11 @@ class CutError(ModelError):
 class _Tracing:
     """One trace in progress."""
 
-    def __init__(self, interface: Interface, scale: Scale) -> None:
-        self.interface, self.scale = interface, scale
+    def __init__(self, interface: Interface, scale: Scale, inner: frozenset[_Loop]) -> None:
+        self.interface, self.scale, self.inner = interface, scale, inner
         self.calls: list[CutCall] = []
+        self.long: dict[_Loop, CutCall] = {}
+        self.counts: collections.Counter[str] = collections.Counter()
         self.owners: list[tuple[int, int, Any]] = []
         self.inputs: tuple[Any, ...] = ()
         self.outputs: dict[str, Any] = {}
@@ -126,6 +141,8 @@ class _Tracing:
         """Call the model in the graph that is being made."""
         self.calls.clear()  # Called again where TensorFlow traces twice.
         self.owners.clear()
+        self.long.clear()
+        self.counts.clear()
         self.inputs = tensors
         model = self.interface.model
         with relaxed(model), contextlib.ExitStack() as stack:
@@ -160,18 +177,30 @@ class _Tracing:
 
         def inner_loop(sequences: Any, initial_state: Any, mask: Any = None, training: Any = False) -> Any:
             rows, steps, *_ = keras.tree.flatten(sequences)[0].shape
+            self.counts[path] += 1
+            loop = (path, self.counts[path])
             if steps % self.scale.steps or rows % self.scale.rows:
+                if steps > _SHORT and loop not in self.inner:
+                    results, self.long[loop] = self._cut(path, layer, sequences, initial_state, mask)
+                    return results
                 return original(
                     sequences=sequences, initial_state=initial_state, mask=mask, training=training
                 )
             if (rows, steps) != (self.scale.rows, self.scale.steps):
-                raise ModelError(_other_rows(path, layer, rows, steps, self.scale))
-            return self._cut(path, layer, sequences, initial_state, mask)
+                results, call = self._cut(path, layer, sequences, initial_state, mask)
+                problem = _other_rows(path, layer, rows, steps, self.scale)
+                self.long[loop] = dataclasses.replace(call, problem=problem)
+                return results
+            results, call = self._cut(path, layer, sequences, initial_state, mask)
+            self.calls.append(call)
+            return results
 
         return inner_loop
 
-    def _cut(self, path: str, layer: Any, sequences: Any, initial_state: Any, mask: Any) -> Any:
-        rows, steps = self.scale
+    def _cut(
+        self, path: str, layer: Any, sequences: Any, initial_state: Any, mask: Any
+    ) -> tuple[Any, CutCall]:
+        rows, steps = keras.tree.flatten(sequences)[0].shape[:2]
         map_structure, flatten = keras.tree.map_structure, keras.tree.flatten
         now = map_structure(lambda x: _placeholder(x.dtype, (rows, *x.shape[2:])), sequences)
         before = map_structure(lambda x: _placeholder(x.dtype, x.shape), initial_state)
@@ -181,22 +210,20 @@ class _Tracing:
         last = _placeholder(output.dtype, output.shape)
         states = map_structure(lambda x: _placeholder(x.dtype, x.shape), after)
         states = states if keras.tree.is_nested(states) else [states]
-        self.calls.append(
-            CutCall(
-                layer=layer,
-                path=path,
-                number=sum(call.layer is layer for call in self.calls),
-                sequences=tuple(flatten(sequences)),
-                mask=flatten(mask)[0],
-                initial=tuple(flatten(initial_state)),
-                now=tuple(flatten(now)),
-                before=tuple(flatten(before)),
-                after=(output, *flatten(after)),
-                outputs=outputs,
-                last=(last, *flatten(states)),
-            )
+        call = CutCall(
+            layer=layer,
+            path=path,
+            number=sum(call.layer is layer for call in self.calls),
+            sequences=tuple(flatten(sequences)),
+            mask=flatten(mask)[0],
+            initial=tuple(flatten(initial_state)),
+            now=tuple(flatten(now)),
+            before=tuple(flatten(before)),
+            after=(output, *flatten(after)),
+            outputs=outputs,
+            last=(last, *flatten(states)),
         )
-        return last, outputs, keras.tree.pack_sequence_as(initial_state, flatten(states))
+        return (last, outputs, keras.tree.pack_sequence_as(initial_state, flatten(states))), call
 
 
 def cut(interface: Interface, temporal: Sequence[bool], scales: Scales = SCALES) -> Cuts:
@@ -206,12 +233,24 @@ def cut(interface: Interface, temporal: Sequence[bool], scales: Scales = SCALES)
         CutError: it does not run on sequences of such lengths.
         ModelError: a recurrent layer runs over something that no session's state can be kept for.
     """
-    first, second = (_cut(interface, temporal, scale) for scale in (scales.first, scales.second))
-    return Cuts(tuple(temporal), scales, first, second)
+    if not any(temporal) and recurrent_layers(interface.model):
+        raise ModelError("no recurrent layer of the model follows the sequence of its inputs")
+    both = (scales.first, scales.second)
+    one, two = (_cut(interface, temporal, scale) for scale in both)
+    inner = one[1].items() & two[1].items()
+    if inner:
+        loops = frozenset(loop for loop, _ in inner)
+        one, two = (_cut(interface, temporal, scale, loops) for scale in both)
+    return Cuts(tuple(temporal), scales, one[0], two[0])
 
 
-def _cut(interface: Interface, temporal: Sequence[bool], scale: Scale) -> Cut:
+def _cut(
+    interface: Interface, temporal: Sequence[bool], scale: Scale, inner: frozenset[_Loop] = frozenset()
+) -> tuple[Cut, dict[_Loop, int]]:
     """Trace the model on sequences of ``scale.steps`` time steps.
+
+    Returns:
+        the graph, and the loops over another axis that were left out, with their lengths.
 
     Raises:
         CutError: it does not run on them.
@@ -222,21 +261,50 @@ def _cut(interface: Interface, temporal: Sequence[bool], scale: Scale) -> Cut:
         features = info.shape[2:] if timed else info.shape[1:]
         shape = (scale.rows, *((scale.steps,) if timed else ()), *features)
         signature.append(tf.TensorSpec(shape, info.dtype))
-    tracing = _Tracing(interface, scale)
+    tracing = _Tracing(interface, scale, inner)
     try:
-        function = tf.function(tracing.run).get_concrete_function(*signature)
+        function = _traced(tracing.run, signature)
     except ModelError:
         raise
     except Exception as error:  # Keras and user code raise whatever they like.
-        raise CutError(tracing.raised, f"{type(error).__name__}: {gist(error)}") from error
-    return Cut(
+        said = gist(error)
+        at_fault = tracing.raised or _mentioned(interface.model, said)
+        raise CutError(at_fault, f"{type(error).__name__}: {said}") from error
+    found = Cut(
         scale=scale,
         function=function,
         inputs=tracing.inputs,
         outputs=tracing.outputs,
         calls=tuple(tracing.calls),
+        parts=tuple(tracing.long.values()),
         owners=tuple(tracing.owners),
     )
+    return found, {
+        loop: call.sequences[0].shape[1] for loop, call in tracing.long.items() if not call.problem
+    }
+
+
+def _mentioned(model: Any, said: str) -> Any:
+    """Return the layer that an error of Keras names: it checks inputs before it calls a layer."""
+    return next((layer for layer in all_operations(model) if f"layer '{layer.name}'" in said), None)
+
+
+def _traced(run: Callable[..., Any], signature: Sequence[Any]) -> Any:
+    """Trace with all functions that are called inside in place: by itself each has a graph without sizes.
+
+    TensorFlow cannot do so where a function is written in its own kind of Python (loops over tensors, say).
+    """
+    eagerly = tf.config.functions_run_eagerly()
+    try:
+        tf.config.run_functions_eagerly(True)
+        return tf.function(run).get_concrete_function(*signature)
+    except ModelError:
+        raise
+    except Exception:  # Keras and user code raise whatever they like; they get a second chance.
+        tf.config.run_functions_eagerly(eagerly)
+        return tf.function(run).get_concrete_function(*signature)
+    finally:
+        tf.config.run_functions_eagerly(eagerly)
 
 
 def all_operations(model: Any) -> list[Any]:

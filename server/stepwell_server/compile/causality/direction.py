@@ -13,12 +13,13 @@ from stepwell_server.compile.causality.cut import all_operations
 from stepwell_server.compile.patch import attribute, relaxed
 from stepwell_server.compile.samples import Sampler
 from stepwell_server.compile.tensorflow_setup import keras, tf
+from stepwell_server.compile.watch import recurrent_layers
 
-#: A length that hardly any feature axis has, and the time step that is disturbed: reaches of some hundreds
-#: of steps are seen on both sides.
-STEPS, _AT = 523, 261
-_Call = Callable[[bool], Any]
-"""Call the layer again on what it was given, disturbed or not; its first result."""
+#: A length that hardly any feature axis has, and the time steps that are disturbed: reaches of some hundreds
+#: of steps are seen on both sides, also by what looks at the first step or turns the sequence round.
+STEPS, _PLACES = 523, (350, 200, 0)
+_Call = Callable[[int | None], Any]
+"""Call the layer again on what it was given, disturbed at a time step or not; its first result."""
 
 
 class Direction(enum.Enum):
@@ -40,6 +41,11 @@ def direction(sampler: Sampler, temporal: Sequence[bool], layer: Any) -> Directi
     try:
         with relaxed(interface.model), contextlib.ExitStack() as stack:
             stack.enter_context(attribute(operation, "call", _recorder(operation, calls)))
+            own = list(operation._flatten_layers()) if isinstance(operation, keras.Layer) else []
+            for recurrent in recurrent_layers(interface.model).values():
+                if any(recurrent is layer for layer in own):
+                    continue  # What it makes of its sequence is looked at.
+                stack.enter_context(attribute(recurrent, "inner_loop", _without_loop(recurrent)))
             interface.call(
                 [tf.cast(value, info.dtype) for value, info in zip(inputs, interface.inputs, strict=True)]
             )
@@ -51,14 +57,31 @@ def direction(sampler: Sampler, temporal: Sequence[bool], layer: Any) -> Directi
 def _look(calls: Sequence[_Call]) -> Direction:
     found = Direction.UNKNOWN
     for call in calls:
-        usual, disturbed = call(False), call(True)
+        usual = call(None)
         if not _has_time(usual):
             continue
-        if _differ(usual[:, :_AT], disturbed[:, :_AT]):
-            return Direction.AHEAD
-        if _differ(usual[:, _AT + 1 :], disturbed[:, _AT + 1 :]):
-            found = Direction.BACK
+        for place in _PLACES:
+            disturbed = call(place)
+            if _differ(usual[:, :place], disturbed[:, :place]):
+                return Direction.AHEAD
+            if _differ(usual[:, place + 1 :], disturbed[:, place + 1 :]):
+                found = Direction.BACK
     return found
+
+
+def _without_loop(layer: Any) -> Callable[..., Any]:
+    """Return what stands for a loop over hundreds of steps: random outputs, as large as the cell's."""
+
+    def inner_loop(sequences: Any, initial_state: Any, **_kwargs: Any) -> Any:
+        now = keras.tree.map_structure(lambda x: x[:, 0], sequences)
+        last, after = layer.cell(now, initial_state)
+        shape = (last.shape[0], keras.tree.flatten(sequences)[0].shape[1], *last.shape[1:])
+        noise = np.random.default_rng(3).standard_normal(shape)
+        outputs = tf.cast(tf.constant(noise), last.dtype)
+        after = after if keras.tree.is_nested(after) else [after]
+        return outputs[:, -1], outputs, after
+
+    return inner_loop
 
 
 def _recorder(operation: Any, calls: list[_Call]) -> Callable[..., Any]:
@@ -73,14 +96,14 @@ def _recorder(operation: Any, calls: list[_Call]) -> Callable[..., Any]:
 
 
 def _again(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-    def call(is_disturbed: bool) -> Any:
+    def call(time: int | None) -> Any:
         def given(value: Any) -> Any:
-            if not is_disturbed or not _has_time(value) or not value.dtype.is_floating:
+            if time is None or not _has_time(value) or not value.dtype.is_floating:
                 return value
             array = np.array(value)
-            noise = np.random.default_rng(2).standard_normal(array[:, _AT].shape)
+            noise = np.random.default_rng(2).standard_normal(array[:, time].shape)
             # Large enough to move a maximum as well.
-            array[:, _AT] += (10 + np.abs(noise)).astype(array.dtype)
+            array[:, time] += (10 + np.abs(noise)).astype(array.dtype)
             return tf.constant(array)
 
         changed_args, changed_kwargs = keras.tree.map_structure(given, (args, kwargs))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from stepwell_server.compile.causality.axes import (
     BATCH,
     TIME,
+    Axes,
     LostAxisError,
     is_plain,
     labels,
@@ -19,10 +20,32 @@ from stepwell_server.compile.causality.cut import Cut, CutCall, Cuts
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.rules import RULES
 from stepwell_server.compile.causality.values import OF_SHAPES, Const, Data, Evaluator, attributes, sizes
+from stepwell_server.compile.errors import ModelError
 
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 _WRITES = ("Assign", "ResourceApply", "ResourceScatter", "LookupTableInsert", "LookupTableImport")
-_DRAWS = ("Random", "Multinomial")
+_DRAWS = (
+    "Random",
+    "Multinomial",
+    "TruncatedNormal",
+    "Binomial",
+    "CandidateSampler",
+    "NonDeterministicInts",
+    "Rng",
+    "StatefulStandardNormal",
+    "StatefulUniform",
+)
+#: Operations that TensorFlow calls stateful, and that give the same as long as nothing is written.
+_READS = {
+    "HashTableV2",
+    "LookupTableFindV2",
+    "LookupTableSizeV2",
+    "ReadVariableOp",
+    "ResourceGather",
+    "StatefulPartitionedCall",
+    "VarHandleOp",
+}
+_OTHERWISE = "computes something else for another number of time steps"
 _Value = Data | Const
 
 
@@ -76,7 +99,13 @@ class _Walk:
         evaluators = (Evaluator(_captured(self.first)), Evaluator(_captured(self.second)))
         ops = [self._needed(side) for side in (self.first, self.second)]
         frame = _Frame(self, values, evaluators)
-        for index, one, two in _side_by_side(ops[0], ops[1], self.first):
+        parts = {tensor.name: call for call in self.first.parts for tensor in (call.outputs, *call.last)}
+        for index, one, two in _side_by_side(ops[0], ops[1], self._blamed):
+            if one.outputs and one.outputs[0].name in parts:
+                call = parts[one.outputs[0].name]
+                if call.problem:
+                    raise ModelError(call.problem)
+                raise Unadmitted(Reason.UNPROVEN, call.layer, "runs over a part of the sequence")
             try:
                 frame.enter(one, two)
                 for i, output in enumerate(one.outputs):
@@ -87,7 +116,20 @@ class _Walk:
                 raise Unadmitted(refusal.reason, self.first.owner(index), str(refusal)) from refusal
         for one, two in zip(self.first.calls, self.second.calls, strict=True):
             self._check_cell(frame, one, two)
-        return Proof(self.first.calls, self._outputs(frame))
+        places = {op.name: index for index, op in ops[0]}
+        return Proof(
+            self.first.calls,
+            {
+                name: self._output(frame, tensor, self.second.outputs[name], places[tensor.op.name])
+                for name, tensor in self.first.outputs.items()
+            },
+        )
+
+    def _blamed(self, index: int, other: int) -> Any:
+        """Return the layer where the graphs part: the earlier one of those that stand there."""
+        one, two = self.first.owner(index), self.second.owner(other)
+        is_over = any(layer is two and end <= index for _, end, layer in self.first.owners)
+        return two if is_over else one
 
     def _seeds(self) -> dict[str, _Value]:
         """Return what is known before the walk: the inputs, and what each cell is given."""
@@ -112,7 +154,11 @@ class _Walk:
 
     def _needed(self, side: Cut) -> list[tuple[int, Any]]:
         """Return the operations that the outputs need, in the graph's order, with their places in it."""
-        loops = {placeholder.name: call for call in side.calls for placeholder in (call.outputs, *call.last)}
+        loops = {
+            placeholder.name: call
+            for call in (*side.calls, *side.parts)
+            for placeholder in (call.outputs, *call.last)
+        }
         waiting = [*side.outputs.values()]
         for call in side.calls:
             waiting += _into(call)
@@ -138,6 +184,8 @@ class _Walk:
         for tensor in (*call.sequences, *([] if call.mask is None else [call.mask])):
             value = frame.values[tensor.name]
             if isinstance(value, Const):
+                rest = (normal((size.first,)) for size in value.shape()[2:])
+                self._even(value, ((BATCH,), (TIME,), *rest), who)
                 continue
             if value.axes[:2] != ((BATCH,), (TIME,)) or not all(is_plain(dim) for dim in value.axes[2:]):
                 raise Unadmitted(Reason.UNPROVEN, who, "runs over other axes than batch and time")
@@ -155,14 +203,15 @@ class _Walk:
                 raise Unadmitted(
                     Reason.STATE, who, "takes its initial state from the model's inputs (initial_state=...)"
                 )
-            axes = ((BATCH,), *(normal((size.first,)) for size in sizes(one, two)[1:]))
-            Call(None, None, (), self.scales).even(value, axes)
+            self._even(value, ((BATCH,), *(normal((size.first,)) for size in sizes(one, two)[1:])), who)
 
     def _check_cell(self, frame: _Frame, call: CutCall, other: CutCall) -> None:
         """What a cell makes must be of its step and its row."""
         for one in call.after:
             value = frame.values[one.name]
             if isinstance(value, Const):
+                rest = (normal((size.first,)) for size in value.shape()[1:])
+                self._even(value, ((BATCH,), *rest), call.layer)
                 continue
             if (
                 value.axes[:1] != ((BATCH,),)
@@ -175,29 +224,59 @@ class _Walk:
         if len(call.after) != len(other.after):
             raise Unadmitted(Reason.LENGTH, call.layer, "has a state that depends on the length")
 
-    def _outputs(self, frame: _Frame) -> dict[str, Data]:
-        found = {}
-        for name, tensor in self.first.outputs.items():
-            value = frame.values[tensor.name]
-            if isinstance(value, Const):
-                second = self.second.outputs[name]
-                axes = tuple(self.scales.factors(size) for size in sizes(tensor, second))
-                Call(None, None, (), self.scales).even(value, axes)
-                value = Data(axes)
-            found[name] = value
-        return found
+    def _output(self, frame: _Frame, one: Any, two: Any, index: int) -> Data:
+        """What leaves the model must have its rows first, and its time steps second, if it has any."""
+        value, who = frame.values[one.name], self.first.owner(index)
+        if isinstance(value, Const):
+            axes = _followed(who, lambda: tuple(self.scales.factors(size) for size in sizes(one, two)))
+            value = Data(self._even(value, axes, who))
+        leading = 2 if value.axes[1:2] == ((TIME,),) else 1
+        if value.axes[:1] != ((BATCH,),) or not all(is_plain(dim) for dim in value.axes[leading:]):
+            raise Unadmitted(Reason.LAYOUT, who, "puts the batch or the time axis of an output elsewhere")
+        return value
+
+    def _even(self, value: Const, axes: Axes, who: Any) -> Axes:
+        """Return ``axes``; the constant must be spread evenly over them.
+
+        Raises:
+            Unadmitted: it is not, by ``who``.
+        """
+        return _followed(who, lambda: Call(None, None, (), self.scales).even(value, axes))
 
     def _refuse_effects(self, graph: Any, scope: Cut) -> None:
         """Refuse what leaves something behind for the next call: it would be shared by all sessions."""
-        for index, op in enumerate(graph.get_operations()):
-            if any(op.type.startswith(kind) for kind in _WRITES):
-                variable = _variable(op, scope)
-                is_seed = "seed_generator" in variable
-                raise Unadmitted(
-                    Reason.RANDOM if is_seed else Reason.WRITES,
-                    scope.owner(index),
-                    "draws random numbers" if is_seed else f"changes a variable as it runs ({variable})",
-                )
+        for index, top in enumerate(graph.get_operations()):
+            for op in _with_called(top):
+                if any(op.type.startswith(kind) for kind in _WRITES):
+                    variable = _variable(op, scope)
+                    is_seed = "seed_generator" in variable
+                    raise Unadmitted(
+                        Reason.RANDOM if is_seed else Reason.WRITES,
+                        scope.owner(index),
+                        "draws random numbers" if is_seed else f"changes a variable as it runs ({variable})",
+                    )
+
+
+def _with_called(op: Any, seen: frozenset[str] = frozenset()) -> Iterator[Any]:
+    """Yield an operation and those of the functions that it calls."""
+    yield op
+    for value in op.node_def.attr.values():
+        for function in (value.func, *value.list.func):
+            if function.name and function.name not in seen:
+                inner = op.graph._get_function(function.name)
+                for other in () if inner is None else inner.graph.get_operations():
+                    yield from _with_called(other, seen | {function.name})
+
+
+def _followed(who: Any, work: Callable[[], Axes]) -> Axes:
+    try:
+        return work()
+    except Refusal as refusal:
+        raise Unadmitted(refusal.reason, who, str(refusal)) from refusal
+    except (LostAxisError, ValueError) as error:
+        raise Unadmitted(
+            Reason.UNPROVEN, who, f"makes a constant over which the time axis cannot be followed ({error})"
+        ) from error
 
 
 def _into(call: CutCall) -> list[Any]:
@@ -227,30 +306,23 @@ def _variable(op: Any, scope: Cut) -> str:
 
 
 def _side_by_side(
-    first: Sequence[tuple[int, Any]], second: Sequence[tuple[int, Any]], side: Cut | None
+    first: Sequence[tuple[int, Any]],
+    second: Sequence[tuple[int, Any]],
+    blamed: Callable[[int, int], Any],
 ) -> Iterable[tuple[int, Any, Any]]:
     """Yield the operations of both graphs in pairs.
 
     Raises:
         Unadmitted: the graphs are not the same operations in the same order.
     """
-    for (index, one), (_, two) in zip(first, second, strict=False):
-        same = one.type == two.type and len(one.inputs) == len(two.inputs)
-        if not same or (one.type != "Const" and attributes(one) != attributes(two)):
-            raise Unadmitted(
-                Reason.LENGTH,
-                side and side.owner(index),
-                "computes something else for another number of time steps",
-            )
+    for (index, one), (other, two) in zip(first, second, strict=False):
+        if one.type != two.type or len(one.inputs) != len(two.inputs):
+            raise Unadmitted(Reason.LENGTH, blamed(index, other), _OTHERWISE)
         yield index, one, two
     if len(first) != len(second):
-        longer = first if len(first) > len(second) else second
-        index = longer[min(len(first), len(second))][0]
-        raise Unadmitted(
-            Reason.LENGTH,
-            side and side.owner(index),
-            "computes something else for another number of time steps",
-        )
+        ended = min(len(first), len(second))
+        index, other = (ops[min(ended, len(ops) - 1)][0] for ops in (first, second))
+        raise Unadmitted(Reason.LENGTH, blamed(index, other), _OTHERWISE)
 
 
 class _Frame:
@@ -269,6 +341,11 @@ class _Frame:
         """
         if any(kind in one.type for kind in _DRAWS) and not one.type.startswith("Stateless"):
             raise Refusal(Reason.RANDOM, "draws random numbers")
+        if one.op_def.is_stateful and one.type not in _READS and one.type not in RULES:
+            raise Refusal(
+                Reason.UNPROVEN,
+                f"uses the operation {one.type}, which may give something else each time",
+            )
         inputs = [] if one.type in OF_SHAPES else [self.values.get(value.name) for value in one.inputs]
         if any(value is None for value in inputs):
             raise Refusal(Reason.UNPROVEN, f"uses a result of an operation that is not known ({one.type})")
@@ -295,6 +372,8 @@ class _Frame:
                 Reason.UNPROVEN,
                 f"uses the operation {one.type}, which is not known to treat every time step and every row by itself",
             )
+        if attributes(one) != attributes(two):
+            raise Refusal(Reason.LENGTH, f"depends on the number of time steps ({one.type})")
         call = Call(one, two, tuple(inputs), self.walk.scales)
         ends = any(value.ends for value in inputs if isinstance(value, Data))
         results: list[_Value] = []
@@ -332,8 +411,10 @@ class _Frame:
                 given[1][other.name] = value.evaluators[1].value(value.second)
         frame = _Frame(self.walk, values, (Evaluator(given[0]), Evaluator(given[1])))
         ops = [_needed_by(graph.outputs, graph) for graph in graphs]
-        for _, first, second in _side_by_side(ops[0], ops[1], None):
+        for _, first, second in _side_by_side(ops[0], ops[1], lambda _one, _two: None):
             frame.enter(first, second)
+        if any(output.name not in frame.values for output in graphs[0].outputs):
+            raise Refusal(Reason.UNPROVEN, "returns a result of a function that is not known")
         return [frame.values[output.name] for output in graphs[0].outputs]
 
 

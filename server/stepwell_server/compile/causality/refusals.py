@@ -28,6 +28,7 @@ class Reason(enum.Enum):
         "leave the state's inputs out of the model, and pass those values as the states of open_session() or "
         "reset_states()"
     )
+    LAYOUT = "give each output the batch as its first axis, and the time, if it has one, as its second"
     UNPROVEN = "if you know that it does, --trust-causality NAME serves the model on the evidence of samples"
 
 

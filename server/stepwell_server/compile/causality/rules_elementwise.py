@@ -23,6 +23,7 @@ UNARY = frozenset(
         "BesselI0e",
         "BesselI1",
         "BesselI1e",
+        "Bitcast",
         "Bucketize",
         "Cast",
         "Ceil",
@@ -30,6 +31,7 @@ UNARY = frozenset(
         "Cosh",
         "Digamma",
         "Elu",
+        "EnsureShape",
         "Erf",
         "Erfc",
         "Erfinv",
@@ -140,6 +142,7 @@ def _identities(call: Call) -> Sequence[Data | Const]:
 
 def _lookup(call: Call) -> Sequence[Axes]:
     """A table (input 0) is constant, the keys are looked up one by one."""
+    broadcast(call, [2])
     return [call.data(1).axes]
 
 

@@ -241,7 +241,8 @@ def _gather(call: Call) -> Sequence[Axes | Data]:
 
 
 def _gather_time(call: Call, table: Axes, axis: int, places: Const) -> Sequence[Axes | Data]:
-    found = places.pairs()
+    is_one = all(size.is_same for size in places.shape())
+    found = places.pairs() if is_one else []
     if table[axis] == (TIME,) and len(found) == 1 and _is_last(call, found[0]):
         kept = tuple(call.scales.factors(size) for size in places.shape())
         return [Data((*table[:axis], *kept, *table[axis + 1 :]), ends=True)]
@@ -251,6 +252,7 @@ def _gather_time(call: Call, table: Axes, axis: int, places: Const) -> Sequence[
 def _one_hot(call: Call) -> Sequence[Axes]:
     axes = list(call.data(0).axes)
     (depth,) = call.integers(1)
+    broadcast(call, [2, 3])
     axis = call.attr("axis")
     axes.insert(axis if axis >= 0 else len(axes), normal((depth,)))
     return [tuple(axes)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,8 @@ Array = npt.NDArray[np.generic]
 #: Operations that read the shape of a tensor, which a trace fixes, and not its values.
 OF_SHAPES = {"Shape", "ShapeN", "Size", "Rank"}
 #: What a node says of itself that is not part of what it computes, or is a shape of this trace.
-_UNIMPORTANT = {"shape", "Tshape", "container", "shared_name", "f"}
+_UNIMPORTANT = {"shape", "Tshape", "output_shapes", "container", "shared_name"}
+_CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,11 @@ class Evaluator:
         """
         if tensor.name not in self._values:
             for op in self._ordered(tensor.op, self._values):
-                for result, value in zip(op.outputs, self._results(op), strict=True):
+                try:
+                    results = self._results(op)
+                except Exception as error:  # TensorFlow raises whatever it likes.
+                    raise ValueError(f"a constant cannot be computed ({op.type})") from error
+                for result, value in zip(op.outputs, results, strict=True):
                     self._values[result.name] = value
         return self._values[tensor.name]
 
@@ -108,6 +114,8 @@ class Evaluator:
         if tensor.name not in self._digests:
             for op in self._ordered(tensor.op, self._digests):
                 made = hashlib.sha256(f"{op.type} {attributes(op)}".encode())
+                if _calls_functions(op):  # What they compute does not stand in the attributes.
+                    made.update(secrets.token_bytes())
                 for value in op.inputs:
                     made.update(str(value.shape).encode() if op.type in OF_SHAPES else self.digest(value))
                 for i, result in enumerate(op.outputs):
@@ -136,12 +144,23 @@ class Evaluator:
 
 
 def attributes(op: Any) -> dict[str, Any]:
-    """Return what an operation is told besides its inputs, without the shapes of this trace."""
+    """Return what an operation is told besides its inputs, without functions and the shapes of this trace.
+
+    Functions have another name in each trace, whatever they compute.
+    """
     return {
         name: value.SerializeToString(deterministic=True)
         for name, value in sorted(op.node_def.attr.items())
-        if name not in _UNIMPORTANT and not name.startswith("_")
+        if name not in _UNIMPORTANT and not name.startswith("_") and not _is_function(value)
     }
+
+
+def _calls_functions(op: Any) -> bool:
+    return any(_is_function(value) for value in op.node_def.attr.values())
+
+
+def _is_function(value: Any) -> bool:
+    return bool(value.HasField("func") or value.list.func)
 
 
 def sizes(first: Any, second: Any) -> list[Pair]:
@@ -177,7 +196,9 @@ def _run(op: Any, inputs: list[Any]) -> list[Any]:
     """Run one operation eagerly."""
     if op.type == "Const":
         return [tf.constant(tf.make_ndarray(op.get_attr("value")))]
-    if op.type in {"Placeholder", "PartitionedCall", "StatefulPartitionedCall"}:
+    if op.type in _CALLS:
+        return list(op.graph._get_function(op.get_attr("f").name)(*inputs))
+    if op.type == "Placeholder" or _calls_functions(op):
         raise ValueError(f"the operation {op.type} cannot be computed by itself")
     attributes: list[Any] = []
     for attribute in op.op_def.attr:

@@ -1,0 +1,32 @@
+"""What mixes time steps or rows is refused with the layer, the reason and the way on, however far it reaches."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from stepwell_server.compile.errors import ModelError
+from support import models_rows, models_time
+
+# Keras calls numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+CASES = {**models_time.CASES, **models_rows.CASES}
+VARIANTS = {
+    f"{name}-{steps or 'any'}": (case, steps) for name, case in CASES.items() for steps in case.lengths
+}
+#: Nothing of TensorFlow's or Keras's inside, and no addresses.
+_RAW = r"0x[0-9a-f]{6}|<tf\.|KerasTensor|Traceback|StagingError|\{\{|Exception encountered|object at"
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_a_model_that_cannot_be_stepped_is_refused_with_its_reason(variant: str) -> None:
+    from stepwell_server.compile.probe import trace_and_probe
+
+    case, steps = VARIANTS[variant]
+    with pytest.raises(ModelError) as caught:
+        trace_and_probe(case.build(steps))
+    said = str(caught.value)
+    assert re.search(case.refused, said), said
+    assert "\n" not in said
+    assert not re.search(_RAW, said), said

@@ -1,0 +1,252 @@
+"""Models that mix rows, draw numbers, keep things, or put their outputs' axes elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from support.cases import (
+    Case,
+    ahead,
+    before_rnn,
+    behind_rnn,
+    layout,
+    only_length,
+    position,
+    random,
+    rows,
+    unproven,
+    writes,
+)
+from support.models_time import odd
+
+
+def _model(name: str, refused: str, make: Callable[[Any], Any]) -> Case:
+    return Case(name, lambda keras, _steps: make(keras), refused)
+
+
+ROWS = [
+    before_rnn(name, odd(name), pattern)
+    for name, pattern in (
+        ("mean_over_rows", rows("mean", "takes the mean over the rows of the batch")),
+        ("other_row", rows("other", "shifts the rows of the batch")),
+        ("first_row", rows("first", "takes a part of the rows of the batch")),
+        ("number_of_the_row", rows("number", "has another constant for each row of the batch")),
+        (
+            "number_of_rows",
+            r"^model cannot be run step by step: the layer 'number_of_rows' .* or of rows; make",
+        ),
+        ("rows_against_each_other", rows("rows", "the rows of the batch")),
+        ("norm_of_everything", ahead("norm", "takes the sum over")),
+        ("batch_statistics", rows("batch", "takes the mean over the rows of the batch")),
+        ("reversed_rows", rows("reversed", "reverses the rows of the batch")),
+        ("by_condition", rows("by_condition", "takes number 0 of the rows")),
+    )
+]
+KEPT = [
+    before_rnn(name, odd(name), pattern)
+    for name, pattern in (
+        ("noise", random("noise")),
+        ("noise_of_tensorflow", random("noise")),
+        ("noise_of_a_generator", random("noise")),
+        ("noise_from_values", rows("noise", "takes number 0 of the rows")),
+        ("counter", writes("counter")),
+        ("counter_in_a_function", writes("counter")),
+        ("running_mean", writes("running")),
+        ("clock", unproven("clock", "uses the operation Timestamp")),
+    )
+] + [
+    before_rnn(
+        "batch_norm_in_training",
+        lambda k: _in_training(k.BatchNormalization(name="norm")),
+        r"^two calls of the model differ: the layer 'norm' \(BatchNormalization\) changes a variable",
+    ),
+    before_rnn("dropout_in_training", lambda k: _in_training(k.Dropout(0.5, name="drop")), random("drop")),
+    before_rnn(
+        "noise_in_training", lambda k: _in_training(k.GaussianNoise(0.5, name="noise")), random("noise")
+    ),
+]
+
+
+def _in_training(layer: Any) -> Any:
+    from support.odd_cells import InTraining
+
+    return InTraining(layer)
+
+
+OUTPUTS = [
+    behind_rnn("rows_last", lambda _k: _ops("transpose"), layout("ops.transpose")),
+    behind_rnn("time_last", lambda k: k.Permute((2, 1), name="permute"), layout("permute")),
+    behind_rnn("time_first", lambda _k: lambda x: _ops("transpose")(x, (1, 0, 2)), layout("ops.transpose")),
+    behind_rnn("rows_twice", lambda _k: lambda x: _ops("tile")(x[:, -1], (2, 1)), layout("ops.tile")),
+    behind_rnn("rows_repeated", lambda _k: lambda x: _ops("repeat")(x, 2, 0), layout("ops.repeat")),
+    behind_rnn("time_twice", lambda _k: lambda x: _ops("repeat")(x, 2, 1), layout("ops.repeat")),
+    behind_rnn(
+        "time_and_rows_merged", lambda _k: lambda x: _ops("reshape")(x, (-1, 4)), layout("ops.reshape")
+    ),
+    behind_rnn("position_as_output", odd("position_alone"), position("position")),
+]
+
+
+def _ops(name: str) -> Any:
+    from stepwell_server.compile.tensorflow_setup import keras
+
+    return getattr(keras.ops, name)
+
+
+def _over_positions(keras: Any) -> Any:
+    from support.odd_layers import Apply
+
+    x = keras.Input((None, 3))
+    rnn = keras.layers.SimpleRNN(3, return_sequences=True, name="rnn")
+    clock = keras.layers.SimpleRNN(3, return_sequences=True, name="clock")
+    return keras.Model(x, rnn(x) + clock(Apply("position_alone")(x)))
+
+
+def _masked_by_position(keras: Any) -> Any:
+    from support.odd_layers import Apply
+
+    x = keras.Input((None, 3))
+    rnn = keras.layers.SimpleRNN(3, return_sequences=True, name="rnn")
+    return keras.Model(x, rnn(x, mask=Apply("mask_by_position", 3)(x)))
+
+
+def _cell(kind: str, refused: str, layer: str = "RNN") -> Case:
+    def make(keras: Any) -> Any:
+        from support import odd_cells
+
+        x = keras.Input((None, 3))
+        rnn = getattr(odd_cells, layer, None) or keras.layers.RNN
+        return keras.Model(x, rnn(odd_cells.OddCell(3, kind), return_sequences=True, name="odd")(x))
+
+    return _model(f"cell_{kind}_{layer}", refused, make)
+
+
+def _graph_nodes(keras: Any) -> Any:
+    from support.odd_layers import Apply
+
+    x = keras.Input((None, 5, 2))
+    return keras.Model(x, keras.layers.LSTM(3, name="nodes")(Apply("nodes_as_rows")(x)))
+
+
+def _end_of_sequence(keras: Any) -> Any:
+    x = keras.Input((None, 3))
+    hidden = keras.layers.GRU(3, return_sequences=True, name="gru")(x)
+    spread = hidden - hidden[:, -1:]
+    return keras.Model(x, keras.layers.Dense(2)(spread))
+
+
+def _repeated_over_time(keras: Any) -> Any:
+    x = keras.Input((None, 3))
+    last = keras.layers.GRU(3, name="gru")(x)
+    spread = keras.ops.expand_dims(last, 1) + keras.ops.zeros_like(x)
+    return keras.Model(x, keras.layers.SimpleRNN(2, name="rnn")(spread))
+
+
+def _state_from_inputs(keras: Any) -> Any:
+    x, start = keras.Input((None, 3)), keras.Input((4,), name="start")
+    return keras.Model([x, start], keras.layers.GRU(4, name="gru")(x, initial_state=start))
+
+
+def _end_mask(keras: Any) -> Any:
+    from support.odd_layers import Apply
+
+    tokens = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(1000, 4)(tokens)
+    ended = Apply("after_token_2")(keras.ops.expand_dims(tokens, -1))
+    return keras.Model(tokens, keras.layers.SimpleRNN(3, return_sequences=True, name="rnn")(x * ended))
+
+
+def _two_lengths(keras: Any) -> Any:
+    one, two = keras.Input((6, 3), name="one"), keras.Input((9, 3), name="two")
+    return keras.Model(
+        [one, two], keras.layers.LSTM(3, name="left")(one) + keras.layers.LSTM(3, name="right")(two)
+    )
+
+
+CELLS = [
+    _cell("mean_over_rows", rows("odd", "takes the mean over the rows of the batch")),
+    _cell("number_of_the_row", rows("odd", "has another constant for each row")),
+    _cell("state_of_rows", rows("odd", "has another constant for each row")),
+    _cell("counting", writes("odd")),
+    _cell("noisy", random("odd")),
+    _cell(
+        "plain",
+        unproven("odd", "has a loop (inner_loop) of its own".replace("(", r"\(").replace(")", r"\)")),
+        "OwnLoop",
+    ),
+    _cell(
+        "plain",
+        r"^model is not causal: the layer 'odd' \(Reversing\) looks ahead: it reverses the time axis",
+        "Reversing",
+    ),
+]
+MODELS = [
+    _model("over_positions", position("clock"), _over_positions),
+    _model("masked_by_position", position("rnn"), _masked_by_position),
+    _model(
+        "graph_nodes",
+        r"^the layer 'nodes' \(LSTM\) runs over 5 rows for each row of the batch.*; make every",
+        _graph_nodes,
+    ),
+    _model(
+        "end_of_sequence",
+        r"^model is not causal: the operation 'subtract\w*' \(Subtract\) spreads a value of",
+        _end_of_sequence,
+    ),
+    _model(
+        "repeated_over_time",
+        r"^model is not causal: the operation 'add\w*' \(Add\) spreads a value of",
+        _repeated_over_time,
+    ),
+    _model(
+        "state_from_inputs",
+        r"^the initial state is computed from .*'gru' \(GRU\) takes .*pass those values as",
+        _state_from_inputs,
+    ),
+    _model(
+        "end_mask",
+        r"step by step: the layer 'after_token_2' \(Apply\) .*it accumulates along the time axis; let",
+        _end_mask,
+    ),
+    _model(
+        "two_lengths",
+        r"the inputs are sequences of different lengths \('one' of 6, 'two' of 9 time steps\)",
+        _two_lengths,
+    ),
+]
+FIXED = [
+    Case(case.name, case.make, case.refused, (40,))
+    for case in (
+        behind_rnn(
+            "flattened",
+            lambda k: lambda x: k.Dense(2, name="head")(k.Flatten(name="flat")(x)),
+            only_length("head", "'flat' makes features of time steps"),
+        ),
+        behind_rnn(
+            "permuted", lambda k: lambda x: k.Dense(2, name="head")(k.Permute((2, 1))(x)), only_length("head")
+        ),
+        behind_rnn(
+            "weights_per_step",
+            lambda k: k.EinsumDense("btf,tfo->bto", (40, 2), name="head"),
+            only_length("head"),
+        ),
+        behind_rnn("windowed", lambda k: k.Reshape((10, 16), name="windows"), only_length("windows")),
+        before_rnn(
+            "repeated",
+            lambda k: lambda x: x + k.RepeatVector(40, name="again")(k.SimpleRNN(4)(x)),
+            only_length("ops.add", "in place of 'again'"),
+        ),
+        before_rnn(
+            "reshaped",
+            lambda k: k.Reshape((40, 4), name="shape"),
+            only_length("shape", r"Reshape\(\(-1, 4\)\) in place of 'shape'"),
+        ),
+        before_rnn(
+            "positions",
+            lambda k: lambda x: x + k.Embedding(40, 4, name="places")(_ops("arange")(40)),
+            only_length("ops.add"),
+        ),
+    )
+]
+CASES = {case.name: case for case in (*ROWS, *KEPT, *OUTPUTS, *CELLS, *MODELS, *FIXED)}
