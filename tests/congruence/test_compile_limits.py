@@ -122,6 +122,30 @@ def test_damaged_weights_are_a_damaged_file(lstm: Path, tmp_path: Path) -> None:
         check_sizes(file, MIB)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_damaged_file_is_refused_and_nothing_worse(method: int, lstm: Path, tmp_path: Path) -> None:
+    from stepwell_server.compile.archive import check_archive
+
+    file = tmp_path / "damaged.keras"
+    with zipfile.ZipFile(lstm) as source, zipfile.ZipFile(file, "w", method) as target:
+        for member in source.namelist():
+            target.writestr(member, source.read(member))
+    whole, rng = file.read_bytes(), np.random.default_rng(0)
+    said: list[str] = []
+    for _ in range(400):
+        content = bytearray(whole)
+        for place in rng.choice([len(content), 400], 3):  # anywhere, or in the directory at the end
+            content[-1 - int(rng.integers(place))] = int(rng.integers(256))
+        file.write_bytes(content)
+        for check in (check_archive, lambda path: check_sizes(path, 16 * MIB)):
+            try:
+                check(file)
+            except ModelError as error:
+                said.append(str(error))
+    assert len(said) > 400
+    assert not any("\n" in message for message in said)
+
+
 def test_the_limit_holds_where_models_are_compiled(lstm: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"at most 1000 bytes when unpacked \(--max-model-bytes\)"):
         compile_program(lstm, tmp_path / "cache", limits=dataclasses.replace(ANY, model_bytes=1000))

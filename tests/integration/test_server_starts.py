@@ -99,6 +99,18 @@ def test_files_that_are_no_model(tmp_path: Path, content: str) -> None:
     assert line.startswith("stepwell: model x: ")
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("max-model-bytes", "1000"), ("max-compile-memory-bytes", "1000"), ("compile-timeout-s", "0.001")],
+)
+def test_a_model_over_a_limit(tmp_path: Path, option: str, value: str) -> None:
+    variable = "STEPWELL_" + option.replace("-", "_").upper()
+    base = (f"x={forecast().path}", "--cache-dir", str(tmp_path / "cache"), "--listen", "127.0.0.1:0")
+    line = _refused(*base, environment={variable: value})
+    assert line.startswith(f"stepwell: model x: {forecast().path}: ")
+    assert f"(--{option})" in line
+
+
 def test_an_import_that_fails(tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
     line = _refused(f"x={forecast().path}", "--import", "no_such_module", "--cache-dir", cache)

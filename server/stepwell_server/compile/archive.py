@@ -14,6 +14,7 @@ import numpy as np
 
 from stepwell_server.compile import origin, weights
 from stepwell_server.compile.errors import ModelError, gist
+from stepwell_server.compile.sizes import UNREADABLE
 from stepwell_server.compile.tensorflow_setup import keras
 
 _MEMBERS = ("config.json", "metadata.json", weights.MEMBER)
@@ -57,7 +58,7 @@ def check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
             missing = [name for name in _MEMBERS if name not in archive.namelist()]
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except UNREADABLE as error:
         raise ModelError(f"{path}: damaged .keras file: {error}") from error
     if broken:
         raise ModelError(f"{path}: damaged .keras file: {broken} does not match its checksum")

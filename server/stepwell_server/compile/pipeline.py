@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def import_modules(modules: Sequence[str]) -> None:
         try:
             importlib.import_module(module)
         except Exception as error:  # A user's module raises whatever it likes.
-            raise ModelError(f"--import {module}: {type(error).__name__}: {gist(error)}") from error
+            raise ModelError(
+                f"--import {module}: {type(error).__name__}: {gist(error)}", traceback.format_exc()
+            ) from error
 
 
 def _artefact(traced: Traced, fingerprint: str, folder: Path, report: Callable[[str], None]) -> Program:

@@ -15,6 +15,8 @@ import h5py
 from stepwell_server.compile.errors import ModelError
 
 OPTION = "--max-model-bytes"
+#: What zipfile raises for archives that are damaged, encrypted, or of a kind that it does not know.
+UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
 _WEIGHTS = "model.weights.h5"
 _PIECE_BYTES = 1 << 20
 _LOCAL_HEADER_BYTES = 30
@@ -40,7 +42,7 @@ def check_sizes(path: Path, max_bytes: int) -> None:
                     )
             if _WEIGHTS in archive.namelist():
                 _check_weights(path, archive.read(_WEIGHTS), max_bytes)
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, zlib.error) as error:
+    except UNREADABLE as error:
         raise ModelError(f"{path}: damaged .keras file: {error}") from error
 
 

@@ -99,6 +99,9 @@ class _Walk:
         evaluators = (Evaluator(_captured(self.first)), Evaluator(_captured(self.second)))
         ops = [self._needed(side) for side in (self.first, self.second)]
         frame = _Frame(self, values, evaluators)
+        frame.pair(self.first.inputs, self.second.inputs)
+        for call, other in zip(self.first.calls, self.second.calls, strict=True):
+            frame.pair((*call.now, *call.before), (*other.now, *other.before))
         parts = {tensor.name: call for call in self.first.parts for tensor in (call.outputs, *call.last)}
         for index, one, two in _side_by_side(ops[0], ops[1], self._blamed):
             if one.outputs and one.outputs[0].name in parts:
@@ -181,6 +184,7 @@ class _Walk:
         call = self.made[name]
         other = next(two for one, two in zip(self.first.calls, self.second.calls, strict=True) if one is call)
         who = call.layer
+        frame.require_alike(_into(call), _into(other))
         for tensor in (*call.sequences, *([] if call.mask is None else [call.mask])):
             value = frame.values[tensor.name]
             if isinstance(value, Const):
@@ -227,6 +231,8 @@ class _Walk:
     def _output(self, frame: _Frame, one: Any, two: Any, index: int) -> Data:
         """What leaves the model must have its rows first, and its time steps second, if it has any."""
         value, who = frame.values[one.name], self.first.owner(index)
+        if isinstance(value, Data) and frame.twins.get(one.name) != two.name:
+            raise Unadmitted(Reason.LENGTH, who, _OTHERWISE)
         if isinstance(value, Const):
             axes = _followed(who, lambda: tuple(self.scales.factors(size) for size in sizes(one, two)))
             value = Data(self._even(value, axes, who))
@@ -332,6 +338,21 @@ class _Frame:
         self, walk: _Walk, values: dict[str, _Value], evaluators: tuple[Evaluator, Evaluator]
     ) -> None:
         self.walk, self.values, self.evaluators = walk, values, evaluators
+        self.twins: dict[str, str] = {}
+        """Tensors of the second graph by their places in the first: both must be wired alike."""
+
+    def pair(self, ones: Iterable[Any], twos: Iterable[Any]) -> None:
+        """Say which tensors of the two graphs stand in the same places."""
+        self.twins.update((one.name, two.name) for one, two in zip(ones, twos, strict=True))
+
+    def require_alike(self, ones: Iterable[Any], twos: Iterable[Any]) -> None:
+        """Refuse data that come from elsewhere in the second graph; constants are told by their values."""
+        first, second = list(ones), list(twos)
+        if len(first) != len(second):
+            raise Refusal(Reason.LENGTH, _OTHERWISE)
+        for one, two in zip(first, second, strict=True):
+            if isinstance(self.values.get(one.name), Data) and self.twins.get(one.name) != two.name:
+                raise Refusal(Reason.LENGTH, _OTHERWISE)
 
     def enter(self, one: Any, two: Any) -> None:
         """Find out about the results of one operation.
@@ -346,6 +367,8 @@ class _Frame:
                 Reason.UNPROVEN,
                 f"uses the operation {one.type}, which may give something else each time",
             )
+        self.pair(one.outputs, two.outputs)
+        self.require_alike(one.inputs, two.inputs)
         inputs = [] if one.type in OF_SHAPES else [self.values.get(value.name) for value in one.inputs]
         if any(value is None for value in inputs):
             raise Refusal(Reason.UNPROVEN, f"uses a result of an operation that is not known ({one.type})")
@@ -410,9 +433,11 @@ class _Frame:
                 given[0][inner.name] = value.evaluators[0].value(value.first)
                 given[1][other.name] = value.evaluators[1].value(value.second)
         frame = _Frame(self.walk, values, (Evaluator(given[0]), Evaluator(given[1])))
+        frame.pair(graphs[0].inputs, graphs[1].inputs)
         ops = [_needed_by(graph.outputs, graph) for graph in graphs]
         for _, first, second in _side_by_side(ops[0], ops[1], lambda _one, _two: None):
             frame.enter(first, second)
+        frame.require_alike(graphs[0].outputs, graphs[1].outputs)
         if any(output.name not in frame.values for output in graphs[0].outputs):
             raise Refusal(Reason.UNPROVEN, "returns a result of a function that is not known")
         return [frame.values[output.name] for output in graphs[0].outputs]
