@@ -20,7 +20,9 @@ from stepwell_server.engine.engine import Engine
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics import MetricsServer, PrometheusObserver
 from stepwell_server.program import Program
-from stepwell_server.rpc.server import BindError, RpcServer
+from stepwell_server.rpc.fronts.base import BindError
+from stepwell_server.rpc.fronts.python import PythonFront
+from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import Address, Settings
 from stepwell_server.store.base import StoreBusy, StoreError
 from stepwell_server.store.disk import DiskStore
@@ -172,7 +174,13 @@ async def _run(
     )
     await engine.start()
     try:
-        rpc = RpcServer(engine, clock=clock, observer=observer, max_message_bytes=settings.max_message_bytes)
+        rpc = RpcServer(
+            engine,
+            PythonFront(clock, settings.max_message_bytes),
+            clock=clock,
+            observer=observer,
+            max_message_bytes=settings.max_message_bytes,
+        )
         metrics = _serve_metrics(settings, observer, engine)
         await _serve_calls(settings, rpc, store)
         await stop.wait()

@@ -11,6 +11,7 @@
     ├── RevisionConflict      the session is at another revision than expected
     ├── ModelNotFound         no model is served under that name
     ├── ModelMismatch         the state belongs to another model
+    ├── ServiceNotFound       no such service is offered here
     ├── Overloaded            no room now; come back after retry_after_s
     ├── Unavailable           the server cannot do it now (stopping, store away)
     ├── DeadlineExceeded      the caller's time limit passed before the change was applied
@@ -102,6 +103,12 @@ class ModelNotFound(ServerError):
     """No model is served under that name."""
 
     reason = "MODEL_NOT_FOUND"
+
+
+class ServiceNotFound(ServerError):
+    """No service of that name is offered, or its health is not known."""
+
+    reason = "SERVICE_NOT_FOUND"
 
 
 class ModelMismatch(ServerError):
