@@ -70,16 +70,12 @@ class Admission:
     def admit(self, changes: Sequence[Change]) -> None:
         """Start changes, or put their members in their sessions' lines."""
         for change in changes:
-            members = change.members
-            stale = self._table.birth[change.handles[members]] != change.births[members]
-            if stale.any():
-                found = self._refuse_stale(change, members[stale])
-                members = np.sort(np.concatenate([members[~stale], found]))
-            if len(members):
-                self._admit(change, members)
+            self._admit(change, change.members)
 
     def _admit(self, change: Change, members: Members) -> None:
         while len(members):
+            # each time: what was started may have failed in the store, and its session have left the table
+            members = self._live(change, members)
             claimed = self._table.claimed[change.handles[members]]
             if claimed.any():
                 self._turns.line_up(self, change, members[claimed])
@@ -88,6 +84,14 @@ class Admission:
                 is_first = self._is_first(change, members)
                 self._start(change, members[is_first])
                 members = members[~is_first]
+
+    def _live(self, change: Change, members: Members) -> Members:
+        """Members whose sessions are there; those that are not have their answer."""
+        stale = self._table.birth[change.handles[members]] != change.births[members]
+        if not stale.any():
+            return members
+        found = self._refuse_stale(change, members[stale])
+        return np.sort(np.concatenate([members[~stale], found]))
 
     @staticmethod
     def _is_first(change: Change, members: Members) -> Mask:
