@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2 as pb
 
 from stepwell_server.errors import ServiceNotFound
@@ -34,6 +35,14 @@ class HealthServicer:
                 f"service must be empty or one of {sorted(self._services - {''})}; got {request.service[:256]!r}"
             )
         return pb.HealthCheckResponse(status=self._status(request.service))
+
+    async def list(self, _request: Any, _call: Call) -> Message:
+        """Say how all services are."""
+        # newer than the oldest grpcio-health-checking that is allowed
+        response: Message = pb.HealthListResponse(  # type: ignore[attr-defined,unused-ignore]
+            statuses={name: pb.HealthCheckResponse(status=self._status(name)) for name in self._services}
+        )
+        return response
 
     async def watch(self, call: Call) -> None:
         """Say how a service is, now and whenever that changes."""

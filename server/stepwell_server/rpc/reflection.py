@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from stepwell_server.rpc.boundary import parse
-from stepwell_server.rpc.triton.pool import BothPools
 
 if TYPE_CHECKING:
     from stepwell_server.rpc.fronts.base import Call
@@ -19,8 +18,8 @@ SERVICE = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
 class ReflectionServicer:
     """The call of ServerReflection. Lives on the event loop."""
 
-    def __init__(self, services: Iterable[str]) -> None:
-        self._servicer: Any = reflection.aio.ReflectionServicer(list(services), BothPools())
+    def __init__(self, services: Iterable[str], pool: Any) -> None:
+        self._servicer: Any = reflection.aio.ReflectionServicer(list(services), pool)
 
     async def server_reflection_info(self, call: Call) -> None:
         """Answer each question."""

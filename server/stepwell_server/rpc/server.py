@@ -17,6 +17,7 @@ from stepwell_server.rpc.models import ModelServicer
 from stepwell_server.rpc.sessions import SessionServicer
 from stepwell_server.rpc.sizes import ReplySizes
 from stepwell_server.rpc.steps.stream import StreamLimits
+from stepwell_server.rpc.triton.pool import BothPools
 from stepwell_server.rpc.triton.servicer import SERVICE as _TRITON
 from stepwell_server.rpc.triton.servicer import TritonServicer
 from stepwell_server.rpc.triton.statistics import PassObserver
@@ -59,7 +60,7 @@ class RpcServer:
             *self._methods_of(_MODELS, ModelServicer(engine, sizes)),
             *self._methods_of(_TRITON, self._triton, unsupported_methods(self._boundary)),
             *self._methods_of(health.SERVICE, self._health),
-            *self._methods_of(reflection.SERVICE, reflection.ReflectionServicer(shown)),
+            *self._methods_of(reflection.SERVICE, reflection.ReflectionServicer(shown, BothPools())),
         ]
 
     async def start(self, host: str, port: int) -> int:
