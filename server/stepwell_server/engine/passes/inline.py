@@ -23,9 +23,7 @@ from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept
 from stepwell_server.engine.types import Array
 from stepwell_server.errors import ServerError
-from stepwell_server.logs import Log
 
-_log = Log("engine.replies")
 #: So many steps of one turn are run one by one: they cost less than one pass for all of them.
 MOST = 4
 
@@ -87,17 +85,13 @@ class Inline:
             now = self._clock.monotonic()
             if self._committer.is_durable:
                 self._observer.stage(self._model.name, "commit", now - ran, 1)
-            try:
-                if error is not None:
-                    change.fail(change.members, error)
-                else:
-                    self._observer.stepped_alone(self._model.name, now - started)
-                    change.succeed(
-                        change.members, outcome.revisions, outcome.positions, self._named(kept, outputs)
-                    )
-            except Exception as raised:
-                # its caller's loss, and no one else's: the claim is due
-                _log.defect("an answer could not be delivered", raised, model=self._model.name)
+            if error is not None:
+                change.fail(change.members, error)
+            else:
+                self._observer.stepped_alone(self._model.name, now - started)
+                change.succeed(
+                    change.members, outcome.revisions, outcome.positions, self._named(kept, outputs)
+                )
 
         self._committer.commit(outcome, answer)
         return True
