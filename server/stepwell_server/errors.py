@@ -11,12 +11,12 @@
     ├── RevisionConflict      the session is at another revision than expected
     ├── ModelNotFound         no model is served under that name
     ├── ModelMismatch         the state belongs to another model
-    ├── ServiceNotFound       no such service is offered here
     ├── Overloaded            no room now; come back after retry_after_s
     ├── Unavailable           the server cannot do it now (stopping, store away)
     ├── DeadlineExceeded      the caller's time limit passed before the change was applied
     ├── StateCorrupt          the stored record is damaged
     ├── Unsupported           no model and no setting makes it possible
+    │   └── ServiceNotFound   no such service is offered here
     └── Internal              a defect; the log has the details under error_id
 
 Every message names the argument, the rule and what came. How an error travels is `rpc.status`'s affair.
@@ -105,12 +105,6 @@ class ModelNotFound(ServerError):
     reason = "MODEL_NOT_FOUND"
 
 
-class ServiceNotFound(ServerError):
-    """No service of that name is offered, or its health is not known."""
-
-    reason = "SERVICE_NOT_FOUND"
-
-
 class ModelMismatch(ServerError):
     """The state belongs to a model of another fingerprint."""
 
@@ -149,6 +143,10 @@ class Unsupported(ServerError):
     """The protocol has it, this server does not; nothing changed."""
 
     reason = "UNSUPPORTED"
+
+
+class ServiceNotFound(Unsupported):
+    """No service of that name is offered here."""
 
 
 class Internal(ServerError):
