@@ -21,7 +21,9 @@ from stepwell_server.engine.engine import Engine
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics import MetricsServer, PrometheusObserver
 from stepwell_server.program import Program, ProofOptions
-from stepwell_server.rpc.server import BindError, RpcServer
+from stepwell_server.rpc.fronts.base import BindError
+from stepwell_server.rpc.fronts.python import PythonFront
+from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import Address, Settings
 from stepwell_server.store.base import Store, StoreBusy, StoreError, StoreGone
 from stepwell_server.store.disk.store import DiskStore
@@ -204,7 +206,13 @@ async def _run(
     )
     await engine.start()
     try:
-        rpc = RpcServer(engine, clock=clock, observer=observer, max_message_bytes=settings.max_message_bytes)
+        rpc = RpcServer(
+            engine,
+            PythonFront(clock, settings.max_message_bytes),
+            clock=clock,
+            observer=observer,
+            max_message_bytes=settings.max_message_bytes,
+        )
         metrics = _serve_metrics(settings, observer, engine)
         await _serve_calls(settings, rpc, store)
         gone = await _until_stopped(stop, store, rpc, observer)
@@ -250,7 +258,7 @@ async def _look_after(store: Store, rpc: RpcServer, observer: PrometheusObserver
         is_ready = not health.problem
         observer.store_checked(is_ready=is_ready, reopened=health.reopened)
         if is_ready is not was_ready:
-            await rpc.announce_ready(is_ready=is_ready)
+            rpc.announce_ready(is_ready=is_ready)
             if is_ready:
                 _log.info("the store can be used again")
             else:

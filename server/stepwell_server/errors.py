@@ -16,6 +16,7 @@
     ├── DeadlineExceeded      the caller's time limit passed before the change was applied
     ├── StateCorrupt          the stored record is damaged
     ├── Unsupported           no model and no setting makes it possible
+    │   └── ServiceNotFound   no such service is offered here
     └── Internal              a defect; the log has the details under error_id
 
 Every message names the argument, the rule and what came. How an error travels is `rpc.status`'s affair.
@@ -142,6 +143,10 @@ class Unsupported(ServerError):
     """The protocol has it, this server does not; nothing changed."""
 
     reason = "UNSUPPORTED"
+
+
+class ServiceNotFound(Unsupported):
+    """No service of that name is offered here."""
 
 
 class Internal(ServerError):

@@ -17,7 +17,7 @@ import secrets
 import sys
 from typing import IO, Literal
 
-from stepwell_server.errors import Internal
+from stepwell_server.errors import Internal, Overloaded, ServerError
 
 LogFormat = Literal["text", "json"]
 _ROOT = "stepwell_server"
@@ -54,8 +54,14 @@ class Log:
         """Write a defect with the traceback of ``error``."""
         self._logger.error(event, exc_info=error, extra={"fields": fields})
 
-    def internal(self, event: str, error: BaseException, **fields: object) -> Internal:
-        """Write a defect, and return the opaque error that stands for it: its id is in the line."""
+    def internal(self, event: str, error: BaseException, **fields: object) -> ServerError:
+        """Write a defect, and return the opaque error that stands for it: its id is in the line.
+
+        To run out of memory is no defect but too much at once, and is said so.
+        """
+        if isinstance(error, MemoryError):
+            self.warning("out of memory", at=event, **fields)
+            return Overloaded("there must be memory for what is asked; there was not enough, just now", 1.0)
         opaque = Internal(secrets.token_hex(6))
         self.defect(event, error, error_id=opaque.error_id, **fields)
         return opaque

@@ -213,9 +213,9 @@ class Settings:
     store: Literal["lmdb", "memory"] = _setting(_choice("lmdb", "memory"), "lmdb", "lmdb|memory")
     """Where sessions are kept: on disk under --data-dir, or in memory, where they end with the server."""
     data_dir: Path = _computed(_folder, _default_data_dir, "DIR")
-    """Folder of the lmdb store, for one server at a time. Default: stepwell in the user's data folder."""
+    """Folder of the store on disk, for one server at a time. Default: stepwell in the user's data folder."""
     durability: Literal["sync", "async"] = _setting(_choice("sync", "async"), "sync", "sync|async")
-    """What an acknowledged change survives in the lmdb store: sync, the loss of power too; async, kill -9."""
+    """What an acknowledged change survives in the store on disk: sync, the loss of power too; async, kill -9."""
     max_batch_rows: int = _setting(_whole(1), 1024, "N")
     """Rows that run together at most, over all sessions of a pass."""
     resident_rows: int | None = _setting(_whole(1), None, "N")

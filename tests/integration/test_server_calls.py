@@ -336,6 +336,34 @@ def test_bytes_that_are_no_message(channel: grpc.Channel, raw: bytes) -> None:
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "grpc.health.v1.Health/Check",
+        "grpc.health.v1.Health/Watch",
+        "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+def test_bytes_that_are_no_message_for_health_and_reflection(channel: grpc.Channel, method: str) -> None:
+    call: Any = channel.stream_stream(f"/{method}")
+    with pytest.raises(grpc.RpcError, match="got 2 bytes that are none") as caught:
+        list(call(iter([b"\xff\xff"]), timeout=_TIMEOUT_S))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_health_is_watched(channel: grpc.Channel) -> None:
+    watch = health_pb2_grpc.HealthStub(channel).Watch(
+        health_pb2.HealthCheckRequest(service="stepwell.v1.ModelService"), timeout=_TIMEOUT_S
+    )
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    watch.cancel()
+    unknown = health_pb2_grpc.HealthStub(channel).Watch(
+        health_pb2.HealthCheckRequest(service="other"), timeout=_TIMEOUT_S
+    )
+    assert next(unknown).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    unknown.cancel()
+
+
 def test_a_request_over_the_limit_is_no_overload(stub: Stub, session_id: str) -> None:
     request = _step(session_id, steps=_LIMIT // 4 // FEATURES + 1)
     frame = pb.StepStreamRequest(step=pb.StepFrame(session_ids=[session_id], inputs=request.inputs))

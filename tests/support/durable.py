@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.engine.api import SessionInfo
-from stepwell_server.errors import ServerError
+from stepwell_server.errors import ServerError, Unavailable
 from stepwell_server.program import Program
 from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.store import DiskStore
@@ -41,6 +41,8 @@ class Troubled:
         self.inside = threading.Event()
         """A commit has begun since this was last cleared."""
         self.read_error: Exception | None = None
+        self.refuses: Callable[[Batch], bool] = lambda _batch: False
+        """Commits that fail, whichever others share them."""
         self._errors: deque[tuple[Exception, bool]] = deque()
         self._open = threading.Event()
         self._open.set()
@@ -69,6 +71,8 @@ class Troubled:
     def commit(self, batch: Batch) -> None:
         self.tried.append(batch)
         error, kept = self._errors.popleft() if self._errors else (None, True)
+        if self.refuses(batch):
+            error, kept = Unavailable("the test says no"), False
         behind = self._stalls_behind  # as it is now: another stall may begin while this one lasts
         if kept and behind:
             self.store.commit(batch)

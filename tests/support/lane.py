@@ -13,11 +13,12 @@ import pytest
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1 import tensors_pb2
 from stepwell_server.rpc.boundary import Boundary
+from stepwell_server.rpc.fronts.base import CallEnded
 from stepwell_server.rpc.sessions import SessionServicer
 from stepwell_server.rpc.sizes import ReplySizes
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 from support.engine import Harness, running
-from support.fake_context import Aborted, FakeContext, Requests
+from support.fake_call import FakeCall, Requests
 
 BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
 ALL, LAST, NONE = pb.OUTPUT_SELECTION_ALL, pb.OUTPUT_SELECTION_LAST, pb.OUTPUT_SELECTION_NONE
@@ -52,15 +53,15 @@ class Streams:
     def __init__(self, at: Harness, count: int) -> None:
         self.at = at
         sizes = ReplySizes(at.engine, limit=1 << 20)
-        self.contexts = [FakeContext() for _ in range(count)]
+        self.contexts = [FakeCall() for _ in range(count)]
         self.observer = Requests()
         self.streams = [
-            FrameStream(at.engine, at.clock, sizes, _LIMITS, self.observer, context)  # type: ignore[arg-type]
+            FrameStream(at.engine, at.clock, sizes, _LIMITS, self.observer, context)
             for context in self.contexts
         ]
         boundary = Boundary(self.observer, max_message_bytes=1 << 20)
         servicer = SessionServicer(at.engine, at.clock, sizes, _LIMITS, self.observer)
-        self._serve_call = boundary.unary("Step", servicer.step, pb.StepRequest).unary_unary
+        self._serve_call = boundary.unary("Step", servicer.step, pb.StepRequest)
         self.calls: list[asyncio.Task[bytes]] = []
         self.tasks = [asyncio.create_task(stream.run(float("inf"))) for stream in self.streams]
 
@@ -69,7 +70,8 @@ class Streams:
 
     def call(self, raw: bytes, remaining_s: float | None = None) -> None:
         """Make a unary call, with a deadline in so many seconds. See `calls`."""
-        self.calls.append(asyncio.create_task(self._serve_call(raw, FakeContext(remaining_s))))
+        deadline = float("inf") if remaining_s is None else self.at.clock.monotonic() + remaining_s
+        self.calls.append(asyncio.create_task(self._serve_call(FakeCall(raw, deadline=deadline))))
 
     async def call_results(self) -> list[Any]:
         """What the calls ended with: bytes, or status, message and trailers."""
@@ -122,7 +124,9 @@ async def streams(*, count: int = 1, **options: Any) -> AsyncIterator[Streams]:
 
 
 def _ending(error: BaseException) -> Any:
-    return (error.code.name, error.details, error.trailers) if isinstance(error, Aborted) else repr(error)
+    if not isinstance(error, CallEnded):
+        return repr(error)
+    return error.status.code.name, error.status.message, error.status.trailers
 
 
 Scenario = Callable[[Streams], Any]

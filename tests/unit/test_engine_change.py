@@ -9,7 +9,7 @@ import pytest
 
 from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change
-from stepwell_server.errors import InvalidInput, RevisionConflict
+from stepwell_server.errors import Internal, InvalidInput, Overloaded, RevisionConflict
 from support.engine import Answer, Later, running
 from support.fake_executor import BAD, RICH
 from support.model_of_sessions import initial, run
@@ -157,3 +157,32 @@ async def test_steps_of_one_session_that_all_conflict_are_each_answered() -> Non
         for answers in waiting:
             with pytest.raises(RevisionConflict):
                 await answers.only()
+
+
+@pytest.mark.parametrize("where", ["intake.admission.Job", "passes.loop.Pass"])
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+async def test_to_run_out_of_memory_is_too_much_at_once_and_harms_no_session(
+    where: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_arguments: object, **_named: object) -> None:
+        raise error
+
+    async with running() as at:
+        await at.open("a", "b")
+        monkeypatch.setattr(f"stepwell_server.engine.{where}", breaks)
+        answers = await at.submit(["a", "b"], x(2)).all()
+        monkeypatch.undo()
+        kind = Overloaded if error is MemoryError else Internal
+        assert [type(answer) for answer in answers] == [kind, kind]
+        assert (await at.submit(["a", "b"], x(2), expected=[0, 0]).all())[0] != answers[0]
+        assert at.engine.session_info("a").revision == 1
+
+
+async def test_a_caller_who_cannot_be_told_of_a_reset_costs_nobody_else() -> None:
+    def raises(_answer: object) -> None:
+        raise RuntimeError("nobody is there")
+
+    async with running() as at:
+        await at.open("a")
+        at.engine.submit(Change(["a"], Later(raises), reset=True))
+        assert (await at.submit("a", reset=True).only()).revision == 2

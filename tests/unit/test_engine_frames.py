@@ -253,3 +253,17 @@ async def test_two_models_do_not_share_passes_or_rows() -> None:
         for each in answers:
             assert reasons(await each.all()) == ["Answer", "Answer"]
         assert sorted(at.events.passes) == [(2, 1), (2, 1)]
+
+
+async def test_many_that_are_gone_alike_share_an_error_and_each_is_told_which() -> None:
+    async with running(max_session_idle_s=60, resident_rows=256) as at:
+        expired = [f"e{i}" for i in range(40)]
+        await at.open(*expired)
+        at.clock.advance(61)
+        await at.open("live")
+        ids = [*expired, *(f"never{i}" for i in range(50)), "s-00000000-AAAAAAAAAAAAAAAAAAAAAA", "live"]
+        answers = await at.submit(ids, x(len(ids))).all()
+        wanted = [*["SessionExpired"] * 40, *["SessionNotFound"] * 50, "SessionLost", "Answer"]
+        assert reasons(answers) == wanted
+        assert len({id(answer) for answer in answers if isinstance(answer, ServerError)}) == 3
+        assert "(and so for 49 others of the session_ids)" in str(getattr(answers[40], "message", ""))

@@ -6,13 +6,13 @@ import asyncio
 import logging
 from typing import Any
 
-import grpc
 import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.errors import SessionNotFound
 from stepwell_server.rpc.boundary import Boundary
-from support.fake_context import Aborted, FakeContext, Requests
+from stepwell_server.rpc.fronts.base import CallEnded
+from support.fake_call import FakeCall, Requests
 
 
 @pytest.fixture
@@ -26,33 +26,33 @@ def boundary(requests: Requests) -> Boundary:
 
 
 def _unary(boundary: Boundary, behaviour: Any) -> Any:
-    return boundary.unary("GetSession", behaviour, pb.GetSessionRequest).unary_unary
+    return boundary.unary("GetSession", behaviour, pb.GetSessionRequest)
 
 
 async def test_messages_go_in_and_come_out(boundary: Boundary, requests: Requests) -> None:
-    async def behaviour(request: pb.GetSessionRequest, _context: object) -> pb.GetSessionResponse:
+    async def behaviour(request: pb.GetSessionRequest, _call: object) -> pb.GetSessionResponse:
         return pb.GetSessionResponse(session=pb.Session(session_id=request.session_id))
 
-    raw = await _unary(boundary, behaviour)(b"\n\x01s", FakeContext())
+    raw = await _unary(boundary, behaviour)(FakeCall(b"\n\x01s"))
     assert pb.GetSessionResponse.FromString(raw).session.session_id == "s"
     assert requests.done == [("GetSession", "OK")]
 
 
-async def _fails(_request: object, _context: object) -> pb.GetSessionResponse:
+async def _fails(_request: object, _call: object) -> pb.GetSessionResponse:
     raise SessionNotFound("s", "no session 's'")
 
 
-async def _breaks(_request: object, _context: object) -> pb.GetSessionResponse:
+async def _breaks(_request: object, _call: object) -> pb.GetSessionResponse:
     raise ValueError("secret detail")
 
 
-async def _awaits_something_cancelled(_request: object, _context: object) -> pb.GetSessionResponse:
+async def _awaits_something_cancelled(_request: object, _call: object) -> pb.GetSessionResponse:
     future: asyncio.Future[pb.GetSessionResponse] = asyncio.get_running_loop().create_future()
     future.cancel()
     return await future
 
 
-async def _answers_too_much(_request: object, _context: object) -> pb.GetSessionResponse:
+async def _answers_too_much(_request: object, _call: object) -> pb.GetSessionResponse:
     return pb.GetSessionResponse(session=pb.Session(session_id="s" * 2000))
 
 
@@ -68,9 +68,9 @@ async def _answers_too_much(_request: object, _context: object) -> pb.GetSession
 async def test_errors_become_statuses(
     boundary: Boundary, requests: Requests, behaviour: Any, raw: bytes, code: str, message: str
 ) -> None:
-    with pytest.raises(Aborted, match=message) as caught:
-        await _unary(boundary, behaviour)(raw, FakeContext())
-    assert caught.value.code is grpc.StatusCode[code]
+    with pytest.raises(CallEnded, match=message) as caught:
+        await _unary(boundary, behaviour)(FakeCall(raw))
+    assert caught.value.status.code.name == code
     assert requests.done == [("GetSession", code)]
     assert sum(requests.refusals.values()) == 1
 
@@ -79,31 +79,29 @@ async def test_errors_become_statuses(
 async def test_defects_are_opaque_and_logged_under_their_id(
     boundary: Boundary, behaviour: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(Aborted) as caught:
-        await _unary(boundary, behaviour)(b"", FakeContext())
-    assert caught.value.code is grpc.StatusCode.INTERNAL
-    assert "secret" not in caught.value.details
+    with pytest.raises(CallEnded) as caught:
+        await _unary(boundary, behaviour)(FakeCall())
+    assert caught.value.status.code.name == "INTERNAL"
+    assert "secret" not in caught.value.status.message
     (record,) = caplog.records
     fields = record.__dict__["fields"]
-    assert fields["error_id"] in caught.value.details
+    assert fields["error_id"] in caught.value.status.message
     assert record.exc_info is not None
     assert record.levelno == logging.ERROR
 
 
-@pytest.mark.parametrize(
-    ("remaining", "code"), [(None, "CANCELLED"), (5.0, "CANCELLED"), (0, "DEADLINE_EXCEEDED")]
-)
-async def test_a_call_that_grpc_cancelled_ends_as_cancelled(
-    boundary: Boundary, requests: Requests, remaining: float | None, code: str
+@pytest.mark.parametrize(("is_late", "code"), [(False, "CANCELLED"), (True, "DEADLINE_EXCEEDED")])
+async def test_a_call_that_the_front_cancelled_ends_as_cancelled(
+    boundary: Boundary, requests: Requests, is_late: bool, code: str
 ) -> None:
     began = asyncio.Event()
 
-    async def waits(_request: object, _context: object) -> pb.GetSessionResponse:
+    async def waits(_request: object, _call: object) -> pb.GetSessionResponse:
         began.set()
         await asyncio.Event().wait()
         raise AssertionError
 
-    task = asyncio.create_task(_unary(boundary, waits)(b"", FakeContext(remaining)))
+    task = asyncio.create_task(_unary(boundary, waits)(FakeCall(is_late=is_late)))
     await began.wait()
     idle = asyncio.create_task(boundary.wait_idle())
     task.cancel()

@@ -15,7 +15,7 @@ from stepwell_server.clock import SystemClock
 from stepwell_server.errors import InvalidInput, Overloaded, Unavailable
 from stepwell_server.rpc.sizes import ReplySizes
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
-from support.fake_context import FakeContext, Requests
+from support.fake_call import FakeCall, Requests
 from support.fake_engine import MODEL, FakeEngine
 
 _PATIENCE_S = 5.0
@@ -35,7 +35,7 @@ class Call:
 
     def __init__(self, engine: FakeEngine, limits: StreamLimits) -> None:
         self.engine = engine
-        self.context = FakeContext()
+        self.context = FakeCall()
         sizes = ReplySizes(engine, limit=4096)  # type: ignore[arg-type]
         self.observer = Requests()
         self.stream = FrameStream(
@@ -44,7 +44,7 @@ class Call:
             sizes,
             limits,
             self.observer,
-            self.context,  # type: ignore[arg-type]
+            self.context,
         )
         self.task = asyncio.create_task(self.stream.run(float("inf")))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
-from support.lane import ALL, BOTH_WAYS, LAST, Streams, message, parsed, play, reasons, streams
+from support.lane import ALL, BOTH_WAYS, LAST, Streams, message, parsed, play, reasons, request, streams
 
 
 @BOTH_WAYS
@@ -212,3 +212,50 @@ async def test_more_than_may_wait_is_refused() -> None:
     refused = [reason for reason in reasons(replies) if reason]
     assert set(refused) == {"OVERLOADED"}
     assert len(refused) == 100 - 64
+
+
+@pytest.mark.parametrize("kind", ["frame", "call"])
+async def test_a_step_says_which_rows_begin_anew_and_which_outputs_come(kind: str) -> None:
+    async with streams() as at:
+        await at.at.open("a")
+        await at.at.step("a", np.ones((1, 2), np.float32))
+        fields: dict[str, Any] = {"reset_mask": [True], "output_names": ["y"]}
+        if kind == "frame":
+            at.send(message(1, "a", **fields))
+            (reply,) = parsed((await at.done())[0])
+            assert (list(reply.revisions), list(reply.positions)) == ([2], [1])
+        else:
+            at.call(request("a", **fields))
+            await at.done()
+            answer = pb.StepResponse.FromString(at.calls[0].result())
+            assert (answer.revision, answer.position) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"states": pb.STATE_SELECTION_LAST}, "states must be STATE_SELECTION_NONE"),
+        ({"states": pb.STATE_SELECTION_ALL}, "got STATE_SELECTION_ALL"),
+        ({"states": 9}, "states must be STATE_SELECTION_NONE"),
+        ({"reset_mask": [True, False]}, "reset_mask must be empty or one for each of 1 rows; got 2"),
+        ({"output_names": ["z"]}, "output_names must be among ['y']; got 'z'"),
+    ],
+)
+async def test_what_this_server_cannot_send_is_refused_by_its_name(
+    fields: dict[str, Any], words: str
+) -> None:
+    async with streams() as at:
+        await at.at.open("a")
+        at.send(message(1, "a", **fields))
+        at.send(message(2, "a", state_members=[0]))
+        at.call(request("a", **fields))
+        at.call(request("a", state_rows=[0]))
+        (replies,) = await at.done()
+        said = [reply.errors[0].error.message for reply in parsed(replies)]
+        assert words in said[0]
+        assert said[1].startswith("state_members must be empty")
+        first, second = await at.call_results()
+        assert first[0] == second[0] == "INVALID_ARGUMENT"
+        assert words in first[1]
+        assert second[1].startswith("state_rows must be empty")
+        assert at.at.engine.session_info("a").revision == 0

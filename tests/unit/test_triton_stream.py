@@ -12,7 +12,7 @@ from stepwell_server.errors import InvalidInput, Unavailable
 from stepwell_server.rpc.steps.stream import StreamLimits
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.stream import InferStream
-from support.fake_context import FakeContext, Requests
+from support.fake_call import FakeCall, Requests
 
 _PATIENCE_S = 5.0
 _ROOMY = StreamLimits(frames=100, bytes=1 << 20)
@@ -22,13 +22,13 @@ class Call:
     """A running ModelStreamInfer call, and the requests that its server has at work."""
 
     def __init__(self, limits: StreamLimits) -> None:
-        self.context = FakeContext()
+        self.context = FakeCall()
         self.observer = Requests()
         self.begun: list[str] = []
         self.cancelled: list[str] = []
         self._begun = asyncio.Condition()
         self._answers: dict[str, asyncio.Future[pb.ModelInferResponse]] = {}
-        self.stream = InferStream(self._infer, limits, self.observer, self.context)  # type: ignore[arg-type]
+        self.stream = InferStream(self._infer, limits, self.observer, self.context)
         self.task = asyncio.create_task(self.stream.run())
 
     def send(self, *ids: str) -> None:

@@ -139,6 +139,7 @@ class SessionTable:
         self._more_rows.pop(handle, None)
         self.model[handle] = -1
         self.due[handle] = -1
+        self.birth[handle] = 0
         self._free.append(handle)
 
     def rows(self, handle: int) -> Rows:

@@ -198,7 +198,10 @@ class Change:
     def fail(self, members: Members, error: ServerError) -> None:
         """Members failed; nothing changed for them. See `job.Owner`."""
         self._count(len(members))
-        self.replies.failed(members, error)
+        try:
+            self.replies.failed(members, error)
+        except Exception as raised:
+            self._undelivered(raised)
 
     def succeed(
         self, members: Members, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool = False
@@ -207,7 +210,14 @@ class Change:
         self._count(len(members))
         if self.output_names:
             outputs = {name: outputs[name] for name in self.output_names if name in outputs}
-        self.replies.applied(members, revisions, positions, outputs, replayed=replayed)
+        try:
+            self.replies.applied(members, revisions, positions, outputs, replayed=replayed)
+        except Exception as raised:
+            self._undelivered(raised)
+
+    def _undelivered(self, raised: Exception) -> None:
+        # its caller's loss, and no one else's: the others' answers and the claims are due
+        _log.defect("an answer could not be delivered", raised, sessions=len(self.session_ids))
 
     def _count(self, answered: int) -> None:
         self.left -= answered
@@ -261,21 +271,13 @@ class _Callers:
         parts, names, columns = self._parts, list(outputs), list(outputs.values())
         for at, member in enumerate(members.tolist()):
             own = {name: column[at : at + 1] for name, column in zip(names, columns, strict=True)}
-            part = parts[member]
-            try:
-                part.replies.applied(
-                    _FIRST, revisions[at : at + 1], positions[at : at + 1], own, replayed=replayed
-                )
-            except Exception as error:  # its caller's loss, and no one else's
-                _log.defect("an answer could not be delivered", error, model=part.model.name)
+            parts[member].succeed(
+                _FIRST, revisions[at : at + 1], positions[at : at + 1], own, replayed=replayed
+            )
 
     def failed(self, members: Members, error: ServerError) -> None:
         for member in members.tolist():
-            part = self._parts[member]
-            try:
-                part.replies.failed(_FIRST, error)
-            except Exception as raised:
-                _log.defect("an answer could not be delivered", raised, model=part.model.name)
+            self._parts[member].fail(_FIRST, error)
 
     def cancelled(self, members: Members) -> Members:
         parts = self._parts
@@ -305,7 +307,6 @@ def joined(parts: Sequence[Change]) -> Change:
         [part.session_ids[0] for part in parts],
         _Callers(parts),
         select=first.select,
-        output_names=first.output_names,
         parts=parts,
     )
     whole.model = first.model
@@ -324,13 +325,6 @@ def joined(parts: Sequence[Change]) -> Change:
         whole.reset_rows = np.concatenate([p.reset_rows for p in parts if p.reset_rows is not None])
     whole.deadlines = np.array([part.deadline for part in parts])
     whole.members = np.arange(len(parts), dtype=np.intp)
-
-    def on_end() -> None:
-        for part in parts:
-            if part.on_end is not None:
-                part.on_end()
-
-    whole.on_end = on_end
     return whole
 
 

@@ -1,42 +1,36 @@
 """The one place where calls end: parsing, serialising, errors, request log and request metrics.
 
 A behaviour of a servicer takes a message and returns one, or raises a `ServerError`. Around it, this
-module makes sure of three things that gRPC would do otherwise:
+module makes sure of three things that a front would do otherwise:
 
 - Bytes that are no message end a call with INVALID_ARGUMENT, not with INTERNAL and a stack trace.
 - An unforeseen exception becomes an opaque INTERNAL with an id under which the log has the details.
 - Each call ends with a status. gRPC sends none when `asyncio.CancelledError` leaves a handler, and the
-  client waits for ever; so only gRPC's own cancellation, after which no one waits, may pass.
+  client waits for ever; so only the front's own cancellation, after which no one waits, may pass.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol, TypeVar
 
-import grpc
-import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
-from stepwell_server.errors import Internal, InvalidInput, MessageTooLarge, ServerError
+from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.logs import Log
+from stepwell_server.rpc.fronts.base import Call, CallEnded
 from stepwell_server.rpc.status import to_status
-
-if TYPE_CHECKING:
-    from stepwell_server.clock import Clock
 
 _log = Log("rpc")
 _Message = TypeVar("_Message", bound=Message)
 
 #: The type of a request, and its bytes.
 _Request = tuple[type[Message], bytes]
-#: A call as gRPC hands it over: requests and replies are bytes, this module turns them into messages.
-Context = grpc.aio.ServicerContext[Any, Any]
-UnaryBehaviour = Callable[[Any, Context], Awaitable[Message]]
-StreamBehaviour = Callable[[Context], Awaitable[None]]
+UnaryBehaviour = Callable[[Any, Call], Awaitable[Message]]
+StreamBehaviour = Callable[[Call], Awaitable[None]]
+Serve = Callable[[Call], Coroutine[Any, Any, bytes]]
 
 
 class RequestObserver(Protocol):
@@ -63,7 +57,7 @@ def parse(message_type: type[_Message], raw: bytes) -> _Message:
 
 
 class Boundary:
-    """Makes gRPC handlers of behaviours. Lives on the event loop."""
+    """Makes of behaviours what a front serves. Lives on the event loop."""
 
     def __init__(self, observer: RequestObserver, max_message_bytes: int) -> None:
         self._observer = observer
@@ -72,35 +66,44 @@ class Boundary:
         self._idle: asyncio.Future[None] | None = None
         """Someone waits until no call is running."""
 
-    def unary(self, method: str, behaviour: UnaryBehaviour, request_type: type[Message]) -> Any:
-        """A handler for one request and one reply."""
+    def unary(self, method: str, behaviour: UnaryBehaviour, request_type: type[Message]) -> Serve:
+        """Serves a method of one request and one reply."""
 
-        async def handle(raw: bytes, context: Context) -> bytes:
+        async def serve(call: Call) -> bytes:
             started = self._begin()
+            request = (request_type, call.request)
             try:
-                reply = (await behaviour(parse(request_type, raw), context)).SerializeToString()
+                reply = (await behaviour(parse(request_type, call.request), call)).SerializeToString()
                 if len(reply) > self._max_message_bytes:
                     raise self._too_large(reply)
             except (Exception, asyncio.CancelledError) as error:
-                await self._fail(error, context, method, (request_type, raw), started)
-                raise  # not reached: _fail always raises
-            self._end(method, "OK", started, (request_type, raw))
+                self._end_badly(error, call, method, request, started)
+                raise
+            self._end(method, "OK", started, request)
             return reply
 
-        return grpc.unary_unary_rpc_method_handler(handle)
+        return serve
 
-    def stream(self, method: str, behaviour: StreamBehaviour) -> Any:
-        """A handler for streams both ways, whose behaviour reads and writes bytes by itself."""
+    def stream(self, method: str, behaviour: StreamBehaviour, *, endless: bool = False) -> Serve:
+        """Serves a method of streams, whose behaviour reads and writes bytes by itself.
 
-        async def handle(_requests: object, context: Context) -> None:
-            started = self._begin()
+        Args:
+            method: Its name.
+            behaviour: Serves a call.
+            endless: Only the client ends it: nobody waits for it when the server stops.
+        """
+
+        async def serve(call: Call) -> bytes:
+            started = self._begin(counts=not endless)
             try:
-                await behaviour(context)
+                await behaviour(call)
             except (Exception, asyncio.CancelledError) as error:
-                await self._fail(error, context, method, None, started)
-            self._end(method, "OK", started, None)
+                self._end_badly(error, call, method, None, started, counts=not endless)
+                raise
+            self._end(method, "OK", started, None, counts=not endless)
+            return b""
 
-        return grpc.stream_stream_rpc_method_handler(handle)
+        return serve
 
     async def wait_idle(self) -> None:
         """Return as soon as no call is running."""
@@ -112,44 +115,46 @@ class Boundary:
         limit = self._max_message_bytes
         return MessageTooLarge(f"the reply must be at most {limit} bytes; it would be {len(reply)}")
 
-    async def _fail(
+    def _end_badly(
         self,
         error: BaseException,
-        context: Context,
+        call: Call,
         method: str,
         request: _Request | None,
         started: float,
+        *,
+        counts: bool = True,
     ) -> None:
-        """End the call with the status of ``error``, and this coroutine with an exception."""
-        if isinstance(error, asyncio.CancelledError) and _is_cancelled_by_grpc():
-            code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
-            self._end(method, code, started, request)
-            raise error
+        """The call ends with the status of `error`, unless the front cancelled it: then with nothing.
+
+        Raises:
+            CallEnded: with the status.
+        """
+        if isinstance(error, asyncio.CancelledError) and _is_cancelled_by_front():
+            code = "DEADLINE_EXCEEDED" if call.is_late else "CANCELLED"
+            self._end(method, code, started, request, counts=counts)
+            return
         known = error if isinstance(error, ServerError) else internal(error, method=method)
         status = to_status(known)
         self._observer.refused(known.reason, 1)
-        self._end(method, status.code.name, started, request)
-        await context.abort(status.code, status.message, status.trailers)
+        self._end(method, status.code.name, started, request, counts=counts)
+        raise CallEnded(status) from error
 
-    def _begin(self) -> float:
-        self._running += 1
+    def _begin(self, *, counts: bool = True) -> float:
+        self._running += counts
         return time.perf_counter()
 
-    def _end(self, method: str, code: str, started: float, request: _Request | None) -> None:
+    def _end(
+        self, method: str, code: str, started: float, request: _Request | None, *, counts: bool = True
+    ) -> None:
         seconds = time.perf_counter() - started
-        self._running -= 1
-        if self._running == 0 and self._idle is not None:
+        self._running -= counts
+        if counts and self._running == 0 and self._idle is not None:
             self._idle.set_result(None)
             self._idle = None
         self._observer.request_done(method, code, seconds)
         if _log.is_debug:
             _log.debug("request", method=method, **_facts(request), status=code, duration_ms=seconds * 1000)
-
-
-def deadline_of(context: Context, clock: Clock) -> float:
-    """The call's deadline on the clock's monotonic time; infinity if it has none."""
-    remaining: float | None = context.time_remaining()  # its type forgets that there may be none
-    return math.inf if remaining is None else clock.monotonic() + remaining
 
 
 def _facts(request: _Request | None) -> dict[str, str]:
@@ -164,12 +169,12 @@ def _facts(request: _Request | None) -> dict[str, str]:
     return {name: getattr(message, name) for name in ("session_id", "model") if hasattr(message, name)}
 
 
-def internal(error: BaseException, **facts: object) -> Internal:
+def internal(error: BaseException, **facts: object) -> ServerError:
     """The opaque error that stands for a defect, whose details go to the log."""
     return _log.internal("internal error", error, **facts)
 
 
-def _is_cancelled_by_grpc() -> bool:
+def _is_cancelled_by_front() -> bool:
     """Whether the task itself was cancelled: the client is gone, its deadline passed, or the server ends.
 
     Otherwise a future that the task awaited was cancelled, which is a defect like any other.

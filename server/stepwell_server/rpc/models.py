@@ -6,33 +6,30 @@ from typing import TYPE_CHECKING
 
 from stepwell.v1 import models_pb2 as pb
 from stepwell_server.rpc import convert
-from stepwell_server.rpc.boundary import deadline_of
 
 if TYPE_CHECKING:
-    from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.rpc.boundary import Context
+    from stepwell_server.rpc.fronts.base import Call
     from stepwell_server.rpc.sizes import ReplySizes
 
 
 class ModelServicer:
     """The calls of ModelService, each by its name in snake case. Lives on the event loop."""
 
-    def __init__(self, engine: Engine, clock: Clock, sizes: ReplySizes) -> None:
+    def __init__(self, engine: Engine, sizes: ReplySizes) -> None:
         self._engine = engine
-        self._clock = clock
         self._sizes = sizes
 
-    async def list_models(self, _request: pb.ListModelsRequest, _context: Context) -> pb.ListModelsResponse:
+    async def list_models(self, _request: pb.ListModelsRequest, _call: Call) -> pb.ListModelsResponse:
         """List the models."""
         models = sorted(self._engine.models(), key=lambda model: model.name)
         return pb.ListModelsResponse(models=[convert.from_model(model) for model in models])
 
-    async def get_model(self, request: pb.GetModelRequest, _context: Context) -> pb.GetModelResponse:
+    async def get_model(self, request: pb.GetModelRequest, _call: Call) -> pb.GetModelResponse:
         """Describe a model."""
         return pb.GetModelResponse(model=convert.from_model(self._engine.model(request.name)))
 
-    async def predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
+    async def predict(self, request: pb.PredictRequest, call: Call) -> pb.PredictResponse:
         """Run a model without a session."""
         inputs = convert.to_arrays(request.inputs, "inputs")
         self._sizes.predict(request.model, inputs)
@@ -40,8 +37,8 @@ class ModelServicer:
             request.model,
             inputs,
             convert.to_optional_arrays(request.state, "state"),
-            deadline=deadline_of(context, self._clock),
-            source=context.peer(),
+            deadline=call.deadline,
+            source=call.caller,
         )
         response = pb.PredictResponse()
         convert.add_tensors(response.outputs, predicted.outputs)

@@ -6,33 +6,44 @@ byte.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
-import grpc
-import grpc.aio
 from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from stepwell_server.rpc.boundary import parse
 from stepwell_server.rpc.triton.inference import service_pb2
 
-V1 = "grpc.reflection.v1.ServerReflection"
-V1ALPHA: str = reflection.SERVICE_NAME
+if TYPE_CHECKING:
+    from stepwell_server.rpc.fronts.base import Call
+
+_V1 = "grpc.reflection.v1"
+_V1ALPHA = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
 
 
-def enable_reflection(services: Sequence[str], server: grpc.aio.Server) -> None:
-    """Let clients ask a server for its services, by full name, and for their messages."""
-    # Our own messages are in the common pool; Triton's are in one of their own, and v1's too.
-    pools = Pools(descriptor_pool.Default(), service_pb2.DESCRIPTOR.pool, _v1_pool())
-    servicer = reflection.aio.ReflectionServicer((*services, V1, V1ALPHA), pool=pools)
-    for name in (V1, V1ALPHA):
-        handler = grpc.stream_stream_rpc_method_handler(
-            servicer.ServerReflectionInfo,
-            request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-            response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-        )
-        handlers = grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler})
-        server.add_generic_rpc_handlers((handlers,))
+class ReflectionServicer:
+    """The call of ServerReflection. Lives on the event loop."""
+
+    def __init__(self, services: Iterable[str]) -> None:
+        # Our own messages are in the common pool; Triton's are in one of their own, and v1's too.
+        own = _v1_pool()
+        self.services = (own.FindServiceByName(f"{_V1}.ServerReflection"), _V1ALPHA)
+        """Descriptors of the services that this one answers."""
+        names = [*services, *(service.full_name for service in self.services)]
+        pools = Pools(descriptor_pool.Default(), service_pb2.DESCRIPTOR.pool, own)
+        self._servicer: Any = reflection.aio.ReflectionServicer(names, pools)
+
+    async def server_reflection_info(self, call: Call) -> None:
+        """Answer each question."""
+        while (raw := await call.read()) is not None:
+            request = parse(reflection_pb2.ServerReflectionRequest, raw)
+            async for reply in self._servicer.ServerReflectionInfo(_only(request), None):
+                await call.write(reply.SerializeToString())
+
+
+async def _only(request: Any) -> AsyncIterator[Any]:
+    yield request
 
 
 class Pools:
@@ -74,15 +85,15 @@ def _v1_pool() -> descriptor_pool.DescriptorPool:
     """The description of v1, made from v1alpha's."""
     file = descriptor_pb2.FileDescriptorProto()
     reflection_pb2.DESCRIPTOR.CopyToProto(file)
-    old, new = file.package, V1.rpartition(".")[0]
-    file.name, file.package = new.replace(".", "/") + "/reflection.proto", new
+    old = file.package
+    file.name, file.package = _V1.replace(".", "/") + "/reflection.proto", _V1
     for message in file.message_type:
         for field in (field for field in message.field if field.type_name):
-            field.type_name = field.type_name.replace(f".{old}.", f".{new}.")
+            field.type_name = field.type_name.replace(f".{old}.", f".{_V1}.")
     for service in file.service:
         for method in service.method:
-            method.input_type = method.input_type.replace(f".{old}.", f".{new}.")
-            method.output_type = method.output_type.replace(f".{old}.", f".{new}.")
+            method.input_type = method.input_type.replace(f".{old}.", f".{_V1}.")
+            method.output_type = method.output_type.replace(f".{old}.", f".{_V1}.")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return pool

@@ -9,7 +9,6 @@ from stepwell_server.engine.api import Applied, Opened
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert
-from stepwell_server.rpc.boundary import deadline_of
 from stepwell_server.rpc.pages import from_token, to_token
 from stepwell_server.rpc.steps import messages
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
@@ -17,10 +16,9 @@ from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.rpc.boundary import Context, RequestObserver
+    from stepwell_server.rpc.boundary import RequestObserver
+    from stepwell_server.rpc.fronts.base import Call
     from stepwell_server.rpc.sizes import ReplySizes
-
-__all__ = ["SessionServicer", "deadline_of"]
 
 _DEFAULT_PAGE = 1000
 _LARGEST_PAGE = 10_000
@@ -45,7 +43,7 @@ class SessionServicer:
         self._streams: set[FrameStream] = set()
         self._stopping = False
 
-    async def open_session(self, request: pb.OpenSessionRequest, _context: Context) -> pb.OpenSessionResponse:
+    async def open_session(self, request: pb.OpenSessionRequest, _call: Call) -> pb.OpenSessionResponse:
         """Open a session, or resume a live one."""
         opened = await self._engine.open_session(
             request.model,
@@ -60,9 +58,7 @@ class SessionServicer:
             session=convert.from_session(opened.session), resumed=opened.resumed, replayed=opened.replayed
         )
 
-    async def open_sessions(
-        self, request: pb.OpenSessionsRequest, _context: Context
-    ) -> pb.OpenSessionsResponse:
+    async def open_sessions(self, request: pb.OpenSessionsRequest, _call: Call) -> pb.OpenSessionsResponse:
         """Open many sessions."""
         opened = await self._engine.open_sessions(
             request.model,
@@ -78,31 +74,25 @@ class SessionServicer:
             revisions=opened.revisions.tolist() if opened.revisions.any() else (),
         )
 
-    async def close_session(
-        self, request: pb.CloseSessionRequest, context: Context
-    ) -> pb.CloseSessionResponse:
+    async def close_session(self, request: pb.CloseSessionRequest, call: Call) -> pb.CloseSessionResponse:
         """Delete a session."""
         replayed = await self._engine.close_session(
-            request.session_id, request_id=request.request_id, deadline=deadline_of(context, self._clock)
+            request.session_id, request_id=request.request_id, deadline=call.deadline
         )
         return pb.CloseSessionResponse(replayed=replayed)
 
-    async def close_sessions(
-        self, request: pb.CloseSessionsRequest, _context: Context
-    ) -> pb.CloseSessionsResponse:
+    async def close_sessions(self, request: pb.CloseSessionsRequest, _call: Call) -> pb.CloseSessionsResponse:
         """Delete many sessions."""
         closed = await self._engine.close_sessions(list(request.session_ids))
         return pb.CloseSessionsResponse(closed=closed)
 
-    async def get_session(self, request: pb.GetSessionRequest, _context: Context) -> pb.GetSessionResponse:
+    async def get_session(self, request: pb.GetSessionRequest, _call: Call) -> pb.GetSessionResponse:
         """Describe a session."""
         return pb.GetSessionResponse(
             session=convert.from_session(self._engine.session_info(request.session_id))
         )
 
-    async def list_sessions(
-        self, request: pb.ListSessionsRequest, _context: Context
-    ) -> pb.ListSessionsResponse:
+    async def list_sessions(self, request: pb.ListSessionsRequest, _call: Call) -> pb.ListSessionsResponse:
         """List sessions, page by page."""
         size = request.page_size or _DEFAULT_PAGE
         if size > _LARGEST_PAGE:
@@ -120,45 +110,45 @@ class SessionServicer:
             total=total,
         )
 
-    async def step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
+    async def step(self, request: pb.StepRequest, call: Call) -> pb.StepResponse:
         """Advance a session."""
         answer = Awaited()
         change = messages.of_step(request, answer)
         assert change.inputs is not None, "a step has inputs"
         self._sizes.step(change.session_ids, change.inputs, change.select)
-        return messages.step_reply(await self._apply(change, answer, context))
+        return messages.step_reply(await self._apply(change, answer, call))
 
-    async def reset_states(self, request: pb.ResetStatesRequest, context: Context) -> pb.ResetStatesResponse:
+    async def reset_states(self, request: pb.ResetStatesRequest, call: Call) -> pb.ResetStatesResponse:
         """Set the state of a session, or of some of its rows."""
         answer = Awaited()
-        return messages.reset_reply(await self._apply(messages.of_reset(request, answer), answer, context))
+        return messages.reset_reply(await self._apply(messages.of_reset(request, answer), answer, call))
 
-    async def get_state(self, request: pb.GetStateRequest, context: Context) -> pb.GetStateResponse:
+    async def get_state(self, request: pb.GetStateRequest, call: Call) -> pb.GetStateResponse:
         """Read the state of a session."""
-        read = await self._engine.get_state(request.session_id, deadline=deadline_of(context, self._clock))
+        read = await self._engine.get_state(request.session_id, deadline=call.deadline)
         response = pb.GetStateResponse(session=convert.from_session(read.session))
         convert.add_tensors(response.state, read.state)
         return response
 
-    async def fork_session(self, request: pb.ForkSessionRequest, context: Context) -> pb.ForkSessionResponse:
+    async def fork_session(self, request: pb.ForkSessionRequest, call: Call) -> pb.ForkSessionResponse:
         """Open a session with the state of another."""
         forked: Opened = await self._engine.fork(
             request.session_id,
             new_session_id=request.new_session_id,
             expected=request.expected_revision if request.HasField("expected_revision") else None,
             request_id=request.request_id,
-            deadline=deadline_of(context, self._clock),
+            deadline=call.deadline,
         )
         return pb.ForkSessionResponse(session=convert.from_session(forked.session), replayed=forked.replayed)
 
-    async def step_stream(self, context: Context) -> None:
+    async def step_stream(self, call: Call) -> None:
         """Advance many sessions at once, frame by frame."""
-        stream = FrameStream(self._engine, self._clock, self._sizes, self._limits, self._observer, context)
+        stream = FrameStream(self._engine, self._clock, self._sizes, self._limits, self._observer, call)
         self._streams.add(stream)
         if self._stopping:
             stream.stop()
         try:
-            await stream.run(deadline_of(context, self._clock))
+            await stream.run(call.deadline)
         finally:
             self._streams.discard(stream)
 
@@ -168,6 +158,6 @@ class SessionServicer:
         for stream in self._streams:
             stream.stop()
 
-    async def _apply(self, change: Change, answer: Awaited, context: Context) -> Applied:
-        change.deadline, change.caller = deadline_of(context, self._clock), context.peer()
+    async def _apply(self, change: Change, answer: Awaited, call: Call) -> Applied:
+        change.deadline, change.caller = call.deadline, call.caller
         return await self._engine.apply(change, answer)

@@ -120,11 +120,7 @@ class ReplySizes:
 
 
 def _row_bytes(spec: TensorSpec) -> int:
-    return math.prod(spec.shape) * np.dtype(_numpy_name(spec.dtype)).itemsize
-
-
-def _numpy_name(dtype: str) -> str:
-    return "uint16" if dtype == "bfloat16" else dtype  # as long as that, and NumPy does not know it
+    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
 
 
 def _extent(program: Program, inputs: Mapping[str, Array]) -> tuple[int, int]:

@@ -7,9 +7,8 @@ reason is a ``google.rpc.ErrorInfo`` and the delay a ``google.rpc.RetryInfo``, i
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
-
-import grpc
 
 from stepwell.v1 import errors_pb2
 from stepwell_server import errors
@@ -18,21 +17,39 @@ from stepwell_server import errors
 DOMAIN = "stepwell"
 _DETAILS_KEY = "grpc-status-details-bin"
 
+
+class Code(enum.IntEnum):
+    """gRPC's status codes, those that are used here: `google.rpc.Code`."""
+
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+
+
 #: The table. An error has the code of the nearest of its classes that is in here.
-CODES: dict[type[errors.ServerError], grpc.StatusCode] = {
-    errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
+CODES: dict[type[errors.ServerError], Code] = {
+    errors.InvalidInput: Code.INVALID_ARGUMENT,
     # Also for what no session's id can be: only where a session gets its id is it looked at as such.
-    errors.SessionGone: grpc.StatusCode.NOT_FOUND,
-    errors.SessionExists: grpc.StatusCode.ALREADY_EXISTS,
-    errors.RevisionConflict: grpc.StatusCode.ABORTED,
-    errors.ModelNotFound: grpc.StatusCode.NOT_FOUND,
-    errors.ModelMismatch: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
-    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
-    errors.StateCorrupt: grpc.StatusCode.DATA_LOSS,
-    errors.Unsupported: grpc.StatusCode.UNIMPLEMENTED,
-    errors.ServerError: grpc.StatusCode.INTERNAL,
+    errors.SessionGone: Code.NOT_FOUND,
+    errors.SessionExists: Code.ALREADY_EXISTS,
+    errors.RevisionConflict: Code.ABORTED,
+    errors.ModelNotFound: Code.NOT_FOUND,
+    errors.ServiceNotFound: Code.NOT_FOUND,
+    errors.ModelMismatch: Code.FAILED_PRECONDITION,
+    errors.Overloaded: Code.RESOURCE_EXHAUSTED,
+    errors.Unavailable: Code.UNAVAILABLE,
+    errors.DeadlineExceeded: Code.DEADLINE_EXCEEDED,
+    errors.StateCorrupt: Code.DATA_LOSS,
+    errors.Unsupported: Code.UNIMPLEMENTED,
+    errors.ServerError: Code.INTERNAL,
 }
 
 # Trailers over 8 KiB may be refused by the client's gRPC, and what a caller sent (a session id, say) can be
@@ -45,12 +62,12 @@ _FACT_CHARACTERS = 256
 class Status:
     """What ends a call."""
 
-    code: grpc.StatusCode
+    code: Code
     message: str
     trailers: tuple[tuple[str, bytes], ...]
 
 
-def code_of(error: errors.ServerError) -> grpc.StatusCode:
+def code_of(error: errors.ServerError) -> Code:
     """The gRPC status code of an error."""
     return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
 
@@ -62,7 +79,7 @@ def to_status(error: errors.ServerError) -> Status:
 
     code = code_of(error)
     message = _bounded(error.message)
-    details = status_pb2.Status(code=_number(code), message=message)
+    details = status_pb2.Status(code=int(code), message=message)
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_facts(error))
     details.details.add().Pack(info)
     if isinstance(error, errors.Overloaded):
@@ -75,17 +92,12 @@ def to_status(error: errors.ServerError) -> Status:
 def to_proto(error: errors.ServerError) -> errors_pb2.Error:
     """The error of a frame or of its members."""
     return errors_pb2.Error(
-        code=_number(code_of(error)),
+        code=int(code_of(error)),
         message=_bounded(error.message),
         reason=error.reason,
         metadata=_facts(error),
         retry_after_ms=_retry_after_ms(error) if isinstance(error, errors.Overloaded) else 0,
     )
-
-
-def _number(code: grpc.StatusCode) -> int:
-    number: int = code.value[0]
-    return number
 
 
 def _retry_after_ms(error: errors.Overloaded) -> int:

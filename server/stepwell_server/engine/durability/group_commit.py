@@ -21,7 +21,7 @@ from stepwell_server.store.record import Joined
 _log = Log("engine.commit")
 
 #: A commit expected to take less is made on the event loop: a thread costs more, in waiting for Python's lock.
-IN_PLACE_S = 1e-3
+COMMIT_IN_PLACE_S = 1e-3
 #: Records in one transaction at most, unless a single batch has more.
 MOST_TOGETHER = 8192
 #: So many sessions may wait for the store before passes wait too.
@@ -95,7 +95,7 @@ class GroupCommit:
         """Whether so many records are committed in place."""
         if self._store.is_volatile:
             return True
-        small = self.cost.of(size) <= IN_PLACE_S
+        small = self.cost.of(size) <= COMMIT_IN_PLACE_S
         return small and not self._waiting and not self._store.waits_for_disk
 
     def commit_here(self, batch: Batch, size: int) -> None:

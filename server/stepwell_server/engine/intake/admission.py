@@ -23,7 +23,9 @@ from stepwell_server.engine.job import Job
 from stepwell_server.engine.state.replies import Kept
 from stepwell_server.engine.types import Mask, Members
 from stepwell_server.errors import Overloaded, RevisionConflict, ServerError
+from stepwell_server.logs import Log
 
+_log = Log("engine.admission")
 #: The source of a job of many callers' steps, as long as there is room for all of them in one pass.
 _EVERYBODY = "everybody"
 
@@ -70,16 +72,12 @@ class Admission:
     def admit(self, changes: Sequence[Change]) -> None:
         """Start changes, or put their members in their sessions' lines."""
         for change in changes:
-            members = change.members
-            stale = self._table.birth[change.handles[members]] != change.births[members]
-            if stale.any():
-                found = self._refuse_stale(change, members[stale])
-                members = np.sort(np.concatenate([members[~stale], found]))
-            if len(members):
-                self._admit(change, members)
+            self._admit(change, change.members)
 
     def _admit(self, change: Change, members: Members) -> None:
         while len(members):
+            # each time: what was started may have failed in the store, and its session have left the table
+            members = self._live(change, members)
             claimed = self._table.claimed[change.handles[members]]
             if claimed.any():
                 self._turns.line_up(self, change, members[claimed])
@@ -88,6 +86,14 @@ class Admission:
                 is_first = self._is_first(change, members)
                 self._start(change, members[is_first])
                 members = members[~is_first]
+
+    def _live(self, change: Change, members: Members) -> Members:
+        """Members whose sessions are there; those that are not have their answer."""
+        stale = self._table.birth[change.handles[members]] != change.births[members]
+        if not stale.any():
+            return members
+        found = self._refuse_stale(change, members[stale])
+        return np.sort(np.concatenate([members[~stale], found]))
 
     @staticmethod
     def _is_first(change: Change, members: Members) -> Mask:
@@ -166,12 +172,17 @@ class Admission:
             change.requests_of(members),
         )
         apply = verdict.apply
-        if apply.all():
-            self._apply(change, members, handles)
-            return handles[:0]
-        self._answer_unapplied(change, members, handles, verdict)
-        if apply.any():
+        if not apply.all():
+            self._answer_unapplied(change, members, handles, verdict)
+        if not apply.any():
+            return handles
+        try:
             self._apply(change, members[apply], handles[apply])
+        except (
+            Exception
+        ) as error:  # nothing of it has been handed on: its callers are to know, its sessions are free
+            change.fail(members[apply], _log.internal("a change could not be started", error))
+            return handles
         return handles[~apply]
 
     def _answer_unapplied(self, change: Change, members: Members, handles: Handles, verdict: Verdict) -> None:
@@ -195,10 +206,15 @@ class Admission:
             return
         most = change.model.max_batch_rows
         sources = self._sources(change, members)
-        for source, some in sources:
+        jobs = [
+            self._job(change, some[part], source)
+            for source, some in sources
             # a part for each caller fits into one pass
-            for part in _split(change.sizes[some], max(1, most // len(sources))):
-                self._add_job(change, some[part], source)
+            for part in _split(change.sizes[some], max(1, most // len(sources)))
+        ]
+        for job in jobs:
+            change.model.ready.add(job)
+        change.model.work.ring()
 
     def _sources(self, change: Change, members: Members) -> list[tuple[Hashable, Members]]:
         """Members by whose turn it is: a greedy caller must not keep the others' steps out of the next pass.
@@ -210,12 +226,12 @@ class Admission:
             return [(_EVERYBODY, members)]
         return list(change.by_caller(members))
 
-    def _add_job(self, change: Change, members: Members, source: Hashable) -> None:
+    def _job(self, change: Change, members: Members, source: Hashable) -> Job:
         handles = change.handles[members]
         whole = len(members) == change.size
         rows = None if whole else change.rows_of(members)
         resets = change.reset_rows
-        job = Job(
+        return Job(
             change,
             members=members,
             handles=handles,
@@ -229,8 +245,6 @@ class Admission:
             queued_at=self._clock.monotonic(),
             reset_rows=resets if resets is None or rows is None else resets[rows],
         )
-        change.model.ready.add(job)
-        change.model.work.ring()
 
     def _reset(self, change: Change, members: Members, handles: Handles) -> None:
         table, model = self._table, change.model

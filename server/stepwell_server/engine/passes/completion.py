@@ -22,9 +22,7 @@ from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept
 from stepwell_server.engine.types import Tensors
 from stepwell_server.errors import ServerError
-from stepwell_server.logs import Log
 
-_log = Log("engine.replies")
 S = TypeVar("S", bound=np.generic)
 
 
@@ -106,17 +104,13 @@ class Completion:
         start = 0
         for job, given in zip(jobs, outputs, strict=True):
             end = start + len(job.members)
-            try:
-                if error is not None:
-                    _change(job).fail(job.members, error)
-                else:
-                    self._observer.stage(self._model.name, "total", now - job.queued_at, end - start)
-                    _change(job).succeed(
-                        job.members, outcome.revisions[start:end], outcome.positions[start:end], given
-                    )
-            except Exception as raised:
-                # its caller's loss, and no one else's: the others' answers and the claims are due
-                _log.defect("an answer could not be delivered", raised, model=self._model.name)
+            if error is not None:
+                _change(job).fail(job.members, error)
+            else:
+                self._observer.stage(self._model.name, "total", now - job.queued_at, end - start)
+                _change(job).succeed(
+                    job.members, outcome.revisions[start:end], outcome.positions[start:end], given
+                )
             start = end
         if error is None:
             row_steps = sum(job.row_count * job.steps for job in jobs)

@@ -18,6 +18,7 @@ from stepwell_server.engine.api import Observer, Select
 from stepwell_server.engine.change import Change, may_join
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.records import Outcome
+from stepwell_server.engine.executors.base import ExecutionError
 from stepwell_server.engine.passes.runner import IN_PLACE_S, Runner
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept
@@ -25,7 +26,7 @@ from stepwell_server.engine.types import Array
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 
-_log = Log("engine.replies")
+_log = Log("engine.loop")
 #: So many steps of one turn are run one by one: they cost less than one pass for all of them.
 MOST = 4
 
@@ -68,8 +69,11 @@ class Inline:
         row, started = int(table.row[handle]), self._clock.monotonic()
         try:
             outputs = self._runner.run_row(row, change.arrays)
-        except Exception:  # the pass finds out what it is, and answers
+        except ExecutionError:  # the pass says what it is
             return False
+        except Exception as error:
+            change.fail(change.members, _log.internal("a pass raised", error, model=self._model.name))
+            return True
         self._model.arena.keep_row_outputs(row, outputs)
         kept = _kept(change)
         outcome = Outcome(
@@ -87,17 +91,13 @@ class Inline:
             now = self._clock.monotonic()
             if self._committer.is_durable:
                 self._observer.stage(self._model.name, "commit", now - ran, 1)
-            try:
-                if error is not None:
-                    change.fail(change.members, error)
-                else:
-                    self._observer.stepped_alone(self._model.name, now - started)
-                    change.succeed(
-                        change.members, outcome.revisions, outcome.positions, self._named(kept, outputs)
-                    )
-            except Exception as raised:
-                # its caller's loss, and no one else's: the claim is due
-                _log.defect("an answer could not be delivered", raised, model=self._model.name)
+            if error is not None:
+                change.fail(change.members, error)
+            else:
+                self._observer.stepped_alone(self._model.name, now - started)
+                change.succeed(
+                    change.members, outcome.revisions, outcome.positions, self._named(kept, outputs)
+                )
 
         self._committer.commit(outcome, answer)
         return True

@@ -80,16 +80,17 @@ class Closing:
             raise InvalidInput(f"session_ids must be at most {MAX_SESSIONS_PER_CALL}; got {len(session_ids)}")
         if "" in session_ids:
             raise InvalidInput("session_ids must be ids of sessions; one of them is missing (it is empty)")
-        handles = np.unique(self._directory.find_all(session_ids))
-        handles = handles[handles >= 0]
-        free = handles[~self._table.claimed[handles]]
-        named = {self._table.session_id(handle) for handle in free.tolist()}
+        ids = list(dict.fromkeys(session_ids))
+        handles = self._directory.find_all(ids)
+        there = handles >= 0
+        free = handles[there][~self._table.claimed[handles[there]]]
+        # what has something under way, and what cannot be stepped here, is closed by itself; the others are not there
+        rest = [ids[place] for place in np.flatnonzero(there & self._table.claimed[handles]).tolist()]
+        rest += self._directory.unusable([ids[place] for place in np.flatnonzero(~there).tolist()])
         self._turns.claim(free)
         closed = await self._delete_in_parts(free)
         # one after the other: to hold some while waiting for others could wait for ever
-        for session_id in dict.fromkeys(session_ids):
-            if session_id in named:
-                continue
+        for session_id in rest:
             try:
                 await self.close(session_id, request_id=0, deadline=float("inf"))
             except SessionGone:

@@ -33,6 +33,8 @@ from stepwell_server.store.base import End, Store
 from stepwell_server.store.record import Header, decode_header
 
 _log = Log("engine.directory")
+#: Sessions of one change that are gone and have an error each; more of them share one.
+MOST_ERRORS = 32
 
 
 class Directory:
@@ -138,9 +140,34 @@ class Directory:
     def why_not_all(
         self, session_ids: Sequence[str], members: Members
     ) -> Iterator[tuple[Members, ServerError]]:
-        """Why those of some sessions, by their index, cannot be had."""
+        """Why those of some sessions, by their index, cannot be had.
+
+        Many that are gone alike share an error, which names the first of them: an error of its own for each of
+        65,536 would keep the event loop for seconds.
+        """
+        if len(members) <= MOST_ERRORS:
+            for member in members.tolist():
+                yield np.array([member]), self.why_not(session_ids[member])
+            return
+        unusable = set(self.unusable([session_ids[member] for member in members.tolist()]))
+        alike: dict[type[ServerError], tuple[ServerError, list[int]]] = {}
         for member in members.tolist():
-            yield np.array([member]), self.why_not(session_ids[member])
+            session_id = session_ids[member]
+            error = self.why_not(session_id) if session_id in unusable else self.gone(session_id)
+            alike.setdefault(type(error), (error, []))[1].append(member)
+        for error, some in alike.values():
+            if len(some) > 1:
+                error.message = f"{error.message} (and so for {len(some) - 1} others of the session_ids)"
+            yield np.array(some, np.intp), error
+
+    def unusable(self, session_ids: Sequence[str]) -> Sequence[str]:
+        """Those that are in the store and cannot be stepped here, or all if it cannot be read."""
+        if self._store.is_volatile:
+            return ()
+        try:
+            return self._loader.load_all(session_ids)[1]
+        except Unavailable:
+            return session_ids
 
     def gone(self, session_id: str) -> ServerError:
         """Why there is no such session."""

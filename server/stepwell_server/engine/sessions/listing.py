@@ -14,9 +14,9 @@ from stepwell_server.store.base import Store
 from stepwell_server.store.record import Header
 
 #: Records looked at before others get a turn.
-_AT_ONCE = 2000
+_AT_ONCE = 500
 #: The same where ids are enough.
-_IDS_AT_ONCE = 10_000
+_IDS_AT_ONCE = 5_000
 
 
 class Listing:

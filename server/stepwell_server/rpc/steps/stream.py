@@ -14,8 +14,6 @@ import asyncio
 import dataclasses
 from typing import TYPE_CHECKING
 
-import grpc.aio
-
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.engine.types import U64, Members, Tensors
 from stepwell_server.errors import InvalidInput, ServerError, Unavailable
@@ -27,7 +25,8 @@ from stepwell_server.rpc.steps.write_queue import Outbox
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.rpc.boundary import Context, RequestObserver
+    from stepwell_server.rpc.boundary import RequestObserver
+    from stepwell_server.rpc.fronts.base import Call
     from stepwell_server.rpc.sizes import ReplySizes
 
 _log = Log("rpc.stream")
@@ -55,21 +54,21 @@ class FrameStream:
         sizes: ReplySizes,
         limits: StreamLimits,
         observer: RequestObserver,
-        context: Context,
+        call: Call,
     ) -> None:
         self._engine = engine
         self._clock = clock
         self._sizes = sizes
         self._limits = limits
         self._observer = observer
-        self._context = context
-        self._caller = context.peer()
+        self._call = call
+        self._caller = call.caller
         self.deadline = float("inf")
         self._pending: dict[int, _Frame] = {}
         """Frames without their last part."""
         self._held_frames = 0
         self._held_bytes = 0
-        self._outbox = Outbox(context.write, self._release, self._progressed)
+        self._outbox = Outbox(call.write, self._release, self._progressed)
         self._is_stopping = False
         self._is_ending = False
         """Stopping, or read to the end: what is answered now may be the last."""
@@ -106,8 +105,8 @@ class FrameStream:
         self._begin_end()
 
     async def _read(self) -> None:
-        read, limits = self._context.read, self._limits
-        while (raw := await read()) is not grpc.aio.EOF:
+        read, limits = self._call.read, self._limits
+        while (raw := await read()) is not None:
             self._accept(raw)
             if self._held_frames >= limits.frames or self._held_bytes >= limits.bytes:
                 await self._wait_for_room()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stepwell_server.rpc.boundary import deadline_of
 from stepwell_server.rpc.triton import metadata
 from stepwell_server.rpc.triton.infer import Inference
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
@@ -14,7 +13,8 @@ from stepwell_server.rpc.triton.stream import InferStream
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.rpc.boundary import Context, RequestObserver
+    from stepwell_server.rpc.boundary import RequestObserver
+    from stepwell_server.rpc.fronts.base import Call
     from stepwell_server.rpc.sizes import ReplySizes
     from stepwell_server.rpc.steps.stream import StreamLimits
     from stepwell_server.rpc.triton.statistics import PassObserver
@@ -43,42 +43,38 @@ class TritonServicer:
         self._stopping = False
         self._ready = True
 
-    async def server_live(self, _request: pb.ServerLiveRequest, _context: Context) -> pb.ServerLiveResponse:
+    async def server_live(self, _request: pb.ServerLiveRequest, _call: Call) -> pb.ServerLiveResponse:
         """Whether the process runs."""
         return pb.ServerLiveResponse(live=True)
 
-    async def server_ready(
-        self, _request: pb.ServerReadyRequest, _context: Context
-    ) -> pb.ServerReadyResponse:
+    async def server_ready(self, _request: pb.ServerReadyRequest, _call: Call) -> pb.ServerReadyResponse:
         """Whether requests are taken."""
         return pb.ServerReadyResponse(ready=self._is_ready)
 
-    async def model_ready(self, request: pb.ModelReadyRequest, _context: Context) -> pb.ModelReadyResponse:
+    async def model_ready(self, request: pb.ModelReadyRequest, _call: Call) -> pb.ModelReadyResponse:
         """Whether a model takes requests."""
         is_served = request.name in self._inference.models and request.version in {"", metadata.VERSION}
         return pb.ModelReadyResponse(ready=is_served and self._is_ready)
 
     async def server_metadata(
-        self, _request: pb.ServerMetadataRequest, _context: Context
+        self, _request: pb.ServerMetadataRequest, _call: Call
     ) -> pb.ServerMetadataResponse:
         """Describe the server."""
         return metadata.server_metadata()
 
-    async def model_metadata(
-        self, request: pb.ModelMetadataRequest, _context: Context
-    ) -> pb.ModelMetadataResponse:
+    async def model_metadata(self, request: pb.ModelMetadataRequest, _call: Call) -> pb.ModelMetadataResponse:
         """Describe a model's inputs and outputs."""
         model = self._inference.model(request.name, request.version)
         return metadata.model_metadata(model.name, model.program, model.tensors)
 
-    async def model_config(self, request: pb.ModelConfigRequest, _context: Context) -> pb.ModelConfigResponse:
+    async def model_config(self, request: pb.ModelConfigRequest, _call: Call) -> pb.ModelConfigResponse:
         """Describe a model as Triton's configuration would."""
         model = self._inference.model(request.name, request.version)
         config = model_config(model.name, model.program, model.tensors, self._engine.max_session_idle_s)
         return pb.ModelConfigResponse(config=config)
 
     async def model_statistics(
-        self, request: pb.ModelStatisticsRequest, _context: Context
+        self, request: pb.ModelStatisticsRequest, _call: Call
     ) -> pb.ModelStatisticsResponse:
         """Count what one model did, or all."""
         if request.name:
@@ -87,18 +83,18 @@ class TritonServicer:
             models = [self._inference.models[name] for name in sorted(self._inference.models)]
         return pb.ModelStatisticsResponse(model_stats=[model.statistics.message() for model in models])
 
-    async def model_infer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+    async def model_infer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
         """Run a model once."""
-        return await self._inference.infer(request, deadline_of(context, self._clock), context.peer())
+        return await self._inference.infer(request, call.deadline, call.caller)
 
-    async def model_stream_infer(self, context: Context) -> None:
+    async def model_stream_infer(self, call: Call) -> None:
         """Run models, request by request."""
-        deadline, source = deadline_of(context, self._clock), context.peer()
+        deadline, source = call.deadline, call.caller
         stream = InferStream(
             lambda request: self._inference.infer(request, deadline, source),
             self._limits,
             self._observer,
-            context,
+            call,
         )
         self._streams.add(stream)
         if self._stopping:

@@ -13,14 +13,13 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-import grpc.aio
-
 from stepwell_server.errors import ServerError, Unavailable
 from stepwell_server.rpc.boundary import internal, parse
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 
 if TYPE_CHECKING:
-    from stepwell_server.rpc.boundary import Context, RequestObserver
+    from stepwell_server.rpc.boundary import RequestObserver
+    from stepwell_server.rpc.fronts.base import Call
     from stepwell_server.rpc.steps.stream import StreamLimits
 
 Infer = Callable[[pb.ModelInferRequest], Awaitable[pb.ModelInferResponse]]
@@ -30,13 +29,11 @@ _FINAL_FLAG = "triton_enable_empty_final_response"
 class InferStream:
     """One ModelStreamInfer call. Lives on the event loop."""
 
-    def __init__(
-        self, infer: Infer, limits: StreamLimits, observer: RequestObserver, context: Context
-    ) -> None:
+    def __init__(self, infer: Infer, limits: StreamLimits, observer: RequestObserver, call: Call) -> None:
         self._infer = infer
         self._limits = limits
         self._observer = observer
-        self._context = context
+        self._call = call
         self._answers: deque[tuple[asyncio.Task[bytes], int]] = deque()
         """Tasks of unanswered requests in their order, with the bytes of each request."""
         self._held_bytes = 0
@@ -72,7 +69,7 @@ class InferStream:
         self._work.set()
 
     async def _read(self) -> None:
-        while (raw := await self._context.read()) is not grpc.aio.EOF:
+        while (raw := await self._call.read()) is not None:
             request = parse(pb.ModelInferRequest, raw)
             self._answers.append((asyncio.create_task(self._answer(request)), len(raw)))
             self._held_bytes += len(raw)
@@ -86,7 +83,7 @@ class InferStream:
             while self._answers:
                 task, size = self._answers[0]
                 answer = await task
-                await self._context.write(answer)
+                await self._call.write(answer)
                 self._answers.popleft()
                 self._held_bytes -= size + len(answer)
                 self._room.set()

@@ -9,7 +9,8 @@ from google.protobuf import empty_pb2
 from google.protobuf.message import Message
 
 from stepwell_server.errors import Unsupported
-from stepwell_server.rpc.boundary import Boundary, Context
+from stepwell_server.rpc.boundary import Boundary, Serve
+from stepwell_server.rpc.fronts.base import Call
 
 _SHARED_MEMORY = "shared memory is not supported; send tensors in the messages"
 _REPOSITORY = "models are loaded when the server starts; there is no model repository to control"
@@ -28,13 +29,13 @@ _REASONS = {
 }
 
 
-def unsupported_handlers(boundary: Boundary) -> Mapping[str, Any]:
-    """A handler for each of them, by its name. What they are sent is not looked at."""
+def unsupported_methods(boundary: Boundary) -> Mapping[str, Serve]:
+    """What serves each of them, by its name. What they are sent is not looked at."""
     return {name: _refuse(boundary, name, reason) for name, reason in _REASONS.items()}
 
 
-def _refuse(boundary: Boundary, method: str, reason: str) -> Any:
-    async def behaviour(_request: Any, _context: Context) -> Message:
+def _refuse(boundary: Boundary, method: str, reason: str) -> Serve:
+    async def behaviour(_request: Any, _call: Call) -> Message:
         raise Unsupported(f"{method}: {reason}")
 
     return boundary.unary(method, behaviour, empty_pb2.Empty)

@@ -1,25 +1,11 @@
-"""A call without gRPC: what a handler reads, writes and ends with."""
+"""A call without a front: what a servicer reads and writes."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
-
-import grpc
-import grpc.aio
-
-_Trailers = tuple[tuple[str, bytes], ...]
-
-
-class Aborted(Exception):
-    """What `abort` raises, as gRPC's own does."""
-
-    def __init__(self, code: grpc.StatusCode, details: str, trailers: _Trailers) -> None:
-        super().__init__(code, details)
-        self.code = code
-        self.details = details
-        self.trailers = trailers
 
 
 class Requests:
@@ -37,16 +23,22 @@ class Requests:
         self.refusals[reason] += count
 
 
-class FakeContext:
-    """Stands in for `grpc.aio.ServicerContext`. The client reads while `client_reads` is set."""
+class FakeCall:
+    """A `fronts.base.Call`. The client reads while `client_reads` is set."""
 
-    def __init__(self, remaining_s: float | None = None) -> None:
-        self.requests: asyncio.Queue[Any] = asyncio.Queue()
+    def __init__(
+        self, request: bytes = b"", *, deadline: float = float("inf"), is_late: bool = False
+    ) -> None:
+        self.request = request
+        self.caller = "fake:1"
+        self.deadline = deadline
+        self.is_late = is_late
+        self.metadata: Mapping[str, str | bytes] = {}
+        self.requests: asyncio.Queue[bytes | None] = asyncio.Queue()
         self.replies: asyncio.Queue[bytes] = asyncio.Queue()
         self.client_reads = asyncio.Event()
         self.client_reads.set()
         self.reads = 0
-        self._remaining_s = remaining_s
 
     def send(self, *messages: Any) -> None:
         """The client sends messages; bytes go as they are."""
@@ -56,9 +48,9 @@ class FakeContext:
 
     def half_close(self) -> None:
         """The client has nothing more to send."""
-        self.requests.put_nowait(grpc.aio.EOF)
+        self.requests.put_nowait(None)
 
-    async def read(self) -> Any:
+    async def read(self) -> bytes | None:
         message = await self.requests.get()
         self.reads += 1
         return message
@@ -66,12 +58,3 @@ class FakeContext:
     async def write(self, reply: bytes) -> None:
         await self.client_reads.wait()
         self.replies.put_nowait(reply)
-
-    async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: _Trailers = ()) -> None:
-        raise Aborted(code, details, trailing_metadata)
-
-    def peer(self) -> str:
-        return "fake:1"
-
-    def time_remaining(self) -> float | None:
-        return self._remaining_s
