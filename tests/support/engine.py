@@ -192,7 +192,7 @@ class SingleAnswer:
 
 
 #: So small that changes are brought over again and again.
-JOURNAL_BYTES = 32 * 1024
+SEGMENT_BYTES = 32 * 1024
 
 
 class Stores:
@@ -208,7 +208,7 @@ class Stores:
             return MemoryStore()
         folder = self.folder / f"store-{next(self._numbers)}"
         durability: Literal["sync", "async"] = "sync" if self.kind == "sync" else "async"
-        return DiskStore(folder, durability=durability, clock=clock, journal_bytes=JOURNAL_BYTES)
+        return DiskStore(folder, durability=durability, clock=clock, segment_bytes=SEGMENT_BYTES)
 
 
 STORES = Stores()

@@ -40,14 +40,14 @@ class Slow(MemoryStore):
         self.batches: list[Batch] = []
         self.threads: list[str] = []
         self.error: Exception | None = None
-        self.is_behind = False
+        self.needs_checkpoint = False
         self.tended: list[str] = []
         """Who did, and what those who wait had been told by then."""
         self.told: list[tuple[str, ServerError | None]] = []
 
-    def tend(self) -> None:
+    def checkpoint(self) -> None:
         self.tended.append(f"{threading.current_thread().name} {''.join(name for name, _ in self.told)}")
-        self.is_behind = False
+        self.needs_checkpoint = False
 
     def commit(self, batch: Batch) -> None:
         self.threads.append(threading.current_thread().name)
@@ -110,7 +110,7 @@ async def test_small_ones_are_made_in_place_unless_they_wait_for_the_disk(
 
 async def test_what_can_wait_is_done_when_callers_have_been_told(slow: tuple[Slow, Commits, Told]) -> None:
     store, commits, told = slow
-    store.is_behind = True
+    store.needs_checkpoint = True
     told.submit("a")
     await commits.idle()
     await asyncio.sleep(0)
@@ -120,7 +120,7 @@ async def test_what_can_wait_is_done_when_callers_have_been_told(slow: tuple[Slo
         assert [who.split()[0] for who in store.tended] == ["stepwell-store"]
     else:
         assert store.tended == ["MainThread a"]
-        store.is_behind = True
+        store.needs_checkpoint = True
         told.submit("b", size=HUGE)
         await commits.idle()
         assert store.tended[1:] == ["stepwell-store a"], "before: then the event loop may commit in place"
@@ -130,7 +130,7 @@ async def test_nothing_is_done_in_place_while_the_thread_has_the_store(
     slow: tuple[Slow, Commits, Told],
 ) -> None:
     store, commits, told = slow
-    store.is_behind = True
+    store.needs_checkpoint = True
     told.submit("a")
     store.gate.clear()
     told.submit("b", size=HUGE)

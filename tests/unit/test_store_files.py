@@ -98,7 +98,7 @@ def test_a_segment_is_not_turned_in_a_folder_that_is_gone(path: Path) -> None:
     """Without anybody having looked: no more is lost than fits into one."""
     store = opened(path)
     fill_one(store)
-    store.tend()
+    store.checkpoint()
     shutil.rmtree(path)
     refusals = [error for revision in range(2, 200) if (error := refused(store, revision))]
     assert 1 < len(refusals) < 198

@@ -109,8 +109,8 @@ class Commits:
         self._store.commit(batch)
         if size:
             self._learn(size, time.perf_counter() - started)
-        if self._store.is_behind:
-            self._loop.call_soon(self._tend_here)
+        if self._store.needs_checkpoint:
+            self._loop.call_soon(self._checkpoint_here)
 
     def submit(self, build: Callable[[], Batch], size: int, done: Done) -> None:
         """Commit what `build` makes; `done` is called on the event loop, maybe before this returns.
@@ -168,17 +168,17 @@ class Commits:
                 if size:
                     self._learn(size, time.perf_counter() - started)
                 # before anything is told: then the event loop may use the store
-                self._store.tend()
+                self._store.checkpoint()
             try:
                 self._loop.call_soon_threadsafe(self._finish, items)
             except RuntimeError:  # the event loop was closed: nobody is left to be told
                 return
             if waits_for_disk:
-                self._store.tend()
+                self._store.checkpoint()
 
-    def _tend_here(self) -> None:
+    def _checkpoint_here(self) -> None:
         if not self._waiting and not self._store.waits_for_disk:
-            self._store.tend()
+            self._store.checkpoint()
 
     def _take(self) -> list[_Item]:
         """What is committed next, together; nothing at the end."""

@@ -103,7 +103,7 @@ class Batch:
 class Store(Protocol):
     """Keeps encoded records and tombstones by session id.
 
-    `commit`, `tend`, `sync` and `close` are called from one thread at a time; the other methods from any thread, at
+    `commit`, `checkpoint`, `sync` and `close` are called from one thread at a time; the other methods from any thread, at
     any time before `close`.
     """
 
@@ -132,11 +132,11 @@ class Store(Protocol):
         """
 
     @property
-    def is_behind(self) -> bool:
-        """There is something for `tend` to do."""
+    def needs_checkpoint(self) -> bool:
+        """`checkpoint` has something to do."""
 
-    def tend(self) -> None:
-        """Do a part of what can wait until callers have been told of a commit. It does not raise."""
+    def checkpoint(self) -> None:
+        """Do a part of the work that can wait until callers were told of a commit. It does not raise."""
 
     def get(self, session_id: str) -> Stored | None:
         """The record of a session, or None.

@@ -20,7 +20,7 @@ class MemoryStore:
 
     is_volatile = True
     waits_for_disk = False
-    is_behind = False
+    needs_checkpoint = False
 
     def __init__(self, *, tombstones: int = TOMBSTONES) -> None:
         self.incarnation = secrets.token_hex(4)
@@ -43,7 +43,7 @@ class MemoryStore:
         for model, change in batch.counts:
             self._counts[model] += change
 
-    def tend(self) -> None:
+    def checkpoint(self) -> None:
         """See `base.Store`: there is nothing to do."""
 
     def get(self, session_id: str) -> bytes | None:

@@ -48,7 +48,7 @@ _Environment = Any
 _Transaction = Any
 
 SCHEMA_VERSION = 2
-"""Since 2 there may be a journal; a store of 1 has none, and becomes one of 2."""
+"""Since 2 there may be a write-ahead log; a store of 1 has none, and becomes one of 2."""
 FIRST_MAP_BYTES = 64 * 2**20
 """The map is address space, not disk: it is doubled whenever it is full."""
 TOMBSTONES = 100_000
@@ -75,7 +75,7 @@ class LmdbStore:
     """
 
     is_volatile = False
-    is_behind = False
+    needs_checkpoint = False
 
     def __init__(
         self,
@@ -136,12 +136,12 @@ class LmdbStore:
         return self._secret
 
     @property
-    def journal(self) -> bytes:
-        """What was last set by `set_journal`."""
+    def wal_mark(self) -> bytes:
+        """What `set_wal_mark` has set last."""
         return self._mark
 
-    def set_journal(self, mark: bytes) -> None:
-        """Remember something of the journal that belongs to the store.
+    def set_wal_mark(self, mark: bytes) -> None:
+        """Remember which write-ahead log belongs to the store.
 
         Raises:
             Unavailable: it could not be kept.
@@ -158,7 +158,7 @@ class LmdbStore:
         """See `base.Store`."""
         self._write_with(_KEEPS, lambda: self._reserve.commit(batch, self._commit, self._extent))
 
-    def tend(self) -> None:
+    def checkpoint(self) -> None:
         """See `base.Store`: there is nothing to do."""
 
     def get(self, session_id: str) -> bytes | None:
