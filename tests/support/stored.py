@@ -16,7 +16,7 @@ from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.base import Batch, End, Store, Tombstone
 from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.disk.store import DiskStore
-from stepwell_server.store.record import Puts, Record, Sheet, Stored, decode
+from stepwell_server.store.record import Puts, Record, RecordTemplate, Stored, decode
 from support.clock import ManualClock
 
 SEGMENT_BYTES = 4096
@@ -50,9 +50,11 @@ def record(
     ).encode(session_id)
 
 
-def sheet(session_ids: Sequence[str], revision: int = 0, size: int = 20) -> Puts:
+def template(session_ids: Sequence[str], revision: int = 0, size: int = 20) -> Puts:
     """The same records, laid out one after the other."""
-    made = Sheet(session_ids, fingerprint="f" * 8, model="m", opened_with=0, created=0.0, row_bytes=size)
+    made = RecordTemplate(
+        session_ids, fingerprint="f" * 8, model="m", opened_with=0, created=0.0, row_bytes=size
+    )
     made.rows[:] = np.uint8(revision % 256)
     return made.fill(revisions=revision, positions=revision, request_ids=0, last_used=0.0, replies=0)
 

@@ -30,7 +30,7 @@ from support.stored import (
     put,
     record,
     revisions,
-    sheet,
+    template,
 )
 
 DURABILITIES = pytest.mark.parametrize("durability", ["sync", "async"])
@@ -158,10 +158,10 @@ def test_journals_turn_a_hundred_times_and_nothing_is_lost(path: Path, durabilit
     store.close()
 
 
-def test_a_sheet_is_kept_as_its_records_are(path: Path) -> None:
+def test_a_template_is_kept_as_its_records_are(path: Path) -> None:
     store, names = opened(path), ["a", "b", "c"]
     begin(store, *names)
-    puts = sheet(names, 1)
+    puts = template(names, 1)
     store.commit(Batch(puts=Joined([puts, [("a", record("a", 2))]])))
     assert revisions(store) == {"a": 2, "b": 1, "c": 1}
     store = killed(store)

@@ -16,7 +16,7 @@ from stepwell_server.store.record import (
     HEADER,
     Header,
     Record,
-    Sheet,
+    RecordTemplate,
     Stored,
     decode,
     decode_header,
@@ -165,7 +165,7 @@ def _encode_many(ids: list[str], found: list[Record]) -> list[Stored]:
         return np.array([getattr(r, name) for r in found], dtype)
 
     first = found[0] if found else a_record()
-    sheet = Sheet(
+    template = RecordTemplate(
         ids,
         fingerprint=first.fingerprint,
         model=first.model,
@@ -173,8 +173,10 @@ def _encode_many(ids: list[str], found: list[Record]) -> list[Stored]:
         created=column("created", np.float64),
         row_bytes=len(first.rows),
     )
-    sheet.rows[...] = np.array([list(r.rows) for r in found], np.uint8).reshape(len(found), len(first.rows))
-    puts = sheet.fill(
+    template.rows[...] = np.array([list(r.rows) for r in found], np.uint8).reshape(
+        len(found), len(first.rows)
+    )
+    puts = template.fill(
         revisions=column("revision", np.uint64),
         positions=column("position", np.uint64),
         request_ids=column("request_id", np.uint64),
@@ -185,16 +187,16 @@ def _encode_many(ids: list[str], found: list[Record]) -> list[Stored]:
     return [record for _, record in puts]
 
 
-def test_a_sheet_is_filled_again_and_again_and_says_what_it_was_given_last() -> None:
+def test_a_template_is_filled_again_and_again_and_says_what_it_was_given_last() -> None:
     rng = np.random.default_rng(3)
-    sheet = Sheet(
+    template = RecordTemplate(
         ["a", "b", "c"], fingerprint="f", model="m", opened_with=9, created=1.5, row_bytes=5, batch_size=2
     )
     for revision in range(3):
         rows = rng.integers(0, 256, (3, 10), np.uint8)
-        sheet.rows[...] = rows
+        template.rows[...] = rows
         positions = rng.integers(0, 99, 3).astype(np.uint64)
-        puts = sheet.fill(revisions=revision, positions=positions, request_ids=4, last_used=2.5, replies=1)
+        puts = template.fill(revisions=revision, positions=positions, request_ids=4, last_used=2.5, replies=1)
         for (session_id, stored), row, position in zip(puts, rows, positions.tolist(), strict=True):
             found = decode(session_id, bytes(stored))
             assert (found.revision, found.position, found.rows) == (revision, position, row.tobytes())

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from stepwell_server.store.disk import wal_format
 from stepwell_server.store.disk.wal_file import Segment, SegmentDamaged
 from stepwell_server.store.record import Stored
-from support.stored import is_damaged, put_all, record, sheet
+from support.stored import is_damaged, put_all, record, template
 
 Part = Sequence[tuple[str, Stored]]
 Write = Sequence[Part]
@@ -106,8 +106,8 @@ SIZES = st.sampled_from([0, 1, 7, 20, 1950, 2049, 5000])
 LIST = st.lists(
     st.builds(lambda i, r, s: (i, record(i, r, s)), ID, st.integers(0, 999), SIZES), min_size=1, max_size=5
 )
-SHEET = st.builds(sheet, st.lists(ID, min_size=1, max_size=5, unique=True), st.integers(0, 999), SIZES)
-WRITE = st.lists(st.one_of(LIST, SHEET), min_size=1, max_size=3)
+TEMPLATE = st.builds(template, st.lists(ID, min_size=1, max_size=5, unique=True), st.integers(0, 999), SIZES)
+WRITE = st.lists(st.one_of(LIST, TEMPLATE), min_size=1, max_size=3)
 
 
 @settings(max_examples=60, deadline=None)
@@ -146,16 +146,16 @@ def test_a_lone_record_is_written_as_one_among_others(session_id: str, size: int
     assert [(session_id, record_at)] == list(entry.offsets(0))
 
 
-def test_a_sheet_that_is_filled_again_is_written_as_it_is_then(path: Path) -> None:
+def test_a_template_that_is_filled_again_is_written_as_it_is_then(path: Path) -> None:
     segment = opened(path)
     segment.truncate(0)
-    puts = sheet(["a", "b"], 1)
+    puts = template(["a", "b"], 1)
     append(segment, [puts])
-    puts[:] = sheet(["a", "b"], 2)
-    puts.together, puts.checksums = (again := sheet(["a", "b"], 2)).together, again.checksums
+    puts[:] = template(["a", "b"], 2)
+    puts.together, puts.checksums = (again := template(["a", "b"], 2)).together, again.checksums
     append(segment, [puts])
     segment.close()
-    assert found_in(path) == put_all([sheet(["a", "b"], 2)])
+    assert found_in(path) == put_all([template(["a", "b"], 2)])
 
 
 def test_records_by_the_hundred_are_one_write(path: Path) -> None:
@@ -260,8 +260,8 @@ EARLIER: list[Write] = [[records_of(1, "a", "b")], [records_of(2, "b"), records_
 LAST: dict[str, Write] = {
     "one record": [records_of(3, "a")],
     "several": [records_of(3, "a", "d", "ä" * 40)],
-    "a sheet": [sheet(["a", "b", "d"], 3)],
-    "several parts": [records_of(3, "a"), sheet(["b", "e"], 3), records_of(4, "c", "a")],
+    "a template": [template(["a", "b", "d"], 3)],
+    "several parts": [records_of(3, "a"), template(["b", "e"], 3), records_of(4, "c", "a")],
     "a long record": [records_of(3, "a", size=3000)],
 }
 
@@ -371,7 +371,7 @@ def test_what_the_power_left_of_a_write_never_comes_back(path: Path) -> None:
 DAMAGED: dict[str, list[Write]] = {
     "single parts": [[records_of(1, "a", "b")], [records_of(1, "c")], [records_of(2, "a")]],
     "two parts": [[records_of(1, "a")], [records_of(1, "c"), records_of(1, "d")]],
-    "a sheet": [[sheet(["a", "b", "c"], 1)], [sheet(["a", "d"], 2), records_of(1, "e")]],
+    "a template": [[template(["a", "b", "c"], 1)], [template(["a", "d"], 2), records_of(1, "e")]],
 }
 FOLLOWING: list[Write] = [[records_of(5, "e")], [records_of(6, "f")]]
 
@@ -404,9 +404,9 @@ def require_told(path: Path, picture: bytes, wanted: dict[str, bytes]) -> bool:
         ("single parts", 1),
         ("single parts", 2),
         ("two parts", 2),
-        ("a sheet", 2),
+        ("a template", 2),
         ("two parts", 1),
-        ("a sheet", 1),
+        ("a template", 1),
     ],
 )
 def test_a_bit_that_flipped_before_a_later_write_is_never_silent(

@@ -19,9 +19,9 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.calls import Observer
 from stepwell_server.engine.commits import Commits
 from stepwell_server.engine.roster import Roster
-from stepwell_server.errors import ServerError, SessionExpired, StateCorrupt
+from stepwell_server.errors import ServerError, SessionExpired
 from stepwell_server.store.base import Batch, End, Store, Tombstone
-from stepwell_server.store.record import Header, Stored, decode_header
+from stepwell_server.store.record import Header, header_or_none
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class Expiry:
         for session_id in due:
             del self._strays[session_id]
         found = zip(due, records, strict=True)
-        return self._expire_untouched((i, _header_or_none(i, r)) for i, r in found if r is not None)
+        return self._expire_untouched((i, header_or_none(i, r)) for i, r in found if r is not None)
 
     def _expire_untouched(self, found: Iterable[tuple[str, Header | None]]) -> int:
         """End those of the store's sessions that nobody has named for the time limit; return how many."""
@@ -204,10 +204,3 @@ class Expiry:
         )
         self.burying.update({session_id: revision for session_id, _, revision in sessions})
         self._commits.submit(lambda: batch, len(sessions), done)
-
-
-def _header_or_none(session_id: str, stored: Stored) -> Header | None:
-    try:
-        return decode_header(session_id, stored)
-    except StateCorrupt:
-        return None

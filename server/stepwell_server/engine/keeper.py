@@ -164,15 +164,15 @@ class Keeper:
         return session_id, encode(
             session_id,
             model.texts,
-            kept,
-            revision,
-            position,
-            request_id,
-            table.opened_with[handle],
-            table.created[handle],
-            self._clock.now(),
-            1,
-            model.arena.pack_row(int(table.row[handle])),
+            reply=kept,
+            revision=revision,
+            position=position,
+            request_id=request_id,
+            opened_with=table.opened_with[handle],
+            created=table.created[handle],
+            last_used=self._clock.now(),
+            batch_size=1,
+            rows=model.arena.pack_row(int(table.row[handle])),
         )
 
     def _set_one(

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.served import ServedModel
-from stepwell_server.store.record import Sheet
+from stepwell_server.store.record import RecordTemplate
 
 #: Fewer sessions are laid out anew each time.
 _WORTH_KEEPING = 16
@@ -26,11 +26,11 @@ class Sheets:
 
     def __init__(self, table: SessionTable) -> None:
         self._table = table
-        self._kept: OrderedDict[_Key, tuple[npt.NDArray[np.uint64], Sheet]] = OrderedDict()
+        self._kept: OrderedDict[_Key, tuple[npt.NDArray[np.uint64], RecordTemplate]] = OrderedDict()
         self._bytes = 0
         self._seen: OrderedDict[int, None] = OrderedDict()
 
-    def of(self, model: ServedModel, handles: Handles) -> Sheet:
+    def of(self, model: ServedModel, handles: Handles) -> RecordTemplate:
         """A sheet for sessions of one batch size, to be filled.
 
         Nobody else fills it before their change is stored: their claims see to that.
@@ -68,9 +68,9 @@ class Sheets:
             self._seen.popitem(last=False)
         return is_first
 
-    def _lay_out(self, model: ServedModel, handles: Handles) -> Sheet:
+    def _lay_out(self, model: ServedModel, handles: Handles) -> RecordTemplate:
         table = self._table
-        return Sheet(
+        return RecordTemplate(
             [table.session_id(handle) for handle in handles.tolist()],
             fingerprint=model.program.fingerprint,
             model=model.name,

@@ -8,9 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from stepwell_server.core.remembered import Remembered
-from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.base import Batch, StoreHealth, Tombstone
-from stepwell_server.store.record import Header, Stored, decode_header
+from stepwell_server.store.record import Header, Stored, header_or_none
 
 TOMBSTONES = 100_000
 
@@ -57,7 +56,7 @@ class MemoryStore:
     def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
         """See `base.Store`."""
         fitting = (i for i in self._records if i.startswith(prefix) and i > after)
-        return [(i, _header_or_none(i, self._records[i])) for i in heapq.nsmallest(limit, fitting)]
+        return [(i, header_or_none(i, self._records[i])) for i in heapq.nsmallest(limit, fitting)]
 
     def count(self) -> int:
         """See `base.Store`."""
@@ -87,10 +86,3 @@ class MemoryStore:
     def close(self) -> None:
         """See `base.Store`."""
         self._records.clear()
-
-
-def _header_or_none(session_id: str, record: Stored) -> Header | None:
-    try:
-        return decode_header(session_id, record)
-    except StateCorrupt:
-        return None

@@ -11,6 +11,7 @@ checksum and schema where they are now: a record of a later version can be told 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import struct
 from collections.abc import Iterator, Sequence
@@ -48,6 +49,7 @@ HEADER = np.dtype(
 )
 _STRUCT = struct.Struct("<IHBBQQQQddIIIHH")  # the same, for one
 _START = struct.Struct("<IH")
+_LENGTH = struct.Struct("<H")
 _CHECKSUM_BYTES = 4
 
 U64 = npt.NDArray[np.uint64]
@@ -96,16 +98,16 @@ class Record(Header):
         return encode(
             session_id,
             Texts(self.fingerprint, self.model),
-            self.reply,
-            self.revision,
-            self.position,
-            self.request_id,
-            self.opened_with,
-            self.created,
-            self.last_used,
-            self.batch_size,
-            self.rows,
-            self.extra,
+            reply=self.reply,
+            revision=self.revision,
+            position=self.position,
+            request_id=self.request_id,
+            opened_with=self.opened_with,
+            created=self.created,
+            last_used=self.last_used,
+            batch_size=self.batch_size,
+            rows=self.rows,
+            extra=self.extra,
         )
 
 
@@ -122,6 +124,7 @@ class Texts:
 def encode(
     session_id: str,
     texts: Texts,
+    *,
     reply: int,
     revision: int,
     position: int,
@@ -133,7 +136,7 @@ def encode(
     rows: bytes,
     extra: bytes = b"",
 ) -> bytes:
-    """`Record.encode` without a record: a lone step has no time for one."""
+    """`Record.encode` without making a `Record`, which costs a lone step too much. The values are those of `Record`."""
     try:
         head = _STRUCT.pack(
             0, SCHEMA_VERSION, reply, texts.fingerprint_bytes,
@@ -146,17 +149,29 @@ def encode(
     return crc32(body, _seed(session_id)).to_bytes(_CHECKSUM_BYTES, "little") + body
 
 
+def encode_ids(session_ids: Sequence[str]) -> bytes:
+    """Ids one after the other, each as UTF-8 behind its length in bytes (u2)."""
+    keys = [session_id.encode() for session_id in session_ids]
+    return b"".join([_LENGTH.pack(len(key)) + key for key in keys])
+
+
 class Puts(list[tuple[str, Stored]]):
     """Ids and records that lie one after the other, and may be put again: the same objects with other contents."""
 
     def __init__(self, session_ids: Sequence[str], records: Sequence[Stored], together: memoryview) -> None:
         super().__init__(zip(session_ids, records, strict=True))
+        self.session_ids = session_ids
+        self.sizes = [len(record) for record in records]
+        """Bytes of each record: all have the same."""
         self.together = together
-        """All records: of one size, one after the other."""
+        """All records, one after the other."""
         self.checksums = b""
         """The records' checksums, four bytes each."""
-        self.prepared: Any = None
-        """What a store made of the ids for itself, so that it need not do so again."""
+
+    @functools.cached_property
+    def encoded_ids(self) -> bytes:
+        """As `encode_ids`: sessions that change together again and again are encoded once."""
+        return encode_ids(self.session_ids)
 
 
 class Joined(Sequence[tuple[str, Stored]]):
@@ -178,10 +193,10 @@ class Joined(Sequence[tuple[str, Stored]]):
         return list(self)[index]
 
 
-class Sheet:
+class RecordTemplate:
     """The records of some sessions of one model and batch size, laid out once and filled as often as they change.
 
-    What `fill` returns are views of the sheet: they hold until it is filled again. For one thread at a time.
+    What `fill` returns are views of the template: they hold until it is filled again. For one thread at a time.
     """
 
     def __init__(
@@ -275,6 +290,14 @@ def decode_header(session_id: str, stored: Stored) -> Header:
     """
     view = _checked(session_id, stored)
     return _header(_STRUCT.unpack_from(view), view)
+
+
+def header_or_none(session_id: str, stored: Stored) -> Header | None:
+    """As `decode_header`; None if the record cannot be read."""
+    try:
+        return decode_header(session_id, stored)
+    except StateCorrupt:
+        return None
 
 
 def size_of(head: Stored) -> int:

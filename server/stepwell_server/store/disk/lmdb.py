@@ -39,7 +39,7 @@ from stepwell_server.store.disk.files import OpenFiles, explain, flush, flush_fo
 from stepwell_server.store.disk.keys import entries, items, key_of, names, own
 from stepwell_server.store.disk.lock import DirectoryLock
 from stepwell_server.store.disk.reserve import Extent, NoRoom, Reserve
-from stepwell_server.store.record import Header, Stored, decode_header
+from stepwell_server.store.record import Header, Stored, header_or_none
 
 Durability = Literal["sync", "async"]
 T = TypeVar("T")
@@ -193,7 +193,7 @@ class LmdbStore:
             found: list[tuple[str, Header | None]] = []
             if limit > 0:
                 for session_id, record in entries(transaction.cursor(self._sessions), after, prefix):
-                    found.append((session_id, _header_or_none(session_id, record)))
+                    found.append((session_id, header_or_none(session_id, record)))
                     if len(found) == limit:
                         break
             return found
@@ -575,10 +575,3 @@ def _start_errors(path: Path) -> Iterator[None]:
 
 def _count_key(model: str) -> bytes:
     return b"sessions of " + model.encode()
-
-
-def _header_or_none(session_id: str, record: memoryview) -> Header | None:
-    try:
-        return decode_header(session_id, record)
-    except StateCorrupt:
-        return None

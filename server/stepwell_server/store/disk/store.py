@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stepwell_server.clock import Clock
-from stepwell_server.errors import StateCorrupt, Unavailable
+from stepwell_server.errors import Unavailable
 from stepwell_server.store.base import Batch, StoreError, StoreGone, StoreHealth, Tombstone
 from stepwell_server.store.disk.files import flush_folders
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, TOMBSTONES, Durability, LmdbStore
 from stepwell_server.store.disk.wal import SEGMENT_BYTES, Records, WriteAheadLog, room_for
-from stepwell_server.store.record import Header, Joined, Stored, decode_header, is_sound, supersedes
+from stepwell_server.store.record import Header, Joined, Stored, header_or_none, is_sound, supersedes
 
 #: The name on disk, of before it was called a write-ahead log.
 _FOLDER = "journal"
@@ -326,9 +326,4 @@ class DiskStore:
     def _header(self, session_id: str, header: Header | None) -> Header | None:
         """The header of a session: that of LMDB, unless the log has a later one."""
         record = self._find(session_id)
-        if record is None:
-            return header
-        try:
-            return decode_header(session_id, record)
-        except StateCorrupt:
-            return None
+        return header if record is None else header_or_none(session_id, record)

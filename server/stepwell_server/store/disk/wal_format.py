@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from isal.isal_zlib import crc32
 
-from stepwell_server.store.record import HEADER, Puts, Stored, is_sound, size_of
+from stepwell_server.store.record import HEADER, Puts, Stored, encode_ids, is_sound, size_of
 
 # checksum, magic, generation, sequence, remaining, records, bytes of ids, owner (in a first entry, else 0), bytes of records
 HEAD = struct.Struct("<IIQQIIIIQ")
@@ -152,16 +152,10 @@ def _records(puts: Sequence[tuple[str, Stored]]) -> Sequence[Stored]:
 
 
 def _layout(puts: Sequence[tuple[str, Stored]]) -> Layout:
-    """Cached where the same sessions are written again and again."""
-    if isinstance(puts, Puts) and isinstance(puts.prepared, Layout):
-        return puts.prepared
-    ids = [session_id for session_id, _ in puts]
-    keys = [session_id.encode() for session_id in ids]
-    text = b"".join([_LENGTH.pack(len(key)) + key for key in keys])
-    layout = Layout(ids, [len(record) for _, record in puts], text)
     if isinstance(puts, Puts):
-        puts.prepared = layout
-    return layout
+        return Layout(puts.session_ids, puts.sizes, puts.encoded_ids)
+    ids = [session_id for session_id, _ in puts]
+    return Layout(ids, [len(record) for _, record in puts], encode_ids(ids))
 
 
 def _offsets(data: bytes, text: bytes, at: int, count: int) -> list[tuple[str, int]] | None:
