@@ -173,6 +173,7 @@ class Keeper:
             last_used=self._clock.now(),
             batch_size=1,
             rows=model.arena.pack_row(int(table.row[handle])),
+            fields=table.fields.get(handle, b""),
         )
 
     def _set_one(
@@ -189,7 +190,7 @@ class Keeper:
         """What the store keeps of a change, by session id."""
         handles = change.handles
         rows, sizes = self._table.rows_of(handles), self._table.batch_size[handles]
-        if change.arrays or (sizes != sizes[0]).any():
+        if change.arrays or (sizes != sizes[0]).any() or self._table.have_fields(handles):
             return self._records_one_by_one(change, rows, sizes, last_used)
         sheet = self._sheets.of(change.model, handles)
         change.model.arena.pack_into(rows, sheet.rows)
@@ -229,6 +230,7 @@ class Keeper:
             reply=int(change.replies[place]),
             rows=rows,
             extra=b"" if arrays is None else model.replies.pack(arrays),
+            fields=self._table.fields.get(handle, b""),
         )
 
     def _set(self, change: Change) -> None:

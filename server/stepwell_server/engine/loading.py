@@ -98,5 +98,8 @@ class Loader:
             used=[self._expiry.take_use(session_id, header) for session_id, header, _ in sessions],
             reply=[header.reply for header in headers],
         )
+        for handle, header in zip(handles.tolist(), headers, strict=True):
+            if header.fields:
+                self._table.fields[handle] = header.fields
         self._expiry.watch(handles)
         return handles
