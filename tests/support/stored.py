@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.errors import StateCorrupt
-from stepwell_server.store.base import Batch, End, Store, Tombstone
+from stepwell_server.store.base import Batch, End, LocalStore, Tombstone
 from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.record import Puts, Record, RecordTemplate, Stored, decode
@@ -96,22 +96,22 @@ def killed(store: DiskStore, durability: Durability = "async", **options: Any) -
     return opened(copy, durability, **options)
 
 
-def begin(store: Store, *session_ids: str, **facts: Any) -> None:
+def begin(store: LocalStore, *session_ids: str, **facts: Any) -> None:
     """Open sessions: as all do, by a transaction."""
     puts = [(i, record(i, **facts)) for i in session_ids]
     store.commit(Batch(puts=puts, forgets=session_ids, counts=[("m", 1)] * len(puts)))
 
 
-def put(store: Store, *session_ids: str, revision: int, **facts: Any) -> None:
+def put(store: LocalStore, *session_ids: str, revision: int, **facts: Any) -> None:
     store.commit(Batch(puts=[(i, record(i, revision, **facts)) for i in session_ids]))
 
 
-def end(store: Store, *session_ids: str) -> None:
+def end(store: LocalStore, *session_ids: str) -> None:
     stones = [Tombstone(i, End.CLOSED, 1.0) for i in session_ids]
     store.commit(Batch(deletes=session_ids, tombstones=stones, counts=[("m", -1)] * len(stones)))
 
 
-def revisions(store: Store) -> dict[str, int]:
+def revisions(store: LocalStore) -> dict[str, int]:
     """Of all sessions, from `scan`; those of `get` and `get_many` are the same."""
     some = store.scan(limit=10_000)
     for (session_id, header), found in zip(some, store.get_many([i for i, _ in some]), strict=True):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from stepwell_server.engine import commits as module
 from stepwell_server.engine.commits import Commits
 from stepwell_server.errors import Internal, ServerError, Unavailable
-from stepwell_server.store.base import Batch, End, Store, Tombstone
+from stepwell_server.store.base import Batch, End, LocalStore, Tombstone
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock
@@ -62,7 +62,7 @@ class Slow(MemoryStore):
 class Told:
     """What those who wait were told, in that order."""
 
-    def __init__(self, commits: Commits, store: Store) -> None:
+    def __init__(self, commits: Commits, store: LocalStore) -> None:
         self._commits = commits
         self.told: list[tuple[str, ServerError | None]] = []
         if isinstance(store, Slow):
@@ -313,7 +313,7 @@ batches = st.builds(
 )
 
 
-def content(store: Store) -> list[object]:
+def content(store: LocalStore) -> list[object]:
     found: list[object] = [(i, store.get(i), store.tombstone(i)) for i in "abc"]
     return [*found, store.count(), store.count_of("m"), store.count_of("n")]
 

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 
 from stepwell_server.errors import Internal, Overloaded, ServerError
-from stepwell_server.store.base import Batch, Store
+from stepwell_server.store.base import Batch, LocalStore
 from stepwell_server.store.record import Joined
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class _Item:
 class Commits:
     """Commits to a store. Lives on the event loop, with one thread of its own once that is needed."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: LocalStore) -> None:
         self._store = store
         self.is_durable = not store.is_volatile
         """Changes are to be committed before they are acknowledged; else the arena is all there is."""

@@ -27,7 +27,7 @@ from stepwell_server.errors import (
     StateCorrupt,
     Unavailable,
 )
-from stepwell_server.store.base import End, Store
+from stepwell_server.store.base import End, LocalStore
 from stepwell_server.store.record import Header, decode_header
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Directory:
         self,
         table: SessionTable,
         models: Sequence[ServedModel],
-        store: Store,
+        store: LocalStore,
         *,
         roster: Roster,
         expiry: Expiry,

@@ -57,7 +57,7 @@ from stepwell_server.engine.solo import Solo
 from stepwell_server.engine.warmup import warm_up
 from stepwell_server.errors import InvalidInput, ServerError, Unavailable
 from stepwell_server.program import Program
-from stepwell_server.store.base import Store
+from stepwell_server.store.base import LocalStore
 from stepwell_server.store.record import Texts
 
 __all__ = ["Engine", "ModelStats", "OpenedMany"]
@@ -85,7 +85,7 @@ class Engine:
         self,
         programs: Mapping[str, Program],
         *,
-        store: Store,
+        store: LocalStore,
         clock: Clock,
         observer: Observer,
         max_batch_rows: int,

@@ -20,7 +20,7 @@ from stepwell_server.engine.calls import Observer
 from stepwell_server.engine.commits import Commits
 from stepwell_server.engine.roster import Roster
 from stepwell_server.errors import ServerError, SessionExpired
-from stepwell_server.store.base import Batch, End, Store, Tombstone
+from stepwell_server.store.base import Batch, End, LocalStore, Tombstone
 from stepwell_server.store.record import Header, header_or_none
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Expiry:
         self,
         table: SessionTable,
         roster: Roster,
-        store: Store,
+        store: LocalStore,
         commits: Commits,
         *,
         clock: Clock,

@@ -8,7 +8,7 @@ import re
 import secrets
 
 from stepwell_server.errors import InvalidInput
-from stepwell_server.store.base import Store
+from stepwell_server.store.base import LocalStore
 
 MAX_ID_LENGTH = 256
 _MADE_BY_A_SERVER = re.compile(r"s-([0-9a-f]{8})-[A-Za-z0-9_-]{22}(-[0-9a-f]{4})?")
@@ -22,7 +22,7 @@ class IdMaker:
     that the call sent again means the same session, after a restart too, and nothing needs to be remembered.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: LocalStore) -> None:
         self._incarnation = store.incarnation
         self._secret = store.secret
 

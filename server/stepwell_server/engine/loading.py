@@ -11,7 +11,7 @@ from stepwell_server.engine.expiry import Expiry
 from stepwell_server.engine.roster import Roster
 from stepwell_server.engine.served import ServedModel
 from stepwell_server.errors import ModelMismatch, ModelNotFound, StateCorrupt
-from stepwell_server.store.base import Store
+from stepwell_server.store.base import LocalStore
 from stepwell_server.store.record import Header, decode_header
 
 
@@ -19,7 +19,12 @@ class Loader:
     """Takes the store's sessions into the table when they are named. Lives on the event loop."""
 
     def __init__(
-        self, table: SessionTable, models: Sequence[ServedModel], roster: Roster, expiry: Expiry, store: Store
+        self,
+        table: SessionTable,
+        models: Sequence[ServedModel],
+        roster: Roster,
+        expiry: Expiry,
+        store: LocalStore,
     ) -> None:
         self._table = table
         self._by_name = {model.name: model for model in models}

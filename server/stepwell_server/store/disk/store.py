@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class DiskStore:
-    """See `base.Store`.
+    """See `base.LocalStore`.
 
     It holds the data directory's lock from its making to `close`. Not to be carried through a fork.
     """
@@ -69,7 +69,6 @@ class DiskStore:
             tombstones=tombstones,
             first_map_bytes=first_map_bytes,
         )
-        self.lock = self._base.lock
         self.incarnation, self.secret = self._base.incarnation, self._base.secret
         self.waits_for_disk = self._base.waits_for_disk
         self._closed = self._in_trouble = False
@@ -85,11 +84,11 @@ class DiskStore:
 
     @property
     def needs_checkpoint(self) -> bool:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         return self._wal is not None and self._wal.needs_checkpoint
 
     def commit(self, batch: Batch) -> None:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         self._base.files.require()
         if self._wal is None or self._closed:
             self._base.commit(batch)
@@ -106,7 +105,7 @@ class DiskStore:
             self._in_doubt.difference_update(ids)
 
     def checkpoint(self) -> None:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         if self._wal is not None and not self._closed and self._wal.needs_checkpoint:
             try:
                 self._checkpoint(self._wal)
@@ -116,12 +115,12 @@ class DiskStore:
                 self._complain("changes stay in the write-ahead log until they can be checkpointed", error)
 
     def get(self, session_id: str) -> Stored | None:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         record = self._find(session_id)
         return self._base.get(session_id) if record is None else record
 
     def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         if self._wal is None or self._wal.is_empty:
             return self._base.get_many(session_ids)
         found: list[Stored | None] = [self._find(session_id) for session_id in session_ids]
@@ -133,34 +132,38 @@ class DiskStore:
         return found
 
     def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         some = self._base.scan(after=after, prefix=prefix, limit=limit)
         if self._wal is None or self._wal.is_empty:
             return some
         return [(session_id, self._header(session_id, header)) for session_id, header in some]
 
     def count(self) -> int:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         return self._base.count()
 
     def count_of(self, model: str) -> int:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         return self._base.count_of(model)
 
     def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         return self._base.count_some(after=after, prefix=prefix, limit=limit)
 
     def tombstone(self, session_id: str) -> Tombstone | None:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         return self._base.tombstone(session_id)
 
+    def announce(self, listen: str) -> None:
+        """See `base.LocalStore`."""
+        self._base.announce(listen)
+
     def check(self) -> StoreHealth:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         return self._base.check()
 
     def sync(self) -> None:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         if self._wal is not None and not self._closed:
             try:
                 self._wal.sync()
@@ -171,7 +174,7 @@ class DiskStore:
         self._base.sync()
 
     def close(self) -> None:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         if self._closed:
             return
         if self._wal is not None and not self._base.files.is_gone:
