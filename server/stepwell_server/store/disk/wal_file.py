@@ -16,8 +16,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from stepwell_server.store.disk import wal_format
+from stepwell_server.store.disk.files import flush_content, flush_open
 from stepwell_server.store.record import Stored, size_of
 
+#: Has a write return when the disk has it; 0 where the system has no such writes, and a flush follows instead (macOS).
+WRITE_THROUGH: int = getattr(os, "RWF_DSYNC", 0)
 #: A record of up to this size is read at once, a longer one in two steps.
 _GUESS_BYTES = 2048
 #: Buffers in one write.
@@ -57,13 +60,14 @@ class Segment:
         """Sequence number of the last write to the other segment when this one was truncated."""
         self._generation = 0
         self._owner = owner
-        self._flags = os.RWF_DSYNC if flush else 0
+        self._flush = flush
+        self._flags = WRITE_THROUGH if flush else 0
         self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             if make and os.fstat(self._file).st_size != size:
                 self._preallocate()
             if flush:
-                os.fsync(self._file)
+                flush_open(self._file)
         except BaseException:
             os.close(self._file)
             raise
@@ -197,9 +201,9 @@ class Segment:
         """
         behind = list(wal_format.search(data, self.end, self._generation))
         is_damaged = any(found.sequence > self.sequence + 1 for found in behind)
-        if behind and not (is_damaged and self._flags):
+        if behind and not (is_damaged and self._flush):
             self._write_zeros(self.end)
-            os.fsync(self._file)
+            flush_open(self._file)
         if is_damaged:
             raise SegmentDamaged(f"{self.path} cannot be read from byte {self.end} on")
 
@@ -209,7 +213,7 @@ class Segment:
         Raises:
             OSError: the disk refused.
         """
-        os.fdatasync(self._file)
+        flush_content(self._file)
 
     def close(self) -> None:
         """End; not to be used any more."""
@@ -237,11 +241,12 @@ class Segment:
         if len(buffers) > _MOST_BUFFERS:
             buffers = [b"".join(buffers)]
         written = os.pwritev(self._file, buffers, at, self._flags)
-        if written == size:
-            return
-        data = memoryview(b"".join(buffers))
-        while written < size:  # there was a limit: what is left meets it, or goes in
-            written += os.pwritev(self._file, [data[written:]], at + written, self._flags)
+        if written < size:
+            data = memoryview(b"".join(buffers))
+            while written < size:  # there was a limit: what is left meets it, or goes in
+                written += os.pwritev(self._file, [data[written:]], at + written, self._flags)
+        if self._flush and not self._flags:
+            flush_content(self._file)
 
     def _erase(self, heads: Iterable[int]) -> None:
         for at in heads:
