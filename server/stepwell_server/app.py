@@ -228,11 +228,11 @@ async def _look_after(store: Store, rpc: RpcServer, observer: PrometheusObserver
         is_ready = not health.problem
         observer.store_checked(is_ready=is_ready, reopened=health.reopened)
         if is_ready is not was_ready:
-            await rpc.announce_ready(is_ready=is_ready)
             if is_ready:
                 _log.info("the store can be used again")
             else:
                 _log.warning("the store cannot be used", reason=health.problem)
+            await rpc.announce_ready(is_ready=is_ready)
         was_ready = is_ready
 
 

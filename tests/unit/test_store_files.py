@@ -15,6 +15,7 @@ import pytest
 
 from stepwell_server.errors import Unavailable
 from stepwell_server.store.base import StoreBusy, StoreGone
+from stepwell_server.store.disk import lock as lock_module
 from stepwell_server.store.disk.files import OpenFiles, explain
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.disk.lock import DirectoryLock
@@ -180,6 +181,18 @@ def test_a_name_that_another_user_holds_keeps_nobody_from_starting(
     monkeypatch.setattr("stepwell_server.store.disk.lock._owner", lambda _: (17, 54321))
     opened(path).close()
     assert "process 17 of user 54321 holds the name of" in caplog.text
+    store.close()
+
+
+@linux_only
+def test_the_name_of_a_mount_point_is_not_locked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two services may each have a mount of their own under one name."""
+    assert lock_module._is_mount_point(Path("/proc"))
+    assert not lock_module._is_mount_point(path)
+    monkeypatch.setattr(lock_module, "_is_mount_point", lambda _: True)
+    store = opened(path)
+    path.rename(path.with_name("elsewhere"))
+    opened(path).close()
     store.close()
 
 

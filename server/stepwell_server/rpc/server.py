@@ -88,11 +88,11 @@ class RpcServer:
 
     async def announce_ready(self, *, is_ready: bool) -> None:
         """Tell health checkers whether calls can be answered now; they are taken all the same."""
+        self._triton.announce_ready(is_ready=is_ready)
         answer = health_pb2.HealthCheckResponse
         status = answer.SERVING if is_ready else answer.NOT_SERVING
         for name in ("", *(service.full_name for service in _SERVICES)):
             await self._health.set(name, status)
-        self._triton.announce_ready(is_ready=is_ready)
 
     async def announce_stop(self) -> None:
         """Tell health checkers that the server is going away; serve on."""
