@@ -21,6 +21,7 @@ from stepwell_server.engine.passes import Pass
 from stepwell_server.engine.runner import Cost, Runner
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
+from stepwell_server.store.base import LocalStore
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock
@@ -203,7 +204,7 @@ class Stores:
         self.folder = Path()
         self._numbers = itertools.count()
 
-    def make(self, clock: ManualClock) -> MemoryStore | DiskStore:
+    def make(self, clock: ManualClock) -> LocalStore:
         if self.kind == "memory":
             return MemoryStore()
         folder = self.folder / f"store-{next(self._numbers)}"
