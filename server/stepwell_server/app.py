@@ -18,12 +18,13 @@ from typing import Any
 
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.engine.engine import Engine
+from stepwell_server.errors import StoreGone
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics import MetricsServer, PrometheusObserver
 from stepwell_server.program import Program
 from stepwell_server.rpc.server import BindError, RpcServer
 from stepwell_server.settings import Address, Settings
-from stepwell_server.store.base import LocalStore, Store, StoreBusy, StoreError, StoreGone
+from stepwell_server.store.base import LocalStore, Store, StoreBusy, StoreError
 from stepwell_server.store.opening import open_store
 
 _log = Log("app")

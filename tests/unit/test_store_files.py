@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from stepwell_server.errors import Unavailable
-from stepwell_server.store.base import StoreBusy, StoreGone
+from stepwell_server.errors import StoreGone, Unavailable
+from stepwell_server.store.base import StoreBusy
 from stepwell_server.store.disk import lock as lock_module
 from stepwell_server.store.disk.files import OpenFiles, explain
 from stepwell_server.store.disk.lmdb import LmdbStore

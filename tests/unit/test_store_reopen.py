@@ -11,8 +11,8 @@ from typing import Any
 import lmdb
 import pytest
 
-from stepwell_server.errors import Unavailable
-from stepwell_server.store.base import Batch, End, StoreGone, Tombstone
+from stepwell_server.errors import StoreGone, Unavailable
+from stepwell_server.store.base import Batch, End, Tombstone
 from stepwell_server.store.disk.lmdb import GIVE_UP_S, RETRY_S, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
 from support.broken_disk import break_last_writes

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Protocol
 
-from stepwell_server.errors import Unavailable
 from stepwell_server.store.record import Header, Stored
 
 
@@ -45,10 +44,6 @@ class StoreBusy(StoreError):
         super().__init__(message)
         self.holder = holder
         """None if it has not said who it is."""
-
-
-class StoreGone(Unavailable):
-    """What is kept cannot be reached any more, and will not be: changes are refused and the server must end."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

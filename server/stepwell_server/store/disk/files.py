@@ -10,7 +10,7 @@ import resource
 import threading
 from pathlib import Path
 
-from stepwell_server.store.base import StoreGone
+from stepwell_server.errors import StoreGone
 
 #: A file that is there and cannot be looked at (EACCES, EIO) says nothing: only these say that it is gone.
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP})

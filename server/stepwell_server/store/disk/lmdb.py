@@ -33,8 +33,8 @@ from typing import Any, Literal, TypeVar
 import lmdb
 
 from stepwell_server.clock import Clock
-from stepwell_server.errors import StateCorrupt, Unavailable
-from stepwell_server.store.base import Batch, End, StoreError, StoreGone, StoreHealth, Tombstone
+from stepwell_server.errors import StateCorrupt, StoreGone, Unavailable
+from stepwell_server.store.base import Batch, End, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk.files import OpenFiles, explain, flush, flush_folders
 from stepwell_server.store.disk.keys import entries, items, key_of, names, own
 from stepwell_server.store.disk.lock import DirectoryLock

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stepwell_server.clock import Clock
-from stepwell_server.errors import Unavailable
-from stepwell_server.store.base import Batch, StoreError, StoreGone, StoreHealth, Tombstone
+from stepwell_server.errors import StoreGone, Unavailable
+from stepwell_server.store.base import Batch, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk.files import flush_folders
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, TOMBSTONES, Durability, LmdbStore
 from stepwell_server.store.disk.wal import SEGMENT_BYTES, Records, WriteAheadLog, room_for
