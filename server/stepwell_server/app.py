@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.engine.engine import Engine
+from stepwell_server.errors import StoreGone
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics import MetricsServer, PrometheusObserver
 from stepwell_server.program import Program, ProofOptions
@@ -25,9 +26,8 @@ from stepwell_server.rpc.fronts.base import BindError
 from stepwell_server.rpc.fronts.python import PythonFront
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import Address, Settings
-from stepwell_server.store.base import Store, StoreBusy, StoreError, StoreGone
-from stepwell_server.store.disk.store import DiskStore
-from stepwell_server.store.memory import MemoryStore
+from stepwell_server.store.base import LocalStore, Store, StoreBusy, StoreError
+from stepwell_server.store.opening import open_store
 
 if TYPE_CHECKING:
     from stepwell_server.compile.limits import Limits
@@ -174,29 +174,28 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-def _open_store(settings: Settings, clock: Clock) -> MemoryStore | DiskStore:
-    if settings.store == "memory":
-        return MemoryStore()
+def _open_store(settings: Settings, clock: Clock) -> Store:
     try:
-        store = DiskStore(settings.data_dir, durability=settings.durability, clock=clock)
+        store = open_store(
+            settings.store, data_dir=settings.data_dir, durability=settings.durability, clock=clock
+        )
     except StoreBusy as error:
         raise StartError(
             f"--data-dir: {error}; give this server another folder, or --store memory"
         ) from error
     except StoreError as error:
         raise StartError(f"--data-dir: {error}") from error
-    _log.info("store opened", data_dir=str(settings.data_dir), sessions=store.count())
+    if settings.store == "disk" and store.local is not None:
+        _log.info("store opened", data_dir=str(settings.data_dir), sessions=store.local.count())
     return store
 
 
-async def _run(
-    settings: Settings, programs: Mapping[str, Program], store: MemoryStore | DiskStore, clock: Clock
-) -> int:
+async def _run(settings: Settings, programs: Mapping[str, Program], store: Store, clock: Clock) -> int:
     stop = _stop_on_signals(clock)
     observer = _Observer()
     engine = Engine(
         programs,
-        store=store,
+        store=_local(store),
         clock=clock,
         observer=observer,
         max_batch_rows=settings.max_batch_rows,
@@ -221,11 +220,19 @@ async def _run(
             await asyncio.to_thread(metrics.close)
     finally:
         if await engine.close(settings.drain_timeout_s):
-            store.close()
+            await store.close()
         else:
             _log.warning("the store did not come back from a commit; what was not acknowledged may be lost")
     _log.info("stopped")
     return 1 if gone else 0
+
+
+def _local(store: Store) -> LocalStore:
+    if store.local is None:
+        raise StartError(
+            "--store: the engine needs a store that answers in place; this one must be waited for"
+        )
+    return store.local
 
 
 async def _until_stopped(
@@ -247,8 +254,7 @@ async def _look_after(store: Store, rpc: RpcServer, observer: PrometheusObserver
     while True:
         await asyncio.sleep(STORE_CHECK_S)
         try:
-            # on a thread: a disk that does not answer must not keep everybody else waiting
-            health = await asyncio.to_thread(store.check)
+            health = await store.check()
         except StoreGone as error:
             _log.error("the store is gone, the server ends", reason=error.message)
             return
@@ -258,11 +264,11 @@ async def _look_after(store: Store, rpc: RpcServer, observer: PrometheusObserver
         is_ready = not health.problem
         observer.store_checked(is_ready=is_ready, reopened=health.reopened)
         if is_ready is not was_ready:
-            rpc.announce_ready(is_ready=is_ready)
             if is_ready:
                 _log.info("the store can be used again")
             else:
                 _log.warning("the store cannot be used", reason=health.problem)
+            rpc.announce_ready(is_ready=is_ready)
         was_ready = is_ready
 
 
@@ -305,7 +311,7 @@ def _serve_metrics(settings: Settings, observer: PrometheusObserver, engine: Eng
     return metrics
 
 
-async def _serve_calls(settings: Settings, rpc: RpcServer, store: MemoryStore | DiskStore) -> None:
+async def _serve_calls(settings: Settings, rpc: RpcServer, store: Store) -> None:
     try:
         port = await rpc.start(*settings.listen)
     except BindError as error:
@@ -314,8 +320,7 @@ async def _serve_calls(settings: Settings, rpc: RpcServer, store: MemoryStore | 
     gc.collect()
     gc.freeze()
     address = settings.listen._replace(port=port)
-    if isinstance(store, DiskStore):
-        store.lock.set_listen(str(address))
+    await store.announce(str(address))
     sys.stdout.write(f"stepwell: listening on {address}\n")
     sys.stdout.flush()
 

@@ -13,6 +13,7 @@
     ├── ModelMismatch         the state belongs to another model
     ├── Overloaded            no room now; come back after retry_after_s
     ├── Unavailable           the server cannot do it now (stopping, store away)
+    │   └── StoreGone         what is kept cannot be reached any more: the server ends
     ├── DeadlineExceeded      the caller's time limit passed before the change was applied
     ├── StateCorrupt          the stored record is damaged
     ├── Unsupported           no model and no setting makes it possible
@@ -125,6 +126,10 @@ class Unavailable(ServerError):
     """The server cannot do it now; it was not applied."""
 
     reason = "UNAVAILABLE"
+
+
+class StoreGone(Unavailable):
+    """What is kept cannot be reached any more, and will not be: changes are refused and the server must end."""
 
 
 class DeadlineExceeded(ServerError):

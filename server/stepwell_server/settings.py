@@ -62,6 +62,11 @@ def _choice(*values: str) -> Callable[[str], str]:
     return read
 
 
+def _store(text: str) -> str:
+    # "lmdb" is what "disk" was called before there was a write-ahead log
+    return "disk" if text == "lmdb" else _choice("disk", "memory")(text)
+
+
 def _whole(smallest: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         if not re.fullmatch(r"\d{1,18}", text) or int(text) < smallest:
@@ -210,12 +215,12 @@ class Settings:
     """Models to serve: the name under which, and the file that Keras saved. In the variable, with commas between them."""
     listen: Address = _setting(_address, Address("127.0.0.1", 50051), "HOST:PORT")
     """Address to serve gRPC on. Port 0 lets the system choose; the line on stdout says which."""
-    store: Literal["lmdb", "memory"] = _setting(_choice("lmdb", "memory"), "lmdb", "lmdb|memory")
+    store: Literal["disk", "memory"] = _setting(_store, "disk", "disk|memory")
     """Where sessions are kept: on disk under --data-dir, or in memory, where they end with the server."""
     data_dir: Path = _computed(_folder, _default_data_dir, "DIR")
     """Folder of the store on disk, for one server at a time. Default: stepwell in the user's data folder."""
     durability: Literal["sync", "async"] = _setting(_choice("sync", "async"), "sync", "sync|async")
-    """What an acknowledged change survives in the store on disk: sync, the loss of power too; async, kill -9."""
+    """What an acknowledged change survives on disk: sync, the loss of power too; async, kill -9."""
     max_batch_rows: int = _setting(_whole(1), 1024, "N")
     """Rows that run together at most, over all sessions of a pass."""
     resident_rows: int | None = _setting(_whole(1), None, "N")

@@ -1,7 +1,7 @@
 """The long version of the fault tests: `make soak ARGS="--kills 1000 --seed 7 --lanes 2"`.
 
 Each lane has a server, a data directory and a driver of its own, and goes through rounds of some kills: in each the
-durability, the room for resident sessions, the journals' size, good or bad connections and whether clients die too
+durability, the room for resident sessions, the segments' size, good or bad connections and whether clients die too
 are drawn. Most kills come at a random moment under load, some while the server is starting, and now and then it is a
 SIGTERM. After each round the checker replays the history. What is found wrong is kept, with the seed to find it again.
 """
@@ -77,7 +77,7 @@ class Weather:
     resident_rows: int
     bad_connections: bool
     clients_die: bool
-    journal_bytes: int | None
+    segment_bytes: int | None
 
     @classmethod
     def draw(cls, chance: random.Random) -> Weather:
@@ -106,7 +106,7 @@ class Round:
         self.folder.mkdir()
         weather = self._weather
         options = ("--durability", weather.durability, "--resident-rows", str(weather.resident_rows))
-        server = local(self.folder / "data", *options, journal_bytes=weather.journal_bytes)
+        server = local(self.folder / "data", *options, segment_bytes=weather.segment_bytes)
         with server, self._way_to(server) as address:
             driver = self._driver(address)
             try:
@@ -204,10 +204,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--lanes", type=int, default=2, help="servers at a time")
     parser.add_argument(
-        "--journal-bytes", type=int, help="of each server's journals; they are drawn unless given"
+        "--segment-bytes", type=int, help="of each server's segments; they are drawn unless given"
     )
     arguments = parser.parse_args()
-    fixed = {"journal_bytes": arguments.journal_bytes} if arguments.journal_bytes else {}
+    fixed = {"segment_bytes": arguments.segment_bytes} if arguments.segment_bytes else {}
     return soak(arguments.kills, arguments.seed, arguments.lanes, fixed)
 
 

@@ -19,25 +19,25 @@ from support.wire import Wire, tensor
 
 
 @pytest.mark.parametrize(
-    ("durability", "seed", "extra", "journal_bytes"),
+    ("durability", "seed", "extra", "segment_bytes"),
     [("sync", 21, (), SMALL_BYTES), ("async", 22, ("--resident-rows", "16"), None)],
 )
 def test_kills(
-    tmp_path: Path, durability: str, seed: int, extra: tuple[str, ...], journal_bytes: int | None
+    tmp_path: Path, durability: str, seed: int, extra: tuple[str, ...], segment_bytes: int | None
 ) -> None:
-    """The first server's journals turn all the time.
+    """The first server's segments rotate all the time.
 
     The second one has room for fewer rows than there are, so that sessions are paged out all the time.
     """
     history = tmp_path / "history"
     with (
-        local(tmp_path / "data", "--durability", durability, *extra, journal_bytes=journal_bytes) as server,
+        local(tmp_path / "data", "--durability", durability, *extra, segment_bytes=segment_bytes) as server,
         DriverProcess(server.address, history, seed) as driver,
     ):
         kill_at_random(server, driver, random.Random(seed), kills=5)
         driver.wait_acknowledged(100)
         driver.stop()
-    assert journal_bytes in {None, (tmp_path / "data" / "journal" / "0").stat().st_size}
+    assert segment_bytes in {None, (tmp_path / "data" / "journal" / "0").stat().st_size}
     report = verdict(history).require_clean()
     assert report.acknowledged > 300
     assert report.reads > 20

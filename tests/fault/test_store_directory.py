@@ -56,6 +56,6 @@ def test_a_process_that_was_started_meanwhile_does_not_hold_on(tmp_path: Path) -
 
 if __name__ == "__main__":
     kept = opened(Path(sys.argv[1]))
-    kept.commit(Batch(tombstones=[Tombstone("left", End.LOST, 0.0)]))
+    kept.commit(Batch(tombstones=[Tombstone("left", End.CLOSED, 0.0)]))
     os.write(1, b"open\n")
     sys.stdin.read()

@@ -27,7 +27,7 @@ from stepwell_server.store.record import Record, decode
 
 MIB = 2**20
 DISK_BYTES = 8 * MIB
-JOURNAL_BYTES = 64 * 1024
+SEGMENT_BYTES = 64 * 1024
 REASON = re.compile(
     r"got no room: the disk of .*/data/sessions is full, \d+ bytes are free \("
     r"|got no room: a file of this process must stay within 8388608 bytes, its RLIMIT_FSIZE \("
@@ -56,14 +56,14 @@ def record(session_id: str, revision: int, row_bytes: int = 5000) -> bytes:
 
 @pytest.mark.parametrize("what", ["go-on", "close-many"])
 @pytest.mark.parametrize("durability", ["sync", "async"])
-@pytest.mark.parametrize("kind", ["lmdb", "journals"])
+@pytest.mark.parametrize("kind", ["lmdb", "segments"])
 def test_a_limit_on_files(tmp_path: Path, kind: str, durability: str, what: str) -> None:
     _run([sys.executable, __file__, what, "limit", kind, durability, os.fspath(tmp_path)])
 
 
 @pytest.mark.parametrize("what", ["go-on", "close-many"])
 @pytest.mark.parametrize("durability", ["sync", "async"])
-@pytest.mark.parametrize("kind", ["lmdb", "journals"])
+@pytest.mark.parametrize("kind", ["lmdb", "segments"])
 def test_a_small_disk(tmp_path: Path, kind: str, durability: str, what: str) -> None:
     prefix = ["unshare", "--mount"] if os.getuid() == 0 else ["unshare", "--mount", "--map-root-user"]
     probe = [*prefix, "sh", "-c", MOUNTED, "sh", os.fspath(tmp_path), "true"]
@@ -136,7 +136,7 @@ def opened(kind: str, durability: Durability, path: Path) -> DiskOrLmdb:
     if kind == "lmdb":
         return LmdbStore(path / "data", durability=durability, clock=clock, first_map_bytes=MIB)
     return DiskStore(
-        path / "data", durability=durability, clock=clock, first_map_bytes=MIB, journal_bytes=JOURNAL_BYTES
+        path / "data", durability=durability, clock=clock, first_map_bytes=MIB, segment_bytes=SEGMENT_BYTES
     )
 
 
@@ -152,7 +152,7 @@ def check(way: str, kind: str, durability: Durability, path: Path) -> None:
         assert not is_kept(store, Batch(puts=puts, counts=[("m", 500)]))
         require(store, kept)
     changed = _change_some(store, kept)
-    assert changed >= (kind == "journals") * 9, "the journal has its room already"
+    assert changed >= (kind == "segments") * 9, "the segment has its room already"
     _close_some(store, kept)
     room()
     _go_on(store, kept)
@@ -171,7 +171,7 @@ def _change_some(store: DiskOrLmdb, kept: dict[str, int]) -> int:
             require(store, kept)
             return number - 1000
         kept |= dict.fromkeys(names, number)
-        store.tend()
+        store.checkpoint()
     require(store, kept)
     return 100
 

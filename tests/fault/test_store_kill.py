@@ -29,27 +29,27 @@ ROUNDS = 6
 class Kind(NamedTuple):
     """A store, and what is done with it."""
 
-    journal_bytes: int
+    segment_bytes: int
     """0 for LMDB alone."""
     period: int
     """Every so many commits one session takes another's place; the others change those that are there."""
     growth_bytes: int
 
 
-#: An entry is a third of a journal, so that a kill is as likely to come while journals turn as at any other time.
-KINDS = {"lmdb": Kind(0, 1, 3000), "journals": Kind(128 * 1024, 7, 30)}
+#: An entry is a third of a segment, so that a kill is as likely to come while segments rotate as at any other time.
+KINDS = {"lmdb": Kind(0, 1, 3000), "segments": Kind(128 * 1024, 7, 30)}
 
 
 def opened(path: Path, durability: Durability, kind: Kind) -> LmdbStore | DiskStore:
     clock, first_map_bytes = SystemClock(), 256 * 1024
-    if not kind.journal_bytes:
+    if not kind.segment_bytes:
         return LmdbStore(path, durability=durability, clock=clock, first_map_bytes=first_map_bytes)
     return DiskStore(
         path,
         durability=durability,
         clock=clock,
         first_map_bytes=first_map_bytes,
-        journal_bytes=kind.journal_bytes,
+        segment_bytes=kind.segment_bytes,
     )
 
 
@@ -142,7 +142,7 @@ def _write(path: Path, durability: Durability, kind: Kind) -> None:
         store.commit(batch(number, kind))
         os.write(1, b"%d\n" % number)
         if number % 3:
-            store.tend()
+            store.checkpoint()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from stepwell_server.program import Program
 from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.store import DiskStore
 from support.clock import ManualClock
-from support.engine import JOURNAL_BYTES, STORES, Answer, Harness, running
+from support.engine import SEGMENT_BYTES, STORES, Answer, Harness, running
 from support.fake_executor import WAIT_S
 
 Array = npt.NDArray[Any]
@@ -106,7 +106,7 @@ class Disk:
 
     def _opened(self, folder: Path) -> DiskStore:
         durability: Literal["sync", "async"] = "sync" if STORES.kind == "sync" else "async"
-        return DiskStore(folder, durability=durability, clock=self.clock, journal_bytes=JOURNAL_BYTES)
+        return DiskStore(folder, durability=durability, clock=self.clock, segment_bytes=SEGMENT_BYTES)
 
     @asynccontextmanager
     async def engine(
@@ -129,7 +129,7 @@ class Disk:
         old = self.store
         folder = STORES.folder / f"disk-{next(_NUMBERS)}"
         (folder / "sessions").mkdir(parents=True)
-        # The journal first: what is brought over into LMDB meanwhile is then in both, and not in neither.
+        # The segment first: what is checkpointed meanwhile is then in both, and not in neither.
         shutil.copytree(old.path / "journal", folder / "journal")
         # what a transaction that is under way has written so far is not part of it
         old.store._base._environment.copy(os.fspath(folder / "sessions"))
@@ -163,8 +163,8 @@ def damage(store: Troubled, session_id: str) -> None:
     changed = bytearray(record)
     changed[-1] ^= 4
     store.store._base.commit(Batch(puts=[(session_id, bytes(changed))]))
-    if store.store._journals is not None:
-        store.store._journals.forget([session_id])
+    if store.store._wal is not None:
+        store.store._wal.discard([session_id])
 
 
 def x(*shape: int, seed: int = 0) -> Array:

@@ -24,6 +24,7 @@ from stepwell_server.engine.passes.runner import Runner
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
+from stepwell_server.store.base import LocalStore
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock
@@ -177,7 +178,7 @@ class Later(Answers):
 
 
 #: So small that changes are brought over again and again.
-JOURNAL_BYTES = 32 * 1024
+SEGMENT_BYTES = 32 * 1024
 
 
 class Stores:
@@ -188,12 +189,12 @@ class Stores:
         self.folder = Path()
         self._numbers = itertools.count()
 
-    def make(self, clock: ManualClock) -> MemoryStore | DiskStore:
+    def make(self, clock: ManualClock) -> LocalStore:
         if self.kind == "memory":
             return MemoryStore()
         folder = self.folder / f"store-{next(self._numbers)}"
         durability: Literal["sync", "async"] = "sync" if self.kind == "sync" else "async"
-        return DiskStore(folder, durability=durability, clock=clock, journal_bytes=JOURNAL_BYTES)
+        return DiskStore(folder, durability=durability, clock=clock, segment_bytes=SEGMENT_BYTES)
 
 
 STORES = Stores()

@@ -18,10 +18,10 @@ from support.replay import LstmDense
 from support.server_process import forecast
 
 _SCRIPT = Path(__file__).with_name("faulty_server.py")
-_SMALL = Path(__file__).with_name("small_journals.py")
+_SMALL = Path(__file__).with_name("small_segments.py")
 _CONTROL_S = 30.0
 SMALL_BYTES = 8 * 1024
-"""Of a journal that is full after some dozens of changes."""
+"""Of a segment that is full after some dozens of changes."""
 
 
 @functools.cache
@@ -35,11 +35,11 @@ def verdict(*histories: Path) -> Report:
     return check(history.load(histories), replayed())
 
 
-def local(data_dir: Path | None, *extra: str, journal_bytes: int | None = None) -> LocalServer:
-    """The real server; `journal_bytes` makes its journals small."""
-    if journal_bytes is None:
+def local(data_dir: Path | None, *extra: str, segment_bytes: int | None = None) -> LocalServer:
+    """The real server; `segment_bytes` makes its segments small."""
+    if segment_bytes is None:
         return LocalServer(**arguments(data_dir, extra))
-    return SmallJournals(data_dir, *extra, journal_bytes=journal_bytes)
+    return SmallSegments(data_dir, *extra, segment_bytes=segment_bytes)
 
 
 def arguments(data_dir: Path | None, extra: Sequence[str]) -> dict[str, Any]:
@@ -53,16 +53,16 @@ def arguments(data_dir: Path | None, extra: Sequence[str]) -> dict[str, Any]:
     }
 
 
-class SmallJournals(LocalServer):
-    """`small_journals.py` as a process."""
+class SmallSegments(LocalServer):
+    """`small_segments.py` as a process."""
 
-    def __init__(self, data_dir: Path | None, *extra: str, journal_bytes: int) -> None:
+    def __init__(self, data_dir: Path | None, *extra: str, segment_bytes: int) -> None:
         super().__init__(**arguments(data_dir, extra))
-        self._journal_bytes = journal_bytes
+        self._segment_bytes = segment_bytes
 
     def _command(self) -> list[str]:
         python, _, _, *arguments = super()._command()
-        return [python, os.fspath(_SMALL), str(self._journal_bytes), *arguments]
+        return [python, os.fspath(_SMALL), str(self._segment_bytes), *arguments]
 
 
 class FaultyServer(LocalServer):

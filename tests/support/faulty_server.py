@@ -35,7 +35,7 @@ from stepwell_server import clock
 from stepwell_server.core import exactly_once
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.disk.store import DiskStore
-from stepwell_server.store.disk.wal_file import Journal
+from stepwell_server.store.disk.wal_file import Segment
 
 Commit = Callable[[DiskStore, Any], None]
 _LATE_S = 0.2
@@ -93,15 +93,15 @@ def install(faults: Faults) -> None:
     """Faults on demand."""
     # A script has its own folder there, and not the one of all tests.
     sys.path.insert(0, os.fspath(Path(__file__).parents[1]))
-    commit, write = LmdbStore._commit, Journal._write
+    commit, write = LmdbStore._commit, Segment._write
 
     def _commit(store: LmdbStore, batch: Any) -> None:
         faults.before_commit()
         commit(store, batch)
 
-    def _write(journal: Journal, *arguments: Any) -> None:
+    def _write(segment: Segment, *arguments: Any) -> None:
         faults.before_commit()
-        write(journal, *arguments)
+        write(segment, *arguments)
 
     open_one = lmdb.open
 
@@ -114,7 +114,7 @@ def install(faults: Faults) -> None:
     replace(lmdb, "open", _open)
     # Where the disk's own errors come from, so that they are translated as those are.
     replace(LmdbStore, "_commit", _commit)
-    replace(Journal, "_write", _write)
+    replace(Segment, "_write", _write)
     replace(clock.SystemClock, "now", lambda _: time.time() + faults.jump_s)
 
 

@@ -1,4 +1,4 @@
-"""Stores on disk with journals that are full all the time, and records for them."""
+"""Stores on disk with segments that are full all the time, and records for them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from stepwell_server.errors import StateCorrupt
-from stepwell_server.store.base import Batch, End, Store, Tombstone
+from stepwell_server.store.base import Batch, End, LocalStore, Tombstone
 from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.disk.store import DiskStore
-from stepwell_server.store.record import Puts, Record, Sheet, Stored, decode
+from stepwell_server.store.record import Puts, Record, RecordTemplate, Stored, decode
 from support.clock import ManualClock
 
-JOURNAL_BYTES = 4096
+SEGMENT_BYTES = 4096
 
 
 DURABILITIES = pytest.mark.parametrize("durability", ["sync", "async"])
@@ -50,9 +50,11 @@ def record(
     ).encode(session_id)
 
 
-def sheet(session_ids: Sequence[str], revision: int = 0, size: int = 20) -> Puts:
+def template(session_ids: Sequence[str], revision: int = 0, size: int = 20) -> Puts:
     """The same records, laid out one after the other."""
-    made = Sheet(session_ids, fingerprint="f" * 8, model="m", opened_with=0, created=0.0, row_bytes=size)
+    made = RecordTemplate(
+        session_ids, fingerprint="f" * 8, model="m", opened_with=0, created=0.0, row_bytes=size
+    )
     made.rows[:] = np.uint8(revision % 256)
     return made.fill(revisions=revision, positions=revision, request_ids=0, last_used=0.0, replies=0)
 
@@ -72,7 +74,7 @@ def put_all(parts: Sequence[Any]) -> dict[str, bytes]:
 
 
 def opened(path: Path, durability: Durability = "async", **options: Any) -> DiskStore:
-    options = {"journal_bytes": JOURNAL_BYTES, **options}
+    options = {"segment_bytes": SEGMENT_BYTES, **options}
     return DiskStore(path, durability=durability, clock=ManualClock(), **options)
 
 
@@ -81,7 +83,7 @@ def left_behind(store: DiskStore) -> Path:
     numbers = itertools.count()
     copy = next(at for n in numbers if not (at := store.path.with_name(f"{store.path.name}-{n}")).exists())
     (copy / "sessions").mkdir(parents=True)
-    # The journal first: what is brought over into LMDB meanwhile is then in both, and not in neither.
+    # The segment first: what is checkpointed meanwhile is then in both, and not in neither.
     shutil.copytree(store.path / "journal", copy / "journal")
     store._base._environment.copy(os.fspath(copy / "sessions"))
     return copy
@@ -94,22 +96,22 @@ def killed(store: DiskStore, durability: Durability = "async", **options: Any) -
     return opened(copy, durability, **options)
 
 
-def begin(store: Store, *session_ids: str, **facts: Any) -> None:
+def begin(store: LocalStore, *session_ids: str, **facts: Any) -> None:
     """Open sessions: as all do, by a transaction."""
     puts = [(i, record(i, **facts)) for i in session_ids]
     store.commit(Batch(puts=puts, forgets=session_ids, counts=[("m", 1)] * len(puts)))
 
 
-def put(store: Store, *session_ids: str, revision: int, **facts: Any) -> None:
+def put(store: LocalStore, *session_ids: str, revision: int, **facts: Any) -> None:
     store.commit(Batch(puts=[(i, record(i, revision, **facts)) for i in session_ids]))
 
 
-def end(store: Store, *session_ids: str) -> None:
+def end(store: LocalStore, *session_ids: str) -> None:
     stones = [Tombstone(i, End.CLOSED, 1.0) for i in session_ids]
     store.commit(Batch(deletes=session_ids, tombstones=stones, counts=[("m", -1)] * len(stones)))
 
 
-def revisions(store: Store) -> dict[str, int]:
+def revisions(store: LocalStore) -> dict[str, int]:
     """Of all sessions, from `scan`; those of `get` and `get_many` are the same."""
     some = store.scan(limit=10_000)
     for (session_id, header), found in zip(some, store.get_many([i for i, _ in some]), strict=True):
@@ -125,24 +127,24 @@ def in_lmdb(store: DiskStore) -> dict[str, int]:
 
 
 def fill_one(store: DiskStore, revision: int = 1) -> list[str]:
-    """Change sessions until one journal is full and the other is begun; which ones have changed."""
-    assert store._journals is not None
+    """Change sessions until one segment is full and the other is begun; which ones have changed."""
+    assert store._wal is not None
     names = [f"s{i}" for i in range(100)]
     begin(store, *names)
     for place, name in enumerate(names):
         put(store, name, revision=revision)
-        if store._journals._left.offsets:
+        if store._wal._sealed.offsets:
             return names[: place + 1]
-    raise AssertionError("the journal is never full")
+    raise AssertionError("the segment is never full")
 
 
 def place_of(store: DiskStore, session_id: str) -> tuple[str, int]:
     """In which file a session's record is, and where there."""
-    assert store._journals is not None
-    for journal in (store._journals._written, store._journals._left):
-        if session_id in journal.offsets:
-            return journal.path.name, journal.offsets[session_id]
-    raise AssertionError(f"{session_id} is in no journal")
+    assert store._wal is not None
+    for segment in (store._wal._active, store._wal._sealed):
+        if session_id in segment.offsets:
+            return segment.path.name, segment.offsets[session_id]
+    raise AssertionError(f"{session_id} is in no segment")
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from stepwell_server.engine.durability import group_commit as module
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.errors import Internal, ServerError, Unavailable
-from stepwell_server.store.base import Batch, End, Store, Tombstone
+from stepwell_server.store.base import Batch, End, LocalStore, Tombstone
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock
@@ -40,14 +40,14 @@ class Slow(MemoryStore):
         self.batches: list[Batch] = []
         self.threads: list[str] = []
         self.error: Exception | None = None
-        self.is_behind = False
+        self.needs_checkpoint = False
         self.tended: list[str] = []
         """Who did, and what those who wait had been told by then."""
         self.told: list[tuple[str, ServerError | None]] = []
 
-    def tend(self) -> None:
+    def checkpoint(self) -> None:
         self.tended.append(f"{threading.current_thread().name} {''.join(name for name, _ in self.told)}")
-        self.is_behind = False
+        self.needs_checkpoint = False
 
     def commit(self, batch: Batch) -> None:
         self.threads.append(threading.current_thread().name)
@@ -62,7 +62,7 @@ class Slow(MemoryStore):
 class Told:
     """What those who wait were told, in that order."""
 
-    def __init__(self, commits: GroupCommit, store: Store) -> None:
+    def __init__(self, commits: GroupCommit, store: LocalStore) -> None:
         self._commits = commits
         self.told: list[tuple[str, ServerError | None]] = []
         if isinstance(store, Slow):
@@ -112,7 +112,7 @@ async def test_what_can_wait_is_done_when_callers_have_been_told(
     slow: tuple[Slow, GroupCommit, Told],
 ) -> None:
     store, commits, told = slow
-    store.is_behind = True
+    store.needs_checkpoint = True
     told.submit("a")
     await commits.idle()
     await asyncio.sleep(0)
@@ -122,7 +122,7 @@ async def test_what_can_wait_is_done_when_callers_have_been_told(
         assert [who.split()[0] for who in store.tended] == ["stepwell-store"]
     else:
         assert store.tended == ["MainThread a"]
-        store.is_behind = True
+        store.needs_checkpoint = True
         told.submit("b", size=HUGE)
         await commits.idle()
         assert store.tended[1:] == ["stepwell-store a"], "before: then the event loop may commit in place"
@@ -132,7 +132,7 @@ async def test_nothing_is_done_in_place_while_the_thread_has_the_store(
     slow: tuple[Slow, GroupCommit, Told],
 ) -> None:
     store, commits, told = slow
-    store.is_behind = True
+    store.needs_checkpoint = True
     told.submit("a")
     store.gate.clear()
     told.submit("b", size=HUGE)
@@ -315,7 +315,7 @@ batches = st.builds(
 )
 
 
-def content(store: Store) -> list[object]:
+def content(store: LocalStore) -> list[object]:
     found: list[object] = [(i, store.get(i), store.tombstone(i)) for i in "abc"]
     return [*found, store.count(), store.count_of("m"), store.count_of("n")]
 

@@ -24,7 +24,7 @@ def test_options_win_over_variables_and_variables_over_defaults(model: str) -> N
     assert settings.listen == Address("::1", 0)
     assert str(settings.listen) == "[::1]:0"
     assert settings.max_batch_rows == 7
-    assert settings.store == "lmdb"
+    assert settings.store == "disk"
     assert settings.compute_threads >= 1
 
 
@@ -86,7 +86,7 @@ def test_what_is_said_of_single_models(model: str, tmp_path: Path) -> None:
         ("max-compile-memory-bytes", "1GB", "a whole number"),
         ("compile-timeout-s", "-1", "a number of seconds"),
         ("compute-threads", "1.5", "a whole number"),
-        ("store", "redis", "one of lmdb, memory"),
+        ("store", "redis", "one of disk, memory"),
         ("durability", "none", "one of sync, async"),
         ("log-level", "loud", "one of debug"),
         ("log-format", "xml", "one of text, json"),
@@ -153,7 +153,7 @@ def test_a_data_dir_and_the_memory_store_exclude_each_other(model: str) -> None:
 def test_the_command_line_wins_over_a_variable_that_contradicts_it(model: str) -> None:
     assert read_settings([model, "--store", "memory"], {"STEPWELL_DATA_DIR": "/x"}).store == "memory"
     settings = read_settings([model, "--data-dir", "/y"], {"STEPWELL_STORE": "memory"})
-    assert (settings.store, settings.data_dir) == ("lmdb", Path("/y"))
+    assert (settings.store, settings.data_dir) == ("disk", Path("/y"))
     both = {"STEPWELL_STORE": "lmdb", "STEPWELL_DATA_DIR": "/x"}
     assert read_settings([model, "--store=memory"], both).store == "memory"
 

@@ -1,4 +1,4 @@
-"""The store on disk answers as the one in memory does, whatever is in its journals when it is opened, killed or failing."""
+"""The store on disk answers as the one in memory does, whatever is in its segments when it is opened, killed or failing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Joined, decode
 from support.stored import (
-    JOURNAL_BYTES,
+    SEGMENT_BYTES,
     begin,
     end,
     fill_one,
@@ -30,7 +30,7 @@ from support.stored import (
     put,
     record,
     revisions,
-    sheet,
+    template,
 )
 
 DURABILITIES = pytest.mark.parametrize("durability", ["sync", "async"])
@@ -44,7 +44,7 @@ def path(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------ as the one in memory
 
 KNOWN = ["a", "aa", "ab", "b", "ä", "é" * 256]
-DEEDS = st.sampled_from(["begin", "put", "put", "put", "end", "both", "tend", "reopen", "kill", "sync"])
+DEEDS = st.sampled_from(["begin", "put", "put", "put", "end", "both", "checkpoint", "reopen", "kill", "sync"])
 SIZES = [0, 20, 20, 300, 900, 2500, 9000]
 
 
@@ -61,15 +61,15 @@ class Two:
         self._numbers = itertools.count(1)
 
     def do(self, deed: str, chance: random.Random) -> None:
-        if deed in {"tend", "sync"}:
+        if deed in {"checkpoint", "sync"}:
             getattr(self.disk, deed)()
         elif deed == "kill":
             self.disk = killed(self.disk, self._durability)
         elif deed == "reopen":
             self.disk.close()
             self.disk = opened(self.disk.path, self._durability)
-            assert self.disk._journals is not None
-            assert self.disk._journals.is_empty
+            assert self.disk._wal is not None
+            assert self.disk._wal.is_empty
         else:
             self._commit(getattr(self, f"_{deed}")(chance))
 
@@ -150,7 +150,7 @@ def test_journals_turn_a_hundred_times_and_nothing_is_lost(path: Path, durabilit
         put(store, *some, revision=revision)
         wanted |= dict.fromkeys(some, revision)
         if chance.random() < 0.5:
-            store.tend()
+            store.checkpoint()
         if revision % 50 == 0:
             assert revisions(store) == wanted
             store = killed(store, durability)
@@ -158,10 +158,10 @@ def test_journals_turn_a_hundred_times_and_nothing_is_lost(path: Path, durabilit
     store.close()
 
 
-def test_a_sheet_is_kept_as_its_records_are(path: Path) -> None:
+def test_a_template_is_kept_as_its_records_are(path: Path) -> None:
     store, names = opened(path), ["a", "b", "c"]
     begin(store, *names)
-    puts = sheet(names, 1)
+    puts = template(names, 1)
     store.commit(Batch(puts=Joined([puts, [("a", record("a", 2))]])))
     assert revisions(store) == {"a": 2, "b": 1, "c": 1}
     store = killed(store)
@@ -169,7 +169,7 @@ def test_a_sheet_is_kept_as_its_records_are(path: Path) -> None:
     store.close()
 
 
-def test_what_is_read_while_journals_turn_never_goes_back(path: Path) -> None:
+def test_what_is_read_while_segments_rotate_never_goes_back(path: Path) -> None:
     store, done, problems = opened(path), threading.Event(), list[BaseException]()
     begin(store, "a", "b")
 
@@ -191,7 +191,7 @@ def test_what_is_read_while_journals_turn_never_goes_back(path: Path) -> None:
     for revision in range(1, 2000):
         put(store, "a", *["b"] * (revision % 2), revision=revision)
         if revision % 3:
-            store.tend()
+            store.checkpoint()
     done.set()
     for reader in readers:
         reader.join(timeout=20)
@@ -214,12 +214,12 @@ class Watched:
         self._lock.release()
 
 
-def test_a_journal_is_not_filled_anew_while_someone_reads_in_it(
+def test_a_segment_is_not_truncated_while_someone_reads_in_it(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = opened(path)
     changed = fill_one(store)
-    assert store._journals is not None
+    assert store._wal is not None
     inside, go_on, found, pread = threading.Event(), threading.Event(), list[bytes](), os.pread
 
     def read(file: int, size: int, at: int) -> bytes:
@@ -229,7 +229,7 @@ def test_a_journal_is_not_filled_anew_while_someone_reads_in_it(
         return pread(file, size, at)
 
     monkeypatch.setattr(os, "pread", read)
-    monkeypatch.setattr(store._journals, "_looking", Watched(store._journals._looking, go_on))
+    monkeypatch.setattr(store._wal, "_looking", Watched(store._wal._looking, go_on))
     reader = threading.Thread(target=lambda: found.append(bytes(store.get(changed[0]) or b"")))
     reader.start()
     assert inside.wait(20)
@@ -280,7 +280,7 @@ def test_a_session_that_is_opened_under_the_id_of_an_old_one_is_the_new_one(
     store.close()
 
 
-# ------------------------------------------------------------------------------------------------------- bringing over
+# ------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def test_what_is_in_both_journals_is_that_of_the_later_one(path: Path) -> None:
@@ -298,17 +298,17 @@ def test_what_is_in_both_journals_is_that_of_the_later_one(path: Path) -> None:
     store.close()
 
 
-def test_it_is_behind_until_what_is_to_be_brought_over_is(path: Path) -> None:
+def test_it_needs_a_checkpoint_until_all_is_checkpointed(path: Path) -> None:
     store = opened(path)
     changed = fill_one(store)
-    hurry, revision = [store.is_behind], 1
+    hurry, revision = [store.needs_checkpoint], 1
     while not hurry[-1]:
         revision += 1
         put(store, changed[0], revision=revision)
-        hurry.append(store.is_behind)
+        hurry.append(store.needs_checkpoint)
     assert len(hurry) > 5, "there is room for more"
-    store.tend()
-    assert not store.is_behind
+    store.checkpoint()
+    assert not store.needs_checkpoint
     assert [in_lmdb(store)[i] for i in changed] == [0, *[1] * (len(changed) - 2), 0], (
         "but what changed again is not"
     )
@@ -316,18 +316,18 @@ def test_it_is_behind_until_what_is_to_be_brought_over_is(path: Path) -> None:
     store.close()
 
 
-def test_closing_empties_the_journals(path: Path) -> None:
+def test_closing_checkpoints_everything(path: Path) -> None:
     store = opened(path)
     changed = fill_one(store)
     wanted = revisions(store)
     store.close()
     store.close()
     store = opened(path)
-    assert store._journals is not None
-    assert store._journals.is_empty
+    assert store._wal is not None
+    assert store._wal.is_empty
     assert in_lmdb(store) == wanted
     put(store, changed[0], revision=2)
-    assert in_lmdb(store)[changed[0]] == 1, "journals are written again"
+    assert in_lmdb(store)[changed[0]] == 1, "segments are written again"
     store.close()
     shutil.rmtree(path / "journal")
     store = opened(path)
@@ -335,8 +335,8 @@ def test_closing_empties_the_journals(path: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("size", [JOURNAL_BYTES // 2 - 200, JOURNAL_BYTES - 200, 3 * JOURNAL_BYTES])
-def test_what_is_large_for_a_journal_is_kept_as_well(path: Path, size: int) -> None:
+@pytest.mark.parametrize("size", [SEGMENT_BYTES // 2 - 200, SEGMENT_BYTES - 200, 3 * SEGMENT_BYTES])
+def test_what_is_large_for_a_segment_is_kept_as_well(path: Path, size: int) -> None:
     store = opened(path)
     begin(store, "a", "b")
     wanted = {"a": 0, "b": 0}
@@ -353,15 +353,15 @@ def test_what_is_large_for_a_journal_is_kept_as_well(path: Path, size: int) -> N
 
 @pytest.mark.parametrize("sizes", [(4096, 65536), (65536, 4096)])
 @pytest.mark.parametrize("durabilities", [("sync", "async"), ("async", "sync")])
-def test_a_journal_of_another_size_or_durability_is_read(
+def test_a_segment_of_another_size_or_durability_is_read(
     path: Path, sizes: tuple[int, int], durabilities: tuple[Durability, Durability]
 ) -> None:
-    store, names = opened(path, durabilities[0], journal_bytes=sizes[0]), [f"s{i}" for i in range(30)]
+    store, names = opened(path, durabilities[0], segment_bytes=sizes[0]), [f"s{i}" for i in range(30)]
     begin(store, *names)
     for revision in range(1, 20):
         put(store, *names[:revision], revision=revision)
     wanted = revisions(store)
-    store = killed(store, durabilities[1], journal_bytes=sizes[1])
+    store = killed(store, durabilities[1], segment_bytes=sizes[1])
     assert revisions(store) == wanted
     put(store, *names, revision=30)
     store = killed(store, durabilities[0])

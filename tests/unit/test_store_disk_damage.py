@@ -1,4 +1,4 @@
-"""The store on disk when a part of a journal is damaged or missing, or the power went."""
+"""The store on disk when a part of a segment is damaged or missing, or the power went."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def damaged(path: Path, durability: Durability) -> tuple[Path, str]:
-    """What is left of a store with changes 1 to 6 of `a`, of which the journal's third cannot be read; and its file."""
+    """What is left of a store with changes 1 to 6 of `a`, of which the segment's third cannot be read; and its file."""
     store = opened(path, durability)
     begin(store, "a", "b")
     for revision in range(1, 4):
@@ -60,7 +60,7 @@ def damaged(path: Path, durability: Durability) -> tuple[Path, str]:
     return copy, name
 
 
-def test_a_damaged_journal_stops_a_start_that_must_lose_nothing(path: Path) -> None:
+def test_a_damaged_segment_stops_a_start_that_must_lose_nothing(path: Path) -> None:
     copy, name = damaged(path, "sync")
     rule = rf"^{copy / 'journal' / name} cannot be read from byte \d+ on\. .* are missing: restore the folder; or start once with --durability async"
     before = {file: (copy / "journal" / file).read_bytes() for file in "01"}
@@ -74,7 +74,7 @@ def test_a_damaged_journal_stops_a_start_that_must_lose_nothing(path: Path) -> N
     store.close()
 
 
-def test_a_damaged_journal_is_a_warning_where_the_power_may_take_changes(
+def test_a_damaged_segment_is_a_warning_where_the_power_may_take_changes(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy, name = damaged(path, "async")
@@ -100,14 +100,14 @@ def test_what_lies_behind_damage_never_comes_back(path: Path) -> None:
 
 
 @DURABILITIES
-def test_a_file_that_is_no_journal(
+def test_a_file_that_is_no_segment(
     path: Path, caplog: pytest.LogCaptureFixture, durability: Durability
 ) -> None:
     store = opened(path, durability)
     begin(store, "a")
     path = left_behind(store)
     store.close()
-    (path / "journal" / "1").write_bytes(b"no journal" * 500)
+    (path / "journal" / "1").write_bytes(b"no segment" * 500)
     if durability == "sync":
         with pytest.raises(StoreError, match=f"^{path / 'journal' / '1'} cannot be read: "):
             opened(path, durability)
@@ -121,7 +121,7 @@ def test_a_file_that_is_no_journal(
     store.close()
 
 
-def test_damage_at_the_end_of_a_journal_is_no_write_that_was_cut_off_if_the_other_has_later_ones(
+def test_damage_at_the_end_of_a_segment_is_no_write_that_was_cut_off_if_the_other_has_later_ones(
     path: Path,
 ) -> None:
     store = opened(path, "sync")
@@ -137,7 +137,7 @@ def test_damage_at_the_end_of_a_journal_is_no_write_that_was_cut_off_if_the_othe
 
 @pytest.mark.parametrize("what", RECORD_PARTS)
 @DURABILITIES
-def test_a_damaged_record_in_a_journal_harms_its_session_alone(
+def test_a_damaged_record_in_a_segment_harms_its_session_alone(
     path: Path, durability: Durability, what: str
 ) -> None:
     store = opened(path, durability)
@@ -165,20 +165,20 @@ def test_a_damaged_record_in_a_journal_harms_its_session_alone(
 
 
 @pytest.mark.parametrize("what", ["cut off", "first sector"])
-def test_a_part_of_a_journal_that_is_gone_is_damage(path: Path, what: str) -> None:
+def test_a_part_of_a_segment_that_is_gone_is_damage(path: Path, what: str) -> None:
     store = opened(path, "sync")
     begin(store, "a")
     for revision in range(1, 20):
         put(store, "a", revision=revision)
-    journal = left_behind(store) / "journal" / place_of(store, "a")[0]
+    segment = left_behind(store) / "journal" / place_of(store, "a")[0]
     store.close()
-    data = journal.read_bytes()
-    journal.write_bytes(data[:1024] if what == "cut off" else bytes(512) + data[512:])
-    folder, before = journal.parent.parent, journal.read_bytes()
+    data = segment.read_bytes()
+    segment.write_bytes(data[:1024] if what == "cut off" else bytes(512) + data[512:])
+    folder, before = segment.parent.parent, segment.read_bytes()
     for _ in range(2):
-        with pytest.raises(StoreError, match=f"^{journal} cannot be read"):
+        with pytest.raises(StoreError, match=f"^{segment} cannot be read"):
             opened(folder, "sync")
-        assert journal.read_bytes() == before
+        assert segment.read_bytes() == before
     store = opened(folder, "async")
     found = revisions(store)["a"]
     store.close()
@@ -190,7 +190,7 @@ def test_a_part_of_a_journal_that_is_gone_is_damage(path: Path, what: str) -> No
 
 
 class Last:
-    """`os.pwritev`, and what the last write to a journal changed."""
+    """`os.pwritev`, and what the last write to a segment changed."""
 
     def __init__(self) -> None:
         self._pwritev = os.pwritev
@@ -233,7 +233,7 @@ def test_a_loss_of_power_takes_nothing_but_the_change_that_was_not_acknowledged(
         ]
         puts = [[(name, record(name, revision, size)) for name in part] for part in parts]
         store.commit(Batch(puts=Joined(puts)))
-        # the others were too large for a journal
+        # the others were too large for a segment
         pictures = [last.torn(chance) for _ in range(5)] if last.count > count else []
         name, after = last.path.name, revisions(store)
         for picture in pictures:
@@ -243,7 +243,7 @@ def test_a_loss_of_power_takes_nothing_but_the_change_that_was_not_acknowledged(
             assert all(found[name] in {before[name], after[name]} for name in names)
             torn += 1
         if chance.random() < 0.5:
-            store.tend()
+            store.checkpoint()
     assert torn > 150
     store.close()
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from stepwell_server.errors import Unavailable
-from stepwell_server.store.base import StoreBusy, StoreGone
+from stepwell_server.errors import StoreGone, Unavailable
+from stepwell_server.store.base import StoreBusy
+from stepwell_server.store.disk import lock as lock_module
 from stepwell_server.store.disk.files import OpenFiles, explain
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.disk.lock import DirectoryLock
@@ -98,7 +99,7 @@ def test_a_segment_is_not_turned_in_a_folder_that_is_gone(path: Path) -> None:
     """Without anybody having looked: no more is lost than fits into one."""
     store = opened(path)
     fill_one(store)
-    store.tend()
+    store.checkpoint()
     shutil.rmtree(path)
     refusals = [error for revision in range(2, 200) if (error := refused(store, revision))]
     assert 1 < len(refusals) < 198
@@ -180,6 +181,18 @@ def test_a_name_that_another_user_holds_keeps_nobody_from_starting(
     monkeypatch.setattr("stepwell_server.store.disk.lock._owner", lambda _: (17, 54321))
     opened(path).close()
     assert "process 17 of user 54321 holds the name of" in caplog.text
+    store.close()
+
+
+@linux_only
+def test_the_name_of_a_mount_point_is_not_locked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two services may each have a mount of their own under one name."""
+    assert lock_module._is_mount_point(Path("/proc"))
+    assert not lock_module._is_mount_point(path)
+    monkeypatch.setattr(lock_module, "_is_mount_point", lambda _: True)
+    store = opened(path)
+    path.rename(path.with_name("elsewhere"))
+    opened(path).close()
     store.close()
 
 

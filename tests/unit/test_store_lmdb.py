@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.errors import StateCorrupt, Unavailable
-from stepwell_server.store.base import Batch, End, Store, StoreError, Tombstone
+from stepwell_server.store.base import Batch, End, LocalStore, StoreError, Tombstone
 from stepwell_server.store.disk import keys
 from stepwell_server.store.disk import lmdb as module
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
@@ -46,15 +46,15 @@ def opened(path: Path, durability: Durability = "async", **options: Any) -> Lmdb
     return LmdbStore(path, durability=durability, clock=ManualClock(), **options)
 
 
-def put(store: Store, *session_ids: str, revision: int = 0, size: int = 20) -> None:
+def put(store: LocalStore, *session_ids: str, revision: int = 0, size: int = 20) -> None:
     store.commit(Batch(puts=[(i, record(i, revision, size)) for i in session_ids]))
 
 
-def ids(store: Store, **options: Any) -> list[str]:
+def ids(store: LocalStore, **options: Any) -> list[str]:
     return [session_id for session_id, _ in store.scan(**{"limit": 1000, **options})]
 
 
-def revision(store: Store, session_id: str) -> int:
+def revision(store: LocalStore, session_id: str) -> int:
     found = store.get(session_id)
     assert found is not None
     return decode(session_id, found).revision
@@ -116,7 +116,7 @@ def test_long_ids_are_sessions_like_others(store: LmdbStore) -> None:
         assert decode_header(session_id, store.get(session_id) or b"").fingerprint == "f" * 64
         assert ids(store, prefix=session_id) == [session_id]
     assert sorted(ids(store, prefix="é" * 250)) == ["é" * 255 + "1", "é" * 256]
-    stones = [Tombstone(i, End.LOST, 1.0) for i in ODD_IDS]
+    stones = [Tombstone(i, End.EXPIRED, 1.0) for i in ODD_IDS]
     store.commit(Batch(deletes=ODD_IDS, tombstones=stones))
     assert [store.tombstone(i) for i in ODD_IDS] == stones
     assert store.count() == 0

@@ -13,19 +13,27 @@ from hypothesis import strategies as st
 
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.record import (
+    CRITICAL,
     HEADER,
     Header,
     Record,
-    Sheet,
+    RecordTemplate,
     Stored,
     decode,
     decode_header,
     decode_many,
+    is_sound,
+    pack_fields,
+    size_of,
+    supersedes,
+    unpack_fields,
 )
 
 U64 = st.integers(0, 2**64 - 1)
 TIMES = st.floats(0, 1e11)
 TEXT = st.text(max_size=40)
+
+OPTIONAL = st.dictionaries(st.integers(0, CRITICAL - 1), st.binary(max_size=30), max_size=3)
 
 records = st.builds(
     Record,
@@ -41,6 +49,7 @@ records = st.builds(
     reply=st.integers(0, 255),
     rows=st.binary(max_size=200),
     extra=st.binary(max_size=50),
+    fields=OPTIONAL.map(pack_fields),
 )
 
 
@@ -86,7 +95,13 @@ def test_many_are_encoded_as_each_alone(
 ) -> None:
     found = [
         dataclasses.replace(
-            r, fingerprint=fingerprint, model=model, batch_size=1, rows=bytes([i] * row_bytes), extra=b""
+            r,
+            fingerprint=fingerprint,
+            model=model,
+            batch_size=1,
+            rows=bytes([i] * row_bytes),
+            extra=b"",
+            fields=b"",
         )
         for i, r in enumerate(found)
     ]
@@ -143,9 +158,12 @@ def test_a_record_of_another_session_is_damaged() -> None:
 
 
 def test_a_record_of_a_later_schema_version_says_so() -> None:
-    later = resealed("s", a_record().encode("s"), 2)
-    with pytest.raises(StateCorrupt, match="schema version is 2, this server reads 1: a later server") as e:
+    later = resealed("s", a_record().encode("s"), 3)
+    with pytest.raises(
+        StateCorrupt, match="schema version is 3, this server reads 1 to 2: a later server"
+    ) as e:
         decode("s", later)
+    assert is_sound("s", later), "it is as that server wrote it"
     assert e.value.metadata == {"session_id": "s"}
     with pytest.raises(StateCorrupt, match=r"schema version is 0.*no server that is known"):
         decode("s", resealed("s", later, 0))
@@ -154,6 +172,71 @@ def test_a_record_of_a_later_schema_version_says_so() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="too large to be stored"):
         a_record(fingerprint="f" * 256).encode("s")
+
+
+#: What servers before schema 2 wrote for `a_record()` of session "s".
+WRITTEN_BY_SCHEMA_1 = bytes.fromhex(
+    "83a7ca550100014003000000000000000700000000000000ffffffffffffffff0500000000000000000000000000f83f"
+    "000000000000044001000000280000000400000008000000666666666666666666666666666666666666666666666666"
+    "66666666666666666666666666666666666666666666666666666666666666666666666666666666666f726563617374"
+    "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f20212223242526276d6f7265"
+)
+
+
+def test_a_record_without_fields_is_what_servers_before_schema_2_wrote() -> None:
+    assert a_record().encode("s") == WRITTEN_BY_SCHEMA_1
+    assert decode("s", WRITTEN_BY_SCHEMA_1) == a_record()
+    assert size_of(WRITTEN_BY_SCHEMA_1) == len(WRITTEN_BY_SCHEMA_1)
+
+
+def test_fields_that_are_not_known_go_along() -> None:
+    fields = pack_fields({7: b"", 2: b"tenant", CRITICAL - 1: bytes(300)})
+    stored = a_record(fields=fields).encode("s")
+    assert size_of(stored) == len(stored)
+    read = decode("s", stored)
+    assert unpack_fields(read.fields) == {2: b"tenant", 7: b"", CRITICAL - 1: bytes(300)}
+    assert read.encode("s") == stored
+    assert decode_header("s", stored).fields == fields
+    later = a_record(fields=fields, revision=4).encode("s")
+    assert supersedes(later, stored)
+    many = decode_many(["s", "s"], [stored, a_record().encode("s")])
+    assert (many.rows, many.extras) == (a_record().rows * 2, {0: b"more", 1: b"more"})
+
+
+def test_a_critical_field_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = a_record(fields=pack_fields({1: b"n", 5 | CRITICAL: b"key"})).encode("s")
+    for read in (decode, decode_header):
+        with pytest.raises(
+            StateCorrupt, match="critical field 0x8005, which this server does not know: a later"
+        ):
+            read("s", stored)
+    assert list(decode_many(["s"], [stored]).errors) == [0]
+    assert is_sound("s", stored), "it is as that server wrote it"
+    monkeypatch.setattr("stepwell_server.store.record.KNOWN_TAGS", frozenset({5 | CRITICAL}))
+    assert unpack_fields(decode("s", stored).fields)[5 | CRITICAL] == b"key"
+
+
+def test_schema_1_can_be_written_where_others_know_no_more() -> None:
+    record = a_record(fields=pack_fields({2: b"tenant"}))
+    assert record.encode("s", schema=1) == a_record().encode("s")
+    with pytest.raises(ValueError, match=r"'s' must be of schema 2, not 1: it has the critical field 0x8005"):
+        a_record(fields=pack_fields({5 | CRITICAL: b""})).encode("s", schema=1)
+
+
+@pytest.mark.parametrize("fields", [b"\1", b"\1\0\5", b"\1\0\5\0four", b"\1\0\0\0\2"])
+def test_fields_that_make_no_sense_are_damage(fields: bytes) -> None:
+    with pytest.raises(ValueError, match="must have"):
+        unpack_fields(fields)
+    with pytest.raises(StateCorrupt, match="'s' must be as it was written: "):
+        decode("s", a_record(fields=fields).encode("s"))
+
+
+@pytest.mark.parametrize("fields", [{65536: b""}, {-1: b""}, {1: bytes(65536)}])
+def test_fields_that_do_not_fit_are_refused(fields: dict[int, bytes]) -> None:
+    with pytest.raises(ValueError, match="must have tags and lengths below 65536"):
+        pack_fields(fields)
+    with pytest.raises(ValueError, match="too large to be stored"):
+        a_record(fields=bytes(65536)).encode("s")
 
 
 def test_the_header_has_no_gaps() -> None:
@@ -165,7 +248,7 @@ def _encode_many(ids: list[str], found: list[Record]) -> list[Stored]:
         return np.array([getattr(r, name) for r in found], dtype)
 
     first = found[0] if found else a_record()
-    sheet = Sheet(
+    template = RecordTemplate(
         ids,
         fingerprint=first.fingerprint,
         model=first.model,
@@ -173,8 +256,10 @@ def _encode_many(ids: list[str], found: list[Record]) -> list[Stored]:
         created=column("created", np.float64),
         row_bytes=len(first.rows),
     )
-    sheet.rows[...] = np.array([list(r.rows) for r in found], np.uint8).reshape(len(found), len(first.rows))
-    puts = sheet.fill(
+    template.rows[...] = np.array([list(r.rows) for r in found], np.uint8).reshape(
+        len(found), len(first.rows)
+    )
+    puts = template.fill(
         revisions=column("revision", np.uint64),
         positions=column("position", np.uint64),
         request_ids=column("request_id", np.uint64),
@@ -185,16 +270,16 @@ def _encode_many(ids: list[str], found: list[Record]) -> list[Stored]:
     return [record for _, record in puts]
 
 
-def test_a_sheet_is_filled_again_and_again_and_says_what_it_was_given_last() -> None:
+def test_a_template_is_filled_again_and_again_and_says_what_it_was_given_last() -> None:
     rng = np.random.default_rng(3)
-    sheet = Sheet(
+    template = RecordTemplate(
         ["a", "b", "c"], fingerprint="f", model="m", opened_with=9, created=1.5, row_bytes=5, batch_size=2
     )
     for revision in range(3):
         rows = rng.integers(0, 256, (3, 10), np.uint8)
-        sheet.rows[...] = rows
+        template.rows[...] = rows
         positions = rng.integers(0, 99, 3).astype(np.uint64)
-        puts = sheet.fill(revisions=revision, positions=positions, request_ids=4, last_used=2.5, replies=1)
+        puts = template.fill(revisions=revision, positions=positions, request_ids=4, last_used=2.5, replies=1)
         for (session_id, stored), row, position in zip(puts, rows, positions.tolist(), strict=True):
             found = decode(session_id, bytes(stored))
             assert (found.revision, found.position, found.rows) == (revision, position, row.tobytes())

@@ -11,8 +11,8 @@ from typing import Any
 import lmdb
 import pytest
 
-from stepwell_server.errors import Unavailable
-from stepwell_server.store.base import Batch, End, StoreGone, Tombstone
+from stepwell_server.errors import StoreGone, Unavailable
+from stepwell_server.store.base import Batch, End, Tombstone
 from stepwell_server.store.disk.lmdb import GIVE_UP_S, RETRY_S, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
 from support.broken_disk import break_last_writes
@@ -30,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def store(path: Path) -> Iterator[DiskStore]:
     """One that has a session, and of which a transaction has just failed for good."""
-    found = DiskStore(path, durability="sync", clock=CLOCK, journal_bytes=64 * 1024)
+    found = DiskStore(path, durability="sync", clock=CLOCK, segment_bytes=64 * 1024)
     begin(found, "a", "b")
     put(found, "a", revision=1)
     fail_once(found, path)
@@ -58,7 +58,7 @@ WRITES: dict[str, Callable[[DiskStore], object]] = {
     "open": lambda store: begin(store, "c"),
     "close": lambda store: end(store, "b"),
     "sync": lambda store: store.sync(),
-    "mark": lambda store: store._base.set_journal(store._base.journal),
+    "mark": lambda store: store._base.set_wal_mark(store._base.wal_mark),
 }
 
 
@@ -111,7 +111,7 @@ def test_while_it_cannot_be_opened_all_are_refused_and_told_why(
             store.count()
         assert tries == 3
         put(store, "a", revision=3)
-        assert store.get("a") is not None, "the journal has it"
+        assert store.get("a") is not None, "the segment has it"
     CLOCK.advance(RETRY_S)
     assert store.check().problem == ""
     assert store.check().reopened == 1
@@ -175,7 +175,7 @@ def test_a_reader_does_not_wait_for_whoever_writes(store: DiskStore) -> None:
 
 
 def test_many_readers_and_a_writer_meet_one_that_gave_up(path: Path) -> None:
-    store = DiskStore(path, durability="sync", clock=CLOCK, journal_bytes=64 * 1024)
+    store = DiskStore(path, durability="sync", clock=CLOCK, segment_bytes=64 * 1024)
     names = [f"s{i}" for i in range(50)]
     begin(store, *names)
     problems: list[BaseException] = []

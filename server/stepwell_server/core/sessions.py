@@ -65,6 +65,8 @@ class SessionTable:
         self._handles: dict[str, int] = {}
         self._ids: list[str] = []
         self._more_rows: dict[int, Rows] = {}
+        self.fields: dict[int, bytes] = {}
+        """What the store's records of sessions have beside what is known here, by handle; few have any."""
         self._free: list[int] = []
         self._births = 0
         for name, dtype in _COLUMNS.items():
@@ -137,6 +139,7 @@ class SessionTable:
         del self._handles[self._ids[handle]]
         self._ids[handle] = ""
         self._more_rows.pop(handle, None)
+        self.fields.pop(handle, None)
         self.model[handle] = -1
         self.due[handle] = -1
         self.birth[handle] = 0
@@ -152,6 +155,10 @@ class SessionTable:
         if not self._more_rows or np.all(self.batch_size[handles] == 1):
             return self.row[handles]
         return np.concatenate([self.rows(int(handle)) for handle in handles])
+
+    def have_fields(self, handles: Handles) -> bool:
+        """Whether any of the sessions is in `fields`."""
+        return bool(self.fields) and not self.fields.keys().isdisjoint(handles.tolist())
 
     def page_out(self, handles: Handles) -> None:
         """Say that sessions have no rows in the arena any more."""

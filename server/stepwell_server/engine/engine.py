@@ -52,7 +52,7 @@ from stepwell_server.engine.state.replies import ReplyMemory
 from stepwell_server.engine.types import Members, Tensors
 from stepwell_server.errors import InvalidInput, Unavailable
 from stepwell_server.program import Program
-from stepwell_server.store.base import Store
+from stepwell_server.store.base import LocalStore
 from stepwell_server.store.record import Texts
 
 __all__ = ["Engine", "ModelStats", "OpenedMany"]
@@ -88,7 +88,7 @@ class Engine:
         self,
         programs: Mapping[str, Program],
         *,
-        store: Store,
+        store: LocalStore,
         clock: Clock,
         observer: Observer,
         max_batch_rows: int,

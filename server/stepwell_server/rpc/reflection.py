@@ -6,14 +6,14 @@ byte.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool
+from google.protobuf.descriptor import ServiceDescriptor
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from stepwell_server.rpc.boundary import parse
-from stepwell_server.rpc.triton.inference import service_pb2
 
 if TYPE_CHECKING:
     from stepwell_server.rpc.fronts.base import Call
@@ -25,14 +25,14 @@ _V1ALPHA = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
 class ReflectionServicer:
     """The call of ServerReflection. Lives on the event loop."""
 
-    def __init__(self, services: Iterable[str]) -> None:
-        # Our own messages are in the common pool; Triton's are in one of their own, and v1's too.
+    def __init__(self, services: Sequence[ServiceDescriptor]) -> None:
         own = _v1_pool()
         self.services = (own.FindServiceByName(f"{_V1}.ServerReflection"), _V1ALPHA)
         """Descriptors of the services that this one answers."""
-        names = [*services, *(service.full_name for service in self.services)]
-        pools = Pools(descriptor_pool.Default(), service_pb2.DESCRIPTOR.pool, own)
-        self._servicer: Any = reflection.aio.ReflectionServicer(names, pools)
+        # Our own messages are in the common pool; Triton's are in one of their own, and v1's too.
+        pools = {id(service.file.pool): service.file.pool for service in (*services, *self.services)}
+        names = [service.full_name for service in (*services, *self.services)]
+        self._servicer: Any = reflection.aio.ReflectionServicer(names, Pools(*pools.values()))
 
     async def server_reflection_info(self, call: Call) -> None:
         """Answer each question."""

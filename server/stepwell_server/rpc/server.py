@@ -53,7 +53,7 @@ class RpcServer:
         self._triton = TritonServicer(engine, clock, sizes, limits, observer, observer)
         ours = [service.full_name for service in (_SESSIONS, _MODELS, _TRITON)]
         self._health = health.HealthServicer(ours)
-        shown = reflection.ReflectionServicer([*ours, health.SERVICE.full_name])
+        shown = reflection.ReflectionServicer((_SESSIONS, _MODELS, _TRITON, health.SERVICE))
         self._methods = [
             *self._methods_of(_SESSIONS, self._sessions),
             *self._methods_of(_MODELS, ModelServicer(engine, sizes)),

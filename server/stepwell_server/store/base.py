@@ -1,4 +1,9 @@
-"""What the engine asks of a store. What is kept of a session is in `record`."""
+"""What the engine asks of a store. What is kept of a session is in `record`.
+
+A store is asked with `await`, for it may be on another machine: `Store`. One that answers from memory or from a mapped
+file is a `LocalStore` beside, and is called in place: an `await` costs more than its answer, and changes that are
+judged by what it says need no second look.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Protocol
 
-from stepwell_server.errors import Unavailable
 from stepwell_server.store.record import Header, Stored
 
 
@@ -42,10 +46,6 @@ class StoreBusy(StoreError):
         """None if it has not said who it is."""
 
 
-class StoreGone(Unavailable):
-    """What is kept cannot be reached any more, and will not be: changes are refused and the server must end."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoreHealth:
     """How a store is."""
@@ -63,8 +63,6 @@ class End(enum.IntEnum):
     """It was idle for too long."""
     CLOSED = 2
     """A caller closed it."""
-    LOST = 3
-    """It cannot be recovered."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,10 +98,93 @@ class Batch:
     """By how much the number of a model's sessions changes."""
 
 
-class Store(Protocol):
-    """Keeps encoded records and tombstones by session id.
+class Outcome(enum.Enum):
+    """What became of one member of a commit."""
 
-    `commit`, `tend`, `sync` and `close` are called from one thread at a time; the other methods from any thread, at
+    KEPT = "kept"
+    CONFLICT = "conflict"
+    """Another server has changed the session since its record was read: nothing of it was kept."""
+    UNKNOWN = "unknown"
+    """The store did not answer: it may have been kept, and what is read next is the truth."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Committed:
+    """What became of a batch, by the sessions that it puts or deletes."""
+
+    conflicts: frozenset[str] = frozenset()
+    unknown: frozenset[str] = frozenset()
+
+    def of(self, session_id: str) -> Outcome:
+        """What became of a session's change."""
+        if session_id in self.conflicts:
+            return Outcome.CONFLICT
+        return Outcome.UNKNOWN if session_id in self.unknown else Outcome.KEPT
+
+
+ALL_KEPT = Committed()
+
+
+class Store(Protocol):
+    """Keeps encoded records and tombstones by session id, wherever that is. Lives on one event loop.
+
+    Methods of the same name do the same and raise the same as those of `LocalStore`.
+    """
+
+    @property
+    def local(self) -> LocalStore | None:
+        """The same store, if it answers in place; None if it must be waited for."""
+
+    @property
+    def secret(self) -> bytes:
+        """See `LocalStore`."""
+
+    @property
+    def incarnation(self) -> str:
+        """See `LocalStore`."""
+
+    async def commit(self, batch: Batch) -> Committed:
+        """Keep a batch: of a local store all of it or nothing; of others each session's change or nothing of it.
+
+        Raises:
+            Unavailable: nothing of it was kept.
+        """
+
+    async def get(self, session_id: str) -> Stored | None:
+        """See `LocalStore`."""
+
+    async def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
+        """See `LocalStore`."""
+
+    async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
+        """See `LocalStore`."""
+
+    async def count(self) -> int:
+        """See `LocalStore`."""
+
+    async def count_of(self, model: str) -> int:
+        """See `LocalStore`."""
+
+    async def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
+        """See `LocalStore`."""
+
+    async def tombstone(self, session_id: str) -> Tombstone | None:
+        """See `LocalStore`."""
+
+    async def announce(self, listen: str) -> None:
+        """See `LocalStore`."""
+
+    async def check(self) -> StoreHealth:
+        """See `LocalStore`."""
+
+    async def close(self) -> None:
+        """See `LocalStore`."""
+
+
+class LocalStore(Protocol):
+    """Keeps encoded records and tombstones by session id, and answers at once.
+
+    `commit`, `checkpoint`, `sync` and `close` are called from one thread at a time; the other methods from any thread, at
     any time before `close`.
     """
 
@@ -132,11 +213,11 @@ class Store(Protocol):
         """
 
     @property
-    def is_behind(self) -> bool:
-        """There is something for `tend` to do."""
+    def needs_checkpoint(self) -> bool:
+        """`checkpoint` has something to do."""
 
-    def tend(self) -> None:
-        """Do a part of what can wait until callers have been told of a commit. It does not raise."""
+    def checkpoint(self) -> None:
+        """Do a part of the work that can wait until callers were told of a commit. It does not raise."""
 
     def get(self, session_id: str) -> Stored | None:
         """The record of a session, or None.
@@ -177,6 +258,9 @@ class Store(Protocol):
 
     def tombstone(self, session_id: str) -> Tombstone | None:
         """What is remembered of a session that is gone."""
+
+    def announce(self, listen: str) -> None:
+        """Let people who find the store know at which address its server listens."""
 
     def check(self) -> StoreHealth:
         """Look after it, every few seconds, from any thread: mend what can be mended.

@@ -8,19 +8,18 @@ from collections import Counter
 from collections.abc import Sequence
 
 from stepwell_server.core.remembered import Remembered
-from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.base import Batch, StoreHealth, Tombstone
-from stepwell_server.store.record import Header, Stored, decode_header
+from stepwell_server.store.record import Header, Stored, header_or_none
 
 TOMBSTONES = 100_000
 
 
 class MemoryStore:
-    """Keeps encoded records in host memory. See `base.Store`. For one thread."""
+    """Keeps encoded records in host memory. See `base.LocalStore`. For one thread."""
 
     is_volatile = True
     waits_for_disk = False
-    is_behind = False
+    needs_checkpoint = False
 
     def __init__(self, *, tombstones: int = TOMBSTONES) -> None:
         self.incarnation = secrets.token_hex(4)
@@ -30,7 +29,7 @@ class MemoryStore:
         self._counts: Counter[str] = Counter()
 
     def commit(self, batch: Batch) -> None:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         for session_id, record in batch.puts:
             # a copy: one record must not keep the buffer of a whole pass alive
             self._records[session_id] = bytes(record)
@@ -43,54 +42,50 @@ class MemoryStore:
         for model, change in batch.counts:
             self._counts[model] += change
 
-    def tend(self) -> None:
-        """See `base.Store`: there is nothing to do."""
+    def checkpoint(self) -> None:
+        """See `base.LocalStore`: there is nothing to do."""
 
     def get(self, session_id: str) -> bytes | None:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         return self._records.get(session_id)
 
     def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         return [self._records.get(session_id) for session_id in session_ids]
 
     def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         fitting = (i for i in self._records if i.startswith(prefix) and i > after)
-        return [(i, _header_or_none(i, self._records[i])) for i in heapq.nsmallest(limit, fitting)]
+        return [(i, header_or_none(i, self._records[i])) for i in heapq.nsmallest(limit, fitting)]
 
     def count(self) -> int:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         return len(self._records)
 
     def count_of(self, model: str) -> int:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         return self._counts[model]
 
     def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         fitting = (i for i in self._records if i.startswith(prefix) and i > after)
         found = heapq.nsmallest(limit, fitting)
         return len(found), found[-1] if found else ""
 
     def tombstone(self, session_id: str) -> Tombstone | None:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         return self._tombstones.get(session_id)
 
+    def announce(self, listen: str) -> None:
+        """See `base.LocalStore`: nobody finds it."""
+
     def check(self) -> StoreHealth:
-        """See `base.Store`: nothing can happen to it."""
+        """See `base.LocalStore`: nothing can happen to it."""
         return StoreHealth()
 
     def sync(self) -> None:
-        """See `base.Store`: there is nothing to do."""
+        """See `base.LocalStore`: there is nothing to do."""
 
     def close(self) -> None:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         self._records.clear()
-
-
-def _header_or_none(session_id: str, record: Stored) -> Header | None:
-    try:
-        return decode_header(session_id, record)
-    except StateCorrupt:
-        return None

@@ -1,19 +1,27 @@
-"""The stored form of a session: a header of fixed size, two texts, the rows, the arrays of a long reply.
+"""The stored form of a session: a header of fixed size, two texts, the rows, the arrays of a long reply, fields.
 
-    checksum, schema, reply, lengths, revision, ... | fingerprint | model | rows | extra
+    checksum, schema, reply, lengths, revision, ... | fingerprint | model | rows | extra | fields
 
 Little-endian throughout. The checksum is CRC-32 (zlib's): it finds every change of up to 32 neighbouring bits
 for certain and any other but one in 4 billion. ISA-L computes it several times as fast as zlib does. It starts
 from the session's id, so that a record found under another id is damaged too. Every schema version keeps
 checksum and schema where they are now: a record of a later version can be told from a damaged one.
+
+Extension fields are what later servers say of a session beside the columns of the header: a tag of two bytes, a length
+of two bytes, the value, one field after the other. A field that is not known here goes along when the session is
+written again. One whose tag has the bit `CRITICAL` must be known: a record that has others is refused. A record
+without fields has schema 1, as servers before schema 2 wrote it and read it; one with fields has schema 2.
+
+Tags are never used twice. Set aside are 1 nonce of the commit, 2 tenant, 3 lease, 4 version epoch, 0x8005 key id.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +30,13 @@ from isal.isal_zlib import crc32
 
 from stepwell_server.errors import StateCorrupt
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of records with fields. Those without are of schema 1 and are still written so."""
+CRITICAL = 0x8000
+"""A bit of a field's tag: who does not know the field must not use the record."""
+KNOWN_TAGS: frozenset[int] = frozenset()
+"""Tags of the fields that this server knows."""
+_PLAIN_SCHEMA = 1
 
 Stored = bytes | bytearray | memoryview
 """An encoded record."""
@@ -43,11 +57,13 @@ HEADER = np.dtype(
         ("rows_bytes", "<u4"),
         ("extra_bytes", "<u4"),
         ("model_bytes", "<u2"),
-        ("reserved", "<u2"),
+        ("fields_bytes", "<u2"),
     ]
 )
 _STRUCT = struct.Struct("<IHBBQQQQddIIIHH")  # the same, for one
 _START = struct.Struct("<IH")
+_LENGTH = struct.Struct("<H")
+_FIELD = struct.Struct("<HH")  # tag, length
 _CHECKSUM_BYTES = 4
 
 U64 = npt.NDArray[np.uint64]
@@ -76,6 +92,8 @@ class Header:
     """Seconds since the epoch."""
     reply: int
     """How the reply to the last change is kept: the engine's `Kept`."""
+    fields: bytes = b""
+    """Extension fields as `pack_fields` makes them; they are written again as they are."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,25 +105,30 @@ class Record(Header):
     extra: bytes = b""
     """The arrays of a reply of several time steps; opaque here."""
 
-    def encode(self, session_id: str) -> bytes:
+    def encode(self, session_id: str, schema: int = SCHEMA_VERSION) -> bytes:
         """The record as bytes, bound to the session's id.
 
+        Args:
+            session_id: Its id.
+            schema: The latest that all readers know: 1 leaves fields out, for servers of an earlier release.
+
         Raises:
-            ValueError: a part is too large to be stored.
+            ValueError: a part is too large to be stored, or a critical field cannot be in that schema.
         """
         return encode(
             session_id,
             Texts(self.fingerprint, self.model),
-            self.reply,
-            self.revision,
-            self.position,
-            self.request_id,
-            self.opened_with,
-            self.created,
-            self.last_used,
-            self.batch_size,
-            self.rows,
-            self.extra,
+            reply=self.reply,
+            revision=self.revision,
+            position=self.position,
+            request_id=self.request_id,
+            opened_with=self.opened_with,
+            created=self.created,
+            last_used=self.last_used,
+            batch_size=self.batch_size,
+            rows=self.rows,
+            extra=self.extra,
+            fields=self.fields if schema >= SCHEMA_VERSION else _left_out(session_id, self.fields),
         )
 
 
@@ -122,6 +145,7 @@ class Texts:
 def encode(
     session_id: str,
     texts: Texts,
+    *,
     reply: int,
     revision: int,
     position: int,
@@ -132,18 +156,67 @@ def encode(
     batch_size: int,
     rows: bytes,
     extra: bytes = b"",
+    fields: bytes = b"",
 ) -> bytes:
-    """`Record.encode` without a record: a lone step has no time for one."""
+    """`Record.encode` without making a `Record`, which costs a lone step too much. The values are those of `Record`."""
     try:
         head = _STRUCT.pack(
-            0, SCHEMA_VERSION, reply, texts.fingerprint_bytes,
+            0, SCHEMA_VERSION if fields else _PLAIN_SCHEMA, reply, texts.fingerprint_bytes,
             revision, position, request_id, opened_with, created, last_used,
-            batch_size, len(rows), len(extra), texts.model_bytes, 0,
+            batch_size, len(rows), len(extra), texts.model_bytes, len(fields),
         )  # fmt: skip
     except struct.error as error:
         raise ValueError(f"a part of session {session_id!r} is too large to be stored: {error}") from error
-    body = b"".join((head[_CHECKSUM_BYTES:], texts.data, rows, extra))
+    body = b"".join((head[_CHECKSUM_BYTES:], texts.data, rows, extra, fields))
     return crc32(body, _seed(session_id)).to_bytes(_CHECKSUM_BYTES, "little") + body
+
+
+def pack_fields(fields: Mapping[int, bytes]) -> bytes:
+    """Extension fields by tag as a record has them, in the order of their tags.
+
+    Raises:
+        ValueError: a tag or a value does not fit into two bytes, or two bytes of length.
+    """
+    try:
+        return b"".join([_FIELD.pack(tag, len(value)) + value for tag, value in sorted(fields.items())])
+    except struct.error as error:
+        raise ValueError(f"fields of a record must have tags and lengths below 65536: {error}") from error
+
+
+def unpack_fields(fields: Stored) -> dict[int, bytes]:
+    """What `pack_fields` was given.
+
+    Raises:
+        ValueError: it was not made so.
+    """
+    view, found, at = memoryview(fields), dict[int, bytes](), 0
+    while at < len(view):
+        if at + _FIELD.size > len(view):
+            raise ValueError(f"a field must have a tag and a length; {len(view) - at} bytes are left")
+        tag, length = _FIELD.unpack_from(view, at)
+        at += _FIELD.size
+        if at + length > len(view):
+            raise ValueError(f"field {tag:#06x} must have {length} bytes; {len(view) - at} are left")
+        found[tag] = bytes(view[at : at + length])
+        at += length
+    return found
+
+
+def _left_out(session_id: str, fields: bytes) -> bytes:
+    """No fields, if it is allowed to leave these out."""
+    critical = [tag for tag in unpack_fields(fields) if tag & CRITICAL]
+    if critical:
+        raise ValueError(
+            f"the record of session {session_id!r} must be of schema {SCHEMA_VERSION}, not {_PLAIN_SCHEMA}:"
+            f" it has the critical field {critical[0]:#06x}"
+        )
+    return b""
+
+
+def encode_ids(session_ids: Sequence[str]) -> bytes:
+    """Ids one after the other, each as UTF-8 behind its length in bytes (u2)."""
+    keys = [session_id.encode() for session_id in session_ids]
+    return b"".join([_LENGTH.pack(len(key)) + key for key in keys])
 
 
 class Puts(list[tuple[str, Stored]]):
@@ -151,12 +224,18 @@ class Puts(list[tuple[str, Stored]]):
 
     def __init__(self, session_ids: Sequence[str], records: Sequence[Stored], together: memoryview) -> None:
         super().__init__(zip(session_ids, records, strict=True))
+        self.session_ids = session_ids
+        self.sizes = [len(record) for record in records]
+        """Bytes of each record: all have the same."""
         self.together = together
-        """All records: of one size, one after the other."""
+        """All records, one after the other."""
         self.checksums = b""
         """The records' checksums, four bytes each."""
-        self.prepared: Any = None
-        """What a store made of the ids for itself, so that it need not do so again."""
+
+    @functools.cached_property
+    def encoded_ids(self) -> bytes:
+        """As `encode_ids`: sessions that change together again and again are encoded once."""
+        return encode_ids(self.session_ids)
 
 
 class Joined(Sequence[tuple[str, Stored]]):
@@ -178,10 +257,12 @@ class Joined(Sequence[tuple[str, Stored]]):
         return list(self)[index]
 
 
-class Sheet:
+class RecordTemplate:
     """The records of some sessions of one model and batch size, laid out once and filled as often as they change.
 
-    What `fill` returns are views of the sheet: they hold until it is filled again. For one thread at a time.
+    Sessions with extension fields have records of their own: `encode`.
+
+    What `fill` returns are views of the template: they hold until it is filled again. For one thread at a time.
     """
 
     def __init__(
@@ -215,7 +296,7 @@ class Sheet:
         self.rows: U8 = buffer[:, start:]
         """`(n, batch_size * row_bytes)`: to be written before `fill`."""
         heads = self._heads = buffer[:, : HEADER.itemsize].view(HEADER)[:, 0]
-        heads["schema"], heads["batch_size"] = SCHEMA_VERSION, batch_size
+        heads["schema"], heads["batch_size"] = _PLAIN_SCHEMA, batch_size
         heads["rows_bytes"] = batch_size * row_bytes
         heads["fingerprint_bytes"], heads["model_bytes"] = texts.fingerprint_bytes, texts.model_bytes
         heads["opened_with"], heads["created"] = opened_with, created
@@ -253,7 +334,7 @@ def decode(session_id: str, stored: Stored) -> Record:
     """Read a record back.
 
     Raises:
-        StateCorrupt: it is damaged, or of a schema version that is not known here.
+        StateCorrupt: it is damaged, of a schema version that is not known here, or has a critical field that is not.
     """
     view = _checked(session_id, stored)
     facts = _STRUCT.unpack_from(view)
@@ -263,7 +344,7 @@ def decode(session_id: str, stored: Stored) -> Record:
     return Record(
         **{name: getattr(header, name) for name in Header.__slots__},
         rows=bytes(view[rows_at:extra_at]),
-        extra=bytes(view[extra_at:]),
+        extra=bytes(view[extra_at : extra_at + facts[12]]),
     )
 
 
@@ -277,16 +358,24 @@ def decode_header(session_id: str, stored: Stored) -> Header:
     return _header(_STRUCT.unpack_from(view), view)
 
 
+def header_or_none(session_id: str, stored: Stored) -> Header | None:
+    """As `decode_header`; None if the record cannot be read."""
+    try:
+        return decode_header(session_id, stored)
+    except StateCorrupt:
+        return None
+
+
 def size_of(head: Stored) -> int:
     """How many bytes a record has, by its header; nothing is checked."""
     facts = _STRUCT.unpack_from(head)
-    return int(HEADER.itemsize + facts[3] + facts[13] + facts[11] + facts[12])
+    return int(HEADER.itemsize + facts[3] + facts[13] + facts[11] + facts[12] + facts[14])
 
 
 def is_sound(session_id: str, stored: Stored) -> bool:
-    """Whether a record is as it was written, and this session's."""
+    """Whether a record is as it was written, and this session's; a later server may have written it."""
     try:
-        _checked(session_id, stored)
+        _intact(session_id, stored)
     except StateCorrupt:
         return False
     return True
@@ -337,7 +426,10 @@ def decode_many(session_ids: Sequence[str], stored: Sequence[Stored]) -> Decoded
         heads,
         [str(view[HEADER.itemsize : end], "utf-8") for view, (end, _, _) in zip(views, cuts, strict=True)],
         b"".join([view[low:high] for view, (_, low, high) in zip(views, cuts, strict=True)]),
-        {sound[i]: bytes(views[i][cuts[i][2] :]) for i in np.flatnonzero(heads["extra_bytes"]).tolist()},
+        {
+            sound[i]: bytes(views[i][cuts[i][2] : cuts[i][2] + int(heads["extra_bytes"][i])])
+            for i in np.flatnonzero(heads["extra_bytes"]).tolist()
+        },
         errors,
     )
 
@@ -354,21 +446,46 @@ def _seed(session_id: str) -> int:
     return crc32(session_id.encode())
 
 
-def _checked(session_id: str, stored: Stored) -> memoryview:
-    """The record, if checksum, schema and lengths are right."""
+def _intact(session_id: str, stored: Stored) -> memoryview:
+    """The record, if its length and checksum are right."""
     view = memoryview(stored)
     if len(view) < HEADER.itemsize:
         raise _corrupt(session_id, f"it has {len(view)} bytes, a header alone has {HEADER.itemsize}")
-    checksum, schema = _START.unpack_from(view)
+    checksum, _ = _START.unpack_from(view)
     found = crc32(view[_CHECKSUM_BYTES:], _seed(session_id))
     if found != checksum:
         raise _corrupt(session_id, f"its checksum is {checksum:08x}, its bytes have {found:08x}")
+    return view
+
+
+def _checked(session_id: str, stored: Stored) -> memoryview:
+    """The record, if it is intact and of a form that this server can use."""
+    view = _intact(session_id, stored)
+    _, schema = _START.unpack_from(view)
+    if schema == _PLAIN_SCHEMA:
+        return view
     if schema != SCHEMA_VERSION:
         age = "a later server wrote it" if schema > SCHEMA_VERSION else "no server that is known wrote it"
         raise _corrupt(
-            session_id, f"its schema version is {schema}, this server reads {SCHEMA_VERSION}: {age}"
+            session_id,
+            f"its schema version is {schema}, this server reads {_PLAIN_SCHEMA} to {SCHEMA_VERSION}: {age}",
+        )
+    try:
+        tags = unpack_fields(_fields_of(view))
+    except ValueError as error:
+        raise _corrupt(session_id, str(error)) from error
+    unknown = [tag for tag in tags if tag & CRITICAL and tag not in KNOWN_TAGS]
+    if unknown:
+        raise _corrupt(
+            session_id,
+            f"it has the critical field {unknown[0]:#06x}, which this server does not know: a later server wrote it",
         )
     return view
+
+
+def _fields_of(view: memoryview) -> memoryview:
+    size = _STRUCT.unpack_from(view)[14]
+    return view[len(view) - size :] if size else view[:0]
 
 
 def _header(facts: Sequence[int], view: memoryview) -> Header:
@@ -385,6 +502,7 @@ def _header(facts: Sequence[int], view: memoryview) -> Header:
         created=facts[8],
         last_used=facts[9],
         reply=facts[2],
+        fields=bytes(_fields_of(view)),
     )
 
 

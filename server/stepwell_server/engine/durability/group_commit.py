@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from stepwell_server.engine.cost import Cost
 from stepwell_server.errors import Overloaded, ServerError
 from stepwell_server.logs import Log
-from stepwell_server.store.base import Batch, Store
+from stepwell_server.store.base import Batch, LocalStore
 from stepwell_server.store.record import Joined
 
 _log = Log("engine.commit")
@@ -48,7 +48,7 @@ class _Item:
 class GroupCommit:
     """Commits to a store. Lives on the event loop, with one thread of its own once that is needed."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: LocalStore) -> None:
         self._store = store
         self.is_durable = not store.is_volatile
         """Changes are to be committed before they are acknowledged; else the arena is all there is."""
@@ -108,8 +108,8 @@ class GroupCommit:
         self._store.commit(batch)
         if size:
             self.cost.learn(size, time.perf_counter() - started)
-        if self._store.is_behind:
-            self._loop.call_soon(self._tend_here)
+        if self._store.needs_checkpoint:
+            self._loop.call_soon(self._checkpoint_here)
 
     def submit(self, build: Callable[[], Batch], size: int, done: Done) -> None:
         """Commit what `build` makes; `done` is called on the event loop, maybe before this returns.
@@ -167,17 +167,17 @@ class GroupCommit:
                 if size:
                     self.cost.learn(size, time.perf_counter() - started)
                 # before anything is told: then the event loop may use the store
-                self._store.tend()
+                self._store.checkpoint()
             try:
                 self._loop.call_soon_threadsafe(self._finish, items)
             except RuntimeError:  # the event loop was closed: nobody is left to be told
                 return
             if waits_for_disk:
-                self._store.tend()
+                self._store.checkpoint()
 
-    def _tend_here(self) -> None:
+    def _checkpoint_here(self) -> None:
         if not self._waiting and not self._store.waits_for_disk:
-            self._store.tend()
+            self._store.checkpoint()
 
     def _take(self) -> list[_Item]:
         """What is committed next, together; nothing at the end."""

@@ -47,11 +47,11 @@ class Records:
         rows, sizes = self._table.rows_of(handles), self._table.batch_size[handles]
         if len(handles) == 1 and sizes[0] == 1 and not outcome.arrays:
             return [self._one(outcome, int(handles[0]), int(rows[0]), last_used)]
-        if outcome.arrays or (sizes != sizes[0]).any():
+        if outcome.arrays or (sizes != sizes[0]).any() or self._table.have_fields(handles):
             return self._records_one_by_one(outcome, rows, sizes, last_used)
-        sheet = self._templates.of(outcome.model, handles)
-        outcome.model.arena.pack_into(rows, sheet.rows)
-        return sheet.fill(
+        template = self._templates.of(outcome.model, handles)
+        outcome.model.arena.pack_into(rows, template.rows)
+        return template.fill(
             revisions=outcome.revisions,
             positions=outcome.positions,
             request_ids=outcome.request_ids,
@@ -87,6 +87,7 @@ class Records:
             reply=int(outcome.replies[place]),
             rows=rows,
             extra=b"" if arrays is None else model.replies.pack(arrays),
+            fields=self._table.fields.get(handle, b""),
         )
 
     def _one(self, outcome: Outcome, handle: int, row: int, last_used: float) -> tuple[str, Stored]:
@@ -96,13 +97,14 @@ class Records:
         return session_id, encode(
             session_id,
             model.texts,
-            int(outcome.replies[0]),
-            int(outcome.revisions[0]),
-            int(outcome.positions[0]),
-            int(outcome.request_ids[0]),
-            int(table.opened_with[handle]),
-            float(table.created[handle]),
-            last_used,
-            1,
-            model.arena.pack_row(row),
+            reply=int(outcome.replies[0]),
+            revision=int(outcome.revisions[0]),
+            position=int(outcome.positions[0]),
+            request_id=int(outcome.request_ids[0]),
+            opened_with=int(table.opened_with[handle]),
+            created=float(table.created[handle]),
+            last_used=last_used,
+            batch_size=1,
+            rows=model.arena.pack_row(row),
+            fields=table.fields.get(handle, b""),
         )

@@ -14,7 +14,7 @@ from stepwell_server.engine.durability.group_commit import reason
 from stepwell_server.engine.durability.records import Outcome, Records
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import Overloaded, ServerError, SessionLost
-from stepwell_server.store.base import Batch, Store
+from stepwell_server.store.base import Batch, LocalStore
 from stepwell_server.store.record import Decoded, Stored, decode_many
 
 #: When rows are needed, this share of the arena is paged out at once: finding the least recently used
@@ -25,7 +25,7 @@ SHARE_AT_ONCE = 1 / 16
 class Pager:
     """Moves sessions between a model's arena and the store. A claimed session is never paged out."""
 
-    def __init__(self, table: SessionTable, store: Store, records: Records, clock: Clock) -> None:
+    def __init__(self, table: SessionTable, store: LocalStore, records: Records, clock: Clock) -> None:
         self._table = table
         self._store = store
         self._records = records

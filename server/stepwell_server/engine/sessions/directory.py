@@ -29,7 +29,7 @@ from stepwell_server.errors import (
     Unavailable,
 )
 from stepwell_server.logs import Log
-from stepwell_server.store.base import End, Store
+from stepwell_server.store.base import End, LocalStore
 from stepwell_server.store.record import Header, decode_header
 
 _log = Log("engine.directory")
@@ -47,7 +47,7 @@ class Directory:
         self,
         table: SessionTable,
         models: Models,
-        store: Store,
+        store: LocalStore,
         *,
         removal: Removal,
         expiry: Expiry,

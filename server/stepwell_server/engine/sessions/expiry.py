@@ -18,10 +18,10 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.sessions.removal import Removal
-from stepwell_server.errors import ServerError, SessionExpired, StateCorrupt
+from stepwell_server.errors import ServerError, SessionExpired
 from stepwell_server.logs import Log
-from stepwell_server.store.base import Batch, End, Store, Tombstone
-from stepwell_server.store.record import Header, Stored, decode_header
+from stepwell_server.store.base import Batch, End, LocalStore, Tombstone
+from stepwell_server.store.record import Header, header_or_none
 
 _log = Log("engine.expiry")
 
@@ -39,7 +39,7 @@ class Expiry:
         self,
         table: SessionTable,
         removal: Removal,
-        store: Store,
+        store: LocalStore,
         commits: GroupCommit,
         *,
         clock: Clock,
@@ -170,7 +170,7 @@ class Expiry:
         for session_id in due:
             del self._strays[session_id]
         found = zip(due, records, strict=True)
-        return self._expire_untouched((i, _header_or_none(i, r)) for i, r in found if r is not None)
+        return self._expire_untouched((i, header_or_none(i, r)) for i, r in found if r is not None)
 
     def _expire_untouched(self, found: Iterable[tuple[str, Header | None]]) -> int:
         """End those of the store's sessions that nobody has named for the time limit; return how many."""
@@ -211,10 +211,3 @@ class Expiry:
         )
         self.burying.update({session_id: revision for session_id, _, revision in sessions})
         self._commits.submit(lambda: batch, len(sessions), done)
-
-
-def _header_or_none(session_id: str, stored: Stored) -> Header | None:
-    try:
-        return decode_header(session_id, stored)
-    except StateCorrupt:
-        return None

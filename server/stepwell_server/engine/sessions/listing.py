@@ -10,7 +10,7 @@ from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.sessions.directory import Directory, stored_info
 from stepwell_server.engine.sessions.expiry import Expiry
 from stepwell_server.errors import SessionGone
-from stepwell_server.store.base import Store
+from stepwell_server.store.base import LocalStore
 from stepwell_server.store.record import Header
 
 #: Records looked at before others get a turn.
@@ -22,7 +22,7 @@ _IDS_AT_ONCE = 5_000
 class Listing:
     """Lists sessions in the order of their ids. Lives on the event loop."""
 
-    def __init__(self, table: SessionTable, directory: Directory, expiry: Expiry, store: Store) -> None:
+    def __init__(self, table: SessionTable, directory: Directory, expiry: Expiry, store: LocalStore) -> None:
         self._table = table
         self._directory = directory
         self._expiry = expiry

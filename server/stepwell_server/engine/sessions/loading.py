@@ -12,7 +12,7 @@ from stepwell_server.engine.sessions.expiry import Expiry
 from stepwell_server.engine.sessions.removal import Removal
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ModelMismatch, ModelNotFound, StateCorrupt
-from stepwell_server.store.base import Store
+from stepwell_server.store.base import LocalStore
 from stepwell_server.store.record import Header, decode_header
 
 
@@ -20,7 +20,7 @@ class Loader:
     """Takes the store's sessions into the table when they are named. Lives on the event loop."""
 
     def __init__(
-        self, table: SessionTable, models: Models, removal: Removal, expiry: Expiry, store: Store
+        self, table: SessionTable, models: Models, removal: Removal, expiry: Expiry, store: LocalStore
     ) -> None:
         self._table = table
         self._models = models
@@ -99,5 +99,8 @@ class Loader:
             used=[self._expiry.take_use(session_id, header) for session_id, header, _ in sessions],
             reply=[header.reply for header in headers],
         )
+        for handle, header in zip(handles.tolist(), headers, strict=True):
+            if header.fields:
+                self._table.fields[handle] = header.fields
         self._expiry.watch(handles)
         return handles

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import resource
 import threading
 from pathlib import Path
 
-from stepwell_server.store.base import StoreGone
+from stepwell_server.errors import StoreGone
 
 #: A file that is there and cannot be looked at (EACCES, EIO) says nothing: only these say that it is gone.
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP})
+#: macOS: there fsync hands data to the drive, which may keep them in a cache of its own.
+_FULL_FLUSH: int | None = getattr(fcntl, "F_FULLFSYNC", None)
+_ZEROS = bytes(1 << 20)
 #: LMDB reports a write of which only a part fitted in as EIO; with less room than this it was the disk that is full.
 _FULL_BYTES = 2**20
 
@@ -113,9 +118,43 @@ def flush(path: Path) -> None:
     """Have the disk hold what a file or a folder says."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush_open(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_open(descriptor: int) -> None:
+    """As `flush`, of an open file.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    if _FULL_FLUSH is not None:
+        with contextlib.suppress(OSError):  # a file system that does not know it
+            fcntl.fcntl(descriptor, _FULL_FLUSH)
+            return
+    os.fsync(descriptor)
+
+
+def flush_content(descriptor: int) -> None:
+    """As `flush_open`; of what only says when and by whom the file was changed nothing need be there."""
+    if hasattr(os, "fdatasync"):
+        os.fdatasync(descriptor)
+    else:
+        flush_open(descriptor)
+
+
+def allocate(descriptor: int, start: int, end: int) -> None:
+    """Have the disk keep the blocks of a part of a file; what is in it afterwards does not matter.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, start, end - start)
+        return
+    while start < end:
+        start += os.pwrite(descriptor, _ZEROS[: end - start], start)
 
 
 def flush_folders(*folders: Path) -> None:

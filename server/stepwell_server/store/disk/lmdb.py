@@ -33,13 +33,13 @@ from typing import Any, Literal, TypeVar
 import lmdb
 
 from stepwell_server.clock import Clock
-from stepwell_server.errors import StateCorrupt, Unavailable
-from stepwell_server.store.base import Batch, End, StoreError, StoreGone, StoreHealth, Tombstone
+from stepwell_server.errors import StateCorrupt, StoreGone, Unavailable
+from stepwell_server.store.base import Batch, End, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk.files import OpenFiles, explain, flush, flush_folders
 from stepwell_server.store.disk.keys import entries, items, key_of, names, own
 from stepwell_server.store.disk.lock import DirectoryLock
 from stepwell_server.store.disk.reserve import Extent, NoRoom, Reserve
-from stepwell_server.store.record import Header, Stored, decode_header
+from stepwell_server.store.record import Header, Stored, header_or_none
 
 Durability = Literal["sync", "async"]
 T = TypeVar("T")
@@ -48,7 +48,7 @@ _Environment = Any
 _Transaction = Any
 
 SCHEMA_VERSION = 2
-"""Since 2 there may be a journal; a store of 1 has none, and becomes one of 2."""
+"""Since 2 there may be a write-ahead log; a store of 1 has none, and becomes one of 2."""
 FIRST_MAP_BYTES = 64 * 2**20
 """The map is address space, not disk: it is doubled whenever it is full."""
 TOMBSTONES = 100_000
@@ -69,13 +69,13 @@ _AGE = struct.Struct(">Q")  # big-endian: in the order of the keys
 
 
 class LmdbStore:
-    """See `base.Store`.
+    """See `base.LocalStore`.
 
     It holds the data directory's lock from its making to `close`. Not to be carried through a fork.
     """
 
     is_volatile = False
-    is_behind = False
+    needs_checkpoint = False
 
     def __init__(
         self,
@@ -122,26 +122,26 @@ class LmdbStore:
 
     @property
     def waits_for_disk(self) -> bool:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         return self._durability == "sync"
 
     @property
     def incarnation(self) -> str:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         return self._incarnation
 
     @property
     def secret(self) -> bytes:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         return self._secret
 
     @property
-    def journal(self) -> bytes:
-        """What was last set by `set_journal`."""
+    def wal_mark(self) -> bytes:
+        """What `set_wal_mark` has set last."""
         return self._mark
 
-    def set_journal(self, mark: bytes) -> None:
-        """Remember something of the journal that belongs to the store.
+    def set_wal_mark(self, mark: bytes) -> None:
+        """Remember which write-ahead log belongs to the store.
 
         Raises:
             Unavailable: it could not be kept.
@@ -155,14 +155,14 @@ class LmdbStore:
         self._mark: bytes = mark
 
     def commit(self, batch: Batch) -> None:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         self._write_with(_KEEPS, lambda: self._reserve.commit(batch, self._commit, self._extent))
 
-    def tend(self) -> None:
-        """See `base.Store`: there is nothing to do."""
+    def checkpoint(self) -> None:
+        """See `base.LocalStore`: there is nothing to do."""
 
     def get(self, session_id: str) -> bytes | None:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         key = key_of(session_id)
 
         def read(transaction: _Transaction) -> bytes | None:
@@ -171,7 +171,7 @@ class LmdbStore:
         return self._read(session_id, read)
 
     def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         keys = [key_of(session_id) for session_id in session_ids]
 
         def read(transaction: _Transaction) -> list[Stored | None]:
@@ -187,13 +187,13 @@ class LmdbStore:
             return [self._get_or_empty(session_id) for session_id in session_ids]
 
     def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
 
         def read(transaction: _Transaction) -> list[tuple[str, Header | None]]:
             found: list[tuple[str, Header | None]] = []
             if limit > 0:
                 for session_id, record in entries(transaction.cursor(self._sessions), after, prefix):
-                    found.append((session_id, _header_or_none(session_id, record)))
+                    found.append((session_id, header_or_none(session_id, record)))
                     if len(found) == limit:
                         break
             return found
@@ -201,16 +201,16 @@ class LmdbStore:
         return self._read("", read, buffers=True)
 
     def count(self) -> int:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         return int(self._read("", lambda transaction: transaction.stat(self._sessions)["entries"]))
 
     def count_of(self, model: str) -> int:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         key = _count_key(model)
         return int(self._read("", lambda transaction: transaction.get(key, b"0", db=self._meta)))
 
     def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
 
         def read(transaction: _Transaction) -> tuple[int, str]:
             found = list(itertools.islice(names(transaction.cursor(self._sessions), after, prefix), limit))
@@ -219,7 +219,7 @@ class LmdbStore:
         return self._read("", read, buffers=True)
 
     def tombstone(self, session_id: str) -> Tombstone | None:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         key = key_of(session_id)
         stored = self._read(session_id, lambda transaction: transaction.get(key, db=self._tombstones))
         if stored is None:
@@ -227,8 +227,12 @@ class LmdbStore:
         _, end, at, request_id, revision = _TOMBSTONE.unpack(stored)
         return Tombstone(session_id, End(end), at, request_id, revision)
 
+    def announce(self, listen: str) -> None:
+        """See `base.LocalStore`."""
+        self.lock.set_listen(listen)
+
     def check(self) -> StoreHealth:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         self.files.check()
         problem = ""
         try:
@@ -246,11 +250,11 @@ class LmdbStore:
         return StoreHealth(problem, self._reopened)
 
     def sync(self) -> None:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         self._write_with("the store must be able to flush to disk", lambda: self._environment.sync(True))
 
     def close(self) -> None:
-        """See `base.Store`."""
+        """See `base.LocalStore`."""
         if self._closed:
             return
         with self._remap:
@@ -575,10 +579,3 @@ def _start_errors(path: Path) -> Iterator[None]:
 
 def _count_key(model: str) -> bytes:
     return b"sessions of " + model.encode()
-
-
-def _header_or_none(session_id: str, record: memoryview) -> Header | None:
-    try:
-        return decode_header(session_id, record)
-    except StateCorrupt:
-        return None

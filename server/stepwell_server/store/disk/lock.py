@@ -126,6 +126,9 @@ def _claim(directory: Path) -> socket.socket | None:
     if sys.platform != "linux":
         return None
     path = directory.resolve()
+    if _is_mount_point(path):
+        # Nobody can remove it; and where services have mounts of their own its name may mean another folder to each.
+        return None
     parent = path.parent.stat()
     name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]
     # The parent by its number: a path may mean different folders in different containers.
@@ -151,6 +154,21 @@ def _claim(directory: Path) -> socket.socket | None:
         " with a folder of this name, which was removed or replaced meanwhile, and still runs",
         None,
     )
+
+
+def _is_mount_point(path: Path) -> bool:
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return path.is_mount()  # which does not know mounts of a folder of the same disk
+    escaped = (
+        os.fspath(path)
+        .replace("\\", "\\134")
+        .replace(" ", "\\040")
+        .replace("\t", "\\011")
+        .replace("\n", "\\012")
+    )
+    return any(mount.split(" ")[4] == escaped for mount in mounts)
 
 
 def _owner(address: str) -> tuple[int, int]:

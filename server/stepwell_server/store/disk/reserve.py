@@ -19,7 +19,7 @@ from pathlib import Path
 
 from stepwell_server.clock import Clock
 from stepwell_server.store.base import Batch
-from stepwell_server.store.disk.files import free_bytes
+from stepwell_server.store.disk.files import allocate, free_bytes
 
 RESERVE_BYTES = 8 * 2**20
 """Each session that ends changes two or three pages at most, of 4 KiB: it is good for five hundred at once and more."""
@@ -163,7 +163,7 @@ class Reserve:
         try:
             handle = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             try:
-                os.posix_fallocate(handle, 0, size)
+                allocate(handle, 0, size)
                 self._held = size
             except OSError:
                 os.ftruncate(handle, self._held)

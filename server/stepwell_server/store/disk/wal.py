@@ -1,4 +1,4 @@
-"""Two journals by turns: one is written, what the other has is brought over into the store meanwhile."""
+"""A write-ahead log of two segments: changes are appended to the active one while the sealed one is checkpointed."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from stepwell_server.store.disk.wal_file import Journal, JournalDamaged
+from stepwell_server.store.disk.wal_file import Segment, SegmentDamaged
 from stepwell_server.store.record import Stored
 
 NAMES = ("0", "1")
-JOURNAL_BYTES = 8 * 2**20
-"""Of each of the two."""
+SEGMENT_BYTES = 8 * 2**20
+"""Size of each segment."""
 
-#: Of the room on the disk a journal takes no more than this part.
+#: A segment takes at most this part of the free disk.
 _SHARE = 64
 _LEAST_BYTES = 64 * 1024
-#: Bringing over begins when this part of the journal that is written is used.
-_BEGIN = 1 / 2
-#: So many records are brought over at once at least; or twice as many as the last write had, to keep up with writes.
-_AT_ONCE = 64
+#: Checkpointing begins when this part of the active segment is used.
+_CHECKPOINT_AT = 1 / 2
+#: A checkpoint takes at least this many records, or twice those of the last write, to keep up with writes.
+_LEAST_RECORDS = 64
 
 Records = list[tuple[str, Stored]]
 
 
 def room_for(folder: Path, size: int) -> int:
-    """How large journals may be, at most as large as is wanted.
+    """How large a segment may be, at most `size`.
 
     Raises:
         OSError: there is too little room.
@@ -43,45 +43,52 @@ def room_for(folder: Path, size: int) -> int:
     return min(size, room)
 
 
-class Journals:
-    """What happened last to sessions, by id. For one thread, but `find`."""
+class WriteAheadLog:
+    """The last change of each session that the store does not have yet. For one thread, except `find`."""
 
     def __init__(
-        self, folder: Path, size: int, owner: int, *, flush: bool, make: bool, before_turn: Callable[[], None]
+        self,
+        folder: Path,
+        size: int,
+        owner: int,
+        *,
+        flush: bool,
+        make: bool,
+        before_rotate: Callable[[], None],
     ) -> None:
-        """Open the two, to be loaded, or make them. See `Journal`.
+        """Open the segments, to be loaded, or make them. See `Segment`.
 
-        `before_turn` raises if what is written would be lost.
+        `before_rotate` raises if what is appended would be lost.
 
         Raises:
             OSError: one cannot be opened, or there is no room.
         """
         self.size = size
-        self._before_turn = before_turn
+        self._before_rotate = before_rotate
         self._last_count = 0
-        # Held by whoever looks into both: no journal is filled anew meanwhile.
+        # Held by who reads both segments: none is truncated meanwhile.
         self._looking = threading.Lock()
-        self._written = Journal(folder / NAMES[0], size, owner, flush=flush, make=make)
+        self._active = Segment(folder / NAMES[0], size, owner, flush=flush, make=make)
         try:
-            self._left = Journal(folder / NAMES[1], size, owner, flush=flush, make=make)
+            self._sealed = Segment(folder / NAMES[1], size, owner, flush=flush, make=make)
         except BaseException:
-            self._written.close()
+            self._active.close()
             raise
 
     def descriptors(self) -> list[tuple[Path, int]]:
-        """The files that are open."""
-        return [(journal.path, journal.descriptor) for journal in (self._written, self._left)]
+        """Paths and descriptors of the open files."""
+        return [(segment.path, segment.descriptor) for segment in (self._active, self._sealed)]
 
-    def begin(self) -> None:
-        """Forget whatever the files have.
+    def truncate(self) -> None:
+        """Drop whatever the files have.
 
         Raises:
             OSError: they cannot be written.
         """
-        self._left.fill_anew(0)
-        self._written.fill_anew(0)
+        self._sealed.truncate(0)
+        self._active.truncate(0)
 
-    def load(self, counts: Callable[[Records], Iterable[bool]]) -> list[JournalDamaged]:
+    def load(self, counts: Callable[[Records], Iterable[bool]]) -> list[SegmentDamaged]:
         """Read what the files have.
 
         Args:
@@ -94,31 +101,34 @@ class Journals:
             OSError: a file cannot be read.
         """
         damage = []
-        for journal in (self._written, self._left):
+        for segment in (self._active, self._sealed):
             try:
-                journal.load()
-            except JournalDamaged as error:
+                segment.load()
+            except SegmentDamaged as error:
                 damage.append(error)
-        if (self._left.number, self._left.first) > (self._written.number, self._written.first):
-            self._turn()
-        if not damage and self._left.number < self._written.first:
-            damage.append(JournalDamaged(f"{self._left.path} cannot be read to its end"))
-        for journal in (self._written, self._left):
-            self._drop_earlier(journal, counts)
+        if (self._sealed.sequence, self._sealed.base_sequence) > (
+            self._active.sequence,
+            self._active.base_sequence,
+        ):
+            self._swap()
+        if not damage and self._sealed.sequence < self._active.base_sequence:
+            damage.append(SegmentDamaged(f"{self._sealed.path} cannot be read to its end"))
+        for segment in (self._active, self._sealed):
+            self._drop_superseded(segment, counts)
         return damage
 
     @property
     def is_empty(self) -> bool:
-        """Nothing is here that the store does not have."""
-        return not self._written.offsets and not self._left.offsets
+        """The store has all that is in here."""
+        return not self._active.offsets and not self._sealed.offsets
 
     @property
-    def is_behind(self) -> bool:
-        """It is time to bring something over."""
-        return bool(self._left.offsets) and self._written.end > self._written.size * _BEGIN
+    def needs_checkpoint(self) -> bool:
+        """It is time to checkpoint."""
+        return bool(self._sealed.offsets) and self._active.end > self._active.size * _CHECKPOINT_AT
 
     def append(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
-        """Keep changes; False if there is no room until more is brought over, or ever.
+        """Append changes; False if there is no room until more is checkpointed, or ever.
 
         Args:
             parts: Ids and records of each.
@@ -128,19 +138,19 @@ class Journals:
         """
         self._last_count = sum(map(len, parts))
         if self._last_count == len(parts) == 1:
-            is_kept = self._written.append_one(*parts[0][0])
+            is_kept = self._active.append_one(*parts[0][0])
         else:
-            is_kept = self._written.append(parts)
+            is_kept = self._active.append(parts)
         if is_kept:
             return True
-        if self._left.offsets or not self.takes(parts):
+        if self._sealed.offsets or not self.fits(parts):
             return False
-        self.turn()
-        return self._written.append(parts)
+        self.rotate()
+        return self._active.append(parts)
 
-    def takes(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
-        """Whether changes are small enough for a journal that has little else."""
-        return sum(len(record) for part in parts for _, record in part) < self._left.size // 2
+    def fits(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
+        """Whether changes are small enough for a segment that holds little else."""
+        return sum(len(record) for part in parts for _, record in part) < self._sealed.size // 2
 
     def find(self, session_id: str) -> bytes | None:
         """The record of a session, None if the store has it. From any thread.
@@ -149,40 +159,40 @@ class Journals:
             OSError: it cannot be read.
         """
         with self._looking:
-            return self._written.record(session_id) or self._left.record(session_id)
+            return self._active.record(session_id) or self._sealed.record(session_id)
 
-    def forget(self, session_ids: Iterable[str]) -> None:
-        """Let the store be right about sessions."""
-        written, left = self._written.offsets, self._left.offsets
+    def discard(self, session_ids: Iterable[str]) -> None:
+        """Discard the log's records of sessions: the store has later ones."""
+        written, left = self._active.offsets, self._sealed.offsets
         if written or left:
             for session_id in session_ids:
                 written.pop(session_id, None)
                 left.pop(session_id, None)
 
-    def next(self) -> tuple[list[str], Records]:
-        """Sessions whose changes are to be brought over next, to be `done` then; and the records."""
-        ids = list(itertools.islice(self._left.offsets, max(_AT_ONCE, 2 * self._last_count)))
-        # what the other journal has is later, and stays there
-        wanted = [session_id for session_id in ids if session_id not in self._written.offsets]
-        records: Records = [(i, record) for i in wanted if (record := self._left.record(i)) is not None]
+    def to_checkpoint(self) -> tuple[list[str], Records]:
+        """Sessions to checkpoint next, and those of their records that count; `checkpointed` afterwards."""
+        ids = list(itertools.islice(self._sealed.offsets, max(_LEAST_RECORDS, 2 * self._last_count)))
+        # the active segment has a later record of the others
+        wanted = [session_id for session_id in ids if session_id not in self._active.offsets]
+        records: Records = [(i, record) for i in wanted if (record := self._sealed.record(i)) is not None]
         return ids, records
 
-    def done(self, session_ids: Iterable[str]) -> None:
-        """What `next` gave is in the store."""
+    def checkpointed(self, session_ids: Iterable[str]) -> None:
+        """The store has what `to_checkpoint` gave."""
         for session_id in session_ids:
-            self._left.offsets.pop(session_id, None)
+            self._sealed.offsets.pop(session_id, None)
 
-    def turn(self) -> None:
-        """Have `next` give what is in the journal that is written; only if the other has nothing.
+    def rotate(self) -> None:
+        """Seal the active segment, and append to the other; only if that one is empty.
 
         Raises:
             OSError: the other cannot be written.
-            StoreGone: by `before_turn`.
+            StoreGone: by `before_rotate`.
         """
-        self._before_turn()
+        self._before_rotate()
         with self._looking:
-            self._left.fill_anew(self._written.number)
-            self._turn()
+            self._sealed.truncate(self._active.sequence)
+            self._swap()
 
     def sync(self) -> None:
         """See to it that all of it survives a loss of power.
@@ -190,19 +200,19 @@ class Journals:
         Raises:
             OSError: the disk refused.
         """
-        self._written.sync()
-        self._left.sync()
+        self._active.sync()
+        self._sealed.sync()
 
     def close(self) -> None:
         """End; not to be used any more."""
-        self._written.close()
-        self._left.close()
+        self._active.close()
+        self._sealed.close()
 
-    def _turn(self) -> None:
-        self._written, self._left = self._left, self._written
+    def _swap(self) -> None:
+        self._active, self._sealed = self._sealed, self._active
 
-    def _drop_earlier(self, journal: Journal, counts: Callable[[Records], Iterable[bool]]) -> None:
-        records: Records = [(i, journal.record(i) or b"") for i in journal.offsets]
+    def _drop_superseded(self, segment: Segment, counts: Callable[[Records], Iterable[bool]]) -> None:
+        records: Records = [(i, segment.record(i) or b"") for i in segment.offsets]
         for (session_id, _), is_later in zip(records, counts(records), strict=True):
             if not is_later:
-                del journal.offsets[session_id]
+                del segment.offsets[session_id]

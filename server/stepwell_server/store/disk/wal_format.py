@@ -1,8 +1,8 @@
-"""The layout of a journal's entries: some records that were written together.
+"""The layout of a log entry: records of sessions that were written together.
 
-    checksum, magic, fill, number, rest, counts | ids | records | padding
+    checksum, magic, generation, sequence, remaining, counts | ids | records | padding
 
-What was written at once may be several entries: they have one number, and each says how many follow (`rest`).
+One write may be several entries: they have one sequence number, and each says how many follow (`remaining`).
 
 The checksum is over everything before the records, and over their own checksums, which they begin with. So an entry of
 which a part is missing is told from a whole one, and both from one with a record that was damaged later.
@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from isal.isal_zlib import crc32
 
-from stepwell_server.store.record import HEADER, Puts, Stored, is_sound, size_of
+from stepwell_server.store.record import HEADER, Puts, Stored, encode_ids, is_sound, size_of
 
-# checksum, magic, fill, number, rest, records, bytes of ids, owner (in a first entry, else 0), bytes of records
+# checksum, magic, generation, sequence, remaining, records, bytes of ids, owner (in a first entry, else 0), bytes of records
 HEAD = struct.Struct("<IIQQIIIIQ")
 _MAGIC = int.from_bytes(b"SWJ1", "little")
 _MARK = struct.Struct("<IQ")
@@ -29,7 +29,7 @@ _ALIGNMENT = 8
 
 
 class Layout(NamedTuple):
-    """What an entry has beside its records: the same as long as the same sessions change."""
+    """What an entry says beside its records: the same as long as the same sessions change."""
 
     ids: Sequence[str]
     sizes: Sequence[int]
@@ -53,21 +53,21 @@ class Entry(NamedTuple):
 class Found(NamedTuple):
     """An entry that was read."""
 
-    number: int
-    rest: int
+    sequence: int
+    remaining: int
     owner: int
     end: int
     offsets: Sequence[tuple[str, int]]
 
     def follows(self, other: Found) -> bool:
         """Whether it was written next, or is the next part of the same write."""
-        if other.rest:
-            return (self.number, self.rest) == (other.number, other.rest - 1)
-        return self.number == other.number + 1
+        if other.remaining:
+            return (self.sequence, self.remaining) == (other.sequence, other.remaining - 1)
+        return self.sequence == other.sequence + 1
 
 
 def lay_out(
-    puts: Sequence[tuple[str, Stored]], fill: int, number: int, *, rest: int = 0, owner: int = 0
+    puts: Sequence[tuple[str, Stored]], generation: int, sequence: int, *, remaining: int = 0, owner: int = 0
 ) -> Entry:
     """Make an entry of records."""
     layout, records = _layout(puts), _records(puts)
@@ -76,20 +76,20 @@ def lay_out(
     else:
         checksums = b"".join([record[:_CHECKSUM_BYTES] for record in records])
     byte_count = sum(layout.sizes)
-    head = HEAD.pack(0, _MAGIC, fill, number, rest, len(puts), len(layout.text), owner, byte_count)[
-        _CHECKSUM_BYTES:
-    ]
+    head = HEAD.pack(
+        0, _MAGIC, generation, sequence, remaining, len(puts), len(layout.text), owner, byte_count
+    )[_CHECKSUM_BYTES:]
     checksum = _checksum(head, layout.text, checksums).to_bytes(_CHECKSUM_BYTES, "little")
     size = HEAD.size + len(layout.text) + byte_count
     padding = -size % _ALIGNMENT
     return Entry(layout, [checksum + head, layout.text, *records, bytes(padding)], size + padding)
 
 
-def lay_out_one(session_id: str, record: Stored, fill: int, number: int) -> tuple[bytes, int]:
-    """What `lay_out` would have written for one record, and where in it the record is: a lone step is in a hurry."""
+def lay_out_one(session_id: str, record: Stored, generation: int, sequence: int) -> tuple[bytes, int]:
+    """What `lay_out` would have written for one record, and the offset of the record in it. A fast path for a lone step."""
     key = session_id.encode()
     start = b"".join((
-        HEAD.pack(0, _MAGIC, fill, number, 0, 1, _LENGTH.size + len(key), 0, len(record))[_CHECKSUM_BYTES:],
+        HEAD.pack(0, _MAGIC, generation, sequence, 0, 1, _LENGTH.size + len(key), 0, len(record))[_CHECKSUM_BYTES:],
         _LENGTH.pack(len(key)),
         key,
     ))  # fmt: skip
@@ -99,13 +99,15 @@ def lay_out_one(session_id: str, record: Stored, fill: int, number: int) -> tupl
     return b"".join((checksum, start, record, padding)), record_at
 
 
-def read(data: bytes, at: int, fill: int | None) -> Found | None:
-    """The entry at an offset, None if there is no whole one of the fill, or of any if that is None."""
+def read(data: bytes, at: int, generation: int | None) -> Found | None:
+    """The entry at an offset; None if there is no whole one of the generation (None: of any)."""
     if len(data) - at < HEAD.size:
         return None
-    checksum, magic, its_fill, number, rest, count, text_bytes, owner, byte_count = HEAD.unpack_from(data, at)
+    checksum, magic, its_generation, sequence, remaining, count, text_bytes, owner, byte_count = (
+        HEAD.unpack_from(data, at)
+    )
     records_at = at + HEAD.size + text_bytes
-    if magic != _MAGIC or fill not in (None, its_fill) or records_at + byte_count > len(data):
+    if magic != _MAGIC or generation not in (None, its_generation) or records_at + byte_count > len(data):
         return None
     text = data[at + HEAD.size : records_at]
     offsets = _offsets(data, text, records_at, count)
@@ -115,20 +117,20 @@ def read(data: bytes, at: int, fill: int | None) -> Found | None:
     if _checksum(data[at + _CHECKSUM_BYTES : at + HEAD.size], text, checksums) != checksum:
         return None
     end = records_at + byte_count
-    return Found(number, rest, owner, end + -(end - at) % _ALIGNMENT, offsets)
+    return Found(sequence, remaining, owner, end + -(end - at) % _ALIGNMENT, offsets)
 
 
-def fill_of(data: bytes) -> int:
-    """The fill of the entry that data begin with."""
+def generation_of(data: bytes) -> int:
+    """The generation of the first entry."""
     return int(HEAD.unpack_from(data)[2])
 
 
-def search(data: bytes, at: int, fill: int) -> Iterator[Found]:
-    """All entries of a fill from an offset on, whatever lies between them."""
-    mark = _MARK.pack(_MAGIC, fill)
+def search(data: bytes, at: int, generation: int) -> Iterator[Found]:
+    """All entries of a generation from an offset on, whatever is between them."""
+    mark = _MARK.pack(_MAGIC, generation)
     place = data.find(mark, at)
     while place >= 0:
-        found = read(data, place - _CHECKSUM_BYTES, fill)
+        found = read(data, place - _CHECKSUM_BYTES, generation)
         if found is not None:
             yield found
         place = data.find(mark, place + 1)
@@ -150,16 +152,10 @@ def _records(puts: Sequence[tuple[str, Stored]]) -> Sequence[Stored]:
 
 
 def _layout(puts: Sequence[tuple[str, Stored]]) -> Layout:
-    """Remembered where the same sessions come again and again."""
-    if isinstance(puts, Puts) and isinstance(puts.prepared, Layout):
-        return puts.prepared
-    ids = [session_id for session_id, _ in puts]
-    keys = [session_id.encode() for session_id in ids]
-    text = b"".join([_LENGTH.pack(len(key)) + key for key in keys])
-    layout = Layout(ids, [len(record) for _, record in puts], text)
     if isinstance(puts, Puts):
-        puts.prepared = layout
-    return layout
+        return Layout(puts.session_ids, puts.sizes, puts.encoded_ids)
+    ids = [session_id for session_id, _ in puts]
+    return Layout(ids, [len(record) for _, record in puts], encode_ids(ids))
 
 
 def _offsets(data: bytes, text: bytes, at: int, count: int) -> list[tuple[str, int]] | None:

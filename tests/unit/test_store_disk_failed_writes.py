@@ -28,7 +28,7 @@ def fail(*_: Any) -> Any:
 
 
 def doubtful(path: Path, monkeypatch: pytest.MonkeyPatch, batch: Batch) -> DiskStore:
-    """A store that has `a` in its journal, and kept a batch in LMDB that was said to have failed."""
+    """A store that has `a` in its segment, and kept a batch in LMDB that was said to have failed."""
     store = opened(path)
     begin(store, "a", "b")
     put(store, "a", revision=1)
@@ -91,7 +91,7 @@ def test_what_goes_on_unread_is_kept_as_well(
     "is_read",
     [True, False],
 )
-def test_a_session_that_has_ended_all_the_same_is_not_brought_over_again(
+def test_a_session_that_has_ended_all_the_same_is_not_checkpointed_again(
     path: Path, monkeypatch: pytest.MonkeyPatch, is_read: bool
 ) -> None:
     store = doubtful(path, monkeypatch, ENDED)
@@ -123,7 +123,7 @@ def test_a_reader_forgets_nothing_that_is_later_than_what_it_looked_at(
     store.close()
 
 
-def test_a_journal_that_was_filled_anew_though_that_failed_is_no_damage(
+def test_a_segment_that_was_truncated_though_that_failed_is_no_damage(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = opened(path, "sync")

@@ -1,4 +1,4 @@
-"""The store on disk when a journal, or LMDB behind it, is damaged, lost, full or failing."""
+"""The store on disk when a segment, or LMDB behind it, is damaged, lost, full or failing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
 from support.stored import (
     DURABILITIES,
-    JOURNAL_BYTES,
+    SEGMENT_BYTES,
     begin,
     fill_one,
     in_lmdb,
@@ -46,38 +46,38 @@ def full(*_: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-# ------------------------------------------------------------------------------------------------------- no journals
+# ------------------------------------------------------------------------------------------------------- no segments
 
 
-def test_where_a_journal_has_no_room_every_change_is_a_transaction(
+def test_where_a_segment_has_no_room_every_change_is_a_transaction(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     usage = shutil.disk_usage(path.parent)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=JOURNAL_BYTES * 64 - 1))
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=SEGMENT_BYTES * 64 - 1))
         store = opened(path)
         (warning,) = warnings(caplog)
-        assert warning.startswith("there is no journal, every change is a transaction: ")
-        assert warning.endswith(f"{64 * JOURNAL_BYTES} bytes of the disk must be free")
+        assert warning.startswith("there is no write-ahead log, every change is a transaction: ")
+        assert warning.endswith(f"{64 * SEGMENT_BYTES} bytes of the disk must be free")
         begin(store, "a", "b")
         put(store, "a", revision=3)
-        assert not store.is_behind
-        store.tend()
+        assert not store.needs_checkpoint
+        store.checkpoint()
         store.sync()
         assert revisions(store) == in_lmdb(store) == {"a": 3, "b": 0}
         store.close()
     store = opened(path)
     put(store, "b", revision=1)
-    assert in_lmdb(store)["b"] == 0, "there is a journal now"
+    assert in_lmdb(store)["b"] == 0, "there is a segment now"
     store.close()
 
 
-def test_a_journal_takes_no_more_than_its_share_of_the_room(
+def test_a_segment_takes_no_more_than_its_share_of_the_room(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(path.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=64 * 100_000))
-    store = opened(path, journal_bytes=2**20)
+    store = opened(path, segment_bytes=2**20)
     assert [(path / "journal" / name).stat().st_size for name in "01"] == [100_000] * 2
     store.close()
 
@@ -86,7 +86,7 @@ def test_a_journal_takes_no_more_than_its_share_of_the_room(
     "which",
     ["0", "1"],
 )
-def test_where_one_of_the_journals_cannot_be_laid_out_it_starts_without(
+def test_where_one_of_the_journals_cannot_be_preallocated_it_starts_without(
     path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
     """As on a disk with a quota, of which `disk_usage` knows nothing."""
@@ -106,7 +106,7 @@ def test_where_one_of_the_journals_cannot_be_laid_out_it_starts_without(
 
 @pytest.mark.parametrize("gone", ["0", "1", "01"])
 @DURABILITIES
-def test_without_a_journal_that_was_deleted_sessions_are_as_lmdb_and_the_other_have_them(
+def test_without_a_segment_that_was_deleted_sessions_are_as_lmdb_and_the_other_have_them(
     path: Path, durability: Durability, gone: str
 ) -> None:
     store = opened(path, durability)
@@ -132,19 +132,19 @@ def test_without_a_journal_that_was_deleted_sessions_are_as_lmdb_and_the_other_h
     store.close()
 
 
-def test_a_folder_of_journals_that_is_none_is_done_without(
+def test_a_folder_of_the_log_that_is_none_is_done_without(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path.mkdir()
     (path / "journal").touch()
     store = opened(path)
-    assert warnings(caplog)[0].startswith("there is no journal, every change is a transaction: ")
+    assert warnings(caplog)[0].startswith("there is no write-ahead log, every change is a transaction: ")
     begin(store, "a")
     store.close()
 
 
 @DURABILITIES
-def test_a_journal_that_cannot_be_read_stops_the_start(
+def test_a_segment_that_cannot_be_read_stops_the_start(
     path: Path, monkeypatch: pytest.MonkeyPatch, durability: Durability
 ) -> None:
     store = opened(path, durability)
@@ -153,7 +153,7 @@ def test_a_journal_that_cannot_be_read_stops_the_start(
     copy = left_behind(store)
     store.close()
     monkeypatch.setattr(os, "pread", fail)
-    with pytest.raises(StoreError, match=f"the journal in {copy / 'journal'} must be readable: "):
+    with pytest.raises(StoreError, match=f"the write-ahead log in {copy / 'journal'} must be readable: "):
         opened(copy, durability)
     monkeypatch.undo()
     store = opened(copy, durability)
@@ -162,7 +162,7 @@ def test_a_journal_that_cannot_be_read_stops_the_start(
 
 
 @DURABILITIES
-def test_after_a_clean_stop_the_journals_are_not_needed(path: Path, durability: Durability) -> None:
+def test_after_a_clean_stop_the_log_is_not_needed(path: Path, durability: Durability) -> None:
     store = opened(path, durability)
     begin(store, "a")
     put(store, "a", revision=1)
@@ -173,7 +173,7 @@ def test_after_a_clean_stop_the_journals_are_not_needed(path: Path, durability: 
     store.close()
 
 
-def test_journals_of_another_store_are_told(path: Path) -> None:
+def test_the_log_of_another_store_are_told(path: Path) -> None:
     copies = []
     for name in ("one", "other"):
         store = opened(path / name, "sync")
@@ -191,7 +191,7 @@ def test_journals_of_another_store_are_told(path: Path) -> None:
 # --------------------------------------------------------------------------------------------- writes and reads that fail
 
 
-def test_what_a_journal_does_not_take_goes_to_lmdb(
+def test_what_a_segment_does_not_take_goes_to_lmdb(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = opened(path)
@@ -202,11 +202,11 @@ def test_what_a_journal_does_not_take_goes_to_lmdb(
         put(store, "a", revision=2)
         put(store, "a", revision=3)
     (warning,) = warnings(caplog)
-    assert warning.startswith("a change could not be written to the journal, and goes to the store: ")
+    assert warning.startswith("a change could not be written to the write-ahead log, and goes to LMDB: ")
     assert revisions(store) == {"a": 3, "b": 1}
     assert in_lmdb(store) == {"a": 3, "b": 0}
     put(store, "b", revision=2)
-    assert in_lmdb(store)["b"] == 0, "the journal is used again"
+    assert in_lmdb(store)["b"] == 0, "the segment is used again"
     store = killed(store)
     assert revisions(store) == {"a": 3, "b": 2}
     store.close()
@@ -240,7 +240,7 @@ def opened_well(path: Path, monkeypatch: pytest.MonkeyPatch) -> DiskStore:
     return opened(path)
 
 
-def test_while_lmdb_takes_nothing_changes_are_kept_as_long_as_the_journals_have_room(
+def test_while_lmdb_takes_nothing_changes_are_kept_as_long_as_the_log_has_room(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = opened(path)
@@ -249,7 +249,7 @@ def test_while_lmdb_takes_nothing_changes_are_kept_as_long_as_the_journals_have_
     with monkeypatch.context() as patch:
         patch.setattr(LmdbStore, "_commit", full)
         for number in range(100):
-            store.tend()
+            store.checkpoint()
             try:
                 put(store, names[-1 - number], revision=5)
             except Unavailable:
@@ -259,7 +259,7 @@ def test_while_lmdb_takes_nothing_changes_are_kept_as_long_as_the_journals_have_
         assert revisions(store) == kept
         with pytest.raises(Unavailable):
             put(store, names[0], revision=9)
-        assert store.is_behind
+        assert store.needs_checkpoint
     assert len(warnings(caplog)) == 1, "it is said once"
     again = opened(left_behind(store))
     assert revisions(again) == kept
@@ -269,7 +269,7 @@ def test_while_lmdb_takes_nothing_changes_are_kept_as_long_as_the_journals_have_
     store.close()
 
 
-def test_what_could_not_be_brought_over_at_the_end_is_there_at_the_next_start(
+def test_what_could_not_be_checkpointed_at_the_end_is_there_at_the_next_start(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = opened(path)
@@ -278,20 +278,20 @@ def test_what_could_not_be_brought_over_at_the_end_is_there_at_the_next_start(
     with monkeypatch.context() as patch:
         patch.setattr(LmdbStore, "_commit", full)
         store.close()
-    assert warnings(caplog)[0].startswith("the journal keeps what could not be brought over: ")
+    assert warnings(caplog)[0].startswith("the write-ahead log keeps what could not be checkpointed: ")
     store = opened(path)
     assert revisions(store) == wanted
     store.close()
 
 
-def test_a_journal_that_cannot_be_read_is_unavailable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_segment_that_cannot_be_read_is_unavailable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = opened(path)
     begin(store, "a")
     put(store, "a", revision=1)
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", fail)
         for read in (lambda: store.get("a"), lambda: store.get_many(["a"]), lambda: store.scan(limit=1)):
-            with pytest.raises(Unavailable, match="the journal must be readable; got "):
+            with pytest.raises(Unavailable, match="the write-ahead log must be readable; got "):
                 read()
     assert revisions(store) == {"a": 1}
     store.close()
@@ -301,7 +301,7 @@ def test_a_flush_that_fails_is_said(path: Path, monkeypatch: pytest.MonkeyPatch)
     store = opened(path)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdatasync", fail)
-        with pytest.raises(Unavailable, match="the journal must be able to flush to disk; got "):
+        with pytest.raises(Unavailable, match="the write-ahead log must be able to flush to disk; got "):
             store.sync()
     store.sync()
     store.close()
@@ -331,7 +331,7 @@ def test_a_closed_store_says_so(path: Path) -> None:
     store = opened(path)
     begin(store, "a")
     store.close()
-    store.tend()
+    store.checkpoint()
     for use in (store.count, store.sync, lambda: store.get("a"), lambda: put(store, "a", revision=1)):
         with pytest.raises(Unavailable):
             use()

@@ -1,4 +1,4 @@
-"""A journal finds what was written to it, whole and in order, whatever became of its file; and says what it cannot find."""
+"""A segment finds what was written to it, whole and in order, whatever became of its file; and says what it cannot find."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.store.disk import wal_format
-from stepwell_server.store.disk.wal_file import Journal, JournalDamaged
+from stepwell_server.store.disk.wal_file import Segment, SegmentDamaged
 from stepwell_server.store.record import Stored
-from support.stored import is_damaged, put_all, record, sheet
+from support.stored import is_damaged, put_all, record, template
 
 Part = Sequence[tuple[str, Stored]]
 Write = Sequence[Part]
@@ -28,43 +28,43 @@ LARGE = 2**18
 OWNER = 77
 
 
-def opened(path: Path, size: int = SIZE) -> Journal:
+def opened(path: Path, size: int = SIZE) -> Segment:
     """Of the size that the file has, if it is there."""
     there = path.stat().st_size if path.exists() else 0
-    return Journal(path, there or size, OWNER, flush=False, make=True)
+    return Segment(path, there or size, OWNER, flush=False, make=True)
 
 
-def append(journal: Journal, write: Write) -> bool:
+def append(segment: Segment, write: Write) -> bool:
     """A lone record has a way of its own."""
     if len(write) == 1 and len(write[0]) == 1:
-        return journal.append_one(*write[0][0])
-    return journal.append(write)
+        return segment.append_one(*write[0][0])
+    return segment.append(write)
 
 
 def made(path: Path, writes: Sequence[Write] = (), size: int = SIZE) -> list[int]:
-    """Make a journal with some writes; where they end."""
-    journal = opened(path, size)
-    journal.fill_anew(0)
-    ends = [journal.end]
+    """Make a segment with some writes; where they end."""
+    segment = opened(path, size)
+    segment.truncate(0)
+    ends = [segment.end]
     for write in writes:
-        assert append(journal, write)
-        ends.append(journal.end)
-    journal.close()
+        assert append(segment, write)
+        ends.append(segment.end)
+    segment.close()
     return ends
 
 
-def held(journal: Journal) -> dict[str, bytes]:
-    """What a journal has, by session."""
-    return {i: found for i in journal.offsets if (found := journal.record(i)) is not None}
+def held(segment: Segment) -> dict[str, bytes]:
+    """What a segment has, by session."""
+    return {i: found for i in segment.offsets if (found := segment.record(i)) is not None}
 
 
 def found_in(path: Path) -> dict[str, bytes]:
-    journal = opened(path)
+    segment = opened(path)
     try:
-        journal.load()
-        return held(journal)
+        segment.load()
+        return held(segment)
     finally:
-        journal.close()
+        segment.close()
 
 
 def all_of(writes: Sequence[Write]) -> dict[str, bytes]:
@@ -76,14 +76,14 @@ def records_of(revision: int, *session_ids: str, size: int = 20) -> list[tuple[s
 
 
 def older(path: Path) -> None:
-    """Fill a journal with small entries to its end, and begin anew: none of them counts any more."""
-    journal = opened(path)
-    journal.fill_anew(0)
+    """Fill a segment with small entries to its end, and truncate it: none of them counts any more."""
+    segment = opened(path)
+    segment.truncate(0)
     number = 0
-    while append(journal, [records_of(number + 100, "a", "x")]):
+    while append(segment, [records_of(number + 100, "a", "x")]):
         number += 1
-    journal.fill_anew(0)
-    journal.close()
+    segment.truncate(0)
+    segment.close()
 
 
 @pytest.fixture
@@ -91,10 +91,10 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "journal"
 
 
-@pytest.fixture(params=["zeros", "an older fill"])
+@pytest.fixture(params=["zeros", "an older generation"])
 def before(request: pytest.FixtureRequest, path: Path) -> str:
     """What the file has where nothing was written yet."""
-    if request.param == "an older fill":
+    if request.param == "an older generation":
         older(path)
     return str(request.param)
 
@@ -106,8 +106,8 @@ SIZES = st.sampled_from([0, 1, 7, 20, 1950, 2049, 5000])
 LIST = st.lists(
     st.builds(lambda i, r, s: (i, record(i, r, s)), ID, st.integers(0, 999), SIZES), min_size=1, max_size=5
 )
-SHEET = st.builds(sheet, st.lists(ID, min_size=1, max_size=5, unique=True), st.integers(0, 999), SIZES)
-WRITE = st.lists(st.one_of(LIST, SHEET), min_size=1, max_size=3)
+TEMPLATE = st.builds(template, st.lists(ID, min_size=1, max_size=5, unique=True), st.integers(0, 999), SIZES)
+WRITE = st.lists(st.one_of(LIST, TEMPLATE), min_size=1, max_size=3)
 
 
 @settings(max_examples=60, deadline=None)
@@ -117,23 +117,23 @@ def test_what_was_appended_is_there_when_it_is_loaded(
 ) -> None:
     path = tmp_path_factory.mktemp("journal") / "0"
     first = opened(path, LARGE)
-    first.fill_anew(7)
+    first.truncate(7)
     assert all(append(first, write) for write in writes)
     assert held(first) == all_of(writes)
     second = opened(path, 1)
     second.load()
     assert held(second) == all_of(writes)
     assert (
-        (second.size, second.end, second.number)
-        == (LARGE, first.end, first.number)
+        (second.size, second.end, second.sequence)
+        == (LARGE, first.end, first.sequence)
         == (LARGE, first.end, 7 + len(writes))
     )
     assert all(append(second, write) for write in more)
     third = opened(path, LARGE)
     third.load()
     assert held(third) == held(second) == all_of([*writes, *more])
-    for journal in (first, second, third):
-        journal.close()
+    for segment in (first, second, third):
+        segment.close()
 
 
 @settings(max_examples=60, deadline=None)
@@ -146,16 +146,16 @@ def test_a_lone_record_is_written_as_one_among_others(session_id: str, size: int
     assert [(session_id, record_at)] == list(entry.offsets(0))
 
 
-def test_a_sheet_that_is_filled_again_is_written_as_it_is_then(path: Path) -> None:
-    journal = opened(path)
-    journal.fill_anew(0)
-    puts = sheet(["a", "b"], 1)
-    append(journal, [puts])
-    puts[:] = sheet(["a", "b"], 2)
-    puts.together, puts.checksums = (again := sheet(["a", "b"], 2)).together, again.checksums
-    append(journal, [puts])
-    journal.close()
-    assert found_in(path) == put_all([sheet(["a", "b"], 2)])
+def test_a_template_that_is_filled_again_is_written_as_it_is_then(path: Path) -> None:
+    segment = opened(path)
+    segment.truncate(0)
+    puts = template(["a", "b"], 1)
+    append(segment, [puts])
+    puts[:] = template(["a", "b"], 2)
+    puts.together, puts.checksums = (again := template(["a", "b"], 2)).together, again.checksums
+    append(segment, [puts])
+    segment.close()
+    assert found_in(path) == put_all([template(["a", "b"], 2)])
 
 
 def test_records_by_the_hundred_are_one_write(path: Path) -> None:
@@ -164,76 +164,76 @@ def test_records_by_the_hundred_are_one_write(path: Path) -> None:
     assert found_in(path) == put_all([many])
 
 
-def test_nothing_that_an_earlier_fill_left_behind_is_found(path: Path) -> None:
+def test_nothing_that_an_earlier_generation_left_behind_is_found(path: Path) -> None:
     """The entries of both fills are of one size, so that the old ones lie right behind the new ones."""
     made(path, [[records_of(9, "a", "b")]] * 50)
-    journal = opened(path)
-    journal.load()
-    assert journal.number == 50
-    journal.fill_anew(50)
+    segment = opened(path)
+    segment.load()
+    assert segment.sequence == 50
+    segment.truncate(50)
     for revision in range(20):
         assert found_in(path) == (put_all([records_of(revision - 1, "a", "c")]) if revision else {})
-        append(journal, [records_of(revision, "a", "c")])
-    journal.close()
+        append(segment, [records_of(revision, "a", "c")])
+    segment.close()
 
 
-def test_numbers_go_on_when_it_is_filled_anew_and_when_it_is_loaded(path: Path) -> None:
-    journal = opened(path)
-    journal.fill_anew(41)
-    assert journal.number == 41
-    append(journal, [records_of(0, "a"), records_of(1, "b")])
-    append(journal, [records_of(2, "a")])
-    assert journal.number == 43
-    journal.close()
-    journal = opened(path)
-    journal.load()
-    assert journal.number == 43
-    journal.fill_anew(journal.number)
-    journal.close()
-    journal = opened(path)
-    journal.load()
-    assert (journal.number, journal.offsets) == (43, {})
-    journal.close()
+def test_numbers_go_on_when_it_is_truncated_and_when_it_is_loaded(path: Path) -> None:
+    segment = opened(path)
+    segment.truncate(41)
+    assert segment.sequence == 41
+    append(segment, [records_of(0, "a"), records_of(1, "b")])
+    append(segment, [records_of(2, "a")])
+    assert segment.sequence == 43
+    segment.close()
+    segment = opened(path)
+    segment.load()
+    assert segment.sequence == 43
+    segment.truncate(segment.sequence)
+    segment.close()
+    segment = opened(path)
+    segment.load()
+    assert (segment.sequence, segment.offsets) == (43, {})
+    segment.close()
 
 
 @pytest.mark.parametrize("size", [20, 6000])
 def test_without_room_nothing_changes(path: Path, size: int) -> None:
-    journal = opened(path)
-    journal.fill_anew(0)
+    segment = opened(path)
+    segment.truncate(0)
     revision = 0
-    while append(journal, [records_of(revision, "a", size=size)]):
+    while append(segment, [records_of(revision, "a", size=size)]):
         revision += 1
-    there, facts = path.read_bytes(), (dict(journal.offsets), journal.end, journal.number)
+    there, facts = path.read_bytes(), (dict(segment.offsets), segment.end, segment.sequence)
     assert revision > 1
-    assert not append(journal, [records_of(99, "b", size=size), records_of(99, "c")])
-    assert not append(journal, [records_of(99, "b", size=SIZE)])
+    assert not append(segment, [records_of(99, "b", size=size), records_of(99, "c")])
+    assert not append(segment, [records_of(99, "b", size=SIZE)])
     assert path.read_bytes() == there
     assert len(there) == SIZE
-    assert (journal.offsets, journal.end, journal.number) == facts
-    journal.close()
+    assert (segment.offsets, segment.end, segment.sequence) == facts
+    segment.close()
     assert found_in(path) == put_all([records_of(revision - 1, "a", size=size)])
 
 
 def test_the_very_last_byte_can_be_used(path: Path) -> None:
     (start, end) = made(path, [[records_of(0, "a", size=100)]])
     path.unlink()
-    journal = opened(path, end)
-    journal.fill_anew(0)
-    assert start == journal.end
-    assert append(journal, [records_of(5, "a", size=100)])
-    assert not append(journal, [()])
-    assert path.stat().st_size == journal.end == end
-    journal.close()
+    segment = opened(path, end)
+    segment.truncate(0)
+    assert start == segment.end
+    assert append(segment, [records_of(5, "a", size=100)])
+    assert not append(segment, [()])
+    assert path.stat().st_size == segment.end == end
+    segment.close()
     assert found_in(path) == put_all([records_of(5, "a", size=100)])
 
 
 def test_a_file_that_was_laid_out_and_no_more_has_nothing(path: Path) -> None:
     opened(path).close()
-    journal = opened(path)
-    with pytest.raises(JournalDamaged, match="must have"):
-        journal.load()
-    assert not append(journal, [records_of(0, "a")]), "it must be filled first"
-    journal.close()
+    segment = opened(path)
+    with pytest.raises(SegmentDamaged, match="must have"):
+        segment.load()
+    assert not append(segment, [records_of(0, "a")]), "it must be filled first"
+    segment.close()
 
 
 def test_a_file_that_finds_no_room_is_laid_out_later(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,21 +260,21 @@ EARLIER: list[Write] = [[records_of(1, "a", "b")], [records_of(2, "b"), records_
 LAST: dict[str, Write] = {
     "one record": [records_of(3, "a")],
     "several": [records_of(3, "a", "d", "ä" * 40)],
-    "a sheet": [sheet(["a", "b", "d"], 3)],
-    "several parts": [records_of(3, "a"), sheet(["b", "e"], 3), records_of(4, "c", "a")],
+    "a template": [template(["a", "b", "d"], 3)],
+    "several parts": [records_of(3, "a"), template(["b", "e"], 3), records_of(4, "c", "a")],
     "a long record": [records_of(3, "a", size=3000)],
 }
 
 
 def pictures(path: Path, earlier: Sequence[Write], last: Write) -> tuple[bytes, bytes, int, int]:
     """The file before and after the last write, and where that begins and ends."""
-    journal = opened(path)
-    journal.fill_anew(0)
-    assert all(append(journal, write) for write in earlier)
-    before, start = path.read_bytes(), journal.end
-    assert append(journal, last)
-    after, end = path.read_bytes(), journal.end
-    journal.close()
+    segment = opened(path)
+    segment.truncate(0)
+    assert all(append(segment, write) for write in earlier)
+    before, start = path.read_bytes(), segment.end
+    assert append(segment, last)
+    after, end = path.read_bytes(), segment.end
+    segment.close()
     return before, after, start, end
 
 
@@ -319,15 +319,15 @@ def test_after_a_write_that_was_cut_off_it_goes_on(path: Path, before: str, what
 
 def go_on(path: Path, *, times: int = 3) -> None:
     """Load, and append what is as large as what was cut off; load again and again: it is what was appended."""
-    journal = opened(path)
-    journal.load()
-    wanted = held(journal)
+    segment = opened(path)
+    segment.load()
+    wanted = held(segment)
     for revision in range(50, 50 + times):
         write = [records_of(revision, "b" if revision == 50 else "a")]
-        assert append(journal, write)
+        assert append(segment, write)
         wanted |= all_of([write])
         assert found_in(path) == wanted
-    journal.close()
+    segment.close()
 
 
 @pytest.mark.parametrize("what", LAST)
@@ -371,7 +371,7 @@ def test_what_the_power_left_of_a_write_never_comes_back(path: Path) -> None:
 DAMAGED: dict[str, list[Write]] = {
     "single parts": [[records_of(1, "a", "b")], [records_of(1, "c")], [records_of(2, "a")]],
     "two parts": [[records_of(1, "a")], [records_of(1, "c"), records_of(1, "d")]],
-    "a sheet": [[sheet(["a", "b", "c"], 1)], [sheet(["a", "d"], 2), records_of(1, "e")]],
+    "a template": [[template(["a", "b", "c"], 1)], [template(["a", "d"], 2), records_of(1, "e")]],
 }
 FOLLOWING: list[Write] = [[records_of(5, "e")], [records_of(6, "f")]]
 
@@ -385,11 +385,11 @@ def flipped(picture: bytes, start: int, end: int) -> Iterator[bytes]:
 
 
 def require_told(path: Path, picture: bytes, wanted: dict[str, bytes]) -> bool:
-    """A journal that is damaged says so; or all is there, but for one session at most, which says so."""
+    """A segment that is damaged says so; or all is there, but for one session at most, which says so."""
     path.write_bytes(picture)
     try:
         found = found_in(path)
-    except JournalDamaged:
+    except SegmentDamaged:
         return True
     assert set(found) == set(wanted)
     changed = [i for i in wanted if found[i] != wanted[i]]
@@ -404,9 +404,9 @@ def require_told(path: Path, picture: bytes, wanted: dict[str, bytes]) -> bool:
         ("single parts", 1),
         ("single parts", 2),
         ("two parts", 2),
-        ("a sheet", 2),
+        ("a template", 2),
         ("two parts", 1),
-        ("a sheet", 1),
+        ("a template", 1),
     ],
 )
 def test_a_bit_that_flipped_before_a_later_write_is_never_silent(
@@ -430,29 +430,29 @@ def test_a_bit_that_flipped_in_the_last_write_harms_no_other(path: Path, before:
         assert found_in(path) in (all_of(EARLIER), all_of(writes))
 
 
-def test_what_can_be_read_of_a_damaged_journal_is_loaded(path: Path) -> None:
+def test_what_can_be_read_of_a_damaged_segment_is_loaded(path: Path) -> None:
     writes: list[Write] = [[records_of(i, f"s{i}")] for i in range(5)]
     ends = made(path, writes)
     picture = bytearray(path.read_bytes())
     picture[ends[2] + 4] ^= 1
     path.write_bytes(picture)
-    journal = opened(path)
-    with pytest.raises(JournalDamaged, match=f"^{path} cannot be read from byte {ends[2]} on$"):
-        journal.load()
-    assert held(journal) == all_of(writes[:2])
-    journal.close()
+    segment = opened(path)
+    with pytest.raises(SegmentDamaged, match=f"^{path} cannot be read from byte {ends[2]} on$"):
+        segment.load()
+    assert held(segment) == all_of(writes[:2])
+    segment.close()
 
 
-def test_a_file_that_is_no_journal_says_so(path: Path) -> None:
-    path.write_bytes(b"no journal" * 100)
-    journal = opened(path)
-    with pytest.raises(JournalDamaged, match=f"^{path} cannot be read: "):
-        journal.load()
-    assert not journal.offsets
-    assert not append(journal, [records_of(0, "a")])
-    journal.fill_anew(3)
-    assert append(journal, [records_of(0, "a")])
-    journal.close()
+def test_a_file_that_is_no_segment_says_so(path: Path) -> None:
+    path.write_bytes(b"no segment" * 100)
+    segment = opened(path)
+    with pytest.raises(SegmentDamaged, match=f"^{path} cannot be read: "):
+        segment.load()
+    assert not segment.offsets
+    assert not append(segment, [records_of(0, "a")])
+    segment.truncate(3)
+    assert append(segment, [records_of(0, "a")])
+    segment.close()
 
 
 def test_a_record_with_a_damaged_length_is_no_longer_than_the_file(
@@ -478,15 +478,15 @@ class Disk:
 
     def __init__(self, at_once: int, most: int = 2**40) -> None:
         self._pwritev = os.pwritev
-        self._at_once, self._left = at_once, most
+        self._at_once, self._sealed = at_once, most
         self.calls = 0
 
     def __call__(self, file: int, buffers: Sequence[Stored], at: int, flags: int = 0) -> int:
         self.calls += 1
-        if not self._left:
+        if not self._sealed:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        data = b"".join(buffers)[: min(self._at_once, self._left)]
-        self._left -= len(data)
+        data = b"".join(buffers)[: min(self._at_once, self._sealed)]
+        self._sealed -= len(data)
         return self._pwritev(file, [data], at, flags)
 
 
@@ -502,21 +502,21 @@ def test_short_writes_are_gone_on_with(path: Path, monkeypatch: pytest.MonkeyPat
 def test_of_a_write_that_fails_nothing_is_there(
     path: Path, before: str, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    journal = opened(path)
-    journal.fill_anew(0)
-    assert all(append(journal, write) for write in EARLIER)
-    facts = (held(journal), journal.end, journal.number)
+    segment = opened(path)
+    segment.truncate(0)
+    assert all(append(segment, write) for write in EARLIER)
+    facts = (held(segment), segment.end, segment.sequence)
     size = sum(len(stored) for part in LAST[what] for _, stored in part)
     for most in range(0, size, 11):
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwritev", Disk(1000, most))
             with pytest.raises(OSError, match="Input/output error"):
-                append(journal, LAST[what])
-        assert (held(journal), journal.end, journal.number) == facts
+                append(segment, LAST[what])
+        assert (held(segment), segment.end, segment.sequence) == facts
         assert found_in(path) == all_of(EARLIER)
-    assert append(journal, LAST[what])
-    assert held(journal) == found_in(path) == all_of([*EARLIER, LAST[what]])
-    journal.close()
+    assert append(segment, LAST[what])
+    assert held(segment) == found_in(path) == all_of([*EARLIER, LAST[what]])
+    segment.close()
 
 
 @pytest.mark.parametrize(
@@ -530,8 +530,8 @@ def test_the_next_write_counts_even_where_a_failed_one_could_not_be_erased(
     path: Path, monkeypatch: pytest.MonkeyPatch, parts: int
 ) -> None:
     """It reached the file whole, then the flush failed, and so did erasing it."""
-    journal = opened(path)
-    journal.fill_anew(0)
+    segment = opened(path)
+    segment.truncate(0)
     pwritev = os.pwritev
 
     def late(*arguments: Any) -> int:
@@ -545,27 +545,27 @@ def test_the_next_write_counts_even_where_a_failed_one_could_not_be_erased(
         patch.setattr(os, "pwritev", late)
         patch.setattr(os, "pwrite", fail)
         with pytest.raises(OSError, match="Input/output error"):
-            append(journal, [records_of(1, "a"), records_of(1, "b")][:parts])
-    assert journal.offsets == {}
-    assert append(journal, [records_of(7, "b")])
-    journal.close()
+            append(segment, [records_of(1, "a"), records_of(1, "b")][:parts])
+    assert segment.offsets == {}
+    assert append(segment, [records_of(7, "b")])
+    segment.close()
     assert found_in(path) == put_all([records_of(7, "b")])
 
 
-def test_a_journal_that_could_not_be_filled_anew_has_no_room_until_it_could(
+def test_a_segment_that_could_not_be_truncated_has_no_room_until_it_could(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made(path, EARLIER)
-    journal = opened(path)
-    journal.load()
+    segment = opened(path)
+    segment.load()
     for most in (0, 10):
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwritev", Disk(1000, most))
             with pytest.raises(OSError, match="Input/output error"):
-                journal.fill_anew(2)
-        assert not append(journal, [records_of(1, "a")])
-        assert not journal.offsets
-    journal.fill_anew(2)
-    assert append(journal, [records_of(9, "z")])
-    journal.close()
+                segment.truncate(2)
+        assert not append(segment, [records_of(1, "a")])
+        assert not segment.offsets
+    segment.truncate(2)
+    assert append(segment, [records_of(9, "z")])
+    segment.close()
     assert found_in(path) == put_all([records_of(9, "z")])

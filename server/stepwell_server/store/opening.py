@@ -1,0 +1,32 @@
+"""Makes the store that the settings ask for: the one module that knows which stores there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from stepwell_server.clock import Clock
+from stepwell_server.store.awaited import AwaitedStore
+from stepwell_server.store.base import Store
+from stepwell_server.store.disk.store import DiskStore
+from stepwell_server.store.memory import MemoryStore
+
+Kind = Literal["disk", "memory"]
+
+
+def open_store(kind: Kind, *, data_dir: Path, durability: Literal["sync", "async"], clock: Clock) -> Store:
+    """Open a store, or make it if it is not there.
+
+    Args:
+        kind: On disk, or in the memory of this process.
+        data_dir: Folder of the store on disk; the other has none.
+        durability: What an acknowledged change survives on disk: the loss of power, or the end of the process.
+        clock: For when things happened.
+
+    Raises:
+        StoreBusy: another server uses it.
+        StoreError: it cannot be opened.
+    """
+    if kind == "memory":
+        return AwaitedStore(MemoryStore())
+    return AwaitedStore(DiskStore(data_dir, durability=durability, clock=clock))
