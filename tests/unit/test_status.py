@@ -22,7 +22,6 @@ _CODES = [
     (errors.ModelMismatch("m"), "FAILED_PRECONDITION", "MODEL_MISMATCH"),
     (errors.Overloaded("m", 0.25), "RESOURCE_EXHAUSTED", "OVERLOADED"),
     (errors.Unavailable("m"), "UNAVAILABLE", "UNAVAILABLE"),
-    (errors.StoreGone("m"), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.DeadlineExceeded("m"), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
     (errors.StateCorrupt("m"), "DATA_LOSS", "STATE_CORRUPT"),
     (errors.Unsupported("m"), "UNIMPLEMENTED", "UNSUPPORTED"),
