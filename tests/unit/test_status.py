@@ -1,5 +1,3 @@
-"""The one table of errors and gRPC statuses, for calls and for frames."""
-
 from __future__ import annotations
 
 import grpc
@@ -18,10 +16,10 @@ _CODES = [
     (errors.SessionExists("m"), "ALREADY_EXISTS", "SESSION_EXISTS"),
     (errors.RevisionConflict("s", 3, 5), "ABORTED", "REVISION_CONFLICT"),
     (errors.ModelNotFound("m"), "NOT_FOUND", "MODEL_NOT_FOUND"),
-    (errors.ServiceNotFound("m"), "NOT_FOUND", "UNSUPPORTED"),
     (errors.ModelMismatch("m"), "FAILED_PRECONDITION", "MODEL_MISMATCH"),
     (errors.Overloaded("m", 0.25), "RESOURCE_EXHAUSTED", "OVERLOADED"),
     (errors.Unavailable("m"), "UNAVAILABLE", "UNAVAILABLE"),
+    (errors.StoreGone("m"), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.DeadlineExceeded("m"), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
     (errors.StateCorrupt("m"), "DATA_LOSS", "STATE_CORRUPT"),
     (errors.Unsupported("m"), "UNIMPLEMENTED", "UNSUPPORTED"),
