@@ -16,6 +16,7 @@ _CODES = [
     (errors.SessionExists("m"), "ALREADY_EXISTS", "SESSION_EXISTS"),
     (errors.RevisionConflict("s", 3, 5), "ABORTED", "REVISION_CONFLICT"),
     (errors.ModelNotFound("m"), "NOT_FOUND", "MODEL_NOT_FOUND"),
+    (errors.ServiceNotFound("m"), "NOT_FOUND", "UNSUPPORTED"),
     (errors.ModelMismatch("m"), "FAILED_PRECONDITION", "MODEL_MISMATCH"),
     (errors.Overloaded("m", 0.25), "RESOURCE_EXHAUSTED", "OVERLOADED"),
     (errors.Unavailable("m"), "UNAVAILABLE", "UNAVAILABLE"),
