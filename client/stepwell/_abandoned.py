@@ -1,8 +1,8 @@
-"""Finishes what nobody waits for any more, such as closing a session whose opening was given up.
+"""Runs flows in the background, such as closing a session whose opening was given up.
 
-Each client drives such flows in the background, the sync one in a thread, the async one in a task: one after the
-other, so that a server in trouble is not asked by all of them at once. It is best effort: a flow that fails is
-dropped, and closing the client gives the flows a little more time, then ends them.
+The sync client runs them in a thread, the async client in a task: one after the other, so that they add little load
+to a server in trouble. This is best effort: a flow that fails is dropped, and closing the client gives the rest
+`GRACE_S`, then ends them.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from typing import Any
 from stepwell._flow import Ask, Flow, drive, drive_async
 from stepwell.errors import StepwellError
 
-#: How long to go on trying while the client is open, from when it was given up: a server that restarts is back by then.
+#: How long a flow may retry, in seconds, counted from when the caller gave up: long enough for a server to restart.
 TRY_FOR_S = 300.0
-#: How long closing a client may take longer because of it.
+#: How much longer closing a client may take because of unfinished flows, in seconds.
 GRACE_S = 1.0
 
 _open: weakref.WeakSet[Finisher] = weakref.WeakSet()
-# The thread of a parent is not a forked child's to wait for.
+# A forked child must not wait for its parent's threads.
 os.register_at_fork(after_in_child=_open.clear)
 
 
 class Finisher:
-    """Drives flows one after the other, in a thread that ends when there are none. Thread-safe."""
+    """Runs flows one after the other, in a thread that ends when there are none. Thread-safe."""
 
     def __init__(self, answer: Callable[[Ask], Any], close_client: Callable[[], None]) -> None:
-        """A finisher without flows.
+        """Creates it without flows.
 
         Args:
             answer: Answers the flows' asks; blocks.
-            close_client: Called when the interpreter ends while a flow is unfinished.
+            close_client: Called at interpreter exit if a flow is unfinished.
         """
         self._answer = answer
         self._close_client = close_client
@@ -48,7 +48,7 @@ class Finisher:
         self._closed = False
 
     def add(self, flow: Flow[None]) -> None:
-        """Begins to drive a flow; returns at once."""
+        """Queues a flow; returns at once."""
         with self._lock:
             if self._closed:
                 return
@@ -71,25 +71,25 @@ class Finisher:
             return None
 
     def close(self) -> None:
-        """Waits a little for the flows under way; none is begun any more."""
+        """Waits up to `GRACE_S` for the queued flows; then starts no more."""
         if (thread := self._thread) is not None:
             thread.join(GRACE_S)
         with self._lock:
             self._closed = True
 
     def join(self) -> None:
-        """Waits for the thread, after its calls were ended."""
+        """Waits for the thread. To be called after its calls were cancelled."""
         if (thread := self._thread) is not None:
             thread.join()
 
     def close_client(self) -> None:
-        """Closes the client, if a flow of it is unfinished."""
+        """Closes the client if a flow is unfinished."""
         if self._thread is not None:
             self._close_client()
 
 
 class AsyncFinisher:
-    """Drives flows one after the other, in a task that ends when there are none. Of one event loop."""
+    """Runs flows one after the other, in a task that ends when there are none. Belongs to one event loop."""
 
     def __init__(self, answer: Callable[[Ask], Awaitable[Any]]) -> None:
         self._answer = answer
@@ -98,7 +98,7 @@ class AsyncFinisher:
         self._closed = False
 
     def add(self, flow: Flow[None]) -> None:
-        """Begins to drive a flow; returns at once."""
+        """Queues a flow; returns at once."""
         if not self._closed:
             self._flows.append(flow)
             if self._task is None or self._task.done():
@@ -110,7 +110,7 @@ class AsyncFinisher:
                 await drive_async(self._flows.popleft(), self._answer)
 
     async def close(self) -> None:
-        """Waits a little for the flows under way, then ends them."""
+        """Waits up to `GRACE_S` for the queued flows, then ends them."""
         if self._task is not None:
             await asyncio.wait([self._task], timeout=GRACE_S)
         self._closed = True

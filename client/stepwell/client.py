@@ -76,7 +76,7 @@ class Client:
         self._core = Core(config, finish=self._finisher.add)
         self._transport = _channel.SyncTransport(config)
         self._link = Link(self._transport.sessions)
-        # Room for outputs that are larger than the inputs.
+        # A quarter of the message limit, because outputs may be larger than inputs.
         frame_bytes = config.max_message_bytes // 4
         unary = functools.partial(_unary, self._transport, self._core.retrier)
         self._sender = Sender(self._link, self._core.retrier, unary, frame_bytes)
@@ -271,7 +271,7 @@ class Client:
         self.close()
 
     def _run(self, flow: Flow[T]) -> T:
-        """Drives an operation of the core to its result."""
+        """Runs a flow of the core to its result."""
         return drive(flow, self._answer)
 
     def _answer(self, ask: Ask) -> Any:
