@@ -17,7 +17,9 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from stepwell._flow import Ask, Flow, drive, drive_async
+from stepwell._channel import SyncTransport, closed
+from stepwell._flow import Ask, Call, Flow, Pause, drive, drive_async
+from stepwell.config import ClientConfig
 from stepwell.errors import StepwellError
 
 #: How long a flow may retry, in seconds, counted from when the caller gave up: long enough for a server to restart.
@@ -31,26 +33,24 @@ os.register_at_fork(after_in_child=_open.clear)
 
 
 class Finisher:
-    """Runs flows one after the other, in a thread that ends when there are none. Thread-safe."""
+    """Runs flows one after the other, in a thread that ends when there are none. Thread-safe.
 
-    def __init__(self, answer: Callable[[Ask], Any], close_client: Callable[[], None]) -> None:
-        """Creates it without flows.
+    It has a channel of its own. Ctrl-C may have come while the main thread held a lock of gRPC's channel
+    (a Python `threading.Condition`), and then that channel never makes a call again.
+    """
 
-        Args:
-            answer: Answers the flows' asks; blocks.
-            close_client: Called at interpreter exit if a flow is unfinished.
-        """
-        self._answer = answer
-        self._close_client = close_client
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
         self._flows: deque[Flow[None]] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._transport: SyncTransport | None = None
+        self._closing = threading.Event()
 
     def add(self, flow: Flow[None]) -> None:
         """Queues a flow; returns at once."""
         with self._lock:
-            if self._closed:
+            if self._closing.is_set():
                 return
             self._flows.append(flow)
             if self._thread is None:
@@ -65,27 +65,43 @@ class Finisher:
 
     def _next(self) -> Flow[None] | None:
         with self._lock:
-            if self._flows and not self._closed:
+            if self._flows and not self._closing.is_set():
                 return self._flows.popleft()
             self._thread = None
+            transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.close()
+        return None
+
+    def _answer(self, ask: Ask) -> Any:
+        if isinstance(ask, Call):
+            return self._channel().invoke(ask)
+        if isinstance(ask, Pause) and not self._closing.wait(ask.seconds):
             return None
+        raise closed()
+
+    def _channel(self) -> SyncTransport:
+        with self._lock:
+            if self._closing.is_set():
+                raise closed()
+            if self._transport is None:
+                self._transport = SyncTransport(self._config)
+            return self._transport
 
     def close(self) -> None:
-        """Waits up to `GRACE_S` for the queued flows; then starts no more."""
-        if (thread := self._thread) is not None:
-            thread.join(GRACE_S)
+        """Waits up to `GRACE_S` for the queued flows, then ends them."""
         with self._lock:
-            self._closed = True
-
-    def join(self) -> None:
-        """Waits for the thread. To be called after its calls were cancelled."""
-        if (thread := self._thread) is not None:
-            thread.join()
-
-    def close_client(self) -> None:
-        """Closes the client if a flow is unfinished."""
-        if self._thread is not None:
-            self._close_client()
+            thread = self._thread
+            if thread is None:
+                self._closing.set()
+                return
+        thread.join(GRACE_S)
+        with self._lock:
+            self._closing.set()
+            transport = self._transport
+        if transport is not None:
+            transport.close()
+        thread.join()
 
 
 class AsyncFinisher:
@@ -120,6 +136,6 @@ class AsyncFinisher:
 
 
 @atexit.register
-def _close_clients() -> None:
+def _close_finishers() -> None:
     for finisher in list(_open):
-        finisher.close_client()
+        finisher.close()

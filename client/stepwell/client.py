@@ -72,7 +72,7 @@ class Client:
 
     def __init__(self, config: ClientConfig, *, coalesce: bool = True) -> None:
         self._config = config
-        self._finisher = Finisher(self._answer, self.close)
+        self._finisher = Finisher(config)
         self._core = Core(config, finish=self._finisher.add)
         self._transport = _channel.SyncTransport(config)
         self._link = Link(self._transport.sessions)
@@ -260,7 +260,6 @@ class Client:
         self._sender.close()
         self._link.close()
         self._transport.close()
-        self._finisher.join()
 
     def __enter__(self) -> Self:
         return self

@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import pytest
@@ -175,6 +175,21 @@ async def test_nothing_is_left_on_a_real_server(
             await client.close()
             assert {info.session_id for info in await watching.sessions()} == before
             await watching.close_session("kept")
+
+
+def test_one_that_was_interrupted_is_closed_though_the_channel_is_of_no_use_any_more(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a lock of gRPC's channel leaves it locked."""
+
+    def interrupted(_call: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with stepwell.connect(server.address) as client:
+        monkeypatch.setattr(client._transport, "invoke", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.open_session(MODEL)
+        assert server.wait_until(lambda: bool(server.requests("CloseSessions")) and not server.sessions)
 
 
 INTERRUPTED = """
