@@ -63,6 +63,7 @@ bench-scale: $(INSTALLED) ## Measure a server with a million sessions (a few min
 .PHONY: bench-plots
 bench-plots: $(INSTALLED) ## Draw the plots and fill in the tables of docs/performance.md from the last `make bench` and `bench-scale`
 	$(BIN)/python tests/bench/plots.py
+	$(BIN)/python scripts/wrap_documents.py
 
 .PHONY: check
 check: check-format check-lint check-types check-arrows check-proto check-repo ## Run every check that is not a test: all those below
@@ -110,9 +111,10 @@ docs: $(INSTALLED) ## Write docs/cli.md from the commands' help
 	$(BIN)/python scripts/cli_reference.py
 
 .PHONY: format
-format: $(INSTALLED) ## Format everything and mend what ruff can mend safely
+format: $(INSTALLED) ## Format everything, wrap the documents, and mend what ruff can mend safely
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
+	$(BIN)/python scripts/wrap_documents.py
 
 .PHONY: clean
 clean: ## Remove everything that the targets above have made
