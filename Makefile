@@ -47,6 +47,14 @@ serve: $(INSTALLED) $(MODEL) ## Serve the demo's model (trained first if need be
 test: $(INSTALLED) ## Run all tests; ARGS="tests/unit -k slots" runs some
 	$(BIN)/pytest $(ARGS)
 
+.PHONY: test-unit
+test-unit: $(INSTALLED) ## Run the unit tests (under a minute on an idle machine; ARGS="-k slots" runs some)
+	$(BIN)/pytest tests/unit $(ARGS)
+
+.PHONY: coverage
+coverage: $(INSTALLED) ## Run all tests, and fail if they cover less than the floor in pyproject.toml
+	$(BIN)/pytest --cov --cov-report=term $(ARGS)
+
 .PHONY: soak
 soak: $(INSTALLED) ## Kill servers a thousand times under load and check every change (about ten minutes; ARGS="--kills 50 --seed 7")
 	$(BIN)/python tests/fault/soak.py $(ARGS)
@@ -63,6 +71,7 @@ bench-scale: $(INSTALLED) ## Measure a server with a million sessions (a few min
 .PHONY: bench-plots
 bench-plots: $(INSTALLED) ## Draw the plots and fill in the tables of docs/performance.md from the last `make bench` and `bench-scale`
 	$(BIN)/python tests/bench/plots.py
+	$(BIN)/python scripts/wrap_documents.py
 
 .PHONY: check
 check: check-format check-lint check-types check-arrows check-proto check-repo ## Run every check that is not a test: all those below
@@ -110,11 +119,12 @@ docs: $(INSTALLED) ## Write docs/cli.md from the commands' help
 	$(BIN)/python scripts/cli_reference.py
 
 .PHONY: format
-format: $(INSTALLED) ## Format everything and mend what ruff can mend safely
+format: $(INSTALLED) ## Format everything, wrap the documents, and mend what ruff can mend safely
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
+	$(BIN)/python scripts/wrap_documents.py
 
 .PHONY: clean
 clean: ## Remove everything that the targets above have made
-	rm -rf .venv .tools out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .tools out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
 	find client server tests scripts examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from wrap_documents import wrapped
+
 ROOT = Path(__file__).resolve().parent.parent
 MAX_MODULE_LINES = 600
 GENERATED = ("client/stepwell/v1/", "server/stepwell_server/rpc/triton/inference/")
@@ -172,6 +174,13 @@ def environment_variables_are_documented() -> Iterator[str]:
         yield f"{variable}: is read, and no document names it"
     for variable in sorted(documented.keys() - read):
         yield f"{documented[variable]}: names {variable}, which nothing reads"
+
+
+def documents_are_wrapped() -> Iterator[str]:
+    """Prose of documents has at most 100 columns, so that changes of it can be read."""
+    for name in documents():
+        if wrapped(text_of(name)) != text_of(name):
+            yield f"{name}: has lines of prose over 100 columns: run `make format`"
 
 
 def makefile_targets() -> set[str]:

@@ -22,10 +22,11 @@ INTRODUCTION = """\
 
 <!-- Made by scripts/cli_reference.py from --help; do not edit. -->
 
-`stepwell` serves models and talks to a server. `python -m stepwell` is the same. This page is what `--help` says.
+`stepwell` serves models and talks to a server. `python -m stepwell` is the same. This page is what
+`--help` says.
 
-For completion in bash, put `eval "$(_STEPWELL_COMPLETE=bash_source stepwell)"` into `~/.bashrc`; for zsh and fish the
-name before `_source` changes.
+For completion in bash, put `eval "$(_STEPWELL_COMPLETE=bash_source stepwell)"` into `~/.bashrc`;
+for zsh and fish the name before `_source` changes.
 """
 
 

@@ -1,8 +1,8 @@
-"""Finishes what nobody waits for any more, such as closing a session whose opening was given up.
+"""Runs flows in the background, such as closing a session whose opening was given up.
 
-Each client drives such flows in the background, the sync one in a thread, the async one in a task: one after the
-other, so that a server in trouble is not asked by all of them at once. It is best effort: a flow that fails is
-dropped, and closing the client gives the flows a little more time, then ends them.
+The sync client runs them in a thread, the async client in a task: one after the other, so that they add little load
+to a server in trouble. This is best effort: a flow that fails is dropped, and closing the client gives the rest
+`GRACE_S`, then ends them.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from stepwell._flow import Ask, Flow, drive, drive_async
+from stepwell._channel import SyncTransport, closed
+from stepwell._flow import Ask, Call, Flow, Pause, drive, drive_async
+from stepwell.config import ClientConfig
 from stepwell.errors import StepwellError
 
-#: How long to go on trying while the client is open, from when it was given up: a server that restarts is back by then.
+#: How long a flow may retry, in seconds, counted from when the caller gave up: long enough for a server to restart.
 TRY_FOR_S = 300.0
-#: How long closing a client may take longer because of it.
+#: How much longer closing a client may take because of unfinished flows, in seconds.
 GRACE_S = 1.0
 
 _open: weakref.WeakSet[Finisher] = weakref.WeakSet()
-# The thread of a parent is not a forked child's to wait for.
+# A forked child must not wait for its parent's threads.
 os.register_at_fork(after_in_child=_open.clear)
 
 
 class Finisher:
-    """Drives flows one after the other, in a thread that ends when there are none. Thread-safe."""
+    """Runs flows one after the other, in a thread that ends when there are none. Thread-safe.
 
-    def __init__(self, answer: Callable[[Ask], Any], close_client: Callable[[], None]) -> None:
-        """A finisher without flows.
+    It has a channel of its own. Ctrl-C may have come while the main thread held a lock of gRPC's channel
+    (a Python `threading.Condition`), and then that channel never makes a call again.
+    """
 
-        Args:
-            answer: Answers the flows' asks; blocks.
-            close_client: Called when the interpreter ends while a flow is unfinished.
-        """
-        self._answer = answer
-        self._close_client = close_client
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
         self._flows: deque[Flow[None]] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._transport: SyncTransport | None = None
+        self._closing = threading.Event()
 
     def add(self, flow: Flow[None]) -> None:
-        """Begins to drive a flow; returns at once."""
+        """Queues a flow; returns at once."""
         with self._lock:
-            if self._closed:
+            if self._closing.is_set():
                 return
             self._flows.append(flow)
             if self._thread is None:
@@ -65,31 +65,47 @@ class Finisher:
 
     def _next(self) -> Flow[None] | None:
         with self._lock:
-            if self._flows and not self._closed:
+            if self._flows and not self._closing.is_set():
                 return self._flows.popleft()
             self._thread = None
+            transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.close()
+        return None
+
+    def _answer(self, ask: Ask) -> Any:
+        if isinstance(ask, Call):
+            return self._channel().invoke(ask)
+        if isinstance(ask, Pause) and not self._closing.wait(ask.seconds):
             return None
+        raise closed()
+
+    def _channel(self) -> SyncTransport:
+        with self._lock:
+            if self._closing.is_set():
+                raise closed()
+            if self._transport is None:
+                self._transport = SyncTransport(self._config)
+            return self._transport
 
     def close(self) -> None:
-        """Waits a little for the flows under way; none is begun any more."""
-        if (thread := self._thread) is not None:
-            thread.join(GRACE_S)
+        """Waits up to `GRACE_S` for the queued flows, then ends them."""
         with self._lock:
-            self._closed = True
-
-    def join(self) -> None:
-        """Waits for the thread, after its calls were ended."""
-        if (thread := self._thread) is not None:
-            thread.join()
-
-    def close_client(self) -> None:
-        """Closes the client, if a flow of it is unfinished."""
-        if self._thread is not None:
-            self._close_client()
+            thread = self._thread
+            if thread is None:
+                self._closing.set()
+                return
+        thread.join(GRACE_S)
+        with self._lock:
+            self._closing.set()
+            transport = self._transport
+        if transport is not None:
+            transport.close()
+        thread.join()
 
 
 class AsyncFinisher:
-    """Drives flows one after the other, in a task that ends when there are none. Of one event loop."""
+    """Runs flows one after the other, in a task that ends when there are none. Belongs to one event loop."""
 
     def __init__(self, answer: Callable[[Ask], Awaitable[Any]]) -> None:
         self._answer = answer
@@ -98,7 +114,7 @@ class AsyncFinisher:
         self._closed = False
 
     def add(self, flow: Flow[None]) -> None:
-        """Begins to drive a flow; returns at once."""
+        """Queues a flow; returns at once."""
         if not self._closed:
             self._flows.append(flow)
             if self._task is None or self._task.done():
@@ -110,7 +126,7 @@ class AsyncFinisher:
                 await drive_async(self._flows.popleft(), self._answer)
 
     async def close(self) -> None:
-        """Waits a little for the flows under way, then ends them."""
+        """Waits up to `GRACE_S` for the queued flows, then ends them."""
         if self._task is not None:
             await asyncio.wait([self._task], timeout=GRACE_S)
         self._closed = True
@@ -120,6 +136,6 @@ class AsyncFinisher:
 
 
 @atexit.register
-def _close_clients() -> None:
+def _close_finishers() -> None:
     for finisher in list(_open):
-        finisher.close_client()
+        finisher.close()

@@ -1,4 +1,4 @@
-"""What an async client has in its event loop: a channel, a stream, and the steps that wait to leave."""
+"""The connection of an async client: its channel, its stream, and the coalescer of its steps."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from stepwell.config import ClientConfig
 
 
 class AsyncConnection:
-    """Made and used in one running event loop."""
+    """Belongs to the event loop that runs when it is made."""
 
     def __init__(self, config: ClientConfig, retrier: Retrier, *, coalesce: bool) -> None:
         self.transport = AsyncTransport(config)
         self.link = AsyncLink(self.transport.sessions)
         self._retrier = retrier
-        # Room for outputs that are larger than the inputs.
+        # A quarter of the message limit, because outputs may be larger than inputs.
         self._coalescer = Coalescer(self.link, retrier, self._unary, config.max_message_bytes // 4)
         self.step: Callable[[Step], Awaitable[Stepped]] = self._coalescer.step if coalesce else self._unary
-        """One attempt of a step."""
+        """Makes one attempt of a step."""
 
     async def _unary(self, step: Step) -> Stepped:
         return read(await self.transport.invoke(self._retrier.unary(step)))
 
     async def close(self) -> None:
-        """Ends the calls under way, then the channel."""
+        """Ends the calls in flight, then the channel."""
         self.transport.is_closed = True
         self._coalescer.close()
         await self.link.close()

@@ -1,4 +1,4 @@
-"""The stream of an async client: frames out, parts of their replies in. See `_link` for its twin."""
+"""The stream of an async client: sends frames and receives the parts of their replies. As `_link`, awaited."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Inbox = asyncio.Queue[Answer]
 
 
 class AsyncLink:
-    """A stream that is opened when needed and opened again when it broke. Of one event loop."""
+    """A stream that is opened when needed, and again after it broke. Belongs to one event loop."""
 
     def __init__(self, stub: Any) -> None:
         self._stub = stub
@@ -28,10 +28,10 @@ class AsyncLink:
         self._closed = False
 
     async def exchange(self, ask: Exchange) -> None:
-        """Sends a frame and passes on the parts of its reply.
+        """Sends a frame and calls its `on_part` for each part of the reply.
 
         Raises:
-            StepwellError: The stream broke or the time limit passed; what was not answered is unknown.
+            StepwellError: The stream broke or the time limit passed; unanswered members have an unknown outcome.
         """
         inbox = Inbox()
         forget = self.post(ask, inbox.put_nowait)
@@ -59,7 +59,7 @@ class AsyncLink:
         return self._stream
 
     async def close(self) -> None:
-        """Ends the stream; callers that wait get an error."""
+        """Ends the stream; frames in flight get an error."""
         self._closed = True
         stream, self._stream = self._stream, None
         if stream is not None:
@@ -92,11 +92,11 @@ class _Stream:
         return next(self._frame_ids)
 
     def forget(self, frame_id: int) -> None:
-        """Nobody waits for this frame any more."""
+        """Unregisters the sink of a frame."""
         self._sinks.pop(frame_id, None)
 
     def send(self, frame_id: int, request: sessions_pb2.StepStreamRequest, sink: Sink) -> None:
-        """Queues a frame; `sink` gets the parts of its reply, or why there are none."""
+        """Queues a frame; `sink` is called with the parts of its reply, or with the error."""
         self._sinks[frame_id] = sink
         self._outbox.put_nowait(request)
 

@@ -1,4 +1,4 @@
-"""Channels and their options, and one attempt of a call: the only place that meets gRPC's exceptions."""
+"""Channels, and single attempts of calls: gRPC's exceptions are caught here and nowhere else but in the links."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from stepwell.errors import ClosedError, StepwellError, UnavailableError
 from stepwell.v1 import models_pb2_grpc, sessions_pb2_grpc
 
 _MODEL_RPCS = frozenset({"ListModels", "GetModel", "Predict"})
-# When a message could not be written, grpc.aio ends the call with a status of its own making, INTERNAL, which takes
-# the place of the real one (mostly UNAVAILABLE; see `_StreamRequestMixin._write` there). Only such a status has this
-# for its debug string: that of one which came over the wire begins with its code.
+# When a message could not be written, grpc.aio ends the call with a status that it makes itself, INTERNAL, instead of
+# the real one, which is mostly UNAVAILABLE (`_StreamRequestMixin._write` in grpc.aio). Such a status is known by this
+# beginning of its debug string; that of a received status begins with its code.
 _FAILED_WRITE = 'Failed "execute_batch"'
 
 

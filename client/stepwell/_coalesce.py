@@ -1,4 +1,4 @@
-"""Steps awaited in the same turn of the event loop leave together, as few frames as possible."""
+"""Sends the steps that are awaited in the same iteration of the event loop as few frames."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stepwell.errors import DeadlineExceededError
 
 
 class WaitingStep:
-    """A step that was handed over, and the task that awaits it."""
+    """A queued or sent step, and the future that its task awaits."""
 
     __slots__ = ("answer", "step")
 
@@ -22,7 +22,7 @@ class WaitingStep:
         self.answer = answer
 
     def settle(self, stepped: Stepped) -> None:
-        # A caller that was cancelled has left; its neighbours have not.
+        # The future is done if its task was cancelled; the other members are not concerned.
         if not self.answer.done():
             self.answer.set_result(stepped)
 
@@ -35,7 +35,7 @@ Frame = InFlightFrame[WaitingStep]
 
 
 class Coalescer:
-    """Makes attempts of steps, together with those that are awaited at the same time. Of one event loop."""
+    """Makes attempts of steps, in frames or as unary calls. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -50,29 +50,29 @@ class Coalescer:
         self._max_frame_bytes = max_frame_bytes
         self._waiting: Gathering[WaitingStep] = Gathering()
         self._in_flight: dict[Frame, asyncio.TimerHandle | None] = {}
-        """Frames under way, with what calls when the next time limit of a member is up."""
+        """Frames in flight, each with the timer of its members' next time limit."""
         self._most: dict[Hashable, int] = {}
-        """How many steps may leave together, by kind, where more had replies too large for one message."""
+        """Most steps per frame, by kind, for kinds whose replies were too large for one message."""
 
     def step(self, step: Step) -> Awaitable[Stepped]:
-        """One attempt of a step.
+        """Makes one attempt of a step.
 
-        A large step gains nothing from company, and as a call of its own it ends on the server when it is
-        cancelled here: a frame has no way to say so for one of its members.
+        A large step is a unary call: sharing a frame would gain nothing, and a unary call is cancelled on the
+        server too when its task is cancelled here, which a member of a frame is not.
 
         Raises:
-            StepwellError: How it ended; its outcome is told as of a call of its own.
+            StepwellError: The attempt failed; the error has the outcome that a unary call's would have.
         """
         if step.input_bytes() > SHARED_BYTES:
             return self._unary(step)
         loop = asyncio.get_running_loop()
         if not self._waiting:
-            loop.call_soon(self._send_all)
+            loop.call_soon(self._send_queued)
         member = WaitingStep(step, loop.create_future())
         self._waiting.add(member)
         return member.answer
 
-    def _send_all(self) -> None:
+    def _send_queued(self) -> None:
         waiting, self._waiting = self._waiting, Gathering()
         now_s = asyncio.get_running_loop().time()
         for members in waiting.frames(self._max_frame_bytes, self._most):
@@ -82,34 +82,34 @@ class Coalescer:
             self._watch(frame)
 
     def _watch(self, frame: Frame) -> None:
-        """Sees to the time limits of its members, if it is under way."""
+        """Sets the timer for the next time limit of the frame's members, if it is in flight."""
         if frame in self._in_flight:
             waiting = [member.step.deadline for member in frame.members if not member.answer.done()]
             next_s = min([deadline.remaining_s() for deadline in waiting], default=0.0)
             if next_s <= 0:
-                self.over(frame)  # every caller has left
+                self.over(frame)  # no caller waits for it any more
             elif next_s < float("inf"):
                 loop = asyncio.get_running_loop()
-                self._in_flight[frame] = loop.call_later(next_s, self._time_is_up, frame)
+                self._in_flight[frame] = loop.call_later(next_s, self._on_time_limit, frame)
 
-    def _time_is_up(self, frame: Frame) -> None:
+    def _on_time_limit(self, frame: Frame) -> None:
         late = [member for member in frame.members if member.step.deadline.remaining_s() <= 0]
         abandon(late, DeadlineExceededError("the time limit passed while a frame was unanswered"))
         self._watch(frame)
 
     def over(self, frame: Frame) -> None:
-        """A frame is over: its callers have their answers, or have left."""
+        """A frame is over: every step has its answer, or nobody waits for it any more."""
         frame.forget()
         timer = self._in_flight.pop(frame, None)
         if timer is not None:
             timer.cancel()
 
     def too_large(self, members: Sequence[WaitingStep]) -> None:
-        """The replies to these, together, are over the limit of a message: fewer leave together from now on."""
+        """The replies to these steps exceed the message limit together: smaller frames from now on."""
         self._most[members[0].step.kind()] = max(1, len(members) // 2)
 
     def close(self) -> None:
-        """Ends what waits and what is under way; the callers get `ClosedError`."""
+        """Fails queued steps and those in flight with `ClosedError`."""
         for members in self._waiting.frames(self._max_frame_bytes):
             abandon(members, _channel.closed())
         self._waiting = Gathering()

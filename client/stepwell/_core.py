@@ -1,7 +1,7 @@
-"""The client without its I/O: builds requests, keeps track of sessions, reads replies. Both shells drive it.
+"""The client without I/O: builds requests, keeps track of sessions, reads replies. Used by both clients.
 
-Each operation is a flow (see `_flow`). What is checked here before anything is sent raises from the
-first step of the flow, so that a wrong argument costs no call.
+Each operation is a flow (`_flow`). Arguments are checked before the flow yields for the first time, so that a
+wrong one costs no call.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _Opening: TypeAlias = (
 
 
 def _drop(flow: Flow[None]) -> None:
-    """Leaves a flow undriven."""
+    """Does not run a flow."""
 
 
 class Core:
@@ -51,7 +51,7 @@ class Core:
             config: What the client was told.
             policy: When to try again.
             clock: Monotonic, in seconds.
-            finish: Drives a flow that nobody waits for, in the background; returns at once.
+            finish: Runs a flow in the background; returns at once.
         """
         self._finish = finish
         self.retrier = Retrier(policy or RetryPolicy(), config.max_message_bytes)
@@ -74,7 +74,7 @@ class Core:
         return [ModelInfo._from_message(model) for model in reply.models]
 
     def model(self, name: str, deadline: Deadline) -> Flow[ModelInfo]:
-        """One model, asked for anew."""
+        """One model, as the server describes it now."""
         request = models_pb2.GetModelRequest(name=_inputs.check_model(name))
         reply: models_pb2.GetModelResponse = yield from self.retrier.call("GetModel", request, deadline)
         info = self._models[name] = ModelInfo._from_message(reply.model)
@@ -99,7 +99,7 @@ class Core:
             try:
                 return _inputs.pack_states(states, known, rows)
             except (InvalidInputError, ModelMismatchError):
-                pass  # by a description that may be old: the verdict is the fresh one's
+                pass  # the cached description may be old: check again with a new one
         fresh = yield from self.model(model, deadline)
         return _inputs.pack_states(states, fresh, rows)
 
@@ -167,8 +167,8 @@ class Core:
     def _open(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[Any]:
         """A call that makes sessions; the result is its response.
 
-        If it ends without an answer, or nobody waits for it any more, sessions may be there whose ids nobody
-        knows: they are closed in the background. Sessions with ids of the caller's are the caller's affair.
+        If it ends without an answer, or its caller gives up, it may have made sessions whose ids nobody
+        knows. Those are closed in the background. Sessions that the caller named are left to the caller.
         """
         try:
             return (yield from self.retrier.call(rpc, request, deadline, changes=True))
@@ -226,7 +226,7 @@ class Core:
     # One session.
 
     def step_change(self, tracker: SessionTracker, inputs: Inputs, outputs: str) -> Change:
-        """A step as a value, checked."""
+        """Checks the arguments of a step."""
         selection = _inputs.check_selection(outputs)
         return Change("step", _inputs.pack_inputs(inputs, tracker.batch_size), selection)
 
@@ -290,11 +290,11 @@ class Core:
         return SessionTracker(reply.session)
 
     def refresh(self, tracker: SessionTracker, deadline: Deadline) -> Flow[None]:
-        """Takes over the server's revision and position."""
+        """Updates revision and position to the server's."""
         tracker.refresh((yield from self.session(tracker.session_id, deadline)))
 
     def close(self, tracker: SessionTracker, deadline: Deadline) -> Flow[None]:
-        """Deletes a session that may be gone already: either way it is gone afterwards."""
+        """Deletes a session. Succeeds if it is gone already."""
         try:
             yield from self.close_session(tracker.session_id, deadline)
         except SessionGoneError:
@@ -311,7 +311,7 @@ def _names_sessions(request: _Opening) -> bool:
 
 
 def selected(outputs: dict[str, Array], selection: str) -> Outputs:
-    """The outputs of a step as the caller gets them."""
+    """The outputs of a step as the caller receives them."""
     return None if selection == "none" else _outputs(outputs)
 
 

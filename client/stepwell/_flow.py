@@ -1,9 +1,10 @@
-"""What the core asks of its shells: one call, one step, one pause, one exchange of a frame.
+"""Flows: operations as generators that do no I/O, and the loops that drive them.
 
-A `Step` asks for one attempt of itself, as a call of its own or in company; the answer is a `Stepped`.
+A flow yields an *ask* (make a call, attempt a step, pause, exchange a frame) and receives the answer, or has
+the error thrown into it. The sync and the async client drive the same flows, each with its own way of waiting.
 
-Every operation is a generator that yields such an ask and receives its answer, or has the error thrown
-into it. The sync and the async client drive the same generators, each with its own way of waiting.
+A `Step` as an ask means one attempt of it, in a frame with others or as a unary call; the answer is a
+`Stepped`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Pause:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Exchange:
-    """Send a frame on the stream and pass on the parts of its reply until the last; the answer is None."""
+    """Send a frame on the stream and call `on_part` for each part of its reply; the answer is None."""
 
     frame: Frame
     deadline: Deadline
@@ -50,7 +51,7 @@ class Exchange:
         """The message to send.
 
         Raises:
-            InvalidInputError: It is over the limit.
+            InvalidInputError: The message exceeds the limit.
         """
         message = self.frame.request(frame_id, self.deadline)
         check_size("a frame", message, self.max_message_bytes)
@@ -63,7 +64,7 @@ Flow: TypeAlias = Generator[Ask, Any, T]
 
 
 def drive(flow: Flow[T], answer: Callable[[Ask], Any]) -> T:
-    """Drives a flow to its result; `answer` waits by blocking."""
+    """Drives a flow to its result; `answer` blocks."""
     try:
         ask = next(flow)
         while True:
@@ -77,7 +78,7 @@ def drive(flow: Flow[T], answer: Callable[[Ask], Any]) -> T:
         result: T = stop.value
         return result
     finally:
-        # A flow that was left in the middle (Ctrl-C, a cancelled task) learns of it here.
+        # If the flow was left unfinished (Ctrl-C, a cancelled task), GeneratorExit tells it so.
         flow.close()
 
 
@@ -96,12 +97,12 @@ async def drive_async(flow: Flow[T], answer: Callable[[Ask], Awaitable[Any]]) ->
         result: T = stop.value
         return result
     finally:
-        # A flow that was left in the middle (Ctrl-C, a cancelled task) learns of it here.
+        # If the flow was left unfinished (Ctrl-C, a cancelled task), GeneratorExit tells it so.
         flow.close()
 
 
 def each(flows: Iterable[Flow[T]]) -> Flow[list[T]]:
-    """One flow after the other; the result is theirs."""
+    """Runs one flow after the other; the result is the list of their results."""
     results = []
     for flow in flows:
         result = yield from flow
@@ -110,20 +111,20 @@ def each(flows: Iterable[Flow[T]]) -> Flow[list[T]]:
 
 
 class Retrier:
-    """Makes flows of single attempts into flows that try again."""
+    """Turns single attempts into flows that retry."""
 
     def __init__(self, policy: RetryPolicy, max_message_bytes: int) -> None:
         self._policy = policy
         self._max_message_bytes = max_message_bytes
 
     def call(self, rpc: str, request: Message, deadline: Deadline, *, changes: bool = False) -> Flow[Any]:
-        """A unary call with its retries; the result is its response.
+        """Makes a unary call, with retries; the result is the response.
 
         Args:
             rpc: Name of the method.
             request: The same in every attempt.
             deadline: Covers all attempts.
-            changes: The call changes something, so that an error must tell its outcome.
+            changes: The call changes something, so an error must say whether it was applied.
         """
         check_size(rpc, request, self._max_message_bytes)
 
@@ -133,10 +134,11 @@ class Retrier:
         return (yield from self._answered(ask, Attempts(self._policy, deadline, changes=changes)))
 
     def step(self, step: Step) -> Flow[Stepped]:
-        """A step with its retries, in company with others where the shell sends steps together.
+        """Makes a step, with retries. The client may send each attempt in a frame with other steps.
 
-        Where a reply was too large though the step had left alone, another's reply may have been to blame: as
-        a call of its own it gets an answer that is about itself.
+        A reply that is too large ends the stream for every frame on it. So if a frame of one step ended that
+        way, another frame's reply may be the cause. The next attempt is a unary call, whose error, if any, is
+        about this step.
         """
         attempts: Attempts | None = None
         by_itself = False
@@ -154,10 +156,10 @@ class Retrier:
             attempts.woke()
 
     def unary(self, step: Step) -> Call:
-        """A step as a call of its own.
+        """A step as a unary call.
 
         Raises:
-            InvalidInputError: It is over the limit.
+            InvalidInputError: The message exceeds the limit.
         """
         request = step.request()
         check_size("Step", request, self._max_message_bytes)
@@ -173,16 +175,16 @@ class Retrier:
             attempts.woke()
 
     def ask(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Exchange:
-        """One round of a frame, to be asked."""
+        """The ask for one round of a frame."""
         return Exchange(frame, deadline, on_part, self._max_message_bytes)
 
     def exchange(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Flow[None]:
-        """A frame with its retries, until every member of it is applied or failed for good.
+        """Sends a frame, with retries, until every member was applied or has failed for good.
 
         Args:
             frame: The frame.
             deadline: Covers all attempts.
-            on_part: Gets what is settled.
+            on_part: Called with the members that were settled, as they are.
         """
         ask = self.ask(frame, deadline, on_part)
         attempts = Attempts(self._policy, deadline, changes=True)
@@ -195,10 +197,10 @@ class Retrier:
 
 
 def check_size(what: str, request: Message, max_message_bytes: int) -> None:
-    """Refuses a message that gRPC would refuse with a status that reads like an overload.
+    """Checks the size of a message. gRPC would refuse a large one with the status of an overload.
 
     Raises:
-        InvalidInputError: The message is over the limit.
+        InvalidInputError: The message exceeds the limit.
     """
     size = request.ByteSize()
     if size > max_message_bytes:
@@ -208,7 +210,7 @@ def check_size(what: str, request: Message, max_message_bytes: int) -> None:
 
 
 def _round(ask: Exchange) -> Flow[StepwellError | None]:
-    """Sends what is unsettled once; the result is why something still is."""
+    """Sends the unsettled members once. The result is None, or why some are still unsettled."""
     try:
         yield ask
     except StepwellError as error:

@@ -1,4 +1,4 @@
-"""A change of many sessions, sent as frames until every member is settled. No I/O."""
+"""Frames: changes of many sessions as messages, and what their replies say of each member. No I/O."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _RETRYABLE = (errors.OverloadedError, errors.UnavailableError)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Change:
-    """What a caller wants done, as a value: equal to another if it is the same on the wire."""
+    """A step or a reset as a value: two are equal if they are the same on the wire."""
 
     kind: Literal["step", "reset"]
     tensors: tuple[Packed, ...]
@@ -53,7 +53,7 @@ class Part:
 
 
 class Frame:
-    """A change of many sessions. Several rounds may be needed; each sends the members still unsettled."""
+    """A change of many sessions. It may take several rounds; each sends the members that are unsettled."""
 
     def __init__(
         self, change: Change, ids: Sequence[str], rows: Indexes, expected: Counts, request_ids: Counts
@@ -76,10 +76,10 @@ class Frame:
         self._sent: Indexes = np.arange(len(ids))
         self._waiting: dict[int, errors.StepwellError] = {}
         self.round_over = False
-        """The last part of this round's reply has come."""
+        """The last part of this round's reply was received."""
 
     def again(self) -> Frame:
-        """The same change of the same members with the same request ids, nothing of it settled."""
+        """The same frame before its first round: same members, same request ids."""
         return Frame(self._change, self._ids, self._rows, self._expected, self._request_ids)
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class Frame:
         frame.session_ids.extend(self._ids if everyone else [self._ids[i] for i in self._sent])
         frame.expected_revisions.extend(self._expected[self._sent].tolist())
         frame.request_ids.extend(self._request_ids[self._sent].tolist())
-        # What this side believes: a member that is gone, or another session by now, harms no other.
+        # As this side knows them, so that a member that is gone, or replaced, cannot shift the others' rows.
         frame.batch_sizes.extend(self._rows[self._sent].tolist())
         frame.timeout_ms = _timeout_ms(deadline.remaining_s())
 
@@ -117,7 +117,7 @@ class Frame:
         return tuple(_take(tensor, rows) for tensor in self._change.tensors)
 
     def accept(self, response: sessions_pb2.StepStreamResponse) -> Part:
-        """Takes in one part of the reply.
+        """Handles one part of the reply.
 
         Raises:
             InternalError: The part contradicts the frame.
@@ -146,7 +146,7 @@ class Frame:
         failures: dict[int, errors.StepwellError] = {}
         for entry in response.errors:
             error = from_message(entry.error)
-            # Each member's caller gets an exception object of its own: raising one writes to it.
+            # One exception object per member: raising an exception changes it.
             for i in (self._members(entry.members) if entry.members else self._sent).tolist():
                 into = self._waiting if isinstance(error, _RETRYABLE) else failures
                 into[i] = copy.copy(error)
@@ -164,8 +164,8 @@ class Frame:
         waiting = list(self._waiting.values())
         return max(waiting, key=lambda error: getattr(error, "retry_after_s", 0.0), default=None)
 
-    def left(self) -> Part:
-        """After a round: settles the members that might be sent again as failed, each with its own error."""
+    def fail_retryable(self) -> Part:
+        """After a round: settles the members that could be retried as failed, each with its own error."""
         open_ = np.flatnonzero(self._open)
         self._open[:] = False
         none = np.zeros(0, np.uint64)
@@ -180,7 +180,7 @@ class Frame:
 
 
 class Gathered:
-    """The reply to a frame of equally large members, put together from its parts."""
+    """The reply to a frame whose members have the same number of rows, assembled from its parts."""
 
     def __init__(self, members: int, rows: int) -> None:
         self.applied = np.zeros(members, np.bool_)
@@ -191,7 +191,7 @@ class Gathered:
         self._rows = rows
 
     def add(self, part: Part) -> None:
-        """Takes in one part."""
+        """Adds one part."""
         self.applied[part.applied] = True
         self.revisions[part.applied] = part.revisions
         self.positions[part.applied] = part.positions

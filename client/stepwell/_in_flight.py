@@ -1,7 +1,7 @@
-"""A frame of many callers' steps while it is under way. Both clients send steps so.
+"""A frame that is in flight and carries the steps of many callers. Used by both clients.
 
-What is shared is one attempt of each step: trying again is each step's own flow (see `_flow.Retrier.step`),
-which makes a broken stream no special case.
+A frame is one attempt of each of its steps. Retrying is up to each step's own flow (`_flow.Retrier.step`), so
+that a broken stream is no special case.
 """
 
 from __future__ import annotations
@@ -16,65 +16,65 @@ from stepwell.errors import ReplyTooLargeError, StepwellError
 from stepwell.v1 import sessions_pb2
 
 Answer: TypeAlias = sessions_pb2.StepStreamResponse | StepwellError
-"""A part of the reply to a frame, or why no more of it will come."""
+"""A part of the reply to a frame, or the error that ended it."""
 Sink: TypeAlias = Callable[[Answer], None]
 
 
 class Link(Protocol):
-    """A stream as a frame needs it."""
+    """The stream that a frame is sent on."""
 
     def post(self, ask: Exchange, sink: Sink, /) -> Callable[[], None]:
         """Sends a frame without waiting for its reply.
 
         Args:
-            ask: The frame; taking in its reply is the sink's affair.
-            sink: Called with each part of the reply, or with why no more will come, until it is forgotten:
-                by whoever reads the stream, so it must neither block nor raise.
+            ask: The frame. Its `on_part` is not called: the sink handles the reply.
+            sink: Called with each part of the reply, or with the error that ended it. It is called by the
+                reader of the stream, so it must neither block nor raise.
 
         Returns:
-            What ends the sink's job. It must be called when the round is over.
+            A function that unregisters the sink. Must be called when the round is over.
 
         Raises:
-            StepwellError: Nothing was sent, and the sink is not called.
+            StepwellError: Nothing was sent, and the sink will not be called.
         """
 
 
 class Owner(Protocol[M]):
-    """Who sent a frame, and is told what becomes of it."""
+    """The sender of frames; learns how they end."""
 
     def over(self, frame: InFlightFrame[M], /) -> None:
-        """All callers of the frame have their answers, or have left."""
+        """Every step of the frame has its answer, or nobody waits for it any more."""
 
     def too_large(self, members: Sequence[M], /) -> None:
-        """The replies to these, together, are over the limit of a message."""
+        """The replies to these steps exceed the message limit together."""
 
 
 class InFlightFrame(Generic[M]):
-    """A frame under way."""
+    """A frame that was sent and is not answered completely."""
 
     __slots__ = ("_frame", "_owner", "deadline", "forget", "members", "sent_s")
 
     def __init__(self, owner: Owner[M], members: Sequence[M], sent_s: float) -> None:
         self.sent_s = sent_s
         self.members = members
-        # None of the members may be cut short.
+        # The latest one: no member may be cut short.
         self.deadline: Deadline = max([member.step.deadline for member in members], key=Deadline.at_s)
         self._owner = owner
         self._frame = framed(members)
         self.forget: Callable[[], None] = _nothing
 
     def send(self, link: Link, retrier: Retrier) -> None:
-        """Sends it. Whatever happens, no caller is left waiting."""
+        """Sends it. On any error every caller gets that error."""
         try:
             ask = retrier.ask(self._frame, self.deadline, _nothing)
-            self.forget = link.post(ask, self._take)
+            self.forget = link.post(ask, self._receive)
         except Exception as error:
             self.end(error)
         if self._frame.round_over:
-            self.forget()  # the reply was here before the means to forget it
+            self.forget()  # the reply was complete before `forget` was set
 
-    def _take(self, answered: Answer) -> None:
-        """Takes in a part of the reply, or why there is none. Never raises: it is called by the reader."""
+    def _receive(self, answered: Answer) -> None:
+        """Handles a part of the reply, or the error that ended it. Never raises, as sinks must not."""
         try:
             if isinstance(answered, ReplyTooLargeError):
                 answered = self._too_large(answered)
@@ -83,7 +83,7 @@ class InFlightFrame(Generic[M]):
                 return
             answer(self.members, self._frame.accept(answered))
             if self._frame.round_over:
-                answer(self.members, self._frame.left())
+                answer(self.members, self._frame.fail_retryable())
                 self._owner.over(self)
         except Exception as defect:
             self.end(defect)
@@ -94,7 +94,7 @@ class InFlightFrame(Generic[M]):
         return RepliesTooLargeError.of(len(self.members), error)
 
     def end(self, error: Exception) -> None:
-        """Fails whoever still waits."""
+        """Fails every step that has no answer yet."""
         abandon(self.members, error)
         self._owner.over(self)
 

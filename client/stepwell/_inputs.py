@@ -1,7 +1,7 @@
-"""Arguments of callers, checked and packed.
+"""Checks and packs the arguments of callers.
 
-The server checks them too: here the message comes sooner, and what is no array, id or number at all
-never travels. Parameters are typed `object` where the check is that they have the right type.
+The server checks them too. Checking here raises earlier, and refuses what cannot be sent at all. Parameters are
+typed `object` where the type is what is checked.
 """
 
 from __future__ import annotations

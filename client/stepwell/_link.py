@@ -1,7 +1,7 @@
-"""The stream of a sync client: frames out, parts of their replies in.
+"""The stream of a sync client: sends frames and receives the parts of their replies.
 
-One thread reads the open stream and hands each part to the caller that waits for it, or to the sink that
-a frame was posted with. It ends with the stream; a link opens a new stream when it is next used.
+One thread reads the open stream and gives each part to the sink of its frame. It ends with the stream. A link
+whose stream broke opens a new one when it is next used.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from stepwell.v1 import sessions_pb2, sessions_pb2_grpc
 
 Inbox = queue.SimpleQueue[Answer]
 
-# A reader thread must not outlive the interpreter's machinery under it.
+# Reader threads must have ended before the interpreter shuts down.
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
-# The threads of a parent are not a forked child's to end.
+# A forked child must not try to stop its parent's threads.
 os.register_at_fork(after_in_child=_links.clear)
 
 
 class Link:
-    """A stream that is opened when needed and opened again when it broke. Thread-safe."""
+    """A stream that is opened when needed, and again after it broke. Thread-safe."""
 
     def __init__(self, stub: sessions_pb2_grpc.SessionServiceStub) -> None:
         self._stub = stub
@@ -45,10 +45,10 @@ class Link:
         _links.add(self)
 
     def exchange(self, ask: Exchange) -> None:
-        """Sends a frame and passes on the parts of its reply.
+        """Sends a frame and calls its `on_part` for each part of the reply.
 
         Raises:
-            StepwellError: The stream broke or the time limit passed; what was not answered is unknown.
+            StepwellError: The stream broke or the time limit passed; unanswered members have an unknown outcome.
         """
         inbox = Inbox()
         forget = self.post(ask, inbox.put)
@@ -76,14 +76,14 @@ class Link:
             return self._stream
 
     def _on_loss(self, hang_up: Callable[[], None]) -> None:
-        # A link that nobody closed takes its stream along, and with it the thread.
+        # If the link is collected without being closed, its stream and thread must end too.
         if self._loss is not None:
             self._loss.detach()
         self._loss = weakref.finalize(self, hang_up)
         self._loss.atexit = False
 
     def close(self) -> None:
-        """Ends the stream; callers that wait get an error."""
+        """Ends the stream; frames in flight get an error."""
         with self._lock:
             self._closed = True
             stream, self._stream = self._stream, None
@@ -124,12 +124,12 @@ class _Stream:
         return next(self._frame_ids)
 
     def forget(self, frame_id: int) -> None:
-        """Nobody waits for this frame any more."""
+        """Unregisters the sink of a frame."""
         with self._lock:
             self._sinks.pop(frame_id, None)
 
     def send(self, frame_id: int, request: sessions_pb2.StepStreamRequest, sink: Sink) -> None:
-        """Queues a frame; `sink` gets the parts of its reply, or why there are none."""
+        """Queues a frame; `sink` is called with the parts of its reply, or with the error."""
         with self._lock:
             error = self.error
             if error is None:
@@ -140,7 +140,7 @@ class _Stream:
             sink(error)
 
     def hang_up(self) -> None:
-        """Says that no more frames will come; the server then ends the call, and the reader ends with it."""
+        """Half-closes the stream; the server then ends the call, which ends the reader."""
         self._outbox.put(None)
 
     def _read(self) -> None:

@@ -1,4 +1,4 @@
-"""When to try again, and how long to wait before: no I/O, the clock and the dice are passed in."""
+"""When to retry, and how long to wait before that. No I/O: clock and random numbers are passed in."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Self
 
 from stepwell import errors
 
-# An attempt cut short by the time limit ends with an unknown outcome, so one that is bound to be is not made.
+# An attempt that the time limit cuts short has an unknown outcome, so none is made with less time than this.
 _LEAST_ATTEMPT_S = 0.02
 
 Clock = Callable[[], float]
 
 
 class Deadline:
-    """A time limit that began when it was made. It covers all attempts of a call."""
+    """A time limit, counted from its construction. It covers all attempts of a call."""
 
     __slots__ = ("_at_s", "_clock", "limit_s")
 
@@ -32,7 +32,7 @@ class Deadline:
         return max(0.0, self._at_s - self._clock())
 
     def at_s(self) -> float:
-        """When it is up, by its clock."""
+        """When it passes, by its clock."""
         return self._at_s
 
     def grpc_timeout_s(self) -> float | None:
@@ -42,13 +42,13 @@ class Deadline:
 
 
 class RepliesTooLargeError(errors.UnavailableError):
-    """The replies to steps that left together were over the limit of a message. Never leaves the SDK.
+    """The replies to the steps of a frame exceeded the message limit together. Never raised to users.
 
-    A reply that is too large ends the stream, and with it every frame on it, also one that is not to blame.
+    A reply that is too large ends the stream, and so every frame on it, whichever of them caused it.
     """
 
     members = 0
-    """How many left together."""
+    """Steps in the frame."""
 
     @classmethod
     def of(cls, members: int, error: errors.StepwellError) -> Self:
@@ -82,9 +82,9 @@ class RetryPolicy:
         """
         backoff_s = min(self.cap_s, self.base_s * 2 ** min(attempt - 1, 30))
         if isinstance(error, RepliesTooLargeError):
-            return 0.0  # what was wrong was this side's doing, and is put right
+            return 0.0  # the next frames are smaller: waiting would not help
         if isinstance(error, errors.OverloadedError) and error.retry_after_s > 0:
-            # Never before the server's delay, and not all callers at the same instant after it.
+            # Not before the server's delay, and spread out after it.
             return error.retry_after_s + self.draw(0.0, min(backoff_s, error.retry_after_s))
         if isinstance(error, errors.OverloadedError | errors.UnavailableError):
             return self.draw(0.0, backoff_s)
@@ -92,7 +92,7 @@ class RetryPolicy:
 
 
 class Attempts:
-    """The attempts of one call: decides after each failure whether to wait or to give up."""
+    """The attempts of one call: decides after each failure whether to retry."""
 
     def __init__(self, policy: RetryPolicy, deadline: Deadline, *, changes: bool) -> None:
         self._policy = policy
@@ -106,7 +106,7 @@ class Attempts:
         """Seconds to wait before the next attempt.
 
         Raises:
-            StepwellError: `error`, its outcome settled over all attempts, if it is final.
+            StepwellError: `error`, if it is final, with the outcome of all attempts taken together.
         """
         self._made += 1
         self._unknown |= self._changes and getattr(error, "outcome", "not_applied") == "unknown"
@@ -120,7 +120,7 @@ class Attempts:
         return min(delay_s, remaining_s)
 
     def woke(self) -> None:
-        """Checks after a wait that there is time for another attempt.
+        """To be called after the wait: checks that there is time for another attempt.
 
         Raises:
             StepwellError: The last error, if there is not.
@@ -131,21 +131,21 @@ class Attempts:
 
     def _final(self, error: errors.StepwellError) -> errors.StepwellError:
         if isinstance(error, errors.DeadlineExceededError):
-            return self._told(errors.DeadlineExceededError, error)
+            return self._ended(errors.DeadlineExceededError, error)
         if isinstance(error, errors.UnavailableError):
-            return self._told(errors.UnavailableError, error)
+            return self._ended(errors.UnavailableError, error)
         if isinstance(error, errors.OverloadedError) and self._unknown:
-            # Refused now, but an earlier attempt may have got through: it is not for us to say it did not.
-            return self._told(errors.UnavailableError, error)
+            # This attempt was refused, but an earlier one may have been applied.
+            return self._ended(errors.UnavailableError, error)
         return error
 
-    def _told(
+    def _ended(
         self,
         kind: type[errors.UnavailableError | errors.DeadlineExceededError],
         error: errors.StepwellError,
     ) -> errors.StepwellError:
         outcome: errors.Outcome = "unknown" if self._unknown else "not_applied"
         before = "" if self._last is None or self._last is error else f"; before that: {self._last.message}"
-        told = f"{error.message}{before} (attempts: {self._made}, time limit: {self._deadline.limit_s:g} s"
-        told += f", outcome: {outcome})" if self._changes else ")"
-        return kind(told, outcome=outcome, reason=error.reason)
+        message = f"{error.message}{before} (attempts: {self._made}, time limit: {self._deadline.limit_s:g} s"
+        message += f", outcome: {outcome})" if self._changes else ")"
+        return kind(message, outcome=outcome, reason=error.reason)

@@ -1,13 +1,12 @@
-"""Steps that many threads of a sync client make at the same time leave together, as few frames as possible.
+"""Sends the steps that many threads of a sync client make at the same time as few frames.
 
-A step that finds nobody else under way is a call of its own, at once. The others wait in a line, and one
-thread, started when it is first needed, sends all that wait as frames whenever no young frame is under way:
-while one is, the next gathers. That thread only hands over; the answers come from the thread that reads the
-stream. What is coalesced is one attempt: trying again is the affair of each step's own flow, which makes a
-broken stream no special case.
+A step is sent at once, as a unary call, if no other step is in flight. Otherwise it waits in a queue. One
+thread, started when it is first needed, sends all queued steps as frames whenever no recent frame is in
+flight; while one is, further steps queue up. That thread only sends: the thread that reads the stream hands
+out the replies. A frame is one attempt of each of its steps; each step's own flow decides about the next one.
 
-A member of the line belongs to whoever takes it out: the thread that sends it, its own caller whose time is
-up or who was interrupted, or `close`. So no caller's end touches another's step.
+A queued step belongs to whoever removes it from the queue: the thread that sends it, the caller whose time
+limit passed or who was interrupted, or `close`. So one caller's failure never touches another's step.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ from stepwell._retry import Clock
 from stepwell._steps import SHARED_BYTES, Gathering, Step, Stepped, abandon
 from stepwell.errors import DeadlineExceededError
 
-#: A frame older than this does not hold up the next: one slow session must not slow down the rest.
-_YOUNG_S = 0.01
+#: A frame that was sent longer ago does not hold up the next: one slow session must not slow down the rest.
+_RECENT_S = 0.01
 
 Wake = queue.SimpleQueue[None]
 
 _senders: weakref.WeakSet[Sender] = weakref.WeakSet()
-# The thread of a parent is not a forked child's to end.
+# A forked child must not try to stop its parent's threads.
 os.register_at_fork(after_in_child=_senders.clear)
 
 
 class WaitingStep:
-    """A step in the line, and the thread that waits for it."""
+    """A queued or sent step, and the thread that waits for it."""
 
     __slots__ = ("_error", "_ready", "_stepped", "step")
 
@@ -48,7 +47,7 @@ class WaitingStep:
         self.step = step
         self._stepped: Stepped | None = None
         self._error: BaseException | None = None
-        # Held until there is an answer; the cheapest thing a thread can wait for.
+        # Held until there is an answer. A lock is the cheapest thing that a thread can wait for.
         self._ready = threading.Lock()
         self._ready.acquire()
 
@@ -63,13 +62,13 @@ class WaitingStep:
             self._ready.release()
 
     def wait(self, timeout_s: float) -> bool:
-        """Waits for the answer, but not longer; says whether it is there."""
+        """Waits for the answer up to the timeout. Returns whether there is one."""
         return self._ready.acquire(timeout=-1 if math.isinf(timeout_s) else timeout_s)
 
     def result(self) -> Stepped:
         """The answer."""
         if self._stepped is None:
-            raise self._error or AssertionError("a member is asked for its answer before it has one")
+            raise self._error or AssertionError("the step has no answer yet")
         return self._stepped
 
 
@@ -77,7 +76,7 @@ Frame = InFlightFrame[WaitingStep]
 
 
 class Sender:
-    """Makes attempts of steps, alone or in company. Thread-safe."""
+    """Makes attempts of steps, as unary calls or in frames. Thread-safe."""
 
     def __init__(
         self,
@@ -93,24 +92,24 @@ class Sender:
         self._max_frame_bytes = max_frame_bytes
         self._clock = clock
         self._alone = threading.Lock()
-        """Held by the step that is under way as a call of its own because it found nobody else."""
+        """Held by a step that is in flight as a unary call because no other step was in flight."""
         self._waiting: collections.deque[WaitingStep] = collections.deque()
         self._in_flight: list[Frame] = []
         self._most: dict[Hashable, int] = {}
-        """How many steps may leave together, by kind, where more had replies too large for one message."""
+        """Most steps per frame, by kind, for kinds whose replies were too large for one message."""
         self._wake = Wake()
         self._idle = False
-        """The thread has found the line empty and room for a frame: whoever comes next must wake it."""
+        """The thread sleeps because the queue was empty: the next step must wake it."""
         self._closed = False
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         _senders.add(self)
 
     def step(self, step: Step) -> Stepped:
-        """One attempt of a step.
+        """Makes one attempt of a step.
 
         Raises:
-            StepwellError: How it ended; its outcome is told as of a call of its own.
+            StepwellError: The attempt failed; the error has the outcome that a unary call's would have.
         """
         if step.input_bytes() > SHARED_BYTES:
             return self._unary(step)
@@ -119,37 +118,37 @@ class Sender:
                 return self._unary(step)
             finally:
                 self._alone.release()
-        return self._in_company(step)
+        return self._shared(step)
 
-    def _in_company(self, step: Step) -> Stepped:
+    def _shared(self, step: Step) -> Stepped:
         member = WaitingStep(step)
         try:
             self._waiting.append(member)
-            self._come()
+            self._notify()
             answered = member.wait(step.deadline.remaining_s())
         except BaseException:
-            # Ctrl-C: what has not left does not leave any more.
-            self._withdraw(member)
+            # Ctrl-C: a step that was not sent yet is not sent any more.
+            self._dequeue(member)
             raise
         if not answered:
             self._time_is_up(member)
         return member.result()
 
-    def _come(self) -> None:
-        """Sees to it that the thread looks at the line, in its time."""
+    def _notify(self) -> None:
+        """Makes sure that the thread will look at the queue."""
         if self._thread is None:
             self._start()
         if self._closed:
-            # Too late for `close` to see what was put in the line: empty it as `close` does.
-            self._refuse_all()
+            # `close` may have emptied the queue before this step was in it: empty it again.
+            self._fail_queued()
         elif self._idle or not self._in_flight:
-            self._call()
+            self._wake_up()
 
     def _start(self) -> None:
         with self._starting:
             if self._thread is None and not self._closed:
                 # The thread holds no reference to this object while it sleeps, so that a client which
-                # nobody closed can still be collected; its end then wakes the thread, which ends.
+                # was not closed can still be collected. The finalizer then wakes the thread, which ends.
                 weakref.finalize(self, self._wake.put, None).atexit = False
                 thread = threading.Thread(
                     target=_run, args=(weakref.ref(self), self._wake), name="stepwell-sender", daemon=True
@@ -157,14 +156,14 @@ class Sender:
                 thread.start()
                 self._thread = thread
 
-    def _call(self) -> None:
-        # What lies there was not taken yet, so the thread has still to look. (No flag of our own instead:
+    def _wake_up(self) -> None:
+        # If the wake-up queue is not empty the thread has yet to look. (A flag of our own would not do:
         # Ctrl-C could come between setting it and waking the thread.)
         if self._wake.empty():
             self._wake.put(None)
 
-    def _withdraw(self, member: WaitingStep) -> bool:
-        """Takes a member out of the line; says whether it was still there."""
+    def _dequeue(self, member: WaitingStep) -> bool:
+        """Removes a step from the queue. Returns whether it was still there."""
         try:
             self._waiting.remove(member)
         except ValueError:
@@ -172,18 +171,18 @@ class Sender:
         return True
 
     def _time_is_up(self, member: WaitingStep) -> None:
-        if self._withdraw(member):
+        if self._dequeue(member):
             raise DeadlineExceededError(
                 "the time limit passed while the step waited to be sent", outcome="not_applied"
             )
-        if not member.wait(0.0):  # else it was answered at the last moment
+        if not member.wait(0.0):  # it may have been answered at the last moment
             raise DeadlineExceededError("the time limit passed while the step was unanswered")
 
-    def turn(self) -> float | None:
-        """Sends what waits if there is room. The thread's affair.
+    def run_once(self) -> float | None:
+        """Sends the queued steps if there is room for a frame. Called by the thread.
 
         Returns:
-            Seconds until the next turn is due; None if it is when the thread is woken.
+            Seconds until it must be called again; None if that is when the thread is woken.
         """
         while not self._closed:
             wait_s = self._wait_s()
@@ -192,33 +191,33 @@ class Sender:
                 return wait_s
             if not self._waiting:
                 self._idle = True
-                # Whoever came before this was set did not wake the thread.
+                # A step that was queued before the flag was set did not wake the thread.
                 if not self._waiting:
                     return None
             self._idle = False
-            self._send_all()
+            self._send_queued()
         return None
 
     def _wait_s(self) -> float:
-        """Seconds until there is room for a frame: no young one under way."""
+        """Seconds until there is room for a frame, that is, until no recent one is in flight."""
         now_s = self._clock()
         for frame in list(self._in_flight):
             if frame.deadline.remaining_s() <= 0:
-                self.over(frame)  # every caller has left
-            elif now_s < frame.sent_s + _YOUNG_S:
-                return frame.sent_s + _YOUNG_S - now_s
+                self.over(frame)  # no caller waits for it any more
+            elif now_s < frame.sent_s + _RECENT_S:
+                return frame.sent_s + _RECENT_S - now_s
         return 0.0
 
-    def _send_all(self) -> None:
+    def _send_queued(self) -> None:
         gathering: Gathering[WaitingStep] = Gathering()
-        for member in self._take_all():
+        for member in self._dequeue_all():
             gathering.add(member)
         for members in gathering.frames(self._max_frame_bytes, self._most):
             frame = Frame(self, members, self._clock())
             self._in_flight.append(frame)
             frame.send(self._link, self._retrier)
 
-    def _take_all(self) -> list[WaitingStep]:
+    def _dequeue_all(self) -> list[WaitingStep]:
         members = []
         while True:
             try:
@@ -227,54 +226,54 @@ class Sender:
                 return members
 
     def over(self, frame: Frame) -> None:
-        """A frame is over. Its callers have their answers by now, so that they can share the next."""
+        """A frame is over. Its callers have their answers by now, so that their next steps can share a frame."""
         frame.forget()
         try:
             self._in_flight.remove(frame)
         except ValueError:
             return
         if self._waiting:
-            self._call()
+            self._wake_up()
 
     def too_large(self, members: Sequence[WaitingStep]) -> None:
-        """The replies to these, together, are over the limit of a message: fewer leave together from now on."""
+        """The replies to these steps exceed the message limit together: smaller frames from now on."""
         self._most[members[0].step.kind()] = max(1, len(members) // 2)
 
-    def _refuse_all(self) -> None:
-        abandon(self._take_all(), _channel.closed())
+    def _fail_queued(self) -> None:
+        abandon(self._dequeue_all(), _channel.closed())
 
     def close(self) -> None:
-        """Ends the thread; whoever waits to be sent gets `ClosedError`. What has left is the link's affair."""
+        """Ends the thread; queued steps fail with `ClosedError`. Frames in flight end when the link is closed."""
         with self._starting:
             self._closed = True
-        self._refuse_all()
+        self._fail_queued()
         if self._thread is not None:
             self._wake.put(None)
             self._thread.join()
 
     @property
     def is_closed(self) -> bool:
-        """No step is taken any more."""
+        """Whether it was closed."""
         return self._closed
 
 
 def _run(sender: weakref.ref[Sender], wake: Wake) -> None:
-    while (timeout_s := _turn(sender)) != _END:
+    while (timeout_s := _run_once(sender)) != _END:
         try:
             wake.get(timeout=timeout_s)
         except queue.Empty:
             continue
-    # Should Ctrl-C have come while the thread was being started, there may be a second: it ends too.
+    # If Ctrl-C came while the thread was being started there may be a second one, which must end too.
     wake.put(None)
 
 
 _END = -1.0
 
 
-def _turn(sender: weakref.ref[Sender]) -> float | None:
-    # In a function of its own, so that nothing refers to the sender while the thread sleeps.
+def _run_once(sender: weakref.ref[Sender]) -> float | None:
+    # A separate function, so that nothing refers to the sender while the thread sleeps.
     alive = sender()
-    return _END if alive is None or alive.is_closed else alive.turn()
+    return _END if alive is None or alive.is_closed else alive.run_once()
 
 
 @atexit.register

@@ -1,7 +1,7 @@
 """The file of a saved state: a safetensors file whose metadata says what the tensors belong to.
 
-A file may come from anybody, so every field of it is checked, and every way in which it can be wrong is an
-`InvalidInputError`. What would not be read is not written either.
+A file may come from anywhere, so every field of it is checked, and whatever is wrong raises `InvalidInputError`.
+`write` refuses what `read` would refuse.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def read(path: str) -> tuple[dict[str, Array], Header]:
     try:
         return _read(path)
     except (InvalidInputError, SafetensorError, ValueError, OverflowError) as error:
-        # Part of the text is the file's own, of any length.
+        # The text may quote the file, so its length is limited.
         raise InvalidInputError(
             f"path must be a state saved by State.save; {path!r} is not: {error!s:.500}"
         ) from None
@@ -90,7 +90,7 @@ def _read(path: str) -> tuple[dict[str, Array], Header]:
         )
         names = _names(metadata, file.keys())
         for name in names:
-            # Before the tensor is read: safetensors fails on types that numpy lacks in ways of its own.
+            # Checked first, because safetensors raises errors of many kinds for types that numpy lacks.
             if (dtype := file.get_slice(name).get_dtype()) not in _DTYPES:
                 raise InvalidInputError(
                     f"tensor {name!r} must have one of the types {sorted(_DTYPES)}; got {dtype}"

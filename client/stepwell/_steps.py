@@ -1,7 +1,7 @@
-"""Steps of single sessions as values, and what it takes to send many of them as one frame. No I/O.
+"""Steps of single sessions as values, and how many of them become one frame. No I/O.
 
-Shared by both clients: the async one gathers the steps of many tasks (`_coalesce`), the sync one those of
-many threads (`_sender`).
+Used by both clients: the async one collects the steps of many tasks (`_coalesce`), the sync one those of many
+threads (`_sender`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from stepwell.v1 import sessions_pb2
 Stepped: TypeAlias = tuple[int, int, dict[str, Array]]
 """Revision and position after a step, and its outputs by name."""
 
-#: Steps with inputs up to this size share frames. Measured with 64 steps at the same time, on two cores: of 30 KiB
-#: each they take half as long in company.
+#: Steps with inputs up to this size share frames. Measured on two cores: 64 concurrent steps of 30 KiB each take half
+#: as long in frames as in unary calls.
 SHARED_BYTES = 64 * 1024
-#: About what a member takes in a frame besides its inputs.
+#: Bytes of a member in a frame besides its inputs, roughly.
 _MEMBER_BYTES = 64
 
 
@@ -43,7 +43,7 @@ class Step(NamedTuple):
     deadline: Deadline
 
     def request(self) -> sessions_pb2.StepRequest:
-        """The message of a call of its own."""
+        """The request of a unary call."""
         return sessions_pb2.StepRequest(
             session_id=self.session_id,
             inputs=to_messages(self.change.tensors),
@@ -57,35 +57,35 @@ class Step(NamedTuple):
         return sum([len(tensor.data) for tensor in self.change.tensors])
 
     def kind(self) -> Hashable:
-        """What steps must have in common to share a frame: all but their rows."""
+        """What steps must have in common to share a frame."""
         signature = tuple([(tensor.name, tensor.dtype, tensor.shape[1:]) for tensor in self.change.tensors])
         return self.model, self.change.outputs, signature
 
 
 def read(response: sessions_pb2.StepResponse) -> Stepped:
-    """The answer to a step that was a call of its own."""
+    """The answer to a step that was a unary call."""
     return response.revision, response.position, unpack_all(response.outputs)
 
 
 class Member(Protocol):
-    """A step on its way, and who waits for it."""
+    """A step that was handed over, and its caller."""
 
     @property
     def step(self) -> Step:
-        """What it is."""
+        """The step."""
 
     def settle(self, stepped: Stepped) -> None:
-        """It was applied. Does nothing if it is settled already, or nobody waits any more."""
+        """The step was applied. Does nothing if it has an answer already, or its caller has gone."""
 
     def fail(self, error: BaseException) -> None:
-        """It was not, or nobody knows. Does nothing if it is settled already."""
+        """The step failed. Does nothing if it has an answer already, or its caller has gone."""
 
 
 M = TypeVar("M", bound=Member)
 
 
 class Gathering(Generic[M]):
-    """Members, sorted by the frame they may leave in."""
+    """Members, grouped by the frame that they can share."""
 
     def __init__(self) -> None:
         self._groups: dict[tuple[Hashable, float, int], dict[str, M]] = {}
@@ -94,9 +94,9 @@ class Gathering(Generic[M]):
         return bool(self._groups)
 
     def add(self, member: M) -> None:
-        """Puts a member with its like, whose time limits are like its own: a frame has one for all."""
+        """Adds a member to its group: same kind, and a similar time limit, because a frame has only one."""
         limit = _roughly(member.step.deadline.remaining_s())
-        # A frame names a session once: another handle's step of the same session goes in a frame of its own.
+        # A frame may name a session only once: a second handle's step of the same session needs another frame.
         nth, kind, session_id = 0, member.step.kind(), member.step.session_id
         while (group := self._groups.get((kind, limit, nth))) is not None and session_id in group:
             nth += 1
@@ -125,12 +125,12 @@ class Gathering(Generic[M]):
 
 
 def _roughly(remaining_s: float) -> float:
-    """Time limits that may share a frame: each less than twice the other. Every caller keeps its own."""
+    """Equal for time limits that may share a frame (each less than twice the other). Callers keep their own."""
     return math.frexp(remaining_s)[1] if math.isfinite(remaining_s) else remaining_s
 
 
 def framed(members: Sequence[Member]) -> Frame:
-    """The frame of members that are alike."""
+    """The frame of members of one kind."""
     steps = [member.step for member in members]
     change = steps[0].change
     if len(steps) > 1:
@@ -155,12 +155,12 @@ def _joined(changes: Sequence[Change]) -> tuple[Any, ...]:
 
 
 def answer(members: Sequence[Member], part: Part) -> None:
-    """Hands a part of a frame's reply to the members it is for."""
+    """Gives the members of a frame their part of a reply."""
     start = 0
     settled = zip(part.applied.tolist(), part.revisions.tolist(), part.positions.tolist(), strict=True)
     for i, revision, position in settled:
         end = start + members[i].step.rows
-        # Copies: an output that one caller keeps must not keep all its neighbours' outputs alive.
+        # Copies: if a caller keeps its outputs, those of the other members must not stay in memory.
         outputs = {name: array[start:end].copy() for name, array in part.outputs.items()}
         members[i].settle((revision, position, outputs))
         start = end
@@ -169,7 +169,7 @@ def answer(members: Sequence[Member], part: Part) -> None:
 
 
 def abandon(members: Sequence[Member], error: BaseException) -> None:
-    """Fails whoever still waits."""
+    """Fails every member that has no answer yet."""
     for member in members:
-        # Each caller gets an exception object of its own: raising one writes to it.
+        # One exception object per caller: raising an exception changes it.
         member.fail(copy.copy(error) if isinstance(error, StepwellError) else error)

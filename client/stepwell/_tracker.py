@@ -1,9 +1,9 @@
-"""What this side knows of a session or a group: its revision, and the change whose answer is missing.
+"""Tracks sessions and groups on this side: the revision, and the change that has no answer yet.
 
-The rule for a change that ended with an error: made again with the same arguments it is the same change
-(the same request id at the same expected revision), so the server applies it once, whether or not the
-first attempt got through. A change with other arguments is a new one at the same expected revision; if
-the first did get through, the server refuses it with a revision conflict.
+The rule after a change that failed: the same call with the same arguments is the same change (same request id,
+same expected revision). The server applies it once, whether or not the first attempt was applied. A call with
+other arguments is a new change at the same expected revision. If the first change was applied after all, the
+server refuses the new one with a revision conflict.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ def new_request_id() -> int:
 
 
 def new_request_ids(count: int) -> Counts:
-    """Many of them."""
+    """Random and non-zero, 64 bits each: (count,) uint64."""
     ids = np.frombuffer(bytearray(secrets.token_bytes(8 * count)), np.uint64)
     ids[ids == 0] = 1
     return ids
 
 
 class SessionTracker:
-    """What this side knows of one session."""
+    """Tracks one session."""
 
     __slots__ = (
-        "_in_doubt",
-        "_open",
+        "_ahead",
         "_pending",
+        "_unknown",
         "batch_size",
         "fingerprint",
         "model",
@@ -57,39 +57,39 @@ class SessionTracker:
         self.position = session.position
         self.resumed = resumed
         self._pending: tuple[Change, int] | None = None
-        self._open = False
-        """The last change was begun, and nothing has settled what became of it."""
-        self._in_doubt = False
-        """So it was for some earlier change: the server may be one revision ahead because of it."""
+        self._unknown = False
+        """The outcome of the last change is unknown."""
+        self._ahead = False
+        """So was that of an earlier one: the server may be one revision ahead because of it."""
 
     def begin(self, change: Change) -> int:
-        """The request id to send a change with."""
+        """Begins a change; returns the request id to send it with."""
         if self._pending is None or self._pending[0] != change:
             self._pending = (change, new_request_id())
-        self._in_doubt |= self._open
-        self._open = True
+        self._ahead |= self._unknown
+        self._unknown = True
         return self._pending[1]
 
     def step(self, change: Change, deadline: Deadline) -> Step:
-        """Begins a step."""
+        """Begins a step; returns it as it is to be sent."""
         return Step(
             self.model, self.session_id, change, self.batch_size, self.revision, self.begin(change), deadline
         )
 
     def failed(self, error: StepwellError) -> StepwellError:
-        """The change has failed; the result is what to raise. Not called for a change that was cancelled."""
-        self._open = is_unknown(error)
-        return _told(error, in_doubt=self._in_doubt)
+        """The change has failed. Returns the error to raise. Not called for a cancelled change."""
+        self._unknown = is_unknown(error)
+        return _explained(error, ahead=self._ahead)
 
     def applied(self, revision: int, position: int) -> None:
-        """The change is answered."""
+        """The change was applied."""
         self._pending = None
-        self._open = self._in_doubt = False
+        self._unknown = self._ahead = False
         self.revision = revision
         self.position = position
 
     def refresh(self, session: sessions_pb2.Session) -> None:
-        """Takes over what the server says."""
+        """Updates to what the server says, and drops a change without an answer."""
         self.fingerprint = session.model_fingerprint
         self.applied(session.revision, session.position)
 
@@ -99,9 +99,9 @@ def is_unknown(error: StepwellError) -> bool:
     return getattr(error, "outcome", "not_applied") == "unknown"
 
 
-def _told(error: StepwellError, *, in_doubt: bool) -> StepwellError:
-    """The error of a change as its caller gets it, if an earlier one may have been applied."""
-    if not in_doubt or not isinstance(error, RevisionConflictError):
+def _explained(error: StepwellError, *, ahead: bool) -> StepwellError:
+    """The error to raise: a revision conflict is explained if an earlier change may be its cause."""
+    if not ahead or not isinstance(error, RevisionConflictError):
         return error
     return RevisionConflictError(
         f"{error.message}; an earlier change of this handle ended without an answer and may have been "
@@ -113,7 +113,7 @@ def _told(error: StepwellError, *, in_doubt: bool) -> StepwellError:
 
 
 class GroupTracker:
-    """What this side knows of many sessions of one model and batch size."""
+    """Tracks many sessions of one model and batch size."""
 
     def __init__(
         self,
@@ -132,18 +132,18 @@ class GroupTracker:
         self._pending: tuple[Change, Frame] | None = None
         self._all: Indexes = np.arange(len(ids))
         # As in `SessionTracker`, for each member.
-        self._open = np.zeros(len(ids), np.bool_)
-        self._in_doubt = np.zeros(len(ids), np.bool_)
+        self._unknown = np.zeros(len(ids), np.bool_)
+        self._ahead = np.zeros(len(ids), np.bool_)
 
     def members(self, change: Change) -> Indexes:
-        """The members a change concerns."""
+        """Indexes of the members that a change concerns."""
         return np.array(change.rows, np.intp) if change.rows else self._all
 
     def begin(self, change: Change) -> Frame:
-        """The frame to send a change as. The same change again is a frame with the same request ids."""
+        """Begins a change; returns its frame. The same change again has the same request ids."""
         members = self.members(change)
-        self._in_doubt[members] |= self._open[members]
-        self._open[members] = True
+        self._ahead[members] |= self._unknown[members]
+        self._unknown[members] = True
         if self._pending is not None and self._pending[0] == change:
             frame = self._pending[1].again()
         else:
@@ -158,21 +158,21 @@ class GroupTracker:
         return Frame(change, ids, rows, self.revisions[members], new_request_ids(len(members)))
 
     def settle(self, change: Change, gathered: Gathered) -> None:
-        """Takes over what was applied; what failed stays pending, with the errors to raise."""
+        """Records what was applied. Failed members stay pending; their errors are made ready to raise."""
         concerned = self.members(change)
         members = concerned[gathered.applied]
         self.revisions[members] = gathered.revisions[gathered.applied]
         self.positions[members] = gathered.positions[gathered.applied]
-        self._open[members] = self._in_doubt[members] = False
+        self._unknown[members] = self._ahead[members] = False
         for i, error in gathered.failures.items():
-            self._open[concerned[i]] = is_unknown(error)
-            gathered.failures[i] = _told(error, in_doubt=bool(self._in_doubt[concerned[i]]))
+            self._unknown[concerned[i]] = is_unknown(error)
+            gathered.failures[i] = _explained(error, ahead=bool(self._ahead[concerned[i]]))
         if not gathered.failures:
             self._pending = None
 
     def refresh(self, sessions: Sequence[sessions_pb2.Session]) -> None:
-        """Takes over what the server says."""
+        """Updates to what the server says, and drops a change without an answer."""
         self._pending = None
-        self._open[:] = self._in_doubt[:] = False
+        self._unknown[:] = self._ahead[:] = False
         self.revisions[:] = [session.revision for session in sessions]
         self.positions[:] = [session.position for session in sessions]

@@ -100,7 +100,7 @@ class AsyncClient:
 
     @functools.cached_property
     def _connection(self) -> AsyncConnection:
-        # Made by the first call, because only a running loop can own a channel.
+        # Made by the first call, because a channel belongs to a running event loop.
         return AsyncConnection(self._config, self._core.retrier, coalesce=self._coalesce)
 
     @property
@@ -246,7 +246,7 @@ class AsyncClient:
         await self.close()
 
     async def _run(self, flow: Flow[T]) -> T:
-        """Drives an operation of the core to its result."""
+        """Runs a flow of the core to its result."""
         return await drive_async(flow, self._answer)
 
     def _answer(self, ask: Ask) -> Awaitable[Any]:

@@ -1,4 +1,4 @@
-"""A group of sessions of the async client. See `group` for its twin."""
+"""A group of sessions of the async client. As `group`, awaited."""
 
 from __future__ import annotations
 

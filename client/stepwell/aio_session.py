@@ -1,4 +1,4 @@
-"""A session of the async client, and what it has in common with a group. See `session` for its twin."""
+"""A session of the async client, and what it has in common with a group. As `session`, awaited."""
 
 from __future__ import annotations
 
@@ -106,15 +106,15 @@ class Opening(Coroutine[Any, Any, H]):
         self._handle: H | None = None
 
     def send(self, value: Any) -> Any:
-        """As of any coroutine."""
+        """Resumes the call; part of `Coroutine`."""
         return self._opening.send(value)
 
     def throw(self, *error: Any) -> Any:
-        """As of any coroutine."""
+        """Raises in the call; part of `Coroutine`."""
         return self._opening.throw(*error)
 
     def close(self) -> None:
-        """As of any coroutine."""
+        """Ends the call; part of `Coroutine`."""
         self._opening.close()
 
     def __await__(self) -> Generator[Any, None, H]:

@@ -72,11 +72,11 @@ class Client:
 
     def __init__(self, config: ClientConfig, *, coalesce: bool = True) -> None:
         self._config = config
-        self._finisher = Finisher(self._answer, self.close)
+        self._finisher = Finisher(config)
         self._core = Core(config, finish=self._finisher.add)
         self._transport = _channel.SyncTransport(config)
         self._link = Link(self._transport.sessions)
-        # Room for outputs that are larger than the inputs.
+        # A quarter of the message limit, because outputs may be larger than inputs.
         frame_bytes = config.max_message_bytes // 4
         unary = functools.partial(_unary, self._transport, self._core.retrier)
         self._sender = Sender(self._link, self._core.retrier, unary, frame_bytes)
@@ -260,7 +260,6 @@ class Client:
         self._sender.close()
         self._link.close()
         self._transport.close()
-        self._finisher.join()
 
     def __enter__(self) -> Self:
         return self
@@ -271,7 +270,7 @@ class Client:
         self.close()
 
     def _run(self, flow: Flow[T]) -> T:
-        """Drives an operation of the core to its result."""
+        """Runs a flow of the core to its result."""
         return drive(flow, self._answer)
 
     def _answer(self, ask: Ask) -> Any:

@@ -6,13 +6,14 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import pytest
 
 import stepwell
 from stepwell import errors
+from stepwell._retry import RetryPolicy
 from support.proxy import Proxy
 from support.scripted_server import MODEL, Fault, ScriptedServer
 from support.served import Served
@@ -21,7 +22,6 @@ from support.shells import SHELLS, connect
 GAVE_UP = (errors.UnavailableError, errors.DeadlineExceededError)
 LOST = Fault(after_work=True)
 """The work is done, the answer is lost."""
-FOR_GOOD = 10_000
 
 Opens = Callable[..., Awaitable[Any]]
 OPENS: dict[str, Opens] = {
@@ -48,6 +48,16 @@ def server() -> Iterator[ScriptedServer]:
         yield server
 
 
+@pytest.fixture
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call ends with the first failure that the test scripts, so that no time limit decides how it ends."""
+
+    def delay_s(_policy: RetryPolicy, _attempt: int, error: errors.StepwellError) -> float | None:
+        return None if "scripted" in error.message else 0.0
+
+    monkeypatch.setattr(RetryPolicy, "delay_s", delay_s)
+
+
 @pytest.fixture(params=SHELLS)
 async def client(request: pytest.FixtureRequest, server: ScriptedServer) -> AsyncIterator[Any]:
     async with connect(request.param, server.address, timeout_s=20.0) as client:
@@ -60,35 +70,36 @@ async def only_left(server: ScriptedServer, *session_ids: str) -> bool:
 
 
 @pytest.mark.parametrize("method", OPENS)
-async def test_it_is_closed_when_the_server_can_be_reached_again(
+@pytest.mark.usefixtures("no_patience")
+async def test_it_is_closed_by_the_same_request_made_again(
     client: Any, server: ScriptedServer, method: str
 ) -> None:
     kept = await client.open_session(MODEL, session_id="kept")
-    server.fail(method, LOST, FOR_GOOD)
-    with pytest.raises(GAVE_UP) as caught:
-        await OPENS[method](client, kept, 0.2)
+    gate, _ = server.hold("CloseSessions")
+    server.fail(method, LOST)
+    with pytest.raises(errors.UnavailableError) as caught:
+        await OPENS[method](client, kept, 60.0)
     assert caught.value.outcome == "unknown"
     assert len(server.sessions) > 1
-    server.recover(method)
+    gate.set()
     assert await only_left(server, "kept")
-    sent = server.requests(method)
-    assert all(request == sent[-1] for request in sent[1 if method == "OpenSession" else 0 :])
+    first, second = server.requests(method)[-2:]
+    assert first == second
 
 
 @pytest.mark.parametrize("method", NAMED)
+@pytest.mark.usefixtures("no_patience")
 async def test_a_named_one_is_its_callers_to_find_again(
     client: Any, server: ScriptedServer, method: str
 ) -> None:
     kept = await client.open_session(MODEL, session_id="kept")
-    server.fail(method, LOST, FOR_GOOD)
-    with pytest.raises(GAVE_UP):
-        await NAMED[method](client, kept, 0.2)
-    sent = len(server.requests(method))
-    server.recover(method)
-    await kept.get_state()
+    before = len(server.requests(method))
+    server.fail(method, LOST)
+    with pytest.raises(errors.UnavailableError):
+        await NAMED[method](client, kept, 60.0)
     await client.close()
     assert server.sessions.keys() == {"kept", "a"}
-    assert len(server.requests(method)) == sent
+    assert len(server.requests(method)) == before + 1
     assert not server.requests("CloseSessions")
 
 
@@ -122,26 +133,27 @@ async def test_a_cancelled_one_is_closed(server: ScriptedServer, method: str) ->
 
 
 @pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.usefixtures("no_patience")
 async def test_closing_the_client_at_once_still_lets_it_try(
     server: ScriptedServer, shell: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stepwell._abandoned.GRACE_S", 60.0)
     async with connect(shell, server.address) as client:
-        # The last attempt that the caller waits for, and then none: the client is closed while it tries again.
-        server.fail("OpenSession", LOST, 2)
-        with pytest.raises(GAVE_UP):
-            await client.open_session(MODEL, timeout_s=0.001)
-    assert await only_left(server)
+        server.fail("OpenSession", LOST)
+        with pytest.raises(errors.UnavailableError):
+            await client.open_session(MODEL)
+    assert server.requests("CloseSessions")
+    assert not server.sessions
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 async def test_a_client_that_cannot_reach_its_server_is_closed_soon(shell: str) -> None:
     with ScriptedServer() as server:
         client = connect(shell, server.address)
-        server.fail("OpenSession", LOST, FOR_GOOD)
+        server.fail("OpenSession", LOST, 10_000)
         with pytest.raises(GAVE_UP):
             await client.open_session(MODEL, timeout_s=0.2)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await client.close()
 
 
@@ -163,6 +175,21 @@ async def test_nothing_is_left_on_a_real_server(
             await client.close()
             assert {info.session_id for info in await watching.sessions()} == before
             await watching.close_session("kept")
+
+
+def test_one_that_was_interrupted_is_closed_though_the_channel_is_of_no_use_any_more(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a lock of gRPC's channel leaves it locked."""
+
+    def interrupted(_call: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with stepwell.connect(server.address) as client:
+        monkeypatch.setattr(client._transport, "invoke", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.open_session(MODEL)
+        assert server.wait_until(lambda: bool(server.requests("CloseSessions")) and not server.sessions)
 
 
 INTERRUPTED = """

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from stepwell.v1 import sessions_pb2, sessions_pb2_grpc, tensors_pb2
 
 _START_S = 100.0
-_STOP_S = 20.0
+_STOP_S = 100.0
 FEATURES, OUTPUTS = 3, 2
 """Of the model that `forecast` makes."""
 

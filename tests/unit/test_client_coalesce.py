@@ -175,7 +175,7 @@ async def test_each_caller_keeps_its_own_time_limit_in_a_frame_with_a_longer_one
     ended = []
     for passed_s in (19.0, 1.0, 6.0):
         clock.advance(passed_s)
-        wire.coalescer._time_is_up(frame)
+        wire.coalescer._on_time_limit(frame)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         ended.append([step.done() for step in steps])
@@ -184,7 +184,7 @@ async def test_each_caller_keeps_its_own_time_limit_in_a_frame_with_a_longer_one
     assert wire.forgotten == 0
     steps[2].cancel()
     await asyncio.sleep(0)
-    wire.coalescer._time_is_up(frame)
+    wire.coalescer._on_time_limit(frame)
     assert wire.forgotten == 1, "every caller has left"
     assert not wire.coalescer._in_flight
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import check_repo
 import pytest
+from wrap_documents import wrapped
 
 Write = Callable[[str, str], None]
 
@@ -164,3 +165,40 @@ def test_a_module_without_a_docstring_is_found(write: Write) -> None:
     assert list(check_repo.modules_say_what_they_hold()) == [
         "tests/unit/test_two.py: must begin with a docstring that says what it holds"
     ]
+
+
+LONG = "word " * 30
+"""150 columns."""
+
+
+def test_prose_is_wrapped_and_what_is_no_prose_is_left_alone() -> None:
+    left_alone = [
+        f"# {LONG}",
+        f"| {LONG} |",
+        f"```\n{LONG}\n```",
+        f"<!-- {LONG} -->",
+        "x" * 150,
+        "short\nlines\n",
+    ]
+    for text in left_alone:
+        assert wrapped(text) == text
+    text = f"{LONG}\nand more\n\n- {LONG}\n  and more\n- short\n"
+    new = wrapped(text)
+    assert max(len(line) for line in new.split("\n")) <= 100
+    assert new.split() == text.split()
+    assert wrapped(new) == new
+    assert [line[:6] for line in new.split("\n")] == ["word w"] * 2 + ["", "- word", "  word", "- shor", ""]
+
+
+def test_a_code_span_stays_on_one_line_and_no_line_begins_what_it_does_not_mean() -> None:
+    text = f"{'a' * 90} `make test ARGS=x` and {'b ' * 33}- c {'d ' * 30}"
+    new = wrapped(text)
+    assert "`make test ARGS=x`" in new
+    assert not [line for line in new.split("\n") if line.startswith("- ")]
+    assert new.split() == text.split()
+
+
+def test_a_document_that_is_not_wrapped_is_found(write: Write) -> None:
+    write("docs/page.md", LONG)
+    (finding,) = check_repo.documents_are_wrapped()
+    assert finding.startswith("docs/page.md")

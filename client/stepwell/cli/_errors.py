@@ -46,7 +46,7 @@ def one_line(text: str) -> str:
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Report expected errors of the body, each as one line and an exit code; let defects through."""
+    """Report expected errors of the body as one line and an exit code; unexpected ones are raised."""
     try:
         yield
         sys.stdout.flush()

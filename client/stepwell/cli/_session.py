@@ -1,4 +1,4 @@
-"""Taking hold of a session: one that is there, or with `--open` one that may be new."""
+"""Attach to a session that exists, or with `--open` to one that may be new."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def attach(client: Client, session_id: str, model: str | None = None) -> Session:
-    """Take hold of a session that is there; never make one.
+    """Attach to a session that exists; never open one.
 
     Args:
         client: The server.
@@ -34,7 +34,7 @@ def attach(client: Client, session_id: str, model: str | None = None) -> Session
 
 
 def attach_or_open(client: Client, session_id: str, model: str, batch_size: int | None) -> Session:
-    """Take hold of a session, or make it if it was never there or was closed.
+    """Attach to a session, or open it if it never existed or was closed.
 
     Args:
         client: The server.

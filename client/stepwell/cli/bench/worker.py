@@ -134,7 +134,7 @@ class Worker:
                 await self._failed(error)
                 continue
             counts = self.counts
-            # Not a call that began while the load was still building up.
+            # Calls that began before the measurement do not count.
             if began >= counts.since and not self._stopping:
                 counts.latencies.add(clock() - began)
                 counts.session_steps += sessions
@@ -142,7 +142,7 @@ class Worker:
     async def _failed(self, error: StepwellError) -> None:
         if self._stopping:
             return
-        # Of a group, each member counts.
+        # In a group, each member that failed counts.
         for one in error.failures.values() or (error,):
             self.counts.errors[type(one).__name__] += 1
         self.first_error = self.first_error or str(error)
@@ -198,7 +198,7 @@ async def words() -> asyncio.StreamReader:
 
 
 async def obey(worker: Worker, stdin: asyncio.StreamReader) -> None:
-    """Do what the parent says until it says "stop", or nothing any more."""
+    """Follow the parent's commands until "stop" or the end of stdin."""
     running: asyncio.Task[None] | None = None
     try:
         while (word := (await stdin.readline()).decode().strip()) not in ("stop", ""):
@@ -214,7 +214,7 @@ async def obey(worker: Worker, stdin: asyncio.StreamReader) -> None:
 
 
 async def serve() -> None:
-    """The whole life of the process."""
+    """Read the plan, open the sessions, follow the parent, close the sessions."""
     stdin = await words()
     worker = Worker(Plan.from_json((await stdin.readline()).decode()))
     try:
@@ -237,7 +237,7 @@ async def serve() -> None:
 
 
 def main() -> None:
-    """Run, deaf to Ctrl-C: the parent says when to stop."""
+    """Run, and ignore Ctrl-C: the parent process says when to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         asyncio.run(serve())
