@@ -256,6 +256,7 @@ RULES = (
     constraints_are_exact,
     documents_name_real_paths,
     documents_name_real_targets,
+    documents_are_wrapped,
     changelog_has_the_version,
     environment_variables_are_documented,
 )
