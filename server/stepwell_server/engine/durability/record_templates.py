@@ -13,9 +13,9 @@ from stepwell_server.store.record import Sheet
 
 #: Fewer sessions are laid out anew each time.
 _WORTH_KEEPING = 16
-#: Bytes of all sheets that are kept.
+#: Bytes of all templates that are kept.
 _MOST_BYTES = 32 << 20
-#: So many sets of sessions are known by sight: a sheet is kept when its sessions come the second time.
+#: So many sets of sessions are known by sight: a template is kept when its sessions come the second time.
 _MOST_SEEN = 4096
 
 _Key = tuple[int, bytes]
@@ -31,7 +31,7 @@ class Templates:
         self._seen: OrderedDict[int, None] = OrderedDict()
 
     def of(self, model: Model, handles: Handles) -> Sheet:
-        """A sheet for sessions of one batch size, to be filled.
+        """A template for sessions of one batch size, to be filled.
 
         Nobody else fills it before their change is stored: their claims see to that.
         """
@@ -45,21 +45,21 @@ class Templates:
             return found[1]
         if found is not None:
             self._bytes -= self._kept.pop(key)[1].byte_count
-        sheet = self._lay_out(model, handles)
+        template = self._lay_out(model, handles)
         if self._is_first(hash(key)):
-            return sheet
-        self._kept[key] = (births, sheet)
-        self._bytes += sheet.byte_count
+            return template
+        self._kept[key] = (births, template)
+        self._bytes += template.byte_count
         while self._bytes > _MOST_BYTES:
             _, (_, oldest) = self._kept.popitem(last=False)
             self._bytes -= oldest.byte_count
-        return sheet
+        return template
 
     def _is_first(self, key: int) -> bool:
         """Whether sessions come together for the first time, as far as that is known.
 
         Those that do so by chance would push out those that will again, and the garbage collector looks at
-        every record of every sheet that is kept.
+        every record of every template that is kept.
         """
         is_first = key not in self._seen
         self._seen[key] = None

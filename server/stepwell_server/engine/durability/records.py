@@ -49,9 +49,9 @@ class Records:
             return [self._one(outcome, int(handles[0]), int(rows[0]), last_used)]
         if outcome.arrays or (sizes != sizes[0]).any():
             return self._records_one_by_one(outcome, rows, sizes, last_used)
-        sheet = self._templates.of(outcome.model, handles)
-        outcome.model.arena.pack_into(rows, sheet.rows)
-        return sheet.fill(
+        template = self._templates.of(outcome.model, handles)
+        outcome.model.arena.pack_into(rows, template.rows)
+        return template.fill(
             revisions=outcome.revisions,
             positions=outcome.positions,
             request_ids=outcome.request_ids,

@@ -169,7 +169,7 @@ def _records(
 ) -> list[tuple[str, Stored]]:
     if not ids:
         return []
-    sheet = Sheet(
+    template = Sheet(
         ids,
         fingerprint=model.program.fingerprint,
         model=model.name,
@@ -178,7 +178,7 @@ def _records(
         row_bytes=model.arena.row_bytes,
         batch_size=batch_size,
     )
-    sheet.rows[...] = rows
-    return sheet.fill(
+    template.rows[...] = rows
+    return template.fill(
         revisions=facts.revisions, positions=facts.position, request_ids=0, last_used=created, replies=0
     )
