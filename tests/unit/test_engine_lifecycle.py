@@ -443,3 +443,22 @@ async def test_what_is_read_does_not_change_afterwards() -> None:
         await at.step("a", x(1, 4))
         assert read.state["sum"].tobytes() == before
         assert not np.shares_memory(read.state["sum"], at.engine._models.by_name("plain").arena.states[0])
+
+
+async def test_others_get_a_turn_while_many_sessions_are_closed() -> None:
+    async with running(resident_rows=2048) as at:
+        opened = await at.engine.open_sessions("plain", count=2000)
+        turns = 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        company = asyncio.create_task(others())
+        await asyncio.sleep(0)
+        before = turns
+        assert await at.engine.close_sessions(opened.session_ids) == 2000
+        assert turns - before >= 3
+        company.cancel()

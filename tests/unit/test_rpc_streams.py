@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
-from support.lane import ALL, BOTH_WAYS, LAST, Streams, message, parsed, play, reasons, request, streams
+from support.streams import ALL, BOTH_WAYS, LAST, Streams, message, parsed, play, reasons, request, streams
 
 
 @BOTH_WAYS

@@ -92,6 +92,8 @@ class SessionTable:
 
     def find_all(self, session_ids: Sequence[str]) -> Handles:
         """Handles of many sessions, -1 for those that are not there."""
+        if len(session_ids) == 1:
+            return np.array([self._handles.get(session_ids[0], -1)], np.intp)
         # no generator: this loop is over every session of every frame
         found = map(self._handles.get, session_ids, itertools.repeat(-1))
         return np.fromiter(found, np.intp, len(session_ids))

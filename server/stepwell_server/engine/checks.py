@@ -69,7 +69,7 @@ def finite_rows(arrays: Sequence[Array]) -> npt.NDArray[np.bool_] | None:
     """Which rows hold only finite numbers, `(rows,)`; None if all do."""
     bad: npt.NDArray[np.bool_] | None = None
     for array in arrays:
-        if not is_float(array.dtype) or np.isfinite(array).all():
+        if not is_float(array.dtype) or np.logical_and.reduce(np.isfinite(array), axis=None):
             continue
         finite = np.isfinite(array).reshape(len(array), -1)
         bad = np.logical_or(~finite.all(axis=1), False if bad is None else bad)

@@ -287,17 +287,17 @@ class Engine:
             self._group.require_room()  # a step waits for its pass, and passes wait for the store
         require_lists(change)
         handles = self._directory.find_all(change.session_ids)
-        there = handles >= 0
-        if not there.any():
-            self._refuse_missing(change, np.arange(change.size))
+        missing = np.flatnonzero(handles < 0)
+        if len(missing) == change.size:
+            self._refuse_missing(change, missing)
             return
         refused = self._validation.check(change, handles)
         if len(change.members):
             self._limits.take(change)
         for member, error in refused:
             change.fail(np.array([member]), error)
-        if not there.all():
-            self._refuse_missing(change, np.flatnonzero(~there))
+        if len(missing):
+            self._refuse_missing(change, missing)
         if len(change.members):
             self._lines[change.model.index].inbox.put(change)
 

@@ -133,9 +133,14 @@ def _dtype(number: int) -> np.dtype[np.generic] | None:
 def add_tensors(target: _Tensors, arrays: Mapping[str, Array]) -> None:
     """Append arrays to a repeated tensor field."""
     for name, array in arrays.items():
-        number = _NUMBERS[array.dtype.name]
+        number = _number(array.dtype)
         little = array if array.dtype.isnative and np.little_endian else _little_endian(array)
         target.add(name=name, dtype=number, shape=array.shape, data=little.tobytes())
+
+
+@functools.cache
+def _number(dtype: np.dtype[np.generic]) -> tensors_pb2.DataType.ValueType:
+    return _NUMBERS[dtype.name]
 
 
 def _little_endian(array: Array) -> Array:
@@ -166,7 +171,7 @@ def to_numbers(
         return None
     if len(values) != count:
         raise InvalidInput(f"{argument} must be empty or one per session ({count}); got {len(values)}")
-    return np.fromiter(values, dtype, count)
+    return np.array(values, dtype) if count == 1 else np.fromiter(values, dtype, count)
 
 
 def from_session(info: SessionInfo) -> sessions_pb2.Session:

@@ -24,13 +24,15 @@ from stepwell_server.engine.checks import (
 )
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import Mask, Tensors
+from stepwell_server.engine.types import U64, Mask, Members, Tensors
 from stepwell_server.errors import InvalidInput, RevisionConflict, ServerError
 
 MAX_MEMBERS = 65_536
 #: Far above every session's, and low enough that the sum of a change's cannot wrap.
 MAX_BATCH_SIZE = 1 << 31
 _ANY = np.uint64(ANY_REVISION)
+_ONLY: Members = np.zeros(1, np.intp)
+_ONLY.flags.writeable = False
 
 Refusals = list[tuple[int, ServerError]]
 
@@ -91,7 +93,10 @@ class Validation:
         if refused:
             there = there.copy()
             there[[member for member, _ in refused]] = False
-        change.members = np.arange(change.size) if all_there and not refused else np.flatnonzero(there)
+        if not all_there or refused:
+            change.members = np.flatnonzero(there)
+        else:
+            change.members = _ONLY if len(handles) == 1 else np.arange(len(handles))
         return refused
 
     def _refused(self, change: Change, there: Mask, own: Rows) -> Refusals:
@@ -101,10 +106,10 @@ class Validation:
         if finite is not None:
             for member in np.flatnonzero(there & ~finite).tolist():
                 refused[member] = _not_finite_member(change, member)
-        if change.batch_sizes is not None:
+        if change.batch_sizes is not None and own.tobytes() != change.sizes.tobytes():
             for member in np.flatnonzero(there & (own != change.sizes)).tolist():
                 refused.setdefault(member, _wrong_size(change, member, int(own[member])))
-        if change.expected is not None and _ANY in change.expected:
+        if change.expected is not None and _largest(change.expected) == ANY_REVISION:
             for member in np.flatnonzero(there & (change.expected == _ANY)).tolist():
                 revision = int(self._table.revision[change.handles[member]])
                 conflict = RevisionConflict(change.session_ids[member], ANY_REVISION, revision)
@@ -177,9 +182,15 @@ def _require_length(name: str, values: Sized | None, count: int) -> None:
 
 
 def _require_sizes(sizes: Rows | None) -> None:
+    if sizes is not None and len(sizes) == 1 and 1 <= sizes[0] <= MAX_BATCH_SIZE:
+        return
     if sizes is not None and not 1 <= sizes.min() <= sizes.max() <= MAX_BATCH_SIZE:
         wrong = sizes[(sizes < 1) | (sizes > MAX_BATCH_SIZE)]
         raise InvalidInput(f"batch_sizes must be 1 to {MAX_BATCH_SIZE}; got {wrong[0]}")
+
+
+def _largest(numbers: U64) -> int:
+    return int(numbers[0] if len(numbers) == 1 else numbers.max())
 
 
 def _repeated(ids: Iterable[str]) -> str:

@@ -105,10 +105,14 @@ class Closing:
             Unavailable: the store did not delete all.
         """
         for start in range(0, len(handles), _CLOSE_AT_ONCE):
+            kept = handles[start:]
             try:
+                if start:
+                    await asyncio.sleep(0)  # a commit in place lets nobody else have a turn
+                kept = handles[start + _CLOSE_AT_ONCE :]
                 await self._delete(handles[start : start + _CLOSE_AT_ONCE], 0)
             except BaseException:
-                self._turns.release(handles[start + _CLOSE_AT_ONCE :])
+                self._turns.release(kept)
                 raise
         return len(handles)
 

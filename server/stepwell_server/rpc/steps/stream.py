@@ -1,7 +1,7 @@
 """StepStream: frames in, parts of their replies out.
 
 One task reads; none is made per message. It parses a frame and submits it; the engine hands over the parts
-of its reply, some before `submit` returns, and each is written from there: see `outbox`.
+of its reply, some before `submit` returns, and each is written from there: see `write_queue`.
 
 What a stream holds is bounded: with too many frames, or too many bytes of requests and of replies to
 come, not yet written to the client, reading stops until some are. A client that does not read its
@@ -20,7 +20,7 @@ from stepwell_server.errors import InvalidInput, ServerError, Unavailable
 from stepwell_server.logs import Log
 from stepwell_server.rpc.boundary import parse
 from stepwell_server.rpc.steps import messages
-from stepwell_server.rpc.steps.write_queue import Outbox
+from stepwell_server.rpc.steps.write_queue import WriteQueue
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
@@ -68,7 +68,7 @@ class FrameStream:
         """Frames without their last part."""
         self._held_frames = 0
         self._held_bytes = 0
-        self._outbox = Outbox(call.write, self._release, self._progressed)
+        self._replies = WriteQueue(call.write, self._release, self._progressed)
         self._is_stopping = False
         self._is_ending = False
         """Stopping, or read to the end: what is answered now may be the last."""
@@ -95,7 +95,7 @@ class FrameStream:
         finally:
             self.is_over = True
             self._reader.cancel()
-            self._outbox.close()
+            self._replies.close()
             # Its own error, if it has one, has either ended the stream or comes too late to matter.
             await asyncio.gather(self._reader, return_exceptions=True)
 
@@ -112,9 +112,9 @@ class FrameStream:
                 await self._wait_for_room()
 
     async def _wait_for_room(self) -> None:
-        self._outbox.look()
+        self._replies.look()
         while self._held_frames >= self._limits.frames or self._held_bytes >= self._limits.bytes:
-            self._outbox.watch()
+            self._replies.watch()
             self._room = asyncio.get_running_loop().create_future()
             await self._room
 
@@ -126,20 +126,20 @@ class FrameStream:
         """End the stream if it should and everything that was answered is written."""
         if self._end.done():
             return
-        if not self._outbox.look():
-            self._outbox.watch()
+        if not self._replies.look():
+            self._replies.watch()
             return
         reader = self._reader
-        if self._outbox.error is not None:
-            self._end.set_result(self._outbox.error)
+        if self._replies.error is not None:
+            self._end.set_result(self._replies.error)
         elif reader is not None and reader.done() and not (self._pending and _ended_well(reader)):
             self._end.set_result(_error_of(reader))
         elif self._is_stopping and not self._pending:
             self._end.set_result(Unavailable("the server is stopping"))
 
     def _progressed(self) -> None:
-        """Something was written, or cannot be: see `outbox`."""
-        if self._outbox.error is not None:
+        """Something was written, or cannot be: see `write_queue`."""
+        if self._replies.error is not None:
             self._is_ending = True
         if self._is_ending:
             self._end_if_due()
@@ -198,8 +198,8 @@ class FrameStream:
             _log.debug("frame part", peer=self._caller, frame=frame.frame_id, bytes=len(reply), last=last)
 
     def _put(self, reply: bytes, held_bytes: int) -> None:
-        self._outbox.put(reply, held_bytes)
-        if self._is_ending or self._outbox.error is not None:
+        self._replies.put(reply, held_bytes)
+        if self._is_ending or self._replies.error is not None:
             self._begin_end()
 
     def _release(self, held_bytes: int) -> None:

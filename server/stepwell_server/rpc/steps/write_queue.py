@@ -16,7 +16,7 @@ from typing import Any
 Write = Callable[[bytes], Coroutine[Any, Any, None]]
 
 
-class Outbox:
+class WriteQueue:
     """Writes replies one at a time, in their order. Lives on the event loop."""
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from stepwell_server.rpc.steps.write_queue import Outbox
+from stepwell_server.rpc.steps.write_queue import WriteQueue
 
 
 class _Wire:
@@ -15,7 +15,7 @@ class _Wire:
         self.ends: list[asyncio.Future[None]] = []
         self.written: list[int] = []
         self.progress = 0
-        self.outbox = Outbox(self._write, self.written.append, self._progressed)
+        self.outbox = WriteQueue(self._write, self.written.append, self._progressed)
 
     async def _write(self, reply: bytes) -> None:
         self.begun.append(reply)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
-from support.lane import BOTH_WAYS, Streams, message, parsed, play, request, streams
+from support.streams import BOTH_WAYS, Streams, message, parsed, play, request, streams
 
 
 def revision(raw: bytes) -> int:
