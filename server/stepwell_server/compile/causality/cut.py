@@ -151,6 +151,8 @@ class _Tracing:
                 stack.enter_context(attribute(layer, "unroll", True))
                 stack.enter_context(attribute(layer, "inner_loop", self._loop(path, layer)))
             for operation in all_operations(model):
+                if _has_gaps_for_nothing(operation):
+                    stack.enter_context(attribute(operation, "dilation_rate", (1,) * operation.rank))
                 original = time_distributed(operation) or operation.call
                 stack.enter_context(attribute(operation, "call", self._owned(operation, original)))
             start = _count()
@@ -342,6 +344,17 @@ def time_distributed(operation: Any) -> Callable[..., Any] | None:
         return tf.reshape(result, (rows, steps, *result.shape[1:]))
 
     return call
+
+
+def _has_gaps_for_nothing(operation: Any) -> bool:
+    """Return whether a convolution of Keras's own has gaps between the elements of a window of one.
+
+    TensorFlow pads and folds its sequence for them all the same, where nobody can follow.
+    """
+    if not type(operation).__module__.startswith("keras.src.layers.convolutional."):
+        return False
+    sizes = (*getattr(operation, "kernel_size", ()), *getattr(operation, "strides", ()))
+    return set(sizes) == {1} and set(getattr(operation, "dilation_rate", (1,))) != {1}
 
 
 def _other_rows(path: str, layer: Any, rows: int, steps: int, scale: Scale) -> str:

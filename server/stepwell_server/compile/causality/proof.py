@@ -69,6 +69,15 @@ class Proof:
     """Where the axes are in each output."""
 
 
+def follow(cuts: Cuts) -> Mapping[str, Data | Const]:
+    """Return what is known of each tensor of the first graph that its outputs need, by name.
+
+    Raises:
+        Unadmitted: an operation does not let its axes be followed.
+    """
+    return _Walk(cuts).follow().values
+
+
 def prove(cuts: Cuts) -> Proof:
     """Prove that each output at one time step is made of the inputs of that time step and of carried states.
 
@@ -89,6 +98,20 @@ class _Walk:
 
     def run(self) -> Proof:
         """Walk, and look at what arrives."""
+        frame = self.follow()
+        for one, two in zip(self.first.calls, self.second.calls, strict=True):
+            self._check_cell(frame, one, two)
+        places = {op.name: index for index, op in self._needed(self.first)}
+        return Proof(
+            self.first.calls,
+            {
+                name: self._output(frame, tensor, self.second.outputs[name], places[tensor.op.name])
+                for name, tensor in self.first.outputs.items()
+            },
+        )
+
+    def follow(self) -> _Frame:
+        """Walk through all that the outputs need."""
         if [(id(call.layer), call.number) for call in self.first.calls] != [
             (id(call.layer), call.number) for call in self.second.calls
         ]:
@@ -117,16 +140,7 @@ class _Walk:
                         frame.values[output.name] = self._given(one.outputs[i], two.outputs[i])
             except Refusal as refusal:
                 raise Unadmitted(refusal.reason, self.first.owner(index), str(refusal)) from refusal
-        for one, two in zip(self.first.calls, self.second.calls, strict=True):
-            self._check_cell(frame, one, two)
-        places = {op.name: index for index, op in ops[0]}
-        return Proof(
-            self.first.calls,
-            {
-                name: self._output(frame, tensor, self.second.outputs[name], places[tensor.op.name])
-                for name, tensor in self.first.outputs.items()
-            },
-        )
+        return frame
 
     def _blamed(self, index: int, other: int) -> Any:
         """Return the layer where the graphs part: the earlier one of those that stand there."""

@@ -1,0 +1,39 @@
+"""What people put around recurrent layers is served without trust, and equals Keras."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stepwell_server.program import ProofOptions
+from support import models_everyday
+from support.compiled import Compiled
+
+# Keras calls numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+TOLERANCE = 2e-5
+
+
+@pytest.mark.parametrize("first", list(models_everyday.groups()))
+def test_everyday_models_are_served_and_equal_keras(first: str, tmp_path: Path) -> None:
+    from stepwell_server.compile.pipeline import compile_model
+
+    names = models_everyday.groups()[first]
+    model = models_everyday.build(names, steps=20 if len(first) % 2 else None)
+    model.save(tmp_path / "model.keras")
+    (tmp_path / "program").mkdir()
+    program = compile_model(tmp_path / "model.keras", tmp_path / "program", options=ProofOptions(steps=48))
+    assert not program.proof.unproven
+    zoo = Compiled(first, model, program)
+    for rows, steps in ((3, 20), (1, 20), (2, 1)):
+        if steps == 1 and zoo.shape[1] == 20:
+            continue  # Keras itself takes no other length.
+        inputs = zoo.draw(rows, rows, steps)
+        inputs[0] *= 10.0 ** np.arange(-1, rows - 1, dtype=np.float32)[:, None, None]
+        inputs[0][:, steps // 2] = 0.0  # What Masking takes for nothing.
+        whole, stepped = zoo.keras(inputs), zoo.stepped(inputs, steps)
+        for name, expected in whole.items():
+            scale = max(1.0, float(np.max(np.abs(expected))))
+            np.testing.assert_allclose(stepped[name], expected, rtol=0, atol=TOLERANCE * scale, err_msg=name)

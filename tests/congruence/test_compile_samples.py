@@ -1,0 +1,115 @@
+"""Samples alone: what they find in models whose graph is not asked, because the user answers for them.
+
+Each of these fails if the samples are made shorter, or poorer in values, or the disturbance is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from stepwell_server.compile import evidence
+from stepwell_server.compile.errors import ModelError, NotCausalError
+from stepwell_server.compile.samples import Sampler
+from stepwell_server.program import ProofOptions
+from support import models_rows, models_time
+from support.cases import Case, before_rnn
+from support.models_time import odd
+
+# Keras calls numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+TRUSTED = ProofOptions(trust=True)
+LOOK_BACK = before_rnn("back_200", odd("lag_by_padding", 200))
+LOOK_AHEAD = before_rnn("ahead_200", odd("lead_by_padding", 200))
+
+
+def _prove(case: Case, options: ProofOptions = TRUSTED) -> Any:
+    from stepwell_server.compile.probe import trace_and_probe
+
+    return trace_and_probe(case.build(), options=options)
+
+
+def test_a_trusted_look_back_of_200_steps_is_found() -> None:
+    with pytest.raises(
+        NotCausalError, match=r"over 512 steps differs by .* although --trust-causality names the model"
+    ):
+        _prove(LOOK_BACK)
+
+
+def test_it_is_the_length_that_finds_it() -> None:
+    assert _prove(LOOK_BACK, ProofOptions(steps=150, trust=True)).proof.unproven
+
+
+def test_a_trusted_look_ahead_of_200_steps_is_found_by_the_disturbance() -> None:
+    with pytest.raises(
+        NotCausalError, match=r"output 'rnn' moves by .* before the time step that was disturbed"
+    ):
+        _prove(LOOK_AHEAD)
+
+
+def test_without_the_disturbance_nobody_would_say_that_it_looks_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Sampler, "disturbed", lambda _self, _rng, _temporal, inputs: (tuple(inputs), {}))
+    monkeypatch.setattr(evidence, "_refuse_moves", lambda *_args: None)
+    with pytest.raises(NotCausalError) as caught:
+        _prove(LOOK_AHEAD)
+    assert "was disturbed" not in str(caught.value)
+
+
+def test_an_end_token_of_a_vocabulary_of_1000_is_found_by_its_value() -> None:
+    with pytest.raises(NotCausalError, match="trust-causality"):
+        _prove(models_rows.CASES["end_mask"])
+
+
+def test_it_is_the_token_that_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sampler, "hard", _plain_draw)
+    monkeypatch.setattr(Sampler, "disturbed", lambda _self, _rng, _temporal, inputs: (tuple(inputs), {}))
+    assert _prove(models_rows.CASES["end_mask"], ProofOptions(steps=40, trust=True)).proof.unproven
+
+
+def test_a_scale_by_the_largest_value_is_found_by_large_values() -> None:
+    with pytest.raises(NotCausalError):
+        _prove(models_time.CASES["largest_scale"])
+
+
+def test_it_is_the_values_that_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sampler, "hard", _plain_draw)
+    monkeypatch.setattr(Sampler, "disturbed", lambda _self, _rng, _temporal, inputs: (tuple(inputs), {}))
+    assert _prove(models_time.CASES["largest_scale"]).proof.unproven
+
+
+def test_rows_that_are_mixed_are_found_also_in_trusted_models() -> None:
+    with pytest.raises(ModelError, match=r"rows of a batch are not independent|moves by|differs by"):
+        _prove(models_rows.CASES["mean_over_rows"])
+
+
+@pytest.mark.parametrize(
+    "name", ["noise", "counter", "noise_of_tensorflow", "rows_last", "state_from_inputs"]
+)
+def test_what_no_trust_can_mend_is_refused_all_the_same(name: str) -> None:
+    case = models_rows.CASES[name]
+    with pytest.raises(ModelError, match=case.refused):
+        _prove(case)
+
+
+def test_what_is_different_from_some_length_on_is_found_on_either_side_of_the_traces(tmp_path: Any) -> None:
+    """Below the first trace's length it is for the samples to find."""
+    from stepwell_server.compile.causality.cut import SCALES
+    from stepwell_server.compile.pipeline import compile_model
+
+    assert SCALES.first.steps < evidence.STEPS
+    case = before_rnn("other_above_300", odd("other_above_a_length_by_tensors", 300))
+    case.build().save(tmp_path / "model.keras")
+    with pytest.raises(
+        NotCausalError, match=r"step by step: output 'rnn' differs from Keras by .* from some number of"
+    ):
+        compile_model(tmp_path / "model.keras", tmp_path)
+
+
+def _plain_draw(self: Sampler, rng: Any, temporal: Any, steps: int) -> Any:
+    """Values as anyone would draw them: of the size of 1, and tokens that nothing compares with."""
+    drawn = dataclasses.replace(self, tables={}).draw(rng, temporal, steps, 8)
+    return tuple(value + 5 if value.dtype.kind == "i" else value.clip(-4, 4) for value in drawn)
