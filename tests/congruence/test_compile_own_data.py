@@ -12,7 +12,7 @@ import pytest
 from stepwell_server.compile.comparison import Comparison
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.program import Program, Proof, ProofOptions, TensorSpec
-from support import models
+from support import models, models_trusted
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -103,7 +103,7 @@ def test_one_sequence_may_leave_out_the_batch(tmp_path: Path) -> None:
 def test_an_unknown_operation_needs_trust_and_is_then_said_everywhere(tmp_path: Path) -> None:
     from stepwell_server.compile.pipeline import compile_model
 
-    models.build("determinant").save(tmp_path / "model.keras")
+    models_trusted.determinant().save(tmp_path / "model.keras")
     with pytest.raises(
         ModelError,
         match=r"not proven that the model may be stepped: the layer 'det' \(Determinant\) uses the operation "

@@ -13,7 +13,7 @@ import pytest
 
 import stepwell
 from stepwell_server.compile import cache
-from support import models
+from support import models, models_trusted
 from support.server_process import Forecast, ServerProcess, forecast
 
 # Keras calls numpy in a way that numpy 2 deprecates.
@@ -100,7 +100,7 @@ def test_a_start_checks_with_ones_own_data_and_is_refused_if_they_differ(
 
 
 def test_trust_is_shown_wherever_the_model_is(tmp_path: Path) -> None:
-    models.build("determinant").save(tmp_path / "det.keras")
+    models_trusted.determinant().save(tmp_path / "det.keras")
     arguments = (
         f"det={tmp_path}/det.keras",
         "--cache-dir",

@@ -14,15 +14,6 @@ REFUSED: dict[str, tuple[Builder, str]] = {}
 """Models that it must refuse, with a pattern of the message."""
 
 
-TRUSTED: dict[str, Builder] = {}
-"""Models that step well, of which the graph does not prove it."""
-
-
-def trusted(build: Builder) -> Builder:
-    TRUSTED[build.__name__] = build
-    return build
-
-
 def served(build: Builder) -> Builder:
     SERVED[build.__name__] = build
     return build
@@ -41,7 +32,7 @@ def build(name: str, seed: int = 0) -> Any:
     # Before anything loads Keras: it makes TensorFlow compute on one thread.
     from stepwell_server.compile.tensorflow_setup import keras
 
-    builder = SERVED.get(name) or TRUSTED.get(name) or REFUSED[name][0]
+    builder = SERVED.get(name) or REFUSED[name][0]
     model = builder(keras)
     randomize(model, seed)
     return model
@@ -492,16 +483,6 @@ def mixed_bfloat16(keras: Any) -> Any:
     x = keras.Input((None, 3))
     hidden = keras.layers.LSTM(4, return_sequences=True, dtype="mixed_bfloat16", name="lstm")(x)
     return keras.Model(x, keras.layers.Dense(2, dtype="float32")(hidden))
-
-
-@trusted
-def determinant(keras: Any) -> Any:
-    from support.custom_layers import Determinant
-
-    x = keras.Input((None, 4), name="x")
-    return keras.Model(
-        x, keras.layers.LSTM(3, return_sequences=True, name="lstm")(Determinant(name="det")(x))
-    )
 
 
 # --- what cannot be stepped ----------------------------------------------------------------------------

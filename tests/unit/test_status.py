@@ -1,3 +1,5 @@
+"""Every error has its status code and its reason, the same in calls and in frames."""
+
 from __future__ import annotations
 
 import grpc
