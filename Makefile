@@ -59,6 +59,10 @@ coverage: $(INSTALLED) ## Run all tests, and fail if they cover less than the fl
 soak: $(INSTALLED) ## Kill servers a thousand times under load and check every change (about ten minutes; ARGS="--kills 50 --seed 7")
 	$(BIN)/python tests/fault/soak.py $(ARGS)
 
+.PHONY: fuzz-models
+fuzz-models: $(INSTALLED) ## Compile random models and compare what is served with Keras (two seconds each; ARGS="--models 500 --seed 7")
+	$(BIN)/python tests/congruence/fuzz_models.py $(ARGS)
+
 .PHONY: bench
 bench: $(INSTALLED) ## Measure the server against what bounds it, and its stores (twenty minutes; ARGS="one many" runs some cases)
 	$(BIN)/python tests/bench/compare.py $(ARGS)
