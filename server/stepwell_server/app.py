@@ -145,6 +145,11 @@ def _check(settings: Settings, name: str, program: Program, limits: Limits) -> N
     worst = report.worst
     if worst is not None and not worst.is_allowed:
         raise StartError(f"model {name}: --check-with {file}: {worst}")
+    if not report.is_conclusive:
+        raise StartError(
+            f"model {name}: --check-with {file}: nothing can be said of an output: rounding alone moves Keras's own values "
+            "too far"
+        )
 
 
 def _progress(model: str) -> Callable[[str], None]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from stepwell_server.compile.comparison import Comparison, Difference
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.launch import compare_with_keras, compile_program
 from stepwell_server.program import Program, ProofOptions
-from stepwell_server.settings import SettingsError, default_cache_dir
+from stepwell_server.settings import SettingsError, default_cache_dir, variable_of
 
 #: Lines at most for the time steps of one output.
 _RANGES = 16
@@ -25,10 +27,24 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m stepwell_serv
         The exit code: 0 if it may be stepped and equals Keras, 1 if it differs on the sequences, 2 if it is
         refused or cannot be checked.
     """
-    parser = _parser(prog)
-    arguments = parser.parse_args(argv)
+    arguments = _parser(prog).parse_args(argv)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        cache_dir = arguments.cache_dir or default_cache_dir()
+        return _check(arguments)
+    except KeyboardInterrupt:  # The compiling process was ended on the way here, and its folder removed.
+        sys.stderr.write("stepwell: interrupted\n")
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    try:
+        cache_dir = arguments.cache_dir or _cache_dir()
         options = ProofOptions(arguments.probe_steps, arguments.trust_causality)
         program = compile_program(arguments.model, cache_dir, arguments.imports, _progress, options)
         _progress("compare")
@@ -43,7 +59,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m stepwell_serv
         sys.stdout.write(json.dumps(_document(program, found), indent=2) + "\n")
     else:
         sys.stdout.write("\n".join(_lines(program, found, arguments.data)) + "\n")
+    if not found.is_conclusive:
+        sys.stderr.write(
+            "stepwell: nothing can be said of an output: rounding alone moves Keras's own values too far\n"
+        )
+        return 1
     return 0 if found.worst is None or found.worst.is_allowed else 1
+
+
+def _cache_dir() -> Path:
+    """As serve has it: from the environment, or the user's own."""
+    named = os.environ.get(variable_of("cache_dir"))
+    return Path(named) if named else default_cache_dir()
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -73,7 +100,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--probe-steps",
         type=_steps,
         metavar="N",
-        help="Time steps over which the proof compares. Default: 512, or twice what the layers reach.",
+        help="Time steps over which the proof compares, if more than 512 and twice what the layers reach.",
     )
     parser.add_argument(
         "--trust-causality",
@@ -81,7 +108,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="Go on where the graph does not prove that the model may be stepped.",
     )
     parser.add_argument(
-        "--cache-dir", type=Path, metavar="DIR", help="Folder for compiled models, as of serve."
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="Folder for compiled models, as of serve. [STEPWELL_CACHE_DIR]",
     )
     parser.add_argument("--json", action="store_true", help="Print one JSON document.")
     return parser
@@ -100,7 +130,11 @@ def _progress(stage: str) -> None:
 def _document(program: Program, found: Comparison) -> dict[str, object]:
     return {
         "fingerprint": program.fingerprint,
-        "proof": {"compared_steps": program.proof.steps, "unproven": program.proof.unproven},
+        "proof": {
+            "compared_steps": program.proof.steps,
+            "compared_share": program.proof.compared,
+            "unproven": program.proof.unproven,
+        },
         "executor": program.executor,
         "executor_reason": program.executor_reason,
         **found.to_json(),

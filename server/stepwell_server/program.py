@@ -72,9 +72,13 @@ class Proof:
     """Length of the sequences over which it was compared with Keras."""
     unproven: str = ""
     """What the graph does not prove, as a clause; empty: it follows from the graph, for every length."""
+    compared: float = 1.0
+    """Share of the rows and time steps of those sequences that rounding alone does not make meaningless."""
 
     def __str__(self) -> str:
         samples = f"compared with Keras over {self.steps} time steps"
+        if self.compared < 0.995:
+            samples += f" ({self.compared:.0%} of the values; rounding makes the rest meaningless)"
         return (
             f"trusted by --trust-causality, {samples}"
             if self.unproven

@@ -234,7 +234,7 @@ class Settings:
     imports: Sequence[str] = _several(_module_names, tuple, "MODULE")
     """Module to import before a model is loaded, for its own layers and functions. May be given again; in the variable, with commas between them."""
     probe_steps: Mapping[str, int] = _several(_probe_steps, dict, "NAME=N")
-    """Time steps over which a model is compared with Keras when it is compiled. Default: 512, or twice what its layers reach."""
+    """Time steps over which a model is compared with Keras when it is compiled, if more than 512 and twice what its layers reach."""
     trust_causality: Sequence[str] = _several(_names, tuple, "NAME")
     """Model to serve although its graph does not prove that it may be stepped. It is still compared with Keras. May be given again."""
     check_with: Mapping[str, Path] = _several(_data_files, dict, "NAME=FILE.npy")

@@ -76,6 +76,11 @@ class Comparison:
             ],
         }
 
+    @property
+    def is_conclusive(self) -> bool:
+        """Something could be compared of each output."""
+        return all(output.skipped < 1 for output in self.outputs)
+
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Comparison:
         """Read what `to_json` made."""

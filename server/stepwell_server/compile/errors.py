@@ -33,5 +33,7 @@ def gist(error: Exception | str) -> str:
         text = bold[1]
     elif "in user code:" in text:
         text = text.strip().splitlines()[-1]
+    elif found := re.search(r"\n([^\n]+)\n\s*\[\[\{\{node", text):
+        text = found[1]  # Of an error while a graph runs: below where it was detected.
     text = re.sub(r" for '\{\{node .*", "", text, flags=re.DOTALL).replace(" with name 'None'", "")
     return next((line.strip() for line in text.splitlines() if line.strip()), "no message")

@@ -66,15 +66,16 @@ def gather(plan: Plan, sampler: Sampler, steps: int) -> list[Evidence]:
         ModelError: two calls differ, a row moves when another one is disturbed, or Keras's call fails.
     """
     rng, base = np.random.default_rng(17), rounding(plan.interface.model)
+    held = frozenset(sampler.tables)
     temporal = plan.temporal
     inputs = sampler.hard(rng, temporal, steps)
     disturbed, times = sampler.disturbed(rng, temporal, inputs)
     whole = _whole_call(plan.interface)
     with _explained(steps):
         usual, again = whole(inputs), whole(inputs)
-        noisy = whole([_noisy(rng, value, base) for value in inputs])
+        noisy = whole(_noisy(rng, inputs, base, held))
         moved = whole(disturbed)
-        moved_noisy = whole([_noisy(rng, value, base) for value in disturbed])
+        moved_noisy = whole(_noisy(rng, disturbed, base, held))
     for spec in plan.outputs:
         name, timed = spec.name, spec.temporal
         if not _same(usual[name], again[name]):
@@ -127,8 +128,22 @@ def _difference(name: str, timed: bool, evidence: Evidence, stepped: Array, tole
     )
 
 
-def observe(plan: Stepped, interface: Interface, inputs: Sequence[Array], steps: int) -> Evidence:
-    """Call the model on given sequences, and once more with noise of one rounding on them.
+def compared_share(plan: Stepped, samples: Sequence[Evidence], tolerance: float) -> float:
+    """Return which share of the rows and time steps says something, of the output where it is least."""
+    shares = [1.0]
+    for spec in plan.outputs:
+        ended = [
+            _allowed(_rows(sample.outputs[spec.name], spec.temporal), sample.noise[spec.name], tolerance)[1]
+            for sample in samples
+        ]
+        shares.append(float(1 - np.mean(np.concatenate([value.reshape(-1) for value in ended]))))
+    return min(shares)
+
+
+def observe(
+    plan: Stepped, interface: Interface, inputs: Sequence[Array], steps: int, held: frozenset[int]
+) -> Evidence:
+    """Call the model on given sequences, and once more with noise of one rounding on them, but for ``held`` inputs.
 
     Raises:
         ModelError: Keras's call fails.
@@ -136,7 +151,7 @@ def observe(plan: Stepped, interface: Interface, inputs: Sequence[Array], steps:
     whole, base = _whole_call(interface), rounding(interface.model)
     with _explained(steps):
         usual = whole(inputs)
-        noisy = whole([_noisy(np.random.default_rng(19), value, base) for value in inputs])
+        noisy = whole(_noisy(np.random.default_rng(19), inputs, base, held))
     return Evidence(steps, tuple(inputs), usual, _noise(plan, usual, noisy))
 
 
@@ -195,11 +210,21 @@ def _whole_call(interface: Interface) -> _Whole:
     return whole
 
 
-def _noisy(rng: np.random.Generator, value: Array, base: float) -> Array:
-    if not np.issubdtype(value.dtype, np.floating):
-        return value
-    signs = rng.choice([-1.0, 1.0], value.shape)
-    return np.asarray(value.astype(np.float64) * (1 + signs * base), value.dtype)
+def _noisy(
+    rng: np.random.Generator, inputs: Sequence[Array], base: float, held: frozenset[int]
+) -> list[Array]:
+    """Return inputs with a change of one rounding in each number.
+
+    Not in indices, nor where a whole input holds integers as floats: a rounding would make others of them.
+    """
+    noisy: list[Array] = []
+    for i, value in enumerate(inputs):
+        if i in held or not np.issubdtype(value.dtype, np.floating) or np.array_equal(value, np.rint(value)):
+            noisy.append(value)
+            continue
+        signs = rng.choice([-1.0, 1.0], value.shape)
+        noisy.append(np.asarray(value.astype(np.float64) * (1 + signs * base), value.dtype))
+    return noisy
 
 
 def _rows(value: Array, timed: bool) -> Floats:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 
 from stepwell_server.compile import archive, evidence
 from stepwell_server.compile.comparison import Comparison
-from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.errors import ModelError, gist
 from stepwell_server.compile.evidence import Evidence
 from stepwell_server.compile.interface import Interface, describe
 from stepwell_server.compile.samples import make_sampler
@@ -38,30 +40,40 @@ def compare(model: Path, program: Program, data: Path | None) -> Comparison:
         steps = program.proof.steps
         inputs: Sequence[Array] = sampler.hard(np.random.default_rng(23), temporal, steps)
     else:
-        inputs, steps = read(data, program.inputs)
-    sample = _observe(program, interface, inputs, steps)
+        inputs, steps = read(data, program.inputs, sampler.tables)
+    sample = _observe(program, interface, inputs, steps, frozenset(sampler.tables))
     stepped = run(program, step_of_executor(load_executor(program)), inputs, steps)
     return evidence.compare(program, sample, stepped, tolerance(loaded))
 
 
-def _observe(program: Program, interface: Interface, inputs: Sequence[Array], steps: int) -> Evidence:
+def _observe(
+    program: Program, interface: Interface, inputs: Sequence[Array], steps: int, held: frozenset[int]
+) -> Evidence:
     casts = [np.asarray(value, spec.dtype) for value, spec in zip(inputs, program.inputs, strict=True)]
-    return evidence.observe(program, interface, casts, steps)
+    return evidence.observe(program, interface, casts, steps, held)
 
 
-def read(file: Path, specs: Sequence[TensorSpec]) -> tuple[list[Array], int]:
+def read(
+    file: Path, specs: Sequence[TensorSpec], tables: Mapping[int, int] | None = None
+) -> tuple[list[Array], int]:
     """Read sequences for the inputs of a model; returns them and the number of time steps.
 
     An ``.npy`` file holds the one input of a model, an ``.npz`` file inputs by their names. Each is
-    ``(batch, T, features...)``; a single sequence may leave out the batch.
+    ``(batch, T, features...)``; a single sequence may leave out the batch. ``tables`` has the sizes of the tables
+    that inputs, by their place, are indices into.
 
     Raises:
         ModelError: it cannot be read, or does not fit.
     """
     try:
         content: Any = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ModelError(f"{file}: cannot be read as NumPy's .npy or .npz: {error}") from error
+        if not isinstance(content, np.ndarray):
+            with content:
+                content = {name: content[name] for name in content.files}
+    except (OSError, ValueError, EOFError, LookupError, zipfile.BadZipFile, zlib.error) as error:
+        raise ModelError(
+            f"{file}: cannot be read as NumPy's .npy or .npz of numbers; it is damaged, or holds objects ({gist(error)})"
+        ) from error
     if isinstance(content, np.ndarray):
         if len(specs) != 1:
             names = ", ".join(repr(spec.name) for spec in specs)
@@ -70,8 +82,7 @@ def read(file: Path, specs: Sequence[TensorSpec]) -> tuple[list[Array], int]:
             )
         found = {specs[0].name: content}
     else:
-        with content:
-            found = {name: content[name] for name in content.files}
+        found = content
     missing = [spec.name for spec in specs if spec.name not in found]
     unknown = [name for name in found if name not in {spec.name for spec in specs}]
     if missing or unknown:
@@ -79,7 +90,7 @@ def read(file: Path, specs: Sequence[TensorSpec]) -> tuple[list[Array], int]:
         raise ModelError(
             f"{file}: must hold the inputs {wanted}; got {', '.join(map(repr, found)) or 'none'}"
         )
-    arrays = [_fitting(file, spec, found[spec.name]) for spec in specs]
+    arrays = [_fitting(file, spec, found[spec.name], (tables or {}).get(i)) for i, spec in enumerate(specs)]
     lengths = {array.shape[1] for array, spec in zip(arrays, specs, strict=True) if spec.temporal}
     rows = {len(array) for array in arrays}
     if len(lengths) > 1 or len(rows) > 1:
@@ -88,7 +99,7 @@ def read(file: Path, specs: Sequence[TensorSpec]) -> tuple[list[Array], int]:
     return arrays, lengths.pop() if lengths else 1
 
 
-def _fitting(file: Path, spec: TensorSpec, array: Array) -> Array:
+def _fitting(file: Path, spec: TensorSpec, array: Array, table: int | None) -> Array:
     leading = 2 if spec.temporal else 1
     if array.ndim == leading - 1 + len(spec.shape):
         array = array[np.newaxis]
@@ -99,4 +110,21 @@ def _fitting(file: Path, spec: TensorSpec, array: Array) -> Array:
         )
     if not np.can_cast(array.dtype, np.dtype(spec.dtype), "same_kind"):
         raise ModelError(f"{file}: input {spec.name!r} must be {spec.dtype}; got {array.dtype}")
-    return array.astype(spec.dtype)
+    with np.errstate(over="ignore"):
+        cast = array.astype(spec.dtype)
+    _refuse_at(file, spec, array, ~np.isfinite(cast), f"must be finite {spec.dtype}")
+    if table is not None:
+        rule = f"must be indices from 0 to {table - 1}"
+        _refuse_at(file, spec, array, (cast < 0) | (cast >= table), rule)
+    if np.issubdtype(array.dtype, np.integer):
+        _refuse_at(file, spec, array, cast != array, f"must fit {spec.dtype}")
+    return cast
+
+
+def _refuse_at(file: Path, spec: TensorSpec, array: Array, is_wrong: Any, rule: str) -> None:
+    """Refuse data by the first value that is wrong."""
+    wrong = np.argwhere(is_wrong)
+    if len(wrong):
+        place = tuple(int(i) for i in wrong[0])
+        where = f"row {place[0]}" + (f", time step {place[1]}" if spec.temporal else "")
+        raise ModelError(f"{file}: input {spec.name!r} {rule}; got {array[place]} at {where}")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from stepwell_server.compile import evidence
-from stepwell_server.compile.causality.blame import length_problem, named, refusal_of
-from stepwell_server.compile.causality.cut import CutError, Cuts, cut
+from stepwell_server.compile.causality.blame import length_problem, loop_problem, named, refusal_of
+from stepwell_server.compile.causality.cut import CutError, Cuts, LoopError, cut
 from stepwell_server.compile.causality.proof import Unadmitted, prove
 from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.errors import ModelError, NotCausalError, gist
@@ -73,6 +73,8 @@ def _try(
     rng = np.random.default_rng(7)
     try:
         cuts = cut(interface, temporal)
+    except LoopError as error:
+        raise loop_problem(interface, error) from error
     except CutError as error:
         raise length_problem(interface, temporal, error) from error
     with _explained(f"the model does not run on sequences of {' and '.join(map(str, _LENGTHS))} time steps"):
@@ -86,9 +88,15 @@ def _try(
         if progress is not None:
             progress("probe")
         seen += [_observe(sampler, temporal, steps, rng) for steps in _MORE_LENGTHS]
-    steps = options.steps or evidence.reach(interface.model, _own_steps(interface, temporal))
+    steps = max(options.steps or 0, evidence.reach(interface.model, _own_steps(interface, temporal)))
     found = evidence.gather(plan, sampler, steps if any(temporal) else 1)
-    proof = Proof(steps=found[0].steps, unproven=unproven)
+    share = evidence.compared_share(plan, found, tolerance(interface.model))
+    if unproven and share < 0.5:
+        raise ModelError(
+            f"--trust-causality names the model, but samples can say something of {share:.0%} of their rows and time steps "
+            f"only: elsewhere one rounding of the inputs moves Keras's own values by a tenth or more; {unproven}"
+        )
+    proof = Proof(steps=found[0].steps, unproven=unproven, compared=share)
     traced = Traced(plan, sampler, function, tuple(seen), tuple(found), proof)
     _compare(traced)
     return traced

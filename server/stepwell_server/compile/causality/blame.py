@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stepwell_server.compile.causality.cut import CutError, all_operations
+from stepwell_server.compile.causality.cut import CutError, LoopError, all_operations
 from stepwell_server.compile.causality.direction import Direction, direction
 from stepwell_server.compile.causality.proof import Unadmitted
 from stepwell_server.compile.causality.refusals import Reason
@@ -57,6 +57,15 @@ def _over_time(sampler: Sampler, temporal: Sequence[bool], layer: Any, clause: s
 
 def _ahead(who: str, clause: str) -> NotCausalError:
     return NotCausalError(f"model is not causal: {who} looks ahead: it {clause}; {Reason.BACKWARDS.value}")
+
+
+def loop_problem(interface: Interface, found: LoopError) -> NotCausalError:
+    """Return the error for a model that loops over its time steps in Python."""
+    who = named(interface.model, found.layer)
+    return NotCausalError(
+        f"{_STEP_BY_STEP}{who} {found}, whose steps no session could keep apart; write what it does in one step as a "
+        "cell, and let keras.layers.RNN run it"
+    )
 
 
 def length_problem(interface: Interface, temporal: Sequence[bool], found: CutError) -> ModelError:

@@ -25,6 +25,8 @@ from stepwell_server.compile.watch import recurrent_layers
 #: different in the two traces, or, below the first, in samples of one and of `evidence.STEPS` time steps,
 #: which therefore are more than the first.
 SCALES = Scales(Scale(rows=37, steps=509), Scale(rows=41, steps=4099))
+#: Long enough for most windows, and short enough to make operations for each time step.
+_SMALL = (Scale(rows=3, steps=23), Scale(rows=3, steps=29))
 #: A loop over another axis than the sequence runs whole in the graph. One longer than this does so only
 #: if it is as long in both traces: a loop over a part of the sequence would make a thousand copies of a cell.
 _SHORT = 16
@@ -124,11 +126,19 @@ class CutError(ModelError):
         """The layer that raised, or None."""
 
 
+class LoopError(CutError):
+    """The model makes other operations for each time step: it runs a loop over them in Python."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer, "runs a loop over its time steps in Python")
+
+
 class _Tracing:
     """One trace in progress."""
 
     def __init__(self, interface: Interface, scale: Scale, inner: frozenset[_Loop]) -> None:
         self.interface, self.scale, self.inner = interface, scale, inner
+        self.short = 0 if scale in _SMALL else _SHORT
         self.calls: list[CutCall] = []
         self.long: dict[_Loop, CutCall] = {}
         self.counts: collections.Counter[str] = collections.Counter()
@@ -182,7 +192,7 @@ class _Tracing:
             self.counts[path] += 1
             loop = (path, self.counts[path])
             if steps % self.scale.steps or rows % self.scale.rows:
-                if steps > _SHORT and loop not in self.inner:
+                if steps > self.short and loop not in self.inner:
                     results, self.long[loop] = self._cut(path, layer, sequences, initial_state, mask)
                     return results
                 return original(
@@ -232,11 +242,13 @@ def cut(interface: Interface, temporal: Sequence[bool], scales: Scales = SCALES)
     """Trace the model at two sizes.
 
     Raises:
+        LoopError: it runs a loop over the time steps in Python.
         CutError: it does not run on sequences of such lengths.
         ModelError: a recurrent layer runs over something that no session's state can be kept for.
     """
     if not any(temporal) and recurrent_layers(interface.model):
         raise ModelError("no recurrent layer of the model follows the sequence of its inputs")
+    _refuse_loops(interface, temporal)
     both = (scales.first, scales.second)
     one, two = (_cut(interface, temporal, scale) for scale in both)
     inner = one[1].items() & two[1].items()
@@ -244,6 +256,19 @@ def cut(interface: Interface, temporal: Sequence[bool], scales: Scales = SCALES)
         loops = frozenset(loop for loop, _ in inner)
         one, two = (_cut(interface, temporal, scale, loops) for scale in both)
     return Cuts(tuple(temporal), scales, one[0], two[0])
+
+
+def _refuse_loops(interface: Interface, temporal: Sequence[bool]) -> None:
+    """Refuse what makes operations for each time step, before it does so for thousands of them."""
+    try:
+        one, two = (_cut(interface, temporal, scale)[0] for scale in _SMALL)
+    except CutError:
+        return  # It may run on longer ones.
+    first, second = (side.graph.get_operations() for side in (one, two))
+    if len(first) != len(second):
+        kinds = zip(first, second, strict=False)
+        parts = (i for i, (a, b) in enumerate(kinds) if a.type != b.type)
+        raise LoopError(two.owner(next(parts, min(len(first), len(second)))))
 
 
 def _cut(

@@ -24,6 +24,7 @@ from stepwell_server.compile.errors import ModelError
 
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 _WRITES = ("Assign", "ResourceApply", "ResourceScatter", "LookupTableInsert", "LookupTableImport")
+_LOOPS = ("While", "TensorList", "TensorArray", "StatelessIf", "StatelessCase")
 _DRAWS = (
     "Random",
     "Multinomial",
@@ -404,6 +405,12 @@ class _Frame:
         if one.type in _CALLS:
             return self._called(one, two, inputs)
         rule = RULES.get(one.type)
+        if rule is None and any(kind in one.type for kind in _LOOPS):
+            raise Refusal(
+                Reason.UNPROVEN,
+                "runs a loop or a branch of TensorFlow's (tf.while_loop, tf.map_fn, tf.scan, tf.cond: "
+                f"{one.type}), which is not followed",
+            )
         if rule is None:
             raise Refusal(
                 Reason.UNPROVEN,
