@@ -28,6 +28,12 @@ def forecast(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Program]:
     return folder / "model.keras", compile_model(folder / "model.keras", folder)
 
 
+def _with(value: float) -> Any:
+    array = np.zeros((2, 5, 3))
+    array[1, 3, 0] = value
+    return array
+
+
 def _saved(folder: Path, **arrays: Any) -> Path:
     np.savez(folder / "data.npz", **arrays)
     return folder / "data.npz"
@@ -68,6 +74,8 @@ def test_a_program_of_other_weights_is_found_out(forecast: tuple[Path, Program],
         ),
         ({"x": np.zeros((0, 5, 3))}, r"none of them 0; got \(0, 5, 3\)"),
         ({"x": np.array([[["a", "b", "c"]]])}, r"'x' must be float32; got <U1"),
+        ({"x": _with(np.nan)}, r"'x' must be finite float32; got nan at row 1, time step 3"),
+        ({"x": _with(1e300)}, r"'x' must be finite float32; got 1e\+300 at row 1, time step 3"),
     ],
 )
 def test_data_that_do_not_fit_are_refused(arrays: dict[str, Any], says: str, tmp_path: Path) -> None:
@@ -90,6 +98,35 @@ def test_inputs_of_unlike_lengths_and_objects_are_refused(tmp_path: Path) -> Non
     np.save(tmp_path / "objects.npy", np.array([object()]), allow_pickle=True)
     with pytest.raises(ModelError, match="cannot be read as NumPy's"):
         read(tmp_path / "objects.npy", specs[:1])
+
+
+def test_indices_that_no_table_has_are_refused(tmp_path: Path) -> None:
+    from stepwell_server.compile.own_data import read
+
+    specs = [TensorSpec("tokens", (), "int32", temporal=True)]
+    np.save(tmp_path / "x.npy", np.array([[0, 9], [3, 10]]))
+    with pytest.raises(
+        ModelError, match=r"'tokens' must be indices from 0 to 9; got 10 at row 1, time step 1"
+    ):
+        read(tmp_path / "x.npy", specs, {0: 10})
+    assert read(tmp_path / "x.npy", specs, {0: 11})[1] == 2
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04junk", b"", b"\x93NUMPY\x01"])
+def test_a_damaged_file_is_its_users_affair(content: bytes, tmp_path: Path) -> None:
+    from stepwell_server.compile.own_data import read
+
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(ModelError, match=r"x\.npz: cannot be read as NumPy's"):
+        read(tmp_path / "x.npz", [TensorSpec("x", (3,), "float32", temporal=True)])
+
+
+def test_a_comparison_of_nothing_is_not_conclusive() -> None:
+    from stepwell_server.compile.comparison import Difference
+
+    nothing = Difference("y", 0.0, 0.0, 1.0, 0, 0, (0.0,), skipped=1.0)
+    assert not Comparison(1, 1, (nothing,)).is_conclusive
+    assert Comparison(1, 1, (dataclasses.replace(nothing, skipped=0.5),)).is_conclusive
 
 
 def test_one_sequence_may_leave_out_the_batch(tmp_path: Path) -> None:
@@ -119,4 +156,4 @@ def test_an_unknown_operation_needs_trust_and_is_then_said_everywhere(tmp_path: 
 
 def test_the_proof_of_a_known_model_is_of_its_graph(forecast: tuple[Path, Program]) -> None:
     assert forecast[1].proof == Proof(steps=512)
-    assert dataclasses.asdict(forecast[1].proof) == {"steps": 512, "unproven": ""}
+    assert dataclasses.asdict(forecast[1].proof) == {"steps": 512, "unproven": "", "compared": 1.0}

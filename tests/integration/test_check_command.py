@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def test_a_model_that_is_not_what_runs_is_found_out(data: Path, swapped: Forecas
     done = _check(*arguments, "--json")
     assert done.returncode == 1
     document = json.loads(done.stdout)
-    assert document["proof"] == {"compared_steps": 512, "unproven": ""}
+    assert document["proof"] == {"compared_steps": 512, "compared_share": 1.0, "unproven": ""}
     assert [output["is_allowed"] for output in document["outputs"]] == [False]
     assert len(document["outputs"][0]["by_step"]) == 40
 
@@ -78,6 +79,19 @@ def test_what_cannot_be_stepped_and_what_cannot_be_read_exit_with_2(tmp_path: Pa
     done = _check(str(tmp_path / "gone.keras"), "--cache-dir", str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.endswith("gone.keras: there is no such file\n")
+
+
+def test_the_cache_is_that_of_serve_and_an_end_by_signal_leaves_nothing_behind(tmp_path: Path) -> None:
+    models.build("lstm_dense", seed=9).save(tmp_path / "model.keras")
+    environment = os.environ | {"STEPWELL_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "stepwell", "check", str(tmp_path / "model.keras")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "load...\n"
+        process.terminate()
+        assert "interrupted" in process.stderr.read()
+        assert process.wait(60) == 130
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_start_checks_with_ones_own_data_and_is_refused_if_they_differ(

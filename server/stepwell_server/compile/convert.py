@@ -9,6 +9,7 @@ from typing import Any
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from stepwell_server.compile.errors import gist
+from stepwell_server.compile.rewrite import rewritten
 from stepwell_server.compile.tensorflow_setup import tf
 
 
@@ -23,7 +24,7 @@ def freeze(function: Any) -> Any:
         ConversionError: the function reads something else than variables, such as a lookup table.
     """
     try:
-        frozen = convert_variables_to_constants_v2(function)
+        frozen = rewritten(convert_variables_to_constants_v2(function))
     except (KeyError, ValueError, tf.errors.OpError) as error:
         raise ConversionError(f"its variables cannot be made constants ({gist(error)})") from error
     signature = function.structured_input_signature[1]

@@ -66,9 +66,9 @@ def read(
         ModelError: it cannot be read, or does not fit.
     """
     try:
-        content: Any = np.load(file, allow_pickle=False)
-        if not isinstance(content, np.ndarray):
-            with content:
+        with file.open("rb") as stream:
+            content: Any = np.load(stream, allow_pickle=False)
+            if not isinstance(content, np.ndarray):
                 content = {name: content[name] for name in content.files}
     except (OSError, ValueError, EOFError, LookupError, zipfile.BadZipFile, zlib.error) as error:
         raise ModelError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from stepwell_server.compile import archive, check, convert
 from stepwell_server.compile.errors import ModelError, NotCausalError, gist
+from stepwell_server.compile.extremes import worst_at_extremes
 from stepwell_server.compile.probe import Traced, trace_and_probe
 from stepwell_server.compile.sequences import step_of_executor
 from stepwell_server.engine.executors import load_executor
@@ -90,6 +91,9 @@ def _litert(traced: Traced, program: Program, report: Callable[[str], None]) -> 
     try:
         step = step_of_executor(load_executor(program))
         check.check_against_keras(traced, step)
+        differs = worst_at_extremes(traced, step)
+        if differs:
+            raise check.CheckError(differs)
         sizes = check.affordable(traced, step, check.LITERT_SIZES)
         agreeing = check.agreeing_sizes(traced, step, sizes)
     except (ExecutionError, RuntimeError, ValueError) as error:  # The interpreter's "I cannot run this".

@@ -1,0 +1,52 @@
+"""Changes to a frozen graph before it is converted: what the converter stumbles over, or makes less of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensorflow.core.framework import graph_pb2, node_def_pb2
+from tensorflow.python.eager import wrap_function
+
+#: A gradient of one's own (silu has one) keeps the converter from naming inputs and outputs. Nobody trains it.
+_GRADIENT = "_gradient_op_type"
+
+
+def rewritten(frozen: Any) -> Any:
+    """Return a frozen function without gradients of its own, and with a softplus that does not overflow.
+
+    LiteRT computes softplus as log(1 + exp(x)), which is infinite from 89 on. Here it is
+    max(x, 0) + log(1 + exp(-|x|)), which is the same and is not.
+    """
+    graph = frozen.graph.as_graph_def()
+    functions = [node for function in graph.library.function for node in function.node_def]
+    if not any(node.op == "Softplus" or _GRADIENT in node.attr for node in (*graph.node, *functions)):
+        return frozen
+    for node in functions:
+        node.attr.pop(_GRADIENT, None)
+    changed = graph_pb2.GraphDef(versions=graph.versions, library=graph.library)
+    for node in graph.node:
+        node.attr.pop(_GRADIENT, None)
+        changed.node.extend(_softplus(node) if node.op == "Softplus" else [node])
+    return wrap_function.function_from_graph_def(
+        changed, [x.name for x in frozen.inputs], [x.name for x in frozen.outputs]
+    )
+
+
+def _softplus(node: Any) -> list[Any]:
+    """Return nodes that compute a softplus; the last one has its name."""
+    name, kind = node.name, node.attr["T"]
+
+    def made(suffix: str, op: str, *inputs: str) -> Any:
+        result = node_def_pb2.NodeDef(name=f"{name}{suffix}", op=op, input=inputs, device=node.device)
+        result.attr["T"].CopyFrom(kind)
+        return result
+
+    (source,) = [value for value in node.input if not value.startswith("^")]
+    return [
+        made("/positive", "Relu", source),
+        made("/size", "Abs", source),
+        made("/negative", "Neg", f"{name}/size"),
+        made("/exp", "Exp", f"{name}/negative"),
+        made("/log", "Log1p", f"{name}/exp"),
+        made("", "AddV2", f"{name}/positive", f"{name}/log"),
+    ]

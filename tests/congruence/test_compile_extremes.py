@@ -1,0 +1,90 @@
+"""What LiteRT makes of an operation is held against TensorFlow at inputs of every size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.engine.executors import load_executor
+from stepwell_server.program import ProofOptions
+from support import models
+
+# Keras calls numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def _compiled(model: Any, folder: Path, **options: Any) -> Any:
+    from stepwell_server.compile.pipeline import compile_model
+
+    models.randomize(model)
+    model.save(folder / "model.keras")
+    return compile_model(folder / "model.keras", folder, options=ProofOptions(**options))
+
+
+def test_softplus_does_not_overflow(tmp_path: Path) -> None:
+    from stepwell_server.compile.tensorflow_setup import keras
+
+    x = keras.Input((None, 1), dtype="int32")
+    hidden = keras.ops.softplus(keras.ops.cast(x, "float32"))
+    model = keras.Model(x, [hidden, keras.layers.GRU(3, return_sequences=True)(hidden)])
+    program = _compiled(model, tmp_path)
+    assert program.executor == "litert"
+    executor = load_executor(program)
+    values = np.array([[0], [1], [50], [100], [3000], [1_000_000]], np.int32)
+    executor.bind(len(values))
+    executor.inputs()[0][...] = values
+    executor.states()[0][...] = 0
+    executor.invoke()
+    whole: list[Any] = [np.array(value)[:, 0] for value in model(values[:, None])]
+    found: list[Any] = list(executor.outputs())
+    for one, two in zip(whole, found, strict=True):
+        np.testing.assert_allclose(two, one, rtol=2e-6, atol=2e-6)
+
+
+def test_what_has_a_gradient_of_its_own_runs_on_litert(tmp_path: Path) -> None:
+    from stepwell_server.compile.tensorflow_setup import keras
+
+    x = keras.Input((None, 3))
+    model = keras.Model(x, keras.layers.LSTM(3)(keras.activations.silu(0.01 * x)))
+    assert _compiled(model, tmp_path).executor == "litert"
+
+
+def test_a_step_that_overflows_for_large_inputs_is_found() -> None:
+    from stepwell_server.compile.extremes import worst_at_extremes
+    from stepwell_server.compile.probe import trace_and_probe
+    from stepwell_server.compile.sequences import step_of_function
+
+    traced = trace_and_probe(models.build("lstm_dense"))
+    step = step_of_function(traced.plan, traced.function)
+
+    def overflowing(inputs: Sequence[Any], states: Sequence[Any]) -> tuple[Any, Any]:
+        outputs, after = step(inputs, states)
+        first = np.array(outputs[0])
+        first[np.max(np.abs(inputs[0]), axis=1) > 1e5] = np.inf
+        return [first, *outputs[1:]], after
+
+    assert worst_at_extremes(traced, step) == ""
+    assert "'y' differs from TensorFlow's for inputs of the size 1e+0" in worst_at_extremes(
+        traced, overflowing
+    )
+
+
+def test_tokens_given_as_floats_are_compared_and_not_only_trusted(tmp_path: Path) -> None:
+    """Noise on an index would make another one of it, and then nothing could be said of any sequence."""
+    from stepwell_server.compile.tensorflow_setup import keras
+
+    tokens = keras.Input((None,))
+    embedded = keras.layers.Embedding(10, 4)(tokens)
+    good = keras.Model(tokens, keras.layers.LSTM(3, return_sequences=True)(embedded))
+    assert _compiled(good, tmp_path).proof.compared == 1
+    lagging = keras.layers.Conv1D(4, 2, padding="causal", dilation_rate=16, name="lag")(embedded)
+    bad = keras.Model(tokens, keras.layers.LSTM(3, return_sequences=True)(lagging))
+    with pytest.raises(
+        ModelError, match=r"although --trust-causality names it: output .* differs from Keras"
+    ):
+        _compiled(bad, tmp_path, trust=True)
