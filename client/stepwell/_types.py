@@ -59,6 +59,8 @@ class ProofInfo:
     """Length of the sequences on which it was compared with Keras, in time steps."""
     unproven: str
     """What does not follow from its graph and was trusted (``--trust-causality``), as a clause, or empty."""
+    compared_share: float = 1.0
+    """Share of their rows and time steps of which the comparison says something, 0 to 1."""
 
     @property
     def is_trusted(self) -> bool:
@@ -69,6 +71,8 @@ class ProofInfo:
         if not self.compared_steps:
             return "unknown"
         samples = f"compared with Keras over {self.compared_steps} time steps"
+        if self.compared_share < 0.995:
+            samples += f" ({self.compared_share:.0%} of the values)"
         return f"TRUSTED, not proven; {samples}" if self.unproven else f"proven from its graph; {samples}"
 
 
@@ -117,7 +121,7 @@ class ModelInfo:
             batch_sizes=tuple(model.batch_sizes),
             state_row_bytes=model.state_row_bytes,
             sessions=model.sessions,
-            proof=ProofInfo(model.proof.compared_steps, model.proof.unproven),
+            proof=ProofInfo(model.proof.compared_steps, model.proof.unproven, model.proof.compared_share),
         )
 
 

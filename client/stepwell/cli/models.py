@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ("sessions", "open sessions"),
         ("proof", "how it is known that it may be stepped:"),
         ("proof.compared_steps", "length of the sequences on which it was compared with Keras"),
+        ("proof.compared_share", "share of their rows and time steps of which that says something"),
         ("proof.unproven", "what does not follow from its graph and was trusted; empty: nothing"),
     ),
 )
@@ -90,7 +91,11 @@ def model_json(model: ModelInfo) -> dict[str, object]:
         "batch_sizes": list(model.batch_sizes),
         "state_row_bytes": model.state_row_bytes,
         "sessions": model.sessions,
-        "proof": {"compared_steps": model.proof.compared_steps, "unproven": model.proof.unproven},
+        "proof": {
+            "compared_steps": model.proof.compared_steps,
+            "compared_share": model.proof.compared_share,
+            "unproven": model.proof.unproven,
+        },
     }
 
 

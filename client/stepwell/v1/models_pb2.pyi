@@ -99,21 +99,27 @@ class Proof(_message.Message):
 
     COMPARED_STEPS_FIELD_NUMBER: _builtins.int
     UNPROVEN_FIELD_NUMBER: _builtins.int
+    COMPARED_SHARE_FIELD_NUMBER: _builtins.int
     compared_steps: _builtins.int
     """Length of the sequences on which it was compared with Keras, in time steps."""
     unproven: _builtins.str
     """What does not follow from the model's graph and was trusted (--trust-causality), as a clause. Empty: all
     follows from the graph, for sequences of every length.
     """
+    compared_share: _builtins.float
+    """Share of the rows and time steps of those sequences of which the comparison says something, 0 to 1: elsewhere
+    one rounding of the inputs moves the model's own values too far.
+    """
     def __init__(
         self,
         *,
         compared_steps: _builtins.int = ...,
         unproven: _builtins.str = ...,
+        compared_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compared_steps", b"compared_steps", "unproven", b"unproven"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compared_share", b"compared_share", "compared_steps", b"compared_steps", "unproven", b"unproven"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

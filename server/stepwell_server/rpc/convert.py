@@ -208,7 +208,11 @@ def from_model(info: ModelInfo) -> models_pb2.Model:
         batch_sizes=program.batch_sizes,
         state_row_bytes=program.state_row_bytes,
         sessions=info.sessions,
-        proof=models_pb2.Proof(compared_steps=program.proof.steps, unproven=program.proof.unproven),
+        proof=models_pb2.Proof(
+            compared_steps=program.proof.steps,
+            unproven=program.proof.unproven,
+            compared_share=program.proof.compared,
+        ),
     )
 
 
