@@ -1,0 +1,144 @@
+"""Refusals that point to a way on: the message has it, and it works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.engine.executors import load_executor
+from stepwell_server.program import Program
+from support import models
+
+# Keras calls numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def keras() -> Any:
+    """Keras, set up as the compiler has it."""
+    from stepwell_server.compile.tensorflow_setup import keras
+
+    return keras
+
+
+def _compiled(model: Any, folder: Path) -> Program:
+    from stepwell_server.compile.pipeline import compile_model
+
+    models.randomize(model)
+    model.save(folder / "model.keras")
+    return compile_model(folder / "model.keras", folder)
+
+
+def _stepped(program: Program, inputs: list[Any], states: list[Any] | None = None) -> Any:
+    """Step through sequences; returns the first output of each time step."""
+    from stepwell_server.compile.sequences import at, initial_states, step_of_executor
+
+    step = step_of_executor(load_executor(program))
+    steps = next(value.shape[1] for value, spec in zip(inputs, program.inputs, strict=True) if spec.temporal)
+    now: Any = states or initial_states(program, len(inputs[0]))
+    seen = []
+    for time in range(steps):
+        outputs, now = step(at(program, inputs, time), now)
+        seen.append(outputs[0])
+    return np.stack(seen, 1)
+
+
+def test_a_series_of_fixed_length_that_is_reshaped(keras: Any, tmp_path: Path) -> None:
+    def built(length: int | None) -> Any:
+        x = keras.Input((length,))
+        series = keras.layers.Reshape((length or -1, 1), name="shape")(x)
+        return keras.Model(x, keras.layers.LSTM(4, return_sequences=True)(series))
+
+    fixed = built(30)
+    with pytest.raises(
+        ModelError,
+        match=r"runs only on sequences of 30 time steps.*the layer 'shape' \(Reshape\) fails on another length.*"
+        r"keras\.Input\(\(None, \.\.\.\)\) and Reshape\(\(-1, 1\)\) in place of 'shape', and load the weights",
+    ):
+        _compiled(fixed, tmp_path)
+    free = built(None)
+    program = _compiled(free, tmp_path)
+    free.set_weights(fixed.get_weights())  # What the message tells people to do.
+    program = _compiled(free, tmp_path)
+    x = np.random.default_rng(1).standard_normal((2, 30)).astype("float32")
+    np.testing.assert_allclose(_stepped(program, [x]), np.array(fixed(x)), rtol=2e-5, atol=2e-6)
+
+
+def test_static_features_that_are_repeated(keras: Any, tmp_path: Path) -> None:
+    def built(length: int | None) -> Any:
+        x, s = keras.Input((length, 3), name="x"), keras.Input((2,), name="s")
+        if length:
+            spread = keras.layers.RepeatVector(length, name="again")(s)
+        else:
+            spread = keras.ops.expand_dims(s, 1) + keras.ops.zeros_like(x[:, :, :1])
+        joined = keras.layers.Concatenate()([x, spread])
+        return keras.Model([x, s], keras.layers.GRU(4, return_sequences=True)(joined))
+
+    fixed = built(24)
+    with pytest.raises(
+        ModelError,
+        match=r"runs only on sequences of 24 time steps.*in place of 'again' repeat by "
+        r"keras\.ops\.expand_dims\(s, 1\) \+ keras\.ops\.zeros_like\(x\[:, :, :1\]\)",
+    ):
+        _compiled(fixed, tmp_path)
+    free = built(None)
+    program = _compiled(free, tmp_path)
+    fixed.set_weights(free.get_weights())
+    rng = np.random.default_rng(2)
+    x, s = rng.standard_normal((2, 24, 3)).astype("float32"), rng.standard_normal((2, 2)).astype("float32")
+    named = {"x": x, "s": s}
+    stepped = _stepped(program, [named[spec.name] for spec in program.inputs])
+    np.testing.assert_allclose(stepped, np.array(fixed([x, s])), rtol=2e-5, atol=2e-6)
+
+
+def test_a_decoder_whose_initial_state_is_an_input(keras: Any, tmp_path: Path) -> None:
+    x, h, c = keras.Input((None, 3)), keras.Input((4,)), keras.Input((4,))
+    decoder = keras.layers.LSTM(4, return_sequences=True, name="decoder")
+    whole = keras.Model([x, h, c], decoder(x, initial_state=[h, c]))
+    with pytest.raises(
+        ModelError,
+        match=r"the layer 'decoder' \(LSTM\) takes its initial state from the model's inputs.*leave the state's inputs out "
+        r".*open_session\(\) or reset_states\(\)",
+    ):
+        _compiled(whole, tmp_path)
+    alone = keras.Input((None, 3))
+    program = _compiled(keras.Model(alone, decoder(alone)), tmp_path)
+    rng = np.random.default_rng(3)
+    values = [rng.standard_normal(shape).astype("float32") for shape in ((2, 20, 3), (2, 4), (2, 4))]
+    stepped = _stepped(program, values[:1], values[1:])
+    np.testing.assert_allclose(stepped, np.array(whole(values)), rtol=2e-5, atol=2e-6)
+
+
+def test_a_model_without_recurrent_layers_takes_its_fixed_axes_as_features(
+    keras: Any, tmp_path: Path
+) -> None:
+    x = keras.Input((16,), name="x")
+    program = _compiled(keras.Model(x, keras.layers.Dense(1)(x)), tmp_path)
+    assert [(spec.shape, spec.temporal) for spec in program.inputs] == [((16,), False)]
+    assert [(spec.shape, spec.temporal) for spec in program.outputs] == [((1,), False)]
+
+
+def test_a_chaotic_cell_is_not_refused_for_rounding(keras: Any, tmp_path: Path) -> None:
+    """The logistic map doubles a rounding with every step: after some forty there is nothing to compare."""
+    from stepwell_server.compile.probe import trace_and_probe
+
+    class Logistic(keras.Layer):
+        """A cell of one number."""
+
+        state_size = 1
+        output_size = 1
+
+        def call(self, inputs: Any, states: Any) -> Any:
+            mixed = keras.ops.sigmoid(states[0] * 6 - 3 + inputs * 0.1)
+            after = 3.99 * mixed * (1 - mixed)
+            return after, [after]
+
+    x = keras.Input((None, 1))
+    rnn = keras.layers.RNN(Logistic(), return_sequences=True)
+    traced = trace_and_probe(keras.Model(x, rnn(x)))
+    assert traced.proof.unproven == ""
+    assert 0 < traced.proof.compared <= 1
