@@ -358,7 +358,7 @@ class _Frame:
 
     def pair(self, ones: Iterable[Any], twos: Iterable[Any]) -> None:
         """Say which tensors of the two graphs stand in the same places."""
-        self.twins.update((one.name, two.name) for one, two in zip(ones, twos, strict=True))
+        self.twins.update((one.name, two.name) for one, two in zip(ones, twos, strict=False))
 
     def require_alike(self, ones: Iterable[Any], twos: Iterable[Any]) -> None:
         """Refuse data that come from elsewhere in the second graph; constants are told by their values."""
@@ -388,6 +388,8 @@ class _Frame:
         if any(value is None for value in inputs):
             raise Refusal(Reason.UNPROVEN, f"uses a result of an operation that is not known ({one.type})")
         if not any(isinstance(value, Data) for value in inputs):
+            if len(one.outputs) != len(two.outputs):
+                raise Refusal(Reason.LENGTH, f"depends on the number of time steps ({one.type})")
             for result, other in zip(one.outputs, two.outputs, strict=True):
                 self.values.setdefault(result.name, Const(result, other, self.evaluators))
             return
