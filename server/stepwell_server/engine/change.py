@@ -131,7 +131,7 @@ class Change:
     @property
     def byte_count(self) -> int:
         """Bytes of its inputs or states."""
-        return sum(array.nbytes for array in self.arrays)
+        return sum([array.nbytes for array in self.arrays])
 
     @property
     def may_repeat(self) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 
 from stepwell_server.engine.api import Applied, SessionInfo
 from stepwell_server.engine.change import Awaited, Change
-from stepwell_server.engine.checks import check_inputs, require_finite
+from stepwell_server.engine.intake.validation import check_inputs, require_finite
 from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,
