@@ -60,6 +60,8 @@ from stepwell_server.store.record import Texts
 
 __all__ = ["Engine", "ModelStats", "OpenedMany"]
 
+_NOBODY: Members = np.zeros(0, np.intp)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Line:
@@ -290,7 +292,7 @@ class Engine:
             self._group.require_room()  # a step waits for its pass, and passes wait for the store
         require_lists(change)
         handles = self._directory.find_all(change.session_ids)
-        missing = np.flatnonzero(handles < 0)
+        missing = np.flatnonzero(handles < 0) if len(handles) > 1 or handles[0] < 0 else _NOBODY
         if len(missing) == change.size:
             self._refuse_missing(change, missing)
             return

@@ -60,6 +60,8 @@ class ReplySizes:
         self._outputs = {name: _OutputSizes.of(program) for name, program in self._programs.items()}
         largest = [sizes.of_rows(1, 1) for sizes in self._outputs.values()]
         self._largest_row = max(largest, default=0)
+        self.harmless_bytes = (limit - _MEMBER_BYTES - _REPLY_BYTES) // max(1, self._largest_row)
+        """Requests of one session up to this size need no look: a row of inputs at one time step is a byte at least."""
 
     def step(self, session_ids: Sequence[str], inputs: Mapping[str, Array], select: Select) -> int:
         """Bytes that the reply to a step takes at most.
