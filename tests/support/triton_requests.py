@@ -10,9 +10,9 @@ import numpy as np
 
 from stepwell_server.program import Program
 from stepwell_server.rpc.sizes import ReplySizes
-from stepwell_server.rpc.triton.datatypes import of_numpy
 from stepwell_server.rpc.triton.infer import Inference
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
+from stepwell_server.rpc.triton.tensors import of_numpy
 from support.engine import Harness, running
 
 Array = np.ndarray[Any, np.dtype[Any]]

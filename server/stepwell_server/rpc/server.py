@@ -18,9 +18,8 @@ from stepwell_server.rpc.sessions import SessionServicer
 from stepwell_server.rpc.sizes import ReplySizes
 from stepwell_server.rpc.steps.stream import StreamLimits
 from stepwell_server.rpc.triton.servicer import SERVICE as _TRITON
-from stepwell_server.rpc.triton.servicer import TritonServicer
+from stepwell_server.rpc.triton.servicer import TritonServicer, unsupported_methods
 from stepwell_server.rpc.triton.statistics import PassObserver
-from stepwell_server.rpc.triton.unsupported import unsupported_methods
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from google.protobuf import empty_pb2
+from google.protobuf.message import Message
+
+from stepwell_server.errors import Unsupported
+from stepwell_server.rpc.boundary import Boundary, Serve
+from stepwell_server.rpc.fronts.base import Call
 from stepwell_server.rpc.triton import metadata
 from stepwell_server.rpc.triton.infer import Inference
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
-from stepwell_server.rpc.triton.model_config import model_config
+from stepwell_server.rpc.triton.metadata import model_config
 from stepwell_server.rpc.triton.stream import InferStream
 
 if TYPE_CHECKING:
@@ -121,3 +128,32 @@ class TritonServicer:
         self._stopping = True
         for stream in self._streams:
             stream.stop()
+
+
+_SHARED_MEMORY = "shared memory is not supported; send tensors in the messages"
+_REPOSITORY = "models are loaded when the server starts; there is no model repository to control"
+_REASONS = {
+    "RepositoryIndex": _REPOSITORY,
+    "RepositoryModelLoad": _REPOSITORY,
+    "RepositoryModelUnload": _REPOSITORY,
+    "SystemSharedMemoryStatus": _SHARED_MEMORY,
+    "SystemSharedMemoryRegister": _SHARED_MEMORY,
+    "SystemSharedMemoryUnregister": _SHARED_MEMORY,
+    "CudaSharedMemoryStatus": _SHARED_MEMORY,
+    "CudaSharedMemoryRegister": _SHARED_MEMORY,
+    "CudaSharedMemoryUnregister": _SHARED_MEMORY,
+    "TraceSetting": "request tracing is not supported",
+    "LogSettings": "log settings are made when the server starts: --log-level, --log-format",
+}
+
+
+def unsupported_methods(boundary: Boundary) -> Mapping[str, Serve]:
+    """What serves each of them, by its name. What they are sent is not looked at."""
+    return {name: _refuse(boundary, name, reason) for name, reason in _REASONS.items()}
+
+
+def _refuse(boundary: Boundary, method: str, reason: str) -> Serve:
+    async def behaviour(_request: Any, _call: Call) -> Message:
+        raise Unsupported(f"{method}: {reason}")
+
+    return boundary.unary(method, behaviour, empty_pb2.Empty)
