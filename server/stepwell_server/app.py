@@ -26,7 +26,7 @@ from stepwell_server.rpc.fronts.base import BindError
 from stepwell_server.rpc.fronts.python import PythonFront
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import Address, Settings
-from stepwell_server.store.base import LocalStore, Store, StoreBusy, StoreError
+from stepwell_server.store.base import Store, StoreBusy, StoreError
 from stepwell_server.store.opening import open_store
 
 if TYPE_CHECKING:
@@ -190,17 +190,17 @@ def _open_store(settings: Settings, clock: Clock) -> Store:
         ) from error
     except StoreError as error:
         raise StartError(f"--data-dir: {error}") from error
-    if settings.store == "disk" and store.local is not None:
-        _log.info("store opened", data_dir=str(settings.data_dir), sessions=store.local.count())
     return store
 
 
 async def _run(settings: Settings, programs: Mapping[str, Program], store: Store, clock: Clock) -> int:
     stop = _stop_on_signals(clock)
+    if settings.store == "disk":
+        _log.info("store opened", data_dir=str(settings.data_dir), sessions=await store.count())
     observer = _Observer()
     engine = Engine(
         programs,
-        store=_local(store),
+        store=store,
         clock=clock,
         observer=observer,
         max_batch_rows=settings.max_batch_rows,
@@ -230,14 +230,6 @@ async def _run(settings: Settings, programs: Mapping[str, Program], store: Store
             _log.warning("the store did not come back from a commit; what was not acknowledged may be lost")
     _log.info("stopped")
     return 1 if gone else 0
-
-
-def _local(store: Store) -> LocalStore:
-    if store.local is None:
-        raise StartError(
-            "--store: the engine needs a store that answers in place; this one must be waited for"
-        )
-    return store.local
 
 
 async def _until_stopped(

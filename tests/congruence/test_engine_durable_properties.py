@@ -188,8 +188,8 @@ class Killing(Play):
         await super().finish()
 
     async def expire(self) -> None:
-        self.at.engine.expire_idle()
-        while self.shape.idle and self.at.engine._expiry.sweep():
+        await self.at.engine.expire_idle()
+        while self.shape.idle and (await self.at.engine._expiry.sweep()):
             pass
         await self.at.settled()
 

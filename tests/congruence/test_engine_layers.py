@@ -203,5 +203,5 @@ async def test_a_token_out_of_range_fails_alone_among_fifty(tmp_path_factory: py
                 assert "inputs must be ones that the model can run" in answer.message
             else:
                 assert shown(answer.outputs) == shown(good.outputs)
-        assert at.engine.session_info("s25").revision == 0
+        assert (await at.engine.session_info("s25")).revision == 0
         assert (await at.submit("s25", inputs={"": tokens[25:26]}, expected=0).only()).revision == 1

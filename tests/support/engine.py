@@ -24,6 +24,7 @@ from stepwell_server.engine.passes.runner import Runner
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
+from stepwell_server.store.awaited import AwaitedStore
 from stepwell_server.store.base import LocalStore
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.memory import MemoryStore
@@ -321,7 +322,7 @@ async def running(
     store = STORES.make(clock) if own else store
     engine = Engine(
         programs or {"plain": PLAIN},
-        store=store,
+        store=store if hasattr(store, "local") else AwaitedStore(store),
         clock=clock,
         observer=events,
         max_batch_rows=max_batch_rows,

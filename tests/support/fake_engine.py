@@ -79,7 +79,10 @@ class FakeEngine:
         del self._sessions[session_id]
         return False
 
-    def session_info(self, session_id: str) -> SessionInfo:
+    async def refresh_counts(self) -> None:
+        """They are always right."""
+
+    async def session_info(self, session_id: str, *, usable: bool = False) -> SessionInfo:
         return self._find(session_id).info
 
     async def list_sessions(

@@ -37,7 +37,7 @@ async def gone(at: Harness, session_id: str) -> str:
             await call
         told.add((type(error.value).__name__, error.value.message, error.value.session_id))
     with pytest.raises(SessionGone) as error:
-        at.engine.session_info(session_id)
+        await at.engine.session_info(session_id)
     told.add((type(error.value).__name__, error.value.message, error.value.session_id))
     ((kind, _message, named),) = told
     assert named == session_id

@@ -477,7 +477,7 @@ class Play:
 
     async def finish(self) -> None:
         await self.settle()
-        self.at.engine.expire_idle()
+        await self.at.engine.expire_idle()
         infos, total = await self.at.engine.list_sessions()
         assert [info.session_id for info in infos] == sorted(self.model.sessions)
         assert total == len(self.model.sessions)

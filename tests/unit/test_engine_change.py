@@ -72,7 +72,7 @@ async def test_a_step_that_fails_resets_nothing(threads: bool) -> None:
         assert isinstance(answers[1], Answer)
         assert answers[1].position == 1
         assert (await at.state("a"))["sum"].tobytes() == before["sum"].tobytes()
-        assert at.engine.session_info("a").position == 1
+        assert (await at.engine.session_info("a")).position == 1
 
 
 async def test_steps_with_and_without_a_mask_of_one_turn_are_each_right() -> None:
@@ -125,7 +125,7 @@ async def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str
         await at.open("a")
         with pytest.raises(InvalidInput, match=message):
             at.single("a", x(1), **fields)
-        assert at.engine.session_info("a").revision == 0
+        assert (await at.engine.session_info("a")).revision == 0
 
 
 async def test_a_modest_caller_is_in_the_next_pass_whatever_a_greedy_one_has_sent() -> None:
@@ -175,7 +175,7 @@ async def test_to_run_out_of_memory_is_too_much_at_once_and_harms_no_session(
         kind = Overloaded if error is MemoryError else Internal
         assert [type(answer) for answer in answers] == [kind, kind]
         assert (await at.submit(["a", "b"], x(2), expected=[0, 0]).all())[0] != answers[0]
-        assert at.engine.session_info("a").revision == 1
+        assert (await at.engine.session_info("a")).revision == 1
 
 
 async def test_a_caller_who_cannot_be_told_of_a_reset_costs_nobody_else() -> None:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from stepwell_server.engine.durability import group_commit as module
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.errors import Internal, ServerError, Unavailable
-from stepwell_server.store.base import Batch, End, LocalStore, Tombstone
+from stepwell_server.store.awaited import AwaitedStore
+from stepwell_server.store.base import Batch, Committed, End, LocalStore, Tombstone
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock
@@ -30,6 +31,7 @@ class Slow(MemoryStore):
     """A durable store, as far as commits know; a commit waits while the gate is closed."""
 
     is_volatile = False
+    for_one_thread = False
 
     def __init__(self, *, waits_for_disk: bool = False) -> None:
         super().__init__()
@@ -59,6 +61,10 @@ class Slow(MemoryStore):
         super().commit(batch)
 
 
+def error_of(told: Committed | ServerError) -> ServerError | None:
+    return told if isinstance(told, ServerError) else None
+
+
 class Told:
     """What those who wait were told, in that order."""
 
@@ -70,7 +76,7 @@ class Told:
 
     def submit(self, name: str, batch: Batch | None = None, size: int = 1) -> None:
         batch = Batch(puts=[(name, b"record")]) if batch is None else batch
-        self._commits.submit(lambda: batch, size, lambda error: self.told.append((name, error)))
+        self._commits.submit(lambda: batch, size, lambda told: self.told.append((name, error_of(told))))
 
     @property
     def names(self) -> str:
@@ -80,7 +86,7 @@ class Told:
 @pytest.fixture(params=[False, True], ids=["async", "sync"])
 async def slow(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Slow, GroupCommit, Told]]:
     store = Slow(waits_for_disk=request.param)
-    commits = GroupCommit(store)
+    commits = GroupCommit(AwaitedStore(store))
     yield store, commits, Told(commits, store)
     store.gate.set()
     await asyncio.wait_for(commits.idle(), WAIT_S)
@@ -187,7 +193,7 @@ async def test_what_cannot_be_made_fails_alone(slow: tuple[Slow, GroupCommit, To
         raise ZeroDivisionError
 
     told.submit("b")
-    commits.submit(broken, 1, lambda error: told.told.append(("broken", error)))
+    commits.submit(broken, 1, lambda told_of: told.told.append(("broken", error_of(told_of))))
     told.submit("c")
     store.gate.set()
     await commits.idle()
@@ -287,7 +293,7 @@ async def test_to_end_it_makes_what_is_left(slow: tuple[Slow, GroupCommit, Told]
 
 async def test_it_learns_what_a_record_costs_in_place() -> None:
     store = Slow()
-    commits = GroupCommit(store)
+    commits = GroupCommit(AwaitedStore(store))
     assert commits.may_commit_here(100)
     for _ in range(100):
         commits.cost.learn(100, 1.0)

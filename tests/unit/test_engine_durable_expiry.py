@@ -42,8 +42,8 @@ async def ends(at: Harness, *session_ids: str) -> list[str]:
     return found
 
 
-def sweep(at: Harness) -> None:
-    while at.engine._expiry.sweep():
+async def sweep(at: Harness) -> None:
+    while await at.engine._expiry.sweep():
         pass
 
 
@@ -64,7 +64,7 @@ async def test_how_a_session_ended_is_remembered(disk: Disk, elsewhere: str) -> 
         await at.engine.close_session("closed")
         await at.engine.close_session(mine)
         at.clock.advance(IDLE_S + 1)
-        at.engine.expire_idle()
+        await at.engine.expire_idle()
         wanted = ["SessionExpired", "SessionNotFound", "SessionNotFound", "SessionNotFound", "SessionLost"]
         assert await ends(at, "idle", "closed", mine, "never", elsewhere) == wanted
         await at.settled()
@@ -85,27 +85,27 @@ async def test_time_that_the_server_was_away_ends_no_session(disk: Disk, jump_s:
         await at.open("named", "used", "untouched", "read")
         disk.kill(away_s=jump_s)
     async with disk.engine(max_session_idle_s=IDLE_S) as at:
-        assert at.engine.session_info("named").last_used <= at.clock.now()
+        assert (await at.engine.session_info("named")).last_used <= at.clock.now()
         at.clock.advance(IDLE_S)
         await at.step("used", x(1))
         await at.state("read")
-        at.engine.expire_idle()
-        sweep(at)
+        await at.engine.expire_idle()
+        await sweep(at)
         assert await ids(at) == ["named", "read", "untouched", "used"]
         at.clock.advance(1)
         if (
             jump_s >= 0
         ):  # else the record says that it was used in the future: it counts from when it is named
             with pytest.raises(SessionExpired):
-                at.engine.session_info("untouched")
-        at.engine.expire_idle()
-        sweep(at)
+                await at.engine.session_info("untouched")
+        await at.engine.expire_idle()
+        await sweep(at)
         await at.settled()
         assert await ids(at) == ["read", "used"]
         assert ("expired", "untouched") in at.events.sessions
         assert at.events.sessions.count(("expired", "untouched")) == 1
         at.clock.advance(IDLE_S)
-        at.engine.expire_idle()
+        await at.engine.expire_idle()
         assert await ids(at) == []
         assert at.slots().resident == 0
 
@@ -118,13 +118,13 @@ async def test_what_nobody_names_expires_by_the_sweep_alone(disk: Disk) -> None:
     async with disk.engine(max_session_idle_s=IDLE_S) as at:
         await at.state("s0700")
         at.clock.advance(IDLE_S)
-        assert not at.engine._expiry.sweep()
+        assert not await at.engine._expiry.sweep()
         await at.state("z")
         at.clock.advance(0.5)
-        assert at.engine._expiry.sweep(), "not all at once"
-        assert at.engine._expiry.sweep()
+        assert await at.engine._expiry.sweep(), "not all at once"
+        assert await at.engine._expiry.sweep()
         await at.engine.open_sessions("plain", session_ids=["s0001", "s1199x"])
-        sweep(at)
+        await sweep(at)
         await at.settled()
         assert len(at.engine._table) == 4, "to expire sessions loads none"
         assert await ids(at) == ["s0001", "s1199x", "z"]
@@ -144,10 +144,10 @@ async def test_a_clock_that_is_set_ends_no_session(disk: Disk, jump_s: float) ->
         await at.state("b")
         at.clock.jump(jump_s)
         at.clock.advance(IDLE_S / 2)
-        at.engine.expire_idle()
-        sweep(at)
+        await at.engine.expire_idle()
+        await sweep(at)
         assert await ids(at) == ["a", "b"]
-        assert at.engine.session_info("a").last_used == at.clock.now() - IDLE_S / 2
+        assert (await at.engine.session_info("a")).last_used == at.clock.now() - IDLE_S / 2
 
 
 async def test_sessions_are_counted_through_everything(disk: Disk) -> None:
@@ -168,7 +168,7 @@ async def test_sessions_are_counted_through_everything(disk: Disk) -> None:
             await at.state("a")
         with pytest.raises(SessionExpired):
             await at.engine.fork("f")
-        sweep(at)
+        await sweep(at)
         assert await ids(at) == ["h"]
         disk.kill()
     async with disk.engine(max_session_idle_s=IDLE_S) as at:

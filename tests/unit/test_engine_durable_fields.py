@@ -51,7 +51,7 @@ async def test_a_change_keeps_them(disk: Disk, names: list[str], steps: int) -> 
         for revision in (2, 3):
             rows = x(len(names), *([steps] if steps else []))
             await at.submit(names, rows).all()
-            assert at.engine.session_info("s3").revision == revision
+            assert (await at.engine.session_info("s3")).revision == revision
             assert fields_of(disk.store, "s3") == FIELDS
             await at.open(*[f"t{revision}-{i}" for i in range(len(NAMES))])
         await at.single("s3", x(1)).only()

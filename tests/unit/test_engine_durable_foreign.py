@@ -34,7 +34,7 @@ def disk() -> Iterator[Disk]:
 
 async def refused(at: Harness, session_id: str, kind: type[ServerError], message: str) -> None:
     """By every call that would have to step, read, make or resume the session."""
-    neighbour = at.engine.session_info("fine").revision
+    neighbour = (await at.engine.session_info("fine")).revision
     for call in (
         at.step(session_id, x(1)),
         at.step(session_id, x(1, 3)),
@@ -52,17 +52,17 @@ async def refused(at: Harness, session_id: str, kind: type[ServerError], message
         await at.engine.open_session("plain", session_id=session_id, must_be_new=True, request_id=5)
     if kind is StateCorrupt:
         with pytest.raises(kind, match=message):
-            at.engine.session_info(session_id)
+            await at.engine.session_info(session_id)
     else:
         listed, _ = await at.engine.list_sessions(prefix=session_id)
-        assert [at.engine.session_info(session_id)] == listed
+        assert [(await at.engine.session_info(session_id))] == listed
     with pytest.raises(kind, match=message):
         await at.single(session_id, x(1)).only()
     with pytest.raises(kind, match=message):
         at.engine.model_of(session_id)
     answers = await at.submit([session_id, "fine"], x(2)).all()
     assert kinds(answers) == [kind.__name__, "Answer"]
-    assert at.engine.session_info("fine").revision == neighbour + 1
+    assert (await at.engine.session_info("fine")).revision == neighbour + 1
     infos, total = await at.engine.list_sessions()
     assert total == 2
     assert {info.session_id for info in infos} == {session_id, "fine"}, "nothing was made"
@@ -94,7 +94,7 @@ async def test_a_session_of_another_model_can_be_listed_and_closed(disk: Disk, c
         else:
             assert await at.engine.close_sessions(["never", "a"]) == 1
         with pytest.raises(SessionNotFound, match="session 'a' was closed"):
-            at.engine.session_info("a")
+            await at.engine.session_info("a")
         assert at.engine.stats()[0].sessions == 1
         assert (await at.engine.list_sessions())[1] == 1
         opened = (await at.engine.open_session("plain", session_id="a")).session
@@ -138,7 +138,7 @@ async def test_a_record_that_is_damaged_while_its_session_is_away(disk: Disk) ->
     async with disk.engine(resident_rows=2, threads=True) as at:
         await at.open("a", "b")
         await at.open("c", batch_size=2)
-        assert not at.engine.session_info("a").resident
+        assert not (await at.engine.session_info("a")).resident
         damage(disk.store, "a")
         for call in (at.step("a", x(1)), at.state("a"), at.engine.fork("a"), at.step("a", x(1, 2))):
             with pytest.raises(StateCorrupt, match="session 'a'"):

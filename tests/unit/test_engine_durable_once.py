@@ -181,6 +181,6 @@ async def test_an_id_that_was_closed_may_be_opened_anew(disk: Disk) -> None:
         assert (opened.session.revision, opened.session.position) == (2, 0)
         disk.kill()
     async with disk.engine() as at:
-        assert at.engine.session_info("a").revision == 2
+        assert (await at.engine.session_info("a")).revision == 2
         assert await count(at) == 1
         assert disk.store.tombstone("a") is None

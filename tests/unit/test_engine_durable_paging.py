@@ -54,7 +54,7 @@ async def test_a_reply_comes_back_with_its_session(
         first = await at.step("a", value, **again)
         at.clock.advance(1)
         await at.open("b", batch_size=4)
-        assert not at.engine.session_info("a").resident
+        assert not (await at.engine.session_info("a")).resident
         assert not at.engine._models.by_name("plain").replies._arrays
         if killed:
             disk.kill()
@@ -63,7 +63,7 @@ async def test_a_reply_comes_back_with_its_session(
                 same_reply(await at.step("a", value, **again), first)
                 at.clock.advance(1)
                 await at.state("b")
-                assert not at.engine.session_info("a").resident
+                assert not (await at.engine.session_info("a")).resident
     if killed:
         async with disk.engine(resident_rows=4) as at:
             same_reply(await at.step("a", value, **again), first)
@@ -75,14 +75,14 @@ async def test_a_fork_of_a_session_that_is_away_is_kept(disk: Disk) -> None:
         await at.step("a", x(1, 3))
         at.clock.advance(1)
         await at.open("b", "c")
-        assert not at.engine.session_info("a").resident
+        assert not (await at.engine.session_info("a")).resident
         await at.engine.fork("a", new_session_id="d")
         state = await at.state("a")
         disk.kill()
     async with disk.engine(resident_rows=2) as at:
         for name in "da":
             assert (await at.state(name))["sum"].tobytes() == state["sum"].tobytes()
-            assert at.engine.session_info(name).position == 3
+            assert (await at.engine.session_info(name)).position == 3
 
 
 @pytest.mark.parametrize("threads", [False, True])
@@ -130,4 +130,4 @@ async def test_a_frame_of_more_sessions_than_rows_goes_through_in_portions(disk:
         assert kinds(answers) == ["Answer"] * 10
         disk.kill()
     async with disk.engine(resident_rows=4) as at:
-        assert [at.engine.session_info(session_id).revision for session_id in ids] == [1] * 10
+        assert [(await at.engine.session_info(session_id)).revision for session_id in ids] == [1] * 10

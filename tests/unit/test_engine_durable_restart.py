@@ -47,7 +47,7 @@ async def test_sessions_are_there_when_they_are_named_and_not_before(disk: Disk)
         assert len(at.engine._table) == 0, "to list sessions loads none"
         for info, want in zip(found, wanted, strict=True):
             assert facts(info)[:-1] == want[:-1]
-            one = at.engine.session_info(info.session_id)
+            one = await at.engine.session_info(info.session_id)
             assert facts(one)[:-1] == want[:-1]
             assert not one.resident
         assert len(at.engine._table) == 3
@@ -171,9 +171,9 @@ async def test_a_fork_goes_on_apart_from_its_source(disk: Disk) -> None:
         disk.kill(away_s=0)
     async with disk.engine() as at:
         assert (await everything(at)) == before
-        twin = at.engine.session_info("b")
+        twin = await at.engine.session_info("b")
         assert (twin.revision, twin.position, twin.batch_size) == (1, 3, 2)
-        assert twin.created == at.engine.session_info("a").created + 10
+        assert twin.created == (await at.engine.session_info("a")).created + 10
         with pytest.raises(RevisionConflict):
             await at.step("b", x(2, 3), expected=0, request_ids=11)  # that was the source's
         assert (await at.step("b", x(2), expected=1)).revision == 2

@@ -11,7 +11,7 @@ import pytest
 
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.durability import group_commit as commits
-from stepwell_server.engine.sessions import expiry_timer
+from stepwell_server.engine.sessions import ending
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
 from support.durable import Disk, begun, everything, facts, kinds, stalled, x
 from support.engine import Harness, Later
@@ -58,7 +58,7 @@ async def begin(at: Harness) -> None:
 
 async def shown(at: Harness) -> list[tuple[Any, ...]]:
     infos, _ = await at.engine.list_sessions()
-    assert infos == [at.engine.session_info(info.session_id) for info in infos]
+    assert infos == [(await at.engine.session_info(info.session_id)) for info in infos]
     return [facts(info) for info in infos]
 
 
@@ -87,7 +87,7 @@ async def test_nobody_hears_or_sees_what_is_not_kept(disk: Disk, options: dict[s
         )
         assert await shown(at) == before
         with pytest.raises(SessionNotFound):
-            at.engine.session_info("new")
+            await at.engine.session_info("new")
         disk.store.go_on()
         await call
         for answers in others:
@@ -153,7 +153,7 @@ async def test_passes_wait_while_too_much_waits_for_the_store(
             assert set(kinds(await answers.all())) == {"Answer"}
         await predict
         await drain
-        assert at.engine.session_info("f").revision == 2
+        assert (await at.engine.session_info("f")).revision == 2
 
 
 async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(disk: Disk) -> None:
@@ -164,9 +164,9 @@ async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(disk: Disk)
         disk.store.stall()
         waiting = await begun(at.engine.open_session("plain", session_id="c"))
         await stalled(disk.store)
-        assert at.engine.expire_idle() == 2
+        assert (await at.engine.expire_idle()) == 2
         with pytest.raises(SessionExpired):
-            at.engine.session_info("a")
+            await at.engine.session_info("a")
         assert (await at.engine.list_sessions())[0] == []
         again = await begun(at.engine.open_session("plain", session_id="a", must_be_new=True))
         many = await begun(at.engine.open_sessions("plain", session_ids=["d", "b"]))
@@ -241,7 +241,7 @@ async def test_who_waits_for_a_session_that_is_being_made_gets_it(disk: Disk) ->
         await turns()
         assert not any(task.done() for task in (first, again, other, taken, among))
         with pytest.raises(SessionNotFound):  # the store has it, but nobody was told
-            at.engine.session_info("new")
+            await at.engine.session_info("new")
         disk.store.go_on()
         assert not (await first).replayed
         assert (await again).replayed
@@ -378,7 +378,7 @@ async def test_who_waits_for_rows_of_sessions_that_are_being_made_is_let_in_when
         making = [await begun(at.engine.open_session("plain", session_id="b"))]
         await stalled(disk.store)
         making.append(await begun(at.engine.open_session("plain", session_id="c")))
-        assert not at.engine.session_info("a").resident
+        assert not (await at.engine.session_info("a")).resident
         step = at.submit("a", x(1))
         await turns()
         assert at.engine._row_queue
@@ -392,13 +392,13 @@ async def test_the_timer_does_not_queue_behind_a_store_that_has_too_much(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commits, "MOST_WAITING", 4)
-    monkeypatch.setattr(expiry_timer, "_AT_ONCE", 2)
+    monkeypatch.setattr(ending, "_AT_ONCE", 2)
     async with disk.engine(max_session_idle_s=5.0) as at:
         names = [f"s{number}" for number in range(40)]
         await at.open(*names)
         disk.clock.advance(6.0)
         disk.store.stall()
-        monkeypatch.setattr(expiry_timer, "_PAUSE_S", 0)
+        monkeypatch.setattr(ending, "_PAUSE_S", 0)
         expiring = await begun(at.engine._timer._expire_all())
         for _ in range(5):
             await turns()

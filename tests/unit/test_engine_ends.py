@@ -38,13 +38,13 @@ async def test_a_session_that_is_idle_too_long_expires() -> None:
         at.clock.advance(40)
         await at.state("b")
         at.clock.advance(20)
-        assert at.engine.expire_idle() == 0, "idle for 60 s is not longer than 60 s"
+        assert (await at.engine.expire_idle()) == 0, "idle for 60 s is not longer than 60 s"
         at.clock.advance(1)
-        assert at.engine.expire_idle() == 2
+        assert (await at.engine.expire_idle()) == 2
         assert at.events.sessions[-2:] == [("expired", "a"), ("expired", "c")]
         assert await gone(at, "a") == "SessionExpired"
         assert await gone(at, "never") == "SessionNotFound"
-        assert at.engine.session_info("b").revision == 0
+        assert (await at.engine.session_info("b")).revision == 0
         with pytest.raises(SessionExpired, match="idle for longer than max_session_idle_s 60"):
             await at.step("a", x(1))
 
@@ -78,7 +78,7 @@ async def test_whoever_has_the_revision_of_a_session_that_ended_does_not_step_th
             await at.engine.open_sessions("plain", session_ids=["y", "x"])
         else:
             await at.engine.fork("source", new_session_id="x")
-        info = at.engine.session_info("x")
+        info = await at.engine.session_info("x")
         assert (info.revision, info.position) == (2, 0)
         with pytest.raises(RevisionConflict):
             await at.step("x", x(1), expected=1, request_ids=2)
@@ -126,7 +126,7 @@ async def test_a_session_with_something_under_way_does_not_expire() -> None:
         await at.open("a", "b")
         await blocked(at, "a")
         at.clock.advance(100)
-        assert at.engine.expire_idle() == 1
+        assert (await at.engine.expire_idle()) == 1
         waiting = at.submit("a", x(1))
         at.hooks.open_gate()
         assert (await waiting.only()).revision == 2

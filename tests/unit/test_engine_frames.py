@@ -108,7 +108,7 @@ async def test_a_member_that_says_a_wrong_batch_size_fails_alone() -> None:
         assert isinstance(answers[1], InvalidInput)
         assert answers[1].message == "batch_sizes must be the sessions' own; session 'b' has 3, got 2"
         assert bytes_of(answers[2]) == stepped(initial(1), value[3:]).tobytes()
-        assert at.engine.session_info("b").revision == 0
+        assert (await at.engine.session_info("b")).revision == 0
 
 
 @pytest.mark.parametrize("sizes", [[1, 0], [0, 1], [2, -1], [2**62, -(2**62) + 1], [2**63 - 1, 2]])
@@ -179,7 +179,7 @@ async def test_each_member_is_judged_for_itself() -> None:
         replayed = [answer.replayed for answer in answers if isinstance(answer, Answer)]
         assert replayed == [False, True, False, False]
         assert bytes_of(answers[1]) == bytes_of(before[1])
-        revisions = {name: at.engine.session_info(name).revision for name in "abcdef"}
+        revisions = {name: (await at.engine.session_info(name)).revision for name in "abcdef"}
         assert revisions == {"a": 2, "b": 1, "c": 1, "d": 2, "e": 1, "f": 3}
         for member in (0, 5):
             one = ids[member]
@@ -214,7 +214,7 @@ async def test_a_frame_of_resets_to_zero() -> None:
             assert isinstance(answer, Answer)
             assert (answer.revision, answer.position, answer.outputs) == (2, 0, {})
         assert (await at.state("c"))["sum"].tobytes() == np.stack([PLAIN.initial[0]] * 2).tobytes()
-        assert at.engine.session_info("b").position == 1
+        assert (await at.engine.session_info("b")).position == 1
 
 
 @pytest.mark.parametrize(
@@ -239,14 +239,14 @@ async def test_a_frame_that_is_refused_as_a_whole_changes_nobody(
         with pytest.raises(InvalidInput, match=f"^{message}"):
             at.submit(ids, **fields)
         for name in "adr":
-            assert at.engine.session_info(name).revision == 0
+            assert (await at.engine.session_info(name)).revision == 0
 
 
 async def test_two_models_do_not_share_passes_or_rows() -> None:
     async with running({"plain": PLAIN, "other": PLAIN}, resident_rows=2) as at:
         await at.open("a", "b", model="plain")
         await at.open("c", "d", model="other")
-        assert all(at.engine.session_info(name).resident for name in "abcd")
+        assert all([(await at.engine.session_info(name)).resident for name in "abcd"])
         assert [stats.sessions for stats in at.engine.stats()] == [2, 2]
         assert [info.name for info in at.engine.models()] == ["other", "plain"]
         answers = [at.submit(list(names), x(2)) for names in ("ab", "cd")]

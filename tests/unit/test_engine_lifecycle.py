@@ -113,7 +113,7 @@ async def test_resuming_goes_on_where_the_session_was() -> None:
         for fields, message in cases:
             with pytest.raises(SessionExists, match=message):
                 await at.engine.open_session(**{"model": "plain", "session_id": "a", **fields})
-        assert at.engine.session_info("a").position == 3
+        assert (await at.engine.session_info("a")).position == 3
 
 
 async def test_opening_again_with_the_same_request_is_the_same_opening() -> None:
@@ -170,7 +170,7 @@ async def test_many_may_be_opened_while_the_rows_are_taken_and_begin_paged_out()
         await blocked(at, *"abc")
         opened = await at.engine.open_sessions("plain", count=3, batch_size=2)
         assert (await at.engine.list_sessions())[1] == 6
-        assert [at.engine.session_info(i).resident for i in opened.session_ids] == [False] * 3
+        assert [(await at.engine.session_info(i)).resident for i in opened.session_ids] == [False] * 3
         at.hooks.open_gate()
         await at.settled()
         await at.open("fresh", batch_size=2)
@@ -313,7 +313,7 @@ async def test_closing_many_counts_those_that_were_there() -> None:
 async def test_a_session_without_rows_is_closed_even_if_all_rows_are_busy() -> None:
     async with running(resident_rows=2, threads=True) as at:
         await at.open("away", "a", "b")
-        assert not at.engine.session_info("away").resident
+        assert not (await at.engine.session_info("away")).resident
         await blocked(at, "a", "b")
         assert await at.engine.close_session("away") is False
         assert await gone(at, "away") == "SessionNotFound"
@@ -430,7 +430,7 @@ async def test_what_is_known_of_a_session() -> None:
         at.clock.advance(5)
         await at.step("a", x(1, 4))
         at.clock.advance(7)
-        info = at.engine.session_info("a")
+        info = await at.engine.session_info("a")
         assert (info.created, info.last_used) == (created, created + 5)
         assert (info.revision, info.position) == (1, 4)
 

@@ -21,8 +21,8 @@ def x(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
 
 
-def resident(at: Harness, names: str) -> str:
-    return "".join(name for name in names if at.engine.session_info(name).resident)
+async def resident(at: Harness, names: str) -> str:
+    return "".join([name for name in names if (await at.engine.session_info(name)).resident])
 
 
 async def away(at: Harness) -> int:
@@ -79,11 +79,11 @@ async def test_the_least_recently_used_leaves_and_comes_back_as_it_was() -> None
             await at.step(name, x(1))
             model.step(name, x(1), "ALL", None, 0, 0)
         await at.open("d")
-        assert resident(at, "abcd") == "abd"
+        assert await resident(at, "abcd") == "abd"
         assert (await away(at)) == 1
         at.clock.advance(1)
         await at.state("c")
-        assert resident(at, "abcd") == "bcd", "reading is a use too"
+        assert await resident(at, "abcd") == "bcd", "reading is a use too"
         answer = await at.step("a", x(1, 2, seed=1))
         wanted = model.step("a", x(1, 2, seed=1), "ALL", None, 0, 0)
         assert isinstance(wanted, Reply)
@@ -119,7 +119,7 @@ async def test_a_session_with_something_under_way_keeps_its_rows() -> None:
         for name in "zabc":
             at.clock.advance(1)
             await at.open(name)
-        assert resident(at, "zabc") == "bc"
+        assert await resident(at, "zabc") == "bc"
         at.hooks.close_gate()
         busy = at.submit(["b", "c"], x(2))
         await at.in_flight()
@@ -153,7 +153,7 @@ async def test_closing_and_expiring_reach_sessions_that_are_away() -> None:
         assert (await away(at)) == 2
         await at.engine.close_session("a")
         at.clock.advance(11)
-        at.engine.expire_idle()
+        await at.engine.expire_idle()
         assert (await away(at)) == 0
 
 

@@ -56,7 +56,7 @@ async def test_only_the_sessions_at_fault_fail(threads: bool, bad: list[int], st
                 assert isinstance(answer, InvalidInput)
                 assert "it refused them: x is out of range" in answer.message
                 assert (await at.state(ids[member]))["sum"].tobytes() == START
-                assert at.engine.session_info(ids[member]).revision == 0
+                assert (await at.engine.session_info(ids[member])).revision == 0
             else:
                 assert isinstance(answer, Answer)
                 assert answer.outputs["y"].tobytes() == wanted[member].tobytes()
@@ -130,7 +130,7 @@ async def test_a_pass_that_breaks_while_it_is_narrowed_changes_nothing(threads: 
         assert reasons(await at.submit(ids, value).all()) == ["Internal"] * 8
         for session_id in ids:
             assert (await at.state(session_id))["sum"].tobytes() == START
-            assert at.engine.session_info(session_id).revision == 0
+            assert (await at.engine.session_info(session_id)).revision == 0
 
 
 @pytest.mark.parametrize("victim", range(6))
@@ -149,7 +149,7 @@ async def test_cancelling_any_member_of_a_batch_harms_no_other(victim: int) -> N
             (answer,) = await answers.all()
             if i == victim:
                 assert isinstance(answer, Unavailable)
-                assert at.engine.session_info(ids[i]).revision == 0
+                assert (await at.engine.session_info(ids[i])).revision == 0
             else:
                 assert isinstance(answer, Answer)
                 assert answer.outputs["y"].tobytes() == outputs_of(value[i : i + 1]).tobytes()
@@ -177,7 +177,7 @@ async def test_cancelling_the_task_that_waits_for_a_change_harms_no_other(victim
                 assert task.cancelled()
             else:
                 assert (await task).outputs["y"].tobytes() == outputs_of(value[i : i + 1]).tobytes()
-        assert at.engine.session_info(ids[victim]).revision == 0
+        assert (await at.engine.session_info(ids[victim])).revision == 0
 
 
 async def test_one_pass_runs_at_a_time_even_if_what_is_dropped_lets_others_in() -> None:
@@ -296,7 +296,7 @@ async def test_too_many_rows_waiting_are_refused_and_nothing_changes() -> None:
         await first.only()
         await waiting.all()
         await fits.all()
-        assert at.engine.session_info(ids[65]).revision == 0
+        assert (await at.engine.session_info(ids[65])).revision == 0
         assert (await at.step(ids[65], x(1), expected=0)).revision == 1
 
 

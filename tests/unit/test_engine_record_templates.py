@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,12 @@ pytestmark = pytest.mark.stores("async", "sync")
 COUNT = 40
 
 
+def templates_of(at: Harness) -> Any:
+    """How many are kept shows nowhere else."""
+    keeping: Any = at.engine._committer._keeping
+    return keeping._records._templates
+
+
 def x(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
 
@@ -22,7 +30,7 @@ async def check_stored(at: Harness, ids: list[str]) -> None:
     for session_id in ids:
         stored = at.store.get(session_id)
         assert stored is not None
-        found, info = decode(session_id, stored), at.engine.session_info(session_id)
+        found, info = decode(session_id, stored), (await at.engine.session_info(session_id))
         assert (found.revision, found.position) == (info.revision, info.position)
         state = (await at.state(session_id))["sum"]
         assert state.tobytes() in found.rows
@@ -36,12 +44,12 @@ async def test_a_group_that_steps_again_shares_a_sheet_and_each_record_is_its_ow
         for step in range(3):
             await at.submit(ids, x(COUNT, seed=step)).all()
             await check_stored(at, ids)
-        assert len(at.engine._committer._records._templates._kept) == 1
+        assert len(templates_of(at)._kept) == 1
         some = ids[5:30]
         for seed, kept in ((9, 1), (10, 2)):
             await at.submit(some, x(len(some), seed=seed)).all()
             await check_stored(at, ids)
-            assert len(at.engine._committer._records._templates._kept) == kept
+            assert len(templates_of(at)._kept) == kept
 
 
 async def test_sessions_that_come_together_once_leave_no_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +60,7 @@ async def test_sessions_that_come_together_once_leave_no_sheet(monkeypatch: pyte
         for start in range(10):
             await at.submit(ids[start:], x(COUNT - start, seed=start)).all()
         await check_stored(at, ids)
-        kept = at.engine._committer._records._templates
+        kept = templates_of(at)
         assert not kept._kept
         assert len(kept._seen) == 3
 
@@ -105,5 +113,5 @@ async def test_sheets_are_kept_within_their_bytes(monkeypatch: pytest.MonkeyPatc
             for seed in (start, start + 1):
                 await at.submit(ids[start:], x(COUNT - start, seed=seed)).all()
         await check_stored(at, ids)
-        kept = at.engine._committer._records._templates
+        kept = templates_of(at)
         assert 0 < sum(sheet.byte_count for _, sheet in kept._kept.values()) == kept._bytes <= 20_000

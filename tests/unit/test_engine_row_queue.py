@@ -90,7 +90,7 @@ async def test_what_waits_for_rows_is_dropped_when_its_time_is_over_or_its_calle
         with pytest.raises(Unavailable, match="cancelled"):
             await left.only()
         assert (await stays.only()).revision == 1
-        assert [at.engine.session_info(name).revision for name in ("late", "left")] == [0, 0]
+        assert [(await at.engine.session_info(name)).revision for name in ("late", "left")] == [0, 0]
 
 
 async def test_the_line_of_a_session_that_waits_for_rows_keeps_its_order() -> None:

@@ -134,7 +134,7 @@ async def test_cancelling_any_of_a_bundle_harms_no_other(victim: int) -> None:
                 assert ran is not None
                 assert isinstance(answer, Answer)
                 assert bytes_of(answer) == ran[0].tobytes()
-        assert at.engine.session_info("abcde"[victim]).revision == 0
+        assert (await at.engine.session_info("abcde"[victim])).revision == 0
 
 
 async def test_cancelling_the_task_that_waits_cancels_the_step() -> None:
@@ -153,7 +153,7 @@ async def test_cancelling_the_task_that_waits_cancels_the_step() -> None:
             assert task.cancelled()
         at.hooks.open_gate()
         await at.settled()
-        assert at.engine.session_info("a").revision == 0
+        assert (await at.engine.session_info("a")).revision == 0
 
 
 async def test_each_single_step_has_a_deadline_of_its_own() -> None:
@@ -243,7 +243,7 @@ def change_of(at: Harness, kind: str, expected: int) -> Any:
 async def test_a_single_step_comes_back_from_the_store() -> None:
     async with running(resident_rows=1) as at:
         await at.open("a", "b")
-        assert not at.engine.session_info("a").resident
+        assert not (await at.engine.session_info("a")).resident
         one = await at.single("a", x(1), request_id=4, expected=0).only()
         await at.single("b", x(1)).only()
         again = await at.single("a", x(1), request_id=4, expected=0).only()
@@ -263,7 +263,7 @@ async def test_a_step_whose_session_expired_while_it_waited_is_told_so() -> None
         await at.in_flight()
         step, frame = at.single("a", x(1)), at.submit(["a"], x(1, 3))
         at.clock.advance(5)
-        assert at.engine.expire_idle() == 1, "nobody else has its handle now"
+        assert (await at.engine.expire_idle()) == 1, "nobody else has its handle now"
         at.hooks.open_gate()
         for answers in (step, frame):
             with pytest.raises(SessionExpired):

@@ -118,11 +118,11 @@ async def test_a_retry_gets_the_first_answer(change: dict[str, Any], how: str) -
             if how == "paged out":
                 await at.open("b", "c")
                 await at.step("b", x(1, 4))
-                assert not at.engine.session_info("a").resident
+                assert not (await at.engine.session_info("a")).resident
             two = await at.submit("a", **args | {"select": Select.ALL}).only()
         assert (one.replayed, two.replayed) == (False, True)
         same(one, two)
-        assert at.engine.session_info("a").revision == 2
+        assert (await at.engine.session_info("a")).revision == 2
 
 
 async def test_a_remembered_answer_says_the_revision_it_had_even_if_the_next_change_follows_at_once() -> None:
@@ -265,7 +265,7 @@ async def test_what_the_program_refuses_changes_nothing_and_says_so() -> None:
                 "inputs must be ones that the model can run; it refused them: x is out of range"
             )
         assert (await at.state("a"))["sum"].tobytes() == before
-        assert at.engine.session_info("a").revision == 0
+        assert (await at.engine.session_info("a")).revision == 0
         assert (await at.step("a", x(1), expected=0, request_ids=4)).replayed is False
 
 
@@ -300,7 +300,7 @@ async def test_a_deadline_that_passes_in_the_queue_or_in_line_drops_the_change()
                 await late.only()
         assert (await running_one.only()).revision == 1, "once its pass runs, a change is applied"
         assert (await in_time.only()).revision == 2
-        assert at.engine.session_info("a").revision == 0
+        assert (await at.engine.session_info("a")).revision == 0
 
 
 async def test_a_deadline_that_passes_half_way_in_a_long_request_leaves_nothing_of_it() -> None:

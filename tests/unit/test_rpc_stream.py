@@ -134,7 +134,7 @@ async def test_a_reply_over_the_limit_is_refused_before_anything_changes() -> No
         call.context.send(_step(1, "a"), _step(2, "nobody", "a", steps=2))
         for _ in range(2):
             assert (await call.reply()).errors[0].error.reason == "MESSAGE_TOO_LARGE"
-        assert call.engine.session_info("a").revision == 0
+        assert (await call.engine.session_info("a")).revision == 0
 
 
 async def test_the_id_of_an_unanswered_frame_is_refused() -> None:

@@ -72,11 +72,11 @@ async def test_a_handle_that_is_another_sessions_by_now_is_not_stepped() -> None
         at.at.single("busy", [[2, 2]])
         at.at.clock.advance(5)
         await _run_in_place(at)
-        assert at.at.engine.expire_idle() == 1
+        assert (await at.at.engine.expire_idle()) == 1
         await at.at.open("b")
         at.at.hooks.open_gate()
         await at.done()
-        assert at.at.engine.session_info("b").revision == 0
+        assert (await at.at.engine.session_info("b")).revision == 0
 
     # "a" is still there when the message comes, and expires before the pass in flight ends
     async def _run_in_place(at: Streams) -> None:
@@ -179,7 +179,7 @@ async def test_what_waits_of_a_stream_that_is_over_is_not_applied() -> None:
             at.tasks[0].cancel()
             await at.turns()
             await at.done()
-            assert at.at.engine.session_info("a").revision == 0
+            assert (await at.at.engine.session_info("a")).revision == 0
 
 
 async def test_a_stopping_server_answers_what_it_has_taken() -> None:
@@ -258,4 +258,4 @@ async def test_what_this_server_cannot_send_is_refused_by_its_name(
         assert first[0] == second[0] == "INVALID_ARGUMENT"
         assert words in first[1]
         assert second[1].startswith("state_rows must be empty")
-        assert at.at.engine.session_info("a").revision == 0
+        assert (await at.at.engine.session_info("a")).revision == 0

@@ -54,7 +54,7 @@ async def test_the_revision_that_stands_for_any_is_one_that_no_session_has(threa
         for _ in range(2):
             at.call(request("a", expected_revision=2**64 - 1))
         await at.done()
-        assert at.at.engine.session_info("a").revision == 0
+        assert (await at.at.engine.session_info("a")).revision == 0
 
     await play(scenario, threads=threads)
 
@@ -90,7 +90,7 @@ async def test_a_cancelled_call_whose_step_still_waits_is_dropped() -> None:
             assert first.cancelled()
             await at.done()
             assert revision(second.result()) == 1
-            assert at.at.engine.session_info("a").revision == 1
+            assert (await at.at.engine.session_info("a")).revision == 1
             assert at.observer.done == [("Step", "CANCELLED"), ("Step", "OK")]
 
 
@@ -105,7 +105,7 @@ async def test_a_call_past_its_deadline_is_dropped() -> None:
         await at.turns()
         at.at.clock.advance(1)
         await at.done()
-        assert [at.at.engine.session_info(one).revision for one in "abc"] == [0, 1, 0]
+        assert [(await at.at.engine.session_info(one)).revision for one in "abc"] == [0, 1, 0]
 
     await play(scenario, threads=True)
 

@@ -44,7 +44,12 @@ async def test_it_answers_as_in_place(tmp_path: Path, kind: str) -> None:
     assert await store.scan(after="b", limit=9) == local.scan(after="b", limit=9) != []
     assert (await store.count(), await store.count_of("m")) == (2, 2)
     assert await store.count_some(prefix="b", limit=9) == local.count_some(prefix="b", limit=9) == (1, "b")
-    assert await store.tombstone("a") == local.tombstone("a") == stone
+    assert (
+        await store.tombstones(["a", "b"])
+        == local.tombstones(["a", "b"])
+        == [local.tombstone("a"), None]
+        == [stone, None]
+    )
     assert await store.check() == local.check()
     assert (store.incarnation, store.secret) == (local.incarnation, local.secret)
     await store.announce("here:1")

@@ -112,6 +112,8 @@ class Change:
     """Called when every member has its answer."""
     left: int = dataclasses.field(init=False)
     """Members without an answer."""
+    tries: npt.NDArray[np.uint8] | None = None
+    """How often each member was judged again because another server had changed its session; None: never."""
 
     # set where it is made of several
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,15 @@ from stepwell_server.engine.api import Applied, ModelInfo, Observer, Opened, Pre
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.durability.committer import Committer
+from stepwell_server.engine.durability.endings import Endings
+from stepwell_server.engine.durability.fetching import Fetcher
 from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.durability.keeping import keeping_of
 from stepwell_server.engine.durability.records import Records
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.intake.admission import Admission
-from stepwell_server.engine.intake.inbox import Held, Inbox, joined_where_alike
+from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES, Held, Inbox, joined_where_alike
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.intake.turns import Turns
@@ -43,24 +47,26 @@ from stepwell_server.engine.passes.runner import Runner, warm_up
 from stepwell_server.engine.sessions.closing import Closing
 from stepwell_server.engine.sessions.creation import Creation
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.expiry import Expiry
-from stepwell_server.engine.sessions.expiry_timer import ExpiryTimer
+from stepwell_server.engine.sessions.ending import Expiry, ExpiryTimer, Removal
 from stepwell_server.engine.sessions.listing import Listing
+from stepwell_server.engine.sessions.loading import Arrivals, Seen
 from stepwell_server.engine.sessions.opening import OpenedMany, Opening
 from stepwell_server.engine.sessions.reading import Reading
-from stepwell_server.engine.sessions.removal import Removal
 from stepwell_server.engine.state.arena import Arena, default_resident_rows
 from stepwell_server.engine.state.model import Alarm, Model
 from stepwell_server.engine.state.replies import ReplyMemory
 from stepwell_server.engine.types import Members, Tensors
-from stepwell_server.errors import InvalidInput, Unavailable
+from stepwell_server.errors import InvalidInput, Overloaded, ServerError, Unavailable
 from stepwell_server.program import Program
-from stepwell_server.store.base import LocalStore
+from stepwell_server.store.base import Store
 from stepwell_server.store.record import Texts
 
 __all__ = ["Engine", "ModelStats", "OpenedMany"]
 
 _NOBODY: Members = np.zeros(0, np.intp)
+#: Rows of changes that may wait for their sessions to be loaded, over all models.
+MAX_LOADING_ROWS = 65_536
+_LOAD_AGAIN_S = 0.1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,7 +99,7 @@ class Engine:
         self,
         programs: Mapping[str, Program],
         *,
-        store: LocalStore,
+        store: Store,
         clock: Clock,
         observer: Observer,
         max_batch_rows: int,
@@ -110,28 +116,46 @@ class Engine:
         self._max_idle_s = max_session_idle_s
         self._table = table = SessionTable()
         self._models = Models(table)
+        self._is_local = store.local is not None
         self._group = GroupCommit(store)
-        records = Records(table)
-        pager = Pager(table, store, records, clock)
+        self._fetcher = fetcher = Fetcher(store)
+        endings = Endings(max_session_idle_s)
+        keeping = keeping_of(store, self._group, table, Records(table), clock=clock, observer=observer)
+        self._pager = pager = Pager(table, store, fetcher, keeping, endings)
         row_queue = RowQueue(table, self._models, pager)
-        self._turns = Turns(table, self._models, pager, row_queue, clock)
+        self._turns = Turns(table, self._models, pager, row_queue, clock, self._forget)
         self._row_queue = row_queue
         self._held = Held()
-        removal = Removal(table, self._models, self._turns, observer)
+        self._removal = removal = Removal(table, self._models, self._turns, observer)
         self._expiry = Expiry(
             table,
             removal,
-            store,
+            keeping.others,
             self._group,
+            endings,
             clock=clock,
             observer=observer,
             max_idle_s=max_session_idle_s,
         )
+        self._arrivals = Arrivals(table, fetcher, removal, self._expiry)
         self._directory = Directory(
-            table, self._models, store, removal=removal, expiry=self._expiry, clock=clock
+            table,
+            self._models,
+            store,
+            keeping.others,
+            arrivals=self._arrivals,
+            removal=removal,
+            expiry=self._expiry,
+            endings=endings,
+            clock=clock,
         )
         self._committer = Committer(
-            table, self._group, records, clock, release=self._turns.release, drop=self._expiry.drop
+            table,
+            keeping,
+            clock,
+            release=self._turns.release,
+            drop=self._expiry.drop,
+            discard=pager.discard,
         )
         self._admission = Admission(
             table,
@@ -148,24 +172,37 @@ class Engine:
             self._directory,
             row_queue,
             self._group,
+            keeping,
             removal=removal,
             expiry=self._expiry,
             clock=clock,
         )
         self._opening = Opening(
-            table, self._directory, self._turns, pager, creation, clock=clock, observer=observer
+            table,
+            self._directory,
+            self._turns,
+            pager,
+            creation,
+            drain=self._drain_inboxes,
+            clock=clock,
+            observer=observer,
         )
         self._reading = Reading(table, self._directory, self._turns, clock=clock)
         self._closing = Closing(
             table,
             self._directory,
             self._turns,
+            pager,
+            fetcher,
             self._group,
             removal=removal,
             drop=self._expiry.drop,
             clock=clock,
         )
-        self._listing = Listing(table, self._directory, self._expiry, store)
+        self._listing = Listing(table, self._directory, self._expiry, keeping.others)
+        self._loading: set[asyncio.Task[None]] = set()
+        """Changes that wait for their sessions to be loaded."""
+        self._loading_rows = 0
         self._validation = Validation(table, self._models)
         self._lines: dict[int, Line] = {}
         for name in sorted(programs):
@@ -248,8 +285,9 @@ class Engine:
             SessionGone, Overloaded, DeadlineExceeded, Unavailable
         """
         self._group.require_room()
+        seen = await self._directory.look([session_id])
         self._drain_inboxes()
-        return await self._closing.close(session_id, request_id=request_id, deadline=deadline)
+        return await self._closing.close(session_id, seen, request_id=request_id, deadline=deadline)
 
     async def close_sessions(self, session_ids: Sequence[str]) -> int:
         """Delete those of many sessions that are there; return how many they were.
@@ -263,13 +301,23 @@ class Engine:
         self._drain_inboxes()
         return await self._closing.close_many(session_ids)
 
-    def session_info(self, session_id: str) -> SessionInfo:
+    async def session_info(self, session_id: str, *, usable: bool = False) -> SessionInfo:
         """Describe a session as of its last completed change.
+
+        Args:
+            session_id: Its id.
+            usable: It must be one that can be stepped here.
 
         Raises:
             SessionGone: there is none.
+            ModelMismatch, ModelNotFound: it cannot be stepped here, and is to be `usable`.
+            StateCorrupt, Unavailable: it cannot be read.
         """
-        return self._directory.describe(session_id)
+        return await self._directory.describe(session_id, usable=usable)
+
+    async def refresh_counts(self) -> None:
+        """Have `models` and `model` say how many sessions there are now, where the store must be awaited for it."""
+        await self._directory.refresh_counts()
 
     async def list_sessions(
         self, *, model: str = "", prefix: str = "", after: str = "", limit: int = 1000
@@ -291,10 +339,16 @@ class Engine:
         if change.reset:
             self._group.require_room()  # a step waits for its pass, and passes wait for the store
         require_lists(change)
-        handles = self._directory.find_all(change.session_ids)
+        if not self._is_local and self._directory.must_look(change.session_ids):
+            self._load(change)
+        else:
+            self._take(change, None)
+
+    def _take(self, change: Change, seen: Seen | None) -> None:
+        handles = self._directory.find_all(change.session_ids, seen)
         missing = np.flatnonzero(handles < 0) if len(handles) > 1 or handles[0] < 0 else _NOBODY
         if len(missing) == change.size:
-            self._refuse_missing(change, missing)
+            self._refuse_missing(change, missing, seen)
             return
         refused = self._validation.check(change, handles)
         inbox = self._lines[change.model.index].inbox
@@ -303,9 +357,75 @@ class Engine:
         for member, error in refused:
             change.fail(np.array([member]), error)
         if len(missing):
-            self._refuse_missing(change, missing)
+            self._refuse_missing(change, missing, seen)
         if len(change.members):
             inbox.put(change)
+
+    def _load(self, change: Change) -> None:
+        """Let a change wait until its sessions are in the table, behind what came before for each of them.
+
+        Raises:
+            Overloaded: too much waits already.
+        """
+        tensors = [
+            array
+            for array in ((change.state if change.reset else change.inputs) or {}).values()
+            if array.ndim
+        ]
+        rows = max([len(array) for array in tensors], default=len(change.session_ids))
+        count, held = sum(array.nbytes for array in tensors), self._held
+        if self._loading_rows and self._loading_rows + rows > MAX_LOADING_ROWS:
+            raise Overloaded(
+                f"rows waiting for their sessions to be loaded must stay within {MAX_LOADING_ROWS};"
+                f" {self._loading_rows} wait and {rows} came",
+                retry_after_s=_LOAD_AGAIN_S,
+            )
+        if held.bytes and held.bytes + count > MAX_WAITING_BYTES:
+            raise Overloaded(
+                f"input bytes waiting must stay within {MAX_WAITING_BYTES}; {held.bytes} wait and {count} came",
+                retry_after_s=_LOAD_AGAIN_S,
+            )
+        self._loading_rows += rows
+        held.bytes += count
+        change.members = np.arange(change.size)
+
+        def go_on(seen: Seen) -> None:
+            try:
+                self._take(change, seen)
+            except ServerError as error:
+                change.fail(np.arange(change.size), error)
+
+        def ended() -> None:
+            self._loading_rows -= rows
+            held.bytes -= count
+
+        self._when_loaded(change, change.members, ended, go_on)
+
+    def _when_loaded(
+        self, change: Change, members: Members, ended: Callable[[], None], go_on: Callable[[Seen], None]
+    ) -> None:
+        """Call `ended`, and `go_on` unless nobody waits for the members any more, when their turn has come."""
+        ids = [change.session_ids[member] for member in members.tolist()]
+        looking = self._arrivals.wait(ids)
+
+        async def wait() -> None:
+            try:
+                seen = await looking
+            except ServerError as error:
+                ended()
+                change.fail(members, error)
+                return
+            ended()
+            dropped = change.drop(members, self._clock.monotonic())
+            if sum(len(some) for some, _ in dropped) < len(members):
+                go_on(seen)
+                return
+            for some, why in dropped:
+                change.fail(some, why)
+
+        task = asyncio.create_task(wait())
+        self._loading.add(task)
+        task.add_done_callback(self._loading.discard)
 
     async def apply(self, change: Change, answer: Awaited) -> Applied:
         """Submit a change of one session whose replies are `answer`, and wait for it.
@@ -327,13 +447,23 @@ class Engine:
         """
         return self._models.by_handle(self._directory.find(session_id)).name
 
-    def _refuse_missing(self, change: Change, members: Members) -> None:
-        for some, error in self._directory.why_not_all(change.session_ids, members):
+    def _refuse_missing(self, change: Change, members: Members, seen: Seen | None) -> None:
+        for some, error in self._directory.why_not_all(change.session_ids, members, seen):
             change.fail(some, error)
 
     def _refuse_stale(self, change: Change, members: Members) -> Members:
         """Members whose sessions left the table since they were checked: see `Admission`."""
-        found = self._directory.find_all([change.session_ids[member] for member in members.tolist()])
+        if self._is_local:
+            return self._found_again(change, members, None)
+
+        def go_on(seen: Seen) -> None:
+            self._admission.readmit(change, self._found_again(change, members, seen))
+
+        self._when_loaded(change, members, lambda: None, go_on)
+        return members[:0]
+
+    def _found_again(self, change: Change, members: Members, seen: Seen | None) -> Members:
+        found = self._directory.find_all([change.session_ids[member] for member in members.tolist()], seen)
         fits = found >= 0
         fits &= self._table.batch_size[found] == change.sizes[members]
         fits &= self._table.model[found] == change.model.index
@@ -341,8 +471,11 @@ class Engine:
         change.births[members[fits]] = self._table.birth[found[fits]]
         gone = members[~fits]
         if len(gone):
-            self._refuse_missing(change, gone)
+            self._refuse_missing(change, gone, seen)
         return members[fits]
+
+    def _forget(self, handle: int, error: ServerError) -> None:
+        self._removal.forget(handle, error)
 
     async def get_state(self, session_id: str, *, deadline: float = float("inf")) -> StateRead:
         """Read a session's state after what was received before.
@@ -350,8 +483,9 @@ class Engine:
         Raises:
             SessionGone, DeadlineExceeded, Overloaded
         """
+        seen = await self._directory.look([session_id])
         self._drain_inboxes()
-        return await self._reading.read(session_id, deadline)
+        return await self._reading.read(session_id, seen, deadline)
 
     async def fork(
         self,
@@ -369,7 +503,6 @@ class Engine:
         """
         self._require_accepting()
         self._group.require_room()
-        self._drain_inboxes()
         return await self._opening.fork(
             session_id,
             new_session_id=new_session_id,
@@ -439,6 +572,8 @@ class Engine:
             for line in list(self._lines.values()):
                 await line.loop.idle()
             await self._group.idle()
+            await self._arrivals.idle()
+            await self._pager.idle()
             await asyncio.sleep(0)  # what waits for rows is let in by the event loop
 
     async def close(self, timeout_s: float = 10.0) -> bool:
@@ -450,19 +585,25 @@ class Engine:
         if self._expiring is not None:
             self._expiring.cancel()
         self._pool.shutdown(wait=True)
+        if not self._is_local:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.drain(), timeout_s)
         return await asyncio.to_thread(self._group.close, timeout_s)
 
     @property
     def _is_busy(self) -> bool:
         return (
             bool(self._row_queue)
+            or bool(self._loading)
+            or self._arrivals.waiting > 0
+            or not self._pager.is_idle
             or not self._group.is_idle
             or any(line.loop.busy for line in self._lines.values())
         )
 
-    def expire_idle(self) -> int:
+    async def expire_idle(self) -> int:
         """Delete the sessions that have been idle for too long; return how many. The timer does it by itself."""
-        return self._expiry.expire_idle()
+        return await self._expiry.expire_idle()
 
     def _serve(self, name: str, program: Program, max_batch_rows: int, resident_rows: int) -> None:
         slots = Slots(resident_rows)
@@ -483,14 +624,27 @@ class Engine:
         lanes = [Lane(self._executor(program), arena) for _ in range(self._compute_threads)]
         inbox, runner = Inbox(model, self._held, self._in_line), Runner(model, lanes, self._pool)
         inline = Inline(
-            model, self._table, lanes[0], self._committer, clock=self._clock, observer=self._observer
+            model,
+            self._table,
+            lanes[0],
+            self._committer,
+            self._admission.again,
+            clock=self._clock,
+            observer=self._observer,
         )
         loop = PassLoop(
             model,
             inbox,
             self._admission,
             runner,
-            Completion(model, self._table, self._committer, clock=self._clock, observer=self._observer),
+            Completion(
+                model,
+                self._table,
+                self._committer,
+                self._admission.again,
+                clock=self._clock,
+                observer=self._observer,
+            ),
             inline,
             self._turns.release,
             lambda: self._group.is_full,

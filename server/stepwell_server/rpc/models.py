@@ -22,11 +22,13 @@ class ModelServicer:
 
     async def list_models(self, _request: pb.ListModelsRequest, _call: Call) -> pb.ListModelsResponse:
         """List the models."""
+        await self._engine.refresh_counts()
         models = sorted(self._engine.models(), key=lambda model: model.name)
         return pb.ListModelsResponse(models=[convert.from_model(model) for model in models])
 
     async def get_model(self, request: pb.GetModelRequest, _call: Call) -> pb.GetModelResponse:
         """Describe a model."""
+        await self._engine.refresh_counts()
         return pb.GetModelResponse(model=convert.from_model(self._engine.model(request.name)))
 
     async def predict(self, request: pb.PredictRequest, call: Call) -> pb.PredictResponse:

@@ -89,7 +89,7 @@ class SessionServicer:
     async def get_session(self, request: pb.GetSessionRequest, _call: Call) -> pb.GetSessionResponse:
         """Describe a session."""
         return pb.GetSessionResponse(
-            session=convert.from_session(self._engine.session_info(request.session_id))
+            session=convert.from_session(await self._engine.session_info(request.session_id))
         )
 
     async def list_sessions(self, request: pb.ListSessionsRequest, _call: Call) -> pb.ListSessionsResponse:

@@ -53,9 +53,9 @@ class AwaitedStore:
         """See `base.Store`."""
         return self.local.count_some(after=after, prefix=prefix, limit=limit)
 
-    async def tombstone(self, session_id: str) -> Tombstone | None:
+    async def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         """See `base.Store`."""
-        return self.local.tombstone(session_id)
+        return self.local.tombstones(session_ids)
 
     async def announce(self, listen: str) -> None:
         """See `base.Store`."""

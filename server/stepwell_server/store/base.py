@@ -95,7 +95,16 @@ class Batch:
     tombstones: Sequence[Tombstone] = ()
     """At most so many are kept as the store was told; the oldest are forgotten first."""
     counts: Sequence[tuple[str, int]] = ()
-    """By how much the number of a model's sessions changes."""
+    """By how much the number of a model's sessions changes, if all of the batch is kept.
+
+    A store that keeps members one by one counts those that it kept.
+    """
+
+    @property
+    def session_ids(self) -> list[str]:
+        """The sessions that it puts, deletes or remembers the end of; one may come more than once."""
+        ids = [session_id for session_id, _ in self.puts]
+        return [*ids, *self.deletes, *self.forgets, *(stone.session_id for stone in self.tombstones)]
 
 
 class Outcome(enum.Enum):
@@ -129,6 +138,10 @@ class Store(Protocol):
     """Keeps encoded records and tombstones by session id, wherever that is. Lives on one event loop.
 
     Methods of the same name do the same and raise the same as those of `LocalStore`.
+
+    Where others use the same store, a change is kept only if the session is as it was when it was read: a put of a
+    session that is there follows its record's revision, one of `Batch.forgets` must not be there yet, and a
+    deletion has the revision that its tombstone says. What is otherwise is a conflict.
     """
 
     @property
@@ -168,7 +181,7 @@ class Store(Protocol):
     async def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
         """See `LocalStore`."""
 
-    async def tombstone(self, session_id: str) -> Tombstone | None:
+    async def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         """See `LocalStore`."""
 
     async def announce(self, listen: str) -> None:
@@ -191,6 +204,10 @@ class LocalStore(Protocol):
     @property
     def is_volatile(self) -> bool:
         """What it keeps is gone when the process ends."""
+
+    @property
+    def for_one_thread(self) -> bool:
+        """It is fast, and every method is called from the event loop."""
 
     @property
     def waits_for_disk(self) -> bool:
@@ -258,6 +275,9 @@ class LocalStore(Protocol):
 
     def tombstone(self, session_id: str) -> Tombstone | None:
         """What is remembered of a session that is gone."""
+
+    def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
+        """What is remembered of many sessions that are gone."""
 
     def announce(self, listen: str) -> None:
         """Let people who find the store know at which address its server listens."""

@@ -18,6 +18,7 @@ class MemoryStore:
     """Keeps encoded records in host memory. See `base.LocalStore`. For one thread."""
 
     is_volatile = True
+    for_one_thread = True
     waits_for_disk = False
     needs_checkpoint = False
 
@@ -75,6 +76,10 @@ class MemoryStore:
     def tombstone(self, session_id: str) -> Tombstone | None:
         """See `base.LocalStore`."""
         return self._tombstones.get(session_id)
+
+    def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
+        """See `base.LocalStore`."""
+        return [self._tombstones.get(session_id) for session_id in session_ids]
 
     def announce(self, listen: str) -> None:
         """See `base.LocalStore`: nobody finds it."""

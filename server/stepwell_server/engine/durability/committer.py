@@ -1,21 +1,30 @@
 """The one way in which changes become true: kept by the store first, then said by the table, then answered.
 
 If the store could not keep one, its sessions leave the arena and the table: what the store holds is the truth, and
-is loaded when they are next named.
+is loaded when they are next named. One that another server has changed meanwhile (a conflict) is judged again by what
+the store holds now: whoever sent it there before gets the first answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.durability.group_commit import GroupCommit
-from stepwell_server.engine.durability.records import Outcome, Records
-from stepwell_server.errors import ServerError
-from stepwell_server.store.base import Batch
+from stepwell_server.engine.durability.keeping import Keeping
+from stepwell_server.engine.durability.records import Outcome
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.types import Members
+from stepwell_server.errors import ServerError, Unavailable
+from stepwell_server.store import base
+from stepwell_server.store.base import ALL_KEPT, Committed
 
-Answer = Callable[[ServerError | None], None]
+Answer = Callable[[ServerError | None, Members | None], None]
+"""Called with None, or why it never will be true; and for which places of the outcome: None for all of them."""
+Again = Callable[[Members], None]
+"""Called with places of the outcome whose sessions another server has changed: they are claimed, and paged out."""
 
 
 class Committer:
@@ -24,59 +33,71 @@ class Committer:
     def __init__(
         self,
         table: SessionTable,
-        group: GroupCommit,
-        records: Records,
+        keeping: Keeping,
         clock: Clock,
         *,
         release: Callable[[Handles], None],
         drop: Callable[[Handles, ServerError], None],
+        discard: Callable[[Model, Handles], None],
     ) -> None:
         """See the module.
 
         Args:
             table: The sessions.
-            group: Commits to the store.
-            records: What the store is to keep.
+            keeping: Has the store keep outcomes.
             clock: For when sessions were last used.
             release: Ends claims and starts what waited.
             drop: Takes claimed sessions whose rows are not what the store holds out of arena and table.
+            discard: Takes such sessions out of the arena alone.
         """
         self._table = table
-        self._group = group
-        self._records = records
+        self._keeping = keeping
         self._clock = clock
         self._release = release
         self._drop = drop
+        self._discard = discard
 
-    @property
-    def is_durable(self) -> bool:
-        """The store keeps changes before they are true."""
-        return self._group.is_durable
-
-    def commit(self, outcome: Outcome, answer: Answer) -> None:
+    def commit(self, outcome: Outcome, answer: Answer, again: Again) -> None:
         """Make an outcome true and have its callers answered, now or later; then its sessions' claims end.
 
         Args:
             outcome: Of claimed sessions.
-            answer: Called with None when it is true, else with why it never will be. It must not raise.
+            answer: See `Answer`; it must not raise.
+            again: See `Again`; it must not raise.
         """
 
-        def done(error: ServerError | None) -> None:
-            if error is not None:
-                answer(error)
-                self._drop(outcome.handles, error)
-                return
-            self._set(outcome)
-            answer(None)
-            self._release(outcome.handles)
+        def done(committed: Committed | ServerError) -> None:
+            if committed is ALL_KEPT:
+                self._set(outcome)
+                answer(None, None)
+                self._release(outcome.handles)
+            elif isinstance(committed, ServerError):
+                answer(committed, None)
+                self._drop(outcome.handles, committed)
+            else:
+                self._settle(outcome, committed, answer, again)
 
-        if not self._group.is_durable:
-            done(None)
-            return
-        last_used = self._clock.now()
-        self._group.submit(
-            lambda: Batch(puts=self._records.of(outcome, last_used)), len(outcome.handles), done
-        )
+        self._keeping.changed(outcome, done)
+
+    def _settle(self, outcome: Outcome, committed: Committed, answer: Answer, again: Again) -> None:
+        """Each session has a fate of its own."""
+        ids = [self._table.session_id(handle) for handle in outcome.handles.tolist()]
+        fates = np.array([committed.of(session_id).value for session_id in ids])
+        kept = np.flatnonzero(fates == base.Outcome.KEPT.value)
+        unknown = np.flatnonzero(fates == base.Outcome.UNKNOWN.value)
+        conflicts = np.flatnonzero(fates == base.Outcome.CONFLICT.value)
+        handles = outcome.handles
+        if len(kept):
+            self._set(outcome.part(kept))
+            answer(None, kept)
+            self._release(handles[kept])
+        if len(unknown):
+            error = not_known()
+            answer(error, unknown)
+            self._drop(handles[unknown], error)
+        if len(conflicts):
+            self._discard(outcome.model, handles[conflicts])
+            again(conflicts)
 
     def _set(self, outcome: Outcome) -> None:
         table, handles = self._table, outcome.handles
@@ -85,3 +106,8 @@ class Committer:
         table.request_id[handles] = outcome.request_ids
         table.used[handles] = self._clock.monotonic()
         outcome.model.replies.remember(handles, outcome.replies, outcome.arrays)
+
+
+def not_known() -> Unavailable:
+    """The answer to a change of which the store did not say whether it was kept."""
+    return Unavailable("the store must say that it kept the change; it did not answer, and may have kept it")

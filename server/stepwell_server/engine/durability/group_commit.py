@@ -1,7 +1,8 @@
 """Commits: what has happened is kept by the store, in its order, before anybody hears of it.
 
 A commit that waits for the disk, or is large, is made by a thread while the next pass runs; what comes meanwhile
-goes into the next transaction together. One that costs less than the hand-over is made in place.
+goes into the next transaction together. One that costs less than the hand-over is made in place. A store that is
+awaited has no thread: its commits are tasks.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 from stepwell_server.engine.cost import Cost
 from stepwell_server.errors import Overloaded, ServerError
 from stepwell_server.logs import Log
-from stepwell_server.store.base import Batch, LocalStore
+from stepwell_server.store.base import ALL_KEPT, Batch, Committed, LocalStore, Store
 from stepwell_server.store.record import Joined
 
 _log = Log("engine.commit")
@@ -24,12 +26,14 @@ _log = Log("engine.commit")
 COMMIT_IN_PLACE_S = 1e-3
 #: Records in one transaction at most, unless a single batch has more.
 MOST_TOGETHER = 8192
+#: Commits to an awaited store at the same time.
+MOST_UNDER_WAY = 8
 #: So many sessions may wait for the store before passes wait too.
 MOST_WAITING = 32_768
 
 _RETRY_AFTER_S = 0.5
 
-Done = Callable[[ServerError | None], None]
+Done = Callable[[Committed | ServerError], None]
 
 
 class _Item:
@@ -46,19 +50,22 @@ class _Item:
 
 
 class GroupCommit:
-    """Commits to a store. Lives on the event loop, with one thread of its own once that is needed."""
+    """Commits to a store. Lives on the event loop.
 
-    def __init__(self, store: LocalStore) -> None:
-        self._store = store
-        self.is_durable = not store.is_volatile
-        """Changes are to be committed before they are acknowledged; else the arena is all there is."""
+    A store that answers in place has one thread once that is needed; one that is awaited has a few commits under way
+    at the same time, never two that name the same session.
+    """
+
+    def __init__(self, store: Store) -> None:
         self._loop = asyncio.get_running_loop()
         self.cost = Cost()
         """Of a commit by its records."""
         self._waiting = 0
-        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        """For the thread; None is its end."""
-        self._thread: threading.Thread | None = None
+        self._lane: _Lane = (
+            _Awaited(store, self._finish)
+            if store.local is None
+            else _Local(store.local, self.cost, self._finish)
+        )
         self._idle: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self._listeners: list[Callable[[], None]] = []
@@ -93,23 +100,7 @@ class GroupCommit:
 
     def may_commit_here(self, size: int) -> bool:
         """Whether so many records are committed in place."""
-        if self._store.is_volatile:
-            return True
-        small = self.cost.of(size) <= COMMIT_IN_PLACE_S
-        return small and not self._waiting and not self._store.waits_for_disk
-
-    def commit_here(self, batch: Batch, size: int) -> None:
-        """Commit on the calling thread; only if `may_commit_here`.
-
-        Raises:
-            Unavailable: it was not kept.
-        """
-        started = time.perf_counter()
-        self._store.commit(batch)
-        if size:
-            self.cost.learn(size, time.perf_counter() - started)
-        if self._store.needs_checkpoint:
-            self._loop.call_soon(self._checkpoint_here)
+        return not self._waiting and self._lane.may_commit_here(size)
 
     def submit(self, build: Callable[[], Batch], size: int, done: Done) -> None:
         """Commit what `build` makes; `done` is called on the event loop, maybe before this returns.
@@ -117,14 +108,15 @@ class GroupCommit:
         Args:
             build: May be called on another thread.
             size: Records in it, about.
-            done: Gets None, or why nothing of it was kept. It must not raise.
+            done: Gets what became of each session, or why nothing of it was kept. It must not raise.
         """
         item = _Item(build, size, done)
         if self.may_commit_here(size):
-            _keep([item], lambda batch: self.commit_here(batch, size))
-            done(item.error)
-        else:
-            self._hand_over(item)
+            self._lane.commit_here(item)
+            done(item.error or ALL_KEPT)
+            return
+        self._waiting += max(1, item.size)
+        self._lane.put(item)
 
     def on_room(self, listener: Callable[[], None]) -> None:
         """Call `listener` when `is_full` has ended."""
@@ -143,19 +135,83 @@ class GroupCommit:
             await asyncio.shield(self._room)
 
     def close(self, timeout_s: float) -> bool:
-        """End the thread; False if the store did not come back to it in time."""
-        self._queue.put(None)
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-        return self._thread is None or not self._thread.is_alive()
+        """End; False if the store did not come back from a commit in time. For any thread."""
+        return self._lane.close(timeout_s)
 
-    def _hand_over(self, item: _Item) -> None:
-        self._waiting += max(1, item.size)
+    def _finish(self, items: Sequence[_Item], committed: Committed) -> None:
+        was_full = self.is_full
+        for item in items:
+            self._waiting -= max(1, item.size)
+            item.done(item.error or committed)
+        if was_full and not self.is_full:
+            for listener in self._listeners:
+                listener()
+            if self._room is not None:
+                self._room.set_result(None)
+                self._room = None
+        if not self._waiting and self._idle is not None:
+            self._idle.set_result(None)
+            self._idle = None
+
+
+Finish = Callable[[Sequence[_Item], Committed], None]
+
+
+class _Lane(Protocol):
+    """How items get to the store."""
+
+    def may_commit_here(self, size: int, /) -> bool:
+        """Whether to commit so many records at once costs less than to hand them over, while nothing waits."""
+
+    def commit_here(self, item: _Item, /) -> None:
+        """Commit at once."""
+
+    def put(self, item: _Item) -> None:
+        """Commit later; `finish` is called then, on the event loop."""
+
+    def close(self, timeout_s: float, /) -> bool:
+        """See `GroupCommit.close`."""
+
+
+class _Local:
+    """Commits to a store that answers in place: here, or on a thread of its own."""
+
+    def __init__(self, store: LocalStore, cost: Cost, finish: Finish) -> None:
+        self._store = store
+        self._cost = cost
+        self._finish = finish
+        self._loop = asyncio.get_running_loop()
+        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        """For the thread; None is its end."""
+        self._handed_over = 0
+        self._thread: threading.Thread | None = None
+
+    def may_commit_here(self, size: int) -> bool:
+        store = self._store
+        return store.for_one_thread or (not store.waits_for_disk and self._cost.of(size) <= COMMIT_IN_PLACE_S)
+
+    def commit_here(self, item: _Item) -> None:
+        store = self._store
+        started = time.perf_counter()
+        _keep([item], store.commit)
+        if item.size and item.error is None:
+            self._cost.learn(item.size, time.perf_counter() - started)
+        if store.needs_checkpoint:
+            self._loop.call_soon(self._checkpoint_here)
+
+    def put(self, item: _Item) -> None:
+        self._handed_over += 1
         if self._thread is None:
             # a daemon: a store that never comes back must not keep the process from ending
             self._thread = threading.Thread(target=self._work, name="stepwell-store", daemon=True)
             self._thread.start()
         self._queue.put(item)
+
+    def close(self, timeout_s: float) -> bool:
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return self._thread is None or not self._thread.is_alive()
 
     def _work(self) -> None:
         while items := self._take():
@@ -165,18 +221,22 @@ class GroupCommit:
             waits_for_disk = self._store.waits_for_disk
             if not waits_for_disk:
                 if size:
-                    self.cost.learn(size, time.perf_counter() - started)
+                    self._cost.learn(size, time.perf_counter() - started)
                 # before anything is told: then the event loop may use the store
                 self._store.checkpoint()
             try:
-                self._loop.call_soon_threadsafe(self._finish, items)
+                self._loop.call_soon_threadsafe(self._tell, items)
             except RuntimeError:  # the event loop was closed: nobody is left to be told
                 return
             if waits_for_disk:
                 self._store.checkpoint()
 
+    def _tell(self, items: Sequence[_Item]) -> None:
+        self._handed_over -= len(items)
+        self._finish(items, ALL_KEPT)
+
     def _checkpoint_here(self) -> None:
-        if not self._waiting and not self._store.waits_for_disk:
+        if not self._handed_over and not self._store.waits_for_disk:
             self._store.checkpoint()
 
     def _take(self) -> list[_Item]:
@@ -194,20 +254,85 @@ class GroupCommit:
             self._queue.put(None)  # the end comes after these
         return items
 
-    def _finish(self, items: Sequence[_Item]) -> None:
-        was_full = self.is_full
-        for item in items:
-            self._waiting -= max(1, item.size)
-            item.done(item.error)
-        if was_full and not self.is_full:
-            for listener in self._listeners:
-                listener()
-            if self._room is not None:
-                self._room.set_result(None)
-                self._room = None
-        if not self._waiting and self._idle is not None:
-            self._idle.set_result(None)
-            self._idle = None
+
+class _Awaited:
+    """Commits to a store that is awaited: what has come in one turn of the event loop together."""
+
+    def __init__(self, store: Store, finish: Finish) -> None:
+        self._store = store
+        self._finish = finish
+        self._loop = asyncio.get_running_loop()
+        self._queue: list[_Item] = []
+        self._busy: set[str] = set()
+        """Sessions that a commit which is under way names."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_due = False
+
+    def may_commit_here(self, _size: int) -> bool:
+        return False
+
+    def commit_here(self, _item: _Item) -> None:
+        raise AssertionError("an awaited store is never committed to in place")
+
+    def put(self, item: _Item) -> None:
+        try:
+            item.batch = item.build()
+        except Exception as error:
+            item.error = reason(error)
+        self._queue.append(item)
+        self._start_soon()
+
+    def close(self, _timeout_s: float) -> bool:
+        return not self._tasks
+
+    def _start_soon(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            self._loop.call_soon(self._start)
+
+    def _start(self) -> None:
+        self._is_due = False
+        while self._queue and len(self._tasks) < MOST_UNDER_WAY:
+            items, ids = self._take()
+            if not items:
+                return
+            self._busy |= ids
+            task = self._loop.create_task(self._commit(items, ids))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _take(self) -> tuple[list[_Item], set[str]]:
+        """What may be committed together now, in the order of each session that it names; and all it names."""
+        taken: list[_Item] = []
+        named: set[str] = set()
+        left: list[_Item] = []
+        blocked = set(self._busy)
+        size = 0
+        for item in self._queue:
+            ids = set(item.batch.session_ids)
+            if size >= MOST_TOGETHER or not blocked.isdisjoint(ids):
+                left.append(item)
+            else:
+                taken.append(item)
+                named |= ids
+                size += item.size
+            blocked |= ids
+        self._queue = left
+        return taken, named
+
+    async def _commit(self, items: Sequence[_Item], ids: set[str]) -> None:
+        sound = [item for item in items if item.error is None]
+        committed = ALL_KEPT
+        try:
+            if sound:
+                committed = await self._store.commit(_merged([item.batch for item in sound]))
+        except Exception as error:
+            why = reason(error)
+            for item in sound:
+                item.error = why
+        self._busy -= ids
+        self._start_soon()
+        self._finish(items, committed)
 
 
 def _keep(items: Sequence[_Item], commit: Callable[[Batch], None]) -> None:

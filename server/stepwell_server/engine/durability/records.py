@@ -12,7 +12,7 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.durability.record_templates import Templates
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import U64, Tensors
+from stepwell_server.engine.types import U64, Members, Tensors
 from stepwell_server.store.record import Record, Stored, encode
 
 
@@ -32,6 +32,19 @@ class Outcome:
     """How each reply is kept: `Kept`."""
     arrays: Mapping[int, Tensors] = dataclasses.field(default_factory=dict)
     """The replies that are kept as arrays of their own, by their place."""
+
+    def part(self, places: Members) -> Outcome:
+        """The same of some of its sessions."""
+        own = {place: at for at, place in enumerate(places.tolist())}
+        return Outcome(
+            self.model,
+            self.handles[places],
+            self.revisions[places],
+            self.positions[places],
+            self.request_ids[places],
+            self.replies[places],
+            {own[place]: arrays for place, arrays in self.arrays.items() if place in own},
+        )
 
 
 class Records:

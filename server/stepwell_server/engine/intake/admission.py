@@ -16,18 +16,21 @@ from stepwell_server.engine.api import Observer
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.records import Outcome
-from stepwell_server.engine.intake.paging import Pager
+from stepwell_server.engine.intake.paging import ALL_HERE, Pager, Refused
 from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.state.replies import Kept
 from stepwell_server.engine.types import Mask, Members
-from stepwell_server.errors import Overloaded, RevisionConflict, ServerError
+from stepwell_server.errors import Overloaded, RevisionConflict, ServerError, SessionGone, Unavailable
 from stepwell_server.logs import Log
 
 _log = Log("engine.admission")
 #: The source of a job of many callers' steps, as long as there is room for all of them in one pass.
 _EVERYBODY = "everybody"
+
+#: So often is a member judged again because another server was faster.
+MOST_TRIES = 8
 
 Wait = Callable[[Change, Members], None]
 
@@ -73,6 +76,10 @@ class Admission:
         """Start changes, or put their members in their sessions' lines."""
         for change in changes:
             self._admit(change, change.members)
+
+    def readmit(self, change: Change, members: Members) -> None:
+        """Start some members of a change whose sessions had to be found anew."""
+        self._admit(change, members)
 
     def _admit(self, change: Change, members: Members) -> None:
         while len(members):
@@ -140,15 +147,67 @@ class Admission:
     def _wait_again(self, change: Change, members: Members) -> None:
         self._row_queue.put_back(self, change, members)
 
+    def again(self, change: Change, members: Members) -> None:
+        """Judge members again whose sessions another server has changed. They are claimed, and paged out."""
+        if change.tries is None:
+            change.tries = np.zeros(change.size, np.uint8)
+        change.tries[members] += 1
+        over = change.tries[members] > MOST_TRIES
+        done = change.handles[members[over]]
+        if len(done):
+            change.fail(members[over], changed_elsewhere(change.session_ids[int(members[over][0])]))
+            members = members[~over]
+        more = self._bring_in(change, members, change.handles[members], self._wait_for_rows)
+        if len(done) or len(more):
+            self._turns.release(np.concatenate([done, more]))
+
     def _bring_in(self, change: Change, members: Members, handles: Handles, wait: Wait) -> Handles:
-        """Have the rows of claimed sessions and judge their members, or let them wait for rows.
+        """Have the rows of claimed sessions and judge their members, or let them wait.
 
         Returns:
             Sessions that are done with already.
         """
         if not len(members):
             return handles
-        refused = self._pager.page_in(change.model, handles)
+
+        def later(came: Handles, refused: Refused) -> None:
+            where = np.isin(handles, came)
+            self._came(change, members[where], handles[where], refused)
+
+        paged = self._pager.page_in(change.model, handles, later)
+        if paged is ALL_HERE:
+            return self._judge(change, members, handles)
+        here = np.isin(handles, paged.coming, invert=True)
+        return self._judge_but(change, members[here], handles[here], paged.refused, wait)
+
+    def _came(self, change: Change, members: Members, handles: Handles, refused: Refused) -> None:
+        """Go on with members whose sessions have come back from a store that was awaited, or have not."""
+        for dropped, error in change.drop(members, self._clock.monotonic()):
+            change.fail(dropped, error)
+            for handle in change.handles[dropped].tolist():
+                self._turns.end(handle, refused.get(handle))
+            members = np.setdiff1d(members, dropped)
+        handles = change.handles[members]
+        ended = [
+            place
+            for place, handle in enumerate(handles.tolist())
+            if isinstance(refused.get(handle), SessionGone)
+        ]
+        for place in ended:
+            handle = int(handles[place])
+            change.fail(members[place : place + 1], refused[handle])
+            self._turns.end(handle, refused[handle])
+        members, handles = np.delete(members, ended), np.delete(handles, ended)
+        done = self._judge_but(change, members, handles, refused, self._wait_for_rows)
+        if len(done):
+            self._turns.release(done)
+
+    def _judge_but(
+        self, change: Change, members: Members, handles: Handles, refused: Refused, wait: Wait
+    ) -> Handles:
+        """Judge members but those whose sessions stay away: these fail, or wait for rows. As `_bring_in`."""
+        if not len(members):
+            return handles
         if not refused:
             return self._judge(change, members, handles)
         out = np.isin(handles, list(refused))
@@ -268,14 +327,23 @@ class Admission:
             np.full(len(handles), Kept.EMPTY, np.uint8),
         )
 
-        def answer(error: ServerError | None) -> None:
+        def answer(error: ServerError | None, places: Members | None) -> None:
+            own, told = (members, outcome) if places is None else (members[places], outcome.part(places))
             if error is not None:
-                change.fail(members, error)
+                change.fail(own, error)
                 return
-            self._observer.applied(model.name, "reset", len(handles), len(rows))
-            change.succeed(members, outcome.revisions, outcome.positions, {})
+            row_count = len(change.rows) if change.rows is not None else int(change.sizes[own].sum())
+            self._observer.applied(model.name, "reset", len(own), row_count)
+            change.succeed(own, told.revisions, told.positions, {})
 
-        self._committer.commit(outcome, answer)
+        self._committer.commit(outcome, answer, lambda places: self.again(change, members[places]))
+
+
+def changed_elsewhere(session_id: str) -> Unavailable:
+    """The answer where other servers change a session so often that this one does not get to it."""
+    return Unavailable(
+        f"session {session_id!r} was changed by other servers again and again; it was not applied"
+    )
 
 
 def _split(sizes: Members, limit: int) -> list[slice]:

@@ -1,35 +1,77 @@
 """More sessions than rows: the least recently used leave the arena and come back when they are needed.
 
-With a store that keeps every change there is nothing to write when a session leaves: its record is there.
+A store that answers in place is read in place. For one that is awaited the rows are taken at once and filled when the
+records have come; whoever waits for them is told then, and passes go on meanwhile. As other servers may have changed
+a session since, its record is the truth then: the table is told what it says.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import numpy as np
 
-from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
+from stepwell_server.engine.durability.endings import Endings
+from stepwell_server.engine.durability.fetching import Fetched, Fetcher
 from stepwell_server.engine.durability.group_commit import reason
-from stepwell_server.engine.durability.records import Outcome, Records
+from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.state.model import Model
-from stepwell_server.errors import Overloaded, ServerError, SessionLost
-from stepwell_server.store.base import Batch, LocalStore
-from stepwell_server.store.record import Decoded, Stored, decode_many
+from stepwell_server.engine.types import Mask
+from stepwell_server.errors import Overloaded, ServerError, SessionLost, SessionNotFound
+from stepwell_server.store.base import Store
+from stepwell_server.store.record import Decoded, decode_header, decode_many
 
 #: When rows are needed, this share of the arena is paged out at once: finding the least recently used
 #: means a look at all sessions, and should not be paid for each row.
 SHARE_AT_ONCE = 1 / 16
 
+_NOBODY: Handles = np.zeros(0, np.intp)
+
+Refused = dict[int, ServerError]
+"""Why sessions stay away, by handle: `Overloaded`, `SessionGone`, `StateCorrupt`, `Unavailable`, `Internal`."""
+Later = Callable[[Handles, Refused], None]
+"""Called with sessions that were coming, and which of them stay away all the same."""
+
+
+class PageIn(NamedTuple):
+    """What has become of sessions that were to come back; those in neither are in the arena."""
+
+    refused: Refused
+    coming: Handles
+
+
+ALL_HERE = PageIn({}, _NOBODY)
+
 
 class Pager:
-    """Moves sessions between a model's arena and the store. A claimed session is never paged out."""
+    """Moves sessions between a model's arena and the store. A claimed session is never paged out.
 
-    def __init__(self, table: SessionTable, store: LocalStore, records: Records, clock: Clock) -> None:
+    Lives on the event loop.
+    """
+
+    def __init__(
+        self, table: SessionTable, store: Store, fetcher: Fetcher, keeping: Keeping, endings: Endings
+    ) -> None:
         self._table = table
-        self._store = store
-        self._records = records
-        self._clock = clock
+        self._local = store.local
+        self._fetcher = fetcher
+        self._keeping = keeping
+        self._endings = endings
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is coming."""
+        return not self._tasks
+
+    async def idle(self) -> None:
+        """Return when nothing is coming."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
     def take(self, model: Model, count: int) -> Rows:
         """Take rows for sessions, paging others out as needed.
@@ -53,40 +95,133 @@ class Pager:
             retry_after_s=max(0.05, model.expected_wait_s),
         )
 
-    def page_in(self, model: Model, handles: Handles) -> dict[int, ServerError]:
+    def page_in(self, model: Model, handles: Handles, later: Later) -> PageIn:
         """Bring claimed sessions back to the arena, those that are not there and for which there is room.
 
-        Returns:
-            Why the others stay away, by handle: `Overloaded`, `SessionLost`, `StateCorrupt`, `Unavailable`,
-            `Internal`.
+        Args:
+            model: Of all of them.
+            handles: Some may be there.
+            later: Called when those that are coming have come. Their claims must last until then.
         """
         absent = handles[self._table.row[handles] < 0]
         if not len(absent):
-            return {}
-        refused: dict[int, ServerError] = {}
+            return ALL_HERE
+        refused: Refused = {}
         sizes = self._table.batch_size[absent]
         fits = np.cumsum(sizes) <= self.room(model, int(sizes.sum()))
         if not fits.all():
-            short = self._overloaded(model, int(self._table.batch_size[absent].sum()))
+            short = self._overloaded(model, int(sizes.sum()))
             refused = dict.fromkeys(absent[~fits].tolist(), short)
             absent = absent[fits]
-        return refused | self._bring_back(model, absent) if len(absent) else refused
-
-    def _bring_back(self, model: Model, handles: Handles) -> dict[int, ServerError]:
-        ids = [self._table.session_id(handle) for handle in handles.tolist()]
+        if not len(absent):
+            return PageIn(refused, absent)
+        if self._local is None:
+            rows = self.take(model, int(self._table.batch_size[absent].sum()))
+            task = asyncio.create_task(self._fetch(model, absent, rows, later))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return PageIn(refused, absent)
         try:
-            records = self._store.get_many(ids)
+            records = self._local.get_many(self._ids(absent))
         except Exception as error:  # whatever it is: their claims must end
-            return dict.fromkeys(handles.tolist(), reason(error))
-        found = [record if record is not None else b"" for record in records]
-        decoded = decode_many(ids, found)
-        refused: dict[int, ServerError] = {
-            int(handles[place]): error if records[place] is not None else self._lost(int(handles[place]))
+            return PageIn(refused | dict.fromkeys(absent.tolist(), reason(error)), _NOBODY)
+        found = [Fetched(record, None) for record in records]
+        return PageIn(refused | self._bring_back(model, absent, found), _NOBODY)
+
+    def discard(self, model: Model, handles: Handles) -> None:
+        """Take sessions out of the arena whose rows are not what the store holds."""
+        here = handles[self._table.row[handles] >= 0]
+        if len(here):
+            self._leave(model, here)
+
+    async def _fetch(self, model: Model, handles: Handles, rows: Rows, later: Later) -> None:
+        try:
+            found = await self._fetcher.fetch(self._ids(handles))
+            refused = self._bring_back(model, handles, found, rows)
+        except Exception as error:  # whatever it is: their claims must end
+            model.slots.free_resident(rows)
+            refused = dict.fromkeys(handles.tolist(), reason(error))
+        later(handles, refused)
+
+    def _bring_back(
+        self, model: Model, handles: Handles, found: Sequence[Fetched], rows: Rows | None = None
+    ) -> Refused:
+        """Fill the rows of those whose records are sound, and give `rows` back that are not needed."""
+        ids = self._ids(handles)
+        decoded = decode_many(ids, [each.record if each.record is not None else b"" for each in found])
+        refused: Refused = {
+            int(handles[place]): error
+            if found[place].record is not None
+            else self._gone(int(handles[place]), found[place])
             for place, error in decoded.errors.items()
         }
-        if len(decoded.sound):
-            self._unpack(model, handles[decoded.sound], decoded)
+        sizes = self._table.batch_size[handles]
+        sound = np.zeros(len(handles), np.bool_)
+        sound[decoded.sound] = True
+        if rows is None:
+            rows = self.take(model, int(sizes[sound].sum()))
+        else:
+            self._refresh(model, handles, found, decoded, sound, refused)
+            own = np.repeat(sound, sizes)
+            model.slots.free_resident(rows[~own])
+            rows = rows[own]
+        if sound.any():
+            self._fill(model, handles, rows, decoded, sound)
         return refused
+
+    def _fill(self, model: Model, handles: Handles, rows: Rows, decoded: Decoded, sound: Mask) -> None:
+        fits = sound[decoded.sound]
+        packed = np.frombuffer(decoded.rows, np.uint8)
+        if not fits.all():
+            packed = packed[np.repeat(fits, decoded.heads["rows_bytes"])]
+        here = handles[sound]
+        model.arena.unpack(rows, packed.reshape(len(rows), -1))
+        self._table.set_rows_of(here, rows)
+        model.slots.owner[self._table.row[here]] = here
+        for place, extra in decoded.extras.items():
+            if sound[place]:
+                model.replies.restore(int(handles[place]), extra)
+        self._keeping.came_back(self._ids(here))
+
+    def _refresh(
+        self,
+        model: Model,
+        handles: Handles,
+        found: Sequence[Fetched],
+        decoded: Decoded,
+        sound: Mask,
+        refused: Refused,
+    ) -> None:
+        """Let the table say what records of a store say that others use too; refuse what is another session now."""
+        table, heads = self._table, decoded.heads
+        same = heads["batch_size"] == table.batch_size[handles[decoded.sound]]
+        same &= np.array([own == model.program.fingerprint for own in decoded.fingerprints], np.bool_)
+        for place in decoded.sound[~same].tolist():
+            session_id = table.session_id(int(handles[place]))
+            sound[place] = False
+            refused[int(handles[place])] = SessionNotFound(
+                session_id, f"session {session_id!r} was closed, and another one has its id now"
+            )
+        own, heads = handles[decoded.sound[same]], heads[same]
+        for column in ("revision", "position", "request_id", "opened_with", "created", "reply"):
+            getattr(table, column)[own] = heads[column]
+        for handle, place in zip(own.tolist(), decoded.sound[same].tolist(), strict=True):
+            record = found[place].record
+            table.fields.pop(handle, None)
+            if record is not None and heads["fields_bytes"].any():
+                fields = decode_header(table.session_id(handle), record).fields
+                table.fields.update({handle: fields} if fields else {})
+
+    def _gone(self, handle: int, found: Fetched) -> ServerError:
+        """Why a session that is in the table has no record."""
+        if found.tombstone is not None:
+            return self._endings.of(found.tombstone)
+        session_id = self._table.session_id(handle)
+        return SessionLost(
+            session_id,
+            f"session {session_id!r} was paged out and is not in the store",
+            revision=str(int(self._table.revision[handle])),
+        )
 
     def room(self, model: Model, wanted: int) -> int:
         """Rows that could be had for sessions: free ones, and if these are too few those of sessions that may go."""
@@ -94,25 +229,6 @@ class Pager:
         if wanted > room:
             room += int(self._table.batch_size[self._may_go(model)].sum())
         return room
-
-    def _unpack(self, model: Model, handles: Handles, decoded: Decoded) -> None:
-        rows = self.take(model, int(self._table.batch_size[handles].sum()))
-        model.arena.unpack(rows, np.frombuffer(decoded.rows, np.uint8).reshape(len(rows), -1))
-        self._table.set_rows_of(handles, rows)
-        model.slots.owner[self._table.row[handles]] = handles
-        for place, packed in decoded.extras.items():
-            at = int(np.searchsorted(decoded.sound, place))
-            model.replies.restore(int(handles[at]), packed)
-        if self._store.is_volatile:
-            self._store.commit(Batch(deletes=[self._table.session_id(handle) for handle in handles.tolist()]))
-
-    def _lost(self, handle: int) -> SessionLost:
-        session_id = self._table.session_id(handle)
-        return SessionLost(
-            session_id,
-            f"session {session_id!r} was paged out and is not in the store",
-            revision=str(int(self._table.revision[handle])),
-        )
 
     def _make_room(self, model: Model, count: int) -> None:
         short = model.slots.resident + count - model.slots.resident_limit
@@ -138,23 +254,15 @@ class Pager:
         return found
 
     def _page_out(self, model: Model, handles: Handles) -> None:
+        self._keeping.leave(model, handles)
+        self._leave(model, handles)
+
+    def _leave(self, model: Model, handles: Handles) -> None:
         rows = self._table.rows_of(handles)
-        if self._store.is_volatile:
-            self._store.commit(Batch(puts=self._as_they_are(model, handles)))
         for handle in handles.tolist():
             model.replies.forget(handle)
         self._table.page_out(handles)
         model.slots.free_resident(rows)
 
-    def _as_they_are(self, model: Model, handles: Handles) -> list[tuple[str, Stored]]:
-        table = self._table
-        as_it_is = Outcome(
-            model,
-            handles,
-            table.revision[handles],
-            table.position[handles],
-            table.request_id[handles],
-            table.reply[handles],
-            model.replies.arrays(handles),
-        )
-        return self._records.of(as_it_is, self._clock.now())
+    def _ids(self, handles: Handles) -> list[str]:
+        return [self._table.session_id(handle) for handle in handles.tolist()]

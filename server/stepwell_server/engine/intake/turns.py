@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
+from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -16,11 +17,11 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.claims import Claims
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.change import Change, too_late
-from stepwell_server.engine.intake.paging import Pager
+from stepwell_server.engine.intake.paging import Pager, Refused
 from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.types import Members
-from stepwell_server.errors import Overloaded, ServerError
+from stepwell_server.errors import Overloaded, ServerError, SessionGone, SessionLost
 
 #: Changes that may wait in one session's line.
 MAX_LINE = 256
@@ -36,12 +37,11 @@ class Starter(Protocol):
 class Hold:
     """A turn in a session's line for something that is no change: a read, a fork, the closing."""
 
-    __slots__ = ("deadline", "granted", "rows")
+    __slots__ = ("deadline", "granted")
 
-    def __init__(self, granted: asyncio.Future[None], deadline: float, *, rows: bool) -> None:
+    def __init__(self, granted: asyncio.Future[None], deadline: float) -> None:
         self.granted = granted
         self.deadline = deadline
-        self.rows = rows
 
 
 Waiter: TypeAlias = "tuple[Starter, Change, int] | Hold"
@@ -51,13 +51,30 @@ class Turns:
     """Claims of sessions and their lines. Lives on the event loop."""
 
     def __init__(
-        self, table: SessionTable, models: Models, pager: Pager, row_queue: RowQueue, clock: Clock
+        self,
+        table: SessionTable,
+        models: Models,
+        pager: Pager,
+        row_queue: RowQueue,
+        clock: Clock,
+        forget: Callable[[int, ServerError], None],
     ) -> None:
+        """See the module.
+
+        Args:
+            table: The sessions.
+            models: Theirs.
+            pager: Brings back those that are held.
+            row_queue: Is told when rows may have become free.
+            clock: For deadlines.
+            forget: Takes a claimed session that has ended on another server out of the table.
+        """
         self._table = table
         self._models = models
         self._pager = pager
         self._row_queue = row_queue
         self._clock = clock
+        self._forget = forget
         self._claims: Claims[Waiter] = Claims(table)
         self._waiting: Counter[int] = Counter()
         self._ending: deque[Handles] = deque()
@@ -87,15 +104,18 @@ class Turns:
         Raises:
             DeadlineExceeded, SessionGone, Overloaded: it did not come.
         """
-        if not self._table.claimed[handle]:
-            error = self._claim_one(handle, rows=rows)
-            if error is not None:
-                self.release(np.array([handle]))
-                raise error
-            return
+        if self._table.claimed[handle]:
+            await self._turn_of(handle, deadline)
+        else:
+            self._claims.claim(np.array([handle]))
+        if rows and self._table.row[handle] < 0:
+            await self._have_rows(handle)
+
+    async def _turn_of(self, handle: int, deadline: float) -> None:
+        """Wait in a claimed session's line until the claim is this one's."""
         if self._claims.waiting(handle) >= MAX_LINE:
             raise self._line_full(handle)
-        hold = Hold(asyncio.get_running_loop().create_future(), deadline, rows=rows)
+        hold = Hold(asyncio.get_running_loop().create_future(), deadline)
         self._waiting[int(self._table.model[handle])] += 1
         self._claims.wait(handle, hold)
         try:
@@ -105,6 +125,38 @@ class Turns:
             if granted.done() and not granted.cancelled() and granted.exception() is None:
                 self.release(np.array([handle]))  # the turn came in the same moment
             raise
+
+    async def _have_rows(self, handle: int) -> None:
+        """Bring a claimed session back to the arena; if it cannot come its claim ends."""
+        handles = np.array([handle])
+        came: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
+
+        def later(_handles: Handles, refused: Refused) -> None:
+            error = refused.get(handle)
+            if came.done():  # who waited was cancelled
+                self.end(handle, error)
+            else:
+                came.set_result(error)
+
+        paged = self._pager.page_in(self._models.by_handle(handle), handles, later)
+        error = paged.refused.get(handle)
+        if len(paged.coming):
+            try:
+                error = await came
+            except asyncio.CancelledError:
+                if not came.cancelled():
+                    self.end(handle, came.result())  # it came in the same moment
+                raise
+        if error is not None:
+            self.end(handle, error)
+            raise error
+
+    def end(self, handle: int, error: ServerError | None) -> None:
+        """End a claim whose session could not come back because of `error`; one that has ended leaves the table."""
+        if isinstance(error, SessionGone) and not isinstance(error, SessionLost):
+            self._forget(handle, error)
+        else:
+            self.release(np.array([handle]))
 
     def line_up(self, starter: Starter, change: Change, members: Members) -> None:
         """Let members wait for the turn of their claimed sessions; refuse those whose line is full."""
@@ -156,14 +208,6 @@ class Turns:
             if len(done):
                 self._ending.append(done)
 
-    def _claim_one(self, handle: int, *, rows: bool) -> ServerError | None:
-        """Claim a session; return why its rows cannot be had, if they are needed."""
-        handles = np.array([handle])
-        self._claims.claim(handles)
-        if not rows:
-            return None
-        return self._pager.page_in(self._models.by_handle(handle), handles).get(handle)
-
     def _grant(self, hold: Hold, handle: int) -> bool:
         """Whether the turn is taken."""
         if hold.granted.done():
@@ -171,10 +215,7 @@ class Turns:
         if self._clock.monotonic() >= hold.deadline:
             hold.granted.set_exception(too_late())
             return False
-        error = self._claim_one(handle, rows=hold.rows)
-        if error is not None:
-            hold.granted.set_exception(error)
-            return False
+        self._claims.claim(np.array([handle]))
         hold.granted.set_result(None)
         return True
 

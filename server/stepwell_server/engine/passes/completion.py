@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from stepwell_server.engine.passes.batch import Pass, outputs_of
 from stepwell_server.engine.passes.predict import PredictCall
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept
-from stepwell_server.engine.types import Tensors
+from stepwell_server.engine.types import Mask, Members, Tensors
 from stepwell_server.errors import ServerError
 
 S = TypeVar("S", bound=np.generic)
@@ -30,11 +30,19 @@ class Completion:
     """Ends the jobs of one model. Lives on the event loop."""
 
     def __init__(
-        self, model: Model, table: SessionTable, committer: Committer, *, clock: Clock, observer: Observer
+        self,
+        model: Model,
+        table: SessionTable,
+        committer: Committer,
+        again: Callable[[Change, Members], None],
+        *,
+        clock: Clock,
+        observer: Observer,
     ) -> None:
         self._model = model
         self._table = table
         self._committer = committer
+        self._again = again
         self._clock = clock
         self._observer = observer
 
@@ -53,15 +61,15 @@ class Completion:
         self._keep_outputs(work, ended)
         outputs = [outputs_of(work, index, job) for index, job in ended]
         outcome = self._outcome(jobs, outputs)
-        ran = self._clock.monotonic()
 
-        def answer(error: ServerError | None) -> None:
-            now = self._clock.monotonic()
-            if self._committer.is_durable:
-                self._observer.stage(self._model.name, "commit", now - ran, len(outcome.handles))
-            self._answer(outcome, jobs, outputs, error, now)
+        def answer(error: ServerError | None, places: Members | None) -> None:
+            self._answer(outcome, jobs, outputs, error, _mask(len(outcome.handles), places))
 
-        self._committer.commit(outcome, answer)
+        def again(places: Members) -> None:
+            for job, _, own in _by_job(jobs, _mask(len(outcome.handles), places)):
+                self._again(_change(job), job.members[own])
+
+        self._committer.commit(outcome, answer, again)
 
     def _outcome(self, jobs: Sequence[Job], outputs: Sequence[Tensors]) -> Outcome:
         handles = _join([job.handles for job in jobs])
@@ -99,22 +107,28 @@ class Completion:
         jobs: Sequence[Job],
         outputs: Sequence[Tensors],
         error: ServerError | None,
-        now: float,
+        which: Mask,
     ) -> None:
-        start = 0
-        for job, given in zip(jobs, outputs, strict=True):
-            end = start + len(job.members)
+        """Answer those sessions of an outcome that share a fate."""
+        now, row_steps = self._clock.monotonic(), 0
+        given = {id(job): tensors for job, tensors in zip(jobs, outputs, strict=True)}
+        for job, start, own in _by_job(jobs, which):
             if error is not None:
-                _change(job).fail(job.members, error)
+                _change(job).fail(job.members[own], error)
+                continue
+            count, end, tensors = int(np.count_nonzero(own)), start + len(own), given[id(job)]
+            self._observer.stage(self._model.name, "total", now - job.queued_at, count)
+            revisions, positions = outcome.revisions[start:end], outcome.positions[start:end]
+            if count == len(own):
+                _change(job).succeed(job.members, revisions, positions, tensors)
+                row_steps += job.row_count * job.steps
             else:
-                self._observer.stage(self._model.name, "total", now - job.queued_at, end - start)
-                _change(job).succeed(
-                    job.members, outcome.revisions[start:end], outcome.positions[start:end], given
-                )
-            start = end
+                rows = job.row_mask(own)
+                some = {name: array[rows] for name, array in tensors.items()}
+                _change(job).succeed(job.members[own], revisions[own], positions[own], some)
+                row_steps += int(np.count_nonzero(rows)) * job.steps
         if error is None:
-            row_steps = sum(job.row_count * job.steps for job in jobs)
-            self._observer.applied(self._model.name, "step", len(outcome.handles), row_steps)
+            self._observer.applied(self._model.name, "step", int(np.count_nonzero(which)), row_steps)
 
     def _exchange_rows(self, jobs: Sequence[Job]) -> None:
         slots = self._model.slots
@@ -133,6 +147,24 @@ class Completion:
         spans = [np.arange(work.starts[i], work.starts[i] + job.row_count) for i, job in jobs]
         rows = np.concatenate(spans)
         self._model.arena.keep_outputs(work.target_rows[rows], [output[rows] for output in last])
+
+
+def _mask(count: int, places: Members | None) -> Mask:
+    if places is None:
+        return np.ones(count, np.bool_)
+    mask = np.zeros(count, np.bool_)
+    mask[places] = True
+    return mask
+
+
+def _by_job(jobs: Sequence[Job], which: Mask) -> Iterator[tuple[Job, int, Mask]]:
+    """Jobs some of whose sessions are meant: where theirs begin in the outcome, and which of them."""
+    start = 0
+    for job in jobs:
+        own = which[start : start + len(job.members)]
+        if own.any():
+            yield job, start, own
+        start += len(own)
 
 
 def _kept(job: Job) -> Kept:

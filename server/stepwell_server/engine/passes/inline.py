@@ -7,7 +7,7 @@ or time steps) is declined, and goes through a pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from stepwell_server.engine.passes.batch import Lane
 from stepwell_server.engine.passes.runner import IN_PLACE_S
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept
-from stepwell_server.engine.types import Array
+from stepwell_server.engine.types import Array, Members
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 
@@ -41,6 +41,7 @@ class Inline:
         table: SessionTable,
         lane: Lane,
         committer: Committer,
+        again: Callable[[Change, Members], None],
         *,
         clock: Clock,
         observer: Observer,
@@ -49,6 +50,7 @@ class Inline:
         self._table = table
         self._lane = lane
         self._committer = committer
+        self._again = again
         self._clock = clock
         self._observer = observer
         self._outputs = [(spec.name, spec.temporal) for spec in model.program.outputs]
@@ -86,21 +88,17 @@ class Inline:
             np.array([kept], np.uint8),
         )
         table.claimed[handle] = True
-        ran = self._clock.monotonic()
 
-        def answer(error: ServerError | None) -> None:
-            now = self._clock.monotonic()
-            if self._committer.is_durable:
-                self._observer.stage(self._model.name, "commit", now - ran, 1)
+        def answer(error: ServerError | None, _places: Members | None) -> None:
             if error is not None:
                 change.fail(change.members, error)
             else:
-                self._observer.stepped_alone(self._model.name, now - started)
+                self._observer.stepped_alone(self._model.name, self._clock.monotonic() - started)
                 change.succeed(
                     change.members, outcome.revisions, outcome.positions, self._named(kept, outputs)
                 )
 
-        self._committer.commit(outcome, answer)
+        self._committer.commit(outcome, answer, lambda _places: self._again(change, change.members))
         return True
 
     def _may_run(self, change: Change) -> bool:

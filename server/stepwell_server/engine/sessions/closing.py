@@ -9,11 +9,16 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.durability.committer import not_known
+from stepwell_server.engine.durability.fetching import Fetched, Fetcher
 from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
+from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.ending import Removal
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL
-from stepwell_server.engine.sessions.removal import Removal
+from stepwell_server.engine.sessions.loading import Seen, refresh
 from stepwell_server.errors import (
     InvalidInput,
     ModelMismatch,
@@ -23,7 +28,8 @@ from stepwell_server.errors import (
     SessionNotFound,
     StateCorrupt,
 )
-from stepwell_server.store.base import Batch, End, Tombstone
+from stepwell_server.store.base import Batch, Committed, End, Outcome, Tombstone
+from stepwell_server.store.record import decode_header
 
 #: Sessions deleted in one transaction by one call: each needs room on the disk before it gives any back.
 _CLOSE_AT_ONCE = 500
@@ -39,6 +45,8 @@ class Closing:
         table: SessionTable,
         directory: Directory,
         turns: Turns,
+        pager: Pager,
+        fetcher: Fetcher,
         commits: GroupCommit,
         *,
         removal: Removal,
@@ -48,6 +56,8 @@ class Closing:
         self._table = table
         self._directory = directory
         self._turns = turns
+        self._pager = pager
+        self._fetcher = fetcher
         self._commits = commits
         self._removal = removal
         self._drop = drop
@@ -55,24 +65,39 @@ class Closing:
         self._deleting: dict[str, asyncio.Future[None]] = {}
         """Sessions that cannot be stepped here and are being deleted: they have no claim."""
 
-    async def close(self, session_id: str, *, request_id: int, deadline: float) -> bool:
+    async def close(self, session_id: str, seen: Seen, *, request_id: int, deadline: float) -> bool:
         """Delete a session when its turn comes. See `Engine.close_session`."""
-        try:
-            handle = self._directory.find(session_id)
-            await self._turns.hold(handle, deadline, rows=False)
-        except SessionGone:
-            if request_id and self._directory.closed_with(session_id) == request_id:
-                return True
-            raise
-        except _UNUSABLE as error:
-            pending = self._deleting.get(session_id)
-            if pending is not None:
-                await asyncio.shield(pending)
-                return await self.close(session_id, request_id=request_id, deadline=deadline)
-            await self._delete_unusable(session_id, error.metadata.get("model", ""), request_id)
-            return False
-        await self._delete(np.array([handle]), request_id)
-        return False
+        for _ in range(MOST_TRIES):
+            try:
+                handle = self._directory.find(session_id, seen)
+                await self._turns.hold(handle, deadline, rows=False)
+            except SessionGone as error:
+                return await self._closed_before(session_id, request_id, error)
+            except _UNUSABLE as error:
+                pending = self._deleting.get(session_id)
+                if pending is not None:
+                    await asyncio.shield(pending)
+                elif await self._delete_unusable(
+                    session_id, error.metadata.get("model", ""), request_id, seen
+                ):
+                    return False
+                seen = await self._directory.look([session_id])
+                continue
+            if await self._delete(np.array([handle]), request_id):
+                return False
+            return await self._closed_before(session_id, request_id, None)
+        raise changed_elsewhere(session_id)
+
+    async def _closed_before(self, session_id: str, request_id: int, error: SessionGone | None) -> bool:
+        """True if this very request closed a session that is gone.
+
+        Raises:
+            SessionGone: it did not.
+        """
+        seen = await self._directory.look([session_id])
+        if request_id and self._directory.closed_with(session_id, seen) == request_id:
+            return True
+        raise error or self._directory.gone(session_id, seen)
 
     async def close_many(self, session_ids: Sequence[str]) -> int:
         """Delete those of many sessions that are there. See `Engine.close_sessions`."""
@@ -81,18 +106,20 @@ class Closing:
         if "" in session_ids:
             raise InvalidInput("session_ids must be ids of sessions; one of them is missing (it is empty)")
         ids = list(dict.fromkeys(session_ids))
-        handles = self._directory.find_all(ids)
+        seen = await self._directory.look(ids)
+        handles = self._directory.find_all(ids, seen)
         there = handles >= 0
         free = handles[there][~self._table.claimed[handles[there]]]
         # what has something under way, and what cannot be stepped here, is closed by itself; the others are not there
         rest = [ids[place] for place in np.flatnonzero(there & self._table.claimed[handles]).tolist()]
-        rest += self._directory.unusable([ids[place] for place in np.flatnonzero(~there).tolist()])
+        rest += self._directory.unusable([ids[place] for place in np.flatnonzero(~there).tolist()], seen)
         self._turns.claim(free)
         closed = await self._delete_in_parts(free)
         # one after the other: to hold some while waiting for others could wait for ever
         for session_id in rest:
             try:
-                await self.close(session_id, request_id=0, deadline=float("inf"))
+                seen = await self._directory.look([session_id])
+                await self.close(session_id, seen, request_id=0, deadline=float("inf"))
             except SessionGone:
                 continue  # it was not there, or somebody else closed it while it was waited for
             closed += 1
@@ -104,55 +131,113 @@ class Closing:
         Raises:
             Unavailable: the store did not delete all.
         """
+        deleted = 0
         for start in range(0, len(handles), _CLOSE_AT_ONCE):
             kept = handles[start:]
             try:
                 if start:
                     await asyncio.sleep(0)  # a commit in place lets nobody else have a turn
                 kept = handles[start + _CLOSE_AT_ONCE :]
-                await self._delete(handles[start : start + _CLOSE_AT_ONCE], 0)
+                deleted += await self._delete(handles[start : start + _CLOSE_AT_ONCE], 0)
             except BaseException:
                 self._turns.release(kept)
                 raise
-        return len(handles)
+        return deleted
 
-    async def _delete(self, handles: Handles, request_id: int) -> None:
-        """Delete claimed sessions.
+    async def _delete(self, handles: Handles, request_id: int) -> int:
+        """Delete claimed sessions; return how many there were: others may have been closed on another server.
 
         Raises:
             Unavailable: the store did not. They leave the table: what it has of them is the truth.
         """
+        deleted = 0
+        for _ in range(MOST_TRIES):
+            conflicts = await self._try_to_delete(handles, request_id)
+            deleted += len(handles) - len(conflicts)
+            if not len(conflicts):
+                return deleted
+            handles = await self._read_anew(conflicts)
+        self._turns.release(handles)
+        raise changed_elsewhere(self._table.session_id(int(handles[0])))
+
+    async def _try_to_delete(self, handles: Handles, request_id: int) -> Handles:
+        """As `_delete`; returns those that another server has changed, which are claimed still."""
         table, removal = self._table, self._removal
         sessions = [
             (table.session_id(handle), removal.model_of(handle).name, int(table.revision[handle]))
             for handle in handles.tolist()
         ]
+        conflicts: list[int] = []
 
-        def done(error: ServerError | None) -> None:
-            if error is not None:
-                self._drop(handles, error)
-                return
+        def done(committed: Committed | ServerError) -> ServerError | None:
+            if isinstance(committed, ServerError):
+                self._drop(handles, committed)
+                return committed
+            error: ServerError | None = None
             for handle, (session_id, _, _) in zip(handles.tolist(), sessions, strict=True):
-                gone = SessionNotFound(session_id, f"session {session_id!r} was closed")
-                removal.remove(handle, "closed", gone)
+                match committed.of(session_id):
+                    case Outcome.KEPT:
+                        gone = SessionNotFound(session_id, f"session {session_id!r} was closed")
+                        removal.remove(handle, "closed", gone)
+                    case Outcome.UNKNOWN:
+                        error = not_known()
+                        self._drop(np.array([handle]), error)
+                    case Outcome.CONFLICT:
+                        conflicts.append(handle)
+            return error
 
-        await self._commit(self._batch(sessions, request_id), done)
+        def release() -> None:
+            self._turns.release(np.array(conflicts, np.intp))
 
-    async def _delete_unusable(self, session_id: str, model: str, request_id: int) -> None:
-        """Delete a session that only the store has.
+        await self._commit(self._batch(sessions, request_id), done, release)
+        return np.array(conflicts, np.intp)
+
+    async def _read_anew(self, handles: Handles) -> Handles:
+        """Let the table say what the store has of claimed sessions; return those that are there still."""
+        ids = [self._table.session_id(handle) for handle in handles.tolist()]
+        try:
+            found = await self._fetcher.fetch(ids)
+            return np.array(
+                [h for h, each in zip(handles.tolist(), found, strict=True) if self._is_there(h, each)],
+                np.intp,
+            )
+        except BaseException:
+            left = [h for h, i in zip(handles.tolist(), ids, strict=True) if self._table.find(i) == h]
+            self._turns.release(np.array(left, np.intp))
+            raise
+
+    def _is_there(self, handle: int, found: Fetched) -> bool:
+        session_id = self._table.session_id(handle)
+        if found.record is None:
+            gone = SessionNotFound(session_id, f"session {session_id!r} was closed on another server")
+            self._removal.forget(handle, gone)
+            return False
+        refresh(self._table, handle, decode_header(session_id, found.record))
+        self._pager.discard(self._removal.model_of(handle), np.array([handle]))
+        return True
+
+    async def _delete_unusable(self, session_id: str, model: str, request_id: int, seen: Seen) -> bool:
+        """Delete a session that only the store has; False if another server has changed it meanwhile.
 
         Raises:
             Unavailable: the store did not.
         """
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._deleting[session_id] = ended
+        outcome = Outcome.KEPT
 
-        def done(_error: ServerError | None) -> None:
+        def done(committed: Committed | ServerError) -> ServerError | None:
+            nonlocal outcome
             del self._deleting[session_id]
             ended.set_result(None)
+            if isinstance(committed, ServerError):
+                return committed
+            outcome = committed.of(session_id)
+            return not_known() if outcome is Outcome.UNKNOWN else None
 
-        revision = self._directory.stored_revision(session_id)
-        await self._commit(self._batch([(session_id, model, revision)], request_id), done)
+        revision = self._directory.stored_revision(session_id, seen)
+        await self._commit(self._batch([(session_id, model, revision)], request_id), done, lambda: None)
+        return outcome is Outcome.KEPT
 
     def _batch(self, sessions: Sequence[tuple[str, str, int]], request_id: int) -> Batch:
         """What the store is to know: ids, models and revisions of sessions that were closed."""
@@ -163,19 +248,24 @@ class Closing:
             counts=[(model, -1) for _, model, _ in sessions if model],
         )
 
-    async def _commit(self, batch: Batch, done: Callable[[ServerError | None], None]) -> None:
-        """Commit, then call `done`, also if the caller is cancelled meanwhile.
+    async def _commit(
+        self,
+        batch: Batch,
+        done: Callable[[Committed | ServerError], ServerError | None],
+        release: Callable[[], None],
+    ) -> None:
+        """Commit, then call `done`, also if the caller is cancelled meanwhile: then `release` as well.
 
         Raises:
-            Unavailable: it was not kept.
+            Unavailable: it was not kept, as `done` says.
         """
         kept: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
-
-        def settle(error: ServerError | None) -> None:
-            done(error)
-            kept.set_result(error)
-
-        self._commits.submit(lambda: batch, len(batch.deletes), settle)
-        error = await asyncio.shield(kept)
+        self._commits.submit(lambda: batch, len(batch.deletes), lambda told: kept.set_result(done(told)))
+        try:
+            error = await asyncio.shield(kept)
+        except asyncio.CancelledError:
+            kept.add_done_callback(lambda _: release())
+            raise
         if error is not None:
+            release()
             raise error

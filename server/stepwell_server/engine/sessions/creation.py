@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,15 +12,16 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import SessionInfo
+from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.expiry import Expiry
-from stepwell_server.engine.sessions.removal import Removal
+from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64
 from stepwell_server.errors import ServerError
-from stepwell_server.store.base import Batch
+from stepwell_server.store.base import Batch, Committed
 from stepwell_server.store.record import U8, RecordTemplate, Stored
 
 
@@ -35,6 +36,10 @@ class Fresh:
     position: int = 0
 
 
+class Taken(Exception):
+    """Another server has made a session of one of the ids."""
+
+
 class Creation:
     """Makes sessions. Lives on the event loop."""
 
@@ -44,6 +49,7 @@ class Creation:
         directory: Directory,
         row_queue: RowQueue,
         commits: GroupCommit,
+        keeping: Keeping,
         *,
         removal: Removal,
         expiry: Expiry,
@@ -55,15 +61,15 @@ class Creation:
         self._removal = removal
         self._expiry = expiry
         self._commits = commits
+        self._keeping = keeping
         self._clock = clock
 
-    async def settled(self, session_id: str) -> None:
-        """Return when nobody is making a session of this id."""
-        while (pending := self._removal.opening.get(session_id)) is not None:
-            await asyncio.shield(pending)
+    def is_making(self, session_ids: Sequence[str]) -> bool:
+        """Whether a session of one of these ids is being made."""
+        return not self._removal.opening.keys().isdisjoint(session_ids)
 
     async def all_settled(self, session_ids: Sequence[str]) -> None:
-        """As `settled`, for all of many ids at the same moment."""
+        """Return when nobody is making sessions of these ids."""
         while pending := {self._removal.opening[i] for i in session_ids if i in self._removal.opening}:
             await asyncio.wait(pending)
 
@@ -85,13 +91,14 @@ class Creation:
 
         Raises:
             Unavailable: the store could not keep them; none is made, and the rows are given back.
+            Taken: so it is where another server was faster.
         """
-        made: asyncio.Future[SessionInfo | ServerError] = asyncio.get_running_loop().create_future()
+        made: asyncio.Future[SessionInfo | Exception] = asyncio.get_running_loop().create_future()
         pending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._removal.opening.update(dict.fromkeys(ids, pending))
         created = self._clock.now()
 
-        def done(error: ServerError | None) -> None:
+        def settle(error: Exception | None) -> None:
             for session_id in ids:
                 del self._removal.opening[session_id]
             pending.set_result(None)
@@ -103,13 +110,29 @@ class Creation:
                 made.set_result(self._directory.info(self._directory.find(ids[0])))
             self._row_queue.room_may_have_come()  # the rows are free, or of sessions that have nothing under way
 
+        def done(committed: Committed | ServerError) -> None:
+            if isinstance(committed, ServerError):
+                settle(committed)
+            elif not committed.conflicts.isdisjoint(ids):
+                self._undo(model, ids, committed, lambda: settle(Taken()))
+            elif not committed.unknown.isdisjoint(ids):
+                self._undo(model, ids, committed, lambda: settle(not_known()))
+            else:
+                settle(None)
+
         self._commits.submit(
             lambda: self._batch(model, ids, batch_size, rows, facts, created), len(ids), done
         )
         result = await asyncio.shield(made)
-        if isinstance(result, ServerError):
+        if isinstance(result, Exception):
             raise result
         return result
+
+    def _undo(self, model: Model, ids: Sequence[str], committed: Committed, then: Callable[[], None]) -> None:
+        """Delete those of sessions that were not all made which were, or may have been."""
+        there = [session_id for session_id in ids if session_id not in committed.conflicts]
+        batch = Batch(deletes=there, counts=((model.name, -len(there)),))
+        self._commits.submit(lambda: batch, len(there), lambda _: then())
 
     def _batch(
         self,
@@ -122,16 +145,17 @@ class Creation:
     ) -> Batch:
         initial = np.tile(model.arena.pack_initial(), (1, batch_size))
         ready = len(rows) // batch_size
-        stored = np.broadcast_to(initial, (len(ids) - ready, initial.shape[1]))
-        if self._commits.is_durable:
-            packed = model.arena.pack(rows).reshape(ready, -1) if ready else stored[:0]
-            return Batch(
-                puts=_records(model, ids, batch_size, np.concatenate([packed, stored]), facts, created),
-                forgets=ids,
-                counts=((model.name, len(ids)),),
-            )
-        rest = dataclasses.replace(facts, revisions=facts.revisions[ready:])
-        return Batch(puts=_records(model, ids[ready:], batch_size, stored, rest, created), forgets=ids)
+        part = self._keeping.made(ids, ready)
+        resident, others = rows[part.start * batch_size :], len(ids) - max(ready, part.start)
+        packed = np.broadcast_to(initial, (others, initial.shape[1]))
+        if len(resident):
+            packed = np.concatenate([model.arena.pack(resident).reshape(-1, initial.shape[1]), packed])
+        some = dataclasses.replace(facts, revisions=facts.revisions[part])
+        return Batch(
+            puts=_records(model, ids[part], batch_size, packed, some, created),
+            forgets=ids,
+            counts=((model.name, len(ids)),),
+        )
 
     def _add(
         self,

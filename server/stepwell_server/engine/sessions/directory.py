@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import SessionInfo
+from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.models import Models
-from stepwell_server.engine.sessions.expiry import Expiry
+from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.ids import IdMaker, shown
-from stepwell_server.engine.sessions.loading import Loader
-from stepwell_server.engine.sessions.removal import Removal
+from stepwell_server.engine.sessions.loading import Arrivals, InPlace, Loader, Looked, Seen, TombstonesOnly
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import (
@@ -29,7 +29,7 @@ from stepwell_server.errors import (
     Unavailable,
 )
 from stepwell_server.logs import Log
-from stepwell_server.store.base import End, LocalStore
+from stepwell_server.store.base import End, Store, Tombstone
 from stepwell_server.store.record import Header, decode_header
 
 _log = Log("engine.directory")
@@ -40,33 +40,73 @@ MOST_ERRORS = 32
 class Directory:
     """Finds models and sessions, and says how sessions ended. Lives on the event loop.
 
-    A session is in the table from when it is first named; before that, it may be in the store alone.
+    A session is in the table from when it is first named; before that, it may be in the store alone. Who names some
+    awaits `look` first, and hands on what was seen: of a store that answers in place that is the store itself, and
+    need not be said.
     """
 
     def __init__(
         self,
         table: SessionTable,
         models: Models,
-        store: LocalStore,
+        store: Store,
+        others: Store | None,
         *,
+        arrivals: Arrivals,
         removal: Removal,
         expiry: Expiry,
+        endings: Endings,
         clock: Clock,
     ) -> None:
+        """See the class.
+
+        Args:
+            table: The sessions.
+            models: Theirs.
+            store: Has records and tombstones.
+            others: The store, if it may have sessions that are not in the table.
+            arrivals: Where what names those of an awaited store waits.
+            removal: Knows who is about to be there.
+            expiry: Knows who has been idle for too long.
+            endings: Says how sessions ended.
+            clock: For when sessions were last used.
+        """
         self._table = table
         self.models = models
-        self._store = store
+        self._others = others
+        self._arrivals = arrivals
         self._removal = removal
         self._expiry = expiry
+        self._endings = endings
         self._clock = clock
-        self._loader = Loader(table, models, removal, expiry, store)
+        self._loader = Loader(table, models, removal, expiry)
         self.ids = IdMaker(store)
+        self._is_local = store.local is not None
+        self._here: Seen = (
+            Looked({})
+            if store.local is None
+            else TombstonesOnly(store.local)
+            if others is None
+            else InPlace(store.local)
+        )
+        self._counts: dict[str, int] = {}
+        """Sessions of each model in an awaited store, when it was last asked."""
 
     def model_of(self, handle: int) -> Model:
         """The model of a session."""
         return self._removal.model_of(handle)
 
-    def find(self, session_id: str) -> int:
+    def must_look(self, session_ids: Sequence[str]) -> bool:
+        """Whether what names these sessions must await `look` first."""
+        return not self._is_local and self._arrivals.must_wait(session_ids)
+
+    async def look(self, session_ids: Sequence[str]) -> Seen:
+        """See what the store has of sessions, in the order of all that names them: see `Arrivals.wait`."""
+        if not self.must_look(session_ids):
+            return self._here
+        return await self._arrivals.wait(session_ids)
+
+    def find(self, session_id: str, seen: Seen | None = None) -> int:
         """The handle of a live session.
 
         Raises:
@@ -77,39 +117,39 @@ class Directory:
         """
         handle = self._table.find(session_id)
         if handle is None:
-            handle = self._loader.load(session_id)
+            handle = self._loader.load(session_id, seen or self._here)
         if handle is not None and self._expiry.is_due(handle):
             raise self._expiry.expire([handle])
         if handle is None:
-            raise self.gone(session_id)
+            raise self.gone(session_id, seen)
         return handle
 
-    def live(self, session_id: str) -> int | None:
+    def live(self, session_id: str, seen: Seen | None = None) -> int | None:
         """The handle of a live session, or None.
 
         Raises:
             ServerError: as of `find`, but for `SessionGone`.
         """
         try:
-            return self.find(session_id)
+            return self.find(session_id, seen)
         except SessionGone:
             return None
 
-    def find_all(self, session_ids: Sequence[str]) -> Handles:
-        """Handles of many sessions, -1 for those that cannot be had; `why_not` says why."""
+    def find_all(self, session_ids: Sequence[str], seen: Seen | None = None) -> Handles:
+        """Handles of many sessions, -1 for those that cannot be had; `why_not_all` says why."""
         handles = self._table.find_all(session_ids)
-        if not self._store.is_volatile and (handles < 0).any():
+        if self._others is not None and (handles < 0).any():
             missing = [session_ids[i] for i in np.flatnonzero(handles < 0).tolist()]
             try:
-                loaded, _ = self._loader.load_all(missing)
-            except Unavailable:
+                loaded, _ = self._loader.load_all(missing, seen or self._here)
+            except ServerError:
                 loaded = 0
             if loaded:
                 handles = self._table.find_all(session_ids)
         self._expiry.expire_among(handles)
         return handles
 
-    def require_new(self, name: str, session_ids: Sequence[str]) -> None:
+    def require_new(self, name: str, session_ids: Sequence[str], seen: Seen | None = None) -> None:
         """Refuse ids of sessions that are there, be it that they cannot be stepped here.
 
         Raises:
@@ -117,28 +157,26 @@ class Directory:
             ModelMismatch, ModelNotFound, StateCorrupt: so is one that cannot be stepped here.
             Unavailable: the store cannot be read.
         """
-        unusable: Sequence[str] = ()
-        if not self._store.is_volatile:
-            handles = self._table.find_all(session_ids)
-            missing = [session_ids[i] for i in np.flatnonzero(handles < 0).tolist()]
-            _, unusable = self._loader.load_all(missing)
-        there = np.flatnonzero(self.find_all(session_ids) >= 0).tolist()
+        handles = self._table.find_all(session_ids)
+        missing = [session_ids[i] for i in np.flatnonzero(handles < 0).tolist()]
+        _, unusable = self._loader.load_all(missing, seen or self._here)
+        there = np.flatnonzero(self.find_all(session_ids, seen) >= 0).tolist()
         if there:
             session_id = session_ids[there[0]]
             raise SessionExists(f"{name} must be new; session {session_id!r} is open", session_id=session_id)
         if unusable:
-            raise self.why_not(unusable[0])
+            raise self.why_not(unusable[0], seen)
 
-    def why_not(self, session_id: str) -> ServerError:
+    def why_not(self, session_id: str, seen: Seen | None = None) -> ServerError:
         """Why a session cannot be had."""
         try:
-            self.find(session_id)
+            self.find(session_id, seen)
         except ServerError as error:
             return error
         return Unavailable(f"session {session_id!r} must be readable; it was not, just now")
 
     def why_not_all(
-        self, session_ids: Sequence[str], members: Members
+        self, session_ids: Sequence[str], members: Members, seen: Seen | None = None
     ) -> Iterator[tuple[Members, ServerError]]:
         """Why those of some sessions, by their index, cannot be had.
 
@@ -147,33 +185,65 @@ class Directory:
         """
         if len(members) <= MOST_ERRORS:
             for member in members.tolist():
-                yield np.array([member]), self.why_not(session_ids[member])
+                yield np.array([member]), self.why_not(session_ids[member], seen)
             return
-        unusable = set(self.unusable([session_ids[member] for member in members.tolist()]))
-        alike: dict[type[ServerError], tuple[ServerError, list[int]]] = {}
-        for member in members.tolist():
-            session_id = session_ids[member]
-            error = self.why_not(session_id) if session_id in unusable else self.gone(session_id)
-            alike.setdefault(type(error), (error, []))[1].append(member)
-        for error, some in alike.values():
-            if len(some) > 1:
-                error.message = f"{error.message} (and so for {len(some) - 1} others of the session_ids)"
-            yield np.array(some, np.intp), error
+        ids = [session_ids[member] for member in members.tolist()]
+        unusable = set(self.unusable(ids, seen))
+        gone = members
+        if unusable:
+            can_be = np.array([session_id not in unusable for session_id in ids])
+            alike: dict[type[ServerError], tuple[ServerError, list[int]]] = {}
+            for member in members[~can_be].tolist():
+                error = self.why_not(session_ids[member], seen)
+                alike.setdefault(type(error), (error, []))[1].append(member)
+            for error, some in alike.values():
+                yield np.array(some, np.intp), _for_all(error, len(some))
+            gone = members[can_be]
+        for some_gone, error in self._why_gone(session_ids, gone, seen):
+            yield some_gone, error
 
-    def unusable(self, session_ids: Sequence[str]) -> Sequence[str]:
-        """Those that are in the store and cannot be stepped here, or all if it cannot be read."""
-        if self._store.is_volatile:
-            return ()
+    def _why_gone(
+        self, session_ids: Sequence[str], members: Members, seen: Seen | None
+    ) -> Iterator[tuple[Members, ServerError]]:
+        """As `why_not_all`, of sessions that are gone: what the store remembers of them is asked once."""
+        ids = [session_ids[member] for member in members.tolist()]
         try:
-            return self._loader.load_all(session_ids)[1]
-        except Unavailable:
+            stones = self._tombstones(ids, seen)
+        except ServerError as error:
+            yield members, error
+            return
+        alike: dict[Hashable, list[int]] = {}
+        for member, session_id, stone in zip(members.tolist(), ids, stones, strict=True):
+            kind = (
+                not session_id,
+                session_id in self._expiry.burying,
+                None if stone is None else stone.end,
+                stone is None and self.ids.is_from_elsewhere(session_id),
+            )
+            alike.setdefault(kind, []).append(member)
+        for some in alike.values():
+            yield np.array(some, np.intp), _for_all(self.gone(session_ids[some[0]], seen), len(some))
+
+    def _tombstones(self, session_ids: Sequence[str], seen: Seen | None) -> Sequence[Tombstone | None]:
+        named = [session_id for session_id in session_ids if session_id]
+        found = (seen or self._here).tombstones(named)
+        if len(named) == len(session_ids):
+            return found
+        stones = iter(found)
+        return [next(stones) if session_id else None for session_id in session_ids]
+
+    def unusable(self, session_ids: Sequence[str], seen: Seen | None = None) -> Sequence[str]:
+        """Those that are in the store and cannot be stepped here, or all if it cannot be read."""
+        try:
+            return self._loader.load_all(session_ids, seen or self._here)[1]
+        except ServerError:
             return session_ids
 
-    def gone(self, session_id: str) -> ServerError:
+    def gone(self, session_id: str, seen: Seen | None = None) -> ServerError:
         """Why there is no such session."""
         if not session_id:  # a field that was left out or misspelt, not a session that has ended
             return InvalidInput("session_id is missing; it must be that of an open session")
-        ended = self.ended(session_id)
+        ended = self.ended(session_id, seen)
         if ended is not None:
             return ended
         if self.ids.is_from_elsewhere(session_id):
@@ -186,42 +256,44 @@ class Directory:
             session_id, f"session_id must be that of an open session; got {shown(session_id)}"
         )
 
-    def ended(self, session_id: str) -> SessionGone | None:
+    def ended(self, session_id: str, seen: Seen | None = None) -> SessionGone | None:
         """How a session ended, as far as that is remembered."""
         if session_id in self._expiry.burying:
             return self._expiry.error(session_id)
-        stone = self._store.tombstone(session_id) if session_id else None
-        if stone is None:
-            return None
-        if stone.end is End.EXPIRED:
-            return self._expiry.error(session_id)
-        return SessionNotFound(session_id, f"session {session_id!r} was closed")
+        (stone,) = self._tombstones([session_id], seen)
+        return None if stone is None else self._endings.of(stone)
 
-    def first_revisions(self, session_ids: Sequence[str]) -> U64:
+    def first_revisions(self, session_ids: Sequence[str], seen: Seen | None = None) -> U64:
         """The revisions with which sessions begin: 0, or more than another session that had the id ever had.
 
         So whoever still has that one's revision gets a conflict, and does not step a session that is not theirs.
         As long as its end is remembered, that is.
         """
-        return np.array([self._first_revision(session_id) for session_id in session_ids], np.uint64)
+        burying = self._expiry.burying
+        stones = self._tombstones(session_ids, seen)
+        return np.array(
+            [
+                burying[session_id] + 1
+                if session_id in burying
+                else 0
+                if stone is None
+                else stone.revision + 1
+                for session_id, stone in zip(session_ids, stones, strict=True)
+            ],
+            np.uint64,
+        )
 
-    def _first_revision(self, session_id: str) -> int:
-        if session_id in self._expiry.burying:
-            return self._expiry.burying[session_id] + 1
-        stone = self._store.tombstone(session_id)
-        return 0 if stone is None else stone.revision + 1
-
-    def stored_revision(self, session_id: str) -> int:
+    def stored_revision(self, session_id: str, seen: Seen | None = None) -> int:
         """The revision that the store has of a session, 0 if it cannot tell."""
         try:
-            stored = self._store.get(session_id)
+            stored = (seen or self._here).record(session_id)
             return 0 if stored is None else decode_header(session_id, stored).revision
         except StateCorrupt:
             return 0
 
-    def closed_with(self, session_id: str) -> int:
+    def closed_with(self, session_id: str, seen: Seen | None = None) -> int:
         """The request id of the call that closed a session that is gone, 0 if none said one."""
-        stone = self._store.tombstone(session_id) if session_id else None
+        (stone,) = self._tombstones([session_id], seen)
         return stone.request_id if stone is not None and stone.end is End.CLOSED else 0
 
     def info(self, handle: int) -> SessionInfo:
@@ -239,28 +311,45 @@ class Directory:
             resident=bool(table.row[handle] >= 0),
         )
 
-    def describe(self, session_id: str) -> SessionInfo:
-        """Describe a session, also one of a model that is not served.
-
-        Raises:
-            SessionGone, StateCorrupt, Unavailable: as of `find`.
-        """
+    async def describe(self, session_id: str, *, usable: bool) -> SessionInfo:
+        """Describe a session; see `Engine.session_info`."""
+        seen = await self.look([session_id])
         try:
-            return self.info(self.find(session_id))
+            return self.info(self.find(session_id, seen))
         except (ModelMismatch, ModelNotFound):
-            stored = self._store.get(session_id)
+            stored = None if usable else seen.record(session_id)
             if stored is None:
                 raise
             return stored_info(session_id, decode_header(session_id, stored))
 
     def count(self, model: Model) -> int:
-        """How many sessions a model has."""
-        if not self._store.is_volatile:
-            try:
-                return self._store.count_of(model.name)
-            except Unavailable as error:
-                _log.warning("the store could not be asked how many sessions it has", error=error)
+        """How many sessions a model has; of an awaited store, when `refresh_counts` last asked."""
+        if self._others is None:
+            return self._table.count(model.index)
+        if self._others.local is None:
+            return self._counts.get(model.name, self._table.count(model.index))
+        try:
+            return self._others.local.count_of(model.name)
+        except Unavailable as error:
+            _log.warning("the store could not be asked how many sessions it has", error=error)
         return self._table.count(model.index)
+
+    async def refresh_counts(self) -> None:
+        """Ask an awaited store how many sessions the models have."""
+        if self._others is None or self._others.local is not None:
+            return
+        for model in self.models:
+            try:
+                self._counts[model.name] = await self._others.count_of(model.name)
+            except ServerError as error:
+                _log.warning("the store could not be asked how many sessions it has", error=error)
+                return
+
+
+def _for_all(error: ServerError, count: int) -> ServerError:
+    if count > 1:
+        error.message = f"{error.message} (and so for {count - 1} others of the session_ids)"
+    return error
 
 
 def stored_info(session_id: str, header: Header) -> SessionInfo:

@@ -8,7 +8,7 @@ import re
 import secrets
 
 from stepwell_server.errors import InvalidInput
-from stepwell_server.store.base import LocalStore
+from stepwell_server.store.base import Store
 
 MAX_ID_LENGTH = 256
 MAX_SESSIONS_PER_CALL = 65_536
@@ -23,7 +23,7 @@ class IdMaker:
     that the call sent again means the same session, after a restart too, and nothing needs to be remembered.
     """
 
-    def __init__(self, store: LocalStore) -> None:
+    def __init__(self, store: Store) -> None:
         self._incarnation = store.incarnation
         self._secret = store.secret
 

@@ -8,9 +8,9 @@ import heapq
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.sessions.directory import Directory, stored_info
-from stepwell_server.engine.sessions.expiry import Expiry
+from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.errors import SessionGone
-from stepwell_server.store.base import LocalStore
+from stepwell_server.store.base import Store
 from stepwell_server.store.record import Header
 
 #: Records looked at before others get a turn.
@@ -22,19 +22,22 @@ _IDS_AT_ONCE = 5_000
 class Listing:
     """Lists sessions in the order of their ids. Lives on the event loop."""
 
-    def __init__(self, table: SessionTable, directory: Directory, expiry: Expiry, store: LocalStore) -> None:
+    def __init__(
+        self, table: SessionTable, directory: Directory, expiry: Expiry, others: Store | None
+    ) -> None:
         self._table = table
         self._directory = directory
         self._expiry = expiry
-        self._store = store
+        self._others = others
 
     async def page(self, *, model: str, prefix: str, after: str, limit: int) -> tuple[list[SessionInfo], int]:
         """See `Engine.list_sessions`."""
         if model:
             self._directory.models.by_name(model)  # raises
-        if self._store.is_volatile:
+        if self._others is None:
             return await self._page_of_table(model, prefix, after, limit)
-        return await self._page_of_store(model, prefix, after, limit), await self._total(model, prefix)
+        page = await self._page_of_store(self._others, model, prefix, after, limit)
+        return page, await self._total(self._others, model, prefix)
 
     async def _page_of_table(
         self, model: str, prefix: str, after: str, limit: int
@@ -60,11 +63,13 @@ class Listing:
         handle = self._table.find(session_id)  # None: it is gone since
         return handle is not None and bool(self._table.model[handle] == model)
 
-    async def _page_of_store(self, model: str, prefix: str, after: str, limit: int) -> list[SessionInfo]:
+    async def _page_of_store(
+        self, store: Store, model: str, prefix: str, after: str, limit: int
+    ) -> list[SessionInfo]:
         found: list[SessionInfo] = []
         while len(found) < limit:
             at_once = _AT_ONCE if model else min(_AT_ONCE, limit - len(found))
-            some = self._store.scan(after=after, prefix=prefix, limit=at_once)
+            some = await store.scan(after=after, prefix=prefix, limit=at_once)
             if not some:
                 break
             for session_id, header in some:
@@ -75,17 +80,18 @@ class Listing:
             await asyncio.sleep(0)
         return found[:limit]
 
-    async def _total(self, model: str, prefix: str) -> int:
+    @staticmethod
+    async def _total(store: Store, model: str, prefix: str) -> int:
         if not prefix:
-            return self._store.count_of(model) if model else self._store.count()
+            return await (store.count_of(model) if model else store.count())
         total, after = 0, ""
         while not model:
-            count, after = self._store.count_some(after=after, prefix=prefix, limit=_IDS_AT_ONCE)
+            count, after = await store.count_some(after=after, prefix=prefix, limit=_IDS_AT_ONCE)
             if not count:
                 return total
             total += count
             await asyncio.sleep(0)
-        while some := self._store.scan(after=after, prefix=prefix, limit=_AT_ONCE):
+        while some := await store.scan(after=after, prefix=prefix, limit=_AT_ONCE):
             total += sum(model in {"", header.model if header else ""} for _, header in some)
             after = some[-1][0]
             await asyncio.sleep(0)

@@ -1,48 +1,234 @@
-"""Sessions come back from the store into the table, without their states: those come when they are needed."""
+"""Sessions come back from the store into the table, without their states: those come when they are needed.
+
+A store that answers in place is asked in place. One that is awaited is asked before: what names sessions that are not
+in the table waits in `Arrivals`, and finds them in the table, or why they are not there in what was `Seen`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.durability.fetching import Fetched, Fetcher
 from stepwell_server.engine.models import Models
-from stepwell_server.engine.sessions.expiry import Expiry
-from stepwell_server.engine.sessions.removal import Removal
+from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.state.model import Model
-from stepwell_server.errors import ModelMismatch, ModelNotFound, StateCorrupt
-from stepwell_server.store.base import LocalStore
-from stepwell_server.store.record import Header, decode_header
+from stepwell_server.errors import ModelMismatch, ModelNotFound, ServerError, StateCorrupt, Unavailable
+from stepwell_server.store.base import LocalStore, Tombstone
+from stepwell_server.store.record import Header, Stored, decode_header
+
+
+class Seen(Protocol):
+    """What the store says of sessions that are not in the table."""
+
+    def record(self, session_id: str) -> Stored | None:
+        """See `LocalStore.get`."""
+
+    def records(self, session_ids: Sequence[str]) -> list[Stored | None]:
+        """See `LocalStore.get_many`."""
+
+    def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
+        """See `LocalStore`."""
+
+
+class InPlace:
+    """`Seen`, asked in place."""
+
+    def __init__(self, store: LocalStore) -> None:
+        self.record = store.get
+        self.records = store.get_many
+        self.tombstones = store.tombstones
+
+
+class TombstonesOnly:
+    """`Seen` where all sessions are in the table."""
+
+    def __init__(self, store: LocalStore) -> None:
+        self.tombstones = store.tombstones
+
+    def record(self, _session_id: str) -> Stored | None:
+        """See `Seen`."""
+        return None
+
+    def records(self, session_ids: Sequence[str]) -> list[Stored | None]:
+        """See `Seen`."""
+        return [None] * len(session_ids)
+
+
+class Looked:
+    """`Seen`, of the sessions that a store was asked for; of others nothing is known."""
+
+    def __init__(self, found: dict[str, Fetched], error: ServerError | None = None) -> None:
+        self._found = found
+        self._error = error
+
+    def record(self, session_id: str) -> Stored | None:
+        """See `Seen`."""
+        return self._of(session_id).record
+
+    def records(self, session_ids: Sequence[str]) -> list[Stored | None]:
+        """See `Seen`."""
+        return [self._of(session_id).record for session_id in session_ids]
+
+    def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
+        """See `Seen`."""
+        return [self._of(session_id).tombstone for session_id in session_ids]
+
+    def _of(self, session_id: str) -> Fetched:
+        found = self._found.get(session_id)
+        if found is None:
+            raise self._error or Unavailable(
+                f"session {session_id!r} must have been read from the store; it left the table meanwhile"
+            )
+        return found
+
+
+class Arrivals:
+    """What names sessions which an awaited store may have waits here, in the order of each session it names.
+
+    Nothing that comes later for one of the sessions overtakes. Lives on the event loop.
+    """
+
+    def __init__(self, table: SessionTable, fetcher: Fetcher, removal: Removal, expiry: Expiry) -> None:
+        self._table = table
+        self._fetcher = fetcher
+        self._removal = removal
+        self._expiry = expiry
+        self._loop = asyncio.get_running_loop()
+        self._tails: dict[str, asyncio.Future[None]] = {}
+        """The last that waits for each session: done when the next may look."""
+        self._waiting = 0
+        self._idle: asyncio.Future[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many calls and changes wait."""
+        return self._waiting
+
+    async def idle(self) -> None:
+        """Return when nothing waits."""
+        while self._waiting:
+            self._idle = self._idle or self._loop.create_future()
+            await asyncio.shield(self._idle)
+
+    def must_wait(self, session_ids: Sequence[str]) -> bool:
+        """Whether one of the sessions is not in the table, is due to expire, or has something waiting here."""
+        table, tails = self._table, self._tails
+        if tails and any(session_id in tails for session_id in session_ids):
+            return True
+        handles = table.find_all(session_ids)
+        return bool((handles < 0).any()) or self._expiry.any_due(handles)
+
+    def wait(self, session_ids: Sequence[str]) -> Coroutine[None, None, Seen]:
+        """Take a place for sessions; what is returned must be awaited.
+
+        It returns when what came before for these sessions has been let in, and the store was asked for them. Who
+        awaits it goes on in the same moment: nothing comes between. To be cancelled changes nothing for those that
+        come after.
+        """
+        tails = self._tails
+        before = {tail for session_id in session_ids if (tail := tails.get(session_id)) is not None}
+        own: asyncio.Future[None] = self._loop.create_future()
+        tails.update(dict.fromkeys(session_ids, own))
+        self._waiting += 1
+        return self._wait(before, own, session_ids)
+
+    async def _wait(
+        self, before: set[asyncio.Future[None]], own: asyncio.Future[None], session_ids: Sequence[str]
+    ) -> Seen:
+        try:
+            if before:
+                await asyncio.wait(before)
+            return await self._look(session_ids)
+        finally:
+            self._end_after(before, own, session_ids)
+
+    async def _look(self, session_ids: Sequence[str]) -> Seen:
+        self._forget_due(session_ids)
+        wanted = [i for i in dict.fromkeys(session_ids) if is_only_stored(i, self._removal, self._expiry)]
+        # the others are about to begin or to end here, and have no record yet, or soon none
+        found = dict.fromkeys(session_ids, Fetched(None, None))
+        if not wanted:
+            return Looked(found)
+        try:
+            found.update(zip(wanted, await self._fetcher.fetch(wanted), strict=True))
+        except ServerError as error:
+            return Looked({i: found[i] for i in found if i not in set(wanted)}, error)
+        return Looked(found)
+
+    def _forget_due(self, session_ids: Sequence[str]) -> None:
+        """Let the store say whether sessions that were not used here for too long were used elsewhere."""
+        handles = self._table.find_all(session_ids)
+        for handle in self._expiry.due_among(handles).tolist():
+            self._removal.forget(handle, self._expiry.error(self._table.session_id(handle)))
+
+    def _end_after(
+        self, before: set[asyncio.Future[None]], own: asyncio.Future[None], session_ids: Sequence[str]
+    ) -> None:
+        """Let the next look, but not before those have that came before: this one may have been cancelled."""
+        left = {tail for tail in before if not tail.done()}
+        if not left:
+            self._end(own, session_ids)
+            return
+
+        def one_less(tail: asyncio.Future[None]) -> None:
+            left.discard(tail)
+            if not left:
+                self._end(own, session_ids)
+
+        for tail in list(left):
+            tail.add_done_callback(one_less)
+
+    def _end(self, own: asyncio.Future[None], session_ids: Sequence[str]) -> None:
+        own.set_result(None)
+        for session_id in session_ids:
+            if self._tails.get(session_id) is own:
+                del self._tails[session_id]
+        self._waiting -= 1
+        if not self._waiting and self._idle is not None:
+            self._idle.set_result(None)
+            self._idle = None
+
+
+def is_only_stored(session_id: str, removal: Removal, expiry: Expiry) -> bool:
+    """If it is anywhere, it is in the store and nowhere else, to stay."""
+    return session_id != "" and session_id not in removal and session_id not in expiry.burying
+
+
+def refresh(table: SessionTable, handle: int, header: Header) -> None:
+    """Let the table say what a record says that another server wrote."""
+    table.revision[handle], table.position[handle] = header.revision, header.position
+    table.request_id[handle], table.opened_with[handle] = header.request_id, header.opened_with
+    table.created[handle], table.reply[handle] = header.created, header.reply
+    table.fields.pop(handle, None)
+    if header.fields:
+        table.fields[handle] = header.fields
 
 
 class Loader:
     """Takes the store's sessions into the table when they are named. Lives on the event loop."""
 
-    def __init__(
-        self, table: SessionTable, models: Models, removal: Removal, expiry: Expiry, store: LocalStore
-    ) -> None:
+    def __init__(self, table: SessionTable, models: Models, removal: Removal, expiry: Expiry) -> None:
         self._table = table
         self._models = models
         self._removal = removal
         self._expiry = expiry
-        self._store = store
 
-    def load(self, session_id: str) -> int | None:
+    def load(self, session_id: str, seen: Seen) -> int | None:
         """The handle of a session that was only in the store; None if it is not there."""
-        if self._store.is_volatile or not self._is_only_stored(session_id):
+        if not is_only_stored(session_id, self._removal, self._expiry):
             return None
-        stored = self._store.get(session_id)
+        stored = seen.record(session_id)
         if stored is None:
             return None
         header = decode_header(session_id, stored)
         return int(self._adopt([(session_id, header, self._served(session_id, header))])[0])
 
-    def _is_only_stored(self, session_id: str) -> bool:
-        """If it is anywhere, it is in the store and nowhere else, to stay."""
-        return session_id != "" and session_id not in self._removal and session_id not in self._expiry.burying
-
-    def load_all(self, session_ids: Sequence[str]) -> tuple[int, list[str]]:
+    def load_all(self, session_ids: Sequence[str], seen: Seen) -> tuple[int, list[str]]:
         """Take those sessions into the table that are in the store and can be stepped.
 
         Returns:
@@ -51,10 +237,10 @@ class Loader:
         Raises:
             Unavailable: the store cannot be read.
         """
-        wanted = [session_id for session_id in dict.fromkeys(session_ids) if self._is_only_stored(session_id)]
+        wanted = [i for i in dict.fromkeys(session_ids) if is_only_stored(i, self._removal, self._expiry)]
         found: list[tuple[str, Header, Model]] = []
         unusable: list[str] = []
-        for session_id, stored in zip(wanted, self._store.get_many(wanted), strict=True):
+        for session_id, stored in zip(wanted, seen.records(wanted), strict=True):
             if stored is None:
                 continue
             try:

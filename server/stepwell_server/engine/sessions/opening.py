@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Observer, Opened
+from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.intake.validation import check_state, require_finite
-from stepwell_server.engine.sessions.creation import Creation, Fresh
+from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, require_session_id
+from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Tensors
 from stepwell_server.errors import InvalidInput, ModelMismatch, ModelNotFound, RevisionConflict, SessionExists
@@ -47,6 +49,7 @@ class Opening:
         pager: Pager,
         creation: Creation,
         *,
+        drain: Callable[[], None],
         clock: Clock,
         observer: Observer,
     ) -> None:
@@ -55,6 +58,7 @@ class Opening:
         self._turns = turns
         self._pager = pager
         self._creation = creation
+        self._drain = drain
         self._clock = clock
         self._observer = observer
 
@@ -76,24 +80,29 @@ class Opening:
         if session_id:
             require_session_id("session_id", session_id)
         name = session_id or self._directory.ids.make(request_id)
-        await self._creation.settled(name)
-        handle = self._live(name, must_be_new)
-        if handle is not None:
-            return self._resume(handle, model, batch_size, must_be_new, request_id)
-        if not session_id:
-            self._require_not_gone(name)
-        self._require_own(session_id)
-        values = _checked_state(model, state, batch_size)
-        rows = self._pager.take(model, batch_size)
-        model.arena.clear_outputs(rows)
-        if values is None:
-            model.arena.reset(rows)
-        else:
-            model.arena.write(rows, values)
-        facts = Fresh(request_id, self._directory.first_revisions([name]))
-        info = await self._creation.create(model, [name], batch_size, rows, facts)
-        self._observer.session_event("opened", model.name, name)
-        return Opened(info)
+        for _ in range(MOST_TRIES):
+            seen = await self._seen([name])
+            handle = self._live(name, seen, must_be_new)
+            if handle is not None:
+                return self._resume(handle, model, batch_size, must_be_new, request_id)
+            if not session_id:
+                self._require_not_gone(name, seen)
+            self._require_own(session_id, seen)
+            values = _checked_state(model, state, batch_size)
+            rows = self._pager.take(model, batch_size)
+            model.arena.clear_outputs(rows)
+            if values is None:
+                model.arena.reset(rows)
+            else:
+                model.arena.write(rows, values)
+            facts = Fresh(request_id, self._directory.first_revisions([name], seen))
+            try:
+                info = await self._creation.create(model, [name], batch_size, rows, facts)
+            except Taken:
+                continue
+            self._observer.session_event("opened", model.name, name)
+            return Opened(info)
+        raise changed_elsewhere(name)
 
     async def open_many(
         self,
@@ -108,26 +117,32 @@ class Opening:
         model = self._directory.models.by_name(model_name)
         _require_batch_size(model, batch_size)
         ids = self._ids_to_open(count, session_ids, request_id)
-        await self._creation.all_settled(ids)
-        if self._all_opened_with(ids, request_id):
-            revisions = self._table.revision[self._directory.find_all(ids)]
-            return OpenedMany(ids, model.program.fingerprint, revisions, replayed=True)
-        if not session_ids:
-            self._require_not_gone(ids[0])
-        for session_id in session_ids:
-            self._require_own(session_id)
-        self._directory.require_new("session_ids", ids)
-        # of ids that are made here none was another session's
-        revisions = self._directory.first_revisions(ids) if session_ids else np.zeros(len(ids), np.uint64)
-        # as many as there is room for are ready at once; the others come when they are stepped
-        fitting = (model.slots.resident_limit - model.slots.resident) // batch_size
-        rows = model.slots.take_resident(min(fitting, len(ids)) * batch_size)
-        assert rows is not None, "there is room for as many"
-        model.arena.clear_outputs(rows)
-        model.arena.reset(rows)
-        await self._creation.create(model, ids, batch_size, rows, Fresh(request_id, revisions))
-        self._observer.sessions_opened(model.name, len(ids))
-        return OpenedMany(ids, model.program.fingerprint, revisions)
+        for _ in range(MOST_TRIES):
+            seen = await self._seen(ids)
+            if self._all_opened_with(ids, seen, request_id):
+                revisions = self._table.revision[self._directory.find_all(ids)]
+                return OpenedMany(ids, model.program.fingerprint, revisions, replayed=True)
+            if not session_ids:
+                self._require_not_gone(ids[0], seen)
+            for session_id in session_ids:
+                self._require_own(session_id, seen)
+            self._directory.require_new("session_ids", ids, seen)
+            # of ids that are made here none was another session's
+            made_here = np.zeros(len(ids), np.uint64)
+            revisions = self._directory.first_revisions(ids, seen) if session_ids else made_here
+            # as many as there is room for are ready at once; the others come when they are stepped
+            fitting = (model.slots.resident_limit - model.slots.resident) // batch_size
+            rows = model.slots.take_resident(min(fitting, len(ids)) * batch_size)
+            assert rows is not None, "there is room for as many"
+            model.arena.clear_outputs(rows)
+            model.arena.reset(rows)
+            try:
+                await self._creation.create(model, ids, batch_size, rows, Fresh(request_id, revisions))
+            except Taken:
+                continue
+            self._observer.sessions_opened(model.name, len(ids))
+            return OpenedMany(ids, model.program.fingerprint, revisions)
+        raise changed_elsewhere(ids[0])
 
     async def fork(
         self, session_id: str, *, new_session_id: str, expected: int | None, request_id: int, deadline: float
@@ -136,27 +151,42 @@ class Opening:
         if new_session_id:
             require_session_id("new_session_id", new_session_id)
         name = new_session_id or self._directory.ids.make(request_id, session_id)
-        await self._creation.settled(name)
-        known = self._forked_before(name, request_id)
+        seen = await self._seen([name, session_id])
+        self._drain()
+        known = self._forked_before(name, seen, request_id)
         if known is not None:
             return known
-        source = self._directory.find(session_id)
+        source = self._directory.find(session_id, seen)
         await self._turns.hold(source, deadline)
         try:
-            # once more: the same call may have been in line before this one
-            await self._creation.settled(name)
-            known = self._forked_before(name, request_id)
-            if known is None and not new_session_id:
-                self._require_not_gone(name)
-            if known is None:
-                self._require_own(new_session_id)
-            return known or await self._fork(source, name, expected, request_id)
+            for _ in range(MOST_TRIES):
+                # once more: the same call may have been in line before this one
+                seen = await self._seen([name])
+                known = self._forked_before(name, seen, request_id)
+                if known is not None:
+                    return known
+                if not new_session_id:
+                    self._require_not_gone(name, seen)
+                self._require_own(new_session_id, seen)
+                try:
+                    return await self._fork(source, name, seen, expected, request_id)
+                except Taken:
+                    continue
+            raise changed_elsewhere(name)
         finally:
             self._turns.release(np.array([source]))
 
-    def _live(self, name: str, must_be_new: bool) -> int | None:
+    async def _seen(self, ids: Sequence[str]) -> Seen:
+        """What the store has of ids, at a moment when nobody makes sessions of them."""
+        while True:
+            await self._creation.all_settled(ids)
+            seen = await self._directory.look(ids)
+            if not self._creation.is_making(ids):
+                return seen
+
+    def _live(self, name: str, seen: Seen, must_be_new: bool) -> int | None:
         try:
-            return self._directory.live(name)
+            return self._directory.live(name, seen)
         except (ModelMismatch, ModelNotFound) as error:
             if must_be_new:  # it is there, whatever it belongs to
                 raise _exists("session_id", name) from error
@@ -181,7 +211,9 @@ class Opening:
         self._observer.session_event("resumed", model.name, session_id)
         return Opened(info, resumed=True)
 
-    async def _fork(self, source: int, name: str, expected: int | None, request_id: int) -> Opened:
+    async def _fork(
+        self, source: int, name: str, seen: Seen, expected: int | None, request_id: int
+    ) -> Opened:
         table, model = self._table, self._directory.model_of(source)
         revision = int(table.revision[source])
         if expected is not None and expected != revision:
@@ -190,7 +222,7 @@ class Opening:
         rows = self._pager.take(model, batch_size)
         model.arena.copy(table.rows(source), rows)
         table.used[source] = self._clock.monotonic()
-        revisions = np.maximum(self._directory.first_revisions([name]), np.uint64(revision))
+        revisions = np.maximum(self._directory.first_revisions([name], seen), np.uint64(revision))
         facts = Fresh(request_id, revisions, int(table.position[source]))
         info = await self._creation.create(model, [name], batch_size, rows, facts)
         self._observer.session_event("forked", model.name, name)
@@ -212,25 +244,25 @@ class Opening:
             raise InvalidInput("session_ids must be different from each other; got one of them twice")
         return list(session_ids)
 
-    def _all_opened_with(self, ids: Sequence[str], request_id: int) -> bool:
-        if not request_id or self._directory.live(ids[0]) is None:
+    def _all_opened_with(self, ids: Sequence[str], seen: Seen, request_id: int) -> bool:
+        if not request_id or self._directory.live(ids[0], seen) is None:
             return False
-        handles = self._directory.find_all(ids)
+        handles = self._directory.find_all(ids, seen)
         return bool((handles >= 0).all() and (self._table.opened_with[handles] == request_id).all())
 
-    def _require_not_gone(self, name: str) -> None:
+    def _require_not_gone(self, name: str, seen: Seen) -> None:
         """Refuse a call that made a session and comes again when that is gone: it must not begin anew."""
-        error = self._directory.ended(name)
+        error = self._directory.ended(name, seen)
         if error is not None:
             raise error
 
-    def _require_own(self, chosen: str) -> None:
+    def _require_own(self, chosen: str, seen: Seen) -> None:
         """Refuse a chosen id that a server made for a session which is gone: it must not begin anew unnoticed."""
         if chosen and self._directory.ids.is_made_by_a_server(chosen):
-            raise self._directory.gone(chosen)
+            raise self._directory.gone(chosen, seen)
 
-    def _forked_before(self, name: str, request_id: int) -> Opened | None:
-        known = self._directory.live(name)
+    def _forked_before(self, name: str, seen: Seen, request_id: int) -> Opened | None:
+        known = self._directory.live(name, seen)
         if known is None:
             return None
         if request_id and int(self._table.opened_with[known]) == request_id:

@@ -9,6 +9,7 @@ from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import StateRead
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.loading import Seen
 
 
 class Reading:
@@ -20,9 +21,9 @@ class Reading:
         self._turns = turns
         self._clock = clock
 
-    async def read(self, session_id: str, deadline: float) -> StateRead:
+    async def read(self, session_id: str, seen: Seen, deadline: float) -> StateRead:
         """Read a state when its turn comes. See `Engine.get_state`."""
-        handle = self._directory.find(session_id)
+        handle = self._directory.find(session_id, seen)
         await self._turns.hold(handle, deadline)
         try:
             self._table.used[handle] = self._clock.monotonic()

@@ -147,7 +147,7 @@ class Sequences:
 
     async def _go_on(self, request: SequenceRequest) -> Applied:
         try:
-            info = self._live(request)
+            info = await self._live(request)
         except _UNUSABLE as error:
             await self._refuse_if_ended(request, error)
             raise not_started(request.sequence_id, request.model, error) from error
@@ -192,9 +192,8 @@ class Sequences:
     def _change(request: SequenceRequest, answer: Awaited) -> Change:
         return Change((request.session_id,), answer, deadline=request.deadline, caller=request.source)
 
-    def _live(self, request: SequenceRequest) -> SessionInfo:
-        self._engine.model_of(request.session_id)  # raises where the session is of a model that is not served
-        info = self._engine.session_info(request.session_id)
+    async def _live(self, request: SequenceRequest) -> SessionInfo:
+        info = await self._engine.session_info(request.session_id, usable=True)
         if info.model != request.model:
             raise InvalidInput(
                 f"session {request.session_id!r} must be of model '{request.model}' to be its sequence"
@@ -205,7 +204,7 @@ class Sequences:
     async def _live_or_cleared(self, request: SequenceRequest) -> SessionInfo | None:
         """The live session of the sequence; None if there is none. One that cannot be stepped is deleted."""
         try:
-            return self._live(request)
+            return await self._live(request)
         except SessionGone:
             return None
         except _UNUSABLE:

@@ -75,6 +75,7 @@ class LmdbStore:
     """
 
     is_volatile = False
+    for_one_thread = False
     needs_checkpoint = False
 
     def __init__(
@@ -220,12 +221,21 @@ class LmdbStore:
 
     def tombstone(self, session_id: str) -> Tombstone | None:
         """See `base.LocalStore`."""
-        key = key_of(session_id)
-        stored = self._read(session_id, lambda transaction: transaction.get(key, db=self._tombstones))
-        if stored is None:
-            return None
-        _, end, at, request_id, revision = _TOMBSTONE.unpack(stored)
-        return Tombstone(session_id, End(end), at, request_id, revision)
+        return self.tombstones([session_id])[0]
+
+    def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
+        """See `base.LocalStore`."""
+        keys = [key_of(session_id) for session_id in session_ids]
+
+        def read(transaction: _Transaction) -> list[bytes | None]:
+            get, tombstones = transaction.get, self._tombstones
+            return [get(key, db=tombstones) for key in keys]
+
+        found = self._read(session_ids[0] if len(session_ids) == 1 else "", read) if keys else []
+        return [
+            None if stored is None else _tombstone(session_id, stored)
+            for session_id, stored in zip(session_ids, found, strict=True)
+        ]
 
     def announce(self, listen: str) -> None:
         """See `base.LocalStore`."""
@@ -575,6 +585,11 @@ def _start_errors(path: Path) -> Iterator[None]:
         raise StoreError(
             f"the data directory {path} must hold a store that can be opened: {explain(error, path)}"
         ) from error
+
+
+def _tombstone(session_id: str, stored: bytes) -> Tombstone:
+    _, end, at, request_id, revision = _TOMBSTONE.unpack(stored)
+    return Tombstone(session_id, End(end), at, request_id, revision)
 
 
 def _count_key(model: str) -> bytes:

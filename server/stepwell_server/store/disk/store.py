@@ -42,6 +42,7 @@ class DiskStore:
     """
 
     is_volatile = False
+    for_one_thread = False
 
     def __init__(
         self,
@@ -153,6 +154,10 @@ class DiskStore:
     def tombstone(self, session_id: str) -> Tombstone | None:
         """See `base.LocalStore`."""
         return self._base.tombstone(session_id)
+
+    def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
+        """See `base.LocalStore`."""
+        return self._base.tombstones(session_ids)
 
     def announce(self, listen: str) -> None:
         """See `base.LocalStore`."""

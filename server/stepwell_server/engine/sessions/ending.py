@@ -1,11 +1,11 @@
-"""Sessions that nobody uses any more come to their end.
+"""How sessions leave: out of the table, and to their end when nobody has used them for too long.
 
-They are looked at when they are named, so nobody sees one that should be gone, and from time to time (see
-`expiry_timer`).
+Those that are idle are looked at when they are named, so nobody sees one that should be gone, and by a timer.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,17 +16,61 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.idle import IdleWatch
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
+from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.durability.group_commit import GroupCommit
-from stepwell_server.engine.sessions.removal import Removal
+from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.models import Models
+from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ServerError, SessionExpired
 from stepwell_server.logs import Log
-from stepwell_server.store.base import Batch, End, LocalStore, Tombstone
+from stepwell_server.store.base import Batch, Committed, End, Store, Tombstone
 from stepwell_server.store.record import Header, header_or_none
 
 _log = Log("engine.expiry")
 
 SWEPT_AT_ONCE = 500
 """Records."""
+_TICKS = 10
+"""Of the timer, per time limit."""
+_SHORTEST_S = 0.05
+_AT_ONCE = 500
+_PAUSE_S = 0.01
+
+
+class Removal:
+    """Knows the sessions that are here, and lets them go. Lives on the event loop."""
+
+    def __init__(self, table: SessionTable, models: Models, turns: Turns, observer: Observer) -> None:
+        self._table = table
+        self._models = models
+        self._turns = turns
+        self._observer = observer
+        self.opening: dict[str, asyncio.Future[None]] = {}
+        """Sessions that are being made: nobody else sees them before they are kept."""
+
+    def __contains__(self, session_id: str) -> bool:
+        return session_id in self._table or session_id in self.opening
+
+    def model_of(self, handle: int) -> Model:
+        """The model of a session."""
+        return self._models.by_handle(handle)
+
+    def remove(self, handle: int, event: str, error: ServerError) -> None:
+        """Forget a session that ended and is claimed or idle, and refuse what waits for it."""
+        session_id, model = self._table.session_id(handle), self.model_of(handle)
+        self.forget(handle, error)
+        self._observer.session_event(event, model.name, session_id)
+
+    def forget(self, handle: int, error: ServerError) -> None:
+        """As `remove`, of a session that has not ended."""
+        model = self.model_of(handle)
+        if self._table.row[handle] >= 0:
+            model.slots.free_resident(self._table.rows(handle))
+        model.replies.forget(handle)
+        self._table.claimed[handle] = False
+        self._table.remove(handle)
+        # last: whoever is refused may ask again at once, and must not get into the line of a session that is gone
+        self._turns.close_line(handle, model.index, error)
 
 
 class Expiry:
@@ -39,8 +83,9 @@ class Expiry:
         self,
         table: SessionTable,
         removal: Removal,
-        store: LocalStore,
+        others: Store | None,
         commits: GroupCommit,
+        endings: Endings,
         *,
         clock: Clock,
         observer: Observer,
@@ -48,19 +93,22 @@ class Expiry:
     ) -> None:
         self._table = table
         self._removal = removal
-        self._store = store
+        self._others = others
+        """The store, if it may have sessions that are not in the table."""
+        self._endings = endings
         self._commits = commits
         self._clock = clock
         self._observer = observer
         self._max_idle_s = max_idle_s
         self._started = clock.monotonic()
+        self._sweep_at = self._started + max_idle_s
         self._idle = IdleWatch(table, max_idle_s, self._started)
         self.burying: dict[str, int] = {}
         """Sessions that expired and may still be in the store, with their revisions."""
         self._strays: dict[str, float] = {}
         """When sessions were last used, on the monotonic clock, that left the table while they may still be in the
         store: their records know it less well. Empty where sessions do not expire."""
-        self._swept: str | None = None if store.is_volatile else ""
+        self._swept: str | None = None if others is None else ""
         """How far the store has been looked through for sessions that nobody named since the start."""
 
     def watch(self, handles: Handles) -> None:
@@ -69,9 +117,19 @@ class Expiry:
 
     def is_due(self, handle: int) -> bool:
         """Whether a session of the table has been idle for too long and has nothing under way."""
+        return bool(self._max_idle_s and self._idle.too_long(np.array([handle]), self._clock.monotonic())[0])
+
+    def due_among(self, handles: Handles) -> Handles:
+        """Those of some sessions that are due; -1 stands for none."""
         if not self._max_idle_s:
-            return False
-        return bool(self._idle.too_long(np.array([handle]), self._clock.monotonic())[0])
+            return handles[:0]
+        there = handles[handles >= 0]
+        due: Handles = np.unique(there[self._idle.too_long(there, self._clock.monotonic())])
+        return due
+
+    def any_due(self, handles: Handles) -> bool:
+        """Whether one of some sessions is due."""
+        return bool(self._max_idle_s) and bool(len(self.due_among(handles)))
 
     def remember_use(self, session_ids: Sequence[str], used: float) -> None:
         """Remember when sessions were last used that leave the table and may still be in the store."""
@@ -86,11 +144,7 @@ class Expiry:
 
     def error(self, session_id: str) -> SessionExpired:
         """What is said of a session that expired."""
-        return SessionExpired(
-            session_id,
-            f"session {session_id!r} expired: it was idle for longer than"
-            f" max_session_idle_s {self._max_idle_s:g}",
-        )
+        return self._endings.expired(session_id)
 
     def expire(self, handles: Sequence[int]) -> SessionExpired:
         """End sessions of the table; the answer is the last one's."""
@@ -112,63 +166,63 @@ class Expiry:
 
     def expire_among(self, handles: Handles) -> None:
         """End those of some sessions that are due, and put -1 in their places, as it stands for others already."""
-        if not self._max_idle_s:
-            return
-        there = handles[handles >= 0]
-        due = np.unique(there[self._idle.too_long(there, self._clock.monotonic())])
+        due = self.due_among(handles)
         if len(due):
             handles[np.isin(handles, due)] = -1
             self.expire(due.tolist())
 
-    def expire_idle(self) -> int:
+    async def expire_idle(self) -> int:
         """End the sessions that are, or were, in the table and are idle for too long; return how many."""
-        return sum(self.expire_idle_in_parts(sys.maxsize))
+        return await self.expire_strays() + sum(self.expire_idle_in_parts(sys.maxsize))
 
     def expire_idle_in_parts(self, most: int) -> Iterator[int]:
-        """As `expire_idle`, at most so many at a time, so that others get a turn; how many each time.
+        """End the sessions of the table that are due, at most so many at a time; how many each time.
 
-        To be gone through to the end.
+        So others get a turn. To be gone through to the end.
         """
-        strays = self._expire_strays()
-        if strays:
-            yield strays
         for due in self._idle.take_due_in_parts(self._clock.monotonic, most):
             if len(due):
                 self.expire(due.tolist())
                 yield len(due)
 
-    def sweep(self) -> bool:
+    async def sweep(self) -> bool:
         """End some of the store's sessions that nobody has named since the start; True if there are more.
 
-        Each start does this once, when the time limit has passed: from then on all others are in the table.
+        Each start does this once, when the time limit has passed: from then on all others are in the table. Where
+        other servers use the store, it begins anew each time: one of them may have ended.
         """
+        swept, store = self._swept, self._others
         if (
-            not self._max_idle_s
-            or self._swept is None
-            or self._clock.monotonic() - self._started <= self._max_idle_s
+            store is None
+            or not self._max_idle_s
+            or swept is None
+            or self._clock.monotonic() <= self._sweep_at
         ):
             return False
         try:
-            found = self._store.scan(after=self._swept, limit=SWEPT_AT_ONCE)
+            found = await store.scan(after=swept, limit=SWEPT_AT_ONCE)
         except ServerError as error:
             _log.warning("the store could not be looked through for idle sessions", error=error)
             return False
         self._expire_untouched(found)
         self._swept = found[-1][0] if found else None
+        if not found and store.local is None:
+            self._swept, self._sweep_at = "", self._clock.monotonic() + self._max_idle_s
         return bool(found)
 
-    def _expire_strays(self) -> int:
-        since = self._clock.monotonic() - self._max_idle_s
+    async def expire_strays(self) -> int:
+        """End those sessions that left the table while the store may have them, and that are due; how many."""
+        since, store = self._clock.monotonic() - self._max_idle_s, self._others
         due = [session_id for session_id, used in self._strays.items() if used < since]
-        if not due:
+        if not due or store is None:
             return 0
         try:
-            records = self._store.get_many(due)
+            records = await store.get_many(due)
         except ServerError as error:
             _log.warning("the store could not be asked for idle sessions", error=error)
             return 0
         for session_id in due:
-            del self._strays[session_id]
+            self._strays.pop(session_id, None)  # gone if it was loaded meanwhile
         found = zip(due, records, strict=True)
         return self._expire_untouched((i, header_or_none(i, r)) for i, r in found if r is not None)
 
@@ -181,11 +235,18 @@ class Expiry:
             and session_id not in self._removal
             and session_id not in self.burying
             and session_id not in self._strays
+            and self._is_idle_everywhere(header)
         ]
         for session_id, header in untouched:
             self._observer.session_event("expired", header.model, session_id)
         self._bury([(session_id, header.model, header.revision) for session_id, header in untouched])
         return len(untouched)
+
+    def _is_idle_everywhere(self, header: Header) -> bool:
+        """Whether no other server has used a session; where there is none, its record's time counts for nothing."""
+        if self._others is None or self._others.local is not None:
+            return True
+        return self._clock.now() - header.last_used > self._max_idle_s
 
     def _bury(self, sessions: Sequence[tuple[str, str, int]]) -> None:
         """Have the store know that sessions expired: their ids, models and revisions.
@@ -197,12 +258,17 @@ class Expiry:
             return
         now, ids = self._clock.now(), [session_id for session_id, _, _ in sessions]
 
-        def done(error: ServerError | None) -> None:
+        def done(committed: Committed | ServerError) -> None:
             for session_id in ids:
                 self.burying.pop(session_id, None)
-            if error is not None:
-                _log.warning("sessions that expired are still in the store", sessions=len(ids), error=error)
+            if isinstance(committed, ServerError):
+                _log.warning(
+                    "sessions that expired are still in the store", sessions=len(ids), error=committed
+                )
                 self.remember_use(ids, -math.inf)
+            else:
+                # those with a conflict were used on another server, and are forgotten here
+                self.remember_use([i for i in ids if i in committed.unknown], -math.inf)
 
         batch = Batch(
             deletes=ids,
@@ -211,3 +277,34 @@ class Expiry:
         )
         self.burying.update({session_id: revision for session_id, _, revision in sessions})
         self._commits.submit(lambda: batch, len(sessions), done)
+
+
+class ExpiryTimer:
+    """Expires idle sessions from time to time. Lives on the event loop."""
+
+    def __init__(self, expiry: Expiry, commits: GroupCommit, max_idle_s: float) -> None:
+        self._expiry = expiry
+        self._commits = commits
+        self._max_idle_s = max_idle_s
+
+    async def run(self) -> None:
+        """Expire sessions until cancelled; without a time limit there is nothing to do."""
+        while self._max_idle_s:
+            await asyncio.sleep(max(_SHORTEST_S, self._max_idle_s / _TICKS))
+            try:
+                await self._expire_all()
+            except Exception as error:
+                _log.defect("idle sessions could not be expired; the timer goes on", error)
+
+    async def _expire_all(self) -> None:
+        if await self._expiry.expire_strays():
+            await self._let_others()
+        for _ in self._expiry.expire_idle_in_parts(_AT_ONCE):
+            await self._let_others()
+        while await self._expiry.sweep():
+            await self._let_others()
+
+    async def _let_others(self) -> None:
+        """Others come first, and so does what waits for the store."""
+        await asyncio.sleep(_PAUSE_S)
+        await self._commits.room()

@@ -1,0 +1,113 @@
+"""Reads of a store that must be awaited: many sessions at once, few reads at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+
+from stepwell_server.engine.durability.group_commit import reason
+from stepwell_server.errors import ServerError
+from stepwell_server.store.base import Store, Tombstone
+from stepwell_server.store.record import Stored
+
+#: Sessions in one read.
+MOST_AT_ONCE = 1024
+#: Reads at the same time.
+MOST_READS = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fetched:
+    """What the store has of a session."""
+
+    record: Stored | None
+    tombstone: Tombstone | None
+    """Only looked for where there is no record."""
+
+
+class Fetcher:
+    """Reads records, and the tombstones of sessions that have none. Lives on the event loop.
+
+    What is asked for in one turn of the event loop, or while as many reads are under way as may be, is read together.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._loop = asyncio.get_running_loop()
+        self._wanted: deque[tuple[Sequence[str], asyncio.Future[list[Fetched]]]] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_due = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is asked for."""
+        return not self._tasks and not self._wanted
+
+    async def fetch(self, session_ids: Sequence[str]) -> list[Fetched]:
+        """What the store has of sessions.
+
+        Raises:
+            Unavailable: the store cannot be read now.
+        """
+        parts = [
+            self._ask(session_ids[at : at + MOST_AT_ONCE]) for at in range(0, len(session_ids), MOST_AT_ONCE)
+        ]
+        return [found for part in await asyncio.gather(*parts) for found in part]
+
+    def _ask(self, session_ids: Sequence[str]) -> asyncio.Future[list[Fetched]]:
+        answer: asyncio.Future[list[Fetched]] = self._loop.create_future()
+        self._wanted.append((session_ids, answer))
+        self._start_soon()
+        return answer
+
+    def _start_soon(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            self._loop.call_soon(self._start)
+
+    def _start(self) -> None:
+        self._is_due = False
+        while self._wanted and len(self._tasks) < MOST_READS:
+            task = self._loop.create_task(self._read(self._take()))
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._start_soon()
+
+    def _take(self) -> list[tuple[Sequence[str], asyncio.Future[list[Fetched]]]]:
+        taken = [self._wanted.popleft()]
+        count = len(taken[0][0])
+        while self._wanted and count + len(self._wanted[0][0]) <= MOST_AT_ONCE:
+            taken.append(self._wanted.popleft())
+            count += len(taken[-1][0])
+        return taken
+
+    async def _read(self, asked: Sequence[tuple[Sequence[str], asyncio.Future[list[Fetched]]]]) -> None:
+        try:
+            found = await self._fetch([session_id for ids, _ in asked for session_id in ids])
+        except Exception as error:
+            self._refuse(asked, reason(error))
+            return
+        at = 0
+        for ids, answer in asked:
+            if not answer.done():  # else whoever asked was cancelled
+                answer.set_result(found[at : at + len(ids)])
+            at += len(ids)
+
+    async def _fetch(self, session_ids: Sequence[str]) -> list[Fetched]:
+        records = await self._store.get_many(session_ids)
+        missing = [i for i, record in zip(session_ids, records, strict=True) if record is None]
+        stones = iter(await self._store.tombstones(missing)) if missing else iter(())
+        return [Fetched(record, next(stones) if record is None else None) for record in records]
+
+    @staticmethod
+    def _refuse(
+        asked: Sequence[tuple[Sequence[str], asyncio.Future[list[Fetched]]]], error: ServerError
+    ) -> None:
+        for _, answer in asked:
+            if not answer.done():
+                answer.set_exception(error)

@@ -1,0 +1,125 @@
+"""What a store has of sessions: a record of each change, or of nothing but what has left the arena.
+
+Chosen once, in `keeping_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from stepwell_server.clock import Clock
+from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.api import Observer
+from stepwell_server.engine.durability.group_commit import Done, GroupCommit
+from stepwell_server.engine.durability.records import Outcome, Records
+from stepwell_server.engine.state.model import Model
+from stepwell_server.errors import ServerError
+from stepwell_server.store.base import ALL_KEPT, Batch, Committed, LocalStore, Store
+
+
+class Keeping(Protocol):
+    """Which sessions have a record, and when it is written. Lives on the event loop."""
+
+    @property
+    def others(self) -> Store | None:
+        """The store, if it may have sessions that are not in the table; None: the table has all of them."""
+
+    def changed(self, outcome: Outcome, done: Done, /) -> None:
+        """Keep an outcome of claimed sessions; `done` is called then, maybe before this returns."""
+
+    def made(self, ids: Sequence[str], ready: int, /) -> slice:
+        """Which of new sessions begin with a record, if so many of them, the first ones, have rows."""
+
+    def leave(self, model: Model, handles: Handles, /) -> None:
+        """Sessions are about to leave the arena."""
+
+    def came_back(self, session_ids: Sequence[str], /) -> None:
+        """Sessions are in the arena again."""
+
+
+class EveryChange:
+    """Each change has its record: what leaves the arena is in the store already, and is there after a restart."""
+
+    def __init__(
+        self, store: Store, commits: GroupCommit, records: Records, clock: Clock, observer: Observer
+    ) -> None:
+        self.others = store
+        self._commits = commits
+        self._records = records
+        self._clock = clock
+        self._observer = observer
+
+    def changed(self, outcome: Outcome, done: Done) -> None:
+        """See `Keeping`."""
+        clock, count = self._clock, len(outcome.handles)
+        last_used, began = clock.now(), clock.monotonic()
+
+        def kept(committed: Committed | ServerError) -> None:
+            self._observer.stage(outcome.model.name, "commit", clock.monotonic() - began, count)
+            done(committed)
+
+        self._commits.submit(lambda: Batch(puts=self._records.of(outcome, last_used)), count, kept)
+
+    def made(self, ids: Sequence[str], _ready: int) -> slice:
+        """See `Keeping`."""
+        return slice(0, len(ids))
+
+    def leave(self, model: Model, handles: Handles) -> None:
+        """See `Keeping`."""
+
+    def came_back(self, session_ids: Sequence[str]) -> None:
+        """See `Keeping`."""
+
+
+class PagedOutOnly:
+    """The arena is the truth, and the store has what is not in it: for a store that ends with the process."""
+
+    others = None
+
+    def __init__(self, store: LocalStore, table: SessionTable, records: Records, clock: Clock) -> None:
+        self._store = store
+        self._table = table
+        self._records = records
+        self._clock = clock
+
+    def changed(self, _outcome: Outcome, done: Done) -> None:
+        """See `Keeping`."""
+        done(ALL_KEPT)
+
+    def made(self, ids: Sequence[str], ready: int) -> slice:
+        """See `Keeping`."""
+        return slice(ready, len(ids))
+
+    def leave(self, model: Model, handles: Handles) -> None:
+        """See `Keeping`."""
+        table = self._table
+        as_it_is = Outcome(
+            model,
+            handles,
+            table.revision[handles],
+            table.position[handles],
+            table.request_id[handles],
+            table.reply[handles],
+            model.replies.arrays(handles),
+        )
+        self._store.commit(Batch(puts=self._records.of(as_it_is, self._clock.now())))
+
+    def came_back(self, session_ids: Sequence[str]) -> None:
+        """See `Keeping`."""
+        self._store.commit(Batch(deletes=session_ids))
+
+
+def keeping_of(
+    store: Store,
+    commits: GroupCommit,
+    table: SessionTable,
+    records: Records,
+    *,
+    clock: Clock,
+    observer: Observer,
+) -> Keeping:
+    """How a store is used: one whose records end with the process need not have more than the arena has no room for."""
+    if store.local is not None and store.local.is_volatile:
+        return PagedOutOnly(store.local, table, records, clock)
+    return EveryChange(store, commits, records, clock, observer)
