@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,6 +37,7 @@ from stepwell_server.engine.intake.validation import (
     check_state,
     require_finite,
     require_lists,
+    require_reply,
 )
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.passes.batch import Lane
@@ -231,6 +233,18 @@ class Engine:
             ModelNotFound: there is none of that name.
         """
         return self._info(self._models.by_name(name))
+
+    def program(self, name: str) -> Program:
+        """The program of a model.
+
+        Raises:
+            ModelNotFound: there is none of that name.
+        """
+        return self._models.by_name(name).program
+
+    def model_names(self) -> list[str]:
+        """Names of the models, in order."""
+        return self._models.names()
 
     async def open_session(
         self,
@@ -519,11 +533,13 @@ class Engine:
         *,
         deadline: float = float("inf"),
         source: object = None,
+        reply_limit: int = sys.maxsize,
+        reply_bytes: int = 0,
     ) -> Predicted:
-        """Run a model without a session.
+        """Run a model without a session. The limit of the reply is as of `Change`.
 
         Raises:
-            ModelNotFound, InvalidInput, DeadlineExceeded, Overloaded
+            ModelNotFound, InvalidInput, MessageTooLarge, DeadlineExceeded, Overloaded
         """
         self._require_accepting()
         served = self._models.by_name(model)
@@ -531,6 +547,7 @@ class Engine:
         if not rows:
             raise InvalidInput(f"inputs must have at least one row; got {rows}")
         checked = check_inputs(served.program, inputs, rows)
+        require_reply(served.program, rows, checked.steps, reply_bytes, reply_limit)
         require_finite("input", checked.arrays, [spec.name for spec in served.program.inputs])
         values = None if state is None else check_state(served.program, state, rows)
         if values is not None:

@@ -17,11 +17,12 @@ import numpy.typing as npt
 from stepwell_server.core.exactly_once import ANY_REVISION
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
+from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors
-from stepwell_server.errors import InvalidInput, RevisionConflict, ServerError
+from stepwell_server.errors import InvalidInput, MessageTooLarge, RevisionConflict, ServerError
 from stepwell_server.program import Program, StateSpec, TensorSpec
 
 MAX_MEMBERS = 65_536
@@ -94,6 +95,17 @@ def finite_rows(arrays: Sequence[Array]) -> npt.NDArray[np.bool_] | None:
         finite = np.isfinite(array).reshape(len(array), -1)
         bad = np.logical_or(~finite.all(axis=1), False if bad is None else bad)
     return None if bad is None else ~bad
+
+
+def require_reply(program: Program, rows: int, steps: int, extra: int, limit: int) -> None:
+    """Refuse a run without a session whose outputs and final state, and `extra` bytes, are more than `limit`.
+
+    Raises:
+        MessageTooLarge: they are.
+    """
+    size = _output_bytes(program, rows, steps) + rows * program.state_row_bytes + extra
+    if size > limit:
+        raise _too_large("prediction", size, limit)
 
 
 def require_finite(what: str, arrays: Sequence[Array], names: Sequence[str]) -> None:
@@ -229,6 +241,10 @@ def _check_step(change: Change) -> None:
     change.arrays, change.steps, change.with_time = checked.arrays, checked.steps, checked.with_time
     if change.output_names:
         _require_outputs(program, change.output_names)
+    if change.select is not Select.NONE:
+        change.reply_bytes += _output_bytes(program, rows, change.steps if change.select is Select.ALL else 1)
+        if change.reply_bytes > change.reply_limit:
+            raise _too_large("step", change.reply_bytes, change.reply_limit)
     if change.reset_rows is not None:
         if len(change.reset_rows) != rows:
             raise InvalidInput(
@@ -343,6 +359,20 @@ def _not_finite_member(change: Change, member: int) -> ServerError:
         if is_float(part.dtype) and not np.isfinite(part).all():
             return not_finite("state" if change.reset else "input", name, part)
     raise AssertionError("only called for members that are not finite")
+
+
+def _output_bytes(program: Program, rows: int, steps: int) -> int:
+    each_step, once = program.output_bytes
+    return rows * (each_step * steps + once)
+
+
+def _too_large(what: str, size: int, limit: int) -> MessageTooLarge:
+    return MessageTooLarge(
+        f"the reply to the {what} must be at most {limit} bytes; it would be about {size}: "
+        "ask for fewer time steps at once, or for outputs LAST or NONE",
+        limit_bytes=str(limit),
+        reply_bytes=str(size),
+    )
 
 
 def _by_name(what: str, given: Tensors, specs: Sequence[TensorSpec | StateSpec]) -> Tensors:

@@ -32,6 +32,7 @@ from stepwell_server.errors import (
     StateCorrupt,
 )
 from stepwell_server.logs import Log
+from stepwell_server.rpc.steps.messages import limit_reply
 from stepwell_server.rpc.triton.errors import SequenceId, not_started
 from stepwell_server.rpc.triton.parameters import Parameters
 
@@ -65,6 +66,8 @@ class SequenceRequest:
     deadline: float
     """On the clock's monotonic time."""
     source: object
+    max_reply_bytes: int
+    """That the client can be sent."""
 
 
 def session_id_of(model: str, sequence_id: SequenceId) -> str:
@@ -190,7 +193,9 @@ class Sequences:
 
     @staticmethod
     def _change(request: SequenceRequest, answer: Awaited) -> Change:
-        return Change((request.session_id,), answer, deadline=request.deadline, caller=request.source)
+        change = Change((request.session_id,), answer, deadline=request.deadline, caller=request.source)
+        limit_reply(change, request.max_reply_bytes)
+        return change
 
     async def _live(self, request: SequenceRequest) -> SessionInfo:
         info = await self._engine.session_info(request.session_id, usable=True)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.boundary import RequestObserver
     from stepwell_server.rpc.fronts.base import Call
-    from stepwell_server.rpc.sizes import ReplySizes
     from stepwell_server.rpc.steps.stream import StreamLimits
     from stepwell_server.rpc.triton.statistics import PassObserver
 
@@ -36,7 +35,7 @@ class TritonServicer:
         self,
         engine: Engine,
         clock: Clock,
-        sizes: ReplySizes,
+        max_reply_bytes: int,
         limits: StreamLimits,
         observer: RequestObserver,
         passes: PassObserver,
@@ -45,7 +44,7 @@ class TritonServicer:
         self._clock = clock
         self._limits = limits
         self._observer = observer
-        self._inference = Inference(engine, clock, sizes, passes)
+        self._inference = Inference(engine, clock, max_reply_bytes, passes)
         self._streams: set[InferStream] = set()
         self._stopping = False
         self._ready = True
@@ -60,7 +59,7 @@ class TritonServicer:
 
     async def model_ready(self, request: pb.ModelReadyRequest, _call: Call) -> pb.ModelReadyResponse:
         """Whether a model takes requests."""
-        is_served = request.name in self._inference.models and request.version in {"", metadata.VERSION}
+        is_served = request.name in self._engine.model_names() and request.version in {"", metadata.VERSION}
         return pb.ModelReadyResponse(ready=is_served and self._is_ready)
 
     async def server_metadata(
@@ -87,7 +86,7 @@ class TritonServicer:
         if request.name:
             models = [self._inference.model(request.name, request.version)]
         else:
-            models = [self._inference.models[name] for name in sorted(self._inference.models)]
+            models = [self._inference.model(name, "") for name in self._engine.model_names()]
         return pb.ModelStatisticsResponse(model_stats=[model.statistics.message() for model in models])
 
     async def model_infer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:

@@ -108,9 +108,6 @@ class ModelTensors:
         self._model = model
         self.inputs = {spec.name: Tensor(spec) for spec in program.inputs}
         self.outputs = {spec.name: Tensor(spec) for spec in program.outputs}
-        values = [(tensor.dims, tensor.dtype.itemsize) for tensor in self.outputs.values()]
-        self.output_row_bytes = sum(math.prod(dims) * size for dims, size in values)
-        """Size of one row of all outputs at one time step."""
 
     def read(self, request: pb.ModelInferRequest) -> Inputs:
         """The inputs of a request.
