@@ -28,6 +28,7 @@ from stepwell_server.store.awaited import AwaitedStore
 from stepwell_server.store.base import LocalStore
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.memory import MemoryStore
+from support.awaited import RemoteStore
 from support.clock import ManualClock
 from support.fake_executor import PLAIN, WAIT_S, FakeExecutor, Hooks
 
@@ -190,9 +191,11 @@ class Stores:
         self.folder = Path()
         self._numbers = itertools.count()
 
-    def make(self, clock: ManualClock) -> LocalStore:
+    def make(self, clock: ManualClock) -> LocalStore | RemoteStore:
         if self.kind == "memory":
             return MemoryStore()
+        if self.kind == "awaited":
+            return RemoteStore(MemoryStore())
         folder = self.folder / f"store-{next(self._numbers)}"
         durability: Literal["sync", "async"] = "sync" if self.kind == "sync" else "async"
         return DiskStore(folder, durability=durability, clock=clock, segment_bytes=SEGMENT_BYTES)
@@ -299,6 +302,8 @@ class Harness:
         away = {session_id for session_id, handle in table.items() if table.row[handle] < 0}
         if self.store.is_volatile:
             assert set(self.store._records) == away, "the store holds the sessions that are paged out"
+        assert engine._loading_rows == 0
+        assert not engine._arrivals._tails, "something waits for a session to be loaded"
 
 
 @asynccontextmanager
@@ -322,7 +327,7 @@ async def running(
     store = STORES.make(clock) if own else store
     engine = Engine(
         programs or {"plain": PLAIN},
-        store=store if hasattr(store, "local") else AwaitedStore(store),
+        store=store if isinstance(store, RemoteStore) else AwaitedStore(store),
         clock=clock,
         observer=events,
         max_batch_rows=max_batch_rows,
@@ -342,7 +347,9 @@ async def running(
             harness.check_books()
     finally:
         hooks.open_gate()
+        if isinstance(store, RemoteStore):
+            store.let_go()
         await harness.settled()
         await engine.close()
-        if own:
+        if own and not isinstance(store, RemoteStore):
             store.close()

@@ -122,9 +122,6 @@ class FakeEngine:
         self.submit(change)
         return await answer.get()
 
-    def model_of(self, session_id: str) -> str:
-        return self._find(session_id).info.model
-
     def cancelled(self) -> list[Change]:
         """Those that wait and whose caller does not."""
         first = np.zeros(1, np.intp)

@@ -12,7 +12,7 @@ from support.engine import STORES
 
 # What a flush to disk costs is no concern of these tests.
 _MEMORY = Path("/dev/shm")
-KINDS = ("memory", "async", "sync")
+KINDS = ("memory", "async", "sync", "awaited")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -59,7 +59,7 @@ async def refused(at: Harness, session_id: str, kind: type[ServerError], message
     with pytest.raises(kind, match=message):
         await at.single(session_id, x(1)).only()
     with pytest.raises(kind, match=message):
-        at.engine.model_of(session_id)
+        await at.engine.session_info(session_id, usable=True)
     answers = await at.submit([session_id, "fine"], x(2)).all()
     assert kinds(answers) == [kind.__name__, "Answer"]
     assert (await at.engine.session_info("fine")).revision == neighbour + 1

@@ -89,6 +89,7 @@ async def test_one_that_is_gone_shifts_nobody_even_if_sizes_are_not_said() -> No
         assert bytes_of(answers[2]) == stepped(initial(2), value[6:]).tobytes()
 
 
+@pytest.mark.stores("memory", "async", "sync")  # others tell each member
 async def test_several_that_are_gone_without_sizes_are_refused_where_it_is_not_certain() -> None:
     async with running() as at:
         await opened(at)

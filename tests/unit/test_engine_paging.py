@@ -135,6 +135,7 @@ async def test_a_session_with_something_under_way_keeps_its_rows() -> None:
         assert (await waiting.only()).revision == 1
 
 
+@pytest.mark.stores("memory", "async", "sync")
 async def test_a_session_whose_record_is_gone_is_lost_and_nobody_else_is() -> None:
     async with running(resident_rows=3) as at:
         await at.open("a", "b", "c")

@@ -29,7 +29,7 @@ async def test_time_steps_count() -> None:
             MessageTooLarge, match=r"the reply to the step must be at most 4096 bytes; it would be"
         ):
             at.submit("a", _x(1, _FITS + 1), reply_limit=_LIMIT, reply_bytes=100)
-        assert at.engine.session_info("a").revision == 1
+        assert (await at.engine.session_info("a")).revision == 1
 
 
 async def test_what_is_not_sent_does_not_count() -> None:

@@ -452,15 +452,6 @@ class Engine:
         self.submit(change)
         return await answer.get()
 
-    def model_of(self, session_id: str) -> str:
-        """The name of a live session's model.
-
-        Raises:
-            SessionGone: there is none.
-            ModelMismatch, ModelNotFound, StateCorrupt, Unavailable: it cannot be stepped here.
-        """
-        return self._models.by_handle(self._directory.find(session_id)).name
-
     def _refuse_missing(self, change: Change, members: Members, seen: Seen | None) -> None:
         for some, error in self._directory.why_not_all(change.session_ids, members, seen):
             change.fail(some, error)

@@ -299,7 +299,11 @@ class _Awaited:
             self._busy |= ids
             task = self._loop.create_task(self._commit(items, ids))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._start_soon()
 
     def _take(self) -> tuple[list[_Item], set[str]]:
         """What may be committed together now, in the order of each session that it names; and all it names."""
@@ -331,7 +335,6 @@ class _Awaited:
             for item in sound:
                 item.error = why
         self._busy -= ids
-        self._start_soon()
         self._finish(items, committed)
 
 

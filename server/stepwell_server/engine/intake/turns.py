@@ -104,6 +104,8 @@ class Turns:
         Raises:
             DeadlineExceeded, SessionGone, Overloaded: it did not come.
         """
+        if self._clock.monotonic() >= deadline:
+            raise too_late()
         if self._table.claimed[handle]:
             await self._turn_of(handle, deadline)
         else:

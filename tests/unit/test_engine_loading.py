@@ -1,0 +1,416 @@
+"""Sessions of a store that must be awaited: what names them waits in its order, and nobody else does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine import engine as module
+from stepwell_server.engine.durability import fetching
+from stepwell_server.errors import (
+    DeadlineExceeded,
+    Overloaded,
+    SessionExpired,
+    SessionGone,
+    SessionNotFound,
+    Unavailable,
+)
+from stepwell_server.store.memory import MemoryStore
+from support.awaited import RemoteStore
+from support.durable import begun, kinds, x
+from support.engine import Answers, Harness, running
+
+pytestmark = pytest.mark.stores("awaited")
+
+
+@asynccontextmanager
+async def after(*session_ids: str, **options: Any) -> AsyncIterator[tuple[Harness, RemoteStore]]:
+    """A server on a store in which another one has opened sessions, each stepped once."""
+    store = RemoteStore(MemoryStore())
+    async with running(store=store.replica()) as at:
+        await at.open(*session_ids)
+        await at.submit(list(session_ids), x(len(session_ids)), request_ids=[7] * len(session_ids)).all()
+    async with running(store=store, **options) as at:
+        yield at, store
+
+
+async def turns(count: int = 8) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_sessions_of_another_server_are_loaded_when_they_are_named() -> None:
+    async with after("a", "b") as (at, store):
+        assert store.asked("read") == [], "none before"
+        answers = await at.submit(["a", "never", "b"], x(3), batch_sizes=[1, 1, 1]).all()
+        assert kinds(answers) == ["Answer", "SessionNotFound", "Answer"]
+        assert [answers[0].revision, answers[2].revision] == [2, 2]  # type: ignore[union-attr]
+        assert store.asked("read")[0] == ("a", "never", "b"), "at once"
+        reads = len(store.asked("read"))
+        await at.step("a", x(1))
+        assert len(store.asked("read")) == reads, "it is here now"
+
+
+async def test_nothing_overtakes_what_waits_for_one_of_its_sessions() -> None:
+    async with after("away") as (at, store):
+        await at.open("here")
+        store.reads_held = True
+        first = at.submit(["here", "away"], x(2), expected=[0, 1])
+        second = at.submit("here", x(1), expected=1)
+        other = at.submit("away", x(1, seed=1), expected=2)
+        read = await begun(at.engine.get_state("here"))
+        third = at.submit("here", x(1), expected=2)
+        await store.until("read")
+        await turns()
+        assert not any(answers.ended for answers in (first, second, other, third))
+        assert at.hooks.rows == []
+        store.let_go()
+        assert [answer.revision for answer in await first.all()] == [1, 2]  # type: ignore[union-attr]
+        assert (await second.only()).revision == 2
+        assert (await other.only()).revision == 3
+        assert (await read).session.revision == 2, "in its place"
+        assert (await third.only()).revision == 3
+
+
+async def test_others_go_on_while_some_are_loaded() -> None:
+    async with after("away") as (at, store):
+        await at.open("here")
+        store.reads_held = True
+        waits = at.submit("away", x(1))
+        await store.until("read")
+        assert (await at.step("here", x(1))).revision == 1
+        assert not waits.ended
+        store.let_go()
+        assert (await waits.only()).revision == 2
+
+
+@pytest.mark.parametrize("call", ["read", "fork", "close", "info", "reset", "resume"])
+async def test_every_call_waits_for_the_sessions_it_names(call: str) -> None:
+    async with after("a") as (at, store):
+        store.reads_held = True
+        calls: dict[str, Any] = {
+            "read": lambda: at.engine.get_state("a"),
+            "fork": lambda: at.engine.fork("a", new_session_id="b"),
+            "close": lambda: at.engine.close_session("a"),
+            "info": lambda: at.engine.session_info("a"),
+            "reset": lambda: at.submit("a", reset=True).only(),
+            "resume": lambda: at.engine.open_session("plain", session_id="a"),
+        }
+        task = await begun(calls[call]())
+        await store.until("read")
+        step = at.submit("a", x(1), expected=2 if call == "reset" else 1)
+        await turns()
+        assert not task.done()
+        store.let_go()
+        await task
+        (answer,) = await step.all()
+        assert kinds([answer]) == ["SessionNotFound" if call == "close" else "Answer"]
+
+
+async def test_a_caller_who_gives_up_while_it_waits_lets_nobody_overtake() -> None:
+    async with after("a") as (at, store):
+        store.reads_held = True
+        first = at.submit("a", x(1), expected=1)
+        await store.until("read")
+        gives_up = await begun(at.engine.get_state("a"))
+        last = at.submit("a", x(1), expected=2)
+        gives_up.cancel()
+        await turns()
+        assert not last.ended
+        store.let_go()
+        assert (await first.only()).revision == 2
+        assert (await last.only()).revision == 3
+        with pytest.raises(asyncio.CancelledError):
+            await gives_up
+
+
+@pytest.mark.parametrize("how", ["late", "cancelled"])
+async def test_what_nobody_waits_for_any_more_is_not_applied_once_it_is_loaded(how: str) -> None:
+    async with after("a") as (at, store):
+        store.reads_held = True
+        step = at.submit("a", x(1), deadline=at.clock.monotonic() + 5)
+        reset = at.submit("a", reset=True, deadline=at.clock.monotonic() + 5)
+        await store.until("read")
+        if how == "late":
+            at.clock.advance(6)
+        else:
+            at.cancel(step)
+            at.cancel(reset)
+        store.let_go()
+        error = DeadlineExceeded if how == "late" else Unavailable
+        for answers in (step, reset):
+            (answer,) = await answers.all()
+            assert isinstance(answer, error)
+        assert at.hooks.rows == []
+        assert (await at.engine.session_info("a")).revision == 1
+
+
+@pytest.mark.parametrize("call", ["read", "fork", "close"])
+async def test_a_call_whose_time_is_over_when_its_session_is_loaded_does_nothing(call: str) -> None:
+    async with after("a") as (at, store):
+        store.reads_held = True
+        deadline = at.clock.monotonic() + 5
+        calls: dict[str, Any] = {
+            "read": at.engine.get_state,
+            "fork": at.engine.fork,
+            "close": at.engine.close_session,
+        }
+        task = await begun(calls[call]("a", deadline=deadline))
+        await store.until("read")
+        at.clock.advance(6)
+        store.let_go()
+        with pytest.raises(DeadlineExceeded):
+            await task
+        assert store.shared.count() == 1
+
+
+async def test_a_store_that_cannot_be_read_fails_those_that_need_it() -> None:
+    async with after("away") as (at, store):
+        await at.open("here")
+        store.read_error = Unavailable("the store is away")
+        answers = await at.submit(["here", "away"], x(2), batch_sizes=[1, 1]).all()
+        assert kinds(answers) == ["Answer", "Unavailable"]
+        for call in (at.engine.get_state("away"), at.engine.open_session("plain", session_id="new")):
+            with pytest.raises(Unavailable, match="the store is away"):
+                await call
+        store.read_error = None
+        assert (await at.step("away", x(1))).revision == 2
+
+
+async def test_a_store_that_breaks_while_it_is_read_fails_those_that_need_it() -> None:
+    async with after("away") as (at, store):
+        store.read_error = ZeroDivisionError("a secret detail")
+        (answer,) = await at.submit("away", x(1)).all()
+        assert kinds([answer]) == ["Internal"]
+        assert "secret" not in str(answer)
+
+
+async def test_no_more_waits_than_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_LOADING_ROWS", 3)
+    async with after("a", "b") as (at, store):
+        store.reads_held = True
+        waiting = [at.submit("a", x(1)), at.submit(["a", "b"], x(2))]
+        with pytest.raises(Overloaded, match="must stay within 3; 3 wait and 1 came") as refused:
+            at.submit("b", x(1))
+        assert refused.value.retry_after_s > 0
+        store.let_go()
+        for answers in waiting:
+            await answers.all()
+        assert (await at.step("b", x(1))).revision == 3
+
+
+async def test_no_more_bytes_wait_than_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_WAITING_BYTES", 20)
+    async with after("a") as (at, store):
+        store.reads_held = True
+        first = at.submit("a", x(1))
+        second = at.submit("a", x(1))
+        with pytest.raises(Overloaded, match="bytes waiting must stay within 20; 16 wait and 8 came"):
+            at.submit("a", x(1))
+        store.let_go()
+        await first.only()
+        await second.only()
+
+
+async def test_sessions_are_read_many_at_once_and_with_few_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "MOST_AT_ONCE", 8)
+    monkeypatch.setattr(fetching, "MOST_READS", 2)
+    names = [f"s{number:02}" for number in range(24)]
+    async with after(*names) as (at, store):
+        store.reads_held = True
+        steps = [at.submit(name, x(1)) for name in names]
+        await store.until("read", 2)
+        await turns()
+        assert [len(ids) for ids in store.asked("read")] == [8, 8], "no third while two are under way"
+        store.let_go()
+        for answers in steps:
+            assert (await answers.only()).revision == 2
+        loads = store.asked("read")[:3]
+        assert sorted(i for ids in loads for i in ids) == names
+
+
+async def test_unknown_ids_cost_one_look_at_what_is_remembered() -> None:
+    async with after("a") as (at, store):
+        ids = [f"never-{number}" for number in range(100)]
+        answers = await at.submit(ids, x(100), batch_sizes=[1] * 100).all()
+        assert set(kinds(answers)) == {"SessionNotFound"}
+        assert len(store.asked("read")) == len(store.asked("tombstones")) == 1
+
+
+async def test_passes_go_on_while_sessions_are_paged_in() -> None:
+    async with running(resident_rows=2) as at:
+        store: RemoteStore = at.store
+        for name in "abc":  # a has to go
+            at.clock.advance(1.0)
+            await at.open(name)
+        assert not (await at.engine.session_info("a")).resident
+        store.reads_held = True
+        waits = [at.submit("a", x(1)), at.submit("a", x(1))]
+        await store.until("read")
+        assert (await at.step("c", x(1))).revision == 1
+        read = await begun(at.engine.get_state("a"))
+        await turns()
+        assert not any(answers.ended for answers in waits)
+        store.let_go()
+        assert [(await answers.only()).revision for answers in waits] == [1, 2]
+        assert (await read).session.revision == 2
+
+
+async def test_what_waits_for_a_page_in_is_dropped_when_nobody_wants_it() -> None:
+    async with running(resident_rows=1) as at:
+        store: RemoteStore = at.store
+        await at.open("a")
+        await at.open("b")
+        store.reads_held = True
+        late = at.submit("a", x(1), deadline=at.clock.monotonic() + 5)
+        await store.until("read")
+        behind = at.submit("a", x(1))
+        at.clock.advance(6)
+        store.let_go()
+        assert kinds(await late.all()) == ["DeadlineExceeded"]
+        assert (await behind.only()).revision == 1
+
+
+async def test_a_read_that_is_cancelled_while_its_session_is_paged_in_frees_it() -> None:
+    async with running(resident_rows=1) as at:
+        store: RemoteStore = at.store
+        await at.open("a")
+        await at.open("b")
+        store.reads_held = True
+        read = await begun(at.engine.get_state("a"))
+        await store.until("read")
+        read.cancel()
+        await turns()
+        step = at.submit("a", x(1))
+        store.let_go()
+        assert (await step.only()).revision == 1
+
+
+async def test_a_page_in_that_fails_costs_its_members_and_nobody_else() -> None:
+    async with running(resident_rows=2) as at:
+        store: RemoteStore = at.store
+        await at.open("a", "b", "c")
+        store.read_error = Unavailable("the store is away")
+        answers = await at.submit(["a", "c"], x(2)).all()
+        assert kinds(answers) == ["Unavailable", "Answer"]
+        store.read_error = None
+        assert (await at.step("a", x(1))).revision == 1
+
+
+async def test_the_engine_ends_when_loads_and_commits_have() -> None:
+    async with after("a") as (at, store):
+        await at.open("here")
+        store.reads_held = store.commits_held = True
+        loads, commits = at.submit("a", x(1)), at.submit("here", x(1))
+        await store.until("read")
+        drain = await begun(at.engine.drain())
+        await turns(20)
+        assert not drain.done()
+        assert await at.engine.close(0.01) is False
+        store.reads_held = False
+        store.let_go_once()
+        await store.until("commit", 3)  # the opening of `here`, and two steps
+        assert not drain.done()
+        store.let_go()
+        await drain
+        assert loads.ended
+        assert commits.ended
+        assert await at.engine.close(5.0) is True
+
+
+async def test_a_session_that_another_server_uses_does_not_expire() -> None:
+    async with after("a", max_session_idle_s=10.0) as (at, store):
+        await at.step("a", x(1))
+        async with running(store=store.replica(), clock=at.clock, max_session_idle_s=10.0) as other:
+            await other.step("a", x(1))
+            at.clock.advance(8.0)
+            await other.step("a", x(1))
+            at.clock.advance(4.0)
+            assert await at.engine.expire_idle() == 1, "as far as this one knows"
+            await at.settled()
+            assert (await other.step("a", x(1))).revision == 5, "it was used there"
+            assert (await at.step("a", x(1))).revision == 6
+
+
+async def test_a_session_that_is_due_here_is_looked_for_before_it_is_said_to_have_expired() -> None:
+    async with after("a", "b", max_session_idle_s=10.0) as (at, store):
+        await at.submit(["a", "b"], x(2)).all()
+        async with running(store=store.replica(), clock=at.clock, max_session_idle_s=10.0) as other:
+            at.clock.advance(8.0)
+            await other.step("a", x(1))
+            at.clock.advance(4.0)
+            answers = await at.submit(["a", "b"], x(2)).all()
+            assert kinds(answers) == ["Answer", "SessionExpired"]
+            with pytest.raises(SessionExpired):
+                await at.state("b")
+
+
+async def test_sessions_of_a_server_that_has_ended_expire() -> None:
+    async with after("a", "b", max_session_idle_s=10.0) as (at, store):
+        at.clock.advance(11.0)
+        while await at.engine._expiry.sweep():
+            pass
+        await at.settled()
+        assert store.shared.count() == 0
+        with pytest.raises(SessionExpired):
+            await at.state("a")
+
+
+async def test_counts_and_lists_are_those_of_the_store() -> None:
+    async with after("a", "b", "c") as (at, _store):
+        await at.engine.refresh_counts()
+        assert at.engine.models()[0].sessions == at.engine.stats()[0].sessions == 3
+        page, total = await at.engine.list_sessions(limit=2)
+        assert ([info.session_id for info in page], total) == (["a", "b"], 3)
+        assert await at.engine.close_sessions(["a", "never", "c"]) == 2
+        assert [info.session_id for info in (await at.engine.list_sessions())[0]] == ["b"]
+        with pytest.raises(SessionNotFound, match="was closed"):
+            await at.state("a")
+
+
+async def test_few_commits_are_under_way_at_once_and_never_two_of_a_session() -> None:
+    names = [f"s{number}" for number in range(12)]
+    async with running() as at:
+        store: RemoteStore = at.store
+        await at.open(*names)
+        before = len(store.asked("commit"))
+        store.commits_held = True
+        steps: list[Answers] = []
+        for count, name in enumerate(names):
+            steps.append(at.submit(name, x(1)))
+            if count < 8:
+                await store.until("commit", before + count + 1)
+        await turns()
+        assert [len(ids) for ids in store.asked("commit")[before:]] == [1] * 8
+        store.let_go()
+        for answers in steps:
+            assert (await answers.only()).revision == 1
+        assert len(store.asked("commit")[before:]) == 9, "what came meanwhile is kept together"
+
+
+async def test_an_id_is_used_again_only_when_its_last_session_is_gone_from_the_store() -> None:
+    async with running(max_session_idle_s=10.0) as at:
+        store: RemoteStore = at.store
+        await at.open("a")
+        at.clock.advance(11.0)
+        store.commits_held = True
+        assert await at.engine.expire_idle() == 1
+        opening = await begun(at.engine.open_session("plain", session_id="a"))
+        await store.until("commit", 2)
+        await turns()
+        assert len(store.asked("commit")) == 2, "the opening waits for the end"
+        store.let_go()
+        assert (await opening).session.revision == 1
+        assert (await at.step("a", x(1))).revision == 2
+
+
+async def test_a_frame_of_many_that_are_gone_says_so() -> None:
+    async with after("a") as (at, _store):
+        with pytest.raises(SessionGone):
+            await at.engine.get_state("never")
+        assert np.isfinite((await at.state("a"))["sum"]).all()

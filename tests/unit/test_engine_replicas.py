@@ -1,0 +1,328 @@
+"""Two servers on one store: whoever is slower reads what the other wrote, and judges again by it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.errors import (
+    RevisionConflict,
+    SessionExists,
+    SessionGone,
+    SessionNotFound,
+    Unavailable,
+)
+from stepwell_server.store.memory import MemoryStore
+from support.awaited import RemoteStore
+from support.durable import begun, kinds, same_reply, x
+from support.engine import Answer, Harness, running
+
+pytestmark = pytest.mark.stores("awaited")
+
+
+@asynccontextmanager
+async def two(**options: Any) -> AsyncIterator[tuple[Harness, Harness]]:
+    """Two servers."""
+    store = RemoteStore(MemoryStore())
+    async with (
+        running(store=store, **options) as first,
+        running(store=store.replica(), clock=first.clock, **options) as second,
+    ):
+        yield first, second
+
+
+async def both_know(first: Harness, second: Harness, *session_ids: str) -> None:
+    """Sessions at revision 1 that are resident on both servers."""
+    await first.open(*session_ids)
+    await first.submit(list(session_ids), x(len(session_ids))).all()
+    for session_id in session_ids:
+        await second.state(session_id)
+
+
+SHAPES = pytest.mark.parametrize("shape", ["lone", "frame", "long", "reset"])
+
+
+def change(at: Harness, shape: str, **fields: Any) -> Any:
+    if shape == "reset":
+        return at.submit("a", reset=True, **fields)
+    return at.submit("a", x(1, 3, seed=5) if shape == "long" else x(1, seed=5), **fields)
+
+
+@SHAPES
+async def test_who_retries_on_another_server_gets_the_first_answer(shape: str) -> None:
+    async with two(threads=shape == "frame") as (first, second):
+        await both_know(first, second, "a")
+        applied = await change(first, shape, expected=1, request_ids=9).only()
+        again = await change(second, shape, expected=1, request_ids=9).only()
+        same_reply(again, applied)
+        assert (await second.engine.session_info("a")).revision == 2
+        assert (await second.state("a"))["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
+
+
+@SHAPES
+async def test_another_change_meets_the_revision_that_the_store_has(shape: str) -> None:
+    async with two(threads=shape == "frame") as (first, second):
+        await both_know(first, second, "a")
+        await first.step("a", x(1), expected=1, request_ids=9)
+        with pytest.raises(RevisionConflict) as refused:
+            await change(second, shape, expected=1, request_ids=10).only()
+        assert (refused.value.expected, refused.value.actual) == (1, 2)
+        assert (await change(second, shape, expected=2, request_ids=11).only()).revision == 3
+
+
+async def test_what_expects_no_revision_is_applied_to_what_the_store_has() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        for _ in range(3):
+            await first.step("a", x(1))
+        answer = await second.step("a", x(1, seed=3))
+        assert answer.revision == 5
+        other = await first.step("a", x(1, seed=4))
+        assert other.revision == 6
+        reference = await alone([x(1)] * 4, x(1, seed=3), x(1, seed=4))
+        assert answer.outputs["y"].tobytes() == reference[4].tobytes()
+        assert other.outputs["y"].tobytes() == reference[5].tobytes()
+
+
+async def alone(*steps: Any) -> list[Any]:
+    inputs = [each for step in steps for each in (step if isinstance(step, list) else [step])]
+    async with running(store=RemoteStore(MemoryStore())) as at:
+        await at.open("a")
+        return [(await at.step("a", each)).outputs["y"] for each in inputs]
+
+
+async def test_each_member_of_a_frame_has_a_fate_of_its_own() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a", "b", "c", "d")
+        kept = await first.step("b", x(1, seed=2), expected=1, request_ids=5)
+        await first.step("c", x(1), expected=1, request_ids=99)
+        second.store.unknown["d"] = False
+        inputs = np.concatenate([x(1), x(1, seed=2), x(1), x(1)])
+        answers = await second.submit(list("abcd"), inputs, expected=[1] * 4, request_ids=[5] * 4).all()
+        assert kinds(answers) == ["Answer", "Answer", "RevisionConflict", "Unavailable"]
+        assert isinstance(answers[0], Answer)
+        assert not answers[0].replayed
+        assert isinstance(answers[1], Answer)
+        same_reply(answers[1], kept)
+        assert (await second.step("d", x(1), expected=1)).revision == 2, "it was not kept, and is read anew"
+
+
+async def test_what_waits_behind_a_conflict_keeps_its_order() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        await first.step("a", x(1), expected=1, request_ids=9)
+        store: RemoteStore = second.store
+        store.commits_held = True
+        loses = second.submit("a", x(1), expected=1, request_ids=10)
+        await store.until("commit")
+        behind = second.submit("a", x(1), expected=2, request_ids=11)
+        read = await begun(second.engine.get_state("a"))
+        last = second.submit("a", x(1), expected=3, request_ids=12)
+        store.let_go()
+        assert kinds(await loses.all()) == ["RevisionConflict"]
+        assert (await behind.only()).revision == 3
+        assert (await read).session.revision == 3
+        assert (await last.only()).revision == 4
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@SHAPES
+async def test_a_commit_that_is_not_answered_is_not_known(shape: str, kept: bool) -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        second.store.unknown["a"] = kept
+        with pytest.raises(Unavailable, match="may have kept it"):
+            await change(second, shape, expected=1, request_ids=9).only()
+        answer = await change(second, shape, expected=1, request_ids=9).only()
+        assert (answer.revision, answer.replayed) == (2, kept), "what the store holds is the truth"
+
+
+async def test_a_session_that_changes_elsewhere_again_and_again_is_given_up_on() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        store: RemoteStore = second.store
+        store.commits_held = True
+        step = second.submit("a", x(1))
+        tries = 0
+        while not step.ended:
+            await store.until("commit", tries + 1)
+            await first.step("a", x(1))
+            tries += 1
+            store.let_go_once()
+            asked = asyncio.create_task(store.until("commit", tries + 1))
+            await asyncio.wait({asked, asyncio.create_task(step.all())}, return_when=asyncio.FIRST_COMPLETED)
+            asked.cancel()
+        assert kinds(await step.all()) == ["Unavailable"]
+        assert 1 < tries < 20
+        store.let_go()
+        assert (await second.step("a", x(1))).revision == tries + 2
+
+
+@pytest.mark.parametrize("shape", ["lone", "reset", "read"])
+async def test_a_session_that_ended_elsewhere_has_ended(shape: str) -> None:
+    async with two(resident_rows=1) as (first, second):
+        await both_know(first, second, "a")
+        if shape == "read":  # paged out: so the store is asked
+            await second.open("other")
+        await first.engine.close_session("a")
+        with pytest.raises(SessionNotFound, match="session 'a' was closed"):
+            await (second.state("a") if shape == "read" else change(second, shape, expected=1).only())
+        assert "a" not in second.engine._table
+        with pytest.raises(SessionNotFound, match="session 'a' was closed"):
+            await second.state("a")
+
+
+async def test_a_session_that_was_opened_anew_with_other_rows_is_another() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        await first.engine.close_session("a")
+        await first.open("a", batch_size=2)
+        with pytest.raises(SessionGone):
+            await second.step("a", x(1), expected=1)
+        assert (await second.step("a", x(2))).revision == 3
+
+
+async def opening_both(first: Harness, second: Harness, **fields: Any) -> tuple[Any, Any]:
+    """Both read that there is no session, then both make it; the second is slower."""
+    second.store.commits_held = True
+    before = len(second.store.asked("commit"))
+    slow = await begun(second.engine.open_session("plain", session_id="a", **fields))
+    await second.store.until("commit", before + 1)
+    made = await first.engine.open_session("plain", session_id="a", **fields)
+    await first.step("a", x(1))
+    second.store.let_go()
+    return made, slow
+
+
+async def test_who_opens_a_session_that_another_server_has_just_made_resumes_it() -> None:
+    async with two() as (first, second):
+        made, slow = await opening_both(first, second)
+        assert not made.resumed
+        opened = await slow
+        assert opened.resumed
+        assert opened.session.revision == 1
+        assert (await second.step("a", x(1))).revision == 2
+
+
+async def test_who_must_have_a_new_one_is_refused() -> None:
+    async with two() as (first, second):
+        _, slow = await opening_both(first, second, must_be_new=True)
+        with pytest.raises(SessionExists, match="session 'a' is open"):
+            await slow
+
+
+async def test_the_same_call_on_both_means_one_session() -> None:
+    async with two() as (first, second):
+        made, slow = await opening_both(first, second, must_be_new=True, request_id=7)
+        opened = await slow
+        assert opened.replayed
+        assert opened.session.session_id == made.session.session_id
+        assert first.store.shared.count() == 1
+
+
+async def test_many_are_opened_or_none_where_another_server_was_faster_with_one() -> None:
+    async with two() as (first, second):
+        second.store.commits_held = True
+        slow = await begun(second.engine.open_sessions("plain", session_ids=["x", "a", "y"]))
+        await second.store.until("commit")
+        await first.open("a")
+        second.store.let_go()
+        with pytest.raises(SessionExists, match="session 'a' is open"):
+            await slow
+        assert [info.session_id for info in (await first.engine.list_sessions())[0]] == ["a"]
+        assert first.store.shared.count_of("plain") == 1
+        opened = await second.engine.open_sessions("plain", session_ids=["x", "y"])
+        assert opened.revisions.tolist() == [0, 0], "they never were"
+
+
+async def test_an_opening_of_which_the_store_does_not_say_whether_it_was_kept_is_undone() -> None:
+    async with two() as (first, second):
+        second.store.unknown["x"] = True
+        with pytest.raises(Unavailable, match="may have kept it"):
+            await second.engine.open_sessions("plain", session_ids=["x", "y"], request_id=4)
+        assert first.store.shared.count() == 0
+        assert (
+            len(
+                (await second.engine.open_sessions("plain", session_ids=["x", "y"], request_id=4)).session_ids
+            )
+            == 2
+        )
+
+
+async def test_a_fork_to_an_id_that_another_server_has_just_given_is_refused() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "source")
+        second.store.commits_held = True
+        slow = await begun(second.engine.fork("source", new_session_id="a"))
+        await second.store.until("commit")
+        await first.open("a")
+        second.store.let_go()
+        with pytest.raises(SessionExists, match="session 'a' is open"):
+            await slow
+        assert (await second.step("source", x(1))).revision == 2, "it is free again"
+
+
+@pytest.mark.parametrize("many", [False, True])
+async def test_a_session_is_closed_although_another_server_has_changed_it(many: bool) -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a", "b")
+        await first.step("a", x(1))
+        if many:
+            assert await second.engine.close_sessions(["a", "b"]) == 2
+        else:
+            assert await second.engine.close_session("a", request_id=5) is False
+        stone = first.store.shared.tombstone("a")
+        assert stone is not None
+        assert stone.revision == 2, "of what it was at last"
+        with pytest.raises(SessionNotFound, match="was closed"):
+            await first.step("a", x(1))
+
+
+@pytest.mark.parametrize("request_id", [5, 6])
+async def test_a_session_is_closed_once(request_id: int) -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        assert await first.engine.close_session("a", request_id=5) is False
+        if request_id == 5:
+            assert await second.engine.close_session("a", request_id=5) is True, "it was this very request"
+        else:
+            with pytest.raises(SessionNotFound, match="session 'a' was closed"):
+                await second.engine.close_session("a", request_id=6)
+
+
+async def test_those_that_another_server_has_closed_are_not_counted() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a", "b", "c")
+        await first.engine.close_session("b")
+        assert await second.engine.close_sessions(["a", "b", "c"]) == 2
+        assert first.store.shared.count() == first.store.shared.count_of("plain") == 0
+
+
+@pytest.mark.parametrize("kept", [True, False])
+async def test_a_closing_that_is_not_answered_is_not_known(kept: bool) -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        second.store.unknown["a"] = kept
+        with pytest.raises(Unavailable, match="may have kept it"):
+            await second.engine.close_session("a", request_id=5)
+        assert await second.engine.close_session("a", request_id=5) is kept
+
+
+async def test_a_closing_that_is_cancelled_in_a_conflict_leaves_the_session_free() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        await first.step("a", x(1))
+        second.store.commits_held = True
+        closing = await begun(second.engine.close_session("a"))
+        await second.store.until("commit")
+        closing.cancel()
+        second.store.let_go()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        await second.settled()
+        assert (await second.step("a", x(1), request_ids=3)).revision == 3
