@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from hypothesis import HealthCheck, given, settings
 
+from stepwell_server.store.memory import MemoryStore
+from support.awaited import RemoteStore
 from support.engine import running
 from support.play import IDLE_S, NAMES, Action, Open, Play, Shape, programs, shapes
 
@@ -20,8 +22,9 @@ SETTINGS = settings(
 )
 
 
-async def play(shape: Shape, program: Sequence[Action]) -> None:
+async def play(store: RemoteStore | None, shape: Shape, program: Sequence[Action]) -> None:
     async with running(
+        store=store,
         resident_rows=shape.resident_rows,
         max_batch_rows=shape.max_batch_rows,
         threads=shape.threads,
@@ -39,4 +42,10 @@ async def play(shape: Shape, program: Sequence[Action]) -> None:
 @SETTINGS
 @given(shape=shapes, program=programs)
 def test_sessions_do_what_the_model_does(shape: Shape, program: list[Action]) -> None:
-    asyncio.run(play(shape, program))
+    asyncio.run(play(None, shape, program))
+
+
+@SETTINGS
+@given(shape=shapes, program=programs)
+def test_so_they_do_in_a_store_that_is_awaited(shape: Shape, program: list[Action]) -> None:
+    asyncio.run(play(RemoteStore(MemoryStore()), shape, program))

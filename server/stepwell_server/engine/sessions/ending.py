@@ -140,7 +140,20 @@ class Expiry:
         """When a session of the store that comes into the table was last used, on the monotonic clock."""
         # for people: a clock that was set back meanwhile must not make it the future
         recorded = self._clock.monotonic() - max(0.0, self._clock.now() - header.last_used)
-        return self._strays.pop(session_id, recorded)
+        known = self._strays.pop(session_id, recorded)
+        return max(known, recorded) if self._is_shared else known
+
+    @property
+    def _is_shared(self) -> bool:
+        """Other servers may use the store, and write into records when they used a session."""
+        return self._others is not None and self._others.local is None
+
+    def forget_due(self, session_ids: Sequence[str]) -> None:
+        """Let the store say whether sessions that were not used here for too long were used elsewhere."""
+        for handle in self.due_among(self._table.find_all(session_ids)).tolist():
+            session_id = self._table.session_id(handle)
+            self.remember_use([session_id], float(self._table.used[handle]))
+            self._removal.forget(handle, self.error(session_id))
 
     def error(self, session_id: str) -> SessionExpired:
         """What is said of a session that expired."""
@@ -206,7 +219,7 @@ class Expiry:
             return False
         self._expire_untouched(found)
         self._swept = found[-1][0] if found else None
-        if not found and store.local is None:
+        if not found and self._is_shared:
             self._swept, self._sweep_at = "", self._clock.monotonic() + self._max_idle_s
         return bool(found)
 
@@ -244,7 +257,7 @@ class Expiry:
 
     def _is_idle_everywhere(self, header: Header) -> bool:
         """Whether no other server has used a session; where there is none, its record's time counts for nothing."""
-        if self._others is None or self._others.local is not None:
+        if not self._is_shared:
             return True
         return self._clock.now() - header.last_used > self._max_idle_s
 

@@ -7,7 +7,7 @@ in the table waits in `Arrivals`, and finds them in the table, or why they are n
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Container, Coroutine, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +20,8 @@ from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ModelMismatch, ModelNotFound, ServerError, StateCorrupt, Unavailable
 from stepwell_server.store.base import LocalStore, Tombstone
 from stepwell_server.store.record import Header, Stored, decode_header
+
+_NOTHING = Fetched(None, None)
 
 
 class Seen(Protocol):
@@ -148,23 +150,25 @@ class Arrivals:
             self._end_after(before, own, session_ids)
 
     async def _look(self, session_ids: Sequence[str]) -> Seen:
-        self._forget_due(session_ids)
-        wanted = [i for i in dict.fromkeys(session_ids) if is_only_stored(i, self._removal, self._expiry)]
-        # the others are about to begin or to end here, and have no record yet, or soon none
-        found = dict.fromkeys(session_ids, Fetched(None, None))
-        if not wanted:
-            return Looked(found)
-        try:
-            found.update(zip(wanted, await self._fetcher.fetch(wanted), strict=True))
-        except ServerError as error:
-            return Looked({i: found[i] for i in found if i not in set(wanted)}, error)
-        return Looked(found)
+        self._expiry.forget_due(session_ids)
+        found: dict[str, Fetched] = {}
+        while wanted := self._only_stored(session_ids, found):  # others may have ended here meanwhile
+            try:
+                found.update(zip(wanted, await self._fetcher.fetch(wanted), strict=True))
+            except ServerError as error:
+                known = dict.fromkeys(session_ids, _NOTHING)
+                for session_id in wanted:
+                    del known[session_id]
+                return Looked(known | found, error)
+        # the rest is about to begin or to end here, and has no record yet, or soon none
+        return Looked(dict.fromkeys(session_ids, _NOTHING) | found)
 
-    def _forget_due(self, session_ids: Sequence[str]) -> None:
-        """Let the store say whether sessions that were not used here for too long were used elsewhere."""
-        handles = self._table.find_all(session_ids)
-        for handle in self._expiry.due_among(handles).tolist():
-            self._removal.forget(handle, self._expiry.error(self._table.session_id(handle)))
+    def _only_stored(self, session_ids: Sequence[str], found: Container[str]) -> list[str]:
+        return [
+            session_id
+            for session_id in dict.fromkeys(session_ids)
+            if session_id not in found and is_only_stored(session_id, self._removal, self._expiry)
+        ]
 
     def _end_after(
         self, before: set[asyncio.Future[None]], own: asyncio.Future[None], session_ids: Sequence[str]
