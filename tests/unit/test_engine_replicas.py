@@ -326,3 +326,41 @@ async def test_a_closing_that_is_cancelled_in_a_conflict_leaves_the_session_free
             await closing
         await second.settled()
         assert (await second.step("a", x(1), request_ids=3)).revision == 3
+
+
+async def test_a_caller_who_comes_back_goes_on_from_where_the_other_server_left_it() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a", "b")
+        await first.step("a", x(1), expected=1, request_ids=9)
+        answers = await second.submit(["a", "b"], x(2), expected=[2, 1], request_ids=[10, 11]).all()
+        assert [answer.revision for answer in answers] == [3, 2]  # type: ignore[union-attr]
+        with pytest.raises(RevisionConflict) as refused:
+            await first.step("a", x(1), expected=7)
+        assert refused.value.actual == 3, "as the store says, not as this server remembers"
+
+
+@pytest.mark.parametrize("call", ["state", "info", "resume", "fork"])
+async def test_who_asks_is_told_what_other_servers_made_of_a_session(call: str) -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        await first.step("a", x(1))
+        if call == "state":
+            read = await second.engine.get_state("a")
+            assert read.session.revision == 2
+            assert read.state["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
+        elif call == "info":
+            assert (await second.engine.session_info("a")).revision == 2
+        elif call == "resume":
+            assert (await second.engine.open_session("plain", session_id="a")).session.revision == 2
+        else:
+            await second.engine.fork("a", new_session_id="b")
+            assert (await second.state("b"))["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
+
+
+async def test_who_asks_again_keeps_its_place_behind_what_came_before() -> None:
+    async with two() as (first, second):
+        await both_know(first, second, "a")
+        step = second.submit("a", x(1))  # waits in the inbox
+        read = await second.engine.get_state("a")
+        assert read.session.revision == 2
+        assert (await step.only()).revision == 2

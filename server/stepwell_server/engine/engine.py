@@ -139,7 +139,7 @@ class Engine:
             observer=observer,
             max_idle_s=max_session_idle_s,
         )
-        self._arrivals = Arrivals(table, fetcher, removal, self._expiry)
+        self._arrivals = Arrivals(table, fetcher, removal, self._expiry, self._drain_inboxes)
         self._directory = Directory(
             table,
             self._models,
@@ -488,7 +488,7 @@ class Engine:
         Raises:
             SessionGone, DeadlineExceeded, Overloaded
         """
-        seen = await self._directory.look([session_id])
+        seen = await self._directory.look([session_id], anew=True)
         self._drain_inboxes()
         return await self._reading.read(session_id, seen, deadline)
 

@@ -198,18 +198,25 @@ class Admission:
             change.fail(members[place : place + 1], refused[handle])
             self._turns.end(handle, refused[handle])
         members, handles = np.delete(members, ended), np.delete(handles, ended)
-        done = self._judge_but(change, members, handles, refused, self._wait_for_rows)
+        done = self._judge_but(change, members, handles, refused, self._wait_for_rows, is_fresh=True)
         if len(done):
             self._turns.release(done)
 
     def _judge_but(
-        self, change: Change, members: Members, handles: Handles, refused: Refused, wait: Wait
+        self,
+        change: Change,
+        members: Members,
+        handles: Handles,
+        refused: Refused,
+        wait: Wait,
+        *,
+        is_fresh: bool = False,
     ) -> Handles:
         """Judge members but those whose sessions stay away: these fail, or wait for rows. As `_bring_in`."""
         if not len(members):
             return handles
         if not refused:
-            return self._judge(change, members, handles)
+            return self._judge(change, members, handles, is_fresh=is_fresh)
         out = np.isin(handles, list(refused))
         failed: list[int] = []
         waiting: list[int] = []
@@ -220,10 +227,19 @@ class Admission:
                 change.fail(np.array([member]), refused[handle])
                 failed.append(handle)
         wait(change, np.array(waiting, np.intp))
-        done = self._judge(change, members[~out], handles[~out]) if not out.all() else handles[:0]
+        done = handles[:0]
+        if not out.all():
+            done = self._judge(change, members[~out], handles[~out], is_fresh=is_fresh)
         return np.concatenate([np.array(failed, np.intp), done])
 
-    def _judge(self, change: Change, members: Members, handles: Handles) -> Handles:
+    def _judge(
+        self, change: Change, members: Members, handles: Handles, *, is_fresh: bool = False
+    ) -> Handles:
+        """Apply the exactly-once rule. As `_bring_in`.
+
+        A conflict with a session that other servers may have changed is only one if its record says so, read since
+        it was claimed (`is_fresh`).
+        """
         verdict = judge(
             self._table.revision[handles],
             self._table.request_id[handles],
@@ -231,8 +247,23 @@ class Admission:
             change.requests_of(members),
         )
         apply = verdict.apply
-        if not apply.all():
-            self._answer_unapplied(change, members, handles, verdict)
+        if apply.all():
+            return self._begin(change, members, handles, apply)
+        if self._pager.is_shared and not is_fresh and verdict.conflict.any():
+            return self._read_anew(change, members, handles, verdict.conflict)
+        self._answer_unapplied(change, members, handles, verdict)
+        return self._begin(change, members, handles, apply)
+
+    def _read_anew(self, change: Change, members: Members, handles: Handles, which: Mask) -> Handles:
+        """Judge some members when their sessions have been read anew, the others now. As `_bring_in`."""
+        self._pager.discard(change.model, handles[which])
+        done = self._bring_in(change, members[which], handles[which], self._wait_for_rows)
+        if which.all():
+            return done
+        return np.concatenate([done, self._judge(change, members[~which], handles[~which])])
+
+    def _begin(self, change: Change, members: Members, handles: Handles, apply: Mask) -> Handles:
+        """Start members that are to be applied; return the sessions of the others."""
         if not apply.any():
             return handles
         try:

@@ -64,6 +64,11 @@ class Pager:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
+    def is_shared(self) -> bool:
+        """Other servers may have changed a session that is in the arena."""
+        return self._local is None
+
+    @property
     def is_idle(self) -> bool:
         """Nothing is coming."""
         return not self._tasks

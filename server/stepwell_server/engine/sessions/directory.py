@@ -100,11 +100,11 @@ class Directory:
         """Whether what names these sessions must await `look` first."""
         return not self._is_local and self._arrivals.must_wait(session_ids)
 
-    async def look(self, session_ids: Sequence[str]) -> Seen:
+    async def look(self, session_ids: Sequence[str], *, anew: bool = False) -> Seen:
         """See what the store has of sessions, in the order of all that names them: see `Arrivals.wait`."""
-        if not self.must_look(session_ids):
+        if self._is_local or not (anew or self._arrivals.must_wait(session_ids)):
             return self._here
-        return await self._arrivals.wait(session_ids)
+        return await self._arrivals.wait(session_ids, anew=anew)
 
     def find(self, session_id: str, seen: Seen | None = None) -> int:
         """The handle of a live session.
@@ -313,7 +313,7 @@ class Directory:
 
     async def describe(self, session_id: str, *, usable: bool) -> SessionInfo:
         """Describe a session; see `Engine.session_info`."""
-        seen = await self.look([session_id])
+        seen = await self.look([session_id], anew=True)
         try:
             return self.info(self.find(session_id, seen))
         except (ModelMismatch, ModelNotFound):

@@ -150,7 +150,16 @@ class Expiry:
 
     def forget_due(self, session_ids: Sequence[str]) -> None:
         """Let the store say whether sessions that were not used here for too long were used elsewhere."""
-        for handle in self.due_among(self._table.find_all(session_ids)).tolist():
+        self._forget(self.due_among(self._table.find_all(session_ids)))
+
+    def forget_idle(self, session_ids: Sequence[str]) -> None:
+        """Let the store say what other servers made of sessions that have nothing under way here."""
+        handles = np.unique(self._table.find_all(session_ids))
+        there = handles[handles >= 0]
+        self._forget(there[~self._table.claimed[there]])
+
+    def _forget(self, handles: Handles) -> None:
+        for handle in handles.tolist():
             session_id = self._table.session_id(handle)
             self.remember_use([session_id], float(self._table.used[handle]))
             self._removal.forget(handle, self.error(session_id))

@@ -7,7 +7,7 @@ in the table waits in `Arrivals`, and finds them in the table, or why they are n
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Container, Coroutine, Sequence
+from collections.abc import Callable, Container, Coroutine, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -95,11 +95,20 @@ class Arrivals:
     Nothing that comes later for one of the sessions overtakes. Lives on the event loop.
     """
 
-    def __init__(self, table: SessionTable, fetcher: Fetcher, removal: Removal, expiry: Expiry) -> None:
+    def __init__(
+        self,
+        table: SessionTable,
+        fetcher: Fetcher,
+        removal: Removal,
+        expiry: Expiry,
+        drain: Callable[[], None],
+    ) -> None:
+        """See the class; `drain` has what is in the inboxes claim its sessions."""
         self._table = table
         self._fetcher = fetcher
         self._removal = removal
         self._expiry = expiry
+        self._drain = drain
         self._loop = asyncio.get_running_loop()
         self._tails: dict[str, asyncio.Future[None]] = {}
         """The last that waits for each session: done when the next may look."""
@@ -125,8 +134,11 @@ class Arrivals:
         handles = table.find_all(session_ids)
         return bool((handles < 0).any()) or self._expiry.any_due(handles)
 
-    def wait(self, session_ids: Sequence[str]) -> Coroutine[None, None, Seen]:
+    def wait(self, session_ids: Sequence[str], *, anew: bool = False) -> Coroutine[None, None, Seen]:
         """Take a place for sessions; what is returned must be awaited.
+
+        `anew`: the store is asked for those in the table too, as other servers may have changed them, unless they
+        have something under way here.
 
         It returns when what came before for these sessions has been let in, and the store was asked for them. Who
         awaits it goes on in the same moment: nothing comes between. To be cancelled changes nothing for those that
@@ -137,14 +149,22 @@ class Arrivals:
         own: asyncio.Future[None] = self._loop.create_future()
         tails.update(dict.fromkeys(session_ids, own))
         self._waiting += 1
-        return self._wait(before, own, session_ids)
+        return self._wait(before, own, session_ids, anew=anew)
 
     async def _wait(
-        self, before: set[asyncio.Future[None]], own: asyncio.Future[None], session_ids: Sequence[str]
+        self,
+        before: set[asyncio.Future[None]],
+        own: asyncio.Future[None],
+        session_ids: Sequence[str],
+        *,
+        anew: bool,
     ) -> Seen:
         try:
             if before:
                 await asyncio.wait(before)
+            if anew:
+                self._drain()  # what came before is under way then
+                self._expiry.forget_idle(session_ids)
             return await self._look(session_ids)
         finally:
             self._end_after(before, own, session_ids)

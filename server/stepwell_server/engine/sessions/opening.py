@@ -180,7 +180,7 @@ class Opening:
         """What the store has of ids, at a moment when nobody makes sessions of them."""
         while True:
             await self._creation.all_settled(ids)
-            seen = await self._directory.look(ids)
+            seen = await self._directory.look(ids, anew=True)
             if not self._creation.is_making(ids):
                 return seen
 
