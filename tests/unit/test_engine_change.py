@@ -146,6 +146,7 @@ async def test_a_modest_caller_is_in_the_next_pass_whatever_a_greedy_one_has_sen
         assert sorted(order) == sorted([*greedy, "modest"])
 
 
+@pytest.mark.stores("memory", "async", "sync")  # others are read anew for each, and the line is too long
 async def test_steps_of_one_session_that_all_conflict_are_each_answered() -> None:
     async with running(threads=True, max_batch_rows=64, resident_rows=4) as at:
         await at.open("a", "busy")

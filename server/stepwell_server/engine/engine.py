@@ -50,8 +50,9 @@ from stepwell_server.engine.sessions.closing import Closing
 from stepwell_server.engine.sessions.creation import Creation
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Expiry, ExpiryTimer, Removal
+from stepwell_server.engine.sessions.ids import PIECE
 from stepwell_server.engine.sessions.listing import Listing
-from stepwell_server.engine.sessions.loading import Arrivals, Seen
+from stepwell_server.engine.sessions.loading import Arrivals, Loader, Seen
 from stepwell_server.engine.sessions.opening import OpenedMany, Opening
 from stepwell_server.engine.sessions.reading import Reading
 from stepwell_server.engine.state.arena import Arena, default_resident_rows
@@ -139,13 +140,15 @@ class Engine:
             observer=observer,
             max_idle_s=max_session_idle_s,
         )
-        self._arrivals = Arrivals(table, fetcher, removal, self._expiry, self._drain_inboxes)
+        loader = Loader(table, self._models, removal, self._expiry)
+        self._arrivals = Arrivals(table, fetcher, removal, self._expiry, loader, self._drain_inboxes)
         self._directory = Directory(
             table,
             self._models,
             store,
             keeping.others,
             arrivals=self._arrivals,
+            loader=loader,
             removal=removal,
             expiry=self._expiry,
             endings=endings,
@@ -353,7 +356,8 @@ class Engine:
         if change.reset:
             self._group.require_room()  # a step waits for its pass, and passes wait for the store
         require_lists(change)
-        if not self._is_local and self._directory.must_look(change.session_ids):
+        is_plain = self._is_local and not self._arrivals.waiting and len(change.session_ids) <= PIECE
+        if not is_plain and self._directory.must_look(change.session_ids):
             self._load(change)
         else:
             self._take(change, None)
@@ -602,6 +606,7 @@ class Engine:
     def _is_busy(self) -> bool:
         return (
             bool(self._row_queue)
+            or bool(self._removal.opening)
             or bool(self._loading)
             or self._arrivals.waiting > 0
             or not self._pager.is_idle

@@ -5,7 +5,7 @@ What cannot start yet waits: for the session's turn in `turns`, for rows in `row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.state.replies import Kept
-from stepwell_server.engine.types import Mask, Members
+from stepwell_server.engine.types import U64, Mask, Members
 from stepwell_server.errors import Overloaded, RevisionConflict, ServerError, SessionGone, Unavailable
 from stepwell_server.logs import Log
 
@@ -29,6 +29,8 @@ _log = Log("engine.admission")
 #: The source of a job of many callers' steps, as long as there is room for all of them in one pass.
 _EVERYBODY = "everybody"
 
+#: Members of a change whose conflicts have an error each; more of them share one.
+MOST_ERRORS = 32
 #: So often is a member judged again because another server was faster.
 MOST_TRIES = 8
 
@@ -276,19 +278,24 @@ class Admission:
         return handles[~apply]
 
     def _answer_unapplied(self, change: Change, members: Members, handles: Handles, verdict: Verdict) -> None:
-        table = self._table
-        for member, handle in zip(members[verdict.replay], handles[verdict.replay].tolist(), strict=True):
-            outputs = change.model.replies.recall(handle)
-            one = np.array([handle])  # not a slice: the caller must not see the session move on
+        replayed = np.flatnonzero(verdict.replay)
+        for places, outputs in change.model.replies.recall_many(handles[replayed]):
+            some = replayed[places]
+            own = handles[some]  # a copy: the caller must not see the sessions move on
             change.succeed(
-                np.array([member]), table.revision[one], table.position[one], outputs, replayed=True
+                members[some], self._table.revision[own], self._table.position[own], outputs, replayed=True
             )
-        for member, handle in zip(members[verdict.conflict], handles[verdict.conflict].tolist(), strict=True):
-            expected = 0 if change.expected is None else int(change.expected[member])
-            change.fail(
-                np.array([member]),
-                RevisionConflict(table.session_id(handle), expected, int(table.revision[handle])),
+        conflicts = np.flatnonzero(verdict.conflict)
+        for places, expected, actual in _alike(
+            change, members[conflicts], self._table.revision[handles[conflicts]]
+        ):
+            some = members[conflicts[places]]
+            error = RevisionConflict(
+                self._table.session_id(int(handles[conflicts[places[0]]])), expected, actual
             )
+            if len(some) > 1:
+                error.message = f"{error.message} (and so for {len(some) - 1} others of the session_ids)"
+            change.fail(some, error)
 
     def _apply(self, change: Change, members: Members, handles: Handles) -> None:
         if change.reset:
@@ -368,6 +375,24 @@ class Admission:
             change.succeed(own, told.revisions, told.positions, {})
 
         self._committer.commit(outcome, answer, lambda places: self.again(change, members[places]))
+
+
+def _alike(change: Change, members: Members, actual: U64) -> Iterator[tuple[Members, int, int]]:
+    """Places of members that share an error for a conflict, what they expected, and the revision that there is.
+
+    A few have an error each. Of many those that expected alike and met alike share one: an error of its own for each
+    of 65,536 would keep the event loop for seconds.
+    """
+    expected = change.expected_of(members)
+    wanted = np.zeros(len(members), np.uint64) if expected is None else expected
+    if len(members) <= MOST_ERRORS:
+        for place in range(len(members)):
+            yield np.array([place]), int(wanted[place]), int(actual[place])
+        return
+    _, which = np.unique(np.stack([wanted, actual]), axis=1, return_inverse=True)
+    order = np.argsort(which, kind="stable")
+    for places in np.split(order, np.flatnonzero(np.diff(which[order])) + 1):
+        yield places, int(wanted[places[0]]), int(actual[places[0]])
 
 
 def changed_elsewhere(session_id: str) -> Unavailable:

@@ -18,6 +18,7 @@ from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Expiry, Removal
+from stepwell_server.engine.sessions.ids import PIECE, in_pieces
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64
 from stepwell_server.errors import ServerError
@@ -63,6 +64,7 @@ class Creation:
         self._commits = commits
         self._keeping = keeping
         self._clock = clock
+        self._adding: set[asyncio.Task[None]] = set()
 
     def is_making(self, session_ids: Sequence[str]) -> bool:
         """Whether a session of one of these ids is being made."""
@@ -73,6 +75,21 @@ class Creation:
         while pending := {self._removal.opening[i] for i in session_ids if i in self._removal.opening}:
             await asyncio.wait(pending)
 
+    def reserve(self, ids: Sequence[str]) -> bool:
+        """Keep ids for sessions that are about to be created; False if one of them is there or being made."""
+        if any(session_id in self._removal for session_id in ids):
+            return False
+        pending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._removal.opening.update(dict.fromkeys(ids, pending))
+        return True
+
+    def give_up(self, ids: Sequence[str]) -> None:
+        """End a reservation."""
+        pending = self._removal.opening[ids[0]]
+        for session_id in ids:
+            self._removal.opening.pop(session_id, None)
+        pending.set_result(None)
+
     async def create(
         self, model: Model, ids: Sequence[str], batch_size: int, rows: Rows, facts: Fresh
     ) -> SessionInfo:
@@ -80,7 +97,7 @@ class Creation:
 
         Args:
             model: Of all of them.
-            ids: None of them is there or being made.
+            ids: Reserved, or none of them is there or being made.
             batch_size: Of each.
             rows: The arena's rows, with their states, of the first sessions, one after the other. The others begin
                 with the initial state, paged out.
@@ -94,21 +111,29 @@ class Creation:
             Taken: so it is where another server was faster.
         """
         made: asyncio.Future[SessionInfo | Exception] = asyncio.get_running_loop().create_future()
-        pending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._removal.opening.update(dict.fromkeys(ids, pending))
+        if ids[0] not in self._removal.opening:
+            self.reserve(ids)
         created = self._clock.now()
 
         def settle(error: Exception | None) -> None:
-            for session_id in ids:
-                del self._removal.opening[session_id]
-            pending.set_result(None)
             if error is not None:
+                self.give_up(ids)
                 model.slots.free_resident(rows)
                 made.set_result(error)
-            else:
+                self._row_queue.room_may_have_come()
+            elif len(ids) <= PIECE:
                 self._add(model, ids, batch_size, rows, facts, created)
-                made.set_result(self._directory.info(self._directory.find(ids[0])))
-            self._row_queue.room_may_have_come()  # the rows are free, or of sessions that have nothing under way
+                there()
+            else:
+                task = asyncio.create_task(self._add_in_pieces(model, ids, batch_size, rows, facts, created))
+                self._adding.add(task)
+                task.add_done_callback(self._adding.discard)
+                task.add_done_callback(lambda _: there())
+
+        def there() -> None:
+            self.give_up(ids)
+            made.set_result(self._directory.info(self._directory.find(ids[0])))
+            self._row_queue.room_may_have_come()  # the rows are of sessions that have nothing under way
 
         def done(committed: Committed | ServerError) -> None:
             if isinstance(committed, ServerError):
@@ -156,6 +181,14 @@ class Creation:
             forgets=ids,
             counts=((model.name, len(ids)),),
         )
+
+    async def _add_in_pieces(
+        self, model: Model, ids: Sequence[str], batch_size: int, rows: Rows, facts: Fresh, created: float
+    ) -> None:
+        async for part in in_pieces(ids):
+            own = rows[part.start * batch_size : part.stop * batch_size]
+            some = dataclasses.replace(facts, revisions=facts.revisions[part])
+            self._add(model, ids[part], batch_size, own, some, created)
 
     def _add(
         self,

@@ -12,7 +12,7 @@ from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry, Removal
-from stepwell_server.engine.sessions.ids import IdMaker, shown
+from stepwell_server.engine.sessions.ids import PIECE, IdMaker, shown
 from stepwell_server.engine.sessions.loading import Arrivals, InPlace, Loader, Looked, Seen, TombstonesOnly
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Members
@@ -53,6 +53,7 @@ class Directory:
         others: Store | None,
         *,
         arrivals: Arrivals,
+        loader: Loader,
         removal: Removal,
         expiry: Expiry,
         endings: Endings,
@@ -66,6 +67,7 @@ class Directory:
             store: Has records and tombstones.
             others: The store, if it may have sessions that are not in the table.
             arrivals: Where what names those of an awaited store waits.
+            loader: Takes them into the table.
             removal: Knows who is about to be there.
             expiry: Knows who has been idle for too long.
             endings: Says how sessions ended.
@@ -79,7 +81,7 @@ class Directory:
         self._expiry = expiry
         self._endings = endings
         self._clock = clock
-        self._loader = Loader(table, models, removal, expiry)
+        self._loader = loader
         self.ids = IdMaker(store)
         self._is_local = store.local is not None
         self._here: Seen = (
@@ -97,12 +99,19 @@ class Directory:
         return self._removal.model_of(handle)
 
     def must_look(self, session_ids: Sequence[str]) -> bool:
-        """Whether what names these sessions must await `look` first."""
-        return not self._is_local and self._arrivals.must_wait(session_ids)
+        """Whether what names these sessions must await `look` first: so do very many of a store that is at hand."""
+        arrivals = self._arrivals
+        if not self._is_local:
+            return arrivals.must_wait(session_ids)
+        if arrivals.is_behind(session_ids):
+            return True
+        if len(session_ids) <= PIECE or self._others is None:
+            return False
+        return int(np.count_nonzero(self._table.find_all(session_ids) < 0)) > PIECE
 
     async def look(self, session_ids: Sequence[str], *, anew: bool = False) -> Seen:
         """See what the store has of sessions, in the order of all that names them: see `Arrivals.wait`."""
-        if self._is_local or not (anew or self._arrivals.must_wait(session_ids)):
+        if not (self.must_look(session_ids) or (anew and not self._is_local)):
             return self._here
         return await self._arrivals.wait(session_ids, anew=anew)
 
@@ -270,7 +279,7 @@ class Directory:
         As long as its end is remembered, that is.
         """
         burying = self._expiry.burying
-        stones = self._tombstones(session_ids, seen)
+        stones = self._tombstones(session_ids, None if self._is_local else seen)
         return np.array(
             [
                 burying[session_id] + 1

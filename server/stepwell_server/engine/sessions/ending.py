@@ -141,10 +141,10 @@ class Expiry:
         # for people: a clock that was set back meanwhile must not make it the future
         recorded = self._clock.monotonic() - max(0.0, self._clock.now() - header.last_used)
         known = self._strays.pop(session_id, recorded)
-        return max(known, recorded) if self._is_shared else known
+        return max(known, recorded) if self.is_shared else known
 
     @property
-    def _is_shared(self) -> bool:
+    def is_shared(self) -> bool:
         """Other servers may use the store, and write into records when they used a session."""
         return self._others is not None and self._others.local is None
 
@@ -152,11 +152,10 @@ class Expiry:
         """Let the store say whether sessions that were not used here for too long were used elsewhere."""
         self._forget(self.due_among(self._table.find_all(session_ids)))
 
-    def forget_idle(self, session_ids: Sequence[str]) -> None:
+    def forget(self, session_ids: Sequence[str]) -> None:
         """Let the store say what other servers made of sessions that have nothing under way here."""
         handles = np.unique(self._table.find_all(session_ids))
-        there = handles[handles >= 0]
-        self._forget(there[~self._table.claimed[there]])
+        self._forget(handles[(handles >= 0) & ~self._table.claimed[handles]])
 
     def _forget(self, handles: Handles) -> None:
         for handle in handles.tolist():
@@ -228,7 +227,7 @@ class Expiry:
             return False
         self._expire_untouched(found)
         self._swept = found[-1][0] if found else None
-        if not found and self._is_shared:
+        if not found and self.is_shared:
             self._swept, self._sweep_at = "", self._clock.monotonic() + self._max_idle_s
         return bool(found)
 
@@ -266,7 +265,7 @@ class Expiry:
 
     def _is_idle_everywhere(self, header: Header) -> bool:
         """Whether no other server has used a session; where there is none, its record's time counts for nothing."""
-        if not self._is_shared:
+        if not self.is_shared:
             return True
         return self._clock.now() - header.last_used > self._max_idle_s
 

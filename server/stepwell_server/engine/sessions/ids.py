@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hmac
 import re
 import secrets
+from collections.abc import AsyncIterator, Sequence
 
 from stepwell_server.errors import InvalidInput
 from stepwell_server.store.base import Store
@@ -14,6 +16,8 @@ MAX_ID_LENGTH = 256
 MAX_SESSIONS_PER_CALL = 65_536
 _MADE_BY_A_SERVER = re.compile(r"s-([0-9a-f]{8})-[A-Za-z0-9_-]{22}(-[0-9a-f]{4})?")
 _TOKEN_BYTES = 16
+#: Sessions that one call works on before others get a turn of the event loop.
+PIECE = 4096
 
 
 class IdMaker:
@@ -50,6 +54,14 @@ class IdMaker:
         """Whether a server made the id with a store that is not there any more."""
         made = _MADE_BY_A_SERVER.fullmatch(session_id)
         return made is not None and made[1] != self._incarnation
+
+
+async def in_pieces(session_ids: Sequence[str]) -> AsyncIterator[slice]:
+    """Parts of many ids, with a turn of the event loop between them: a large call must not stop everybody."""
+    for start in range(0, len(session_ids), PIECE):
+        if start:
+            await asyncio.sleep(0)
+        yield slice(start, start + PIECE)
 
 
 def require_session_id(name: str, session_id: str) -> None:

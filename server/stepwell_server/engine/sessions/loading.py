@@ -16,10 +16,11 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.fetching import Fetched, Fetcher
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry, Removal
+from stepwell_server.engine.sessions.ids import in_pieces
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ModelMismatch, ModelNotFound, ServerError, StateCorrupt, Unavailable
 from stepwell_server.store.base import LocalStore, Tombstone
-from stepwell_server.store.record import Header, Stored, decode_header
+from stepwell_server.store.record import Header, Stored, decode_header, header_or_none
 
 _NOTHING = Fetched(None, None)
 
@@ -101,6 +102,7 @@ class Arrivals:
         fetcher: Fetcher,
         removal: Removal,
         expiry: Expiry,
+        loader: Loader,
         drain: Callable[[], None],
     ) -> None:
         """See the class; `drain` has what is in the inboxes claim its sessions."""
@@ -108,6 +110,7 @@ class Arrivals:
         self._fetcher = fetcher
         self._removal = removal
         self._expiry = expiry
+        self._loader = loader
         self._drain = drain
         self._loop = asyncio.get_running_loop()
         self._tails: dict[str, asyncio.Future[None]] = {}
@@ -126,12 +129,16 @@ class Arrivals:
             self._idle = self._idle or self._loop.create_future()
             await asyncio.shield(self._idle)
 
+    def is_behind(self, session_ids: Sequence[str]) -> bool:
+        """Whether one of the sessions has something waiting here."""
+        tails = self._tails
+        return bool(tails) and any(session_id in tails for session_id in session_ids)
+
     def must_wait(self, session_ids: Sequence[str]) -> bool:
         """Whether one of the sessions is not in the table, is due to expire, or has something waiting here."""
-        table, tails = self._table, self._tails
-        if tails and any(session_id in tails for session_id in session_ids):
+        if self.is_behind(session_ids):
             return True
-        handles = table.find_all(session_ids)
+        handles = self._table.find_all(session_ids)
         return bool((handles < 0).any()) or self._expiry.any_due(handles)
 
     def wait(self, session_ids: Sequence[str], *, anew: bool = False) -> Coroutine[None, None, Seen]:
@@ -164,13 +171,14 @@ class Arrivals:
                 await asyncio.wait(before)
             if anew:
                 self._drain()  # what came before is under way then
-                self._expiry.forget_idle(session_ids)
+                await self._compare(session_ids)
             return await self._look(session_ids)
         finally:
             self._end_after(before, own, session_ids)
 
     async def _look(self, session_ids: Sequence[str]) -> Seen:
-        self._expiry.forget_due(session_ids)
+        if self._expiry.is_shared:
+            self._expiry.forget_due(session_ids)
         found: dict[str, Fetched] = {}
         while wanted := self._only_stored(session_ids, found):  # others may have ended here meanwhile
             try:
@@ -180,8 +188,28 @@ class Arrivals:
                 for session_id in wanted:
                     del known[session_id]
                 return Looked(known | found, error)
+        seen = Looked(found)
+        ids = list(found)
+        async for part in in_pieces(ids):
+            self._loader.load_all(ids[part], seen)
         # the rest is about to begin or to end here, and has no record yet, or soon none
         return Looked(dict.fromkeys(session_ids, _NOTHING) | found)
+
+    async def _compare(self, session_ids: Sequence[str]) -> None:
+        """Forget sessions that other servers have changed, of those that have nothing under way here."""
+        table = self._table
+        handles = {i: handle for i in session_ids if (handle := table.find(i)) is not None}
+        idle = [session_id for session_id, handle in handles.items() if not table.claimed[handle]]
+        if not idle:
+            return
+        try:
+            found = await self._fetcher.fetch(idle)
+        except ServerError:
+            found = [_NOTHING] * len(idle)  # they are loaded when the store can be read again
+        # no change of theirs has begun meanwhile: it would wait behind this one
+        self._expiry.forget(
+            [i for i, each in zip(idle, found, strict=True) if not _is_as_here(table, handles[i], i, each)]
+        )
 
     def _only_stored(self, session_ids: Sequence[str], found: Container[str]) -> list[str]:
         return [
@@ -216,6 +244,15 @@ class Arrivals:
         if not self._waiting and self._idle is not None:
             self._idle.set_result(None)
             self._idle = None
+
+
+def _is_as_here(table: SessionTable, handle: int, session_id: str, found: Fetched) -> bool:
+    header = None if found.record is None else header_or_none(session_id, found.record)
+    return header is not None and (header.revision, header.created, header.opened_with) == (
+        int(table.revision[handle]),
+        float(table.created[handle]),
+        int(table.opened_with[handle]),
+    )
 
 
 def is_only_stored(session_id: str, removal: Removal, expiry: Expiry) -> bool:

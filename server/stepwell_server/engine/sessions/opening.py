@@ -16,7 +16,7 @@ from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.intake.validation import check_state, require_finite
 from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, require_session_id
+from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, in_pieces, require_session_id
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Tensors
@@ -116,7 +116,7 @@ class Opening:
         """Open many sessions or none. See `Engine.open_sessions`."""
         model = self._directory.models.by_name(model_name)
         _require_batch_size(model, batch_size)
-        ids = self._ids_to_open(count, session_ids, request_id)
+        ids = await self._ids_to_open(count, session_ids, request_id)
         for _ in range(MOST_TRIES):
             seen = await self._seen(ids)
             if self._all_opened_with(ids, seen, request_id):
@@ -124,12 +124,16 @@ class Opening:
                 return OpenedMany(ids, model.program.fingerprint, revisions, replayed=True)
             if not session_ids:
                 self._require_not_gone(ids[0], seen)
-            for session_id in session_ids:
-                self._require_own(session_id, seen)
-            self._directory.require_new("session_ids", ids, seen)
+            async for part in in_pieces(ids):
+                for session_id in session_ids[part]:
+                    self._require_own(session_id, seen)
+                self._directory.require_new("session_ids", ids[part], seen)
+            if not self._creation.reserve(ids):
+                continue  # somebody made one of them meanwhile
             # of ids that are made here none was another session's
-            made_here = np.zeros(len(ids), np.uint64)
-            revisions = self._directory.first_revisions(ids, seen) if session_ids else made_here
+            revisions = np.zeros(len(ids), np.uint64)
+            if session_ids:
+                revisions = await self._first_revisions(ids, seen)
             # as many as there is room for are ready at once; the others come when they are stepped
             fitting = (model.slots.resident_limit - model.slots.resident) // batch_size
             rows = model.slots.take_resident(min(fitting, len(ids)) * batch_size)
@@ -175,6 +179,17 @@ class Opening:
             raise changed_elsewhere(name)
         finally:
             self._turns.release(np.array([source]))
+
+    async def _first_revisions(self, ids: Sequence[str], seen: Seen) -> U64:
+        """Those of sessions that are reserved; if they cannot be had the sessions are given up."""
+        revisions = np.zeros(len(ids), np.uint64)
+        try:
+            async for part in in_pieces(ids):
+                revisions[part] = self._directory.first_revisions(ids[part], seen)
+        except BaseException:
+            self._creation.give_up(ids)
+            raise
+        return revisions
 
     async def _seen(self, ids: Sequence[str]) -> Seen:
         """What the store has of ids, at a moment when nobody makes sessions of them."""
@@ -228,7 +243,7 @@ class Opening:
         self._observer.session_event("forked", model.name, name)
         return Opened(info)
 
-    def _ids_to_open(self, count: int, session_ids: Sequence[str], request_id: int) -> list[str]:
+    async def _ids_to_open(self, count: int, session_ids: Sequence[str], request_id: int) -> list[str]:
         if session_ids and count and count != len(session_ids):
             raise InvalidInput(
                 f"count must be 0 or the number of session_ids, {len(session_ids)}; got {count}"
@@ -238,8 +253,9 @@ class Opening:
             raise InvalidInput(f"count must be 1 to {MAX_SESSIONS_PER_CALL}; got {wanted}")
         if not session_ids:
             return self._directory.ids.make_many(request_id, count)
-        for session_id in session_ids:
-            require_session_id("session_ids", session_id)
+        async for part in in_pieces(session_ids):
+            for session_id in session_ids[part]:
+                require_session_id("session_ids", session_id)
         if len(set(session_ids)) != len(session_ids):
             raise InvalidInput("session_ids must be different from each other; got one of them twice")
         return list(session_ids)

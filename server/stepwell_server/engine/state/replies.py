@@ -9,14 +9,15 @@ from __future__ import annotations
 import enum
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.core.slots import Rows
 from stepwell_server.engine.state.arena import Arena
-from stepwell_server.engine.types import Array
+from stepwell_server.engine.types import Array, Members
 from stepwell_server.program import Program
 
 Outputs = Mapping[str, Array]
@@ -59,14 +60,28 @@ class ReplyMemory:
         for place, outputs in arrays.items():
             self._arrays[int(handles[place])] = outputs
 
-    def recall(self, handle: int) -> Outputs:
-        """The outputs of a session's last change."""
-        kept = Kept(self._table.reply[handle])
+    def recall_many(self, handles: Handles) -> Iterator[tuple[Members, Outputs]]:
+        """The outputs of sessions' last changes: places of those that have one form, and theirs one after the other."""
+        kinds = self._table.reply[handles]
+        for kind in (Kept.EMPTY, Kept.ROWS, Kept.ROWS_WITH_TIME):
+            places = np.flatnonzero(kinds == kind)
+            if len(places):
+                yield places, self._of_rows(kind, self._table.rows_of(handles[places]))
+        alike: dict[Hashable, list[int]] = {}
+        for place in np.flatnonzero(kinds == Kept.ARRAYS).tolist():
+            outputs = self._arrays[int(handles[place])]
+            form = tuple((name, array.shape[1:]) for name, array in outputs.items())
+            alike.setdefault(form, []).append(place)
+        for some in alike.values():
+            found = [self._arrays[int(handle)] for handle in handles[some].tolist()]
+            yield (
+                np.array(some, np.intp),
+                {name: np.concatenate([outputs[name] for outputs in found]) for name in found[0]},
+            )
+
+    def _of_rows(self, kept: Kept, rows: Rows) -> Outputs:
         if kept is Kept.EMPTY:
             return {}
-        if kept is Kept.ARRAYS:
-            return self._arrays[handle]
-        rows = self._table.rows(handle)
         return {
             spec.name: array[rows][:, None] if kept is Kept.ROWS_WITH_TIME and spec.temporal else array[rows]
             for spec, array in zip(self._program.outputs, self._arena.outputs, strict=True)

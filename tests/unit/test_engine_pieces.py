@@ -1,0 +1,237 @@
+"""One large call must not stop everybody: it is done in pieces, and answered in few parts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine import engine as engine_module
+from stepwell_server.engine.change import Change
+from stepwell_server.engine.sessions import creation, directory, ids, reading
+from stepwell_server.errors import RevisionConflict, ServerError, SessionExists
+from support.awaited import RemoteStore
+from support.durable import begun, kinds, x
+from support.engine import Answer, Answers, Harness, running
+
+T = TypeVar("T")
+PIECE = 16
+COUNT = 10 * PIECE
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (ids, creation, directory, engine_module):
+        monkeypatch.setattr(module, "PIECE", PIECE)
+
+
+async def turns_of(call: Coroutine[Any, Any, T]) -> tuple[T, int]:
+    """What a call returns, and how many turns others had while it was made."""
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    task = asyncio.create_task(others())
+    try:
+        return await call, turns
+    finally:
+        task.cancel()
+
+
+class Parts(Answers):
+    """Counts how many parts a reply has."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__([1] * count)
+        self.parts = 0
+
+    def applied(self, *args: Any, **fields: Any) -> None:
+        self.parts += 1
+        super().applied(*args, **fields)
+
+    def failed(self, *args: Any) -> None:
+        self.parts += 1
+        super().failed(*args)
+
+
+async def frame(at: Harness, session_ids: list[str], **fields: Any) -> tuple[list[Answer | ServerError], int]:
+    """Answers to a frame, and in how many parts they came."""
+    answers, count = Parts(len(session_ids)), len(session_ids)
+    sizes = np.ones(count, np.intp)
+    at.engine.submit(Change(session_ids, answers, inputs={"": x(count)}, batch_sizes=sizes, **fields))
+    return await answers.all(), answers.parts
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("named", [True, False])
+async def test_many_sessions_are_opened_in_pieces(named: bool) -> None:
+    async with running(resident_rows=COUNT // 2) as at:
+        names = [f"s{number:03}" for number in range(COUNT)]
+        fields: dict[str, Any] = {"session_ids": names} if named else {"count": COUNT}
+        opened, turns = await turns_of(at.engine.open_sessions("plain", **fields))
+        assert turns >= COUNT // PIECE - 1
+        answers = await at.submit(list(opened.session_ids), x(COUNT)).all()
+        assert kinds(answers) == ["Answer"] * COUNT
+        resident = [(await at.engine.session_info(i)).resident for i in opened.session_ids]
+        assert sum(resident) <= COUNT // 2
+
+
+@pytest.mark.usefixtures("small_pieces")
+async def test_ids_that_are_being_opened_in_pieces_are_taken() -> None:
+    async with running() as at:
+        names = [f"s{number:03}" for number in range(COUNT)]
+        many = await begun(at.engine.open_sessions("plain", session_ids=names))
+        while names[-1] not in at.engine._removal:
+            assert not many.done()
+            await asyncio.sleep(0)
+        one = await at.engine.open_session("plain", session_id=names[-1])
+        assert one.resumed
+        assert len((await many).session_ids) == COUNT
+
+
+@pytest.mark.usefixtures("small_pieces")
+async def test_a_session_that_somebody_opens_meanwhile_is_noticed() -> None:
+    async with running() as at:
+        names = [f"s{number:03}" for number in range(COUNT)]
+        many = await begun(at.engine.open_sessions("plain", session_ids=names))
+        await at.open(names[0])
+        with pytest.raises(SessionExists):
+            await many
+        assert [info.session_id for info in (await at.engine.list_sessions())[0]] == names[:1]
+
+
+@pytest.mark.usefixtures("small_pieces")
+async def test_a_call_that_is_cancelled_between_pieces_leaves_no_id_taken() -> None:
+    async with running() as at:
+        names = [f"s{number:03}" for number in range(COUNT)]
+        for turns in range(12):
+            many = await begun(at.engine.open_sessions("plain", session_ids=names))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            many.cancel()
+            await asyncio.gather(many, return_exceptions=True)
+            await at.settled()
+            assert await at.engine.close_sessions(names) in {0, COUNT}, "all or none"
+        assert len((await at.engine.open_sessions("plain", session_ids=names)).session_ids) == COUNT
+
+
+async def test_a_large_state_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as at:
+        await at.open("a", batch_size=23)
+        await at.step("a", x(23))
+        whole, few = await turns_of(at.engine.get_state("a"))
+        monkeypatch.setattr(reading, "ROWS_AT_ONCE", 4)
+        read, turns = await turns_of(at.engine.get_state("a"))
+        assert turns >= few + 5
+        assert read.state["sum"].tobytes() == whole.state["sum"].tobytes()
+
+
+async def test_a_step_waits_while_a_large_state_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "ROWS_AT_ONCE", 1)
+    async with running() as at:
+        await at.open("a", batch_size=8)
+        read = await begun(at.engine.get_state("a"))
+        step = at.submit("a", x(8), sizes=[8])
+        state = (await read).state["sum"]
+        assert (state == state[0]).all(), "as before the step, every row of it"
+        assert (await step.only()).revision == 1
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.stores("async", "sync", "awaited")
+async def test_a_frame_of_unknown_ids_is_looked_for_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ids, "PIECE", PIECE)
+    async with running() as at:
+        names = [f"never{number}" for number in range(COUNT)]
+        (answers, parts), turns = await turns_of(frame(at, names))
+        assert set(kinds(answers)) == {"SessionNotFound"}
+        assert parts == 1
+        assert turns >= 2
+
+
+async def test_unknown_ids_cost_one_look_at_what_is_remembered() -> None:
+    async with running() as at:
+        await at.open("closed")
+        await at.engine.close_session("closed")
+        looks: list[int] = []
+        store: Any = at.store.shared if isinstance(at.store, RemoteStore) else at.store
+        seen: Any = at.engine._directory._here
+        tombstones = store.tombstones
+
+        def counted(session_ids: Sequence[str]) -> Any:
+            looks.append(len(session_ids))
+            return tombstones(session_ids)
+
+        seen.tombstones = store.tombstones = counted
+        foreign = "s-00000000-" + "a" * 22
+        names = [f"never{number}" for number in range(COUNT)]
+        answers, parts = await frame(at, ["closed", foreign, *names])
+        assert kinds(answers[:3]) == ["SessionNotFound", "SessionLost", "SessionNotFound"]
+        assert "was closed" in str(answers[0])
+        assert parts == 3, "one for each reason"
+        assert looks[0] == COUNT + 2
+        assert len(looks) <= 4, "one more to word each reason"
+
+
+@pytest.mark.parametrize("shape", ["plain", "long", "nothing"])
+async def test_many_replays_are_answered_in_few_parts(shape: str) -> None:
+    names = [f"s{number}" for number in range(COUNT)]
+    inputs = x(COUNT, 3) if shape == "long" else x(COUNT)
+    async with running(resident_rows=COUNT) as at:
+        await at.open(*names)
+        fields: dict[str, Any] = {"reset": True} if shape == "nothing" else {"inputs": {"": inputs}}
+        results = []
+        for _ in range(2):
+            answers = Parts(COUNT)
+            requests = np.arange(1, COUNT + 1, dtype=np.uint64)
+            expected = np.zeros(COUNT, np.uint64)
+            at.engine.submit(Change(names, answers, expected=expected, request_ids=requests, **fields))
+            results.append((await answers.all(), answers.parts))
+        (first, _), (again, parts) = results
+        assert parts == 1
+        for one, other in zip(first, again, strict=True):
+            assert isinstance(one, Answer)
+            assert isinstance(other, Answer)
+            assert other.replayed
+            assert (one.revision, one.position) == (other.revision, other.position)
+            assert {n: a.tobytes() for n, a in one.outputs.items()} == {
+                n: a.tobytes() for n, a in other.outputs.items()
+            }
+
+
+async def test_replays_of_several_forms_are_each_their_own() -> None:
+    async with running() as at:
+        await at.open("a", "b", "c", "d")
+        first = {
+            "a": await at.step("a", x(1, seed=1), request_ids=1),
+            "b": await at.step("b", x(1, 2, seed=2), request_ids=2),
+            "c": await at.step("c", x(1, 3, seed=3), request_ids=3),
+            "d": await at.step("d", x(1, 2, seed=4), request_ids=4),
+        }
+        answers = await at.submit(list("abcd"), x(4), expected=[0] * 4, request_ids=[1, 2, 3, 4]).all()
+        for name, answer in zip("abcd", answers, strict=True):
+            assert isinstance(answer, Answer)
+            assert answer.outputs["y"].tobytes() == first[name].outputs["y"].tobytes()
+            assert answer.outputs["y"].shape == first[name].outputs["y"].shape
+
+
+async def test_many_conflicts_are_answered_in_few_parts_and_few_each_with_its_own() -> None:
+    names = [f"s{number}" for number in range(COUNT)]
+    async with running(resident_rows=COUNT) as at:
+        await at.open(*names)
+        await at.submit(names[:5], x(5)).all()
+        answers, parts = await frame(at, names, expected=np.full(COUNT, 9, np.uint64))
+        assert parts == 2, "one for each revision that they have"
+        found = [answer for answer in answers if isinstance(answer, RevisionConflict)]
+        assert [(error.expected, error.actual) for error in found] == [(9, 1)] * 5 + [(9, 0)] * (COUNT - 5)
+        assert "(and so for 4 others of the session_ids)" in found[0].message
+        few, parts = await frame(at, names[:6], expected=np.full(6, 9, np.uint64))
+        assert parts == 6
+        assert [name in str(error) for name, error in zip(names, few, strict=False)] == [True] * 6
