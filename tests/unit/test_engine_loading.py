@@ -121,7 +121,7 @@ async def test_a_caller_who_gives_up_while_it_waits_lets_nobody_overtake() -> No
         last = at.submit("a", x(1), expected=2)
         gives_up.cancel()
         await turns()
-        assert not last.ended
+        assert len(store.asked("read")) == 1, "the last one does not look before the first has"
         store.let_go()
         assert (await first.only()).revision == 2
         assert (await last.only()).revision == 3
@@ -133,8 +133,8 @@ async def test_a_caller_who_gives_up_while_it_waits_lets_nobody_overtake() -> No
 async def test_what_nobody_waits_for_any_more_is_not_applied_once_it_is_loaded(how: str) -> None:
     async with after("a") as (at, store):
         store.reads_held = True
-        step = at.submit("a", x(1), deadline=at.clock.monotonic() + 5)
         reset = at.submit("a", reset=True, deadline=at.clock.monotonic() + 5)
+        step = at.submit("a", x(1), deadline=at.clock.monotonic() + 5)
         await store.until("read")
         if how == "late":
             at.clock.advance(6)
@@ -261,13 +261,15 @@ async def test_passes_go_on_while_sessions_are_paged_in() -> None:
         assert (await read).session.revision == 2
 
 
-async def test_what_waits_for_a_page_in_is_dropped_when_nobody_wants_it() -> None:
+@pytest.mark.parametrize("reset", [False, True])
+async def test_what_waits_for_a_page_in_is_dropped_when_nobody_wants_it(reset: bool) -> None:
     async with running(resident_rows=1) as at:
         store: RemoteStore = at.store
         await at.open("a")
         await at.open("b")
         store.reads_held = True
-        late = at.submit("a", x(1), deadline=at.clock.monotonic() + 5)
+        fields: dict[str, Any] = {"reset": True} if reset else {"x": x(1)}
+        late = at.submit("a", deadline=at.clock.monotonic() + 5, **fields)
         await store.until("read")
         behind = at.submit("a", x(1))
         at.clock.advance(6)
@@ -284,6 +286,8 @@ async def test_a_read_that_is_cancelled_while_its_session_is_paged_in_frees_it()
         store.reads_held = True
         read = await begun(at.engine.get_state("a"))
         await store.until("read")
+        store.let_go_once()  # it has not changed; now it is to come back
+        await store.until("read", 2)
         read.cancel()
         await turns()
         step = at.submit("a", x(1))
@@ -302,25 +306,62 @@ async def test_a_page_in_that_fails_costs_its_members_and_nobody_else() -> None:
         assert (await at.step("a", x(1))).revision == 1
 
 
-async def test_the_engine_ends_when_loads_and_commits_have() -> None:
+async def test_the_engine_has_ended_when_loads_have() -> None:
     async with after("a") as (at, store):
-        await at.open("here")
-        store.reads_held = store.commits_held = True
-        loads, commits = at.submit("a", x(1)), at.submit("here", x(1))
+        store.reads_held = True
+        step = at.submit("a", x(1))
         await store.until("read")
         drain = await begun(at.engine.drain())
         await turns(20)
         assert not drain.done()
-        assert await at.engine.close(0.01) is False
-        store.reads_held = False
-        store.let_go_once()
-        await store.until("commit", 3)  # the opening of `here`, and two steps
+        store.let_go()
+        await drain
+        assert step.ended
+
+
+async def test_the_engine_has_ended_when_page_ins_have() -> None:
+    async with running(resident_rows=1) as at:
+        store: RemoteStore = at.store
+        await at.open("a")
+        await at.open("b")
+        store.reads_held = True
+        step = at.submit("a", x(1))
+        await store.until("read")
+        drain = await begun(at.engine.drain())
+        await turns(20)
         assert not drain.done()
         store.let_go()
         await drain
-        assert loads.ended
-        assert commits.ended
-        assert await at.engine.close(5.0) is True
+        assert step.ended
+
+
+async def test_the_engine_is_closed_when_commits_have_ended_or_its_time_is_over() -> None:
+    async with running() as at:
+        store: RemoteStore = at.store
+        await at.open("here")
+        store.commits_held = True
+        step = at.submit("here", x(1))
+        await store.until("commit", 2)
+        assert await at.engine.close(0.01) is False
+        closing = await begun(at.engine.close(20.0))
+        await turns(20)
+        assert not closing.done()
+        store.let_go()
+        assert await closing is True
+        assert step.ended
+
+
+async def test_the_sessions_of_another_server_do_not_expire_unless_that_one_lets_them() -> None:
+    async with after("used", "left", max_session_idle_s=10.0) as (at, store):
+        async with running(store=store.replica(), clock=at.clock, max_session_idle_s=10.0) as other:
+            at.clock.advance(8.0)
+            await other.step("used", x(1))
+            at.clock.advance(4.0)
+            while await at.engine._expiry.sweep():
+                pass
+            await at.settled()
+            assert (await other.step("used", x(1))).revision == 3
+        assert [info.session_id for info in (await at.engine.list_sessions())[0]] == ["used"]
 
 
 async def test_a_session_that_another_server_uses_does_not_expire() -> None:

@@ -140,6 +140,11 @@ async def test_a_commit_that_is_not_answered_is_not_known(shape: str, kept: bool
             await change(second, shape, expected=1, request_ids=9).only()
         answer = await change(second, shape, expected=1, request_ids=9).only()
         assert (answer.revision, answer.replayed) == (2, kept), "what the store holds is the truth"
+        async with running(store=RemoteStore(MemoryStore())) as other:
+            await other.open("a")
+            await other.step("a", x(1))
+            same_reply(answer, await change(other, shape, expected=1, request_ids=9).only(), replayed=kept)
+            assert (await second.state("a"))["sum"].tobytes() == (await other.state("a"))["sum"].tobytes()
 
 
 async def test_a_session_that_changes_elsewhere_again_and_again_is_given_up_on() -> None:
@@ -357,10 +362,18 @@ async def test_who_asks_is_told_what_other_servers_made_of_a_session(call: str) 
             assert (await second.state("b"))["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
 
 
-async def test_who_asks_again_keeps_its_place_behind_what_came_before() -> None:
-    async with two() as (first, second):
-        await both_know(first, second, "a")
-        step = second.submit("a", x(1))  # waits in the inbox
-        read = await second.engine.get_state("a")
-        assert read.session.revision == 2
-        assert (await step.only()).revision == 2
+async def test_who_asks_keeps_its_place_behind_what_came_before() -> None:
+    async with two(threads=True) as (first, second):
+        await both_know(first, second, "a", "busy")
+        await first.step("a", x(1))
+        second.hooks.close_gate()
+        busy = second.submit("busy", x(1))
+        await second.in_flight()
+        step = second.submit("a", x(1))  # waits in the inbox as long as a pass runs
+        read = await begun(second.engine.get_state("a"))
+        await second.store.until("read", 3)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        second.hooks.open_gate()
+        assert (await step.only()).revision == (await read).session.revision == 3
+        await busy.only()
