@@ -41,7 +41,7 @@ class RemoteStore:
         self.most_at_once = 0
         """Commits under way at the same time, at most."""
         self._under_way = 0
-        self._gates: list[asyncio.Future[None]] = []
+        self._gates: list[tuple[str, asyncio.Future[None]]] = []
         self._came = asyncio.Event()
 
     def replica(self) -> RemoteStore:
@@ -53,11 +53,13 @@ class RemoteStore:
         self.reads_held = self.commits_held = False
         self.let_go_once()
 
-    def let_go_once(self) -> None:
-        """Let what is held back be answered; what comes is held as before."""
+    def let_go_once(self, *kinds: str) -> None:
+        """Let what is held back be answered, of these kinds or of all; what comes is held as before."""
         gates, self._gates = self._gates, []
-        for gate in gates:
-            if not gate.done():
+        for kind, gate in gates:
+            if kinds and kind not in kinds:
+                self._gates.append((kind, gate))
+            elif not gate.done():
                 gate.set_result(None)
 
     def asked(self, kind: str) -> list[tuple[str, ...]]:
@@ -79,7 +81,7 @@ class RemoteStore:
         self._came.set()
         if held:
             gate = asyncio.get_running_loop().create_future()
-            self._gates.append(gate)
+            self._gates.append((kind, gate))
             await gate
         else:
             await asyncio.sleep(0)

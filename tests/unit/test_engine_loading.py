@@ -351,6 +351,21 @@ async def test_the_engine_is_closed_when_commits_have_ended_or_its_time_is_over(
         assert step.ended
 
 
+async def test_a_session_that_ends_while_others_are_read_has_ended() -> None:
+    async with after("away", max_session_idle_s=10.0) as (at, store):
+        await at.open("gone")
+        at.clock.advance(11.0)
+        store.commits_held = store.reads_held = True
+        assert await at.engine.expire_idle() == 1
+        await store.until("commit", 2)
+        answers = at.submit(["away", "gone"], x(2), batch_sizes=[1, 1])
+        await store.until("read")
+        store.let_go_once("commit")
+        await turns()
+        store.let_go()
+        assert kinds(await answers.all())[1] == "SessionExpired"
+
+
 async def test_the_sessions_of_another_server_do_not_expire_unless_that_one_lets_them() -> None:
     async with after("used", "left", max_session_idle_s=10.0) as (at, store):
         async with running(store=store.replica(), clock=at.clock, max_session_idle_s=10.0) as other:

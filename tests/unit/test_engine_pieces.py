@@ -98,20 +98,27 @@ async def test_ids_that_are_being_opened_in_pieces_are_taken() -> None:
 
 @pytest.mark.usefixtures("small_pieces")
 async def test_a_session_that_somebody_opens_meanwhile_is_noticed() -> None:
-    async with running() as at:
-        names = [f"s{number:03}" for number in range(COUNT)]
-        many = await begun(at.engine.open_sessions("plain", session_ids=names))
-        await at.open(names[0])
-        with pytest.raises(SessionExists):
-            await many
-        assert [info.session_id for info in (await at.engine.list_sessions())[0]] == names[:1]
+    found: set[str] = set()
+    for turns in range(0, 45, 2):
+        async with running() as at:
+            names = [f"s{number:03}" for number in range(COUNT)]
+            many = await begun(at.engine.open_sessions("plain", session_ids=names))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            one = await at.engine.open_session("plain", session_id=names[0])
+            result: object = (await asyncio.gather(many, return_exceptions=True))[0]
+            found.add(type(result).__name__)
+            assert isinstance(result, SessionExists) is not one.resumed
+            _, total = await at.engine.list_sessions()
+            assert total == (COUNT if one.resumed else 1)
+    assert found == {"SessionExists", "OpenedMany"}
 
 
 @pytest.mark.usefixtures("small_pieces")
 async def test_a_call_that_is_cancelled_between_pieces_leaves_no_id_taken() -> None:
     async with running() as at:
         names = [f"s{number:03}" for number in range(COUNT)]
-        for turns in range(12):
+        for turns in range(45):
             many = await begun(at.engine.open_sessions("plain", session_ids=names))
             for _ in range(turns):
                 await asyncio.sleep(0)
@@ -142,6 +149,18 @@ async def test_a_step_waits_while_a_large_state_is_read(monkeypatch: pytest.Monk
         state = (await read).state["sum"]
         assert (state == state[0]).all(), "as before the step, every row of it"
         assert (await step.only()).revision == 1
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.stores("async", "sync", "awaited")
+async def test_what_is_too_late_when_it_was_looked_for_is_not_applied() -> None:
+    async with running() as at:
+        await at.open("a")
+        ids = ["a", *(f"never{number}" for number in range(COUNT))]
+        reset = at.submit(ids, reset=True, batch_sizes=[1] * len(ids), deadline=at.clock.monotonic() + 5)
+        at.clock.advance(6)
+        assert set(kinds(await reset.all())) == {"DeadlineExceeded"}
+        assert (await at.engine.session_info("a")).revision == 0
 
 
 @pytest.mark.usefixtures("small_pieces")

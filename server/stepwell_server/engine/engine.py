@@ -600,6 +600,7 @@ class Engine:
         if not self._is_local:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.drain(), timeout_s)
+            return self._group.close(timeout_s)  # it has no thread to wait for
         return await asyncio.to_thread(self._group.close, timeout_s)
 
     @property
@@ -635,7 +636,7 @@ class Engine:
             work=Alarm(),
         )
         lanes = [Lane(self._executor(program), arena) for _ in range(self._compute_threads)]
-        inbox, runner = Inbox(model, self._held, self._in_line), Runner(model, lanes, self._pool)
+        inbox, runner = Inbox(model, self._held), Runner(model, lanes, self._pool)
         inline = Inline(
             model,
             self._table,
@@ -666,9 +667,6 @@ class Engine:
         )
         self._models.add(model)
         self._lines[model.index] = Line(inbox, loop)
-
-    def _in_line(self, model: int) -> int:
-        return self._turns.waiting(model) + self._row_queue.count(model)
 
     def _ring_all(self) -> None:
         for model in self._models:

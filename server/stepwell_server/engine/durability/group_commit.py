@@ -61,6 +61,8 @@ class GroupCommit:
         self.cost = Cost()
         """Of a commit by its records."""
         self._waiting = 0
+        self.is_full = False
+        """So much waits for the store that no more should be done until some of it is kept."""
         self._lane: _Lane = (
             _Awaited(store, self._finish)
             if store.local is None
@@ -79,11 +81,6 @@ class GroupCommit:
     def waiting(self) -> int:
         """Sessions whose changes wait for the store."""
         return self._waiting
-
-    @property
-    def is_full(self) -> bool:
-        """So much waits for the store that no more should be done until some of it is kept."""
-        return self._waiting >= MOST_WAITING
 
     def require_room(self) -> None:
         """Refuse what would wait for the store if too much does already.
@@ -116,6 +113,7 @@ class GroupCommit:
             done(item.error or ALL_KEPT)
             return
         self._waiting += max(1, item.size)
+        self.is_full = self._waiting >= MOST_WAITING
         self._lane.put(item)
 
     def on_room(self, listener: Callable[[], None]) -> None:
@@ -142,6 +140,7 @@ class GroupCommit:
         was_full = self.is_full
         for item in items:
             self._waiting -= max(1, item.size)
+            self.is_full = self._waiting >= MOST_WAITING
             item.done(item.error or committed)
         if was_full and not self.is_full:
             for listener in self._listeners:

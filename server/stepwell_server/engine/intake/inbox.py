@@ -6,7 +6,7 @@ Rows are limited for each model, bytes of inputs over all of them: what is too m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 from stepwell_server.engine.change import Change, joined, kind_of, may_join
 from stepwell_server.engine.state.model import Model
@@ -31,17 +31,10 @@ class Inbox:
     A change is put here when it has been checked; its sessions may be gone by the time it is drained.
     """
 
-    def __init__(self, model: Model, held: Held, in_line: Callable[[int], int]) -> None:
-        """Nothing waits.
-
-        Args:
-            model: Whose changes they are.
-            held: Of all models.
-            in_line: How many changes of the model of that number wait for their session or for rows.
-        """
+    def __init__(self, model: Model, held: Held) -> None:
+        """Nothing waits of the model; `held` is of all models."""
         self._model = model
         self._held = held
-        self._in_line = in_line
         self._waiting: list[Change] = []
         self._rows = 0
 
@@ -51,7 +44,7 @@ class Inbox:
     @property
     def waiting(self) -> int:
         """Rows and changes that wait: here, for their session, for rows, for a pass."""
-        return self._rows + self._model.ready.rows_waiting + self._in_line(self._model.index)
+        return self._rows + self._model.ready.rows_waiting + self._model.waiting
 
     def require_room(self, rows: int, byte_count: int) -> None:
         """Refuse so many rows and bytes of inputs if too much waits already.

@@ -37,12 +37,14 @@ class RowQueue:
         self._models = models
         self._pager = pager
         self._waiting: dict[int, deque[tuple[Starter, Change, int]]] = {}
+        self.waiting = 0
+        """Changes of all models."""
         self._is_due = False
         self._is_full = False
         """Somebody that was let in was put back."""
 
     def __bool__(self) -> bool:
-        return any(self._waiting.values())
+        return self.waiting > 0
 
     def count(self, model: int) -> int:
         """How many changes of a model wait."""
@@ -52,6 +54,11 @@ class RowQueue:
         """Let members of a change wait, whose sessions are claimed; `starter` starts them."""
         waiting = self._waiting.setdefault(change.model.index, deque())
         waiting.extend((starter, change, member) for member in members.tolist())
+        self._add(change.model, len(members))
+
+    def _add(self, model: Model, count: int) -> None:
+        self.waiting += count
+        model.waiting += count
 
     def put_back(self, starter: Starter, change: Change, members: Members) -> None:
         """Let members of a change that were let in wait again, before all others."""
@@ -60,6 +67,7 @@ class RowQueue:
             self._waiting[change.model.index].extendleft(
                 (starter, change, member) for member in reversed(members.tolist())
             )
+            self._add(change.model, len(members))
 
     def room_may_have_come(self) -> None:
         """A session is done, made or gone: look in the next turn of the event loop whether somebody fits now."""
@@ -79,6 +87,7 @@ class RowQueue:
         while fitting and not self._is_full:  # answers may bring what takes the room
             starter, change, members = _take(waiting, fitting)
             fitting -= len(members)
+            self._add(model, -len(members))
             starter.start_waiting(change, np.array(members, np.intp))
 
     def _fitting(self, model: Model, waiting: deque[tuple[Starter, Change, int]]) -> int:

@@ -7,7 +7,7 @@ When the claim ends, the next in line is started.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
@@ -20,6 +20,7 @@ from stepwell_server.engine.change import Change, too_late
 from stepwell_server.engine.intake.paging import Pager, Refused
 from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.models import Models
+from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import Overloaded, ServerError, SessionGone, SessionLost
 
@@ -76,18 +77,15 @@ class Turns:
         self._clock = clock
         self._forget = forget
         self._claims: Claims[Waiter] = Claims(table)
-        self._waiting: Counter[int] = Counter()
+        self._count = 0
+        """What waits in all lines."""
         self._ending: deque[Handles] = deque()
         """Claims that are to end: one after the other, since what an end starts may end others."""
         self._is_ending = False
 
     def __bool__(self) -> bool:
         """Something waits for its turn."""
-        return any(self._waiting.values())
-
-    def waiting(self, model: int) -> int:
-        """How many changes and holds of a model wait in lines."""
-        return self._waiting[model]
+        return self._count > 0
 
     def claim(self, handles: Handles) -> None:
         """Claim sessions that have nothing under way."""
@@ -118,8 +116,7 @@ class Turns:
         if self._claims.waiting(handle) >= MAX_LINE:
             raise self._line_full(handle)
         hold = Hold(asyncio.get_running_loop().create_future(), deadline)
-        self._waiting[int(self._table.model[handle])] += 1
-        self._claims.wait(handle, hold)
+        self._wait(self._models.by_handle(handle), handle, hold)
         try:
             await hold.granted
         except asyncio.CancelledError:
@@ -167,11 +164,15 @@ class Turns:
             if self._claims.waiting(handle) >= MAX_LINE:
                 change.fail(np.array([member]), self._line_full(handle))
             else:
-                self._waiting[change.model.index] += 1
-                self._claims.wait(handle, (starter, change, member))
+                self._wait(change.model, handle, (starter, change, member))
 
     def release(self, handles: Handles) -> None:
         """End claims and start what waited for them."""
+        if not self._count:  # nobody waits in any line: neither do claims that are ending now
+            self._table.claimed[handles] = False
+            if self._row_queue.waiting:
+                self._row_queue.room_may_have_come()
+            return
         self._ending.append(handles)
         if self._is_ending:
             return
@@ -183,10 +184,19 @@ class Turns:
             self._is_ending = False
         self._row_queue.room_may_have_come()
 
+    def _wait(self, model: Model, handle: int, waiter: Waiter) -> None:
+        self._count += 1
+        model.waiting += 1
+        self._claims.wait(handle, waiter)
+
+    def _taken(self, model: Model) -> None:
+        self._count -= 1
+        model.waiting -= 1
+
     def close_line(self, handle: int, model: int, error: ServerError) -> None:
         """Refuse what waited for a session that has gone away, of the model of that number."""
         for waiter in self._claims.drop_line(handle):
-            self._waiting[model] -= 1
+            self._taken(self._models.by_index(model))
             if isinstance(waiter, Hold):
                 if not waiter.granted.done():
                     waiter.granted.set_exception(error)
@@ -197,7 +207,7 @@ class Turns:
     def _start_next(self, handles: Handles) -> None:
         changes: dict[Change, tuple[Starter, list[int]]] = {}
         for handle, waiter in self._claims.release(handles):
-            self._waiting[int(self._table.model[handle])] -= 1
+            self._taken(self._models.by_handle(handle))
             if isinstance(waiter, Hold):
                 if not self._grant(waiter, handle):
                     self._ending.append(np.array([handle]))

@@ -127,7 +127,7 @@ class Directory:
         handle = self._table.find(session_id)
         if handle is None:
             handle = self._loader.load(session_id, seen or self._here)
-        if handle is not None and self._expiry.is_due(handle):
+        if handle is not None and self._expiry.max_idle_s and self._expiry.is_due(handle):
             raise self._expiry.expire([handle])
         if handle is None:
             raise self.gone(session_id, seen)
@@ -155,7 +155,8 @@ class Directory:
                 loaded = 0
             if loaded:
                 handles = self._table.find_all(session_ids)
-        self._expiry.expire_among(handles)
+        if self._expiry.max_idle_s:
+            self._expiry.expire_among(handles)
         return handles
 
     def require_new(self, name: str, session_ids: Sequence[str], seen: Seen | None = None) -> None:

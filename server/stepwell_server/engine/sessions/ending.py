@@ -99,7 +99,8 @@ class Expiry:
         self._commits = commits
         self._clock = clock
         self._observer = observer
-        self._max_idle_s = max_idle_s
+        self.max_idle_s = max_idle_s
+        """0: sessions never expire."""
         self._started = clock.monotonic()
         self._sweep_at = self._started + max_idle_s
         self._idle = IdleWatch(table, max_idle_s, self._started)
@@ -117,11 +118,11 @@ class Expiry:
 
     def is_due(self, handle: int) -> bool:
         """Whether a session of the table has been idle for too long and has nothing under way."""
-        return bool(self._max_idle_s and self._idle.too_long(np.array([handle]), self._clock.monotonic())[0])
+        return bool(self.max_idle_s and self._idle.too_long(np.array([handle]), self._clock.monotonic())[0])
 
     def due_among(self, handles: Handles) -> Handles:
         """Those of some sessions that are due; -1 stands for none."""
-        if not self._max_idle_s:
+        if not self.max_idle_s:
             return handles[:0]
         there = handles[handles >= 0]
         due: Handles = np.unique(there[self._idle.too_long(there, self._clock.monotonic())])
@@ -129,11 +130,11 @@ class Expiry:
 
     def any_due(self, handles: Handles) -> bool:
         """Whether one of some sessions is due."""
-        return bool(self._max_idle_s) and bool(len(self.due_among(handles)))
+        return bool(self.max_idle_s) and bool(len(self.due_among(handles)))
 
     def remember_use(self, session_ids: Sequence[str], used: float) -> None:
         """Remember when sessions were last used that leave the table and may still be in the store."""
-        if self._max_idle_s:
+        if self.max_idle_s:
             self._strays.update(dict.fromkeys(session_ids, used))
 
     def take_use(self, session_id: str, header: Header) -> float:
@@ -213,12 +214,7 @@ class Expiry:
         other servers use the store, it begins anew each time: one of them may have ended.
         """
         swept, store = self._swept, self._others
-        if (
-            store is None
-            or not self._max_idle_s
-            or swept is None
-            or self._clock.monotonic() <= self._sweep_at
-        ):
+        if store is None or not self.max_idle_s or swept is None or self._clock.monotonic() <= self._sweep_at:
             return False
         try:
             found = await store.scan(after=swept, limit=SWEPT_AT_ONCE)
@@ -228,12 +224,12 @@ class Expiry:
         self._expire_untouched(found)
         self._swept = found[-1][0] if found else None
         if not found and self.is_shared:
-            self._swept, self._sweep_at = "", self._clock.monotonic() + self._max_idle_s
+            self._swept, self._sweep_at = "", self._clock.monotonic() + self.max_idle_s
         return bool(found)
 
     async def expire_strays(self) -> int:
         """End those sessions that left the table while the store may have them, and that are due; how many."""
-        since, store = self._clock.monotonic() - self._max_idle_s, self._others
+        since, store = self._clock.monotonic() - self.max_idle_s, self._others
         due = [session_id for session_id, used in self._strays.items() if used < since]
         if not due or store is None:
             return 0
@@ -267,7 +263,7 @@ class Expiry:
         """Whether no other server has used a session; where there is none, its record's time counts for nothing."""
         if not self.is_shared:
             return True
-        return self._clock.now() - header.last_used > self._max_idle_s
+        return self._clock.now() - header.last_used > self.max_idle_s
 
     def _bury(self, sessions: Sequence[tuple[str, str, int]]) -> None:
         """Have the store know that sessions expired: their ids, models and revisions.

@@ -115,17 +115,13 @@ class Arrivals:
         self._loop = asyncio.get_running_loop()
         self._tails: dict[str, asyncio.Future[None]] = {}
         """The last that waits for each session: done when the next may look."""
-        self._waiting = 0
+        self.waiting = 0
+        """Calls and changes that wait."""
         self._idle: asyncio.Future[None] | None = None
-
-    @property
-    def waiting(self) -> int:
-        """How many calls and changes wait."""
-        return self._waiting
 
     async def idle(self) -> None:
         """Return when nothing waits."""
-        while self._waiting:
+        while self.waiting:
             self._idle = self._idle or self._loop.create_future()
             await asyncio.shield(self._idle)
 
@@ -155,7 +151,7 @@ class Arrivals:
         before = {tail for session_id in session_ids if (tail := tails.get(session_id)) is not None}
         own: asyncio.Future[None] = self._loop.create_future()
         tails.update(dict.fromkeys(session_ids, own))
-        self._waiting += 1
+        self.waiting += 1
         return self._wait(before, own, session_ids, anew=anew)
 
     async def _wait(
@@ -240,8 +236,8 @@ class Arrivals:
         for session_id in session_ids:
             if self._tails.get(session_id) is own:
                 del self._tails[session_id]
-        self._waiting -= 1
-        if not self._waiting and self._idle is not None:
+        self.waiting -= 1
+        if not self.waiting and self._idle is not None:
             self._idle.set_result(None)
             self._idle = None
 

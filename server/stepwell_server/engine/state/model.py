@@ -65,6 +65,8 @@ class Model:
     """Of a pass by its rows, on one thread."""
     work: Alarm
     """Rung when something has come for the model's loop."""
+    waiting: int = 0
+    """Changes and holds that wait for their session or for rows: see `turns` and `row_queue`."""
 
     @property
     def expected_wait_s(self) -> float:
