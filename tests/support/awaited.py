@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from stepwell_server.errors import StateCorrupt
-from stepwell_server.store.base import Batch, Committed, LocalStore, StoreHealth, Tombstone
+from stepwell_server.store.base import Batch, Committed, LocalStore, Store, StoreHealth, Tombstone
 from stepwell_server.store.record import Header, Stored, decode_header
 from support.fake_executor import WAIT_S
 
@@ -16,7 +16,7 @@ _MISSING = Header(
 )  # fmt: skip
 
 
-class RemoteStore:
+class RemoteStore(Store):
     """One server's way to a store that is shared: `replica` is another's.
 
     What is kept is in a real local store. A change is kept if the session is as it was when it was read, as

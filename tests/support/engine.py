@@ -302,7 +302,7 @@ class Harness:
         away = {session_id for session_id, handle in table.items() if table.row[handle] < 0}
         if self.store.is_volatile:
             assert set(self.store._records) == away, "the store holds the sessions that are paged out"
-        assert engine._loading_rows == 0
+        assert engine._submission.loading_rows == 0
         assert not engine._arrivals._tails, "something waits for a session to be loaded"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine import engine as module
+from stepwell_server.engine import submission as module
 from stepwell_server.engine.durability import fetching
 from stepwell_server.errors import (
     DeadlineExceeded,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from stepwell_server.engine import engine as engine_module
+from stepwell_server.engine import submission
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.sessions import creation, directory, ids, reading
 from stepwell_server.errors import RevisionConflict, ServerError, SessionExists
@@ -24,7 +24,7 @@ COUNT = 10 * PIECE
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (ids, creation, directory, engine_module):
+    for module in (ids, creation, directory, submission):
         monkeypatch.setattr(module, "PIECE", PIECE)
 
 

@@ -9,8 +9,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
 from stepwell_server.clock import Clock
 from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.sessions import SessionTable
@@ -27,7 +25,7 @@ from stepwell_server.engine.durability.records import Records
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.intake.admission import Admission
-from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES, Held, Inbox, joined_where_alike
+from stepwell_server.engine.intake.inbox import Held, Inbox, joined_where_alike
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.intake.turns import Turns
@@ -36,7 +34,6 @@ from stepwell_server.engine.intake.validation import (
     check_inputs,
     check_state,
     require_finite,
-    require_lists,
     require_reply,
 )
 from stepwell_server.engine.models import Models
@@ -50,26 +47,21 @@ from stepwell_server.engine.sessions.closing import Closing
 from stepwell_server.engine.sessions.creation import Creation
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Expiry, ExpiryTimer, Removal
-from stepwell_server.engine.sessions.ids import PIECE
 from stepwell_server.engine.sessions.listing import Listing
-from stepwell_server.engine.sessions.loading import Arrivals, Loader, Seen
+from stepwell_server.engine.sessions.loading import Arrivals, Loader
 from stepwell_server.engine.sessions.opening import OpenedMany, Opening
 from stepwell_server.engine.sessions.reading import Reading
 from stepwell_server.engine.state.arena import Arena, default_resident_rows
 from stepwell_server.engine.state.model import Alarm, Model
 from stepwell_server.engine.state.replies import ReplyMemory
+from stepwell_server.engine.submission import Submission
 from stepwell_server.engine.types import Members, Tensors
-from stepwell_server.errors import InvalidInput, Overloaded, ServerError, Unavailable
+from stepwell_server.errors import InvalidInput, ServerError, Unavailable
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
 from stepwell_server.store.record import Texts
 
 __all__ = ["Engine", "ModelStats", "OpenedMany"]
-
-_NOBODY: Members = np.zeros(0, np.intp)
-#: Rows of changes that may wait for their sessions to be loaded, over all models.
-MAX_LOADING_ROWS = 65_536
-_LOAD_AGAIN_S = 0.1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -205,11 +197,18 @@ class Engine:
             clock=clock,
         )
         self._listing = Listing(table, self._directory, self._expiry, keeping.others)
-        self._loading: set[asyncio.Task[None]] = set()
-        """Changes that wait for their sessions to be loaded."""
-        self._loading_rows = 0
-        self._validation = Validation(table, self._models)
         self._lines: dict[int, Line] = {}
+        self._submission = Submission(
+            table,
+            self._directory,
+            self._arrivals,
+            Validation(table, self._models),
+            self._held,
+            self._admission,
+            lambda model: self._lines[model].inbox,
+            is_local=self._is_local,
+            clock=clock,
+        )
         for name in sorted(programs):
             rows = resident_rows or default_resident_rows(programs[name])
             self._serve(name, programs[name], max_batch_rows, rows)
@@ -355,95 +354,7 @@ class Engine:
         self._require_accepting()
         if change.reset:
             self._group.require_room()  # a step waits for its pass, and passes wait for the store
-        require_lists(change)
-        is_plain = self._is_local and not self._arrivals.waiting and len(change.session_ids) <= PIECE
-        if not is_plain and self._directory.must_look(change.session_ids):
-            self._load(change)
-        else:
-            self._take(change, None)
-
-    def _take(self, change: Change, seen: Seen | None) -> None:
-        handles = self._directory.find_all(change.session_ids, seen)
-        missing = np.flatnonzero(handles < 0) if len(handles) > 1 or handles[0] < 0 else _NOBODY
-        if len(missing) == change.size:
-            self._refuse_missing(change, missing, seen)
-            return
-        refused = self._validation.check(change, handles)
-        inbox = self._lines[change.model.index].inbox
-        if len(change.members):
-            inbox.hold(change)
-        for member, error in refused:
-            change.fail(np.array([member]), error)
-        if len(missing):
-            self._refuse_missing(change, missing, seen)
-        if len(change.members):
-            inbox.put(change)
-
-    def _load(self, change: Change) -> None:
-        """Let a change wait until its sessions are in the table, behind what came before for each of them.
-
-        Raises:
-            Overloaded: too much waits already.
-        """
-        tensors = [
-            array
-            for array in ((change.state if change.reset else change.inputs) or {}).values()
-            if array.ndim
-        ]
-        rows = max([len(array) for array in tensors], default=len(change.session_ids))
-        count, held = sum(array.nbytes for array in tensors), self._held
-        if self._loading_rows and self._loading_rows + rows > MAX_LOADING_ROWS:
-            raise Overloaded(
-                f"rows waiting for their sessions to be loaded must stay within {MAX_LOADING_ROWS};"
-                f" {self._loading_rows} wait and {rows} came",
-                retry_after_s=_LOAD_AGAIN_S,
-            )
-        if held.bytes and held.bytes + count > MAX_WAITING_BYTES:
-            raise Overloaded(
-                f"input bytes waiting must stay within {MAX_WAITING_BYTES}; {held.bytes} wait and {count} came",
-                retry_after_s=_LOAD_AGAIN_S,
-            )
-        self._loading_rows += rows
-        held.bytes += count
-        change.members = np.arange(change.size)
-
-        def go_on(seen: Seen) -> None:
-            try:
-                self._take(change, seen)
-            except ServerError as error:
-                change.fail(np.arange(change.size), error)
-
-        def ended() -> None:
-            self._loading_rows -= rows
-            held.bytes -= count
-
-        self._when_loaded(change, change.members, ended, go_on)
-
-    def _when_loaded(
-        self, change: Change, members: Members, ended: Callable[[], None], go_on: Callable[[Seen], None]
-    ) -> None:
-        """Call `ended`, and `go_on` unless nobody waits for the members any more, when their turn has come."""
-        ids = [change.session_ids[member] for member in members.tolist()]
-        looking = self._arrivals.wait(ids)
-
-        async def wait() -> None:
-            try:
-                seen = await looking
-            except ServerError as error:
-                ended()
-                change.fail(members, error)
-                return
-            ended()
-            dropped = change.drop(members, self._clock.monotonic())
-            if sum(len(some) for some, _ in dropped) < len(members):
-                go_on(seen)
-                return
-            for some, why in dropped:
-                change.fail(some, why)
-
-        task = asyncio.create_task(wait())
-        self._loading.add(task)
-        task.add_done_callback(self._loading.discard)
+        self._submission.submit(change)
 
     async def apply(self, change: Change, answer: Awaited) -> Applied:
         """Submit a change of one session whose replies are `answer`, and wait for it.
@@ -456,32 +367,8 @@ class Engine:
         self.submit(change)
         return await answer.get()
 
-    def _refuse_missing(self, change: Change, members: Members, seen: Seen | None) -> None:
-        for some, error in self._directory.why_not_all(change.session_ids, members, seen):
-            change.fail(some, error)
-
     def _refuse_stale(self, change: Change, members: Members) -> Members:
-        """Members whose sessions left the table since they were checked: see `Admission`."""
-        if self._is_local:
-            return self._found_again(change, members, None)
-
-        def go_on(seen: Seen) -> None:
-            self._admission.readmit(change, self._found_again(change, members, seen))
-
-        self._when_loaded(change, members, lambda: None, go_on)
-        return members[:0]
-
-    def _found_again(self, change: Change, members: Members, seen: Seen | None) -> Members:
-        found = self._directory.find_all([change.session_ids[member] for member in members.tolist()], seen)
-        fits = found >= 0
-        fits &= self._table.batch_size[found] == change.sizes[members]
-        fits &= self._table.model[found] == change.model.index
-        change.handles[members[fits]] = found[fits]
-        change.births[members[fits]] = self._table.birth[found[fits]]
-        gone = members[~fits]
-        if len(gone):
-            self._refuse_missing(change, gone, seen)
-        return members[fits]
+        return self._submission.refuse_stale(change, members)
 
     def _forget(self, handle: int, error: ServerError) -> None:
         self._removal.forget(handle, error)
@@ -608,7 +495,7 @@ class Engine:
         return (
             bool(self._row_queue)
             or bool(self._removal.opening)
-            or bool(self._loading)
+            or self._submission.is_loading
             or self._arrivals.waiting > 0
             or not self._pager.is_idle
             or not self._group.is_idle

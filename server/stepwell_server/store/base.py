@@ -144,17 +144,14 @@ class Store(Protocol):
     deletion has the revision that its tombstone says. What is otherwise is a conflict.
     """
 
-    @property
-    def local(self) -> LocalStore | None:
-        """The same store, if it answers in place; None if it must be waited for."""
+    local: LocalStore | None
+    """The same store, if it answers in place; None if it must be waited for."""
 
-    @property
-    def secret(self) -> bytes:
-        """See `LocalStore`."""
+    secret: bytes
+    """See `LocalStore`."""
 
-    @property
-    def incarnation(self) -> str:
-        """See `LocalStore`."""
+    incarnation: str
+    """See `LocalStore`."""
 
     async def commit(self, batch: Batch) -> Committed:
         """Keep a batch: of a local store all of it or nothing; of others each session's change or nothing of it.
@@ -201,25 +198,20 @@ class LocalStore(Protocol):
     any time before `close`.
     """
 
-    @property
-    def is_volatile(self) -> bool:
-        """What it keeps is gone when the process ends."""
+    is_volatile: bool
+    """What it keeps is gone when the process ends."""
 
-    @property
-    def for_one_thread(self) -> bool:
-        """It is fast, and every method is called from the event loop."""
+    for_one_thread: bool
+    """It is fast, and every method is called from the event loop."""
 
-    @property
-    def waits_for_disk(self) -> bool:
-        """A commit returns when the disk has it."""
+    waits_for_disk: bool
+    """A commit returns when the disk has it."""
 
-    @property
-    def secret(self) -> bytes:
-        """Drawn when the store was made: session ids that are made with it cannot be guessed."""
+    secret: bytes
+    """Drawn when the store was made: session ids that are made with it cannot be guessed."""
 
-    @property
-    def incarnation(self) -> str:
-        """Eight hex digits that were drawn when the store was made, the same as long as it lives."""
+    incarnation: str
+    """Eight hex digits that were drawn when the store was made, the same as long as it lives."""
 
     def commit(self, batch: Batch) -> None:
         """Keep all of a batch, as durably as the store was told to, or nothing of it.

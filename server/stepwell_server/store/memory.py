@@ -7,15 +7,17 @@ import secrets
 from collections import Counter
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from stepwell_server.core.remembered import Remembered
-from stepwell_server.store.base import Batch, StoreHealth, Tombstone
+from stepwell_server.store.base import Batch, LocalStore, StoreHealth, Tombstone
 from stepwell_server.store.record import Header, Stored, header_or_none
 
 TOMBSTONES = 100_000
 
 
-class MemoryStore:
-    """Keeps encoded records in host memory. See `base.LocalStore`. For one thread."""
+class MemoryStore(LocalStore):
+    """Keeps encoded records in host memory. For one thread."""
 
     is_volatile = True
     for_one_thread = True
@@ -29,8 +31,8 @@ class MemoryStore:
         self._tombstones: Remembered[Tombstone] = Remembered(tombstones)
         self._counts: Counter[str] = Counter()
 
+    @override
     def commit(self, batch: Batch) -> None:
-        """See `base.LocalStore`."""
         for session_id, record in batch.puts:
             # a copy: one record must not keep the buffer of a whole pass alive
             self._records[session_id] = bytes(record)
@@ -43,54 +45,58 @@ class MemoryStore:
         for model, change in batch.counts:
             self._counts[model] += change
 
+    @override
     def checkpoint(self) -> None:
-        """See `base.LocalStore`: there is nothing to do."""
+        """There is nothing to do."""
 
+    @override
     def get(self, session_id: str) -> bytes | None:
-        """See `base.LocalStore`."""
         return self._records.get(session_id)
 
+    @override
     def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        """See `base.LocalStore`."""
         return [self._records.get(session_id) for session_id in session_ids]
 
+    @override
     def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        """See `base.LocalStore`."""
         fitting = (i for i in self._records if i.startswith(prefix) and i > after)
         return [(i, header_or_none(i, self._records[i])) for i in heapq.nsmallest(limit, fitting)]
 
+    @override
     def count(self) -> int:
-        """See `base.LocalStore`."""
         return len(self._records)
 
+    @override
     def count_of(self, model: str) -> int:
-        """See `base.LocalStore`."""
         return self._counts[model]
 
+    @override
     def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        """See `base.LocalStore`."""
         fitting = (i for i in self._records if i.startswith(prefix) and i > after)
         found = heapq.nsmallest(limit, fitting)
         return len(found), found[-1] if found else ""
 
+    @override
     def tombstone(self, session_id: str) -> Tombstone | None:
-        """See `base.LocalStore`."""
         return self._tombstones.get(session_id)
 
+    @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
-        """See `base.LocalStore`."""
         return [self._tombstones.get(session_id) for session_id in session_ids]
 
+    @override
     def announce(self, listen: str) -> None:
-        """See `base.LocalStore`: nobody finds it."""
+        """Nobody finds it."""
 
+    @override
     def check(self) -> StoreHealth:
-        """See `base.LocalStore`: nothing can happen to it."""
+        """Nothing can happen to it."""
         return StoreHealth()
 
+    @override
     def sync(self) -> None:
-        """See `base.LocalStore`: there is nothing to do."""
+        """There is nothing to do."""
 
+    @override
     def close(self) -> None:
-        """See `base.LocalStore`."""
         self._records.clear()

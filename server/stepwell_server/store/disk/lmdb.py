@@ -31,10 +31,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import lmdb
+from typing_extensions import override
 
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, StoreGone, Unavailable
-from stepwell_server.store.base import Batch, End, StoreError, StoreHealth, Tombstone
+from stepwell_server.store.base import Batch, End, LocalStore, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk.files import OpenFiles, explain, flush, flush_folders
 from stepwell_server.store.disk.keys import entries, items, key_of, names, own
 from stepwell_server.store.disk.lock import DirectoryLock
@@ -68,11 +69,8 @@ _TOMBSTONE = struct.Struct("<QBdQQ")  # age, end, at, request id, revision
 _AGE = struct.Struct(">Q")  # big-endian: in the order of the keys
 
 
-class LmdbStore:
-    """See `base.LocalStore`.
-
-    It holds the data directory's lock from its making to `close`. Not to be carried through a fork.
-    """
+class LmdbStore(LocalStore):
+    """It holds the data directory's lock from its making to `close`. Not to be carried through a fork."""
 
     is_volatile = False
     for_one_thread = False
@@ -96,6 +94,7 @@ class LmdbStore:
         """
         self._folder = path / _FOLDER
         self._durability = durability
+        self.waits_for_disk = durability == "sync"
         self._most_tombstones = tombstones
         self._first_map_bytes = first_map_bytes
         # A transaction must not be open while the map is replaced, in any thread. Whoever writes holds the first,
@@ -122,21 +121,6 @@ class LmdbStore:
             raise
 
     @property
-    def waits_for_disk(self) -> bool:
-        """See `base.LocalStore`."""
-        return self._durability == "sync"
-
-    @property
-    def incarnation(self) -> str:
-        """See `base.LocalStore`."""
-        return self._incarnation
-
-    @property
-    def secret(self) -> bytes:
-        """See `base.LocalStore`."""
-        return self._secret
-
-    @property
     def wal_mark(self) -> bytes:
         """What `set_wal_mark` has set last."""
         return self._mark
@@ -155,15 +139,16 @@ class LmdbStore:
         self._write_with(_KEEPS, put)
         self._mark: bytes = mark
 
+    @override
     def commit(self, batch: Batch) -> None:
-        """See `base.LocalStore`."""
         self._write_with(_KEEPS, lambda: self._reserve.commit(batch, self._commit, self._extent))
 
+    @override
     def checkpoint(self) -> None:
-        """See `base.LocalStore`: there is nothing to do."""
+        """There is nothing to do."""
 
+    @override
     def get(self, session_id: str) -> bytes | None:
-        """See `base.LocalStore`."""
         key = key_of(session_id)
 
         def read(transaction: _Transaction) -> bytes | None:
@@ -171,8 +156,8 @@ class LmdbStore:
 
         return self._read(session_id, read)
 
+    @override
     def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        """See `base.LocalStore`."""
         keys = [key_of(session_id) for session_id in session_ids]
 
         def read(transaction: _Transaction) -> list[Stored | None]:
@@ -187,8 +172,8 @@ class LmdbStore:
         except StateCorrupt:
             return [self._get_or_empty(session_id) for session_id in session_ids]
 
+    @override
     def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        """See `base.LocalStore`."""
 
         def read(transaction: _Transaction) -> list[tuple[str, Header | None]]:
             found: list[tuple[str, Header | None]] = []
@@ -201,17 +186,17 @@ class LmdbStore:
 
         return self._read("", read, buffers=True)
 
+    @override
     def count(self) -> int:
-        """See `base.LocalStore`."""
         return int(self._read("", lambda transaction: transaction.stat(self._sessions)["entries"]))
 
+    @override
     def count_of(self, model: str) -> int:
-        """See `base.LocalStore`."""
         key = _count_key(model)
         return int(self._read("", lambda transaction: transaction.get(key, b"0", db=self._meta)))
 
+    @override
     def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        """See `base.LocalStore`."""
 
         def read(transaction: _Transaction) -> tuple[int, str]:
             found = list(itertools.islice(names(transaction.cursor(self._sessions), after, prefix), limit))
@@ -219,12 +204,12 @@ class LmdbStore:
 
         return self._read("", read, buffers=True)
 
+    @override
     def tombstone(self, session_id: str) -> Tombstone | None:
-        """See `base.LocalStore`."""
         return self.tombstones([session_id])[0]
 
+    @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
-        """See `base.LocalStore`."""
         keys = [key_of(session_id) for session_id in session_ids]
 
         def read(transaction: _Transaction) -> list[bytes | None]:
@@ -237,12 +222,12 @@ class LmdbStore:
             for session_id, stored in zip(session_ids, found, strict=True)
         ]
 
+    @override
     def announce(self, listen: str) -> None:
-        """See `base.LocalStore`."""
         self.lock.set_listen(listen)
 
+    @override
     def check(self) -> StoreHealth:
-        """See `base.LocalStore`."""
         self.files.check()
         problem = ""
         try:
@@ -259,12 +244,12 @@ class LmdbStore:
             self.files.require()
         return StoreHealth(problem, self._reopened)
 
+    @override
     def sync(self) -> None:
-        """See `base.LocalStore`."""
         self._write_with("the store must be able to flush to disk", lambda: self._environment.sync(True))
 
+    @override
     def close(self) -> None:
-        """See `base.LocalStore`."""
         if self._closed:
             return
         with self._remap:
@@ -354,8 +339,8 @@ class LmdbStore:
                     f"the store in {self._folder} must be of schema version {SCHEMA_VERSION};"
                     f" it is of {schema}, written by another release"
                 )
-            self._incarnation: str = transaction.get(b"incarnation").decode()
-            self._secret: bytes = transaction.get(b"secret")
+            self.incarnation = transaction.get(b"incarnation").decode()
+            self.secret = transaction.get(b"secret")
             self._mark = transaction.get(b"journal", b"")
 
     def _compact(self, copy: Path) -> bool:

@@ -19,9 +19,11 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+from typing_extensions import override
+
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StoreGone, Unavailable
-from stepwell_server.store.base import Batch, StoreError, StoreHealth, Tombstone
+from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk.files import flush_folders
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, TOMBSTONES, Durability, LmdbStore
 from stepwell_server.store.disk.wal import SEGMENT_BYTES, Records, WriteAheadLog, room_for
@@ -35,11 +37,8 @@ _MARK = struct.Struct("<IQ")
 _log = logging.getLogger(__name__)
 
 
-class DiskStore:
-    """See `base.LocalStore`.
-
-    It holds the data directory's lock from its making to `close`. Not to be carried through a fork.
-    """
+class DiskStore(LocalStore):
+    """It holds the data directory's lock from its making to `close`. Not to be carried through a fork."""
 
     is_volatile = False
     for_one_thread = False
@@ -84,12 +83,12 @@ class DiskStore:
             raise
 
     @property
+    @override
     def needs_checkpoint(self) -> bool:
-        """See `base.LocalStore`."""
         return self._wal is not None and self._wal.needs_checkpoint
 
+    @override
     def commit(self, batch: Batch) -> None:
-        """See `base.LocalStore`."""
         self._base.files.require()
         if self._wal is None or self._closed:
             self._base.commit(batch)
@@ -105,8 +104,8 @@ class DiskStore:
             self._wal.discard(ids)
             self._in_doubt.difference_update(ids)
 
+    @override
     def checkpoint(self) -> None:
-        """See `base.LocalStore`."""
         if self._wal is not None and not self._closed and self._wal.needs_checkpoint:
             try:
                 self._checkpoint(self._wal)
@@ -115,13 +114,13 @@ class DiskStore:
             except (Unavailable, OSError) as error:
                 self._complain("changes stay in the write-ahead log until they can be checkpointed", error)
 
+    @override
     def get(self, session_id: str) -> Stored | None:
-        """See `base.LocalStore`."""
         record = self._find(session_id)
         return self._base.get(session_id) if record is None else record
 
+    @override
     def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        """See `base.LocalStore`."""
         if self._wal is None or self._wal.is_empty:
             return self._base.get_many(session_ids)
         found: list[Stored | None] = [self._find(session_id) for session_id in session_ids]
@@ -132,43 +131,43 @@ class DiskStore:
             found[place] = record
         return found
 
+    @override
     def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
-        """See `base.LocalStore`."""
         some = self._base.scan(after=after, prefix=prefix, limit=limit)
         if self._wal is None or self._wal.is_empty:
             return some
         return [(session_id, self._header(session_id, header)) for session_id, header in some]
 
+    @override
     def count(self) -> int:
-        """See `base.LocalStore`."""
         return self._base.count()
 
+    @override
     def count_of(self, model: str) -> int:
-        """See `base.LocalStore`."""
         return self._base.count_of(model)
 
+    @override
     def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        """See `base.LocalStore`."""
         return self._base.count_some(after=after, prefix=prefix, limit=limit)
 
+    @override
     def tombstone(self, session_id: str) -> Tombstone | None:
-        """See `base.LocalStore`."""
         return self._base.tombstone(session_id)
 
+    @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
-        """See `base.LocalStore`."""
         return self._base.tombstones(session_ids)
 
+    @override
     def announce(self, listen: str) -> None:
-        """See `base.LocalStore`."""
         self._base.announce(listen)
 
+    @override
     def check(self) -> StoreHealth:
-        """See `base.LocalStore`."""
         return self._base.check()
 
+    @override
     def sync(self) -> None:
-        """See `base.LocalStore`."""
         if self._wal is not None and not self._closed:
             try:
                 self._wal.sync()
@@ -178,8 +177,8 @@ class DiskStore:
                 ) from error
         self._base.sync()
 
+    @override
     def close(self) -> None:
-        """See `base.LocalStore`."""
         if self._closed:
             return
         if self._wal is not None and not self._base.files.is_gone:

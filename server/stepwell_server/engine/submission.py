@@ -1,0 +1,196 @@
+"""How a change comes in: its sessions are found, it is checked, too much is refused, and it waits in an inbox.
+
+A change whose sessions must be looked for in a store that is awaited waits for that before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import numpy as np
+
+from stepwell_server.clock import Clock
+from stepwell_server.core.sessions import SessionTable
+from stepwell_server.engine.change import Change
+from stepwell_server.engine.intake.admission import Admission
+from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES, Held, Inbox
+from stepwell_server.engine.intake.validation import Validation, require_lists
+from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.ids import PIECE
+from stepwell_server.engine.sessions.loading import Arrivals, Seen
+from stepwell_server.engine.types import Members
+from stepwell_server.errors import Overloaded, ServerError
+
+#: Rows of changes that may wait for their sessions to be loaded, over all models.
+MAX_LOADING_ROWS = 65_536
+_LOAD_AGAIN_S = 0.1
+_NOBODY: Members = np.zeros(0, np.intp)
+
+
+class Submission:
+    """Takes changes. Lives on the event loop."""
+
+    def __init__(
+        self,
+        table: SessionTable,
+        directory: Directory,
+        arrivals: Arrivals,
+        validation: Validation,
+        held: Held,
+        admission: Admission,
+        inbox_of: Callable[[int], Inbox],
+        *,
+        is_local: bool,
+        clock: Clock,
+    ) -> None:
+        """See the module.
+
+        Args:
+            table: The sessions.
+            directory: Finds them.
+            arrivals: Where what must be looked for waits.
+            validation: Checks changes.
+            held: Counts their bytes.
+            admission: Starts those whose sessions had to be found anew.
+            inbox_of: The inbox of the model of a number.
+            is_local: The store answers in place.
+            clock: For deadlines.
+        """
+        self._table = table
+        self._directory = directory
+        self._arrivals = arrivals
+        self._validation = validation
+        self._held = held
+        self._admission = admission
+        self._inbox_of = inbox_of
+        self._is_local = is_local
+        self._clock = clock
+        self._loading: set[asyncio.Task[None]] = set()
+        """Changes that wait for their sessions to be loaded."""
+        self.loading_rows = 0
+        """Theirs."""
+
+    @property
+    def is_loading(self) -> bool:
+        """A change waits for its sessions to be loaded."""
+        return bool(self._loading)
+
+    def submit(self, change: Change) -> None:
+        """See `Engine.submit`."""
+        require_lists(change)
+        is_plain = self._is_local and not self._arrivals.waiting and len(change.session_ids) <= PIECE
+        if not is_plain and self._directory.must_look(change.session_ids):
+            self._load(change)
+        else:
+            self._take(change, None)
+
+    def _take(self, change: Change, seen: Seen | None) -> None:
+        handles = self._directory.find_all(change.session_ids, seen)
+        missing = np.flatnonzero(handles < 0) if len(handles) > 1 or handles[0] < 0 else _NOBODY
+        if len(missing) == change.size:
+            self._refuse_missing(change, missing, seen)
+            return
+        refused = self._validation.check(change, handles)
+        inbox = self._inbox_of(change.model.index)
+        if len(change.members):
+            inbox.hold(change)
+        for member, error in refused:
+            change.fail(np.array([member]), error)
+        if len(missing):
+            self._refuse_missing(change, missing, seen)
+        if len(change.members):
+            inbox.put(change)
+
+    def _load(self, change: Change) -> None:
+        """Let a change wait until its sessions are in the table, behind what came before for each of them.
+
+        Raises:
+            Overloaded: too much waits already.
+        """
+        tensors = [
+            array
+            for array in ((change.state if change.reset else change.inputs) or {}).values()
+            if array.ndim
+        ]
+        rows = max([len(array) for array in tensors], default=len(change.session_ids))
+        count, held = sum(array.nbytes for array in tensors), self._held
+        if self.loading_rows and self.loading_rows + rows > MAX_LOADING_ROWS:
+            raise Overloaded(
+                f"rows waiting for their sessions to be loaded must stay within {MAX_LOADING_ROWS};"
+                f" {self.loading_rows} wait and {rows} came",
+                retry_after_s=_LOAD_AGAIN_S,
+            )
+        if held.bytes and held.bytes + count > MAX_WAITING_BYTES:
+            raise Overloaded(
+                f"input bytes waiting must stay within {MAX_WAITING_BYTES}; {held.bytes} wait and {count} came",
+                retry_after_s=_LOAD_AGAIN_S,
+            )
+        self.loading_rows += rows
+        held.bytes += count
+        change.members = np.arange(change.size)
+
+        def go_on(seen: Seen) -> None:
+            try:
+                self._take(change, seen)
+            except ServerError as error:
+                change.fail(np.arange(change.size), error)
+
+        def ended() -> None:
+            self.loading_rows -= rows
+            held.bytes -= count
+
+        self._when_loaded(change, change.members, ended, go_on)
+
+    def _when_loaded(
+        self, change: Change, members: Members, ended: Callable[[], None], go_on: Callable[[Seen], None]
+    ) -> None:
+        """Call `ended`, and `go_on` unless nobody waits for the members any more, when their turn has come."""
+        ids = [change.session_ids[member] for member in members.tolist()]
+        looking = self._arrivals.wait(ids)
+
+        async def wait() -> None:
+            try:
+                seen = await looking
+            except ServerError as error:
+                ended()
+                change.fail(members, error)
+                return
+            ended()
+            dropped = change.drop(members, self._clock.monotonic())
+            if sum(len(some) for some, _ in dropped) < len(members):
+                go_on(seen)
+                return
+            for some, why in dropped:
+                change.fail(some, why)
+
+        task = asyncio.create_task(wait())
+        self._loading.add(task)
+        task.add_done_callback(self._loading.discard)
+
+    def _refuse_missing(self, change: Change, members: Members, seen: Seen | None) -> None:
+        for some, error in self._directory.why_not_all(change.session_ids, members, seen):
+            change.fail(some, error)
+
+    def refuse_stale(self, change: Change, members: Members) -> Members:
+        """Members whose sessions left the table since they were checked: see `Admission`."""
+        if self._is_local:
+            return self._found_again(change, members, None)
+
+        def go_on(seen: Seen) -> None:
+            self._admission.readmit(change, self._found_again(change, members, seen))
+
+        self._when_loaded(change, members, lambda: None, go_on)
+        return members[:0]
+
+    def _found_again(self, change: Change, members: Members, seen: Seen | None) -> Members:
+        found = self._directory.find_all([change.session_ids[member] for member in members.tolist()], seen)
+        fits = found >= 0
+        fits &= self._table.batch_size[found] == change.sizes[members]
+        fits &= self._table.model[found] == change.model.index
+        change.handles[members[fits]] = found[fits]
+        change.births[members[fits]] = self._table.birth[found[fits]]
+        gone = members[~fits]
+        if len(gone):
+            self._refuse_missing(change, gone, seen)
+        return members[fits]
