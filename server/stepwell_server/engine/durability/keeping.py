@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from typing_extensions import override
+
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
@@ -21,9 +23,8 @@ from stepwell_server.store.base import ALL_KEPT, Batch, Committed, LocalStore, S
 class Keeping(Protocol):
     """Which sessions have a record, and when it is written. Lives on the event loop."""
 
-    @property
-    def others(self) -> Store | None:
-        """The store, if it may have sessions that are not in the table; None: the table has all of them."""
+    others: Store | None
+    """The store, if it may have sessions that are not in the table; None: the table has all of them."""
 
     def changed(self, outcome: Outcome, done: Done, /) -> None:
         """Keep an outcome of claimed sessions; `done` is called then, maybe before this returns."""
@@ -38,7 +39,7 @@ class Keeping(Protocol):
         """Sessions are in the arena again."""
 
 
-class EveryChange:
+class EveryChange(Keeping):
     """Each change has its record: what leaves the arena is in the store already, and is there after a restart."""
 
     def __init__(
@@ -50,8 +51,8 @@ class EveryChange:
         self._clock = clock
         self._observer = observer
 
+    @override
     def changed(self, outcome: Outcome, done: Done) -> None:
-        """See `Keeping`."""
         clock, count = self._clock, len(outcome.handles)
         last_used, began = clock.now(), clock.monotonic()
 
@@ -61,18 +62,20 @@ class EveryChange:
 
         self._commits.submit(lambda: Batch(puts=self._records.of(outcome, last_used)), count, kept)
 
+    @override
     def made(self, ids: Sequence[str], _ready: int) -> slice:
-        """See `Keeping`."""
         return slice(0, len(ids))
 
+    @override
     def leave(self, model: Model, handles: Handles) -> None:
-        """See `Keeping`."""
+        """Its records are there."""
 
+    @override
     def came_back(self, session_ids: Sequence[str]) -> None:
-        """See `Keeping`."""
+        """Its records stay there."""
 
 
-class PagedOutOnly:
+class PagedOutOnly(Keeping):
     """The arena is the truth, and the store has what is not in it: for a store that ends with the process."""
 
     others = None
@@ -83,16 +86,16 @@ class PagedOutOnly:
         self._records = records
         self._clock = clock
 
+    @override
     def changed(self, _outcome: Outcome, done: Done) -> None:
-        """See `Keeping`."""
         done(ALL_KEPT)
 
+    @override
     def made(self, ids: Sequence[str], ready: int) -> slice:
-        """See `Keeping`."""
         return slice(ready, len(ids))
 
+    @override
     def leave(self, model: Model, handles: Handles) -> None:
-        """See `Keeping`."""
         table = self._table
         as_it_is = Outcome(
             model,
@@ -105,8 +108,8 @@ class PagedOutOnly:
         )
         self._store.commit(Batch(puts=self._records.of(as_it_is, self._clock.now())))
 
+    @override
     def came_back(self, session_ids: Sequence[str]) -> None:
-        """See `Keeping`."""
         self._store.commit(Batch(deletes=session_ids))
 
 

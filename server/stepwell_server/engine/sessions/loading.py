@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Coroutine, Sequence
 from typing import Protocol
 
 import numpy as np
+from typing_extensions import override
 
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.fetching import Fetched, Fetcher
@@ -47,38 +48,42 @@ class InPlace:
         self.tombstones = store.tombstones
 
 
-class TombstonesOnly:
+class TombstonesOnly(Seen):
     """`Seen` where all sessions are in the table."""
 
     def __init__(self, store: LocalStore) -> None:
-        self.tombstones = store.tombstones
+        self._store = store
 
-    def record(self, _session_id: str) -> Stored | None:
-        """See `Seen`."""
+    @override
+    def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
+        return self._store.tombstones(session_ids)
+
+    @override
+    def record(self, session_id: str) -> Stored | None:
         return None
 
+    @override
     def records(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        """See `Seen`."""
         return [None] * len(session_ids)
 
 
-class Looked:
+class Looked(Seen):
     """`Seen`, of the sessions that a store was asked for; of others nothing is known."""
 
     def __init__(self, found: dict[str, Fetched], error: ServerError | None = None) -> None:
         self._found = found
         self._error = error
 
+    @override
     def record(self, session_id: str) -> Stored | None:
-        """See `Seen`."""
         return self._of(session_id).record
 
+    @override
     def records(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        """See `Seen`."""
         return [self._of(session_id).record for session_id in session_ids]
 
+    @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
-        """See `Seen`."""
         return [self._of(session_id).tombstone for session_id in session_ids]
 
     def _of(self, session_id: str) -> Fetched:
