@@ -107,7 +107,7 @@ def test_commits_are_timed_where_sessions_are_kept_on_disk(tmp_path: Path, durab
         with channel:
             _do_something(stub)
         values = _scrape(address)
-    # of the steps of several time steps; a lone single step's commit is in its total
-    assert values["stepwell_stage_seconds_count", frozenset({"forecast", "commit"})] == 3
+    # of three steps and a reset
+    assert values["stepwell_stage_seconds_count", frozenset({"forecast", "commit"})] == 4
     assert values["stepwell_sessions", frozenset({"forecast"})] == 3
     assert values["stepwell_uncommitted", frozenset()] == 0
