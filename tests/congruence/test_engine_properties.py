@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 
 from support.engine import running
 from support.play import IDLE_S, NAMES, Action, Open, Play, Shape, programs, shapes
+from support.samples import examples
 
 SETTINGS = settings(
-    max_examples=400,
+    max_examples=examples(400),
     deadline=None,
     report_multiple_bugs=False,
     derandomize="CI" in os.environ,
