@@ -8,6 +8,8 @@ import shutil
 import signal
 import tempfile
 
+from support.programs import run_folder
+
 
 def pytest_configure() -> None:
     """Keep servers' data apart, and let Ctrl-C be what it is on a terminal, for the processes that tests start too.
@@ -15,6 +17,8 @@ def pytest_configure() -> None:
     A shell ignores SIGINT for what it starts in the background, and children inherit that: then a test
     that interrupts a server or a command would wait in vain.
     """
+    # made here, so that the processes among which pytest-xdist divides the tests find it
+    run_folder()
     # what a server keeps on disk unless it is told where: not among the sessions of whoever runs the tests
     folder = tempfile.mkdtemp(prefix="stepwell-data-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

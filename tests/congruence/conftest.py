@@ -10,7 +10,7 @@ from support.served import Served, serve
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served() -> Iterator[Served]:
     """One server of all models of `support.served`, for all tests."""
-    with serve(tmp_path_factory.getbasetemp() / "served") as running:
+    with serve() as running:
         yield running

@@ -11,18 +11,15 @@ import pytest
 
 import stepwell
 from stepwell.testing import LocalServer
-from support.served import save_and_compile
+from support.served import local_server
 from support.shells import SHELLS, connect
 
 X = np.ones((1, 3), np.float32)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    folder = tmp_path_factory.getbasetemp() / "served"
-    folder.mkdir(exist_ok=True)
-    paths, cache_dir = save_and_compile(folder)
-    with LocalServer({"seq": paths["seq"]}, cache_dir=cache_dir, start_timeout_s=60) as server:
+def server() -> Iterator[LocalServer]:
+    with local_server("seq") as server:
         yield server
 
 

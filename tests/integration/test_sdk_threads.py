@@ -8,7 +8,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,9 +15,8 @@ import numpy as np
 import pytest
 
 import stepwell
-from stepwell.testing import LocalServer
 from support.scripted_server import MODEL, Fault, ScriptedServer
-from support.served import Served, save_and_compile
+from support.served import Served, local_server
 
 THREADS = 64
 STEPS = 12
@@ -254,12 +252,9 @@ def test_bad_input_among_many_threads(served: Served) -> None:
             session.close()
 
 
-def test_a_server_that_is_killed_under_many_threads(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder: Path = tmp_path_factory.getbasetemp() / "served"
-    folder.mkdir(exist_ok=True)
-    paths, cache_dir = save_and_compile(folder)
+def test_a_server_that_is_killed_under_many_threads() -> None:
     with (
-        LocalServer({"seq": paths["seq"]}, cache_dir=cache_dir, start_timeout_s=60) as server,
+        local_server("seq") as server,
         stepwell.connect(server.address, timeout_s=WAIT_S) as client,
     ):
         sessions = [client.open_session("seq") for _ in range(16)]

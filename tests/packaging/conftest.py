@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stepwell.testing import LocalServer
+from support import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 Build = Callable[[str, Path], Path]
@@ -42,26 +44,26 @@ def wheel(build: Build, root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_path() -> Path:
     """The model of the examples: three features in, one forecast out at each time step."""
-    import keras
+    return programs.saved("forecast", _forecast).path
 
-    model = keras.Sequential(
-        [keras.Input((None, 3)), keras.layers.LSTM(8, return_sequences=True), keras.layers.Dense(1)]
-    )
-    path = tmp_path_factory.mktemp("models") / "forecast.keras"
-    model.save(path)
-    return path
+
+def _forecast() -> Any:
+    from stepwell_server.compile.tensorflow_setup import keras
+
+    layers = [keras.Input((None, 3)), keras.layers.LSTM(8, return_sequences=True), keras.layers.Dense(1)]
+    return keras.Sequential(layers)
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiled() -> Path:
     """A cache of compiled models for all servers of these tests."""
-    return tmp_path_factory.mktemp("compiled")
+    return programs.cache_dir()
 
 
 @pytest.fixture(scope="session")
 def server(model_path: Path, compiled: Path) -> Iterator[LocalServer]:
     """A server of the model `forecast`."""
-    with LocalServer(models={"forecast": model_path}, cache_dir=compiled) as running:
+    with LocalServer(models={"forecast": model_path}, cache_dir=compiled, start_timeout_s=100) as running:
         yield running

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import os
 import re
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 
 from stepwell.v1 import sessions_pb2, sessions_pb2_grpc, tensors_pb2
+from support import programs
+from support.programs import Saved
 
 _START_S = 100.0
 _STOP_S = 100.0
@@ -29,30 +26,9 @@ FEATURES, OUTPUTS = 3, 2
 """Of the model that `forecast` makes."""
 
 
-class Forecast(NamedTuple):
-    """A saved model and a cache that has its program."""
-
-    path: Path
-    cache_dir: Path
-
-
-@functools.cache
-def forecast() -> Forecast:
+def forecast() -> Saved:
     """An LSTM with a dense layer, made and compiled once per test run."""
-    from stepwell_server.compile import cache
-    from stepwell_server.compile.pipeline import compile_model
-    from support import models
-
-    folder = Path(tempfile.mkdtemp(prefix="stepwell-test-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = folder / "forecast.keras"
-    models.build("lstm_dense").save(path)
-    # In this process, which has loaded TensorFlow anyway.
-    key = cache.cache_key(path, ())
-    with cache.workspace(folder / "cache", key) as workspace:
-        compile_model(path, workspace)
-        cache.publish(workspace, folder / "cache" / key)
-    return Forecast(path, folder / "cache")
+    return programs.zoo("lstm_dense")
 
 
 class ServerProcess:
