@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -131,14 +132,20 @@ def begin_long_step(stub: Any, session_id: str, steps: int) -> Any:
     request = sessions_pb2.StepRequest(
         session_id=session_id, inputs=[x], outputs=sessions_pb2.OUTPUT_SELECTION_NONE
     )
-    call = stub.Step.future(request, timeout=30.0)
-    # Its message is long: what is sent later may come first. Once it has come, nobody gets at the session.
-    code: Any = None
-    for _ in range(100):
+    call = stub.Step.future(request, timeout=100.0)
+    # Its message is long: what is sent later may come first. Once it has come, nobody gets at the session, while
+    # anybody sees how it is. Twice, for an answer may be late for another reason.
+    in_vain = 0
+    while in_vain < 2:
+        began_s = time.perf_counter()
+        stub.GetSession(sessions_pb2.GetSessionRequest(session_id=session_id), timeout=100.0)
+        patience_s = max(0.03, 3 * (time.perf_counter() - began_s))
         try:
-            stub.GetState(sessions_pb2.GetStateRequest(session_id=session_id), timeout=0.05)
+            stub.GetState(sessions_pb2.GetStateRequest(session_id=session_id), timeout=patience_s)
+            in_vain = 0
         except grpc.RpcError as error:
-            code = error.code()
-            break
-    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise
+            in_vain += 1
+        assert not call.done(), "it was over before it was seen under way: it must be longer"
     return call

@@ -13,7 +13,7 @@ from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.durability import group_commit as commits
 from stepwell_server.engine.sessions import expiry_timer
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
-from support.durable import Disk, begun, everything, facts, kinds, stalled, x
+from support.durable import Disk, begun, everything, facts, kinds, stalled, until, x
 from support.engine import Harness, Later
 
 pytestmark = pytest.mark.stores("async", "sync")
@@ -378,10 +378,10 @@ async def test_who_waits_for_rows_of_sessions_that_are_being_made_is_let_in_when
         making = [await begun(at.engine.open_session("plain", session_id="b"))]
         await stalled(disk.store)
         making.append(await begun(at.engine.open_session("plain", session_id="c")))
-        assert not at.engine.session_info("a").resident
+        await until(lambda: not at.engine.session_info("a").resident)
         step = at.submit("a", x(1))
-        await turns()
-        assert at.engine._row_queue
+        await until(lambda: at.engine._row_queue)
+        assert not step.ended
         disk.store.go_on()
         made = await asyncio.gather(*making, return_exceptions=True)
         assert [isinstance(one, Unavailable) for one in made] == [not kept] * 2
