@@ -45,7 +45,7 @@ def swapped(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 def _check(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "stepwell", "check", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
 def test_a_good_model_passes_on_ones_own_data(data: Path) -> None:
@@ -91,7 +91,7 @@ def test_the_cache_is_that_of_serve_and_an_end_by_signal_leaves_nothing_behind(t
         assert process.stderr.readline() == "load...\n"
         process.terminate()
         assert "interrupted" in process.stderr.read()
-        assert process.wait(60) == 130
+        assert process.wait(200) == 130
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -135,7 +135,7 @@ def test_trust_is_shown_wherever_the_model_is(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=200,
         ).stdout
         server.signal()
         _, _, err = server.finish()

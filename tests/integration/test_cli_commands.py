@@ -352,7 +352,7 @@ def test_ctrl_c_is_quiet() -> None:
         connection, _ = silent.accept()  # the command is under way, and gets no answer
         with connection:
             process.send_signal(signal.SIGINT)
-            output = process.communicate(timeout=60)
+            output = process.communicate(timeout=200)
 
     assert output == (b"", b"")
     assert process.returncode == 130
@@ -380,7 +380,7 @@ def test_serve_and_stop(address: str, tmp_path: Path) -> None:
         address = ready.split()[-1]
         shown = CliRunner().invoke(main, ["models", "--server", address, "--json"])
         process.terminate()
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=200)
     finally:
         process.kill()
         process.stdout.close()

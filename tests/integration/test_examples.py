@@ -44,7 +44,7 @@ def run(example: str, server: LocalServer, folder: Path) -> str:
         env={**os.environ, "STEPWELL_SERVER": server.address},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -63,7 +63,7 @@ async def test_calls_end_with_their_limit_while_the_server_is_down(shell: str, s
                 group.step(np.ones((3, 3)), timeout_s=0.3),
             ):
                 with pytest.raises((stepwell.UnavailableError, stepwell.DeadlineExceededError)):
-                    await asyncio.wait_for(call, 10)
+                    await asyncio.wait_for(call, 60)
         finally:
             await asyncio.to_thread(server.restart)
 

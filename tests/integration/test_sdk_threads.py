@@ -20,7 +20,7 @@ from support.served import Served, local_server
 
 THREADS = 64
 STEPS = 12
-WAIT_S = 60.0
+WAIT_S = 100.0
 X = np.ones((1, 2), np.float32)
 
 

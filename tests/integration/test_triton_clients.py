@@ -197,7 +197,7 @@ def test_perf_analyzer_runs_sequences(server: LocalServer, mode: list[str]) -> N
         *("--concurrency-range", "4", "--sequence-length", "8", "--measurement-mode", "count_windows"),
         *("--measurement-request-count", "200", "--stability-percentage", "999"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = {name: int(count) for name, count in re.findall(r"(\w+ count): (\d+)", done.stdout)}
     assert counts["Sequence count"] > 0

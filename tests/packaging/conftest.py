@@ -30,7 +30,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     def build_one(kind: str, source: Path) -> Path:
         target = tmp_path_factory.mktemp(kind)
         command = [sys.executable, "-m", "hatchling", "build", "--target", kind, "--directory", str(target)]
-        subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=60)
+        subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=200)
         (built,) = target.iterdir()
         return built
 

@@ -34,7 +34,7 @@ def python(
     """The interpreter of an environment that has only the wheel and what it needs."""
     folder = tmp_path_factory.mktemp(f"light-{request.param}")
     environment = folder / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=200)
     interpreter = environment / "bin" / "python"
     constraints = root / "constraints.txt"
     if request.param == "lowest":
@@ -57,7 +57,7 @@ def lowest_versions(root: Path) -> list[str]:
 
 def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(python), "-I", *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False
+        [str(python), "-I", *arguments], cwd=folder, capture_output=True, text=True, timeout=200, check=False
     )
 
 

@@ -50,7 +50,7 @@ def perf_analyzer() -> Path:
             tools.install("triton", *tools.group("perf"))
         except subprocess.CalledProcessError:
             pytest.skip("there is no build of perf-analyzer for this system")
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=200, check=False)
     if done.returncode:
         pytest.skip(f"perf_analyzer does not run here: {done.stderr.strip()}")
     return program
@@ -75,7 +75,7 @@ def scenario(name: str, address: str, *arguments: str) -> Iterator[subprocess.Po
 
 def result_of(process: subprocess.Popen[str]) -> Any:
     """What a scenario returns."""
-    stdout, stderr = process.communicate(timeout=100)
+    stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, f"{stdout}\n{stderr}"
     return json.loads(stdout.splitlines()[-1])
 
@@ -83,7 +83,7 @@ def result_of(process: subprocess.Popen[str]) -> Any:
 def run_code(code: str) -> str:
     """Run Python code in the clients' environment; returns what it prints."""
     command = [str(environment() / "python"), "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 

@@ -19,7 +19,7 @@ from stepwell.v1 import models_pb2, models_pb2_grpc, sessions_pb2, sessions_pb2_
 Array = np.ndarray[Any, np.dtype[Any]]
 Tensors = Sequence[tensors_pb2.Tensor]
 Answer = sessions_pb2.StepStreamResponse
-TIMEOUT_S = 20.0
+TIMEOUT_S = 100.0
 SERVICE = "stepwell.v1.SessionService"
 OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 

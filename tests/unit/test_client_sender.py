@@ -25,7 +25,7 @@ from stepwell._steps import Step, Stepped, read
 from stepwell._tensors import pack, to_messages, unpack
 from stepwell.v1 import errors_pb2, sessions_pb2
 
-WAIT_S = 20.0
+WAIT_S = 100.0
 CORRUPT = errors_pb2.Error(code=15, reason="STATE_CORRUPT", message="damaged")
 OVERLOADED = errors_pb2.Error(code=8, reason="OVERLOADED", retry_after_ms=50)
 

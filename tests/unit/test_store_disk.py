@@ -195,7 +195,7 @@ def test_what_is_read_while_segments_rotate_never_goes_back(path: Path) -> None:
             store.checkpoint()
     done.set()
     for reader in readers:
-        reader.join(timeout=20)
+        reader.join(timeout=200)
     store.close()
     assert not problems
 
