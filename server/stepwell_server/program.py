@@ -13,7 +13,9 @@ characters that a signature does not allow): input i is ``in_<i>``, state i ``st
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +54,10 @@ class StateSpec:
     def row_bytes(self) -> int:
         """Size of one row in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+def _row_bytes(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,6 +113,12 @@ class Program:
     """The artefact's folder."""
     proof: Proof = Proof(steps=0, unproven="nothing is known of a proof")
     """How it is known that stepping it gives what Keras's call of the model gives."""
+
+    @functools.cached_property
+    def output_bytes(self) -> tuple[int, int]:
+        """What a row of outputs takes: bytes for each time step, of the temporal ones, and once, of the others."""
+        temporal = sum(_row_bytes(spec) for spec in self.outputs if spec.temporal)
+        return temporal, sum(map(_row_bytes, self.outputs)) - temporal
 
     @property
     def state_row_bytes(self) -> int:

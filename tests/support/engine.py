@@ -281,7 +281,7 @@ class Harness:
         live = np.array(sorted(handle for _, handle in table.items()), np.intp)
         assert not table.claimed[live].any(), "a session is claimed though nothing is under way"
         assert not engine._turns, "something waits in line"
-        assert engine._limits.bytes_waiting == 0
+        assert engine._held.bytes == 0
         for model in engine._models:
             own = live[table.model[live] == model.index]
             resident = own[table.row[own] >= 0]
@@ -291,7 +291,7 @@ class Harness:
             assert slots._top == slots.capacity - slots.resident
             rows = [*slots._free[: slots._top].tolist(), *table.rows_of(resident).tolist()]
             assert sorted(rows) == list(range(slots.capacity)), "a row is lost or has two owners"
-            assert engine._limits.waiting(model) == 0
+            assert engine._lines[model.index].inbox.waiting == 0
             assert not engine._lines[model.index].loop.busy
             assert set(model.replies._arrays) <= set(own.tolist()), "a reply outlives its session"
         assert all(counter.most <= 1 for counter in self.passes), "two passes of a model ran at once"

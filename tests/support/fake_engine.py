@@ -13,7 +13,14 @@ import numpy as np
 from stepwell_server.engine.api import Applied, ModelInfo, Opened, Predicted, SessionInfo, StateRead
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.types import Tensors
-from stepwell_server.errors import InvalidInput, ModelNotFound, ServerError, SessionExists, SessionNotFound
+from stepwell_server.errors import (
+    InvalidInput,
+    MessageTooLarge,
+    ModelNotFound,
+    ServerError,
+    SessionExists,
+    SessionNotFound,
+)
 from stepwell_server.program import Program, StateSpec, TensorSpec
 
 MODEL = "sum"
@@ -93,6 +100,11 @@ class FakeEngine:
         self._raise()
         if not change.session_ids:
             raise InvalidInput("session_ids must name a session; got none")
+        if change.inputs:
+            rows, steps = next(iter(change.inputs.values())).shape[:2]
+            change.reply_bytes += rows * steps * self.program.output_bytes[0]
+        if change.reply_bytes > change.reply_limit:
+            raise MessageTooLarge(f"a reply of {change.reply_bytes} bytes")
         self.changes.append(change)
         self.submitted.set()
         if not self.held:

@@ -15,7 +15,6 @@ from stepwell.v1 import tensors_pb2
 from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.fronts.base import CallEnded
 from stepwell_server.rpc.sessions import SessionServicer
-from stepwell_server.rpc.sizes import ReplySizes
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 from support.engine import Harness, running
 from support.fake_call import FakeCall, Requests
@@ -52,15 +51,14 @@ class Streams:
 
     def __init__(self, at: Harness, count: int) -> None:
         self.at = at
-        sizes = ReplySizes(at.engine, limit=1 << 20)
         self.contexts = [FakeCall() for _ in range(count)]
         self.observer = Requests()
         self.streams = [
-            FrameStream(at.engine, at.clock, sizes, _LIMITS, self.observer, context)
+            FrameStream(at.engine, at.clock, 1 << 20, _LIMITS, self.observer, context)
             for context in self.contexts
         ]
         boundary = Boundary(self.observer, max_message_bytes=1 << 20)
-        servicer = SessionServicer(at.engine, at.clock, sizes, _LIMITS, self.observer)
+        servicer = SessionServicer(at.engine, at.clock, 1 << 20, _LIMITS, self.observer)
         self._serve_call = boundary.unary("Step", servicer.step, pb.StepRequest)
         self.calls: list[asyncio.Task[bytes]] = []
         self.tasks = [asyncio.create_task(stream.run(float("inf"))) for stream in self.streams]

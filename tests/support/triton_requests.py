@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from stepwell_server.program import Program
-from stepwell_server.rpc.sizes import ReplySizes
-from stepwell_server.rpc.triton.datatypes import of_numpy
 from stepwell_server.rpc.triton.infer import Inference
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
+from stepwell_server.rpc.triton.tensors import of_numpy
 from support.engine import Harness, running
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -74,8 +73,7 @@ class Client:
     def __init__(self, harness: Harness) -> None:
         self.harness = harness
         engine = harness.engine
-        sizes = ReplySizes(engine, MAX_MESSAGE_BYTES)
-        self.inference = Inference(engine, harness.clock, sizes, NoPasses())
+        self.inference = Inference(engine, harness.clock, MAX_MESSAGE_BYTES, NoPasses())
 
     async def infer(self, *arrays: Array | tuple[str, Array], **fields: Any) -> pb.ModelInferResponse:
         return await self.send(request(*arrays, **fields))

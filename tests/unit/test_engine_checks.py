@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.checks import check_inputs, check_state, finite_rows, require_finite
+from stepwell_server.engine.intake.validation import check_inputs, check_state, finite_rows, require_finite
 from stepwell_server.engine.sessions.ids import require_session_id
 from stepwell_server.errors import InvalidInput
 from stepwell_server.program import TensorSpec

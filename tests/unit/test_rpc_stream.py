@@ -13,7 +13,6 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1 import tensors_pb2
 from stepwell_server.clock import SystemClock
 from stepwell_server.errors import InvalidInput, Overloaded, Unavailable
-from stepwell_server.rpc.sizes import ReplySizes
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 from support.fake_call import FakeCall, Requests
 from support.fake_engine import MODEL, FakeEngine
@@ -36,12 +35,11 @@ class Call:
     def __init__(self, engine: FakeEngine, limits: StreamLimits) -> None:
         self.engine = engine
         self.context = FakeCall()
-        sizes = ReplySizes(engine, limit=4096)  # type: ignore[arg-type]
         self.observer = Requests()
         self.stream = FrameStream(
             engine,  # type: ignore[arg-type]
             SystemClock(),
-            sizes,
+            4096,
             limits,
             self.observer,
             self.context,

@@ -18,9 +18,8 @@ from stepwell_server.errors import (
     Unavailable,
     Unsupported,
 )
-from stepwell_server.rpc.triton.ended import EndedReplies
 from stepwell_server.rpc.triton.parameters import read_parameters
-from stepwell_server.rpc.triton.sequences import session_id_of
+from stepwell_server.rpc.triton.sequences import EndedReplies, session_id_of
 from support.fake_executor import BAD, PLAIN
 from support.triton_requests import Array, inference, request
 
@@ -257,7 +256,7 @@ async def test_a_session_of_another_model_is_no_sequence() -> None:
 
 
 def test_answers_to_ends_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepwell_server.rpc.triton.ended._MAX_BYTES", 100)
+    monkeypatch.setattr("stepwell_server.rpc.triton.sequences._MAX_BYTES", 100)
     ended = EndedReplies()
     for i in range(5):
         ended.put("s", i + 1, Applied(i, i, {"y": np.zeros(10, np.float32)}, replayed=False))
@@ -314,7 +313,7 @@ async def test_parameters_that_do_not_go_together() -> None:
 
 
 async def test_too_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepwell_server.rpc.triton.turns.MAX_WAITING", 2)
+    monkeypatch.setattr("stepwell_server.rpc.triton.sequences.MAX_WAITING", 2)
     x = draw(1, 1, 2)
     async with inference(threads=True) as client:
         client.harness.hooks.close_gate()

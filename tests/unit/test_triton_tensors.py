@@ -11,8 +11,7 @@ import pytest
 from stepwell_server.errors import InvalidInput, ServerError, Unsupported
 from stepwell_server.program import Program, StateSpec, TensorSpec
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
-from stepwell_server.rpc.triton.metadata import model_metadata
-from stepwell_server.rpc.triton.model_config import model_config
+from stepwell_server.rpc.triton.metadata import model_config, model_metadata
 from stepwell_server.rpc.triton.tensors import ModelTensors, write_outputs
 from support.fake_executor import PLAIN, RICH
 from support.triton_requests import Array, inference, outputs_of, request

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -89,6 +90,11 @@ class Change:
     caller: Hashable = None
     """Who sent it: the scheduler takes turns between callers. None: nobody else sends for the same caller."""
 
+    reply_limit: int = sys.maxsize
+    """Bytes that its caller can be sent at once: a step whose reply would have more is refused as a whole."""
+    reply_bytes: int = 0
+    """What the reply takes beside the outputs; theirs are added when the change has been checked."""
+
     # set when it has been checked
 
     model: Model = dataclasses.field(init=False)
@@ -131,7 +137,7 @@ class Change:
     @property
     def byte_count(self) -> int:
         """Bytes of its inputs or states."""
-        return sum(array.nbytes for array in self.arrays)
+        return sum([array.nbytes for array in self.arrays])
 
     @property
     def may_repeat(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,10 +14,8 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Slots
-from stepwell_server.engine.alarm import Alarm
 from stepwell_server.engine.api import Applied, ModelInfo, Observer, Opened, Predicted, SessionInfo, StateRead
 from stepwell_server.engine.change import Awaited, Change
-from stepwell_server.engine.checks import check_inputs, check_state, require_finite
 from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.group_commit import GroupCommit
@@ -24,12 +23,18 @@ from stepwell_server.engine.durability.records import Records
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.intake.admission import Admission
-from stepwell_server.engine.intake.inbox import Inbox, joined_where_alike
-from stepwell_server.engine.intake.limits import Limits
+from stepwell_server.engine.intake.inbox import Held, Inbox, joined_where_alike
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.intake.turns import Turns
-from stepwell_server.engine.intake.validation import Validation, require_lists
+from stepwell_server.engine.intake.validation import (
+    Validation,
+    check_inputs,
+    check_state,
+    require_finite,
+    require_lists,
+    require_reply,
+)
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.passes.batch import Lane
 from stepwell_server.engine.passes.completion import Completion
@@ -47,7 +52,7 @@ from stepwell_server.engine.sessions.opening import OpenedMany, Opening
 from stepwell_server.engine.sessions.reading import Reading
 from stepwell_server.engine.sessions.removal import Removal
 from stepwell_server.engine.state.arena import Arena, default_resident_rows
-from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.state.model import Alarm, Model
 from stepwell_server.engine.state.replies import ReplyMemory
 from stepwell_server.engine.types import Members, Tensors
 from stepwell_server.errors import InvalidInput, Unavailable
@@ -56,6 +61,8 @@ from stepwell_server.store.base import LocalStore
 from stepwell_server.store.record import Texts
 
 __all__ = ["Engine", "ModelStats", "OpenedMany"]
+
+_NOBODY: Members = np.zeros(0, np.intp)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,7 +118,7 @@ class Engine:
         row_queue = RowQueue(table, self._models, pager)
         self._turns = Turns(table, self._models, pager, row_queue, clock)
         self._row_queue = row_queue
-        self._limits = Limits(self._turns, row_queue)
+        self._held = Held()
         removal = Removal(table, self._models, self._turns, observer)
         self._expiry = Expiry(
             table,
@@ -189,6 +196,18 @@ class Engine:
             ModelNotFound: there is none of that name.
         """
         return self._info(self._models.by_name(name))
+
+    def program(self, name: str) -> Program:
+        """The program of a model.
+
+        Raises:
+            ModelNotFound: there is none of that name.
+        """
+        return self._models.by_name(name).program
+
+    def model_names(self) -> list[str]:
+        """Names of the models, in order."""
+        return self._models.names()
 
     async def open_session(
         self,
@@ -287,19 +306,20 @@ class Engine:
             self._group.require_room()  # a step waits for its pass, and passes wait for the store
         require_lists(change)
         handles = self._directory.find_all(change.session_ids)
-        missing = np.flatnonzero(handles < 0)
+        missing = np.flatnonzero(handles < 0) if len(handles) > 1 or handles[0] < 0 else _NOBODY
         if len(missing) == change.size:
             self._refuse_missing(change, missing)
             return
         refused = self._validation.check(change, handles)
+        inbox = self._lines[change.model.index].inbox
         if len(change.members):
-            self._limits.take(change)
+            inbox.hold(change)
         for member, error in refused:
             change.fail(np.array([member]), error)
         if len(missing):
             self._refuse_missing(change, missing)
         if len(change.members):
-            self._lines[change.model.index].inbox.put(change)
+            inbox.put(change)
 
     async def apply(self, change: Change, answer: Awaited) -> Applied:
         """Submit a change of one session whose replies are `answer`, and wait for it.
@@ -380,11 +400,13 @@ class Engine:
         *,
         deadline: float = float("inf"),
         source: object = None,
+        reply_limit: int = sys.maxsize,
+        reply_bytes: int = 0,
     ) -> Predicted:
-        """Run a model without a session.
+        """Run a model without a session. The limit of the reply is as of `Change`.
 
         Raises:
-            ModelNotFound, InvalidInput, DeadlineExceeded, Overloaded
+            ModelNotFound, InvalidInput, MessageTooLarge, DeadlineExceeded, Overloaded
         """
         self._require_accepting()
         served = self._models.by_name(model)
@@ -392,21 +414,21 @@ class Engine:
         if not rows:
             raise InvalidInput(f"inputs must have at least one row; got {rows}")
         checked = check_inputs(served.program, inputs, rows)
+        require_reply(served.program, rows, checked.steps, reply_bytes, reply_limit)
         require_finite("input", checked.arrays, [spec.name for spec in served.program.inputs])
         values = None if state is None else check_state(served.program, state, rows)
         if values is not None:
             require_finite("state", values, [spec.name for spec in served.program.state])
         self._drain_inboxes()
         byte_count = sum(array.nbytes for array in (*checked.arrays, *(values or ())))
-        self._limits.require_rows(served, rows)
-        self._limits.require_bytes(served, byte_count)
+        self._lines[served.index].inbox.require_room(rows, byte_count)
         now = self._clock.monotonic()
         call = PredictCall(served, checked, values, rows, deadline=deadline, source=source, now=now)
-        self._limits.bytes_waiting += byte_count
+        self._held.bytes += byte_count
         try:
             predicted = await call.run()
         finally:
-            self._limits.bytes_waiting -= byte_count
+            self._held.bytes -= byte_count
         self._observer.applied(model, "predict", 1, rows * checked.steps)
         return predicted
 
@@ -417,8 +439,8 @@ class Engine:
                 name=model.name,
                 sessions=self._directory.count(model),
                 resident_rows=model.slots.resident,
-                queued=self._limits.waiting(model),
-                queued_bytes=self._limits.bytes_waiting,
+                queued=self._lines[model.index].inbox.waiting,
+                queued_bytes=self._held.bytes,
                 uncommitted=self._group.waiting,
             )
             for model in self._models
@@ -476,9 +498,9 @@ class Engine:
             work=Alarm(),
         )
         lanes = [Lane(self._executor(program), arena) for _ in range(self._compute_threads)]
-        inbox, runner = Inbox(model), Runner(model, lanes, self._pool)
+        inbox, runner = Inbox(model, self._held, self._in_line), Runner(model, lanes, self._pool)
         inline = Inline(
-            model, self._table, runner, self._committer, clock=self._clock, observer=self._observer
+            model, self._table, lanes[0], self._committer, clock=self._clock, observer=self._observer
         )
         loop = PassLoop(
             model,
@@ -494,6 +516,9 @@ class Engine:
         )
         self._models.add(model)
         self._lines[model.index] = Line(inbox, loop)
+
+    def _in_line(self, model: int) -> int:
+        return self._turns.waiting(model) + self._row_queue.count(model)
 
     def _ring_all(self) -> None:
         for model in self._models:

@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING
 
 from stepwell.v1 import models_pb2 as pb
 from stepwell_server.rpc import convert
+from stepwell_server.rpc.steps.messages import REPLY_BYTES
 
 if TYPE_CHECKING:
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.fronts.base import Call
-    from stepwell_server.rpc.sizes import ReplySizes
 
 
 class ModelServicer:
     """The calls of ModelService, each by its name in snake case. Lives on the event loop."""
 
-    def __init__(self, engine: Engine, sizes: ReplySizes) -> None:
+    def __init__(self, engine: Engine, max_reply_bytes: int) -> None:
         self._engine = engine
-        self._sizes = sizes
+        self._max_reply_bytes = max_reply_bytes
 
     async def list_models(self, _request: pb.ListModelsRequest, _call: Call) -> pb.ListModelsResponse:
         """List the models."""
@@ -32,13 +32,14 @@ class ModelServicer:
     async def predict(self, request: pb.PredictRequest, call: Call) -> pb.PredictResponse:
         """Run a model without a session."""
         inputs = convert.to_arrays(request.inputs, "inputs")
-        self._sizes.predict(request.model, inputs)
         predicted = await self._engine.predict(
             request.model,
             inputs,
             convert.to_optional_arrays(request.state, "state"),
             deadline=call.deadline,
             source=call.caller,
+            reply_limit=self._max_reply_bytes,
+            reply_bytes=REPLY_BYTES,
         )
         response = pb.PredictResponse()
         convert.add_tensors(response.outputs, predicted.outputs)

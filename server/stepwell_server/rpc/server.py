@@ -15,12 +15,10 @@ from stepwell_server.rpc.boundary import Boundary, RequestObserver, Serve
 from stepwell_server.rpc.fronts.base import Front, Method
 from stepwell_server.rpc.models import ModelServicer
 from stepwell_server.rpc.sessions import SessionServicer
-from stepwell_server.rpc.sizes import ReplySizes
 from stepwell_server.rpc.steps.stream import StreamLimits
 from stepwell_server.rpc.triton.servicer import SERVICE as _TRITON
-from stepwell_server.rpc.triton.servicer import TritonServicer
+from stepwell_server.rpc.triton.servicer import TritonServicer, unsupported_methods
 from stepwell_server.rpc.triton.statistics import PassObserver
-from stepwell_server.rpc.triton.unsupported import unsupported_methods
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
@@ -47,16 +45,15 @@ class RpcServer:
     ) -> None:
         self._front = front
         self._boundary = Boundary(observer, max_message_bytes)
-        sizes = ReplySizes(engine, max_message_bytes)
         limits = StreamLimits(_STREAM_FRAMES, max_message_bytes)
-        self._sessions = SessionServicer(engine, clock, sizes, limits, observer)
-        self._triton = TritonServicer(engine, clock, sizes, limits, observer, observer)
+        self._sessions = SessionServicer(engine, clock, max_message_bytes, limits, observer)
+        self._triton = TritonServicer(engine, clock, max_message_bytes, limits, observer, observer)
         ours = [service.full_name for service in (_SESSIONS, _MODELS, _TRITON)]
         self._health = health.HealthServicer(ours)
         shown = reflection.ReflectionServicer((_SESSIONS, _MODELS, _TRITON, health.SERVICE))
         self._methods = [
             *self._methods_of(_SESSIONS, self._sessions),
-            *self._methods_of(_MODELS, ModelServicer(engine, sizes)),
+            *self._methods_of(_MODELS, ModelServicer(engine, max_message_bytes)),
             *self._methods_of(_TRITON, self._triton, unsupported_methods(self._boundary)),
             *self._methods_of(health.SERVICE, self._health),
             *(method for service in shown.services for method in self._methods_of(service, shown)),

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.boundary import RequestObserver
     from stepwell_server.rpc.fronts.base import Call
-    from stepwell_server.rpc.sizes import ReplySizes
 
 _DEFAULT_PAGE = 1000
 _LARGEST_PAGE = 10_000
@@ -31,14 +30,14 @@ class SessionServicer:
         self,
         engine: Engine,
         clock: Clock,
-        sizes: ReplySizes,
+        max_reply_bytes: int,
         limits: StreamLimits,
         observer: RequestObserver,
     ) -> None:
         self._engine = engine
         self._observer = observer
         self._clock = clock
-        self._sizes = sizes
+        self._max_reply_bytes = max_reply_bytes
         self._limits = limits
         self._streams: set[FrameStream] = set()
         self._stopping = False
@@ -114,8 +113,7 @@ class SessionServicer:
         """Advance a session."""
         answer = Awaited()
         change = messages.of_step(request, answer)
-        assert change.inputs is not None, "a step has inputs"
-        self._sizes.step(change.session_ids, change.inputs, change.select)
+        messages.limit_reply(change, self._max_reply_bytes)
         return messages.step_reply(await self._apply(change, answer, call))
 
     async def reset_states(self, request: pb.ResetStatesRequest, call: Call) -> pb.ResetStatesResponse:
@@ -143,7 +141,9 @@ class SessionServicer:
 
     async def step_stream(self, call: Call) -> None:
         """Advance many sessions at once, frame by frame."""
-        stream = FrameStream(self._engine, self._clock, self._sizes, self._limits, self._observer, call)
+        stream = FrameStream(
+            self._engine, self._clock, self._max_reply_bytes, self._limits, self._observer, call
+        )
         self._streams.add(stream)
         if self._stopping:
             stream.stop()

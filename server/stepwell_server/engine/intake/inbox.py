@@ -1,11 +1,28 @@
-"""Where the changes of one model wait for its loop's next turn, in the order in which they came."""
+"""Where the changes of one model wait for its loop's next turn, in the order in which they came; and how much may.
+
+Rows are limited for each model, bytes of inputs over all of them: what is too much is refused with a delay.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import dataclasses
+from collections.abc import Callable, Hashable
 
 from stepwell_server.engine.change import Change, joined, kind_of, may_join
 from stepwell_server.engine.state.model import Model
+from stepwell_server.errors import Overloaded
+
+#: Rows that may wait for passes, in passes of full size.
+MAX_WAITING_PASSES = 64
+#: Bytes of inputs that may wait, over all models.
+MAX_WAITING_BYTES = 512 << 20
+
+
+@dataclasses.dataclass(slots=True)
+class Held:
+    """Bytes of inputs that wait or run, over all models: the one count of them."""
+
+    bytes: int = 0
 
 
 class Inbox:
@@ -14,23 +31,72 @@ class Inbox:
     A change is put here when it has been checked; its sessions may be gone by the time it is drained.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, held: Held, in_line: Callable[[int], int]) -> None:
+        """Nothing waits.
+
+        Args:
+            model: Whose changes they are.
+            held: Of all models.
+            in_line: How many changes of the model of that number wait for their session or for rows.
+        """
         self._model = model
+        self._held = held
+        self._in_line = in_line
         self._waiting: list[Change] = []
+        self._rows = 0
 
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def waiting(self) -> int:
+        """Rows and changes that wait: here, for their session, for rows, for a pass."""
+        return self._rows + self._model.ready.rows_waiting + self._in_line(self._model.index)
+
+    def require_room(self, rows: int, byte_count: int) -> None:
+        """Refuse so many rows and bytes of inputs if too much waits already.
+
+        Raises:
+            Overloaded: with the time after which there should be room.
+        """
+        model, held, waiting = self._model, self._held.bytes, self.waiting
+        limit = MAX_WAITING_PASSES * model.max_batch_rows
+        if waiting and waiting + rows > limit:
+            raise Overloaded(
+                f"rows waiting for model {model.name!r} must stay within {limit}; {waiting} wait and {rows} came",
+                retry_after_s=max(0.01, model.expected_wait_s / 2),
+            )
+        if held and held + byte_count > MAX_WAITING_BYTES:
+            raise Overloaded(
+                f"input bytes waiting must stay within {MAX_WAITING_BYTES}; {held} wait and {byte_count} came",
+                retry_after_s=max(0.01, model.expected_wait_s / 2),
+            )
+
+    def hold(self, change: Change) -> None:
+        """Count the bytes of a change until every member has its answer.
+
+        Raises:
+            Overloaded: too much waits already, and nothing is counted.
+        """
+        count, held = change.byte_count, self._held
+        self.require_room(change.row_count, count)
+        held.bytes += count
+
+        def give() -> None:
+            held.bytes -= count
+
+        change.on_end = give
+
     def put(self, change: Change) -> None:
-        """Let a change wait for the next turn."""
+        """Let a change that is held wait for the next turn."""
         self._waiting.append(change)
-        self._model.in_inbox += change.row_count
+        self._rows += change.row_count
         self._model.work.ring()
 
     def drain(self) -> list[Change]:
         """Take everything that waits."""
         waiting, self._waiting = self._waiting, []
-        self._model.in_inbox = 0
+        self._rows = 0
         return waiting
 
 

@@ -1,31 +1,29 @@
-"""Whether a change fits the sessions and the model that it names; which members are refused at once.
+"""Whether what comes fits the sessions and the model: changes, and tensors by themselves.
 
 A change is refused as a whole where nothing of it could be told apart (names, dtypes, shapes, lengths of lists);
-a row that is not finite or a wrong batch size fails for its member alone.
+a row that is not finite or a wrong batch size fails for its member alone. Every error names the argument, the rule
+and what came. Casting is done here, so that what leaves has the program's own dtype.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterable, Sequence, Sized
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwell_server.core.exactly_once import ANY_REVISION
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
+from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change
-from stepwell_server.engine.checks import (
-    check_inputs,
-    check_state,
-    finite_rows,
-    is_float,
-    not_finite,
-    require_finite,
-)
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import U64, Mask, Members, Tensors
-from stepwell_server.errors import InvalidInput, RevisionConflict, ServerError
+from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors
+from stepwell_server.errors import InvalidInput, MessageTooLarge, RevisionConflict, ServerError
+from stepwell_server.program import Program, StateSpec, TensorSpec
 
 MAX_MEMBERS = 65_536
 #: Far above every session's, and low enough that the sum of a change's cannot wrap.
@@ -33,8 +31,106 @@ MAX_BATCH_SIZE = 1 << 31
 _ANY = np.uint64(ANY_REVISION)
 _ONLY: Members = np.zeros(1, np.intp)
 _ONLY.flags.writeable = False
+_THERE: Mask = np.ones(1, np.bool_)
 
 Refusals = list[tuple[int, ServerError]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CheckedInputs:
+    """Inputs in the program's order and dtypes."""
+
+    arrays: tuple[Array, ...]
+    """Temporal inputs `(rows, T, ...)` if `steps > 1`, everything else `(rows, ...)`."""
+    steps: int
+    """T."""
+    with_time: bool
+    """The caller gave a time axis, so the reply has one too."""
+
+
+def check_inputs(program: Program, inputs: Tensors, rows: int) -> CheckedInputs:
+    """Check and cast the inputs of `rows` rows. Finite numbers are `finite_rows`' affair.
+
+    Raises:
+        InvalidInput: a name, dtype or shape does not fit.
+    """
+    by_name = _by_name("inputs", inputs, program.inputs)
+    arrays: list[Array] = []
+    times: list[int | None] = []
+    for spec in program.inputs:
+        array = _cast("input", spec.name, by_name[spec.name], spec.dtype)
+        fits = array.shape == (rows, *spec.shape)
+        if spec.temporal:
+            times.append(None if fits else _time_steps(spec, array, rows))
+        elif not fits:
+            raise _shape_error(spec.name, f"{(rows, *spec.shape)}", array)
+        arrays.append(array)
+    time = times[0] if times else None
+    if times.count(time) < len(times):
+        raise _unlike_times(program, times)
+    if time == 1:
+        arrays = [
+            array[:, 0] if spec.temporal else array
+            for spec, array in zip(program.inputs, arrays, strict=True)
+        ]
+    return CheckedInputs(tuple(arrays), time or 1, time is not None)
+
+
+def check_state(program: Program, state: Tensors, rows: int) -> tuple[Array, ...]:
+    """Check and cast a whole state of `rows` rows, in the program's order.
+
+    Raises:
+        InvalidInput: a name, dtype or shape does not fit.
+    """
+    by_name = _by_name("state", state, program.state)
+    return tuple(_check_state_tensor(spec, by_name[spec.name], rows) for spec in program.state)
+
+
+def finite_rows(arrays: Sequence[Array]) -> npt.NDArray[np.bool_] | None:
+    """Which rows hold only finite numbers, `(rows,)`; None if all do."""
+    bad: npt.NDArray[np.bool_] | None = None
+    for array in arrays:
+        if not is_float(array.dtype) or np.logical_and.reduce(np.isfinite(array), axis=None):
+            continue
+        finite = np.isfinite(array).reshape(len(array), -1)
+        bad = np.logical_or(~finite.all(axis=1), False if bad is None else bad)
+    return None if bad is None else ~bad
+
+
+def require_reply(program: Program, rows: int, steps: int, extra: int, limit: int) -> None:
+    """Refuse a run without a session whose outputs and final state, and `extra` bytes, are more than `limit`.
+
+    Raises:
+        MessageTooLarge: they are.
+    """
+    size = _output_bytes(program, rows, steps) + rows * program.state_row_bytes + extra
+    if size > limit:
+        raise _too_large("prediction", size, limit)
+
+
+def require_finite(what: str, arrays: Sequence[Array], names: Sequence[str]) -> None:
+    """Refuse NaN and infinity anywhere in `arrays`.
+
+    Raises:
+        InvalidInput: it names the first tensor at fault and the first index in it.
+    """
+    for array, name in zip(arrays, names, strict=True):
+        if is_float(array.dtype) and not np.isfinite(array).all():
+            raise not_finite(what, name, array)
+
+
+def not_finite(what: str, name: str, array: Array) -> InvalidInput:
+    """The error for an array that holds NaN, infinity or a value too large for its dtype."""
+    where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+    return InvalidInput(
+        f"{what} {name!r} must hold finite numbers within {array.dtype}'s range;"
+        f" got {array[where]} at index {list(where)}"
+    )
+
+
+def is_float(dtype: np.dtype[np.generic]) -> bool:
+    """Whether a dtype is a float type, bfloat16 included."""
+    return dtype.kind == "f" or dtype.name == "bfloat16"
 
 
 def require_lists(change: Change) -> None:
@@ -75,16 +171,15 @@ class Validation:
             ServerError: the change as a whole is refused.
         """
         table = self._table
-        there = handles >= 0
-        all_there = len(handles) == 1 or bool(there.all())
-        models = table.model[handles if all_there else handles[there]]
-        if len(models) > 1 and np.any(models != models[0]):
-            raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
-        change.model = self._models.by_index(int(models[0]))
         change.handles, change.births = handles, table.birth[handles]
         own = table.batch_size[handles].astype(np.intp)
-        change.sizes = self._sizes(change, own, there, all_there=all_there)
-        change.row_count = int(change.sizes[0]) if len(handles) == 1 else int(change.sizes.sum())
+        if len(handles) == 1:  # half of numpy's calls below would find out that it is there
+            there = _THERE
+            change.model = self._models.by_index(int(table.model[handles[0]]))
+            change.sizes = own if change.batch_sizes is None else change.batch_sizes
+            change.row_count, change.members = int(change.sizes[0]), _ONLY
+        else:
+            there = self._look(change, own)
         if change.reset:
             _check_reset(change)
         else:
@@ -93,11 +188,21 @@ class Validation:
         if refused:
             there = there.copy()
             there[[member for member, _ in refused]] = False
-        if not all_there or refused:
             change.members = np.flatnonzero(there)
-        else:
-            change.members = _ONLY if len(handles) == 1 else np.arange(len(handles))
         return refused
+
+    def _look(self, change: Change, own: Rows) -> Mask:
+        """Set the model, the sizes and the members of a change of several sessions; which of them are there."""
+        there: Mask = change.handles >= 0
+        all_there = bool(there.all())
+        models = self._table.model[change.handles if all_there else change.handles[there]]
+        if np.any(models != models[0]):
+            raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
+        change.model = self._models.by_index(int(models[0]))
+        change.sizes = self._sizes(change, own, there, all_there=all_there)
+        change.row_count = int(change.sizes.sum())
+        change.members = np.arange(len(there)) if all_there else np.flatnonzero(there)
+        return there
 
     def _refused(self, change: Change, there: Mask, own: Rows) -> Refusals:
         """Members that are there and are refused; each for the first reason."""
@@ -131,16 +236,15 @@ class Validation:
 def _check_step(change: Change) -> None:
     if change.inputs is None:
         raise InvalidInput("inputs must be given; got none")
-    program = change.model.program
-    known = [spec.name for spec in program.outputs]
-    for name in change.output_names:
-        if name not in known:
-            raise InvalidInput(f"output_names must be among {known}; got {name!r}")
-    rows = change.row_count
+    program, rows = change.model.program, change.row_count
     checked = check_inputs(program, change.inputs, rows)
     change.arrays, change.steps, change.with_time = checked.arrays, checked.steps, checked.with_time
-    if len(set(change.output_names)) != len(change.output_names):
-        raise InvalidInput(f"output_names must name each output once; got {list(change.output_names)}")
+    if change.output_names:
+        _require_outputs(program, change.output_names)
+    if change.select is not Select.NONE:
+        change.reply_bytes += _output_bytes(program, rows, change.steps if change.select is Select.ALL else 1)
+        if change.reply_bytes > change.reply_limit:
+            raise _too_large("step", change.reply_bytes, change.reply_limit)
     if change.reset_rows is not None:
         if len(change.reset_rows) != rows:
             raise InvalidInput(
@@ -148,6 +252,15 @@ def _check_step(change: Change) -> None:
             )
         if not change.reset_rows.any():
             change.reset_rows = None
+
+
+def _require_outputs(program: Program, names: Sequence[str]) -> None:
+    known = [spec.name for spec in program.outputs]
+    for name in names:
+        if name not in known:
+            raise InvalidInput(f"output_names must be among {known}; got {name!r}")
+    if len(set(names)) != len(names):
+        raise InvalidInput(f"output_names must name each output once; got {list(names)}")
 
 
 def _check_reset(change: Change) -> None:
@@ -246,3 +359,96 @@ def _not_finite_member(change: Change, member: int) -> ServerError:
         if is_float(part.dtype) and not np.isfinite(part).all():
             return not_finite("state" if change.reset else "input", name, part)
     raise AssertionError("only called for members that are not finite")
+
+
+def _output_bytes(program: Program, rows: int, steps: int) -> int:
+    each_step, once = program.output_bytes
+    return rows * (each_step * steps + once)
+
+
+def _too_large(what: str, size: int, limit: int) -> MessageTooLarge:
+    return MessageTooLarge(
+        f"the reply to the {what} must be at most {limit} bytes; it would be about {size}: "
+        "ask for fewer time steps at once, or for outputs LAST or NONE",
+        limit_bytes=str(limit),
+        reply_bytes=str(size),
+    )
+
+
+def _by_name(what: str, given: Tensors, specs: Sequence[TensorSpec | StateSpec]) -> Tensors:
+    if len(given) == len(specs):
+        if all(spec.name in given for spec in specs):
+            return given
+        if len(specs) == 1 and "" in given:
+            return {specs[0].name: given[""]}
+    names = [spec.name for spec in specs]
+    missing = [name for name in names if name not in given]
+    extra = [name for name in given if name not in names]
+    raise InvalidInput(
+        f"{what} must name each of {names} once; got {sorted(given)} (missing {missing}, not known {extra})"
+    )
+
+
+def _cast(what: str, name: str, array: Array, dtype: str) -> Array:
+    wanted = _dtype(dtype)
+    if array.dtype == wanted:
+        return array
+    if not _may_cast(array.dtype, wanted):
+        raise InvalidInput(f"{what} {name!r} must have a dtype that fits {wanted}; got {array.dtype}")
+    if wanted.kind in "iub" and array.size:
+        _require_range(what, name, array, wanted)
+    with np.errstate(over="ignore"):  # becomes infinity, which is refused as such
+        return array.astype(wanted)
+
+
+@functools.cache
+def _dtype(name: str) -> np.dtype[np.generic]:
+    return np.dtype(name)
+
+
+def _may_cast(given: np.dtype[np.generic], wanted: np.dtype[np.generic]) -> bool:
+    if is_float(wanted):
+        return is_float(given) or given.kind in "iu"
+    if wanted.kind in "iu":
+        return given.kind in "iu"
+    return False
+
+
+def _require_range(what: str, name: str, array: Array, wanted: np.dtype[np.generic]) -> None:
+    limits = np.iinfo(wanted)  # type: ignore[type-var]
+    low, high = int(array.min()), int(array.max())
+    if low < limits.min or high > limits.max:
+        value = low if low < limits.min else high
+        raise InvalidInput(
+            f"{what} {name!r} must hold values within {wanted}'s range,"
+            f" {limits.min} to {limits.max}; got {value}"
+        )
+
+
+def _time_steps(spec: TensorSpec, array: Array, rows: int) -> int:
+    if array.ndim == len(spec.shape) + 2 and array.shape[0] == rows and array.shape[2:] == spec.shape:
+        if array.shape[1] == 0:
+            raise InvalidInput(f"input {spec.name!r} must have at least one time step; got T = 0")
+        return int(array.shape[1])
+    features = "".join(f", {size}" for size in spec.shape)
+    one = f"({rows}{features})" if spec.shape else f"({rows},)"
+    raise _shape_error(spec.name, f"{one} or ({rows}, T{features})", array)
+
+
+def _shape_error(name: str, wanted: str, array: Array) -> InvalidInput:
+    return InvalidInput(f"input {name!r} must have shape {wanted}; got {array.shape}")
+
+
+def _unlike_times(program: Program, times: Sequence[int | None]) -> InvalidInput:
+    names = [spec.name for spec in program.inputs if spec.temporal]
+    said = ", ".join(
+        f"{name!r}: {'none' if time is None else time}" for name, time in zip(names, times, strict=True)
+    )
+    return InvalidInput(f"inputs must have the same number of time steps; got {said}")
+
+
+def _check_state_tensor(spec: StateSpec, given: Array, rows: int) -> Array:
+    array = _cast("state", spec.name, given, spec.dtype)
+    if array.shape != (rows, *spec.shape):
+        raise InvalidInput(f"state {spec.name!r} must have shape {(rows, *spec.shape)}; got {array.shape}")
+    return array

@@ -19,7 +19,8 @@ from stepwell_server.engine.change import Change, may_join
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.records import Outcome
 from stepwell_server.engine.executors.base import ExecutionError
-from stepwell_server.engine.passes.runner import IN_PLACE_S, Runner
+from stepwell_server.engine.passes.batch import Lane
+from stepwell_server.engine.passes.runner import IN_PLACE_S
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept
 from stepwell_server.engine.types import Array
@@ -38,7 +39,7 @@ class Inline:
         self,
         model: Model,
         table: SessionTable,
-        runner: Runner,
+        lane: Lane,
         committer: Committer,
         *,
         clock: Clock,
@@ -46,7 +47,7 @@ class Inline:
     ) -> None:
         self._model = model
         self._table = table
-        self._runner = runner
+        self._lane = lane
         self._committer = committer
         self._clock = clock
         self._observer = observer
@@ -54,7 +55,7 @@ class Inline:
 
     def run_few(self, changes: list[Change]) -> list[Change]:
         """Run the first of some changes, as long as they are few and plain; return the others."""
-        if len(changes) > MOST or self._model.ready or self._model.cost.of(1) > IN_PLACE_S:
+        if len(changes) > MOST or self._model.ready.rows_waiting or self._model.cost.of(1) > IN_PLACE_S:
             return changes
         for place, change in enumerate(changes):
             if not self._run(change):
@@ -68,7 +69,7 @@ class Inline:
         table, handle = self._table, int(change.handles[0])
         row, started = int(table.row[handle]), self._clock.monotonic()
         try:
-            outputs = self._runner.run_row(row, change.arrays)
+            outputs = self._lane.run_row(row, change.arrays)
         except ExecutionError:  # the pass says what it is
             return False
         except Exception as error:

@@ -92,8 +92,9 @@ class PassLoop:
         if self._running or self._must_wait():
             return
         came = self._inline.run_few(self._inbox.drain())
-        self._admission.admit(joined_where_alike(came))
-        jobs = self._choose()
+        if came:
+            self._admission.admit(joined_where_alike(came))
+        jobs = self._choose() if self._model.ready.rows_waiting else ()
         if jobs:
             self._run(jobs)  # then `_finish`: commit and reply
         else:

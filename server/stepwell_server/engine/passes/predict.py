@@ -10,7 +10,7 @@ import numpy as np
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Predicted, Select
 from stepwell_server.engine.change import cancelled, too_late
-from stepwell_server.engine.checks import CheckedInputs
+from stepwell_server.engine.intake.validation import CheckedInputs
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes.batch import Pass, outputs_of
 from stepwell_server.engine.state.model import Model

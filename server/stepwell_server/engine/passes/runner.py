@@ -16,7 +16,6 @@ from stepwell_server.engine.executors.base import ExecutionError
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes.batch import Lane, Pass
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import Array
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 
@@ -52,10 +51,6 @@ class Runner:
             lane.store(work, 0, work.row_count)
         work.seconds = time.perf_counter() - started
         self._model.cost.learn(work.row_count, lane.spent_s, work.steps)
-
-    def run_row(self, row: int, inputs: Sequence[Array]) -> list[Array]:
-        """Run one time step of one row on the calling thread. See `Lane.run_row`."""
-        return self._lanes[0].run_row(row, inputs)
 
     def try_out(self, work: Pass) -> None:
         """Run a pass on the calling thread for its cost alone; nothing is stored."""

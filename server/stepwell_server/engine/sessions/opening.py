@@ -10,9 +10,9 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Observer, Opened
-from stepwell_server.engine.checks import check_state, require_finite
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.intake.validation import check_state, require_finite
 from stepwell_server.engine.sessions.creation import Creation, Fresh
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, require_session_id

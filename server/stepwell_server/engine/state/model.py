@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.slots import Slots
-from stepwell_server.engine.alarm import Alarm
 from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.state.arena import Arena
 from stepwell_server.engine.state.replies import ReplyMemory
 from stepwell_server.program import Program
 from stepwell_server.store.record import Texts
+
+
+class Alarm:
+    """A call that is due in the next turn of the event loop, however often it is asked for before.
+
+    Rung by whoever has work for the listener. Lives on the event loop.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._listener: Callable[[], None] | None = None
+        self.is_due = False
+        """The listener is called as soon as the event loop is at it."""
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call `listener` after each ring."""
+        self._listener = listener
+
+    def ring(self) -> None:
+        """Have the listener called once."""
+        if not self.is_due and self._listener is not None:
+            self.is_due = True
+            self._loop.call_soon(self._call)
+
+    def _call(self) -> None:
+        self.is_due = False
+        assert self._listener is not None, "only rung with a listener"
+        self._listener()
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -36,8 +65,6 @@ class Model:
     """Of a pass by its rows, on one thread."""
     work: Alarm
     """Rung when something has come for the model's loop."""
-    in_inbox: int = 0
-    """Rows of changes that wait in its inbox."""
 
     @property
     def expected_wait_s(self) -> float:

@@ -15,6 +15,10 @@ from stepwell_server.rpc import convert
 from stepwell_server.rpc.status import to_proto
 
 FrameBody = pb.StepFrame | pb.ResetFrame
+#: Bytes that a member of a reply takes beside its outputs: index, revision, position, replayed index.
+_MEMBER_BYTES = 32
+#: Bytes that a reply takes beside members and elements, with names and shapes of an ordinary model.
+REPLY_BYTES = 512
 
 
 def of_step(request: pb.StepRequest, replies: Replies) -> Change:
@@ -41,6 +45,11 @@ def of_reset(request: pb.ResetStatesRequest, replies: Replies) -> Change:
     change.rows = list(request.rows) or None
     _say_once(change, request)
     return change
+
+
+def limit_reply(change: Change, limit: int) -> None:
+    """Say how large the reply may be, and what of it are no outputs."""
+    change.reply_limit, change.reply_bytes = limit, change.size * _MEMBER_BYTES + REPLY_BYTES
 
 
 def _say_step(change: Change, message: pb.StepRequest | pb.StepFrame) -> None:

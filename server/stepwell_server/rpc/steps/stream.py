@@ -24,10 +24,10 @@ from stepwell_server.rpc.steps.write_queue import WriteQueue
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
+    from stepwell_server.engine.change import Change
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.boundary import RequestObserver
     from stepwell_server.rpc.fronts.base import Call
-    from stepwell_server.rpc.sizes import ReplySizes
 
 _log = Log("rpc.stream")
 #: In place of what a frame holds, with a part that is not its last.
@@ -51,14 +51,14 @@ class FrameStream:
         self,
         engine: Engine,
         clock: Clock,
-        sizes: ReplySizes,
+        max_reply_bytes: int,
         limits: StreamLimits,
         observer: RequestObserver,
         call: Call,
     ) -> None:
         self._engine = engine
         self._clock = clock
-        self._sizes = sizes
+        self._max_reply_bytes = max_reply_bytes
         self._limits = limits
         self._observer = observer
         self._call = call
@@ -164,21 +164,26 @@ class FrameStream:
         change = messages.of_frame(body, frame)
         frame.size = frame.left = change.size
         change.caller, change.deadline = self._caller, self._deadline_of(body)
-        if change.inputs is not None:
-            self._hold(frame, self._sizes.step(change.session_ids, change.inputs, change.select))
+        messages.limit_reply(change, self._max_reply_bytes)
+        frame.change = change
         self._engine.submit(change)
+        self._hold(frame)
 
     def _deadline_of(self, body: messages.FrameBody) -> float:
         if not body.timeout_ms:
             return self.deadline
         return min(self.deadline, self._clock.monotonic() + body.timeout_ms / 1000)
 
-    def _hold(self, frame: _Frame, reply_bytes: int) -> None:
-        frame.held_bytes += reply_bytes
-        self._held_bytes += reply_bytes
+    def _hold(self, frame: _Frame) -> None:
+        """Count the bytes of the reply to come, as soon as the engine has said how many they are."""
+        if frame.change is not None:
+            frame.held_bytes += frame.change.reply_bytes
+            self._held_bytes += frame.change.reply_bytes
+            frame.change = None
 
     def answer(self, frame: _Frame, reply: bytes, *, last: bool) -> None:
         """Send a part of a frame's reply."""
+        self._hold(frame)
         if last:
             del self._pending[frame.frame_id]
         self._reply(frame, reply, last=last)
@@ -216,12 +221,14 @@ class FrameStream:
 class _Frame:
     """A frame whose last part is not written yet: the replies to its change."""
 
-    __slots__ = ("_stream", "frame_id", "held_bytes", "left", "size")
+    __slots__ = ("_stream", "change", "frame_id", "held_bytes", "left", "size")
 
     def __init__(self, stream: FrameStream, frame_id: int, held_bytes: int) -> None:
         self._stream = stream
         self.frame_id = frame_id
         self.held_bytes = held_bytes
+        self.change: Change | None = None
+        """What the engine is asked, until the bytes of the reply are counted."""
         self.size = 0
         """Sessions that it names; 0 if it could not be read."""
         self.left = 0

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from stepwell_server.engine.api import Applied
 from stepwell_server.engine.types import Array
-from stepwell_server.errors import ServerError
+from stepwell_server.errors import ModelNotFound, ServerError
+from stepwell_server.rpc.steps.messages import REPLY_BYTES
 from stepwell_server.rpc.triton.errors import translated, unknown_model
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.metadata import VERSION
@@ -19,34 +20,31 @@ from stepwell_server.rpc.triton.tensors import Inputs, ModelTensors, Tensor, wri
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
-    from stepwell_server.engine.api import ModelInfo
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.rpc.sizes import ReplySizes
-
-_SURELY_FITS_BYTES = 512
-"""Outputs up to here fit into any reply that the settings allow; larger ones are worth a closer look."""
+    from stepwell_server.program import Program
 
 
 class InferModel:
     """A model with what this protocol needs of it."""
 
-    def __init__(self, info: ModelInfo, observer: PassObserver) -> None:
-        self.name = info.name
-        self.program = info.program
-        self.tensors = ModelTensors(info.name, info.program)
-        self.statistics = RequestStatistics(info.name, observer)
+    def __init__(self, name: str, program: Program, observer: PassObserver) -> None:
+        self.name = name
+        self.program = program
+        self.tensors = ModelTensors(name, program)
+        self.statistics = RequestStatistics(name, observer)
 
 
 class Inference:
     """Answers inference requests. Lives on the event loop."""
 
-    def __init__(self, engine: Engine, clock: Clock, sizes: ReplySizes, observer: PassObserver) -> None:
+    def __init__(self, engine: Engine, clock: Clock, max_reply_bytes: int, observer: PassObserver) -> None:
         self._engine = engine
         self._clock = clock
-        self._sizes = sizes
+        self._max_reply_bytes = max_reply_bytes
+        self._observer = observer
         self._sequences = Sequences(engine, clock)
-        self.models = {info.name: InferModel(info, observer) for info in engine.models()}
-        """By name."""
+        self._known: dict[str, InferModel] = {}
+        """What was made of the models that requests have named; which there are, the engine says."""
 
     def model(self, name: str, version: str) -> InferModel:
         """The model of a request.
@@ -54,12 +52,16 @@ class Inference:
         Raises:
             ModelNotFound: it is not served, or not in that version.
         """
-        model = self.models.get(name)
-        if model is None:
-            raise unknown_model(name)
+        try:
+            program = self._engine.program(name)
+        except ModelNotFound:
+            raise unknown_model(name) from None
         if version not in {"", VERSION}:
             raise unknown_model(name, version)
-        return model
+        known = self._known.get(name)
+        if known is None or known.program is not program:
+            known = self._known[name] = InferModel(name, program, self._observer)
+        return known
 
     async def infer(
         self, request: pb.ModelInferRequest, deadline: float, source: object
@@ -97,19 +99,24 @@ class Inference:
         parameters = read_parameters(model.name, request.parameters, keeps_state=bool(model.program.state))
         outputs = model.tensors.requested(request)
         inputs = model.tensors.read(request)
-        if inputs.rows * inputs.steps * model.tensors.output_row_bytes > _SURELY_FITS_BYTES:
-            self._sizes.predict(model.name, inputs.arrays)
         if parameters.timeout_us:
             deadline = min(deadline, self._clock.monotonic() + parameters.timeout_us / 1e6)
         timing.read = time.perf_counter_ns()
         try:
             if parameters.sequence_id is None:
                 predicted = await self._engine.predict(
-                    model.name, inputs.arrays, deadline=deadline, source=source
+                    model.name,
+                    inputs.arrays,
+                    deadline=deadline,
+                    source=source,
+                    reply_limit=self._max_reply_bytes,
+                    reply_bytes=REPLY_BYTES,
                 )
                 timing.run = time.perf_counter_ns()
                 return _response(request, outputs, predicted.outputs), inputs
-            reply = await self._sequences.step(_step_of(model, parameters, inputs, deadline, source))
+            reply = await self._sequences.step(
+                _step_of(model, parameters, inputs, deadline, source, self._max_reply_bytes)
+            )
         except ServerError as error:
             raise translated(error, parameters.sequence_id, model.name) from error
         timing.run = time.perf_counter_ns()
@@ -119,7 +126,12 @@ class Inference:
 
 
 def _step_of(
-    model: InferModel, parameters: Parameters, inputs: Inputs, deadline: float, source: object
+    model: InferModel,
+    parameters: Parameters,
+    inputs: Inputs,
+    deadline: float,
+    source: object,
+    max_reply_bytes: int,
 ) -> SequenceRequest:
     assert parameters.sequence_id is not None, "the caller knows that there is a sequence"
     return SequenceRequest(
@@ -131,6 +143,7 @@ def _step_of(
         inputs=inputs,
         deadline=deadline,
         source=source,
+        max_reply_bytes=max_reply_bytes,
     )
 
 

@@ -10,16 +10,18 @@ opened for it, and closed again if its step fails; one of another batch size is 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import hashlib
+from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stepwell_server.engine.api import Applied, SessionInfo
 from stepwell_server.engine.change import Awaited, Change
-from stepwell_server.engine.checks import check_inputs, require_finite
+from stepwell_server.engine.intake.validation import check_inputs, require_finite
 from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -30,10 +32,9 @@ from stepwell_server.errors import (
     StateCorrupt,
 )
 from stepwell_server.logs import Log
-from stepwell_server.rpc.triton.ended import EndedReplies
+from stepwell_server.rpc.steps.messages import limit_reply
 from stepwell_server.rpc.triton.errors import SequenceId, not_started
 from stepwell_server.rpc.triton.parameters import Parameters
-from stepwell_server.rpc.triton.turns import Turns
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
@@ -44,6 +45,12 @@ if TYPE_CHECKING:
 _log = Log("rpc.triton")
 _UNUSABLE = (SessionGone, ModelMismatch, StateCorrupt)
 """Why there is no sequence to go on with, though there may have been one."""
+MAX_WAITING = 1024
+"""Requests of one sequence that may wait."""
+_MAX_ANSWERS = 10_000
+"""Answers to the last requests of sequences that are kept."""
+_MAX_BYTES = 16 * 1024 * 1024
+"""Of the outputs in them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,6 +66,8 @@ class SequenceRequest:
     deadline: float
     """On the clock's monotonic time."""
     source: object
+    max_reply_bytes: int
+    """That the client can be sent."""
 
 
 def session_id_of(model: str, sequence_id: SequenceId) -> str:
@@ -184,7 +193,9 @@ class Sequences:
 
     @staticmethod
     def _change(request: SequenceRequest, answer: Awaited) -> Change:
-        return Change((request.session_id,), answer, deadline=request.deadline, caller=request.source)
+        change = Change((request.session_id,), answer, deadline=request.deadline, caller=request.source)
+        limit_reply(change, request.max_reply_bytes)
+        return change
 
     def _live(self, request: SequenceRequest) -> SessionInfo:
         self._engine.model_of(request.session_id)  # raises where the session is of a model that is not served
@@ -218,3 +229,68 @@ class Sequences:
                     " request, and its answer was lost with the server's process",
                     cause="ALREADY_APPLIED",
                 )
+
+
+class EndedReplies:
+    """The latest answers to requests with END and a request id. Held in memory, so not after a restart."""
+
+    def __init__(self) -> None:
+        self._replies: OrderedDict[tuple[str, int], Applied] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, session_id: str, request_id: int) -> Applied | None:
+        """What that request was answered, marked as replayed; None if it is not known."""
+        return self._replies.get((session_id, request_id))
+
+    def put(self, session_id: str, request_id: int, reply: Applied) -> None:
+        """Keep an answer, and forget the oldest ones if there are too many or they are too large."""
+        kept = dataclasses.replace(
+            reply, outputs={name: array.copy() for name, array in reply.outputs.items()}, replayed=True
+        )
+        old = self._replies.pop((session_id, request_id), None)
+        self._bytes += _size(kept) - (0 if old is None else _size(old))
+        self._replies[session_id, request_id] = kept
+        while len(self._replies) > _MAX_ANSWERS or self._bytes > _MAX_BYTES:
+            self._bytes -= _size(self._replies.popitem(last=False)[1])
+
+
+def _size(reply: Applied) -> int:
+    return sum(array.nbytes for array in reply.outputs.values())
+
+
+class Turns:
+    """Lines of waiting requests, one for each sequence that has a request at work. On one event loop."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, deque[asyncio.Future[None]]] = {}
+
+    async def take(self, key: str) -> None:
+        """Return when everybody who came before has given the turn on. Without others, at once.
+
+        Raises:
+            Overloaded: too many wait.
+        """
+        line = self._lines.get(key)
+        if line is None:
+            self._lines[key] = deque()
+            return
+        if len(line) >= MAX_WAITING:
+            raise Overloaded(f"{MAX_WAITING} requests of the sequence wait already", 0.1)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        line.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it was given just now, and will not be used
+                self.give(key)
+            raise
+
+    def give(self, key: str) -> None:
+        """Let the next one take its turn."""
+        line = self._lines[key]
+        while line:
+            turn = line.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        del self._lines[key]

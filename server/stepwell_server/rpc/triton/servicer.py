@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from google.protobuf import empty_pb2
+from google.protobuf.message import Message
+
+from stepwell_server.errors import Unsupported
+from stepwell_server.rpc.boundary import Boundary, Serve
+from stepwell_server.rpc.fronts.base import Call
 from stepwell_server.rpc.triton import metadata
 from stepwell_server.rpc.triton.infer import Inference
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
-from stepwell_server.rpc.triton.model_config import model_config
+from stepwell_server.rpc.triton.metadata import model_config
 from stepwell_server.rpc.triton.stream import InferStream
 
 if TYPE_CHECKING:
@@ -15,7 +22,6 @@ if TYPE_CHECKING:
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.boundary import RequestObserver
     from stepwell_server.rpc.fronts.base import Call
-    from stepwell_server.rpc.sizes import ReplySizes
     from stepwell_server.rpc.steps.stream import StreamLimits
     from stepwell_server.rpc.triton.statistics import PassObserver
 
@@ -29,7 +35,7 @@ class TritonServicer:
         self,
         engine: Engine,
         clock: Clock,
-        sizes: ReplySizes,
+        max_reply_bytes: int,
         limits: StreamLimits,
         observer: RequestObserver,
         passes: PassObserver,
@@ -38,7 +44,7 @@ class TritonServicer:
         self._clock = clock
         self._limits = limits
         self._observer = observer
-        self._inference = Inference(engine, clock, sizes, passes)
+        self._inference = Inference(engine, clock, max_reply_bytes, passes)
         self._streams: set[InferStream] = set()
         self._stopping = False
         self._ready = True
@@ -53,7 +59,7 @@ class TritonServicer:
 
     async def model_ready(self, request: pb.ModelReadyRequest, _call: Call) -> pb.ModelReadyResponse:
         """Whether a model takes requests."""
-        is_served = request.name in self._inference.models and request.version in {"", metadata.VERSION}
+        is_served = request.name in self._engine.model_names() and request.version in {"", metadata.VERSION}
         return pb.ModelReadyResponse(ready=is_served and self._is_ready)
 
     async def server_metadata(
@@ -80,7 +86,7 @@ class TritonServicer:
         if request.name:
             models = [self._inference.model(request.name, request.version)]
         else:
-            models = [self._inference.models[name] for name in sorted(self._inference.models)]
+            models = [self._inference.model(name, "") for name in self._engine.model_names()]
         return pb.ModelStatisticsResponse(model_stats=[model.statistics.message() for model in models])
 
     async def model_infer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
@@ -121,3 +127,32 @@ class TritonServicer:
         self._stopping = True
         for stream in self._streams:
             stream.stop()
+
+
+_SHARED_MEMORY = "shared memory is not supported; send tensors in the messages"
+_REPOSITORY = "models are loaded when the server starts; there is no model repository to control"
+_REASONS = {
+    "RepositoryIndex": _REPOSITORY,
+    "RepositoryModelLoad": _REPOSITORY,
+    "RepositoryModelUnload": _REPOSITORY,
+    "SystemSharedMemoryStatus": _SHARED_MEMORY,
+    "SystemSharedMemoryRegister": _SHARED_MEMORY,
+    "SystemSharedMemoryUnregister": _SHARED_MEMORY,
+    "CudaSharedMemoryStatus": _SHARED_MEMORY,
+    "CudaSharedMemoryRegister": _SHARED_MEMORY,
+    "CudaSharedMemoryUnregister": _SHARED_MEMORY,
+    "TraceSetting": "request tracing is not supported",
+    "LogSettings": "log settings are made when the server starts: --log-level, --log-format",
+}
+
+
+def unsupported_methods(boundary: Boundary) -> Mapping[str, Serve]:
+    """What serves each of them, by its name. What they are sent is not looked at."""
+    return {name: _refuse(boundary, name, reason) for name, reason in _REASONS.items()}
+
+
+def _refuse(boundary: Boundary, method: str, reason: str) -> Serve:
+    async def behaviour(_request: Any, _call: Call) -> Message:
+        raise Unsupported(f"{method}: {reason}")
+
+    return boundary.unary(method, behaviour, empty_pb2.Empty)

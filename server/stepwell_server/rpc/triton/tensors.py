@@ -10,13 +10,68 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from stepwell_server.engine.types import Array
 from stepwell_server.errors import InvalidInput, Unsupported
 from stepwell_server.program import Program, TensorSpec
-from stepwell_server.rpc.triton import contents
-from stepwell_server.rpc.triton.datatypes import Datatype, of_numpy
 from stepwell_server.rpc.triton.errors import about
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Datatype:
+    """A type of elements that tensors can have."""
+
+    name: str
+    """The protocol's: FP32."""
+    numpy_name: str
+    """float32."""
+    number: pb.DataType.ValueType
+    """Of a model configuration: TYPE_FP32."""
+    contents_field: str
+    """Field of InferTensorContents; \"\" if the type can come as raw bytes only."""
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        """NumPy's."""
+        if self.numpy_name == "bfloat16":
+            import ml_dtypes  # only where a model has such tensors
+
+            bfloat16: np.dtype[np.generic] = np.dtype(ml_dtypes.bfloat16)
+            return bfloat16
+        return np.dtype(self.numpy_name)
+
+
+_ALL = (
+    Datatype("BOOL", "bool", pb.TYPE_BOOL, "bool_contents"),
+    Datatype("UINT8", "uint8", pb.TYPE_UINT8, "uint_contents"),
+    Datatype("UINT16", "uint16", pb.TYPE_UINT16, "uint_contents"),
+    Datatype("UINT32", "uint32", pb.TYPE_UINT32, "uint_contents"),
+    Datatype("UINT64", "uint64", pb.TYPE_UINT64, "uint64_contents"),
+    Datatype("INT8", "int8", pb.TYPE_INT8, "int_contents"),
+    Datatype("INT16", "int16", pb.TYPE_INT16, "int_contents"),
+    Datatype("INT32", "int32", pb.TYPE_INT32, "int_contents"),
+    Datatype("INT64", "int64", pb.TYPE_INT64, "int64_contents"),
+    Datatype("FP16", "float16", pb.TYPE_FP16, ""),
+    Datatype("FP32", "float32", pb.TYPE_FP32, "fp32_contents"),
+    Datatype("FP64", "float64", pb.TYPE_FP64, "fp64_contents"),
+    Datatype("BF16", "bfloat16", pb.TYPE_BF16, ""),
+)
+_BY_NUMPY_NAME = {datatype.numpy_name: datatype for datatype in _ALL}
+CONTENTS_FIELDS = {
+    **{datatype.contents_field: datatype.name for datatype in _ALL if datatype.contents_field},
+    "int_contents": "INT32",
+    "uint_contents": "UINT32",
+    "bytes_contents": "BYTES",
+}
+"""Fields of InferTensorContents, and what their elements are called."""
+
+
+def of_numpy(name: str) -> Datatype:
+    """The type that NumPy calls `name`. Every dtype of a program has one."""
+    return _BY_NUMPY_NAME[name]
+
 
 MAX_BATCH_SIZE = 1024
 """Rows of a request at most; what models are said to take in their configuration."""
@@ -53,9 +108,6 @@ class ModelTensors:
         self._model = model
         self.inputs = {spec.name: Tensor(spec) for spec in program.inputs}
         self.outputs = {spec.name: Tensor(spec) for spec in program.outputs}
-        values = [(tensor.dims, tensor.dtype.itemsize) for tensor in self.outputs.values()]
-        self.output_row_bytes = sum(math.prod(dims) * size for dims, size in values)
-        """Size of one row of all outputs at one time step."""
 
     def read(self, request: pb.ModelInferRequest) -> Inputs:
         """The inputs of a request.
@@ -166,7 +218,7 @@ class ModelTensors:
         what = f"input '{given.name}' for model '{self._model}'"
         where = f"input tensor '{given.name}' for model '{self._model}'"
         array = (
-            None if data is not None else contents.read(given.contents, tensor.datatype, tensor.dtype, where)
+            None if data is not None else _read_contents(given.contents, tensor.datatype, tensor.dtype, where)
         )
         size = len(data or b"") if array is None else array.nbytes
         needed = math.prod(shape) * tensor.dtype.itemsize
@@ -175,7 +227,7 @@ class ModelTensors:
                 f"{about(request_id)}input byte size mismatch for {what}. Expected {needed}, got {size}"
             )
         if array is None:
-            array = contents.from_raw(data or b"", tensor.dtype, where)
+            array = _from_raw(data or b"", tensor.dtype, where)
         return array.reshape(shape)
 
 
@@ -235,3 +287,47 @@ def _shape_note(tensor: Tensor) -> str:
 
 def _quoted(names: Sequence[str]) -> str:
     return f"[{','.join(repr(name) for name in names)}]"
+
+
+def _from_raw(data: bytes, dtype: np.dtype[np.generic], where: str) -> Array:
+    """A read-only view of raw contents, `(n,)`. The size must be a multiple of the elements'.
+
+    Raises:
+        InvalidInput: a boolean is neither 0 nor 1.
+    """
+    if dtype.kind != "b":
+        return np.frombuffer(data, dtype)
+    octets = np.frombuffer(data, np.uint8)
+    if octets.size and octets.max() > 1:
+        raise InvalidInput(f"each byte of BOOL {where} must be 0 or 1, got {octets.max()}")
+    return octets.view(np.bool_)
+
+
+def _read_contents(
+    given: pb.InferTensorContents, datatype: Datatype, dtype: np.dtype[np.generic], where: str
+) -> Array:
+    """Elements that came one by one, `(n,)`.
+
+    Raises:
+        InvalidInput: they are of another type, of several types, or out of the type's range.
+    """
+    filled = [name for name in CONTENTS_FIELDS if len(getattr(given, name))]
+    if not filled:
+        return np.empty(0, dtype)
+    if not datatype.contents_field:
+        raise InvalidInput(f"unexpected explicit tensor data for {where}: {datatype.name} needs raw contents")
+    wrong = [name for name in filled if name != datatype.contents_field]
+    if wrong:
+        raise InvalidInput(
+            f"unexpected explicit tensor data for {where} of type '{CONTENTS_FIELDS[wrong[0]]}', expected"
+            f" datatype '{datatype.name}'"
+        )
+    values = np.array(getattr(given, datatype.contents_field))
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)  # type: ignore[type-var]
+        for value in (int(values.min()), int(values.max())):
+            if not limits.min <= value <= limits.max:
+                raise InvalidInput(
+                    f"explicit tensor data for {where} must be within {limits.min} to {limits.max}, got {value}"
+                )
+    return values.astype(dtype)
