@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import signal
 import threading
@@ -17,6 +16,7 @@ import pytest
 import stepwell
 from support.scripted_server import MODEL, Fault, ScriptedServer
 from support.served import Served, local_server
+from support.waiting_line import WaitingLine
 
 THREADS = 64
 STEPS = 12
@@ -45,18 +45,6 @@ def at_once(use: Callable[[int], Any], count: int) -> list[Any]:
         return [one.result(WAIT_S) for one in [threads.submit(run, i) for i in range(count)]]
 
 
-class Line(collections.deque[Any]):
-    """A line that says who has come."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.arrived = threading.Semaphore(0)
-
-    def append(self, member: Any) -> None:
-        super().append(member)
-        self.arrived.release()
-
-
 class Held:
     """A client with a call and a frame under way that are not answered before `release`: who steps, waits."""
 
@@ -65,7 +53,7 @@ class Held:
         self.client = stepwell.connect(server.address, **kwargs)
         # No time passes: the frame under way stays young.
         self.client._sender._clock = lambda: 0.0
-        self.line = self.client._sender._waiting = Line()
+        self.line = WaitingLine.of(self.client._sender)
         self.threads = futures.ThreadPoolExecutor(40)
         gates = [server.hold(method) for method in ("Step", "StepStream")]
         self._gates = [gate for gate, _ in gates]

@@ -70,13 +70,6 @@ class Served:
             drawn[spec.name] = values.astype(spec.dtype)
         return drawn
 
-    def draw_state(self, model: str, rows: int, seed: int | None = None) -> dict[str, Array]:
-        rng = np.random.default_rng(seed)
-        return {
-            spec.name: rng.standard_normal((rows, *spec.shape)).astype(spec.dtype)
-            for spec in self.infos[model].state
-        }
-
     @contextlib.contextmanager
     def session(self, model: str, batch_size: int = 1, steps: int = 3) -> Iterator[str]:
         """A session that has a past: a state that is not the model's initial one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -238,7 +237,3 @@ def rows_of(answers: Sequence[Answer], sizes: Sequence[int]) -> dict[int, dict[s
             start = end
         assert all(len(array) == start for array in outputs.values())
     return found
-
-
-def bytes_needed(shape: Sequence[int], size: int = 4) -> int:
-    return math.prod(shape) * size

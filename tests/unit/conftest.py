@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from support.durable import Disk
 from support.engine import STORES
 
 # What a flush to disk costs is no concern of these tests.
@@ -38,3 +39,11 @@ def store_kind(request: pytest.FixtureRequest) -> Iterator[str]:
         STORES.folder = Path(folder)
         yield STORES.kind
     STORES.kind = "memory"
+
+
+@pytest.fixture
+def disk(store_kind: str) -> Iterator[Disk]:
+    """A data directory of that kind, and the engines that use it one after the other."""
+    found = Disk()
+    yield found
+    found.close()

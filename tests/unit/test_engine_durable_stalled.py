@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -35,13 +35,6 @@ CHANGES: dict[str, Callable[[Harness], Awaitable[Any]]] = {
 @pytest.fixture(params=[False, True], ids=["here", "threads"])
 def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     return {"threads": request.param}
-
-
-@pytest.fixture
-def disk() -> Iterator[Disk]:
-    found = Disk()
-    yield found
-    found.close()
 
 
 async def turns() -> None:
