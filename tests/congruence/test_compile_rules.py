@@ -50,7 +50,7 @@ def _cuts(example: Callable[[Any], Any]) -> Any:
             tf.TensorSpec(shape, tf.float32)
         )
         outputs = {str(i): tensor for i, tensor in enumerate(function.outputs)}
-        sides.append(Cut(scale, function, tuple(function.inputs[:1]), outputs, (), (), ()))
+        sides.append(Cut(scale, function, tuple(function.inputs[:1]), outputs, (), (), (), {}))
     return Cuts((True,), SCALES, *sides)
 
 

@@ -102,18 +102,36 @@ def test_what_no_trust_can_mend_is_refused_all_the_same(name: str) -> None:
         _prove(case)
 
 
-def test_what_is_different_from_some_length_on_is_found_on_either_side_of_the_traces(tmp_path: Any) -> None:
-    """Below the first trace's length it is for the samples to find."""
+@pytest.mark.parametrize(
+    "layer",
+    [
+        odd("other_above_a_length", 300),
+        odd("other_above_a_length_by_tensors", 300),
+        odd("other_for_one_step"),
+        odd("another_number_for_one_step"),
+        odd("other_below_a_length_in_wiring"),
+    ],
+    ids=["300", "300_by_tensors", "one_step", "number", "wiring"],
+)
+def test_what_is_different_for_one_step_is_found_in_its_graph(
+    layer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs is the graph of one step: it must be the one that was proven on hundreds."""
     from stepwell_server.compile.causality.cut import SCALES
-    from stepwell_server.compile.pipeline import compile_model
+    from stepwell_server.compile.probe import trace_and_probe
 
-    assert SCALES.first.steps < evidence.STEPS
-    case = before_rnn("other_above_300", odd("other_above_a_length_by_tensors", 300))
-    case.build().save(tmp_path / "model.keras")
+    assert SCALES.first.steps > 300
+    monkeypatch.setattr(evidence, "gather", _not_reached)
+    case = before_rnn("other", layer)
     with pytest.raises(
-        NotCausalError, match=r"step by step: output 'rnn' differs from Keras by .* from some number of"
+        NotCausalError,
+        match=r"the layer '\w+' \(Apply\) computes something else for one time step than for many",
     ):
-        compile_model(tmp_path / "model.keras", tmp_path)
+        trace_and_probe(case.build())
+
+
+def _not_reached(*_args: Any) -> Any:
+    raise AssertionError("the graph alone must refuse")
 
 
 def _plain_draw(self: Sampler, rng: Any, temporal: Any, steps: int) -> Any:

@@ -299,6 +299,22 @@ def other_above_a_length_by_tensors(layer: Apply, x: Any) -> Any:
     return x * (1.0 + tf.cast(tf.shape(x)[1] > layer.n, "float32"))
 
 
+@kind
+def other_for_one_step(layer: Apply, x: Any) -> Any:
+    return ops.relu6(x) if x.shape[1] == 1 else ops.relu(x)
+
+
+@kind
+def another_number_for_one_step(layer: Apply, x: Any) -> Any:
+    return x * (0.5 if x.shape[1] == 1 else 1.0)
+
+
+@kind
+def other_below_a_length_in_wiring(layer: Apply, x: Any) -> Any:
+    one, two = ops.tanh(x), ops.relu(x)
+    return one - two if x.shape[1] == 1 else two - one
+
+
 # --- rows ----------------------------------------------------------------------------------------------------
 
 

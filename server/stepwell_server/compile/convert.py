@@ -12,6 +12,10 @@ from stepwell_server.compile.errors import gist
 from stepwell_server.compile.rewrite import rewritten
 from stepwell_server.compile.tensorflow_setup import tf
 
+#: LiteRT reduces the argument of these to a period in a way that loses digits from 1e7 on, and leaves [-1, 1] from 1e9
+#: on: a clock in seconds or milliseconds is such a number.
+_INEXACT = frozenset({"Sin", "Cos"})
+
 
 class ConversionError(Exception):
     """The step cannot be converted. The message is one clause for people."""
@@ -44,8 +48,12 @@ def to_litert(function: Any, folder: Path) -> None:
     """Write the frozen ``function`` as ``program.tflite``, of built-in operators only.
 
     Raises:
-        ConversionError: LiteRT has no built-in operators for it.
+        ConversionError: LiteRT has no built-in operators for it, or some that are wrong for large numbers.
     """
+    inexact = sorted(_INEXACT & _kinds(function.graph))
+    if inexact:
+        names = " and ".join(inexact).lower()
+        raise ConversionError(f"its {names} {'is' if len(inexact) == 1 else 'are'} wrong for large numbers")
     holder = tf.Module()
     holder.step = function
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
@@ -73,6 +81,17 @@ def to_tensorflow(function: Any, model: Any, folder: Path) -> None:
         )
     except Exception as error:  # TensorFlow raises whatever it likes here.
         raise ConversionError(gist(error)) from error
+
+
+def _kinds(graph: Any) -> set[str]:
+    """Return what kinds of operations there are, in functions that are called too."""
+    found = {op.type for op in graph.get_operations()}
+    for function in graph._functions.values():
+        if hasattr(function, "graph"):
+            found |= _kinds(function.graph)
+        else:  # One of an imported graph has its definition only.
+            found |= {node.op for node in function.definition.node_def}
+    return found
 
 
 def _complaint(text: str) -> str:

@@ -66,16 +66,16 @@ def gather(plan: Plan, sampler: Sampler, steps: int) -> list[Evidence]:
         ModelError: two calls differ, a row moves when another one is disturbed, or Keras's call fails.
     """
     rng, base = np.random.default_rng(17), rounding(plan.interface.model)
-    held = frozenset(sampler.tables)
+    held, kept = frozenset(sampler.tables), sampler.exact
     temporal = plan.temporal
     inputs = sampler.hard(rng, temporal, steps)
     disturbed, times = sampler.disturbed(rng, temporal, inputs)
     whole = _whole_call(plan.interface)
     with _explained(steps):
         usual, again = whole(inputs), whole(inputs)
-        noisy = whole(_noisy(rng, inputs, base, held))
+        noisy = whole(_noisy(rng, inputs, base, held, kept))
         moved = whole(disturbed)
-        moved_noisy = whole(_noisy(rng, disturbed, base, held))
+        moved_noisy = whole(_noisy(rng, disturbed, base, held, kept))
     for spec in plan.outputs:
         name, timed = spec.name, spec.temporal
         if not _same(usual[name], again[name]):
@@ -141,9 +141,16 @@ def compared_share(plan: Stepped, samples: Sequence[Evidence], tolerance: float)
 
 
 def observe(
-    plan: Stepped, interface: Interface, inputs: Sequence[Array], steps: int, held: frozenset[int]
+    plan: Stepped,
+    interface: Interface,
+    inputs: Sequence[Array],
+    steps: int,
+    held: frozenset[int],
+    kept: Sequence[float],
 ) -> Evidence:
-    """Call the model on given sequences, and once more with noise of one rounding on them, but for ``held`` inputs.
+    """Call the model on given sequences, and once more with noise of one rounding on them.
+
+    But for ``held`` inputs, and for values that are exactly one of ``kept``.
 
     Raises:
         ModelError: Keras's call fails.
@@ -151,7 +158,7 @@ def observe(
     whole, base = _whole_call(interface), rounding(interface.model)
     with _explained(steps):
         usual = whole(inputs)
-        noisy = whole(_noisy(np.random.default_rng(19), inputs, base, held))
+        noisy = whole(_noisy(np.random.default_rng(19), inputs, base, held, kept))
     return Evidence(steps, tuple(inputs), usual, _noise(plan, usual, noisy))
 
 
@@ -211,11 +218,16 @@ def _whole_call(interface: Interface) -> _Whole:
 
 
 def _noisy(
-    rng: np.random.Generator, inputs: Sequence[Array], base: float, held: frozenset[int]
+    rng: np.random.Generator,
+    inputs: Sequence[Array],
+    base: float,
+    held: frozenset[int],
+    kept: Sequence[float],
 ) -> list[Array]:
     """Return inputs with a change of one rounding in each number.
 
-    Not in indices, nor where a whole input holds integers as floats: a rounding would make others of them.
+    Not in indices, nor where a whole input holds integers as floats: a rounding would make others of them. Nor in
+    ``kept`` values, which the model compares with: a rounding would turn a masked time step into one that counts.
     """
     noisy: list[Array] = []
     for i, value in enumerate(inputs):
@@ -223,7 +235,9 @@ def _noisy(
             noisy.append(value)
             continue
         signs = rng.choice([-1.0, 1.0], value.shape)
-        noisy.append(np.asarray(value.astype(np.float64) * (1 + signs * base), value.dtype))
+        moved = np.asarray(value.astype(np.float64) * (1 + signs * base), value.dtype)
+        exact = np.isin(value, np.asarray(kept, value.dtype))
+        noisy.append(np.where(exact, value, moved))
     return noisy
 
 

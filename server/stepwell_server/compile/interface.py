@@ -35,10 +35,10 @@ class Interface:
         """The model declares its inputs; a subclassed one only shows what it was first called with."""
         return hasattr(getattr(self.model, "_functional", None) or self.model, "_inputs_struct")
 
-    def call(self, tensors: Sequence[Any]) -> dict[str, Any]:
+    def call(self, tensors: Sequence[Any], *, training: bool | None = False) -> dict[str, Any]:
         """Call the model as at inference; returns its outputs by name, in its order."""
         args, kwargs = self._pack(tensors)
-        result = self.model(*args, training=False, **kwargs)
+        result = self.model(*args, training=training, **kwargs)
         flat = keras.tree.flatten(result)
         return dict(zip(self._output_names or _names_of(result), flat, strict=True))
 

@@ -41,16 +41,21 @@ def compare(model: Path, program: Program, data: Path | None) -> Comparison:
         inputs: Sequence[Array] = sampler.hard(np.random.default_rng(23), temporal, steps)
     else:
         inputs, steps = read(data, program.inputs, sampler.tables)
-    sample = _observe(program, interface, inputs, steps, frozenset(sampler.tables))
+    sample = _observe(program, interface, inputs, steps, frozenset(sampler.tables), sampler.exact)
     stepped = run(program, step_of_executor(load_executor(program)), inputs, steps)
     return evidence.compare(program, sample, stepped, tolerance(loaded))
 
 
 def _observe(
-    program: Program, interface: Interface, inputs: Sequence[Array], steps: int, held: frozenset[int]
+    program: Program,
+    interface: Interface,
+    inputs: Sequence[Array],
+    steps: int,
+    held: frozenset[int],
+    kept: Sequence[float],
 ) -> Evidence:
     casts = [np.asarray(value, spec.dtype) for value, spec in zip(inputs, program.inputs, strict=True)]
-    return evidence.observe(program, interface, casts, steps, held)
+    return evidence.observe(program, interface, casts, steps, held, kept)
 
 
 def read(

@@ -28,12 +28,12 @@ def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def relaxed(model: Any) -> Iterator[None]:
+def relaxed(model: Any, *, has_dropout: bool = False) -> Iterator[None]:
     """Let a model run at any batch size and any number of time steps, statelessly.
 
     Checks against the saved input shape are off (a saved batch size or number of time steps is no part of
     what the model computes), ``stateful`` layers start from their initial state and keep nothing, dropout
-    masks are not prepared (it changes a seed, which cannot be frozen).
+    masks are not prepared (it changes a seed, which cannot be frozen) but for ``has_dropout``.
     """
     with contextlib.ExitStack() as stack:
         for layer in model._flatten_layers():
@@ -41,7 +41,8 @@ def relaxed(model: Any) -> Iterator[None]:
                 stack.enter_context(attribute(layer, "_assert_input_compatibility", _nothing))
             if isinstance(layer, keras.layers.RNN):
                 stack.enter_context(attribute(layer, "stateful", False))
-                stack.enter_context(attribute(layer, "_maybe_config_dropout_masks", _nothing))
+                if not has_dropout:
+                    stack.enter_context(attribute(layer, "_maybe_config_dropout_masks", _nothing))
         yield
 
 

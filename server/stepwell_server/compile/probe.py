@@ -11,7 +11,8 @@ import numpy as np
 
 from stepwell_server.compile import evidence
 from stepwell_server.compile.causality.blame import length_problem, loop_problem, named, refusal_of
-from stepwell_server.compile.causality.cut import CutError, Cuts, LoopError, cut
+from stepwell_server.compile.causality.cut import Cut, CutError, Cuts, LoopError, cut, cut_one_step
+from stepwell_server.compile.causality.one_step import require_same
 from stepwell_server.compile.causality.proof import Unadmitted, prove
 from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.errors import ModelError, NotCausalError, gist
@@ -22,6 +23,7 @@ from stepwell_server.compile.samples import Sampler, make_sampler
 from stepwell_server.compile.sequences import run, step_of_function, tolerance, worst
 from stepwell_server.compile.trace import trace
 from stepwell_server.compile.watch import Observation, watch
+from stepwell_server.compile.whole_call import refuse_kept_states, refuse_training
 from stepwell_server.program import Proof, ProofOptions
 
 #: Two lengths that tell a time axis from a feature axis, and two that try the ends.
@@ -79,9 +81,11 @@ def _try(
         raise length_problem(interface, temporal, error) from error
     with _explained(f"the model does not run on sequences of {' and '.join(map(str, _LENGTHS))} time steps"):
         sampler = dataclasses.replace(make_sampler(interface, temporal), compared=cuts.compared())
-    unproven = _admit(cuts, sampler, options)
+    refuse_kept_states(interface, cuts)
+    unproven = _admit(interface, cuts, sampler, options)
     with _explained(f"the model does not run on sequences of {' and '.join(map(str, _LENGTHS))} time steps"):
         seen = [_observe(sampler, temporal, steps, rng) for steps in _LENGTHS]
+        refuse_training(sampler, temporal)
     plan = make_plan(sampler.interface, temporal, seen[0], seen[1])
     with _explained("the model does not run on a sequence of one time step"):
         function = trace(plan)
@@ -102,7 +106,7 @@ def _try(
     return traced
 
 
-def _admit(cuts: Cuts, sampler: Sampler, options: ProofOptions) -> str:
+def _admit(interface: Interface, cuts: Cuts, sampler: Sampler, options: ProofOptions) -> str:
     """Return what the graph leaves open and the user answers for, or "" where it leaves nothing open.
 
     Raises:
@@ -110,11 +114,22 @@ def _admit(cuts: Cuts, sampler: Sampler, options: ProofOptions) -> str:
     """
     try:
         prove(cuts)
+        require_same(cuts, _one_step(interface, cuts))
     except Unadmitted as found:
         if not options.trust or found.reason in _NEVER_TRUSTED:
             raise refusal_of(sampler, cuts.temporal, found) from found
         return f"{named(sampler.interface.model, found.layer)} {found}"
     return ""
+
+
+def _one_step(interface: Interface, cuts: Cuts) -> Cut:
+    try:
+        return cut_one_step(interface, cuts)
+    except CutError as error:
+        who = "it" if error.layer is None else named(interface.model, error.layer)
+        raise ModelError(
+            f"the model does not run on a sequence of one time step, which is what a step is: {who} fails ({error})"
+        ) from error
 
 
 def _own_steps(interface: Interface, temporal: Sequence[bool]) -> list[int | None]:

@@ -39,6 +39,11 @@ class Sampler:
     compared: tuple[float, ...] = ()
     """Numbers that the model's graph compares with: tokens that mean something, thresholds."""
 
+    @property
+    def exact(self) -> tuple[float, ...]:
+        """Numbers that mean something as they are: half a rounding beside them they do not."""
+        return (*self.mask_values, *self.compared)
+
     def draw(
         self, rng: np.random.Generator, temporal: Sequence[bool], steps: int, rows: int = ROWS
     ) -> tuple[Array, ...]:

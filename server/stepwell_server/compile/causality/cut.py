@@ -10,8 +10,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import enum
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stepwell_server.compile.causality.axes import Scale, Scales
@@ -40,6 +41,15 @@ _KNOWN_LOOPS = {
 
 _Loop = tuple[str, int]
 """A call of a recurrent layer: its path, and which call of it this is."""
+
+
+class _Way(enum.Enum):
+    """What becomes of a loop in a trace."""
+
+    FOLLOWS = "it goes along the sequence, and is left out"
+    PART = "it is too long, over something else, and is left out"
+    OTHER = "it goes over other rows, or over more or fewer time steps for each one, and is left out"
+    WHOLE = "it runs over something else, and stays"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +95,7 @@ class Cut:
     """Calls over a part of the sequence or more than it, or over other rows: their loops are left out too."""
     owners: tuple[tuple[int, int, Any], ...]
     """Ranges of operations (first, end) and the layer that made them; inner layers before outer ones."""
+    ways: Mapping[_Loop, _Way]
 
     @property
     def graph(self) -> Any:
@@ -136,8 +147,15 @@ class LoopError(CutError):
 class _Tracing:
     """One trace in progress."""
 
-    def __init__(self, interface: Interface, scale: Scale, inner: frozenset[_Loop]) -> None:
-        self.interface, self.scale, self.inner = interface, scale, inner
+    def __init__(
+        self,
+        interface: Interface,
+        scale: Scale,
+        inner: frozenset[_Loop],
+        told: Mapping[_Loop, _Way] | None = None,
+    ) -> None:
+        self.interface, self.scale, self.inner, self.told = interface, scale, inner, told
+        self.ways: dict[_Loop, _Way] = {}
         self.short = 0 if scale in _SMALL else _SHORT
         self.calls: list[CutCall] = []
         self.long: dict[_Loop, CutCall] = {}
@@ -152,6 +170,7 @@ class _Tracing:
         self.calls.clear()  # Called again where TensorFlow traces twice.
         self.owners.clear()
         self.long.clear()
+        self.ways.clear()
         self.counts.clear()
         self.inputs = tensors
         model = self.interface.model
@@ -191,23 +210,27 @@ class _Tracing:
             rows, steps, *_ = keras.tree.flatten(sequences)[0].shape
             self.counts[path] += 1
             loop = (path, self.counts[path])
-            if steps % self.scale.steps or rows % self.scale.rows:
-                if steps > self.short and loop not in self.inner:
-                    results, self.long[loop] = self._cut(path, layer, sequences, initial_state, mask)
-                    return results
+            way = self._way(loop, rows, steps) if self.told is None else self.told.get(loop, _Way.WHOLE)
+            self.ways[loop] = way
+            if way is _Way.WHOLE:
                 return original(
                     sequences=sequences, initial_state=initial_state, mask=mask, training=training
                 )
-            if (rows, steps) != (self.scale.rows, self.scale.steps):
-                results, call = self._cut(path, layer, sequences, initial_state, mask)
-                problem = _other_rows(path, layer, rows, steps, self.scale)
-                self.long[loop] = dataclasses.replace(call, problem=problem)
-                return results
             results, call = self._cut(path, layer, sequences, initial_state, mask)
-            self.calls.append(call)
+            if way is _Way.FOLLOWS:
+                self.calls.append(call)
+            else:
+                problem = "" if way is _Way.PART else _other_rows(path, layer, rows, steps, self.scale)
+                self.long[loop] = dataclasses.replace(call, problem=problem)
             return results
 
         return inner_loop
+
+    def _way(self, loop: _Loop, rows: int, steps: int) -> _Way:
+        if steps % self.scale.steps or rows % self.scale.rows:
+            return _Way.PART if steps > self.short and loop not in self.inner else _Way.WHOLE
+        same = (rows, steps) == (self.scale.rows, self.scale.steps)
+        return _Way.FOLLOWS if same else _Way.OTHER
 
     def _cut(
         self, path: str, layer: Any, sequences: Any, initial_state: Any, mask: Any
@@ -258,6 +281,16 @@ def cut(interface: Interface, temporal: Sequence[bool], scales: Scales = SCALES)
     return Cuts(tuple(temporal), scales, one[0], two[0])
 
 
+def cut_one_step(interface: Interface, cuts: Cuts) -> Cut:
+    """Trace the model on one time step, as it is served, with its loops left out as they were on many.
+
+    Raises:
+        CutError: it does not run on one time step.
+    """
+    scale = Scale(rows=cuts.first.scale.rows, steps=1)
+    return _cut(interface, cuts.temporal, scale, told=cuts.first.ways)[0]
+
+
 def _refuse_loops(interface: Interface, temporal: Sequence[bool]) -> None:
     """Refuse what makes operations for each time step, before it does so for thousands of them."""
     try:
@@ -272,7 +305,11 @@ def _refuse_loops(interface: Interface, temporal: Sequence[bool]) -> None:
 
 
 def _cut(
-    interface: Interface, temporal: Sequence[bool], scale: Scale, inner: frozenset[_Loop] = frozenset()
+    interface: Interface,
+    temporal: Sequence[bool],
+    scale: Scale,
+    inner: frozenset[_Loop] = frozenset(),
+    told: Mapping[_Loop, _Way] | None = None,
 ) -> tuple[Cut, dict[_Loop, int]]:
     """Trace the model on sequences of ``scale.steps`` time steps.
 
@@ -288,7 +325,7 @@ def _cut(
         features = info.shape[2:] if timed else info.shape[1:]
         shape = (scale.rows, *((scale.steps,) if timed else ()), *features)
         signature.append(tf.TensorSpec(shape, info.dtype))
-    tracing = _Tracing(interface, scale, inner)
+    tracing = _Tracing(interface, scale, inner, told)
     try:
         function = _traced(tracing.run, signature)
     except ModelError:
@@ -305,6 +342,7 @@ def _cut(
         calls=tuple(tracing.calls),
         parts=tuple(tracing.long.values()),
         owners=tuple(tracing.owners),
+        ways=dict(tracing.ways),
     )
     return found, {
         loop: call.sequences[0].shape[1] for loop, call in tracing.long.items() if not call.problem

@@ -102,7 +102,7 @@ class _Walk:
         frame = self.follow()
         for one, two in zip(self.first.calls, self.second.calls, strict=True):
             self._check_cell(frame, one, two)
-        places = {op.name: index for index, op in self._needed(self.first)}
+        places = {op.name: index for index, op in needed(self.first)}
         return Proof(
             self.first.calls,
             {
@@ -120,14 +120,14 @@ class _Walk:
         for graph, scope in ((self.first.graph, self.first), (self.second.graph, self.second)):
             self._refuse_effects(graph, scope)
         values = self._seeds()
-        evaluators = (Evaluator(_captured(self.first)), Evaluator(_captured(self.second)))
-        ops = [self._needed(side) for side in (self.first, self.second)]
+        evaluators = (Evaluator(captured(self.first)), Evaluator(captured(self.second)))
+        ops = [needed(side) for side in (self.first, self.second)]
         frame = _Frame(self, values, evaluators)
         frame.pair(self.first.inputs, self.second.inputs)
         for call, other in zip(self.first.calls, self.second.calls, strict=True):
             frame.pair((*call.now, *call.before), (*other.now, *other.before))
         parts = {tensor.name: call for call in self.first.parts for tensor in (call.outputs, *call.last)}
-        for index, one, two in _side_by_side(ops[0], ops[1], self._blamed):
+        for index, one, two in side_by_side(ops[0], ops[1], blamed(self.first, self.second)):
             if one.outputs and one.outputs[0].name in parts:
                 call = parts[one.outputs[0].name]
                 if call.problem:
@@ -142,12 +142,6 @@ class _Walk:
             except Refusal as refusal:
                 raise Unadmitted(refusal.reason, self.first.owner(index), str(refusal)) from refusal
         return frame
-
-    def _blamed(self, index: int, other: int) -> Any:
-        """Return the layer where the graphs part: the earlier one of those that stand there."""
-        one, two = self.first.owner(index), self.second.owner(other)
-        is_over = any(layer is two and end <= index for _, end, layer in self.first.owners)
-        return two if is_over else one
 
     def _seeds(self) -> dict[str, _Value]:
         """Return what is known before the walk: the inputs, and what each cell is given."""
@@ -169,30 +163,6 @@ class _Walk:
         if one is call.outputs:
             return Data(((BATCH,), (TIME,), *rest[2:]))
         return Data(((BATCH,), *rest[1:]), ends=True)
-
-    def _needed(self, side: Cut) -> list[tuple[int, Any]]:
-        """Return the operations that the outputs need, in the graph's order, with their places in it."""
-        loops = {
-            placeholder.name: call
-            for call in (*side.calls, *side.parts)
-            for placeholder in (call.outputs, *call.last)
-        }
-        waiting = [*side.outputs.values()]
-        for call in side.calls:
-            waiting += _into(call)
-        seen: set[str] = set()
-        while waiting:
-            tensor = waiting.pop()
-            op = tensor.op
-            if op.name in seen:
-                continue
-            seen.add(op.name)
-            if op.type not in OF_SHAPES:
-                waiting += op.inputs
-            for output in op.outputs:
-                if output.name in loops:
-                    waiting += _into(loops[output.name])
-        return [(i, op) for i, op in enumerate(side.graph.get_operations()) if op.name in seen]
 
     def _check_call(self, frame: _Frame, name: str) -> None:
         """What a loop is given must follow the sequence, and begin from a constant."""
@@ -278,6 +248,31 @@ class _Walk:
                     )
 
 
+def needed(side: Cut) -> list[tuple[int, Any]]:
+    """Return the operations that the outputs need, in the graph's order, with their places in it."""
+    loops = {
+        placeholder.name: call
+        for call in (*side.calls, *side.parts)
+        for placeholder in (call.outputs, *call.last)
+    }
+    waiting = [*side.outputs.values()]
+    for call in side.calls:
+        waiting += _into(call)
+    seen: set[str] = set()
+    while waiting:
+        tensor = waiting.pop()
+        op = tensor.op
+        if op.name in seen:
+            continue
+        seen.add(op.name)
+        if op.type not in OF_SHAPES:
+            waiting += op.inputs
+        for output in op.outputs:
+            if output.name in loops:
+                waiting += _into(loops[output.name])
+    return [(i, op) for i, op in enumerate(side.graph.get_operations()) if op.name in seen]
+
+
 def _with_called(op: Any, seen: frozenset[str] = frozenset()) -> Iterator[Any]:
     """Yield an operation and those of the functions that it calls."""
     yield op
@@ -312,7 +307,8 @@ def _of_step(one: Any, two: Any, call: CutCall) -> Data:
     return Data(((BATCH,), *(normal((size.first,)) for size in found[1:])))
 
 
-def _captured(side: Cut) -> dict[str, Any]:
+def captured(side: Cut) -> dict[str, Any]:
+    """Return the values of the placeholders that stand for what a graph captured, by name."""
     return {inner.name: value for value, inner in side.graph.captures}
 
 
@@ -326,10 +322,21 @@ def _variable(op: Any, scope: Cut) -> str:
     return str(op.type)
 
 
-def _side_by_side(
+def blamed(first: Cut, second: Cut) -> Callable[[int, int], Any]:
+    """Return what says which layer is at fault where two graphs part: the earlier one of those that stand there."""
+
+    def layer(index: int, other: int) -> Any:
+        one, two = first.owner(index), second.owner(other)
+        is_over = any(layer is two and end <= index for _, end, layer in first.owners)
+        return two if is_over else one
+
+    return layer
+
+
+def side_by_side(
     first: Sequence[tuple[int, Any]],
     second: Sequence[tuple[int, Any]],
-    blamed: Callable[[int, int], Any],
+    at_fault: Callable[[int, int], Any],
 ) -> Iterable[tuple[int, Any, Any]]:
     """Yield the operations of both graphs in pairs.
 
@@ -338,12 +345,12 @@ def _side_by_side(
     """
     for (index, one), (other, two) in zip(first, second, strict=False):
         if one.type != two.type or len(one.inputs) != len(two.inputs):
-            raise Unadmitted(Reason.LENGTH, blamed(index, other), _OTHERWISE)
+            raise Unadmitted(Reason.LENGTH, at_fault(index, other), _OTHERWISE)
         yield index, one, two
     if len(first) != len(second):
         ended = min(len(first), len(second))
         index, other = (ops[min(ended, len(ops) - 1)][0] for ops in (first, second))
-        raise Unadmitted(Reason.LENGTH, blamed(index, other), _OTHERWISE)
+        raise Unadmitted(Reason.LENGTH, at_fault(index, other), _OTHERWISE)
 
 
 class _Frame:
@@ -458,7 +465,7 @@ class _Frame:
         frame = _Frame(self.walk, values, (Evaluator(given[0]), Evaluator(given[1])))
         frame.pair(graphs[0].inputs, graphs[1].inputs)
         ops = [_needed_by(graph.outputs, graph) for graph in graphs]
-        for _, first, second in _side_by_side(ops[0], ops[1], lambda _one, _two: None):
+        for _, first, second in side_by_side(ops[0], ops[1], lambda _one, _two: None):
             frame.enter(first, second)
         frame.require_alike(graphs[0].outputs, graphs[1].outputs)
         if any(output.name not in frame.values for output in graphs[0].outputs):
