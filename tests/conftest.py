@@ -8,8 +8,6 @@ import shutil
 import signal
 import tempfile
 
-from support.programs import run_folder
-
 
 def pytest_configure() -> None:
     """Keep servers' data apart, and let Ctrl-C be what it is on a terminal, for the processes that tests start too.
@@ -17,6 +15,9 @@ def pytest_configure() -> None:
     A shell ignores SIGINT for what it starts in the background, and children inherit that: then a test
     that interrupts a server or a command would wait in vain.
     """
+    # Here, not above: a worker of pytest-xdist reads this file before it measures coverage.
+    from support.programs import run_folder
+
     # made here, so that the processes among which pytest-xdist divides the tests find it
     run_folder()
     # what a server keeps on disk unless it is told where: not among the sessions of whoever runs the tests

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from stepwell.testing import LocalServer
-from support import programs
+if TYPE_CHECKING:
+    # What is tested is imported inside: a worker of pytest-xdist reads this before it measures coverage.
+    from stepwell.testing import LocalServer
 
 ROOT = Path(__file__).resolve().parents[2]
 Build = Callable[[str, Path], Path]
@@ -46,6 +47,8 @@ def wheel(build: Build, root: Path) -> Path:
 @pytest.fixture(scope="session")
 def model_path() -> Path:
     """The model of the examples: three features in, one forecast out at each time step."""
+    from support import programs
+
     return programs.saved("forecast", _forecast).path
 
 
@@ -59,11 +62,15 @@ def _forecast() -> Any:
 @pytest.fixture(scope="session")
 def compiled() -> Path:
     """A cache of compiled models for all servers of these tests."""
+    from support import programs
+
     return programs.cache_dir()
 
 
 @pytest.fixture(scope="session")
 def server(model_path: Path, compiled: Path) -> Iterator[LocalServer]:
     """A server of the model `forecast`."""
+    from stepwell.testing import LocalServer
+
     with LocalServer(models={"forecast": model_path}, cache_dir=compiled, start_timeout_s=100) as running:
         yield running
