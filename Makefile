@@ -43,20 +43,25 @@ $(MODEL): | $(INSTALLED)
 serve: $(INSTALLED) $(MODEL) ## Serve the demo's model (trained first if need be) until Ctrl-C
 	$(BIN)/stepwell serve temperature=$(MODEL)
 
+# Whole runs are divided among so many processes; a few tests, named by ARGS, are faster in one.
+WORKERS ?= 2
+ALL := $(if $(ARGS),,--numprocesses $(WORKERS) --dist worksteal)
+
 .PHONY: test
-test: $(INSTALLED) ## Run all tests; ARGS="tests/unit -k slots" runs some
-	$(BIN)/pytest $(ARGS)
+test: $(INSTALLED) ## Run all tests (five minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores
+	$(BIN)/pytest $(ALL) $(ARGS)
 
 .PHONY: test-unit
-test-unit: $(INSTALLED) ## Run the unit tests (under a minute on an idle machine; ARGS="-k slots" runs some)
-	$(BIN)/pytest tests/unit $(ARGS)
+test-unit: $(INSTALLED) ## Run the unit tests (half a minute; ARGS="-k slots" runs some)
+	$(BIN)/pytest tests/unit $(ALL) $(ARGS)
 
 .PHONY: coverage
 coverage: $(INSTALLED) ## Run all tests, and fail if they cover less than the floor in pyproject.toml
-	$(BIN)/pytest --cov --cov-report=term $(ARGS)
+	$(BIN)/pytest --cov --cov-report=term $(ALL) $(ARGS)
 
 .PHONY: soak
-soak: $(INSTALLED) ## Kill servers a thousand times under load and check every change (about ten minutes; ARGS="--kills 50 --seed 7")
+soak: $(INSTALLED) ## Try all of what `make test` samples, then kill servers a thousand times under load (fifteen minutes; ARGS="--kills 50 --seed 7" only kills)
+	$(if $(ARGS),,TEST_ALL=1 $(BIN)/pytest $(ALL) $$(grep -rl "from support.samples" tests/unit tests/congruence))
 	$(BIN)/python tests/fault/soak.py $(ARGS)
 
 .PHONY: fuzz-models

@@ -6,10 +6,13 @@ pyproject.toml and, as exact versions, in a file of constraints.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,12 +27,22 @@ def environment(name: str) -> Path:
     folder = TOOLS / name
     programs = folder / "bin"
     stamp = folder / "requirements.sha256"
-    if not ((programs / "python").exists() and stamp.exists() and stamp.read_text() == wanted):
-        print(f"Making an environment in {folder.relative_to(ROOT)}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        install(name, *requirements)
-        stamp.write_text(wanted)
+    with _alone(name):
+        if not ((programs / "python").exists() and stamp.exists() and stamp.read_text() == wanted):
+            print(f"Making an environment in {folder.relative_to(ROOT)}", file=sys.stderr)
+            subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+            _install(name, *requirements)
+            stamp.write_text(wanted)
     return programs
+
+
+@contextlib.contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Let one process at a time change an environment: tests run in several."""
+    TOOLS.mkdir(exist_ok=True)
+    with (TOOLS / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def group(name: str) -> list[str]:
@@ -40,6 +53,11 @@ def group(name: str) -> list[str]:
 
 def install(name: str, *requirements: str) -> None:
     """Install into an environment that is there."""
+    with _alone(name):
+        _install(name, *requirements)
+
+
+def _install(name: str, *requirements: str) -> None:
     python = str(TOOLS / name / "bin" / "python")
     command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     constraints = ["--constraint", str(ROOT / f"constraints-{name}.txt")]

@@ -15,6 +15,11 @@ def pytest_configure() -> None:
     A shell ignores SIGINT for what it starts in the background, and children inherit that: then a test
     that interrupts a server or a command would wait in vain.
     """
+    # Here, not above: a worker of pytest-xdist reads this file before it measures coverage.
+    from support.programs import run_folder
+
+    # made here, so that the processes among which pytest-xdist divides the tests find it
+    run_folder()
     # what a server keeps on disk unless it is told where: not among the sessions of whoever runs the tests
     folder = tempfile.mkdtemp(prefix="stepwell-data-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

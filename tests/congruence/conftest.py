@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from support.served import Served, serve
+if TYPE_CHECKING:
+    # What is tested is imported inside: a worker of pytest-xdist reads this before it measures coverage.
+    from support.served import Served
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served() -> Iterator[Served]:
     """One server of all models of `support.served`, for all tests."""
-    with serve(tmp_path_factory.getbasetemp() / "served") as running:
+    from support.served import serve
+
+    with serve() as running:
         yield running

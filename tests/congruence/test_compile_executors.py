@@ -11,19 +11,15 @@ import pytest
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.executors.padded import chunks
-from support.compiled import Compiled, compile_zoo
+from support.compiled import Compiled, compile_anew, zoo_model
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-def _compiled(name: str, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    return compile_zoo(name, tmp_path_factory.mktemp(name))
-
-
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    return _compiled("fixed_length_tokens", tmp_path_factory)
+def tokens() -> Compiled:
+    return zoo_model("fixed_length_tokens")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +31,7 @@ def tokens_on_tensorflow(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "to_litert", refuse)
-        return compile_zoo("fixed_length_tokens", tmp_path_factory.mktemp("tf"))
+        return compile_anew("fixed_length_tokens", tmp_path_factory.mktemp("tf"))
 
 
 def _token_step(executor: Executor, tokens: list[int]) -> list[Any]:
@@ -90,11 +86,9 @@ def test_two_executors_of_one_program_are_independent(tokens: Compiled) -> None:
         assert np.array_equal(value, other)
 
 
-def test_tensors_that_pass_through_survive_new_inputs_and_the_carry(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
+def test_tensors_that_pass_through_survive_new_inputs_and_the_carry() -> None:
     """The swapper's next state is its input and its other state: filling the inputs must not change them."""
-    executor = load_executor(_compiled("swapper", tmp_path_factory).program)
+    executor = load_executor(zoo_model("swapper").program)
     executor.bind(2)
     drawn = np.random.default_rng(4).standard_normal((6, 2, 3)).astype("float32")
     for i in range(2):
@@ -128,10 +122,10 @@ def test_a_damaged_artefact_is_a_value_error(tokens: Compiled, tmp_path: Path) -
         load_executor(dataclasses.replace(tokens.program, path=tmp_path, executor="tensorflow"))
 
 
-def test_padding_runs_only_the_listed_sizes(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_padding_runs_only_the_listed_sizes() -> None:
     import dataclasses
 
-    compiled = _compiled("lstm_dense", tmp_path_factory)
+    compiled = zoo_model("lstm_dense")
     plain = load_executor(compiled.program)
     padded = load_executor(dataclasses.replace(compiled.program, batch_sizes=(2, 8)))
     drawn = np.random.default_rng(5).standard_normal((19, 3)).astype("float32")
@@ -167,11 +161,11 @@ def test_rows_are_cut_into_the_listed_sizes(
 
 
 @pytest.mark.parametrize("name", ["lstm_dense", "lstm_last_only", "gru_reset_after"])
-def test_the_step_is_lean(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_step_is_lean(name: str) -> None:
     """No reshaping between layers and no product over shapes unknown: one delegate takes the whole step."""
     from ai_edge_litert.interpreter import Interpreter
 
-    program = _compiled(name, tmp_path_factory).program
+    program = zoo_model(name).program
     interpreter = Interpreter(model_path=str(program.path / "program.tflite"), num_threads=1)
     interpreter.allocate_tensors()
     operations = [item["op_name"] for item in interpreter._get_ops_details()]

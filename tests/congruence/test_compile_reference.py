@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from support.compiled import compile_zoo
+from support.compiled import zoo_model
 from support.reference import gru_step, lstm_step
 
 # Keras calls numpy in a way that numpy 2 deprecates.
@@ -21,8 +20,8 @@ def _weights(layer: Any) -> list[Any]:
     return [np.array(weight, np.float64) for weight in layer.weights]
 
 
-def test_lstm(tmp_path: Path) -> None:
-    compiled = compile_zoo("lstm_dense", tmp_path)
+def test_lstm() -> None:
+    compiled = zoo_model("lstm_dense")
     kernel, recurrent, bias = _weights(compiled.model.get_layer("lstm"))
     dense, offset = _weights(compiled.model.get_layer("y"))
     (x,) = compiled.draw(1, ROWS, STEPS)
@@ -36,8 +35,8 @@ def test_lstm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "reset_after"), [("gru_reset_after", True), ("gru_reset_before", False)])
-def test_gru(name: str, reset_after: bool, tmp_path: Path) -> None:
-    compiled = compile_zoo(name, tmp_path)
+def test_gru(name: str, reset_after: bool) -> None:
+    compiled = zoo_model(name)
     weights = _weights(compiled.model.get_layer("gru"))
     (x,) = compiled.draw(1, ROWS, STEPS)
     h = np.zeros((ROWS, 5))

@@ -60,11 +60,12 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "none.keras")
 
 
-def test_a_file_of_random_bytes_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [np.random.default_rng(1).bytes(5000), b"", b"hello\n" * 100])
+def test_a_file_of_anything_is_refused(content: bytes, tmp_path: Path) -> None:
     from stepwell_server.compile.archive import load_model
 
     file = tmp_path / "noise.keras"
-    file.write_bytes(np.random.default_rng(1).bytes(5000))
+    file.write_bytes(content)
     with pytest.raises(ModelError, match=r"not a \.keras file"):
         load_model(file)
 

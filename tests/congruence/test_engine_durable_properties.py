@@ -35,9 +35,10 @@ from support.play import (
     opens,
     simple,
 )
+from support.samples import examples
 
 SETTINGS = settings(
-    max_examples=80,
+    max_examples=examples(80),
     deadline=None,
     report_multiple_bugs=False,
     derandomize="CI" in os.environ,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.executors import load_executor
-from support.compiled import Compiled, compile_zoo
+from support.compiled import Compiled, zoo_model
 from support.engine import Harness, running
 from support.reference import lstm_step
 
@@ -40,8 +40,8 @@ OTHERS = 500
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    return compile_zoo(request.param, tmp_path_factory.mktemp(request.param))
+def kind(request: pytest.FixtureRequest) -> Compiled:
+    return zoo_model(request.param)
 
 
 def at_time(kind: Compiled, inputs: list[Any], rows: slice, time: slice | int) -> dict[str, Any]:
@@ -163,10 +163,8 @@ async def test_stepping_in_any_portions_is_keras_on_the_whole_sequence(kind: Com
             assert shown(predicted.state) == await final_state(at, "one")
 
 
-async def test_an_lstm_is_the_lstm_of_the_papers_also_from_a_state_that_is_set(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    compiled = compile_zoo("lstm_dense", tmp_path_factory.mktemp("reference"))
+async def test_an_lstm_is_the_lstm_of_the_papers_also_from_a_state_that_is_set() -> None:
+    compiled = zoo_model("lstm_dense")
     layer, head = compiled.model.get_layer("lstm"), compiled.model.get_layer("y")
     kernel, recurrent, bias, dense, offset = (
         np.array(w, np.float64) for w in (*layer.weights, *head.weights)
@@ -186,8 +184,8 @@ async def test_an_lstm_is_the_lstm_of_the_papers_also_from_a_state_that_is_set(
         np.testing.assert_allclose(state["lstm/c"], c, atol=2e-6)
 
 
-async def test_a_token_out_of_range_fails_alone_among_fifty(tmp_path_factory: pytest.TempPathFactory) -> None:
-    compiled = compile_zoo("embedding_mask_zero", tmp_path_factory.mktemp("tokens"))
+async def test_a_token_out_of_range_fails_alone_among_fifty() -> None:
+    compiled = zoo_model("embedding_mask_zero")
     tokens = np.random.default_rng(8).integers(0, 9, 51).astype(np.int32)
     ids = [f"s{i}" for i in range(51)]
     async with serving(compiled) as at, serving(compiled) as without:

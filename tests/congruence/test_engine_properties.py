@@ -12,9 +12,10 @@ from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
 from support.engine import running
 from support.play import IDLE_S, NAMES, Action, Open, Play, Shape, programs, shapes
+from support.samples import examples
 
 SETTINGS = settings(
-    max_examples=400,
+    max_examples=examples(400),
     deadline=None,
     report_multiple_bugs=False,
     derandomize="CI" in os.environ,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,19 @@ X = np.ones((1, FEATURES), np.float32)
 # The last of many attempts may be cut short by the time limit.
 GAVE_UP = (stepwell.UnavailableError, stepwell.DeadlineExceededError)
 DURABILITIES = ["sync", "async"]
+
+
+def refused(call: Callable[..., Any]) -> Any:
+    """A change that the store cannot keep. It is tried for as long as it takes to be told so: longer if others compute."""
+    ended: Any = None
+    for limit_s in (0.3, 3.0, 30.0):
+        with pytest.raises(GAVE_UP) as caught:
+            call(timeout_s=limit_s)
+        ended = caught.value
+        if "No space left" in str(ended):
+            break
+    assert "No space left" in str(ended)
+    return ended
 
 
 @pytest.mark.parametrize("durability", DURABILITIES)
@@ -33,10 +49,8 @@ def test_writes_that_fail(tmp_path: Path, durability: str) -> None:
         for _ in range(2):
             driver.wait_acknowledged(100)
             server.tell("fail")
-            with pytest.raises(GAVE_UP, match="No space left"):
-                session.step(X, timeout_s=0.3)
-            with pytest.raises(GAVE_UP, match="No space left"):
-                client.open_session(MODEL, session_id="another", timeout_s=0.3)
+            refused(functools.partial(session.step, X))
+            refused(functools.partial(client.open_session, MODEL, session_id="another"))
             assert session.get_state().revision == client.session_info("mine").revision == session.revision
             server.tell("well")
             session.step(X)
@@ -59,11 +73,9 @@ def test_a_change_that_was_refused_is_made_once(tmp_path: Path, durability: str)
     ):
         session, group = client.open_session(MODEL), client.open_sessions(MODEL, 16)
         server.tell("fail")
-        with pytest.raises(GAVE_UP, match="No space left"):
-            session.step(X, timeout_s=0.2)
-        with pytest.raises(GAVE_UP, match="No space left") as refused:
-            group.step(np.ones((16, FEATURES)), timeout_s=0.2)
-        assert len(refused.value.failures) == 16
+        refused(functools.partial(session.step, X))
+        ended = refused(functools.partial(group.step, np.ones((16, FEATURES))))
+        assert len(ended.failures) == 16
         server.tell("well")
         session.reset_states()
         group.reset_states()
@@ -83,9 +95,9 @@ async def test_writes_that_do_not_come_back(tmp_path: Path) -> None:
             await asyncio.to_thread(server.tell, "stall")
             waiting = [asyncio.ensure_future(session.step(X)) for session in sessions[:4]]
             await asyncio.to_thread(server.wait_for, "stalled")
-            assert (await idle.get_state(timeout_s=5.0)).revision == 0
-            assert (await client.session_info(idle.id, timeout_s=5.0)).revision == 0
-            y, _ = await client.predict(MODEL, X, timeout_s=5.0)
+            assert (await idle.get_state(timeout_s=60.0)).revision == 0
+            assert (await client.session_info(idle.id, timeout_s=60.0)).revision == 0
+            y, _ = await client.predict(MODEL, X, timeout_s=60.0)
             assert np.array_equal(y, before[0])
             for session in sessions[4:]:
                 with pytest.raises(stepwell.DeadlineExceededError):

@@ -40,7 +40,7 @@ def test_the_second_process_is_refused_until_the_first_is_killed(tmp_path: Path)
         assert e.value.holder is not None
         assert e.value.holder.pid == process.pid
         process.kill()
-        process.wait(timeout=10)
+        process.wait(timeout=200)
         store = opened(tmp_path)
         assert store.tombstone("left") is not None
         store.close()

@@ -65,7 +65,7 @@ def test_bytes_that_are_no_frame(served: Served, name: str) -> None:
         other.send(pb.StepStreamRequest(frame_id=1))
         assert other.receive().frame_id == 1
         call: Any = served.wire.channel.stream_stream(f"/{SERVICE}/StepStream")
-        stream = call(iter([GARBAGE[name]]), timeout=20)
+        stream = call(iter([GARBAGE[name]]), timeout=200)
         refused = wire.refusal(lambda: list(stream))
         refused.expect("INVALID_ARGUMENT", "INVALID_INPUT", "must be a stepwell.v1.StepStreamRequest")
         other.send(pb.StepStreamRequest(frame_id=2))
@@ -134,7 +134,7 @@ def test_damaged_messages_are_served_or_refused_with_a_reason(served: Served, se
 def _served_or_refused(served: Served, rpc: str, raw: bytes) -> None:
     call: Any = served.wire.channel.unary_unary(f"/{SERVICE}/{rpc}")
     try:
-        call(raw, timeout=20)
+        call(raw, timeout=200)
     except grpc.RpcError as error:
         refused = wire.of_call(error)
         assert refused.reason in KNOWN.get(refused.code, ()), (rpc, raw, refused)
@@ -160,7 +160,7 @@ def test_damaged_frames_are_answered_one_by_one(served: Served, seed: int) -> No
                 try:
                     answers = [
                         pb.StepStreamResponse.FromString(a)
-                        for a in call(iter([damaged(message, rng)]), timeout=20)
+                        for a in call(iter([damaged(message, rng)]), timeout=200)
                     ]
                 except grpc.RpcError as error:
                     wire.of_call(error).expect("INVALID_ARGUMENT", "INVALID_INPUT", "StepStreamRequest")
@@ -203,7 +203,7 @@ def by_stream(served: Served, good: Any, raw: bytes, neighbour: str) -> tuple[ob
     try:
         answers = [
             pb.StepStreamResponse.FromString(a)
-            for a in call(iter([first.SerializeToString(), raw]), timeout=20)
+            for a in call(iter([first.SerializeToString(), raw]), timeout=200)
         ]
     except grpc.RpcError as error:
         return wire.of_call(error).code, "no frame"
@@ -236,7 +236,7 @@ def by_call(served: Served, raw: bytes) -> tuple[object, ...]:
     if step.request_ids:
         request.request_id = step.request_ids[0]
     try:
-        answer = served.wire.sessions.Step(request, timeout=20)
+        answer = served.wire.sessions.Step(request, timeout=200)
     except grpc.RpcError as error:
         return wire.of_call(error).reason, {}
     return answer.revision, answer.position, frame.frame_id, wire.data(answer.outputs)

@@ -34,7 +34,7 @@ GOOD_IDS = ["0", "00", "a", "x" * 256, "user 42", "Jürgen/42", "日本", "🙂"
 
 
 def count(served: Served) -> int:
-    return served.wire.sessions.ListSessions(pb.ListSessionsRequest(page_size=1), timeout=20).total
+    return served.wire.sessions.ListSessions(pb.ListSessionsRequest(page_size=1), timeout=200).total
 
 
 @pytest.mark.parametrize("name", BAD_IDS)

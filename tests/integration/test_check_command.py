@@ -15,7 +15,8 @@ import pytest
 import stepwell
 from stepwell_server.compile import cache
 from support import models, models_trusted
-from support.server_process import Forecast, ServerProcess, forecast
+from support.programs import Saved
+from support.server_process import ServerProcess, forecast
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -30,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def swapped(tmp_path_factory: pytest.TempPathFactory) -> Forecast:
+def swapped(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """A model in whose place the cache holds the program of another one, as a broken compiler would make it."""
     folder = tmp_path_factory.mktemp("swapped")
     known = forecast()
@@ -39,12 +40,12 @@ def swapped(tmp_path_factory: pytest.TempPathFactory) -> Forecast:
         known.cache_dir / cache.cache_key(known.path, ()),
         folder / "cache" / cache.cache_key(folder / "other.keras", ()),
     )
-    return Forecast(folder / "other.keras", folder / "cache")
+    return Saved(folder / "other.keras", folder / "cache")
 
 
 def _check(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "stepwell", "check", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
 def test_a_good_model_passes_on_ones_own_data(data: Path) -> None:
@@ -58,7 +59,7 @@ def test_a_good_model_passes_on_ones_own_data(data: Path) -> None:
     assert sum(line.split()[0] in {"step", "steps"} for line in lines if line.startswith("   ")) == 14
 
 
-def test_a_model_that_is_not_what_runs_is_found_out(data: Path, swapped: Forecast) -> None:
+def test_a_model_that_is_not_what_runs_is_found_out(data: Path, swapped: Saved) -> None:
     arguments = (str(swapped.path), "--cache-dir", str(swapped.cache_dir), "--data", str(data))
     done = _check(*arguments)
     assert done.returncode == 1, done.stderr
@@ -90,13 +91,11 @@ def test_the_cache_is_that_of_serve_and_an_end_by_signal_leaves_nothing_behind(t
         assert process.stderr.readline() == "load...\n"
         process.terminate()
         assert "interrupted" in process.stderr.read()
-        assert process.wait(60) == 130
+        assert process.wait(200) == 130
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_start_checks_with_ones_own_data_and_is_refused_if_they_differ(
-    data: Path, swapped: Forecast
-) -> None:
+def test_a_start_checks_with_ones_own_data_and_is_refused_if_they_differ(data: Path, swapped: Saved) -> None:
     known = forecast()
     arguments = ("--listen", "127.0.0.1:0", "--check-with", f"forecast={data}")
     with ServerProcess(f"forecast={known.path}", "--cache-dir", str(known.cache_dir), *arguments) as server:
@@ -136,7 +135,7 @@ def test_trust_is_shown_wherever_the_model_is(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=200,
         ).stdout
         server.signal()
         _, _, err = server.finish()

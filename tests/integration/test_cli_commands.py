@@ -18,37 +18,17 @@ from click.testing import CliRunner, Result
 import stepwell
 from stepwell.cli import main
 from stepwell.testing import LocalServer
+from support import programs
 
 MODELS = {"forecast": "lstm_dense", "several": "several_inputs_and_outputs"}
 Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models, saved, and the cache of their programs."""
-    folder = tmp_path_factory.mktemp("cli")
-    save_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
-    paths = {name: folder / f"{name}.keras" for name in MODELS}
-    with LocalServer(models=paths, cache_dir=folder / "cache") as server:
+def address() -> Iterator[str]:
+    paths = {name: programs.zoo(kind).path for name, kind in MODELS.items()}
+    with LocalServer(models=paths, cache_dir=programs.cache_dir(), start_timeout_s=100) as server:
         yield server.address
-
-
-def save_models(folder: Path) -> None:
-    """In a process of its own, so that this one never loads TensorFlow."""
-    code = (
-        "import json, sys\n"
-        "from support import models\n"
-        "for name, kind in json.loads(sys.argv[1]).items():\n"
-        "    models.build(kind).save(f'{sys.argv[2]}/{name}.keras')\n"
-    )
-    command = [sys.executable, "-c", code, json.dumps(MODELS), str(folder)]
-    tests = Path(__file__).resolve().parents[1]
-    subprocess.run(command, cwd=tests, capture_output=True, timeout=100, check=True)
 
 
 @pytest.fixture
@@ -372,21 +352,21 @@ def test_ctrl_c_is_quiet() -> None:
         connection, _ = silent.accept()  # the command is under way, and gets no answer
         with connection:
             process.send_signal(signal.SIGINT)
-            output = process.communicate(timeout=60)
+            output = process.communicate(timeout=200)
 
     assert output == (b"", b"")
     assert process.returncode == 130
 
 
-def test_serve_and_stop(address: str, folder: Path) -> None:
+def test_serve_and_stop(address: str, tmp_path: Path) -> None:
     arguments = [
-        f"m={folder}/forecast.keras",
+        f"m={programs.zoo(MODELS['forecast']).path}",
         "--listen",
         "127.0.0.1:0",
         "--cache-dir",
-        str(folder / "cache"),
+        str(programs.cache_dir()),
         "--data-dir",
-        str(folder / "data"),
+        str(tmp_path / "data"),
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "stepwell", "serve", *arguments],
@@ -400,7 +380,7 @@ def test_serve_and_stop(address: str, folder: Path) -> None:
         address = ready.split()[-1]
         shown = CliRunner().invoke(main, ["models", "--server", address, "--json"])
         process.terminate()
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=200)
     finally:
         process.kill()
         process.stdout.close()

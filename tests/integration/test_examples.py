@@ -10,11 +10,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import keras
 import pytest
 
 import stepwell
 from stepwell.testing import LocalServer
+from stepwell_server.compile.tensorflow_setup import keras
+from support import programs
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
@@ -24,15 +25,15 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+def server() -> Iterator[LocalServer]:
     """The demo's model, not trained: what the examples show does not depend on that."""
-    folder = tmp_path_factory.mktemp("examples")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
         forecaster = importlib.import_module("forecaster")
     keras.utils.set_random_seed(1)
-    forecaster.save(forecaster.build_model(), folder / "temperature.keras")
-    with LocalServer({"temperature": folder / "temperature.keras"}, cache_dir=folder / "cache") as server:
+    saved = programs.saved("temperature", forecaster.build_model)
+    models = {"temperature": saved.path}
+    with LocalServer(models, cache_dir=saved.cache_dir, start_timeout_s=100) as server:
         yield server
 
 
@@ -43,7 +44,7 @@ def run(example: str, server: LocalServer, folder: Path) -> str:
         env={**os.environ, "STEPWELL_SERVER": server.address},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

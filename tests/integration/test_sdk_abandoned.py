@@ -210,12 +210,12 @@ def test_one_that_was_interrupted_is_closed(server: ScriptedServer) -> None:
     command = [sys.executable, "-c", INTERRUPTED, server.address]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
-        assert arrived.acquire(timeout=30)
+        assert arrived.acquire(timeout=200)
         process.send_signal(2)
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         assert process.stdout.readline() == "interrupted\n"
         gate.set()
         assert server.wait_until(lambda: bool(server.requests("CloseSessions")) and not server.sessions)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=200)
     assert (process.returncode, said) == (0, "")

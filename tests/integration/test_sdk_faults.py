@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -19,6 +20,9 @@ from support.shells import SHELLS, connect
 
 # The last of many attempts may be cut short by the time limit.
 GAVE_UP = (errors.UnavailableError, errors.DeadlineExceededError)
+WAIT_S = 100.0
+LIMITS_S = (0.2, 2.0, 20.0)
+"""A busy machine gets more time."""
 X = np.ones((1, 2), np.float32)
 Code = grpc.StatusCode
 LOST = Fault(after_work=True)
@@ -35,6 +39,18 @@ def server() -> Iterator[ScriptedServer]:
 async def client(request: pytest.FixtureRequest, server: ScriptedServer) -> AsyncIterator[Any]:
     async with connect(request.param, server.address, timeout_s=20.0) as client:
         yield client
+
+
+async def give_up(call: Callable[..., Any], happened: Callable[[errors.StepwellError], bool]) -> Any:
+    """Make a call that cannot succeed, until it has come to what the test is about; returns how it ended then."""
+    ended: Any = None
+    for limit_s in LIMITS_S:
+        with pytest.raises(GAVE_UP) as caught:
+            await call(timeout_s=limit_s)
+        ended = caught.value
+        if happened(ended):
+            break
+    return ended
 
 
 def step_method(session_or_client: Any) -> str:
@@ -134,9 +150,8 @@ async def test_overload_beyond_the_limit(client: Any, server: ScriptedServer) ->
 async def test_unknown_outcome_is_settled_by_the_same_call(client: Any, server: ScriptedServer) -> None:
     session = await client.open_session(MODEL)
     server.fail(step_method(client), LOST, 1000)
-    with pytest.raises(GAVE_UP) as caught:
-        await session.step(X, timeout_s=0.2)
-    assert caught.value.outcome == "unknown"
+    ended = await give_up(functools.partial(session.step, X), lambda _: server.applied == 1)
+    assert ended.outcome == "unknown"
     assert session.revision == 0
     server._faults.clear()
     assert (await session.step(X)).tolist() == [[1.0, 1.0]]
@@ -146,8 +161,7 @@ async def test_unknown_outcome_is_settled_by_the_same_call(client: Any, server: 
 async def test_unknown_outcome_and_another_call_is_a_conflict(client: Any, server: ScriptedServer) -> None:
     session = await client.open_session(MODEL)
     server.fail(step_method(client), LOST, 1000)
-    with pytest.raises(GAVE_UP):
-        await session.step(X, timeout_s=0.2)
+    await give_up(functools.partial(session.step, X), lambda _: server.applied == 1)
     server._faults.clear()
     with pytest.raises(
         errors.RevisionConflictError, match=r"earlier change of this handle.*refresh\(\)"
@@ -163,10 +177,10 @@ async def test_unknown_outcome_and_another_call_is_a_conflict(client: Any, serve
 async def test_refusal_is_settled(client: Any, server: ScriptedServer) -> None:
     session = await client.open_session(MODEL)
     server.fail(step_method(client), Fault(reason="UNAVAILABLE", message="stopping"), 1000)
-    with pytest.raises(GAVE_UP, match="stopping") as caught:
-        await session.step(X, timeout_s=0.2)
-    cut_short = isinstance(caught.value, errors.DeadlineExceededError)
-    assert caught.value.outcome == ("unknown" if cut_short else "not_applied")
+    ended = await give_up(functools.partial(session.step, X), lambda error: "stopping" in error.message)
+    assert "stopping" in str(ended)
+    cut_short = isinstance(ended, errors.DeadlineExceededError)
+    assert ended.outcome == ("unknown" if cut_short else "not_applied")
 
 
 async def test_time_limit_is_kept_and_its_outcome_unknown(client: Any, server: ScriptedServer) -> None:
@@ -176,7 +190,7 @@ async def test_time_limit_is_kept_and_its_outcome_unknown(client: Any, server: S
     began_s = loop.time()
     with pytest.raises(errors.DeadlineExceededError) as caught:
         await session.step(X, timeout_s=0.3)
-    assert 0.25 <= loop.time() - began_s < 5
+    assert loop.time() - began_s >= 0.25
     assert caught.value.outcome == "unknown"
     gate.set()
     assert (await session.step(X)).tolist() == [[1.0, 1.0]]
@@ -187,7 +201,7 @@ async def test_waiting_for_ones_turn_counts(client: Any, server: ScriptedServer)
     session = await client.open_session(MODEL)
     gate, arrived = server.hold(step_method(client))
     first = asyncio.ensure_future(session.step(X))
-    assert await asyncio.to_thread(arrived.acquire, timeout=10)
+    assert await asyncio.to_thread(arrived.acquire, timeout=WAIT_S)
     with pytest.raises(errors.DeadlineExceededError, match="another change") as caught:
         await session.step(X, timeout_s=0.2)
     assert caught.value.outcome == "not_applied"
@@ -292,8 +306,7 @@ async def test_another_change_of_a_group_after_an_unknown_outcome(
     group = await client.open_sessions(MODEL, 3)
     x = np.ones((3, 2), np.float32)
     server.fail("StepStream", LOST, 1000)
-    with pytest.raises(GAVE_UP):
-        await group.step(x, timeout_s=0.2)
+    await give_up(functools.partial(group.step, x), lambda _: server.applied == 3)
     server._faults.clear()
     with pytest.raises(errors.RevisionConflictError, match=r"earlier change of this handle.*refresh\(\)"):
         await group.step(2 * x)
@@ -366,17 +379,17 @@ async def test_closing_the_client_ends_what_is_under_way(
         }[who]
         _, arrived = server.hold(method)
         under_way = asyncio.ensure_future(use())
-        assert await asyncio.to_thread(arrived.acquire, timeout=10)
+        assert await asyncio.to_thread(arrived.acquire, timeout=WAIT_S)
     await client.close()
     with pytest.raises(errors.ClosedError):
-        await asyncio.wait_for(under_way, 10)
+        await asyncio.wait_for(under_way, WAIT_S)
 
 
 async def test_server_that_is_not_there() -> None:
     for shell in SHELLS:
-        async with connect(shell, "127.0.0.1:1", timeout_s=0.3) as client:
-            with pytest.raises(errors.UnavailableError):
-                await client.models()
+        async with connect(shell, "127.0.0.1:1") as client:
+            ended = await give_up(client.models, lambda error: isinstance(error, errors.UnavailableError))
+            assert isinstance(ended, errors.UnavailableError)
 
 
 async def test_states_are_checked_by_what_the_server_says_now(client: Any, server: ScriptedServer) -> None:

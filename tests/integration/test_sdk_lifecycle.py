@@ -22,6 +22,7 @@ from stepwell.testing import LocalServer, ServerStartError
 from support.scripted_server import MODEL, ScriptedServer
 
 X = np.ones((1, 2), np.float32)
+WAIT_S = 100.0
 
 
 @pytest.fixture
@@ -46,14 +47,17 @@ async def test_no_task_outlives_a_client(server: ScriptedServer) -> None:
     async with stepwell.aio.connect(server.address) as client:
         session = await client.open_session(MODEL)
         await session.step(X)
-    # gRPC's own tasks end in their time.
+    # What was told to end may need another turn of the loop; gRPC's own tasks end in their time.
     left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    assert [task for task in left if _runs_code_of(stepwell, task)] == []
+    if ours := [task for task in left if _runs_code_of(stepwell, task)]:
+        await asyncio.wait(ours, timeout=WAIT_S)
+    assert [task for task in ours if not task.done()] == []
 
 
 def _runs_code_of(package: ModuleType, task: asyncio.Task[Any]) -> bool:
-    coroutine: Any = task.get_coro()
-    return str(coroutine.cr_code.co_filename).startswith(str(Path(str(package.__file__)).parent))
+    # The loop itself closes generators, such as that of gRPC's requests, in tasks that have no code.
+    code = getattr(task.get_coro(), "cr_code", None)
+    return code is not None and str(code.co_filename).startswith(str(Path(str(package.__file__)).parent))
 
 
 @pytest.mark.parametrize("ending", ["", "client.close()", "raise SystemExit(0)"])
@@ -69,7 +73,7 @@ def test_an_interpreter_ends_whether_the_client_was_closed_or_not(
     )
     env = {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=WAIT_S, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -117,7 +121,7 @@ def company():
 def test_an_interpreter_ends_whatever_its_threads_do(server: ScriptedServer, ending: str) -> None:
     env = {"PYTHONPATH": os.pathsep.join(sys.path), "GRPC_VERBOSITY": "NONE"}
     command = [sys.executable, "-c", f"{STEPPING}\n{ending}", server.address]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -161,9 +165,10 @@ async def test_steps_awaited_together_leave_together(server: ScriptedServer) -> 
         steps = [session.step(x[i]) for i, session in enumerate(sessions)]
         outputs = await asyncio.gather(*steps, wide.step(np.ones((1, 4, 2))))
     assert all(np.array_equal(y, x[i]) for i, y in enumerate(outputs[:30]))
-    # One frame for those that are alike, one for the session that takes four time steps of float64.
-    sizes = [len(request.step.session_ids) for request in server.requests("StepStream")]
-    assert sizes == [30, 1]
+    # One frame for those that are alike, one for the session that takes four time steps of float64. If the stream
+    # broke, the same one was sent again.
+    frames = {tuple(request.step.request_ids) for request in server.requests("StepStream")}
+    assert sorted(len(frame) for frame in frames) == [1, 30]
 
 
 async def test_coalesced_outputs_do_not_share_memory(server: ScriptedServer) -> None:
@@ -180,7 +185,7 @@ async def test_a_cancelled_caller_harms_no_neighbour(server: ScriptedServer, pos
         sessions = [await client.open_session(MODEL) for _ in range(5)]
         gate, arrived = server.hold("StepStream")
         steps = [asyncio.create_task(session.step(X)) for session in sessions]
-        assert await asyncio.to_thread(arrived.acquire, timeout=10)
+        assert await asyncio.to_thread(arrived.acquire, timeout=WAIT_S)
         steps[position].cancel()
         gate.set()
         outcomes = await asyncio.gather(*steps, return_exceptions=True)
@@ -198,7 +203,7 @@ async def test_a_session_is_usable_after_a_cancelled_step(server: ScriptedServer
         session = await client.open_session(MODEL)
         gate, arrived = server.hold("StepStream" if coalesce else "Step")
         step = asyncio.create_task(session.step(X))
-        assert await asyncio.to_thread(arrived.acquire, timeout=10)
+        assert await asyncio.to_thread(arrived.acquire, timeout=WAIT_S)
         step.cancel()
         with pytest.raises(asyncio.CancelledError):
             await step
@@ -213,7 +218,7 @@ async def test_a_cancelled_group_is_usable(server: ScriptedServer) -> None:
         x = np.ones((3, 2))
         gate, arrived = server.hold("StepStream")
         step = asyncio.create_task(group.step(x))
-        assert await asyncio.to_thread(arrived.acquire, timeout=10)
+        assert await asyncio.to_thread(arrived.acquire, timeout=WAIT_S)
         step.cancel()
         with pytest.raises(asyncio.CancelledError):
             await step
@@ -292,9 +297,9 @@ def test_a_server_does_not_outlive_its_parent(tmp_path: Path) -> None:
         waiting = os.pidfd_open(pid)
         os.kill(pid, 0)
         parent.send_signal(signal.SIGKILL)
-        parent.wait(10)
+        parent.wait(WAIT_S)
     with contextlib.closing(os.fdopen(waiting)):
         import select
 
-        ended, _, _ = select.select([waiting], [], [], 10)
+        ended, _, _ = select.select([waiting], [], [], WAIT_S)
     assert ended

@@ -11,18 +11,15 @@ import pytest
 
 import stepwell
 from stepwell.testing import LocalServer
-from support.served import save_and_compile
+from support.served import local_server
 from support.shells import SHELLS, connect
 
 X = np.ones((1, 3), np.float32)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    folder = tmp_path_factory.getbasetemp() / "served"
-    folder.mkdir(exist_ok=True)
-    paths, cache_dir = save_and_compile(folder)
-    with LocalServer({"seq": paths["seq"]}, cache_dir=cache_dir, start_timeout_s=60) as server:
+def server() -> Iterator[LocalServer]:
+    with local_server("seq") as server:
         yield server
 
 
@@ -66,7 +63,7 @@ async def test_calls_end_with_their_limit_while_the_server_is_down(shell: str, s
                 group.step(np.ones((3, 3)), timeout_s=0.3),
             ):
                 with pytest.raises((stepwell.UnavailableError, stepwell.DeadlineExceededError)):
-                    await asyncio.wait_for(call, 10)
+                    await asyncio.wait_for(call, 60)
         finally:
             await asyncio.to_thread(server.restart)
 

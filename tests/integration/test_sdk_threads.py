@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,13 +14,13 @@ import numpy as np
 import pytest
 
 import stepwell
-from stepwell.testing import LocalServer
 from support.scripted_server import MODEL, Fault, ScriptedServer
-from support.served import Served, save_and_compile
+from support.served import Served, local_server
+from support.waiting_line import WaitingLine
 
 THREADS = 64
 STEPS = 12
-WAIT_S = 60.0
+WAIT_S = 100.0
 X = np.ones((1, 2), np.float32)
 
 
@@ -47,18 +45,6 @@ def at_once(use: Callable[[int], Any], count: int) -> list[Any]:
         return [one.result(WAIT_S) for one in [threads.submit(run, i) for i in range(count)]]
 
 
-class Line(collections.deque[Any]):
-    """A line that says who has come."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.arrived = threading.Semaphore(0)
-
-    def append(self, member: Any) -> None:
-        super().append(member)
-        self.arrived.release()
-
-
 class Held:
     """A client with a call and a frame under way that are not answered before `release`: who steps, waits."""
 
@@ -67,7 +53,7 @@ class Held:
         self.client = stepwell.connect(server.address, **kwargs)
         # No time passes: the frame under way stays young.
         self.client._sender._clock = lambda: 0.0
-        self.line = self.client._sender._waiting = Line()
+        self.line = WaitingLine.of(self.client._sender)
         self.threads = futures.ThreadPoolExecutor(40)
         gates = [server.hold(method) for method in ("Step", "StepStream")]
         self._gates = [gate for gate, _ in gates]
@@ -254,12 +240,9 @@ def test_bad_input_among_many_threads(served: Served) -> None:
             session.close()
 
 
-def test_a_server_that_is_killed_under_many_threads(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder: Path = tmp_path_factory.getbasetemp() / "served"
-    folder.mkdir(exist_ok=True)
-    paths, cache_dir = save_and_compile(folder)
+def test_a_server_that_is_killed_under_many_threads() -> None:
     with (
-        LocalServer({"seq": paths["seq"]}, cache_dir=cache_dir, start_timeout_s=60) as server,
+        local_server("seq") as server,
         stepwell.connect(server.address, timeout_s=WAIT_S) as client,
     ):
         sessions = [client.open_session("seq") for _ in range(16)]

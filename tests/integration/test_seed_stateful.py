@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 import stepwell
 from stepwell.testing import LocalServer
-from support import seed
+from support import programs, seed
 from support.seed import BATCH_SIZE, NODES, HardSigmoid
 
 pytestmark = pytest.mark.filterwarnings(
@@ -26,13 +27,19 @@ Outputs = Mapping[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stepwell.Client]:
-    folder = tmp_path_factory.mktemp("seed")
+def client() -> Iterator[stepwell.Client]:
+    saved = {
+        kind.value: programs.saved(
+            f"stateful-{kind.value}", functools.partial(seed.stateful_model, kind), ["support.seed"]
+        )
+        for kind in HardSigmoid
+    }
     server = LocalServer(
-        models={kind.value: seed.save_stateful(folder, kind) for kind in HardSigmoid},
+        models={name: one.path for name, one in saved.items()},
         extra_args=["--import", "support.seed"],
-        cache_dir=folder / "cache",
+        cache_dir=programs.cache_dir(),
         env={"PYTHONPATH": str(TESTS)},
+        start_timeout_s=100,
     )
     with server, stepwell.connect(server.address) as client:
         yield client

@@ -5,16 +5,17 @@ The wish: "pass single sample through the LSTM as well as being able to train in
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 import pytest
 
 import stepwell
 from stepwell.testing import LocalServer
-from support import seed
+from stepwell_server.compile.tensorflow_setup import keras
+from support import programs, seed
 from support.seed import NODES, Floats
 
 pytestmark = pytest.mark.filterwarnings(
@@ -35,13 +36,17 @@ class Served(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("seed")
+def served() -> Iterator[Served]:
     trained = train_in_batches()
-    trained.save(folder / "trained.keras")
+    saved = {
+        "stateless": programs.saved("stateless-scaled", seed.stateless_model),
+        # of this process: nothing promises that another one's training ends at the same weights
+        "trained": programs.saved(f"trained-{os.getpid()}", lambda: trained),
+    }
     server = LocalServer(
-        models={"stateless": seed.save_stateless(folder), "trained": folder / "trained.keras"},
-        cache_dir=folder / "cache",
+        models={name: one.path for name, one in saved.items()},
+        cache_dir=programs.cache_dir(),
+        start_timeout_s=100,
     )
     with server, stepwell.connect(server.address) as client:
         yield Served(client, seed.stateless_model(), trained)

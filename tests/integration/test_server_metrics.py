@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from stepwell.v1 import sessions_pb2 as pb
 from support.server_process import FEATURES, ServerProcess, connect, random_tensor, serve
 
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 100.0
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from support.server_process import (
     tensor,
 )
 
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 100.0
 _LONG = 150_000
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -20,15 +20,8 @@ pytestmark = pytest.mark.timeout(300)  # the clients' environment is made on fir
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("triton")
-    triton.save_and_compile(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[LocalServer]:
-    with triton.serve(folder) as running:
+def server() -> Iterator[LocalServer]:
+    with triton.serve() as running:
         yield running
 
 
@@ -108,8 +101,8 @@ def test_both_clients_in_one_process(server: LocalServer) -> None:
     triton.run_scenario("both_clients", server.address, str(client_folder))
 
 
-def test_a_sequence_outlives_the_server(folder: Path, tmp_path: Path) -> None:
-    with triton.serve(folder, only=("acc",), data_dir=tmp_path / "data") as server:
+def test_a_sequence_outlives_the_server(tmp_path: Path) -> None:
+    with triton.serve(only=("acc",), data_dir=tmp_path / "data") as server:
         triton.run_scenario("begin", server.address, "kept")
         server.kill()
         server.restart()
@@ -125,10 +118,10 @@ def test_a_sequence_outlives_the_server(folder: Path, tmp_path: Path) -> None:
         triton.run_scenario("is_gone", server.address, "kept")
 
 
-def test_every_request_counts_once_though_the_server_is_killed(folder: Path, tmp_path: Path) -> None:
+def test_every_request_counts_once_though_the_server_is_killed(tmp_path: Path) -> None:
     kills = 0
     with (
-        triton.serve(folder, only=("acc",), data_dir=tmp_path / "data") as server,
+        triton.serve(only=("acc",), data_dir=tmp_path / "data") as server,
         triton.scenario("survive", server.address, "60") as process,
     ):
         while process.poll() is None and kills < 5:
@@ -175,19 +168,19 @@ def test_a_sequence_numbered_0_is_refused_by_a_model_that_keeps_state(server: Lo
     assert said.split() == ["True", "True", "True", "False", "False"]
 
 
-def test_more_sequences_than_resident_rows_take_turns(folder: Path) -> None:
-    with triton.serve(folder, "--resident-rows", "2", only=("acc",)) as server:
+def test_more_sequences_than_resident_rows_take_turns() -> None:
+    with triton.serve("--resident-rows", "2", only=("acc",)) as server:
         triton.run_scenario("crowd", server.address)
 
 
-def test_a_stopping_server_ends_open_streams(folder: Path) -> None:
-    with triton.serve(folder, only=("acc",)) as server:
+def test_a_stopping_server_ends_open_streams() -> None:
+    with triton.serve(only=("acc",)) as server:
         said = triton.run_scenario("stopped", server.address, str(server.pid))
     assert said == ["StatusCode.UNAVAILABLE", "the server is stopping"]
 
 
-def test_an_idle_sequence_ends(folder: Path) -> None:
-    with triton.serve(folder, "--max-session-idle-s", "0.2", only=("acc",)) as server:
+def test_an_idle_sequence_ends() -> None:
+    with triton.serve("--max-session-idle-s", "0.2", only=("acc",)) as server:
         triton.run_scenario("begin", server.address, "idle")
         with stepwell.connect(server.address) as client:
             while client.sessions():  # to look at a session is not to use it
@@ -204,7 +197,7 @@ def test_perf_analyzer_runs_sequences(server: LocalServer, mode: list[str]) -> N
         *("--concurrency-range", "4", "--sequence-length", "8", "--measurement-mode", "count_windows"),
         *("--measurement-request-count", "200", "--stability-percentage", "999"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = {name: int(count) for name, count in re.findall(r"(\w+ count): (\d+)", done.stdout)}
     assert counts["Sequence count"] > 0

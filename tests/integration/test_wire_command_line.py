@@ -58,14 +58,14 @@ class Started:
         self._ready.put(None)
 
     def address(self) -> str:
-        found = self._ready.get(timeout=90)
+        found = self._ready.get(timeout=200)
         assert found is not None, "".join(self.lines)
         return found
 
     def end(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(30)
-        self._reader.join(10)
+        code = self.process.wait(200)
+        self._reader.join(200)
         return code
 
 
@@ -93,7 +93,7 @@ def test_ten_lines(started: Started, served: Served) -> None:
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
     assert (done.returncode, done.stderr) == (0, "")
     y, _ = served.client.predict("seq", np.ones((1, 3)))

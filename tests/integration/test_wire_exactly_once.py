@@ -101,7 +101,7 @@ def test_the_same_request_many_times_at_once(served: Served, steps: int) -> None
             expected_revision=1,
             request_id=77,
         )
-        calls = [served.wire.sessions.Step.future(request, timeout=20) for _ in range(20)]
+        calls = [served.wire.sessions.Step.future(request, timeout=200) for _ in range(20)]
         answers = [call.result() for call in calls]
         assert sorted(answer.replayed for answer in answers) == [False] + [True] * 19
         assert {(answer.revision, answer.outputs[0].data) for answer in answers} == {
@@ -115,7 +115,7 @@ def test_different_requests_at_once_for_the_same_revision(served: Served) -> Non
         calls = [
             served.wire.sessions.Step.future(
                 pb.StepRequest(session_id=session_id, inputs=[tensor(X)], expected_revision=1, request_id=i),
-                timeout=20,
+                timeout=200,
             )
             for i in range(1, 21)
         ]
@@ -131,17 +131,17 @@ def test_different_requests_at_once_for_the_same_revision(served: Served) -> Non
 def test_openings_forks_and_closings_that_are_sent_again(served: Served) -> None:
     raw = served.wire.sessions
     opening = pb.OpenSessionRequest(model="seq", must_be_new=True, session_id="once", request_id=5)
-    first, again = (raw.OpenSession(opening, timeout=20) for _ in range(2))
+    first, again = (raw.OpenSession(opening, timeout=200) for _ in range(2))
     assert (first.replayed, again.replayed, again.session.session_id) == (False, True, "once")
     unnamed = pb.OpenSessionRequest(model="seq", request_id=6)
-    ids = {raw.OpenSession(unnamed, timeout=20).session.session_id for _ in range(3)}
+    ids = {raw.OpenSession(unnamed, timeout=200).session.session_id for _ in range(3)}
     assert len(ids) == 1
     many = pb.OpenSessionsRequest(model="seq", count=3, request_id=7)
-    groups = [tuple(raw.OpenSessions(many, timeout=20).session_ids) for _ in range(2)]
+    groups = [tuple(raw.OpenSessions(many, timeout=200).session_ids) for _ in range(2)]
     assert groups[0] == groups[1]
     fork = pb.ForkSessionRequest(session_id="once", request_id=8)
-    forks = {raw.ForkSession(fork, timeout=20).session.session_id for _ in range(3)}
+    forks = {raw.ForkSession(fork, timeout=200).session.session_id for _ in range(3)}
     assert len(forks) == 1
     closing = pb.CloseSessionRequest(session_id="once", request_id=9)
-    assert [raw.CloseSession(closing, timeout=20).replayed for _ in range(2)] == [False, True]
+    assert [raw.CloseSession(closing, timeout=200).replayed for _ in range(2)] == [False, True]
     served.wire.close(*ids, *groups[0], *forks)

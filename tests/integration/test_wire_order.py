@@ -140,10 +140,10 @@ def test_a_client_that_disconnects_in_the_middle_and_comes_back(served: Served) 
         with served.session("seq", steps=0) as session_id:
             request = pb.StepRequest(session_id=session_id, inputs=[x], expected_revision=0, request_id=8)
             with Wire(served.address) as first:
-                call = first.sessions.Step.future(request, timeout=20)
+                call = first.sessions.Step.future(request, timeout=200)
                 first.session(session_id)  # by now the step has left this side
                 call.cancel()
-            answer = served.wire.sessions.Step(request, timeout=20)
+            answer = served.wire.sessions.Step(request, timeout=200)
             assert (answer.revision, answer.position) == (1, 3_000)
             assert answer.outputs[0].data == known
 

@@ -128,7 +128,7 @@ def test_sessions_are_listed_in_the_order_of_their_ids_page_by_page(served: Serv
         request = sessions_pb2.ListSessionsRequest(session_id_prefix="list-", page_size=7)
         seen: list[str] = []
         for length in (7, 7, 7, 7, 1):
-            page = served.wire.sessions.ListSessions(request, timeout=20)
+            page = served.wire.sessions.ListSessions(request, timeout=200)
             assert (len(page.sessions), page.total) == (length, len(ids))
             seen += [session.session_id for session in page.sessions]
             assert bool(page.next_page_token) is (len(seen) < len(ids))

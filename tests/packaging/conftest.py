@@ -6,10 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from stepwell.testing import LocalServer
+if TYPE_CHECKING:
+    # What is tested is imported inside: a worker of pytest-xdist reads this before it measures coverage.
+    from stepwell.testing import LocalServer
 
 ROOT = Path(__file__).resolve().parents[2]
 Build = Callable[[str, Path], Path]
@@ -28,7 +31,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     def build_one(kind: str, source: Path) -> Path:
         target = tmp_path_factory.mktemp(kind)
         command = [sys.executable, "-m", "hatchling", "build", "--target", kind, "--directory", str(target)]
-        subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=60)
+        subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=200)
         (built,) = target.iterdir()
         return built
 
@@ -42,26 +45,32 @@ def wheel(build: Build, root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_path() -> Path:
     """The model of the examples: three features in, one forecast out at each time step."""
-    import keras
+    from support import programs
 
-    model = keras.Sequential(
-        [keras.Input((None, 3)), keras.layers.LSTM(8, return_sequences=True), keras.layers.Dense(1)]
-    )
-    path = tmp_path_factory.mktemp("models") / "forecast.keras"
-    model.save(path)
-    return path
+    return programs.saved("forecast", _forecast).path
+
+
+def _forecast() -> Any:
+    from stepwell_server.compile.tensorflow_setup import keras
+
+    layers = [keras.Input((None, 3)), keras.layers.LSTM(8, return_sequences=True), keras.layers.Dense(1)]
+    return keras.Sequential(layers)
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiled() -> Path:
     """A cache of compiled models for all servers of these tests."""
-    return tmp_path_factory.mktemp("compiled")
+    from support import programs
+
+    return programs.cache_dir()
 
 
 @pytest.fixture(scope="session")
 def server(model_path: Path, compiled: Path) -> Iterator[LocalServer]:
     """A server of the model `forecast`."""
-    with LocalServer(models={"forecast": model_path}, cache_dir=compiled) as running:
+    from stepwell.testing import LocalServer
+
+    with LocalServer(models={"forecast": model_path}, cache_dir=compiled, start_timeout_s=100) as running:
         yield running

@@ -27,7 +27,7 @@ def modules_after(statement: str, folder: Path) -> set[str]:
     """The top-level modules of a fresh interpreter that has run a statement."""
     code = f"import sys\n{statement}\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=200, check=True
     )
     return set(done.stdout.splitlines()[-1].split())
 

@@ -120,12 +120,6 @@ def unproven(layer: str, does: str = "") -> str:
     )
 
 
-def any_length(layer: str) -> str:
-    return (
-        rf"^the model does not run on sequences of any length, as what is served must: {_who(layer)} fails \("
-    )
-
-
 def only_length(layer: str, way: str = "build it with keras.Input") -> str:
     return (
         rf"^the model runs only on sequences of 40 time steps, and what is served has no end: {_who(layer)} fails on "

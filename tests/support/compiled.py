@@ -1,8 +1,9 @@
-"""Compile a zoo model in this process, and call Keras itself on the same inputs."""
+"""A zoo model and its program, and Keras itself on the same inputs."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.program import Program
-from support import models
+from support import models, programs
 
 #: What each masked model takes for "no data".
 _MASK_VALUES = {"masking": -1.0, "mask_with_zero_output": 0.0, "mask_over_stacked_cells": 0.0}
@@ -79,7 +80,13 @@ class Compiled:
         }
 
 
-def compile_zoo(name: str, folder: Path) -> Compiled:
+@functools.cache
+def zoo_model(name: str) -> Compiled:
+    """The zoo model ``name``, compiled once per test run. Who changes the Keras model builds one of their own."""
+    return Compiled(name, models.build(name), programs.program_of(programs.zoo(name)))
+
+
+def compile_anew(name: str, folder: Path) -> Compiled:
     """Build, save and compile the zoo model ``name`` in ``folder``."""
     from stepwell_server.compile.pipeline import compile_model
 

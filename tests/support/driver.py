@@ -29,7 +29,7 @@ from support.shells import connect
 
 MODEL, FEATURES, UNITS = "forecast", 3, 8
 STATES = ("lstm/h", "lstm/c")
-PATIENCE_S = 60.0
+PATIENCE_S = 100.0
 """Time limit of the calls that shall get through, over any number of restarts."""
 _SHORT_S = (0.005, 0.3)
 _MOST_HANDLES = 3

@@ -59,7 +59,7 @@ class DriverProcess:
         """Changes so far."""
         return self._acknowledged
 
-    def wait_acknowledged(self, more: int, timeout_s: float = 60.0) -> None:
+    def wait_acknowledged(self, more: int, timeout_s: float = 200.0) -> None:
         """Wait until so many more changes are acknowledged."""
         wanted = self._acknowledged + more
         with self._more:

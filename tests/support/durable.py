@@ -145,6 +145,13 @@ async def stalled(store: Troubled) -> None:
     assert await asyncio.to_thread(store.inside.wait, WAIT_S), "no commit has begun"
 
 
+async def until(is_so: Callable[[], object]) -> None:
+    """Let the event loop, and the threads that it waits for, go on until something is so."""
+    async with asyncio.timeout(WAIT_S):
+        while not is_so():  # noqa: ASYNC110  # what makes it so may be a thread, which sets no event
+            await asyncio.sleep(0)
+
+
 async def begun(call: Awaitable[Any]) -> asyncio.Task[Any]:
     """A task that has begun: it has taken its place in line."""
 

@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 BAD = 1e6
 #: A first feature that makes the executor break.
 BROKEN = 2e6
-WAIT_S = 20.0
+WAIT_S = 100.0
 
 PLAIN = Program(
     fingerprint="f-plain",

@@ -19,7 +19,7 @@ from support.server_process import forecast
 
 _SCRIPT = Path(__file__).with_name("faulty_server.py")
 _SMALL = Path(__file__).with_name("small_segments.py")
-_CONTROL_S = 30.0
+_CONTROL_S = 100.0
 SMALL_BYTES = 8 * 1024
 """Of a segment that is full after some dozens of changes."""
 
@@ -49,7 +49,7 @@ def arguments(data_dir: Path | None, extra: Sequence[str]) -> dict[str, Any]:
         "data_dir": data_dir,
         "extra_args": ["--log-level", "warning", *extra],
         "cache_dir": kept.cache_dir,
-        "start_timeout_s": 60,
+        "start_timeout_s": 100,
     }
 
 

@@ -75,11 +75,6 @@ class Op:
         return next((end for _, end in self.ends if end.outcome == "acknowledged"), None)
 
     @property
-    def acknowledged_at(self) -> int:
-        """When it came."""
-        return next(at for at, end in self.ends if end.outcome == "acknowledged")
-
-    @property
     def may_have_happened(self) -> bool:
         """Nobody was told whether it did."""
         return self.acknowledged is None and (not self.ends or self.ends[-1][1].outcome == "unknown")

@@ -23,11 +23,15 @@ def block(function: Block) -> Block:
     return function
 
 
+#: LiteRT cannot convert them: in a model of their own, so that the others run where they will be served.
+ON_TENSORFLOW = ["features_reversed_and_rolled", "best_class"]
+
+
 def groups() -> dict[str, list[str]]:
     """Return the names of the blocks of each model."""
-    names = list(BLOCKS)
+    names = [name for name in BLOCKS if name not in ON_TENSORFLOW]
     blocks = {names[i]: names[i : i + GROUP] for i in range(0, len(names), GROUP)}
-    return {"layers": [*_SINGLE], "activations": [*_ACTIVATIONS], **blocks}
+    return {"layers": [*_SINGLE], "activations": [*_ACTIVATIONS], "on_tensorflow": ON_TENSORFLOW, **blocks}
 
 
 def build(names: list[str], steps: int | None = None, seed: int = 0) -> Any:

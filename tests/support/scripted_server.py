@@ -98,7 +98,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
     ) -> None:
         for gate, _ in self._gates.values():
             gate.set()
-        self._server.stop(None).wait(10)
+        self._server.stop(None).wait(200)
 
     # The script.
 
@@ -126,7 +126,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         if method in self._gates:
             gate, arrived = self._gates[method]
             arrived.release()
-            gate.wait(30)
+            gate.wait(200)
         return fault
 
     def _answer(self, method: str, request: Any, context: grpc.ServicerContext, work: Any) -> Any:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import enum
 import math
-from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import numpy.typing as npt
-import tensorflow as tf
+
+# Not from Keras: it makes TensorFlow compute on one thread before anything does.
+from stepwell_server.compile.tensorflow_setup import keras, tf
 
 Floats = npt.NDArray[np.float32]
 
@@ -81,16 +81,6 @@ def stateless_model(hard_sigmoid: HardSigmoid = HardSigmoid.SCALED) -> keras.Mod
     return _with_weights(keras.Model(inputs, [outputs, hidden_state, cell_state]), hard_sigmoid)
 
 
-def save_stateful(folder: Path, hard_sigmoid: HardSigmoid = HardSigmoid.SCALED) -> Path:
-    """Save the first system as a ``.keras`` file in ``folder``."""
-    return _save(stateful_model(hard_sigmoid), folder / f"stateful-{hard_sigmoid.value}.keras")
-
-
-def save_stateless(folder: Path, hard_sigmoid: HardSigmoid = HardSigmoid.SCALED) -> Path:
-    """Save the second system as a ``.keras`` file in ``folder``."""
-    return _save(stateless_model(hard_sigmoid), folder / f"stateless-{hard_sigmoid.value}.keras")
-
-
 def _glorot_uniform(fan_in: int, fan_out: int) -> Floats:
     limit = math.sqrt(6 / (fan_in + fan_out))
     drawn: Floats = tf.random.uniform((fan_in, fan_out), -limit, limit).numpy()
@@ -114,8 +104,3 @@ def _with_weights(model: keras.Model, hard_sigmoid: HardSigmoid) -> keras.Model:
     for variable, weight in zip(model.trainable_variables, weights, strict=True):
         variable.assign(weight)
     return model
-
-
-def _save(model: keras.Model, path: Path) -> Path:
-    model.save(path)
-    return path

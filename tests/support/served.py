@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 import stepwell
 from stepwell.testing import LocalServer
 from stepwell.v1 import sessions_pb2
-from support import models, wire
+from support import models, programs, wire
 from support.wire import Array, Tensors, Wire
 
 #: Zoo model by the name it is served under.
@@ -37,26 +36,11 @@ def keras_model(name: str) -> Any:
     return models.build(MODELS[name])
 
 
-def save_and_compile(folder: Path) -> tuple[dict[str, Path], Path]:
-    """The models' files and a cache of their programs, made once per folder.
-
-    They are compiled in this process, which has TensorFlow for the reference anyway; the server finds them
-    in its cache.
-    """
-    from stepwell_server.compile import cache
-    from stepwell_server.compile.pipeline import compile_model
-
-    cache_dir = folder / "cache"
-    paths = {name: folder / f"{name}.keras" for name in MODELS}
-    for name, path in paths.items():
-        if path.exists():
-            continue
-        keras_model(name).save(path)
-        key = cache.cache_key(path, ())
-        with cache.workspace(cache_dir, key) as workspace:
-            compile_model(path, workspace)
-            cache.publish(workspace, cache_dir / key)
-    return paths, cache_dir
+def local_server(*names: str, **options: Any) -> LocalServer:
+    """A server of some of the models, or of all; it finds their programs in its cache."""
+    found = {name: programs.zoo(MODELS[name]) for name in names or MODELS}
+    paths = {name: one.path for name, one in found.items()}
+    return LocalServer(models=paths, cache_dir=programs.cache_dir(), start_timeout_s=100, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +69,6 @@ class Served:
             values = rng.integers(0, VOCABULARY, shape) if integral else rng.standard_normal(shape)
             drawn[spec.name] = values.astype(spec.dtype)
         return drawn
-
-    def draw_state(self, model: str, rows: int, seed: int | None = None) -> dict[str, Array]:
-        rng = np.random.default_rng(seed)
-        return {
-            spec.name: rng.standard_normal((rows, *spec.shape)).astype(spec.dtype)
-            for spec in self.infos[model].state
-        }
 
     @contextlib.contextmanager
     def session(self, model: str, batch_size: int = 1, steps: int = 3) -> Iterator[str]:
@@ -160,16 +137,9 @@ def facts(session: sessions_pb2.Session) -> tuple[object, ...]:
 
 
 @contextlib.contextmanager
-def serve(folder: Path) -> Iterator[Served]:
-    """Serve all models; `folder` is the test run's, so that each model is compiled once in it."""
-    folder.mkdir(exist_ok=True)
-    paths, cache_dir = save_and_compile(folder)
-    local = LocalServer(
-        models=paths,
-        cache_dir=cache_dir,
-        extra_args=["--max-message-bytes", str(MAX_MESSAGE_BYTES)],
-        start_timeout_s=60,
-    )
+def serve() -> Iterator[Served]:
+    """Serve all models."""
+    local = local_server(extra_args=["--max-message-bytes", str(MAX_MESSAGE_BYTES)])
     with local, Wire(local.address) as raw, stepwell.connect(local.address) as client:
         yield Served(local, raw, client)
         assert "internal error" not in local.logs(), "a defect was reported to some caller; see the log"

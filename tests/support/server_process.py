@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import os
 import re
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 
 from stepwell.v1 import sessions_pb2, sessions_pb2_grpc, tensors_pb2
+from support import programs
+from support.programs import Saved
 
 _START_S = 100.0
 _STOP_S = 100.0
@@ -29,30 +27,9 @@ FEATURES, OUTPUTS = 3, 2
 """Of the model that `forecast` makes."""
 
 
-class Forecast(NamedTuple):
-    """A saved model and a cache that has its program."""
-
-    path: Path
-    cache_dir: Path
-
-
-@functools.cache
-def forecast() -> Forecast:
+def forecast() -> Saved:
     """An LSTM with a dense layer, made and compiled once per test run."""
-    from stepwell_server.compile import cache
-    from stepwell_server.compile.pipeline import compile_model
-    from support import models
-
-    folder = Path(tempfile.mkdtemp(prefix="stepwell-test-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = folder / "forecast.keras"
-    models.build("lstm_dense").save(path)
-    # In this process, which has loaded TensorFlow anyway.
-    key = cache.cache_key(path, ())
-    with cache.workspace(folder / "cache", key) as workspace:
-        compile_model(path, workspace)
-        cache.publish(workspace, folder / "cache" / key)
-    return Forecast(path, folder / "cache")
+    return programs.zoo("lstm_dense")
 
 
 class ServerProcess:
@@ -155,14 +132,20 @@ def begin_long_step(stub: Any, session_id: str, steps: int) -> Any:
     request = sessions_pb2.StepRequest(
         session_id=session_id, inputs=[x], outputs=sessions_pb2.OUTPUT_SELECTION_NONE
     )
-    call = stub.Step.future(request, timeout=30.0)
-    # Its message is long: what is sent later may come first. Once it has come, nobody gets at the session.
-    code: Any = None
-    for _ in range(100):
+    call = stub.Step.future(request, timeout=100.0)
+    # Its message is long: what is sent later may come first. Once it has come, nobody gets at the session, while
+    # anybody sees how it is. Twice, for an answer may be late for another reason.
+    in_vain = 0
+    while in_vain < 2:
+        began_s = time.perf_counter()
+        stub.GetSession(sessions_pb2.GetSessionRequest(session_id=session_id), timeout=100.0)
+        patience_s = max(0.03, 3 * (time.perf_counter() - began_s))
         try:
-            stub.GetState(sessions_pb2.GetStateRequest(session_id=session_id), timeout=0.05)
+            stub.GetState(sessions_pb2.GetStateRequest(session_id=session_id), timeout=patience_s)
+            in_vain = 0
         except grpc.RpcError as error:
-            code = error.code()
-            break
-    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise
+            in_vain += 1
+        assert not call.done(), "it was over before it was seen under way: it must be longer"
     return call

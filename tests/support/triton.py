@@ -19,7 +19,7 @@ import pytest
 import tools
 
 from stepwell.testing import LocalServer
-from support import models
+from support import models, programs
 
 _SCENARIOS = Path(__file__).with_name("triton_scenarios.py")
 #: Model of the zoo by the name it is served under.
@@ -50,7 +50,7 @@ def perf_analyzer() -> Path:
             tools.install("triton", *tools.group("perf"))
         except subprocess.CalledProcessError:
             pytest.skip("there is no build of perf-analyzer for this system")
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=200, check=False)
     if done.returncode:
         pytest.skip(f"perf_analyzer does not run here: {done.stderr.strip()}")
     return program
@@ -75,7 +75,7 @@ def scenario(name: str, address: str, *arguments: str) -> Iterator[subprocess.Po
 
 def result_of(process: subprocess.Popen[str]) -> Any:
     """What a scenario returns."""
-    stdout, stderr = process.communicate(timeout=100)
+    stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, f"{stdout}\n{stderr}"
     return json.loads(stdout.splitlines()[-1])
 
@@ -83,7 +83,7 @@ def result_of(process: subprocess.Popen[str]) -> Any:
 def run_code(code: str) -> str:
     """Run Python code in the clients' environment; returns what it prints."""
     command = [str(environment() / "python"), "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -108,30 +108,19 @@ def accumulator(dtype: str, features: int) -> Any:
     return keras.Model(x, keras.layers.RNN(cell, return_sequences=True, name="sum", dtype=total)(x))
 
 
-def save_and_compile(folder: Path) -> tuple[dict[str, Path], Path]:
-    """The models' files and a cache of their programs, made in this process, which has TensorFlow anyway."""
-    from stepwell_server.compile import cache
-    from stepwell_server.compile.pipeline import compile_model
-
-    paths = {name: folder / f"{name}.keras" for name in NAMES}
-    for name, path in paths.items():
-        keras_model(name).save(path)
-        key = cache.cache_key(path, ("support.custom_layers",))
-        with cache.workspace(folder / "cache", key) as workspace:
-            compile_model(path, workspace)
-            cache.publish(workspace, folder / "cache" / key)
-    return paths, folder / "cache"
+def saved(name: str) -> programs.Saved:
+    """The model that is served under a name, and the cache that has its program."""
+    return programs.saved(ZOO.get(name, name), lambda: keras_model(name), ("support.custom_layers",))
 
 
 @contextmanager
-def serve(
-    folder: Path, *arguments: str, only: tuple[str, ...] = (), data_dir: Path | None = None
-) -> Iterator[LocalServer]:
-    """Serve the models that `save_and_compile` has left in `folder`, or only some of them."""
+def serve(*arguments: str, only: tuple[str, ...] = (), data_dir: Path | None = None) -> Iterator[LocalServer]:
+    """Serve the models, or only some of them."""
+    found = {name: saved(name) for name in only or NAMES}
     server = LocalServer(
-        models={name: folder / f"{name}.keras" for name in only or NAMES},
+        models={name: one.path for name, one in found.items()},
         data_dir=data_dir,
-        cache_dir=folder / "cache",
+        cache_dir=programs.cache_dir(),
         extra_args=["--import", "support.custom_layers", *arguments],
         env={
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])

@@ -26,7 +26,7 @@ import tritonclient.grpc.aio as triton_aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 100.0
 FEATURES = 3
 #: Input and output of the model `acc`.
 X, Y = "x", "sum"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -19,7 +18,7 @@ from stepwell.v1 import models_pb2, models_pb2_grpc, sessions_pb2, sessions_pb2_
 Array = np.ndarray[Any, np.dtype[Any]]
 Tensors = Sequence[tensors_pb2.Tensor]
 Answer = sessions_pb2.StepStreamResponse
-TIMEOUT_S = 20.0
+TIMEOUT_S = 100.0
 SERVICE = "stepwell.v1.SessionService"
 OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
@@ -238,7 +237,3 @@ def rows_of(answers: Sequence[Answer], sizes: Sequence[int]) -> dict[int, dict[s
             start = end
         assert all(len(array) == start for array in outputs.values())
     return found
-
-
-def bytes_needed(shape: Sequence[int], size: int = 4) -> int:
-    return math.prod(shape) * size

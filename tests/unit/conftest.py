@@ -5,10 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from support.engine import STORES
+if TYPE_CHECKING:
+    # What is tested is imported inside: a worker of pytest-xdist reads this before it measures coverage.
+    from support.durable import Disk
 
 # What a flush to disk costs is no concern of these tests.
 _MEMORY = Path("/dev/shm")
@@ -30,6 +33,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def store_kind(request: pytest.FixtureRequest) -> Iterator[str]:
     """Kind of the stores that `support.engine.running` makes."""
+    from support.engine import STORES
+
     STORES.kind = getattr(request, "param", "memory")
     if STORES.kind == "memory":
         yield STORES.kind
@@ -38,3 +43,13 @@ def store_kind(request: pytest.FixtureRequest) -> Iterator[str]:
         STORES.folder = Path(folder)
         yield STORES.kind
     STORES.kind = "memory"
+
+
+@pytest.fixture
+def disk(store_kind: str) -> Iterator[Disk]:
+    """A data directory of that kind, and the engines that use it one after the other."""
+    from support.durable import Disk
+
+    found = Disk()
+    yield found
+    found.close()

@@ -75,7 +75,7 @@ def test_a_reader_that_leaves_makes_no_noise() -> None:
     process.stdout.close()
     process.stdout = None
 
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=200)
 
     assert stderr == b""
     assert process.returncode == 141
@@ -143,7 +143,7 @@ def test_text_that_the_terminal_cannot_write_is_escaped() -> None:
         env={**os.environ, "PYTHONIOENCODING": "latin-1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
 

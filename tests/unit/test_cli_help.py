@@ -86,7 +86,7 @@ def test_the_page_names_every_command() -> None:
 def test_the_page_is_what_help_says() -> None:
     script = [sys.executable, "scripts/cli_reference.py", "--check"]
 
-    finished = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    finished = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
 
     assert finished.returncode == 0, finished.stderr
 
@@ -108,7 +108,7 @@ def test_completion_is_clicks() -> None:
         },
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=True,
     )
 
@@ -125,7 +125,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
 
     finished = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True
     )
 
     assert finished.stdout.splitlines()[-1] == "[]"

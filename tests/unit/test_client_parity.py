@@ -87,7 +87,7 @@ def test_every_public_name_is_documented_with_an_example() -> None:
 def modules_after(statement: str) -> set[str]:
     code = f"import json, sys\n{statement}\nprint(json.dumps(list(sys.modules)))"
     path = {"PYTHONPATH": ":".join(sys.path)}
-    out = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, check=True, timeout=60)
+    out = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, check=True, timeout=200)
     return set(json.loads(out.stdout))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import gc
 import queue
 import threading
@@ -24,8 +23,9 @@ from stepwell._sender import Sender, WaitingStep
 from stepwell._steps import Step, Stepped, read
 from stepwell._tensors import pack, to_messages, unpack
 from stepwell.v1 import errors_pb2, sessions_pb2
+from support.waiting_line import WaitingLine
 
-WAIT_S = 20.0
+WAIT_S = 100.0
 CORRUPT = errors_pb2.Error(code=15, reason="STATE_CORRUPT", message="damaged")
 OVERLOADED = errors_pb2.Error(code=8, reason="OVERLOADED", retry_after_ms=50)
 
@@ -76,18 +76,6 @@ class FakeLink:
         return posted.forgotten.set
 
 
-class Line(collections.deque[Any]):
-    """A line that says who has come."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.arrived = threading.Semaphore(0)
-
-    def append(self, member: Any) -> None:
-        super().append(member)
-        self.arrived.release()
-
-
 class Bench:
     """A sender, its link and its clock; threads that step; and one lone call that is under way."""
 
@@ -100,7 +88,7 @@ class Bench:
         self.threads = futures.ThreadPoolExecutor(40)
         retrier = Retrier(RetryPolicy(), 1 << 20)
         self.sender = Sender(self.link, retrier, self.unary, max_frame_bytes, self.clock)
-        self.line = self.sender._waiting = Line()
+        self.line = WaitingLine.of(self.sender)
 
     def clock(self) -> float:
         return self.now_s

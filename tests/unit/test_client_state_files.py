@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from stepwell import errors
 from stepwell._state import State
+from support.samples import examples
 
 METADATA = {
     "format": "stepwell-state/1",
@@ -169,7 +170,7 @@ def check(state: State, path: Path) -> None:
 
 
 fuzzed = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 JUNK_TEXT = st.one_of(

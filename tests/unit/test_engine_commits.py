@@ -21,6 +21,7 @@ from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock
 from support.fake_executor import WAIT_S
+from support.samples import examples
 
 pytestmark = pytest.mark.stores("memory")
 
@@ -335,7 +336,7 @@ def together(batches: Sequence[Batch]) -> list[Batch]:
     return [module._merged([item.batch for item in group]) for group in groups]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 @given(st.lists(batches, min_size=2, max_size=8))
 def test_together_is_as_one_by_one(batches: list[Batch]) -> None:
     one_by_one, merged = MemoryStore(), MemoryStore()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from stepwell_server.errors import SessionExpired, SessionGone
@@ -14,13 +12,6 @@ from support.engine import Harness
 pytestmark = pytest.mark.stores("async", "sync")
 
 IDLE_S = 50.0
-
-
-@pytest.fixture
-def disk() -> Iterator[Disk]:
-    found = Disk()
-    yield found
-    found.close()
 
 
 async def ids(at: Harness) -> list[str]:

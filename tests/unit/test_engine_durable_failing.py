@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -41,13 +41,6 @@ ENDS_AND_BEGINNINGS: dict[str, Change] = {
 @pytest.fixture(params=[False, True], ids=["here", "threads"])
 def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     return {"threads": request.param}
-
-
-@pytest.fixture
-def disk() -> Iterator[Disk]:
-    found = Disk()
-    yield found
-    found.close()
 
 
 async def begin(at: Harness) -> dict[str, tuple[Any, ...]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 
@@ -15,13 +14,6 @@ from support.durable import Disk, Troubled, x
 pytestmark = pytest.mark.stores("async", "sync")
 FIELDS = pack_fields({2: b"tenant", 77: bytes(range(100))})
 NAMES = [f"s{i}" for i in range(20)]
-
-
-@pytest.fixture
-def disk() -> Iterator[Disk]:
-    found = Disk()
-    yield found
-    found.close()
 
 
 def give_fields(store: Troubled, session_id: str, fields: bytes) -> None:

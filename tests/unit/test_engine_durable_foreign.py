@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 
@@ -23,13 +22,6 @@ from support.fake_executor import PLAIN
 pytestmark = pytest.mark.stores("async", "sync")
 
 NEWER = dataclasses.replace(PLAIN, fingerprint="f-newer")
-
-
-@pytest.fixture
-def disk() -> Iterator[Disk]:
-    found = Disk()
-    yield found
-    found.close()
 
 
 async def refused(at: Harness, session_id: str, kind: type[ServerError], message: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,13 +11,6 @@ from support.durable import Disk, everything, x
 from support.engine import Harness
 
 pytestmark = pytest.mark.stores("async", "sync")
-
-
-@pytest.fixture
-def disk() -> Iterator[Disk]:
-    found = Disk()
-    yield found
-    found.close()
 
 
 async def count(at: Harness) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,6 @@ from support.durable import Disk, kinds, same_reply, x
 from support.model_of_sessions import ModelOfSessions, Reply
 
 pytestmark = pytest.mark.stores("async", "sync")
-
-
-@pytest.fixture
-def disk() -> Iterator[Disk]:
-    found = Disk()
-    yield found
-    found.close()
 
 
 async def test_to_leave_and_to_come_back_writes_nothing(disk: Disk) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,6 @@ from support.fake_executor import PLAIN, RICH
 from support.model_of_sessions import ModelOfSessions, Reply
 
 pytestmark = pytest.mark.stores("async", "sync")
-
-
-@pytest.fixture
-def disk() -> Iterator[Disk]:
-    found = Disk()
-    yield found
-    found.close()
 
 
 async def test_sessions_are_there_when_they_are_named_and_not_before(disk: Disk) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.durability import group_commit as commits
 from stepwell_server.engine.sessions import ending
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
-from support.durable import Disk, begun, everything, facts, kinds, stalled, x
+from support.durable import Disk, begun, everything, facts, kinds, stalled, until, x
 from support.engine import Harness, Later
 
 pytestmark = pytest.mark.stores("async", "sync")
@@ -35,13 +35,6 @@ CHANGES: dict[str, Callable[[Harness], Awaitable[Any]]] = {
 @pytest.fixture(params=[False, True], ids=["here", "threads"])
 def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     return {"threads": request.param}
-
-
-@pytest.fixture
-def disk() -> Iterator[Disk]:
-    found = Disk()
-    yield found
-    found.close()
 
 
 async def turns() -> None:
@@ -378,10 +371,10 @@ async def test_who_waits_for_rows_of_sessions_that_are_being_made_is_let_in_when
         making = [await begun(at.engine.open_session("plain", session_id="b"))]
         await stalled(disk.store)
         making.append(await begun(at.engine.open_session("plain", session_id="c")))
-        assert not (await at.engine.session_info("a")).resident
+        await until(lambda: at.engine._table.row[at.engine._table.find_all(["a"])[0]] < 0)
         step = at.submit("a", x(1))
-        await turns()
-        assert at.engine._row_queue
+        await until(lambda: at.engine._row_queue)
+        assert not step.ended
         disk.store.go_on()
         made = await asyncio.gather(*making, return_exceptions=True)
         assert [isinstance(one, Unavailable) for one in made] == [not kept] * 2

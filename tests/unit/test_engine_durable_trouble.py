@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,6 @@ pytestmark = pytest.mark.stores("async", "sync")
 
 AWAY = Unavailable("the store must be able to keep the change; the test says no")
 IDLE_S = 50.0
-
-
-@pytest.fixture
-def disk() -> Iterator[Disk]:
-    found = Disk()
-    yield found
-    found.close()
 
 
 async def expired(at: Harness) -> list[str]:

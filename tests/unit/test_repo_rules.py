@@ -18,14 +18,14 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     """Writes a file of a repository that the rules are run on."""
     repository = tmp_path / "someone" / "checkout"
     repository.mkdir(parents=True)
-    subprocess.run(["git", "init", "--quiet"], cwd=repository, check=True, timeout=30)
+    subprocess.run(["git", "init", "--quiet"], cwd=repository, check=True, timeout=200)
     monkeypatch.setattr(check_repo, "ROOT", repository)
 
     def write_one(name: str, text: str) -> None:
         path = repository / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        subprocess.run(["git", "add", name], cwd=repository, check=True, timeout=30)
+        subprocess.run(["git", "add", name], cwd=repository, check=True, timeout=200)
         check_repo.tracked_files.cache_clear()
         check_repo.text_of.cache_clear()
 

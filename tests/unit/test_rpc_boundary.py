@@ -108,4 +108,4 @@ async def test_a_call_that_the_front_cancelled_ends_as_cancelled(
     with pytest.raises(asyncio.CancelledError):
         await task
     assert requests.done == [("GetSession", code)]
-    await asyncio.wait_for(idle, 5)
+    await asyncio.wait_for(idle, 60)

@@ -17,7 +17,7 @@ from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 from support.fake_call import FakeCall, Requests
 from support.fake_engine import MODEL, FakeEngine
 
-_PATIENCE_S = 5.0
+_PATIENCE_S = 100.0
 _ROOMY = StreamLimits(frames=100, bytes=1 << 20)
 
 

@@ -18,6 +18,7 @@ from stepwell_server.store.base import Batch, End, Tombstone
 from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Joined, decode
+from support.samples import examples
 from support.stored import (
     SEGMENT_BYTES,
     begin,
@@ -125,7 +126,7 @@ class Two:
 
 
 @DURABILITIES
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @example(deeds=["begin", "put", "begin", "kill", "put", "kill"], seed=1)
 @given(deeds=st.lists(DEEDS, min_size=5, max_size=60), seed=st.integers(0, 2**32))
 def test_it_answers_as_the_store_in_memory_does(
@@ -194,7 +195,7 @@ def test_what_is_read_while_segments_rotate_never_goes_back(path: Path) -> None:
             store.checkpoint()
     done.set()
     for reader in readers:
-        reader.join(timeout=20)
+        reader.join(timeout=200)
     store.close()
     assert not problems
 

@@ -13,6 +13,7 @@ import pytest
 from stepwell_server.store.base import Batch, StoreError
 from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.record import Joined
+from support.samples import examples
 from support.stored import (
     DURABILITIES,
     begin,
@@ -216,7 +217,7 @@ class Last:
         return bytes(picture)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(examples(3)))
 def test_a_loss_of_power_takes_nothing_but_the_change_that_was_not_acknowledged(
     path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:

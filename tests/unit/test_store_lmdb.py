@@ -223,7 +223,7 @@ def test_the_map_grows_while_others_read(tmp_path: Path) -> None:
     for i in range(100):
         store.commit(Batch(puts=[(f"s{i}", record(f"s{i}", i, 30_000))], tombstones=[stone]))
     done.set()
-    reader.join(timeout=20)
+    reader.join(timeout=200)
     assert not problems
     assert all(revision(store, f"s{i}") == i for i in range(100))
     put(store, "big", size=2**24)

@@ -203,7 +203,7 @@ def test_many_readers_and_a_writer_meet_one_that_gave_up(path: Path) -> None:
         store.commit(Batch(tombstones=[Tombstone(f"u{turn}", End.CLOSED, 0.0)]))
     done.set()
     for reader in readers:
-        reader.join(timeout=20)
+        reader.join(timeout=200)
     assert not problems
     assert store.check().reopened == 20
     assert all(store.tombstone(f"u{turn}") for turn in range(20))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from stepwell_server.store.disk import wal_format
 from stepwell_server.store.disk.wal_file import Segment, SegmentDamaged
 from stepwell_server.store.record import Stored
+from support.samples import examples, some
 from support.stored import is_damaged, put_all, record, template
 
 Part = Sequence[tuple[str, Stored]]
@@ -300,7 +301,7 @@ def test_a_write_that_is_cut_off_at_any_byte_is_left_out(path: Path, before: str
     last = LAST[what]
     old, new, start, end = pictures(path, EARLIER, last)
     seen = set()
-    for cut in range(start, end + 1):
+    for cut in some(range(start, end + 1)):
         picture = new[:cut] + old[cut:]
         count = parts_in(picture, new, start, last)
         seen.add(count)
@@ -312,7 +313,7 @@ def test_a_write_that_is_cut_off_at_any_byte_is_left_out(path: Path, before: str
 def test_after_a_write_that_was_cut_off_it_goes_on(path: Path, before: str, what: str) -> None:
     last = LAST[what]
     old, new, start, end = pictures(path, EARLIER, last)
-    for cut in range(start, end + 1, 7):
+    for cut in some(range(start, end + 1, 7)):
         path.write_bytes(new[:cut] + old[cut:])
         go_on(path)
 
@@ -346,7 +347,7 @@ def test_of_a_write_that_the_power_left_any_sectors_earlier_ones_are_all_there(
 def torn(chance: random.Random, old: bytes, new: bytes, start: int, end: int) -> Iterator[bytes]:
     """Pictures of a file of whose sectors any are new."""
     sectors = range(start // SECTOR * SECTOR, end, SECTOR)
-    for share in [0.1, 0.5, 0.9] * 100:
+    for share in [0.1, 0.5, 0.9] * examples(100):
         picture = bytearray(old)
         for at in sectors:
             if chance.random() < share:
@@ -377,7 +378,7 @@ FOLLOWING: list[Write] = [[records_of(5, "e")], [records_of(6, "f")]]
 
 
 def flipped(picture: bytes, start: int, end: int) -> Iterator[bytes]:
-    for at in range(start, end):
+    for at in some(range(start, end)):
         for bit in (1, 128):
             changed = bytearray(picture)
             changed[at] ^= bit
@@ -507,7 +508,7 @@ def test_of_a_write_that_fails_nothing_is_there(
     assert all(append(segment, write) for write in EARLIER)
     facts = (held(segment), segment.end, segment.sequence)
     size = sum(len(stored) for part in LAST[what] for _, stored in part)
-    for most in range(0, size, 11):
+    for most in some(range(0, size, 11)):
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwritev", Disk(1000, most))
             with pytest.raises(OSError, match="Input/output error"):

@@ -14,7 +14,7 @@ from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.stream import InferStream
 from support.fake_call import FakeCall, Requests
 
-_PATIENCE_S = 5.0
+_PATIENCE_S = 100.0
 _ROOMY = StreamLimits(frames=100, bytes=1 << 20)
 
 
