@@ -15,7 +15,7 @@ import json
 import logging
 import secrets
 import sys
-from typing import IO, Literal
+from typing import IO, ClassVar, Literal
 
 from stepwell_server.errors import Internal, Overloaded, ServerError
 
@@ -26,13 +26,11 @@ _ROOT = "stepwell_server"
 class Log:
     """Writes events with fields to the logger ``stepwell_server.<name>``. Thread-safe."""
 
+    is_debug: ClassVar[bool] = False
+    """Whether debug events are written, as `configure` said; ask before gathering costly fields."""
+
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(f"{_ROOT}.{name}")
-
-    @property
-    def is_debug(self) -> bool:
-        """Whether debug events are written; ask before gathering costly fields."""
-        return self._logger.isEnabledFor(logging.DEBUG)
 
     def debug(self, event: str, **fields: object) -> None:
         """Write an event of one request."""
@@ -79,6 +77,7 @@ def configure(level: str, log_format: LogFormat, stream: IO[str] | None = None) 
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger(_ROOT).setLevel(level.upper())
+    Log.is_debug = level.upper() == "DEBUG"
 
 
 class TextFormatter(logging.Formatter):

@@ -40,8 +40,11 @@ class FixedCost(Cost):
 
     def __init__(self, seconds: float, steps: int) -> None:
         super().__init__()
-        self.seconds = seconds
+        self.seconds = self.one_s = seconds
         self.steps = steps
+
+    def learn(self, items: int, seconds: float, times: int = 1) -> None:
+        """It knows."""
 
     def of(self, items: int, times: int = 1) -> float:
         return self.seconds
@@ -297,7 +300,7 @@ class Harness:
             assert sorted(rows) == list(range(slots.capacity)), "a row is lost or has two owners"
             assert engine._lines[model.index].inbox.waiting == 0
             assert not engine._lines[model.index].loop.busy
-            assert set(model.replies._arrays) <= set(own.tolist()), "a reply outlives its session"
+            assert set(model.replies.series) <= set(own.tolist()), "a reply outlives its session"
         assert all(counter.most <= 1 for counter in self.passes), "two passes of a model ran at once"
         away = {session_id for session_id, handle in table.items() if table.row[handle] < 0}
         if self.store.is_volatile:

@@ -7,6 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from stepwell_server.engine.api import Applied
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, ServerError, Unavailable
 from support.durable import until
@@ -156,6 +157,11 @@ async def test_cancelling_any_member_of_a_batch_harms_no_other(victim: int) -> N
                 assert answer.outputs["y"].tobytes() == outputs_of(value[i : i + 1]).tobytes()
 
 
+async def _step(at: Harness, change: Change, answer: Awaited) -> Applied:
+    at.engine.submit(change)
+    return await answer.get()
+
+
 @pytest.mark.parametrize("victim", range(4))
 async def test_cancelling_the_task_that_waits_for_a_change_harms_no_other(victim: int) -> None:
     async with running(threads=True) as at:
@@ -166,7 +172,7 @@ async def test_cancelling_the_task_that_waits_for_a_change_harms_no_other(victim
         value = x(4)
         waiting = [(Awaited(), ids[i], value[i : i + 1]) for i in range(4)]
         tasks = [
-            asyncio.create_task(at.engine.apply(Change([name], answer, inputs={"": own}), answer))
+            asyncio.create_task(_step(at, Change([name], answer, inputs={"": own}), answer))
             for answer, name, own in waiting
         ]
         await asyncio.sleep(0)

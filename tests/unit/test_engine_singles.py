@@ -146,7 +146,8 @@ async def test_cancelling_the_task_that_waits_cancels_the_step() -> None:
         for value in (x(1), x(1, 5)):
             answer = Awaited()
             change = Change(["a"], answer, inputs={"": value})
-            task = asyncio.create_task(at.engine.apply(change, answer))
+            at.engine.submit(change)
+            task = asyncio.create_task(answer.get())
             await asyncio.sleep(0)
             task.cancel()
             await asyncio.wait([task])

@@ -15,6 +15,8 @@ class Cost:
     def __init__(self, fixed_s: float = 20e-6, each_s: float = 1e-6) -> None:
         self._fixed_s = fixed_s
         self._each_s = each_s
+        self.one_s = fixed_s + each_s
+        """Seconds that a single item is expected to take."""
 
     def learn(self, items: int, seconds: float, times: int = 1) -> None:
         """Take into account that `items` items took `seconds`, done `times` times in a row."""
@@ -23,6 +25,7 @@ class Cost:
             self._each_s += _WEIGHT * (max(0.0, once - self._fixed_s) / items - self._each_s)
         else:
             self._fixed_s += _WEIGHT * (max(_LEAST_S, once - items * self._each_s) - self._fixed_s)
+        self.one_s = self._fixed_s + self._each_s
 
     def of(self, items: int, times: int = 1) -> float:
         """Seconds that so many items are expected to take, `times` times in a row."""

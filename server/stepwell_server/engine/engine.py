@@ -13,8 +13,8 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Slots
-from stepwell_server.engine.api import Applied, ModelInfo, Observer, Opened, Predicted, SessionInfo, StateRead
-from stepwell_server.engine.change import Awaited, Change
+from stepwell_server.engine.api import ModelInfo, Observer, Opened, Predicted, SessionInfo, StateRead
+from stepwell_server.engine.change import Change
 from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.endings import Endings
@@ -56,7 +56,7 @@ from stepwell_server.engine.state.model import Alarm, Model
 from stepwell_server.engine.state.replies import ReplyMemory
 from stepwell_server.engine.submission import Submission
 from stepwell_server.engine.types import Members, Tensors
-from stepwell_server.errors import InvalidInput, ServerError, Unavailable
+from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
 from stepwell_server.store.record import Texts
@@ -198,6 +198,7 @@ class Engine:
         )
         self._listing = Listing(table, self._directory, self._expiry, keeping.others)
         self._lines: dict[int, Line] = {}
+        self._inboxes: dict[int, Inbox] = {}
         self._submission = Submission(
             table,
             self._directory,
@@ -205,15 +206,21 @@ class Engine:
             Validation(table, self._models),
             self._held,
             self._admission,
-            lambda model: self._lines[model].inbox,
+            self._inboxes,
+            self._group,
             is_local=self._is_local,
             clock=clock,
         )
+        self.submit: Callable[[Change], None] = self._submission.submit
+        """Take a change. Its replies get every member's answer, some maybe before this returns.
+
+        Raises:
+            ServerError: the change is refused as a whole; its replies get nothing.
+        """
         for name in sorted(programs):
             rows = resident_rows or default_resident_rows(programs[name])
             self._serve(name, programs[name], max_batch_rows, rows)
         self._group.on_room(self._ring_all)
-        self._accepting = True
         self._timer = ExpiryTimer(self._expiry, self._group, max_session_idle_s)
         self._expiring: asyncio.Task[None] | None = None
 
@@ -264,7 +271,7 @@ class Engine:
         Raises:
             ModelNotFound, ModelMismatch, InvalidInput, SessionExists, Overloaded, Unavailable
         """
-        self._require_accepting()
+        self._submission.require_accepting()
         self._group.require_room()
         return await self._opening.open(
             model,
@@ -286,7 +293,7 @@ class Engine:
         request_id: int = 0,
     ) -> OpenedMany:
         """Open many sessions: all of them or none. Errors as of `open_session`."""
-        self._require_accepting()
+        self._submission.require_accepting()
         self._group.require_room()
         return await self._opening.open_many(
             model, count=count, session_ids=session_ids, batch_size=batch_size, request_id=request_id
@@ -345,28 +352,6 @@ class Engine:
         """
         return await self._listing.page(model=model, prefix=prefix, after=after, limit=limit)
 
-    def submit(self, change: Change) -> None:
-        """Take a change. Its replies get every member's answer, some maybe before this returns.
-
-        Raises:
-            ServerError: the change is refused as a whole; its replies get nothing.
-        """
-        self._require_accepting()
-        if change.reset:
-            self._group.require_room()  # a step waits for its pass, and passes wait for the store
-        self._submission.submit(change)
-
-    async def apply(self, change: Change, answer: Awaited) -> Applied:
-        """Submit a change of one session whose replies are `answer`, and wait for it.
-
-        Cancelling the waiting task cancels the change.
-
-        Raises:
-            ServerError: the change failed; nothing changed.
-        """
-        self.submit(change)
-        return await answer.get()
-
     def _refuse_stale(self, change: Change, members: Members) -> Members:
         return self._submission.refuse_stale(change, members)
 
@@ -397,7 +382,7 @@ class Engine:
         Raises:
             SessionGone, SessionExists, RevisionConflict, InvalidInput, Overloaded, DeadlineExceeded
         """
-        self._require_accepting()
+        self._submission.require_accepting()
         self._group.require_room()
         return await self._opening.fork(
             session_id,
@@ -423,7 +408,7 @@ class Engine:
         Raises:
             ModelNotFound, InvalidInput, MessageTooLarge, DeadlineExceeded, Overloaded
         """
-        self._require_accepting()
+        self._submission.require_accepting()
         served = self._models.by_name(model)
         rows = next((len(array) for array in inputs.values() if array.ndim), 0)
         if not rows:
@@ -463,7 +448,7 @@ class Engine:
 
     def stop_accepting(self) -> None:
         """From now on refuse new sessions and new changes with `Unavailable`."""
-        self._accepting = False
+        self._submission.is_accepting = False
 
     async def drain(self) -> None:
         """Return when everything that was taken in is finished."""
@@ -527,7 +512,7 @@ class Engine:
         inline = Inline(
             model,
             self._table,
-            lanes[0],
+            lanes[0].executor,
             self._committer,
             self._admission.again,
             clock=self._clock,
@@ -548,12 +533,13 @@ class Engine:
             ),
             inline,
             self._turns.release,
-            lambda: self._group.is_full,
+            self._group,
             clock=self._clock,
             observer=self._observer,
         )
         self._models.add(model)
         self._lines[model.index] = Line(inbox, loop)
+        self._inboxes[model.index] = inbox
 
     def _ring_all(self) -> None:
         for model in self._models:
@@ -567,10 +553,6 @@ class Engine:
         for line in self._lines.values():
             if line.inbox:
                 self._admission.admit(joined_where_alike(line.inbox.drain()))
-
-    def _require_accepting(self) -> None:
-        if not self._accepting:
-            raise Unavailable("the server is stopping; it was not applied")
 
     @property
     def max_session_idle_s(self) -> float:

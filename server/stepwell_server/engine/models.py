@@ -18,7 +18,8 @@ class Models:
     def __init__(self, table: SessionTable) -> None:
         self._table = table
         self._by_name: dict[str, Model] = {}
-        self._by_index: dict[int, Model] = {}
+        self.by_index: dict[int, Model] = {}
+        """Those that are served, by their numbers."""
         self._next = 0
 
     def __iter__(self) -> Iterator[Model]:
@@ -33,11 +34,11 @@ class Models:
     def add(self, model: Model) -> None:
         """Serve a model from now on, under a name that no other has."""
         assert model.name not in self._by_name, "a name stands for one model"
-        self._by_name[model.name] = self._by_index[model.index] = model
+        self._by_name[model.name] = self.by_index[model.index] = model
 
     def retire(self, model: Model) -> None:
         """Serve a model no longer; it has no sessions in the table."""
-        del self._by_name[model.name], self._by_index[model.index]
+        del self._by_name[model.name], self.by_index[model.index]
 
     def by_name(self, name: str) -> Model:
         """The model served under a name.
@@ -56,11 +57,7 @@ class Models:
 
     def by_handle(self, handle: int) -> Model:
         """The model of a session."""
-        return self._by_index[int(self._table.model[handle])]
-
-    def by_index(self, index: int) -> Model:
-        """The model of a number."""
-        return self._by_index[index]
+        return self.by_index[int(self._table.model[handle])]
 
     def names(self) -> list[str]:
         """The names, in order."""

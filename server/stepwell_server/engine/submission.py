@@ -6,13 +6,14 @@ A change whose sessions must be looked for in a store that is awaited waits for 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.change import Change
+from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES, Held, Inbox
 from stepwell_server.engine.intake.validation import Validation, require_lists
@@ -20,7 +21,7 @@ from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ids import PIECE
 from stepwell_server.engine.sessions.loading import Arrivals, Seen
 from stepwell_server.engine.types import Members
-from stepwell_server.errors import Overloaded, ServerError
+from stepwell_server.errors import Overloaded, ServerError, Unavailable
 
 #: Rows of changes that may wait for their sessions to be loaded, over all models.
 MAX_LOADING_ROWS = 65_536
@@ -39,7 +40,8 @@ class Submission:
         validation: Validation,
         held: Held,
         admission: Admission,
-        inbox_of: Callable[[int], Inbox],
+        inboxes: Mapping[int, Inbox],
+        commits: GroupCommit,
         *,
         is_local: bool,
         clock: Clock,
@@ -53,7 +55,8 @@ class Submission:
             validation: Checks changes.
             held: Counts their bytes.
             admission: Starts those whose sessions had to be found anew.
-            inbox_of: The inbox of the model of a number.
+            inboxes: By the number of the model.
+            commits: Refuses what would wait for a store that is behind.
             is_local: The store answers in place.
             clock: For deadlines.
         """
@@ -63,9 +66,12 @@ class Submission:
         self._validation = validation
         self._held = held
         self._admission = admission
-        self._inbox_of = inbox_of
+        self._inboxes = inboxes
+        self._commits = commits
         self._is_local = is_local
         self._clock = clock
+        self.is_accepting = True
+        """Changes are taken; else they are refused, since the server is stopping."""
         self._loading: set[asyncio.Task[None]] = set()
         """Changes that wait for their sessions to be loaded."""
         self.loading_rows = 0
@@ -76,8 +82,21 @@ class Submission:
         """A change waits for its sessions to be loaded."""
         return bool(self._loading)
 
+    def require_accepting(self) -> None:
+        """Refuse what comes while the server is stopping.
+
+        Raises:
+            Unavailable: it is.
+        """
+        if not self.is_accepting:
+            raise Unavailable("the server is stopping; it was not applied")
+
     def submit(self, change: Change) -> None:
         """See `Engine.submit`."""
+        if not self.is_accepting:
+            self.require_accepting()
+        if change.reset:
+            self._commits.require_room()  # a step waits for its pass, and passes wait for the store
         require_lists(change)
         is_plain = self._is_local and not self._arrivals.waiting and len(change.session_ids) <= PIECE
         if not is_plain and self._directory.must_look(change.session_ids):
@@ -86,13 +105,15 @@ class Submission:
             self._take(change, None)
 
     def _take(self, change: Change, seen: Seen | None) -> None:
-        handles = self._directory.find_all(change.session_ids, seen)
+        handles = self._table.find_all(change.session_ids)
+        if len(handles) > 1 or handles[0] < 0 or self._directory.may_expire:
+            handles = self._directory.find_all(change.session_ids, seen)
         missing = np.flatnonzero(handles < 0) if len(handles) > 1 or handles[0] < 0 else _NOBODY
         if len(missing) == change.size:
             self._refuse_missing(change, missing, seen)
             return
         refused = self._validation.check(change, handles)
-        inbox = self._inbox_of(change.model.index)
+        inbox = self._inboxes[change.model.index]
         if len(change.members):
             inbox.hold(change)
         for member, error in refused:

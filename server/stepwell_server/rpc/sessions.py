@@ -160,4 +160,5 @@ class SessionServicer:
 
     async def _apply(self, change: Change, answer: Awaited, call: Call) -> Applied:
         change.deadline, change.caller = call.deadline, call.caller
-        return await self._engine.apply(change, answer)
+        self._engine.submit(change)
+        return await answer.get()

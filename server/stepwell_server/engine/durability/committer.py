@@ -105,7 +105,9 @@ class Committer:
         table.position[handles] = outcome.positions
         table.request_id[handles] = outcome.request_ids
         table.used[handles] = self._clock.monotonic()
-        outcome.model.replies.remember(handles, outcome.replies, outcome.arrays)
+        table.reply[handles] = outcome.replies
+        if outcome.arrays or outcome.model.replies.series:
+            outcome.model.replies.remember(handles, outcome.arrays)
 
 
 def not_known() -> Unavailable:

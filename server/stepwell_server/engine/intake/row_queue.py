@@ -79,7 +79,7 @@ class RowQueue:
         self._is_due = False
         for model, waiting in list(self._waiting.items()):  # answers may bring what waits for another model
             if waiting:
-                self._let_in_some(self._models.by_index(model), waiting)
+                self._let_in_some(self._models.by_index[model], waiting)
 
     def _let_in_some(self, model: Model, waiting: deque[tuple[Starter, Change, int]]) -> None:
         fitting = self._fitting(model, waiting)

@@ -196,7 +196,7 @@ class Turns:
     def close_line(self, handle: int, model: int, error: ServerError) -> None:
         """Refuse what waited for a session that has gone away, of the model of that number."""
         for waiter in self._claims.drop_line(handle):
-            self._taken(self._models.by_index(model))
+            self._taken(self._models.by_index[model])
             if isinstance(waiter, Hold):
                 if not waiter.granted.done():
                     waiter.granted.set_exception(error)

@@ -175,7 +175,7 @@ class Validation:
         own = table.batch_size[handles].astype(np.intp)
         if len(handles) == 1:  # half of numpy's calls below would find out that it is there
             there = _THERE
-            change.model = self._models.by_index(int(table.model[handles[0]]))
+            change.model = self._models.by_index[int(table.model[handles[0]])]
             change.sizes = own if change.batch_sizes is None else change.batch_sizes
             change.row_count, change.members = int(change.sizes[0]), _ONLY
         else:
@@ -198,7 +198,7 @@ class Validation:
         models = self._table.model[change.handles if all_there else change.handles[there]]
         if np.any(models != models[0]):
             raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
-        change.model = self._models.by_index(int(models[0]))
+        change.model = self._models.by_index[int(models[0])]
         change.sizes = self._sizes(change, own, there, all_there=all_there)
         change.row_count = int(change.sizes.sum())
         change.members = np.arange(len(there)) if all_there else np.flatnonzero(there)

@@ -118,7 +118,7 @@ class Lane:
     """An executor and what it does for a pass. One thread at a time."""
 
     def __init__(self, executor: Executor, arena: Arena) -> None:
-        self._executor = executor
+        self.executor = executor
         self._arena = arena
         self.spent_s = 0.0
         """Processor time of the last `attempt` and `store`, in seconds."""
@@ -130,7 +130,7 @@ class Lane:
             ExecutionError: the program raised; nothing changed.
         """
         started = time.thread_time()
-        executor = self._executor
+        executor = self.executor
         executor.bind(high - low)
         self._arena.gather(work.source_rows[low:high], executor.states())
         if work.reset_rows is not None:
@@ -145,33 +145,14 @@ class Lane:
 
     def _collect(self, work: Pass, low: int, high: int, step: int) -> None:
         # in a function of its own: no view of the executor's buffers may outlive it
-        for kept, output in zip(work.outputs, self._executor.outputs(), strict=True):
+        for kept, output in zip(work.outputs, self.executor.outputs(), strict=True):
             kept[step, low:high] = output
 
     def store(self, work: Pass, low: int, high: int) -> None:
         """Write what the last `attempt` of the same rows computed to the arena."""
         started = time.thread_time()
-        self._arena.write(work.target_rows[low:high], self._executor.next_states())
+        self._arena.write(work.target_rows[low:high], self.executor.next_states())
         self.spent_s += time.thread_time() - started
-
-    def run_row(self, row: int, inputs: Sequence[Array]) -> list[Array]:
-        """Run one time step of one row of the arena and write its new state there.
-
-        Returns:
-            Its outputs, `(1, ...)` each.
-
-        Raises:
-            ExecutionError: the program raised; nothing changed.
-        """
-        executor = self._executor
-        executor.bind(1)
-        self._arena.gather_row(row, executor.states())
-        for view, array in zip(executor.inputs(), inputs, strict=True):
-            view[...] = array
-        del view
-        executor.invoke()
-        self._arena.write_row(row, executor.next_states())
-        return [output.copy() for output in executor.outputs()]
 
     def narrow(self, work: Pass) -> None:
         """Run a pass that failed as a whole in parts, until each session has run or is found at fault.
@@ -197,4 +178,4 @@ class Lane:
             self._arena.write(rows, states)
 
     def _next_states(self) -> list[Array]:
-        return [state.copy() for state in self._executor.next_states()]
+        return [state.copy() for state in self.executor.next_states()]

@@ -18,8 +18,7 @@ from stepwell_server.engine.api import Observer, Select
 from stepwell_server.engine.change import Change, may_join
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.records import Outcome
-from stepwell_server.engine.executors.base import ExecutionError
-from stepwell_server.engine.passes.batch import Lane
+from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.passes.runner import IN_PLACE_S
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept
@@ -39,7 +38,7 @@ class Inline:
         self,
         model: Model,
         table: SessionTable,
-        lane: Lane,
+        executor: Executor,
         committer: Committer,
         again: Callable[[Change, Members], None],
         *,
@@ -48,7 +47,7 @@ class Inline:
     ) -> None:
         self._model = model
         self._table = table
-        self._lane = lane
+        self._executor = executor
         self._committer = committer
         self._again = again
         self._clock = clock
@@ -57,7 +56,7 @@ class Inline:
 
     def run_few(self, changes: list[Change]) -> list[Change]:
         """Run the first of some changes, as long as they are few and plain; return the others."""
-        if len(changes) > MOST or self._model.ready.rows_waiting or self._model.cost.of(1) > IN_PLACE_S:
+        if len(changes) > MOST or self._model.ready.rows_waiting or self._model.cost.one_s > IN_PLACE_S:
             return changes
         for place, change in enumerate(changes):
             if not self._run(change):
@@ -71,13 +70,12 @@ class Inline:
         table, handle = self._table, int(change.handles[0])
         row, started = int(table.row[handle]), self._clock.monotonic()
         try:
-            outputs = self._lane.run_row(row, change.arrays)
+            outputs = self._invoke(row, change.arrays)
         except ExecutionError:  # the pass says what it is
             return False
         except Exception as error:
             change.fail(change.members, _log.internal("a pass raised", error, model=self._model.name))
             return True
-        self._model.arena.keep_row_outputs(row, outputs)
         kept = _kept(change)
         outcome = Outcome(
             self._model,
@@ -112,6 +110,24 @@ class Inline:
         expected = None if change.expected is None else int(change.expected[0])
         request = 0 if change.request_ids is None else int(change.request_ids[0])
         return applies(int(table.revision[handle]), int(table.request_id[handle]), expected, request)
+
+    def _invoke(self, row: int, inputs: Sequence[Array]) -> list[Array]:
+        """Run the program over one row of the arena, and write what it gives there.
+
+        Raises:
+            ExecutionError: the program raised; nothing changed.
+        """
+        executor, arena = self._executor, self._model.arena
+        executor.bind(1)
+        arena.gather_row(row, executor.states())
+        for view, array in zip(executor.inputs(), inputs, strict=True):
+            view[...] = array
+        del view
+        executor.invoke()
+        arena.write_row(row, executor.next_states())
+        outputs = [output.copy() for output in executor.outputs()]
+        arena.keep_row_outputs(row, outputs)
+        return outputs
 
     def _named(self, kept: Kept, outputs: Sequence[Array]) -> dict[str, Array]:
         if kept is Kept.EMPTY:

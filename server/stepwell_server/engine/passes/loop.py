@@ -15,6 +15,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles
 from stepwell_server.engine.api import Observer, Select
+from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.inbox import Inbox, joined_where_alike
 from stepwell_server.engine.job import Job
@@ -42,7 +43,7 @@ class PassLoop:
         completion: Completion,
         inline: Inline,
         release: Callable[[Handles], None],
-        must_wait: Callable[[], bool],
+        commits: GroupCommit,
         *,
         clock: Clock,
         observer: Observer,
@@ -57,7 +58,7 @@ class PassLoop:
             completion: Commits and answers jobs that have ended.
             inline: Runs what comes alone.
             release: Ends the claims of sessions whose job failed.
-            must_wait: No pass begins while this is true; whoever makes it false rings `model.work`.
+            commits: No pass begins while too much waits for the store; `model.work` is rung when that has ended.
             clock: For deadlines.
             observer: Is told of passes.
         """
@@ -68,7 +69,7 @@ class PassLoop:
         self._completion = completion
         self._inline = inline
         self._release = release
-        self._must_wait = must_wait
+        self._commits = commits
         self._clock = clock
         self._observer = observer
         self._running = False
@@ -89,7 +90,7 @@ class PassLoop:
 
     def _turn(self) -> None:
         """What came is drained, admitted and chosen from; what was chosen runs, is committed and answered."""
-        if self._running or self._must_wait():
+        if self._running or self._commits.is_full:
             return
         came = self._inline.run_few(self._inbox.drain())
         if came:

@@ -84,6 +84,8 @@ class Directory:
         self._loader = loader
         self.ids = IdMaker(store)
         self._is_local = store.local is not None
+        self.may_expire = bool(expiry.max_idle_s)
+        """Sessions that are in the table may have been idle for too long."""
         self._here: Seen = (
             Looked({})
             if store.local is None

@@ -12,7 +12,6 @@ import struct
 from collections.abc import Hashable, Iterator, Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
@@ -43,22 +42,23 @@ class ReplyMemory:
         self._program = program
         self._table = table
         self._arena = arena
-        self._arrays: dict[int, Outputs] = {}
+        self.series: dict[int, Outputs] = {}
+        """Those of several time steps, by session."""
 
-    def remember(self, handles: Handles, kept: npt.NDArray[np.uint8], arrays: Mapping[int, Outputs]) -> None:
-        """Keep replies; the last time step's outputs are in the arena already.
+    def remember(self, handles: Handles, arrays: Mapping[int, Outputs]) -> None:
+        """Keep replies where some are, or were, arrays; else the table's column says all.
+
+        The last time step's outputs are in the arena already.
 
         Args:
             handles: The sessions.
-            kept: How each of their replies is kept.
             arrays: Those that are kept as arrays, by place.
         """
-        if self._arrays:
+        if self.series:
             for handle in handles.tolist():
-                self._arrays.pop(handle, None)
-        self._table.reply[handles] = kept
+                self.series.pop(handle, None)
         for place, outputs in arrays.items():
-            self._arrays[int(handles[place])] = outputs
+            self.series[int(handles[place])] = outputs
 
     def recall_many(self, handles: Handles) -> Iterator[tuple[Members, Outputs]]:
         """The outputs of sessions' last changes: places of those that have one form, and theirs one after the other."""
@@ -69,11 +69,11 @@ class ReplyMemory:
                 yield places, self._of_rows(kind, self._table.rows_of(handles[places]))
         alike: dict[Hashable, list[int]] = {}
         for place in np.flatnonzero(kinds == Kept.ARRAYS).tolist():
-            outputs = self._arrays[int(handles[place])]
+            outputs = self.series[int(handles[place])]
             form = tuple((name, array.shape[1:]) for name, array in outputs.items())
             alike.setdefault(form, []).append(place)
         for some in alike.values():
-            found = [self._arrays[int(handle)] for handle in handles[some].tolist()]
+            found = [self.series[int(handle)] for handle in handles[some].tolist()]
             yield (
                 np.array(some, np.intp),
                 {name: np.concatenate([outputs[name] for outputs in found]) for name in found[0]},
@@ -89,10 +89,10 @@ class ReplyMemory:
 
     def arrays(self, handles: Handles) -> dict[int, Outputs]:
         """Those replies of sessions that are kept as arrays, by place."""
-        if not self._arrays:
+        if not self.series:
             return {}
         places = np.flatnonzero(self._table.reply[handles] == Kept.ARRAYS).tolist()
-        return {place: self._arrays[int(handles[place])] for place in places}
+        return {place: self.series[int(handles[place])] for place in places}
 
     def pack(self, outputs: Outputs) -> bytes:
         """A reply that is kept as arrays, as bytes: each output's shape and data, in the program's order."""
@@ -112,8 +112,8 @@ class ReplyMemory:
             count = math.prod(shape)
             found[spec.name] = np.frombuffer(packed, spec.dtype, count, at).reshape(shape)
             at += count * found[spec.name].itemsize
-        self._arrays[handle] = found
+        self.series[handle] = found
 
     def forget(self, handle: int) -> None:
         """The session is gone, or only in the store."""
-        self._arrays.pop(handle, None)
+        self.series.pop(handle, None)

@@ -98,7 +98,7 @@ class Sequences:
 
         Raises:
             InvalidInput: the sequence has not begun, or the request does not fit it; nothing changed.
-            ServerError: as of `Engine.apply`; nothing changed.
+            ServerError: as of `Awaited.get`; nothing changed.
         """
         await self._turns.take(request.session_id)
         try:
@@ -189,7 +189,8 @@ class Sequences:
             change.expected = np.array([expected], np.uint64)
         if given.request_id:
             change.request_ids = np.array([given.request_id], np.uint64)
-        return await self._engine.apply(change, answer)
+        self._engine.submit(change)
+        return await answer.get()
 
     @staticmethod
     def _change(request: SequenceRequest, answer: Awaited) -> Change:
