@@ -1,0 +1,87 @@
+"""How far a plain unary step goes: the modules that it visits, and how often it crosses from rpc into the engine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import grpc.aio
+import numpy as np
+
+import stepwell_server
+from stepwell.v1 import sessions_pb2 as pb
+from stepwell.v1.sessions_pb2_grpc import SessionServiceStub
+from stepwell_server.metrics import PrometheusObserver
+from stepwell_server.rpc.fronts.python import PythonFront
+from stepwell_server.rpc.server import RpcServer
+from support.engine import running
+from support.wire import tensor
+
+_ROOT = Path(stepwell_server.__file__).parent
+#: The tests' executor stands for one of the server's, and their observer leaves to its base what the server's counts.
+_EXECUTOR, _OBSERVER = 1, "engine/api.py"
+
+
+def _module(frame: FrameType | None) -> str:
+    path = Path(frame.f_code.co_filename) if frame is not None else Path()
+    return str(path.relative_to(_ROOT)) if path.is_relative_to(_ROOT) else ""
+
+
+class _Visits:
+    def __init__(self) -> None:
+        self.modules: set[str] = set()
+        self.crossings: list[str] = []
+
+    def note(self, frame: FrameType, event: str, _argument: Any) -> None:
+        module = _module(frame)
+        if event != "call" or not module:
+            return
+        self.modules.add(module)
+        if module.startswith("engine/") and _module(frame.f_back).startswith("rpc/"):
+            self.crossings.append(frame.f_code.co_qualname)
+
+
+@contextmanager
+def _watched() -> Iterator[_Visits]:
+    visits = _Visits()
+    sys.setprofile(visits.note)
+    try:
+        yield visits
+    finally:
+        sys.setprofile(None)
+
+
+async def test_a_plain_unary_step_visits_twenty_modules_and_enters_the_engine_four_times() -> None:
+    async with running() as at:
+        await at.open("a")
+        server = RpcServer(
+            at.engine,
+            PythonFront(at.clock, 1 << 20),
+            clock=at.clock,
+            observer=PrometheusObserver(),
+            max_message_bytes=1 << 20,
+        )
+        port = await server.start("127.0.0.1", 0)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub: Any = SessionServiceStub(channel)
+
+            def request(revision: int) -> pb.StepRequest:
+                x = np.random.default_rng(revision).random((1, 2), np.float32)
+                return pb.StepRequest(
+                    session_id="a", expected_revision=revision, request_id=revision + 1, inputs=[tensor(x)]
+                )
+
+            for revision in range(3):
+                await stub.Step(request(revision))
+            with _watched() as visits:
+                reply = await stub.Step(request(3))
+            assert reply.revision == 4
+        await server.close()
+    modules = visits.modules - {_OBSERVER}
+    assert len(modules) + _EXECUTOR <= 20, sorted(modules)
+    entries = {name for name in visits.crossings if not name.endswith(("<genexpr>", "<listcomp>"))}
+    assert len(entries) <= 4, entries
