@@ -24,7 +24,7 @@ def block(function: Block) -> Block:
 
 
 #: LiteRT cannot convert them: in a model of their own, so that the others run where they will be served.
-ON_TENSORFLOW = ["features_reversed_and_rolled", "best_class"]
+ON_TENSORFLOW = ["features_reversed_and_rolled", "best_class", "hashed", "looked_up"]
 
 
 def groups() -> dict[str, list[str]]:
@@ -357,6 +357,26 @@ def tokens_choose_a_scale(keras: Any, x: Any, tokens: Any) -> Any:
 def discretised(keras: Any, x: Any, _tokens: Any) -> Any:
     bins = keras.layers.Discretization(bin_boundaries=[-1.0, 0.0, 1.0])(x[..., :1])
     return keras.layers.GRU(3)(keras.layers.Embedding(4, 3)(keras.ops.squeeze(bins, -1)))
+
+
+@block
+def categories_one_hot(keras: Any, _x: Any, tokens: Any) -> Any:
+    encoded = keras.layers.CategoryEncoding(9, output_mode="one_hot")(keras.ops.expand_dims(tokens, -1))
+    return keras.layers.GRU(3)(encoded)
+
+
+@block
+def hashed(keras: Any, _x: Any, tokens: Any) -> Any:
+    k = keras.layers
+    salted = k.Hashing(5, salt=[1, 2], mask_value=0)(tokens)
+    both = k.Concatenate()([k.Embedding(7, 3)(k.Hashing(7)(tokens)), k.Embedding(5, 2)(salted)])
+    return k.GRU(3)(both)
+
+
+@block
+def looked_up(keras: Any, _x: Any, tokens: Any) -> Any:
+    k = keras.layers
+    return k.GRU(3)(k.Embedding(4, 3)(k.IntegerLookup(vocabulary=[3, 2, 7])(keras.ops.cast(tokens, "int64"))))
 
 
 @block

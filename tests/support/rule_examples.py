@@ -21,18 +21,23 @@ REFUSED: dict[str, list[Example]] = {}
 raw = tf.raw_ops
 _INTEGERS = {"BitwiseAnd", "BitwiseOr", "BitwiseXor", "LeftShift", "RightShift", "Invert"}
 _BOOLEANS = {"LogicalAnd", "LogicalOr", "LogicalNot"}
+_TEXTS = {"StringToHashBucketFast", "StringToHashBucketStrong"}
 _UNARY_MORE: dict[str, dict[str, Any]] = {
     "Bitcast": {"type": tf.int32},
     "Bucketize": {"boundaries": [0.2, 0.5, 0.7]},
     "Cast": {"DstT": tf.int32},
     "EnsureShape": {"shape": [None, None, 4]},
     "PreventGradient": {},
+    "StringToHashBucketFast": {"num_buckets": 1000},
+    "StringToHashBucketStrong": {"num_buckets": 1000, "key": [3, 5]},
 }
 
 
 def _typed(kind: str, x: Any) -> Any:
     if kind in _INTEGERS:
         return tf.cast(x * 7, tf.int32)
+    if kind in _TEXTS:
+        return tf.strings.as_string(x)
     return x > 0.5 if kind in _BOOLEANS else x
 
 
