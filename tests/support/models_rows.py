@@ -41,6 +41,7 @@ ROWS = [
         ("batch_statistics", rows("batch", "takes the mean over the rows of the batch")),
         ("reversed_rows", rows("reversed", "reverses the rows of the batch")),
         ("by_condition", rows("by_condition", "takes number 0 of the rows")),
+        ("number_of_distinct_values", unproven("number_of_distinct_values", "a shape depends on values")),
     )
 ]
 KEPT = [

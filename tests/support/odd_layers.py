@@ -155,6 +155,11 @@ def by_condition(layer: Apply, x: Any) -> Any:
 
 
 @kind
+def number_of_distinct_values(layer: Apply, x: Any) -> Any:
+    return x + ops.cast(tf.size(tf.unique(tf.reshape(x, [-1]))[0]), x.dtype)
+
+
+@kind
 def differences(layer: Apply, x: Any) -> Any:
     return x[:, 1:] - x[:, :-1]
 

@@ -19,7 +19,7 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.program import FORMAT, Program, ProofOptions
 
 #: Raise it when the compiler makes something else of the same model.
-COMPILE_VERSION = 3
+COMPILE_VERSION = 4
 _PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")
 _DIGESTS = "digests.json"
 

@@ -94,6 +94,8 @@ class Evaluator:
         """
         if tensor.name not in self._values:
             for op in self._ordered(tensor.op, self._values):
+                if _is_of_open_shape(op):
+                    raise ValueError("a shape depends on values")
                 try:
                     results = self._results(op)
                 except Exception as error:  # TensorFlow raises whatever it likes.
@@ -114,8 +116,8 @@ class Evaluator:
         if tensor.name not in self._digests:
             for op in self._ordered(tensor.op, self._digests):
                 made = hashlib.sha256(f"{op.type} {attributes(op)}".encode())
-                if _calls_functions(op):  # What they compute does not stand in the attributes.
-                    made.update(secrets.token_bytes())
+                if _calls_functions(op) or _is_of_open_shape(op):
+                    made.update(secrets.token_bytes())  # What it gives stands in no attribute.
                 for value in op.inputs:
                     made.update(str(value.shape).encode() if op.type in OF_SHAPES else self.digest(value))
                 for i, result in enumerate(op.outputs):
@@ -155,6 +157,11 @@ def attributes(op: Any) -> dict[str, Any]:
     }
 
 
+def _is_of_open_shape(op: Any) -> bool:
+    """Whether it reads a shape that the sizes of the trace do not fix: values do."""
+    return op.type in OF_SHAPES and not all(value.shape.is_fully_defined() for value in op.inputs)
+
+
 def _calls_functions(op: Any) -> bool:
     return any(_is_function(value) for value in op.node_def.attr.values())
 
@@ -183,8 +190,6 @@ def equal(one: Array, two: Array) -> bool:
 
 def _of_shape(op: Any, i: int) -> Any:
     shape = op.inputs[i].shape
-    if not shape.is_fully_defined():
-        raise ValueError("a shape depends on values")
     if op.type == "Rank":
         return tf.constant(len(shape))
     if op.type == "Size":
