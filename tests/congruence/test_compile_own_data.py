@@ -34,6 +34,14 @@ def _with(value: float) -> Any:
     return array
 
 
+def _sampler(size: int) -> Any:
+    """Knows that the first input is an index into a table of ``size``."""
+    from stepwell_server.compile.interface import Interface
+    from stepwell_server.compile.samples import Sampler
+
+    return Sampler(Interface(None, (), lambda _tensors: ((), {}), None), {0: size}, ())
+
+
 def _saved(folder: Path, **arrays: Any) -> Path:
     np.savez(folder / "data.npz", **arrays)
     return folder / "data.npz"
@@ -108,8 +116,9 @@ def test_indices_that_no_table_has_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"'tokens' must be indices from 0 to 9; got 10 at row 1, time step 1"
     ):
-        read(tmp_path / "x.npy", specs, {0: 10})
-    assert read(tmp_path / "x.npy", specs, {0: 11})[1] == 2
+        read(tmp_path / "x.npy", specs, _sampler(10))
+    assert read(tmp_path / "x.npy", specs, _sampler(11))[1] == 2
+    assert read(tmp_path / "x.npy", specs, dataclasses.replace(_sampler(10), is_guessed=True))[1] == 2
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04junk", b"", b"\x93NUMPY\x01"])

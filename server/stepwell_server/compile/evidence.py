@@ -66,7 +66,7 @@ def gather(plan: Plan, sampler: Sampler, steps: int) -> list[Evidence]:
         ModelError: two calls differ, a row moves when another one is disturbed, or Keras's call fails.
     """
     rng, base = np.random.default_rng(17), rounding(plan.interface.model)
-    held, kept = frozenset(sampler.tables), sampler.exact
+    held, kept = sampler.whole, sampler.exact
     temporal = plan.temporal
     inputs = sampler.hard(rng, temporal, steps)
     disturbed, times = sampler.disturbed(rng, temporal, inputs)

@@ -52,7 +52,7 @@ def _inputs(traced: Traced, rng: np.random.Generator, *, are_wide: bool) -> list
     for i, (value, timed) in enumerate(zip(drawn, traced.plan.temporal, strict=True)):
         array: Any = value[:, 0] if timed else value
         sizes = _SIZES.reshape(-1, *[1] * (array.ndim - 1))
-        if i in traced.sampler.tables or array.dtype == np.bool_:
+        if i in traced.sampler.whole or array.dtype == np.bool_:
             arrays.append(array)
         elif np.issubdtype(array.dtype, np.floating):
             signs = np.where(np.arange(len(_SIZES)) % 2, -1.0, 1.0).reshape(sizes.shape)
@@ -72,7 +72,7 @@ def _noisy(traced: Traced, rng: np.random.Generator, inputs: Sequence[Any]) -> l
     one = rounding(traced.plan.interface.model)
     return [
         (value.astype(np.float64) * (1 + one * rng.choice([-1.0, 1.0], value.shape))).astype(value.dtype)
-        if np.issubdtype(value.dtype, np.floating) and i not in traced.sampler.tables
+        if np.issubdtype(value.dtype, np.floating) and i not in traced.sampler.whole
         else value
         for i, value in enumerate(inputs)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from stepwell_server.compile.comparison import Comparison
 from stepwell_server.compile.errors import ModelError, gist
 from stepwell_server.compile.evidence import Evidence
 from stepwell_server.compile.interface import Interface, describe
-from stepwell_server.compile.samples import make_sampler
+from stepwell_server.compile.samples import Sampler, make_sampler
 from stepwell_server.compile.sequences import Array, run, step_of_executor, tolerance
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.program import Program, TensorSpec
@@ -40,8 +40,8 @@ def compare(model: Path, program: Program, data: Path | None) -> Comparison:
         steps = program.proof.steps
         inputs: Sequence[Array] = sampler.hard(np.random.default_rng(23), temporal, steps)
     else:
-        inputs, steps = read(data, program.inputs, sampler.tables)
-    sample = _observe(program, interface, inputs, steps, frozenset(sampler.tables), sampler.exact)
+        inputs, steps = read(data, program.inputs, sampler)
+    sample = _observe(program, interface, inputs, steps, sampler.whole, sampler.exact)
     stepped = run(program, step_of_executor(load_executor(program)), inputs, steps)
     return evidence.compare(program, sample, stepped, tolerance(loaded))
 
@@ -58,14 +58,12 @@ def _observe(
     return evidence.observe(program, interface, casts, steps, held, kept)
 
 
-def read(
-    file: Path, specs: Sequence[TensorSpec], tables: Mapping[int, int] | None = None
-) -> tuple[list[Array], int]:
+def read(file: Path, specs: Sequence[TensorSpec], sampler: Sampler | None = None) -> tuple[list[Array], int]:
     """Read sequences for the inputs of a model; returns them and the number of time steps.
 
     An ``.npy`` file holds the one input of a model, an ``.npz`` file inputs by their names. Each is
-    ``(batch, T, features...)``; a single sequence may leave out the batch. ``tables`` has the sizes of the tables
-    that inputs, by their place, are indices into.
+    ``(batch, T, features...)``; a single sequence may leave out the batch. ``sampler`` knows which inputs are
+    indices into tables, or are looked up in a vocabulary.
 
     Raises:
         ModelError: it cannot be read, or does not fit.
@@ -95,7 +93,10 @@ def read(
         raise ModelError(
             f"{file}: must hold the inputs {wanted}; got {', '.join(map(repr, found)) or 'none'}"
         )
-    arrays = [_fitting(file, spec, found[spec.name], (tables or {}).get(i)) for i, spec in enumerate(specs)]
+    arrays = [_fitting(file, spec, found[spec.name]) for spec in specs]
+    for i, (spec, array) in enumerate(zip(specs, arrays, strict=True)):
+        if sampler is not None:
+            _refuse_unknown(file, spec, array, sampler, i)
     lengths = {array.shape[1] for array, spec in zip(arrays, specs, strict=True) if spec.temporal}
     rows = {len(array) for array in arrays}
     if len(lengths) > 1 or len(rows) > 1:
@@ -104,7 +105,7 @@ def read(
     return arrays, lengths.pop() if lengths else 1
 
 
-def _fitting(file: Path, spec: TensorSpec, array: Array, table: int | None) -> Array:
+def _fitting(file: Path, spec: TensorSpec, array: Array) -> Array:
     leading = 2 if spec.temporal else 1
     if array.ndim == leading - 1 + len(spec.shape):
         array = array[np.newaxis]
@@ -118,12 +119,20 @@ def _fitting(file: Path, spec: TensorSpec, array: Array, table: int | None) -> A
     with np.errstate(over="ignore"):
         cast = array.astype(spec.dtype)
     _refuse_at(file, spec, array, ~np.isfinite(cast), f"must be finite {spec.dtype}")
-    if table is not None:
-        rule = f"must be indices from 0 to {table - 1}"
-        _refuse_at(file, spec, array, (cast < 0) | (cast >= table), rule)
     if np.issubdtype(array.dtype, np.integer):
         _refuse_at(file, spec, array, cast != array, f"must fit {spec.dtype}")
     return cast
+
+
+def _refuse_unknown(file: Path, spec: TensorSpec, array: Any, sampler: Sampler, i: int) -> None:
+    """Refuse indices and words that the model itself does not take."""
+    table, words = None if sampler.is_guessed else sampler.tables.get(i), sampler.vocabularies.get(i)
+    if table is not None:
+        rule = f"must be indices from 0 to {table - 1}"
+        _refuse_at(file, spec, array, (array < 0) | (array >= table), rule)
+    if words is not None and words.is_closed:
+        rule = "must be in the vocabulary of the model's IntegerLookup, which has no index for others"
+        _refuse_at(file, spec, array, ~np.isin(array, words.known), rule)
 
 
 def _refuse_at(file: Path, spec: TensorSpec, array: Array, is_wrong: Any, rule: str) -> None:

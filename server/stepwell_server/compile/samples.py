@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,29 @@ Array = npt.NDArray[np.generic]
 ROWS = 3
 #: Integers that index no known table are drawn below this.
 _INTEGERS = 4
+#: Layers that make indices of what they are given, within bounds of their own.
+_INDEXING = (keras.layers.Discretization, keras.layers.Hashing, keras.layers.IntegerLookup)
 #: Rows of a hard batch, the scale of each, and the sizes of disturbances.
 HARD_ROWS = 8
 _SCALES = (1.0, 1.0, 1e-3, 1e-3, 1e3, 10.0, 1.0, 1e3)
 _DISTURBANCES = (1.0, 10.0, 1e3, 1e-2)
 #: Share of time steps that are masked, or of indices that are 0 (which may mean masked).
 _MASKED = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What an IntegerLookup knows."""
+
+    known: tuple[int, ...]
+    """Its vocabulary, and its mask token."""
+    is_closed: bool
+    """It takes nothing else: it has no indices for what is out of vocabulary."""
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """Numbers to draw: what is known, and one that is not where that is taken too."""
+        return self.known if self.is_closed else (*self.known, max(self.known) + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +55,15 @@ class Sampler:
     """Values that the model's Masking layers take for "no data"."""
     compared: tuple[float, ...] = ()
     """Numbers that the model's graph compares with: tokens that mean something, thresholds."""
+    vocabularies: Mapping[int, Vocabulary] = dataclasses.field(default_factory=dict)
+    """Inputs that are looked up as they are, and where."""
+    is_guessed: bool = False
+    """``tables`` has every input, because some indices are computed: small ones are always taken, others may be."""
+
+    @property
+    def whole(self) -> frozenset[int]:
+        """Inputs that are whole numbers with a meaning, whatever their type."""
+        return frozenset((*self.tables, *self.vocabularies))
 
     @property
     def exact(self) -> tuple[float, ...]:
@@ -70,7 +96,7 @@ class Sampler:
         arrays = []
         for i, (value, timed) in enumerate(zip(drawn, temporal, strict=True)):
             array = np.array(value)
-            floating = np.issubdtype(array.dtype, np.floating) and i not in self.tables
+            floating = np.issubdtype(array.dtype, np.floating) and i not in self.whole
             if floating:
                 scales = np.reshape(_SCALES, (HARD_ROWS, *[1] * (array.ndim - 1)))
                 held = np.isin(array, self.mask_values)
@@ -91,6 +117,8 @@ class Sampler:
     def _special(self, i: int, dtype: np.dtype[Any]) -> Array:
         if dtype == np.bool_:
             return np.array([False])
+        if i in self.vocabularies:
+            return np.array(self.vocabularies[i].values)
         if np.issubdtype(dtype, np.floating) and i not in self.tables:
             return np.array([*self.mask_values, *self.compared, 0.0])
         size = self.tables.get(i, _INTEGERS)
@@ -118,6 +146,10 @@ class Sampler:
         array: Any = np.asarray(value)
         if array.dtype == np.bool_:
             return np.asarray(np.logical_not(array), np.bool_)
+        if i in self.vocabularies:
+            values = np.array(self.vocabularies[i].values)
+            others = [rng.choice(values[values != one] if len(values) > 1 else values) for one in array.flat]
+            return np.reshape(others, array.shape).astype(array.dtype)
         if np.issubdtype(array.dtype, np.floating) and i not in self.tables:
             noise = rng.standard_normal(array.shape)
             return np.asarray(array + size * (1 + np.abs(noise)) * np.sign(noise), array.dtype)
@@ -126,6 +158,8 @@ class Sampler:
 
     def _values(self, rng: np.random.Generator, i: int, dtype: str, shape: tuple[int, ...]) -> Array:
         kind = np.dtype(plain_dtype(dtype))
+        if i in self.vocabularies:
+            return rng.choice(np.array(self.vocabularies[i].values), shape).astype(kind)
         if i in self.tables:
             indices = rng.integers(0, self.tables[i], shape)
             return np.where(rng.random(shape) < _MASKED, 0, indices).astype(kind)
@@ -158,23 +192,36 @@ def plain_dtype(dtype: str) -> str:
 
 
 def make_sampler(interface: Interface, temporal: Sequence[bool]) -> Sampler:
-    """Find out by one call of the model which inputs are indices into which tables."""
+    """Find out by one call of the model which inputs are indices into which tables, or looked up in which vocabulary."""
     layers = interface.model._flatten_layers()
     masks = tuple(float(layer.mask_value) for layer in layers if isinstance(layer, keras.layers.Masking))
     sizes = {layer: _table_size(layer) for layer in layers if _table_size(layer)}
-    if not sizes:
+    lookups = [layer for layer in layers if isinstance(layer, keras.layers.IntegerLookup)]
+    known = {layer: words for layer in lookups if (words := _vocabulary(layer)).known}
+    if not sizes and not known:
         return Sampler(interface, {}, masks)
     # Every input is drawn as indices that fit all tables; which of them arrive at a table, unchanged?
-    everything = dict.fromkeys(range(len(interface.inputs)), min(sizes.values()))
+    everything = dict.fromkeys(range(len(interface.inputs)), min(sizes.values(), default=_INTEGERS))
     inputs = Sampler(interface, everything, ()).draw(np.random.default_rng(0), temporal, 9)
-    arrived = _arrivals(interface, inputs, list(sizes))
+    arrived, made = _arrivals(interface, inputs, sizes, known)
     tables: dict[int, int] = {}
+    looked_up: dict[int, Vocabulary] = {}
     for layer, values in arrived:
         source = next((i for i, value in enumerate(inputs) if np.array_equal(value, values)), None)
-        if source is None:
-            return Sampler(interface, everything, ())  # Indices are computed: keep to what fits all tables.
-        tables[source] = min(sizes[layer], tables.get(source, sizes[layer]))
-    return Sampler(_with_index_types(interface, tables), tables, masks)
+        if layer in known:
+            if source is not None:
+                looked_up[source] = known[layer]
+        elif source is not None:
+            tables[source] = min(sizes[layer], tables.get(source, sizes[layer]))
+        elif not any(np.array_equal(value, values) for value in made):
+            # Indices are computed: keep to what fits all tables.
+            return Sampler(interface, everything, (), is_guessed=True)
+    for i in tables.keys() & looked_up.keys():  # Both: what each of them takes.
+        fits = tuple(word for word in looked_up[i].known if 0 <= word < tables[i])
+        looked_up[i] = Vocabulary(fits or (0,), is_closed=True)
+        del tables[i]
+    typed = _with_index_types(interface, (*tables, *looked_up))
+    return Sampler(typed, tables, masks, vocabularies=looked_up)
 
 
 def _table_size(layer: Any) -> int:
@@ -185,35 +232,54 @@ def _table_size(layer: Any) -> int:
     return 0
 
 
+def _vocabulary(layer: Any) -> Vocabulary:
+    mask = () if layer.mask_token is None else (int(layer.mask_token),)
+    words = (int(word) for word in layer.get_vocabulary(include_special_tokens=False))
+    return Vocabulary((*mask, *words), is_closed=not layer.num_oov_indices)
+
+
 def _arrivals(
-    interface: Interface, inputs: Sequence[Array], layers: Sequence[Any]
-) -> list[tuple[Any, Array]]:
+    interface: Interface,
+    inputs: Sequence[Array],
+    sizes: Mapping[Any, int],
+    known: Mapping[Any, Vocabulary],
+) -> tuple[list[tuple[Any, Array]], list[Array]]:
+    """Call the model; return what arrives at which layer, and the indices that its layers made, which fit by themselves."""
     seen: list[tuple[Any, Array]] = []
+    made: list[Array] = []
 
     def recorder(layer: Any) -> Any:
         original = layer.call
 
         def call(values: Any, *args: Any, **kwargs: Any) -> Any:
-            seen.append((layer, np.asarray(values)))
-            return original(values, *args, **kwargs)
+            if layer in sizes or layer in known:
+                seen.append((layer, np.asarray(values)))
+            if layer in known:  # Of what it knows: another number may be an error.
+                words = np.array(known[layer].known)
+                values = tf.cast(words[np.asarray(values).astype(int) % len(words)], values.dtype)
+            result = original(values, *args, **kwargs)
+            if isinstance(layer, _INDEXING):
+                made.append(np.asarray(result))
+            return result
 
         return call
 
     with relaxed(interface.model), contextlib.ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(attribute(layer, "call", recorder(layer)))
+        for layer in interface.model._flatten_layers():
+            if layer in sizes or isinstance(layer, _INDEXING):
+                stack.enter_context(attribute(layer, "call", recorder(layer)))
         interface.call(
             [tf.cast(value, info.dtype) for value, info in zip(inputs, interface.inputs, strict=True)]
         )
-    return seen
+    return seen, made
 
 
-def _with_index_types(interface: Interface, tables: Mapping[int, int]) -> Interface:
+def _with_index_types(interface: Interface, indices: Collection[int]) -> Interface:
     """A subclassed model's file holds no input types: its index inputs are integers."""
     if hasattr(interface.model, "_inputs_struct") or getattr(interface.model, "_functional", None):
         return interface
     inputs = tuple(
-        dataclasses.replace(info, dtype="int32") if i in tables else info
+        dataclasses.replace(info, dtype="int32") if i in indices else info
         for i, info in enumerate(interface.inputs)
     )
     return dataclasses.replace(interface, inputs=inputs)
