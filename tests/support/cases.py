@@ -120,7 +120,15 @@ def unproven(layer: str, does: str = "") -> str:
     )
 
 
-def only_length(layer: str, way: str = "build it with keras.Input") -> str:
+def python(layer: str) -> str:
+    return rf"^the model cannot become a program: {_who(layer)} runs Python code when it is called .*; write what it"
+
+
+def untraced(layer: str, does: str, way: str) -> str:
+    return rf"^the model cannot be traced: {_who(layer)} {does} .*; {way}"
+
+
+def only_length(layer: str, way: str = "build .* with keras.Input") -> str:
     return (
         rf"^the model runs only on sequences of 40 time steps, and what is served has no end: {_who(layer)} fails on "
         rf"another length \(.*\); .*{way}"

@@ -16,6 +16,7 @@ from support.cases import (
     random,
     rows,
     unproven,
+    untraced,
     writes,
 )
 from support.models_time import odd
@@ -75,6 +76,33 @@ def _in_training(layer: Any) -> Any:
     return InTraining(layer)
 
 
+UNTRACED = [
+    before_rnn(
+        "values_as_numpy",
+        odd("values_as_numpy"),
+        untraced("values_as_numpy", "takes values out of tensors", "write it with keras.ops"),
+    ),
+    before_rnn(
+        "value_as_number",
+        odd("value_as_number"),
+        untraced("value_as_number", "takes values out of tensors", "write it with keras.ops"),
+    ),
+    before_rnn(
+        "while_values_are_large",
+        odd("while_values_are_large"),
+        untraced(
+            "while_values_are_large", "decides in Python", r"compute both and choose with keras\.ops\.where"
+        ),
+    ),
+    before_rnn(
+        "asserting",
+        odd("asserting", 5),
+        r"the layer 'asserting' \(Apply\) asserts something of its values that does not hold.*; leave the assertion out",
+    ),
+    before_rnn(
+        "missing_key", odd("missing_key"), r"the layer 'missing_key' \(Apply\) fails \(KeyError: absent\)"
+    ),
+]
 OUTPUTS = [
     behind_rnn("rows_last", lambda _k: _ops("transpose"), layout("ops.transpose")),
     behind_rnn("time_last", lambda k: k.Permute((2, 1), name="permute"), layout("permute")),
@@ -165,7 +193,33 @@ def _two_lengths(keras: Any) -> Any:
     )
 
 
+def _encoded(layer: str, *features: int, **options: Any) -> Callable[[Any], Any]:
+    def make(keras: Any) -> Any:
+        x = keras.Input((None, *features), dtype="int32")
+        encoding = getattr(keras.layers, layer)(output_mode="one_hot", name="encoding", **options)
+        return keras.Model(x, keras.layers.LSTM(3, name="lstm")(encoding(x)))
+
+    return make
+
+
+def _text(keras: Any) -> Any:
+    x = keras.Input((None,), dtype="string", name="text")
+    return keras.Model(
+        x, keras.layers.GRU(3)(keras.layers.Embedding(3, 3)(keras.layers.StringLookup(vocabulary=["a"])(x)))
+    )
+
+
+def _open_features(keras: Any) -> Any:
+    x = keras.Input((None, None), name="x")
+    return keras.Model(x, keras.ops.abs(x))
+
+
 CELLS = [
+    _cell(
+        "growing",
+        r"^the cell of the layer 'odd' \(RNN\) must return states of the shapes that it is given; for each row it is given "
+        r"\(3,\) and returns \(6,\): let state_size",
+    ),
     _cell("mean_over_rows", rows("odd", "takes the mean over the rows of the batch")),
     _cell("number_of_the_row", rows("odd", "has another constant for each row")),
     _cell("state_of_rows", rows("odd", "has another constant for each row")),
@@ -183,6 +237,18 @@ CELLS = [
     ),
 ]
 MODELS = [
+    _model(
+        "one_hot_of_a_series",
+        r"'encoding' \(CategoryEncoding\) leaves out an axis of length 1.*keras\.ops\.one_hot",
+        _encoded("CategoryEncoding", num_tokens=5),
+    ),
+    _model(
+        "one_hot_of_a_hash",
+        r"'encoding' \(Hashing\) leaves out an axis of length 1.*keras\.ops\.one_hot",
+        _encoded("Hashing", 1, num_bins=5),
+    ),
+    _model("text", r"^input 'text' must have a numeric type; it has string\. Leave the layer", _text),
+    _model("open_features", r"^input 'x' must have fixed dimensions after batch and time", _open_features),
     _model("over_positions", position("clock"), _over_positions),
     _model("masked_by_position", position("rnn"), _masked_by_position),
     _model(
@@ -250,4 +316,4 @@ FIXED = [
         ),
     )
 ]
-CASES = {case.name: case for case in (*ROWS, *KEPT, *OUTPUTS, *CELLS, *MODELS, *FIXED)}
+CASES = {case.name: case for case in (*ROWS, *KEPT, *UNTRACED, *OUTPUTS, *CELLS, *MODELS, *FIXED)}

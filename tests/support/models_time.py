@@ -18,6 +18,7 @@ from support.cases import (
     mixes,
     only_length,
     position,
+    python,
     rows,
     unproven,
 )
@@ -125,7 +126,7 @@ SHIFTS = [
             ("by_scan", 1, unproven("by_scan", "")),
             ("by_while_loop", 9, unproven("by_while", "runs a loop or a branch")),
             ("by_map_over_rows", 9, unproven("by_map", "runs a loop or a branch")),
-            ("by_numpy", 9, unproven("by_numpy", "uses the operation")),
+            ("by_numpy", 9, python("by_numpy")),
             ("by_condition", 9, rows("by_condition", "takes number 0 of the rows")),
             ("differences", 1, mixes("differences", "takes a part of the time axis")),
             ("every_second", 1, mixes("every", "takes a part of the time axis")),

@@ -34,6 +34,8 @@ class OddCell(keras.Layer):
         elif self.kind == "counting":
             self.count.assign(self.count + 1.0)
             total *= self.count
+        elif self.kind == "growing":
+            return total, [ops.concatenate([states[0], inputs], -1)]
         elif self.kind == "noisy":
             total += keras.random.normal(ops.shape(total), seed=self.seeds)
         return total, [total]

@@ -55,6 +55,38 @@ def kind(function: Kind) -> Kind:
     return function
 
 
+# --- code that is no graph -----------------------------------------------------------------------------
+
+
+@kind
+def values_as_numpy(layer: Apply, x: Any) -> Any:
+    return tf.constant(x.numpy() * 2)
+
+
+@kind
+def value_as_number(layer: Apply, x: Any) -> Any:
+    return x * float(ops.max(x))
+
+
+@kind
+def while_values_are_large(layer: Apply, x: Any) -> Any:
+    while bool(ops.max(x) > layer.n):
+        x = x / 2
+    return x
+
+
+@kind
+def asserting(layer: Apply, x: Any) -> Any:
+    tf.debugging.assert_less(x, float(layer.n))
+    return x
+
+
+@kind
+def missing_key(layer: Apply, x: Any) -> Any:
+    factors: dict[str, float] = {}
+    return x if tf.executing_eagerly() else x * factors["absent"]
+
+
 # --- look back, look ahead -----------------------------------------------------------------------------
 
 

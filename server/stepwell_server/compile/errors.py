@@ -24,16 +24,19 @@ class NotCausalError(ModelError):
 def gist(error: Exception | str) -> str:
     """Return one line that says what went wrong, out of what may be pages.
 
-    Keras sets the message itself in bold, below a line that only says where it happened. TensorFlow adds
+    Keras sets the message itself in bold (which a KeyError shows as a literal), below a line that only says where it happened. TensorFlow adds
     how its node is written, which tells nobody anything.
     """
     text = str(error)
-    bold = re.search(r"\x1b\[1m(.+?)\x1b\[0m", text, re.DOTALL)
+    if isinstance(error, KeyError) and error.args:
+        text = str(error.args[0])  # As text it is a literal of Python's.
+    bold = re.search(r"(?:\x1b|\\x1b)\[1m(.+?)(?:\x1b|\\x1b)\[0m", text, re.DOTALL)
     if bold:
         text = bold[1]
     elif "in user code:" in text:
         text = text.strip().splitlines()[-1]
     elif found := re.search(r"\n([^\n]+)\n\s*\[\[\{\{node", text):
         text = found[1]  # Of an error while a graph runs: below where it was detected.
+    text = re.sub(r"\s*Received: inputs?=.*", "", text, flags=re.DOTALL)  # Tensors of a trace.
     text = re.sub(r" for '\{\{node .*", "", text, flags=re.DOTALL).replace(" with name 'None'", "")
     return next((line.strip() for line in text.splitlines() if line.strip()), "no message")

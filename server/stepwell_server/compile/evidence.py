@@ -15,19 +15,21 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.compile.causality.cut import all_operations, time_distributed
 from stepwell_server.compile.comparison import Comparison, Difference
-from stepwell_server.compile.errors import ModelError, NotCausalError, gist
+from stepwell_server.compile.errors import ModelError, NotCausalError
 from stepwell_server.compile.interface import Interface
 from stepwell_server.compile.patch import attribute, relaxed
 from stepwell_server.compile.plan import Plan
 from stepwell_server.compile.samples import Sampler
 from stepwell_server.compile.sequences import Stepped, rounding
 from stepwell_server.compile.tensorflow_setup import tf
+from stepwell_server.compile.untraceable import failed
 from stepwell_server.compile.watch import plain, recurrent_layers
 
 Array = npt.NDArray[np.generic]
@@ -71,7 +73,7 @@ def gather(plan: Plan, sampler: Sampler, steps: int) -> list[Evidence]:
     inputs = sampler.hard(rng, temporal, steps)
     disturbed, times = sampler.disturbed(rng, temporal, inputs)
     whole = _whole_call(plan.interface)
-    with _explained(steps):
+    with _explained(plan.interface.model, steps):
         usual, again = whole(inputs), whole(inputs)
         noisy = whole(_noisy(rng, inputs, base, held, kept))
         moved = whole(disturbed)
@@ -156,20 +158,18 @@ def observe(
         ModelError: Keras's call fails.
     """
     whole, base = _whole_call(interface), rounding(interface.model)
-    with _explained(steps):
+    with _explained(interface.model, steps):
         usual = whole(inputs)
         noisy = whole(_noisy(np.random.default_rng(19), inputs, base, held, kept))
     return Evidence(steps, tuple(inputs), usual, _noise(plan, usual, noisy))
 
 
 @contextlib.contextmanager
-def _explained(steps: int) -> Iterator[None]:
+def _explained(model: Any, steps: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Keras and user code raise whatever they like.
-        raise ModelError(
-            f"the model does not run on a sequence of {steps} time steps: {type(error).__name__}: {gist(error)}"
-        ) from error
+        raise failed(model, f"the model does not run on a sequence of {steps} time steps", error) from error
 
 
 def reach(model: object, own_steps: Sequence[int | None]) -> int:

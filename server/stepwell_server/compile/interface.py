@@ -52,10 +52,16 @@ def describe(model: Any) -> Interface:
     graph = getattr(model, "_functional", None) or model
     interface = _of_graph(model, graph) if hasattr(graph, "_inputs_struct") else _of_subclass(model)
     for item in interface.inputs:
-        if item.dtype == "string" or any(size is None for size in item.shape[2:]):
+        if item.dtype == "string":
             raise ModelError(
-                f"input {item.name!r} must have a numeric type and fixed dimensions after batch and time; "
-                f"it has {item.dtype} {item.shape}"
+                f"input {item.name!r} must have a numeric type; it has string. Leave the layer that reads text "
+                "(StringLookup, TextVectorization, Hashing) out of the model, run it where the text is, and send the "
+                "numbers that it makes"
+            )
+        if any(size is None for size in item.shape[2:]):
+            raise ModelError(
+                f"input {item.name!r} must have fixed dimensions after batch and time; it has the shape {item.shape}: build "
+                "the model with their sizes"
             )
     return interface
 

@@ -10,18 +10,25 @@ from typing import Any
 import numpy as np
 
 from stepwell_server.compile import evidence
-from stepwell_server.compile.causality.blame import length_problem, loop_problem, named, refusal_of
+from stepwell_server.compile.causality.blame import (
+    length_problem,
+    loop_problem,
+    one_step_problem,
+    refusal_of,
+)
 from stepwell_server.compile.causality.cut import Cut, CutError, Cuts, LoopError, cut, cut_one_step
 from stepwell_server.compile.causality.one_step import require_same
 from stepwell_server.compile.causality.proof import Unadmitted, prove
 from stepwell_server.compile.causality.refusals import Reason
-from stepwell_server.compile.errors import ModelError, NotCausalError, gist
+from stepwell_server.compile.errors import ModelError, NotCausalError
 from stepwell_server.compile.evidence import Evidence
 from stepwell_server.compile.interface import Interface, describe
 from stepwell_server.compile.plan import Plan, assignments, make_plan
 from stepwell_server.compile.samples import Sampler, make_sampler
+from stepwell_server.compile.scopes import named
 from stepwell_server.compile.sequences import run, step_of_function, tolerance, worst
 from stepwell_server.compile.trace import trace
+from stepwell_server.compile.untraceable import failed
 from stepwell_server.compile.watch import Observation, watch
 from stepwell_server.compile.whole_call import refuse_kept_states, refuse_training
 from stepwell_server.program import Proof, ProofOptions
@@ -30,7 +37,7 @@ from stepwell_server.program import Proof, ProofOptions
 _LENGTHS = (5, 7)
 _MORE_LENGTHS = (1, 2)
 #: What is refused also where the user answers for the rest: served sessions would share what is changed or drawn.
-_NEVER_TRUSTED = {Reason.RANDOM, Reason.WRITES, Reason.STATE, Reason.LAYOUT}
+_NEVER_TRUSTED = {Reason.RANDOM, Reason.WRITES, Reason.PYTHON, Reason.STATE, Reason.LAYOUT}
 Progress = Callable[[str], None]
 
 
@@ -79,15 +86,21 @@ def _try(
         raise loop_problem(interface, error) from error
     except CutError as error:
         raise length_problem(interface, temporal, error) from error
-    with _explained(f"the model does not run on sequences of {' and '.join(map(str, _LENGTHS))} time steps"):
+    with _explained(
+        interface.model,
+        f"the model does not run on sequences of {' and '.join(map(str, _LENGTHS))} time steps",
+    ):
         sampler = dataclasses.replace(make_sampler(interface, temporal), compared=cuts.compared())
     refuse_kept_states(interface, cuts)
     unproven = _admit(interface, cuts, sampler, options)
-    with _explained(f"the model does not run on sequences of {' and '.join(map(str, _LENGTHS))} time steps"):
+    with _explained(
+        interface.model,
+        f"the model does not run on sequences of {' and '.join(map(str, _LENGTHS))} time steps",
+    ):
         seen = [_observe(sampler, temporal, steps, rng) for steps in _LENGTHS]
         refuse_training(sampler, temporal)
     plan = make_plan(sampler.interface, temporal, seen[0], seen[1])
-    with _explained("the model does not run on a sequence of one time step"):
+    with _explained(interface.model, "the model does not run on a sequence of one time step"):
         function = trace(plan)
         if progress is not None:
             progress("probe")
@@ -126,10 +139,7 @@ def _one_step(interface: Interface, cuts: Cuts) -> Cut:
     try:
         return cut_one_step(interface, cuts)
     except CutError as error:
-        who = "it" if error.layer is None else named(interface.model, error.layer)
-        raise ModelError(
-            f"the model does not run on a sequence of one time step, which is what a step is: {who} fails ({error})"
-        ) from error
+        raise one_step_problem(interface, error) from error
 
 
 def _own_steps(interface: Interface, temporal: Sequence[bool]) -> list[int | None]:
@@ -137,13 +147,13 @@ def _own_steps(interface: Interface, temporal: Sequence[bool]) -> list[int | Non
 
 
 @contextlib.contextmanager
-def _explained(problem: str) -> Iterator[None]:
+def _explained(model: Any, problem: str) -> Iterator[None]:
     try:
         yield
     except ModelError:
         raise
     except Exception as error:  # Keras and user code raise whatever they like.
-        raise ModelError(f"{problem}: {type(error).__name__}: {gist(error)}") from error
+        raise failed(model, problem, error) from error
 
 
 def _observe(sampler: Sampler, temporal: Sequence[bool], steps: int, rng: np.random.Generator) -> Observation:

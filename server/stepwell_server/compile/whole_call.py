@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from stepwell_server.compile.causality.blame import named
 from stepwell_server.compile.causality.cut import Cuts, all_operations
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.interface import Interface
 from stepwell_server.compile.patch import relaxed
 from stepwell_server.compile.samples import Sampler
+from stepwell_server.compile.scopes import named
 from stepwell_server.compile.tensorflow_setup import keras, tf
 from stepwell_server.compile.watch import plain
 

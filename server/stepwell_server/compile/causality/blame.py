@@ -12,7 +12,9 @@ from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.errors import ModelError, NotCausalError
 from stepwell_server.compile.interface import Interface
 from stepwell_server.compile.samples import Sampler
+from stepwell_server.compile.scopes import named
 from stepwell_server.compile.tensorflow_setup import keras
+from stepwell_server.compile.untraceable import habit_of
 
 _STEP_BY_STEP = "model cannot be run step by step: "
 _SEVERAL_STEPS = "looks back over several time steps and keeps no state"
@@ -32,6 +34,8 @@ def refusal_of(sampler: Sampler, temporal: Sequence[bool], found: Unadmitted) ->
             return NotCausalError(f"model is not causal: {who} {clause}; {way}")
         case Reason.POSITION | Reason.LENGTH:
             return NotCausalError(f"{_STEP_BY_STEP}{who} {clause}; {way}")
+        case Reason.PYTHON:
+            return ModelError(f"the model cannot become a program: {who} {clause}; {way}")
         case Reason.UNPROVEN:
             return ModelError(f"it is not proven that the model may be stepped: {who} {clause}; {way}")
         case Reason.ROWS:
@@ -77,6 +81,10 @@ def length_problem(interface: Interface, temporal: Sequence[bool], found: CutErr
         if timed and info.shape[1] is not None
     }
     who = "it" if found.layer is None else named(model, found.layer)
+    habit = habit_of(found.__cause__)
+    if habit is not None:
+        who = "the model" if found.layer is None else who
+        return ModelError(f"the model cannot be traced: {who} {habit.does}; {habit.way}")
     if not fixed:
         return ModelError(
             f"the model does not run on sequences of any length, as what is served must: {who} fails ({found})"
@@ -86,6 +94,19 @@ def length_problem(interface: Interface, temporal: Sequence[bool], found: CutErr
         f"the model runs only on sequences of {steps} time steps, and what is served has no end: {who} fails on another "
         f"length ({found}); {_way_on(interface, steps)}"
     )
+
+
+def one_step_problem(interface: Interface, found: CutError) -> ModelError:
+    """Return the error for a model that runs on many time steps and not on one."""
+    who = "it" if found.layer is None else named(interface.model, found.layer)
+    problem = f"the model does not run on a sequence of one time step, which is what a step is: {who} fails ({found})"
+    for layer in all_operations(interface.model):
+        if getattr(layer, "output_mode", None) == "one_hot":
+            return ModelError(
+                f"{problem}; {named(interface.model, layer)} leaves out an axis of length 1, as the time axis of one step "
+                "is: encode whole numbers by keras.ops.one_hot(numbers, depth) instead"
+            )
+    return ModelError(problem)
 
 
 def _way_on(interface: Interface, steps: Any) -> str:
@@ -108,17 +129,10 @@ def _way_on(interface: Interface, steps: Any) -> str:
     for layer in layers:
         if isinstance(layer, kinds.Flatten):
             return f"{layer.name!r} makes features of time steps: let a recurrent layer return its last output instead"
-    return "build it with keras.Input((None, ...)), and load the weights into it"
-
-
-def named(model: Any, layer: Any) -> str:
-    """Return how a layer, an operation or the model itself is called in a sentence."""
-    if layer is None:
-        return "the model"
-    if layer is model:
-        return f"the model's own call ({type(model).__name__})"
-    what = "layer" if isinstance(layer, keras.Layer) else "operation"
-    return f"the {what} {layer.name!r} ({type(layer).__name__})"
+    return (
+        "let it take any length, and build the model with keras.Input((None, ...)); what is another value for each time "
+        "step must come in as a feature"
+    )
 
 
 def _outermost(model: Any, layer: Any) -> Any:

@@ -334,6 +334,8 @@ def _cut(
         said = gist(error)
         at_fault = tracing.raised or _mentioned(interface.model, said)
         raise CutError(at_fault, f"{type(error).__name__}: {said}") from error
+    for call in (*tracing.calls, *tracing.long.values()):
+        _require_kept(call)
     found = Cut(
         scale=scale,
         function=function,
@@ -432,6 +434,21 @@ def _other_rows(path: str, layer: Any, rows: int, steps: int, scale: Scale) -> s
         f"{who} runs over {steps // scale.steps} time steps for each one that comes in, and a step of a session "
         "advances every layer by one; put them beside the features, before the layer"
     )
+
+
+def _require_kept(call: CutCall) -> None:
+    """Refuse a cell that makes of its state one of another shape, which no loop can carry on."""
+    given, made = ([tuple(x.shape[1:]) for x in states] for states in (call.before, call.after[1:]))
+    if given != made:
+        raise ModelError(
+            f"the cell of the layer {call.path!r} ({type(call.layer).__name__}) must return states of the shapes that it is "
+            f"given; for each row it is given {_listed(given)} and returns {_listed(made)}: let state_size say what "
+            "call() returns"
+        )
+
+
+def _listed(shapes: Sequence[tuple[int, ...]]) -> str:
+    return " and ".join(map(str, shapes)) or "none"
 
 
 def _placeholder(dtype: Any, shape: Any) -> Any:

@@ -46,6 +46,7 @@ _READS = {
     "StatefulPartitionedCall",
     "VarHandleOp",
 }
+_PYTHON = {"EagerPyFunc", "PyFunc", "PyFuncStateless"}
 _OTHERWISE = "computes something else for another number of time steps"
 _Value = Data | Const
 
@@ -384,6 +385,10 @@ class _Frame:
         """
         if any(kind in one.type for kind in _DRAWS) and not one.type.startswith("Stateless"):
             raise Refusal(Reason.RANDOM, "draws random numbers")
+        if one.type in _PYTHON:
+            raise Refusal(
+                Reason.PYTHON, "runs Python code when it is called (tf.py_function, tf.numpy_function)"
+            )
         if one.op_def.is_stateful and one.type not in _READS and one.type not in RULES:
             raise Refusal(
                 Reason.UNPROVEN,

@@ -29,6 +29,7 @@ class Reason(enum.Enum):
         "reset_states()"
     )
     LAYOUT = "give each output the batch as its first axis, and the time, if it has one, as its second"
+    PYTHON = "write what it computes with keras.ops, which become part of the model"
     UNPROVEN = "if you know that it does, --trust-causality NAME serves the model on the evidence of samples"
 
 
