@@ -80,12 +80,14 @@ class State(Mapping[str, Array]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all; an old file of that name is replaced.
 
+        The state of a model that keeps none is saved too: it has no tensors, and says what it belongs to.
+
         Args:
             path: Where to; the suffix .safetensors is customary.
 
         Raises:
-            InvalidInputError: It could not be loaded again: it has no tensors (its model keeps no state), or
-                they do not have `batch_size` rows each.
+            InvalidInputError: It could not be loaded again: a tensor does not have `batch_size` rows, or is
+                empty.
             OSError: The file cannot be written. It is Python's own, no `StepwellError`, and names the path.
 
         Example:

@@ -151,8 +151,6 @@ def _check(tensors: Mapping[str, Array], header: Header) -> None:
     for key, count in (("revision", header.revision), ("position", header.position)):
         if not 0 <= count < 2**64:
             raise InvalidInputError(f"the {key} of a saved state must be 0 to {2**64 - 1}; got {count}")
-    if not tensors:
-        raise InvalidInputError("a saved state must have at least one tensor; got none")
     for name, array in tensors.items():
         _check_tensor(f"tensor {name!r:.100} of a saved state", array, header.batch_size)
 

@@ -52,6 +52,32 @@ def test_save_and_load(tmp_path: Path) -> None:
     }
 
 
+def test_a_state_without_tensors_is_saved_and_loaded(tmp_path: Path) -> None:
+    """That of a model without recurrent layers."""
+    empty = State({}, model="m", fingerprint="f", batch_size=2, revision=3, position=4)
+    empty.save(tmp_path / "s")
+    loaded = State.load(tmp_path / "s")
+    assert loaded == empty
+    assert (loaded.model, loaded.batch_size, loaded.revision, loaded.position) == ("m", 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(4.0)[:, None],
+        np.arange(8.0).reshape(1, 8)[:, ::2],
+        np.asfortranarray(np.arange(6.0).reshape(1, 6)),
+        np.broadcast_to(np.float32(3), (3, 1)),
+        np.arange(6.0)[::-1].reshape(6, 1)[::2],
+    ],
+    ids=["column", "row", "row_of_fortran", "column_of_one_number", "column_backwards"],
+)
+def test_one_row_or_one_column_is_saved_as_it_reads(array: Array, tmp_path: Path) -> None:
+    one = State({"h": array}, model="m", fingerprint="f", batch_size=len(array))
+    one.save(tmp_path / "s")
+    assert State.load(tmp_path / "s") == one
+
+
 def test_strided_arrays_are_saved_as_they_read(tmp_path: Path) -> None:
     array = np.arange(12, dtype=np.float32).reshape(3, 4).T
     State({"h": array}, model="m", fingerprint="f", batch_size=4).save(tmp_path / "s")

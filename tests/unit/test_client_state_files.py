@@ -65,7 +65,6 @@ HOSTILE = {
         {"__metadata__": METADATA | {"names": '["\\u001b[2J"]'}, "\x1b[2J": tensor("F32", [2, 2], 16)},
         bytes(16),
     ),
-    "no tensors": file_bytes({"__metadata__": METADATA | {"names": "[]"}}),
     "bfloat16": saved(dtype="BF16"),
     "float8": saved(dtype="F8_E4M3"),
     "float4": saved(dtype="F4"),
@@ -134,7 +133,6 @@ def test_a_refusal_stays_short_whatever_the_file_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "batch_size", "rule"),
     [
-        ({}, 1, "at least one tensor"),
         ({"h": np.ones((2, 1))}, 3, "batch_size = 3"),
         ({"h": np.float32(1.0)}, 1, "batch_size = 1"),
         ({"h": np.ones((1, 2), np.complex64)}, 1, "complex64"),
