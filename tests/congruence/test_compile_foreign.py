@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -129,3 +131,88 @@ def test_a_saved_model_folder_is_refused(tmp_path: Path) -> None:
     assert "is a SavedModel folder, which holds a graph" in refusal_of(tmp_path / "exported")
     with pytest.raises(ModelError, match=r"exported: is a SavedModel folder"):
         compile_program(tmp_path / "exported", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", r"is empty; save the model with model\.save"),
+        (
+            pickle.dumps({"weights": [1, 2]}),
+            r"is a Python pickle, which is not read.*load it where it was made",
+        ),
+        (b"abcdTFL3rest", r"is a LiteRT file \(\.tflite\), which holds no Keras model; save the model"),
+    ],
+    ids=["empty", "pickle", "litert"],
+)
+def test_other_files_are_called_what_they_are(content: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "model.keras").write_bytes(content)
+    assert re.search(says, refusal_of(tmp_path / "model.keras"))
+
+
+def test_a_folder_is_refused_with_the_way_on(tmp_path: Path) -> None:
+    assert "is a folder; give the file in it that model.save('name.keras') wrote" in refusal_of(tmp_path)
+
+
+def _edited(folder: Path, config: Any = None, version: str = "") -> Path:
+    """A small ``.keras`` file of which the configuration, or what is said of Keras, is another."""
+    models.build("lstm_dense").save(folder / "whole.keras")
+    with (
+        zipfile.ZipFile(folder / "whole.keras") as source,
+        zipfile.ZipFile(folder / "x.keras", "w") as target,
+    ):
+        for member in source.namelist():
+            content: str | bytes = source.read(member)
+            if member == "metadata.json" and version:
+                content = json.dumps({"keras_version": version})
+            if member == "config.json" and config is not None:
+                content = config if isinstance(config, str) else json.dumps(config(json.loads(content)))
+            target.writestr(member, content)
+    return folder / "x.keras"
+
+
+def _changed(place: int = 1, **options: Any) -> Any:
+    """Changes options of a layer; ``kind`` is its class."""
+
+    def change(config: Any) -> Any:
+        layer = config["config"]["layers"][place]
+        layer["class_name"] = options.pop("kind", layer["class_name"])
+        layer["config"] |= options
+        return config
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("config", "version", "says"),
+    [
+        ("{", "", r"damaged \.keras file: config\.json is not JSON"),
+        ("[]", "", r"damaged \.keras file: config\.json does not say class_name and config"),
+        (_changed(kind="LSTMX"), "", r"unknown class 'LSTMX'; register it with .* --import MODULE"),
+        (_changed(activation="nope"), "", r"unknown activation 'nope'; register it with"),
+        (
+            _changed(-1, units=5),
+            "",
+            r"the weights in the file do not fit: layer 'y' \(Dense\) has one of the shape",
+        ),
+        (_changed(later=True), "3.99.0", r"it was saved by Keras 3\.99\.0: install that version, or save"),
+    ],
+    ids=["no_json", "a_list", "class", "activation", "shapes", "newer"],
+)
+def test_what_keras_does_not_load_is_said_in_words(
+    config: Any, version: str, says: str, tmp_path: Path
+) -> None:
+    said = refusal_of(_edited(tmp_path, config, version))
+    assert re.search(says, said), said
+    assert "<class" not in said
+
+
+@pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`:UserWarning")
+def test_a_lambda_among_the_arguments_of_a_layer_is_code(tmp_path: Path) -> None:
+    from stepwell_server.compile.tensorflow_setup import keras
+
+    x = keras.Input((None, 3))
+    keras.Model(x, keras.layers.Dense(2, activation=lambda y: y)(x)).save(tmp_path / "model.keras")
+    assert "refused by Keras's safe mode: it holds a Lambda layer, a lambda" in refusal_of(
+        tmp_path / "model.keras"
+    )

@@ -33,7 +33,7 @@ def load_model(path: Path) -> Any:
         with weights.reads_recorded() as read:
             model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # Keras and user code raise whatever they like here.
-        raise ModelError(f"{path}: {_load_problem(error)}") from error
+        raise ModelError(f"{path}: {_load_problem(error, _keras_version(path))}") from error
     if not isinstance(model, keras.Model):
         raise ModelError(f"{path}: must hold a keras.Model; it holds a {type(model).__name__}")
     weights.check_restored(path, read)
@@ -51,9 +51,7 @@ def check_archive(path: Path) -> None:
     if h5py.is_hdf5(path):
         raise ModelError(f"{path}: {_hdf5_problem(path)}")
     if not zipfile.is_zipfile(path):
-        raise ModelError(
-            f"{path}: not a .keras file, or a truncated one; save the model with model.save('name.keras')"
-        )
+        raise ModelError(f"{path}: {origin.other_problem(path)}")
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -64,9 +62,21 @@ def check_archive(path: Path) -> None:
         raise ModelError(f"{path}: damaged .keras file: {broken} does not match its checksum")
     if missing:
         raise ModelError(f"{path}: not a .keras file: it has no {', '.join(missing)}")
+    _require_config(path)
     version = _keras_version(path)
     if origin.is_keras2(version):
         raise ModelError(f"{path}: {origin.keras2_problem(version, path.name)}")
+
+
+def _require_config(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        text = archive.read("config.json")
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ModelError(f"{path}: damaged .keras file: config.json is not JSON ({error})") from error
+    if not isinstance(config, dict) or not {"class_name", "config"} <= config.keys():
+        raise ModelError(f"{path}: damaged .keras file: config.json does not say class_name and config")
 
 
 def _keras_version(path: Path) -> str:
@@ -112,19 +122,23 @@ def _without_noise(config: Any) -> Any:
     return config
 
 
-def _load_problem(error: Exception) -> str:
+def _load_problem(error: Exception, version: str) -> str:
     text = str(error)
-    if "safe_mode" in text or "unsafe" in text.lower() or "Lambda" in text:
+    marshalled = "identifier: {'value': ["  # A lambda as an argument, as Keras saves it.
+    if "safe_mode" in text or "unsafe" in text.lower() or "Lambda" in text or marshalled in text:
         return (
-            "refused by Keras's safe mode: it holds a Lambda layer or other code; "
+            "refused by Keras's safe mode: it holds a Lambda layer, a lambda or other code; "
             "write it as a registered layer and name its module with --import MODULE"
         )
-    unknown = re.search(r"Could not locate (class|function) '([^']+)'", text) or re.search(
-        r"Unknown (\w+(?: \w+)*): '?([\w>.]+)", text
+    unknown = (
+        re.search(r"Could not locate (class|function) '([^']+)'", text)
+        or re.search(r"Unknown (\w+(?: \w+)*): '?([\w>.]+)", text)
+        or re.search(r"Could not interpret (\w+)(?: function)? identifier: '?([\w>.<]+)", text)
+        or re.search(r"Could not deserialize '[\w.]*?()(\w+)' because it is not a KerasSaveable", text)
     )
     if unknown:
         return (
-            f"unknown {unknown[1]} '{unknown[2]}'; register it with "
+            f"unknown {unknown[1] or 'class'} '{unknown[2]}'; register it with "
             "@keras.saving.register_keras_serializable() and name its module with --import MODULE"
         )
     misfit = re.search(r"^Layer '[^']+' (?:expected \d+ variables|was never built).*$", text, re.MULTILINE)
@@ -133,4 +147,20 @@ def _load_problem(error: Exception) -> str:
             f"the weights in the file do not fit: {misfit[0].split(' during loading')[0].rstrip('.')}; the class must "
             "be the one that the model was saved with (--import MODULE), and its build() must build all that it holds"
         )
-    return f"Keras cannot load it: {type(error).__name__}: {gist(error)}"
+    shapes = re.search(
+        r"object <(\w+) name=([\w.]+).*?variable\.shape=(\([\d, ]*\)), Received: value\.shape=(\([\d, ]*\))",
+        text,
+        re.DOTALL,
+    )
+    if shapes:
+        return (
+            f"the weights in the file do not fit: layer {shapes[2]!r} ({shapes[1]}) has one of the shape {shapes[3]}, and the "
+            f"file one of {shapes[4]}; the class must be the one that the model was saved with (--import MODULE)"
+        )
+    text = text.rpartition("Exception encountered: ")[2]  # What was wrong, below where it was.
+    if version != keras.__version__:
+        return (
+            f"Keras {keras.__version__}, which is installed here, cannot load it ({type(error).__name__}: {gist(text)}); it "
+            f"was saved by Keras {version}: install that version, or save the model anew with this one"
+        )
+    return f"Keras cannot load it: {type(error).__name__}: {gist(text)}"

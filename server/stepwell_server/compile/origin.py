@@ -74,7 +74,24 @@ def folder_problem(folder: Path) -> str:
             f"is a SavedModel folder, which holds a graph and no Keras model: {_SERVED}; save the model from the "
             "code that made it, with model.save('name.keras')"
         )
-    return "is a folder"
+    return "is a folder; give the file in it that model.save('name.keras') wrote"
+
+
+def other_problem(file: Path) -> str:
+    """What to say of a file that is neither a zip archive nor HDF5."""
+    with file.open("rb") as stream:
+        start = stream.read(8)
+    save = "save the model with model.save('name.keras')"
+    if not start:
+        return f"is empty; {save}"
+    if re.match(rb"\x80[\x02-\x05]", start):
+        return (
+            "is a Python pickle, which is not read, because reading one runs what is in it; load it where it was made, and "
+            f"{save}"
+        )
+    if start[4:] == b"TFL3":
+        return f"is a LiteRT file (.tflite), which holds no Keras model; {save} before it is converted"
+    return f"not a .keras file, or a truncated one; {save}"
 
 
 def is_keras2(version: str) -> bool:
