@@ -104,21 +104,37 @@ def _bind_problem(family: int, where: tuple[Any, ...]) -> OSError | None:
 
 def _compile(settings: Settings) -> dict[str, Program]:
     """The program of each model, from the cache or compiled now by a process of its own."""
-    from stepwell_server.compile.errors import ModelError
+    from stepwell_server.compile import data_file
+    from stepwell_server.compile.errors import DataError, ModelError
     from stepwell_server.compile.launch import compile_program
     from stepwell_server.compile.limits import Limits
 
     limits = Limits(settings.max_model_bytes, settings.max_compile_memory_bytes, settings.compile_timeout_s)
     programs: dict[str, Program] = {}
+    for name, file in settings.check_with.items():  # All of them, before the first model takes its time.
+        try:
+            data_file.load(file)
+        except DataError as error:
+            raise StartError(f"model {name}: --check-with: {error}") from error
     for name, path in settings.models.items():
         started = time.perf_counter()
         try:
             options = ProofOptions(settings.probe_steps.get(name), name in settings.trust_causality)
             report = _progress(name)
-            program = compile_program(path, settings.cache_dir, settings.imports, report, options, limits)
+            program = compile_program(
+                path,
+                settings.cache_dir,
+                settings.imports,
+                report,
+                options,
+                limits,
+                data=settings.check_with.get(name),
+            )
             if name in settings.check_with:
                 _check(settings, name, program, limits)
             programs[name] = program
+        except DataError as error:
+            raise StartError(f"model {name}: --check-with: {error}") from error
         except ModelError as error:
             if error.details:
                 _log.warning("model refused", model=name, details=error.details)

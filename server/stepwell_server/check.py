@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import json
 import os
 import signal
@@ -11,13 +12,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stepwell_server.compile.comparison import Comparison, Difference
-from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.compile.launch import compare_with_keras, compile_program
 from stepwell_server.program import Program, ProofOptions
 from stepwell_server.settings import SettingsError, default_cache_dir, variable_of
 
 #: Lines at most for the time steps of one output.
 _RANGES = 16
+
+
+class Verdict(enum.Enum):
+    """What came of a comparison; the value is for people."""
+
+    EQUAL = "stepping it is what Keras computes on these sequences"
+    DIFFERS = "stepping it is NOT what Keras computes on these sequences; serve --check-with refuses it"
+    INCONCLUSIVE = (
+        "nothing can be said of an output, because rounding alone moves Keras's own values too far; give other "
+        "sequences with --data"
+    )
+
+    @classmethod
+    def of(cls, found: Comparison) -> Verdict:
+        """Return the verdict on a comparison."""
+        if found.worst is not None and not found.worst.is_allowed:
+            return cls.DIFFERS
+        return cls.EQUAL if found.is_conclusive else cls.INCONCLUSIVE
+
+    def __str__(self) -> str:
+        return f"verdict: {self.name.lower()}: {self.value}"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m stepwell_server.check") -> int:
@@ -46,25 +68,33 @@ def _check(arguments: argparse.Namespace) -> int:
     try:
         cache_dir = arguments.cache_dir or _cache_dir()
         options = ProofOptions(arguments.probe_steps, arguments.trust_causality)
-        program = compile_program(arguments.model, cache_dir, arguments.imports, _progress, options)
+        program = compile_program(
+            arguments.model, cache_dir, arguments.imports, _progress, options, data=arguments.data
+        )
         _progress("compare")
         found = compare_with_keras(arguments.model, program, arguments.data, arguments.imports)
-    except (ModelError, SettingsError) as error:
-        sys.stderr.write(f"stepwell: {error}\n")
-        return 2
+    except DataError as error:
+        return _not_done(arguments, "not checked", f"--data: {error}")
+    except ModelError as error:
+        return _not_done(arguments, "refused", str(error))
+    except SettingsError as error:
+        return _not_done(arguments, "not checked", str(error))
     except OSError as error:
-        sys.stderr.write(f"stepwell: --cache-dir: {error}\n")
-        return 2
+        return _not_done(arguments, "not checked", f"--cache-dir: {error}")
+    verdict = Verdict.of(found)
     if arguments.json:
-        sys.stdout.write(json.dumps(_document(program, found), indent=2) + "\n")
+        sys.stdout.write(json.dumps(_document(program, found, verdict), indent=2) + "\n")
     else:
-        sys.stdout.write("\n".join(_lines(program, found, arguments.data)) + "\n")
-    if not found.is_conclusive:
-        sys.stderr.write(
-            "stepwell: nothing can be said of an output: rounding alone moves Keras's own values too far\n"
-        )
-        return 1
-    return 0 if found.worst is None or found.worst.is_allowed else 1
+        sys.stdout.write("\n".join([*_lines(program, found, arguments.data), "", str(verdict)]) + "\n")
+    return 0 if verdict is Verdict.EQUAL else 1
+
+
+def _not_done(arguments: argparse.Namespace, verdict: str, reason: str) -> int:
+    """Say why there is nothing to show: in one line, and in the document if one was asked for."""
+    sys.stderr.write(f"stepwell: {verdict}: {reason}\n")
+    if arguments.json:
+        sys.stdout.write(json.dumps({"verdict": verdict, "reason": reason}, indent=2) + "\n")
+    return 2
 
 
 def _cache_dir() -> Path:
@@ -127,8 +157,10 @@ def _progress(stage: str) -> None:
     sys.stderr.write(f"{stage}...\n")
 
 
-def _document(program: Program, found: Comparison) -> dict[str, object]:
+def _document(program: Program, found: Comparison, verdict: Verdict) -> dict[str, object]:
     return {
+        "verdict": verdict.name.lower(),
+        "reason": verdict.value,
         "fingerprint": program.fingerprint,
         "proof": {
             "compared_steps": program.proof.steps,

@@ -183,6 +183,7 @@ def _changed(place: int = 1, **options: Any) -> Any:
     return change
 
 
+@pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning")
 @pytest.mark.parametrize(
     ("config", "version", "says"),
     [

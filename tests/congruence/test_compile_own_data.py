@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.compile.comparison import Comparison
-from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.program import Program, Proof, ProofOptions, TensorSpec
 from support import models, models_trusted
 
@@ -80,9 +80,15 @@ def test_a_program_of_other_weights_is_found_out(forecast: tuple[Path, Program],
             {"x": np.zeros((2, 5, 4))},
             r"'x' must have the shape \(batch, T, 3\), none of them 0; got \(2, 5, 4\)",
         ),
-        ({"x": np.zeros((0, 5, 3))}, r"none of them 0; got \(0, 5, 3\)"),
-        ({"x": np.array([[["a", "b", "c"]]])}, r"'x' must be float32; got <U1"),
-        ({"x": _with(np.nan)}, r"'x' must be finite float32; got nan at row 1, time step 3"),
+        (
+            {"x": np.zeros((0, 5, 3))},
+            r"array 'x' must have the shape \(batch, T, features\.\.\.\), none of them 0; got \(0, 5, 3\)",
+        ),
+        ({"x": np.array([[["a", "b", "c"]]])}, r"array 'x' must be of real numbers; got <U1"),
+        ({"x": _with(np.nan)}, r"array 'x' must be finite; got nan at \(1, 3, 0\)"),
+        ({"x": np.zeros((2, 5, 3), complex)}, r"array 'x' must be of real numbers; got complex128"),
+        ({"x": np.float32(3)}, r"array 'x' must have the shape .*; got \(\)"),
+        ({"x": np.zeros((4, 1, 3))}, r"must have at least 2 time steps, so that a state is carried; got 1"),
         ({"x": _with(1e300)}, r"'x' must be finite float32; got 1e\+300 at row 1, time step 3"),
     ],
 )
@@ -91,6 +97,44 @@ def test_data_that_do_not_fit_are_refused(arrays: dict[str, Any], says: str, tmp
 
     with pytest.raises(ModelError, match=says):
         read(_saved(tmp_path, **arrays), [TensorSpec("x", (3,), "float32", temporal=True)])
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.zeros((2, 5, 4)), r"x\.npy: input 'x' must have the shape \(batch, T, 3\).*got \(2, 5, 4\)"),
+        (np.zeros((2, 1, 3)), r"x\.npy: must have at least 2 time steps"),
+    ],
+)
+def test_data_are_looked_at_before_the_model_is_compiled(array: Any, says: str, tmp_path: Path) -> None:
+    from stepwell_server.compile.pipeline import compile_model
+
+    models.build("lstm_dense").save(tmp_path / "model.keras")
+    np.save(tmp_path / "x.npy", array)
+    stages: list[str] = []
+    with pytest.raises(DataError, match=says):
+        compile_model(tmp_path / "model.keras", tmp_path, progress=stages.append, data=tmp_path / "x.npy")
+    assert stages == ["load", "trace"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "there is no such file"),
+        (b"1,2,3\n", r"cannot be read as NumPy's \.npy or \.npz of numbers"),
+        (b"", r"cannot be read as NumPy's \.npy or \.npz of numbers"),
+    ],
+    ids=["missing", "text", "empty"],
+)
+def test_files_that_hold_no_arrays_are_refused_before_a_process_starts(
+    content: bytes | None, says: str, tmp_path: Path
+) -> None:
+    from stepwell_server.compile.launch import compile_program
+
+    if content is not None:
+        (tmp_path / "x.npy").write_bytes(content)
+    with pytest.raises(DataError, match=says):
+        compile_program(tmp_path / "none.keras", tmp_path / "cache", data=tmp_path / "x.npy")
 
 
 def test_inputs_of_unlike_lengths_and_objects_are_refused(tmp_path: Path) -> None:

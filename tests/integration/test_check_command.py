@@ -56,6 +56,7 @@ def test_a_good_model_passes_on_ones_own_data(data: Path) -> None:
     assert lines[0] == "proof: proven from its graph, compared with Keras over 512 time steps"
     assert f"compared with Keras on {data}: 2 rows of 40 time steps" in lines
     assert any(line.startswith("output 'y': the largest difference is ") for line in lines)
+    assert lines[-1] == "verdict: equal: stepping it is what Keras computes on these sequences"
     assert sum(line.split()[0] in {"step", "steps"} for line in lines if line.startswith("   ")) == 14
 
 
@@ -64,9 +65,11 @@ def test_a_model_that_is_not_what_runs_is_found_out(data: Path, swapped: Saved) 
     done = _check(*arguments)
     assert done.returncode == 1, done.stderr
     assert "STEPPING IT IS NOT WHAT KERAS COMPUTES" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("verdict: differs: stepping it is NOT what Keras computes")
     done = _check(*arguments, "--json")
     assert done.returncode == 1
     document = json.loads(done.stdout)
+    assert document["verdict"] == "differs"
     assert document["proof"] == {"compared_steps": 512, "compared_share": 1.0, "unproven": ""}
     assert [output["is_allowed"] for output in document["outputs"]] == [False]
     assert len(document["outputs"][0]["by_step"]) == 40
@@ -79,7 +82,36 @@ def test_what_cannot_be_stepped_and_what_cannot_be_read_exit_with_2(tmp_path: Pa
     assert "the layer 'conv' (Conv1D) looks ahead" in done.stderr.splitlines()[-1]
     done = _check(str(tmp_path / "gone.keras"), "--cache-dir", str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("stepwell: refused: ")
     assert done.stderr.endswith("gone.keras: there is no such file\n")
+    done = _check(str(tmp_path / "gone.keras"), "--cache-dir", str(tmp_path), "--json")
+    document = json.loads(done.stdout)
+    assert (done.returncode, document["verdict"]) == (2, "refused")
+    assert document["reason"].endswith("there is no such file")
+
+
+def test_data_that_do_not_fit_are_found_before_the_model_is_compiled(tmp_path: Path) -> None:
+    models.build("lstm_dense", seed=11).save(tmp_path / "model.keras")
+    np.save(tmp_path / "x.npy", np.zeros((2, 5, 4)))
+    arguments = (str(tmp_path / "model.keras"), "--cache-dir", str(tmp_path / "cache"))
+    done = _check(*arguments, "--data", str(tmp_path / "x.npy"))
+    assert (done.returncode, done.stdout) == (2, "")
+    *stages, last = done.stderr.splitlines()
+    assert stages == ["load...", "trace..."]
+    assert last.startswith(
+        f"stepwell: not checked: --data: {tmp_path}/x.npy: input 'x' must have the shape (batch, T, 3)"
+    )
+    (tmp_path / "bad.npy").write_text("1,2,3")
+    done = _check(*arguments, "--data", str(tmp_path / "bad.npy"), "--json")
+    assert (done.returncode, json.loads(done.stdout)["verdict"]) == (2, "not checked")
+    assert len(done.stderr.splitlines()) == 1
+    check_with = ("--check-with", f"m={tmp_path}/bad.npy", "--listen", "127.0.0.1:0", *arguments[1:])
+    with ServerProcess(f"m={tmp_path}/model.keras", *check_with, ready=False) as server:
+        code, _, err = server.finish()
+    assert code == 2
+    assert err.splitlines()[-1].startswith(
+        f"stepwell: model m: --check-with: {tmp_path}/bad.npy: cannot be read"
+    )
 
 
 def test_the_cache_is_that_of_serve_and_an_end_by_signal_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -17,9 +17,12 @@ from stepwell.cli.serve import PassedOn, pass_on
         "stepwell check model.keras --import my_layers --json | jq .outputs",
     ),
     exit_codes=(
-        ("0", "it may be stepped, and stepping it equals Keras on the sequences"),
-        ("1", "stepping it differs from Keras on the sequences by more than rounding"),
-        ("2", "it is refused, or cannot be checked: the command line, the file, the data, missing packages"),
+        ("0", "equal: it may be stepped, and stepping it equals Keras on the sequences"),
+        ("1", "differs: by more than rounding on the sequences; or inconclusive"),
+        (
+            "2",
+            "refused: it may not be stepped; or not checked: the command line, the file, the data, missing packages",
+        ),
     ),
 )
 @click.pass_context

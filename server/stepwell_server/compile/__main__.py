@@ -35,7 +35,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="time steps to compare over")
     parser.add_argument("--trust", action="store_true", help="also where the graph proves too little")
     parser.add_argument("--compare", action="store_true", help="compare the program in FOLDER with Keras")
-    parser.add_argument("--data", type=Path, help="sequences to compare on, .npy or .npz")
+    parser.add_argument(
+        "--data", type=Path, help="sequences to compare on, or to look at before the model is compiled"
+    )
     parser.add_argument("--max-model-bytes", type=int, required=True)
     arguments = parser.parse_args()
     if os.getcwd() not in sys.path:
@@ -73,6 +75,7 @@ def _work(arguments: argparse.Namespace, speak: Speak) -> Any:
         arguments.imports,
         lambda stage: speak({"stage": stage}) if stage != "load" else None,
         ProofOptions(arguments.steps, arguments.trust),
+        arguments.data,
     )
     return True
 

@@ -17,6 +17,10 @@ class ModelError(Exception):
         """More for the log: the last lines that the compiling process wrote, or empty."""
 
 
+class DataError(ModelError):
+    """The user's sequences cannot be used: it is not the model that is at fault."""
+
+
 class NotCausalError(ModelError):
     """T calls of one step are not one call over T steps."""
 

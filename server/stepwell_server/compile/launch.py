@@ -14,13 +14,14 @@ from typing import IO, Any
 
 import stepwell_server
 from stepwell_server.clock import Clock, SystemClock
-from stepwell_server.compile import cache, origin
+from stepwell_server.compile import cache, data_file, origin
 from stepwell_server.compile.comparison import Comparison
-from stepwell_server.compile.errors import REPORT, ModelError, NotCausalError
+from stepwell_server.compile.errors import REPORT, DataError, ModelError, NotCausalError
 from stepwell_server.compile.limits import Limits, Watch
 from stepwell_server.program import Program, ProofOptions
 
 Progress = Callable[[str], None]
+_KINDS: dict[str, type[ModelError]] = {kind.__name__: kind for kind in (DataError, NotCausalError)}
 _DETAIL_LINES = 40
 
 
@@ -32,6 +33,7 @@ def compile_program(
     options: ProofOptions | None = None,
     limits: Limits | None = None,
     clock: Clock | None = None,
+    data: Path | None = None,
 ) -> Program:
     """Return the program of a ``.keras`` file, from the cache if it is there.
 
@@ -45,11 +47,15 @@ def compile_program(
         options: what the user says about the proof.
         limits: what compiling may take; by default those of `Limits`.
         clock: against which the time is limited; by default the machine's.
+        data: sequences on which the program will be compared: looked at before the model is compiled.
 
     Raises:
+        DataError: the data do not fit the model, as far as that can be seen before.
         ModelError: the model cannot be served; the message is one line for people.
         OSError: the cache cannot be written.
     """
+    if data is not None:
+        data_file.load(data)
     if not model.is_file():
         raise ModelError(f"{model}: {origin.no_file_problem(model)}")
     options = options or ProofOptions()
@@ -60,6 +66,7 @@ def compile_program(
     with cache.workspace(cache_dir, key) as folder:
         told = [] if options.steps is None else ["--steps", str(options.steps)]
         told += ["--trust"] if options.trust else []
+        told += [] if data is None else ["--data", str(data)]
         _Compilation(model, limits or Limits(), progress).run(folder, imports, told, clock or SystemClock())
         return cache.publish(folder, cache_dir / key)
 
@@ -83,7 +90,8 @@ def compare_with_keras(
         clock: see `compile_program`.
 
     Raises:
-        ModelError: the data do not fit the model.
+        DataError: the data do not fit the model.
+        ModelError: Keras's call of it fails.
     """
     told = ["--compare", *([] if data is None else ["--data", str(data)])]
     run = _Compilation(model, limits or Limits(), None).run
@@ -141,7 +149,7 @@ class _Compilation:
                 if self._progress is not None:
                     self._progress(self._stage)
             elif "error" in message:
-                kind = NotCausalError if message.get("kind") == "NotCausalError" else ModelError
+                kind = _KINDS.get(message.get("kind"), ModelError)
                 raise kind(message["error"], message.get("details", ""))
             elif "done" in message:
                 return message["done"]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stepwell_server.compile import archive, evidence
+from stepwell_server.compile import archive, data_file, evidence
 from stepwell_server.compile.comparison import Comparison
-from stepwell_server.compile.errors import ModelError, gist
+from stepwell_server.compile.errors import DataError
 from stepwell_server.compile.evidence import Evidence
-from stepwell_server.compile.interface import Interface, describe
-from stepwell_server.compile.samples import Sampler, make_sampler
+from stepwell_server.compile.interface import Input, Interface, describe
+from stepwell_server.compile.plan import assignments
+from stepwell_server.compile.samples import Sampler, make_sampler, plain_dtype
 from stepwell_server.compile.sequences import Array, run, step_of_executor, tolerance
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.program import Program, TensorSpec
@@ -30,7 +29,8 @@ def compare(model: Path, program: Program, data: Path | None) -> Comparison:
         data: an ``.npy`` or ``.npz`` file, see `read`; None for the proof's own sequences.
 
     Raises:
-        ModelError: the data do not fit the model, or Keras's call of it fails.
+        DataError: the data do not fit the model.
+        ModelError: Keras's call of it fails.
     """
     loaded = archive.load_model(model)
     sampler = make_sampler(describe(loaded), [spec.temporal for spec in program.inputs])
@@ -66,33 +66,23 @@ def read(file: Path, specs: Sequence[TensorSpec], sampler: Sampler | None = None
     indices into tables, or are looked up in a vocabulary.
 
     Raises:
-        ModelError: it cannot be read, or does not fit.
+        DataError: it cannot be read, or does not fit.
     """
-    try:
-        with file.open("rb") as stream:
-            content: Any = np.load(stream, allow_pickle=False)
-            if not isinstance(content, np.ndarray):
-                content = {name: content[name] for name in content.files}
-    except (OSError, ValueError, EOFError, LookupError, zipfile.BadZipFile, zlib.error) as error:
-        raise ModelError(
-            f"{file}: cannot be read as NumPy's .npy or .npz of numbers; it is damaged, or holds objects ({gist(error)})"
-        ) from error
+    content = data_file.load(file)
     if isinstance(content, np.ndarray):
         if len(specs) != 1:
             names = ", ".join(repr(spec.name) for spec in specs)
-            raise ModelError(
+            raise DataError(
                 f"{file}: the model has the inputs {names}: give an .npz file with one array for each"
             )
-        found = {specs[0].name: content}
+        found: Mapping[str, Array] = {specs[0].name: content}
     else:
         found = content
     missing = [spec.name for spec in specs if spec.name not in found]
     unknown = [name for name in found if name not in {spec.name for spec in specs}]
     if missing or unknown:
         wanted = ", ".join(repr(spec.name) for spec in specs)
-        raise ModelError(
-            f"{file}: must hold the inputs {wanted}; got {', '.join(map(repr, found)) or 'none'}"
-        )
+        raise DataError(f"{file}: must hold the inputs {wanted}; got {', '.join(map(repr, found)) or 'none'}")
     arrays = [_fitting(file, spec, found[spec.name]) for spec in specs]
     for i, (spec, array) in enumerate(zip(specs, arrays, strict=True)):
         if sampler is not None:
@@ -101,8 +91,33 @@ def read(file: Path, specs: Sequence[TensorSpec], sampler: Sampler | None = None
     rows = {len(array) for array in arrays}
     if len(lengths) > 1 or len(rows) > 1:
         shapes = ", ".join(f"{spec.name!r} {array.shape}" for spec, array in zip(specs, arrays, strict=True))
-        raise ModelError(f"{file}: all inputs must have the same rows and time steps; got {shapes}")
-    return arrays, lengths.pop() if lengths else 1
+        raise DataError(f"{file}: all inputs must have the same rows and time steps; got {shapes}")
+    steps = lengths.pop() if lengths else 1
+    if steps < 2 and any(spec.temporal for spec in specs):
+        raise DataError(f"{file}: must have at least 2 time steps, so that a state is carried; got {steps}")
+    return arrays, steps
+
+
+def look(file: Path, interface: Interface) -> None:
+    """Read sequences for a model that is not compiled yet, so that it need not be where they do not fit.
+
+    Raises:
+        DataError: they fit none of the ways in which its inputs may have a time axis.
+    """
+    problems: list[DataError] = []
+    for temporal in assignments(interface):
+        try:
+            read(file, [_spec(info, timed) for info, timed in zip(interface.inputs, temporal, strict=True)])
+        except DataError as error:
+            problems.append(error)
+        else:
+            return
+    raise problems[0]
+
+
+def _spec(info: Input, timed: bool) -> TensorSpec:
+    shape = tuple(int(size or 1) for size in info.shape[2 if timed else 1 :])
+    return TensorSpec(info.name, shape, plain_dtype(info.dtype), temporal=timed)
 
 
 def _fitting(file: Path, spec: TensorSpec, array: Array) -> Array:
@@ -111,11 +126,11 @@ def _fitting(file: Path, spec: TensorSpec, array: Array) -> Array:
         array = array[np.newaxis]
     wanted = ("batch", *(("T",) if spec.temporal else ()), *map(str, spec.shape))
     if array.ndim != len(wanted) or array.shape[leading:] != spec.shape or 0 in array.shape[:leading]:
-        raise ModelError(
+        raise DataError(
             f"{file}: input {spec.name!r} must have the shape ({', '.join(wanted)}), none of them 0; got {array.shape}"
         )
     if not np.can_cast(array.dtype, np.dtype(spec.dtype), "same_kind"):
-        raise ModelError(f"{file}: input {spec.name!r} must be {spec.dtype}; got {array.dtype}")
+        raise DataError(f"{file}: input {spec.name!r} must be {spec.dtype}; got {array.dtype}")
     with np.errstate(over="ignore"):
         cast = array.astype(spec.dtype)
     _refuse_at(file, spec, array, ~np.isfinite(cast), f"must be finite {spec.dtype}")
@@ -141,4 +156,4 @@ def _refuse_at(file: Path, spec: TensorSpec, array: Array, is_wrong: Any, rule: 
     if len(wrong):
         place = tuple(int(i) for i in wrong[0])
         where = f"row {place[0]}" + (f", time step {place[1]}" if spec.temporal else "")
-        raise ModelError(f"{file}: input {spec.name!r} {rule}; got {array[place]} at {where}")
+        raise DataError(f"{file}: input {spec.name!r} {rule}; got {array[place]} at {where}")

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepwell_server.compile import archive, check, convert
-from stepwell_server.compile.errors import ModelError, NotCausalError, gist
+from stepwell_server.compile import archive, check, convert, own_data
+from stepwell_server.compile.errors import DataError, ModelError, NotCausalError, gist
 from stepwell_server.compile.extremes import worst_at_extremes
+from stepwell_server.compile.interface import describe
 from stepwell_server.compile.probe import Traced, trace_and_probe
 from stepwell_server.compile.sequences import step_of_executor
 from stepwell_server.engine.executors import load_executor
@@ -25,10 +26,12 @@ def compile_model(
     imports: Sequence[str] = (),
     progress: Callable[[str], None] | None = None,
     options: ProofOptions | None = None,
+    data: Path | None = None,
 ) -> Program:
     """Compile ``model`` into the existing, empty ``folder``.
 
     Raises:
+        DataError: ``data``, on which it will be compared, do not fit it; told before the work is done.
         ModelError: the model cannot be served.
     """
     report = progress or _silent
@@ -38,8 +41,12 @@ def compile_model(
     fingerprint = archive.fingerprint(model)
     report("trace")
     try:
+        if data is not None:
+            own_data.look(data, describe(loaded))
         traced = trace_and_probe(loaded, report, options)
         program = _artefact(traced, fingerprint, folder, report)
+    except DataError:
+        raise
     except ModelError as error:
         raise type(error)(f"{model}: {error}", error.details) from error
     program.save()
