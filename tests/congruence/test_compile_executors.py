@@ -63,10 +63,50 @@ def test_the_reason_for_tensorflow_is_a_sentence(tokens: Compiled, tokens_on_ten
     assert tokens.program.batch_sizes == ()
     assert tokens_on_tensorflow.program.executor == "tensorflow"
     assert tokens_on_tensorflow.program.executor_reason == (
-        "LiteRT cannot run this model: no built-in operator for Anything"
+        "LiteRT cannot run this model: no built-in operator for Anything; TensorFlow runs it, which takes longer for each "
+        "step"
     )
     assert tokens_on_tensorflow.program.batch_sizes
     assert not (tokens_on_tensorflow.program.path / "program.tflite").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "Some ops in the model are custom ops: AsString, Abs\nmore",
+            "it has no operation for AsString, Abs",
+        ),
+        ("TF Select ops: PrintV2\nDetails:", "it has no operation for PrintV2"),
+        (
+            "x.py:3:1: error: 'tfl.zeros_like' op operand #0 must be tensor of 32-bit float values, but got 'tensor<?x1xi1>'",
+            "its zeros_like takes no bool values",
+        ),
+    ],
+)
+def test_what_the_converter_says_becomes_a_clause(text: str, says: str) -> None:
+    from stepwell_server.compile.convert import _complaint
+    from stepwell_server.compile.tensorflow_setup import tf
+
+    function = tf.function(lambda: tf.constant(1)).get_concrete_function()
+    assert (
+        _complaint(text.replace("custom ops", "Custom ops"), function, zoo_model("lstm_dense").model) == says
+    )
+
+
+def test_the_layer_that_litert_cannot_run_is_named(tmp_path: Path) -> None:
+    import keras
+
+    from stepwell_server.compile.pipeline import compile_model
+
+    x = keras.Input((None,), dtype="int32")
+    hashed = keras.layers.Hashing(5, name="buckets")(x)
+    keras.Model(x, keras.layers.GRU(2)(keras.layers.Embedding(5, 2)(hashed))).save(tmp_path / "model.keras")
+    program = compile_model(tmp_path / "model.keras", tmp_path)
+    assert program.executor_reason == (
+        "LiteRT cannot run this model: it has no operation for AsString, StringToHashBucketFast (the layer 'buckets' "
+        "(Hashing)); TensorFlow runs it, which takes longer for each step"
+    )
 
 
 def test_both_executors_compute_the_same(tokens: Compiled, tokens_on_tensorflow: Compiled) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 
 from stepwell_server.compile.errors import gist
 from stepwell_server.compile.rewrite import rewritten
+from stepwell_server.compile.scopes import layer_of, named
 from stepwell_server.compile.tensorflow_setup import tf
 
 #: LiteRT reduces the argument of these to a period in a way that loses digits from 1e7 on, and leaves [-1, 1] from 1e9
 #: on: a clock in seconds or milliseconds is such a number.
 _INEXACT = frozenset({"Sin", "Cos"})
+
+
+#: NumPy's names of the types that the converter names in its own way.
+_TYPES = {"i1": "bool", "i8": "int8", "i16": "int16", "i32": "int32", "i64": "int64", "ui8": "uint8"}
 
 
 class ConversionError(Exception):
@@ -34,7 +40,7 @@ def freeze(function: Any) -> Any:
     signature = function.structured_input_signature[1]
     order = [tensor.name.split(":")[0] for tensor in frozen.inputs]
     if not set(order) <= set(signature):
-        raise ConversionError("it reads a lookup table")
+        raise ConversionError("it reads a lookup table, as IntegerLookup does, and LiteRT has none")
     keys = sorted(function.structured_outputs)  # Freezing forgets the names; flattening sorted them.
 
     def step(**tensors: Any) -> dict[str, Any]:
@@ -44,8 +50,10 @@ def freeze(function: Any) -> Any:
     return tf.function(step, autograph=False).get_concrete_function(**signature)
 
 
-def to_litert(function: Any, folder: Path) -> None:
+def to_litert(function: Any, folder: Path, model: Any) -> None:
     """Write the frozen ``function`` as ``program.tflite``, of built-in operators only.
+
+    ``model`` is what it was traced of: its layers are named where they cannot be converted.
 
     Raises:
         ConversionError: LiteRT has no built-in operators for it, or some that are wrong for large numbers.
@@ -61,7 +69,7 @@ def to_litert(function: Any, folder: Path) -> None:
     try:
         content = converter.convert()
     except Exception as error:  # The converter raises types of its own, and plain ones.
-        raise ConversionError(_complaint(str(error))) from error
+        raise ConversionError(_complaint(str(error), function, model)) from error
     (folder / "program.tflite").write_bytes(content)
 
 
@@ -85,18 +93,35 @@ def to_tensorflow(function: Any, model: Any, folder: Path) -> None:
 
 def _kinds(graph: Any) -> set[str]:
     """Return what kinds of operations there are, in functions that are called too."""
-    found = {op.type for op in graph.get_operations()}
+    return {kind for kind, _ in _operations(graph)}
+
+
+def _operations(graph: Any) -> Iterator[tuple[str, str]]:
+    """Yield kind and name of each operation, in functions that are called too."""
+    yield from ((op.type, op.name) for op in graph.get_operations())
     for function in graph._functions.values():
         if hasattr(function, "graph"):
-            found |= _kinds(function.graph)
+            yield from _operations(function.graph)
         else:  # One of an imported graph has its definition only.
-            found |= {node.op for node in function.definition.node_def}
-    return found
+            yield from ((node.op, node.name) for node in function.definition.node_def)
 
 
-def _complaint(text: str) -> str:
+def _complaint(text: str, function: Any, model: Any) -> str:
+    """Return what the converter says, as a clause for people."""
     missing = re.search(r"(?:TF Select ops|Custom ops): ([\w, ]+)", text)
     if missing:
-        return f"no built-in operator for {missing[1].strip()}"
+        kinds = missing[1].strip()
+        return f"it has no operation for {kinds}{_where(set(kinds.split(', ')), function, model)}"
+    types = re.search(r"'tfl\.(\w+)' op operand #\d+ must be .* but got 'tensor<[\dx?*]*(\w+)>'", text)
+    if types:
+        kind, dtype = types.groups()
+        return f"its {kind} takes no {_TYPES.get(dtype, dtype)} values"
     error = re.search(r"error: (.+)", text)
-    return (error[1] if error else gist(text))[:200]
+    return f"its converter fails ({(error[1] if error else gist(text))[:120]})"
+
+
+def _where(kinds: set[str], function: Any, model: Any) -> str:
+    """Return which layers make operations of these kinds, for the end of a clause."""
+    found = [layer_of(model, name) for kind, name in _operations(function.graph) if kind in kinds]
+    layers = dict.fromkeys(named(model, layer) for layer in found if layer is not None)
+    return f" ({', '.join(layers)})" if layers else ""

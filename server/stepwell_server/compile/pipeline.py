@@ -93,7 +93,7 @@ def _artefact(traced: Traced, fingerprint: str, folder: Path, report: Callable[[
 
 
 def _litert(traced: Traced, program: Program, report: Callable[[str], None]) -> Program:
-    convert.to_litert(convert.freeze(traced.function), program.path)
+    convert.to_litert(convert.freeze(traced.function), program.path, traced.plan.interface.model)
     report("check")
     try:
         step = step_of_executor(load_executor(program))
@@ -118,7 +118,8 @@ def _litert(traced: Traced, program: Program, report: Callable[[str], None]) -> 
 
 def _tensorflow(traced: Traced, program: Program, reason: str, report: Callable[[str], None]) -> Program:
     (program.path / "program.tflite").unlink(missing_ok=True)
-    program = dataclasses.replace(program, executor="tensorflow", executor_reason=reason)
+    told = f"{reason}; TensorFlow runs it, which takes longer for each step"
+    program = dataclasses.replace(program, executor="tensorflow", executor_reason=told)
     try:
         convert.to_tensorflow(*_most_frozen(traced), program.path)
         report("check")
