@@ -209,6 +209,13 @@ def _text(keras: Any) -> Any:
     )
 
 
+def _complex(keras: Any) -> Any:
+    from support.odd_layers import Apply
+
+    x = keras.Input((None, 3))
+    return keras.Model(x, Apply("as_complex", name="complex")(keras.layers.GRU(3, return_sequences=True)(x)))
+
+
 def _open_features(keras: Any) -> Any:
     x = keras.Input((None, None), name="x")
     return keras.Model(x, keras.ops.abs(x))
@@ -248,6 +255,7 @@ MODELS = [
         _encoded("Hashing", 1, num_bins=5),
     ),
     _model("text", r"^input 'text' must have a numeric type; it has string\. Leave the layer", _text),
+    _model("complex_output", r"^output 'complex' must be of real numbers .*; it is of complex64", _complex),
     _model("open_features", r"^input 'x' must have fixed dimensions after batch and time", _open_features),
     _model("over_positions", position("clock"), _over_positions),
     _model("masked_by_position", position("rnn"), _masked_by_position),

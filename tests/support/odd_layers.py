@@ -87,6 +87,11 @@ def missing_key(layer: Apply, x: Any) -> Any:
     return x if tf.executing_eagerly() else x * factors["absent"]
 
 
+@kind
+def as_complex(layer: Apply, x: Any) -> Any:
+    return tf.cast(x, tf.complex64)
+
+
 # --- look back, look ahead -----------------------------------------------------------------------------
 
 

@@ -100,6 +100,7 @@ def _try(
         seen = [_observe(sampler, temporal, steps, rng) for steps in _LENGTHS]
         refuse_training(sampler, temporal)
     plan = make_plan(sampler.interface, temporal, seen[0], seen[1])
+    _refuse_types(plan)
     with _explained(interface.model, "the model does not run on a sequence of one time step"):
         function = trace(plan)
         if progress is not None:
@@ -117,6 +118,17 @@ def _try(
     traced = Traced(plan, sampler, function, tuple(seen), tuple(found), proof)
     _compare(traced)
     return traced
+
+
+def _refuse_types(plan: Plan) -> None:
+    """Refuse what no tensor of the protocol carries."""
+    for kind, specs in (("input", plan.inputs), ("output", plan.outputs), ("state", plan.state)):
+        for spec in specs:
+            if np.dtype(spec.dtype).kind not in "biuf":
+                raise ModelError(
+                    f"{kind} {spec.name!r} must be of real numbers or booleans, which are what messages carry; it is of "
+                    f"{spec.dtype}: give its parts as real numbers, and put them together where they are used"
+                )
 
 
 def _admit(interface: Interface, cuts: Cuts, sampler: Sampler, options: ProofOptions) -> str:
