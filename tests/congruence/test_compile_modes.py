@@ -40,10 +40,9 @@ def test_a_period_is_as_keras_has_it_for_a_clock(name: str, tmp_path: Path) -> N
         x, getattr(keras.ops, name)(keras.layers.SimpleRNN(1, return_sequences=True)(x) * 0 + x)
     )
     program = _compiled(model, tmp_path)
-    assert (program.executor, program.executor_reason) == (
-        "tensorflow",
-        f"LiteRT cannot run this model: its {name} is wrong for large numbers; "
-        "TensorFlow runs it, which takes longer for each step",
+    assert program.executor == "tensorflow"
+    assert program.executor_reason.startswith(
+        f"LiteRT cannot run this model: its {name} is wrong for large numbers; TensorFlow runs it, "
     )
     values = np.array([[1.0], [1e7], [1.7e9], [4e9], [1e15]], np.float32)
     executor = load_executor(program)

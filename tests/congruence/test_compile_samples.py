@@ -6,6 +6,7 @@ Each of these fails if the samples are made shorter, or poorer in values, or the
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -36,6 +37,16 @@ def test_a_trusted_look_back_of_200_steps_is_found() -> None:
         NotCausalError, match=r"although --trust-causality names it: output 'rnn' differs from Keras by"
     ):
         _prove(LOOK_BACK)
+
+
+def test_the_layer_that_differs_first_is_named() -> None:
+    case = before_rnn("back_200", odd("lag_by_padding", 200))
+    with pytest.raises(NotCausalError) as caught:
+        _prove(case)
+    said = str(caught.value)
+    assert re.search(
+        r"the layer 'lag_by_padding' \(Apply\) differs first, by [\d.e+]+ at time step \d+ of row \d; ", said
+    ), said
 
 
 def test_it_is_the_length_that_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from stepwell_server.compile import archive, check, convert, own_data
 from stepwell_server.compile.errors import DataError, ModelError, NotCausalError, gist
 from stepwell_server.compile.extremes import worst_at_extremes
+from stepwell_server.compile.first_difference import first_to_differ
 from stepwell_server.compile.interface import describe
 from stepwell_server.compile.probe import Traced, trace_and_probe
 from stepwell_server.compile.sequences import step_of_executor
@@ -126,9 +127,12 @@ def _tensorflow(traced: Traced, program: Program, reason: str, report: Callable[
         step = step_of_executor(load_executor(program))
         check.check_against_keras(traced, step)
     except check.DiffersError as error:
+        first = first_to_differ(
+            traced.plan, traced.sampler, traced.evidence[0].inputs, traced.evidence[0].steps
+        )
         raise NotCausalError(
-            f"model cannot be run step by step: {error}, though its graph says nothing of it; does it do something else "
-            "from some number of time steps on?"
+            f"model cannot be run step by step: {error}, though its graph says nothing of it; {first}does it do "
+            "something else from some number of time steps on?"
         ) from error
     except (convert.ConversionError, check.CheckError) as error:
         raise ModelError(f"{reason}; nor can TensorFlow run what was traced of it: {error}") from error

@@ -22,6 +22,7 @@ from stepwell_server.compile.causality.proof import Unadmitted, prove
 from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.errors import ModelError, NotCausalError
 from stepwell_server.compile.evidence import Evidence
+from stepwell_server.compile.first_difference import first_to_differ
 from stepwell_server.compile.interface import Interface, describe
 from stepwell_server.compile.plan import Plan, assignments, make_plan
 from stepwell_server.compile.samples import Sampler, make_sampler
@@ -182,9 +183,10 @@ def _compare(traced: Traced) -> None:
         stepped = run(traced.plan, step, observation.inputs, observation.steps)
         name, share = worst(observation.outputs, stepped)
         if share > allowed:
+            first = first_to_differ(traced.plan, traced.sampler, observation.inputs, observation.steps)
             raise NotCausalError(
-                f"model cannot be run step by step: output {name!r} of one call over {observation.steps} steps differs by "
-                f"{share:.2g} of its largest value from {observation.steps} calls of one step"
+                f"model cannot be run step by step: {first}output {name!r} of one call over {observation.steps} steps differs "
+                f"by {share:.2g} of its largest value from {observation.steps} calls of one step"
             )
     if not traced.proof.unproven:
         return
@@ -192,7 +194,8 @@ def _compare(traced: Traced) -> None:
         stepped = run(traced.plan, step, sample.inputs, sample.steps)
         found = evidence.compare(traced.plan, sample, stepped, allowed).worst
         if found is not None and not found.is_allowed:
+            first = first_to_differ(traced.plan, traced.sampler, sample.inputs, sample.steps)
             raise NotCausalError(
-                f"model cannot be run step by step, although --trust-causality names it: {found}; "
+                f"model cannot be run step by step, although --trust-causality names it: {found}; {first}"
                 f"{traced.proof.unproven}"
             )
