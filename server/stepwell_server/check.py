@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from stepwell_server.compile.comparison import Comparison, Difference
 from stepwell_server.compile.errors import DataError, ModelError
@@ -49,7 +50,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m stepwell_serv
         The exit code: 0 if it may be stepped and equals Keras, 1 if it differs on the sequences, 2 if it is
         refused or cannot be checked.
     """
-    arguments = _parser(prog).parse_args(argv)
+    try:
+        arguments = _parser(prog).parse_args(argv)
+    except SettingsError as error:
+        sys.stderr.write(f"stepwell: not checked: {error} ('{prog} --help' shows how)\n")
+        return 2
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _check(arguments)
@@ -103,8 +108,14 @@ def _cache_dir() -> Path:
     return Path(named) if named else default_cache_dir()
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Leave it to the caller, who says it in one line."""
+        raise SettingsError(message)
+
+
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
         allow_abbrev=False,
         description="Prove that a Keras model may be stepped, and compare stepping it with Keras's own call of it "

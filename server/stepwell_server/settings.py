@@ -106,7 +106,8 @@ def _models(items: Sequence[str]) -> dict[str, Path]:
     for item in items:
         name, _, path = item.partition("=")
         if not path:
-            raise ValueError(f"NAME=PATH.keras; got {item!r}")
+            example = f", such as {Path(item).stem}={item}" if item.endswith(".keras") else ""
+            raise ValueError(f"NAME=PATH.keras{example}; got {item!r}")
         if not _MODEL_NAME.fullmatch(name):
             raise ValueError(
                 f"NAME=PATH.keras with a name of 1 to 128 letters, digits, _, - or .; got {item!r}"

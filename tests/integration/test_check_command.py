@@ -90,6 +90,23 @@ def test_what_cannot_be_stepped_and_what_cannot_be_read_exit_with_2(tmp_path: Pa
     assert document["reason"].endswith("there is no such file")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "the following arguments are required: MODEL.keras"),
+        (("m.keras", "--probe-steps", "0"), "must be a number of time steps from 1 to 100000; got '0'"),
+        (("m.keras", "--nonsense"), "unrecognized arguments: --nonsense"),
+    ],
+    ids=["nothing", "steps", "unknown"],
+)
+def test_a_wrong_command_line_is_told_in_one_line(arguments: tuple[str, ...], says: str) -> None:
+    done = _check(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("stepwell: not checked: ")
+    assert line.endswith(f"{says} ('stepwell check --help' shows how)")
+
+
 def test_data_that_do_not_fit_are_found_before_the_model_is_compiled(tmp_path: Path) -> None:
     models.build("lstm_dense", seed=11).save(tmp_path / "model.keras")
     np.save(tmp_path / "x.npy", np.zeros((2, 5, 4)))
