@@ -88,3 +88,22 @@ def test_ones_own_numbers_may_be_binned(tmp_path: Path) -> None:
     program = compile_model(tmp_path / "model.keras", tmp_path)
     np.save(tmp_path / "x.npy", np.array([[-7.5, 0.1, 99.0]]))
     assert compare(tmp_path / "model.keras", program, tmp_path / "x.npy").outputs[0].is_allowed
+
+
+def test_samples_fit_a_small_table_of_a_layer_of_ones_own() -> None:
+    from stepwell_server.compile.probe import trace_and_probe
+    from stepwell_server.compile.tensorflow_setup import keras
+
+    class Rows(keras.Layer):
+        """A table of three rows that Keras does not know as one."""
+
+        def build(self, _shape: Any) -> None:
+            self.table = self.add_weight(shape=(3, 4), name="table")
+
+        def call(self, numbers: Any) -> Any:
+            return keras.ops.take(self.table, numbers, axis=0)
+
+    x = keras.Input((None,), dtype="int32")
+    traced = trace_and_probe(keras.Model(x, keras.layers.GRU(2)(Rows()(x))))
+    assert traced.sampler.integers == 3
+    assert traced.proof.unproven == ""

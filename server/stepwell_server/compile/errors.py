@@ -41,6 +41,7 @@ def gist(error: Exception | str) -> str:
         text = text.strip().splitlines()[-1]
     elif found := re.search(r"\n([^\n]+)\n\s*\[\[\{\{node", text):
         text = found[1]  # Of an error while a graph runs: below where it was detected.
+    text = re.sub(r"\{\{function_node [^}]*\}\}\s*|\s*\[Op:\w+\].*", "", text)
     text = re.sub(r"\s*Received: inputs?=.*", "", text, flags=re.DOTALL)  # Tensors of a trace.
     text = re.sub(r" for '\{\{node .*", "", text, flags=re.DOTALL).replace(" with name 'None'", "")
     return next((line.strip() for line in text.splitlines() if line.strip()), "no message")

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from stepwell_server.compile import archive, data_file, evidence
+from stepwell_server.compile.causality.cut import cut
 from stepwell_server.compile.comparison import Comparison
 from stepwell_server.compile.errors import DataError
 from stepwell_server.compile.evidence import Evidence
 from stepwell_server.compile.interface import Input, Interface, describe
 from stepwell_server.compile.plan import assignments
-from stepwell_server.compile.samples import Sampler, make_sampler, plain_dtype
+from stepwell_server.compile.samples import Sampler, fitted, make_sampler, plain_dtype
 from stepwell_server.compile.sequences import Array, run, step_of_executor, tolerance
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.program import Program, TensorSpec
@@ -37,6 +38,8 @@ def compare(model: Path, program: Program, data: Path | None) -> Comparison:
     interface = sampler.interface
     if data is None:
         temporal = [spec.temporal for spec in program.inputs]
+        cuts = cut(interface, temporal)
+        sampler = fitted(sampler, cuts.compared(), cuts.table_sizes())
         steps = program.proof.steps
         inputs: Sequence[Array] = sampler.hard(np.random.default_rng(23), temporal, steps)
     else:

@@ -25,7 +25,7 @@ from stepwell_server.compile.evidence import Evidence
 from stepwell_server.compile.first_difference import first_to_differ
 from stepwell_server.compile.interface import Interface, describe
 from stepwell_server.compile.plan import Plan, assignments, make_plan
-from stepwell_server.compile.samples import Sampler, make_sampler
+from stepwell_server.compile.samples import Sampler, fitted, make_sampler
 from stepwell_server.compile.scopes import named
 from stepwell_server.compile.sequences import run, step_of_function, tolerance, worst
 from stepwell_server.compile.trace import trace
@@ -91,7 +91,7 @@ def _try(
         interface.model,
         f"the model does not run on sequences of {' and '.join(map(str, _LENGTHS))} time steps",
     ):
-        sampler = dataclasses.replace(make_sampler(interface, temporal), compared=cuts.compared())
+        sampler = fitted(make_sampler(interface, temporal), cuts.compared(), cuts.table_sizes())
     refuse_kept_states(interface, cuts)
     unproven = _admit(interface, cuts, sampler, options)
     with _explained(

@@ -17,7 +17,7 @@ from stepwell_server.compile.tensorflow_setup import keras, tf
 Array = npt.NDArray[np.generic]
 #: Rows of a random batch: enough for a mask to differ between rows.
 ROWS = 3
-#: Integers that index no known table are drawn below this.
+#: Integers that index no known table are drawn below this, or below the size of the smallest table of any kind.
 _INTEGERS = 4
 #: Layers that make indices of what they are given, within bounds of their own.
 _INDEXING = (keras.layers.Discretization, keras.layers.Hashing, keras.layers.IntegerLookup)
@@ -57,6 +57,8 @@ class Sampler:
     """Numbers that the model's graph compares with: tokens that mean something, thresholds."""
     vocabularies: Mapping[int, Vocabulary] = dataclasses.field(default_factory=dict)
     """Inputs that are looked up as they are, and where."""
+    integers: int = _INTEGERS
+    """Integers that index no table that is known as one are drawn below this."""
     is_guessed: bool = False
     """``tables`` has every input, because some indices are computed: small ones are always taken, others may be."""
 
@@ -121,7 +123,7 @@ class Sampler:
             return np.array(self.vocabularies[i].values)
         if np.issubdtype(dtype, np.floating) and i not in self.tables:
             return np.array([*self.mask_values, *self.compared, 0.0])
-        size = self.tables.get(i, _INTEGERS)
+        size = self.tables.get(i, self.integers)
         tokens = {int(value) for value in self.compared if value == int(value)} | {0, 1, size - 2, size - 1}
         return np.array(sorted(token for token in tokens if 0 <= token < size))
 
@@ -153,7 +155,7 @@ class Sampler:
         if np.issubdtype(array.dtype, np.floating) and i not in self.tables:
             noise = rng.standard_normal(array.shape)
             return np.asarray(array + size * (1 + np.abs(noise)) * np.sign(noise), array.dtype)
-        count = self.tables.get(i, _INTEGERS)
+        count = self.tables.get(i, self.integers)
         return np.asarray((array + rng.integers(1, max(count, 2), array.shape)) % count, array.dtype)
 
     def _values(self, rng: np.random.Generator, i: int, dtype: str, shape: tuple[int, ...]) -> Array:
@@ -166,7 +168,7 @@ class Sampler:
         if kind == np.bool_:
             return rng.random(shape) < 0.5
         if np.issubdtype(kind, np.integer):
-            return rng.integers(0, _INTEGERS, shape).astype(kind)
+            return rng.integers(0, self.integers, shape).astype(kind)
         return rng.standard_normal(shape).astype(kind)
 
 
@@ -189,6 +191,12 @@ def _special_steps(rng: np.random.Generator, row: int, steps: int) -> Array:
 def plain_dtype(dtype: str) -> str:
     """Return the type in which a program carries ``dtype``: NumPy has no bfloat16, float32 holds it exactly."""
     return "float32" if dtype == "bfloat16" else dtype
+
+
+def fitted(sampler: Sampler, compared: Sequence[float], table_sizes: Sequence[int]) -> Sampler:
+    """Return a sampler that knows what the graph compares with, and how large its tables are."""
+    integers = max(min((_INTEGERS, *table_sizes)), 1)
+    return dataclasses.replace(sampler, compared=tuple(compared), integers=integers)
 
 
 def make_sampler(interface: Interface, temporal: Sequence[bool]) -> Sampler:

@@ -32,6 +32,8 @@ _SMALL = (Scale(rows=3, steps=23), Scale(rows=3, steps=29))
 #: if it is as long in both traces: a loop over a part of the sequence would make a thousand copies of a cell.
 _SHORT = 16
 _COMPARISONS = {"Equal", "NotEqual", "Less", "LessEqual", "Greater", "GreaterEqual", "Maximum", "Minimum"}
+_GATHERS = {"GatherV2", "ResourceGather"}
+_HELD = {"Const", "Placeholder", "ReadVariableOp"}
 #: Loops of Keras's own that call the cell once for each time step, in order. ConvLSTM has RNN's.
 _KNOWN_LOOPS = {
     layer.inner_loop
@@ -126,6 +128,15 @@ class Cuts:
                         number = float(tf.make_ndarray(value.op.get_attr("value")).reshape(-1)[0])
                         found |= {number} if math.isfinite(number) else set()
         return tuple(sorted(found))
+
+    def table_sizes(self) -> tuple[int, ...]:
+        """Return how many rows the weights and constants have from which the graph takes some by their numbers."""
+        tables = (op.inputs[0] for op in self.first.graph.get_operations() if op.type in _GATHERS)
+        return tuple(
+            table.shape[0]
+            for table in tables
+            if table.op.type in _HELD and table.shape.rank and table.shape[0] is not None
+        )
 
 
 class CutError(ModelError):
