@@ -92,6 +92,7 @@ def _try(
         f"the model does not run on sequences of {' and '.join(map(str, _LENGTHS))} time steps",
     ):
         sampler = fitted(make_sampler(interface, temporal), cuts.compared(), cuts.table_sizes())
+    _refuse_complex(cuts)
     refuse_kept_states(interface, cuts)
     unproven = _admit(interface, cuts, sampler, options)
     with _explained(
@@ -101,7 +102,6 @@ def _try(
         seen = [_observe(sampler, temporal, steps, rng) for steps in _LENGTHS]
         refuse_training(sampler, temporal)
     plan = make_plan(sampler.interface, temporal, seen[0], seen[1])
-    _refuse_types(plan)
     with _explained(interface.model, "the model does not run on a sequence of one time step"):
         function = trace(plan)
         if progress is not None:
@@ -121,15 +121,14 @@ def _try(
     return traced
 
 
-def _refuse_types(plan: Plan) -> None:
+def _refuse_complex(cuts: Cuts) -> None:
     """Refuse what no tensor of the protocol carries."""
-    for kind, specs in (("input", plan.inputs), ("output", plan.outputs), ("state", plan.state)):
-        for spec in specs:
-            if np.dtype(spec.dtype).kind not in "biuf":
-                raise ModelError(
-                    f"{kind} {spec.name!r} must be of real numbers or booleans, which are what messages carry; it is of "
-                    f"{spec.dtype}: give its parts as real numbers, and put them together where they are used"
-                )
+    for name, output in cuts.first.outputs.items():
+        if output.dtype.is_complex:
+            raise ModelError(
+                f"output {name!r} must be of real numbers or booleans, which are what messages carry; it is of "
+                f"{output.dtype.name}: give its parts as real numbers, and put them together where they are used"
+            )
 
 
 def _admit(interface: Interface, cuts: Cuts, sampler: Sampler, options: ProofOptions) -> str:
