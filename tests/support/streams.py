@@ -98,7 +98,7 @@ class Streams:
         await self.turns()
         found = []
         for stream, context in zip(self.streams, self.contexts, strict=True):
-            if not stream.is_over:
+            if not stream.is_over:  # what it must not hold on to shows nowhere but inside
                 assert not stream._pending, "a frame has no answer"
                 assert (stream._held_frames, stream._held_bytes) == (0, 0)
             replies = []

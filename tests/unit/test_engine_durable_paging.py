@@ -47,7 +47,7 @@ async def test_a_reply_comes_back_with_its_session(
         at.clock.advance(1)
         await at.open("b", batch_size=4)
         assert not (await at.engine.session_info("a")).resident
-        assert not at.engine._models.by_name("plain").replies.series
+        assert not at.inside.model("plain").replies.series
         if killed:
             disk.kill()
         else:

@@ -31,18 +31,18 @@ async def test_sessions_are_there_when_they_are_named_and_not_before(disk: Disk)
         wanted = [facts(info) for info in listed]
         disk.kill(away_s=1000)
     async with disk.engine() as at:
-        assert len(at.engine._table) == 0
+        assert not at.inside.loaded()
         assert at.engine.stats()[0].sessions == at.engine.models()[0].sessions == 3
         found, total = await at.engine.list_sessions()
         assert total == 3
         assert not any(info.resident for info in found)
-        assert len(at.engine._table) == 0, "to list sessions loads none"
+        assert not at.inside.loaded(), "to list sessions loads none"
         for info, want in zip(found, wanted, strict=True):
             assert facts(info)[:-1] == want[:-1]
             one = await at.engine.session_info(info.session_id)
             assert facts(one)[:-1] == want[:-1]
             assert not one.resident
-        assert len(at.engine._table) == 3
+        assert len(at.inside.loaded()) == 3
         assert at.slots().resident == 0
         for session_id, facts_and_state in (await everything(at)).items():
             assert facts_and_state[:-2] == before[session_id][:-2]

@@ -358,8 +358,8 @@ async def test_a_reader_that_is_cancelled_as_its_turn_comes_gives_it_away(
         await blocked(at, "a")
         reading = await task_of(at.state("a"))
         following = at.submit("a", x(1))
-        lines = at.engine._turns
-        grant = lines._grant
+        lines = at.inside.turns
+        grant = lines._grant  # nothing outside happens between a turn that comes and the task that wakes
 
         def grant_and_cancel(hold: Any, handle: int) -> bool:
             taken = grant(hold, handle)
@@ -381,7 +381,7 @@ async def test_a_reader_that_is_cancelled_as_the_session_goes_takes_nothing_from
         await blocked(at, "a")
         closing = await task_of(at.engine.close_session("a"))
         reading = await task_of(at.state("a"))
-        removal, table = at.engine._closing._removal, at.engine._table
+        removal, table = at.inside.removal, at.inside.table
         handle, remove = table.find("a"), removal.remove
 
         def remove_and_reuse(*args: Any) -> None:
@@ -442,7 +442,7 @@ async def test_what_is_read_does_not_change_afterwards() -> None:
         before = read.state["sum"].tobytes()
         await at.step("a", x(1, 4))
         assert read.state["sum"].tobytes() == before
-        assert not np.shares_memory(read.state["sum"], at.engine._models.by_name("plain").arena.states[0])
+        assert not np.shares_memory(read.state["sum"], at.inside.model("plain").arena.states[0])
 
 
 async def test_others_get_a_turn_while_many_sessions_are_closed() -> None:

@@ -177,7 +177,7 @@ async def test_a_session_that_ended_elsewhere_has_ended(shape: str) -> None:
         await first.engine.close_session("a")
         with pytest.raises(SessionNotFound, match="session 'a' was closed"):
             await (second.state("a") if shape == "read" else change(second, shape, expected=1).only())
-        assert "a" not in second.engine._table
+        assert "a" not in second.inside.loaded()
         with pytest.raises(SessionNotFound, match="session 'a' was closed"):
             await second.state("a")
 

@@ -214,7 +214,9 @@ async def test_an_end_whose_answer_is_lost_says_that_it_counted() -> None:
         await client.infer(x, sequence_id=3, start=True)
         last = request(x, sequence_id=3, end=True, stepwell_revision=1, stepwell_request_id=5)
         await client.send(last)
-        client.inference._sequences._ended = EndedReplies()  # as after a restart
+        client.inference._sequences._ended = (
+            EndedReplies()
+        )  # as after a restart, which would end the engine too
         message = await refused(InvalidInput, client.send(last))
         assert message.startswith(must_start(3))
         assert "ended with this very request" in message
