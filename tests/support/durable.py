@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
-import shutil
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -24,6 +22,7 @@ from stepwell_server.store.disk.store import DiskStore
 from support.clock import ManualClock
 from support.engine import SEGMENT_BYTES, STORES, Answer, Harness, running
 from support.fake_executor import WAIT_S
+from support.stored import base_of, copy_files, wal_of
 
 Array = npt.NDArray[Any]
 _NUMBERS = itertools.count()
@@ -54,6 +53,9 @@ class Troubled:
     def fail(self, error: Exception, times: int = 1, *, kept: bool = False) -> None:
         """Let the next commits fail; `kept`: but what they were to keep is kept."""
         self._errors.extend([(error, kept)] * times)
+
+    def fail_no_more(self) -> None:
+        self._errors.clear()
 
     def stall(self, *, kept: bool = False) -> None:
         """Commits that begin from now on do not come back, until `go_on`; `kept`: but they are kept before.
@@ -128,11 +130,7 @@ class Disk:
         """End the process as `kill -9` does: the next one finds what is in the files now, and another clock."""
         old = self.store
         folder = STORES.folder / f"disk-{next(_NUMBERS)}"
-        (folder / "sessions").mkdir(parents=True)
-        # The segment first: what is checkpointed meanwhile is then in both, and not in neither.
-        shutil.copytree(old.path / "journal", folder / "journal")
-        # what a transaction that is under way has written so far is not part of it
-        old.store._base._environment.copy(os.fspath(folder / "sessions"))
+        copy_files(old.store, folder)
         self.clock = ManualClock(monotonic=5.0 + next(_NUMBERS), now=self.clock.now() + away_s)
         self.store = Troubled(self._opened(folder))
 
@@ -169,9 +167,8 @@ def damage(store: Troubled, session_id: str) -> None:
     assert record is not None
     changed = bytearray(record)
     changed[-1] ^= 4
-    store.store._base.commit(Batch(puts=[(session_id, bytes(changed))]))
-    if store.store._wal is not None:
-        store.store._wal.discard([session_id])
+    base_of(store.store).commit(Batch(puts=[(session_id, bytes(changed))]))
+    wal_of(store.store).discard([session_id])
 
 
 def x(*shape: int, seed: int = 0) -> Array:
