@@ -452,7 +452,7 @@ def test_a_message_over_the_limit_harms_no_other_call(served: Served) -> None:
         client.open_sessions("seq", 2) as small,
     ):
         small.step(np.ones((2, 3)))
-        stream = client._link._stream
+        stream = client._link._stream  # another one in its place would answer just the same
         with (
             served.nothing_changes(*large.ids),
             pytest.raises(InvalidInputError, match="max_message_bytes"),

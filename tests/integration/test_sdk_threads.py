@@ -51,9 +51,7 @@ class Held:
     def __init__(self, server: ScriptedServer, **kwargs: Any) -> None:
         self.others = set(threading.enumerate())  # of other tests' clients, some of which they never close
         self.client = stepwell.connect(server.address, **kwargs)
-        # No time passes: the frame under way stays young.
-        self.client._sender._clock = lambda: 0.0
-        self.line = WaitingLine.of(self.client._sender)
+        self.line = WaitingLine.of_client(self.client)
         self.threads = futures.ThreadPoolExecutor(40)
         gates = [server.hold(method) for method in ("Step", "StepStream")]
         self._gates = [gate for gate, _ in gates]
@@ -128,7 +126,7 @@ def test_a_stream_that_breaks_is_made_up_for(server: ScriptedServer) -> None:
 def test_steps_whose_replies_are_too_large_together_leave_in_smaller_company(server: ScriptedServer) -> None:
     x = np.ones((1, 150, 2), np.float16)  # 600 bytes that come back as 1200: 16 of them are too many
     with contextlib.closing(Held(server, max_message_bytes=16 * 1024)) as held:
-        held.client._sender._max_frame_bytes = 1 << 20
+        held.line.limit_frames(1 << 20)
         sessions = [held.client.open_session(MODEL) for _ in range(16)]
         steps = [held.stand(session, x) for session in sessions]
         held.release()
@@ -136,7 +134,7 @@ def test_steps_whose_replies_are_too_large_together_leave_in_smaller_company(ser
         assert all(y.shape == (1, 150, 2) and (y[0, -1] == 150).all() for y in outcomes)
         assert server.applied == 18
         assert [len(request.step.session_ids) for request in server.requests("StepStream")][:2] == [1, 16]
-        assert list(held.client._sender._most.values()) == [8]
+        assert held.line.most == [8]
 
 
 def test_closing_ends_what_waits_and_what_is_under_way(held: Held, server: ScriptedServer) -> None:

@@ -106,6 +106,9 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         """The next attempts of a method go wrong so."""
         self._faults[method].extend([fault] * times)
 
+    def fail_no_more(self) -> None:
+        self._faults.clear()
+
     def hold(self, method: str) -> tuple[threading.Event, threading.Semaphore]:
         """Answers of this method wait for the event; each one that has come releases the semaphore."""
         self._gates[method] = (threading.Event(), threading.Semaphore(0))

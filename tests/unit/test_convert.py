@@ -16,7 +16,11 @@ from stepwell_server.rpc import convert
 from support.fake_engine import program
 
 _FLOAT32 = tensors_pb2.DATA_TYPE_FLOAT32
-_DTYPES = [name for name in convert._NUMBERS if name != "bfloat16"]
+_DTYPES = [
+    name.removeprefix("DATA_TYPE_").lower()
+    for name in dict(tensors_pb2.DataType.items())
+    if name not in {"DATA_TYPE_UNSPECIFIED", "DATA_TYPE_BFLOAT16"}
+]
 
 
 def _tensor(shape: list[int], data: bytes, dtype: int = _FLOAT32, name: str = "x") -> tensors_pb2.Tensor:
