@@ -112,22 +112,6 @@ async def test_outputs_come_by_name_also_when_they_are_remembered() -> None:
         assert not none.outputs
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"output_names": ("z",)}, r"output_names must be among \['y'\]; got 'z'"),
-        ({"output_names": ("y", "y")}, "output_names must name each output once"),
-        ({"reset_rows": np.ones(2, np.bool_)}, "reset_mask must be empty or one for each of 1 rows; got 2"),
-    ],
-)
-async def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:
-    async with running() as at:
-        await at.open("a")
-        with pytest.raises(InvalidInput, match=message):
-            at.single("a", x(1), **fields)
-        assert (await at.engine.session_info("a")).revision == 0
-
-
 async def test_a_modest_caller_is_in_the_next_pass_whatever_a_greedy_one_has_sent() -> None:
     async with running(threads=True, max_batch_rows=4, resident_rows=64) as at:
         greedy = [f"g{i}" for i in range(20)]

@@ -223,33 +223,3 @@ async def test_a_step_says_which_rows_begin_anew_and_which_outputs_come(kind: st
             await at.done()
             answer = pb.StepResponse.FromString(at.calls[0].result())
             assert (answer.revision, answer.position) == (2, 1)
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"states": pb.STATE_SELECTION_LAST}, "states must be STATE_SELECTION_NONE"),
-        ({"states": pb.STATE_SELECTION_ALL}, "got STATE_SELECTION_ALL"),
-        ({"states": 9}, "states must be STATE_SELECTION_NONE"),
-        ({"reset_mask": [True, False]}, "reset_mask must be empty or one for each of 1 rows; got 2"),
-        ({"output_names": ["z"]}, "output_names must be among ['y']; got 'z'"),
-    ],
-)
-async def test_what_this_server_cannot_send_is_refused_by_its_name(
-    fields: dict[str, Any], words: str
-) -> None:
-    async with streams() as at:
-        await at.at.open("a")
-        at.send(message(1, "a", **fields))
-        at.send(message(2, "a", state_members=[0]))
-        at.call(request("a", **fields))
-        at.call(request("a", state_rows=[0]))
-        (replies,) = await at.done()
-        said = [reply.errors[0].error.message for reply in parsed(replies)]
-        assert words in said[0]
-        assert said[1].startswith("state_members must be empty")
-        first, second = await at.call_results()
-        assert first[0] == second[0] == "INVALID_ARGUMENT"
-        assert words in first[1]
-        assert second[1].startswith("state_rows must be empty")
-        assert (await at.at.engine.session_info("a")).revision == 0

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
-import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
-from support.streams import BOTH_WAYS, Streams, message, parsed, play, request, streams
+from support.streams import BOTH_WAYS, Streams, play, request, streams
 
 
 def revision(raw: bytes) -> int:
@@ -158,21 +157,3 @@ async def test_a_call_whose_task_ends_leaves_no_one_waiting() -> None:
         assert (revision(first), second[0]) == (1, "NOT_FOUND")
 
     await play(scenario, threads=True)
-
-
-@pytest.mark.parametrize("shape", [(1, 2), (1, 1, 2), (1, 4, 2), (2, 2)])
-async def test_booleans_for_floats_are_refused_in_the_same_words_by_calls_and_frames(
-    shape: tuple[int, ...],
-) -> None:
-    flags = np.ones(shape, np.bool_)
-
-    async def scenario(at: Streams) -> None:
-        await at.at.open("a")
-        at.call(request("a", flags))
-        at.send(message(1, "a", x=flags), message(2, "a", x=flags, batch_sizes=[1]))
-        at.send(message(3, "a", "nobody", x=np.concatenate([flags, flags]), batch_sizes=[1, 1]))
-        await at.turns()
-
-    (replies,) = await play(scenario)
-    said = {reply.errors[0].error.message for reply in parsed(replies)}
-    assert said == {"input 'x' must have a dtype that fits float32; got bool"}
