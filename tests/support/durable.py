@@ -11,11 +11,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.engine.api import SessionInfo
-from stepwell_server.errors import ServerError, Unavailable
+from stepwell_server.errors import Unavailable
 from stepwell_server.program import Program
 from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.store import DiskStore
@@ -169,14 +168,6 @@ def damage(store: Troubled, session_id: str) -> None:
     changed[-1] ^= 4
     base_of(store.store).commit(Batch(puts=[(session_id, bytes(changed))]))
     wal_of(store.store).discard([session_id])
-
-
-def x(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
-
-
-def kinds(answers: Sequence[Answer | ServerError]) -> list[str]:
-    return [type(answer).__name__ for answer in answers]
 
 
 def same_reply(found: Answer, wanted: Answer, *, replayed: bool = True) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.change import Change
@@ -34,6 +35,14 @@ from support.fake_executor import PLAIN, WAIT_S, FakeExecutor, Hooks
 from support.inside import Inside
 
 Array = npt.NDArray[Any]
+
+#: Passes run where the loop is, or on threads.
+BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
+
+
+def x(*shape: int, seed: int = 0) -> Array:
+    """Random inputs of the plain program: of so many rows, and time steps if they are given."""
+    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
 
 
 class FixedCost(Cost):
@@ -107,6 +116,11 @@ class Answer:
     position: int
     outputs: Mapping[str, Array]
     replayed: bool
+
+
+def kinds(answers: Sequence[Answer | ServerError]) -> list[str]:
+    """What each is an instance of."""
+    return [type(answer).__name__ for answer in answers]
 
 
 class Answers:

@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
-import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1 import tensors_pb2
@@ -19,7 +18,6 @@ from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 from support.engine import Harness, running
 from support.fake_call import FakeCall, Requests
 
-BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
 ALL, LAST, NONE = pb.OUTPUT_SELECTION_ALL, pb.OUTPUT_SELECTION_LAST, pb.OUTPUT_SELECTION_NONE
 _LIMITS = StreamLimits(frames=1000, bytes=1 << 24)
 

@@ -10,21 +10,9 @@ import pytest
 from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, RevisionConflict
-from support.engine import Answer, Later, running
+from support.engine import BOTH_WAYS, Answer, Later, running, x
 from support.fake_executor import BAD, RICH
-from support.model_of_sessions import initial, run
-
-BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
-
-
-def x(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
-
-
-def ran(state: Any, value: Any) -> tuple[Any, Any]:
-    found = run(state, value if value.ndim == 3 else value[:, None])
-    assert found is not None
-    return found
+from support.model_of_sessions import initial, ran
 
 
 @BOTH_WAYS

@@ -6,8 +6,8 @@ import pytest
 
 from stepwell_server.errors import SessionExpired, SessionGone
 from stepwell_server.store.base import End
-from support.durable import Disk, x
-from support.engine import Harness
+from support.durable import Disk
+from support.engine import Harness, x
 
 pytestmark = pytest.mark.stores("async", "sync")
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from stepwell_server.errors import Internal, ServerError, Unavailable
-from support.durable import Disk, begun, everything, kinds, same_reply, stalled, x
-from support.engine import Answer, Harness
+from support.durable import Disk, begun, everything, same_reply, stalled
+from support.engine import Answer, Harness, kinds, x
 
 pytestmark = pytest.mark.stores("async", "sync")
 

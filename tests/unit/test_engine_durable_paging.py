@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import Select
-from support.durable import Disk, kinds, same_reply, x
+from support.durable import Disk, same_reply
+from support.engine import kinds, x
 from support.model_of_sessions import ModelOfSessions, Reply
 
 pytestmark = pytest.mark.stores("async", "sync")

@@ -9,8 +9,8 @@ import pytest
 
 from stepwell_server.engine.api import Select
 from stepwell_server.errors import RevisionConflict
-from support.durable import Disk, damage, everything, facts, kinds, same_reply, x
-from support.engine import Answer
+from support.durable import Disk, damage, everything, facts, same_reply
+from support.engine import Answer, kinds, x
 from support.fake_executor import PLAIN, RICH
 from support.model_of_sessions import ModelOfSessions, Reply
 

@@ -13,8 +13,8 @@ from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.durability import group_commit as commits
 from stepwell_server.engine.sessions import ending
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
-from support.durable import Disk, begun, everything, facts, kinds, stalled, until, x
-from support.engine import Harness, Later
+from support.durable import Disk, begun, everything, facts, stalled, until
+from support.engine import Harness, Later, kinds, x
 
 pytestmark = pytest.mark.stores("async", "sync")
 

@@ -9,8 +9,8 @@ import pytest
 
 from stepwell_server.engine.change import Change
 from stepwell_server.errors import Internal, ServerError, SessionExpired, SessionGone, Unavailable
-from support.durable import Disk, begun, everything, kinds, stalled, x
-from support.engine import Answer, Harness, Later
+from support.durable import Disk, begun, everything, stalled
+from support.engine import Answer, Harness, Later, kinds, x
 
 pytestmark = pytest.mark.stores("async", "sync")
 

@@ -10,8 +10,8 @@ from stepwell_server.errors import (
     SessionLost,
     SessionNotFound,
 )
-from support.engine import running
-from support.lives import blocked, gone, x
+from support.engine import running, x
+from support.lives import blocked, gone
 from support.model_of_sessions import initial
 
 

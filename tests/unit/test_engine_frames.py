@@ -8,30 +8,20 @@ import numpy as np
 import pytest
 
 from stepwell_server.errors import InvalidInput, ServerError, SessionNotFound
-from support.engine import Answer, Harness, running
+from support.engine import Answer, Harness, kinds, running, x
 from support.fake_executor import BAD, PLAIN
-from support.model_of_sessions import initial, run
+from support.model_of_sessions import initial, ran
 
 SIZES = {"a": 1, "b": 3, "c": 2, "d": 1}
 
 
-def x(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
-
-
 def stepped(state: np.ndarray, value: np.ndarray) -> np.ndarray:
-    ran = run(state, value if value.ndim == 3 else value[:, None])
-    assert ran is not None
-    return ran[0] if value.ndim == 3 else ran[0][:, 0]
+    return ran(state, value)[0]
 
 
 async def opened(at: Harness) -> None:
     for session_id, size in SIZES.items():
         await at.open(session_id, batch_size=size)
-
-
-def reasons(answers: list[Answer | ServerError]) -> list[str]:
-    return [type(answer).__name__ for answer in answers]
 
 
 def bytes_of(answer: Answer | ServerError) -> bytes:
@@ -84,7 +74,7 @@ async def test_one_that_is_gone_shifts_nobody_even_if_sizes_are_not_said() -> No
         await opened(at)
         value = x(1 + 5 + 2)
         answers = await at.submit(["a", "nobody", "c"], value, sizes=[1, 5, 2]).all()
-        assert reasons(answers) == ["Answer", "SessionNotFound", "Answer"]
+        assert kinds(answers) == ["Answer", "SessionNotFound", "Answer"]
         assert bytes_of(answers[0]) == stepped(initial(1), value[:1]).tobytes()
         assert bytes_of(answers[2]) == stepped(initial(2), value[6:]).tobytes()
 
@@ -94,7 +84,7 @@ async def test_several_that_are_gone_without_sizes_are_refused_where_it_is_not_c
     async with running() as at:
         await opened(at)
         answers = await at.submit(["g", "a", "h"], x(3)).all()
-        assert reasons(answers) == ["SessionNotFound", "Answer", "SessionNotFound"]
+        assert kinds(answers) == ["SessionNotFound", "Answer", "SessionNotFound"]
         assert bytes_of(answers[1]) == stepped(initial(1), x(3)[1:2]).tobytes()
         with pytest.raises(InvalidInput, match=r"not certain whose rows are whose without \['g', 'h'\]"):
             at.submit(["g", "a", "h"], x(4))
@@ -105,7 +95,7 @@ async def test_a_member_that_says_a_wrong_batch_size_fails_alone() -> None:
         await opened(at)
         value = x(4)
         answers = await at.submit(["a", "b", "d"], value, sizes=[1, 2, 1], batch_sizes=[1, 2, 1]).all()
-        assert reasons(answers) == ["Answer", "InvalidInput", "Answer"]
+        assert kinds(answers) == ["Answer", "InvalidInput", "Answer"]
         assert isinstance(answers[1], InvalidInput)
         assert answers[1].message == "batch_sizes must be the sessions' own; session 'b' has 3, got 2"
         assert bytes_of(answers[2]) == stepped(initial(1), value[3:]).tobytes()
@@ -128,7 +118,7 @@ async def test_members_with_numbers_that_are_not_finite_fail_alone() -> None:
         value[2, 1, 0] = np.nan
         value[6, 0, 1] = np.inf
         answers = await at.submit(list("abcd"), value, sizes=[1, 3, 2, 1]).all()
-        assert reasons(answers) == ["Answer", "InvalidInput", "Answer", "InvalidInput"]
+        assert kinds(answers) == ["Answer", "InvalidInput", "Answer", "InvalidInput"]
         assert "got nan at index [1, 1, 0]" in str(answers[1])
         assert "got inf at index [0, 0, 1]" in str(answers[3])
         assert bytes_of(answers[2]) == stepped(initial(2), value[4:6]).tobytes()
@@ -140,7 +130,7 @@ async def test_states_that_are_not_finite_fail_alone() -> None:
         value = x(7)
         value[3, 0] = np.inf
         answers = await at.submit(list("abcd"), sizes=[1, 3, 2, 1], reset=True, state={"sum": value}).all()
-        assert reasons(answers) == ["Answer", "InvalidInput", "Answer", "Answer"]
+        assert kinds(answers) == ["Answer", "InvalidInput", "Answer", "Answer"]
         assert "state 'sum' must hold finite numbers" in str(answers[1])
         assert (await at.state("c"))["sum"].tobytes() == value[4:6].tobytes()
         assert (await at.state("b"))["sum"].tobytes() == initial(3).tobytes()
@@ -167,7 +157,7 @@ async def test_each_member_is_judged_for_itself() -> None:
         )
         at.hooks.open_gate()
         answers = await frame.all()
-        kinds = [
+        wanted = [
             "Answer",
             "Answer",
             "RevisionConflict",
@@ -176,7 +166,7 @@ async def test_each_member_is_judged_for_itself() -> None:
             "Answer",
             "Answer",
         ]
-        assert reasons(answers) == kinds
+        assert kinds(answers) == wanted
         replayed = [answer.replayed for answer in answers if isinstance(answer, Answer)]
         assert replayed == [False, True, False, False]
         assert bytes_of(answers[1]) == bytes_of(before[1])
@@ -184,9 +174,8 @@ async def test_each_member_is_judged_for_itself() -> None:
         assert revisions == {"a": 2, "b": 1, "c": 1, "d": 2, "e": 1, "f": 3}
         for member in (0, 5):
             one = ids[member]
-            start = run(initial(1), first["abcdef".index(one)][None, None])
-            assert start is not None
-            assert bytes_of(answers[member]) == stepped(start[1], value[member][None]).tobytes()
+            _, start = ran(initial(1), first["abcdef".index(one)][None])
+            assert bytes_of(answers[member]) == stepped(start, value[member][None]).tobytes()
 
 
 async def test_a_frame_of_resets_sets_each_session_to_its_own_rows() -> None:
@@ -201,7 +190,7 @@ async def test_a_frame_of_resets_sets_each_session_to_its_own_rows() -> None:
             list("abcd"), sizes=[1, 3, 2, 1], reset=True, state={"": value}, expected=[0, 1, 5, 0]
         )
         at.hooks.open_gate()
-        assert reasons(await frame.all()) == ["Answer", "Answer", "RevisionConflict", "Answer"]
+        assert kinds(await frame.all()) == ["Answer", "Answer", "RevisionConflict", "Answer"]
         for name, low, high in (("a", 0, 1), ("b", 1, 4), ("d", 6, 7)):
             assert (await at.state(name))["sum"].tobytes() == value[low:high].tobytes()
         assert (await at.state("c"))["sum"].tobytes() == initial(2).tobytes()
@@ -236,7 +225,7 @@ async def test_two_models_do_not_share_passes_or_rows() -> None:
         assert [info.name for info in at.engine.models()] == ["other", "plain"]
         answers = [at.submit(list(names), x(2)) for names in ("ab", "cd")]
         for each in answers:
-            assert reasons(await each.all()) == ["Answer", "Answer"]
+            assert kinds(await each.all()) == ["Answer", "Answer"]
         assert sorted(at.events.passes) == [(2, 1), (2, 1)]
 
 
@@ -249,6 +238,6 @@ async def test_many_that_are_gone_alike_share_an_error_and_each_is_told_which() 
         ids = [*expired, *(f"never{i}" for i in range(50)), "s-00000000-AAAAAAAAAAAAAAAAAAAAAA", "live"]
         answers = await at.submit(ids, x(len(ids))).all()
         wanted = [*["SessionExpired"] * 40, *["SessionNotFound"] * 50, "SessionLost", "Answer"]
-        assert reasons(answers) == wanted
+        assert kinds(answers) == wanted
         assert len({id(answer) for answer in answers if isinstance(answer, ServerError)}) == 3
         assert "(and so for 49 others of the session_ids)" in str(getattr(answers[40], "message", ""))

@@ -17,9 +17,9 @@ from stepwell_server.errors import (
     SessionExists,
     SessionNotFound,
 )
-from support.engine import Answer, running
+from support.engine import Answer, running, x
 from support.fake_executor import PLAIN, RICH
-from support.lives import blocked, gone, x
+from support.lives import blocked, gone
 from support.model_of_sessions import initial
 
 

@@ -22,8 +22,8 @@ from stepwell_server.errors import (
 )
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
-from support.durable import begun, kinds, x
-from support.engine import Answers, Harness, running
+from support.durable import begun
+from support.engine import Answers, Harness, kinds, running, x
 
 pytestmark = pytest.mark.stores("awaited")
 

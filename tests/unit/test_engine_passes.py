@@ -9,34 +9,23 @@ import pytest
 
 from stepwell_server.engine.api import Applied
 from stepwell_server.engine.change import Awaited, Change
-from stepwell_server.errors import Internal, InvalidInput, Overloaded, ServerError, Unavailable
+from stepwell_server.errors import Internal, InvalidInput, Overloaded, Unavailable
 from support.durable import until
-from support.engine import Answer, Harness, running
+from support.engine import BOTH_WAYS, Answer, Harness, kinds, running, x
 from support.fake_executor import BAD, BROKEN, PLAIN
-from support.model_of_sessions import initial, run
+from support.model_of_sessions import initial, ran
 
-BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
 START = PLAIN.initial[0].tobytes()
 
 
-def x(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
-
-
 def outputs_of(value: np.ndarray) -> np.ndarray:
-    ran = run(initial(len(value)), value if value.ndim == 3 else value[:, None])
-    assert ran is not None
-    return ran[0] if value.ndim == 3 else ran[0][:, 0]
+    return ran(initial(len(value)), value)[0]
 
 
 async def open_all(at: Harness, count: int) -> list[str]:
     ids = [f"s{i:03}" for i in range(count)]
     await at.engine.open_sessions("plain", session_ids=ids)
     return ids
-
-
-def reasons(answers: list[Answer | ServerError]) -> list[str]:
-    return [type(answer).__name__ for answer in answers]
 
 
 @BOTH_WAYS
@@ -50,9 +39,7 @@ async def test_only_the_sessions_at_fault_fail(threads: bool, bad: list[int], st
         for place, member in enumerate(bad):  # at different time steps
             value[(member, 0) if steps is None else (member, place % steps, 0)] = BAD
         answers = await at.submit(ids, value).all()
-        ran = run(initial(51), good if steps else good[:, None])
-        assert ran is not None
-        wanted, after = ran
+        wanted, after = ran(initial(51), good)
         for member, answer in enumerate(answers):
             if member in bad:
                 assert isinstance(answer, InvalidInput)
@@ -90,7 +77,7 @@ async def test_a_session_with_a_row_at_fault_fails_whole_and_its_neighbours_do_n
         value = x(6)
         value[3, 0] = BAD
         answers = await at.submit(["a", "b", "c"], value, sizes=[2, 3, 1]).all()
-        assert reasons(answers) == ["Answer", "InvalidInput", "Answer"]
+        assert kinds(answers) == ["Answer", "InvalidInput", "Answer"]
         assert (await at.state("b"))["sum"].tobytes() == START * 3
         for answer, low, high in ((answers[0], 0, 2), (answers[2], 5, 6)):
             assert isinstance(answer, Answer)
@@ -108,7 +95,7 @@ async def test_a_pass_that_breaks_changes_nothing_and_the_loop_goes_on(
         broken = at.submit(ids, value)
         after = at.submit(ids, x(8, seed=1), expected=[0] * 8)
         answers = await broken.all()
-        assert reasons(answers) == ["Internal"] * 8
+        assert kinds(answers) == ["Internal"] * 8
         error = answers[0]
         assert isinstance(error, Internal)
         assert "secret" not in error.message
@@ -129,7 +116,7 @@ async def test_a_pass_that_breaks_while_it_is_narrowed_changes_nothing(threads: 
             BAD  # the executor refuses the whole pass, so it runs in parts, the last of which breaks
         )
         value[7, 0] = BROKEN
-        assert reasons(await at.submit(ids, value).all()) == ["Internal"] * 8
+        assert kinds(await at.submit(ids, value).all()) == ["Internal"] * 8
         for session_id in ids:
             assert (await at.state(session_id))["sum"].tobytes() == START
             assert (await at.engine.session_info(session_id)).revision == 0
@@ -366,7 +353,7 @@ async def test_draining_ends_if_all_that_waits_was_cancelled() -> None:
         await asyncio.sleep(0)
         at.hooks.open_gate()
         await asyncio.wait_for(draining, 60)
-        assert reasons(await cancelled.all()) == ["Unavailable"]
+        assert kinds(await cancelled.all()) == ["Unavailable"]
 
 
 async def test_warming_up_writes_to_nobodys_rows() -> None:

@@ -14,8 +14,8 @@ from stepwell_server.engine.change import Change
 from stepwell_server.engine.sessions import creation, directory, ids, reading
 from stepwell_server.errors import RevisionConflict, ServerError, SessionExists
 from support.awaited import RemoteStore
-from support.durable import begun, kinds, x
-from support.engine import Answer, Answers, Harness, running
+from support.durable import begun
+from support.engine import Answer, Answers, Harness, kinds, running, x
 
 T = TypeVar("T")
 PIECE = 16

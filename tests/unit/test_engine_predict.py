@@ -14,15 +14,9 @@ from stepwell_server.errors import (
     Overloaded,
     Unavailable,
 )
-from support.engine import running
+from support.engine import BOTH_WAYS, running, x
 from support.fake_executor import BAD, BROKEN, RICH, WAIT_S
-from support.model_of_sessions import initial, run
-
-BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
-
-
-def x(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
+from support.model_of_sessions import initial, ran
 
 
 @BOTH_WAYS
@@ -36,9 +30,7 @@ async def test_any_number_of_rows_and_steps(
         value = x(rows, *([] if steps is None else [steps]))
         state = x(rows, seed=1) if with_state else None
         predicted = await at.engine.predict("plain", {"x": value}, None if state is None else {"sum": state})
-        ran = run(initial(rows) if state is None else state, value if steps else value[:, None])
-        assert ran is not None
-        outputs, after = ran
+        outputs, after = ran(initial(rows) if state is None else state, value)
         assert predicted.outputs["y"].tobytes() == outputs.tobytes()
         assert predicted.outputs["y"].shape == value.shape
         assert predicted.state["sum"].tobytes() == after.tobytes()
@@ -63,12 +55,8 @@ async def test_predictions_and_sessions_share_passes_and_do_not_notice(threads: 
         step = at.submit("a", x(1, 5))
         predicted = await at.engine.predict("plain", {"": x(3, 5)})
         answer = await step.only()
-        ran = run(initial(3), x(3, 5))
-        alone = run(initial(1), x(1, 5))
-        assert ran is not None
-        assert alone is not None
-        assert predicted.outputs["y"].tobytes() == ran[0].tobytes()
-        assert answer.outputs["y"].tobytes() == alone[0].tobytes()
+        assert predicted.outputs["y"].tobytes() == ran(initial(3), x(3, 5))[0].tobytes()
+        assert answer.outputs["y"].tobytes() == ran(initial(1), x(1, 5))[0].tobytes()
         assert max(rows for rows, _ in at.events.passes) == 4
 
 
@@ -133,9 +121,7 @@ async def test_working_rows_that_are_taken_are_waited_for() -> None:
         values = [x(3, 4, seed=i) for i in range(4)]
         runs = [asyncio.create_task(at.engine.predict("plain", {"": value})) for value in values]
         for value, task in zip(values, runs, strict=True):
-            ran = run(initial(3), value)
-            assert ran is not None
-            assert (await task).outputs["y"].tobytes() == ran[0].tobytes()
+            assert (await task).outputs["y"].tobytes() == ran(initial(3), value)[0].tobytes()
 
 
 async def test_too_much_waiting_is_refused() -> None:

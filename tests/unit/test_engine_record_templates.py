@@ -10,14 +10,10 @@ import pytest
 
 from stepwell_server.engine.durability import record_templates as sheets
 from stepwell_server.store.record import decode
-from support.engine import Harness, running
+from support.engine import Harness, running, x
 
 pytestmark = pytest.mark.stores("async", "sync")
 COUNT = 40
-
-
-def x(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
 
 
 async def check_stored(at: Harness, ids: list[str]) -> None:

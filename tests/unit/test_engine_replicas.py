@@ -19,8 +19,8 @@ from stepwell_server.errors import (
 )
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
-from support.durable import begun, kinds, same_reply, x
-from support.engine import Answer, Harness, running
+from support.durable import begun, same_reply
+from support.engine import Answer, Harness, kinds, running, x
 
 pytestmark = pytest.mark.stores("awaited")
 

@@ -10,13 +10,9 @@ import pytest
 
 from stepwell_server.engine.change import Change
 from stepwell_server.errors import DeadlineExceeded, Overloaded, SessionNotFound, Unavailable
-from support.engine import Answer, Answers, Harness, Later, running
+from support.engine import Answer, Answers, Harness, Later, running, x
 from support.fake_executor import PLAIN
 from support.model_of_sessions import initial
-
-
-def x(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
 
 
 async def crowded(at: Harness, *waiting: str) -> object:

@@ -21,15 +21,9 @@ from stepwell_server.errors import (
     SessionNotFound,
     Unavailable,
 )
-from support.engine import Answer, Harness, running
+from support.engine import BOTH_WAYS, Answer, Harness, running, x
 from support.fake_executor import BROKEN, RICH
-from support.model_of_sessions import initial, run
-
-BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
-
-
-def x(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
+from support.model_of_sessions import initial, ran
 
 
 def shown(answer: Answer | ServerError) -> Any:
@@ -130,10 +124,8 @@ async def test_cancelling_any_of_a_bundle_harms_no_other(victim: int) -> None:
             if i == victim:
                 assert isinstance(answer, Unavailable)
             else:
-                ran = run(initial(1), x(1, seed=i)[:, None])
-                assert ran is not None
                 assert isinstance(answer, Answer)
-                assert bytes_of(answer) == ran[0].tobytes()
+                assert bytes_of(answer) == ran(initial(1), x(1, seed=i))[0].tobytes()
         assert (await at.engine.session_info("abcde"[victim])).revision == 0
 
 

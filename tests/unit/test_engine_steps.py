@@ -16,12 +16,9 @@ from stepwell_server.errors import (
     SessionNotFound,
     Unavailable,
 )
-from support.engine import Answer, Harness, running
+from support.engine import BOTH_WAYS, Answer, Harness, running
 from support.fake_executor import BAD, PLAIN, RICH, advance
-from support.model_of_sessions import initial, run
-
-BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
-rng = np.random.default_rng(0)
+from support.model_of_sessions import initial, ran
 
 
 def x(*shape: int) -> np.ndarray:
@@ -47,9 +44,7 @@ async def test_outputs_have_the_shape_that_was_asked_for(
         await at.open("a")
         value = x(*given)
         answer = await at.step("a", value, select=select)
-        ran = run(initial(1), value if value.ndim == 3 else value[:, None])
-        assert ran is not None
-        whole, after = ran
+        whole, after = ran(initial(1), value if value.ndim == 3 else value[:, None])
         steps = whole.shape[1]
         wanted = whole if value.ndim == 3 else whole[:, 0]
         if select is Select.NONE:
@@ -165,13 +160,11 @@ async def test_a_stale_revision_is_refused_and_says_which_one_it_is() -> None:
 async def test_steps_of_one_session_are_applied_in_the_order_received(threads: bool) -> None:
     async with running(threads=threads) as at:
         await at.open("a")
-        inputs = [x(1, n) if n else x(1) for n in rng.integers(0, 4, 60)]
+        inputs = [x(1, n) if n else x(1) for n in np.random.default_rng(0).integers(0, 4, 60)]
         waiting = [at.submit("a", value, expected=n) for n, value in enumerate(inputs)]
         state, position = initial(1), 0
         for n, (value, answers) in enumerate(zip(inputs, waiting, strict=True)):
-            ran = run(state, value if value.ndim == 3 else value[:, None])
-            assert ran is not None
-            whole, state = ran
+            whole, state = ran(state, value if value.ndim == 3 else value[:, None])
             position += whole.shape[1]
             answer = await answers.only()
             assert answer.outputs["y"].tobytes() == whole.tobytes()
@@ -189,9 +182,7 @@ async def test_resets_and_reads_keep_their_place_between_steps() -> None:
         assert (await reset.only()).position == 0
         assert reading.session.revision == 2
         assert reading.state["sum"].tolist() == [PLAIN.initial[0].tolist()]
-        ran = run(initial(1), value)
-        assert ran is not None
-        assert (await last.only()).outputs["y"].tobytes() == ran[0].tobytes()
+        assert (await last.only()).outputs["y"].tobytes() == ran(initial(1), value)[0].tobytes()
 
 
 async def test_a_reset_of_some_rows_leaves_the_others_and_the_position() -> None:

@@ -7,7 +7,8 @@ import asyncio
 import numpy as np
 
 from stepwell.v1 import sessions_pb2 as pb
-from support.streams import BOTH_WAYS, Streams, play, request, streams
+from support.engine import BOTH_WAYS
+from support.streams import Streams, play, request, streams
 
 
 def revision(raw: bytes) -> int:
