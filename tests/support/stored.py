@@ -113,7 +113,7 @@ def begin(store: LocalStore, *session_ids: str, **facts: Any) -> None:
     store.commit(Batch(puts=puts, forgets=session_ids, counts=[("m", 1)] * len(puts)))
 
 
-def put(store: LocalStore, *session_ids: str, revision: int, **facts: Any) -> None:
+def put(store: LocalStore, *session_ids: str, revision: int = 0, **facts: Any) -> None:
     store.commit(Batch(puts=[(i, record(i, revision, **facts)) for i in session_ids]))
 
 
