@@ -91,26 +91,6 @@ async def test_the_last_step_sent_again_gets_its_first_answer(
             await at.step("a", value, **again)
 
 
-async def test_single_steps_that_ran_alone_are_remembered_too(disk: Disk) -> None:
-    async with disk.engine() as at:
-        await at.open("a", "b", "c")
-        sent = {
-            "a": (x(1, seed=1), Select.ALL),
-            "b": (x(1, 1, seed=2), Select.ALL),
-            "c": (x(1, seed=3), Select.NONE),
-        }
-        first = {
-            name: await at.single(name, value, expected=0, request_id=5, select=select).only()
-            for name, (value, select) in sent.items()
-        }
-        disk.kill()
-    async with disk.engine() as at:
-        for name, (value, select) in sent.items():
-            again = await at.single(name, value, expected=0, request_id=5, select=select).only()
-            same_reply(again, first[name])
-        assert at.events.passes == [], "nothing ran"
-
-
 async def test_outputs_of_several_kinds_come_back_as_they_were(disk: Disk) -> None:
     def inputs(rows: int, steps: int) -> dict[str, Any]:
         token = np.arange(rows * steps, dtype=np.int32).reshape(rows, steps)
@@ -212,23 +192,3 @@ async def test_a_thousand_sessions_come_back_by_one_frame(disk: Disk) -> None:
             assert isinstance(answer, Answer)
             assert isinstance(wanted, Reply)
             assert answer.outputs["y"].tobytes() == wanted.outputs["y"].tobytes()
-
-
-async def test_the_sum_of_many_restarts_is_the_whole(disk: Disk) -> None:
-    model = ModelOfSessions(0)
-    sizes = {"a": 1, "b": 2, "c": 3}
-    for name, size in sizes.items():
-        model.open(name, size, None, 0)
-    for run in range(6):
-        async with disk.engine(resident_rows=4, threads=run % 2 == 1) as at:
-            for name, size in sizes.items():
-                opened = await at.engine.open_session("plain", session_id=name, batch_size=size)
-                assert opened.resumed == (run > 0)
-                for turn in range(2):
-                    value = x(size, *([turn * 2] if turn else []), seed=10 * run + turn)
-                    found = await at.step(name, value, expected=2 * run + turn)
-                    wanted = model.step(name, value, "ALL", 2 * run + turn, 0, 0)
-                    assert isinstance(wanted, Reply)
-                    assert found.outputs["y"].tobytes() == wanted.outputs["y"].tobytes()
-                    assert found.position == wanted.position
-            disk.kill()

@@ -90,18 +90,6 @@ async def test_several_that_are_gone_without_sizes_are_refused_where_it_is_not_c
             at.submit(["g", "a", "h"], x(4))
 
 
-async def test_a_member_that_says_a_wrong_batch_size_fails_alone() -> None:
-    async with running() as at:
-        await opened(at)
-        value = x(4)
-        answers = await at.submit(["a", "b", "d"], value, sizes=[1, 2, 1], batch_sizes=[1, 2, 1]).all()
-        assert kinds(answers) == ["Answer", "InvalidInput", "Answer"]
-        assert isinstance(answers[1], InvalidInput)
-        assert answers[1].message == "batch_sizes must be the sessions' own; session 'b' has 3, got 2"
-        assert bytes_of(answers[2]) == stepped(initial(1), value[3:]).tobytes()
-        assert (await at.engine.session_info("b")).revision == 0
-
-
 @pytest.mark.parametrize("sizes", [[1, 0], [0, 1], [2, -1], [2**62, -(2**62) + 1], [2**63 - 1, 2]])
 @pytest.mark.parametrize("value", [x(1), np.full((1, 2), np.nan)], ids=["finite", "nan"])
 async def test_batch_sizes_that_cannot_be_are_refused(sizes: list[int], value: np.ndarray) -> None:

@@ -13,7 +13,6 @@ from stepwell_server.errors import (
     InvalidInput,
     Overloaded,
     RevisionConflict,
-    SessionNotFound,
     Unavailable,
 )
 from support.engine import BOTH_WAYS, Answer, Harness, running
@@ -242,12 +241,6 @@ async def test_what_the_program_refuses_changes_nothing_and_says_so() -> None:
         assert (await at.state("a"))["sum"].tobytes() == before
         assert (await at.engine.session_info("a")).revision == 0
         assert (await at.step("a", x(1), expected=0, request_ids=4)).replayed is False
-
-
-async def test_a_session_that_never_was() -> None:
-    async with running() as at:
-        with pytest.raises(SessionNotFound, match="session_id must be that of an open session; got 'nobody'"):
-            await at.step("nobody", x(1))
 
 
 async def blocked(at: Harness) -> Any:

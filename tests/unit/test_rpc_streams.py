@@ -53,18 +53,6 @@ async def test_steps_of_one_session_keep_their_order_whatever_their_fields(betwe
     assert applied == sorted(applied)
 
 
-async def test_a_step_keeps_behind_one_that_is_cast() -> None:
-    async def scenario(at: Streams) -> None:
-        await at.at.open("a", "busy")
-        double = np.ones((1, 2), np.float64)
-        await at.busy()
-        at.send(message(1, "a", x=double), message(2, "a"), message(3, "a", x=double), message(4, "a"))
-        await at.turns()
-
-    (replies,) = await play(scenario, threads=True)
-    assert [reply.revisions[0] for reply in parsed(replies)] == [1, 2, 3, 4]
-
-
 async def test_a_handle_that_is_another_sessions_by_now_is_not_stepped() -> None:
     async def scenario(at: Streams) -> None:
         await at.at.open("a", "busy")
@@ -117,52 +105,6 @@ async def test_a_step_that_waited_alone_past_its_time_limit_is_dropped() -> None
     assert reasons(replies) == ["DEADLINE_EXCEEDED"]
 
 
-async def test_a_time_limit_is_read_as_a_uint32() -> None:
-    async def scenario(at: Streams) -> None:
-        await at.at.open("a", "b", "busy")
-        await at.busy()
-        short = message(1, "a", timeout_ms=5)
-        head = short[: short.index(b"\x12") + 1]
-        for frame_id, number in ((1, b"\x80\x80\x80\x80\x10"), (2, b"\x81\x80\x80\x80\x10")):
-            step = pb.StepStreamRequest.FromString(short).step
-            step.timeout_ms = 0
-            step.session_ids[0] = "ab"[frame_id - 1]
-            body = step.SerializeToString() + b"\x30" + number
-            at.send(head[:1] + bytes([frame_id]) + head[2:] + bytes([len(body)]) + body)
-        await at.turns()
-        at.at.clock.advance(2**33)
-
-    (replies,) = await play(scenario, threads=True)
-    assert reasons(replies) == ["", "DEADLINE_EXCEEDED"]
-
-
-async def test_a_number_cut_off_by_the_end_ends_its_stream_and_no_other() -> None:
-    for expected in (True, False):
-        fields: dict[str, Any] = {"expected_revisions": [0]} if expected else {"timeout_ms": 9}
-        async with streams(count=2) as at:
-            await at.at.open("a")
-            good = message(1, "a", **fields)
-            at.send(good)
-            await at.turns()
-            at.send(good[:-1] + b"\x80")
-            at.send(message(1, "a"), stream=1)
-            mine, other = await at.done()
-            assert len(mine) == len(other) == 1
-            assert "InvalidInput" in repr(at.tasks[0].exception())
-            assert not at.tasks[1].done()
-
-
-async def test_an_unanswered_frames_id_is_refused() -> None:
-    async def scenario(at: Streams) -> None:
-        await at.at.open("a", "b", "busy")
-        await at.busy()
-        at.send(message(1, "a"), message(1, "b"), message(0, "a"), message(0, "b"), message(2, "b"))
-        await at.turns()
-
-    (replies,) = await play(scenario, threads=True)
-    assert sorted(reasons(replies)) == ["", "", "", "INVALID_INPUT", "INVALID_INPUT"]
-
-
 async def test_what_waits_of_a_stream_that_is_over_is_not_applied() -> None:
     for count in (1, 3):
         async with streams(threads=True) as at:
@@ -175,38 +117,6 @@ async def test_what_waits_of_a_stream_that_is_over_is_not_applied() -> None:
             await at.turns()
             await at.done()
             assert (await at.at.engine.session_info("a")).revision == 0
-
-
-async def test_a_stopping_server_answers_what_it_has_taken() -> None:
-    async def scenario(at: Streams) -> None:
-        await at.at.open("a", "busy")
-        await at.busy()
-        at.send(message(1, "a"))
-        await at.turns()
-        at.at.engine.stop_accepting()
-        at.send(message(2, "a"))
-        await at.turns()
-
-    (replies,) = await play(scenario, threads=True)
-    assert reasons(replies) == ["", "UNAVAILABLE"]
-
-
-async def test_more_than_may_wait_is_refused() -> None:
-    async def scenario(at: Streams) -> None:
-        ids = [f"s{i}" for i in range(100)]
-        await at.at.open(*ids, "busy")
-        at.send(message(1, ids[0]))
-        await at.turns()
-        await at.at.settled()
-        await at.busy()
-        for i, session_id in enumerate(ids):
-            at.send(message(100 + i, session_id))
-            await at.turns(2)
-
-    (replies,) = await play(scenario, threads=True, max_batch_rows=1, resident_rows=1000)
-    refused = [reason for reason in reasons(replies) if reason]
-    assert set(refused) == {"OVERLOADED"}
-    assert len(refused) == 100 - 64
 
 
 @pytest.mark.parametrize("kind", ["frame", "call"])

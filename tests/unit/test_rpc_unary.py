@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import numpy as np
 
 from stepwell.v1 import sessions_pb2 as pb
@@ -59,23 +57,6 @@ async def test_the_revision_that_stands_for_any_is_one_that_no_session_has(threa
     await play(scenario, threads=threads)
 
 
-async def test_bytes_that_are_no_request_are_refused() -> None:
-    good = request("a")
-
-    async def scenario(at: Streams) -> None:
-        await at.at.open("a")
-        at.call(good)
-        await at.turns()
-        for raw in (b"", b"\xff\xff", b"\n\x7fa", good[:-1], good + b"\x10", b"\n\x01\xff" + good[3:]):
-            at.call(raw)
-        await at.turns()
-        codes = [one if isinstance(one, bytes) else one[0] for one in await at.call_results()][1:]
-        # no bytes at all are a request without a session
-        assert codes == ["INVALID_ARGUMENT"] * 6
-
-    await play(scenario)
-
-
 async def test_a_cancelled_call_whose_step_still_waits_is_dropped() -> None:
     for x in (None, np.ones((1, 2), np.float64)):  # as it is, and cast
         async with streams(threads=True) as at:
@@ -106,55 +87,5 @@ async def test_a_call_past_its_deadline_is_dropped() -> None:
         at.at.clock.advance(1)
         await at.done()
         assert [(await at.at.engine.session_info(one)).revision for one in "abc"] == [0, 1, 0]
-
-    await play(scenario, threads=True)
-
-
-async def test_a_stopping_server_answers_what_it_has_taken() -> None:
-    async def scenario(at: Streams) -> None:
-        await at.at.open("a", "busy")
-        await at.busy()
-        at.call(request("a"))
-        await at.turns()
-        at.at.engine.stop_accepting()
-        at.call(request("a"))
-        await at.turns()
-        assert not at.calls[0].done()
-        await at.done()
-        first, second = await at.call_results()
-        assert (revision(first), second[0]) == (1, "UNAVAILABLE")
-
-    await play(scenario, threads=True)
-
-
-async def test_more_than_may_wait_is_refused() -> None:
-    async def scenario(at: Streams) -> None:
-        ids = [f"s{i}" for i in range(100)]
-        await at.at.open(*ids, "busy")
-        await at.busy()
-        for session_id in ids:
-            at.call(request(session_id))
-        await at.turns()
-        refused = [call for call in at.calls if call.done()]
-        assert len(refused) == 100 - 64
-
-    await play(scenario, threads=True, max_batch_rows=1, resident_rows=1000)
-
-
-async def test_a_call_whose_task_ends_leaves_no_one_waiting() -> None:
-    """Its session is closed while it waits."""
-
-    async def scenario(at: Streams) -> None:
-        await at.at.open("a", "busy")
-        await at.busy()
-        at.call(request("a"))
-        await at.turns()
-        closing = asyncio.create_task(at.at.engine.close_session("a"))
-        await at.turns()
-        at.call(request("a"))
-        await at.done()
-        await closing
-        first, second = await at.call_results()
-        assert (revision(first), second[0]) == (1, "NOT_FOUND")
 
     await play(scenario, threads=True)
