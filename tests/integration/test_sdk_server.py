@@ -51,19 +51,6 @@ async def test_stepping_is_the_whole_sequence(client: Any) -> None:
     assert (state.revision, state.position, state.batch_size, state.model) == (4, 7, 2, "seq")
 
 
-async def test_sessions_groups_and_predictions_give_the_same_bits(client: Any) -> None:
-    x = draw(16, 5)
-    whole, _ = await client.predict("seq", x)
-    async with await client.open_sessions("seq", 16) as group:
-        grouped = np.stack([await group.step(x[:, t]) for t in range(5)], 1)
-    sessions = [await client.open_session("seq") for _ in range(16)]
-    for t in range(5):
-        ys = await asyncio.gather(*[s.step(x[i : i + 1, t]) for i, s in enumerate(sessions)])
-        assert np.concatenate(ys).tobytes() == whole[:, t].tobytes()
-    await asyncio.gather(*[session.close() for session in sessions])
-    assert grouped.tobytes() == whole.tobytes()
-
-
 async def test_which_time_steps_come_back(client: Any) -> None:
     x = draw(1, 4)
     async with await client.open_session("seq") as session, await session.fork() as last:

@@ -41,11 +41,6 @@ class WaitingLine(collections.deque[Any]):
         self._sender._max_frame_bytes = most_bytes
 
     @property
-    def most(self) -> list[int]:
-        """Of each shape of step whose replies were too large together: how many leave together now."""
-        return list(self._sender._most.values())
-
-    @property
     def thread(self) -> threading.Thread | None:
         """What sends frames."""
         thread: threading.Thread | None = self._sender._thread
