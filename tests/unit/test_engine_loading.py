@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import numpy as np
 import pytest
 
 from stepwell_server.engine import submission as module
@@ -16,7 +15,6 @@ from stepwell_server.errors import (
     DeadlineExceeded,
     Overloaded,
     SessionExpired,
-    SessionGone,
     SessionNotFound,
     Unavailable,
 )
@@ -459,10 +457,3 @@ async def test_an_id_is_used_again_only_when_its_last_session_is_gone_from_the_s
         store.let_go()
         assert (await opening).session.revision == 1
         assert (await at.step("a", x(1))).revision == 2
-
-
-async def test_a_frame_of_many_that_are_gone_says_so() -> None:
-    async with after("a") as (at, _store):
-        with pytest.raises(SessionGone):
-            await at.engine.get_state("never")
-        assert np.isfinite((await at.state("a"))["sum"]).all()

@@ -24,7 +24,7 @@ async def test_steps_with_all_that_the_sdk_sends(threads: bool) -> None:
             at.send(message(1 + number, "a", **fields, batch_sizes=[1], outputs=ALL, timeout_ms=29_000))
         at.send(message(4, "a", batch_sizes=[2]), message(5, "big", batch_sizes=[1]))
 
-    (replies,) = await play(scenario, threads=threads)
+    replies = await play(scenario, threads=threads)
     assert [list(reply.revisions) for reply in parsed(replies)[:3]] == [[1], [2], [3]]
     assert reasons(replies)[3:] == ["INVALID_INPUT", "INVALID_INPUT"]
 
@@ -48,7 +48,7 @@ async def test_steps_of_one_session_keep_their_order_whatever_their_fields(betwe
         at.send(message(7, "a", outputs=LAST))
         await at.turns()
 
-    (replies,) = await play(scenario, threads=True)
+    replies = await play(scenario, threads=True)
     applied = [reply.revisions[0] for reply in parsed(replies) if reply.revisions]
     assert applied == sorted(applied)
 
@@ -88,7 +88,7 @@ async def test_time_limits_begin_when_the_message_comes() -> None:
         await at.turns()
         at.at.clock.advance(1)
 
-    (replies,) = await play(scenario, threads=True)
+    replies = await play(scenario, threads=True)
     assert reasons(replies) == ["DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", "", ""]
 
 
@@ -101,7 +101,7 @@ async def test_a_step_that_waited_alone_past_its_time_limit_is_dropped() -> None
         await at.turns()
         at.at.clock.advance(0.1)
 
-    (replies,) = await play(scenario, threads=True)
+    replies = await play(scenario, threads=True)
     assert reasons(replies) == ["DEADLINE_EXCEEDED"]
 
 
@@ -113,7 +113,7 @@ async def test_what_waits_of_a_stream_that_is_over_is_not_applied() -> None:
             await at.busy()
             at.send(*(message(frame_id, "a") for frame_id in range(count)))
             await at.turns()
-            at.tasks[0].cancel()
+            at.task.cancel()
             await at.turns()
             await at.done()
             assert (await at.at.engine.session_info("a")).revision == 0
@@ -127,7 +127,7 @@ async def test_a_step_says_which_rows_begin_anew_and_which_outputs_come(kind: st
         fields: dict[str, Any] = {"reset_mask": [True], "output_names": ["y"]}
         if kind == "frame":
             at.send(message(1, "a", **fields))
-            (reply,) = parsed((await at.done())[0])
+            (reply,) = parsed(await at.done())
             assert (list(reply.revisions), list(reply.positions)) == ([2], [1])
         else:
             at.call(request("a", **fields))

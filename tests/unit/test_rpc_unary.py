@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from stepwell.v1 import sessions_pb2 as pb
-from support.engine import BOTH_WAYS
 from support.streams import Streams, play, request, streams
 
 
@@ -41,20 +40,6 @@ async def test_a_call_sent_again_is_answered_again() -> None:
         ]
 
     await play(scenario)
-
-
-@BOTH_WAYS
-async def test_the_revision_that_stands_for_any_is_one_that_no_session_has(threads: bool) -> None:
-    async def scenario(at: Streams) -> None:
-        await at.at.open("a")
-        at.call(request("a", expected_revision=2**64 - 2))
-        await at.done()
-        for _ in range(2):
-            at.call(request("a", expected_revision=2**64 - 1))
-        await at.done()
-        assert (await at.at.engine.session_info("a")).revision == 0
-
-    await play(scenario, threads=threads)
 
 
 async def test_a_cancelled_call_whose_step_still_waits_is_dropped() -> None:
