@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 import stepwell
 from stepwell.v1 import sessions_pb2
@@ -25,29 +24,6 @@ def test_a_named_session_outlives_its_connection(served: Served) -> None:
         second = session.step(X)
         session.close()
     assert np.concatenate([np.asarray(first), np.asarray(second)], 1).tobytes() == np.asarray(known).tobytes()
-
-
-def test_an_unnamed_session_is_closed_with_its_block(served: Served) -> None:
-    with served.client.open_session("seq") as session, session.fork() as twin:
-        pass
-    with served.client.open_sessions("seq", 3) as group:
-        pass
-    for session_id in (session.id, twin.id, *group.ids):
-        with pytest.raises(stepwell.SessionNotFoundError):
-            served.client.session_info(session_id)
-    with pytest.raises(stepwell.ClosedError):
-        session.step(X)
-
-
-def test_an_unnamed_session_is_closed_when_its_block_raises(served: Served) -> None:
-    class Oops(Exception):
-        pass
-
-    session = served.client.open_session("seq")
-    with pytest.raises(Oops), session:
-        raise Oops
-    with pytest.raises(stepwell.SessionNotFoundError):
-        served.client.session_info(session.id)
 
 
 def test_an_initial_state_is_not_used_when_a_session_is_resumed(served: Served) -> None:
