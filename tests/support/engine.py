@@ -280,6 +280,13 @@ class Harness:
         self.engine.submit(change)
         return answers
 
+    async def begin_pass(self, session_ids: Sequence[str] | str, x: Any = None, **fields: Any) -> Answers:
+        """Submit what is in flight when this returns, until the gate opens. The fields are those of `submit`."""
+        self.hooks.close_gate()
+        answers = self.submit(session_ids, x, **fields)
+        await self.in_flight()
+        return answers
+
     def cancel(self, answers: Answers) -> None:
         answers.is_cancelled = True
 

@@ -12,10 +12,7 @@ from support.engine import Harness, x
 
 async def blocked(at: Harness, *session_ids: str) -> Any:
     """A pass in flight with some sessions."""
-    at.hooks.close_gate()
-    answers = at.submit(list(session_ids), x(len(session_ids)))
-    await at.in_flight()
-    return answers
+    return await at.begin_pass(list(session_ids), x(len(session_ids)))
 
 
 async def gone(at: Harness, session_id: str) -> str:

@@ -71,9 +71,7 @@ class Streams:
 
     async def busy(self, session_id: str = "busy") -> None:
         """A pass is in flight from now on until the gate opens."""
-        self.at.hooks.close_gate()
-        self.at.single(session_id, [[1, 1]])
-        await self.at.in_flight()
+        await self.at.begin_pass(session_id, [[1, 1]])
 
     async def done(self) -> list[bytes]:
         """Everything is answered; the stream's answers by frame."""

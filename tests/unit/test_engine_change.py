@@ -69,9 +69,7 @@ async def test_steps_with_and_without_a_mask_of_one_turn_are_each_right() -> Non
         await at.open(*names, "busy")
         for name in names:
             await at.step(name, x(1, seed=1))
-        at.hooks.close_gate()
-        at.submit("busy", x(1))
-        await at.in_flight()
+        await at.begin_pass("busy", x(1))
         waiting = [
             at.single(name, x(1, seed=2), reset_rows=np.array([i % 2 == 0])) for i, name in enumerate(names)
         ]
@@ -104,9 +102,7 @@ async def test_a_modest_caller_is_in_the_next_pass_whatever_a_greedy_one_has_sen
     async with running(threads=True, max_batch_rows=4, resident_rows=64) as at:
         greedy = [f"g{i}" for i in range(20)]
         await at.open(*greedy, "modest", "busy")
-        at.hooks.close_gate()
-        at.single("busy", x(1))
-        await at.in_flight()
+        await at.begin_pass("busy", x(1))
         order: list[str] = []
         for name in [*greedy, "modest"]:
             told = Later(lambda _answer, name=name: order.append(name))  # type: ignore[misc]
@@ -122,9 +118,7 @@ async def test_a_modest_caller_is_in_the_next_pass_whatever_a_greedy_one_has_sen
 async def test_steps_of_one_session_that_all_conflict_are_each_answered() -> None:
     async with running(threads=True, max_batch_rows=64, resident_rows=4) as at:
         await at.open("a", "busy")
-        at.hooks.close_gate()
-        at.single("busy", x(1))
-        await at.in_flight()
+        await at.begin_pass("busy", x(1))
         waiting = [at.single("a", x(1), expected=7) for _ in range(1500)]
         at.hooks.open_gate()
         for answers in waiting:

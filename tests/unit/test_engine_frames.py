@@ -129,9 +129,7 @@ async def test_each_member_is_judged_for_itself() -> None:
         await at.open(*"abcdef")
         first = x(6)
         before = await at.submit(list("abcdef"), first, request_ids=range(11, 17)).all()
-        at.hooks.close_gate()
-        at.submit("f", x(1, seed=1), expected=1)
-        await at.in_flight()
+        await at.begin_pass("f", x(1, seed=1), expected=1)
         value = x(7, seed=2)
         value[4, 0] = BAD
         #        a: new    b: again   c: stale   gone      d: new     e: bad      f: waits in line
@@ -169,9 +167,7 @@ async def test_each_member_is_judged_for_itself() -> None:
 async def test_a_frame_of_resets_sets_each_session_to_its_own_rows() -> None:
     async with running(threads=True) as at:
         await opened(at)
-        at.hooks.close_gate()
-        at.submit("b", x(3), sizes=[3])
-        await at.in_flight()
+        await at.begin_pass("b", x(3), sizes=[3])
         value = x(7, seed=3)
         # one waits in line, one is stale: the others' rows must not shift
         frame = at.submit(

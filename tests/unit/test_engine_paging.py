@@ -112,9 +112,7 @@ async def test_a_session_with_something_under_way_keeps_its_rows() -> None:
             at.clock.advance(1)
             await at.open(name)
         assert await resident(at, "zabc") == "bc"
-        at.hooks.close_gate()
-        busy = at.submit(["b", "c"], x(2))
-        await at.in_flight()
+        busy = await at.begin_pass(["b", "c"], x(2))
         for refused in (at.state("z"), at.open("d"), at.engine.fork("z")):
             with pytest.raises(
                 Overloaded, match="must leave 1 free of resident_rows 2 of model 'plain'"

@@ -126,9 +126,7 @@ async def test_a_pass_that_breaks_while_it_is_narrowed_changes_nothing(threads: 
 async def test_cancelling_any_member_of_a_batch_harms_no_other(victim: int) -> None:
     async with running(threads=True) as at:
         ids = await open_all(at, 7)
-        at.hooks.close_gate()
-        first = at.submit(ids[6], x(1))
-        await at.in_flight()
+        first = await at.begin_pass(ids[6], x(1))
         value = x(6)
         waiting = [at.submit(ids[i], value[i : i + 1]) for i in range(6)]
         at.cancel(waiting[victim])
@@ -153,9 +151,7 @@ async def _step(at: Harness, change: Change, answer: Awaited) -> Applied:
 async def test_cancelling_the_task_that_waits_for_a_change_harms_no_other(victim: int) -> None:
     async with running(threads=True) as at:
         ids = await open_all(at, 5)
-        at.hooks.close_gate()
-        at.submit(ids[4], x(1))
-        await at.in_flight()
+        await at.begin_pass(ids[4], x(1))
         value = x(4)
         waiting = [(Awaited(), ids[i], value[i : i + 1]) for i in range(4)]
         tasks = [
@@ -177,9 +173,7 @@ async def test_cancelling_the_task_that_waits_for_a_change_harms_no_other(victim
 async def test_one_pass_runs_at_a_time_even_if_what_is_dropped_lets_others_in() -> None:
     async with running(threads=True) as at:
         await at.open("a", "b", "c")
-        at.hooks.close_gate()
-        at.submit("a", x(1))
-        await at.in_flight()
+        await at.begin_pass("a", x(1))
         dropped, in_line, other = at.submit("b", x(1)), at.submit("b", x(1)), at.submit("c", x(1))
         at.cancel(dropped)
         at.passes[0].on_end = at.hooks.close_gate  # the next pass waits until this test has looked
@@ -202,9 +196,7 @@ async def test_one_pass_runs_at_a_time_even_if_what_is_dropped_lets_others_in() 
 async def test_a_change_cancelled_while_its_pass_runs_is_applied_and_a_retry_finds_it() -> None:
     async with running(threads=True) as at:
         await at.open("a")
-        at.hooks.close_gate()
-        one = at.submit("a", x(1), expected=0, request_ids=3)
-        await at.in_flight()
+        one = await at.begin_pass("a", x(1), expected=0, request_ids=3)
         at.cancel(one)
         at.hooks.open_gate()
         assert (await one.only()).revision == 1
@@ -214,9 +206,7 @@ async def test_a_change_cancelled_while_its_pass_runs_is_applied_and_a_retry_fin
 async def test_what_waits_together_runs_together_up_to_max_batch_rows() -> None:
     async with running(threads=True, max_batch_rows=8, compute_threads=1) as at:
         ids = await open_all(at, 21)
-        at.hooks.close_gate()
-        at.submit(ids[20], x(1))
-        await at.in_flight()
+        await at.begin_pass(ids[20], x(1))
         waiting = [at.submit(ids[i], x(1)) for i in range(20)]
         at.hooks.open_gate()
         for answers in waiting:
@@ -246,9 +236,7 @@ async def test_a_session_of_more_rows_than_a_pass_runs() -> None:
 async def test_a_long_request_gives_way_to_short_ones_after_each_step() -> None:
     async with running(threads=True, steps=100, max_batch_rows=2, compute_threads=1) as at:
         ids = await open_all(at, 4)
-        at.hooks.close_gate()
-        long = at.submit(ids[0], x(1, 40))
-        await at.in_flight()
+        long = await at.begin_pass(ids[0], x(1, 40))
         short = [at.submit(ids[i], x(1)) for i in range(1, 4)]
         after = at.submit(ids[1], x(1))
         at.hooks.open_gate()
@@ -261,9 +249,7 @@ async def test_a_long_request_gives_way_to_short_ones_after_each_step() -> None:
 async def test_while_others_wait_a_long_request_runs_one_step_a_pass() -> None:
     async with running(threads=True, steps=100, max_batch_rows=2, compute_threads=1) as at:
         ids = await open_all(at, 4)
-        at.hooks.close_gate()
-        first = at.submit(ids[0], x(1))
-        await at.in_flight()
+        first = await at.begin_pass(ids[0], x(1))
         long = at.submit(ids[1], x(1, 4))
         short = [at.submit(ids[i], x(1)) for i in (2, 3)]
         at.hooks.open_gate()
@@ -277,9 +263,7 @@ async def test_while_others_wait_a_long_request_runs_one_step_a_pass() -> None:
 async def test_too_many_rows_waiting_are_refused_and_nothing_changes() -> None:
     async with running(threads=True, max_batch_rows=1, resident_rows=200) as at:
         ids = await open_all(at, 70)
-        at.hooks.close_gate()
-        first = at.submit(ids[0], x(1))
-        await at.in_flight()
+        first = await at.begin_pass(ids[0], x(1))
         waiting = at.submit(ids[1:61], x(60))
         with pytest.raises(
             Overloaded, match="rows waiting for model 'plain' must stay within 64; 60 wait and 5 came"
@@ -315,9 +299,7 @@ async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatc
 async def test_stopping_refuses_what_comes_and_finishes_what_came() -> None:
     async with running(threads=True) as at:
         await at.open("a", "b")
-        at.hooks.close_gate()
-        first = at.submit("a", x(1))
-        await at.in_flight()
+        first = await at.begin_pass("a", x(1))
         in_queue, in_line = at.submit("b", x(1, 3)), at.submit("a", x(1))
         at.engine.stop_accepting()
         for change in ({"x": x(1)}, {"reset": True}):
@@ -344,9 +326,7 @@ async def test_stopping_refuses_what_comes_and_finishes_what_came() -> None:
 async def test_draining_ends_if_all_that_waits_was_cancelled() -> None:
     async with running(threads=True) as at:
         await at.open("a", "b")
-        at.hooks.close_gate()
-        at.submit("a", x(1))
-        await at.in_flight()
+        await at.begin_pass("a", x(1))
         cancelled = at.submit("b", x(1))
         at.cancel(cancelled)
         draining = asyncio.create_task(at.engine.drain())

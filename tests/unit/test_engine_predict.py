@@ -153,9 +153,7 @@ async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatc
 async def test_who_waits_for_rows_to_work_in_gets_those_of_a_request_that_is_cancelled() -> None:
     async with running(threads=True, resident_rows=4, max_batch_rows=4, steps=1) as at:
         await at.open("a", batch_size=2)
-        at.hooks.close_gate()
-        long = at.submit("a", np.zeros((2, 5, 2), np.float32), sizes=[2])
-        await at.in_flight()
+        long = await at.begin_pass("a", np.zeros((2, 5, 2), np.float32), sizes=[2])
         predict = asyncio.create_task(at.engine.predict("plain", {"": np.zeros((3, 2), np.float32)}))
         await asyncio.sleep(0)
         at.cancel(long)

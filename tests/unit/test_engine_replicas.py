@@ -366,9 +366,7 @@ async def test_who_asks_keeps_its_place_behind_what_came_before() -> None:
     async with two(threads=True) as (first, second):
         await both_know(first, second, "a", "busy")
         await first.step("a", x(1))
-        second.hooks.close_gate()
-        busy = second.submit("busy", x(1))
-        await second.in_flight()
+        busy = await second.begin_pass("busy", x(1))
         step = second.submit("a", x(1))  # waits in the inbox as long as a pass runs
         read = await begun(second.engine.get_state("a"))
         await second.store.until("read", 3)

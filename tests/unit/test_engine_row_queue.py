@@ -18,10 +18,7 @@ from support.model_of_sessions import initial
 async def crowded(at: Harness, *waiting: str) -> object:
     """Sessions `a` and `b` have both rows and are under way; the others are there and have none."""
     await at.open(*waiting, "a", "b")
-    at.hooks.close_gate()
-    busy = at.submit(["a", "b"], x(2))
-    await at.in_flight()
-    return busy
+    return await at.begin_pass(["a", "b"], x(2))
 
 
 @pytest.mark.parametrize("threads", [False, True])
@@ -60,9 +57,7 @@ async def test_a_session_of_many_rows_is_not_passed_by_those_that_come_after_it(
         await at.open("big", batch_size=4)
         at.clock.advance(1)
         await at.open("a", "b")
-        at.hooks.close_gate()
-        busy = at.submit(["a", "b"], x(2))
-        await at.in_flight()
+        busy = await at.begin_pass(["a", "b"], x(2))
         order: list[str] = []
         waiting = {"big": at.submit("big", x(4), sizes=[4])} | {name: at.submit(name, x(1)) for name in small}
         for name, answers in waiting.items():

@@ -48,9 +48,7 @@ async def test_an_executor_that_breaks_is_answered_and_the_next_step_runs(
 async def test_each_single_step_has_a_deadline_of_its_own() -> None:
     async with running(threads=True) as at:
         await at.open("a", "b", "c")
-        at.hooks.close_gate()
-        at.single("c", x(1))
-        await at.in_flight()
+        await at.begin_pass("c", x(1))
         now = at.clock.monotonic()
         late = [at.single("a", x(1), deadline=now + 1), at.single("c", x(1), deadline=now + 1)]
         in_time = at.single("b", x(1), deadline=now + 3)
@@ -65,9 +63,7 @@ async def test_each_single_step_has_a_deadline_of_its_own() -> None:
 async def test_a_session_closed_while_its_step_waits() -> None:
     async with running(threads=True) as at:
         await at.open("a", "b")
-        at.hooks.close_gate()
-        at.single("b", x(1))
-        await at.in_flight()
+        await at.begin_pass("b", x(1))
         step = at.single("a", x(1))
         closing = asyncio.create_task(at.engine.close_session("a"))
         await asyncio.sleep(0)
@@ -91,9 +87,7 @@ async def test_whatever_a_session_is_sent_is_applied_in_the_order_received(threa
     async with running(threads=threads, compute_threads=1) as at:
         await at.open("a", "b", "busy")
         if threads:
-            at.hooks.close_gate()
-            at.single("busy", x(1))
-            await at.in_flight()
+            await at.begin_pass("busy", x(1))
         revision = 0
         changes: list[Any] = []
         reads: list[tuple[int, asyncio.Task[Any]]] = []
@@ -133,9 +127,7 @@ async def test_a_step_whose_session_expired_while_it_waited_is_told_so() -> None
     async with running(threads=True, max_session_idle_s=10) as at:
         await at.open("a", "busy")
         at.clock.advance(6)
-        at.hooks.close_gate()
-        at.single("busy", x(1))
-        await at.in_flight()
+        await at.begin_pass("busy", x(1))
         step, frame = at.single("a", x(1)), at.submit(["a"], x(1, 3))
         at.clock.advance(5)
         assert (await at.engine.expire_idle()) == 1, "nobody else has its handle now"

@@ -246,10 +246,7 @@ async def test_what_the_program_refuses_changes_nothing_and_says_so() -> None:
 async def blocked(at: Harness) -> Any:
     """A pass in flight with the session `busy`."""
     await at.open("busy")
-    at.hooks.close_gate()
-    answers = at.submit("busy", x(1))
-    await at.in_flight()
-    return answers
+    return await at.begin_pass("busy", x(1))
 
 
 async def test_a_deadline_that_passes_in_the_queue_or_in_line_drops_the_change() -> None:
@@ -274,9 +271,7 @@ async def test_a_deadline_that_passes_in_the_queue_or_in_line_drops_the_change()
 async def test_a_deadline_that_passes_half_way_in_a_long_request_leaves_nothing_of_it() -> None:
     async with running(threads=True, steps=1) as at:
         await at.open("a")
-        at.hooks.close_gate()
-        late = at.submit("a", x(1, 5), deadline=at.clock.monotonic() + 5)
-        await at.in_flight()
+        late = await at.begin_pass("a", x(1, 5), deadline=at.clock.monotonic() + 5)
         at.clock.advance(6)
         at.hooks.open_gate()
         with pytest.raises(DeadlineExceeded):
@@ -288,9 +283,7 @@ async def test_a_deadline_that_passes_half_way_in_a_long_request_leaves_nothing_
 async def test_a_cancelled_long_request_leaves_nothing_and_gives_its_rows_back() -> None:
     async with running(threads=True, steps=1) as at:
         await at.open("a", "b")
-        at.hooks.close_gate()
-        long = at.submit(["a", "b"], x(2, 5))
-        await at.in_flight()
+        long = await at.begin_pass(["a", "b"], x(2, 5))
         assert at.slots().working == 2
         at.cancel(long)
         following = at.submit("a", x(1))
