@@ -143,7 +143,7 @@ class Killing(Play):
         log, told = self.log, [_told(entry) for entry in self.log]
         self.disk.kill()
         self.at.hooks.open_gate()
-        self.at.store._errors.clear()
+        self.at.store.fail_no_more()
         self.at.store.go_on()
         results = [await _answers(entry) for entry in log]
         await self.stack.aclose()
@@ -184,15 +184,12 @@ class Killing(Play):
 
     async def finish(self) -> None:
         await self.settle()
-        self.disk.store._errors.clear()
+        self.disk.store.fail_no_more()
         await self.expire()
         await super().finish()
 
     async def expire(self) -> None:
-        await self.at.engine.expire_idle()
-        while self.shape.idle and (await self.at.engine._expiry.sweep()):
-            pass
-        await self.at.settled()
+        await self.at.expire()
 
 
 def _told(entry: Sent | Asked) -> set[int]:

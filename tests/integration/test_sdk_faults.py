@@ -153,7 +153,7 @@ async def test_unknown_outcome_is_settled_by_the_same_call(client: Any, server: 
     ended = await give_up(functools.partial(session.step, X), lambda _: server.applied == 1)
     assert ended.outcome == "unknown"
     assert session.revision == 0
-    server._faults.clear()
+    server.fail_no_more()
     assert (await session.step(X)).tolist() == [[1.0, 1.0]]
     assert (server.applied, session.revision) == (1, 1)
 
@@ -162,7 +162,7 @@ async def test_unknown_outcome_and_another_call_is_a_conflict(client: Any, serve
     session = await client.open_session(MODEL)
     server.fail(step_method(client), LOST, 1000)
     await give_up(functools.partial(session.step, X), lambda _: server.applied == 1)
-    server._faults.clear()
+    server.fail_no_more()
     with pytest.raises(
         errors.RevisionConflictError, match=r"earlier change of this handle.*refresh\(\)"
     ) as caught:
@@ -307,7 +307,7 @@ async def test_another_change_of_a_group_after_an_unknown_outcome(
     x = np.ones((3, 2), np.float32)
     server.fail("StepStream", LOST, 1000)
     await give_up(functools.partial(group.step, x), lambda _: server.applied == 3)
-    server._faults.clear()
+    server.fail_no_more()
     with pytest.raises(errors.RevisionConflictError, match=r"earlier change of this handle.*refresh\(\)"):
         await group.step(2 * x)
     await group.refresh()

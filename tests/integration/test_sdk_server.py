@@ -51,19 +51,6 @@ async def test_stepping_is_the_whole_sequence(client: Any) -> None:
     assert (state.revision, state.position, state.batch_size, state.model) == (4, 7, 2, "seq")
 
 
-async def test_sessions_groups_and_predictions_give_the_same_bits(client: Any) -> None:
-    x = draw(16, 5)
-    whole, _ = await client.predict("seq", x)
-    async with await client.open_sessions("seq", 16) as group:
-        grouped = np.stack([await group.step(x[:, t]) for t in range(5)], 1)
-    sessions = [await client.open_session("seq") for _ in range(16)]
-    for t in range(5):
-        ys = await asyncio.gather(*[s.step(x[i : i + 1, t]) for i, s in enumerate(sessions)])
-        assert np.concatenate(ys).tobytes() == whole[:, t].tobytes()
-    await asyncio.gather(*[session.close() for session in sessions])
-    assert grouped.tobytes() == whole.tobytes()
-
-
 async def test_which_time_steps_come_back(client: Any) -> None:
     x = draw(1, 4)
     async with await client.open_session("seq") as session, await session.fork() as last:
@@ -160,6 +147,8 @@ async def test_two_handles_of_one_session(client: Any) -> None:
         with pytest.raises(stepwell.RevisionConflictError) as caught:
             await two.step(draw(1))
         assert (caught.value.expected, caught.value.actual) == (0, 1)
+        with pytest.raises(stepwell.RevisionConflictError, match="must be its revision 1; got 0"):
+            await two.reset_states()
         await two.refresh()
         await two.step(draw(1))
         assert two.revision == 2
@@ -205,32 +194,6 @@ async def test_forks_go_their_own_ways(client: Any) -> None:
             assert (session.revision, twin.revision) == (2, 3)
 
 
-@pytest.mark.parametrize(
-    "x", [np.ones((1, 4)), np.full((1, 3), np.nan), np.full((1, 3), np.inf), np.ones((1, 1, 1, 3))]
-)
-async def test_bad_input_changes_nothing(client: Any, x: Any) -> None:
-    async with await client.open_session("seq") as session:
-        await session.step(draw(1))
-        before = await session.get_state()
-        with pytest.raises(stepwell.InvalidInputError, match=r"input 'x'"):
-            await session.step(x)
-        assert await session.get_state() == before
-        await session.step(draw(1))
-        assert session.revision == 2
-
-
-async def test_one_bad_session_among_many(client: Any) -> None:
-    sessions = [await client.open_session("seq") for _ in range(12)]
-    x = [draw(1) for _ in sessions]
-    x[5][0, 1] = np.nan
-    outcomes = await asyncio.gather(
-        *[session.step(x[i]) for i, session in enumerate(sessions)], return_exceptions=True
-    )
-    assert isinstance(outcomes.pop(5), stepwell.InvalidInputError)
-    assert all(isinstance(y, np.ndarray) for y in outcomes)
-    await asyncio.gather(*[session.close() for session in sessions])
-
-
 async def test_a_group_with_a_bad_member(client: Any) -> None:
     async with await client.open_sessions("seq", 5) as group:
         x = draw(5)
@@ -251,12 +214,18 @@ async def test_a_group_with_a_bad_member(client: Any) -> None:
         assert (await group.get_state()) == state
 
 
-async def test_a_group_whose_member_was_closed(client: Any) -> None:
-    async with await client.open_sessions("seq", 3) as group:
-        await client.close_session(group.ids[1])
-        with pytest.raises(stepwell.SessionNotFoundError) as caught:
-            await group.step(draw(3))
-        assert list(caught.value.failures) == [1]
+async def test_a_group_with_sessions_that_are_gone(client: Any) -> None:
+    """Two sessions of several rows are gone: the others are stepped all the same."""
+    x = draw(10)
+    known, _ = await client.predict("seq", x)
+    async with await client.open_sessions("seq", 5, batch_size=2) as group:
+        for gone in (0, 3):
+            await client.close_session(group.ids[gone])
+        with pytest.raises(stepwell.SessionNotFoundError, match="2 of 5 sessions failed") as caught:
+            await group.step(x)
+        assert list(caught.value.failures) == [0, 3]
+        good = [2, 3, 4, 5, 8, 9]
+        assert np.asarray(caught.value.outputs)[good].tobytes() == np.asarray(known)[good].tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64", "int32", ">f4"])
@@ -266,11 +235,3 @@ async def test_other_number_types_are_cast(client: Any, dtype: str) -> None:
         y = await session.step(x)
         await session.reset_states()
         assert y.tobytes() == (await session.step(x.astype(np.float32))).tobytes()
-
-
-async def test_a_message_over_the_servers_limit(client: Any) -> None:
-    async with await client.open_session("seq") as session:
-        with pytest.raises(stepwell.InvalidInputError):
-            await session.step(np.zeros((1, 500_000, 3), np.float32))
-        await session.step(draw(1))
-        assert session.revision == 1

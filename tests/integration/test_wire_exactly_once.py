@@ -51,29 +51,6 @@ def test_what_is_sent_again_need_not_say_the_same(served: Served) -> None:
         assert again.outputs == first.outputs
 
 
-def test_without_an_expected_revision_the_last_request_id_is_still_known(served: Served) -> None:
-    with served.session("seq") as session_id:
-        first = served.wire.step(session_id, [tensor(X)], request_id=5)
-        again = served.wire.step(session_id, [tensor(X)], request_id=5)
-        assert (first.revision, again.revision, again.replayed) == (2, 2, True)
-        assert served.wire.step(session_id, [tensor(X)], request_id=6).revision == 3
-
-
-def test_without_both_each_is_applied(served: Served) -> None:
-    with served.session("seq") as session_id:
-        answers = [served.wire.step(session_id, [tensor(X)]) for _ in range(3)]
-        assert [answer.revision for answer in answers] == [2, 3, 4]
-        assert len({answer.outputs[0].data for answer in answers}) == 3
-
-
-def test_a_reset_that_is_sent_again(served: Served) -> None:
-    with served.session("seq", 3) as session_id:
-        fields: dict[str, Any] = {"rows": [2, 0], "expected_revision": 1, "request_id": 5}
-        first, again = (served.wire.reset(session_id, **fields) for _ in range(2))
-        assert (first.revision, first.position, first.replayed) == (2, 3, False)
-        assert (again.revision, again.position, again.replayed) == (2, 3, True)
-
-
 def test_members_of_a_frame_that_is_sent_again(served: Served) -> None:
     """Some of them have had it, some have not: each is applied once."""
     ids = served.wire.open_many("seq", 5)
@@ -107,25 +84,6 @@ def test_the_same_request_many_times_at_once(served: Served, steps: int) -> None
         assert {(answer.revision, answer.outputs[0].data) for answer in answers} == {
             (2, answers[0].outputs[0].data)
         }
-
-
-def test_different_requests_at_once_for_the_same_revision(served: Served) -> None:
-    """One wins, the others are told that they came too late."""
-    with served.session("seq") as session_id:
-        calls = [
-            served.wire.sessions.Step.future(
-                pb.StepRequest(session_id=session_id, inputs=[tensor(X)], expected_revision=1, request_id=i),
-                timeout=200,
-            )
-            for i in range(1, 21)
-        ]
-        won = [call for call in calls if call.exception() is None]
-        assert len(won) == 1
-        for call in calls:
-            if call is not won[0]:
-                wire.of_call(call.exception()).expect(
-                    "ABORTED", "REVISION_CONFLICT", "must be its revision 2; got 1"
-                )
 
 
 def test_openings_forks_and_closings_that_are_sent_again(served: Served) -> None:

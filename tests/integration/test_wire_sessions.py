@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 import stepwell
 from stepwell.v1 import sessions_pb2
@@ -27,62 +26,11 @@ def test_a_named_session_outlives_its_connection(served: Served) -> None:
     assert np.concatenate([np.asarray(first), np.asarray(second)], 1).tobytes() == np.asarray(known).tobytes()
 
 
-def test_an_unnamed_session_is_closed_with_its_block(served: Served) -> None:
-    with served.client.open_session("seq") as session, session.fork() as twin:
-        pass
-    with served.client.open_sessions("seq", 3) as group:
-        pass
-    for session_id in (session.id, twin.id, *group.ids):
-        with pytest.raises(stepwell.SessionNotFoundError):
-            served.client.session_info(session_id)
-    with pytest.raises(stepwell.ClosedError):
-        session.step(X)
-
-
-def test_an_unnamed_session_is_closed_when_its_block_raises(served: Served) -> None:
-    class Oops(Exception):
-        pass
-
-    session = served.client.open_session("seq")
-    with pytest.raises(Oops), session:
-        raise Oops
-    with pytest.raises(stepwell.SessionNotFoundError):
-        served.client.session_info(session.id)
-
-
-def test_must_be_new(served: Served) -> None:
-    session = served.client.open_session("seq", session_id="new", must_be_new=True)
-    with (
-        served.nothing_changes("new"),
-        pytest.raises(stepwell.SessionExistsError, match="session_id must be new; session 'new' is open"),
-    ):
-        served.client.open_session("seq", session_id="new", must_be_new=True)
-    session.close()
-    served.client.open_session("seq", session_id="new", must_be_new=True).close()
-
-
 def test_an_initial_state_is_not_used_when_a_session_is_resumed(served: Served) -> None:
     with served.session("seq") as session_id, served.nothing_changes(session_id):
         ones = {name: np.ones((1, 8)) for name in ("lstm/h", "lstm/c")}
         resumed = served.client.open_session("seq", session_id=session_id, state=ones)
         assert resumed.revision == 1
-
-
-def test_a_fork_goes_its_own_way(served: Served) -> None:
-    with served.session("seq", 2) as session_id:
-        session = served.client.open_session("seq", 2, session_id)
-        with session.fork() as twin:
-            assert twin.get_state() == session.get_state()
-            assert (twin.revision, twin.position, twin.batch_size) == (1, 3, 2)
-            with served.nothing_changes(session_id):
-                twin.step(np.ones((2, 5, 3)))
-                twin.reset_states(rows=[1])
-            session.refresh()
-            with served.nothing_changes(twin.id):
-                session.reset_states()
-            twin.refresh()
-            session.close()
-            twin.step(np.ones((2, 3)))
 
 
 def test_a_state_is_a_value(served: Served) -> None:
@@ -100,21 +48,6 @@ def test_a_state_is_a_value(served: Served) -> None:
         }
         one.reset_states(list(state.values()))
         assert one.get_state() == state
-
-
-def test_rows_are_reset_alone(served: Served) -> None:
-    with served.client.open_session("seq", 4) as session:
-        session.step(np.ones((4, 3, 3)))
-        before = session.get_state()
-        session.reset_states(rows=[3, 0])
-        ones = np.ones((1, 8), np.float32)
-        session.reset_states([ones, ones * 2], rows=[1])
-        after = session.get_state()
-        for name, value in (("lstm/h", 1), ("lstm/c", 2)):
-            assert not after[name][[0, 3]].any()
-            assert (after[name][1] == value).all()
-            assert after[name][2].tobytes() == before[name][2].tobytes()
-        assert (session.revision, session.position) == (3, 3)
 
 
 def test_sessions_are_listed_in_the_order_of_their_ids_page_by_page(served: Served) -> None:
@@ -136,18 +69,3 @@ def test_sessions_are_listed_in_the_order_of_their_ids_page_by_page(served: Serv
         assert seen == ids
     finally:
         served.wire.close(*ids)
-
-
-def test_a_closed_session_frees_its_id(served: Served) -> None:
-    served.wire.open("seq", "again", batch_size=3)
-    before = served.wire.session("again").revision
-    assert (
-        served.wire.sessions.CloseSessions(
-            sessions_pb2.CloseSessionsRequest(session_ids=["again", "nobody", "again"]), timeout=20
-        ).closed
-        == 1
-    )
-    assert served.wire.open("gru", "again") == "again"
-    again = served.wire.session("again")
-    assert (again.revision, again.position, again.batch_size) == (before + 1, 0, 1)
-    served.wire.close("again")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
-import shutil
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -13,17 +11,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.engine.api import SessionInfo
-from stepwell_server.errors import ServerError, Unavailable
+from stepwell_server.errors import Unavailable
 from stepwell_server.program import Program
 from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.store import DiskStore
 from support.clock import ManualClock
 from support.engine import SEGMENT_BYTES, STORES, Answer, Harness, running
 from support.fake_executor import WAIT_S
+from support.stored import base_of, copy_files, wal_of
 
 Array = npt.NDArray[Any]
 _NUMBERS = itertools.count()
@@ -54,6 +52,9 @@ class Troubled:
     def fail(self, error: Exception, times: int = 1, *, kept: bool = False) -> None:
         """Let the next commits fail; `kept`: but what they were to keep is kept."""
         self._errors.extend([(error, kept)] * times)
+
+    def fail_no_more(self) -> None:
+        self._errors.clear()
 
     def stall(self, *, kept: bool = False) -> None:
         """Commits that begin from now on do not come back, until `go_on`; `kept`: but they are kept before.
@@ -128,11 +129,7 @@ class Disk:
         """End the process as `kill -9` does: the next one finds what is in the files now, and another clock."""
         old = self.store
         folder = STORES.folder / f"disk-{next(_NUMBERS)}"
-        (folder / "sessions").mkdir(parents=True)
-        # The segment first: what is checkpointed meanwhile is then in both, and not in neither.
-        shutil.copytree(old.path / "journal", folder / "journal")
-        # what a transaction that is under way has written so far is not part of it
-        old.store._base._environment.copy(os.fspath(folder / "sessions"))
+        copy_files(old.store, folder)
         self.clock = ManualClock(monotonic=5.0 + next(_NUMBERS), now=self.clock.now() + away_s)
         self.store = Troubled(self._opened(folder))
 
@@ -169,17 +166,8 @@ def damage(store: Troubled, session_id: str) -> None:
     assert record is not None
     changed = bytearray(record)
     changed[-1] ^= 4
-    store.store._base.commit(Batch(puts=[(session_id, bytes(changed))]))
-    if store.store._wal is not None:
-        store.store._wal.discard([session_id])
-
-
-def x(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
-
-
-def kinds(answers: Sequence[Answer | ServerError]) -> list[str]:
-    return [type(answer).__name__ for answer in answers]
+    base_of(store.store).commit(Batch(puts=[(session_id, bytes(changed))]))
+    wal_of(store.store).discard([session_id])
 
 
 def same_reply(found: Answer, wanted: Answer, *, replayed: bool = True) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.change import Change
@@ -31,8 +32,17 @@ from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
 from support.clock import ManualClock
 from support.fake_executor import PLAIN, WAIT_S, FakeExecutor, Hooks
+from support.inside import Inside
 
 Array = npt.NDArray[Any]
+
+#: Passes run where the loop is, or on threads.
+BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
+
+
+def x(*shape: int, seed: int = 0) -> Array:
+    """Random inputs of the plain program: of so many rows, and time steps if they are given."""
+    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
 
 
 class FixedCost(Cost):
@@ -108,6 +118,11 @@ class Answer:
     replayed: bool
 
 
+def kinds(answers: Sequence[Answer | ServerError]) -> list[str]:
+    """What each is an instance of."""
+    return [type(answer).__name__ for answer in answers]
+
+
 class Answers:
     """The replies to a change: what each member got."""
 
@@ -147,6 +162,10 @@ class Answers:
     @property
     def ended(self) -> bool:
         return self._ended.done()
+
+    def on_end(self, listener: Callable[[], object]) -> None:
+        """Call `listener` when every member has its answer."""
+        self._ended.add_done_callback(lambda _done: listener())
 
     async def all(self) -> list[Answer | ServerError]:
         """Wait until every member has its answer."""
@@ -216,7 +235,8 @@ class Harness:
         self.hooks = hooks
         self.store = store
         self.events = events
-        runners = [line.loop.runner for line in engine._lines.values()]
+        self.inside = Inside(engine)
+        runners = self.inside.runners()
         self.passes = [PassCounter(runner) for runner in runners]
         for counter, runner in zip(self.passes, runners, strict=True):
             runner.run_on_threads = counter.run_on_threads  # type: ignore[method-assign]
@@ -260,6 +280,13 @@ class Harness:
         self.engine.submit(change)
         return answers
 
+    async def begin_pass(self, session_ids: Sequence[str] | str, x: Any = None, **fields: Any) -> Answers:
+        """Submit what is in flight when this returns, until the gate opens. The fields are those of `submit`."""
+        self.hooks.close_gate()
+        answers = self.submit(session_ids, x, **fields)
+        await self.in_flight()
+        return answers
+
     def cancel(self, answers: Answers) -> None:
         answers.is_cancelled = True
 
@@ -275,38 +302,33 @@ class Harness:
         """Return when a run waits at the closed gate."""
         assert await asyncio.to_thread(self.hooks.inside.wait, WAIT_S), "no run has begun"
 
+    async def expire(self) -> None:
+        """End all sessions that are due, as the timer does; return when the store knows."""
+        await self.engine.expire_idle()
+        await self.sweep()
+
+    async def sweep(self) -> None:
+        """End those of them that nobody has named since the start."""
+        while await self.inside.expiry.sweep():
+            pass
+        await self.settled()
+
+    def run_in_place(self) -> None:
+        """From now on a pass is cheap enough to run in place."""
+        for model in self.inside.models:
+            model.cost = FixedCost(0.0, 4)
+
     async def settled(self) -> None:
         """Return when everything that was taken in is finished."""
         await asyncio.wait_for(self.engine.drain(), WAIT_S)
 
     def slots(self, model: str = "plain") -> Any:
-        return next(m.slots for m in self.engine._models if m.name == model)
+        return self.inside.model(model).slots
 
     def check_books(self) -> None:
         """Nothing is under way: then everything must add up."""
-        engine, table = self.engine, self.engine._table
-        live = np.array(sorted(handle for _, handle in table.items()), np.intp)
-        assert not table.claimed[live].any(), "a session is claimed though nothing is under way"
-        assert not engine._turns, "something waits in line"
-        assert engine._held.bytes == 0
-        for model in engine._models:
-            own = live[table.model[live] == model.index]
-            resident = own[table.row[own] >= 0]
-            slots = model.slots
-            assert slots.working == 0, f"{slots.working} working rows were not given back"
-            assert slots.resident == int(table.batch_size[resident].sum())
-            assert slots._top == slots.capacity - slots.resident
-            rows = [*slots._free[: slots._top].tolist(), *table.rows_of(resident).tolist()]
-            assert sorted(rows) == list(range(slots.capacity)), "a row is lost or has two owners"
-            assert engine._lines[model.index].inbox.waiting == 0
-            assert not engine._lines[model.index].loop.busy
-            assert set(model.replies.series) <= set(own.tolist()), "a reply outlives its session"
+        self.inside.check_books(self.store)
         assert all(counter.most <= 1 for counter in self.passes), "two passes of a model ran at once"
-        away = {session_id for session_id, handle in table.items() if table.row[handle] < 0}
-        if self.store.is_volatile:
-            assert set(self.store._records) == away, "the store holds the sessions that are paged out"
-        assert engine._submission.loading_rows == 0
-        assert not engine._arrivals._tails, "something waits for a session to be loaded"
 
 
 @asynccontextmanager
@@ -339,9 +361,9 @@ async def running(
         compute_threads=compute_threads,
         executor=executor or (lambda program: FakeExecutor(program, hooks)),
     )
-    for model in engine._models:
-        model.cost = FixedCost(1.0 if threads else 0.0, steps)
     harness = Harness(engine, clock, hooks, store, events)
+    for model in harness.inside.models:
+        model.cost = FixedCost(1.0 if threads else 0.0, steps)
     try:
         yield harness
         hooks.open_gate()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import itertools
 from pathlib import Path
@@ -10,15 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from stepwell_server.engine.api import Applied, ModelInfo, Opened, Predicted, SessionInfo, StateRead
-from stepwell_server.engine.change import Awaited, Change
-from stepwell_server.engine.types import Tensors
+from stepwell_server.engine.api import SessionInfo
+from stepwell_server.engine.change import Change
 from stepwell_server.errors import (
     InvalidInput,
     MessageTooLarge,
-    ModelNotFound,
     ServerError,
-    SessionExists,
     SessionNotFound,
 )
 from stepwell_server.program import Program, StateSpec, TensorSpec
@@ -54,50 +50,17 @@ class FakeEngine:
         self.program = program(outputs)
         self.held = False
         self.changes: list[Change] = []
-        self.submitted: asyncio.Event = asyncio.Event()
         self.next_error: BaseException | None = None
         self._sessions: dict[str, _Session] = {}
-        self._ids = map("made-{}".format, itertools.count())
 
-    def models(self) -> list[ModelInfo]:
-        return [ModelInfo(MODEL, self.program, len(self._sessions))]
-
-    def model(self, name: str) -> ModelInfo:
-        if name != MODEL:
-            raise ModelNotFound(f"no model {name!r}", model=name)
-        return self.models()[0]
-
-    async def open_session(
-        self, model: str, *, session_id: str = "", batch_size: int = 1, must_be_new: bool = False, **_: Any
-    ) -> Opened:
-        self._raise()
-        self.model(model)
-        if session_id in self._sessions:
-            if must_be_new:
-                raise SessionExists(f"session_id {session_id!r} is taken", session_id=session_id)
-            return Opened(self._sessions[session_id].info, resumed=True)
-        name = session_id or next(self._ids)
-        info = SessionInfo(name, MODEL, "f00d", batch_size, 0, 0, 1.5, 2.25, resident=True)
-        self._sessions[name] = _Session(info, np.zeros((batch_size, FEATURES), np.float32))
-        return Opened(info)
-
-    async def close_session(self, session_id: str, **_: Any) -> bool:
-        self._find(session_id)
-        del self._sessions[session_id]
-        return False
-
-    async def refresh_counts(self) -> None:
-        """They are always right."""
+    def open(self, *session_ids: str) -> None:
+        """There are sessions of one row."""
+        for name in session_ids:
+            info = SessionInfo(name, MODEL, "f00d", 1, 0, 0, 1.5, 2.25, resident=True)
+            self._sessions[name] = _Session(info, np.zeros((1, FEATURES), np.float32))
 
     async def session_info(self, session_id: str, *, usable: bool = False) -> SessionInfo:
         return self._find(session_id).info
-
-    async def list_sessions(
-        self, *, model: str = "", prefix: str = "", after: str = "", limit: int = 1000
-    ) -> tuple[list[SessionInfo], int]:
-        ids = [name for name in sorted(self._sessions) if name.startswith(prefix)]
-        page = [name for name in ids if name > after][:limit]
-        return [self._sessions[name].info for name in page], len(ids)
 
     def submit(self, change: Change) -> None:
         self._raise()
@@ -109,7 +72,6 @@ class FakeEngine:
         if change.reply_bytes > change.reply_limit:
             raise MessageTooLarge(f"a reply of {change.reply_bytes} bytes")
         self.changes.append(change)
-        self.submitted.set()
         if not self.held:
             self.release()
 
@@ -118,22 +80,10 @@ class FakeEngine:
         for change in changes:
             self._run(change)
 
-    async def apply(self, change: Change, answer: Awaited) -> Applied:
-        self.submit(change)
-        return await answer.get()
-
     def cancelled(self) -> list[Change]:
         """Those that wait and whose caller does not."""
         first = np.zeros(1, np.intp)
         return [change for change in self.changes if len(change.replies.cancelled(first))]
-
-    async def get_state(self, session_id: str, **_: Any) -> StateRead:
-        session = self._find(session_id)
-        return StateRead({"sum": session.state}, session.info)
-
-    async def predict(self, model: str, inputs: Tensors, state: Tensors | None = None, **_: Any) -> Predicted:
-        (x,) = inputs.values()
-        return Predicted({"y": x}, {"sum": x[:, -1]})
 
     def _raise(self) -> None:
         if self.next_error is not None:

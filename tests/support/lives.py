@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from stepwell_server.errors import SessionGone
-from support.engine import Harness
-
-
-def x(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
+from support.engine import Harness, x
 
 
 async def blocked(at: Harness, *session_ids: str) -> Any:
     """A pass in flight with some sessions."""
-    at.hooks.close_gate()
-    answers = at.submit(list(session_ids), x(len(session_ids)))
-    await at.in_flight()
-    return answers
+    return await at.begin_pass(list(session_ids), x(len(session_ids)))
 
 
 async def gone(at: Harness, session_id: str) -> str:

@@ -63,6 +63,14 @@ def run(state: Array, x: Array) -> tuple[Array, Array] | None:
     return outputs, after
 
 
+def ran(state: Array, x: Array) -> tuple[Array, Array]:
+    """As `run`, with or without a time axis, of inputs that the program does not refuse."""
+    found = run(state, x if x.ndim == 3 else x[:, None])
+    assert found is not None
+    outputs, after = found
+    return outputs if x.ndim == 3 else outputs[:, 0], after
+
+
 class ModelOfSessions:
     """Sessions by name."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -69,6 +70,25 @@ class Refusal(Exception):
         self.fault = Fault(code, message, reason, tuple(metadata.items()))
 
 
+def answered(work: Callable[[Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    """A method of the protocol: `work` makes the reply, or raises a `Refusal`, unless the script has it otherwise."""
+
+    @functools.wraps(work)
+    def method(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
+        fault = self.enter(work.__name__, request)
+        if fault is not None and not fault.after_work:
+            abort(context, fault)
+        try:
+            reply = self.do(functools.partial(work, self, request))
+        except Refusal as refusal:
+            abort(context, refusal.fault)
+        if fault is not None:
+            abort(context, fault)
+        return reply
+
+    return method
+
+
 class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.ModelServiceServicer):
     """Context manager; `address` is where it listens."""
 
@@ -106,6 +126,9 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         """The next attempts of a method go wrong so."""
         self._faults[method].extend([fault] * times)
 
+    def fail_no_more(self) -> None:
+        self._faults.clear()
+
     def hold(self, method: str) -> tuple[threading.Event, threading.Semaphore]:
         """Answers of this method wait for the event; each one that has come releases the semaphore."""
         self._gates[method] = (threading.Event(), threading.Semaphore(0))
@@ -119,7 +142,8 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         with self._answered:
             return self._answered.wait_for(is_so, timeout_s)
 
-    def _enter(self, method: str, request: Any) -> Fault | None:
+    def enter(self, method: str, request: Any) -> Fault | None:
+        """A call has come; what shall go wrong with it."""
         with self._lock:
             self.calls.append((method, request))
             fault = self._faults[method].popleft() if self._faults[method] else None
@@ -129,18 +153,11 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
             gate.wait(200)
         return fault
 
-    def _answer(self, method: str, request: Any, context: grpc.ServicerContext, work: Any) -> Any:
-        fault = self._enter(method, request)
-        if fault is not None and not fault.after_work:
-            abort(context, fault)
-        try:
-            with self._answered:
-                reply = work()
-                self._answered.notify_all()
-        except Refusal as refusal:
-            abort(context, refusal.fault)
-        if fault is not None:
-            abort(context, fault)
+    def do(self, work: Callable[[], Any]) -> Any:
+        """Work while no other call does, and let those know who wait for what it makes so."""
+        with self._answered:
+            reply = work()
+            self._answered.notify_all()
         return reply
 
     # Models.
@@ -157,28 +174,18 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
             executor="none",
         )
 
-    def ListModels(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return self._answer(
-            "ListModels",
-            request,
-            context,
-            lambda: models_pb2.ListModelsResponse(models=[self._model(MODEL)]),
-        )
+    @answered
+    def ListModels(self, request: Any) -> Any:  # noqa: N802
+        return models_pb2.ListModelsResponse(models=[self._model(MODEL)])
 
-    def GetModel(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return self._answer(
-            "GetModel",
-            request,
-            context,
-            lambda: models_pb2.GetModelResponse(model=self._model(request.name)),
-        )
+    @answered
+    def GetModel(self, request: Any) -> Any:  # noqa: N802
+        return models_pb2.GetModelResponse(model=self._model(request.name))
 
-    def Predict(self, request: Any, context: Any) -> Any:  # noqa: N802
-        def work() -> Any:
-            y = unpack(request.inputs[0])
-            return models_pb2.PredictResponse(outputs=[tensor("y", y)], state=[tensor("sum", y)])
-
-        return self._answer("Predict", request, context, work)
+    @answered
+    def Predict(self, request: Any) -> Any:  # noqa: N802
+        y = unpack(request.inputs[0])
+        return models_pb2.PredictResponse(outputs=[tensor("y", y)], state=[tensor("sum", y)])
 
     # Sessions.
 
@@ -216,79 +223,61 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
             position=session.position,
         )
 
-    def OpenSession(self, request: Any, context: Any) -> Any:  # noqa: N802
-        def work() -> Any:
-            self._model(request.model)
-            resumed = request.session_id in self.sessions
-            (opened,) = self._open_as(request, [request.session_id], request.batch_size)
-            return sessions_pb2.OpenSessionResponse(session=self._info(opened), resumed=resumed)
+    @answered
+    def OpenSession(self, request: Any) -> Any:  # noqa: N802
+        self._model(request.model)
+        resumed = request.session_id in self.sessions
+        (opened,) = self._open_as(request, [request.session_id], request.batch_size)
+        return sessions_pb2.OpenSessionResponse(session=self._info(opened), resumed=resumed)
 
-        return self._answer("OpenSession", request, context, work)
-
-    def OpenSessions(self, request: Any, context: Any) -> Any:  # noqa: N802
-        def work() -> Any:
-            ids = list(request.session_ids) or [""] * request.count
-            opened = self._open_as(request, ids, request.batch_size)
-            return sessions_pb2.OpenSessionsResponse(
-                session_ids=[one.session_id for one in opened], model_fingerprint=self.fingerprint
-            )
-
-        return self._answer("OpenSessions", request, context, work)
-
-    def CloseSession(self, request: Any, context: Any) -> Any:  # noqa: N802
-        def work() -> Any:
-            self._session(request.session_id)
-            del self.sessions[request.session_id]
-            return sessions_pb2.CloseSessionResponse()
-
-        return self._answer("CloseSession", request, context, work)
-
-    def CloseSessions(self, request: Any, context: Any) -> Any:  # noqa: N802
-        def work() -> Any:
-            closed = [self.sessions.pop(one, None) for one in request.session_ids]
-            return sessions_pb2.CloseSessionsResponse(closed=sum(one is not None for one in closed))
-
-        return self._answer("CloseSessions", request, context, work)
-
-    def GetSession(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return self._answer(
-            "GetSession",
-            request,
-            context,
-            lambda: sessions_pb2.GetSessionResponse(session=self._info(self._session(request.session_id))),
+    @answered
+    def OpenSessions(self, request: Any) -> Any:  # noqa: N802
+        ids = list(request.session_ids) or [""] * request.count
+        opened = self._open_as(request, ids, request.batch_size)
+        return sessions_pb2.OpenSessionsResponse(
+            session_ids=[one.session_id for one in opened], model_fingerprint=self.fingerprint
         )
 
-    def ListSessions(self, request: Any, context: Any) -> Any:  # noqa: N802
-        def work() -> Any:
-            """One session a page."""
-            names = sorted(one for one in self.sessions if one.startswith(request.session_id_prefix))
-            at = int(request.page_token or 0)
-            more = at + 1 < len(names)
-            return sessions_pb2.ListSessionsResponse(
-                sessions=[self._info(self.sessions[one]) for one in names[at : at + 1]],
-                next_page_token=str(at + 1) if more else "",
-            )
+    @answered
+    def CloseSession(self, request: Any) -> Any:  # noqa: N802
+        self._session(request.session_id)
+        del self.sessions[request.session_id]
+        return sessions_pb2.CloseSessionResponse()
 
-        return self._answer("ListSessions", request, context, work)
+    @answered
+    def CloseSessions(self, request: Any) -> Any:  # noqa: N802
+        closed = [self.sessions.pop(one, None) for one in request.session_ids]
+        return sessions_pb2.CloseSessionsResponse(closed=sum(one is not None for one in closed))
 
-    def GetState(self, request: Any, context: Any) -> Any:  # noqa: N802
-        def work() -> Any:
-            session = self._session(request.session_id)
-            return sessions_pb2.GetStateResponse(
-                state=[tensor("sum", session.state), tensor("count", session.state)],
-                session=self._info(session),
-            )
+    @answered
+    def GetSession(self, request: Any) -> Any:  # noqa: N802
+        return sessions_pb2.GetSessionResponse(session=self._info(self._session(request.session_id)))
 
-        return self._answer("GetState", request, context, work)
+    @answered
+    def ListSessions(self, request: Any) -> Any:  # noqa: N802
+        """One session a page."""
+        names = sorted(one for one in self.sessions if one.startswith(request.session_id_prefix))
+        at = int(request.page_token or 0)
+        more = at + 1 < len(names)
+        return sessions_pb2.ListSessionsResponse(
+            sessions=[self._info(self.sessions[one]) for one in names[at : at + 1]],
+            next_page_token=str(at + 1) if more else "",
+        )
 
-    def ForkSession(self, request: Any, context: Any) -> Any:  # noqa: N802
-        def work() -> Any:
-            old = self._session(request.session_id)
-            (new,) = self._open_as(request, [request.new_session_id], old.batch_size)
-            new.state, new.revision, new.position = old.state, old.revision, old.position
-            return sessions_pb2.ForkSessionResponse(session=self._info(new))
+    @answered
+    def GetState(self, request: Any) -> Any:  # noqa: N802
+        session = self._session(request.session_id)
+        return sessions_pb2.GetStateResponse(
+            state=[tensor("sum", session.state), tensor("count", session.state)],
+            session=self._info(session),
+        )
 
-        return self._answer("ForkSession", request, context, work)
+    @answered
+    def ForkSession(self, request: Any) -> Any:  # noqa: N802
+        old = self._session(request.session_id)
+        (new,) = self._open_as(request, [request.new_session_id], old.batch_size)
+        new.state, new.revision, new.position = old.state, old.revision, old.position
+        return sessions_pb2.ForkSessionResponse(session=self._info(new))
 
     # Changes.
 
@@ -311,33 +300,29 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         session.remembered = (y, session.revision, session.position, False)
         return session.remembered
 
-    def Step(self, request: Any, context: Any) -> Any:  # noqa: N802
-        def work() -> Any:
-            session = self._session(request.session_id)
-            x = unpack(request.inputs[0])
-            y, revision, position, replayed = self._change(
-                session, request.expected_revision, request.request_id, lambda s: step(s, x)
-            )
-            outputs = [] if request.outputs == sessions_pb2.OUTPUT_SELECTION_NONE else [tensor("y", y)]
-            return sessions_pb2.StepResponse(
-                outputs=outputs, revision=revision, position=position, replayed=replayed
-            )
+    @answered
+    def Step(self, request: Any) -> Any:  # noqa: N802
+        session = self._session(request.session_id)
+        x = unpack(request.inputs[0])
+        y, revision, position, replayed = self._change(
+            session, request.expected_revision, request.request_id, lambda s: step(s, x)
+        )
+        outputs = [] if request.outputs == sessions_pb2.OUTPUT_SELECTION_NONE else [tensor("y", y)]
+        return sessions_pb2.StepResponse(
+            outputs=outputs, revision=revision, position=position, replayed=replayed
+        )
 
-        return self._answer("Step", request, context, work)
-
-    def ResetStates(self, request: Any, context: Any) -> Any:  # noqa: N802
-        def work() -> Any:
-            session = self._session(request.session_id)
-            _, revision, position, replayed = self._change(
-                session, request.expected_revision, request.request_id, reset
-            )
-            return sessions_pb2.ResetStatesResponse(revision=revision, position=position, replayed=replayed)
-
-        return self._answer("ResetStates", request, context, work)
+    @answered
+    def ResetStates(self, request: Any) -> Any:  # noqa: N802
+        session = self._session(request.session_id)
+        _, revision, position, replayed = self._change(
+            session, request.expected_revision, request.request_id, reset
+        )
+        return sessions_pb2.ResetStatesResponse(revision=revision, position=position, replayed=replayed)
 
     def StepStream(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
         for request in requests:
-            fault = self._enter("StepStream", request)
+            fault = self.enter("StepStream", request)
             if fault is not None and fault.member is None and not fault.after_work:
                 abort(context, fault)
             with self._lock:

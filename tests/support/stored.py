@@ -1,4 +1,8 @@
-"""Stores on disk with segments that are full all the time, and records for them."""
+"""Stores on disk with segments that are full all the time, and records for them.
+
+A `Store` does not tell in which of its two places a record is. Tests of how records move between log and LMDB ask
+here; the private attributes of a `DiskStore` are named in this module alone.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,9 @@ import pytest
 
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.base import Batch, End, LocalStore, Tombstone
-from stepwell_server.store.disk.lmdb import Durability
+from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
+from stepwell_server.store.disk.wal import WriteAheadLog
 from stepwell_server.store.record import Puts, Record, RecordTemplate, Stored, decode
 from support.clock import ManualClock
 
@@ -82,11 +87,17 @@ def left_behind(store: DiskStore) -> Path:
     """What the next process finds if this one is killed now: a copy of it."""
     numbers = itertools.count()
     copy = next(at for n in numbers if not (at := store.path.with_name(f"{store.path.name}-{n}")).exists())
-    (copy / "sessions").mkdir(parents=True)
-    # The segment first: what is checkpointed meanwhile is then in both, and not in neither.
-    shutil.copytree(store.path / "journal", copy / "journal")
-    store._base._environment.copy(os.fspath(copy / "sessions"))
+    copy_files(store, copy)
     return copy
+
+
+def copy_files(store: DiskStore, to: Path) -> None:
+    """Copy what is in the files of a store now to a new directory."""
+    (to / "sessions").mkdir(parents=True)
+    # The segment first: what is checkpointed meanwhile is then in both, and not in neither.
+    shutil.copytree(store.path / "journal", to / "journal")
+    # what a transaction that is under way has written so far is not part of it
+    store._base._environment.copy(os.fspath(to / "sessions"))
 
 
 def killed(store: DiskStore, durability: Durability = "async", **options: Any) -> DiskStore:
@@ -102,7 +113,7 @@ def begin(store: LocalStore, *session_ids: str, **facts: Any) -> None:
     store.commit(Batch(puts=puts, forgets=session_ids, counts=[("m", 1)] * len(puts)))
 
 
-def put(store: LocalStore, *session_ids: str, revision: int, **facts: Any) -> None:
+def put(store: LocalStore, *session_ids: str, revision: int = 0, **facts: Any) -> None:
     store.commit(Batch(puts=[(i, record(i, revision, **facts)) for i in session_ids]))
 
 
@@ -122,26 +133,36 @@ def revisions(store: LocalStore) -> dict[str, int]:
     return {session_id: header.revision for session_id, header in some if header is not None}
 
 
+def base_of(store: DiskStore) -> LmdbStore:
+    return store._base
+
+
+def wal_of(store: DiskStore) -> WriteAheadLog:
+    """The write-ahead log of a store that has one: where the platform can."""
+    assert store._wal is not None
+    return store._wal
+
+
 def in_lmdb(store: DiskStore) -> dict[str, int]:
-    return revisions(store._base)
+    return revisions(base_of(store))
 
 
 def fill_one(store: DiskStore, revision: int = 1) -> list[str]:
     """Change sessions until one segment is full and the other is begun; which ones have changed."""
-    assert store._wal is not None
+    wal = wal_of(store)
     names = [f"s{i}" for i in range(100)]
     begin(store, *names)
     for place, name in enumerate(names):
         put(store, name, revision=revision)
-        if store._wal._sealed.offsets:
+        if wal._sealed.offsets:
             return names[: place + 1]
     raise AssertionError("the segment is never full")
 
 
 def place_of(store: DiskStore, session_id: str) -> tuple[str, int]:
     """In which file a session's record is, and where there."""
-    assert store._wal is not None
-    for segment in (store._wal._active, store._wal._sealed):
+    wal = wal_of(store)
+    for segment in (wal._active, wal._sealed):
         if session_id in segment.offsets:
             return segment.path.name, segment.offsets[session_id]
     raise AssertionError(f"{session_id} is in no segment")

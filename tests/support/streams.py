@@ -1,4 +1,4 @@
-"""Streams and unary calls of one server, without gRPC."""
+"""A stream and unary calls of one server, without gRPC."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
-import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1 import tensors_pb2
 from stepwell_server.rpc.boundary import Boundary
-from stepwell_server.rpc.fronts.base import CallEnded
 from stepwell_server.rpc.sessions import SessionServicer
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 from support.engine import Harness, running
 from support.fake_call import FakeCall, Requests
 
-BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
 ALL, LAST, NONE = pb.OUTPUT_SELECTION_ALL, pb.OUTPUT_SELECTION_LAST, pb.OUTPUT_SELECTION_NONE
 _LIMITS = StreamLimits(frames=1000, bytes=1 << 24)
 
@@ -47,34 +44,26 @@ def request(session_id: str, x: Any = None, **fields: Any) -> bytes:
 
 
 class Streams:
-    """Some streams of one server."""
+    """A stream of frames, and unary calls beside it."""
 
-    def __init__(self, at: Harness, count: int) -> None:
+    def __init__(self, at: Harness) -> None:
         self.at = at
-        self.contexts = [FakeCall() for _ in range(count)]
+        self.context = FakeCall()
         self.observer = Requests()
-        self.streams = [
-            FrameStream(at.engine, at.clock, 1 << 20, _LIMITS, self.observer, context)
-            for context in self.contexts
-        ]
+        self.stream = FrameStream(at.engine, at.clock, 1 << 20, _LIMITS, self.observer, self.context)
         boundary = Boundary(self.observer, max_message_bytes=1 << 20)
         servicer = SessionServicer(at.engine, at.clock, 1 << 20, _LIMITS, self.observer)
         self._serve_call = boundary.unary("Step", servicer.step, pb.StepRequest)
         self.calls: list[asyncio.Task[bytes]] = []
-        self.tasks = [asyncio.create_task(stream.run(float("inf"))) for stream in self.streams]
+        self.task = asyncio.create_task(self.stream.run(float("inf")))
 
-    def send(self, *messages: bytes, stream: int = 0) -> None:
-        self.contexts[stream].send(*messages)
+    def send(self, *messages: bytes) -> None:
+        self.context.send(*messages)
 
     def call(self, raw: bytes, remaining_s: float | None = None) -> None:
         """Make a unary call, with a deadline in so many seconds. See `calls`."""
         deadline = float("inf") if remaining_s is None else self.at.clock.monotonic() + remaining_s
         self.calls.append(asyncio.create_task(self._serve_call(FakeCall(raw, deadline=deadline))))
-
-    async def call_results(self) -> list[Any]:
-        """What the calls ended with: bytes, or status, message and trailers."""
-        found = await asyncio.gather(*self.calls, return_exceptions=True)
-        return [_ending(one) if isinstance(one, BaseException) else one for one in found]
 
     async def turns(self, count: int = 30) -> None:
         for _ in range(count):
@@ -82,56 +71,40 @@ class Streams:
 
     async def busy(self, session_id: str = "busy") -> None:
         """A pass is in flight from now on until the gate opens."""
-        self.at.hooks.close_gate()
-        self.at.single(session_id, [[1, 1]])
-        await self.at.in_flight()
+        await self.at.begin_pass(session_id, [[1, 1]])
 
-    async def done(self) -> list[list[bytes]]:
-        """Everything is answered; the answers of each stream by frame."""
+    async def done(self) -> list[bytes]:
+        """Everything is answered; the stream's answers by frame."""
         await self.turns()
         self.at.hooks.open_gate()
-        for _ in range(10):
+        for _ in range(12):
             await self.turns()
             await self.at.settled()
         await self.turns()
-        await self.at.settled()
-        await self.turns()
-        found = []
-        for stream, context in zip(self.streams, self.contexts, strict=True):
-            if not stream.is_over:
-                assert not stream._pending, "a frame has no answer"
-                assert (stream._held_frames, stream._held_bytes) == (0, 0)
-            replies = []
-            while not context.replies.empty():
-                replies.append(context.replies.get_nowait())
-            found.append(sorted(replies, key=lambda raw: pb.StepStreamResponse.FromString(raw).frame_id))
-        return found
+        if not self.stream.is_over:  # what it must not hold on to shows nowhere but inside
+            assert not self.stream._pending, "a frame has no answer"
+            assert (self.stream._held_frames, self.stream._held_bytes) == (0, 0)
+        replies = [self.context.replies.get_nowait() for _ in range(self.context.replies.qsize())]
+        return sorted(replies, key=lambda raw: pb.StepStreamResponse.FromString(raw).frame_id)
 
 
 @asynccontextmanager
-async def streams(*, count: int = 1, **options: Any) -> AsyncIterator[Streams]:
+async def streams(**options: Any) -> AsyncIterator[Streams]:
     async with running(**options) as at:
-        under_test = Streams(at, count)
+        under_test = Streams(at)
         yield under_test
-        under_test.at.hooks.open_gate()
+        at.hooks.open_gate()
         await at.settled()
         await under_test.turns()
-        for task in under_test.tasks:
-            task.cancel()
-        await asyncio.gather(*under_test.tasks, return_exceptions=True)
-
-
-def _ending(error: BaseException) -> Any:
-    if not isinstance(error, CallEnded):
-        return repr(error)
-    return error.status.code.name, error.status.message, error.status.trailers
+        under_test.task.cancel()
+        await asyncio.gather(under_test.task, return_exceptions=True)
 
 
 Scenario = Callable[[Streams], Any]
 
 
-async def play(scenario: Scenario, **options: Any) -> list[list[bytes]]:
-    """Play a scenario; return the answers of each stream by frame."""
+async def play(scenario: Scenario, **options: Any) -> list[bytes]:
+    """Play a scenario; return the stream's answers by frame."""
     async with streams(**options) as at:
         await scenario(at)
         return await at.done()

@@ -88,7 +88,7 @@ class Client:
 
     def sessions(self) -> list[str]:
         """Ids of the live sessions."""
-        return sorted(session_id for session_id, _ in self.harness.engine._table.items())
+        return self.harness.inside.loaded()
 
 
 @asynccontextmanager

@@ -25,8 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.module.__name__.rpartition(".")[2].startswith("test_engine_"):
-        marker = metafunc.definition.get_closest_marker("stores")
+    marker = metafunc.definition.get_closest_marker("stores")
+    if marker is not None or metafunc.module.__name__.rpartition(".")[2].startswith("test_engine_"):
         metafunc.parametrize("store_kind", KINDS if marker is None else marker.args, indirect=True)
 
 

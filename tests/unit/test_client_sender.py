@@ -166,7 +166,7 @@ def test_alone_a_step_is_a_call_of_its_own_and_no_thread_is_started(bench: Bench
     for _ in range(3):
         assert bench.sender.step(step("a")) == (1, 1, {})
     assert bench.unaries == ["a"] * 3
-    assert bench.sender._thread is None
+    assert bench.line.thread is None
 
 
 def test_a_large_step_is_a_call_of_its_own(bench: Bench) -> None:
@@ -218,7 +218,7 @@ def test_what_is_not_alike_leaves_apart(bench: Bench) -> None:
 
 
 def test_a_frame_has_its_limit(bench: Bench) -> None:
-    bench.sender._max_frame_bytes = 500
+    bench.line.limit_frames(500)
     _, posted = bench.first()
     steps = bench.stand(*"abcde", features=25)  # 100 bytes each, and what comes with it
     posted.answer()
@@ -369,7 +369,7 @@ def test_closing_refuses_the_line_and_ends_the_thread(bench: Bench) -> None:
     bench.first()
     steps = bench.stand(*"abc")
     bench.sender.close()
-    thread = bench.sender._thread
+    thread = bench.line.thread
     assert [type(error(one)) for one in steps] == [errors.ClosedError] * 3
     assert thread is not None
     assert not thread.is_alive()
@@ -406,7 +406,7 @@ def test_a_sender_that_nobody_closed_ends_with_its_last_reference() -> None:
     result(waiting)
     bench.gate.set()
     bench.threads.shutdown()
-    thread, gone = bench.sender._thread, weakref.ref(bench.sender)
+    thread, gone = bench.line.thread, weakref.ref(bench.sender)
     del bench, posted, waiting
     gc.collect()
     assert gone() is None

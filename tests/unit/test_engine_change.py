@@ -10,21 +10,9 @@ import pytest
 from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, RevisionConflict
-from support.engine import Answer, Later, running
+from support.engine import BOTH_WAYS, Answer, Later, running, x
 from support.fake_executor import BAD, RICH
-from support.model_of_sessions import initial, run
-
-BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
-
-
-def x(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
-
-
-def ran(state: Any, value: Any) -> tuple[Any, Any]:
-    found = run(state, value if value.ndim == 3 else value[:, None])
-    assert found is not None
-    return found
+from support.model_of_sessions import initial, ran
 
 
 @BOTH_WAYS
@@ -81,9 +69,7 @@ async def test_steps_with_and_without_a_mask_of_one_turn_are_each_right() -> Non
         await at.open(*names, "busy")
         for name in names:
             await at.step(name, x(1, seed=1))
-        at.hooks.close_gate()
-        at.submit("busy", x(1))
-        await at.in_flight()
+        await at.begin_pass("busy", x(1))
         waiting = [
             at.single(name, x(1, seed=2), reset_rows=np.array([i % 2 == 0])) for i, name in enumerate(names)
         ]
@@ -112,29 +98,11 @@ async def test_outputs_come_by_name_also_when_they_are_remembered() -> None:
         assert not none.outputs
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"output_names": ("z",)}, r"output_names must be among \['y'\]; got 'z'"),
-        ({"output_names": ("y", "y")}, "output_names must name each output once"),
-        ({"reset_rows": np.ones(2, np.bool_)}, "reset_mask must be empty or one for each of 1 rows; got 2"),
-    ],
-)
-async def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:
-    async with running() as at:
-        await at.open("a")
-        with pytest.raises(InvalidInput, match=message):
-            at.single("a", x(1), **fields)
-        assert (await at.engine.session_info("a")).revision == 0
-
-
 async def test_a_modest_caller_is_in_the_next_pass_whatever_a_greedy_one_has_sent() -> None:
     async with running(threads=True, max_batch_rows=4, resident_rows=64) as at:
         greedy = [f"g{i}" for i in range(20)]
         await at.open(*greedy, "modest", "busy")
-        at.hooks.close_gate()
-        at.single("busy", x(1))
-        await at.in_flight()
+        await at.begin_pass("busy", x(1))
         order: list[str] = []
         for name in [*greedy, "modest"]:
             told = Later(lambda _answer, name=name: order.append(name))  # type: ignore[misc]
@@ -150,9 +118,7 @@ async def test_a_modest_caller_is_in_the_next_pass_whatever_a_greedy_one_has_sen
 async def test_steps_of_one_session_that_all_conflict_are_each_answered() -> None:
     async with running(threads=True, max_batch_rows=64, resident_rows=4) as at:
         await at.open("a", "busy")
-        at.hooks.close_gate()
-        at.single("busy", x(1))
-        await at.in_flight()
+        await at.begin_pass("busy", x(1))
         waiting = [at.single("a", x(1), expected=7) for _ in range(1500)]
         at.hooks.open_gate()
         for answers in waiting:

@@ -6,8 +6,8 @@ import pytest
 
 from stepwell_server.errors import SessionExpired, SessionGone
 from stepwell_server.store.base import End
-from support.durable import Disk, x
-from support.engine import Harness
+from support.durable import Disk
+from support.engine import Harness, x
 
 pytestmark = pytest.mark.stores("async", "sync")
 
@@ -31,11 +31,6 @@ async def ends(at: Harness, *session_ids: str) -> list[str]:
         assert error.value.session_id == session_id
         found.append(type(error.value).__name__)
     return found
-
-
-async def sweep(at: Harness) -> None:
-    while await at.engine._expiry.sweep():
-        pass
 
 
 @pytest.fixture
@@ -81,7 +76,7 @@ async def test_time_that_the_server_was_away_ends_no_session(disk: Disk, jump_s:
         await at.step("used", x(1))
         await at.state("read")
         await at.engine.expire_idle()
-        await sweep(at)
+        await at.sweep()
         assert await ids(at) == ["named", "read", "untouched", "used"]
         at.clock.advance(1)
         if (
@@ -90,8 +85,7 @@ async def test_time_that_the_server_was_away_ends_no_session(disk: Disk, jump_s:
             with pytest.raises(SessionExpired):
                 await at.engine.session_info("untouched")
         await at.engine.expire_idle()
-        await sweep(at)
-        await at.settled()
+        await at.sweep()
         assert await ids(at) == ["read", "used"]
         assert ("expired", "untouched") in at.events.sessions
         assert at.events.sessions.count(("expired", "untouched")) == 1
@@ -109,15 +103,14 @@ async def test_what_nobody_names_expires_by_the_sweep_alone(disk: Disk) -> None:
     async with disk.engine(max_session_idle_s=IDLE_S) as at:
         await at.state("s0700")
         at.clock.advance(IDLE_S)
-        assert not await at.engine._expiry.sweep()
+        assert not await at.inside.expiry.sweep()
         await at.state("z")
         at.clock.advance(0.5)
-        assert await at.engine._expiry.sweep(), "not all at once"
-        assert await at.engine._expiry.sweep()
+        assert await at.inside.expiry.sweep(), "not all at once"
+        assert await at.inside.expiry.sweep()
         await at.engine.open_sessions("plain", session_ids=["s0001", "s1199x"])
-        await sweep(at)
-        await at.settled()
-        assert len(at.engine._table) == 4, "to expire sessions loads none"
+        await at.sweep()
+        assert len(at.inside.loaded()) == 4, "to expire sessions loads none"
         assert await ids(at) == ["s0001", "s1199x", "z"]
         assert await ends(at, "s0002", "s0700", "s1199") == ["SessionExpired"] * 3
         disk.kill()
@@ -136,7 +129,7 @@ async def test_a_clock_that_is_set_ends_no_session(disk: Disk, jump_s: float) ->
         at.clock.jump(jump_s)
         at.clock.advance(IDLE_S / 2)
         await at.engine.expire_idle()
-        await sweep(at)
+        await at.sweep()
         assert await ids(at) == ["a", "b"]
         assert (await at.engine.session_info("a")).last_used == at.clock.now() - IDLE_S / 2
 
@@ -159,7 +152,7 @@ async def test_sessions_are_counted_through_everything(disk: Disk) -> None:
             await at.state("a")
         with pytest.raises(SessionExpired):
             await at.engine.fork("f")
-        await sweep(at)
+        await at.sweep()
         assert await ids(at) == ["h"]
         disk.kill()
     async with disk.engine(max_session_idle_s=IDLE_S) as at:

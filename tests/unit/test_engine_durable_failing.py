@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from stepwell_server.errors import Internal, ServerError, Unavailable
-from support.durable import Disk, begun, everything, kinds, same_reply, stalled, x
-from support.engine import Answer, Harness
+from support.durable import Disk, begun, everything, same_reply, stalled
+from support.engine import Answer, Harness, kinds, x
 
 pytestmark = pytest.mark.stores("async", "sync")
 
@@ -149,7 +149,7 @@ async def test_a_frame_that_is_not_kept_fails_whole_and_alone(disk: Disk, option
         disk.store.fail(AWAY)
         assert kinds(await at.submit(ids, **frame).all()) == ["Unavailable"] * 20
         await at.settled()
-        assert len(at.engine._table) == 1, "they are loaded when they are next named"
+        assert at.inside.loaded() == ["apart"], "they are loaded when they are next named"
         assert at.slots().resident == 1
         assert (await at.step("apart", x(1))).revision == 1
         first = await at.submit(ids, **frame).all()

@@ -15,8 +15,8 @@ from stepwell_server.errors import (
     SessionNotFound,
     StateCorrupt,
 )
-from support.durable import Disk, damage, kinds, x
-from support.engine import Harness
+from support.durable import Disk, damage
+from support.engine import Harness, kinds, x
 from support.fake_executor import PLAIN
 
 pytestmark = pytest.mark.stores("async", "sync")

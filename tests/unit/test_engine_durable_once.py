@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from stepwell_server.errors import RevisionConflict, SessionExists, SessionGone, SessionNotFound
-from support.durable import Disk, everything, x
-from support.engine import Harness
+from support.durable import Disk, everything
+from support.engine import Harness, x
 
 pytestmark = pytest.mark.stores("async", "sync")
 

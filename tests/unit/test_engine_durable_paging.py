@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from stepwell_server.engine.api import Select
-from support.durable import Disk, kinds, same_reply, x
-from support.model_of_sessions import ModelOfSessions, Reply
+from support.durable import Disk, same_reply
+from support.engine import x
 
 pytestmark = pytest.mark.stores("async", "sync")
 
@@ -47,7 +46,7 @@ async def test_a_reply_comes_back_with_its_session(
         at.clock.advance(1)
         await at.open("b", batch_size=4)
         assert not (await at.engine.session_info("a")).resident
-        assert not at.engine._models.by_name("plain").replies.series
+        assert not at.inside.model("plain").replies.series
         if killed:
             disk.kill()
         else:
@@ -75,51 +74,3 @@ async def test_a_fork_of_a_session_that_is_away_is_kept(disk: Disk) -> None:
         for name in "da":
             assert (await at.state(name))["sum"].tobytes() == state["sum"].tobytes()
             assert (await at.engine.session_info(name)).position == 3
-
-
-@pytest.mark.parametrize("threads", [False, True])
-async def test_many_more_sessions_than_rows_are_what_they_should_be(disk: Disk, threads: bool) -> None:
-    rng = np.random.default_rng(5)
-    model, request = ModelOfSessions(0), 0
-    sizes = {f"s{i:02}": int(rng.integers(1, 4)) for i in range(60)}
-    for run in range(3):
-        async with disk.engine(resident_rows=9, max_batch_rows=5, threads=threads) as at:
-            for name, size in sizes.items():
-                opened = await at.engine.open_session("plain", session_id=name, batch_size=size)
-                assert opened.resumed == (run > 0)
-                model.open(name, size, None, 0)
-            for turn in range(120):
-                at.clock.advance(1)
-                request += 1
-                name = f"s{rng.integers(60):02}"
-                revision = model.sessions[name].revision
-                fields: dict[str, Any] = {"expected": revision, "request_ids": request}
-                if rng.random() < 0.2:
-                    found = await at.submit(name, reset=True, sizes=[sizes[name]], **fields).only()
-                    wanted = model.reset(name, None, None, revision, request, 0)
-                else:
-                    steps = int(rng.integers(0, 4))
-                    value = x(sizes[name], *([steps] if steps else []), seed=1000 * run + turn)
-                    found = await at.step(name, value, **fields)
-                    wanted = model.step(name, value, "ALL", revision, request, 0)
-                assert isinstance(wanted, Reply)
-                assert (found.revision, found.position) == (wanted.revision, wanted.position)
-                for output, array in wanted.outputs.items():
-                    assert found.outputs[output].tobytes() == array.tobytes()
-            disk.kill()
-    async with disk.engine(resident_rows=9) as at:
-        for name, session in model.sessions.items():
-            assert (await at.state(name))["sum"].tobytes() == session.state.tobytes()
-
-
-async def test_a_frame_of_more_sessions_than_rows_goes_through_in_portions(disk: Disk) -> None:
-    ids = [f"s{i}" for i in range(10)]
-    async with disk.engine() as at:
-        await at.engine.open_sessions("plain", session_ids=ids)
-        disk.kill()
-    async with disk.engine(resident_rows=4, threads=True) as at:
-        answers = await at.submit(ids, x(10), expected=[0] * 10).all()
-        assert kinds(answers) == ["Answer"] * 10
-        disk.kill()
-    async with disk.engine(resident_rows=4) as at:
-        assert [(await at.engine.session_info(session_id)).revision for session_id in ids] == [1] * 10

@@ -9,8 +9,8 @@ import pytest
 
 from stepwell_server.engine.api import Select
 from stepwell_server.errors import RevisionConflict
-from support.durable import Disk, damage, everything, facts, kinds, same_reply, x
-from support.engine import Answer
+from support.durable import Disk, damage, everything, facts, same_reply
+from support.engine import Answer, kinds, x
 from support.fake_executor import PLAIN, RICH
 from support.model_of_sessions import ModelOfSessions, Reply
 
@@ -31,18 +31,18 @@ async def test_sessions_are_there_when_they_are_named_and_not_before(disk: Disk)
         wanted = [facts(info) for info in listed]
         disk.kill(away_s=1000)
     async with disk.engine() as at:
-        assert len(at.engine._table) == 0
+        assert not at.inside.loaded()
         assert at.engine.stats()[0].sessions == at.engine.models()[0].sessions == 3
         found, total = await at.engine.list_sessions()
         assert total == 3
         assert not any(info.resident for info in found)
-        assert len(at.engine._table) == 0, "to list sessions loads none"
+        assert not at.inside.loaded(), "to list sessions loads none"
         for info, want in zip(found, wanted, strict=True):
             assert facts(info)[:-1] == want[:-1]
             one = await at.engine.session_info(info.session_id)
             assert facts(one)[:-1] == want[:-1]
             assert not one.resident
-        assert len(at.engine._table) == 3
+        assert len(at.inside.loaded()) == 3
         assert at.slots().resident == 0
         for session_id, facts_and_state in (await everything(at)).items():
             assert facts_and_state[:-2] == before[session_id][:-2]
@@ -89,26 +89,6 @@ async def test_the_last_step_sent_again_gets_its_first_answer(
     async with disk.engine() as at:
         with pytest.raises(RevisionConflict):
             await at.step("a", value, **again)
-
-
-async def test_single_steps_that_ran_alone_are_remembered_too(disk: Disk) -> None:
-    async with disk.engine() as at:
-        await at.open("a", "b", "c")
-        sent = {
-            "a": (x(1, seed=1), Select.ALL),
-            "b": (x(1, 1, seed=2), Select.ALL),
-            "c": (x(1, seed=3), Select.NONE),
-        }
-        first = {
-            name: await at.single(name, value, expected=0, request_id=5, select=select).only()
-            for name, (value, select) in sent.items()
-        }
-        disk.kill()
-    async with disk.engine() as at:
-        for name, (value, select) in sent.items():
-            again = await at.single(name, value, expected=0, request_id=5, select=select).only()
-            same_reply(again, first[name])
-        assert at.events.passes == [], "nothing ran"
 
 
 async def test_outputs_of_several_kinds_come_back_as_they_were(disk: Disk) -> None:
@@ -212,23 +192,3 @@ async def test_a_thousand_sessions_come_back_by_one_frame(disk: Disk) -> None:
             assert isinstance(answer, Answer)
             assert isinstance(wanted, Reply)
             assert answer.outputs["y"].tobytes() == wanted.outputs["y"].tobytes()
-
-
-async def test_the_sum_of_many_restarts_is_the_whole(disk: Disk) -> None:
-    model = ModelOfSessions(0)
-    sizes = {"a": 1, "b": 2, "c": 3}
-    for name, size in sizes.items():
-        model.open(name, size, None, 0)
-    for run in range(6):
-        async with disk.engine(resident_rows=4, threads=run % 2 == 1) as at:
-            for name, size in sizes.items():
-                opened = await at.engine.open_session("plain", session_id=name, batch_size=size)
-                assert opened.resumed == (run > 0)
-                for turn in range(2):
-                    value = x(size, *([turn * 2] if turn else []), seed=10 * run + turn)
-                    found = await at.step(name, value, expected=2 * run + turn)
-                    wanted = model.step(name, value, "ALL", 2 * run + turn, 0, 0)
-                    assert isinstance(wanted, Reply)
-                    assert found.outputs["y"].tobytes() == wanted.outputs["y"].tobytes()
-                    assert found.position == wanted.position
-            disk.kill()

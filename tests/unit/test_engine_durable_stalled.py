@@ -13,8 +13,8 @@ from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.durability import group_commit as commits
 from stepwell_server.engine.sessions import ending
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
-from support.durable import Disk, begun, everything, facts, kinds, stalled, until, x
-from support.engine import Harness, Later
+from support.durable import Disk, begun, everything, facts, stalled, until
+from support.engine import Harness, Later, kinds, x
 
 pytestmark = pytest.mark.stores("async", "sync")
 
@@ -127,7 +127,7 @@ async def test_passes_wait_while_too_much_waits_for_the_store(
         disk.store.stall()
         first = at.submit(["a", "b", "c"], x(3))
         await stalled(disk.store)
-        assert at.engine._group.is_full
+        assert at.engine.stats()[0].uncommitted == 3
         ran = len(at.hooks.rows)
         later: list[Any] = [
             at.submit(["d", "e"], x(2, 3), sizes=[1, 1]),
@@ -295,7 +295,7 @@ async def test_to_stop_waits_for_the_store_and_says_if_it_does_not_come_back(dis
         assert await at.engine.close(timeout_s=0.01) is False
         disk.store.go_on()
         await drain
-        assert at.engine._group.is_idle
+        assert at.engine.stats()[0].uncommitted == 0
         assert kinds(await answers.all()) == ["Answer"]
         assert await at.engine.close() is True
 
@@ -303,7 +303,7 @@ async def test_to_stop_waits_for_the_store_and_says_if_it_does_not_come_back(dis
 async def too_much_waits(disk: Disk, at: Harness, monkeypatch: pytest.MonkeyPatch) -> asyncio.Task[Any]:
     """The store stalls, and has as much before it as it may; the reset of `a` that it waits for."""
     monkeypatch.setattr(commits, "MOST_WAITING", 1)
-    monkeypatch.setattr(at.engine._group, "may_commit_here", lambda _size: False)
+    monkeypatch.setattr(at.inside.commits, "may_commit_here", lambda _size: False)
     disk.store.stall()
     first = await begun(at.submit("a", reset=True).only())
     await stalled(disk.store)
@@ -351,7 +351,7 @@ async def test_no_session_is_closed_behind_a_store_that_has_too_much(
                 await closing
             assert refused.value.retry_after_s > 0
         assert await shown(at) == before
-        assert not at.engine._table.claimed[at.engine._table.find_all(["b", "c"])].any()
+        assert not at.inside.are_claimed("b", "c")
         disk.store.go_on()
         await first
         assert await at.engine.close_session("b", request_id=5) is False
@@ -372,9 +372,9 @@ async def test_who_waits_for_rows_of_sessions_that_are_being_made_is_let_in_when
         making = [await begun(at.engine.open_session("plain", session_id="b"))]
         await stalled(disk.store)
         making.append(await begun(at.engine.open_session("plain", session_id="c")))
-        await until(lambda: at.engine._table.row[at.engine._table.find_all(["a"])[0]] < 0)
+        await until(lambda: not at.inside.has_row("a"))
         step = at.submit("a", x(1))
-        await until(lambda: at.engine._row_queue)
+        await until(at.inside.someone_waits_for_rows)
         assert not step.ended
         disk.store.go_on()
         made = await asyncio.gather(*making, return_exceptions=True)
@@ -393,13 +393,13 @@ async def test_the_timer_does_not_queue_behind_a_store_that_has_too_much(
         disk.clock.advance(6.0)
         disk.store.stall()
         monkeypatch.setattr(ending, "_PAUSE_S", 0)
-        expiring = await begun(at.engine._timer._expire_all())
+        expiring = await begun(at.inside.tick())
         for _ in range(5):
             await turns()
-        assert at.engine._group.waiting == 4
+        assert at.engine.stats()[0].uncommitted == 4
         disk.store.go_on()
         await expiring
-        await at.engine._group.idle()
+        await at.settled()
         assert at.store.count() == 0
 
 

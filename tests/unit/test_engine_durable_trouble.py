@@ -9,8 +9,8 @@ import pytest
 
 from stepwell_server.engine.change import Change
 from stepwell_server.errors import Internal, ServerError, SessionExpired, SessionGone, Unavailable
-from support.durable import Disk, begun, everything, kinds, stalled, x
-from support.engine import Answer, Harness, Later
+from support.durable import Disk, begun, everything, stalled
+from support.engine import Answer, Harness, Later, kinds, x
 
 pytestmark = pytest.mark.stores("async", "sync")
 
@@ -21,10 +21,7 @@ IDLE_S = 50.0
 async def expired(at: Harness) -> list[str]:
     """The sessions that the timer ends now."""
     before = len(at.events.sessions)
-    await at.engine.expire_idle()
-    while await at.engine._expiry.sweep():
-        pass
-    await at.settled()
+    await at.expire()
     return sorted(name for event, name in at.events.sessions[before:] if event == "expired")
 
 
@@ -34,7 +31,7 @@ async def dropped(at: Harness, *session_ids: str) -> None:
     answers = at.submit(list(session_ids), x(len(session_ids)))
     assert kinds(await answers.all()) == ["Unavailable"] * len(session_ids)
     await at.settled()
-    assert not any(session_id in at.engine._table for session_id in session_ids)
+    assert not any(session_id in at.inside.loaded() for session_id in session_ids)
 
 
 @pytest.mark.parametrize("jump_s", [-1e7, 0.0, 1e7])
@@ -142,7 +139,7 @@ async def test_who_sends_again_from_within_an_answer_is_answered_too(disk: Disk)
                 at.engine.submit(Change(["a"], Later(again), inputs={"": x(1)}))
 
         at.engine.submit(Change(["a"], Later(again), inputs={"": x(1)}))
-        at.engine._drain_inboxes()
+        at.inside.drain_inboxes()
         disk.store.go_on()
         assert kinds(await first.all()) == ["Unavailable"]
         await at.settled()
@@ -165,7 +162,7 @@ async def test_who_sends_again_when_a_session_is_closed_is_answered_too(disk: Di
                 at.engine.submit(Change(["a"], Later(again), inputs={"": x(1)}))
 
         at.engine.submit(Change(["a"], Later(again), inputs={"": x(1)}))
-        at.engine._drain_inboxes()
+        at.inside.drain_inboxes()
         disk.store.go_on()
         assert await close is False
         await at.settled()

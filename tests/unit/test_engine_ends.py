@@ -10,8 +10,8 @@ from stepwell_server.errors import (
     SessionLost,
     SessionNotFound,
 )
-from support.engine import running
-from support.lives import blocked, gone, x
+from support.engine import running, x
+from support.lives import blocked, gone
 from support.model_of_sessions import initial
 
 
@@ -19,7 +19,7 @@ async def test_many_idle_sessions_expire_a_few_at_a_time() -> None:
     async with running(max_session_idle_s=60) as at:
         await at.open(*[f"s{i}" for i in range(10)])
         at.clock.advance(61)
-        parts = at.engine._expiry.expire_idle_in_parts(4)
+        parts = at.inside.expiry.expire_idle_in_parts(4)
         assert next(parts) == 4
         assert await gone(at, "s0") == "SessionExpired"
         assert await gone(at, "s9") == "SessionExpired", "whoever names it need not wait for its turn"

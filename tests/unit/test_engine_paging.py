@@ -8,17 +8,13 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.state.arena import Arena
-from stepwell_server.errors import Overloaded, ServerError, SessionLost
+from stepwell_server.errors import Overloaded, SessionLost
 from stepwell_server.program import StateSpec
 from stepwell_server.store.base import Batch
 from stepwell_server.store.memory import MemoryStore
-from support.engine import Answer, Harness, running
+from support.engine import Harness, kinds, running, x
 from support.fake_executor import RICH
 from support.model_of_sessions import ModelOfSessions, Reply
-
-
-def x(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
 
 
 async def resident(at: Harness, names: str) -> str:
@@ -29,10 +25,6 @@ async def away(at: Harness) -> int:
     """How many sessions are only in the store."""
     infos, _ = await at.engine.list_sessions()
     return sum(not info.resident for info in infos)
-
-
-def reasons(answers: list[Answer | ServerError]) -> list[str]:
-    return [type(answer).__name__ for answer in answers]
 
 
 def test_packed_rows_come_back_bit_for_bit_whatever_their_types() -> None:
@@ -120,9 +112,7 @@ async def test_a_session_with_something_under_way_keeps_its_rows() -> None:
             at.clock.advance(1)
             await at.open(name)
         assert await resident(at, "zabc") == "bc"
-        at.hooks.close_gate()
-        busy = at.submit(["b", "c"], x(2))
-        await at.in_flight()
+        busy = await at.begin_pass(["b", "c"], x(2))
         for refused in (at.state("z"), at.open("d"), at.engine.fork("z")):
             with pytest.raises(
                 Overloaded, match="must leave 1 free of resident_rows 2 of model 'plain'"
@@ -131,7 +121,7 @@ async def test_a_session_with_something_under_way_keeps_its_rows() -> None:
             assert error.value.retry_after_s > 0
         waiting = at.submit("a", x(1))
         at.hooks.open_gate()
-        assert reasons(await busy.all()) == ["Answer", "Answer"]
+        assert kinds(await busy.all()) == ["Answer", "Answer"]
         assert (await waiting.only()).revision == 1
 
 
@@ -142,7 +132,7 @@ async def test_a_session_whose_record_is_gone_is_lost_and_nobody_else_is() -> No
         await at.open("d", batch_size=3)
         at.store.commit(Batch(deletes=["b"]))
         answers = await at.submit(["a", "b", "c"], x(3)).all()
-        assert reasons(answers) == ["Answer", "SessionLost", "Answer"]
+        assert kinds(answers) == ["Answer", "SessionLost", "Answer"]
         with pytest.raises(SessionLost, match="session 'b' was paged out and is not in the store"):
             await at.state("b")
         assert await at.engine.close_session("b") is False

@@ -9,34 +9,23 @@ import pytest
 
 from stepwell_server.engine.api import Applied
 from stepwell_server.engine.change import Awaited, Change
-from stepwell_server.errors import Internal, InvalidInput, Overloaded, ServerError, Unavailable
+from stepwell_server.errors import Internal, InvalidInput, Overloaded, Unavailable
 from support.durable import until
-from support.engine import Answer, Harness, running
+from support.engine import BOTH_WAYS, Answer, Harness, kinds, running, x
 from support.fake_executor import BAD, BROKEN, PLAIN
-from support.model_of_sessions import initial, run
+from support.model_of_sessions import initial, ran
 
-BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
 START = PLAIN.initial[0].tobytes()
 
 
-def x(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
-
-
 def outputs_of(value: np.ndarray) -> np.ndarray:
-    ran = run(initial(len(value)), value if value.ndim == 3 else value[:, None])
-    assert ran is not None
-    return ran[0] if value.ndim == 3 else ran[0][:, 0]
+    return ran(initial(len(value)), value)[0]
 
 
 async def open_all(at: Harness, count: int) -> list[str]:
     ids = [f"s{i:03}" for i in range(count)]
     await at.engine.open_sessions("plain", session_ids=ids)
     return ids
-
-
-def reasons(answers: list[Answer | ServerError]) -> list[str]:
-    return [type(answer).__name__ for answer in answers]
 
 
 @BOTH_WAYS
@@ -50,9 +39,7 @@ async def test_only_the_sessions_at_fault_fail(threads: bool, bad: list[int], st
         for place, member in enumerate(bad):  # at different time steps
             value[(member, 0) if steps is None else (member, place % steps, 0)] = BAD
         answers = await at.submit(ids, value).all()
-        ran = run(initial(51), good if steps else good[:, None])
-        assert ran is not None
-        wanted, after = ran
+        wanted, after = ran(initial(51), good)
         for member, answer in enumerate(answers):
             if member in bad:
                 assert isinstance(answer, InvalidInput)
@@ -90,7 +77,7 @@ async def test_a_session_with_a_row_at_fault_fails_whole_and_its_neighbours_do_n
         value = x(6)
         value[3, 0] = BAD
         answers = await at.submit(["a", "b", "c"], value, sizes=[2, 3, 1]).all()
-        assert reasons(answers) == ["Answer", "InvalidInput", "Answer"]
+        assert kinds(answers) == ["Answer", "InvalidInput", "Answer"]
         assert (await at.state("b"))["sum"].tobytes() == START * 3
         for answer, low, high in ((answers[0], 0, 2), (answers[2], 5, 6)):
             assert isinstance(answer, Answer)
@@ -108,7 +95,7 @@ async def test_a_pass_that_breaks_changes_nothing_and_the_loop_goes_on(
         broken = at.submit(ids, value)
         after = at.submit(ids, x(8, seed=1), expected=[0] * 8)
         answers = await broken.all()
-        assert reasons(answers) == ["Internal"] * 8
+        assert kinds(answers) == ["Internal"] * 8
         error = answers[0]
         assert isinstance(error, Internal)
         assert "secret" not in error.message
@@ -129,7 +116,7 @@ async def test_a_pass_that_breaks_while_it_is_narrowed_changes_nothing(threads: 
             BAD  # the executor refuses the whole pass, so it runs in parts, the last of which breaks
         )
         value[7, 0] = BROKEN
-        assert reasons(await at.submit(ids, value).all()) == ["Internal"] * 8
+        assert kinds(await at.submit(ids, value).all()) == ["Internal"] * 8
         for session_id in ids:
             assert (await at.state(session_id))["sum"].tobytes() == START
             assert (await at.engine.session_info(session_id)).revision == 0
@@ -139,9 +126,7 @@ async def test_a_pass_that_breaks_while_it_is_narrowed_changes_nothing(threads: 
 async def test_cancelling_any_member_of_a_batch_harms_no_other(victim: int) -> None:
     async with running(threads=True) as at:
         ids = await open_all(at, 7)
-        at.hooks.close_gate()
-        first = at.submit(ids[6], x(1))
-        await at.in_flight()
+        first = await at.begin_pass(ids[6], x(1))
         value = x(6)
         waiting = [at.submit(ids[i], value[i : i + 1]) for i in range(6)]
         at.cancel(waiting[victim])
@@ -166,9 +151,7 @@ async def _step(at: Harness, change: Change, answer: Awaited) -> Applied:
 async def test_cancelling_the_task_that_waits_for_a_change_harms_no_other(victim: int) -> None:
     async with running(threads=True) as at:
         ids = await open_all(at, 5)
-        at.hooks.close_gate()
-        at.submit(ids[4], x(1))
-        await at.in_flight()
+        await at.begin_pass(ids[4], x(1))
         value = x(4)
         waiting = [(Awaited(), ids[i], value[i : i + 1]) for i in range(4)]
         tasks = [
@@ -190,9 +173,7 @@ async def test_cancelling_the_task_that_waits_for_a_change_harms_no_other(victim
 async def test_one_pass_runs_at_a_time_even_if_what_is_dropped_lets_others_in() -> None:
     async with running(threads=True) as at:
         await at.open("a", "b", "c")
-        at.hooks.close_gate()
-        at.submit("a", x(1))
-        await at.in_flight()
+        await at.begin_pass("a", x(1))
         dropped, in_line, other = at.submit("b", x(1)), at.submit("b", x(1)), at.submit("c", x(1))
         at.cancel(dropped)
         at.passes[0].on_end = at.hooks.close_gate  # the next pass waits until this test has looked
@@ -215,9 +196,7 @@ async def test_one_pass_runs_at_a_time_even_if_what_is_dropped_lets_others_in() 
 async def test_a_change_cancelled_while_its_pass_runs_is_applied_and_a_retry_finds_it() -> None:
     async with running(threads=True) as at:
         await at.open("a")
-        at.hooks.close_gate()
-        one = at.submit("a", x(1), expected=0, request_ids=3)
-        await at.in_flight()
+        one = await at.begin_pass("a", x(1), expected=0, request_ids=3)
         at.cancel(one)
         at.hooks.open_gate()
         assert (await one.only()).revision == 1
@@ -227,9 +206,7 @@ async def test_a_change_cancelled_while_its_pass_runs_is_applied_and_a_retry_fin
 async def test_what_waits_together_runs_together_up_to_max_batch_rows() -> None:
     async with running(threads=True, max_batch_rows=8, compute_threads=1) as at:
         ids = await open_all(at, 21)
-        at.hooks.close_gate()
-        at.submit(ids[20], x(1))
-        await at.in_flight()
+        await at.begin_pass(ids[20], x(1))
         waiting = [at.submit(ids[i], x(1)) for i in range(20)]
         at.hooks.open_gate()
         for answers in waiting:
@@ -259,9 +236,7 @@ async def test_a_session_of_more_rows_than_a_pass_runs() -> None:
 async def test_a_long_request_gives_way_to_short_ones_after_each_step() -> None:
     async with running(threads=True, steps=100, max_batch_rows=2, compute_threads=1) as at:
         ids = await open_all(at, 4)
-        at.hooks.close_gate()
-        long = at.submit(ids[0], x(1, 40))
-        await at.in_flight()
+        long = await at.begin_pass(ids[0], x(1, 40))
         short = [at.submit(ids[i], x(1)) for i in range(1, 4)]
         after = at.submit(ids[1], x(1))
         at.hooks.open_gate()
@@ -274,9 +249,7 @@ async def test_a_long_request_gives_way_to_short_ones_after_each_step() -> None:
 async def test_while_others_wait_a_long_request_runs_one_step_a_pass() -> None:
     async with running(threads=True, steps=100, max_batch_rows=2, compute_threads=1) as at:
         ids = await open_all(at, 4)
-        at.hooks.close_gate()
-        first = at.submit(ids[0], x(1))
-        await at.in_flight()
+        first = await at.begin_pass(ids[0], x(1))
         long = at.submit(ids[1], x(1, 4))
         short = [at.submit(ids[i], x(1)) for i in (2, 3)]
         at.hooks.open_gate()
@@ -290,9 +263,7 @@ async def test_while_others_wait_a_long_request_runs_one_step_a_pass() -> None:
 async def test_too_many_rows_waiting_are_refused_and_nothing_changes() -> None:
     async with running(threads=True, max_batch_rows=1, resident_rows=200) as at:
         ids = await open_all(at, 70)
-        at.hooks.close_gate()
-        first = at.submit(ids[0], x(1))
-        await at.in_flight()
+        first = await at.begin_pass(ids[0], x(1))
         waiting = at.submit(ids[1:61], x(60))
         with pytest.raises(
             Overloaded, match="rows waiting for model 'plain' must stay within 64; 60 wait and 5 came"
@@ -328,9 +299,7 @@ async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatc
 async def test_stopping_refuses_what_comes_and_finishes_what_came() -> None:
     async with running(threads=True) as at:
         await at.open("a", "b")
-        at.hooks.close_gate()
-        first = at.submit("a", x(1))
-        await at.in_flight()
+        first = await at.begin_pass("a", x(1))
         in_queue, in_line = at.submit("b", x(1, 3)), at.submit("a", x(1))
         at.engine.stop_accepting()
         for change in ({"x": x(1)}, {"reset": True}):
@@ -357,16 +326,14 @@ async def test_stopping_refuses_what_comes_and_finishes_what_came() -> None:
 async def test_draining_ends_if_all_that_waits_was_cancelled() -> None:
     async with running(threads=True) as at:
         await at.open("a", "b")
-        at.hooks.close_gate()
-        at.submit("a", x(1))
-        await at.in_flight()
+        await at.begin_pass("a", x(1))
         cancelled = at.submit("b", x(1))
         at.cancel(cancelled)
         draining = asyncio.create_task(at.engine.drain())
         await asyncio.sleep(0)
         at.hooks.open_gate()
         await asyncio.wait_for(draining, 60)
-        assert reasons(await cancelled.all()) == ["Unavailable"]
+        assert kinds(await cancelled.all()) == ["Unavailable"]
 
 
 async def test_warming_up_writes_to_nobodys_rows() -> None:

@@ -14,8 +14,8 @@ from stepwell_server.engine.change import Change
 from stepwell_server.engine.sessions import creation, directory, ids, reading
 from stepwell_server.errors import RevisionConflict, ServerError, SessionExists
 from support.awaited import RemoteStore
-from support.durable import begun, kinds, x
-from support.engine import Answer, Answers, Harness, running
+from support.durable import begun
+from support.engine import Answer, Answers, Harness, kinds, running, x
 
 T = TypeVar("T")
 PIECE = 16
@@ -88,7 +88,7 @@ async def test_ids_that_are_being_opened_in_pieces_are_taken() -> None:
     async with running() as at:
         names = [f"s{number:03}" for number in range(COUNT)]
         many = await begun(at.engine.open_sessions("plain", session_ids=names))
-        while names[-1] not in at.engine._removal:
+        while names[-1] not in at.inside.removal:
             assert not many.done()
             await asyncio.sleep(0)
         one = await at.engine.open_session("plain", session_id=names[-1])
@@ -181,7 +181,7 @@ async def test_unknown_ids_cost_one_look_at_what_is_remembered() -> None:
         await at.engine.close_session("closed")
         looks: list[int] = []
         store: Any = at.store.shared if isinstance(at.store, RemoteStore) else at.store
-        seen: Any = at.engine._directory._here
+        seen: Any = at.inside.remembering_store
         tombstones = store.tombstones
 
         def counted(session_ids: Sequence[str]) -> Any:

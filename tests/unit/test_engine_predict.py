@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,19 +11,12 @@ from stepwell_server.errors import (
     DeadlineExceeded,
     Internal,
     InvalidInput,
-    ModelNotFound,
     Overloaded,
     Unavailable,
 )
-from support.engine import running
+from support.engine import BOTH_WAYS, running, x
 from support.fake_executor import BAD, BROKEN, RICH, WAIT_S
-from support.model_of_sessions import initial, run
-
-BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
-
-
-def x(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
+from support.model_of_sessions import initial, ran
 
 
 @BOTH_WAYS
@@ -38,9 +30,7 @@ async def test_any_number_of_rows_and_steps(
         value = x(rows, *([] if steps is None else [steps]))
         state = x(rows, seed=1) if with_state else None
         predicted = await at.engine.predict("plain", {"x": value}, None if state is None else {"sum": state})
-        ran = run(initial(rows) if state is None else state, value if steps else value[:, None])
-        assert ran is not None
-        outputs, after = ran
+        outputs, after = ran(initial(rows) if state is None else state, value)
         assert predicted.outputs["y"].tobytes() == outputs.tobytes()
         assert predicted.outputs["y"].shape == value.shape
         assert predicted.state["sum"].tobytes() == after.tobytes()
@@ -65,12 +55,8 @@ async def test_predictions_and_sessions_share_passes_and_do_not_notice(threads: 
         step = at.submit("a", x(1, 5))
         predicted = await at.engine.predict("plain", {"": x(3, 5)})
         answer = await step.only()
-        ran = run(initial(3), x(3, 5))
-        alone = run(initial(1), x(1, 5))
-        assert ran is not None
-        assert alone is not None
-        assert predicted.outputs["y"].tobytes() == ran[0].tobytes()
-        assert answer.outputs["y"].tobytes() == alone[0].tobytes()
+        assert predicted.outputs["y"].tobytes() == ran(initial(3), x(3, 5))[0].tobytes()
+        assert answer.outputs["y"].tobytes() == ran(initial(1), x(1, 5))[0].tobytes()
         assert max(rows for rows, _ in at.events.passes) == 4
 
 
@@ -98,31 +84,6 @@ async def test_a_run_that_breaks(threads: bool) -> None:
         with pytest.raises(Internal):
             await at.engine.predict("plain", {"": value})
         assert (await at.engine.predict("plain", {"": x(10)})).outputs["y"].shape == (10, 2)
-
-
-@pytest.mark.parametrize(
-    ("args", "kind", "message"),
-    [
-        (("x", {"": x(1)}), ModelNotFound, "model must be one of"),
-        (("plain", {"": x(0)}), InvalidInput, "inputs must have at least one row; got 0"),
-        (("plain", {}), InvalidInput, "inputs must have at least one row; got 0"),
-        (("plain", {"": np.float32(3)}), InvalidInput, "inputs must have at least one row; got 0"),
-        (("plain", {"": x(2, 0)}), InvalidInput, "input 'x' must have at least one time step; got T = 0"),
-        (("plain", {"": np.full((2, 2), np.nan)}), InvalidInput, "input 'x' must hold finite numbers"),
-        (("plain", {"z": x(2)}), InvalidInput, r"inputs must name each of \['x'\] once"),
-        (
-            ("plain", {"": x(2)}, {"": x(3)}),
-            InvalidInput,
-            r"state 'sum' must have shape \(2, 2\); got \(3, 2\)",
-        ),
-        (("plain", {"": x(2)}, {"": x(2) * np.inf}), InvalidInput, "state 'sum' must hold finite numbers"),
-        (("plain", {"": x(2)}, {}), InvalidInput, r"state must name each of \['sum'\] once"),
-    ],
-)
-async def test_bad_input_is_named(args: Any, kind: type[Exception], message: str) -> None:
-    async with running() as at:
-        with pytest.raises(kind, match=f"^{message}"):
-            await at.engine.predict(*args)
 
 
 async def test_a_deadline_that_passes_while_it_waits() -> None:
@@ -160,9 +121,7 @@ async def test_working_rows_that_are_taken_are_waited_for() -> None:
         values = [x(3, 4, seed=i) for i in range(4)]
         runs = [asyncio.create_task(at.engine.predict("plain", {"": value})) for value in values]
         for value, task in zip(values, runs, strict=True):
-            ran = run(initial(3), value)
-            assert ran is not None
-            assert (await task).outputs["y"].tobytes() == ran[0].tobytes()
+            assert (await task).outputs["y"].tobytes() == ran(initial(3), value)[0].tobytes()
 
 
 async def test_too_much_waiting_is_refused() -> None:
@@ -194,9 +153,7 @@ async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatc
 async def test_who_waits_for_rows_to_work_in_gets_those_of_a_request_that_is_cancelled() -> None:
     async with running(threads=True, resident_rows=4, max_batch_rows=4, steps=1) as at:
         await at.open("a", batch_size=2)
-        at.hooks.close_gate()
-        long = at.submit("a", np.zeros((2, 5, 2), np.float32), sizes=[2])
-        await at.in_flight()
+        long = await at.begin_pass("a", np.zeros((2, 5, 2), np.float32), sizes=[2])
         predict = asyncio.create_task(at.engine.predict("plain", {"": np.zeros((3, 2), np.float32)}))
         await asyncio.sleep(0)
         at.cancel(long)

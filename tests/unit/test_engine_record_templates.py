@@ -1,28 +1,19 @@
-"""Records of a group are laid out once, and never of sessions that have gone."""
+"""Records of a group are laid out once, and never of sessions that have gone.
+
+How many layouts are kept, and what is remembered to find them, shows nowhere else: it is looked at inside.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import pytest
 
 from stepwell_server.engine.durability import record_templates as sheets
 from stepwell_server.store.record import decode
-from support.engine import Harness, running
+from support.engine import Harness, running, x
 
 pytestmark = pytest.mark.stores("async", "sync")
 COUNT = 40
-
-
-def templates_of(at: Harness) -> Any:
-    """How many are kept shows nowhere else."""
-    keeping: Any = at.engine._committer._keeping
-    return keeping._records._templates
-
-
-def x(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
 
 
 async def check_stored(at: Harness, ids: list[str]) -> None:
@@ -44,12 +35,12 @@ async def test_a_group_that_steps_again_shares_a_sheet_and_each_record_is_its_ow
         for step in range(3):
             await at.submit(ids, x(COUNT, seed=step)).all()
             await check_stored(at, ids)
-        assert len(templates_of(at)._kept) == 1
+        assert len(at.inside.templates._kept) == 1
         some = ids[5:30]
         for seed, kept in ((9, 1), (10, 2)):
             await at.submit(some, x(len(some), seed=seed)).all()
             await check_stored(at, ids)
-            assert len(templates_of(at)._kept) == kept
+            assert len(at.inside.templates._kept) == kept
 
 
 async def test_sessions_that_come_together_once_leave_no_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +51,7 @@ async def test_sessions_that_come_together_once_leave_no_sheet(monkeypatch: pyte
         for start in range(10):
             await at.submit(ids[start:], x(COUNT - start, seed=start)).all()
         await check_stored(at, ids)
-        kept = templates_of(at)
+        kept = at.inside.templates
         assert not kept._kept
         assert len(kept._seen) == 3
 
@@ -71,14 +62,14 @@ async def test_sessions_that_have_the_handles_of_others_get_a_sheet_of_their_own
         await at.engine.open_sessions("plain", session_ids=first)
         for seed in range(2):
             await at.submit(first, x(COUNT, seed=seed)).all()
-        before = at.engine._table.find_all(first).tolist()
+        before = at.inside.table.find_all(first).tolist()
         await at.engine.close_sessions(first)
         at.clock.advance(5)
         # handles are given out again, the last one first
         second = [f"new{i}" for i in reversed(range(COUNT))]
         await at.engine.open_sessions("plain", session_ids=second)
-        in_order = sorted(second, key=lambda name: before.index(at.engine._table.find(name)))
-        assert at.engine._table.find_all(in_order).tolist() == before
+        in_order = sorted(second, key=lambda name: before.index(at.inside.table.find(name)))
+        assert at.inside.table.find_all(in_order).tolist() == before
         await at.submit(in_order, x(COUNT, seed=2)).all()
         await check_stored(at, in_order)
         assert at.store.count() == COUNT
@@ -113,5 +104,5 @@ async def test_sheets_are_kept_within_their_bytes(monkeypatch: pytest.MonkeyPatc
             for seed in (start, start + 1):
                 await at.submit(ids[start:], x(COUNT - start, seed=seed)).all()
         await check_stored(at, ids)
-        kept = templates_of(at)
+        kept = at.inside.templates
         assert 0 < sum(sheet.byte_count for _, sheet in kept._kept.values()) == kept._bytes <= 20_000

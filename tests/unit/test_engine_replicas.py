@@ -19,8 +19,8 @@ from stepwell_server.errors import (
 )
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
-from support.durable import begun, kinds, same_reply, x
-from support.engine import Answer, Harness, running
+from support.durable import begun, same_reply
+from support.engine import Answer, Harness, kinds, running, x
 
 pytestmark = pytest.mark.stores("awaited")
 
@@ -177,7 +177,7 @@ async def test_a_session_that_ended_elsewhere_has_ended(shape: str) -> None:
         await first.engine.close_session("a")
         with pytest.raises(SessionNotFound, match="session 'a' was closed"):
             await (second.state("a") if shape == "read" else change(second, shape, expected=1).only())
-        assert "a" not in second.engine._table
+        assert "a" not in second.inside.loaded()
         with pytest.raises(SessionNotFound, match="session 'a' was closed"):
             await second.state("a")
 
@@ -366,9 +366,7 @@ async def test_who_asks_keeps_its_place_behind_what_came_before() -> None:
     async with two(threads=True) as (first, second):
         await both_know(first, second, "a", "busy")
         await first.step("a", x(1))
-        second.hooks.close_gate()
-        busy = second.submit("busy", x(1))
-        await second.in_flight()
+        busy = await second.begin_pass("busy", x(1))
         step = second.submit("a", x(1))  # waits in the inbox as long as a pass runs
         read = await begun(second.engine.get_state("a"))
         await second.store.until("read", 3)

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 
 import numpy as np
 import pytest
 
 from stepwell_server.engine.change import Change
 from stepwell_server.errors import DeadlineExceeded, Overloaded, SessionNotFound, Unavailable
-from support.engine import Answer, Answers, Harness, Later, running
+from support.engine import Answer, Answers, Harness, Later, running, x
 from support.fake_executor import PLAIN
 from support.model_of_sessions import initial
-
-
-def x(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
 
 
 async def crowded(at: Harness, *waiting: str) -> object:
     """Sessions `a` and `b` have both rows and are under way; the others are there and have none."""
     await at.open(*waiting, "a", "b")
-    at.hooks.close_gate()
-    busy = at.submit(["a", "b"], x(2))
-    await at.in_flight()
-    return busy
+    return await at.begin_pass(["a", "b"], x(2))
 
 
 @pytest.mark.parametrize("threads", [False, True])
@@ -63,13 +57,11 @@ async def test_a_session_of_many_rows_is_not_passed_by_those_that_come_after_it(
         await at.open("big", batch_size=4)
         at.clock.advance(1)
         await at.open("a", "b")
-        at.hooks.close_gate()
-        busy = at.submit(["a", "b"], x(2))
-        await at.in_flight()
+        busy = await at.begin_pass(["a", "b"], x(2))
         order: list[str] = []
         waiting = {"big": at.submit("big", x(4), sizes=[4])} | {name: at.submit(name, x(1)) for name in small}
         for name, answers in waiting.items():
-            answers._ended.add_done_callback(lambda _done, name=name: order.append(name))  # type: ignore[misc]
+            answers.on_end(functools.partial(order.append, name))
         at.hooks.open_gate()
         for answers in (busy, *waiting.values()):
             assert all(isinstance(answer, Answer) for answer in await answers.all())
@@ -141,18 +133,18 @@ async def test_who_was_let_in_and_did_not_fit_keeps_its_place() -> None:
         for name in ("first", "second", "third", "fourth", "a", "b"):
             at.clock.advance(1)
             await at.open(name)
-        turns, table = at.engine._turns, at.engine._table
+        turns, table = at.inside.turns, at.inside.table
         claims = {name: table.find_all([name]) for name in ("a", "b", "first")}
         turns.claim(np.concatenate([claims["a"], claims["b"]]))
         order: list[str] = []
         first = Later(lambda _answer: turns.claim(claims["b"]))
         at.engine.submit(Change(["first"], first, reset=True))
-        at.engine._drain_inboxes()
+        at.inside.drain_inboxes()
         holding = asyncio.create_task(turns.hold(int(claims["first"][0]), float("inf")))
         await asyncio.sleep(0)
         waiting = {name: at.submit(name, x(1)) for name in ("second", "third", "fourth")}
         for name, answers in waiting.items():
-            answers._ended.add_done_callback(lambda _done, name=name: order.append(name))  # type: ignore[misc]
+            answers.on_end(functools.partial(order.append, name))
         turns.release(np.concatenate([claims["a"], claims["b"]]))
         await holding
         for _ in range(10):
@@ -171,7 +163,7 @@ async def test_another_model_may_begin_to_wait_while_one_is_let_in() -> None:
         for name in ("a2", "a1", "b2", "b1"):
             at.clock.advance(1)
             await at.open(name, model=name[0])
-        turns, table = at.engine._turns, at.engine._table
+        turns, table = at.inside.turns, at.inside.table
         busy = {name: np.array([table.find(name)], np.intp) for name in ("a1", "b1")}
         for handles in busy.values():
             turns.claim(handles)

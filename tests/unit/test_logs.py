@@ -11,8 +11,7 @@ import pytest
 
 from stepwell_server.errors import Internal
 from stepwell_server.logs import Log, LogFormat, configure
-from support.durable import x
-from support.engine import running
+from support.engine import running, x
 from support.fake_executor import BROKEN
 
 

@@ -15,7 +15,7 @@ from stepwell_server.clock import SystemClock
 from stepwell_server.errors import InvalidInput, Overloaded, Unavailable
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 from support.fake_call import FakeCall, Requests
-from support.fake_engine import MODEL, FakeEngine
+from support.fake_engine import FakeEngine
 
 _PATIENCE_S = 100.0
 _ROOMY = StreamLimits(frames=100, bytes=1 << 20)
@@ -68,8 +68,7 @@ class Call:
 @asynccontextmanager
 async def _call(limits: StreamLimits = _ROOMY, outputs: int = 2) -> AsyncIterator[Call]:
     engine = FakeEngine(outputs)
-    for session_id in ("a", "b", "c"):
-        await engine.open_session(MODEL, session_id=session_id)
+    engine.open("a", "b", "c")
     call = Call(engine, limits)
     yield call
     call.task.cancel()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import numpy as np
-import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
-from support.streams import BOTH_WAYS, Streams, message, parsed, play, request, streams
+from support.streams import Streams, play, request, streams
 
 
 def revision(raw: bytes) -> int:
@@ -45,37 +42,6 @@ async def test_a_call_sent_again_is_answered_again() -> None:
     await play(scenario)
 
 
-@BOTH_WAYS
-async def test_the_revision_that_stands_for_any_is_one_that_no_session_has(threads: bool) -> None:
-    async def scenario(at: Streams) -> None:
-        await at.at.open("a")
-        at.call(request("a", expected_revision=2**64 - 2))
-        await at.done()
-        for _ in range(2):
-            at.call(request("a", expected_revision=2**64 - 1))
-        await at.done()
-        assert (await at.at.engine.session_info("a")).revision == 0
-
-    await play(scenario, threads=threads)
-
-
-async def test_bytes_that_are_no_request_are_refused() -> None:
-    good = request("a")
-
-    async def scenario(at: Streams) -> None:
-        await at.at.open("a")
-        at.call(good)
-        await at.turns()
-        for raw in (b"", b"\xff\xff", b"\n\x7fa", good[:-1], good + b"\x10", b"\n\x01\xff" + good[3:]):
-            at.call(raw)
-        await at.turns()
-        codes = [one if isinstance(one, bytes) else one[0] for one in await at.call_results()][1:]
-        # no bytes at all are a request without a session
-        assert codes == ["INVALID_ARGUMENT"] * 6
-
-    await play(scenario)
-
-
 async def test_a_cancelled_call_whose_step_still_waits_is_dropped() -> None:
     for x in (None, np.ones((1, 2), np.float64)):  # as it is, and cast
         async with streams(threads=True) as at:
@@ -108,71 +74,3 @@ async def test_a_call_past_its_deadline_is_dropped() -> None:
         assert [(await at.at.engine.session_info(one)).revision for one in "abc"] == [0, 1, 0]
 
     await play(scenario, threads=True)
-
-
-async def test_a_stopping_server_answers_what_it_has_taken() -> None:
-    async def scenario(at: Streams) -> None:
-        await at.at.open("a", "busy")
-        await at.busy()
-        at.call(request("a"))
-        await at.turns()
-        at.at.engine.stop_accepting()
-        at.call(request("a"))
-        await at.turns()
-        assert not at.calls[0].done()
-        await at.done()
-        first, second = await at.call_results()
-        assert (revision(first), second[0]) == (1, "UNAVAILABLE")
-
-    await play(scenario, threads=True)
-
-
-async def test_more_than_may_wait_is_refused() -> None:
-    async def scenario(at: Streams) -> None:
-        ids = [f"s{i}" for i in range(100)]
-        await at.at.open(*ids, "busy")
-        await at.busy()
-        for session_id in ids:
-            at.call(request(session_id))
-        await at.turns()
-        refused = [call for call in at.calls if call.done()]
-        assert len(refused) == 100 - 64
-
-    await play(scenario, threads=True, max_batch_rows=1, resident_rows=1000)
-
-
-async def test_a_call_whose_task_ends_leaves_no_one_waiting() -> None:
-    """Its session is closed while it waits."""
-
-    async def scenario(at: Streams) -> None:
-        await at.at.open("a", "busy")
-        await at.busy()
-        at.call(request("a"))
-        await at.turns()
-        closing = asyncio.create_task(at.at.engine.close_session("a"))
-        await at.turns()
-        at.call(request("a"))
-        await at.done()
-        await closing
-        first, second = await at.call_results()
-        assert (revision(first), second[0]) == (1, "NOT_FOUND")
-
-    await play(scenario, threads=True)
-
-
-@pytest.mark.parametrize("shape", [(1, 2), (1, 1, 2), (1, 4, 2), (2, 2)])
-async def test_booleans_for_floats_are_refused_in_the_same_words_by_calls_and_frames(
-    shape: tuple[int, ...],
-) -> None:
-    flags = np.ones(shape, np.bool_)
-
-    async def scenario(at: Streams) -> None:
-        await at.at.open("a")
-        at.call(request("a", flags))
-        at.send(message(1, "a", x=flags), message(2, "a", x=flags, batch_sizes=[1]))
-        at.send(message(3, "a", "nobody", x=np.concatenate([flags, flags]), batch_sizes=[1, 1]))
-        await at.turns()
-
-    (replies,) = await play(scenario)
-    said = {reply.errors[0].error.message for reply in parsed(replies)}
-    assert said == {"input 'x' must have a dtype that fits float32; got bool"}

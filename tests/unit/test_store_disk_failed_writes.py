@@ -32,7 +32,7 @@ def doubtful(path: Path, monkeypatch: pytest.MonkeyPatch, batch: Batch) -> DiskS
     store = opened(path)
     begin(store, "a", "b")
     put(store, "a", revision=1)
-    commit = LmdbStore._commit
+    commit = LmdbStore._commit  # inside what says whether it failed
 
     def late(self: LmdbStore, batch: Batch) -> None:
         commit(self, batch)
@@ -109,7 +109,7 @@ def test_a_reader_forgets_nothing_that_is_later_than_what_it_looked_at(
 ) -> None:
     """Two read what is in doubt; one of them has gone on by the time the other comes to its end."""
     store = doubtful(path, monkeypatch, CHANGED)
-    later = store._later
+    later = store._later  # between a reader's look and its end there is nothing else to take hold of
 
     def slow(records: Any) -> list[bool]:
         monkeypatch.undo()

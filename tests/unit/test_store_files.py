@@ -178,6 +178,7 @@ def test_a_name_that_another_user_holds_keeps_nobody_from_starting(
     store = opened(path)
     path.rename(path.with_name("elsewhere"))
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    # a process of another user would be needed
     monkeypatch.setattr("stepwell_server.store.disk.lock._owner", lambda _: (17, 54321))
     opened(path).close()
     assert "process 17 of user 54321 holds the name of" in caplog.text
@@ -187,6 +188,7 @@ def test_a_name_that_another_user_holds_keeps_nobody_from_starting(
 @linux_only
 def test_the_name_of_a_mount_point_is_not_locked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two services may each have a mount of their own under one name."""
+    # a mount of one's own needs a user who may mount: so the question and what follows from it are tried apart
     assert lock_module._is_mount_point(Path("/proc"))
     assert not lock_module._is_mount_point(path)
     monkeypatch.setattr(lock_module, "_is_mount_point", lambda _: True)
@@ -199,7 +201,9 @@ def test_the_name_of_a_mount_point_is_not_locked(path: Path, monkeypatch: pytest
 def test_a_lock_file_that_was_replaced_while_it_was_locked_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock_one = DirectoryLock._lock
+    lock_one = (
+        DirectoryLock._lock
+    )  # between it and the look at the name there is nothing else to take hold of
 
     def too_late(lock: DirectoryLock, path: Path) -> int:
         file = lock_one(lock, path)

@@ -20,34 +20,15 @@ from stepwell_server.store.disk import keys
 from stepwell_server.store.disk import lmdb as module
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store.record import Record, decode, decode_header
+from stepwell_server.store.record import decode, decode_header
 from support.clock import ManualClock
+from support.stored import put, record
 
 ODD_IDS = ["a", "b", "ä", "z" * 256, "é" * 255 + "1", "é" * 256, "\U0001f600" * 256, "\U0001f600" * 255 + "a"]
 
 
-def record(session_id: str, revision: int = 0, size: int = 20) -> bytes:
-    return Record(
-        fingerprint="f" * 64,
-        model="m",
-        batch_size=1,
-        revision=revision,
-        position=revision,
-        request_id=0,
-        opened_with=0,
-        created=0.0,
-        last_used=0.0,
-        reply=0,
-        rows=bytes([revision % 256]) * size,
-    ).encode(session_id)
-
-
 def opened(path: Path, durability: Durability = "async", **options: Any) -> LmdbStore:
     return LmdbStore(path, durability=durability, clock=ManualClock(), **options)
-
-
-def put(store: LocalStore, *session_ids: str, revision: int = 0, size: int = 20) -> None:
-    store.commit(Batch(puts=[(i, record(i, revision, size)) for i in session_ids]))
 
 
 def ids(store: LocalStore, **options: Any) -> list[str]:
@@ -113,7 +94,7 @@ def test_long_ids_are_sessions_like_others(store: LmdbStore) -> None:
     put(store, *ODD_IDS)
     assert sorted(ids(store)) == sorted(ODD_IDS)
     for session_id in ODD_IDS:
-        assert decode_header(session_id, store.get(session_id) or b"").fingerprint == "f" * 64
+        assert decode_header(session_id, store.get(session_id) or b"").fingerprint == "f" * 8
         assert ids(store, prefix=session_id) == [session_id]
     assert sorted(ids(store, prefix="é" * 250)) == ["é" * 255 + "1", "é" * 256]
     stones = [Tombstone(i, End.EXPIRED, 1.0) for i in ODD_IDS]
@@ -125,9 +106,9 @@ def test_long_ids_are_sessions_like_others(store: LmdbStore) -> None:
 def test_the_value_under_a_digest_is_that_of_the_whole_id(store: LmdbStore) -> None:
     mine, other = "é" * 256, "é" * 255 + "1"
     put(store, other)
-    with store._environment.begin(write=True) as transaction:
-        value = transaction.get(keys.key_of(other), db=store._sessions)
-        transaction.put(keys.key_of(mine), value, db=store._sessions)
+    # nobody but a digest that is not unique would write it there
+    with store._environment.begin(write=True, db=store._sessions) as transaction:
+        transaction.put(keys.key_of(mine), transaction.get(keys.key_of(other)))
     with pytest.raises(StateCorrupt):
         decode(mine, store.get(mine) or b"")
 
@@ -240,7 +221,7 @@ def test_a_map_that_cannot_grow_is_unavailable_and_no_damage(
     store = opened(tmp_path, first_map_bytes=128 * 1024)
     put(store, "a", revision=1)
     map_bytes = store._map_bytes
-    store._map_bytes = 2**62  # no address space for twice as much
+    store._map_bytes = 2**62  # no address space for twice as much; no test has the room to get there
     with pytest.raises(Unavailable, match="must be able to keep"):
         put(store, "b", size=2**20)
     assert revision(store, "a") == 1
@@ -260,7 +241,7 @@ def test_an_environment_that_gave_up_is_opened_anew(store: LmdbStore) -> None:
             raise lmdb.PanicError("mdb_txn_begin")
 
     put(store, "a")
-    store._environment = Broken(store._environment)
+    store._environment = Broken(store._environment)  # only damage makes a real one give up
     put(store, "a", "b", revision=2)
     assert (revision(store, "a"), revision(store, "b")) == (2, 2)
 
@@ -273,7 +254,7 @@ def test_opening_anew_is_tried_until_it_works(store: LmdbStore, monkeypatch: pyt
             raise lmdb.DiskError("mdb_env_open")
 
         patch.setattr(lmdb, "open", refuse)
-        store._must_reopen = True
+        store._must_reopen = True  # as after a panic, which only damage brings about
         for _ in range(2):
             with pytest.raises(Unavailable, match="must be able to keep"):
                 put(store, "a", revision=1)
@@ -321,8 +302,8 @@ def test_a_page_that_lmdb_finds_damaged_is_that_of_its_sessions(
     assert store.get_many(["a", "b", "c"]) == [record("a"), b"", None]
 
 
-def test_pages_of_closed_sessions_are_used_again(store: LmdbStore) -> None:
-    data = store._folder / "data.mdb"
+def test_pages_of_closed_sessions_are_used_again(store: LmdbStore, tmp_path: Path) -> None:
+    data = tmp_path / "data" / "sessions" / "data.mdb"
     sizes = []
     for turn in range(12):
         names = [f"{turn}-{i}" for i in range(300)]
@@ -340,7 +321,7 @@ def test_a_file_that_is_mostly_free_is_compacted_at_start(
     names = [f"s{i}" for i in range(2000)]
     put(store, *names, size=2000)
     store.commit(Batch(deletes=names[100:], tombstones=[Tombstone("x", End.EXPIRED, 1.0)]))
-    data = store._folder / "data.mdb"
+    data = tmp_path / "sessions" / "data.mdb"
     before = data.stat().st_size
     store.close()
     (tmp_path / "sessions.compacting").mkdir()  # left over from a start that was killed
@@ -377,7 +358,7 @@ def test_a_copy_that_fails_leaves_the_file_as_it_is(tmp_path: Path, monkeypatch:
 def test_a_file_that_is_cut_off_or_no_store_stops_the_start(tmp_path: Path) -> None:
     store = opened(tmp_path)
     put(store, *[f"s{i}" for i in range(500)], size=1000)
-    data = store._folder / "data.mdb"
+    data = tmp_path / "sessions" / "data.mdb"
     store.close()
     os.truncate(data, data.stat().st_size // 2)
     with pytest.raises(StoreError, match="it was cut off at"):
@@ -389,24 +370,29 @@ def test_a_file_that_is_cut_off_or_no_store_stops_the_start(tmp_path: Path) -> N
     opened(tmp_path).close()
 
 
+def write_schema(path: Path, version: bytes) -> bytes | None:
+    """Write another version of the schema into a store that is closed; which one was there."""
+    opened(path).close()
+    with (
+        lmdb.open(str(path / "sessions"), max_dbs=9) as environment,
+        environment.begin(write=True) as transaction,
+    ):
+        meta = environment.open_db(b"meta", transaction)
+        before: bytes | None = transaction.get(b"schema", db=meta)
+        transaction.put(b"schema", version, db=meta)
+    return before
+
+
 def test_a_store_of_a_later_release_stops_the_start(tmp_path: Path) -> None:
-    store = opened(tmp_path)
-    with store._environment.begin(write=True, db=store._meta) as transaction:
-        transaction.put(b"schema", b"3")
-    store.close()
+    write_schema(tmp_path, b"3")
     with pytest.raises(StoreError, match="must be of schema version 2; it is of 3"):
         opened(tmp_path)
 
 
 def test_a_store_from_before_there_were_journals_becomes_one_that_may_have_some(tmp_path: Path) -> None:
-    store = opened(tmp_path)
-    with store._environment.begin(write=True, db=store._meta) as transaction:
-        transaction.put(b"schema", b"1")
-    store.close()
-    store = opened(tmp_path)
-    with store._environment.begin(db=store._meta) as transaction:
-        assert transaction.get(b"schema") == b"2", "the release before must not open it any more"
-    store.close()
+    write_schema(tmp_path, b"1")
+    opened(tmp_path).close()
+    assert write_schema(tmp_path, b"2") == b"2", "the release before must not open it any more"
 
 
 def test_a_directory_that_is_none_stops_the_start(tmp_path: Path) -> None:

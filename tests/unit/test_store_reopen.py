@@ -17,7 +17,7 @@ from stepwell_server.store.disk.lmdb import GIVE_UP_S, RETRY_S, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
 from support.broken_disk import break_last_writes
 from support.clock import ManualClock
-from support.stored import begin, end, put, revisions
+from support.stored import base_of, begin, end, put, revisions
 
 CLOCK = ManualClock()
 
@@ -58,7 +58,7 @@ WRITES: dict[str, Callable[[DiskStore], object]] = {
     "open": lambda store: begin(store, "c"),
     "close": lambda store: end(store, "b"),
     "sync": lambda store: store.sync(),
-    "mark": lambda store: store._base.set_wal_mark(store._base.wal_mark),
+    "mark": lambda store: base_of(store).set_wal_mark(base_of(store).wal_mark),
 }
 
 
@@ -82,7 +82,7 @@ def test_an_opening_that_is_tight_on_room_opens_it_anew(
     store: DiskStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The room is looked at before anything is written, and that must not fail for ever."""
-    monkeypatch.setattr(type(store._base._reserve), "is_short", True)
+    monkeypatch.setattr(type(base_of(store)._reserve), "is_short", True)
     begin(store, "c")
 
 
@@ -169,7 +169,8 @@ def test_no_other_file_is_made_in_place_of_one_that_is_gone(store: DiskStore, pa
 
 def test_a_reader_does_not_wait_for_whoever_writes(store: DiskStore) -> None:
     """A commit may take as long as a disk that stalls, and opens the environment anew itself."""
-    with store._base._writing, pytest.raises(Unavailable, match="a change that is under way opens it anew"):
+    writing = base_of(store)._writing  # as a commit holds it for as long as the disk stalls
+    with writing, pytest.raises(Unavailable, match="a change that is under way opens it anew"):
         store.get("b")
     assert store.get("b") is not None
 

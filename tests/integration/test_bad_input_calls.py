@@ -1,0 +1,159 @@
+"""One refusal of each call, over the wire: its status, its reason, its words, and that nothing has changed.
+
+Which rules there are, and what each says, is in the one table of refusals, `tests/unit/test_refusals*`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell.v1 import models_pb2
+from stepwell.v1 import sessions_pb2 as pb
+from support import wire
+from support.served import VOCABULARY, Served
+from support.wire import Refusal, tensor
+
+X = [tensor(np.ones((2, 3), np.float32))]
+#: What a status must not be broken by, and a message must show as it is.
+ODD = "\x1b[31m\u202eJürgen %42\0 日本\n"
+
+
+def nan() -> Any:
+    array = np.ones((2, 3), np.float32)
+    array[1, 1] = np.nan
+    return tensor(array)
+
+
+INPUT = ("INVALID_ARGUMENT", "INVALID_INPUT")
+#: The request, and status, reason and words; it is given a session of two rows at revision 1. Another is "in use".
+CALLS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
+    "Step": (
+        lambda one: pb.StepRequest(session_id=one, inputs=[nan()], request_id=1),
+        (*INPUT, "input 'x' must hold finite numbers within float32's range; got nan at index [1, 1]"),
+    ),
+    "ResetStates": (
+        lambda one: pb.ResetStatesRequest(session_id=one, rows=[0, 2]),
+        (*INPUT, "rows must be within 0 to 1; got 2"),
+    ),
+    "GetState": (
+        lambda _: pb.GetStateRequest(session_id=ODD),
+        ("NOT_FOUND", "SESSION_NOT_FOUND", f"that of an open session; got {ODD!r}"),
+    ),
+    "GetSession": (
+        lambda _: pb.GetSessionRequest(session_id="x" * 10_000),
+        ("NOT_FOUND", "SESSION_NOT_FOUND", "that of an open session; got 10000 characters, 'xxx"),
+    ),
+    "CloseSession": (
+        lambda _: pb.CloseSessionRequest(session_id=""),
+        (*INPUT, "session_id is missing; it must be that of an open session"),
+    ),
+    "CloseSessions": (
+        lambda one: pb.CloseSessionsRequest(session_ids=[one, ""]),
+        (*INPUT, "session_ids must be ids of sessions; one of them is missing"),
+    ),
+    "ForkSession": (
+        lambda one: pb.ForkSessionRequest(session_id=one, expected_revision=2**64 - 1),
+        ("ABORTED", "REVISION_CONFLICT", f"must be its revision 1; got {2**64 - 1}"),
+    ),
+    "OpenSession": (
+        lambda _: pb.OpenSessionRequest(model="seq", model_fingerprint="f00d"),
+        ("FAILED_PRECONDITION", "MODEL_MISMATCH", "model_fingerprint must be that of model 'seq'"),
+    ),
+    "OpenSessions": (
+        lambda _: pb.OpenSessionsRequest(model="seq", session_ids=["fine", "in use"]),
+        ("ALREADY_EXISTS", "SESSION_EXISTS", "session_ids must be new; session 'in use' is open"),
+    ),
+    "ListSessions": (
+        lambda _: pb.ListSessionsRequest(page_size=10_001),
+        (*INPUT, "page_size must be at most 10000; got 10001"),
+    ),
+    "GetModel": (
+        lambda _: models_pb2.GetModelRequest(name="SEQ"),
+        ("NOT_FOUND", "MODEL_NOT_FOUND", "model must be one of ['gru', 'last', ", "got 'SEQ'"),
+    ),
+    "Predict": (
+        lambda _: models_pb2.PredictRequest(model="tokens", inputs=[tensor(np.array([1, VOCABULARY]))]),
+        (*INPUT, "inputs must be ones that the model can run"),
+    ),
+}
+
+
+def sessions(served: Served) -> int:
+    return served.wire.sessions.ListSessions(pb.ListSessionsRequest(page_size=1), timeout=200).total
+
+
+def test_every_call_that_takes_an_argument_is_in_the_table() -> None:
+    services = (
+        pb.DESCRIPTOR.services_by_name["SessionService"],
+        models_pb2.DESCRIPTOR.services_by_name["ModelService"],
+    )
+    names = {method.name for service in services for method in service.methods if method.input_type.fields}
+    assert names == {*CALLS, "StepStream"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call(served: Served, name: str) -> None:
+    make, expected = CALLS[name]
+    in_use = served.wire.open("seq", "in use")
+    with served.session("seq", 2) as session_id, served.nothing_changes(session_id, in_use):
+        before = sessions(served)
+        refused = served.wire.refused(name, make(session_id))
+        refused.expect(*expected)
+        if refused.reason == "REVISION_CONFLICT":
+            assert refused.metadata == {
+                "session_id": session_id,
+                "expected_revision": str(2**64 - 1),
+                "actual_revision": "1",
+            }
+        assert sessions(served) == before
+    served.wire.close(in_use)
+
+
+def test_frames(served: Served) -> None:
+    """One of steps and one of resets that are refused, and one that is none, harm no other of their stream."""
+    with served.session("seq", 2) as one, served.session("seq", 2) as other, served.nothing_changes(one):
+        inputs = served.draw("seq", 2, 1)
+        known = wire.data(served.predicted(other, inputs))
+        answers = served.wire.exchange(
+            wire.step_frame(1, [one, one], X),
+            wire.reset_frame(2, [one], batch_sizes=[0]),
+            pb.StepStreamRequest(frame_id=2**64 - 1),
+            wire.step_frame(4, [other], wire.tensors(inputs)),
+        )
+        refusals = {
+            answer.frame_id: wire.of_members([answer], 1)[0] for answer in answers if answer.frame_id != 4
+        }
+        assert refusals == {
+            1: Refusal(*INPUT, f"session_ids must name each session once; {one!r} came twice"),
+            2: Refusal(*INPUT, "batch_sizes must be 1 to 2147483648; got 0"),
+            2**64 - 1: Refusal(*INPUT, "change must be step or reset; got neither"),
+        }
+        assert [wire.data(answer.outputs) for answer in answers if answer.frame_id == 4] == [known]
+
+
+def test_members_of_a_frame(served: Served) -> None:
+    """Each at fault in another way, and one that is not: it is stepped."""
+    with served.session("seq") as stale, served.session("seq", 2) as wrong, served.session("seq", 2) as good:
+        inputs = served.draw("seq", 6, 2)
+        known = wire.data(served.predicted(good, {name: array[4:] for name, array in inputs.items()}))
+        with served.nothing_changes(stale, wrong):
+            frame = wire.step_frame(
+                1,
+                [stale, ODD, wrong, good],
+                wire.tensors(inputs),
+                batch_sizes=[1, 2, 1, 2],
+                expected_revisions=[0, 0, 1, 1],
+                request_ids=[5, 6, 7, 8],
+            )
+            answers = served.wire.exchange(frame)
+        refusals = wire.of_members(answers, 4)
+        refusals.pop(0).expect("ABORTED", "REVISION_CONFLICT", "must be its revision 1; got 0")
+        refusals.pop(1).expect("NOT_FOUND", "SESSION_NOT_FOUND", f"got {ODD!r}")
+        refusals.pop(2).expect(*INPUT, "batch_sizes must be the sessions' own;", "has 2, got 1")
+        assert not refusals
+        found = wire.rows_of(answers, [1, 2, 1, 2])
+        assert {name: (array.shape, array.tobytes()) for name, array in found[3].items()} == known

@@ -1,0 +1,124 @@
+"""All calls of a server, without a network: bytes go into its methods and come out of them.
+
+Everything is real but the front and the executor. What only a front can do to a call (its status on the wire, a
+connection that breaks, a message that is too large) is asked of `served`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+from google.rpc import error_details_pb2, status_pb2
+
+from stepwell.v1 import models_pb2, sessions_pb2
+from stepwell_server.program import Program
+from stepwell_server.rpc.fronts.base import CallEnded, Method
+from stepwell_server.rpc.server import RpcServer
+from support.engine import Harness, running
+from support.fake_call import FakeCall, Requests
+from support.triton_requests import NoPasses
+from support.wire import Answer, Array, Refusal, of_members, tensors
+
+MAX_MESSAGE_BYTES = 1 << 20
+#: Status and reason of what breaks a rule.
+BAD_ARGUMENT = ("INVALID_ARGUMENT", "INVALID_INPUT")
+
+
+class Observer(Requests, NoPasses):
+    """Remembers the calls, and knows of no pass."""
+
+
+class Front:
+    """A `fronts.base.Front` that listens nowhere: its methods are called."""
+
+    def __init__(self) -> None:
+        self.methods: Mapping[str, Method] = {}
+
+    async def start(self, host: str, port: int, methods: Sequence[Method]) -> int:
+        self.methods = {method.name: method for method in methods if method.service.startswith("stepwell.")}
+        return 0
+
+    async def stop(self, grace_s: float) -> None:
+        """Nothing was begun."""
+
+
+class Calls:
+    """A client of an engine's calls."""
+
+    def __init__(self, at: Harness, methods: Mapping[str, Method]) -> None:
+        self.at = at
+        self._methods = methods
+
+    async def call(self, request: Any) -> Any:
+        """The reply to a unary request, which says by its type what is called; raises `CallEnded`."""
+        name = type(request).__name__.removesuffix("Request")
+        module = sessions_pb2 if hasattr(sessions_pb2, f"{name}Response") else models_pb2
+        raw = await self._methods[name].serve(FakeCall(request.SerializeToString()))
+        return getattr(module, f"{name}Response").FromString(raw)
+
+    async def refused(self, request: Any) -> Refusal:
+        """How a unary request is refused."""
+        try:
+            answer = await self.call(request)
+        except CallEnded as ended:
+            return _refusal(ended)
+        raise AssertionError(f"it was not refused but answered: {str(answer)[:300]}")
+
+    async def exchange(self, *frames: sessions_pb2.StepStreamRequest) -> list[Answer]:
+        """What a stream of these frames is answered with."""
+        call = FakeCall()
+        call.send(*frames)
+        call.half_close()
+        await asyncio.wait_for(self._methods["StepStream"].serve(call), 100)
+        return [Answer.FromString(call.replies.get_nowait()) for _ in range(call.replies.qsize())]
+
+    async def only_member(self, frame: sessions_pb2.StepStreamRequest) -> Refusal:
+        """The refusal of a frame of one session, or of a frame as a whole."""
+        return of_members(await self.exchange(frame), 1)[0]
+
+    async def opened(self, model: str = "plain", batch_size: int = 2) -> str:
+        """A session that has a past."""
+        name = f"{model} {batch_size}"
+        opening = sessions_pb2.OpenSessionRequest(model=model, session_id=name, batch_size=batch_size)
+        session_id: str = (await self.call(opening)).session.session_id
+        inputs: dict[str, Array] = {"x": np.full((batch_size, 3, 2), 0.25, np.float32)}
+        if model == "rich":
+            inputs |= {"token": np.ones((batch_size, 3), np.int32), "gain": np.ones(batch_size, np.float32)}
+        await self.call(sessions_pb2.StepRequest(session_id=session_id, inputs=tensors(inputs), request_id=7))
+        return session_id
+
+    async def everything(self) -> list[object]:
+        """All that a refused call must leave as it is: the sessions, and the state of each, bit for bit."""
+        infos, _ = await self.at.engine.list_sessions()
+        states = [await self.at.state(info.session_id) for info in infos]
+        return [
+            (
+                *(info.session_id, info.model, info.batch_size, info.revision, info.position, info.created),
+                *(array.tobytes() for array in state.values()),
+            )
+            for info, state in zip(infos, states, strict=True)
+        ]
+
+
+@asynccontextmanager
+async def calls(programs: Mapping[str, Program] | None = None, **options: Any) -> AsyncIterator[Calls]:
+    """A client of the calls of an engine on these programs."""
+    async with running(programs, **options) as at:
+        front = Front()
+        server = RpcServer(
+            at.engine, front, clock=at.clock, observer=Observer(), max_message_bytes=MAX_MESSAGE_BYTES
+        )
+        await server.start("", 0)
+        yield Calls(at, front.methods)
+
+
+def _refusal(ended: CallEnded) -> Refusal:
+    status, info = status_pb2.Status(), error_details_pb2.ErrorInfo()
+    ((_, details),) = ended.status.trailers
+    status.ParseFromString(details)
+    assert status.details[0].Unpack(info)
+    return Refusal(ended.status.code.name, info.reason, ended.status.message, dict(info.metadata))

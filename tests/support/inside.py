@@ -1,0 +1,122 @@
+"""What of a running engine no caller sees: which sessions are in its table, who holds a claim, what must add up.
+
+Tests speak to an engine's face. Where the face cannot say what a test is about, the test asks here: nowhere else in
+the tests is an engine's private attribute named, so that a part may be renamed or moved by changing this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.engine import Engine
+from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.passes.runner import Runner
+from stepwell_server.engine.sessions.ending import Expiry, Removal
+from stepwell_server.engine.state.model import Model
+
+
+class Inside:
+    """The parts of one engine that tests look at, or make do what only chance would make them do."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def table(self) -> SessionTable:
+        return self._engine._table
+
+    @property
+    def turns(self) -> Turns:
+        """Claims, and who waits for them."""
+        return self._engine._turns
+
+    @property
+    def commits(self) -> GroupCommit:
+        return self._engine._group
+
+    @property
+    def expiry(self) -> Expiry:
+        return self._engine._expiry
+
+    @property
+    def removal(self) -> Removal:
+        """What takes sessions out of the table, and which are in it or on their way."""
+        return self._engine._removal
+
+    @property
+    def templates(self) -> Any:
+        """The layouts of records that are kept; only of an engine whose store keeps all records."""
+        keeping: Any = self._engine._committer._keeping
+        return keeping._records._templates
+
+    @property
+    def remembering_store(self) -> Any:
+        """What is asked why a session is not there."""
+        return self._engine._directory._here
+
+    @property
+    def models(self) -> Sequence[Model]:
+        return list(self._engine._models)
+
+    def model(self, name: str) -> Model:
+        return self._engine._models.by_name(name)
+
+    def runners(self) -> list[Runner]:
+        return [line.loop.runner for line in self._engine._lines.values()]
+
+    def loaded(self) -> list[str]:
+        """Ids of the sessions in the table, in order."""
+        return sorted(session_id for session_id, _ in self.table.items())
+
+    def handle(self, session_id: str) -> Handles:
+        """The handle of a session in the table, as an array of one."""
+        return self.table.find_all([session_id])
+
+    def are_claimed(self, *session_ids: str) -> bool:
+        """Whether something is under way for any of these sessions."""
+        return bool(self.table.claimed[self.table.find_all(session_ids)].any())
+
+    def has_row(self, session_id: str) -> bool:
+        """Whether a session is in the arena."""
+        return bool(self.table.row[self.handle(session_id)][0] >= 0)
+
+    def someone_waits_for_rows(self) -> bool:
+        return bool(self._engine._row_queue)
+
+    def drain_inboxes(self) -> None:
+        """Admit what waits in the inboxes now, as any call but a change does."""
+        self._engine._drain_inboxes()
+
+    async def tick(self) -> None:
+        """What the timer of expiry does each time."""
+        await self._engine._timer._expire_all()
+
+    def check_books(self, store: Any) -> None:
+        """Nothing is under way: then everything must add up."""
+        engine, table = self._engine, self.table
+        live = np.array(sorted(handle for _, handle in table.items()), np.intp)
+        assert not table.claimed[live].any(), "a session is claimed though nothing is under way"
+        assert not self.turns, "something waits in line"
+        assert engine._held.bytes == 0
+        for model in self.models:
+            own = live[table.model[live] == model.index]
+            resident = own[table.row[own] >= 0]
+            slots = model.slots
+            assert slots.working == 0, f"{slots.working} working rows were not given back"
+            assert slots.resident == int(table.batch_size[resident].sum())
+            assert slots._top == slots.capacity - slots.resident
+            rows = [*slots._free[: slots._top].tolist(), *table.rows_of(resident).tolist()]
+            assert sorted(rows) == list(range(slots.capacity)), "a row is lost or has two owners"
+            assert engine._lines[model.index].inbox.waiting == 0
+            assert not engine._lines[model.index].loop.busy
+            assert set(model.replies.series) <= set(own.tolist()), "a reply outlives its session"
+        away = {session_id for session_id, handle in table.items() if table.row[handle] < 0}
+        if store.is_volatile:
+            assert set(store._records) == away, "the store holds the sessions that are paged out"
+        assert engine._submission.loading_rows == 0
+        assert not engine._arrivals._tails, "something waits for a session to be loaded"
