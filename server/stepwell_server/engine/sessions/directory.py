@@ -13,7 +13,7 @@ from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.ids import PIECE, IdMaker, shown
-from stepwell_server.engine.sessions.loading import Arrivals, InPlace, Loader, Looked, Seen, TombstonesOnly
+from stepwell_server.engine.sessions.loading import Arrivals, Loader, Looked, Seen
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import (
@@ -86,13 +86,7 @@ class Directory:
         self._is_local = store.local is not None
         self.may_expire = bool(expiry.max_idle_s)
         """Sessions that are in the table may have been idle for too long."""
-        self._here: Seen = (
-            Looked({})
-            if store.local is None
-            else TombstonesOnly(store.local)
-            if others is None
-            else InPlace(store.local)
-        )
+        self._here: Seen = Looked({}) if store.local is None else store.local
         self._counts: dict[str, int] = {}
         """Sessions of each model in an awaited store, when it was last asked."""
 
@@ -149,7 +143,7 @@ class Directory:
     def find_all(self, session_ids: Sequence[str], seen: Seen | None = None) -> Handles:
         """Handles of many sessions, -1 for those that cannot be had; `why_not_all` says why."""
         handles = self._table.find_all(session_ids)
-        if self._others is not None and (handles < 0).any():
+        if (handles < 0).any():
             missing = [session_ids[i] for i in np.flatnonzero(handles < 0).tolist()]
             try:
                 loaded, _ = self._loader.load_all(missing, seen or self._here)
@@ -298,7 +292,7 @@ class Directory:
     def stored_revision(self, session_id: str, seen: Seen | None = None) -> int:
         """The revision that the store has of a session, 0 if it cannot tell."""
         try:
-            stored = (seen or self._here).record(session_id)
+            stored = (seen or self._here).get(session_id)
             return 0 if stored is None else decode_header(session_id, stored).revision
         except StateCorrupt:
             return 0
@@ -329,7 +323,7 @@ class Directory:
         try:
             return self.info(self.find(session_id, seen))
         except (ModelMismatch, ModelNotFound):
-            stored = None if usable else seen.record(session_id)
+            stored = None if usable else seen.get(session_id)
             if stored is None:
                 raise
             return stored_info(session_id, decode_header(session_id, stored))

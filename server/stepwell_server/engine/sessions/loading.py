@@ -20,51 +20,23 @@ from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.ids import in_pieces
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ModelMismatch, ModelNotFound, ServerError, StateCorrupt, Unavailable
-from stepwell_server.store.base import LocalStore, Tombstone
+from stepwell_server.store.base import Tombstone
 from stepwell_server.store.record import Header, Stored, decode_header, header_or_none
 
 _NOTHING = Fetched(None, None)
 
 
 class Seen(Protocol):
-    """What the store says of sessions that are not in the table."""
+    """What is known of sessions that are not in the table: what was `Looked` up, or a `LocalStore`, asked in place."""
 
-    def record(self, session_id: str) -> Stored | None:
-        """See `LocalStore.get`."""
+    def get(self, session_id: str) -> Stored | None:
+        """See `LocalStore`."""
 
-    def records(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        """See `LocalStore.get_many`."""
+    def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
+        """See `LocalStore`."""
 
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         """See `LocalStore`."""
-
-
-class InPlace:
-    """`Seen`, asked in place."""
-
-    def __init__(self, store: LocalStore) -> None:
-        self.record = store.get
-        self.records = store.get_many
-        self.tombstones = store.tombstones
-
-
-class TombstonesOnly(Seen):
-    """`Seen` where all sessions are in the table."""
-
-    def __init__(self, store: LocalStore) -> None:
-        self._store = store
-
-    @override
-    def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
-        return self._store.tombstones(session_ids)
-
-    @override
-    def record(self, session_id: str) -> Stored | None:
-        return None
-
-    @override
-    def records(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        return [None] * len(session_ids)
 
 
 class Looked(Seen):
@@ -75,11 +47,11 @@ class Looked(Seen):
         self._error = error
 
     @override
-    def record(self, session_id: str) -> Stored | None:
+    def get(self, session_id: str) -> Stored | None:
         return self._of(session_id).record
 
     @override
-    def records(self, session_ids: Sequence[str]) -> list[Stored | None]:
+    def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
         return [self._of(session_id).record for session_id in session_ids]
 
     @override
@@ -284,7 +256,7 @@ class Loader:
         """The handle of a session that was only in the store; None if it is not there."""
         if not is_only_stored(session_id, self._removal, self._expiry):
             return None
-        stored = seen.record(session_id)
+        stored = seen.get(session_id)
         if stored is None:
             return None
         header = decode_header(session_id, stored)
@@ -302,7 +274,7 @@ class Loader:
         wanted = [i for i in dict.fromkeys(session_ids) if is_only_stored(i, self._removal, self._expiry)]
         found: list[tuple[str, Header, Model]] = []
         unusable: list[str] = []
-        for session_id, stored in zip(wanted, seen.records(wanted), strict=True):
+        for session_id, stored in zip(wanted, seen.get_many(wanted), strict=True):
             if stored is None:
                 continue
             try:
