@@ -393,7 +393,7 @@ async def test_the_timer_does_not_queue_behind_a_store_that_has_too_much(
         disk.clock.advance(6.0)
         disk.store.stall()
         monkeypatch.setattr(ending, "_PAUSE_S", 0)
-        expiring = await begun(at.engine._timer._expire_all())
+        expiring = await begun(at.engine.expire_idle())
         for _ in range(5):
             await turns()
         assert at.engine._group.waiting == 4

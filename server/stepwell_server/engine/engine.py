@@ -46,7 +46,7 @@ from stepwell_server.engine.passes.runner import Runner, warm_up
 from stepwell_server.engine.sessions.closing import Closing
 from stepwell_server.engine.sessions.creation import Creation
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ending import Expiry, ExpiryTimer, Removal
+from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Arrivals, Loader
 from stepwell_server.engine.sessions.opening import OpenedMany, Opening
@@ -108,7 +108,6 @@ class Engine:
         self._pool = ThreadPoolExecutor(compute_threads, thread_name_prefix="stepwell-compute")
         self._compute_threads = compute_threads
         self._executor = executor
-        self._max_idle_s = max_session_idle_s
         self._table = table = SessionTable()
         self._models = Models(table)
         self._is_local = store.local is not None
@@ -141,7 +140,6 @@ class Engine:
             keeping.others,
             arrivals=self._arrivals,
             loader=loader,
-            removal=removal,
             expiry=self._expiry,
             endings=endings,
             clock=clock,
@@ -221,7 +219,6 @@ class Engine:
             rows = resident_rows or default_resident_rows(programs[name])
             self._serve(name, programs[name], max_batch_rows, rows)
         self._group.on_room(self._ring_all)
-        self._timer = ExpiryTimer(self._expiry, self._group, max_session_idle_s)
         self._expiring: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -229,7 +226,7 @@ class Engine:
         for model in self._models:
             runner = self._lines[model.index].loop.runner
             await asyncio.to_thread(warm_up, runner, model.program, model.max_batch_rows)
-        self._expiring = asyncio.create_task(self._timer.run())
+        self._expiring = asyncio.create_task(self._expiry.run())
 
     def models(self) -> list[ModelInfo]:
         """The models, in the order of their names."""
@@ -557,4 +554,4 @@ class Engine:
     @property
     def max_session_idle_s(self) -> float:
         """Seconds after which an unused session expires; 0: never."""
-        return self._max_idle_s
+        return self._expiry.max_idle_s

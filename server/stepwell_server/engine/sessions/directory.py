@@ -11,7 +11,7 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.models import Models
-from stepwell_server.engine.sessions.ending import Expiry, Removal
+from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.engine.sessions.ids import PIECE, IdMaker, shown
 from stepwell_server.engine.sessions.loading import Arrivals, Loader, Looked, Seen
 from stepwell_server.engine.state.model import Model
@@ -54,7 +54,6 @@ class Directory:
         *,
         arrivals: Arrivals,
         loader: Loader,
-        removal: Removal,
         expiry: Expiry,
         endings: Endings,
         clock: Clock,
@@ -68,7 +67,6 @@ class Directory:
             others: The store, if it may have sessions that are not in the table.
             arrivals: Where what names those of an awaited store waits.
             loader: Takes them into the table.
-            removal: Knows who is about to be there.
             expiry: Knows who has been idle for too long.
             endings: Says how sessions ended.
             clock: For when sessions were last used.
@@ -77,7 +75,6 @@ class Directory:
         self.models = models
         self._others = others
         self._arrivals = arrivals
-        self._removal = removal
         self._expiry = expiry
         self._endings = endings
         self._clock = clock
@@ -89,10 +86,6 @@ class Directory:
         self._here: Seen = Looked({}) if store.local is None else store.local
         self._counts: dict[str, int] = {}
         """Sessions of each model in an awaited store, when it was last asked."""
-
-    def model_of(self, handle: int) -> Model:
-        """The model of a session."""
-        return self._removal.model_of(handle)
 
     def must_look(self, session_ids: Sequence[str]) -> bool:
         """Whether what names these sessions must await `look` first: so do very many of a store that is at hand."""
@@ -123,8 +116,9 @@ class Directory:
         handle = self._table.find(session_id)
         if handle is None:
             handle = self._loader.load(session_id, seen or self._here)
-        if handle is not None and self._expiry.max_idle_s and self._expiry.is_due(handle):
-            raise self._expiry.expire([handle])
+        if handle is not None and self._expiry.is_due(handle):
+            self._expiry.expire(np.array([handle]))
+            raise self._expiry.error(session_id)
         if handle is None:
             raise self.gone(session_id, seen)
         return handle
@@ -151,8 +145,7 @@ class Directory:
                 loaded = 0
             if loaded:
                 handles = self._table.find_all(session_ids)
-        if self._expiry.max_idle_s:
-            self._expiry.expire_among(handles)
+        self._expiry.expire_among(handles)
         return handles
 
     def require_new(self, name: str, session_ids: Sequence[str], seen: Seen | None = None) -> None:
@@ -304,7 +297,7 @@ class Directory:
 
     def info(self, handle: int) -> SessionInfo:
         """Describe a session."""
-        table, model = self._table, self.model_of(handle)
+        table, model = self._table, self.models.by_handle(handle)
         return SessionInfo(
             session_id=table.session_id(handle),
             model=model.name,

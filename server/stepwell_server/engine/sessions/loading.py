@@ -112,7 +112,7 @@ class Arrivals:
         if self.is_behind(session_ids):
             return True
         handles = self._table.find_all(session_ids)
-        return bool((handles < 0).any()) or self._expiry.any_due(handles)
+        return bool((handles < 0).any()) or len(self._expiry.due_among(handles)) > 0
 
     def wait(self, session_ids: Sequence[str], *, anew: bool = False) -> Coroutine[None, None, Seen]:
         """Take a place for sessions; what is returned must be awaited.

@@ -229,7 +229,7 @@ class Opening:
     async def _fork(
         self, source: int, name: str, seen: Seen, expected: int | None, request_id: int
     ) -> Opened:
-        table, model = self._table, self._directory.model_of(source)
+        table, model = self._table, self._directory.models.by_handle(source)
         revision = int(table.revision[source])
         if expected is not None and expected != revision:
             raise RevisionConflict(table.session_id(source), expected, revision)
