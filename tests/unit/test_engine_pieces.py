@@ -181,7 +181,7 @@ async def test_unknown_ids_cost_one_look_at_what_is_remembered() -> None:
         await at.engine.close_session("closed")
         looks: list[int] = []
         store: Any = at.store.shared if isinstance(at.store, RemoteStore) else at.store
-        seen: Any = at.engine._directory._here
+        seen: Any = at.engine._directory.here
         tombstones = store.tombstones
 
         def counted(session_ids: Sequence[str]) -> Any:

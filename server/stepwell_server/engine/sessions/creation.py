@@ -132,7 +132,7 @@ class Creation:
 
         def there() -> None:
             self.give_up(ids)
-            made.set_result(self._directory.info(self._directory.find(ids[0])))
+            made.set_result(self._directory.info(self._directory.find(ids[0], self._directory.here)))
             self._row_queue.room_may_have_come()  # the rows are of sessions that have nothing under way
 
         def done(committed: Committed | ServerError) -> None:

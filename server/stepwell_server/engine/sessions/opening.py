@@ -120,7 +120,7 @@ class Opening:
         for _ in range(MOST_TRIES):
             seen = await self._seen(ids)
             if self._all_opened_with(ids, seen, request_id):
-                revisions = self._table.revision[self._directory.find_all(ids)]
+                revisions = self._table.revision[self._directory.find_all(ids, seen)]
                 return OpenedMany(ids, model.program.fingerprint, revisions, replayed=True)
             if not session_ids:
                 self._require_not_gone(ids[0], seen)
