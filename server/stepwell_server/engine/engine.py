@@ -131,8 +131,8 @@ class Engine:
             observer=observer,
             max_idle_s=max_session_idle_s,
         )
-        loader = Loader(table, self._models, removal, self._expiry)
-        self._arrivals = Arrivals(table, fetcher, removal, self._expiry, loader, self._drain_inboxes)
+        loader = Loader(table, self._models, self._expiry)
+        self._arrivals = Arrivals(table, fetcher, self._expiry, loader, self._drain_inboxes)
         self._directory = Directory(
             table,
             self._models,

@@ -63,8 +63,7 @@ class Boundary:
         self._observer = observer
         self._max_message_bytes = max_message_bytes
         self._running = 0
-        self._idle: asyncio.Future[None] | None = None
-        """Someone waits until no call is running."""
+        self._idle = asyncio.Event()
 
     def unary(self, method: str, behaviour: UnaryBehaviour, request_type: type[Message]) -> Serve:
         """Serves a method of one request and one reply."""
@@ -108,8 +107,8 @@ class Boundary:
     async def wait_idle(self) -> None:
         """Return as soon as no call is running."""
         if self._running:
-            self._idle = self._idle or asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._idle)
+            self._idle.clear()
+            await self._idle.wait()
 
     def _too_large(self, reply: bytes) -> MessageTooLarge:
         limit = self._max_message_bytes
@@ -149,9 +148,8 @@ class Boundary:
     ) -> None:
         seconds = time.perf_counter() - started
         self._running -= counts
-        if counts and self._running == 0 and self._idle is not None:
-            self._idle.set_result(None)
-            self._idle = None
+        if self._running == 0:
+            self._idle.set()
         self._observer.request_done(method, code, seconds)
         if _log.is_debug:
             _log.debug("request", method=method, **_facts(request), status=code, duration_ms=seconds * 1000)

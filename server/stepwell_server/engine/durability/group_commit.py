@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from stepwell_server.engine.cost import Cost
+from stepwell_server.engine.state.model import Alarm
 from stepwell_server.errors import Overloaded, ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import ALL_KEPT, Batch, Committed, LocalStore, Store
@@ -68,8 +69,8 @@ class GroupCommit:
             if store.local is None
             else _Local(store.local, self.cost, self._finish)
         )
-        self._idle: asyncio.Future[None] | None = None
-        self._room: asyncio.Future[None] | None = None
+        self._changed = asyncio.Event()
+        """Set when less waits for the store."""
         self._listeners: list[Callable[[], None]] = []
 
     @property
@@ -123,14 +124,14 @@ class GroupCommit:
     async def idle(self) -> None:
         """Return when nothing waits for the store."""
         while self._waiting:
-            self._idle = self._idle or self._loop.create_future()
-            await asyncio.shield(self._idle)
+            self._changed.clear()
+            await self._changed.wait()
 
     async def room(self) -> None:
         """Return when not too much waits for the store."""
         while self.is_full:
-            self._room = self._room or self._loop.create_future()
-            await asyncio.shield(self._room)
+            self._changed.clear()
+            await self._changed.wait()
 
     def close(self, timeout_s: float) -> bool:
         """End; False if the store did not come back from a commit in time. For any thread."""
@@ -145,12 +146,7 @@ class GroupCommit:
         if was_full and not self.is_full:
             for listener in self._listeners:
                 listener()
-            if self._room is not None:
-                self._room.set_result(None)
-                self._room = None
-        if not self._waiting and self._idle is not None:
-            self._idle.set_result(None)
-            self._idle = None
+        self._changed.set()
 
 
 Finish = Callable[[Sequence[_Item], Committed], None]
@@ -265,7 +261,7 @@ class _Awaited:
         self._busy: set[str] = set()
         """Sessions that a commit which is under way names."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._is_due = False
+        self._work = Alarm(self._start)
 
     def may_commit_here(self, _size: int) -> bool:
         return False
@@ -279,18 +275,12 @@ class _Awaited:
         except Exception as error:
             item.error = reason(error)
         self._queue.append(item)
-        self._start_soon()
+        self._work.ring()
 
     def close(self, _timeout_s: float) -> bool:
         return not self._tasks
 
-    def _start_soon(self) -> None:
-        if not self._is_due:
-            self._is_due = True
-            self._loop.call_soon(self._start)
-
     def _start(self) -> None:
-        self._is_due = False
         while self._queue and len(self._tasks) < MOST_UNDER_WAY:
             items, ids = self._take()
             if not items:
@@ -302,7 +292,7 @@ class _Awaited:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._start_soon()
+        self._work.ring()
 
     def _take(self) -> tuple[list[_Item], set[str]]:
         """What may be committed together now, in the order of each session that it names; and all it names."""

@@ -73,7 +73,7 @@ class PassLoop:
         self._clock = clock
         self._observer = observer
         self._running = False
-        self._idle: asyncio.Future[None] | None = None
+        self._idle = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         model.work.listen(self._turn)
 
@@ -85,8 +85,8 @@ class PassLoop:
     async def idle(self) -> None:
         """Return when no pass runs and nothing waits for one."""
         while self.busy:
-            self._idle = self._idle or self._loop.create_future()
-            await asyncio.shield(self._idle)
+            self._idle.clear()
+            await self._idle.wait()
 
     def _turn(self) -> None:
         """What came is drained, admitted and chosen from; what was chosen runs, is committed and answered."""
@@ -98,8 +98,8 @@ class PassLoop:
         jobs = self._choose() if self._model.ready.rows_waiting else ()
         if jobs:
             self._run(jobs)  # then `_finish`: commit and reply
-        else:
-            self._tell_if_idle()
+        elif not self._idle.is_set() and not self.busy:
+            self._idle.set()
 
     def _run(self, jobs: Sequence[Job]) -> None:
         try:
@@ -130,11 +130,6 @@ class PassLoop:
         except Exception as error:
             broken = error
         self._finish(work, broken)
-
-    def _tell_if_idle(self) -> None:
-        if self._idle is not None and not self.busy:
-            self._idle.set_result(None)
-            self._idle = None
 
     def _choose(self) -> list[Job]:
         now = self._clock.monotonic()

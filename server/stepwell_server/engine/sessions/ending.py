@@ -160,6 +160,14 @@ class Expiry:
         """Other servers may use the store, and write into records when they used a session."""
         return self._others is not None and self._others.local is None
 
+    def only_stored(self, session_ids: Sequence[str]) -> list[str]:
+        """Those of some sessions that are in the store and nowhere else, to stay, if they are anywhere."""
+        return [
+            session_id
+            for session_id in dict.fromkeys(session_ids)
+            if session_id and session_id not in self._removal and session_id not in self.burying
+        ]
+
     def forget_due(self, session_ids: Sequence[str]) -> None:
         """Let the store say whether sessions that were not used here for too long were used elsewhere."""
         self._forget(self.due_among(self._table.find_all(session_ids)))
@@ -275,8 +283,7 @@ class Expiry:
             (session_id, header)
             for session_id, header in found
             if header is not None
-            and session_id not in self._removal
-            and session_id not in self.burying
+            and self.only_stored([session_id])
             and session_id not in self._strays
             and self._is_idle_everywhere(header)
         ]
