@@ -12,7 +12,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
 from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.state.model import Alarm
@@ -58,17 +57,13 @@ class GroupCommit:
     """
 
     def __init__(self, store: Store) -> None:
-        self._loop = asyncio.get_running_loop()
         self.cost = Cost()
         """Of a commit by its records."""
         self._waiting = 0
         self.is_full = False
         """So much waits for the store that no more should be done until some of it is kept."""
-        self._lane: _Lane = (
-            _Awaited(store, self._finish)
-            if store.local is None
-            else _Local(store.local, self.cost, self._finish)
-        )
+        self._local = None if store.local is None else _Local(store.local, self.cost, self._finish)
+        self._lane = self._local or _Awaited(store, self._finish)
         self._changed = asyncio.Event()
         """Set when less waits for the store."""
         self._listeners: list[Callable[[], None]] = []
@@ -98,7 +93,7 @@ class GroupCommit:
 
     def may_commit_here(self, size: int) -> bool:
         """Whether so many records are committed in place."""
-        return not self._waiting and self._lane.may_commit_here(size)
+        return self._local is not None and not self._waiting and self._local.may_commit_here(size)
 
     def submit(self, build: Callable[[], Batch], size: int, done: Done) -> None:
         """Commit what `build` makes; `done` is called on the event loop, maybe before this returns.
@@ -109,8 +104,8 @@ class GroupCommit:
             done: Gets what became of each session, or why nothing of it was kept. It must not raise.
         """
         item = _Item(build, size, done)
-        if self.may_commit_here(size):
-            self._lane.commit_here(item)
+        if self._local is not None and self.may_commit_here(size):
+            self._local.commit_here(item)
             done(item.error or ALL_KEPT)
             return
         self._waiting += max(1, item.size)
@@ -152,22 +147,6 @@ class GroupCommit:
 Finish = Callable[[Sequence[_Item], Committed], None]
 
 
-class _Lane(Protocol):
-    """How items get to the store."""
-
-    def may_commit_here(self, size: int, /) -> bool:
-        """Whether to commit so many records at once costs less than to hand them over, while nothing waits."""
-
-    def commit_here(self, item: _Item, /) -> None:
-        """Commit at once."""
-
-    def put(self, item: _Item) -> None:
-        """Commit later; `finish` is called then, on the event loop."""
-
-    def close(self, timeout_s: float, /) -> bool:
-        """See `GroupCommit.close`."""
-
-
 class _Local:
     """Commits to a store that answers in place: here, or on a thread of its own."""
 
@@ -182,6 +161,7 @@ class _Local:
         self._thread: threading.Thread | None = None
 
     def may_commit_here(self, size: int) -> bool:
+        """Whether to commit so many records at once costs less than to hand them over, while nothing waits."""
         store = self._store
         return store.for_one_thread or (not store.waits_for_disk and self._cost.of(size) <= COMMIT_IN_PLACE_S)
 
@@ -262,12 +242,6 @@ class _Awaited:
         """Sessions that a commit which is under way names."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._work = Alarm(self._start)
-
-    def may_commit_here(self, _size: int) -> bool:
-        return False
-
-    def commit_here(self, _item: _Item) -> None:
-        raise AssertionError("an awaited store is never committed to in place")
 
     def put(self, item: _Item) -> None:
         try:
