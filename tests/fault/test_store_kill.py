@@ -95,10 +95,10 @@ def held(store: LmdbStore | DiskStore, kind: Kind) -> int:
         assert stored is not None
         assert decode(name, stored) == record(number, kind)
     latest = number - number % kind.period
-    stone = store.tombstone(f"of-{latest - kind.period}")
+    stone = store.tombstones([f"of-{latest - kind.period}"])[0]
     assert stone is not None
     assert stone.revision == latest
-    assert store.tombstone(f"of-{latest}") is None
+    assert store.tombstones([f"of-{latest}"])[0] is None
     return number
 
 

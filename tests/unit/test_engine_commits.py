@@ -323,7 +323,7 @@ batches = st.builds(
 
 
 def content(store: LocalStore) -> list[object]:
-    found: list[object] = [(i, store.get(i), store.tombstone(i)) for i in "abc"]
+    found: list[object] = [(i, store.get(i), store.tombstones([i])[0]) for i in "abc"]
     return [*found, store.count(), store.count_of("m"), store.count_of("n")]
 
 

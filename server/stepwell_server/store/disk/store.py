@@ -49,7 +49,6 @@ class DiskStore(LocalStore):
         *,
         durability: Durability,
         clock: Clock,
-        listen: str = "",
         tombstones: int = TOMBSTONES,
         first_map_bytes: int = FIRST_MAP_BYTES,
         segment_bytes: int = SEGMENT_BYTES,
@@ -65,7 +64,6 @@ class DiskStore(LocalStore):
             path,
             durability=durability,
             clock=clock,
-            listen=listen,
             tombstones=tombstones,
             first_map_bytes=first_map_bytes,
         )
@@ -151,10 +149,6 @@ class DiskStore(LocalStore):
         return self._base.count_some(after=after, prefix=prefix, limit=limit)
 
     @override
-    def tombstone(self, session_id: str) -> Tombstone | None:
-        return self._base.tombstone(session_id)
-
-    @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         return self._base.tombstones(session_ids)
 
@@ -165,17 +159,6 @@ class DiskStore(LocalStore):
     @override
     def check(self) -> StoreHealth:
         return self._base.check()
-
-    @override
-    def sync(self) -> None:
-        if self._wal is not None and not self._closed:
-            try:
-                self._wal.sync()
-            except OSError as error:
-                raise Unavailable(
-                    f"the write-ahead log must be able to flush to disk; got {error}"
-                ) from error
-        self._base.sync()
 
     @override
     def close(self) -> None:

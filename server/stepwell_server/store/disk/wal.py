@@ -194,15 +194,6 @@ class WriteAheadLog:
             self._sealed.truncate(self._active.sequence)
             self._swap()
 
-    def sync(self) -> None:
-        """See to it that all of it survives a loss of power.
-
-        Raises:
-            OSError: the disk refused.
-        """
-        self._active.sync()
-        self._sealed.sync()
-
     def close(self) -> None:
         """End; not to be used any more."""
         self._active.close()

@@ -207,14 +207,6 @@ class Segment:
         if is_damaged:
             raise SegmentDamaged(f"{self.path} cannot be read from byte {self.end} on")
 
-    def sync(self) -> None:
-        """See to it that all of it survives a loss of power.
-
-        Raises:
-            OSError: the disk refused.
-        """
-        flush_content(self._file)
-
     def close(self) -> None:
         """End; not to be used any more."""
         os.close(self._file)
