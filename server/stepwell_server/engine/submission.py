@@ -46,20 +46,6 @@ class Submission:
         is_local: bool,
         clock: Clock,
     ) -> None:
-        """See the module.
-
-        Args:
-            table: The sessions.
-            directory: Finds them.
-            arrivals: Where what must be looked for waits.
-            validation: Checks changes.
-            held: Counts their bytes.
-            admission: Starts those whose sessions had to be found anew.
-            inboxes: By the number of the model.
-            commits: Refuses what would wait for a store that is behind.
-            is_local: The store answers in place.
-            clock: For deadlines.
-        """
         self._table = table
         self._directory = directory
         self._arrivals = arrivals
@@ -67,6 +53,7 @@ class Submission:
         self._held = held
         self._admission = admission
         self._inboxes = inboxes
+        """By the number of the model."""
         self._commits = commits
         self._is_local = is_local
         self._clock = clock

@@ -52,25 +52,14 @@ class Admission:
         clock: Clock,
         observer: Observer,
     ) -> None:
-        """See the module.
-
-        Args:
-            table: The sessions.
-            turns: Claims and lines.
-            row_queue: Where changes wait for rows.
-            pager: Brings sessions back.
-            committer: For resets, which need no pass.
-            refuse_stale: Finds members anew whose sessions left the table since the change was checked; answers
-                those that are gone, and returns the others.
-            clock: For deadlines and waiting times.
-            observer: Is told of resets.
-        """
         self._table = table
         self._turns = turns
         self._row_queue = row_queue
         self._pager = pager
         self._committer = committer
         self._refuse_stale = refuse_stale
+        """Finds members anew whose sessions left the table since the change was checked; answers those that are gone,
+        and returns the others."""
         self._clock = clock
         self._observer = observer
 

@@ -60,22 +60,13 @@ class Turns:
         clock: Clock,
         forget: Callable[[int, ServerError], None],
     ) -> None:
-        """See the module.
-
-        Args:
-            table: The sessions.
-            models: Theirs.
-            pager: Brings back those that are held.
-            row_queue: Is told when rows may have become free.
-            clock: For deadlines.
-            forget: Takes a claimed session that has ended on another server out of the table.
-        """
         self._table = table
         self._models = models
         self._pager = pager
         self._row_queue = row_queue
         self._clock = clock
         self._forget = forget
+        """Takes a claimed session that has ended on another server out of the table."""
         self._claims: Claims[Waiter] = Claims(table)
         self._count = 0
         """What waits in all lines."""

@@ -48,20 +48,6 @@ class PassLoop:
         clock: Clock,
         observer: Observer,
     ) -> None:
-        """See the module.
-
-        Args:
-            model: Whose jobs run.
-            inbox: Where its changes come in.
-            admission: Makes jobs of them.
-            runner: Runs passes.
-            completion: Commits and answers jobs that have ended.
-            inline: Runs what comes alone.
-            release: Ends the claims of sessions whose job failed.
-            commits: No pass begins while too much waits for the store; `model.work` is rung when that has ended.
-            clock: For deadlines.
-            observer: Is told of passes.
-        """
         self._model = model
         self._inbox = inbox
         self._admission = admission
@@ -69,7 +55,9 @@ class PassLoop:
         self._completion = completion
         self._inline = inline
         self._release = release
+        """Ends the claims of sessions whose job failed."""
         self._commits = commits
+        """No pass begins while too much waits for the store; `model.work` is rung when that has ended."""
         self._clock = clock
         self._observer = observer
         self._running = False

@@ -58,22 +58,10 @@ class Directory:
         endings: Endings,
         clock: Clock,
     ) -> None:
-        """See the class.
-
-        Args:
-            table: The sessions.
-            models: Theirs.
-            store: Has records and tombstones.
-            others: The store, if it may have sessions that are not in the table.
-            arrivals: Where what names those of an awaited store waits.
-            loader: Takes them into the table.
-            expiry: Knows who has been idle for too long.
-            endings: Says how sessions ended.
-            clock: For when sessions were last used.
-        """
         self._table = table
         self.models = models
         self._others = others
+        """The store, if it may have sessions that are not in the table."""
         self._arrivals = arrivals
         self._expiry = expiry
         self._endings = endings
