@@ -13,7 +13,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Slots
-from stepwell_server.engine.api import ModelInfo, Observer, Opened, Predicted, SessionInfo, StateRead
+from stepwell_server.engine.api import ModelInfo, Observer, Predicted, SessionInfo, StateRead
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.durability.committer import Committer
@@ -172,16 +172,23 @@ class Engine:
             expiry=self._expiry,
             clock=clock,
         )
-        self._opening = Opening(
+        opening = Opening(
             table,
             self._directory,
             self._turns,
             pager,
             creation,
             drain=self._drain_inboxes,
+            require_open=self._require_open,
             clock=clock,
             observer=observer,
         )
+        self.open_session = opening.open
+        """Open a session, or resume the live one of that id: see `Opening.open`."""
+        self.open_sessions = opening.open_many
+        """Open many sessions, all of them or none: see `Opening.open_many`."""
+        self.fork = opening.fork
+        """Open a session with the state, revision and position of another: see `Opening.fork`."""
         self._reading = Reading(table, self._directory, self._turns, clock=clock)
         self._closing = Closing(
             table,
@@ -252,50 +259,6 @@ class Engine:
         """Names of the models, in order."""
         return self._models.names()
 
-    async def open_session(
-        self,
-        model: str,
-        *,
-        session_id: str = "",
-        batch_size: int = 1,
-        state: Tensors | None = None,
-        must_be_new: bool = False,
-        request_id: int = 0,
-        fingerprint: str = "",
-    ) -> Opened:
-        """Open a session, or resume the live one of that id.
-
-        Raises:
-            ModelNotFound, ModelMismatch, InvalidInput, SessionExists, Overloaded, Unavailable
-        """
-        self._submission.require_accepting()
-        self._group.require_room()
-        return await self._opening.open(
-            model,
-            session_id=session_id,
-            batch_size=batch_size,
-            state=state,
-            must_be_new=must_be_new,
-            request_id=request_id,
-            fingerprint=fingerprint,
-        )
-
-    async def open_sessions(
-        self,
-        model: str,
-        *,
-        count: int = 0,
-        session_ids: Sequence[str] = (),
-        batch_size: int = 1,
-        request_id: int = 0,
-    ) -> OpenedMany:
-        """Open many sessions: all of them or none. Errors as of `open_session`."""
-        self._submission.require_accepting()
-        self._group.require_room()
-        return await self._opening.open_many(
-            model, count=count, session_ids=session_ids, batch_size=batch_size, request_id=request_id
-        )
-
     async def close_session(
         self, session_id: str, *, request_id: int = 0, deadline: float = float("inf")
     ) -> bool:
@@ -349,6 +312,11 @@ class Engine:
         """
         return await self._listing.page(model=model, prefix=prefix, after=after, limit=limit)
 
+    def _require_open(self) -> None:
+        """Refuse what begins a session while the server is stopping or too much waits for the store."""
+        self._submission.require_accepting()
+        self._group.require_room()
+
     def _refuse_stale(self, change: Change, members: Members) -> Members:
         return self._submission.refuse_stale(change, members)
 
@@ -364,30 +332,6 @@ class Engine:
         seen = await self._directory.look([session_id], anew=True)
         self._drain_inboxes()
         return await self._reading.read(session_id, seen, deadline)
-
-    async def fork(
-        self,
-        session_id: str,
-        *,
-        new_session_id: str = "",
-        expected: int | None = None,
-        request_id: int = 0,
-        deadline: float = float("inf"),
-    ) -> Opened:
-        """Open a session with the state, revision and position of another.
-
-        Raises:
-            SessionGone, SessionExists, RevisionConflict, InvalidInput, Overloaded, DeadlineExceeded
-        """
-        self._submission.require_accepting()
-        self._group.require_room()
-        return await self._opening.fork(
-            session_id,
-            new_session_id=new_session_id,
-            expected=expected,
-            request_id=request_id,
-            deadline=deadline,
-        )
 
     async def predict(
         self,
