@@ -102,9 +102,10 @@ class Opening:
                 served.arena.reset(rows)
             else:
                 served.arena.write(rows, values)
-            facts = Fresh(request_id, self._directory.first_revisions([name], seen))
+            revisions = self._directory.first_revisions([name], seen)
+            fresh = Fresh(served, [name], batch_size, rows, revisions, request_id, self._clock.now())
             try:
-                info = await self._creation.create(served, [name], batch_size, rows, facts)
+                info = await self._creation.create(fresh)
             except Taken:
                 continue
             self._observer.session_event("opened", served.name, name)
@@ -148,8 +149,9 @@ class Opening:
             assert rows is not None, "there is room for as many"
             served.arena.clear_outputs(rows)
             served.arena.reset(rows)
+            fresh = Fresh(served, ids, batch_size, rows, revisions, request_id, self._clock.now())
             try:
-                await self._creation.create(served, ids, batch_size, rows, Fresh(request_id, revisions))
+                await self._creation.create(fresh)
             except Taken:
                 continue
             self._observer.sessions_opened(served.name, len(ids))
@@ -257,8 +259,9 @@ class Opening:
         model.arena.copy(table.rows(source), rows)
         table.used[source] = self._clock.monotonic()
         revisions = np.maximum(self._directory.first_revisions([name], seen), np.uint64(revision))
-        facts = Fresh(request_id, revisions, int(table.position[source]))
-        info = await self._creation.create(model, [name], batch_size, rows, facts)
+        position, created = int(table.position[source]), self._clock.now()
+        fresh = Fresh(model, [name], batch_size, rows, revisions, request_id, created, position)
+        info = await self._creation.create(fresh)
         self._observer.session_event("forked", model.name, name)
         return Opened(info)
 
