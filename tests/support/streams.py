@@ -61,7 +61,7 @@ class Streams:
         servicer = SessionServicer(at.engine, at.clock, 1 << 20, _LIMITS, self.observer)
         self._serve_call = boundary.unary("Step", servicer.step, pb.StepRequest)
         self.calls: list[asyncio.Task[bytes]] = []
-        self.tasks = [asyncio.create_task(stream.run(float("inf"))) for stream in self.streams]
+        self.tasks = [asyncio.create_task(stream.run()) for stream in self.streams]
 
     def send(self, *messages: bytes, stream: int = 0) -> None:
         self.contexts[stream].send(*messages)
