@@ -312,16 +312,18 @@ class Engine:
         """
         return await self._listing.page(model=model, prefix=prefix, after=after, limit=limit)
 
-    def _require_open(self) -> None:
-        """Refuse what begins a session while the server is stopping or too much waits for the store."""
-        self._submission.require_accepting()
-        self._group.require_room()
+    # the parts that these ask are made later than those that ask
 
     def _refuse_stale(self, change: Change, members: Members) -> Members:
         return self._submission.refuse_stale(change, members)
 
     def _forget(self, handle: int, error: ServerError) -> None:
         self._removal.forget(handle, error)
+
+    def _require_open(self) -> None:
+        """Refuse what begins a session while the server is stopping or too much waits for the store."""
+        self._submission.require_accepting()
+        self._group.require_room()
 
     async def get_state(self, session_id: str, *, deadline: float = float("inf")) -> StateRead:
         """Read a session's state after what was received before.

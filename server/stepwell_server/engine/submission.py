@@ -186,7 +186,7 @@ class Submission:
             return self._found_again(change, members, self._directory.here)
 
         def go_on(seen: Seen) -> None:
-            self._admission.readmit(change, self._found_again(change, members, seen))
+            self._admission.admit_some(change, self._found_again(change, members, seen))
 
         self._when_loaded(change, members, lambda: None, go_on)
         return members[:0]

@@ -7,6 +7,7 @@ When the claim ends, the next in line is started.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
@@ -35,14 +36,12 @@ class Starter(Protocol):
         """Claim their sessions and start them; return sessions that are done with already."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Hold:
     """A turn in a session's line for something that is no change: a read, a fork, the closing."""
 
-    __slots__ = ("deadline", "granted")
-
-    def __init__(self, granted: asyncio.Future[None], deadline: float) -> None:
-        self.granted = granted
-        self.deadline = deadline
+    granted: asyncio.Future[None]
+    deadline: float
 
 
 Waiter: TypeAlias = "tuple[Starter, Change, int] | Hold"

@@ -104,7 +104,7 @@ class PredictCall:
     def _make_job(self, checked: CheckedInputs, low: int, high: int, source: object, now: float) -> Job:
         members = np.arange(low, high, dtype=np.intp)
         return Job(
-            self,
+            owner=self,
             members=members,
             handles=None,
             rows=np.zeros(0, np.intp),

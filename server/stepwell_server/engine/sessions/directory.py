@@ -9,6 +9,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import SessionInfo
+from stepwell_server.engine.change import MOST_ERRORS, for_all
 from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry
@@ -33,8 +34,6 @@ from stepwell_server.store.base import End, Store
 from stepwell_server.store.record import Header, decode_header
 
 _log = Log("engine.directory")
-#: Sessions of one change that are gone and have an error each; more of them share one.
-MOST_ERRORS = 32
 
 
 class Directory:
@@ -195,7 +194,7 @@ class Directory:
                 kind = (type(self.why_not(session_id, seen)),)
             alike.setdefault(kind, []).append(member)
         for some in alike.values():
-            yield np.array(some, np.intp), _for_all(self.why_not(session_ids[some[0]], seen), len(some))
+            yield np.array(some, np.intp), for_all(self.why_not(session_ids[some[0]], seen), len(some))
 
     def unusable(self, session_ids: Sequence[str], seen: Seen) -> Sequence[str]:
         """Those that are in the store and cannot be stepped here, or all if it cannot be read."""
@@ -309,12 +308,6 @@ class Directory:
             except ServerError as error:
                 _log.warning("the store could not be asked how many sessions it has", error=error)
                 return
-
-
-def _for_all(error: ServerError, count: int) -> ServerError:
-    if count > 1:
-        error.message = f"{error.message} (and so for {count - 1} others of the session_ids)"
-    return error
 
 
 def stored_info(session_id: str, header: Header) -> SessionInfo:
