@@ -125,7 +125,7 @@ class Directory:
     def find_all(self, session_ids: Sequence[str], seen: Seen) -> Handles:
         """Handles of many sessions, -1 for those that cannot be had; `why_not_all` says why."""
         handles = self._table.find_all(session_ids)
-        if (handles < 0).any():
+        if handles[0] < 0 if len(handles) == 1 else (handles < 0).any():
             missing = [session_ids[i] for i in np.flatnonzero(handles < 0).tolist()]
             try:
                 loaded, _ = self._loader.load_all(missing, seen)

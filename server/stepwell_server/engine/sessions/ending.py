@@ -140,8 +140,8 @@ class Expiry:
         if not self.max_idle_s:
             return handles[:0]
         there = handles[handles >= 0]
-        due: Handles = np.unique(there[self._idle.too_long(there, self._clock.monotonic())])
-        return due
+        due: Handles = there[self._idle.too_long(there, self._clock.monotonic())]
+        return np.unique(due) if len(due) > 1 else due
 
     def remember_use(self, session_ids: Sequence[str], used: float) -> None:
         """Remember when sessions were last used that leave the table and may still be in the store."""
