@@ -23,7 +23,7 @@ from stepwell_server.errors import Unavailable
 from stepwell_server.store.base import Batch, End, Tombstone
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
-from stepwell_server.store.record import Record, decode
+from support.records import Record, decode
 
 MIB = 2**20
 DISK_BYTES = 8 * MIB

@@ -20,7 +20,7 @@ from stepwell_server.clock import SystemClock
 from stepwell_server.store.base import Batch, End, Tombstone
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
-from stepwell_server.store.record import Record, decode
+from support.records import Record, decode
 
 SESSIONS = 40
 ROUNDS = 6

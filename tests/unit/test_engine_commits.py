@@ -263,7 +263,7 @@ async def test_it_says_when_it_is_full_and_when_it_is_not_any_more(
     monkeypatch.setattr(module, "MOST_WAITING", 5)
     store, commits, told = slow
     rooms: list[bool] = []
-    commits.on_room(lambda: rooms.append(commits.is_full))
+    monkeypatch.setattr(commits, "_on_room", lambda: rooms.append(commits.is_full))
     store.gate.clear()
     monkeypatch.setattr(commits.cost, "_each_s", 1.0)
     told.submit("a", size=4)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from stepwell_server.store.base import Batch, End, Tombstone
 from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store.record import Joined, decode
+from stepwell_server.store.record import Joined
+from support.records import decode
 from support.samples import examples
 from support.stored import (
     SEGMENT_BYTES,

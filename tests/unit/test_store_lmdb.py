@@ -20,8 +20,9 @@ from stepwell_server.store.disk import keys
 from stepwell_server.store.disk import lmdb as module
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store.record import Record, decode, decode_header
+from stepwell_server.store.record import decode_header
 from support.clock import ManualClock
+from support.records import Record, decode
 
 ODD_IDS = ["a", "b", "ä", "z" * 256, "é" * 255 + "1", "é" * 256, "\U0001f600" * 256, "\U0001f600" * 255 + "a"]
 

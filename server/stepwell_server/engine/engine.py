@@ -111,7 +111,7 @@ class Engine:
         self._table = table = SessionTable()
         self._models = Models(table)
         self._is_local = store.local is not None
-        self._group = GroupCommit(store)
+        self._group = GroupCommit(store, self._ring_all)
         self._fetcher = fetcher = Fetcher(store)
         endings = Endings(max_session_idle_s)
         keeping = keeping_of(store, self._group, table, Records(table), clock=clock, observer=observer)
@@ -225,7 +225,6 @@ class Engine:
         for name in sorted(programs):
             rows = resident_rows or default_resident_rows(programs[name])
             self._serve(name, programs[name], max_batch_rows, rows)
-        self._group.on_room(self._ring_all)
         self._expiring: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

@@ -56,7 +56,9 @@ class GroupCommit:
     at the same time, never two that name the same session.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, on_room: Callable[[], None] = lambda: None) -> None:
+        """`on_room` is called when `is_full` has ended."""
+        self._on_room = on_room
         self.cost = Cost()
         """Of a commit by its records."""
         self._waiting = 0
@@ -66,7 +68,6 @@ class GroupCommit:
         self._lane = self._local or _Awaited(store, self._finish)
         self._changed = asyncio.Event()
         """Set when less waits for the store."""
-        self._listeners: list[Callable[[], None]] = []
 
     @property
     def is_idle(self) -> bool:
@@ -112,10 +113,6 @@ class GroupCommit:
         self.is_full = self._waiting >= MOST_WAITING
         self._lane.put(item)
 
-    def on_room(self, listener: Callable[[], None]) -> None:
-        """Call `listener` when `is_full` has ended."""
-        self._listeners.append(listener)
-
     async def idle(self) -> None:
         """Return when nothing waits for the store."""
         while self._waiting:
@@ -139,8 +136,7 @@ class GroupCommit:
             self.is_full = self._waiting >= MOST_WAITING
             item.done(item.error or committed)
         if was_full and not self.is_full:
-            for listener in self._listeners:
-                listener()
+            self._on_room()
         self._changed.set()
 
 

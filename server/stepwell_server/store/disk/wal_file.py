@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from stepwell_server.store.disk import wal_format
-from stepwell_server.store.disk.files import flush_content, flush_open
+from stepwell_server.store.disk.files import flush_content, flush_open, write_zeros
 from stepwell_server.store.record import Stored, size_of
 
 #: Has a write return when the disk has it; 0 where the system has no such writes, and a flush follows instead (macOS).
@@ -25,7 +25,6 @@ WRITE_THROUGH: int = getattr(os, "RWF_DSYNC", 0)
 _GUESS_BYTES = 2048
 #: Buffers in one write.
 _MOST_BUFFERS = 512
-_ZEROS = bytes(1 << 20)
 _NO_HEAD = bytes(wal_format.HEAD.size)
 
 
@@ -202,7 +201,7 @@ class Segment:
         behind = list(wal_format.search(data, self.end, self._generation))
         is_damaged = any(found.sequence > self.sequence + 1 for found in behind)
         if behind and not (is_damaged and self._flush):
-            self._write_zeros(self.end)
+            write_zeros(self._file, self.end, self.size)
             flush_open(self._file)
         if is_damaged:
             raise SegmentDamaged(f"{self.path} cannot be read from byte {self.end} on")
@@ -220,14 +219,10 @@ class Segment:
         """Write the whole file once, so that the disk has all its blocks."""
         os.ftruncate(self._file, 0)
         try:
-            self._write_zeros(0)
+            write_zeros(self._file, 0, self.size)
         except OSError:
             os.ftruncate(self._file, 0)
             raise
-
-    def _write_zeros(self, at: int) -> None:
-        while at < self.size:
-            at += os.pwrite(self._file, _ZEROS[: self.size - at], at)
 
     def _write(self, buffers: Sequence[Stored], at: int, size: int) -> None:
         if len(buffers) > _MOST_BUFFERS:
