@@ -240,7 +240,8 @@ class Pager:
         wanted = max(short, int(model.slots.resident_limit * SHARE_AT_ONCE))
         victims = self._oldest(model, wanted)
         if len(victims):
-            self._page_out(model, victims)
+            self._keeping.leave(model, victims)
+            self._leave(model, victims)
 
     def _oldest(self, model: Model, rows: int) -> Handles:
         """The least recently used sessions that have `rows` rows together, or all that may go."""
@@ -257,10 +258,6 @@ class Pager:
         may = (table.row[handles] == rows) & (table.model[handles] == model.index) & ~table.claimed[handles]
         found: Handles = handles[may]
         return found
-
-    def _page_out(self, model: Model, handles: Handles) -> None:
-        self._keeping.leave(model, handles)
-        self._leave(model, handles)
 
     def _leave(self, model: Model, handles: Handles) -> None:
         rows = self._table.rows_of(handles)
