@@ -31,8 +31,8 @@ from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.intake.validation import (
     Validation,
+    check_finite_state,
     check_inputs,
-    check_state,
     require_finite,
     require_reply,
 )
@@ -358,9 +358,7 @@ class Engine:
         checked = check_inputs(served.program, inputs, rows)
         require_reply(served.program, rows, checked.steps, reply_bytes, reply_limit)
         require_finite("input", checked.arrays, [spec.name for spec in served.program.inputs])
-        values = None if state is None else check_state(served.program, state, rows)
-        if values is not None:
-            require_finite("state", values, [spec.name for spec in served.program.state])
+        values = check_finite_state(served.program, state, rows)
         self._drain_inboxes()
         byte_count = sum(array.nbytes for array in (*checked.arrays, *(values or ())))
         self._lines[served.index].inbox.require_room(rows, byte_count)

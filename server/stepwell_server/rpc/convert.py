@@ -121,13 +121,18 @@ def _to_bools(data: bytes, where: str) -> Array:
 @functools.cache
 def _dtype(number: int) -> np.dtype[np.generic] | None:
     name = _NAMES.get(number)
+    return dtype_of(name).newbyteorder("<") if name else None
+
+
+def dtype_of(name: str) -> np.dtype[np.generic]:
+    """NumPy's type of a name."""
     if name == "bfloat16":
         # NumPy does not know it, and almost no one sends it.
         import ml_dtypes
 
         bfloat16: np.dtype[np.generic] = np.dtype(ml_dtypes.bfloat16)
         return bfloat16
-    return np.dtype(name).newbyteorder("<") if name else None
+    return np.dtype(name)
 
 
 def add_tensors(target: _Tensors, arrays: Mapping[str, Array]) -> None:

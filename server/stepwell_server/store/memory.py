@@ -28,7 +28,7 @@ class MemoryStore(LocalStore):
         self.incarnation = secrets.token_hex(4)
         self.secret = secrets.token_bytes(32)
         self._records: dict[str, bytes] = {}
-        self._tombstones: Remembered[Tombstone] = Remembered(tombstones)
+        self._tombstones: Remembered[str, Tombstone] = Remembered(tombstones)
         self._counts: Counter[str] = Counter()
 
     @override

@@ -86,6 +86,15 @@ def check_state(program: Program, state: Tensors, rows: int) -> tuple[Array, ...
     return tuple(_check_state_tensor(spec, by_name[spec.name], rows) for spec in program.state)
 
 
+def check_finite_state(program: Program, state: Tensors | None, rows: int) -> tuple[Array, ...] | None:
+    """As `check_state`, where there is one, and refuse NaN and infinity in it."""
+    if state is None:
+        return None
+    arrays = check_state(program, state, rows)
+    require_finite("state", arrays, [spec.name for spec in program.state])
+    return arrays
+
+
 def finite_rows(arrays: Sequence[Array]) -> npt.NDArray[np.bool_] | None:
     """Which rows hold only finite numbers, `(rows,)`; None if all do."""
     bad: npt.NDArray[np.bool_] | None = None

@@ -144,9 +144,7 @@ class Directory:
             ModelMismatch, ModelNotFound, StateCorrupt: so is one that cannot be stepped here.
             Unavailable: the store cannot be read.
         """
-        handles = self._table.find_all(session_ids)
-        missing = [session_ids[i] for i in np.flatnonzero(handles < 0).tolist()]
-        _, unusable = self._loader.load_all(missing, seen)
+        _, unusable = self._loader.load_all(session_ids, seen)
         there = np.flatnonzero(self.find_all(session_ids, seen) >= 0).tolist()
         if there:
             session_id = session_ids[there[0]]

@@ -13,13 +13,13 @@ from stepwell_server.engine.api import Observer, Opened
 from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
-from stepwell_server.engine.intake.validation import check_state, require_finite
+from stepwell_server.engine.intake.validation import check_finite_state
 from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, in_pieces, require_session_id
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import U64, Array, Tensors
+from stepwell_server.engine.types import U64, Tensors
 from stepwell_server.errors import InvalidInput, ModelMismatch, ModelNotFound, RevisionConflict, SessionExists
 
 
@@ -95,7 +95,7 @@ class Opening:
             if not session_id:
                 self._require_not_gone(name, seen)
             self._require_own(session_id, seen)
-            values = _checked_state(served, state, batch_size)
+            values = check_finite_state(served.program, state, batch_size)
             rows = self._pager.take(served, batch_size)
             served.arena.clear_outputs(rows)
             if values is None:
@@ -306,14 +306,6 @@ class Opening:
         if request_id and int(self._table.opened_with[known]) == request_id:
             return Opened(self._directory.info(known), replayed=True)
         raise _exists("new_session_id", name)
-
-
-def _checked_state(model: Model, state: Tensors | None, batch_size: int) -> tuple[Array, ...] | None:
-    if state is None:
-        return None
-    values = check_state(model.program, state, batch_size)
-    require_finite("state", values, [spec.name for spec in model.program.state])
-    return values
 
 
 def _require_fingerprint(model: Model, fingerprint: str) -> None:
