@@ -284,11 +284,7 @@ class Engine:
         return await self._closing.close_many(session_ids)
 
     async def session_info(self, session_id: str, *, usable: bool = False) -> SessionInfo:
-        """Describe a session as of its last completed change.
-
-        Args:
-            session_id: Its id.
-            usable: It must be one that can be stepped here.
+        """Describe a session as of its last completed change; `usable`: it must be one that can be stepped here.
 
         Raises:
             SessionGone: there is none.

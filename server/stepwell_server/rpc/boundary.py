@@ -79,10 +79,7 @@ class Boundary:
     def stream(self, method: str, behaviour: StreamBehaviour, *, endless: bool = False) -> Serve:
         """Serves a method of streams, whose behaviour reads and writes bytes by itself.
 
-        Args:
-            method: Its name.
-            behaviour: Serves a call.
-            endless: Only the client ends it: nobody waits for it when the server stops.
+        `endless`: only the client ends it, and nobody waits for it when the server stops.
         """
 
         async def answer(call: Call) -> bytes:

@@ -55,11 +55,7 @@ class _Tensors(Protocol):
 
 
 def to_arrays(tensors: Iterable[tensors_pb2.Tensor], argument: str) -> dict[str, Array]:
-    """Arrays by name.
-
-    Args:
-        tensors: a repeated field of a request.
-        argument: the field's name, for messages.
+    """Arrays by name; `argument` is the field's name, for messages.
 
     Raises:
         InvalidInput: one of them is not a tensor, or two have the same name.

@@ -251,17 +251,7 @@ class RecordTemplate:
         row_bytes: int,
         batch_size: int = 1,
     ) -> None:
-        """Lay out n records.
-
-        Args:
-            session_ids: n ids.
-            fingerprint: of the model.
-            model: its name.
-            opened_with: `(n,)` or one for all; see `Header`.
-            created: as `opened_with`.
-            row_bytes: bytes of a row, as `Arena.pack` lays it out.
-            batch_size: rows of each session.
-        """
+        """Lay out n records; `opened_with` and `created` are `(n,)` or one for all, a row as `Arena.pack` lays it out."""
         texts = Texts(fingerprint, model)
         text = np.frombuffer(texts.data, np.uint8)
         start = HEADER.itemsize + len(text)

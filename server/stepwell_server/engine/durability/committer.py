@@ -51,12 +51,9 @@ class Committer:
         """Takes such sessions out of the arena alone."""
 
     def commit(self, outcome: Outcome, answer: Answer, again: Again) -> None:
-        """Make an outcome true and have its callers answered, now or later; then its sessions' claims end.
+        """Make an outcome of claimed sessions true and have its callers answered, now or later; then their claims end.
 
-        Args:
-            outcome: Of claimed sessions.
-            answer: See `Answer`; it must not raise.
-            again: See `Again`; it must not raise.
+        Neither `answer` nor `again` may raise.
         """
 
         def done(committed: Committed | ServerError) -> None:

@@ -103,10 +103,7 @@ class Pager:
     def page_in(self, model: Model, handles: Handles, later: Later) -> PageIn:
         """Bring claimed sessions back to the arena, those that are not there and for which there is room.
 
-        Args:
-            model: Of all of them.
-            handles: Some may be there.
-            later: Called when those that are coming have come. Their claims must last until then.
+        `later` is called when those that are coming have come; their claims must last until then.
         """
         absent = handles[self._table.row[handles] < 0]
         if not len(absent):

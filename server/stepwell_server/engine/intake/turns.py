@@ -82,12 +82,7 @@ class Turns:
         self._claims.claim(handles)
 
     async def hold(self, handle: int, deadline: float, *, rows: bool = True) -> None:
-        """Claim one session for something that is no change, when its turn comes.
-
-        Args:
-            handle: The session.
-            deadline: On the clock's monotonic time.
-            rows: The session's rows are needed.
+        """Claim one session for something that is no change, when its turn comes; `rows`: and bring it to the arena.
 
         Raises:
             DeadlineExceeded, SessionGone, Overloaded: it did not come.

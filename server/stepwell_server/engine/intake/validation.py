@@ -167,11 +167,7 @@ class Validation:
         self._models = models
 
     def check(self, change: Change, handles: Handles) -> Refusals:
-        """Check a change some of whose sessions are there. Nothing is answered yet.
-
-        Args:
-            change: As it came; its own columns are set here.
-            handles: Of its sessions, -1 for those that are not there.
+        """Check a change some of whose sessions are there, -1 for the others, and set its columns. It answers nothing.
 
         Returns:
             Members that are refused, beside those that are not there, and why.

@@ -66,12 +66,7 @@ class Inference:
     async def infer(
         self, request: pb.ModelInferRequest, deadline: float, source: object
     ) -> pb.ModelInferResponse:
-        """Answer a request.
-
-        Args:
-            request: what came.
-            deadline: on the clock's monotonic time; the request may set itself a shorter one.
-            source: who sent it.
+        """Answer a request, which may set itself a shorter deadline.
 
         Raises:
             ServerError: in Triton's words where it has some; nothing changed.

@@ -39,10 +39,7 @@ class Parameters:
 def read_parameters(model: str, given: Mapping[str, pb.InferParameter], *, keeps_state: bool) -> Parameters:
     """Read a request's parameters. Parameters of other names are for models, and no model here takes any.
 
-    Args:
-        model: its name.
-        given: by name.
-        keeps_state: the model does, so that a request without a sequence would begin anew each time.
+    A model that keeps state would begin anew with each request without a sequence.
 
     Raises:
         InvalidInput: a value has the wrong type or breaks a rule, or a model that keeps state has no sequence.

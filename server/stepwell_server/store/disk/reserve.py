@@ -77,12 +77,7 @@ class Reserve:
         return self.held_bytes < self._wanted
 
     def commit(self, batch: Batch, attempt: Callable[[Batch], None], extent: Callable[[], Extent]) -> None:
-        """Commit with the room that is meant for such a batch.
-
-        Args:
-            batch: What is to be kept.
-            attempt: Keeps all of it, or raises and keeps nothing.
-            extent: How the data file is used now.
+        """Commit with the room that is meant for such a batch; `attempt` keeps all of it, or raises and keeps nothing.
 
         Raises:
             Exception: what the last attempt raised, or that there is no room to open sessions.
@@ -175,10 +170,7 @@ class Reserve:
     def _require_room(self, batch: Batch, extent: Extent, *, in_place: bool) -> None:
         """Refuse to open sessions in the room that ending them takes.
 
-        Args:
-            batch: It opens some.
-            extent: How the data file is used.
-            in_place: As many have ended: mostly there is room on their pages, and less has to be left.
+        `in_place`: as many have ended. Mostly there is room on their pages, and less has to be left.
 
         Raises:
             NoRoom: there is no other.

@@ -130,9 +130,6 @@ class WriteAheadLog:
     def append(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
         """Append changes; False if there is no room until more is checkpointed, or ever.
 
-        Args:
-            parts: Ids and records of each.
-
         Raises:
             OSError: they could not be written. None is there.
         """

@@ -77,10 +77,7 @@ class Segment:
         return self._file
 
     def truncate(self, sequence: int) -> None:
-        """Drop all entries.
-
-        Args:
-            sequence: Sequence number of the last write to any segment.
+        """Drop all entries; `sequence` is that of the last write to any segment.
 
         Raises:
             OSError: it could not be written; then this is to be done again before anything is appended.
@@ -99,9 +96,6 @@ class Segment:
 
     def append(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
         """Write entries, all of them or none; False if there is no room.
-
-        Args:
-            parts: Ids and records of each.
 
         Raises:
             OSError: they could not be written. None is there.
