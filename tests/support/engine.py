@@ -216,7 +216,7 @@ class Harness:
         self.hooks = hooks
         self.store = store
         self.events = events
-        runners = [line.loop.runner for line in engine._lines.values()]
+        runners = [loop.runner for loop in engine._loops.values()]
         self.passes = [PassCounter(runner) for runner in runners]
         for counter, runner in zip(self.passes, runners, strict=True):
             runner.run_on_threads = counter.run_on_threads  # type: ignore[method-assign]
@@ -298,8 +298,8 @@ class Harness:
             assert slots._top == slots.capacity - slots.resident
             rows = [*slots._free[: slots._top].tolist(), *table.rows_of(resident).tolist()]
             assert sorted(rows) == list(range(slots.capacity)), "a row is lost or has two owners"
-            assert engine._lines[model.index].inbox.waiting == 0
-            assert not engine._lines[model.index].loop.busy
+            assert engine._inboxes[model.index].waiting == 0
+            assert not engine._loops[model.index].busy
             assert set(model.replies.series) <= set(own.tolist()), "a reply outlives its session"
         assert all(counter.most <= 1 for counter in self.passes), "two passes of a model ran at once"
         away = {session_id for session_id, handle in table.items() if table.row[handle] < 0}

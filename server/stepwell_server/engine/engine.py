@@ -65,14 +65,6 @@ __all__ = ["Engine", "ModelStats", "OpenedMany"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Line:
-    """What works on a model's changes."""
-
-    inbox: Inbox
-    loop: PassLoop
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class ModelStats:
     """What a model has and does now."""
 
@@ -202,7 +194,8 @@ class Engine:
             clock=clock,
         )
         self._listing = Listing(table, self._directory, self._expiry, keeping.others)
-        self._lines: dict[int, Line] = {}
+        self._loops: dict[int, PassLoop] = {}
+        """By the number of the model, as the inboxes."""
         self._inboxes: dict[int, Inbox] = {}
         self._submission = Submission(
             table,
@@ -230,7 +223,7 @@ class Engine:
     async def start(self) -> None:
         """Run each program once at several sizes, so that the first callers do not pay for it."""
         for model in self._models:
-            runner = self._lines[model.index].loop.runner
+            runner = self._loops[model.index].runner
             await asyncio.to_thread(warm_up, runner, model.program, model.max_batch_rows)
         self._expiring = asyncio.create_task(self._expiry.run())
 
@@ -357,7 +350,7 @@ class Engine:
         values = check_finite_state(served.program, state, rows)
         self._drain_inboxes()
         byte_count = sum(array.nbytes for array in (*checked.arrays, *(values or ())))
-        self._lines[served.index].inbox.require_room(rows, byte_count)
+        self._inboxes[served.index].require_room(rows, byte_count)
         now = self._clock.monotonic()
         call = PredictCall(served, checked, values, rows, deadline=deadline, source=source, now=now)
         self._held.bytes += byte_count
@@ -375,7 +368,7 @@ class Engine:
                 name=model.name,
                 sessions=self._directory.count(model),
                 resident_rows=model.slots.resident,
-                queued=self._lines[model.index].inbox.waiting,
+                queued=self._inboxes[model.index].waiting,
                 queued_bytes=self._held.bytes,
                 uncommitted=self._group.waiting,
             )
@@ -389,8 +382,8 @@ class Engine:
     async def drain(self) -> None:
         """Return when everything that was taken in is finished."""
         while self._is_busy:
-            for line in list(self._lines.values()):
-                await line.loop.idle()
+            for loop in list(self._loops.values()):
+                await loop.idle()
             await self._group.idle()
             await self._arrivals.idle()
             await self._pager.idle()
@@ -420,7 +413,7 @@ class Engine:
             or self._arrivals.waiting > 0
             or not self._pager.is_idle
             or not self._group.is_idle
-            or any(line.loop.busy for line in self._lines.values())
+            or any(loop.busy for loop in self._loops.values())
         )
 
     async def expire_idle(self) -> int:
@@ -454,7 +447,7 @@ class Engine:
             clock=self._clock,
             observer=self._observer,
         )
-        loop = PassLoop(
+        self._loops[model.index] = PassLoop(
             model,
             inbox,
             self._admission,
@@ -474,7 +467,6 @@ class Engine:
             observer=self._observer,
         )
         self._models.add(model)
-        self._lines[model.index] = Line(inbox, loop)
         self._inboxes[model.index] = inbox
 
     def _ring_all(self) -> None:
@@ -486,9 +478,9 @@ class Engine:
 
     def _drain_inboxes(self) -> None:
         """What waits in the inboxes came before what comes now, which is no change: it must not overtake them."""
-        for line in self._lines.values():
-            if line.inbox:
-                self._admission.admit(joined_where_alike(line.inbox.drain()))
+        for inbox in self._inboxes.values():
+            if inbox:
+                self._admission.admit(joined_where_alike(inbox.drain()))
 
     @property
     def max_session_idle_s(self) -> float:

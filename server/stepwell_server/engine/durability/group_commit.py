@@ -8,9 +8,11 @@ awaited has no thread: its commits are tasks.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from stepwell_server.engine.cost import Cost
@@ -33,20 +35,27 @@ MOST_WAITING = 32_768
 
 _RETRY_AFTER_S = 0.5
 
+_NOTHING = Batch()
+
 Done = Callable[[Committed | ServerError], None]
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class _Item:
     """What is to be kept, and who wants to know."""
 
-    __slots__ = ("batch", "build", "done", "error", "size")
+    build: Callable[[], Batch]
+    size: int
+    done: Done
+    batch: Batch = _NOTHING
+    error: ServerError | None = None
 
-    def __init__(self, build: Callable[[], Batch], size: int, done: Done) -> None:
-        self.build = build
-        self.size = size
-        self.done = done
-        self.batch = Batch()
-        self.error: ServerError | None = None
+    def make(self) -> None:
+        """Build the batch, or note why it could not be."""
+        try:
+            self.batch = self.build()
+        except Exception as error:
+            self.error = reason(error)
 
 
 class GroupCommit:
@@ -240,10 +249,7 @@ class _Awaited:
         self._work = Alarm(self._start)
 
     def put(self, item: _Item) -> None:
-        try:
-            item.batch = item.build()
-        except Exception as error:
-            item.error = reason(error)
+        item.make()
         self._queue.append(item)
         self._work.ring()
 
@@ -300,27 +306,17 @@ class _Awaited:
 def _keep(items: Sequence[_Item], commit: Callable[[Batch], None]) -> None:
     """Build and commit, in as few transactions as the order allows; each item gets its error."""
     for item in items:
-        try:
-            item.batch = item.build()
-        except Exception as error:
-            item.error = reason(error)
-    for group in _groups([item for item in items if item.error is None]):
+        item.make()
+    groups = deque(_groups([item for item in items if item.error is None]))
+    while groups:
+        group = groups.popleft()
         try:
             commit(_merged([item.batch for item in group]))
         except Exception as error:
             if len(group) == 1:
                 group[0].error = reason(error)
-            else:
-                _keep_each(group, commit)
-
-
-def _keep_each(items: Iterable[_Item], commit: Callable[[Batch], None]) -> None:
-    """One by one what could not be kept together: on a full disk the end of a session may be, its beginning not."""
-    for item in items:
-        try:
-            commit(item.batch)
-        except Exception as error:
-            item.error = reason(error)
+            else:  # one by one: on a full disk the end of a session may be kept, its beginning not
+                groups.extendleft([item] for item in reversed(group))
 
 
 def _groups(items: Iterable[_Item]) -> list[list[_Item]]:

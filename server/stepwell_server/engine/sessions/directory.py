@@ -106,7 +106,7 @@ class Directory:
             handle = self._loader.load(session_id, seen)
         if handle is not None and self._expiry.is_due(handle):
             self._expiry.expire(np.array([handle]))
-            raise self._expiry.error(session_id)
+            raise self._endings.expired(session_id)
         if handle is None:
             raise self.gone(session_id, seen)
         return handle
@@ -221,7 +221,7 @@ class Directory:
     def ended(self, session_id: str, seen: Seen) -> SessionGone | None:
         """How a session ended, as far as that is remembered."""
         if session_id in self._expiry.burying:
-            return self._expiry.error(session_id)
+            return self._endings.expired(session_id)
         (stone,) = seen.tombstones([session_id])
         return None if stone is None else self._endings.of(stone)
 

@@ -19,7 +19,7 @@ from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.models import Models
-from stepwell_server.errors import ServerError, SessionExpired
+from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import Batch, Committed, End, Store, Tombstone
 from stepwell_server.store.record import Header, header_or_none
@@ -181,17 +181,13 @@ class Expiry:
         for handle in handles.tolist():
             session_id = self._table.session_id(handle)
             self.remember_use([session_id], float(self._table.used[handle]))
-            self._removal.forget(handle, self.error(session_id))
-
-    def error(self, session_id: str) -> SessionExpired:
-        """What is said of a session that expired."""
-        return self._endings.expired(session_id)
+            self._removal.forget(handle, self._endings.expired(session_id))
 
     def expire(self, handles: Handles) -> None:
         """End sessions of the table."""
         self._bury(self._removal.described(handles))
         for handle in handles.tolist():
-            self._removal.remove(handle, "expired", self.error(self._table.session_id(handle)))
+            self._removal.remove(handle, "expired", self._endings.expired(self._table.session_id(handle)))
 
     def drop(self, handles: Handles, error: ServerError) -> None:
         """Forget claimed sessions whose rows are not what the store holds; they are loaded when next named."""

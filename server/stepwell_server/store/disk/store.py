@@ -134,7 +134,8 @@ class DiskStore(LocalStore):
         some = self._base.scan(after=after, prefix=prefix, limit=limit)
         if self._wal is None or self._wal.is_empty:
             return some
-        return [(session_id, self._header(session_id, header)) for session_id, header in some]
+        later = ((session_id, self._find(session_id), header) for session_id, header in some)
+        return [(i, header if record is None else header_or_none(i, record)) for i, record, header in later]
 
     @override
     def count(self) -> int:
@@ -312,8 +313,3 @@ class DiskStore(LocalStore):
         # nothing is forgotten here: another thread may be about to commit
         (is_later,) = self._later([(session_id, record)])
         return record if is_later else None
-
-    def _header(self, session_id: str, header: Header | None) -> Header | None:
-        """The header of a session: that of LMDB, unless the log has a later one."""
-        record = self._find(session_id)
-        return header if record is None else header_or_none(session_id, record)
