@@ -102,7 +102,7 @@ class Admission:
             self._turns.release(done)
 
     def start_due(self, change: Change, members: Members) -> Handles:
-        """See `turns.Starter`."""
+        """See `row_queue.Starter`."""
         handles = change.handles[members]
         self._turns.claim(handles)
         if self._row_queue.count(change.model.index):

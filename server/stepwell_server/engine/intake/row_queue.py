@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.models import Models
@@ -22,10 +22,13 @@ from stepwell_server.engine.types import Members
 
 
 class Starter(Protocol):
-    """Who starts members of a change for which there is room now."""
+    """Who starts members of a change when they need not wait any more."""
+
+    def start_due(self, change: Change, members: Members, /) -> Handles:
+        """Their turn has come: claim their sessions and start them; return sessions that are done with already."""
 
     def start_waiting(self, change: Change, members: Members, /) -> None:
-        """Start them; those that still do not fit are put back."""
+        """There is room: start them; those that still do not fit are put back."""
 
 
 class RowQueue:

@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from stepwell_server.core.claims import Claims
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.change import Change, too_late
 from stepwell_server.engine.intake.paging import Pager, Refused
-from stepwell_server.engine.intake.row_queue import RowQueue
+from stepwell_server.engine.intake.row_queue import RowQueue, Starter
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members
@@ -27,13 +27,6 @@ from stepwell_server.errors import Overloaded, ServerError, SessionGone, Session
 
 #: Changes that may wait in one session's line.
 MAX_LINE = 256
-
-
-class Starter(Protocol):
-    """Who starts members of a change whose turn has come."""
-
-    def start_due(self, change: Change, members: Members, /) -> Handles:
-        """Claim their sessions and start them; return sessions that are done with already."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -177,11 +177,11 @@ class Expiry:
         handles = np.unique(self._table.find_all(session_ids))
         self._forget(handles[(handles >= 0) & ~self._table.claimed[handles]])
 
-    def _forget(self, handles: Handles) -> None:
+    def _forget(self, handles: Handles, error: ServerError | None = None) -> None:
         for handle in handles.tolist():
             session_id = self._table.session_id(handle)
             self.remember_use([session_id], float(self._table.used[handle]))
-            self._removal.forget(handle, self._endings.expired(session_id))
+            self._removal.forget(handle, error or self._endings.expired(session_id))
 
     def expire(self, handles: Handles) -> None:
         """End sessions of the table."""
@@ -192,9 +192,7 @@ class Expiry:
     def drop(self, handles: Handles, error: ServerError) -> None:
         """Forget claimed sessions whose rows are not what the store holds; they are loaded when next named."""
         _log.warning("sessions left the arena", sessions=len(handles), error=error)
-        for handle in handles.tolist():
-            self.remember_use([self._table.session_id(handle)], float(self._table.used[handle]))
-            self._removal.forget(handle, error)
+        self._forget(handles, error)
 
     def expire_among(self, handles: Handles) -> None:
         """End those of some sessions that are due, and put -1 in their places, as it stands for others already."""

@@ -244,8 +244,7 @@ class Loader:
         stored = seen.get(session_id)
         if stored is None:
             return None
-        header = decode_header(session_id, stored)
-        return int(self._adopt([(session_id, header, self._served(session_id, header))])[0])
+        return int(self._adopt([self._served(session_id, stored)])[0])
 
     def load_all(self, session_ids: Sequence[str], seen: Seen) -> tuple[int, list[str]]:
         """Take those sessions into the table that are in the store and can be stepped.
@@ -263,16 +262,16 @@ class Loader:
             if stored is None:
                 continue
             try:
-                header = decode_header(session_id, stored)
-                found.append((session_id, header, self._served(session_id, header)))
+                found.append(self._served(session_id, stored))
             except (StateCorrupt, ModelMismatch, ModelNotFound):
                 unusable.append(session_id)  # `find` says why
         if found:
             self._adopt(found)
         return len(found), unusable
 
-    def _served(self, session_id: str, header: Header) -> Model:
-        """The model of a stored session."""
+    def _served(self, session_id: str, stored: Stored) -> tuple[str, Header, Model]:
+        """A stored session, if it can be stepped here."""
+        header = decode_header(session_id, stored)
         model = self._models.find(header.model)
         if model is None:
             raise ModelNotFound(
@@ -287,7 +286,7 @@ class Loader:
                 " Serve that model file again, or close the session",
                 model=header.model,
             )
-        return model
+        return session_id, header, model
 
     def _adopt(self, sessions: Sequence[tuple[str, Header, Model]]) -> Handles:
         headers = [header for _, header, _ in sessions]
