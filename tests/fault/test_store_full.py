@@ -73,7 +73,8 @@ def test_a_small_disk(tmp_path: Path, kind: str, durability: str, what: str) -> 
 
 
 def _run(command: list[str]) -> None:
-    found = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    env = {**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parents[1])}  # for `support`
+    found = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=env)
     assert (found.returncode, found.stdout) == (0, "all is well\n"), found.stderr
 
 

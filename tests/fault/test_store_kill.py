@@ -122,7 +122,9 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(
 def _write_until_killed(path: Path, durability: Durability, kind: str, seconds: float) -> int:
     """Let a writer go on for a while, kill it, and return the last commit that it acknowledged."""
     with subprocess.Popen(
-        [sys.executable, __file__, os.fspath(path), durability, kind], stdout=subprocess.PIPE
+        [sys.executable, __file__, os.fspath(path), durability, kind],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parents[1])},  # for `support`
     ) as writer:
         assert writer.stdout is not None
         lines = [writer.stdout.readline()]  # it has begun
