@@ -30,7 +30,9 @@ def another_process(path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def opened(path: Path) -> LmdbStore:
-    return LmdbStore(path, durability="async", clock=SystemClock(), listen="127.0.0.1:5005")
+    store = LmdbStore(path, durability="async", clock=SystemClock())
+    store.announce("127.0.0.1:5005")
+    return store
 
 
 def test_the_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
@@ -42,7 +44,7 @@ def test_the_second_process_is_refused_until_the_first_is_killed(tmp_path: Path)
         process.kill()
         process.wait(timeout=200)
         store = opened(tmp_path)
-        assert store.tombstone("left") is not None
+        assert store.tombstones(["left"])[0] is not None
         store.close()
 
 

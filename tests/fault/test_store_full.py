@@ -23,7 +23,7 @@ from stepwell_server.errors import Unavailable
 from stepwell_server.store.base import Batch, End, Tombstone
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
-from stepwell_server.store.record import Record, decode
+from support.records import Record, decode
 
 MIB = 2**20
 DISK_BYTES = 8 * MIB
@@ -73,7 +73,8 @@ def test_a_small_disk(tmp_path: Path, kind: str, durability: str, what: str) -> 
 
 
 def _run(command: list[str]) -> None:
-    found = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    env = {**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parents[1])}  # for `support`
+    found = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=env)
     assert (found.returncode, found.stdout) == (0, "all is well\n"), found.stderr
 
 
@@ -116,7 +117,7 @@ def fill(store: DiskOrLmdb) -> tuple[dict[str, int], int]:
         puts = [(name, record(name, number)) for name in names]
         stones = [Tombstone(f"t{number}", End.CLOSED, 0.0)]
         if not is_kept(store, Batch(puts=puts, tombstones=stones, counts=[("m", 50)])):
-            assert store.tombstone(f"t{number}") is None
+            assert store.tombstones([f"t{number}"])[0] is None
             return kept, number
         kept |= dict.fromkeys(names, number)
     raise AssertionError("the disk is never full")
@@ -195,7 +196,6 @@ def _go_on(store: DiskOrLmdb, kept: dict[str, int]) -> None:
     store.commit(Batch(puts=[(name, record(name, 9)) for name in names], counts=[("m", 300)]))
     kept |= dict.fromkeys(names, 9)
     require(store, kept)
-    store.sync()
 
 
 def check_closing(way: str, kind: str, durability: Durability, path: Path) -> None:

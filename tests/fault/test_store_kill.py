@@ -20,7 +20,7 @@ from stepwell_server.clock import SystemClock
 from stepwell_server.store.base import Batch, End, Tombstone
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
-from stepwell_server.store.record import Record, decode
+from support.records import Record, decode
 
 SESSIONS = 40
 ROUNDS = 6
@@ -95,10 +95,10 @@ def held(store: LmdbStore | DiskStore, kind: Kind) -> int:
         assert stored is not None
         assert decode(name, stored) == record(number, kind)
     latest = number - number % kind.period
-    stone = store.tombstone(f"of-{latest - kind.period}")
+    stone = store.tombstones([f"of-{latest - kind.period}"])[0]
     assert stone is not None
     assert stone.revision == latest
-    assert store.tombstone(f"of-{latest}") is None
+    assert store.tombstones([f"of-{latest}"])[0] is None
     return number
 
 
@@ -122,7 +122,9 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(
 def _write_until_killed(path: Path, durability: Durability, kind: str, seconds: float) -> int:
     """Let a writer go on for a while, kill it, and return the last commit that it acknowledged."""
     with subprocess.Popen(
-        [sys.executable, __file__, os.fspath(path), durability, kind], stdout=subprocess.PIPE
+        [sys.executable, __file__, os.fspath(path), durability, kind],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parents[1])},  # for `support`
     ) as writer:
         assert writer.stdout is not None
         lines = [writer.stdout.readline()]  # it has begun

@@ -57,7 +57,7 @@ class Inside:
     @property
     def remembering_store(self) -> Any:
         """What is asked why a session is not there."""
-        return self._engine._directory._here
+        return self._engine._directory.here
 
     @property
     def models(self) -> Sequence[Model]:
@@ -67,7 +67,7 @@ class Inside:
         return self._engine._models.by_name(name)
 
     def runners(self) -> list[Runner]:
-        return [line.loop.runner for line in self._engine._lines.values()]
+        return [loop.runner for loop in self._engine._loops.values()]
 
     def loaded(self) -> list[str]:
         """Ids of the sessions in the table, in order."""
@@ -94,7 +94,7 @@ class Inside:
 
     async def tick(self) -> None:
         """What the timer of expiry does each time."""
-        await self._engine._timer._expire_all()
+        await self._engine.expire_idle()
 
     def check_books(self, store: Any) -> None:
         """Nothing is under way: then everything must add up."""
@@ -112,8 +112,8 @@ class Inside:
             assert slots._top == slots.capacity - slots.resident
             rows = [*slots._free[: slots._top].tolist(), *table.rows_of(resident).tolist()]
             assert sorted(rows) == list(range(slots.capacity)), "a row is lost or has two owners"
-            assert engine._lines[model.index].inbox.waiting == 0
-            assert not engine._lines[model.index].loop.busy
+            assert engine._inboxes[model.index].waiting == 0
+            assert not engine._loops[model.index].busy
             assert set(model.replies.series) <= set(own.tolist()), "a reply outlives its session"
         away = {session_id for session_id, handle in table.items() if table.row[handle] < 0}
         if store.is_volatile:

@@ -21,8 +21,9 @@ from stepwell_server.store.base import Batch, End, LocalStore, Tombstone
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.disk.wal import WriteAheadLog
-from stepwell_server.store.record import Puts, Record, RecordTemplate, Stored, decode
+from stepwell_server.store.record import Puts, RecordTemplate, Stored
 from support.clock import ManualClock
+from support.records import Record, decode
 
 SEGMENT_BYTES = 4096
 

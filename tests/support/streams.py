@@ -55,7 +55,7 @@ class Streams:
         servicer = SessionServicer(at.engine, at.clock, 1 << 20, _LIMITS, self.observer)
         self._serve_call = boundary.unary("Step", servicer.step, pb.StepRequest)
         self.calls: list[asyncio.Task[bytes]] = []
-        self.task = asyncio.create_task(self.stream.run(float("inf")))
+        self.task = asyncio.create_task(self.stream.run())
 
     def send(self, *messages: bytes) -> None:
         self.context.send(*messages)

@@ -84,11 +84,3 @@ def test_several_steps_together_only_if_nothing_else_waits() -> None:
     assert scheduler.steps_together(chosen, 100) == 6, "as many as the shortest has left"
     assert scheduler.steps_together(chosen, 4) == 4
     assert scheduler.steps_together(chosen, 0) == 1
-
-
-def test_draining_gives_every_job_once() -> None:
-    jobs = [Job(f"{s}{i}", s, 2) for s in "ab" for i in range(3)]
-    scheduler = scheduler_of(1, *jobs)
-    assert sorted(names(list(scheduler.drain()))) == sorted(names(jobs))
-    assert scheduler.rows_waiting == 0
-    assert not scheduler

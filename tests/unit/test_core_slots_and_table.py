@@ -149,7 +149,7 @@ def test_paging_out_leaves_no_rows_behind() -> None:
 
 
 def test_the_oldest_is_forgotten_first_and_what_is_set_again_is_new() -> None:
-    remembered: Remembered[int] = Remembered(2)
+    remembered: Remembered[str, int] = Remembered(2)
     remembered.put("a", 1)
     remembered.put("b", 2)
     remembered.put("a", 3)

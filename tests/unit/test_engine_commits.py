@@ -263,7 +263,7 @@ async def test_it_says_when_it_is_full_and_when_it_is_not_any_more(
     monkeypatch.setattr(module, "MOST_WAITING", 5)
     store, commits, told = slow
     rooms: list[bool] = []
-    commits.on_room(lambda: rooms.append(commits.is_full))
+    monkeypatch.setattr(commits, "_on_room", lambda: rooms.append(commits.is_full))
     store.gate.clear()
     monkeypatch.setattr(commits.cost, "_each_s", 1.0)
     told.submit("a", size=4)
@@ -323,7 +323,7 @@ batches = st.builds(
 
 
 def content(store: LocalStore) -> list[object]:
-    found: list[object] = [(i, store.get(i), store.tombstone(i)) for i in "abc"]
+    found: list[object] = [(i, store.get(i), store.tombstones([i])[0]) for i in "abc"]
     return [*found, store.count(), store.count_of("m"), store.count_of("n")]
 
 

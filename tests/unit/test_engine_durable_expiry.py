@@ -57,7 +57,7 @@ async def test_how_a_session_ended_is_remembered(disk: Disk, elsewhere: str) -> 
         disk.kill()
     async with disk.engine(max_session_idle_s=IDLE_S) as at:
         assert await ends(at, "idle", "closed", mine, "never", elsewhere) == wanted
-        stone = disk.store.tombstone("idle")
+        stone = disk.store.tombstones(["idle"])[0]
         assert (stone.end, stone.revision) == (End.EXPIRED, 0)
         assert await at.engine.close_sessions(["idle", "closed", "never"]) == 0
         opened = await at.engine.open_session("plain", session_id="idle")

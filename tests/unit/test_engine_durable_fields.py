@@ -8,9 +8,10 @@ import pytest
 
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.base import Batch
-from stepwell_server.store.record import CRITICAL, decode, pack_fields
+from stepwell_server.store.record import CRITICAL, pack_fields
 from support.durable import Disk, Troubled
 from support.engine import x
+from support.records import decode
 
 pytestmark = pytest.mark.stores("async", "sync")
 FIELDS = pack_fields({2: b"tenant", 77: bytes(range(100))})

@@ -175,4 +175,4 @@ async def test_an_id_that_was_closed_may_be_opened_anew(disk: Disk) -> None:
     async with disk.engine() as at:
         assert (await at.engine.session_info("a")).revision == 2
         assert await count(at) == 1
-        assert disk.store.tombstone("a") is None
+        assert disk.store.tombstones(["a"])[0] is None

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.durability import record_templates as sheets
-from stepwell_server.store.record import decode
 from support.engine import Harness, running, x
+from support.records import decode
 
 pytestmark = pytest.mark.stores("async", "sync")
 COUNT = 40

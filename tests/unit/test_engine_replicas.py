@@ -281,7 +281,7 @@ async def test_a_session_is_closed_although_another_server_has_changed_it(many: 
             assert await second.engine.close_sessions(["a", "b"]) == 2
         else:
             assert await second.engine.close_session("a", request_id=5) is False
-        stone = first.store.shared.tombstone("a")
+        stone = first.store.shared.tombstones(["a"])[0]
         assert stone is not None
         assert stone.revision == 2, "of what it was at last"
         with pytest.raises(SessionNotFound, match="was closed"):

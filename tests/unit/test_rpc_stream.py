@@ -44,7 +44,7 @@ class Call:
             self.observer,
             self.context,
         )
-        self.task = asyncio.create_task(self.stream.run(float("inf")))
+        self.task = asyncio.create_task(self.stream.run())
 
     async def reply(self) -> pb.StepStreamResponse:
         raw = await asyncio.wait_for(self.context.replies.get(), _PATIENCE_S)

@@ -63,7 +63,6 @@ def test_where_a_segment_has_no_room_every_change_is_a_transaction(
         put(store, "a", revision=3)
         assert not store.needs_checkpoint
         store.checkpoint()
-        store.sync()
         assert revisions(store) == in_lmdb(store) == {"a": 3, "b": 0}
         store.close()
     store = opened(path)
@@ -297,16 +296,6 @@ def test_a_segment_that_cannot_be_read_is_unavailable(path: Path, monkeypatch: p
     store.close()
 
 
-def test_a_flush_that_fails_is_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = opened(path)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fdatasync", fail)
-        with pytest.raises(Unavailable, match="the write-ahead log must be able to flush to disk; got "):
-            store.sync()
-    store.sync()
-    store.close()
-
-
 @DURABILITIES
 def test_a_change_waits_for_the_disk_only_if_it_must(
     path: Path, monkeypatch: pytest.MonkeyPatch, durability: Durability
@@ -332,7 +321,7 @@ def test_a_closed_store_says_so(path: Path) -> None:
     begin(store, "a")
     store.close()
     store.checkpoint()
-    for use in (store.count, store.sync, lambda: store.get("a"), lambda: put(store, "a", revision=1)):
+    for use in (store.count, lambda: store.get("a"), lambda: put(store, "a", revision=1)):
         with pytest.raises(Unavailable):
             use()
 

@@ -31,7 +31,7 @@ def test_all_of_it_is_there_and_goes_on(path: Path, durability: Durability) -> N
     store = opened(path, durability)
     assert revisions(store) == {"a": 2, "b": 2, LONG: 0}
     assert in_lmdb(store) == {"a": 0, "b": 0, LONG: 0}, "the log has been read"
-    assert store.tombstone("c") == Tombstone("c", End.CLOSED, 1.0)
+    assert store.tombstones(["c"])[0] == Tombstone("c", End.CLOSED, 1.0)
     assert store.incarnation == "f40ec0e5"
     assert store.secret.hex() == "364e735f7df4d347193ef88136dadbdf19b8b65f55097f2dd7bcbf64fb8f8835"
     assert (store.count(), store.count_of("m")) == (3, 3)

@@ -59,7 +59,6 @@ def test_it_keeps_sessions(path: Path, flushes: Flushes, durability: Durability)
     changed = fill_one(store)
     store.checkpoint()
     put(store, "s0", revision=7)
-    store.sync()
     kept = revisions(store)
     assert (kept["s0"], len(changed) > 10) == (7, True)
     assert (path / "sessions" / "reserve").stat().st_blocks > 0

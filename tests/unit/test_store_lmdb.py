@@ -20,8 +20,9 @@ from stepwell_server.store.disk import keys
 from stepwell_server.store.disk import lmdb as module
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.memory import MemoryStore
-from stepwell_server.store.record import decode, decode_header
+from stepwell_server.store.record import decode_header
 from support.clock import ManualClock
+from support.records import decode
 from support.stored import put, record
 
 ODD_IDS = ["a", "b", "ä", "z" * 256, "é" * 255 + "1", "é" * 256, "\U0001f600" * 256, "\U0001f600" * 255 + "a"]
@@ -58,7 +59,7 @@ def test_what_is_committed_is_there_after_opening_again(tmp_path: Path, durabili
     second = opened(tmp_path, durability)
     assert second.count() == len(ODD_IDS)
     assert all(second.get(i) == record(i) for i in ODD_IDS)
-    assert second.tombstone("gone") == stone
+    assert second.tombstones(["gone"])[0] == stone
     assert second.incarnation == first.incarnation
     second.close()
     second.close()
@@ -85,7 +86,7 @@ def test_a_batch_is_kept_whole_or_not_at_all(store: LmdbStore, at: int) -> None:
     with pytest.raises(Unavailable, match="must be able to keep"):
         store.commit(Batch(deletes=["a", ""], tombstones=[stone]))  # LMDB has no empty keys
     assert (revision(store, "a"), revision(store, "b"), store.count()) == (0, 0, 2)
-    assert store.tombstone("a") is None
+    assert store.tombstones(["a"])[0] is None
     put(store, "a", revision=5)
     assert revision(store, "a") == 5
 
@@ -99,7 +100,7 @@ def test_long_ids_are_sessions_like_others(store: LmdbStore) -> None:
     assert sorted(ids(store, prefix="é" * 250)) == ["é" * 255 + "1", "é" * 256]
     stones = [Tombstone(i, End.EXPIRED, 1.0) for i in ODD_IDS]
     store.commit(Batch(deletes=ODD_IDS, tombstones=stones))
-    assert [store.tombstone(i) for i in ODD_IDS] == stones
+    assert [store.tombstones([i])[0] for i in ODD_IDS] == stones
     assert store.count() == 0
 
 
@@ -157,7 +158,7 @@ def test_both_stores_answer_alike(tmp_path_factory: pytest.TempPathFactory, batc
         disk.commit(batch)
         memory.commit(batch)
         assert disk.get_many(known) == memory.get_many(known) == [disk.get(i) for i in known]
-        assert [disk.tombstone(i) for i in known] == [memory.tombstone(i) for i in known]
+        assert [disk.tombstones([i])[0] for i in known] == [memory.tombstones([i])[0] for i in known]
         assert disk.count() == memory.count()
         assert sorted(ids(disk, prefix="a", after="a")) == ids(memory, prefix="a", after="a")
         assert sorted(ids(disk)) == ids(memory)
@@ -171,18 +172,18 @@ def test_tombstones_are_bounded_and_the_oldest_go_first(tmp_path: Path) -> None:
     for i, session_id in enumerate(["a", "b", "c", "a", "d"]):
         store.commit(Batch(tombstones=[Tombstone(session_id, End.EXPIRED, float(i))]))
     # a's first burial is forgotten, not its second
-    assert [i for i in "abcd" if store.tombstone(i)] == ["a", "c", "d"]
+    assert [i for i in "abcd" if store.tombstones([i])[0]] == ["a", "c", "d"]
     store.close()
     store = opened(tmp_path, tombstones=3)
     store.commit(Batch(tombstones=[Tombstone(i, End.EXPIRED, 9.0) for i in "efgh"]))
-    assert [i for i in "abcdefgh" if store.tombstone(i)] == ["f", "g", "h"]
+    assert [i for i in "abcdefgh" if store.tombstones([i])[0]] == ["f", "g", "h"]
     store.close()
 
 
 def test_a_tombstone_is_forgotten_when_its_id_is_opened_anew(store: LmdbStore) -> None:
     store.commit(Batch(tombstones=[Tombstone("a", End.EXPIRED, 1.0)]))
     store.commit(Batch(puts=[("a", record("a"))], forgets=["a"]))
-    assert store.tombstone("a") is None
+    assert store.tombstones(["a"])[0] is None
 
 
 def test_the_map_grows_while_others_read(tmp_path: Path) -> None:
@@ -329,7 +330,7 @@ def test_a_file_that_is_mostly_free_is_compacted_at_start(
     assert data.stat().st_size < before / 5
     assert os.listdir(tmp_path) == ["sessions", "server.lock"] or len(os.listdir(tmp_path)) == 2
     assert store.get_many(names) == [record(i, size=2000) for i in names[:100]] + [None] * 1900
-    assert store.tombstone("x") is not None
+    assert store.tombstones(["x"])[0] is not None
     put(store, *names, size=2000)
     store.close()
     store = opened(tmp_path)

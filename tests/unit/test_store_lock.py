@@ -14,7 +14,10 @@ from support.clock import ManualClock
 
 
 def locked(path: Path, listen: str = "") -> DirectoryLock:
-    return DirectoryLock(path, clock=ManualClock(), listen=listen)
+    lock = DirectoryLock(path, clock=ManualClock())
+    if listen:
+        lock.set_listen(listen)
+    return lock
 
 
 def test_the_second_is_told_who_has_it(tmp_path: Path) -> None:
@@ -55,7 +58,8 @@ def test_a_directory_that_is_not_there_cannot_be_locked(tmp_path: Path) -> None:
 
 
 def test_a_store_holds_the_lock_until_it_is_closed(tmp_path: Path) -> None:
-    store = LmdbStore(tmp_path, durability="async", clock=ManualClock(), listen="here:1")
+    store = LmdbStore(tmp_path, durability="async", clock=ManualClock())
+    store.announce("here:1")
     with pytest.raises(StoreBusy, match="listening at here:1"):
         LmdbStore(tmp_path, durability="async", clock=ManualClock())
     store.close()

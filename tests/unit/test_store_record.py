@@ -16,10 +16,8 @@ from stepwell_server.store.record import (
     CRITICAL,
     HEADER,
     Header,
-    Record,
     RecordTemplate,
     Stored,
-    decode,
     decode_header,
     decode_many,
     is_sound,
@@ -28,6 +26,7 @@ from stepwell_server.store.record import (
     supersedes,
     unpack_fields,
 )
+from support.records import Record, decode
 
 U64 = st.integers(0, 2**64 - 1)
 TIMES = st.floats(0, 1e11)

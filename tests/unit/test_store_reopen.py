@@ -51,13 +51,13 @@ READS: dict[str, Callable[[DiskStore], object]] = {
     "count": lambda store: store.count(),
     "count_of": lambda store: store.count_of("m"),
     "count_some": lambda store: store.count_some(limit=9),
-    "tombstone": lambda store: store.tombstone("a"),
+    "tombstone": lambda store: store.tombstones(["a"])[0],
     "check": lambda store: store.check().problem,
 }
 WRITES: dict[str, Callable[[DiskStore], object]] = {
     "open": lambda store: begin(store, "c"),
     "close": lambda store: end(store, "b"),
-    "sync": lambda store: store.sync(),
+    "sync": lambda store: base_of(store).sync(),
     "mark": lambda store: base_of(store).set_wal_mark(base_of(store).wal_mark),
 }
 
@@ -207,7 +207,7 @@ def test_many_readers_and_a_writer_meet_one_that_gave_up(path: Path) -> None:
         reader.join(timeout=200)
     assert not problems
     assert store.check().reopened == 20
-    assert all(store.tombstone(f"u{turn}") for turn in range(20))
+    assert all(store.tombstones([f"u{turn}"])[0] for turn in range(20))
     store.close()
     assert os.path.exists(path)
 

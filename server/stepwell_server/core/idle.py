@@ -8,7 +8,6 @@ each is looked at a few times per time limit, however often anybody asks.
 from __future__ import annotations
 
 import math
-import sys
 from array import array
 from collections.abc import Callable, Iterator
 
@@ -47,15 +46,10 @@ class IdleWatch:
         idle: npt.NDArray[np.bool_] = (self._table.used[handles] < since) & ~self._table.claimed[handles]
         return idle
 
-    def take_due(self, now: float) -> Handles:
-        """The sessions that have been idle for too long; they are not watched any more."""
-        parts = self.take_due_in_parts(lambda: now, sys.maxsize)
-        return np.concatenate([np.zeros(0, np.intp), *parts])
-
     def take_due_in_parts(self, now: Callable[[], float], most: int) -> Iterator[Handles]:
-        """As `take_due`, at most so many at a time: between two parts sessions may be used, or go.
+        """The sessions that have been idle for too long, at most so many at a time; they are not watched any more.
 
-        Where this ends early, the others are due the next time.
+        Between two parts sessions may be used, or go. Where this ends early, the others are due the next time.
         """
         if not self._max_idle_s:
             return

@@ -9,30 +9,31 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Generic, TypeVar
 
+K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Remembered(Generic[V]):
+class Remembered(Generic[K, V]):
     """The last `limit` values by key; a key set again counts as new."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._items: OrderedDict[str, V] = OrderedDict()
+        self._items: OrderedDict[K, V] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def get(self, key: str) -> V | None:
+    def get(self, key: K) -> V | None:
         """The value, or None if it was never there or is forgotten."""
         return self._items.get(key)
 
-    def put(self, key: str, value: V) -> None:
+    def put(self, key: K, value: V) -> None:
         """Remember a value."""
         self._items.pop(key, None)
         self._items[key] = value
         while len(self._items) > self._limit:
             self._items.popitem(last=False)
 
-    def forget(self, key: str) -> None:
+    def forget(self, key: K) -> None:
         """Forget a key, if it is there."""
         self._items.pop(key, None)

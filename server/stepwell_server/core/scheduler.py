@@ -8,7 +8,7 @@ several time steps goes back to the end of its source's line after each pass.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 
@@ -77,12 +77,6 @@ class Scheduler(Generic[J]):
         if self._lines or budget <= 1:
             return 1
         return max(1, min(budget, *(job.steps_left for job in chosen)))
-
-    def drain(self) -> Iterator[J]:
-        """Take every job out."""
-        while self._lines:
-            source, line = next(iter(self._lines.items()))
-            yield self._take(source, line)
 
     def _take(self, source: Hashable, line: deque[J]) -> J:
         job = line.popleft()

@@ -102,17 +102,6 @@ class SessionTable:
         """The id of a session."""
         return self._ids[handle]
 
-    def session_id_or_none(self, handle: int) -> str | None:
-        """The id of the session that has the handle now; None if none has."""
-        return self._ids[handle] or None
-
-    def are(self, handles: Handles, session_ids: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """Whether the handles are those of the sessions, `(n,)`."""
-        ids = self._ids
-        return np.fromiter(
-            (ids[h] == i for h, i in zip(handles.tolist(), session_ids, strict=True)), np.bool_, len(handles)
-        )
-
     def add(self, session_ids: Sequence[str], *, rows: Rows | None, **columns: object) -> Handles:
         """Add sessions, and return their handles.
 

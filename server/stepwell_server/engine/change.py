@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from stepwell_server.engine.state.model import Model
 
 _log = Log("engine.replies")
+#: Members of a change that have an error each where they fail in one way; more of them share one.
+MOST_ERRORS = 32
 _NOBODY: Members = np.zeros(0, np.intp)
 _FIRST: Members = np.zeros(1, np.intp)
 _FIRST.flags.writeable = False
@@ -334,6 +336,13 @@ def joined(parts: Sequence[Change]) -> Change:
     whole.deadlines = np.array([part.deadline for part in parts])
     whole.members = np.arange(len(parts), dtype=np.intp)
     return whole
+
+
+def for_all(error: ServerError, count: int) -> ServerError:
+    """An error that so many members share, and that names the first of them."""
+    if count > 1:
+        error.message = f"{error.message} (and so for {count - 1} others of the session_ids)"
+    return error
 
 
 def cancelled() -> ServerError:

@@ -13,7 +13,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Slots
-from stepwell_server.engine.api import ModelInfo, Observer, Opened, Predicted, SessionInfo, StateRead
+from stepwell_server.engine.api import ModelInfo, Observer, Predicted, SessionInfo, StateRead
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.durability.committer import Committer
@@ -31,8 +31,8 @@ from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.intake.validation import (
     Validation,
+    check_finite_state,
     check_inputs,
-    check_state,
     require_finite,
     require_reply,
 )
@@ -46,7 +46,7 @@ from stepwell_server.engine.passes.runner import Runner, warm_up
 from stepwell_server.engine.sessions.closing import Closing
 from stepwell_server.engine.sessions.creation import Creation
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ending import Expiry, ExpiryTimer, Removal
+from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Arrivals, Loader
 from stepwell_server.engine.sessions.opening import OpenedMany, Opening
@@ -62,14 +62,6 @@ from stepwell_server.store.base import Store
 from stepwell_server.store.record import Texts
 
 __all__ = ["Engine", "ModelStats", "OpenedMany"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Line:
-    """What works on a model's changes."""
-
-    inbox: Inbox
-    loop: PassLoop
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,11 +100,10 @@ class Engine:
         self._pool = ThreadPoolExecutor(compute_threads, thread_name_prefix="stepwell-compute")
         self._compute_threads = compute_threads
         self._executor = executor
-        self._max_idle_s = max_session_idle_s
         self._table = table = SessionTable()
         self._models = Models(table)
         self._is_local = store.local is not None
-        self._group = GroupCommit(store)
+        self._group = GroupCommit(store, self._ring_all)
         self._fetcher = fetcher = Fetcher(store)
         endings = Endings(max_session_idle_s)
         keeping = keeping_of(store, self._group, table, Records(table), clock=clock, observer=observer)
@@ -132,8 +123,8 @@ class Engine:
             observer=observer,
             max_idle_s=max_session_idle_s,
         )
-        loader = Loader(table, self._models, removal, self._expiry)
-        self._arrivals = Arrivals(table, fetcher, removal, self._expiry, loader, self._drain_inboxes)
+        loader = Loader(table, self._models, self._expiry)
+        self._arrivals = Arrivals(table, fetcher, self._expiry, loader, self._drain_inboxes)
         self._directory = Directory(
             table,
             self._models,
@@ -141,7 +132,6 @@ class Engine:
             keeping.others,
             arrivals=self._arrivals,
             loader=loader,
-            removal=removal,
             expiry=self._expiry,
             endings=endings,
             clock=clock,
@@ -174,16 +164,23 @@ class Engine:
             expiry=self._expiry,
             clock=clock,
         )
-        self._opening = Opening(
+        opening = Opening(
             table,
             self._directory,
             self._turns,
             pager,
             creation,
             drain=self._drain_inboxes,
+            require_open=self._require_open,
             clock=clock,
             observer=observer,
         )
+        self.open_session = opening.open
+        """Open a session, or resume the live one of that id: see `Opening.open`."""
+        self.open_sessions = opening.open_many
+        """Open many sessions, all of them or none: see `Opening.open_many`."""
+        self.fork = opening.fork
+        """Open a session with the state, revision and position of another: see `Opening.fork`."""
         self._reading = Reading(table, self._directory, self._turns, clock=clock)
         self._closing = Closing(
             table,
@@ -197,7 +194,8 @@ class Engine:
             clock=clock,
         )
         self._listing = Listing(table, self._directory, self._expiry, keeping.others)
-        self._lines: dict[int, Line] = {}
+        self._loops: dict[int, PassLoop] = {}
+        """By the number of the model, as the inboxes."""
         self._inboxes: dict[int, Inbox] = {}
         self._submission = Submission(
             table,
@@ -220,16 +218,14 @@ class Engine:
         for name in sorted(programs):
             rows = resident_rows or default_resident_rows(programs[name])
             self._serve(name, programs[name], max_batch_rows, rows)
-        self._group.on_room(self._ring_all)
-        self._timer = ExpiryTimer(self._expiry, self._group, max_session_idle_s)
         self._expiring: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Run each program once at several sizes, so that the first callers do not pay for it."""
         for model in self._models:
-            runner = self._lines[model.index].loop.runner
+            runner = self._loops[model.index].runner
             await asyncio.to_thread(warm_up, runner, model.program, model.max_batch_rows)
-        self._expiring = asyncio.create_task(self._timer.run())
+        self._expiring = asyncio.create_task(self._expiry.run())
 
     def models(self) -> list[ModelInfo]:
         """The models, in the order of their names."""
@@ -254,50 +250,6 @@ class Engine:
     def model_names(self) -> list[str]:
         """Names of the models, in order."""
         return self._models.names()
-
-    async def open_session(
-        self,
-        model: str,
-        *,
-        session_id: str = "",
-        batch_size: int = 1,
-        state: Tensors | None = None,
-        must_be_new: bool = False,
-        request_id: int = 0,
-        fingerprint: str = "",
-    ) -> Opened:
-        """Open a session, or resume the live one of that id.
-
-        Raises:
-            ModelNotFound, ModelMismatch, InvalidInput, SessionExists, Overloaded, Unavailable
-        """
-        self._submission.require_accepting()
-        self._group.require_room()
-        return await self._opening.open(
-            model,
-            session_id=session_id,
-            batch_size=batch_size,
-            state=state,
-            must_be_new=must_be_new,
-            request_id=request_id,
-            fingerprint=fingerprint,
-        )
-
-    async def open_sessions(
-        self,
-        model: str,
-        *,
-        count: int = 0,
-        session_ids: Sequence[str] = (),
-        batch_size: int = 1,
-        request_id: int = 0,
-    ) -> OpenedMany:
-        """Open many sessions: all of them or none. Errors as of `open_session`."""
-        self._submission.require_accepting()
-        self._group.require_room()
-        return await self._opening.open_many(
-            model, count=count, session_ids=session_ids, batch_size=batch_size, request_id=request_id
-        )
 
     async def close_session(
         self, session_id: str, *, request_id: int = 0, deadline: float = float("inf")
@@ -325,11 +277,7 @@ class Engine:
         return await self._closing.close_many(session_ids)
 
     async def session_info(self, session_id: str, *, usable: bool = False) -> SessionInfo:
-        """Describe a session as of its last completed change.
-
-        Args:
-            session_id: Its id.
-            usable: It must be one that can be stepped here.
+        """Describe a session as of its last completed change; `usable`: it must be one that can be stepped here.
 
         Raises:
             SessionGone: there is none.
@@ -352,11 +300,18 @@ class Engine:
         """
         return await self._listing.page(model=model, prefix=prefix, after=after, limit=limit)
 
+    # the parts that these ask are made later than those that ask
+
     def _refuse_stale(self, change: Change, members: Members) -> Members:
         return self._submission.refuse_stale(change, members)
 
     def _forget(self, handle: int, error: ServerError) -> None:
         self._removal.forget(handle, error)
+
+    def _require_open(self) -> None:
+        """Refuse what begins a session while the server is stopping or too much waits for the store."""
+        self._submission.require_accepting()
+        self._group.require_room()
 
     async def get_state(self, session_id: str, *, deadline: float = float("inf")) -> StateRead:
         """Read a session's state after what was received before.
@@ -367,30 +322,6 @@ class Engine:
         seen = await self._directory.look([session_id], anew=True)
         self._drain_inboxes()
         return await self._reading.read(session_id, seen, deadline)
-
-    async def fork(
-        self,
-        session_id: str,
-        *,
-        new_session_id: str = "",
-        expected: int | None = None,
-        request_id: int = 0,
-        deadline: float = float("inf"),
-    ) -> Opened:
-        """Open a session with the state, revision and position of another.
-
-        Raises:
-            SessionGone, SessionExists, RevisionConflict, InvalidInput, Overloaded, DeadlineExceeded
-        """
-        self._submission.require_accepting()
-        self._group.require_room()
-        return await self._opening.fork(
-            session_id,
-            new_session_id=new_session_id,
-            expected=expected,
-            request_id=request_id,
-            deadline=deadline,
-        )
 
     async def predict(
         self,
@@ -416,12 +347,10 @@ class Engine:
         checked = check_inputs(served.program, inputs, rows)
         require_reply(served.program, rows, checked.steps, reply_bytes, reply_limit)
         require_finite("input", checked.arrays, [spec.name for spec in served.program.inputs])
-        values = None if state is None else check_state(served.program, state, rows)
-        if values is not None:
-            require_finite("state", values, [spec.name for spec in served.program.state])
+        values = check_finite_state(served.program, state, rows)
         self._drain_inboxes()
         byte_count = sum(array.nbytes for array in (*checked.arrays, *(values or ())))
-        self._lines[served.index].inbox.require_room(rows, byte_count)
+        self._inboxes[served.index].require_room(rows, byte_count)
         now = self._clock.monotonic()
         call = PredictCall(served, checked, values, rows, deadline=deadline, source=source, now=now)
         self._held.bytes += byte_count
@@ -439,7 +368,7 @@ class Engine:
                 name=model.name,
                 sessions=self._directory.count(model),
                 resident_rows=model.slots.resident,
-                queued=self._lines[model.index].inbox.waiting,
+                queued=self._inboxes[model.index].waiting,
                 queued_bytes=self._held.bytes,
                 uncommitted=self._group.waiting,
             )
@@ -453,8 +382,8 @@ class Engine:
     async def drain(self) -> None:
         """Return when everything that was taken in is finished."""
         while self._is_busy:
-            for line in list(self._lines.values()):
-                await line.loop.idle()
+            for loop in list(self._loops.values()):
+                await loop.idle()
             await self._group.idle()
             await self._arrivals.idle()
             await self._pager.idle()
@@ -484,7 +413,7 @@ class Engine:
             or self._arrivals.waiting > 0
             or not self._pager.is_idle
             or not self._group.is_idle
-            or any(line.loop.busy for line in self._lines.values())
+            or any(loop.busy for loop in self._loops.values())
         )
 
     async def expire_idle(self) -> int:
@@ -518,7 +447,7 @@ class Engine:
             clock=self._clock,
             observer=self._observer,
         )
-        loop = PassLoop(
+        self._loops[model.index] = PassLoop(
             model,
             inbox,
             self._admission,
@@ -538,7 +467,6 @@ class Engine:
             observer=self._observer,
         )
         self._models.add(model)
-        self._lines[model.index] = Line(inbox, loop)
         self._inboxes[model.index] = inbox
 
     def _ring_all(self) -> None:
@@ -550,11 +478,11 @@ class Engine:
 
     def _drain_inboxes(self) -> None:
         """What waits in the inboxes came before what comes now, which is no change: it must not overtake them."""
-        for line in self._lines.values():
-            if line.inbox:
-                self._admission.admit(joined_where_alike(line.inbox.drain()))
+        for inbox in self._inboxes.values():
+            if inbox:
+                self._admission.admit(joined_where_alike(inbox.drain()))
 
     @property
     def max_session_idle_s(self) -> float:
         """Seconds after which an unused session expires; 0: never."""
-        return self._max_idle_s
+        return self._expiry.max_idle_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
@@ -24,6 +25,7 @@ class Owner(Protocol):
         """Members (indexes into the owner's sessions) failed; nothing changed for them."""
 
 
+@dataclasses.dataclass(slots=True, eq=False, kw_only=True)
 class Job:
     """Work for the pass loop. All its rows are at the same time step.
 
@@ -32,69 +34,36 @@ class Job:
     whole or not at all.
     """
 
-    __slots__ = (
-        "collected",
-        "done",
-        "handles",
-        "inputs",
-        "members",
-        "owner",
-        "prepare",
-        "queued_at",
-        "reset_rows",
-        "row_count",
-        "rows",
-        "select",
-        "sizes",
-        "source",
-        "steps",
-        "with_time",
-        "working",
-    )
+    owner: Owner
+    members: Members
+    """Indexes of its sessions among the owner's."""
+    handles: Handles | None
+    """Its sessions; None: it has none."""
+    rows: Rows
+    """The sessions' rows in the arena, one session after the other. Empty if it has no sessions."""
+    sizes: Rows
+    """Rows of each session."""
+    inputs: Sequence[Array]
+    """In the program's order; temporal ones `(rows, steps, ...)` if `steps > 1`, else `(rows, ...)`."""
+    steps: int
+    with_time: bool
+    select: Select
+    source: Hashable
+    queued_at: float
+    prepare: Callable[[Rows], None] | None = None
+    """Writes the initial state to its rows, for a job without sessions."""
+    reset_rows: Mask | None = None
+    """Rows that begin at the initial state, `(rows,)`; None: none of them."""
+    row_count: int = dataclasses.field(init=False)
+    done: int = 0
+    """Time steps that have run."""
+    working: Rows | None = None
+    """Rows it works on instead of the sessions'."""
+    collected: list[Array | None] = dataclasses.field(default_factory=list)
+    """For `steps > 1`: each output so far, temporal ones `(rows, steps, ...)`."""
 
-    def __init__(
-        self,
-        owner: Owner,
-        *,
-        members: Members,
-        handles: Handles | None,
-        rows: Rows,
-        sizes: Rows,
-        inputs: Sequence[Array],
-        steps: int,
-        with_time: bool,
-        select: Select,
-        source: Hashable,
-        queued_at: float,
-        prepare: Callable[[Rows], None] | None = None,
-        reset_rows: Mask | None = None,
-    ) -> None:
-        self.owner = owner
-        self.members = members
-        """Indexes of its sessions among the owner's."""
-        self.handles = handles
-        """Its sessions; None: it has none."""
-        self.rows = rows
-        """The sessions' rows in the arena, one session after the other. Empty if it has no sessions."""
-        self.row_count = int(sizes.sum())
-        self.sizes = sizes
-        """Rows of each session."""
-        self.inputs = inputs
-        """In the program's order; temporal ones `(rows, steps, ...)` if `steps > 1`, else `(rows, ...)`."""
-        self.steps = steps
-        self.done = 0
-        self.with_time = with_time
-        self.select = select
-        self.source = source
-        self.queued_at = queued_at
-        self.prepare = prepare
-        """Writes the initial state to its rows, for a job without sessions."""
-        self.reset_rows = reset_rows
-        """Rows that begin at the initial state, `(rows,)`; None: none of them."""
-        self.working: Rows | None = None
-        """Rows it works on instead of the sessions'."""
-        self.collected: list[Array | None] = []
-        """For `steps > 1`: each output so far, temporal ones `(rows, steps, ...)`."""
+    def __post_init__(self) -> None:
+        self.row_count = int(self.sizes.sum())
 
     @property
     def steps_left(self) -> int:

@@ -46,20 +46,6 @@ class Submission:
         is_local: bool,
         clock: Clock,
     ) -> None:
-        """See the module.
-
-        Args:
-            table: The sessions.
-            directory: Finds them.
-            arrivals: Where what must be looked for waits.
-            validation: Checks changes.
-            held: Counts their bytes.
-            admission: Starts those whose sessions had to be found anew.
-            inboxes: By the number of the model.
-            commits: Refuses what would wait for a store that is behind.
-            is_local: The store answers in place.
-            clock: For deadlines.
-        """
         self._table = table
         self._directory = directory
         self._arrivals = arrivals
@@ -67,6 +53,7 @@ class Submission:
         self._held = held
         self._admission = admission
         self._inboxes = inboxes
+        """By the number of the model."""
         self._commits = commits
         self._is_local = is_local
         self._clock = clock
@@ -102,9 +89,9 @@ class Submission:
         if not is_plain and self._directory.must_look(change.session_ids):
             self._load(change)
         else:
-            self._take(change, None)
+            self._take(change, self._directory.here)
 
-    def _take(self, change: Change, seen: Seen | None) -> None:
+    def _take(self, change: Change, seen: Seen) -> None:
         handles = self._table.find_all(change.session_ids)
         if len(handles) > 1 or handles[0] < 0 or self._directory.may_expire:
             handles = self._directory.find_all(change.session_ids, seen)
@@ -189,22 +176,22 @@ class Submission:
         self._loading.add(task)
         task.add_done_callback(self._loading.discard)
 
-    def _refuse_missing(self, change: Change, members: Members, seen: Seen | None) -> None:
+    def _refuse_missing(self, change: Change, members: Members, seen: Seen) -> None:
         for some, error in self._directory.why_not_all(change.session_ids, members, seen):
             change.fail(some, error)
 
     def refuse_stale(self, change: Change, members: Members) -> Members:
         """Members whose sessions left the table since they were checked: see `Admission`."""
         if self._is_local:
-            return self._found_again(change, members, None)
+            return self._found_again(change, members, self._directory.here)
 
         def go_on(seen: Seen) -> None:
-            self._admission.readmit(change, self._found_again(change, members, seen))
+            self._admission.admit_some(change, self._found_again(change, members, seen))
 
         self._when_loaded(change, members, lambda: None, go_on)
         return members[:0]
 
-    def _found_again(self, change: Change, members: Members, seen: Seen | None) -> Members:
+    def _found_again(self, change: Change, members: Members, seen: Seen) -> Members:
         found = self._directory.find_all([change.session_ids[member] for member in members.tolist()], seen)
         fits = found >= 0
         fits &= self._table.batch_size[found] == change.sizes[members]

@@ -26,8 +26,6 @@ from stepwell_server.rpc.status import to_status
 _log = Log("rpc")
 _Message = TypeVar("_Message", bound=Message)
 
-#: The type of a request, and its bytes.
-_Request = tuple[type[Message], bytes]
 UnaryBehaviour = Callable[[Any, Call], Awaitable[Message]]
 StreamBehaviour = Callable[[Call], Awaitable[None]]
 Serve = Callable[[Call], Coroutine[Any, Any, bytes]]
@@ -63,105 +61,78 @@ class Boundary:
         self._observer = observer
         self._max_message_bytes = max_message_bytes
         self._running = 0
-        self._idle: asyncio.Future[None] | None = None
-        """Someone waits until no call is running."""
+        self._idle = asyncio.Event()
 
     def unary(self, method: str, behaviour: UnaryBehaviour, request_type: type[Message]) -> Serve:
         """Serves a method of one request and one reply."""
 
-        async def serve(call: Call) -> bytes:
-            started = self._begin()
-            request = (request_type, call.request)
-            try:
-                reply = (await behaviour(parse(request_type, call.request), call)).SerializeToString()
-                if len(reply) > self._max_message_bytes:
-                    raise self._too_large(reply)
-            except (Exception, asyncio.CancelledError) as error:
-                self._end_badly(error, call, method, request, started)
-                raise
-            self._end(method, "OK", started, request)
+        async def answer(call: Call) -> bytes:
+            message = await behaviour(parse(request_type, call.request), call)
+            reply: bytes = message.SerializeToString()
+            limit = self._max_message_bytes
+            if len(reply) > limit:
+                raise MessageTooLarge(f"the reply must be at most {limit} bytes; it would be {len(reply)}")
             return reply
 
-        return serve
+        return self._around(answer, method, request_type)
 
     def stream(self, method: str, behaviour: StreamBehaviour, *, endless: bool = False) -> Serve:
         """Serves a method of streams, whose behaviour reads and writes bytes by itself.
 
-        Args:
-            method: Its name.
-            behaviour: Serves a call.
-            endless: Only the client ends it: nobody waits for it when the server stops.
+        `endless`: only the client ends it, and nobody waits for it when the server stops.
         """
 
-        async def serve(call: Call) -> bytes:
-            started = self._begin(counts=not endless)
-            try:
-                await behaviour(call)
-            except (Exception, asyncio.CancelledError) as error:
-                self._end_badly(error, call, method, None, started, counts=not endless)
-                raise
-            self._end(method, "OK", started, None, counts=not endless)
+        async def answer(call: Call) -> bytes:
+            await behaviour(call)
             return b""
 
-        return serve
+        return self._around(answer, method, None, counts=not endless)
 
     async def wait_idle(self) -> None:
         """Return as soon as no call is running."""
         if self._running:
-            self._idle = self._idle or asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._idle)
+            self._idle.clear()
+            await self._idle.wait()
 
-    def _too_large(self, reply: bytes) -> MessageTooLarge:
-        limit = self._max_message_bytes
-        return MessageTooLarge(f"the reply must be at most {limit} bytes; it would be {len(reply)}")
-
-    def _end_badly(
+    def _around(
         self,
-        error: BaseException,
-        call: Call,
+        answer: Callable[[Call], Awaitable[bytes]],
         method: str,
-        request: _Request | None,
-        started: float,
+        request_type: type[Message] | None,
         *,
         counts: bool = True,
-    ) -> None:
-        """The call ends with the status of `error`, unless the front cancelled it: then with nothing.
+    ) -> Serve:
+        async def serve(call: Call) -> bytes:
+            started, code = time.perf_counter(), "OK"
+            self._running += counts
+            try:
+                return await answer(call)
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and _is_cancelled_by_front():
+                    code = "DEADLINE_EXCEEDED" if call.is_late else "CANCELLED"
+                    raise
+                known = error if isinstance(error, ServerError) else internal(error, method=method)
+                status = to_status(known)
+                code = status.code.name
+                self._observer.refused(known.reason, 1)
+                raise CallEnded(status) from error
+            finally:
+                seconds = time.perf_counter() - started
+                self._running -= counts
+                if self._running == 0:
+                    self._idle.set()
+                self._observer.request_done(method, code, seconds)
+                if _log.is_debug:
+                    facts = _facts(request_type, call.request)
+                    _log.debug("request", method=method, **facts, status=code, duration_ms=seconds * 1000)
 
-        Raises:
-            CallEnded: with the status.
-        """
-        if isinstance(error, asyncio.CancelledError) and _is_cancelled_by_front():
-            code = "DEADLINE_EXCEEDED" if call.is_late else "CANCELLED"
-            self._end(method, code, started, request, counts=counts)
-            return
-        known = error if isinstance(error, ServerError) else internal(error, method=method)
-        status = to_status(known)
-        self._observer.refused(known.reason, 1)
-        self._end(method, status.code.name, started, request, counts=counts)
-        raise CallEnded(status) from error
-
-    def _begin(self, *, counts: bool = True) -> float:
-        self._running += counts
-        return time.perf_counter()
-
-    def _end(
-        self, method: str, code: str, started: float, request: _Request | None, *, counts: bool = True
-    ) -> None:
-        seconds = time.perf_counter() - started
-        self._running -= counts
-        if counts and self._running == 0 and self._idle is not None:
-            self._idle.set_result(None)
-            self._idle = None
-        self._observer.request_done(method, code, seconds)
-        if _log.is_debug:
-            _log.debug("request", method=method, **_facts(request), status=code, duration_ms=seconds * 1000)
+        return serve
 
 
-def _facts(request: _Request | None) -> dict[str, str]:
+def _facts(request_type: type[Message] | None, raw: bytes) -> dict[str, str]:
     """What of a request is worth a place in the log."""
-    if request is None:
+    if request_type is None:
         return {}
-    request_type, raw = request
     try:
         message = request_type.FromString(raw)
     except DecodeError:

@@ -55,11 +55,7 @@ class _Tensors(Protocol):
 
 
 def to_arrays(tensors: Iterable[tensors_pb2.Tensor], argument: str) -> dict[str, Array]:
-    """Arrays by name.
-
-    Args:
-        tensors: a repeated field of a request.
-        argument: the field's name, for messages.
+    """Arrays by name; `argument` is the field's name, for messages.
 
     Raises:
         InvalidInput: one of them is not a tensor, or two have the same name.
@@ -121,13 +117,18 @@ def _to_bools(data: bytes, where: str) -> Array:
 @functools.cache
 def _dtype(number: int) -> np.dtype[np.generic] | None:
     name = _NAMES.get(number)
+    return dtype_of(name).newbyteorder("<") if name else None
+
+
+def dtype_of(name: str) -> np.dtype[np.generic]:
+    """NumPy's type of a name."""
     if name == "bfloat16":
         # NumPy does not know it, and almost no one sends it.
         import ml_dtypes
 
         bfloat16: np.dtype[np.generic] = np.dtype(ml_dtypes.bfloat16)
         return bfloat16
-    return np.dtype(name).newbyteorder("<") if name else None
+    return np.dtype(name)
 
 
 def add_tensors(target: _Tensors, arrays: Mapping[str, Array]) -> None:

@@ -23,8 +23,7 @@ class ModelServicer:
     async def list_models(self, _request: pb.ListModelsRequest, _call: Call) -> pb.ListModelsResponse:
         """List the models."""
         await self._engine.refresh_counts()
-        models = sorted(self._engine.models(), key=lambda model: model.name)
-        return pb.ListModelsResponse(models=[convert.from_model(model) for model in models])
+        return pb.ListModelsResponse(models=[convert.from_model(model) for model in self._engine.models()])
 
     async def get_model(self, request: pb.GetModelRequest, _call: Call) -> pb.GetModelResponse:
         """Describe a model."""

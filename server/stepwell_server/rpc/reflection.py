@@ -6,11 +6,11 @@ byte.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool
-from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from stepwell_server.rpc.boundary import parse
@@ -26,13 +26,16 @@ class ReflectionServicer:
     """The call of ServerReflection. Lives on the event loop."""
 
     def __init__(self, services: Sequence[ServiceDescriptor]) -> None:
-        own = _v1_pool()
-        self.services = (own.FindServiceByName(f"{_V1}.ServerReflection"), _V1ALPHA)
+        # Our own messages are in the common pool, Triton's in one of their own: here all are in one.
+        pool = descriptor_pool.DescriptorPool()
+        added: set[str] = set()
+        for service in (*services, _V1ALPHA):
+            _add(pool, service.file, added)
+        pool.Add(_v1_file())
+        self.services = (pool.FindServiceByName(f"{_V1}.ServerReflection"), _V1ALPHA)
         """Descriptors of the services that this one answers."""
-        # Our own messages are in the common pool; Triton's are in one of their own, and v1's too.
-        pools = {id(service.file.pool): service.file.pool for service in (*services, *self.services)}
         names = [service.full_name for service in (*services, *self.services)]
-        self._servicer: Any = reflection.aio.ReflectionServicer(names, Pools(*pools.values()))
+        self._servicer: Any = reflection.aio.ReflectionServicer(names, pool)
 
     async def server_reflection_info(self, call: Call) -> None:
         """Answer each question."""
@@ -46,42 +49,19 @@ async def _only(request: Any) -> AsyncIterator[Any]:
     yield request
 
 
-class Pools:
-    """What reflection asks of a pool, answered by the first of several that knows."""
-
-    def __init__(self, *pools: Any) -> None:
-        self._pools = pools
-
-    def FindFileByName(self, name: str) -> Any:  # noqa: N802  (the names are protobuf's)
-        """See `DescriptorPool`."""
-        return self._first(lambda pool: pool.FindFileByName(name))
-
-    def FindFileContainingSymbol(self, name: str) -> Any:  # noqa: N802
-        """See `DescriptorPool`."""
-        return self._first(lambda pool: pool.FindFileContainingSymbol(name))
-
-    def FindMessageTypeByName(self, name: str) -> Any:  # noqa: N802
-        """See `DescriptorPool`."""
-        return self._first(lambda pool: pool.FindMessageTypeByName(name))
-
-    def FindExtensionByNumber(self, message: Any, number: int) -> Any:  # noqa: N802
-        """See `DescriptorPool`."""
-        return message.file.pool.FindExtensionByNumber(message, number)
-
-    def FindAllExtensions(self, message: Any) -> Any:  # noqa: N802
-        """See `DescriptorPool`."""
-        return message.file.pool.FindAllExtensions(message)
-
-    def _first(self, find: Callable[[Any], Any]) -> Any:
-        for pool in self._pools[:-1]:
-            try:
-                return find(pool)
-            except KeyError:
-                continue
-        return find(self._pools[-1])
+def _add(pool: descriptor_pool.DescriptorPool, file: FileDescriptor, added: set[str]) -> None:
+    """Add a file to a pool, and before it those that it imports."""
+    if file.name in added:
+        return
+    added.add(file.name)
+    for imported in file.dependencies:
+        _add(pool, imported, added)
+    copy = descriptor_pb2.FileDescriptorProto()
+    file.CopyToProto(copy)
+    pool.Add(copy)
 
 
-def _v1_pool() -> descriptor_pool.DescriptorPool:
+def _v1_file() -> descriptor_pb2.FileDescriptorProto:
     """The description of v1, made from v1alpha's."""
     file = descriptor_pb2.FileDescriptorProto()
     reflection_pb2.DESCRIPTOR.CopyToProto(file)
@@ -94,6 +74,4 @@ def _v1_pool() -> descriptor_pool.DescriptorPool:
         for method in service.method:
             method.input_type = method.input_type.replace(f".{old}.", f".{_V1}.")
             method.output_type = method.output_type.replace(f".{old}.", f".{_V1}.")
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return pool
+    return file

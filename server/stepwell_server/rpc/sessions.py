@@ -148,7 +148,7 @@ class SessionServicer:
         if self._stopping:
             stream.stop()
         try:
-            await stream.run(call.deadline)
+            await stream.run()
         finally:
             self._streams.discard(stream)
 

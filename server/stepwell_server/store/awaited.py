@@ -32,10 +32,6 @@ class AwaitedStore(Store):
         return ALL_KEPT
 
     @override
-    async def get(self, session_id: str) -> Stored | None:
-        return self.local.get(session_id)
-
-    @override
     async def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
         return self.local.get_many(session_ids)
 

@@ -160,9 +160,6 @@ class Store(Protocol):
             Unavailable: nothing of it was kept.
         """
 
-    async def get(self, session_id: str) -> Stored | None:
-        """See `LocalStore`."""
-
     async def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
         """See `LocalStore`."""
 
@@ -194,7 +191,7 @@ class Store(Protocol):
 class LocalStore(Protocol):
     """Keeps encoded records and tombstones by session id, and answers at once.
 
-    `commit`, `checkpoint`, `sync` and `close` are called from one thread at a time; the other methods from any thread, at
+    `commit`, `checkpoint` and `close` are called from one thread at a time; the other methods from any thread, at
     any time before `close`.
     """
 
@@ -265,9 +262,6 @@ class LocalStore(Protocol):
     def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
         """How many sessions a `scan` would give, and the last one's id: faster, as no record is looked at."""
 
-    def tombstone(self, session_id: str) -> Tombstone | None:
-        """What is remembered of a session that is gone."""
-
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         """What is remembered of many sessions that are gone."""
 
@@ -281,12 +275,5 @@ class LocalStore(Protocol):
             StoreGone: it cannot be mended. All changes are refused from now on.
         """
 
-    def sync(self) -> None:
-        """See to it that all that was committed survives a loss of power.
-
-        Raises:
-            Unavailable: the disk refused.
-        """
-
     def close(self) -> None:
-        """Sync and end. May be called again."""
+        """See to it that all that was committed survives a loss of power, and end. May be called again."""

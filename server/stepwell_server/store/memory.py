@@ -28,7 +28,7 @@ class MemoryStore(LocalStore):
         self.incarnation = secrets.token_hex(4)
         self.secret = secrets.token_bytes(32)
         self._records: dict[str, bytes] = {}
-        self._tombstones: Remembered[Tombstone] = Remembered(tombstones)
+        self._tombstones: Remembered[str, Tombstone] = Remembered(tombstones)
         self._counts: Counter[str] = Counter()
 
     @override
@@ -77,10 +77,6 @@ class MemoryStore(LocalStore):
         return len(found), found[-1] if found else ""
 
     @override
-    def tombstone(self, session_id: str) -> Tombstone | None:
-        return self._tombstones.get(session_id)
-
-    @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         return [self._tombstones.get(session_id) for session_id in session_ids]
 
@@ -92,10 +88,6 @@ class MemoryStore(LocalStore):
     def check(self) -> StoreHealth:
         """Nothing can happen to it."""
         return StoreHealth()
-
-    @override
-    def sync(self) -> None:
-        """There is nothing to do."""
 
     @override
     def close(self) -> None:

@@ -17,11 +17,7 @@ Kind = Literal["disk", "memory"]
 def open_store(kind: Kind, *, data_dir: Path, durability: Literal["sync", "async"], clock: Clock) -> Store:
     """Open a store, or make it if it is not there.
 
-    Args:
-        kind: On disk, or in the memory of this process.
-        data_dir: Folder of the store on disk; the other has none.
-        durability: What an acknowledged change survives on disk: the loss of power, or the end of the process.
-        clock: For when things happened.
+    A change that was acknowledged survives, on disk, the loss of power (`sync`) or the end of the process (`async`).
 
     Raises:
         StoreBusy: another server uses it.

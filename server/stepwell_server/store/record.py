@@ -96,42 +96,6 @@ class Header:
     """Extension fields as `pack_fields` makes them; they are written again as they are."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Record(Header):
-    """A session as it is stored."""
-
-    rows: bytes
-    """The session's rows one after the other, each as `Arena.pack` lays it out."""
-    extra: bytes = b""
-    """The arrays of a reply of several time steps; opaque here."""
-
-    def encode(self, session_id: str, schema: int = SCHEMA_VERSION) -> bytes:
-        """The record as bytes, bound to the session's id.
-
-        Args:
-            session_id: Its id.
-            schema: The latest that all readers know: 1 leaves fields out, for servers of an earlier release.
-
-        Raises:
-            ValueError: a part is too large to be stored, or a critical field cannot be in that schema.
-        """
-        return encode(
-            session_id,
-            Texts(self.fingerprint, self.model),
-            reply=self.reply,
-            revision=self.revision,
-            position=self.position,
-            request_id=self.request_id,
-            opened_with=self.opened_with,
-            created=self.created,
-            last_used=self.last_used,
-            batch_size=self.batch_size,
-            rows=self.rows,
-            extra=self.extra,
-            fields=self.fields if schema >= SCHEMA_VERSION else _left_out(session_id, self.fields),
-        )
-
-
 class Texts:
     """The texts of a model's records."""
 
@@ -157,8 +121,19 @@ def encode(
     rows: bytes,
     extra: bytes = b"",
     fields: bytes = b"",
+    schema: int = SCHEMA_VERSION,
 ) -> bytes:
-    """`Record.encode` without making a `Record`, which costs a lone step too much. The values are those of `Record`."""
+    """A record as bytes, bound to the session's id; the values are those of `Header`, if nothing else is said.
+
+    `rows` are the session's, one after the other, each as `Arena.pack` lays it out; `extra` the arrays of a reply of
+    several time steps, opaque here. `schema` is the latest that all readers know: 1 leaves fields out, for servers of
+    an earlier release.
+
+    Raises:
+        ValueError: a part is too large to be stored, or a critical field cannot be in that schema.
+    """
+    if schema < SCHEMA_VERSION:
+        fields = _left_out(session_id, fields)
     try:
         head = _STRUCT.pack(
             0, SCHEMA_VERSION if fields else _PLAIN_SCHEMA, reply, texts.fingerprint_bytes,
@@ -276,17 +251,7 @@ class RecordTemplate:
         row_bytes: int,
         batch_size: int = 1,
     ) -> None:
-        """Lay out n records.
-
-        Args:
-            session_ids: n ids.
-            fingerprint: of the model.
-            model: its name.
-            opened_with: `(n,)` or one for all; see `Header`.
-            created: as `opened_with`.
-            row_bytes: bytes of a row, as `Arena.pack` lays it out.
-            batch_size: rows of each session.
-        """
+        """Lay out n records; `opened_with` and `created` are `(n,)` or one for all, a row as `Arena.pack` lays it out."""
         texts = Texts(fingerprint, model)
         text = np.frombuffer(texts.data, np.uint8)
         start = HEADER.itemsize + len(text)
@@ -319,7 +284,7 @@ class RecordTemplate:
         """Complete the records, whose rows have been written; `(n,)` or one for all, see `Header`.
 
         Returns:
-            The ids and their records, equal to what `Record.encode` returns.
+            The ids and their records, equal to what `encode` returns.
         """
         heads = self._heads
         heads["revision"], heads["position"], heads["request_id"] = revisions, positions, request_ids
@@ -330,32 +295,28 @@ class RecordTemplate:
         return self._puts
 
 
-def decode(session_id: str, stored: Stored) -> Record:
-    """Read a record back.
+def decode_header(session_id: str, stored: Stored) -> Header:
+    """Read what a record says beside the state; the whole record is checked all the same.
 
     Raises:
         StateCorrupt: it is damaged, of a schema version that is not known here, or has a critical field that is not.
     """
     view = _checked(session_id, stored)
     facts = _STRUCT.unpack_from(view)
-    header = _header(facts, view)
-    rows_at = HEADER.itemsize + facts[3] + facts[13]
-    extra_at = rows_at + facts[11]
-    return Record(
-        **{name: getattr(header, name) for name in Header.__slots__},
-        rows=bytes(view[rows_at:extra_at]),
-        extra=bytes(view[extra_at : extra_at + facts[12]]),
+    model_at = HEADER.itemsize + facts[3]
+    return Header(
+        fingerprint=str(view[HEADER.itemsize : model_at], "utf-8"),
+        model=str(view[model_at : model_at + facts[13]], "utf-8"),
+        batch_size=facts[10],
+        revision=facts[4],
+        position=facts[5],
+        request_id=facts[6],
+        opened_with=facts[7],
+        created=facts[8],
+        last_used=facts[9],
+        reply=facts[2],
+        fields=bytes(_fields_of(view)),
     )
-
-
-def decode_header(session_id: str, stored: Stored) -> Header:
-    """Read what a record says beside the state; the whole record is checked all the same.
-
-    Raises:
-        StateCorrupt: as `decode`.
-    """
-    view = _checked(session_id, stored)
-    return _header(_STRUCT.unpack_from(view), view)
 
 
 def header_or_none(session_id: str, stored: Stored) -> Header | None:
@@ -486,24 +447,6 @@ def _checked(session_id: str, stored: Stored) -> memoryview:
 def _fields_of(view: memoryview) -> memoryview:
     size = _STRUCT.unpack_from(view)[14]
     return view[len(view) - size :] if size else view[:0]
-
-
-def _header(facts: Sequence[int], view: memoryview) -> Header:
-    text_at = HEADER.itemsize
-    model_at = text_at + facts[3]
-    return Header(
-        fingerprint=str(view[text_at:model_at], "utf-8"),
-        model=str(view[model_at : model_at + facts[13]], "utf-8"),
-        batch_size=facts[10],
-        revision=facts[4],
-        position=facts[5],
-        request_id=facts[6],
-        opened_with=facts[7],
-        created=facts[8],
-        last_used=facts[9],
-        reply=facts[2],
-        fields=bytes(_fields_of(view)),
-    )
 
 
 def _corrupt(session_id: str, problem: str) -> StateCorrupt:

@@ -40,30 +40,20 @@ class Committer:
         drop: Callable[[Handles, ServerError], None],
         discard: Callable[[Model, Handles], None],
     ) -> None:
-        """See the module.
-
-        Args:
-            table: The sessions.
-            keeping: Has the store keep outcomes.
-            clock: For when sessions were last used.
-            release: Ends claims and starts what waited.
-            drop: Takes claimed sessions whose rows are not what the store holds out of arena and table.
-            discard: Takes such sessions out of the arena alone.
-        """
         self._table = table
         self._keeping = keeping
         self._clock = clock
         self._release = release
+        """Ends claims and starts what waited."""
         self._drop = drop
+        """Takes claimed sessions whose rows are not what the store holds out of arena and table."""
         self._discard = discard
+        """Takes such sessions out of the arena alone."""
 
     def commit(self, outcome: Outcome, answer: Answer, again: Again) -> None:
-        """Make an outcome true and have its callers answered, now or later; then its sessions' claims end.
+        """Make an outcome of claimed sessions true and have its callers answered, now or later; then their claims end.
 
-        Args:
-            outcome: Of claimed sessions.
-            answer: See `Answer`; it must not raise.
-            again: See `Again`; it must not raise.
+        Neither `answer` nor `again` may raise.
         """
 
         def done(committed: Committed | ServerError) -> None:

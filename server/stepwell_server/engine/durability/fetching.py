@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from stepwell_server.engine.durability.group_commit import reason
-from stepwell_server.errors import ServerError
+from stepwell_server.engine.state.model import Alarm
 from stepwell_server.store.base import Store, Tombstone
 from stepwell_server.store.record import Stored
 
@@ -27,6 +27,9 @@ class Fetched:
     """Only looked for where there is no record."""
 
 
+_Asked = tuple[Sequence[str], "asyncio.Future[list[Fetched]]"]
+
+
 class Fetcher:
     """Reads records, and the tombstones of sessions that have none. Lives on the event loop.
 
@@ -36,14 +39,9 @@ class Fetcher:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._loop = asyncio.get_running_loop()
-        self._wanted: deque[tuple[Sequence[str], asyncio.Future[list[Fetched]]]] = deque()
+        self._wanted: deque[_Asked] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._is_due = False
-
-    @property
-    def is_idle(self) -> bool:
-        """Nothing is asked for."""
-        return not self._tasks and not self._wanted
+        self._work = Alarm(self._start)
 
     async def fetch(self, session_ids: Sequence[str]) -> list[Fetched]:
         """What the store has of sessions.
@@ -59,16 +57,10 @@ class Fetcher:
     def _ask(self, session_ids: Sequence[str]) -> asyncio.Future[list[Fetched]]:
         answer: asyncio.Future[list[Fetched]] = self._loop.create_future()
         self._wanted.append((session_ids, answer))
-        self._start_soon()
+        self._work.ring()
         return answer
 
-    def _start_soon(self) -> None:
-        if not self._is_due:
-            self._is_due = True
-            self._loop.call_soon(self._start)
-
     def _start(self) -> None:
-        self._is_due = False
         while self._wanted and len(self._tasks) < MOST_READS:
             task = self._loop.create_task(self._read(self._take()))
             self._tasks.add(task)
@@ -76,9 +68,9 @@ class Fetcher:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._start_soon()
+        self._work.ring()
 
-    def _take(self) -> list[tuple[Sequence[str], asyncio.Future[list[Fetched]]]]:
+    def _take(self) -> list[_Asked]:
         taken = [self._wanted.popleft()]
         count = len(taken[0][0])
         while self._wanted and count + len(self._wanted[0][0]) <= MOST_AT_ONCE:
@@ -86,11 +78,14 @@ class Fetcher:
             count += len(taken[-1][0])
         return taken
 
-    async def _read(self, asked: Sequence[tuple[Sequence[str], asyncio.Future[list[Fetched]]]]) -> None:
+    async def _read(self, asked: Sequence[_Asked]) -> None:
         try:
             found = await self._fetch([session_id for ids, _ in asked for session_id in ids])
         except Exception as error:
-            self._refuse(asked, reason(error))
+            why = reason(error)
+            for _, answer in asked:
+                if not answer.done():
+                    answer.set_exception(why)
             return
         at = 0
         for ids, answer in asked:
@@ -103,11 +98,3 @@ class Fetcher:
         missing = [i for i, record in zip(session_ids, records, strict=True) if record is None]
         stones = iter(await self._store.tombstones(missing)) if missing else iter(())
         return [Fetched(record, next(stones) if record is None else None) for record in records]
-
-    @staticmethod
-    def _refuse(
-        asked: Sequence[tuple[Sequence[str], asyncio.Future[list[Fetched]]]], error: ServerError
-    ) -> None:
-        for _, answer in asked:
-            if not answer.done():
-                answer.set_exception(error)

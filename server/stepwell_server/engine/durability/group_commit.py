@@ -8,13 +8,15 @@ awaited has no thread: its commits are tasks.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
 from stepwell_server.engine.cost import Cost
+from stepwell_server.engine.state.model import Alarm
 from stepwell_server.errors import Overloaded, ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import ALL_KEPT, Batch, Committed, LocalStore, Store
@@ -33,20 +35,27 @@ MOST_WAITING = 32_768
 
 _RETRY_AFTER_S = 0.5
 
+_NOTHING = Batch()
+
 Done = Callable[[Committed | ServerError], None]
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class _Item:
     """What is to be kept, and who wants to know."""
 
-    __slots__ = ("batch", "build", "done", "error", "size")
+    build: Callable[[], Batch]
+    size: int
+    done: Done
+    batch: Batch = _NOTHING
+    error: ServerError | None = None
 
-    def __init__(self, build: Callable[[], Batch], size: int, done: Done) -> None:
-        self.build = build
-        self.size = size
-        self.done = done
-        self.batch = Batch()
-        self.error: ServerError | None = None
+    def make(self) -> None:
+        """Build the batch, or note why it could not be."""
+        try:
+            self.batch = self.build()
+        except Exception as error:
+            self.error = reason(error)
 
 
 class GroupCommit:
@@ -56,21 +65,18 @@ class GroupCommit:
     at the same time, never two that name the same session.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, store: Store, on_room: Callable[[], None] = lambda: None) -> None:
+        """`on_room` is called when `is_full` has ended."""
+        self._on_room = on_room
         self.cost = Cost()
         """Of a commit by its records."""
         self._waiting = 0
         self.is_full = False
         """So much waits for the store that no more should be done until some of it is kept."""
-        self._lane: _Lane = (
-            _Awaited(store, self._finish)
-            if store.local is None
-            else _Local(store.local, self.cost, self._finish)
-        )
-        self._idle: asyncio.Future[None] | None = None
-        self._room: asyncio.Future[None] | None = None
-        self._listeners: list[Callable[[], None]] = []
+        self._local = None if store.local is None else _Local(store.local, self.cost, self._finish)
+        self._lane = self._local or _Awaited(store, self._finish)
+        self._changed = asyncio.Event()
+        """Set when less waits for the store."""
 
     @property
     def is_idle(self) -> bool:
@@ -97,7 +103,7 @@ class GroupCommit:
 
     def may_commit_here(self, size: int) -> bool:
         """Whether so many records are committed in place."""
-        return not self._waiting and self._lane.may_commit_here(size)
+        return self._local is not None and not self._waiting and self._local.may_commit_here(size)
 
     def submit(self, build: Callable[[], Batch], size: int, done: Done) -> None:
         """Commit what `build` makes; `done` is called on the event loop, maybe before this returns.
@@ -108,29 +114,25 @@ class GroupCommit:
             done: Gets what became of each session, or why nothing of it was kept. It must not raise.
         """
         item = _Item(build, size, done)
-        if self.may_commit_here(size):
-            self._lane.commit_here(item)
+        if self._local is not None and self.may_commit_here(size):
+            self._local.commit_here(item)
             done(item.error or ALL_KEPT)
             return
         self._waiting += max(1, item.size)
         self.is_full = self._waiting >= MOST_WAITING
         self._lane.put(item)
 
-    def on_room(self, listener: Callable[[], None]) -> None:
-        """Call `listener` when `is_full` has ended."""
-        self._listeners.append(listener)
-
     async def idle(self) -> None:
         """Return when nothing waits for the store."""
         while self._waiting:
-            self._idle = self._idle or self._loop.create_future()
-            await asyncio.shield(self._idle)
+            self._changed.clear()
+            await self._changed.wait()
 
     async def room(self) -> None:
         """Return when not too much waits for the store."""
         while self.is_full:
-            self._room = self._room or self._loop.create_future()
-            await asyncio.shield(self._room)
+            self._changed.clear()
+            await self._changed.wait()
 
     def close(self, timeout_s: float) -> bool:
         """End; False if the store did not come back from a commit in time. For any thread."""
@@ -143,33 +145,11 @@ class GroupCommit:
             self.is_full = self._waiting >= MOST_WAITING
             item.done(item.error or committed)
         if was_full and not self.is_full:
-            for listener in self._listeners:
-                listener()
-            if self._room is not None:
-                self._room.set_result(None)
-                self._room = None
-        if not self._waiting and self._idle is not None:
-            self._idle.set_result(None)
-            self._idle = None
+            self._on_room()
+        self._changed.set()
 
 
 Finish = Callable[[Sequence[_Item], Committed], None]
-
-
-class _Lane(Protocol):
-    """How items get to the store."""
-
-    def may_commit_here(self, size: int, /) -> bool:
-        """Whether to commit so many records at once costs less than to hand them over, while nothing waits."""
-
-    def commit_here(self, item: _Item, /) -> None:
-        """Commit at once."""
-
-    def put(self, item: _Item) -> None:
-        """Commit later; `finish` is called then, on the event loop."""
-
-    def close(self, timeout_s: float, /) -> bool:
-        """See `GroupCommit.close`."""
 
 
 class _Local:
@@ -186,6 +166,7 @@ class _Local:
         self._thread: threading.Thread | None = None
 
     def may_commit_here(self, size: int) -> bool:
+        """Whether to commit so many records at once costs less than to hand them over, while nothing waits."""
         store = self._store
         return store.for_one_thread or (not store.waits_for_disk and self._cost.of(size) <= COMMIT_IN_PLACE_S)
 
@@ -265,32 +246,17 @@ class _Awaited:
         self._busy: set[str] = set()
         """Sessions that a commit which is under way names."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._is_due = False
-
-    def may_commit_here(self, _size: int) -> bool:
-        return False
-
-    def commit_here(self, _item: _Item) -> None:
-        raise AssertionError("an awaited store is never committed to in place")
+        self._work = Alarm(self._start)
 
     def put(self, item: _Item) -> None:
-        try:
-            item.batch = item.build()
-        except Exception as error:
-            item.error = reason(error)
+        item.make()
         self._queue.append(item)
-        self._start_soon()
+        self._work.ring()
 
     def close(self, _timeout_s: float) -> bool:
         return not self._tasks
 
-    def _start_soon(self) -> None:
-        if not self._is_due:
-            self._is_due = True
-            self._loop.call_soon(self._start)
-
     def _start(self) -> None:
-        self._is_due = False
         while self._queue and len(self._tasks) < MOST_UNDER_WAY:
             items, ids = self._take()
             if not items:
@@ -302,7 +268,7 @@ class _Awaited:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._start_soon()
+        self._work.ring()
 
     def _take(self) -> tuple[list[_Item], set[str]]:
         """What may be committed together now, in the order of each session that it names; and all it names."""
@@ -340,27 +306,17 @@ class _Awaited:
 def _keep(items: Sequence[_Item], commit: Callable[[Batch], None]) -> None:
     """Build and commit, in as few transactions as the order allows; each item gets its error."""
     for item in items:
-        try:
-            item.batch = item.build()
-        except Exception as error:
-            item.error = reason(error)
-    for group in _groups([item for item in items if item.error is None]):
+        item.make()
+    groups = deque(_groups([item for item in items if item.error is None]))
+    while groups:
+        group = groups.popleft()
         try:
             commit(_merged([item.batch for item in group]))
         except Exception as error:
             if len(group) == 1:
                 group[0].error = reason(error)
-            else:
-                _keep_each(group, commit)
-
-
-def _keep_each(items: Iterable[_Item], commit: Callable[[Batch], None]) -> None:
-    """One by one what could not be kept together: on a full disk the end of a session may be, its beginning not."""
-    for item in items:
-        try:
-            commit(item.batch)
-        except Exception as error:
-            item.error = reason(error)
+            else:  # one by one: on a full disk the end of a session may be kept, its beginning not
+                groups.extendleft([item] for item in reversed(group))
 
 
 def _groups(items: Iterable[_Item]) -> list[list[_Item]]:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
+from stepwell_server.core.remembered import Remembered
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.state.model import Model
 from stepwell_server.store.record import RecordTemplate
@@ -28,7 +29,7 @@ class Templates:
         self._table = table
         self._kept: OrderedDict[_Key, tuple[npt.NDArray[np.uint64], RecordTemplate]] = OrderedDict()
         self._bytes = 0
-        self._seen: OrderedDict[int, None] = OrderedDict()
+        self._seen: Remembered[int, bool] = Remembered(_MOST_SEEN)
 
     def of(self, model: Model, handles: Handles) -> RecordTemplate:
         """A template for sessions of one batch size, to be filled.
@@ -61,11 +62,8 @@ class Templates:
         Those that do so by chance would push out those that will again, and the garbage collector looks at
         every record of every template that is kept.
         """
-        is_first = key not in self._seen
-        self._seen[key] = None
-        self._seen.move_to_end(key)
-        if len(self._seen) > _MOST_SEEN:
-            self._seen.popitem(last=False)
+        is_first = self._seen.get(key) is None
+        self._seen.put(key, True)
         return is_first
 
     def _lay_out(self, model: Model, handles: Handles) -> RecordTemplate:

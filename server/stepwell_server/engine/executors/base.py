@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[np.generic]
+from stepwell_server.engine.types import Array
 
 
 class ExecutionError(Exception):
@@ -41,6 +40,8 @@ class Executor(Protocol):
 
     def carry(self) -> None:
         """Copy the state after the last step to the state before the next one."""
+        for state, after in zip(self.states(), self.next_states(), strict=True):
+            np.copyto(state, after)
 
     def invoke(self) -> None:
         """Run one time step. Releases the GIL while it computes.

@@ -7,15 +7,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 from ai_edge_litert.interpreter import Interpreter
 
 from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.executors.padded import PaddedExecutor
 from stepwell_server.engine.executors.quiet import without_announcements
+from stepwell_server.engine.types import Array
 from stepwell_server.program import Program, StateSpec, TensorSpec
-
-Array = npt.NDArray[np.generic]
 
 #: Runs of one size after which it is worth while to hold its arrays.
 _RUNS_UNTIL_HELD = 8
@@ -56,7 +54,7 @@ def _let_it_announce_itself(interpreter: Interpreter) -> None:
         _has_announced_itself.set()
 
 
-class LiteRTExecutor:
+class LiteRTExecutor(Executor):
     """An `Executor` whose views are the interpreter's own memory. For one thread at a time.
 
     The flatbuffer is mapped from its file, so many executors of one program share its weights.
@@ -104,11 +102,6 @@ class LiteRTExecutor:
     def states(self) -> Sequence[Array]:
         """Writable views of the state before the step."""
         return self._state.views()
-
-    def carry(self) -> None:
-        """Copy the state after the last step to the state before the next one."""
-        for state, after in zip(self._state.views(), self._next.views(), strict=True):
-            np.copyto(state, after)
 
     def invoke(self) -> None:
         """Run one time step.

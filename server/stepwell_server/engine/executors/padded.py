@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from stepwell_server.engine.executors.base import Executor
+from stepwell_server.engine.types import Array
 from stepwell_server.program import Program
 
-Array = npt.NDArray[np.generic]
 Run = Callable[[Sequence[Array], Sequence[Array]], tuple[Sequence[Array], Sequence[Array]]]
 """One time step: ``(inputs, states) -> (outputs, next_states)``, each ``(rows, *spec.shape)``."""
 
@@ -35,7 +35,7 @@ def chunks(rows: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         start += size
 
 
-class PaddedExecutor:
+class PaddedExecutor(Executor):
     """An `Executor` over a plain function that wants exact batch sizes. For one thread at a time."""
 
     def __init__(self, program: Program, run: Run) -> None:
@@ -65,11 +65,6 @@ class PaddedExecutor:
     def states(self) -> Sequence[Array]:
         """Writable views of the state before the step."""
         return self._state
-
-    def carry(self) -> None:
-        """Copy the state after the last step to the state before the next one."""
-        for state, after in zip(self._state, self._next, strict=True):
-            np.copyto(state, after)
 
     def invoke(self) -> None:
         """Run one time step, in chunks of the allowed sizes."""

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 # TensorFlow reads it while it loads.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -15,10 +12,10 @@ import tensorflow as tf
 
 from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.executors.padded import PaddedExecutor
+from stepwell_server.engine.types import Array
 from stepwell_server.logs import Log
 from stepwell_server.program import Program
 
-Array = npt.NDArray[np.generic]
 _log = Log("engine.executors")
 
 

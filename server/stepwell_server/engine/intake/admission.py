@@ -13,7 +13,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.exactly_once import Verdict, judge
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
-from stepwell_server.engine.change import Change
+from stepwell_server.engine.change import MOST_ERRORS, Change, for_all
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.records import Outcome
 from stepwell_server.engine.intake.paging import ALL_HERE, Pager, Refused
@@ -29,8 +29,6 @@ _log = Log("engine.admission")
 #: The source of a job of many callers' steps, as long as there is room for all of them in one pass.
 _EVERYBODY = "everybody"
 
-#: Members of a change whose conflicts have an error each; more of them share one.
-MOST_ERRORS = 32
 #: So often is a member judged again because another server was faster.
 MOST_TRIES = 8
 
@@ -52,38 +50,24 @@ class Admission:
         clock: Clock,
         observer: Observer,
     ) -> None:
-        """See the module.
-
-        Args:
-            table: The sessions.
-            turns: Claims and lines.
-            row_queue: Where changes wait for rows.
-            pager: Brings sessions back.
-            committer: For resets, which need no pass.
-            refuse_stale: Finds members anew whose sessions left the table since the change was checked; answers
-                those that are gone, and returns the others.
-            clock: For deadlines and waiting times.
-            observer: Is told of resets.
-        """
         self._table = table
         self._turns = turns
         self._row_queue = row_queue
         self._pager = pager
         self._committer = committer
         self._refuse_stale = refuse_stale
+        """Finds members anew whose sessions left the table since the change was checked; answers those that are gone,
+        and returns the others."""
         self._clock = clock
         self._observer = observer
 
     def admit(self, changes: Sequence[Change]) -> None:
         """Start changes, or put their members in their sessions' lines."""
         for change in changes:
-            self._admit(change, change.members)
+            self.admit_some(change, change.members)
 
-    def readmit(self, change: Change, members: Members) -> None:
-        """Start some members of a change whose sessions had to be found anew."""
-        self._admit(change, members)
-
-    def _admit(self, change: Change, members: Members) -> None:
+    def admit_some(self, change: Change, members: Members) -> None:
+        """As `admit`, of some members of a change."""
         while len(members):
             # each time: what was started may have failed in the store, and its session have left the table
             members = self._live(change, members)
@@ -93,7 +77,7 @@ class Admission:
                 members = members[~claimed]
             if len(members):
                 is_first = self._is_first(change, members)
-                self._start(change, members[is_first])
+                self._release(self.start_due(change, members[is_first]))
                 members = members[~is_first]
 
     def _live(self, change: Change, members: Members) -> Members:
@@ -113,13 +97,12 @@ class Admission:
         is_first[np.unique(change.handles[members], return_index=True)[1]] = True
         return is_first
 
-    def _start(self, change: Change, members: Members) -> None:
-        done = self.start_due(change, members)
+    def _release(self, done: Handles) -> None:
         if len(done):
             self._turns.release(done)
 
     def start_due(self, change: Change, members: Members) -> Handles:
-        """See `turns.Starter`."""
+        """See `row_queue.Starter`."""
         handles = change.handles[members]
         self._turns.claim(handles)
         if self._row_queue.count(change.model.index):
@@ -139,9 +122,8 @@ class Admission:
             change.fail(dropped, error)
         if len(members):
             done.append(self._bring_in(change, members, change.handles[members], self._wait_again))
-        freed = np.concatenate(done) if done else change.handles[:0]
-        if len(freed):
-            self._turns.release(freed)
+        if done:
+            self._release(np.concatenate(done))
 
     def _wait_for_rows(self, change: Change, members: Members) -> None:
         self._row_queue.add(self, change, members)
@@ -160,8 +142,7 @@ class Admission:
             change.fail(members[over], changed_elsewhere(change.session_ids[int(members[over][0])]))
             members = members[~over]
         more = self._bring_in(change, members, change.handles[members], self._wait_for_rows)
-        if len(done) or len(more):
-            self._turns.release(np.concatenate([done, more]))
+        self._release(np.concatenate([done, more]))
 
     def _bring_in(self, change: Change, members: Members, handles: Handles, wait: Wait) -> Handles:
         """Have the rows of claimed sessions and judge their members, or let them wait.
@@ -200,9 +181,7 @@ class Admission:
             change.fail(members[place : place + 1], refused[handle])
             self._turns.end(handle, refused[handle])
         members, handles = np.delete(members, ended), np.delete(handles, ended)
-        done = self._judge_but(change, members, handles, refused, self._wait_for_rows, is_fresh=True)
-        if len(done):
-            self._turns.release(done)
+        self._release(self._judge_but(change, members, handles, refused, self._wait_for_rows, is_fresh=True))
 
     def _judge_but(
         self,
@@ -270,9 +249,8 @@ class Admission:
             return handles
         try:
             self._apply(change, members[apply], handles[apply])
-        except (
-            Exception
-        ) as error:  # nothing of it has been handed on: its callers are to know, its sessions are free
+        except Exception as error:
+            # nothing of it has been handed on: its callers are to know, its sessions are free
             change.fail(members[apply], _log.internal("a change could not be started", error))
             return handles
         return handles[~apply]
@@ -293,9 +271,7 @@ class Admission:
             error = RevisionConflict(
                 self._table.session_id(int(handles[conflicts[places[0]]])), expected, actual
             )
-            if len(some) > 1:
-                error.message = f"{error.message} (and so for {len(some) - 1} others of the session_ids)"
-            change.fail(some, error)
+            change.fail(some, for_all(error, len(some)))
 
     def _apply(self, change: Change, members: Members, handles: Handles) -> None:
         if change.reset:
@@ -329,7 +305,7 @@ class Admission:
         rows = None if whole else change.rows_of(members)
         resets = change.reset_rows
         return Job(
-            change,
+            owner=change,
             members=members,
             handles=handles,
             rows=self._table.rows_of(handles),

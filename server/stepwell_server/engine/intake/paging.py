@@ -103,10 +103,7 @@ class Pager:
     def page_in(self, model: Model, handles: Handles, later: Later) -> PageIn:
         """Bring claimed sessions back to the arena, those that are not there and for which there is room.
 
-        Args:
-            model: Of all of them.
-            handles: Some may be there.
-            later: Called when those that are coming have come. Their claims must last until then.
+        `later` is called when those that are coming have come; their claims must last until then.
         """
         absent = handles[self._table.row[handles] < 0]
         if not len(absent):
@@ -240,7 +237,8 @@ class Pager:
         wanted = max(short, int(model.slots.resident_limit * SHARE_AT_ONCE))
         victims = self._oldest(model, wanted)
         if len(victims):
-            self._page_out(model, victims)
+            self._keeping.leave(model, victims)
+            self._leave(model, victims)
 
     def _oldest(self, model: Model, rows: int) -> Handles:
         """The least recently used sessions that have `rows` rows together, or all that may go."""
@@ -257,10 +255,6 @@ class Pager:
         may = (table.row[handles] == rows) & (table.model[handles] == model.index) & ~table.claimed[handles]
         found: Handles = handles[may]
         return found
-
-    def _page_out(self, model: Model, handles: Handles) -> None:
-        self._keeping.leave(model, handles)
-        self._leave(model, handles)
 
     def _leave(self, model: Model, handles: Handles) -> None:
         rows = self._table.rows_of(handles)

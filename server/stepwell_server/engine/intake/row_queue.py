@@ -7,26 +7,28 @@ what is in their lines.
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from itertools import islice
 from typing import Protocol
 
 import numpy as np
 
-from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.models import Models
-from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.state.model import Alarm, Model
 from stepwell_server.engine.types import Members
 
 
 class Starter(Protocol):
-    """Who starts members of a change for which there is room now."""
+    """Who starts members of a change when they need not wait any more."""
+
+    def start_due(self, change: Change, members: Members, /) -> Handles:
+        """Their turn has come: claim their sessions and start them; return sessions that are done with already."""
 
     def start_waiting(self, change: Change, members: Members, /) -> None:
-        """Start them; those that still do not fit are put back."""
+        """There is room: start them; those that still do not fit are put back."""
 
 
 class RowQueue:
@@ -39,7 +41,7 @@ class RowQueue:
         self._waiting: dict[int, deque[tuple[Starter, Change, int]]] = {}
         self.waiting = 0
         """Changes of all models."""
-        self._is_due = False
+        self._look = Alarm(self._let_in)
         self._is_full = False
         """Somebody that was let in was put back."""
 
@@ -71,12 +73,10 @@ class RowQueue:
 
     def room_may_have_come(self) -> None:
         """A session is done, made or gone: look in the next turn of the event loop whether somebody fits now."""
-        if not self._is_due and self:
-            self._is_due = True
-            asyncio.get_running_loop().call_soon(self._let_in)
+        if self:
+            self._look.ring()
 
     def _let_in(self) -> None:
-        self._is_due = False
         for model, waiting in list(self._waiting.items()):  # answers may bring what waits for another model
             if waiting:
                 self._let_in_some(self._models.by_index[model], waiting)

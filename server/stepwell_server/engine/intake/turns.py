@@ -7,9 +7,10 @@ When the claim ends, the next in line is started.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from stepwell_server.core.claims import Claims
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.change import Change, too_late
 from stepwell_server.engine.intake.paging import Pager, Refused
-from stepwell_server.engine.intake.row_queue import RowQueue
+from stepwell_server.engine.intake.row_queue import RowQueue, Starter
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members
@@ -28,21 +29,12 @@ from stepwell_server.errors import Overloaded, ServerError, SessionGone, Session
 MAX_LINE = 256
 
 
-class Starter(Protocol):
-    """Who starts members of a change whose turn has come."""
-
-    def start_due(self, change: Change, members: Members, /) -> Handles:
-        """Claim their sessions and start them; return sessions that are done with already."""
-
-
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Hold:
     """A turn in a session's line for something that is no change: a read, a fork, the closing."""
 
-    __slots__ = ("deadline", "granted")
-
-    def __init__(self, granted: asyncio.Future[None], deadline: float) -> None:
-        self.granted = granted
-        self.deadline = deadline
+    granted: asyncio.Future[None]
+    deadline: float
 
 
 Waiter: TypeAlias = "tuple[Starter, Change, int] | Hold"
@@ -60,22 +52,13 @@ class Turns:
         clock: Clock,
         forget: Callable[[int, ServerError], None],
     ) -> None:
-        """See the module.
-
-        Args:
-            table: The sessions.
-            models: Theirs.
-            pager: Brings back those that are held.
-            row_queue: Is told when rows may have become free.
-            clock: For deadlines.
-            forget: Takes a claimed session that has ended on another server out of the table.
-        """
         self._table = table
         self._models = models
         self._pager = pager
         self._row_queue = row_queue
         self._clock = clock
         self._forget = forget
+        """Takes a claimed session that has ended on another server out of the table."""
         self._claims: Claims[Waiter] = Claims(table)
         self._count = 0
         """What waits in all lines."""
@@ -92,12 +75,7 @@ class Turns:
         self._claims.claim(handles)
 
     async def hold(self, handle: int, deadline: float, *, rows: bool = True) -> None:
-        """Claim one session for something that is no change, when its turn comes.
-
-        Args:
-            handle: The session.
-            deadline: On the clock's monotonic time.
-            rows: The session's rows are needed.
+        """Claim one session for something that is no change, when its turn comes; `rows`: and bring it to the arena.
 
         Raises:
             DeadlineExceeded, SessionGone, Overloaded: it did not come.

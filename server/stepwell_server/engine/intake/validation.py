@@ -86,6 +86,15 @@ def check_state(program: Program, state: Tensors, rows: int) -> tuple[Array, ...
     return tuple(_check_state_tensor(spec, by_name[spec.name], rows) for spec in program.state)
 
 
+def check_finite_state(program: Program, state: Tensors | None, rows: int) -> tuple[Array, ...] | None:
+    """As `check_state`, where there is one, and refuse NaN and infinity in it."""
+    if state is None:
+        return None
+    arrays = check_state(program, state, rows)
+    require_finite("state", arrays, [spec.name for spec in program.state])
+    return arrays
+
+
 def finite_rows(arrays: Sequence[Array]) -> npt.NDArray[np.bool_] | None:
     """Which rows hold only finite numbers, `(rows,)`; None if all do."""
     bad: npt.NDArray[np.bool_] | None = None
@@ -158,11 +167,7 @@ class Validation:
         self._models = models
 
     def check(self, change: Change, handles: Handles) -> Refusals:
-        """Check a change some of whose sessions are there. Nothing is answered yet.
-
-        Args:
-            change: As it came; its own columns are set here.
-            handles: Of its sessions, -1 for those that are not there.
+        """Check a change some of whose sessions are there, -1 for the others, and set its columns. It answers nothing.
 
         Returns:
             Members that are refused, beside those that are not there, and why.

@@ -44,15 +44,15 @@ class Pass:
         self.program = program
         self.jobs = jobs
         self.steps = steps
-        self.starts = _starts(jobs)
+        self.starts = starts_of(jobs)
         """Where each job's rows begin; one more for the end."""
         self.row_count = int(self.starts[-1])
-        self.source_rows = _join([job.source_rows for job in jobs])
-        self.target_rows = _join([job.target_rows for job in jobs])
+        self.source_rows = join([job.source_rows for job in jobs])
+        self.target_rows = join([job.target_rows for job in jobs])
         self.reset_rows = _reset_rows(jobs)
         """Rows that begin at the initial state, `(rows,)`; None: none of them."""
         self.inputs = [
-            _join([job.window(i, spec.temporal, steps) for job in jobs])
+            join([job.window(i, spec.temporal, steps) for job in jobs])
             for i, spec in enumerate(program.inputs)
         ]
         self.outputs: list[Array] = [
@@ -98,7 +98,7 @@ def _reset_rows(jobs: Sequence[Job]) -> Mask | None:
     if not any(job.reset_rows is not None and job.done == 0 for job in jobs):
         return None
     nothing = [np.zeros(job.row_count, np.bool_) for job in jobs]
-    return _join(
+    return join(
         [
             job.reset_rows if job.reset_rows is not None and job.done == 0 else none
             for job, none in zip(jobs, nothing, strict=True)
@@ -106,11 +106,13 @@ def _reset_rows(jobs: Sequence[Job]) -> Mask | None:
     )
 
 
-def _starts(jobs: Sequence[Job]) -> Rows:
+def starts_of(jobs: Sequence[Job]) -> Rows:
+    """Where each job's rows begin; one more for the end."""
     return np.cumsum([0, *(job.row_count for job in jobs)], dtype=np.intp)
 
 
-def _join(arrays: Sequence[npt.NDArray[S]]) -> npt.NDArray[S]:
+def join(arrays: Sequence[npt.NDArray[S]]) -> npt.NDArray[S]:
+    """Arrays one after the other; a single one is not copied."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 

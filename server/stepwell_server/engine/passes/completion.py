@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +15,12 @@ from stepwell_server.engine.change import Change
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.records import Outcome
 from stepwell_server.engine.job import Job
-from stepwell_server.engine.passes.batch import Pass, outputs_of
+from stepwell_server.engine.passes.batch import Pass, join, outputs_of
 from stepwell_server.engine.passes.predict import PredictCall
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept
 from stepwell_server.engine.types import Mask, Members, Tensors
 from stepwell_server.errors import ServerError
-
-S = TypeVar("S", bound=np.generic)
 
 
 class Completion:
@@ -72,7 +69,7 @@ class Completion:
         self._committer.commit(outcome, answer, again)
 
     def _outcome(self, jobs: Sequence[Job], outputs: Sequence[Tensors]) -> Outcome:
-        handles = _join([job.handles for job in jobs])
+        handles = join([job.handles for job in jobs if job.handles is not None])
         counts = [len(job.members) for job in jobs]
         kept = [_kept(job) for job in jobs]
         arrays: dict[int, Tensors] = {}
@@ -84,7 +81,7 @@ class Completion:
             handles,
             self._table.revision[handles] + np.uint64(1),
             self._positions(jobs, handles, counts),
-            _join([_change(job).requests_of(job.members) for job in jobs]),
+            join([_change(job).requests_of(job.members) for job in jobs]),
             np.repeat(np.array(kept, np.uint8), counts),
             arrays,
         )
@@ -183,11 +180,6 @@ def _arrays_of(job: Job, outputs: Tensors) -> list[Tensors]:
         {name: array[end - size : end].copy() for name, array in outputs.items()}
         for size, end in zip(job.sizes.tolist(), ends.tolist(), strict=True)
     ]
-
-
-def _join(arrays: Sequence[npt.NDArray[S] | None]) -> npt.NDArray[S]:
-    given = [array for array in arrays if array is not None]
-    return given[0] if len(given) == 1 else np.concatenate(given)
 
 
 def _change(job: Job) -> Change:

@@ -19,7 +19,7 @@ from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.inbox import Inbox, joined_where_alike
 from stepwell_server.engine.job import Job
-from stepwell_server.engine.passes.batch import FailedUnit, Pass
+from stepwell_server.engine.passes.batch import FailedUnit, Pass, starts_of
 from stepwell_server.engine.passes.completion import Completion
 from stepwell_server.engine.passes.inline import Inline
 from stepwell_server.engine.passes.runner import SLICE_S, Runner
@@ -48,20 +48,6 @@ class PassLoop:
         clock: Clock,
         observer: Observer,
     ) -> None:
-        """See the module.
-
-        Args:
-            model: Whose jobs run.
-            inbox: Where its changes come in.
-            admission: Makes jobs of them.
-            runner: Runs passes.
-            completion: Commits and answers jobs that have ended.
-            inline: Runs what comes alone.
-            release: Ends the claims of sessions whose job failed.
-            commits: No pass begins while too much waits for the store; `model.work` is rung when that has ended.
-            clock: For deadlines.
-            observer: Is told of passes.
-        """
         self._model = model
         self._inbox = inbox
         self._admission = admission
@@ -69,11 +55,13 @@ class PassLoop:
         self._completion = completion
         self._inline = inline
         self._release = release
+        """Ends the claims of sessions whose job failed."""
         self._commits = commits
+        """No pass begins while too much waits for the store; `model.work` is rung when that has ended."""
         self._clock = clock
         self._observer = observer
         self._running = False
-        self._idle: asyncio.Future[None] | None = None
+        self._idle = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         model.work.listen(self._turn)
 
@@ -85,8 +73,8 @@ class PassLoop:
     async def idle(self) -> None:
         """Return when no pass runs and nothing waits for one."""
         while self.busy:
-            self._idle = self._idle or self._loop.create_future()
-            await asyncio.shield(self._idle)
+            self._idle.clear()
+            await self._idle.wait()
 
     def _turn(self) -> None:
         """What came is drained, admitted and chosen from; what was chosen runs, is committed and answered."""
@@ -98,43 +86,27 @@ class PassLoop:
         jobs = self._choose() if self._model.ready.rows_waiting else ()
         if jobs:
             self._run(jobs)  # then `_finish`: commit and reply
-        else:
-            self._tell_if_idle()
+        elif not self._idle.is_set() and not self.busy:
+            self._idle.set()
 
     def _run(self, jobs: Sequence[Job]) -> None:
         try:
-            work = self._pack(jobs)
+            budget = self._model.cost.times_within(sum(job.row_count for job in jobs), SLICE_S)
+            work = Pass(self._model.program, jobs, self._model.ready.steps_together(jobs, budget))
         except Exception as error:
             self._fail_all(jobs, error)
             self._model.work.ring()
             return
         self._running = True
         if self.runner.is_small(work):
-            self._run_here(work)
+            broken: BaseException | None = None
+            try:
+                self.runner.run_here(work)
+            except Exception as error:
+                broken = error
+            self._finish(work, broken)
         else:
             self.runner.run_on_threads(work, lambda broken: self._tell(work, broken))
-
-    def _pack(self, jobs: Sequence[Job]) -> Pass:
-        rows = sum(job.row_count for job in jobs)
-        budget = self._model.cost.times_within(rows, SLICE_S)
-        return Pass(self._model.program, jobs, self._model.ready.steps_together(jobs, budget))
-
-    def _tell(self, work: Pass, broken: BaseException | None) -> None:
-        """From a compute thread: one wake-up of the event loop per pass."""
-        self._loop.call_soon_threadsafe(self._finish, work, broken)
-
-    def _run_here(self, work: Pass) -> None:
-        broken: BaseException | None = None
-        try:
-            self.runner.run_here(work)
-        except Exception as error:
-            broken = error
-        self._finish(work, broken)
-
-    def _tell_if_idle(self) -> None:
-        if self._idle is not None and not self.busy:
-            self._idle.set_result(None)
-            self._idle = None
 
     def _choose(self) -> list[Job]:
         now = self._clock.monotonic()
@@ -155,19 +127,19 @@ class PassLoop:
             self._drop_members(job, np.isin(job.members, members), error)
         if not job.row_count:
             return
-        if job.needs_working_rows and not self._take_working_rows(job):
-            later.append(job)
-        else:
-            if job.done == 0:
-                self._observer.stage(self._model.name, "wait", now - job.queued_at, len(job.members))
-            chosen.append(job)
+        if job.needs_working_rows:
+            rows = self._model.slots.take_working(job.row_count)
+            if rows is None:
+                later.append(job)
+                return
+            job.work_on(rows)
+        if job.done == 0:
+            self._observer.stage(self._model.name, "wait", now - job.queued_at, len(job.members))
+        chosen.append(job)
 
-    def _take_working_rows(self, job: Job) -> bool:
-        rows = self._model.slots.take_working(job.row_count)
-        if rows is None:
-            return False
-        job.work_on(rows)
-        return True
+    def _tell(self, work: Pass, broken: BaseException | None) -> None:
+        """From a compute thread: one wake-up of the event loop per pass."""
+        self._loop.call_soon_threadsafe(self._finish, work, broken)
 
     def _finish(self, work: Pass, broken: BaseException | None) -> None:
         self._running = False
@@ -206,19 +178,13 @@ class PassLoop:
             by_job.setdefault(unit.job, []).append(unit)
         kept_rows = np.ones(work.row_count, np.bool_)
         for index, units in by_job.items():
-            start = work.starts[index]
-            kept = self._drop_units(work, index, units)
-            kept_rows[start : start + len(kept)] = kept
+            job, start = work.jobs[index], work.starts[index]
+            dropped = np.zeros(len(job.members), np.bool_)
+            dropped[[unit.session for unit in units]] = True
+            kept_rows[start : start + job.row_count] = job.row_mask(~dropped)
+            _log.debug("inputs refused by the model", model=self._model.name, cause=units[0].cause)
+            self._drop_members(job, dropped, _refusal(work, index, units[0]))
         _compact(work, kept_rows)
-
-    def _drop_units(self, work: Pass, index: int, units: Sequence[FailedUnit]) -> Mask:
-        job = work.jobs[index]
-        dropped = np.zeros(len(job.members), np.bool_)
-        _log.debug("inputs refused by the model", model=self._model.name, cause=units[0].cause)
-        dropped[[unit.session for unit in units]] = True
-        rows = job.row_mask(~dropped)
-        self._drop_members(job, dropped, _refusal(work, index, units[0]))
-        return rows
 
     def _drop_members(self, job: Job, dropped: Mask, error: ServerError) -> None:
         """Go on without some members; all of them may go."""
@@ -271,6 +237,6 @@ def _collect(work: Pass, index: int, job: Job) -> None:
 def _compact(work: Pass, kept: Mask) -> None:
     """Take the rows of failed sessions out of a pass."""
     work.outputs = [output[:, kept] for output in work.outputs]
-    work.starts = np.cumsum([0, *(job.row_count for job in work.jobs)], dtype=np.intp)
+    work.starts = starts_of(work.jobs)
     work.row_count = int(work.starts[-1])
     work.target_rows = work.target_rows[kept]

@@ -41,7 +41,11 @@ class PredictCall:
         self._final = [np.empty((rows, *s.shape), s.dtype) for s in model.program.state]
         self._rows = rows
         self._error: ServerError | None = None
-        self._jobs = self._make_jobs(checked, source if source is not None else self, now)
+        limit = min(model.max_batch_rows, model.slots.working_limit)
+        source = source if source is not None else self
+        self._jobs = [
+            self._make_job(checked, low, min(low + limit, rows), source, now) for low in range(0, rows, limit)
+        ]
 
     async def run(self) -> Predicted:
         """Put the jobs in line and wait for all of them."""
@@ -93,18 +97,10 @@ class PredictCall:
             state={spec.name: array for spec, array in zip(program.state, self._final, strict=True)},
         )
 
-    def _make_jobs(self, checked: CheckedInputs, source: object, now: float) -> Sequence[Job]:
-        limit = self._model.max_batch_rows
-        limit = min(limit, self._model.slots.working_limit)
-        return [
-            self._make_job(checked, low, min(low + limit, self._rows), source, now)
-            for low in range(0, self._rows, limit)
-        ]
-
     def _make_job(self, checked: CheckedInputs, low: int, high: int, source: object, now: float) -> Job:
         members = np.arange(low, high, dtype=np.intp)
         return Job(
-            self,
+            owner=self,
             members=members,
             handles=None,
             rows=np.zeros(0, np.intp),

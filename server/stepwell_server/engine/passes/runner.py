@@ -151,7 +151,7 @@ def warm_up(runner: Runner, program: Program, max_rows: int) -> None:
 def _zeros(program: Program, size: int) -> Job:
     rows = np.zeros(size, np.intp)
     return Job(
-        _Nobody(),
+        owner=_Nobody(),
         members=np.arange(size),
         handles=None,
         rows=rows,

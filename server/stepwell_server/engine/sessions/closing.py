@@ -16,7 +16,7 @@ from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewher
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ending import Removal
+from stepwell_server.engine.sessions.ending import Ended, Removal, batch_of
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL
 from stepwell_server.engine.sessions.loading import Seen, refresh
 from stepwell_server.errors import (
@@ -28,7 +28,7 @@ from stepwell_server.errors import (
     SessionNotFound,
     StateCorrupt,
 )
-from stepwell_server.store.base import Batch, Committed, End, Outcome, Tombstone
+from stepwell_server.store.base import Committed, End, Outcome
 from stepwell_server.store.record import decode_header
 
 #: Sessions deleted in one transaction by one call: each needs room on the disk before it gives any back.
@@ -162,11 +162,7 @@ class Closing:
 
     async def _try_to_delete(self, handles: Handles, request_id: int) -> Handles:
         """As `_delete`; returns those that another server has changed, which are claimed still."""
-        table, removal = self._table, self._removal
-        sessions = [
-            (table.session_id(handle), removal.model_of(handle).name, int(table.revision[handle]))
-            for handle in handles.tolist()
-        ]
+        removal, sessions = self._removal, self._removal.described(handles)
         conflicts: list[int] = []
 
         def done(committed: Committed | ServerError) -> ServerError | None:
@@ -189,7 +185,7 @@ class Closing:
         def release() -> None:
             self._turns.release(np.array(conflicts, np.intp))
 
-        await self._commit(self._batch(sessions, request_id), done, release)
+        await self._commit(sessions, request_id, done, release)
         return np.array(conflicts, np.intp)
 
     async def _read_anew(self, handles: Handles) -> Handles:
@@ -213,7 +209,7 @@ class Closing:
             self._removal.forget(handle, gone)
             return False
         refresh(self._table, handle, decode_header(session_id, found.record))
-        self._pager.discard(self._removal.model_of(handle), np.array([handle]))
+        self._pager.discard(self._directory.models.by_handle(handle), np.array([handle]))
         return True
 
     async def _delete_unusable(self, session_id: str, model: str, request_id: int, seen: Seen) -> bool:
@@ -236,31 +232,24 @@ class Closing:
             return not_known() if outcome is Outcome.UNKNOWN else None
 
         revision = self._directory.stored_revision(session_id, seen)
-        await self._commit(self._batch([(session_id, model, revision)], request_id), done, lambda: None)
+        await self._commit([(session_id, model, revision)], request_id, done, lambda: None)
         return outcome is Outcome.KEPT
-
-    def _batch(self, sessions: Sequence[tuple[str, str, int]], request_id: int) -> Batch:
-        """What the store is to know: ids, models and revisions of sessions that were closed."""
-        now = self._clock.now()
-        return Batch(
-            deletes=[session_id for session_id, _, _ in sessions],
-            tombstones=[Tombstone(i, End.CLOSED, now, request_id, revision) for i, _, revision in sessions],
-            counts=[(model, -1) for _, model, _ in sessions if model],
-        )
 
     async def _commit(
         self,
-        batch: Batch,
+        sessions: Sequence[Ended],
+        request_id: int,
         done: Callable[[Committed | ServerError], ServerError | None],
         release: Callable[[], None],
     ) -> None:
-        """Commit, then call `done`, also if the caller is cancelled meanwhile: then `release` as well.
+        """Commit the end of sessions, then call `done`, also if the caller is cancelled meanwhile: then `release` as well.
 
         Raises:
             Unavailable: it was not kept, as `done` says.
         """
         kept: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
-        self._commits.submit(lambda: batch, len(batch.deletes), lambda told: kept.set_result(done(told)))
+        batch = batch_of(sessions, End.CLOSED, self._clock.now(), request_id)
+        self._commits.submit(lambda: batch, len(sessions), lambda told: kept.set_result(done(told)))
         try:
             error = await asyncio.shield(kept)
         except asyncio.CancelledError:

@@ -23,18 +23,38 @@ from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64
 from stepwell_server.errors import ServerError
 from stepwell_server.store.base import Batch, Committed
-from stepwell_server.store.record import U8, RecordTemplate, Stored
+from stepwell_server.store.record import RecordTemplate, Stored
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fresh:
-    """What is true of sessions from their first moment."""
+    """Sessions of one model that are to begin, and what is true of them from their first moment."""
 
-    opened_with: int
-    """Request id of the call, 0 for none."""
+    model: Model
+    ids: Sequence[str]
+    """Reserved, or none of them is there or being made."""
+    batch_size: int
+    """Of each."""
+    rows: Rows
+    """The arena's rows, with their states, of the first sessions, one after the other. The others begin with the
+    initial state, paged out."""
     revisions: U64
     """`(n,)`. Not 0 where another session had the id: see `Directory.first_revisions`."""
+    opened_with: int
+    """Request id of the call, 0 for none."""
+    created: float
+    """Seconds since the epoch."""
     position: int = 0
+
+    @property
+    def ready(self) -> int:
+        """How many have rows."""
+        return len(self.rows) // self.batch_size
+
+    def part(self, part: slice) -> Fresh:
+        """Some of them."""
+        rows = self.rows[part.start * self.batch_size : part.stop * self.batch_size]
+        return dataclasses.replace(self, ids=self.ids[part], rows=rows, revisions=self.revisions[part])
 
 
 class Taken(Exception):
@@ -90,18 +110,8 @@ class Creation:
             self._removal.opening.pop(session_id, None)
         pending.set_result(None)
 
-    async def create(
-        self, model: Model, ids: Sequence[str], batch_size: int, rows: Rows, facts: Fresh
-    ) -> SessionInfo:
+    async def create(self, fresh: Fresh) -> SessionInfo:
         """Make sessions. They are there when this returns; to be cancelled meanwhile changes nothing about it.
-
-        Args:
-            model: Of all of them.
-            ids: Reserved, or none of them is there or being made.
-            batch_size: Of each.
-            rows: The arena's rows, with their states, of the first sessions, one after the other. The others begin
-                with the initial state, paged out.
-            facts: See `Fresh`.
 
         Returns:
             The first of them, as it was made.
@@ -110,29 +120,29 @@ class Creation:
             Unavailable: the store could not keep them; none is made, and the rows are given back.
             Taken: so it is where another server was faster.
         """
+        model, ids = fresh.model, fresh.ids
         made: asyncio.Future[SessionInfo | Exception] = asyncio.get_running_loop().create_future()
         if ids[0] not in self._removal.opening:
             self.reserve(ids)
-        created = self._clock.now()
 
         def settle(error: Exception | None) -> None:
             if error is not None:
                 self.give_up(ids)
-                model.slots.free_resident(rows)
+                model.slots.free_resident(fresh.rows)
                 made.set_result(error)
                 self._row_queue.room_may_have_come()
             elif len(ids) <= PIECE:
-                self._add(model, ids, batch_size, rows, facts, created)
+                self._add(fresh)
                 there()
             else:
-                task = asyncio.create_task(self._add_in_pieces(model, ids, batch_size, rows, facts, created))
+                task = asyncio.create_task(self._add_in_pieces(fresh))
                 self._adding.add(task)
                 task.add_done_callback(self._adding.discard)
                 task.add_done_callback(lambda _: there())
 
         def there() -> None:
             self.give_up(ids)
-            made.set_result(self._directory.info(self._directory.find(ids[0])))
+            made.set_result(self._directory.info(self._directory.find(ids[0], self._directory.here)))
             self._row_queue.room_may_have_come()  # the rows are of sessions that have nothing under way
 
         def done(committed: Committed | ServerError) -> None:
@@ -145,9 +155,7 @@ class Creation:
             else:
                 settle(None)
 
-        self._commits.submit(
-            lambda: self._batch(model, ids, batch_size, rows, facts, created), len(ids), done
-        )
+        self._commits.submit(lambda: self._batch(fresh), len(ids), done)
         result = await asyncio.shield(made)
         if isinstance(result, Exception):
             raise result
@@ -159,83 +167,55 @@ class Creation:
         batch = Batch(deletes=there, counts=((model.name, -len(there)),))
         self._commits.submit(lambda: batch, len(there), lambda _: then())
 
-    def _batch(
-        self,
-        model: Model,
-        ids: Sequence[str],
-        batch_size: int,
-        rows: Rows,
-        facts: Fresh,
-        created: float,
-    ) -> Batch:
-        initial = np.tile(model.arena.pack_initial(), (1, batch_size))
-        ready = len(rows) // batch_size
-        part = self._keeping.made(ids, ready)
-        resident, others = rows[part.start * batch_size :], len(ids) - max(ready, part.start)
-        packed = np.broadcast_to(initial, (others, initial.shape[1]))
-        if len(resident):
-            packed = np.concatenate([model.arena.pack(resident).reshape(-1, initial.shape[1]), packed])
-        some = dataclasses.replace(facts, revisions=facts.revisions[part])
-        return Batch(
-            puts=_records(model, ids[part], batch_size, packed, some, created),
-            forgets=ids,
-            counts=((model.name, len(ids)),),
-        )
+    def _batch(self, fresh: Fresh) -> Batch:
+        ids = fresh.ids
+        puts = _records(fresh.part(self._keeping.made(ids, fresh.ready)))
+        return Batch(puts=puts, forgets=ids, counts=((fresh.model.name, len(ids)),))
 
-    async def _add_in_pieces(
-        self, model: Model, ids: Sequence[str], batch_size: int, rows: Rows, facts: Fresh, created: float
-    ) -> None:
-        async for part in in_pieces(ids):
-            own = rows[part.start * batch_size : part.stop * batch_size]
-            some = dataclasses.replace(facts, revisions=facts.revisions[part])
-            self._add(model, ids[part], batch_size, own, some, created)
+    async def _add_in_pieces(self, fresh: Fresh) -> None:
+        async for part in in_pieces(fresh.ids):
+            self._add(fresh.part(part))
 
-    def _add(
-        self,
-        model: Model,
-        ids: Sequence[str],
-        batch_size: int,
-        rows: Rows,
-        facts: Fresh,
-        created: float,
-    ) -> None:
-        ready = len(rows) // batch_size
-        parts = ((slice(0, ready), rows), (slice(ready, len(ids)), None))
-        for part, own in parts:
-            some = ids[part]
-            if not some:
+    def _add(self, fresh: Fresh) -> None:
+        ready, model = fresh.ready, fresh.model
+        for part, rows in ((slice(0, ready), fresh.rows), (slice(ready, len(fresh.ids)), None)):
+            if not fresh.ids[part]:
                 continue
             handles = self._table.add(
-                some,
-                rows=own,
+                fresh.ids[part],
+                rows=rows,
                 model=model.index,
-                batch_size=batch_size,
-                revision=facts.revisions[part],
-                position=facts.position,
-                opened_with=facts.opened_with,
+                batch_size=fresh.batch_size,
+                revision=fresh.revisions[part],
+                position=fresh.position,
+                opened_with=fresh.opened_with,
                 used=self._clock.monotonic(),
-                created=created,
+                created=fresh.created,
             )
-            if own is not None:
+            if rows is not None:
                 model.slots.owner[self._table.row[handles]] = handles
             self._expiry.watch(handles)
 
 
-def _records(
-    model: Model, ids: Sequence[str], batch_size: int, rows: U8, facts: Fresh, created: float
-) -> list[tuple[str, Stored]]:
-    if not ids:
-        return []
+def _records(fresh: Fresh) -> Sequence[tuple[str, Stored]]:
+    if not fresh.ids:
+        return ()
+    model, ready = fresh.model, fresh.ready
     template = RecordTemplate(
-        ids,
+        fresh.ids,
         fingerprint=model.program.fingerprint,
         model=model.name,
-        opened_with=facts.opened_with,
-        created=created,
+        opened_with=fresh.opened_with,
+        created=fresh.created,
         row_bytes=model.arena.row_bytes,
-        batch_size=batch_size,
+        batch_size=fresh.batch_size,
     )
-    template.rows[...] = rows
+    model.arena.pack_into(fresh.rows, template.rows[:ready])
+    template.rows[ready:] = np.tile(model.arena.pack_initial(), (1, fresh.batch_size))
     return template.fill(
-        revisions=facts.revisions, positions=facts.position, request_ids=0, last_used=created, replies=0
+        revisions=fresh.revisions,
+        positions=fresh.position,
+        request_ids=0,
+        last_used=fresh.created,
+        replies=0,
     )

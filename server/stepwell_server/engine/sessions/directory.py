@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import SessionInfo
+from stepwell_server.engine.change import MOST_ERRORS, for_all
 from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.models import Models
-from stepwell_server.engine.sessions.ending import Expiry, Removal
+from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.engine.sessions.ids import PIECE, IdMaker, shown
-from stepwell_server.engine.sessions.loading import Arrivals, InPlace, Loader, Looked, Seen, TombstonesOnly
+from stepwell_server.engine.sessions.loading import Arrivals, Loader, Looked, Seen
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import (
@@ -29,12 +30,10 @@ from stepwell_server.errors import (
     Unavailable,
 )
 from stepwell_server.logs import Log
-from stepwell_server.store.base import End, Store, Tombstone
+from stepwell_server.store.base import End, Store
 from stepwell_server.store.record import Header, decode_header
 
 _log = Log("engine.directory")
-#: Sessions of one change that are gone and have an error each; more of them share one.
-MOST_ERRORS = 32
 
 
 class Directory:
@@ -54,30 +53,15 @@ class Directory:
         *,
         arrivals: Arrivals,
         loader: Loader,
-        removal: Removal,
         expiry: Expiry,
         endings: Endings,
         clock: Clock,
     ) -> None:
-        """See the class.
-
-        Args:
-            table: The sessions.
-            models: Theirs.
-            store: Has records and tombstones.
-            others: The store, if it may have sessions that are not in the table.
-            arrivals: Where what names those of an awaited store waits.
-            loader: Takes them into the table.
-            removal: Knows who is about to be there.
-            expiry: Knows who has been idle for too long.
-            endings: Says how sessions ended.
-            clock: For when sessions were last used.
-        """
         self._table = table
         self.models = models
         self._others = others
+        """The store, if it may have sessions that are not in the table."""
         self._arrivals = arrivals
-        self._removal = removal
         self._expiry = expiry
         self._endings = endings
         self._clock = clock
@@ -86,19 +70,10 @@ class Directory:
         self._is_local = store.local is not None
         self.may_expire = bool(expiry.max_idle_s)
         """Sessions that are in the table may have been idle for too long."""
-        self._here: Seen = (
-            Looked({})
-            if store.local is None
-            else TombstonesOnly(store.local)
-            if others is None
-            else InPlace(store.local)
-        )
+        self.here: Seen = Looked({}) if store.local is None else store.local
+        """What is known of sessions without a `look`."""
         self._counts: dict[str, int] = {}
         """Sessions of each model in an awaited store, when it was last asked."""
-
-    def model_of(self, handle: int) -> Model:
-        """The model of a session."""
-        return self._removal.model_of(handle)
 
     def must_look(self, session_ids: Sequence[str]) -> bool:
         """Whether what names these sessions must await `look` first: so do very many of a store that is at hand."""
@@ -114,10 +89,10 @@ class Directory:
     async def look(self, session_ids: Sequence[str], *, anew: bool = False) -> Seen:
         """See what the store has of sessions, in the order of all that names them: see `Arrivals.wait`."""
         if not (self.must_look(session_ids) or (anew and not self._is_local)):
-            return self._here
+            return self.here
         return await self._arrivals.wait(session_ids, anew=anew)
 
-    def find(self, session_id: str, seen: Seen | None = None) -> int:
+    def find(self, session_id: str, seen: Seen) -> int:
         """The handle of a live session.
 
         Raises:
@@ -128,14 +103,15 @@ class Directory:
         """
         handle = self._table.find(session_id)
         if handle is None:
-            handle = self._loader.load(session_id, seen or self._here)
-        if handle is not None and self._expiry.max_idle_s and self._expiry.is_due(handle):
-            raise self._expiry.expire([handle])
+            handle = self._loader.load(session_id, seen)
+        if handle is not None and self._expiry.is_due(handle):
+            self._expiry.expire(np.array([handle]))
+            raise self._endings.expired(session_id)
         if handle is None:
             raise self.gone(session_id, seen)
         return handle
 
-    def live(self, session_id: str, seen: Seen | None = None) -> int | None:
+    def live(self, session_id: str, seen: Seen) -> int | None:
         """The handle of a live session, or None.
 
         Raises:
@@ -146,22 +122,21 @@ class Directory:
         except SessionGone:
             return None
 
-    def find_all(self, session_ids: Sequence[str], seen: Seen | None = None) -> Handles:
+    def find_all(self, session_ids: Sequence[str], seen: Seen) -> Handles:
         """Handles of many sessions, -1 for those that cannot be had; `why_not_all` says why."""
         handles = self._table.find_all(session_ids)
-        if self._others is not None and (handles < 0).any():
+        if handles[0] < 0 if len(handles) == 1 else (handles < 0).any():
             missing = [session_ids[i] for i in np.flatnonzero(handles < 0).tolist()]
             try:
-                loaded, _ = self._loader.load_all(missing, seen or self._here)
+                loaded, _ = self._loader.load_all(missing, seen)
             except ServerError:
                 loaded = 0
             if loaded:
                 handles = self._table.find_all(session_ids)
-        if self._expiry.max_idle_s:
-            self._expiry.expire_among(handles)
+        self._expiry.expire_among(handles)
         return handles
 
-    def require_new(self, name: str, session_ids: Sequence[str], seen: Seen | None = None) -> None:
+    def require_new(self, name: str, session_ids: Sequence[str], seen: Seen) -> None:
         """Refuse ids of sessions that are there, be it that they cannot be stepped here.
 
         Raises:
@@ -169,9 +144,7 @@ class Directory:
             ModelMismatch, ModelNotFound, StateCorrupt: so is one that cannot be stepped here.
             Unavailable: the store cannot be read.
         """
-        handles = self._table.find_all(session_ids)
-        missing = [session_ids[i] for i in np.flatnonzero(handles < 0).tolist()]
-        _, unusable = self._loader.load_all(missing, seen or self._here)
+        _, unusable = self._loader.load_all(session_ids, seen)
         there = np.flatnonzero(self.find_all(session_ids, seen) >= 0).tolist()
         if there:
             session_id = session_ids[there[0]]
@@ -179,7 +152,7 @@ class Directory:
         if unusable:
             raise self.why_not(unusable[0], seen)
 
-    def why_not(self, session_id: str, seen: Seen | None = None) -> ServerError:
+    def why_not(self, session_id: str, seen: Seen) -> ServerError:
         """Why a session cannot be had."""
         try:
             self.find(session_id, seen)
@@ -188,7 +161,7 @@ class Directory:
         return Unavailable(f"session {session_id!r} must be readable; it was not, just now")
 
     def why_not_all(
-        self, session_ids: Sequence[str], members: Members, seen: Seen | None = None
+        self, session_ids: Sequence[str], members: Members, seen: Seen
     ) -> Iterator[tuple[Members, ServerError]]:
         """Why those of some sessions, by their index, cannot be had.
 
@@ -200,58 +173,35 @@ class Directory:
                 yield np.array([member]), self.why_not(session_ids[member], seen)
             return
         ids = [session_ids[member] for member in members.tolist()]
-        unusable = set(self.unusable(ids, seen))
-        gone = members
-        if unusable:
-            can_be = np.array([session_id not in unusable for session_id in ids])
-            alike: dict[type[ServerError], tuple[ServerError, list[int]]] = {}
-            for member in members[~can_be].tolist():
-                error = self.why_not(session_ids[member], seen)
-                alike.setdefault(type(error), (error, []))[1].append(member)
-            for error, some in alike.values():
-                yield np.array(some, np.intp), _for_all(error, len(some))
-            gone = members[can_be]
-        for some_gone, error in self._why_gone(session_ids, gone, seen):
-            yield some_gone, error
-
-    def _why_gone(
-        self, session_ids: Sequence[str], members: Members, seen: Seen | None
-    ) -> Iterator[tuple[Members, ServerError]]:
-        """As `why_not_all`, of sessions that are gone: what the store remembers of them is asked once."""
-        ids = [session_ids[member] for member in members.tolist()]
+        named = [session_id for session_id in ids if session_id]
         try:
-            stones = self._tombstones(ids, seen)
-        except ServerError as error:
-            yield members, error
-            return
-        alike: dict[Hashable, list[int]] = {}
-        for member, session_id, stone in zip(members.tolist(), ids, stones, strict=True):
-            kind = (
+            unusable = set(self._loader.load_all(named, seen)[1])
+            stones = dict(zip(named, seen.tombstones(named), strict=True))
+        except ServerError:
+            unusable, stones = set(ids), {}
+        alike: dict[tuple[object, ...], list[int]] = {}
+        for member, session_id in zip(members.tolist(), ids, strict=True):
+            stone = stones.get(session_id)
+            kind: tuple[object, ...] = (
                 not session_id,
                 session_id in self._expiry.burying,
                 None if stone is None else stone.end,
                 stone is None and self.ids.is_from_elsewhere(session_id),
             )
+            if session_id in unusable:
+                kind = (type(self.why_not(session_id, seen)),)
             alike.setdefault(kind, []).append(member)
         for some in alike.values():
-            yield np.array(some, np.intp), _for_all(self.gone(session_ids[some[0]], seen), len(some))
+            yield np.array(some, np.intp), for_all(self.why_not(session_ids[some[0]], seen), len(some))
 
-    def _tombstones(self, session_ids: Sequence[str], seen: Seen | None) -> Sequence[Tombstone | None]:
-        named = [session_id for session_id in session_ids if session_id]
-        found = (seen or self._here).tombstones(named)
-        if len(named) == len(session_ids):
-            return found
-        stones = iter(found)
-        return [next(stones) if session_id else None for session_id in session_ids]
-
-    def unusable(self, session_ids: Sequence[str], seen: Seen | None = None) -> Sequence[str]:
+    def unusable(self, session_ids: Sequence[str], seen: Seen) -> Sequence[str]:
         """Those that are in the store and cannot be stepped here, or all if it cannot be read."""
         try:
-            return self._loader.load_all(session_ids, seen or self._here)[1]
+            return self._loader.load_all(session_ids, seen)[1]
         except ServerError:
             return session_ids
 
-    def gone(self, session_id: str, seen: Seen | None = None) -> ServerError:
+    def gone(self, session_id: str, seen: Seen) -> ServerError:
         """Why there is no such session."""
         if not session_id:  # a field that was left out or misspelt, not a session that has ended
             return InvalidInput("session_id is missing; it must be that of an open session")
@@ -268,21 +218,21 @@ class Directory:
             session_id, f"session_id must be that of an open session; got {shown(session_id)}"
         )
 
-    def ended(self, session_id: str, seen: Seen | None = None) -> SessionGone | None:
+    def ended(self, session_id: str, seen: Seen) -> SessionGone | None:
         """How a session ended, as far as that is remembered."""
         if session_id in self._expiry.burying:
-            return self._expiry.error(session_id)
-        (stone,) = self._tombstones([session_id], seen)
+            return self._endings.expired(session_id)
+        (stone,) = seen.tombstones([session_id])
         return None if stone is None else self._endings.of(stone)
 
-    def first_revisions(self, session_ids: Sequence[str], seen: Seen | None = None) -> U64:
+    def first_revisions(self, session_ids: Sequence[str], seen: Seen) -> U64:
         """The revisions with which sessions begin: 0, or more than another session that had the id ever had.
 
         So whoever still has that one's revision gets a conflict, and does not step a session that is not theirs.
         As long as its end is remembered, that is.
         """
         burying = self._expiry.burying
-        stones = self._tombstones(session_ids, None if self._is_local else seen)
+        seen = self.here if self._is_local else seen
         return np.array(
             [
                 burying[session_id] + 1
@@ -290,27 +240,27 @@ class Directory:
                 else 0
                 if stone is None
                 else stone.revision + 1
-                for session_id, stone in zip(session_ids, stones, strict=True)
+                for session_id, stone in zip(session_ids, seen.tombstones(session_ids), strict=True)
             ],
             np.uint64,
         )
 
-    def stored_revision(self, session_id: str, seen: Seen | None = None) -> int:
+    def stored_revision(self, session_id: str, seen: Seen) -> int:
         """The revision that the store has of a session, 0 if it cannot tell."""
         try:
-            stored = (seen or self._here).record(session_id)
+            stored = seen.get(session_id)
             return 0 if stored is None else decode_header(session_id, stored).revision
         except StateCorrupt:
             return 0
 
-    def closed_with(self, session_id: str, seen: Seen | None = None) -> int:
+    def closed_with(self, session_id: str, seen: Seen) -> int:
         """The request id of the call that closed a session that is gone, 0 if none said one."""
-        (stone,) = self._tombstones([session_id], seen)
+        (stone,) = seen.tombstones([session_id])
         return stone.request_id if stone is not None and stone.end is End.CLOSED else 0
 
     def info(self, handle: int) -> SessionInfo:
         """Describe a session."""
-        table, model = self._table, self.model_of(handle)
+        table, model = self._table, self.models.by_handle(handle)
         return SessionInfo(
             session_id=table.session_id(handle),
             model=model.name,
@@ -329,7 +279,7 @@ class Directory:
         try:
             return self.info(self.find(session_id, seen))
         except (ModelMismatch, ModelNotFound):
-            stored = None if usable else seen.record(session_id)
+            stored = None if usable else seen.get(session_id)
             if stored is None:
                 raise
             return stored_info(session_id, decode_header(session_id, stored))
@@ -356,12 +306,6 @@ class Directory:
             except ServerError as error:
                 _log.warning("the store could not be asked how many sessions it has", error=error)
                 return
-
-
-def _for_all(error: ServerError, count: int) -> ServerError:
-    if count > 1:
-        error.message = f"{error.message} (and so for {count - 1} others of the session_ids)"
-    return error
 
 
 def stored_info(session_id: str, header: Header) -> SessionInfo:

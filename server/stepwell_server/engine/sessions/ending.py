@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -20,8 +19,7 @@ from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.models import Models
-from stepwell_server.engine.state.model import Model
-from stepwell_server.errors import ServerError, SessionExpired
+from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import Batch, Committed, End, Store, Tombstone
 from stepwell_server.store.record import Header, header_or_none
@@ -31,10 +29,23 @@ _log = Log("engine.expiry")
 SWEPT_AT_ONCE = 500
 """Records."""
 _TICKS = 10
-"""Of the timer, per time limit."""
+"""Looks at what is idle, per time limit."""
 _SHORTEST_S = 0.05
 _AT_ONCE = 500
 _PAUSE_S = 0.01
+
+
+Ended = tuple[str, str, int]
+"""Id, model and last revision of a session that ends."""
+
+
+def batch_of(sessions: Sequence[Ended], end: End, at: float, request_id: int = 0) -> Batch:
+    """What the store is to know of sessions that ended; the model is empty where it does not count the session."""
+    return Batch(
+        deletes=[session_id for session_id, _, _ in sessions],
+        tombstones=[Tombstone(i, end, at, request_id, revision) for i, _, revision in sessions],
+        counts=[(model, -1) for _, model, _ in sessions if model],
+    )
 
 
 class Removal:
@@ -51,19 +62,23 @@ class Removal:
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._table or session_id in self.opening
 
-    def model_of(self, handle: int) -> Model:
-        """The model of a session."""
-        return self._models.by_handle(handle)
+    def described(self, handles: Handles) -> list[Ended]:
+        """What the store is to know of sessions of the table when they end."""
+        table = self._table
+        return [
+            (table.session_id(handle), self._models.by_handle(handle).name, int(table.revision[handle]))
+            for handle in handles.tolist()
+        ]
 
     def remove(self, handle: int, event: str, error: ServerError) -> None:
         """Forget a session that ended and is claimed or idle, and refuse what waits for it."""
-        session_id, model = self._table.session_id(handle), self.model_of(handle)
+        session_id, model = self._table.session_id(handle), self._models.by_handle(handle)
         self.forget(handle, error)
         self._observer.session_event(event, model.name, session_id)
 
     def forget(self, handle: int, error: ServerError) -> None:
         """As `remove`, of a session that has not ended."""
-        model = self.model_of(handle)
+        model = self._models.by_handle(handle)
         if self._table.row[handle] >= 0:
             model.slots.free_resident(self._table.rows(handle))
         model.replies.forget(handle)
@@ -125,12 +140,8 @@ class Expiry:
         if not self.max_idle_s:
             return handles[:0]
         there = handles[handles >= 0]
-        due: Handles = np.unique(there[self._idle.too_long(there, self._clock.monotonic())])
-        return due
-
-    def any_due(self, handles: Handles) -> bool:
-        """Whether one of some sessions is due."""
-        return bool(self.max_idle_s) and bool(len(self.due_among(handles)))
+        due: Handles = there[self._idle.too_long(there, self._clock.monotonic())]
+        return np.unique(due) if len(due) > 1 else due
 
     def remember_use(self, session_ids: Sequence[str], used: float) -> None:
         """Remember when sessions were last used that leave the table and may still be in the store."""
@@ -149,6 +160,14 @@ class Expiry:
         """Other servers may use the store, and write into records when they used a session."""
         return self._others is not None and self._others.local is None
 
+    def only_stored(self, session_ids: Sequence[str]) -> list[str]:
+        """Those of some sessions that are in the store and nowhere else, to stay, if they are anywhere."""
+        return [
+            session_id
+            for session_id in dict.fromkeys(session_ids)
+            if session_id and session_id not in self._removal and session_id not in self.burying
+        ]
+
     def forget_due(self, session_ids: Sequence[str]) -> None:
         """Let the store say whether sessions that were not used here for too long were used elsewhere."""
         self._forget(self.due_among(self._table.find_all(session_ids)))
@@ -158,44 +177,53 @@ class Expiry:
         handles = np.unique(self._table.find_all(session_ids))
         self._forget(handles[(handles >= 0) & ~self._table.claimed[handles]])
 
-    def _forget(self, handles: Handles) -> None:
+    def _forget(self, handles: Handles, error: ServerError | None = None) -> None:
         for handle in handles.tolist():
             session_id = self._table.session_id(handle)
             self.remember_use([session_id], float(self._table.used[handle]))
-            self._removal.forget(handle, self.error(session_id))
+            self._removal.forget(handle, error or self._endings.expired(session_id))
 
-    def error(self, session_id: str) -> SessionExpired:
-        """What is said of a session that expired."""
-        return self._endings.expired(session_id)
-
-    def expire(self, handles: Sequence[int]) -> SessionExpired:
-        """End sessions of the table; the answer is the last one's."""
-        table, error = self._table, self.error("")
-        self._bury(
-            [(table.session_id(h), self._removal.model_of(h).name, int(table.revision[h])) for h in handles]
-        )
-        for handle in handles:
-            error = self.error(table.session_id(handle))
-            self._removal.remove(handle, "expired", error)
-        return error
+    def expire(self, handles: Handles) -> None:
+        """End sessions of the table."""
+        self._bury(self._removal.described(handles))
+        for handle in handles.tolist():
+            self._removal.remove(handle, "expired", self._endings.expired(self._table.session_id(handle)))
 
     def drop(self, handles: Handles, error: ServerError) -> None:
         """Forget claimed sessions whose rows are not what the store holds; they are loaded when next named."""
         _log.warning("sessions left the arena", sessions=len(handles), error=error)
-        for handle in handles.tolist():
-            self.remember_use([self._table.session_id(handle)], float(self._table.used[handle]))
-            self._removal.forget(handle, error)
+        self._forget(handles, error)
 
     def expire_among(self, handles: Handles) -> None:
         """End those of some sessions that are due, and put -1 in their places, as it stands for others already."""
         due = self.due_among(handles)
         if len(due):
             handles[np.isin(handles, due)] = -1
-            self.expire(due.tolist())
+            self.expire(due)
 
     async def expire_idle(self) -> int:
         """End the sessions that are, or were, in the table and are idle for too long; return how many."""
-        return await self.expire_strays() + sum(self.expire_idle_in_parts(sys.maxsize))
+        count = await self.expire_strays()
+        for some in self.expire_idle_in_parts(_AT_ONCE):
+            count += some
+            await self._let_others()
+        return count
+
+    async def run(self) -> None:
+        """End idle sessions from time to time, until cancelled; without a time limit there is nothing to do."""
+        while self.max_idle_s:
+            await asyncio.sleep(max(_SHORTEST_S, self.max_idle_s / _TICKS))
+            try:
+                await self.expire_idle()
+                while await self.sweep():
+                    await self._let_others()
+            except Exception as error:
+                _log.defect("idle sessions could not be expired; the timer goes on", error)
+
+    async def _let_others(self) -> None:
+        """Others come first, and so does what waits for the store."""
+        await asyncio.sleep(_PAUSE_S)
+        await self._commits.room()
 
     def expire_idle_in_parts(self, most: int) -> Iterator[int]:
         """End the sessions of the table that are due, at most so many at a time; how many each time.
@@ -204,7 +232,7 @@ class Expiry:
         """
         for due in self._idle.take_due_in_parts(self._clock.monotonic, most):
             if len(due):
-                self.expire(due.tolist())
+                self.expire(due)
                 yield len(due)
 
     async def sweep(self) -> bool:
@@ -249,8 +277,7 @@ class Expiry:
             (session_id, header)
             for session_id, header in found
             if header is not None
-            and session_id not in self._removal
-            and session_id not in self.burying
+            and self.only_stored([session_id])
             and session_id not in self._strays
             and self._is_idle_everywhere(header)
         ]
@@ -265,15 +292,15 @@ class Expiry:
             return True
         return self._clock.now() - header.last_used > self.max_idle_s
 
-    def _bury(self, sessions: Sequence[tuple[str, str, int]]) -> None:
-        """Have the store know that sessions expired: their ids, models and revisions.
+    def _bury(self, sessions: Sequence[Ended]) -> None:
+        """Have the store know that sessions expired.
 
         Nobody waits for it. Should it fail, they are found in the store again, idle for too long as before, and
         the timer tries again.
         """
         if not sessions:
             return
-        now, ids = self._clock.now(), [session_id for session_id, _, _ in sessions]
+        ids = [session_id for session_id, _, _ in sessions]
 
         def done(committed: Committed | ServerError) -> None:
             for session_id in ids:
@@ -287,41 +314,6 @@ class Expiry:
                 # those with a conflict were used on another server, and are forgotten here
                 self.remember_use([i for i in ids if i in committed.unknown], -math.inf)
 
-        batch = Batch(
-            deletes=ids,
-            tombstones=[Tombstone(i, End.EXPIRED, now, revision=revision) for i, _, revision in sessions],
-            counts=[(model, -1) for _, model, _ in sessions],
-        )
+        batch = batch_of(sessions, End.EXPIRED, self._clock.now())
         self.burying.update({session_id: revision for session_id, _, revision in sessions})
         self._commits.submit(lambda: batch, len(sessions), done)
-
-
-class ExpiryTimer:
-    """Expires idle sessions from time to time. Lives on the event loop."""
-
-    def __init__(self, expiry: Expiry, commits: GroupCommit, max_idle_s: float) -> None:
-        self._expiry = expiry
-        self._commits = commits
-        self._max_idle_s = max_idle_s
-
-    async def run(self) -> None:
-        """Expire sessions until cancelled; without a time limit there is nothing to do."""
-        while self._max_idle_s:
-            await asyncio.sleep(max(_SHORTEST_S, self._max_idle_s / _TICKS))
-            try:
-                await self._expire_all()
-            except Exception as error:
-                _log.defect("idle sessions could not be expired; the timer goes on", error)
-
-    async def _expire_all(self) -> None:
-        if await self._expiry.expire_strays():
-            await self._let_others()
-        for _ in self._expiry.expire_idle_in_parts(_AT_ONCE):
-            await self._let_others()
-        while await self._expiry.sweep():
-            await self._let_others()
-
-    async def _let_others(self) -> None:
-        """Others come first, and so does what waits for the store."""
-        await asyncio.sleep(_PAUSE_S)
-        await self._commits.room()

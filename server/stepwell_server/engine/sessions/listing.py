@@ -101,7 +101,7 @@ class Listing:
         """What the table says, else what the record says; a damaged record says nothing but its id."""
         if session_id in self._table:
             try:
-                return self._directory.info(self._directory.find(session_id))
+                return self._directory.info(self._directory.find(session_id, self._directory.here))
             except SessionGone:
                 return None
         if session_id in self._expiry.burying:

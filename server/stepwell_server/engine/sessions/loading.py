@@ -7,7 +7,7 @@ in the table waits in `Arrivals`, and finds them in the table, or why they are n
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Container, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,55 +16,27 @@ from typing_extensions import override
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.fetching import Fetched, Fetcher
 from stepwell_server.engine.models import Models
-from stepwell_server.engine.sessions.ending import Expiry, Removal
+from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.engine.sessions.ids import in_pieces
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ModelMismatch, ModelNotFound, ServerError, StateCorrupt, Unavailable
-from stepwell_server.store.base import LocalStore, Tombstone
+from stepwell_server.store.base import Tombstone
 from stepwell_server.store.record import Header, Stored, decode_header, header_or_none
 
 _NOTHING = Fetched(None, None)
 
 
 class Seen(Protocol):
-    """What the store says of sessions that are not in the table."""
+    """What is known of sessions that are not in the table: what was `Looked` up, or a `LocalStore`, asked in place."""
 
-    def record(self, session_id: str) -> Stored | None:
-        """See `LocalStore.get`."""
+    def get(self, session_id: str) -> Stored | None:
+        """See `LocalStore`."""
 
-    def records(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        """See `LocalStore.get_many`."""
+    def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
+        """See `LocalStore`."""
 
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         """See `LocalStore`."""
-
-
-class InPlace:
-    """`Seen`, asked in place."""
-
-    def __init__(self, store: LocalStore) -> None:
-        self.record = store.get
-        self.records = store.get_many
-        self.tombstones = store.tombstones
-
-
-class TombstonesOnly(Seen):
-    """`Seen` where all sessions are in the table."""
-
-    def __init__(self, store: LocalStore) -> None:
-        self._store = store
-
-    @override
-    def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
-        return self._store.tombstones(session_ids)
-
-    @override
-    def record(self, session_id: str) -> Stored | None:
-        return None
-
-    @override
-    def records(self, session_ids: Sequence[str]) -> list[Stored | None]:
-        return [None] * len(session_ids)
 
 
 class Looked(Seen):
@@ -75,11 +47,11 @@ class Looked(Seen):
         self._error = error
 
     @override
-    def record(self, session_id: str) -> Stored | None:
+    def get(self, session_id: str) -> Stored | None:
         return self._of(session_id).record
 
     @override
-    def records(self, session_ids: Sequence[str]) -> list[Stored | None]:
+    def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
         return [self._of(session_id).record for session_id in session_ids]
 
     @override
@@ -105,7 +77,6 @@ class Arrivals:
         self,
         table: SessionTable,
         fetcher: Fetcher,
-        removal: Removal,
         expiry: Expiry,
         loader: Loader,
         drain: Callable[[], None],
@@ -113,7 +84,6 @@ class Arrivals:
         """See the class; `drain` has what is in the inboxes claim its sessions."""
         self._table = table
         self._fetcher = fetcher
-        self._removal = removal
         self._expiry = expiry
         self._loader = loader
         self._drain = drain
@@ -122,13 +92,13 @@ class Arrivals:
         """The last that waits for each session: done when the next may look."""
         self.waiting = 0
         """Calls and changes that wait."""
-        self._idle: asyncio.Future[None] | None = None
+        self._idle = asyncio.Event()
 
     async def idle(self) -> None:
         """Return when nothing waits."""
         while self.waiting:
-            self._idle = self._idle or self._loop.create_future()
-            await asyncio.shield(self._idle)
+            self._idle.clear()
+            await self._idle.wait()
 
     def is_behind(self, session_ids: Sequence[str]) -> bool:
         """Whether one of the sessions has something waiting here."""
@@ -140,7 +110,7 @@ class Arrivals:
         if self.is_behind(session_ids):
             return True
         handles = self._table.find_all(session_ids)
-        return bool((handles < 0).any()) or self._expiry.any_due(handles)
+        return bool((handles < 0).any()) or len(self._expiry.due_among(handles)) > 0
 
     def wait(self, session_ids: Sequence[str], *, anew: bool = False) -> Coroutine[None, None, Seen]:
         """Take a place for sessions; what is returned must be awaited.
@@ -181,7 +151,8 @@ class Arrivals:
         if self._expiry.is_shared:
             self._expiry.forget_due(session_ids)
         found: dict[str, Fetched] = {}
-        while wanted := self._only_stored(session_ids, found):  # others may have ended here meanwhile
+        # others may have ended here meanwhile
+        while wanted := [i for i in self._expiry.only_stored(session_ids) if i not in found]:
             try:
                 found.update(zip(wanted, await self._fetcher.fetch(wanted), strict=True))
             except ServerError as error:
@@ -212,13 +183,6 @@ class Arrivals:
             [i for i, each in zip(idle, found, strict=True) if not _is_as_here(table, handles[i], i, each)]
         )
 
-    def _only_stored(self, session_ids: Sequence[str], found: Container[str]) -> list[str]:
-        return [
-            session_id
-            for session_id in dict.fromkeys(session_ids)
-            if session_id not in found and is_only_stored(session_id, self._removal, self._expiry)
-        ]
-
     def _end_after(
         self, before: set[asyncio.Future[None]], own: asyncio.Future[None], session_ids: Sequence[str]
     ) -> None:
@@ -242,9 +206,8 @@ class Arrivals:
             if self._tails.get(session_id) is own:
                 del self._tails[session_id]
         self.waiting -= 1
-        if not self.waiting and self._idle is not None:
-            self._idle.set_result(None)
-            self._idle = None
+        if not self.waiting:
+            self._idle.set()
 
 
 def _is_as_here(table: SessionTable, handle: int, session_id: str, found: Fetched) -> bool:
@@ -254,11 +217,6 @@ def _is_as_here(table: SessionTable, handle: int, session_id: str, found: Fetche
         float(table.created[handle]),
         int(table.opened_with[handle]),
     )
-
-
-def is_only_stored(session_id: str, removal: Removal, expiry: Expiry) -> bool:
-    """If it is anywhere, it is in the store and nowhere else, to stay."""
-    return session_id != "" and session_id not in removal and session_id not in expiry.burying
 
 
 def refresh(table: SessionTable, handle: int, header: Header) -> None:
@@ -274,21 +232,19 @@ def refresh(table: SessionTable, handle: int, header: Header) -> None:
 class Loader:
     """Takes the store's sessions into the table when they are named. Lives on the event loop."""
 
-    def __init__(self, table: SessionTable, models: Models, removal: Removal, expiry: Expiry) -> None:
+    def __init__(self, table: SessionTable, models: Models, expiry: Expiry) -> None:
         self._table = table
         self._models = models
-        self._removal = removal
         self._expiry = expiry
 
     def load(self, session_id: str, seen: Seen) -> int | None:
         """The handle of a session that was only in the store; None if it is not there."""
-        if not is_only_stored(session_id, self._removal, self._expiry):
+        if not self._expiry.only_stored([session_id]):
             return None
-        stored = seen.record(session_id)
+        stored = seen.get(session_id)
         if stored is None:
             return None
-        header = decode_header(session_id, stored)
-        return int(self._adopt([(session_id, header, self._served(session_id, header))])[0])
+        return int(self._adopt([self._served(session_id, stored)])[0])
 
     def load_all(self, session_ids: Sequence[str], seen: Seen) -> tuple[int, list[str]]:
         """Take those sessions into the table that are in the store and can be stepped.
@@ -299,23 +255,23 @@ class Loader:
         Raises:
             Unavailable: the store cannot be read.
         """
-        wanted = [i for i in dict.fromkeys(session_ids) if is_only_stored(i, self._removal, self._expiry)]
+        wanted = self._expiry.only_stored(session_ids)
         found: list[tuple[str, Header, Model]] = []
         unusable: list[str] = []
-        for session_id, stored in zip(wanted, seen.records(wanted), strict=True):
+        for session_id, stored in zip(wanted, seen.get_many(wanted), strict=True):
             if stored is None:
                 continue
             try:
-                header = decode_header(session_id, stored)
-                found.append((session_id, header, self._served(session_id, header)))
+                found.append(self._served(session_id, stored))
             except (StateCorrupt, ModelMismatch, ModelNotFound):
                 unusable.append(session_id)  # `find` says why
         if found:
             self._adopt(found)
         return len(found), unusable
 
-    def _served(self, session_id: str, header: Header) -> Model:
-        """The model of a stored session."""
+    def _served(self, session_id: str, stored: Stored) -> tuple[str, Header, Model]:
+        """A stored session, if it can be stepped here."""
+        header = decode_header(session_id, stored)
         model = self._models.find(header.model)
         if model is None:
             raise ModelNotFound(
@@ -330,7 +286,7 @@ class Loader:
                 " Serve that model file again, or close the session",
                 model=header.model,
             )
-        return model
+        return session_id, header, model
 
     def _adopt(self, sessions: Sequence[tuple[str, Header, Model]]) -> Handles:
         headers = [header for _, header, _ in sessions]

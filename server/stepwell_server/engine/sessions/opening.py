@@ -13,13 +13,13 @@ from stepwell_server.engine.api import Observer, Opened
 from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
-from stepwell_server.engine.intake.validation import check_state, require_finite
+from stepwell_server.engine.intake.validation import check_finite_state
 from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, in_pieces, require_session_id
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import U64, Array, Tensors
+from stepwell_server.engine.types import U64, Tensors
 from stepwell_server.errors import InvalidInput, ModelMismatch, ModelNotFound, RevisionConflict, SessionExists
 
 
@@ -50,6 +50,7 @@ class Opening:
         creation: Creation,
         *,
         drain: Callable[[], None],
+        require_open: Callable[[], None],
         clock: Clock,
         observer: Observer,
     ) -> None:
@@ -59,24 +60,30 @@ class Opening:
         self._pager = pager
         self._creation = creation
         self._drain = drain
+        self._require_open = require_open
         self._clock = clock
         self._observer = observer
 
     async def open(
         self,
-        model_name: str,
+        model: str,
         *,
-        session_id: str,
-        batch_size: int,
-        state: Tensors | None,
-        must_be_new: bool,
-        request_id: int,
-        fingerprint: str,
+        session_id: str = "",
+        batch_size: int = 1,
+        state: Tensors | None = None,
+        must_be_new: bool = False,
+        request_id: int = 0,
+        fingerprint: str = "",
     ) -> Opened:
-        """Open a session, or resume a live one. See `Engine.open_session`."""
-        model = self._directory.models.by_name(model_name)
-        _require_fingerprint(model, fingerprint)
-        _require_batch_size(model, batch_size)
+        """Open a session, or resume the live one of that id.
+
+        Raises:
+            ModelNotFound, ModelMismatch, InvalidInput, SessionExists, Overloaded, Unavailable
+        """
+        self._require_open()
+        served = self._directory.models.by_name(model)
+        _require_fingerprint(served, fingerprint)
+        _require_batch_size(served, batch_size)
         if session_id:
             require_session_id("session_id", session_id)
         name = session_id or self._directory.ids.make(request_id)
@@ -84,44 +91,46 @@ class Opening:
             seen = await self._seen([name])
             handle = self._live(name, seen, must_be_new)
             if handle is not None:
-                return self._resume(handle, model, batch_size, must_be_new, request_id)
+                return self._resume(handle, served, batch_size, must_be_new, request_id)
             if not session_id:
                 self._require_not_gone(name, seen)
             self._require_own(session_id, seen)
-            values = _checked_state(model, state, batch_size)
-            rows = self._pager.take(model, batch_size)
-            model.arena.clear_outputs(rows)
+            values = check_finite_state(served.program, state, batch_size)
+            rows = self._pager.take(served, batch_size)
+            served.arena.clear_outputs(rows)
             if values is None:
-                model.arena.reset(rows)
+                served.arena.reset(rows)
             else:
-                model.arena.write(rows, values)
-            facts = Fresh(request_id, self._directory.first_revisions([name], seen))
+                served.arena.write(rows, values)
+            revisions = self._directory.first_revisions([name], seen)
+            fresh = Fresh(served, [name], batch_size, rows, revisions, request_id, self._clock.now())
             try:
-                info = await self._creation.create(model, [name], batch_size, rows, facts)
+                info = await self._creation.create(fresh)
             except Taken:
                 continue
-            self._observer.session_event("opened", model.name, name)
+            self._observer.session_event("opened", served.name, name)
             return Opened(info)
         raise changed_elsewhere(name)
 
     async def open_many(
         self,
-        model_name: str,
+        model: str,
         *,
-        count: int,
-        session_ids: Sequence[str],
-        batch_size: int,
-        request_id: int,
+        count: int = 0,
+        session_ids: Sequence[str] = (),
+        batch_size: int = 1,
+        request_id: int = 0,
     ) -> OpenedMany:
-        """Open many sessions or none. See `Engine.open_sessions`."""
-        model = self._directory.models.by_name(model_name)
-        _require_batch_size(model, batch_size)
+        """Open many sessions: all of them or none. Errors as of `open`."""
+        self._require_open()
+        served = self._directory.models.by_name(model)
+        _require_batch_size(served, batch_size)
         ids = await self._ids_to_open(count, session_ids, request_id)
         for _ in range(MOST_TRIES):
             seen = await self._seen(ids)
             if self._all_opened_with(ids, seen, request_id):
-                revisions = self._table.revision[self._directory.find_all(ids)]
-                return OpenedMany(ids, model.program.fingerprint, revisions, replayed=True)
+                revisions = self._table.revision[self._directory.find_all(ids, seen)]
+                return OpenedMany(ids, served.program.fingerprint, revisions, replayed=True)
             if not session_ids:
                 self._require_not_gone(ids[0], seen)
             async for part in in_pieces(ids):
@@ -135,23 +144,35 @@ class Opening:
             if session_ids:
                 revisions = await self._first_revisions(ids, seen)
             # as many as there is room for are ready at once; the others come when they are stepped
-            fitting = (model.slots.resident_limit - model.slots.resident) // batch_size
-            rows = model.slots.take_resident(min(fitting, len(ids)) * batch_size)
+            fitting = (served.slots.resident_limit - served.slots.resident) // batch_size
+            rows = served.slots.take_resident(min(fitting, len(ids)) * batch_size)
             assert rows is not None, "there is room for as many"
-            model.arena.clear_outputs(rows)
-            model.arena.reset(rows)
+            served.arena.clear_outputs(rows)
+            served.arena.reset(rows)
+            fresh = Fresh(served, ids, batch_size, rows, revisions, request_id, self._clock.now())
             try:
-                await self._creation.create(model, ids, batch_size, rows, Fresh(request_id, revisions))
+                await self._creation.create(fresh)
             except Taken:
                 continue
-            self._observer.sessions_opened(model.name, len(ids))
-            return OpenedMany(ids, model.program.fingerprint, revisions)
+            self._observer.sessions_opened(served.name, len(ids))
+            return OpenedMany(ids, served.program.fingerprint, revisions)
         raise changed_elsewhere(ids[0])
 
     async def fork(
-        self, session_id: str, *, new_session_id: str, expected: int | None, request_id: int, deadline: float
+        self,
+        session_id: str,
+        *,
+        new_session_id: str = "",
+        expected: int | None = None,
+        request_id: int = 0,
+        deadline: float = float("inf"),
     ) -> Opened:
-        """Open a session with the state of another. See `Engine.fork`."""
+        """Open a session with the state, revision and position of another.
+
+        Raises:
+            SessionGone, SessionExists, RevisionConflict, InvalidInput, Overloaded, DeadlineExceeded
+        """
+        self._require_open()
         if new_session_id:
             require_session_id("new_session_id", new_session_id)
         name = new_session_id or self._directory.ids.make(request_id, session_id)
@@ -229,7 +250,7 @@ class Opening:
     async def _fork(
         self, source: int, name: str, seen: Seen, expected: int | None, request_id: int
     ) -> Opened:
-        table, model = self._table, self._directory.model_of(source)
+        table, model = self._table, self._directory.models.by_handle(source)
         revision = int(table.revision[source])
         if expected is not None and expected != revision:
             raise RevisionConflict(table.session_id(source), expected, revision)
@@ -238,8 +259,9 @@ class Opening:
         model.arena.copy(table.rows(source), rows)
         table.used[source] = self._clock.monotonic()
         revisions = np.maximum(self._directory.first_revisions([name], seen), np.uint64(revision))
-        facts = Fresh(request_id, revisions, int(table.position[source]))
-        info = await self._creation.create(model, [name], batch_size, rows, facts)
+        position, created = int(table.position[source]), self._clock.now()
+        fresh = Fresh(model, [name], batch_size, rows, revisions, request_id, created, position)
+        info = await self._creation.create(fresh)
         self._observer.session_event("forked", model.name, name)
         return Opened(info)
 
@@ -284,14 +306,6 @@ class Opening:
         if request_id and int(self._table.opened_with[known]) == request_id:
             return Opened(self._directory.info(known), replayed=True)
         raise _exists("new_session_id", name)
-
-
-def _checked_state(model: Model, state: Tensors | None, batch_size: int) -> tuple[Array, ...] | None:
-    if state is None:
-        return None
-    values = check_state(model.program, state, batch_size)
-    require_finite("state", values, [spec.name for spec in model.program.state])
-    return values
 
 
 def _require_fingerprint(model: Model, fingerprint: str) -> None:

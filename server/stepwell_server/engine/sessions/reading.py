@@ -36,7 +36,7 @@ class Reading:
         await self._turns.hold(handle, deadline)
         try:
             self._table.used[handle] = self._clock.monotonic()
-            model = self._directory.model_of(handle)
+            model = self._directory.models.by_handle(handle)
             arrays = await self._in_pieces(model, self._table.rows(handle))
             state = {spec.name: array for spec, array in zip(model.program.state, arrays, strict=True)}
             return StateRead(state, self._directory.info(handle))

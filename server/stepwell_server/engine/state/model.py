@@ -22,9 +22,9 @@ class Alarm:
     Rung by whoever has work for the listener. Lives on the event loop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, listener: Callable[[], None] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._listener: Callable[[], None] | None = None
+        self._listener = listener
         self.is_due = False
         """The listener is called as soon as the event loop is at it."""
 

@@ -48,11 +48,7 @@ class ReplyMemory:
     def remember(self, handles: Handles, arrays: Mapping[int, Outputs]) -> None:
         """Keep replies where some are, or were, arrays; else the table's column says all.
 
-        The last time step's outputs are in the arena already.
-
-        Args:
-            handles: The sessions.
-            arrays: Those that are kept as arrays, by place.
+        The last time step's outputs are in the arena already. `arrays` are by the session's place.
         """
         if self.series:
             for handle in handles.tolist():

@@ -55,8 +55,7 @@ class PythonFront:
         """See `base.Front`."""
         services: dict[str, dict[str, Any]] = {}
         for method in methods:
-            handler = self._stream(method) if method.streams else self._unary(method)
-            services.setdefault(method.service, {})[method.name] = handler
+            services.setdefault(method.service, {})[method.name] = self._handler(method)
         self._server.add_generic_rpc_handlers(
             [grpc.method_handlers_generic_handler(name, handlers) for name, handlers in services.items()]
         )
@@ -74,29 +73,19 @@ class PythonFront:
         """See `base.Front`."""
         await self._server.stop(grace_s)
 
-    def _unary(self, method: Method) -> Any:
-        async def handle(raw: bytes, context: _Context) -> bytes:
+    def _handler(self, method: Method) -> Any:
+        async def handle(raw: Any, context: _Context) -> bytes | None:
             try:
-                return await method.serve(_Call(raw, context, self._clock))
+                reply = await method.serve(_Call(b"" if method.streams else raw, context, self._clock))
+                return None if method.streams else reply
             except CallEnded as ended:
-                await _end(context, ended)
+                status = ended.status
+                await context.abort(_CODES[status.code], status.message, status.trailers)
                 raise  # not reached: abort raises
 
+        if method.streams:
+            return grpc.stream_stream_rpc_method_handler(handle)
         return grpc.unary_unary_rpc_method_handler(handle)
-
-    def _stream(self, method: Method) -> Any:
-        async def handle(_requests: object, context: _Context) -> None:
-            try:
-                await method.serve(_Call(b"", context, self._clock))
-            except CallEnded as ended:
-                await _end(context, ended)
-
-        return grpc.stream_stream_rpc_method_handler(handle)
-
-
-async def _end(context: _Context, ended: CallEnded) -> None:
-    status = ended.status
-    await context.abort(_CODES[status.code], status.message, status.trailers)
 
 
 def _options(max_message_bytes: int) -> list[tuple[str, int]]:

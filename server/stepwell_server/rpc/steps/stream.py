@@ -63,7 +63,6 @@ class FrameStream:
         self._observer = observer
         self._call = call
         self._caller = call.caller
-        self.deadline = float("inf")
         self._pending: dict[int, _Frame] = {}
         """Frames without their last part."""
         self._held_frames = 0
@@ -78,14 +77,13 @@ class FrameStream:
         self._room: asyncio.Future[None] | None = None
         """The reader waits for something to be written."""
 
-    async def run(self, deadline: float) -> None:
+    async def run(self) -> None:
         """Serve the stream to its end.
 
         Raises:
             InvalidInput: the client sent bytes that are no frame.
             Unavailable: the server is stopping, and all frames are answered.
         """
-        self.deadline = deadline
         self._reader = asyncio.create_task(self._read())
         self._reader.add_done_callback(lambda _: self._begin_end())
         try:
@@ -171,8 +169,8 @@ class FrameStream:
 
     def _deadline_of(self, body: messages.FrameBody) -> float:
         if not body.timeout_ms:
-            return self.deadline
-        return min(self.deadline, self._clock.monotonic() + body.timeout_ms / 1000)
+            return self._call.deadline
+        return min(self._call.deadline, self._clock.monotonic() + body.timeout_ms / 1000)
 
     def _hold(self, frame: _Frame) -> None:
         """Count the bytes of the reply to come, as soon as the engine has said how many they are."""
@@ -198,14 +196,11 @@ class FrameStream:
         self._reply(frame, messages.failed_part(frame.frame_id, None, error, last=True), last=True)
 
     def _reply(self, frame: _Frame, reply: bytes, *, last: bool) -> None:
-        self._put(reply, frame.held_bytes if last else _NOT_LAST)
-        if _log.is_debug:
-            _log.debug("frame part", peer=self._caller, frame=frame.frame_id, bytes=len(reply), last=last)
-
-    def _put(self, reply: bytes, held_bytes: int) -> None:
-        self._replies.put(reply, held_bytes)
+        self._replies.put(reply, frame.held_bytes if last else _NOT_LAST)
         if self._is_ending or self._replies.error is not None:
             self._begin_end()
+        if _log.is_debug:
+            _log.debug("frame part", peer=self._caller, frame=frame.frame_id, bytes=len(reply), last=last)
 
     def _release(self, held_bytes: int) -> None:
         if held_bytes == _NOT_LAST:

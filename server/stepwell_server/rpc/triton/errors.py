@@ -56,13 +56,7 @@ def about(request_id: str) -> str:
 
 
 def translated(error: ServerError, sequence_id: SequenceId | None, model: str) -> ServerError:
-    """An error of the engine as this protocol says it.
-
-    Args:
-        error: what the engine raised.
-        sequence_id: of the request's sequence; None without one.
-        model: the request's.
-    """
+    """An error of the engine as this protocol says it to a request of a sequence, or of none, and a model."""
     if isinstance(error, SessionGone | ModelMismatch | StateCorrupt) and sequence_id is not None:
         return not_started(sequence_id, model, error)
     if isinstance(error, Overloaded):

@@ -13,7 +13,7 @@ from stepwell_server.rpc.steps.messages import REPLY_BYTES
 from stepwell_server.rpc.triton.errors import translated, unknown_model
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.metadata import VERSION
-from stepwell_server.rpc.triton.parameters import Parameters, read_parameters
+from stepwell_server.rpc.triton.parameters import read_parameters
 from stepwell_server.rpc.triton.sequences import SequenceRequest, Sequences, session_id_of
 from stepwell_server.rpc.triton.statistics import PassObserver, RequestStatistics, Timing
 from stepwell_server.rpc.triton.tensors import Inputs, ModelTensors, Tensor, write_outputs
@@ -66,12 +66,7 @@ class Inference:
     async def infer(
         self, request: pb.ModelInferRequest, deadline: float, source: object
     ) -> pb.ModelInferResponse:
-        """Answer a request.
-
-        Args:
-            request: what came.
-            deadline: on the clock's monotonic time; the request may set itself a shorter one.
-            source: who sent it.
+        """Answer a request, which may set itself a shorter deadline.
 
         Raises:
             ServerError: in Triton's words where it has some; nothing changed.
@@ -115,7 +110,17 @@ class Inference:
                 timing.run = time.perf_counter_ns()
                 return _response(request, outputs, predicted.outputs), inputs
             reply = await self._sequences.step(
-                _step_of(model, parameters, inputs, deadline, source, self._max_reply_bytes)
+                SequenceRequest(
+                    model=model.name,
+                    program=model.program,
+                    sequence_id=parameters.sequence_id,
+                    session_id=session_id_of(model.name, parameters.sequence_id),
+                    parameters=parameters,
+                    inputs=inputs,
+                    deadline=deadline,
+                    source=source,
+                    max_reply_bytes=self._max_reply_bytes,
+                )
             )
         except ServerError as error:
             raise translated(error, parameters.sequence_id, model.name) from error
@@ -123,28 +128,6 @@ class Inference:
         response = _response(request, outputs, reply.outputs)
         _tell_revision(response, reply)
         return response, inputs
-
-
-def _step_of(
-    model: InferModel,
-    parameters: Parameters,
-    inputs: Inputs,
-    deadline: float,
-    source: object,
-    max_reply_bytes: int,
-) -> SequenceRequest:
-    assert parameters.sequence_id is not None, "the caller knows that there is a sequence"
-    return SequenceRequest(
-        model=model.name,
-        program=model.program,
-        sequence_id=parameters.sequence_id,
-        session_id=session_id_of(model.name, parameters.sequence_id),
-        parameters=parameters,
-        inputs=inputs,
-        deadline=deadline,
-        source=source,
-        max_reply_bytes=max_reply_bytes,
-    )
 
 
 def _response(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from importlib import metadata
+from typing import TypeVar
 
 import numpy as np
 
 from stepwell_server.program import Program
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.tensors import MAX_BATCH_SIZE, ModelTensors, Tensor, of_numpy
+
+_Described = TypeVar("_Described", pb.ModelInput, pb.ModelOutput)
 
 SERVER_NAME = "stepwell"
 """What this server is called. The protocol leaves the name to the server; Triton's clients go by the extensions."""
@@ -64,8 +67,8 @@ def model_config(
         backend=SERVER_NAME,
         version_policy=pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=1)),
         max_batch_size=MAX_BATCH_SIZE,
-        input=[_input(tensor) for tensor in tensors.inputs.values()],
-        output=[_output(tensor) for tensor in tensors.outputs.values()],
+        input=[_described(pb.ModelInput, tensor) for tensor in tensors.inputs.values()],
+        output=[_described(pb.ModelOutput, tensor) for tensor in tensors.outputs.values()],
         instance_group=[
             pb.ModelInstanceGroup(name=name, kind=pb.ModelInstanceGroup.KIND_CPU, count=1),
         ],
@@ -79,26 +82,13 @@ def model_config(
     return config
 
 
-def _input(tensor: Tensor) -> pb.ModelInput:
-    return pb.ModelInput(
+def _described(message_type: type[_Described], tensor: Tensor) -> _Described:
+    return message_type(
         name=tensor.spec.name,
         data_type=tensor.datatype.number,
         dims=tensor.dims,
-        reshape=_reshape(tensor),
+        reshape=None if tensor.spec.shape else pb.ModelTensorReshape(),
     )
-
-
-def _output(tensor: Tensor) -> pb.ModelOutput:
-    return pb.ModelOutput(
-        name=tensor.spec.name,
-        data_type=tensor.datatype.number,
-        dims=tensor.dims,
-        reshape=_reshape(tensor),
-    )
-
-
-def _reshape(tensor: Tensor) -> pb.ModelTensorReshape | None:
-    return None if tensor.spec.shape else pb.ModelTensorReshape()
 
 
 def _sequence_batching(program: Program, max_session_idle_s: float) -> pb.ModelSequenceBatching:

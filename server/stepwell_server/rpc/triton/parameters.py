@@ -22,6 +22,8 @@ class Parameters:
     """An integer from 1 to 2^64 - 1 or a text; None: no sequence."""
     start: bool = False
     end: bool = False
+    priority: int = 0
+    """Read and left aside: all requests are alike here."""
     timeout_us: int = 0
     """Microseconds that the request may wait; 0: as long as the call may take."""
     wants_final_flag: bool = False
@@ -37,10 +39,7 @@ class Parameters:
 def read_parameters(model: str, given: Mapping[str, pb.InferParameter], *, keeps_state: bool) -> Parameters:
     """Read a request's parameters. Parameters of other names are for models, and no model here takes any.
 
-    Args:
-        model: its name.
-        given: by name.
-        keeps_state: the model does, so that a request without a sequence would begin anew each time.
+    A model that keeps state would begin anew with each request without a sequence.
 
     Raises:
         InvalidInput: a value has the wrong type or breaks a rule, or a model that keeps state has no sequence.
@@ -49,9 +48,9 @@ def read_parameters(model: str, given: Mapping[str, pb.InferParameter], *, keeps
     read = Parameters()
     id_given = False
     for name, parameter in given.items():
-        reader = _READERS.get(name)
-        if reader is not None:
-            reader(read, parameter)
+        if name in _READERS:
+            field, reader = _READERS[name]
+            setattr(read, field, reader(name, parameter))
             id_given = id_given or name == "sequence_id"
         elif name.startswith("triton_"):
             raise InvalidInput(
@@ -87,19 +86,18 @@ def _check_together(model: str, read: Parameters, *, id_given: bool, keeps_state
         raise InvalidInput("'stepwell_request_id' needs a 'stepwell_revision' unless the sequence starts")
 
 
-def _sequence_id(read: Parameters, parameter: pb.InferParameter) -> None:
+def _sequence_id(_name: str, parameter: pb.InferParameter) -> SequenceId | None:
     kind = parameter.WhichOneof("parameter_choice")
     if kind == "int64_param":
         # an unsigned number that travels as a signed one
-        read.sequence_id = (parameter.int64_param % _U64) or None
-    elif kind == "uint64_param":
-        read.sequence_id = parameter.uint64_param or None
-    elif kind == "string_param":
-        if len(parameter.string_param.encode()) > _MAX_STRING_ID:
-            raise Unsupported(f"string correlation ID cannot be longer than {_MAX_STRING_ID} characters")
-        read.sequence_id = parameter.string_param or None
-    else:
+        return (parameter.int64_param % _U64) or None
+    if kind == "uint64_param":
+        return parameter.uint64_param or None
+    if kind != "string_param":
         raise _wrong_type("sequence_id", "int64_param or string_param")
+    if len(parameter.string_param.encode()) > _MAX_STRING_ID:
+        raise Unsupported(f"string correlation ID cannot be longer than {_MAX_STRING_ID} characters")
+    return parameter.string_param or None
 
 
 def _bool(name: str, parameter: pb.InferParameter) -> bool:
@@ -118,54 +116,32 @@ def _whole(name: str, parameter: pb.InferParameter) -> int:
     return value
 
 
-def _start(read: Parameters, parameter: pb.InferParameter) -> None:
-    read.start = _bool("sequence_start", parameter)
-
-
-def _end(read: Parameters, parameter: pb.InferParameter) -> None:
-    read.end = _bool("sequence_end", parameter)
-
-
-def _priority(_read: Parameters, parameter: pb.InferParameter) -> None:
-    _whole("priority", parameter)
-
-
-def _timeout(read: Parameters, parameter: pb.InferParameter) -> None:
+def _timeout(name: str, parameter: pb.InferParameter) -> int:
     if parameter.WhichOneof("parameter_choice") != "int64_param":
-        raise _wrong_type("timeout", "int64_param")
-    read.timeout_us = _whole("timeout", parameter)
+        raise _wrong_type(name, "int64_param")
+    return _whole(name, parameter)
 
 
-def _final_flag(read: Parameters, parameter: pb.InferParameter) -> None:
-    read.wants_final_flag = _bool("triton_enable_empty_final_response", parameter)
-
-
-def _revision(read: Parameters, parameter: pb.InferParameter) -> None:
-    read.revision = _whole("stepwell_revision", parameter)
-
-
-def _request_id(read: Parameters, parameter: pb.InferParameter) -> None:
-    read.request_id = _whole("stepwell_request_id", parameter)
-    if not read.request_id:
+def _request_id(name: str, parameter: pb.InferParameter) -> int:
+    value = _whole(name, parameter)
+    if not value:
         raise InvalidInput("'stepwell_request_id' must be a random number from 1 on; got 0")
-
-
-def _stateless(read: Parameters, parameter: pb.InferParameter) -> None:
-    read.stateless = _bool("stepwell_stateless", parameter)
+    return value
 
 
 def _wrong_type(name: str, expected: str) -> InvalidInput:
     return InvalidInput(f"invalid value type for '{name}' parameter, expected {expected}.")
 
 
-_READERS: Mapping[str, Callable[[Parameters, pb.InferParameter], None]] = {
-    "priority": _priority,
-    "sequence_end": _end,
-    "sequence_id": _sequence_id,
-    "sequence_start": _start,
-    "stepwell_request_id": _request_id,
-    "stepwell_revision": _revision,
-    "stepwell_stateless": _stateless,
-    "timeout": _timeout,
-    "triton_enable_empty_final_response": _final_flag,
+#: The field that each parameter sets, and what reads it.
+_READERS: Mapping[str, tuple[str, Callable[[str, pb.InferParameter], object]]] = {
+    "priority": ("priority", _whole),
+    "sequence_end": ("end", _bool),
+    "sequence_id": ("sequence_id", _sequence_id),
+    "sequence_start": ("start", _bool),
+    "stepwell_request_id": ("request_id", _request_id),
+    "stepwell_revision": ("revision", _whole),
+    "stepwell_stateless": ("stateless", _bool),
+    "timeout": ("timeout_us", _timeout),
+    "triton_enable_empty_final_response": ("wants_final_flag", _bool),
 }

@@ -181,8 +181,9 @@ class Sequences:
         self, request: SequenceRequest, expected: int | None, *, anew: bool = False
     ) -> Applied:
         answer, given = Awaited(), request.parameters
-        change = self._change(request, answer)
-        change.inputs = request.inputs.arrays
+        change = Change((request.session_id,), answer, request.inputs.arrays)
+        change.deadline, change.caller = request.deadline, request.source
+        limit_reply(change, request.max_reply_bytes)
         if anew:
             change.reset_rows = np.ones(request.inputs.rows, np.bool_)
         if expected is not None:
@@ -191,12 +192,6 @@ class Sequences:
             change.request_ids = np.array([given.request_id], np.uint64)
         self._engine.submit(change)
         return await answer.get()
-
-    @staticmethod
-    def _change(request: SequenceRequest, answer: Awaited) -> Change:
-        change = Change((request.session_id,), answer, deadline=request.deadline, caller=request.source)
-        limit_reply(change, request.max_reply_bytes)
-        return change
 
     async def _live(self, request: SequenceRequest) -> SessionInfo:
         info = await self._engine.session_info(request.session_id, usable=True)

@@ -99,12 +99,10 @@ def _batch(rows: int, count: int, seconds: float) -> pb.InferBatchStatistics:
     )
 
 
+@dataclasses.dataclass(slots=True)
 class _Sum:
-    __slots__ = ("count", "ns")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.ns = 0
+    count: int = 0
+    ns: int = 0
 
     def add(self, ns: int) -> None:
         self.count += 1

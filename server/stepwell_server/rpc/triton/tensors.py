@@ -15,6 +15,7 @@ import numpy as np
 from stepwell_server.engine.types import Array
 from stepwell_server.errors import InvalidInput, Unsupported
 from stepwell_server.program import Program, TensorSpec
+from stepwell_server.rpc.convert import dtype_of
 from stepwell_server.rpc.triton.errors import about
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 
@@ -31,16 +32,6 @@ class Datatype:
     """Of a model configuration: TYPE_FP32."""
     contents_field: str
     """Field of InferTensorContents; \"\" if the type can come as raw bytes only."""
-
-    @property
-    def dtype(self) -> np.dtype[np.generic]:
-        """NumPy's."""
-        if self.numpy_name == "bfloat16":
-            import ml_dtypes  # only where a model has such tensors
-
-            bfloat16: np.dtype[np.generic] = np.dtype(ml_dtypes.bfloat16)
-            return bfloat16
-        return np.dtype(self.numpy_name)
 
 
 _ALL = (
@@ -96,7 +87,7 @@ class Tensor:
     def __init__(self, spec: TensorSpec) -> None:
         self.spec = spec
         self.datatype: Datatype = of_numpy(spec.dtype)
-        self.dtype = self.datatype.dtype
+        self.dtype = dtype_of(spec.dtype)
         self.dims: tuple[int, ...] = spec.shape or (1,)
         """Of one row at one time step. Triton has no tensors without dimensions: one number is [1]."""
 

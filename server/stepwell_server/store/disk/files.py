@@ -153,6 +153,15 @@ def allocate(descriptor: int, start: int, end: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, start, end - start)
         return
+    write_zeros(descriptor, start, end)
+
+
+def write_zeros(descriptor: int, start: int, end: int) -> None:
+    """Overwrite a part of a file.
+
+    Raises:
+        OSError: there is no room.
+    """
     while start < end:
         start += os.pwrite(descriptor, _ZEROS[: end - start], start)
 

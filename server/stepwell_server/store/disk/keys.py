@@ -69,39 +69,22 @@ def _split(value: Stored) -> tuple[memoryview, memoryview]:
     return view[_ID_LENGTH.size : end], view[end:]
 
 
-def shared_key(prefix: str) -> bytes:
-    """What the keys of all ids with a prefix begin with."""
-    return prefix.encode()[:_KEPT_BYTES]
-
-
-def named(key: memoryview, value: memoryview) -> tuple[str, memoryview]:
-    """The id and the record of an entry."""
-    name, record = _split(value) if is_digest(key) else (key, value)
-    return str(name, "utf-8", "replace"), record
-
-
 def entries(cursor: Any, after: str, prefix: str) -> Iterator[tuple[str, memoryview]]:
     """Ids and records behind `after` that begin with `prefix`, of a cursor over sessions."""
-    start, shared = key_of(after), shared_key(prefix)
-    if not cursor.set_range(max(start, shared) or b"\0"):
-        return
-    for key, value in cursor:
-        if bytes(key[: len(shared)]) != shared:
-            return
-        session_id, record = named(key, value)
-        if key != start and session_id.startswith(prefix):
-            yield session_id, record
+    for session_id in names(cursor, after, prefix):
+        value = cursor.value()
+        yield session_id, _split(value)[1] if is_digest(cursor.key()) else value
 
 
 def names(cursor: Any, after: str, prefix: str) -> Iterator[str]:
     """As `entries`, but records are read only where an id is in one."""
-    start, shared = key_of(after), shared_key(prefix)
+    start, shared = key_of(after), prefix.encode()[:_KEPT_BYTES]
     if not cursor.set_range(max(start, shared) or b"\0"):
         return
     for key in cursor.iternext(keys=True, values=False):
         name = bytes(key)
         if not name.startswith(shared):
             return
-        session_id = named(key, cursor.value())[0] if is_digest(key) else str(name, "utf-8", "replace")
+        session_id = str(_split(cursor.value())[0] if is_digest(name) else name, "utf-8", "replace")
         if name != start and session_id.startswith(prefix):
             yield session_id

@@ -82,7 +82,6 @@ class LmdbStore(LocalStore):
         *,
         durability: Durability,
         clock: Clock,
-        listen: str = "",
         tombstones: int = TOMBSTONES,
         first_map_bytes: int = FIRST_MAP_BYTES,
     ) -> None:
@@ -111,7 +110,7 @@ class LmdbStore(LocalStore):
         """What must stay where it is."""
         with _start_errors(path):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.lock = DirectoryLock(path, clock=clock, listen=listen)
+            self.lock = DirectoryLock(path, clock=clock)
         try:
             with _start_errors(path):
                 self._start(path)
@@ -205,10 +204,6 @@ class LmdbStore(LocalStore):
         return self._read("", read, buffers=True)
 
     @override
-    def tombstone(self, session_id: str) -> Tombstone | None:
-        return self.tombstones([session_id])[0]
-
-    @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         keys = [key_of(session_id) for session_id in session_ids]
 
@@ -244,8 +239,12 @@ class LmdbStore(LocalStore):
             self.files.require()
         return StoreHealth(problem, self._reopened)
 
-    @override
     def sync(self) -> None:
+        """See to it that all that was committed survives a loss of power.
+
+        Raises:
+            Unavailable: the disk refused.
+        """
         self._write_with("the store must be able to flush to disk", lambda: self._environment.sync(True))
 
     @override

@@ -38,7 +38,7 @@ class DirectoryLock:
     Not for use by several threads. A forked child shares the lock; a process that is started anew does not.
     """
 
-    def __init__(self, directory: Path, *, clock: Clock, listen: str = "") -> None:
+    def __init__(self, directory: Path, *, clock: Clock) -> None:
         """Lock a directory that exists.
 
         Raises:
@@ -46,7 +46,7 @@ class DirectoryLock:
             StoreError: it cannot be locked at all.
         """
         self._directory = directory
-        self._holder = Holder(os.getpid(), socket.gethostname(), clock.now(), listen)
+        self._holder = Holder(os.getpid(), socket.gethostname(), clock.now())
         self._folder = self._file = -1
         self._name: socket.socket | None = None
         try:

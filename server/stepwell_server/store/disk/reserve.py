@@ -59,34 +59,25 @@ class Reserve:
         self._path = folder / _NAME
         self._clock = clock
         self._look_at = 0.0
-        self._held = self._wanted = 0
+        self.held_bytes = self._wanted = 0
+        """How much it is now, and how much it should be."""
         self._places = 0
         """So many sessions ended while there was little room: others may have theirs, in pages that are half empty."""
         try:
             disk = os.statvfs(folder)
             self._wanted = _whole(min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize // _SHARE))
-            self._held = self._path.stat().st_size if self._path.exists() else 0
+            self.held_bytes = self._path.stat().st_size if self._path.exists() else 0
         except OSError as error:
             _log.warning("room for closing sessions on a full disk cannot be kept: %s", error)
         self.top_up()
 
     @property
-    def held_bytes(self) -> int:
-        """How much it is now."""
-        return self._held
-
-    @property
     def is_short(self) -> bool:
         """Some of it is missing."""
-        return self._held < self._wanted
+        return self.held_bytes < self._wanted
 
     def commit(self, batch: Batch, attempt: Callable[[Batch], None], extent: Callable[[], Extent]) -> None:
-        """Commit with the room that is meant for such a batch.
-
-        Args:
-            batch: What is to be kept.
-            attempt: Keeps all of it, or raises and keeps nothing.
-            extent: How the data file is used now.
+        """Commit with the room that is meant for such a batch; `attempt` keeps all of it, or raises and keeps nothing.
 
         Raises:
             Exception: what the last attempt raised, or that there is no room to open sessions.
@@ -133,21 +124,21 @@ class Reserve:
 
     def give_up(self) -> bool:
         """Leave the room to whoever needs it; False if there is none to leave."""
-        if not self._held:
+        if not self.held_bytes:
             return False
         try:
             self._path.unlink()
         except OSError as error:
             _log.warning("the room kept for closing sessions cannot be given up: %s", error)
             return False
-        _log.warning("the disk is full: sessions are ended in the %d bytes kept for that", self._held)
-        self._held = 0
+        _log.warning("the disk is full: sessions are ended in the %d bytes kept for that", self.held_bytes)
+        self.held_bytes = 0
         return True
 
     def take_back(self) -> None:
         """After it was given up and used: take what is left of it before somebody else does."""
         left = _whole(free_bytes(self._folder) * 3 // 4)
-        if self._held < left >= _LEAST_BYTES:
+        if self.held_bytes < left >= _LEAST_BYTES:
             self._take(min(self._wanted, left))
 
     def top_up(self) -> None:
@@ -156,7 +147,7 @@ class Reserve:
         if not self.is_short or now < self._look_at:
             return
         self._look_at = now + _LOOK_S
-        if free_bytes(self._folder) >= 2 * (self._wanted - self._held):
+        if free_bytes(self._folder) >= 2 * (self._wanted - self.held_bytes):
             self._take(self._wanted)
 
     def _take(self, size: int) -> None:
@@ -164,9 +155,9 @@ class Reserve:
             handle = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             try:
                 allocate(handle, 0, size)
-                self._held = size
+                self.held_bytes = size
             except OSError:
-                os.ftruncate(handle, self._held)
+                os.ftruncate(handle, self.held_bytes)
             finally:
                 os.close(handle)
         except OSError as error:
@@ -179,10 +170,7 @@ class Reserve:
     def _require_room(self, batch: Batch, extent: Extent, *, in_place: bool) -> None:
         """Refuse to open sessions in the room that ending them takes.
 
-        Args:
-            batch: It opens some.
-            extent: How the data file is used.
-            in_place: As many have ended: mostly there is room on their pages, and less has to be left.
+        `in_place`: as many have ended. Mostly there is room on their pages, and less has to be left.
 
         Raises:
             NoRoom: there is no other.
@@ -198,7 +186,7 @@ class Reserve:
         if limit != resource.RLIM_INFINITY:
             rooms.append(free + limit - extent.file_bytes)
         if self.is_short:
-            rooms.append(free + free_bytes(self._folder) + self._held)
+            rooms.append(free + free_bytes(self._folder) + self.held_bytes)
         if rooms and min(rooms) < size + kept:
             raise NoRoom(
                 errno.ENOSPC,

@@ -49,7 +49,6 @@ class DiskStore(LocalStore):
         *,
         durability: Durability,
         clock: Clock,
-        listen: str = "",
         tombstones: int = TOMBSTONES,
         first_map_bytes: int = FIRST_MAP_BYTES,
         segment_bytes: int = SEGMENT_BYTES,
@@ -65,7 +64,6 @@ class DiskStore(LocalStore):
             path,
             durability=durability,
             clock=clock,
-            listen=listen,
             tombstones=tombstones,
             first_map_bytes=first_map_bytes,
         )
@@ -136,7 +134,8 @@ class DiskStore(LocalStore):
         some = self._base.scan(after=after, prefix=prefix, limit=limit)
         if self._wal is None or self._wal.is_empty:
             return some
-        return [(session_id, self._header(session_id, header)) for session_id, header in some]
+        later = ((session_id, self._find(session_id), header) for session_id, header in some)
+        return [(i, header if record is None else header_or_none(i, record)) for i, record, header in later]
 
     @override
     def count(self) -> int:
@@ -151,10 +150,6 @@ class DiskStore(LocalStore):
         return self._base.count_some(after=after, prefix=prefix, limit=limit)
 
     @override
-    def tombstone(self, session_id: str) -> Tombstone | None:
-        return self._base.tombstone(session_id)
-
-    @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         return self._base.tombstones(session_ids)
 
@@ -165,17 +160,6 @@ class DiskStore(LocalStore):
     @override
     def check(self) -> StoreHealth:
         return self._base.check()
-
-    @override
-    def sync(self) -> None:
-        if self._wal is not None and not self._closed:
-            try:
-                self._wal.sync()
-            except OSError as error:
-                raise Unavailable(
-                    f"the write-ahead log must be able to flush to disk; got {error}"
-                ) from error
-        self._base.sync()
 
     @override
     def close(self) -> None:
@@ -329,8 +313,3 @@ class DiskStore(LocalStore):
         # nothing is forgotten here: another thread may be about to commit
         (is_later,) = self._later([(session_id, record)])
         return record if is_later else None
-
-    def _header(self, session_id: str, header: Header | None) -> Header | None:
-        """The header of a session: that of LMDB, unless the log has a later one."""
-        record = self._find(session_id)
-        return header if record is None else header_or_none(session_id, record)

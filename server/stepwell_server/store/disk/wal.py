@@ -130,9 +130,6 @@ class WriteAheadLog:
     def append(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
         """Append changes; False if there is no room until more is checkpointed, or ever.
 
-        Args:
-            parts: Ids and records of each.
-
         Raises:
             OSError: they could not be written. None is there.
         """
@@ -193,15 +190,6 @@ class WriteAheadLog:
         with self._looking:
             self._sealed.truncate(self._active.sequence)
             self._swap()
-
-    def sync(self) -> None:
-        """See to it that all of it survives a loss of power.
-
-        Raises:
-            OSError: the disk refused.
-        """
-        self._active.sync()
-        self._sealed.sync()
 
     def close(self) -> None:
         """End; not to be used any more."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from stepwell_server.store.disk import wal_format
-from stepwell_server.store.disk.files import flush_content, flush_open
+from stepwell_server.store.disk.files import flush_content, flush_open, write_zeros
 from stepwell_server.store.record import Stored, size_of
 
 #: Has a write return when the disk has it; 0 where the system has no such writes, and a flush follows instead (macOS).
@@ -25,7 +25,6 @@ WRITE_THROUGH: int = getattr(os, "RWF_DSYNC", 0)
 _GUESS_BYTES = 2048
 #: Buffers in one write.
 _MOST_BUFFERS = 512
-_ZEROS = bytes(1 << 20)
 _NO_HEAD = bytes(wal_format.HEAD.size)
 
 
@@ -78,10 +77,7 @@ class Segment:
         return self._file
 
     def truncate(self, sequence: int) -> None:
-        """Drop all entries.
-
-        Args:
-            sequence: Sequence number of the last write to any segment.
+        """Drop all entries; `sequence` is that of the last write to any segment.
 
         Raises:
             OSError: it could not be written; then this is to be done again before anything is appended.
@@ -100,9 +96,6 @@ class Segment:
 
     def append(self, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
         """Write entries, all of them or none; False if there is no room.
-
-        Args:
-            parts: Ids and records of each.
 
         Raises:
             OSError: they could not be written. None is there.
@@ -202,18 +195,10 @@ class Segment:
         behind = list(wal_format.search(data, self.end, self._generation))
         is_damaged = any(found.sequence > self.sequence + 1 for found in behind)
         if behind and not (is_damaged and self._flush):
-            self._write_zeros(self.end)
+            write_zeros(self._file, self.end, self.size)
             flush_open(self._file)
         if is_damaged:
             raise SegmentDamaged(f"{self.path} cannot be read from byte {self.end} on")
-
-    def sync(self) -> None:
-        """See to it that all of it survives a loss of power.
-
-        Raises:
-            OSError: the disk refused.
-        """
-        flush_content(self._file)
 
     def close(self) -> None:
         """End; not to be used any more."""
@@ -228,14 +213,10 @@ class Segment:
         """Write the whole file once, so that the disk has all its blocks."""
         os.ftruncate(self._file, 0)
         try:
-            self._write_zeros(0)
+            write_zeros(self._file, 0, self.size)
         except OSError:
             os.ftruncate(self._file, 0)
             raise
-
-    def _write_zeros(self, at: int) -> None:
-        while at < self.size:
-            at += os.pwrite(self._file, _ZEROS[: self.size - at], at)
 
     def _write(self, buffers: Sequence[Stored], at: int, size: int) -> None:
         if len(buffers) > _MOST_BUFFERS:

@@ -1,0 +1,35 @@
+"""A stored session as one value: what a test writes into a store, and what it finds there."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from stepwell_server.store.record import (
+    SCHEMA_VERSION,
+    Header,
+    Stored,
+    Texts,
+    decode_header,
+    decode_many,
+    encode,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Record(Header):
+    """A session as it is stored."""
+
+    rows: bytes
+    extra: bytes = b""
+
+    def encode(self, session_id: str, schema: int = SCHEMA_VERSION) -> bytes:
+        said = {name: getattr(self, name) for name in (*Header.__slots__, "rows", "extra")}
+        texts = Texts(said.pop("fingerprint"), said.pop("model"))
+        return encode(session_id, texts, schema=schema, **said)
+
+
+def decode(session_id: str, stored: Stored) -> Record:
+    """Read a record back; raises `StateCorrupt` as `decode_header` does."""
+    header, whole = decode_header(session_id, stored), decode_many([session_id], [stored])
+    said = {name: getattr(header, name) for name in Header.__slots__}
+    return Record(**said, rows=whole.rows, extra=whole.extras.get(0, b""))
