@@ -37,6 +37,10 @@ _ANY: U64 = np.array([ANY_REVISION], np.uint64)
 _NONE: U64 = np.zeros(1, np.uint64)
 
 
+class MustPart(Exception):
+    """A change of several callers must be submitted as one of each: sessions of it are not in the table, or not so."""
+
+
 class Replies(Protocol):
     """Who gets the answers to a change. Every member is in exactly one of them. Called on the event loop."""
 
@@ -125,8 +129,9 @@ class Change:
 
     # set where it is made of several
 
-    parts: Sequence[Change] = ()
-    """The changes of one member each that it is made of."""
+    callers: Sequence[Hashable] | None = None
+    """One per member, in place of `caller`: the same session may then be among the members more than once, to be
+    applied in their order."""
     deadlines: npt.NDArray[np.float64] | None = None
     """One per member, in place of `deadline`."""
 
@@ -146,7 +151,7 @@ class Change:
     @property
     def may_repeat(self) -> bool:
         """The same session may be among the members more than once, to be applied in their order."""
-        return bool(self.parts)
+        return self.callers is not None
 
     @property
     def starts(self) -> Rows:
@@ -180,13 +185,12 @@ class Change:
 
     def by_caller(self, members: Members) -> Iterator[tuple[Hashable, Members]]:
         """The members of each caller."""
-        if not self.parts:
+        if self.callers is None:
             yield self.caller if self.caller is not None else self, members
             return
         callers: dict[Hashable, list[int]] = {}
         for member in members.tolist():
-            part = self.parts[member]
-            callers.setdefault(part.caller if part.caller is not None else part, []).append(member)
+            callers.setdefault(self.callers[member], []).append(member)
         for caller, own in callers.items():
             yield caller, np.array(own, np.intp)
 
@@ -317,7 +321,7 @@ def joined(parts: Sequence[Change]) -> Change:
         [part.session_ids[0] for part in parts],
         _Callers(parts),
         select=first.select,
-        parts=parts,
+        callers=[part if part.caller is None else part.caller for part in parts],
     )
     whole.model = first.model
     whole.handles = np.concatenate([part.handles for part in parts])

@@ -12,7 +12,7 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
-from stepwell_server.engine.change import Change
+from stepwell_server.engine.change import Change, MustPart
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES, Held, Inbox
@@ -87,6 +87,8 @@ class Submission:
         require_lists(change)
         is_plain = self._is_local and not self._arrivals.waiting and len(change.session_ids) <= PIECE
         if not is_plain and self._directory.must_look(change.session_ids):
+            if change.callers is not None:
+                raise MustPart
             self._load(change)
         else:
             self._take(change, self._directory.here)
@@ -96,6 +98,8 @@ class Submission:
         if len(handles) > 1 or handles[0] < 0 or self._directory.may_expire:
             handles = self._directory.find_all(change.session_ids, seen)
         missing = np.flatnonzero(handles < 0) if len(handles) > 1 or handles[0] < 0 else _NOBODY
+        if len(missing) and change.callers is not None:
+            raise MustPart
         if len(missing) == change.size:
             self._refuse_missing(change, missing, seen)
             return

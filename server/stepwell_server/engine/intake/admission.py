@@ -91,7 +91,7 @@ class Admission:
     @staticmethod
     def _is_first(change: Change, members: Members) -> Mask:
         """Which members are the first of their session: those that name it again come after."""
-        if not change.may_repeat:
+        if not change.may_repeat or len(set(change.handles[members].tolist())) == len(members):
             return np.ones(len(members), np.bool_)
         is_first = np.zeros(len(members), np.bool_)
         is_first[np.unique(change.handles[members], return_index=True)[1]] = True
@@ -295,7 +295,7 @@ class Admission:
         Where all that waits fits into one pass there are no turns to take, and one job is the least work.
         """
         model = change.model
-        if change.parts and model.ready.rows_waiting + len(members) <= model.max_batch_rows:
+        if change.callers is not None and model.ready.rows_waiting + len(members) <= model.max_batch_rows:
             return [(_EVERYBODY, members)]
         return list(change.by_caller(members))
 
@@ -356,12 +356,12 @@ class Admission:
 def _alike(change: Change, members: Members, actual: U64) -> Iterator[tuple[Members, int, int]]:
     """Places of members that share an error for a conflict, what they expected, and the revision that there is.
 
-    A few have an error each. Of many those that expected alike and met alike share one: an error of its own for each
+    A few have an error each, and so has each caller. Of many those that expected alike and met alike share one: an error of its own for each
     of 65,536 would keep the event loop for seconds.
     """
     expected = change.expected_of(members)
     wanted = np.zeros(len(members), np.uint64) if expected is None else expected
-    if len(members) <= MOST_ERRORS:
+    if len(members) <= MOST_ERRORS or change.callers is not None:
         for place in range(len(members)):
             yield np.array([place]), int(wanted[place]), int(actual[place])
         return

@@ -18,7 +18,7 @@ from stepwell_server.core.exactly_once import ANY_REVISION
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Select
-from stepwell_server.engine.change import Change
+from stepwell_server.engine.change import Change, MustPart
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors
@@ -151,7 +151,7 @@ def require_lists(change: Change) -> None:
     ids = change.session_ids
     if not 1 <= len(ids) <= MAX_MEMBERS:
         raise InvalidInput(f"session_ids must be 1 to {MAX_MEMBERS}; got {len(ids)}")
-    if len(ids) > 1 and len(set(ids)) != len(ids):
+    if len(ids) > 1 and not change.may_repeat and len(set(ids)) != len(ids):
         raise InvalidInput(f"session_ids must name each session once; {_repeated(ids)!r} came twice")
     _require_length("expected_revisions", change.expected, len(ids))
     _require_length("request_ids", change.request_ids, len(ids))
@@ -217,6 +217,8 @@ class Validation:
             for member in np.flatnonzero(there & ~finite).tolist():
                 refused[member] = _not_finite_member(change, member)
         if change.batch_sizes is not None and own.tobytes() != change.sizes.tobytes():
+            if change.callers is not None:
+                raise MustPart
             for member in np.flatnonzero(there & (own != change.sizes)).tolist():
                 refused.setdefault(member, _wrong_size(change, member, int(own[member])))
         if change.expected is not None and _largest(change.expected) == ANY_REVISION:
