@@ -104,3 +104,13 @@ async def test_closing_gives_up_what_is_not_written() -> None:
         assert (wire.begun, wire.written) == ([b"a"], [])
         assert wire.ends[0].cancelled() is not ended
         wire.outbox.close()
+
+
+async def test_very_many_that_need_no_wait_follow_one_that_did() -> None:
+    wire = _Wire()
+    wire.outbox.put(b"a", 1)
+    for _ in range(5000):
+        wire.outbox.put(b"at once", 1)
+    wire.ends[0].set_result(None)
+    await wire.turns()
+    assert (len(wire.begun), sum(wire.written)) == (5001, 5001)

@@ -78,19 +78,23 @@ class WriteQueue:
         self._go_on()
 
     def _go_on(self) -> None:
-        assert self._begun is not None
-        try:
-            self._end = self._begun.send(None)
-            self._is_watched = False
-        except StopIteration:
-            self._begun = self._end = None
+        """Take the write that has begun further, and begin those behind it as far as none of them waits."""
+        while self._begun is not None:
+            try:
+                self._end = self._begun.send(None)
+                self._is_watched = False
+                return
+            except StopIteration:
+                self._begun = self._end = None
+            except Exception as error:  # the client is gone, or the call is over
+                self._begun = self._end = None
+                self.error = error
+                self._waiting.clear()
+                return
             self._on_written(self._held)
-            if self._waiting:
-                self._begin(*self._waiting.popleft())
-        except Exception as error:  # the client is gone, or the call is over
-            self._begun = self._end = None
-            self.error = error
-            self._waiting.clear()
+            if self._waiting and self._begun is None:
+                reply, self._held = self._waiting.popleft()
+                self._begun = self._write(reply)
 
     def _ended(self, end: asyncio.Future[object]) -> None:
         if end is self._end and not self.look():
