@@ -52,6 +52,10 @@ class MessageTooLarge(InvalidInput):
     reason = "MESSAGE_TOO_LARGE"
 
 
+class RequestTooLarge(MessageTooLarge):
+    """The request is over the size limit, which was seen before it was read."""
+
+
 class SessionGone(ServerError):
     """There is no such session (any more)."""
 

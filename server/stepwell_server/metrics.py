@@ -13,6 +13,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from stepwell_server.engine.api import Observer
 
 if TYPE_CHECKING:
@@ -57,6 +60,16 @@ class _Histogram:
             series = self.series[labels] = _Series(len(self.bounds) + 1)
         series.counts[bisect_left(self.bounds, value)] += count
         series.total += value * count
+
+    def observe_all(self, labels: Labels, values: npt.NDArray[np.float64]) -> None:
+        if len(values) == 1:
+            self.observe(labels, float(values[0]))
+            return
+        more = _Series(len(self.bounds) + 1)
+        places = np.searchsorted(self.bounds, values)
+        more.counts = np.bincount(places, minlength=len(more.counts)).tolist()
+        more.total = float(values.sum())
+        self.add(labels, more)
 
     def add(self, labels: Labels, more: _Series) -> None:
         series = self.series.setdefault(labels, _Series(len(self.bounds) + 1))
@@ -117,6 +130,7 @@ class PrometheusObserver(Observer):
             ("model", "stage"),
             _SECONDS,
         )
+        self._front = ""
         self._store_is_ready = True
         self._store_reopened = 0
         self._requests = _Counter("stepwell_requests", "Calls by method and status code.", ("method", "code"))
@@ -192,6 +206,10 @@ class PrometheusObserver(Observer):
         """Calls or changes of a frame ended with an error."""
         self._errors.values[(reason,)] += count
 
+    def serves_by(self, front: str) -> None:
+        """What speaks to the network, as `--front` has it."""
+        self._front = front
+
     def store_checked(self, *, is_ready: bool, reopened: int) -> None:
         """The store was looked after: whether it can be used, and how often it was opened anew."""
         self._store_is_ready, self._store_reopened = is_ready, reopened
@@ -201,6 +219,11 @@ class PrometheusObserver(Observer):
         self._requests.values[method, code] += 1
         self._request_seconds.observe((method,), seconds)
 
+    def requests_done(self, method: str, code: str, seconds: npt.NDArray[np.float64]) -> None:
+        """Several calls of a method ended alike."""
+        self._requests.values[method, code] += len(seconds)
+        self._request_seconds.observe_all((method,), seconds)
+
     def families(self, stats: Iterable[ModelStats]) -> list[Metric]:
         """Everything counted so far, and the gauges of ``stats``."""
         self._count_alone()
@@ -208,7 +231,14 @@ class PrometheusObserver(Observer):
             *(self._events, self._changes, self._row_steps, self._errors, self._time_steps),
             *(self._pass_rows, self._pass_seconds, self._stages, self._requests, self._request_seconds),
         ]
-        return [*(each.family() for each in counted), *self._store_families(), *_gauges(list(stats))]
+        families = [each.family() for each in counted]
+        return [*families, self._front_family(), *self._store_families(), *_gauges(list(stats))]
+
+    def _front_family(self) -> Metric:
+        from prometheus_client.core import InfoMetricFamily
+
+        text = "What speaks to the network: native or python."
+        return InfoMetricFamily("stepwell_front", text, value={"front": self._front})
 
     def _store_families(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily

@@ -16,7 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.program import Program
-from stepwell_server.rpc.fronts.base import CallEnded, Method
+from stepwell_server.rpc.fronts.base import CallEnded, Method, Steps
 from stepwell_server.rpc.server import RpcServer
 from support.engine import Harness, running
 from support.fake_call import FakeCall, Requests
@@ -35,12 +35,17 @@ class Observer(Requests, NoPasses):
 class Front:
     """A `fronts.base.Front` that listens nowhere: its methods are called."""
 
+    name = "none"
+
     def __init__(self) -> None:
         self.methods: Mapping[str, Method] = {}
 
-    async def start(self, host: str, port: int, methods: Sequence[Method]) -> int:
+    async def start(self, host: str, port: int, methods: Sequence[Method], steps: Steps) -> int:
         self.methods = {method.name: method for method in methods if method.service.startswith("stepwell.")}
         return 0
+
+    async def flush(self) -> None:
+        """Nothing is on its way."""
 
     async def stop(self, grace_s: float) -> None:
         """Nothing was begun."""

@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 
 class Requests:
     """A `RequestObserver` that remembers."""
@@ -18,6 +21,10 @@ class Requests:
     def request_done(self, method: str, code: str, seconds: float) -> None:
         assert seconds >= 0
         self.done.append((method, code))
+
+    def requests_done(self, method: str, code: str, seconds: npt.NDArray[np.float64]) -> None:
+        for each in seconds.tolist():
+            self.request_done(method, code, each)
 
     def refused(self, reason: str, count: int) -> None:
         self.refusals[reason] += count

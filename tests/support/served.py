@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -54,6 +55,11 @@ class Served:
     @property
     def address(self) -> str:
         return self.server.address
+
+    @property
+    def front(self) -> str:
+        """Which front it has: a module that is there is used."""
+        return "native" if importlib.util.find_spec("stepwell_front") else "python"
 
     @functools.cached_property
     def infos(self) -> Mapping[str, stepwell.ModelInfo]:

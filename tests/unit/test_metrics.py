@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -18,6 +20,11 @@ class Samples:
         families = text_string_to_metric_families(text)
         samples = [sample for family in families for sample in family.samples]
         self._values = {(each.name, frozenset(each.labels.values())): each.value for each in samples}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Samples) and self._values == pytest.approx(other._values)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __getitem__(self, key: tuple[str, ...]) -> float:
         name, *labels = key
@@ -84,3 +91,19 @@ def test_how_the_store_is_stands_there() -> None:
     samples = _samples(observer)
     assert samples[("stepwell_store_ready",)] == 0
     assert samples[("stepwell_store_reopened_total",)] == 3
+
+
+def test_calls_that_end_together_are_counted_as_if_each_had_ended_alone() -> None:
+    together, alone = PrometheusObserver(), PrometheusObserver()
+    seconds = np.random.default_rng(0).uniform(0, 0.02, 50)
+    together.requests_done("Step", "OK", seconds)
+    together.requests_done("Step", "OK", seconds[:1])
+    for each in [*seconds.tolist(), float(seconds[0])]:
+        alone.request_done("Step", "OK", each)
+    assert _samples(together) == _samples(alone)
+
+
+def test_the_front_is_shown() -> None:
+    observer = PrometheusObserver()
+    observer.serves_by("native")
+    assert _samples(observer)["stepwell_front_info", "native"] == 1

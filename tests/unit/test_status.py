@@ -12,6 +12,7 @@ from stepwell_server.rpc.status import Status, code_of, to_proto, to_status
 _CODES = [
     (errors.InvalidInput("m"), "INVALID_ARGUMENT", "INVALID_INPUT"),
     (errors.MessageTooLarge("m"), "INVALID_ARGUMENT", "MESSAGE_TOO_LARGE"),
+    (errors.RequestTooLarge("m"), "RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE"),
     (errors.SessionNotFound("s", "m"), "NOT_FOUND", "SESSION_NOT_FOUND"),
     (errors.SessionExpired("s", "m"), "NOT_FOUND", "SESSION_EXPIRED"),
     (errors.SessionLost("s", "m"), "NOT_FOUND", "SESSION_LOST"),

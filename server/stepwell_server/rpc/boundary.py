@@ -16,6 +16,8 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from google.protobuf.message import DecodeError, Message
 
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
@@ -39,6 +41,9 @@ class RequestObserver(Protocol):
 
     def request_done(self, method: str, code: str, seconds: float) -> None:
         """A call of ``method`` ended with ``code`` (``OK``, ``NOT_FOUND``, ...) after ``seconds``."""
+
+    def requests_done(self, method: str, code: str, seconds: npt.NDArray[np.float64]) -> None:
+        """Several calls of ``method`` ended with ``code``."""
 
 
 def parse(message_type: type[_Message], raw: bytes) -> _Message:

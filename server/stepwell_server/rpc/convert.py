@@ -20,6 +20,7 @@ from stepwell_server.engine.api import ModelInfo, Select, SessionInfo
 from stepwell_server.engine.types import Array
 from stepwell_server.errors import InvalidInput
 from stepwell_server.program import StateSpec, TensorSpec
+from stepwell_server.rpc.fronts.base import InputColumn
 
 MAX_RANK = 32
 """NumPy has a limit of its own (64); no model comes near this one."""
@@ -131,12 +132,25 @@ def dtype_of(name: str) -> np.dtype[np.generic]:
     return np.dtype(name)
 
 
+def to_columns(columns: Iterable[InputColumn]) -> dict[str, Array]:
+    """Arrays by name of tensors that a front has read, `(rows, ...)` each; they fit their shapes and names."""
+    return {
+        column.name: np.frombuffer(column.data, _dtype(column.dtype)).reshape(-1, *column.tail)
+        for column in columns
+    }
+
+
+def to_bytes(array: Array) -> tuple[tensors_pb2.DataType.ValueType, bytes]:
+    """The dtype's number on the wire, and the elements as they stand there."""
+    little = array if array.dtype.isnative and np.little_endian else _little_endian(array)
+    return _number(array.dtype), little.tobytes()
+
+
 def add_tensors(target: _Tensors, arrays: Mapping[str, Array]) -> None:
     """Append arrays to a repeated tensor field."""
     for name, array in arrays.items():
-        number = _number(array.dtype)
-        little = array if array.dtype.isnative and np.little_endian else _little_endian(array)
-        target.add(name=name, dtype=number, shape=array.shape, data=little.tobytes())
+        number, data = to_bytes(array)
+        target.add(name=name, dtype=number, shape=array.shape, data=data)
 
 
 @functools.cache

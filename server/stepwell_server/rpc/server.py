@@ -15,6 +15,7 @@ from stepwell_server.rpc.boundary import Boundary, RequestObserver, Serve
 from stepwell_server.rpc.fronts.base import Front, Method
 from stepwell_server.rpc.models import ModelServicer
 from stepwell_server.rpc.sessions import SessionServicer
+from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.steps.stream import StreamLimits
 from stepwell_server.rpc.triton.servicer import SERVICE as _TRITON
 from stepwell_server.rpc.triton.servicer import TritonServicer, unsupported_methods
@@ -47,6 +48,7 @@ class RpcServer:
         self._boundary = Boundary(observer, max_message_bytes)
         limits = StreamLimits(_STREAM_FRAMES, max_message_bytes)
         self._sessions = SessionServicer(engine, clock, max_message_bytes, limits, observer)
+        self._steps = ColumnSteps(engine, clock, max_message_bytes, observer)
         self._triton = TritonServicer(engine, clock, max_message_bytes, limits, observer, observer)
         ours = [service.full_name for service in (_SESSIONS, _MODELS, _TRITON)]
         self._health = health.HealthServicer(ours)
@@ -65,7 +67,12 @@ class RpcServer:
         Raises:
             BindError: the address is taken, or not one of this machine's.
         """
-        return await self._front.start(host, port, self._methods)
+        return await self._front.start(host, port, self._methods, self._steps)
+
+    @property
+    def front(self) -> str:
+        """What speaks to the network, as `--front` has it."""
+        return self._front.name
 
     def announce_ready(self, *, is_ready: bool) -> None:
         """Tell health checkers whether calls can be answered now; they are taken all the same."""
@@ -78,10 +85,11 @@ class RpcServer:
         self._health.stop()
 
     async def finish(self) -> None:
-        """Return when the running calls are done. Streams end as soon as their frames are answered."""
+        """Return when the running calls are done and their replies on their way. Streams end as soon as their frames are answered."""
         self._sessions.stop()
         self._triton.stop()
         await self._boundary.wait_idle()
+        await self._front.flush()
 
     async def close(self) -> None:
         """Stop listening and cut off what still runs."""

@@ -37,6 +37,7 @@ class Code(enum.IntEnum):
 #: The table. An error has the code of the nearest of its classes that is in here.
 CODES: dict[type[errors.ServerError], Code] = {
     errors.InvalidInput: Code.INVALID_ARGUMENT,
+    errors.RequestTooLarge: Code.RESOURCE_EXHAUSTED,  # as gRPC itself would say it
     # Also for what no session's id can be: only where a session gets its id is it looked at as such.
     errors.SessionGone: Code.NOT_FOUND,
     errors.SessionExists: Code.ALREADY_EXISTS,

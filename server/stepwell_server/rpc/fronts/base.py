@@ -6,7 +6,13 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from stepwell_server.rpc.status import Status
+
+U64 = npt.NDArray[np.uint64]
+Members = npt.NDArray[np.intp]
 
 
 class BindError(Exception):
@@ -66,16 +72,121 @@ class Method:
     streams: bool = False
     """Its requests are read and its replies written; else there is one of each."""
 
+    @property
+    def path(self) -> str:
+        """As it stands in a request."""
+        return f"/{self.service}/{self.name}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OutputColumn:
+    """An output on its way: rows of the answered members, one after the other."""
+
+    name: str
+    dtype: int
+    """A `stepwell.v1.DataType`."""
+    tail: Sequence[int]
+    """The shape without the rows."""
+    data: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InputColumn:
+    """A tensor of plain steps: their rows, one after the other."""
+
+    name: str
+    dtype: int
+    """A `stepwell.v1.DataType`, none of them bool."""
+    tail: Sequence[int]
+    """The shape without the rows."""
+    data: bytes
+
+
+class ColumnReplies(Protocol):
+    """Who is answered for plain steps. Each session of the batch is answered once, in any order."""
+
+    def applied(
+        self,
+        members: Members | None,
+        revisions: U64,
+        positions: U64,
+        outputs: Sequence[OutputColumn],
+        *,
+        replayed: bool,
+    ) -> Sequence[float]:
+        """Sessions were stepped: ascending indexes, None for all. Returns when the calls began that this ends."""
+
+    def failed(self, members: Members | None, status: Status, error: bytes) -> Sequence[float]:
+        """Sessions were not stepped: the status of calls, a serialized `stepwell.v1.Error` for frames. As `applied`."""
+
+    def gone(self) -> Members:
+        """Sessions whose callers do not wait any more."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepColumns:
+    """Plain steps that came at the same time, as columns; one entry is one message. All are of one kind.
+
+    A session may be in it more than once, to be stepped in that order.
+    """
+
+    session_ids: list[str]
+    callers: list[str]
+    """As `Call.caller`, one per session."""
+    sizes: npt.NDArray[np.uint32]
+    """Rows of each session in the tensors."""
+    says_sizes: bool
+    """The messages themselves say so; else there was nothing else that they could be."""
+    expected: U64 | None
+    request_ids: U64 | None
+    deadlines: npt.NDArray[np.float64]
+    """One per session, on the clock's monotonic time."""
+    select: int
+    """A `stepwell.v1.OutputSelection`."""
+    output_names: Sequence[str]
+    inputs: Sequence[InputColumn]
+    entries: Sequence[tuple[int, int, bool]]
+    """First session and number of sessions of each message, and whether it is a frame of a stream."""
+    replies: ColumnReplies
+
+
+class Steps(Protocol):
+    """Takes plain steps, for fronts that read them. On the event loop."""
+
+    def take(self, columns: StepColumns) -> None:
+        """Do them, in their order."""
+
+    def too_large(self, size: int) -> Status:
+        """What a call ends with whose request has so many bytes."""
+
+    def overloaded(self) -> Status:
+        """What calls end with that hold much while all of them together hold too much."""
+
+    def duplicate(self, frame_id: int) -> bytes:
+        """The reply to a frame whose id is that of an unanswered one."""
+
 
 class Front(Protocol):
     """Serves methods on one address. Lives on the event loop; started and stopped once."""
 
-    async def start(self, host: str, port: int, methods: Sequence[Method]) -> int:
+    name: str
+    """As `--front` has it."""
+
+    async def start(self, host: str, port: int, methods: Sequence[Method], steps: Steps) -> int:
         """Listen and serve. Returns the port, which the system chooses if `port` is 0.
+
+        Args:
+            host: Where to listen: a name or an address.
+            port: 0: any.
+            methods: What is served.
+            steps: Takes plain steps; a front may hand on each as a call instead.
 
         Raises:
             BindError: the address is taken, or not one of this machine's.
         """
+
+    async def flush(self) -> None:
+        """Return when all that was answered is on its way."""
 
     async def stop(self, grace_s: float) -> None:
         """Stop listening; cut off calls that still run after the time given."""

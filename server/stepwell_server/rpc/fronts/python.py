@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from stepwell_server.clock import Clock
-from stepwell_server.rpc.fronts.base import BindError, CallEnded, Method
+from stepwell_server.rpc.fronts.base import BindError, CallEnded, Method, Steps
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -45,13 +45,15 @@ class _Call:
 
 
 class PythonFront:
-    """Serves methods by grpc.aio. `base.Front`."""
+    """Serves methods by grpc.aio, every message as a call. `base.Front`."""
+
+    name = "python"
 
     def __init__(self, clock: Clock, max_message_bytes: int) -> None:
         self._clock = clock
         self._server = grpc.aio.server(options=_options(max_message_bytes))
 
-    async def start(self, host: str, port: int, methods: Sequence[Method]) -> int:
+    async def start(self, host: str, port: int, methods: Sequence[Method], steps: Steps) -> int:  # noqa: ARG002
         """See `base.Front`."""
         services: dict[str, dict[str, Any]] = {}
         for method in methods:
@@ -68,6 +70,9 @@ class PythonFront:
             ) from error
         await self._server.start()
         return bound
+
+    async def flush(self) -> None:
+        """See `base.Front`. A call has not ended before its replies are on their way."""
 
     async def stop(self, grace_s: float) -> None:
         """See `base.Front`."""

@@ -111,6 +111,11 @@ def of_frame(body: FrameBody, replies: Replies) -> Change:
     return change
 
 
+def same_frame_id(frame_id: int) -> InvalidInput:
+    """The error of a frame whose id is taken."""
+    return InvalidInput(f"frame_id must not be that of an unanswered frame; got {frame_id}")
+
+
 def step_reply(answer: Applied) -> pb.StepResponse:
     """The reply to a unary Step."""
     response = pb.StepResponse(revision=answer.revision, position=answer.position, replayed=answer.replayed)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.engine.types import U64, Members, Tensors
-from stepwell_server.errors import InvalidInput, ServerError, Unavailable
+from stepwell_server.errors import ServerError, Unavailable
 from stepwell_server.logs import Log
 from stepwell_server.rpc.boundary import parse
 from stepwell_server.rpc.steps import messages
@@ -148,8 +148,7 @@ class FrameStream:
         self._held_frames += 1
         self._held_bytes += len(raw)
         if frame.frame_id in self._pending:
-            error = InvalidInput(f"frame_id must not be that of an unanswered frame; got {frame.frame_id}")
-            return self._refuse(frame, error)
+            return self._refuse(frame, messages.same_frame_id(frame.frame_id))
         self._pending[frame.frame_id] = frame
         try:
             self._submit(request, frame)

@@ -1,0 +1,315 @@
+"""The front in Rust: the only module that knows the package `stepwell_front`, which is in `server/front`."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import socket
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import stepwell_front
+
+from stepwell_server.clock import Clock
+from stepwell_server.logs import Log
+from stepwell_server.rpc.fronts.base import (
+    U64,
+    BindError,
+    CallEnded,
+    InputColumn,
+    Members,
+    Method,
+    OutputColumn,
+    StepColumns,
+    Steps,
+)
+from stepwell_server.rpc.status import Status
+
+if TYPE_CHECKING:
+    from stepwell_front import BatchHandle, CallHandle
+
+_log = Log("rpc.front")
+#: Calls of one connection at the same time; more of them wait at the client.
+_MAX_STREAMS = 10_000
+_MAX_HEADER_BYTES = 16 << 10
+#: Frames of one stream that are not answered, before reading stops.
+_MAX_FRAMES = 1024
+#: Bytes of messages and replies of all calls together; beyond, calls that hold much are refused.
+_BUDGET_BYTES = 512 << 20
+_KEEPALIVE_S = 40.0
+_KEEPALIVE_TIMEOUT_S = 20.0
+#: Bytes of replies that a stream's writer may be ahead of what is on its way.
+_AHEAD_BYTES = 64 << 10
+_BACKLOG = 1024
+_FLUSH_LOOK_S = 0.005
+#: Methods of which the wire reads plain messages, and how it knows them.
+_PLAIN = {
+    "/stepwell.v1.SessionService/Step": "step",
+    "/stepwell.v1.SessionService/StepStream": "step_stream",
+}
+# The numbers that tell what has come: see `tuple` in lib.rs.
+_BATCH, _CALL, _MESSAGE, _TOO_LARGE, _DUPLICATE, _HALF_CLOSED, _WRITTEN, _ENDED = range(8)
+
+
+class _Call:
+    """A call as the wire hands it over. `base.Call`."""
+
+    def __init__(self, handle: CallHandle, request: bytes | None) -> None:
+        self._handle = handle
+        self.caller = handle.peer
+        self.deadline = handle.deadline
+        self.request = request or b""
+        self.task: asyncio.Task[None] | None = None
+        self._messages: collections.deque[bytes | None] = collections.deque()
+        self._taken = 0
+        """Messages that were read, of which the wire does not know."""
+        self._reader: asyncio.Future[None] | None = None
+        self._ahead = 0
+        self._room: asyncio.Future[None] | None = None
+
+    @property
+    def is_late(self) -> bool:
+        return self._handle.is_late
+
+    @property
+    def metadata(self) -> Mapping[str, str | bytes]:
+        return dict(self._handle.metadata)
+
+    async def read(self) -> bytes | None:
+        while not self._messages:
+            if self._taken:
+                # from now on plain messages need not wait behind those that were read here
+                self._handle.read(self._taken)
+                self._taken = 0
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        message = self._messages.popleft()
+        self._taken += 1
+        return message
+
+    async def write(self, reply: bytes) -> None:
+        self._handle.write(reply)
+        self._ahead += len(reply)
+        while self._ahead > _AHEAD_BYTES:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+
+    def came(self, message: bytes | None) -> None:
+        """A message of the client; None: there are no more."""
+        self._messages.append(message)
+        _wake(self._reader)
+
+    def written(self, count: int) -> None:
+        """So many bytes of replies are on their way."""
+        self._ahead -= count
+        _wake(self._room)
+
+
+class _Replies:
+    """`base.ColumnReplies` of a batch that the wire has handed over."""
+
+    def __init__(self, batch: BatchHandle) -> None:
+        self._batch = batch
+
+    def applied(
+        self,
+        members: Members | None,
+        revisions: U64,
+        positions: U64,
+        outputs: Sequence[OutputColumn],
+        *,
+        replayed: bool,
+    ) -> Sequence[float]:
+        columns = [(output.name, output.dtype, output.tail, output.data) for output in outputs]
+        some = None if members is None else members.tolist()
+        return self._batch.applied(some, revisions.tolist(), positions.tolist(), columns, replayed)
+
+    def failed(self, members: Members | None, status: Status, error: bytes) -> Sequence[float]:
+        some = None if members is None else members.tolist()
+        return self._batch.failed(some, *_said(status), error)
+
+    def gone(self) -> Members:
+        return np.array(self._batch.gone(), np.intp)
+
+
+class NativeFront:
+    """Serves methods by the wire in Rust, and hands on plain steps as columns. `base.Front`."""
+
+    name = "native"
+
+    def __init__(self, clock: Clock, max_message_bytes: int) -> None:
+        self._clock = clock
+        self._max_message_bytes = max_message_bytes
+        self._front: stepwell_front.Front | None = None
+        self._methods: Sequence[Method] = ()
+        self._steps: Steps
+        self._calls: dict[int, _Call] = {}
+        self._loop = asyncio.get_running_loop()
+        self._unlooked = 0
+        """Messages that tasks have not looked at yet: what came behind them must not overtake them."""
+        self._deferred = 0
+        """What came behind them, and has not been done yet: it keeps its order."""
+
+    async def start(self, host: str, port: int, methods: Sequence[Method], steps: Steps) -> int:
+        """See `base.Front`."""
+        self._methods, self._steps = methods, steps
+        sockets = await self._listen(host, port)
+        front = self._front = stepwell_front.Front(
+            [(method.path, method.streams, _PLAIN.get(method.path, "")) for method in methods],
+            now=self._clock.monotonic(),
+            max_message_bytes=self._max_message_bytes,
+            max_streams=_MAX_STREAMS,
+            max_header_bytes=_MAX_HEADER_BYTES,
+            max_frames=_MAX_FRAMES,
+            budget_bytes=max(_BUDGET_BYTES, 4 * self._max_message_bytes),
+            overloaded=_said(steps.overloaded()),
+            keepalive_s=_KEEPALIVE_S,
+            keepalive_timeout_s=_KEEPALIVE_TIMEOUT_S,
+        )
+        front.set_general(_log.is_debug)  # each message has a line in the log
+        self._loop.add_reader(front.fd(), self._take, front)
+        bound: int = sockets[0].getsockname()[1]
+        front.start([(listener.detach(), False) for listener in sockets])
+        return bound
+
+    async def flush(self) -> None:
+        """See `base.Front`."""
+        while self._front is not None and self._front.unwritten():  # noqa: ASYNC110 - the wire's thread counts
+            await asyncio.sleep(_FLUSH_LOOK_S)
+
+    async def stop(self, grace_s: float) -> None:
+        """See `base.Front`."""
+        front = self._front
+        if front is None:
+            return
+        front.drain()
+        await asyncio.to_thread(front.wait, grace_s)
+        self._loop.remove_reader(front.fd())
+        await asyncio.to_thread(front.close)
+        tasks = [call.task for call in self._calls.values() if call.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _listen(self, host: str, port: int) -> list[socket.socket]:
+        """Listen on each address that the name stands for, on the same port."""
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        listeners: list[socket.socket] = []
+        problem: OSError | None = None
+        for family, _, _, _, where in await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            place = (where[0], listeners[0].getsockname()[1], *where[2:]) if listeners else where
+            try:
+                listener = socket.create_server(place, family=family, backlog=_BACKLOG)
+            except OSError as error:
+                problem = error
+                continue
+            listener.setblocking(False)
+            listeners.append(listener)
+        if not listeners:
+            raise BindError(
+                f"cannot listen on {address}: it is in use or not an address of this machine"
+            ) from problem
+        return listeners
+
+    def _take(self, front: stepwell_front.Front) -> None:
+        """Take what has come, in its order. What came behind messages that tasks have to look at waits for that."""
+        for arrival in front.take():
+            if self._unlooked or self._deferred:
+                self._deferred += 1
+                self._loop.call_soon(self._do_deferred, arrival)
+            else:
+                self._do(*arrival)
+
+    def _do_deferred(self, arrival: tuple[Any, ...]) -> None:
+        self._deferred -= 1
+        self._do(*arrival)
+
+    def _do(self, tag: int, *rest: Any) -> None:
+        if tag == _BATCH:
+            self._steps.take(_columns(*rest))
+            return
+        if tag in {_CALL, _MESSAGE}:
+            self._unlooked += 1
+            self._loop.call_soon(self._looked)
+        self._tell(tag, *rest)
+
+    def _tell(self, tag: int, key: int, *rest: Any) -> None:
+        """Let the task of a call know."""
+        if tag == _CALL:
+            self._begin(key, *rest)
+            return
+        if tag == _DUPLICATE:
+            handle, frame_id = rest
+            handle.write(self._steps.duplicate(frame_id))
+            return
+        if tag == _TOO_LARGE:
+            handle, size = rest
+            handle.end(*_said(self._steps.too_large(size)))
+        call = self._calls.get(key)
+        if call is None:  # it has had its end meanwhile
+            return
+        if tag == _MESSAGE:
+            call.came(rest[0])
+        elif tag == _HALF_CLOSED:
+            call.came(None)
+        elif tag == _WRITTEN:
+            call.written(rest[0])
+        elif call.task is not None:
+            call.task.cancel()
+
+    def _looked(self) -> None:
+        self._unlooked -= 1
+
+    def _begin(self, key: int, handle: CallHandle, request: bytes | None) -> None:
+        call = self._calls[key] = _Call(handle, request)
+        call.task = self._loop.create_task(self._serve(call, handle))
+        # not in the task: one that is cancelled before it begins runs nothing of its own
+        call.task.add_done_callback(lambda _: self._calls.pop(key))
+
+    async def _serve(self, call: _Call, handle: CallHandle) -> None:
+        try:
+            method = self._methods[handle.method]
+            reply = await method.serve(call)
+            if method.streams:
+                handle.end(0, "", b"")
+            else:
+                handle.finish(reply)
+        except CallEnded as ended:
+            handle.end(*_said(ended.status))
+
+
+def _said(status: Status) -> tuple[int, str, bytes]:
+    details = next((value for _, value in status.trailers), b"")
+    return int(status.code), status.message, details
+
+
+def _wake(waiting: asyncio.Future[None] | None) -> None:
+    if waiting is not None and not waiting.done():
+        waiting.set_result(None)
+
+
+def _columns(
+    batch: BatchHandle,
+    session_ids: list[str],
+    callers: list[str],
+    numbers: tuple[bytes, bytes, bytes, bytes],
+    asked: tuple[int, list[str], bool],
+    tensors: list[tuple[str, int, list[int], bytes]],
+) -> StepColumns:
+    sizes, expected, request_ids, deadlines = numbers
+    select, output_names, says_sizes = asked
+    return StepColumns(
+        session_ids,
+        callers,
+        np.frombuffer(sizes, np.uint32),
+        says_sizes,
+        np.frombuffer(expected, np.uint64) if expected else None,
+        np.frombuffer(request_ids, np.uint64) if request_ids else None,
+        np.frombuffer(deadlines, np.float64),
+        select,
+        output_names,
+        [InputColumn(*tensor) for tensor in tensors],
+        batch.entries,
+        _Replies(batch),
+    )

@@ -1,0 +1,284 @@
+"""Steps that a front hands over as columns: one change where they can go together, and else each gets its own answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell.v1 import errors_pb2
+from stepwell_server.engine.change import Change
+from stepwell_server.rpc.fronts.base import InputColumn, Members, OutputColumn, StepColumns
+from stepwell_server.rpc.status import Status
+from stepwell_server.rpc.steps.columns import ColumnSteps
+from support.engine import Harness, running
+from support.fake_call import Requests
+
+pytestmark = pytest.mark.stores("memory", "async", "sync", "awaited")
+FLOAT32, UINT8 = 1, 9
+LIMIT = 1 << 20
+Row = tuple[int, int, list[float], bool]
+
+
+class Batch:
+    """A front's batch: what each session of it was answered. `ColumnReplies`."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = sizes
+        self.applied_by_member: dict[int, Row] = {}
+        self.errors: dict[int, errors_pb2.Error] = {}
+        self.gone_members: list[int] = []
+
+    def applied(
+        self,
+        members: Members | None,
+        revisions: Any,
+        positions: Any,
+        outputs: Sequence[OutputColumn],
+        *,
+        replayed: bool,
+    ) -> Sequence[float]:
+        some = range(len(self._sizes)) if members is None else members.tolist()
+        (output,) = outputs
+        rows = np.frombuffer(output.data, np.float32).reshape(-1, *output.tail)
+        assert len(rows) == sum(self._sizes[member] for member in some)
+        start = 0
+        for place, member in enumerate(some):
+            assert member not in self.applied_by_member, "answered twice"
+            end = start + self._sizes[member]
+            own = rows[start:end].ravel().tolist()
+            self.applied_by_member[member] = (int(revisions[place]), int(positions[place]), own, replayed)
+            start = end
+        return [0.0] * len(some)
+
+    def failed(self, members: Members | None, status: Status, error: bytes) -> Sequence[float]:
+        some = range(len(self._sizes)) if members is None else members.tolist()
+        for member in some:
+            assert member not in self.errors, "answered twice"
+            self.errors[member] = errors_pb2.Error.FromString(error)
+            assert self.errors[member].message == status.message
+        return [0.0] * len(some)
+
+    def gone(self) -> Members:
+        return np.array(self.gone_members, np.intp)
+
+
+class Columns:
+    """Hands batches of one-input steps to an engine under test."""
+
+    def __init__(self, at: Harness) -> None:
+        self.at = at
+        self.observer = Requests()
+        self.steps = ColumnSteps(at.engine, at.clock, LIMIT, self.observer)
+        self.changes: list[Change] = []
+        submit = at.engine.submit
+
+        def counted(change: Change) -> None:
+            self.changes.append(change)
+            submit(change)
+
+        at.engine.submit = counted
+
+    def take(
+        self,
+        ids: Sequence[str],
+        x: Any,
+        *,
+        sizes: Sequence[int] = (),
+        entries: Sequence[tuple[int, int, bool]] = (),
+        says_sizes: bool = False,
+        dtype: int = FLOAT32,
+        **columns: Any,
+    ) -> Batch:
+        """Hand over a step of each session, each a message of its own unless `entries` say otherwise."""
+        values = np.asarray(x, np.float32 if dtype == FLOAT32 else np.uint8)
+        own = list(sizes) or [1] * len(ids)
+        batch = Batch(own)
+        deadlines = columns.pop("deadlines", [np.inf] * len(ids))
+        self.steps.take(
+            StepColumns(
+                list(ids),
+                [f"caller of {session_id}" for session_id in ids],
+                np.array(own, np.uint32),
+                says_sizes,
+                columns.get("expected"),
+                columns.get("request_ids"),
+                np.array(deadlines, np.float64),
+                0,
+                (),
+                [InputColumn("", dtype, values.shape[1:], values.tobytes())],
+                list(entries) or [(at, 1, False) for at in range(len(ids))],
+                batch,
+            )
+        )
+        return batch
+
+
+@pytest.fixture
+async def columns(store_kind: str) -> Any:
+    async with running() as at:
+        yield Columns(at)
+
+
+async def expected_of(at: Harness, x: Any) -> list[float]:
+    """What a new session's step with this row answers."""
+    async with _one(at) as session_id:
+        answer = await at.step(session_id, [x])
+    return next(iter(answer.outputs.values())).ravel().tolist()
+
+
+class _one:  # noqa: N801
+    def __init__(self, at: Harness) -> None:
+        self._at = at
+
+    async def __aenter__(self) -> str:
+        await self._at.open("reference")
+        return "reference"
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._at.engine.close_session("reference")
+
+
+async def test_all_that_came_together_is_one_change_and_each_gets_its_own_row(columns: Columns) -> None:
+    ids = [f"s{index}" for index in range(12)]
+    await columns.at.open(*ids)
+    x = np.random.default_rng(0).standard_normal((12, 2))
+    batch = columns.take(ids, x)
+    await columns.at.settled()
+    assert [change.size for change in columns.changes] == [12]
+    for index in range(12):
+        revision, position, outputs, replayed = batch.applied_by_member[index]
+        assert (revision, position, replayed) == (1, 1, False)
+        assert outputs == await expected_of(columns.at, x[index])
+    assert columns.observer.done == [("Step", "OK")] * 12
+
+
+async def test_a_session_that_comes_twice_is_stepped_twice_in_order(columns: Columns) -> None:
+    await columns.at.open("a", "b")
+    x = np.random.default_rng(1).standard_normal((3, 2))
+    batch = columns.take(["a", "b", "a"], x)
+    await columns.at.settled()
+    assert [batch.applied_by_member[member][:2] for member in range(3)] == [(1, 1), (1, 1), (2, 2)]
+    await columns.at.open("c")
+    await columns.at.step("c", x[0:1])
+    answer = await columns.at.step("c", x[2:3])
+    assert batch.applied_by_member[2][2] == next(iter(answer.outputs.values())).ravel().tolist()
+
+
+async def test_a_session_that_is_not_there_spoils_nobody_elses_step(columns: Columns) -> None:
+    await columns.at.open("a", "b")
+    batch = columns.take(["a", "nobody", "b"], np.ones((3, 2)))
+    await columns.at.settled()
+    assert sorted(batch.applied_by_member) == [0, 2]
+    assert batch.errors[1].reason == "SESSION_NOT_FOUND"
+    assert "'nobody'" in batch.errors[1].message
+    assert columns.observer.refusals == {"SESSION_NOT_FOUND": 1}
+
+
+async def test_many_conflicts_of_different_callers_have_an_error_each(columns: Columns) -> None:
+    ids = [f"s{index}" for index in range(40)]
+    await columns.at.open(*ids)
+    batch = columns.take(ids, np.ones((40, 2)), expected=np.full(40, 5, np.uint64))
+    await columns.at.settled()
+    assert not batch.applied_by_member
+    for index, session_id in enumerate(ids):
+        assert repr(session_id) in batch.errors[index].message
+        assert "others" not in batch.errors[index].message, "who else was refused is nobody's business"
+
+
+async def test_not_a_number_is_its_own_senders_fault(columns: Columns) -> None:
+    await columns.at.open("a", "b")
+    batch = columns.take(["a", "b"], [[1, np.nan], [1, 1]])
+    await columns.at.settled()
+    assert "index [0, 1]" in batch.errors[0].message
+    assert sorted(batch.applied_by_member) == [1]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 3), FLOAT32), ((2,), FLOAT32), ((2, 1, 1, 2), FLOAT32)])
+async def test_what_the_model_does_not_take_is_told_to_each(columns: Columns, shape: Any, dtype: int) -> None:
+    await columns.at.open("a", "b")
+    batch = columns.take(["a", "b"], np.ones(shape), dtype=dtype)
+    await columns.at.settled()
+    own = (1, *shape[1:])
+    for member in range(2):
+        assert f"got {own}" in batch.errors[member].message, "as if it had come alone"
+
+
+async def test_integers_become_the_models_floats(columns: Columns) -> None:
+    await columns.at.open("a", "b")
+    batch = columns.take(["a", "b"], np.ones((2, 2)), dtype=UINT8)
+    await columns.at.settled()
+    assert batch.applied_by_member[0][2] == await expected_of(columns.at, [1.0, 1.0])
+
+
+async def test_rows_that_two_messages_mistake_are_not_swapped(columns: Columns) -> None:
+    """One has a row too many and one a row too few: together they would fit."""
+    await columns.at.open("two", batch_size=2)
+    await columns.at.open("one")
+    batch = columns.take(["two", "one"], np.ones((3, 2)), sizes=[1, 2])
+    await columns.at.settled()
+    assert not batch.applied_by_member
+    assert "(2, 2)" in batch.errors[0].message
+    assert "(1, 2)" in batch.errors[1].message
+
+
+async def test_sizes_that_a_frame_says_are_compared_with_the_sessions_own(columns: Columns) -> None:
+    await columns.at.open("a", "b")
+    entries = [(0, 1, True), (1, 1, True)]
+    batch = columns.take(["a", "b"], np.ones((3, 2)), sizes=[2, 1], says_sizes=True, entries=entries)
+    await columns.at.settled()
+    assert "batch_sizes must be the sessions' own" in batch.errors[0].message
+    assert sorted(batch.applied_by_member) == [1]
+
+
+async def test_a_deadline_is_its_own_messages(columns: Columns) -> None:
+    await columns.at.open("a", "b")
+    now = columns.at.clock.monotonic()
+    batch = columns.take(["a", "b"], np.ones((2, 2)), deadlines=[now, np.inf])
+    await columns.at.settled()
+    assert batch.errors[0].reason == "DEADLINE_EXCEEDED"
+    assert sorted(batch.applied_by_member) == [1]
+
+
+async def test_whose_caller_has_gone_is_not_stepped(columns: Columns) -> None:
+    await columns.at.open("a", "b", "c")
+    batch = columns.take(["a", "b", "c"], np.ones((3, 2)))
+    batch.gone_members = [1]
+    await columns.at.settled()
+    assert sorted(batch.applied_by_member) == [0, 2]
+    assert (await columns.at.engine.session_info("b")).revision == 0
+
+
+async def test_a_retry_among_others_gets_the_first_answer(columns: Columns) -> None:
+    await columns.at.open("a", "b")
+    first = np.array([[1.0, 2.0], [3.0, 4.0]])
+    asked: dict[str, Any] = {"expected": np.zeros(2, np.uint64), "request_ids": np.array([7, 8], np.uint64)}
+    before = columns.take(["a", "b"], first, **asked)
+    await columns.at.settled()
+    again = columns.take(["a", "b"], first, **asked)
+    await columns.at.settled()
+    for member in range(2):
+        assert again.applied_by_member[member] == (*before.applied_by_member[member][:3], True)
+
+
+async def test_a_reply_may_be_as_large_as_if_it_came_alone(columns: Columns) -> None:
+    """What all replies would have together is nobody's limit."""
+    await columns.at.open("a", "b")
+    steps = LIMIT * 6 // 10 // len(await expected_of(columns.at, [1.0, 1.0])) // 4
+    batch = columns.take(["a", "b"], np.ones((2, steps, 2)))
+    await columns.at.settled()
+    assert [batch.applied_by_member[member][:2] for member in range(2)] == [(1, steps), (1, steps)]
+    over = columns.take(["a", "b"], np.ones((2, 2 * steps, 2)))
+    assert [over.errors[member].reason for member in range(2)] == ["MESSAGE_TOO_LARGE"] * 2
+
+
+async def test_a_defect_leaves_nobody_waiting(columns: Columns, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_change: Change) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(columns.at.engine, "submit", broken)
+    batch = columns.take(["a", "b"], np.ones((2, 2)))
+    assert {error.reason for error in batch.errors.values()} == {"INTERNAL"}
+    assert sorted(batch.errors) == [0, 1]
