@@ -9,6 +9,8 @@ MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# The native front, or the note that there can be none on this machine.
+FRONT := .venv/.front
 # What the demo leaves behind.
 MODEL := out/temperature.keras
 
@@ -29,18 +31,26 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,demo]' --group dev
 	@touch $@
 
+$(FRONT): $(INSTALLED) scripts/front.py server/front/Cargo.toml $(wildcard server/front/src/*.rs)
+	@$(BIN)/python scripts/front.py || [ $$? -eq 3 ]
+	@touch $@
+
+.PHONY: front
+front: $(FRONT) ## Build the native front, where cargo is there
+	@$(BIN)/python -c "import stepwell_front" 2>/dev/null && echo "The native front is installed" || $(BIN)/python scripts/front.py
+
 .PHONY: install
 install: $(INSTALLED) ## Make .venv with everything for running, testing and checking
 
 .PHONY: demo
-demo: $(INSTALLED) ## Train a small model on real data, serve it to three users, show what they got
+demo: $(INSTALLED) $(FRONT) ## Train a small model on real data, serve it to three users, show what they got
 	$(BIN)/python examples/demo.py
 
 $(MODEL): | $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 .PHONY: serve
-serve: $(INSTALLED) $(MODEL) ## Serve the demo's model (trained first if need be) until Ctrl-C
+serve: $(INSTALLED) $(FRONT) $(MODEL) ## Serve the demo's model (trained first if need be) until Ctrl-C
 	$(BIN)/stepwell serve temperature=$(MODEL)
 
 # Whole runs are divided among so many processes; a few tests, named by ARGS, are faster in one.
@@ -48,7 +58,7 @@ WORKERS ?= 2
 ALL := $(if $(ARGS),,--numprocesses $(WORKERS) --dist worksteal)
 
 .PHONY: test
-test: $(INSTALLED) ## Run all tests (five minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores
+test: $(INSTALLED) $(FRONT) ## Run all tests (five minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores
 	$(BIN)/pytest $(ALL) $(ARGS)
 
 .PHONY: test-unit
@@ -56,11 +66,11 @@ test-unit: $(INSTALLED) ## Run the unit tests (half a minute; ARGS="-k slots" ru
 	$(BIN)/pytest tests/unit $(ALL) $(ARGS)
 
 .PHONY: coverage
-coverage: $(INSTALLED) ## Run all tests, and fail if they cover less than the floor in pyproject.toml
+coverage: $(INSTALLED) $(FRONT) ## Run all tests, and fail if they cover less than the floor in pyproject.toml
 	$(BIN)/pytest --cov --cov-report=term $(ALL) $(ARGS)
 
 .PHONY: soak
-soak: $(INSTALLED) ## Try all of what `make test` samples, then kill servers a thousand times under load (fifteen minutes; ARGS="--kills 50 --seed 7" only kills)
+soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples, then kill servers a thousand times under load (fifteen minutes; ARGS="--kills 50 --seed 7" only kills)
 	$(if $(ARGS),,TEST_ALL=1 $(BIN)/pytest $(ALL) $$(grep -rl "from support.samples" tests/unit tests/congruence))
 	$(BIN)/python tests/fault/soak.py $(ARGS)
 
@@ -69,12 +79,12 @@ fuzz-models: $(INSTALLED) ## Compile random models and compare what is served wi
 	$(BIN)/python tests/congruence/fuzz_models.py $(ARGS)
 
 .PHONY: bench
-bench: $(INSTALLED) ## Measure the server against what bounds it, and its stores (twenty minutes; ARGS="one many" runs some cases)
+bench: $(INSTALLED) $(FRONT) ## Measure the server against what bounds it, and its stores (twenty minutes; ARGS="one many" runs some cases)
 	$(BIN)/python tests/bench/compare.py $(ARGS)
 	$(if $(ARGS),,$(BIN)/python tests/bench/sweep.py)
 
 .PHONY: bench-scale
-bench-scale: $(INSTALLED) ## Measure a server with a million sessions (a few minutes, 2 GB of disk; ARGS="--sessions 50000")
+bench-scale: $(INSTALLED) $(FRONT) ## Measure a server with a million sessions (a few minutes, 2 GB of disk; ARGS="--sessions 50000")
 	$(BIN)/python tests/bench/million.py $(ARGS)
 
 .PHONY: bench-plots
@@ -83,7 +93,7 @@ bench-plots: $(INSTALLED) ## Draw the plots and fill in the tables of docs/perfo
 	$(BIN)/python scripts/wrap_documents.py
 
 .PHONY: check
-check: check-format check-lint check-types check-arrows check-proto check-repo ## Run every check that is not a test: all those below
+check: check-format check-lint check-types check-arrows check-proto check-front check-repo ## Run every check that is not a test: all those below
 
 .PHONY: check-format
 check-format: $(INSTALLED) ## Is everything formatted?
@@ -106,6 +116,10 @@ check-proto: $(INSTALLED) ## Is the protocol in order and its generated code fre
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 	$(BIN)/python scripts/proto.py --check
+
+.PHONY: check-front
+check-front: $(INSTALLED) ## Is the native front formatted, and do clippy and its own tests find nothing? (Where cargo is there)
+	$(BIN)/python scripts/front.py --check || [ $$? -eq 3 ]
 
 .PHONY: check-repo
 check-repo: $(INSTALLED) ## Do documents and code agree, and does every file keep the rules?
@@ -135,5 +149,5 @@ format: $(INSTALLED) ## Format everything, wrap the documents, and mend what ruf
 
 .PHONY: clean
 clean: ## Remove everything that the targets above have made
-	rm -rf .venv .tools out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	rm -rf .venv .tools out dist server/front/target server/front/Cargo.lock build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
 	find client server tests scripts examples -name __pycache__ -type d -prune -exec rm -rf {} +

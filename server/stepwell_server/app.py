@@ -22,7 +22,7 @@ from stepwell_server.errors import StoreGone
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics import MetricsServer, PrometheusObserver
 from stepwell_server.program import Program, ProofOptions
-from stepwell_server.rpc.fronts.base import BindError
+from stepwell_server.rpc.fronts.base import BindError, Front
 from stepwell_server.rpc.fronts.python import PythonFront
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import Address, Settings
@@ -228,11 +228,12 @@ async def _run(settings: Settings, programs: Mapping[str, Program], store: Store
     try:
         rpc = RpcServer(
             engine,
-            PythonFront(clock, settings.max_message_bytes),
+            _front(settings, clock),
             clock=clock,
             observer=observer,
             max_message_bytes=settings.max_message_bytes,
         )
+        observer.serves_by(rpc.front)
         metrics = _serve_metrics(settings, observer, engine)
         await _serve_calls(settings, rpc, store)
         gone = await _until_stopped(stop, store, rpc, observer)
@@ -246,6 +247,18 @@ async def _run(settings: Settings, programs: Mapping[str, Program], store: Store
             _log.warning("the store did not come back from a commit; what was not acknowledged may be lost")
     _log.info("stopped")
     return 1 if gone else 0
+
+
+def _front(settings: Settings, clock: Clock) -> Front:
+    if settings.front != "python":
+        try:
+            from stepwell_server.rpc.fronts.native import NativeFront
+        except ImportError as error:
+            if settings.front == "native":
+                raise StartError(f"--front native: stepwell-front cannot be imported: {error}") from error
+        else:
+            return NativeFront(clock, settings.max_message_bytes)
+    return PythonFront(clock, settings.max_message_bytes)
 
 
 async def _until_stopped(
@@ -329,6 +342,7 @@ async def _serve_calls(settings: Settings, rpc: RpcServer, store: Store) -> None
         port = await rpc.start(*settings.listen)
     except BindError as error:
         raise StartError(f"--listen: {error}") from error
+    _log.info("serving", front=rpc.front, address=str(settings.listen._replace(port=port)))
     # What is there now stays: the garbage collector need not look at it again and again.
     gc.collect()
     gc.freeze()

@@ -216,6 +216,10 @@ class Settings:
     """Models to serve: the name under which, and the file that Keras saved. In the variable, with commas between them."""
     listen: Address = _setting(_address, Address("127.0.0.1", 50051), "HOST:PORT")
     """Address to serve gRPC on. Port 0 lets the system choose; the line on stdout says which."""
+    front: Literal["auto", "native", "python"] = _setting(
+        _choice("auto", "native", "python"), "auto", "auto|native|python"
+    )
+    """What speaks to the network: native, the front in Rust; python, grpc.aio, which is slower; auto, native where it is installed."""
     store: Literal["disk", "memory"] = _setting(_store, "disk", "disk|memory")
     """Where sessions are kept: on disk under --data-dir, or in memory, where they end with the server."""
     data_dir: Path = _computed(_folder, _default_data_dir, "DIR")

@@ -1,0 +1,150 @@
+"""Build the native front and put it into this environment, or say why there is none.
+
+    python scripts/front.py             build it if it is not there as it stands in server/front
+    python scripts/front.py --check     format, clippy and the crate's own tests; fails if cargo is there and they do
+
+Cargo does the work. Its crates come from its registry; where that is not reached, from Debian's librust-*-dev
+packages, which are installed if this is a Debian and we may. Without cargo nothing is built, and the server uses the
+front in Python. Exit codes: 0 built or nothing to do, 3 there is no native front, 1 it does not build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CRATE = ROOT / "server" / "front"
+MODULE = Path(sysconfig.get_path("platlib")) / "stepwell_front.abi3.so"
+STAMP = MODULE.with_suffix(".sources")
+#: Debian's packages of the crates in Cargo.toml.
+PACKAGES = [
+    f"librust-{name}-dev" for name in ("bytes", "flate2", "h2", "http", "libc", "proptest", "pyo3", "tokio")
+]
+DEBIAN_CRATES = Path("/usr/share/cargo/registry")
+FROM_DEBIAN = [
+    *("--offline", "--config", 'source.crates-io.replace-with="debian"'),
+    *("--config", f'source.debian.directory="{DEBIAN_CRATES}"'),
+]
+NO_FRONT = 3
+
+
+class NoFront(Exception):
+    """There can be no native front here, and why."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description="Build the native front.")
+    parser.add_argument("--check", action="store_true", help="check and test the crate instead")
+    options = parser.parse_args(arguments)
+    try:
+        if options.check:
+            return check()
+        return build()
+    except NoFront as reason:
+        print(f"No native front: {reason}. The server uses the front in Python, which is slower.")
+        return NO_FRONT
+
+
+def build() -> int:
+    """Build the module if its sources have changed."""
+    sources = digest()
+    if MODULE.exists() and STAMP.exists() and STAMP.read_text() == sources:
+        return 0
+    print("Building the native front (Rust; the first time takes a minute or two)", flush=True)
+    code = cargo("build", "--release", "--quiet")
+    if code == 0:
+        # not over the file that a running server has mapped
+        fresh = MODULE.with_suffix(".new")
+        shutil.copyfile(CRATE / "target" / "release" / "libstepwell_front.so", fresh)
+        fresh.replace(MODULE)
+        STAMP.write_text(sources)
+    return min(code, 1)
+
+
+def check() -> int:
+    """Format, clippy, tests."""
+    steps = [
+        ("fmt", "--check"),
+        ("clippy", "--release", "--quiet", "--all-targets", "--", "--deny", "warnings"),
+        ("test", "--quiet", "--no-default-features"),
+    ]
+    codes = [cargo(*step) for step in steps]
+    return 1 if any(codes) else 0
+
+
+def digest() -> str:
+    """Stands for everything that the module is built of."""
+    found = hashlib.sha256()
+    for path in [CRATE / "Cargo.toml", *sorted((CRATE / "src").glob("*.rs"))]:
+        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()
+
+
+def cargo(command: str, *arguments: str) -> int:
+    """Run cargo in the crate; its exit code.
+
+    Raises:
+        NoFront: there is no cargo, or it has no crates.
+    """
+    program = shutil.which("cargo")
+    if program is None:
+        raise NoFront("cargo is not installed")
+    crates = [] if command == "fmt" else source_of_crates(program)
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    whole = [program, command, *arguments[:split], *crates, *arguments[split:]]
+    return subprocess.run(whole, cwd=CRATE, check=False).returncode
+
+
+@functools.cache
+def source_of_crates(program: str) -> list[str]:
+    """Options that tell cargo where the crates are.
+
+    Raises:
+        NoFront: nowhere.
+    """
+    if has_debian_crates():
+        return FROM_DEBIAN
+    # two attempts of ten seconds: who has no way to the registry is to know soon
+    patience = {"CARGO_NET_RETRY": "1", "CARGO_HTTP_TIMEOUT": "10"}
+    fetched = subprocess.run(
+        [program, "fetch", "--quiet"],
+        cwd=CRATE,
+        env={**os.environ, **patience},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if fetched.returncode == 0:
+        return []
+    if shutil.which("apt-get") is None or os.geteuid() != 0:
+        last = fetched.stderr.strip().splitlines()[-1:]
+        raise NoFront(f"cargo does not reach its registry ({' '.join(last).strip() or 'no reason given'})")
+    print(f"Installing Debian's crates: {' '.join(PACKAGES)}", flush=True)
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    install = ["apt-get", "install", "--yes", "--quiet=2", "--no-install-recommends", *PACKAGES]
+    for step in (install, ["apt-get", "update", "--quiet=2"], install):
+        if (
+            subprocess.run(step, env=quiet, stdout=subprocess.DEVNULL, check=False).returncode == 0
+            and has_debian_crates()
+        ):
+            return FROM_DEBIAN
+    raise NoFront("cargo does not reach its registry, and Debian's crates could not be installed")
+
+
+def has_debian_crates() -> bool:
+    """Every package is there."""
+    return all(any(DEBIAN_CRATES.glob(f"{package[8:-4]}-[0-9]*")) for package in PACKAGES)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,202 @@
+//! One call as both sides know it: the task that serves it on the wire, and whoever answers it.
+
+use crate::grpc::{self, Status};
+use crate::protobuf::{Fields, Value};
+use bytes::Bytes;
+use std::collections::{HashSet, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
+
+/// What all calls of a connection share.
+#[derive(Debug)]
+pub struct Peer {
+    /// As gRPC writes it: `ipv4:127.0.0.1:4711`.
+    pub name: String,
+    /// Tells connections apart.
+    pub number: u64,
+}
+
+/// A call on its way.
+#[derive(Debug)]
+pub struct Call {
+    pub peer: Arc<Peer>,
+    /// Index of its method; the last one is "no such method".
+    pub method: usize,
+    pub streams: bool,
+    /// Seconds on the monotonic clock; infinity if it has none.
+    pub deadline: f64,
+    pub metadata: Vec<(String, Vec<u8>)>,
+    /// When it began, seconds on the monotonic clock.
+    pub started: f64,
+    is_over: AtomicBool,
+    is_late: AtomicBool,
+    state: Mutex<State>,
+    /// Replies of all calls that are not on their way.
+    unwritten: Arc<AtomicUsize>,
+}
+
+/// What the task that serves the call looks at when it is woken.
+#[derive(Debug, Default)]
+pub struct State {
+    /// Framed replies, and how many bytes of plain frames are done with when they are written; None: Python's own.
+    pub replies: VecDeque<(Bytes, Option<usize>)>,
+    /// Bytes of replies that wait.
+    pub reply_bytes: usize,
+    pub end: Option<Status>,
+    /// Ids of plain frames that are not answered.
+    pub frames: HashSet<u64>,
+    /// Ids of frames that Python was handed and has not answered.
+    pub general_frames: HashSet<u64>,
+    /// Bytes of plain frames that are not answered.
+    pub held: usize,
+    /// Sizes of messages that were handed to Python, which has not looked at them.
+    pub unread: VecDeque<usize>,
+    pub waker: Option<Waker>,
+}
+
+impl State {
+    /// Bytes of a stream's messages, from when they have come whole until they are done with.
+    pub fn held_bytes(&self) -> usize {
+        self.held + self.reply_bytes + self.unread.iter().sum::<usize>()
+    }
+}
+
+impl Call {
+    pub fn new(
+        peer: Arc<Peer>,
+        method: usize,
+        streams: bool,
+        started: f64,
+        deadline: f64,
+        metadata: Vec<(String, Vec<u8>)>,
+        unwritten: Arc<AtomicUsize>,
+    ) -> Self {
+        Call {
+            peer,
+            method,
+            streams,
+            deadline,
+            metadata,
+            started,
+            is_over: AtomicBool::new(false),
+            is_late: AtomicBool::new(false),
+            state: Mutex::new(State::default()),
+            unwritten,
+        }
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        // what a panic left behind is at worst a call of one client
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nobody waits for it any more.
+    pub fn is_over(&self) -> bool {
+        self.is_over.load(Ordering::Relaxed)
+    }
+
+    /// It is over because its time was.
+    pub fn is_late(&self) -> bool {
+        self.is_late.load(Ordering::Relaxed)
+    }
+
+    pub fn set_over(&self, late: bool) {
+        self.is_late.store(late, Ordering::Relaxed);
+        self.is_over.store(true, Ordering::Relaxed);
+    }
+
+    /// Send a framed reply; `frame_id` is that of the plain frame that it is the last part of.
+    pub fn reply(&self, framed: Bytes, frame_id: Option<u64>, held: Option<usize>) {
+        let waker = {
+            let mut state = self.state();
+            if let Some(id) = frame_id {
+                state.frames.remove(&id);
+            }
+            state.reply_bytes += framed.len();
+            self.unwritten.fetch_add(1, Ordering::Relaxed);
+            state.replies.push_back((framed, held));
+            state.waker.take()
+        };
+        wake(waker);
+    }
+
+    /// Send a reply that Python has made.
+    pub fn write(&self, message: &[u8]) {
+        if let Some(frame_id) = answered_frame(message) {
+            self.state().general_frames.remove(&frame_id);
+        }
+        self.reply(grpc::framed(message), None, None);
+    }
+
+    /// The only reply of a call that does not stream, and its end.
+    pub fn finish(&self, framed: Bytes) {
+        let waker = {
+            let mut state = self.state();
+            self.unwritten.fetch_add(1, Ordering::Relaxed);
+            state.replies.push_back((framed, None));
+            state.end = Some(Status::ok());
+            state.waker.take()
+        };
+        wake(waker);
+    }
+
+    pub fn end(&self, status: Status) {
+        let waker = {
+            let mut state = self.state();
+            state.end.get_or_insert(status);
+            state.waker.take()
+        };
+        wake(waker);
+    }
+
+    /// A reply is on its way, or nobody will have it.
+    pub fn written(&self) {
+        self.unwritten.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Python has looked at so many messages.
+    pub fn read(&self, count: usize) {
+        let waker = {
+            let mut state = self.state();
+            let count = count.min(state.unread.len());
+            state.unread.drain(..count);
+            state.waker.take()
+        };
+        wake(waker);
+    }
+
+    #[cfg(test)]
+    pub fn for_test() -> Self {
+        let peer = Arc::new(Peer { name: "test".to_owned(), number: 0 });
+        Call::new(peer, 0, false, 0.0, f64::INFINITY, Vec::new(), Arc::default())
+    }
+}
+
+/// The id of the frame that a `StepStreamResponse` is the last part for.
+fn answered_frame(message: &[u8]) -> Option<u64> {
+    let mut fields = Fields::new(message);
+    let (mut frame_id, mut is_last) = (0, false);
+    while let Ok(Some((number, value))) = fields.next() {
+        match (number, value) {
+            (1, Value::Varint(id)) => frame_id = id,
+            (9, Value::Varint(last)) => is_last = last != 0,
+            _ => {}
+        }
+    }
+    is_last.then_some(frame_id)
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        // what was answered when its client had gone
+        let left = self.state().replies.len();
+        self.unwritten.fetch_sub(left, Ordering::Relaxed);
+    }
+}
+
+fn wake(waker: Option<Waker>) {
+    if let Some(waker) = waker {
+        waker.wake();
+    }
+}

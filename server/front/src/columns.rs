@@ -1,0 +1,328 @@
+//! What has come for Python, in its order: batches of plain steps as columns, and everything else as events.
+
+use crate::call::Call;
+use crate::plain::Step;
+use bytes::Bytes;
+use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::AtomicU32;
+use std::sync::Arc;
+
+/// Sessions of one batch, so that no batch keeps Python's event loop for long.
+pub const MOST_IN_BATCH: usize = 4096;
+/// Calls that have begun since Python looked last.
+const MOST_CALLS: usize = 10_000;
+/// Batches of different signatures that are filled at the same time.
+const MOST_OPEN: usize = 16;
+
+/// What steps must have in common to stand in the same columns.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Signature {
+    pub select: u8,
+    pub output_names: Vec<String>,
+    pub has_expected: bool,
+    pub has_request_ids: bool,
+    pub says_sizes: bool,
+    pub tensors: Vec<TensorKind>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub struct TensorKind {
+    pub name: String,
+    pub dtype: u8,
+    /// The shape without the rows.
+    pub tail: Vec<usize>,
+}
+
+impl Signature {
+    fn of(step: &Step<'_>) -> Self {
+        Signature {
+            select: step.select,
+            output_names: step.output_names.iter().map(|name| (*name).to_owned()).collect(),
+            has_expected: !step.expected.is_empty(),
+            has_request_ids: !step.request_ids.is_empty(),
+            says_sizes: step.says_sizes,
+            tensors: step
+                .tensors
+                .iter()
+                .map(|tensor| TensorKind {
+                    name: tensor.name.to_owned(),
+                    dtype: tensor.dtype,
+                    tail: tensor.shape[1..].to_vec(),
+                })
+                .collect(),
+        }
+    }
+
+    fn fits(&self, step: &Step<'_>) -> bool {
+        self.select == step.select
+            && self.has_expected != step.expected.is_empty()
+            && self.has_request_ids != step.request_ids.is_empty()
+            && self.says_sizes == step.says_sizes
+            && self.output_names.iter().map(String::as_str).eq(step.output_names.iter().copied())
+            && self.tensors.len() == step.tensors.len()
+            && self.tensors.iter().zip(&step.tensors).all(|(kind, tensor)| {
+                kind.dtype == tensor.dtype && kind.tail == tensor.shape[1..] && kind.name == tensor.name
+            })
+    }
+}
+
+/// One message of a batch.
+#[derive(Debug)]
+pub struct Entry {
+    pub call: Arc<Call>,
+    /// None: the call is unary.
+    pub frame_id: Option<u64>,
+    /// Its first session in the columns.
+    pub first: u32,
+    pub count: u32,
+    /// Sessions without an answer.
+    pub left: AtomicU32,
+    /// Bytes of the message.
+    pub held: usize,
+}
+
+/// Plain steps of one signature, as columns.
+#[derive(Debug)]
+pub struct Batch {
+    pub signature: Signature,
+    /// The ids one after the other.
+    pub ids: String,
+    /// Where each of them ends.
+    pub id_ends: Vec<u32>,
+    pub sizes: Vec<u32>,
+    pub expected: Vec<u64>,
+    pub request_ids: Vec<u64>,
+    /// Of each session, on the monotonic clock.
+    pub deadlines: Vec<f64>,
+    /// Of each tensor of the signature.
+    pub data: Vec<Vec<u8>>,
+    pub entries: Vec<Entry>,
+}
+
+impl Batch {
+    fn new(step: &Step<'_>) -> Self {
+        Batch {
+            signature: Signature::of(step),
+            ids: String::new(),
+            id_ends: Vec::new(),
+            sizes: Vec::new(),
+            expected: Vec::new(),
+            request_ids: Vec::new(),
+            deadlines: Vec::new(),
+            data: step.tensors.iter().map(|_| Vec::new()).collect(),
+            entries: Vec::new(),
+        }
+    }
+
+    fn push(&mut self, call: Arc<Call>, frame_id: Option<u64>, step: &Step<'_>, deadline: f64, held: usize) {
+        let count = step.session_ids.len();
+        self.entries.push(Entry {
+            call,
+            frame_id,
+            first: self.sizes.len() as u32,
+            count: count as u32,
+            left: AtomicU32::new(count as u32),
+            held,
+        });
+        for id in &step.session_ids {
+            self.ids.push_str(id);
+            self.id_ends.push(self.ids.len() as u32);
+        }
+        self.sizes.extend_from_slice(&step.sizes);
+        self.expected.extend_from_slice(&step.expected);
+        self.request_ids.extend_from_slice(&step.request_ids);
+        self.deadlines.resize(self.sizes.len(), deadline);
+        for (column, tensor) in self.data.iter_mut().zip(&step.tensors) {
+            column.extend_from_slice(tensor.data);
+        }
+    }
+
+    /// The ids, in their order.
+    pub fn session_ids(&self) -> impl Iterator<Item = &str> {
+        let mut start = 0;
+        self.id_ends.iter().map(move |end| {
+            let id = &self.ids[start..*end as usize];
+            start = *end as usize;
+            id
+        })
+    }
+}
+
+/// What Python is to know of.
+#[derive(Debug)]
+pub enum Arrival {
+    /// Steps that need nothing but columns.
+    Batch(Box<Batch>),
+    /// A call has begun; with its request if it does not stream.
+    Call(Arc<Call>, Option<Bytes>),
+    /// A message of a stream.
+    Message(Arc<Call>, Bytes),
+    /// A message was too large: so many bytes.
+    TooLarge(Arc<Call>, usize),
+    /// A frame has the id of another that is not answered.
+    Duplicate(Arc<Call>, u64),
+    /// The client has sent its last message.
+    HalfClosed(Arc<Call>),
+    /// Replies of a stream are on their way: so many bytes.
+    Written(Arc<Call>, usize),
+    /// Nobody waits for the call any more.
+    Ended(Arc<Call>),
+}
+
+/// What has come since Python looked last.
+#[derive(Debug, Default)]
+pub struct Arrivals {
+    all: Vec<Arrival>,
+    /// Batches that may still be filled, with the hashes of their sessions' ids if there are several.
+    open: Vec<(usize, HashSet<u64>)>,
+    hasher: RandomState,
+    /// Calls among them.
+    calls: usize,
+}
+
+impl Arrivals {
+    /// So many calls have begun that Python does not know of that more of them are refused.
+    pub fn has_many_calls(&self) -> bool {
+        self.calls >= MOST_CALLS
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
+    pub fn take(&mut self) -> Vec<Arrival> {
+        self.open.clear();
+        self.calls = 0;
+        std::mem::take(&mut self.all)
+    }
+
+    /// Add what is no plain step. What comes later stays behind it.
+    pub fn push(&mut self, arrival: Arrival) {
+        self.open.clear();
+        self.calls += usize::from(matches!(arrival, Arrival::Call(..)));
+        self.all.push(arrival);
+    }
+
+    /// Add a plain step to the batch of its signature, unless it would overtake an earlier one of its sessions there.
+    pub fn push_step(
+        &mut self,
+        call: Arc<Call>,
+        frame_id: Option<u64>,
+        step: &Step<'_>,
+        deadline: f64,
+        held: usize,
+    ) {
+        let at = self.batch_for(step);
+        if self.open.len() > 1 {
+            let hashes: Vec<u64> = step.session_ids.iter().map(|id| self.hasher.hash_one(*id)).collect();
+            self.open[at].1.extend(hashes);
+        }
+        let index = self.open[at].0;
+        if let Arrival::Batch(batch) = &mut self.all[index] {
+            batch.push(call, frame_id, step, deadline, held);
+        }
+    }
+
+    /// The place in `open` of the batch that a step goes to.
+    fn batch_for(&mut self, step: &Step<'_>) -> usize {
+        let count = step.session_ids.len();
+        let found = self.open.iter().position(|(index, _)| match &self.all[*index] {
+            Arrival::Batch(batch) => batch.signature.fits(step) && batch.sizes.len() + count <= MOST_IN_BATCH,
+            _ => false,
+        });
+        if let Some(at) = found {
+            let later = &self.open[at + 1..];
+            let overtakes = !later.is_empty()
+                && step
+                    .session_ids
+                    .iter()
+                    .map(|id| self.hasher.hash_one(*id))
+                    .any(|hash| later.iter().any(|(_, hashes)| hashes.contains(&hash)));
+            if !overtakes {
+                return at;
+            }
+            self.open.clear();
+        } else if self.open.len() == MOST_OPEN {
+            self.open.clear();
+        } else if self.open.len() == 1 {
+            // from now on it matters who is in which
+            let (index, hashes) = &mut self.open[0];
+            if let Arrival::Batch(batch) = &self.all[*index] {
+                hashes.extend(batch.session_ids().map(|id| self.hasher.hash_one(id)));
+            }
+        }
+        self.all.push(Arrival::Batch(Box::new(Batch::new(step))));
+        self.open.push((self.all.len() - 1, HashSet::new()));
+        self.open.len() - 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plain::Tensor;
+    use proptest::prelude::*;
+
+    fn push(arrivals: &mut Arrivals, id: &str, select: u8, number: u64) {
+        let data = number.to_le_bytes();
+        let step = Step {
+            session_ids: vec![id],
+            tensors: vec![Tensor { name: "", dtype: 8, shape: vec![1], data: &data }],
+            sizes: vec![1],
+            select,
+            ..Step::default()
+        };
+        arrivals.push_step(Arc::new(Call::for_test()), None, &step, f64::INFINITY, 0);
+    }
+
+    /// Sessions and numbers in the order in which Python will see them.
+    fn order(arrivals: &mut Arrivals) -> Vec<(String, u64)> {
+        let mut found = Vec::new();
+        for arrival in arrivals.take() {
+            if let Arrival::Batch(batch) = arrival {
+                let numbers =
+                    batch.data[0].chunks_exact(8).map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap()));
+                found.extend(batch.session_ids().map(str::to_owned).zip(numbers));
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn steps_that_are_alike_share_a_batch() {
+        let mut arrivals = Arrivals::default();
+        for number in 0..10 {
+            push(&mut arrivals, &format!("s{number}"), (number % 2 * 2) as u8, number);
+        }
+        assert_eq!(arrivals.take().len(), 2);
+    }
+
+    #[test]
+    fn nothing_is_added_before_an_event() {
+        let mut arrivals = Arrivals::default();
+        push(&mut arrivals, "a", 0, 1);
+        arrivals.push(Arrival::HalfClosed(Arc::new(Call::for_test())));
+        push(&mut arrivals, "a", 0, 2);
+        assert_eq!(arrivals.take().len(), 3);
+    }
+
+    proptest! {
+        #[test]
+        fn a_session_keeps_its_order(steps in prop::collection::vec((0u8..5, 0u8..4), 0..200)) {
+            let mut arrivals = Arrivals::default();
+            for (number, (session, select)) in steps.iter().enumerate() {
+                push(&mut arrivals, &format!("s{session}"), *select, number as u64);
+            }
+            let found = order(&mut arrivals);
+            prop_assert_eq!(found.len(), steps.len());
+            for session in 0..5 {
+                let name = format!("s{session}");
+                let own: Vec<u64> = found.iter().filter(|(id, _)| *id == name).map(|(_, number)| *number).collect();
+                let mut sorted = own.clone();
+                sorted.sort_unstable();
+                prop_assert_eq!(own, sorted);
+            }
+        }
+    }
+}

@@ -1,0 +1,381 @@
+//! gRPC over HTTP/2, as far as it is bytes: message frames, compression, time limits, statuses, metadata.
+//! The protocol: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue};
+use std::io::Read;
+use std::time::Duration;
+
+pub const OK: u32 = 0;
+pub const DEADLINE_EXCEEDED: u32 = 4;
+pub const UNIMPLEMENTED: u32 = 12;
+pub const INTERNAL: u32 = 13;
+const PREFIX: usize = 5;
+
+/// How a call ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    pub code: u32,
+    pub message: String,
+    /// A serialized google.rpc.Status; empty: none.
+    pub details: Bytes,
+}
+
+impl Status {
+    pub fn ok() -> Self {
+        Status::new(OK, "")
+    }
+
+    pub fn new(code: u32, message: &str) -> Self {
+        Status { code, message: message.to_owned(), details: Bytes::new() }
+    }
+
+    /// The trailers that say it.
+    pub fn trailers(&self) -> HeaderMap {
+        let mut trailers = HeaderMap::with_capacity(3);
+        trailers.insert("grpc-status", HeaderValue::from(self.code));
+        if !self.message.is_empty() {
+            if let Ok(value) = HeaderValue::from_bytes(&percent_encoded(&self.message)) {
+                trailers.insert("grpc-message", value);
+            }
+        }
+        if !self.details.is_empty() {
+            if let Ok(value) = HeaderValue::from_bytes(&base64(&self.details)) {
+                trailers.insert("grpc-status-details-bin", value);
+            }
+        }
+        trailers
+    }
+}
+
+/// Why a message cannot be had.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Unreadable {
+    /// More bytes than a message may have: as many as it says, or as many as it had when inflating stopped.
+    TooLarge(usize),
+    /// An encoding that was not announced or is not known.
+    Encoding,
+    /// No gRPC.
+    Malformed,
+}
+
+/// How messages may be compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encoding {
+    Identity,
+    Gzip,
+    Deflate,
+}
+
+impl Encoding {
+    /// What `grpc-encoding` says; None: not known.
+    pub fn of(headers: &HeaderMap) -> Option<Self> {
+        match headers.get("grpc-encoding").map(HeaderValue::as_bytes) {
+            None | Some(b"identity") => Some(Encoding::Identity),
+            Some(b"gzip") => Some(Encoding::Gzip),
+            Some(b"deflate") => Some(Encoding::Deflate),
+            Some(_) => None,
+        }
+    }
+}
+
+/// Puts the data of a call together to messages.
+pub struct Messages {
+    buffer: BytesMut,
+    encoding: Encoding,
+    limit: usize,
+}
+
+impl Messages {
+    pub fn new(encoding: Encoding, limit: usize) -> Self {
+        Messages { buffer: BytesMut::new(), encoding, limit }
+    }
+
+    pub fn push(&mut self, data: Bytes) {
+        if self.buffer.is_empty() {
+            // most messages come in one piece, which need not be copied
+            self.buffer = BytesMut::from(data);
+        } else {
+            self.buffer.extend_from_slice(&data);
+        }
+    }
+
+    /// Bytes of messages that have not come whole.
+    pub fn size(&self) -> usize {
+        self.buffer.len()
+    }
+
+    /// A part of a message is left over.
+    pub fn is_cut_off(&self) -> bool {
+        !self.buffer.is_empty()
+    }
+
+    /// The next whole message; None if there is none yet.
+    pub fn next(&mut self) -> Result<Option<Bytes>, Unreadable> {
+        let Some(prefix) = self.buffer.get(..PREFIX) else {
+            return Ok(None);
+        };
+        let is_compressed = match prefix[0] {
+            0 => false,
+            1 => true,
+            _ => return Err(Unreadable::Malformed),
+        };
+        let size = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]) as usize;
+        if size > self.limit {
+            return Err(Unreadable::TooLarge(size));
+        }
+        if self.buffer.len() < PREFIX + size {
+            self.buffer.reserve(PREFIX + size - self.buffer.len());
+            return Ok(None);
+        }
+        self.buffer.advance(PREFIX);
+        let message = self.buffer.split_to(size).freeze();
+        if is_compressed {
+            return inflate(&message, self.encoding, self.limit).map(Some);
+        }
+        Ok(Some(message))
+    }
+}
+
+/// What a small compressed message may become; of a larger one, each byte so many.
+const INFLATED_BYTES: usize = 4 << 20;
+const INFLATED_RATIO: usize = 64;
+
+/// Inflate a message, but no further than the limit: a few bytes may stand for very many.
+fn inflate(message: &[u8], encoding: Encoding, limit: usize) -> Result<Bytes, Unreadable> {
+    let mut inflated = Vec::new();
+    let limit = limit.min(INFLATED_BYTES.max(message.len().saturating_mul(INFLATED_RATIO)));
+    let most = limit as u64 + 1;
+    let read = match encoding {
+        Encoding::Identity => return Err(Unreadable::Encoding),
+        Encoding::Gzip => flate2::read::MultiGzDecoder::new(message).take(most).read_to_end(&mut inflated),
+        Encoding::Deflate => flate2::read::ZlibDecoder::new(message).take(most).read_to_end(&mut inflated),
+    };
+    read.map_err(|_| Unreadable::Malformed)?;
+    if inflated.len() > limit {
+        return Err(Unreadable::TooLarge(inflated.len()));
+    }
+    Ok(inflated.into())
+}
+
+/// A message with its prefix.
+pub fn framed(message: &[u8]) -> Bytes {
+    let mut out = BytesMut::with_capacity(PREFIX + message.len());
+    out.put_u8(0);
+    out.put_u32(message.len() as u32);
+    out.put_slice(message);
+    out.freeze()
+}
+
+/// The prefix of a message of this size.
+pub fn put_prefix(out: &mut BytesMut, size: usize) {
+    out.put_u8(0);
+    out.put_u32(size as u32);
+}
+
+/// What `grpc-timeout` says; None: no limit, or not readable, which is the same to a server.
+pub fn timeout(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get("grpc-timeout")?.to_str().ok()?;
+    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if number.len() > 8 || !number.bytes().all(|digit| digit.is_ascii_digit()) {
+        return None;
+    }
+    let number: u64 = number.parse().ok()?;
+    match unit {
+        "H" => Some(Duration::from_secs(number * 3600)),
+        "M" => Some(Duration::from_secs(number * 60)),
+        "S" => Some(Duration::from_secs(number)),
+        "m" => Some(Duration::from_millis(number)),
+        "u" => Some(Duration::from_micros(number)),
+        "n" => Some(Duration::from_nanos(number)),
+        _ => None,
+    }
+}
+
+/// What a client sent beside its messages: without what is the protocol's own.
+pub fn metadata(headers: &HeaderMap) -> Vec<(String, Vec<u8>)> {
+    let mut found = Vec::new();
+    for (name, value) in headers {
+        let name = name.as_str();
+        if matches!(name, "te" | "content-type") || (name.starts_with("grpc-") && !name.ends_with("-bin")) {
+            continue;
+        }
+        if !name.ends_with("-bin") {
+            found.push((name.to_owned(), value.as_bytes().to_vec()));
+        } else if let Some(bytes) = from_base64(value.as_bytes()) {
+            found.push((name.to_owned(), bytes));
+        }
+    }
+    found
+}
+
+/// The headers of a reply.
+pub fn reply_headers() -> http::Response<()> {
+    let mut response = http::Response::new(());
+    response.headers_mut().insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    response
+}
+
+/// The headers of a call that ends without a reply.
+pub fn status_only(status: &Status) -> http::Response<()> {
+    let mut response = reply_headers();
+    response.headers_mut().extend(
+        status
+            .trailers()
+            .into_iter()
+            .filter_map(|(name, value): (Option<HeaderName>, _)| Some((name?, value))),
+    );
+    response
+}
+
+fn percent_encoded(text: &str) -> Vec<u8> {
+    let mut out = Vec::with_capacity(text.len());
+    for byte in text.bytes() {
+        if (b' '..=b'~').contains(&byte) && byte != b'%' {
+            out.push(byte);
+        } else {
+            out.extend_from_slice(format!("%{byte:02X}").as_bytes());
+        }
+    }
+    out
+}
+
+const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+/// Base64 without padding, as gRPC's binary headers have it.
+fn base64(bytes: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(bytes.len().div_ceil(3) * 4);
+    for chunk in bytes.chunks(3) {
+        let mut group = [0u8; 3];
+        group[..chunk.len()].copy_from_slice(chunk);
+        let bits = u32::from_be_bytes([0, group[0], group[1], group[2]]);
+        for index in 0..=chunk.len() {
+            out.push(ALPHABET[(bits >> (18 - 6 * index)) as usize & 63]);
+        }
+    }
+    out
+}
+
+/// The bytes of a binary header, padded or not; None: it is none.
+fn from_base64(text: &[u8]) -> Option<Vec<u8>> {
+    let text = text.strip_suffix(b"==").or_else(|| text.strip_suffix(b"=")).unwrap_or(text);
+    if text.len() % 4 == 1 {
+        return None;
+    }
+    let mut out = Vec::with_capacity(text.len() / 4 * 3 + 2);
+    for chunk in text.chunks(4) {
+        let mut bits = 0u32;
+        for (index, byte) in chunk.iter().enumerate() {
+            let value = ALPHABET.iter().position(|letter| letter == byte)? as u32;
+            bits |= value << (18 - 6 * index);
+        }
+        out.extend_from_slice(&bits.to_be_bytes()[1..chunk.len()]);
+    }
+    Some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::io::Write;
+
+    fn headers(name: &'static str, value: &str) -> HeaderMap {
+        let mut map = HeaderMap::new();
+        map.insert(name, HeaderValue::from_str(value).unwrap());
+        map
+    }
+
+    proptest! {
+        #[test]
+        fn binary_headers_come_back(bytes: Vec<u8>) {
+            prop_assert_eq!(from_base64(&base64(&bytes)), Some(bytes));
+        }
+
+        #[test]
+        fn any_text_is_a_binary_header_or_none(text: Vec<u8>) {
+            let _ = from_base64(&text);
+        }
+
+        #[test]
+        fn messages_come_back_in_whatever_pieces(bodies: Vec<Vec<u8>>, size in 1usize..20) {
+            let stream: Vec<u8> = bodies.iter().flat_map(|body| framed(body).to_vec()).collect();
+            let mut messages = Messages::new(Encoding::Identity, 1 << 20);
+            let mut found = Vec::new();
+            for piece in stream.chunks(size) {
+                messages.push(Bytes::copy_from_slice(piece));
+                while let Some(message) = messages.next().unwrap() {
+                    found.push(message.to_vec());
+                }
+            }
+            prop_assert!(!messages.is_cut_off());
+            prop_assert_eq!(found, bodies);
+        }
+
+        #[test]
+        fn a_message_is_ascii_on_the_wire(text: String) {
+            let encoded = percent_encoded(&text);
+            prop_assert!(encoded.iter().all(|byte| (b' '..=b'~').contains(byte)));
+            prop_assert!(HeaderValue::from_bytes(&encoded).is_ok());
+        }
+    }
+
+    #[test]
+    fn a_message_over_the_limit_is_refused_before_it_has_come() {
+        let mut messages = Messages::new(Encoding::Identity, 10);
+        messages.push(Bytes::from_static(&[0, 0, 0, 0, 11]));
+        assert_eq!(messages.next(), Err(Unreadable::TooLarge(11)));
+    }
+
+    #[test]
+    fn what_inflates_to_more_than_the_limit_is_refused() {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+        encoder.write_all(&vec![0; 1 << 20]).unwrap();
+        let small = encoder.finish().unwrap();
+        let mut raw = vec![1];
+        raw.extend_from_slice(&(small.len() as u32).to_be_bytes());
+        raw.extend_from_slice(&small);
+        for (limit, outcome) in [(1 << 20, None), (1 << 16, Some((1 << 16) + 1))] {
+            let mut messages = Messages::new(Encoding::Gzip, limit);
+            messages.push(Bytes::from(raw.clone()));
+            match outcome {
+                None => assert_eq!(messages.next().unwrap().unwrap().len(), 1 << 20),
+                Some(size) => assert_eq!(messages.next(), Err(Unreadable::TooLarge(size))),
+            }
+        }
+    }
+
+    #[test]
+    fn a_few_bytes_do_not_become_very_many() {
+        let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());
+        encoder.write_all(&vec![0; 32 << 20]).unwrap();
+        let small = encoder.finish().unwrap();
+        assert!(small.len() < 64 << 10);
+        let found = inflate(&small, Encoding::Deflate, 64 << 20);
+        assert_eq!(found, Err(Unreadable::TooLarge(INFLATED_BYTES + 1)));
+    }
+
+    #[test]
+    fn a_compressed_message_needs_an_encoding() {
+        let mut messages = Messages::new(Encoding::Identity, 10);
+        messages.push(Bytes::from_static(&[1, 0, 0, 0, 0]));
+        assert_eq!(messages.next(), Err(Unreadable::Encoding));
+    }
+
+    #[test]
+    fn time_limits_are_read() {
+        for (text, wanted) in [
+            ("5S", Some(Duration::from_secs(5))),
+            ("250m", Some(Duration::from_millis(250))),
+            ("99999999n", Some(Duration::from_nanos(99_999_999))),
+            ("1H", Some(Duration::from_secs(3600))),
+            ("123456789S", None),
+            ("5", None),
+            ("S", None),
+            ("-1S", None),
+            ("+1S", None),
+        ] {
+            assert_eq!(timeout(&headers("grpc-timeout", text)), wanted, "{text}");
+        }
+    }
+}

@@ -1,0 +1,23 @@
+//! The native front: gRPC over HTTP/2 on a thread of its own, which never takes Python's lock for the wire's work.
+//!
+//! What comes is put into columns (`columns`) if it is a plain step (`plain`), and else handed on with its bytes. An
+//! eventfd wakes Python's event loop, which takes what has come, in its order, and answers a batch in one call
+//! (`reply`). No rule and no message text of the server is in here: those are Python's.
+//!
+//! Threads: `Front`'s methods are for one thread, that of the event loop. The wire has a thread (`server`, `serve`);
+//! the two share `Shared` and each `Call`, both behind short locks that are never held while something waits.
+
+#![deny(unsafe_code)]
+#![cfg_attr(not(feature = "python"), allow(dead_code))] // what only Python calls
+
+mod call;
+mod clock;
+mod columns;
+mod grpc;
+mod plain;
+mod protobuf;
+#[cfg(feature = "python")]
+mod python;
+mod reply;
+mod serve;
+mod server;

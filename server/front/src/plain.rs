@@ -1,0 +1,370 @@
+//! Which messages are plain, and what stands in them: steps of sessions whose tensors are exactly what they say.
+//!
+//! Anything else, an unknown field, a state or reset that is asked for, numbers that do not fit each other, is not
+//! plain and goes to Python with its bytes, which knows every rule and every message text.
+
+use crate::protobuf::{Fields, NotPlain, Value};
+
+/// Most sessions of one message that are read here.
+pub const MOST_MEMBERS: usize = 65_536;
+const MOST_RANK: usize = 32;
+/// The revision that stands for "any" in Python's columns, so no session has it.
+const ANY_REVISION: u64 = u64::MAX;
+
+/// A tensor of a message, `data` within it.
+#[derive(Debug)]
+pub struct Tensor<'a> {
+    pub name: &'a str,
+    pub dtype: u8,
+    pub shape: Vec<usize>,
+    pub data: &'a [u8],
+}
+
+/// A step of one or many sessions.
+#[derive(Debug, Default)]
+pub struct Step<'a> {
+    pub session_ids: Vec<&'a str>,
+    pub tensors: Vec<Tensor<'a>>,
+    /// One per session, or none.
+    pub expected: Vec<u64>,
+    /// One per session, or none.
+    pub request_ids: Vec<u64>,
+    /// Rows of each session, as the message says or as there can be no doubt.
+    pub sizes: Vec<u32>,
+    /// The message says them.
+    pub says_sizes: bool,
+    /// OutputSelection.
+    pub select: u8,
+    pub output_names: Vec<&'a str>,
+    pub timeout_ms: u32,
+}
+
+impl<'a> Step<'a> {
+    /// A `StepRequest`.
+    pub fn of_request(message: &'a [u8]) -> Result<Self, NotPlain> {
+        let mut step = Step::default();
+        let mut fields = Fields::new(message);
+        while let Some((number, value)) = fields.next()? {
+            match (number, value) {
+                (1, Value::Bytes(id)) => {
+                    step.session_ids.clear(); // the last one counts
+                    step.session_ids.push(text(id)?);
+                }
+                (2, Value::Bytes(tensor)) => step.tensors.push(Tensor::of(tensor)?),
+                (3, Value::Varint(revision)) => {
+                    step.expected.clear();
+                    step.expected.push(revision);
+                }
+                (4, Value::Fixed64(id)) => {
+                    step.request_ids.clear();
+                    step.request_ids.push(id);
+                }
+                (5, Value::Varint(select)) => step.select = selection(select)?,
+                (7, Value::Bytes(name)) => step.output_names.push(text(name)?),
+                _ => return Err(NotPlain),
+            }
+        }
+        let rows = step.rows()?;
+        step.sizes.push(u32::try_from(rows).map_err(|_| NotPlain)?);
+        step.checked()
+    }
+
+    /// A `StepStreamRequest` and its frame id.
+    pub fn of_frame(message: &'a [u8]) -> Result<(u64, Self), NotPlain> {
+        let mut frame_id = 0;
+        let mut frame = None;
+        let mut fields = Fields::new(message);
+        while let Some((number, value)) = fields.next()? {
+            match (number, value) {
+                (1, Value::Varint(id)) => frame_id = id,
+                (2, Value::Bytes(bytes)) if frame.is_none() => frame = Some(bytes),
+                _ => return Err(NotPlain),
+            }
+        }
+        let step = Step::of_frame_body(frame.ok_or(NotPlain)?)?;
+        Ok((frame_id, step))
+    }
+
+    /// The id of a frame, plain or not, as far as it can be told.
+    pub fn frame_id(message: &[u8]) -> Option<u64> {
+        let mut fields = Fields::new(message);
+        let mut frame_id = 0;
+        loop {
+            match fields.next() {
+                Ok(Some((1, Value::Varint(id)))) => frame_id = id,
+                Ok(Some(_)) => {}
+                Ok(None) => return Some(frame_id),
+                Err(NotPlain) => return None,
+            }
+        }
+    }
+
+    fn of_frame_body(message: &'a [u8]) -> Result<Self, NotPlain> {
+        let mut step = Step::default();
+        let mut fields = Fields::new(message);
+        while let Some((number, value)) = fields.next()? {
+            match (number, value) {
+                (1, Value::Bytes(id)) => step.session_ids.push(text(id)?),
+                (2, Value::Bytes(tensor)) => step.tensors.push(Tensor::of(tensor)?),
+                (3, Value::Bytes(packed)) => unpack(packed, &mut step.expected)?,
+                (4, Value::Bytes(packed)) => unpack_fixed(packed, &mut step.request_ids)?,
+                (5, Value::Varint(select)) => step.select = selection(select)?,
+                (6, Value::Varint(ms)) => step.timeout_ms = u32::try_from(ms).map_err(|_| NotPlain)?,
+                (7, Value::Bytes(packed)) => {
+                    let mut inner = Fields::new(packed);
+                    while let Some(size) = inner.packed()? {
+                        step.sizes.push(u32::try_from(size).map_err(|_| NotPlain)?);
+                    }
+                }
+                (9, Value::Bytes(name)) => step.output_names.push(text(name)?),
+                _ => return Err(NotPlain),
+            }
+        }
+        let rows = step.rows()?;
+        step.says_sizes = !step.sizes.is_empty();
+        if step.sizes.is_empty() && rows == step.session_ids.len() {
+            step.sizes.resize(rows, 1);
+        } else if step.sizes.is_empty() && step.session_ids.len() == 1 {
+            step.sizes.push(u32::try_from(rows).map_err(|_| NotPlain)?);
+        }
+        step.checked()
+    }
+
+    /// Rows of its tensors.
+    pub fn rows(&self) -> Result<usize, NotPlain> {
+        let first = self.tensors.first().ok_or(NotPlain)?;
+        first.shape.first().copied().ok_or(NotPlain)
+    }
+
+    fn names_a_tensor_twice(&self) -> bool {
+        let tensors = &self.tensors;
+        (1..tensors.len()).any(|at| tensors[..at].iter().any(|other| other.name == tensors[at].name))
+    }
+
+    fn checked(self) -> Result<Self, NotPlain> {
+        let count = self.session_ids.len();
+        let rows = self.rows()?;
+        let fits = |length: usize| length == 0 || length == count;
+        if count == 0
+            || count > MOST_MEMBERS
+            || self.session_ids.iter().any(|id| id.is_empty())
+            || self.sizes.len() != count
+            || self.sizes.contains(&0)
+            || self.sizes.iter().map(|size| *size as usize).sum::<usize>() != rows
+            || self.tensors.iter().any(|tensor| tensor.shape.first() != Some(&rows))
+            || self.names_a_tensor_twice()
+            || !fits(self.expected.len())
+            || !fits(self.request_ids.len())
+            || self.expected.contains(&ANY_REVISION)
+        {
+            return Err(NotPlain);
+        }
+        Ok(self)
+    }
+}
+
+impl<'a> Tensor<'a> {
+    fn of(message: &'a [u8]) -> Result<Self, NotPlain> {
+        let mut tensor = Tensor { name: "", dtype: 0, shape: Vec::new(), data: &[] };
+        let mut fields = Fields::new(message);
+        while let Some((number, value)) = fields.next()? {
+            match (number, value) {
+                (1, Value::Bytes(name)) => tensor.name = text(name)?,
+                (2, Value::Varint(dtype)) => tensor.dtype = u8::try_from(dtype).map_err(|_| NotPlain)?,
+                (3, Value::Bytes(packed)) => {
+                    let mut axes = Fields::new(packed);
+                    while let Some(axis) = axes.packed()? {
+                        tensor.shape.push(usize::try_from(axis).map_err(|_| NotPlain)?);
+                        if tensor.shape.len() > MOST_RANK {
+                            return Err(NotPlain);
+                        }
+                    }
+                }
+                (4, Value::Bytes(data)) => tensor.data = data,
+                _ => return Err(NotPlain),
+            }
+        }
+        let size = tensor
+            .shape
+            .iter()
+            .try_fold(element_size(tensor.dtype)?, |size, axis| size.checked_mul(*axis))
+            .ok_or(NotPlain)?;
+        if size != tensor.data.len() || size == 0 {
+            return Err(NotPlain);
+        }
+        Ok(tensor)
+    }
+}
+
+/// Bytes of one element of a `DataType`. Booleans are not plain: their bytes have a rule of their own.
+pub fn element_size(dtype: u8) -> Result<usize, NotPlain> {
+    match dtype {
+        5 | 9 => Ok(1),
+        3 | 4 | 6 | 10 => Ok(2),
+        1 | 7 | 11 => Ok(4),
+        2 | 8 | 12 => Ok(8),
+        _ => Err(NotPlain),
+    }
+}
+
+fn text(bytes: &[u8]) -> Result<&str, NotPlain> {
+    std::str::from_utf8(bytes).map_err(|_| NotPlain)
+}
+
+/// ALL (said or not), LAST or NONE.
+fn selection(value: u64) -> Result<u8, NotPlain> {
+    match value {
+        0 | 1 => Ok(0),
+        2 | 3 => Ok(value as u8),
+        _ => Err(NotPlain),
+    }
+}
+
+fn unpack(packed: &[u8], into: &mut Vec<u64>) -> Result<(), NotPlain> {
+    let mut values = Fields::new(packed);
+    while let Some(value) = values.packed()? {
+        into.push(value);
+    }
+    Ok(())
+}
+
+fn unpack_fixed(packed: &[u8], into: &mut Vec<u64>) -> Result<(), NotPlain> {
+    if packed.len() % 8 != 0 {
+        return Err(NotPlain);
+    }
+    for bytes in packed.chunks_exact(8) {
+        into.push(u64::from_le_bytes(bytes.try_into().map_err(|_| NotPlain)?));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+    use crate::protobuf::{put_bytes, put_number, put_packed};
+    use bytes::{BufMut, BytesMut};
+    use proptest::prelude::*;
+
+    pub fn tensor(rows: usize, features: usize, data: &[u8]) -> BytesMut {
+        let mut out = BytesMut::new();
+        put_number(&mut out, 2, 1);
+        put_packed(&mut out, 3, &[rows as u64, features as u64]);
+        put_bytes(&mut out, 4, data);
+        out
+    }
+
+    fn request(id: &str, rows: usize, features: usize) -> BytesMut {
+        let mut out = BytesMut::new();
+        put_bytes(&mut out, 1, id.as_bytes());
+        put_bytes(&mut out, 2, &tensor(rows, features, &vec![7; rows * features * 4]));
+        out
+    }
+
+    #[test]
+    fn a_request_is_read() {
+        let mut message = request("user-1", 3, 2);
+        put_number(&mut message, 3, 9);
+        message.put_slice(&[0x21]);
+        message.put_u64_le(77);
+        put_number(&mut message, 5, 2);
+        let step = Step::of_request(&message).unwrap();
+        assert_eq!(step.session_ids, ["user-1"]);
+        assert_eq!(step.expected, [9]);
+        assert_eq!(step.request_ids, [77]);
+        assert_eq!(step.sizes, [3]);
+        assert_eq!(step.select, 2);
+        assert_eq!(step.tensors[0].shape, [3, 2]);
+        assert_eq!(step.tensors[0].data.len(), 24);
+    }
+
+    #[test]
+    fn what_is_asked_for_beyond_a_step_is_not_plain() {
+        for (field, value) in [(6, 1), (8, 2), (9, 1), (12, 1)] {
+            let mut message = request("a", 1, 2);
+            put_number(&mut message, field, value);
+            assert_eq!(Step::of_request(&message).unwrap_err(), NotPlain, "field {field}");
+        }
+    }
+
+    #[test]
+    fn two_tensors_of_one_name_are_not_plain() {
+        let mut message = request("a", 1, 2);
+        put_bytes(&mut message, 2, &tensor(1, 2, &[0; 8]));
+        assert!(Step::of_request(&message).is_err());
+    }
+
+    #[test]
+    fn a_missing_or_empty_part_is_not_plain() {
+        assert!(Step::of_request(&[]).is_err());
+        let mut no_tensor = BytesMut::new();
+        put_bytes(&mut no_tensor, 1, b"a");
+        assert!(Step::of_request(&no_tensor).is_err());
+        assert!(Step::of_request(&request("", 1, 2)).is_err());
+        assert!(Step::of_request(&request("a", 0, 2)).is_err());
+        let mut any = request("a", 1, 2);
+        put_number(&mut any, 3, u64::MAX);
+        assert!(Step::of_request(&any).is_err());
+    }
+
+    fn frame(body: &BytesMut) -> BytesMut {
+        let mut out = BytesMut::new();
+        put_number(&mut out, 1, 5);
+        put_bytes(&mut out, 2, body);
+        out
+    }
+
+    #[test]
+    fn a_frame_is_read() {
+        let mut body = BytesMut::new();
+        for id in ["a", "b", "c"] {
+            put_bytes(&mut body, 1, id.as_bytes());
+        }
+        put_bytes(&mut body, 2, &tensor(4, 2, &[0; 32]));
+        put_packed(&mut body, 3, &[1, 2, 300]);
+        put_number(&mut body, 6, 250);
+        put_packed(&mut body, 7, &[1, 2, 1]);
+        let message = frame(&body);
+        let (frame_id, step) = Step::of_frame(&message).unwrap();
+        assert_eq!(frame_id, 5);
+        assert_eq!(step.session_ids, ["a", "b", "c"]);
+        assert_eq!(step.expected, [1, 2, 300]);
+        assert_eq!(step.sizes, [1, 2, 1]);
+        assert_eq!(step.timeout_ms, 250);
+    }
+
+    #[test]
+    fn rows_of_unknown_owners_are_not_plain() {
+        let mut body = BytesMut::new();
+        for id in ["a", "b"] {
+            put_bytes(&mut body, 1, id.as_bytes());
+        }
+        put_bytes(&mut body, 2, &tensor(3, 2, &[0; 24]));
+        assert!(Step::of_frame(&frame(&body)).is_err());
+    }
+
+    #[test]
+    fn numbers_for_others_are_not_plain() {
+        let mut body = BytesMut::new();
+        for id in ["a", "b"] {
+            put_bytes(&mut body, 1, id.as_bytes());
+        }
+        put_bytes(&mut body, 2, &tensor(2, 2, &[0; 16]));
+        put_packed(&mut body, 3, &[1]);
+        assert!(Step::of_frame(&frame(&body)).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_or_not(bytes: Vec<u8>) {
+            let _ = Step::of_request(&bytes);
+            let _ = Step::of_frame(&bytes);
+        }
+
+        #[test]
+        fn a_cut_off_request_is_not_taken_for_another(cut in 1usize..40) {
+            let message = request("user-1", 2, 2);
+            let kept = message.len().saturating_sub(cut);
+            prop_assert!(Step::of_request(&message[..kept]).is_err());
+        }
+    }
+}

@@ -1,0 +1,543 @@
+//! What Python sees of the front: a module with three classes.
+
+// pyo3's macros convert errors into themselves.
+#![allow(clippy::useless_conversion)]
+
+use crate::call::Call;
+use crate::clock;
+use crate::columns::{Arrival, Batch, Entry};
+use crate::grpc::{self, Status};
+use crate::reply::{self, Answer, Output};
+use crate::server::{self, Limits, Listener, Method, Plain, Shared, Stage};
+use bytes::Bytes;
+use pyo3::exceptions::{PyOSError, PyRuntimeError};
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+use pyo3::types::{PyBytes, PyList, PyString, PyTuple};
+use std::collections::{HashMap, HashSet};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+
+/// What Python asks of the wire.
+enum Command {
+    Deliver(Arc<Batch>, Answer),
+    Finish(Arc<Call>, Bytes),
+    Write(Arc<Call>, Bytes),
+    End(Arc<Call>, Status),
+    Read(Arc<Call>, usize),
+}
+
+/// Where they go. They are counted from here on until they are carried out.
+#[derive(Clone)]
+struct Commands {
+    sender: mpsc::UnboundedSender<Command>,
+    shared: Arc<Shared>,
+}
+
+impl Commands {
+    fn send(&self, command: Command) {
+        self.shared.commands.fetch_add(1, Ordering::Release);
+        // it fails where the wire's thread has ended, and then there is nobody to hear of it
+        let _ = self.sender.send(command);
+    }
+}
+
+fn carry_out(command: Command) {
+    match command {
+        Command::Deliver(batch, answer) => reply::deliver(&batch, &answer),
+        Command::Finish(call, message) => call.finish(grpc::framed(&message)),
+        Command::Write(call, message) => call.write(&message),
+        Command::End(call, status) => call.end(status),
+        Command::Read(call, count) => call.read(count),
+    }
+}
+
+/// The front. Started and stopped once.
+#[pyclass(frozen)]
+struct Front {
+    shared: Arc<Shared>,
+    stage: watch::Sender<Stage>,
+    commands: Commands,
+    waiting: Mutex<Option<mpsc::UnboundedReceiver<Command>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    /// Says something, or is closed, when the thread is about to end.
+    ended: Mutex<std::sync::mpsc::Receiver<()>>,
+    ending: Mutex<Option<std::sync::mpsc::Sender<()>>>,
+    /// Calls abandoned until the last `take`.
+    seen: AtomicU64,
+}
+
+#[pymethods]
+impl Front {
+    /// `methods`: path, whether it streams, and which of its messages may be plain ("step", "step_stream" or "").
+    #[new]
+    #[pyo3(signature = (methods, *, now, max_message_bytes, max_streams, max_header_bytes, max_frames, budget_bytes, overloaded, keepalive_s, keepalive_timeout_s))]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        methods: Vec<(String, bool, String)>,
+        now: f64,
+        max_message_bytes: usize,
+        max_streams: u32,
+        max_header_bytes: u32,
+        max_frames: usize,
+        budget_bytes: usize,
+        overloaded: (u32, String, Vec<u8>),
+        keepalive_s: f64,
+        keepalive_timeout_s: f64,
+    ) -> PyResult<Self> {
+        clock::set(now);
+        let limits = Limits {
+            message_bytes: max_message_bytes,
+            streams: max_streams,
+            header_bytes: max_header_bytes,
+            frames: max_frames,
+            budget_bytes,
+            overloaded: Status { code: overloaded.0, message: overloaded.1, details: overloaded.2.into() },
+            keepalive: Duration::from_secs_f64(keepalive_s),
+            keepalive_timeout: Duration::from_secs_f64(keepalive_timeout_s),
+        };
+        let methods = methods
+            .into_iter()
+            .enumerate()
+            .map(|(index, (path, streams, plain))| {
+                let plain = match plain.as_str() {
+                    "step" => Plain::Step,
+                    "step_stream" => Plain::StepStream,
+                    _ => Plain::No,
+                };
+                (path, Method { index, streams, plain })
+            })
+            .collect();
+        let shared = Arc::new(Shared::new(limits, methods, eventfd()?));
+        let (sender, waiting) = mpsc::unbounded_channel();
+        let commands = Commands { sender, shared: shared.clone() };
+        let (ending, ended) = std::sync::mpsc::channel();
+        Ok(Front {
+            shared,
+            stage: watch::Sender::new(Stage::Serving),
+            commands,
+            waiting: Mutex::new(Some(waiting)),
+            thread: Mutex::new(None),
+            ended: Mutex::new(ended),
+            ending: Mutex::new(Some(ending)),
+            seen: AtomicU64::new(0),
+        })
+    }
+
+    /// Serve listening sockets, which are the front's from now on: file descriptors, and whether they are Unix sockets.
+    fn start(&self, listeners: Vec<(i32, bool)>) -> PyResult<()> {
+        let listeners: Vec<Listener> =
+            listeners.into_iter().map(|(fd, is_unix)| owned(fd, is_unix)).collect();
+        let Some(mut waiting) = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return Err(PyRuntimeError::new_err("a front is started once"));
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (shared, stage) = (self.shared.clone(), self.stage.subscribe());
+        let carried = self.shared.clone();
+        let ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = std::thread::Builder::new().name("stepwell-front".to_owned()).spawn(move || {
+            runtime.block_on(async move {
+                let carrying = tokio::spawn(async move {
+                    while let Some(command) = waiting.recv().await {
+                        carry_out(command);
+                        carried.commands.fetch_sub(1, Ordering::Release);
+                    }
+                });
+                server::run(listeners, shared, stage).await;
+                carrying.abort();
+            });
+            drop(ending);
+            runtime.shutdown_timeout(Duration::from_millis(100));
+        })?;
+        *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(())
+    }
+
+    /// The eventfd that is readable when something has come.
+    fn fd(&self) -> i32 {
+        self.shared.fd()
+    }
+
+    /// Connections since the start.
+    fn connections(&self) -> u64 {
+        self.shared.open_connections()
+    }
+
+    /// Bytes of messages and replies in memory, of all calls together.
+    fn held_bytes(&self) -> usize {
+        self.shared.held.load(Ordering::Relaxed)
+    }
+
+    /// Replies that are not on their way.
+    fn unwritten(&self) -> usize {
+        self.shared.unwritten.load(Ordering::Acquire) + self.shared.commands.load(Ordering::Acquire)
+    }
+
+    /// Hand on every message with its bytes, or only those that are not plain.
+    fn set_general(&self, everything: bool) {
+        self.shared.all_general.store(everything, Ordering::Relaxed);
+    }
+
+    /// What has come since the last time, in its order: tuples that begin with one of the numbers below.
+    fn take<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let seen = self.seen.swap(self.shared.abandoned.load(Ordering::Relaxed), Ordering::Relaxed);
+        let found = PyList::empty_bound(py);
+        let mut peers = HashMap::new();
+        let mut skipped = HashSet::new();
+        for arrival in self.shared.take() {
+            if is_pointless(&arrival, &mut skipped) {
+                continue;
+            }
+            found.append(self.tuple(py, arrival, seen, &mut peers)?)?;
+        }
+        Ok(found)
+    }
+
+    /// Accept no more, and let clients know; what runs goes on.
+    fn drain(&self) {
+        self.stage.send_replace(Stage::Draining);
+    }
+
+    /// Return when all connections have ended, or after so long.
+    fn wait(&self, py: Python<'_>, seconds: f64) {
+        py.allow_threads(|| {
+            let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = ended.recv_timeout(Duration::from_secs_f64(seconds));
+        });
+    }
+
+    /// Cut off what still runs, and end the thread.
+    fn close(&self, py: Python<'_>) {
+        self.stage.send_replace(Stage::Closed);
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            py.allow_threads(|| {
+                let _ = thread.join(); // its panic has been printed
+            });
+        }
+    }
+}
+
+/// Whether it is of a call that was over before Python heard of it.
+fn is_pointless(arrival: &Arrival, skipped: &mut HashSet<usize>) -> bool {
+    match arrival {
+        Arrival::Batch(_) => false,
+        Arrival::Call(call, _) => call.is_over() && skipped.insert(key(call)),
+        Arrival::Message(call, _)
+        | Arrival::TooLarge(call, _)
+        | Arrival::Duplicate(call, _)
+        | Arrival::HalfClosed(call)
+        | Arrival::Written(call, _)
+        | Arrival::Ended(call) => !skipped.is_empty() && skipped.contains(&key(call)),
+    }
+}
+
+type Peers<'py> = HashMap<u64, Bound<'py, PyString>>;
+
+impl Front {
+    fn tuple<'py>(
+        &self,
+        py: Python<'py>,
+        arrival: Arrival,
+        seen: u64,
+        peers: &mut Peers<'py>,
+    ) -> PyResult<Bound<'py, PyTuple>> {
+        let tuple: PyObject = match arrival {
+            Arrival::Batch(batch) => return self.batch(py, *batch, seen, peers),
+            Arrival::Call(call, request) => {
+                let request = request.map(|message| PyBytes::new_bound(py, &message));
+                (1, key(&call), self.handle(call), request).into_py(py)
+            }
+            Arrival::Message(call, message) => (2, key(&call), PyBytes::new_bound(py, &message)).into_py(py),
+            Arrival::TooLarge(call, size) => (3, key(&call), self.handle(call), size).into_py(py),
+            Arrival::Duplicate(call, frame_id) => (4, key(&call), self.handle(call), frame_id).into_py(py),
+            Arrival::HalfClosed(call) => (5, key(&call)).into_py(py),
+            Arrival::Written(call, size) => (6, key(&call), size).into_py(py),
+            Arrival::Ended(call) => (7, key(&call)).into_py(py),
+        };
+        Ok(tuple.into_bound(py).downcast_into::<PyTuple>()?)
+    }
+
+    fn handle(&self, call: Arc<Call>) -> CallHandle {
+        CallHandle { call, commands: self.commands.clone() }
+    }
+
+    fn batch<'py>(
+        &self,
+        py: Python<'py>,
+        batch: Batch,
+        seen: u64,
+        peers: &mut Peers<'py>,
+    ) -> PyResult<Bound<'py, PyTuple>> {
+        let ids = PyList::new_bound(
+            py,
+            batch.session_ids().map(|id| PyString::new_bound(py, id)).collect::<Vec<_>>(),
+        );
+        let callers = PyList::empty_bound(py);
+        for entry in &batch.entries {
+            let peer = &entry.call.peer;
+            let name = peers.entry(peer.number).or_insert_with(|| PyString::new_bound(py, &peer.name));
+            for _ in 0..entry.count {
+                callers.append(&*name)?;
+            }
+        }
+        let kinds: Vec<_> = batch
+            .signature
+            .tensors
+            .iter()
+            .zip(&batch.data)
+            .map(|(kind, data)| {
+                (kind.name.as_str(), kind.dtype, kind.tail.clone(), PyBytes::new_bound(py, data))
+            })
+            .collect();
+        let columns = (
+            bytes_of(py, &batch.sizes, |size| size.to_ne_bytes()),
+            bytes_of(py, &batch.expected, |revision| revision.to_ne_bytes()),
+            bytes_of(py, &batch.request_ids, |id| id.to_ne_bytes()),
+            bytes_of(py, &batch.deadlines, |at| at.to_ne_bytes()),
+        );
+        let signature = &batch.signature;
+        let asked = (signature.select, signature.output_names.clone(), signature.says_sizes);
+        let tensors = kinds.into_py(py);
+        let handle = BatchHandle {
+            batch: Arc::new(batch),
+            commands: self.commands.clone(),
+            shared: self.shared.clone(),
+            seen,
+        };
+        let tuple: PyObject = (0, handle, ids, callers, columns, asked, tensors).into_py(py);
+        Ok(tuple.into_bound(py).downcast_into::<PyTuple>()?)
+    }
+}
+
+fn bytes_of<'py, T: Copy, const N: usize>(
+    py: Python<'py>,
+    column: &[T],
+    bytes: impl Fn(T) -> [u8; N],
+) -> Bound<'py, PyBytes> {
+    let flat: Vec<u8> = column.iter().flat_map(|value| bytes(*value)).collect();
+    PyBytes::new_bound(py, &flat)
+}
+
+/// Tells a call from all others that Python knows of.
+fn key(call: &Arc<Call>) -> usize {
+    Arc::as_ptr(call) as usize
+}
+
+/// A call that Python serves.
+#[pyclass(frozen)]
+struct CallHandle {
+    call: Arc<Call>,
+    commands: Commands,
+}
+
+#[pymethods]
+impl CallHandle {
+    #[getter]
+    fn peer(&self) -> &str {
+        &self.call.peer.name
+    }
+
+    #[getter]
+    fn method(&self) -> usize {
+        self.call.method
+    }
+
+    #[getter]
+    fn streams(&self) -> bool {
+        self.call.streams
+    }
+
+    /// Seconds on the monotonic clock; infinity if it has none.
+    #[getter]
+    fn deadline(&self) -> f64 {
+        self.call.deadline
+    }
+
+    #[getter]
+    fn metadata(&self, py: Python<'_>) -> Vec<(String, PyObject)> {
+        self.call
+            .metadata
+            .iter()
+            .map(|(name, value)| {
+                let text = std::str::from_utf8(value).ok().filter(|_| !name.ends_with("-bin"));
+                let value = match text {
+                    Some(text) => text.into_py(py),
+                    None => PyBytes::new_bound(py, value).into_py(py),
+                };
+                (name.clone(), value)
+            })
+            .collect()
+    }
+
+    /// It ended because its time was over.
+    #[getter]
+    fn is_late(&self) -> bool {
+        self.call.is_late()
+    }
+
+    /// The reply of a call that does not stream.
+    fn finish(&self, reply: &[u8]) {
+        self.send(Command::Finish(self.call.clone(), Bytes::copy_from_slice(reply)));
+    }
+
+    /// A reply of a stream.
+    fn write(&self, reply: &[u8]) {
+        self.send(Command::Write(self.call.clone(), Bytes::copy_from_slice(reply)));
+    }
+
+    /// The end, when what was answered before is on its way. `details`: a serialized google.rpc.Status, or empty.
+    fn end(&self, code: u32, message: &str, details: &[u8]) {
+        let status = Status { code, message: message.to_owned(), details: Bytes::copy_from_slice(details) };
+        self.send(Command::End(self.call.clone(), status));
+    }
+
+    /// So many messages have been looked at.
+    fn read(&self, count: usize) {
+        self.send(Command::Read(self.call.clone(), count));
+    }
+}
+
+impl CallHandle {
+    fn send(&self, command: Command) {
+        self.commands.send(command);
+    }
+}
+
+/// Plain steps that Python has taken.
+#[pyclass(frozen)]
+struct BatchHandle {
+    batch: Arc<Batch>,
+    commands: Commands,
+    shared: Arc<Shared>,
+    seen: u64,
+}
+
+type OutputColumn = (String, u8, Vec<u64>, PyBackedBytes);
+
+#[pymethods]
+impl BatchHandle {
+    /// First session and number of sessions of each message, and whether it is a frame.
+    #[getter]
+    fn entries(&self) -> Vec<(u32, u32, bool)> {
+        self.batch.entries.iter().map(|entry| (entry.first, entry.count, entry.frame_id.is_some())).collect()
+    }
+
+    #[pyo3(signature = (members, revisions, positions, outputs, replayed))]
+    /// Members were applied: ascending, None for all; their rows one after the other in `outputs`.
+    fn applied(
+        &self,
+        members: Option<Vec<u32>>,
+        revisions: Vec<u64>,
+        positions: Vec<u64>,
+        outputs: Vec<OutputColumn>,
+        replayed: bool,
+    ) -> Vec<f64> {
+        let ended = self.ended(members.as_deref());
+        let count = members.as_ref().map_or(self.batch.sizes.len(), Vec::len);
+        let rows = match &members {
+            None => self.batch.sizes.iter().map(|size| *size as usize).sum(),
+            Some(some) => {
+                some.iter().map(|member| self.batch.sizes[*member as usize] as usize).sum::<usize>()
+            }
+        };
+        debug_assert!(revisions.len() == count && positions.len() == count);
+        let outputs = outputs
+            .into_iter()
+            .map(|(name, dtype, tail, data)| Output {
+                name,
+                dtype,
+                tail,
+                row_bytes: data.len() / rows.max(1),
+                data: Box::new(data),
+            })
+            .collect();
+        self.send(Answer::Applied { members, revisions, positions, outputs, replayed });
+        ended
+    }
+
+    #[pyo3(signature = (members, code, message, details, error))]
+    /// Members failed: the status of those that are calls, the serialized stepwell.v1.Error of those in frames.
+    fn failed(
+        &self,
+        members: Option<Vec<u32>>,
+        code: u32,
+        message: &str,
+        details: &[u8],
+        error: &[u8],
+    ) -> Vec<f64> {
+        let ended = self.ended(members.as_deref());
+        let status = Status { code, message: message.to_owned(), details: Bytes::copy_from_slice(details) };
+        self.send(Answer::Failed { members, status, error: Bytes::copy_from_slice(error) });
+        ended
+    }
+
+    /// Members whose callers do not wait any more.
+    fn gone(&self) -> Vec<u32> {
+        if self.shared.abandoned.load(Ordering::Relaxed) == self.seen {
+            return Vec::new();
+        }
+        self.batch
+            .entries
+            .iter()
+            .filter(|entry| entry.call.is_over())
+            .flat_map(|entry| entry.first..entry.first + entry.count)
+            .collect()
+    }
+}
+
+impl BatchHandle {
+    /// When the calls began, seconds on the monotonic clock, that end with an answer to these members. No streams.
+    fn ended(&self, members: Option<&[u32]>) -> Vec<f64> {
+        let entries = &self.batch.entries;
+        let began = |entry: &Entry| entry.frame_id.is_none().then_some(entry.call.started);
+        match members {
+            None => entries.iter().filter_map(began).collect(),
+            Some(some) => some
+                .iter()
+                .map(|member| entries.partition_point(|entry| entry.first <= *member) - 1)
+                .filter_map(|index| began(&entries[index]))
+                .collect(),
+        }
+    }
+
+    fn send(&self, answer: Answer) {
+        self.commands.send(Command::Deliver(self.batch.clone(), answer));
+    }
+}
+
+#[allow(unsafe_code)]
+fn eventfd() -> PyResult<OwnedFd> {
+    // SAFETY: the call takes no memory of ours.
+    let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(PyOSError::new_err(std::io::Error::last_os_error().to_string()));
+    }
+    // SAFETY: it is new, and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A socket that Python has made and given away.
+#[allow(unsafe_code)]
+fn owned(fd: i32, is_unix: bool) -> Listener {
+    // SAFETY: `start`'s caller says that it is a listening socket of that kind and that it is the front's now.
+    unsafe {
+        if is_unix {
+            Listener::Unix(FromRawFd::from_raw_fd(fd))
+        } else {
+            Listener::Tcp(FromRawFd::from_raw_fd(fd))
+        }
+    }
+}
+
+#[pymodule]
+fn stepwell_front(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Front>()?;
+    module.add_class::<CallHandle>()?;
+    module.add_class::<BatchHandle>()?;
+    module.add("__version__", env!("CARGO_PKG_VERSION"))
+}

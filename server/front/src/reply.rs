@@ -1,0 +1,357 @@
+//! The answers to a batch, made into messages: `StepResponse` or parts of `StepStreamResponse`.
+
+use crate::columns::{Batch, Entry};
+use crate::grpc::{put_prefix, Status};
+use crate::protobuf::{put_bytes, put_header, put_number, put_packed, put_varint, varint_size};
+use bytes::{BufMut, Bytes, BytesMut};
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+/// One output of the members that are answered.
+pub struct Output {
+    pub name: String,
+    pub dtype: u8,
+    /// The shape without the rows.
+    pub tail: Vec<u64>,
+    pub row_bytes: usize,
+    /// The rows, one after the other: whoever made them keeps them, so they need not be copied.
+    pub data: Box<dyn AsRef<[u8]> + Send + Sync>,
+}
+
+/// What became of members of a batch, ascending; None: of all.
+pub enum Answer {
+    Applied {
+        members: Option<Vec<u32>>,
+        revisions: Vec<u64>,
+        positions: Vec<u64>,
+        outputs: Vec<Output>,
+        replayed: bool,
+    },
+    Failed {
+        members: Option<Vec<u32>>,
+        status: Status,
+        /// A serialized stepwell.v1.Error, for frames.
+        error: Bytes,
+    },
+}
+
+/// Hand an answer to the calls whose members it is for.
+pub fn deliver(batch: &Batch, answer: &Answer) {
+    match answer {
+        Answer::Applied { members, revisions, positions, outputs, replayed } => {
+            let mut row = 0;
+            for_each_entry(batch, members.as_deref(), |entry, own, places| {
+                let rows: usize =
+                    own.clone().map(|member| batch.sizes[member_at(members, member)] as usize).sum();
+                let part = Part {
+                    revisions: &revisions[own.clone()],
+                    positions: &positions[own],
+                    outputs,
+                    rows: row..row + rows,
+                    replayed: *replayed,
+                };
+                row += rows;
+                match entry.frame_id {
+                    None => entry.call.finish(part.as_response()),
+                    Some(frame_id) => reply_part(entry, frame_id, places.len(), |last| {
+                        part.as_frame_part(frame_id, entry, places, last)
+                    }),
+                }
+            });
+        }
+        Answer::Failed { members, status, error } => {
+            for_each_entry(batch, members.as_deref(), |entry, _, places| match entry.frame_id {
+                None => entry.call.end(status.clone()),
+                Some(frame_id) => reply_part(entry, frame_id, places.len(), |last| {
+                    failed_part(frame_id, entry, places, error, last)
+                }),
+            });
+        }
+    }
+}
+
+fn member_at(members: &Option<Vec<u32>>, place: usize) -> usize {
+    members.as_ref().map_or(place, |some| some[place] as usize)
+}
+
+/// Call `then` with each entry that has some of the members: their places in the answer, and their indexes in it.
+fn for_each_entry(
+    batch: &Batch,
+    members: Option<&[u32]>,
+    mut then: impl FnMut(&Entry, Range<usize>, &[u32]),
+) {
+    let Some(members) = members else {
+        let mut start = 0;
+        let all: Vec<u32> = (0..batch.entries.iter().map(|entry| entry.count).max().unwrap_or(0)).collect();
+        for entry in &batch.entries {
+            let end = start + entry.count as usize;
+            then(entry, start..end, &all[..entry.count as usize]);
+            start = end;
+        }
+        return;
+    };
+    let mut start = 0;
+    while start < members.len() {
+        let index = batch.entries.partition_point(|entry| entry.first <= members[start]) - 1;
+        let entry = &batch.entries[index];
+        let past = entry.first + entry.count;
+        let end = start + members[start..].partition_point(|member| *member < past);
+        let places: Vec<u32> = members[start..end].iter().map(|member| member - entry.first).collect();
+        then(entry, start..end, &places);
+        start = end;
+    }
+}
+
+fn reply_part(entry: &Entry, frame_id: u64, count: usize, message: impl FnOnce(bool) -> Bytes) {
+    let last = entry.left.fetch_sub(count as u32, Ordering::Relaxed) == count as u32;
+    let (id, held) = if last { (Some(frame_id), entry.held) } else { (None, 0) };
+    entry.call.reply(message(last), id, Some(held));
+}
+
+/// What members of one entry were answered.
+struct Part<'a> {
+    revisions: &'a [u64],
+    positions: &'a [u64],
+    outputs: &'a [Output],
+    rows: Range<usize>,
+    replayed: bool,
+}
+
+impl Part<'_> {
+    fn as_response(&self) -> Bytes {
+        let mut out = self.buffer(32);
+        self.put_outputs(&mut out, 1);
+        put_number(&mut out, 2, self.revisions[0]);
+        put_number(&mut out, 3, self.positions[0]);
+        put_number(&mut out, 4, u64::from(self.replayed));
+        with_prefix(out)
+    }
+
+    fn as_frame_part(&self, frame_id: u64, entry: &Entry, places: &[u32], last: bool) -> Bytes {
+        let mut out = self.buffer(48 + places.len() * 24);
+        put_number(&mut out, 1, frame_id);
+        let is_whole = places.len() == entry.count as usize;
+        if is_whole {
+            put_number(&mut out, 3, 1);
+        } else {
+            put_indexes(&mut out, 2, places);
+        }
+        put_packed(&mut out, 4, self.revisions);
+        put_packed(&mut out, 5, self.positions);
+        self.put_outputs(&mut out, 6);
+        if self.replayed {
+            put_indexes(&mut out, 7, places);
+        }
+        put_number(&mut out, 9, u64::from(last));
+        with_prefix(out)
+    }
+
+    /// Room for the message, and before it for its prefix.
+    fn buffer(&self, more: usize) -> BytesMut {
+        let size: usize = self
+            .outputs
+            .iter()
+            .map(|output| self.rows.len() * output.row_bytes + output.name.len() + 64)
+            .sum();
+        let mut out = BytesMut::with_capacity(size + more);
+        put_prefix(&mut out, 0);
+        out
+    }
+
+    fn put_outputs(&self, out: &mut BytesMut, field: u32) {
+        for output in self.outputs {
+            let data = &(*output.data).as_ref()
+                [self.rows.start * output.row_bytes..self.rows.end * output.row_bytes];
+            put_tensor(out, field, output, self.rows.len() as u64, data);
+        }
+    }
+}
+
+fn put_tensor(out: &mut BytesMut, field: u32, output: &Output, rows: u64, data: &[u8]) {
+    let name = output.name.as_bytes();
+    let axes: usize = varint_size(rows) + output.tail.iter().map(|axis| varint_size(*axis)).sum::<usize>();
+    let bytes_field = |size: usize| 1 + varint_size(size as u64) + size;
+    let some = |size: usize| if size == 0 { 0 } else { bytes_field(size) };
+    put_header(out, field, some(name.len()) + 2 + bytes_field(axes) + some(data.len()));
+    if !name.is_empty() {
+        put_bytes(out, 1, name);
+    }
+    put_number(out, 2, u64::from(output.dtype));
+    put_header(out, 3, axes);
+    put_varint(out, rows);
+    for axis in &output.tail {
+        put_varint(out, *axis);
+    }
+    if !data.is_empty() {
+        put_bytes(out, 4, data);
+    }
+}
+
+fn failed_part(frame_id: u64, entry: &Entry, places: &[u32], error: &[u8], last: bool) -> Bytes {
+    let mut member_error = BytesMut::new();
+    if places.len() != entry.count as usize {
+        put_indexes(&mut member_error, 1, places);
+    }
+    put_bytes(&mut member_error, 2, error);
+    let mut out = BytesMut::with_capacity(member_error.len() + 32);
+    put_prefix(&mut out, 0);
+    put_number(&mut out, 1, frame_id);
+    put_bytes(&mut out, 8, &member_error);
+    put_number(&mut out, 9, u64::from(last));
+    with_prefix(out)
+}
+
+fn put_indexes(out: &mut BytesMut, field: u32, indexes: &[u32]) {
+    put_header(out, field, indexes.iter().map(|index| varint_size(u64::from(*index))).sum());
+    for index in indexes {
+        put_varint(out, u64::from(*index));
+    }
+}
+
+/// Say in the prefix how long the message has become.
+fn with_prefix(mut out: BytesMut) -> Bytes {
+    let size = out.len() - 5;
+    let mut prefix = &mut out[..5];
+    prefix.put_u8(0);
+    prefix.put_u32(size as u32);
+    out.freeze()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::call::Call;
+    use crate::columns::{Arrival, Arrivals};
+    use crate::plain::{Step, Tensor};
+    use crate::protobuf::{Fields, Value};
+    use std::sync::Arc;
+
+    /// A batch of two frames of 3 and 2 sessions and a call, whose session has two rows.
+    fn batch() -> (Batch, Vec<Arc<Call>>) {
+        let mut arrivals = Arrivals::default();
+        let calls: Vec<Arc<Call>> = (0..3).map(|_| Arc::new(Call::for_test())).collect();
+        let frames: [(&[&str], Vec<u32>, Option<u64>); 3] = [
+            (&["a", "b", "c"], vec![1, 1, 1], Some(7)),
+            (&["d", "e"], vec![1, 1], Some(8)),
+            (&["f"], vec![2], None),
+        ];
+        for (call, (ids, sizes, frame_id)) in calls.iter().zip(frames) {
+            let rows = sizes.iter().sum::<u32>() as usize;
+            let data = vec![0u8; rows];
+            let step = Step {
+                session_ids: ids.to_vec(),
+                tensors: vec![Tensor { name: "x", dtype: 9, shape: vec![rows], data: &data }],
+                sizes,
+                ..Step::default()
+            };
+            arrivals.push_step(call.clone(), frame_id, &step, f64::INFINITY, 10);
+        }
+        let mut taken = arrivals.take();
+        assert_eq!(taken.len(), 1);
+        match taken.pop() {
+            Some(Arrival::Batch(batch)) => (*batch, calls),
+            _ => unreachable!("one batch was taken"),
+        }
+    }
+
+    fn applied(members: Option<Vec<u32>>, revisions: Vec<u64>, rows: Vec<u8>) -> Answer {
+        let outputs =
+            vec![Output { name: "y".to_owned(), dtype: 9, tail: vec![], row_bytes: 1, data: Box::new(rows) }];
+        Answer::Applied { members, positions: revisions.clone(), revisions, outputs, replayed: false }
+    }
+
+    /// The fields of a call's replies: number, and the value or the bytes.
+    fn replies(call: &Call) -> Vec<Vec<(u32, Vec<u8>)>> {
+        let replies: Vec<_> = call.state().replies.drain(..).collect();
+        replies
+            .iter()
+            .map(|(framed, _)| {
+                assert_eq!(u32::from_be_bytes(framed[1..5].try_into().unwrap()) as usize, framed.len() - 5);
+                let mut fields = Fields::new(&framed[5..]);
+                let mut found = Vec::new();
+                while let Some((number, value)) = fields.next().unwrap() {
+                    found.push((
+                        number,
+                        match value {
+                            Value::Bytes(bytes) => bytes.to_vec(),
+                            Value::Varint(value) | Value::Fixed64(value) => vec![value as u8],
+                        },
+                    ));
+                }
+                found
+            })
+            .collect()
+    }
+
+    fn tensor_of(rows: &[u8]) -> Vec<u8> {
+        let mut tensor = vec![0x0a, 1, b'y', 0x10, 9, 0x1a, 1, rows.len() as u8, 0x22, rows.len() as u8];
+        tensor.extend_from_slice(rows);
+        tensor
+    }
+
+    #[test]
+    fn all_are_answered_with_their_own_rows() {
+        let (batch, calls) = batch();
+        deliver(&batch, &applied(None, (1..=6).collect(), (10..17).collect()));
+        let whole = |id, revisions: &[u8], rows: &[u8]| {
+            vec![vec![
+                (1, vec![id]),
+                (3, vec![1]),
+                (4, revisions.to_vec()),
+                (5, revisions.to_vec()),
+                (6, tensor_of(rows)),
+                (9, vec![1]),
+            ]]
+        };
+        assert_eq!(replies(&calls[0]), whole(7, &[1, 2, 3], &[10, 11, 12]));
+        assert_eq!(replies(&calls[1]), whole(8, &[4, 5], &[13, 14]));
+        assert_eq!(replies(&calls[2]), [vec![(1, tensor_of(&[15, 16])), (2, vec![6]), (3, vec![6])]]);
+        assert_eq!(calls[2].state().end, Some(Status::ok()));
+    }
+
+    #[test]
+    fn parts_of_a_frame_come_as_they_are_answered() {
+        let (batch, calls) = batch();
+        deliver(&batch, &applied(Some(vec![1, 4, 5]), vec![1, 2, 3], vec![20, 21, 22, 23]));
+        let part = |id, index, revision, row: u8, last: bool| {
+            let mut fields = vec![
+                (1, vec![id]),
+                (2, vec![index]),
+                (4, vec![revision]),
+                (5, vec![revision]),
+                (6, tensor_of(&[row])),
+            ];
+            fields.extend(last.then_some((9, vec![1])));
+            fields
+        };
+        assert_eq!(replies(&calls[0]), [part(7, 1, 1, 20, false)]);
+        assert_eq!(replies(&calls[1]), [part(8, 1, 2, 21, false)]);
+        assert_eq!(replies(&calls[2]), [vec![(1, tensor_of(&[22, 23])), (2, vec![3]), (3, vec![3])]]);
+        let failed = Answer::Failed {
+            members: Some(vec![0, 2, 3]),
+            status: Status::new(5, "gone"),
+            error: Bytes::from_static(b"e"),
+        };
+        deliver(&batch, &failed);
+        assert_eq!(
+            replies(&calls[0]),
+            [vec![(1, vec![7]), (8, vec![0x0a, 2, 0, 2, 0x12, 1, b'e']), (9, vec![1])]]
+        );
+        assert_eq!(
+            replies(&calls[1]),
+            [vec![(1, vec![8]), (8, vec![0x0a, 1, 0, 0x12, 1, b'e']), (9, vec![1])]]
+        );
+    }
+
+    #[test]
+    fn a_call_that_failed_ends_with_the_status() {
+        let (batch, calls) = batch();
+        let status = Status::new(5, "gone");
+        deliver(
+            &batch,
+            &Answer::Failed { members: Some(vec![5]), status: status.clone(), error: Bytes::new() },
+        );
+        assert_eq!(calls[2].state().end, Some(status));
+        assert!(replies(&calls[2]).is_empty());
+    }
+}

@@ -1,0 +1,514 @@
+//! One call on the wire: its messages are read, its replies written, its end told to whoever must know.
+
+use crate::call::{Call, Peer};
+use crate::clock;
+use crate::columns::{Arrival, Arrivals};
+use crate::grpc::{self, Encoding, Messages, Status, Unreadable};
+use crate::plain::Step;
+use crate::server::{Method, Plain, Shared};
+use bytes::Bytes;
+use h2::server::SendResponse;
+use h2::{RecvStream, SendStream};
+use std::future::{poll_fn, Future};
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use tokio::time::{sleep, Sleep};
+
+/// Messages that Python has not looked at, before reading stops.
+const MOST_UNREAD: usize = 16;
+/// A call that holds no more than this goes on where all of them together hold too much.
+const SMALL_BYTES: usize = 64 << 10;
+/// After so many bytes of one stream's messages the others have a turn.
+const TURN_BYTES: usize = 1 << 20;
+
+pub fn begin(
+    request: http::Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+    peer: &Arc<Peer>,
+    shared: &Arc<Shared>,
+) {
+    let headers = request.headers();
+    let is_grpc = headers
+        .get(http::header::CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
+    if request.method() != http::Method::POST || !is_grpc {
+        let mut response = http::Response::new(());
+        *response.status_mut() = http::StatusCode::UNSUPPORTED_MEDIA_TYPE;
+        let _ = respond.send_response(response, true);
+        return;
+    }
+    let path = request.uri().path_and_query().map_or("", |path| path.as_str());
+    let Some(method) = shared.methods.get(path).copied() else {
+        refuse(&mut respond, &Status::new(grpc::UNIMPLEMENTED, "Method not found!"));
+        return;
+    };
+    let Some(encoding) = Encoding::of(headers) else {
+        let status = Status::new(grpc::UNIMPLEMENTED, "grpc-encoding must be identity, gzip or deflate");
+        let mut response = grpc::status_only(&status);
+        let known = http::HeaderValue::from_static("identity,gzip,deflate");
+        response.headers_mut().insert("grpc-accept-encoding", known);
+        let _ = respond.send_response(response, true);
+        return;
+    };
+    let started = clock::now();
+    let deadline = grpc::timeout(headers).map_or(f64::INFINITY, |left| started + left.as_secs_f64());
+    let metadata = grpc::metadata(headers);
+    let call = Arc::new(Call::new(
+        peer.clone(),
+        method.index,
+        method.streams,
+        started,
+        deadline,
+        metadata,
+        shared.unwritten.clone(),
+    ));
+    let served = Served {
+        call,
+        method,
+        shared: shared.clone(),
+        body: request.into_body(),
+        messages: Messages::new(encoding, shared.limits.message_bytes),
+        timer: clock::until(deadline).map(|left| Box::pin(sleep(left))),
+        counted: 0,
+        is_known: false,
+        is_deaf: false,
+    };
+    tokio::spawn(async move {
+        if method.streams {
+            served.stream(respond).await;
+        } else {
+            served.unary(respond).await;
+        }
+    });
+}
+
+fn refuse(respond: &mut SendResponse<Bytes>, status: &Status) {
+    let _ = respond.send_response(grpc::status_only(status), true);
+}
+
+/// A call that is served.
+struct Served {
+    call: Arc<Call>,
+    method: Method,
+    shared: Arc<Shared>,
+    body: RecvStream,
+    messages: Messages,
+    /// Ends it when its time is over.
+    timer: Option<std::pin::Pin<Box<Sleep>>>,
+    /// Bytes of it in memory, as they stand in the budget of all calls.
+    counted: usize,
+    /// Python was told that it has begun.
+    is_known: bool,
+    /// Nothing is read any more: Python is about to end it.
+    is_deaf: bool,
+}
+
+/// What to do next for a stream.
+enum Next {
+    Write(Bytes, Option<usize>),
+    End(Status),
+    Data(Bytes),
+    HalfClosed,
+}
+
+/// How a call ends before it has been answered.
+enum Early {
+    Status(Status),
+    Gone,
+    Late,
+}
+
+impl Served {
+    async fn unary(mut self, mut respond: SendResponse<Bytes>) {
+        let answer = match self.only_message().await {
+            Ok(message) => match self.submit(message) {
+                Ok(()) => poll_fn(|cx| self.poll_answer(cx, &mut respond)).await,
+                Err(early) => Err(early),
+            },
+            Err(early) => Err(early),
+        };
+        let early = match answer {
+            Ok(reply) => {
+                let Ok(mut out) = respond.send_response(grpc::reply_headers(), false) else { return };
+                self.count(reply.len());
+                match self.write(&mut out, reply).await {
+                    Ok(()) => {
+                        let _ = out.send_trailers(Status::ok().trailers());
+                    }
+                    Err(early) => self.end_early(&mut out, early),
+                }
+                return;
+            }
+            Err(early) => early,
+        };
+        match early {
+            Early::Status(status) => refuse(&mut respond, &status),
+            Early::Gone => self.abandon(false),
+            Early::Late => {
+                self.abandon(true);
+                refuse(&mut respond, &too_late());
+            }
+        }
+    }
+
+    fn submit(&mut self, message: Message) -> Result<(), Early> {
+        match message {
+            Message::Whole(message) if self.take_plain_step(&message) => Ok(()),
+            Message::Whole(message) => self.announce(Some(message)),
+            Message::TooLarge(size) => {
+                self.is_known = true;
+                self.arrive(Arrival::TooLarge(self.call.clone(), size));
+                Ok(())
+            }
+        }
+    }
+
+    /// Let Python know of the call.
+    fn announce(&mut self, request: Option<Bytes>) -> Result<(), Early> {
+        let call = self.call.clone();
+        self.is_known = self.shared.arrive_unless(Arrivals::has_many_calls, Arrival::Call(call, request));
+        if self.is_known {
+            return Ok(());
+        }
+        Err(Early::Status(self.shared.limits.overloaded.clone()))
+    }
+
+    /// The one message of the call.
+    async fn only_message(&mut self) -> Result<Message, Early> {
+        let one = || Early::Status(Status::new(grpc::INTERNAL, "a unary call must have one request"));
+        let mut found = None;
+        while let Some(data) = poll_fn(|cx| self.poll_data(cx)).await? {
+            self.messages.push(data);
+            match self.messages.next() {
+                Ok(Some(message)) if found.is_none() => found = Some(message),
+                Ok(None) => {}
+                Ok(Some(_)) => return Err(one()),
+                Err(Unreadable::TooLarge(size)) => return Ok(Message::TooLarge(size)),
+                Err(problem) => return Err(Early::Status(unreadable(&problem))),
+            }
+            let held = found.as_ref().map_or(0, Bytes::len) + self.messages.size();
+            self.require_room(held)?;
+        }
+        match found {
+            Some(message) if !self.messages.is_cut_off() => Ok(Message::Whole(message)),
+            _ => Err(one()),
+        }
+    }
+
+    /// The next data of a call that has not been answered; None at its end.
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Early>> {
+        match self.body.poll_data(cx) {
+            Poll::Ready(Some(Ok(data))) => {
+                let _ = self.body.flow_control().release_capacity(data.len());
+                Poll::Ready(Ok(Some(data)))
+            }
+            Poll::Ready(Some(Err(_))) => Poll::Ready(Err(Early::Gone)),
+            Poll::Ready(None) => Poll::Ready(Ok(None)),
+            Poll::Pending => self.poll_timer(cx).map(|()| Err(Early::Late)),
+        }
+    }
+
+    fn take_plain_step(&self, message: &Bytes) -> bool {
+        if self.method.plain != Plain::Step || self.shared.all_general.load(Ordering::Relaxed) {
+            return false;
+        }
+        let Ok(step) = Step::of_request(message) else { return false };
+        let call = self.call.clone();
+        let deadline = call.deadline;
+        self.shared.arrive(|arrivals| arrivals.push_step(call, None, &step, deadline, message.len()));
+        true
+    }
+
+    fn poll_answer(
+        &mut self,
+        cx: &mut Context<'_>,
+        respond: &mut SendResponse<Bytes>,
+    ) -> Poll<Result<Bytes, Early>> {
+        {
+            let mut state = self.call.state();
+            if let Some(status) = state.end.take() {
+                let reply = state.replies.pop_front();
+                return Poll::Ready(reply.map(|(reply, _)| reply).ok_or(Early::Status(status)));
+            }
+            keep_waker(&mut state.waker, cx);
+        }
+        if respond.poll_reset(cx).is_ready() {
+            return Poll::Ready(Err(Early::Gone));
+        }
+        self.poll_timer(cx).map(|()| Err(Early::Late))
+    }
+
+    async fn stream(mut self, mut respond: SendResponse<Bytes>) {
+        if let Err(Early::Status(status)) = self.announce(None) {
+            return refuse(&mut respond, &status);
+        }
+        let Ok(mut out) = respond.send_response(grpc::reply_headers(), false) else {
+            return self.abandon(false);
+        };
+        if let Err(early) = self.serve_stream(&mut out).await {
+            self.end_early(&mut out, early);
+        }
+    }
+
+    async fn serve_stream(&mut self, out: &mut SendStream<Bytes>) -> Result<(), Early> {
+        let mut is_open = true;
+        loop {
+            match poll_fn(|cx| self.poll_stream(cx, out, is_open)).await? {
+                Next::Write(reply, held) => {
+                    let size = reply.len();
+                    self.write(out, reply).await?;
+                    self.written(size, held);
+                }
+                Next::End(status) => {
+                    let _ = out.send_trailers(status.trailers());
+                    return Ok(());
+                }
+                Next::Data(data) => {
+                    let _ = self.body.flow_control().release_capacity(data.len());
+                    self.messages.push(data);
+                    self.take_messages().await.map_err(Early::Status)?;
+                }
+                Next::HalfClosed => {
+                    is_open = false;
+                    self.arrive(Arrival::HalfClosed(self.call.clone()));
+                }
+            }
+            let held = self.messages.size() + self.call.state().held_bytes();
+            self.require_room(held)?;
+        }
+    }
+
+    fn end_early(&mut self, out: &mut SendStream<Bytes>, early: Early) {
+        self.abandon(matches!(early, Early::Late));
+        let status = match early {
+            Early::Status(status) => status,
+            Early::Gone => return,
+            Early::Late => too_late(),
+        };
+        let _ = out.send_trailers(status.trailers());
+    }
+
+    /// Count the bytes of the call in memory, and refuse it if it is one of those that hold too much.
+    fn require_room(&mut self, bytes: usize) -> Result<(), Early> {
+        let all = self.count(bytes);
+        if all > self.shared.limits.budget_bytes && bytes > SMALL_BYTES {
+            return Err(Early::Status(self.shared.limits.overloaded.clone()));
+        }
+        Ok(())
+    }
+
+    /// Say how many bytes of the call are in memory; how many there are of all calls.
+    fn count(&mut self, bytes: usize) -> usize {
+        let all = self.shared.held.fetch_add(bytes, Ordering::Relaxed) + bytes - self.counted;
+        self.shared.held.fetch_sub(self.counted, Ordering::Relaxed);
+        self.counted = bytes;
+        all
+    }
+
+    fn poll_stream(
+        &mut self,
+        cx: &mut Context<'_>,
+        out: &mut SendStream<Bytes>,
+        is_open: bool,
+    ) -> Poll<Result<Next, Early>> {
+        let may_read = {
+            let mut state = self.call.state();
+            if let Some((reply, held)) = state.replies.pop_front() {
+                return Poll::Ready(Ok(Next::Write(reply, held)));
+            }
+            if state.frames.is_empty() {
+                if let Some(status) = state.end.take() {
+                    return Poll::Ready(Ok(Next::End(status)));
+                }
+            }
+            keep_waker(&mut state.waker, cx);
+            let limits = &self.shared.limits;
+            is_open
+                && !self.is_deaf
+                && state.end.is_none()
+                && state.unread.len() < MOST_UNREAD
+                && state.frames.len() < limits.frames
+                && state.held_bytes() < limits.message_bytes
+        };
+        if may_read {
+            match self.body.poll_data(cx) {
+                Poll::Ready(Some(Ok(data))) => return Poll::Ready(Ok(Next::Data(data))),
+                Poll::Ready(Some(Err(_))) => return Poll::Ready(Err(Early::Gone)),
+                Poll::Ready(None) => return Poll::Ready(Ok(Next::HalfClosed)),
+                Poll::Pending => {}
+            }
+        }
+        if out.poll_reset(cx).is_ready() {
+            return Poll::Ready(Err(Early::Gone));
+        }
+        self.poll_timer(cx).map(|()| Err(Early::Late))
+    }
+
+    /// Hand on the messages that have come whole. Err: the call ends so.
+    async fn take_messages(&mut self) -> Result<(), Status> {
+        let mut bytes = 0;
+        loop {
+            match self.messages.next() {
+                Ok(Some(message)) => {
+                    bytes += message.len();
+                    self.take_message(message);
+                }
+                Ok(None) => return Ok(()),
+                Err(Unreadable::TooLarge(size)) => {
+                    self.arrive(Arrival::TooLarge(self.call.clone(), size));
+                    self.is_deaf = true; // what follows is the rest of it
+                    return Ok(());
+                }
+                Err(problem) => return Err(unreadable(&problem)),
+            }
+            if bytes > TURN_BYTES {
+                bytes = 0;
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+
+    fn take_message(&self, message: Bytes) {
+        if self.method.plain == Plain::StepStream && self.take_plain_frame(&message) {
+            return;
+        }
+        if self.method.plain == Plain::StepStream {
+            if let Some(frame_id) = Step::frame_id(&message) {
+                let mut state = self.call.state();
+                if state.frames.contains(&frame_id) || !state.general_frames.insert(frame_id) {
+                    drop(state);
+                    return self.arrive(Arrival::Duplicate(self.call.clone(), frame_id));
+                }
+            }
+        }
+        self.call.state().unread.push_back(message.len());
+        self.arrive(Arrival::Message(self.call.clone(), message));
+    }
+
+    fn take_plain_frame(&self, message: &Bytes) -> bool {
+        if self.shared.all_general.load(Ordering::Relaxed) {
+            return false;
+        }
+        let Ok((frame_id, step)) = Step::of_frame(message) else { return false };
+        {
+            let mut state = self.call.state();
+            if !state.unread.is_empty() || state.end.is_some() {
+                return false; // what came before it has not been looked at
+            }
+            if state.general_frames.contains(&frame_id) || !state.frames.insert(frame_id) {
+                drop(state);
+                self.arrive(Arrival::Duplicate(self.call.clone(), frame_id));
+                return true;
+            }
+            state.held += message.len();
+        }
+        let mut deadline = self.call.deadline;
+        if step.timeout_ms > 0 {
+            deadline = deadline.min(clock::now() + f64::from(step.timeout_ms) / 1000.0);
+        }
+        let call = self.call.clone();
+        self.shared
+            .arrive(|arrivals| arrivals.push_step(call, Some(frame_id), &step, deadline, message.len()));
+        true
+    }
+
+    /// Write a reply as the client makes room for it.
+    async fn write(&mut self, out: &mut SendStream<Bytes>, reply: Bytes) -> Result<(), Early> {
+        let _writing = Writing(self.call.clone());
+        self.write_all(out, reply).await
+    }
+
+    async fn write_all(&mut self, out: &mut SendStream<Bytes>, mut reply: Bytes) -> Result<(), Early> {
+        out.reserve_capacity(reply.len());
+        if out.capacity() >= reply.len() {
+            return out.send_data(reply, false).map_err(|_| Early::Gone);
+        }
+        loop {
+            let room = out.capacity().min(reply.len());
+            out.send_data(reply.split_to(room), false).map_err(|_| Early::Gone)?;
+            if reply.is_empty() {
+                return Ok(());
+            }
+            out.reserve_capacity(reply.len());
+            poll_fn(|cx| self.poll_room(cx, out)).await?;
+        }
+    }
+
+    fn poll_room(&mut self, cx: &mut Context<'_>, out: &mut SendStream<Bytes>) -> Poll<Result<(), Early>> {
+        if out.poll_reset(cx).is_ready() {
+            return Poll::Ready(Err(Early::Gone));
+        }
+        match out.poll_capacity(cx) {
+            Poll::Ready(Some(Ok(_))) => Poll::Ready(Ok(())),
+            Poll::Ready(_) => Poll::Ready(Err(Early::Gone)),
+            Poll::Pending => self.poll_timer(cx).map(|()| Err(Early::Late)),
+        }
+    }
+
+    fn written(&self, size: usize, held: Option<usize>) {
+        {
+            let mut state = self.call.state();
+            state.held -= held.unwrap_or(0);
+            state.reply_bytes -= size;
+        }
+        if held.is_none() {
+            self.arrive(Arrival::Written(self.call.clone(), size));
+        }
+    }
+
+    /// Nobody waits for the call any more.
+    fn abandon(&self, late: bool) {
+        self.call.set_over(late);
+        self.shared.abandoned.fetch_add(1, Ordering::Relaxed);
+        if self.is_known {
+            self.arrive(Arrival::Ended(self.call.clone()));
+        }
+    }
+
+    fn arrive(&self, arrival: Arrival) {
+        self.shared.arrive(|arrivals| arrivals.push(arrival));
+    }
+
+    fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.timer.as_mut().map_or(Poll::Pending, |timer| timer.as_mut().poll(cx))
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.shared.held.fetch_sub(self.counted, Ordering::Relaxed);
+    }
+}
+
+/// A reply that is being written, whatever comes of it.
+struct Writing(Arc<Call>);
+
+impl Drop for Writing {
+    fn drop(&mut self) {
+        self.0.written();
+    }
+}
+
+/// The only message of a call.
+enum Message {
+    Whole(Bytes),
+    TooLarge(usize),
+}
+
+fn too_late() -> Status {
+    Status::new(grpc::DEADLINE_EXCEEDED, "Deadline Exceeded")
+}
+
+fn keep_waker(kept: &mut Option<std::task::Waker>, cx: &Context<'_>) {
+    if !kept.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+        *kept = Some(cx.waker().clone());
+    }
+}
+
+fn unreadable(problem: &Unreadable) -> Status {
+    match problem {
+        Unreadable::Encoding => Status::new(grpc::INTERNAL, "a compressed message needs grpc-encoding"),
+        _ => Status::new(grpc::INTERNAL, "the request is no gRPC message"),
+    }
+}

@@ -1,0 +1,321 @@
+//! Connections: accepted, kept alive, ended; a task for each, and one for each of its calls.
+
+use crate::call::Peer;
+use crate::columns::{Arrival, Arrivals};
+use crate::grpc::Status;
+use crate::serve;
+use bytes::Bytes;
+use std::collections::HashMap;
+use std::net::{SocketAddr, TcpListener as StdTcpListener};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener as StdUnixListener;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
+
+/// How the wire behaves.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Of a message, inflated or not.
+    pub message_bytes: usize,
+    /// Calls of one connection at the same time; more of them wait at the client.
+    pub streams: u32,
+    /// Of the headers of a call.
+    pub header_bytes: u32,
+    /// Bytes of messages and replies of all calls together; then those that hold much are refused.
+    pub budget_bytes: usize,
+    /// How they are refused.
+    pub overloaded: Status,
+    /// Plain frames of one stream that are not answered, before reading stops.
+    pub frames: usize,
+    /// The server asks so often whether a silent client is there.
+    pub keepalive: Duration,
+    /// And gives up after this.
+    pub keepalive_timeout: Duration,
+}
+
+/// A method that is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Method {
+    pub index: usize,
+    pub streams: bool,
+    pub plain: Plain,
+}
+
+/// Which of a method's messages may be plain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plain {
+    No,
+    Step,
+    StepStream,
+}
+
+/// What all of the wire shares with Python.
+#[derive(Debug)]
+pub struct Shared {
+    pub limits: Limits,
+    pub methods: HashMap<String, Method>,
+    /// Nothing is plain: Python wants to see every message.
+    pub all_general: AtomicBool,
+    /// Calls that ended before their answer, so that nobody need look for them while there are none.
+    pub abandoned: AtomicU64,
+    /// What Python has asked for and is not done.
+    pub commands: AtomicUsize,
+    /// Replies that are not on their way.
+    pub unwritten: Arc<AtomicUsize>,
+    /// Bytes of messages and replies in memory.
+    pub held: AtomicUsize,
+    arrivals: Mutex<Arrivals>,
+    wakeup: std::os::fd::OwnedFd,
+    connections: AtomicU64,
+}
+
+impl Shared {
+    pub fn new(limits: Limits, methods: HashMap<String, Method>, wakeup: std::os::fd::OwnedFd) -> Self {
+        Shared {
+            limits,
+            methods,
+            all_general: AtomicBool::new(false),
+            abandoned: AtomicU64::new(0),
+            commands: AtomicUsize::new(0),
+            unwritten: Arc::default(),
+            held: AtomicUsize::new(0),
+            arrivals: Mutex::new(Arrivals::default()),
+            wakeup,
+            connections: AtomicU64::new(0),
+        }
+    }
+
+    pub fn fd(&self) -> i32 {
+        self.wakeup.as_raw_fd()
+    }
+
+    pub fn open_connections(&self) -> u64 {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// Add to what has come, and wake Python's event loop if it does not know of anything yet.
+    pub fn arrive(&self, add: impl FnOnce(&mut Arrivals)) {
+        let was_empty = {
+            let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+            let was_empty = arrivals.is_empty();
+            add(&mut arrivals);
+            was_empty
+        };
+        if was_empty {
+            ring(self.fd());
+        }
+    }
+
+    /// Add it unless there is too much of its kind; whether it was added.
+    pub fn arrive_unless(&self, too_much: impl Fn(&Arrivals) -> bool, arrival: Arrival) -> bool {
+        let mut added = false;
+        self.arrive(|arrivals| {
+            if !too_much(arrivals) {
+                arrivals.push(arrival);
+                added = true;
+            }
+        });
+        added
+    }
+
+    pub fn take(&self) -> Vec<Arrival> {
+        quiet(self.fd());
+        self.arrivals.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// Make an eventfd readable.
+#[allow(unsafe_code)]
+fn ring(fd: i32) {
+    let one: u64 = 1;
+    // SAFETY: eight bytes of a number that lives until the call returns, written to an eventfd that is ours.
+    // It cannot fail but for a counter that is full, and then it is readable already.
+    let _ = unsafe { libc::write(fd, std::ptr::from_ref(&one).cast(), 8) };
+}
+
+/// Make an eventfd unreadable.
+#[allow(unsafe_code)]
+fn quiet(fd: i32) {
+    let mut count: u64 = 0;
+    // SAFETY: eight bytes into a number that lives until the call returns. Not readable is fine.
+    let _ = unsafe { libc::read(fd, std::ptr::from_mut(&mut count).cast(), 8) };
+}
+
+/// Where connections come from.
+#[derive(Debug)]
+pub enum Listener {
+    Tcp(StdTcpListener),
+    Unix(StdUnixListener),
+}
+
+/// How far the server is in its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    Serving,
+    /// No new connections or calls; those that run go on.
+    Draining,
+    /// What still runs is cut off.
+    Closed,
+}
+
+/// Serve listeners until the stage says that it is over.
+pub async fn run(listeners: Vec<Listener>, shared: Arc<Shared>, stage: watch::Receiver<Stage>) {
+    let (done, mut all_done) = tokio::sync::mpsc::channel::<()>(1);
+    for listener in listeners {
+        let (shared, stage, done) = (shared.clone(), stage.clone(), done.clone());
+        tokio::spawn(async move {
+            match listener {
+                Listener::Tcp(listener) => accept_tcp(listener, shared, stage, done).await,
+                Listener::Unix(listener) => accept_unix(listener, shared, stage, done).await,
+            }
+        });
+    }
+    drop(done);
+    let mut closed = stage;
+    tokio::select! {
+        _ = all_done.recv() => {}
+        () = reached(&mut closed, Stage::Closed) => {}
+    }
+}
+
+/// Return when the server is at this stage, or nobody can say any more.
+async fn reached(stage: &mut watch::Receiver<Stage>, wanted: Stage) {
+    let _ = stage.wait_for(|stage| *stage >= wanted).await;
+}
+
+type Done = tokio::sync::mpsc::Sender<()>;
+
+async fn accept_tcp(
+    listener: StdTcpListener,
+    shared: Arc<Shared>,
+    mut stage: watch::Receiver<Stage>,
+    done: Done,
+) {
+    let Ok(listener) = TcpListener::from_std(listener) else { return };
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = reached(&mut stage, Stage::Draining) => return,
+        };
+        match accepted {
+            Ok((socket, address)) => {
+                let _ = socket.set_nodelay(true);
+                begin(socket, tcp_name(address), &shared, &stage, &done);
+            }
+            Err(_) => out_of_descriptors().await,
+        }
+    }
+}
+
+async fn accept_unix(
+    listener: StdUnixListener,
+    shared: Arc<Shared>,
+    mut stage: watch::Receiver<Stage>,
+    done: Done,
+) {
+    let Ok(listener) = UnixListener::from_std(listener) else { return };
+    let mut count = 0u64;
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = reached(&mut stage, Stage::Draining) => return,
+        };
+        match accepted {
+            Ok((socket, _)) => {
+                count += 1;
+                begin(socket, format!("unix:{count}"), &shared, &stage, &done);
+            }
+            Err(_) => out_of_descriptors().await,
+        }
+    }
+}
+
+/// Accepting failed, which it does where file descriptors have run out: others' ends bring some back.
+async fn out_of_descriptors() {
+    tokio::time::sleep(Duration::from_millis(50)).await;
+}
+
+fn tcp_name(address: SocketAddr) -> String {
+    match address {
+        SocketAddr::V4(address) => format!("ipv4:{address}"),
+        SocketAddr::V6(address) => format!("ipv6:%5B{}%5D:{}", address.ip(), address.port()),
+    }
+}
+
+fn begin<S>(socket: S, name: String, shared: &Arc<Shared>, stage: &watch::Receiver<Stage>, done: &Done)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let number = shared.connections.fetch_add(1, Ordering::Relaxed);
+    let peer = Arc::new(Peer { name, number });
+    let (shared, stage, done) = (shared.clone(), stage.clone(), done.clone());
+    tokio::spawn(async move {
+        connection(socket, peer, &shared, stage).await;
+        drop(done);
+    });
+}
+
+async fn connection<S>(socket: S, peer: Arc<Peer>, shared: &Arc<Shared>, mut stage: watch::Receiver<Stage>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let limits = &shared.limits;
+    let mut builder = h2::server::Builder::new();
+    builder
+        .max_concurrent_streams(limits.streams)
+        // an honest client may cancel all that it has under way at once
+        .max_pending_accept_reset_streams(limits.streams as usize)
+        .max_header_list_size(limits.header_bytes)
+        .initial_window_size(1 << 20)
+        .initial_connection_window_size(1 << 24)
+        .max_frame_size(1 << 16);
+    let handshake = tokio::time::timeout(limits.keepalive_timeout, builder.handshake::<_, Bytes>(socket));
+    let Ok(Ok(mut connection)) = handshake.await else { return };
+    let mut pings = connection.ping_pong();
+    let alive = async move {
+        match pings.as_mut() {
+            Some(pings) => keep_alive(pings, limits).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::pin!(alive);
+    let mut is_draining = false;
+    let mut closed = stage.clone();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = reached(&mut closed, Stage::Closed) => {
+                connection.abrupt_shutdown(h2::Reason::CANCEL);
+                // one look more, so that it is said
+                let _ = tokio::time::timeout(Duration::from_millis(10), connection.accept()).await;
+                return;
+            }
+            () = reached(&mut stage, Stage::Draining), if !is_draining => {
+                is_draining = true;
+                connection.graceful_shutdown();
+                continue;
+            }
+            accepted = connection.accept() => accepted,
+            () = &mut alive => return,
+        };
+        match accepted {
+            Some(Ok((request, respond))) => serve::begin(request, respond, &peer, shared),
+            Some(Err(_)) | None => return,
+        }
+    }
+}
+
+/// Return when a silent client does not answer any more.
+async fn keep_alive(pings: &mut h2::PingPong, limits: &Limits) {
+    loop {
+        tokio::time::sleep(limits.keepalive).await;
+        let answer = tokio::time::timeout(limits.keepalive_timeout, pings.ping(h2::Ping::opaque())).await;
+        if !matches!(answer, Ok(Ok(_))) {
+            return;
+        }
+    }
+}
