@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.message import DecodeError
 
 import stepwell
 from stepwell.v1 import models_pb2, sessions_pb2
@@ -170,6 +171,82 @@ def test_damaged_frames_are_answered_one_by_one(served: Served, seed: int) -> No
                     assert entry.error.reason in KNOWN.get(code, ()), entry
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_frames_of_one_session_are_read_as_protobuf_reads_them(served: Served, seed: int) -> None:
+    """The native front reads plain ones by itself: it must do what a Step of the fields does that protobuf finds."""
+    rng = np.random.default_rng(seed)
+    state = served.wire.state(served.wire.open("seq", f"state-{seed}")).state
+    with served.session("seq") as bystander, served.nothing_changes(bystander):
+        for nth in range(60):
+            x = rng.standard_normal((1, 3) if nth % 2 else (1, 1, 3)).astype(np.float32)
+            fields: dict[str, Any] = (
+                {"expected_revisions": [0], "request_ids": [2**63 + nth]} if nth % 3 else {}
+            )
+            # ids that nobody had before, of the same length: one for each way, one for the neighbour
+            streamed, called, neighbour = [f"{way}{seed}-{nth:03d}" for way in "abn"]
+            for session_id in (streamed, called, neighbour):
+                served.wire.open("seq", session_id, state=state)
+            good = wire.step_frame(nth + 1, [streamed], [tensor(x)], timeout_ms=60_000, **fields)
+            raw = damaged(good.SerializeToString(), rng)
+            on_stream = by_stream(served, good, raw, neighbour)
+            assert on_stream == by_call(served, raw.replace(streamed.encode(), called.encode())), raw
+            served.wire.close(streamed, called, neighbour)
+    served.wire.close(f"state-{seed}")
+
+
+def by_stream(served: Served, good: Any, raw: bytes, neighbour: str) -> tuple[object, ...]:
+    """Send a good frame of a neighbour, from which the layout can be learnt, and then the damaged one."""
+    first = pb.StepStreamRequest()
+    first.CopyFrom(good)
+    first.frame_id += 1 << 20  # it may not be answered yet when the other comes
+    first.step.session_ids[:] = [neighbour]
+    call: Any = served.wire.channel.stream_stream(f"/{SERVICE}/StepStream")
+    try:
+        answers = [
+            pb.StepStreamResponse.FromString(a)
+            for a in call(iter([first.SerializeToString(), raw]), timeout=200)
+        ]
+    except grpc.RpcError as error:
+        return wire.of_call(error).code, "no frame"
+    (answer,) = answers[1:]
+    if answer.errors:
+        return answer.errors[0].error.reason, wire.data(answer.outputs)
+    return answer.revisions[0], answer.positions[0], answer.frame_id, wire.data(answer.outputs)
+
+
+def by_call(served: Served, raw: bytes) -> tuple[object, ...]:
+    """What protobuf reads in the damaged frame, as a Step."""
+    try:
+        frame = pb.StepStreamRequest.FromString(raw)
+    except DecodeError:
+        return "INVALID_ARGUMENT", "no frame"
+    step = frame.step
+    if not frame.HasField("step") or not step.session_ids:
+        return "INVALID_INPUT", {}
+    several = [
+        len(step.session_ids),
+        len(step.expected_revisions),
+        len(step.request_ids),
+        len(step.batch_sizes),
+    ]
+    if max(several) > 1 or (step.batch_sizes and step.batch_sizes[0] != 1):
+        return "INVALID_INPUT", {}
+    request = pb.StepRequest(session_id=step.session_ids[0], inputs=step.inputs, outputs=step.outputs)
+    if step.expected_revisions:
+        request.expected_revision = step.expected_revisions[0]
+    if step.request_ids:
+        request.request_id = step.request_ids[0]
+    try:
+        answer = served.wire.sessions.Step(request, timeout=200)
+    except grpc.RpcError as error:
+        return wire.of_call(error).reason, {}
+    return answer.revision, answer.position, frame.frame_id, wire.data(answer.outputs)
+
+
+#: The reason beside the status, by front: gRPC's own refusal has none.
+TOO_LARGE = {"native": "MESSAGE_TOO_LARGE", "python": ""}
+
+
 def _too_large(served: Served, session_id: str) -> dict[str, tuple[str, Any]]:
     x = np.zeros((1, MAX_MESSAGE_BYTES // 12 + 1, 3), np.float32)
     state = [
@@ -188,17 +265,19 @@ def _too_large(served: Served, session_id: str) -> dict[str, tuple[str, Any]]:
 
 @pytest.mark.parametrize("rpc", ["Step", "Predict", "ResetStates", "OpenSession"])
 def test_a_request_over_the_limit(served: Served, rpc: str) -> None:
-    """It is gRPC that refuses it before the server sees it; the SDK makes an InvalidInputError of it."""
+    """The front refuses it before anything is read of it; the SDK makes an InvalidInputError of it."""
     with served.session("seq") as session_id, served.nothing_changes(session_id):
         refused = served.wire.refused(*_too_large(served, session_id)[rpc])
-        refused.expect("RESOURCE_EXHAUSTED", "", "larger than max", str(MAX_MESSAGE_BYTES))
+        refused.expect(
+            "RESOURCE_EXHAUSTED", TOO_LARGE[served.front], "larger than max", str(MAX_MESSAGE_BYTES)
+        )
 
 
 def test_a_frame_over_the_limit(served: Served) -> None:
     with served.session("seq") as session_id, served.nothing_changes(session_id):
         frame = wire.step_frame(1, [session_id], _too_large(served, session_id)["Step"][1].inputs)
         refused = wire.refusal(lambda: served.wire.exchange(frame))
-        refused.expect("RESOURCE_EXHAUSTED", "", "larger than max")
+        refused.expect("RESOURCE_EXHAUSTED", TOO_LARGE[served.front], "larger than max")
 
 
 def test_a_state_over_the_limit(served: Served) -> None:
