@@ -448,3 +448,21 @@ async def test_members_at_fault_beside_good_ones(name: str, steps: int) -> None:
         assert {i: rows["y"].tobytes() for i, rows in wire.rows_of(answers, sizes).items()} == known
         after = dict(zip(PAIR, await at.everything(), strict=True))
         assert {name for name in PAIR if after[name] != before[name]} == {ids[i] for i in known}
+
+
+async def test_an_id_that_a_server_made_is_in_use_as_long_as_its_session_is_there() -> None:
+    """And then it is gone: no call begins it anew."""
+    async with calls() as at:
+        opened = await at.call(pb.OpenSessionRequest(model="plain"))
+        name = opened.session.session_id
+        await at.call(pb.OpenSessionRequest(model="plain", session_id="source"))
+        anew = (
+            pb.OpenSessionRequest(model="plain", session_id=name, must_be_new=True),
+            pb.OpenSessionsRequest(model="plain", session_ids=["fine", name]),
+            pb.ForkSessionRequest(session_id="source", new_session_id=name),
+        )
+        for request in anew:
+            assert (await at.refused(request)).code == "ALREADY_EXISTS", request
+        await at.call(pb.CloseSessionRequest(session_id=name))
+        for request in anew:
+            assert (await at.refused(request)).code == "NOT_FOUND", request

@@ -134,9 +134,9 @@ class Opening:
             if not session_ids:
                 self._require_not_gone(ids[0], seen)
             async for part in in_pieces(ids):
+                self._directory.require_new("session_ids", ids[part], seen)
                 for session_id in session_ids[part]:
                     self._require_own(session_id, seen)
-                self._directory.require_new("session_ids", ids[part], seen)
             if not self._creation.reserve(ids):
                 continue  # somebody made one of them meanwhile
             # of ids that are made here none was another session's
