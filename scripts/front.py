@@ -5,7 +5,7 @@
 
 Cargo does the work. Its crates come from its registry; where that is not reached, from Debian's librust-*-dev
 packages, which are installed if this is a Debian and we may. Without cargo nothing is built, and the server uses the
-front in Python. Exit codes: 0 built or nothing to do, 3 there is no native front, 1 it does not build.
+front in Python. Exit codes: 0 built or nothing to do, 3 there is no native front, and with --check 1 if it is at fault.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def build() -> int:
     if MODULE.exists() and STAMP.exists() and STAMP.read_text() == sources:
         return 0
     print("Building the native front (Rust; the first time takes a minute or two)", flush=True)
-    code = cargo("build", "--release", "--quiet")
-    if code == 0:
-        # not over the file that a running server has mapped
-        fresh = MODULE.with_suffix(".new")
-        shutil.copyfile(CRATE / "target" / "release" / "libstepwell_front.so", fresh)
-        fresh.replace(MODULE)
-        STAMP.write_text(sources)
-    return min(code, 1)
+    if cargo("build", "--release", "--quiet"):
+        raise NoFront("it does not build here, see above")
+    # not over the file that a running server has mapped
+    fresh = MODULE.with_suffix(".new")
+    shutil.copyfile(CRATE / "target" / "release" / "libstepwell_front.so", fresh)
+    fresh.replace(MODULE)
+    STAMP.write_text(sources)
+    return 0
 
 
 def check() -> int:
@@ -96,13 +96,28 @@ def cargo(command: str, *arguments: str) -> int:
     Raises:
         NoFront: there is no cargo, or it has no crates.
     """
-    program = shutil.which("cargo")
-    if program is None:
-        raise NoFront("cargo is not installed")
+    program = working_cargo()
     crates = [] if command == "fmt" else source_of_crates(program)
     split = arguments.index("--") if "--" in arguments else len(arguments)
     whole = [program, command, *arguments[:split], *crates, *arguments[split:]]
     return subprocess.run(whole, cwd=CRATE, check=False).returncode
+
+
+@functools.cache
+def working_cargo() -> str:
+    """Where cargo is.
+
+    Raises:
+        NoFront: it is not there, or is rustup's stand-in for one that is not installed for this user.
+    """
+    program = shutil.which("cargo")
+    if program is None:
+        raise NoFront("cargo is not installed")
+    tried = subprocess.run([program, "--version"], cwd=CRATE, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        first = tried.stderr.strip().splitlines()[:1]
+        raise NoFront(f"cargo does not run ({' '.join(first) or 'it says nothing'})")
+    return program
 
 
 @functools.cache
