@@ -13,6 +13,7 @@ from stepwell_server.engine.change import Change
 from stepwell_server.rpc.fronts.base import InputColumn, Members, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Status
 from stepwell_server.rpc.steps.columns import ColumnSteps
+from support.awaited import RemoteStore
 from support.engine import Harness, running
 from support.fake_call import Requests
 
@@ -175,6 +176,18 @@ async def test_a_session_that_is_not_there_spoils_nobody_elses_step(columns: Col
     assert batch.errors[1].reason == "SESSION_NOT_FOUND"
     assert "'nobody'" in batch.errors[1].message
     assert columns.observer.refusals == {"SESSION_NOT_FOUND": 1}
+    if not isinstance(columns.at.store, RemoteStore):
+        assert [change.size for change in columns.changes] == [3, 2, 1], "the others stay together"
+
+
+async def test_of_a_session_that_comes_twice_nothing_overtakes_what_goes_alone(columns: Columns) -> None:
+    await columns.at.open("a", "b")
+    x = np.random.default_rng(4).standard_normal((5, 2))
+    entries = [(0, 1, True), (1, 2, True), (3, 1, True), (4, 1, True)]
+    batch = columns.take(["a", "b", "nobody", "b", "a"], x, entries=entries)
+    await columns.at.settled()
+    assert sorted(batch.errors) == [2]
+    assert {member: batch.applied_by_member[member][0] for member in (0, 1, 3, 4)} == {0: 1, 1: 1, 3: 2, 4: 2}
 
 
 async def test_many_conflicts_of_different_callers_have_an_error_each(columns: Columns) -> None:

@@ -38,7 +38,14 @@ _NONE: U64 = np.zeros(1, np.uint64)
 
 
 class MustPart(Exception):
-    """A change of several callers must be submitted as one of each: sessions of it are not in the table, or not so."""
+    """A change of several callers must be submitted without some members, and those each alone.
+
+    Their sessions are not in the table, or have other rows than the change says.
+    """
+
+    def __init__(self, members: Members) -> None:
+        super().__init__(f"{len(members)} members must be submitted alone")
+        self.members = members
 
 
 class Replies(Protocol):

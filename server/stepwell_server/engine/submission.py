@@ -88,7 +88,7 @@ class Submission:
         is_plain = self._is_local and not self._arrivals.waiting and len(change.session_ids) <= PIECE
         if not is_plain and self._directory.must_look(change.session_ids):
             if change.callers is not None:
-                raise MustPart
+                raise MustPart(np.arange(change.size))
             self._load(change)
         else:
             self._take(change, self._directory.here)
@@ -99,7 +99,7 @@ class Submission:
             handles = self._directory.find_all(change.session_ids, seen)
         missing = np.flatnonzero(handles < 0) if len(handles) > 1 or handles[0] < 0 else _NOBODY
         if len(missing) and change.callers is not None:
-            raise MustPart
+            raise MustPart(missing)
         if len(missing) == change.size:
             self._refuse_missing(change, missing, seen)
             return

@@ -218,7 +218,7 @@ class Validation:
                 refused[member] = _not_finite_member(change, member)
         if change.batch_sizes is not None and own.tobytes() != change.sizes.tobytes():
             if change.callers is not None:
-                raise MustPart
+                raise MustPart(np.flatnonzero(own != change.sizes))
             for member in np.flatnonzero(there & (own != change.sizes)).tolist():
                 refused.setdefault(member, _wrong_size(change, member, int(own[member])))
         if change.expected is not None and _largest(change.expected) == ANY_REVISION:

@@ -13,6 +13,8 @@ from stepwell_server.rpc.status import Status
 
 U64 = npt.NDArray[np.uint64]
 Members = npt.NDArray[np.intp]
+Entry = tuple[int, int, bool]
+"""A message of a batch: its first session, how many it has, and whether it is a frame of a stream."""
 
 
 class BindError(Exception):
@@ -145,8 +147,8 @@ class StepColumns:
     """A `stepwell.v1.OutputSelection`."""
     output_names: Sequence[str]
     inputs: Sequence[InputColumn]
-    entries: Sequence[tuple[int, int, bool]]
-    """First session and number of sessions of each message, and whether it is a frame of a stream."""
+    entries: Sequence[Entry]
+    """The messages, one after the other."""
     replies: ColumnReplies
 
 

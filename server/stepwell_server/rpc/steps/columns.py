@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stepwell_server.engine.change import Change, MustPart
-from stepwell_server.engine.types import U64, Array, Members, Tensors
+from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors
 from stepwell_server.errors import Overloaded, RequestTooLarge, ServerError
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.boundary import internal
-from stepwell_server.rpc.fronts.base import OutputColumn, StepColumns
+from stepwell_server.rpc.fronts.base import Entry, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Status, code_of, to_proto, to_status
 from stepwell_server.rpc.steps import messages
 
@@ -50,26 +50,39 @@ class ColumnSteps:
 
     def _submit(self, columns: StepColumns) -> None:
         inputs = convert.to_columns(columns.inputs)
-        if len(columns.entries) > 1 and not _names_one_twice(columns):
-            change = self._change(columns, inputs, 0, len(columns.session_ids))
-            change.callers, change.deadlines = columns.callers, columns.deadlines
-            change.batch_sizes = columns.sizes.astype(np.intp)  # whose rows are whose
-            try:
-                self._engine.submit(change)
-                return
-            except (MustPart, ServerError):
-                pass
-        start = 0
-        for first, count, _ in columns.entries:
-            end = start + int(columns.sizes[first : first + count].sum())
-            own = {name: array[start:end] for name, array in inputs.items()}
-            start = end
-            change = self._change(columns, own, first, count)
+        entries = columns.entries
+        if len(entries) > 1 and not _names_one_twice(columns):
+            entries = self._submit_together(columns, inputs)
+        for first, count, _ in entries:
+            members = np.arange(first, first + count)
+            change = self._change(columns, inputs, members)
             change.caller, change.deadline = columns.callers[first], float(columns.deadlines[first])
             try:
                 self._engine.submit(change)
             except ServerError as error:
                 change.replies.failed(np.arange(count), error)
+
+    def _submit_together(self, columns: StepColumns, inputs: Tensors) -> Sequence[Entry]:
+        """Submit as one change what can be one; the messages that cannot."""
+        left = np.ones(len(columns.session_ids), np.bool_)
+        while left.any():
+            members = np.flatnonzero(left)
+            change = self._change(columns, inputs, members)
+            change.callers = _some(columns.callers, members)
+            change.deadlines = columns.deadlines[members]
+            change.batch_sizes = columns.sizes[members].astype(np.intp)  # whose rows are whose
+            try:
+                self._engine.submit(change)
+                break
+            except MustPart as part:
+                out = members[part.members]
+                if len(set(columns.session_ids)) < len(left):
+                    return columns.entries  # the others must not overtake them
+                for first, count, _ in _entries_of(columns, out):
+                    left[first : first + count] = False
+            except ServerError:
+                return columns.entries
+        return _left_out(columns, left)
 
     def too_large(self, size: int) -> Status:
         """See `base.Steps`."""
@@ -95,21 +108,50 @@ class ColumnSteps:
         self._observer.refused(error.reason, 1)
         return messages.failed_part(frame_id, None, error, last=True)
 
-    def _change(self, columns: StepColumns, inputs: Tensors, first: int, count: int) -> Change:
-        part = slice(first, first + count)
-        is_whole = count == len(columns.session_ids)
+    def _change(self, columns: StepColumns, inputs: Tensors, members: Members) -> Change:
+        """The change of some members of a batch."""
+        is_whole = len(members) == len(columns.session_ids)
+        if not is_whole:
+            rows = _rows_of(columns, members)
+            inputs = {name: array[rows] for name, array in inputs.items()}
         change = Change(
-            columns.session_ids if is_whole else columns.session_ids[part],
-            _Replies(columns, first, count, self._clock, self._observer),
+            _some(columns.session_ids, members),
+            _Replies(columns, None if is_whole else members, self._clock, self._observer),
             inputs=inputs,
-            expected=None if columns.expected is None else columns.expected[part],
-            request_ids=None if columns.request_ids is None else columns.request_ids[part],
-            batch_sizes=columns.sizes[part].astype(np.intp) if columns.says_sizes else None,
+            expected=None if columns.expected is None else columns.expected[members],
+            request_ids=None if columns.request_ids is None else columns.request_ids[members],
+            batch_sizes=columns.sizes[members].astype(np.intp) if columns.says_sizes else None,
             select=convert.to_select(columns.select),
             output_names=columns.output_names,
         )
         messages.limit_reply(change, self._max_message_bytes)
         return change
+
+
+def _some(values: list[str], members: Members) -> list[str]:
+    return values if len(members) == len(values) else [values[member] for member in members.tolist()]
+
+
+def _rows_of(columns: StepColumns, members: Members) -> Members:
+    """Indexes of the members' rows in the tensors."""
+    sizes = columns.sizes.astype(np.intp)
+    if len(members) == 1:
+        start = int(sizes[: members[0]].sum())
+        return np.arange(start, start + sizes[members[0]])
+    mask = np.zeros(len(sizes), np.bool_)
+    mask[members] = True
+    return np.flatnonzero(np.repeat(mask, sizes))
+
+
+def _entries_of(columns: StepColumns, members: Members) -> list[Entry]:
+    """The messages that have some of the members."""
+    firsts = [first for first, _, _ in columns.entries]
+    places = np.unique(np.searchsorted(firsts, members, side="right") - 1)
+    return [columns.entries[place] for place in places.tolist()]
+
+
+def _left_out(columns: StepColumns, left: Mask) -> list[Entry]:
+    return [entry for entry in columns.entries if not left[entry[0]]]
 
 
 def _names_one_twice(columns: StepColumns) -> bool:
@@ -119,16 +161,16 @@ def _names_one_twice(columns: StepColumns) -> bool:
 
 
 class _Replies:
-    """Answers some neighbours of a batch. `Replies`."""
+    """Answers some members of a batch. `Replies`."""
 
-    __slots__ = ("_clock", "_columns", "_count", "_first", "_observer")
+    __slots__ = ("_clock", "_columns", "_index", "_observer")
 
     def __init__(
-        self, columns: StepColumns, first: int, count: int, clock: Clock, observer: RequestObserver
+        self, columns: StepColumns, index: Members | None, clock: Clock, observer: RequestObserver
     ) -> None:
         self._columns = columns
-        self._first = first
-        self._count = count
+        self._index = index
+        """Of its members in the batch; None: they are all of it."""
         self._clock = clock
         self._observer = observer
 
@@ -152,13 +194,15 @@ class _Replies:
     def cancelled(self, members: Members) -> Members:
         """See `Replies`."""
         gone = self._columns.replies.gone()
-        return members[np.isin(members, gone - self._first)] if len(gone) else _NOBODY
+        if not len(gone):
+            return _NOBODY
+        return members[np.isin(members if self._index is None else self._index[members], gone)]
 
     def _members(self, members: Members) -> Members | None:
         """As the front counts them; None: all."""
-        if len(members) == len(self._columns.session_ids):
-            return None
-        return members + self._first if self._first else members
+        if self._index is not None:
+            return self._index[members]
+        return None if len(members) == len(self._columns.session_ids) else members
 
     def _ended(self, began: Sequence[float], code: str) -> None:
         if began:
