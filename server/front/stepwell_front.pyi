@@ -18,6 +18,7 @@ class Front:
         max_header_bytes: int,
         max_frames: int,
         budget_bytes: int,
+        max_queued_bytes: int,
         overloaded: tuple[int, str, bytes],
         keepalive_s: float,
         keepalive_timeout_s: float,

@@ -3,13 +3,13 @@
 use crate::call::Call;
 use crate::plain::Step;
 use bytes::Bytes;
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::AtomicU32;
 use std::sync::Arc;
 
-/// Sessions of one batch, so that no batch keeps Python's event loop for long.
-pub const MOST_IN_BATCH: usize = 4096;
+/// Sessions of one batch, and of what Python takes at a time: about a pass, so that passes run in between.
+pub const MOST_IN_BATCH: usize = 1024;
 /// Calls that have begun since Python looked last.
 const MOST_CALLS: usize = 10_000;
 /// Batches of different signatures that are filled at the same time.
@@ -173,7 +173,7 @@ pub enum Arrival {
 /// What has come since Python looked last.
 #[derive(Debug, Default)]
 pub struct Arrivals {
-    all: Vec<Arrival>,
+    all: VecDeque<Arrival>,
     /// Batches that may still be filled, with the hashes of their sessions' ids if there are several.
     open: Vec<(usize, HashSet<u64>)>,
     hasher: RandomState,
@@ -191,17 +191,30 @@ impl Arrivals {
         self.all.is_empty()
     }
 
-    pub fn take(&mut self) -> Vec<Arrival> {
+    /// The first of what has come, up to so many sessions of steps; and the bytes of their messages.
+    pub fn take(&mut self, most: usize) -> (Vec<Arrival>, usize) {
         self.open.clear();
-        self.calls = 0;
-        std::mem::take(&mut self.all)
+        let (mut taken, mut sessions, mut bytes) = (Vec::new(), 0, 0);
+        while sessions < most {
+            let Some(arrival) = self.all.pop_front() else { break };
+            match &arrival {
+                Arrival::Batch(batch) => {
+                    sessions += batch.sizes.len();
+                    bytes += batch.entries.iter().map(|entry| entry.held).sum::<usize>();
+                }
+                Arrival::Call(..) => self.calls -= 1,
+                _ => {}
+            }
+            taken.push(arrival);
+        }
+        (taken, bytes)
     }
 
     /// Add what is no plain step. What comes later stays behind it.
     pub fn push(&mut self, arrival: Arrival) {
         self.open.clear();
         self.calls += usize::from(matches!(arrival, Arrival::Call(..)));
-        self.all.push(arrival);
+        self.all.push_back(arrival);
     }
 
     /// Add a plain step to the batch of its signature, unless it would overtake an earlier one of its sessions there.
@@ -252,7 +265,7 @@ impl Arrivals {
                 hashes.extend(batch.session_ids().map(|id| self.hasher.hash_one(id)));
             }
         }
-        self.all.push(Arrival::Batch(Box::new(Batch::new(step))));
+        self.all.push_back(Arrival::Batch(Box::new(Batch::new(step))));
         self.open.push((self.all.len() - 1, HashSet::new()));
         self.open.len() - 1
     }
@@ -279,7 +292,7 @@ mod tests {
     /// Sessions and numbers in the order in which Python will see them.
     fn order(arrivals: &mut Arrivals) -> Vec<(String, u64)> {
         let mut found = Vec::new();
-        for arrival in arrivals.take() {
+        for arrival in arrivals.take(usize::MAX).0 {
             if let Arrival::Batch(batch) = arrival {
                 let numbers =
                     batch.data[0].chunks_exact(8).map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap()));
@@ -295,7 +308,7 @@ mod tests {
         for number in 0..10 {
             push(&mut arrivals, &format!("s{number}"), (number % 2 * 2) as u8, number);
         }
-        assert_eq!(arrivals.take().len(), 2);
+        assert_eq!(arrivals.take(usize::MAX).0.len(), 2);
     }
 
     #[test]
@@ -304,7 +317,20 @@ mod tests {
         push(&mut arrivals, "a", 0, 1);
         arrivals.push(Arrival::HalfClosed(Arc::new(Call::for_test())));
         push(&mut arrivals, "a", 0, 2);
-        assert_eq!(arrivals.take().len(), 3);
+        assert_eq!(arrivals.take(usize::MAX).0.len(), 3);
+    }
+
+    #[test]
+    fn what_is_taken_at_a_time_is_about_a_pass() {
+        let mut arrivals = Arrivals::default();
+        for number in 0..3 * MOST_IN_BATCH as u64 {
+            push(&mut arrivals, &format!("s{number}"), 0, number);
+        }
+        let (taken, bytes) = arrivals.take(MOST_IN_BATCH);
+        assert_eq!((taken.len(), bytes), (1, 0));
+        push(&mut arrivals, "s0", 0, 9);
+        assert_eq!(arrivals.take(usize::MAX).0.len(), 3, "what comes now is behind what waits");
+        assert!(arrivals.is_empty());
     }
 
     proptest! {

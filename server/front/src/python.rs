@@ -75,7 +75,7 @@ struct Front {
 impl Front {
     /// `methods`: path, whether it streams, and which of its messages may be plain ("step", "step_stream" or "").
     #[new]
-    #[pyo3(signature = (methods, *, now, max_message_bytes, max_streams, max_header_bytes, max_frames, budget_bytes, overloaded, keepalive_s, keepalive_timeout_s))]
+    #[pyo3(signature = (methods, *, now, max_message_bytes, max_streams, max_header_bytes, max_frames, budget_bytes, max_queued_bytes, overloaded, keepalive_s, keepalive_timeout_s))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         methods: Vec<(String, bool, String)>,
@@ -85,6 +85,7 @@ impl Front {
         max_header_bytes: u32,
         max_frames: usize,
         budget_bytes: usize,
+        max_queued_bytes: usize,
         overloaded: (u32, String, Vec<u8>),
         keepalive_s: f64,
         keepalive_timeout_s: f64,
@@ -96,6 +97,7 @@ impl Front {
             header_bytes: max_header_bytes,
             frames: max_frames,
             budget_bytes,
+            queued_bytes: max_queued_bytes,
             overloaded: Status { code: overloaded.0, message: overloaded.1, details: overloaded.2.into() },
             keepalive: Duration::from_secs_f64(keepalive_s),
             keepalive_timeout: Duration::from_secs_f64(keepalive_timeout_s),
@@ -137,19 +139,25 @@ impl Front {
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (shared, stage) = (self.shared.clone(), self.stage.subscribe());
-        let carried = self.shared.clone();
+        let until = self.stage.subscribe();
+        let (carried, watched) = (self.shared.clone(), self.shared.clone());
         let ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner).take();
         let thread = std::thread::Builder::new().name("stepwell-front".to_owned()).spawn(move || {
             runtime.block_on(async move {
-                let carrying = tokio::spawn(async move {
+                let mut carrying = tokio::spawn(async move {
                     while let Some(command) = waiting.recv().await {
                         carry_out(command);
                         carried.commands.fetch_sub(1, Ordering::Release);
                     }
                 });
-                server::run(listeners, shared, stage).await;
-                carrying.abort();
+                tokio::select! {
+                    () = server::run(listeners, shared, stage) => carrying.abort(),
+                    _ = &mut carrying => {} // it has panicked: nobody would be answered any more
+                }
             });
+            if *until.borrow() == Stage::Serving {
+                watched.end();
+            }
             drop(ending);
             runtime.shutdown_timeout(Duration::from_millis(100));
         })?;
@@ -183,7 +191,12 @@ impl Front {
     }
 
     /// What has come since the last time, in its order: tuples that begin with one of the numbers below.
+    ///
+    /// Raises RuntimeError when the wire's thread has ended by itself.
     fn take<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        if self.shared.is_dead.load(Ordering::Acquire) {
+            return Err(PyRuntimeError::new_err("the wire's thread has ended"));
+        }
         let seen = self.seen.swap(self.shared.abandoned.load(Ordering::Relaxed), Ordering::Relaxed);
         let found = PyList::empty_bound(py);
         let mut peers = HashMap::new();

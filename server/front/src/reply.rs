@@ -246,7 +246,7 @@ mod tests {
             };
             arrivals.push_step(call.clone(), frame_id, &step, f64::INFINITY, 10);
         }
-        let mut taken = arrivals.take();
+        let mut taken = arrivals.take(usize::MAX).0;
         assert_eq!(taken.len(), 1);
         match taken.pop() {
             Some(Arrival::Batch(batch)) => (*batch, calls),

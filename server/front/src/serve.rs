@@ -216,6 +216,7 @@ impl Served {
         let Ok(step) = Step::of_request(message) else { return false };
         let call = self.call.clone();
         let deadline = call.deadline;
+        self.shared.queued.fetch_add(message.len(), Ordering::Relaxed);
         self.shared.arrive(|arrivals| arrivals.push_step(call, None, &step, deadline, message.len()));
         true
     }
@@ -331,7 +332,7 @@ impl Served {
                 && state.frames.len() < limits.frames
                 && state.held_bytes() < limits.message_bytes
         };
-        if may_read {
+        if may_read && self.shared.may_read(cx) {
             match self.body.poll_data(cx) {
                 Poll::Ready(Some(Ok(data))) => return Poll::Ready(Ok(Next::Data(data))),
                 Poll::Ready(Some(Err(_))) => return Poll::Ready(Err(Early::Gone)),
@@ -408,6 +409,7 @@ impl Served {
             deadline = deadline.min(clock::now() + f64::from(step.timeout_ms) / 1000.0);
         }
         let call = self.call.clone();
+        self.shared.queued.fetch_add(message.len(), Ordering::Relaxed);
         self.shared
             .arrive(|arrivals| arrivals.push_step(call, Some(frame_id), &step, deadline, message.len()));
         true

@@ -1,7 +1,7 @@
 //! Connections: accepted, kept alive, ended; a task for each, and one for each of its calls.
 
 use crate::call::Peer;
-use crate::columns::{Arrival, Arrivals};
+use crate::columns::{Arrival, Arrivals, MOST_IN_BATCH};
 use crate::grpc::Status;
 use crate::serve;
 use bytes::Bytes;
@@ -11,6 +11,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Waker};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
@@ -27,6 +28,8 @@ pub struct Limits {
     pub header_bytes: u32,
     /// Bytes of messages and replies of all calls together; then those that hold much are refused.
     pub budget_bytes: usize,
+    /// Bytes of plain messages that may wait for Python before streams are read no further.
+    pub queued_bytes: usize,
     /// How they are refused.
     pub overloaded: Status,
     /// Plain frames of one stream that are not answered, before reading stops.
@@ -58,6 +61,8 @@ pub enum Plain {
 pub struct Shared {
     pub limits: Limits,
     pub methods: HashMap<String, Method>,
+    /// The wire's thread has ended.
+    pub is_dead: AtomicBool,
     /// Nothing is plain: Python wants to see every message.
     pub all_general: AtomicBool,
     /// Calls that ended before their answer, so that nobody need look for them while there are none.
@@ -68,6 +73,10 @@ pub struct Shared {
     pub unwritten: Arc<AtomicUsize>,
     /// Bytes of messages and replies in memory.
     pub held: AtomicUsize,
+    /// Bytes of plain messages that Python has not taken.
+    pub queued: AtomicUsize,
+    /// Streams that wait for it to take some.
+    readers: Mutex<Vec<Waker>>,
     arrivals: Mutex<Arrivals>,
     wakeup: std::os::fd::OwnedFd,
     connections: AtomicU64,
@@ -78,11 +87,14 @@ impl Shared {
         Shared {
             limits,
             methods,
+            is_dead: AtomicBool::new(false),
             all_general: AtomicBool::new(false),
             abandoned: AtomicU64::new(0),
             commands: AtomicUsize::new(0),
             unwritten: Arc::default(),
             held: AtomicUsize::new(0),
+            queued: AtomicUsize::new(0),
+            readers: Mutex::default(),
             arrivals: Mutex::new(Arrivals::default()),
             wakeup,
             connections: AtomicU64::new(0),
@@ -122,9 +134,39 @@ impl Shared {
         added
     }
 
+    /// Say that the wire serves no longer.
+    pub fn end(&self) {
+        self.is_dead.store(true, Ordering::Release);
+        ring(self.fd());
+    }
+
+    /// Some of what has come; Python is woken again if there is more.
     pub fn take(&self) -> Vec<Arrival> {
         quiet(self.fd());
-        self.arrivals.lock().unwrap_or_else(PoisonError::into_inner).take()
+        let (taken, bytes, is_all) = {
+            let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+            let (taken, bytes) = arrivals.take(MOST_IN_BATCH);
+            (taken, bytes, arrivals.is_empty())
+        };
+        if !is_all {
+            ring(self.fd());
+        }
+        let left = self.queued.fetch_sub(bytes, Ordering::Relaxed) - bytes;
+        if left < self.limits.queued_bytes {
+            let waiting = std::mem::take(&mut *self.readers.lock().unwrap_or_else(PoisonError::into_inner));
+            waiting.into_iter().for_each(Waker::wake);
+        }
+        taken
+    }
+
+    /// Whether a stream may be read: else it is woken when Python has taken enough of what waits.
+    pub fn may_read(&self, cx: &Context<'_>) -> bool {
+        if self.queued.load(Ordering::Relaxed) < self.limits.queued_bytes {
+            return true;
+        }
+        self.readers.lock().unwrap_or_else(PoisonError::into_inner).push(cx.waker().clone());
+        // Python may have taken it meanwhile, and have seen nobody waiting
+        self.queued.load(Ordering::Relaxed) < self.limits.queued_bytes
     }
 }
 

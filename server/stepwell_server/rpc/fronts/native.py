@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import signal
 import socket
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,9 @@ _MAX_HEADER_BYTES = 16 << 10
 #: Frames of one stream that are not answered, before reading stops.
 _MAX_FRAMES = 1024
 #: Bytes of messages and replies of all calls together; beyond, calls that hold much are refused.
-_BUDGET_BYTES = 512 << 20
+_BUDGET_BYTES = 256 << 20
+#: Bytes of plain messages that wait for the event loop before streams are read no further.
+_MAX_QUEUED_BYTES = 2 << 20
 _KEEPALIVE_S = 40.0
 _KEEPALIVE_TIMEOUT_S = 20.0
 #: Bytes of replies that a stream's writer may be ahead of what is on its way.
@@ -163,6 +166,7 @@ class NativeFront:
             max_header_bytes=_MAX_HEADER_BYTES,
             max_frames=_MAX_FRAMES,
             budget_bytes=max(_BUDGET_BYTES, 4 * self._max_message_bytes),
+            max_queued_bytes=_MAX_QUEUED_BYTES,
             overloaded=_said(steps.overloaded()),
             keepalive_s=_KEEPALIVE_S,
             keepalive_timeout_s=_KEEPALIVE_TIMEOUT_S,
@@ -214,7 +218,15 @@ class NativeFront:
 
     def _take(self, front: stepwell_front.Front) -> None:
         """Take what has come, in its order. What came behind messages that tasks have to look at waits for that."""
-        for arrival in front.take():
+        try:
+            arrivals = front.take()
+        except RuntimeError as error:
+            # better no server than one that looks ready and answers nobody
+            self._loop.remove_reader(front.fd())
+            _log.defect("the front has ended, and so does the server", error)
+            signal.raise_signal(signal.SIGTERM)
+            return
+        for arrival in arrivals:
             if self._unlooked or self._deferred:
                 self._deferred += 1
                 self._loop.call_soon(self._do_deferred, arrival)
