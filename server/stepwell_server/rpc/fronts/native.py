@@ -51,7 +51,7 @@ _PLAIN = {
     "/stepwell.v1.SessionService/Step": "step",
     "/stepwell.v1.SessionService/StepStream": "step_stream",
 }
-# The numbers that tell what has come: see `tuple` in lib.rs.
+# The numbers that tell what has come: see `tuple` in python.rs.
 _BATCH, _CALL, _MESSAGE, _TOO_LARGE, _DUPLICATE, _HALF_CLOSED, _WRITTEN, _ENDED = range(8)
 
 
