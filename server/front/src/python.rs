@@ -170,16 +170,6 @@ impl Front {
         self.shared.fd()
     }
 
-    /// Connections since the start.
-    fn connections(&self) -> u64 {
-        self.shared.open_connections()
-    }
-
-    /// Bytes of messages and replies in memory, of all calls together.
-    fn held_bytes(&self) -> usize {
-        self.shared.held.load(Ordering::Relaxed)
-    }
-
     /// Replies that are not on their way.
     fn unwritten(&self) -> usize {
         self.shared.unwritten.load(Ordering::Acquire) + self.shared.commands.load(Ordering::Acquire)

@@ -79,6 +79,7 @@ pub struct Shared {
     readers: Mutex<Vec<Waker>>,
     arrivals: Mutex<Arrivals>,
     wakeup: std::os::fd::OwnedFd,
+    /// Connections so far: each has its number.
     connections: AtomicU64,
 }
 
@@ -103,10 +104,6 @@ impl Shared {
 
     pub fn fd(&self) -> i32 {
         self.wakeup.as_raw_fd()
-    }
-
-    pub fn open_connections(&self) -> u64 {
-        self.connections.load(Ordering::Relaxed)
     }
 
     /// Add to what has come, and wake Python's event loop if it does not know of anything yet.
