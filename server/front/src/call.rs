@@ -44,6 +44,8 @@ pub struct State {
     /// Bytes of replies that wait.
     pub reply_bytes: usize,
     pub end: Option<Status>,
+    /// Nothing is sent any more: its task has ended.
+    is_closed: bool,
     /// Ids of plain frames that are not answered.
     pub frames: HashSet<u64>,
     /// Ids of frames that Python was handed and has not answered.
@@ -113,6 +115,9 @@ impl Call {
             if let Some(id) = frame_id {
                 state.frames.remove(&id);
             }
+            if state.is_closed {
+                return; // nobody is there to have it, and nobody shall wait until it is written
+            }
             state.reply_bytes += framed.len();
             self.unwritten.fetch_add(1, Ordering::Relaxed);
             state.replies.push_back((framed, held));
@@ -133,6 +138,9 @@ impl Call {
     pub fn finish(&self, framed: Bytes) {
         let waker = {
             let mut state = self.state();
+            if state.is_closed {
+                return;
+            }
             self.unwritten.fetch_add(1, Ordering::Relaxed);
             state.replies.push_back((framed, None));
             state.end = Some(Status::ok());
@@ -153,6 +161,15 @@ impl Call {
     /// A reply is on its way, or nobody will have it.
     pub fn written(&self) {
         self.unwritten.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Its task has ended: what is not written is given up, and so is what comes.
+    pub fn close(&self) {
+        let mut state = self.state();
+        state.is_closed = true;
+        self.unwritten.fetch_sub(state.replies.len(), Ordering::Relaxed);
+        state.replies.clear();
+        state.reply_bytes = 0;
     }
 
     /// Python has looked at so many messages.
@@ -187,16 +204,25 @@ fn answered_frame(message: &[u8]) -> Option<u64> {
     is_last.then_some(frame_id)
 }
 
-impl Drop for Call {
-    fn drop(&mut self) {
-        // what was answered when its client had gone
-        let left = self.state().replies.len();
-        self.unwritten.fetch_sub(left, Ordering::Relaxed);
-    }
-}
-
 fn wake(waker: Option<Waker>) {
     if let Some(waker) = waker {
         waker.wake();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_waits_for_replies_to_who_has_gone() {
+        let call = Call::for_test();
+        call.reply(Bytes::from_static(b"answered"), None, None);
+        assert_eq!(call.unwritten.load(Ordering::Relaxed), 1);
+        call.close();
+        call.reply(Bytes::from_static(b"answered too late"), Some(3), Some(5));
+        call.finish(Bytes::from_static(b"and so was this"));
+        assert_eq!(call.unwritten.load(Ordering::Relaxed), 0);
+        assert_eq!(call.state().held_bytes(), 0);
     }
 }

@@ -479,6 +479,7 @@ impl Served {
 
 impl Drop for Served {
     fn drop(&mut self) {
+        self.call.close();
         self.shared.held.fetch_sub(self.counted, Ordering::Relaxed);
     }
 }
