@@ -8,13 +8,14 @@ use crate::clock;
 use crate::columns::{Arrival, Batch, Entry};
 use crate::grpc::{self, Status};
 use crate::reply::{self, Answer, Output};
-use crate::server::{self, Limits, Listener, Method, Plain, Shared, Stage};
+use crate::server::{self, Limits, Method, Plain, Shared, Stage};
 use bytes::Bytes;
 use pyo3::exceptions::{PyOSError, PyRuntimeError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyList, PyString, PyTuple};
 use std::collections::{HashMap, HashSet};
+use std::net::TcpListener;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -130,10 +131,9 @@ impl Front {
         })
     }
 
-    /// Serve listening sockets, which are the front's from now on: file descriptors, and whether they are Unix sockets.
-    fn start(&self, listeners: Vec<(i32, bool)>) -> PyResult<()> {
-        let listeners: Vec<Listener> =
-            listeners.into_iter().map(|(fd, is_unix)| owned(fd, is_unix)).collect();
+    /// Serve listening TCP sockets, which are the front's from now on: their file descriptors.
+    fn start(&self, listeners: Vec<i32>) -> PyResult<()> {
+        let listeners: Vec<TcpListener> = listeners.into_iter().map(owned).collect();
         let Some(mut waiting) = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return Err(PyRuntimeError::new_err("a front is started once"));
         };
@@ -526,15 +526,9 @@ fn eventfd() -> PyResult<OwnedFd> {
 
 /// A socket that Python has made and given away.
 #[allow(unsafe_code)]
-fn owned(fd: i32, is_unix: bool) -> Listener {
-    // SAFETY: `start`'s caller says that it is a listening socket of that kind and that it is the front's now.
-    unsafe {
-        if is_unix {
-            Listener::Unix(FromRawFd::from_raw_fd(fd))
-        } else {
-            Listener::Tcp(FromRawFd::from_raw_fd(fd))
-        }
-    }
+fn owned(fd: i32) -> TcpListener {
+    // SAFETY: `start`'s caller says that it is a listening socket and that it is the front's now.
+    unsafe { FromRawFd::from_raw_fd(fd) }
 }
 
 #[pymodule]

@@ -8,13 +8,12 @@ use bytes::Bytes;
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixListener as StdUnixListener;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Waker};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 /// How the wire behaves.
@@ -184,13 +183,6 @@ fn quiet(fd: i32) {
     let _ = unsafe { libc::read(fd, std::ptr::from_mut(&mut count).cast(), 8) };
 }
 
-/// Where connections come from.
-#[derive(Debug)]
-pub enum Listener {
-    Tcp(StdTcpListener),
-    Unix(StdUnixListener),
-}
-
 /// How far the server is in its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
@@ -202,16 +194,11 @@ pub enum Stage {
 }
 
 /// Serve listeners until the stage says that it is over.
-pub async fn run(listeners: Vec<Listener>, shared: Arc<Shared>, stage: watch::Receiver<Stage>) {
+pub async fn run(listeners: Vec<StdTcpListener>, shared: Arc<Shared>, stage: watch::Receiver<Stage>) {
     let (done, mut all_done) = tokio::sync::mpsc::channel::<()>(1);
     for listener in listeners {
         let (shared, stage, done) = (shared.clone(), stage.clone(), done.clone());
-        tokio::spawn(async move {
-            match listener {
-                Listener::Tcp(listener) => accept_tcp(listener, shared, stage, done).await,
-                Listener::Unix(listener) => accept_unix(listener, shared, stage, done).await,
-            }
-        });
+        tokio::spawn(accept(listener, shared, stage, done));
     }
     drop(done);
     let mut closed = stage;
@@ -228,7 +215,7 @@ async fn reached(stage: &mut watch::Receiver<Stage>, wanted: Stage) {
 
 type Done = tokio::sync::mpsc::Sender<()>;
 
-async fn accept_tcp(
+async fn accept(
     listener: StdTcpListener,
     shared: Arc<Shared>,
     mut stage: watch::Receiver<Stage>,
@@ -244,29 +231,6 @@ async fn accept_tcp(
             Ok((socket, address)) => {
                 let _ = socket.set_nodelay(true);
                 begin(socket, tcp_name(address), &shared, &stage, &done);
-            }
-            Err(_) => out_of_descriptors().await,
-        }
-    }
-}
-
-async fn accept_unix(
-    listener: StdUnixListener,
-    shared: Arc<Shared>,
-    mut stage: watch::Receiver<Stage>,
-    done: Done,
-) {
-    let Ok(listener) = UnixListener::from_std(listener) else { return };
-    let mut count = 0u64;
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = reached(&mut stage, Stage::Draining) => return,
-        };
-        match accepted {
-            Ok((socket, _)) => {
-                count += 1;
-                begin(socket, format!("unix:{count}"), &shared, &stage, &done);
             }
             Err(_) => out_of_descriptors().await,
         }

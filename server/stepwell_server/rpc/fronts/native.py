@@ -13,13 +13,12 @@ import numpy as np
 import stepwell_front
 
 from stepwell_server.clock import Clock
+from stepwell_server.engine.types import U64, Members
 from stepwell_server.logs import Log
 from stepwell_server.rpc.fronts.base import (
-    U64,
     BindError,
     CallEnded,
     InputColumn,
-    Members,
     Method,
     OutputColumn,
     StepColumns,
@@ -174,7 +173,7 @@ class NativeFront:
         front.set_general(_log.is_debug)  # each message has a line in the log
         self._loop.add_reader(front.fd(), self._take, front)
         bound: int = sockets[0].getsockname()[1]
-        front.start([(listener.detach(), False) for listener in sockets])
+        front.start([listener.detach() for listener in sockets])
         return bound
 
     async def flush(self) -> None:
