@@ -10,7 +10,8 @@ import pytest
 
 from stepwell.v1 import errors_pb2
 from stepwell_server.engine.change import Change
-from stepwell_server.rpc.fronts.base import InputColumn, Members, OutputColumn, StepColumns
+from stepwell_server.engine.types import Members
+from stepwell_server.rpc.fronts.base import InputColumn, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Status
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from support.awaited import RemoteStore

@@ -356,8 +356,8 @@ class Admission:
 def _alike(change: Change, members: Members, actual: U64) -> Iterator[tuple[Members, int, int]]:
     """Places of members that share an error for a conflict, what they expected, and the revision that there is.
 
-    A few have an error each, and so has each caller. Of many those that expected alike and met alike share one: an error of its own for each
-    of 65,536 would keep the event loop for seconds.
+    A few have an error each, and so has each of several callers. Of many those that expected alike and met alike share
+    one: an error of its own for each of 65,536 would keep the event loop for seconds.
     """
     expected = change.expected_of(members)
     wanted = np.zeros(len(members), np.uint64) if expected is None else expected

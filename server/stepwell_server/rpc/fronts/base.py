@@ -9,10 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from stepwell_server.engine.types import U64, Members
 from stepwell_server.rpc.status import Status
 
-U64 = npt.NDArray[np.uint64]
-Members = npt.NDArray[np.intp]
 Entry = tuple[int, int, bool]
 """A message of a batch: its first session, how many it has, and whether it is a frame of a stream."""
 
