@@ -11,6 +11,7 @@ import pytest
 from stepwell.v1 import errors_pb2
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.types import Members
+from stepwell_server.errors import SessionNotFound
 from stepwell_server.rpc.fronts.base import InputColumn, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Status
 from stepwell_server.rpc.steps.columns import ColumnSteps
@@ -200,6 +201,21 @@ async def test_many_conflicts_of_different_callers_have_an_error_each(columns: C
     for index, session_id in enumerate(ids):
         assert repr(session_id) in batch.errors[index].message
         assert "others" not in batch.errors[index].message, "who else was refused is nobody's business"
+
+
+@pytest.mark.stores("memory")  # the others would find them in the store again
+async def test_many_sessions_that_end_while_their_steps_wait_have_an_error_each(columns: Columns) -> None:
+    ids = [f"s{index}" for index in range(40)]
+    await columns.at.open(*ids)
+    inside = columns.at.inside
+    batch = columns.take(ids, np.ones((40, 2)))
+    for session_id in ids:  # before the loop's turn
+        inside.removal.forget(int(inside.handle(session_id)[0]), SessionNotFound(session_id, "gone"))
+    await columns.at.settled()
+    assert not batch.applied_by_member
+    for index, session_id in enumerate(ids):
+        assert repr(session_id) in batch.errors[index].message
+        assert "others" not in batch.errors[index].message
 
 
 async def test_not_a_number_is_its_own_senders_fault(columns: Columns) -> None:

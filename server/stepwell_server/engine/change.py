@@ -190,6 +190,10 @@ class Change:
             return None
         return np.logical_and.reduceat(self.reset_rows, self.starts)[members]
 
+    def alike(self, members: Members) -> Sequence[Members]:
+        """The members in groups that may share an error: it names a session, which is no other caller's business."""
+        return [members] if self.callers is None else [members[at : at + 1] for at in range(len(members))]
+
     def by_caller(self, members: Members) -> Iterator[tuple[Hashable, Members]]:
         """The members of each caller."""
         if self.callers is None:

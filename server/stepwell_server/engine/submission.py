@@ -181,8 +181,9 @@ class Submission:
         task.add_done_callback(self._loading.discard)
 
     def _refuse_missing(self, change: Change, members: Members, seen: Seen) -> None:
-        for some, error in self._directory.why_not_all(change.session_ids, members, seen):
-            change.fail(some, error)
+        for group in change.alike(members):
+            for some, error in self._directory.why_not_all(change.session_ids, group, seen):
+                change.fail(some, error)
 
     def refuse_stale(self, change: Change, members: Members) -> Members:
         """Members whose sessions left the table since they were checked: see `Admission`."""

@@ -139,7 +139,8 @@ class Admission:
         over = change.tries[members] > MOST_TRIES
         done = change.handles[members[over]]
         if len(done):
-            change.fail(members[over], changed_elsewhere(change.session_ids[int(members[over][0])]))
+            for group in change.alike(members[over]):
+                change.fail(group, changed_elsewhere(change.session_ids[int(group[0])]))
             members = members[~over]
         more = self._bring_in(change, members, change.handles[members], self._wait_for_rows)
         self._release(np.concatenate([done, more]))
@@ -361,7 +362,7 @@ def _alike(change: Change, members: Members, actual: U64) -> Iterator[tuple[Memb
     """
     expected = change.expected_of(members)
     wanted = np.zeros(len(members), np.uint64) if expected is None else expected
-    if len(members) <= MOST_ERRORS or change.callers is not None:
+    if len(members) <= MOST_ERRORS or len(change.alike(members)) > 1:
         for place in range(len(members)):
             yield np.array([place]), int(wanted[place]), int(actual[place])
         return
