@@ -375,6 +375,16 @@ class Engine:
             for model in self._models
         ]
 
+    def hold_turns(self) -> None:
+        """Begin no pass until `take_turns`: more changes come at once."""
+        for model in self._models:
+            model.work.hold()
+
+    def take_turns(self) -> None:
+        """Do now what has come, rather than in the next turn of the event loop."""
+        for model in self._models:
+            model.work.go()
+
     def stop_accepting(self) -> None:
         """From now on refuse new sessions and new changes with `Unavailable`."""
         self._submission.is_accepting = False

@@ -86,7 +86,10 @@ class PassLoop:
         jobs = self._choose() if self._model.ready.rows_waiting else ()
         if jobs:
             self._run(jobs)  # then `_finish`: commit and reply
-        elif not self._idle.is_set() and not self.busy:
+        if self._running:
+            self._model.work.done()  # `_finish` rings
+        elif not self._inbox and not self._model.ready.rows_waiting:
+            self._model.work.done()
             self._idle.set()
 
     def _run(self, jobs: Sequence[Job]) -> None:

@@ -27,6 +27,8 @@ class Alarm:
         self._listener = listener
         self.is_due = False
         """The listener is called as soon as the event loop is at it."""
+        self._is_held = False
+        """Nothing is scheduled: whoever holds it will look."""
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Call `listener` after each ring."""
@@ -36,12 +38,33 @@ class Alarm:
         """Have the listener called once."""
         if not self.is_due and self._listener is not None:
             self.is_due = True
-            self._loop.call_soon(self._call)
+            if not self._is_held:
+                self._loop.call_soon(self._call)
+
+    def hold(self) -> None:
+        """Schedule nothing until `go`: more comes at once."""
+        self._is_held = True
+
+    def go(self) -> None:
+        """Call the listener now if that is due, which saves a turn of the event loop."""
+        self._is_held = False
+        self._call()
+
+    def done(self) -> None:
+        """For the listener: what it has been rung for since it was called is done already."""
+        self.is_due = False
 
     def _call(self) -> None:
-        self.is_due = False
+        if not self.is_due:
+            return
         assert self._listener is not None, "only rung with a listener"
-        self._listener()
+        self.is_due, self._is_held = False, True
+        try:
+            self._listener()
+        finally:
+            self._is_held = False
+            if self.is_due:
+                self._loop.call_soon(self._call)
 
 
 @dataclasses.dataclass(slots=True, eq=False)

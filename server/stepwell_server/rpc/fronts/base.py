@@ -154,8 +154,14 @@ class StepColumns:
 class Steps(Protocol):
     """Takes plain steps, for fronts that read them. On the event loop."""
 
+    def hold(self) -> None:
+        """Several batches are about to be taken: run none before `go`."""
+
     def take(self, columns: StepColumns) -> None:
         """Do them, in their order."""
+
+    def go(self) -> None:
+        """Run what was taken since `hold`, at once."""
 
     def too_large(self, size: int) -> Status:
         """What a call ends with whose request has so many bytes."""

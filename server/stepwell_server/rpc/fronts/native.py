@@ -225,12 +225,16 @@ class NativeFront:
             _log.defect("the front has ended, and so does the server", error)
             signal.raise_signal(signal.SIGTERM)
             return
-        for arrival in arrivals:
-            if self._unlooked or self._deferred:
-                self._deferred += 1
-                self._loop.call_soon(self._do_deferred, arrival)
-            else:
-                self._do(*arrival)
+        self._steps.hold()
+        try:
+            for arrival in arrivals:
+                if self._unlooked or self._deferred:
+                    self._deferred += 1
+                    self._loop.call_soon(self._do_deferred, arrival)
+                else:
+                    self._do(*arrival)
+        finally:
+            self._steps.go()
 
     def _do_deferred(self, arrival: tuple[Any, ...]) -> None:
         self._deferred -= 1

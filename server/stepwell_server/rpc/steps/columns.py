@@ -40,6 +40,14 @@ class ColumnSteps:
         self._max_message_bytes = max_message_bytes
         self._observer = observer
 
+    def hold(self) -> None:
+        """See `base.Steps`."""
+        self._engine.hold_turns()
+
+    def go(self) -> None:
+        """See `base.Steps`."""
+        self._engine.take_turns()
+
     def take(self, columns: StepColumns) -> None:
         """See `base.Steps`."""
         try:
