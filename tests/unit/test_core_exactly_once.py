@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from stepwell_server.core.exactly_once import ANY_REVISION, judge
+from stepwell_server.core.exactly_once import ANY_REVISION, Verdict, judge
 
 MAX = 2**64 - 1
 
@@ -38,15 +40,21 @@ RULE = [
 ]
 
 
+def _judged(*columns: Any) -> Verdict:
+    """What `judge` says, at length."""
+    verdict, nobody = judge(*columns), np.zeros(len(columns[0]), np.bool_)
+    return Verdict(~nobody, nobody, nobody) if verdict is None else verdict
+
+
 @pytest.mark.parametrize(("revision", "last", "expected", "request_id", "verdict"), RULE)
 def test_each_row_of_the_rule(revision: int, last: int, expected: int, request_id: int, verdict: str) -> None:
-    judged = judge(u64(revision), u64(last), u64(expected), u64(request_id))
+    judged = _judged(u64(revision), u64(last), u64(expected), u64(request_id))
     assert [name for name in ("apply", "replay", "conflict") if getattr(judged, name)[0]] == [verdict]
 
 
 def test_all_rows_at_once() -> None:
     columns = [u64(*column) for column in list(zip(*RULE, strict=True))[:4]]
-    judged = judge(*columns)
+    judged = _judged(*columns)
     for name in ("apply", "replay", "conflict"):
         assert getattr(judged, name).tolist() == [row[4] == name for row in RULE]
 
@@ -56,12 +64,12 @@ def test_all_rows_at_once() -> None:
     [(77, 77, "replay"), (77, 78, "apply"), (77, 0, "apply"), (0, 0, "apply"), (0, 5, "apply")],
 )
 def test_without_an_expected_revision(last: int, request_id: int, verdict: str) -> None:
-    judged = judge(u64(3), u64(last), None, u64(request_id))
+    judged = _judged(u64(3), u64(last), None, u64(request_id))
     assert [name for name in ("apply", "replay", "conflict") if getattr(judged, name)[0]] == [verdict]
 
 
 def test_without_request_ids_nothing_is_a_replay() -> None:
-    judged = judge(u64(3, 3), u64(77, 0), u64(3, 2), None)
+    judged = _judged(u64(3, 3), u64(77, 0), u64(3, 2), None)
     assert judged.apply.tolist() == [True, False]
     assert judged.conflict.tolist() == [False, True]
-    assert judge(u64(3), u64(77), None, None).apply.tolist() == [True]
+    assert _judged(u64(3), u64(77), None, None).apply.tolist() == [True]

@@ -35,8 +35,8 @@ def applies(revision: int, last_request: int, expected: int | None, request: int
     return expected == revision
 
 
-def judge(revision: U64, last_request: U64, expected: U64 | None, request: U64 | None) -> Verdict:
-    """Judge one change for each of n sessions.
+def judge(revision: U64, last_request: U64, expected: U64 | None, request: U64 | None) -> Verdict | None:
+    """Judge one change for each of n sessions; None: all of them are applied.
 
     Args:
         revision: `(n,)`, the sessions' revisions.
@@ -44,13 +44,17 @@ def judge(revision: U64, last_request: U64, expected: U64 | None, request: U64 |
         expected: `(n,)`, `ANY_REVISION` for none, or None if no change expects any.
         request: `(n,)`, 0 for none, or None if no change has one.
     """
+    if expected is not None and not np.count_nonzero(expected != revision):
+        return None
     same = np.zeros(len(revision), np.bool_)
     if request is not None:
         same = (request != 0) & (request == last_request)
     if expected is None:
-        return Verdict(~same, same, np.zeros_like(same))
+        return Verdict(~same, same, np.zeros_like(same)) if np.count_nonzero(same) else None
     anything = expected == np.uint64(ANY_REVISION)
     apply = (expected == revision) | (anything & ~same)
+    if np.count_nonzero(apply) == len(apply):
+        return None
     # revision >= 1 wherever a request id is remembered, so the subtraction cannot wrap for `same`
     replay = ~apply & same & (anything | (expected == revision - np.uint64(1)))
     return Verdict(apply, replay, ~(apply | replay))

@@ -34,6 +34,11 @@ _COLUMNS: dict[str, type[np.generic]] = {
 _REQUIRED = {"model", "batch_size", "used", "created"}
 
 
+def are_missing(handles: Handles) -> bool:
+    """Whether some of what `SessionTable.find_all` returned are not there."""
+    return bool(handles[0] < 0) if len(handles) == 1 else np.count_nonzero(handles < 0) > 0
+
+
 class SessionTable:
     """All live sessions of a server."""
 

@@ -140,7 +140,7 @@ class Change:
     """One per member, in place of `caller`: the same session may then be among the members more than once, to be
     applied in their order."""
     deadlines: npt.NDArray[np.float64] | None = None
-    """One per member, in place of `deadline`."""
+    """One per member; `deadline` is the earliest of them."""
 
     def __post_init__(self) -> None:
         self.left = len(self.session_ids)
@@ -208,13 +208,13 @@ class Change:
     def drop(self, members: Members, now: float) -> Sequence[tuple[Members, ServerError]]:
         """Those of the members that should not go on, and why. See `job.Owner`."""
         found: list[tuple[Members, ServerError]] = []
-        if self.deadlines is not None:
+        if now >= self.deadline:
+            if self.deadlines is None:
+                return [(members, too_late())]
             late = self.deadlines[members] <= now
             if late.any():
                 found.append((members[late], too_late()))
                 members = members[~late]
-        elif now >= self.deadline:
-            return [(members, too_late())]
         gone = self.replies.cancelled(members)
         if len(gone):
             found.append((gone, cancelled()))
@@ -349,6 +349,7 @@ def joined(parts: Sequence[Change]) -> Change:
     if first.reset_rows is not None:
         whole.reset_rows = np.concatenate([p.reset_rows for p in parts if p.reset_rows is not None])
     whole.deadlines = np.array([part.deadline for part in parts])
+    whole.deadline = float(whole.deadlines.min())
     whole.members = np.arange(len(parts), dtype=np.intp)
     return whole
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.sessions import SessionTable, are_missing
 from stepwell_server.engine.change import Change, MustPart
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.admission import Admission
@@ -95,9 +95,9 @@ class Submission:
 
     def _take(self, change: Change, seen: Seen) -> None:
         handles = self._table.find_all(change.session_ids)
-        if len(handles) > 1 or handles[0] < 0 or self._directory.may_expire:
+        if self._directory.may_expire or are_missing(handles):
             handles = self._directory.find_all(change.session_ids, seen)
-        missing = np.flatnonzero(handles < 0) if len(handles) > 1 or handles[0] < 0 else _NOBODY
+        missing = np.flatnonzero(handles < 0) if are_missing(handles) else _NOBODY
         if len(missing) and change.callers is not None:
             raise MustPart(missing)
         if len(missing) == change.size:

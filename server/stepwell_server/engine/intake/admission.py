@@ -12,6 +12,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.exactly_once import Verdict, judge
 from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.change import MOST_ERRORS, Change, for_all
 from stepwell_server.engine.durability.committer import Committer
@@ -33,6 +34,7 @@ _EVERYBODY = "everybody"
 MOST_TRIES = 8
 
 Wait = Callable[[Change, Members], None]
+_NOBODY: Members = np.zeros(0, np.intp)
 
 
 class Admission:
@@ -72,30 +74,29 @@ class Admission:
             # each time: what was started may have failed in the store, and its session have left the table
             members = self._live(change, members)
             claimed = self._table.claimed[change.handles[members]]
-            if claimed.any():
+            if np.count_nonzero(claimed):
                 self._turns.line_up(self, change, members[claimed])
                 members = members[~claimed]
-            if len(members):
-                is_first = self._is_first(change, members)
-                self._release(self.start_due(change, members[is_first]))
-                members = members[~is_first]
+            first, members = self._first(change, members)
+            if len(first):
+                self._release(self.start_due(change, first))
 
     def _live(self, change: Change, members: Members) -> Members:
         """Members whose sessions are there; those that are not have their answer."""
         stale = self._table.birth[change.handles[members]] != change.births[members]
-        if not stale.any():
+        if not np.count_nonzero(stale):
             return members
         found = self._refuse_stale(change, members[stale])
         return np.sort(np.concatenate([members[~stale], found]))
 
     @staticmethod
-    def _is_first(change: Change, members: Members) -> Mask:
-        """Which members are the first of their session: those that name it again come after."""
-        if not change.may_repeat or len(set(change.handles[members].tolist())) == len(members):
-            return np.ones(len(members), np.bool_)
+    def _first(change: Change, members: Members) -> tuple[Members, Members]:
+        """Members that are the first of their session, and those that name it again and come after."""
+        if change.callers is None or len(set(change.handles[members].tolist())) == len(members):
+            return members, _NOBODY
         is_first = np.zeros(len(members), np.bool_)
         is_first[np.unique(change.handles[members], return_index=True)[1]] = True
-        return is_first
+        return members[is_first], members[~is_first]
 
     def _release(self, done: Handles) -> None:
         if len(done):
@@ -222,19 +223,23 @@ class Admission:
         A conflict with a session that other servers may have changed is only one if its record says so, read since
         it was claimed (`is_fresh`).
         """
+        requests = change.request_ids
         verdict = judge(
             self._table.revision[handles],
             self._table.request_id[handles],
             change.expected_of(members),
-            change.requests_of(members),
+            None if requests is None else requests[members],
         )
-        apply = verdict.apply
-        if apply.all():
-            return self._begin(change, members, handles, apply)
+        if verdict is None:
+            return self._begin(change, members, handles)
         if self._pager.is_shared and not is_fresh and verdict.conflict.any():
             return self._read_anew(change, members, handles, verdict.conflict)
         self._answer_unapplied(change, members, handles, verdict)
-        return self._begin(change, members, handles, apply)
+        apply = verdict.apply
+        done = handles[~apply]
+        if len(done) == len(handles):
+            return done
+        return np.concatenate([done, self._begin(change, members[apply], handles[apply])])
 
     def _read_anew(self, change: Change, members: Members, handles: Handles, which: Mask) -> Handles:
         """Judge some members when their sessions have been read anew, the others now. As `_bring_in`."""
@@ -244,17 +249,15 @@ class Admission:
             return done
         return np.concatenate([done, self._judge(change, members[~which], handles[~which])])
 
-    def _begin(self, change: Change, members: Members, handles: Handles, apply: Mask) -> Handles:
-        """Start members that are to be applied; return the sessions of the others."""
-        if not apply.any():
-            return handles
+    def _begin(self, change: Change, members: Members, handles: Handles) -> Handles:
+        """Start members that are to be applied. As `_bring_in`."""
         try:
-            self._apply(change, members[apply], handles[apply])
+            self._apply(change, members, handles)
         except Exception as error:
             # nothing of it has been handed on: its callers are to know, its sessions are free
-            change.fail(members[apply], _log.internal("a change could not be started", error))
+            change.fail(members, _log.internal("a change could not be started", error))
             return handles
-        return handles[~apply]
+        return handles[:0]
 
     def _answer_unapplied(self, change: Change, members: Members, handles: Handles, verdict: Verdict) -> None:
         replayed = np.flatnonzero(verdict.replay)
@@ -278,13 +281,12 @@ class Admission:
         if change.reset:
             self._reset(change, members, handles)
             return
-        most = change.model.max_batch_rows
         sources = self._sources(change, members)
+        most = max(1, change.model.max_batch_rows // len(sources))  # a part for each caller fits into one pass
         jobs = [
-            self._job(change, some[part], source)
+            self._job(change, part, source)
             for source, some in sources
-            # a part for each caller fits into one pass
-            for part in _split(change.sizes[some], max(1, most // len(sources)))
+            for part in _split(some, change.sizes, most)
         ]
         for job in jobs:
             change.model.ready.add(job)
@@ -301,17 +303,17 @@ class Admission:
         return list(change.by_caller(members))
 
     def _job(self, change: Change, members: Members, source: Hashable) -> Job:
-        handles = change.handles[members]
-        whole = len(members) == change.size
-        rows = None if whole else change.rows_of(members)
+        is_whole = len(members) == change.size
+        handles = change.handles if is_whole else change.handles[members]
+        rows = None if is_whole else change.rows_of(members)
         resets = change.reset_rows
         return Job(
             owner=change,
             members=members,
             handles=handles,
             rows=self._table.rows_of(handles),
-            sizes=change.sizes[members],
-            inputs=[array if rows is None else array[rows] for array in change.arrays],
+            sizes=change.sizes if is_whole else change.sizes[members],
+            inputs=change.arrays if rows is None else [array[rows] for array in change.arrays],
             steps=change.steps,
             with_time=change.with_time,
             select=change.select,
@@ -379,14 +381,15 @@ def changed_elsewhere(session_id: str) -> Unavailable:
     )
 
 
-def _split(sizes: Members, limit: int) -> list[slice]:
+def _split(members: Members, sizes: Rows, limit: int) -> list[Members]:
     """Neighbours that fit into a pass."""
-    if int(sizes.sum()) <= limit:
-        return [slice(0, len(sizes))]
+    own = sizes[members]
+    if int(np.add.reduce(own)) <= limit:
+        return [members]
     parts, start, rows = [], 0, 0
-    for index, size in enumerate(sizes.tolist()):
+    for index, size in enumerate(own.tolist()):
         if rows and rows + size > limit:
-            parts.append(slice(start, index))
+            parts.append(members[start:index])
             start, rows = index, 0
         rows += size
-    return [*parts, slice(start, len(sizes))]
+    return [*parts, members[start:]]

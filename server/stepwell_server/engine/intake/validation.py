@@ -99,10 +99,12 @@ def finite_rows(arrays: Sequence[Array]) -> npt.NDArray[np.bool_] | None:
     """Which rows hold only finite numbers, `(rows,)`; None if all do."""
     bad: npt.NDArray[np.bool_] | None = None
     for array in arrays:
-        if not is_float(array.dtype) or np.logical_and.reduce(np.isfinite(array), axis=None):
+        if not is_float(array.dtype):
             continue
-        finite = np.isfinite(array).reshape(len(array), -1)
-        bad = np.logical_or(~finite.all(axis=1), False if bad is None else bad)
+        finite = np.isfinite(array)
+        if np.count_nonzero(finite) < finite.size:
+            finite = finite.reshape(len(array), -1)
+            bad = np.logical_or(~finite.all(axis=1), False if bad is None else bad)
     return None if bad is None else ~bad
 
 
@@ -153,10 +155,13 @@ def require_lists(change: Change) -> None:
         raise InvalidInput(f"session_ids must be 1 to {MAX_MEMBERS}; got {len(ids)}")
     if len(ids) > 1 and not change.may_repeat and len(set(ids)) != len(ids):
         raise InvalidInput(f"session_ids must name each session once; {_repeated(ids)!r} came twice")
-    _require_length("expected_revisions", change.expected, len(ids))
-    _require_length("request_ids", change.request_ids, len(ids))
-    _require_length("batch_sizes", change.batch_sizes, len(ids))
-    _require_sizes(change.batch_sizes)
+    if change.expected is not None:
+        _require_length("expected_revisions", change.expected, len(ids))
+    if change.request_ids is not None:
+        _require_length("request_ids", change.request_ids, len(ids))
+    if change.batch_sizes is not None:
+        _require_length("batch_sizes", change.batch_sizes, len(ids))
+        _require_sizes(change.batch_sizes)
 
 
 class Validation:
@@ -201,11 +206,11 @@ class Validation:
         there: Mask = change.handles >= 0
         all_there = bool(there.all())
         models = self._table.model[change.handles if all_there else change.handles[there]]
-        if np.any(models != models[0]):
+        if np.count_nonzero(models != models[0]):
             raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
         change.model = self._models.by_index[int(models[0])]
         change.sizes = self._sizes(change, own, there, all_there=all_there)
-        change.row_count = int(change.sizes.sum())
+        change.row_count = int(np.add.reduce(change.sizes))
         change.members = np.arange(len(there)) if all_there else np.flatnonzero(there)
         return there
 
@@ -296,15 +301,13 @@ def _finite(change: Change) -> Mask | None:
     return np.logical_and.reduceat(rows, change.starts)
 
 
-def _require_length(name: str, values: Sized | None, count: int) -> None:
-    if values is not None and len(values) != count:
+def _require_length(name: str, values: Sized, count: int) -> None:
+    if len(values) != count:
         raise InvalidInput(f"{name} must be empty or one for each of {count} sessions; got {len(values)}")
 
 
-def _require_sizes(sizes: Rows | None) -> None:
-    if sizes is not None and len(sizes) == 1 and 1 <= sizes[0] <= MAX_BATCH_SIZE:
-        return
-    if sizes is not None and not 1 <= sizes.min() <= sizes.max() <= MAX_BATCH_SIZE:
+def _require_sizes(sizes: Rows) -> None:
+    if not 1 <= np.minimum.reduce(sizes) <= np.maximum.reduce(sizes) <= MAX_BATCH_SIZE:
         wrong = sizes[(sizes < 1) | (sizes > MAX_BATCH_SIZE)]
         raise InvalidInput(f"batch_sizes must be 1 to {MAX_BATCH_SIZE}; got {wrong[0]}")
 

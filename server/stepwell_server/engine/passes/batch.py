@@ -7,6 +7,7 @@ attempted, and only then stored.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 from typing import TypeVar
@@ -46,7 +47,7 @@ class Pass:
         self.steps = steps
         self.starts = starts_of(jobs)
         """Where each job's rows begin; one more for the end."""
-        self.row_count = int(self.starts[-1])
+        self.row_count = self.starts[-1]
         self.source_rows = join([job.source_rows for job in jobs])
         self.target_rows = join([job.target_rows for job in jobs])
         self.reset_rows = _reset_rows(jobs)
@@ -95,7 +96,7 @@ def outputs_of(work: Pass, index: int, job: Job) -> dict[str, Array]:
 
 
 def _reset_rows(jobs: Sequence[Job]) -> Mask | None:
-    if not any(job.reset_rows is not None and job.done == 0 for job in jobs):
+    if not any([job.reset_rows is not None and job.done == 0 for job in jobs]):
         return None
     nothing = [np.zeros(job.row_count, np.bool_) for job in jobs]
     return join(
@@ -106,9 +107,9 @@ def _reset_rows(jobs: Sequence[Job]) -> Mask | None:
     )
 
 
-def starts_of(jobs: Sequence[Job]) -> Rows:
+def starts_of(jobs: Sequence[Job]) -> list[int]:
     """Where each job's rows begin; one more for the end."""
-    return np.cumsum([0, *(job.row_count for job in jobs)], dtype=np.intp)
+    return list(itertools.accumulate([job.row_count for job in jobs], initial=0))
 
 
 def join(arrays: Sequence[npt.NDArray[S]]) -> npt.NDArray[S]:

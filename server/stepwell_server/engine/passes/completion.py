@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
 from stepwell_server.engine.change import Change
@@ -19,8 +18,22 @@ from stepwell_server.engine.passes.batch import Pass, join, outputs_of
 from stepwell_server.engine.passes.predict import PredictCall
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept
-from stepwell_server.engine.types import Mask, Members, Tensors
+from stepwell_server.engine.types import U64, Mask, Members, Tensors
 from stepwell_server.errors import ServerError
+
+
+class _Ended:
+    """A job that has run its last time step."""
+
+    __slots__ = ("change", "job", "kept", "outputs", "place")
+
+    def __init__(self, job: Job, change: Change, outputs: Tensors, place: int) -> None:
+        self.job = job
+        self.change = change
+        self.outputs = outputs
+        self.place = place
+        """Where its sessions begin in the outcome."""
+        self.kept = _kept(job)
 
 
 class Completion:
@@ -52,80 +65,71 @@ class Completion:
             if isinstance(job.owner, PredictCall):
                 job.owner.complete(work, index, job)
 
-    def _commit(self, work: Pass, ended: Sequence[tuple[int, Job]]) -> None:
-        jobs = [job for _, job in ended]
-        self._exchange_rows(jobs)
-        self._keep_outputs(work, ended)
-        outputs = [outputs_of(work, index, job) for index, job in ended]
-        outcome = self._outcome(jobs, outputs)
+    def _commit(self, work: Pass, jobs: Sequence[tuple[int, Job]]) -> None:
+        self._exchange_rows([job for _, job in jobs])
+        self._keep_outputs(work, jobs)
+        ended, place = [], 0
+        for index, job in jobs:
+            ended.append(_Ended(job, _change(job), outputs_of(work, index, job), place))
+            place += len(job.members)
+        outcome = self._outcome(ended)
 
         def answer(error: ServerError | None, places: Members | None) -> None:
-            self._answer(outcome, jobs, outputs, error, _mask(len(outcome.handles), places))
+            which = None if places is None else _mask(place, places)
+            if error is None:
+                self._succeed(outcome, ended, which)
+            else:
+                for each, own in _by_job(ended, which):
+                    each.change.fail(each.job.members if own is None else each.job.members[own], error)
 
         def again(places: Members) -> None:
-            for job, _, own in _by_job(jobs, _mask(len(outcome.handles), places)):
-                self._again(_change(job), job.members[own])
+            for each, own in _by_job(ended, _mask(place, places)):
+                self._again(each.change, each.job.members if own is None else each.job.members[own])
 
         self._committer.commit(outcome, answer, again)
 
-    def _outcome(self, jobs: Sequence[Job], outputs: Sequence[Tensors]) -> Outcome:
-        handles = join([job.handles for job in jobs if job.handles is not None])
-        counts = [len(job.members) for job in jobs]
-        kept = [_kept(job) for job in jobs]
+    def _outcome(self, ended: Sequence[_Ended]) -> Outcome:
+        handles = join([each.job.handles for each in ended if each.job.handles is not None])
         arrays: dict[int, Tensors] = {}
-        for job, how, given, start in zip(jobs, kept, outputs, np.cumsum([0, *counts]), strict=False):
-            if how is Kept.ARRAYS:
-                arrays.update(enumerate(_arrays_of(job, given), int(start)))
+        for each in ended:
+            if each.kept is Kept.ARRAYS:
+                arrays.update(enumerate(_arrays_of(each.job, each.outputs), each.place))
         return Outcome(
             self._model,
             handles,
             self._table.revision[handles] + np.uint64(1),
-            self._positions(jobs, handles, counts),
-            join([_change(job).requests_of(job.members) for job in jobs]),
-            np.repeat(np.array(kept, np.uint8), counts),
+            self._positions(ended, handles),
+            join([each.change.requests_of(each.job.members) for each in ended]),
+            join([np.full(len(each.job.members), each.kept, np.uint8) for each in ended]),
             arrays,
         )
 
-    def _positions(
-        self, jobs: Sequence[Job], handles: npt.NDArray[np.intp], counts: Sequence[int]
-    ) -> npt.NDArray[np.uint64]:
-        steps = np.repeat(np.array([job.steps for job in jobs], np.uint64), counts)
-        before = self._table.position[handles]
-        if any(job.reset_rows is not None for job in jobs):
-            anew = [_change(job).begins_anew(job.members) for job in jobs]
-            nobody = [np.zeros(count, np.bool_) for count in counts]
-            begins = [none if some is None else some for some, none in zip(anew, nobody, strict=True)]
-            before[np.concatenate(begins)] = 0
-        return before + steps
+    def _positions(self, ended: Sequence[_Ended], handles: Handles) -> U64:
+        positions: U64 = self._table.position[handles]
+        for each in ended:
+            own = positions[each.place : each.place + len(each.job.members)]
+            anew = each.change.begins_anew(each.job.members)
+            if anew is not None:
+                own[anew] = 0
+            own += np.uint64(each.job.steps)
+        return positions
 
-    def _answer(
-        self,
-        outcome: Outcome,
-        jobs: Sequence[Job],
-        outputs: Sequence[Tensors],
-        error: ServerError | None,
-        which: Mask,
-    ) -> None:
-        """Answer those sessions of an outcome that share a fate."""
-        now, row_steps = self._clock.monotonic(), 0
-        given = {id(job): tensors for job, tensors in zip(jobs, outputs, strict=True)}
-        for job, start, own in _by_job(jobs, which):
-            if error is not None:
-                _change(job).fail(job.members[own], error)
-                continue
-            count, end, tensors = int(np.count_nonzero(own)), start + len(own), given[id(job)]
-            self._observer.stage(self._model.name, "total", now - job.queued_at, count)
-            revisions, positions = outcome.revisions[start:end], outcome.positions[start:end]
-            if count == len(own):
-                _change(job).succeed(job.members, revisions, positions, tensors)
-                row_steps += job.row_count * job.steps
-            else:
-                rows = job.row_mask(own)
-                some = {name: array[rows] for name, array in tensors.items()}
-                _change(job).succeed(job.members[own], revisions[own], positions[own], some)
-                row_steps += int(np.count_nonzero(rows)) * job.steps
-        if error is None:
-            self._observer.applied(self._model.name, "step", int(np.count_nonzero(which)), row_steps)
+    def _succeed(self, outcome: Outcome, ended: Sequence[_Ended], which: Mask | None) -> None:
+        """Answer the sessions of an outcome that are kept; None: all."""
+        now, count, row_steps = self._clock.monotonic(), 0, 0
+        for each, own in _by_job(ended, which):
+            job, tensors = each.job, each.outputs
+            members, rows, end = job.members, job.row_count, each.place + len(job.members)
+            revisions, positions = outcome.revisions[each.place : end], outcome.positions[each.place : end]
+            if own is not None:
+                kept = job.row_mask(own)
+                members, revisions, positions = members[own], revisions[own], positions[own]
+                rows, tensors = int(np.count_nonzero(kept)), {name: a[kept] for name, a in tensors.items()}
+            count += len(members)
+            row_steps += rows * job.steps
+            self._observer.stage(self._model.name, "total", now - job.queued_at, len(members))
+            each.change.succeed(members, revisions, positions, tensors)
+        self._observer.applied(self._model.name, "step", count, row_steps)
 
     def _exchange_rows(self, jobs: Sequence[Job]) -> None:
         slots = self._model.slots
@@ -146,29 +150,27 @@ class Completion:
         self._model.arena.keep_outputs(work.target_rows[rows], [output[rows] for output in last])
 
 
-def _mask(count: int, places: Members | None) -> Mask:
-    if places is None:
-        return np.ones(count, np.bool_)
+def _mask(count: int, places: Members) -> Mask:
     mask = np.zeros(count, np.bool_)
     mask[places] = True
     return mask
 
 
-def _by_job(jobs: Sequence[Job], which: Mask) -> Iterator[tuple[Job, int, Mask]]:
-    """Jobs some of whose sessions are meant: where theirs begin in the outcome, and which of them."""
-    start = 0
-    for job in jobs:
-        own = which[start : start + len(job.members)]
-        if own.any():
-            yield job, start, own
-        start += len(own)
+def _by_job(ended: Sequence[_Ended], which: Mask | None) -> Iterator[tuple[_Ended, Mask | None]]:
+    """Jobs some of whose sessions are meant, and which of them; None: all."""
+    for each in ended:
+        own = None if which is None else which[each.place : each.place + len(each.job.members)]
+        if own is None or own.all():
+            yield each, None
+        elif own.any():
+            yield each, own
 
 
 def _kept(job: Job) -> Kept:
     """How the replies of a job are remembered."""
     if job.select is Select.NONE:
         return Kept.EMPTY
-    if any(array is not None for array in job.collected):
+    if job.collected and any(array is not None for array in job.collected):
         return Kept.ARRAYS
     return Kept.ROWS_WITH_TIME if job.has_time else Kept.ROWS
 

@@ -241,5 +241,5 @@ def _compact(work: Pass, kept: Mask) -> None:
     """Take the rows of failed sessions out of a pass."""
     work.outputs = [output[:, kept] for output in work.outputs]
     work.starts = starts_of(work.jobs)
-    work.row_count = int(work.starts[-1])
+    work.row_count = work.starts[-1]
     work.target_rows = work.target_rows[kept]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.change import MOST_ERRORS, for_all
 from stepwell_server.engine.durability.endings import Endings
@@ -125,7 +125,7 @@ class Directory:
     def find_all(self, session_ids: Sequence[str], seen: Seen) -> Handles:
         """Handles of many sessions, -1 for those that cannot be had; `why_not_all` says why."""
         handles = self._table.find_all(session_ids)
-        if handles[0] < 0 if len(handles) == 1 else (handles < 0).any():
+        if are_missing(handles):
             missing = [session_ids[i] for i in np.flatnonzero(handles < 0).tolist()]
             try:
                 loaded, _ = self._loader.load_all(missing, seen)

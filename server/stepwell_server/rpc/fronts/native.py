@@ -50,6 +50,7 @@ _PLAIN = {
     "/stepwell.v1.SessionService/Step": "step",
     "/stepwell.v1.SessionService/StepStream": "step_stream",
 }
+_NOBODY: Members = np.zeros(0, np.intp)
 # The numbers that tell what has come: see `tuple` in python.rs.
 _BATCH, _CALL, _MESSAGE, _TOO_LARGE, _DUPLICATE, _HALF_CLOSED, _WRITTEN, _ENDED = range(8)
 
@@ -132,7 +133,8 @@ class _Replies:
         return self._batch.failed(some, *_said(status), error)
 
     def gone(self) -> Members:
-        return np.array(self._batch.gone(), np.intp)
+        gone = self._batch.gone()
+        return np.array(gone, np.intp) if gone else _NOBODY
 
 
 class NativeFront:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stepwell_server.engine.change import Change, MustPart
-from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors
+from stepwell_server.core.slots import Rows
+from stepwell_server.engine.types import U64, Array, Members, Tensors
 from stepwell_server.errors import Overloaded, RequestTooLarge, ServerError
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.boundary import internal
@@ -62,7 +63,7 @@ class ColumnSteps:
         if len(entries) > 1 and not _names_one_twice(columns):
             entries = self._submit_together(columns, inputs)
         for first, count, _ in entries:
-            members = np.arange(first, first + count)
+            members = None if count == len(columns.session_ids) else np.arange(first, first + count)
             change = self._change(columns, inputs, members)
             change.caller, change.deadline = columns.callers[first], float(columns.deadlines[first])
             try:
@@ -72,25 +73,27 @@ class ColumnSteps:
 
     def _submit_together(self, columns: StepColumns, inputs: Tensors) -> Sequence[Entry]:
         """Submit as one change what can be one; the messages that cannot."""
-        left = np.ones(len(columns.session_ids), np.bool_)
-        while left.any():
-            members = np.flatnonzero(left)
+        members: Members | None = None
+        left_out: list[Entry] = []
+        while members is None or len(members):
             change = self._change(columns, inputs, members)
             change.callers = _some(columns.callers, members)
-            change.deadlines = columns.deadlines[members]
-            change.batch_sizes = columns.sizes[members].astype(np.intp)  # whose rows are whose
+            change.deadlines = columns.deadlines if members is None else columns.deadlines[members]
+            change.deadline = float(np.minimum.reduce(change.deadlines))
+            if change.batch_sizes is None:
+                change.batch_sizes = _sizes(columns, members)  # whose rows are whose
             try:
                 self._engine.submit(change)
                 break
             except MustPart as part:
-                out = members[part.members]
-                if len(set(columns.session_ids)) < len(left):
+                if len(set(columns.session_ids)) < len(columns.session_ids):
                     return columns.entries  # the others must not overtake them
-                for first, count, _ in _entries_of(columns, out):
-                    left[first : first + count] = False
+                out = part.members if members is None else members[part.members]
+                left_out += _entries_of(columns, out)
+                members = _without(columns, left_out)
             except ServerError:
                 return columns.entries
-        return _left_out(columns, left)
+        return sorted(left_out)
 
     def too_large(self, size: int) -> Status:
         """See `base.Steps`."""
@@ -116,19 +119,21 @@ class ColumnSteps:
         self._observer.refused(error.reason, 1)
         return messages.failed_part(frame_id, None, error, last=True)
 
-    def _change(self, columns: StepColumns, inputs: Tensors, members: Members) -> Change:
-        """The change of some members of a batch."""
-        is_whole = len(members) == len(columns.session_ids)
-        if not is_whole:
+    def _change(self, columns: StepColumns, inputs: Tensors, members: Members | None) -> Change:
+        """The change of some members of a batch; None: of all."""
+        expected, request_ids = columns.expected, columns.request_ids
+        if members is not None:
             rows = _rows_of(columns, members)
             inputs = {name: array[rows] for name, array in inputs.items()}
+            expected = None if expected is None else expected[members]
+            request_ids = None if request_ids is None else request_ids[members]
         change = Change(
             _some(columns.session_ids, members),
-            _Replies(columns, None if is_whole else members, self._clock, self._observer),
+            _Replies(columns, members, self._clock, self._observer),
             inputs=inputs,
-            expected=None if columns.expected is None else columns.expected[members],
-            request_ids=None if columns.request_ids is None else columns.request_ids[members],
-            batch_sizes=columns.sizes[members].astype(np.intp) if columns.says_sizes else None,
+            expected=expected,
+            request_ids=request_ids,
+            batch_sizes=_sizes(columns, members) if columns.says_sizes else None,
             select=convert.to_select(columns.select),
             output_names=columns.output_names,
         )
@@ -136,8 +141,13 @@ class ColumnSteps:
         return change
 
 
-def _some(values: list[str], members: Members) -> list[str]:
-    return values if len(members) == len(values) else [values[member] for member in members.tolist()]
+def _some(values: list[str], members: Members | None) -> list[str]:
+    return values if members is None else [values[member] for member in members.tolist()]
+
+
+def _sizes(columns: StepColumns, members: Members | None) -> Rows:
+    sizes = columns.sizes if members is None else columns.sizes[members]
+    return sizes.astype(np.intp)
 
 
 def _rows_of(columns: StepColumns, members: Members) -> Members:
@@ -158,8 +168,12 @@ def _entries_of(columns: StepColumns, members: Members) -> list[Entry]:
     return [columns.entries[place] for place in places.tolist()]
 
 
-def _left_out(columns: StepColumns, left: Mask) -> list[Entry]:
-    return [entry for entry in columns.entries if not left[entry[0]]]
+def _without(columns: StepColumns, entries: Sequence[Entry]) -> Members:
+    """The members of all other messages."""
+    left = np.ones(len(columns.session_ids), np.bool_)
+    for first, count, _ in entries:
+        left[first : first + count] = False
+    return np.flatnonzero(left)
 
 
 def _names_one_twice(columns: StepColumns) -> bool:
