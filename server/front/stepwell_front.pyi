@@ -55,17 +55,15 @@ class CallHandle:
 class BatchHandle:
     # Plain steps that Python has taken.
 
-    @property
-    def entries(self) -> list[tuple[int, int, bool]]: ...
     def applied(
         self,
         members: Sequence[int] | None,
-        revisions: Sequence[int],
-        positions: Sequence[int],
+        revisions: bytes,
+        positions: bytes,
         outputs: Sequence[tuple[str, int, Sequence[int], bytes]],
         replayed: bool,
-    ) -> list[float]: ...
+    ) -> bytes: ...
     def failed(
         self, members: Sequence[int] | None, code: int, message: str, details: bytes, error: bytes
-    ) -> list[float]: ...
+    ) -> bytes: ...
     def gone(self) -> list[int]: ...

@@ -12,7 +12,7 @@ from stepwell.v1 import errors_pb2
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import SessionNotFound
-from stepwell_server.rpc.fronts.base import InputColumn, OutputColumn, StepColumns
+from stepwell_server.rpc.fronts.base import F64, InputColumn, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Status
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from support.awaited import RemoteStore
@@ -42,7 +42,7 @@ class Batch:
         outputs: Sequence[OutputColumn],
         *,
         replayed: bool,
-    ) -> Sequence[float]:
+    ) -> F64:
         some = range(len(self._sizes)) if members is None else members.tolist()
         (output,) = outputs
         rows = np.frombuffer(output.data, np.float32).reshape(-1, *output.tail)
@@ -54,15 +54,15 @@ class Batch:
             own = rows[start:end].ravel().tolist()
             self.applied_by_member[member] = (int(revisions[place]), int(positions[place]), own, replayed)
             start = end
-        return [0.0] * len(some)
+        return np.zeros(len(some))
 
-    def failed(self, members: Members | None, status: Status, error: bytes) -> Sequence[float]:
+    def failed(self, members: Members | None, status: Status, error: bytes) -> F64:
         some = range(len(self._sizes)) if members is None else members.tolist()
         for member in some:
             assert member not in self.errors, "answered twice"
             self.errors[member] = errors_pb2.Error.FromString(error)
             assert self.errors[member].message == status.message
-        return [0.0] * len(some)
+        return np.zeros(len(some))
 
     def gone(self) -> Members:
         return np.array(self.gone_members, np.intp)
@@ -90,12 +90,12 @@ class Columns:
         x: Any,
         *,
         sizes: Sequence[int] = (),
-        entries: Sequence[tuple[int, int, bool]] = (),
+        counts: Sequence[int] = (),
         says_sizes: bool = False,
         dtype: int = FLOAT32,
         **columns: Any,
     ) -> Batch:
-        """Hand over a step of each session, each a message of its own unless `entries` say otherwise."""
+        """Hand over a step of each session, each a message of its own unless `counts` say otherwise."""
         values = np.asarray(x, np.float32 if dtype == FLOAT32 else np.uint8)
         own = list(sizes) or [1] * len(ids)
         batch = Batch(own)
@@ -112,7 +112,7 @@ class Columns:
                 0,
                 (),
                 [InputColumn("", dtype, values.shape[1:], values.tobytes())],
-                list(entries) or [(at, 1, False) for at in range(len(ids))],
+                np.array(list(counts) or [1] * len(ids), np.uint32),
                 batch,
             )
         )
@@ -185,8 +185,8 @@ async def test_a_session_that_is_not_there_spoils_nobody_elses_step(columns: Col
 async def test_of_a_session_that_comes_twice_nothing_overtakes_what_goes_alone(columns: Columns) -> None:
     await columns.at.open("a", "b")
     x = np.random.default_rng(4).standard_normal((5, 2))
-    entries = [(0, 1, True), (1, 2, True), (3, 1, True), (4, 1, True)]
-    batch = columns.take(["a", "b", "nobody", "b", "a"], x, entries=entries)
+    counts = [1, 2, 1, 1]
+    batch = columns.take(["a", "b", "nobody", "b", "a"], x, counts=counts)
     await columns.at.settled()
     assert sorted(batch.errors) == [2]
     assert {member: batch.applied_by_member[member][0] for member in (0, 1, 3, 4)} == {0: 1, 1: 1, 3: 2, 4: 2}
@@ -256,8 +256,8 @@ async def test_rows_that_two_messages_mistake_are_not_swapped(columns: Columns) 
 
 async def test_sizes_that_a_frame_says_are_compared_with_the_sessions_own(columns: Columns) -> None:
     await columns.at.open("a", "b")
-    entries = [(0, 1, True), (1, 1, True)]
-    batch = columns.take(["a", "b"], np.ones((3, 2)), sizes=[2, 1], says_sizes=True, entries=entries)
+    counts = [1, 1]
+    batch = columns.take(["a", "b"], np.ones((3, 2)), sizes=[2, 1], says_sizes=True, counts=counts)
     await columns.at.settled()
     assert "batch_sizes must be the sessions' own" in batch.errors[0].message
     assert sorted(batch.applied_by_member) == [1]

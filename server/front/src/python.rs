@@ -297,7 +297,9 @@ impl Front {
                 (kind.name.as_str(), kind.dtype, kind.tail.clone(), PyBytes::new_bound(py, data))
             })
             .collect();
+        let counts: Vec<u32> = batch.entries.iter().map(|entry| entry.count).collect();
         let columns = (
+            bytes_of(py, &counts, |count| count.to_ne_bytes()),
             bytes_of(py, &batch.sizes, |size| size.to_ne_bytes()),
             bytes_of(py, &batch.expected, |revision| revision.to_ne_bytes()),
             bytes_of(py, &batch.request_ids, |id| id.to_ne_bytes()),
@@ -324,6 +326,11 @@ fn bytes_of<'py, T: Copy, const N: usize>(
 ) -> Bound<'py, PyBytes> {
     let flat: Vec<u8> = column.iter().flat_map(|value| bytes(*value)).collect();
     PyBytes::new_bound(py, &flat)
+}
+
+fn numbers(column: &[u8]) -> Vec<u64> {
+    let number = |bytes: &[u8]| u64::from_ne_bytes(bytes.try_into().unwrap_or_default());
+    column.chunks_exact(8).map(number).collect()
 }
 
 /// Tells a call from all others that Python knows of.
@@ -424,23 +431,20 @@ type OutputColumn = (String, u8, Vec<u64>, PyBackedBytes);
 
 #[pymethods]
 impl BatchHandle {
-    /// First session and number of sessions of each message, and whether it is a frame.
-    #[getter]
-    fn entries(&self) -> Vec<(u32, u32, bool)> {
-        self.batch.entries.iter().map(|entry| (entry.first, entry.count, entry.frame_id.is_some())).collect()
-    }
-
     #[pyo3(signature = (members, revisions, positions, outputs, replayed))]
-    /// Members were applied: ascending, None for all; their rows one after the other in `outputs`.
-    fn applied(
+    /// Members were applied: ascending, None for all; their rows one after the other in `outputs`. Revisions and
+    /// positions are columns of u64.
+    fn applied<'py>(
         &self,
+        py: Python<'py>,
         members: Option<Vec<u32>>,
-        revisions: Vec<u64>,
-        positions: Vec<u64>,
+        revisions: &[u8],
+        positions: &[u8],
         outputs: Vec<OutputColumn>,
         replayed: bool,
-    ) -> Vec<f64> {
-        let ended = self.ended(members.as_deref());
+    ) -> Bound<'py, PyBytes> {
+        let ended = self.ended(py, members.as_deref());
+        let (revisions, positions) = (numbers(revisions), numbers(positions));
         let count = members.as_ref().map_or(self.batch.sizes.len(), Vec::len);
         let rows = match &members {
             None => self.batch.sizes.iter().map(|size| *size as usize).sum(),
@@ -465,15 +469,16 @@ impl BatchHandle {
 
     #[pyo3(signature = (members, code, message, details, error))]
     /// Members failed: the status of those that are calls, the serialized stepwell.v1.Error of those in frames.
-    fn failed(
+    fn failed<'py>(
         &self,
+        py: Python<'py>,
         members: Option<Vec<u32>>,
         code: u32,
         message: &str,
         details: &[u8],
         error: &[u8],
-    ) -> Vec<f64> {
-        let ended = self.ended(members.as_deref());
+    ) -> Bound<'py, PyBytes> {
+        let ended = self.ended(py, members.as_deref());
         let status = Status { code, message: message.to_owned(), details: Bytes::copy_from_slice(details) };
         self.send(Answer::Failed { members, status, error: Bytes::copy_from_slice(error) });
         ended
@@ -494,18 +499,20 @@ impl BatchHandle {
 }
 
 impl BatchHandle {
-    /// When the calls began, seconds on the monotonic clock, that end with an answer to these members. No streams.
-    fn ended(&self, members: Option<&[u32]>) -> Vec<f64> {
+    /// When the calls began, a column of seconds on the monotonic clock, that end with an answer to these members. No
+    /// streams.
+    fn ended<'py>(&self, py: Python<'py>, members: Option<&[u32]>) -> Bound<'py, PyBytes> {
         let entries = &self.batch.entries;
         let began = |entry: &Entry| entry.frame_id.is_none().then_some(entry.call.started);
-        match members {
+        let ended: Vec<f64> = match members {
             None => entries.iter().filter_map(began).collect(),
             Some(some) => some
                 .iter()
                 .map(|member| entries.partition_point(|entry| entry.first <= *member) - 1)
                 .filter_map(|index| began(&entries[index]))
                 .collect(),
-        }
+        };
+        bytes_of(py, &ended, |at| at.to_ne_bytes())
     }
 
     fn send(&self, answer: Answer) {

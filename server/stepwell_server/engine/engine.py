@@ -377,12 +377,12 @@ class Engine:
 
     def hold_turns(self) -> None:
         """Begin no pass until `take_turns`: more changes come at once."""
-        for model in self._models:
+        for model in self._models.by_index.values():
             model.work.hold()
 
     def take_turns(self) -> None:
         """Do now what has come, rather than in the next turn of the event loop."""
-        for model in self._models:
+        for model in self._models.by_index.values():
             model.work.go()
 
     def stop_accepting(self) -> None:

@@ -86,6 +86,10 @@ class PassLoop:
         jobs = self._choose() if self._model.ready.rows_waiting else ()
         if jobs:
             self._run(jobs)  # then `_finish`: commit and reply
+        self._settle()
+
+    def _settle(self) -> None:
+        """Have no other turn unless there is something to do in it."""
         if self._running:
             self._model.work.done()  # `_finish` rings
         elif not self._inbox and not self._model.ready.rows_waiting:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +12,7 @@ import numpy.typing as npt
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.rpc.status import Status
 
-Entry = tuple[int, int, bool]
-"""A message of a batch: its first session, how many it has, and whether it is a frame of a stream."""
+F64 = npt.NDArray[np.float64]
 
 
 class BindError(Exception):
@@ -79,8 +78,7 @@ class Method:
         return f"/{self.service}/{self.name}"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class OutputColumn:
+class OutputColumn(NamedTuple):
     """An output on its way: rows of the answered members, one after the other."""
 
     name: str
@@ -91,8 +89,7 @@ class OutputColumn:
     data: bytes
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class InputColumn:
+class InputColumn(NamedTuple):
     """A tensor of plain steps: their rows, one after the other."""
 
     name: str
@@ -114,19 +111,19 @@ class ColumnReplies(Protocol):
         outputs: Sequence[OutputColumn],
         *,
         replayed: bool,
-    ) -> Sequence[float]:
+    ) -> F64:
         """Sessions were stepped: ascending indexes, None for all. Returns when the calls began that this ends."""
 
-    def failed(self, members: Members | None, status: Status, error: bytes) -> Sequence[float]:
+    def failed(self, members: Members | None, status: Status, error: bytes) -> F64:
         """Sessions were not stepped: the status of calls, a serialized `stepwell.v1.Error` for frames. As `applied`."""
 
     def gone(self) -> Members:
         """Sessions whose callers do not wait any more."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class StepColumns:
-    """Plain steps that came at the same time, as columns; one entry is one message. All are of one kind.
+    """Plain steps that came at the same time, as columns. All are of one kind.
 
     A session may be in it more than once, to be stepped in that order.
     """
@@ -140,14 +137,14 @@ class StepColumns:
     """The messages themselves say so; else there was nothing else that they could be."""
     expected: U64 | None
     request_ids: U64 | None
-    deadlines: npt.NDArray[np.float64]
+    deadlines: F64
     """One per session, on the clock's monotonic time."""
     select: int
     """A `stepwell.v1.OutputSelection`."""
     output_names: Sequence[str]
     inputs: Sequence[InputColumn]
-    entries: Sequence[Entry]
-    """The messages, one after the other."""
+    counts: npt.NDArray[np.uint32]
+    """Sessions of each message, one message after the other."""
     replies: ColumnReplies
 
 

@@ -16,6 +16,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.logs import Log
 from stepwell_server.rpc.fronts.base import (
+    F64,
     BindError,
     CallEnded,
     InputColumn,
@@ -123,14 +124,14 @@ class _Replies:
         outputs: Sequence[OutputColumn],
         *,
         replayed: bool,
-    ) -> Sequence[float]:
-        columns = [(output.name, output.dtype, output.tail, output.data) for output in outputs]
+    ) -> F64:
         some = None if members is None else members.tolist()
-        return self._batch.applied(some, revisions.tolist(), positions.tolist(), columns, replayed)
+        began = self._batch.applied(some, revisions.tobytes(), positions.tobytes(), outputs, replayed)
+        return np.frombuffer(began, np.float64)
 
-    def failed(self, members: Members | None, status: Status, error: bytes) -> Sequence[float]:
+    def failed(self, members: Members | None, status: Status, error: bytes) -> F64:
         some = None if members is None else members.tolist()
-        return self._batch.failed(some, *_said(status), error)
+        return np.frombuffer(self._batch.failed(some, *_said(status), error), np.float64)
 
     def gone(self) -> Members:
         gone = self._batch.gone()
@@ -310,11 +311,11 @@ def _columns(
     batch: BatchHandle,
     session_ids: list[str],
     callers: list[str],
-    numbers: tuple[bytes, bytes, bytes, bytes],
+    numbers: tuple[bytes, bytes, bytes, bytes, bytes],
     asked: tuple[int, list[str], bool],
     tensors: list[tuple[str, int, list[int], bytes]],
 ) -> StepColumns:
-    sizes, expected, request_ids, deadlines = numbers
+    counts, sizes, expected, request_ids, deadlines = numbers
     select, output_names, says_sizes = asked
     return StepColumns(
         session_ids,
@@ -327,6 +328,6 @@ def _columns(
         select,
         output_names,
         [InputColumn(*tensor) for tensor in tensors],
-        batch.entries,
+        np.frombuffer(counts, np.uint32),
         _Replies(batch),
     )

@@ -17,7 +17,7 @@ from stepwell_server.engine.types import U64, Array, Members, Tensors
 from stepwell_server.errors import Overloaded, RequestTooLarge, ServerError
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.boundary import internal
-from stepwell_server.rpc.fronts.base import Entry, OutputColumn, StepColumns
+from stepwell_server.rpc.fronts.base import F64, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Status, code_of, to_proto, to_status
 from stepwell_server.rpc.steps import messages
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.boundary import RequestObserver
 
+_Message = tuple[int, int]
+"""Of a batch: its first session, and how many it has."""
 _RETRY_AFTER_S = 0.2
 _NOBODY: Members = np.zeros(0, np.intp)
 
@@ -59,10 +61,13 @@ class ColumnSteps:
 
     def _submit(self, columns: StepColumns) -> None:
         inputs = convert.to_columns(columns.inputs)
-        entries = columns.entries
-        if len(entries) > 1 and not _names_one_twice(columns):
-            entries = self._submit_together(columns, inputs)
-        for first, count, _ in entries:
+        if len(columns.counts) == 1:
+            apart: Sequence[_Message] = [(0, len(columns.session_ids))]
+        elif _names_one_twice(columns):
+            apart = _messages(columns)
+        else:
+            apart = self._submit_together(columns, inputs)
+        for first, count in apart:
             members = None if count == len(columns.session_ids) else np.arange(first, first + count)
             change = self._change(columns, inputs, members)
             change.caller, change.deadline = columns.callers[first], float(columns.deadlines[first])
@@ -71,10 +76,10 @@ class ColumnSteps:
             except ServerError as error:
                 change.replies.failed(np.arange(count), error)
 
-    def _submit_together(self, columns: StepColumns, inputs: Tensors) -> Sequence[Entry]:
+    def _submit_together(self, columns: StepColumns, inputs: Tensors) -> Sequence[_Message]:
         """Submit as one change what can be one; the messages that cannot."""
         members: Members | None = None
-        left_out: list[Entry] = []
+        apart: list[_Message] = []
         while members is None or len(members):
             change = self._change(columns, inputs, members)
             change.callers = _some(columns.callers, members)
@@ -87,13 +92,13 @@ class ColumnSteps:
                 break
             except MustPart as part:
                 if len(set(columns.session_ids)) < len(columns.session_ids):
-                    return columns.entries  # the others must not overtake them
+                    return _messages(columns)  # the others must not overtake them
                 out = part.members if members is None else members[part.members]
-                left_out += _entries_of(columns, out)
-                members = _without(columns, left_out)
+                apart += _messages_of(columns, out)
+                members = _without(columns, apart)
             except ServerError:
-                return columns.entries
-        return sorted(left_out)
+                return _messages(columns)
+        return sorted(apart)
 
     def too_large(self, size: int) -> Status:
         """See `base.Steps`."""
@@ -161,17 +166,23 @@ def _rows_of(columns: StepColumns, members: Members) -> Members:
     return np.flatnonzero(np.repeat(mask, sizes))
 
 
-def _entries_of(columns: StepColumns, members: Members) -> list[Entry]:
+def _messages(columns: StepColumns) -> list[_Message]:
+    ends = np.cumsum(columns.counts).tolist()
+    return [(end - count, count) for end, count in zip(ends, columns.counts.tolist(), strict=True)]
+
+
+def _messages_of(columns: StepColumns, members: Members) -> list[_Message]:
     """The messages that have some of the members."""
-    firsts = [first for first, _, _ in columns.entries]
+    messages = _messages(columns)
+    firsts = [first for first, _ in messages]
     places = np.unique(np.searchsorted(firsts, members, side="right") - 1)
-    return [columns.entries[place] for place in places.tolist()]
+    return [messages[place] for place in places.tolist()]
 
 
-def _without(columns: StepColumns, entries: Sequence[Entry]) -> Members:
+def _without(columns: StepColumns, messages: Sequence[_Message]) -> Members:
     """The members of all other messages."""
     left = np.ones(len(columns.session_ids), np.bool_)
-    for first, count, _ in entries:
+    for first, count in messages:
         left[first : first + count] = False
     return np.flatnonzero(left)
 
@@ -179,7 +190,7 @@ def _without(columns: StepColumns, entries: Sequence[Entry]) -> Members:
 def _names_one_twice(columns: StepColumns) -> bool:
     """Whether one message may name a session twice, which is refused: it is not so if all differ."""
     ids = columns.session_ids
-    return len(columns.entries) < len(ids) and len(set(ids)) < len(ids)
+    return len(columns.counts) < len(ids) and len(set(ids)) < len(ids)
 
 
 class _Replies:
@@ -226,9 +237,9 @@ class _Replies:
             return self._index[members]
         return None if len(members) == len(self._columns.session_ids) else members
 
-    def _ended(self, began: Sequence[float], code: str) -> None:
-        if began:
-            self._observer.requests_done("Step", code, self._clock.monotonic() - np.array(began))
+    def _ended(self, began: F64, code: str) -> None:
+        if len(began):
+            self._observer.requests_done("Step", code, self._clock.monotonic() - began)
 
 
 def _output(name: str, array: Array) -> OutputColumn:
