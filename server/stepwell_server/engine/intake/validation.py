@@ -7,9 +7,9 @@ and what came. Casting is done here, so that what leaves has the program's own d
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Sequence, Sized
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +36,7 @@ _THERE: Mask = np.ones(1, np.bool_)
 Refusals = list[tuple[int, ServerError]]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class CheckedInputs:
+class CheckedInputs(NamedTuple):
     """Inputs in the program's order and dtypes."""
 
     arrays: tuple[Array, ...]
@@ -66,7 +65,7 @@ def check_inputs(program: Program, inputs: Tensors, rows: int) -> CheckedInputs:
             raise _shape_error(spec.name, f"{(rows, *spec.shape)}", array)
         arrays.append(array)
     time = times[0] if times else None
-    if times.count(time) < len(times):
+    if len(times) > 1 and times.count(time) < len(times):
         raise _unlike_times(program, times)
     if time == 1:
         arrays = [
@@ -386,11 +385,12 @@ def _too_large(what: str, size: int, limit: int) -> MessageTooLarge:
 
 
 def _by_name(what: str, given: Tensors, specs: Sequence[TensorSpec | StateSpec]) -> Tensors:
-    if len(given) == len(specs):
-        if all(spec.name in given for spec in specs):
-            return given
-        if len(specs) == 1 and "" in given:
-            return {specs[0].name: given[""]}
+    if len(specs) == 1 == len(given):
+        array = given.get(specs[0].name, given.get(""))
+        if array is not None:
+            return {specs[0].name: array}
+    elif len(given) == len(specs) and all(spec.name in given for spec in specs):
+        return given
     names = [spec.name for spec in specs]
     missing = [name for name in names if name not in given]
     extra = [name for name in given if name not in names]
