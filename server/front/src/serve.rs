@@ -74,13 +74,12 @@ pub fn begin(
         is_known: false,
         is_deaf: false,
     };
-    tokio::spawn(async move {
-        if method.streams {
-            served.stream(respond).await;
-        } else {
-            served.unary(respond).await;
-        }
-    });
+    // two kinds of tasks: one for both would be as large as both
+    if method.streams {
+        tokio::spawn(served.stream(respond));
+    } else {
+        tokio::spawn(served.unary(respond));
+    }
 }
 
 fn refuse(respond: &mut SendResponse<Bytes>, status: &Status) {
