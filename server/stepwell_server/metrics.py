@@ -52,6 +52,7 @@ class _Counter:
 class _Histogram:
     def __init__(self, name: str, text: str, labels: Labels, bounds: Sequence[float]) -> None:
         self.name, self.text, self.labels, self.bounds = name, text, labels, bounds
+        self._edges = np.array(bounds)
         self.series: dict[Labels, _Series] = {}
 
     def observe(self, labels: Labels, value: float, count: int = 1) -> None:
@@ -66,7 +67,7 @@ class _Histogram:
             self.observe(labels, float(values[0]))
             return
         more = _Series(len(self.bounds) + 1)
-        places = np.searchsorted(self.bounds, values)
+        places = self._edges.searchsorted(values)
         more.counts = np.bincount(places, minlength=len(more.counts)).tolist()
         more.total = float(values.sum())
         self.add(labels, more)

@@ -158,6 +158,18 @@ async def test_all_that_came_together_is_one_change_and_each_gets_its_own_row(co
     assert columns.observer.done == [("Step", "OK")] * 12
 
 
+@pytest.mark.stores("memory")
+async def test_what_was_taken_runs_together_as_soon_as_all_of_it_has_come(columns: Columns) -> None:
+    await columns.at.open("a", "b", "c", "d", "e", "f")
+    columns.steps.hold()
+    first = columns.take(["a", "b", "c"], np.ones((3, 2)))
+    second = columns.take(["d", "e", "f"], np.ones((3, 2)), expected=np.zeros(3, np.uint64))
+    assert not first.applied_by_member
+    columns.steps.go()  # the event loop has had no turn
+    assert sorted(first.applied_by_member) == sorted(second.applied_by_member) == [0, 1, 2]
+    assert columns.at.events.passes == [(6, 1)]
+
+
 async def test_a_session_that_comes_twice_is_stepped_twice_in_order(columns: Columns) -> None:
     await columns.at.open("a", "b")
     x = np.random.default_rng(1).standard_normal((3, 2))

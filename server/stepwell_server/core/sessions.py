@@ -36,7 +36,7 @@ _REQUIRED = {"model", "batch_size", "used", "created"}
 
 def are_missing(handles: Handles) -> bool:
     """Whether some of what `SessionTable.find_all` returned are not there."""
-    return bool(handles[0] < 0) if len(handles) == 1 else np.count_nonzero(handles < 0) > 0
+    return bool(handles[0] < 0 if len(handles) == 1 else np.count_nonzero(handles < 0))
 
 
 class SessionTable:

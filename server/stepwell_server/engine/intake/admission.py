@@ -282,7 +282,8 @@ class Admission:
             self._reset(change, members, handles)
             return
         sources = self._sources(change, members)
-        most = max(1, change.model.max_batch_rows // len(sources))  # a part for each caller fits into one pass
+        # a part for each caller fits into one pass
+        most = max(1, change.model.max_batch_rows // len(sources))
         jobs = [
             self._job(change, part, source)
             for source, some in sources

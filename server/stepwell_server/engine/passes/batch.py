@@ -96,7 +96,7 @@ def outputs_of(work: Pass, index: int, job: Job) -> dict[str, Array]:
 
 
 def _reset_rows(jobs: Sequence[Job]) -> Mask | None:
-    if not any([job.reset_rows is not None and job.done == 0 for job in jobs]):
+    if not any(job.reset_rows is not None and job.done == 0 for job in jobs):
         return None
     nothing = [np.zeros(job.row_count, np.bool_) for job in jobs]
     return join(

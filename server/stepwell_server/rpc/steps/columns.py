@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stepwell_server.engine.change import Change, MustPart
 from stepwell_server.core.slots import Rows
+from stepwell_server.engine.change import Change, MustPart
 from stepwell_server.engine.types import U64, Array, Members, Tensors
 from stepwell_server.errors import Overloaded, RequestTooLarge, ServerError
 from stepwell_server.rpc import convert
