@@ -26,9 +26,11 @@ CRATE = ROOT / "server" / "front"
 MODULE = Path(sysconfig.get_path("platlib")) / "stepwell_front.abi3.so"
 STAMP = MODULE.with_suffix(".sources")
 #: Debian's packages of the crates in Cargo.toml.
-PACKAGES = [
-    f"librust-{name}-dev" for name in ("bytes", "flate2", "h2", "http", "libc", "proptest", "pyo3", "tokio")
-]
+CRATES = (
+    *("bytes", "flate2", "h2", "http", "libc", "proptest", "pyo3", "rustls", "tokio", "tokio-rustls"),
+    "x509-parser",
+)
+PACKAGES = [f"librust-{name}-dev" for name in CRATES]
 DEBIAN_CRATES = Path("/usr/share/cargo/registry")
 FROM_DEBIAN = [
     *("--offline", "--config", 'source.crates-io.replace-with="debian"'),

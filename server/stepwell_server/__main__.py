@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m stepwell_serv
         return 2
     except SystemExit as exit_:  # argparse has printed the help or the version
         return exit_.code if isinstance(exit_.code, int) else 0
+    # gRPC would write lines of its own into the log, one for each handshake of TLS that fails
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from stepwell_server.app import serve
 
     return serve(settings)

@@ -16,16 +16,19 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.engine.engine import Engine
 from stepwell_server.errors import StoreGone
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics import MetricsServer, PrometheusObserver
 from stepwell_server.program import Program, ProofOptions
-from stepwell_server.rpc.fronts.base import BindError, Front
+from stepwell_server.rpc.fronts import unix_socket
+from stepwell_server.rpc.fronts.base import BindError, ConnectionAge, Front
+from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
 from stepwell_server.rpc.fronts.python import PythonFront
 from stepwell_server.rpc.server import RpcServer
-from stepwell_server.settings import Address, Settings
+from stepwell_server.settings import Settings
 from stepwell_server.store.base import Store, StoreBusy, StoreError
 from stepwell_server.store.opening import open_store
 
@@ -64,12 +67,13 @@ def serve(settings: Settings) -> int:
         _require_free("--listen", settings.listen)
         if settings.metrics_listen is not None:
             _require_free("--metrics-listen", settings.metrics_listen)
+        certificates = _certificates(settings)
         clock = SystemClock()
         with _signals_interrupt():
             store = _open_store(settings, clock)
             programs = _compile(settings)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(_run(settings, programs, store, clock))
+            return runner.run(_run(settings, programs, store, clock, certificates))
     except StartError as error:
         sys.stderr.write(f"stepwell: {error}\n")
         return 2
@@ -78,8 +82,23 @@ def serve(settings: Settings) -> int:
         return 1
 
 
-def _require_free(option: str, address: Address) -> None:
+def _certificates(settings: Settings) -> CertificateFiles | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    try:
+        return CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    except CertificateError as error:
+        raise StartError(str(error)) from error
+
+
+def _require_free(option: str, address: Address | UnixAddress) -> None:
     """Find out before models are compiled, and in better words than gRPC's, that an address cannot be had."""
+    if isinstance(address, UnixAddress):
+        try:
+            unix_socket.clear(address.path)
+        except OSError as error:
+            raise StartError(f"{option}: cannot listen on {address}: {error.strerror}") from error
+        return
     try:
         candidates = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -209,7 +228,13 @@ def _open_store(settings: Settings, clock: Clock) -> Store:
     return store
 
 
-async def _run(settings: Settings, programs: Mapping[str, Program], store: Store, clock: Clock) -> int:
+async def _run(
+    settings: Settings,
+    programs: Mapping[str, Program],
+    store: Store,
+    clock: Clock,
+    certificates: CertificateFiles | None,
+) -> int:
     stop = _stop_on_signals(clock)
     if settings.store == "disk":
         _log.info("store opened", data_dir=str(settings.data_dir), sessions=await store.count())
@@ -235,7 +260,7 @@ async def _run(settings: Settings, programs: Mapping[str, Program], store: Store
         )
         observer.serves_by(rpc.front)
         metrics = _serve_metrics(settings, observer, engine)
-        await _serve_calls(settings, rpc, store)
+        await _serve_calls(settings, rpc, store, certificates)
         gone = await _until_stopped(stop, store, rpc, observer)
         await _drain(min(_GONE_DRAIN_S if gone else math.inf, settings.drain_timeout_s), engine, rpc)
         if metrics is not None:
@@ -250,6 +275,7 @@ async def _run(settings: Settings, programs: Mapping[str, Program], store: Store
 
 
 def _front(settings: Settings, clock: Clock) -> Front:
+    age = ConnectionAge(settings.max_connection_age_s, settings.max_connection_age_grace_s)
     if settings.front != "python":
         try:
             from stepwell_server.rpc.fronts.native import NativeFront
@@ -257,8 +283,8 @@ def _front(settings: Settings, clock: Clock) -> Front:
             if settings.front == "native":
                 raise StartError(f"--front native: stepwell-front cannot be imported: {error}") from error
         else:
-            return NativeFront(clock, settings.max_message_bytes)
-    return PythonFront(clock, settings.max_message_bytes)
+            return NativeFront(clock, settings.max_message_bytes, age)
+    return PythonFront(clock, settings.max_message_bytes, age)
 
 
 async def _until_stopped(
@@ -337,16 +363,20 @@ def _serve_metrics(settings: Settings, observer: PrometheusObserver, engine: Eng
     return metrics
 
 
-async def _serve_calls(settings: Settings, rpc: RpcServer, store: Store) -> None:
+async def _serve_calls(
+    settings: Settings, rpc: RpcServer, store: Store, certificates: CertificateFiles | None
+) -> None:
     try:
-        port = await rpc.start(*settings.listen)
+        address = await rpc.start(settings.listen, certificates)
     except BindError as error:
         raise StartError(f"--listen: {error}") from error
-    _log.info("serving", front=rpc.front, address=str(settings.listen._replace(port=port)))
+    except CertificateError as error:
+        raise StartError(str(error)) from error
+    tls = "off" if certificates is None else "mutual" if certificates.are_mutual else "on"
+    _log.info("serving", front=rpc.front, address=str(address), tls=tls)
     # What is there now stays: the garbage collector need not look at it again and again.
     gc.collect()
     gc.freeze()
-    address = settings.listen._replace(port=port)
     await store.announce(str(address))
     sys.stdout.write(f"stepwell: listening on {address}\n")
     sys.stdout.flush()

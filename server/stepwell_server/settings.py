@@ -16,27 +16,20 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NoReturn
 
+from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.compile.limits import Limits, default_memory_bytes
 from stepwell_server.compile.origin import folder_problem
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _PREFIX = "STEPWELL_"
+_LONGEST_SOCKET_PATH = 107
+"""Bytes that Linux has room for."""
 
 
 class SettingsError(Exception):
     """A value that cannot be used. The message is one line and names the option or variable."""
-
-
-class Address(NamedTuple):
-    """Where to listen."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def _setting(read: Callable[[str], Any], default: Any, metavar: str) -> Any:
@@ -92,6 +85,30 @@ def _address(text: str) -> Address:
     if not bare or not re.fullmatch(r"\d{1,5}", port) or int(port) > 65535 or (":" in bare) is (bare == host):
         raise ValueError("HOST:PORT, or [HOST]:PORT for IPv6, with a port from 0 to 65535")
     return Address(bare, int(port))
+
+
+def _listen(text: str) -> Address | UnixAddress:
+    kind, _, path = text.partition(":")
+    if kind != "unix":
+        try:
+            return _address(text)
+        except ValueError as error:
+            raise ValueError(f"{error}, or unix:PATH") from None
+    if path.startswith("//"):  # a URL; without a host, so that a third slash begins the path
+        path = path[2:] if path.startswith("///") else ""
+    path = os.path.abspath(path) if path and "\0" not in path else ""
+    if not path or len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+        raise ValueError(
+            f"unix:PATH or unix:///PATH, the path made absolute of at most {_LONGEST_SOCKET_PATH} bytes"
+        )
+    return UnixAddress(path)
+
+
+def _file(text: str) -> Path:
+    try:
+        return _expanded(text)
+    except LookupError as error:
+        raise ValueError(f"a file: {error}") from None
 
 
 def _module_names(items: Sequence[str]) -> tuple[str, ...]:
@@ -214,8 +231,18 @@ class Settings:
 
     models: Mapping[str, Path] = _several(_models, dict, "NAME=PATH.keras")
     """Models to serve: the name under which, and the file that Keras saved. In the variable, with commas between them."""
-    listen: Address = _setting(_address, Address("127.0.0.1", 50051), "HOST:PORT")
-    """Address to serve gRPC on. Port 0 lets the system choose; the line on stdout says which."""
+    listen: Address | UnixAddress = _setting(_listen, Address("127.0.0.1", 50051), "ADDRESS")
+    """Address to serve gRPC on: HOST:PORT, where port 0 lets the system choose and the line on stdout says which; or unix:PATH, a socket for users of the server's account only."""
+    tls_cert: Path | None = _setting(_file, None, "FILE")
+    """Certificate of the server in PEM, followed by those between it and its CA: callers must speak TLS then. It is read again when it changes."""
+    tls_key: Path | None = _setting(_file, None, "FILE")
+    """Private key of --tls-cert in PEM, not encrypted."""
+    tls_client_ca: Path | None = _setting(_file, None, "FILE")
+    """Certificates of CAs in PEM: callers must show a certificate that one of them has signed."""
+    max_connection_age_s: float = _setting(_seconds, 0.0, "S")
+    """Seconds, give or take a tenth, after which a connection takes no more calls and its client is to make a new one; 0 means never."""
+    max_connection_age_grace_s: float = _setting(_seconds, 30.0, "S")
+    """Seconds that calls of such a connection have to end before it is closed."""
     front: Literal["auto", "native", "python"] = _setting(
         _choice("auto", "native", "python"), "auto", "auto|native|python"
     )
@@ -336,6 +363,10 @@ def _checked(values: dict[str, Any]) -> Settings:
                 raise SettingsError(
                     f"{_OPTIONS[setting]}: there is no model {name!r}; the models are {known}"
                 )
+    for setting in ("tls_cert", "tls_key"):
+        if setting not in values and any(name.startswith("tls_") for name in values):
+            given = ", ".join(_OPTIONS[name] for name in values if name.startswith("tls_"))
+            raise SettingsError(f"{_OPTIONS[setting]}: must be given with {given}")
     if values.get("store") == "memory":
         values["data_dir"] = Path()  # of no use, and its default may not be there
     return Settings(**values)

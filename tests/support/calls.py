@@ -15,8 +15,10 @@ import numpy as np
 from google.rpc import error_details_pb2, status_pb2
 
 from stepwell.v1 import models_pb2, sessions_pb2
+from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.program import Program
 from stepwell_server.rpc.fronts.base import CallEnded, Method, Steps
+from stepwell_server.rpc.fronts.certificates import Certificates
 from stepwell_server.rpc.server import RpcServer
 from support.engine import Harness, running
 from support.fake_call import FakeCall, Requests
@@ -40,9 +42,18 @@ class Front:
     def __init__(self) -> None:
         self.methods: Mapping[str, Method] = {}
 
-    async def start(self, host: str, port: int, methods: Sequence[Method], steps: Steps) -> int:
+    async def start(
+        self,
+        address: Address | UnixAddress,
+        methods: Sequence[Method],
+        steps: Steps,
+        certificates: Certificates | None,
+    ) -> Address | UnixAddress:
         self.methods = {method.name: method for method in methods if method.service.startswith("stepwell.")}
-        return 0
+        return address
+
+    def secure(self, certificates: Certificates) -> None:
+        """Nobody connects."""
 
     async def flush(self) -> None:
         """Nothing is on its way."""
@@ -117,7 +128,7 @@ async def calls(programs: Mapping[str, Program] | None = None, **options: Any) -
         server = RpcServer(
             at.engine, front, clock=at.clock, observer=Observer(), max_message_bytes=MAX_MESSAGE_BYTES
         )
-        await server.start("", 0)
+        await server.start(Address("", 0))
         yield Calls(at, front.methods)
 
 

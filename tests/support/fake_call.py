@@ -40,6 +40,7 @@ class FakeCall:
         self.caller = "fake:1"
         self.deadline = deadline
         self.is_late = is_late
+        self.certificate_names: list[str] = []
         self.metadata: Mapping[str, str | bytes] = {}
         self.requests: asyncio.Queue[bytes | None] = asyncio.Queue()
         self.replies: asyncio.Queue[bytes] = asyncio.Queue()

@@ -15,7 +15,9 @@ import numpy as np
 import stepwell_server
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1.sessions_pb2_grpc import SessionServiceStub
+from stepwell_server.addresses import Address
 from stepwell_server.metrics import PrometheusObserver
+from stepwell_server.rpc.fronts.base import ConnectionAge
 from stepwell_server.rpc.fronts.python import PythonFront
 from stepwell_server.rpc.server import RpcServer
 from support.engine import running
@@ -60,13 +62,13 @@ async def test_a_plain_unary_step_visits_twenty_modules_and_enters_the_engine_fo
         await at.open("a")
         server = RpcServer(
             at.engine,
-            PythonFront(at.clock, 1 << 20),
+            PythonFront(at.clock, 1 << 20, ConnectionAge()),
             clock=at.clock,
             observer=PrometheusObserver(),
             max_message_bytes=1 << 20,
         )
-        port = await server.start("127.0.0.1", 0)
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        address = await server.start(Address("127.0.0.1", 0))
+        async with grpc.aio.insecure_channel(str(address)) as channel:
             stub: Any = SessionServiceStub(channel)
 
             def request(revision: int) -> pb.StepRequest:

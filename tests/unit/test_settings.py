@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stepwell_server.settings import Address, Settings, SettingsError, read_settings, variable_of
+from stepwell_server.addresses import Address, UnixAddress
+from stepwell_server.settings import Settings, SettingsError, read_settings, variable_of
 
 
 @pytest.fixture
@@ -26,6 +27,28 @@ def test_options_win_over_variables_and_variables_over_defaults(model: str) -> N
     assert settings.max_batch_rows == 7
     assert settings.store == "disk"
     assert settings.compute_threads >= 1
+
+
+def test_unix_sockets_have_absolute_paths(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text, path in (("unix:/a/b", "/a/b"), ("unix:///a/b", "/a/b"), ("unix:b", f"{tmp_path}/b")):
+        listen = read_settings([model, "--listen", text], {}).listen
+        assert listen == UnixAddress(path)
+        assert str(listen) == f"unix:{path}"
+
+
+def test_the_files_of_tls_go_together(model: str) -> None:
+    settings = read_settings([model, "--tls-cert", "c"], {"STEPWELL_TLS_KEY": "k"})
+    assert (settings.tls_cert, settings.tls_key, settings.tls_client_ca) == (Path("c"), Path("k"), None)
+    for arguments, message in (
+        (["--tls-cert", "c"], "--tls-key: must be given with --tls-cert"),
+        (["--tls-key", "k"], "--tls-cert: must be given with --tls-key"),
+        (["--tls-client-ca", "a"], "--tls-cert: must be given with --tls-client-ca"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            read_settings([model, *arguments], {})
 
 
 def test_models_may_stand_between_options_and_have_commas(model: str) -> None:
@@ -74,7 +97,12 @@ def test_what_is_said_of_single_models(model: str, tmp_path: Path) -> None:
         ("listen", "localhost:70000", "0 to 65535"),
         ("listen", "::1:5", "[HOST]:PORT"),
         ("listen", ":5", "HOST:PORT"),
+        ("listen", "nowhere", "port from 0 to 65535, or unix:PATH"),
+        ("listen", "unix:", "unix:PATH or unix:///PATH"),
+        ("listen", "unix://host/path", "unix:PATH or unix:///PATH"),
+        ("listen", "unix:/" + 107 * "x", "of at most 107 bytes"),
         ("metrics-listen", "localhost:http", "HOST:PORT"),
+        ("metrics-listen", "unix:/path", "HOST:PORT"),
         ("max-batch-rows", "0", "a whole number, 1 or more"),
         ("max-batch-rows", "ten", "a whole number"),
         ("max-batch-rows", "9" * 30, "a whole number"),

@@ -15,6 +15,8 @@ pub struct Peer {
     pub name: String,
     /// Tells connections apart.
     pub number: u64,
+    /// Of the certificate with which its client has shown who it is.
+    pub certificate_names: Vec<String>,
 }
 
 /// A call on its way.
@@ -185,7 +187,7 @@ impl Call {
 
     #[cfg(test)]
     pub fn for_test() -> Self {
-        let peer = Arc::new(Peer { name: "test".to_owned(), number: 0 });
+        let peer = Arc::new(Peer { name: "test".to_owned(), number: 0, certificate_names: Vec::new() });
         Call::new(peer, 0, false, 0.0, f64::INFINITY, Vec::new(), Arc::default())
     }
 }

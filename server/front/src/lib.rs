@@ -14,6 +14,7 @@ mod call;
 mod clock;
 mod columns;
 mod grpc;
+mod lifetime;
 mod plain;
 mod protobuf;
 #[cfg(feature = "python")]
@@ -21,3 +22,4 @@ mod python;
 mod reply;
 mod serve;
 mod server;
+mod tls;

@@ -8,14 +8,14 @@ use crate::clock;
 use crate::columns::{Arrival, Batch, Entry};
 use crate::grpc::{self, Status};
 use crate::reply::{self, Answer, Output};
-use crate::server::{self, Limits, Method, Plain, Shared, Stage};
+use crate::server::{self, Limits, Listener, Method, Plain, Shared, Stage};
+use crate::tls::{self, Unusable};
 use bytes::Bytes;
-use pyo3::exceptions::{PyOSError, PyRuntimeError};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyList, PyString, PyTuple};
 use std::collections::{HashMap, HashSet};
-use std::net::TcpListener;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -76,7 +76,7 @@ struct Front {
 impl Front {
     /// `methods`: path, whether it streams, and which of its messages may be plain ("step", "step_stream" or "").
     #[new]
-    #[pyo3(signature = (methods, *, now, max_message_bytes, max_streams, max_header_bytes, max_frames, budget_bytes, max_queued_bytes, overloaded, keepalive_s, keepalive_timeout_s))]
+    #[pyo3(signature = (methods, *, now, max_message_bytes, max_streams, max_header_bytes, max_frames, budget_bytes, max_queued_bytes, overloaded, keepalive_s, keepalive_timeout_s, max_age_s, max_age_grace_s))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         methods: Vec<(String, bool, String)>,
@@ -90,6 +90,8 @@ impl Front {
         overloaded: (u32, String, Vec<u8>),
         keepalive_s: f64,
         keepalive_timeout_s: f64,
+        max_age_s: Option<f64>,
+        max_age_grace_s: f64,
     ) -> PyResult<Self> {
         clock::set(now);
         let limits = Limits {
@@ -102,6 +104,8 @@ impl Front {
             overloaded: Status { code: overloaded.0, message: overloaded.1, details: overloaded.2.into() },
             keepalive: Duration::from_secs_f64(keepalive_s),
             keepalive_timeout: Duration::from_secs_f64(keepalive_timeout_s),
+            age: max_age_s.map(Duration::from_secs_f64),
+            age_grace: Duration::from_secs_f64(max_age_grace_s),
         };
         let methods = methods
             .into_iter()
@@ -131,9 +135,27 @@ impl Front {
         })
     }
 
-    /// Serve listening TCP sockets, which are the front's from now on: their file descriptors.
-    fn start(&self, listeners: Vec<i32>) -> PyResult<()> {
-        let listeners: Vec<TcpListener> = listeners.into_iter().map(owned).collect();
+    /// Connections that are made from now on speak TLS, with this certificate chain and key, in PEM. With `client_ca`
+    /// their callers must have a certificate that one of these has signed.
+    ///
+    /// Raises ValueError(which, why) for what cannot be used: "certificate", "key" or "client_ca". Nothing has changed.
+    #[pyo3(signature = (chain, key, client_ca))]
+    fn secure(&self, chain: &[u8], key: &[u8], client_ca: Option<&[u8]>) -> PyResult<()> {
+        let config = tls::configuration(chain, key, client_ca).map_err(|problem| {
+            PyValueError::new_err(match problem {
+                Unusable::Certificate(why) => ("certificate", why),
+                Unusable::Key(why) => ("key", why),
+                Unusable::ClientCa(why) => ("client_ca", why),
+            })
+        })?;
+        *self.shared.tls.lock().unwrap_or_else(PoisonError::into_inner) = Some(config);
+        Ok(())
+    }
+
+    /// Serve listening sockets, which are the front's from now on: file descriptors, and whether they are Unix sockets.
+    fn start(&self, listeners: Vec<(i32, bool)>) -> PyResult<()> {
+        let listeners: Vec<Listener> =
+            listeners.into_iter().map(|(fd, is_unix)| owned(fd, is_unix)).collect();
         let Some(mut waiting) = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return Err(PyRuntimeError::new_err("a front is started once"));
         };
@@ -353,6 +375,11 @@ impl CallHandle {
     }
 
     #[getter]
+    fn certificate_names(&self) -> Vec<String> {
+        self.call.peer.certificate_names.clone()
+    }
+
+    #[getter]
     fn method(&self) -> usize {
         self.call.method
     }
@@ -533,9 +560,15 @@ fn eventfd() -> PyResult<OwnedFd> {
 
 /// A socket that Python has made and given away.
 #[allow(unsafe_code)]
-fn owned(fd: i32) -> TcpListener {
-    // SAFETY: `start`'s caller says that it is a listening socket and that it is the front's now.
-    unsafe { FromRawFd::from_raw_fd(fd) }
+fn owned(fd: i32, is_unix: bool) -> Listener {
+    // SAFETY: `start`'s caller says that it is a listening socket of that kind and that it is the front's now.
+    unsafe {
+        if is_unix {
+            Listener::Unix(FromRawFd::from_raw_fd(fd))
+        } else {
+            Listener::Tcp(FromRawFd::from_raw_fd(fd))
+        }
+    }
 }
 
 #[pymodule]

@@ -3,17 +3,20 @@
 use crate::call::Peer;
 use crate::columns::{Arrival, Arrivals, MOST_IN_BATCH};
 use crate::grpc::Status;
+use crate::lifetime::{Age, Lifetime};
 use crate::serve;
+use crate::tls;
 use bytes::Bytes;
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener as StdUnixListener;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Waker};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 
 /// How the wire behaves.
@@ -37,6 +40,10 @@ pub struct Limits {
     pub keepalive: Duration,
     /// And gives up after this.
     pub keepalive_timeout: Duration,
+    /// A connection takes calls for about so long.
+    pub age: Option<Duration>,
+    /// And then has so long to finish them.
+    pub age_grace: Duration,
 }
 
 /// A method that is served.
@@ -60,6 +67,8 @@ pub enum Plain {
 pub struct Shared {
     pub limits: Limits,
     pub methods: HashMap<String, Method>,
+    /// What new connections get; None: plain text.
+    pub tls: Mutex<Option<Arc<rustls::ServerConfig>>>,
     /// The wire's thread has ended.
     pub is_dead: AtomicBool,
     /// Nothing is plain: Python wants to see every message.
@@ -87,6 +96,7 @@ impl Shared {
         Shared {
             limits,
             methods,
+            tls: Mutex::default(),
             is_dead: AtomicBool::new(false),
             all_general: AtomicBool::new(false),
             abandoned: AtomicU64::new(0),
@@ -183,6 +193,13 @@ fn quiet(fd: i32) {
     let _ = unsafe { libc::read(fd, std::ptr::from_mut(&mut count).cast(), 8) };
 }
 
+/// Where connections come from.
+#[derive(Debug)]
+pub enum Listener {
+    Tcp(StdTcpListener),
+    Unix(StdUnixListener),
+}
+
 /// How far the server is in its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
@@ -194,11 +211,16 @@ pub enum Stage {
 }
 
 /// Serve listeners until the stage says that it is over.
-pub async fn run(listeners: Vec<StdTcpListener>, shared: Arc<Shared>, stage: watch::Receiver<Stage>) {
+pub async fn run(listeners: Vec<Listener>, shared: Arc<Shared>, stage: watch::Receiver<Stage>) {
     let (done, mut all_done) = tokio::sync::mpsc::channel::<()>(1);
     for listener in listeners {
         let (shared, stage, done) = (shared.clone(), stage.clone(), done.clone());
-        tokio::spawn(accept(listener, shared, stage, done));
+        tokio::spawn(async move {
+            match listener {
+                Listener::Tcp(listener) => accept_tcp(listener, shared, stage, done).await,
+                Listener::Unix(listener) => accept_unix(listener, shared, stage, done).await,
+            }
+        });
     }
     drop(done);
     let mut closed = stage;
@@ -215,7 +237,7 @@ async fn reached(stage: &mut watch::Receiver<Stage>, wanted: Stage) {
 
 type Done = tokio::sync::mpsc::Sender<()>;
 
-async fn accept(
+async fn accept_tcp(
     listener: StdTcpListener,
     shared: Arc<Shared>,
     mut stage: watch::Receiver<Stage>,
@@ -230,8 +252,27 @@ async fn accept(
         match accepted {
             Ok((socket, address)) => {
                 let _ = socket.set_nodelay(true);
-                begin(socket, tcp_name(address), &shared, &stage, &done);
+                begin(socket, |_| tcp_name(address), &shared, &stage, &done);
             }
+            Err(_) => out_of_descriptors().await,
+        }
+    }
+}
+
+async fn accept_unix(
+    listener: StdUnixListener,
+    shared: Arc<Shared>,
+    mut stage: watch::Receiver<Stage>,
+    done: Done,
+) {
+    let Ok(listener) = UnixListener::from_std(listener) else { return };
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = reached(&mut stage, Stage::Draining) => return,
+        };
+        match accepted {
+            Ok((socket, _)) => begin(socket, |number| format!("unix:{number}"), &shared, &stage, &done),
             Err(_) => out_of_descriptors().await,
         }
     }
@@ -249,15 +290,33 @@ fn tcp_name(address: SocketAddr) -> String {
     }
 }
 
-fn begin<S>(socket: S, name: String, shared: &Arc<Shared>, stage: &watch::Receiver<Stage>, done: &Done)
-where
+/// Serve a connection in a task of its own. `name` makes its name of its number.
+fn begin<S>(
+    socket: S,
+    name: impl FnOnce(u64) -> String,
+    shared: &Arc<Shared>,
+    stage: &watch::Receiver<Stage>,
+    done: &Done,
+) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let number = shared.connections.fetch_add(1, Ordering::Relaxed);
-    let peer = Arc::new(Peer { name, number });
-    let (shared, stage, done) = (shared.clone(), stage.clone(), done.clone());
+    let mut peer = Peer { name: name(number), number, certificate_names: Vec::new() };
+    let (shared, mut stage, done) = (shared.clone(), stage.clone(), done.clone());
     tokio::spawn(async move {
-        connection(socket, peer, &shared, stage).await;
+        let tls = shared.tls.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(config) = tls {
+            let secured = tokio::select! {
+                secured = tls::accept(config, socket) => secured,
+                () = reached(&mut stage, Stage::Draining) => None,
+            };
+            if let Some((socket, names)) = secured {
+                peer.certificate_names = names;
+                connection(socket, Arc::new(peer), &shared, stage).await;
+            }
+        } else {
+            connection(socket, Arc::new(peer), &shared, stage).await;
+        }
         drop(done);
     });
 }
@@ -286,17 +345,22 @@ where
         }
     };
     tokio::pin!(alive);
+    let mut life = Lifetime::new(limits.age, limits.age_grace);
     let mut is_draining = false;
     let mut closed = stage.clone();
     loop {
         let accepted = tokio::select! {
             biased;
             () = reached(&mut closed, Stage::Closed) => {
-                connection.abrupt_shutdown(h2::Reason::CANCEL);
-                // one look more, so that it is said
-                let _ = tokio::time::timeout(Duration::from_millis(10), connection.accept()).await;
-                return;
+                return cut_off(&mut connection, h2::Reason::CANCEL).await;
             }
+            age = life.next() => match age {
+                Age::Old => {
+                    connection.graceful_shutdown();
+                    continue;
+                }
+                Age::TooOld => return cut_off(&mut connection, h2::Reason::NO_ERROR).await,
+            },
             () = reached(&mut stage, Stage::Draining), if !is_draining => {
                 is_draining = true;
                 connection.graceful_shutdown();
@@ -310,6 +374,15 @@ where
             Some(Err(_)) | None => return,
         }
     }
+}
+
+async fn cut_off<S>(connection: &mut h2::server::Connection<S, Bytes>, reason: h2::Reason)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    connection.abrupt_shutdown(reason);
+    // one look more, so that it is said
+    let _ = tokio::time::timeout(Duration::from_millis(10), connection.accept()).await;
 }
 
 /// Return when a silent client does not answer any more.

@@ -128,21 +128,24 @@ class Boundary:
                     self._idle.set()
                 self._observer.request_done(method, code, seconds)
                 if _log.is_debug:
-                    facts = _facts(request_type, call.request)
+                    facts = _facts(request_type, call)
                     _log.debug("request", method=method, **facts, status=code, duration_ms=seconds * 1000)
 
         return serve
 
 
-def _facts(request_type: type[Message] | None, raw: bytes) -> dict[str, str]:
+def _facts(request_type: type[Message] | None, call: Call) -> dict[str, str]:
     """What of a request is worth a place in the log."""
+    facts = {"certificate": ",".join(names)} if (names := call.certificate_names) else {}
     if request_type is None:
-        return {}
+        return facts
     try:
-        message = request_type.FromString(raw)
+        message = request_type.FromString(call.request)
     except DecodeError:
-        return {}
-    return {name: getattr(message, name) for name in ("session_id", "model") if hasattr(message, name)}
+        return facts
+    return facts | {
+        name: getattr(message, name) for name in ("session_id", "model") if hasattr(message, name)
+    }
 
 
 def internal(error: BaseException, **facts: object) -> ServerError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
@@ -10,9 +11,11 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import ServiceDescriptor
 
 from stepwell.v1 import models_pb2, sessions_pb2
+from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.rpc import health, reflection
 from stepwell_server.rpc.boundary import Boundary, RequestObserver, Serve
 from stepwell_server.rpc.fronts.base import Front, Method
+from stepwell_server.rpc.fronts.certificates import CertificateFiles, Unusable, follow
 from stepwell_server.rpc.models import ModelServicer
 from stepwell_server.rpc.sessions import SessionServicer
 from stepwell_server.rpc.steps.columns import ColumnSteps
@@ -45,6 +48,7 @@ class RpcServer:
         self, engine: Engine, front: Front, *, clock: Clock, observer: ServerObserver, max_message_bytes: int
     ) -> None:
         self._front = front
+        self._following: asyncio.Task[None] | None = None
         self._boundary = Boundary(observer, max_message_bytes)
         limits = StreamLimits(_STREAM_FRAMES, max_message_bytes)
         self._sessions = SessionServicer(engine, clock, max_message_bytes, limits, observer)
@@ -61,13 +65,28 @@ class RpcServer:
             *(method for service in shown.services for method in self._methods_of(service, shown)),
         ]
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen and serve. Returns the port, which the system chooses if `port` is 0.
+    async def start(
+        self, address: Address | UnixAddress, files: CertificateFiles | None = None
+    ) -> Address | UnixAddress:
+        """Listen and serve. Returns the address with the port, which the system chooses if it is 0.
+
+        Args:
+            address: Where to listen.
+            files: With TLS, and with what is put into these files as long as the server runs; None: without.
 
         Raises:
             BindError: the address is taken, or not one of this machine's.
+            CertificateError: the files hold what this front cannot use.
         """
-        return await self._front.start(host, port, self._methods, self._steps)
+        certificates = None if files is None else files.at_start
+        try:
+            bound = await self._front.start(address, self._methods, self._steps, certificates)
+        except Unusable as error:
+            assert files is not None
+            raise files.refused(error) from error
+        if files is not None:
+            self._following = asyncio.create_task(follow(files, self._front.secure))
+        return bound
 
     @property
     def front(self) -> str:
@@ -93,6 +112,8 @@ class RpcServer:
 
     async def close(self) -> None:
         """Stop listening and cut off what still runs."""
+        if self._following is not None:
+            self._following.cancel()
         await self._front.stop(_GRACE_S)
 
     def _methods_of(

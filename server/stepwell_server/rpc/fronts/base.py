@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.engine.types import U64, Members
+from stepwell_server.rpc.fronts.certificates import Certificates
 from stepwell_server.rpc.status import Status
 
 F64 = npt.NDArray[np.float64]
@@ -33,6 +35,13 @@ class Call(Protocol):
     @property
     def caller(self) -> str:
         """Who calls: the same for all calls of one connection. The one place that says so."""
+
+    @property
+    def certificate_names(self) -> Sequence[str]:
+        """Who calls by the certificate that was shown, if callers need one: its alternative names, else its common name.
+
+        Not part of `caller`: connections take turns, whoever is behind them.
+        """
 
     @property
     def deadline(self) -> float:
@@ -148,6 +157,16 @@ class StepColumns:
     replies: ColumnReplies
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ConnectionAge:
+    """How long a connection lives, in seconds."""
+
+    limit_s: float = 0.0
+    """It takes calls for so long, give or take a tenth; then its client is asked to make a new one. 0: for ever."""
+    grace_s: float = 0.0
+    """After that, how long calls that run may go on."""
+
+
 class Steps(Protocol):
     """Takes plain steps, for fronts that read them. On the event loop."""
 
@@ -176,17 +195,31 @@ class Front(Protocol):
     name: str
     """As `--front` has it."""
 
-    async def start(self, host: str, port: int, methods: Sequence[Method], steps: Steps) -> int:
-        """Listen and serve. Returns the port, which the system chooses if `port` is 0.
+    async def start(
+        self,
+        address: Address | UnixAddress,
+        methods: Sequence[Method],
+        steps: Steps,
+        certificates: Certificates | None,
+    ) -> Address | UnixAddress:
+        """Listen and serve. Returns the address with the port, which the system chooses if it is 0.
 
         Args:
-            host: Where to listen: a name or an address.
-            port: 0: any.
+            address: Where to listen. The file of a Unix socket is for its user alone, and is removed at the end.
             methods: What is served.
             steps: Takes plain steps; a front may hand on each as a call instead.
+            certificates: None: no TLS.
 
         Raises:
             BindError: the address is taken, or not one of this machine's.
+            Unusable: certificate or key is of a kind that it does not know.
+        """
+
+    def secure(self, certificates: Certificates) -> None:
+        """Give new connections these. Only if it was started with some.
+
+        Raises:
+            Unusable: as `start`; nothing has changed.
         """
 
     async def flush(self) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import stepwell_front
 
+from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.logs import Log
@@ -19,12 +20,15 @@ from stepwell_server.rpc.fronts.base import (
     F64,
     BindError,
     CallEnded,
+    ConnectionAge,
     InputColumn,
     Method,
     OutputColumn,
     StepColumns,
     Steps,
 )
+from stepwell_server.rpc.fronts.certificates import Certificates, Option, Unusable
+from stepwell_server.rpc.fronts.unix_socket import SocketFile, bind
 from stepwell_server.rpc.status import Status
 
 if TYPE_CHECKING:
@@ -45,6 +49,14 @@ _KEEPALIVE_TIMEOUT_S = 20.0
 #: Bytes of replies that a stream's writer may be ahead of what is on its way.
 _AHEAD_BYTES = 64 << 10
 _BACKLOG = 1024
+#: 30 years: the longest time that timers are asked for.
+_LONGEST_S = 1e9
+#: The option of each part of the certificates.
+_OPTIONS: Mapping[str, Option] = {
+    "certificate": "--tls-cert",
+    "key": "--tls-key",
+    "client_ca": "--tls-client-ca",
+}
 _FLUSH_LOOK_S = 0.005
 #: Methods of which the wire reads plain messages, and how it knows them.
 _PLAIN = {
@@ -62,6 +74,7 @@ class _Call:
     def __init__(self, handle: CallHandle, request: bytes | None) -> None:
         self._handle = handle
         self.caller = handle.peer
+        self.certificate_names = handle.certificate_names
         self.deadline = handle.deadline
         self.request = request or b""
         self.task: asyncio.Task[None] | None = None
@@ -143,9 +156,11 @@ class NativeFront:
 
     name = "native"
 
-    def __init__(self, clock: Clock, max_message_bytes: int) -> None:
+    def __init__(self, clock: Clock, max_message_bytes: int, age: ConnectionAge) -> None:
         self._clock = clock
         self._max_message_bytes = max_message_bytes
+        self._age = age
+        self._file: SocketFile | None = None
         self._front: stepwell_front.Front | None = None
         self._methods: Sequence[Method] = ()
         self._steps: Steps
@@ -156,10 +171,15 @@ class NativeFront:
         self._deferred = 0
         """What came behind them, and has not been done yet: it keeps its order."""
 
-    async def start(self, host: str, port: int, methods: Sequence[Method], steps: Steps) -> int:
+    async def start(
+        self,
+        address: Address | UnixAddress,
+        methods: Sequence[Method],
+        steps: Steps,
+        certificates: Certificates | None,
+    ) -> Address | UnixAddress:
         """See `base.Front`."""
         self._methods, self._steps = methods, steps
-        sockets = await self._listen(host, port)
         front = self._front = stepwell_front.Front(
             [(method.path, method.streams, _PLAIN.get(method.path, "")) for method in methods],
             now=self._clock.monotonic(),
@@ -172,12 +192,25 @@ class NativeFront:
             overloaded=_said(steps.overloaded()),
             keepalive_s=_KEEPALIVE_S,
             keepalive_timeout_s=_KEEPALIVE_TIMEOUT_S,
+            max_age_s=min(self._age.limit_s, _LONGEST_S) or None,
+            max_age_grace_s=min(self._age.grace_s, _LONGEST_S),
         )
+        if certificates is not None:
+            self.secure(certificates)
+        listeners, bound = await self._listen(address)
         front.set_general(_log.is_debug)  # each message has a line in the log
         self._loop.add_reader(front.fd(), self._take, front)
-        bound: int = sockets[0].getsockname()[1]
-        front.start([listener.detach() for listener in sockets])
+        front.start([(one.detach(), isinstance(address, UnixAddress)) for one in listeners])
         return bound
+
+    def secure(self, certificates: Certificates) -> None:
+        """See `base.Front`."""
+        assert self._front is not None
+        try:
+            self._front.secure(certificates.chain, certificates.key, certificates.client_ca)
+        except ValueError as error:
+            which, reason = error.args
+            raise Unusable(_OPTIONS[which], reason) from None
 
     async def flush(self) -> None:
         """See `base.Front`."""
@@ -190,6 +223,8 @@ class NativeFront:
         if front is None:
             return
         front.drain()
+        if self._file is not None:
+            self._file.remove()
         await asyncio.to_thread(front.wait, grace_s)
         self._loop.remove_reader(front.fd())
         await asyncio.to_thread(front.close)
@@ -198,12 +233,24 @@ class NativeFront:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _listen(self, host: str, port: int) -> list[socket.socket]:
+    async def _listen(
+        self, address: Address | UnixAddress
+    ) -> tuple[list[socket.socket], Address | UnixAddress]:
+        if isinstance(address, Address):
+            sockets = await self._listen_on_port(address)
+            return sockets, address._replace(port=sockets[0].getsockname()[1])
+        try:
+            listener = bind(address.path, _BACKLOG)
+        except OSError as error:
+            raise BindError(f"cannot listen on {address}: {error.strerror}") from error
+        self._file = SocketFile(address.path)
+        return [listener], address
+
+    async def _listen_on_port(self, address: Address) -> list[socket.socket]:
         """Listen on each address that the name stands for, on the same port."""
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         listeners: list[socket.socket] = []
         problem: OSError | None = None
-        for family, _, _, _, where in await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        for family, _, _, _, where in await self._loop.getaddrinfo(*address, type=socket.SOCK_STREAM):
             place = (where[0], listeners[0].getsockname()[1], *where[2:]) if listeners else where
             try:
                 listener = socket.create_server(place, family=family, backlog=_BACKLOG)

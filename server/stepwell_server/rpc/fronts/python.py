@@ -9,10 +9,17 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock
-from stepwell_server.rpc.fronts.base import BindError, CallEnded, Method, Steps
+from stepwell_server.rpc.fronts import unix_socket
+from stepwell_server.rpc.fronts.base import BindError, CallEnded, ConnectionAge, Method, Steps
+from stepwell_server.rpc.fronts.certificates import Certificates
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+#: Of the certificate of a caller, as gRPC calls them.
+_ALTERNATIVE_NAMES, _COMMON_NAME = "x509_subject_alternative_name", "x509_common_name"
+#: What gRPC puts in place of names that are neither DNS, email, URI nor IP.
+_OTHER_NAME = b"other types of SAN"
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -27,6 +34,12 @@ class _Call:
         self.caller = context.peer()
         remaining: float | None = context.time_remaining()  # its type forgets that there may be none
         self.deadline = math.inf if remaining is None else clock.monotonic() + remaining
+
+    @property
+    def certificate_names(self) -> Sequence[str]:
+        known = self._context.auth_context()
+        names = [name for name in known.get(_ALTERNATIVE_NAMES, ()) if name != _OTHER_NAME]
+        return [name.decode(errors="replace") for name in names or known.get(_COMMON_NAME, ())]
 
     @property
     def is_late(self) -> bool:
@@ -49,11 +62,20 @@ class PythonFront:
 
     name = "python"
 
-    def __init__(self, clock: Clock, max_message_bytes: int) -> None:
+    def __init__(self, clock: Clock, max_message_bytes: int, age: ConnectionAge) -> None:
         self._clock = clock
-        self._server = grpc.aio.server(options=_options(max_message_bytes))
+        self._server = grpc.aio.server(options=_options(max_message_bytes, age))
+        self._certificates: Certificates | None = None
+        self._used: Certificates | None = None
+        """What gRPC makes new connections with."""
 
-    async def start(self, host: str, port: int, methods: Sequence[Method], steps: Steps) -> int:  # noqa: ARG002
+    async def start(
+        self,
+        address: Address | UnixAddress,
+        methods: Sequence[Method],
+        steps: Steps,  # noqa: ARG002
+        certificates: Certificates | None,
+    ) -> Address | UnixAddress:
         """See `base.Front`."""
         services: dict[str, dict[str, Any]] = {}
         for method in methods:
@@ -61,15 +83,51 @@ class PythonFront:
         self._server.add_generic_rpc_handlers(
             [grpc.method_handlers_generic_handler(name, handlers) for name, handlers in services.items()]
         )
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        bound = self._listen(address, certificates)
+        await self._server.start()
+        return bound
+
+    def _listen(
+        self, address: Address | UnixAddress, certificates: Certificates | None
+    ) -> Address | UnixAddress:
         try:
-            bound: int = self._server.add_insecure_port(address)
+            if isinstance(address, Address):
+                return address._replace(port=self._add_port(str(address), certificates))
+            unix_socket.clear(address.path)
+            with unix_socket.private():
+                self._add_port(str(address), certificates)
         except RuntimeError as error:
             raise BindError(
                 f"cannot listen on {address}: it is in use or not an address of this machine"
             ) from error
-        await self._server.start()
-        return bound
+        except OSError as error:
+            raise BindError(f"cannot listen on {address}: {error.strerror}") from error
+        return address
+
+    def _add_port(self, address: str, certificates: Certificates | None) -> int:
+        if certificates is None:
+            port: int = self._server.add_insecure_port(address)
+            return port
+        self._certificates = self._used = certificates
+        credentials = grpc.dynamic_ssl_server_credentials(
+            _as_grpc(certificates),
+            self._changed,  # type: ignore[arg-type]  # None, that nothing is new, is what its type forgets
+            require_client_authentication=certificates.client_ca is not None,
+        )
+        secure_port: int = self._server.add_secure_port(address, credentials)
+        return secure_port
+
+    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
+        """What the next connection gets if that is something new. Called by gRPC's threads, before each handshake."""
+        current = self._certificates
+        if current is self._used or current is None:
+            return None
+        self._used = current
+        return _as_grpc(current)
+
+    def secure(self, certificates: Certificates) -> None:
+        """See `base.Front`."""
+        self._certificates = certificates
 
     async def flush(self) -> None:
         """See `base.Front`. A call has not ended before its replies are on their way."""
@@ -93,8 +151,14 @@ class PythonFront:
         return grpc.unary_unary_rpc_method_handler(handle)
 
 
-def _options(max_message_bytes: int) -> list[tuple[str, int]]:
-    return [
+def _as_grpc(certificates: Certificates) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration(
+        [(certificates.key, certificates.chain)], certificates.client_ca
+    )
+
+
+def _options(max_message_bytes: int, age: ConnectionAge) -> list[tuple[str, int]]:
+    options = [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
@@ -104,4 +168,16 @@ def _options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.keepalive_time_ms", 40_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.server_handshake_timeout_ms", 10_000),
     ]
+    if age.limit_s:
+        options += [
+            ("grpc.max_connection_age_ms", _milliseconds(age.limit_s)),
+            ("grpc.max_connection_age_grace_ms", _milliseconds(age.grace_s)),
+        ]
+    return options
+
+
+def _milliseconds(seconds: float) -> int:
+    """As gRPC takes them: the largest number that it knows, 25 days, is for ever."""
+    return min(math.ceil(seconds * 1000), 2**31 - 1)

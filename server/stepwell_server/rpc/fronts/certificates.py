@@ -1,0 +1,179 @@
+"""The files of TLS: read, checked before they are used, and looked after while they are."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from stepwell_server.logs import Log
+
+_log = Log("rpc.tls")
+_LOOK_S = 0.5
+#: Of a certificate and a key that do not belong together, as OpenSSL calls it.
+_NOT_ITS_KEY = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"}
+_BEGIN_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
+
+Stamp = tuple[tuple[int, ...], ...]
+Option = Literal["--tls-cert", "--tls-key", "--tls-client-ca"]
+
+
+class CertificateError(Exception):
+    """A file of TLS cannot be used. The message is one line that names the option, the rule and the file."""
+
+
+class Unusable(Exception):
+    """A front cannot use a certificate or a key that is in order otherwise."""
+
+    def __init__(self, option: Option, reason: str) -> None:
+        super().__init__(option, reason)
+        self.option: Option = option
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Certificates:
+    """What a server shows of itself and asks of its callers; all in PEM."""
+
+    chain: bytes
+    """Its own certificate first."""
+    key: bytes = dataclasses.field(repr=False)
+    client_ca: bytes | None
+    """Callers need a certificate that one of these has signed; None: they need none."""
+
+
+class CertificateFiles:
+    """The files that `--tls-cert`, `--tls-key` and `--tls-client-ca` name. For one thread at a time.
+
+    Raises:
+        CertificateError: one cannot be used.
+    """
+
+    def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
+        self._certificate = certificate
+        self._key = key
+        self._client_ca = client_ca
+        self._used = self._seen = self._stamp()
+        self.at_start = self._checked()
+
+    @property
+    def are_mutual(self) -> bool:
+        """Callers need a certificate."""
+        return self._client_ca is not None
+
+    def refused(self, problem: Unusable) -> CertificateError:
+        """What to say of files that a front cannot use."""
+        files = {"--tls-cert": self._certificate, "--tls-key": self._key, "--tls-client-ca": self._client_ca}
+        return CertificateError(
+            f"{problem.option}: must be one that this server can use; {files[problem.option]}: {problem.reason}"
+        )
+
+    def changed(self) -> Certificates | None:
+        """What is in them, if they have changed and two looks have found them the same: else they are being written.
+
+        Raises:
+            CertificateError: they have changed to what cannot be used; raised once for each change.
+        """
+        stamp, seen = self._stamp(), self._seen
+        self._seen = stamp
+        if stamp == self._used or stamp != seen:
+            return None
+        found: Certificates | CertificateError
+        try:
+            found = self._checked()
+        except CertificateError as error:
+            found = error
+        if self._stamp() != stamp:
+            return None  # what was checked and what was read may be two things
+        self._used = stamp
+        if isinstance(found, CertificateError):
+            raise found
+        return found
+
+    def _stamp(self) -> Stamp:
+        """Another one for other contents, however they were put there."""
+        return tuple(_stamp(path) for path in (self._certificate, self._key, self._client_ca) if path)
+
+    def _checked(self) -> Certificates:
+        chain = _read("--tls-cert", self._certificate)
+        key = _read("--tls-key", self._key)
+        client_ca = None if self._client_ca is None else _read("--tls-client-ca", self._client_ca)
+        _check_certificates("--tls-cert", self._certificate, chain)
+        if client_ca is not None and self._client_ca is not None:
+            _check_certificates("--tls-client-ca", self._client_ca, client_ca)
+        self._check_pair()
+        return Certificates(chain, key, client_ca)
+
+    def _check_pair(self) -> None:
+        asked = False
+
+        def password() -> str:
+            nonlocal asked
+            asked = True
+            return ""
+
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._certificate, self._key, password)
+        except ssl.SSLError as error:
+            if error.reason in _NOT_ITS_KEY:
+                raise CertificateError(
+                    f"--tls-key: must be the key of the certificate in {self._certificate}; that in {self._key} is another's"
+                ) from error
+            what = "is encrypted" if asked else f"cannot be read as one ({error.reason or 'no PEM'})"
+            raise CertificateError(
+                f"--tls-key: must be a private key in PEM that is not encrypted; {self._key} {what}"
+            ) from error
+        except OSError as error:  # it was there a moment ago
+            raise CertificateError(f"--tls-cert, --tls-key: {error.strerror}") from error
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        return (error.errno or 0,)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _read(option: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CertificateError(
+            f"{option}: must be a file that can be read; {path}: {error.strerror}"
+        ) from error
+
+
+def _check_certificates(option: str, path: Path, pem: bytes) -> None:
+    rule = f"{option}: must hold certificates in PEM; {path}"
+    if _BEGIN_CERTIFICATE not in pem:
+        raise CertificateError(f"{rule} holds none")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode("ascii", "ignore"))
+    except ssl.SSLError as error:
+        raise CertificateError(f"{rule} holds one that cannot be read ({error.reason})") from error
+
+
+async def follow(files: CertificateFiles, use: Callable[[Certificates], None]) -> None:
+    """Give new connections what is put into the files, for ever. What cannot be used is said once and changes nothing.
+
+    `use` raises `Unusable` for what it cannot use.
+    """
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        try:
+            found = await asyncio.to_thread(files.changed)
+            if found is None:
+                continue
+            use(found)
+        except (CertificateError, Unusable) as error:
+            known = files.refused(error) if isinstance(error, Unusable) else error
+            _log.warning("the changed certificates cannot be used, the old ones stay", reason=str(known))
+        except Exception as error:
+            _log.defect("the certificates could not be looked after", error)
+        else:
+            _log.info("new connections get the changed certificates")

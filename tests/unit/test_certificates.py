@@ -1,0 +1,83 @@
+"""The server's files of TLS: what is refused, and when a change is taken over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
+from support.certificates import Authority, Pair
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+def _put(source: Pair, target: Pair) -> None:
+    """Replace files as tools do, by others of their name."""
+    for new, old in zip(source, target, strict=True):
+        fresh = old.with_suffix(".fresh")
+        shutil.copyfile(new, fresh)
+        fresh.replace(old)
+
+
+def test_what_cannot_be_used_is_refused_with_option_rule_and_file(
+    authority: Authority, tmp_path: Path
+) -> None:
+    good, other = authority.issue(), authority.issue()
+    secret = authority.issue(password=b"secret")
+    junk, gone = tmp_path / "junk", tmp_path / "gone"
+    junk.write_bytes(b"-----BEGIN CERTIFICATE-----\nnonsense\n-----END CERTIFICATE-----\n")
+    refusals: list[tuple[tuple[Path, Path, Path | None], str]] = [
+        ((gone, good.key, None), f"--tls-cert: must be a file that can be read; {gone}: No such file"),
+        ((good.cert, tmp_path, None), f"--tls-key: must be a file that can be read; {tmp_path}: Is a dir"),
+        ((good.key, good.key, None), f"--tls-cert: must hold certificates in PEM; {good.key} holds none"),
+        ((junk, good.key, None), f"--tls-cert: must hold certificates in PEM; {junk} holds one that cannot"),
+        (
+            (good.cert, other.key, None),
+            f"--tls-key: must be the key of the certificate in {good.cert}; that in {other.key} is another's",
+        ),
+        (
+            (good.cert, good.cert, None),
+            f"--tls-key: must be a private key in PEM that is not encrypted; {good.cert}",
+        ),
+        ((secret.cert, secret.key, None), f"{secret.key} is encrypted"),
+        ((*good, good.key), f"--tls-client-ca: must hold certificates in PEM; {good.key} holds none"),
+        (
+            (*good, junk),
+            f"--tls-client-ca: must hold certificates in PEM; {junk} holds one that cannot be read",
+        ),
+    ]
+    for files, message in refusals:
+        with pytest.raises(CertificateError) as refused:
+            CertificateFiles(*files)
+        assert message in str(refused.value)
+
+
+def test_a_change_is_taken_over_when_it_is_whole_and_said_once(authority: Authority) -> None:
+    used, new = authority.issue(), authority.issue()
+    files = CertificateFiles(*used, authority.cert)
+    assert files.at_start.client_ca == authority.cert.read_bytes()
+    assert files.changed() is None
+
+    _put(new, used)
+    assert files.changed() is None, "it may be half written"
+    found = files.changed()
+    assert found is not None
+    assert (found.chain, found.key) == (new.cert.read_bytes(), new.key.read_bytes())
+    assert "PRIVATE" not in repr(found)
+    assert files.changed() is None
+
+    os.unlink(used.key)
+    assert files.changed() is None
+    with pytest.raises(CertificateError, match="--tls-key: must be a file that can be read"):
+        files.changed()
+    assert files.changed() is None, "it was said"
+
+    _put(new, used)
+    assert files.changed() is None
+    assert files.changed() == found
