@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stepwell._state import State
     from stepwell._types import ModelInfo, ProofInfo, SessionInfo, TensorInfo
     from stepwell.client import Client, connect
+    from stepwell.config import TlsConfig
     from stepwell.errors import (
         ClosedError,
         DeadlineExceededError,
@@ -68,6 +69,7 @@ __all__ = [
     "StateCorruptError",
     "StepwellError",
     "TensorInfo",
+    "TlsConfig",
     "UnavailableError",
     "aio",
     "config",
@@ -85,6 +87,7 @@ _HOMES = {
     "SessionInfo": "_types",
     "State": "_state",
     "TensorInfo": "_types",
+    "TlsConfig": "config",
     "connect": "client",
 }
 """The module of each exported name that is no error."""

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from stepwell import _status
+from stepwell import _status, _tls
 from stepwell._flow import Call
 from stepwell.config import ClientConfig
 from stepwell.errors import ClosedError, StepwellError, UnavailableError
@@ -23,16 +23,20 @@ _FAILED_WRITE = 'Failed "execute_batch"'
 
 def open_channel(config: ClientConfig) -> grpc.Channel:
     """A channel of the sync client. The connection is made by the first call."""
-    return grpc.insecure_channel(config.address, options=_options(config))
+    if config.tls is None:
+        return grpc.insecure_channel(config.address, options=_options(config))
+    return grpc.secure_channel(config.address, _tls.credentials(config.tls), options=_options(config))
 
 
 def open_async_channel(config: ClientConfig) -> grpc.aio.Channel:
     """The same for the running event loop. Channels are opened nowhere else, not for `stepwell bench` either."""
-    return grpc.aio.insecure_channel(config.address, options=_options(config))
+    if config.tls is None:
+        return grpc.aio.insecure_channel(config.address, options=_options(config))
+    return grpc.aio.secure_channel(config.address, _tls.credentials(config.tls), options=_options(config))
 
 
 def _options(config: ClientConfig) -> list[tuple[str, Any]]:
-    return [
+    options: list[tuple[str, Any]] = [
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.max_receive_message_length", config.max_message_bytes),
         # The SDK decides what is tried again, and when.
@@ -44,6 +48,12 @@ def _options(config: ClientConfig) -> list[tuple[str, Any]]:
         # One client's failed connections are not another's.
         ("grpc.use_local_subchannel_pool", 1),
     ]
+    if config.tls is not None and config.tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", config.tls.server_name))
+    elif config.address.startswith("unix:"):
+        # gRPC would put the path there, which is no name of a host: many servers refuse it
+        options.append(("grpc.default_authority", "localhost"))
+    return options
 
 
 def closed() -> ClosedError:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Self
 
 from stepwell import errors
+from stepwell._tls import HandshakeError
 
 # An attempt that the time limit cuts short has an unknown outcome, so none is made with less time than this.
 _LEAST_ATTEMPT_S = 0.02
@@ -83,6 +84,8 @@ class RetryPolicy:
         backoff_s = min(self.cap_s, self.base_s * 2 ** min(attempt - 1, 30))
         if isinstance(error, RepliesTooLargeError):
             return 0.0  # the next frames are smaller: waiting would not help
+        if isinstance(error, HandshakeError):
+            return None
         if isinstance(error, errors.OverloadedError) and error.retry_after_s > 0:
             # Not before the server's delay, and spread out after it.
             return error.retry_after_s + self.draw(0.0, min(backoff_s, error.retry_after_s))

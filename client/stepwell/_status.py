@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import grpc
 from google.protobuf.message import DecodeError
 
-from stepwell import _google_rpc, errors
+from stepwell import _google_rpc, _tls, errors
 from stepwell.v1 import errors_pb2
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -41,6 +41,12 @@ def _gone(kind: type[errors.SessionGoneError]) -> Maker:
     return lambda status: kind(
         status.message, session_id=status.metadata.get("session_id", ""), reason=status.reason
     )
+
+
+def _unavailable(status: Status) -> errors.StepwellError:
+    if not status.reason and (error := _tls.unavailable(status.message)):
+        return error
+    return _open_ended(errors.UnavailableError)(status)
 
 
 def _open_ended(kind: type[errors.UnavailableError | errors.DeadlineExceededError]) -> Maker:
@@ -116,7 +122,7 @@ BY_CODE: Mapping[grpc.StatusCode, Maker] = {
     Code.OUT_OF_RANGE: _plain(errors.InvalidInputError),
     Code.UNIMPLEMENTED: _plain(errors.RefusedError),
     Code.INTERNAL: _internal,
-    Code.UNAVAILABLE: _open_ended(errors.UnavailableError),
+    Code.UNAVAILABLE: _unavailable,
     Code.DATA_LOSS: _plain(errors.StateCorruptError),
     Code.UNAUTHENTICATED: _plain(errors.RefusedError),
 }

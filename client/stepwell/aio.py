@@ -30,7 +30,14 @@ from stepwell._tracker import GroupTracker, SessionTracker
 from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
-from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig, server_address
+from stepwell.config import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    DEFAULT_TIMEOUT_S,
+    ClientConfig,
+    TlsConfig,
+    server_address,
+    tls_config,
+)
 
 __all__ = ["AsyncClient", "AsyncSession", "AsyncSessionGroup", "connect"]
 
@@ -43,16 +50,18 @@ def connect(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     coalesce: bool = True,
+    tls: TlsConfig | bool | None = None,
 ) -> AsyncClient:
     """A client of the server at `address`. The connection itself is made by the first call.
 
     Args:
-        address: HOST:PORT. None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
+        address: HOST:PORT or unix:PATH. None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
         timeout_s: Time limit of each call over all its attempts, in seconds, unless the call is given
             another; `math.inf` for none.
         max_message_bytes: Largest message to send or receive.
         coalesce: Steps awaited at the same time leave together as one message, which is where throughput
             comes from. False: each step is a call of its own.
+        tls: How to speak TLS; True: with the CAs of the system. None: not at all.
 
     Raises:
         InvalidInputError: An argument, or the variable, breaks its rule.
@@ -65,7 +74,8 @@ def connect(
         >>> asyncio.run(main())
         ['forecast']
     """
-    return AsyncClient(ClientConfig(server_address(address), timeout_s, max_message_bytes), coalesce=coalesce)
+    config = ClientConfig(server_address(address), timeout_s, max_message_bytes, tls_config(tls))
+    return AsyncClient(config, coalesce=coalesce)
 
 
 class AsyncClient:
@@ -105,7 +115,7 @@ class AsyncClient:
 
     @property
     def address(self) -> str:
-        """Where the server is, HOST:PORT."""
+        """Where the server is, HOST:PORT or unix:PATH."""
         return self._config.address
 
     async def models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:

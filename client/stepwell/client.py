@@ -18,7 +18,14 @@ from stepwell._sender import Sender
 from stepwell._state import State, States
 from stepwell._steps import Step, Stepped, read
 from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo
-from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig, server_address
+from stepwell.config import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    DEFAULT_TIMEOUT_S,
+    ClientConfig,
+    TlsConfig,
+    server_address,
+    tls_config,
+)
 from stepwell.group import SessionGroup
 from stepwell.session import Session
 
@@ -31,17 +38,19 @@ def connect(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     coalesce: bool = True,
+    tls: TlsConfig | bool | None = None,
 ) -> Client:
     """A client of the server at `address`. The connection itself is made by the first call.
 
     Args:
-        address: HOST:PORT. None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
+        address: HOST:PORT or unix:PATH. None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
         timeout_s: Time limit of each call over all its attempts, in seconds, unless the call is given
             another; `math.inf` for none.
         max_message_bytes: Largest message to send or receive.
         coalesce: Steps that several threads make at the same time leave together as one message, which is
             where throughput comes from; a step made alone is a call of its own. False: each step is a call
             of its own.
+        tls: How to speak TLS; True: with the CAs of the system. None: not at all.
 
     Raises:
         InvalidInputError: An argument, or the variable, breaks its rule.
@@ -51,7 +60,8 @@ def connect(
         ...     [model.name for model in client.models()]
         ['forecast']
     """
-    return Client(ClientConfig(server_address(address), timeout_s, max_message_bytes), coalesce=coalesce)
+    config = ClientConfig(server_address(address), timeout_s, max_message_bytes, tls_config(tls))
+    return Client(config, coalesce=coalesce)
 
 
 class Client:
@@ -85,7 +95,7 @@ class Client:
 
     @property
     def address(self) -> str:
-        """Where the server is, HOST:PORT."""
+        """Where the server is, HOST:PORT or unix:PATH."""
         return self._config.address
 
     def models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:

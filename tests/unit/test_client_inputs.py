@@ -150,7 +150,7 @@ def test_message_sizes(size: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["", "localhost", ":50051", "h:", "h:0", "h:65536", "h:x", "a b:1", 5, "unix:"]
+    "address", ["", "localhost", ":50051", "h:", "h:0", "h:65536", "h:x", "a b:1", 5, "unix:", "unix://h/p"]
 )
 def test_addresses_that_break_a_rule(address: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(errors.InvalidInputError, match="address must be"):

@@ -1,10 +1,12 @@
-"""--server and --timeout-s, which every command but serve takes, and the connection they make."""
+"""--server, --timeout-s and the options of TLS, which every command but serve takes, and the connection they make."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,13 +15,28 @@ import click
 from stepwell.cli._render import working
 
 if TYPE_CHECKING:
-    from stepwell import Client
+    from stepwell import Client, TlsConfig
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 DEFAULT_TIMEOUT_S = 10.0
 """Shorter than the SDK's: someone is waiting."""
+TLS_OPTIONS = {
+    "ca": ("FILE", "STEPWELL_CLIENT_TLS_CA", "CAs to trust, in PEM. Default: those of the system."),
+    "cert": (
+        "FILE",
+        "STEPWELL_CLIENT_TLS_CERT",
+        "Certificate of this client in PEM, for servers that demand one.",
+    ),
+    "key": ("FILE", "STEPWELL_CLIENT_TLS_KEY", "Private key of --tls-cert in PEM, not encrypted."),
+    "server_name": (
+        "NAME",
+        "STEPWELL_CLIENT_TLS_SERVER_NAME",
+        "Name that the server's certificate must have. Default: that of --server.",
+    ),
+}
+"""Options of TLS, by the argument of `TlsConfig`. Variables without CLIENT are those of a server on the same machine."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +44,24 @@ class Target:
     """The server that a command talks to."""
 
     address: str
-    """HOST:PORT."""
+    """HOST:PORT or unix:PATH."""
     timeout_s: float
     """Longest time that one request may take, retries included."""
+    tls: Mapping[str, str] | None = None
+    """Arguments of `TlsConfig`; None: no TLS."""
+
+    def tls_config(self) -> TlsConfig | None:
+        """How to speak TLS. The files are read.
+
+        Raises:
+            click.UsageError: One cannot be used.
+        """
+        from stepwell import config, errors
+
+        try:
+            return None if self.tls is None else config.TlsConfig(**self.tls)
+        except errors.InvalidInputError as error:
+            raise click.UsageError(as_options(error.message)) from None
 
     @contextlib.contextmanager
     def connect(self, doing: str) -> Iterator[Client]:
@@ -38,45 +70,79 @@ class Target:
         Args:
             doing: What the body does, as "Reading".
         """
+        # its lines about a connection that fails would stand beside the one that the command prints
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         import stepwell
 
+        tls = self.tls_config()
         try:
             with (
                 working(f"{doing} at {self.address}"),
-                stepwell.connect(self.address, timeout_s=self.timeout_s) as client,
+                stepwell.connect(self.address, timeout_s=self.timeout_s, tls=tls) as client,
             ):
                 yield client
         except stepwell.UnavailableError as error:
-            text = f"the server at {self.address} (--server) is not available: {error.message}"
+            text = f"the server at {self.address} (--server) is not available: {as_options(error.message)}"
             raise stepwell.UnavailableError(text, outcome=error.outcome, reason=error.reason) from None
 
 
+def as_options(message: str) -> str:
+    """What the SDK says of the arguments of `TlsConfig`, said of the options that they come from."""
+    return re.sub(r"TlsConfig\.(\w+)", lambda found: "--tls-" + found[1].replace("_", "-"), message).replace(
+        "a TlsConfig", "--tls or another option of TLS"
+    )
+
+
 def server_options(function: Function) -> Function:
-    """Add --server and --timeout-s to a command; its function gets them as `target`."""
+    """Add --server, --timeout-s and the options of TLS to a command; its function gets them as `target`."""
 
-    @click.option(
-        "--server",
-        metavar="ADDRESS",
-        envvar="STEPWELL_SERVER",
-        default=DEFAULT_SERVER,
-        show_default=True,
-        show_envvar=True,
-        callback=check_address,
-        help="The server, HOST:PORT.",
-    )
-    @click.option(
-        "--timeout-s",
-        metavar="SECONDS",
-        type=float,
-        default=DEFAULT_TIMEOUT_S,
-        show_default=True,
-        callback=check_timeout,
-        help="Longest time that one request may take, retries included.",
-    )
     @functools.wraps(function)
-    def with_target(*args: Any, server: str, timeout_s: float, **options: Any) -> Any:
-        return function(*args, target=Target(server, timeout_s), **options)
+    def with_target(*args: Any, server: str, timeout_s: float, tls: bool, **options: Any) -> Any:
+        given = {name: options.pop(f"tls_{name}") for name in TLS_OPTIONS}
+        arguments = {name: value for name, value in given.items() if value}
+        target = Target(server, timeout_s, arguments if tls or arguments else None)
+        return function(*args, target=target, **options)
 
+    added = [
+        click.option(
+            "--server",
+            metavar="ADDRESS",
+            envvar="STEPWELL_SERVER",
+            default=DEFAULT_SERVER,
+            show_default=True,
+            show_envvar=True,
+            callback=check_address,
+            help="The server, HOST:PORT or unix:PATH.",
+        ),
+        click.option(
+            "--timeout-s",
+            metavar="SECONDS",
+            type=float,
+            default=DEFAULT_TIMEOUT_S,
+            show_default=True,
+            callback=check_timeout,
+            help="Longest time that one request may take, retries included.",
+        ),
+        click.option(
+            "--tls",
+            is_flag=True,
+            envvar="STEPWELL_CLIENT_TLS",
+            show_envvar=True,
+            help="Speak TLS; so does any of the following.",
+        ),
+        *(
+            click.option(
+                f"--tls-{name.replace('_', '-')}",
+                metavar=metavar,
+                envvar=variable,
+                show_envvar=True,
+                help=text,
+            )
+            for name, (metavar, variable, text) in TLS_OPTIONS.items()
+        ),
+    ]
+    for option in reversed(added):
+        option(with_target)
     return with_target  # type: ignore[return-value]
 
 

@@ -172,6 +172,7 @@ def bench(
         steps_per_call=steps_per_call,
         batch_size=batch_size,
         prefix=f"bench-{secrets.token_hex(8)}-",
+        tls=None if target.tls is None else dict(target.tls),
     )
     run(target, plan.with_concurrency(concurrency, processes), processes, warm_up_s, duration_s, as_json)
 

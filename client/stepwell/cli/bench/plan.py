@@ -24,7 +24,7 @@ class Plan:
     """What a process of the load generator does: its own share, or the whole before it is shared out."""
 
     address: str
-    """HOST:PORT of the server."""
+    """HOST:PORT or unix:PATH of the server."""
     timeout_s: float
     """Time limit of each call."""
     model: str
@@ -45,6 +45,8 @@ class Plan:
     """Rows of each session."""
     prefix: str
     """What the ids of this run's sessions begin with; no other run's do."""
+    tls: dict[str, str] | None = None
+    """Arguments of `TlsConfig`; None: no TLS."""
 
     def ids(self) -> list[str]:
         """The ids of its sessions."""

@@ -23,7 +23,7 @@ from stepwell.cli.bench import inputs as random_inputs
 from stepwell.cli.bench import lanes
 from stepwell.cli.bench.histogram import Histogram
 from stepwell.cli.bench.plan import Plan
-from stepwell.config import ClientConfig
+from stepwell.config import ClientConfig, TlsConfig
 from stepwell.errors import OverloadedError, StepwellError
 from stepwell.v1 import sessions_pb2, sessions_pb2_grpc
 
@@ -55,7 +55,8 @@ class Worker:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        config = ClientConfig(plan.address, plan.timeout_s, MAX_MESSAGE_BYTES)
+        tls = None if plan.tls is None else TlsConfig(**plan.tls)
+        config = ClientConfig(plan.address, plan.timeout_s, MAX_MESSAGE_BYTES, tls)
         self._client = aio.AsyncClient(config)
         self._channel = _channel.open_async_channel(config)
         self._opened: list[str] = []
