@@ -201,7 +201,7 @@ async def test_an_end_whose_answer_is_lost_says_that_it_counted() -> None:
         last = request(x, sequence_id=3, end=True, stepwell_revision=1, stepwell_request_id=5)
         await client.send(last)
         # as after a restart, which would end the engine too
-        client.inference._sequences._ended = EndedReplies()
+        client.inference.sequences._ended = EndedReplies()
         message = await refused(InvalidInput, client.send(last))
         assert message.startswith(must_start(3))
         assert "ended with this very request" in message

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from stepwell_server.errors import InvalidInput, Unavailable
 from stepwell_server.rpc.steps.stream import StreamLimits
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
+from stepwell_server.rpc.triton.sequences import Turn, Turns
 from stepwell_server.rpc.triton.stream import InferStream
 from support.fake_call import FakeCall, Requests
 
@@ -24,11 +25,14 @@ class Call:
     def __init__(self, limits: StreamLimits) -> None:
         self.context = FakeCall()
         self.observer = Requests()
+        self.turns = Turns()
+        self.begun_when_entered: list[int] = []
+        self.on_enter: Callable[[], object] = lambda: None
         self.begun: list[str] = []
         self.cancelled: list[str] = []
         self._begun = asyncio.Condition()
         self._answers: dict[str, asyncio.Future[pb.ModelInferResponse]] = {}
-        self.stream = InferStream(self._infer, limits, self.observer, self.context)
+        self.stream = InferStream(self._enter, self._infer, limits, self.observer, self.context)
         self.task = asyncio.create_task(self.stream.run())
 
     def send(self, *ids: str) -> None:
@@ -51,7 +55,13 @@ class Call:
     async def ends(self) -> None:
         await asyncio.wait_for(self.task, _PATIENCE_S)
 
-    async def _infer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+    def _enter(self, request: pb.ModelInferRequest) -> Turn:
+        self.begun_when_entered.append(len(self.begun))
+        self.on_enter()
+        return self.turns.enter(request.id)
+
+    async def _infer(self, request: pb.ModelInferRequest, turn: Turn | None) -> pb.ModelInferResponse:
+        assert turn is not None
         answer: asyncio.Future[pb.ModelInferResponse] = asyncio.get_running_loop().create_future()
         self._answers[request.id] = answer
         async with self._begun:
@@ -96,6 +106,30 @@ async def test_an_error_is_an_answer_and_the_stream_goes_on() -> None:
         assert "secret" not in second.error_message
         assert (third.error_message, third.infer_response.id) == ("", "c")
         assert call.observer.refusals == {"INVALID_INPUT": 1, "INTERNAL": 1}
+
+
+async def test_a_request_has_its_place_when_it_is_read() -> None:
+    """Not when its task begins: what the front reads by itself is done in between."""
+    async with stream() as call:
+        call.send("a", "b", "c")
+        await call.at_work(3)
+        assert call.begun_when_entered == [0, 0, 0]
+        assert call.turns.are_taken(["a", "d"]) is not None
+        for one in ("a", "b", "c"):
+            call.answer(one)
+            await call.reply()
+        assert call.turns.are_taken(["a", "b", "c"]) is None
+
+
+async def test_a_request_that_is_cancelled_before_it_begins_leaves_its_place() -> None:
+    async with stream() as call:
+        call.on_enter = call.task.cancel
+        call.send("a")
+        with pytest.raises(asyncio.CancelledError):
+            await call.task
+        assert call.begun_when_entered == [0]
+        assert call.begun == []
+        assert call.turns.are_taken(["a"]) is None
 
 
 async def test_the_final_flag_is_said_if_asked_for() -> None:
@@ -171,3 +205,4 @@ async def test_a_client_that_goes_away_takes_its_requests_along() -> None:
         with pytest.raises(asyncio.CancelledError):
             await call.task
         assert call.cancelled == ["a", "b"]
+        assert call.turns.are_taken(["a", "b"]) is None

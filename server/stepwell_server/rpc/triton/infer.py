@@ -13,8 +13,8 @@ from stepwell_server.rpc.steps.messages import REPLY_BYTES
 from stepwell_server.rpc.triton.errors import translated, unknown_model
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.metadata import VERSION
-from stepwell_server.rpc.triton.parameters import read_parameters
-from stepwell_server.rpc.triton.sequences import SequenceRequest, Sequences, session_id_of
+from stepwell_server.rpc.triton.parameters import read_parameters, read_sequence_id
+from stepwell_server.rpc.triton.sequences import SequenceRequest, Sequences, Turn, session_id_of
 from stepwell_server.rpc.triton.statistics import PassObserver, RequestStatistics, Timing
 from stepwell_server.rpc.triton.tensors import Inputs, ModelTensors, Tensor, write_outputs
 
@@ -42,7 +42,7 @@ class Inference:
         self._clock = clock
         self._max_reply_bytes = max_reply_bytes
         self._observer = observer
-        self._sequences = Sequences(engine, clock)
+        self.sequences = Sequences(engine, clock)
         self._known: dict[str, InferModel] = {}
         """What was made of the models that requests have named; which there are, the engine says."""
 
@@ -63,18 +63,41 @@ class Inference:
             known = self._known[name] = InferModel(name, program, self._observer)
         return known
 
+    def enter(self, request: pb.ModelInferRequest) -> Turn | None:
+        """Its place in the line of its sequence: the order of requests is that in which they got one. None: it needs none."""
+        sequence_id = read_sequence_id(request.parameters)
+        if sequence_id is None:
+            return None
+        return self.sequences.enter(session_id_of(request.model_name, sequence_id))
+
     async def infer(
-        self, request: pb.ModelInferRequest, deadline: float, source: object
+        self, request: pb.ModelInferRequest, deadline: float, source: object, turn: Turn | None = None
     ) -> pb.ModelInferResponse:
         """Answer a request, which may set itself a shorter deadline.
+
+        Args:
+            request: What is asked.
+            deadline: On the clock's monotonic time.
+            source: Who asks.
+            turn: As `enter` gave it, where that was done before; it is left.
 
         Raises:
             ServerError: in Triton's words where it has some; nothing changed.
         """
+        turn = turn or self.enter(request)
+        try:
+            return await self._counted(request, deadline, source, turn)
+        finally:
+            if turn is not None:
+                turn.leave()
+
+    async def _counted(
+        self, request: pb.ModelInferRequest, deadline: float, source: object, turn: Turn | None
+    ) -> pb.ModelInferResponse:
         timing = Timing(time.perf_counter_ns())
         model = self.model(request.model_name, request.model_version)
         try:
-            response, inputs = await self._infer(model, request, deadline, source, timing)
+            response, inputs = await self._infer(model, request, deadline, source, turn, timing)
         except BaseException:
             model.statistics.failed(timing, time.perf_counter_ns())
             raise
@@ -89,6 +112,7 @@ class Inference:
         request: pb.ModelInferRequest,
         deadline: float,
         source: object,
+        turn: Turn | None,
         timing: Timing,
     ) -> tuple[pb.ModelInferResponse, Inputs]:
         parameters = read_parameters(model.name, request.parameters, keeps_state=bool(model.program.state))
@@ -98,7 +122,7 @@ class Inference:
             deadline = min(deadline, self._clock.monotonic() + parameters.timeout_us / 1e6)
         timing.read = time.perf_counter_ns()
         try:
-            if parameters.sequence_id is None:
+            if parameters.sequence_id is None or turn is None:
                 predicted = await self._engine.predict(
                     model.name,
                     inputs.arrays,
@@ -109,12 +133,12 @@ class Inference:
                 )
                 timing.run = time.perf_counter_ns()
                 return _response(request, outputs, predicted.outputs), inputs
-            reply = await self._sequences.step(
+            reply = await self.sequences.step(
                 SequenceRequest(
                     model=model.name,
                     program=model.program,
                     sequence_id=parameters.sequence_id,
-                    session_id=session_id_of(model.name, parameters.sequence_id),
+                    turn=turn,
                     parameters=parameters,
                     inputs=inputs,
                     deadline=deadline,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from stepwell_server.errors import InvalidInput, Unsupported
+from stepwell_server.errors import InvalidInput, ServerError, Unsupported
 from stepwell_server.rpc.triton.errors import SequenceId, no_sequence_id
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 
@@ -61,6 +61,15 @@ def read_parameters(model: str, given: Mapping[str, pb.InferParameter], *, keeps
             raise InvalidInput(f"parameter keys starting with 'stepwell_' must be of {_OURS}; got {name!r}")
     _check_together(model, read, id_given=id_given, keeps_state=keeps_state)
     return read
+
+
+def read_sequence_id(given: Mapping[str, pb.InferParameter]) -> SequenceId | None:
+    """Which sequence a request is of; None: of none, or `read_parameters` says what is wrong."""
+    parameter = given.get("sequence_id")
+    try:
+        return None if parameter is None else _sequence_id("sequence_id", parameter)
+    except ServerError:
+        return None
 
 
 def _check_together(model: str, read: Parameters, *, id_given: bool, keeps_state: bool) -> None:

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy as np
 from stepwell_server.engine.api import Applied, SessionInfo
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.intake.validation import check_inputs, require_finite
+from stepwell_server.engine.types import U64, Mask
 from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -60,7 +62,8 @@ class SequenceRequest:
     model: str
     program: Program
     sequence_id: SequenceId
-    session_id: str
+    turn: Turn
+    """Its place in its sequence's line, which has the id of the sequence's session."""
     parameters: Parameters
     inputs: Inputs
     deadline: float
@@ -69,12 +72,17 @@ class SequenceRequest:
     max_reply_bytes: int
     """That the client can be sent."""
 
+    @property
+    def session_id(self) -> str:
+        """Of the sequence's session."""
+        return self.turn.key
+
 
 def session_id_of(model: str, sequence_id: SequenceId) -> str:
     """The id of a sequence's session: `triton/<model>/5` for 5, `triton/<model>/"5"` for the text 5.
 
     A text that cannot be a part of an id, because of its characters or its length, is replaced by its
-    SHA-256: `triton/<model>/sha256:<hex>`.
+    SHA-256: `triton/<model>/sha256:<hex>`. The native front makes ids of the first two kinds (triton.rs).
     """
     prefix = f"triton/{model}/"
     if isinstance(sequence_id, int):
@@ -82,6 +90,12 @@ def session_id_of(model: str, sequence_id: SequenceId) -> str:
     if sequence_id.isprintable() and len(prefix) + len(sequence_id) + 2 <= 256:
         return f'{prefix}"{sequence_id}"'
     return f"{prefix}sha256:{hashlib.sha256(sequence_id.encode()).hexdigest()}"
+
+
+def sequence_of(model: str, session_id: str) -> SequenceId:
+    """The sequence of a session's id that is not a digest: the other way round."""
+    name = session_id.removeprefix(f"triton/{model}/")
+    return name[1:-1] if name.startswith('"') else int(name)
 
 
 class Sequences:
@@ -93,6 +107,18 @@ class Sequences:
         self._turns = Turns()
         self._ended = EndedReplies()
 
+    def enter(self, session_id: str) -> Turn:
+        """A place in the line of a sequence: it is served behind those that have one already."""
+        return self._turns.enter(session_id)
+
+    def must_wait(self, session_ids: Sequence[str], request_ids: U64 | None) -> Mask | None:
+        """Which sequences have a request at work, or have answered this one with an END; None: none of them."""
+        taken = self._turns.are_taken(session_ids)
+        if request_ids is None:
+            return taken
+        known = self._ended.are_known(session_ids, request_ids.tolist())
+        return known if taken is None else taken | known
+
     async def step(self, request: SequenceRequest) -> Applied:
         """Serve a request when its turn has come.
 
@@ -100,11 +126,8 @@ class Sequences:
             InvalidInput: the sequence has not begun, or the request does not fit it; nothing changed.
             ServerError: as of `Awaited.get`; nothing changed.
         """
-        await self._turns.take(request.session_id)
-        try:
-            return await self._step(request)
-        finally:
-            self._turns.give(request.session_id)
+        await request.turn.come()
+        return await self._step(request)
 
     async def _step(self, request: SequenceRequest) -> Applied:
         if self._clock.monotonic() >= request.deadline:
@@ -237,6 +260,11 @@ class EndedReplies:
         """What that request was answered, marked as replayed; None if it is not known."""
         return self._replies.get((session_id, request_id))
 
+    def are_known(self, session_ids: Sequence[str], request_ids: Sequence[int]) -> Mask:
+        """Which requests have an answer."""
+        pairs = zip(session_ids, request_ids, strict=True)
+        return np.fromiter((pair in self._replies for pair in pairs), np.bool_, len(session_ids))
+
     def put(self, session_id: str, request_id: int, reply: Applied) -> None:
         """Keep an answer, and forget the oldest ones if there are too many or they are too large."""
         kept = dataclasses.replace(
@@ -254,38 +282,64 @@ def _size(reply: Applied) -> int:
 
 
 class Turns:
-    """Lines of waiting requests, one for each sequence that has a request at work. On one event loop."""
+    """Lines of requests, one for each sequence that has a request at work. On one event loop."""
 
     def __init__(self) -> None:
-        self._lines: dict[str, deque[asyncio.Future[None]]] = {}
+        self._lines: dict[str, deque[Turn]] = {}
 
-    async def take(self, key: str) -> None:
-        """Return when everybody who came before has given the turn on. Without others, at once.
+    def are_taken(self, keys: Sequence[str]) -> Mask | None:
+        """Which sequences have a request at work; None: none of them."""
+        if not self._lines or self._lines.keys().isdisjoint(keys):
+            return None
+        return np.fromiter((key in self._lines for key in keys), np.bool_, len(keys))
+
+    def enter(self, key: str) -> Turn:
+        """A place at the end of a line, also where it is too long: whoever waits there is told."""
+        line = self._lines.setdefault(key, deque())
+        turn = Turn(key, self, line, is_refused=len(line) > MAX_WAITING)
+        if not turn.is_refused:
+            line.append(turn)
+        return turn
+
+    def leave(self, turn: Turn) -> None:
+        """Let the next one take its turn."""
+        line = self._lines.get(turn.key)
+        if line is None or turn not in line:
+            return  # it has left already, or was never in it
+        line.remove(turn)
+        if line:
+            line[0].has_come()
+        else:
+            del self._lines[turn.key]
+
+
+class Turn:
+    """A request's place in the line of its sequence. Whoever has it leaves it, whatever comes of it."""
+
+    def __init__(self, key: str, turns: Turns, line: deque[Turn], *, is_refused: bool) -> None:
+        self.key = key
+        self.is_refused = is_refused
+        self._turns = turns
+        self._line = line
+        self._coming: asyncio.Future[None] | None = None
+
+    async def come(self) -> None:
+        """Return when everybody who came before has left. Without others, at once.
 
         Raises:
             Overloaded: too many wait.
         """
-        line = self._lines.get(key)
-        if line is None:
-            self._lines[key] = deque()
-            return
-        if len(line) >= MAX_WAITING:
+        if self.is_refused:
             raise Overloaded(f"{MAX_WAITING} requests of the sequence wait already", 0.1)
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        line.append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():  # it was given just now, and will not be used
-                self.give(key)
-            raise
+        if self._line[0] is not self:
+            self._coming = asyncio.get_running_loop().create_future()
+            await self._coming
 
-    def give(self, key: str) -> None:
-        """Let the next one take its turn."""
-        line = self._lines[key]
-        while line:
-            turn = line.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        del self._lines[key]
+    def has_come(self) -> None:
+        """It is the first of its line."""
+        if self._coming is not None and not self._coming.done():
+            self._coming.set_result(None)
+
+    def leave(self, _task: object = None) -> None:
+        """Give it on. To leave twice is to leave once."""
+        self._turns.leave(self)

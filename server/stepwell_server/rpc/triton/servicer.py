@@ -97,7 +97,8 @@ class TritonServicer:
         """Run models, request by request."""
         deadline, source = call.deadline, call.caller
         stream = InferStream(
-            lambda request: self._inference.infer(request, deadline, source),
+            self._inference.enter,
+            lambda request, turn: self._inference.infer(request, deadline, source, turn),
             self._limits,
             self._observer,
             call,

@@ -1,7 +1,7 @@
 """ModelStreamInfer: requests in, replies out in the order of the requests, as Triton does it.
 
-The reader starts a task for each request, so requests of different sequences run together; those of one
-sequence wait for each other. The writer sends the answers in the order in which the requests came. A
+The reader takes the place of each request in its sequence's line, and starts a task for it, so requests of different
+sequences run together; those of one sequence wait for each other. The writer sends the answers in the order in which the requests came. A
 request that fails is answered with its error, and the stream goes on. Reading stops while too many requests,
 or too many bytes of them and their answers, are held.
 """
@@ -21,15 +21,20 @@ if TYPE_CHECKING:
     from stepwell_server.rpc.boundary import RequestObserver
     from stepwell_server.rpc.fronts.base import Call
     from stepwell_server.rpc.steps.stream import StreamLimits
+    from stepwell_server.rpc.triton.sequences import Turn
 
-Infer = Callable[[pb.ModelInferRequest], Awaitable[pb.ModelInferResponse]]
+Infer = Callable[[pb.ModelInferRequest, "Turn | None"], Awaitable[pb.ModelInferResponse]]
+Enter = Callable[[pb.ModelInferRequest], "Turn | None"]
 _FINAL_FLAG = "triton_enable_empty_final_response"
 
 
 class InferStream:
     """One ModelStreamInfer call. Lives on the event loop."""
 
-    def __init__(self, infer: Infer, limits: StreamLimits, observer: RequestObserver, call: Call) -> None:
+    def __init__(
+        self, enter: Enter, infer: Infer, limits: StreamLimits, observer: RequestObserver, call: Call
+    ) -> None:
+        self._enter = enter
         self._infer = infer
         self._limits = limits
         self._observer = observer
@@ -71,7 +76,11 @@ class InferStream:
     async def _read(self) -> None:
         while (raw := await self._call.read()) is not None:
             request = parse(pb.ModelInferRequest, raw)
-            self._answers.append((asyncio.create_task(self._answer(request)), len(raw)))
+            turn = self._enter(request)
+            task = asyncio.create_task(self._answer(request, turn))
+            if turn is not None:  # a task that is cancelled before it begins runs nothing of its own
+                task.add_done_callback(turn.leave)
+            self._answers.append((task, len(raw)))
             self._held_bytes += len(raw)
             self._work.set()
             while len(self._answers) >= self._limits.frames or self._held_bytes >= self._limits.bytes:
@@ -94,9 +103,9 @@ class InferStream:
             self._work.clear()
             await self._work.wait()
 
-    async def _answer(self, request: pb.ModelInferRequest) -> bytes:
+    async def _answer(self, request: pb.ModelInferRequest, turn: Turn | None) -> bytes:
         try:
-            response = pb.ModelStreamInferResponse(infer_response=await self._infer(request))
+            response = pb.ModelStreamInferResponse(infer_response=await self._infer(request, turn))
         except Exception as error:
             response = self._error(request, error)
         parameter = request.parameters.get(_FINAL_FLAG)
