@@ -18,17 +18,20 @@ def test_the_parts_add_up() -> None:
     observer.stepped_alone("m", 7e-6)
     statistics.succeeded(Timing(0, read=10, run=1_010), 1_020, now_s=2.5, rows=1, steps=1)
     statistics.failed(Timing(0), 30)
+    # two that came together
+    statistics.succeeded(Timing(0, read=1, run=101), 111, now_s=2.5, rows=4, steps=1, count=2)
+    statistics.failed(Timing(0), 5, 2)
     said = statistics.message()
     assert (said.name, said.version, said.last_inference) == ("m", "1", 2500)
-    assert (said.inference_count, said.execution_count) == (4, 3)
+    assert (said.inference_count, said.execution_count) == (8, 3)
     durations = {name.name: (value.count, value.ns) for name, value in said.inference_stats.ListFields()}
     assert durations == {
-        "success": (2, 10_100 + 1_020),
-        "fail": (1, 30),
-        "queue": (2, 6_000 + 0),  # a request cannot have been in a pass for longer than it took
-        "compute_input": (2, 50 + 10),
-        "compute_infer": (2, 4_000 + 1_000),
-        "compute_output": (2, 50 + 10),
+        "success": (4, 10_100 + 1_020 + 2 * 111),
+        "fail": (3, 30 + 2 * 5),
+        "queue": (4, 6_000 + 0),  # a request cannot have been in a pass for longer than it took
+        "compute_input": (4, 50 + 10 + 2 * 1),
+        "compute_infer": (4, 4_000 + 1_000 + 2 * 100),
+        "compute_output": (4, 50 + 10 + 2 * 10),
         "cache_hit": (0, 0),
         "cache_miss": (0, 0),
     }

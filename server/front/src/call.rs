@@ -1,6 +1,7 @@
 //! One call as both sides know it: the task that serves it on the wire, and whoever answers it.
 
 use crate::grpc::{self, Status};
+use crate::ordered::{Ordered, Reply};
 use crate::protobuf::{Fields, Value};
 use bytes::Bytes;
 use std::collections::{HashSet, VecDeque};
@@ -42,7 +43,9 @@ pub struct Call {
 #[derive(Debug, Default)]
 pub struct State {
     /// Framed replies, and how many bytes of plain frames are done with when they are written; None: Python's own.
-    pub replies: VecDeque<(Bytes, Option<usize>)>,
+    pub replies: VecDeque<Reply>,
+    /// Those of a stream whose replies leave in the order of its messages.
+    pub ordered: Ordered,
     /// Bytes of replies that wait.
     pub reply_bytes: usize,
     pub end: Option<Status>,
@@ -56,6 +59,8 @@ pub struct State {
     pub held: usize,
     /// Sizes of messages that were handed to Python, which has not looked at them.
     pub unread: VecDeque<usize>,
+    /// Python was handed back its plain request.
+    is_handed_back: bool,
     pub waker: Option<Waker>,
 }
 
@@ -128,8 +133,47 @@ impl Call {
         wake(waker);
     }
 
-    /// Send a reply that Python has made.
-    pub fn write(&self, message: &[u8]) {
+    /// Send the framed reply to a message when those before it have theirs.
+    pub fn reply_in_order(&self, number: u64, framed: Bytes, held: Option<usize>) {
+        let waker = {
+            let mut state = self.state();
+            state.frames.remove(&number);
+            if state.is_closed {
+                return;
+            }
+            state.reply_bytes += framed.len();
+            self.unwritten.fetch_add(1, Ordering::Relaxed);
+            state.ordered.put(number, (framed, held));
+            while let Some(reply) = state.ordered.pop() {
+                state.replies.push_back(reply);
+            }
+            state.waker.take()
+        };
+        wake(waker);
+    }
+
+    /// Python does a plain message after all; whether anybody waits for it. `number` is that of a stream's message.
+    pub fn hand_back(&self, number: Option<u64>, size: usize) -> bool {
+        let mut state = self.state();
+        if let Some(number) = number {
+            state.frames.remove(&number);
+            state.held -= size;
+            state.unread.push_back(size);
+        }
+        state.is_handed_back = true;
+        !self.is_over()
+    }
+
+    /// Python was handed back a plain message of it, and is to know of its end.
+    pub fn is_handed_back(&self) -> bool {
+        self.state().is_handed_back
+    }
+
+    /// Send a reply that Python has made; `number` is that of the message which it is for, where their order counts.
+    pub fn write(&self, message: &[u8], number: Option<u64>) {
+        if let Some(number) = number {
+            return self.reply_in_order(number, grpc::framed(message), None);
+        }
         if let Some(frame_id) = answered_frame(message) {
             self.state().general_frames.remove(&frame_id);
         }
@@ -169,8 +213,9 @@ impl Call {
     pub fn close(&self) {
         let mut state = self.state();
         state.is_closed = true;
-        self.unwritten.fetch_sub(state.replies.len(), Ordering::Relaxed);
+        self.unwritten.fetch_sub(state.replies.len() + state.ordered.len(), Ordering::Relaxed);
         state.replies.clear();
+        state.ordered.clear();
         state.reply_bytes = 0;
     }
 

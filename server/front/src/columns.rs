@@ -18,6 +18,8 @@ const MOST_OPEN: usize = 16;
 /// What steps must have in common to stand in the same columns.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Signature {
+    /// Name and version of the model as Triton's requests say them; None: these are steps of Stepwell's own protocol.
+    pub model: Option<(String, String)>,
     pub select: u8,
     pub output_names: Vec<String>,
     pub has_expected: bool,
@@ -37,6 +39,7 @@ pub struct TensorKind {
 impl Signature {
     fn of(step: &Step<'_>) -> Self {
         Signature {
+            model: step.model.map(|(name, version)| (name.to_owned(), version.to_owned())),
             select: step.select,
             output_names: step.output_names.iter().map(|name| (*name).to_owned()).collect(),
             has_expected: !step.expected.is_empty(),
@@ -56,6 +59,7 @@ impl Signature {
 
     fn fits(&self, step: &Step<'_>) -> bool {
         self.select == step.select
+            && self.model.as_ref().map(|(name, version)| (name.as_str(), version.as_str())) == step.model
             && self.has_expected != step.expected.is_empty()
             && self.has_request_ids != step.request_ids.is_empty()
             && self.says_sizes == step.says_sizes
@@ -67,12 +71,23 @@ impl Signature {
     }
 }
 
+/// One of Triton's requests.
+#[derive(Debug)]
+pub struct Request {
+    /// Its id, which comes back.
+    pub id: Bytes,
+    /// All of it: Python may want to do it as it does those that are not plain.
+    pub message: Bytes,
+}
+
 /// One message of a batch.
 #[derive(Debug)]
 pub struct Entry {
     pub call: Arc<Call>,
-    /// None: the call is unary.
+    /// Tells it from the stream's others; None: the call is unary.
     pub frame_id: Option<u64>,
+    /// None: it is of Stepwell's own protocol.
+    pub request: Option<Request>,
     /// Its first session in the columns.
     pub first: u32,
     pub count: u32,
@@ -115,11 +130,20 @@ impl Batch {
         }
     }
 
-    fn push(&mut self, call: Arc<Call>, frame_id: Option<u64>, step: &Step<'_>, deadline: f64, held: usize) {
+    fn push(
+        &mut self,
+        call: Arc<Call>,
+        frame_id: Option<u64>,
+        step: &Step<'_>,
+        deadline: f64,
+        held: usize,
+        request: Option<Request>,
+    ) {
         let count = step.session_ids.len();
         self.entries.push(Entry {
             call,
             frame_id,
+            request,
             first: self.sizes.len() as u32,
             count: count as u32,
             left: AtomicU32::new(count as u32),
@@ -156,8 +180,8 @@ pub enum Arrival {
     Batch(Box<Batch>),
     /// A call has begun; with its request if it does not stream.
     Call(Arc<Call>, Option<Bytes>),
-    /// A message of a stream.
-    Message(Arc<Call>, Bytes),
+    /// A message of a stream, and the number of its reply where those leave in the order of the messages.
+    Message(Arc<Call>, Bytes, Option<u64>),
     /// A message was too large: so many bytes.
     TooLarge(Arc<Call>, usize),
     /// A frame has the id of another that is not answered.
@@ -226,6 +250,31 @@ impl Arrivals {
         deadline: f64,
         held: usize,
     ) {
+        self.add(call, frame_id, step, deadline, held, None);
+    }
+
+    /// As `push_step`, for one of Triton's requests.
+    pub fn push_request(
+        &mut self,
+        call: Arc<Call>,
+        number: Option<u64>,
+        step: &Step<'_>,
+        deadline: f64,
+        request: Request,
+    ) {
+        let held = request.message.len();
+        self.add(call, number, step, deadline, held, Some(request));
+    }
+
+    fn add(
+        &mut self,
+        call: Arc<Call>,
+        frame_id: Option<u64>,
+        step: &Step<'_>,
+        deadline: f64,
+        held: usize,
+        request: Option<Request>,
+    ) {
         let at = self.batch_for(step);
         if self.open.len() > 1 {
             let hashes: Vec<u64> = step.session_ids.iter().map(|id| self.hasher.hash_one(*id)).collect();
@@ -233,7 +282,7 @@ impl Arrivals {
         }
         let index = self.open[at].0;
         if let Arrival::Batch(batch) = &mut self.all[index] {
-            batch.push(call, frame_id, step, deadline, held);
+            batch.push(call, frame_id, step, deadline, held, request);
         }
     }
 
@@ -283,7 +332,9 @@ mod tests {
             session_ids: vec![id],
             tensors: vec![Tensor { name: "", dtype: 8, shape: vec![1], data: &data }],
             sizes: vec![1],
-            select,
+            select: select / 2,
+            // of either protocol: they may name the same session
+            model: (select % 2 == 1).then_some(("m", "")),
             ..Step::default()
         };
         arrivals.push_step(Arc::new(Call::for_test()), None, &step, f64::INFINITY, 0);
@@ -306,7 +357,7 @@ mod tests {
     fn steps_that_are_alike_share_a_batch() {
         let mut arrivals = Arrivals::default();
         for number in 0..10 {
-            push(&mut arrivals, &format!("s{number}"), (number % 2 * 2) as u8, number);
+            push(&mut arrivals, &format!("s{number}"), (number % 2 * 4) as u8, number);
         }
         assert_eq!(arrivals.take(usize::MAX).0.len(), 2);
     }
@@ -335,7 +386,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_session_keeps_its_order(steps in prop::collection::vec((0u8..5, 0u8..4), 0..200)) {
+        fn a_session_keeps_its_order(steps in prop::collection::vec((0u8..5, 0u8..8), 0..200)) {
             let mut arrivals = Arrivals::default();
             for (number, (session, select)) in steps.iter().enumerate() {
                 push(&mut arrivals, &format!("s{session}"), *select, number as u64);

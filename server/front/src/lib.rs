@@ -1,8 +1,8 @@
 //! The native front: gRPC over HTTP/2 on a thread of its own, which never takes Python's lock for the wire's work.
 //!
-//! What comes is put into columns (`columns`) if it is a plain step (`plain`), and else handed on with its bytes. An
+//! What comes is put into columns (`columns`) if it is a plain step (`plain`, `triton`), and else handed on with its bytes. An
 //! eventfd wakes Python's event loop, which takes what has come, in its order, and answers a batch in one call
-//! (`reply`). No rule and no message text of the server is in here: those are Python's.
+//! (`reply`, `triton_reply`). No rule and no message text of the server is in here: those are Python's.
 //!
 //! Threads: `Front`'s methods are for one thread, that of the event loop. The wire has a thread (`server`, `serve`);
 //! the two share `Shared` and each `Call`, both behind short locks that are never held while something waits.
@@ -15,6 +15,7 @@ mod clock;
 mod columns;
 mod grpc;
 mod lifetime;
+mod ordered;
 mod plain;
 mod protobuf;
 #[cfg(feature = "python")]
@@ -23,3 +24,5 @@ mod reply;
 mod serve;
 mod server;
 mod tls;
+mod triton;
+mod triton_reply;

@@ -7,7 +7,7 @@ use crate::protobuf::{Fields, NotPlain, Value};
 
 /// Most sessions of one message that are read here.
 pub const MOST_MEMBERS: usize = 65_536;
-const MOST_RANK: usize = 32;
+pub const MOST_RANK: usize = 32;
 /// The revision that stands for "any" in Python's columns, so no session has it.
 const ANY_REVISION: u64 = u64::MAX;
 
@@ -37,6 +37,8 @@ pub struct Step<'a> {
     pub select: u8,
     pub output_names: Vec<&'a str>,
     pub timeout_ms: u32,
+    /// Name and version of the model, where the message says them: see `triton`.
+    pub model: Option<(&'a str, &'a str)>,
 }
 
 impl<'a> Step<'a> {
@@ -141,7 +143,8 @@ impl<'a> Step<'a> {
         (1..tensors.len()).any(|at| tensors[..at].iter().any(|other| other.name == tensors[at].name))
     }
 
-    fn checked(self) -> Result<Self, NotPlain> {
+    /// As it is, if its parts fit each other.
+    pub fn checked(self) -> Result<Self, NotPlain> {
         let count = self.session_ids.len();
         let rows = self.rows()?;
         let fits = |length: usize| length == 0 || length == count;
@@ -184,15 +187,21 @@ impl<'a> Tensor<'a> {
                 _ => return Err(NotPlain),
             }
         }
-        let size = tensor
+        tensor.require_size()?;
+        Ok(tensor)
+    }
+
+    /// There is data, and as much of it as shape and dtype say.
+    pub fn require_size(&self) -> Result<(), NotPlain> {
+        let size = self
             .shape
             .iter()
-            .try_fold(element_size(tensor.dtype)?, |size, axis| size.checked_mul(*axis))
+            .try_fold(element_size(self.dtype)?, |size, axis| size.checked_mul(*axis))
             .ok_or(NotPlain)?;
-        if size != tensor.data.len() || size == 0 {
+        if size != self.data.len() || size == 0 {
             return Err(NotPlain);
         }
-        Ok(tensor)
+        Ok(())
     }
 }
 
@@ -207,7 +216,7 @@ pub fn element_size(dtype: u8) -> Result<usize, NotPlain> {
     }
 }
 
-fn text(bytes: &[u8]) -> Result<&str, NotPlain> {
+pub fn text(bytes: &[u8]) -> Result<&str, NotPlain> {
     std::str::from_utf8(bytes).map_err(|_| NotPlain)
 }
 

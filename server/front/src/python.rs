@@ -27,7 +27,7 @@ use tokio::sync::{mpsc, watch};
 enum Command {
     Deliver(Arc<Batch>, Answer),
     Finish(Arc<Call>, Bytes),
-    Write(Arc<Call>, Bytes),
+    Write(Arc<Call>, Bytes, Option<u64>),
     End(Arc<Call>, Status),
     Read(Arc<Call>, usize),
 }
@@ -51,7 +51,7 @@ fn carry_out(command: Command) {
     match command {
         Command::Deliver(batch, answer) => reply::deliver(&batch, &answer),
         Command::Finish(call, message) => call.finish(grpc::framed(&message)),
-        Command::Write(call, message) => call.write(&message),
+        Command::Write(call, message, number) => call.write(&message, number),
         Command::End(call, status) => call.end(status),
         Command::Read(call, count) => call.read(count),
     }
@@ -74,7 +74,8 @@ struct Front {
 
 #[pymethods]
 impl Front {
-    /// `methods`: path, whether it streams, and which of its messages may be plain ("step", "step_stream" or "").
+    /// `methods`: path, whether it streams, and which of its messages may be plain ("step", "step_stream", "infer",
+    /// "infer_stream" or "").
     #[new]
     #[pyo3(signature = (methods, *, now, max_message_bytes, max_streams, max_header_bytes, max_frames, budget_bytes, max_queued_bytes, overloaded, keepalive_s, keepalive_timeout_s, max_age_s, max_age_grace_s))]
     #[allow(clippy::too_many_arguments)]
@@ -114,6 +115,8 @@ impl Front {
                 let plain = match plain.as_str() {
                     "step" => Plain::Step,
                     "step_stream" => Plain::StepStream,
+                    "infer" => Plain::Infer,
+                    "infer_stream" => Plain::InferStream,
                     _ => Plain::No,
                 };
                 (path, Method { index, streams, plain })
@@ -252,7 +255,7 @@ fn is_pointless(arrival: &Arrival, skipped: &mut HashSet<usize>) -> bool {
     match arrival {
         Arrival::Batch(_) => false,
         Arrival::Call(call, _) => call.is_over() && skipped.insert(key(call)),
-        Arrival::Message(call, _)
+        Arrival::Message(call, ..)
         | Arrival::TooLarge(call, _)
         | Arrival::Duplicate(call, _)
         | Arrival::HalfClosed(call)
@@ -277,7 +280,9 @@ impl Front {
                 let request = request.map(|message| PyBytes::new_bound(py, &message));
                 (1, key(&call), self.handle(call), request).into_py(py)
             }
-            Arrival::Message(call, message) => (2, key(&call), PyBytes::new_bound(py, &message)).into_py(py),
+            Arrival::Message(call, message, number) => {
+                (2, key(&call), PyBytes::new_bound(py, &message), number).into_py(py)
+            }
             Arrival::TooLarge(call, size) => (3, key(&call), self.handle(call), size).into_py(py),
             Arrival::Duplicate(call, frame_id) => (4, key(&call), self.handle(call), frame_id).into_py(py),
             Arrival::HalfClosed(call) => (5, key(&call)).into_py(py),
@@ -328,7 +333,8 @@ impl Front {
             bytes_of(py, &batch.deadlines, |at| at.to_ne_bytes()),
         );
         let signature = &batch.signature;
-        let asked = (signature.select, signature.output_names.clone(), signature.says_sizes);
+        let asked =
+            (signature.select, signature.output_names.clone(), signature.says_sizes, signature.model.clone());
         let tensors = kinds.into_py(py);
         let handle = BatchHandle {
             batch: Arc::new(batch),
@@ -422,9 +428,10 @@ impl CallHandle {
         self.send(Command::Finish(self.call.clone(), Bytes::copy_from_slice(reply)));
     }
 
-    /// A reply of a stream.
-    fn write(&self, reply: &[u8]) {
-        self.send(Command::Write(self.call.clone(), Bytes::copy_from_slice(reply)));
+    /// A reply of a stream; `number` came with the message that it is for, if that had one.
+    #[pyo3(signature = (reply, number = None))]
+    fn write(&self, reply: &[u8], number: Option<u64>) {
+        self.send(Command::Write(self.call.clone(), Bytes::copy_from_slice(reply), number));
     }
 
     /// The end, when what was answered before is on its way. `details`: a serialized google.rpc.Status, or empty.
@@ -458,9 +465,10 @@ type OutputColumn = (String, u8, Vec<u64>, PyBackedBytes);
 
 #[pymethods]
 impl BatchHandle {
-    #[pyo3(signature = (members, revisions, positions, outputs, replayed))]
+    #[pyo3(signature = (members, revisions, positions, outputs, replayed, version))]
     /// Members were applied: ascending, None for all; their rows one after the other in `outputs`. Revisions and
     /// positions are columns of u64.
+    #[allow(clippy::too_many_arguments)]
     fn applied<'py>(
         &self,
         py: Python<'py>,
@@ -469,6 +477,7 @@ impl BatchHandle {
         positions: &[u8],
         outputs: Vec<OutputColumn>,
         replayed: bool,
+        version: String,
     ) -> Bound<'py, PyBytes> {
         let ended = self.ended(py, members.as_deref());
         let (revisions, positions) = (numbers(revisions), numbers(positions));
@@ -490,12 +499,12 @@ impl BatchHandle {
                 data: Box::new(data),
             })
             .collect();
-        self.send(Answer::Applied { members, revisions, positions, outputs, replayed });
+        self.send(Answer::Applied { members, revisions, positions, outputs, replayed, version });
         ended
     }
 
     #[pyo3(signature = (members, code, message, details, error))]
-    /// Members failed: the status of those that are calls, the serialized stepwell.v1.Error of those in frames.
+    /// Members failed: the status of those that are calls, and what streams are told.
     fn failed<'py>(
         &self,
         py: Python<'py>,
@@ -509,6 +518,33 @@ impl BatchHandle {
         let status = Status { code, message: message.to_owned(), details: Bytes::copy_from_slice(details) };
         self.send(Answer::Failed { members, status, error: Bytes::copy_from_slice(error) });
         ended
+    }
+
+    /// Which call each message is of, as `take` has it.
+    fn keys(&self) -> Vec<usize> {
+        self.batch.entries.iter().map(|entry| key(&entry.call)).collect()
+    }
+
+    /// Triton's requests that are to be done as those that are not plain, as `take` would have handed them over.
+    fn hand_back<'py>(&self, py: Python<'py>, members: Vec<u32>) -> PyResult<Bound<'py, PyList>> {
+        let found = PyList::empty_bound(py);
+        for member in members {
+            let entry = &self.batch.entries[member as usize];
+            let Some(request) = &entry.request else { continue };
+            if !entry.call.hand_back(entry.frame_id, entry.held) {
+                continue;
+            }
+            let (key, message) = (key(&entry.call), PyBytes::new_bound(py, &request.message));
+            let tuple: PyObject = match entry.frame_id {
+                None => {
+                    let handle = CallHandle { call: entry.call.clone(), commands: self.commands.clone() };
+                    (1, key, handle, message).into_py(py)
+                }
+                Some(number) => (2, key, message, number).into_py(py),
+            };
+            found.append(tuple)?;
+        }
+        Ok(found)
     }
 
     /// Members whose callers do not wait any more.

@@ -3,6 +3,7 @@
 use crate::columns::{Batch, Entry};
 use crate::grpc::{put_prefix, Status};
 use crate::protobuf::{put_bytes, put_header, put_number, put_packed, put_varint, varint_size};
+use crate::triton_reply;
 use bytes::{BufMut, Bytes, BytesMut};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -26,39 +27,51 @@ pub enum Answer {
         positions: Vec<u64>,
         outputs: Vec<Output>,
         replayed: bool,
+        /// The model's, where requests name it.
+        version: String,
     },
     Failed {
         members: Option<Vec<u32>>,
         status: Status,
-        /// A serialized stepwell.v1.Error, for frames.
+        /// What a stream is told: a serialized stepwell.v1.Error, or Triton's message.
         error: Bytes,
     },
 }
 
+impl Answer {
+    /// Call `then` with each entry that has some of the members that were applied: what they were answered, and their
+    /// indexes in it.
+    pub fn for_each_part(&self, batch: &Batch, mut then: impl FnMut(&Entry, Part<'_>, &[u32])) {
+        let Answer::Applied { members, revisions, positions, outputs, replayed, .. } = self else { return };
+        let mut row = 0;
+        for_each_entry(batch, members.as_deref(), |entry, own, places| {
+            let rows: usize =
+                own.clone().map(|member| batch.sizes[member_at(members, member)] as usize).sum();
+            let part = Part {
+                revisions: &revisions[own.clone()],
+                positions: &positions[own],
+                outputs,
+                rows: row..row + rows,
+                replayed: *replayed,
+            };
+            row += rows;
+            then(entry, part, places);
+        });
+    }
+}
+
 /// Hand an answer to the calls whose members it is for.
 pub fn deliver(batch: &Batch, answer: &Answer) {
+    if let Some((model, _)) = &batch.signature.model {
+        return triton_reply::deliver(batch, model, answer);
+    }
     match answer {
-        Answer::Applied { members, revisions, positions, outputs, replayed } => {
-            let mut row = 0;
-            for_each_entry(batch, members.as_deref(), |entry, own, places| {
-                let rows: usize =
-                    own.clone().map(|member| batch.sizes[member_at(members, member)] as usize).sum();
-                let part = Part {
-                    revisions: &revisions[own.clone()],
-                    positions: &positions[own],
-                    outputs,
-                    rows: row..row + rows,
-                    replayed: *replayed,
-                };
-                row += rows;
-                match entry.frame_id {
-                    None => entry.call.finish(part.as_response()),
-                    Some(frame_id) => reply_part(entry, frame_id, places.len(), |last| {
-                        part.as_frame_part(frame_id, entry, places, last)
-                    }),
-                }
-            });
-        }
+        Answer::Applied { .. } => answer.for_each_part(batch, |entry, part, places| match entry.frame_id {
+            None => entry.call.finish(part.as_response()),
+            Some(frame_id) => reply_part(entry, frame_id, places.len(), |last| {
+                part.as_frame_part(frame_id, entry, places, last)
+            }),
+        }),
         Answer::Failed { members, status, error } => {
             for_each_entry(batch, members.as_deref(), |entry, _, places| match entry.frame_id {
                 None => entry.call.end(status.clone()),
@@ -75,7 +88,7 @@ fn member_at(members: &Option<Vec<u32>>, place: usize) -> usize {
 }
 
 /// Call `then` with each entry that has some of the members: their places in the answer, and their indexes in it.
-fn for_each_entry(
+pub fn for_each_entry(
     batch: &Batch,
     members: Option<&[u32]>,
     mut then: impl FnMut(&Entry, Range<usize>, &[u32]),
@@ -109,12 +122,12 @@ fn reply_part(entry: &Entry, frame_id: u64, count: usize, message: impl FnOnce(b
 }
 
 /// What members of one entry were answered.
-struct Part<'a> {
-    revisions: &'a [u64],
-    positions: &'a [u64],
-    outputs: &'a [Output],
-    rows: Range<usize>,
-    replayed: bool,
+pub struct Part<'a> {
+    pub revisions: &'a [u64],
+    pub positions: &'a [u64],
+    pub outputs: &'a [Output],
+    pub rows: Range<usize>,
+    pub replayed: bool,
 }
 
 impl Part<'_> {
@@ -160,10 +173,13 @@ impl Part<'_> {
 
     fn put_outputs(&self, out: &mut BytesMut, field: u32) {
         for output in self.outputs {
-            let data = &(*output.data).as_ref()
-                [self.rows.start * output.row_bytes..self.rows.end * output.row_bytes];
-            put_tensor(out, field, output, self.rows.len() as u64, data);
+            put_tensor(out, field, output, self.rows.len() as u64, self.data_of(output));
         }
+    }
+
+    /// Its rows of an output.
+    pub fn data_of<'a>(&self, output: &'a Output) -> &'a [u8] {
+        &(*output.data).as_ref()[self.rows.start * output.row_bytes..self.rows.end * output.row_bytes]
     }
 }
 
@@ -209,7 +225,7 @@ fn put_indexes(out: &mut BytesMut, field: u32, indexes: &[u32]) {
 }
 
 /// Say in the prefix how long the message has become.
-fn with_prefix(mut out: BytesMut) -> Bytes {
+pub fn with_prefix(mut out: BytesMut) -> Bytes {
     let size = out.len() - 5;
     let mut prefix = &mut out[..5];
     prefix.put_u8(0);
@@ -257,7 +273,15 @@ mod tests {
     fn applied(members: Option<Vec<u32>>, revisions: Vec<u64>, rows: Vec<u8>) -> Answer {
         let outputs =
             vec![Output { name: "y".to_owned(), dtype: 9, tail: vec![], row_bytes: 1, data: Box::new(rows) }];
-        Answer::Applied { members, positions: revisions.clone(), revisions, outputs, replayed: false }
+        let version = String::new();
+        Answer::Applied {
+            members,
+            positions: revisions.clone(),
+            revisions,
+            outputs,
+            replayed: false,
+            version,
+        }
     }
 
     /// The fields of a call's replies: number, and the value or the bytes.

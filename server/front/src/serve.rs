@@ -6,6 +6,7 @@ use crate::columns::{Arrival, Arrivals};
 use crate::grpc::{self, Encoding, Messages, Status, Unreadable};
 use crate::plain::Step;
 use crate::server::{Method, Plain, Shared};
+use crate::triton;
 use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::{RecvStream, SendStream};
@@ -209,7 +210,13 @@ impl Served {
     }
 
     fn take_plain_step(&self, message: &Bytes) -> bool {
-        if self.method.plain != Plain::Step || self.shared.all_general.load(Ordering::Relaxed) {
+        if self.shared.all_general.load(Ordering::Relaxed) {
+            return false;
+        }
+        if self.method.plain == Plain::Infer {
+            return triton::take_call(&self.shared, &self.call, message);
+        }
+        if self.method.plain != Plain::Step {
             return false;
         }
         let Ok(step) = Step::of_request(message) else { return false };
@@ -328,7 +335,7 @@ impl Served {
                 && !self.is_deaf
                 && state.end.is_none()
                 && state.unread.len() < MOST_UNREAD
-                && state.frames.len() < limits.frames
+                && state.frames.len() + state.ordered.len() < limits.frames
                 && state.held_bytes() < limits.message_bytes
         };
         if may_read && self.shared.may_read(cx) {
@@ -370,6 +377,12 @@ impl Served {
     }
 
     fn take_message(&self, message: Bytes) {
+        if self.method.plain == Plain::InferStream {
+            if let Some(number) = triton::take_message(&self.shared, &self.call, &message) {
+                self.arrive(Arrival::Message(self.call.clone(), message, Some(number)));
+            }
+            return;
+        }
         if self.method.plain == Plain::StepStream && self.take_plain_frame(&message) {
             return;
         }
@@ -383,7 +396,7 @@ impl Served {
             }
         }
         self.call.state().unread.push_back(message.len());
-        self.arrive(Arrival::Message(self.call.clone(), message));
+        self.arrive(Arrival::Message(self.call.clone(), message, None));
     }
 
     fn take_plain_frame(&self, message: &Bytes) -> bool {
@@ -462,7 +475,7 @@ impl Served {
     fn abandon(&self, late: bool) {
         self.call.set_over(late);
         self.shared.abandoned.fetch_add(1, Ordering::Relaxed);
-        if self.is_known {
+        if self.is_known || self.call.is_handed_back() {
             self.arrive(Arrival::Ended(self.call.clone()));
         }
     }

@@ -60,6 +60,8 @@ pub enum Plain {
     No,
     Step,
     StepStream,
+    Infer,
+    InferStream,
 }
 
 /// What all of the wire shares with Python.

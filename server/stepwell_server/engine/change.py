@@ -40,7 +40,7 @@ _NONE: U64 = np.zeros(1, np.uint64)
 class MustPart(Exception):
     """A change of several callers must be submitted without some members, and those each alone.
 
-    Their sessions are not in the table, or have other rows than the change says.
+    Their sessions are not in the table, or have other rows than the change says, or do not go on (`Change.goes_on`).
     """
 
     def __init__(self, members: Members) -> None:
@@ -100,6 +100,9 @@ class Change:
     """Outputs that come back; none named: all of them."""
     deadline: float = float("inf")
     """On the clock's monotonic time. Members that still wait then are dropped unapplied."""
+    goes_on: str = ""
+    """A step of sessions of this model that have made some since they began or were last reset, and have as many rows
+    as `batch_sizes` says; where one has not it raises `MustPart`. "": any sessions."""
     caller: Hashable = None
     """Who sent it: the scheduler takes turns between callers. None: nobody else sends for the same caller."""
 
@@ -154,6 +157,11 @@ class Change:
     def byte_count(self) -> int:
         """Bytes of its inputs or states."""
         return sum([array.nbytes for array in self.arrays])
+
+    @property
+    def may_part(self) -> bool:
+        """Who submits it does without members for which `MustPart` is raised."""
+        return self.callers is not None or bool(self.goes_on)
 
     @property
     def may_repeat(self) -> bool:

@@ -85,9 +85,12 @@ class Submission:
         if change.reset:
             self._commits.require_room()  # a step waits for its pass, and passes wait for the store
         require_lists(change)
+        if change.goes_on and not self._is_local:
+            # that a session has begun is only known when the store has been asked
+            raise MustPart(np.arange(change.size))
         is_plain = self._is_local and not self._arrivals.waiting and len(change.session_ids) <= PIECE
         if not is_plain and self._directory.must_look(change.session_ids):
-            if change.callers is not None:
+            if change.may_part:
                 raise MustPart(np.arange(change.size))
             self._load(change)
         else:
@@ -98,7 +101,7 @@ class Submission:
         if self._directory.may_expire or are_missing(handles):
             handles = self._directory.find_all(change.session_ids, seen)
         missing = np.flatnonzero(handles < 0) if are_missing(handles) else _NOBODY
-        if len(missing) and change.callers is not None:
+        if len(missing) and change.may_part:
             raise MustPart(missing)
         if len(missing) == change.size:
             self._refuse_missing(change, missing, seen)

@@ -132,6 +132,11 @@ def dtype_of(name: str) -> np.dtype[np.generic]:
     return np.dtype(name)
 
 
+def number_of(name: str) -> int:
+    """The `DataType` of a type that NumPy calls `name`."""
+    return _NUMBERS[name]
+
+
 def to_columns(columns: Iterable[InputColumn]) -> dict[str, Array]:
     """Arrays by name of tensors that a front has read, `(rows, ...)` each; they fit their shapes and names."""
     return {

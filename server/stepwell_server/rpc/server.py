@@ -52,8 +52,8 @@ class RpcServer:
         self._boundary = Boundary(observer, max_message_bytes)
         limits = StreamLimits(_STREAM_FRAMES, max_message_bytes)
         self._sessions = SessionServicer(engine, clock, max_message_bytes, limits, observer)
-        self._steps = ColumnSteps(engine, clock, max_message_bytes, observer)
         self._triton = TritonServicer(engine, clock, max_message_bytes, limits, observer, observer)
+        self._steps = ColumnSteps(engine, clock, max_message_bytes, observer, self._triton.form_of)
         ours = [service.full_name for service in (_SESSIONS, _MODELS, _TRITON)]
         self._health = health.HealthServicer(ours)
         shown = reflection.ReflectionServicer((_SESSIONS, _MODELS, _TRITON, health.SERVICE))

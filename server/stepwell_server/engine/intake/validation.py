@@ -178,10 +178,13 @@ class Validation:
 
         Raises:
             ServerError: the change as a whole is refused.
+            MustPart: some members must be submitted alone.
         """
         table = self._table
         change.handles, change.births = handles, table.birth[handles]
         own = table.batch_size[handles].astype(np.intp)
+        if change.goes_on:
+            self._require_going_on(change, own)
         if len(handles) == 1:  # half of numpy's calls below would find out that it is there
             there = _THERE
             change.model = self._models.by_index[int(table.model[handles[0]])]
@@ -199,6 +202,21 @@ class Validation:
             there[[member for member, _ in refused]] = False
             change.members = np.flatnonzero(there)
         return refused
+
+    def _require_going_on(self, change: Change, own: Rows) -> None:
+        table, handles = self._table, change.handles
+        model = self._models.find(change.goes_on)
+        index = -1 if model is None else model.index
+        if len(handles) == 1:  # one comparison of arrays costs as much
+            handle, said = handles[0], change.batch_sizes
+            fits = table.position[handle] > 0 and table.model[handle] == index
+            if not fits or said is None or said[0] != own[0]:
+                raise MustPart(_ONLY)
+            return
+        goes_on = (table.position[handles] > 0) & (table.model[handles] == index)
+        goes_on &= own == change.batch_sizes
+        if not goes_on.all():
+            raise MustPart(np.flatnonzero(~goes_on))
 
     def _look(self, change: Change, own: Rows) -> Mask:
         """Set the model, the sizes and the members of a change of several sessions; which of them are there."""

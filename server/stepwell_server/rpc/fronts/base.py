@@ -120,11 +120,24 @@ class ColumnReplies(Protocol):
         outputs: Sequence[OutputColumn],
         *,
         replayed: bool,
+        version: str,
     ) -> F64:
-        """Sessions were stepped: ascending indexes, None for all. Returns when the calls began that this ends."""
+        """Sessions were stepped: ascending indexes, None for all. Returns when the calls began that this ends.
+
+        `version`: the model's, for messages that name one.
+        """
 
     def failed(self, members: Members | None, status: Status, error: bytes) -> F64:
-        """Sessions were not stepped: the status of calls, a serialized `stepwell.v1.Error` for frames. As `applied`."""
+        """Sessions were not stepped: the status of calls, and what streams are told. As `applied`.
+
+        That is a serialized `stepwell.v1.Error`, or Triton's message.
+        """
+
+    def hand_back(self, members: Members) -> None:
+        """Let the front serve these messages of Triton's as calls, and those that come after them behind them."""
+
+    def behind(self) -> Sequence[int]:
+        """Messages of Triton's before which others of their stream were handed back that nobody has read yet."""
 
     def gone(self) -> Members:
         """Sessions whose callers do not wait any more."""
@@ -155,6 +168,9 @@ class StepColumns:
     counts: npt.NDArray[np.uint32]
     """Sessions of each message, one message after the other."""
     replies: ColumnReplies
+    model: tuple[str, str] | None = None
+    """Name and version, where the messages are Triton's and say them: requests of sequences that neither begin nor end
+    them. `session_ids` are then those of the sequences, and each is a message of its own."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -62,6 +62,8 @@ _FLUSH_LOOK_S = 0.005
 _PLAIN = {
     "/stepwell.v1.SessionService/Step": "step",
     "/stepwell.v1.SessionService/StepStream": "step_stream",
+    "/inference.GRPCInferenceService/ModelInfer": "infer",
+    "/inference.GRPCInferenceService/ModelStreamInfer": "infer_stream",
 }
 _NOBODY: Members = np.zeros(0, np.intp)
 # The numbers that tell what has come: see `tuple` in python.rs.
@@ -79,6 +81,8 @@ class _Call:
         self.request = request or b""
         self.task: asyncio.Task[None] | None = None
         self._messages: collections.deque[bytes | None] = collections.deque()
+        self._numbers: collections.deque[int] = collections.deque()
+        """Of messages that have no reply yet, where replies leave in their order."""
         self._taken = 0
         """Messages that were read, of which the wire does not know."""
         self._reader: asyncio.Future[None] | None = None
@@ -106,15 +110,22 @@ class _Call:
         return message
 
     async def write(self, reply: bytes) -> None:
-        self._handle.write(reply)
+        self._handle.write(reply, self._numbers.popleft() if self._numbers else None)
         self._ahead += len(reply)
         while self._ahead > _AHEAD_BYTES:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
 
-    def came(self, message: bytes | None) -> None:
-        """A message of the client; None: there are no more."""
+    @property
+    def is_behind(self) -> bool:
+        """It has messages that nobody has read yet."""
+        return bool(self._messages)
+
+    def came(self, message: bytes | None, number: int | None = None) -> None:
+        """A message of the client, and the number of its reply where those leave in order; None: there are no more."""
         self._messages.append(message)
+        if number is not None:
+            self._numbers.append(number)
         _wake(self._reader)
 
     def written(self, count: int) -> None:
@@ -126,8 +137,9 @@ class _Call:
 class _Replies:
     """`base.ColumnReplies` of a batch that the wire has handed over."""
 
-    def __init__(self, batch: BatchHandle) -> None:
+    def __init__(self, batch: BatchHandle, front: NativeFront) -> None:
         self._batch = batch
+        self._front = front
 
     def applied(
         self,
@@ -137,14 +149,24 @@ class _Replies:
         outputs: Sequence[OutputColumn],
         *,
         replayed: bool,
+        version: str,
     ) -> F64:
         some = None if members is None else members.tolist()
-        began = self._batch.applied(some, revisions.tobytes(), positions.tobytes(), outputs, replayed)
+        began = self._batch.applied(
+            some, revisions.tobytes(), positions.tobytes(), outputs, replayed, version
+        )
         return np.frombuffer(began, np.float64)
 
     def failed(self, members: Members | None, status: Status, error: bytes) -> F64:
         some = None if members is None else members.tolist()
         return np.frombuffer(self._batch.failed(some, *_said(status), error), np.float64)
+
+    def hand_back(self, members: Members) -> None:
+        self._front.serve(self._batch.hand_back(members.tolist()))
+
+    def behind(self) -> Sequence[int]:
+        calls = self._front.behind()
+        return [place for place, key in enumerate(self._batch.keys()) if key in calls] if calls else ()
 
     def gone(self) -> Members:
         gone = self._batch.gone()
@@ -167,9 +189,11 @@ class NativeFront:
         self._calls: dict[int, _Call] = {}
         self._loop = asyncio.get_running_loop()
         self._unlooked = 0
-        """Messages that tasks have not looked at yet: what came behind them must not overtake them."""
-        self._deferred = 0
-        """What came behind them, and has not been done yet: it keeps its order."""
+        """Messages that tasks have not looked at yet: plain ones that came behind them must not overtake them."""
+        self._waiting: collections.deque[tuple[Any, ...]] = collections.deque()
+        """What came behind them, and has not been done yet."""
+        self._handed_back: set[int] = set()
+        """Streams some of whose plain messages were handed back, and may not have been read yet."""
 
     async def start(
         self,
@@ -275,29 +299,40 @@ class NativeFront:
             _log.defect("the front has ended, and so does the server", error)
             signal.raise_signal(signal.SIGTERM)
             return
+        self._waiting.extend(arrivals)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        waiting = self._waiting
         self._steps.hold()
         try:
-            for arrival in arrivals:
-                if self._unlooked or self._deferred:
-                    self._deferred += 1
-                    self._loop.call_soon(self._do_deferred, arrival)
-                else:
-                    self._do(*arrival)
+            while waiting and not (self._unlooked and waiting[0][0] == _BATCH):
+                self._do(*waiting.popleft())
         finally:
             self._steps.go()
 
-    def _do_deferred(self, arrival: tuple[Any, ...]) -> None:
-        self._deferred -= 1
-        self._do(*arrival)
-
     def _do(self, tag: int, *rest: Any) -> None:
         if tag == _BATCH:
-            self._steps.take(_columns(*rest))
+            self._steps.take(_columns(self, *rest))
             return
+        self._tell(tag, *rest)
         if tag in {_CALL, _MESSAGE}:
             self._unlooked += 1
-            self._loop.call_soon(self._looked)
-        self._tell(tag, *rest)
+            self._loop.call_soon(self._looked)  # when the task that was told has had its turn
+
+    def serve(self, handed_back: list[tuple[Any, ...]]) -> None:
+        """Serve plain messages as those that are not."""
+        for arrival in handed_back:
+            if arrival[0] == _MESSAGE:
+                self._handed_back.add(arrival[1])
+            self._do(*arrival)
+
+    def behind(self) -> set[int]:
+        """Streams of which handed back messages wait to be read."""
+        if self._handed_back:
+            calls = ((key, self._calls.get(key)) for key in self._handed_back)
+            self._handed_back = {key for key, call in calls if call is not None and call.is_behind}
+        return self._handed_back
 
     def _tell(self, tag: int, key: int, *rest: Any) -> None:
         """Let the task of a call know."""
@@ -315,7 +350,7 @@ class NativeFront:
         if call is None:  # it has had its end meanwhile
             return
         if tag == _MESSAGE:
-            call.came(rest[0])
+            call.came(*rest)
         elif tag == _HALF_CLOSED:
             call.came(None)
         elif tag == _WRITTEN:
@@ -325,6 +360,7 @@ class NativeFront:
 
     def _looked(self) -> None:
         self._unlooked -= 1
+        self._go_on()
 
     def _begin(self, key: int, handle: CallHandle, request: bytes | None) -> None:
         call = self._calls[key] = _Call(handle, request)
@@ -355,15 +391,16 @@ def _wake(waiting: asyncio.Future[None] | None) -> None:
 
 
 def _columns(
+    front: NativeFront,
     batch: BatchHandle,
     session_ids: list[str],
     callers: list[str],
     numbers: tuple[bytes, bytes, bytes, bytes, bytes],
-    asked: tuple[int, list[str], bool],
+    asked: tuple[int, list[str], bool, tuple[str, str] | None],
     tensors: list[tuple[str, int, list[int], bytes]],
 ) -> StepColumns:
     counts, sizes, expected, request_ids, deadlines = numbers
-    select, output_names, says_sizes = asked
+    select, output_names, says_sizes, model = asked
     return StepColumns(
         session_ids,
         callers,
@@ -376,5 +413,6 @@ def _columns(
         output_names,
         [InputColumn(*tensor) for tensor in tensors],
         np.frombuffer(counts, np.uint32),
-        _Replies(batch),
+        _Replies(batch, front),
+        model,
     )

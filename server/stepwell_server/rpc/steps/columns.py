@@ -1,12 +1,13 @@
 """Plain steps that a front hands over as columns, made into changes.
 
 All that came at once is one change, whoever sent it. What cannot go together, because a session is not in the table
-or something is refused, goes message by message, so that each gets the answer that it would get alone.
+or something is refused, goes message by message, so that each gets the answer that it would get alone. So it is in
+every protocol; what differs between them is a `Form`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,16 +33,112 @@ _RETRY_AFTER_S = 0.2
 _NOBODY: Members = np.zeros(0, np.intp)
 
 
+class Form:
+    """Plain steps in their protocol: here Stepwell's own, and each other one's is derived from it."""
+
+    method = "Step"
+    """Of its unary calls."""
+    version = ""
+    """The model's, for messages that name one."""
+
+    def __init__(self, columns: StepColumns, clock: Clock, observer: RequestObserver) -> None:
+        self.columns = columns
+        self.members: Members = np.arange(len(columns.session_ids))
+        """Those that are to be done."""
+        self.inputs: Tensors = {}
+        self._clock = clock
+        self._observer = observer
+
+    def prepare(self) -> None:
+        """Read the tensors."""
+        self.inputs = convert.to_columns(self.columns.inputs)
+
+    def change(self, members: Members | None) -> Change:
+        """The change of some of the members; None: of the whole batch."""
+        columns, inputs = self.columns, self.inputs
+        expected, request_ids = columns.expected, columns.request_ids
+        if members is not None:
+            rows = _rows_of(columns, members)
+            inputs = {name: array[rows] for name, array in inputs.items()}
+            expected = None if expected is None else expected[members]
+            request_ids = None if request_ids is None else request_ids[members]
+        return Change(
+            _some(columns.session_ids, members),
+            _Replies(self, members),
+            inputs=inputs,
+            expected=expected,
+            request_ids=request_ids,
+            batch_sizes=sizes_of(columns, members) if columns.says_sizes else None,
+            select=convert.to_select(columns.select),
+            output_names=columns.output_names,
+        )
+
+    def with_followers(self, members: Members) -> Members:
+        """With all that cannot be done without them, or would overtake them."""
+        if len(set(self.columns.session_ids)) < len(self.columns.session_ids):
+            return self.members
+        messages = _messages_of(self.columns, members)
+        return np.concatenate([np.arange(first, first + count) for first, count in messages])
+
+    def part(self, members: Members) -> Members:
+        """Members cannot be done with the others; those that are to be submitted alone."""
+        return members
+
+    def applied(
+        self, members: Members | None, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
+    ) -> None:
+        """Members were applied; None: all of the batch."""
+        self._answer(members, revisions, positions, outputs, replayed=replayed)
+
+    def failed(self, members: Members | None, error: ServerError) -> None:
+        """Members failed alike; None: all of the batch."""
+        self._refuse(members, error, to_proto(error).SerializeToString())
+
+    def output_columns(self, outputs: Tensors) -> list[OutputColumn]:
+        """Outputs as they leave."""
+        return [_output(name, array) for name, array in outputs.items()]
+
+    def _answer(
+        self, members: Members | None, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
+    ) -> None:
+        began = self.columns.replies.applied(
+            members,
+            revisions,
+            positions,
+            self.output_columns(outputs),
+            replayed=replayed,
+            version=self.version,
+        )
+        self._ended(began, "OK")
+
+    def _refuse(self, members: Members | None, error: ServerError, told: bytes) -> None:
+        """Refuse calls by the error's status, and tell streams."""
+        count = len(self.columns.session_ids) if members is None else len(members)
+        self._observer.refused(error.reason, count)
+        self._ended(self.columns.replies.failed(members, to_status(error), told), code_of(error).name)
+
+    def _ended(self, began: F64, code: str) -> None:
+        if len(began):
+            self._observer.requests_done(self.method, code, self._clock.monotonic() - began)
+
+
 class ColumnSteps:
     """Submits what comes as columns. `base.Steps`."""
 
     def __init__(
-        self, engine: Engine, clock: Clock, max_message_bytes: int, observer: RequestObserver
+        self,
+        engine: Engine,
+        clock: Clock,
+        max_message_bytes: int,
+        observer: RequestObserver,
+        form_of_requests: Callable[[StepColumns], Form],
     ) -> None:
         self._engine = engine
         self._clock = clock
         self._max_message_bytes = max_message_bytes
         self._observer = observer
+        self._form_of_requests = form_of_requests
+        """The form of Triton's requests."""
 
     def hold(self) -> None:
         """See `base.Steps`."""
@@ -53,52 +150,64 @@ class ColumnSteps:
 
     def take(self, columns: StepColumns) -> None:
         """See `base.Steps`."""
-        try:
-            self._submit(columns)
-        except Exception as error:  # a defect: no caller may wait for ever
-            known = internal(error, method="Step")
-            columns.replies.failed(None, to_status(known), to_proto(known).SerializeToString())
-
-    def _submit(self, columns: StepColumns) -> None:
-        inputs = convert.to_columns(columns.inputs)
-        if len(columns.counts) == 1:
-            apart: Sequence[_Message] = [(0, len(columns.session_ids))]
-        elif _names_one_twice(columns):
-            apart = _messages(columns)
+        if columns.model is None:
+            form = Form(columns, self._clock, self._observer)
         else:
-            apart = self._submit_together(columns, inputs)
-        for first, count in apart:
-            members = None if count == len(columns.session_ids) else np.arange(first, first + count)
-            change = self._change(columns, inputs, members)
+            form = self._form_of_requests(columns)
+        try:
+            form.prepare()
+            self._submit(form)
+        except Exception as error:  # a defect: no caller may wait for ever
+            is_all = len(form.members) == len(columns.session_ids)
+            form.failed(None if is_all else form.members, internal(error, method=form.method))
+
+    def _submit(self, form: Form) -> None:
+        columns, alone = form.columns, form.members
+        if len(columns.counts) > 1 and len(alone) and not _names_one_twice(columns):
+            alone = self._submit_together(form)
+        out: set[int] = set()
+        for first, count in _messages_of(columns, alone):
+            if first in out:
+                continue
+            members = np.arange(first, first + count)
+            change = self._change(form, members)
             change.caller, change.deadline = columns.callers[first], float(columns.deadlines[first])
             try:
                 self._engine.submit(change)
+            except MustPart:
+                followers = form.with_followers(members)
+                form.part(followers[followers >= first])
+                out.update(followers.tolist())
             except ServerError as error:
                 change.replies.failed(np.arange(count), error)
 
-    def _submit_together(self, columns: StepColumns, inputs: Tensors) -> Sequence[_Message]:
-        """Submit as one change what can be one; the messages that cannot."""
-        members: Members | None = None
-        apart: list[_Message] = []
-        while members is None or len(members):
-            change = self._change(columns, inputs, members)
-            change.callers = _some(columns.callers, members)
-            change.deadlines = columns.deadlines if members is None else columns.deadlines[members]
+    def _submit_together(self, form: Form) -> Members:
+        """Submit as one change what can be one; the members that must be submitted alone."""
+        columns, members, parted = form.columns, form.members, _NOBODY
+        while len(members):
+            change = self._change(form, members)
+            is_whole = len(members) == len(columns.session_ids)
+            change.callers = columns.callers if is_whole else _some(columns.callers, members)
+            change.deadlines = columns.deadlines if is_whole else columns.deadlines[members]
             change.deadline = float(np.minimum.reduce(change.deadlines))
             if change.batch_sizes is None:
-                change.batch_sizes = _sizes(columns, members)  # whose rows are whose
+                change.batch_sizes = sizes_of(columns, members)  # whose rows are whose
             try:
                 self._engine.submit(change)
-                break
+                members = _NOBODY
             except MustPart as part:
-                if len(set(columns.session_ids)) < len(columns.session_ids):
-                    return _messages(columns)  # the others must not overtake them
-                out = part.members if members is None else members[part.members]
-                apart += _messages_of(columns, out)
-                members = _without(columns, apart)
+                out = form.with_followers(members[part.members])
+                members, parted = np.setdiff1d(members, out), np.union1d(parted, out)
             except ServerError:
-                return _messages(columns)
-        return sorted(apart)
+                break
+        if len(parted):
+            members = np.union1d(members, form.part(parted))
+        return members
+
+    def _change(self, form: Form, members: Members) -> Change:
+        change = form.change(None if len(members) == len(form.columns.session_ids) else members)
+        messages.limit_reply(change, self._max_message_bytes)
+        return change
 
     def too_large(self, size: int) -> Status:
         """See `base.Steps`."""
@@ -124,33 +233,13 @@ class ColumnSteps:
         self._observer.refused(error.reason, 1)
         return messages.failed_part(frame_id, None, error, last=True)
 
-    def _change(self, columns: StepColumns, inputs: Tensors, members: Members | None) -> Change:
-        """The change of some members of a batch; None: of all."""
-        expected, request_ids = columns.expected, columns.request_ids
-        if members is not None:
-            rows = _rows_of(columns, members)
-            inputs = {name: array[rows] for name, array in inputs.items()}
-            expected = None if expected is None else expected[members]
-            request_ids = None if request_ids is None else request_ids[members]
-        change = Change(
-            _some(columns.session_ids, members),
-            _Replies(columns, members, self._clock, self._observer),
-            inputs=inputs,
-            expected=expected,
-            request_ids=request_ids,
-            batch_sizes=_sizes(columns, members) if columns.says_sizes else None,
-            select=convert.to_select(columns.select),
-            output_names=columns.output_names,
-        )
-        messages.limit_reply(change, self._max_message_bytes)
-        return change
-
 
 def _some(values: list[str], members: Members | None) -> list[str]:
     return values if members is None else [values[member] for member in members.tolist()]
 
 
-def _sizes(columns: StepColumns, members: Members | None) -> Rows:
+def sizes_of(columns: StepColumns, members: Members | None) -> Rows:
+    """Rows of some members of a batch; None: of all."""
     sizes = columns.sizes if members is None else columns.sizes[members]
     return sizes.astype(np.intp)
 
@@ -166,25 +255,15 @@ def _rows_of(columns: StepColumns, members: Members) -> Members:
     return np.flatnonzero(np.repeat(mask, sizes))
 
 
-def _messages(columns: StepColumns) -> list[_Message]:
-    ends = np.cumsum(columns.counts).tolist()
-    return [(end - count, count) for end, count in zip(ends, columns.counts.tolist(), strict=True)]
-
-
 def _messages_of(columns: StepColumns, members: Members) -> list[_Message]:
     """The messages that have some of the members."""
-    messages = _messages(columns)
-    firsts = [first for first, _ in messages]
-    places = np.unique(np.searchsorted(firsts, members, side="right") - 1)
-    return [messages[place] for place in places.tolist()]
-
-
-def _without(columns: StepColumns, messages: Sequence[_Message]) -> Members:
-    """The members of all other messages."""
-    left = np.ones(len(columns.session_ids), np.bool_)
-    for first, count in messages:
-        left[first : first + count] = False
-    return np.flatnonzero(left)
+    if len(columns.counts) == 1:
+        return [(0, len(columns.session_ids))] if len(members) else []
+    ends = np.cumsum(columns.counts)
+    places = np.unique(np.searchsorted(ends, members, side="right"))
+    counts = columns.counts[places]
+    firsts = ends[places] - counts
+    return list(zip(firsts.tolist(), counts.tolist(), strict=True))
 
 
 def _names_one_twice(columns: StepColumns) -> bool:
@@ -196,37 +275,26 @@ def _names_one_twice(columns: StepColumns) -> bool:
 class _Replies:
     """Answers some members of a batch. `Replies`."""
 
-    __slots__ = ("_clock", "_columns", "_index", "_observer")
+    __slots__ = ("_form", "_index")
 
-    def __init__(
-        self, columns: StepColumns, index: Members | None, clock: Clock, observer: RequestObserver
-    ) -> None:
-        self._columns = columns
+    def __init__(self, form: Form, index: Members | None) -> None:
+        self._form = form
         self._index = index
         """Of its members in the batch; None: they are all of it."""
-        self._clock = clock
-        self._observer = observer
 
     def applied(
         self, members: Members, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
     ) -> None:
         """See `Replies`."""
-        columns = [_output(name, array) for name, array in outputs.items()]
-        began = self._columns.replies.applied(
-            self._members(members), revisions, positions, columns, replayed=replayed
-        )
-        self._ended(began, "OK")
+        self._form.applied(self._members(members), revisions, positions, outputs, replayed=replayed)
 
     def failed(self, members: Members, error: ServerError) -> None:
         """See `Replies`."""
-        self._observer.refused(error.reason, len(members))
-        body = to_proto(error).SerializeToString()
-        began = self._columns.replies.failed(self._members(members), to_status(error), body)
-        self._ended(began, code_of(error).name)
+        self._form.failed(self._members(members), error)
 
     def cancelled(self, members: Members) -> Members:
         """See `Replies`."""
-        gone = self._columns.replies.gone()
+        gone = self._form.columns.replies.gone()
         if not len(gone):
             return _NOBODY
         return members[np.isin(members if self._index is None else self._index[members], gone)]
@@ -235,11 +303,7 @@ class _Replies:
         """As the front counts them; None: all."""
         if self._index is not None:
             return self._index[members]
-        return None if len(members) == len(self._columns.session_ids) else members
-
-    def _ended(self, began: F64, code: str) -> None:
-        if len(began):
-            self._observer.requests_done("Step", code, self._clock.monotonic() - began)
+        return None if len(members) == len(self._form.columns.session_ids) else members
 
 
 def _output(name: str, array: Array) -> OutputColumn:

@@ -55,9 +55,14 @@ def about(request_id: str) -> str:
     return f"[request id: {request_id or '<id_unknown>'}] "
 
 
+def names_sequence(error: ServerError) -> bool:
+    """Whether what `translated` makes of an error of a sequence's request names the sequence."""
+    return isinstance(error, SessionGone | ModelMismatch | StateCorrupt)
+
+
 def translated(error: ServerError, sequence_id: SequenceId | None, model: str) -> ServerError:
     """An error of the engine as this protocol says it to a request of a sequence, or of none, and a model."""
-    if isinstance(error, SessionGone | ModelMismatch | StateCorrupt) and sequence_id is not None:
+    if names_sequence(error) and sequence_id is not None:
         return not_started(sequence_id, model, error)
     if isinstance(error, Overloaded):
         return Unavailable(f"Exceeds maximum queue size: {error.message}", cause=error.reason)

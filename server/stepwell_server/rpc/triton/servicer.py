@@ -12,6 +12,7 @@ from stepwell_server.errors import Unsupported
 from stepwell_server.rpc.boundary import Boundary, Serve
 from stepwell_server.rpc.fronts.base import Call
 from stepwell_server.rpc.triton import metadata
+from stepwell_server.rpc.triton.columns import RequestForm
 from stepwell_server.rpc.triton.infer import Inference
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.metadata import model_config
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.boundary import RequestObserver
-    from stepwell_server.rpc.fronts.base import Call
+    from stepwell_server.rpc.fronts.base import Call, StepColumns
+    from stepwell_server.rpc.steps.columns import Form
     from stepwell_server.rpc.steps.stream import StreamLimits
     from stepwell_server.rpc.triton.statistics import PassObserver
 
@@ -88,6 +90,10 @@ class TritonServicer:
         else:
             models = [self._inference.model(name, "") for name in self._engine.model_names()]
         return pb.ModelStatisticsResponse(model_stats=[model.statistics.message() for model in models])
+
+    def form_of(self, columns: StepColumns) -> Form:
+        """What a front has read of requests by itself."""
+        return RequestForm(columns, self._inference, self._clock, self._observer)
 
     async def model_infer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
         """Run a model once."""

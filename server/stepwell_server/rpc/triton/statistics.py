@@ -26,7 +26,7 @@ class PassObserver(Protocol):
 
 @dataclasses.dataclass(slots=True)
 class Timing:
-    """The points in time of one request, in nanoseconds of one clock."""
+    """The points in time of one request, or of several that came together, in nanoseconds of one clock."""
 
     arrived: int
     read: int = 0
@@ -50,21 +50,23 @@ class RequestStatistics:
         self._infer = _Sum()
         self._output = _Sum()
 
-    def succeeded(self, timing: Timing, done: int, *, now_s: float, rows: int, steps: int) -> None:
-        """A request was answered at `done`, `now_s` seconds after the epoch."""
+    def succeeded(
+        self, timing: Timing, done: int, *, now_s: float, rows: int, steps: int, count: int = 1
+    ) -> None:
+        """Requests were answered at `done`, `now_s` seconds after the epoch; `rows` in all, `steps` each."""
         engine_ns = timing.run - timing.read
         infer_ns = min(engine_ns, round(self._observer.seconds_per_time_step(self._model) * steps * 1e9))
         self._rows += rows
         self._last_ms = round(now_s * 1000)
-        self._succeeded.add(done - timing.arrived)
-        self._input.add(timing.read - timing.arrived)
-        self._infer.add(infer_ns)
-        self._queue.add(engine_ns - infer_ns)
-        self._output.add(done - timing.run)
+        self._succeeded.add(done - timing.arrived, count)
+        self._input.add(timing.read - timing.arrived, count)
+        self._infer.add(infer_ns, count)
+        self._queue.add(engine_ns - infer_ns, count)
+        self._output.add(done - timing.run, count)
 
-    def failed(self, timing: Timing, done: int) -> None:
-        """A request was refused at `done`."""
-        self._failed.add(done - timing.arrived)
+    def failed(self, timing: Timing, done: int, count: int = 1) -> None:
+        """Requests were refused at `done`."""
+        self._failed.add(done - timing.arrived, count)
 
     def message(self) -> pb.ModelStatistics:
         """Everything counted so far."""
@@ -104,9 +106,9 @@ class _Sum:
     count: int = 0
     ns: int = 0
 
-    def add(self, ns: int) -> None:
-        self.count += 1
-        self.ns += ns
+    def add(self, ns: int, count: int) -> None:
+        self.count += count
+        self.ns += ns * count
 
     def message(self) -> pb.StatisticDuration:
         return pb.StatisticDuration(count=self.count, ns=self.ns)

@@ -15,7 +15,8 @@ import numpy as np
 from stepwell_server.engine.types import Array
 from stepwell_server.errors import InvalidInput, Unsupported
 from stepwell_server.program import Program, TensorSpec
-from stepwell_server.rpc.convert import dtype_of
+from stepwell_server.rpc.convert import dtype_of, number_of
+from stepwell_server.rpc.fronts.base import InputColumn
 from stepwell_server.rpc.triton.errors import about
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 
@@ -91,6 +92,11 @@ class Tensor:
         self.dims: tuple[int, ...] = spec.shape or (1,)
         """Of one row at one time step. Triton has no tensors without dimensions: one number is [1]."""
 
+    def leading(self, rank: int) -> int | None:
+        """Dimensions before its own in an input of so many: 1, the rows', or 2, with time steps; None: it is no input."""
+        leading = rank - len(self.dims)
+        return leading if leading in ({1, 2} if self.spec.temporal else {1}) else None
+
 
 class ModelTensors:
     """Reads and writes the tensors of one model."""
@@ -124,6 +130,37 @@ class ModelTensors:
                 steps = shape[1]
             arrays[given.name] = self._array(tensor, given, data, shape, request.id)
         return Inputs(arrays, rows, steps)
+
+    def of_columns(self, columns: Sequence[InputColumn]) -> Inputs | None:
+        """The inputs of many requests that a front has read, each with its rows; None if `read` would refuse them.
+
+        Rows are those of all of them, and how many each may have is not looked at.
+        """
+        if len(columns) != len(self.inputs):
+            return None
+        arrays: dict[str, Array] = {}
+        rows, steps = 0, 1
+        for column in columns:
+            tensor = self.inputs.get(column.name)
+            if tensor is None or column.dtype != number_of(tensor.spec.dtype):
+                return None
+            leading = tensor.leading(1 + len(column.tail))
+            if leading is None or tuple(column.tail[leading - 1 :]) != tensor.dims:
+                return None
+            if leading > 1:
+                steps = column.tail[0]
+            times = column.tail[: leading - 1]
+            array = np.frombuffer(column.data, tensor.dtype).reshape(-1, *times, *tensor.spec.shape)
+            arrays[column.name], rows = array, len(array)
+        return Inputs(arrays, rows, steps)
+
+    def named(self, names: Sequence[str]) -> Sequence[Tensor] | None:
+        """Outputs by their names, all if there are none; None if `requested` would refuse them."""
+        if not names:
+            return list(self.outputs.values())
+        if len(set(names)) < len(names) or not self.outputs.keys() >= set(names):
+            return None
+        return [self.outputs[name] for name in names]
 
     def requested(self, request: pb.ModelInferRequest) -> Sequence[Tensor]:
         """The outputs that shall come back, in the order of the reply.
@@ -182,8 +219,8 @@ class ModelTensors:
             raise InvalidInput(
                 f"{where}All input dimensions should be specified for {what}, got {dims_text(shape)}"
             )
-        leading = len(shape) - len(dims)
-        if leading not in ({1, 2} if tensor.spec.temporal else {1}) or shape[leading:] != dims:
+        leading = tensor.leading(len(shape))
+        if leading is None or shape[leading:] != dims:
             raise InvalidInput(
                 f"{where}unexpected shape for {what}. Expected {dims_text((-1, *dims))}, got {dims_text(shape)}. "
                 + _shape_note(tensor)

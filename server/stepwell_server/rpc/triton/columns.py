@@ -1,0 +1,157 @@
+"""Requests that a front has read by itself: steps of sequences that go on, as columns.
+
+What is plain is the front's to say; whether a request can be done so is said here. A request whose sequence has another
+one at work, has not begun, or is not what the request takes it for, one that the model's tensors do not fit, and what
+comes behind such a one, is handed back: it becomes a call or a message of one, and `Inference` gives it its answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stepwell_server.engine.change import Change
+from stepwell_server.engine.types import U64, Members, Tensors
+from stepwell_server.errors import ModelNotFound, ServerError
+from stepwell_server.rpc import convert
+from stepwell_server.rpc.fronts.base import OutputColumn, StepColumns
+from stepwell_server.rpc.steps.columns import Form, sizes_of
+from stepwell_server.rpc.triton.errors import names_sequence, translated
+from stepwell_server.rpc.triton.metadata import VERSION
+from stepwell_server.rpc.triton.sequences import sequence_of
+from stepwell_server.rpc.triton.statistics import Timing
+from stepwell_server.rpc.triton.tensors import MAX_BATCH_SIZE, Tensor
+
+if TYPE_CHECKING:
+    from stepwell_server.clock import Clock
+    from stepwell_server.rpc.boundary import RequestObserver
+    from stepwell_server.rpc.triton.infer import Inference, InferModel
+
+_NOBODY: Members = np.zeros(0, np.intp)
+
+
+class RequestForm(Form):
+    """Steps of sequences of one model. Lives on the event loop."""
+
+    method = "ModelInfer"
+    version = VERSION
+
+    def __init__(
+        self, columns: StepColumns, inference: Inference, clock: Clock, observer: RequestObserver
+    ) -> None:
+        super().__init__(columns, clock, observer)
+        self._inference = inference
+        self._timing = Timing(time.perf_counter_ns())
+        self._model: InferModel | None = None
+        self._outputs: Sequence[Tensor] = ()
+        self._steps = 1
+        self._named = columns.model or ("", "")
+
+    def prepare(self) -> None:
+        """Read the tensors, and hand back what cannot be done so."""
+        if not self._read():
+            self.part(self.members)
+            return
+        out = self._out()
+        if len(out):
+            self.part(self.with_followers(out))
+        self._timing.read = time.perf_counter_ns()
+
+    def _read(self) -> bool:
+        """Whether the requests fit a model."""
+        try:
+            model = self._model = self._inference.model(*self._named)
+        except ModelNotFound:
+            return False
+        outputs = model.tensors.named(self.columns.output_names)
+        inputs = model.tensors.of_columns(self.columns.inputs)
+        if outputs is None or inputs is None:
+            return False
+        self._outputs, self.inputs, self._steps = outputs, inputs.arrays, inputs.steps
+        return True
+
+    def _out(self) -> Members:
+        """Requests that cannot be done so, beside those of which the engine says it."""
+        columns = self.columns
+        masks = []
+        if columns.sizes.max() > MAX_BATCH_SIZE:
+            masks.append(columns.sizes > MAX_BATCH_SIZE)
+        now = self._clock.monotonic()
+        if columns.deadlines.min() <= now:
+            masks.append(columns.deadlines <= now)
+        waits = self._inference.sequences.must_wait(columns.session_ids, columns.request_ids)
+        if waits is not None:
+            masks.append(waits)
+        out = np.flatnonzero(np.logical_or.reduce(masks)) if masks else _NOBODY
+        behind = columns.replies.behind()
+        return np.union1d(out, behind).astype(np.intp) if behind else out
+
+    def change(self, members: Members | None) -> Change:
+        """See `Form`."""
+        change = super().change(members)
+        change.goes_on, change.output_names = self._named[0], ()
+        change.batch_sizes = sizes_of(self.columns, members)
+        return change
+
+    def with_followers(self, members: Members) -> Members:
+        """See `Form`."""
+        ids = self.columns.session_ids
+        if len(set(ids)) == len(ids):
+            return members
+        out = {ids[member] for member in members.tolist()}
+        return np.array([member for member in self.members.tolist() if ids[member] in out], np.intp)
+
+    def part(self, members: Members) -> Members:
+        """Hand requests back to the front: none of them is left to do."""
+        self.members = np.setdiff1d(self.members, members)
+        self.columns.replies.hand_back(members)
+        return members[:0]
+
+    def applied(
+        self, members: Members | None, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
+    ) -> None:
+        """See `Form`."""
+        timing, sizes = self._timing, self.columns.sizes
+        timing.run = time.perf_counter_ns()
+        self._answer(members, revisions, positions, outputs, replayed=replayed)
+        if self._model is None:
+            return
+        self._model.statistics.succeeded(
+            timing,
+            time.perf_counter_ns(),
+            now_s=self._clock.now(),
+            rows=int((sizes if members is None else sizes[members]).sum()),
+            steps=self._steps,
+            count=len(revisions),
+        )
+
+    def failed(self, members: Members | None, error: ServerError) -> None:
+        """See `Form`."""
+        name, ids = self._named[0], self.columns.session_ids
+        if self._model is not None:
+            count = len(ids) if members is None else len(members)
+            self._model.statistics.failed(self._timing, time.perf_counter_ns(), count)
+        for some, member in self._alike(members, error):
+            told = translated(error, sequence_of(name, ids[member]), name)
+            self._refuse(some, told, told.message.encode())
+
+    def _alike(self, members: Members | None, error: ServerError) -> Iterator[tuple[Members | None, int]]:
+        """Those that are told the same, and one of them: what names a sequence is told to each by itself."""
+        if not names_sequence(error):
+            yield members, 0
+            return
+        for member in (self.members if members is None else members).tolist():
+            yield np.array([member]), member
+
+    def output_columns(self, outputs: Tensors) -> list[OutputColumn]:
+        """The outputs that were asked for, in that order."""
+        columns = []
+        for tensor in self._outputs:
+            array = outputs[tensor.spec.name]
+            number, data = convert.to_bytes(array)
+            shape = array.shape if tensor.spec.shape else (*array.shape, 1)
+            columns.append(OutputColumn(tensor.spec.name, number, shape[1:], data))
+        return columns

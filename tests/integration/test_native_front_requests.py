@@ -1,0 +1,322 @@
+"""What the native front makes of Triton's requests: columns, and what Python hands back; replies in their order."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Self
+
+import grpc.aio
+import numpy as np
+import pytest
+
+from stepwell_server.clock import SystemClock
+from stepwell_server.engine.types import Members
+from stepwell_server.rpc.fronts.base import Call, Method, OutputColumn, StepColumns
+from stepwell_server.rpc.status import Code, Status
+from stepwell_server.rpc.triton.inference import service_pb2 as pb
+from support.triton_requests import request
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("stepwell_front") is None, reason="no native front was built here"
+)
+SERVICE = "inference.GRPCInferenceService"
+_PATIENCE_S = 100.0
+
+
+class Server:
+    """A native front, whose plain requests and calls the test looks at. `base.Steps`."""
+
+    def __init__(self) -> None:
+        self.taken: asyncio.Queue[StepColumns] = asyncio.Queue()
+        self.on_take: Callable[[StepColumns], None] = self.taken.put_nowait
+        self.general: asyncio.Queue[pb.ModelInferRequest] = asyncio.Queue()
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        self.cancelled = asyncio.Event()
+        self.address = ""
+
+    def take(self, columns: StepColumns) -> None:
+        self.on_take(columns)
+
+    def too_large(self, size: int) -> Status:
+        return Status(Code.RESOURCE_EXHAUSTED, f"{size} bytes", ())
+
+    def overloaded(self) -> Status:
+        return Status(Code.RESOURCE_EXHAUSTED, "overloaded", ())
+
+    def duplicate(self, frame_id: int) -> bytes:
+        raise AssertionError("requests have no ids that must differ")
+
+    async def unary(self, call: Call) -> bytes:
+        asked = pb.ModelInferRequest.FromString(call.request)
+        self.general.put_nowait(asked)
+        try:
+            await self.may_answer.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        return pb.ModelInferResponse(id=f"general {asked.id}").SerializeToString()
+
+    async def stream(self, call: Call) -> bytes:
+        while (raw := await call.read()) is not None:
+            asked = pb.ModelInferRequest.FromString(raw)
+            self.general.put_nowait(asked)
+            await self.may_answer.wait()
+            answer = pb.ModelInferResponse(id=f"general {asked.id}")
+            await call.write(pb.ModelStreamInferResponse(infer_response=answer).SerializeToString())
+        return b""
+
+    async def columns(self) -> StepColumns:
+        return await asyncio.wait_for(self.taken.get(), _PATIENCE_S)
+
+    async def handed_on(self) -> str:
+        return (await asyncio.wait_for(self.general.get(), _PATIENCE_S)).id
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    from stepwell_server.rpc.fronts.native import NativeFront
+
+    server = Server()
+    front = NativeFront(SystemClock(), 1 << 20)
+    methods = [
+        Method(SERVICE, "ModelInfer", server.unary),
+        Method(SERVICE, "ModelStreamInfer", server.stream, streams=True),
+    ]
+    server.address = f"127.0.0.1:{await front.start('127.0.0.1', 0, methods, server)}"
+    try:
+        yield server
+    finally:
+        await front.stop(0)
+
+
+def asked(number: int, *, sequence_id: int | str = 5, **fields: Any) -> bytes:
+    x = np.full((1, 2), number, np.float32)
+    return request(x, sequence_id=sequence_id, request_id=str(number), **fields).SerializeToString()
+
+
+def answer(columns: StepColumns, members: list[int] | None = None) -> None:
+    """Answer requests with their own input."""
+    some = range(len(columns.session_ids)) if members is None else members
+    x = np.frombuffer(columns.inputs[0].data, np.float32).reshape(-1, 2)[list(some)]
+    columns.replies.applied(
+        None if members is None else np.array(members, np.intp),
+        np.arange(len(some), dtype=np.uint64),
+        np.arange(len(some), dtype=np.uint64),
+        [OutputColumn("y", 1, (2,), x.tobytes())],
+        replayed=False,
+        version="1",
+    )
+
+
+def only(*members: int) -> Members:
+    return np.array(members, np.intp)
+
+
+class Client:
+    """A channel to the server, and a stream on it."""
+
+    def __init__(self, server: Server) -> None:
+        self._channel = grpc.aio.insecure_channel(server.address)
+        self.infer: Any = self._channel.unary_unary(f"/{SERVICE}/ModelInfer")
+        self.stream: Any = self._channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")(timeout=_PATIENCE_S)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._channel.close()
+
+    async def send(self, *messages: bytes) -> None:
+        for message in messages:
+            await self.stream.write(message)
+
+    async def replies(self, count: int) -> list[str]:
+        """Ids of the next replies, whose outputs are those of their own requests."""
+        found = []
+        for _ in range(count):
+            reply = pb.ModelStreamInferResponse.FromString(await self.stream.read())
+            said = reply.infer_response.id
+            found.append(reply.error_message or said)
+            if reply.infer_response.outputs:
+                (raw,) = reply.infer_response.raw_output_contents
+                assert raw == np.full(2, float(said), np.float32).tobytes()
+        return found
+
+
+async def test_a_plain_request_comes_as_columns(server: Server) -> None:
+    async with Client(server) as client:
+        reply = client.infer(
+            asked(1, stepwell_revision=4, stepwell_request_id=9, timeout=60_000_000), timeout=_PATIENCE_S
+        )
+        columns = await server.columns()
+        assert columns.model == ("plain", "")
+        assert columns.session_ids == ["triton/plain/5"]
+        assert columns.expected is not None
+        assert columns.request_ids is not None
+        assert (columns.expected.tolist(), columns.request_ids.tolist()) == ([4], [9])
+        (tensor,) = columns.inputs
+        assert (tensor.name, tensor.dtype, list(tensor.tail)) == ("x", 1, [2])
+        assert SystemClock.monotonic() < columns.deadlines[0] <= SystemClock.monotonic() + 60
+        answer(columns)
+        said = pb.ModelInferResponse.FromString(await reply)
+        assert (said.model_name, said.model_version, said.id) == ("plain", "1", "1")
+        assert said.raw_output_contents == [np.ones(2, np.float32).tobytes()]
+        assert server.general.empty()
+
+
+@pytest.mark.parametrize("flags", [{"start": True}, {"end": True}])
+async def test_what_begins_or_ends_a_sequence_is_a_call(server: Server, flags: Any) -> None:
+    async with Client(server) as client:
+        said = pb.ModelInferResponse.FromString(await client.infer(asked(1, **flags), timeout=_PATIENCE_S))
+        assert said.id == "general 1"
+        assert server.taken.empty()
+
+
+async def test_replies_leave_in_the_order_of_the_requests_whoever_answers(server: Server) -> None:
+    """Two plain ones, then one that is not, and one more, which must not overtake it."""
+    server.may_answer.clear()
+    async with Client(server) as client:
+        await client.send(asked(1, sequence_id=1))
+        first = await server.columns()
+        await client.send(asked(2, sequence_id=2))
+        second = await server.columns()
+        await client.send(asked(3, sequence_id=3, start=True))
+        assert await server.handed_on() == "3"
+        await client.send(asked(4, sequence_id=3))
+        answer(second)
+        server.may_answer.set()
+        assert await server.handed_on() == "4", "what came before it has no answer yet"
+        answer(first)
+        assert await client.replies(4) == ["1", "2", "general 3", "general 4"]
+        await client.send(asked(5, sequence_id=3))
+        answer(await server.columns())
+        assert await client.replies(1) == ["5"]
+
+
+async def test_what_is_handed_back_is_served_as_a_message_in_its_place(server: Server) -> None:
+    async with Client(server) as client:
+        await client.send(asked(1, sequence_id=1))
+        first = await server.columns()
+        await client.send(asked(2, sequence_id=2))
+        second = await server.columns()
+        server.may_answer.clear()
+        second.replies.hand_back(only(0))
+        assert await server.handed_on() == "2"
+        # until it is answered the task reads no more, and what comes waits behind it
+        await client.send(asked(3, sequence_id=2))
+        first.replies.failed(None, Status(Code.INVALID_ARGUMENT, "no", ()), b"no good")
+        server.may_answer.set()
+        assert await client.replies(3) == ["no good", "general 2", "general 3"]
+
+
+async def test_what_came_before_it_was_handed_back_is_told_to_be_behind(server: Server) -> None:
+    async with Client(server) as client:
+        server.may_answer.clear()
+        await client.send(asked(1, sequence_id=1))
+        first = await server.columns()
+        await client.send(asked(2, sequence_id=2))
+        second = await server.columns()
+        await client.send(asked(3, sequence_id=2))
+        third = await server.columns()
+        assert not third.replies.behind()
+        first.replies.hand_back(only(0))
+        assert await server.handed_on() == "1"
+        second.replies.hand_back(only(0))  # its task is at work on the first one
+        assert third.replies.behind() == [0]
+        third.replies.hand_back(only(0))
+        server.may_answer.set()
+        assert await client.replies(3) == ["general 1", "general 2", "general 3"]
+        assert not third.replies.behind()
+
+
+async def test_a_call_that_is_handed_back_can_be_cancelled(server: Server) -> None:
+    server.on_take = lambda columns: columns.replies.hand_back(only(0))
+    server.may_answer.clear()
+    async with Client(server) as client:
+        call = client.infer(asked(1), timeout=_PATIENCE_S)
+        assert await server.handed_on() == "1"
+        call.cancel()
+        await asyncio.wait_for(server.cancelled.wait(), _PATIENCE_S)
+
+
+async def test_plain_requests_wait_until_what_came_before_them_on_their_connection_was_looked_at(
+    server: Server,
+) -> None:
+    """Calls of one connection, in one piece: a START, steps that are handed back, and a step of another model."""
+    looked_at: list[int] = []
+    done = asyncio.Event()
+
+    def taken(columns: StepColumns) -> None:
+        looked_at.append(server.general.qsize())
+        if columns.model == ("plain", ""):
+            columns.replies.hand_back(np.arange(len(columns.session_ids)))
+        else:
+            answer(columns)
+            done.set()
+
+    server.on_take = taken
+    with socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2]))) as connection:
+        connection.sendall(in_one_piece(asked(1, start=True), asked(2), asked(3), asked(4, model="other")))
+        await asyncio.wait_for(done.wait(), _PATIENCE_S)
+    assert looked_at == [1, 3]
+    assert [await server.handed_on() for _ in range(3)] == ["1", "2", "3"]
+
+
+def in_one_piece(*messages: bytes) -> bytes:
+    """A connection's bytes with a call of each message: gRPC's own clients do not promise an order of calls."""
+    headers = b"".join(
+        b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value
+        for name, value in (
+            (b":method", b"POST"),
+            (b":scheme", b"http"),
+            (b":authority", b"localhost"),
+            (b":path", f"/{SERVICE}/ModelInfer".encode()),
+            (b"content-type", b"application/grpc"),
+            (b"te", b"trailers"),
+        )
+    )
+    out = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
+    for index, message in enumerate(messages):
+        data = b"\x00" + len(message).to_bytes(4, "big") + message
+        out += frame(1, 0x4, 2 * index + 1, headers) + frame(0, 0x1, 2 * index + 1, data)
+    return out
+
+
+def frame(kind: int, flags: int, stream: int, body: bytes) -> bytes:
+    """Of HTTP/2."""
+    return len(body).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + body
+
+
+async def test_a_call_that_is_over_is_not_handed_back(server: Server) -> None:
+    async with Client(server) as client:
+        call = client.infer(asked(1), timeout=_PATIENCE_S)
+        columns = await server.columns()
+        call.cancel()
+        later = client.infer(asked(2), timeout=_PATIENCE_S)  # on the same connection: it comes after the end
+        answer(await server.columns())
+        await later
+        assert columns.replies.gone().tolist() == [0]
+        columns.replies.hand_back(only(0))
+        assert pb.ModelInferResponse.FromString(
+            await client.infer(asked(3, start=True), timeout=_PATIENCE_S)
+        ).id
+        assert await server.handed_on() == "3"
+
+
+async def test_a_stream_ends_when_all_its_plain_requests_are_answered(server: Server) -> None:
+    async with Client(server) as client:
+        await client.send(asked(1, sequence_id=1), asked(2, sequence_id=2))
+        batches = [await server.columns()]
+        while sum(len(columns.session_ids) for columns in batches) < 2:
+            batches.append(await server.columns())
+        await client.stream.done_writing()
+        for columns in reversed(batches):
+            for member in reversed(range(len(columns.session_ids))):
+                answer(columns, [member])
+        assert await client.replies(2) == ["1", "2"]
+        assert await client.stream.read() is grpc.aio.EOF
+        assert await client.stream.code() is grpc.StatusCode.OK

@@ -1,0 +1,327 @@
+"""Triton's requests that a front hands over as columns: what is done so, what is handed back, and what each is told."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine.api import Applied
+from stepwell_server.engine.change import Change
+from stepwell_server.engine.types import Members
+from stepwell_server.errors import Overloaded, SessionNotFound
+from stepwell_server.rpc.fronts.base import InputColumn, OutputColumn, StepColumns
+from stepwell_server.rpc.status import Status
+from stepwell_server.rpc.steps.columns import ColumnSteps
+from stepwell_server.rpc.triton.columns import RequestForm
+from stepwell_server.rpc.triton.inference import service_pb2 as pb
+from stepwell_server.rpc.triton.sequences import session_id_of
+from support.fake_call import Requests
+from support.fake_executor import PLAIN, RICH
+from support.triton_requests import Client, inference
+
+FLOAT32, INT32 = 1, 7
+
+
+class Batch:
+    """What became of each request. `ColumnReplies`; all of them are calls."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self.done: dict[int, Any] = {}
+        """The revision, or the status and what a stream is told."""
+        self.outputs: list[OutputColumn] = []
+        self.handed_back: list[int] = []
+        self.gone_members: list[int] = []
+        self.behind_members: list[int] = []
+
+    def applied(
+        self,
+        members: Members | None,
+        revisions: Any,
+        positions: Any,
+        outputs: Sequence[OutputColumn],
+        *,
+        replayed: bool,
+        version: str,
+    ) -> Sequence[float]:
+        assert version == "1"
+        assert not replayed
+        self.outputs.extend(outputs)
+        for member, revision in zip(self._members(members), revisions.tolist(), strict=True):
+            self._put(member, revision)
+        return [0.0] * len(positions)
+
+    def failed(self, members: Members | None, status: Status, error: bytes) -> Sequence[float]:
+        for member in self._members(members):
+            self._put(member, (status.code.name, error.decode()))
+        return [0.0] * len(self._members(members))
+
+    def hand_back(self, members: Members) -> None:
+        self.handed_back += members.tolist()
+
+    def behind(self) -> Sequence[int]:
+        return self.behind_members
+
+    def gone(self) -> Members:
+        return np.array(self.gone_members, np.intp)
+
+    def _put(self, member: int, what: object) -> None:
+        assert member not in self.done
+        assert member not in self.handed_back
+        self.done[member] = what
+
+    def _members(self, members: Members | None) -> list[int]:
+        return list(range(self._count)) if members is None else members.tolist()
+
+
+class Front:
+    """Hands over requests of sequences of a model."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.observer = Requests()
+        at = client.harness
+        self.steps = ColumnSteps(
+            at.engine,
+            at.clock,
+            1 << 20,
+            self.observer,
+            lambda columns: RequestForm(columns, client.inference, at.clock, self.observer),
+        )
+        self.changes: list[Change] = []
+        submit = at.engine.submit
+
+        def counted(change: Change) -> None:
+            self.changes.append(change)
+            submit(change)
+
+        at.engine.submit = counted
+
+    async def begin(self, *ids: int, model: str = "plain", rows: int = 1) -> None:
+        """START each."""
+        for one in ids:
+            await self.client.infer(np.ones((rows, 2), np.float32), model=model, sequence_id=one, start=True)
+        self.changes.clear()
+
+    def take(
+        self,
+        *ids: int,
+        model: tuple[str, str] = ("plain", ""),
+        sizes: Sequence[int] = (),
+        inputs: Sequence[InputColumn] = (),
+        outputs: Sequence[str] = (),
+        batch: Batch | None = None,
+        **columns: Any,
+    ) -> Batch:
+        """A step of each sequence."""
+        batch = batch or Batch(len(ids))
+        x = np.ones((sum(sizes) or len(ids), 2), np.float32)
+        self.steps.take(
+            StepColumns(
+                [session_id_of(model[0], one) for one in ids],
+                [f"caller of {one}" for one in ids],
+                np.array(sizes or [1] * len(ids), np.uint32),
+                False,
+                columns.get("expected"),
+                columns.get("request_ids"),
+                np.array(columns.get("deadlines", [np.inf] * len(ids))),
+                0,
+                outputs,
+                inputs or [InputColumn("x", FLOAT32, (2,), x.tobytes())],
+                [(at, 1, False) for at in range(len(ids))],
+                batch,
+                model,
+            )
+        )
+        return batch
+
+    def statistics(self) -> pb.InferStatistics:
+        return self.client.inference.model("plain", "").statistics.message().inference_stats
+
+
+@asynccontextmanager
+async def front(**options: Any) -> AsyncIterator[Front]:
+    async with inference(**options) as client:
+        yield Front(client)
+
+
+async def test_steps_of_sequences_that_go_on_are_one_change() -> None:
+    async with front() as at:
+        await at.begin(*range(1, 13))
+        before = at.statistics()
+        batch = at.take(*range(1, 13))
+        await at.client.harness.settled()
+        assert [change.size for change in at.changes] == [12]
+        assert batch.done == dict.fromkeys(range(12), 2)
+        assert not batch.handed_back
+        assert at.observer.done == [("ModelInfer", "OK")] * 12
+        assert at.statistics().success.count - before.success.count == 12
+        alone = at.take(3)
+        await at.client.harness.settled()
+        assert alone.done == {0: 3}
+
+
+@pytest.mark.parametrize(
+    "why", ["no session", "not begun", "reset", "another model", "other rows", "at work"]
+)
+async def test_what_is_not_so_is_handed_back_with_what_comes_behind_it(why: str) -> None:
+    """The others are still one change."""
+    async with front(programs={"plain": PLAIN, "other": PLAIN}) as at:
+        engine, harness = at.client.harness.engine, at.client.harness
+        await at.begin(1, 2, 4)
+        if why == "not begun":
+            await engine.open_session("plain", session_id="triton/plain/3")
+        elif why == "reset":
+            await at.begin(3)
+            await harness.submit("triton/plain/3", reset=True).only()
+        elif why == "another model":
+            await engine.open_session("other", session_id="triton/plain/3")
+            await harness.step("triton/plain/3", np.ones((1, 2), np.float32))
+        elif why == "other rows":
+            await at.begin(3, rows=2)
+        elif why == "at work":
+            await at.begin(3)
+            at.client.inference.sequences.enter("triton/plain/3")
+        at.changes.clear()
+        for ids in ([1, 3, 2, 3, 1, 4], [3, 1], [3]):
+            batch = at.take(*ids)
+            await harness.settled()
+            assert sorted(batch.handed_back) == [place for place, one in enumerate(ids) if one == 3]
+            assert sorted(batch.done) == [place for place, one in enumerate(ids) if one != 3]
+        assert at.changes[-1].size == 1
+        assert not at.observer.refusals
+
+
+async def test_one_whose_rows_are_wrong_keeps_its_sequences_later_requests_behind_it() -> None:
+    async with front() as at:
+        await at.begin(1, 2)
+        batch = at.take(1, 2, 1, sizes=[2, 1, 1])
+        await at.client.harness.settled()
+        assert (sorted(batch.handed_back), batch.done) == ([0, 2], {1: 2})
+        many = at.take(1, 2, sizes=[1025, 1])
+        assert many.handed_back == [0]
+
+
+async def test_what_waits_behind_others_is_handed_back() -> None:
+    """Of a stream that has messages nobody has read, or past its deadline, or a request that was an END's."""
+    async with front() as at:
+        await at.begin(1, 2, 3)
+        batch = Batch(3)
+        batch.behind_members = [1]
+        at.take(1, 2, 3, batch=batch)
+        now = at.client.harness.clock.monotonic()
+        late = at.take(1, 2, 3, deadlines=[np.inf, now, np.inf])
+        assert (batch.handed_back, late.handed_back) == ([1], [1])
+        await at.client.harness.settled()
+        ended = at.client.inference.sequences._ended
+        ended.put("triton/plain/1", 7, Applied(1, 1, {"y": np.zeros(1, np.float32)}, replayed=False))
+        expected, request_ids = np.full(2, 3, np.uint64), np.array([7, 8], np.uint64)
+        known = at.take(1, 3, expected=expected, request_ids=request_ids)
+        await at.client.harness.settled()
+        assert (known.handed_back, known.done) == ([0], {1: 4})
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"model": ("nothing", "")},
+        {"model": ("plain", "2")},
+        {"outputs": ["q"]},
+        {"outputs": ["y", "y"]},
+        {"inputs": [InputColumn("x", INT32, (2,), bytes(8))]},
+        {"inputs": [InputColumn("q", FLOAT32, (2,), bytes(8))]},
+        {"inputs": [InputColumn("x", FLOAT32, (3,), bytes(12))]},
+        {"inputs": [InputColumn("x", FLOAT32, (1, 1, 2), bytes(8))]},
+        {"inputs": [InputColumn("x", FLOAT32, (), bytes(4))]},
+        {"inputs": [InputColumn(name, FLOAT32, (2,), bytes(8)) for name in ("x", "q")]},
+    ],
+)
+async def test_what_fits_no_model_is_handed_back(said: Any) -> None:
+    async with front() as at:
+        await at.begin(1)
+        batch = at.take(1, **said)
+        assert (batch.handed_back, batch.done, at.changes) == ([0], {}, [])
+
+
+@pytest.mark.stores("awaited")
+async def test_of_a_store_that_must_be_asked_all_is_handed_back(store_kind: str) -> None:
+    """Whether a sequence has begun is what the store says."""
+    async with front() as at:
+        await at.begin(1, 2)
+        assert at.take(1, 2).handed_back == [0, 1]
+
+
+async def test_outputs_are_those_that_were_asked_for() -> None:
+    """One number is a dimension of one."""
+    async with front(programs={"rich": RICH}) as at:
+        first = [
+            ("x", np.ones((1, 2), np.float32)),
+            ("token", np.ones((1, 1), np.int32)),
+            ("gain", np.ones((1, 1), np.float32)),
+        ]
+        await at.client.infer(*first, model="rich", sequence_id=1, start=True)
+        inputs = [
+            InputColumn("gain", FLOAT32, (1,), np.ones(1, np.float32).tobytes()),
+            InputColumn("x", FLOAT32, (3, 2), np.ones(6, np.float32).tobytes()),
+            InputColumn("token", INT32, (3, 1), np.ones(3, np.int32).tobytes()),
+        ]
+        for outputs, shapes in (
+            ((), [("y", (3, 2)), ("head", (3,))]),
+            (("head", "y"), [("head", (3,)), ("y", (3, 2))]),
+        ):
+            batch = at.take(1, model=("rich", "1"), inputs=inputs, outputs=outputs)
+            await at.client.harness.settled()
+            assert [(output.name, tuple(output.tail)) for output in batch.outputs] == shapes
+
+
+async def test_each_failure_is_told_in_tritons_words() -> None:
+    async with front() as at:
+        await at.begin(1, 2, 3)
+        inside = at.client.harness.inside
+        x = np.array([[1, 1], [1, np.nan], [1, 1]], np.float32)
+        batch = at.take(1, 2, 3, inputs=[InputColumn("x", FLOAT32, (2,), x.tobytes())])
+        name = "triton/plain/3"
+        inside.removal.forget(int(inside.handle(name)[0]), SessionNotFound(name, "gone"))
+        await at.client.harness.settled()
+        assert batch.done[0] == 2
+        assert batch.done[1][0] == batch.done[2][0] == "INVALID_ARGUMENT"
+        assert "index [0, 1]" in batch.done[1][1]
+        assert batch.done[2][1].startswith(
+            "inference request for sequence 3 to model 'plain' must specify the START"
+        )
+        assert at.observer.refusals == {"INVALID_INPUT": 2}
+        assert at.statistics().fail.count == 2
+
+
+async def test_too_much_is_refused_as_triton_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with front() as at:
+        await at.begin(1, 2)
+
+        def full(_change: Change) -> None:
+            raise Overloaded("too much waits", retry_after_s=1.0)
+
+        monkeypatch.setattr(at.client.harness.engine, "submit", full)
+        batch = at.take(1, 2)
+        assert batch.done == dict.fromkeys(
+            range(2), ("UNAVAILABLE", "Exceeds maximum queue size: too much waits")
+        )
+
+
+async def test_a_defect_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with front() as at:
+        await at.begin(1, 2)
+
+        def broken(*_: Any) -> None:
+            raise RuntimeError("a defect")
+
+        monkeypatch.setattr(at.client.harness.engine, "submit", broken)
+        batch = at.take(1, 9, 2)
+        assert {code for code, _ in batch.done.values()} == {"INTERNAL"}
+        monkeypatch.setattr(at.client.inference, "model", broken)
+        batch = at.take(1, 2)
+        assert sorted(batch.done) == [0, 1]
+        assert batch.done[0][1].startswith("internal error")
