@@ -5,9 +5,8 @@ What one of them reads by itself the other lets protobuf read, so each is the ot
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -16,38 +15,20 @@ import pytest
 
 from stepwell.v1 import models_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
-from support import served, wire
+from support import fronts, wire
+from support.fronts import FRONTS, Outcome, called
 from support.wire import SERVICE, Wire, tensor
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("stepwell_front") is None, reason="no native front was built here"
 )
-FRONTS = ("native", "python")
-Outcome = tuple[Any, ...]
 
 
 @pytest.fixture(scope="module")
-def both() -> Iterator[dict[str, Wire]]:
+def both() -> Iterator[Mapping[str, Wire]]:
     """A server on each front, and a client of each."""
-    with contextlib.ExitStack() as stack:
-        wires = {}
-        for front in FRONTS:
-            server = stack.enter_context(
-                served.local_server("seq", "multi", extra_args=["--store", "memory", "--front", front])
-            )
-            wires[front] = stack.enter_context(Wire(server.address))
-            assert f"front={front}" in server.logs()
+    with fronts.serve("seq", "multi") as wires:
         yield wires
-
-
-def called(one: Wire, rpc: str, raw: bytes, *, timeout: float = 100, **options: Any) -> Outcome:
-    """How a unary call of these bytes ends: the reply's bytes, or status, reason, message and facts."""
-    call: Any = one.channel.unary_unary(f"/{SERVICE}/{rpc}")
-    try:
-        return ("OK", call(raw, timeout=timeout, **options))
-    except grpc.RpcError as error:
-        refused = wire.of_call(error)
-        return refused.code, refused.reason, refused.message, dict(refused.metadata)
 
 
 def streamed(one: Wire, frames: list[bytes]) -> tuple[dict[int, Any], object]:
@@ -76,14 +57,14 @@ def _merge(members: dict[int, Any], part: pb.StepStreamResponse) -> None:
             members[member] = (error.error.code, error.error.reason, error.error.message)
 
 
-def same(both: dict[str, Wire], rpc: str, message: Any, **options: Any) -> Outcome:
+def same(both: Mapping[str, Wire], rpc: str, message: Any, **options: Any) -> Outcome:
     raw = message if isinstance(message, bytes) else message.SerializeToString()
     native, python = (called(both[front], rpc, raw, **options) for front in FRONTS)
     assert native == python, rpc
     return native
 
 
-def opened(both: dict[str, Wire], *session_ids: str, batch_size: int = 1, model: str = "seq") -> None:
+def opened(both: Mapping[str, Wire], *session_ids: str, batch_size: int = 1, model: str = "seq") -> None:
     for one in both.values():
         for session_id in session_ids:
             one.open(model, session_id, batch_size)
@@ -131,7 +112,7 @@ STEPS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("session", ["there", "not there", "without a name"])
-def test_steps_are_answered_alike(both: dict[str, Wire], session: str) -> None:
+def test_steps_are_answered_alike(both: Mapping[str, Wire], session: str) -> None:
     name = {"there": "one", "not there": "nobody", "without a name": ""}[session]
     if session == "there":
         opened(both, "one")
@@ -139,7 +120,7 @@ def test_steps_are_answered_alike(both: dict[str, Wire], session: str) -> None:
         same(both, "Step", pb.StepRequest(session_id=name, **fields))
 
 
-def test_a_retry_is_answered_alike(both: dict[str, Wire]) -> None:
+def test_a_retry_is_answered_alike(both: Mapping[str, Wire]) -> None:
     opened(both, "retried")
     request = pb.StepRequest(session_id="retried", inputs=[tensor(X[:1])], expected_revision=0, request_id=77)
     first = same(both, "Step", request)
@@ -151,7 +132,7 @@ def test_a_retry_is_answered_alike(both: dict[str, Wire]) -> None:
     assert same(both, "Step", request)[0] == "ABORTED"
 
 
-def test_several_rows_and_several_inputs_are_answered_alike(both: dict[str, Wire]) -> None:
+def test_several_rows_and_several_inputs_are_answered_alike(both: Mapping[str, Wire]) -> None:
     opened(both, "rows", batch_size=3)
     same(both, "Step", pb.StepRequest(session_id="rows", inputs=[tensor(X[:3])]))
     same(both, "Step", pb.StepRequest(session_id="rows", inputs=[tensor(X[:2])]))
@@ -172,7 +153,7 @@ def test_several_rows_and_several_inputs_are_answered_alike(both: dict[str, Wire
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_damaged_requests_are_answered_alike(both: dict[str, Wire], seed: int) -> None:
+def test_damaged_requests_are_answered_alike(both: Mapping[str, Wire], seed: int) -> None:
     """Bytes changed, left out and added, in requests of every kind."""
     rng = np.random.default_rng(seed)
     opened(both, f"damaged {seed}")
@@ -197,7 +178,7 @@ def test_damaged_requests_are_answered_alike(both: dict[str, Wire], seed: int) -
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_stream_of_all_kinds_of_frames_is_answered_alike(both: dict[str, Wire], seed: int) -> None:
+def test_a_stream_of_all_kinds_of_frames_is_answered_alike(both: Mapping[str, Wire], seed: int) -> None:
     """Sent without waiting: what each session was sent is done in that order, whoever reads which frame."""
     rng = np.random.default_rng(100 + seed)
     ids = [f"{seed} {index}" for index in range(5)]
@@ -241,7 +222,7 @@ def _frame(rng: np.random.Generator, number: int, ids: list[str]) -> bytes:
     return frame.SerializeToString()
 
 
-def test_frames_that_name_one_session_or_use_one_id_twice_are_refused_alike(both: dict[str, Wire]) -> None:
+def test_frames_that_name_one_session_or_use_one_id_twice_are_refused_alike(both: Mapping[str, Wire]) -> None:
     """Beside others of their kind, with which they come at the same time."""
     ids = [f"beside {index}" for index in range(6)]
     opened(both, *ids)
@@ -256,7 +237,7 @@ def test_frames_that_name_one_session_or_use_one_id_twice_are_refused_alike(both
 @pytest.mark.parametrize("front", FRONTS)
 @pytest.mark.parametrize("kinds", [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_an_id_is_that_of_one_unanswered_frame(
-    both: dict[str, Wire], front: str, kinds: tuple[int, int]
+    both: Mapping[str, Wire], front: str, kinds: tuple[int, int]
 ) -> None:
     """A long frame is under way; another has its id. Of each kind: plain, and one with a mask of rows to reset."""
     name = f"id {kinds}"
@@ -274,7 +255,7 @@ def test_an_id_is_that_of_one_unanswered_frame(
     assert list(second.revisions) == [1]
 
 
-def test_a_message_over_the_limit_ends_a_stream_alike(both: dict[str, Wire]) -> None:
+def test_a_message_over_the_limit_ends_a_stream_alike(both: Mapping[str, Wire]) -> None:
     """However it comes: the rest of it is no message."""
     opened(both, "large")
     x = np.zeros((1, (64 << 20) // 4, 3), np.float16)
@@ -286,7 +267,7 @@ def test_a_message_over_the_limit_ends_a_stream_alike(both: dict[str, Wire]) -> 
         assert "larger than max" in end.message
 
 
-def test_a_stream_ends_alike(both: dict[str, Wire]) -> None:
+def test_a_stream_ends_alike(both: Mapping[str, Wire]) -> None:
     opened(both, "ending")
     good = wire.step_frame(1, ["ending"], [tensor(X[:1])]).SerializeToString()
     for frames in ([], [good], [b"\xff\xff"], [good, b"\x07"]):
@@ -294,7 +275,7 @@ def test_a_stream_ends_alike(both: dict[str, Wire]) -> None:
         assert native[1] == python[1]
 
 
-def test_metadata_and_encodings_make_no_difference(both: dict[str, Wire]) -> None:
+def test_metadata_and_encodings_make_no_difference(both: Mapping[str, Wire]) -> None:
     opened(both, "encoded")
     request = pb.StepRequest(session_id="encoded", inputs=[tensor(np.zeros((1, 400, 3), np.float32))])
     for options in (
@@ -307,13 +288,15 @@ def test_metadata_and_encodings_make_no_difference(both: dict[str, Wire]) -> Non
 
 
 @pytest.mark.parametrize("path", ["/stepwell.v1.SessionService/None", "/nothing/at/all", "/nothing/"])
-def test_what_is_not_served_is_unimplemented_on_both(both: dict[str, Wire], path: str) -> None:
+def test_what_is_not_served_is_unimplemented_on_both(both: Mapping[str, Wire], path: str) -> None:
     for one in both.values():
         service, _, method = path.strip("/").partition("/")
         assert one.refused_bytes(method, b"", service).code == "UNIMPLEMENTED"
 
 
-def test_a_step_and_a_reset_keep_their_order_on_streams_that_have_just_begun(both: dict[str, Wire]) -> None:
+def test_a_step_and_a_reset_keep_their_order_on_streams_that_have_just_begun(
+    both: Mapping[str, Wire],
+) -> None:
     """One of them is plain and the other is not: what the front does with each differs."""
     opened(both, "in order")
     step = wire.step_frame(1, ["in order"], [tensor(X[:1, 0])])
@@ -329,7 +312,7 @@ def test_a_step_and_a_reset_keep_their_order_on_streams_that_have_just_begun(bot
             assert revisions[1] < revisions[2] < revisions[3]
 
 
-def test_calls_that_are_cancelled_together_end_nobody_elses(both: dict[str, Wire]) -> None:
+def test_calls_that_are_cancelled_together_end_nobody_elses(both: Mapping[str, Wire]) -> None:
     opened(both, "cancelled", "bystander")
     long = wire.step_frame(
         1, ["bystander"], [tensor(np.zeros((1, 300_000, 3), np.float16))], outputs=pb.OUTPUT_SELECTION_NONE
