@@ -13,7 +13,7 @@ from stepwell_server.engine.api import Applied
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import Overloaded, SessionNotFound
-from stepwell_server.rpc.fronts.base import InputColumn, OutputColumn, StepColumns
+from stepwell_server.rpc.fronts.base import F64, InputColumn, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Status
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.triton.columns import RequestForm
@@ -47,18 +47,18 @@ class Batch:
         *,
         replayed: bool,
         version: str,
-    ) -> Sequence[float]:
+    ) -> F64:
         assert version == "1"
         assert not replayed
         self.outputs.extend(outputs)
         for member, revision in zip(self._members(members), revisions.tolist(), strict=True):
             self._put(member, revision)
-        return [0.0] * len(positions)
+        return np.zeros(len(positions))
 
-    def failed(self, members: Members | None, status: Status, error: bytes) -> Sequence[float]:
+    def failed(self, members: Members | None, status: Status, error: bytes) -> F64:
         for member in self._members(members):
             self._put(member, (status.code.name, error.decode()))
-        return [0.0] * len(self._members(members))
+        return np.zeros(len(self._members(members)))
 
     def hand_back(self, members: Members) -> None:
         self.handed_back += members.tolist()
@@ -132,7 +132,7 @@ class Front:
                 0,
                 outputs,
                 inputs or [InputColumn("x", FLOAT32, (2,), x.tobytes())],
-                [(at, 1, False) for at in range(len(ids))],
+                np.ones(len(ids), np.uint32),
                 batch,
                 model,
             )
