@@ -12,9 +12,10 @@ import grpc.aio
 import numpy as np
 import pytest
 
+from stepwell_server.addresses import Address
 from stepwell_server.clock import SystemClock
 from stepwell_server.engine.types import Members
-from stepwell_server.rpc.fronts.base import Call, Method, OutputColumn, StepColumns
+from stepwell_server.rpc.fronts.base import Call, ConnectionAge, Method, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Code, Status
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from support.triton_requests import request
@@ -38,8 +39,14 @@ class Server:
         self.cancelled = asyncio.Event()
         self.address = ""
 
+    def hold(self) -> None:
+        """Nothing is put together here."""
+
     def take(self, columns: StepColumns) -> None:
         self.on_take(columns)
+
+    def go(self) -> None:
+        """What was taken is done already."""
 
     def too_large(self, size: int) -> Status:
         return Status(Code.RESOURCE_EXHAUSTED, f"{size} bytes", ())
@@ -81,12 +88,12 @@ async def server() -> AsyncIterator[Server]:
     from stepwell_server.rpc.fronts.native import NativeFront
 
     server = Server()
-    front = NativeFront(SystemClock(), 1 << 20)
+    front = NativeFront(SystemClock(), 1 << 20, ConnectionAge())
     methods = [
         Method(SERVICE, "ModelInfer", server.unary),
         Method(SERVICE, "ModelStreamInfer", server.stream, streams=True),
     ]
-    server.address = f"127.0.0.1:{await front.start('127.0.0.1', 0, methods, server)}"
+    server.address = str(await front.start(Address("127.0.0.1", 0), methods, server, None))
     try:
         yield server
     finally:

@@ -7,7 +7,7 @@ every protocol; what differs between them is a `Form`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
