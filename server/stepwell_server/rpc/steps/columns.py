@@ -257,8 +257,10 @@ def _rows_of(columns: StepColumns, members: Members) -> Members:
 
 def _messages_of(columns: StepColumns, members: Members) -> list[_Message]:
     """The messages that have some of the members."""
+    if not len(members):
+        return []
     if len(columns.counts) == 1:
-        return [(0, len(columns.session_ids))] if len(members) else []
+        return [(0, len(columns.session_ids))]
     ends = np.cumsum(columns.counts)
     places = np.unique(np.searchsorted(ends, members, side="right"))
     counts = columns.counts[places]
