@@ -11,6 +11,7 @@
     ├── RevisionConflict      the session is at another revision than expected
     ├── ModelNotFound         no model is served under that name
     ├── ModelMismatch         the state belongs to another model
+    ├── SessionSetUnknown     the stream knows no set of that number
     ├── Overloaded            no room now; come back after retry_after_s
     ├── Unavailable           the server cannot do it now (stopping, store away)
     │   └── StoreGone         what is kept cannot be reached any more: the server ends
@@ -114,6 +115,12 @@ class ModelMismatch(ServerError):
     """The state belongs to a model of another fingerprint."""
 
     reason = "MODEL_MISMATCH"
+
+
+class SessionSetUnknown(ServerError):
+    """The stream knows no set of sessions of that number; nothing changed. Name the sessions by their ids."""
+
+    reason = "SESSION_SET_UNKNOWN"
 
 
 class Overloaded(ServerError):

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stepwell_server.rpc.fronts.base import SessionSet
+
 
 class Requests:
     """A `RequestObserver` that remembers."""
@@ -47,6 +49,7 @@ class FakeCall:
         self.client_reads = asyncio.Event()
         self.client_reads.set()
         self.reads = 0
+        self.sets: dict[int, SessionSet] = {}
 
     def send(self, *messages: Any) -> None:
         """The client sends messages; bytes go as they are."""
@@ -66,3 +69,9 @@ class FakeCall:
     async def write(self, reply: bytes) -> None:
         await self.client_reads.wait()
         self.replies.put_nowait(reply)
+
+    def know_set(self, number: int, known: SessionSet | None) -> None:
+        if known is None:
+            del self.sets[number]
+        else:
+            self.sets[number] = known

@@ -13,6 +13,7 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1 import tensors_pb2
 from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.sessions import SessionServicer
+from stepwell_server.rpc.steps.sets import SetRoom
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 from support.engine import Harness, running
 from support.fake_call import FakeCall, Requests
@@ -50,7 +51,9 @@ class Streams:
         self.at = at
         self.context = FakeCall()
         self.observer = Requests()
-        self.stream = FrameStream(at.engine, at.clock, 1 << 20, _LIMITS, self.observer, self.context)
+        self.stream = FrameStream(
+            at.engine, at.clock, 1 << 20, _LIMITS, self.observer, SetRoom(), self.context
+        )
         boundary = Boundary(self.observer, max_message_bytes=1 << 20)
         servicer = SessionServicer(at.engine, at.clock, 1 << 20, _LIMITS, self.observer)
         self._serve_call = boundary.unary("Step", servicer.step, pb.StepRequest)

@@ -2,6 +2,7 @@
 
 use crate::call::Call;
 use crate::plain::Step;
+use crate::sets::{Ids, SessionSet};
 use bytes::Bytes;
 use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, RandomState};
@@ -93,6 +94,8 @@ pub struct Entry {
     pub count: u32,
     /// Sessions without an answer.
     pub left: AtomicU32,
+    /// One number may stand for all sessions in its answer.
+    pub is_short: bool,
     /// Bytes of the message.
     pub held: usize,
 }
@@ -101,10 +104,10 @@ pub struct Entry {
 #[derive(Debug)]
 pub struct Batch {
     pub signature: Signature,
-    /// The ids one after the other.
-    pub ids: String,
-    /// Where each of them ends.
-    pub id_ends: Vec<u32>,
+    /// The sessions, if they are those of one set.
+    pub set: Option<Arc<SessionSet>>,
+    /// Else their ids.
+    ids: Ids,
     pub sizes: Vec<u32>,
     pub expected: Vec<u64>,
     pub request_ids: Vec<u64>,
@@ -119,8 +122,8 @@ impl Batch {
     fn new(step: &Step<'_>) -> Self {
         Batch {
             signature: Signature::of(step),
-            ids: String::new(),
-            id_ends: Vec::new(),
+            set: None,
+            ids: Ids::default(),
             sizes: Vec::new(),
             expected: Vec::new(),
             request_ids: Vec::new(),
@@ -139,7 +142,8 @@ impl Batch {
         held: usize,
         request: Option<Request>,
     ) {
-        let count = step.session_ids.len();
+        let count = step.count();
+        self.push_ids(step);
         self.entries.push(Entry {
             call,
             frame_id,
@@ -147,12 +151,9 @@ impl Batch {
             first: self.sizes.len() as u32,
             count: count as u32,
             left: AtomicU32::new(count as u32),
+            is_short: step.set.is_some(),
             held,
         });
-        for id in &step.session_ids {
-            self.ids.push_str(id);
-            self.id_ends.push(self.ids.len() as u32);
-        }
         self.sizes.extend_from_slice(&step.sizes);
         self.expected.extend_from_slice(&step.expected);
         self.request_ids.extend_from_slice(&step.request_ids);
@@ -162,14 +163,20 @@ impl Batch {
         }
     }
 
+    fn push_ids(&mut self, step: &Step<'_>) {
+        if self.entries.is_empty() && step.set.is_some() {
+            self.set.clone_from(&step.set);
+            return;
+        }
+        if let Some(set) = self.set.take() {
+            self.ids.append(&set.ids);
+        }
+        step.for_each_id(|id| self.ids.push(id));
+    }
+
     /// The ids, in their order.
     pub fn session_ids(&self) -> impl Iterator<Item = &str> {
-        let mut start = 0;
-        self.id_ends.iter().map(move |end| {
-            let id = &self.ids[start..*end as usize];
-            start = *end as usize;
-            id
-        })
+        self.set.as_ref().map_or(&self.ids, |set| &set.ids).iter()
     }
 }
 
@@ -277,7 +284,7 @@ impl Arrivals {
     ) {
         let at = self.batch_for(step);
         if self.open.len() > 1 {
-            let hashes: Vec<u64> = step.session_ids.iter().map(|id| self.hasher.hash_one(*id)).collect();
+            let hashes = self.hashes(step);
             self.open[at].1.extend(hashes);
         }
         let index = self.open[at].0;
@@ -286,9 +293,15 @@ impl Arrivals {
         }
     }
 
+    fn hashes(&self, step: &Step<'_>) -> Vec<u64> {
+        let mut hashes = Vec::with_capacity(step.count());
+        step.for_each_id(|id| hashes.push(self.hasher.hash_one(id)));
+        hashes
+    }
+
     /// The place in `open` of the batch that a step goes to.
     fn batch_for(&mut self, step: &Step<'_>) -> usize {
-        let count = step.session_ids.len();
+        let count = step.count();
         let found = self.open.iter().position(|(index, _)| match &self.all[*index] {
             Arrival::Batch(batch) => batch.signature.fits(step) && batch.sizes.len() + count <= MOST_IN_BATCH,
             _ => false,
@@ -296,11 +309,7 @@ impl Arrivals {
         if let Some(at) = found {
             let later = &self.open[at + 1..];
             let overtakes = !later.is_empty()
-                && step
-                    .session_ids
-                    .iter()
-                    .map(|id| self.hasher.hash_one(*id))
-                    .any(|hash| later.iter().any(|(_, hashes)| hashes.contains(&hash)));
+                && self.hashes(step).iter().any(|hash| later.iter().any(|(_, hashes)| hashes.contains(hash)));
             if !overtakes {
                 return at;
             }
@@ -360,6 +369,42 @@ mod tests {
             push(&mut arrivals, &format!("s{number}"), (number % 2 * 4) as u8, number);
         }
         assert_eq!(arrivals.take(usize::MAX).0.len(), 2);
+    }
+
+    #[test]
+    fn a_set_alone_stands_for_its_ids_and_beside_others_goes_with_them() {
+        let mut arrivals = Arrivals::default();
+        let set = SessionSet::for_test(&["a", "b"], &[]);
+        let push_set = |arrivals: &mut Arrivals| {
+            let step = Step {
+                set: Some(set.clone()),
+                tensors: vec![Tensor { name: "", dtype: 8, shape: vec![2], data: &[0; 16] }],
+                sizes: vec![1, 1],
+                ..Step::default()
+            };
+            arrivals.push_step(Arc::new(Call::for_test()), Some(1), &step, f64::INFINITY, 0);
+        };
+        let take = |arrivals: &mut Arrivals| match arrivals.take(usize::MAX).0.pop() {
+            Some(Arrival::Batch(batch)) => batch,
+            _ => unreachable!("a batch was taken"),
+        };
+        push_set(&mut arrivals);
+        let alone = take(&mut arrivals);
+        assert!(alone.set.as_ref().is_some_and(|own| Arc::ptr_eq(own, &set)));
+        assert_eq!(alone.session_ids().collect::<Vec<_>>(), ["a", "b"]);
+        push_set(&mut arrivals);
+        push(&mut arrivals, "c", 0, 1);
+        push_set(&mut arrivals);
+        let among = take(&mut arrivals);
+        assert!(among.set.is_none());
+        assert_eq!(among.session_ids().collect::<Vec<_>>(), ["a", "b", "c", "a", "b"]);
+        let short: Vec<_> = among.entries.iter().map(|entry| (entry.first, entry.is_short)).collect();
+        assert_eq!(short, [(0, true), (2, false), (3, true)]);
+        push(&mut arrivals, "a", 0, 1);
+        push(&mut arrivals, "z", 2, 2);
+        push(&mut arrivals, "b", 2, 3);
+        push_set(&mut arrivals);
+        assert_eq!(arrivals.take(usize::MAX).0.len(), 3, "a set overtakes none of its sessions");
     }
 
     #[test]

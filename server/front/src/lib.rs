@@ -23,6 +23,7 @@ mod python;
 mod reply;
 mod serve;
 mod server;
+mod sets;
 mod tls;
 mod triton;
 mod triton_reply;

@@ -4,6 +4,8 @@
 //! plain and goes to Python with its bytes, which knows every rule and every message text.
 
 use crate::protobuf::{Fields, NotPlain, Value};
+use crate::sets::SessionSet;
+use std::sync::Arc;
 
 /// Most sessions of one message that are read here.
 pub const MOST_MEMBERS: usize = 65_536;
@@ -24,6 +26,8 @@ pub struct Tensor<'a> {
 #[derive(Debug, Default)]
 pub struct Step<'a> {
     pub session_ids: Vec<&'a str>,
+    /// The sessions, in place of `session_ids`.
+    pub set: Option<Arc<SessionSet>>,
     pub tensors: Vec<Tensor<'a>>,
     /// One per session, or none.
     pub expected: Vec<u64>,
@@ -71,8 +75,11 @@ impl<'a> Step<'a> {
         step.checked()
     }
 
-    /// A `StepStreamRequest` and its frame id.
-    pub fn of_frame(message: &'a [u8]) -> Result<(u64, Self), NotPlain> {
+    /// A `StepStreamRequest` and its frame id. `sets`: what the stream means by a number.
+    pub fn of_frame(
+        message: &'a [u8],
+        sets: impl FnOnce(u32) -> Option<Arc<SessionSet>>,
+    ) -> Result<(u64, Self), NotPlain> {
         let mut frame_id = 0;
         let mut frame = None;
         let mut fields = Fields::new(message);
@@ -83,7 +90,7 @@ impl<'a> Step<'a> {
                 _ => return Err(NotPlain),
             }
         }
-        let step = Step::of_frame_body(frame.ok_or(NotPlain)?)?;
+        let step = Step::of_frame_body(frame.ok_or(NotPlain)?, sets)?;
         Ok((frame_id, step))
     }
 
@@ -101,8 +108,12 @@ impl<'a> Step<'a> {
         }
     }
 
-    fn of_frame_body(message: &'a [u8]) -> Result<Self, NotPlain> {
+    fn of_frame_body(
+        message: &'a [u8],
+        sets: impl FnOnce(u32) -> Option<Arc<SessionSet>>,
+    ) -> Result<Self, NotPlain> {
         let mut step = Step::default();
+        let (mut set, mut expected, mut request_id_base) = (0, None, 0);
         let mut fields = Fields::new(message);
         while let Some((number, value)) = fields.next()? {
             match (number, value) {
@@ -119,17 +130,70 @@ impl<'a> Step<'a> {
                     }
                 }
                 (9, Value::Bytes(name)) => step.output_names.push(text(name)?),
+                (13, Value::Varint(number)) => set = u32::try_from(number).map_err(|_| NotPlain)?,
+                (14, Value::Varint(revision)) => expected = Some(revision),
+                (15, Value::Fixed64(base)) => request_id_base = base,
                 _ => return Err(NotPlain),
             }
         }
+        if set != 0 {
+            step.take_set(sets(set).ok_or(NotPlain)?)?;
+        }
+        step.take_numbers(expected, request_id_base)?;
         let rows = step.rows()?;
         step.says_sizes = !step.sizes.is_empty();
-        if step.sizes.is_empty() && rows == step.session_ids.len() {
+        if step.sizes.is_empty() && rows == step.count() {
             step.sizes.resize(rows, 1);
-        } else if step.sizes.is_empty() && step.session_ids.len() == 1 {
+        } else if step.sizes.is_empty() && step.count() == 1 {
             step.sizes.push(u32::try_from(rows).map_err(|_| NotPlain)?);
         }
         step.checked()
+    }
+
+    fn take_set(&mut self, set: Arc<SessionSet>) -> Result<(), NotPlain> {
+        if !self.session_ids.is_empty() || !self.sizes.is_empty() {
+            return Err(NotPlain);
+        }
+        self.sizes.extend_from_slice(&set.sizes);
+        self.set = Some(set);
+        Ok(())
+    }
+
+    /// One number that stands for one of each session.
+    fn take_numbers(&mut self, expected: Option<u64>, request_id_base: u64) -> Result<(), NotPlain> {
+        let count = self.count();
+        if let Some(revision) = expected {
+            if !self.expected.is_empty() {
+                return Err(NotPlain);
+            }
+            self.expected.resize(count, revision);
+        }
+        if request_id_base != 0 {
+            let last = request_id_base.checked_add((count as u64).saturating_sub(1)).ok_or(NotPlain)?;
+            if !self.request_ids.is_empty() {
+                return Err(NotPlain);
+            }
+            self.request_ids.extend(request_id_base..=last);
+        }
+        Ok(())
+    }
+
+    /// Sessions that it names.
+    pub fn count(&self) -> usize {
+        self.set.as_ref().map_or(self.session_ids.len(), |set| set.ids.len())
+    }
+
+    pub fn for_each_id(&self, then: impl FnMut(&str)) {
+        match &self.set {
+            Some(set) => set.ids.iter().for_each(then),
+            None => self.session_ids.iter().copied().for_each(then),
+        }
+    }
+
+    fn leaves_an_id_out(&self) -> bool {
+        let mut found = false;
+        self.for_each_id(|id| found |= id.is_empty());
+        found
     }
 
     /// Rows of its tensors.
@@ -145,12 +209,12 @@ impl<'a> Step<'a> {
 
     /// As it is, if its parts fit each other.
     pub fn checked(self) -> Result<Self, NotPlain> {
-        let count = self.session_ids.len();
+        let count = self.count();
         let rows = self.rows()?;
         let fits = |length: usize| length == 0 || length == count;
         if count == 0
             || count > MOST_MEMBERS
-            || self.session_ids.iter().any(|id| id.is_empty())
+            || self.leaves_an_id_out()
             || self.sizes.len() != count
             || self.sizes.contains(&0)
             || self.sizes.iter().map(|size| *size as usize).sum::<usize>() != rows
@@ -333,7 +397,7 @@ pub mod tests {
         put_number(&mut body, 6, 250);
         put_packed(&mut body, 7, &[1, 2, 1]);
         let message = frame(&body);
-        let (frame_id, step) = Step::of_frame(&message).unwrap();
+        let (frame_id, step) = Step::of_frame(&message, |_| None).unwrap();
         assert_eq!(frame_id, 5);
         assert_eq!(step.session_ids, ["a", "b", "c"]);
         assert_eq!(step.expected, [1, 2, 300]);
@@ -348,7 +412,7 @@ pub mod tests {
             put_bytes(&mut body, 1, id.as_bytes());
         }
         put_bytes(&mut body, 2, &tensor(3, 2, &[0; 24]));
-        assert!(Step::of_frame(&frame(&body)).is_err());
+        assert!(Step::of_frame(&frame(&body), |_| None).is_err());
     }
 
     #[test]
@@ -359,14 +423,72 @@ pub mod tests {
         }
         put_bytes(&mut body, 2, &tensor(2, 2, &[0; 16]));
         put_packed(&mut body, 3, &[1]);
-        assert!(Step::of_frame(&frame(&body)).is_err());
+        assert!(Step::of_frame(&frame(&body), |_| None).is_err());
+    }
+
+    fn set_frame(rows: usize) -> BytesMut {
+        let mut body = BytesMut::new();
+        put_bytes(&mut body, 2, &tensor(rows, 2, &vec![0; rows * 8]));
+        put_number(&mut body, 13, 7);
+        body
+    }
+
+    fn put_base(body: &mut BytesMut, base: u64) {
+        body.put_slice(&[15 << 3 | 1]);
+        body.put_u64_le(base);
+    }
+
+    #[test]
+    fn a_set_stands_for_its_ids() {
+        let mut body = set_frame(3);
+        put_number(&mut body, 14, 9);
+        put_base(&mut body, u64::MAX - 1);
+        let message = frame(&body);
+        let known = SessionSet::for_test(&["a", "b"], &[1, 2]);
+        let find = |number| (number == 7).then(|| known.clone());
+        let (_, step) = Step::of_frame(&message, find).unwrap();
+        let mut ids = Vec::new();
+        step.for_each_id(|id| ids.push(id.to_owned()));
+        assert_eq!(ids, ["a", "b"]);
+        assert_eq!((&step.sizes[..], step.says_sizes), (&[1, 2][..], true));
+        assert_eq!(step.expected, [9, 9]);
+        assert_eq!(step.request_ids, [u64::MAX - 1, u64::MAX]);
+        assert!(Step::of_frame(&message, |_| None).is_err(), "a set that is not known");
+    }
+
+    #[test]
+    fn what_is_said_twice_is_not_plain() {
+        let known = SessionSet::for_test(&["a", "b"], &[]);
+        let read = |change: &dyn Fn(&mut BytesMut)| {
+            let mut body = set_frame(2);
+            change(&mut body);
+            Step::of_frame(&frame(&body), |_| Some(known.clone())).map(|_| ())
+        };
+        assert_eq!(read(&|_| ()), Ok(()));
+        let twice: [&dyn Fn(&mut BytesMut); 6] = [
+            &|body| put_bytes(body, 1, b"a"),
+            &|body| put_packed(body, 7, &[1, 1]),
+            &|body| put_number(body, 12, 8),
+            &|body| {
+                put_number(body, 14, 1);
+                put_packed(body, 3, &[1, 1]);
+            },
+            &|body| {
+                put_base(body, 1);
+                put_bytes(body, 4, &[1; 16]);
+            },
+            &|body| put_base(body, u64::MAX), // the second session's would be 2^64
+        ];
+        for change in twice {
+            assert_eq!(read(change), Err(NotPlain));
+        }
     }
 
     proptest! {
         #[test]
         fn any_bytes_are_read_or_not(bytes: Vec<u8>) {
             let _ = Step::of_request(&bytes);
-            let _ = Step::of_frame(&bytes);
+            let _ = Step::of_frame(&bytes, |_| Some(SessionSet::for_test(&["a"], &[])));
         }
 
         #[test]

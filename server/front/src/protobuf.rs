@@ -103,6 +103,14 @@ pub fn put_number(out: &mut BytesMut, field: u32, value: u64) {
     }
 }
 
+/// A varint field that says whether it is there, so that 0 is written as well.
+pub fn put_optional(out: &mut BytesMut, field: u32, value: Option<u64>) {
+    if let Some(value) = value {
+        put_varint(out, u64::from(field << 3));
+        put_varint(out, value);
+    }
+}
+
 /// The key and the size of a field of bytes.
 pub fn put_header(out: &mut BytesMut, field: u32, size: usize) {
     put_varint(out, u64::from(field << 3 | 2));

@@ -9,6 +9,7 @@ use crate::columns::{Arrival, Batch, Entry};
 use crate::grpc::{self, Status};
 use crate::reply::{self, Answer, Output};
 use crate::server::{self, Limits, Listener, Method, Plain, Shared, Stage};
+use crate::sets::{Ids, SessionSet};
 use crate::tls::{self, Unusable};
 use bytes::Bytes;
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
@@ -30,6 +31,7 @@ enum Command {
     Write(Arc<Call>, Bytes, Option<u64>),
     End(Arc<Call>, Status),
     Read(Arc<Call>, usize),
+    KnowSet(Arc<Call>, u32, Option<Arc<SessionSet>>),
 }
 
 /// Where they go. They are counted from here on until they are carried out.
@@ -54,6 +56,7 @@ fn carry_out(command: Command) {
         Command::Write(call, message, number) => call.write(&message, number),
         Command::End(call, status) => call.end(status),
         Command::Read(call, count) => call.read(count),
+        Command::KnowSet(call, number, set) => call.know_set(number, set),
     }
 }
 
@@ -303,15 +306,19 @@ impl Front {
         seen: u64,
         peers: &mut Peers<'py>,
     ) -> PyResult<Bound<'py, PyTuple>> {
-        let ids = PyList::new_bound(
-            py,
-            batch.session_ids().map(|id| PyString::new_bound(py, id)).collect::<Vec<_>>(),
-        );
+        let ids = match batch.set.as_ref().and_then(|set| set.list.as_ref()?.downcast_ref::<Py<PyList>>()) {
+            Some(list) => list.bind(py).clone(),
+            None => PyList::new_bound(
+                py,
+                batch.session_ids().map(|id| PyString::new_bound(py, id)).collect::<Vec<_>>(),
+            ),
+        };
         let callers = PyList::empty_bound(py);
         for entry in &batch.entries {
             let peer = &entry.call.peer;
             let name = peers.entry(peer.number).or_insert_with(|| PyString::new_bound(py, &peer.name));
-            for _ in 0..entry.count {
+            let count = if batch.entries.len() == 1 { 1 } else { entry.count };
+            for _ in 0..count {
                 callers.append(&*name)?;
             }
         }
@@ -352,13 +359,13 @@ fn bytes_of<'py, T: Copy, const N: usize>(
     column: &[T],
     bytes: impl Fn(T) -> [u8; N],
 ) -> Bound<'py, PyBytes> {
-    let flat: Vec<u8> = column.iter().flat_map(|value| bytes(*value)).collect();
+    let mut flat = Vec::with_capacity(column.len() * N);
+    column.iter().for_each(|value| flat.extend_from_slice(&bytes(*value)));
     PyBytes::new_bound(py, &flat)
 }
 
-fn numbers(column: &[u8]) -> Vec<u64> {
-    let number = |bytes: &[u8]| u64::from_ne_bytes(bytes.try_into().unwrap_or_default());
-    column.chunks_exact(8).map(number).collect()
+fn numbers_of<T, const N: usize>(column: &[u8], number: impl Fn([u8; N]) -> T) -> Vec<T> {
+    column.chunks_exact(N).filter_map(|bytes| bytes.try_into().ok()).map(number).collect()
 }
 
 /// Tells a call from all others that Python knows of.
@@ -444,6 +451,31 @@ impl CallHandle {
     fn read(&self, count: usize) {
         self.send(Command::Read(self.call.clone(), count));
     }
+
+    /// What the client means by a number in messages that are read from now on. `sizes`: rows of each as uint32, or
+    /// empty; `held_bytes`: what it takes.
+    fn know_set(
+        &self,
+        number: u32,
+        list: Bound<'_, PyList>,
+        sizes: &[u8],
+        held_bytes: usize,
+    ) -> PyResult<()> {
+        let mut ids = Ids::default();
+        for id in &list {
+            ids.push(&id.downcast::<PyString>()?.to_cow()?);
+        }
+        let sizes = numbers_of(sizes, u32::from_ne_bytes);
+        let held = &self.commands.shared.held;
+        let set = SessionSet::new(ids, sizes, Some(Box::new(list.unbind())), held, held_bytes);
+        self.send(Command::KnowSet(self.call.clone(), number, Some(Arc::new(set))));
+        Ok(())
+    }
+
+    /// Nothing any more.
+    fn forget_set(&self, number: u32) {
+        self.send(Command::KnowSet(self.call.clone(), number, None));
+    }
 }
 
 impl CallHandle {
@@ -480,7 +512,8 @@ impl BatchHandle {
         version: String,
     ) -> Bound<'py, PyBytes> {
         let ended = self.ended(py, members.as_deref());
-        let (revisions, positions) = (numbers(revisions), numbers(positions));
+        let revisions = numbers_of(revisions, u64::from_ne_bytes);
+        let positions = numbers_of(positions, u64::from_ne_bytes);
         let count = members.as_ref().map_or(self.batch.sizes.len(), Vec::len);
         let rows = match &members {
             None => self.batch.sizes.iter().map(|size| *size as usize).sum(),

@@ -2,7 +2,7 @@
 
 use crate::columns::{Batch, Entry};
 use crate::grpc::{put_prefix, Status};
-use crate::protobuf::{put_bytes, put_header, put_number, put_packed, put_varint, varint_size};
+use crate::protobuf::{put_bytes, put_header, put_number, put_optional, put_packed, put_varint, varint_size};
 use crate::triton_reply;
 use bytes::{BufMut, Bytes, BytesMut};
 use std::ops::Range;
@@ -149,13 +149,20 @@ impl Part<'_> {
         } else {
             put_indexes(&mut out, 2, places);
         }
-        put_packed(&mut out, 4, self.revisions);
-        put_packed(&mut out, 5, self.positions);
+        let (revisions, positions) = (alike(entry, self.revisions), alike(entry, self.positions));
+        if revisions.is_none() {
+            put_packed(&mut out, 4, self.revisions);
+        }
+        if positions.is_none() {
+            put_packed(&mut out, 5, self.positions);
+        }
         self.put_outputs(&mut out, 6);
         if self.replayed {
             put_indexes(&mut out, 7, places);
         }
         put_number(&mut out, 9, u64::from(last));
+        put_optional(&mut out, 11, revisions);
+        put_optional(&mut out, 12, positions);
         with_prefix(out)
     }
 
@@ -201,6 +208,12 @@ fn put_tensor(out: &mut BytesMut, field: u32, output: &Output, rows: u64, data: 
     if !data.is_empty() {
         put_bytes(out, 4, data);
     }
+}
+
+/// The number that may stand for all of them.
+fn alike(entry: &Entry, numbers: &[u64]) -> Option<u64> {
+    let first = *numbers.first()?;
+    (entry.is_short && numbers.iter().all(|number| *number == first)).then_some(first)
 }
 
 fn failed_part(frame_id: u64, entry: &Entry, places: &[u32], error: &[u8], last: bool) -> Bytes {

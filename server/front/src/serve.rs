@@ -403,7 +403,8 @@ impl Served {
         if self.shared.all_general.load(Ordering::Relaxed) {
             return false;
         }
-        let Ok((frame_id, step)) = Step::of_frame(message) else { return false };
+        let sets = |number| self.call.state().sets.get(&number).cloned();
+        let Ok((frame_id, step)) = Step::of_frame(message, sets) else { return false };
         {
             let mut state = self.call.state();
             if !state.unread.is_empty() || state.end.is_some() {

@@ -82,7 +82,7 @@ pub struct Shared {
     /// Replies that are not on their way.
     pub unwritten: Arc<AtomicUsize>,
     /// Bytes of messages and replies in memory.
-    pub held: AtomicUsize,
+    pub held: Arc<AtomicUsize>,
     /// Bytes of plain messages that Python has not taken.
     pub queued: AtomicUsize,
     /// Streams that wait for it to take some.
@@ -104,7 +104,7 @@ impl Shared {
             abandoned: AtomicU64::new(0),
             commands: AtomicUsize::new(0),
             unwritten: Arc::default(),
-            held: AtomicUsize::new(0),
+            held: Arc::default(),
             queued: AtomicUsize::new(0),
             readers: Mutex::default(),
             arrivals: Mutex::new(Arrivals::default()),

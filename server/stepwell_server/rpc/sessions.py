@@ -11,6 +11,7 @@ from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.pages import from_token, to_token
 from stepwell_server.rpc.steps import messages
+from stepwell_server.rpc.steps.sets import SetRoom
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class SessionServicer:
         self._clock = clock
         self._max_reply_bytes = max_reply_bytes
         self._limits = limits
+        self._set_room = SetRoom()
         self._streams: set[FrameStream] = set()
         self._stopping = False
 
@@ -142,7 +144,13 @@ class SessionServicer:
     async def step_stream(self, call: Call) -> None:
         """Advance many sessions at once, frame by frame."""
         stream = FrameStream(
-            self._engine, self._clock, self._max_reply_bytes, self._limits, self._observer, call
+            self._engine,
+            self._clock,
+            self._max_reply_bytes,
+            self._limits,
+            self._observer,
+            self._set_room,
+            call,
         )
         self._streams.add(stream)
         if self._stopping:

@@ -45,6 +45,7 @@ CODES: dict[type[errors.ServerError], Code] = {
     errors.ModelNotFound: Code.NOT_FOUND,
     errors.ServiceNotFound: Code.NOT_FOUND,
     errors.ModelMismatch: Code.FAILED_PRECONDITION,
+    errors.SessionSetUnknown: Code.FAILED_PRECONDITION,
     errors.Overloaded: Code.RESOURCE_EXHAUSTED,
     errors.Unavailable: Code.UNAVAILABLE,
     errors.DeadlineExceeded: Code.DEADLINE_EXCEEDED,

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.addresses import Address, UnixAddress
+from stepwell_server.core.slots import Rows
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.rpc.fronts.certificates import Certificates
 from stepwell_server.rpc.status import Status
@@ -27,6 +28,18 @@ class CallEnded(Exception):
     def __init__(self, status: Status) -> None:
         super().__init__(status.code.name, status.message)
         self.status = status
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SessionSet:
+    """Sessions that a stream names by a number."""
+
+    ids: list[str]
+    """Nobody changes it: the same list is named by every step."""
+    sizes: Rows | None
+    """Rows of each; None: the client does not say."""
+    held_bytes: int
+    """What it takes in memory, about."""
 
 
 class Call(Protocol):
@@ -64,6 +77,12 @@ class Call(Protocol):
 
     def write(self, reply: bytes) -> Coroutine[Any, Any, None]:
         """Send a reply of a stream. It is begun when the coroutine is, and ends when the reply is on its way."""
+
+    def know_set(self, number: int, known: SessionSet | None) -> None:
+        """What the client means by a number, until it is told anew; None: nothing any more.
+
+        A front may make use of it for messages that it reads after those which it has handed over.
+        """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -151,8 +170,9 @@ class StepColumns:
     """
 
     session_ids: list[str]
+    """Nobody changes it: it may be that of a `SessionSet`."""
     callers: list[str]
-    """As `Call.caller`, one per session."""
+    """As `Call.caller`, one per session, or one where there is one message."""
     sizes: npt.NDArray[np.uint32]
     """Rows of each session in the tensors."""
     says_sizes: bool

@@ -24,6 +24,7 @@ from stepwell_server.rpc.fronts.base import (
     InputColumn,
     Method,
     OutputColumn,
+    SessionSet,
     StepColumns,
     Steps,
 )
@@ -120,6 +121,13 @@ class _Call:
     def is_behind(self) -> bool:
         """It has messages that nobody has read yet."""
         return bool(self._messages)
+
+    def know_set(self, number: int, known: SessionSet | None) -> None:
+        if known is None:
+            self._handle.forget_set(number)
+        else:
+            sizes = b"" if known.sizes is None else known.sizes.astype(np.uint32).tobytes()
+            self._handle.know_set(number, known.ids, sizes, known.held_bytes)
 
     def came(self, message: bytes | None, number: int | None = None) -> None:
         """A message of the client, and the number of its reply where those leave in order; None: there are no more."""

@@ -12,7 +12,7 @@ import grpc.aio
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock
 from stepwell_server.rpc.fronts import unix_socket
-from stepwell_server.rpc.fronts.base import BindError, CallEnded, ConnectionAge, Method, Steps
+from stepwell_server.rpc.fronts.base import BindError, CallEnded, ConnectionAge, Method, SessionSet, Steps
 from stepwell_server.rpc.fronts.certificates import Certificates
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
@@ -55,6 +55,9 @@ class _Call:
 
     def write(self, reply: bytes) -> Coroutine[Any, Any, None]:
         return self._context.write(reply)
+
+    def know_set(self, number: int, known: SessionSet | None) -> None:
+        """See `base.Call`. Every message is handed over as it is."""
 
 
 class PythonFront:

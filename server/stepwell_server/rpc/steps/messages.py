@@ -13,6 +13,7 @@ from stepwell_server.engine.types import U64, Members, Tensors
 from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.status import to_proto
+from stepwell_server.rpc.steps.sets import StreamSets, request_ids_from
 
 FrameBody = pb.StepFrame | pb.ResetFrame
 #: Bytes that a member of a reply takes beside its outputs: index, revision, position, replayed index.
@@ -79,7 +80,7 @@ def _say_once(change: Change, request: pb.StepRequest | pb.ResetStatesRequest) -
 
 
 def body_of(request: pb.StepStreamRequest) -> FrameBody:
-    """What a frame asks for.
+    """What a frame asks for beside what it forgets.
 
     Raises:
         InvalidInput: nothing.
@@ -90,17 +91,21 @@ def body_of(request: pb.StepStreamRequest) -> FrameBody:
     return request.step if kind == "step" else request.reset
 
 
-def of_frame(body: FrameBody, replies: Replies) -> Change:
+def of_frame(body: FrameBody, replies: Replies, sets: StreamSets) -> Change:
     """The change that a frame asks for.
 
     Raises:
         InvalidInput: it is none.
+        SessionSetUnknown: it is one of a set that is not known.
     """
-    ids = list(body.session_ids)
-    change = Change(ids, replies)
-    change.expected = convert.to_numbers(body.expected_revisions, np.uint64, "expected_revisions", len(ids))
-    change.request_ids = convert.to_numbers(body.request_ids, np.uint64, "request_ids", len(ids))
-    change.batch_sizes = convert.to_numbers(body.batch_sizes, np.intp, "batch_sizes", len(ids))
+    if body.session_set:
+        _require_left_out("session_set", body, "session_ids", "batch_sizes", "declare_set")
+        known = sets.get(body.session_set)
+        change = Change(known.ids, replies, batch_sizes=known.sizes)
+    else:
+        change = Change(list(body.session_ids), replies)
+        change.batch_sizes = convert.to_numbers(body.batch_sizes, np.intp, "batch_sizes", change.size)
+    _say_once_each(change, body)
     if isinstance(body, pb.StepFrame):
         change.inputs = convert.to_arrays(body.inputs, "inputs")
         _say_step(change, body)
@@ -109,6 +114,35 @@ def of_frame(body: FrameBody, replies: Replies) -> Change:
         change.reset = True
         change.state = convert.to_optional_arrays(body.state, "state")
     return change
+
+
+def _say_once_each(change: Change, body: FrameBody) -> None:
+    count = change.size
+    if body.HasField("expected_revision"):
+        _require_left_out("expected_revision", body, "expected_revisions")
+        change.expected = np.full(count, body.expected_revision, np.uint64)
+    else:
+        change.expected = convert.to_numbers(
+            body.expected_revisions, np.uint64, "expected_revisions", count
+        )
+    if body.request_id_base:
+        _require_left_out("request_id_base", body, "request_ids")
+        change.request_ids = request_ids_from(body.request_id_base, count)
+    else:
+        change.request_ids = convert.to_numbers(body.request_ids, np.uint64, "request_ids", count)
+
+
+def _require_left_out(said: str, body: FrameBody, *others: str) -> None:
+    for other in others:
+        value: int | Sequence[int | str] = getattr(body, other)
+        if value:
+            what = value if isinstance(value, int) else f"{len(value)} of them"
+            raise InvalidInput(f"{other} must be left out where {said} is given; got {what}")
+
+
+def has_short_reply(body: FrameBody) -> bool:
+    """Whether its sender understands one number for all sessions."""
+    return bool(body.session_set or body.declare_set)
 
 
 def same_frame_id(frame_id: int) -> InvalidInput:
@@ -139,15 +173,21 @@ def applied_part(
     *,
     replayed: bool,
     last: bool,
+    is_short: bool = False,
+    declared_set: int = 0,
 ) -> bytes:
     """The part of a frame's reply for members that were applied; None: all of the frame's."""
     response = pb.StepStreamResponse(
-        frame_id=frame_id,
-        all_members=members is None,
-        revisions=revisions.tolist(),
-        positions=positions.tolist(),
-        last=last,
+        frame_id=frame_id, all_members=members is None, last=last, declared_set=declared_set
     )
+    if is_short and _are_alike(revisions):
+        response.revision = int(revisions[0])
+    else:
+        response.revisions.extend(revisions.tolist())
+    if is_short and _are_alike(positions):
+        response.position = int(positions[0])
+    else:
+        response.positions.extend(positions.tolist())
     if members is not None:
         response.members.extend(members.tolist())
     convert.add_tensors(response.outputs, outputs)
@@ -156,8 +196,21 @@ def applied_part(
     return response.SerializeToString()
 
 
-def failed_part(frame_id: int, members: Members | None, error: ServerError, *, last: bool) -> bytes:
+def failed_part(
+    frame_id: int, members: Members | None, error: ServerError, *, last: bool, declared_set: int = 0
+) -> bytes:
     """The part of a frame's reply for members that failed alike; None: all of the frame's."""
     indexes = () if members is None else members.tolist()
     errors = [pb.MemberError(members=indexes, error=to_proto(error))]
-    return pb.StepStreamResponse(frame_id=frame_id, errors=errors, last=last).SerializeToString()
+    return pb.StepStreamResponse(
+        frame_id=frame_id, errors=errors, last=last, declared_set=declared_set
+    ).SerializeToString()
+
+
+def forgotten_part(frame_id: int) -> bytes:
+    """The reply to a frame that only forgets sets."""
+    return pb.StepStreamResponse(frame_id=frame_id, last=True).SerializeToString()
+
+
+def _are_alike(numbers: U64) -> bool:
+    return bool(numbers[0] == numbers[-1]) and bool((numbers == numbers[0]).all())

@@ -15,11 +15,13 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from stepwell.v1 import sessions_pb2 as pb
+from stepwell_server.engine.intake.validation import require_lists
 from stepwell_server.engine.types import U64, Members, Tensors
 from stepwell_server.errors import ServerError, Unavailable
 from stepwell_server.logs import Log
 from stepwell_server.rpc.boundary import parse
 from stepwell_server.rpc.steps import messages
+from stepwell_server.rpc.steps.sets import SetRoom, StreamSets
 from stepwell_server.rpc.steps.write_queue import WriteQueue
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ class FrameStream:
         max_reply_bytes: int,
         limits: StreamLimits,
         observer: RequestObserver,
+        room: SetRoom,
         call: Call,
     ) -> None:
         self._engine = engine
@@ -63,6 +66,7 @@ class FrameStream:
         self._observer = observer
         self._call = call
         self._caller = call.caller
+        self._sets = StreamSets(room, call)
         self._pending: dict[int, _Frame] = {}
         """Frames without their last part."""
         self._held_frames = 0
@@ -94,6 +98,7 @@ class FrameStream:
             self.is_over = True
             self._reader.cancel()
             self._replies.close()
+            self._sets.close()
             # Its own error, if it has one, has either ended the stream or comes too late to matter.
             await asyncio.gather(self._reader, return_exceptions=True)
 
@@ -157,9 +162,17 @@ class FrameStream:
             self._refuse(frame, error)
 
     def _submit(self, request: pb.StepStreamRequest, frame: _Frame) -> None:
+        if request.forget_sets:
+            self._sets.forget(request.forget_sets)
+            if request.WhichOneof("change") is None:
+                return self.answer(frame, messages.forgotten_part(frame.frame_id), last=True)
         body = messages.body_of(request)
-        change = messages.of_frame(body, frame)
+        change = messages.of_frame(body, frame, self._sets)
         frame.size = frame.left = change.size
+        frame.is_short = messages.has_short_reply(body)
+        if body.declare_set:
+            require_lists(change)  # what is refused now would be refused for ever
+            frame.declared_set = self._sets.declare(body.declare_set, change.session_ids, change.batch_sizes)
         change.caller, change.deadline = self._caller, self._deadline_of(body)
         messages.limit_reply(change, self._max_reply_bytes)
         frame.change = change
@@ -192,7 +205,10 @@ class FrameStream:
     def _refuse(self, frame: _Frame, error: ServerError) -> None:
         """Answer a frame of which nothing was done."""
         self.refused(error, frame.size or 1)
-        self._reply(frame, messages.failed_part(frame.frame_id, None, error, last=True), last=True)
+        part = messages.failed_part(
+            frame.frame_id, None, error, last=True, declared_set=frame.declared_set
+        )
+        self._reply(frame, part, last=True)
 
     def _reply(self, frame: _Frame, reply: bytes, *, last: bool) -> None:
         self._replies.put(reply, frame.held_bytes if last else _NOT_LAST)
@@ -215,7 +231,7 @@ class FrameStream:
 class _Frame:
     """A frame whose last part is not written yet: the replies to its change."""
 
-    __slots__ = ("_stream", "change", "frame_id", "held_bytes", "left", "size")
+    __slots__ = ("_stream", "change", "declared_set", "frame_id", "held_bytes", "is_short", "left", "size")
 
     def __init__(self, stream: FrameStream, frame_id: int, held_bytes: int) -> None:
         self._stream = stream
@@ -227,6 +243,10 @@ class _Frame:
         """Sessions that it names; 0 if it could not be read."""
         self.left = 0
         """Those of them without an answer."""
+        self.is_short = False
+        """Its sender understands one number for all sessions."""
+        self.declared_set = 0
+        """The set that it has made known; 0: none."""
 
     def applied(
         self, members: Members, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
@@ -242,6 +262,8 @@ class _Frame:
                 outputs,
                 replayed=replayed,
                 last=last,
+                is_short=self.is_short,
+                declared_set=self.declared_set,
             )
             self._stream.answer(self, part, last=last)
 
@@ -250,7 +272,9 @@ class _Frame:
         last = self._is_last(len(members))
         if not self._stream.is_over:
             self._stream.refused(error, len(members))
-            part = messages.failed_part(self.frame_id, self._named(members), error, last=last)
+            part = messages.failed_part(
+                self.frame_id, self._named(members), error, last=last, declared_set=self.declared_set
+            )
             self._stream.answer(self, part, last=last)
 
     def cancelled(self, members: Members) -> Members:
