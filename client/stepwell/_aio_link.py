@@ -13,6 +13,7 @@ import grpc
 from stepwell import _channel
 from stepwell._flow import Exchange
 from stepwell._in_flight import Answer, Sink
+from stepwell._sets import StreamSets
 from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2
 
@@ -47,9 +48,7 @@ class AsyncLink:
     def post(self, ask: Exchange, sink: Sink) -> Callable[[], None]:
         """Sends a frame without waiting for its reply; `_in_flight.Link` has the rules."""
         stream = self._open_stream()
-        frame_id = stream.new_frame_id()
-        stream.send(frame_id, ask.request(frame_id), sink)
-        return functools.partial(stream.forget, frame_id)
+        return functools.partial(stream.forget, stream.send(ask, sink))
 
     def _open_stream(self) -> _Stream:
         if self._closed:
@@ -78,6 +77,7 @@ class _Stream:
     def __init__(self, stub: Any) -> None:
         self._outbox: asyncio.Queue[sessions_pb2.StepStreamRequest | None] = asyncio.Queue()
         self._sinks: dict[int, Sink] = {}
+        self._sets = StreamSets()
         self._frame_ids = itertools.count(1)
         self.error: StepwellError | None = None
         self._call: Any = stub.StepStream(self._requests())
@@ -87,18 +87,17 @@ class _Stream:
         while (request := await self._outbox.get()) is not None:
             yield request
 
-    def new_frame_id(self) -> int:
-        """An id for a frame."""
-        return next(self._frame_ids)
-
     def forget(self, frame_id: int) -> None:
         """Unregisters the sink of a frame."""
         self._sinks.pop(frame_id, None)
 
-    def send(self, frame_id: int, request: sessions_pb2.StepStreamRequest, sink: Sink) -> None:
-        """Queues a frame; `sink` is called with the parts of its reply, or with the error."""
+    def send(self, ask: Exchange, sink: Sink) -> int:
+        """Queues a frame; `sink` is called with the parts of its reply, or with the error. Returns its id."""
+        frame_id = next(self._frame_ids)
+        request = ask.request(frame_id, self._sets)
         self._sinks[frame_id] = sink
         self._outbox.put_nowait(request)
+        return frame_id
 
     async def _read(self) -> None:
         error: StepwellError = UnavailableError("the server ended the stream")

@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 
 from stepwell._frames import Frame, Part
 from stepwell._retry import Attempts, Deadline, RepliesTooLargeError, RetryPolicy
+from stepwell._sets import StreamSets
 from stepwell._steps import Step, Stepped, read
 from stepwell.errors import InvalidInputError, StepwellError
 from stepwell.v1 import sessions_pb2
@@ -47,13 +48,13 @@ class Exchange:
     on_part: Callable[[Part], None]
     max_message_bytes: int
 
-    def request(self, frame_id: int) -> sessions_pb2.StepStreamRequest:
-        """The message to send.
+    def request(self, frame_id: int, sets: StreamSets) -> sessions_pb2.StepStreamRequest:
+        """The message to send, on the stream whose sets these are.
 
         Raises:
             InvalidInputError: The message exceeds the limit.
         """
-        message = self.frame.request(frame_id, self.deadline)
+        message = self.frame.request(frame_id, self.deadline, sets)
         check_size("a frame", message, self.max_message_bytes)
         return message
 

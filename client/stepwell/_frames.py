@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from stepwell import errors
 from stepwell._retry import Deadline
-from stepwell._status import from_message
-from stepwell._tensors import Array, Packed, to_messages, unpack_all
+from stepwell._sets import Naming, SessionSet, StreamSets
+from stepwell._status import SET_UNKNOWN, from_message
+from stepwell._tensors import Array, Packed, to_messages, view_all
 from stepwell.v1 import sessions_pb2
 
 Indexes = npt.NDArray[np.intp]
@@ -48,7 +49,7 @@ class Part:
     revisions: Counts
     positions: Counts
     outputs: dict[str, Array]
-    """Rows of the applied members one after the other."""
+    """Rows of the applied members one after the other; to be copied before they are given away."""
     failures: Mapping[int, errors.StepwellError]
 
 
@@ -56,7 +57,13 @@ class Frame:
     """A change of many sessions. It may take several rounds; each sends the members that are unsettled."""
 
     def __init__(
-        self, change: Change, ids: Sequence[str], rows: Indexes, expected: Counts, request_ids: Counts
+        self,
+        change: Change,
+        ids: Sequence[str],
+        rows: Indexes,
+        expected: Counts,
+        request_ids: Counts,
+        named: SessionSet | None = None,
     ) -> None:
         """A frame before its first round.
 
@@ -66,31 +73,49 @@ class Frame:
             rows: Rows of each member.
             expected: Revision each must have.
             request_ids: Random and non-zero, one each, the same in every round.
+            named: The sessions, if a stream may know them by a number. Their request ids then count up by 1.
         """
         self._change = change
         self._ids = ids
         self._rows = rows
         self._expected = expected
         self._request_ids = request_ids
+        self._named = named
+        self._naming: Naming | None = None
+        """What this round's stream calls them; None: they are named by their ids."""
         self._open = np.ones(len(ids), np.bool_)
-        self._sent: Indexes = np.arange(len(ids))
+        self._all: Indexes = np.arange(len(ids))
+        self._sent = self._all
         self._waiting: dict[int, errors.StepwellError] = {}
         self.round_over = False
         """The last part of this round's reply was received."""
 
     def again(self) -> Frame:
         """The same frame before its first round: same members, same request ids."""
-        return Frame(self._change, self._ids, self._rows, self._expected, self._request_ids)
+        return Frame(self._change, self._ids, self._rows, self._expected, self._request_ids, self._named)
 
     def __len__(self) -> int:
         return len(self._ids)
 
-    def request(self, frame_id: int, deadline: Deadline) -> sessions_pb2.StepStreamRequest:
-        """Begins a round: the message with all members that are still unsettled."""
-        self._sent = np.flatnonzero(self._open)
+    def request(
+        self, frame_id: int, deadline: Deadline, sets: StreamSets | None = None
+    ) -> sessions_pb2.StepStreamRequest:
+        """Begins a round: the message with all members that are still unsettled.
+
+        Args:
+            frame_id: Its number on the stream.
+            deadline: Members that still wait then are dropped.
+            sets: What the stream calls its sets; None: it knows none.
+        """
+        self._sent = self._all if self._open.all() else np.flatnonzero(self._open)
         self._waiting = {}
         self.round_over = False
+        self._naming = None
         message = _pb.StepStreamRequest(frame_id=frame_id)
+        if sets is not None:
+            message.forget_sets.extend(sets.unneeded())
+            if self._named is not None and self._sent is self._all:
+                self._naming = sets.name(self._named)
         if self._change.kind == "step":
             frame = message.step
             frame.inputs.extend(to_messages(self._tensors()))
@@ -102,16 +127,27 @@ class Frame:
         return message
 
     def _fill(self, frame: sessions_pb2.StepFrame | sessions_pb2.ResetFrame, deadline: Deadline) -> None:
-        everyone = len(self._sent) == len(self._ids)
-        frame.session_ids.extend(self._ids if everyone else [self._ids[i] for i in self._sent])
+        frame.timeout_ms = _timeout_ms(deadline.remaining_s())
+        naming = self._naming
+        if naming is not None and naming.is_known:
+            frame.session_set = naming.number
+            frame.request_id_base = int(self._request_ids[0])
+            if (self._expected == self._expected[0]).all():
+                frame.expected_revision = int(self._expected[0])
+            else:
+                frame.expected_revisions.extend(self._expected.tolist())
+            return
+        if naming is not None and naming.is_known is None:
+            frame.declare_set = naming.number
+        everyone = self._sent is self._all
+        frame.session_ids.extend(self._ids if everyone else [self._ids[i] for i in self._sent.tolist()])
         frame.expected_revisions.extend(self._expected[self._sent].tolist())
         frame.request_ids.extend(self._request_ids[self._sent].tolist())
         # As this side knows them, so that a member that is gone, or replaced, cannot shift the others' rows.
         frame.batch_sizes.extend(self._rows[self._sent].tolist())
-        frame.timeout_ms = _timeout_ms(deadline.remaining_s())
 
     def _tensors(self) -> tuple[Packed, ...]:
-        if len(self._sent) == len(self._ids):
+        if self._sent is self._all:
             return self._change.tensors
         rows = np.flatnonzero(np.repeat(self._open, self._rows))
         return tuple(_take(tensor, rows) for tensor in self._change.tensors)
@@ -122,30 +158,50 @@ class Frame:
         Raises:
             InternalError: The part contradicts the frame.
         """
-        applied = self._sent if response.all_members else self._members(response.members)
-        revisions, positions = _counts(response.revisions), _counts(response.positions)
+        if self._naming is not None:
+            self._naming.answered(response.declared_set)
+        applied = self._applied(response)
+        count = len(applied)
+        said = response.HasField
+        revisions = _same(response.revision, count) if said("revision") else _counts(response.revisions)
+        positions = _same(response.position, count) if said("position") else _counts(response.positions)
         if not len(applied) == len(revisions) == len(positions):
             raise errors.InternalError(
                 f"the server sent a part with {len(applied)} members, {len(revisions)} revisions and "
                 f"{len(positions)} positions"
             )
-        self._open[applied] = False
-        failures = self._failures(response)
+        self._open[_slice(applied)] = False
+        failures = self._failures(response) if response.errors else {}
         if response.last:
             self.round_over = True
             self._expect_all(failures)
-        return Part(applied, revisions, positions, unpack_all(response.outputs), failures)
+        return Part(applied, revisions, positions, view_all(response.outputs), failures)
+
+    def _applied(self, response: sessions_pb2.StepStreamResponse) -> Indexes:
+        if response.all_members:
+            return self._sent
+        if not response.member_count:
+            return self._members(response.members)
+        first, past = response.first_member, response.first_member + response.member_count
+        if past > len(self._sent):
+            raise self._outside()
+        return self._sent[first:past]
+
+    def _outside(self) -> errors.InternalError:
+        return errors.InternalError(f"the server answered members outside of a frame of {len(self._sent)}")
 
     def _members(self, members: Sequence[int]) -> Indexes:
         indexes = np.fromiter(members, np.intp, len(members))
         if len(indexes) and not 0 <= indexes.min() <= indexes.max() < len(self._sent):
-            raise errors.InternalError(f"the server answered members outside of a frame of {len(self._sent)}")
+            raise self._outside()
         return self._sent[indexes]
 
     def _failures(self, response: sessions_pb2.StepStreamResponse) -> dict[int, errors.StepwellError]:
         failures: dict[int, errors.StepwellError] = {}
         for entry in response.errors:
             error = from_message(entry.error)
+            if error.reason == SET_UNKNOWN and self._naming is not None:
+                self._naming.lost()
             # One exception object per member: raising an exception changes it.
             for i in (self._members(entry.members) if entry.members else self._sent).tolist():
                 into = self._waiting if isinstance(error, _RETRYABLE) else failures
@@ -192,25 +248,34 @@ class Gathered:
 
     def add(self, part: Part) -> None:
         """Adds one part."""
-        self.applied[part.applied] = True
-        self.revisions[part.applied] = part.revisions
-        self.positions[part.applied] = part.positions
+        members = _slice(part.applied)
+        self.applied[members] = True
+        self.revisions[members] = part.revisions
+        self.positions[members] = part.positions
         self.failures.update(part.failures)
-        if len(part.applied) == len(self.applied):
-            self.outputs = part.outputs
-            return
         for name, array in part.outputs.items():
-            self._scatter(name, array, part.applied)
-
-    def _scatter(self, name: str, array: Array, members: Indexes) -> None:
-        shape = (len(self.applied), self._rows, *array.shape[1:])
-        whole = self.outputs.setdefault(name, np.zeros((shape[0] * shape[1], *shape[2:]), array.dtype))
-        whole.reshape(shape)[members] = array.reshape((len(members), *shape[1:]))
+            shape = (len(self.applied), self._rows, *array.shape[1:])
+            whole = self.outputs.get(name)
+            if whole is None:
+                whole = np.zeros((shape[0] * shape[1], *shape[2:]), array.dtype)
+                self.outputs[name] = whole
+            whole.reshape(shape)[members] = array.reshape((len(part.applied), *shape[1:]))
 
 
 def _take(tensor: Packed, rows: Indexes) -> Packed:
     table = np.frombuffer(tensor.data, np.uint8).reshape(tensor.shape[0], -1)
     return tensor._replace(shape=(len(rows), *tensor.shape[1:]), data=table[rows].tobytes())
+
+
+def _slice(members: Indexes) -> Indexes | slice:
+    """Ascending members as an index that is cheaper where they follow one another."""
+    if len(members) and members[-1] - members[0] == len(members) - 1:
+        return slice(int(members[0]), int(members[-1]) + 1)
+    return members
+
+
+def _same(number: int, count: int) -> Counts:
+    return np.full(count, number, np.uint64)
 
 
 def _counts(numbers: Sequence[int]) -> Counts:

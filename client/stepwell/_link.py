@@ -22,6 +22,7 @@ import grpc
 from stepwell import _channel
 from stepwell._flow import Exchange
 from stepwell._in_flight import Answer, Sink
+from stepwell._sets import StreamSets
 from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2, sessions_pb2_grpc
 
@@ -61,10 +62,7 @@ class Link:
     def post(self, ask: Exchange, sink: Sink) -> Callable[[], None]:
         """Sends a frame without waiting for its reply; `_in_flight.Link` has the rules."""
         stream = self._open_stream()
-        frame_id = stream.new_frame_id()
-        request = ask.request(frame_id)
-        stream.send(frame_id, request, sink)
-        return functools.partial(stream.forget, frame_id)
+        return functools.partial(stream.forget, stream.send(ask, sink))
 
     def _open_stream(self) -> _Stream:
         with self._lock:
@@ -109,6 +107,9 @@ class _Stream:
         self._outbox: queue.SimpleQueue[sessions_pb2.StepStreamRequest | None] = queue.SimpleQueue()
         self._sinks: dict[int, Sink] = {}
         self._lock = threading.Lock()
+        self._sending = threading.Lock()
+        """Held while a frame is made and queued, so that frames go out as they were made: see `StreamSets`."""
+        self._sets = StreamSets()
         self._frame_ids = itertools.count(1)
         self.error: StepwellError | None = None
         self._call: Any = stub.StepStream(self._requests())
@@ -119,25 +120,25 @@ class _Stream:
         while (request := self._outbox.get()) is not None:
             yield request
 
-    def new_frame_id(self) -> int:
-        """An id for a frame."""
-        return next(self._frame_ids)
-
     def forget(self, frame_id: int) -> None:
         """Unregisters the sink of a frame."""
         with self._lock:
             self._sinks.pop(frame_id, None)
 
-    def send(self, frame_id: int, request: sessions_pb2.StepStreamRequest, sink: Sink) -> None:
-        """Queues a frame; `sink` is called with the parts of its reply, or with the error."""
-        with self._lock:
-            error = self.error
+    def send(self, ask: Exchange, sink: Sink) -> int:
+        """Queues a frame; `sink` is called with the parts of its reply, or with the error. Returns its id."""
+        frame_id = next(self._frame_ids)
+        with self._sending:
+            request = ask.request(frame_id, self._sets)
+            with self._lock:
+                error = self.error
+                if error is None:
+                    self._sinks[frame_id] = sink
             if error is None:
-                self._sinks[frame_id] = sink
-        if error is None:
-            self._outbox.put(request)
-        else:
+                self._outbox.put(request)
+        if error is not None:
             sink(error)
+        return frame_id
 
     def hang_up(self) -> None:
         """Half-closes the stream; the server then ends the call, which ends the reader."""

@@ -90,6 +90,8 @@ def _internal(status: Status) -> errors.StepwellError:
     )
 
 
+SET_UNKNOWN = "SESSION_SET_UNKNOWN"
+
 BY_REASON: Mapping[str, Maker] = {
     "INVALID_INPUT": _plain(errors.InvalidInputError),
     "MESSAGE_TOO_LARGE": _plain(errors.InvalidInputError),
@@ -100,6 +102,8 @@ BY_REASON: Mapping[str, Maker] = {
     "REVISION_CONFLICT": _conflict,
     "MODEL_NOT_FOUND": _plain(errors.ModelNotFoundError),
     "MODEL_MISMATCH": _plain(errors.ModelMismatchError),
+    # Nothing was applied; the next attempt names the sessions by their ids.
+    SET_UNKNOWN: _open_ended(errors.UnavailableError),
     "OVERLOADED": _exhausted,
     "UNAVAILABLE": _open_ended(errors.UnavailableError),
     "UNSUPPORTED": _plain(errors.RefusedError),

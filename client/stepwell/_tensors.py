@@ -107,12 +107,18 @@ def unpack(tensor: tensors_pb2.Tensor) -> Array:
     Raises:
         InternalError: The server sent a tensor that contradicts itself.
     """
+    array = view(tensor)
+    return array if array.flags.writeable else array.copy()
+
+
+def view(tensor: tensors_pb2.Tensor) -> Array:
+    """As `unpack`, but not always writable: to be copied by whoever gives it away."""
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
         return _unpack_bfloat16(tensor)
     if len(tensor.data) != math.prod(tensor.shape) * dtype.itemsize:
         raise _broken(tensor)
-    return np.frombuffer(bytearray(tensor.data), dtype).reshape(tensor.shape)
+    return np.frombuffer(tensor.data, dtype).reshape(tensor.shape)
 
 
 def _unpack_bfloat16(tensor: tensors_pb2.Tensor) -> Array:
@@ -132,6 +138,11 @@ def _broken(tensor: tensors_pb2.Tensor) -> InternalError:
 def unpack_all(tensors: Iterable[tensors_pb2.Tensor]) -> dict[str, Array]:
     """The arrays in messages, by name and in their order."""
     return {tensor.name: unpack(tensor) for tensor in tensors}
+
+
+def view_all(tensors: Iterable[tensors_pb2.Tensor]) -> dict[str, Array]:
+    """As `unpack_all`, with `view`."""
+    return {tensor.name: view(tensor) for tensor in tensors}
 
 
 def dtype_name(number: int) -> str:

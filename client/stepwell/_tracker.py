@@ -15,6 +15,7 @@ import numpy as np
 
 from stepwell._frames import Change, Counts, Frame, Gathered, Indexes
 from stepwell._retry import Deadline
+from stepwell._sets import SessionSet
 from stepwell._steps import Step
 from stepwell.errors import RevisionConflictError, StepwellError
 from stepwell.v1 import sessions_pb2
@@ -26,10 +27,9 @@ def new_request_id() -> int:
 
 
 def new_request_ids(count: int) -> Counts:
-    """Random and non-zero, 64 bits each: (count,) uint64."""
-    ids = np.frombuffer(bytearray(secrets.token_bytes(8 * count)), np.uint64)
-    ids[ids == 0] = 1
-    return ids
+    """Random and non-zero, 64 bits each, and each greater by 1 than the one before: (count,) uint64."""
+    first = 1 + secrets.randbelow(2**64 - count)
+    return np.arange(count, dtype=np.uint64) + np.uint64(first)
 
 
 class SessionTracker:
@@ -131,6 +131,7 @@ class GroupTracker:
         self.positions = np.zeros(len(ids), np.uint64)
         self._pending: tuple[Change, Frame] | None = None
         self._all: Indexes = np.arange(len(ids))
+        self._set = SessionSet(self.ids, np.full(len(ids), batch_size, np.intp))
         # As in `SessionTracker`, for each member.
         self._unknown = np.zeros(len(ids), np.bool_)
         self._ahead = np.zeros(len(ids), np.bool_)
@@ -141,21 +142,25 @@ class GroupTracker:
 
     def begin(self, change: Change) -> Frame:
         """Begins a change; returns its frame. The same change again has the same request ids."""
-        members = self.members(change)
+        members = self.members(change) if change.rows else slice(None)
         self._ahead[members] |= self._unknown[members]
         self._unknown[members] = True
         if self._pending is not None and self._pending[0] == change:
             frame = self._pending[1].again()
         else:
-            frame = self._frame(change, members)
+            frame = self._frame(change)
         self._pending = (change, frame)
         return frame
 
-    def _frame(self, change: Change, members: Indexes) -> Frame:
-        whole = len(members) == len(self.ids) and not change.rows
-        ids = self.ids if whole else [self.ids[i] for i in members.tolist()]
+    def _frame(self, change: Change) -> Frame:
+        members = self.members(change)
+        request_ids = new_request_ids(len(members))
+        if not change.rows:
+            everyone = self._set
+            return Frame(change, everyone.ids, everyone.rows, self.revisions.copy(), request_ids, everyone)
+        ids = [self.ids[i] for i in members.tolist()]
         rows = np.full(len(members), self.batch_size, np.intp)
-        return Frame(change, ids, rows, self.revisions[members], new_request_ids(len(members)))
+        return Frame(change, ids, rows, self.revisions[members], request_ids)
 
     def settle(self, change: Change, gathered: Gathered) -> None:
         """Records what was applied. Failed members stay pending; their errors are made ready to raise."""

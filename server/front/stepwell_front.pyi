@@ -64,7 +64,7 @@ class BatchHandle:
 
     def applied(
         self,
-        members: Sequence[int] | None,
+        members: bytes | None,
         revisions: bytes,
         positions: bytes,
         outputs: Sequence[tuple[str, int, Sequence[int], bytes]],
@@ -72,7 +72,7 @@ class BatchHandle:
         version: str,
     ) -> bytes: ...
     def failed(
-        self, members: Sequence[int] | None, code: int, message: str, details: bytes, error: bytes
+        self, members: bytes | None, code: int, message: str, details: bytes, error: bytes
     ) -> bytes: ...
     def keys(self) -> list[int]: ...
     def hand_back(self, members: Sequence[int]) -> list[tuple[Any, ...]]: ...

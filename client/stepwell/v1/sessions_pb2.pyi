@@ -863,6 +863,8 @@ class StepStreamResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
     DECLARED_SET_FIELD_NUMBER: _builtins.int
+    FIRST_MEMBER_FIELD_NUMBER: _builtins.int
+    MEMBER_COUNT_FIELD_NUMBER: _builtins.int
     frame_id: _builtins.int
     """The frame."""
     all_members: _builtins.bool
@@ -870,19 +872,23 @@ class StepStreamResponse(_message.Message):
     last: _builtins.bool
     """No part of this frame follows."""
     revision: _builtins.int
-    """In place of revisions, where it is the same for all applied members. Only if the frame said declare_set or
-    session_set.
+    """In place of revisions, where it is the same for all applied members. This and the fields after it are used
+    only if the frame said declare_set or session_set.
     """
     position: _builtins.int
-    """In place of positions, as revision."""
+    """In place of positions, where it is the same for all applied members."""
     declared_set: _builtins.int
     """The set that the frame declared, in each of its parts, if the stream knows it from then on. 0: none, or it does
     not.
     """
+    first_member: _builtins.int
+    """In place of members, where they follow one another: the first of them."""
+    member_count: _builtins.int
+    """In place of members, where they follow one another: how many. 0: members or all_members says which they are."""
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indexes into session_ids, or into those of the set, of the members applied in this part, ascending. Empty with
-        all_members.
+        all_members and with member_count.
         """
 
     @_builtins.property
@@ -927,10 +933,12 @@ class StepStreamResponse(_message.Message):
         revision: _builtins.int | None = ...,
         position: _builtins.int | None = ...,
         declared_set: _builtins.int = ...,
+        first_member: _builtins.int = ...,
+        member_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "_revision", b"_revision", "position", b"position", "revision", b"revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "_revision", b"_revision", "all_members", b"all_members", "declared_set", b"declared_set", "errors", b"errors", "frame_id", b"frame_id", "last", b"last", "members", b"members", "outputs", b"outputs", "position", b"position", "positions", b"positions", "replayed_members", b"replayed_members", "revision", b"revision", "revisions", b"revisions", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "_revision", b"_revision", "all_members", b"all_members", "declared_set", b"declared_set", "errors", b"errors", "first_member", b"first_member", "frame_id", b"frame_id", "last", b"last", "member_count", b"member_count", "members", b"members", "outputs", b"outputs", "position", b"position", "positions", b"positions", "replayed_members", b"replayed_members", "revision", b"revision", "revisions", b"revisions", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__position: _TypeAlias = _typing.Literal["position"]  # noqa: Y015
     _WhichOneofArgType__position: _TypeAlias = _typing.Literal["_position", b"_position"]  # noqa: Y015

@@ -498,19 +498,20 @@ type OutputColumn = (String, u8, Vec<u64>, PyBackedBytes);
 #[pymethods]
 impl BatchHandle {
     #[pyo3(signature = (members, revisions, positions, outputs, replayed, version))]
-    /// Members were applied: ascending, None for all; their rows one after the other in `outputs`. Revisions and
-    /// positions are columns of u64.
+    /// Members were applied: ascending, None for all; their rows one after the other in `outputs`. The numbers are
+    /// columns: of u32 the members, of u64 the others.
     #[allow(clippy::too_many_arguments)]
     fn applied<'py>(
         &self,
         py: Python<'py>,
-        members: Option<Vec<u32>>,
+        members: Option<&[u8]>,
         revisions: &[u8],
         positions: &[u8],
         outputs: Vec<OutputColumn>,
         replayed: bool,
         version: String,
     ) -> Bound<'py, PyBytes> {
+        let members = members.map(|some| numbers_of(some, u32::from_ne_bytes));
         let ended = self.ended(py, members.as_deref());
         let revisions = numbers_of(revisions, u64::from_ne_bytes);
         let positions = numbers_of(positions, u64::from_ne_bytes);
@@ -541,12 +542,13 @@ impl BatchHandle {
     fn failed<'py>(
         &self,
         py: Python<'py>,
-        members: Option<Vec<u32>>,
+        members: Option<&[u8]>,
         code: u32,
         message: &str,
         details: &[u8],
         error: &[u8],
     ) -> Bound<'py, PyBytes> {
+        let members = members.map(|some| numbers_of(some, u32::from_ne_bytes));
         let ended = self.ended(py, members.as_deref());
         let status = Status { code, message: message.to_owned(), details: Bytes::copy_from_slice(details) };
         self.send(Answer::Failed { members, status, error: Bytes::copy_from_slice(error) });

@@ -144,9 +144,10 @@ impl Part<'_> {
         let mut out = self.buffer(48 + places.len() * 24);
         put_number(&mut out, 1, frame_id);
         let is_whole = places.len() == entry.count as usize;
+        let run = if is_whole || !entry.is_short { None } else { run_of(places) };
         if is_whole {
             put_number(&mut out, 3, 1);
-        } else {
+        } else if run.is_none() {
             put_indexes(&mut out, 2, places);
         }
         let (revisions, positions) = (alike(entry, self.revisions), alike(entry, self.positions));
@@ -163,6 +164,10 @@ impl Part<'_> {
         put_number(&mut out, 9, u64::from(last));
         put_optional(&mut out, 11, revisions);
         put_optional(&mut out, 12, positions);
+        if let Some(run) = run {
+            put_number(&mut out, 14, u64::from(run.start));
+            put_number(&mut out, 15, run.len() as u64);
+        }
         with_prefix(out)
     }
 
@@ -208,6 +213,12 @@ fn put_tensor(out: &mut BytesMut, field: u32, output: &Output, rows: u64, data: 
     if !data.is_empty() {
         put_bytes(out, 4, data);
     }
+}
+
+/// What ascending members are from first to last, if none of those between is missing.
+fn run_of(members: &[u32]) -> Option<Range<u32>> {
+    let run = *members.first()?..*members.last()? + 1;
+    (run.len() == members.len()).then_some(run)
 }
 
 /// The number that may stand for all of them.

@@ -159,14 +159,14 @@ class _Replies:
         replayed: bool,
         version: str,
     ) -> F64:
-        some = None if members is None else members.tolist()
+        some = None if members is None else members.astype(np.uint32).tobytes()
         began = self._batch.applied(
             some, revisions.tobytes(), positions.tobytes(), outputs, replayed, version
         )
         return np.frombuffer(began, np.float64)
 
     def failed(self, members: Members | None, status: Status, error: bytes) -> F64:
-        some = None if members is None else members.tolist()
+        some = None if members is None else members.astype(np.uint32).tobytes()
         return np.frombuffer(self._batch.failed(some, *_said(status), error), np.float64)
 
     def hand_back(self, members: Members) -> None:

@@ -122,9 +122,7 @@ def _say_once_each(change: Change, body: FrameBody) -> None:
         _require_left_out("expected_revision", body, "expected_revisions")
         change.expected = np.full(count, body.expected_revision, np.uint64)
     else:
-        change.expected = convert.to_numbers(
-            body.expected_revisions, np.uint64, "expected_revisions", count
-        )
+        change.expected = convert.to_numbers(body.expected_revisions, np.uint64, "expected_revisions", count)
     if body.request_id_base:
         _require_left_out("request_id_base", body, "request_ids")
         change.request_ids = request_ids_from(body.request_id_base, count)
@@ -188,7 +186,9 @@ def applied_part(
         response.position = int(positions[0])
     else:
         response.positions.extend(positions.tolist())
-    if members is not None:
+    if members is not None and is_short and members[-1] - members[0] == len(members) - 1:
+        response.first_member, response.member_count = int(members[0]), len(members)
+    elif members is not None:
         response.members.extend(members.tolist())
     convert.add_tensors(response.outputs, outputs)
     if replayed:

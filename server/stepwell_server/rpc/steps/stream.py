@@ -162,17 +162,19 @@ class FrameStream:
             self._refuse(frame, error)
 
     def _submit(self, request: pb.StepStreamRequest, frame: _Frame) -> None:
-        if request.forget_sets:
-            self._sets.forget(request.forget_sets)
-            if request.WhichOneof("change") is None:
-                return self.answer(frame, messages.forgotten_part(frame.frame_id), last=True)
+        self._sets.forget(request.forget_sets)
+        if request.forget_sets and request.WhichOneof("change") is None:
+            self.answer(frame, messages.forgotten_part(frame.frame_id), last=True)
+            return
         body = messages.body_of(request)
         change = messages.of_frame(body, frame, self._sets)
         frame.size = frame.left = change.size
         frame.is_short = messages.has_short_reply(body)
         if body.declare_set:
             require_lists(change)  # what is refused now would be refused for ever
-            frame.declared_set = self._sets.declare(body.declare_set, change.session_ids, change.batch_sizes)
+            frame.declared_set = self._sets.declare(
+                body.declare_set, list(body.session_ids), change.batch_sizes
+            )
         change.caller, change.deadline = self._caller, self._deadline_of(body)
         messages.limit_reply(change, self._max_reply_bytes)
         frame.change = change
@@ -205,9 +207,7 @@ class FrameStream:
     def _refuse(self, frame: _Frame, error: ServerError) -> None:
         """Answer a frame of which nothing was done."""
         self.refused(error, frame.size or 1)
-        part = messages.failed_part(
-            frame.frame_id, None, error, last=True, declared_set=frame.declared_set
-        )
+        part = messages.failed_part(frame.frame_id, None, error, last=True, declared_set=frame.declared_set)
         self._reply(frame, part, last=True)
 
     def _reply(self, frame: _Frame, reply: bytes, *, last: bool) -> None:
