@@ -6,7 +6,8 @@ What one of them reads by itself the other lets protobuf read, so each is the ot
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -31,30 +32,50 @@ def both() -> Iterator[Mapping[str, Wire]]:
         yield wires
 
 
-def streamed(one: Wire, frames: list[bytes]) -> tuple[dict[int, Any], object]:
-    """What a stream of these frames is answered: by frame the merged parts, and how it ends."""
+def streamed(one: Wire, frames: list[bytes], *, waits: bool = False) -> tuple[dict[int, Any], object]:
+    """What a stream of these frames is answered: by frame the merged parts, and how it ends.
+
+    `waits`: a frame is sent when the one before it has been answered.
+    """
     call: Any = one.channel.stream_stream(f"/{SERVICE}/StepStream")
-    by_frame: dict[int, dict[int, Any]] = {}
+    answered = threading.Semaphore(1 if waits else len(frames))
+
+    def sent() -> Iterator[bytes]:
+        for frame in frames:
+            assert answered.acquire(timeout=100)
+            yield frame
+
+    by_frame: dict[int, dict[int | str, Any]] = {}
     try:
-        for raw in call(iter(frames), timeout=100):
+        for raw in call(sent(), timeout=100):
             part = pb.StepStreamResponse.FromString(raw)
             _merge(by_frame.setdefault(part.frame_id, {}), part)
+            if part.last:
+                answered.release()
     except grpc.RpcError as error:
         return by_frame, wire.of_call(error)
     return by_frame, "OK"
 
 
-def _merge(members: dict[int, Any], part: pb.StepStreamResponse) -> None:
+def _merge(members: dict[int | str, Any], part: pb.StepStreamResponse) -> None:
     """How a frame is cut into parts is no promise; what each member is answered is."""
     arrays = wire.arrays(part.outputs)
-    which = range(len(part.revisions)) if part.all_members else part.members
+    which: Sequence[int] = part.members
+    if part.all_members:
+        which = range(len(part.revisions) or len(part.positions) or len(next(iter(arrays.values()), SETS)))
+    elif part.member_count:
+        which = range(part.first_member, part.first_member + part.member_count)
     for place, member in enumerate(which):
         own = {name: array[place].tobytes() for name, array in arrays.items()}
         replayed = member in part.replayed_members
-        members[member] = (part.revisions[place], part.positions[place], own, replayed)
+        revision = part.revision if part.HasField("revision") else part.revisions[place]
+        position = part.position if part.HasField("position") else part.positions[place]
+        members[member] = (revision, position, own, replayed)
     for error in part.errors:
         for member in error.members or [-1]:
             members[member] = (error.error.code, error.error.reason, error.error.message)
+    if part.declared_set:
+        assert members.setdefault("declared", part.declared_set) == part.declared_set
 
 
 def same(both: Mapping[str, Wire], rpc: str, message: Any, **options: Any) -> Outcome:
@@ -70,6 +91,8 @@ def opened(both: Mapping[str, Wire], *session_ids: str, batch_size: int = 1, mod
             one.open(model, session_id, batch_size)
 
 
+#: Sessions of each set.
+SETS = range(3)
 X = np.random.default_rng(5).standard_normal((4, 6, 3)).astype(np.float32)
 
 #: Steps of `one` (a row), one after the other; each is sent to both.
@@ -220,6 +243,52 @@ def _frame(rng: np.random.Generator, number: int, ids: list[str]) -> bytes:
         return wire.step_frame(number, some, [tensor(x)]).SerializeToString() + b"\xf8\x06\x01"
     frame = wire.step_frame(number, some, [tensor(x)], outputs=int(rng.integers(0, 4)), timeout_ms=60_000)
     return frame.SerializeToString()
+
+
+def _set_frame(rng: np.random.Generator, number: int, ids: list[str]) -> bytes:
+    """A frame of a set or one that declares or forgets some, right or wrong."""
+    kind, known = int(rng.integers(12)), int(rng.integers(1, 4 + number // 8))
+    x = [tensor(rng.standard_normal((len(SETS), int(rng.integers(1, 3)), 3)).astype(np.float32))]
+    if kind == 0:
+        return _frame(rng, number, ids)
+    if kind == 1:
+        some = rng.choice(ids, len(SETS), replace=False).tolist()
+        fields: dict[str, Any] = {"expected_revision": 0} if rng.random() < 0.3 else {}
+        return wire.step_frame(number, some, x, declare_set=known, **fields).SerializeToString()
+    if kind == 2:
+        some = [*rng.choice(ids, len(SETS) - 1, replace=False).tolist(), "nobody"]
+        frame = wire.step_frame(number, some, x, declare_set=number // 8 + 3, batch_sizes=[1] * len(SETS))
+        frame.forget_sets.append(known)
+        return frame.SerializeToString()
+    if kind == 3:
+        return wire.reset_frame(number, [], session_set=known, request_id_base=number).SerializeToString()
+    if kind == 4:
+        return pb.StepStreamRequest(frame_id=number, forget_sets=[known, known]).SerializeToString()
+    fields = {
+        5: {"expected_revision": int(rng.integers(number))},
+        6: {"request_id_base": int(rng.integers(2**63, dtype=np.uint64)) * 2 + 1},
+        7: {"request_id_base": 2**64 - int(rng.integers(1, 6))},
+        8: {"expected_revisions": rng.integers(0, number, len(SETS)).tolist()},
+        9: {"batch_sizes": [1] * len(SETS)},
+    }.get(kind, {"outputs": int(rng.integers(0, 4))})
+    return wire.step_frame(number, [], x, session_set=known, **fields).SerializeToString()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("waits", [False, True])
+def test_frames_of_sets_are_answered_alike(both: Mapping[str, Wire], seed: int, waits: bool) -> None:
+    """Sent without waiting, and one after the other, when the native front reads those that it can."""
+    rng = np.random.default_rng(200 + seed)
+    ids = [f"sets {seed} {waits} {index}" for index in range(5)]
+    opened(both, *ids)
+    frames = [_set_frame(rng, number + 1, ids) for number in range(80)]
+    native, python = (streamed(both[front], frames, waits=waits) for front in FRONTS)
+    assert native == python
+    assert len(native[0]) == len(frames)
+    assert any("declared" in members for members in native[0].values())
+    for session_id in ids:
+        states = [wire.data(one.state(session_id).state) for one in both.values()]
+        assert states[0] == states[1]
 
 
 def test_frames_that_name_one_session_or_use_one_id_twice_are_refused_alike(both: Mapping[str, Wire]) -> None:

@@ -96,6 +96,10 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         self.calls: list[tuple[str, Any]] = []
         self.sessions: dict[str, _Session] = {}
         self.parts = 1
+        self.knows_sets = True
+        """Else it is a server from before there were sets."""
+        self.sets: dict[int, Any] = {}
+        """Those of the stream that was opened last."""
         self.applied = 0
         self.fingerprint = FINGERPRINT
         self._faults: dict[str, collections.deque[Fault]] = collections.defaultdict(collections.deque)
@@ -321,23 +325,53 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         return sessions_pb2.ResetStatesResponse(revision=revision, position=position, replayed=replayed)
 
     def StepStream(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
+        sets = self.sets = {}
         for request in requests:
             fault = self.enter("StepStream", request)
             if fault is not None and fault.member is None and not fault.after_work:
                 abort(context, fault)
             with self._lock:
-                responses = self._frame(request, fault)
+                responses = self._frame(self._named(request, sets), fault)
             if fault is not None and fault.member is None:
                 # One part may have got through before the stream broke.
                 yield from responses[:-1]
                 abort(context, fault)
             yield from responses
 
+    def _named(self, request: Any, sets: dict[int, Any]) -> Any:
+        """A frame that names its sessions, as the one that came means it."""
+        if not self.knows_sets:
+            return request
+        for number in request.forget_sets:
+            sets.pop(number, None)
+        request = type(request).FromString(request.SerializeToString())
+        frame = request.step if request.HasField("step") else request.reset
+        if frame.declare_set:
+            assert frame.declare_set > max(sets, default=0)
+            sets[frame.declare_set] = (list(frame.session_ids), list(frame.batch_sizes))
+        elif frame.session_set in sets:
+            ids, sizes = sets[frame.session_set]
+            assert not (frame.session_ids or frame.batch_sizes or frame.request_ids)
+            frame.session_ids.extend(ids)
+            frame.batch_sizes.extend(sizes)
+            frame.request_ids.extend(frame.request_id_base + i for i in range(len(ids)))
+            if frame.HasField("expected_revision"):
+                frame.expected_revisions.extend([frame.expected_revision] * len(ids))
+        return request
+
     def _frame(self, request: Any, fault: Fault | None) -> list[Any]:
         frame = request.step if request.HasField("step") else request.reset
+        if frame.session_set and not frame.session_ids:
+            refusal = Fault(grpc.StatusCode.FAILED_PRECONDITION, "no such set", "SESSION_SET_UNKNOWN")
+            response = sessions_pb2.StepStreamResponse(frame_id=request.frame_id, last=True)
+            response.errors.add().error.CopyFrom(message(refusal, fault))
+            return [response]
         members = np.array_split(np.arange(len(frame.session_ids)), self.parts)
         responses = [self._part(request, frame, part.tolist(), fault) for part in members if len(part)]
         responses[-1].last = True
+        if self.knows_sets and (frame.declare_set or frame.session_set):
+            for response in responses:
+                shorten(response, frame.declare_set)
         return responses
 
     def _part(self, request: Any, frame: Any, members: list[int], fault: Fault | None) -> Any:
@@ -396,6 +430,19 @@ def reset(session: _Session) -> None:
 
 def tensor(name: str, array: Any) -> tensors_pb2.Tensor:
     return to_messages([pack(name, name, array)])[0]
+
+
+def shorten(response: Any, declared_set: int) -> None:
+    """A part as it answers frames of sets."""
+    response.declared_set = declared_set
+    for many, one in (("revisions", "revision"), ("positions", "position")):
+        if len(set(getattr(response, many))) == 1:
+            setattr(response, one, getattr(response, many)[0])
+            response.ClearField(many)
+    members = list(response.members)
+    if members and members == list(range(members[0], members[-1] + 1)):
+        response.first_member, response.member_count = members[0], len(members)
+        response.ClearField("members")
 
 
 def message(told: Fault, fault: Fault | None) -> errors_pb2.Error:

@@ -47,12 +47,12 @@ def request(session_id: str, x: Any = None, **fields: Any) -> bytes:
 class Streams:
     """A stream of frames, and unary calls beside it."""
 
-    def __init__(self, at: Harness) -> None:
+    def __init__(self, at: Harness, room: SetRoom | None = None) -> None:
         self.at = at
         self.context = FakeCall()
         self.observer = Requests()
         self.stream = FrameStream(
-            at.engine, at.clock, 1 << 20, _LIMITS, self.observer, SetRoom(), self.context
+            at.engine, at.clock, 1 << 20, _LIMITS, self.observer, room or SetRoom(), self.context
         )
         boundary = Boundary(self.observer, max_message_bytes=1 << 20)
         servicer = SessionServicer(at.engine, at.clock, 1 << 20, _LIMITS, self.observer)
@@ -92,9 +92,9 @@ class Streams:
 
 
 @asynccontextmanager
-async def streams(**options: Any) -> AsyncIterator[Streams]:
+async def streams(room: SetRoom | None = None, **options: Any) -> AsyncIterator[Streams]:
     async with running(**options) as at:
-        under_test = Streams(at)
+        under_test = Streams(at, room)
         yield under_test
         at.hooks.open_gate()
         await at.settled()

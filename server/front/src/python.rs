@@ -457,17 +457,17 @@ impl CallHandle {
     fn know_set(
         &self,
         number: u32,
-        list: Bound<'_, PyList>,
+        ids: Bound<'_, PyList>,
         sizes: &[u8],
         held_bytes: usize,
     ) -> PyResult<()> {
-        let mut ids = Ids::default();
-        for id in &list {
-            ids.push(&id.downcast::<PyString>()?.to_cow()?);
+        let mut texts = Ids::default();
+        for id in &ids {
+            texts.push(&id.downcast::<PyString>()?.to_cow()?);
         }
         let sizes = numbers_of(sizes, u32::from_ne_bytes);
         let held = &self.commands.shared.held;
-        let set = SessionSet::new(ids, sizes, Some(Box::new(list.unbind())), held, held_bytes);
+        let set = SessionSet::new(texts, sizes, Some(Box::new(ids.unbind())), held, held_bytes);
         self.send(Command::KnowSet(self.call.clone(), number, Some(Arc::new(set))));
         Ok(())
     }
