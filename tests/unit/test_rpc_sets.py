@@ -90,8 +90,8 @@ async def test_a_set_holds_ids_and_not_sessions() -> None:
         assert (applied.first_member, applied.member_count) == (1, 2)
         assert list(applied.revisions) == [2, 1]
         await at.at.engine.close_session("b")
-        gone = await answers(at, of_set(3, 1))
-        assert failures(gone) == dict.fromkeys([0, 1], "SESSION_NOT_FOUND")
+        parts = await answers(at, of_set(3, 1))
+        assert failures(parts) == dict.fromkeys([0, 1], "SESSION_NOT_FOUND")
         await at.at.open("a")
         gone, applied = await answers(at, of_set(4, 1))
         assert list(applied.members) == [0, 2], "members that do not follow one another are listed"
