@@ -100,7 +100,9 @@ async def test_a_set_that_was_declared_is_read_natively() -> None:
             fields = {"expected_revision": number - 1, "request_id_base": 2**64 - 3}
             reply = await talk.ask(of_set(number, 3, **fields))
             assert (reply.all_members, reply.revision, reply.position) == (True, number, number)
-            assert not (reply.revisions or reply.positions or reply.members)
+            assert not reply.revisions
+            assert not reply.positions
+            assert not reply.members
         first, _, last = talk.steps.seen
         assert first.session_ids == ["a", "b", "c"]
         assert last.session_ids is first.session_ids, "no list is made for each frame"

@@ -55,7 +55,8 @@ async def test_a_group_is_named_once(client: Any, server: ScriptedServer) -> Non
     second, last = frames(server)[1], frames(server)[-1]
     assert (second.expected_revision, list(second.expected_revisions)) == (1, [])
     assert second.request_id_base
-    assert not (second.request_ids or second.batch_sizes)
+    assert not second.request_ids
+    assert not second.batch_sizes
     assert list(last.expected_revisions) == [4, 5, 4]
     assert not last.HasField("expected_revision")
     assert group.revisions.tolist() == [5, 6, 5]

@@ -351,7 +351,9 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
             sets[frame.declare_set] = (list(frame.session_ids), list(frame.batch_sizes))
         elif frame.session_set in sets:
             ids, sizes = sets[frame.session_set]
-            assert not (frame.session_ids or frame.batch_sizes or frame.request_ids)
+            assert not (frame.session_ids)
+            assert not (frame.batch_sizes)
+            assert not (frame.request_ids)
             frame.session_ids.extend(ids)
             frame.batch_sizes.extend(sizes)
             frame.request_ids.extend(frame.request_id_base + i for i in range(len(ids)))

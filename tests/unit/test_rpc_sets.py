@@ -62,11 +62,13 @@ async def test_frames_of_a_set_are_those_of_its_sessions() -> None:
         (fifth,) = await answers(at, of_set(5, 4, expected_revisions=[3, 4, 3]))
         for reply in (declared, second, third, fifth):
             assert reply.all_members
-            assert not (reply.members or reply.errors)
+            assert not reply.members
+            assert not reply.errors
         assert [reply.declared_set for reply in (declared, second, third, fifth)] == [4, 0, 0, 0]
         assert (declared.revision, second.revision, third.revision) == (1, 2, 3)
         assert (declared.position, second.position, third.position) == (1, 2, 0)
-        assert not (second.revisions or second.positions)
+        assert not second.revisions
+        assert not second.positions
         assert third.HasField("position")
         # one of them has another revision by now; who names no set is answered as ever
         assert (list(fifth.revisions), list(fifth.positions)) == ([4, 5, 4], [1, 2, 1])

@@ -454,13 +454,7 @@ impl CallHandle {
 
     /// What the client means by a number in messages that are read from now on. `sizes`: rows of each as uint32, or
     /// empty; `held_bytes`: what it takes.
-    fn know_set(
-        &self,
-        number: u32,
-        ids: Bound<'_, PyList>,
-        sizes: &[u8],
-        held_bytes: usize,
-    ) -> PyResult<()> {
+    fn know_set(&self, number: u32, ids: Bound<'_, PyList>, sizes: &[u8], held_bytes: usize) -> PyResult<()> {
         let mut texts = Ids::default();
         for id in &ids {
             texts.push(&id.downcast::<PyString>()?.to_cow()?);

@@ -264,6 +264,7 @@ mod tests {
     use crate::columns::{Arrival, Arrivals};
     use crate::plain::{Step, Tensor};
     use crate::protobuf::{Fields, Value};
+    use crate::sets::SessionSet;
     use std::sync::Arc;
 
     /// A batch of two frames of 3 and 2 sessions and a call, whose session has two rows.
@@ -388,6 +389,47 @@ mod tests {
         assert_eq!(
             replies(&calls[1]),
             [vec![(1, vec![8]), (8, vec![0x0a, 1, 0, 0x12, 1, b'e']), (9, vec![1])]]
+        );
+    }
+
+    #[test]
+    fn one_number_and_a_run_of_members_answer_a_set() {
+        let call = Arc::new(Call::for_test());
+        let batch = || {
+            let mut arrivals = Arrivals::default();
+            let step = Step {
+                set: Some(SessionSet::for_test(&["a", "b", "c", "d"], &[])),
+                tensors: vec![Tensor { name: "x", dtype: 9, shape: vec![4], data: &[0; 4] }],
+                sizes: vec![1; 4],
+                ..Step::default()
+            };
+            arrivals.push_step(call.clone(), Some(7), &step, f64::INFINITY, 10);
+            match arrivals.take(usize::MAX).0.pop() {
+                Some(Arrival::Batch(batch)) => batch,
+                _ => unreachable!("a batch was taken"),
+            }
+        };
+        let answered = |members: Option<Vec<u32>>, revisions: Vec<u64>, positions: Vec<u64>| {
+            let outputs = Vec::new();
+            deliver(&batch(), &Answer::Applied { members, revisions, positions, outputs, replayed: false });
+            replies(&call).pop().unwrap()
+        };
+        let last = (9, vec![1]);
+        assert_eq!(
+            answered(None, vec![3; 4], vec![0; 4]),
+            [(1, vec![7]), (3, vec![1]), last.clone(), (11, vec![3]), (12, vec![0])]
+        );
+        assert_eq!(
+            answered(None, vec![3, 3, 4, 3], vec![5; 4]),
+            [(1, vec![7]), (3, vec![1]), (4, vec![3, 3, 4, 3]), last, (12, vec![5])]
+        );
+        assert_eq!(
+            answered(Some(vec![1, 2]), vec![3; 2], vec![5, 6]),
+            [(1, vec![7]), (5, vec![5, 6]), (11, vec![3]), (14, vec![1]), (15, vec![2])]
+        );
+        assert_eq!(
+            answered(Some(vec![0, 2, 3]), vec![3; 3], vec![5; 3]),
+            [(1, vec![7]), (2, vec![0, 2, 3]), (11, vec![3]), (12, vec![5])]
         );
     }
 
