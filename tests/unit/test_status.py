@@ -21,6 +21,7 @@ _CODES = [
     (errors.ModelNotFound("m"), "NOT_FOUND", "MODEL_NOT_FOUND"),
     (errors.ServiceNotFound("m"), "NOT_FOUND", "UNSUPPORTED"),
     (errors.ModelMismatch("m"), "FAILED_PRECONDITION", "MODEL_MISMATCH"),
+    (errors.SessionSetUnknown("m"), "FAILED_PRECONDITION", "SESSION_SET_UNKNOWN"),
     (errors.Overloaded("m", 0.25), "RESOURCE_EXHAUSTED", "OVERLOADED"),
     (errors.Unavailable("m"), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.StoreGone("m"), "UNAVAILABLE", "UNAVAILABLE"),
