@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
+from stepwell_server.addresses import Address
 from stepwell_server.clock import SystemClock
 from stepwell_server.rpc.boundary import Boundary
-from stepwell_server.rpc.fronts.base import Method, StepColumns
+from stepwell_server.rpc.fronts.base import ConnectionAge, Method, StepColumns
 from stepwell_server.rpc.sessions import SessionServicer
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.steps.stream import StreamLimits
@@ -73,9 +74,10 @@ async def talking() -> AsyncIterator[Talk]:
         servicer = SessionServicer(at.engine, clock, LIMIT, limits, Requests())
         serve = Boundary(Requests(), LIMIT).stream("StepStream", servicer.step_stream)
         steps = Watched(at)
-        front = NativeFront(clock, LIMIT)
-        port = await front.start("127.0.0.1", 0, [Method(SERVICE, "StepStream", serve, streams=True)], steps)
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        front = NativeFront(clock, LIMIT, ConnectionAge())
+        methods = [Method(SERVICE, "StepStream", serve, streams=True)]
+        address = await front.start(Address("127.0.0.1", 0), methods, steps, None)
+        async with grpc.aio.insecure_channel(str(address)) as channel:
             stream: Any = channel.stream_stream(f"/{SERVICE}/StepStream")
             call = stream(timeout=100)
             yield Talk(at, steps, call)
