@@ -35,7 +35,7 @@ class Watched(ColumnSteps):
     """Remembers what the front has read by itself."""
 
     def __init__(self, at: Harness) -> None:
-        super().__init__(at.engine, SystemClock(), LIMIT, Requests())
+        super().__init__(at.engine, SystemClock(), LIMIT, Requests(), lambda _: pytest.fail("not Triton's"))
         self.seen: list[StepColumns] = []
 
     def take(self, columns: StepColumns) -> None:

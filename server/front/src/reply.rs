@@ -411,7 +411,17 @@ mod tests {
         };
         let answered = |members: Option<Vec<u32>>, revisions: Vec<u64>, positions: Vec<u64>| {
             let outputs = Vec::new();
-            deliver(&batch(), &Answer::Applied { members, revisions, positions, outputs, replayed: false });
+            deliver(
+                &batch(),
+                &Answer::Applied {
+                    members,
+                    revisions,
+                    positions,
+                    outputs,
+                    replayed: false,
+                    version: String::new(),
+                },
+            );
             replies(&call).pop().unwrap()
         };
         let last = (9, vec![1]);
