@@ -15,6 +15,8 @@ mod clock;
 mod columns;
 mod grpc;
 mod lifetime;
+#[cfg(feature = "python")]
+mod lists;
 mod ordered;
 mod plain;
 mod protobuf;

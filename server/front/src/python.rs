@@ -7,15 +7,16 @@ use crate::call::Call;
 use crate::clock;
 use crate::columns::{Arrival, Batch, Entry};
 use crate::grpc::{self, Status};
+use crate::lists::{self, bytes_of, numbers_of, Peers};
 use crate::reply::{self, Answer, Output};
 use crate::server::{self, Limits, Listener, Method, Plain, Shared, Stage};
-use crate::sets::{Ids, SessionSet};
+use crate::sets::SessionSet;
 use crate::tls::{self, Unusable};
 use bytes::Bytes;
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
-use pyo3::types::{PyBytes, PyList, PyString, PyTuple};
+use pyo3::types::{PyBytes, PyList, PyTuple};
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -267,8 +268,6 @@ fn is_pointless(arrival: &Arrival, skipped: &mut HashSet<usize>) -> bool {
     }
 }
 
-type Peers<'py> = HashMap<u64, Bound<'py, PyString>>;
-
 impl Front {
     fn tuple<'py>(
         &self,
@@ -306,22 +305,8 @@ impl Front {
         seen: u64,
         peers: &mut Peers<'py>,
     ) -> PyResult<Bound<'py, PyTuple>> {
-        let ids = match batch.set.as_ref().and_then(|set| set.list.as_ref()?.downcast_ref::<Py<PyList>>()) {
-            Some(list) => list.bind(py).clone(),
-            None => PyList::new_bound(
-                py,
-                batch.session_ids().map(|id| PyString::new_bound(py, id)).collect::<Vec<_>>(),
-            ),
-        };
-        let callers = PyList::empty_bound(py);
-        for entry in &batch.entries {
-            let peer = &entry.call.peer;
-            let name = peers.entry(peer.number).or_insert_with(|| PyString::new_bound(py, &peer.name));
-            let count = if batch.entries.len() == 1 { 1 } else { entry.count };
-            for _ in 0..count {
-                callers.append(&*name)?;
-            }
-        }
+        let ids = lists::ids_of(py, &batch);
+        let callers = lists::callers_of(py, &batch, peers)?;
         let kinds: Vec<_> = batch
             .signature
             .tensors
@@ -352,20 +337,6 @@ impl Front {
         let tuple: PyObject = (0, handle, ids, callers, columns, asked, tensors).into_py(py);
         Ok(tuple.into_bound(py).downcast_into::<PyTuple>()?)
     }
-}
-
-fn bytes_of<'py, T: Copy, const N: usize>(
-    py: Python<'py>,
-    column: &[T],
-    bytes: impl Fn(T) -> [u8; N],
-) -> Bound<'py, PyBytes> {
-    let mut flat = Vec::with_capacity(column.len() * N);
-    column.iter().for_each(|value| flat.extend_from_slice(&bytes(*value)));
-    PyBytes::new_bound(py, &flat)
-}
-
-fn numbers_of<T, const N: usize>(column: &[u8], number: impl Fn([u8; N]) -> T) -> Vec<T> {
-    column.chunks_exact(N).filter_map(|bytes| bytes.try_into().ok()).map(number).collect()
 }
 
 /// Tells a call from all others that Python knows of.
@@ -455,13 +426,7 @@ impl CallHandle {
     /// What the client means by a number in messages that are read from now on. `sizes`: rows of each as uint32, or
     /// empty; `held_bytes`: what it takes.
     fn know_set(&self, number: u32, ids: Bound<'_, PyList>, sizes: &[u8], held_bytes: usize) -> PyResult<()> {
-        let mut texts = Ids::default();
-        for id in &ids {
-            texts.push(&id.downcast::<PyString>()?.to_cow()?);
-        }
-        let sizes = numbers_of(sizes, u32::from_ne_bytes);
-        let held = &self.commands.shared.held;
-        let set = SessionSet::new(texts, sizes, Some(Box::new(ids.unbind())), held, held_bytes);
+        let set = lists::set_of(ids, sizes, &self.commands.shared.held, held_bytes)?;
         self.send(Command::KnowSet(self.call.clone(), number, Some(Arc::new(set))));
         Ok(())
     }

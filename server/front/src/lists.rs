@@ -1,0 +1,72 @@
+//! Lists and columns between Python and the wire.
+
+use crate::columns::Batch;
+use crate::sets::{Ids, SessionSet};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyList, PyString};
+use std::collections::HashMap;
+use std::sync::atomic::AtomicUsize;
+use std::sync::Arc;
+
+/// The names of connections, by their numbers.
+pub type Peers<'py> = HashMap<u64, Bound<'py, PyString>>;
+
+/// The sessions of a batch: the list of their set, if it is all of one, so that none is made for each frame.
+pub fn ids_of<'py>(py: Python<'py>, batch: &Batch) -> Bound<'py, PyList> {
+    match batch.set.as_ref().and_then(|set| set.list.as_ref()?.downcast_ref::<Py<PyList>>()) {
+        Some(list) => list.bind(py).clone(),
+        None => PyList::new_bound(
+            py,
+            batch.session_ids().map(|id| PyString::new_bound(py, id)).collect::<Vec<_>>(),
+        ),
+    }
+}
+
+/// Who calls, one per session, or one where there is one message.
+pub fn callers_of<'py>(
+    py: Python<'py>,
+    batch: &Batch,
+    peers: &mut Peers<'py>,
+) -> PyResult<Bound<'py, PyList>> {
+    let callers = PyList::empty_bound(py);
+    for entry in &batch.entries {
+        let peer = &entry.call.peer;
+        let name = peers.entry(peer.number).or_insert_with(|| PyString::new_bound(py, &peer.name));
+        let count = if batch.entries.len() == 1 { 1 } else { entry.count };
+        for _ in 0..count {
+            callers.append(&*name)?;
+        }
+    }
+    Ok(callers)
+}
+
+/// A set of these sessions. `sizes`: a column of u32, or empty.
+pub fn set_of(
+    ids: Bound<'_, PyList>,
+    sizes: &[u8],
+    held: &Arc<AtomicUsize>,
+    held_bytes: usize,
+) -> PyResult<SessionSet> {
+    let mut texts = Ids::default();
+    for id in &ids {
+        texts.push(&id.downcast::<PyString>()?.to_cow()?);
+    }
+    let sizes = numbers_of(sizes, u32::from_ne_bytes);
+    Ok(SessionSet::new(texts, sizes, Some(Box::new(ids.unbind())), held, held_bytes))
+}
+
+/// Numbers as one column of bytes.
+pub fn bytes_of<'py, T: Copy, const N: usize>(
+    py: Python<'py>,
+    column: &[T],
+    bytes: impl Fn(T) -> [u8; N],
+) -> Bound<'py, PyBytes> {
+    let mut flat = Vec::with_capacity(column.len() * N);
+    column.iter().for_each(|value| flat.extend_from_slice(&bytes(*value)));
+    PyBytes::new_bound(py, &flat)
+}
+
+/// The numbers in a column of bytes.
+pub fn numbers_of<T, const N: usize>(column: &[u8], number: impl Fn([u8; N]) -> T) -> Vec<T> {
+    column.chunks_exact(N).filter_map(|bytes| bytes.try_into().ok()).map(number).collect()
+}
