@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stepwell import aio, config, errors
     from stepwell._state import State
-    from stepwell._types import ModelInfo, ProofInfo, SessionInfo, TensorInfo
+    from stepwell._types import ModelInfo, ProofInfo, ServerInfo, SessionInfo, TensorInfo
     from stepwell.client import Client, connect
     from stepwell.config import TlsConfig
     from stepwell.errors import (
@@ -57,6 +57,7 @@ __all__ = [
     "RefusedError",
     "ReplyTooLargeError",
     "RevisionConflictError",
+    "ServerInfo",
     "Session",
     "SessionExistsError",
     "SessionExpiredError",
@@ -82,6 +83,7 @@ _HOMES = {
     "Client": "client",
     "ModelInfo": "_types",
     "ProofInfo": "_types",
+    "ServerInfo": "_types",
     "Session": "session",
     "SessionGroup": "group",
     "SessionInfo": "_types",

@@ -18,7 +18,7 @@ from stepwell._retry import Clock, Deadline, RetryPolicy
 from stepwell._state import State, States
 from stepwell._tensors import Array, Packed, to_messages, unpack_all
 from stepwell._tracker import GroupTracker, SessionTracker, is_unknown, new_request_id
-from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo
+from stepwell._types import Inputs, ModelInfo, Outputs, ServerInfo, SessionInfo
 from stepwell.config import ClientConfig, check_timeout
 from stepwell.errors import InvalidInputError, ModelMismatchError, SessionGoneError, StepwellError
 from stepwell.v1 import models_pb2, sessions_pb2
@@ -66,12 +66,16 @@ class Core:
 
     # Models.
 
-    def models(self, deadline: Deadline) -> Flow[list[ModelInfo]]:
-        """All models, in the order of their names."""
+    def server_info(self, deadline: Deadline) -> Flow[ServerInfo]:
+        """The server and all its models."""
         reply: models_pb2.ListModelsResponse = yield from self.retrier.call(
             "ListModels", models_pb2.ListModelsRequest(), deadline
         )
-        return [ModelInfo._from_message(model) for model in reply.models]
+        return ServerInfo._from_message(reply)
+
+    def models(self, deadline: Deadline) -> Flow[list[ModelInfo]]:
+        """All models, in the order of their names."""
+        return list((yield from self.server_info(deadline)).models)
 
     def model(self, name: str, deadline: Deadline) -> Flow[ModelInfo]:
         """One model, as the server describes it now."""

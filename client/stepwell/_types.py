@@ -125,6 +125,25 @@ class ModelInfo:
         )
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """A server and what it serves.
+
+    Example:
+        >>> [model.name for model in client.server_info().models]
+        ['forecast']
+    """
+
+    front: str
+    """What speaks to the network: "native" or "python"; empty if the server is of an older release."""
+    models: tuple[ModelInfo, ...]
+    """Its models, in the order of their names."""
+
+    @classmethod
+    def _from_message(cls, reply: models_pb2.ListModelsResponse) -> Self:
+        return cls(reply.server.front, tuple(ModelInfo._from_message(model) for model in reply.models))
+
+
 def _infos(specs: Sequence[tensors_pb2.TensorSpec]) -> tuple[TensorInfo, ...]:
     return tuple(TensorInfo._from_message(spec) for spec in specs)
 

@@ -27,7 +27,7 @@ from stepwell._group_core import GroupCore
 from stepwell._state import State, States
 from stepwell._steps import Step
 from stepwell._tracker import GroupTracker, SessionTracker
-from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo
+from stepwell._types import Inputs, ModelInfo, Outputs, ServerInfo, SessionInfo
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
 from stepwell.config import (
@@ -126,6 +126,15 @@ class AsyncClient:
             ['forecast']
         """
         return await self._run(self._core.models(self._core.deadline(timeout_s)))
+
+    async def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
+        """The server: what speaks to the network, and all models.
+
+        Example:
+            >>> (await client.server_info()).front in ("native", "python")
+            True
+        """
+        return await self._run(self._core.server_info(self._core.deadline(timeout_s)))
 
     async def model(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
         """One model.

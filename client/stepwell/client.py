@@ -17,7 +17,7 @@ from stepwell._link import Link
 from stepwell._sender import Sender
 from stepwell._state import State, States
 from stepwell._steps import Step, Stepped, read
-from stepwell._types import Inputs, ModelInfo, Outputs, SessionInfo
+from stepwell._types import Inputs, ModelInfo, Outputs, ServerInfo, SessionInfo
 from stepwell.config import (
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_S,
@@ -106,6 +106,15 @@ class Client:
             ['forecast']
         """
         return self._run(self._core.models(self._core.deadline(timeout_s)))
+
+    def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
+        """The server: what speaks to the network, and all models.
+
+        Example:
+            >>> client.server_info().front in ("native", "python")
+            True
+        """
+        return self._run(self._core.server_info(self._core.deadline(timeout_s)))
 
     def model(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
         """One model.

@@ -21,13 +21,18 @@ from stepwell.testing import LocalServer
 from support import programs
 
 MODELS = {"forecast": "lstm_dense", "several": "several_inputs_and_outputs"}
+#: Of the server at `address`; it is not the one that most machines take by themselves.
+FRONT = "python"
 Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     paths = {name: programs.zoo(kind).path for name, kind in MODELS.items()}
-    with LocalServer(models=paths, cache_dir=programs.cache_dir(), start_timeout_s=100) as server:
+    options = ["--front", FRONT]
+    with LocalServer(
+        models=paths, cache_dir=programs.cache_dir(), start_timeout_s=100, extra_args=options
+    ) as server:
         yield server.address
 
 
@@ -74,17 +79,21 @@ def test_models_are_shown(run: Run) -> None:
         "EXECUTOR",
         "WHY",
     ]
-    assert [line.split()[0] for line in lines[1:]] == ["forecast", "several"]
+    *records, front = lines[1:]
+    assert [line.split()[0] for line in records] == ["forecast", "several"]
     assert "x float32 (B, T, 3)" in lines[1]
     assert "lstm/h float32 (B, 8); lstm/c float32 (B, 8)" in lines[1]
     assert "profile float32 (B, 5)" in lines[2]
-    assert all("proven from its graph; compared with Keras over 512 time steps" in line for line in lines[1:])
+    assert all("proven from its graph; compared with Keras over 512 time steps" in line for line in records)
+    assert front == f"front: {FRONT}"
 
 
 def test_models_for_programs_have_every_documented_key(run: Run, client: stepwell.Client) -> None:
-    shown = document(run("models", "--json"))["models"]
+    whole = document(run("models", "--json"))
+    shown = whole["models"]
 
-    keys = [key for text, _ in main.commands["models"].json_keys[1:] for key in text.split(", ")]  # type: ignore[attr-defined]
+    assert whole["front"] == client.server_info().front == FRONT
+    keys = [key for text, _ in main.commands["models"].json_keys[2:] for key in text.split(", ")]  # type: ignore[attr-defined]
     within = [f"proof.{key}" for key in shown[0]["proof"]]
     assert [[*model, *within] for model in shown] == [keys, keys]
     assert shown[0]["proof"] == {"compared_steps": 512, "compared_share": 1.0, "unproven": ""}

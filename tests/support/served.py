@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -56,10 +55,10 @@ class Served:
     def address(self) -> str:
         return self.server.address
 
-    @property
+    @functools.cached_property
     def front(self) -> str:
-        """Which front it has: a module that is there is used."""
-        return "native" if importlib.util.find_spec("stepwell_front") else "python"
+        """Which front it has."""
+        return self.client.server_info().front
 
     @functools.cached_property
     def infos(self) -> Mapping[str, stepwell.ModelInfo]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     short_help="Show the models of a server.",
     examples=("stepwell models", "stepwell models --json | jq -r '.models[].name'"),
     json_keys=(
+        ("front", 'what speaks to the network: "native" or "python"; empty: a server of an older release'),
         ("models", "list, by name; of each:"),
         ("name", "the name it is served under"),
         ("fingerprint", "hash of architecture and weights; a state belongs to one"),
@@ -40,13 +41,15 @@ def models(target: Target, as_json: bool) -> None:
     """Show the models of a server: their inputs, outputs and state, and what runs them.
 
     In a shape, B is the batch size of the session and T the number of time steps. A single time step may leave
-    out T. The fingerprint is shown in short; --json has it whole.
+    out T. The fingerprint is shown in short; --json has it whole. The last line says which front the server has
+    (serve --front).
     """
     with target.connect("Reading the models") as client:
-        served = client.models()
+        server = client.server_info()
     if as_json:
-        _render.print_json({"models": [model_json(model) for model in served]})
-    elif not served:
+        _render.print_json({"front": server.front, "models": [model_json(model) for model in server.models]})
+        return
+    if not server.models:
         click.echo("no models", err=True)
     else:
         headings = (
@@ -60,7 +63,8 @@ def models(target: Target, as_json: bool) -> None:
             "EXECUTOR",
             "WHY",
         )
-        _render.print_records(headings, [model_cells(model) for model in served], right=("SESSIONS",))
+        _render.print_records(headings, [model_cells(model) for model in server.models], right=("SESSIONS",))
+    click.echo(f"front: {server.front or 'unknown, a server of an older release'}")
 
 
 def model_cells(model: ModelInfo) -> tuple[str, ...]:

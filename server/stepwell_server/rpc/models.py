@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 class ModelServicer:
     """The calls of ModelService, each by its name in snake case. Lives on the event loop."""
 
-    def __init__(self, engine: Engine, max_reply_bytes: int) -> None:
+    def __init__(self, engine: Engine, front: str, max_reply_bytes: int) -> None:
         self._engine = engine
+        self._server = pb.Server(front=front)
         self._max_reply_bytes = max_reply_bytes
 
     async def list_models(self, _request: pb.ListModelsRequest, _call: Call) -> pb.ListModelsResponse:
-        """List the models."""
+        """List the models, and say what serves them."""
         await self._engine.refresh_counts()
-        return pb.ListModelsResponse(models=[convert.from_model(model) for model in self._engine.models()])
+        models = [convert.from_model(model) for model in self._engine.models()]
+        return pb.ListModelsResponse(models=models, server=self._server)
 
     async def get_model(self, request: pb.GetModelRequest, _call: Call) -> pb.GetModelResponse:
         """Describe a model."""

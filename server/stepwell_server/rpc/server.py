@@ -59,7 +59,7 @@ class RpcServer:
         shown = reflection.ReflectionServicer((_SESSIONS, _MODELS, _TRITON, health.SERVICE))
         self._methods = [
             *self._methods_of(_SESSIONS, self._sessions),
-            *self._methods_of(_MODELS, ModelServicer(engine, max_message_bytes)),
+            *self._methods_of(_MODELS, ModelServicer(engine, front.name, max_message_bytes)),
             *self._methods_of(_TRITON, self._triton, unsupported_methods(self._boundary)),
             *self._methods_of(health.SERVICE, self._health),
             *(method for service in shown.services for method in self._methods_of(service, shown)),
