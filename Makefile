@@ -7,6 +7,9 @@ SHELL := bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
+# A test run starts hundreds of Python processes: without their bytecode each would compile every module anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 # The native front, or the note that there can be none on this machine.
@@ -31,7 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,demo]' --group dev
 	@touch $@
 
-$(FRONT): $(INSTALLED) scripts/front.py server/front/Cargo.toml $(wildcard server/front/src/*.rs)
+$(FRONT): $(INSTALLED) scripts/front.py $(wildcard server/front/*.toml server/front/*.pyi server/front/src/*.rs)
 	@$(BIN)/python scripts/front.py || [ $$? -eq 3 ]
 	@touch $@
 
@@ -147,7 +150,14 @@ format: $(INSTALLED) ## Format everything, wrap the documents, and mend what ruf
 	$(BIN)/ruff format .
 	$(BIN)/python scripts/wrap_documents.py
 
+.PHONY: wheels
+wheels: $(INSTALLED) ## Build the wheels of stepwell and of its native front into dist/, and try them in a bare environment
+	rm -rf dist
+	$(BIN)/python -m hatchling build --target wheel --directory dist
+	$(BIN)/python scripts/front.py --wheel dist
+	$(BIN)/pytest tests/packaging/wheels.py
+
 .PHONY: clean
 clean: ## Remove everything that the targets above have made
-	rm -rf .venv .tools out dist server/front/target server/front/Cargo.lock build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	rm -rf .venv .tools out dist server/front/target server/front/.cargo server/front/Cargo.lock build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
 	find client server tests scripts examples -name __pycache__ -type d -prune -exec rm -rf {} +

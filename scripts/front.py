@@ -1,11 +1,13 @@
 """Build the native front and put it into this environment, or say why there is none.
 
-    python scripts/front.py             build it if it is not there as it stands in server/front
-    python scripts/front.py --check     format, clippy and the crate's own tests; fails if cargo is there and they do
+    python scripts/front.py              build it if it is not there as it stands in server/front
+    python scripts/front.py --check      format, clippy and the crate's own tests; fails if cargo is there and they do
+    python scripts/front.py --wheel DIR  build the wheel of stepwell-front into a folder
 
-Cargo does the work. Its crates come from its registry; where that is not reached, from Debian's librust-*-dev
-packages, which are installed if this is a Debian and we may. Without cargo nothing is built, and the server uses the
-front in Python. Exit codes: 0 built or nothing to do, 3 there is no native front, and with --check 1 if it is at fault.
+Cargo does the work, called by maturin where a Python package comes of it. The crates come from cargo's registry; where
+that is not reached, from Debian's librust-*-dev packages, which are installed if this is a Debian and we may. Without
+cargo nothing is built, and the server uses the front in Python. Exit codes: 0 built or nothing to do, 3 there is no
+native front, and 1 if --check finds it at fault, or if REQUIRE_NATIVE_FRONT is set and there is none.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -23,8 +26,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CRATE = ROOT / "server" / "front"
-MODULE = Path(sysconfig.get_path("platlib")) / "stepwell_front.abi3.so"
-STAMP = MODULE.with_suffix(".sources")
+#: Says of which sources the installed module was built.
+STAMP = Path(sysconfig.get_path("platlib")) / "stepwell_front.sources"
+#: Tells cargo in this folder where the crates are, whoever calls it; there only if they are Debian's.
+CARGO_CONFIG = CRATE / ".cargo" / "config.toml"
 #: Debian's packages of the crates in Cargo.toml.
 CRATES = (
     *("bytes", "flate2", "h2", "http", "libc", "proptest", "pyo3", "rustls", "tokio", "tokio-rustls"),
@@ -32,10 +37,15 @@ CRATES = (
 )
 PACKAGES = [f"librust-{name}-dev" for name in CRATES]
 DEBIAN_CRATES = Path("/usr/share/cargo/registry")
-FROM_DEBIAN = [
-    *("--offline", "--config", 'source.crates-io.replace-with="debian"'),
-    *("--config", f'source.debian.directory="{DEBIAN_CRATES}"'),
-]
+FROM_DEBIAN = f"""\
+# Written by scripts/front.py.
+[source.crates-io]
+replace-with = "debian"
+[source.debian]
+directory = "{DEBIAN_CRATES}"
+[net]
+offline = true
+"""
 NO_FRONT = 3
 
 
@@ -46,30 +56,37 @@ class NoFront(Exception):
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description="Build the native front.")
-    parser.add_argument("--check", action="store_true", help="check and test the crate instead")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="check and test the crate instead")
+    what.add_argument("--wheel", metavar="DIR", type=Path, help="build the wheel into this folder instead")
     options = parser.parse_args(arguments)
     try:
         if options.check:
             return check()
+        if options.wheel:
+            return build_wheel(options.wheel.absolute())
         return build()
     except NoFront as reason:
         print(f"No native front: {reason}. The server uses the front in Python, which is slower.")
-        return NO_FRONT
+        return 1 if "REQUIRE_NATIVE_FRONT" in os.environ else NO_FRONT
 
 
 def build() -> int:
-    """Build the module if its sources have changed."""
+    """Build and install the module if its sources have changed."""
     sources = digest()
-    if MODULE.exists() and STAMP.exists() and STAMP.read_text() == sources:
+    is_there = importlib.util.find_spec("stepwell_front") is not None
+    if is_there and STAMP.exists() and STAMP.read_text() == sources:
         return 0
     print("Building the native front (Rust; the first time takes a minute or two)", flush=True)
-    if cargo("build", "--release", "--quiet"):
-        raise NoFront("it does not build here, see above")
-    # not over the file that a running server has mapped
-    fresh = MODULE.with_suffix(".new")
-    shutil.copyfile(CRATE / "target" / "release" / "libstepwell_front.so", fresh)
-    fresh.replace(MODULE)
+    maturin("develop", "--release")
     STAMP.write_text(sources)
+    return 0
+
+
+def build_wheel(folder: Path) -> int:
+    """Build the wheel into a folder."""
+    print("Building the wheel of the native front (Rust; the first time takes a minute or two)", flush=True)
+    maturin("build", "--release", "--out", str(folder))
     return 0
 
 
@@ -87,9 +104,34 @@ def check() -> int:
 def digest() -> str:
     """Stands for everything that the module is built of."""
     found = hashlib.sha256()
-    for path in [CRATE / "Cargo.toml", *sorted((CRATE / "src").glob("*.rs"))]:
+    fixed = (CRATE / name for name in ("Cargo.toml", "pyproject.toml", "stepwell_front.pyi"))
+    for path in [*fixed, *sorted((CRATE / "src").glob("*.rs"))]:
         found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()
+
+
+def maturin(command: str, *arguments: str) -> None:
+    """Let maturin do something with the crate; what it says is shown if it fails.
+
+    Raises:
+        NoFront: it fails, or there is no cargo, or no crates.
+    """
+    find_crates(working_cargo())
+    # maturin looks for the environment into which it installs, and for pip, by these
+    scripts = sysconfig.get_path("scripts")
+    inside = {"VIRTUAL_ENV": sys.prefix, "PATH": os.pathsep.join((scripts, os.environ["PATH"]))}
+    done = subprocess.run(
+        [sys.executable, "-m", "maturin", command, *arguments],
+        cwd=CRATE,
+        env={**os.environ, **inside},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        print(done.stdout, flush=True)
+        raise NoFront("it does not build here, see above")
 
 
 def cargo(command: str, *arguments: str) -> int:
@@ -99,10 +141,9 @@ def cargo(command: str, *arguments: str) -> int:
         NoFront: there is no cargo, or it has no crates.
     """
     program = working_cargo()
-    crates = [] if command == "fmt" else source_of_crates(program)
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    whole = [program, command, *arguments[:split], *crates, *arguments[split:]]
-    return subprocess.run(whole, cwd=CRATE, check=False).returncode
+    if command != "fmt":
+        find_crates(program)
+    return subprocess.run([program, command, *arguments], cwd=CRATE, check=False).returncode
 
 
 @functools.cache
@@ -123,14 +164,16 @@ def working_cargo() -> str:
 
 
 @functools.cache
-def source_of_crates(program: str) -> list[str]:
-    """Options that tell cargo where the crates are.
+def find_crates(program: str) -> None:
+    """Tell cargo where the crates are.
 
     Raises:
         NoFront: nowhere.
     """
     if has_debian_crates():
-        return FROM_DEBIAN
+        use_debian_crates()
+        return
+    CARGO_CONFIG.unlink(missing_ok=True)
     # two attempts of ten seconds: who has no way to the registry is to know soon
     patience = {"CARGO_NET_RETRY": "1", "CARGO_HTTP_TIMEOUT": "10"}
     fetched = subprocess.run(
@@ -142,7 +185,7 @@ def source_of_crates(program: str) -> list[str]:
         check=False,
     )
     if fetched.returncode == 0:
-        return []
+        return
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         last = fetched.stderr.strip().splitlines()[-1:]
         raise NoFront(f"cargo does not reach its registry ({' '.join(last).strip() or 'no reason given'})")
@@ -154,8 +197,15 @@ def source_of_crates(program: str) -> list[str]:
             subprocess.run(step, env=quiet, stdout=subprocess.DEVNULL, check=False).returncode == 0
             and has_debian_crates()
         ):
-            return FROM_DEBIAN
+            use_debian_crates()
+            return
     raise NoFront("cargo does not reach its registry, and Debian's crates could not be installed")
+
+
+def use_debian_crates() -> None:
+    """Let cargo take Debian's crates instead of its registry's."""
+    CARGO_CONFIG.parent.mkdir(exist_ok=True)
+    CARGO_CONFIG.write_text(FROM_DEBIAN)
 
 
 def has_debian_crates() -> bool:

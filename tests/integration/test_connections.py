@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import ipaddress
 import json
 import re
@@ -29,15 +28,14 @@ from stepwell.cli import main
 from stepwell.config import ClientConfig
 from stepwell.v1 import models_pb2, sessions_pb2
 from support.certificates import Authority, Pair
+from support.fronts import needs_native
 from support.proxy import Proxy
 from support.server_process import FEATURES, ServerProcess, serve
 from support.wire import Conversation, Wire, step_frame, tensor
 
 NATIVE = pytest.param(
     "native",
-    marks=pytest.mark.skipif(
-        importlib.util.find_spec("stepwell_front") is None, reason="no native front was built here"
-    ),
+    marks=needs_native,
 )
 X = np.random.default_rng(11).standard_normal((8, 1, FEATURES)).astype(np.float32)
 

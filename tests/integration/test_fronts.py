@@ -5,7 +5,6 @@ What one of them reads by itself the other lets protobuf read, so each is the ot
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,12 +16,10 @@ import pytest
 from stepwell.v1 import models_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from support import fronts, wire
-from support.fronts import FRONTS, Outcome, called
+from support.fronts import FRONTS, Outcome, called, needs_native
 from support.wire import SERVICE, Wire, tensor
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("stepwell_front") is None, reason="no native front was built here"
-)
+pytestmark = needs_native
 
 
 @pytest.fixture(scope="module")

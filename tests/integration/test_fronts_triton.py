@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,13 +14,11 @@ from stepwell.v1 import sessions_pb2
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.sequences import session_id_of
 from support import fronts, wire
-from support.fronts import FRONTS, Outcome, called
+from support.fronts import FRONTS, Outcome, called, needs_native
 from support.triton_requests import request
 from support.wire import Wire
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("stepwell_front") is None, reason="no native front was built here"
-)
+pytestmark = needs_native
 SERVICE = "inference.GRPCInferenceService"
 X = np.random.default_rng(5).standard_normal((4, 6, 3)).astype(np.float32)
 Request = pb.ModelInferRequest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Self
@@ -18,11 +17,10 @@ from stepwell_server.engine.types import Members
 from stepwell_server.rpc.fronts.base import Call, ConnectionAge, Method, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Code, Status
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
+from support.fronts import needs_native
 from support.triton_requests import request
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("stepwell_front") is None, reason="no native front was built here"
-)
+pytestmark = needs_native
 SERVICE = "inference.GRPCInferenceService"
 _PATIENCE_S = 100.0
 

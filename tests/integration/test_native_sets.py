@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,11 +20,10 @@ from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.steps.stream import StreamLimits
 from support.engine import Harness, running
 from support.fake_call import Requests
+from support.fronts import needs_native
 from support.streams import message
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("stepwell_front") is None, reason="no native front was built here"
-)
+pytestmark = needs_native
 LIMIT = 1 << 20
 SERVICE = "stepwell.v1.SessionService"
 X = np.ones((3, 2), np.float32)

@@ -1,23 +1,35 @@
-"""A server on each front, to be sent the same messages: what one of them reads by itself the other lets protobuf read."""
+"""A server on each front, to be sent the same messages: what one of them reads by itself the other lets protobuf read.
+
+Not every machine can build the native one. With ``REQUIRE_NATIVE_FRONT`` set, as `.ci/run` does, tests of it are
+never skipped: they fail where it is not there.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grpc
+import pytest
 
+from stepwell.v1 import models_pb2
 from support import served, wire
 from support.wire import SERVICE, Wire
 
 FRONTS = ("native", "python")
 Outcome = tuple[Any, ...]
+needs_native = pytest.mark.skipif(
+    importlib.util.find_spec("stepwell_front") is None and "REQUIRE_NATIVE_FRONT" not in os.environ,
+    reason="no native front was built here",
+)
 
 
 @contextlib.contextmanager
 def serve(*models: str) -> Iterator[Mapping[str, Wire]]:
-    """Serve models of `served` on both fronts; a client of each."""
+    """Serve models of `served` on both fronts; a client of each. In the end each finds that it has answered everybody."""
     with contextlib.ExitStack() as stack:
         wires, servers = {}, []
         for front in FRONTS:
@@ -27,8 +39,12 @@ def serve(*models: str) -> Iterator[Mapping[str, Wire]]:
             wires[front] = stack.enter_context(Wire(server.address))
             servers.append(server)
             assert f"front={front}" in server.logs()
+            listed = wires[front].models.ListModels(models_pb2.ListModelsRequest(), timeout=100)
+            assert listed.server.front == front
         yield wires
         for server in servers:
+            assert server.stop(timeout_s=100) == 0
+            assert "not finished in time" not in server.logs()
             assert "internal error" not in server.logs(), "a defect was reported to some caller; see the log"
 
 

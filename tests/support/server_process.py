@@ -43,7 +43,9 @@ class ServerProcess:
     ) -> None:
         if not {"--store", "--data-dir"} & set(arguments):
             arguments = (*arguments, "--store", "memory")
-        clean = {key: value for key, value in os.environ.items() if not key.startswith("STEPWELL_")}
+        # but for the front, which `make soak` chooses for all servers
+        kept = (key for key in os.environ if key == "STEPWELL_FRONT" or not key.startswith("STEPWELL_"))
+        clean = {key: os.environ[key] for key in kept}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "stepwell_server", *arguments],
             stdout=subprocess.PIPE,
