@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -26,3 +27,9 @@ def pytest_configure() -> None:
     os.environ["XDG_DATA_HOME"] = folder
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector look at nothing again and again that stays: thousands of tests, and what they import."""
+    gc.collect()
+    gc.freeze()

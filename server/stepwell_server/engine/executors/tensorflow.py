@@ -8,13 +8,15 @@ from collections.abc import Sequence
 # TensorFlow reads it while it loads.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import tensorflow as tf
-
 from stepwell_server.engine.executors.base import ExecutionError, Executor
+from stepwell_server.engine.executors.loading import light_imports
 from stepwell_server.engine.executors.padded import PaddedExecutor
 from stepwell_server.engine.types import Array
 from stepwell_server.logs import Log
 from stepwell_server.program import Program
+
+with light_imports():
+    import tensorflow as tf
 
 _log = Log("engine.executors")
 
