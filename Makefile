@@ -62,7 +62,7 @@ ALL := $(if $(ARGS),,--numprocesses $(WORKERS) --dist worksteal)
 
 .PHONY: test
 test: $(INSTALLED) $(FRONT) ## Run all tests (five minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores
-	$(BIN)/pytest $(ALL) $(ARGS)
+	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) $(ARGS)
 
 .PHONY: test-unit
 test-unit: $(INSTALLED) ## Run the unit tests (half a minute; ARGS="-k slots" runs some)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from stepwell_server.program import ProofOptions
-from support import models_everyday
+from support import models_everyday, programs
 from support.compiled import Compiled
 
 # Keras calls numpy in a way that numpy 2 deprecates.
@@ -17,14 +15,10 @@ TOLERANCE = 2e-5
 
 
 @pytest.mark.parametrize("first", list(models_everyday.groups()))
-def test_everyday_models_are_served_and_equal_keras(first: str, tmp_path: Path) -> None:
-    from stepwell_server.compile.pipeline import compile_model
-
+def test_everyday_models_are_served_and_equal_keras(first: str) -> None:
     names = models_everyday.groups()[first]
     model = models_everyday.build(names, steps=20 if len(first) % 2 else None)
-    model.save(tmp_path / "model.keras")
-    (tmp_path / "program").mkdir()
-    program = compile_model(tmp_path / "model.keras", tmp_path / "program", options=ProofOptions(steps=48))
+    program = programs.zoo_program(f"everyday-{first}", lambda: model, ProofOptions(steps=48))
     assert not program.proof.unproven
     zoo = Compiled(first, model, program)
     for rows, steps in ((3, 20), (1, 20), (2, 1)):

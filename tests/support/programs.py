@@ -1,4 +1,9 @@
-"""Models that are saved and compiled once per test run, whichever tests and processes of it ask for them."""
+"""Models that are saved and compiled once per test run, whichever tests and processes of it ask for them.
+
+`make test` keeps those of the zoo for its next run, as long as nothing changes of which they are made: the compiler, the
+code that builds them (all of this folder), the frameworks, the processor. Whatever is tested of a program is tested
+in each run. Elsewhere, in CI (`make coverage`) and in `make soak`, each run compiles all of them.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,10 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,10 +22,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stepwell_server.program import Program
+from stepwell_server.program import Program, ProofOptions
+from support import samples
 
 #: Names the run's folder to the processes among which pytest-xdist divides the tests.
 _FOLDER = "TEST_RUN_FOLDER"
+#: Set by `make test`.
+_KEEP = "TEST_KEEP_PROGRAMS"
+_ROOT = Path(__file__).parents[2]
+#: What programs are made with.
+_SOURCES = (
+    "server/stepwell_server/compile/**/*.py",
+    "server/stepwell_server/engine/executors/*.py",
+    "server/stepwell_server/engine/types.py",
+    "server/stepwell_server/program.py",
+    "tests/support/*.py",
+)
 
 
 class Saved(NamedTuple):
@@ -47,49 +66,105 @@ def zoo(name: str) -> Saved:
     """A model of the zoo."""
     from support import models
 
-    return saved(name, lambda: models.build(name))
+    return saved(name, lambda: models.build(name), kept=_kept_folder())
 
 
-def program_of(saved: Saved, imports: Sequence[str] = ()) -> Program:
+def program_of(saved: Saved, imports: Sequence[str] = (), options: ProofOptions | None = None) -> Program:
     """The program of a saved model."""
     from stepwell_server.compile import cache
 
-    return Program.load(saved.cache_dir / cache.cache_key(saved.path, imports))
+    return Program.load(saved.cache_dir / cache.cache_key(saved.path, imports, options))
 
 
-def saved(name: str, build: Callable[[], Any], imports: Sequence[str] = ()) -> Saved:
+def zoo_program(name: str, build: Callable[[], Any], options: ProofOptions) -> Program:
+    """The program of a model that something else in this folder builds, made with these options."""
+    return program_of(saved(name, build, options=options, kept=_kept_folder()), options=options)
+
+
+def saved(
+    name: str,
+    build: Callable[[], Any],
+    imports: Sequence[str] = (),
+    options: ProofOptions | None = None,
+    kept: Path | None = None,
+) -> Saved:
     """The model that `build` makes, under a name that no other model has.
 
     It is compiled in this process, which has TensorFlow for the reference anyway. `imports` are those of the
-    server that will look for it in the cache.
+    server that will look for it in the cache. Where earlier runs have `kept` it, it comes from there; else it is kept.
     """
     from stepwell_server.compile import cache
 
-    folder, kept = run_folder(), cache_dir()
+    folder, programs = run_folder(), cache_dir()
     path = folder / f"{name}.keras"
     with _alone(folder / f"{name}.lock"):
         if not path.exists():
             unfinished = folder / f"{name}.unfinished.keras"
-            build().save(unfinished)
-            _compile(unfinished)
+            if kept is None or not _take(kept / name, unfinished, options):
+                build().save(unfinished)
+                _compile(unfinished, options)
+                if kept is not None:
+                    _keep(unfinished, options, kept / name)
             unfinished.rename(path)
-        wanted = kept / cache.cache_key(path, imports)
+        wanted = programs / cache.cache_key(path, imports, options)
         if not wanted.exists():
-            with cache.workspace(kept, wanted.name) as workspace:
-                made = kept / cache.cache_key(path, ())
+            with cache.workspace(programs, wanted.name) as workspace:
+                made = programs / cache.cache_key(path, (), options)
                 others = shutil.ignore_patterns("digests.json")  # publishing writes it
                 shutil.copytree(made, workspace, ignore=others, dirs_exist_ok=True)
                 cache.publish(workspace, wanted)
-    return Saved(path, kept)
+    return Saved(path, programs)
 
 
-def _compile(path: Path) -> None:
+@functools.cache
+def _kept_folder() -> Path | None:
+    """Where programs of these sources are kept; None if none are."""
+    if _KEEP not in os.environ or samples.ALL:
+        return None
+    digest = hashlib.sha256(sys.version.encode())
+    for file in sorted(file for pattern in _SOURCES for file in _ROOT.glob(pattern)):
+        digest.update(f"{file.relative_to(_ROOT)}\n".encode() + hashlib.sha256(file.read_bytes()).digest())
+    folder = _ROOT / ".pytest_cache" / "programs" / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    for other in folder.parent.iterdir():
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
+def _take(kept: Path, path: Path, options: ProofOptions | None) -> bool:
+    """Take model and program of an earlier run; False if they are not there, or of other frameworks or another processor."""
+    from stepwell_server.compile import cache
+
+    if not (kept / "model.keras").exists():
+        return False
+    key = cache.cache_key(kept / "model.keras", (), options)
+    if cache.load(kept / key) is None:
+        return False
+    shutil.copyfile(kept / "model.keras", path)
+    shutil.copytree(kept / key, cache_dir() / key)
+    return True
+
+
+def _keep(path: Path, options: ProofOptions | None, kept: Path) -> None:
+    """Keep model and program for the next run: both or neither."""
+    from stepwell_server.compile import cache
+
+    key = cache.cache_key(path, (), options)
+    with cache.workspace(kept.parent, kept.name) as workspace:
+        shutil.copyfile(path, workspace / "model.keras")
+        shutil.copytree(cache_dir() / key, workspace / key)
+        shutil.rmtree(kept, ignore_errors=True)
+        workspace.rename(kept)
+
+
+def _compile(path: Path, options: ProofOptions | None) -> None:
     from stepwell_server.compile import cache
     from stepwell_server.compile.pipeline import compile_model
 
-    key = cache.cache_key(path, ())
+    key = cache.cache_key(path, (), options)
     with cache.workspace(cache_dir(), key) as workspace:
-        made = compile_model(path, workspace)
+        made = compile_model(path, workspace, options=options)
         loaded = cache.publish(workspace, cache_dir() / key)
     # what is loaded from now on, by whomever, is what was made
     assert (loaded.inputs, loaded.outputs, loaded.state) == (made.inputs, made.outputs, made.state)
