@@ -130,7 +130,9 @@ impl Served {
         };
         let early = match answer {
             Ok(reply) => {
-                let Ok(mut out) = respond.send_response(grpc::reply_headers(), false) else { return };
+                let Ok(mut out) = respond.send_response(grpc::reply_headers(), false) else {
+                    return self.call.written(); // nobody will have it
+                };
                 self.count(reply.len());
                 match self.write(&mut out, reply).await {
                     Ok(()) => {
