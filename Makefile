@@ -56,8 +56,9 @@ $(MODEL): | $(INSTALLED)
 serve: $(INSTALLED) $(FRONT) $(MODEL) ## Serve the demo's model (trained first if need be) until Ctrl-C
 	$(BIN)/stepwell serve temperature=$(MODEL)
 
-# Whole runs are divided among so many processes; a few tests, named by ARGS, are faster in one.
-WORKERS ?= 2
+# Whole runs are divided among so many processes, one more than two cores have: many tests wait for servers, disks and
+# limits of time. A few tests, named by ARGS, are faster in one.
+WORKERS ?= 3
 ALL := $(if $(ARGS),,--numprocesses $(WORKERS) --dist worksteal)
 
 .PHONY: test
@@ -73,8 +74,9 @@ coverage: $(INSTALLED) $(FRONT) ## Run all tests, and fail if they cover less th
 	$(BIN)/pytest --cov --cov-report=term $(ALL) $(ARGS)
 
 .PHONY: soak
-soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples, then kill servers a thousand times under load (fifteen minutes; ARGS="--kills 50 --seed 7" only kills)
+soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples and the front in Python, then kill servers a thousand times under load (twenty minutes; ARGS="--kills 50 --seed 7" only kills)
 	$(if $(ARGS),,TEST_ALL=1 $(BIN)/pytest $(ALL) $$(grep -rl "from support.samples" tests/unit tests/congruence))
+	$(if $(ARGS),,STEPWELL_FRONT=python $(BIN)/pytest $(ALL) tests/integration)
 	$(BIN)/python tests/fault/soak.py $(ARGS)
 
 .PHONY: fuzz-models
