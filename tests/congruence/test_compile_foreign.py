@@ -217,3 +217,24 @@ def test_a_lambda_among_the_arguments_of_a_layer_is_code(tmp_path: Path) -> None
     assert "refused by Keras's safe mode: it holds a Lambda layer, a lambda" in refusal_of(
         tmp_path / "model.keras"
     )
+
+
+def test_weights_that_begin_where_hdf5_looks_make_no_hdf5_file(tmp_path: Path) -> None:
+    from stepwell_server.compile.tensorflow_setup import keras
+
+    x = keras.Input((None, 3))
+    keras.Model(x, keras.layers.LSTM(2, return_sequences=True)(x)).save(tmp_path / "saved.keras")
+    with (
+        zipfile.ZipFile(tmp_path / "saved.keras") as saved,
+        zipfile.ZipFile(tmp_path / "model.keras", "w") as moved,
+    ):
+        for info in sorted(saved.infolist(), key=lambda info: info.filename.endswith(".h5")):
+            if info.filename.endswith(".h5"):
+                assert moved.fp is not None
+                headers = 2 * 30 + len("room") + len(info.filename)
+                moved.writestr("room", bytes(8192 - moved.fp.tell() - headers))
+            moved.writestr(info.filename, saved.read(info))
+    assert h5py.is_hdf5(tmp_path / "model.keras")
+    from stepwell_server.compile.archive import check_archive
+
+    check_archive(tmp_path / "model.keras")

@@ -48,7 +48,9 @@ def check_archive(path: Path) -> None:
     """
     if not path.is_file():
         raise ModelError(f"{path}: {origin.no_file_problem(path)}")
-    if h5py.is_hdf5(path):
+    # An archive stores its weights as they are: where they begin at 512 bytes or a power of two times that, which
+    # is a matter of chance, HDF5 finds its signature in it.
+    if not zipfile.is_zipfile(path) and h5py.is_hdf5(path):
         raise ModelError(f"{path}: {_hdf5_problem(path)}")
     if not zipfile.is_zipfile(path):
         raise ModelError(f"{path}: {origin.other_problem(path)}")
