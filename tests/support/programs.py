@@ -108,11 +108,7 @@ def saved(
             unfinished.rename(path)
         wanted = programs / cache.cache_key(path, imports, options)
         if not wanted.exists():
-            with cache.workspace(programs, wanted.name) as workspace:
-                made = programs / cache.cache_key(path, (), options)
-                others = shutil.ignore_patterns("digests.json")  # publishing writes it
-                shutil.copytree(made, workspace, ignore=others, dirs_exist_ok=True)
-                cache.publish(workspace, wanted)
+            _copy(programs / cache.cache_key(path, (), options), wanted)
     return Saved(path, programs)
 
 
@@ -142,7 +138,7 @@ def _take(kept: Path, path: Path, options: ProofOptions | None) -> bool:
     if cache.load(kept / key) is None:
         return False
     shutil.copyfile(kept / "model.keras", path)
-    shutil.copytree(kept / key, cache_dir() / key)
+    _copy(kept / key, cache_dir() / key)
     return True
 
 
@@ -156,6 +152,16 @@ def _keep(path: Path, options: ProofOptions | None, kept: Path) -> None:
         shutil.copytree(cache_dir() / key, workspace / key)
         shutil.rmtree(kept, ignore_errors=True)
         workspace.rename(kept)
+
+
+def _copy(made: Path, wanted: Path) -> None:
+    """Make another entry of a cache from one."""
+    from stepwell_server.compile import cache
+
+    with cache.workspace(wanted.parent, wanted.name) as workspace:
+        others = shutil.ignore_patterns("digests.json")  # publishing writes it
+        shutil.copytree(made, workspace, ignore=others, dirs_exist_ok=True)
+        cache.publish(workspace, wanted)
 
 
 def _compile(path: Path, options: ProofOptions | None) -> None:

@@ -1,0 +1,59 @@
+"""What `make test` keeps for its next run is taken while it is whole, and never else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import programs, samples
+
+
+class Built(Exception):
+    """The model was built, so that it is compiled anew."""
+
+
+def build() -> Any:
+    raise Built
+
+
+def test_a_program_is_taken_from_an_earlier_run_if_it_is_whole(tmp_path: Path) -> None:
+    known = programs.zoo("lstm_dense")
+    for name in ("whole", "damaged", "of_others"):
+        programs._keep(known.path, None, tmp_path / name)
+    taken = programs.saved("whole", build, kept=tmp_path)
+    assert programs.program_of(taken).fingerprint == programs.program_of(known).fingerprint
+    assert taken.path.read_bytes() == known.path.read_bytes()
+
+    (entry,) = (path for path in (tmp_path / "damaged").iterdir() if path.is_dir())
+    (entry / "program.tflite").write_bytes(b"something else")
+    with pytest.raises(Built):
+        programs.saved("damaged", build, kept=tmp_path)
+    # other frameworks, or another processor, give its key another name
+    (entry,) = (path for path in (tmp_path / "of_others").iterdir() if path.is_dir())
+    entry.rename(entry.with_name("0" * 64))
+    with pytest.raises(Built):
+        programs.saved("of_others", build, kept=tmp_path)
+    with pytest.raises(Built):
+        programs.saved("never_kept", build, kept=tmp_path)
+
+
+def test_nothing_is_kept_for_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for pattern in programs._SOURCES:
+        assert list(programs._ROOT.glob(pattern)), pattern
+    source = tmp_path / "tests" / "support" / "models.py"
+    source.parent.mkdir(parents=True)
+    monkeypatch.setattr(programs, "_ROOT", tmp_path)
+    monkeypatch.setattr(samples, "ALL", False)
+    monkeypatch.setenv("TEST_KEEP_PROGRAMS", "1")
+    folders = []
+    for text in ("one", "other"):
+        source.write_text(text)
+        folder = programs._kept_folder.__wrapped__()
+        assert folder is not None
+        assert list(folder.parent.iterdir()) == [folder]
+        folders.append(folder)
+    assert folders[0] != folders[1]
+    monkeypatch.delenv("TEST_KEEP_PROGRAMS")
+    assert programs._kept_folder.__wrapped__() is None
