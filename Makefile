@@ -84,9 +84,8 @@ fuzz-models: $(INSTALLED) ## Compile random models and compare what is served wi
 	$(BIN)/python tests/congruence/fuzz_models.py $(ARGS)
 
 .PHONY: bench
-bench: $(INSTALLED) $(FRONT) ## Measure the server against what bounds it, and its stores (twenty minutes; ARGS="one many" runs some cases)
-	$(BIN)/python tests/bench/compare.py $(ARGS)
-	$(if $(ARGS),,$(BIN)/python tests/bench/sweep.py)
+bench: $(INSTALLED) $(FRONT) ## Measure rates, latencies, memory and start (at most twelve minutes on two idle cores; ARGS="sessions tls" runs some cases)
+	$(BIN)/python tests/bench/measure.py $(ARGS)
 
 .PHONY: bench-scale
 bench-scale: $(INSTALLED) $(FRONT) ## Measure a server with a million sessions (a few minutes, 2 GB of disk; ARGS="--sessions 50000")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.harness import OUT, Line
+from bench.harness import OUT
 
 _FOLDER = re.compile(r"data-(\d+)-")
 _FLUSHES = 200
@@ -67,12 +67,6 @@ def flush_ms(folder: Path) -> float:
         os.close(file)
         path.unlink()
     return statistics.median(taken) * 1e3
-
-
-def flush_line(medians_ms: list[float]) -> Line:
-    """What the disk does, as a line of the table: what a synchronous commit can be compared with."""
-    case = f"the disk itself ({file_system(OUT)}): fdatasync of 4 KiB, p50"
-    return Line(case, "ms", statistics.median(medians_ms), "", None, None, None)
 
 
 def bytes_used(folder: Path) -> int:

@@ -1,28 +1,24 @@
-"""What the comparison runs on: models, servers, load generators, and pairs of measurements."""
+"""What the cases run on: models, servers, processes with time limits, turns back and forth, and the machine."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime as dt
+import importlib.util
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import stepwell
-from bench import load as python_load
 from stepwell.testing import LocalServer
-from stepwell.v1 import sessions_pb2, tensors_pb2
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -31,9 +27,9 @@ OUT = ROOT / "out" / "bench"
 
 MODELS = {"small": (64, 8), "medium": (256, 32), "large": (1024, 128)}
 """Units of the LSTM and features of the input, by name."""
-WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
-"""Units of the LSTMs of the sweep over width; each with 8 features."""
 OUTPUTS = 16
+START_LIMIT_S = 60.0
+"""How long a process may take to say that it is ready."""
 
 _SAVE = """
 import json, sys
@@ -46,6 +42,14 @@ for path, units, features, outputs in json.loads(sys.argv[1]):
 
 Result = Mapping[str, Any]
 Measure = Callable[[], Result]
+Key = tuple[Any, ...]
+"""What tells a measurement from the others of its case: one value for each of the case's labels."""
+Point = dict[str, Any]
+"""A measurement as it is kept: labels, medians, `ratios` to its baseline; or labels and `error`."""
+
+
+class ServerEndedError(RuntimeError):
+    """The server ended before it was told to. Nothing of its case can be measured any more."""
 
 
 # --- models and servers ---
@@ -57,10 +61,9 @@ def model_path(name: str) -> Path:
 
 def save_models() -> None:
     """Make the models that are not there yet, in a process of its own: it needs TensorFlow."""
-    wanted = MODELS | {f"width{units}": (units, 8) for units in WIDTHS}
     missing = [
         (str(model_path(name)), units, features, OUTPUTS)
-        for name, (units, features) in wanted.items()
+        for name, (units, features) in MODELS.items()
         if not model_path(name).exists()
     ]
     if missing:
@@ -68,11 +71,47 @@ def save_models() -> None:
         run_python("-c", _SAVE, json.dumps(missing))
 
 
-def serve(*names: str, extra_args: Sequence[str] = (), data_dir: Path | None = None) -> LocalServer:
-    """A server of some of the models. Without a folder it keeps sessions in memory. Compiles what its cache lacks."""
+def fronts() -> tuple[str, ...]:
+    """The fronts that this installation has, the faster one first."""
+    return ("native", "python") if importlib.util.find_spec("stepwell_front") else ("python",)
+
+
+@contextlib.contextmanager
+def serve(
+    *names: str, front: str = "auto", extra_args: Sequence[str] = (), data_dir: Path | None = None
+) -> Iterator[LocalServer]:
+    """A server of some of the models. Without a folder it keeps sessions in memory. Compiles what its cache lacks.
+
+    Raises:
+        ServerEndedError: It ended before the block did; with its last log lines.
+    """
     paths = {name: model_path(name) for name in names}
-    arguments = ["--log-level", "warning", *extra_args]
-    return LocalServer(paths, data_dir, extra_args=arguments, cache_dir=OUT / "cache")
+    arguments = ["--log-level", "warning", "--front", front, *extra_args]
+    with LocalServer(paths, data_dir, extra_args=arguments, cache_dir=OUT / "cache") as server, alive(server):
+        yield server
+
+
+@contextlib.contextmanager
+def alive(server: LocalServer) -> Iterator[None]:
+    """Whatever goes wrong in the block is the server's end, if it has ended.
+
+    Raises:
+        ServerEndedError: It ended, even if nothing went wrong.
+    """
+    try:
+        yield
+    except ServerEndedError:
+        raise
+    except Exception as error:
+        if server.pid is None:
+            raise _ended(server) from error
+        raise
+    if server.pid is None:
+        raise _ended(server)
+
+
+def _ended(server: LocalServer) -> ServerEndedError:
+    return ServerEndedError(f"the server ended early; its last log lines:\n{server.logs()[-2000:]}")
 
 
 def program_path(server: LocalServer, model: str) -> Path:
@@ -85,241 +124,105 @@ def program_path(server: LocalServer, model: str) -> Path:
     raise LookupError(f"no program of model {model} in the cache")
 
 
-@contextlib.contextmanager
-def script_server(script: str, *arguments: str) -> Iterator[str]:
-    """A server that is one of this folder's scripts; gives its address."""
-    command = [sys.executable, str(HERE / script), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    try:
-        address = process.stdout.readline().strip()
-        if not address:
-            raise RuntimeError(f"{script} did not start")
-        yield address
-    finally:
-        process.kill()
-        process.communicate()
+# --- processes ---
+
+
+def run(command: Sequence[str], timeout_s: float) -> str:
+    """The standard output of a process; it is killed when its time is over."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    if done.returncode:
+        name = " ".join(Path(part).name for part in command[:2])
+        raise RuntimeError(f"{name} failed with {done.returncode}:\n{done.stderr[-3000:]}")
+    return done.stdout
 
 
 def run_python(*arguments: str, timeout_s: float = 300) -> str:
     """The standard output of a Python process."""
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=timeout_s, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"python {arguments[0]} failed:\n{done.stderr[-3000:]}")
-    return done.stdout
-
-
-def run_client(case: str, **arguments: Any) -> Result:
-    """One client process; see `sdk_client`."""
-    document: Result = json.loads(run_python(str(HERE / "sdk_client.py"), case, json.dumps(arguments)))
-    return document
+    return run([sys.executable, *arguments], timeout_s)
 
 
 @contextlib.contextmanager
-def long_requests(address: str, model: str, steps: int) -> Iterator[None]:
-    """While the block runs, a session is kept busy with requests of many time steps."""
-    arguments = json.dumps({"address": address, "model": model, "steps": steps})
+def started(*arguments: str, limit_s: float = START_LIMIT_S) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A Python process and its first line, which says that it is ready. It is killed when the block ends."""
+    command = [sys.executable, *arguments]
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "sdk_client.py"), "long", arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
+    watchdog = threading.Timer(limit_s, process.kill)
+    watchdog.start()
     try:
         assert process.stdout is not None
-        process.stdout.readline()
-        yield
+        line = process.stdout.readline().strip()
+        watchdog.cancel()
+        if not line:
+            raise RuntimeError(f"{Path(arguments[0]).name} was not ready within {limit_s:g} s, or ended")
+        yield process, line
     finally:
-        output, _ = process.communicate(timeout=90)
-    rate = json.loads(output)["rate"]
-    if not rate > 0:
-        raise RuntimeError("the long requests made no progress")
+        watchdog.cancel()
+        process.kill()
+        process.communicate()
 
 
-# --- single steps, by the load generator ---
+# --- turns ---
 
 
-class Generator:
-    """Sends ready-made requests: compiled from load.cc where that is possible, else load.py."""
+def interleave(
+    measures: Mapping[Key, Measure], repeats: int
+) -> tuple[dict[Key, list[Result]], dict[Key, str]]:
+    """Measure each in turn, again and again, back and forth, so that all meet the same machine.
 
-    def __init__(self, compiled: bool = True) -> None:
-        self._command = [sys.executable, str(HERE / "load.py")]
-        self.description = f"Python, {python_load.PROCESSES} processes (no g++ with libgrpc++-dev here)"
-        binary = self._compile() if compiled else None
-        if binary is not None:
-            self._command = [str(binary)]
-            self.description = "C++, one thread (load.cc)"
-        self.is_compiled = binary is not None
-
-    @staticmethod
-    def _compile() -> Path | None:
-        source, binary = HERE / "load.cc", OUT / "load"
-        compiler, finder = shutil.which("g++"), shutil.which("pkg-config")
-        if compiler is None or finder is None:
-            return None
-        if binary.exists() and binary.stat().st_mtime > source.stat().st_mtime:
-            return binary
-        found = subprocess.run(
-            [finder, "--cflags", "--libs", "grpc++"], capture_output=True, text=True, check=False
-        )
-        if found.returncode:
-            return None
-        OUT.mkdir(parents=True, exist_ok=True)
-        command = [
-            compiler,
-            "-O2",
-            "-std=c++17",
-            str(source),
-            "-o",
-            str(binary),
-            *found.stdout.split(),
-            "-lgpr",
-        ]
-        built = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        return None if built.returncode else binary
-
-    def run(
-        self, address: str, method: str, kind: str, requests: Sequence[bytes], warm_up_s: float, run_s: float
-    ) -> Result:
-        """Send each request again and again, and count."""
-        path = OUT / "requests.bin"
-        python_load.write_requests(path, list(requests))
-        command = [*self._command, address, method, kind, str(path), str(warm_up_s), str(run_s)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-        if done.returncode:
-            raise RuntimeError(f"the load generator failed: {done.stderr[-1000:]}")
-        result: Result = json.loads(done.stdout)
-        if result["errors"]:
-            raise RuntimeError(f"{result['errors']} calls failed; the first: {result['first_error']}")
-        return result
-
-
-def tensor(rows: int, features: int) -> tensors_pb2.Tensor:
-    """Random inputs of one time step."""
-    values = np.random.default_rng(rows).standard_normal((rows, features), np.float32)
-    dtype = tensors_pb2.DATA_TYPE_FLOAT32
-    return tensors_pb2.Tensor(dtype=dtype, shape=values.shape, data=values.tobytes())
-
-
-def step_request(session_id: str, features: int) -> bytes:
-    """A step as a call of its own."""
-    request = sessions_pb2.StepRequest(session_id=session_id, inputs=[tensor(1, features)])
-    return request.SerializeToString()
-
-
-def frame_request(session_ids: Sequence[str], features: int) -> bytes:
-    """One step of each session as a message of a stream."""
-    frame = sessions_pb2.StepFrame(
-        session_ids=session_ids,
-        inputs=[tensor(len(session_ids), features)],
-        batch_sizes=[1] * len(session_ids),
-    )
-    return sessions_pb2.StepStreamRequest(frame_id=1, step=frame).SerializeToString()
-
-
-def step_singly(
-    generator: Generator, address: str, model: str, kind: str, sessions: int, warm_up_s: float, run_s: float
-) -> Result:
-    """Sessions of a server, each stepped by itself; checks that the steps were really made."""
-    features = MODELS[model][1]
-    with stepwell.connect(address) as client, client.open_sessions(model, sessions) as group:
-        if kind == "unary":
-            method, requests = "Step", [step_request(one, features) for one in group.ids]
-        else:
-            method, requests = "StepStream", [frame_request([one], features) for one in group.ids]
-        result = generator.run(
-            address, f"/stepwell.v1.SessionService/{method}", kind, requests, warm_up_s, run_s
-        )
-        group.refresh()
-        made = int(group.positions.sum())
-        if made < result["calls"]:
-            raise RuntimeError(f"{result['calls']} replies came, but only {made} steps were made")
-        return result
-
-
-def echo_singly(
-    generator: Generator, address: str, kind: str, sessions: int, warm_up_s: float, run_s: float
-) -> Result:
-    """The same requests through a bare echo."""
-    session_id, features = "x" * 22, MODELS["small"][1]
-    one = step_request(session_id, features) if kind == "unary" else frame_request([session_id], features)
-    method = "/bench.Echo/Unary" if kind == "unary" else "/bench.Echo/Stream"
-    return generator.run(address, method, kind, [one] * sessions, warm_up_s, run_s)
-
-
-# --- pairs ---
-
-
-def interleave(measures: Mapping[str, Measure], repeats: int) -> dict[str, list[Result]]:
-    """Measure each in turn, again and again, back and forth, so that all meet the same machine."""
-    results: dict[str, list[Result]] = {name: [] for name in measures}
+    Returns:
+        The results of those that never failed, and why the others did; what failed once is not tried again.
+    """
+    results: dict[Key, list[Result]] = {key: [] for key in measures}
+    failed: dict[Key, str] = {}
     for turn in range(repeats):
-        names = list(measures)
-        for name in names if turn % 2 == 0 else reversed(names):
-            results[name].append(measures[name]())
-    return results
+        keys = list(measures)
+        for key in keys if turn % 2 == 0 else reversed(keys):
+            if key in failed:
+                continue
+            try:
+                results[key].append(measures[key]())
+            except ServerEndedError:
+                raise
+            except Exception as error:
+                failed[key] = f"{type(error).__name__}: {error}"
+    return {key: found for key, found in results.items() if key not in failed}, failed
 
 
-def median(results: Sequence[Result], key: str) -> float:
-    return float(statistics.median(one[key] for one in results))
+def measured(
+    labels: Sequence[str],
+    measures: Mapping[Key, Measure],
+    repeats: int,
+    baseline: Callable[[Key], Key] | None = None,
+) -> list[Point]:
+    """Points of medians over the turns; `ratios` are medians, too, of what was measured in the same turn.
 
-
-def ratio(ours: Sequence[Result], theirs: Sequence[Result], key: str) -> float:
-    """The median over the turns of ours divided by theirs."""
-    pairs = zip(ours, theirs, strict=True)
-    return float(statistics.median(a[key] / b[key] for a, b in pairs))
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """A line of the table."""
-
-    case: str
-    unit: str
-    ours: float
-    baseline: str
-    """What it is compared with; empty for nothing."""
-    theirs: float | None
-    ratio: float | None
-    """Ours divided by theirs, or ours by itself; the target is about this number."""
-    target: tuple[str, float] | None
-    """"at most" or "at least", and the number. None: shown for comparison only."""
-    section: str = ""
-    """The table of docs/performance.md that it belongs to; empty for the first ones."""
-
-    @property
-    def reached(self) -> bool | None:
-        """Whether the target is reached; None without one."""
-        if self.target is None:
-            return None
-        value = self.ours if self.ratio is None else self.ratio
-        return value <= self.target[1] if self.target[0] == "at most" else value >= self.target[1]
-
-
-def compared(
-    case: str,
-    unit: str,
-    results: Mapping[str, Sequence[Result]],
-    key: str,
-    targets: Mapping[str, tuple[str, float] | None],
-    ours: str = "stepwell",
-) -> list[Line]:
-    """A line for each of the baselines, given with their targets."""
-    mine = results[ours]
-    return [
-        Line(
-            case,
-            unit,
-            median(mine, key),
-            name,
-            median(results[name], key),
-            ratio(mine, results[name], key),
-            target,
-        )
-        for name, target in targets.items()
-    ]
+    Args:
+        labels: Names of what the keys hold.
+        measures: What is measured, by its key.
+        repeats: Turns.
+        baseline: The key that another is compared with.
+    """
+    results, failed = interleave(measures, repeats)
+    points: list[Point] = []
+    for key in measures:
+        point = dict(zip(labels, key, strict=True))
+        points.append(point)
+        if key in failed:
+            point["error"] = failed[key]
+            continue
+        mine = results[key]
+        point |= {name: statistics.median(one[name] for one in mine) for name in mine[0]}
+        other = None if baseline is None else baseline(key)
+        if other in results and other != key:
+            theirs = results[other]
+            point["ratios"] = {
+                name: statistics.median(a[name] / b[name] for a, b in zip(mine, theirs, strict=True))
+                for name in mine[0].keys() & theirs[0].keys()
+                if all(one[name] for one in theirs)
+            }
+    return points
 
 
 # --- the machine ---
@@ -336,20 +239,20 @@ def status_bytes(pid: int, name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{name}:"))
 
 
-def describe_machine(generator: Generator) -> dict[str, str]:
+def describe_machine() -> dict[str, str]:
     """What the numbers were measured on."""
-    packages = ("ai-edge-litert", "grpcio", "numpy", "protobuf", "tensorflow", "keras", "uvloop")
+    packages = ("ai-edge-litert", "grpcio", "numpy", "protobuf", "uvloop")
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+        ["git", "describe", "--always", "--dirty"],
+        cwd=ROOT, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
     return {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "processor": _processor(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "packages": ", ".join(f"{name} {metadata.version(name)}" for name in packages),
-        "generator": generator.description,
-        "commit": commit.stdout.strip(),
+        "commit": commit.stdout.strip() or "unknown",
     }
 
 

@@ -1,10 +1,11 @@
 // Drives a gRPC server with ready-made requests: one thread, each line of calls in ping-pong.
 //
-//   load HOST:PORT METHOD unary|stream REQUESTS WARM_UP_S RUN_S
+//   load HOST:PORT METHOD unary|stream REQUESTS WARM_UP_S RUN_S [CA.pem]
 //
 // REQUESTS holds one record for each line: a little-endian u32 length and that many bytes, sent again
 // and again as soon as the last reply has come. "unary" makes a call of each, "stream" writes them to a
-// stream that the line has for itself. Prints one JSON document. Loopback only, bounded in time.
+// stream that the line has for itself. A connection carries at most 256 lines, since servers limit its
+// streams. With CA.pem it speaks TLS. Prints one JSON document. Loopback only, bounded in time.
 #include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
 #include <sys/resource.h>
@@ -16,6 +17,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
@@ -23,6 +25,8 @@
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+constexpr size_t kLinesOfConnection = 256;
 
 double seconds_since(Clock::time_point then) {
   return std::chrono::duration<double>(Clock::now() - then).count();
@@ -35,7 +39,6 @@ double processor_s() {
 }
 
 struct Run {
-  std::unique_ptr<grpc::GenericStub> stub;
   grpc::CompletionQueue queue;
   std::string method;
   bool counting = false, stopping = false;
@@ -59,6 +62,7 @@ struct Line {
   };
 
   Run& run;
+  grpc::GenericStub& stub;
   const bool streams;
   grpc::ByteBuffer request, reply;
   std::unique_ptr<grpc::ClientContext> context;
@@ -69,7 +73,8 @@ struct Line {
   bool wrote = false, read = false, over = false;
   Event started{this, kStarted}, written{this, kWritten}, got{this, kRead}, finished{this, kFinished};
 
-  Line(Run& run, bool streams, const std::string& body) : run(run), streams(streams) {
+  Line(Run& run, grpc::GenericStub& stub, bool streams, const std::string& body)
+      : run(run), stub(stub), streams(streams) {
     grpc::Slice slice(body);
     request = grpc::ByteBuffer(&slice, 1);
   }
@@ -77,7 +82,7 @@ struct Line {
   void open() {
     if (!streams) return send();
     context = std::make_unique<grpc::ClientContext>();
-    stream = run.stub->PrepareCall(context.get(), run.method, &run.queue);
+    stream = stub.PrepareCall(context.get(), run.method, &run.queue);
     ++run.in_flight;
     stream->StartCall(&started);
   }
@@ -92,7 +97,7 @@ struct Line {
       stream->Read(&reply, &got);
     } else {
       context = std::make_unique<grpc::ClientContext>();
-      call = run.stub->PrepareUnaryCall(context.get(), run.method, request, &run.queue);
+      call = stub.PrepareUnaryCall(context.get(), run.method, request, &run.queue);
       call->StartCall();
       call->Finish(&reply, &status, &finished);
     }
@@ -142,8 +147,8 @@ double quantile(const std::vector<float>& sorted, double q) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 7) {
-    std::fprintf(stderr, "usage: load HOST:PORT METHOD unary|stream REQUESTS WARM_UP_S RUN_S\n");
+  if (argc != 7 && argc != 8) {
+    std::fprintf(stderr, "usage: load HOST:PORT METHOD unary|stream REQUESTS WARM_UP_S RUN_S [CA.pem]\n");
     return 2;
   }
   const std::string address = argv[1];
@@ -156,21 +161,36 @@ int main(int argc, char** argv) {
   Run run;
   run.method = argv[2];
   run.latencies_us.reserve(4000000);
+  grpc::ChannelArguments arguments;
+  arguments.SetMaxReceiveMessageSize(-1);
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // else channels share their connection
+  auto credentials = grpc::InsecureChannelCredentials();
+  if (argc == 8) {
+    std::ifstream ca(argv[7]);
+    grpc::SslCredentialsOptions options;
+    options.pem_root_certs.assign(std::istreambuf_iterator<char>(ca), {});
+    credentials = grpc::SslCredentials(options);
+  }
+  std::vector<std::unique_ptr<grpc::GenericStub>> stubs;
   std::vector<std::unique_ptr<Line>> lines;
   std::ifstream file(argv[4], std::ios::binary);
   for (uint32_t size; file.read(reinterpret_cast<char*>(&size), 4);) {
     std::string body(size, '\0');
     file.read(&body[0], size);
-    lines.push_back(std::make_unique<Line>(run, streams, body));
+    if (lines.size() % kLinesOfConnection == 0) {
+      auto channel = grpc::CreateCustomChannel(address, credentials, arguments);
+      if (!channel->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(20))) {
+        std::fprintf(stderr, "no server\n");
+        return 3;
+      }
+      stubs.push_back(std::make_unique<grpc::GenericStub>(channel));
+    }
+    lines.push_back(std::make_unique<Line>(run, *stubs.back(), streams, body));
   }
-  grpc::ChannelArguments arguments;
-  arguments.SetMaxReceiveMessageSize(-1);
-  auto channel = grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
-  if (lines.empty() || !channel->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(20))) {
-    std::fprintf(stderr, "no requests, or no server\n");
+  if (lines.empty()) {
+    std::fprintf(stderr, "no requests\n");
     return 3;
   }
-  run.stub = std::make_unique<grpc::GenericStub>(channel);
   for (auto& line : lines) line->open();
 
   auto began = Clock::now();

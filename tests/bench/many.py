@@ -11,8 +11,8 @@ import grpc.aio
 import numpy as np
 import numpy.typing as npt
 
-from bench import harness
 from bench.harness import MODELS
+from bench.loads import tensor
 from stepwell.v1 import sessions_pb2 as pb
 
 _SERVICE = "/stepwell.v1.SessionService/"
@@ -33,7 +33,7 @@ class ManySessions:
         self.ids: list[str] = []
         self.made = np.zeros(at_most, np.int64)
         """Steps that were answered, by session."""
-        self._one = harness.tensor(1, self._features)
+        self._one = tensor(1, self._features)
 
     async def __aenter__(self) -> Self:
         self.connect()
@@ -96,7 +96,7 @@ class ManySessions:
             request_serializer=pb.StepStreamRequest.SerializeToString,
             response_deserializer=pb.StepStreamResponse.FromString,
         )()
-        inputs, sizes, steps = harness.tensor(rows, self._features), [1] * rows, 0
+        inputs, sizes, steps = tensor(rows, self._features), [1] * rows, 0
         try:
             while time.perf_counter() < until:
                 places = rng.choice(among, rows, replace=False, shuffle=False)
@@ -130,7 +130,7 @@ class ManySessions:
         try:
             for start in range(0, len(places), rows):
                 some = places[start : start + rows]
-                inputs = harness.tensor(len(some), self._features)
+                inputs = tensor(len(some), self._features)
                 await self._frame(stream, some, inputs, [1] * len(some))
         finally:
             stream.cancel()

@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from rich.console import Console
 
-from bench import compare, disk, harness
-from bench.harness import OUT, Line
+from bench import disk, harness
+from bench.harness import OUT
 from bench.many import OPENED_AT_ONCE, ManySessions, Places, Watch, quantile_ms
+from bench.tables import number
 from stepwell.testing import LocalServer
 
-SECTION = "million"
 FRAME = 256
 TASKS = 4
 """Frames in flight."""
@@ -41,8 +41,6 @@ _SAMPLED = 50
 """One step in so many is preceded by a look at whether its session is resident."""
 _WATCHED = 0
 """The session that is stepped while something else goes on."""
-
-_AT_MOST = "at most"
 
 
 @dataclasses.dataclass
@@ -61,6 +59,19 @@ class Plan:
         return f"{self.sessions:,} on disk"
 
 
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of the table."""
+
+    case: str
+    unit: str
+    value: float
+    baseline: str = ""
+    """What it is compared with; empty for nothing."""
+    theirs: float | None = None
+    ratio: float | None = None
+
+
 class Report:
     """Collects lines and says how far it is."""
 
@@ -69,21 +80,13 @@ class Report:
         self._console = console
         self._began = time.perf_counter()
 
-    def add(
-        self,
-        case: str,
-        unit: str,
-        ours: float,
-        target: tuple[str, float] | None = None,
-        against: tuple[str, float] | None = None,
-    ) -> None:
-        """A line; `against` is what it is compared with, and the target then is about their ratio."""
+    def add(self, case: str, unit: str, value: float, against: tuple[str, float] | None = None) -> None:
+        """A line; `against` is what it is compared with."""
         name, theirs = against or ("", None)
-        ratio = ours / theirs if theirs else None
-        line = Line(case, unit, ours, name, theirs, ratio, target, SECTION)
-        self.lines.append(line)
-        compared = f", {name}: {compare.number(theirs)}, ratio {compare.number(ratio)}" if name else ""
-        self.say(f"{case}: {compare.number(ours)} {unit}{compared}")
+        ratio = value / theirs if theirs else None
+        self.lines.append(Line(case, unit, value, name, theirs, ratio))
+        compared = f", {name}: {number(theirs)}, ratio {number(ratio)}" if name else ""
+        self.say(f"{case}: {number(value)} {unit}{compared}")
 
     def say(self, text: str) -> None:
         """A line of progress."""
@@ -142,12 +145,11 @@ class Singles:
             self.hot.append(await many.step(warm))
             self.cold.append(await many.step(place))
 
-    def say(self, report: Report, kind: str, target: tuple[str, float] | None) -> None:
+    def say(self, report: Report, kind: str) -> None:
         """The lines."""
         for share, name in ((0.5, "p50"), (0.99, "p99")):
             hot, cold = quantile_ms(self.hot, share), quantile_ms(self.cold, share)
-            limit = target if name == "p99" else None
-            report.add(f"{kind}: a step of a session paged out, {name}", "ms", cold, limit, ("resident", hot))
+            report.add(f"{kind}: a step of a session paged out, {name}", "ms", cold, ("resident", hot))
         share_hot, share_cold = (float(np.mean(self.resident[name])) for name in ("hot", "cold"))
         report.say(
             f"{len(self.hot):,} steps of each; resident before the step:"
@@ -186,31 +188,24 @@ async def load(many: ManySessions, plan: Plan, report: Report, kind: str, hot: P
     report.add(f"{kind}: frames of {FRAME}, resident sessions", "steps/s", resident)
     anyone = await step_in_frames(many, sessions, 2 * plan.seconds)
     case = f"{kind}: frames of {FRAME}, random sessions"
-    report.add(case, "steps/s", anyone, None, ("resident", resident))
+    report.add(case, "steps/s", anyone, ("resident", resident))
     await many.step_all(hot, FRAME)
     quiet = Singles()
     await quiet.measure(many, hot, cold[: len(cold) // 2], 2 * plan.seconds)
-    quiet.say(report, f"{kind}, alone", (_AT_MOST, 5.0))
+    quiet.say(report, f"{kind}, alone")
     beside = Singles()
     frames = asyncio.create_task(step_in_frames(many, hot, plan.seconds, tasks=1))
     await beside.measure(many, hot, cold[len(cold) // 2 :], plan.seconds)
     rate = await frames
     report.say(f"beside {rate:,.0f} steps/s in frames of {FRAME} resident sessions, one in flight:")
-    beside.say(report, f"{kind}, beside frames", None)
+    beside.say(report, f"{kind}, beside frames")
 
 
-def memory_lines(
-    server: LocalServer,
-    sessions: int,
-    before: int,
-    report: Report,
-    kind: str,
-    limit: tuple[str, float] | None = None,
-) -> None:
+def memory_lines(server: LocalServer, sessions: int, before: int, report: Report, kind: str) -> None:
     """What the server takes now, and what each session added."""
     assert server.pid is not None
     whole, own = memory_of(server.pid)
-    report.add(f"{kind}: resident memory", "GiB", whole / 2**30, limit)
+    report.add(f"{kind}: resident memory", "GiB", whole / 2**30)
     report.add(f"{kind}: of this its own, not pages of the file", "GiB", own / 2**30)
     report.add(f"{kind}: its own by session", "B", (own - before) / sessions)
 
@@ -233,7 +228,7 @@ async def restart(
     began = time.perf_counter()
     server.restart()
     ready = time.perf_counter()
-    report.add(f"{kind}, killed: exec to ready", "s", ready - began, (_AT_MOST, 10.0))
+    report.add(f"{kind}, killed: exec to ready", "s", ready - began)
     await many.reconnect()
     await many.step(int(cold[-1]))
     report.add(f"{kind}, killed: exec to the answer of an old session", "s", time.perf_counter() - began)
@@ -249,7 +244,7 @@ async def restart(
     rng.shuffle(unnamed)
     first = Singles()
     await first.measure(many, hot, unnamed, plan.seconds)
-    first.say(report, f"{kind}, not named since the start", None)
+    first.say(report, f"{kind}, not named since the start")
     await name_many(many, server, plan, report, unnamed[len(first.cold) :])
 
 
@@ -276,7 +271,8 @@ async def durable(plan: Plan, report: Report) -> None:
     """All sessions, on disk."""
     kind = plan.on_disk
     with disk.data_folder() as folder:
-        report.lines.append(dataclasses.replace(disk.flush_line([disk.flush_ms(folder)]), section=SECTION))
+        case = f"the disk itself ({disk.file_system(OUT)}): fdatasync of 4 KiB, p50"
+        report.add(case, "ms", disk.flush_ms(folder))
         options = ["--resident-rows", str(plan.resident_rows), "--durability", plan.durability]
         with harness.serve("small", extra_args=options, data_dir=folder) as server:
             assert server.pid is not None
@@ -286,7 +282,7 @@ async def durable(plan: Plan, report: Report) -> None:
                 hot, cold = pick(plan, plan.sessions)
                 await load(many, plan, report, kind, hot, cold)
                 await list_pages(many, report, kind)
-                memory_lines(server, plan.sessions, before, report, kind, (_AT_MOST, 2.0))
+                memory_lines(server, plan.sessions, before, report, kind)
                 used = disk.bytes_used(folder)
                 report.add(f"{kind}: on the disk", "GiB", used / 2**30)
                 report.add(f"{kind}: on the disk by session", "B", used / plan.sessions)
@@ -331,22 +327,20 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     OUT.mkdir(parents=True, exist_ok=True)
     harness.save_models()
-    machine = harness.describe_machine(harness.Generator(compiled=False))
+    machine = harness.describe_machine()
     report = Report(console)
     for name, value in machine.items():
-        if name != "generator":
-            console.print(f"{name}: {value}", highlight=False)
+        console.print(f"{name}: {value}", highlight=False)
     asyncio.run(durable(plan, report))
     if plan.memory_sessions:
         asyncio.run(volatile(plan, report))
-    console.print(compare.table(report.lines))
     options.out.write_text(json.dumps(as_document(machine, plan, report.lines), indent=1))
     return 0
 
 
 def as_document(machine: dict[str, str], plan: Plan, lines: Sequence[Line]) -> dict[str, Any]:
     """What is kept of a run."""
-    shown = [compare.as_json(line) for line in lines]
+    shown = [dataclasses.asdict(line) for line in lines]
     return {"machine": machine, "plan": dataclasses.asdict(plan), "lines": shown}
 
 

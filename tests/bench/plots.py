@@ -1,14 +1,12 @@
 """Draw docs/performance/*.png and fill in the tables of docs/performance.md, from what was last measured.
 
-Reads out/bench/compare.json and out/bench/sweep.json, which compare.py and sweep.py have written, and
-out/bench/million.json of million.py where it is there. The tables go
+Reads out/bench/results.json of measure.py, and out/bench/million.json of million.py where it is there. The tables go
 between the page's `<!-- measured: NAME -->` and `<!-- end -->`; the rest of the page is left as it is.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,15 +24,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from bench.harness import OUT, ROOT
+from bench import tables
+from bench.harness import MODELS, OUT, ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
 PLOTS = ROOT / "docs" / "performance"
 
 INK, FAINT = "#2b2b33", "#d9d9e0"
-COLOURS = ("#0072b2", "#d55e00", "#009e73")
-"""Told apart by people who see colours differently, too."""
-MARKS = ("o", "s", "D")
+LOOKS = {
+    "group": ("#009e73", "D"),
+    "stream": ("#0072b2", "o"),
+    "unary": ("#d55e00", "s"),
+    "in process": (INK, "^"),
+}
+"""Colour and mark by kind, told apart by people who see colours differently, too."""
+WORDS = {"unary": "calls", "stream": "streams", "group": "groups", "in process": "program in process"}
+FRONTS = {"native": "-", "python": "--"}
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -58,11 +63,7 @@ STYLE: dict[Any, Any] = {
     "savefig.facecolor": "white",
 }
 
-Points = Sequence[Mapping[str, float]]
-Curves = Mapping[str, Points]
-
-
-# --- plots ---
+Points = Sequence[Mapping[str, Any]]
 
 
 def short(value: float, _position: object = None) -> str:
@@ -73,225 +74,118 @@ def short(value: float, _position: object = None) -> str:
     return f"{value:g}"
 
 
-def draw(axes: Axes, curves: Curves, key: str, labels: Mapping[str, str]) -> None:
-    """Lines over a logarithmic x, each with its name."""
-    for i, (name, label) in enumerate(labels.items()):
-        points = [(point["x"], point[key]) for point in curves[name] if key in point]
-        if points:
-            axes.plot(
-                *zip(*points, strict=True),
-                label=label,
-                color=COLOURS[i],
-                marker=MARKS[i],
-                clip_on=False,
-                zorder=3,
-            )
+def draw(axes: Axes, points: Points, x: str, y: str, kind: str, **look: Any) -> None:
+    """A line over what was measured."""
+    found = [(point[x], point[y]) for point in points if y in point]
+    if found:
+        colour, mark = LOOKS[kind]
+        axes.plot(*zip(*found, strict=True), color=colour, marker=mark, clip_on=False, zorder=3, **look)
 
 
-def dress(axes: Axes, title: str, xlabel: str, xs: Sequence[float]) -> None:
+def dress(axes: Axes, title: str, xlabel: str) -> None:
     """Logarithmic axes with ticks where something was measured."""
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_title(title, pad=10)
     axes.set_xlabel(xlabel)
+    xs = sorted({float(x) for line in axes.lines for x in np.asarray(line.get_xdata())})
     axes.set_xticks(xs, [f"{x:,.0f}" for x in xs])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(short))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(length=0)
     axes.tick_params(axis="y", which="minor", length=0)
-    values = [float(y) for line in axes.lines for y in np.asarray(line.get_ydata())]
-    axes.set_ylim(min(values) / 1.8, max(values) * 1.8)
 
 
-def two_panels(curves: Curves, labels: Mapping[str, str], xlabel: str, note: str) -> Figure:
-    """steps/s beside the p99 latency."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.1))
-    xs = [point["x"] for point in next(iter(curves.values()))]
-    draw(left, curves, "steps_per_s", labels)
-    dress(left, "steps/s", xlabel, xs)
-    draw(right, curves, "p99_ms", labels)
-    dress(right, "p99 of a call, ms", xlabel, xs)
-    finish(figure, left, note)
-    return figure
-
-
-def finish(figure: Figure, first: Axes, note: str) -> None:
+def finish(figure: Figure, axes: Axes, note: str, columns: int) -> None:
     """One legend on top, and one line of how it was measured below."""
-    handles, names = first.get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="upper left", ncols=len(names), frameon=False, bbox_to_anchor=(0.03, 1.0)
-    )
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="upper left", ncols=columns, frameon=False, bbox_to_anchor=(0.03, 1.0))
     figure.text(0.04, 0.015, note, fontsize=8.5, color="#6a6a75")
-    figure.tight_layout(rect=(0.02, 0.04, 0.99, 0.92), w_pad=3)
+    figure.tight_layout(rect=(0.02, 0.04, 0.99, 0.86), w_pad=3)
 
 
-def sessions_plot(sweep: Mapping[str, Any], note: str) -> Figure:
-    """Against live sessions."""
-    labels = {
-        "stream": "one step a message, 256 at once",
-        "frames": "async SDK, 1,024 at once",
-        "group": "groups of 1,024",
+def by_front(points: Points, kind: str) -> dict[str, list[Mapping[str, Any]]]:
+    return {
+        front: [point for point in points if (point["front"], point["kind"]) == (front, kind)]
+        for front in FRONTS
     }
-    return two_panels(sweep["sessions"], labels, "live sessions", f"LSTM(64) + Dense(16), 8 features; {note}")
 
 
-def rows_plot(sweep: Mapping[str, Any], note: str) -> Figure:
-    """Against rows per frame."""
-    labels = {"1 in flight": "one frame in flight", "2 in flight": "two frames in flight"}
-    return two_panels(sweep["rows"], labels, "rows per frame", f"LSTM(64) + Dense(16), 8 features; {note}")
-
-
-def width_plot(sweep: Mapping[str, Any], note: str) -> Figure:
-    """Against the width of the LSTM."""
-    labels = {
-        "in process": "in process, two threads",
-        "group": "two groups of 128",
-        "stream": "one step a message",
-    }
-    figure, axes = plt.subplots(figsize=(7, 4.3))
-    curves = sweep["width"]
-    draw(axes, curves, "steps_per_s", labels)
-    dress(axes, "steps/s", "units of the LSTM", [point["x"] for point in curves["group"]])
-    finish(figure, axes, f"LSTM + Dense(16), 8 features, 256 sessions; {note}")
+def rate_plot(points: Points, note: str) -> Figure:
+    """Rates by sessions, for each way to send steps, on both fronts."""
+    figure, axes = plt.subplots(figsize=(7, 4.4))
+    for front, dashes in FRONTS.items():
+        for kind in ("group", "stream", "unary"):
+            label = f"{WORDS[kind]}, {front} front"
+            draw(axes, by_front(points, kind)[front], "sessions", "rate", kind, linestyle=dashes, label=label)
+    dress(axes, "steps/s", "sessions")
+    finish(figure, axes, note, 2)
     return figure
 
 
-# --- tables ---
+def latency_plot(points: Points, note: str) -> Figure:
+    """Latencies of single steps by sessions, one panel for each front."""
+    figure, panels = plt.subplots(1, len(FRONTS), figsize=(10, 4.1), sharey=True)
+    for front, axes in zip(FRONTS, panels, strict=True):
+        for kind in ("stream", "unary"):
+            for key, dashes in (("p50_ms", "-"), ("p99_ms", "--")):
+                label = f"{WORDS[kind]}, {key[:3]}"
+                draw(
+                    axes, by_front(points, kind)[front], "sessions", key, kind, linestyle=dashes, label=label
+                )
+        dress(axes, f"latency of a step, ms: {front} front", "sessions")
+    finish(figure, panels[0], note, 4)
+    return figure
 
 
-def number(value: float | None) -> str:
-    """Three digits that say something."""
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+def width_plot(points: Points, note: str) -> Figure:
+    """Rates by width, with 256 sessions."""
+    figure, axes = plt.subplots(figsize=(7, 4.4))
+    for kind in ("in process", "group", "stream", "unary"):
+        some = [
+            {**point, "units": MODELS[point["model"]][0]}
+            for point in points
+            if point["kind"] == kind and point["sessions"] == 256
+        ]
+        draw(axes, some, "units", "rate", kind, label=WORDS[kind])
+    dress(axes, "steps/s, 256 sessions", "units of the LSTM")
+    finish(figure, axes, note, 2)
+    return figure
 
 
-def targets_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The cases with a target."""
-    rows = [
-        "| case | Stepwell | compared with | ratio | to reach | reached |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for line in lines:
-        if line["target"] is None:
-            continue
-        ours = f"{number(line['ours'])} {line['unit']}"
-        theirs = f"{line['baseline']}: {number(line['theirs'])}" if line["baseline"] else ""
-        how, much = line["target"]
-        reached = "yes" if line["reached"] else "**no**"
-        rows.append(
-            f"| {line['case']} | {ours} | {theirs} | {number(line['ratio'])} | {how} {much:g} | {reached} |"
-        )
-    return "\n".join(rows)
-
-
-def others_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The cases that are shown for comparison only."""
-    rows = ["| case | Stepwell | compared with | ratio |", "| --- | --- | --- | --- |"]
-    for line in lines:
-        if line["target"] is None and not is_model(line):
-            ours = f"{number(line['ours'])} {line['unit']}"
-            theirs = f"{line['baseline']}: {number(line['theirs'])}" if line["baseline"] else ""
-            rows.append(f"| {line['case']} | {ours} | {theirs} | {number(line['ratio'])} |")
-    return "\n".join(rows)
-
-
-def section(lines: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
-    """The lines of one table or, without a name, of the first ones."""
-    return [line for line in lines if line.get("section", "") == name]
-
-
-def whole_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """All lines, with their targets where they have one."""
-    rows = [
-        "| case | Stepwell | compared with | ratio | to reach | reached |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for line in lines:
-        ours = f"{number(line['ours'])} {line['unit']}"
-        theirs = f"{line['baseline']}: {number(line['theirs'])}" if line["baseline"] else ""
-        limit = "" if line["target"] is None else f"{line['target'][0]} {line['target'][1]:g}"
-        reached = {True: "yes", False: "**no**", None: ""}[line["reached"]]
-        rows.append(f"| {line['case']} | {ours} | {theirs} | {number(line['ratio'])} | {limit} | {reached} |")
-    return "\n".join(rows)
-
-
-def million_blocks(document: Mapping[str, Any]) -> dict[str, str]:
-    """The tables of the run with very many sessions, and what it ran on."""
-    plan, machine = document["plan"], document["machine"]
-    return {
-        "million-run": (
-            f"Measured on {machine['date']} at commit `{machine['commit']}`, with"
-            f" {plan['resident_rows']:,} resident rows and durability {plan['durability']}."
-        ),
-        "million": whole_table(document["lines"]),
-    }
-
-
-def is_model(line: Mapping[str, Any]) -> bool:
-    """Whether a line is one of those that show each model by itself."""
-    return str(line["case"]).startswith(("small,", "medium,", "large,"))
-
-
-def models_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Steps/s by model and number of sessions."""
-    found: dict[str, list[str]] = {}
-    for line in filter(is_model, lines):
-        found.setdefault(line["case"].partition(",")[0], []).append(number(line["ours"]))
-    rows = ["| model | 1 session | 32 | 256 |", "| --- | --- | --- | --- |"]
-    sizes = {"small": "LSTM(64), 8 features", "medium": "LSTM(256), 32", "large": "LSTM(1024), 128"}
-    return "\n".join(rows + [f"| {sizes[name]} | {' | '.join(cells)} |" for name, cells in found.items()])
-
-
-def machine_text(machine: Mapping[str, str]) -> str:
-    """What it was measured on."""
-    return (
-        f"Measured on {machine['date']} at commit `{machine['commit']}`: {machine['cores']} cores "
-        f"({machine['processor']}), {machine['system']}, {machine['packages']}. "
-        f"Single steps by the load generator in {machine['generator']}."
-    )
-
-
-def fill_in(page: str, blocks: Mapping[str, str]) -> str:
-    """The page with the blocks replaced."""
-    for name, text in blocks.items():
-        pattern = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not pattern.search(page):
-            raise SystemExit(f"docs/performance.md has no place for {name}")
-        page = pattern.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)  # type: ignore[misc]
-    return page
+def save(name: str, figure: Figure) -> None:
+    # Without the version of matplotlib, so that only other numbers make another file.
+    figure.savefig(PLOTS / f"{name}.png", dpi=90, metadata={"Software": None})
+    plt.close(figure)
 
 
 def main() -> int:
     """Draw and write."""
-    try:
-        compare, sweep = (json.loads((OUT / f"{name}.json").read_text()) for name in ("compare", "sweep"))
-    except FileNotFoundError as error:
-        print(f"{error.filename} is not there: run `make bench` first", file=sys.stderr)
+    results = OUT / "results.json"
+    if not results.exists():
+        print(f"{results} is not there: run `make bench` first", file=sys.stderr)
         return 1
+    cases = json.loads(results.read_text())["cases"]
     PLOTS.mkdir(parents=True, exist_ok=True)
-    note = f"{sweep['machine']['cores']} cores shared with the client, store in memory, {sweep['machine']['date']}"
+
+    def points(*names: str) -> Points:
+        return [point for name in names for point in cases.get(name, {}).get("points", [])]
+
+    machine = next(iter(cases.values()))["machine"]
+    note = f"{machine['cores']} cores shared with the client, sessions in memory, {machine['date']}"
+    small = f"LSTM(64) + Dense(16), 8 features; {note}"
     with mpl.rc_context(STYLE):
-        for name, plot in (("sessions", sessions_plot), ("rows", rows_plot), ("width", width_plot)):
-            figure = plot(sweep, note)
-            # Without the version of matplotlib, so that only other numbers make another file.
-            figure.savefig(PLOTS / f"{name}.png", dpi=130, metadata={"Software": None})
-            plt.close(figure)
-    first = section(compare["lines"], "")
-    blocks = {
-        "machine": machine_text(compare["machine"]),
-        "targets": targets_table(first),
-        "others": others_table(first),
-        "models": models_table(first),
-    }
-    kept = section(compare["lines"], "stores")
-    if kept:
-        blocks["stores"] = whole_table(kept)
+        if points("sessions"):
+            save("rate", rate_plot(points("sessions", "groups"), small))
+            save("latency", latency_plot(points("sessions"), small))
+        if points("width"):
+            save("width", width_plot(points("width"), note))
+    blocks = tables.blocks(cases)
     million = OUT / "million.json"
     if million.exists():
-        blocks |= million_blocks(json.loads(million.read_text()))
-    PAGE.write_text(fill_in(PAGE.read_text(encoding="utf-8"), blocks), encoding="utf-8")
+        blocks |= tables.million_blocks(json.loads(million.read_text()))
+    PAGE.write_text(tables.fill_in(PAGE.read_text(encoding="utf-8"), blocks), encoding="utf-8")
     return 0
 
 

@@ -1,99 +1,191 @@
-"""One client process of the comparison: `sdk_client.py CASE JSON` makes the load and prints JSON.
+"""One client process: `sdk_client.py CASE JSON` makes the load and prints JSON.
 
+sync     one session of the blocking SDK, `session.step` in a loop
+async    one session of the async SDK, `await session.step` in a loop
 gather   N sessions of the async SDK, all stepped in one asyncio.gather, again and again
-group    session groups, each with one call in flight
-batch    one session of many rows
-long     one session that runs requests of many time steps until stdin ends
-echo     ready-made bytes through a bare echo of frames, as many in flight as there are groups
+group    a SessionGroup of the blocking SDK, `group.step` in a loop
+long     one session that runs requests of many time steps until stdin ends; prints a line when it begins
+
+With "profile" `gather` says where the client's processor time went: shares by file, from samples.
 """
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import json
+import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import grpc.aio
 import numpy as np
 
+import stepwell
 from stepwell import aio
+from stepwell.cli.bench.cpu import Listener
 
-Call = Callable[[], Awaitable[object]]
-
-
-async def measure(calls: list[Call], steps: int, warm_up_s: float, run_s: float) -> dict[str, float]:
-    """Make each call again as soon as it is answered; count `steps` for each."""
-    began = time.perf_counter()
-    counted_from, until = began + warm_up_s, began + warm_up_s + run_s
-    latencies: list[float] = []
-
-    async def line(call: Call) -> None:
-        while (sent := time.perf_counter()) < until:
-            await call()
-            now = time.perf_counter()
-            if counted_from <= now < until:
-                latencies.append(now - sent)
-
-    before = time.process_time()
-    await asyncio.gather(*map(line, calls))
-    p50, p99 = np.quantile(latencies, [0.5, 0.99]).tolist() if latencies else (0.0, 0.0)
-    return {
-        "rate": len(latencies) * steps / run_s,
-        "p50_ms": p50 * 1e3,
-        "p99_ms": p99 * 1e3,
-        "client_cpu_s": time.process_time() - before,
-    }
+_SAMPLE_S = 0.002
+_SHOWN = 9
+"""Parts of a profile."""
 
 
-async def features(client: aio.AsyncClient, model: str) -> int:
-    return (await client.model(model)).inputs[0].shape[0]
+class Meter:
+    """Counts steps and times; processor time is over all steps, those of the warm-up included."""
+
+    def __init__(self, pid: int, steps: int, warm_up_s: float, run_s: float) -> None:
+        self._server, self._steps, self._run_s = Listener(pid), steps, run_s
+        self._latencies: list[float] = []
+        self._calls = 0
+        self._server_before, self._client_before = self._server.cpu_s(), time.process_time()
+        self._counted_from = time.perf_counter() + warm_up_s
+        self._until = self._counted_from + run_s
+        self._sent = time.perf_counter()
+
+    def more(self) -> bool:
+        """Whether to make another call, which begins now."""
+        self._sent = time.perf_counter()
+        return self._sent < self._until
+
+    def answered(self) -> None:
+        """The call is answered."""
+        now = time.perf_counter()
+        self._calls += 1
+        if self._counted_from <= now < self._until:
+            self._latencies.append(now - self._sent)
+
+    def result(self) -> dict[str, Any]:
+        if not self._latencies:
+            raise RuntimeError("no call was answered in the counted time")
+        steps = self._calls * self._steps
+        p50, p99 = np.quantile(self._latencies, [0.5, 0.99]).tolist()
+        found = {
+            "rate": len(self._latencies) * self._steps / self._run_s,
+            "p50_ms": p50 * 1e3,
+            "p99_ms": p99 * 1e3,
+            "client_us": (time.process_time() - self._client_before) / steps * 1e6,
+        }
+        after = self._server.cpu_s()
+        if self._server_before is not None and after is not None:
+            found["server_us"] = (after - self._server_before) / steps * 1e6
+        return found
+
+
+@contextmanager
+def sampled(counts: collections.Counter[str]) -> Iterator[None]:
+    """Count, at each few milliseconds of the process's processor time, the file that the main thread is in.
+
+    What a C function takes counts for the file that has called it.
+    """
+
+    def sample(_signal: int, frame: FrameType | None) -> None:
+        if frame is not None:
+            counts[frame.f_code.co_filename] += 1
+
+    signal.signal(signal.SIGPROF, sample)
+    signal.setitimer(signal.ITIMER_PROF, _SAMPLE_S, _SAMPLE_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def part_of(path: str) -> str:
+    """What a file belongs to: a module of the SDK by its name, else a package."""
+    parts = Path(path).parts
+    if "stepwell" in parts:
+        return "/".join(parts[len(parts) - 1 - parts[::-1].index("stepwell") :])
+    if "site-packages" in parts:
+        return parts[parts.index("site-packages") + 1]
+    if path == __file__:
+        return "the program that steps"
+    if parts[-1] == "selectors.py":
+        return "selectors.py: waiting, or gRPC's own threads"
+    if len(parts) == 1:
+        return "code that dataclasses generate" if path == "<string>" else path
+    return parts[-1] if parts[-2].startswith("python") else parts[-2]
+
+
+def rows(features: int, count: int) -> Any:
+    return np.random.default_rng(0).standard_normal((count, features), np.float32)
+
+
+def sync(address: str, model: str, pid: int, warm_up_s: float, run_s: float) -> dict[str, Any]:
+    with stepwell.connect(address) as client, client.open_session(model) as session:
+        x = rows(client.model(model).inputs[0].shape[0], 1)
+        meter = Meter(pid, 1, warm_up_s, run_s)
+        while meter.more():
+            session.step(x)
+            meter.answered()
+        return meter.result()
+
+
+def group(
+    address: str, model: str, pid: int, sessions: int, warm_up_s: float, run_s: float
+) -> dict[str, Any]:
+    with stepwell.connect(address) as client, client.open_sessions(model, sessions) as opened:
+        x = rows(client.model(model).inputs[0].shape[0], sessions)
+        meter = Meter(pid, sessions, warm_up_s, run_s)
+        while meter.more():
+            opened.step(x)
+            meter.answered()
+        return meter.result()
+
+
+async def async_(address: str, model: str, pid: int, warm_up_s: float, run_s: float) -> dict[str, Any]:
+    async with aio.connect(address) as client, client.open_session(model) as session:
+        x = rows((await client.model(model)).inputs[0].shape[0], 1)
+        meter = Meter(pid, 1, warm_up_s, run_s)
+        while meter.more():
+            await session.step(x)
+            meter.answered()
+        return meter.result()
 
 
 async def gather(
-    address: str, model: str, sessions: int, coalesce: bool, warm_up_s: float, run_s: float
-) -> dict[str, float]:
-    async with aio.connect(address, coalesce=coalesce) as client:
-        rows = np.random.default_rng(0).standard_normal(
-            (sessions, 1, await features(client, model)), np.float32
-        )
+    address: str,
+    model: str,
+    pid: int,
+    sessions: int,
+    warm_up_s: float,
+    run_s: float,
+    profile: bool = False,
+) -> dict[str, Any]:
+    async with aio.connect(address) as client:
+        x = rows((await client.model(model)).inputs[0].shape[0], sessions)[:, None]
         opened = [await client.open_session(model) for _ in range(sessions)]
         try:
+            meter = Meter(pid, sessions, warm_up_s, run_s)
+            counts: collections.Counter[str] = collections.Counter()
 
-            async def together() -> None:
-                await asyncio.gather(*(one.step(x) for one, x in zip(opened, rows, strict=True)))
+            async def load() -> None:
+                while meter.more():
+                    await asyncio.gather(*(one.step(row) for one, row in zip(opened, x, strict=True)))
+                    meter.answered()
 
-            return await measure([together], sessions, warm_up_s, run_s)
+            if not profile:
+                await load()
+                return meter.result()
+            with sampled(counts):
+                await load()
+            parts: collections.Counter[str] = collections.Counter()
+            for path, count in counts.items():
+                parts[part_of(path)] += count
+            total, most = parts.total(), dict(parts.most_common(_SHOWN))
+            most["all others"] = total - sum(most.values())
+            return meter.result() | {"shares": {name: count / total for name, count in most.items()}}
         finally:
             await asyncio.gather(*(one.close() for one in opened))
 
 
-async def group(
-    address: str, model: str, sessions: int, groups: int, warm_up_s: float, run_s: float
-) -> dict[str, float]:
-    async with aio.connect(address) as client:
-        size = sessions // groups
-        x = np.random.default_rng(0).standard_normal((size, await features(client, model)), np.float32)
-        opened = [await client.open_sessions(model, size) for _ in range(groups)]
-        try:
-            return await measure([lambda one=one: one.step(x) for one in opened], size, warm_up_s, run_s)  # type: ignore[misc]
-        finally:
-            await asyncio.gather(*(one.close() for one in opened))
-
-
-async def batch(address: str, model: str, rows: int, warm_up_s: float, run_s: float) -> dict[str, float]:
-    async with aio.connect(address) as client:
-        x = np.random.default_rng(0).standard_normal((rows, await features(client, model)), np.float32)
-        async with client.open_session(model, batch_size=rows) as session:
-            return await measure([lambda: session.step(x)], rows, warm_up_s, run_s)
-
-
-async def long(address: str, model: str, steps: int) -> dict[str, float]:
+async def long(address: str, model: str, steps: int) -> dict[str, Any]:
     async with aio.connect(address, timeout_s=60) as client:
-        x = np.random.default_rng(0).standard_normal((1, steps, await features(client, model)), np.float32)
+        features = (await client.model(model)).inputs[0].shape[0]
+        x = np.random.default_rng(0).standard_normal((1, steps, features), np.float32)
         async with client.open_session(model) as session:
             print("running", flush=True)
             ended = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
@@ -104,31 +196,14 @@ async def long(address: str, model: str, steps: int) -> dict[str, float]:
             return {"rate": done / (time.perf_counter() - began)}
 
 
-async def echo(address: str, request: str, groups: int, steps: int, warm_up_s: float, run_s: float) -> Any:
-    body = Path(request).read_bytes()  # noqa: ASYNC240 - before the run
-    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    async with grpc.aio.insecure_channel(address, options=options) as channel:
-        streams: list[Any] = [channel.stream_stream("/bench.Echo/Frames")() for _ in range(groups)]
-
-        async def exchange(stream: Any) -> None:
-            await stream.write(body)
-            await stream.read()
-
-        try:
-            calls: list[Call] = [lambda one=one: exchange(one) for one in streams]  # type: ignore[misc]
-            return await measure(calls, steps, warm_up_s, run_s)
-        finally:
-            for stream in streams:
-                stream.cancel()
-
-
 CASES: dict[str, Callable[..., Any]] = {
+    "sync": sync,
+    "async": async_,
     "gather": gather,
     "group": group,
-    "batch": batch,
     "long": long,
-    "echo": echo,
 }
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(CASES[sys.argv[1]](**json.loads(sys.argv[2])))))
+    outcome = CASES[sys.argv[1]](**json.loads(sys.argv[2]))
+    print(json.dumps(asyncio.run(outcome) if asyncio.iscoroutine(outcome) else outcome))

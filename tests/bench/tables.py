@@ -1,0 +1,260 @@
+"""The tables of docs/performance.md, from the results of `measure` and `million`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Point = Mapping[str, Any]
+Result = Mapping[str, Any]
+"""What measure.py keeps of a case."""
+
+MODELS = {
+    "small": "LSTM(64), 8 features",
+    "medium": "LSTM(256), 32 features",
+    "large": "LSTM(1024), 128 features",
+}
+_FRONTS = {"native": "native", "python": "Python"}
+_STORES = {"memory": "in memory", "async": "disk, async", "sync": "disk, sync"}
+
+
+def number(value: float | None) -> str:
+    """Three digits that say something."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def pick(points: Sequence[Point], **labels: Any) -> Point:
+    """The point with these labels; an empty one if there is none."""
+    return next((one for one in points if all(one.get(k) == v for k, v in labels.items())), {})
+
+
+def cell(point: Point, *names: str, of: str = "") -> str:
+    """Some of a point's numbers; `of` names a mapping in it."""
+    if "error" in point:
+        return "failed"
+    found = point.get(of, {}) if of else point
+    refused = (
+        f" ({point['refused']:.1%} refused)" if names == ("rate",) and not of and point.get("refused") else ""
+    )
+    return " / ".join(number(found.get(name)) for name in names) + refused if found else ""
+
+
+def values(point: Point) -> list[str]:
+    """Rate and latencies, as the tables' cells."""
+    return [cell(point, "rate"), cell(point, "p50_ms", "p99_ms")]
+
+
+RATE_AND_LATENCY = ("steps/s", "p50 / p99, ms")
+PER_STEP = "client / server, µs a step"
+
+
+def sessions_table(points: Sequence[Point]) -> str:
+    columns = [(front, kind) for front in _FRONTS for kind in ("unary", "stream")]
+    rows = []
+    for count in dict.fromkeys(point["sessions"] for point in points):
+        found = [pick(points, front=front, kind=kind, sessions=count) for front, kind in columns]
+        rows.append([number(count), "steps/s", *(cell(one, "rate") for one in found)])
+        rows.append(["", "p50 / p99, ms", *(cell(one, "p50_ms", "p99_ms") for one in found)])
+    heads = [f"{_FRONTS[front]}, {'call' if kind == 'unary' else kind}" for front, kind in columns]
+    return table(["sessions", "", *heads], rows)
+
+
+def groups_table(points: Sequence[Point]) -> str:
+    rows = [
+        [
+            number(point["sessions"]),
+            _FRONTS[point["front"]],
+            *values(point),
+            cell(point, "client_us", "server_us"),
+        ]
+        for point in points
+    ]
+    return table(["sessions of the group", "front", *RATE_AND_LATENCY, PER_STEP], rows)
+
+
+def sdk_table(points: Sequence[Point]) -> str:
+    ways = {
+        "sync": "`session.step` in a loop",
+        "async": "`await session.step` in a loop",
+        "gather": "1,000 sessions in `asyncio.gather`",
+    }
+    rows = [
+        [ways[point["how"]], _FRONTS[point["front"]], *values(point), cell(point, "client_us", "server_us")]
+        for point in points
+        if point["how"] in ways
+    ]
+    return table(["SDK", "front", *RATE_AND_LATENCY, PER_STEP], rows)
+
+
+def profile_table(points: Sequence[Point]) -> str:
+    shares = pick(points, how="profile").get("shares", {})
+    return table(["where", "share"], [[f"`{name}`", f"{share:.0%}"] for name, share in shares.items()])
+
+
+def width_table(points: Sequence[Point]) -> str:
+    columns = [(kind, count) for kind in ("unary", "stream") for count in (1, 32, 256)]
+    columns += [("group", 256), ("in process", 256)]
+    rows = []
+    for model, name in MODELS.items():
+        found = [pick(points, model=model, kind=kind, sessions=count) for kind, count in columns]
+        rows.append([name, "steps/s", *(cell(one, "rate") for one in found)])
+        rows.append(["", "p50, ms", *(cell(one, "p50_ms") for one in found)])
+    heads = [f"{'call' if kind == 'unary' else kind}, {count}" for kind, count in columns]
+    return table(["model", "", *heads], rows)
+
+
+def durability_table(points: Sequence[Point]) -> str:
+    rows = []
+    for point in points:
+        if point["store"] not in _STORES:
+            continue
+        load = {"unary": "call", "stream": "stream", "group": "one group"}[point["kind"]]
+        ratios = cell(point, "rate", "p50_ms", of="ratios")
+        rows.append([f"{point['sessions']}, {load}", _STORES[point["store"]], *values(point), ratios])
+    flushed = pick(points, store="disk")
+    if flushed:
+        rows.append(
+            [f"the disk itself ({flushed['kind']}): fdatasync of 4 KiB", "", "", cell(flushed, "p50_ms"), ""]
+        )
+    return table(["sessions", "store", *RATE_AND_LATENCY, "rate / p50 against memory"], rows)
+
+
+def ratios_table(*labels: str, heads: Sequence[str], key: str = "rate") -> Callable[[Sequence[Point]], str]:
+    """A table with a row for each point, whose last column is a ratio."""
+
+    def made(points: Sequence[Point]) -> str:
+        rows = [
+            [
+                *(_words(point[label]) for label in labels),
+                *values(point),
+                cell(point, "server_us"),
+                cell(point, key, of="ratios"),
+            ]
+            for point in points
+        ]
+        return table([*heads[:-1], *RATE_AND_LATENCY, "server, µs a step", heads[-1]], rows)
+
+    return made
+
+
+def _words(label: Any) -> str:
+    words = {"unary": "call", "alone": "alone", "beside": "beside requests of 10,000 steps"}
+    return number(label) if isinstance(label, int) else words.get(label, label)
+
+
+def memory_table(points: Sequence[Point]) -> str:
+    rows = [[_FRONTS[one["front"]], cell(one, "resident_mib"), cell(one, "session_bytes")] for one in points]
+    return table(["front", "resident memory, MiB", "a session beyond its state, bytes"], rows)
+
+
+def start_table(points: Sequence[Point]) -> str:
+    return table(
+        ["front", "exec to ready, s"], [[_FRONTS[one["front"]], cell(one, "ready_s")] for one in points]
+    )
+
+
+TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
+    "sessions": ("sessions", sessions_table),
+    "groups": ("groups", groups_table),
+    "sdk": ("sdk", sdk_table),
+    "profile": ("sdk", profile_table),
+    "width": ("width", width_table),
+    "durability": ("durability", durability_table),
+    "triton": (
+        "triton",
+        ratios_table("protocol", "kind", heads=("256 sessions", "", "rate against Stepwell's")),
+    ),
+    "long": ("long", ratios_table("when", heads=("8 streams", "p99 against alone"), key="p99_ms")),
+    "tls": (
+        "tls",
+        ratios_table("transport", "kind", "sessions", heads=("", "", "sessions", "rate against plain")),
+    ),
+    "memory": ("memory", memory_table),
+    "start": ("start", start_table),
+    "seed": (
+        "seed",
+        ratios_table("server", "sessions", heads=("", "sessions", "rate against the seed's way")),
+    ),
+}
+"""By the name of its block on the page: the case, and what makes its table."""
+
+
+def machine_text(result: Result) -> str:
+    """What it was measured on."""
+    machine = result["machine"]
+    return (
+        f"Measured on {machine['date']} at commit `{machine['commit']}`: {machine['cores']} cores"
+        f" ({machine['processor']}), {machine['system']}, {machine['packages']}. Medians of {_turns(result)}."
+    )
+
+
+def _turns(result: Result) -> str:
+    turns = "1 turn" if result["repeats"] == 1 else f"{result['repeats']} turns"
+    return f"{turns} of {result['run_s']:g} s"
+
+
+def blocks(cases: Mapping[str, Result]) -> dict[str, str]:
+    """The blocks of the page: all of them, those that were not measured as well."""
+    first = next(iter(cases.values()))
+    made = {"machine": machine_text(first)}
+    for name, (case, make) in TABLES.items():
+        result = cases.get(case)
+        if result is None or "error" in result:
+            why = "" if result is None else f": {_line(result['error'])}"
+            made[name] = f"Not measured in this run{why}"
+            continue
+        notes = [make(result["points"])]
+        if _run(result) != _run(first):
+            machine = result["machine"]
+            notes.append(f"Of {machine['date']}, commit `{machine['commit']}`, medians of {_turns(result)}.")
+        failed = [point for point in result["points"] if "error" in point]
+        if failed:
+            notes.append(f"Failed: {_line(failed[0]['error'])}")
+        made[name] = "\n\n".join(notes)
+    return made
+
+
+def _line(text: str) -> str:
+    return text.splitlines()[0]
+
+
+def _run(result: Result) -> tuple[Any, ...]:
+    return result["machine"], result["repeats"], result["run_s"]
+
+
+def million_blocks(document: Result) -> dict[str, str]:
+    """The table of the run with very many sessions, and what it ran on."""
+    plan, machine = document["plan"], document["machine"]
+    rows = []
+    for line in document["lines"]:
+        theirs = f"{line['baseline']}: {number(line['theirs'])}" if line["baseline"] else ""
+        rows.append([line["case"], f"{number(line['value'])} {line['unit']}", theirs, number(line["ratio"])])
+    return {
+        "million-run": (
+            f"Measured on {machine['date']} at commit `{machine['commit']}`, with"
+            f" {plan['resident_rows']:,} resident rows and durability {plan['durability']}."
+        ),
+        "million": table(["case", "Stepwell", "compared with", "ratio"], rows),
+    }
+
+
+def fill_in(page: str, made: Mapping[str, str]) -> str:
+    """The page with the blocks replaced.
+
+    Raises:
+        LookupError: The page has no place for one.
+    """
+    for name, text in made.items():
+        pattern = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not pattern.search(page):
+            raise LookupError(f"docs/performance.md has no place for {name}")
+        page = pattern.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)  # type: ignore[misc]
+    return page

@@ -1,0 +1,111 @@
+"""What the benchmarks make of what they measure: turns, ratios, failures, and the tables of docs/performance.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import cases, harness, loads, measure, tables
+from bench.harness import ROOT, Key, Result, ServerEndedError
+
+PLAN = cases.Plan(loads.Times(1.0), 3)
+
+
+def test_turns_go_back_and_forth_and_ratios_are_of_one_turn() -> None:
+    order: list[str] = []
+    rates = {"ours": iter([10.0, 60.0, 90.0]), "theirs": iter([10.0, 20.0, 90.0])}
+
+    def of(name: str) -> Callable[[], Result]:
+        def take() -> Result:
+            order.append(name)
+            return {"rate": next(rates[name])}
+
+        return take
+
+    measures: dict[Key, Any] = {("theirs",): of("theirs"), ("ours",): of("ours")}
+    theirs, ours = harness.measured(("who",), measures, 3, lambda _: ("theirs",))
+    assert order == ["theirs", "ours", "ours", "theirs", "theirs", "ours"]
+    assert theirs == {"who": "theirs", "rate": 20.0}
+    assert ours == {"who": "ours", "rate": 60.0, "ratios": {"rate": 1.0}}  # of 1, 3 and 1; not 60 / 20
+
+
+def test_what_fails_is_said_and_costs_the_others_nothing() -> None:
+    results: Iterator[Result] = iter([{"rate": 1.0}])
+    measures: dict[Key, Any] = {("a",): lambda: next(results), ("b",): lambda: {"rate": 2.0}}
+    a, b = harness.measured(("who",), measures, 2, lambda _: ("a",))
+    assert a == {"who": "a", "error": "StopIteration: "}
+    assert b == {"who": "b", "rate": 2.0}
+
+
+def test_a_server_that_ends_early_ends_its_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended:
+        pid = None
+
+        def logs(self) -> str:
+            return "out of luck"
+
+    server: Any = Ended()
+    with pytest.raises(ServerEndedError, match="out of luck"), harness.alive(server):
+        raise ValueError("the connection is gone")
+    with pytest.raises(ServerEndedError), harness.alive(server):
+        pass
+
+    def ended() -> Result:
+        with harness.alive(server):
+            return {"rate": 1.0}
+
+    def fails(plan: cases.Plan) -> list[harness.Point]:
+        return harness.measured((), {(): ended}, plan.repeats)
+
+    monkeypatch.setattr(
+        measure, "CASES", {"memory": fails, "start": lambda _: [{"front": "native", "ready_s": 0.5}]}
+    )
+    out = tmp_path / "results.json"
+    assert measure.run_cases(["memory", "start"], PLAN, {"long": {"points": []}}, out) == 1
+    kept = json.loads(out.read_text())["cases"]
+    assert kept.keys() == {"long", "memory", "start"}
+    assert kept["memory"]["error"].startswith("ServerEndedError: the server ended early")
+    assert kept["start"]["points"] == [{"front": "native", "ready_s": 0.5}]
+    made = tables.blocks({name: kept[name] for name in ("start", "memory")})
+    assert made["start"].endswith("| native | 0.5 |")
+    assert made["memory"].startswith("Not measured in this run: ServerEndedError")
+    assert made["tls"] == "Not measured in this run"
+
+
+def test_a_process_has_a_limit() -> None:
+    silent = harness.started("-c", "import sys; sys.stdin.read()", limit_s=0.01)
+    with pytest.raises(RuntimeError, match="was not ready within"), silent:
+        pytest.fail("it never says that it is ready")
+    with pytest.raises(RuntimeError, match=r"failed with 3:\nbad luck"):
+        harness.run_python("-c", "import sys; sys.stderr.write('bad luck'); sys.exit(3)")
+
+
+def test_every_case_has_its_tables_and_they_their_places_on_the_page() -> None:
+    assert {case for case, _ in tables.TABLES.values()} == cases.CASES.keys()
+    assert tables.MODELS.keys() == harness.MODELS.keys()
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    machine = dict.fromkeys(("date", "processor", "cores", "system", "packages", "commit"), "x")
+    point = {"front": "native", "kind": "unary", "sessions": 1, "rate": 5000.0, "p50_ms": 0.2, "p99_ms": 0.3}
+    refused = point | {"kind": "stream", "refused": 0.0027}
+    result = {"machine": machine, "repeats": 3, "run_s": 1.5, "points": [point, refused]}
+    later = {**result, "machine": machine | {"commit": "y"}, "points": []}
+    million = {
+        "plan": {"resident_rows": 10_000, "durability": "sync"},
+        "machine": machine,
+        "lines": [
+            {"case": "opened", "unit": "s", "value": 2.0, "baseline": "b", "theirs": 1.0, "ratio": 2.0}
+        ],
+    }
+    made = tables.blocks({"sessions": result, "start": later}) | tables.million_blocks(million)
+    filled = tables.fill_in(page, made)
+    assert "Medians of 3 turns of 1.5 s." in filled
+    assert "| 1 | steps/s | 5,000 | 5,000 (0.3% refused) |  |  |" in filled
+    assert "|  | p50 / p99, ms | 0.2 / 0.3 | 0.2 / 0.3 |  |  |" in filled
+    assert "Of x, commit `y`" in filled
+    assert "| opened | 2 s | b: 1 | 2 |" in filled
+    with pytest.raises(LookupError, match="no place for nowhere"):
+        tables.fill_in(page, {"nowhere": ""})
