@@ -155,7 +155,7 @@ def started(*arguments: str, limit_s: float = START_LIMIT_S) -> Iterator[tuple[s
         line = process.stdout.readline().strip()
         watchdog.cancel()
         if not line:
-            raise RuntimeError(f"{Path(arguments[0]).name} was not ready within {limit_s:g} s, or ended")
+            raise RuntimeError(f"{' '.join(arguments[:2])} was not ready within {limit_s:g} s, or ended")
         yield process, line
     finally:
         watchdog.cancel()

@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"Which: {', '.join(CASES)}. Default: all.")
     parser.add_argument("--repeats", type=int, default=3, help="Turns of each case.")
     parser.add_argument(
-        "--seconds", type=float, default=1.5, help="How long each point is measured in a turn."
+        "--seconds", type=float, default=1.2, help="How long each point is measured in a turn."
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="Where the results go.")
     options = parser.parse_args()

@@ -100,9 +100,17 @@ def dress(axes: Axes, title: str, xlabel: str) -> None:
 def finish(figure: Figure, axes: Axes, note: str, columns: int) -> None:
     """One legend on top, and one line of how it was measured below."""
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="upper left", ncols=columns, frameon=False, bbox_to_anchor=(0.03, 1.0))
+    figure.legend(
+        handles,
+        names,
+        loc="upper left",
+        ncols=columns,
+        frameon=False,
+        bbox_to_anchor=(0.03, 1.0),
+        handlelength=3.6,
+    )
     figure.text(0.04, 0.015, note, fontsize=8.5, color="#6a6a75")
-    figure.tight_layout(rect=(0.02, 0.04, 0.99, 0.86), w_pad=3)
+    figure.tight_layout(rect=(0.02, 0.04, 0.99, 0.84), w_pad=3)
 
 
 def by_front(points: Points, kind: str) -> dict[str, list[Mapping[str, Any]]]:
@@ -117,7 +125,7 @@ def rate_plot(points: Points, note: str) -> Figure:
     figure, axes = plt.subplots(figsize=(7, 4.4))
     for front, dashes in FRONTS.items():
         for kind in ("group", "stream", "unary"):
-            label = f"{WORDS[kind]}, {front} front"
+            label = f"{WORDS[kind]}, {tables.FRONTS[front]} front"
             draw(axes, by_front(points, kind)[front], "sessions", "rate", kind, linestyle=dashes, label=label)
     dress(axes, "steps/s", "sessions")
     finish(figure, axes, note, 2)
@@ -134,7 +142,7 @@ def latency_plot(points: Points, note: str) -> Figure:
                 draw(
                     axes, by_front(points, kind)[front], "sessions", key, kind, linestyle=dashes, label=label
                 )
-        dress(axes, f"latency of a step, ms: {front} front", "sessions")
+        dress(axes, f"latency of a step, ms: {tables.FRONTS[front]} front", "sessions")
     finish(figure, panels[0], note, 4)
     return figure
 

@@ -15,7 +15,7 @@ MODELS = {
     "medium": "LSTM(256), 32 features",
     "large": "LSTM(1024), 128 features",
 }
-_FRONTS = {"native": "native", "python": "Python"}
+FRONTS = {"native": "native", "python": "Python"}
 _STORES = {"memory": "in memory", "async": "disk, async", "sync": "disk, sync"}
 
 
@@ -57,13 +57,13 @@ PER_STEP = "client / server, µs a step"
 
 
 def sessions_table(points: Sequence[Point]) -> str:
-    columns = [(front, kind) for front in _FRONTS for kind in ("unary", "stream")]
+    columns = [(front, kind) for front in FRONTS for kind in ("unary", "stream")]
     rows = []
     for count in dict.fromkeys(point["sessions"] for point in points):
         found = [pick(points, front=front, kind=kind, sessions=count) for front, kind in columns]
         rows.append([number(count), "steps/s", *(cell(one, "rate") for one in found)])
         rows.append(["", "p50 / p99, ms", *(cell(one, "p50_ms", "p99_ms") for one in found)])
-    heads = [f"{_FRONTS[front]}, {'call' if kind == 'unary' else kind}" for front, kind in columns]
+    heads = [f"{FRONTS[front]}, {'call' if kind == 'unary' else kind}" for front, kind in columns]
     return table(["sessions", "", *heads], rows)
 
 
@@ -71,7 +71,7 @@ def groups_table(points: Sequence[Point]) -> str:
     rows = [
         [
             number(point["sessions"]),
-            _FRONTS[point["front"]],
+            FRONTS[point["front"]],
             *values(point),
             cell(point, "client_us", "server_us"),
         ]
@@ -87,7 +87,7 @@ def sdk_table(points: Sequence[Point]) -> str:
         "gather": "1,000 sessions in `asyncio.gather`",
     }
     rows = [
-        [ways[point["how"]], _FRONTS[point["front"]], *values(point), cell(point, "client_us", "server_us")]
+        [ways[point["how"]], FRONTS[point["front"]], *values(point), cell(point, "client_us", "server_us")]
         for point in points
         if point["how"] in ways
     ]
@@ -151,13 +151,13 @@ def _words(label: Any) -> str:
 
 
 def memory_table(points: Sequence[Point]) -> str:
-    rows = [[_FRONTS[one["front"]], cell(one, "resident_mib"), cell(one, "session_bytes")] for one in points]
+    rows = [[FRONTS[one["front"]], cell(one, "resident_mib"), cell(one, "session_bytes")] for one in points]
     return table(["front", "resident memory, MiB", "a session beyond its state, bytes"], rows)
 
 
 def start_table(points: Sequence[Point]) -> str:
     return table(
-        ["front", "exec to ready, s"], [[_FRONTS[one["front"]], cell(one, "ready_s")] for one in points]
+        ["front", "exec to ready, s"], [[FRONTS[one["front"]], cell(one, "ready_s")] for one in points]
     )
 
 
@@ -190,7 +190,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
 def machine_text(result: Result) -> str:
     """What it was measured on."""
     machine = result["machine"]
-    return (
+    trial = result["repeats"] < 3 or result["run_s"] < 1
+    return ("**A short trial run, not a measurement: rely on no number.** " if trial else "") + (
         f"Measured on {machine['date']} at commit `{machine['commit']}`: {machine['cores']} cores"
         f" ({machine['processor']}), {machine['system']}, {machine['packages']}. Medians of {_turns(result)}."
     )
