@@ -98,7 +98,7 @@ def part_of(path: str) -> str:
     """What a file belongs to: a module of the SDK by its name, else a package."""
     parts = Path(path).parts
     if "stepwell" in parts:
-        return "/".join(parts[len(parts) - 1 - parts[::-1].index("stepwell") :])
+        return "/".join(("client", *parts[len(parts) - 1 - parts[::-1].index("stepwell") :]))
     if "site-packages" in parts:
         return parts[parts.index("site-packages") + 1]
     if path == __file__:
