@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -62,3 +63,29 @@ def _install(name: str, *requirements: str) -> None:
     command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     constraints = ["--constraint", str(ROOT / f"constraints-{name}.txt")]
     subprocess.run([*command, *constraints, *requirements], check=True)
+
+
+def node(sources: Path) -> Path:
+    """Return a folder of Node packages, those of `package.json` in `sources`, beside whose other files they are.
+
+    Raises:
+        LookupError: there is no Node here, or no npm.
+    """
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        raise LookupError("node and npm are not installed")
+    folder = TOOLS / "node"
+    wanted = hashlib.sha256((sources / "package.json").read_bytes()).hexdigest()
+    stamp = folder / "requirements.sha256"
+    with _alone("node"):
+        if not (stamp.exists() and stamp.read_text() == wanted):
+            print(f"Installing Node packages in {folder.relative_to(ROOT)}", file=sys.stderr)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            shutil.copy(sources / "package.json", folder)
+            quiet = ("--no-package-lock", "--ignore-scripts", "--no-audit", "--no-fund", "--silent")
+            subprocess.run([npm, "install", *quiet], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            stamp.write_text(wanted)
+        for source in sources.glob("*.js"):
+            shutil.copy(source, folder)
+    return folder
