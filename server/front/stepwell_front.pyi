@@ -1,6 +1,6 @@
 # The native front, as Python sees it: src/python.rs.
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __version__: str
@@ -11,24 +11,17 @@ class Front:
     def __init__(
         self,
         methods: Sequence[tuple[str, bool, str]],
+        limits: Mapping[str, float],
         *,
         now: float,
-        max_message_bytes: int,
-        max_streams: int,
-        max_header_bytes: int,
-        max_frames: int,
-        budget_bytes: int,
-        max_queued_bytes: int,
         overloaded: tuple[int, str, bytes],
-        keepalive_s: float,
-        keepalive_timeout_s: float,
-        max_age_s: float | None,
-        max_age_grace_s: float,
+        headers_too_large: tuple[int, str, bytes],
     ) -> None: ...
     def secure(self, chain: bytes, key: bytes, client_ca: bytes | None) -> None: ...
     def start(self, listeners: Sequence[tuple[int, bool]]) -> None: ...
     def fd(self) -> int: ...
     def unwritten(self) -> int: ...
+    def counts(self) -> tuple[dict[str, int], list[tuple[str, int]]]: ...
     def set_general(self, everything: bool) -> None: ...
     def take(self) -> list[tuple[Any, ...]]: ...
     def drain(self) -> None: ...

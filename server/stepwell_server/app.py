@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import ipaddress
 import math
 import os
 import signal
@@ -21,11 +22,14 @@ from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.engine.engine import Engine
 from stepwell_server.errors import StoreGone
 from stepwell_server.logs import Log, configure
-from stepwell_server.metrics import MetricsServer, PrometheusObserver
+from stepwell_server.metrics import PrometheusObserver
+from stepwell_server.metrics_server import MetricsServer
+from stepwell_server.open_files import RESERVE, raise_limit
 from stepwell_server.program import Program, ProofOptions
 from stepwell_server.rpc.fronts import unix_socket
-from stepwell_server.rpc.fronts.base import BindError, ConnectionAge, Front
+from stepwell_server.rpc.fronts.base import BindError, Front
 from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
+from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.fronts.python import PythonFront
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import Settings
@@ -34,6 +38,7 @@ from stepwell_server.store.opening import open_store
 
 if TYPE_CHECKING:
     from stepwell_server.compile.limits import Limits
+    from stepwell_server.rpc.fronts.native import NativeFront
 
 _log = Log("app")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -65,6 +70,7 @@ def serve(settings: Settings) -> int:
     configure(settings.log_level, settings.log_format)
     try:
         _require_free("--listen", settings.listen)
+        _require_reach(settings)
         if settings.metrics_listen is not None:
             _require_free("--metrics-listen", settings.metrics_listen)
         certificates = _certificates(settings)
@@ -119,6 +125,23 @@ def _bind_problem(family: int, where: tuple[Any, ...]) -> OSError | None:
         except OSError as error:
             return error
     return None
+
+
+def _require_reach(settings: Settings) -> None:
+    """Let the front in Python, which cannot bound what clients take, be reached from elsewhere only if it was asked for."""
+    if isinstance(settings.listen, UnixAddress):
+        return
+    found = socket.getaddrinfo(*settings.listen, type=socket.SOCK_STREAM)
+    is_local = all(ipaddress.ip_address(where[0]).is_loopback for *_, where in found)
+    if is_local or _native_front(settings) is not None:
+        return
+    if settings.front != "python":
+        raise StartError(
+            "--listen: without the native front, which is not installed, it must be a loopback address, unless --front python"
+            " says otherwise: the front in Python does not bound what clients take (docs/operations.md);"
+            f" got {settings.listen}"
+        )
+    _log.warning("the front in Python does not bound what clients take", listen=str(settings.listen))
 
 
 def _compile(settings: Settings) -> dict[str, Program]:
@@ -236,6 +259,7 @@ async def _run(
     certificates: CertificateFiles | None,
 ) -> int:
     stop = _stop_on_signals(clock)
+    open_files = raise_limit()
     if settings.store == "disk":
         _log.info("store opened", data_dir=str(settings.data_dir), sessions=await store.count())
     observer = _Observer()
@@ -253,14 +277,14 @@ async def _run(
     try:
         rpc = RpcServer(
             engine,
-            _front(settings, clock),
+            _front(settings, clock, open_files),
             clock=clock,
             observer=observer,
             max_message_bytes=settings.max_message_bytes,
         )
-        observer.serves_by(rpc.front)
+        observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts)
         metrics = _serve_metrics(settings, observer, engine)
-        await _serve_calls(settings, rpc, store, certificates)
+        await _serve_calls(settings, rpc, store, certificates, open_files)
         gone = await _until_stopped(stop, store, rpc, observer)
         await _drain(min(_GONE_DRAIN_S if gone else math.inf, settings.drain_timeout_s), engine, rpc)
         if metrics is not None:
@@ -274,17 +298,42 @@ async def _run(
     return 1 if gone else 0
 
 
-def _front(settings: Settings, clock: Clock) -> Front:
-    age = ConnectionAge(settings.max_connection_age_s, settings.max_connection_age_grace_s)
-    if settings.front != "python":
-        try:
-            from stepwell_server.rpc.fronts.native import NativeFront
-        except ImportError as error:
-            if settings.front == "native":
-                raise StartError(f"--front native: stepwell-front cannot be imported: {error}") from error
-        else:
-            return NativeFront(clock, settings.max_message_bytes, age)
-    return PythonFront(clock, settings.max_message_bytes, age)
+def _front(settings: Settings, clock: Clock, open_files: int) -> Front:
+    limits = _limits(settings, open_files)
+    native = _native_front(settings)
+    return PythonFront(clock, limits) if native is None else native(clock, limits)
+
+
+def _native_front(settings: Settings) -> type[NativeFront] | None:
+    """The native front, if it is to be used."""
+    if settings.front == "python":
+        return None
+    try:
+        from stepwell_server.rpc.fronts.native import NativeFront
+    except ImportError as error:
+        if settings.front == "native":
+            raise StartError(f"--front native: stepwell-front cannot be imported: {error}") from error
+        return None
+    return NativeFront
+
+
+def _limits(settings: Settings, open_files: int) -> FrontLimits:
+    room = max(1, open_files - RESERVE) if open_files else FrontLimits.connections
+    connections = settings.max_connections or min(FrontLimits.connections, room)
+    if connections > room:
+        _log.warning(
+            "more connections are allowed than files may be open (ulimit -n)",
+            max_connections=connections,
+            open_files=open_files,
+        )
+    return FrontLimits(
+        settings.max_message_bytes,
+        settings.max_calls_per_connection,
+        connections=connections,
+        budget_bytes=settings.max_held_bytes or 0,
+        age_s=settings.max_connection_age_s,
+        age_grace_s=settings.max_connection_age_grace_s,
+    )
 
 
 async def _until_stopped(
@@ -364,7 +413,7 @@ def _serve_metrics(settings: Settings, observer: PrometheusObserver, engine: Eng
 
 
 async def _serve_calls(
-    settings: Settings, rpc: RpcServer, store: Store, certificates: CertificateFiles | None
+    settings: Settings, rpc: RpcServer, store: Store, certificates: CertificateFiles | None, open_files: int
 ) -> None:
     try:
         address = await rpc.start(settings.listen, certificates)
@@ -373,7 +422,14 @@ async def _serve_calls(
     except CertificateError as error:
         raise StartError(str(error)) from error
     tls = "off" if certificates is None else "mutual" if certificates.are_mutual else "on"
-    _log.info("serving", front=rpc.front, address=str(address), tls=tls)
+    _log.info(
+        "serving",
+        front=rpc.front.name,
+        address=str(address),
+        tls=tls,
+        max_connections=rpc.front.limits.connections,
+        open_files=open_files,
+    )
     # What is there now stays: the garbage collector need not look at it again and again.
     gc.collect()
     gc.freeze()

@@ -1,13 +1,11 @@
 """Prometheus metrics.
 
-Counting is plain arithmetic on the event loop; a scrape, which comes on a thread of its own, has the
-event loop take a copy. There is no global registry, and prometheus_client is imported only if metrics are
-served.
+Counting is plain arithmetic on the event loop, where a scrape takes a copy (`metrics_server`). There is no
+global registry, and prometheus_client is imported only if metrics are served.
 """
 
 from __future__ import annotations
 
-import asyncio
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,18 +17,23 @@ import numpy.typing as npt
 from stepwell_server.engine.api import Observer
 
 if TYPE_CHECKING:
-    from wsgiref.simple_server import WSGIServer
-
-    from prometheus_client import CollectorRegistry
     from prometheus_client.metrics_core import Metric
 
     from stepwell_server.engine.engine import ModelStats
+    from stepwell_server.rpc.fronts.base import FrontCounts
 
 _SECONDS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 )  # fmt: skip
 _ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
-_SCRAPE_TIMEOUT_S = 5.0
+_FRONT_TEXTS = {
+    "connections": "Connections open.",
+    "calls": "Calls under way.",
+    "held_bytes": "Bytes of requests and replies in memory.",
+    "queued_bytes": "Bytes of plain steps that the event loop has not taken.",
+    "window_bytes": "Bytes that clients may send before they are read.",
+    "unwritten_replies": "Replies that are not on their way.",
+}
 
 Labels = tuple[str, ...]
 
@@ -132,6 +135,8 @@ class PrometheusObserver(Observer):
             _SECONDS,
         )
         self._front = ""
+        self._limits: Mapping[str, float] = {}
+        self._front_counts: Callable[[], FrontCounts] | None = None
         self._store_is_ready = True
         self._store_reopened = 0
         self._requests = _Counter("stepwell_requests", "Calls by method and status code.", ("method", "code"))
@@ -207,9 +212,9 @@ class PrometheusObserver(Observer):
         """Calls or changes of a frame ended with an error."""
         self._errors.values[(reason,)] += count
 
-    def serves_by(self, front: str) -> None:
-        """What speaks to the network, as `--front` has it."""
-        self._front = front
+    def serves_by(self, front: str, limits: Mapping[str, float], counts: Callable[[], FrontCounts]) -> None:
+        """What speaks to the network, as `--front` has it; its limits; what it has to do when it is asked."""
+        self._front, self._limits, self._front_counts = front, limits, counts
 
     def store_checked(self, *, is_ready: bool, reopened: int) -> None:
         """The store was looked after: whether it can be used, and how often it was opened anew."""
@@ -233,13 +238,27 @@ class PrometheusObserver(Observer):
             *(self._pass_rows, self._pass_seconds, self._stages, self._requests, self._request_seconds),
         ]
         families = [each.family() for each in counted]
-        return [*families, self._front_family(), *self._store_families(), *_gauges(list(stats))]
+        return [*families, *self._front_families(), *self._store_families(), *_gauges(list(stats))]
 
-    def _front_family(self) -> Metric:
-        from prometheus_client.core import InfoMetricFamily
+    def _front_families(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 
         text = "What speaks to the network: native or python."
-        return InfoMetricFamily("stepwell_front", text, value={"front": self._front})
+        yield InfoMetricFamily("stepwell_front", text, value={"front": self._front})
+        if self._front_counts is None:
+            return
+        counts = self._front_counts()
+        for name, value in counts.now.items():
+            yield GaugeMetricFamily(f"stepwell_front_{name}", _FRONT_TEXTS[name], value=value)
+        text = "Connections and calls that the front refused or ended, by reason."
+        refused = CounterMetricFamily("stepwell_front_refused", text, labels=("reason",))
+        for reason, count in counts.refused.items():
+            refused.add_metric((reason,), count)
+        text = "What clients may take of the front."
+        limits = GaugeMetricFamily("stepwell_front_limit", text, labels=("limit",))
+        for limit, most in self._limits.items():
+            limits.add_metric((limit,), most)
+        yield from (refused, limits)
 
     def _store_families(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -274,51 +293,3 @@ def _gauges(stats: Sequence[ModelStats]) -> list[Metric]:
             "stepwell_uncommitted", "Sessions whose changes wait for the store.", value=commits
         ),
     ]
-
-
-class _Collector:
-    """What the registry asks, on the thread of a scrape."""
-
-    def __init__(self, gather: Callable[[], list[Metric]], loop: asyncio.AbstractEventLoop) -> None:
-        self._gather = gather
-        self._loop = loop
-
-    def collect(self) -> Iterable[Metric]:
-        async def on_loop() -> list[Metric]:
-            return self._gather()
-
-        return asyncio.run_coroutine_threadsafe(on_loop(), self._loop).result(_SCRAPE_TIMEOUT_S)
-
-
-class MetricsServer:
-    """Answers scrapes over HTTP on a thread of its own. Made on the event loop."""
-
-    def __init__(
-        self, observer: PrometheusObserver, stats: Callable[[], Iterable[ModelStats]], host: str, port: int
-    ) -> None:
-        """Listen at once.
-
-        Raises:
-            OSError: the address is taken, or not one of this machine's.
-        """
-        from prometheus_client import start_http_server
-
-        registry = _registry(lambda: observer.families(stats()), asyncio.get_running_loop())
-        self._server: WSGIServer
-        self._server, self._thread = start_http_server(port, host, registry)
-        self.port: int = self._server.server_port
-
-    def close(self) -> None:
-        """Stop listening. Blocks for up to half a second: call it on another thread than the loop's."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
-def _registry(gather: Callable[[], list[Metric]], loop: asyncio.AbstractEventLoop) -> CollectorRegistry:
-    from prometheus_client import CollectorRegistry, ProcessCollector
-
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(gather, loop))
-    ProcessCollector(registry=registry)
-    return registry

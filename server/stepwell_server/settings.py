@@ -21,6 +21,7 @@ from typing import Any, Literal, NoReturn
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.compile.limits import Limits, default_memory_bytes
 from stepwell_server.compile.origin import folder_problem
+from stepwell_server.rpc.fronts.limits import FrontLimits
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _PREFIX = "STEPWELL_"
@@ -281,6 +282,12 @@ class Settings:
     """Seconds that compiling a model may take; 0 means as long as it takes."""
     max_message_bytes: int = _setting(_whole(1024), 64 * 1024 * 1024, "N")
     """Size of a request or reply at most."""
+    max_connections: int | None = _setting(_whole(1), None, "N")
+    """Connections at most; more are closed at once. Default: 16384, or as many as the limit of open files leaves room for. The native front only."""
+    max_calls_per_connection: int = _setting(_whole(1), FrontLimits.streams, "N")
+    """Calls that one connection may have under way; more of them wait at the client."""
+    max_held_bytes: int | None = _setting(_whole(1024), None, "N")
+    """Bytes of requests and replies in memory, of all calls; beyond, calls are refused with a delay. Default: 256 MiB, or four times --max-message-bytes if that is more. The native front only."""
     drain_timeout_s: float = _setting(_seconds, 30.0, "S")
     """Seconds that a stopping server gives to work which is queued."""
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
@@ -369,7 +376,13 @@ def _checked(values: dict[str, Any]) -> Settings:
             raise SettingsError(f"{_OPTIONS[setting]}: must be given with {given}")
     if values.get("store") == "memory":
         values["data_dir"] = Path()  # of no use, and its default may not be there
-    return Settings(**values)
+    settings = Settings(**values)
+    held, message = settings.max_held_bytes, settings.max_message_bytes
+    if held is not None and held < message:
+        raise SettingsError(
+            f"--max-held-bytes must be at least --max-message-bytes, which is {message}; got {held}"
+        )
+    return settings
 
 
 class _Parser(argparse.ArgumentParser):

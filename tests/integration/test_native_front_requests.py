@@ -14,10 +14,12 @@ import pytest
 from stepwell_server.addresses import Address
 from stepwell_server.clock import SystemClock
 from stepwell_server.engine.types import Members
-from stepwell_server.rpc.fronts.base import Call, ConnectionAge, Method, OutputColumn, StepColumns
+from stepwell_server.rpc.fronts.base import Call, FrontCounts, Method, OutputColumn, StepColumns
+from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.status import Code, Status
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from support.fronts import needs_native
+from support.http2 import Http2
 from support.triton_requests import request
 
 pytestmark = needs_native
@@ -36,6 +38,7 @@ class Server:
         self.may_answer.set()
         self.cancelled = asyncio.Event()
         self.address = ""
+        self.counts: Callable[[], FrontCounts]
 
     def hold(self) -> None:
         """Nothing is put together here."""
@@ -51,6 +54,9 @@ class Server:
 
     def overloaded(self) -> Status:
         return Status(Code.RESOURCE_EXHAUSTED, "overloaded", ())
+
+    def headers_too_large(self, limit: int) -> Status:
+        return Status(Code.RESOURCE_EXHAUSTED, f"{limit} bytes of headers", ())
 
     def duplicate(self, frame_id: int) -> bytes:
         raise AssertionError("requests have no ids that must differ")
@@ -82,11 +88,12 @@ class Server:
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[Server]:
+async def server(request: pytest.FixtureRequest) -> AsyncIterator[Server]:
     from stepwell_server.rpc.fronts.native import NativeFront
 
     server = Server()
-    front = NativeFront(SystemClock(), 1 << 20, ConnectionAge())
+    front = NativeFront(SystemClock(), getattr(request, "param", FrontLimits(1 << 20)))
+    server.counts = front.counts
     methods = [
         Method(SERVICE, "ModelInfer", server.unary),
         Method(SERVICE, "ModelStreamInfer", server.stream, streams=True),
@@ -125,7 +132,8 @@ class Client:
     """A channel to the server, and a stream on it."""
 
     def __init__(self, server: Server) -> None:
-        self._channel = grpc.aio.insecure_channel(server.address)
+        options = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
+        self._channel = grpc.aio.insecure_channel(server.address, options=options)
         self.infer: Any = self._channel.unary_unary(f"/{SERVICE}/ModelInfer")
         self.stream: Any = self._channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")(timeout=_PATIENCE_S)
 
@@ -325,3 +333,53 @@ async def test_a_stream_ends_when_all_its_plain_requests_are_answered(server: Se
         assert await client.replies(2) == ["1", "2"]
         assert await client.stream.read() is grpc.aio.EOF
         assert await client.stream.code() is grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize(
+    ("server", "requests", "reason"),
+    [
+        (FrontLimits(1 << 20, unread_s=0.05), 1, "unread_replies"),
+        (FrontLimits(1 << 20, connection_bytes=1 << 20), 3, "memory"),
+    ],
+    indirect=["server"],
+)
+async def test_replies_that_nobody_takes_end_their_stream(server: Server, requests: int, reason: str) -> None:
+    """After a time, and before that where they are too many: gRPC takes it as RESOURCE_EXHAUSTED."""
+    with await asyncio.to_thread(Http2, server.address, window=1000) as client:
+        messages = [asked(number, sequence_id=number) for number in range(1, requests + 1)]
+        stream = client.call(f"/{SERVICE}/ModelStreamInfer", *messages, end=False)
+        answered = 0
+        while answered < requests:
+            columns = await server.columns()
+            count = len(columns.session_ids)
+            numbers = np.zeros(count, np.uint64)
+            rows = OutputColumn("y", 9, (600_000,), bytes(count * 600_000))
+            columns.replies.applied(None, numbers, numbers, [rows], replayed=False, version="1")
+            answered += count
+        end = await asyncio.to_thread(client.outcome, stream)
+        assert end["rst"] == "11", "ENHANCE_YOUR_CALM"
+        counts = server.counts()
+        assert counts.refused[reason] == 1
+
+
+@pytest.mark.parametrize("server", [FrontLimits(1 << 20, connection_steps=20)], indirect=True)
+async def test_a_connection_has_so_many_steps_under_way_and_others_are_served(server: Server) -> None:
+    numbers = [str(number) for number in range(1, 101)]
+    waiting: list[StepColumns] = []
+    async with Client(server) as busy, Client(server) as other:
+        await busy.send(*(asked(int(number), sequence_id=number) for number in numbers))
+        while sum(len(columns.session_ids) for columns in waiting) < 20:
+            waiting.append(await server.columns())
+        await other.send(asked(500, sequence_id=500))
+        answer(await server.columns())
+        assert await other.replies(1) == ["500"], "more of the busy one's were taken"
+        assert server.taken.empty()
+        left = len(numbers)
+        while True:
+            for columns in waiting:
+                answer(columns)
+                left -= len(columns.session_ids)
+            if not left:
+                break
+            waiting = [await server.columns()]
+        assert await busy.replies(100) == numbers

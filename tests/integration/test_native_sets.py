@@ -14,7 +14,8 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.addresses import Address
 from stepwell_server.clock import SystemClock
 from stepwell_server.rpc.boundary import Boundary
-from stepwell_server.rpc.fronts.base import ConnectionAge, Method, StepColumns
+from stepwell_server.rpc.fronts.base import Method, StepColumns
+from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.sessions import SessionServicer
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.steps.stream import StreamLimits
@@ -72,7 +73,7 @@ async def talking() -> AsyncIterator[Talk]:
         servicer = SessionServicer(at.engine, clock, LIMIT, limits, Requests())
         serve = Boundary(Requests(), LIMIT).stream("StepStream", servicer.step_stream)
         steps = Watched(at)
-        front = NativeFront(clock, LIMIT, ConnectionAge())
+        front = NativeFront(clock, FrontLimits(LIMIT))
         methods = [Method(SERVICE, "StepStream", serve, streams=True)]
         address = await front.start(Address("127.0.0.1", 0), methods, steps, None)
         async with grpc.aio.insecure_channel(str(address)) as channel:

@@ -123,6 +123,24 @@ def test_addresses_that_are_taken(taken: str) -> None:
     assert f"--metrics-listen: cannot listen on {taken}: Address already in use" in _refused(*metrics)
 
 
+def test_the_front_in_python_is_reached_from_elsewhere_only_if_it_is_asked_for(tmp_path: Path) -> None:
+    # as if the native front were not installed
+    (tmp_path / "stepwell_front.py").write_text("raise ImportError('none is installed')")
+    line = _refused(
+        f"x={forecast().path}", "--listen", "0.0.0.0:0", environment={"PYTHONPATH": str(tmp_path)}
+    )
+    assert line.startswith(
+        "stepwell: --listen: without the native front, which is not installed, it must be a loopback"
+    )
+    assert line.endswith("got 0.0.0.0:0")
+    # a data folder that is none ends this start before anything listens
+    asked = (f"x={forecast().path}", "--front", "python", "--data-dir", str(tmp_path / "stepwell_front.py"))
+    with ServerProcess(*asked, "--listen", "0.0.0.0:0", ready=False) as server:
+        _, _, err = server.finish()
+    assert "warning the front in Python does not bound what clients take" in err
+    assert "--listen: " not in err
+
+
 def test_two_servers_do_not_share_a_port() -> None:
     model = forecast()
     with serve() as first:

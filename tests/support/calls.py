@@ -17,8 +17,9 @@ from google.rpc import error_details_pb2, status_pb2
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.program import Program
-from stepwell_server.rpc.fronts.base import CallEnded, Method, Steps
+from stepwell_server.rpc.fronts.base import CallEnded, FrontCounts, Method, Steps
 from stepwell_server.rpc.fronts.certificates import Certificates
+from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.server import RpcServer
 from support.engine import Harness, running
 from support.fake_call import FakeCall, Requests
@@ -38,6 +39,7 @@ class Front:
     """A `fronts.base.Front` that listens nowhere: its methods are called."""
 
     name = "none"
+    limits = FrontLimits(MAX_MESSAGE_BYTES)
 
     def __init__(self) -> None:
         self.methods: Mapping[str, Method] = {}
@@ -54,6 +56,10 @@ class Front:
 
     def secure(self, certificates: Certificates) -> None:
         """Nobody connects."""
+
+    def counts(self) -> FrontCounts:
+        """Nothing is counted."""
+        return FrontCounts({}, {})
 
     async def flush(self) -> None:
         """Nothing is on its way."""

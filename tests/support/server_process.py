@@ -70,6 +70,11 @@ class ServerProcess:
         """Host and port."""
         return self.ready_line.removeprefix("stepwell: listening on ").strip()
 
+    @property
+    def log(self) -> list[str]:
+        """The lines that `wait_for_log` has read."""
+        return self._stderr
+
     def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Send a signal."""
         self.process.send_signal(number)

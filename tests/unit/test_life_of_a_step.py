@@ -17,7 +17,7 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1.sessions_pb2_grpc import SessionServiceStub
 from stepwell_server.addresses import Address
 from stepwell_server.metrics import PrometheusObserver
-from stepwell_server.rpc.fronts.base import ConnectionAge
+from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.fronts.python import PythonFront
 from stepwell_server.rpc.server import RpcServer
 from support.engine import running
@@ -62,7 +62,7 @@ async def test_a_plain_unary_step_visits_twenty_modules_and_enters_the_engine_fo
         await at.open("a")
         server = RpcServer(
             at.engine,
-            PythonFront(at.clock, 1 << 20, ConnectionAge()),
+            PythonFront(at.clock, FrontLimits(1 << 20)),
             clock=at.clock,
             observer=PrometheusObserver(),
             max_message_bytes=1 << 20,

@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from stepwell_server.engine.engine import ModelStats
 from stepwell_server.metrics import PrometheusObserver
+from stepwell_server.rpc.fronts.base import FrontCounts
 
 _STATS = [ModelStats("m", 3, 2, 1, 70, 5), ModelStats("n", 0, 0, 0, 70, 5)]
 
@@ -105,5 +106,12 @@ def test_calls_that_end_together_are_counted_as_if_each_had_ended_alone() -> Non
 
 def test_the_front_is_shown() -> None:
     observer = PrometheusObserver()
-    observer.serves_by("native")
-    assert _samples(observer)["stepwell_front_info", "native"] == 1
+    counts = FrontCounts({"calls": 3, "held_bytes": 1000}, {"memory": 2, "silent": 0})
+    observer.serves_by("native", {"connections": 10}, lambda: counts)
+    samples = _samples(observer)
+    assert samples["stepwell_front_info", "native"] == 1
+    assert samples[("stepwell_front_calls",)] == 3
+    assert samples[("stepwell_front_held_bytes",)] == 1000
+    assert samples["stepwell_front_refused_total", "memory"] == 2
+    assert samples["stepwell_front_refused_total", "silent"] == 0
+    assert samples["stepwell_front_limit", "connections"] == 10

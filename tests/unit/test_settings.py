@@ -120,6 +120,9 @@ def test_what_is_said_of_single_models(model: str, tmp_path: Path) -> None:
         ("log-format", "xml", "one of text, json"),
         ("import", "not a module", "the name of a module"),
         ("max-message-bytes", "5", "1024 or more"),
+        ("max-connections", "0", "a whole number, 1 or more"),
+        ("max-calls-per-connection", "none", "a whole number, 1 or more"),
+        ("max-held-bytes", "1000", "1024 or more"),
     ],
 )
 def test_a_value_that_cannot_be_read_is_named_with_its_origin(
@@ -261,3 +264,8 @@ def test_cache_dir_follows_xdg(monkeypatch: pytest.MonkeyPatch, model: str) -> N
     assert read_settings([model], {}).cache_dir == Path("/somewhere/stepwell")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert read_settings([model], {}).cache_dir == Path.home() / ".cache" / "stepwell"
+
+
+def test_a_message_must_fit_into_what_may_be_held(model: str) -> None:
+    with pytest.raises(SettingsError, match=r"--max-held-bytes must be at least .* 2048; got 1024"):
+        read_settings([model, "--max-held-bytes", "1024", "--max-message-bytes", "2048"], {})

@@ -1,5 +1,6 @@
 //! One call as both sides know it: the task that serves it on the wire, and whoever answers it.
 
+use crate::bounds::{Load, GENERAL};
 use crate::grpc::{self, Status};
 use crate::ordered::{Ordered, Reply};
 use crate::protobuf::{Fields, Value};
@@ -19,6 +20,14 @@ pub struct Peer {
     pub number: u64,
     /// Of the certificate with which its client has shown who it is.
     pub certificate_names: Vec<String>,
+    pub load: Load,
+}
+
+#[cfg(test)]
+impl Peer {
+    pub fn for_test() -> Self {
+        Peer { name: "test".to_owned(), number: 0, certificate_names: Vec::new(), load: Load::new(1000) }
+    }
 }
 
 /// A call on its way.
@@ -155,13 +164,19 @@ impl Call {
         wake(waker);
     }
 
+    /// Python gets a message of a stream, and says when it has looked at it.
+    pub fn hand_over(&self, state: &mut State, size: usize) {
+        state.unread.push_back(size);
+        self.peer.load.begin(GENERAL);
+    }
+
     /// Python does a plain message after all; whether anybody waits for it. `number` is that of a stream's message.
     pub fn hand_back(&self, number: Option<u64>, size: usize) -> bool {
         let mut state = self.state();
         if let Some(number) = number {
             state.frames.remove(&number);
             state.held -= size;
-            state.unread.push_back(size);
+            self.hand_over(&mut state, size);
         }
         state.is_handed_back = true;
         !self.is_over()
@@ -178,7 +193,9 @@ impl Call {
             return self.reply_in_order(number, grpc::framed(message), None);
         }
         if let Some(frame_id) = answered_frame(message) {
-            self.state().general_frames.remove(&frame_id);
+            if self.state().general_frames.remove(&frame_id) {
+                self.peer.load.end(GENERAL);
+            }
         }
         self.reply(grpc::framed(message), None, None);
     }
@@ -220,6 +237,10 @@ impl Call {
         state.replies.clear();
         state.ordered.clear();
         state.reply_bytes = 0;
+        let general = state.unread.len() + state.general_frames.len();
+        self.peer.load.end(GENERAL * general);
+        state.unread.clear();
+        state.general_frames.clear();
         state.sets.clear();
     }
 
@@ -238,6 +259,7 @@ impl Call {
             let mut state = self.state();
             let count = count.min(state.unread.len());
             state.unread.drain(..count);
+            self.peer.load.end(GENERAL * count);
             state.waker.take()
         };
         wake(waker);
@@ -245,8 +267,7 @@ impl Call {
 
     #[cfg(test)]
     pub fn for_test() -> Self {
-        let peer = Arc::new(Peer { name: "test".to_owned(), number: 0, certificate_names: Vec::new() });
-        Call::new(peer, 0, false, 0.0, f64::INFINITY, Vec::new(), Arc::default())
+        Call::new(Arc::new(Peer::for_test()), 0, false, 0.0, f64::INFINITY, Vec::new(), Arc::default())
     }
 }
 

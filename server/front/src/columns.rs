@@ -1,5 +1,6 @@
 //! What has come for Python, in its order: batches of plain steps as columns, and everything else as events.
 
+use crate::bounds::{Refusal, GENERAL};
 use crate::call::Call;
 use crate::plain::Step;
 use crate::sets::{Ids, SessionSet};
@@ -143,6 +144,7 @@ impl Batch {
         request: Option<Request>,
     ) {
         let count = step.count();
+        call.peer.load.begin(count);
         self.push_ids(step);
         self.entries.push(Entry {
             call,
@@ -199,6 +201,8 @@ pub enum Arrival {
     Written(Arc<Call>, usize),
     /// Nobody waits for the call any more.
     Ended(Arc<Call>),
+    /// The log shall say that connections are refused.
+    Refused(Refusal),
 }
 
 /// What has come since Python looked last.
@@ -222,18 +226,22 @@ impl Arrivals {
         self.all.is_empty()
     }
 
-    /// The first of what has come, up to so many sessions of steps; and the bytes of their messages.
+    /// The first of what has come, up to so many steps, as `GENERAL` counts them; and the bytes of plain messages.
     pub fn take(&mut self, most: usize) -> (Vec<Arrival>, usize) {
         self.open.clear();
-        let (mut taken, mut sessions, mut bytes) = (Vec::new(), 0, 0);
-        while sessions < most {
+        let (mut taken, mut steps, mut bytes) = (Vec::new(), 0, 0);
+        while steps < most {
             let Some(arrival) = self.all.pop_front() else { break };
             match &arrival {
                 Arrival::Batch(batch) => {
-                    sessions += batch.sizes.len();
+                    steps += batch.sizes.len();
                     bytes += batch.entries.iter().map(|entry| entry.held).sum::<usize>();
                 }
-                Arrival::Call(..) => self.calls -= 1,
+                Arrival::Call(..) => {
+                    self.calls -= 1;
+                    steps += GENERAL;
+                }
+                Arrival::Message(..) => steps += GENERAL,
                 _ => {}
             }
             taken.push(arrival);
@@ -427,6 +435,10 @@ mod tests {
         push(&mut arrivals, "s0", 0, 9);
         assert_eq!(arrivals.take(usize::MAX).0.len(), 3, "what comes now is behind what waits");
         assert!(arrivals.is_empty());
+        for _ in 0..MOST_IN_BATCH {
+            arrivals.push(Arrival::Call(Arc::new(Call::for_test()), None));
+        }
+        assert_eq!(arrivals.take(MOST_IN_BATCH).0.len(), MOST_IN_BATCH / GENERAL);
     }
 
     proptest! {

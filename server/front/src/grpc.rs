@@ -8,6 +8,7 @@ use std::time::Duration;
 
 pub const OK: u32 = 0;
 pub const DEADLINE_EXCEEDED: u32 = 4;
+pub const UNAVAILABLE: u32 = 14;
 pub const UNIMPLEMENTED: u32 = 12;
 pub const INTERNAL: u32 = 13;
 const PREFIX: usize = 5;
@@ -28,6 +29,11 @@ impl Status {
 
     pub fn new(code: u32, message: &str) -> Self {
         Status { code, message: message.to_owned(), details: Bytes::new() }
+    }
+
+    /// A stream ends so whatever of it is under way; with others when its frames are answered.
+    pub fn is_at_once(&self) -> bool {
+        !matches!(self.code, OK | UNAVAILABLE)
     }
 
     /// The trailers that say it.
@@ -98,6 +104,12 @@ impl Messages {
         } else {
             self.buffer.extend_from_slice(&data);
         }
+        if let Some(&[_, a, b, c, d]) = self.buffer.first_chunk() {
+            let size = PREFIX + u32::from_be_bytes([a, b, c, d]) as usize;
+            if (self.buffer.len() + 1..=PREFIX + self.limit).contains(&size) {
+                self.buffer.reserve(size - self.buffer.len());
+            }
+        }
     }
 
     /// Bytes of messages that have not come whole.
@@ -108,6 +120,13 @@ impl Messages {
     /// A part of a message is left over.
     pub fn is_cut_off(&self) -> bool {
         !self.buffer.is_empty()
+    }
+
+    /// Whether `next` has something to say.
+    pub fn has_next(&self) -> bool {
+        let Some(&[flag, a, b, c, d]) = self.buffer.first_chunk() else { return false };
+        let size = u32::from_be_bytes([a, b, c, d]) as usize;
+        flag > 1 || size > self.limit || self.buffer.len() >= PREFIX + size
     }
 
     /// The next whole message; None if there is none yet.
@@ -125,7 +144,6 @@ impl Messages {
             return Err(Unreadable::TooLarge(size));
         }
         if self.buffer.len() < PREFIX + size {
-            self.buffer.reserve(PREFIX + size - self.buffer.len());
             return Ok(None);
         }
         self.buffer.advance(PREFIX);
@@ -173,23 +191,39 @@ pub fn put_prefix(out: &mut BytesMut, size: usize) {
     out.put_u32(size as u32);
 }
 
-/// What `grpc-timeout` says; None: no limit, or not readable, which is the same to a server.
-pub fn timeout(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get("grpc-timeout")?.to_str().ok()?;
-    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    if number.len() > 8 || !number.bytes().all(|digit| digit.is_ascii_digit()) {
-        return None;
+/// A `grpc-timeout` that is none.
+#[derive(Debug, PartialEq, Eq)]
+pub struct NoTimeout;
+
+/// Of a `grpc-timeout`.
+const MOST_DIGITS: usize = 8;
+
+/// What `grpc-timeout` says; None: no limit.
+pub fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, NoTimeout> {
+    let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };
+    let [number @ .., unit] = value.as_bytes() else { return Err(NoTimeout) };
+    if number.is_empty() || !number.iter().all(u8::is_ascii_digit) || !b"HMSmun".contains(unit) {
+        return Err(NoTimeout);
     }
-    let number: u64 = number.parse().ok()?;
-    match unit {
-        "H" => Some(Duration::from_secs(number * 3600)),
-        "M" => Some(Duration::from_secs(number * 60)),
-        "S" => Some(Duration::from_secs(number)),
-        "m" => Some(Duration::from_millis(number)),
-        "u" => Some(Duration::from_micros(number)),
-        "n" => Some(Duration::from_nanos(number)),
-        _ => None,
+    if number.len() > MOST_DIGITS {
+        return Ok(None); // longer than anybody waits, as gRPC's own servers take it
     }
+    let number = number.iter().fold(0, |number, digit| number * 10 + u64::from(digit - b'0'));
+    Ok(Some(match unit {
+        b'H' => Duration::from_secs(number * 3600),
+        b'M' => Duration::from_secs(number * 60),
+        b'S' => Duration::from_secs(number),
+        b'm' => Duration::from_millis(number),
+        b'u' => Duration::from_micros(number),
+        _ => Duration::from_nanos(number),
+    }))
+}
+
+/// The size of a call's headers as HTTP/2 counts it, without the pseudo-headers that are short.
+pub fn size(path: &str, headers: &HeaderMap) -> usize {
+    const EACH: usize = 32;
+    let fields = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + EACH);
+    path.len() + EACH + fields.sum::<usize>()
 }
 
 /// What a client sent beside its messages: without what is the protocol's own.
@@ -304,9 +338,10 @@ mod tests {
             let mut found = Vec::new();
             for piece in stream.chunks(size) {
                 messages.push(Bytes::copy_from_slice(piece));
-                while let Some(message) = messages.next().unwrap() {
-                    found.push(message.to_vec());
+                while messages.has_next() {
+                    found.push(messages.next().unwrap().unwrap().to_vec());
                 }
+                prop_assert_eq!(messages.next(), Ok(None));
             }
             prop_assert!(!messages.is_cut_off());
             prop_assert_eq!(found, bodies);
@@ -365,17 +400,19 @@ mod tests {
     #[test]
     fn time_limits_are_read() {
         for (text, wanted) in [
-            ("5S", Some(Duration::from_secs(5))),
-            ("250m", Some(Duration::from_millis(250))),
-            ("99999999n", Some(Duration::from_nanos(99_999_999))),
-            ("1H", Some(Duration::from_secs(3600))),
-            ("123456789S", None),
-            ("5", None),
-            ("S", None),
-            ("-1S", None),
-            ("+1S", None),
+            ("5S", Ok(Duration::from_secs(5))),
+            ("250m", Ok(Duration::from_millis(250))),
+            ("99999999n", Ok(Duration::from_nanos(99_999_999))),
+            ("1H", Ok(Duration::from_secs(3600))),
+            ("5", Err(NoTimeout)),
+            ("S", Err(NoTimeout)),
+            ("", Err(NoTimeout)),
+            ("-1S", Err(NoTimeout)),
+            ("+1S", Err(NoTimeout)),
         ] {
-            assert_eq!(timeout(&headers("grpc-timeout", text)), wanted, "{text}");
+            assert_eq!(timeout(&headers("grpc-timeout", text)), wanted.map(Some), "{text}");
         }
+        assert_eq!(timeout(&HeaderMap::new()), Ok(None));
+        assert_eq!(timeout(&headers("grpc-timeout", "123456789S")), Ok(None));
     }
 }

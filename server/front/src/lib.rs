@@ -10,9 +10,11 @@
 #![deny(unsafe_code)]
 #![cfg_attr(not(feature = "python"), allow(dead_code))] // what only Python calls
 
+mod bounds;
 mod call;
 mod clock;
 mod columns;
+mod doors;
 mod grpc;
 mod lifetime;
 #[cfg(feature = "python")]
@@ -29,3 +31,4 @@ mod sets;
 mod tls;
 mod triton;
 mod triton_reply;
+mod turn;

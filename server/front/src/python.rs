@@ -19,7 +19,7 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyList, PyTuple};
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -61,6 +61,13 @@ fn carry_out(command: Command) {
     }
 }
 
+/// A status as Python says it: code, message, and a serialized google.rpc.Status or nothing.
+type Said = (u32, String, Vec<u8>);
+
+fn status((code, message, details): Said) -> Status {
+    Status { code, message, details: details.into() }
+}
+
 /// The front. Started and stopped once.
 #[pyclass(frozen)]
 struct Front {
@@ -79,38 +86,42 @@ struct Front {
 #[pymethods]
 impl Front {
     /// `methods`: path, whether it streams, and which of its messages may be plain ("step", "step_stream", "infer",
-    /// "infer_stream" or "").
+    /// "infer_stream" or ""). `limits`: each by the name that it has in `server::Limits`, times in seconds.
     #[new]
-    #[pyo3(signature = (methods, *, now, max_message_bytes, max_streams, max_header_bytes, max_frames, budget_bytes, max_queued_bytes, overloaded, keepalive_s, keepalive_timeout_s, max_age_s, max_age_grace_s))]
-    #[allow(clippy::too_many_arguments)]
+    #[pyo3(signature = (methods, limits, *, now, overloaded, headers_too_large))]
     fn new(
         methods: Vec<(String, bool, String)>,
+        limits: HashMap<String, f64>,
         now: f64,
-        max_message_bytes: usize,
-        max_streams: u32,
-        max_header_bytes: u32,
-        max_frames: usize,
-        budget_bytes: usize,
-        max_queued_bytes: usize,
-        overloaded: (u32, String, Vec<u8>),
-        keepalive_s: f64,
-        keepalive_timeout_s: f64,
-        max_age_s: Option<f64>,
-        max_age_grace_s: f64,
+        overloaded: Said,
+        headers_too_large: Said,
     ) -> PyResult<Self> {
         clock::set(now);
+        let limit = |name: &str| {
+            let missing = || PyValueError::new_err(format!("the limit {name} is missing"));
+            limits.get(name).copied().ok_or_else(missing)
+        };
+        let whole = |name: &str| limit(name).map(|value| value as usize);
+        let time = |name: &str| limit(name).map(Duration::from_secs_f64);
         let limits = Limits {
-            message_bytes: max_message_bytes,
-            streams: max_streams,
-            header_bytes: max_header_bytes,
-            frames: max_frames,
-            budget_bytes,
-            queued_bytes: max_queued_bytes,
-            overloaded: Status { code: overloaded.0, message: overloaded.1, details: overloaded.2.into() },
-            keepalive: Duration::from_secs_f64(keepalive_s),
-            keepalive_timeout: Duration::from_secs_f64(keepalive_timeout_s),
-            age: max_age_s.map(Duration::from_secs_f64),
-            age_grace: Duration::from_secs_f64(max_age_grace_s),
+            message_bytes: whole("message_bytes")?,
+            connections: whole("connections")?,
+            calls: whole("calls")?,
+            streams: whole("streams")? as u32,
+            header_bytes: whole("header_bytes")?,
+            headers_too_large: status(headers_too_large),
+            budget_bytes: whole("budget_bytes")?,
+            connection_bytes: whole("connection_bytes")?,
+            connection_steps: whole("connection_steps")?,
+            unread: time("unread_s")?,
+            queued_bytes: whole("queued_bytes")?,
+            overloaded: status(overloaded),
+            frames: whole("frames")?,
+            keepalive: time("keepalive_s")?,
+            keepalive_timeout: time("keepalive_timeout_s")?,
+            handshake: time("handshake_s")?,
+            age: Some(time("age_s")?).filter(|age| !age.is_zero()),
+            age_grace: time("age_grace_s")?,
         };
         let methods = methods
             .into_iter()
@@ -204,6 +215,20 @@ impl Front {
         self.shared.unwritten.load(Ordering::Acquire) + self.shared.commands.load(Ordering::Acquire)
     }
 
+    /// How much there is now, and how often something was refused: by reason.
+    fn counts(&self) -> (HashMap<&'static str, usize>, Vec<(&'static str, u64)>) {
+        let (shared, load) = (&self.shared, |count: &AtomicUsize| count.load(Ordering::Relaxed));
+        let now = HashMap::from([
+            ("connections", load(&shared.counts.connections)),
+            ("calls", load(&shared.counts.calls)),
+            ("held_bytes", load(&shared.held)),
+            ("queued_bytes", load(&shared.queued)),
+            ("window_bytes", load(&shared.counts.windows)),
+            ("unwritten_replies", self.unwritten()),
+        ]);
+        (now, shared.counts.refusals())
+    }
+
     /// Hand on every message with its bytes, or only those that are not plain.
     fn set_general(&self, everything: bool) {
         self.shared.all_general.store(everything, Ordering::Relaxed);
@@ -257,7 +282,7 @@ impl Front {
 /// Whether it is of a call that was over before Python heard of it.
 fn is_pointless(arrival: &Arrival, skipped: &mut HashSet<usize>) -> bool {
     match arrival {
-        Arrival::Batch(_) => false,
+        Arrival::Batch(_) | Arrival::Refused(_) => false,
         Arrival::Call(call, _) => call.is_over() && skipped.insert(key(call)),
         Arrival::Message(call, ..)
         | Arrival::TooLarge(call, _)
@@ -290,6 +315,7 @@ impl Front {
             Arrival::HalfClosed(call) => (5, key(&call)).into_py(py),
             Arrival::Written(call, size) => (6, key(&call), size).into_py(py),
             Arrival::Ended(call) => (7, key(&call)).into_py(py),
+            Arrival::Refused(why) => (8, why.name()).into_py(py),
         };
         Ok(tuple.into_bound(py).downcast_into::<PyTuple>()?)
     }

@@ -68,16 +68,16 @@ pub fn deliver(batch: &Batch, answer: &Answer) {
     match answer {
         Answer::Applied { .. } => answer.for_each_part(batch, |entry, part, places| match entry.frame_id {
             None => entry.call.finish(part.as_response()),
-            Some(frame_id) => reply_part(entry, frame_id, places.len(), |last| {
-                part.as_frame_part(frame_id, entry, places, last)
-            }),
+            Some(frame_id) => {
+                reply_part(entry, frame_id, |last| part.as_frame_part(frame_id, entry, places, last))
+            }
         }),
         Answer::Failed { members, status, error } => {
             for_each_entry(batch, members.as_deref(), |entry, _, places| match entry.frame_id {
                 None => entry.call.end(status.clone()),
-                Some(frame_id) => reply_part(entry, frame_id, places.len(), |last| {
-                    failed_part(frame_id, entry, places, error, last)
-                }),
+                Some(frame_id) => {
+                    reply_part(entry, frame_id, |last| failed_part(frame_id, entry, places, error, last))
+                }
             });
         }
     }
@@ -98,6 +98,7 @@ pub fn for_each_entry(
         let all: Vec<u32> = (0..batch.entries.iter().map(|entry| entry.count).max().unwrap_or(0)).collect();
         for entry in &batch.entries {
             let end = start + entry.count as usize;
+            answered(entry, end - start);
             then(entry, start..end, &all[..entry.count as usize]);
             start = end;
         }
@@ -110,13 +111,20 @@ pub fn for_each_entry(
         let past = entry.first + entry.count;
         let end = start + members[start..].partition_point(|member| *member < past);
         let places: Vec<u32> = members[start..end].iter().map(|member| member - entry.first).collect();
+        answered(entry, places.len());
         then(entry, start..end, &places);
         start = end;
     }
 }
 
-fn reply_part(entry: &Entry, frame_id: u64, count: usize, message: impl FnOnce(bool) -> Bytes) {
-    let last = entry.left.fetch_sub(count as u32, Ordering::Relaxed) == count as u32;
+/// So many sessions of a message are being answered.
+fn answered(entry: &Entry, count: usize) {
+    entry.left.fetch_sub(count as u32, Ordering::Relaxed);
+    entry.call.peer.load.end(count);
+}
+
+fn reply_part(entry: &Entry, frame_id: u64, message: impl FnOnce(bool) -> Bytes) {
+    let last = entry.left.load(Ordering::Relaxed) == 0;
     let (id, held) = if last { (Some(frame_id), entry.held) } else { (None, 0) };
     entry.call.reply(message(last), id, Some(held));
 }

@@ -1,5 +1,6 @@
 //! One call on the wire: its messages are read, its replies written, its end told to whoever must know.
 
+use crate::bounds::{counted, Held, Place, Refusal, Slot, GENERAL};
 use crate::call::{Call, Peer};
 use crate::clock;
 use crate::columns::{Arrival, Arrivals};
@@ -14,14 +15,10 @@ use std::future::{poll_fn, Future};
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use tokio::time::{sleep, Sleep};
+use tokio::time::{sleep, timeout, Sleep};
 
 /// Messages that Python has not looked at, before reading stops.
 const MOST_UNREAD: usize = 16;
-/// A call that holds no more than this goes on where all of them together hold too much.
-const SMALL_BYTES: usize = 64 << 10;
-/// After so many bytes of one stream's messages the others have a turn.
-const TURN_BYTES: usize = 1 << 20;
 
 pub fn begin(
     request: http::Request<RecvStream>,
@@ -39,7 +36,19 @@ pub fn begin(
         let _ = respond.send_response(response, true);
         return;
     }
+    let limits = &shared.limits;
     let path = request.uri().path_and_query().map_or("", |path| path.as_str());
+    let header_bytes = grpc::size(path, headers);
+    if header_bytes > limits.header_bytes {
+        shared.counts.refuse(Refusal::Headers);
+        refuse(&mut respond, &limits.headers_too_large);
+        return;
+    }
+    let Some(slot) = Slot::take(shared, |counts| &counts.calls, 1, limits.calls) else {
+        shared.counts.refuse(Refusal::Calls);
+        refuse(&mut respond, &limits.overloaded);
+        return;
+    };
     let Some(method) = shared.methods.get(path).copied() else {
         refuse(&mut respond, &Status::new(grpc::UNIMPLEMENTED, "Method not found!"));
         return;
@@ -53,7 +62,13 @@ pub fn begin(
         return;
     };
     let started = clock::now();
-    let deadline = grpc::timeout(headers).map_or(f64::INFINITY, |left| started + left.as_secs_f64());
+    let deadline = match grpc::timeout(headers) {
+        Ok(left) => left.map_or(f64::INFINITY, |left| started + left.as_secs_f64()),
+        Err(grpc::NoTimeout) => {
+            refuse(&mut respond, &Status::new(grpc::INTERNAL, "Error parsing 'grpc-timeout' metadata"));
+            return;
+        }
+    };
     let metadata = grpc::metadata(headers);
     let call = Arc::new(Call::new(
         peer.clone(),
@@ -71,9 +86,15 @@ pub fn begin(
         body: request.into_body(),
         messages: Messages::new(encoding, shared.limits.message_bytes),
         timer: clock::until(deadline).map(|left| Box::pin(sleep(left))),
-        counted: 0,
+        held: Held::new(shared, peer, header_bytes),
+        header_bytes,
+        steps: 0,
+        place: Place::default(),
+        reading: Place::default(),
         is_known: false,
         is_deaf: false,
+        is_writing: false,
+        _slot: slot,
     };
     // two kinds of tasks: one for both would be as large as both
     if method.streams {
@@ -96,12 +117,21 @@ struct Served {
     messages: Messages,
     /// Ends it when its time is over.
     timer: Option<std::pin::Pin<Box<Sleep>>>,
-    /// Bytes of it in memory, as they stand in the budget of all calls.
-    counted: usize,
+    /// Bytes of it in memory.
+    held: Held,
+    header_bytes: usize,
+    /// What it counts in its connection's steps under way, if Python was handed it whole.
+    steps: usize,
+    /// Where it waits for its connection, and for Python.
+    place: Place,
+    reading: Place,
     /// Python was told that it has begun.
     is_known: bool,
     /// Nothing is read any more: Python is about to end it.
     is_deaf: bool,
+    /// A reply is on its way, and not all of it was taken.
+    is_writing: bool,
+    _slot: Slot,
 }
 
 /// What to do next for a stream.
@@ -109,6 +139,8 @@ enum Next {
     Write(Bytes, Option<usize>),
     End(Status),
     Data(Bytes),
+    /// One has come whole.
+    Message,
     HalfClosed,
 }
 
@@ -122,19 +154,15 @@ enum Early {
 impl Served {
     async fn unary(mut self, mut respond: SendResponse<Bytes>) {
         let answer = match self.only_message().await {
-            Ok(message) => match self.submit(message) {
-                Ok(()) => poll_fn(|cx| self.poll_answer(cx, &mut respond)).await,
-                Err(early) => Err(early),
-            },
+            Ok(message) => self.answer(message, &mut respond).await,
             Err(early) => Err(early),
         };
         let early = match answer {
             Ok(reply) => {
-                let Ok(mut out) = respond.send_response(grpc::reply_headers(), false) else {
-                    return self.call.written(); // nobody will have it
-                };
-                self.count(reply.len());
-                match self.write(&mut out, reply).await {
+                let writing = Writing(self.call.clone());
+                let Ok(mut out) = respond.send_response(grpc::reply_headers(), false) else { return };
+                self.held.set(0);
+                match self.write(&mut out, reply, writing).await {
                     Ok(()) => {
                         let _ = out.send_trailers(Status::ok().trailers());
                     }
@@ -154,16 +182,47 @@ impl Served {
         }
     }
 
+    async fn answer(&mut self, message: Message, respond: &mut SendResponse<Bytes>) -> Result<Bytes, Early> {
+        poll_fn(|cx| self.poll_turn(cx, respond)).await?;
+        self.submit(message)?;
+        poll_fn(|cx| self.poll_answer(cx, respond)).await
+    }
+
+    /// Ready when the connection may have one more step under way.
+    fn poll_turn(
+        &mut self,
+        cx: &mut Context<'_>,
+        respond: &mut SendResponse<Bytes>,
+    ) -> Poll<Result<(), Early>> {
+        if self.call.peer.load.may_begin(cx, &mut self.place) {
+            return Poll::Ready(Ok(()));
+        }
+        if respond.poll_reset(cx).is_ready() {
+            return Poll::Ready(Err(Early::Gone));
+        }
+        self.poll_timer(cx).map(|()| Err(Early::Late))
+    }
+
     fn submit(&mut self, message: Message) -> Result<(), Early> {
         match message {
             Message::Whole(message) if self.take_plain_step(&message) => Ok(()),
-            Message::Whole(message) => self.announce(Some(message)),
+            Message::Whole(message) => {
+                self.begin_general();
+                self.announce(Some(message))
+            }
             Message::TooLarge(size) => {
+                self.begin_general();
                 self.is_known = true;
                 self.arrive(Arrival::TooLarge(self.call.clone(), size));
                 Ok(())
             }
         }
+    }
+
+    /// Python has the call's only message until it has answered it.
+    fn begin_general(&mut self) {
+        self.steps = GENERAL;
+        self.call.peer.load.begin(GENERAL);
     }
 
     /// Let Python know of the call.
@@ -173,6 +232,7 @@ impl Served {
         if self.is_known {
             return Ok(());
         }
+        self.shared.counts.refuse(Refusal::Calls);
         Err(Early::Status(self.shared.limits.overloaded.clone()))
     }
 
@@ -266,17 +326,25 @@ impl Served {
             match poll_fn(|cx| self.poll_stream(cx, out, is_open)).await? {
                 Next::Write(reply, held) => {
                     let size = reply.len();
-                    self.write(out, reply).await?;
+                    self.write(out, reply, Writing(self.call.clone())).await?;
                     self.written(size, held);
                 }
                 Next::End(status) => {
+                    if !self.call.state().frames.is_empty() {
+                        self.drop_frames();
+                    }
                     let _ = out.send_trailers(status.trailers());
                     return Ok(());
                 }
                 Next::Data(data) => {
                     let _ = self.body.flow_control().release_capacity(data.len());
                     self.messages.push(data);
-                    self.take_messages().await.map_err(Early::Status)?;
+                }
+                Next::Message => {
+                    self.take_next().map_err(Early::Status)?;
+                    if self.call.peer.load.is_busy() {
+                        tokio::task::yield_now().await; // each of the connection's streams in its turn
+                    }
                 }
                 Next::HalfClosed => {
                     is_open = false;
@@ -291,6 +359,9 @@ impl Served {
     fn end_early(&mut self, out: &mut SendStream<Bytes>, early: Early) {
         self.abandon(matches!(early, Early::Late));
         let status = match early {
+            // trailers would wait behind the rest of the reply, for which there is no room
+            Early::Status(_) if self.is_writing => return out.send_reset(h2::Reason::ENHANCE_YOUR_CALM),
+            Early::Late if self.is_writing => return out.send_reset(h2::Reason::CANCEL),
             Early::Status(status) => status,
             Early::Gone => return,
             Early::Late => too_late(),
@@ -300,19 +371,12 @@ impl Served {
 
     /// Count the bytes of the call in memory, and refuse it if it is one of those that hold too much.
     fn require_room(&mut self, bytes: usize) -> Result<(), Early> {
-        let all = self.count(bytes);
-        if all > self.shared.limits.budget_bytes && bytes > SMALL_BYTES {
+        self.held.set(self.header_bytes + bytes);
+        if self.held.is_too_much() {
+            self.shared.counts.refuse(Refusal::Memory);
             return Err(Early::Status(self.shared.limits.overloaded.clone()));
         }
         Ok(())
-    }
-
-    /// Say how many bytes of the call are in memory; how many there are of all calls.
-    fn count(&mut self, bytes: usize) -> usize {
-        let all = self.shared.held.fetch_add(bytes, Ordering::Relaxed) + bytes - self.counted;
-        self.shared.held.fetch_sub(self.counted, Ordering::Relaxed);
-        self.counted = bytes;
-        all
     }
 
     fn poll_stream(
@@ -324,9 +388,10 @@ impl Served {
         let may_read = {
             let mut state = self.call.state();
             if let Some((reply, held)) = state.replies.pop_front() {
+                state.reply_bytes -= reply.len(); // from now on it is counted by itself
                 return Poll::Ready(Ok(Next::Write(reply, held)));
             }
-            if state.frames.is_empty() {
+            if state.frames.is_empty() || state.end.as_ref().is_some_and(Status::is_at_once) {
                 if let Some(status) = state.end.take() {
                     return Poll::Ready(Ok(Next::End(status)));
                 }
@@ -340,7 +405,13 @@ impl Served {
                 && state.frames.len() + state.ordered.len() < limits.frames
                 && state.held_bytes() < limits.message_bytes
         };
-        if may_read && self.shared.may_read(cx) {
+        if may_read
+            && self.call.peer.load.may_begin(cx, &mut self.place)
+            && self.shared.may_read(cx, &mut self.reading)
+        {
+            if self.messages.has_next() {
+                return Poll::Ready(Ok(Next::Message));
+            }
             match self.body.poll_data(cx) {
                 Poll::Ready(Some(Ok(data))) => return Poll::Ready(Ok(Next::Data(data))),
                 Poll::Ready(Some(Err(_))) => return Poll::Ready(Err(Early::Gone)),
@@ -354,28 +425,18 @@ impl Served {
         self.poll_timer(cx).map(|()| Err(Early::Late))
     }
 
-    /// Hand on the messages that have come whole. Err: the call ends so.
-    async fn take_messages(&mut self) -> Result<(), Status> {
-        let mut bytes = 0;
-        loop {
-            match self.messages.next() {
-                Ok(Some(message)) => {
-                    bytes += message.len();
-                    self.take_message(message);
-                }
-                Ok(None) => return Ok(()),
-                Err(Unreadable::TooLarge(size)) => {
-                    self.arrive(Arrival::TooLarge(self.call.clone(), size));
-                    self.is_deaf = true; // what follows is the rest of it
-                    return Ok(());
-                }
-                Err(problem) => return Err(unreadable(&problem)),
+    /// Hand on a message that has come whole. Err: the call ends so.
+    fn take_next(&mut self) -> Result<(), Status> {
+        match self.messages.next() {
+            Ok(Some(message)) => self.take_message(message),
+            Ok(None) => {}
+            Err(Unreadable::TooLarge(size)) => {
+                self.arrive(Arrival::TooLarge(self.call.clone(), size));
+                self.is_deaf = true; // what follows is the rest of it
             }
-            if bytes > TURN_BYTES {
-                bytes = 0;
-                tokio::task::yield_now().await;
-            }
+            Err(problem) => return Err(unreadable(&problem)),
         }
+        Ok(())
     }
 
     fn take_message(&self, message: Bytes) {
@@ -395,9 +456,10 @@ impl Served {
                     drop(state);
                     return self.arrive(Arrival::Duplicate(self.call.clone(), frame_id));
                 }
+                self.call.peer.load.begin(GENERAL);
             }
         }
-        self.call.state().unread.push_back(message.len());
+        self.call.hand_over(&mut self.call.state(), message.len());
         self.arrive(Arrival::Message(self.call.clone(), message, None));
     }
 
@@ -431,9 +493,17 @@ impl Served {
     }
 
     /// Write a reply as the client makes room for it.
-    async fn write(&mut self, out: &mut SendStream<Bytes>, reply: Bytes) -> Result<(), Early> {
-        let _writing = Writing(self.call.clone());
-        self.write_all(out, reply).await
+    async fn write(
+        &mut self,
+        out: &mut SendStream<Bytes>,
+        reply: Bytes,
+        _writing: Writing,
+    ) -> Result<(), Early> {
+        self.is_writing = true;
+        let reply = counted(reply, &self.shared, &self.call.peer);
+        self.write_all(out, reply).await?;
+        self.is_writing = false;
+        Ok(())
     }
 
     async fn write_all(&mut self, out: &mut SendStream<Bytes>, mut reply: Bytes) -> Result<(), Early> {
@@ -448,13 +518,27 @@ impl Served {
                 return Ok(());
             }
             out.reserve_capacity(reply.len());
-            poll_fn(|cx| self.poll_room(cx, out)).await?;
+            let unread = self.shared.limits.unread;
+            let Ok(room) = timeout(unread, poll_fn(|cx| self.poll_room(cx, out))).await else {
+                self.shared.counts.refuse(Refusal::UnreadReplies);
+                return Err(Early::Status(self.shared.limits.overloaded.clone()));
+            };
+            room?;
         }
     }
 
     fn poll_room(&mut self, cx: &mut Context<'_>, out: &mut SendStream<Bytes>) -> Poll<Result<(), Early>> {
         if out.poll_reset(cx).is_ready() {
             return Poll::Ready(Err(Early::Gone));
+        }
+        // other replies may come meanwhile
+        let held = {
+            let mut state = self.call.state();
+            keep_waker(&mut state.waker, cx);
+            state.held_bytes()
+        };
+        if let Err(early) = self.require_room(held) {
+            return Poll::Ready(Err(early));
         }
         match out.poll_capacity(cx) {
             Poll::Ready(Some(Ok(_))) => Poll::Ready(Ok(())),
@@ -467,11 +551,16 @@ impl Served {
         {
             let mut state = self.call.state();
             state.held -= held.unwrap_or(0);
-            state.reply_bytes -= size;
         }
         if held.is_none() {
             self.arrive(Arrival::Written(self.call.clone(), size));
         }
+    }
+
+    /// Nobody waits any more for what the call has under way.
+    fn drop_frames(&self) {
+        self.call.set_over(false);
+        self.shared.abandoned.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Nobody waits for the call any more.
@@ -495,7 +584,7 @@ impl Served {
 impl Drop for Served {
     fn drop(&mut self) {
         self.call.close();
-        self.shared.held.fetch_sub(self.counted, Ordering::Relaxed);
+        self.call.peer.load.end(self.steps);
     }
 }
 

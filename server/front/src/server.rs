@@ -1,19 +1,23 @@
 //! Connections: accepted, kept alive, ended; a task for each, and one for each of its calls.
 
+use crate::bounds::{Counts, Load, Place, Refusal, Slot, Waiters};
 use crate::call::Peer;
 use crate::columns::{Arrival, Arrivals, MOST_IN_BATCH};
+use crate::doors::Doors;
 use crate::grpc::Status;
 use crate::lifetime::{Age, Lifetime};
 use crate::serve;
 use crate::tls;
+use crate::turn::{InTurns, Turn};
 use bytes::Bytes;
 use std::collections::HashMap;
+use std::future::Future;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Waker};
+use std::task::Context;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
@@ -24,12 +28,24 @@ use tokio::sync::watch;
 pub struct Limits {
     /// Of a message, inflated or not.
     pub message_bytes: usize,
+    /// At the same time; more are closed as soon as they are accepted.
+    pub connections: usize,
+    /// Calls of all connections at the same time; more are refused.
+    pub calls: usize,
     /// Calls of one connection at the same time; more of them wait at the client.
     pub streams: u32,
-    /// Of the headers of a call.
-    pub header_bytes: u32,
+    /// Of the headers of a call, as HTTP/2 counts them: 32 bytes for each beside name and value.
+    pub header_bytes: usize,
+    /// How they are refused that are larger.
+    pub headers_too_large: Status,
     /// Bytes of messages and replies of all calls together; then those that hold much are refused.
     pub budget_bytes: usize,
+    /// The same, of the calls of one connection.
+    pub connection_bytes: usize,
+    /// Steps of one connection that Python was handed and has not answered, before it is read no further.
+    pub connection_steps: usize,
+    /// How long a reply may wait for its client to make room. Meanwhile its stream is not read.
+    pub unread: Duration,
     /// Bytes of plain messages that may wait for Python before streams are read no further.
     pub queued_bytes: usize,
     /// How they are refused.
@@ -44,6 +60,8 @@ pub struct Limits {
     pub age: Option<Duration>,
     /// And then has so long to finish them.
     pub age_grace: Duration,
+    /// The time that a connection has to begin to speak HTTP/2.
+    pub handshake: Duration,
 }
 
 /// A method that is served.
@@ -86,7 +104,8 @@ pub struct Shared {
     /// Bytes of plain messages that Python has not taken.
     pub queued: AtomicUsize,
     /// Streams that wait for it to take some.
-    readers: Mutex<Vec<Waker>>,
+    readers: Waiters,
+    pub counts: Counts,
     arrivals: Mutex<Arrivals>,
     wakeup: std::os::fd::OwnedFd,
     /// Connections so far: each has its number.
@@ -106,7 +125,8 @@ impl Shared {
             unwritten: Arc::default(),
             held: Arc::default(),
             queued: AtomicUsize::new(0),
-            readers: Mutex::default(),
+            readers: Waiters::default(),
+            counts: Counts::default(),
             arrivals: Mutex::new(Arrivals::default()),
             wakeup,
             connections: AtomicU64::new(0),
@@ -161,18 +181,17 @@ impl Shared {
         }
         let left = self.queued.fetch_sub(bytes, Ordering::Relaxed) - bytes;
         if left < self.limits.queued_bytes {
-            let waiting = std::mem::take(&mut *self.readers.lock().unwrap_or_else(PoisonError::into_inner));
-            waiting.into_iter().for_each(Waker::wake);
+            self.readers.wake();
         }
         taken
     }
 
     /// Whether a stream may be read: else it is woken when Python has taken enough of what waits.
-    pub fn may_read(&self, cx: &Context<'_>) -> bool {
+    pub fn may_read(&self, cx: &Context<'_>, place: &mut Place) -> bool {
         if self.queued.load(Ordering::Relaxed) < self.limits.queued_bytes {
             return true;
         }
-        self.readers.lock().unwrap_or_else(PoisonError::into_inner).push(cx.waker().clone());
+        self.readers.add(cx, place);
         // Python may have taken it meanwhile, and have seen nobody waiting
         self.queued.load(Ordering::Relaxed) < self.limits.queued_bytes
     }
@@ -246,17 +265,15 @@ async fn accept_tcp(
     done: Done,
 ) {
     let Ok(listener) = TcpListener::from_std(listener) else { return };
+    let mut doors = Doors::new(shared.clone());
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             () = reached(&mut stage, Stage::Draining) => return,
         };
-        match accepted {
-            Ok((socket, address)) => {
-                let _ = socket.set_nodelay(true);
-                begin(socket, |_| tcp_name(address), &shared, &stage, &done);
-            }
-            Err(_) => out_of_descriptors().await,
+        if let Some(((socket, address), slot)) = doors.admit(accepted).await {
+            let _ = socket.set_nodelay(true);
+            begin(socket, slot, |_| tcp_name(address), &shared, &stage, &done);
         }
     }
 }
@@ -268,21 +285,16 @@ async fn accept_unix(
     done: Done,
 ) {
     let Ok(listener) = UnixListener::from_std(listener) else { return };
+    let mut doors = Doors::new(shared.clone());
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             () = reached(&mut stage, Stage::Draining) => return,
         };
-        match accepted {
-            Ok((socket, _)) => begin(socket, |number| format!("unix:{number}"), &shared, &stage, &done),
-            Err(_) => out_of_descriptors().await,
+        if let Some(((socket, _), slot)) = doors.admit(accepted).await {
+            begin(socket, slot, |number| format!("unix:{number}"), &shared, &stage, &done);
         }
     }
-}
-
-/// Accepting failed, which it does where file descriptors have run out: others' ends bring some back.
-async fn out_of_descriptors() {
-    tokio::time::sleep(Duration::from_millis(50)).await;
 }
 
 fn tcp_name(address: SocketAddr) -> String {
@@ -295,6 +307,7 @@ fn tcp_name(address: SocketAddr) -> String {
 /// Serve a connection in a task of its own. `name` makes its name of its number.
 fn begin<S>(
     socket: S,
+    slot: Slot,
     name: impl FnOnce(u64) -> String,
     shared: &Arc<Shared>,
     stage: &watch::Receiver<Stage>,
@@ -303,42 +316,87 @@ fn begin<S>(
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let number = shared.connections.fetch_add(1, Ordering::Relaxed);
-    let mut peer = Peer { name: name(number), number, certificate_names: Vec::new() };
+    let load = Load::new(shared.limits.connection_steps);
+    let mut peer = Peer { name: name(number), number, certificate_names: Vec::new(), load };
     let (shared, mut stage, done) = (shared.clone(), stage.clone(), done.clone());
     tokio::spawn(async move {
-        let tls = shared.tls.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(config) = tls {
+        let turn = Arc::<Turn>::default();
+        let mut serving = std::pin::pin!(async {
+            let tls = shared.tls.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let Some(config) = tls else {
+                let socket = InTurns::new(socket, turn.clone());
+                return connection(socket, &turn, Arc::new(peer), &shared, stage).await;
+            };
             let secured = tokio::select! {
                 secured = tls::accept(config, socket) => secured,
-                () = reached(&mut stage, Stage::Draining) => None,
+                () = reached(&mut stage, Stage::Draining) => return,
             };
-            if let Some((socket, names)) = secured {
-                peer.certificate_names = names;
-                connection(socket, Arc::new(peer), &shared, stage).await;
-            }
-        } else {
-            connection(socket, Arc::new(peer), &shared, stage).await;
-        }
-        drop(done);
+            let Some((socket, names)) = secured else { return shared.counts.refuse(Refusal::Handshake) };
+            peer.certificate_names = names;
+            let socket = InTurns::new(socket, turn.clone());
+            connection(socket, &turn, Arc::new(peer), &shared, stage).await;
+        });
+        std::future::poll_fn(|cx| {
+            turn.begin();
+            serving.as_mut().poll(cx)
+        })
+        .await;
+        drop((slot, done));
     });
 }
 
-async fn connection<S>(socket: S, peer: Arc<Peer>, shared: &Arc<Shared>, mut stage: watch::Receiver<Stage>)
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let limits = &shared.limits;
+/// Headers that are refused with a status. h2 answers larger ones with HTTP's 431, and ends connections that go on.
+const LARGEST_HEADER_BYTES: u32 = 64 << 10;
+/// What a connection may send that is not read: until its first call, and from then on if there is enough for it.
+const FIRST_WINDOW_BYTES: u32 = 64 << 10;
+const WINDOW_BYTES: u32 = 4 << 20;
+const ALL_WINDOW_BYTES: usize = 512 << 20;
+/// The same, of one call.
+const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+/// What h2 takes of a call's replies, as the client makes room, before they are written to the socket.
+const SEND_BUFFER_BYTES: usize = 256 << 10;
+/// Calls of one connection that end before they were looked at: a client that begins and cancels them as fast as it can.
+const MOST_RESET: usize = 1000;
+/// Calls of one connection that break HTTP/2's rules.
+const MOST_MISTAKES: usize = 1000;
+/// Calls that we have ended, of which h2 still knows for a moment: what their clients had sent meanwhile is no mistake.
+const REMEMBERED_RESETS: usize = 1000;
+const REMEMBER_RESETS: Duration = Duration::from_secs(5);
+
+/// How HTTP/2 is spoken. All that h2 bounds is said here, and nothing is left to its defaults.
+fn http2(limits: &Limits) -> h2::server::Builder {
     let mut builder = h2::server::Builder::new();
     builder
         .max_concurrent_streams(limits.streams)
-        // an honest client may cancel all that it has under way at once
-        .max_pending_accept_reset_streams(limits.streams as usize)
-        .max_header_list_size(limits.header_bytes)
-        .initial_window_size(1 << 20)
-        .initial_connection_window_size(1 << 24)
-        .max_frame_size(1 << 16);
-    let handshake = tokio::time::timeout(limits.keepalive_timeout, builder.handshake::<_, Bytes>(socket));
-    let Ok(Ok(mut connection)) = handshake.await else { return };
+        .max_header_list_size(LARGEST_HEADER_BYTES)
+        .max_frame_size(1 << 16)
+        .initial_connection_window_size(FIRST_WINDOW_BYTES)
+        .initial_window_size(STREAM_WINDOW_BYTES)
+        .max_send_buffer_size(SEND_BUFFER_BYTES)
+        .max_pending_accept_reset_streams(MOST_RESET)
+        .max_local_error_reset_streams(Some(MOST_MISTAKES))
+        .max_concurrent_reset_streams(REMEMBERED_RESETS)
+        .reset_stream_duration(REMEMBER_RESETS);
+    builder
+}
+
+async fn connection<S>(
+    socket: S,
+    turn: &Turn,
+    peer: Arc<Peer>,
+    shared: &Arc<Shared>,
+    mut stage: watch::Receiver<Stage>,
+) where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let limits = &shared.limits;
+    let handshake = tokio::time::timeout(limits.handshake, http2(limits).handshake::<_, Bytes>(socket));
+    let mut connection = match handshake.await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) if error.is_io() => return, // it has gone
+        _ => return shared.counts.refuse(Refusal::Handshake),
+    };
+    let mut window = None;
     let mut pings = connection.ping_pong();
     let alive = async move {
         match pings.as_mut() {
@@ -356,6 +414,10 @@ where
             () = reached(&mut closed, Stage::Closed) => {
                 return cut_off(&mut connection, h2::Reason::CANCEL).await;
             }
+            () = std::future::poll_fn(|_| turn.poll_flooded()) => {
+                shared.counts.refuse(Refusal::ControlFrames);
+                return cut_off(&mut connection, h2::Reason::ENHANCE_YOUR_CALM).await;
+            }
             age = life.next() => match age {
                 Age::Old => {
                     connection.graceful_shutdown();
@@ -369,15 +431,31 @@ where
                 continue;
             }
             accepted = connection.accept() => accepted,
-            () = &mut alive => return,
+            () = &mut alive => return shared.counts.refuse(Refusal::Silent),
         };
         match accepted {
-            Some(Ok((request, respond))) => serve::begin(request, respond, &peer, shared),
-            Some(Err(_)) | None => return,
+            Some(Ok((request, respond))) => {
+                if window.is_none() {
+                    let size = WINDOW_BYTES as usize;
+                    window = Some(Slot::take(shared, |counts| &counts.windows, size, ALL_WINDOW_BYTES));
+                    if matches!(window, Some(Some(_))) {
+                        connection.set_target_window_size(WINDOW_BYTES);
+                    }
+                }
+                serve::begin(request, respond, &peer, shared);
+            }
+            Some(Err(error)) => {
+                if error.is_library() {
+                    shared.counts.refuse(Refusal::Protocol);
+                }
+                return;
+            }
+            None => return,
         }
     }
 }
 
+/// End a connection, and say why.
 async fn cut_off<S>(connection: &mut h2::server::Connection<S, Bytes>, reason: h2::Reason)
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -395,5 +473,33 @@ async fn keep_alive(pings: &mut h2::PingPong, limits: &Limits) {
         if !matches!(answer, Ok(Ok(_))) {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+impl Shared {
+    pub fn for_test() -> Self {
+        let limits = Limits {
+            message_bytes: 1 << 20,
+            connections: 10,
+            calls: 10,
+            streams: 10,
+            header_bytes: 1 << 14,
+            headers_too_large: Status::new(8, "headers"),
+            budget_bytes: 16 << 20,
+            connection_bytes: 1 << 20,
+            connection_steps: 100,
+            unread: Duration::from_secs(1),
+            queued_bytes: 1 << 20,
+            overloaded: Status::new(8, "overloaded"),
+            frames: 10,
+            keepalive: Duration::from_secs(1),
+            keepalive_timeout: Duration::from_secs(1),
+            handshake: Duration::from_secs(1),
+            age: None,
+            age_grace: Duration::ZERO,
+        };
+        let (wakeup, _) = std::os::unix::net::UnixStream::pair().unwrap_or_else(|_| unreachable!());
+        Shared::new(limits, HashMap::new(), wakeup.into())
     }
 }

@@ -252,7 +252,7 @@ pub fn take_message(shared: &Shared, call: &Arc<Call>, message: &Bytes) -> Optio
         // what came before it has been looked at
         Ok(infer) if state.unread.is_empty() && state.end.is_none() => infer,
         _ => {
-            state.unread.push_back(message.len());
+            call.hand_over(&mut state, message.len());
             return Some(number);
         }
     };

@@ -89,9 +89,9 @@ class RpcServer:
         return bound
 
     @property
-    def front(self) -> str:
-        """What speaks to the network, as `--front` has it."""
-        return self._front.name
+    def front(self) -> Front:
+        """What speaks to the network."""
+        return self._front
 
     def announce_ready(self, *, is_ready: bool) -> None:
         """Tell health checkers whether calls can be answered now; they are taken all the same."""

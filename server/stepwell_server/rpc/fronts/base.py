@@ -13,6 +13,7 @@ from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.rpc.fronts.certificates import Certificates
+from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.status import Status
 
 F64 = npt.NDArray[np.float64]
@@ -193,16 +194,6 @@ class StepColumns:
     them. `session_ids` are then those of the sequences, and each is a message of its own."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ConnectionAge:
-    """How long a connection lives, in seconds."""
-
-    limit_s: float = 0.0
-    """It takes calls for so long, give or take a tenth; then its client is asked to make a new one. 0: for ever."""
-    grace_s: float = 0.0
-    """After that, how long calls that run may go on."""
-
-
 class Steps(Protocol):
     """Takes plain steps, for fronts that read them. On the event loop."""
 
@@ -221,8 +212,21 @@ class Steps(Protocol):
     def overloaded(self) -> Status:
         """What calls end with that hold much while all of them together hold too much."""
 
+    def headers_too_large(self, limit: int) -> Status:
+        """What a call ends with whose headers have more bytes than that."""
+
     def duplicate(self, frame_id: int) -> bytes:
         """The reply to a frame whose id is that of an unanswered one."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FrontCounts:
+    """What a front has to do, for metrics."""
+
+    now: Mapping[str, int]
+    """How much there is now: `connections`, `calls`, `held_bytes` and so on. What a front cannot tell is missing."""
+    refused: Mapping[str, int]
+    """How often something was refused until now, by reason."""
 
 
 class Front(Protocol):
@@ -230,6 +234,7 @@ class Front(Protocol):
 
     name: str
     """As `--front` has it."""
+    limits: FrontLimits
 
     async def start(
         self,
@@ -257,6 +262,9 @@ class Front(Protocol):
         Raises:
             Unusable: as `start`; nothing has changed.
         """
+
+    def counts(self) -> FrontCounts:
+        """What there is to do, and what was refused."""
 
     async def flush(self) -> None:
         """Return when all that was answered is on its way."""

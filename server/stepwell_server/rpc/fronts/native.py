@@ -20,7 +20,7 @@ from stepwell_server.rpc.fronts.base import (
     F64,
     BindError,
     CallEnded,
-    ConnectionAge,
+    FrontCounts,
     InputColumn,
     Method,
     OutputColumn,
@@ -29,6 +29,7 @@ from stepwell_server.rpc.fronts.base import (
     Steps,
 )
 from stepwell_server.rpc.fronts.certificates import Certificates, Option, Unusable
+from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.fronts.unix_socket import SocketFile, bind
 from stepwell_server.rpc.status import Status
 
@@ -36,22 +37,9 @@ if TYPE_CHECKING:
     from stepwell_front import BatchHandle, CallHandle
 
 _log = Log("rpc.front")
-#: Calls of one connection at the same time; more of them wait at the client.
-_MAX_STREAMS = 10_000
-_MAX_HEADER_BYTES = 16 << 10
-#: Frames of one stream that are not answered, before reading stops.
-_MAX_FRAMES = 1024
-#: Bytes of messages and replies of all calls together; beyond, calls that hold much are refused.
-_BUDGET_BYTES = 256 << 20
-#: Bytes of plain messages that wait for the event loop before streams are read no further.
-_MAX_QUEUED_BYTES = 2 << 20
-_KEEPALIVE_S = 40.0
-_KEEPALIVE_TIMEOUT_S = 20.0
 #: Bytes of replies that a stream's writer may be ahead of what is on its way.
 _AHEAD_BYTES = 64 << 10
 _BACKLOG = 1024
-#: 30 years: the longest time that timers are asked for.
-_LONGEST_S = 1e9
 #: The option of each part of the certificates.
 _OPTIONS: Mapping[str, Option] = {
     "certificate": "--tls-cert",
@@ -68,7 +56,12 @@ _PLAIN = {
 }
 _NOBODY: Members = np.zeros(0, np.intp)
 # The numbers that tell what has come: see `tuple` in python.rs.
-_BATCH, _CALL, _MESSAGE, _TOO_LARGE, _DUPLICATE, _HALF_CLOSED, _WRITTEN, _ENDED = range(8)
+_BATCH, _CALL, _MESSAGE, _TOO_LARGE, _DUPLICATE, _HALF_CLOSED, _WRITTEN, _ENDED, _REFUSED = range(9)
+#: What the log says of connections that cannot be taken, by the reason that the metric has.
+_REFUSED_LOG = {
+    "connections": "connections are refused: there are as many as may be (--max-connections)",
+    "open_files": "connections wait: no more files can be opened (ulimit -n)",
+}
 
 
 class _Call:
@@ -186,10 +179,9 @@ class NativeFront:
 
     name = "native"
 
-    def __init__(self, clock: Clock, max_message_bytes: int, age: ConnectionAge) -> None:
+    def __init__(self, clock: Clock, limits: FrontLimits) -> None:
+        self.limits = limits
         self._clock = clock
-        self._max_message_bytes = max_message_bytes
-        self._age = age
         self._file: SocketFile | None = None
         self._front: stepwell_front.Front | None = None
         self._methods: Sequence[Method] = ()
@@ -214,18 +206,10 @@ class NativeFront:
         self._methods, self._steps = methods, steps
         front = self._front = stepwell_front.Front(
             [(method.path, method.streams, _PLAIN.get(method.path, "")) for method in methods],
+            self.limits.values,
             now=self._clock.monotonic(),
-            max_message_bytes=self._max_message_bytes,
-            max_streams=_MAX_STREAMS,
-            max_header_bytes=_MAX_HEADER_BYTES,
-            max_frames=_MAX_FRAMES,
-            budget_bytes=max(_BUDGET_BYTES, 4 * self._max_message_bytes),
-            max_queued_bytes=_MAX_QUEUED_BYTES,
             overloaded=_said(steps.overloaded()),
-            keepalive_s=_KEEPALIVE_S,
-            keepalive_timeout_s=_KEEPALIVE_TIMEOUT_S,
-            max_age_s=min(self._age.limit_s, _LONGEST_S) or None,
-            max_age_grace_s=min(self._age.grace_s, _LONGEST_S),
+            headers_too_large=_said(steps.headers_too_large(self.limits.header_bytes)),
         )
         if certificates is not None:
             self.secure(certificates)
@@ -243,6 +227,13 @@ class NativeFront:
         except ValueError as error:
             which, reason = error.args
             raise Unusable(_OPTIONS[which], reason) from None
+
+    def counts(self) -> FrontCounts:
+        """See `base.Front`."""
+        if self._front is None:
+            return FrontCounts({}, {})
+        now, refused = self._front.counts()
+        return FrontCounts(now, dict(refused))
 
     async def flush(self) -> None:
         """See `base.Front`."""
@@ -322,6 +313,9 @@ class NativeFront:
     def _do(self, tag: int, *rest: Any) -> None:
         if tag == _BATCH:
             self._steps.take(_columns(self, *rest))
+            return
+        if tag == _REFUSED:
+            _log.warning(_REFUSED_LOG[rest[0]], **self.counts().now)
             return
         self._tell(tag, *rest)
         if tag in {_CALL, _MESSAGE}:

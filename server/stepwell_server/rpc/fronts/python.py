@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
+
+# gRPC reads it when it is imported. What it has to say below errors holds text of its peers, newlines included.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import grpc
 import grpc.aio
@@ -12,8 +16,16 @@ import grpc.aio
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock
 from stepwell_server.rpc.fronts import unix_socket
-from stepwell_server.rpc.fronts.base import BindError, CallEnded, ConnectionAge, Method, SessionSet, Steps
+from stepwell_server.rpc.fronts.base import (
+    BindError,
+    CallEnded,
+    FrontCounts,
+    Method,
+    SessionSet,
+    Steps,
+)
 from stepwell_server.rpc.fronts.certificates import Certificates
+from stepwell_server.rpc.fronts.limits import FrontLimits
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 #: Of the certificate of a caller, as gRPC calls them.
@@ -65,9 +77,11 @@ class PythonFront:
 
     name = "python"
 
-    def __init__(self, clock: Clock, max_message_bytes: int, age: ConnectionAge) -> None:
+    def __init__(self, clock: Clock, limits: FrontLimits) -> None:
+        self.limits = limits
         self._clock = clock
-        self._server = grpc.aio.server(options=_options(max_message_bytes, age))
+        self._server = grpc.aio.server(options=_options(limits))
+        self._calls = 0
         self._certificates: Certificates | None = None
         self._used: Certificates | None = None
         """What gRPC makes new connections with."""
@@ -132,6 +146,10 @@ class PythonFront:
         """See `base.Front`."""
         self._certificates = certificates
 
+    def counts(self) -> FrontCounts:
+        """See `base.Front`. gRPC tells nothing of its connections, nor of what it refuses."""
+        return FrontCounts({"calls": self._calls}, {})
+
     async def flush(self) -> None:
         """See `base.Front`. A call has not ended before its replies are on their way."""
 
@@ -141,6 +159,7 @@ class PythonFront:
 
     def _handler(self, method: Method) -> Any:
         async def handle(raw: Any, context: _Context) -> bytes | None:
+            self._calls += 1
             try:
                 reply = await method.serve(_Call(b"" if method.streams else raw, context, self._clock))
                 return None if method.streams else reply
@@ -148,6 +167,8 @@ class PythonFront:
                 status = ended.status
                 await context.abort(_CODES[status.code], status.message, status.trailers)
                 raise  # not reached: abort raises
+            finally:
+                self._calls -= 1
 
         if method.streams:
             return grpc.stream_stream_rpc_method_handler(handle)
@@ -160,23 +181,28 @@ def _as_grpc(certificates: Certificates) -> grpc.ServerCertificateConfiguration:
     )
 
 
-def _options(max_message_bytes: int, age: ConnectionAge) -> list[tuple[str, int]]:
+def _options(limits: FrontLimits) -> list[tuple[str, int]]:
     options = [
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", limits.message_bytes),
+        ("grpc.max_send_message_length", limits.message_bytes),
+        ("grpc.max_concurrent_streams", limits.streams),
+        ("grpc.max_metadata_size", limits.header_bytes),
+        ("grpc.absolute_max_metadata_size", limits.header_bytes),
+        # identity alone: what inflates to very much is inflated before anybody can say no
+        ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
         # Clients on quiet streams may ask every ten seconds whether the server is there, and the server
         # finds out within a minute that a client's machine has vanished.
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.keepalive_time_ms", 40_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.server_handshake_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", _milliseconds(limits.keepalive_s)),
+        ("grpc.keepalive_timeout_ms", _milliseconds(limits.keepalive_timeout_s)),
+        ("grpc.server_handshake_timeout_ms", _milliseconds(limits.handshake_s)),
     ]
-    if age.limit_s:
+    if limits.age_s:
         options += [
-            ("grpc.max_connection_age_ms", _milliseconds(age.limit_s)),
-            ("grpc.max_connection_age_grace_ms", _milliseconds(age.grace_s)),
+            ("grpc.max_connection_age_ms", _milliseconds(limits.age_s)),
+            ("grpc.max_connection_age_grace_ms", _milliseconds(limits.age_grace_s)),
         ]
     return options
 

@@ -222,8 +222,16 @@ class ColumnSteps:
         """See `base.Steps`."""
         return to_status(
             Overloaded(
-                "requests and replies under way must fit into the server's memory; this call holds many of their bytes",
+                "calls, requests and replies under way must fit into the server's memory; there is no room for this one",
                 retry_after_s=_RETRY_AFTER_S,
+            )
+        )
+
+    def headers_too_large(self, limit: int) -> Status:
+        """See `base.Steps`."""
+        return to_status(
+            RequestTooLarge(
+                f"the headers of a call must be at most {limit} bytes; those of this one are more"
             )
         )
 

@@ -1,0 +1,66 @@
+//! How a listener goes about connections that it cannot take.
+
+use crate::bounds::{Refusal, Slot};
+use crate::columns::Arrival;
+use crate::server::Shared;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The log says so often at most that connections are refused.
+const NOTICE_EVERY: Duration = Duration::from_secs(60);
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// One listener's.
+#[derive(Debug)]
+pub struct Doors {
+    shared: Arc<Shared>,
+    pause: Duration,
+    told: Vec<(Refusal, Instant)>,
+}
+
+impl Doors {
+    pub fn new(shared: Arc<Shared>) -> Self {
+        Doors { shared, pause: SHORTEST_PAUSE, told: Vec::new() }
+    }
+
+    /// The socket of a connection that was accepted, and its place among all; None: it is closed, or there was none.
+    pub async fn admit<S>(&mut self, accepted: io::Result<S>) -> Option<(S, Slot)> {
+        match accepted {
+            Ok(socket) => {
+                self.pause = SHORTEST_PAUSE;
+                let most = self.shared.limits.connections;
+                let slot = Slot::take(&self.shared, |counts| &counts.connections, 1, most);
+                if slot.is_none() {
+                    self.refuse(Refusal::Connections);
+                }
+                Some((socket, slot?))
+            }
+            Err(error) if is_of_the_peer(&error) => None,
+            Err(_) => {
+                // file descriptors or memory have run out: others' ends bring some back
+                self.refuse(Refusal::OpenFiles);
+                tokio::time::sleep(self.pause).await;
+                self.pause = LONGEST_PAUSE.min(2 * self.pause);
+                None
+            }
+        }
+    }
+
+    /// Count it, and let the log say so from time to time.
+    fn refuse(&mut self, why: Refusal) {
+        self.shared.counts.refuse(why);
+        self.told.retain(|(_, at)| at.elapsed() < NOTICE_EVERY);
+        if self.told.iter().all(|(told, _)| *told != why) {
+            self.told.push((why, Instant::now()));
+            self.shared.arrive(|arrivals| arrivals.push(Arrival::Refused(why)));
+        }
+    }
+}
+
+/// Whether accepting failed because the peer has gone meanwhile.
+fn is_of_the_peer(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, TimedOut};
+    matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted | TimedOut)
+}

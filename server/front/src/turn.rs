@@ -1,0 +1,227 @@
+//! A connection's turn: how much of it is read before the others are looked at, and which frames it may flood us with.
+//!
+//! h2 reads a connection for as long as there is something to read. Who sends fast and small would keep the wire's
+//! thread from everybody else, and frames that carry no call (pings, settings) are not limited at all.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::task::{ready, Context, Poll};
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// Bytes read of a connection before the others have their turn.
+const TURN_BYTES: usize = 64 << 10;
+/// Frames that carry no call, in a burst; each frame that does allows one more.
+const MOST_CONTROL: usize = 1000;
+/// And so many more as time passes.
+const CONTROL_EVERY: Duration = Duration::from_millis(10);
+const PREFACE_BYTES: usize = 24;
+const HEAD_BYTES: usize = 9;
+
+/// Shared by the socket and the task that serves the connection.
+#[derive(Debug, Default)]
+pub struct Turn {
+    left: AtomicUsize,
+    is_flooded: AtomicBool,
+}
+
+impl Turn {
+    /// The task of the connection is polled: it may read again.
+    pub fn begin(&self) {
+        self.left.store(TURN_BYTES, Ordering::Relaxed);
+    }
+
+    /// Ready when the peer has sent more frames without a call than it may.
+    pub fn poll_flooded(&self) -> Poll<()> {
+        if self.is_flooded.load(Ordering::Relaxed) {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    }
+}
+
+/// A socket that is read in turns.
+pub struct InTurns<S> {
+    socket: S,
+    turn: Arc<Turn>,
+    control: Control,
+}
+
+impl<S> InTurns<S> {
+    pub fn new(socket: S, turn: Arc<Turn>) -> Self {
+        InTurns { socket, turn, control: Control::new(Instant::now()) }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for InTurns<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let left = self.turn.left.load(Ordering::Relaxed);
+        if left == 0 || self.turn.poll_flooded().is_ready() {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
+        let new = &buf.filled()[before..];
+        self.turn.left.store(left.saturating_sub(new.len()), Ordering::Relaxed);
+        if !self.control.may_send(new, Instant::now) {
+            self.turn.is_flooded.store(true, Ordering::Relaxed);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for InTurns<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.socket.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
+
+/// Counts frames that carry no call: pings, settings, priorities, empty data, and what is not known.
+struct Control {
+    /// Bytes before the next head of a frame.
+    skip: usize,
+    head: [u8; HEAD_BYTES],
+    /// How much of it has come.
+    known: usize,
+    left: usize,
+    refilled: Instant,
+}
+
+impl Control {
+    fn new(now: Instant) -> Self {
+        Control { skip: PREFACE_BYTES, head: [0; HEAD_BYTES], known: 0, left: MOST_CONTROL, refilled: now }
+    }
+
+    /// Whether a peer may go on that has sent this.
+    fn may_send(&mut self, mut bytes: &[u8], now: impl Fn() -> Instant) -> bool {
+        while !bytes.is_empty() {
+            let skipped = self.skip.min(bytes.len());
+            self.skip -= skipped;
+            bytes = &bytes[skipped..];
+            let taken = bytes.len().min(HEAD_BYTES - self.known);
+            self.head[self.known..self.known + taken].copy_from_slice(&bytes[..taken]);
+            self.known += taken;
+            bytes = &bytes[taken..];
+            if self.known == HEAD_BYTES {
+                self.known = 0;
+                if !self.may_send_frame(&now) {
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    fn may_send_frame(&mut self, now: &impl Fn() -> Instant) -> bool {
+        let [high, mid, low, kind, flags, ..] = self.head;
+        self.skip = u32::from_be_bytes([0, high, mid, low]) as usize;
+        const DATA: u8 = 0;
+        const END_STREAM: u8 = 1;
+        match kind {
+            DATA if self.skip == 0 && flags & END_STREAM == 0 => {}
+            // data; headers, and more of them; of a stream that is there: its end, and room for its replies
+            DATA | 1 | 9 => {
+                self.left = MOST_CONTROL.min(self.left + 1);
+                return true;
+            }
+            3 | 8 => return true,
+            _ => {}
+        }
+        if self.left == 0 {
+            let passed = now().saturating_duration_since(self.refilled);
+            let more = (passed.as_millis() / CONTROL_EVERY.as_millis()) as usize;
+            if more == 0 {
+                return false;
+            }
+            self.left = more.min(MOST_CONTROL);
+            self.refilled += passed;
+        }
+        self.left -= 1;
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PING: u8 = 6;
+
+    fn frame(kind: u8, flags: u8, size: usize) -> Vec<u8> {
+        let mut bytes = (size as u32).to_be_bytes()[1..].to_vec();
+        bytes.extend_from_slice(&[kind, flags, 0, 0, 0, 1]);
+        bytes.resize(HEAD_BYTES + size, PING); // whatever is in it is no head
+        bytes
+    }
+
+    fn hello() -> Vec<u8> {
+        let mut bytes = vec![PING; PREFACE_BYTES];
+        bytes.extend(frame(4, 0, 18));
+        bytes
+    }
+
+    proptest! {
+        #[test]
+        fn frames_are_counted_in_whatever_pieces(sizes in prop::collection::vec(0usize..40, 0..50), piece in 1usize..30) {
+            let start = Instant::now();
+            let mut control = Control::new(start);
+            let mut bytes = hello();
+            sizes.iter().for_each(|size| bytes.extend(frame(PING, 0, *size)));
+            for part in bytes.chunks(piece) {
+                prop_assert!(control.may_send(part, || start));
+            }
+            prop_assert_eq!(control.left, MOST_CONTROL - 1 - sizes.len());
+        }
+    }
+
+    #[test]
+    fn a_flood_is_noticed_and_calls_and_time_allow_more() {
+        let start = Instant::now();
+        let mut control = Control::new(start);
+        assert!(control.may_send(&hello(), || start));
+        for kind in [PING, 4, 2, 200, 0] {
+            control.left = 1;
+            assert!(control.may_send(&frame(kind, 0, 0), || start), "{kind}");
+            assert!(!control.may_send(&frame(kind, 0, 0), || start), "{kind}");
+        }
+        assert!(control.may_send(&frame(1, 4, 30), || start), "headers");
+        assert!(control.may_send(&frame(0, 0, 1), || start), "data");
+        assert!(control.may_send(&frame(0, 1, 0), || start), "the end of a call");
+        assert_eq!(control.left, 3);
+        control.left = 0;
+        let later = start + 2 * CONTROL_EVERY;
+        assert!(
+            control.may_send(&frame(PING, 0, 8), || later) && control.may_send(&frame(PING, 0, 8), || later)
+        );
+        assert!(!control.may_send(&frame(PING, 0, 8), || later));
+    }
+}

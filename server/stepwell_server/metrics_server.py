@@ -1,0 +1,118 @@
+"""Metrics over HTTP: `/metrics` and nothing else, by waitress, which bounds what its clients take.
+
+A scrape comes on a thread and has the event loop take a copy of what was counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from stepwell_server.metrics import PrometheusObserver
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.metrics_core import Metric
+
+    from stepwell_server.engine.engine import ModelStats
+
+_SCRAPE_TIMEOUT_S = 5.0
+#: Scrapes at the same time, connections, bytes of a request, and how long a connection may be silent.
+_THREADS, _MAX_CONNECTIONS, _MAX_REQUEST_BYTES, _SILENCE_S = 2, 64, 16 << 10, 3
+_BACKLOG = 64
+
+
+class MetricsServer:
+    """Answers scrapes over HTTP on a thread of its own. Made on the event loop."""
+
+    def __init__(
+        self, observer: PrometheusObserver, stats: Callable[[], Iterable[ModelStats]], host: str, port: int
+    ) -> None:
+        """Listen at once.
+
+        Raises:
+            OSError: the address is taken, or not one of this machine's.
+        """
+        from waitress.server import create_server
+
+        for name in ("waitress", "waitress.queue"):  # what they have to say is what clients do wrong
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        registry = _registry(lambda: observer.families(stats()), asyncio.get_running_loop())
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        self.port: int = listener.getsockname()[1]
+        self._map: dict[int, Any] = {}
+        self._server = create_server(
+            _application(registry),
+            map=self._map,
+            sockets=[listener],
+            threads=_THREADS,
+            backlog=_BACKLOG,
+            connection_limit=_MAX_CONNECTIONS,
+            channel_timeout=_SILENCE_S,
+            cleanup_interval=1,
+            max_request_header_size=_MAX_REQUEST_BYTES,
+            max_request_body_size=_MAX_REQUEST_BYTES,
+            asyncore_use_poll=True,
+            ident=None,
+        )
+        self._thread = threading.Thread(target=self._server.run, name="stepwell-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening and cut off who is being answered. Blocks for a moment: call it on another thread than the loop's."""
+        from waitress.wasyncore import close_all
+
+        self._server.trigger.pull_trigger(lambda: close_all(self._map))
+        self._thread.join()
+        self._server.task_dispatcher.shutdown()
+
+
+def _application(registry: CollectorRegistry) -> WSGIApplication:
+    from prometheus_client import make_wsgi_app
+
+    metrics = make_wsgi_app(registry)
+
+    def serve(environment: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        if environment["PATH_INFO"] != "/metrics":
+            return _refused(start, "404 Not Found", "only /metrics is here")
+        if environment["REQUEST_METHOD"] not in {"GET", "HEAD"}:
+            return _refused(start, "405 Method Not Allowed", "/metrics is for GET and HEAD")
+        answer: Iterable[bytes] = metrics(environment, start)
+        return answer
+
+    return serve
+
+
+def _refused(start: StartResponse, status: str, text: str) -> list[bytes]:
+    start(status, [("Content-Type", "text/plain; charset=utf-8")])
+    return [text.encode() + b"\n"]
+
+
+class _Collector:
+    """What the registry asks, on the thread of a scrape."""
+
+    def __init__(self, gather: Callable[[], list[Metric]], loop: asyncio.AbstractEventLoop) -> None:
+        self._gather = gather
+        self._loop = loop
+
+    def collect(self) -> Iterable[Metric]:
+        async def on_loop() -> list[Metric]:
+            return self._gather()
+
+        return asyncio.run_coroutine_threadsafe(on_loop(), self._loop).result(_SCRAPE_TIMEOUT_S)
+
+
+def _registry(gather: Callable[[], list[Metric]], loop: asyncio.AbstractEventLoop) -> CollectorRegistry:
+    from prometheus_client import CollectorRegistry, ProcessCollector
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector(gather, loop))
+    ProcessCollector(registry=registry)
+    return registry

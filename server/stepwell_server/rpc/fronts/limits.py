@@ -1,0 +1,62 @@
+"""What clients may take of a front, in one place. docs/operations.md says what becomes of who wants more."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+_LEAST_BUDGET_BYTES = 256 << 20
+#: 30 years: the longest time that timers are asked for.
+_LONGEST_S = 1e9
+#: Messages of the largest size for which there is room at the same time: in all, and of one connection.
+_MESSAGES, _MESSAGES_OF_CONNECTION = 4, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontLimits:
+    """Limits of a front. Sizes in bytes, times in seconds."""
+
+    message_bytes: int
+    """A request or reply."""
+    streams: int = 10_000
+    """Calls of one connection at the same time; more of them wait at the client."""
+    header_bytes: int = 16 << 10
+    """Headers of a call."""
+    keepalive_s: float = 40.0
+    """A client that is silent for so long is asked whether it is there."""
+    keepalive_timeout_s: float = 20.0
+    """And has so long to answer."""
+    age_s: float = 0.0
+    """A connection takes calls for so long, give or take a tenth; then its client is asked to make a new one. 0: for ever."""
+    age_grace_s: float = 0.0
+    """After that, how long calls that run may go on."""
+    handshake_s: float = 10.0
+    """A connection has so long to begin to speak HTTP/2, and so long before that for TLS."""
+
+    # The native front's alone: gRPC has no such limits.
+    connections: int = 16_384
+    """At the same time; more are closed at once."""
+    calls: int = 65_536
+    """Of all connections at the same time; more are refused."""
+    budget_bytes: int = 0
+    """Messages and replies of all calls in memory. Beyond, calls that hold over 64 KiB are refused; beyond twice as
+    much, all. 0: as much as a few of the largest messages need."""
+    connection_bytes: int = 0
+    """The same, of one connection."""
+    connection_steps: int = 2048
+    """Steps of one connection that are not answered, before it is read no further; what is no plain step counts 8."""
+    frames: int = 1024
+    """Frames of one stream that are not answered, before it is read no further."""
+    unread_s: float = 60.0
+    """A call ends whose client makes no room for a reply for so long. Meanwhile it is not read."""
+    queued_bytes: int = 2 << 20
+    """Plain messages that wait for the event loop, before streams are read no further."""
+
+    @property
+    def values(self) -> Mapping[str, float]:
+        """All of them by name, with none left open."""
+        given = dataclasses.asdict(self)
+        budget = self.budget_bytes or max(_LEAST_BUDGET_BYTES, _MESSAGES * self.message_bytes)
+        own = self.connection_bytes or _MESSAGES_OF_CONNECTION * self.message_bytes
+        ages = {name: min(given[name], _LONGEST_S) for name in ("age_s", "age_grace_s")}
+        return given | ages | {"budget_bytes": budget, "connection_bytes": min(budget, own)}
