@@ -78,6 +78,19 @@ impl Counts {
     }
 }
 
+/// How much there is, for metrics.
+pub fn now(shared: &Shared) -> [(&'static str, usize); 6] {
+    let load = |count: &AtomicUsize| count.load(Ordering::Relaxed);
+    [
+        ("connections", load(&shared.counts.connections)),
+        ("calls", load(&shared.counts.calls)),
+        ("held_bytes", load(&shared.held)),
+        ("queued_bytes", load(&shared.queued)),
+        ("window_bytes", load(&shared.counts.windows)),
+        ("unwritten_replies", shared.unwritten()),
+    ]
+}
+
 /// So much of a count is taken until this is dropped.
 #[derive(Debug)]
 pub struct Slot {

@@ -10,6 +10,7 @@
 #![deny(unsafe_code)]
 #![cfg_attr(not(feature = "python"), allow(dead_code))] // what only Python calls
 
+mod begin;
 mod bounds;
 mod call;
 mod clock;
@@ -17,6 +18,7 @@ mod columns;
 mod doors;
 mod grpc;
 mod lifetime;
+mod limits;
 #[cfg(feature = "python")]
 mod lists;
 mod ordered;

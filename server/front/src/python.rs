@@ -3,23 +3,25 @@
 // pyo3's macros convert errors into themselves.
 #![allow(clippy::useless_conversion)]
 
+use crate::bounds;
 use crate::call::Call;
 use crate::clock;
 use crate::columns::{Arrival, Batch, Entry};
 use crate::grpc::{self, Status};
+use crate::limits::Limits;
 use crate::lists::{self, bytes_of, numbers_of, Peers};
 use crate::reply::{self, Answer, Output};
-use crate::server::{self, Limits, Listener, Method, Plain, Shared, Stage};
+use crate::server::{self, Listener, Method, Plain, Shared, Stage};
 use crate::sets::SessionSet;
 use crate::tls::{self, Unusable};
 use bytes::Bytes;
-use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyList, PyTuple};
 use std::collections::{HashMap, HashSet};
-use std::os::fd::{FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::os::fd::FromRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -86,7 +88,7 @@ struct Front {
 #[pymethods]
 impl Front {
     /// `methods`: path, whether it streams, and which of its messages may be plain ("step", "step_stream", "infer",
-    /// "infer_stream" or ""). `limits`: each by the name that it has in `server::Limits`, times in seconds.
+    /// "infer_stream" or ""). `limits`: each by the name that it has in `limits::Limits`, times in seconds.
     #[new]
     #[pyo3(signature = (methods, limits, *, now, overloaded, headers_too_large))]
     fn new(
@@ -97,32 +99,8 @@ impl Front {
         headers_too_large: Said,
     ) -> PyResult<Self> {
         clock::set(now);
-        let limit = |name: &str| {
-            let missing = || PyValueError::new_err(format!("the limit {name} is missing"));
-            limits.get(name).copied().ok_or_else(missing)
-        };
-        let whole = |name: &str| limit(name).map(|value| value as usize);
-        let time = |name: &str| limit(name).map(Duration::from_secs_f64);
-        let limits = Limits {
-            message_bytes: whole("message_bytes")?,
-            connections: whole("connections")?,
-            calls: whole("calls")?,
-            streams: whole("streams")? as u32,
-            header_bytes: whole("header_bytes")?,
-            headers_too_large: status(headers_too_large),
-            budget_bytes: whole("budget_bytes")?,
-            connection_bytes: whole("connection_bytes")?,
-            connection_steps: whole("connection_steps")?,
-            unread: time("unread_s")?,
-            queued_bytes: whole("queued_bytes")?,
-            overloaded: status(overloaded),
-            frames: whole("frames")?,
-            keepalive: time("keepalive_s")?,
-            keepalive_timeout: time("keepalive_timeout_s")?,
-            handshake: time("handshake_s")?,
-            age: Some(time("age_s")?).filter(|age| !age.is_zero()),
-            age_grace: time("age_grace_s")?,
-        };
+        let limits = Limits::read(&limits, status(overloaded), status(headers_too_large))
+            .map_err(|name| PyValueError::new_err(format!("the limit {name} is missing")))?;
         let methods = methods
             .into_iter()
             .enumerate()
@@ -137,7 +115,7 @@ impl Front {
                 (path, Method { index, streams, plain })
             })
             .collect();
-        let shared = Arc::new(Shared::new(limits, methods, eventfd()?));
+        let shared = Arc::new(Shared::new(limits, methods, server::eventfd()?));
         let (sender, waiting) = mpsc::unbounded_channel();
         let commands = Commands { sender, shared: shared.clone() };
         let (ending, ended) = std::sync::mpsc::channel();
@@ -212,21 +190,12 @@ impl Front {
 
     /// Replies that are not on their way.
     fn unwritten(&self) -> usize {
-        self.shared.unwritten.load(Ordering::Acquire) + self.shared.commands.load(Ordering::Acquire)
+        self.shared.unwritten()
     }
 
     /// How much there is now, and how often something was refused: by reason.
     fn counts(&self) -> (HashMap<&'static str, usize>, Vec<(&'static str, u64)>) {
-        let (shared, load) = (&self.shared, |count: &AtomicUsize| count.load(Ordering::Relaxed));
-        let now = HashMap::from([
-            ("connections", load(&shared.counts.connections)),
-            ("calls", load(&shared.counts.calls)),
-            ("held_bytes", load(&shared.held)),
-            ("queued_bytes", load(&shared.queued)),
-            ("window_bytes", load(&shared.counts.windows)),
-            ("unwritten_replies", self.unwritten()),
-        ]);
-        (now, shared.counts.refusals())
+        (HashMap::from(bounds::now(&self.shared)), self.shared.counts.refusals())
     }
 
     /// Hand on every message with its bytes, or only those that are not plain.
@@ -601,17 +570,6 @@ impl BatchHandle {
     fn send(&self, answer: Answer) {
         self.commands.send(Command::Deliver(self.batch.clone(), answer));
     }
-}
-
-#[allow(unsafe_code)]
-fn eventfd() -> PyResult<OwnedFd> {
-    // SAFETY: the call takes no memory of ours.
-    let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(PyOSError::new_err(std::io::Error::last_os_error().to_string()));
-    }
-    // SAFETY: it is new, and nobody else's.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// A socket that Python has made and given away.

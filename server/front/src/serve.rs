@@ -1,10 +1,11 @@
 //! One call on the wire: its messages are read, its replies written, its end told to whoever must know.
 
+use crate::begin::{self, refuse};
 use crate::bounds::{counted, Held, Place, Refusal, Slot, GENERAL};
 use crate::call::{Call, Peer};
 use crate::clock;
 use crate::columns::{Arrival, Arrivals};
-use crate::grpc::{self, Encoding, Messages, Status, Unreadable};
+use crate::grpc::{self, Messages, Status, Unreadable};
 use crate::plain::Step;
 use crate::server::{Method, Plain, Shared};
 use crate::triton;
@@ -26,55 +27,15 @@ pub fn begin(
     peer: &Arc<Peer>,
     shared: &Arc<Shared>,
 ) {
+    let Some(begun) = begin::admitted(&request, &mut respond, shared) else { return };
     let headers = request.headers();
-    let is_grpc = headers
-        .get(http::header::CONTENT_TYPE)
-        .is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
-    if request.method() != http::Method::POST || !is_grpc {
-        let mut response = http::Response::new(());
-        *response.status_mut() = http::StatusCode::UNSUPPORTED_MEDIA_TYPE;
-        let _ = respond.send_response(response, true);
-        return;
-    }
-    let limits = &shared.limits;
-    let path = request.uri().path_and_query().map_or("", |path| path.as_str());
-    let header_bytes = grpc::size(path, headers);
-    if header_bytes > limits.header_bytes {
-        shared.counts.refuse(Refusal::Headers);
-        refuse(&mut respond, &limits.headers_too_large);
-        return;
-    }
-    let Some(slot) = Slot::take(shared, |counts| &counts.calls, 1, limits.calls) else {
-        shared.counts.refuse(Refusal::Calls);
-        refuse(&mut respond, &limits.overloaded);
-        return;
-    };
-    let Some(method) = shared.methods.get(path).copied() else {
-        refuse(&mut respond, &Status::new(grpc::UNIMPLEMENTED, "Method not found!"));
-        return;
-    };
-    let Some(encoding) = Encoding::of(headers) else {
-        let status = Status::new(grpc::UNIMPLEMENTED, "grpc-encoding must be identity, gzip or deflate");
-        let mut response = grpc::status_only(&status);
-        let known = http::HeaderValue::from_static("identity,gzip,deflate");
-        response.headers_mut().insert("grpc-accept-encoding", known);
-        let _ = respond.send_response(response, true);
-        return;
-    };
-    let started = clock::now();
-    let deadline = match grpc::timeout(headers) {
-        Ok(left) => left.map_or(f64::INFINITY, |left| started + left.as_secs_f64()),
-        Err(grpc::NoTimeout) => {
-            refuse(&mut respond, &Status::new(grpc::INTERNAL, "Error parsing 'grpc-timeout' metadata"));
-            return;
-        }
-    };
+    let (method, deadline, header_bytes) = (begun.method, begun.deadline, begun.header_bytes);
     let metadata = grpc::metadata(headers);
     let call = Arc::new(Call::new(
         peer.clone(),
         method.index,
         method.streams,
-        started,
+        begun.started,
         deadline,
         metadata,
         shared.unwritten.clone(),
@@ -84,7 +45,7 @@ pub fn begin(
         method,
         shared: shared.clone(),
         body: request.into_body(),
-        messages: Messages::new(encoding, shared.limits.message_bytes),
+        messages: Messages::new(begun.encoding, shared.limits.message_bytes),
         timer: clock::until(deadline).map(|left| Box::pin(sleep(left))),
         held: Held::new(shared, peer, header_bytes),
         header_bytes,
@@ -94,7 +55,7 @@ pub fn begin(
         is_known: false,
         is_deaf: false,
         is_writing: false,
-        _slot: slot,
+        _slot: begun.slot,
     };
     // two kinds of tasks: one for both would be as large as both
     if method.streams {
@@ -102,10 +63,6 @@ pub fn begin(
     } else {
         tokio::spawn(served.unary(respond));
     }
-}
-
-fn refuse(respond: &mut SendResponse<Bytes>, status: &Status) {
-    let _ = respond.send_response(grpc::status_only(status), true);
 }
 
 /// A call that is served.

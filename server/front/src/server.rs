@@ -4,8 +4,8 @@ use crate::bounds::{Counts, Load, Place, Refusal, Slot, Waiters};
 use crate::call::Peer;
 use crate::columns::{Arrival, Arrivals, MOST_IN_BATCH};
 use crate::doors::Doors;
-use crate::grpc::Status;
 use crate::lifetime::{Age, Lifetime};
+use crate::limits::Limits;
 use crate::serve;
 use crate::tls;
 use crate::turn::{InTurns, Turn};
@@ -13,7 +13,7 @@ use bytes::Bytes;
 use std::collections::HashMap;
 use std::future::Future;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,47 +22,6 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
-
-/// How the wire behaves.
-#[derive(Clone, Debug)]
-pub struct Limits {
-    /// Of a message, inflated or not.
-    pub message_bytes: usize,
-    /// At the same time; more are closed as soon as they are accepted.
-    pub connections: usize,
-    /// Calls of all connections at the same time; more are refused.
-    pub calls: usize,
-    /// Calls of one connection at the same time; more of them wait at the client.
-    pub streams: u32,
-    /// Of the headers of a call, as HTTP/2 counts them: 32 bytes for each beside name and value.
-    pub header_bytes: usize,
-    /// How they are refused that are larger.
-    pub headers_too_large: Status,
-    /// Bytes of messages and replies of all calls together; then those that hold much are refused.
-    pub budget_bytes: usize,
-    /// The same, of the calls of one connection.
-    pub connection_bytes: usize,
-    /// Steps of one connection that Python was handed and has not answered, before it is read no further.
-    pub connection_steps: usize,
-    /// How long a reply may wait for its client to make room. Meanwhile its stream is not read.
-    pub unread: Duration,
-    /// Bytes of plain messages that may wait for Python before streams are read no further.
-    pub queued_bytes: usize,
-    /// How they are refused.
-    pub overloaded: Status,
-    /// Plain frames of one stream that are not answered, before reading stops.
-    pub frames: usize,
-    /// The server asks so often whether a silent client is there.
-    pub keepalive: Duration,
-    /// And gives up after this.
-    pub keepalive_timeout: Duration,
-    /// A connection takes calls for about so long.
-    pub age: Option<Duration>,
-    /// And then has so long to finish them.
-    pub age_grace: Duration,
-    /// The time that a connection has to begin to speak HTTP/2.
-    pub handshake: Duration,
-}
 
 /// A method that is served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,13 +66,13 @@ pub struct Shared {
     readers: Waiters,
     pub counts: Counts,
     arrivals: Mutex<Arrivals>,
-    wakeup: std::os::fd::OwnedFd,
+    wakeup: OwnedFd,
     /// Connections so far: each has its number.
     connections: AtomicU64,
 }
 
 impl Shared {
-    pub fn new(limits: Limits, methods: HashMap<String, Method>, wakeup: std::os::fd::OwnedFd) -> Self {
+    pub fn new(limits: Limits, methods: HashMap<String, Method>, wakeup: OwnedFd) -> Self {
         Shared {
             limits,
             methods,
@@ -135,6 +94,11 @@ impl Shared {
 
     pub fn fd(&self) -> i32 {
         self.wakeup.as_raw_fd()
+    }
+
+    /// Replies that are not on their way, wherever they wait.
+    pub fn unwritten(&self) -> usize {
+        self.unwritten.load(Ordering::Acquire) + self.commands.load(Ordering::Acquire)
     }
 
     /// Add to what has come, and wake Python's event loop if it does not know of anything yet.
@@ -195,6 +159,18 @@ impl Shared {
         // Python may have taken it meanwhile, and have seen nobody waiting
         self.queued.load(Ordering::Relaxed) < self.limits.queued_bytes
     }
+}
+
+/// An eventfd, by which Python's event loop is woken.
+#[allow(unsafe_code)]
+pub fn eventfd() -> std::io::Result<OwnedFd> {
+    // SAFETY: the call takes no memory of ours.
+    let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: it is new, and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Make an eventfd readable.
@@ -479,27 +455,7 @@ async fn keep_alive(pings: &mut h2::PingPong, limits: &Limits) {
 #[cfg(test)]
 impl Shared {
     pub fn for_test() -> Self {
-        let limits = Limits {
-            message_bytes: 1 << 20,
-            connections: 10,
-            calls: 10,
-            streams: 10,
-            header_bytes: 1 << 14,
-            headers_too_large: Status::new(8, "headers"),
-            budget_bytes: 16 << 20,
-            connection_bytes: 1 << 20,
-            connection_steps: 100,
-            unread: Duration::from_secs(1),
-            queued_bytes: 1 << 20,
-            overloaded: Status::new(8, "overloaded"),
-            frames: 10,
-            keepalive: Duration::from_secs(1),
-            keepalive_timeout: Duration::from_secs(1),
-            handshake: Duration::from_secs(1),
-            age: None,
-            age_grace: Duration::ZERO,
-        };
-        let (wakeup, _) = std::os::unix::net::UnixStream::pair().unwrap_or_else(|_| unreachable!());
-        Shared::new(limits, HashMap::new(), wakeup.into())
+        let limits = Limits::for_test();
+        Shared::new(limits, HashMap::new(), eventfd().unwrap_or_else(|_| unreachable!()))
     }
 }
