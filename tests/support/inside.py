@@ -6,7 +6,7 @@ the tests is an engine's private attribute named, so that a part may be renamed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,12 @@ class Inside:
     def remembering_store(self) -> Any:
         """What is asked why a session is not there."""
         return self._engine._directory.here
+
+    @staticmethod
+    def turn_of(model: Model) -> Callable[[], None]:
+        """What is called when there is work for a model."""
+        assert model.work._listener is not None
+        return model.work._listener
 
     @property
     def models(self) -> Sequence[Model]:

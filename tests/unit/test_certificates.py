@@ -39,7 +39,7 @@ def test_what_cannot_be_used_is_refused_with_option_rule_and_file(
         ((junk, good.key, None), f"--tls-cert: must hold certificates in PEM; {junk} holds one that cannot"),
         (
             (good.cert, other.key, None),
-            f"--tls-key: must be the key of the certificate in {good.cert}; that in {other.key} is another's",
+            f"--tls-key: must be the key of the first certificate in {good.cert}, which is the server's own; that in {other.key} is another's",
         ),
         (
             (good.cert, good.cert, None),

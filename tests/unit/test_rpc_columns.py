@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from stepwell_server.rpc.steps.columns import ColumnSteps
 from support.awaited import RemoteStore
 from support.engine import Harness, running
 from support.fake_call import Requests
+from support.fake_executor import PLAIN
 
 pytestmark = pytest.mark.stores("memory", "async", "sync", "awaited")
 FLOAT32, UINT8 = 1, 9
@@ -178,6 +180,61 @@ async def test_what_was_taken_runs_together_as_soon_as_all_of_it_has_come(column
     columns.steps.go()  # the event loop has had no turn
     assert sorted(first.applied_by_member) == sorted(second.applied_by_member) == [0, 1, 2]
     assert columns.at.events.passes == [(6, 1)]
+
+
+TWO_MODELS = {"plain": PLAIN, "other": dataclasses.replace(PLAIN, fingerprint="other")}
+
+
+@pytest.mark.stores("memory")
+async def test_steps_of_each_model_go_together_and_a_frame_of_two_alone() -> None:
+    async with running(TWO_MODELS) as at:
+        columns = Columns(at)
+        await at.open("a", "b", "c", "d")
+        await at.open("x", "y", "z", "w", model="other")
+        batch = columns.take(["a", "x", "b", "y", "c", "z", "d", "w"], np.ones((8, 2)), counts=[1] * 6 + [2])
+        await at.settled()
+        assert sorted(batch.applied_by_member) == [0, 1, 2, 3, 4, 5]
+        assert {batch.errors[6].message, batch.errors[7].message} == {
+            "session_ids must be sessions of one model; got sessions of several"
+        }
+        # all, one model's, the others, the other model's, the frame with callers and without
+        assert [change.size for change in columns.changes] == [8, 3, 5, 3, 2, 2]
+
+
+@pytest.mark.stores("memory")
+async def test_a_session_that_comes_twice_keeps_its_order_beside_another_model() -> None:
+    async with running(TWO_MODELS) as at:
+        columns = Columns(at)
+        await at.open("a", "b")
+        await at.open("x", model="other")
+        batch = columns.take(["a", "x", "a", "x", "b"], np.random.default_rng(4).standard_normal((5, 2)))
+        await at.settled()
+        assert [batch.applied_by_member[member][0] for member in range(5)] == [1, 1, 2, 2, 1]
+        assert [change.size for change in columns.changes] == [5, 3, 2]
+
+
+@pytest.mark.stores("memory")
+async def test_a_turn_that_raises_leaves_the_other_models_theirs() -> None:
+    async with running(TWO_MODELS) as at:
+        columns = Columns(at)
+        await at.open("a")
+        await at.open("x", model="other")
+        first, _ = at.inside.models
+
+        def broken() -> None:
+            raise ZeroDivisionError
+
+        turn = at.inside.turn_of(first)
+        first.work.listen(broken)
+        columns.steps.hold()
+        batch = columns.take(["a"] if first.name == "plain" else ["x"], np.ones((1, 2)))
+        other = columns.take(["x"] if first.name == "plain" else ["a"], np.ones((1, 2)))
+        columns.steps.go()
+        assert list(other.applied_by_member) == [0]
+        first.work.listen(turn)
+        first.work.ring()
+        await at.settled()
+        assert list(batch.applied_by_member) == [0]
 
 
 async def test_a_session_that_comes_twice_is_stepped_twice_in_order(columns: Columns) -> None:

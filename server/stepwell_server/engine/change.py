@@ -43,9 +43,11 @@ class MustPart(Exception):
     Their sessions are not in the table, or have other rows than the change says, or do not go on (`Change.goes_on`).
     """
 
-    def __init__(self, members: Members) -> None:
-        super().__init__(f"{len(members)} members must be submitted alone")
+    def __init__(self, members: Members, *, are_alike: bool = False) -> None:
+        super().__init__(f"{len(members)} members must be submitted apart")
         self.members = members
+        self.are_alike = are_alike
+        """They are of other models than the first member, and may be submitted together."""
 
 
 class Replies(Protocol):

@@ -57,11 +57,14 @@ from stepwell_server.engine.state.replies import ReplyMemory
 from stepwell_server.engine.submission import Submission
 from stepwell_server.engine.types import Members, Tensors
 from stepwell_server.errors import InvalidInput, ServerError
+from stepwell_server.logs import Log
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
 from stepwell_server.store.record import Texts
 
 __all__ = ["Engine", "ModelStats", "OpenedMany"]
+
+_log = Log("engine")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -383,7 +386,10 @@ class Engine:
     def take_turns(self) -> None:
         """Do now what has come, rather than in the next turn of the event loop."""
         for model in self._models.by_index.values():
-            model.work.go()
+            try:
+                model.work.go()
+            except Exception as error:  # a defect: the other models must have their turn
+                _log.defect("a turn raised", error, model=model.name)
 
     def stop_accepting(self) -> None:
         """From now on refuse new sessions and new changes with `Unavailable`."""

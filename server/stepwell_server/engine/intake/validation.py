@@ -224,6 +224,8 @@ class Validation:
         all_there = bool(there.all())
         models = self._table.model[change.handles if all_there else change.handles[there]]
         if np.count_nonzero(models != models[0]):
+            if change.callers is not None:
+                raise MustPart(np.flatnonzero(models != models[0]), are_alike=True)
             raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
         change.model = self._models.by_index[int(models[0])]
         change.sizes = self._sizes(change, own, there, all_there=all_there)

@@ -121,7 +121,8 @@ class CertificateFiles:
         except ssl.SSLError as error:
             if error.reason in _NOT_ITS_KEY:
                 raise CertificateError(
-                    f"--tls-key: must be the key of the certificate in {self._certificate}; that in {self._key} is another's"
+                    f"--tls-key: must be the key of the first certificate in {self._certificate}, which is the server's own; "
+                    f"that in {self._key} is another's"
                 ) from error
             what = "is encrypted" if asked else f"cannot be read as one ({error.reason or 'no PEM'})"
             raise CertificateError(
@@ -155,7 +156,9 @@ def _check_certificates(option: str, path: Path, pem: bytes) -> None:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode("ascii", "ignore"))
     except ssl.SSLError as error:
-        raise CertificateError(f"{rule} holds one that cannot be read ({error.reason})") from error
+        raise CertificateError(
+            f"{rule} holds one that cannot be read ({error.reason or 'it is cut off or no PEM'})"
+        ) from error
 
 
 async def follow(files: CertificateFiles, use: Callable[[Certificates], None]) -> None:

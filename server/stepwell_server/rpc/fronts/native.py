@@ -307,6 +307,9 @@ class NativeFront:
         try:
             while waiting and not (self._unlooked and waiting[0][0] == _BATCH):
                 self._do(*waiting.popleft())
+        except Exception:
+            self._loop.call_soon(self._go_on)  # a defect in one of them must not keep the others
+            raise
         finally:
             self._steps.go()
 

@@ -23,7 +23,8 @@ def clear(path: str) -> None:
             raise OSError(errno.ENOENT, "its folder does not exist or cannot be written") from None
         return
     if not stat.S_ISSOCK(mode):
-        raise OSError(errno.EADDRINUSE, "there is a file that is no socket")
+        what = "folder" if stat.S_ISDIR(mode) else "file that is no socket"
+        raise OSError(errno.EADDRINUSE, f"there is a {what}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:

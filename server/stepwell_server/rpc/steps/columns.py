@@ -45,6 +45,8 @@ class Form:
         self.columns = columns
         self.members: Members = np.arange(len(columns.session_ids))
         """Those that are to be done."""
+        self.left = self.members
+        """Those of them that nobody has taken yet."""
         self.inputs: Tensors = {}
         self._clock = clock
         self._observer = observer
@@ -77,8 +79,7 @@ class Form:
         """With all that cannot be done without them, or would overtake them."""
         if len(set(self.columns.session_ids)) < len(self.columns.session_ids):
             return self.members
-        messages = _messages_of(self.columns, members)
-        return np.concatenate([np.arange(first, first + count) for first, count in messages])
+        return _whole_messages(self.columns, members)
 
     def part(self, members: Members) -> Members:
         """Members cannot be done with the others; those that are to be submitted alone."""
@@ -156,10 +157,12 @@ class ColumnSteps:
             form = self._form_of_requests(columns)
         try:
             form.prepare()
+            form.left = form.members
             self._submit(form)
-        except Exception as error:  # a defect: no caller may wait for ever
-            is_all = len(form.members) == len(columns.session_ids)
-            form.failed(None if is_all else form.members, internal(error, method=form.method))
+        except Exception as error:  # a defect: no caller may wait for ever, or be answered twice
+            left = np.intersect1d(form.left, form.members)
+            if len(left):
+                form.failed(left, internal(error, method=form.method))
 
     def _submit(self, form: Form) -> None:
         columns, alone = form.columns, form.members
@@ -180,11 +183,14 @@ class ColumnSteps:
                 out.update(followers.tolist())
             except ServerError as error:
                 change.replies.failed(np.arange(count), error)
+            form.left = form.left[form.left >= first + count]
 
     def _submit_together(self, form: Form) -> Members:
         """Submit as one change what can be one; the members that must be submitted alone."""
-        columns, members, parted = form.columns, form.members, _NOBODY
-        while len(members):
+        columns, alone, parted = form.columns, _NOBODY, _NOBODY
+        groups = [form.members]
+        while groups:
+            members = groups.pop()
             change = self._change(form, members)
             is_whole = len(members) == len(columns.session_ids)
             change.callers = columns.callers if is_whole else _some(columns.callers, members)
@@ -194,15 +200,21 @@ class ColumnSteps:
                 change.batch_sizes = sizes_of(columns, members)  # whose rows are whose
             try:
                 self._engine.submit(change)
-                members = _NOBODY
+                form.left = _NOBODY if is_whole else np.setdiff1d(form.left, members)
             except MustPart as part:
-                out = form.with_followers(members[part.members])
-                members, parted = np.setdiff1d(members, out), np.union1d(parted, out)
+                out = members[part.members]
+                # a session is of one model, so that none of those that stay is overtaken by its like
+                out = _whole_messages(columns, out) if part.are_alike else form.with_followers(out)
+                out = np.intersect1d(out, members)
+                stay = np.setdiff1d(members, out)
+                if part.are_alike and len(stay):
+                    groups += [out, stay]
+                else:
+                    parted = np.union1d(parted, out)
+                    groups += [stay] if len(stay) else []
             except ServerError:
-                break
-        if len(parted):
-            members = np.union1d(members, form.part(parted))
-        return members
+                alone = np.union1d(alone, members)
+        return np.union1d(alone, form.part(parted)) if len(parted) else alone
 
     def _change(self, form: Form, members: Members) -> Change:
         change = form.change(None if len(members) == len(form.columns.session_ids) else members)
@@ -274,6 +286,12 @@ def _messages_of(columns: StepColumns, members: Members) -> list[_Message]:
     counts = columns.counts[places]
     firsts = ends[places] - counts
     return list(zip(firsts.tolist(), counts.tolist(), strict=True))
+
+
+def _whole_messages(columns: StepColumns, members: Members) -> Members:
+    """Some members, and those that are in the same messages."""
+    messages = _messages_of(columns, members)
+    return np.concatenate([np.arange(first, first + count) for first, count in messages])
 
 
 def _names_one_twice(columns: StepColumns) -> bool:
