@@ -9,10 +9,9 @@ import pytest
 
 from stepwell_server.engine.api import Applied
 from stepwell_server.engine.change import Awaited, Change
-from stepwell_server.engine.passes.runner import LATELY_S, SHORT_SLICE_S, SLICE_S
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, Unavailable
 from support.durable import until
-from support.engine import BOTH_WAYS, Answer, FixedCost, Harness, kinds, running, x
+from support.engine import BOTH_WAYS, Answer, Harness, kinds, running, x
 from support.fake_executor import BAD, BROKEN, PLAIN
 from support.model_of_sessions import initial, ran
 
@@ -259,35 +258,6 @@ async def test_while_others_wait_a_long_request_runs_one_step_a_pass() -> None:
         assert at.events.passes[:3] == [(1, 1), (2, 1), (2, 1)]
         await long.only()
         assert sum(steps for _, steps in at.events.passes) == 1 + 4
-
-
-class _SeenCost(FixedCost):
-    """Notes for how long passes are to take at most."""
-
-    def __init__(self) -> None:
-        super().__init__(1.0, 2)
-        self.slices: list[float] = []
-
-    def times_within(self, items: int, seconds: float) -> int:
-        self.slices.append(seconds)
-        return super().times_within(items, seconds)
-
-
-async def test_a_long_request_is_cut_finer_where_others_had_to_wait_lately() -> None:
-    async with running(threads=True, compute_threads=1) as at:
-        ids = await open_all(at, 2)
-        (model,) = at.inside.models
-        cost = model.cost = _SeenCost()
-        long = await at.begin_pass(ids[0], x(1, 12))
-        short = at.submit(ids[1], x(1))
-        at.hooks.open_gate()
-        await short.only()
-        await long.only()
-        assert cost.slices[0] == SLICE_S
-        assert set(cost.slices[1:]) == {SHORT_SLICE_S}
-        at.clock.advance(2 * LATELY_S)
-        await at.step(ids[0], x(1, 4))
-        assert cost.slices[-1] == SLICE_S
 
 
 async def test_too_many_rows_waiting_are_refused_and_nothing_changes() -> None:

@@ -22,7 +22,7 @@ from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes.batch import FailedUnit, Pass, starts_of
 from stepwell_server.engine.passes.completion import Completion
 from stepwell_server.engine.passes.inline import Inline
-from stepwell_server.engine.passes.runner import LATELY_S, SHORT_SLICE_S, SLICE_S, Runner
+from stepwell_server.engine.passes.runner import SLICE_S, Runner
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Mask
 from stepwell_server.errors import InvalidInput, ServerError
@@ -61,8 +61,6 @@ class PassLoop:
         self._clock = clock
         self._observer = observer
         self._running = False
-        self._waited_at = float("-inf")
-        """When something came last that had to wait for a pass of several time steps."""
         self._idle = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         model.work.listen(self._turn)
@@ -82,10 +80,7 @@ class PassLoop:
         """What came is drained, admitted and chosen from; what was chosen runs, is committed and answered."""
         if self._running or self._commits.is_full:
             return
-        came = self._inbox.drain()
-        if came and self._model.ready.rows_waiting:
-            self._waited_at = self._clock.monotonic()
-        came = self._inline.run_few(came)
+        came = self._inline.run_few(self._inbox.drain())
         if came:
             self._admission.admit(joined_where_alike(came))
         jobs = self._choose() if self._model.ready.rows_waiting else ()
@@ -103,9 +98,7 @@ class PassLoop:
 
     def _run(self, jobs: Sequence[Job]) -> None:
         try:
-            is_alone = self._clock.monotonic() - self._waited_at > LATELY_S
-            slice_s = SLICE_S if is_alone else SHORT_SLICE_S
-            budget = self._model.cost.times_within(sum(job.row_count for job in jobs), slice_s)
+            budget = self._model.cost.times_within(sum(job.row_count for job in jobs), SLICE_S)
             work = Pass(self._model.program, jobs, self._model.ready.steps_together(jobs, budget))
         except Exception as error:
             self._fail_all(jobs, error)

@@ -23,12 +23,8 @@ from stepwell_server.program import Program
 IN_PLACE_S = 400e-6
 #: Rows are split over threads only in pieces expected to take at least this long.
 PIECE_S = 200e-6
-#: A pass of several time steps is cut so that what arrives meanwhile waits about this long at most,
+#: A pass of several time steps is cut so that what arrives meanwhile waits about this long at most.
 SLICE_S = 2e-3
-#: and so long where something did arrive lately: a cut costs little, but not nothing.
-SHORT_SLICE_S = 3e-4
-#: How long that is remembered.
-LATELY_S = 0.1
 
 
 class Runner:
