@@ -167,7 +167,9 @@ def test_what_is_wrong_with_a_connection_is_said(front: str, authority: Authorit
         server.signal()
         code, _, err = server.finish()
     assert code == 0
-    assert [line for line in err.splitlines() if not re.match(r"\d{4}-\d\d-\d\dT", line)] == []
+    # a peer's mistake is no line of the server's; gRPC's core says something of some by itself
+    own_line = r"\d{4}-\d\d-\d\dT" if front == "native" else r"\d{4}-\d\d-\d\dT|[EIW]\d{4} .*security"
+    assert [line for line in err.splitlines() if not re.match(own_line, line)] == []
 
 
 def test_the_names_of_a_callers_certificate_reach_its_calls(front: str, authority: Authority) -> None:
