@@ -69,7 +69,7 @@ def node(sources: Path) -> Path:
     """Return a folder of Node packages, those of `package.json` in `sources`, beside whose other files they are.
 
     Raises:
-        LookupError: there is no Node here, or no npm.
+        LookupError: there is no Node here, or no npm, or npm does not reach its packages.
     """
     npm = shutil.which("npm")
     if npm is None or shutil.which("node") is None:
@@ -84,7 +84,10 @@ def node(sources: Path) -> Path:
             folder.mkdir()
             shutil.copy(sources / "package.json", folder)
             quiet = ("--no-package-lock", "--ignore-scripts", "--no-audit", "--no-fund", "--silent")
-            subprocess.run([npm, "install", *quiet], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            try:
+                subprocess.run([npm, "install", *quiet], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            except subprocess.CalledProcessError as error:
+                raise LookupError(f"npm cannot install the packages ({error})") from error
             stamp.write_text(wanted)
         for source in sources.glob("*.js"):
             shutil.copy(source, folder)
