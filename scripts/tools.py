@@ -84,8 +84,11 @@ def node(sources: Path) -> Path:
             folder.mkdir()
             shutil.copy(sources / "package.json", folder)
             quiet = ("--no-package-lock", "--ignore-scripts", "--no-audit", "--no-fund", "--silent")
+            soon = ("--fetch-retries=1", "--fetch-retry-maxtimeout=5000", "--fetch-timeout=30000")
             try:
-                subprocess.run([npm, "install", *quiet], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+                subprocess.run(
+                    [npm, "install", *quiet, *soon], cwd=folder, check=True, stdout=subprocess.DEVNULL
+                )
             except subprocess.CalledProcessError as error:
                 raise LookupError(f"npm cannot install the packages ({error})") from error
             stamp.write_text(wanted)
