@@ -201,5 +201,6 @@ def test_perf_analyzer_runs_sequences(server: LocalServer, mode: list[str]) -> N
     assert done.returncode == 0, done.stdout + done.stderr
     counts = {name: int(count) for name, count in re.findall(r"(\w+ count): (\d+)", done.stdout)}
     assert counts["Sequence count"] > 0
-    assert 0 < counts["Execution count"] <= counts["Inference count"]
+    # its window ends at any time: what has run by then may not be answered yet, of each of the four
+    assert 0 < counts["Execution count"] <= counts["Inference count"] + 4
     assert "error" not in done.stderr.lower()
