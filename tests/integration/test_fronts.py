@@ -16,7 +16,7 @@ import pytest
 from stepwell.v1 import models_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from support import fronts, wire
-from support.fronts import FRONTS, Outcome, called, needs_native
+from support.fronts import FRONTS, Outcome, called, damaged, needs_native
 from support.wire import SERVICE, Wire, tensor
 
 pytestmark = needs_native
@@ -184,17 +184,7 @@ def test_damaged_requests_are_answered_alike(both: Mapping[str, Wire], seed: int
         outputs=pb.OUTPUT_SELECTION_LAST,
     ).SerializeToString()
     for _ in range(60):
-        raw = bytearray(good)
-        for _ in range(int(rng.integers(1, 4))):
-            at = int(rng.integers(len(raw)))
-            kind = int(rng.integers(3))
-            if kind == 0:
-                raw[at] = int(rng.integers(256))
-            elif kind == 1:
-                del raw[at]
-            else:
-                raw.insert(at, int(rng.integers(256)))
-        same(both, "Step", bytes(raw))
+        same(both, "Step", damaged(good, rng))
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -14,7 +14,7 @@ from stepwell.v1 import sessions_pb2
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.sequences import session_id_of
 from support import fronts, wire
-from support.fronts import FRONTS, Outcome, called, needs_native
+from support.fronts import FRONTS, Outcome, called, damaged, needs_native
 from support.triton_requests import request
 from support.wire import Wire
 
@@ -223,19 +223,7 @@ def test_damaged_requests_are_answered_alike(both: _Both, seed: int) -> None:
     rng = np.random.default_rng(seed)
     same(both, asked(sequence_id=100 + seed, start=True))
     good = asked(X[:1, :2], sequence_id=100 + seed, stepwell_revision=1).SerializeToString()
-    messages = []
-    for _ in range(60):
-        raw = bytearray(good)
-        for _ in range(int(rng.integers(1, 4))):
-            at = int(rng.integers(len(raw)))
-            kind = int(rng.integers(3))
-            if kind == 0:
-                raw[at] = int(rng.integers(256))
-            elif kind == 1:
-                del raw[at]
-            else:
-                raw.insert(at, int(rng.integers(256)))
-        messages.append(bytes(raw))
+    messages = [damaged(good, rng) for _ in range(60)]
     for message in messages:
         same(both, message)
     native, python = (streamed(both[front], messages) for front in FRONTS)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
 from stepwell.v1 import models_pb2
@@ -25,6 +26,21 @@ needs_native = pytest.mark.skipif(
     importlib.util.find_spec("stepwell_front") is None and "REQUIRE_NATIVE_FRONT" not in os.environ,
     reason="no native front was built here",
 )
+
+
+def damaged(message: bytes, rng: np.random.Generator) -> bytes:
+    """A message with up to three bytes changed, left out or added."""
+    raw = bytearray(message)
+    for _ in range(int(rng.integers(1, 4))):
+        at = int(rng.integers(len(raw)))
+        kind = int(rng.integers(3))
+        if kind == 0:
+            raw[at] = int(rng.integers(256))
+        elif kind == 1:
+            del raw[at]
+        else:
+            raw.insert(at, int(rng.integers(256)))
+    return bytes(raw)
 
 
 @contextlib.contextmanager
