@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 _log = Log("app")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SAME_SIGNAL_S = 0.25
+_SWITCH_INTERVAL_S = 0.5e-3
 STORE_CHECK_S = 2.0
 """Time between two looks after the store."""
 _GONE_DRAIN_S = 5.0
@@ -430,6 +431,9 @@ async def _serve_calls(
         max_connections=rpc.front.limits.connections,
         open_files=open_files,
     )
+    # The event loop and the threads of the store and of long passes take turns with Python's lock. At the default of
+    # 5 ms a commit that the disk has kept for long would wait to be told.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     # What is there now stays: the garbage collector need not look at it again and again.
     gc.collect()
     gc.freeze()

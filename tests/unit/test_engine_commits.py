@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepwell_server.engine.durability import group_commit as module
-from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.durability.group_commit import MADE_HERE, GroupCommit
 from stepwell_server.errors import Internal, ServerError, Unavailable
 from stepwell_server.store.awaited import AwaitedStore
 from stepwell_server.store.base import Batch, Committed, End, LocalStore, Tombstone
@@ -113,6 +113,23 @@ async def test_small_ones_are_made_in_place_unless_they_wait_for_the_disk(
     await commits.idle()
     assert told.names == "ab"
     assert store.threads[-1] == "stepwell-store"
+
+
+@pytest.mark.parametrize(("size", "where"), [(MADE_HERE, "MainThread"), (MADE_HERE + 1, "stepwell-store")])
+async def test_records_for_the_thread_are_made_on_the_loop_unless_they_are_many(
+    size: int, where: str
+) -> None:
+    store, made = Slow(waits_for_disk=True), []
+    commits = GroupCommit(AwaitedStore(store))
+
+    def build() -> Batch:
+        made.append(threading.current_thread().name)
+        return Batch(puts=[("a", b"record")])
+
+    commits.submit(build, size, lambda _: None)
+    await asyncio.wait_for(commits.idle(), WAIT_S)
+    assert commits.close(WAIT_S)
+    assert (made, store.threads) == ([where], ["stepwell-store"])
 
 
 async def test_what_can_wait_is_done_when_callers_have_been_told(

@@ -11,7 +11,7 @@ from stepwell_server.engine.api import Applied
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, Unavailable
 from support.durable import until
-from support.engine import BOTH_WAYS, Answer, Harness, kinds, running, x
+from support.engine import BOTH_WAYS, Answer, FixedCost, Harness, kinds, running, x
 from support.fake_executor import BAD, BROKEN, PLAIN
 from support.model_of_sessions import initial, ran
 
@@ -258,6 +258,30 @@ async def test_while_others_wait_a_long_request_runs_one_step_a_pass() -> None:
         assert at.events.passes[:3] == [(1, 1), (2, 1), (2, 1)]
         await long.only()
         assert sum(steps for _, steps in at.events.passes) == 1 + 4
+
+
+class TenThousandASecond(FixedCost):
+    """A time step takes a tenth of a millisecond, whatever the rows."""
+
+    def times_within(self, items: int, seconds: float) -> int:
+        return round(seconds * 1e4)
+
+
+async def test_slices_run_on_threads_and_are_short_while_others_come_and_go() -> None:
+    async with running() as at:
+        for model in at.inside.models:
+            model.cost = TenThousandASecond(0.0, 0)
+        await at.open("a", "b")
+        long = await at.begin_pass("a", x(1, 60))
+        short = at.submit("b", x(1))
+        at.hooks.open_gate()
+        await short.only()
+        assert (await long.only()).outputs["y"].tobytes() == outputs_of(x(1, 60)).tobytes()
+        assert at.events.passes == [(1, 20), (2, 1), *[(1, 5)] * 7, (1, 4)]
+        at.clock.advance(1.0)
+        del at.events.passes[:]
+        await at.submit("a", x(1, 60)).only()
+        assert at.events.passes == [(1, 20)] * 3, "alone again"
 
 
 async def test_too_many_rows_waiting_are_refused_and_nothing_changes() -> None:

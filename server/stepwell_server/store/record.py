@@ -63,6 +63,8 @@ HEADER = np.dtype(
 _STRUCT = struct.Struct("<IHBBQQQQddIIIHH")  # the same, for one
 _START = struct.Struct("<IH")
 _LENGTH = struct.Struct("<H")
+#: Ids whose encoding is kept: those of sessions that change again and again.
+_IDS_KNOWN = 16_384
 _FIELD = struct.Struct("<HH")  # tag, length
 _CHECKSUM_BYTES = 4
 
@@ -143,7 +145,7 @@ def encode(
     except struct.error as error:
         raise ValueError(f"a part of session {session_id!r} is too large to be stored: {error}") from error
     body = b"".join((head[_CHECKSUM_BYTES:], texts.data, rows, extra, fields))
-    return crc32(body, _seed(session_id)).to_bytes(_CHECKSUM_BYTES, "little") + body
+    return crc32(body, _encoded(session_id)[1]).to_bytes(_CHECKSUM_BYTES, "little") + body
 
 
 def pack_fields(fields: Mapping[int, bytes]) -> bytes:
@@ -190,8 +192,7 @@ def _left_out(session_id: str, fields: bytes) -> bytes:
 
 def encode_ids(session_ids: Sequence[str]) -> bytes:
     """Ids one after the other, each as UTF-8 behind its length in bytes (u2)."""
-    keys = [session_id.encode() for session_id in session_ids]
-    return b"".join([_LENGTH.pack(len(key)) + key for key in keys])
+    return b"".join([_encoded(session_id)[0] for session_id in session_ids])
 
 
 class Puts(list[tuple[str, Stored]]):
@@ -269,7 +270,7 @@ class RecordTemplate:
         flat = memoryview(buffer.reshape(-1).data)
         records: list[Stored] = [flat[at : at + size] for at in range(0, buffer.size, size)]
         self._bodies = [record[_CHECKSUM_BYTES:] for record in records]
-        self._seeds = [_seed(session_id) for session_id in session_ids]
+        self._seeds = [_encoded(session_id)[1] for session_id in session_ids]
         self._puts = Puts(session_ids, records, flat)
 
     def fill(
@@ -401,6 +402,13 @@ def _cuts(heads: npt.NDArray[np.void]) -> list[tuple[int, int, int]]:
     rows = texts + heads["model_bytes"]
     ends = rows + heads["rows_bytes"]
     return list(zip(texts.tolist(), rows.tolist(), ends.tolist(), strict=True))
+
+
+@functools.lru_cache(_IDS_KNOWN)
+def _encoded(session_id: str) -> tuple[bytes, int]:
+    """An id as `encode_ids` writes it, and what the checksum of its record begins with."""
+    key = session_id.encode()
+    return _LENGTH.pack(len(key)) + key, crc32(key)
 
 
 def _seed(session_id: str) -> int:

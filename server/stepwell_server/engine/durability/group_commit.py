@@ -26,6 +26,9 @@ _log = Log("engine.commit")
 
 #: A commit expected to take less is made on the event loop: a thread costs more, in waiting for Python's lock.
 COMMIT_IN_PLACE_S = 1e-3
+#: Up to so many records are made on the event loop, although the store's thread writes them: while that thread makes
+#: them it takes Python's lock from the loop, again and again. More of them would hold up the loop for too long.
+MADE_HERE = 512
 #: Records in one transaction at most, unless a single batch has more.
 MOST_TOGETHER = 8192
 #: Commits to an awaited store at the same time.
@@ -47,11 +50,15 @@ class _Item:
     build: Callable[[], Batch]
     size: int
     done: Done
+    made: bool = False
     batch: Batch = _NOTHING
     error: ServerError | None = None
 
     def make(self) -> None:
-        """Build the batch, or note why it could not be."""
+        """Build the batch, unless that was done, or note why it could not be."""
+        if self.made:
+            return
+        self.made = True
         try:
             self.batch = self.build()
         except Exception as error:
@@ -185,6 +192,8 @@ class _Local:
             # a daemon: a store that never comes back must not keep the process from ending
             self._thread = threading.Thread(target=self._work, name="stepwell-store", daemon=True)
             self._thread.start()
+        if item.size <= MADE_HERE:
+            item.make()
         self._queue.put(item)
 
     def close(self, timeout_s: float) -> bool:

@@ -60,6 +60,8 @@ class Pass:
             np.empty((steps, self.row_count, *spec.shape), spec.dtype) for spec in program.outputs
         ]
         """`(steps, rows, ...)`; filled by the executors."""
+        self.is_slice = steps > 1 and any(job.steps_left > steps for job in jobs)
+        """It runs a part of something longer."""
         self.failed: list[FailedUnit] = []
         self.seconds = 0.0
 

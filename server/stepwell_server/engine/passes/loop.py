@@ -22,13 +22,15 @@ from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes.batch import FailedUnit, Pass, starts_of
 from stepwell_server.engine.passes.completion import Completion
 from stepwell_server.engine.passes.inline import Inline
-from stepwell_server.engine.passes.runner import SLICE_S, Runner
+from stepwell_server.engine.passes.runner import SHORT_SLICE_S, SLICE_S, Runner
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Mask
 from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.logs import Log
 
 _log = Log("engine.loop")
+#: So long after something came beside work of many time steps, that is still cut into short slices, in seconds.
+_COMPANY_S = 0.05
 
 
 class PassLoop:
@@ -61,6 +63,8 @@ class PassLoop:
         self._clock = clock
         self._observer = observer
         self._running = False
+        self._company_until = 0.0
+        """Until then long work is cut into short slices."""
         self._idle = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         model.work.listen(self._turn)
@@ -82,6 +86,8 @@ class PassLoop:
             return
         came = self._inline.run_few(self._inbox.drain())
         if came:
+            if self._model.ready.rows_waiting:
+                self._company_until = self._clock.monotonic() + _COMPANY_S
             self._admission.admit(joined_where_alike(came))
         jobs = self._choose() if self._model.ready.rows_waiting else ()
         if jobs:
@@ -98,7 +104,8 @@ class PassLoop:
 
     def _run(self, jobs: Sequence[Job]) -> None:
         try:
-            budget = self._model.cost.times_within(sum(job.row_count for job in jobs), SLICE_S)
+            slice_s = SHORT_SLICE_S if self._clock.monotonic() < self._company_until else SLICE_S
+            budget = self._model.cost.times_within(sum(job.row_count for job in jobs), slice_s)
             work = Pass(self._model.program, jobs, self._model.ready.steps_together(jobs, budget))
         except Exception as error:
             self._fail_all(jobs, error)

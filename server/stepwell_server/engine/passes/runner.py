@@ -23,8 +23,9 @@ from stepwell_server.program import Program
 IN_PLACE_S = 400e-6
 #: Rows are split over threads only in pieces expected to take at least this long.
 PIECE_S = 200e-6
-#: A pass of several time steps is cut so that what arrives meanwhile waits about this long at most.
-SLICE_S = 2e-3
+#: A pass of several time steps is cut so that what arrives meanwhile waits about this long at most: in the company of
+#: others, and alone, when less is lost on cutting.
+SHORT_SLICE_S, SLICE_S = 0.5e-3, 2e-3
 
 
 class Runner:
@@ -36,8 +37,8 @@ class Runner:
         self._pool = pool
 
     def is_small(self, work: Pass) -> bool:
-        """Whether the pass should run in place."""
-        return self._model.cost.of(work.row_count, work.steps) <= IN_PLACE_S
+        """Whether the pass should run in place; a slice of something longer does not, or the loop would do little else."""
+        return not work.is_slice and self._model.cost.of(work.row_count, work.steps) <= IN_PLACE_S
 
     def run_here(self, work: Pass) -> None:
         """Run a pass on the calling thread."""
