@@ -30,7 +30,6 @@ from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.base import BindError, Front
 from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
 from stepwell_server.rpc.fronts.limits import FrontLimits
-from stepwell_server.rpc.fronts.python import PythonFront
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import Settings
 from stepwell_server.store.base import Store, StoreBusy, StoreError
@@ -302,7 +301,12 @@ async def _run(
 def _front(settings: Settings, clock: Clock, open_files: int) -> Front:
     limits = _limits(settings, open_files)
     native = _native_front(settings)
-    return PythonFront(clock, limits) if native is None else native(clock, limits)
+    if native is not None:
+        return native(clock, limits)
+    # Here: it brings grpc, 8 MiB that the native front does not need.
+    from stepwell_server.rpc.fronts.python import PythonFront
+
+    return PythonFront(clock, limits)
 
 
 def _native_front(settings: Settings) -> type[NativeFront] | None:

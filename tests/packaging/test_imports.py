@@ -45,6 +45,12 @@ def test_the_command_line_is_light(tmp_path: Path) -> None:
     assert loaded & (FRAMEWORKS | SERVER_ONLY) == set()
 
 
+def test_the_native_front_needs_no_grpc(tmp_path: Path) -> None:
+    server = "import stepwell_server.app, stepwell_server.rpc.server"
+    assert "grpc" not in modules_after(f"{server}, stepwell_server.rpc.fronts.native", tmp_path)
+    assert "grpc" in modules_after(f"{server}, stepwell_server.rpc.fronts.python", tmp_path)
+
+
 @pytest.mark.parametrize("module", ["app", "settings", "compile.launch", "engine.engine", "rpc.server"])
 def test_the_server_is_imported_without_tensorflow(module: str, tmp_path: Path) -> None:
     loaded = modules_after(f"import stepwell_server.{module}", tmp_path)

@@ -6,12 +6,13 @@ byte.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
-from grpc_reflection.v1alpha import reflection, reflection_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 
 from stepwell_server.rpc.boundary import parse
 
@@ -34,15 +35,25 @@ class ReflectionServicer:
         pool.Add(_v1_file())
         self.services = (pool.FindServiceByName(f"{_V1}.ServerReflection"), _V1ALPHA)
         """Descriptors of the services that this one answers."""
-        names = [service.full_name for service in (*services, *self.services)]
-        self._servicer: Any = reflection.aio.ReflectionServicer(names, pool)
+        self._names = [service.full_name for service in (*services, *self.services)]
+        self._pool = pool
+        self._servicer: Any = None
+        """Made when it is asked for: it brings grpc, 8 MiB that the native front does not need."""
 
     async def server_reflection_info(self, call: Call) -> None:
         """Answer each question."""
+        if self._servicer is None:
+            self._servicer = await asyncio.to_thread(_servicer, self._names, self._pool)
         while (raw := await call.read()) is not None:
             request = parse(reflection_pb2.ServerReflectionRequest, raw)
             async for reply in self._servicer.ServerReflectionInfo(_only(request), None):
                 await call.write(reply.SerializeToString())
+
+
+def _servicer(names: Sequence[str], pool: descriptor_pool.DescriptorPool) -> Any:
+    from grpc_reflection.v1alpha import reflection
+
+    return reflection.aio.ReflectionServicer(names, pool)
 
 
 async def _only(request: Any) -> AsyncIterator[Any]:
