@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -314,10 +315,17 @@ def _native_front(settings: Settings) -> type[NativeFront] | None:
     if settings.front == "python":
         return None
     try:
-        from stepwell_server.rpc.fronts.native import NativeFront
+        from stepwell_server.rpc.fronts.native import VERSION, NativeFront
     except ImportError as error:
         if settings.front == "native":
             raise StartError(f"--front native: stepwell-front cannot be imported: {error}") from error
+        return None
+    own = metadata.version("stepwell")
+    if VERSION != own:
+        problem = f"stepwell-front must be of stepwell's version, {own}; {VERSION} is installed"
+        if settings.front == "native":
+            raise StartError(f"--front native: {problem}")
+        _log.warning(f"the front in Python serves: {problem}")
         return None
     return NativeFront
 

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Self
+from unittest import mock
 
 import grpc.aio
 import numpy as np
@@ -383,3 +384,19 @@ async def test_a_connection_has_so_many_steps_under_way_and_others_are_served(se
                 break
             waiting = [await server.columns()]
         assert await busy.replies(100) == numbers
+
+
+async def test_a_defect_in_one_arrival_does_not_keep_those_behind_it() -> None:
+    from stepwell_server.rpc.fronts import native
+
+    front = native.NativeFront(SystemClock(), FrontLimits(1 << 20))
+    front._steps = steps = mock.create_autospec(Server, instance=True)
+    steps.duplicate.return_value = b"answer"
+    handle = mock.Mock()
+    front._waiting += [(native._REFUSED, "no such reason"), (native._DUPLICATE, 0, handle, 7)]
+    with pytest.raises(KeyError):
+        front._go_on()
+    handle.write.assert_not_called()
+    await asyncio.sleep(0)
+    handle.write.assert_called_once_with(b"answer")
+    assert steps.hold.call_count == steps.go.call_count == 2

@@ -186,6 +186,27 @@ TWO_MODELS = {"plain": PLAIN, "other": dataclasses.replace(PLAIN, fingerprint="o
 
 
 @pytest.mark.stores("memory")
+async def test_after_a_defect_nobody_waits_and_nobody_is_answered_twice() -> None:
+    async with running(TWO_MODELS) as at:
+        columns = Columns(at)
+        await at.open("a", "b", model="plain")
+        await at.open("c", model="other")
+        counted = at.engine.submit
+
+        def broken(change: Change) -> None:
+            if len(columns.changes) == 2:  # all together, which must part, and one of the parts
+                raise RuntimeError("a defect")
+            counted(change)
+
+        at.engine.submit = broken
+        batch = columns.take(["a", "b", "c"], np.ones((3, 2)))
+        await at.settled()
+        applied, failed = set(batch.applied_by_member), set(batch.errors)
+        assert {frozenset(applied), frozenset(failed)} == {frozenset({0, 1}), frozenset({2})}
+        assert {error.code for error in batch.errors.values()} == {13}, "INTERNAL"
+
+
+@pytest.mark.stores("memory")
 async def test_steps_of_each_model_go_together_and_a_frame_of_two_alone() -> None:
     async with running(TWO_MODELS) as at:
         columns = Columns(at)

@@ -36,6 +36,7 @@ from stepwell_server.rpc.status import Status
 if TYPE_CHECKING:
     from stepwell_front import BatchHandle, CallHandle
 
+VERSION = stepwell_front.__version__
 _log = Log("rpc.front")
 #: Bytes of replies that a stream's writer may be ahead of what is on its way.
 _AHEAD_BYTES = 64 << 10

@@ -1,0 +1,37 @@
+"""Which front a server has: the native one only if it is that of the same version."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import cast
+
+import pytest
+
+from stepwell_server import app
+from stepwell_server.settings import Settings
+from support.fronts import needs_native
+
+
+@dataclasses.dataclass
+class Chosen:
+    """What of the settings decides."""
+
+    front: str
+
+
+@needs_native
+@pytest.mark.parametrize("front", ["auto", "native", "python"])
+def test_a_front_of_another_version_is_not_used(
+    front: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from stepwell_server.rpc.fronts import native
+
+    settings = cast(Settings, Chosen(front))
+    assert app._native_front(settings) is (None if front == "python" else native.NativeFront)
+    monkeypatch.setattr(native, "VERSION", "0.0.1")
+    if front == "native":
+        with pytest.raises(app.StartError, match=r"must be of stepwell's version, .*; 0\.0\.1 is installed"):
+            app._native_front(settings)
+    else:
+        assert app._native_front(settings) is None
+        assert ("0.0.1 is installed" in caplog.text) == (front == "auto")
