@@ -321,7 +321,7 @@ def _native_front(settings: Settings) -> type[NativeFront] | None:
             raise StartError(f"--front native: stepwell-front cannot be imported: {error}") from error
         return None
     own = metadata.version("stepwell")
-    if VERSION != own:
+    if own != VERSION:
         problem = f"stepwell-front must be of stepwell's version, {own}; {VERSION} is installed"
         if settings.front == "native":
             raise StartError(f"--front native: {problem}")
