@@ -20,7 +20,7 @@ from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.status import Code, Status
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from support.fronts import needs_native
-from support.http2 import Http2
+from support.http2 import PREFACE, Http2, data, settings
 from support.triton_requests import request
 
 pytestmark = needs_native
@@ -384,6 +384,59 @@ async def test_a_connection_has_so_many_steps_under_way_and_others_are_served(se
                 break
             waiting = [await server.columns()]
         assert await busy.replies(100) == numbers
+
+
+async def cut_off(server: Server, reason: str, begin: bytes, drip: bytes) -> None:
+    """Connect and send `begin`, then `drip` byte by byte, until the server closes the connection for a reason."""
+    host, _, port = server.address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(begin)
+    closed = asyncio.create_task(reader.read())
+    sent = 0
+    while not closed.done():
+        writer.write(drip[sent : sent + 1])
+        sent += 1
+        await asyncio.wait([closed], timeout=0.01)  # the pace of the drip
+    assert (await asyncio.gather(closed, return_exceptions=True))[0] is not None
+    writer.close()
+    assert sent < len(drip)
+    assert dict(server.counts().refused)[reason] == 1
+
+
+@pytest.mark.parametrize("server", [FrontLimits(1 << 20, handshake_s=0.1)], indirect=True)
+async def test_a_peer_that_takes_its_time_to_begin_is_cut_off(server: Server) -> None:
+    # settings of which the last byte never comes
+    await cut_off(
+        server, "handshake", b"", PREFACE + (6 * 4096).to_bytes(3, "big") + bytes([4, *bytes(5 + 6 * 4095)])
+    )
+
+
+@pytest.mark.parametrize(
+    "server", [FrontLimits(1 << 20, keepalive_s=0.1, keepalive_timeout_s=0.1)], indirect=True
+)
+async def test_a_peer_that_sends_and_answers_no_ping_is_cut_off(server: Server) -> None:
+    frame = data(1, bytes(10_000))
+    await cut_off(server, "silent", PREFACE + settings(), frame[:-1])
+
+
+@pytest.mark.parametrize("server", [FrontLimits(1 << 20, calls=4)], indirect=True)
+async def test_calls_of_all_connections_have_a_limit(server: Server) -> None:
+    server.may_answer.clear()
+    async with Client(server) as one, Client(server) as other:  # each has a stream, too
+        under_way = [
+            asyncio.ensure_future(client.infer(asked(number, start=True), timeout=_PATIENCE_S))
+            for number, client in enumerate((one, other))
+        ]
+        assert {await server.handed_on(), await server.handed_on()} == {"0", "1"}
+        while server.counts().now["calls"] < 4:
+            await asyncio.sleep(0.001)
+        with pytest.raises(grpc.aio.AioRpcError, match="overloaded") as refused:
+            await other.infer(asked(2, start=True), timeout=_PATIENCE_S)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(server.counts().refused)["calls"] == 1
+        server.may_answer.set()
+        await asyncio.gather(*under_way)
+        await other.infer(asked(3, start=True), timeout=_PATIENCE_S)
 
 
 async def test_a_defect_in_one_arrival_does_not_keep_those_behind_it() -> None:
