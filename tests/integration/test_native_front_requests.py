@@ -19,6 +19,7 @@ from stepwell_server.rpc.fronts.base import Call, FrontCounts, Method, OutputCol
 from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.status import Code, Status
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
+from support.durable import until
 from support.fronts import needs_native
 from support.http2 import PREFACE, Http2, data, settings
 from support.triton_requests import request
@@ -428,8 +429,7 @@ async def test_calls_of_all_connections_have_a_limit(server: Server) -> None:
             for number, client in enumerate((one, other))
         ]
         assert {await server.handed_on(), await server.handed_on()} == {"0", "1"}
-        while server.counts().now["calls"] < 4:
-            await asyncio.sleep(0.001)
+        await until(lambda: server.counts().now["calls"] == 4)
         with pytest.raises(grpc.aio.AioRpcError, match="overloaded") as refused:
             await other.infer(asked(2, start=True), timeout=_PATIENCE_S)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
