@@ -6,7 +6,6 @@ Each rule is a function that yields one line per finding. The script prints them
 from __future__ import annotations
 
 import ast
-import dataclasses
 import re
 import subprocess
 import sys
@@ -163,9 +162,9 @@ def changelog_has_the_version() -> Iterator[str]:
 
 def environment_variables_are_documented() -> Iterator[str]:
     """Every variable that the server reads is in a document, and no document names another."""
-    from stepwell_server.settings import Settings, variable_of
+    from stepwell_server.cli.serve import serve
 
-    read = {variable_of(field.name) for field in dataclasses.fields(Settings)}
+    read = {str(parameter.envvar) for parameter in serve.params if parameter.envvar}
     for name in modules():
         if name.startswith(("client/", "server/")):
             read.update(VARIABLE.findall(text_of(name)))

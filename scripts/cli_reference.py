@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 import click
 
 from stepwell.cli import main as root
-from stepwell.cli.serve import PassedOn
+from stepwell.cli._of_server import OfServer
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 WIDTH = 100
@@ -58,30 +56,14 @@ def page() -> str:
 
 def walk(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
     """Every command with its help, depth first."""
-    yield context.command_path, help_text(command, context)
+    yield context.command_path, command.get_help(context)
     if not isinstance(command, click.Group):
         return
     for name in command.list_commands(context):
         child = command.commands[name]
+        if isinstance(child, OfServer):
+            child = child.load()
         yield from walk(child, click.Context(child, info_name=name, parent=context, terminal_width=WIDTH))
-
-
-def help_text(command: click.Command, context: click.Context) -> str:
-    """What `--help` prints; the server tells its own."""
-    return server_help(command) if isinstance(command, PassedOn) else command.get_help(context)
-
-
-def server_help(command: click.Command) -> str:
-    """What `stepwell serve --help` prints, or the like, at the page's width whatever the terminal's."""
-    finished = subprocess.run(
-        [sys.executable, "-m", "stepwell", str(command.name), "--help"],
-        env={**os.environ, "COLUMNS": str(WIDTH), "NO_COLOR": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    return finished.stdout
 
 
 if __name__ == "__main__":

@@ -1,37 +1,23 @@
-"""``python -m stepwell_server``, and what ``stepwell serve`` calls."""
+"""``python -m stepwell_server`` is ``stepwell serve``."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from stepwell_server.settings import SettingsError, read_settings
+from stepwell.cli import main as stepwell
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "python -m stepwell_server") -> int:
-    """Serve until told to stop.
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Serve until told to stop, and exit.
 
     Args:
-        argv: the arguments; those of the process if None.
-        prog: how the program is called, for its help.
-
-    Returns:
-        The exit code: 0 after a stop by signal, 2 if the server could not be started, 1 after a defect.
+        arguments: those of the process if None.
     """
-    try:
-        settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ, prog)
-    except SettingsError as error:
-        sys.stderr.write(f"stepwell: {error}\n")
-        return 2
-    except SystemExit as exit_:  # argparse has printed the help or the version
-        return exit_.code if isinstance(exit_.code, int) else 0
-    # gRPC would write lines of its own into the log, one for each handshake of TLS that fails
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from stepwell_server.app import serve
-
-    return serve(settings)
+    stepwell(["serve", *(sys.argv[1:] if arguments is None else arguments)], prog_name="stepwell")
+    raise AssertionError("click has exited")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

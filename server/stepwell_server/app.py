@@ -67,26 +67,24 @@ class _Observer(PrometheusObserver):
 
 
 def serve(settings: Settings) -> int:
-    """Serve until a signal says stop. Returns the exit code."""
+    """Serve until a signal says stop. Returns the exit code.
+
+    Raises:
+        StartError: it cannot start.
+        KeyboardInterrupt: a signal came before it was ready.
+    """
     configure(settings.log_level, settings.log_format)
-    try:
-        _require_free("--listen", settings.listen)
-        _require_reach(settings)
-        if settings.metrics_listen is not None:
-            _require_free("--metrics-listen", settings.metrics_listen)
-        certificates = _certificates(settings)
-        clock = SystemClock()
-        with _signals_interrupt():
-            store = _open_store(settings, clock)
-            programs = _compile(settings)
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(_run(settings, programs, store, clock, certificates))
-    except StartError as error:
-        sys.stderr.write(f"stepwell: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("stepwell: stopped before it was ready\n")
-        return 1
+    _require_free("--listen", settings.listen)
+    _require_reach(settings)
+    if settings.metrics_listen is not None:
+        _require_free("--metrics-listen", settings.metrics_listen)
+    certificates = _certificates(settings)
+    clock = SystemClock()
+    with _signals_interrupt():
+        store = _open_store(settings, clock)
+        programs = _compile(settings)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_run(settings, programs, store, clock, certificates))
 
 
 def _certificates(settings: Settings) -> CertificateFiles | None:

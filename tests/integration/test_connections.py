@@ -251,7 +251,7 @@ def test_files_of_tls_that_cannot_be_used_stop_the_start(front: str, authority: 
     with serve("--front", front, *files, "--log-level", "error", ready=False) as server:
         code, out, err = server.finish()
     assert (code, out) == (2, "")
-    assert err.startswith(f"stepwell: --tls-key: {message}")
+    assert err.startswith(f"stepwell: error: --tls-key: {message}")
     assert err.count("\n") == 1
 
 
@@ -296,7 +296,7 @@ def test_a_unix_socket_is_an_address_like_any_other(front: str, tmp_path: Path) 
         assert code == 2
         assert (
             err
-            == f"stepwell: --listen: cannot listen on {server.address}: it is in use: a server listens there\n"
+            == f"stepwell: error: --listen: cannot listen on {server.address}: it is in use: a server listens there\n"
         )
         server.signal(signal.SIGKILL)
         server.finish()

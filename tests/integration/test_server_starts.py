@@ -30,7 +30,7 @@ def _refused(*arguments: str, environment: Mapping[str, str] | None = None) -> s
         code, out, err = server.finish()
     assert code == 2, err
     assert out == ""
-    assert err.startswith("stepwell: ")
+    assert err.startswith("stepwell: error: ")
     (line,) = err.splitlines()
     return line
 
@@ -82,9 +82,11 @@ def test_settings_that_cannot_be_used(tmp_path: Path) -> None:
     path.write_bytes(b"")
     assert "STEPWELL_MODELS" in _refused()
     assert _refused(f"x={path}", environment={"STEPWELL_RESIDENT_ROWS": "many"}).startswith(
-        "stepwell: STEPWELL_RESIDENT_ROWS must be a whole number, 1 or more; got 'many'"
+        "stepwell: error: Invalid value for STEPWELL_RESIDENT_ROWS: 'many' is not a valid integer range"
     )
-    assert "--data-dir: with --store memory" in _refused(f"x={path}", "--store", "memory", "--data-dir", "d")
+    assert "'--data-dir': with '--store' memory" in _refused(
+        f"x={path}", "--store", "memory", "--data-dir", "d"
+    )
     assert "does not exist" in _refused("x=nowhere.keras")
 
 
@@ -94,7 +96,7 @@ def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     path = tmp_path / "x.keras"
     path.write_bytes(whole[: len(whole) // 2])
     line = _refused(f"x={path}", "--cache-dir", str(tmp_path / "cache"))
-    assert line.startswith("stepwell: model x: ")
+    assert line.startswith("stepwell: error: model x: ")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_a_model_over_a_limit(tmp_path: Path, option: str, value: str) -> None:
     variable = "STEPWELL_" + option.replace("-", "_").upper()
     base = (f"x={forecast().path}", "--cache-dir", str(tmp_path / "cache"), "--listen", "127.0.0.1:0")
     line = _refused(*base, environment={variable: value})
-    assert line.startswith(f"stepwell: model x: {forecast().path}: ")
+    assert line.startswith(f"stepwell: error: model x: {forecast().path}: ")
     assert f"(--{option})" in line
 
 
@@ -130,7 +132,7 @@ def test_the_front_in_python_is_reached_from_elsewhere_only_if_it_is_asked_for(t
         f"x={forecast().path}", "--listen", "0.0.0.0:0", environment={"PYTHONPATH": str(tmp_path)}
     )
     assert line.startswith(
-        "stepwell: --listen: without the native front, which is not installed, it must be a loopback"
+        "stepwell: error: --listen: without the native front, which is not installed, it must be a loopback"
     )
     assert line.endswith("got 0.0.0.0:0")
     # a data folder that is none ends this start before anything listens
@@ -167,5 +169,5 @@ def test_a_signal_while_a_model_is_compiled_leaves_nothing_behind(
         code, out, err = server.finish()
     assert children
     assert (code, out) == (1, "")
-    assert err.splitlines()[-1] == "stepwell: stopped before it was ready"
+    assert err.splitlines()[-1] == "stepwell: error: stopped before it was ready"
     assert not any(Path(f"/proc/{child}").exists() for child in children)

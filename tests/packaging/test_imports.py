@@ -51,6 +51,12 @@ def test_the_native_front_needs_no_grpc(tmp_path: Path) -> None:
     assert "grpc" in modules_after(f"{server}, stepwell_server.rpc.fronts.python", tmp_path)
 
 
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_help_of_the_servers_commands_needs_none_of_its_packages(command: str, tmp_path: Path) -> None:
+    loaded = modules_after(f"import stepwell_server.cli.{command}", tmp_path)
+    assert loaded & (FRAMEWORKS | SERVER_ONLY - {"stepwell_server"}) == set()
+
+
 @pytest.mark.parametrize("module", ["app", "settings", "compile.launch", "engine.engine", "rpc.server"])
 def test_the_server_is_imported_without_tensorflow(module: str, tmp_path: Path) -> None:
     loaded = modules_after(f"import stepwell_server.{module}", tmp_path)

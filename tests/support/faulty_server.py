@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lmdb
 import numpy as np
@@ -180,15 +180,15 @@ DEFECTS: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Break something, then serve."""
     control, defect, jump_s, *arguments = sys.argv[1:]
     install(Faults(control, float(jump_s)))
     DEFECTS[defect]()
     from stepwell_server.__main__ import main as serve
 
-    return serve(arguments)
+    serve(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

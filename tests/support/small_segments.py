@@ -8,11 +8,12 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 from stepwell_server.store.disk.store import DiskStore
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Replace how large segments are unless someone says so, and serve."""
     segment_bytes, *arguments = sys.argv[1:]
     defaults = DiskStore.__init__.__kwdefaults__
@@ -21,8 +22,8 @@ def main() -> int:
     defaults["segment_bytes"] = int(segment_bytes)
     from stepwell_server.__main__ import main as serve
 
-    return serve(arguments)
+    serve(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,7 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from stepwell.cli import _help, main, serve
+from stepwell.cli import _help, _of_server, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,16 +24,19 @@ def walk(
     yield path, command
     if isinstance(command, click.Group):
         for name, child in command.commands.items():
-            yield from walk(child, (*path, name))
+            loaded = child.load() if isinstance(child, _of_server.OfServer) else child
+            yield from walk(loaded, (*path, name))
 
 
 COMMANDS = dict(walk(main))
-OWN = {path: command for path, command in COMMANDS.items() if path not in {("serve",), ("check",)}}
+OF_CLIENTS = [
+    path for path in COMMANDS if path and not isinstance(main.commands[path[0]], _of_server.OfServer)
+]
 
 
-@pytest.mark.parametrize("path", OWN, ids=" ".join)
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_every_command_has_help_that_teaches(path: tuple[str, ...]) -> None:
-    command = OWN[path]
+    command = COMMANDS[path]
     text = CliRunner().invoke(main, [*path, "--help"]).output
 
     assert command.help
@@ -42,9 +45,9 @@ def test_every_command_has_help_that_teaches(path: tuple[str, ...]) -> None:
     assert isinstance(command, _help.Group) or "Exit codes:" in text
 
 
-@pytest.mark.parametrize("path", OWN, ids=" ".join)
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_every_option_and_json_key_is_explained(path: tuple[str, ...]) -> None:
-    command = OWN[path]
+    command = COMMANDS[path]
     options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
 
     assert all(option.help for option in options)
@@ -53,9 +56,9 @@ def test_every_option_and_json_key_is_explained(path: tuple[str, ...]) -> None:
         assert command.json_keys
 
 
-@pytest.mark.parametrize("path", OWN, ids=" ".join)
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_every_example_is_a_command_line_that_parses(path: tuple[str, ...]) -> None:
-    command = OWN[path]
+    command = COMMANDS[path]
     assert isinstance(command, _help.Command | _help.Group)
 
     for example in command.examples:
@@ -67,9 +70,9 @@ def test_every_example_is_a_command_line_that_parses(path: tuple[str, ...]) -> N
         )
 
 
-@pytest.mark.parametrize("path", OWN, ids=" ".join)
-def test_all_commands_but_serve_take_the_server(path: tuple[str, ...]) -> None:
-    command = OWN[path]
+@pytest.mark.parametrize("path", OF_CLIENTS, ids=" ".join)
+def test_all_commands_of_clients_take_the_server(path: tuple[str, ...]) -> None:
+    command = COMMANDS[path]
     if not isinstance(command, click.Group):
         assert {"--server", "--timeout-s", "--json"} <= {
             name for option in command.params for name in option.opts
@@ -132,7 +135,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_serve_without_its_packages_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "server_packages", lambda: ["click", "no-such-package"])
+    monkeypatch.setattr(_of_server, "server_packages", lambda: ["click", "no-such-package"])
 
     result = CliRunner().invoke(main, ["serve", "m=x.keras"])
 
@@ -144,39 +147,12 @@ def test_serve_without_its_packages_says_how_to_get_them(monkeypatch: pytest.Mon
 
 
 def test_serve_knows_what_it_needs() -> None:
-    assert {"tensorflow", "ai-edge-litert"} <= set(serve.server_packages())
-
-
-def test_serve_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    passed: list[list[str]] = []
-
-    class Server:
-        @staticmethod
-        def main(arguments: list[str], prog: str) -> int:
-            assert prog == "stepwell serve"
-            passed.append(arguments)
-            return 7
-
-    monkeypatch.setattr("importlib.import_module", lambda name: Server)
-    arguments = ["m=a.keras", "--listen", "127.0.0.1:0", "--version", "--", "-x"]
-
-    result = CliRunner().invoke(main, ["serve", *arguments])
-
-    assert (result.exit_code, passed) == (7, [arguments])
-
-
-def test_help_of_serve_is_the_servers_with_examples() -> None:
-    result = CliRunner().invoke(main, ["serve", "--help"])
-
-    assert result.exit_code == 0
-    assert "STEPWELL_LISTEN" in result.output
-    assert "Examples:" in result.output
-    assert "Exit codes:" in result.output
+    assert {"tensorflow", "ai-edge-litert"} <= set(_of_server.server_packages())
 
 
 def test_a_server_that_cannot_start_says_so() -> None:
     result = CliRunner().invoke(main, ["serve", "m=gone.keras"])
 
     assert result.exit_code == 2
-    assert result.stderr.startswith("stepwell: ")
+    assert result.stderr.startswith("stepwell: error: ")
     assert "gone.keras does not exist" in result.stderr

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from stepwell_server.errors import Unavailable
-from stepwell_server.settings import read_settings
 from stepwell_server.store.awaited import AwaitedStore
 from stepwell_server.store.base import ALL_KEPT, Batch, Committed, End, Outcome, Store, StoreBusy, Tombstone
 from stepwell_server.store.disk.store import DiskStore
@@ -104,10 +103,3 @@ def test_the_kinds_of_stores(tmp_path: Path) -> None:
     with pytest.raises(StoreBusy, match="listening at here:1"):
         opened("sync", tmp_path / "data")
     disk.local.close()  # type: ignore[union-attr]
-
-
-def test_the_disk_by_its_former_name(tmp_path: Path) -> None:
-    model = tmp_path / "m.keras"
-    model.touch()
-    for name in ("disk", "lmdb"):
-        assert read_settings([f"m={model}", "--store", name, "--data-dir", "/x"], {}).store == "disk"

@@ -6,8 +6,10 @@
     _errors.py    every expected error as one line on stderr and an exit code
     _target.py    --server and --timeout-s, and the connection they make
     _values.py    inputs on the command line: JSON, files, stdin
+    _types.py     times and sizes
     _render.py    tables for people, JSON for programs
-    serve.py models.py sessions.py step.py state.py bench/    the commands
+    _of_server.py commands that the server's package has: serve, check
+    models.py sessions.py step.py state.py bench/    the other commands
 """
 
 from stepwell.cli._root import main

@@ -8,10 +8,9 @@ from typing import Any
 import click
 
 from stepwell.cli import _errors, _help
+from stepwell.cli._of_server import OfServer
 from stepwell.cli.bench import bench
-from stepwell.cli.check import check
 from stepwell.cli.models import models
-from stepwell.cli.serve import serve
 from stepwell.cli.sessions import sessions
 from stepwell.cli.state import state
 from stepwell.cli.step import step
@@ -73,5 +72,13 @@ def main() -> None:
     """
 
 
-for command in (serve, check, models, sessions, step, state, bench):
+for command in (
+    OfServer("serve", "Serve Keras models.", "serving"),
+    OfServer("check", "Prove that a Keras model may be stepped.", "checking"),
+    models,
+    sessions,
+    step,
+    state,
+    bench,
+):
     main.add_command(command)

@@ -14,7 +14,9 @@ from stepwell_server.store.memory import MemoryStore
 Kind = Literal["disk", "memory"]
 
 
-def open_store(kind: Kind, *, data_dir: Path, durability: Literal["sync", "async"], clock: Clock) -> Store:
+def open_store(
+    kind: Kind, *, data_dir: Path | None, durability: Literal["sync", "async"], clock: Clock
+) -> Store:
     """Open a store, or make it if it is not there.
 
     A change that was acknowledged survives, on disk, the loss of power (`sync`) or the end of the process (`async`).
@@ -23,6 +25,6 @@ def open_store(kind: Kind, *, data_dir: Path, durability: Literal["sync", "async
         StoreBusy: another server uses it.
         StoreError: it cannot be opened.
     """
-    if kind == "memory":
+    if kind == "memory" or data_dir is None:
         return AwaitedStore(MemoryStore())
     return AwaitedStore(DiskStore(data_dir, durability=durability, clock=clock))

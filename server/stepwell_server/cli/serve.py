@@ -1,0 +1,290 @@
+"""`stepwell serve`: serve models until a signal says stop."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from stepwell.cli._errors import SERVER_ERROR, Failure
+from stepwell.cli._help import Command
+from stepwell.cli._types import Duration, Size
+from stepwell_server.cli.setting import ModelsArgument, given, origin, setting
+from stepwell_server.cli.values import AnyAddress, DataFile, ModelName, ModuleName, Named, PathOf, TcpAddress
+from stepwell_server.settings import Settings, SettingsError
+
+FILE, FOLDER = PathOf("file"), PathOf("dir")
+ROWS = COUNT = click.IntRange(1, 10**18)
+_WINS = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
+"""Sources of a value; the first one has it."""
+
+
+class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 knows no other
+    """disk or memory."""
+
+    def __init__(self) -> None:
+        super().__init__(["disk", "memory"])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it; lmdb is what disk was called before there was a write-ahead log."""
+        return super().convert("disk" if value == "lmdb" else value, param, ctx)
+
+
+@click.command(
+    cls=Command,
+    short_help="Serve Keras models.",
+    examples=(
+        "stepwell serve forecast=model.keras",
+        "stepwell serve forecast=a.keras words=b.keras --listen 127.0.0.1:50052",
+        "stepwell serve forecast=model.keras --import my_layers --metrics-listen 127.0.0.1:9100",
+    ),
+    exit_codes=(
+        ("0", "stopped by SIGTERM or Ctrl-C, after finishing what was queued"),
+        ("1", "stopped before it was ready, by a defect, or because the store is gone"),
+        ("2", "it cannot start: the command line, a model, an address, or packages that are missing"),
+    ),
+)
+@click.argument(
+    "models",
+    cls=ModelsArgument,
+    nargs=-1,
+    metavar="NAME=PATH.keras...",
+    envvar="STEPWELL_MODELS",
+    type=Named("NAME=PATH.keras", FILE),
+)
+@setting(
+    "--listen",
+    metavar="ADDRESS",
+    type=AnyAddress(),
+    help="Address to serve gRPC on: HOST:PORT, where port 0 lets the system choose and the line on stdout says which; or "
+    "unix:PATH, a socket for users of the server's account only.",
+)
+@setting(
+    "--tls-cert",
+    metavar="FILE",
+    type=FILE,
+    help="Certificate of the server in PEM, followed by those between it and its CA: callers must speak TLS then. It is "
+    "read again when it changes.",
+)
+@setting("--tls-key", metavar="FILE", type=FILE, help="Private key of --tls-cert in PEM, not encrypted.")
+@setting(
+    "--tls-client-ca",
+    metavar="FILE",
+    type=FILE,
+    help="Certificates of CAs in PEM: callers must show a certificate that one of them has signed.",
+)
+@setting(
+    "--max-connection-age-s",
+    metavar="TIME",
+    type=Duration(),
+    help="Time, give or take a tenth, after which a connection takes no more calls and its client is to make a new one; 0 "
+    "means never.",
+)
+@setting(
+    "--max-connection-age-grace-s",
+    metavar="TIME",
+    type=Duration(),
+    help="Time that calls of such a connection have to end before it is closed.",
+)
+@setting(
+    "--front",
+    type=click.Choice(["auto", "native", "python"]),
+    help="What speaks to the network: native, the front in Rust; python, grpc.aio, which is slower; auto, native where it "
+    "is installed.",
+)
+@setting(
+    "--store",
+    type=Store(),
+    help="Where sessions are kept: on disk under --data-dir, or in memory, where they end with the server.",
+)
+@setting(
+    "--data-dir",
+    metavar="DIR",
+    type=FOLDER,
+    help="Folder of the store on disk, for one server at a time. Default: stepwell in the user's data folder.",
+)
+@setting(
+    "--durability",
+    type=click.Choice(["sync", "async"]),
+    help="What an acknowledged change survives on disk: sync, the loss of power too; async, kill -9.",
+)
+@setting(
+    "--max-batch-rows",
+    metavar="N",
+    type=ROWS,
+    help="Rows that run together at most, over all sessions of a pass.",
+)
+@setting(
+    "--resident-rows",
+    metavar="N",
+    type=ROWS,
+    help="Rows of state kept ready to step, per model; sessions beyond are paged out until they are stepped. Default: "
+    "65536, or as many as take a quarter of the memory.",
+)
+@setting(
+    "--max-session-idle-s",
+    metavar="TIME",
+    type=Duration(),
+    help="Time after which an unused session expires; 0 means never.",
+)
+@setting(
+    "--compute-threads",
+    metavar="N",
+    type=COUNT,
+    help="Threads that run models. Default: as many as there are cores.",
+)
+@setting(
+    "--metrics-listen",
+    metavar="HOST:PORT",
+    type=TcpAddress(),
+    help="Address to serve Prometheus metrics on. Default: nowhere.",
+)
+@setting(
+    "--import",
+    "imports",
+    metavar="MODULE",
+    multiple=True,
+    type=ModuleName(),
+    help="Module to import before a model is loaded, for its own layers and functions. May be given again.",
+)
+@setting(
+    "--probe-steps",
+    metavar="NAME=N",
+    multiple=True,
+    type=Named("NAME=N", click.IntRange(1, 100_000)),
+    help="Time steps over which a model is compared with Keras when it is compiled, if more than 512 and twice what its "
+    "layers reach.",
+)
+@setting(
+    "--trust-causality",
+    metavar="NAME",
+    multiple=True,
+    type=ModelName(),
+    help="Model to serve although its graph does not prove that it may be stepped. It is still compared with Keras. May "
+    "be given again.",
+)
+@setting(
+    "--check-with",
+    metavar="NAME=FILE.npy",
+    multiple=True,
+    type=Named("NAME=FILE.npy", DataFile("file")),
+    help="Sequences of your own, (batch, T, features), or an .npz of them by the names of the inputs: the start is "
+    "refused if stepping the model through them differs from Keras.",
+)
+@setting(
+    "--cache-dir",
+    metavar="DIR",
+    type=FOLDER,
+    help="Folder for compiled models. Default: stepwell in the user's cache folder.",
+)
+@setting(
+    "--max-model-bytes",
+    metavar="SIZE",
+    type=Size(1),
+    help="What a model's file may hold when it is unpacked; a larger one is refused.",
+)
+@setting(
+    "--max-compile-memory-bytes",
+    metavar="SIZE",
+    type=Size(1),
+    help="Memory that compiling a model may take. Default: three quarters of what there is. Linux only.",
+)
+@setting(
+    "--compile-timeout-s",
+    metavar="TIME",
+    type=Duration(),
+    help="Time that compiling a model may take; 0 means as long as it takes.",
+)
+@setting("--max-message-bytes", metavar="SIZE", type=Size(1024), help="Size of a request or reply at most.")
+@setting(
+    "--max-connections",
+    metavar="N",
+    type=COUNT,
+    help="Connections at most; more are closed at once. Default: 16384, or as many as the limit of open files leaves "
+    "room for. The native front only.",
+)
+@setting(
+    "--max-calls-per-connection",
+    metavar="N",
+    type=COUNT,
+    help="Calls that one connection may have under way; more of them wait at the client.",
+)
+@setting(
+    "--max-held-bytes",
+    metavar="SIZE",
+    type=Size(1024),
+    help="Bytes of requests and replies in memory, of all calls; beyond, calls are refused with a delay. Default: 256 "
+    "MiB, or four times --max-message-bytes if that is more. The native front only.",
+)
+@setting(
+    "--drain-timeout-s",
+    metavar="TIME",
+    type=Duration(),
+    help="Time that a stopping server gives to work which is queued.",
+)
+@setting(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="debug: every request; info: every session.",
+)
+@setting(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    help="Lines of key=value, or one JSON object per line.",
+)
+@click.pass_context
+def serve(ctx: click.Context, /, **_values: Any) -> None:
+    """Serve recurrent Keras models, one state per session, over gRPC.
+
+    NAME is what clients call a model, PATH the file that Keras saved; give as many as you like. Each option has an
+    environment variable, named in its help; STEPWELL_MODELS is that of the models. What may be given again has commas
+    between the values there. The command line wins.
+
+    A TIME is a number of seconds or has units, as in 500ms, 90s or 1h30m; a SIZE is a number of bytes or has one, as
+    in 512MiB or 2GB.
+    """
+    try:
+        settings = settings_of(ctx)
+        settings.require_models()
+    except SettingsError as error:
+        raise Failure(str(error)) from None
+    # gRPC would write lines of its own into the log, one for each handshake of TLS that fails
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from stepwell_server import app
+
+    try:
+        ctx.exit(app.serve(settings))
+    except app.StartError as error:
+        raise Failure(str(error)) from None
+    except KeyboardInterrupt:
+        raise Failure("stopped before it was ready", SERVER_ERROR) from None
+
+
+def settings_of(ctx: click.Context) -> Settings:
+    """The settings that a command was given.
+
+    Raises:
+        SettingsError: they contradict each other.
+    """
+    values = given(ctx)
+    if values.get("store") == "memory" and "data_dir" in values:
+        leave_one(ctx, values)
+    return Settings(**values)
+
+
+def leave_one(ctx: click.Context, values: dict[str, Any]) -> None:
+    """Of a data folder and the store in memory leave that which wins; nobody can mean both."""
+    store, data_dir = (
+        next(parameter for parameter in ctx.command.params if parameter.name == name)
+        for name in ("store", "data_dir")
+    )
+    ranks = [
+        _WINS.index(source) for p in (store, data_dir) if (source := ctx.get_parameter_source(str(p.name)))
+    ]
+    if ranks[0] == ranks[1]:
+        raise SettingsError(
+            f"{origin(ctx, data_dir)}: with {origin(ctx, store)} memory nothing is kept on disk; give one of the two"
+        )
+    del values["data_dir" if ranks[0] < ranks[1] else "store"]

@@ -1,0 +1,212 @@
+"""The types of values that settings have, as they are written on the command line, in variables and in the config file."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from stepwell.cli._types import ParamType
+from stepwell_server.addresses import Address, UnixAddress
+from stepwell_server.settings import expanded
+
+_MODEL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_NAME_RULE = "a name of 1 to 128 letters, digits, _, - or ."
+_LONGEST_SOCKET_PATH = 107
+"""Bytes that Linux has room for."""
+
+
+class Text(ParamType):
+    """A value that is read from a text. Of several in one variable there are commas between them."""
+
+    rule = ""
+    """What the text must be."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it; what has been read already stays."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self.read(value)
+        except ValueError as error:
+            self.fail(f"must be {str(error) or self.rule}; got {value!r}", param, ctx)
+
+    def read(self, text: str) -> Any:
+        """The value of a text.
+
+        Raises:
+            ValueError: it has none. The message says what it must be, if that is not `rule`.
+        """
+        raise NotImplementedError
+
+    def split_envvar_value(self, rv: str) -> Sequence[str]:
+        """See `click.ParamType.split_envvar_value`."""
+        return [item.strip() for item in rv.split(",")]
+
+
+class TcpAddress(Text):
+    """HOST:PORT, as an `Address`."""
+
+    name = "address"
+    rule = "HOST:PORT, or [HOST]:PORT for IPv6, with a port from 0 to 65535"
+
+    def read(self, text: str) -> Address:
+        """See `Text.read`."""
+        host, _, port = text.rpartition(":")
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        if (
+            not bare
+            or not re.fullmatch(r"\d{1,5}", port)
+            or int(port) > 65535
+            or (":" in bare) is (bare == host)
+        ):
+            raise ValueError
+        return Address(bare, int(port))
+
+
+class AnyAddress(TcpAddress):
+    """HOST:PORT or unix:PATH, as an `Address` or a `UnixAddress`."""
+
+    rule = f"{TcpAddress.rule}, or unix:PATH"
+
+    def read(self, text: str) -> Address | UnixAddress:  # type: ignore[override]
+        """See `Text.read`."""
+        kind, _, path = text.partition(":")
+        if kind != "unix":
+            return super().read(text)
+        if path.startswith("//"):  # a URL; without a host, so that a third slash begins the path
+            path = path[2:] if path.startswith("///") else ""
+        path = os.path.abspath(path) if path and "\0" not in path else ""
+        if not path or len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+            raise ValueError(
+                f"unix:PATH or unix:///PATH, the path made absolute of at most {_LONGEST_SOCKET_PATH} bytes"
+            )
+        return UnixAddress(path)
+
+
+class PathOf(Text):
+    """A path; ~ is a home.
+
+    Args:
+        what: "file" or "dir", for shells that complete it.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.name = what
+
+    def read(self, text: str) -> Path:
+        """See `Text.read`."""
+        try:
+            if text:
+                return expanded(text)
+        except LookupError as error:
+            raise ValueError(f"a path that can be found: {error}") from None
+        raise ValueError("a path")
+
+    def shell_complete(
+        self,
+        ctx: click.Context,  # noqa: ARG002 - click's signature
+        param: click.Parameter,  # noqa: ARG002
+        incomplete: str,
+    ) -> list[CompletionItem]:
+        """Leave it to the shell."""
+        return [CompletionItem(incomplete, type=self.name)]
+
+
+class DataFile(PathOf):
+    """A file of sequences that exists."""
+
+    def read(self, text: str) -> Path:
+        """See `Text.read`."""
+        file = super().read(text)
+        if file.suffix not in {".npy", ".npz"} or not file.is_file():
+            raise ValueError("an .npy or .npz file that exists")
+        return file
+
+
+class ModelName(Text):
+    """The name of a model."""
+
+    name = "name"
+    rule = f"the name of a model, {_NAME_RULE}"
+
+    def read(self, text: str) -> str:
+        """See `Text.read`."""
+        if not _MODEL_NAME.fullmatch(text):
+            raise ValueError
+        return text
+
+
+class ModuleName(Text):
+    """The name of a module of Python."""
+
+    name = "module"
+    rule = "the name of a module"
+
+    def read(self, text: str) -> str:
+        """See `Text.read`."""
+        if not all(word.isidentifier() for word in text.split(".")):
+            raise ValueError
+        return text
+
+
+class Named(Text):
+    """NAME=VALUE with the name of a model; several become a dict.
+
+    Args:
+        form: How it is written, such as "NAME=PATH".
+        of: What the value is.
+    """
+
+    name = "named"
+
+    def __init__(self, form: str, of: ParamType) -> None:
+        self.form = form
+        self.of = of
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Any]:
+        """Read the name, and have the value read."""
+        name, _, text = value.partition("=")
+        if not text:
+            example = f", such as {Path(value).stem}={value}" if value.endswith(".keras") else ""
+            self.fail(f"must be {self.form}{example}; got {value!r}", param, ctx)
+        if not _MODEL_NAME.fullmatch(name):
+            self.fail(f"must be {self.form} with {_NAME_RULE}; got {value!r}", param, ctx)
+        try:
+            return name, self.of.convert(text, param, ctx)
+        except click.BadParameter as error:
+            self.fail(f"{value!r}: {error.message}", param, ctx)
+
+    def collected(
+        self, pairs: Sequence[tuple[str, Any]], param: click.Parameter, ctx: click.Context
+    ) -> dict[str, Any]:
+        """All of them, each name once."""
+        values: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in values:
+                self.fail(f"must be {self.form} with different names; got {name!r} twice", param, ctx)
+            values[name] = value
+        return values
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Files after the name. Where the shell takes NAME= for a part of the word, they are found here."""
+        name, equals, begun = incomplete.partition("=")
+        if not isinstance(self.of, PathOf):
+            return []
+        if not equals:
+            return self.of.shell_complete(ctx, param, incomplete)
+        found = sorted(glob.glob(f"{glob.escape(begun)}*"))
+        return [
+            CompletionItem(f"{name}={path}{'/' if os.path.isdir(path) else ''}", type="plain")
+            for path in found
+        ]
