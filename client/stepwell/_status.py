@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 import grpc
 from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
 
-from stepwell import _google_rpc, _tls, errors
+from stepwell import _tls, errors
 from stepwell.v1 import errors_pb2
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -167,7 +168,7 @@ def from_message(error: errors_pb2.Error) -> errors.StepwellError:
 
 def _with_details(status: Status, encoded: bytes) -> Status:
     try:
-        details = _google_rpc.Status.FromString(encoded).details
+        details = status_pb2.Status.FromString(encoded).details
         for detail in details:
             status = _with_detail(status, detail.type_url.rpartition("/")[2], detail.value)
     except DecodeError:
@@ -178,9 +179,9 @@ def _with_details(status: Status, encoded: bytes) -> Status:
 
 def _with_detail(status: Status, name: str, value: bytes) -> Status:
     if name == "google.rpc.ErrorInfo":
-        info = _google_rpc.ErrorInfo.FromString(value)
+        info = error_details_pb2.ErrorInfo.FromString(value)
         return dataclasses.replace(status, reason=info.reason, metadata=dict(info.metadata))
     if name == "google.rpc.RetryInfo":
-        delay = _google_rpc.RetryInfo.FromString(value).retry_delay
+        delay = error_details_pb2.RetryInfo.FromString(value).retry_delay
         return dataclasses.replace(status, retry_after_s=delay.seconds + delay.nanos / 1e9)
     return status

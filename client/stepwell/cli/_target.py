@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from stepwell.cli._render import working
+from stepwell.cli._types import Duration
 
 if TYPE_CHECKING:
     from stepwell import Client, TlsConfig
@@ -116,8 +117,8 @@ def server_options(function: Function) -> Function:
         ),
         click.option(
             "--timeout-s",
-            metavar="SECONDS",
-            type=float,
+            metavar="TIME",
+            type=Duration(),
             default=DEFAULT_TIMEOUT_S,
             show_default=True,
             callback=check_timeout,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,21 +12,11 @@ from stepwell.cli import _render
 from stepwell.cli._errors import INTERRUPTED, SERVER_ERROR, Failure
 from stepwell.cli._help import Command
 from stepwell.cli._target import Target, json_option, server_options
+from stepwell.cli._types import Duration
 from stepwell.cli.bench import plan as plans
 
 if TYPE_CHECKING:
     from stepwell.cli.bench.plan import Mode, Plan
-
-
-class Seconds(click.FloatRange):
-    """A number of seconds in a range; NaN is in none."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read and check it."""
-        seconds = super().convert(value, param, ctx)
-        if math.isnan(seconds):
-            self.fail(f"{value} is not a number of seconds.", param, ctx)
-        return seconds
 
 
 @click.command(
@@ -110,16 +99,16 @@ class Seconds(click.FloatRange):
 )
 @click.option(
     "--duration-s",
-    metavar="SECONDS",
-    type=Seconds(0.1, plans.MAX_SECONDS),
+    metavar="TIME",
+    type=Duration(0.1, plans.MAX_SECONDS),
     default=10.0,
     show_default=True,
     help="How long to measure.",
 )
 @click.option(
     "--warm-up-s",
-    metavar="SECONDS",
-    type=Seconds(0.0, plans.MAX_SECONDS),
+    metavar="TIME",
+    type=Duration(0.0, plans.MAX_SECONDS),
     default=2.0,
     show_default=True,
     help="How long to step before that.",
