@@ -89,8 +89,9 @@ class Size(ParamType):
 
 
 def size_text(size: int) -> str:
-    """A size as one would write it: in the largest unit of which it is a whole number."""
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        if size and not size % _FACTORS[unit[:2]]:
-            return f"{size // _FACTORS[unit[:2]]}{unit}"
+    """A size as one would write it: in the largest unit of which it is a whole number, if that is a short one."""
+    for unit in ("Ti", "Gi", "Mi", "Ki"):
+        count, rest = divmod(size, _FACTORS[unit])
+        if not rest and 0 < count < 10_000:
+            return f"{count}{unit}B"
     return str(size)

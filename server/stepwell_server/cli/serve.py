@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from stepwell.cli._errors import SERVER_ERROR, Failure
 from stepwell.cli._help import Command
 from stepwell.cli._types import Duration, Size
+from stepwell_server.cli import config_file
 from stepwell_server.cli.setting import ModelsArgument, given, origin, setting
 from stepwell_server.cli.values import AnyAddress, DataFile, ModelName, ModuleName, Named, PathOf, TcpAddress
 from stepwell_server.settings import Settings, SettingsError
@@ -38,6 +39,7 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     examples=(
         "stepwell serve forecast=model.keras",
         "stepwell serve forecast=a.keras words=b.keras --listen 127.0.0.1:50052",
+        "stepwell serve --config stepwell.toml --drain-timeout-s 2m",
         "stepwell serve forecast=model.keras --import my_layers --metrics-listen 127.0.0.1:9100",
     ),
     exit_codes=(
@@ -234,19 +236,38 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     type=click.Choice(["text", "json"]),
     help="Lines of key=value, or one JSON object per line.",
 )
+@click.option(
+    "--config",
+    metavar="FILE",
+    type=FILE,
+    envvar="STEPWELL_CONFIG",
+    show_envvar=True,
+    is_eager=True,
+    expose_value=False,
+    callback=config_file.load,
+    help="TOML file with settings: the names of the options without the dashes before them, and a table models.",
+)
+@click.option(
+    "--show-config",
+    is_flag=True,
+    help="Print the settings as such a file, with where each came from, and start nothing.",
+)
 @click.pass_context
-def serve(ctx: click.Context, /, **_values: Any) -> None:
+def serve(ctx: click.Context, /, show_config: bool, **_values: Any) -> None:
     """Serve recurrent Keras models, one state per session, over gRPC.
 
     NAME is what clients call a model, PATH the file that Keras saved; give as many as you like. Each option has an
     environment variable, named in its help; STEPWELL_MODELS is that of the models. What may be given again has commas
-    between the values there. The command line wins.
+    between the values there. The command line wins over a variable, a variable over the config file.
 
     A TIME is a number of seconds or has units, as in 500ms, 90s or 1h30m; a SIZE is a number of bytes or has one, as
     in 512MiB or 2GB.
     """
     try:
         settings = settings_of(ctx)
+        if show_config:
+            click.echo(config_file.show(ctx, settings))
+            return
         settings.require_models()
     except SettingsError as error:
         raise Failure(str(error)) from None

@@ -24,7 +24,9 @@ FILE_KEY = "stepwell_server.config_file"
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
 
 
-class _Sourced(click.Parameter):
+class Sourced(click.Parameter):
+    """A parameter that says where its value stands if it cannot be read."""
+
     def handle_parse_result(self, ctx: click.Context, opts: Any, args: list[str]) -> tuple[Any, list[str]]:
         """Read what others say who do not win as well."""
         if not ctx.resilient_parsing:
@@ -52,7 +54,7 @@ class _Sourced(click.Parameter):
         return self.opts[0].removeprefix("--")
 
 
-class Setting(_Sourced, click.Option):
+class Setting(Sourced, click.Option):
     """An option with its variable. Where `Settings` has a default, the help tells it."""
 
     def __init__(self, declarations: Sequence[str], **attributes: Any) -> None:
@@ -68,7 +70,7 @@ class Setting(_Sourced, click.Option):
             )
 
 
-class ModelsArgument(_Sourced, click.Argument):
+class ModelsArgument(Sourced, click.Argument):
     """The models to serve."""
 
 
@@ -82,14 +84,14 @@ def origin(ctx: click.Context, parameter: click.Parameter) -> str:
     source = ctx.get_parameter_source(str(parameter.name))
     if source is ParameterSource.ENVIRONMENT:
         return str(parameter.envvar)
-    if source is ParameterSource.DEFAULT_MAP and isinstance(parameter, _Sourced):
+    if source is ParameterSource.DEFAULT_MAP and isinstance(parameter, Sourced):
         return f"'{parameter.key}' in {ctx.meta[FILE_KEY]}"
     return f"'{parameter.opts[0]}'" if isinstance(parameter, click.Option) else parameter.make_metavar(ctx)
 
 
 def given(ctx: click.Context) -> dict[str, Any]:
     """The values of settings that stand somewhere."""
-    names = (str(parameter.name) for parameter in ctx.command.params if isinstance(parameter, _Sourced))
+    names = (str(parameter.name) for parameter in ctx.command.params if isinstance(parameter, Sourced))
     return {
         name: ctx.params[name]
         for name in names
