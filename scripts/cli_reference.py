@@ -22,9 +22,6 @@ INTRODUCTION = """\
 
 `stepwell` serves models and talks to a server. `python -m stepwell` is the same. This page is what
 `--help` says.
-
-For completion in bash, put `eval "$(_STEPWELL_COMPLETE=bash_source stepwell)"` into `~/.bashrc`;
-for zsh and fish the name before `_source` changes.
 """
 
 

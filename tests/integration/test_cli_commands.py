@@ -65,6 +65,28 @@ def refused(result: Result, says: str, exit_code: int = 1) -> None:
     assert result.exit_code == exit_code
 
 
+def test_models_and_sessions_are_completed(address: str, client: stepwell.Client) -> None:
+    with client.open_sessions("forecast", 120, session_ids=[f"user-{number:03}" for number in range(120)]):
+        asked = {
+            "stepwell step a --open ''": ["forecast", "several"],
+            "stepwell sessions list --model sev": ["several"],
+            "stepwell bench fore": ["forecast"],
+            "stepwell sessions show user-11": [f"user-11{number}" for number in range(10)],
+            "stepwell state set user-007": ["user-007"],
+            "stepwell sessions close user-001 user-": [f"user-{number:03}" for number in range(100)],
+            "stepwell step nobody": [],
+        }
+        for words, expected in asked.items():
+            environment = {
+                "COMP_WORDS": words,
+                "COMP_CWORD": str(len(words.split()) - 1),
+                "_MAIN_COMPLETE": "bash_complete",
+                "STEPWELL_SERVER": address,
+            }
+            result = CliRunner(env=environment).invoke(main)
+            assert (words, result.stdout.split()) == (words, [f"plain,{value}" for value in expected])
+
+
 def test_models_are_shown(run: Run) -> None:
     lines = run("models").stdout.splitlines()
 

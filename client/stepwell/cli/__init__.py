@@ -7,9 +7,10 @@
     _target.py    --server and --timeout-s, and the connection they make
     _values.py    inputs on the command line: JSON, files, stdin
     _types.py     times and sizes
+    _complete.py  models and sessions, as shells complete them
     _render.py    tables for people, JSON for programs
     _of_server.py commands that the server's package has: serve, check
-    models.py sessions.py step.py state.py bench/    the other commands
+    models.py sessions.py step.py state.py bench/ completion.py    the other commands
 """
 
 from stepwell.cli._root import main

@@ -10,6 +10,7 @@ import click
 from stepwell.cli import _errors, _help
 from stepwell.cli._of_server import OfServer
 from stepwell.cli.bench import bench
+from stepwell.cli.completion import completion
 from stepwell.cli.models import models
 from stepwell.cli.sessions import sessions
 from stepwell.cli.state import state
@@ -80,5 +81,6 @@ for command in (
     step,
     state,
     bench,
+    completion,
 ):
     main.add_command(command)

@@ -51,6 +51,14 @@ class Target:
     tls: Mapping[str, str] | None = None
     """Arguments of `TlsConfig`; None: no TLS."""
 
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Target:
+        """The server that the options of `server_options` name; they are taken out."""
+        given = {name: options.pop(f"tls_{name}") for name in TLS_OPTIONS}
+        arguments = {name: value for name, value in given.items() if value}
+        uses_tls = options.pop("tls") or arguments
+        return cls(options.pop("server"), options.pop("timeout_s"), arguments if uses_tls else None)
+
     def tls_config(self) -> TlsConfig | None:
         """How to speak TLS. The files are read.
 
@@ -98,11 +106,8 @@ def server_options(function: Function) -> Function:
     """Add --server, --timeout-s and the options of TLS to a command; its function gets them as `target`."""
 
     @functools.wraps(function)
-    def with_target(*args: Any, server: str, timeout_s: float, tls: bool, **options: Any) -> Any:
-        given = {name: options.pop(f"tls_{name}") for name in TLS_OPTIONS}
-        arguments = {name: value for name, value in given.items() if value}
-        target = Target(server, timeout_s, arguments if tls or arguments else None)
-        return function(*args, target=target, **options)
+    def with_target(*args: Any, **options: Any) -> Any:
+        return function(*args, target=Target.of(options), **options)
 
     added = [
         click.option(
@@ -135,6 +140,7 @@ def server_options(function: Function) -> Function:
             click.option(
                 f"--tls-{name.replace('_', '-')}",
                 metavar=metavar,
+                type=click.Path() if metavar == "FILE" else str,
                 envvar=variable,
                 show_envvar=True,
                 help=text,

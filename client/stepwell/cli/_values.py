@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
+import click.shell_completion
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,6 +46,13 @@ def read_inputs(ctx: click.Context, param: click.Parameter, given: tuple[str, ..
         raise click.BadParameter(f"cannot read {error.filename}: {error.strerror}", ctx, param) from None
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, param) from None
+
+
+def complete_file(
+    _ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[click.shell_completion.CompletionItem]:
+    """Files, which the shell finds; JSON is nobody's to complete."""
+    return [click.shell_completion.CompletionItem(incomplete, type="file")]
 
 
 def read_input(text: str) -> Values:

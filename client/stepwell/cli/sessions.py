@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stepwell.cli import _render
+from stepwell.cli import _complete, _render
 from stepwell.cli._errors import Failure
 from stepwell.cli._help import Group
 from stepwell.cli._target import Target, json_option, server_options
@@ -48,7 +48,7 @@ def sessions() -> None:
     examples=("stepwell sessions list", "stepwell sessions list --prefix user- --json"),
     json_keys=(("sessions", "list, by id; of each:"), *SESSION_KEYS),
 )
-@click.option("--model", metavar="NAME", help="Only sessions of this model.")
+@click.option("--model", metavar="NAME", shell_complete=_complete.models, help="Only sessions of this model.")
 @click.option("--prefix", metavar="TEXT", help="Only sessions whose id begins with this.")
 @json_option
 @server_options
@@ -78,7 +78,7 @@ def list_sessions(target: Target, model: str | None, prefix: str | None, as_json
     examples=("stepwell sessions show user-42",),
     json_keys=SESSION_KEYS,
 )
-@click.argument("session_id", metavar="SESSION")
+@click.argument("session_id", metavar="SESSION", shell_complete=_complete.sessions)
 @json_option
 @server_options
 def show(target: Target, session_id: str, as_json: bool) -> None:
@@ -97,7 +97,9 @@ def show(target: Target, session_id: str, as_json: bool) -> None:
     examples=("stepwell sessions close user-42", "stepwell sessions close user-1 user-2 --yes"),
     json_keys=(("closed", "ids of the sessions that were closed, also when a later one was not there"),),
 )
-@click.argument("session_ids", metavar="SESSION...", nargs=-1, required=True)
+@click.argument(
+    "session_ids", metavar="SESSION...", nargs=-1, required=True, shell_complete=_complete.sessions
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @server_options

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stepwell.cli import _render
+from stepwell.cli import _complete, _render
 from stepwell.cli._errors import Failure
 from stepwell.cli._help import Group
 from stepwell.cli._session import attach
@@ -45,7 +45,7 @@ def state() -> None:
         ("file", "where it was saved; null without -o"),
     ),
 )
-@click.argument("session_id", metavar="SESSION")
+@click.argument("session_id", metavar="SESSION", shell_complete=_complete.sessions)
 @click.option(
     "-o",
     "--output",
@@ -83,7 +83,7 @@ def get(target: Target, session_id: str, output: Path | None, as_json: bool) -> 
     ),
     json_keys=(("session_id", "the session"), ("revision, position", "after the change")),
 )
-@click.argument("session_id", metavar="SESSION")
+@click.argument("session_id", metavar="SESSION", shell_complete=_complete.sessions)
 @click.argument(
     "file",
     metavar="[FILE.safetensors]",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from stepwell.cli import _render, _values
+from stepwell.cli import _complete, _render, _values
 from stepwell.cli._help import Command
 from stepwell.cli._session import attach, attach_or_open
 from stepwell.cli._target import Target, json_option, server_options
@@ -40,10 +40,16 @@ if TYPE_CHECKING:
         ("outputs", "by name: dtype, shape and values (nested lists); empty with --outputs none"),
     ),
 )
-@click.argument("session_id", metavar="SESSION")
-@click.option("--model", metavar="NAME", help="The model that the session must have.")
+@click.argument("session_id", metavar="SESSION", shell_complete=_complete.sessions)
 @click.option(
-    "--open", "open_model", metavar="NAME", help="Open the session with this model if it is not there."
+    "--model", metavar="NAME", shell_complete=_complete.models, help="The model that the session must have."
+)
+@click.option(
+    "--open",
+    "open_model",
+    metavar="NAME",
+    shell_complete=_complete.models,
+    help="Open the session with this model if it is not there.",
 )
 @click.option(
     "--batch-size",
@@ -58,6 +64,7 @@ if TYPE_CHECKING:
     multiple=True,
     required=True,
     callback=_values.read_inputs,
+    shell_complete=_values.complete_file,
     help="An input; again for each of several.",
 )
 @click.option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stepwell.cli import _render
+from stepwell.cli import _complete, _render
 from stepwell.cli._errors import INTERRUPTED, SERVER_ERROR, Failure
 from stepwell.cli._help import Command
 from stepwell.cli._target import Target, json_option, server_options
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
         ("errors, first_error", "how often each class of error came; the first one's text"),
     ),
 )
-@click.argument("model")
+@click.argument("model", shell_complete=_complete.models)
 @click.option(
     "--mode",
     type=click.Choice(plans.MODES),

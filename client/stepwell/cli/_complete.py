@@ -1,0 +1,65 @@
+"""What shells complete beside options, commands and files: models and sessions of the server.
+
+The server is that of the command line so far, or of its variables. It is asked once and has a short time; where it
+does not answer there is nothing to choose from, and nothing is said.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import click
+from click.shell_completion import CompletionItem
+
+from stepwell.cli._target import Target
+
+if TYPE_CHECKING:
+    import grpc
+
+TIMEOUT_S = 1.0
+"""Time that the server has, while someone waits for a line to be completed."""
+MOST = 100
+"""Sessions that are asked for: nobody chooses from more."""
+
+
+def models(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Models of the server whose names begin so."""
+    from stepwell.v1 import models_pb2, models_pb2_grpc
+
+    def names(channel: grpc.Channel) -> Iterable[str]:
+        list_models = models_pb2_grpc.ModelServiceStub(channel).ListModels
+        reply = list_models(models_pb2.ListModelsRequest(), timeout=TIMEOUT_S)
+        return (model.name for model in reply.models if model.name.startswith(incomplete))
+
+    return answered(ctx, names)
+
+
+def sessions(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Sessions of the server whose ids begin so; the first of them."""
+    from stepwell.v1 import sessions_pb2, sessions_pb2_grpc
+
+    def ids(channel: grpc.Channel) -> Iterable[str]:
+        request = sessions_pb2.ListSessionsRequest(session_id_prefix=incomplete, page_size=MOST)
+        reply = sessions_pb2_grpc.SessionServiceStub(channel).ListSessions(request, timeout=TIMEOUT_S)
+        return (session.session_id for session in reply.sessions)
+
+    return answered(ctx, ids)
+
+
+def answered(ctx: click.Context, ask: Callable[[grpc.Channel], Iterable[str]]) -> list[CompletionItem]:
+    """What the server of the command line so far answers; nothing if it does not, or cannot be made out."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    import grpc
+
+    from stepwell import _channel, config
+
+    if not ctx.params.get("server"):
+        return []
+    target = Target.of(dict(ctx.params))
+    try:
+        with _channel.open_channel(config.ClientConfig(target.address, tls=target.tls_config())) as channel:
+            return [CompletionItem(value) for value in ask(channel)]
+    except (grpc.RpcError, click.UsageError):
+        return []
