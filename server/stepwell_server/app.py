@@ -7,17 +7,14 @@ import errno
 import gc
 import ipaddress
 import math
-import os
-import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib import metadata
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from stepwell_server import signals
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.engine.engine import Engine
@@ -41,8 +38,6 @@ if TYPE_CHECKING:
     from stepwell_server.rpc.fronts.native import NativeFront
 
 _log = Log("app")
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_SAME_SIGNAL_S = 0.25
 _SWITCH_INTERVAL_S = 0.5e-3
 STORE_CHECK_S = 2.0
 """Time between two looks after the store."""
@@ -80,7 +75,7 @@ def serve(settings: Settings) -> int:
         _require_free("--metrics-listen", settings.metrics_listen)
     certificates = _certificates(settings)
     clock = SystemClock()
-    with _signals_interrupt():
+    with signals.interrupting():
         store = _open_store(settings, clock)
         programs = _compile(settings)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -213,20 +208,6 @@ def _progress(model: str) -> Callable[[str], None]:
     return lambda stage: _log.info("loading model", model=model, stage=stage)
 
 
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt like SIGINT, so that a compiling process is not left behind."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
         import uvloop
@@ -257,7 +238,7 @@ async def _run(
     clock: Clock,
     certificates: CertificateFiles | None,
 ) -> int:
-    stop = _stop_on_signals(clock)
+    stop = signals.stop_on_signals(clock, lambda: _reload(certificates))
     open_files = raise_limit()
     if settings.store == "disk":
         _log.info("store opened", data_dir=str(settings.data_dir), sessions=await store.count())
@@ -384,29 +365,12 @@ async def _look_after(store: Store, rpc: RpcServer, observer: PrometheusObserver
         was_ready = is_ready
 
 
-def _stop_on_signals(clock: Clock) -> asyncio.Event:
-    """An event set by the first signal. A second one ends the process at once.
-
-    Whoever signals a process and then its group, as wrappers do, sends one signal twice: the same again within a
-    moment is not a second one.
-    """
-    stop = asyncio.Event()
-    first: tuple[signal.Signals, float] | None = None
-
-    def on_signal(number: signal.Signals) -> None:
-        nonlocal first
-        now = clock.monotonic()
-        if first is None:
-            _log.info("stopping", signal=number.name)
-            first = number, now
-            stop.set()
-        elif number != first[0] or now - first[1] > _SAME_SIGNAL_S:
-            _log.warning("stopped at once by a second signal", signal=number.name)
-            os._exit(1)
-
-    for number in _SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-    return stop
+def _reload(certificates: CertificateFiles | None) -> None:
+    """What SIGHUP asks for."""
+    if certificates is None:
+        _log.info("there is nothing to read anew: the server has no certificates")
+    else:
+        certificates.asked.set()
 
 
 def _serve_metrics(settings: Settings, observer: PrometheusObserver, engine: Engine) -> MetricsServer | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -41,6 +42,8 @@ def _open(stub: Any, *session_ids: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_server_stops_with_0(server: ServerProcess, number: signal.Signals) -> None:
+    server.signal(signal.SIGHUP)
+    server.wait_for_log("there is nothing to read anew")
     server.signal(number)
     code, out, err = server.finish()
     assert (code, out) == (0, "")
@@ -67,6 +70,23 @@ def test_queued_work_is_finished_and_new_work_refused(server: ServerProcess) -> 
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert long.result().revision == 1
         assert server.finish()[0] == 0
+
+
+def test_a_terminal_that_is_closed_stops_it_with_a_drain() -> None:
+    primary, secondary = os.openpty()
+    with serve(terminal=secondary) as server:
+        os.close(secondary)
+        server.signal(signal.SIGHUP)  # somebody's, while the terminal is there
+        server.wait_for_log("there is nothing to read anew")
+        channel, stub = connect(server)
+        with channel:
+            _open(stub, "a")
+            long = begin_long_step(stub, "a", _LONG)
+            os.close(primary)
+            assert long.result().revision == 1
+            code, _, err = server.finish()
+    assert code == 0
+    assert "stopping signal=SIGHUP" in err
 
 
 def test_a_stream_is_answered_and_then_ended(server: ServerProcess) -> None:

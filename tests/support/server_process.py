@@ -25,6 +25,11 @@ _START_S = 100.0
 _STOP_S = 100.0
 FEATURES, OUTPUTS = 3, 2
 """Of the model that `forecast` makes."""
+_CONTROLLED = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 def forecast() -> Saved:
@@ -35,19 +40,29 @@ def forecast() -> Saved:
 class ServerProcess:
     """``python -m stepwell_server`` on a port of the system's choice. Leaving the block kills it.
 
-    It keeps sessions in memory unless the arguments say otherwise.
+    It keeps sessions in memory unless the arguments say otherwise. With a `terminal`, the secondary end of a
+    pseudo-terminal, it is the first process of a session that this one controls.
     """
 
     def __init__(
-        self, *arguments: str, ready: bool = True, environment: Mapping[str, str] | None = None
+        self,
+        *arguments: str,
+        ready: bool = True,
+        environment: Mapping[str, str] | None = None,
+        terminal: int | None = None,
     ) -> None:
         if not {"--store", "--data-dir"} & set(arguments):
             arguments = (*arguments, "--store", "memory")
         # but for the front, which `make soak` chooses for all servers
         kept = (key for key in os.environ if key == "STEPWELL_FRONT" or not key.startswith("STEPWELL_"))
         clean = {key: os.environ[key] for key in kept}
+        command = [sys.executable, "-m", "stepwell_server", *arguments]
+        if terminal is not None:
+            command = [sys.executable, "-c", _CONTROLLED, *command]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "stepwell_server", *arguments],
+            command,
+            stdin=terminal,
+            start_new_session=terminal is not None,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -103,11 +118,11 @@ class ServerProcess:
         return line
 
 
-def serve(*arguments: str, ready: bool = True) -> ServerProcess:
+def serve(*arguments: str, ready: bool = True, terminal: int | None = None) -> ServerProcess:
     """A server of the `forecast` model; wait until it is `ready`, or not."""
     model = forecast()
     standard = (f"forecast={model.path}", "--listen", "127.0.0.1:0", "--cache-dir", str(model.cache_dir))
-    return ServerProcess(*standard, *arguments, ready=ready)
+    return ServerProcess(*standard, *arguments, ready=ready, terminal=terminal)
 
 
 def connect(server: ServerProcess) -> tuple[grpc.Channel, sessions_pb2_grpc.SessionServiceStub]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
+from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles, Certificates, follow
 from support.certificates import Authority, Pair
 
 
@@ -81,3 +82,17 @@ def test_a_change_is_taken_over_when_it_is_whole_and_said_once(authority: Author
     _put(new, used)
     assert files.changed() is None
     assert files.changed() == found
+
+
+async def test_who_asks_has_them_read_at_once(authority: Authority) -> None:
+    used, new = authority.issue(), authority.issue()
+    files = CertificateFiles(*used, None)
+    given: asyncio.Queue[Certificates] = asyncio.Queue()
+    following = asyncio.create_task(follow(files, given.put_nowait))
+    files.asked.set()
+    assert await given.get() == files.at_start, "also what has not changed, so that it is said"
+    _put(new, used)
+    files.asked.set()
+    assert (await given.get()).chain == new.cert.read_bytes()
+    assert files.changed() is None
+    following.cancel()

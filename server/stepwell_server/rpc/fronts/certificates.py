@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import ssl
@@ -57,6 +58,8 @@ class CertificateFiles:
         self._certificate = certificate
         self._key = key
         self._client_ca = client_ca
+        self.asked = asyncio.Event()
+        """Set by whoever wants them to be read at once, on the event loop."""
         self._used = self._seen = self._stamp()
         self.at_start = self._checked()
 
@@ -93,6 +96,15 @@ class CertificateFiles:
         if isinstance(found, CertificateError):
             raise found
         return found
+
+    def reread(self) -> Certificates:
+        """What is in them now, as someone says that it is whole.
+
+        Raises:
+            CertificateError: they cannot be used.
+        """
+        self._used = self._seen = self._stamp()
+        return self._checked()
 
     def _stamp(self) -> Stamp:
         """Another one for other contents, however they were put there."""
@@ -164,12 +176,17 @@ def _check_certificates(option: str, path: Path, pem: bytes) -> None:
 async def follow(files: CertificateFiles, use: Callable[[Certificates], None]) -> None:
     """Give new connections what is put into the files, for ever. What cannot be used is said once and changes nothing.
 
+    They are looked at from time to time, and read when they are `asked` for.
+
     `use` raises `Unusable` for what it cannot use.
     """
     while True:
-        await asyncio.sleep(_LOOK_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(files.asked.wait(), _LOOK_S)
+        read = files.reread if files.asked.is_set() else files.changed
+        files.asked.clear()
         try:
-            found = await asyncio.to_thread(files.changed)
+            found = await asyncio.to_thread(read)
             if found is None:
                 continue
             use(found)
