@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
 import ipaddress
 import math
@@ -12,10 +11,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stepwell_server import signals
-from stepwell_server.addresses import Address, UnixAddress
+from stepwell_server.addresses import Address, UnixAddress, bind_problem
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.engine.engine import Engine
 from stepwell_server.errors import StoreGone
@@ -92,33 +91,15 @@ def _certificates(settings: Settings) -> CertificateFiles | None:
 
 
 def _require_free(option: str, address: Address | UnixAddress) -> None:
-    """Find out before models are compiled, and in better words than gRPC's, that an address cannot be had."""
+    """Find out before models are compiled that an address cannot be had."""
     if isinstance(address, UnixAddress):
         try:
             unix_socket.clear(address.path)
         except OSError as error:
             raise StartError(f"{option}: cannot listen on {address}: {error.strerror}") from error
         return
-    try:
-        candidates = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise StartError(f"{option}: cannot listen on {address}: {error.strerror}") from error
-    problems = [problem for family, _, _, _, where in candidates if (problem := _bind_problem(family, where))]
-    # A name may also stand for an address that this machine lacks, say IPv6's: the others will do.
-    for problem in problems:
-        if problem.errno == errno.EADDRINUSE or len(problems) == len(candidates):
-            raise StartError(f"{option}: cannot listen on {address}: {problem.strerror}")
-
-
-def _bind_problem(family: int, where: tuple[Any, ...]) -> OSError | None:
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As the servers will do it: connections of a predecessor that are closing do not count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(where)
-        except OSError as error:
-            return error
-    return None
+    if problem := bind_problem(address):
+        raise StartError(f"{option}: cannot listen on {address}: {problem}")
 
 
 def _require_reach(settings: Settings) -> None:

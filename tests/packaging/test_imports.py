@@ -16,6 +16,8 @@ FRAMEWORKS = {"tensorflow", "keras", "torch", "jax"}
 SERVER_ONLY = {
     "ai_edge_litert",
     "h5py",
+    "isal",
+    "lmdb",
     "prometheus_client",
     "stepwell_server",
     "uvloop",
@@ -51,7 +53,7 @@ def test_the_native_front_needs_no_grpc(tmp_path: Path) -> None:
     assert "grpc" in modules_after(f"{server}, stepwell_server.rpc.fronts.python", tmp_path)
 
 
-@pytest.mark.parametrize("command", ["serve", "check"])
+@pytest.mark.parametrize("command", ["serve", "check", "doctor"])
 def test_help_of_the_servers_commands_needs_none_of_its_packages(command: str, tmp_path: Path) -> None:
     loaded = modules_after(f"import stepwell_server.cli.{command}", tmp_path)
     assert loaded & (FRAMEWORKS | SERVER_ONLY - {"stepwell_server"}) == set()

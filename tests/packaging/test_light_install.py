@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -87,3 +88,14 @@ def test_serving_says_what_to_install(python: Path, tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "stepwell[server]" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "--max-batch-rows" in run(python, tmp_path, "-m", "stepwell", "serve", "--help").stdout
+
+
+def test_doctor_says_what_is_not_installed(python: Path, tmp_path: Path) -> None:
+    done = run(python, tmp_path, "-m", "stepwell", "doctor", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    assert document["versions"]["tensorflow"] is None
+    assert document["versions"]["stepwell"]
+    assert document["wrong"] == []
+    assert "no server can run here" in document["advice"][0]["what"]

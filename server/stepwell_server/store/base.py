@@ -27,14 +27,15 @@ class Holder:
     pid: int
     host: str
     since: float
-    """Seconds since the epoch."""
+    """Seconds since the epoch; 0 if it is not known."""
     listen: str = ""
     """The address it serves at, if it is known."""
 
     def __str__(self) -> str:
-        since = datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds")
+        moment = datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds")
+        since = f", since {moment}" if self.since else ""
         where = f", listening at {self.listen}" if self.listen else ""
-        return f"process {self.pid} on {self.host}, since {since}{where}"
+        return f"process {self.pid} on {self.host}{since}{where}"
 
 
 class StoreBusy(StoreError):

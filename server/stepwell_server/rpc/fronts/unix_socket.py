@@ -16,12 +16,22 @@ def clear(path: str) -> None:
     Raises:
         OSError: there can be none; `strerror` says why.
     """
+    if is_left_behind(path):
+        os.unlink(path)
+
+
+def is_left_behind(path: str) -> bool:
+    """Whether there is a file on which nobody listens any more.
+
+    Raises:
+        OSError: there can be no socket; `strerror` says why.
+    """
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
         if not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
             raise OSError(errno.ENOENT, "its folder does not exist or cannot be written") from None
-        return
+        return False
     if not stat.S_ISSOCK(mode):
         what = "folder" if stat.S_ISDIR(mode) else "file that is no socket"
         raise OSError(errno.EADDRINUSE, f"there is a {what}")
@@ -30,9 +40,9 @@ def clear(path: str) -> None:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
-            os.unlink(path)
+            return True
         except FileNotFoundError:  # its server has removed it this moment
-            pass
+            return False
         except BlockingIOError:  # so many wait for its server that there is no room for one more
             raise _in_use() from None
         else:

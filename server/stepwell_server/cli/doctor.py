@@ -1,0 +1,132 @@
+"""`stepwell doctor`: what a server would meet on this machine, and what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from stepwell.cli import _of_server, _render
+from stepwell.cli._help import Command
+from stepwell.cli._target import json_option
+from stepwell.cli.bench.cpu import listening_pid
+from stepwell_server.cli.serve import serve, settings_of
+from stepwell_server.cli.values import PathOf
+from stepwell_server.clock import SystemClock
+from stepwell_server.doctor import Examination, Finding
+from stepwell_server.settings import Settings, SettingsError
+
+
+@click.command(
+    cls=Command,
+    short_help="Look for what is wrong with this machine and a server's settings.",
+    examples=(
+        "stepwell doctor",
+        "stepwell doctor --config stepwell.toml",
+        "stepwell doctor --json | jq -r '.wrong[].what'",
+    ),
+    json_keys=(
+        ("wrong", "list of what would stop a server or make it break its promises: what, way_on"),
+        ("advice", "the same of what it could do better with"),
+        ("versions", "of packages, null where not installed; native_front is stepwell-front"),
+        ("limits", "open files, processors and memory, also of the cgroup; null: no limit"),
+        (
+            "data_dir, cache_dir",
+            "path, exists, writable, used_bytes, free_bytes, total_bytes, file_system, used_by",
+        ),
+        (
+            "disk",
+            "flush_ms, slowest_flush_ms: writes of 4 KiB in the data folder, the median and the slowest",
+        ),
+        ("ports", "what is said of each address"),
+        ("clock", "now, newest_file_of_the_store"),
+    ),
+    exit_codes=(("0", "nothing is wrong"), ("1", "something is"), ("2", "the command line is wrong")),
+)
+@click.option(
+    "--config",
+    metavar="FILE",
+    type=PathOf("file"),
+    help="Config file of the server that is meant. Its settings come from the variables of serve, too.",
+)
+@json_option
+@click.pass_context
+def doctor(ctx: click.Context, /, config: Path | None, as_json: bool) -> None:
+    """Look at this machine as a server would meet it: versions, limits, folders, disk, ports, clock; and its settings.
+
+    Says what is wrong and the way on, then what would be better. Nothing is changed, and a server that runs is not
+    disturbed: its folder and ports are said to be in use, which is not wrong. Without the packages of a server only
+    what concerns clients is looked at.
+    """
+    settings, problem = read_settings(config)
+    missing = _of_server.missing_packages()
+    found = Examination(settings, SystemClock(), serves=not missing, listening=listening_pid)
+    found.examine()
+    if problem:
+        found.wrong(problem, "mend the setting; stepwell serve --show-config shows all")
+    if missing:
+        found.advise(
+            f"no server can run here, {', '.join(missing)} are not installed",
+            f"to serve: {_of_server.INSTALL}",
+        )
+    wrong = [finding for finding in found.findings if finding.is_wrong]
+    advice = [finding for finding in found.findings if not finding.is_wrong]
+    if as_json:
+        show_json(found, wrong, advice)
+    else:
+        show_text(found, wrong, advice)
+    ctx.exit(1 if wrong else 0)
+
+
+def read_settings(config: Path | None) -> tuple[Settings, str]:
+    """The settings of the server that is meant, or the default ones and why they cannot be read."""
+    try:
+        with serve.make_context("serve", [] if config is None else ["--config", str(config)]) as context:
+            return settings_of(context), ""
+    except click.UsageError as error:
+        return Settings(), error.format_message()
+    except SettingsError as error:
+        return Settings(), str(error)
+
+
+def show_json(found: Examination, wrong: list[Finding], advice: list[Finding]) -> None:
+    """Print everything for programs."""
+    findings = {
+        key: [{"what": finding.what, "way_on": finding.way_on} for finding in some]
+        for key, some in (("wrong", wrong), ("advice", advice))
+    }
+    _render.print_json(findings | {key.replace("-", "_"): facts for key, facts in found.facts.items()})
+
+
+def show_text(found: Examination, wrong: list[Finding], advice: list[Finding]) -> None:
+    """Print everything for people, what matters at the end."""
+    for section, facts in found.facts.items():
+        click.echo(f"{section}:")
+        _render.print_facts(
+            [(f"  {fact_name(name)}", fact_text(name, value)) for name, value in facts.items()]
+        )
+    click.echo()
+    for finding in advice:
+        click.echo(f"better: {finding}")
+    for finding in wrong:
+        click.echo(f"wrong: {finding}")
+    if not wrong:
+        click.echo("nothing is wrong")
+
+
+def fact_name(key: str) -> str:
+    """A fact's name for people: the unit stands with the value."""
+    return key.removesuffix("_bytes").removesuffix("_ms").replace("_", " ")
+
+
+def fact_text(key: str, value: object) -> str:
+    """A fact's value for people."""
+    from rich import filesize
+
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key.endswith("_bytes") and isinstance(value, int):
+        return filesize.decimal(value)
+    return f"{value} ms" if key.endswith("_ms") else str(value)

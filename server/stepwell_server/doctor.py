@@ -1,0 +1,355 @@
+"""What `stepwell doctor` finds out: facts about this machine as a server would meet it, and what is wrong with them.
+
+Nothing is changed: what is written to try a disk is a file without a name. A server that runs is not disturbed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+import os
+import platform
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module, metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from stepwell_server.addresses import Address, UnixAddress, bind_problem
+from stepwell_server.clock import Clock
+from stepwell_server.open_files import RESERVE
+from stepwell_server.rpc.fronts import unix_socket
+from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
+from stepwell_server.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from stepwell_server.store.base import Holder
+
+Facts = dict[str, object]
+PACKAGES = {
+    "stepwell": "stepwell",
+    "native_front": "stepwell-front",
+    "tensorflow": "tensorflow",
+    "keras": "keras",
+    "litert": "ai-edge-litert",
+    "grpcio": "grpcio",
+    "protobuf": "protobuf",
+    "numpy": "numpy",
+}
+"""Distributions by the name that people know."""
+_REMOTE = {"9p", "afs", "ceph", "cifs", "fuse.sshfs", "glusterfs", "nfs", "nfs4", "smb3", "smbfs"}
+_LEAST_FREE_BYTES = 64 << 20
+_LEAST_FREE_SHARE = 0.05
+_LEAST_OPEN_FILES = 4096
+_WRITES = 21
+_SLOW_MS = 20.0
+_EARLIEST = dt.datetime(2025, 1, 1, tzinfo=dt.UTC).timestamp()
+_AHEAD_S = 60.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is not as it should be."""
+
+    what: str
+    way_on: str
+    is_wrong: bool = True
+    """False: a server would start and keep its promises all the same."""
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.way_on}"
+
+
+class Examination:
+    """Facts in sections, and findings, of one machine and one server's settings.
+
+    Args:
+        settings: Of the server that is meant.
+        clock: The time.
+        serves: Whether the packages of a server are there; where not, only what concerns clients is looked at.
+        listening: The process that listens on a TCP port, as far as it may be known.
+    """
+
+    def __init__(
+        self, settings: Settings, clock: Clock, *, serves: bool, listening: Callable[[int], int | None]
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._listening = listening
+        self.facts: dict[str, Facts] = {}
+        self.findings: list[Finding] = []
+        self._server: Holder | None = None
+        self._serves = serves
+
+    def examine(self) -> None:
+        """Find out all of it."""
+        data_dir = self._settings.data_dir
+        self.facts["versions"] = self._versions()
+        self.facts["limits"] = self._limits()
+        if self._serves and data_dir is not None:
+            from stepwell_server.store.disk.lock import holder_of  # needs packages of the server
+
+            self._server = holder_of(data_dir)
+            self.facts["data-dir"] = self._folder("--data-dir", data_dir)
+            self.facts["data-dir"]["used_by"] = self._server and str(self._server)
+            self.facts["disk"] = self._disk(data_dir)
+        if self._serves:
+            self.facts["cache-dir"] = self._folder("--cache-dir", self._settings.cache_dir)
+            self.facts["ports"] = self._ports()
+            self._files_of_settings()
+        self.facts["clock"] = self._time()
+
+    def wrong(self, what: str, way_on: str) -> None:
+        """A server would not start, or not keep its promises."""
+        self.findings.append(Finding(what, way_on))
+
+    def advise(self, what: str, way_on: str) -> None:
+        """A server would do, but not well."""
+        self.findings.append(Finding(what, way_on, is_wrong=False))
+
+    def _versions(self) -> Facts:
+        facts: Facts = {"python": platform.python_version(), "system": platform.platform()}
+        facts |= {name: _version(package) for name, package in PACKAGES.items()}
+        if not self._serves:
+            return facts
+        if util.find_spec("stepwell_front") is None:
+            self.advise(
+                "the native front is not installed, the one in Python is slower and listens on loopback only",
+                "install stepwell-front",
+            )
+        else:
+            try:
+                import_module("stepwell_front")
+            except ImportError as error:
+                self.wrong(f"the native front cannot be imported: {error}", "install stepwell-front anew")
+            if facts["native_front"] != facts["stepwell"]:
+                self.wrong(
+                    f"stepwell-front is of version {facts['native_front']}, stepwell of {facts['stepwell']}",
+                    "install both of one version",
+                )
+        return facts
+
+    def _limits(self) -> Facts:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        file_bytes, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        quota = _cgroup_cpus()
+        memory = psutil.virtual_memory()
+        if hard != resource.RLIM_INFINITY and hard < _LEAST_OPEN_FILES:
+            self.advise(
+                f"{hard} files may be open, which leaves room for {max(1, hard - RESERVE)} connections",
+                "raise the hard limit (ulimit -Hn, LimitNOFILE of systemd)",
+            )
+        if file_bytes != resource.RLIM_INFINITY:
+            self.wrong(
+                f"files may have {file_bytes} bytes at most, the store's will be larger",
+                "take the limit away (ulimit -f, LimitFSIZE of systemd)",
+            )
+        if quota is not None and self._settings.compute_threads > max(1.0, quota):
+            self.advise(
+                f"{self._settings.compute_threads} compute threads share {quota:g} processors, and the cgroup stops all "
+                "of them when those are used up",
+                f"give --compute-threads {max(1, int(quota))}",
+            )
+        return {
+            "open_files": None if soft == resource.RLIM_INFINITY else soft,
+            "open_files_hard": None if hard == resource.RLIM_INFINITY else hard,
+            "cpus": cpus,
+            "cgroup_cpus": quota,
+            "memory_bytes": memory.total,
+            "available_memory_bytes": memory.available,
+            "cgroup_memory_bytes": _cgroup_memory_bytes(),
+        }
+
+    def _folder(self, option: str, path: Path) -> Facts:
+        there = _existing(path)
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                problem = "" if there.is_dir() else "not a folder"
+        except OSError as error:
+            problem = error.strerror or str(error)
+        if problem:
+            self.wrong(
+                f"{option}: {there} cannot be written: {problem}",
+                f"give another folder, or its user the right to write ({psutil.Process().username()})",
+            )
+        usage = shutil.disk_usage(there)
+        if usage.free < _LEAST_FREE_BYTES:
+            self.wrong(
+                f"{option}: the disk of {path} is full, {usage.free} bytes are free",
+                "make room, or give another folder",
+            )
+        elif usage.free < usage.total * _LEAST_FREE_SHARE:
+            self.advise(
+                f"{option}: {usage.free / usage.total:.1%} of the disk of {path} are free",
+                "make room in time",
+            )
+        kind = _file_system(there)
+        return {
+            "path": str(path),
+            "exists": path.exists(),
+            "writable": not problem,
+            "used_bytes": sum(file.st_blocks * 512 for file in _files(path)),  # the store's have holes
+            "free_bytes": usage.free,
+            "total_bytes": usage.total,
+            "file_system": kind,
+        }
+
+    def _disk(self, data_dir: Path) -> Facts:
+        there = _existing(data_dir)
+        kind = _file_system(there)
+        if kind in _REMOTE:
+            self.wrong(
+                f"--data-dir: {data_dir} is on {kind}, a file system of the network",
+                "give a folder on a local disk: the store maps its file into memory, and the lock is the kernel's",
+            )
+        elif kind in {"tmpfs", "ramfs"}:
+            self.advise(
+                f"--data-dir: {data_dir} is in memory ({kind})",
+                "give a folder on a disk, to survive a reboot",
+            )
+        try:
+            times = sorted(_flush_times_ms(there))
+        except OSError:
+            return {"flush_ms": None, "slowest_flush_ms": None}  # said of the folder already
+        median = statistics.median(times)
+        if median > _SLOW_MS and self._settings.durability == "sync":
+            self.advise(
+                f"--data-dir: a flush to the disk takes {median:.1f} ms, and so does every acknowledged change",
+                "take a faster disk, or --durability async, which survives kill -9 but no loss of power",
+            )
+        return {"flush_ms": round(median, 3), "slowest_flush_ms": round(times[-1], 3)}
+
+    def _ports(self) -> Facts:
+        addresses = {"listen": self._settings.listen, "metrics-listen": self._settings.metrics_listen}
+        return {name: self._port(f"--{name}", address) for name, address in addresses.items() if address}
+
+    def _port(self, option: str, address: Address | UnixAddress) -> str:
+        if isinstance(address, UnixAddress):
+            problem, pid = _socket_problem(address.path), None
+        else:
+            problem, pid = bind_problem(address), self._listening(address.port)
+        if problem is None:
+            return f"{address} is free"
+        if self._server is not None and (pid == self._server.pid or self._server.listen == str(address)):
+            return f"{address} is that of the server that runs"
+        who = f" (process {pid}, {_name(pid)})" if pid else ""
+        self.wrong(
+            f"{option}: nothing can listen on {address}: {problem}{who}",
+            "give another address, or stop what has it",
+        )
+        return f"{address} is not free: {problem}{who}"
+
+    def _files_of_settings(self) -> None:
+        settings = self._settings
+        try:
+            if settings.models:
+                settings.require_models()
+            if settings.tls_cert is not None and settings.tls_key is not None:
+                CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+        except (SettingsError, CertificateError) as error:
+            self.wrong(str(error), "name another file")
+
+    def _time(self) -> Facts:
+        now = self._clock.now()
+        data_dir = self._settings.data_dir
+        newest = max((file.st_mtime for file in _files(data_dir)), default=0.0) if data_dir else 0.0
+        if now < _EARLIEST:
+            self.wrong(
+                f"the clock says {_time_text(now)}", "set it: idle sessions expire by it, and TLS needs it"
+            )
+        elif newest > now + _AHEAD_S:
+            self.wrong(
+                f"the clock says {_time_text(now)}, and files of the store were written at {_time_text(newest)}",
+                "set the clock: idle sessions expire by it",
+            )
+        return {"now": _time_text(now), "newest_file_of_the_store": _time_text(newest) if newest else None}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cgroup(name: str) -> str:
+    """A file of this process's cgroup (version 2); of a container's own it is at the top."""
+    try:
+        own = Path("/proc/self/cgroup").read_text().partition("0::/")[2].strip()
+    except OSError:
+        return ""
+    for folder in (Path("/sys/fs/cgroup", own), Path("/sys/fs/cgroup")):
+        try:
+            return (folder / name).read_text().strip()
+        except OSError:
+            continue
+    return ""
+
+
+def _cgroup_cpus() -> float | None:
+    """Processors that the cgroup may use; None: all."""
+    quota, _, period = _cgroup("cpu.max").partition(" ")
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+
+
+def _cgroup_memory_bytes() -> int | None:
+    text = _cgroup("memory.max")
+    return int(text) if text.isdigit() else None
+
+
+def _existing(path: Path) -> Path:
+    """The folder, or the one in which it would be made."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+def _file_system(folder: Path) -> str | None:
+    mounts = {partition.mountpoint: partition.fstype for partition in psutil.disk_partitions(all=True)}
+    resolved = folder.resolve()
+    return next((mounts[str(at)] for at in (resolved, *resolved.parents) if str(at) in mounts), None)
+
+
+def _files(folder: Path) -> Iterator[os.stat_result]:
+    """What is in a folder, in whose files a server may be at work."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                yield os.lstat(Path(root, name))
+
+
+def _flush_times_ms(folder: Path) -> list[float]:
+    flush = getattr(os, "fdatasync", os.fsync)
+    times = []
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        for number in range(_WRITES):
+            os.pwrite(file.fileno(), bytes(4096), number * 4096)
+            began = time.perf_counter()
+            flush(file.fileno())
+            times.append((time.perf_counter() - began) * 1e3)
+    return times
+
+
+def _socket_problem(path: str) -> str | None:
+    try:
+        unix_socket.is_left_behind(path)
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _name(pid: int) -> str:
+    try:
+        return psutil.Process(pid).name()
+    except psutil.Error:
+        return "gone"
+
+
+def _time_text(seconds: float) -> str:
+    return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,204 @@
+"""`stepwell doctor`: what it finds wrong, and that it leaves nothing behind and disturbs nobody."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from click.testing import CliRunner
+
+from stepwell.cli import _of_server, main
+from stepwell_server import doctor
+from stepwell_server.addresses import Address, UnixAddress
+from stepwell_server.cli.doctor import doctor as command
+from stepwell_server.doctor import Examination
+from stepwell_server.settings import Settings
+from stepwell_server.store.disk.lock import DirectoryLock
+from support.clock import ManualClock
+
+NOW = 4_000_000_000.0
+"""Later than any file."""
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Of a machine on which nothing is wrong, whatever this one is like."""
+    monkeypatch.setattr(doctor, "_flush_times_ms", lambda folder: [1.0, 2.0, 30.0])
+    monkeypatch.setattr(doctor, "_file_system", lambda folder: "ext4")
+    monkeypatch.setattr(doctor, "_cgroup", lambda name: "max 100000")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(2**40, 2**39, 2**39))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(doctor, "import_module", lambda name: None)
+    monkeypatch.setattr(doctor, "_version", lambda package: "1.2.3")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
+    return Settings(
+        listen=Address("127.0.0.1", 0),
+        data_dir=tmp_path / "data",
+        cache_dir=tmp_path / "cache",
+        compute_threads=4,
+    )
+
+
+def examined(
+    settings: Settings, *, serves: bool = True, now: float = NOW, pid: int | None = None
+) -> Examination:
+    found = Examination(settings, ManualClock(now=now), serves=serves, listening=lambda port: pid)
+    found.examine()
+    return found
+
+
+def wrong(settings: Settings, **how: Any) -> list[str]:
+    return [str(finding) for finding in examined(settings, **how).findings if finding.is_wrong]
+
+
+def advice(settings: Settings, **how: Any) -> list[str]:
+    return [str(finding) for finding in examined(settings, **how).findings if not finding.is_wrong]
+
+
+@pytest.fixture
+def taken() -> Iterator[Address]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield Address(*listener.getsockname())
+
+
+def test_nothing_is_wrong_and_nothing_is_left_behind(settings: Settings, tmp_path: Path) -> None:
+    found = examined(settings)
+    assert found.findings == []
+    assert list(found.facts) == ["versions", "limits", "data-dir", "disk", "cache-dir", "ports", "clock"]
+    assert found.facts["data-dir"]["exists"] is False
+    assert found.facts["data-dir"]["used_by"] is None
+    assert found.facts["disk"] == {"flush_ms": 2.0, "slowest_flush_ms": 30.0}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_runs_is_said_and_not_wrong(settings: Settings, tmp_path: Path, taken: Address) -> None:
+    (tmp_path / "data").mkdir()
+    lock = DirectoryLock(tmp_path / "data", clock=ManualClock(now=NOW))
+    lock.set_listen(str(taken))
+    found = examined(dataclasses.replace(settings, listen=taken, metrics_listen=taken), pid=os.getpid())
+    assert found.findings == []
+    assert str(found.facts["data-dir"]["used_by"]).startswith(f"process {os.getpid()} on ")
+    assert found.facts["ports"]["metrics-listen"] == f"{taken} is that of the server that runs"
+    lock.release()
+    assert examined(settings).facts["data-dir"]["used_by"] is None
+
+
+def test_ports_and_sockets_that_are_taken(settings: Settings, tmp_path: Path, taken: Address) -> None:
+    by = f"(process {os.getpid()}, "
+    (line,) = wrong(dataclasses.replace(settings, listen=taken), pid=os.getpid())
+    assert line.startswith(f"--listen: nothing can listen on {taken}: Address already in use {by}")
+    (line,) = wrong(dataclasses.replace(settings, metrics_listen=taken))
+    assert line.startswith(f"--metrics-listen: nothing can listen on {taken}: Address already in use; give")
+    left = tmp_path / "left"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(left))
+        listener.listen()
+        on_socket = dataclasses.replace(settings, listen=UnixAddress(str(left)))
+        assert "it is in use" in wrong(on_socket)[0]
+    assert wrong(on_socket) == []
+    assert left.exists(), "a file that was left behind is the next server's to remove"
+
+
+def test_folders_that_cannot_be_used(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    lines = wrong(dataclasses.replace(settings, data_dir=tmp_path / "file/x", cache_dir=tmp_path / "file"))
+    assert lines[0].startswith(
+        f"--data-dir: {tmp_path}/file cannot be written: Not a directory; give another"
+    )
+    assert lines[1].startswith(
+        f"--cache-dir: {tmp_path}/file cannot be written: Not a directory; give another"
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(2**40, 2**40 - 2**20, 2**20))
+    assert "is full, 1048576 bytes are free; make room" in wrong(settings)[0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(2**40, 0, 2**34))
+    assert "--data-dir: 1.6% of the disk of" in advice(settings)[0]
+
+
+def test_disks_that_are_none_or_slow(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_file_system", lambda folder: "nfs4")
+    assert "is on nfs4, a file system of the network; give a folder on a local disk" in wrong(settings)[0]
+    monkeypatch.setattr(doctor, "_file_system", lambda folder: "tmpfs")
+    assert "is in memory (tmpfs)" in advice(settings)[0]
+    monkeypatch.setattr(doctor, "_file_system", lambda folder: "ext4")
+    monkeypatch.setattr(doctor, "_flush_times_ms", lambda folder: [30.0])
+    assert "a flush to the disk takes 30.0 ms" in advice(settings)[0]
+    assert advice(dataclasses.replace(settings, durability="async")) == []
+
+
+def test_limits_that_are_too_low(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 1024))
+    assert "files may have 1024 bytes at most" in wrong(settings)[0]
+    assert "1024 files may be open, which leaves room for 768 connections" in advice(settings)[0]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
+    monkeypatch.setattr(doctor, "_cgroup", lambda name: "250000 100000")
+    assert "4 compute threads share 2.5 processors" in advice(settings)[0]
+    assert "give --compute-threads 2" in advice(settings)[0]
+
+
+def test_a_front_that_does_not_fit(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda package: package)
+    assert "stepwell-front is of version stepwell-front, stepwell of stepwell" in wrong(settings)[0]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "the native front is not installed" in advice(settings)[0]
+
+
+def test_a_clock_that_is_wrong(settings: Settings, tmp_path: Path) -> None:
+    assert "the clock says 2001-09-09T01:46:40Z; set it" in wrong(settings, now=1e9)[0]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "file").touch()
+    os.utime(tmp_path / "data" / "file", (NOW + 3600,) * 2)
+    assert "files of the store were written at 2096-10-02T08:06:40Z; set the clock" in wrong(settings)[0]
+
+
+def test_files_of_the_settings_that_are_not_there(settings: Settings, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    assert (
+        f"PATH must be a .keras file; {gone} does not exist"
+        in wrong(dataclasses.replace(settings, models={"m": gone}))[0]
+    )
+    assert (
+        f"--tls-cert: must be a file that can be read; {gone}"
+        in wrong(dataclasses.replace(settings, tls_cert=gone, tls_key=gone))[0]
+    )
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text('listen = "127.0.0.1:0"\ndata-dir = "data"\ncache-dir = "cache"\n')
+    run = CliRunner(env={"STEPWELL_CONFIG": str(config)}).invoke
+    document = json.loads(run(main, ["doctor", "--json"]).stdout)
+    documented = ", ".join(keys for keys, _ in command.json_keys)
+    assert set(document) == set(documented.split(", "))
+    assert document["data_dir"]["path"] == str(tmp_path / "data")
+    assert document["disk"]["flush_ms"] > 0
+    assert document["versions"]["grpcio"]
+
+    config.write_text("lisen = 5")
+    result = run(main, ["doctor"])
+    assert result.exit_code == 1
+    assert f"wrong: {config}: there is no setting 'lisen'; did you mean 'listen'?; mend" in result.stdout
+
+    monkeypatch.setattr(_of_server, "server_packages", lambda: ["no-such-package"])
+    config.write_text("")
+    result = run(main, ["doctor"])
+    assert result.exit_code == 0, result.stdout
+    assert "data-dir:" not in result.stdout
+    assert "no server can run here, no-such-package are not installed; to serve: pip install" in result.stdout
+    assert result.stdout.endswith("nothing is wrong\n")
