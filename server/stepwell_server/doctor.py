@@ -27,7 +27,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.open_files import RESERVE
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
-from stepwell_server.settings import Settings, SettingsError
+from stepwell_server.settings import Settings, SettingsError, cores
 
 if TYPE_CHECKING:
     from stepwell_server.store.base import Holder
@@ -139,7 +139,6 @@ class Examination:
     def _limits(self) -> Facts:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         file_bytes, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         quota = _cgroup_cpus()
         memory = psutil.virtual_memory()
         if hard != resource.RLIM_INFINITY and hard < _LEAST_OPEN_FILES:
@@ -161,7 +160,7 @@ class Examination:
         return {
             "open_files": None if soft == resource.RLIM_INFINITY else soft,
             "open_files_hard": None if hard == resource.RLIM_INFINITY else hard,
-            "cpus": cpus,
+            "cpus": cores(),
             "cgroup_cpus": quota,
             "memory_bytes": memory.total,
             "available_memory_bytes": memory.available,

@@ -61,7 +61,8 @@ def expanded(text: str) -> Path:
     return Path(path)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -88,7 +89,7 @@ class Settings:
     max_batch_rows: int = 1024
     resident_rows: int | None = None
     max_session_idle_s: float = 0.0
-    compute_threads: int = dataclasses.field(default_factory=_cores)
+    compute_threads: int = dataclasses.field(default_factory=cores)
     metrics_listen: Address | None = None
     imports: Sequence[str] = ()
     probe_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)

@@ -76,6 +76,14 @@ def test_it_holds_what_the_options_do_and_paths_begin_at_its_folder(file: Path) 
     assert read(environment={"STEPWELL_CONFIG": str(file)}) == expected
 
 
+def test_the_file_in_the_documents_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
+    (tmp_path / "stepwell.toml").write_text(re.findall(r"^```toml\n(.*?)^```", page, re.M | re.S)[0])
+    settings = read("--config", str(tmp_path / "stepwell.toml"))
+    assert settings.models == {"forecast": tmp_path / "models/forecast.keras"}
+    assert settings.max_session_idle_s == 5400
+
+
 def test_every_setting_may_stand_in_it() -> None:
     keys = {str(parameter.opts[0]).removeprefix("--"): parameter.name for parameter in serve.params}
     for field in dataclasses.fields(Settings):
