@@ -153,6 +153,13 @@ def working(what: str) -> Iterator[None]:
         yield
 
 
+def rounded_size(size: int) -> str:
+    """A number of bytes, rounded: `67.4 GB`."""
+    from rich.filesize import decimal
+
+    return decimal(size)
+
+
 def shape_text(spec: TensorInfo) -> str:
     """A tensor of a model with the axes that calls give it: `x float32 (B, T, 3)`."""
     axes = ["B", *(["T"] if spec.temporal else []), *map(str, spec.shape)]

@@ -121,12 +121,10 @@ def fact_name(key: str) -> str:
 
 def fact_text(key: str, value: object) -> str:
     """A fact's value for people."""
-    from rich import filesize
-
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if key.endswith("_bytes") and isinstance(value, int):
-        return filesize.decimal(value)
+        return _render.rounded_size(value)
     return f"{value} ms" if key.endswith("_ms") else str(value)
