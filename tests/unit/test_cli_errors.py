@@ -109,7 +109,7 @@ def test_a_defect_is_not_hidden() -> None:
         (["sessions", "close"], "Missing argument 'SESSION...'"),
         (["sessions", "close", "s"], "--yes is needed"),
         (["models", "--timeout-s", "0"], "must be above 0"),
-        (["models", "--timeout-s", "nan"], "must be above 0"),
+        (["models", "--timeout-s", "nan"], "a time such as 500ms, 90s or 1h30m"),
         (["models", "--server", "nowhere"], "--server"),
     ],
 )
