@@ -86,7 +86,7 @@ def origin(ctx: click.Context, parameter: click.Parameter) -> str:
         return str(parameter.envvar)
     if source is ParameterSource.DEFAULT_MAP and isinstance(parameter, Sourced):
         return f"'{parameter.key}' in {ctx.meta[FILE_KEY]}"
-    return f"'{parameter.opts[0]}'" if isinstance(parameter, click.Option) else parameter.make_metavar(ctx)
+    return f"'{parameter.opts[0]}'" if isinstance(parameter, click.Option) else str(parameter.metavar)
 
 
 def given(ctx: click.Context) -> dict[str, Any]:
