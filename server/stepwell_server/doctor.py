@@ -119,21 +119,22 @@ class Examination:
         facts |= {name: _version(package) for name, package in PACKAGES.items()}
         if not self._serves:
             return facts
+        problem = ""
         if util.find_spec("stepwell_front") is None:
-            self.advise(
-                "the native front is not installed, the one in Python is slower and listens on loopback only",
-                "install stepwell-front",
-            )
+            problem = "is not installed"
+        elif facts["native_front"] != facts["stepwell"]:
+            problem = f"is of version {facts['native_front']}, stepwell of {facts['stepwell']}"
         else:
             try:
                 import_module("stepwell_front")
             except ImportError as error:
-                self.wrong(f"the native front cannot be imported: {error}", "install stepwell-front anew")
-            if facts["native_front"] != facts["stepwell"]:
-                self.wrong(
-                    f"stepwell-front is of version {facts['native_front']}, stepwell of {facts['stepwell']}",
-                    "install both of one version",
-                )
+                problem = f"cannot be imported: {error}"
+        if problem and self._settings.front != "python":
+            say = self.wrong if self._settings.front == "native" else self.advise
+            say(
+                f"stepwell-front {problem}: the front in Python, which serves without it, is slower and for loopback only",
+                f"install stepwell-front {facts['stepwell']}",
+            )
         return facts
 
     def _limits(self) -> Facts:

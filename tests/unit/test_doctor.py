@@ -154,9 +154,10 @@ def test_limits_that_are_too_low(settings: Settings, monkeypatch: pytest.MonkeyP
 
 def test_a_front_that_does_not_fit(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda package: package)
-    assert "stepwell-front is of version stepwell-front, stepwell of stepwell" in wrong(settings)[0]
+    assert "stepwell-front is of version stepwell-front, stepwell of stepwell: the" in advice(settings)[0]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "the native front is not installed" in advice(settings)[0]
+    assert "stepwell-front is not installed" in wrong(dataclasses.replace(settings, front="native"))[0]
+    assert examined(dataclasses.replace(settings, front="python")).findings == []
 
 
 def test_a_clock_that_is_wrong(settings: Settings, tmp_path: Path) -> None:
