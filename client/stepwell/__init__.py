@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stepwell import aio, config, errors
     from stepwell._state import State
-    from stepwell._types import ModelInfo, ProofInfo, ServerInfo, SessionInfo, TensorInfo
+    from stepwell._types import (
+        LayerInfo,
+        ModelInfo,
+        ProofInfo,
+        ProvenanceInfo,
+        ServerInfo,
+        SessionInfo,
+        TensorInfo,
+    )
     from stepwell.client import Client, connect
     from stepwell.config import TlsConfig
     from stepwell.errors import (
@@ -49,11 +57,13 @@ __all__ = [
     "DeadlineExceededError",
     "InternalError",
     "InvalidInputError",
+    "LayerInfo",
     "ModelInfo",
     "ModelMismatchError",
     "ModelNotFoundError",
     "OverloadedError",
     "ProofInfo",
+    "ProvenanceInfo",
     "RefusedError",
     "ReplyTooLargeError",
     "RevisionConflictError",
@@ -81,8 +91,10 @@ __all__ = [
 _MODULES = frozenset({"aio", "config", "errors"})
 _HOMES = {
     "Client": "client",
+    "LayerInfo": "_types",
     "ModelInfo": "_types",
     "ProofInfo": "_types",
+    "ProvenanceInfo": "_types",
     "ServerInfo": "_types",
     "Session": "session",
     "SessionGroup": "group",

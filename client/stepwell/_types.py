@@ -77,6 +77,65 @@ class ProofInfo:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One layer of the Keras model that a program was compiled from.
+
+    Example:
+        >>> provenance = client.model("forecast").provenance
+        >>> [layer.kind for layer in provenance.layers]
+        ['InputLayer', 'LSTM', 'Dense']
+    """
+
+    name: str
+    """Its name."""
+    kind: str
+    """Its class, e.g. "LSTM"."""
+    output: str
+    """Shape of what it returns, as Keras prints it, or empty."""
+    parameters: int
+    """Numbers in its weights."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProvenanceInfo:
+    """Where the program of a model comes from: what was compiled, when and by what.
+
+    Example:
+        >>> client.model("forecast").provenance.source
+        'forecast.keras'
+    """
+
+    source: str
+    """Name of the file that Keras saved, without its folder."""
+    source_sha256: str
+    """SHA-256 of that file, in hexadecimal digits."""
+    compiled_time: dt.datetime
+    """When it was compiled, in UTC."""
+    versions: Mapping[str, str]
+    """Versions of what compiled it, by distribution: stepwell, tensorflow, keras, ai-edge-litert."""
+    processor: str
+    """Kind of the processor that compiled it, e.g. "x86_64"."""
+    parameters: int
+    """Numbers in the weights of the model."""
+    layers: tuple[LayerInfo, ...]
+    """Its layers in its order, those of nested models after the others."""
+
+    @classmethod
+    def _from_message(cls, message: models_pb2.Provenance) -> Self:
+        return cls(
+            source=message.source,
+            source_sha256=message.source_sha256,
+            compiled_time=message.compiled_time.ToDatetime(dt.UTC),
+            versions=dict(sorted(message.versions.items())),
+            processor=message.processor,
+            parameters=message.parameters,
+            layers=tuple(
+                LayerInfo(layer.name, layer.kind, layer.output, layer.parameters) for layer in message.layers
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A model as it is served.
 
@@ -107,6 +166,8 @@ class ModelInfo:
     """Open sessions when it was described."""
     proof: ProofInfo = ProofInfo(0, "")
     """How it is known that it may be stepped; a server of an older release says nothing of it."""
+    provenance: ProvenanceInfo | None = None
+    """Where its program comes from; None if the server is of an older release."""
 
     @classmethod
     def _from_message(cls, model: models_pb2.Model) -> Self:
@@ -122,6 +183,9 @@ class ModelInfo:
             state_row_bytes=model.state_row_bytes,
             sessions=model.sessions,
             proof=ProofInfo(model.proof.compared_steps, model.proof.unproven, model.proof.compared_share),
+            provenance=ProvenanceInfo._from_message(model.provenance)
+            if model.HasField("provenance")
+            else None,
         )
 
 

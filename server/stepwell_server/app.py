@@ -120,11 +120,11 @@ def _require_reach(settings: Settings) -> None:
 
 
 def _compile(settings: Settings) -> dict[str, Program]:
-    """The program of each model, from the cache or compiled now by a process of its own."""
+    """The program of each model: compiled before, in the cache, or compiled now by a process of its own."""
     from stepwell_server.compile import data_file
     from stepwell_server.compile.errors import DataError, ModelError
-    from stepwell_server.compile.launch import compile_program
     from stepwell_server.compile.limits import Limits
+    from stepwell_server.loading import load_program
 
     limits = Limits(settings.max_model_bytes, settings.max_compile_memory_bytes, settings.compile_timeout_s)
     programs: dict[str, Program] = {}
@@ -138,7 +138,7 @@ def _compile(settings: Settings) -> dict[str, Program]:
         try:
             options = ProofOptions(settings.probe_steps.get(name), name in settings.trust_causality)
             report = _progress(name)
-            program = compile_program(
+            program = load_program(
                 path,
                 settings.cache_dir,
                 settings.imports,

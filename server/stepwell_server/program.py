@@ -1,9 +1,8 @@
 """The compiled artefact: a model made ready to step.
 
 A program is one time step of a model as a pure function ``(inputs, state) -> (outputs, state)``, with
-its specs and fingerprint. It lives in a folder: ``program.json``, ``initial.npz`` (only if some initial
-state is not zero) and either ``program.tflite`` or ``saved_model/``. This module reads and writes that
-folder and knows neither Keras nor any executor.
+its specs and fingerprint, how it was proven, and where it comes from. This module knows neither Keras nor
+any executor, nor how a program is stored (`program_file`).
 
 Tensors are found by fixed signature keys, never by order or by their Keras names (a name may hold
 characters that a signature does not allow): input i is ``in_<i>``, state i ``state_<i>``, output i
@@ -14,16 +13,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-#: Version of the folder's layout. A folder of another version is compiled again.
-FORMAT = 2
+#: The file of a program that LiteRT runs, and the folder of one that TensorFlow runs.
+FLATBUFFER = "program.tflite"
+SAVED_MODEL = "saved_model/"
 
 ExecutorKind = Literal["litert", "tensorflow"]
 Array = npt.NDArray[np.generic]
@@ -41,6 +40,11 @@ class TensorSpec:
     temporal: bool
     """Inputs: takes a time axis. Outputs: the whole-sequence call returns one value per time step."""
 
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row at one time step in bytes."""
+        return math.prod(self.shape) * dtype_of(self.dtype).itemsize
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StateSpec:
@@ -53,11 +57,18 @@ class StateSpec:
     @property
     def row_bytes(self) -> int:
         """Size of one row in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * dtype_of(self.dtype).itemsize
 
 
-def _row_bytes(spec: TensorSpec) -> int:
-    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+def dtype_of(name: str) -> np.dtype[np.generic]:
+    """NumPy's type of a name."""
+    if name == "bfloat16":
+        # NumPy does not know it, and almost no model has it.
+        import ml_dtypes
+
+        bfloat16: np.dtype[np.generic] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+    return np.dtype(name)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,6 +104,51 @@ class Proof:
 
 
 @dataclasses.dataclass(frozen=True)
+class Trial:
+    """Known inputs and outputs: whoever runs the program elsewhere can see that it does the same there."""
+
+    inputs: tuple[Array, ...]
+    """Rows of one time step for each input, ``(rows, *spec.shape)``."""
+    outputs: tuple[Array, ...]
+    """What `engine.executors.trial` gets of them for each output, where the program was compiled."""
+    tolerance: float
+    """By how much they may differ on another processor, as a share of an output's largest value."""
+    sizes: tuple[int, ...]
+    """Batch sizes of which it was found out whether they give the same bits."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of the Keras model, for people."""
+
+    name: str
+    kind: str
+    """Its class."""
+    output: str
+    """Shapes of what it returns, as Keras prints them; empty: not known."""
+    parameters: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a program comes from, for people: nothing depends on it."""
+
+    source: str
+    """Name of the Keras model's file, without its folder."""
+    source_sha256: str
+    compiled_time: int
+    """When it was compiled, in seconds since 1970 (UTC)."""
+    versions: Mapping[str, str]
+    """Versions of what compiled it, by distribution: stepwell, tensorflow, keras, ai-edge-litert."""
+    processor: str
+    """The kind of processor on which its bits were compared first, such as x86_64."""
+    parameters: int
+    """Numbers in the model's weights."""
+    layers: tuple[Layer, ...]
+    """In the model's order, those of nested models after them."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """A model made ready to step. Immutable; safe to share between threads."""
 
@@ -109,80 +165,22 @@ class Program:
     """Why this executor, as a sentence for people."""
     batch_sizes: tuple[int, ...]
     """Batch sizes that give the same bits for a row; empty means every one does."""
-    path: Path
-    """The artefact's folder."""
+    files: Mapping[str, bytes] = dataclasses.field(repr=False)
+    """What its executor loads, by name: `FLATBUFFER`, or what is in the folder `SAVED_MODEL`."""
     proof: Proof = Proof(steps=0, unproven="nothing is known of a proof")
     """How it is known that stepping it gives what Keras's call of the model gives."""
+    trial: Trial | None = dataclasses.field(default=None, repr=False)
+    """With what it is tried on the processor that is to run it; None: it cannot be."""
+    provenance: Provenance | None = None
+    """Where it comes from; None: nothing is known of that."""
 
     @functools.cached_property
     def output_bytes(self) -> tuple[int, int]:
         """What a row of outputs takes: bytes for each time step, of the temporal ones, and once, of the others."""
-        temporal = sum(_row_bytes(spec) for spec in self.outputs if spec.temporal)
-        return temporal, sum(map(_row_bytes, self.outputs)) - temporal
+        temporal = sum(spec.row_bytes for spec in self.outputs if spec.temporal)
+        return temporal, sum(spec.row_bytes for spec in self.outputs) - temporal
 
     @property
     def state_row_bytes(self) -> int:
         """Size in bytes of the whole state of one row."""
         return sum(spec.row_bytes for spec in self.state)
-
-    def save(self) -> None:
-        """Write ``program.json`` and, where needed, ``initial.npz`` into ``path``."""
-        document = {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint,
-            "inputs": [dataclasses.asdict(spec) for spec in self.inputs],
-            "outputs": [dataclasses.asdict(spec) for spec in self.outputs],
-            "state": [dataclasses.asdict(spec) for spec in self.state],
-            "executor": self.executor,
-            "executor_reason": self.executor_reason,
-            "batch_sizes": list(self.batch_sizes),
-            "proof": dataclasses.asdict(self.proof),
-        }
-        if any(np.any(value) for value in self.initial):
-            named = {f"state_{i}": value for i, value in enumerate(self.initial)}
-            np.savez(self.path / "initial.npz", **named)  # type: ignore[arg-type]
-        (self.path / "program.json").write_text(json.dumps(document, indent=1))
-
-    @classmethod
-    def load(cls, path: Path) -> Program:
-        """Read the folder ``path``.
-
-        Raises:
-            ValueError: the folder holds another layout version or is damaged.
-            OSError: a file cannot be read.
-        """
-        document = json.loads((path / "program.json").read_text())
-        if document.get("format") != FORMAT:
-            raise ValueError(f"{path}: program format must be {FORMAT}; got {document.get('format')!r}")
-        state = tuple(
-            StateSpec(item["name"], tuple(item["shape"]), item["dtype"]) for item in document["state"]
-        )
-        return cls(
-            fingerprint=document["fingerprint"],
-            inputs=tuple(_tensor_spec(item) for item in document["inputs"]),
-            outputs=tuple(_tensor_spec(item) for item in document["outputs"]),
-            state=state,
-            initial=_load_initial(path, state),
-            executor=document["executor"],
-            executor_reason=document["executor_reason"],
-            batch_sizes=tuple(document["batch_sizes"]),
-            proof=Proof(**document["proof"]),
-            path=path,
-        )
-
-
-def _tensor_spec(item: dict[str, object]) -> TensorSpec:
-    return TensorSpec(
-        name=str(item["name"]),
-        shape=tuple(item["shape"]),  # type: ignore[arg-type]
-        dtype=str(item["dtype"]),
-        temporal=bool(item["temporal"]),
-    )
-
-
-def _load_initial(path: Path, state: tuple[StateSpec, ...]) -> tuple[Array, ...]:
-    file = path / "initial.npz"
-    if not file.exists():
-        return tuple(np.zeros(spec.shape, spec.dtype) for spec in state)
-    with np.load(file) as stored:
-        return tuple(stored[f"state_{i}"] for i in range(len(state)))

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -118,9 +119,10 @@ def program_path(server: LocalServer, model: str) -> Path:
     """The compiled program of a model that a server serves."""
     with stepwell.connect(server.address) as client:
         fingerprint = client.model(model).fingerprint
-    for found in (OUT / "cache").glob("*/program.json"):
-        if json.loads(found.read_text())["fingerprint"] == fingerprint:
-            return found.parent
+    for found in (OUT / "cache").glob("*.stepwell"):
+        with zipfile.ZipFile(found) as archive:
+            if json.loads(archive.read("stepwell.json"))["fingerprint"] == fingerprint:
+                return found
     raise LookupError(f"no program of model {model} in the cache")
 
 

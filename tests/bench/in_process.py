@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from stepwell_server import program_file
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.program import Program
@@ -52,7 +53,7 @@ class Part(threading.Thread):
 
 
 def main(program: str, rows: str, threads: str, seconds: str) -> None:
-    loaded = Program.load(Path(program))
+    loaded = program_file.load(Path(program), is_own=True)
     count = int(threads)
     sizes = [len(part) for part in np.array_split(np.arange(int(rows)), count)]
     parts = [Part(loaded, size, 0.5, float(seconds)) for size in sizes]

@@ -37,11 +37,8 @@ def check(seed: int) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         drawn.model.save(folder / "model.keras")
-        (folder / "program").mkdir()
         try:
-            program = compile_model(
-                folder / "model.keras", folder / "program", options=ProofOptions(steps=520)
-            )
+            program = compile_model(folder / "model.keras", options=ProofOptions(steps=520))
         except ModelError as error:
             said = str(error)
             assert not drawn.is_good, f"seed {seed}: {drawn.blocks} is refused: {said}"

@@ -67,7 +67,7 @@ def test_the_reason_for_tensorflow_is_a_sentence(tokens: Compiled, tokens_on_ten
         "step"
     )
     assert tokens_on_tensorflow.program.batch_sizes
-    assert not (tokens_on_tensorflow.program.path / "program.tflite").exists()
+    assert all(name.startswith("saved_model/") for name in tokens_on_tensorflow.program.files)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_the_layer_that_litert_cannot_run_is_named(tmp_path: Path) -> None:
     x = keras.Input((None,), dtype="int32")
     hashed = keras.layers.Hashing(5, name="buckets")(x)
     keras.Model(x, keras.layers.GRU(2)(keras.layers.Embedding(5, 2)(hashed))).save(tmp_path / "model.keras")
-    program = compile_model(tmp_path / "model.keras", tmp_path)
+    program = compile_model(tmp_path / "model.keras")
     assert program.executor_reason == (
         "LiteRT cannot run this model: it has no operation for AsString, StringToHashBucketFast (the layer 'buckets' "
         "(Hashing)); TensorFlow runs it, which takes longer for each step"
@@ -152,14 +152,14 @@ def test_a_view_kept_over_a_step_is_a_mistake_of_the_caller(tokens: Compiled) ->
     _token_step(executor, [1, 2])
 
 
-def test_a_damaged_artefact_is_a_value_error(tokens: Compiled, tmp_path: Path) -> None:
+def test_a_damaged_artefact_is_a_value_error(tokens: Compiled) -> None:
     import dataclasses
 
-    (tmp_path / "program.tflite").write_bytes(b"nonsense")
+    damaged = dataclasses.replace(tokens.program, files={"program.tflite": b"nonsense"})
     with pytest.raises(ValueError, match=r"."):
-        load_executor(dataclasses.replace(tokens.program, path=tmp_path))
+        load_executor(damaged)
     with pytest.raises(ValueError, match="cannot be read"):
-        load_executor(dataclasses.replace(tokens.program, path=tmp_path, executor="tensorflow"))
+        load_executor(dataclasses.replace(damaged, executor="tensorflow"))
 
 
 def test_padding_runs_only_the_listed_sizes() -> None:
@@ -206,7 +206,7 @@ def test_the_step_is_lean(name: str) -> None:
     from ai_edge_litert.interpreter import Interpreter
 
     program = zoo_model(name).program
-    interpreter = Interpreter(model_path=str(program.path / "program.tflite"), num_threads=1)
+    interpreter = Interpreter(model_content=program.files["program.tflite"], num_threads=1)
     interpreter.allocate_tensors()
     operations = [item["op_name"] for item in interpreter._get_ops_details()]
     assert operations.count("DELEGATE") == 1, operations

@@ -23,7 +23,7 @@ def _compiled(model: Any, folder: Path, **options: Any) -> Any:
 
     models.randomize(model)
     model.save(folder / "model.keras")
-    return compile_model(folder / "model.keras", folder, options=ProofOptions(**options))
+    return compile_model(folder / "model.keras", options=ProofOptions(**options))
 
 
 def test_softplus_does_not_overflow(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_lookup_without_room_for_other_words_is_served_and_equal(tmp_path: Pat
     from stepwell_server.compile.pipeline import compile_model
 
     _looked_up(num_oov_indices=0).save(tmp_path / "model.keras")
-    program = compile_model(tmp_path / "model.keras", tmp_path)
+    program = compile_model(tmp_path / "model.keras")
     np.save(tmp_path / "x.npy", np.array([[10, 20, 30, 10]]))
     assert compare(tmp_path / "model.keras", program, tmp_path / "x.npy").outputs[0].is_allowed
     np.save(tmp_path / "x.npy", np.array([[10, 20, 15]]))
@@ -85,7 +85,7 @@ def test_ones_own_numbers_may_be_binned(tmp_path: Path) -> None:
     from stepwell_server.compile.pipeline import compile_model
 
     _binned().save(tmp_path / "model.keras")
-    program = compile_model(tmp_path / "model.keras", tmp_path)
+    program = compile_model(tmp_path / "model.keras")
     np.save(tmp_path / "x.npy", np.array([[-7.5, 0.1, 99.0]]))
     assert compare(tmp_path / "model.keras", program, tmp_path / "x.npy").outputs[0].is_allowed
 

@@ -48,25 +48,26 @@ def test_two_processes_compile_one_model_and_the_rest_read_the_cache(lstm: Path,
         both = list(
             pool.map(lambda i: compile_program(lstm, tmp_path / "cache", progress=stages[i].append), (0, 1))
         )
-    assert both[0].path == both[1].path
     assert both[0].fingerprint == both[1].fingerprint
     assert STAGES in stages
     again: list[str] = []
-    assert compile_program(lstm, tmp_path / "cache", progress=again.append).path == both[0].path
+    assert compile_program(lstm, tmp_path / "cache", progress=again.append).files == both[0].files
     assert again == []
-    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [both[0].path.name]
+    assert list((tmp_path / "cache").iterdir()) == [
+        cache.entry(tmp_path / "cache", cache.cache_key(lstm, ()))
+    ]
 
 
 def test_a_damaged_entry_is_compiled_again(lstm: Path, tmp_path: Path) -> None:
-    entry = tmp_path / cache.cache_key(lstm, ())
-    entry.mkdir()
-    (entry / "program.json").write_text("{}")
+    entry = cache.entry(tmp_path, cache.cache_key(lstm, ()))
+    entry.write_text("{}")
     stages: list[str] = []
     program = compile_program(lstm, tmp_path, progress=stages.append)
     assert stages == STAGES
-    assert program.path == entry
-    flatbuffer = entry / "program.tflite"
-    flatbuffer.write_bytes(flatbuffer.read_bytes()[:-100])
+    found = cache.load(entry)
+    assert found is not None
+    assert found.files == program.files
+    entry.write_bytes(entry.read_bytes().replace(b"TFL3", b"TFL4"))
     assert cache.load(entry) is None
 
 

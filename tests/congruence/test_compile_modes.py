@@ -21,7 +21,7 @@ def _compiled(model: Any, folder: Path) -> Any:
 
     models.randomize(model)
     model.save(folder / "model.keras")
-    return compile_model(folder / "model.keras", folder)
+    return compile_model(folder / "model.keras")
 
 
 def _refused(model: Any, folder: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepwell_server import program_file
 from stepwell_server.compile.comparison import Comparison
 from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.program import Program, Proof, ProofOptions, TensorSpec
@@ -25,7 +26,7 @@ def forecast(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Program]:
 
     folder = tmp_path_factory.mktemp("forecast")
     models.build("lstm_dense").save(folder / "model.keras")
-    return folder / "model.keras", compile_model(folder / "model.keras", folder)
+    return folder / "model.keras", compile_model(folder / "model.keras")
 
 
 def _with(value: float) -> Any:
@@ -113,7 +114,7 @@ def test_data_are_looked_at_before_the_model_is_compiled(array: Any, says: str, 
     np.save(tmp_path / "x.npy", array)
     stages: list[str] = []
     with pytest.raises(DataError, match=says):
-        compile_model(tmp_path / "model.keras", tmp_path, progress=stages.append, data=tmp_path / "x.npy")
+        compile_model(tmp_path / "model.keras", progress=stages.append, data=tmp_path / "x.npy")
     assert stages == ["load", "trace"]
 
 
@@ -199,12 +200,13 @@ def test_an_unknown_operation_needs_trust_and_is_then_said_everywhere(tmp_path: 
         match=r"not proven that the model may be stepped: the layer 'det' \(Determinant\) uses the operation "
         r"MatrixDeterminant, which is not known .*--trust-causality NAME",
     ):
-        compile_model(tmp_path / "model.keras", tmp_path)
-    program = compile_model(tmp_path / "model.keras", tmp_path, options=ProofOptions(steps=700, trust=True))
+        compile_model(tmp_path / "model.keras")
+    program = compile_model(tmp_path / "model.keras", options=ProofOptions(steps=700, trust=True))
     assert program.proof.steps == 700
     assert "MatrixDeterminant" in program.proof.unproven
     assert str(program.proof) == "trusted by --trust-causality, compared with Keras over 700 time steps"
-    assert Program.load(tmp_path).proof == program.proof
+    program_file.save(program, tmp_path / "program.stepwell")
+    assert program_file.load(tmp_path / "program.stepwell", is_own=True).proof == program.proof
 
 
 def test_the_proof_of_a_known_model_is_of_its_graph(forecast: tuple[Path, Program]) -> None:

@@ -24,7 +24,7 @@ def test_a_model_that_cannot_be_stepped_is_refused(name: str, tmp_path: Path) ->
 
     models.build(name).save(tmp_path / "model.keras")
     with pytest.raises(ModelError, match=models.REFUSED[name][1]) as caught:
-        compile_model(tmp_path / "model.keras", tmp_path)
+        compile_model(tmp_path / "model.keras")
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "model.keras") in str(caught.value)
     said = str(caught.value)

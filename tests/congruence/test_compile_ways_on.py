@@ -30,16 +30,17 @@ def _compiled(model: Any, folder: Path) -> Program:
 
     models.randomize(model)
     model.save(folder / "model.keras")
-    return compile_model(folder / "model.keras", folder)
+    return compile_model(folder / "model.keras")
 
 
 def _stepped(program: Program, inputs: list[Any], states: list[Any] | None = None) -> Any:
     """Step through sequences; returns the first output of each time step."""
-    from stepwell_server.compile.sequences import at, initial_states, step_of_executor
+    from stepwell_server.compile.sequences import at
+    from stepwell_server.engine.executors.stepping import initial_rows, step_of_executor
 
     step = step_of_executor(load_executor(program))
     steps = next(value.shape[1] for value, spec in zip(inputs, program.inputs, strict=True) if spec.temporal)
-    now: Any = states or initial_states(program, len(inputs[0]))
+    now: Any = states or initial_rows(program.initial, len(inputs[0]))
     seen = []
     for time in range(steps):
         outputs, now = step(at(program, inputs, time), now)

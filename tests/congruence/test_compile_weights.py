@@ -62,8 +62,7 @@ def test_shared_weights_are_restored(build: Any, tmp_path: Path) -> None:
     model = build(keras)
     models.randomize(model)
     model.save(tmp_path / "model.keras")
-    (tmp_path / "program").mkdir()
-    compiled = Compiled(build.__name__, model, compile_model(tmp_path / "model.keras", tmp_path / "program"))
+    compiled = Compiled(build.__name__, model, compile_model(tmp_path / "model.keras"))
     inputs = compiled.draw(1, 3, 6)
     for name, expected in compiled.keras(inputs).items():
         np.testing.assert_allclose(compiled.stepped(inputs, 6)[name], expected, rtol=2e-6, atol=2e-6)

@@ -92,5 +92,4 @@ def compile_anew(name: str, folder: Path) -> Compiled:
 
     model = models.build(name)
     model.save(folder / "model.keras")
-    (folder / "program").mkdir()
-    return Compiled(name, model, compile_model(folder / "model.keras", folder / "program"))
+    return Compiled(name, model, compile_model(folder / "model.keras"))

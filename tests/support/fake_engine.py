@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ def program(outputs: int = FEATURES) -> Program:
         executor="litert",
         executor_reason="a fake",
         batch_sizes=(),
-        path=Path("nowhere"),
+        files={},
     )
 
 

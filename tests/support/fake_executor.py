@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ PLAIN = Program(
     executor="litert",
     executor_reason="a fake",
     batch_sizes=(),
-    path=Path("nowhere"),
+    files={},
 )
 RICH = dataclasses.replace(
     PLAIN,

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from stepwell_server import program_file
 from stepwell_server.program import Program, ProofOptions
 from support import samples
 
@@ -36,6 +37,7 @@ _SOURCES = (
     "server/stepwell_server/engine/executors/*.py",
     "server/stepwell_server/engine/types.py",
     "server/stepwell_server/program.py",
+    "server/stepwell_server/program_file.py",
     "tests/support/*.py",
 )
 
@@ -73,7 +75,9 @@ def program_of(saved: Saved, imports: Sequence[str] = (), options: ProofOptions 
     """The program of a saved model."""
     from stepwell_server.compile import cache
 
-    return Program.load(saved.cache_dir / cache.cache_key(saved.path, imports, options))
+    program = cache.load(cache.entry(saved.cache_dir, cache.cache_key(saved.path, imports, options)))
+    assert program is not None
+    return program
 
 
 def zoo_program(name: str, build: Callable[[], Any], options: ProofOptions) -> Program:
@@ -106,9 +110,9 @@ def saved(
                 if kept is not None:
                     _keep(unfinished, options, kept / name)
             unfinished.rename(path)
-        wanted = programs / cache.cache_key(path, imports, options)
+        wanted = cache.entry(programs, cache.cache_key(path, imports, options))
         if not wanted.exists():
-            _copy(programs / cache.cache_key(path, (), options), wanted)
+            shutil.copyfile(cache.entry(programs, cache.cache_key(path, (), options)), wanted)
     return Saved(path, programs)
 
 
@@ -135,10 +139,11 @@ def _take(kept: Path, path: Path, options: ProofOptions | None) -> bool:
     if not (kept / "model.keras").exists():
         return False
     key = cache.cache_key(kept / "model.keras", (), options)
-    if cache.load(kept / key) is None:
+    if cache.load(cache.entry(kept, key)) is None:
         return False
     shutil.copyfile(kept / "model.keras", path)
-    _copy(kept / key, cache_dir() / key)
+    cache_dir().mkdir(exist_ok=True)
+    shutil.copyfile(cache.entry(kept, key), cache.entry(cache_dir(), key))
     return True
 
 
@@ -147,36 +152,27 @@ def _keep(path: Path, options: ProofOptions | None, kept: Path) -> None:
     from stepwell_server.compile import cache
 
     key = cache.cache_key(path, (), options)
-    with cache.workspace(kept.parent, kept.name) as workspace:
-        shutil.copyfile(path, workspace / "model.keras")
-        shutil.copytree(cache_dir() / key, workspace / key)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=kept.parent) as folder:
+        shutil.copyfile(path, Path(folder, "model.keras"))
+        shutil.copyfile(cache.entry(cache_dir(), key), cache.entry(Path(folder), key))
         shutil.rmtree(kept, ignore_errors=True)
-        workspace.rename(kept)
-
-
-def _copy(made: Path, wanted: Path) -> None:
-    """Make another entry of a cache from one."""
-    from stepwell_server.compile import cache
-
-    with cache.workspace(wanted.parent, wanted.name) as workspace:
-        others = shutil.ignore_patterns("digests.json")  # publishing writes it
-        shutil.copytree(made, workspace, ignore=others, dirs_exist_ok=True)
-        cache.publish(workspace, wanted)
+        shutil.copytree(folder, kept)
 
 
 def _compile(path: Path, options: ProofOptions | None) -> None:
     from stepwell_server.compile import cache
     from stepwell_server.compile.pipeline import compile_model
 
-    key = cache.cache_key(path, (), options)
-    with cache.workspace(cache_dir(), key) as workspace:
-        made = compile_model(path, workspace, options=options)
-        loaded = cache.publish(workspace, cache_dir() / key)
+    target = cache.entry(cache_dir(), cache.cache_key(path, (), options))
+    with cache.unfinished(target) as file:
+        made = compile_model(path, options=options)
+        program_file.save(made, file)
+        loaded = cache.publish(file, target)
     # what is loaded from now on, by whomever, is what was made
     assert (loaded.inputs, loaded.outputs, loaded.state) == (made.inputs, made.outputs, made.state)
     assert (loaded.executor, loaded.executor_reason) == (made.executor, made.executor_reason)
     assert (loaded.fingerprint, loaded.batch_sizes) == (made.fingerprint, made.batch_sizes)
-    assert loaded.proof == made.proof
+    assert (loaded.proof, loaded.files, loaded.provenance) == (made.proof, made.files, made.provenance)
     for one, two in zip(loaded.initial, made.initial, strict=True):
         np.testing.assert_array_equal(one, two)
         assert one.dtype == two.dtype

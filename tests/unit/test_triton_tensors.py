@@ -27,7 +27,7 @@ def of_dtype(dtype: str, shape: tuple[int, ...] = (2,)) -> ModelTensors:
 
 def program_of(dtype: str, shape: tuple[int, ...] = (2,)) -> Program:
     spec = TensorSpec("x", shape, dtype, temporal=True)
-    return Program("f", (spec,), (spec,), (StateSpec("s", shape, dtype),), (), "litert", "", (), PLAIN.path)
+    return Program("f", (spec,), (spec,), (StateSpec("s", shape, dtype),), (), "litert", "", (), {})
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_the_configuration_tells_of_the_state() -> None:
     assert batching.state[0].initial_state[0].WhichOneof("state_data") == "data_file"
     assert [list(one.dims) for one in config.input] == [[2], [1], [1]]
     assert [one.HasField("reshape") for one in config.input] == [False, True, True]
-    stateless = Program("f", PLAIN.inputs, PLAIN.outputs, (), (), "litert", "", (), PLAIN.path)
+    stateless = Program("f", PLAIN.inputs, PLAIN.outputs, (), (), "litert", "", (), {})
     config = model_config("m", stateless, ModelTensors("m", stateless), 0)
     assert config.WhichOneof("scheduling_choice") == "dynamic_batching"
 

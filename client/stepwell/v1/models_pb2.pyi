@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from stepwell.v1 import tensors_pb2 as _tensors_pb2
 import builtins as _builtins
@@ -36,6 +37,7 @@ class Model(_message.Message):
     STATE_ROW_BYTES_FIELD_NUMBER: _builtins.int
     SESSIONS_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name it is served under."""
     fingerprint: _builtins.str
@@ -68,6 +70,10 @@ class Model(_message.Message):
     def proof(self) -> Global___Proof:
         """How it is known that stepping it gives what one call of it over the sequence gives."""
 
+    @_builtins.property
+    def provenance(self) -> Global___Provenance:
+        """Where its program comes from. Absent: the server is of an older release."""
+
     def __init__(
         self,
         *,
@@ -82,10 +88,11 @@ class Model(_message.Message):
         state_row_bytes: _builtins.int = ...,
         sessions: _builtins.int = ...,
         proof: Global___Proof | None = ...,
+        provenance: Global___Provenance | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof", "provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "executor", b"executor", "executor_reason", b"executor_reason", "fingerprint", b"fingerprint", "inputs", b"inputs", "name", b"name", "outputs", b"outputs", "proof", b"proof", "sessions", b"sessions", "state", b"state", "state_row_bytes", b"state_row_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "executor", b"executor", "executor_reason", b"executor_reason", "fingerprint", b"fingerprint", "inputs", b"inputs", "name", b"name", "outputs", b"outputs", "proof", b"proof", "provenance", b"provenance", "sessions", b"sessions", "state", b"state", "state_row_bytes", b"state_row_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -124,6 +131,112 @@ class Proof(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Proof: _TypeAlias = Proof  # noqa: Y015
+
+@_typing.final
+class Provenance(_message.Message):
+    """Where a program comes from, for people: what was compiled, when and by what, and the Keras model's layers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class VersionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    SOURCE_SHA256_FIELD_NUMBER: _builtins.int
+    COMPILED_TIME_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    PROCESSOR_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """Name of the file that Keras saved, without its folder."""
+    source_sha256: _builtins.str
+    """SHA-256 of that file, in hexadecimal digits."""
+    processor: _builtins.str
+    """Kind of the processor that compiled it, such as "x86_64"."""
+    parameters: _builtins.int
+    """Numbers in the weights of the model."""
+    @_builtins.property
+    def compiled_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was compiled."""
+
+    @_builtins.property
+    def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Versions of what compiled it, by distribution: "stepwell", "tensorflow", "keras", "ai-edge-litert"."""
+
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Layer]:
+        """Its layers in its order, those of nested models after the others."""
+
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        source_sha256: _builtins.str = ...,
+        compiled_time: _timestamp_pb2.Timestamp | None = ...,
+        versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        processor: _builtins.str = ...,
+        parameters: _builtins.int = ...,
+        layers: _abc.Iterable[Global___Layer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compiled_time", b"compiled_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compiled_time", b"compiled_time", "layers", b"layers", "parameters", b"parameters", "processor", b"processor", "source", b"source", "source_sha256", b"source_sha256", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Provenance: _TypeAlias = Provenance  # noqa: Y015
+
+@_typing.final
+class Layer(_message.Message):
+    """One layer of a Keras model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    kind: _builtins.str
+    """Its class, such as "LSTM"."""
+    output: _builtins.str
+    """Shape of what it returns, as Keras prints it, several with commas between them. Empty: not known."""
+    parameters: _builtins.int
+    """Numbers in its weights."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        output: _builtins.str = ...,
+        parameters: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "name", b"name", "output", b"output", "parameters", b"parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Layer: _TypeAlias = Layer  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):

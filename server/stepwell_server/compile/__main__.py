@@ -1,6 +1,6 @@
-"""The compiling process: ``python -m stepwell_server.compile MODEL FOLDER [--import MODULE]...``.
+"""The compiling process: ``python -m stepwell_server.compile MODEL PROGRAM [--import MODULE]...``.
 
-With ``--compare`` it holds the program that is in FOLDER already against Keras instead.
+With ``--compare`` it holds the program that is in PROGRAM already against Keras instead.
 
 It speaks JSON lines on what was its standard output: ``{"stage": ...}`` as each stage begins, then
 ``{"done": ...}``, true or the comparison, or ``{"error": ..., "kind": ...}``. Whatever else prints lands on
@@ -17,10 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stepwell_server import program_file
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.sizes import check_sizes
 from stepwell_server.compile.unexpected import failure
-from stepwell_server.program import Program, ProofOptions
+from stepwell_server.program import ProofOptions
 
 Speak = Callable[[dict[str, Any]], None]
 
@@ -30,11 +31,11 @@ def main() -> int:
     speak = _protocol()
     parser = argparse.ArgumentParser(prog="python -m stepwell_server.compile")
     parser.add_argument("model", type=Path)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("program", type=Path)
     parser.add_argument("--import", dest="imports", action="append", default=[])
     parser.add_argument("--steps", type=int, help="time steps to compare over")
     parser.add_argument("--trust", action="store_true", help="also where the graph proves too little")
-    parser.add_argument("--compare", action="store_true", help="compare the program in FOLDER with Keras")
+    parser.add_argument("--compare", action="store_true", help="compare the program in PROGRAM with Keras")
     parser.add_argument(
         "--data", type=Path, help="sequences to compare on, or to look at before the model is compiled"
     )
@@ -66,17 +67,18 @@ def _work(arguments: argparse.Namespace, speak: Speak) -> Any:
         from stepwell_server.compile.pipeline import import_modules
 
         import_modules(arguments.imports)
-        return compare(arguments.model, Program.load(arguments.folder), arguments.data).to_json()
+        program = program_file.load(arguments.program, sys.maxsize, is_own=True)
+        return compare(arguments.model, program, arguments.data).to_json()
     from stepwell_server.compile.pipeline import compile_model
 
-    compile_model(
+    program = compile_model(
         arguments.model,
-        arguments.folder,
         arguments.imports,
         lambda stage: speak({"stage": stage}) if stage != "load" else None,
         ProofOptions(arguments.steps, arguments.trust),
         arguments.data,
     )
+    program_file.save(program, arguments.program)
     return True
 
 

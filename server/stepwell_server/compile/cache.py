@@ -1,27 +1,25 @@
-"""Where compiled programs are kept: by the content that made them, whole or not at all."""
+"""Where compiled programs are kept: files of `program_file`, named by the content that made them."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import importlib.machinery
-import json
 import os
 import platform
-import shutil
+import secrets
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from stepwell_server import program_file
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.program import FORMAT, Program, ProofOptions
+from stepwell_server.program import Program, ProofOptions
 
 #: Raise it when the compiler makes something else of the same model.
-COMPILE_VERSION = 4
+COMPILE_VERSION = 5
 _PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")
-_DIGESTS = "digests.json"
 
 
 def cache_key(model: Path, imports: Sequence[str], options: ProofOptions | None = None) -> str:
@@ -33,58 +31,55 @@ def cache_key(model: Path, imports: Sequence[str], options: ProofOptions | None 
     Raises:
         ModelError: the file cannot be read, or there is no such module.
     """
-    digest = hashlib.sha256(f"{FORMAT} {COMPILE_VERSION}\n".encode())
+    digest = hashlib.sha256(f"{program_file.VERSION} {COMPILE_VERSION}\n".encode())
     for package in _PACKAGES:
-        digest.update(f"{package} {_version(package)}\n".encode())
+        digest.update(f"{package} {version_of(package)}\n".encode())
     digest.update(_processor().encode())
     for module in imports:
         for file in module_files(module):
             digest.update(f"{module} {file.name}\n".encode())
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     digest.update(f"{options or ProofOptions()}\n".encode())
-    digest.update(_file_digest(model))
+    digest.update(file_digest(model))
     return digest.hexdigest()
 
 
-def load(folder: Path) -> Program | None:
-    """Return the program in ``folder``, or None if there is none or it is damaged."""
+def entry(cache_dir: Path, key: str) -> Path:
+    """Return the file of a program in the cache, whether it is there or not."""
+    return cache_dir / f"{key}{program_file.SUFFIX}"
+
+
+def load(file: Path) -> Program | None:
+    """Return the program in an entry of the cache, or None if there is none or it is damaged."""
     try:
-        expected: dict[str, str] = json.loads((folder / _DIGESTS).read_text())
-        if any(_file_digest(folder / name).hex() != value for name, value in expected.items()):
-            return None
-        return Program.load(folder)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return program_file.load(file, sys.maxsize, is_own=True)
+    except (OSError, program_file.ProgramFileError):
         return None  # Whatever is wrong with it, it is compiled again.
 
 
 @contextlib.contextmanager
-def workspace(cache_dir: Path, key: str) -> Iterator[Path]:
-    """Give an empty folder beside the cache's entries, and remove what is left of it."""
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{key[:12]}-", dir=cache_dir))
+def unfinished(target: Path) -> Iterator[Path]:
+    """Give the name of a file beside an entry of the cache, in which it can be made, and remove what is left of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file = target.with_name(f".{target.name[:12]}-{secrets.token_hex(4)}")
     try:
-        yield folder
+        yield file
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        file.unlink(missing_ok=True)
 
 
-def publish(folder: Path, target: Path) -> Program:
-    """Move a finished ``folder`` to ``target`` in one go; if another process was faster, take its entry.
+def publish(file: Path, target: Path) -> Program:
+    """Make a finished ``file`` the entry ``target``, in one go. If another process was faster, its entry is as good.
 
     Raises:
         OSError: the cache cannot be written.
     """
-    files = (file for file in folder.rglob("*") if file.is_file())
-    digests = {str(file.relative_to(folder)): _file_digest(file).hex() for file in files}
-    (folder / _DIGESTS).write_text(json.dumps(digests, indent=1))
-    for _ in range(10):
-        with contextlib.suppress(OSError):  # Taken: by a whole entry, or by a damaged one.
-            os.rename(folder, target)
-        program = load(target)
-        if program is not None:
-            return program
-        _remove(target)
-    raise OSError(f"{target}: cannot be written")
+    try:
+        program = program_file.load(file, sys.maxsize, is_own=True)
+    except program_file.ProgramFileError as error:
+        raise OSError(f"{file}: {error}") from error
+    os.replace(file, target)
+    return program
 
 
 def module_files(module: str) -> list[Path]:
@@ -108,14 +103,6 @@ def module_files(module: str) -> list[Path]:
     return [Path(spec.origin)] if spec is not None and spec.origin else []
 
 
-def _remove(target: Path) -> None:
-    # Renamed first: another process must never see it half removed.
-    doomed = tempfile.mkdtemp(prefix=".damaged-", dir=target.parent)
-    with contextlib.suppress(OSError):  # Another process did it.
-        os.rename(target, Path(doomed) / "entry")
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -125,13 +112,15 @@ def _processor() -> str:
     return f"{platform.machine()} {features}\n"
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Return the version of an installed distribution, or "none"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "none"
 
 
-def _file_digest(file: Path) -> bytes:
+def file_digest(file: Path) -> bytes:
+    """Return the SHA-256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()

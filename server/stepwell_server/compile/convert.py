@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from stepwell_server.compile.errors import gist
 from stepwell_server.compile.rewrite import rewritten
 from stepwell_server.compile.scopes import layer_of, named
 from stepwell_server.compile.tensorflow_setup import tf
+from stepwell_server.program import SAVED_MODEL
 
 #: LiteRT reduces the argument of these to a period in a way that loses digits from 1e7 on, and leaves [-1, 1] from 1e9
 #: on: a clock in seconds or milliseconds is such a number.
@@ -50,8 +52,8 @@ def freeze(function: Any) -> Any:
     return tf.function(step, autograph=False).get_concrete_function(**signature)
 
 
-def to_litert(function: Any, folder: Path, model: Any) -> None:
-    """Write the frozen ``function`` as ``program.tflite``, of built-in operators only.
+def to_litert(function: Any, model: Any) -> bytes:
+    """Return the frozen ``function`` as a flatbuffer, of built-in operators only.
 
     ``model`` is what it was traced of: its layers are named where they cannot be converted.
 
@@ -67,14 +69,13 @@ def to_litert(function: Any, folder: Path, model: Any) -> None:
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
     try:
-        content = converter.convert()
+        return bytes(converter.convert())
     except Exception as error:  # The converter raises types of its own, and plain ones.
         raise ConversionError(_complaint(str(error), function, model)) from error
-    (folder / "program.tflite").write_bytes(content)
 
 
-def to_tensorflow(function: Any, model: Any, folder: Path) -> None:
-    """Write ``saved_model/`` with the signature ``step``; ``model`` owns what the function reads.
+def to_tensorflow(function: Any, model: Any) -> dict[str, bytes]:
+    """Return the files of a SavedModel with the signature ``step``; ``model`` owns what the function reads.
 
     Raises:
         ConversionError: TensorFlow cannot save it.
@@ -83,12 +84,14 @@ def to_tensorflow(function: Any, model: Any, folder: Path) -> None:
     holder.step = function
     holder.model = model
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)  # Nobody trains it.
-    try:
-        tf.saved_model.save(
-            holder, str(folder / "saved_model"), signatures={"step": function}, options=options
-        )
-    except Exception as error:  # TensorFlow raises whatever it likes here.
-        raise ConversionError(gist(error)) from error
+    with tempfile.TemporaryDirectory(prefix="stepwell-") as name:
+        folder = Path(name)
+        try:
+            tf.saved_model.save(holder, name, signatures={"step": function}, options=options)
+        except Exception as error:  # TensorFlow raises whatever it likes here.
+            raise ConversionError(gist(error)) from error
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        return {f"{SAVED_MODEL}{file.relative_to(folder).as_posix()}": file.read_bytes() for file in files}
 
 
 def _kinds(graph: Any) -> set[str]:

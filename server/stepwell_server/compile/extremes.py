@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.compile.probe import Traced
-from stepwell_server.compile.sequences import Step, initial_states, rounding, step_of_function, tolerance
+from stepwell_server.compile.sequences import rounding, step_of_function, tolerance
 from stepwell_server.compile.tensorflow_setup import tf
+from stepwell_server.engine.executors.stepping import Step, initial_rows
 
 Array = npt.NDArray[np.generic]
 #: Sizes of the inputs of each row, twice: for both signs.
@@ -27,7 +28,7 @@ def worst_at_extremes(traced: Traced, step: Step) -> str:
     """Return where ``step`` differs from the traced function by more than rounding, as a clause, or ""."""
     rng = np.random.default_rng(29)
     usual = step_of_function(traced.plan, traced.function)
-    states = initial_states(traced.plan, len(_SIZES))
+    states = initial_rows(traced.plan.initial, len(_SIZES))
     inputs = _inputs(traced, rng, are_wide=True)
     try:
         expected = usual(inputs, states)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import stepwell_server
+from stepwell_server import program_file
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.compile import cache, data_file, origin
 from stepwell_server.compile.comparison import Comparison
@@ -60,15 +61,16 @@ def compile_program(
         raise ModelError(f"{model}: {origin.no_file_problem(model)}")
     options = options or ProofOptions()
     key = cache.cache_key(model, imports, options)
-    found = cache.load(cache_dir / key)
+    target = cache.entry(cache_dir, key)
+    found = cache.load(target)
     if found is not None:
         return found
-    with cache.workspace(cache_dir, key) as folder:
+    with cache.unfinished(target) as file:
         told = [] if options.steps is None else ["--steps", str(options.steps)]
         told += ["--trust"] if options.trust else []
         told += [] if data is None else ["--data", str(data)]
-        _Compilation(model, limits or Limits(), progress).run(folder, imports, told, clock or SystemClock())
-        return cache.publish(folder, cache_dir / key)
+        _Compilation(model, limits or Limits(), progress).run(file, imports, told, clock or SystemClock())
+        return cache.publish(file, target)
 
 
 def compare_with_keras(
@@ -95,7 +97,10 @@ def compare_with_keras(
     """
     told = ["--compare", *([] if data is None else ["--data", str(data)])]
     run = _Compilation(model, limits or Limits(), None).run
-    return Comparison.from_json(run(program.path, imports, told, clock or SystemClock()))
+    with tempfile.TemporaryDirectory(prefix="stepwell-") as folder:
+        file = Path(folder, f"program{program_file.SUFFIX}")
+        program_file.save(program, file)
+        return Comparison.from_json(run(file, imports, told, clock or SystemClock()))
 
 
 class _Compilation:
@@ -107,13 +112,13 @@ class _Compilation:
         self._progress = progress
         self._stage = "load"
 
-    def run(self, folder: Path, imports: Sequence[str], told: Sequence[str], clock: Clock) -> Any:
-        """Compile the model into ``folder``, or what else the options in ``told`` say; return what comes of it.
+    def run(self, file: Path, imports: Sequence[str], told: Sequence[str], clock: Clock) -> Any:
+        """Compile the model into ``file``, or what else the options in ``told`` say; return what comes of it.
 
         Raises:
             ModelError: it cannot be served, or the process did not come to an end.
         """
-        command = [sys.executable, "-m", "stepwell_server.compile", str(self._model), str(folder), *told]
+        command = [sys.executable, "-m", "stepwell_server.compile", str(self._model), str(file), *told]
         command += ["--max-model-bytes", str(self._limits.model_bytes)]
         command += [argument for module in imports for argument in ("--import", module)]
         with (

@@ -16,8 +16,9 @@ from stepwell_server.compile.evidence import Evidence
 from stepwell_server.compile.interface import Input, Interface, describe
 from stepwell_server.compile.plan import assignments
 from stepwell_server.compile.samples import Sampler, fitted, make_sampler, plain_dtype
-from stepwell_server.compile.sequences import Array, run, step_of_executor, tolerance
+from stepwell_server.compile.sequences import Array, run, tolerance
 from stepwell_server.engine.executors import load_executor
+from stepwell_server.engine.executors.stepping import step_of_executor
 from stepwell_server.program import Program, TensorSpec
 
 

@@ -9,27 +9,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepwell_server.compile import archive, check, convert, own_data
+import numpy as np
+
+from stepwell_server.compile import archive, check, convert, own_data, provenance
 from stepwell_server.compile.errors import DataError, ModelError, NotCausalError, gist
 from stepwell_server.compile.extremes import worst_at_extremes
 from stepwell_server.compile.first_difference import first_to_differ
 from stepwell_server.compile.interface import describe
 from stepwell_server.compile.probe import Traced, trace_and_probe
-from stepwell_server.compile.sequences import step_of_executor
-from stepwell_server.engine.executors import load_executor
+from stepwell_server.compile.sequences import Array, tolerance
+from stepwell_server.engine.executors import load_executor, trial
 from stepwell_server.engine.executors.base import ExecutionError
-from stepwell_server.program import Program, ProofOptions
+from stepwell_server.engine.executors.stepping import step_of_executor
+from stepwell_server.program import FLATBUFFER, Program, ProofOptions, Provenance, dtype_of
+
+#: Times what rounding may make where a program is compiled, it may make on another processor in a few time steps.
+_ELSEWHERE = 16
 
 
 def compile_model(
     model: Path,
-    folder: Path,
     imports: Sequence[str] = (),
     progress: Callable[[str], None] | None = None,
     options: ProofOptions | None = None,
     data: Path | None = None,
 ) -> Program:
-    """Compile ``model`` into the existing, empty ``folder``.
+    """Compile ``model``.
 
     Raises:
         DataError: ``data``, on which it will be compared, do not fit it; told before the work is done.
@@ -40,18 +45,17 @@ def compile_model(
     import_modules(imports)
     loaded = archive.load_model(model)
     fingerprint = archive.fingerprint(model)
+    origin = provenance.of(model, loaded)
     report("trace")
     try:
         if data is not None:
             own_data.look(data, describe(loaded))
         traced = trace_and_probe(loaded, report, options)
-        program = _artefact(traced, fingerprint, folder, report)
+        return _artefact(traced, fingerprint, origin, report)
     except DataError:
         raise
     except ModelError as error:
         raise type(error)(f"{model}: {error}", error.details) from error
-    program.save()
-    return program
 
 
 def _silent(_stage: str) -> None:
@@ -73,7 +77,7 @@ def import_modules(modules: Sequence[str]) -> None:
             ) from error
 
 
-def _artefact(traced: Traced, fingerprint: str, folder: Path, report: Callable[[str], None]) -> Program:
+def _artefact(traced: Traced, fingerprint: str, origin: Provenance, report: Callable[[str], None]) -> Program:
     program = Program(
         fingerprint=fingerprint,
         inputs=traced.plan.inputs,
@@ -81,20 +85,23 @@ def _artefact(traced: Traced, fingerprint: str, folder: Path, report: Callable[[
         state=traced.plan.state,
         initial=traced.plan.initial,
         executor="litert",
-        executor_reason="LiteRT converts every operation of the model",
+        executor_reason=trial.ANY_SIZE,
         batch_sizes=(),
+        files={},
         proof=traced.proof,
-        path=folder,
+        provenance=origin,
     )
     report("convert")
     try:
         return _litert(traced, program, report)
-    except (convert.ConversionError, check.CheckError) as error:
+    except (convert.ConversionError, check.CheckError, trial.TrialError) as error:
         return _tensorflow(traced, program, f"LiteRT cannot run this model: {error}", report)
 
 
 def _litert(traced: Traced, program: Program, report: Callable[[str], None]) -> Program:
-    convert.to_litert(convert.freeze(traced.function), program.path, traced.plan.interface.model)
+    model = traced.plan.interface.model
+    content = convert.to_litert(convert.freeze(traced.function), model)
+    program = dataclasses.replace(program, files={FLATBUFFER: content})
     report("check")
     try:
         step = step_of_executor(load_executor(program))
@@ -102,27 +109,21 @@ def _litert(traced: Traced, program: Program, report: Callable[[str], None]) -> 
         differs = worst_at_extremes(traced, step)
         if differs:
             raise check.CheckError(differs)
-        sizes = check.affordable(traced, step, check.LITERT_SIZES)
-        agreeing = check.agreeing_sizes(traced, step, sizes)
+        known = _known_inputs(traced)
+        sizes = trial.affordable(program, known, step, trial.LITERT_SIZES, trial.COMPILE_BUDGET_S)
+        agreeing = trial.agreeing_sizes(program, known, step, sizes)
+        allowed = min(0.1, _ELSEWHERE * tolerance(model))
+        tried = trial.tried(program, known, step, allowed, sizes)
     except (ExecutionError, RuntimeError, ValueError) as error:  # The interpreter's "I cannot run this".
         raise check.CheckError(gist(error)) from error
-    if not agreeing:
-        raise check.CheckError("no batch size gives a row the same bits in every place")
-    if agreeing == sizes:
-        return program
-    return dataclasses.replace(
-        program,
-        batch_sizes=agreeing,
-        executor_reason="LiteRT converts every operation of the model, but a row's bits depend on the batch size",
-    )
+    return dataclasses.replace(trial.with_sizes(program, sizes, agreeing), trial=tried)
 
 
 def _tensorflow(traced: Traced, program: Program, reason: str, report: Callable[[str], None]) -> Program:
-    (program.path / "program.tflite").unlink(missing_ok=True)
     told = f"{reason}; TensorFlow runs it, which takes longer for each step"
     program = dataclasses.replace(program, executor="tensorflow", executor_reason=told)
     try:
-        convert.to_tensorflow(*_most_frozen(traced), program.path)
+        program = dataclasses.replace(program, files=convert.to_tensorflow(*_most_frozen(traced)))
         report("check")
         step = step_of_executor(load_executor(program))
         check.check_against_keras(traced, step)
@@ -136,8 +137,20 @@ def _tensorflow(traced: Traced, program: Program, reason: str, report: Callable[
         ) from error
     except (convert.ConversionError, check.CheckError) as error:
         raise ModelError(f"{reason}; nor can TensorFlow run what was traced of it: {error}") from error
-    sizes = check.agreeing_sizes(traced, step, check.affordable(traced, step, check.TENSORFLOW_SIZES))
-    return dataclasses.replace(program, batch_sizes=sizes or (1,))
+    known = _known_inputs(traced)
+    sizes = trial.affordable(program, known, step, trial.TENSORFLOW_SIZES, trial.COMPILE_BUDGET_S)
+    return dataclasses.replace(program, batch_sizes=trial.agreeing_sizes(program, known, step, sizes) or (1,))
+
+
+def _known_inputs(traced: Traced) -> tuple[Array, ...]:
+    """Draw rows of one time step, in the types of the program."""
+    temporal, inputs = traced.plan.temporal, traced.plan.inputs
+    rows = trial.rows_for(sum(spec.row_bytes for spec in inputs))
+    drawn = traced.sampler.draw(np.random.default_rng(13), temporal, 1, rows)
+    return tuple(
+        np.asarray(value[:, 0] if timed else value, dtype_of(spec.dtype))
+        for value, timed, spec in zip(drawn, temporal, inputs, strict=True)
+    )
 
 
 def _most_frozen(traced: Traced) -> tuple[Any, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,11 +10,10 @@ import numpy.typing as npt
 
 from stepwell_server.compile.plan import Plan
 from stepwell_server.compile.tensorflow_setup import tf
-from stepwell_server.engine.executors.base import Executor
+from stepwell_server.engine.executors.stepping import Step, initial_rows
 from stepwell_server.program import TensorSpec
 
 Array = npt.NDArray[np.generic]
-Step = Callable[[Sequence[Array], Sequence[Array]], tuple[Sequence[Array], Sequence[Array]]]
 
 
 def step_of_function(plan: Plan, function: Any) -> Step:
@@ -30,23 +29,6 @@ def step_of_function(plan: Plan, function: Any) -> Step:
         )
 
     return step
-
-
-def step_of_executor(executor: Executor) -> Step:
-    """Return an executor as a plain function; its results are copies."""
-
-    def step(inputs: Sequence[Array], states: Sequence[Array]) -> tuple[list[Array], list[Array]]:
-        executor.bind(len((*inputs, *states)[0]))
-        _fill(executor, inputs, states)
-        executor.invoke()
-        return [np.array(x) for x in executor.outputs()], [np.array(x) for x in executor.next_states()]
-
-    return step
-
-
-def _fill(executor: Executor, inputs: Sequence[Array], states: Sequence[Array]) -> None:
-    for view, value in zip([*executor.inputs(), *executor.states()], [*inputs, *states], strict=True):
-        np.copyto(view, value)
 
 
 class Stepped(Protocol):
@@ -65,11 +47,6 @@ class Stepped(Protocol):
         """The initial value of one row of each state."""
 
 
-def initial_states(plan: Stepped, rows: int) -> list[Array]:
-    """Return the model's initial state for ``rows`` rows."""
-    return [np.repeat(value[np.newaxis], rows, axis=0) for value in plan.initial]
-
-
 def at(plan: Stepped, inputs: Sequence[Array], time: int) -> list[Array]:
     """Return the inputs of one time step of a sequence."""
     return [
@@ -80,7 +57,7 @@ def at(plan: Stepped, inputs: Sequence[Array], time: int) -> list[Array]:
 
 def run(plan: Stepped, step: Step, inputs: Sequence[Array], steps: int) -> dict[str, Array]:
     """Step through a sequence; returns what one call over it would, by output name."""
-    states: Sequence[Array] = initial_states(plan, len(inputs[0]))
+    states: Sequence[Array] = initial_rows(plan.initial, len(inputs[0]))
     seen: list[Sequence[Array]] = []
     for time in range(steps):
         outputs, states = step(at(plan, inputs, time), states)

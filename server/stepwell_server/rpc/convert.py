@@ -19,7 +19,7 @@ from stepwell.v1 import models_pb2, sessions_pb2, tensors_pb2
 from stepwell_server.engine.api import ModelInfo, Select, SessionInfo
 from stepwell_server.engine.types import Array
 from stepwell_server.errors import InvalidInput
-from stepwell_server.program import StateSpec, TensorSpec
+from stepwell_server.program import Provenance, StateSpec, TensorSpec, dtype_of
 from stepwell_server.rpc.fronts.base import InputColumn
 
 MAX_RANK = 32
@@ -119,17 +119,6 @@ def _to_bools(data: bytes, where: str) -> Array:
 def _dtype(number: int) -> np.dtype[np.generic] | None:
     name = _NAMES.get(number)
     return dtype_of(name).newbyteorder("<") if name else None
-
-
-def dtype_of(name: str) -> np.dtype[np.generic]:
-    """NumPy's type of a name."""
-    if name == "bfloat16":
-        # NumPy does not know it, and almost no one sends it.
-        import ml_dtypes
-
-        bfloat16: np.dtype[np.generic] = np.dtype(ml_dtypes.bfloat16)
-        return bfloat16
-    return np.dtype(name)
 
 
 def number_of(name: str) -> int:
@@ -233,6 +222,24 @@ def from_model(info: ModelInfo) -> models_pb2.Model:
             unproven=program.proof.unproven,
             compared_share=program.proof.compared,
         ),
+        provenance=None if program.provenance is None else _from_provenance(program.provenance),
+    )
+
+
+def _from_provenance(provenance: Provenance) -> models_pb2.Provenance:
+    return models_pb2.Provenance(
+        source=provenance.source,
+        source_sha256=provenance.source_sha256,
+        compiled_time=timestamp_pb2.Timestamp(seconds=provenance.compiled_time),
+        versions=provenance.versions,
+        processor=provenance.processor,
+        parameters=provenance.parameters,
+        layers=[
+            models_pb2.Layer(
+                name=layer.name, kind=layer.kind, output=layer.output, parameters=layer.parameters
+            )
+            for layer in provenance.layers
+        ],
     )
 
 

@@ -13,7 +13,7 @@ def load_executor(program: Program) -> Executor:
     never loads TensorFlow.
 
     Raises:
-        ValueError: the artefact in the program's folder is missing or damaged.
+        ValueError: what the executor loads is damaged.
     """
     if program.executor == "litert":
         from stepwell_server.engine.executors import litert

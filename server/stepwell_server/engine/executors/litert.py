@@ -12,8 +12,9 @@ from ai_edge_litert.interpreter import Interpreter
 from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.executors.padded import PaddedExecutor
 from stepwell_server.engine.executors.quiet import without_announcements
+from stepwell_server.engine.executors.stepping import fill
 from stepwell_server.engine.types import Array
-from stepwell_server.program import Program, StateSpec, TensorSpec
+from stepwell_server.program import FLATBUFFER, Program, StateSpec, TensorSpec
 
 #: Runs of one size after which it is worth while to hold its arrays.
 _RUNS_UNTIL_HELD = 8
@@ -27,7 +28,7 @@ def load(program: Program) -> Executor:
 
     def run(inputs: Sequence[Array], states: Sequence[Array]) -> tuple[Sequence[Array], Sequence[Array]]:
         executor.bind(len((*inputs, *states)[0]))
-        _fill(executor, inputs, states)
+        fill(executor, inputs, states)
         executor.invoke()
         # Copies: no view may live while the interpreter runs again.
         return (
@@ -36,11 +37,6 @@ def load(program: Program) -> Executor:
         )
 
     return PaddedExecutor(program, run)
-
-
-def _fill(executor: LiteRTExecutor, inputs: Sequence[Array], states: Sequence[Array]) -> None:
-    for view, value in zip([*executor.inputs(), *executor.states()], [*inputs, *states], strict=True):
-        np.copyto(view, value)
 
 
 _has_announced_itself = threading.Event()
@@ -57,13 +53,13 @@ def _let_it_announce_itself(interpreter: Interpreter) -> None:
 class LiteRTExecutor(Executor):
     """An `Executor` whose views are the interpreter's own memory. For one thread at a time.
 
-    The flatbuffer is mapped from its file, so many executors of one program share its weights.
+    The flatbuffer is not copied, so many executors of one program share its weights.
     """
 
     def __init__(self, program: Program) -> None:
-        """Map the flatbuffer and find its tensors by their signature keys."""
+        """Take the flatbuffer and find its tensors by their signature keys."""
         self._program = program
-        self._interpreter = Interpreter(model_path=str(program.path / "program.tflite"), num_threads=1)
+        self._interpreter = Interpreter(model_content=program.files[FLATBUFFER], num_threads=1)
         _let_it_announce_itself(self._interpreter)
         # The runner holds the interpreter's memory: it must be gone before the first resize.
         runner = self._interpreter.get_signature_runner()

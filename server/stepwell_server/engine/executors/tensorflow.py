@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 # TensorFlow reads it while it loads.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -13,7 +15,7 @@ from stepwell_server.engine.executors.loading import light_imports
 from stepwell_server.engine.executors.padded import PaddedExecutor
 from stepwell_server.engine.types import Array
 from stepwell_server.logs import Log
-from stepwell_server.program import Program
+from stepwell_server.program import SAVED_MODEL, Program
 
 with light_imports():
     import tensorflow as tf
@@ -45,12 +47,18 @@ def load(program: Program) -> Executor:
     """Return an executor of ``program``.
 
     Raises:
-        ValueError: the SavedModel is missing or damaged.
+        ValueError: the SavedModel is damaged.
     """
-    try:
-        loaded = tf.saved_model.load(str(program.path / "saved_model"))
-    except (OSError, tf.errors.OpError) as error:
-        raise ValueError(f"{program.path}: the SavedModel cannot be read: {error}") from error
+    # TensorFlow reads folders only, and all of them at once.
+    with tempfile.TemporaryDirectory(prefix="stepwell-") as folder:
+        for name, content in program.files.items():
+            file = Path(folder, name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        try:
+            loaded = tf.saved_model.load(str(Path(folder, SAVED_MODEL)))
+        except (OSError, tf.errors.OpError) as error:
+            raise ValueError(f"the SavedModel cannot be read: {error}") from error
     accepted = set(loaded.signatures["step"].structured_input_signature[1])
 
     def run(inputs: Sequence[Array], states: Sequence[Array]) -> tuple[Sequence[Array], Sequence[Array]]:

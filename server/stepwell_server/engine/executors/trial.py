@@ -1,0 +1,188 @@
+"""What a program must show on the processor that is to run it.
+
+Which batch sizes give a row the same bits depends on the processor, because kernels are chosen by what it can
+do. And the proof that a program computes what Keras does was made where it was compiled: known answers
+carry it over, but for rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from stepwell_server.engine.executors import load_executor
+from stepwell_server.engine.executors.base import ExecutionError
+from stepwell_server.engine.executors.stepping import Step, initial_rows, step_of_executor
+from stepwell_server.engine.types import Array
+from stepwell_server.program import Program, Trial
+
+#: Every small size, odd and even around the widths of vector units, and large ones.
+LITERT_SIZES = (*range(1, 18), 32, 33, 64, 100, 128, 256)
+TENSORFLOW_SIZES = (1, 2, 4, 8, 16, 32, 64)
+#: Time steps before the bits are compared, so that states are ones the model reaches.
+_WARM_STEPS = 3
+#: The largest size compared where all would take too long.
+_SMALL = 33
+#: How long the bits may be compared, about: when a program is compiled, and when one that was is loaded.
+COMPILE_BUDGET_S, LOAD_BUDGET_S = 30.0, 5.0
+#: Rows of known inputs, of which there are fewer where a row is large.
+_ROWS, _ROWS_BYTES = 64, 1 << 20
+#: Rows and time steps for which the answers are known, and how many of their values may be others by more than
+#: rounding: where a model rounds or compares, another last bit of a processor can be another number.
+_ANSWERED_ROWS, _ANSWERED_STEPS, _MAY_DIFFER = 16, 4, 0.1
+
+ANY_SIZE = "LiteRT converts every operation of the model"
+SOME_SIZES = f"{ANY_SIZE}, but a row's bits depend on the batch size"
+"""Why LiteRT runs a program, as a sentence for people."""
+
+
+class TrialError(Exception):
+    """The program cannot be run here as it has to be. The message is one clause for people."""
+
+
+def rows_for(row_bytes: int) -> int:
+    """Return how many rows of known inputs to keep, for rows of so many bytes."""
+    return max(4, min(_ROWS, _ROWS_BYTES // max(1, row_bytes)))
+
+
+def tried(
+    program: Program, inputs: tuple[Array, ...], step: Step, tolerance: float, sizes: Sequence[int]
+) -> Trial:
+    """Return the trial of ``program``, whose answers are those of ``step``."""
+    return Trial(inputs, _answers(program, inputs, step), tolerance, tuple(sizes))
+
+
+def settled(program: Program) -> Program:
+    """Return a program that was compiled elsewhere as it is to run on this processor.
+
+    Raises:
+        TrialError: it cannot run here, or computes something else here.
+    """
+    trial = program.trial
+    if trial is None:
+        raise TrialError("nothing is known by which it could be tried here")
+    try:
+        step = step_of_executor(load_executor(dataclasses.replace(program, batch_sizes=())))
+        _compare(program, trial, _answers(program, trial.inputs, step))
+        sizes = affordable(program, trial.inputs, step, trial.sizes, LOAD_BUDGET_S)
+        agreeing = agreeing_sizes(program, trial.inputs, step, sizes)
+    except (ExecutionError, RuntimeError, ValueError) as error:  # The interpreter's "I cannot run this".
+        raise TrialError(f"LiteRT cannot run it here: {str(error).strip().splitlines()[0]}") from error
+    return with_sizes(program, sizes, agreeing)
+
+
+def with_sizes(program: Program, sizes: Sequence[int], agreeing: Sequence[int]) -> Program:
+    """Return a program for LiteRT with what was found out about the batch sizes.
+
+    Raises:
+        TrialError: there is no batch size to run it with.
+    """
+    if not agreeing:
+        raise TrialError("no batch size gives a row the same bits in every place")
+    if tuple(agreeing) == tuple(sizes):
+        return dataclasses.replace(program, batch_sizes=(), executor_reason=ANY_SIZE)
+    return dataclasses.replace(program, batch_sizes=tuple(agreeing), executor_reason=SOME_SIZES)
+
+
+def agreeing_sizes(
+    program: Program, inputs: Sequence[Array], step: Step, sizes: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the most numerous batch sizes out of ``sizes`` that give every row the same bits.
+
+    Each size runs over the same rows twice, shuffled differently, so that a row meets other places and
+    other neighbours; there are twice as many rows as fit the largest size for that.
+    """
+    rows = 2 * max(sizes)
+    reached, states = _reached(program, inputs, step, rows)
+    groups: dict[bytes, list[int]] = {}
+    rng = np.random.default_rng(11)
+    for size in sizes:
+        bits = {_bits(step, reached, states, size, rng.permutation(rows)) for _ in range(2)}
+        if len(bits) == 1:
+            groups.setdefault(bits.pop(), []).append(size)
+    return _best(groups)
+
+
+def affordable(
+    program: Program, inputs: Sequence[Array], step: Step, sizes: Sequence[int], budget_s: float
+) -> tuple[int, ...]:
+    """Return ``sizes``, without the large ones if checking those would take longer than about ``budget_s``."""
+    rows = 16
+    reached, states = _reached(program, inputs, step, rows)
+    start = time.perf_counter()
+    step(reached, states)
+    row_s = (time.perf_counter() - start) / rows
+    if row_s * 4 * max(sizes) * len(sizes) <= budget_s:
+        return tuple(sizes)
+    return tuple(size for size in sizes if size <= _SMALL)
+
+
+def _answers(program: Program, inputs: Sequence[Array], step: Step) -> tuple[Array, ...]:
+    """Return the last outputs of a few rows after a few time steps."""
+    count = len(inputs[0])
+    rows = np.arange(min(_ANSWERED_ROWS, count))
+    states: Sequence[Array] = initial_rows(program.initial, len(rows))
+    outputs: Sequence[Array] = ()
+    for time_step in range(_ANSWERED_STEPS):
+        outputs, states = step([x[(rows + 7 * time_step) % count] for x in inputs], states)
+    return tuple(outputs)
+
+
+def _compare(program: Program, trial: Trial, found: Sequence[Array]) -> None:
+    for spec, known, here in zip(program.outputs, trial.outputs, found, strict=True):
+        if not known.size:
+            continue
+        one, two = known.astype(np.float64), here.astype(np.float64)
+        largest = np.max(np.abs(one), initial=0.1, where=np.isfinite(one))
+        same = (one == two) | (np.isnan(one) & np.isnan(two))
+        with np.errstate(invalid="ignore"):
+            same |= np.abs(one - two) <= trial.tolerance * largest
+        if np.mean(~same) > _MAY_DIFFER:
+            raise TrialError(
+                f"output {spec.name!r} has other values on this processor than where the program was compiled, by more "
+                f"than rounding ({np.mean(~same):.0%} of them); compile the model on a machine of this kind"
+            )
+
+
+def _best(groups: Mapping[bytes, list[int]]) -> tuple[int, ...]:
+    if not groups:
+        return ()
+    best = max((len(group), max(group), group) for group in groups.values())
+    return tuple(best[-1])
+
+
+def _reached(
+    program: Program, inputs: Sequence[Array], step: Step, rows: int
+) -> tuple[list[Array], Sequence[Array]]:
+    """Return inputs and states of ``rows`` rows, each with a history of its own."""
+    rng = np.random.default_rng(13)
+    states: Sequence[Array] = initial_rows(program.initial, rows)
+    for _ in range(_WARM_STEPS):
+        _, states = step(_drawn(rng, inputs, rows), states)
+    return _drawn(rng, inputs, rows), states
+
+
+def _drawn(rng: np.random.Generator, inputs: Sequence[Array], rows: int) -> list[Array]:
+    chosen = rng.integers(len(inputs[0]), size=rows)
+    return [x[chosen] for x in inputs]
+
+
+def _bits(step: Step, inputs: Sequence[Array], states: Sequence[Array], size: int, order: Array) -> bytes:
+    """Return a digest of all results by row, computed ``size`` rows at a time in the given order."""
+    rows = len(order)
+    kept: list[Array] = []
+    for start in range(0, rows, size):
+        chosen = np.resize(np.roll(order, -start), size)
+        outputs, after = step([x[chosen] for x in inputs], [x[chosen] for x in states])
+        if not kept:
+            kept = [np.zeros((rows, *x.shape[1:]), x.dtype) for x in (*outputs, *after)]
+        for whole, part in zip(kept, (*outputs, *after), strict=True):
+            whole[chosen] = part
+    digest = hashlib.sha256()
+    for array in kept:
+        digest.update(array.tobytes())
+    return digest.digest()
