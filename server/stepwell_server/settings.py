@@ -141,8 +141,10 @@ class Settings:
             SettingsError: no model is given, or the file of one is none.
         """
         if not self.models:
-            raise SettingsError("models: give at least one as NAME=PATH.keras, or in STEPWELL_MODELS")
+            raise SettingsError(
+                "models: give at least one as NAME=PATH, such as forecast=model.keras, or in STEPWELL_MODELS"
+            )
         for name, path in self.models.items():
             if not path.is_file():
                 what = folder_problem(path) if path.is_dir() else "does not exist"
-                raise SettingsError(f"model {name}: PATH must be a .keras file; {path} {what}")
+                raise SettingsError(f"model {name}: PATH must be a .keras or .stepwell file; {path} {what}")

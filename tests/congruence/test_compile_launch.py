@@ -51,7 +51,12 @@ def test_two_processes_compile_one_model_and_the_rest_read_the_cache(lstm: Path,
     assert both[0].fingerprint == both[1].fingerprint
     assert STAGES in stages
     again: list[str] = []
-    assert compile_program(lstm, tmp_path / "cache", progress=again.append).files == both[0].files
+    copy = tmp_path / "copy.keras"
+    copy.write_bytes(lstm.read_bytes())
+    found = compile_program(copy, tmp_path / "cache", progress=again.append)
+    assert found.files == both[0].files
+    assert found.provenance is not None
+    assert (found.provenance.source, len(found.provenance.source_sha256)) == ("copy.keras", 64)
     assert again == []
     assert list((tmp_path / "cache").iterdir()) == [
         cache.entry(tmp_path / "cache", cache.cache_key(lstm, ()))

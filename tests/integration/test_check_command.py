@@ -36,9 +36,10 @@ def swapped(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     folder = tmp_path_factory.mktemp("swapped")
     known = forecast()
     models.build("lstm_dense", seed=5).save(folder / "other.keras")
-    shutil.copytree(
-        known.cache_dir / cache.cache_key(known.path, ()),
-        folder / "cache" / cache.cache_key(folder / "other.keras", ()),
+    (folder / "cache").mkdir()
+    shutil.copyfile(
+        cache.entry(known.cache_dir, cache.cache_key(known.path, ())),
+        cache.entry(folder / "cache", cache.cache_key(folder / "other.keras", ())),
     )
     return Saved(folder / "other.keras", folder / "cache")
 
@@ -93,7 +94,7 @@ def test_what_cannot_be_stepped_and_what_cannot_be_read_exit_with_2(tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "Missing argument 'MODEL.keras'"),
+        ((), "Missing argument 'MODEL'"),
         (("m.keras", "--probe-steps", "0"), "'--probe-steps': 0 is not in the range 1<=x<=100000"),
         (("m.keras", "--nonsense"), "No such option '--nonsense'"),
     ],

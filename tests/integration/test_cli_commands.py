@@ -124,6 +124,24 @@ def test_models_for_programs_have_every_documented_key(run: Run, client: stepwel
     assert shown[0]["executor"] == "litert"
 
 
+def test_a_model_is_shown_with_all_that_is_known_of_it(run: Run, client: stepwell.Client) -> None:
+    info = client.model("forecast")
+    assert info.provenance is not None
+    lines = run("models", "show", "forecast").stdout.splitlines()
+    assert any(line.split() == ["fingerprint", info.fingerprint] for line in lines)
+    assert any(line.startswith("source") and info.provenance.source_sha256 in line for line in lines)
+    assert any(line.split()[:2] == ["lstm", "LSTM"] for line in lines)
+
+    shown = document(run("models", "show", "forecast", "--json"))
+    keys = main.commands["models"].commands["show"].json_keys  # type: ignore[attr-defined]
+    names = {key for text, _ in keys for key in text.split(", ")}
+    within = {f"{outer}.{key}" for outer in ("proof", "provenance") for key in shown[outer]}
+    assert {*shown, *within} == names
+    assert shown["provenance"]["layers"][1]["kind"] == "LSTM"
+    refused(run("models", "show", "nothing"), "nothing")
+    refused(run("models", "--json", "show", "forecast"), "--json must stand after 'show'", 2)
+
+
 def test_steps_of_the_command_line_are_those_of_the_sdk(
     run: Run, client: stepwell.Client, tmp_path: Path
 ) -> None:

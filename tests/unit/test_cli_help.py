@@ -118,19 +118,29 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_serve_without_its_packages_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_of_server, "server_packages", lambda: ["click", "no-such-package"])
+    monkeypatch.setattr(_of_server, "packages_of", lambda _extra: ["click", "no-such-package"])
 
-    result = CliRunner().invoke(main, ["serve", "m=x.keras"])
+    for arguments, doing, ways in (
+        (
+            ["serve", "m=x.keras"],
+            "serving",
+            "'stepwell[server]', or 'stepwell[serve]' for compiled models (.stepwell) only",
+        ),
+        (["compile", "x.keras"], "compiling", "'stepwell[server]'"),
+    ):
+        result = CliRunner().invoke(main, arguments)
 
-    assert result.exit_code == 2
-    assert result.stderr == (
-        "stepwell: error: serving needs packages that are not installed (no-such-package): "
-        "pip install 'stepwell[server]'\n"
-    )
+        assert result.exit_code == 2
+        assert result.stderr == (
+            f"stepwell: error: {doing} needs packages that are not installed (no-such-package): pip install {ways}\n"
+        )
 
 
-def test_serve_knows_what_it_needs() -> None:
-    assert {"tensorflow", "ai-edge-litert"} <= set(_of_server.server_packages())
+def test_compiling_needs_what_serving_a_compiled_model_does_and_the_frameworks() -> None:
+    serve, server = (set(_of_server.packages_of(extra)) for extra in ("serve", "server"))
+    assert "ai-edge-litert" in serve
+    assert server - serve == {"h5py", "keras", "tensorflow"}
+    assert serve < server
 
 
 def test_a_server_that_cannot_start_says_so() -> None:

@@ -173,14 +173,17 @@ def test_a_value_that_cannot_be_read_is_named_with_its_origin(
 @pytest.mark.parametrize(
     ("models", "expected"),
     [
-        ([], r"give at least one as NAME=PATH.keras, or in STEPWELL_MODELS"),
-        (["forecast"], r"for NAME=PATH.keras...: must be NAME=PATH.keras; got 'forecast'"),
+        ([], r"give at least one as NAME=PATH, such as forecast=model.keras, or in STEPWELL_MODELS"),
+        (["forecast"], r"for NAME=PATH...: must be NAME=PATH; got 'forecast'"),
         (["=x.keras"], r"a name of 1 to 128 letters"),
         (["a b=x.keras"], r"a name of 1 to 128 letters.*got 'a b=x.keras'"),
         (["a" * 129 + "=x.keras"], r"a name of 1 to 128 letters"),
         (["a=x.keras", "a=y.keras"], r"different names; got 'a' twice"),
-        (["a=/nowhere/x.keras"], r"model a: PATH must be a .keras file; /nowhere/x.keras does not exist"),
-        (["a=/"], r"model a: PATH must be a .keras file; / is a folder"),
+        (
+            ["a=/nowhere/x.keras"],
+            r"model a: PATH must be a .keras or .stepwell file; /nowhere/x.keras does not exist",
+        ),
+        (["a=/"], r"model a: PATH must be a .keras or .stepwell file; / is a folder"),
     ],
 )
 def test_models_that_cannot_be_served(models: list[str], expected: str) -> None:
@@ -287,7 +290,7 @@ def test_unknown_and_incomplete_options_are_one_line(model: str, arguments: list
 
 def test_help_explains_every_option_and_names_its_variable() -> None:
     text = re.sub(r"\s+", " ", CliRunner().invoke(main, ["serve", "--help"]).output)
-    assert text.startswith("Usage: main serve [OPTIONS] NAME=PATH.keras")
+    assert text.startswith("Usage: main serve [OPTIONS] NAME=PATH...")
     assert "STEPWELL_MODELS is that of the models" in text
     settings = {str(parameter.name): parameter for parameter in serve.params}
     for field in dataclasses.fields(Settings):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 EXIT_CODES = (
     ("0", "done"),
@@ -50,6 +51,31 @@ class Command(click.Command):
             if pairs:
                 with formatter.section(heading):
                     formatter.write_dl(pairs)
+
+
+class Listing(Command, click.Group):
+    """A command that has further ones: without the name of one of them it does something itself."""
+
+    command_class = Command
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args, invoke_without_command=True, **attributes)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """Names of the commands, in the order in which they were added."""
+        return list(self.commands)
+
+    def require_no_options(self, ctx: click.Context) -> None:
+        """Refuse options before the name of a further command, where they would say nothing.
+
+        Raises:
+            click.UsageError: There are some.
+        """
+        for parameter in self.params:
+            if ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(
+                    f"{parameter.opts[0]} must stand after '{ctx.invoked_subcommand}'", ctx
+                )
 
 
 class Group(click.Group):

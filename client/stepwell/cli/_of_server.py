@@ -11,7 +11,11 @@ import click
 
 from stepwell.cli._errors import Failure
 
-INSTALL = "pip install 'stepwell[server]'"
+INSTALL = {
+    "serve": "pip install 'stepwell[server]', or 'stepwell[serve]' for compiled models (.stepwell) only",
+    "server": "pip install 'stepwell[server]'",
+}
+"""How to get what an extra has. `server` has all of `serve`, and what compiles models."""
 
 
 class OfServer(click.Command):
@@ -20,12 +24,14 @@ class OfServer(click.Command):
     Args:
         name: The command, and the module of `stepwell_server.cli` that has it.
         short_help: What lists of commands say.
-        doing: What it does, as "serving", if it needs the packages of the `server` extra.
+        doing: What it does, as "serving", if it needs packages of an extra.
+        extra: The extra, `serve` or `server`.
     """
 
-    def __init__(self, name: str, short_help: str, doing: str = "") -> None:
+    def __init__(self, name: str, short_help: str, doing: str = "", extra: str = "serve") -> None:
         super().__init__(name, short_help=short_help)
         self.doing = doing
+        self.extra = extra
 
     def load(self) -> click.Command:
         """The command itself."""
@@ -43,7 +49,7 @@ class OfServer(click.Command):
     ) -> click.Context:
         """Parse its arguments; without the packages that it needs it goes no further."""
         context = self.load().make_context(info_name, args, parent, **extra)
-        missing = missing_packages() if self.doing and not context.resilient_parsing else []
+        missing = missing_packages(self.extra) if self.doing and not context.resilient_parsing else []
         if missing:
             raise self.lacking(*missing)
         return context
@@ -51,24 +57,26 @@ class OfServer(click.Command):
     def lacking(self, *packages: str) -> Failure:
         """What to say if packages are missing."""
         return Failure(
-            f"{self.doing or self.name} needs packages that are not installed ({', '.join(packages)}): {INSTALL}"
+            f"{self.doing or self.name} needs packages that are not installed ({', '.join(packages)}): "
+            f"{INSTALL[self.extra]}"
         )
 
 
-def missing_packages() -> list[str]:
-    """Distributions that the `server` extra asks for and that are not installed."""
-    return [name for name in server_packages() if not is_installed(name)]
+def missing_packages(extra: str) -> list[str]:
+    """Distributions that an extra asks for and that are not installed."""
+    return [name for name in packages_of(extra) if not is_installed(name)]
 
 
-def server_packages() -> list[str]:
-    """Distributions that the `server` extra asks for on this platform, as the installed metadata has them."""
+def packages_of(extra: str) -> list[str]:
+    """Distributions that an extra asks for, as the installed metadata has them."""
     try:
         requirements = metadata.requires("stepwell") or []
     except metadata.PackageNotFoundError:
         return []
-    extra = [line for line in requirements if re.search(r"extra\s*==\s*['\"]server['\"]", line)]
-    everywhere = [line for line in extra if "sys_platform" not in line]
-    return [re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for line in everywhere]
+    extras = "serve|server" if extra == "server" else extra
+    lines = [line for line in requirements if re.search(rf"extra\s*==\s*['\"](?:{extras})['\"]", line)]
+    names = [re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for line in lines]
+    return [name for name in names if name != "stepwell"]  # which names its own extras
 
 
 def is_installed(name: str) -> bool:

@@ -76,6 +76,7 @@ def main() -> None:
 for command in (
     OfServer("serve", "Serve Keras models.", "serving"),
     OfServer("check", "Prove that a Keras model may be stepped.", "checking"),
+    OfServer("compile", "Compile a Keras model into one file.", "compiling", "server"),
     OfServer("doctor", "Look for what is wrong with this machine and a server's settings."),
     models,
     sessions,

@@ -1,49 +1,77 @@
-"""`stepwell models`: what a server serves."""
+"""`stepwell models`: what a server serves, and what a compiled model is."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+import os
+from typing import TYPE_CHECKING, cast
 
 import click
 
 from stepwell.cli import _render
-from stepwell.cli._help import Command
+from stepwell.cli._errors import Failure
+from stepwell.cli._help import Listing
 from stepwell.cli._target import Target, json_option, server_options
+from stepwell.cli.sessions import time_text
 
 if TYPE_CHECKING:
-    from stepwell import ModelInfo, TensorInfo
+    from stepwell import ModelInfo, ProvenanceInfo, TensorInfo
 
 
-@click.command(
-    cls=Command,
+MODEL_KEYS = (
+    ("name", "the name it is served under"),
+    ("fingerprint", "hash of architecture and weights; a state belongs to one"),
+    ("inputs, outputs, state", "lists of name, dtype, shape (one row, one time step), temporal"),
+    ("executor", '"litert" or "tensorflow"'),
+    ("executor_reason", "why, as a sentence"),
+    ("batch_sizes", "batch sizes that it is padded to; empty: any"),
+    ("state_row_bytes", "size of the state of one row"),
+    ("sessions", "open sessions"),
+    ("proof", "how it is known that it may be stepped:"),
+    ("proof.compared_steps", "length of the sequences on which it was compared with Keras"),
+    ("proof.compared_share", "share of their rows and time steps of which that says something"),
+    ("proof.unproven", "what does not follow from its graph and was trusted; empty: nothing"),
+)
+PROVENANCE_KEYS = (
+    ("provenance", "where its program comes from; null: not known:"),
+    ("provenance.source", "name of the file that Keras saved"),
+    ("provenance.source_sha256", "its SHA-256"),
+    ("provenance.compiled_time", "when it was compiled (RFC 3339, UTC)"),
+    ("provenance.versions", "of what compiled it: stepwell, tensorflow, keras, ai-edge-litert"),
+    ("provenance.processor", "kind of the processor that compiled it"),
+    ("provenance.parameters", "numbers in its weights"),
+    ("provenance.layers", "list, in the model's order: name, kind (its class), output (shape), parameters"),
+)
+
+
+@click.group(
+    cls=Listing,
     short_help="Show the models of a server.",
-    examples=("stepwell models", "stepwell models --json | jq -r '.models[].name'"),
+    examples=(
+        "stepwell models",
+        "stepwell models --json | jq -r '.models[].name'",
+        "stepwell models show forecast",
+        "stepwell models show forecast.stepwell",
+    ),
     json_keys=(
         ("front", 'what speaks to the network: "native" or "python"; empty: a server of an older release'),
         ("models", "list, by name; of each:"),
-        ("name", "the name it is served under"),
-        ("fingerprint", "hash of architecture and weights; a state belongs to one"),
-        ("inputs, outputs, state", "lists of name, dtype, shape (one row, one time step), temporal"),
-        ("executor", '"litert" or "tensorflow"'),
-        ("executor_reason", "why, as a sentence"),
-        ("batch_sizes", "batch sizes that it is padded to; empty: any"),
-        ("state_row_bytes", "size of the state of one row"),
-        ("sessions", "open sessions"),
-        ("proof", "how it is known that it may be stepped:"),
-        ("proof.compared_steps", "length of the sequences on which it was compared with Keras"),
-        ("proof.compared_share", "share of their rows and time steps of which that says something"),
-        ("proof.unproven", "what does not follow from its graph and was trusted; empty: nothing"),
+        *MODEL_KEYS,
     ),
 )
 @json_option
 @server_options
-def models(target: Target, as_json: bool) -> None:
+@click.pass_context
+def models(ctx: click.Context, target: Target, as_json: bool) -> None:
     """Show the models of a server: their inputs, outputs and state, and what runs them.
 
     In a shape, B is the batch size of the session and T the number of time steps. A single time step may leave
     out T. The fingerprint is shown in short; --json has it whole. The last line says which front the server has
     (serve --front).
     """
+    if ctx.invoked_subcommand is not None:
+        cast(Listing, ctx.command).require_no_options(ctx)
+        return
     with target.connect("Reading the models") as client:
         server = client.server_info()
     if as_json:
@@ -110,4 +138,106 @@ def spec_json(spec: TensorInfo) -> dict[str, object]:
         "dtype": str(spec.dtype),
         "shape": list(spec.shape),
         "temporal": spec.temporal,
+    }
+
+
+@models.command(
+    "show",
+    short_help="Show all of one model, or of a compiled one.",
+    examples=("stepwell models show forecast", "stepwell models show ./forecast.stepwell --json"),
+    json_keys=(
+        *MODEL_KEYS[:7],
+        ("sessions", "open sessions; null of a file"),
+        *MODEL_KEYS[8:],
+        *PROVENANCE_KEYS,
+    ),
+)
+@click.argument("model", metavar="NAME|FILE.stepwell")
+@json_option
+@server_options
+def show(target: Target, model: str, as_json: bool) -> None:
+    """Show what is known of a model: its tensors, how it was proven, what it was compiled from and by what.
+
+    What ends in .stepwell, or has a slash in it, is a file that stepwell compile has made; it is read and checked
+    here, and needs no server. All else is the name of a model of the server.
+    """
+    is_file = model.endswith(".stepwell") or os.sep in model
+    if is_file:
+        info = read_file(model)
+    else:
+        with target.connect("Reading the model") as client:
+            info = client.model(model)
+    if as_json:
+        document = model_json(info) | {"provenance": provenance_json(info.provenance)}
+        _render.print_json(document | ({"sessions": None} if is_file else {}))
+        return
+    _render.print_facts([*facts(info), *([] if is_file else [("sessions", str(info.sessions))])])
+    layers = info.provenance.layers if info.provenance is not None else ()
+    if layers:
+        click.echo()
+        _render.print_table(
+            ("LAYER", "CLASS", "OUTPUT", "PARAMETERS"),
+            [(layer.name, layer.kind, layer.output, str(layer.parameters)) for layer in layers],
+            right=("PARAMETERS",),
+        )
+
+
+def read_file(path: str) -> ModelInfo:
+    """What a file of a compiled model says of it.
+
+    Raises:
+        Failure: It cannot be read.
+    """
+    from stepwell import ModelInfo
+
+    # By name, so that the client's code nowhere imports the server's.
+    described = importlib.import_module("stepwell_server.cli.described")
+    try:
+        return ModelInfo._from_message(described.described(path))
+    except (ValueError, OSError) as error:
+        raise Failure(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def facts(info: ModelInfo) -> list[tuple[str, str]]:
+    """A model as names with values, for people."""
+    found = [
+        ("model", info.name),
+        ("fingerprint", info.fingerprint),
+        ("inputs", "\n".join(map(_render.shape_text, info.inputs))),
+        ("outputs", "\n".join(map(_render.shape_text, info.outputs))),
+        ("state", "\n".join(map(_render.shape_text, info.state)) or "none"),
+        ("size of it", f"{info.state_row_bytes} bytes a row"),
+        ("executor", f"{info.executor} ({info.executor_reason})"),
+        ("batch sizes", ", ".join(map(str, info.batch_sizes)) or "any"),
+        ("proof", str(info.proof)),
+    ]
+    if info.proof.unproven:
+        found.append(("not proven", info.proof.unproven))
+    origin = info.provenance
+    if origin is None:
+        return found
+    versions = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
+    return [
+        *found,
+        ("source", f"{origin.source} (SHA-256 {origin.source_sha256})"),
+        ("compiled", f"{time_text(origin.compiled_time)} on {origin.processor} by {versions}"),
+        ("parameters", str(origin.parameters)),
+    ]
+
+
+def provenance_json(origin: ProvenanceInfo | None) -> dict[str, object] | None:
+    """Where a program comes from, as programs read it."""
+    if origin is None:
+        return None
+    return {
+        "source": origin.source,
+        "source_sha256": origin.source_sha256,
+        "compiled_time": time_text(origin.compiled_time),
+        "versions": dict(origin.versions),
+        "processor": origin.processor,
+        "parameters": origin.parameters,
+        "layers": [
+            {"name": layer.name, "kind": layer.kind, "output": layer.output, "parameters": layer.parameters}
+            for layer in origin.layers
+        ],
     }

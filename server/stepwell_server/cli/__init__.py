@@ -3,5 +3,7 @@
 setting.py      an option, or argument, whose value may also come from a variable or the config file
 values.py       the types of their values
 config_file.py  the config file, read and written
-serve.py check.py    the commands
+compiling.py    what check and compile have in common
+described.py    a compiled file in the protocol's words, for models show
+serve.py check.py compile.py    the commands
 """

@@ -1,11 +1,9 @@
-"""``stepwell check MODEL.keras``: may it be stepped, and how close is stepping to Keras?"""
+"""``stepwell check MODEL``: may it be stepped, and how close is stepping to Keras?"""
 
 from __future__ import annotations
 
 import enum
-import signal
 from pathlib import Path
-from typing import NoReturn
 
 import click
 
@@ -13,13 +11,22 @@ from stepwell.cli import _render
 from stepwell.cli._errors import Failure
 from stepwell.cli._help import Command
 from stepwell.cli._target import json_option
-from stepwell_server.cli.setting import setting
-from stepwell_server.cli.values import ModuleName, PathOf
+from stepwell_server import program_file
+from stepwell_server.cli.compiling import (
+    Compiling,
+    compile_options,
+    ended_by_signals,
+    progress,
+    proof_json,
+    proof_lines,
+)
+from stepwell_server.cli.values import PathOf
 from stepwell_server.compile.comparison import Comparison, Difference
 from stepwell_server.compile.errors import DataError, ModelError
-from stepwell_server.compile.launch import compare_with_keras, compile_program
-from stepwell_server.program import Program, ProofOptions
-from stepwell_server.settings import SettingsError, default_cache_dir
+from stepwell_server.compile.launch import compare_with_keras
+from stepwell_server.loading import load_program
+from stepwell_server.program import Program
+from stepwell_server.settings import SettingsError
 
 #: Lines at most for the time steps of one output.
 _RANGES = 16
@@ -30,6 +37,10 @@ class Verdict(enum.Enum):
 
     EQUAL = "stepping it is what Keras computes on these sequences"
     DIFFERS = "stepping it is NOT what Keras computes on these sequences; serve --check-with refuses it"
+    SAME = (
+        "it computes here what it did where it was compiled, where it was compared with Keras, and a row's bits do not "
+        "depend on its batch; to compare it with Keras again, give the .keras file"
+    )
     INCONCLUSIVE = (
         "nothing can be said of an output, because rounding alone moves Keras's own values too far; give other "
         "sequences with --data"
@@ -55,18 +66,27 @@ class Verdict(enum.Enum):
         "stepwell check model.keras --import my_layers --json | jq .outputs",
     ),
     json_keys=(
-        ("verdict, reason", '"equal", "differs", "inconclusive", "refused" or "not checked", and why'),
+        (
+            "verdict, reason",
+            '"equal", "same", "differs", "inconclusive", "refused" or "not checked", and why',
+        ),
         (
             "fingerprint",
             "hash of architecture and weights; absent, like all below, if it was refused or not checked",
         ),
         ("proof", "compared_steps, compared_share and unproven, as stepwell models has them"),
         ("executor, executor_reason", "what runs it, and why"),
-        ("rows, steps", "of the sequences on which it was compared"),
+        (
+            "rows, steps",
+            "of the sequences on which it was compared; absent, like outputs, of a compiled model",
+        ),
         ("outputs", "list, by output: the largest difference, what rounding may make, and by_step"),
     ),
     exit_codes=(
-        ("0", "equal: it may be stepped, and stepping it equals Keras on the sequences"),
+        (
+            "0",
+            "equal: it may be stepped, and stepping it equals Keras on the sequences; or same, of a compiled model",
+        ),
         ("1", "differs: by more than rounding on the sequences; or inconclusive"),
         (
             "2",
@@ -74,7 +94,7 @@ class Verdict(enum.Enum):
         ),
     ),
 )
-@click.argument("model", metavar="MODEL.keras", type=PathOf("file"))
+@click.argument("model", metavar="MODEL", type=PathOf("file"))
 @click.option(
     "--data",
     metavar="FILE.npy",
@@ -82,50 +102,39 @@ class Verdict(enum.Enum):
     help="Your own sequences, (batch, T, features) or (T, features); an .npz with one array for each input of a model "
     "that has several. Default: the hard sequences of the proof.",
 )
-@click.option(
-    "--import",
-    "imports",
-    metavar="MODULE",
-    multiple=True,
-    type=ModuleName(),
-    help="Module to import first, for the model's own layers and functions. May be given again.",
-)
-@click.option(
-    "--probe-steps",
-    metavar="N",
-    type=click.IntRange(1, 100_000),
-    help="Time steps over which the proof compares, if more than 512 and twice what the layers reach.",
-)
-@click.option(
-    "--trust-causality",
-    is_flag=True,
-    help="Go on where the graph does not prove that the model may be stepped.",
-)
-@setting("--cache-dir", metavar="DIR", type=PathOf("dir"), help="Folder for compiled models, as of serve.")
+@compile_options
 @json_option
 @click.pass_context
 def check(
     ctx: click.Context,
     model: Path,
     data: Path | None,
-    imports: tuple[str, ...],
-    probe_steps: int | None,
-    trust_causality: bool,
-    cache_dir: Path | None,
+    compiling: Compiling,
     as_json: bool,
 ) -> None:
     """Prove that a Keras model may be stepped, and compare stepping it with Keras's own call of it over whole sequences.
 
     It is what a server does with a model before it serves it, and what it finds is kept in the same cache.
+
+    Of a compiled model (.stepwell), which needs no Keras, it tells how it was proven, and tries whether it does the same
+    on this processor.
     """
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        options = ProofOptions(probe_steps, trust_causality)
-        program = compile_program(
-            model, cache_dir or default_cache_dir(), imports, _progress, options, data=data
-        )
-        _progress("compare")
-        found = compare_with_keras(model, program, data, imports)
+        with ended_by_signals():
+            program = load_program(
+                model,
+                compiling.cache_dir,
+                compiling.imports,
+                progress,
+                compiling.proof,
+                compiling.limits,
+                data,
+            )
+            if program_file.is_program(model):
+                _show_compiled(program, as_json)
+                return
+            progress("compare")
+            found = compare_with_keras(model, program, data, compiling.imports, compiling.limits)
     except DataError as error:
         raise _not_done("not checked", f"--data: {error}", as_json) from None
     except ModelError as error:
@@ -134,18 +143,12 @@ def check(
         raise _not_done("not checked", f"--cache-dir: {error}", as_json) from None
     except SettingsError as error:
         raise _not_done("not checked", str(error), as_json) from None
-    finally:  # a compiling process is ended, and its folder removed, on the way here
-        signal.signal(signal.SIGTERM, before)
     verdict = Verdict.of(found)
     if as_json:
         _render.print_json(_document(program, found, verdict))
     else:
         click.echo("\n".join([*_lines(program, found, data), "", str(verdict)]))
     ctx.exit(0 if verdict is Verdict.EQUAL else 1)
-
-
-def _interrupt(_number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _not_done(verdict: str, reason: str, as_json: bool) -> Failure:
@@ -155,31 +158,31 @@ def _not_done(verdict: str, reason: str, as_json: bool) -> Failure:
     return Failure(f"{verdict}: {reason}")
 
 
-def _progress(stage: str) -> None:
-    click.echo(f"{stage}...", err=True)
+def _show_compiled(program: Program, as_json: bool) -> None:
+    """Say of a compiled model what can be said without Keras; it has been tried by now."""
+    if as_json:
+        _render.print_json(_head(program, Verdict.SAME))
+    else:
+        click.echo("\n".join([*proof_lines(program), "", str(Verdict.SAME)]))
 
 
-def _document(program: Program, found: Comparison, verdict: Verdict) -> dict[str, object]:
+def _head(program: Program, verdict: Verdict) -> dict[str, object]:
     return {
         "verdict": verdict.name.lower(),
         "reason": verdict.value,
         "fingerprint": program.fingerprint,
-        "proof": {
-            "compared_steps": program.proof.steps,
-            "compared_share": program.proof.compared,
-            "unproven": program.proof.unproven,
-        },
+        "proof": proof_json(program),
         "executor": program.executor,
         "executor_reason": program.executor_reason,
-        **found.to_json(),
     }
 
 
+def _document(program: Program, found: Comparison, verdict: Verdict) -> dict[str, object]:
+    return _head(program, verdict) | found.to_json()
+
+
 def _lines(program: Program, found: Comparison, data: Path | None) -> list[str]:
-    lines = [f"proof: {program.proof}"]
-    if program.proof.unproven:
-        lines.append(f"not proven: {program.proof.unproven}")
-    lines.append(f"executor: {program.executor} ({program.executor_reason})")
+    lines = proof_lines(program)
     what = "the proof's sequences" if data is None else str(data)
     lines.append(f"compared with Keras on {what}: {found.rows} rows of {found.steps} time steps")
     for output in found.outputs:

@@ -39,6 +39,7 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     examples=(
         "stepwell serve forecast=model.keras",
         "stepwell serve forecast=a.keras words=b.keras --listen 127.0.0.1:50052",
+        "stepwell serve forecast=forecast.stepwell",
         "stepwell serve --config stepwell.toml --drain-timeout-s 2m",
         "stepwell serve forecast=model.keras --import my_layers --metrics-listen 127.0.0.1:9100",
     ),
@@ -52,9 +53,9 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     "models",
     cls=ModelsArgument,
     nargs=-1,
-    metavar="NAME=PATH.keras...",
+    metavar="NAME=PATH...",
     envvar="STEPWELL_MODELS",
-    type=Named("NAME=PATH.keras", FILE),
+    type=Named("NAME=PATH", FILE),
 )
 @setting(
     "--listen",
@@ -256,8 +257,9 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
 def serve(ctx: click.Context, /, show_config: bool, **_values: Any) -> None:
     """Serve recurrent Keras models, one state per session, over gRPC.
 
-    NAME is what clients call a model, PATH the file that Keras saved; give as many as you like. Each option has an
-    environment variable, named in its help; STEPWELL_MODELS is that of the models. What may be given again has commas
+    NAME is what clients call a model. PATH is the file that Keras saved (.keras), or one that 'stepwell compile' made of
+    it (.stepwell), which needs no TensorFlow. Give as many as you like. Each option has an environment variable, named
+    in its help; STEPWELL_MODELS is that of the models. What may be given again has commas
     between the values there. The command line wins over a variable, a variable over the config file.
 
     A TIME is a number of seconds or has units, as in 500ms, 90s or 1h30m; a SIZE is a number of bytes or has one, as

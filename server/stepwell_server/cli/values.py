@@ -176,7 +176,9 @@ class Named(Text):
         """Read the name, and have the value read."""
         name, _, text = value.partition("=")
         if not text:
-            example = f", such as {Path(value).stem}={value}" if value.endswith(".keras") else ""
+            example = (
+                f", such as {Path(value).stem}={value}" if value.endswith((".keras", ".stepwell")) else ""
+            )
             self.fail(f"must be {self.form}{example}; got {value!r}", param, ctx)
         if not _MODEL_NAME.fullmatch(name):
             self.fail(f"must be {self.form} with {_NAME_RULE}; got {value!r}", param, ctx)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -64,13 +65,20 @@ def compile_program(
     target = cache.entry(cache_dir, key)
     found = cache.load(target)
     if found is not None:
-        return found
+        return _from(model, found)
     with cache.unfinished(target) as file:
         told = [] if options.steps is None else ["--steps", str(options.steps)]
         told += ["--trust"] if options.trust else []
         told += [] if data is None else ["--data", str(data)]
         _Compilation(model, limits or Limits(), progress).run(file, imports, told, clock or SystemClock())
-        return cache.publish(file, target)
+        return _from(model, cache.publish(file, target))
+
+
+def _from(model: Path, program: Program) -> Program:
+    """Return the program as that of this file: the same content may have been compiled under another name."""
+    if program.provenance is None:
+        return program
+    return dataclasses.replace(program, provenance=dataclasses.replace(program.provenance, source=model.name))
 
 
 def compare_with_keras(

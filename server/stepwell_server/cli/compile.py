@@ -1,0 +1,147 @@
+"""`stepwell compile`: a Keras model into one file that a server without TensorFlow serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from stepwell.cli import _render
+from stepwell.cli._errors import Failure
+from stepwell.cli._help import Command
+from stepwell.cli._target import json_option
+from stepwell_server import program_file
+from stepwell_server.cli.compiling import (
+    Compiling,
+    compile_options,
+    ended_by_signals,
+    progress,
+    proof_json,
+    proof_lines,
+)
+from stepwell_server.cli.values import PathOf
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.loading import load_program
+from stepwell_server.program import Program
+from stepwell_server.settings import SettingsError
+
+
+@click.command(
+    cls=Command,
+    short_help="Compile a Keras model into one file.",
+    examples=(
+        "stepwell compile model.keras -o forecast.stepwell",
+        "stepwell compile model.keras --import my_layers",
+        "stepwell serve forecast=forecast.stepwell",
+    ),
+    json_keys=(
+        ("file", "the file that was written"),
+        ("bytes", "its size"),
+        (
+            "fingerprint",
+            "hash of architecture and weights, the same as of the .keras file when that is served",
+        ),
+        ("proof", "compared_steps, compared_share and unproven, as stepwell models has them"),
+        ("executor, executor_reason", "what runs it, and why"),
+        ("batch_sizes", "batch sizes that it is padded to on a processor like this one; empty: any"),
+        ("compared_sizes", "batch sizes at which its bits were compared"),
+        ("cached", "true: it had been compiled before, and came from the cache"),
+    ),
+    exit_codes=(
+        ("0", "written"),
+        (
+            "2",
+            "refused, and nothing is written: the model, the command line, a file, or packages that are missing",
+        ),
+    ),
+)
+@click.argument("model", metavar="MODEL.keras", type=PathOf("file"))
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE.stepwell",
+    type=PathOf("file"),
+    help="File to write, or to replace. Default: the model's name with .stepwell, in this folder.",
+)
+@compile_options
+@json_option
+def compile(model: Path, output: Path | None, compiling: Compiling, as_json: bool) -> None:  # noqa: A001 - its name
+    """Compile a Keras model into one file, which 'stepwell serve' serves without TensorFlow and Keras.
+
+    The model is proven and compared with Keras as by a server that serves it. The file holds the program for LiteRT
+    (program.tflite), what it takes and gives, its initial state, how it was proven and what it was made from; no code
+    and no pickle. Its sessions go on where the .keras file is served now, and the other way round. A server tries it
+    on its own processor before it serves it.
+
+    The file is a zip archive that is not compressed: other tools can take program.tflite out of it. With
+    SOURCE_DATE_EPOCH set, the same model gives the same bytes.
+    """
+    if program_file.is_program(model):
+        raise Failure(
+            f"{model}: is compiled already; serve it, or look at it with: stepwell models show {model}"
+        )
+    target = output or Path(f"{model.stem}{program_file.SUFFIX}")
+    if target.suffix != program_file.SUFFIX:
+        raise Failure(f"'-o' must be a file that ends in {program_file.SUFFIX}; got {str(target)!r}")
+    stages: list[str] = []
+
+    def report(stage: str) -> None:
+        stages.append(stage)
+        progress(stage)
+
+    with ended_by_signals():
+        try:
+            program = load_program(
+                model, compiling.cache_dir, compiling.imports, report, compiling.proof, compiling.limits
+            )
+        except (ModelError, SettingsError) as error:
+            raise Failure(f"refused: {error}") from None
+        except OSError as error:
+            raise Failure(f"--cache-dir: {error}") from None
+        _require_litert(model, program)
+        try:
+            program_file.save(program, target)
+        except OSError as error:
+            raise Failure(f"{target}: cannot be written: {error.strerror}") from None
+    if as_json:
+        _render.print_json(_document(program, target, cached=not stages))
+    else:
+        click.echo("\n".join(_lines(program, target, cached=not stages)))
+
+
+def _require_litert(model: Path, program: Program) -> None:
+    if program.executor != "litert":
+        why = program.executor_reason.split("; ", maxsplit=1)[0]
+        raise Failure(
+            f"refused: {model}: {why}, only TensorFlow can; a {program_file.SUFFIX} file is for servers without it. Serve "
+            "the .keras file itself, where stepwell[server] is installed"
+        )
+
+
+def _document(program: Program, file: Path, *, cached: bool) -> dict[str, object]:
+    return {
+        "file": str(file),
+        "bytes": file.stat().st_size,
+        "fingerprint": program.fingerprint,
+        "proof": proof_json(program),
+        "executor": program.executor,
+        "executor_reason": program.executor_reason,
+        "batch_sizes": list(program.batch_sizes),
+        "compared_sizes": list(program.trial.sizes if program.trial is not None else ()),
+        "cached": cached,
+    }
+
+
+def _lines(program: Program, file: Path, *, cached: bool) -> list[str]:
+    sizes = program.trial.sizes if program.trial is not None else ()
+    bits = "the same for a row at every batch size"
+    if program.batch_sizes:
+        bits = f"the same for a row at batch sizes {', '.join(map(str, program.batch_sizes))}, to which rows are padded"
+    return [
+        *proof_lines(program),
+        f"bits: {bits} ({len(sizes)} sizes up to {max(sizes, default=0)} compared)",
+        f"fingerprint: {program.fingerprint}",
+        f"written: {file}, {file.stat().st_size} bytes"
+        + (", of a program that was in the cache" if cached else ""),
+        f"serve it: stepwell serve {file.stem}={file}",
+    ]
