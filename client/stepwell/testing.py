@@ -43,7 +43,7 @@ class LocalServer:
     for one thread at a time; the server itself serves any number of clients.
 
     Args:
-        models: Path of the `.keras` file by name to serve it under.
+        models: Path of the `.keras` or `.stepwell` file by name to serve it under.
         data_dir: Where it keeps sessions. None: in memory, so that they are gone after `kill` or `restart`.
         extra_args: Further options of `stepwell serve`.
         cache_dir: Where it keeps compiled models. None: the server's own default.

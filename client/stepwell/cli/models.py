@@ -7,8 +7,9 @@ import os
 from typing import TYPE_CHECKING, cast
 
 import click
+from click.shell_completion import CompletionItem
 
-from stepwell.cli import _render
+from stepwell.cli import _complete, _render
 from stepwell.cli._errors import Failure
 from stepwell.cli._help import Listing
 from stepwell.cli._target import Target, json_option, server_options
@@ -141,6 +142,13 @@ def spec_json(spec: TensorInfo) -> dict[str, object]:
     }
 
 
+def _complete_model_or_file(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Models of the server, and files, which the shell finds."""
+    return [*_complete.models(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
+
+
 @models.command(
     "show",
     short_help="Show all of one model, or of a compiled one.",
@@ -152,7 +160,7 @@ def spec_json(spec: TensorInfo) -> dict[str, object]:
         *PROVENANCE_KEYS,
     ),
 )
-@click.argument("model", metavar="NAME|FILE.stepwell")
+@click.argument("model", metavar="NAME|FILE.stepwell", shell_complete=_complete_model_or_file)
 @json_option
 @server_options
 def show(target: Target, model: str, as_json: bool) -> None:

@@ -59,7 +59,8 @@ def doctor(ctx: click.Context, /, config: Path | None, as_json: bool) -> None:
     what concerns clients is looked at.
     """
     settings, problem = read_settings(config)
-    missing = _of_server.missing_packages()
+    missing = _of_server.missing_packages("serve")
+    uncompiled = [] if missing else _of_server.missing_packages("server")
     found = Examination(settings, SystemClock(), serves=not missing, listening=listening_pid)
     found.examine()
     if problem:
@@ -67,7 +68,12 @@ def doctor(ctx: click.Context, /, config: Path | None, as_json: bool) -> None:
     if missing:
         found.advise(
             f"no server can run here, {', '.join(missing)} are not installed",
-            f"to serve: {_of_server.INSTALL}",
+            f"to serve: {_of_server.INSTALL['serve']}",
+        )
+    if uncompiled:
+        found.advise(
+            f"no .keras file can be compiled here, {', '.join(uncompiled)} are not installed",
+            f"serve compiled models (.stepwell), or: {_of_server.INSTALL['server']}",
         )
     wrong = [finding for finding in found.findings if finding.is_wrong]
     advice = [finding for finding in found.findings if not finding.is_wrong]

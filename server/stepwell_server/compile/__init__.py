@@ -8,5 +8,8 @@ is the compiling process. Its stages, each a module or two:
               time step of the model as a function
     probe     probe, samples, evidence    T calls of one step equal one call over T steps, on samples
     convert   convert    that function as a LiteRT flatbuffer or a SavedModel
-    check     check      the artefact computes what Keras does, and the same bits at every batch size
+    check     check      the artefact computes what Keras does; engine.executors.trial: and the same bits at every
+              batch size
+
+What comes of it is a file of `program_file`. It goes into the cache; `stepwell compile` hands it out.
 """
