@@ -53,7 +53,7 @@ def test_the_native_front_needs_no_grpc(tmp_path: Path) -> None:
     assert "grpc" in modules_after(f"{server}, stepwell_server.rpc.fronts.python", tmp_path)
 
 
-@pytest.mark.parametrize("command", ["serve", "check", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "check", "compile", "described", "doctor"])
 def test_help_of_the_servers_commands_needs_none_of_its_packages(command: str, tmp_path: Path) -> None:
     loaded = modules_after(f"import stepwell_server.cli.{command}", tmp_path)
     assert loaded & (FRAMEWORKS | SERVER_ONLY - {"stepwell_server"}) == set()

@@ -7,8 +7,9 @@ import hashlib
 import importlib.machinery
 import os
 import platform
-import secrets
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -59,13 +60,13 @@ def load(file: Path) -> Program | None:
 
 @contextlib.contextmanager
 def unfinished(target: Path) -> Iterator[Path]:
-    """Give the name of a file beside an entry of the cache, in which it can be made, and remove what is left of it."""
+    """Give the name of a file in an empty folder beside an entry of the cache, and remove what is left of both."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    file = target.with_name(f".{target.name[:12]}-{secrets.token_hex(4)}")
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:12]}-", dir=target.parent))
     try:
-        yield file
+        yield folder / target.name
     finally:
-        file.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(file: Path, target: Path) -> Program:
