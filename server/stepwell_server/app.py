@@ -77,7 +77,7 @@ def serve(settings: Settings) -> int:
     with signals.interrupting():
         store = _open_store(settings, clock)
         programs = _compile(settings)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
         return runner.run(_run(settings, programs, store, clock, certificates))
 
 
@@ -189,13 +189,11 @@ def _progress(model: str) -> Callable[[str], None]:
     return lambda stage: _log.info("loading model", model=model, stage=stage)
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:  # there is none for Windows; asyncio's own loop does
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    import uvloop
+
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
 
 
 def _open_store(settings: Settings, clock: Clock) -> Store:
@@ -291,7 +289,7 @@ def _native_front(settings: Settings) -> type[NativeFront] | None:
 
 
 def _limits(settings: Settings, open_files: int) -> FrontLimits:
-    room = max(1, open_files - RESERVE) if open_files else FrontLimits.connections
+    room = max(1, open_files - RESERVE)
     connections = settings.max_connections or min(FrontLimits.connections, room)
     if connections > room:
         _log.warning(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import resource
 
 #: More than anybody needs: where there is no limit, tables of that size are made by some.
 _ENOUGH = 1 << 20
@@ -12,11 +12,7 @@ RESERVE = 256
 
 
 def raise_limit() -> int:
-    """Let the process open as many files as the system allows it. Returns how many that are; 0: nobody knows."""
-    if sys.platform == "win32":
-        return 0
-    import resource
-
+    """Let the process open as many files as the system allows it. Returns how many that are."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)
     if soft == resource.RLIM_INFINITY or soft >= wanted:

@@ -157,7 +157,7 @@ def test_what_is_shown_says_where_it_came_from_and_can_be_read_again(file: Path)
         ),
         ("import = 'a'", "'import' in {file}: must be a list; got 'a'"),
         ("models = 'm=x.keras'", "'models' in {file}: must be a table of names and values; got 'm=x.keras'"),
-        ("[models]\n'a b' = 'x'", "'models' in {file}: must be NAME=PATH.keras with a name of 1 to 128"),
+        ("[models]\n'a b' = 'x'", "'models' in {file}: must be NAME=PATH with a name of 1 to 128"),
         ("[models]\nm = 5", "'models' in {file}: must be a string that is not empty; got 5"),
         (
             "listen 5",
