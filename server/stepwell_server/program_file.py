@@ -48,6 +48,8 @@ MAX_BYTES = 2 * 1024**3
 """Size of all that is in a file, where nothing else is said."""
 _MAX_MANIFEST_BYTES = 16 * 1024**2
 _MAX_MEMBERS = 10_000
+_MAX_SIZES = 1024
+"""Of batch sizes: rows of the largest are run when the program is tried."""
 _LAST_TIME = 253_402_300_799
 """The end of the year 9999, after which nobody can print a date."""
 _INITIAL, _TRIAL = "initial/", "trial/"
@@ -377,8 +379,10 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 def _sizes(value: Any) -> tuple[int, ...]:
     sizes = _shape(value)
-    if 0 in sizes:
-        raise ValueError("a batch size must be 1 or more; got 0")
+    if len(sizes) > _MAX_SIZES or not all(1 <= size <= _MAX_SIZES for size in sizes):
+        raise ValueError(
+            f"batch sizes must be at most {_MAX_SIZES} from 1 to {_MAX_SIZES}; got {value!r:.40}"
+        )
     return sizes
 
 

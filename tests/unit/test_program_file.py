@@ -171,7 +171,11 @@ def test_every_byte_that_is_changed_or_cut_off_is_noticed_or_changes_nothing(fil
         (lambda m: m["state"][0].update(shape=[4]), r"cannot reshape|reshape"),
         (lambda m: m["state"][0].update(dtype="object"), r"there is no type 'object'"),
         (lambda m: m["state"][0].update(dtype="U9"), r"there is no type 'U9'"),
-        (lambda m: m["batch_sizes"].append(0), r"a batch size must be 1 or more"),
+        (
+            lambda m: m["batch_sizes"].append(0),
+            r"batch sizes must be at most 1024 from 1 to 1024; got \[1, 4, 0\]",
+        ),
+        (lambda m: m["trial"]["sizes"].append(10**9), r"batch sizes must be at most 1024 from 1 to 1024"),
         (lambda m: m.update(executor="tensorflow"), r"executor 'tensorflow' does not fit the files"),
         (lambda m: m.update(executor="python"), r"executor 'python' does not fit the files"),
         (lambda m: m["trial"].update(rows=0), r"a trial needs rows"),

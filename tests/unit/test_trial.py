@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.executors import trial
-from stepwell_server.program import Program
+from stepwell_server.program import Program, StateSpec
 from support.fake_executor import PLAIN
 
 Arrays = Sequence[Any]
@@ -153,3 +153,11 @@ def test_fewer_rows_are_kept_where_they_are_large(row_bytes: int, rows: int) -> 
 def test_large_sizes_are_left_out_where_they_would_take_too_long() -> None:
     assert trial.affordable(PLAIN, INPUTS, exact, trial.LITERT_SIZES, 1e9) == trial.LITERT_SIZES
     assert max(trial.affordable(PLAIN, INPUTS, exact, trial.LITERT_SIZES, 0)) == 33
+
+
+def test_large_sizes_are_left_out_where_their_rows_would_fill_the_memory() -> None:
+    def never(_inputs: Arrays, _states: Arrays) -> tuple[Any, Any]:
+        raise AssertionError("nothing of that size is run to find out")
+
+    wide = dataclasses.replace(PLAIN, state=(StateSpec("frame", (512, 512), "float32"),))
+    assert max(trial.affordable(wide, INPUTS, never, trial.LITERT_SIZES, 1e9)) == 33

@@ -25,8 +25,8 @@ LITERT_SIZES = (*range(1, 18), 32, 33, 64, 100, 128, 256)
 TENSORFLOW_SIZES = (1, 2, 4, 8, 16, 32, 64)
 #: Time steps before the bits are compared, so that states are ones the model reaches.
 _WARM_STEPS = 3
-#: The largest size compared where all would take too long.
-_SMALL = 33
+#: The largest size compared where all would take too long, or more bytes than that for the rows.
+_SMALL, _MOST_BYTES = 33, 1 << 28
 #: How long the bits may be compared, about: when a program is compiled, and when one that was is loaded.
 COMPILE_BUDGET_S, LOAD_BUDGET_S = 30.0, 5.0
 #: Rows of known inputs, of which there are fewer where a row is large.
@@ -110,7 +110,13 @@ def agreeing_sizes(
 def affordable(
     program: Program, inputs: Sequence[Array], step: Step, sizes: Sequence[int], budget_s: float
 ) -> tuple[int, ...]:
-    """Return ``sizes``, without the large ones if checking those would take longer than about ``budget_s``."""
+    """Return ``sizes``, without the large ones if checking those would take too long, or too much memory.
+
+    Too long is more than about ``budget_s``.
+    """
+    row_bytes = sum(spec.row_bytes for spec in (*program.inputs, *program.outputs))
+    if 2 * max(sizes) * (row_bytes + 2 * program.state_row_bytes) > _MOST_BYTES:
+        return tuple(size for size in sizes if size <= _SMALL)
     rows = 16
     reached, states = _reached(program, inputs, step, rows)
     start = time.perf_counter()
