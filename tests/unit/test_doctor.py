@@ -171,7 +171,7 @@ def test_a_clock_that_is_wrong(settings: Settings, tmp_path: Path) -> None:
 def test_files_of_the_settings_that_are_not_there(settings: Settings, tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     assert (
-        f"PATH must be a .keras file; {gone} does not exist"
+        f"PATH must be a .keras or .stepwell file; {gone} does not exist"
         in wrong(dataclasses.replace(settings, models={"m": gone}))[0]
     )
     assert (
@@ -196,8 +196,17 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1
     assert f"wrong: {config}: there is no setting 'lisen'; did you mean 'listen'?; mend" in result.stdout
 
-    monkeypatch.setattr(_of_server, "server_packages", lambda: ["no-such-package"])
+    lacking = {"serve": [], "server": ["no-such-framework"]}
+    monkeypatch.setattr(_of_server, "packages_of", lacking.__getitem__)
     config.write_text("")
+    result = run(main, ["doctor"])
+    assert (
+        "no .keras file can be compiled here, no-such-framework are not installed; serve compiled"
+        in result.stdout
+    )
+    assert "data-dir:" in result.stdout
+
+    lacking["serve"] = ["no-such-package"]
     result = run(main, ["doctor"])
     assert result.exit_code == 0, result.stdout
     assert "data-dir:" not in result.stdout
