@@ -83,7 +83,7 @@ class LayerInfo:
     Example:
         >>> provenance = client.model("forecast").provenance
         >>> [layer.kind for layer in provenance.layers]
-        ['InputLayer', 'LSTM', 'Dense']
+        ['LSTM', 'Dense']
     """
 
     name: str
