@@ -71,4 +71,13 @@ def test_the_version_is_the_same_everywhere(root: Path, project: dict[str, Any])
 
 def test_the_client_needs_no_machine_learning_framework(project: dict[str, Any]) -> None:
     names = {re.split(r"[^A-Za-z0-9-]", line, maxsplit=1)[0] for line in project["dependencies"]}
-    assert names == {"click", "grpcio", "numpy", "protobuf", "rich", "safetensors"}
+    assert names == {
+        "click",
+        "googleapis-common-protos",
+        "grpcio",
+        "numpy",
+        "protobuf",
+        "psutil",
+        "rich",
+        "safetensors",
+    }
