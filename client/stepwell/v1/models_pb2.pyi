@@ -362,6 +362,7 @@ class PredictRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    RESET_MASK_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     @_builtins.property
@@ -372,16 +373,23 @@ class PredictRequest(_message.Message):
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
         """Initial state, each (batch, ...). Absent: the model's initial state. All of the state or none of it."""
 
+    @_builtins.property
+    def reset_mask(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """Rows that begin anew, (batch) or (batch * T) entries as in StepRequest: where it is true, the row is set to the
+        model's own initial state, not to `state`, before that time step. Empty: none.
+        """
+
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         inputs: _abc.Iterable[_tensors_pb2.Tensor] | None = ...,
         state: _abc.Iterable[_tensors_pb2.Tensor] | None = ...,
+        reset_mask: _abc.Iterable[_builtins.bool] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "model", b"model", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "model", b"model", "reset_mask", b"reset_mask", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -104,7 +104,9 @@ class Session(_message.Message):
     revision: _builtins.int
     """Changes so far, those of sessions that had the id before among them: no revision of an id comes twice."""
     position: _builtins.int
-    """Time steps consumed since the last reset of the whole state."""
+    """Time steps consumed since the last reset of the whole state, of all rows at once. A step of some rows counts as one
+    of all.
+    """
     resident: _builtins.bool
     """Its state is in a slot (true) or only in the store (false)."""
     @_builtins.property
@@ -527,6 +529,7 @@ class StepRequest(_message.Message):
     OUTPUT_NAMES_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
     STATE_ROWS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     expected_revision: _builtins.int
@@ -536,15 +539,23 @@ class StepRequest(_message.Message):
     outputs: Global___OutputSelection.ValueType
     """Which time steps come back."""
     states: Global___StateSelection.ValueType
-    """For which time steps states come back. A server that cannot do what is asked for says INVALID_ARGUMENT."""
+    """For which time steps states come back. They count towards the size of the reply, which is refused before
+    anything changes if it is too large for a message. A server that does not know what is asked for says
+    INVALID_ARGUMENT.
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """Inputs, (batch_size, T, features...); one time step may leave out T. Every input of the model."""
+        """Inputs, (R, T, features...) with R the batch size, or the number of rows where these are given; one time step may
+        leave out T. Every input of the model.
+        """
 
     @_builtins.property
     def reset_mask(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
-        """Rows that begin anew, one for each row: those that are true are set to the model's initial state, then stepped,
-        which is one change. Empty: none. With all of them true the position begins at 0 again.
+        """Rows that begin anew: where it is true, the row is set to the model's initial state before that time step, and the
+        step goes on from there; all of it is one change. (R) entries, one for each row of the inputs, speak of the first
+        time step; (R * T) entries of every one, a row's time steps one after the other (row-major). Empty: none.
+        The position begins at 0 again before each time step at which every row of the session is reset: with t the last
+        of them, counted from 0, it is T - t after the step.
         """
 
     @_builtins.property
@@ -553,7 +564,16 @@ class StepRequest(_message.Message):
 
     @_builtins.property
     def state_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Rows whose states come back, each in 0 to batch_size - 1 and at most once. Empty: all rows."""
+        """Rows whose states come back, in this order, each in 0 to batch_size - 1 and at most once; with rows, among them.
+        Empty: all rows that advance.
+        """
+
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows that advance, each in 0 to batch_size - 1 and at most once: the other rows keep their state. R is then the
+        number of rows, and inputs, reset_mask, outputs and states are theirs, in this order. It is one change, revision
+        and position count it as any other: the position by T. Empty: all rows, R is batch_size.
+        """
 
     def __init__(
         self,
@@ -567,10 +587,11 @@ class StepRequest(_message.Message):
         output_names: _abc.Iterable[_builtins.str] | None = ...,
         states: Global___StateSelection.ValueType = ...,
         state_rows: _abc.Iterable[_builtins.int] | None = ...,
+        rows: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "inputs", b"inputs", "output_names", b"output_names", "outputs", b"outputs", "request_id", b"request_id", "reset_mask", b"reset_mask", "session_id", b"session_id", "state_rows", b"state_rows", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "inputs", b"inputs", "output_names", b"output_names", "outputs", b"outputs", "request_id", b"request_id", "reset_mask", b"reset_mask", "rows", b"rows", "session_id", b"session_id", "state_rows", b"state_rows", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -597,13 +618,13 @@ class StepResponse(_message.Message):
     """The remembered answer to a step that was sent again."""
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """Outputs in the model's own shape: (batch_size, T, ...) where it returns sequences and the inputs
-        had T, else (batch_size, ...). Empty with NONE.
+        """Outputs in the model's own shape: (R, T, ...) where it returns sequences and the inputs had T, else (R, ...), R as
+        in the inputs. Empty with NONE.
         """
 
     @_builtins.property
     def states(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
-        """States as asked for, (rows, T, ...) with ALL and T, else (rows, ...)."""
+        """States as asked for, in the model's order: (rows, T, ...) with ALL if the inputs had T, else (rows, ...)."""
 
     def __init__(
         self,
@@ -733,7 +754,9 @@ class StepFrame(_message.Message):
 
     @_builtins.property
     def reset_mask(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
-        """As in StepRequest, for each of the R rows."""
+        """As in StepRequest, (R) or (R * T) for the rows of all sessions. The position of a session begins at 0 again where
+        all of its own rows are reset.
+        """
 
     @_builtins.property
     def output_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
