@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stepwell import aio, config, errors
     from stepwell._state import State
+    from stepwell._trace import Trace
     from stepwell._types import (
         LayerInfo,
         ModelInfo,
@@ -81,6 +82,7 @@ __all__ = [
     "StepwellError",
     "TensorInfo",
     "TlsConfig",
+    "Trace",
     "UnavailableError",
     "aio",
     "config",
@@ -102,6 +104,7 @@ _HOMES = {
     "State": "_state",
     "TensorInfo": "_types",
     "TlsConfig": "config",
+    "Trace": "_trace",
     "connect": "client",
 }
 """The module of each exported name that is no error."""

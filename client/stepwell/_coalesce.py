@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from stepwell import _channel
 from stepwell._flow import Retrier
 from stepwell._in_flight import InFlightFrame, Link
-from stepwell._steps import SHARED_BYTES, Gathering, Step, Stepped, abandon
+from stepwell._steps import Gathering, Step, Stepped, abandon
 from stepwell.errors import DeadlineExceededError
 
 
@@ -58,12 +58,12 @@ class Coalescer:
         """Makes one attempt of a step.
 
         A large step is a unary call: sharing a frame would gain nothing, and a unary call is cancelled on the
-        server too when its task is cancelled here, which a member of a frame is not.
+        server too when its task is cancelled here, which a member of a frame is not. See also `Step.may_share`.
 
         Raises:
             StepwellError: The attempt failed; the error has the outcome that a unary call's would have.
         """
-        if step.input_bytes() > SHARED_BYTES:
+        if not step.may_share():
             return self._unary(step)
         loop = asyncio.get_running_loop()
         if not self._waiting:

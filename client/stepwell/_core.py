@@ -7,8 +7,10 @@ wrong one costs no call.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
+
+import numpy as np
 
 from stepwell import _inputs
 from stepwell._abandoned import TRY_FOR_S
@@ -16,9 +18,11 @@ from stepwell._flow import Flow, Retrier
 from stepwell._frames import Change
 from stepwell._retry import Clock, Deadline, RetryPolicy
 from stepwell._state import State, States
-from stepwell._tensors import Array, Packed, to_messages, unpack_all
+from stepwell._step_arguments import as_one, pack_reset, selected, step_change
+from stepwell._tensors import Packed, to_messages, unpack_all
+from stepwell._trace import Trace
 from stepwell._tracker import GroupTracker, SessionTracker, is_unknown, new_request_id
-from stepwell._types import Inputs, ModelInfo, Outputs, ServerInfo, SessionInfo
+from stepwell._types import Inputs, Mask, ModelInfo, Outputs, Rows, ServerInfo, SessionInfo
 from stepwell.config import ClientConfig, check_timeout
 from stepwell.errors import InvalidInputError, ModelMismatchError, SessionGoneError, StepwellError
 from stepwell.v1 import models_pb2, sessions_pb2
@@ -108,17 +112,25 @@ class Core:
         return _inputs.pack_states(states, fresh, rows)
 
     def predict(
-        self, model: str, inputs: Inputs, states: States | None, deadline: Deadline
+        self,
+        model: str,
+        inputs: Inputs,
+        states: States | None,
+        deadline: Deadline,
+        reset: Mask | None = None,
     ) -> Flow[tuple[Outputs, State]]:
         """Outputs and final state of a run without a session."""
         packed = _inputs.pack_inputs(inputs)
         rows = packed[0].shape[0]
+        mask = np.frombuffer(pack_reset(reset, packed), np.bool_)
         info = self._models.get(_inputs.check_model(model)) or (yield from self.model(model, deadline))
         state = yield from self.states(model, "", states, rows, deadline)
-        request = models_pb2.PredictRequest(model=model, inputs=to_messages(packed), state=to_messages(state))
+        request = models_pb2.PredictRequest(
+            model=model, inputs=to_messages(packed), state=to_messages(state), reset_mask=mask.tolist()
+        )
         reply: models_pb2.PredictResponse = yield from self.retrier.call("Predict", request, deadline)
         final = State(unpack_all(reply.state), model=model, fingerprint=info.fingerprint, batch_size=rows)
-        return _outputs(unpack_all(reply.outputs)), final
+        return as_one(unpack_all(reply.outputs)), final
 
     # Sessions as seen from the client.
 
@@ -229,22 +241,45 @@ class Core:
 
     # One session.
 
-    def step_change(self, tracker: SessionTracker, inputs: Inputs, outputs: str) -> Change:
+    def step_change(
+        self,
+        tracker: SessionTracker,
+        inputs: Inputs,
+        outputs: object = "all",
+        time: object = "all",
+        reset: Mask | None = None,
+        rows: Rows | None = None,
+        states: object = "none",
+    ) -> Change:
         """Checks the arguments of a step."""
-        selection = _inputs.check_selection(outputs)
-        return Change("step", _inputs.pack_inputs(inputs, tracker.batch_size), selection)
+        chosen = _inputs.check_rows(rows, tracker.batch_size)
+        if chosen == ():
+            raise InvalidInputError("rows must choose at least one row; got none")
+        everyone = chosen is None or chosen == tuple(range(tracker.batch_size))
+        return step_change(
+            inputs,
+            len(chosen or range(tracker.batch_size)),
+            outputs=outputs,
+            time=time,
+            reset=reset,
+            states=states,
+            rows=() if everyone or chosen is None else chosen,
+        )
 
-    def step(self, tracker: SessionTracker, change: Change, deadline: Deadline) -> Flow[Outputs]:
-        """Advances a session."""
+    def step(self, tracker: SessionTracker, change: Change, deadline: Deadline) -> Flow[Outputs | Trace]:
+        """Advances a session. The result is what its caller receives."""
         try:
-            revision, position, outputs = yield from self.retrier.step(tracker.step(change, deadline))
+            stepped = yield from self.retrier.step(tracker.step(change, deadline))
         except StepwellError as error:
             raise tracker.failed(error) from None
-        tracker.applied(revision, position)
-        return selected(outputs, change.outputs)
+        tracker.applied(stepped.revision, stepped.position)
+        outputs = selected(stepped.outputs, change)
+        if change.states == "none":
+            return outputs
+        return Trace(outputs, dict(stepped.states), stepped.revision, stepped.position)
 
     def reset_states(
-        self, tracker: SessionTracker, states: States | None, rows: Iterable[int] | None, deadline: Deadline
+        self, tracker: SessionTracker, states: States | None, rows: Rows | None, deadline: Deadline
     ) -> Flow[None]:
         """Sets the state of a session, or some rows of it."""
         chosen = _inputs.check_rows(rows, tracker.batch_size)
@@ -312,12 +347,3 @@ def _names_sessions(request: _Opening) -> bool:
     if isinstance(request, sessions_pb2.OpenSessionsRequest):
         return bool(request.session_ids)
     return bool(request.new_session_id)
-
-
-def selected(outputs: dict[str, Array], selection: str) -> Outputs:
-    """The outputs of a step as the caller receives them."""
-    return None if selection == "none" else _outputs(outputs)
-
-
-def _outputs(outputs: dict[str, Array]) -> Outputs:
-    return next(iter(outputs.values())) if len(outputs) == 1 else outputs

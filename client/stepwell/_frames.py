@@ -27,6 +27,11 @@ SELECTIONS: Mapping[str, sessions_pb2.OutputSelection.ValueType] = {
     "last": _pb.OUTPUT_SELECTION_LAST,
     "none": _pb.OUTPUT_SELECTION_NONE,
 }
+STATES: Mapping[str, sessions_pb2.StateSelection.ValueType] = {
+    "all": _pb.STATE_SELECTION_ALL,
+    "last": _pb.STATE_SELECTION_LAST,
+    "none": _pb.STATE_SELECTION_NONE,
+}
 _RETRYABLE = (errors.OverloadedError, errors.UnavailableError)
 
 
@@ -37,8 +42,35 @@ class Change:
     kind: Literal["step", "reset"]
     tensors: tuple[Packed, ...]
     outputs: str = "all"
+    """Which time steps of the outputs come back: a key of `SELECTIONS`."""
     rows: tuple[int, ...] = ()
-    """Rows of a session, or members of a group, that a reset concerns; empty for all."""
+    """Rows of a session, or members of a group, that it concerns; empty for all. The tensors have their rows."""
+    reset: bytes = b""
+    """Of a step: rows that begin anew, one byte (0 or 1) for each row of the tensors, or for each row and time step,
+    row-major; empty for none."""
+    output_names: tuple[str, ...] = ()
+    """Outputs that come back; empty for all."""
+    states: str = "none"
+    """For which time steps states come back: a key of `STATES`."""
+
+    def say(self, message: sessions_pb2.StepRequest | sessions_pb2.StepFrame) -> None:
+        """Puts what a step asks for, beside its inputs, into its message."""
+        message.outputs = SELECTIONS[self.outputs]
+        if self.reset:
+            message.reset_mask.extend(np.frombuffer(self.reset, np.bool_).tolist())
+        if self.output_names:
+            message.output_names.extend(self.output_names)
+        if self.states != "none":
+            message.states = STATES[self.states]
+
+    def some(self, rows: Indexes, count: int) -> Change:
+        """The same for some of its `count` rows."""
+        reset = self.reset
+        if reset:
+            reset = np.frombuffer(reset, np.uint8).reshape(count, -1)[rows].tobytes()
+        return dataclasses.replace(
+            self, tensors=tuple([_take(tensor, rows) for tensor in self.tensors]), reset=reset
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,6 +83,8 @@ class Part:
     outputs: dict[str, Array]
     """Rows of the applied members one after the other; to be copied before they are given away."""
     failures: Mapping[int, errors.StepwellError]
+    states: dict[str, Array] = dataclasses.field(default_factory=dict)
+    """As `outputs`, of the states that were asked for."""
 
 
 class Frame:
@@ -116,13 +150,14 @@ class Frame:
             message.forget_sets.extend(sets.unneeded())
             if self._named is not None and self._sent is self._all:
                 self._naming = sets.name(self._named)
-        if self._change.kind == "step":
+        change = self._change_of_sent()
+        if change.kind == "step":
             frame = message.step
-            frame.inputs.extend(to_messages(self._tensors()))
-            frame.outputs = SELECTIONS[self._change.outputs]
+            frame.inputs.extend(to_messages(change.tensors))
+            change.say(frame)
             self._fill(frame, deadline)
         else:
-            message.reset.state.extend(to_messages(self._tensors()))
+            message.reset.state.extend(to_messages(change.tensors))
             self._fill(message.reset, deadline)
         return message
 
@@ -146,11 +181,10 @@ class Frame:
         # As this side knows them, so that a member that is gone, or replaced, cannot shift the others' rows.
         frame.batch_sizes.extend(self._rows[self._sent].tolist())
 
-    def _tensors(self) -> tuple[Packed, ...]:
+    def _change_of_sent(self) -> Change:
         if self._sent is self._all:
-            return self._change.tensors
-        rows = np.flatnonzero(np.repeat(self._open, self._rows))
-        return tuple(_take(tensor, rows) for tensor in self._change.tensors)
+            return self._change
+        return self._change.some(np.flatnonzero(np.repeat(self._open, self._rows)), int(self._rows.sum()))
 
     def accept(self, response: sessions_pb2.StepStreamResponse) -> Part:
         """Handles one part of the reply.
@@ -175,7 +209,9 @@ class Frame:
         if response.last:
             self.round_over = True
             self._expect_all(failures)
-        return Part(applied, revisions, positions, view_all(response.outputs), failures)
+        return Part(
+            applied, revisions, positions, view_all(response.outputs), failures, view_all(response.states)
+        )
 
     def _applied(self, response: sessions_pb2.StepStreamResponse) -> Indexes:
         if response.all_members:
@@ -243,6 +279,7 @@ class Gathered:
         self.revisions = np.zeros(members, np.uint64)
         self.positions = np.zeros(members, np.uint64)
         self.outputs: dict[str, Array] = {}
+        self.states: dict[str, Array] = {}
         self.failures: dict[int, errors.StepwellError] = {}
         self._rows = rows
 
@@ -253,13 +290,19 @@ class Gathered:
         self.revisions[members] = part.revisions
         self.positions[members] = part.positions
         self.failures.update(part.failures)
-        for name, array in part.outputs.items():
+        if len(part.applied):
+            self._put(self.outputs, part.outputs, members, len(part.applied))
+            self._put(self.states, part.states, members, len(part.applied))
+
+    def _put(
+        self, into: dict[str, Array], arrays: Mapping[str, Array], members: Indexes | slice, count: int
+    ) -> None:
+        for name, array in arrays.items():
             shape = (len(self.applied), self._rows, *array.shape[1:])
-            whole = self.outputs.get(name)
+            whole = into.get(name)
             if whole is None:
-                whole = np.zeros((shape[0] * shape[1], *shape[2:]), array.dtype)
-                self.outputs[name] = whole
-            whole.reshape(shape)[members] = array.reshape((len(part.applied), *shape[1:]))
+                whole = into[name] = np.zeros((shape[0] * shape[1], *shape[2:]), array.dtype)
+            whole.reshape(shape)[members] = array.reshape((count, *shape[1:]))
 
 
 def _take(tensor: Packed, rows: Indexes) -> Packed:

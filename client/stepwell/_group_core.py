@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 
 import numpy as np
 
 from stepwell import _inputs
-from stepwell._core import Core, selected
+from stepwell._core import Core
 from stepwell._flow import Flow, each
 from stepwell._frames import Change, Gathered
 from stepwell._retry import Deadline
 from stepwell._state import State, States
+from stepwell._step_arguments import selected, step_change
 from stepwell._tracker import GroupTracker
-from stepwell._types import Inputs, Outputs
+from stepwell._types import Inputs, Outputs, OutputSelection, Rows
 from stepwell.errors import StepwellError
 from stepwell.v1 import sessions_pb2
 
@@ -28,17 +28,14 @@ class GroupCore:
         self._core = core
         self.tracker = tracker
 
-    def step(self, inputs: Inputs, outputs: str, deadline: Deadline) -> Flow[Outputs]:
+    def step(self, inputs: Inputs, outputs: OutputSelection, deadline: Deadline) -> Flow[Outputs]:
         """Advances every member."""
-        selection = _inputs.check_selection(outputs)
         rows = len(self.tracker.ids) * self.tracker.batch_size
-        change = Change("step", _inputs.pack_inputs(inputs, rows), selection)
+        change = step_change(inputs, rows, outputs=outputs)
         gathered = yield from self._apply(change, deadline)
-        return selected(gathered.outputs, selection)
+        return selected(gathered.outputs, change)
 
-    def reset_states(
-        self, states: States | None, rows: Iterable[int] | None, deadline: Deadline
-    ) -> Flow[None]:
+    def reset_states(self, states: States | None, rows: Rows | None, deadline: Deadline) -> Flow[None]:
         """Sets the whole state of every member, or of some."""
         chosen = _inputs.check_rows(rows, len(self.tracker.ids))
         if chosen == ():
@@ -71,7 +68,7 @@ class GroupCore:
         )
         error.args = (error.message,)
         error.failures = failures
-        error.outputs = selected(gathered.outputs, change.outputs) if gathered.outputs else None
+        error.outputs = selected(gathered.outputs, change) if gathered.outputs else None
         return error
 
     def get_state(self, deadline: Deadline) -> Flow[State]:

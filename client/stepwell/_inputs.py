@@ -7,36 +7,36 @@ typed `object` where the type is what is checked.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from stepwell._frames import SELECTIONS
 from stepwell._state import State, States
 from stepwell._tensors import Packed, pack
-from stepwell._types import Inputs, ModelInfo
+from stepwell._types import Inputs, ModelInfo, Rows
 from stepwell.errors import InvalidInputError, ModelMismatchError
 
 _MAX_ID = 256
 _MAX_UINT32 = 2**32 - 1
 
 
-def pack_inputs(inputs: Inputs, rows: int | None = None) -> tuple[Packed, ...]:
+def pack_inputs(inputs: Inputs, rows: int | None = None, count: str = "batch_size") -> tuple[Packed, ...]:
     """The inputs of a step or a prediction.
 
     Args:
         inputs: One array, or arrays by name.
         rows: How many rows each must have; None for any.
+        count: What the caller calls that number.
     """
     if not isinstance(inputs, Mapping):
-        return (_with_rows(pack("", "the input", inputs), "the input", rows),)
+        return (_with_rows(pack("", "the input", inputs), "the input", rows, count),)
     if not inputs:
         raise InvalidInputError("inputs must name at least one array; got an empty mapping")
     for name in inputs:
         _check_input_name(name)
     return tuple(
-        _with_rows(pack(name, f"input {name!r}", value), f"input {name!r}", rows)
+        _with_rows(pack(name, f"input {name!r}", value), f"input {name!r}", rows, count)
         for name, value in inputs.items()
     )
 
@@ -46,10 +46,10 @@ def _check_input_name(name: object) -> None:
         raise InvalidInputError(f"the names of inputs must be non-empty strings; got {name!r}")
 
 
-def _with_rows(tensor: Packed, what: str, rows: int | None) -> Packed:
+def _with_rows(tensor: Packed, what: str, rows: int | None, count: str = "batch_size") -> Packed:
     if rows is not None and tensor.shape[0] != rows:
         raise InvalidInputError(
-            f"{what} must have {rows} rows on its first axis (batch_size); got shape {tensor.shape}"
+            f"{what} must have {rows} rows on its first axis ({count}); got shape {tensor.shape}"
         )
     return tensor
 
@@ -95,35 +95,35 @@ def _by_name(states: States, names: Sequence[str], model: str) -> Mapping[str, A
     return dict(zip(names, states, strict=True))
 
 
-def check_rows(rows: Iterable[int] | None, count: int) -> tuple[int, ...] | None:
-    """Rows to reset: integers from 0 to count - 1, each at most once; None for all."""
+def check_rows(rows: Rows | None, count: int, name: str = "rows") -> tuple[int, ...] | None:
+    """Some of `count` rows: integers from 0 to count - 1, each at most once, or booleans, one each; None for all."""
     if rows is None:
         return None
     try:
-        checked = tuple(_row(row) for row in rows)
+        given = list(rows)
     except TypeError:
-        raise InvalidInputError(f"rows must be a list of indexes; got {rows!r}") from None
+        raise InvalidInputError(f"{name} must be a list of indexes or booleans; got {rows!r}") from None
+    if given and all(isinstance(row, bool | np.bool_) for row in given):
+        if len(given) != count:
+            raise InvalidInputError(
+                f"{name} must be booleans of shape ({count},), or a list of indexes; got {len(given)} booleans"
+            )
+        return tuple(np.flatnonzero(given).tolist())
+    checked = tuple([_row(row, name) for row in given])
     if any(not 0 <= row < count for row in checked) or len(set(checked)) != len(checked):
         raise InvalidInputError(
-            f"rows must be from 0 to {count - 1}, each at most once; got {list(checked)[:20]}"
+            f"{name} must be from 0 to {count - 1}, each at most once; got {list(checked)[:20]}"
         )
     return checked
 
 
-def _row(row: object) -> int:
+def _row(row: object, name: str) -> int:
     if isinstance(row, bool | np.bool_):
-        raise InvalidInputError("rows must be a list of indexes; got a mask of booleans (use np.flatnonzero)")
+        raise InvalidInputError(f"{name} must be all indexes or all booleans; got some of both")
     try:
         return operator.index(row)  # type: ignore[arg-type]  # refusing other types is its job
     except TypeError:
-        raise InvalidInputError(f"rows must be integers; got {row!r}") from None
-
-
-def check_selection(outputs: object) -> str:
-    """Which time steps come back: "all", "last" or "none"."""
-    if not isinstance(outputs, str) or outputs not in SELECTIONS:
-        raise InvalidInputError(f"outputs must be one of {list(SELECTIONS)}; got {outputs!r}")
-    return outputs
+        raise InvalidInputError(f"{name} must be integers or booleans; got {row!r}") from None
 
 
 def check_session_id(name: str, session_id: object) -> str:

@@ -25,7 +25,7 @@ from stepwell import _channel
 from stepwell._flow import Retrier
 from stepwell._in_flight import InFlightFrame, Link
 from stepwell._retry import Clock
-from stepwell._steps import SHARED_BYTES, Gathering, Step, Stepped, abandon
+from stepwell._steps import Gathering, Step, Stepped, abandon
 from stepwell.errors import DeadlineExceededError
 
 #: A frame that was sent longer ago does not hold up the next: one slow session must not slow down the rest.
@@ -111,7 +111,7 @@ class Sender:
         Raises:
             StepwellError: The attempt failed; the error has the outcome that a unary call's would have.
         """
-        if step.input_bytes() > SHARED_BYTES:
+        if not step.may_share():
             return self._unary(step)
         if not self._waiting and not self._in_flight and self._alone.acquire(blocking=False):
             try:

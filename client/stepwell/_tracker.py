@@ -72,9 +72,8 @@ class SessionTracker:
 
     def step(self, change: Change, deadline: Deadline) -> Step:
         """Begins a step; returns it as it is to be sent."""
-        return Step(
-            self.model, self.session_id, change, self.batch_size, self.revision, self.begin(change), deadline
-        )
+        rows = len(change.rows) or self.batch_size
+        return Step(self.model, self.session_id, change, rows, self.revision, self.begin(change), deadline)
 
     def failed(self, error: StepwellError) -> StepwellError:
         """The change has failed. Returns the error to raise. Not called for a cancelled change."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Self, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
 
 from stepwell._tensors import Array, dtype_name
@@ -19,8 +20,16 @@ Outputs: TypeAlias = Array | Any
 
 Which of them it is, the model and the call decide at run time; `Any` spares every caller the narrowing.
 """
-OutputSelection: TypeAlias = Literal["all", "last", "none"]
+OutputSelection: TypeAlias = Literal["all", "last", "none"] | Sequence[str]
+"""Which outputs come back: of all of them every time step or the last, or none; or those of these names."""
+TimeSelection: TypeAlias = Literal["all", "last"]
 """Which time steps of the outputs come back."""
+StateSelection: TypeAlias = Literal["all", "last", "none"]
+"""After which time steps the states come back."""
+Rows: TypeAlias = Iterable[int] | npt.NDArray[np.bool_]
+"""Some rows: their indexes, or booleans, one for each row."""
+Mask: TypeAlias = npt.ArrayLike
+"""Booleans: one for each row, (rows,), or for each row and time step, (rows, T)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

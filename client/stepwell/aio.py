@@ -27,7 +27,7 @@ from stepwell._group_core import GroupCore
 from stepwell._state import State, States
 from stepwell._steps import Step
 from stepwell._tracker import GroupTracker, SessionTracker
-from stepwell._types import Inputs, ModelInfo, Outputs, ServerInfo, SessionInfo
+from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
 from stepwell.config import (
@@ -199,7 +199,13 @@ class AsyncClient:
         return AsyncSessionGroup(self, GroupCore(self._core, await self._run(flow)), owned=owned)
 
     async def predict(
-        self, model: str, x: Inputs, state: States | None = None, *, timeout_s: float | None = None
+        self,
+        model: str,
+        x: Inputs,
+        state: States | None = None,
+        *,
+        reset: Mask | None = None,
+        timeout_s: float | None = None,
     ) -> tuple[Outputs, State]:
         """Runs a model without a session: the same weights and the same bits.
 
@@ -210,7 +216,7 @@ class AsyncClient:
             >>> y.shape, state.batch_size
             ((5, 1), 5)
         """
-        return await self._run(self._core.predict(model, x, state, self._core.deadline(timeout_s)))
+        return await self._run(self._core.predict(model, x, state, self._core.deadline(timeout_s), reset))
 
     async def sessions(
         self, model: str | None = None, prefix: str | None = None, *, timeout_s: float | None = None

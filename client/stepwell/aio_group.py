@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from stepwell._frames import Counts
 from stepwell._group_core import GroupCore
 from stepwell._state import State, States
-from stepwell._types import Inputs, Outputs, OutputSelection
+from stepwell._types import Inputs, Outputs, OutputSelection, Rows
 from stepwell.aio_session import AsyncHandle
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ class AsyncSessionGroup(AsyncHandle):
     async def reset_states(
         self,
         states: States | None = None,
-        rows: Iterable[int] | None = None,
+        rows: Rows | None = None,
         *,
         timeout_s: float | None = None,
     ) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import abc
 import asyncio
-from collections.abc import Coroutine, Generator, Iterable
+from collections.abc import Coroutine, Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from stepwell._retry import Deadline
 from stepwell._state import State, States
+from stepwell._trace import Trace
 from stepwell._tracker import SessionTracker
-from stepwell._types import Inputs, Outputs, OutputSelection
+from stepwell._types import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError
 
 if TYPE_CHECKING:
@@ -198,9 +199,43 @@ class AsyncSession(AsyncHandle):
         """Whether opening it found the session there and resumed it; False for a new one and for a fork."""
         return self._tracker.resumed
 
+    @overload
     async def step(
-        self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None
-    ) -> Outputs:
+        self,
+        x: Inputs,
+        outputs: OutputSelection = "all",
+        *,
+        time: TimeSelection = "all",
+        reset: Mask | None = None,
+        rows: Rows | None = None,
+        states: Literal["none"] = "none",
+        timeout_s: float | None = None,
+    ) -> Outputs: ...
+
+    @overload
+    async def step(
+        self,
+        x: Inputs,
+        outputs: OutputSelection = "all",
+        *,
+        time: TimeSelection = "all",
+        reset: Mask | None = None,
+        rows: Rows | None = None,
+        states: Literal["all", "last"],
+        timeout_s: float | None = None,
+    ) -> Trace: ...
+
+    async def step(
+        self,
+        x: Inputs,
+        outputs: OutputSelection = "all",
+        *,
+        time: TimeSelection = "all",
+        reset: Mask | None = None,
+        rows: Rows | None = None,
+        states: StateSelection = "none",
+        timeout_s: float | None = None,
+    ) -> Outputs | Trace:
         """Advances the session by one time step, or by T: whole or not at all.
 
         Arguments, result and errors are those of `Session.step`.
@@ -210,14 +245,33 @@ class AsyncSession(AsyncHandle):
             (1, 1)
         """
         deadline = self._core.deadline(timeout_s)
-        change = self._core.step_change(self._tracker, x, outputs)
+        change = self._core.step_change(self._tracker, x, outputs, time, reset, rows, states)
         async with self._changing(deadline):
             return await self._client._run(self._core.step(self._tracker, change, deadline))
+
+    async def trace(
+        self,
+        x: Inputs,
+        reset: Mask | None = None,
+        rows: Rows | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> Trace:
+        """Advances the session, and returns the state after every time step with the outputs.
+
+        Arguments, result and errors are those of `Session.trace`.
+
+        Example:
+            >>> trace = await session.trace(np.ones((1, 10, 3), np.float32))
+            >>> {array.shape[:2] for array in trace.states.values()}, trace.position == session.position
+            ({(1, 10)}, True)
+        """
+        return await self.step(x, reset=reset, rows=rows, states="all", timeout_s=timeout_s)
 
     async def reset_states(
         self,
         states: States | None = None,
-        rows: Iterable[int] | None = None,
+        rows: Rows | None = None,
         *,
         timeout_s: float | None = None,
     ) -> None:

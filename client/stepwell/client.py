@@ -17,7 +17,7 @@ from stepwell._link import Link
 from stepwell._sender import Sender
 from stepwell._state import State, States
 from stepwell._steps import Step, Stepped, read
-from stepwell._types import Inputs, ModelInfo, Outputs, ServerInfo, SessionInfo
+from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo
 from stepwell.config import (
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_S,
@@ -204,7 +204,13 @@ class Client:
         return SessionGroup(self, GroupCore(self._core, tracker), owned=session_ids is None)
 
     def predict(
-        self, model: str, x: Inputs, state: States | None = None, *, timeout_s: float | None = None
+        self,
+        model: str,
+        x: Inputs,
+        state: States | None = None,
+        *,
+        reset: Mask | None = None,
+        timeout_s: float | None = None,
     ) -> tuple[Outputs, State]:
         """Runs a model without a session: the same weights and the same bits.
 
@@ -212,6 +218,8 @@ class Client:
             model: Name of the model.
             x: (batch, features...) or (batch, T, features...), any batch size; by name for several inputs.
             state: Initial state, each tensor (batch, ...). None: the model's own.
+            reset: Rows that begin anew, with the model's own initial state: booleans of shape (batch,), or
+                (batch, T) for every time step.
             timeout_s: Time limit of this call over all its attempts; None: the client's.
 
         Returns:
@@ -226,7 +234,7 @@ class Client:
             >>> y.shape, state.batch_size
             ((5, 1), 5)
         """
-        return self._run(self._core.predict(model, x, state, self._core.deadline(timeout_s)))
+        return self._run(self._core.predict(model, x, state, self._core.deadline(timeout_s), reset))
 
     def sessions(
         self, model: str | None = None, prefix: str | None = None, *, timeout_s: float | None = None

@@ -6,14 +6,15 @@ import abc
 import contextlib
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self, overload
 
 from stepwell._retry import Deadline
 from stepwell._state import State, States
+from stepwell._trace import Trace
 from stepwell._tracker import SessionTracker
-from stepwell._types import Inputs, Outputs, OutputSelection
+from stepwell._types import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError
 
 if TYPE_CHECKING:
@@ -132,18 +133,63 @@ class Session(Handle):
         """Whether opening it found the session there and resumed it; False for a new one and for a fork."""
         return self._tracker.resumed
 
-    def step(self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None) -> Outputs:
+    @overload
+    def step(
+        self,
+        x: Inputs,
+        outputs: OutputSelection = "all",
+        *,
+        time: TimeSelection = "all",
+        reset: Mask | None = None,
+        rows: Rows | None = None,
+        states: Literal["none"] = "none",
+        timeout_s: float | None = None,
+    ) -> Outputs: ...
+
+    @overload
+    def step(
+        self,
+        x: Inputs,
+        outputs: OutputSelection = "all",
+        *,
+        time: TimeSelection = "all",
+        reset: Mask | None = None,
+        rows: Rows | None = None,
+        states: Literal["all", "last"],
+        timeout_s: float | None = None,
+    ) -> Trace: ...
+
+    def step(
+        self,
+        x: Inputs,
+        outputs: OutputSelection = "all",
+        *,
+        time: TimeSelection = "all",
+        reset: Mask | None = None,
+        rows: Rows | None = None,
+        states: StateSelection = "none",
+        timeout_s: float | None = None,
+    ) -> Outputs | Trace:
         """Advances the session by one time step, or by T: whole or not at all.
 
         Args:
             x: (batch_size, features...) for one time step, (batch_size, T, features...) for T; a mapping of
-                name to array for several inputs. Other float types are cast to the model's.
-            outputs: "all" time steps, the "last", or "none".
+                name to array for several inputs. Other float types are cast to the model's. With rows, only
+                theirs: (len(rows), ...).
+            outputs: "all" time steps, the "last", or "none"; or a list of names: only these outputs.
+            time: With names, "all" their time steps or the "last".
+            reset: Rows that begin anew: booleans of shape (batch_size,), or (batch_size, T) for every time
+                step. Where it is true, the row is set to the model's initial state before that time step.
+                All of it is one change.
+            rows: Rows that advance, as indexes or as booleans of shape (batch_size,); the others keep their
+                state. x, reset, outputs and states are theirs, in this order. None: all.
+            states: "last": the states after the last time step come back too, "all": after every one.
             timeout_s: Time limit of this call over all its attempts; None: the client's.
 
         Returns:
             (batch_size, T, ...) where the model returns sequences and x had T, else (batch_size, ...). A
-            dict by name if the model has several outputs; None with "none".
+            dict by name if the model has several outputs, or they were asked for by name; None with "none".
+            A `Trace` of it and the states where these are asked for.
 
         Raises:
             InvalidInputError: An input breaks a rule; nothing changed.
@@ -154,16 +200,48 @@ class Session(Handle):
         Example:
             >>> session.step(np.ones((1, 10, 3), np.float32), outputs="last").shape
             (1, 1)
+            >>> session.step(np.ones((1, 10, 3), np.float32), reset=[True], outputs="none")
+            >>> session.position
+            10
         """
         deadline = self._core.deadline(timeout_s)
-        change = self._core.step_change(self._tracker, x, outputs)
+        change = self._core.step_change(self._tracker, x, outputs, time, reset, rows, states)
         with self._changing(deadline):
             return self._client._run(self._core.step(self._tracker, change, deadline))
+
+    def trace(
+        self,
+        x: Inputs,
+        reset: Mask | None = None,
+        rows: Rows | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> Trace:
+        """Advances the session, and returns the state after every time step with the outputs.
+
+        It is a step like any other, one change, and a retry gets the same states. The reply must fit into one
+        message (max_message_bytes), else it is refused and nothing changes: trace a long sequence in pieces.
+
+        Args:
+            x: As in `step`.
+            reset: As in `step`.
+            rows: As in `step`.
+            timeout_s: Time limit of this call over all its attempts; None: the client's.
+
+        Raises:
+            StepwellError: As in `step`.
+
+        Example:
+            >>> trace = session.trace(np.ones((1, 10, 3), np.float32))
+            >>> {array.shape[:2] for array in trace.states.values()}, trace.position == session.position
+            ({(1, 10)}, True)
+        """
+        return self.step(x, reset=reset, rows=rows, states="all", timeout_s=timeout_s)
 
     def reset_states(
         self,
         states: States | None = None,
-        rows: Iterable[int] | None = None,
+        rows: Rows | None = None,
         *,
         timeout_s: float | None = None,
     ) -> None:
@@ -172,8 +250,8 @@ class Session(Handle):
         Args:
             states: Mapping of name to array, list of arrays in the model's order, or a `State`; each
                 (batch_size, ...), or (len(rows), ...) with rows. None: the model's initial state.
-            rows: Rows to set, each at most once. None: all, and the position becomes 0. An empty list sets
-                nothing and is no change.
+            rows: Rows to set, as indexes, each at most once, or as booleans of shape (batch_size,). None: all,
+                and the position becomes 0. An empty list sets nothing and is no change.
             timeout_s: Time limit of this call over all its attempts; None: the client's.
 
         Raises:

@@ -210,7 +210,7 @@ def test_which_time_steps_come_back(served: Served, model: str, steps: int) -> N
                 served.client.open_session(model, 2, state=state) as single,
                 served.client.open_session(model, 2, state=state) as raw,
             ):
-                answer = single.step(inputs, outputs=selection)  # type: ignore[arg-type]
+                answer = single.step(inputs, outputs=selection)
                 assert (
                     (answer is None)
                     if selection == "none"

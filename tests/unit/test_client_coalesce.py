@@ -103,7 +103,7 @@ async def step_all(wire: Wire, names: str, limit_s: float = 60.0) -> list[Any]:
 
 
 def values(answers: list[Any]) -> list[float]:
-    return [float(outputs["y"][0, 0]) for _, _, outputs in answers]
+    return [float(stepped.outputs["y"][0, 0]) for stepped in answers]
 
 
 async def test_replies_that_are_too_large_together_make_smaller_frames() -> None:

@@ -11,6 +11,7 @@ import pytest
 from stepwell import _inputs, config, errors
 from stepwell._core import Core
 from stepwell._state import State
+from stepwell._step_arguments import check_outputs, step_change
 from stepwell._types import ModelInfo, TensorInfo
 
 INFO = ModelInfo(
@@ -121,10 +122,67 @@ def test_counts(count: Any) -> None:
         _inputs.check_count("batch_size", count)
 
 
-@pytest.mark.parametrize("outputs", ["ALL", "", None, ["all"]])
-def test_selections(outputs: Any) -> None:
-    with pytest.raises(errors.InvalidInputError, match="outputs must be one of"):
-        _inputs.check_selection(outputs)
+@pytest.mark.parametrize("outputs", ["ALL", "", None, b"all", 7, [], ["a", "a"], ["a", ""], ["a", None]])
+def test_selections_that_break_a_rule(outputs: Any) -> None:
+    with pytest.raises(errors.InvalidInputError, match=r"outputs must (be one of|name at least one)"):
+        check_outputs(outputs)
+
+
+def test_selections() -> None:
+    assert [check_outputs(word) for word in ("all", "last", "none")] == [
+        ("all", ()),
+        ("last", ()),
+        ("none", ()),
+    ]
+    assert check_outputs("all", "last") == check_outputs("last", "all") == ("last", ())
+    assert check_outputs(["b", "a"], "last") == ("last", ("b", "a"))
+    with pytest.raises(errors.InvalidInputError, match="time must be one of"):
+        check_outputs("all", "none")
+
+
+def test_rows_as_booleans() -> None:
+    assert (
+        _inputs.check_rows([True, False, True], 3)
+        == _inputs.check_rows(np.array([1, 0, 1], np.bool_), 3)
+        == (0, 2)
+    )
+    assert _inputs.check_rows(np.zeros(3, np.bool_), 3) == ()
+    with pytest.raises(
+        errors.InvalidInputError, match=r"rows must be booleans of shape \(3,\).*got 2 booleans"
+    ):
+        _inputs.check_rows([True, False], 3)
+    with pytest.raises(errors.InvalidInputError, match="all indexes or all booleans"):
+        _inputs.check_rows([True, 2, 0], 3)
+
+
+@pytest.mark.parametrize(
+    ("reset", "got"),
+    [
+        (np.ones(4), r"float64 of shape \(4,\)"),
+        ([0, 1, 0, 1], r"int64 of shape \(4,\)"),
+        (np.ones(3, np.bool_), r"bool of shape \(3,\)"),
+        (np.ones((4, 6), np.bool_), r"bool of shape \(4, 6\)"),
+        (np.ones((4, 7, 1), np.bool_), r"bool of shape \(4, 7, 1\)"),
+        (True, r"bool of shape \(\)"),
+        ([[True], [True, False]], "True, False"),
+    ],
+)
+def test_masks_that_break_a_rule(reset: Any, got: str) -> None:
+    said = r"reset must be booleans of shape \(4,\) or \(4, 7\); got .*"
+    with pytest.raises(errors.InvalidInputError, match=said + got):
+        step_change(np.zeros((4, 7, 2), np.float32), 4, reset=reset)
+
+
+def test_masks_are_the_same_change_however_they_are_written() -> None:
+    x, mask = np.zeros((2, 3, 1), np.float32), np.zeros((2, 3), np.bool_)
+    mask[1, 2] = True
+    change = step_change(x, 2, reset=mask)
+    assert change.reset == bytes([0, 0, 0, 0, 0, 1])
+    assert (
+        change == step_change(x, 2, reset=np.asfortranarray(mask)) == step_change(x, 2, reset=mask.tolist())
+    )
+    assert step_change(x, 2, reset=np.zeros(2, np.bool_)) == step_change(x, 2)
+    assert change.some(np.array([1]), 2).reset == bytes([0, 0, 1])
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, math.nan, "3", True])

@@ -165,14 +165,14 @@ def bench() -> Iterator[Bench]:
 
 def test_alone_a_step_is_a_call_of_its_own_and_no_thread_is_started(bench: Bench) -> None:
     for _ in range(3):
-        assert bench.sender.step(step("a")) == (1, 1, {})
+        assert bench.sender.step(step("a")) == Stepped(1, 1, {}, {})
     assert bench.unaries == ["a"] * 3
     assert bench.line.thread is None
 
 
 def test_a_large_step_is_a_call_of_its_own(bench: Bench) -> None:
     bench.first()
-    assert result(bench.go("large", features=20_000)) == (1, 1, {})
+    assert result(bench.go("large", features=20_000)) == Stepped(1, 1, {}, {})
 
 
 def test_while_a_frame_is_under_way_the_next_gathers(bench: Bench) -> None:
