@@ -116,6 +116,7 @@ class Answer:
     position: int
     outputs: Mapping[str, Array]
     replayed: bool
+    states: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
 
 def kinds(answers: Sequence[Answer | ServerError]) -> list[str]:
@@ -127,7 +128,8 @@ class Answers:
     """The replies to a change: what each member got."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
-        self._sizes = sizes
+        self._sizes = self.state_sizes = sizes
+        """Rows of each member, and those whose states come back if any do."""
         self.by_member: dict[int, Answer | ServerError] = {}
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.is_cancelled = False
@@ -138,17 +140,20 @@ class Answers:
         revisions: U64,
         positions: U64,
         outputs: Mapping[str, Array],
+        states: Mapping[str, Array],
         *,
         replayed: bool,
     ) -> None:
-        row = 0
+        row = state_row = 0
         for place, member in enumerate(members.tolist()):
-            end = row + self._sizes[member]
+            end, state_end = row + self._sizes[member], state_row + self.state_sizes[member]
             # copied at once: they may be views that the next pass does not outlive
             own = {name: array[row:end].copy() for name, array in outputs.items()}
-            self._set(member, Answer(int(revisions[place]), int(positions[place]), own, replayed))
-            row = end
+            after = {name: array[state_row:state_end].copy() for name, array in states.items()}
+            self._set(member, Answer(int(revisions[place]), int(positions[place]), own, replayed, after))
+            row, state_row = end, state_end
         assert all(len(array) == row for array in outputs.values())
+        assert all(len(array) == state_row for array in states.values())
         self._end_if_due()
 
     def failed(self, members: Members, error: ServerError) -> None:
@@ -258,6 +263,11 @@ class Harness:
         answers = Answers([1] * len(ids) if sizes is None else list(sizes))
         if x is not None:
             fields["inputs"] = {"": np.asarray(x, np.float32)}
+        if fields.get("state_members") is not None:
+            sizes_of = enumerate(sizes or [1] * len(ids))
+            answers.state_sizes = [size if i in fields["state_members"] else 0 for i, size in sizes_of]
+        if fields.get("state_rows") is not None:
+            answers.state_sizes = [len(fields["state_rows"])]
         for name in ("expected", "request_ids"):
             if fields.get(name) is not None:
                 fields[name] = np.atleast_1d(np.array(fields[name], np.uint64))
@@ -272,6 +282,8 @@ class Harness:
         """Submit a step of one session as a hand-written client sends it; refusals are answers too."""
         inputs = fields.pop("inputs", None) or {"": np.asarray(x, np.float32)}
         answers = Answers([len(next(iter(inputs.values())))])
+        if fields.get("state_rows") is not None:
+            answers.state_sizes = [len(fields["state_rows"])]
         change = Change([session_id], answers, inputs=inputs, **fields)
         if expected is not None:
             change.expected = np.array([expected], np.uint64)

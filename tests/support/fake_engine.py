@@ -112,6 +112,7 @@ class FakeEngine:
                 np.array([info.revision for info in infos], np.uint64),
                 np.array([info.position for info in infos], np.uint64),
                 {"y": np.array(outputs, np.float32)} if change.inputs else {},
+                {},
                 replayed=False,
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ class Reply:
     position: int
     outputs: Mapping[str, Array]
     replayed: bool = False
+    states: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -42,6 +44,8 @@ class ModelSession:
     position: int = 0
     request: int = 0
     outputs: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    states: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    """Of the reply to its last change."""
 
 
 def initial(batch_size: int) -> Array:
@@ -52,15 +56,24 @@ def run(state: Array, x: Array) -> tuple[Array, Array] | None:
     """Outputs `(rows, T, 2)` and the state after T steps; None if the program refuses a row of them."""
     if np.any(x[..., 0] == BAD):
         return None
-    outputs = np.empty(x.shape, np.float32)
-    after = np.empty_like(state)
+    outputs, states = traced(state, x)
+    return outputs, states[:, -1]
+
+
+def traced(state: Array, x: Array, reset: Array | None = None) -> tuple[Array, Array]:
+    """Outputs and the state after every time step, `(rows, T, 2)` each.
+
+    `reset`: which rows begin anew before each of the first time steps, `(rows, up to T)`.
+    """
+    outputs, states = np.empty(x.shape, np.float32), np.empty(x.shape, np.float32)
     for row in range(len(state)):
         one = state[row : row + 1]
         for time in range(x.shape[1]):
+            if reset is not None and time < reset.shape[1] and reset[row, time]:
+                one = initial(1)
             (y,), (one,) = advance([x[row : row + 1, time]], [one])
-            outputs[row, time] = y[0]
-        after[row] = one[0]
-    return outputs, after
+            outputs[row, time], states[row, time] = y[0], one[0]
+    return outputs, states
 
 
 def ran(state: Array, x: Array) -> tuple[Array, Array]:
@@ -116,7 +129,9 @@ class ModelOfSessions:
         if source is None:
             return self.gone(name)
         source.used = now
-        twin = dataclasses.replace(source, state=source.state.copy(), request=0, outputs={}, used=now)
+        twin = dataclasses.replace(
+            source, state=source.state.copy(), request=0, outputs={}, states={}, used=now
+        )
         twin.revision = max(source.revision, self.first.pop(new, 0))
         self.sessions[new] = twin
         self.expired.discard(new)
@@ -131,24 +146,49 @@ class ModelOfSessions:
         request: int,
         now: float,
         reset: Array | None = None,
+        *,
+        rows: Sequence[int] | None = None,
+        states: str = "NONE",
+        state_rows: Sequence[int] | None = None,
     ) -> Reply | Refused:
-        """`x` is `(rows, 2)` or `(rows, T, 2)`; `reset` says for each row whether it begins anew."""
+        """`x` is `(rows, 2)` or `(rows, T, 2)`.
+
+        Args:
+            name: Of the session.
+            x: Inputs.
+            select: Which outputs come back.
+            expected: The revision.
+            request: Its id.
+            now: The time.
+            reset: Which rows begin anew, `(rows, up to T)`.
+            rows: Those that advance.
+            states: Which states come back.
+            state_rows: Those rows whose.
+        """
         session = self._judge(name, expected, request)
         if not isinstance(session, ModelSession):
             return session
+        chosen = list(range(session.batch_size)) if rows is None else list(rows)
         timed = x.ndim == 3
-        state = session.state
-        if reset is not None:
-            state = np.where(reset[:, None], initial(len(state)), state)
-        ran = run(state, x if timed else x[:, None])
-        if ran is None:
+        series = x if timed else x[:, None]
+        if np.any(series[..., 0] == BAD):
             return Refused("InvalidInput")
-        outputs, session.state = ran
-        if reset is not None and reset.all():
-            session.position = 0
-        session.position += outputs.shape[1]
-        shown = {"ALL": outputs if timed else outputs[:, 0], "LAST": outputs[:, -1], "NONE": None}[select]
-        return self._changed(session, request, {} if shown is None else {"y": shown}, now)
+        outputs, after = traced(session.state[chosen], series, reset)
+        session.state = session.state.copy()
+        session.state[chosen] = after[:, -1]
+        for time in range(series.shape[1]):
+            anew = reset is not None and time < reset.shape[1] and reset[:, time].all()
+            if anew and len(chosen) == session.batch_size:
+                session.position = 0
+            session.position += 1
+        after = after if state_rows is None else after[[chosen.index(row) for row in state_rows]]
+
+        def shown(name: str, array: Array, which: str) -> dict[str, Array]:
+            if which == "NONE" or not len(array):
+                return {}
+            return {name: array if timed and which == "ALL" else array[:, -1]}
+
+        return self._changed(session, request, shown("y", outputs, select), now, shown("sum", after, states))
 
     def reset(
         self,
@@ -184,13 +224,21 @@ class ModelOfSessions:
         if apply:
             return session
         if replay:
-            return Reply(session.revision, session.position, session.outputs, replayed=True)
+            return Reply(
+                session.revision, session.position, session.outputs, replayed=True, states=session.states
+            )
         return Refused("RevisionConflict")
 
     @staticmethod
-    def _changed(session: ModelSession, request: int, outputs: Mapping[str, Array], now: float) -> Reply:
+    def _changed(
+        session: ModelSession,
+        request: int,
+        outputs: Mapping[str, Array],
+        now: float,
+        states: Mapping[str, Array] = MappingProxyType({}),
+    ) -> Reply:
         session.revision += 1
         session.request = request
-        session.outputs = outputs
+        session.outputs, session.states = outputs, states
         session.used = now
-        return Reply(session.revision, session.position, outputs)
+        return Reply(session.revision, session.position, outputs, states=states)

@@ -22,6 +22,7 @@ Outcome = Reply | Refused
 
 NAMES = "abcdefgh"
 IDLE_S = 50.0
+OF_A_STEP = ("select", "reset_rows", "rows", "states", "state_rows")
 
 
 # --- what may happen -----------------------------------------------------------------------------------
@@ -48,12 +49,16 @@ class Change:
     bad: frozenset[int]
     """Members whose input the program refuses."""
     rows: tuple[int, ...] | None
-    """For a reset of some rows."""
+    """For a reset of some rows, or a single step of some."""
     with_state: bool
     single: bool
     cancel: bool
     anew: str
-    """For a step: which rows are reset before it: none, some, all."""
+    """For a step: which rows are reset before it: none, some, all; or before its time steps: now and then, each."""
+    states: str
+    """For a step: which states come back."""
+    half: bool
+    """Of every other member, or row, only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +92,9 @@ changes = st.builds(
     st.booleans(),
     st.booleans(),
     st.sampled_from([False, False, False, False, True]),
-    st.sampled_from(["none", "none", "none", "some", "all"]),
+    st.sampled_from(["none", "none", "none", "some", "all", "now and then", "each"]),
+    st.sampled_from(["NONE", "NONE", "NONE", "LAST", "ALL", "ALL"]),
+    st.booleans(),
 )
 simple = st.builds(
     Simple,
@@ -321,8 +328,8 @@ class Play:
                 self.again(name, single=action.single)
             return
         is_reset = action.kind == "reset"
-        some_rows = action.rows if is_reset else None
         single = action.single and not is_reset
+        some_rows = action.rows if is_reset or single else None
         # a reset of some rows, and a single step, are of one session
         chosen = action.names[:1] if some_rows is not None or single else action.names
         sizes = [self.size(name) for name in chosen]
@@ -333,37 +340,54 @@ class Play:
         expected: list[int] = []
         requests: list[int] = []
         masks: list[Array] = []
+        state_rows: list[int] | None = None
         for member, (name, size) in enumerate(zip(chosen, sizes, strict=True)):
             self.request += 1
             requests.append(self.request if action.with_request else 0)
             wanted = self.expected(name, action.expects)
             expected.append(0 if wanted is None else wanted)
+            count = size if some_rows is None else len(some_rows)
             if is_reset:
-                value = self.values(size if some_rows is None else len(some_rows))
+                value = self.values(count)
             else:
-                value = self.values(size, *([action.steps] if action.steps else []))
+                value = self.values(count, *([action.steps] if action.steps else []))
                 if member in action.bad:
                     value[(-1, action.steps // 2, 0) if action.steps else (-1, 0)] = BAD
             parts.append(value)
-            mask = None if is_reset else mask_of(action.anew, size)
-            masks.append(np.zeros(size, np.bool_) if mask is None else mask)
-            outcomes.append(self.outcome(action, name, value, some_rows, wanted, requests[-1], mask))
+            mask = mask_of("none" if is_reset else action.anew, count, max(1, action.steps))
+            masks.append(mask)
+            state_rows = None
+            if action.half and single:
+                state_rows = list(range(count) if some_rows is None else some_rows)[::-2]
+            elif action.half and member % 2:
+                state_rows = []
+            outcomes.append(
+                self.outcome(action, name, value, some_rows, wanted, requests[-1], mask, state_rows)
+            )
         fields: dict[str, Any] = {"request_ids": requests, "sizes": sizes, "batch_sizes": sizes}
         if action.expects != "nothing":
             fields["expected"] = expected
         if is_reset:
             fields |= {"reset": True, "rows": some_rows}
         else:
-            fields["select"] = Select[action.select]
+            fields["select"], fields["states"] = Select[action.select], Select[action.states]
         key = None if is_reset and not action.with_state else "state" if is_reset else "x"
         for member, name in enumerate(chosen):
             own = {field: v[member : member + 1] if isinstance(v, list) else v for field, v in fields.items()}
             if not is_reset:
-                own["reset_rows"] = masks[member]
+                own["reset_rows"] = masks[member].reshape(-1)
+                own["rows"] = None if some_rows is None else list(some_rows)
+                own["state_rows"] = state_rows if single and action.states != "NONE" else None
+                if action.half and not single and member % 2:
+                    own["states"] = Select.NONE
             self.last[name] = Repeatable(own | filled(key, parts[member]), outcomes[member])
         fields |= filled(key, np.concatenate(parts))
         if not is_reset:
-            fields["reset_rows"] = np.concatenate(masks)
+            fields["reset_rows"] = np.concatenate(masks).reshape(-1)
+            if single:
+                fields = self.last[chosen[0]].fields
+            elif action.half and action.states != "NONE":
+                fields["state_members"] = list(range(0, len(chosen), 2))
         self.send(chosen, fields, outcomes, single=single)
         if action.cancel:
             self.cancel(-1)
@@ -371,7 +395,10 @@ class Play:
     def again(self, name: str, *, single: bool) -> None:
         known = self.last.get(name)
         if known is not None and known.fields["sizes"] == [self.size(name)]:
-            self.send([name], known.fields, [known.outcome], single=single and "x" in known.fields)
+            some_rows = known.fields.get("rows") is not None  # frames know none
+            self.send(
+                [name], known.fields, [known.outcome], single=(single or some_rows) and "x" in known.fields
+            )
 
     def send(
         self,
@@ -389,8 +416,7 @@ class Play:
                     fields["x"],
                     expected=fields["expected"][0] if "expected" in fields else None,
                     request_id=fields["request_ids"][0],
-                    select=fields["select"],
-                    reset_rows=fields["reset_rows"],
+                    **{name: fields[name] for name in OF_A_STEP},
                 )
             else:
                 answers = self.at.submit(chosen, **fields)
@@ -406,12 +432,24 @@ class Play:
         rows: tuple[int, ...] | None,
         expected: int | None,
         request: int,
-        mask: Array | None,
+        mask: Array,
+        state_rows: list[int] | None,
     ) -> Callable[[], Outcome]:
         if action.kind == "reset":
             state = value if action.with_state else None
             return lambda: self.model.reset(name, state, rows, expected, request, self.now)
-        return lambda: self.model.step(name, value, action.select, expected, request, self.now, mask)
+        return lambda: self.model.step(
+            name,
+            value,
+            action.select,
+            expected,
+            request,
+            self.now,
+            mask,
+            rows=rows,
+            states=action.states,
+            state_rows=state_rows,
+        )
 
     def expected(self, name: str, expects: str) -> int | None:
         revision = self.guess.get(name, 0)
@@ -474,6 +512,11 @@ class Play:
         for name, array in wanted.outputs.items():
             assert answer.outputs[name].shape == array.shape
             assert answer.outputs[name].tobytes() == array.tobytes()
+        states = {name: array for name, array in answer.states.items() if len(array)}
+        assert list(states) == list(wanted.states)
+        for name, array in wanted.states.items():
+            assert states[name].shape == array.shape
+            assert states[name].tobytes() == array.tobytes()
 
     async def finish(self) -> None:
         await self.settle()
@@ -486,11 +529,17 @@ class Play:
             same_session(await self.at.engine.get_state(name), session)
 
 
-def mask_of(anew: str, size: int) -> Array | None:
-    """Which rows of a session are reset before its step."""
-    if anew == "none":
-        return None
-    return np.arange(size) % 2 == 0 if anew == "some" else np.ones(size, np.bool_)
+def mask_of(anew: str, size: int, steps: int) -> Array:
+    """Which rows of a session are reset before its step, `(size, 1)`, or before each time step, `(size, steps)`."""
+    if anew in {"none", "some", "all"}:
+        mask = np.zeros(size, np.bool_) if anew == "none" else np.ones(size, np.bool_)
+        if anew == "some":
+            mask[1::2] = False
+        return mask[:, None]
+    rows, times = np.arange(size)[:, None], np.arange(steps)[None]
+    if anew == "now and then":
+        return np.asarray((rows + times) % 3 == 1)
+    return np.asarray(times + 0 * rows == steps // 2)
 
 
 def filled(key: str | None, values: Array) -> dict[str, Any]:

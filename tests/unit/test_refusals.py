@@ -334,14 +334,61 @@ OF_ONE: dict[str, tuple[str, dict[str, Any], str]] = {
         {"reset_mask": [True, False]},
         "reset_mask must be empty or one for each of 3 rows; got 2",
     ),
-    **{
-        f"states {name}": (
-            "both",
-            {"states": number},
-            f"states must be STATE_SELECTION_NONE: this server sends no states with steps; got {name}",
-        )
-        for number, name in ((2, "STATE_SELECTION_LAST"), (3, "STATE_SELECTION_ALL"), (9, "9"))
-    },
+    "a mask of neither rows nor time steps": (
+        "both",
+        {"reset_mask": [True] * 5, "inputs": [tensor(ones(3, 4, 2))]},
+        "reset_mask must be empty or one for each of 3 rows or one for each of 3 rows and 4 time steps; got 5",
+    ),
+    "no such selection of states": (
+        "both",
+        {"states": 9},
+        "states must be one of stepwell.v1.StateSelection; got 9",
+    ),
+    "a state row out of range": (
+        "Step",
+        {"states": 2, "state_rows": [0, 3]},
+        "state_rows must be within 0 to 2; got 3",
+    ),
+    "a state row twice": (
+        "Step",
+        {"states": 3, "state_rows": [1, 1]},
+        "state_rows must name each row once; got [1, 1]",
+    ),
+    "a state row that does not advance": (
+        "Step",
+        {"states": 3, "state_rows": [1], "rows": [2, 0], "inputs": [tensor(ones(2, 2))]},
+        "state_rows must be among rows, [2, 0]; got 1",
+    ),
+    "a state member out of range": (
+        "frame",
+        {"states": 2, "state_members": [1]},
+        "state_members must be ascending indexes of the 1 sessions; got [1]",
+    ),
+    "a state member twice": (
+        "frame",
+        {"states": 2, "state_members": [0, 0]},
+        "state_members must be ascending indexes of the 1 sessions; got [0, 0]",
+    ),
+    "an advancing row out of range": (
+        "Step",
+        {"rows": [0, 3], "inputs": [tensor(ones(2, 2))]},
+        "rows must be within 0 to 2; got 3",
+    ),
+    "an advancing row twice": (
+        "Step",
+        {"rows": [1, 1], "inputs": [tensor(ones(2, 2))]},
+        "rows must name each row once; got [1, 1]",
+    ),
+    "inputs of all rows for some": (
+        "Step",
+        {"rows": [2, 0]},
+        "input 'x' must have shape (2, 2) or (2, T, 2); got (3, 2)",
+    ),
+    "a mask of all rows for some": (
+        "Step",
+        {"rows": [2, 0], "inputs": [tensor(ones(2, 2))], "reset_mask": [True] * 3},
+        "reset_mask must be empty or one for each of 2 rows; got 3",
+    ),
     "rows whose state is to be sent": (
         "Step",
         {"state_rows": [0]},

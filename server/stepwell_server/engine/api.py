@@ -11,7 +11,7 @@ from stepwell_server.program import Program
 
 
 class Select(enum.Enum):
-    """Which time steps of the temporal outputs come back."""
+    """For which time steps outputs, or states, come back."""
 
     ALL = "all"
     LAST = "last"
@@ -81,6 +81,8 @@ class Applied:
     """`(batch_size, T, ...)` or `(batch_size, ...)`; views of arrays that only this answer and its neighbours share."""
     replayed: bool = False
     """It is the remembered answer to a change that was sent again."""
+    states: Tensors = dataclasses.field(default_factory=dict)
+    """Those that were asked for: `(rows, T, ...)` or `(rows, ...)`."""
 
 
 class Observer:

@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -35,6 +36,8 @@ _FIRST: Members = np.zeros(1, np.intp)
 _FIRST.flags.writeable = False
 _ANY: U64 = np.array([ANY_REVISION], np.uint64)
 _NONE: U64 = np.zeros(1, np.uint64)
+#: In a reply to whoever asked for none.
+NO_STATES: Tensors = MappingProxyType({})
 
 
 class MustPart(Exception):
@@ -54,7 +57,14 @@ class Replies(Protocol):
     """Who gets the answers to a change. Every member is in exactly one of them. Called on the event loop."""
 
     def applied(
-        self, members: Members, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
+        self,
+        members: Members,
+        revisions: U64,
+        positions: U64,
+        outputs: Tensors,
+        states: Tensors,
+        *,
+        replayed: bool,
     ) -> None:
         """Members were applied, now or before (`replayed`).
 
@@ -63,6 +73,7 @@ class Replies(Protocol):
             revisions: After the change, `(m,)`.
             positions: After the change, `(m,)`.
             outputs: The members' rows one after the other, `(rows, T, ...)` or `(rows, ...)`.
+            states: The same of those rows whose states were asked for; empty if none were.
             replayed: They were answered with a remembered reply.
         """
 
@@ -88,9 +99,11 @@ class Change:
     state: Tensors | None = None
     """For a reset: `(R, ...)` each; with `rows`, `(len(rows), ...)`."""
     rows: Sequence[int] | None = None
-    """Reset of these rows only; the change then has one session."""
+    """Reset or step of these rows only; the change then has one session. R of a step is their number."""
     reset_rows: Mask | None = None
-    """For a step: rows that are reset to the initial state before it, `(R,)`. Reset and step are one change."""
+    """For a step: rows that are reset to the initial state before its first time step, `(R,)`, or before each of them,
+    `(R * T,)`, a row's time steps one after the other; when checked, `(R, 1)` or `(R, T)`. Reset and step are one
+    change."""
     expected: U64 | None = None
     """One per session; None: applied at any revision."""
     request_ids: U64 | None = None
@@ -100,6 +113,12 @@ class Change:
     select: Select = Select.ALL
     output_names: Sequence[str] = ()
     """Outputs that come back; none named: all of them."""
+    states: Select = Select.NONE
+    """For a step: the states that come back, after every time step or the last."""
+    state_rows: Sequence[int] | None = None
+    """Of a change of one session: its rows whose states come back, in this order; None: all."""
+    state_members: Sequence[int] | None = None
+    """Members whose states come back, ascending; None: all."""
     deadline: float = float("inf")
     """On the clock's monotonic time. Members that still wait then are dropped unapplied."""
     goes_on: str = ""
@@ -130,6 +149,14 @@ class Change:
     """T."""
     with_time: bool = False
     """The inputs have a time axis, so the reply has one too."""
+    advancing: Rows | None = None
+    """Of a step of some rows only, those rows; `sizes` counts them alone."""
+    batch_size: int = 0
+    """Then: rows of the session."""
+    state_index: Rows | None = None
+    """Rows of the tensors whose states come back; None: all."""
+    state_bytes: int = 0
+    """Bytes of the states that come back."""
     members: Members = dataclasses.field(init=False)
     """Those that may start: the others have their answer."""
     on_end: Callable[[], None] | None = None
@@ -157,8 +184,8 @@ class Change:
 
     @property
     def byte_count(self) -> int:
-        """Bytes of its inputs or states."""
-        return sum([array.nbytes for array in self.arrays])
+        """Bytes of its inputs or states, and of the states that it makes for its reply."""
+        return sum([array.nbytes for array in self.arrays]) + self.state_bytes
 
     @property
     def may_part(self) -> bool:
@@ -194,11 +221,36 @@ class Change:
         """Revisions that members expect; None if none of them expects any."""
         return None if self.expected is None else self.expected[members]
 
-    def begins_anew(self, members: Members) -> Mask | None:
-        """Which members have all their rows reset before their step; None: none of them."""
-        if self.reset_rows is None:
-            return None
-        return np.logical_and.reduceat(self.reset_rows, self.starts)[members]
+    @property
+    def keeps_states(self) -> bool:
+        """States come back that nobody has any more once the step is applied."""
+        return self.states is Select.ALL and self.steps > 1
+
+    def count_steps(self, positions: U64, members: Members) -> None:
+        """Turn positions of members before the step into those after it.
+
+        A position begins at 0 again before each time step at which all rows of the session are reset.
+        """
+        steps = np.uint64(self.steps)
+        is_partial = self.advancing is not None and len(self.advancing) < self.batch_size
+        if self.reset_rows is None or is_partial:
+            positions += steps
+            return
+        anew = np.logical_and.reduceat(self.reset_rows, self.starts, axis=0)[members]
+        last = anew.shape[1] - 1 - np.argmax(anew[:, ::-1], axis=1)
+        positions[:] = np.where(anew.any(axis=1), steps - last.astype(np.uint64), positions + steps)
+
+    def state_rows_among(self, members: Members) -> Rows | None:
+        """Which of the members' rows have their states sent back, as indexes into them; None: all."""
+        if self.state_index is None or len(members) == self.size:
+            return self.state_index
+        wanted = np.zeros(self.row_count, np.bool_)
+        wanted[self.state_index] = True
+        return np.flatnonzero(wanted[self.rows_of(members)])
+
+    def own_sizes(self, members: Members) -> Rows:
+        """Rows that the members' sessions have."""
+        return self.sizes[members] if self.advancing is None else np.array([self.batch_size], np.intp)
 
     def alike(self, members: Members) -> Sequence[Members]:
         """The members in groups that may share an error: it names a session, which is no other caller's business."""
@@ -239,14 +291,21 @@ class Change:
             self._undelivered(raised)
 
     def succeed(
-        self, members: Members, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool = False
+        self,
+        members: Members,
+        revisions: U64,
+        positions: U64,
+        outputs: Tensors,
+        states: Tensors = NO_STATES,
+        *,
+        replayed: bool = False,
     ) -> None:
-        """Members were applied, now or before; `outputs` are their rows one after the other."""
+        """Members were applied, now or before; `outputs` and `states` are their rows one after the other."""
         self._count(len(members))
         if self.output_names:
             outputs = {name: outputs[name] for name in self.output_names if name in outputs}
         try:
-            self.replies.applied(members, revisions, positions, outputs, replayed=replayed)
+            self.replies.applied(members, revisions, positions, outputs, states, replayed=replayed)
         except Exception as raised:
             self._undelivered(raised)
 
@@ -278,11 +337,18 @@ class Awaited:
         return answer
 
     def applied(
-        self, _members: Members, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
+        self,
+        _members: Members,
+        revisions: U64,
+        positions: U64,
+        outputs: Tensors,
+        states: Tensors,
+        *,
+        replayed: bool,
     ) -> None:
         """See `Replies`."""
         if not self._answer.done():
-            self._answer.set_result(Applied(int(revisions[0]), int(positions[0]), outputs, replayed))
+            self._answer.set_result(Applied(int(revisions[0]), int(positions[0]), outputs, replayed, states))
 
     def failed(self, _members: Members, error: ServerError) -> None:
         """See `Replies`."""
@@ -301,14 +367,21 @@ class _Callers:
         self._parts = parts
 
     def applied(
-        self, members: Members, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
+        self,
+        members: Members,
+        revisions: U64,
+        positions: U64,
+        outputs: Tensors,
+        states: Tensors,
+        *,
+        replayed: bool,
     ) -> None:
         parts, names, columns = self._parts, list(outputs), list(outputs.values())
         for at, member in enumerate(members.tolist()):
-            own = {name: column[at : at + 1] for name, column in zip(names, columns, strict=True)}
-            parts[member].succeed(
-                _FIRST, revisions[at : at + 1], positions[at : at + 1], own, replayed=replayed
-            )
+            here = slice(at, at + 1)
+            own = {name: column[here] for name, column in zip(names, columns, strict=True)}
+            after = {name: array[here] for name, array in states.items()} if states else states
+            parts[member].succeed(_FIRST, revisions[here], positions[here], own, after, replayed=replayed)
 
     def failed(self, members: Members, error: ServerError) -> None:
         for member in members.tolist():
@@ -322,12 +395,19 @@ class _Callers:
 
 def may_join(change: Change) -> bool:
     """Whether a checked change may be put together with others that are alike: a step of one row, one time step."""
-    return not change.reset and len(change.session_ids) == 1 and change.steps == 1 and change.sizes[0] == 1
+    return (
+        not change.reset
+        and len(change.session_ids) == 1
+        and change.steps == 1
+        and change.sizes[0] == 1
+        and change.advancing is None
+    )
 
 
 def kind_of(change: Change) -> Hashable:
     """Changes of one kind can be one change."""
-    return change.select, change.with_time, change.reset_rows is None, tuple(change.output_names)
+    names = tuple(change.output_names)
+    return change.select, change.with_time, change.reset_rows is None, names, change.states
 
 
 def joined(parts: Sequence[Change]) -> Change:
@@ -342,6 +422,7 @@ def joined(parts: Sequence[Change]) -> Change:
         [part.session_ids[0] for part in parts],
         _Callers(parts),
         select=first.select,
+        states=first.states,
         callers=[part if part.caller is None else part.caller for part in parts],
     )
     whole.model = first.model

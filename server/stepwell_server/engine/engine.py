@@ -33,6 +33,7 @@ from stepwell_server.engine.intake.validation import (
     Validation,
     check_finite_state,
     check_inputs,
+    check_reset,
     require_finite,
     require_reply,
 )
@@ -55,7 +56,7 @@ from stepwell_server.engine.state.arena import Arena, default_resident_rows
 from stepwell_server.engine.state.model import Alarm, Model
 from stepwell_server.engine.state.replies import ReplyMemory
 from stepwell_server.engine.submission import Submission
-from stepwell_server.engine.types import Members, Tensors
+from stepwell_server.engine.types import Mask, Members, Tensors
 from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.logs import Log
 from stepwell_server.program import Program
@@ -332,12 +333,13 @@ class Engine:
         inputs: Tensors,
         state: Tensors | None = None,
         *,
+        reset: Mask | None = None,
         deadline: float = float("inf"),
         source: object = None,
         reply_limit: int = sys.maxsize,
         reply_bytes: int = 0,
     ) -> Predicted:
-        """Run a model without a session. The limit of the reply is as of `Change`.
+        """Run a model without a session. The limit of the reply, and the rows that are reset, are as of `Change`.
 
         Raises:
             ModelNotFound, InvalidInput, MessageTooLarge, DeadlineExceeded, Overloaded
@@ -348,6 +350,7 @@ class Engine:
         if not rows:
             raise InvalidInput(f"inputs must have at least one row; got {rows}")
         checked = check_inputs(served.program, inputs, rows)
+        resets = check_reset(reset, rows, checked.steps)
         require_reply(served.program, rows, checked.steps, reply_bytes, reply_limit)
         require_finite("input", checked.arrays, [spec.name for spec in served.program.inputs])
         values = check_finite_state(served.program, state, rows)
@@ -355,7 +358,9 @@ class Engine:
         byte_count = sum(array.nbytes for array in (*checked.arrays, *(values or ())))
         self._inboxes[served.index].require_room(rows, byte_count)
         now = self._clock.monotonic()
-        call = PredictCall(served, checked, values, rows, deadline=deadline, source=source, now=now)
+        call = PredictCall(
+            served, checked, values, rows, resets=resets, deadline=deadline, source=source, now=now
+        )
         self._held.bytes += byte_count
         try:
             predicted = await call.run()
@@ -473,6 +478,7 @@ class Engine:
                 self._table,
                 self._committer,
                 self._admission.again,
+                self._pager.forget_replies,
                 clock=self._clock,
                 observer=self._observer,
             ),

@@ -53,7 +53,14 @@ class Job:
     prepare: Callable[[Rows], None] | None = None
     """Writes the initial state to its rows, for a job without sessions."""
     reset_rows: Mask | None = None
-    """Rows that begin at the initial state, `(rows,)`; None: none of them."""
+    """Rows that begin at the initial state before the first time step, `(rows, 1)`, or before each of them,
+    `(rows, steps)`; None: none of them."""
+    advancing: Rows | None = None
+    """Of a job of some rows of its one session: which of them; None: all."""
+    states: Select = Select.NONE
+    """States that come back."""
+    state_rows: Rows | None = None
+    """Indexes of the rows whose states come back; None: all."""
     row_count: int = dataclasses.field(init=False)
     done: int = 0
     """Time steps that have run."""
@@ -61,6 +68,8 @@ class Job:
     """Rows it works on instead of the sessions'."""
     collected: list[Array | None] = dataclasses.field(default_factory=list)
     """For `steps > 1`: each output so far, temporal ones `(rows, steps, ...)`."""
+    state_series: list[Array] = dataclasses.field(default_factory=list)
+    """If it keeps the states after every time step: those so far, `(rows whose states come back, steps, ...)`."""
 
     def __post_init__(self) -> None:
         self.row_count = int(self.sizes.sum())
@@ -79,6 +88,16 @@ class Job:
     def has_time(self) -> bool:
         """Its reply has a time axis."""
         return self.with_time and self.select is Select.ALL
+
+    @property
+    def keeps_states(self) -> bool:
+        """The states after every time step are kept; those after the last one are in its rows."""
+        return self.states is Select.ALL and self.steps > 1
+
+    def resets_at(self, step: int) -> Mask | None:
+        """Rows that begin anew before time step `step` of the next pass, `(rows,)`; None: it says nothing of them."""
+        resets, at = self.reset_rows, self.done + step
+        return None if resets is None or at >= resets.shape[1] else resets[:, at]
 
     @property
     def source_rows(self) -> Rows:
@@ -124,4 +143,9 @@ class Job:
         self.inputs = [array[rows] for array in self.inputs]
         self.reset_rows = None if self.reset_rows is None else self.reset_rows[rows]
         self.collected = [None if array is None else array[rows] for array in self.collected]
+        if self.state_series:
+            own = rows if self.state_rows is None else rows[self.state_rows]
+            self.state_series = [array[own] for array in self.state_series]
+        if self.state_rows is not None:
+            self.state_rows = (np.cumsum(rows) - 1)[self.state_rows[rows[self.state_rows]]]
         return freed

@@ -202,7 +202,7 @@ class Submission:
     def _found_again(self, change: Change, members: Members, seen: Seen) -> Members:
         found = self._directory.find_all([change.session_ids[member] for member in members.tolist()], seen)
         fits = found >= 0
-        fits &= self._table.batch_size[found] == change.sizes[members]
+        fits &= self._table.batch_size[found] == change.own_sizes(members)
         fits &= self._table.model[found] == change.model.index
         change.handles[members[fits]] = found[fits]
         change.births[members[fits]] = self._table.birth[found[fits]]

@@ -17,7 +17,7 @@ from google.protobuf import timestamp_pb2
 
 from stepwell.v1 import models_pb2, sessions_pb2, tensors_pb2
 from stepwell_server.engine.api import ModelInfo, Select, SessionInfo
-from stepwell_server.engine.types import Array
+from stepwell_server.engine.types import Array, Mask
 from stepwell_server.errors import InvalidInput
 from stepwell_server.program import Provenance, StateSpec, TensorSpec, dtype_of
 from stepwell_server.rpc.fronts.base import InputColumn
@@ -39,7 +39,12 @@ _SELECTS: dict[int, Select] = {
     sessions_pb2.OUTPUT_SELECTION_LAST: Select.LAST,
     sessions_pb2.OUTPUT_SELECTION_NONE: Select.NONE,
 }
-
+_STATES: dict[int, Select] = {
+    sessions_pb2.STATE_SELECTION_UNSPECIFIED: Select.NONE,
+    sessions_pb2.STATE_SELECTION_NONE: Select.NONE,
+    sessions_pb2.STATE_SELECTION_LAST: Select.LAST,
+    sessions_pb2.STATE_SELECTION_ALL: Select.ALL,
+}
 
 _Number = TypeVar("_Number", bound=np.integer[Any])
 
@@ -73,6 +78,11 @@ def to_arrays(tensors: Iterable[tensors_pb2.Tensor], argument: str) -> dict[str,
 def to_optional_arrays(tensors: Sequence[tensors_pb2.Tensor], argument: str) -> dict[str, Array] | None:
     """As `to_arrays`; None if there are none."""
     return to_arrays(tensors, argument) if tensors else None
+
+
+def to_mask(entries: Sequence[bool]) -> Mask | None:
+    """A mask of rows; None if there is none."""
+    return np.array(entries, np.bool_) if entries else None
 
 
 def _to_array(tensor: tensors_pb2.Tensor, where: str) -> Array:
@@ -165,6 +175,18 @@ def to_select(value: int) -> Select:
     select = _SELECTS.get(value)
     if select is None:
         raise InvalidInput(f"outputs must be one of stepwell.v1.OutputSelection; got {value}")
+    return select
+
+
+def to_states(value: int) -> Select:
+    """The selection of states.
+
+    Raises:
+        InvalidInput: no such selection.
+    """
+    select = _STATES.get(value)
+    if select is None:
+        raise InvalidInput(f"states must be one of stepwell.v1.StateSelection; got {value}")
     return select
 
 

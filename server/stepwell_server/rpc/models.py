@@ -39,6 +39,7 @@ class ModelServicer:
             request.model,
             inputs,
             convert.to_optional_arrays(request.state, "state"),
+            reset=convert.to_mask(request.reset_mask),
             deadline=call.deadline,
             source=call.caller,
             reply_limit=self._max_reply_bytes,

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.record_templates import Templates
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import U64, Members, Tensors
+from stepwell_server.engine.state.replies import KeptArrays
+from stepwell_server.engine.types import U64, Members
 from stepwell_server.store.record import Stored, encode
 
 
@@ -29,7 +30,7 @@ class Outcome:
     request_ids: U64
     replies: npt.NDArray[np.uint8]
     """How each reply is kept: `Kept`."""
-    arrays: Mapping[int, Tensors] = dataclasses.field(default_factory=dict)
+    arrays: Mapping[int, KeptArrays] = dataclasses.field(default_factory=dict)
     """The replies that are kept as arrays of their own, by their place."""
 
     def part(self, places: Members) -> Outcome:

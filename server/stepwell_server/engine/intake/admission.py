@@ -13,16 +13,16 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.exactly_once import Verdict, judge
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import Observer
-from stepwell_server.engine.change import MOST_ERRORS, Change, for_all
+from stepwell_server.engine.api import Observer, Select
+from stepwell_server.engine.change import MOST_ERRORS, NO_STATES, Change, for_all
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.records import Outcome
 from stepwell_server.engine.intake.paging import ALL_HERE, Pager, Refused
 from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.job import Job
-from stepwell_server.engine.state.replies import Kept
-from stepwell_server.engine.types import U64, Mask, Members
+from stepwell_server.engine.state.replies import Kept, named_states
+from stepwell_server.engine.types import U64, Mask, Members, Tensors
 from stepwell_server.errors import Overloaded, RevisionConflict, ServerError, SessionGone, Unavailable
 from stepwell_server.logs import Log
 
@@ -261,11 +261,17 @@ class Admission:
 
     def _answer_unapplied(self, change: Change, members: Members, handles: Handles, verdict: Verdict) -> None:
         replayed = np.flatnonzero(verdict.replay)
-        for places, outputs in change.model.replies.recall_many(handles[replayed]):
+        for places, outputs, kept in change.model.replies.recall_many(handles[replayed]):
             some = replayed[places]
             own = handles[some]  # a copy: the caller must not see the sessions move on
+            states = kept if change.keeps_states else self._states_now(change, members[some], own)
             change.succeed(
-                members[some], self._table.revision[own], self._table.position[own], outputs, replayed=True
+                members[some],
+                self._table.revision[own],
+                self._table.position[own],
+                outputs,
+                states,
+                replayed=True,
             )
         conflicts = np.flatnonzero(verdict.conflict)
         for places, expected, actual in _alike(
@@ -276,6 +282,20 @@ class Admission:
                 self._table.session_id(int(handles[conflicts[places[0]]])), expected, actual
             )
             change.fail(some, for_all(error, len(some)))
+
+    def _states_now(self, change: Change, members: Members, handles: Handles) -> Tensors:
+        """The states after a step that is the last change of its sessions: those that they have, if asked for."""
+        if change.states is Select.NONE:
+            return NO_STATES
+        rows, wanted = self._rows_of(change, handles), change.state_rows_among(members)
+        states = change.model.arena.read(rows if wanted is None else rows[wanted])
+        with_time = change.with_time and change.states is Select.ALL
+        return named_states(change.model.program.state, states, with_time=with_time)
+
+    def _rows_of(self, change: Change, handles: Handles) -> Rows:
+        """Rows of the arena that a step of sessions advances."""
+        rows = self._table.rows_of(handles)
+        return rows if change.advancing is None else rows[change.advancing]
 
     def _apply(self, change: Change, members: Members, handles: Handles) -> None:
         if change.reset:
@@ -312,7 +332,7 @@ class Admission:
             owner=change,
             members=members,
             handles=handles,
-            rows=self._table.rows_of(handles),
+            rows=self._rows_of(change, handles),
             sizes=change.sizes if is_whole else change.sizes[members],
             inputs=change.arrays if rows is None else [array[rows] for array in change.arrays],
             steps=change.steps,
@@ -321,6 +341,9 @@ class Admission:
             source=source,
             queued_at=self._clock.monotonic(),
             reset_rows=resets if resets is None or rows is None else resets[rows],
+            advancing=change.advancing,
+            states=change.states,
+            state_rows=change.state_rows_among(members),
         )
 
     def _reset(self, change: Change, members: Members, handles: Handles) -> None:

@@ -136,6 +136,16 @@ class Pager:
         if len(here):
             self._leave(model, here)
 
+    def forget_replies(self, model: Model) -> None:
+        """Have fewer replies in memory: the sessions whose were kept first leave the arena, if the store has them."""
+        if self._keeping.others is None:
+            return
+        handles = np.fromiter(model.replies.oldest(), np.intp)
+        idle = handles[~self._table.claimed[handles]]
+        if len(idle):
+            self._keeping.leave(model, idle)
+            self._leave(model, idle)
+
     async def _fetch(self, model: Model, handles: Handles, rows: Rows, later: Later) -> None:
         try:
             found = await self._fetcher.fetch(self._ids(handles))

@@ -190,8 +190,12 @@ class Validation:
             change.model = self._models.by_index[int(table.model[handles[0]])]
             change.sizes = own if change.batch_sizes is None else change.batch_sizes
             change.row_count, change.members = int(change.sizes[0]), _ONLY
+            if change.rows is not None:
+                _take_rows(change, change.rows)
         else:
             there = self._look(change, own)
+            if change.rows is not None:
+                raise InvalidInput(f"rows may be given for one session only; got {change.size} sessions")
         if change.reset:
             _check_reset(change)
         else:
@@ -274,15 +278,62 @@ def _check_step(change: Change) -> None:
         _require_outputs(program, change.output_names)
     if change.select is not Select.NONE:
         change.reply_bytes += _output_bytes(program, rows, change.steps if change.select is Select.ALL else 1)
-        if change.reply_bytes > change.reply_limit:
-            raise _too_large("step", change.reply_bytes, change.reply_limit)
-    if change.reset_rows is not None:
-        if len(change.reset_rows) != rows:
+    if change.states is not Select.NONE:
+        _choose_states(change)
+        change.reply_bytes += change.state_bytes
+    has_tensors = change.select is not Select.NONE or change.states is not Select.NONE
+    if has_tensors and change.reply_bytes > change.reply_limit:
+        has_states = change.states is not Select.NONE
+        raise _too_large("step", change.reply_bytes, change.reply_limit, has_states=has_states)
+    change.reset_rows = check_reset(change.reset_rows, rows, change.steps)
+
+
+def _choose_states(change: Change) -> None:
+    """Which rows' states come back, and how many bytes they are."""
+    rows = change.row_count
+    if change.state_members is not None:
+        members = np.array(change.state_members, np.int64)
+        if (members[1:] <= members[:-1]).any() or not 0 <= members[0] <= members[-1] < change.size:
             raise InvalidInput(
-                f"reset_mask must be empty or one for each of {rows} rows; got {len(change.reset_rows)}"
+                f"state_members must be ascending indexes of the {change.size} sessions; got {members.tolist()[:20]}"
             )
-        if not change.reset_rows.any():
-            change.reset_rows = None
+        change.state_index = change.rows_of(members.astype(np.intp))
+    elif change.state_rows is not None:
+        change.state_index = _state_index(change, list(change.state_rows))
+    count = rows if change.state_index is None else len(change.state_index)
+    steps = change.steps if change.states is Select.ALL else 1
+    change.state_bytes = count * steps * change.model.program.state_row_bytes
+
+
+def _state_index(change: Change, given: list[int]) -> Rows:
+    if change.advancing is None:
+        _require_rows("state_rows", given, change.row_count)
+        return np.array(given, np.intp)
+    known = change.advancing.tolist()
+    _require_rows("state_rows", given, change.batch_size)
+    outside = [row for row in given if row not in known]
+    if outside:
+        raise InvalidInput(f"state_rows must be among rows, {known[:20]}; got {outside[0]}")
+    return np.array([known.index(row) for row in given], np.intp)
+
+
+def check_reset(mask: Mask | None, rows: int, steps: int) -> Mask | None:
+    """Rows to be reset before the first time step, `(rows, 1)`, or before each of them, `(rows, steps)`; None: none.
+
+    Args:
+        mask: `(rows,)` or `(rows * steps,)`, a row's time steps one after the other.
+        rows: Of the inputs.
+        steps: T.
+
+    Raises:
+        InvalidInput: it is of another length.
+    """
+    if mask is None:
+        return None
+    if mask.size not in {rows, rows * steps}:
+        each = f" or one for each of {rows} rows and {steps} time steps" if steps > 1 else ""
+        raise InvalidInput(f"reset_mask must be empty or one for each of {rows} rows{each}; got {mask.size}")
+    return mask.reshape(rows, -1) if mask.any() else None
 
 
 def _require_outputs(program: Program, names: Sequence[str]) -> None:
@@ -296,8 +347,6 @@ def _require_outputs(program: Program, names: Sequence[str]) -> None:
 
 def _check_reset(change: Change) -> None:
     rows, model = change.rows, change.model
-    if rows is not None:
-        _require_rows(rows, change)
     if change.state is not None:
         count = change.row_count if rows is None else len(rows)
         change.arrays = check_state(model.program, change.state, count)
@@ -365,16 +414,21 @@ def _rows_given(change: Change) -> int:
     return next((len(array) for array in tensors.values() if array.ndim), len(change.session_ids))
 
 
-def _require_rows(rows: Sequence[int], change: Change) -> None:
-    if change.size > 1:
-        raise InvalidInput(f"rows may be given for one session only; got {change.size} sessions")
-    given = list(rows)
-    batch_size = int(change.sizes[0])
+def _take_rows(change: Change, rows: Sequence[int]) -> None:
+    """Let a change of one session concern these rows only: of a step, they are the change's rows from here on."""
+    batch_size = change.row_count
+    _require_rows("rows", rows, batch_size)
+    if not change.reset and list(rows) != list(range(batch_size)):
+        change.advancing, change.batch_size = np.array(rows, np.intp), batch_size
+        change.sizes, change.row_count = np.array([len(rows)], np.intp), len(rows)
+
+
+def _require_rows(name: str, given: Sequence[int], batch_size: int) -> None:
     outside = [row for row in given if not 0 <= row < batch_size]
     if outside:
-        raise InvalidInput(f"rows must be within 0 to {batch_size - 1}; got {outside[0]}")
+        raise InvalidInput(f"{name} must be within 0 to {batch_size - 1}; got {outside[0]}")
     if len(set(given)) != len(given):
-        raise InvalidInput(f"rows must name each row once; got {given}")
+        raise InvalidInput(f"{name} must name each row once; got {list(given)[:20]}")
 
 
 def _not_finite_member(change: Change, member: int) -> ServerError:
@@ -395,10 +449,11 @@ def _output_bytes(program: Program, rows: int, steps: int) -> int:
     return rows * (each_step * steps + once)
 
 
-def _too_large(what: str, size: int, limit: int) -> MessageTooLarge:
+def _too_large(what: str, size: int, limit: int, *, has_states: bool = False) -> MessageTooLarge:
     return MessageTooLarge(
         f"the reply to the {what} must be at most {limit} bytes; it would be about {size}: "
-        "ask for fewer time steps at once, or for outputs LAST or NONE",
+        "ask for fewer time steps at once, or for outputs LAST or NONE"
+        + (", or for the states of fewer rows, or LAST" if has_states else ""),
         limit_bytes=str(limit),
         reply_bytes=str(size),
     )

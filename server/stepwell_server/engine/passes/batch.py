@@ -50,8 +50,8 @@ class Pass:
         self.row_count = self.starts[-1]
         self.source_rows = join([job.source_rows for job in jobs])
         self.target_rows = join([job.target_rows for job in jobs])
-        self.reset_rows = _reset_rows(jobs)
-        """Rows that begin at the initial state, `(rows,)`; None: none of them."""
+        self.resets = _resets(jobs, steps)
+        """For each time step: rows that begin at the initial state, `(rows,)`, or None; empty: none at any."""
         self.inputs = [
             join([job.window(i, spec.temporal, steps) for job in jobs])
             for i, spec in enumerate(program.inputs)
@@ -62,6 +62,14 @@ class Pass:
         """`(steps, rows, ...)`; filled by the executors."""
         self.is_slice = steps > 1 and any(job.steps_left > steps for job in jobs)
         """It runs a part of something longer."""
+        self.state_rows = _state_rows(jobs, self.starts)
+        """Rows whose states are kept after every time step; None: none."""
+        self.states: list[Array] = (
+            [np.empty((steps, len(self.state_rows), *spec.shape), spec.dtype) for spec in program.state]
+            if self.state_rows is not None
+            else []
+        )
+        """Theirs, `(steps, those rows, ...)`; filled by the executors."""
         self.failed: list[FailedUnit] = []
         self.seconds = 0.0
 
@@ -97,14 +105,29 @@ def outputs_of(work: Pass, index: int, job: Job) -> dict[str, Array]:
     return found
 
 
-def _reset_rows(jobs: Sequence[Job]) -> Mask | None:
-    if not any(job.reset_rows is not None and job.done == 0 for job in jobs):
-        return None
+def _resets(jobs: Sequence[Job], steps: int) -> list[Mask | None]:
+    if all(job.reset_rows is None for job in jobs):
+        return []
     nothing = [np.zeros(job.row_count, np.bool_) for job in jobs]
+    resets: list[Mask | None] = []
+    for step in range(steps):
+        said = [job.resets_at(step) for job in jobs]
+        if any(mask is not None and mask.any() for mask in said):
+            masks = zip(said, nothing, strict=True)
+            resets.append(join([none if mask is None else mask for mask, none in masks]))
+        else:
+            resets.append(None)
+    return resets
+
+
+def _state_rows(jobs: Sequence[Job], starts: Sequence[int]) -> Rows | None:
+    if not any(job.keeps_states for job in jobs):
+        return None
     return join(
         [
-            job.reset_rows if job.reset_rows is not None and job.done == 0 else none
-            for job, none in zip(jobs, nothing, strict=True)
+            start + (np.arange(job.row_count) if job.state_rows is None else job.state_rows)
+            for job, start in zip(jobs, starts, strict=False)
+            if job.keeps_states
         ]
     )
 
@@ -138,11 +161,11 @@ class Lane:
         executor = self.executor
         executor.bind(high - low)
         self._arena.gather(work.source_rows[low:high], executor.states())
-        if work.reset_rows is not None:
-            self._arena.put_initial(work.reset_rows[low:high], executor.states())
         for step in range(work.steps):
             if step:
                 executor.carry()
+            if work.resets and (resets := work.resets[step]) is not None:
+                self._arena.put_initial(resets[low:high], executor.states())
             work.fill(executor.inputs(), low, high, step)
             executor.invoke()
             self._collect(work, low, high, step)
@@ -152,6 +175,11 @@ class Lane:
         # in a function of its own: no view of the executor's buffers may outlive it
         for kept, output in zip(work.outputs, self.executor.outputs(), strict=True):
             kept[step, low:high] = output
+        if work.state_rows is not None:
+            here = (work.state_rows >= low) & (work.state_rows < high)
+            rows = work.state_rows[here] - low
+            for kept, state in zip(work.states, self.executor.next_states(), strict=True):
+                kept[step, here] = state[rows]
 
     def store(self, work: Pass, low: int, high: int) -> None:
         """Write what the last `attempt` of the same rows computed to the arena."""

@@ -10,14 +10,14 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
-from stepwell_server.engine.change import Change
+from stepwell_server.engine.change import NO_STATES, Change
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.records import Outcome
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes.batch import Pass, join, outputs_of
 from stepwell_server.engine.passes.predict import PredictCall
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.state.replies import Kept
+from stepwell_server.engine.state.replies import Kept, KeptArrays, named_states
 from stepwell_server.engine.types import U64, Mask, Members, Tensors
 from stepwell_server.errors import ServerError
 
@@ -25,12 +25,13 @@ from stepwell_server.errors import ServerError
 class _Ended:
     """A job that has run its last time step."""
 
-    __slots__ = ("change", "job", "kept", "outputs", "place")
+    __slots__ = ("change", "job", "kept", "outputs", "place", "states")
 
-    def __init__(self, job: Job, change: Change, outputs: Tensors, place: int) -> None:
+    def __init__(self, job: Job, change: Change, outputs: Tensors, states: Tensors, place: int) -> None:
         self.job = job
         self.change = change
         self.outputs = outputs
+        self.states = states
         self.place = place
         """Where its sessions begin in the outcome."""
         self.kept = _kept(job)
@@ -45,6 +46,7 @@ class Completion:
         table: SessionTable,
         committer: Committer,
         again: Callable[[Change, Members], None],
+        forget_replies: Callable[[Model], None],
         *,
         clock: Clock,
         observer: Observer,
@@ -53,6 +55,8 @@ class Completion:
         self._table = table
         self._committer = committer
         self._again = again
+        self._forget_replies = forget_replies
+        """Bounds what is remembered of replies in memory."""
         self._clock = clock
         self._observer = observer
 
@@ -70,7 +74,8 @@ class Completion:
         self._keep_outputs(work, jobs)
         ended, place = [], 0
         for index, job in jobs:
-            ended.append(_Ended(job, _change(job), outputs_of(work, index, job), place))
+            states = NO_STATES if job.states is Select.NONE else self._states_of(job)
+            ended.append(_Ended(job, _change(job), outputs_of(work, index, job), states, place))
             place += len(job.members)
         outcome = self._outcome(ended)
 
@@ -87,13 +92,25 @@ class Completion:
                 self._again(each.change, each.job.members if own is None else each.job.members[own])
 
         self._committer.commit(outcome, answer, again)
+        if self._model.replies.are_too_many:
+            self._forget_replies(self._model)
+
+    def _states_of(self, job: Job) -> Tensors:
+        """The states that come back: those after the last time step are in the job's rows."""
+        specs, series = self._model.program.state, job.state_series
+        if not series:
+            rows = job.target_rows if job.state_rows is None else job.target_rows[job.state_rows]
+            return named_states(
+                specs, self._model.arena.read(rows), job.with_time and job.states is Select.ALL
+            )
+        return named_states(specs, series, with_time=False)
 
     def _outcome(self, ended: Sequence[_Ended]) -> Outcome:
         handles = join([each.job.handles for each in ended if each.job.handles is not None])
-        arrays: dict[int, Tensors] = {}
+        arrays: dict[int, KeptArrays] = {}
         for each in ended:
-            if each.kept is Kept.ARRAYS:
-                arrays.update(enumerate(_arrays_of(each.job, each.outputs), each.place))
+            if each.kept is Kept.ARRAYS or each.job.state_series:
+                arrays.update(enumerate(_arrays_of(each), each.place))
         return Outcome(
             self._model,
             handles,
@@ -108,27 +125,26 @@ class Completion:
         positions: U64 = self._table.position[handles]
         for each in ended:
             own = positions[each.place : each.place + len(each.job.members)]
-            anew = each.change.begins_anew(each.job.members)
-            if anew is not None:
-                own[anew] = 0
-            own += np.uint64(each.job.steps)
+            each.change.count_steps(own, each.job.members)
         return positions
 
     def _succeed(self, outcome: Outcome, ended: Sequence[_Ended], which: Mask | None) -> None:
         """Answer the sessions of an outcome that are kept; None: all."""
         now, count, row_steps = self._clock.monotonic(), 0, 0
         for each, own in _by_job(ended, which):
-            job, tensors = each.job, each.outputs
+            job, tensors, states = each.job, each.outputs, each.states
             members, rows, end = job.members, job.row_count, each.place + len(job.members)
             revisions, positions = outcome.revisions[each.place : end], outcome.positions[each.place : end]
             if own is not None:
                 kept = job.row_mask(own)
                 members, revisions, positions = members[own], revisions[own], positions[own]
                 rows, tensors = int(np.count_nonzero(kept)), {name: a[kept] for name, a in tensors.items()}
+                kept = kept if job.state_rows is None else kept[job.state_rows]
+                states = {name: array[kept] for name, array in states.items()}
             count += len(members)
             row_steps += rows * job.steps
             self._observer.stage(self._model.name, "total", now - job.queued_at, len(members))
-            each.change.succeed(members, revisions, positions, tensors)
+            each.change.succeed(members, revisions, positions, tensors, states)
         self._observer.applied(self._model.name, "step", count, row_steps)
 
     def _exchange_rows(self, jobs: Sequence[Job]) -> None:
@@ -136,7 +152,11 @@ class Completion:
         for job in jobs:
             if job.working is None or job.handles is None:
                 continue
-            self._table.set_rows_of(job.handles, job.working)
+            rows = job.working
+            if job.advancing is not None:
+                rows = self._table.rows_of(job.handles).copy()
+                rows[job.advancing] = job.working
+            self._table.set_rows_of(job.handles, rows)
             slots.owner[self._table.row[job.handles]] = job.handles
             slots.free_working(job.rows)
 
@@ -170,17 +190,30 @@ def _kept(job: Job) -> Kept:
     """How the replies of a job are remembered."""
     if job.select is Select.NONE:
         return Kept.EMPTY
-    if job.collected and any(array is not None for array in job.collected):
+    if job.advancing is not None or any(array is not None for array in job.collected):
         return Kept.ARRAYS
     return Kept.ROWS_WITH_TIME if job.has_time else Kept.ROWS
 
 
-def _arrays_of(job: Job, outputs: Tensors) -> list[Tensors]:
-    """A job's outputs by session: copies, so that one session does not keep the arrays of all alive."""
-    ends: Rows = np.cumsum(job.sizes)
+def _arrays_of(each: _Ended) -> list[KeptArrays]:
+    """A job's outputs, and states of several time steps, by session, as far as they are remembered as arrays."""
+    job = each.job
+    outputs = each.outputs if each.kept is Kept.ARRAYS else NO_STATES
+    states = each.states if job.state_series else NO_STATES
+    sizes = job.sizes
+    if states and job.state_rows is not None:
+        whose = np.repeat(np.arange(len(sizes)), sizes)[job.state_rows]
+        sizes = np.bincount(whose, minlength=len(job.sizes))
+    of_outputs, of_states = _parts(outputs, job.sizes), _parts(states, sizes)
+    return [KeptArrays(*own) for own in zip(of_outputs, of_states, strict=True)]
+
+
+def _parts(tensors: Tensors, sizes: Rows) -> list[Tensors]:
+    """Tensors in parts of so many rows: copies, so that one session does not keep the arrays of all alive."""
+    ends: Rows = np.cumsum(sizes)
     return [
-        {name: array[end - size : end].copy() for name, array in outputs.items()}
-        for size, end in zip(job.sizes.tolist(), ends.tolist(), strict=True)
+        {name: array[end - size : end].copy() for name, array in tensors.items()} if size else {}
+        for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)
     ]
 
 

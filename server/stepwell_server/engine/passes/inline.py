@@ -2,7 +2,7 @@
 
 A pass costs some 150 microseconds beside its rows, whatever their number, and a step that comes alone would pay all of
 it. What is not plain here (a session that has something under way or is paged out, a retry, a conflict, several rows
-or time steps) is declined, and goes through a pass.
+or time steps, states that come back) is declined, and goes through a pass.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class Inline:
 
     def _run(self, change: Change) -> bool:
         """Whether the step has run; it is answered as soon as it is committed."""
-        if not may_join(change) or change.reset_rows is not None or not self._may_run(change):
+        if not may_join(change) or change.reset_rows is not None or change.states is not Select.NONE:
+            return False
+        if not self._may_run(change):
             return False
         table, handle = self._table, int(change.handles[0])
         row, started = int(table.row[handle]), self._clock.monotonic()

@@ -233,7 +233,7 @@ def _whole_numbers(work: Pass, low: int, high: int) -> str:
 
 
 def _collect(work: Pass, index: int, job: Job) -> None:
-    """Copy a job's share of the pass's outputs to the job."""
+    """Copy a job's share of the pass's outputs and states to the job."""
     if not job.collected:
         job.collected = [
             np.empty((job.row_count, job.steps, *spec.shape), spec.dtype)
@@ -242,15 +242,28 @@ def _collect(work: Pass, index: int, job: Job) -> None:
             for spec in work.program.outputs
         ]
     start = work.starts[index]
+    end, steps = start + job.row_count, slice(job.done, job.done + work.steps)
     for kept, output in zip(job.collected, work.outputs, strict=True):
         if kept is not None:
-            share = output[:, start : start + job.row_count]
-            kept[:, job.done : job.done + work.steps] = share.swapaxes(0, 1)
+            kept[:, steps] = output[:, start:end].swapaxes(0, 1)
+    if job.keeps_states and work.state_rows is not None:
+        own = (work.state_rows >= start) & (work.state_rows < end)
+        shares = [states[:, own].swapaxes(0, 1) for states in work.states]
+        if not job.state_series:
+            job.state_series = [
+                np.empty((len(share), job.steps, *share.shape[2:]), share.dtype) for share in shares
+            ]
+        for kept, share in zip(job.state_series, shares, strict=True):
+            kept[:, steps] = share
 
 
 def _compact(work: Pass, kept: Mask) -> None:
     """Take the rows of failed sessions out of a pass."""
     work.outputs = [output[:, kept] for output in work.outputs]
+    if work.state_rows is not None:
+        own = kept[work.state_rows]
+        work.states = [states[:, own] for states in work.states]
+        work.state_rows = (np.cumsum(kept) - 1)[work.state_rows[own]]
     work.starts = starts_of(work.jobs)
     work.row_count = work.starts[-1]
     work.target_rows = work.target_rows[kept]

@@ -14,7 +14,7 @@ from stepwell_server.engine.intake.validation import CheckedInputs
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes.batch import Pass, outputs_of
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import Array, Members
+from stepwell_server.engine.types import Array, Mask, Members
 from stepwell_server.errors import ServerError
 
 
@@ -28,12 +28,14 @@ class PredictCall:
         state: tuple[Array, ...] | None,
         rows: int,
         *,
+        resets: Mask | None = None,
         deadline: float,
         source: object,
         now: float,
     ) -> None:
         self._model = model
         self._state = state
+        self._resets = resets
         self._deadline = deadline
         self._done: asyncio.Future[Predicted] = asyncio.get_running_loop().create_future()
         self._left = rows
@@ -111,6 +113,7 @@ class PredictCall:
             select=Select.ALL,
             source=source,
             queued_at=now,
+            reset_rows=None if self._resets is None else self._resets[low:high],
             prepare=lambda rows: self._prepare(rows, low, high),
         )
 

@@ -1,7 +1,7 @@
 """The reply to each session's last change, kept so that a retry gets the same bytes.
 
-What a reply holds of the last time step lies in the arena beside the state. Only replies of several time
-steps are kept as arrays of their own.
+What a reply holds of the last time step lies in the arena beside the state, and the state after it is the session's
+own. Only outputs and states of several time steps, and outputs of some rows, are kept as arrays of their own.
 """
 
 from __future__ import annotations
@@ -9,21 +9,23 @@ from __future__ import annotations
 import enum
 import math
 import struct
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.state.arena import Arena
-from stepwell_server.engine.types import Array, Members
-from stepwell_server.program import Program
+from stepwell_server.engine.types import Array, Mask, Members, Tensors
+from stepwell_server.program import Program, StateSpec, TensorSpec
 
-Outputs = Mapping[str, Array]
+#: Bytes of the arrays of one model that are kept in memory where the store has them too.
+MOST_BYTES = 256 << 20
 
 
 class Kept(enum.IntEnum):
-    """How a reply is kept; the values of the session table's column `reply`."""
+    """How the outputs of a reply are kept; the values of the session table's column `reply`."""
 
     EMPTY = 0
     """It has no outputs."""
@@ -35,6 +37,25 @@ class Kept(enum.IntEnum):
     """Arrays of their own."""
 
 
+class KeptArrays(NamedTuple):
+    """What of a reply is kept as arrays."""
+
+    outputs: Tensors
+    """Empty unless its kind is `ARRAYS`."""
+    states: Tensors
+    """Those after every time step, if they were asked for; empty: none."""
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes of the arrays."""
+        return sum([array.nbytes for tensors in self for array in tensors.values()])
+
+    @property
+    def form(self) -> Hashable:
+        """Replies of one form can be put together."""
+        return tuple([tuple([(name, a.shape[1:]) for name, a in tensors.items()]) for tensors in self])
+
+
 class ReplyMemory:
     """The last reply of each of one model's sessions."""
 
@@ -42,74 +63,132 @@ class ReplyMemory:
         self._program = program
         self._table = table
         self._arena = arena
-        self.series: dict[int, Outputs] = {}
-        """Those of several time steps, by session."""
+        self.series: dict[int, KeptArrays] = {}
+        """Arrays of their own, by session; those that were kept last at the end."""
+        self._bytes = 0
 
-    def remember(self, handles: Handles, arrays: Mapping[int, Outputs]) -> None:
+    def remember(self, handles: Handles, arrays: Mapping[int, KeptArrays]) -> None:
         """Keep replies where some are, or were, arrays; else the table's column says all.
 
         The last time step's outputs are in the arena already. `arrays` are by the session's place.
         """
         if self.series:
             for handle in handles.tolist():
-                self.series.pop(handle, None)
-        for place, outputs in arrays.items():
-            self.series[int(handles[place])] = outputs
+                self.forget(handle)
+        for place, own in arrays.items():
+            self._put(int(handles[place]), own)
 
-    def recall_many(self, handles: Handles) -> Iterator[tuple[Members, Outputs]]:
-        """The outputs of sessions' last changes: places of those that have one form, and theirs one after the other."""
-        kinds = self._table.reply[handles]
+    def forget(self, handle: int) -> None:
+        """The session is gone, or only in the store."""
+        gone = self.series.pop(handle, None)
+        if gone is not None:
+            self._bytes -= gone.byte_count
+
+    def _put(self, handle: int, arrays: KeptArrays) -> None:
+        self.forget(handle)
+        self.series[handle] = arrays
+        self._bytes += arrays.byte_count
+
+    @property
+    def are_too_many(self) -> bool:
+        """The arrays take more memory than they should."""
+        return self._bytes > MOST_BYTES
+
+    def oldest(self) -> Iterator[int]:
+        """Sessions whose arrays are too many, beginning with those that were kept first."""
+        excess = self._bytes - MOST_BYTES
+        for handle, arrays in self.series.items():
+            if excess <= 0:
+                return
+            excess -= arrays.byte_count
+            yield handle
+
+    def recall_many(self, handles: Handles) -> Iterator[tuple[Members, Tensors, Tensors]]:
+        """The outputs of sessions' last changes, and the states after every time step that are kept with them.
+
+        Places of those that have one form, and theirs one after the other.
+        """
+        kinds, own = self._table.reply[handles], self._have_arrays(handles)
         for kind in (Kept.EMPTY, Kept.ROWS, Kept.ROWS_WITH_TIME):
-            places = np.flatnonzero(kinds == kind)
+            places = np.flatnonzero((kinds == kind) & ~own)
             if len(places):
-                yield places, self._of_rows(kind, self._table.rows_of(handles[places]))
+                yield places, self._of_rows(kind, handles[places]), {}
         alike: dict[Hashable, list[int]] = {}
-        for place in np.flatnonzero(kinds == Kept.ARRAYS).tolist():
-            outputs = self.series[int(handles[place])]
-            form = tuple((name, array.shape[1:]) for name, array in outputs.items())
+        for place in np.flatnonzero(own).tolist():
+            form = int(kinds[place]), self.series[int(handles[place])].form
             alike.setdefault(form, []).append(place)
         for some in alike.values():
             found = [self.series[int(handle)] for handle in handles[some].tolist()]
-            yield (
-                np.array(some, np.intp),
-                {name: np.concatenate([outputs[name] for outputs in found]) for name in found[0]},
-            )
+            kind = Kept(kinds[some[0]])
+            outputs = _together([arrays.outputs for arrays in found])
+            if kind is not Kept.ARRAYS:
+                outputs = self._of_rows(kind, handles[some])
+            yield np.array(some, np.intp), outputs, _together([arrays.states for arrays in found])
 
-    def _of_rows(self, kept: Kept, rows: Rows) -> Outputs:
+    def _have_arrays(self, handles: Handles) -> Mask:
+        if not self.series:
+            return np.zeros(len(handles), np.bool_)
+        return np.fromiter(map(self.series.__contains__, handles.tolist()), np.bool_, len(handles))
+
+    def _of_rows(self, kept: Kept, handles: Handles) -> Tensors:
         if kept is Kept.EMPTY:
             return {}
+        rows: Rows = self._table.rows_of(handles)
         return {
             spec.name: array[rows][:, None] if kept is Kept.ROWS_WITH_TIME and spec.temporal else array[rows]
             for spec, array in zip(self._program.outputs, self._arena.outputs, strict=True)
         }
 
-    def arrays(self, handles: Handles) -> dict[int, Outputs]:
-        """Those replies of sessions that are kept as arrays, by place."""
-        if not self.series:
-            return {}
-        places = np.flatnonzero(self._table.reply[handles] == Kept.ARRAYS).tolist()
+    def arrays(self, handles: Handles) -> dict[int, KeptArrays]:
+        """What of the replies of sessions is kept as arrays, by place."""
+        places = np.flatnonzero(self._have_arrays(handles)).tolist()
         return {place: self.series[int(handles[place])] for place in places}
 
-    def pack(self, outputs: Outputs) -> bytes:
-        """A reply that is kept as arrays, as bytes: each output's shape and data, in the program's order."""
-        parts: list[bytes] = []
-        for spec in self._program.outputs:
-            array = outputs[spec.name]
-            parts += [struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape), array.tobytes()]
+    def pack(self, arrays: KeptArrays) -> bytes:
+        """Arrays of a reply as bytes: shape and data of each output and then of each state, in the program's order.
+
+        Outputs that are not kept have the shape (0,). States that are not kept are left out: so it was before there
+        were any, and who knows none reads the outputs all the same.
+        """
+        parts = [_packed(arrays.outputs.get(spec.name)) for spec in self._program.outputs]
+        if arrays.states:
+            parts += [_packed(arrays.states[spec.name]) for spec in self._program.state]
         return b"".join(parts)
 
     def restore(self, handle: int, packed: bytes) -> None:
-        """Keep what `pack` returned as the reply of a session."""
-        found: dict[str, Array] = {}
-        at = 0
-        for spec in self._program.outputs:
-            shape = struct.unpack_from(f"<{packed[at]}I", packed, at + 1)
-            at += 1 + 4 * len(shape)
-            count = math.prod(shape)
+        """Keep what `pack` returned of the reply of a session."""
+        outputs, at = _unpacked(packed, self._program.outputs, 0)
+        states, _ = _unpacked(packed, self._program.state, at) if at < len(packed) else ({}, at)
+        self._put(handle, KeptArrays(outputs, states))
+
+
+def named_states(specs: Sequence[StateSpec], arrays: Sequence[Array], with_time: bool) -> Tensors:
+    """States by name; `with_time`: with a time axis of length 1."""
+    return {
+        spec.name: array[:, None] if with_time else array for spec, array in zip(specs, arrays, strict=True)
+    }
+
+
+def _together(parts: Sequence[Tensors]) -> Tensors:
+    return {name: np.concatenate([tensors[name] for tensors in parts]) for name in parts[0]}
+
+
+def _packed(array: Array | None) -> bytes:
+    if array is None:
+        return struct.pack("<BI", 1, 0)
+    return struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape) + array.tobytes()
+
+
+def _unpacked(
+    packed: bytes, specs: Sequence[TensorSpec] | Sequence[StateSpec], at: int
+) -> tuple[dict[str, Array], int]:
+    """Arrays that begin at `at`, but those that are not kept; and where they end."""
+    found: dict[str, Array] = {}
+    for spec in specs:
+        shape = struct.unpack_from(f"<{packed[at]}I", packed, at + 1)
+        at += 1 + 4 * len(shape)
+        count = math.prod(shape)
+        if count or len(shape) != 1:
             found[spec.name] = np.frombuffer(packed, spec.dtype, count, at).reshape(shape)
             at += count * found[spec.name].itemsize
-        self.series[handle] = found
-
-    def forget(self, handle: int) -> None:
-        """The session is gone, or only in the store."""
-        self.series.pop(handle, None)
+    return found, at

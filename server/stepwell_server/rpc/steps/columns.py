@@ -311,7 +311,14 @@ class _Replies:
         """Of its members in the batch; None: they are all of it."""
 
     def applied(
-        self, members: Members, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
+        self,
+        members: Members,
+        revisions: U64,
+        positions: U64,
+        outputs: Tensors,
+        _states: Tensors,  # plain steps ask for none
+        *,
+        replayed: bool,
     ) -> None:
         """See `Replies`."""
         self._form.applied(self._members(members), revisions, positions, outputs, replayed=replayed)

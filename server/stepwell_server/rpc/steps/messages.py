@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.engine.api import Applied
+from stepwell_server.engine.api import Applied, Select
 from stepwell_server.engine.change import Change, Replies
 from stepwell_server.engine.types import U64, Members, Tensors
 from stepwell_server.errors import InvalidInput, ServerError
@@ -30,7 +30,8 @@ def of_step(request: pb.StepRequest, replies: Replies) -> Change:
     """
     change = Change((request.session_id,), replies, inputs=convert.to_arrays(request.inputs, "inputs"))
     _say_step(change, request)
-    _require_no_states(request.states, "state_rows", request.state_rows)
+    change.rows = list(request.rows) or None
+    change.state_rows = _some_states(change, "state_rows", request.state_rows)
     _say_once(change, request)
     return change
 
@@ -56,20 +57,15 @@ def limit_reply(change: Change, limit: int) -> None:
 def _say_step(change: Change, message: pb.StepRequest | pb.StepFrame) -> None:
     change.select = convert.to_select(message.outputs)
     change.output_names = tuple(message.output_names)
-    if message.reset_mask:
-        change.reset_rows = np.array(message.reset_mask, np.bool_)
+    change.states = convert.to_states(message.states)
+    change.reset_rows = convert.to_mask(message.reset_mask)
 
 
-def _require_no_states(states: int, chosen: str, some: Sequence[int]) -> None:
-    """Refuse what is in the protocol and not yet in this server."""
-    if states not in {pb.STATE_SELECTION_UNSPECIFIED, pb.STATE_SELECTION_NONE}:
-        names: dict[int, str] = {number: name for name, number in pb.StateSelection.items()}
-        said = names.get(states, str(states))
-        raise InvalidInput(
-            f"states must be STATE_SELECTION_NONE: this server sends no states with steps; got {said}"
-        )
-    if some:
-        raise InvalidInput(f"{chosen} must be empty where states is STATE_SELECTION_NONE; got {len(some)}")
+def _some_states(change: Change, name: str, some: Sequence[int]) -> Sequence[int] | None:
+    """Whose states come back; None: everyone's."""
+    if some and change.states is Select.NONE:
+        raise InvalidInput(f"{name} must be empty where states is STATE_SELECTION_NONE; got {len(some)}")
+    return list(some) or None
 
 
 def _say_once(change: Change, request: pb.StepRequest | pb.ResetStatesRequest) -> None:
@@ -109,7 +105,7 @@ def of_frame(body: FrameBody, replies: Replies, sets: StreamSets) -> Change:
     if isinstance(body, pb.StepFrame):
         change.inputs = convert.to_arrays(body.inputs, "inputs")
         _say_step(change, body)
-        _require_no_states(body.states, "state_members", body.state_members)
+        change.state_members = _some_states(change, "state_members", body.state_members)
     else:
         change.reset = True
         change.state = convert.to_optional_arrays(body.state, "state")
@@ -152,6 +148,7 @@ def step_reply(answer: Applied) -> pb.StepResponse:
     """The reply to a unary Step."""
     response = pb.StepResponse(revision=answer.revision, position=answer.position, replayed=answer.replayed)
     convert.add_tensors(response.outputs, answer.outputs)
+    convert.add_tensors(response.states, answer.states)
     return response
 
 
@@ -168,6 +165,7 @@ def applied_part(
     revisions: U64,
     positions: U64,
     outputs: Tensors,
+    states: Tensors,
     *,
     replayed: bool,
     last: bool,
@@ -191,6 +189,7 @@ def applied_part(
     elif members is not None:
         response.members.extend(members.tolist())
     convert.add_tensors(response.outputs, outputs)
+    convert.add_tensors(response.states, states)
     if replayed:
         response.replayed_members.extend(range(len(revisions)) if members is None else members.tolist())
     return response.SerializeToString()

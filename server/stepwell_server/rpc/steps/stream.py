@@ -249,7 +249,14 @@ class _Frame:
         """The set that it has made known; 0: none."""
 
     def applied(
-        self, members: Members, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
+        self,
+        members: Members,
+        revisions: U64,
+        positions: U64,
+        outputs: Tensors,
+        states: Tensors,
+        *,
+        replayed: bool,
     ) -> None:
         """See `Replies`."""
         last = self._is_last(len(members))
@@ -260,6 +267,7 @@ class _Frame:
                 revisions,
                 positions,
                 outputs,
+                states,
                 replayed=replayed,
                 last=last,
                 is_short=self.is_short,
