@@ -153,10 +153,10 @@ async def test_a_mask_of_time_steps_is_as_steps_with_masks_one_after_the_other(
             assert at_once.states["sum"].tobytes() == states.tobytes()
             if seed == 2:
                 assert at_once.position == 3 or mask[:, 5:].all(axis=0).any()
-        predicted = await at.engine.predict("plain", {"": value}, {"": x(3)}, reset=mask.reshape(-1))
-        outputs, after = traced(x(3), value, mask)
-        assert predicted.outputs["y"].tobytes() == outputs.tobytes()
-        assert predicted.state["sum"].tobytes() == after[:, -1].tobytes()
+            predicted = await at.engine.predict("plain", {"": value}, {"": x(3)}, reset=mask.reshape(-1))
+            outputs, after = traced(x(3), value, mask)
+            assert predicted.outputs["y"].tobytes() == outputs.tobytes()
+            assert predicted.state["sum"].tobytes() == after[:, -1].tobytes()
 
 
 async def test_positions_of_a_frame_begin_where_all_rows_of_the_session_do() -> None:

@@ -226,14 +226,14 @@ class Change:
         """States come back that nobody has any more once the step is applied."""
         return self.states is Select.ALL and self.steps > 1
 
-    def count_steps(self, positions: U64, members: Members) -> None:
-        """Turn positions of members before the step into those after it.
+    def count_from_reset(self, positions: U64, members: Members) -> None:
+        """Turn positions of members before a step that resets rows into those after it.
 
         A position begins at 0 again before each time step at which all rows of the session are reset.
         """
+        assert self.reset_rows is not None, "else there is nothing to look for"
         steps = np.uint64(self.steps)
-        is_partial = self.advancing is not None and len(self.advancing) < self.batch_size
-        if self.reset_rows is None or is_partial:
+        if self.advancing is not None and len(self.advancing) < self.batch_size:
             positions += steps
             return
         anew = np.logical_and.reduceat(self.reset_rows, self.starts, axis=0)[members]

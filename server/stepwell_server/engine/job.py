@@ -62,6 +62,8 @@ class Job:
     state_rows: Rows | None = None
     """Indexes of the rows whose states come back; None: all."""
     row_count: int = dataclasses.field(init=False)
+    is_plain: bool = dataclasses.field(init=False)
+    """Nothing is reset, and the states after every time step are not asked for."""
     done: int = 0
     """Time steps that have run."""
     working: Rows | None = None
@@ -73,6 +75,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.row_count = int(self.sizes.sum())
+        self.is_plain = self.reset_rows is None and (self.states is Select.NONE or not self.keeps_states)
 
     @property
     def steps_left(self) -> int:

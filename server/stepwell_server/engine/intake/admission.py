@@ -332,7 +332,7 @@ class Admission:
             owner=change,
             members=members,
             handles=handles,
-            rows=self._rows_of(change, handles),
+            rows=self._table.rows_of(handles) if change.advancing is None else self._rows_of(change, handles),
             sizes=change.sizes if is_whole else change.sizes[members],
             inputs=change.arrays if rows is None else [array[rows] for array in change.arrays],
             steps=change.steps,
@@ -343,7 +343,7 @@ class Admission:
             reset_rows=resets if resets is None or rows is None else resets[rows],
             advancing=change.advancing,
             states=change.states,
-            state_rows=change.state_rows_among(members),
+            state_rows=None if change.state_index is None else change.state_rows_among(members),
         )
 
     def _reset(self, change: Change, members: Members, handles: Handles) -> None:

@@ -276,16 +276,18 @@ def _check_step(change: Change) -> None:
     change.arrays, change.steps, change.with_time = checked.arrays, checked.steps, checked.with_time
     if change.output_names:
         _require_outputs(program, change.output_names)
-    if change.select is not Select.NONE:
+    has_tensors = change.select is not Select.NONE
+    if has_tensors:
         change.reply_bytes += _output_bytes(program, rows, change.steps if change.select is Select.ALL else 1)
     if change.states is not Select.NONE:
+        has_tensors = True
         _choose_states(change)
         change.reply_bytes += change.state_bytes
-    has_tensors = change.select is not Select.NONE or change.states is not Select.NONE
     if has_tensors and change.reply_bytes > change.reply_limit:
         has_states = change.states is not Select.NONE
         raise _too_large("step", change.reply_bytes, change.reply_limit, has_states=has_states)
-    change.reset_rows = check_reset(change.reset_rows, rows, change.steps)
+    if change.reset_rows is not None:
+        change.reset_rows = check_reset(change.reset_rows, rows, change.steps)
 
 
 def _choose_states(change: Change) -> None:

@@ -50,8 +50,6 @@ class Pass:
         self.row_count = self.starts[-1]
         self.source_rows = join([job.source_rows for job in jobs])
         self.target_rows = join([job.target_rows for job in jobs])
-        self.resets = _resets(jobs, steps)
-        """For each time step: rows that begin at the initial state, `(rows,)`, or None; empty: none at any."""
         self.inputs = [
             join([job.window(i, spec.temporal, steps) for job in jobs])
             for i, spec in enumerate(program.inputs)
@@ -62,16 +60,27 @@ class Pass:
         """`(steps, rows, ...)`; filled by the executors."""
         self.is_slice = steps > 1 and any(job.steps_left > steps for job in jobs)
         """It runs a part of something longer."""
-        self.state_rows = _state_rows(jobs, self.starts)
+        self.resets: list[Mask | None] = []
+        """For each time step: rows that begin at the initial state, `(rows,)`, or None; empty: none at any."""
+        self.state_rows: Rows | None = None
         """Rows whose states are kept after every time step; None: none."""
-        self.states: list[Array] = (
-            [np.empty((steps, len(self.state_rows), *spec.shape), spec.dtype) for spec in program.state]
-            if self.state_rows is not None
-            else []
-        )
+        self.states: list[Array] = []
         """Theirs, `(steps, those rows, ...)`; filled by the executors."""
+        for job in jobs:
+            if not job.is_plain:
+                self._ask_for_more()
+                break
         self.failed: list[FailedUnit] = []
         self.seconds = 0.0
+
+    def _ask_for_more(self) -> None:
+        """Set what most passes do without."""
+        self.resets = _resets(self.jobs, self.steps)
+        self.state_rows = rows = _state_rows(self.jobs, self.starts)
+        if rows is not None:
+            self.states = [
+                np.empty((self.steps, len(rows), *spec.shape), spec.dtype) for spec in self.program.state
+            ]
 
     def fill(self, inputs: Sequence[Array], low: int, high: int, step: int) -> None:
         """Copy the inputs of rows `low` to before `high` at time step `step` of the pass."""

@@ -92,7 +92,7 @@ class Completion:
                 self._again(each.change, each.job.members if own is None else each.job.members[own])
 
         self._committer.commit(outcome, answer, again)
-        if self._model.replies.are_too_many:
+        if self._model.replies.series and self._model.replies.are_too_many:
             self._forget_replies(self._model)
 
     def _states_of(self, job: Job) -> Tensors:
@@ -125,7 +125,10 @@ class Completion:
         positions: U64 = self._table.position[handles]
         for each in ended:
             own = positions[each.place : each.place + len(each.job.members)]
-            each.change.count_steps(own, each.job.members)
+            if each.change.reset_rows is None:
+                own += np.uint64(each.job.steps)
+            else:
+                each.change.count_from_reset(own, each.job.members)
         return positions
 
     def _succeed(self, outcome: Outcome, ended: Sequence[_Ended], which: Mask | None) -> None:
