@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,22 +64,36 @@ def test_a_server_that_answers_before_it_keeps_is_caught(tmp_path: Path, defect:
 @pytest.mark.parametrize("durability", ["sync", "async"])
 def test_the_first_answer_is_given_again_after_a_kill(tmp_path: Path, durability: str) -> None:
     """Sent again to the server that came back, every last change is answered with the same bits, as replayed."""
-    x = np.random.default_rng(8).standard_normal((6, 1, 4, 3)).astype(np.float32)
+    asked: list[dict[str, Any]] = [
+        {},
+        {"outputs": 2, "reset_mask": [False, True] * 4},
+        {"states": 3},
+        {"states": 2, "outputs": 3},
+        {"states": 3, "state_rows": [1], "reset_mask": [True, False]},
+        {"states": 3, "rows": [1, 0]},
+        {"states": 3, "rows": [1]},
+    ]
+    x = np.random.default_rng(8).standard_normal((len(asked), 2, 4, 3)).astype(np.float32)
     with local(tmp_path / "data", "--durability", durability) as server:
         with Wire(server.address) as wire:
-            names = [wire.open(MODEL) for _ in range(len(x))]
+            names = [wire.open(MODEL, batch_size=2) for _ in asked]
             for name, inputs in zip(names, x, strict=True):
                 wire.step(name, [tensor(inputs[:, 0])], expected_revision=0, request_id=5)
-            first = [
-                wire.step(name, [tensor(inputs)], expected_revision=1, request_id=6)
-                for name, inputs in zip(names, x, strict=True)
+            requests = [
+                {"inputs": [tensor(inputs[: len(fields.get("rows", "ab"))])], **fields}
+                for inputs, fields in zip(x, asked, strict=True)
             ]
+            first = [
+                wire.step(name, expected_revision=1, request_id=6, **request)
+                for name, request in zip(names, requests, strict=True)
+            ]
+            assert [bool(answer.states) for answer in first] == ["states" in fields for fields in asked]
         for _ in range(2):
             server.kill()
             server.restart()
             with Wire(server.address) as wire:
-                for name, inputs, answer in zip(names, x, first, strict=True):
-                    again = wire.step(name, [tensor(inputs)], expected_revision=1, request_id=6)
+                for name, request, answer in zip(names, requests, first, strict=True):
+                    again = wire.step(name, expected_revision=1, request_id=6, **request)
                     assert again.replayed
                     again.replayed = False
                     assert again == answer

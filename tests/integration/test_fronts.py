@@ -57,6 +57,7 @@ def streamed(one: Wire, frames: list[bytes], *, waits: bool = False) -> tuple[di
 def _merge(members: dict[int | str, Any], part: pb.StepStreamResponse) -> None:
     """How a frame is cut into parts is no promise; what each member is answered is."""
     arrays = wire.arrays(part.outputs)
+    states = wire.arrays(part.states)
     which: Sequence[int] = part.members
     if part.all_members:
         which = range(len(part.revisions) or len(part.positions) or len(next(iter(arrays.values()), SETS)))
@@ -64,6 +65,7 @@ def _merge(members: dict[int | str, Any], part: pb.StepStreamResponse) -> None:
         which = range(part.first_member, part.first_member + part.member_count)
     for place, member in enumerate(which):
         own = {name: array[place].tobytes() for name, array in arrays.items()}
+        own |= {name: array[place].tobytes() for name, array in states.items()}
         replayed = member in part.replayed_members
         revision = part.revision if part.HasField("revision") else part.revisions[place]
         position = part.position if part.HasField("position") else part.positions[place]
@@ -123,7 +125,17 @@ STEPS: dict[str, dict[str, Any]] = {
     "a wrong revision": {"inputs": [tensor(X[:1, 0])], "expected_revision": 900, "request_id": 5},
     "the largest revision": {"inputs": [tensor(X[:1, 0])], "expected_revision": 2**64 - 1},
     "an unknown selection": {"inputs": [tensor(X[:1, 0])], "outputs": 9},
-    "states": {"inputs": [tensor(X[:1, 0])], "states": 2},
+    "the last states": {"inputs": [tensor(X[:1, 0])], "states": 2},
+    "all states": {"inputs": [tensor(X[:1])], "states": 3, "outputs": 3},
+    "the states of a row": {"inputs": [tensor(X[:1])], "states": 3, "state_rows": [0]},
+    "the states of another row": {"inputs": [tensor(X[:1])], "states": 3, "state_rows": [1]},
+    "no such states": {"inputs": [tensor(X[:1])], "states": 9},
+    "all states again": {"inputs": [tensor(X[:1])], "states": 3, "request_id": 3},
+    "and once more": {"inputs": [tensor(X[:1])], "states": 3, "request_id": 3},
+    "the only row": {"inputs": [tensor(X[:1])], "rows": [0]},
+    "another row": {"inputs": [tensor(X[:1])], "rows": [1]},
+    "a mask of time steps": {"inputs": [tensor(X[:1])], "reset_mask": [False, True] * 3},
+    "a mask of other time steps": {"inputs": [tensor(X[:1])], "reset_mask": [False, True]},
     "a reset mask": {"inputs": [tensor(X[:1, 0])], "reset_mask": [True]},
     "a mask of others": {"inputs": [tensor(X[:1, 0])], "reset_mask": [True, False]},
     "a request id": {"inputs": [tensor(X[:1, 0])], "request_id": 2**63 + 1},
@@ -154,6 +166,15 @@ def test_a_retry_is_answered_alike(both: Mapping[str, Wire]) -> None:
 
 def test_several_rows_and_several_inputs_are_answered_alike(both: Mapping[str, Wire]) -> None:
     opened(both, "rows", batch_size=3)
+    some = pb.StepRequest(session_id="rows", inputs=[tensor(X[:2])], rows=[2, 0], state_rows=[0])
+    some.states = pb.STATE_SELECTION_ALL
+    code, raw = same(both, "Step", some)[:2]
+    answer = pb.StepResponse.FromString(raw)
+    assert (code, list(answer.outputs[0].shape), [list(one.shape)[:2] for one in answer.states]) == (
+        "OK",
+        [2, 6, 2],
+        [[1, 6]] * 2,
+    )
     same(both, "Step", pb.StepRequest(session_id="rows", inputs=[tensor(X[:3])]))
     same(both, "Step", pb.StepRequest(session_id="rows", inputs=[tensor(X[:2])]))
     opened(both, "many inputs", batch_size=2, model="multi")
@@ -204,7 +225,7 @@ def test_a_stream_of_all_kinds_of_frames_is_answered_alike(both: Mapping[str, Wi
 
 def _frame(rng: np.random.Generator, number: int, ids: list[str]) -> bytes:
     some = rng.choice(ids, int(rng.integers(1, len(ids) + 1)), replace=False).tolist()
-    kind = int(rng.integers(10))
+    kind = int(rng.integers(12))
     steps = int(rng.integers(1, 4))
     x = rng.standard_normal((len(some), steps, 3)).astype(np.float32)
     if kind == 0:
@@ -225,6 +246,12 @@ def _frame(rng: np.random.Generator, number: int, ids: list[str]) -> bytes:
         return frame.SerializeToString()
     if kind == 5:
         return wire.step_frame(number, some, [tensor(x[:, :, :2])]).SerializeToString()
+    if kind == 7:
+        mask = (rng.random((len(some), steps)) < 0.3).reshape(-1).tolist()
+        return wire.step_frame(number, some, [tensor(x)], reset_mask=mask).SerializeToString()
+    if kind == 8:
+        selection = int(rng.integers(0, 5))
+        return wire.step_frame(number, some, [tensor(x)], states=selection).SerializeToString()
     if kind == 6:
         # a field of a later version
         return wire.step_frame(number, some, [tensor(x)]).SerializeToString() + b"\xf8\x06\x01"

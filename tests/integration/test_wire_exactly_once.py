@@ -19,13 +19,15 @@ SELECTIONS = [pb.OUTPUT_SELECTION_ALL, pb.OUTPUT_SELECTION_LAST, pb.OUTPUT_SELEC
 
 @pytest.mark.parametrize("x", [X[:, 0], X[:, :1], X], ids=["one step", "T = 1", "T = 4"])
 @pytest.mark.parametrize("outputs", SELECTIONS)
+@pytest.mark.parametrize("states", [pb.STATE_SELECTION_NONE, pb.STATE_SELECTION_ALL])
 @pytest.mark.parametrize("model", ["seq", "last"])
-def test_a_step_that_is_sent_again(served: Served, model: str, outputs: Any, x: Any) -> None:
+def test_a_step_that_is_sent_again(served: Served, model: str, states: Any, outputs: Any, x: Any) -> None:
     request: dict[str, Any] = {
         "inputs": [tensor(x)],
         "expected_revision": 1,
         "request_id": 2**64 - 1,
         "outputs": outputs,
+        "states": states,
     }
     with served.session(model) as session_id:
         first = served.wire.step(session_id, **request)

@@ -152,6 +152,16 @@ def test_the_public_name_is_documented(name: str) -> None:
     )
 
 
+def test_the_page_on_steps(root: Path, server: LocalServer) -> None:
+    """Its blocks run in order, with a client and a session of four rows."""
+    blocks = BLOCK.findall((root / "docs" / "steps.md").read_text())
+    assert len(blocks) > 3
+    with stepwell.connect(server.address) as client, client.open_session("forecast", 4) as session:
+        names: dict[str, Any] = {"stepwell": stepwell, "np": np, "client": client, "session": session}
+        for block in blocks:
+            exec(compile(block, "steps.md", "exec", dont_inherit=True), names)  # noqa: S102  our own documentation
+
+
 def test_the_readme(
     root: Path, model_path: Path, compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from stepwell import errors
-from stepwell._frames import Change, Frame, Gathered
+from stepwell._frames import Change, Frame, Gathered, Part
 from stepwell._inputs import pack_inputs
 from stepwell._retry import Deadline
+from stepwell._step_arguments import step_change
+from stepwell._steps import Step, Stepped, answer, framed
 from stepwell._tensors import Array, pack, to_messages, unpack
 from stepwell.v1 import errors_pb2, sessions_pb2
 
@@ -171,3 +174,85 @@ def test_outputs_are_put_together_in_the_members_order() -> None:
     whole.add(one.accept(reply([1], last=False, y=y[2:4])))
     whole.add(one.accept(reply([0, 2], last=True, y=y[[0, 1, 4, 5]])))
     assert np.array_equal(whole.outputs["y"], y)
+
+
+MASK = np.array([[1, 0], [0, 0], [1, 1], [0, 1]], np.bool_)
+
+
+def test_a_round_of_some_members_has_their_rows_of_the_mask_and_says_all_else_again() -> None:
+    numbers = np.array([10, 20, 30], np.uint64)
+    change = step_change(
+        np.zeros((4, 2, 3), np.float32), 4, reset=MASK, outputs=["y"], time="last", states="all"
+    )
+    one = Frame(change, ["a", "b", "c"], np.array(ROWS), numbers, numbers)
+    message = one.request(1, Deadline(1.0)).step
+    assert list(message.reset_mask) == MASK.reshape(-1).tolist()
+    part = reply([1], last=False)
+    part.states.extend(to_messages([pack("h", "h", np.ones((2, 2, 5), np.float32))]))
+    assert one.accept(part).states["h"].shape == (2, 2, 5)
+    again = one.request(2, Deadline(1.0)).step
+    assert list(again.reset_mask) == MASK[[0, 3]].reshape(-1).tolist()
+    for each in (message, again):
+        assert list(each.output_names) == ["y"]
+        assert each.outputs == sessions_pb2.OUTPUT_SELECTION_LAST
+        assert each.states == sessions_pb2.STATE_SELECTION_ALL
+
+
+def test_states_of_members_are_put_together_like_outputs() -> None:
+    whole = Gathered(3, 2)
+    none: dict[int, errors.StepwellError] = {}
+    for members in ([1], [0, 2]):
+        rows = np.concatenate([np.full((2, 5), member + 1.0) for member in members])
+        numbers = np.array(members, np.uint64)
+        whole.add(Part(np.array(members), numbers, numbers, {}, none, {"h": rows}))
+    assert whole.states["h"].tolist() == np.repeat([1.0, 2.0, 3.0], 2)[:, None].repeat(5, 1).tolist()
+
+
+def of_session(name: str, **said: Any) -> Step:
+    rows = said.pop("rows", ())
+    change = step_change(
+        np.full((len(rows) or 2, 3), ord(name), np.float32), len(rows) or 2, rows=rows, **said
+    )
+    return Step("m", name, change, len(rows) or 2, 0, 1, Deadline(1.0))
+
+
+class Waiting:
+    """A step that was handed over."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.answer: Stepped | BaseException | None = None
+
+    def settle(self, stepped: Stepped) -> None:
+        self.answer = stepped
+
+    def fail(self, error: BaseException) -> None:
+        self.answer = error
+
+
+def test_steps_that_ask_for_the_same_share_a_frame() -> None:
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"reset": [True, False]},
+        {"outputs": ["y"]},
+        {"outputs": ["y", "z"]},
+        {"states": "last"},
+        {"states": "all"},
+        {"time": "last"},
+    ]
+    assert len({of_session("a", **said).kind() for said in kinds}) == len(kinds)
+    for said in kinds:
+        assert of_session("a", **said).kind() == of_session("b", **said).kind()
+        assert of_session("a", **said).may_share()
+    assert not of_session("a", rows=(1,)).may_share()
+    assert list(of_session("a", rows=(1,)).request().rows) == [1]
+    members = [Waiting(of_session("a", reset=[True, False])), Waiting(of_session("b", reset=[False, True]))]
+    one = framed(members)
+    assert list(one.request(1, Deadline(1.0)).step.reset_mask) == [True, False, False, True]
+    part = reply([0, 1], last=True, y=np.arange(4.0)[:, None])
+    part.states.extend(to_messages([pack("h", "h", np.arange(4, 8.0)[:, None])]))
+    answer(members, one.accept(part))
+    for place, member in enumerate(members):
+        assert isinstance(member.answer, Stepped)
+        assert member.answer.outputs["y"].reshape(-1).tolist() == [2 * place, 2 * place + 1]
+        assert member.answer.states["h"].reshape(-1).tolist() == [2 * place + 4, 2 * place + 5]
