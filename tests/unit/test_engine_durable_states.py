@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import Select
+from stepwell_server.engine.change import Change
 from stepwell_server.engine.state.replies import KeptArrays
+from stepwell_server.errors import ServerError, Unavailable
 from support.durable import Disk
-from support.engine import x
+from support.engine import Answer, Answers, Later, x
 from support.model_of_sessions import initial, traced
 
 pytestmark = pytest.mark.stores("async", "sync")
@@ -56,6 +58,26 @@ async def test_a_retry_gets_the_first_states(
     assert bool(first.states) == ("states" in said)
     if said == {"states": Select.ALL} and steps:
         assert first.states["sum"].tobytes() == traced(initial(3), value)[1].tobytes()
+
+
+async def test_a_step_of_some_rows_whose_session_was_loaded_anew_is_one_of_some_rows(disk: Disk) -> None:
+    """Sent from within the answer to a change that the store could not keep: then the session leaves the table."""
+    sent: list[Answers] = []
+    async with disk.engine() as at:
+        await at.open("a", batch_size=3)
+        disk.store.fail(Unavailable("the test says no"))
+
+        def send(answer: Answer | ServerError) -> None:
+            assert isinstance(answer, Unavailable)
+            sent.append(at.single("a", x(1, 4, seed=1), rows=[2], states=Select.ALL))
+
+        at.engine.submit(Change(["a"], Later(send), inputs={"": x(3)}))
+        await at.settled()
+        outputs, after = traced(initial(1), x(1, 4, seed=1))
+        answer = await sent[0].only()
+        assert answer.outputs["y"].tobytes() == outputs.tobytes()
+        assert answer.states["sum"].tobytes() == after.tobytes()
+        assert (answer.revision, answer.position) == (1, 4)
 
 
 async def test_replies_beyond_their_share_of_the_memory_are_only_in_the_store(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepwell_server.engine.api import Select
 from stepwell_server.errors import (
     RevisionConflict,
     SessionExists,
@@ -21,6 +22,7 @@ from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
 from support.durable import begun, same_reply
 from support.engine import Answer, Harness, kinds, running, x
+from support.model_of_sessions import traced
 
 pytestmark = pytest.mark.stores("awaited")
 
@@ -110,6 +112,26 @@ async def test_each_member_of_a_frame_has_a_fate_of_its_own() -> None:
         assert isinstance(answers[1], Answer)
         same_reply(answers[1], kept)
         assert (await second.step("d", x(1), expected=1)).revision == 2, "it was not kept, and is read anew"
+
+
+@pytest.mark.parametrize("states", [Select.LAST, Select.ALL])
+async def test_states_are_those_of_the_members_that_were_kept(states: Select) -> None:
+    names = ["a", "b", "c", "d"]
+    async with two() as (first, second):
+        await both_know(first, second, *names)
+        await first.step("a", x(1))
+        await first.step("c", x(1))
+        before = {name: (await first.state(name))["sum"] for name in names}
+        said: dict[str, Any] = {"expected": [1, 1, 2, 1], "states": states, "state_members": [0, 2, 3]}
+        value = x(4, 3, seed=6)
+        answers = await second.submit(names, value, **said).all()
+        assert kinds(answers) == ["RevisionConflict", "Answer", "Answer", "Answer"]
+        for i in (1, 2, 3):
+            answer = answers[i]
+            assert isinstance(answer, Answer)
+            after = traced(before[names[i]], value[i : i + 1])[1]
+            wanted = (after if states is Select.ALL else after[:, -1]).tobytes() if i > 1 else b""
+            assert answer.states.get("sum", np.zeros(0)).tobytes() == wanted
 
 
 async def test_what_waits_behind_a_conflict_keeps_its_order() -> None:

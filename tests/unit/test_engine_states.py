@@ -80,13 +80,14 @@ async def test_several_states_in_their_order(states: Select) -> None:
 
 
 @BOTH_WAYS
-async def test_members_of_a_frame_that_ask_for_states_get_their_own(threads: bool) -> None:
+@pytest.mark.parametrize("most", [4, 64], ids=["in passes of 4 rows", "in one pass"])
+async def test_members_of_a_frame_that_ask_for_states_get_their_own(threads: bool, most: int) -> None:
     """Also where one of them fails, the frame is more than a pass, and plain steps share the passes."""
     sizes = [1, 2, 3, 2, 1]
     names = [f"s{i}" for i in range(5)]
     value = x(sum(sizes), 4)
     value[2, 1, 0] = BAD  # of s1
-    async with running(threads=threads, max_batch_rows=4, steps=3) as at:
+    async with running(threads=threads, max_batch_rows=most, steps=3) as at:
         for name, size in zip(names, sizes, strict=True):
             await at.open(name, batch_size=size)
         await at.open("plain")
@@ -217,6 +218,24 @@ async def test_some_rows_advance_and_the_others_keep_their_state(
         everyone: dict[str, Any] = {"rows": [0, 1, 2, 3], "expected": 2, "reset_rows": np.ones(4, np.bool_)}
         last = await at.single("a", x(4), **everyone).only()
         assert last.position == 1
+
+
+async def test_steps_of_one_row_each_of_sessions_of_several_come_together() -> None:
+    async with running(threads=True) as at:
+        names = [f"s{i}" for i in range(4)]
+        await at.open(*names, batch_size=3)
+        await at.open("busy", "one")
+        await at.begin_pass("busy", x(1))
+        waiting = [at.single(name, x(1, seed=i), rows=[i % 3]) for i, name in enumerate(names)]
+        waiting.append(at.single("one", x(1, seed=4)))
+        at.hooks.open_gate()
+        for i, (name, answers) in enumerate(zip([*names, "one"], waiting, strict=True)):
+            outputs, after = traced(initial(1), x(1, 1, seed=i).reshape(1, 1, 2))
+            assert (await answers.only()).outputs["y"].tobytes() == outputs.tobytes()
+            if name != "one":
+                state = initial(3)
+                state[i % 3] = after[0, -1]
+                assert (await at.state(name))["sum"].tobytes() == state.tobytes()
 
 
 async def test_all_rows_in_another_order_are_all_rows() -> None:
