@@ -59,7 +59,7 @@ SESSION_CALLS: dict[str, Case] = {
     "too large": (lambda s: s.step(with_one(1e300, "float64")), "float32's range; got inf at index"),
     "outputs": (
         lambda s: s.step(ONES, outputs="first"),
-        r"outputs must be one of \['all', 'last', 'none'\]; got 'first'",
+        r"outputs must be one of \['all', 'last', 'none'\], or a list of names; got 'first'",
     ),
     "time limit": (lambda s: s.step(ONES, timeout_s=0), "timeout_s must be above 0.*got 0"),
     "message size": (
@@ -96,8 +96,41 @@ SESSION_CALLS: dict[str, Case] = {
     "rows: too large": (lambda s: s.reset_states(rows=[2]), r"rows must be from 0 to 1.*got \[2\]"),
     "rows: negative": (lambda s: s.reset_states(rows=[-1]), r"rows must be from 0 to 1.*got \[-1\]"),
     "rows: repeated": (lambda s: s.reset_states(rows=[1, 1]), r"each at most once; got \[1, 1\]"),
-    "rows: a mask": (lambda s: s.reset_states(rows=[True, False]), "got a mask of booleans"),
-    "rows: a float": (lambda s: s.reset_states(rows=[0.5]), "rows must be integers; got 0.5"),
+    "rows: a mask": (
+        lambda s: s.reset_states(rows=[True]),
+        r"rows must be booleans of shape \(2,\), or a list of indexes; got 1 booleans",
+    ),
+    "rows: a float": (lambda s: s.reset_states(rows=[0.5]), "rows must be integers or booleans; got 0.5"),
+    "step rows: none": (lambda s: s.step(ONES, rows=[]), "rows must choose at least one row; got none"),
+    "step rows: too large": (lambda s: s.step(ONES, rows=[2]), r"rows must be from 0 to 1.*got \[2\]"),
+    "step rows: inputs of all": (
+        lambda s: s.step(np.ones((2, 3)), rows=[1]),
+        r"the input must have 1 rows on its first axis \(len\(rows\)\); got shape \(2, 3\)",
+    ),
+    "reset: numbers": (
+        lambda s: s.step(np.ones((2, 5, 3)), reset=[0, 1]),
+        r"reset must be booleans of shape \(2,\) or \(2, 5\); got int64 of shape \(2,\)",
+    ),
+    "reset: of other rows": (
+        lambda s: s.trace(np.ones((1, 5, 3)), reset=[True, False], rows=[1]),
+        r"reset must be booleans of shape \(1,\) or \(1, 5\); got bool of shape \(2,\)",
+    ),
+    "reset: features for time steps": (
+        lambda s: s.step(np.ones((2, 3)), reset=np.ones((2, 3), np.bool_)),
+        "reset_mask must be empty or one for each of 2 rows; got 6",
+    ),
+    "output that is not there": (
+        lambda s: s.step(np.ones((2, 3)), outputs=["q"]),
+        r"output_names must be among \['y'\]; got 'q'",
+    ),
+    "time": (
+        lambda s: s.step(np.ones((2, 3)), time="none"),
+        r"time must be one of \['all', 'last'\]; got 'none'",
+    ),
+    "states": (
+        lambda s: s.step(np.ones((2, 3)), states=True),
+        r"states must be one of \['all', 'last', 'none'\]; got True",
+    ),
     "rows: wrong state": (
         lambda s: s.reset_states([H, H], rows=[1]),
         r"must have 1 rows .*got shape \(2, 8\)",
