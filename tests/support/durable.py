@@ -173,11 +173,12 @@ def damage(store: Troubled, session_id: str) -> None:
 def same_reply(found: Answer, wanted: Answer, *, replayed: bool = True) -> None:
     assert (found.revision, found.position) == (wanted.revision, wanted.position)
     assert found.replayed is replayed
-    assert list(found.outputs) == list(wanted.outputs)
-    for name, array in wanted.outputs.items():
-        assert found.outputs[name].shape == array.shape
-        assert found.outputs[name].dtype == array.dtype
-        assert found.outputs[name].tobytes() == array.tobytes()
+    for ours, theirs in ((found.outputs, wanted.outputs), (found.states, wanted.states)):
+        assert list(ours) == list(theirs)
+        for name, array in theirs.items():
+            assert ours[name].shape == array.shape
+            assert ours[name].dtype == array.dtype
+            assert ours[name].tobytes() == array.tobytes()
 
 
 def facts(info: SessionInfo) -> tuple[Any, ...]:

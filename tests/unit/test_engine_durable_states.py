@@ -11,7 +11,7 @@ from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.state.replies import KeptArrays
 from stepwell_server.errors import ServerError, Unavailable
-from support.durable import Disk
+from support.durable import Disk, same_reply
 from support.engine import Answer, Answers, Later, x
 from support.model_of_sessions import initial, traced
 
@@ -49,12 +49,7 @@ async def test_a_retry_gets_the_first_states(
             await at.single("a", value, **again).only()
     async with disk.engine(resident_rows=4) as at:
         second = await at.single("a", value, **again).only()
-    assert second.replayed
-    assert (second.revision, second.position) == (first.revision, first.position)
-    for ours, theirs in ((first.outputs, second.outputs), (first.states, second.states)):
-        assert {n: (a.shape, a.tobytes()) for n, a in ours.items()} == {
-            n: (a.shape, a.tobytes()) for n, a in theirs.items()
-        }
+    same_reply(second, first)
     assert bool(first.states) == ("states" in said)
     if said == {"states": Select.ALL} and steps:
         assert first.states["sum"].tobytes() == traced(initial(3), value)[1].tobytes()

@@ -46,13 +46,15 @@ async def both_know(first: Harness, second: Harness, *session_ids: str) -> None:
         await second.state(session_id)
 
 
-SHAPES = pytest.mark.parametrize("shape", ["lone", "frame", "long", "reset"])
+SHAPES = pytest.mark.parametrize("shape", ["lone", "frame", "long", "traced", "reset"])
 
 
 def change(at: Harness, shape: str, **fields: Any) -> Any:
     if shape == "reset":
         return at.submit("a", reset=True, **fields)
-    return at.submit("a", x(1, 3, seed=5) if shape == "long" else x(1, seed=5), **fields)
+    if shape == "traced":
+        fields |= {"states": Select.ALL, "reset_rows": np.array([False, True, False])}
+    return at.submit("a", x(1, 3, seed=5) if shape in {"long", "traced"} else x(1, seed=5), **fields)
 
 
 @SHAPES

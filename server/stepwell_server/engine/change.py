@@ -149,13 +149,13 @@ class Change:
     """T."""
     with_time: bool = False
     """The inputs have a time axis, so the reply has one too."""
-    advancing: Rows | None = None
+    advancing: Rows | None = dataclasses.field(init=False, default=None)
     """Of a step of some rows only, those rows; `sizes` counts them alone."""
-    batch_size: int = 0
+    batch_size: int = dataclasses.field(init=False, default=0)
     """Then: rows of the session."""
-    state_index: Rows | None = None
+    state_index: Rows | None = dataclasses.field(init=False, default=None)
     """Rows of the tensors whose states come back; None: all."""
-    state_bytes: int = 0
+    state_bytes: int = dataclasses.field(init=False, default=0)
     """Bytes of the states that come back."""
     members: Members = dataclasses.field(init=False)
     """Those that may start: the others have their answer."""

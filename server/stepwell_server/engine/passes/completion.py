@@ -193,7 +193,8 @@ def _kept(job: Job) -> Kept:
     """How the replies of a job are remembered."""
     if job.select is Select.NONE:
         return Kept.EMPTY
-    if job.advancing is not None or any(array is not None for array in job.collected):
+    has_series = job.collected and any(array is not None for array in job.collected)
+    if has_series or job.advancing is not None:
         return Kept.ARRAYS
     return Kept.ROWS_WITH_TIME if job.has_time else Kept.ROWS
 
