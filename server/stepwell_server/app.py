@@ -55,9 +55,9 @@ class _Observer(PrometheusObserver):
         super().session_event(event, model, session_id)
         _log.info(f"session {event}", model=model, session=session_id)
 
-    def sessions_opened(self, model: str, count: int) -> None:
-        super().sessions_opened(model, count)
-        _log.info("sessions opened", model=model, count=count)
+    def sessions_opened(self, model: str, count: int, event: str = "opened") -> None:
+        super().sessions_opened(model, count, event)
+        _log.info(f"sessions {event}", model=model, count=count)
 
 
 def serve(settings: Settings) -> int:

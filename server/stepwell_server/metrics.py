@@ -148,9 +148,9 @@ class PrometheusObserver(Observer):
         """See `Observer.session_event`."""
         self._events.values[model, event] += 1
 
-    def sessions_opened(self, model: str, count: int) -> None:
+    def sessions_opened(self, model: str, count: int, event: str = "opened") -> None:
         """See `Observer.sessions_opened`."""
-        self._events.values[model, "opened"] += count
+        self._events.values[model, event] += count
 
     def stage(self, model: str, stage: str, seconds: float, count: int) -> None:
         """See `Observer.stage`."""

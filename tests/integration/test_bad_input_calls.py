@@ -59,6 +59,14 @@ CALLS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
         lambda one: pb.ForkSessionRequest(session_id=one, expected_revision=2**64 - 1),
         ("ABORTED", "REVISION_CONFLICT", f"must be its revision 1; got {2**64 - 1}"),
     ),
+    "GetStates": (
+        lambda one: pb.GetStatesRequest(session_ids=[one, "in use", one]),
+        (*INPUT, "session_ids must name each session once; '", "' came twice"),
+    ),
+    "ForkSessions": (
+        lambda one: pb.ForkSessionsRequest(session_ids=[one, one], new_session_ids=["fine", "in use"]),
+        ("ALREADY_EXISTS", "SESSION_EXISTS", "new_session_ids must be new; session 'in use' is open"),
+    ),
     "OpenSession": (
         lambda _: pb.OpenSessionRequest(model="seq", model_fingerprint="f00d"),
         ("FAILED_PRECONDITION", "MODEL_MISMATCH", "model_fingerprint must be that of model 'seq'"),

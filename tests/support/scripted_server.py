@@ -96,6 +96,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         self.calls: list[tuple[str, Any]] = []
         self.sessions: dict[str, _Session] = {}
         self.parts = 1
+        self.most_states = 1_000_000
         self.knows_sets = True
         """Else it is a server from before there were sets."""
         self.sets: dict[int, Any] = {}
@@ -282,6 +283,44 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         (new,) = self._open_as(request, [request.new_session_id], old.batch_size)
         new.state, new.revision, new.position = old.state, old.revision, old.position
         return sessions_pb2.ForkSessionResponse(session=self._info(new))
+
+    @answered
+    def GetStates(self, request: Any) -> Any:  # noqa: N802
+        """As much as fits: `most_states` sessions in one reply."""
+        if not request.without_state and len(request.session_ids) > self.most_states:
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "MESSAGE_TOO_LARGE", "name fewer at once")
+        response = sessions_pb2.GetStatesResponse(model=MODEL, model_fingerprint=self.fingerprint)
+        states = []
+        for i, session_id in enumerate(request.session_ids):
+            try:
+                session = self._session(session_id)
+            except Refusal as refusal:
+                response.errors.add(members=[i]).error.CopyFrom(message(refusal.fault, None))
+                continue
+            states.append(session.state)
+            response.members.append(i)
+            response.batch_sizes.append(session.batch_size)
+            response.revisions.append(session.revision)
+            response.positions.append(session.position)
+        if states and not request.without_state:
+            response.state.extend(tensor(name, np.concatenate(states)) for name in ("sum", "count"))
+        return response
+
+    @answered
+    def ForkSessions(self, request: Any) -> Any:  # noqa: N802
+        old = [self._session(session_id) for session_id in request.session_ids]
+        ids = list(request.new_session_ids) or [""] * len(old)
+        new = self._open_as(request, ids, old[0].batch_size)
+        for one, source in zip(new, old, strict=True):
+            one.state, one.revision, one.position = source.state, source.revision, source.position
+        return sessions_pb2.ForkSessionsResponse(
+            session_ids=[one.session_id for one in new],
+            model=MODEL,
+            model_fingerprint=self.fingerprint,
+            batch_size=old[0].batch_size,
+            revisions=[one.revision for one in new],
+            positions=[one.position for one in new],
+        )
 
     # Changes.
 

@@ -1199,3 +1199,199 @@ class ForkSessionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ForkSessionResponse: _TypeAlias = ForkSessionResponse  # noqa: Y015
+
+@_typing.final
+class GetStatesRequest(_message.Message):
+    """Asks for the states of many sessions. One that cannot be read fails for itself, not for the others."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_IDS_FIELD_NUMBER: _builtins.int
+    WITHOUT_STATE_FIELD_NUMBER: _builtins.int
+    without_state: _builtins.bool
+    """Revisions and positions alone. The states count towards the size of the reply: a request for more than a message
+    holds is refused with MESSAGE_TOO_LARGE, and may be made again for fewer sessions each.
+    """
+    @_builtins.property
+    def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The sessions, 1 to 65536, each at most once, of the model of the first of them that is there."""
+
+    def __init__(
+        self,
+        *,
+        session_ids: _abc.Iterable[_builtins.str] | None = ...,
+        without_state: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_ids", b"session_ids", "without_state", b"without_state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatesRequest: _TypeAlias = GetStatesRequest  # noqa: Y015
+
+@_typing.final
+class GetStatesResponse(_message.Message):
+    """States of many sessions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    ALL_MEMBERS_FIELD_NUMBER: _builtins.int
+    BATCH_SIZES_FIELD_NUMBER: _builtins.int
+    REVISIONS_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name of their model. Empty if none was read."""
+    model_fingerprint: _builtins.str
+    """Fingerprint of their model."""
+    all_members: _builtins.bool
+    """All of them were read."""
+    @_builtins.property
+    def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
+        """Each (R, ...), in the model's order: the rows of the sessions that were read, one session after the other, in the
+        order of session_ids.
+        """
+
+    @_builtins.property
+    def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Indexes into session_ids of those that were read, ascending. Empty with all_members."""
+
+    @_builtins.property
+    def batch_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows of each session that was read: R is their sum."""
+
+    @_builtins.property
+    def revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As it was when its state was read, of each session that was read."""
+
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As it was when its state was read, of each session that was read."""
+
+    @_builtins.property
+    def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberError]:
+        """The others, and why they were not read."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        model_fingerprint: _builtins.str = ...,
+        state: _abc.Iterable[_tensors_pb2.Tensor] | None = ...,
+        members: _abc.Iterable[_builtins.int] | None = ...,
+        all_members: _builtins.bool = ...,
+        batch_sizes: _abc.Iterable[_builtins.int] | None = ...,
+        revisions: _abc.Iterable[_builtins.int] | None = ...,
+        positions: _abc.Iterable[_builtins.int] | None = ...,
+        errors: _abc.Iterable[Global___MemberError] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_members", b"all_members", "batch_sizes", b"batch_sizes", "errors", b"errors", "members", b"members", "model", b"model", "model_fingerprint", b"model_fingerprint", "positions", b"positions", "revisions", b"revisions", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatesResponse: _TypeAlias = GetStatesResponse  # noqa: Y015
+
+@_typing.final
+class ForkSessionsRequest(_message.Message):
+    """Opens sessions with the states of others. Each is copied after the changes received before for it; they are not
+    held up for one another, so that two of them may be copied at different moments.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_IDS_FIELD_NUMBER: _builtins.int
+    NEW_SESSION_IDS_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISIONS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    """Random and non-zero. A retry with the same request id is answered with the first answer as long as the server
+    remembers it. 0: none.
+    """
+    @_builtins.property
+    def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The sessions to copy, 1 to 65536, of one model and batch size. One that is named more than once is copied so often,
+        each time with the same state.
+        """
+
+    @_builtins.property
+    def new_session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of the new sessions, one each; must all be new. Empty: the server makes unguessable ones."""
+
+    @_builtins.property
+    def expected_revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Revision each session to copy must have. Empty: any."""
+
+    def __init__(
+        self,
+        *,
+        session_ids: _abc.Iterable[_builtins.str] | None = ...,
+        new_session_ids: _abc.Iterable[_builtins.str] | None = ...,
+        expected_revisions: _abc.Iterable[_builtins.int] | None = ...,
+        request_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_revisions", b"expected_revisions", "new_session_ids", b"new_session_ids", "request_id", b"request_id", "session_ids", b"session_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkSessionsRequest: _TypeAlias = ForkSessionsRequest  # noqa: Y015
+
+@_typing.final
+class ForkSessionsResponse(_message.Message):
+    """The new sessions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_IDS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    REVISIONS_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name of their model."""
+    model_fingerprint: _builtins.str
+    """Fingerprint of their model."""
+    batch_size: _builtins.int
+    """Rows of each."""
+    replayed: _builtins.bool
+    """The answer to a request that was sent again."""
+    @_builtins.property
+    def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """In the order of the request."""
+
+    @_builtins.property
+    def revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Those of the sessions they were copied from, or greater where another session had the id before."""
+
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Those of the sessions they were copied from."""
+
+    def __init__(
+        self,
+        *,
+        session_ids: _abc.Iterable[_builtins.str] | None = ...,
+        model: _builtins.str = ...,
+        model_fingerprint: _builtins.str = ...,
+        batch_size: _builtins.int = ...,
+        revisions: _abc.Iterable[_builtins.int] | None = ...,
+        positions: _abc.Iterable[_builtins.int] | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "model", b"model", "model_fingerprint", b"model_fingerprint", "positions", b"positions", "replayed", b"replayed", "revisions", b"revisions", "session_ids", b"session_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkSessionsResponse: _TypeAlias = ForkSessionsResponse  # noqa: Y015

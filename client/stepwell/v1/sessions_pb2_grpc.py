@@ -101,6 +101,16 @@ class SessionServiceStub(object):
                 request_serializer=stepwell_dot_v1_dot_sessions__pb2.ForkSessionRequest.SerializeToString,
                 response_deserializer=stepwell_dot_v1_dot_sessions__pb2.ForkSessionResponse.FromString,
                 _registered_method=True)
+        self.GetStates = channel.unary_unary(
+                '/stepwell.v1.SessionService/GetStates',
+                request_serializer=stepwell_dot_v1_dot_sessions__pb2.GetStatesRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_sessions__pb2.GetStatesResponse.FromString,
+                _registered_method=True)
+        self.ForkSessions = channel.unary_unary(
+                '/stepwell.v1.SessionService/ForkSessions',
+                request_serializer=stepwell_dot_v1_dot_sessions__pb2.ForkSessionsRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_sessions__pb2.ForkSessionsResponse.FromString,
+                _registered_method=True)
 
 
 class SessionServiceServicer(object):
@@ -209,6 +219,20 @@ class SessionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStates(self, request, context):
+        """Reads the states of many sessions of one model, of each after the changes received before for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForkSessions(self, request, context):
+        """Opens new sessions with the states, revisions and positions of others: all of them or none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -266,6 +290,16 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.ForkSession,
                     request_deserializer=stepwell_dot_v1_dot_sessions__pb2.ForkSessionRequest.FromString,
                     response_serializer=stepwell_dot_v1_dot_sessions__pb2.ForkSessionResponse.SerializeToString,
+            ),
+            'GetStates': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStates,
+                    request_deserializer=stepwell_dot_v1_dot_sessions__pb2.GetStatesRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_sessions__pb2.GetStatesResponse.SerializeToString,
+            ),
+            'ForkSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkSessions,
+                    request_deserializer=stepwell_dot_v1_dot_sessions__pb2.ForkSessionsRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_sessions__pb2.ForkSessionsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -577,6 +611,60 @@ class SessionService(object):
             '/stepwell.v1.SessionService/ForkSession',
             stepwell_dot_v1_dot_sessions__pb2.ForkSessionRequest.SerializeToString,
             stepwell_dot_v1_dot_sessions__pb2.ForkSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwell.v1.SessionService/GetStates',
+            stepwell_dot_v1_dot_sessions__pb2.GetStatesRequest.SerializeToString,
+            stepwell_dot_v1_dot_sessions__pb2.GetStatesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwell.v1.SessionService/ForkSessions',
+            stepwell_dot_v1_dot_sessions__pb2.ForkSessionsRequest.SerializeToString,
+            stepwell_dot_v1_dot_sessions__pb2.ForkSessionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -82,6 +82,10 @@ class SessionServiceStub:
     """Reads the state, after the changes received before."""
     ForkSession: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ForkSessionRequest, _sessions_pb2.ForkSessionResponse]
     """Opens a new session with the state, revision and position of another."""
+    GetStates: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.GetStatesRequest, _sessions_pb2.GetStatesResponse]
+    """Reads the states of many sessions of one model, of each after the changes received before for it."""
+    ForkSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ForkSessionsRequest, _sessions_pb2.ForkSessionsResponse]
+    """Opens new sessions with the states, revisions and positions of others: all of them or none."""
 
 @_typing.type_check_only
 class SessionServiceAsyncStub(SessionServiceStub):
@@ -137,6 +141,10 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """Reads the state, after the changes received before."""
     ForkSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ForkSessionRequest, _sessions_pb2.ForkSessionResponse]  # type: ignore[assignment]
     """Opens a new session with the state, revision and position of another."""
+    GetStates: _aio.UnaryUnaryMultiCallable[_sessions_pb2.GetStatesRequest, _sessions_pb2.GetStatesResponse]  # type: ignore[assignment]
+    """Reads the states of many sessions of one model, of each after the changes received before for it."""
+    ForkSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ForkSessionsRequest, _sessions_pb2.ForkSessionsResponse]  # type: ignore[assignment]
+    """Opens new sessions with the states, revisions and positions of others: all of them or none."""
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Sessions: one user's conversation with one model each. A session owns one state and a fixed batch
@@ -255,5 +263,21 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.ForkSessionResponse, _abc.Awaitable[_sessions_pb2.ForkSessionResponse]]:
         """Opens a new session with the state, revision and position of another."""
+
+    @_abc_1.abstractmethod
+    def GetStates(
+        self,
+        request: _sessions_pb2.GetStatesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sessions_pb2.GetStatesResponse, _abc.Awaitable[_sessions_pb2.GetStatesResponse]]:
+        """Reads the states of many sessions of one model, of each after the changes received before for it."""
+
+    @_abc_1.abstractmethod
+    def ForkSessions(
+        self,
+        request: _sessions_pb2.ForkSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sessions_pb2.ForkSessionsResponse, _abc.Awaitable[_sessions_pb2.ForkSessionsResponse]]:
+        """Opens new sessions with the states, revisions and positions of others: all of them or none."""
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

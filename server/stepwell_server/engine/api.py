@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from stepwell_server.engine.types import Array, Tensors
+from stepwell_server.core.slots import Rows
+from stepwell_server.engine.types import U64, Array, Members, Tensors
+from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 
 
@@ -62,6 +64,27 @@ class StateRead:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class StatesRead:
+    """Answer to reading the states of many sessions of one model; members are named by their index."""
+
+    model: str
+    """Empty if none was read."""
+    fingerprint: str
+    state: Mapping[str, Array]
+    """`(R, ...)` each, in the model's order: the rows of those that were read, one session after the other."""
+    members: Members
+    """Those that were read, ascending."""
+    sizes: Rows
+    """Rows of each that was read."""
+    revisions: U64
+    """Of each that was read, when it was read."""
+    positions: U64
+    """Of each that was read, when it was read."""
+    errors: Sequence[tuple[Members, ServerError]]
+    """The others, and why."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Predicted:
     """Answer to a run without a session."""
 
@@ -94,8 +117,8 @@ class Observer:
     def session_event(self, event: str, model: str, session_id: str) -> None:
         """`event`: opened, resumed, forked, closed, expired."""
 
-    def sessions_opened(self, model: str, count: int) -> None:
-        """Many at once by OpenSessions; also told one by one for a single one: never both."""
+    def sessions_opened(self, model: str, count: int, event: str = "opened") -> None:
+        """Many at once, opened or forked; also told one by one for a single one: never both."""
 
     def stage(self, model: str, stage: str, seconds: float, count: int) -> None:
         """`count` changes spent `seconds` each in `stage`: wait (for a pass), commit (by a store on disk), total."""

@@ -13,7 +13,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Slots
-from stepwell_server.engine.api import ModelInfo, Observer, Predicted, SessionInfo, StateRead
+from stepwell_server.engine.api import ModelInfo, Observer, Predicted, SessionInfo, StateRead, StatesRead
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.durability.committer import Committer
@@ -36,6 +36,7 @@ from stepwell_server.engine.intake.validation import (
     check_reset,
     require_finite,
     require_reply,
+    require_sessions,
 )
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.passes.batch import Lane
@@ -168,12 +169,14 @@ class Engine:
             expiry=self._expiry,
             clock=clock,
         )
+        self._reading = Reading(table, self._directory, self._turns, pager, clock=clock)
         opening = Opening(
             table,
             self._directory,
             self._turns,
             pager,
             creation,
+            self._reading,
             drain=self._drain_inboxes,
             require_open=self._require_open,
             clock=clock,
@@ -185,7 +188,8 @@ class Engine:
         """Open many sessions, all of them or none: see `Opening.open_many`."""
         self.fork = opening.fork
         """Open a session with the state, revision and position of another: see `Opening.fork`."""
-        self._reading = Reading(table, self._directory, self._turns, clock=clock)
+        self.fork_sessions = opening.fork_many
+        """Open sessions with the states of others, all of them or none: see `Opening.fork_many`."""
         self._closing = Closing(
             table,
             self._directory,
@@ -326,6 +330,31 @@ class Engine:
         seen = await self._directory.look([session_id], anew=True)
         self._drain_inboxes()
         return await self._reading.read(session_id, seen, deadline)
+
+    async def get_states(
+        self,
+        session_ids: Sequence[str],
+        *,
+        with_state: bool = True,
+        deadline: float = float("inf"),
+        reply_limit: int = sys.maxsize,
+    ) -> StatesRead:
+        """Read the states of many sessions of one model, of each after what was received before for it.
+
+        Each is read when its turn comes, for itself: those that are paged out stay so. Without `with_state` revisions
+        and positions alone are read.
+
+        Raises:
+            InvalidInput: the list breaks a rule, or names sessions of several models.
+            MessageTooLarge: the states have more than `reply_limit` bytes.
+            DeadlineExceeded: it has passed.
+        """
+        require_sessions(session_ids)
+        seen = await self._directory.look(session_ids, anew=True)
+        self._drain_inboxes()
+        return await self._reading.read_many(
+            session_ids, seen, deadline, limit=reply_limit, with_state=with_state
+        )
 
     async def predict(
         self,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.engine.api import Applied, Opened
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.pages import from_token, to_token
+from stepwell_server.rpc.status import to_proto
 from stepwell_server.rpc.steps import messages
 from stepwell_server.rpc.steps.sets import SetRoom
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
@@ -140,6 +143,48 @@ class SessionServicer:
             deadline=call.deadline,
         )
         return pb.ForkSessionResponse(session=convert.from_session(forked.session), replayed=forked.replayed)
+
+    async def get_states(self, request: pb.GetStatesRequest, call: Call) -> pb.GetStatesResponse:
+        """Read the states of many sessions."""
+        read = await self._engine.get_states(
+            list(request.session_ids),
+            with_state=not request.without_state,
+            deadline=call.deadline,
+            reply_limit=self._max_reply_bytes,
+        )
+        is_whole = len(read.members) == len(request.session_ids)
+        response = pb.GetStatesResponse(
+            model=read.model,
+            model_fingerprint=read.fingerprint,
+            all_members=is_whole,
+            members=() if is_whole else read.members.tolist(),
+            batch_sizes=read.sizes.tolist(),
+            revisions=read.revisions.tolist(),
+            positions=read.positions.tolist(),
+            errors=[pb.MemberError(members=some.tolist(), error=to_proto(why)) for some, why in read.errors],
+        )
+        convert.add_tensors(response.state, read.state)
+        return response
+
+    async def fork_sessions(self, request: pb.ForkSessionsRequest, call: Call) -> pb.ForkSessionsResponse:
+        """Open sessions with the states of others."""
+        count = len(request.session_ids)
+        forked = await self._engine.fork_sessions(
+            list(request.session_ids),
+            new_session_ids=list(request.new_session_ids),
+            expected=convert.to_numbers(request.expected_revisions, np.uint64, "expected_revisions", count),
+            request_id=request.request_id,
+            deadline=call.deadline,
+        )
+        return pb.ForkSessionsResponse(
+            session_ids=forked.session_ids,
+            model=forked.model,
+            model_fingerprint=forked.fingerprint,
+            batch_size=forked.batch_size,
+            revisions=forked.revisions.tolist(),
+            positions=forked.positions.tolist(),
+            replayed=forked.replayed,
+        )
 
     async def step_stream(self, call: Call) -> None:
         """Advance many sessions at once, frame by frame."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
@@ -20,7 +21,7 @@ from stepwell_server.engine.durability.fetching import Fetched, Fetcher
 from stepwell_server.engine.durability.group_commit import reason
 from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import Mask
+from stepwell_server.engine.types import Array, Mask
 from stepwell_server.errors import Overloaded, ServerError, SessionLost, SessionNotFound
 from stepwell_server.store.base import Store
 from stepwell_server.store.record import Decoded, decode_header, decode_many
@@ -124,11 +125,29 @@ class Pager:
             task.add_done_callback(self._tasks.discard)
             return PageIn(refused, absent)
         try:
-            records = self._local.get_many(self._ids(absent))
+            found = [Fetched(record, None) for record in self._local.get_many(self._ids(absent))]
         except Exception as error:  # whatever it is: their claims must end
             return PageIn(refused | dict.fromkeys(absent.tolist(), reason(error)), _NOBODY)
-        found = [Fetched(record, None) for record in records]
         return PageIn(refused | self._bring_back(model, absent, found), _NOBODY)
+
+    async def states_of(self, model: Model, handles: Handles) -> tuple[Sequence[Array], Refused]:
+        """States of claimed sessions that are paged out, and stay so.
+
+        Returns:
+            The rows one after the other, of those that are not refused.
+        """
+        ids = self._ids(handles)
+        try:
+            if self._local is None:
+                found = await self._fetcher.fetch(ids)
+            else:
+                found = [Fetched(record, None) for record in self._local.get_many(ids)]
+        except Exception as error:  # whatever it is: their claims must end
+            return (), dict.fromkeys(handles.tolist(), reason(error))
+        decoded, sound, refused = self._decode(model, handles, found)
+        packed = _packed(decoded, sound).reshape(-1, model.arena.row_bytes)
+        states = zip(model.arena.states, model.arena.unpacked(packed), strict=False)
+        return [values for _, values in states], refused
 
     def discard(self, model: Model, handles: Handles) -> None:
         """Take sessions out of the arena whose rows are not what the store holds."""
@@ -159,21 +178,11 @@ class Pager:
         self, model: Model, handles: Handles, found: Sequence[Fetched], rows: Rows | None = None
     ) -> Refused:
         """Fill the rows of those whose records are sound, and give `rows` back that are not needed."""
-        ids = self._ids(handles)
-        decoded = decode_many(ids, [each.record if each.record is not None else b"" for each in found])
-        refused: Refused = {
-            int(handles[place]): error
-            if found[place].record is not None
-            else self._gone(int(handles[place]), found[place])
-            for place, error in decoded.errors.items()
-        }
+        decoded, sound, refused = self._decode(model, handles, found)
         sizes = self._table.batch_size[handles]
-        sound = np.zeros(len(handles), np.bool_)
-        sound[decoded.sound] = True
         if rows is None:
             rows = self.take(model, int(sizes[sound].sum()))
         else:
-            self._refresh(model, handles, found, decoded, sound, refused)
             own = np.repeat(sound, sizes)
             model.slots.free_resident(rows[~own])
             rows = rows[own]
@@ -181,13 +190,31 @@ class Pager:
             self._fill(model, handles, rows, decoded, sound)
         return refused
 
+    def _decode(
+        self, model: Model, handles: Handles, found: Sequence[Fetched]
+    ) -> tuple[Decoded, Mask, Refused]:
+        """Read records, which of them are sound and these sessions', and why the others are not.
+
+        The table is told what those say that another server may have written.
+        """
+        decoded = decode_many(
+            self._ids(handles), [each.record if each.record is not None else b"" for each in found]
+        )
+        refused: Refused = {
+            int(handles[place]): error
+            if found[place].record is not None
+            else self._gone(int(handles[place]), found[place])
+            for place, error in decoded.errors.items()
+        }
+        sound = np.zeros(len(handles), np.bool_)
+        sound[decoded.sound] = True
+        if self._local is None:
+            self._refresh(model, handles, found, decoded, sound, refused)
+        return decoded, sound, refused
+
     def _fill(self, model: Model, handles: Handles, rows: Rows, decoded: Decoded, sound: Mask) -> None:
-        fits = sound[decoded.sound]
-        packed = np.frombuffer(decoded.rows, np.uint8)
-        if not fits.all():
-            packed = packed[np.repeat(fits, decoded.heads["rows_bytes"])]
         here = handles[sound]
-        model.arena.unpack(rows, packed.reshape(len(rows), -1))
+        model.arena.unpack(rows, _packed(decoded, sound).reshape(len(rows), -1))
         self._table.set_rows_of(here, rows)
         model.slots.owner[self._table.row[here]] = here
         for place, extra in decoded.extras.items():
@@ -275,3 +302,10 @@ class Pager:
 
     def _ids(self, handles: Handles) -> list[str]:
         return [self._table.session_id(handle) for handle in handles.tolist()]
+
+
+def _packed(decoded: Decoded, sound: Mask) -> npt.NDArray[np.uint8]:
+    """The packed rows of those records that are sound, one after the other."""
+    fits = sound[decoded.sound]
+    packed = np.frombuffer(decoded.rows, np.uint8)
+    return packed if fits.all() else packed[np.repeat(fits, decoded.heads["rows_bytes"])]

@@ -83,25 +83,40 @@ class Turns:
         if self._clock.monotonic() >= deadline:
             raise too_late()
         if self._table.claimed[handle]:
-            await self._turn_of(handle, deadline)
+            await self._await_turn(handle, deadline)
         else:
             self._claims.claim(np.array([handle]))
         if rows and self._table.row[handle] < 0:
             await self._have_rows(handle)
 
-    async def _turn_of(self, handle: int, deadline: float) -> None:
+    async def _await_turn(self, handle: int, deadline: float) -> None:
         """Wait in a claimed session's line until the claim is this one's."""
+        granted = self.turn_of(handle, deadline)
+        try:
+            await granted
+        except asyncio.CancelledError:
+            self.give_back(handle, granted)
+            raise
+
+    def turn_of(self, handle: int, deadline: float) -> asyncio.Future[None]:
+        """Take a place in a claimed session's line: the claim is the caller's when the future is done without an error.
+
+        Who does not want it any more says so by `give_back`.
+
+        Raises:
+            Overloaded: too much waits there.
+        """
         if self._claims.waiting(handle) >= MAX_LINE:
             raise self._line_full(handle)
         hold = Hold(asyncio.get_running_loop().create_future(), deadline)
         self._wait(self._models.by_handle(handle), handle, hold)
-        try:
-            await hold.granted
-        except asyncio.CancelledError:
-            granted = hold.granted
-            if granted.done() and not granted.cancelled() and granted.exception() is None:
-                self.release(np.array([handle]))  # the turn came in the same moment
-            raise
+        return hold.granted
+
+    def give_back(self, handle: int, granted: asyncio.Future[None]) -> None:
+        """Leave a session's line, or end the claim if the turn came in the same moment."""
+        granted.cancel()
+        if not granted.cancelled() and granted.exception() is None:
+            self.release(np.array([handle]))
 
     async def _have_rows(self, handle: int) -> None:
         """Bring a claimed session back to the arena; if it cannot come its claim ends."""

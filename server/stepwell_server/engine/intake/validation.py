@@ -150,10 +150,7 @@ def require_lists(change: Change) -> None:
         InvalidInput: it names too many sessions, one of them twice, or numbers for others.
     """
     ids = change.session_ids
-    if not 1 <= len(ids) <= MAX_MEMBERS:
-        raise InvalidInput(f"session_ids must be 1 to {MAX_MEMBERS}; got {len(ids)}")
-    if len(ids) > 1 and not change.may_repeat and len(set(ids)) != len(ids):
-        raise InvalidInput(f"session_ids must name each session once; {_repeated(ids)!r} came twice")
+    require_sessions(ids, may_repeat=change.may_repeat)
     if change.expected is not None:
         _require_length("expected_revisions", change.expected, len(ids))
     if change.request_ids is not None:
@@ -161,6 +158,18 @@ def require_lists(change: Change) -> None:
     if change.batch_sizes is not None:
         _require_length("batch_sizes", change.batch_sizes, len(ids))
         _require_sizes(change.batch_sizes)
+
+
+def require_sessions(session_ids: Sequence[str], *, may_repeat: bool = False) -> None:
+    """Refuse a list that names no sessions or too many, or one of them twice.
+
+    Raises:
+        InvalidInput: it does.
+    """
+    if not 1 <= len(session_ids) <= MAX_MEMBERS:
+        raise InvalidInput(f"session_ids must be 1 to {MAX_MEMBERS}; got {len(session_ids)}")
+    if len(session_ids) > 1 and not may_repeat and len(set(session_ids)) != len(session_ids):
+        raise InvalidInput(f"session_ids must name each session once; {_repeated(session_ids)!r} came twice")
 
 
 class Validation:

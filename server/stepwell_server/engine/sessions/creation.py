@@ -20,7 +20,7 @@ from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.ids import PIECE, in_pieces
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import U64
+from stepwell_server.engine.types import U64, Array
 from stepwell_server.errors import ServerError
 from stepwell_server.store.base import Batch, Committed
 from stepwell_server.store.record import RecordTemplate, Stored
@@ -36,15 +36,17 @@ class Fresh:
     batch_size: int
     """Of each."""
     rows: Rows
-    """The arena's rows, with their states, of the first sessions, one after the other. The others begin with the
-    initial state, paged out."""
+    """The arena's rows, with their states, of the first sessions, one after the other. The others begin paged out."""
     revisions: U64
     """`(n,)`. Not 0 where another session had the id: see `Directory.first_revisions`."""
     opened_with: int
     """Request id of the call, 0 for none."""
     created: float
     """Seconds since the epoch."""
-    position: int = 0
+    positions: U64
+    """`(n,)`."""
+    states: Sequence[Array] | None = None
+    """Of all of them, their rows one after the other; None: those that begin paged out have the initial state."""
 
     @property
     def ready(self) -> int:
@@ -53,8 +55,15 @@ class Fresh:
 
     def part(self, part: slice) -> Fresh:
         """Some of them."""
-        rows = self.rows[part.start * self.batch_size : part.stop * self.batch_size]
-        return dataclasses.replace(self, ids=self.ids[part], rows=rows, revisions=self.revisions[part])
+        own = slice(part.start * self.batch_size, part.stop * self.batch_size)
+        return dataclasses.replace(
+            self,
+            ids=self.ids[part],
+            rows=self.rows[own],
+            revisions=self.revisions[part],
+            positions=self.positions[part],
+            states=None if self.states is None else [array[own] for array in self.states],
+        )
 
 
 class Taken(Exception):
@@ -187,7 +196,7 @@ class Creation:
                 model=model.index,
                 batch_size=fresh.batch_size,
                 revision=fresh.revisions[part],
-                position=fresh.position,
+                position=fresh.positions[part],
                 opened_with=fresh.opened_with,
                 used=self._clock.monotonic(),
                 created=fresh.created,
@@ -211,10 +220,15 @@ def _records(fresh: Fresh) -> Sequence[tuple[str, Stored]]:
         batch_size=fresh.batch_size,
     )
     model.arena.pack_into(fresh.rows, template.rows[:ready])
-    template.rows[ready:] = np.tile(model.arena.pack_initial(), (1, fresh.batch_size))
+    if fresh.states is None:
+        template.rows[ready:] = np.tile(model.arena.pack_initial(), (1, fresh.batch_size))
+    elif ready < len(fresh.ids):
+        count, start = (len(fresh.ids) - ready) * fresh.batch_size, ready * fresh.batch_size
+        packed = model.arena.pack_states([array[start:] for array in fresh.states], count)
+        template.rows[ready:] = packed.reshape(len(fresh.ids) - ready, -1)
     return template.fill(
         revisions=fresh.revisions,
-        positions=fresh.position,
+        positions=fresh.positions,
         request_ids=0,
         last_used=fresh.created,
         replies=0,

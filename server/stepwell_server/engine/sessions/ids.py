@@ -40,9 +40,12 @@ class IdMaker:
             token = hmac.digest(self._secret, said, "sha256")[:_TOKEN_BYTES]
         return f"s-{self._incarnation}-{base64.urlsafe_b64encode(token).decode().rstrip('=')}"
 
-    def make_many(self, request_id: int, count: int) -> list[str]:
-        """Ids for what one call makes, at most 65,536: neighbours in the store, which writes them together."""
-        first = self.make(request_id)
+    def make_many(self, request_id: int, count: int, sources: Sequence[str] = ()) -> list[str]:
+        """Ids for what one call makes, at most 65,536: neighbours in the store, which writes them together.
+
+        `sources` are the sessions that they are made from, if there are any.
+        """
+        first = self.make(request_id, "\n".join(sources))
         return [f"{first}-{number:04x}" for number in range(count)]
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -9,29 +10,58 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Opened
 from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
-from stepwell_server.engine.intake.validation import check_finite_state
+from stepwell_server.engine.intake.validation import check_finite_state, require_sessions
 from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, in_pieces, require_session_id
 from stepwell_server.engine.sessions.loading import Seen
+from stepwell_server.engine.sessions.reading import ROWS_AT_ONCE, Reading
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import U64, Tensors
+from stepwell_server.engine.types import U64, Array, Members, Tensors
 from stepwell_server.errors import InvalidInput, ModelMismatch, ModelNotFound, RevisionConflict, SessionExists
+
+#: Bytes of states that one call may copy: they are held while the copies are made.
+MAX_FORK_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OpenedMany:
-    """Answer to opening many sessions."""
+    """Answer to opening or forking many sessions."""
 
     session_ids: Sequence[str]
+    model: str
     fingerprint: str
+    batch_size: int
     revisions: U64
     """`(n,)`."""
+    positions: U64
+    """`(n,)`."""
     replayed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Many sessions that are to begin."""
+
+    model: Model
+    ids: Sequence[str]
+    batch_size: int
+    request_id: int
+    are_chosen: bool
+    """By the caller; else the ids were made here."""
+    field: str
+    """Of the request, that has the ids or would have them."""
+    revisions: U64 | None = None
+    """`(n,)`, those of the sessions they are copies of."""
+    positions: U64 | None = None
+    """`(n,)`."""
+    states: Sequence[Array] | None = None
+    """Their rows one after the other; None: the model's initial state."""
 
 
 class Opening:
@@ -48,6 +78,7 @@ class Opening:
         turns: Turns,
         pager: Pager,
         creation: Creation,
+        reading: Reading,
         *,
         drain: Callable[[], None],
         require_open: Callable[[], None],
@@ -59,6 +90,7 @@ class Opening:
         self._turns = turns
         self._pager = pager
         self._creation = creation
+        self._reading = reading
         self._drain = drain
         self._require_open = require_open
         self._clock = clock
@@ -103,7 +135,10 @@ class Opening:
             else:
                 served.arena.write(rows, values)
             revisions = self._directory.first_revisions([name], seen)
-            fresh = Fresh(served, [name], batch_size, rows, revisions, request_id, self._clock.now())
+            positions = np.zeros(1, np.uint64)
+            fresh = Fresh(
+                served, [name], batch_size, rows, revisions, request_id, self._clock.now(), positions
+            )
             try:
                 info = await self._creation.create(fresh)
             except Taken:
@@ -125,38 +160,150 @@ class Opening:
         self._require_open()
         served = self._directory.models.by_name(model)
         _require_batch_size(served, batch_size)
-        ids = await self._ids_to_open(count, session_ids, request_id)
+        if session_ids and count and count != len(session_ids):
+            raise InvalidInput(
+                f"count must be 0 or the number of session_ids, {len(session_ids)}; got {count}"
+            )
+        wanted = len(session_ids) or count
+        if not 1 <= wanted <= MAX_SESSIONS_PER_CALL:
+            raise InvalidInput(f"count must be 1 to {MAX_SESSIONS_PER_CALL}; got {wanted}")
+        ids = await self._ids_to_make("session_ids", session_ids, wanted, request_id)
+        return await self._make_many(
+            _Wanted(served, ids, batch_size, request_id, bool(session_ids), "session_ids")
+        )
+
+    async def fork_many(
+        self,
+        session_ids: Sequence[str],
+        *,
+        new_session_ids: Sequence[str] = (),
+        expected: U64 | None = None,
+        request_id: int = 0,
+        deadline: float = float("inf"),
+    ) -> OpenedMany:
+        """Open sessions with the states, revisions and positions of others: all of them or none.
+
+        Each is read after what was received before for it.
+
+        Args:
+            session_ids: One may come more than once.
+            new_session_ids: One each, or none: they are made here.
+            expected: `(n,)`; None: any revisions.
+            request_id: 0 for none.
+            deadline: Of the reading.
+
+        Raises:
+            SessionGone, SessionExists, RevisionConflict, InvalidInput, Overloaded, DeadlineExceeded, Unavailable
+        """
+        self._require_open()
+        require_sessions(session_ids, may_repeat=True)
+        count = len(session_ids)
+        if new_session_ids and len(new_session_ids) != count:
+            raise InvalidInput(
+                f"new_session_ids must be empty or one for each of session_ids ({count});"
+                f" got {len(new_session_ids)}"
+            )
+        field = "new_session_ids"
+        ids = await self._ids_to_make(field, new_session_ids, count, request_id, session_ids)
+        seen = await self._seen(ids)
+        known = self._made_before(ids, seen, request_id)
+        if known is not None:  # also if those it was made of are gone by now
+            return known
+        async for part in in_pieces(new_session_ids):
+            self._directory.require_new(field, new_session_ids[part], seen)
+        sources = list(dict.fromkeys(session_ids))
+        seen = await self._directory.look(sources, anew=True)
+        self._drain()
+        read = await self._reading.read_many(sources, seen, deadline, limit=MAX_FORK_BYTES)
+        for _, error in read.errors:
+            raise error
+        batch_size = int(read.sizes[0])
+        if (read.sizes != batch_size).any():
+            raise InvalidInput(
+                "session_ids must be sessions of one batch_size;"
+                f" got {batch_size} and {int(read.sizes[read.sizes != batch_size][0])}"
+            )
+        places = {session_id: place for place, session_id in enumerate(sources)}
+        chosen = np.fromiter((places[session_id] for session_id in session_ids), np.intp, count)
+        if expected is not None:
+            _require_revisions(session_ids, expected, read.revisions[chosen])
+        states: Sequence[Array] = list(read.state.values())
+        if len(sources) < count:
+            states = [_repeated(array, chosen, batch_size) for array in states]
+        return await self._make_many(
+            _Wanted(
+                self._directory.models.by_name(read.model),
+                ids,
+                batch_size,
+                request_id,
+                bool(new_session_ids),
+                field,
+                read.revisions[chosen],
+                read.positions[chosen],
+                states,
+            )
+        )
+
+    async def _make_many(self, wanted: _Wanted) -> OpenedMany:
+        served, ids, batch_size = wanted.model, wanted.ids, wanted.batch_size
         for _ in range(MOST_TRIES):
             seen = await self._seen(ids)
-            if self._all_opened_with(ids, seen, request_id):
-                revisions = self._table.revision[self._directory.find_all(ids, seen)]
-                return OpenedMany(ids, served.program.fingerprint, revisions, replayed=True)
-            if not session_ids:
+            known = self._made_before(ids, seen, wanted.request_id)
+            if known is not None:
+                return known
+            if not wanted.are_chosen:
                 self._require_not_gone(ids[0], seen)
             async for part in in_pieces(ids):
-                self._directory.require_new("session_ids", ids[part], seen)
-                for session_id in session_ids[part]:
+                self._directory.require_new(wanted.field, ids[part], seen)
+                for session_id in ids[part] if wanted.are_chosen else ():
                     self._require_own(session_id, seen)
             if not self._creation.reserve(ids):
                 continue  # somebody made one of them meanwhile
-            # of ids that are made here none was another session's
-            revisions = np.zeros(len(ids), np.uint64)
-            if session_ids:
-                revisions = await self._first_revisions(ids, seen)
-            # as many as there is room for are ready at once; the others come when they are stepped
-            fitting = (served.slots.resident_limit - served.slots.resident) // batch_size
-            rows = served.slots.take_resident(min(fitting, len(ids)) * batch_size)
-            assert rows is not None, "there is room for as many"
-            served.arena.clear_outputs(rows)
-            served.arena.reset(rows)
-            fresh = Fresh(served, ids, batch_size, rows, revisions, request_id, self._clock.now())
+            revisions, rows = await self._begun(wanted, seen)
+            created = self._clock.now()
+            positions = np.zeros(len(ids), np.uint64) if wanted.positions is None else wanted.positions
+            fresh = Fresh(
+                served, ids, batch_size, rows, revisions, wanted.request_id, created, positions, wanted.states
+            )
             try:
                 await self._creation.create(fresh)
             except Taken:
                 continue
-            self._observer.sessions_opened(served.name, len(ids))
-            return OpenedMany(ids, served.program.fingerprint, revisions)
+            self._observer.sessions_opened(
+                served.name, len(ids), "opened" if wanted.states is None else "forked"
+            )
+            return OpenedMany(ids, served.name, served.program.fingerprint, batch_size, revisions, positions)
         raise changed_elsewhere(ids[0])
+
+    async def _begun(self, wanted: _Wanted, seen: Seen) -> tuple[U64, Rows]:
+        """Revisions and rows of sessions that are reserved; if these cannot be had the sessions are given up.
+
+        As many as there is room for have rows at once; the others come when they are stepped.
+        """
+        served, ids, batch_size = wanted.model, wanted.ids, wanted.batch_size
+        rows: Rows | None = None
+        try:
+            # of ids that are made here none was another session's
+            revisions = np.zeros(len(ids), np.uint64)
+            if wanted.are_chosen:
+                async for part in in_pieces(ids):
+                    revisions[part] = self._directory.first_revisions(ids[part], seen)
+            if wanted.revisions is not None:
+                revisions = np.maximum(revisions, wanted.revisions)
+            fitting = (served.slots.resident_limit - served.slots.resident) // batch_size
+            rows = served.slots.take_resident(min(fitting, len(ids)) * batch_size)
+            assert rows is not None, "there is room for as many"
+            served.arena.clear_outputs(rows)
+            if wanted.states is None:
+                served.arena.reset(rows)
+            else:
+                await _write_in_pieces(served, rows, wanted.states)
+        except BaseException:
+            if rows is not None:
+                served.slots.free_resident(rows)
+            self._creation.give_up(ids)
+            raise
+        return revisions, rows
 
     async def fork(
         self,
@@ -200,17 +347,6 @@ class Opening:
             raise changed_elsewhere(name)
         finally:
             self._turns.release(np.array([source]))
-
-    async def _first_revisions(self, ids: Sequence[str], seen: Seen) -> U64:
-        """Those of sessions that are reserved; if they cannot be had the sessions are given up."""
-        revisions = np.zeros(len(ids), np.uint64)
-        try:
-            async for part in in_pieces(ids):
-                revisions[part] = self._directory.first_revisions(ids[part], seen)
-        except BaseException:
-            self._creation.give_up(ids)
-            raise
-        return revisions
 
     async def _seen(self, ids: Sequence[str]) -> Seen:
         """What the store has of ids, at a moment when nobody makes sessions of them."""
@@ -259,34 +395,47 @@ class Opening:
         model.arena.copy(table.rows(source), rows)
         table.used[source] = self._clock.monotonic()
         revisions = np.maximum(self._directory.first_revisions([name], seen), np.uint64(revision))
-        position, created = int(table.position[source]), self._clock.now()
-        fresh = Fresh(model, [name], batch_size, rows, revisions, request_id, created, position)
+        positions = table.position[source : source + 1].copy()
+        fresh = Fresh(model, [name], batch_size, rows, revisions, request_id, self._clock.now(), positions)
         info = await self._creation.create(fresh)
         self._observer.session_event("forked", model.name, name)
         return Opened(info)
 
-    async def _ids_to_open(self, count: int, session_ids: Sequence[str], request_id: int) -> list[str]:
-        if session_ids and count and count != len(session_ids):
-            raise InvalidInput(
-                f"count must be 0 or the number of session_ids, {len(session_ids)}; got {count}"
-            )
-        wanted = len(session_ids) or count
-        if not 1 <= wanted <= MAX_SESSIONS_PER_CALL:
-            raise InvalidInput(f"count must be 1 to {MAX_SESSIONS_PER_CALL}; got {wanted}")
-        if not session_ids:
-            return self._directory.ids.make_many(request_id, count)
-        async for part in in_pieces(session_ids):
-            for session_id in session_ids[part]:
-                require_session_id("session_ids", session_id)
-        if len(set(session_ids)) != len(session_ids):
-            raise InvalidInput("session_ids must be different from each other; got one of them twice")
-        return list(session_ids)
+    async def _ids_to_make(
+        self,
+        field: str,
+        chosen: Sequence[str],
+        count: int,
+        request_id: int,
+        sources: Sequence[str] = (),
+    ) -> list[str]:
+        """The chosen ids, or new ones; `field` is the one of the request that has them."""
+        if not chosen:
+            return self._directory.ids.make_many(request_id, count, sources)
+        async for part in in_pieces(chosen):
+            for session_id in chosen[part]:
+                require_session_id(field, session_id)
+        if len(set(chosen)) != len(chosen):
+            raise InvalidInput(f"{field} must be different from each other; got one of them twice")
+        return list(chosen)
 
-    def _all_opened_with(self, ids: Sequence[str], seen: Seen, request_id: int) -> bool:
+    def _made_before(self, ids: Sequence[str], seen: Seen, request_id: int) -> OpenedMany | None:
+        """What this very request has made; None if it has not."""
         if not request_id or self._directory.live(ids[0], seen) is None:
-            return False
-        handles = self._directory.find_all(ids, seen)
-        return bool((handles >= 0).all() and (self._table.opened_with[handles] == request_id).all())
+            return None
+        table, handles = self._table, self._directory.find_all(ids, seen)
+        if not ((handles >= 0).all() and (table.opened_with[handles] == request_id).all()):
+            return None
+        model = self._directory.models.by_handle(int(handles[0]))
+        return OpenedMany(
+            ids,
+            model.name,
+            model.program.fingerprint,
+            int(table.batch_size[handles[0]]),
+            table.revision[handles],
+            table.position[handles],
+            replayed=True,
+        )
 
     def _require_not_gone(self, name: str, seen: Seen) -> None:
         """Refuse a call that made a session and comes again when that is gone: it must not begin anew."""
@@ -322,6 +471,26 @@ def _require_batch_size(model: Model, batch_size: int) -> None:
         raise InvalidInput(
             f"batch_size must be 1 to resident_rows, {model.slots.resident_limit}; got {batch_size}"
         )
+
+
+def _require_revisions(session_ids: Sequence[str], expected: U64, actual: U64) -> None:
+    for place in np.flatnonzero(expected != actual).tolist():
+        raise RevisionConflict(session_ids[place], int(expected[place]), int(actual[place]))
+
+
+def _repeated(array: Array, chosen: Members, batch_size: int) -> Array:
+    """The rows of the chosen ones of sessions whose rows lie one after the other."""
+    by_session = array.reshape(-1, batch_size, *array.shape[1:])
+    return by_session[chosen].reshape(-1, *array.shape[1:])
+
+
+async def _write_in_pieces(model: Model, rows: Rows, states: Sequence[Array]) -> None:
+    """Set the states of rows; others get a turn of the event loop between the pieces."""
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        if start:
+            await asyncio.sleep(0)
+        part = slice(start, min(start + ROWS_AT_ONCE, len(rows)))
+        model.arena.write(rows[part], [array[part] for array in states])
 
 
 def _exists(name: str, session_id: str) -> SessionExists:

@@ -1,33 +1,45 @@
-"""A session's state is read when its turn comes."""
+"""Sessions' states are read, each when its turn comes."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import functools
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import StateRead
+from stepwell_server.engine.api import StateRead, StatesRead
+from stepwell_server.engine.change import MOST_ERRORS, for_all, too_late
+from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import Array
+from stepwell_server.engine.types import Array, Members
+from stepwell_server.errors import InvalidInput, MessageTooLarge, Overloaded, ServerError
 
 #: Rows that are copied before others get a turn of the event loop.
 ROWS_AT_ONCE = 4096
+#: Bytes that a session takes in an answer beside its state.
+_MEMBER_BYTES = 32
+#: Bytes that an answer takes beside sessions and states, with names and shapes of an ordinary model.
+_ANSWER_BYTES = 1024
 
 
 class Reading:
     """Reads states. Lives on the event loop."""
 
-    def __init__(self, table: SessionTable, directory: Directory, turns: Turns, *, clock: Clock) -> None:
+    def __init__(
+        self, table: SessionTable, directory: Directory, turns: Turns, pager: Pager, *, clock: Clock
+    ) -> None:
         self._table = table
         self._directory = directory
         self._turns = turns
+        self._pager = pager
         self._clock = clock
 
     async def read(self, session_id: str, seen: Seen, deadline: float) -> StateRead:
@@ -55,3 +67,240 @@ class Reading:
                 array[part] = piece
             await asyncio.sleep(0)
         return arrays
+
+    async def read_many(
+        self,
+        session_ids: Sequence[str],
+        seen: Seen,
+        deadline: float,
+        *,
+        limit: float = float("inf"),
+        with_state: bool = True,
+    ) -> StatesRead:
+        """Read the states of many sessions, each when its turn comes. See `Engine.get_states`."""
+        handles = self._directory.find_all(session_ids, seen)
+        there = np.flatnonzero(handles >= 0)
+        errors: list[tuple[Members, ServerError]] = []
+        missing = np.flatnonzero(handles < 0)
+        if len(missing):
+            errors += self._directory.why_not_all(session_ids, missing, seen)
+        if not len(there):
+            return _nothing_of(errors)
+        reader = _Reader(
+            self._table, self._turns, self._pager, self._model_of(handles[there]), handles[there], with_state
+        )
+        reader.require_within(limit)
+        if self._clock.monotonic() >= deadline:
+            raise too_late()
+        await reader.run(deadline)
+        self._table.used[handles[there[reader.was_read]]] = self._clock.monotonic()
+        errors += [(there[places], error) for places, error in reader.errors()]
+        return reader.answer(there, errors)
+
+    def _model_of(self, handles: Handles) -> Model:
+        models = self._table.model[handles]
+        if np.count_nonzero(models != models[0]):
+            raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
+        return self._directory.models.by_handle(int(handles[0]))
+
+
+class _Reader:
+    """One call's reading of sessions, by their place among its `handles`.
+
+    It never holds a session while it waits for the turn of another, so that two calls cannot wait for each other.
+    """
+
+    def __init__(
+        self,
+        table: SessionTable,
+        turns: Turns,
+        pager: Pager,
+        model: Model,
+        handles: Handles,
+        with_state: bool,
+    ) -> None:
+        self._table = table
+        self._turns = turns
+        self._pager = pager
+        self._model = model
+        self._handles = handles
+        self._sizes = table.batch_size[handles].astype(np.intp)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._with_state = with_state
+        self._arrays: Sequence[Array] = ()
+        self._revisions = np.zeros(len(handles), np.uint64)
+        self._positions = np.zeros(len(handles), np.uint64)
+        self.was_read = np.zeros(len(handles), np.bool_)
+        """`(n,)`."""
+        self._failed: dict[int, ServerError] = {}
+        self._lines: dict[int, asyncio.Future[None]] = {}
+        """Of the sessions that are waited for."""
+        self._came: deque[int] = deque()
+        self._has_come = asyncio.Event()
+
+    def require_within(self, limit: float) -> None:
+        """Refuse more than fits into an answer.
+
+        Raises:
+            MessageTooLarge: it does not fit.
+        """
+        if not self._with_state:
+            return
+        rows, row_bytes = int(self._sizes.sum()), self._model.program.state_row_bytes
+        size = rows * row_bytes + len(self._handles) * _MEMBER_BYTES + _ANSWER_BYTES
+        if size > limit:
+            raise MessageTooLarge(
+                f"session_ids must be sessions whose states have at most {limit} bytes together; got"
+                f" {len(self._handles)} sessions with {rows} rows of {row_bytes} bytes, {size} bytes:"
+                " name fewer at once"
+            )
+
+    async def run(self, deadline: float) -> None:
+        """Read all of them that can be read."""
+        table, turns, handles = self._table, self._turns, self._handles
+        if self._with_state:
+            rows = int(self._sizes.sum())
+            self._arrays = [np.empty((rows, *s.shape[1:]), s.dtype) for s in self._model.arena.states]
+        is_free = ~table.claimed[handles]
+        for place in np.flatnonzero(~is_free).tolist():
+            try:
+                line = turns.turn_of(int(handles[place]), deadline)
+            except Overloaded as error:
+                self._failed[place] = error
+                continue
+            self._lines[place] = line
+            line.add_done_callback(functools.partial(self._note, place))
+        free = np.flatnonzero(is_free)
+        turns.claim(handles[free])
+        try:
+            await self._read_in_pieces(free)
+            while self._lines:
+                await self._has_come.wait()
+                self._has_come.clear()
+                await self._read_in_pieces(np.array(self._take_turns(), np.intp))
+        finally:
+            for place, line in self._lines.items():
+                turns.give_back(int(handles[place]), line)
+
+    def _note(self, place: int, _line: asyncio.Future[None]) -> None:
+        self._came.append(place)
+        self._has_come.set()
+
+    def _take_turns(self) -> list[int]:
+        """The places of those whose turn has come."""
+        granted = []
+        while self._came:
+            place = self._came.popleft()
+            error = self._lines.pop(place).exception()
+            if error is None:
+                granted.append(place)
+            else:
+                assert isinstance(error, ServerError)
+                self._failed[place] = error
+        return sorted(granted)
+
+    async def _read_in_pieces(self, places: Members) -> None:
+        """Read sessions that are claimed for it, and end their claims; others get a turn between the pieces."""
+        left = places
+        try:
+            for part in self._pieces(places):
+                if part[0] != places[0]:
+                    await asyncio.sleep(0)
+                await self._read(part)
+                left = left[len(part) :]
+        finally:
+            if len(left):
+                self._turns.release(self._handles[left])
+
+    def _pieces(self, places: Members) -> Iterator[Members]:
+        ends = np.cumsum(self._sizes[places])
+        start = 0
+        while start < len(places):
+            before = ends[start - 1] if start else 0
+            end = max(start + 1, int(np.searchsorted(ends, before + ROWS_AT_ONCE, side="right")))
+            yield places[start:end]
+            start = end
+
+    async def _read(self, places: Members) -> None:
+        handles = self._handles[places]
+        refused: dict[int, ServerError] = {}
+        if self._with_state:
+            is_here = self._table.row[handles] >= 0
+            self._put(places[is_here], self._model.arena.read(self._table.rows_of(handles[is_here])))
+            away = places[~is_here]
+            if len(away):
+                states, refused = await self._pager.states_of(self._model, handles[~is_here])
+                if refused:
+                    away = away[[handle not in refused for handle in self._handles[away].tolist()]]
+                self._put(away, states)
+        if not refused:
+            self._done(places)
+            return
+        is_sound = np.array([handle not in refused for handle in handles.tolist()], np.bool_)
+        self._done(places[is_sound])
+        for place in places[~is_sound].tolist():
+            handle = int(self._handles[place])
+            self._failed[place] = refused[handle]
+            self._turns.end(handle, refused[handle])
+
+    def _put(self, places: Members, states: Sequence[Array]) -> None:
+        if not len(places):
+            return
+        where = self._rows_of(places)
+        for array, values in zip(self._arrays, states, strict=True):
+            array[where] = values
+
+    def _rows_of(self, places: Members) -> Rows | slice:
+        """Where the rows of sessions are in the answer."""
+        if places[-1] - places[0] == len(places) - 1:
+            return slice(
+                int(self._starts[places[0]]), int(self._starts[places[-1]] + self._sizes[places[-1]])
+            )
+        sizes = self._sizes[places]
+        rows: Rows = np.repeat(self._starts[places] - (np.cumsum(sizes) - sizes), sizes) + np.arange(
+            sizes.sum()
+        )
+        return rows
+
+    def _done(self, places: Members) -> None:
+        handles = self._handles[places]
+        self._revisions[places] = self._table.revision[handles]
+        self._positions[places] = self._table.position[handles]
+        self.was_read[places] = True
+        self._turns.release(handles)
+
+    def errors(self) -> Iterator[tuple[Members, ServerError]]:
+        """Why those that failed did, for each kind of error: many alike share the first one's."""
+        kinds: dict[type[ServerError], list[int]] = {}
+        for place, error in sorted(self._failed.items()):
+            kinds.setdefault(type(error), []).append(place)
+        for places in kinds.values():
+            if len(places) <= MOST_ERRORS:
+                for place in places:
+                    yield np.array([place]), self._failed[place]
+            else:
+                yield np.array(places), for_all(self._failed[places[0]], len(places))
+
+    def answer(self, there: Members, errors: Sequence[tuple[Members, ServerError]]) -> StatesRead:
+        """What was read; `there` are the members that the places stand for."""
+        arrays, read = self._arrays, self.was_read
+        if not read.all():
+            rows = np.repeat(read, self._sizes)
+            arrays = [array[rows] for array in arrays]
+        program = self._model.program
+        return StatesRead(
+            self._model.name,
+            program.fingerprint,
+            {spec.name: array for spec, array in zip(program.state, arrays, strict=False)},
+            there[read],
+            self._sizes[read],
+            self._revisions[read],
+            self._positions[read],
+            errors,
+        )
+
+
+def _nothing_of(errors: Sequence[tuple[Members, ServerError]]) -> StatesRead:
+    none = np.zeros(0, np.intp)
+    counts = np.zeros(0, np.uint64)
+    return StatesRead("", "", {}, none, none, counts, counts, errors)

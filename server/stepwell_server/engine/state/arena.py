@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -115,21 +115,30 @@ class Arena:
         """As `pack`, for one row."""
         return b"".join([array[row].tobytes() for array in self._arrays])
 
+    def pack_states(self, states: Sequence[Array], count: int) -> npt.NDArray[np.uint8]:
+        """What `pack` returns for `count` rows of these states that nobody has stepped since."""
+        outputs = [np.zeros((count, *array.shape[1:]), array.dtype) for array in self.outputs]
+        return np.concatenate([_as_bytes(array) for array in (*states, *outputs)], axis=1)
+
     def pack_initial(self) -> npt.NDArray[np.uint8]:
         """What `pack` returns for a row that nobody has stepped, `(1, bytes per row)`."""
         states = [
             value.astype(state.dtype)[None] for state, value in zip(self.states, self._initial, strict=True)
         ]
-        outputs = [np.zeros((1, *array.shape[1:]), array.dtype) for array in self.outputs]
-        return np.concatenate([_as_bytes(array) for array in (*states, *outputs)], axis=1)
+        return self.pack_states(states, 1)
 
     def unpack(self, rows: Rows, packed: npt.NDArray[np.uint8]) -> None:
         """Set states and outputs of `rows` to what `pack` returned."""
+        for array, values in zip(self._arrays, self.unpacked(packed), strict=True):
+            array[rows] = values
+
+    def unpacked(self, packed: npt.NDArray[np.uint8]) -> Iterator[Array]:
+        """The states, then the outputs, of what `pack` returned, `(n, ...)` each."""
         start = 0
         for array in self._arrays:
             size = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
             part = np.ascontiguousarray(packed[:, start : start + size])
-            array[rows] = part.view(array.dtype).reshape(len(rows), *array.shape[1:])
+            yield part.view(array.dtype).reshape(len(packed), *array.shape[1:])
             start += size
 
     @property

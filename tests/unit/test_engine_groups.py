@@ -1,0 +1,234 @@
+"""Many sessions are read and forked at once: GetStates and ForkSessions."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine.sessions import reading
+from stepwell_server.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    MessageTooLarge,
+    RevisionConflict,
+    ServerError,
+    SessionExists,
+    SessionNotFound,
+)
+from support.awaited import RemoteStore
+from support.engine import Harness, kinds, running, x
+from support.fake_executor import RICH
+from support.lives import blocked
+
+pytestmark = pytest.mark.stores("memory", "awaited", "sync")
+
+
+async def begun(call: Any) -> asyncio.Task[Any]:
+    """A task whose call has taken its place in line."""
+    task = asyncio.create_task(call)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    return task
+
+
+async def stepped(at: Harness, *session_ids: str, batch_size: int = 1) -> dict[str, bytes]:
+    """Open sessions, step each differently, and return their states."""
+    await at.open(*session_ids, batch_size=batch_size)
+    states = {}
+    for seed, session_id in enumerate(session_ids):
+        await at.step(session_id, x(batch_size, 1 + seed, seed=seed))
+        states[session_id] = (await at.state(session_id))["sum"].tobytes()
+    return states
+
+
+async def test_states_come_in_the_order_asked_for_wherever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several sessions, resident and paged out, in pieces; those that are paged out stay so."""
+    monkeypatch.setattr(reading, "ROWS_AT_ONCE", 3)
+    async with running(resident_rows=6) as at:
+        states = await stepped(at, *"abcdefg", batch_size=2)
+        resident = {i: at.inside.has_row(i) for i in "abcdefg" if at.inside.table.find(i) is not None}
+        assert 1 <= sum(resident.values()) <= 3
+        read = await at.engine.get_states(list("gcaebdf"))
+        assert read.state["sum"].tobytes() == b"".join(states[i] for i in "gcaebdf")
+        assert read.members.tolist() == list(range(7))
+        assert read.sizes.tolist() == [2] * 7
+        assert (read.revisions.tolist(), read.positions.tolist()) == ([1] * 7, [7, 3, 1, 5, 2, 4, 6])
+        assert (read.model, read.fingerprint, read.errors) == ("plain", "f-plain", [])
+        assert all(at.inside.has_row(i) == is_here for i, is_here in resident.items())
+        alone = await at.engine.get_states(list("gcaebdf"), with_state=False)
+        assert alone.positions.tolist() == read.positions.tolist()
+        assert not alone.state
+
+
+async def test_each_is_read_after_what_came_before_and_before_what_comes_later() -> None:
+    async with running(threads=True) as at:
+        await at.open(*"abc")
+        first = await blocked(at, "a", "b")
+        waiting = at.submit("a", x(1))
+        reading_ = await begun(at.engine.get_states(list("abc")))
+        later = at.submit("a", x(1))
+        # c has nothing under way: it is read, and not held up while the others are waited for
+        await at.engine.fork("c")
+        assert not reading_.done()
+        at.hooks.open_gate()
+        read = await reading_
+        assert read.revisions.tolist() == [2, 1, 0]
+        for answers, revision in ((first, 1), (waiting, 2), (later, 3)):
+            assert (await answers.all())[0].revision == revision  # type: ignore[union-attr]
+
+
+async def test_two_that_read_the_same_sessions_do_not_wait_for_each_other() -> None:
+    async with running(threads=True) as at:
+        await at.open(*"ab")
+        pass_ = await blocked(at, "a", "b")
+        both = [await begun(at.engine.get_states(ids)) for ids in (["a", "b"], ["b", "a"])]
+        gone = await begun(at.engine.get_states(["a", "b"]))
+        gone.cancel()
+        at.hooks.open_gate()
+        reads = await asyncio.wait_for(asyncio.gather(*both), 100)
+        assert [read.revisions.tolist() for read in reads] == [[1, 1]] * 2
+        assert kinds(await pass_.all()) == ["Answer", "Answer"]
+
+
+async def test_a_session_that_cannot_be_read_fails_alone() -> None:
+    """Closed while it was waited for, never there, closed before."""
+    async with running(threads=True) as at:
+        states = await stepped(at, *"abcd")
+        await at.engine.close_session("c")
+        await blocked(at, "b")
+        closing = await begun(at.engine.close_session("b"))
+        read_ = await begun(at.engine.get_states(["d", "b", "nobody", "c", "a"]))
+        at.hooks.open_gate()
+        await closing
+        read = await read_
+        assert read.members.tolist() == [0, 4]
+        assert read.state["sum"].tobytes() == states["d"] + states["a"]
+        told = {member: type(error) for members, error in read.errors for member in members.tolist()}
+        assert told == dict.fromkeys([1, 2, 3], SessionNotFound)
+        nobody = await at.engine.get_states(["nobody", "c"])
+        assert (nobody.model, len(nobody.members), len(nobody.errors)) == ("", 0, 2)
+
+
+async def test_what_cannot_be_read_at_all_is_refused() -> None:
+    async with running({"plain": RICH, "rich": RICH}) as at:
+        await at.open("a", "b", batch_size=2)
+        await at.open("r", model="rich")
+        refusals: list[tuple[dict[str, Any], type[ServerError], str]] = [
+            ({"session_ids": []}, InvalidInput, "session_ids must be 1 to 65536; got 0"),
+            ({"session_ids": ["a", "b", "a"]}, InvalidInput, "must name each session once; 'a' came twice"),
+            ({"session_ids": ["a", "r"]}, InvalidInput, "session_ids must be sessions of one model"),
+            (
+                {"session_ids": ["a", "b"], "reply_limit": 1000},
+                MessageTooLarge,
+                "at most 1000 bytes together; got 2 sessions with 4 rows of 12 bytes, 1136 bytes",
+            ),
+            ({"session_ids": ["a", "b"], "deadline": at.clock.monotonic()}, DeadlineExceeded, "deadline"),
+        ]
+        for arguments, kind, words in refusals:
+            with pytest.raises(kind, match=words):
+                await at.engine.get_states(**arguments)
+
+
+async def test_many_are_forked_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than there are rows for, one of them twice, by a call that is sent again when all have gone on."""
+    monkeypatch.setattr(reading, "ROWS_AT_ONCE", 2)
+    async with running(resident_rows=5) as at:
+        states = await stepped(at, *"abc")
+        sources = [*"cabc", *"aaa"]
+        forked = await at.engine.fork_sessions(sources, request_id=5)
+        assert (forked.model, forked.fingerprint, forked.batch_size) == ("plain", "f-plain", 1)
+        assert (forked.revisions.tolist(), forked.positions.tolist()) == ([1] * 7, [3, 1, 2, 3, 1, 1, 1])
+        read = await at.engine.get_states(forked.session_ids)
+        assert read.state["sum"].tobytes() == b"".join(states[i] for i in sources)
+        expected = await at.step("b", x(1))
+        answer = await at.step(forked.session_ids[2], x(1))
+        assert answer.outputs["y"].tobytes() == expected.outputs["y"].tobytes()
+        assert (answer.revision, answer.position) == (2, 3)
+        assert (await at.engine.get_states(["a", "c"])).revisions.tolist() == [1, 1]
+        await at.engine.close_sessions(list("abc"))
+        again = await at.engine.fork_sessions(sources, request_id=5)
+        assert again.replayed
+        assert list(again.session_ids) == list(forked.session_ids)
+        assert again.revisions.tolist() == [1, 1, 2, 1, 1, 1, 1]
+        assert (await at.engine.list_sessions())[1] == 7
+
+
+async def test_a_fork_under_given_ids_waits_for_its_sources_and_is_found_after_a_restart() -> None:
+    async with running(threads=True) as at:
+        await at.open(*"ab")
+        await at.step("b", x(1))
+        await at.engine.close_session("b")
+        await at.open("b2")
+        await blocked(at, "a")
+        forking = await begun(at.engine.fork_sessions(["a", "b2"], new_session_ids=["b", "z"]))
+        assert not forking.done()
+        at.hooks.open_gate()
+        forked = await forking
+        # "b" was another session's: it goes on behind that one's revision
+        assert (forked.revisions.tolist(), forked.positions.tolist()) == ([2, 0], [1, 0])
+        a = await at.state("a")
+        assert (await at.state("b"))["sum"].tobytes() == a["sum"].tobytes()
+
+
+async def test_a_fork_that_fails_makes_nothing() -> None:
+    async with running({"plain": RICH, "rich": RICH}) as at:
+        await at.open("a", "b")
+        await at.open("wide", batch_size=2)
+        await at.open("r", model="rich")
+        conflict = np.array([0, 7], np.uint64)
+        refusals: list[tuple[dict[str, Any], type[ServerError], str]] = [
+            ({"session_ids": []}, InvalidInput, "session_ids must be 1 to 65536; got 0"),
+            ({"session_ids": ["a", "nobody"]}, SessionNotFound, "got 'nobody'"),
+            ({"session_ids": ["a", ""]}, InvalidInput, "session_id is missing"),
+            ({"session_ids": ["a", "r"]}, InvalidInput, "session_ids must be sessions of one model"),
+            ({"session_ids": ["a", "wide"]}, InvalidInput, "must be sessions of one batch_size; got 1 and 2"),
+            (
+                {"session_ids": ["a"], "new_session_ids": ["y", "z"]},
+                InvalidInput,
+                r"one for each .*\(1\); got 2",
+            ),
+            (
+                {"session_ids": ["a", "b"], "new_session_ids": ["z", "b"]},
+                SessionExists,
+                "session 'b' is open",
+            ),
+            ({"session_ids": ["a", "b"], "new_session_ids": ["z", "z"]}, InvalidInput, "different from each"),
+            (
+                {"session_ids": ["a", "b"], "new_session_ids": ["z", " "]},
+                InvalidInput,
+                "new_session_ids must be",
+            ),
+            (
+                {"session_ids": ["a", "b"], "expected": conflict},
+                RevisionConflict,
+                "'b' must be its revision 0",
+            ),
+        ]
+        for arguments, kind, words in refusals:
+            with pytest.raises(kind, match=words):
+                await at.engine.fork_sessions(**arguments)
+        assert (await at.engine.list_sessions())[1] == 4
+        assert at.slots().resident == 4
+
+
+@pytest.mark.stores("awaited")
+async def test_what_another_server_has_changed_is_read_from_the_store() -> None:
+    """Sessions that are resident here and went on there, and one that was closed there."""
+    async with running() as at:
+        assert isinstance(at.store, RemoteStore)
+        await at.open(*"abc")
+        async with running(store=at.store.replica()) as other:
+            states = {}
+            for session_id in "ab":
+                await other.step(session_id, x(1, 2))
+                states[session_id] = (await other.state(session_id))["sum"].tobytes()
+            await other.engine.close_session("c")
+            read = await at.engine.get_states(list("abc"))
+            assert read.members.tolist() == [0, 1]
+            assert read.state["sum"].tobytes() == states["a"] + states["b"]
+            assert read.revisions.tolist() == [1, 1]
+            ((members, error),) = read.errors
+            assert (members.tolist(), type(error)) == ([2], SessionNotFound)
