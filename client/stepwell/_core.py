@@ -16,12 +16,13 @@ from stepwell import _inputs
 from stepwell._abandoned import TRY_FOR_S
 from stepwell._flow import Flow, Retrier
 from stepwell._frames import Change
+from stepwell._group_tracker import GroupTracker
 from stepwell._retry import Clock, Deadline, RetryPolicy
 from stepwell._state import State, States
 from stepwell._step_arguments import as_one, pack_reset, selected, step_change
 from stepwell._tensors import Packed, to_messages, unpack_all
 from stepwell._trace import Trace
-from stepwell._tracker import GroupTracker, SessionTracker, is_unknown, new_request_id
+from stepwell._tracker import SessionTracker, is_unknown, new_request_id
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, Rows, ServerInfo, SessionInfo
 from stepwell.config import ClientConfig, check_timeout
 from stepwell.errors import InvalidInputError, ModelMismatchError, SessionGoneError, StepwellError
@@ -30,7 +31,10 @@ from stepwell.v1 import models_pb2, sessions_pb2
 _PAGE_SIZE = 10_000
 
 _Opening: TypeAlias = (
-    sessions_pb2.OpenSessionRequest | sessions_pb2.OpenSessionsRequest | sessions_pb2.ForkSessionRequest
+    sessions_pb2.OpenSessionRequest
+    | sessions_pb2.OpenSessionsRequest
+    | sessions_pb2.ForkSessionRequest
+    | sessions_pb2.ForkSessionsRequest
 )
 
 
@@ -63,6 +67,11 @@ class Core:
         self._clock = clock
         self._models: dict[str, ModelInfo] = {}
 
+    @property
+    def max_message_bytes(self) -> int:
+        """Largest message to send or receive."""
+        return self._config.max_message_bytes
+
     def deadline(self, timeout_s: float | None) -> Deadline:
         """A call's time limit, from now on."""
         limit_s = self._config.timeout_s if timeout_s is None else timeout_s
@@ -87,6 +96,13 @@ class Core:
         reply: models_pb2.GetModelResponse = yield from self.retrier.call("GetModel", request, deadline)
         info = self._models[name] = ModelInfo._from_message(reply.model)
         return info
+
+    def known_model(self, name: str, deadline: Deadline, *, fingerprint: str = "") -> Flow[ModelInfo]:
+        """One model, as the server has described it before; asked anew if that was another fingerprint's."""
+        known = self._models.get(name)
+        if known is not None and fingerprint in ("", known.fingerprint):
+            return known
+        return (yield from self.model(name, deadline))
 
     def states(
         self, model: str, fingerprint: str, states: States | None, rows: int, deadline: Deadline
@@ -123,7 +139,7 @@ class Core:
         packed = _inputs.pack_inputs(inputs)
         rows = packed[0].shape[0]
         mask = np.frombuffer(pack_reset(reset, packed), np.bool_)
-        info = self._models.get(_inputs.check_model(model)) or (yield from self.model(model, deadline))
+        info = yield from self.known_model(_inputs.check_model(model), deadline)
         state = yield from self.states(model, "", states, rows, deadline)
         request = models_pb2.PredictRequest(
             model=model, inputs=to_messages(packed), state=to_messages(state), reset_mask=mask.tolist()
@@ -180,6 +196,30 @@ class Core:
         reply: sessions_pb2.OpenSessionsResponse = yield from self._open("OpenSessions", request, deadline)
         return GroupTracker(model, reply.model_fingerprint, rows, reply.session_ids, reply.revisions)
 
+    def fork_sessions(
+        self, sources: Sequence[str], session_ids: Sequence[str] | None, deadline: Deadline
+    ) -> Flow[GroupTracker]:
+        """Opens sessions with the states of others: all of them or none."""
+        if not sources:
+            raise InvalidInputError("a group must have at least one session to be forked; it has none")
+        ids = [_inputs.check_session_id("session_ids", one) for one in session_ids or ()]
+        if session_ids is not None and len(ids) != len(sources):
+            raise InvalidInputError(
+                f"session_ids must have one id for each of {len(sources)} sessions; got {len(ids)}"
+            )
+        request = sessions_pb2.ForkSessionsRequest(
+            session_ids=sources, new_session_ids=ids, request_id=new_request_id()
+        )
+        reply: sessions_pb2.ForkSessionsResponse = yield from self._open("ForkSessions", request, deadline)
+        return GroupTracker(
+            reply.model,
+            reply.model_fingerprint,
+            reply.batch_size,
+            reply.session_ids,
+            reply.revisions,
+            reply.positions,
+        )
+
     def _open(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[Any]:
         """A call that makes sessions; the result is its response.
 
@@ -200,7 +240,7 @@ class Core:
     def _close_made(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[None]:
         """Closes what a call has made: the same request again is answered with the sessions' ids."""
         reply = yield from self.retrier.call(rpc, request, deadline, changes=True)
-        made = reply.session_ids if rpc == "OpenSessions" else [reply.session.session_id]
+        made = reply.session_ids if rpc.endswith("Sessions") else [reply.session.session_id]
         closing = sessions_pb2.CloseSessionsRequest(session_ids=made)
         yield from self.retrier.call("CloseSessions", closing, deadline, changes=True)
 
@@ -346,4 +386,6 @@ def _names_sessions(request: _Opening) -> bool:
         return bool(request.session_id)
     if isinstance(request, sessions_pb2.OpenSessionsRequest):
         return bool(request.session_ids)
+    if isinstance(request, sessions_pb2.ForkSessionsRequest):
+        return bool(request.new_session_ids)
     return bool(request.new_session_id)

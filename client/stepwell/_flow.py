@@ -118,6 +118,10 @@ class Retrier:
         self._policy = policy
         self._max_message_bytes = max_message_bytes
 
+    def attempts(self, deadline: Deadline) -> Attempts:
+        """The attempts of something that changes nothing."""
+        return Attempts(self._policy, deadline, changes=False)
+
     def call(self, rpc: str, request: Message, deadline: Deadline, *, changes: bool = False) -> Flow[Any]:
         """Makes a unary call, with retries; the result is the response.
 

@@ -32,7 +32,7 @@ STATES: Mapping[str, sessions_pb2.StateSelection.ValueType] = {
     "last": _pb.STATE_SELECTION_LAST,
     "none": _pb.STATE_SELECTION_NONE,
 }
-_RETRYABLE = (errors.OverloadedError, errors.UnavailableError)
+RETRYABLE = (errors.OverloadedError, errors.UnavailableError)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Change:
     outputs: str = "all"
     """Which time steps of the outputs come back: a key of `SELECTIONS`."""
     rows: tuple[int, ...] = ()
-    """Rows of a session, or members of a group, that it concerns; empty for all. The tensors have their rows."""
+    """Rows of a session that it concerns; empty for all. The tensors have their rows."""
     reset: bytes = b""
     """Of a step: rows that begin anew, one byte (0 or 1) for each row of the tensors, or for each row and time step,
     row-major; empty for none."""
@@ -123,10 +123,6 @@ class Frame:
         self._waiting: dict[int, errors.StepwellError] = {}
         self.round_over = False
         """The last part of this round's reply was received."""
-
-    def again(self) -> Frame:
-        """The same frame before its first round: same members, same request ids."""
-        return Frame(self._change, self._ids, self._rows, self._expected, self._request_ids, self._named)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -240,7 +236,7 @@ class Frame:
                 self._naming.lost()
             # One exception object per member: raising an exception changes it.
             for i in (self._members(entry.members) if entry.members else self._sent).tolist():
-                into = self._waiting if isinstance(error, _RETRYABLE) else failures
+                into = self._waiting if isinstance(error, RETRYABLE) else failures
                 into[i] = copy.copy(error)
         self._open[list(failures)] = False
         return failures

@@ -3,92 +3,374 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwell import _inputs
 from stepwell._core import Core
-from stepwell._flow import Flow, each
-from stepwell._frames import Change, Gathered
+from stepwell._flow import Flow, Pause
+from stepwell._frames import RETRYABLE, Change, Counts, Gathered, Indexes
+from stepwell._group_tracker import GroupTracker, MemberTracker, as_index
 from stepwell._retry import Deadline
 from stepwell._state import State, States
-from stepwell._step_arguments import selected, step_change
-from stepwell._tracker import GroupTracker
-from stepwell._types import Inputs, Outputs, OutputSelection, Rows
-from stepwell.errors import StepwellError
+from stepwell._status import from_message
+from stepwell._step_arguments import check_outputs, check_states, selected, step_change
+from stepwell._tensors import Array, Packed, dtype_of, unpack_all
+from stepwell._trace import Trace
+from stepwell._turns import Some
+from stepwell._types import (
+    Inputs,
+    Mask,
+    ModelInfo,
+    Outputs,
+    OutputSelection,
+    Rows,
+    StateSelection,
+    TimeSelection,
+)
+from stepwell.errors import InternalError, InvalidInputError, ReplyTooLargeError, StepwellError
 from stepwell.v1 import sessions_pb2
 
-_CLOSE_AT_ONCE = 65_536
+_AT_ONCE = 65_536
+"""Sessions in one request."""
+#: Bytes of a member in a reply beside its state, and of a reply beside its members.
+_MEMBER_BYTES, _REPLY_BYTES = 48, 4096
+
+
+class Members:
+    """Some members of a group: all of a view, or those that a call is for."""
+
+    def __init__(self, tracker: GroupTracker, indexes: Indexes) -> None:
+        self._tracker = tracker
+        self.indexes = indexes
+        """In the whole group, in their order."""
+
+    def __len__(self) -> int:
+        return len(self.indexes)
+
+    @functools.cached_property
+    def where(self) -> Some:
+        """They as an index of columns."""
+        return as_index(self.indexes)
+
+    @functools.cached_property
+    def ids(self) -> tuple[str, ...]:
+        """Their ids."""
+        if self.indexes is self._tracker.everyone:
+            return self._tracker.ids
+        return tuple([self._tracker.ids[i] for i in self.indexes.tolist()])
+
+    @property
+    def rows(self) -> int:
+        """Rows of all of them."""
+        return len(self) * self._tracker.batch_size
 
 
 class GroupCore:
-    """The operations of one group; a change of it is one frame."""
+    """The operations of one group, or of some members of it; a change of them is one frame."""
 
-    def __init__(self, core: Core, tracker: GroupTracker) -> None:
+    def __init__(self, core: Core, tracker: GroupTracker, indexes: Indexes | None = None) -> None:
+        """A view of the members at `indexes`; None: of all."""
         self._core = core
         self.tracker = tracker
+        self.members = Members(tracker, tracker.everyone if indexes is None else indexes)
 
-    def step(self, inputs: Inputs, outputs: OutputSelection, deadline: Deadline) -> Flow[Outputs]:
-        """Advances every member."""
-        rows = len(self.tracker.ids) * self.tracker.batch_size
-        change = step_change(inputs, rows, outputs=outputs)
-        gathered = yield from self._apply(change, deadline)
-        return selected(gathered.outputs, change)
+    # Which members.
 
-    def reset_states(self, states: States | None, rows: Rows | None, deadline: Deadline) -> Flow[None]:
-        """Sets the whole state of every member, or of some."""
-        chosen = _inputs.check_rows(rows, len(self.tracker.ids))
-        if chosen == ():
-            return
-        members = len(self.tracker.ids) if chosen is None else len(chosen)
-        count = members * self.tracker.batch_size
-        packed = yield from self._core.states(
-            self.tracker.model, self.tracker.fingerprint, states, count, deadline
+    def place(self, index: int | np.integer[Any]) -> int:
+        """The index in the whole group of the member at an index of this view.
+
+        Raises:
+            IndexError: There is none.
+        """
+        try:
+            return int(self.members.indexes[index])
+        except IndexError:
+            count = len(self.members)
+            raise IndexError(
+                f"index must be from {-count} to {count - 1}, a group of {count} sessions; got {index!r}"
+            ) from None
+
+    def some(self, members: Rows | slice | None, name: str = "members") -> Members:
+        """Those of this view's members that an argument chooses; None: all."""
+        if members is None:
+            return self.members
+        if isinstance(members, slice):
+            return Members(self.tracker, self.members.indexes[members])
+        chosen = check_members(members, len(self.members), name)
+        return Members(self.tracker, self.members.indexes[chosen])
+
+    def some_or_rows(self, members: Rows | None, rows: Rows | None) -> Members:
+        """As `some`, where `rows` is another name of the same argument."""
+        if members is not None and rows is not None:
+            raise InvalidInputError("members must not be given together with rows, which means the same")
+        return self.some(rows, "rows") if members is None else self.some(members)
+
+    def view(self, members: Rows | slice) -> GroupCore:
+        """A view of some of this view's members."""
+        return GroupCore(self._core, self.tracker, self.some(members).indexes)
+
+    def member(self, place: int) -> MemberTracker:
+        """One member, tracked with its group."""
+        return MemberTracker(self.tracker, place)
+
+    def _name_of(self, member: int) -> str:
+        return f"session {self.tracker.ids[member]!r}, index {self._index_of(member)}"
+
+    def _index_of(self, member: int) -> int:
+        """Its index in this view."""
+        if self.members.indexes is self.tracker.everyone:
+            return member
+        return int(np.flatnonzero(self.members.indexes == member)[0])
+
+    # Changes.
+
+    def step_change(
+        self,
+        some: Members,
+        inputs: Inputs,
+        outputs: OutputSelection,
+        time: TimeSelection,
+        reset: Mask | None,
+        states: StateSelection,
+    ) -> Change:
+        """Checks the arguments of a step of some members."""
+        if not len(some):
+            selection, names = check_outputs(outputs, time)
+            return Change("step", _empty(inputs), selection, (), b"", names, check_states(states))
+        return step_change(
+            inputs,
+            some.rows,
+            outputs=outputs,
+            time=time,
+            reset=_by_row(reset, len(some), self.tracker.batch_size),
+            states=states,
+            count="members x batch_size",
         )
-        yield from self._apply(Change("reset", packed, rows=chosen or ()), deadline)
 
-    def _apply(self, change: Change, deadline: Deadline) -> Flow[Gathered]:
-        frame = self.tracker.begin(change)
+    def step(self, some: Members, change: Change, deadline: Deadline) -> Flow[Outputs | Trace]:
+        """Advances some members. The result is what its caller receives."""
+        if not len(some):
+            info = yield from self._info(deadline)
+            return _nothing(info, change)
+        gathered = yield from self._apply(some, change, deadline)
+        outputs = selected(gathered.outputs, change)
+        return outputs if change.states == "none" else Trace(outputs, dict(gathered.states), 0, 0)
+
+    def reset_states(self, some: Members, states: States | None, deadline: Deadline) -> Flow[None]:
+        """Sets the whole state of some members."""
+        if not len(some):
+            return
+        tracker = self.tracker
+        packed = yield from self._core.states(tracker.model, tracker.fingerprint, states, some.rows, deadline)
+        yield from self._apply(some, Change("reset", packed), deadline)
+
+    def _apply(self, some: Members, change: Change, deadline: Deadline) -> Flow[Gathered]:
+        frame = self.tracker.begin(change, some.indexes)
         gathered = Gathered(len(frame), self.tracker.batch_size)
         yield from self._core.retrier.exchange(frame, deadline, gathered.add)
-        self.tracker.settle(change, gathered)
+        self.tracker.settle(some.indexes, gathered)
         if gathered.failures:
-            raise self._failed(change, gathered)
+            outputs = selected(gathered.outputs, change) if gathered.outputs else None
+            raise self._failed(some, gathered.failures, outputs)
         return gathered
 
-    def _failed(self, change: Change, gathered: Gathered) -> StepwellError:
-        members = self.tracker.members(change).tolist()
-        failures = {members[i]: error for i, error in sorted(gathered.failures.items())}
+    def _failed(self, some: Members, failed: dict[int, StepwellError], outputs: Outputs) -> StepwellError:
+        """The error to raise where some members failed, by their place among `some`."""
+        members = [int(some.indexes[place]) for place in sorted(failed)]
+        errors = [failed[place] for place in sorted(failed)]
         # A copy: what is said of all members must not be read as the first member's own error.
-        first, own = next(iter(failures.items()))
-        error = copy.copy(own)
-        error.message = (
-            f"{len(failures)} of {len(members)} sessions failed, first: {own.message} "
-            f"(session {self.tracker.ids[first]!r}, index {first})"
-        )
+        error = copy.copy(errors[0])
+        error.message = f"{len(failed)} of {len(some)} sessions failed, first: {error.message} ({self._name_of(members[0])})"
         error.args = (error.message,)
-        error.failures = failures
-        error.outputs = selected(gathered.outputs, change) if gathered.outputs else None
+        error.failures = dict(zip(map(self._index_of, members), errors, strict=True))
+        error.outputs = outputs
         return error
 
-    def get_state(self, deadline: Deadline) -> Flow[State]:
-        """The states of all members, one after the other."""
-        states = yield from each(self._core.get_state(one, deadline) for one in self.tracker.ids)
+    # What changes nothing.
+
+    def _info(self, deadline: Deadline) -> Flow[ModelInfo]:
+        return (
+            yield from self._core.known_model(
+                self.tracker.model, deadline, fingerprint=self.tracker.fingerprint
+            )
+        )
+
+    def get_states(self, some: Members, deadline: Deadline) -> Flow[State]:
+        """The states of some members, one after the other."""
+        info = yield from self._info(deadline)
+        read = _States(some, self.tracker.batch_size, info)
+        room = self._core.max_message_bytes - _REPLY_BYTES
+        at_once = room // (self.tracker.batch_size * info.state_row_bytes + _MEMBER_BYTES)
+        yield from self._read(some, read, max(1, min(at_once, _AT_ONCE)), deadline)
+        if read.failures:
+            raise self._failed(some, read.failures, read.tensors)
         return State(
-            {name: np.concatenate([state[name] for state in states]) for name in states[0]},
+            read.tensors,
             model=self.tracker.model,
-            fingerprint=states[0].fingerprint,
-            batch_size=len(states) * self.tracker.batch_size,
+            fingerprint=read.fingerprint or info.fingerprint,
+            batch_size=some.rows,
         )
 
     def refresh(self, deadline: Deadline) -> Flow[None]:
         """Takes over the server's revisions and positions."""
-        self.tracker.refresh((yield from each(self._core.session(one, deadline) for one in self.tracker.ids)))
+        some = self.members
+        read = _States(some, self.tracker.batch_size, None)
+        yield from self._read(some, read, _AT_ONCE, deadline)
+        there = read.was_read
+        self.tracker.refresh(some.indexes[there], read.revisions[there], read.positions[there])
+        if read.failures:
+            raise self._failed(some, read.failures, None)
+
+    def _read(self, some: Members, read: _States, at_once: int, deadline: Deadline) -> Flow[None]:
+        """Reads members, so many at once; those that the server has no room for now are asked for again."""
+        attempts = self._core.retrier.attempts(deadline)
+        left: Indexes = np.arange(len(some))
+        while True:
+            start = 0
+            while start < len(left):
+                part = left[start : start + at_once]
+                request = sessions_pb2.GetStatesRequest(
+                    session_ids=[some.ids[place] for place in part.tolist()], without_state=not read.has_state
+                )
+                try:
+                    reply = yield from self._core.retrier.call("GetStates", request, deadline)
+                except InvalidInputError as error:
+                    # The server's limit is below this client's.
+                    is_too_large = (
+                        isinstance(error, ReplyTooLargeError) or error.reason == "MESSAGE_TOO_LARGE"
+                    )
+                    if not is_too_large or len(part) == 1:
+                        raise
+                    at_once = (len(part) + 1) // 2
+                    continue
+                read.add(part, reply)
+                start += len(part)
+            if not read.waiting:
+                return
+            left = np.array(sorted(read.waiting), np.intp)
+            longest = max(read.waiting.values(), key=lambda each: getattr(each, "retry_after_s", 0.0))
+            read.waiting.clear()
+            try:
+                yield Pause(attempts.failed(longest))
+                attempts.woke()
+            except StepwellError as final:
+                read.failures.update({place: copy.copy(final) for place in left.tolist()})
+                return
+
+    def fork(self, session_ids: Sequence[str] | None, deadline: Deadline) -> Flow[GroupTracker]:
+        """Opens sessions with the states of these."""
+        return (yield from self._core.fork_sessions(self.members.ids, session_ids, deadline))
 
     def close(self, deadline: Deadline) -> Flow[None]:
         """Deletes all members; those that are gone already are passed over."""
-        for start in range(0, len(self.tracker.ids), _CLOSE_AT_ONCE):
-            request = sessions_pb2.CloseSessionsRequest(
-                session_ids=self.tracker.ids[start : start + _CLOSE_AT_ONCE]
-            )
+        ids = self.members.ids
+        for start in range(0, len(ids), _AT_ONCE):
+            request = sessions_pb2.CloseSessionsRequest(session_ids=ids[start : start + _AT_ONCE])
             yield from self._core.retrier.call("CloseSessions", request, deadline, changes=True)
+
+
+class _States:
+    """States of members, assembled from the replies."""
+
+    def __init__(self, some: Members, rows: int, info: ModelInfo | None) -> None:
+        """`rows`: of each member; `info`: None where revisions and positions alone are read."""
+        count = len(some)
+        self._rows = rows
+        self.has_state = info is not None
+        self.tensors: dict[str, Array] = {}
+        for spec in info.state if info is not None else ():
+            self.tensors[spec.name] = np.zeros((count * rows, *spec.shape), dtype_of(spec.dtype))
+        self.fingerprint = ""
+        self.revisions: Counts = np.zeros(count, np.uint64)
+        self.positions: Counts = np.zeros(count, np.uint64)
+        self.was_read = np.zeros(count, np.bool_)
+        self.failures: dict[int, StepwellError] = {}
+        self.waiting: dict[int, StepwellError] = {}
+        """Those that may be read by another attempt."""
+
+    def add(self, places: Indexes, reply: sessions_pb2.GetStatesResponse) -> None:
+        """Adds what was answered for the members at these places."""
+        members = np.fromiter(reply.members, np.intp, len(reply.members))
+        read = places if reply.all_members else places[members]
+        self.fingerprint = self.fingerprint or reply.model_fingerprint
+        if any(rows != self._rows for rows in reply.batch_sizes) or not (
+            len(read) == len(reply.batch_sizes) == len(reply.revisions) == len(reply.positions)
+        ):
+            raise InternalError("the server sent states that are not those of the sessions asked for")
+        self.revisions[read] = np.fromiter(reply.revisions, np.uint64, len(read))
+        self.positions[read] = np.fromiter(reply.positions, np.uint64, len(read))
+        self.was_read[read] = True
+        where = as_index(read)
+        for name, array in unpack_all(reply.state).items():
+            whole = self.tensors.get(name)
+            if whole is None or whole.shape[1:] != array.shape[1:]:
+                raise InternalError(f"the server sent state {name!r}, which is not one that it described")
+            shape = (-1, self._rows, *whole.shape[1:])
+            whole.reshape(shape)[where] = array.reshape(shape)
+        for entry in reply.errors:
+            error = from_message(entry.error)
+            into = self.waiting if isinstance(error, RETRYABLE) else self.failures
+            # One exception object per member: raising an exception changes it.
+            into.update({int(places[member]): copy.copy(error) for member in entry.members})
+
+
+def check_members(members: Rows, count: int, name: str) -> Indexes:
+    """Some of `count` members: indexes from 0, each at most once, or booleans, one each."""
+    if isinstance(members, np.ndarray) and members.ndim == 1:
+        array: npt.NDArray[np.generic] = members
+        if array.dtype == np.bool_ and len(array) == count:
+            return np.flatnonzero(array)
+        if np.issubdtype(array.dtype, np.integer) and len(array):
+            indexes: Indexes = array.astype(np.intp)
+            seen = np.zeros(count, np.bool_)
+            if indexes.min() >= 0 and indexes.max() < count:
+                seen[indexes] = True
+                if np.count_nonzero(seen) == len(indexes):
+                    return indexes
+    return np.array(_inputs.check_rows(members, count, name) or (), np.intp)  # this says what is wrong
+
+
+def _empty(inputs: Inputs) -> tuple[Packed, ...]:
+    """The inputs of a step of no members: nothing but their shapes is of interest."""
+    by_name = inputs if isinstance(inputs, Mapping) else {"": inputs}
+    shapes = {name: np.shape(value) for name, value in by_name.items()}
+    for name, shape in shapes.items():
+        if shape[:1] != (0,):
+            what = f"input {name!r}" if name else "the input"
+            raise InvalidInputError(f"{what} must have 0 rows: members chooses none; got shape {shape}")
+    return tuple(Packed(name, 0, shape, b"") for name, shape in shapes.items())
+
+
+def _by_row(reset: Mask | None, members: int, rows: int) -> Mask | None:
+    """A mask of members as one of their rows; one of rows as it is."""
+    if reset is None or rows == 1:
+        return reset
+    mask = np.asarray(reset)
+    return np.repeat(mask, rows, axis=0) if mask.ndim and len(mask) == members else mask
+
+
+def _nothing(info: ModelInfo, change: Change) -> Outputs | Trace:
+    """What a step of no members returns: arrays without rows."""
+    temporal = {spec.name: len(spec.shape) for spec in info.inputs if spec.temporal}
+    first = next((t for t in change.tensors if t.name in temporal), change.tensors[0])
+    rank = temporal.get(first.name, next(iter(temporal.values()), 0))
+    times = first.shape[1:2] if len(first.shape) == rank + 2 else ()
+    arrays = {
+        spec.name: np.zeros(
+            (0, *(times if spec.temporal and change.outputs == "all" else ()), *spec.shape),
+            dtype_of(spec.dtype),
+        )
+        for spec in info.outputs
+        if not change.output_names or spec.name in change.output_names
+    }
+    outputs = selected(arrays, change)
+    if change.states == "none":
+        return outputs
+    kept = times if change.states == "all" else ()
+    states = {spec.name: np.zeros((0, *kept, *spec.shape), dtype_of(spec.dtype)) for spec in info.state}
+    return Trace(outputs, states, 0, 0)

@@ -24,6 +24,7 @@ def step_change(
     reset: Mask | None = None,
     states: object = "none",
     rows: tuple[int, ...] = (),
+    count: str = "",
 ) -> Change:
     """A step as a value.
 
@@ -34,13 +35,20 @@ def step_change(
         time: See `check_outputs`.
         reset: Rows that begin anew: see `pack_reset`.
         states: After which time steps states come back: "all", "last" or "none".
-        rows: Rows of a session, or members of a group, that the inputs are of, as `check_rows` returns them; () for all.
+        rows: Rows of a session that the inputs are of, as `check_rows` returns them; () for all.
+        count: What the caller calls `row_count`.
     """
     selection, names = check_outputs(outputs, time)
+    selected_states = check_states(states)
+    packed = pack_inputs(inputs, row_count, count or ("len(rows)" if rows else "batch_size"))
+    return Change("step", packed, selection, rows, pack_reset(reset, packed), names, selected_states)
+
+
+def check_states(states: object) -> str:
+    """After which time steps states come back: "all", "last" or "none"."""
     if not isinstance(states, str) or states not in STATES:
         raise InvalidInputError(f"states must be one of {list(STATES)}; got {states!r}")
-    packed = pack_inputs(inputs, row_count, "len(rows)" if rows else "batch_size")
-    return Change("step", packed, selection, rows, pack_reset(reset, packed), names, states)
+    return states
 
 
 def check_outputs(outputs: object, time: object = "all") -> tuple[str, tuple[str, ...]]:

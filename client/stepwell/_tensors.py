@@ -145,6 +145,11 @@ def view_all(tensors: Iterable[tensors_pb2.Tensor]) -> dict[str, Array]:
     return {tensor.name: view(tensor) for tensor in tensors}
 
 
+def dtype_of(name: str) -> np.dtype[np.generic]:
+    """Type of the arrays that `unpack` makes of tensors of a type, by its name."""
+    return np.dtype("float32" if name == "bfloat16" else name)
+
+
 def dtype_name(number: int) -> str:
     """Numpy's name of a wire type, e.g. "float32"."""
     return _NAMES.get(number, f"unknown type {number}")

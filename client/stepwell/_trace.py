@@ -29,6 +29,6 @@ class Trace:
     """State tensors by name, in the model's order: (rows, T, ...) after every time step, (rows, ...) after the last
     one or if the inputs had no time axis."""
     revision: int
-    """Of the session, after the step."""
+    """Of the session, after the step; 0 from a group, whose members have their own."""
     position: int
-    """Of the session, after the step."""
+    """Of the session, after the step; 0 from a group."""

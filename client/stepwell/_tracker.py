@@ -1,4 +1,4 @@
-"""Tracks sessions and groups on this side: the revision, and the change that has no answer yet.
+"""Tracks sessions on this side: the revision, and the change that has no answer yet.
 
 The rule after a change that failed: the same call with the same arguments is the same change (same request id,
 same expected revision). The server applies it once, whether or not the first attempt was applied. A call with
@@ -9,13 +9,11 @@ server refuses the new one with a revision conflict.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
 
 import numpy as np
 
-from stepwell._frames import Change, Counts, Frame, Gathered, Indexes
+from stepwell._frames import Change, Counts
 from stepwell._retry import Deadline
-from stepwell._sets import SessionSet
 from stepwell._steps import Step
 from stepwell.errors import RevisionConflictError, StepwellError
 from stepwell.v1 import sessions_pb2
@@ -78,7 +76,7 @@ class SessionTracker:
     def failed(self, error: StepwellError) -> StepwellError:
         """The change has failed. Returns the error to raise. Not called for a cancelled change."""
         self._unknown = is_unknown(error)
-        return _explained(error, ahead=self._ahead)
+        return explained(error, ahead=self._ahead)
 
     def applied(self, revision: int, position: int) -> None:
         """The change was applied."""
@@ -98,7 +96,7 @@ def is_unknown(error: StepwellError) -> bool:
     return getattr(error, "outcome", "not_applied") == "unknown"
 
 
-def _explained(error: StepwellError, *, ahead: bool) -> StepwellError:
+def explained(error: StepwellError, *, ahead: bool) -> StepwellError:
     """The error to raise: a revision conflict is explained if an earlier change may be its cause."""
     if not ahead or not isinstance(error, RevisionConflictError):
         return error
@@ -109,74 +107,3 @@ def _explained(error: StepwellError, *, ahead: bool) -> StepwellError:
         actual=error.actual,
         reason=error.reason,
     )
-
-
-class GroupTracker:
-    """Tracks many sessions of one model and batch size."""
-
-    def __init__(
-        self,
-        model: str,
-        fingerprint: str,
-        batch_size: int,
-        ids: Sequence[str],
-        revisions: Sequence[int] = (),
-    ) -> None:
-        self.model = model
-        self.fingerprint = fingerprint
-        self.batch_size = batch_size
-        self.ids = tuple(ids)
-        self.revisions = np.array(revisions or [0] * len(ids), np.uint64)
-        self.positions = np.zeros(len(ids), np.uint64)
-        self._pending: tuple[Change, Frame] | None = None
-        self._all: Indexes = np.arange(len(ids))
-        self._set = SessionSet(self.ids, np.full(len(ids), batch_size, np.intp))
-        # As in `SessionTracker`, for each member.
-        self._unknown = np.zeros(len(ids), np.bool_)
-        self._ahead = np.zeros(len(ids), np.bool_)
-
-    def members(self, change: Change) -> Indexes:
-        """Indexes of the members that a change concerns."""
-        return np.array(change.rows, np.intp) if change.rows else self._all
-
-    def begin(self, change: Change) -> Frame:
-        """Begins a change; returns its frame. The same change again has the same request ids."""
-        members = self.members(change) if change.rows else slice(None)
-        self._ahead[members] |= self._unknown[members]
-        self._unknown[members] = True
-        if self._pending is not None and self._pending[0] == change:
-            frame = self._pending[1].again()
-        else:
-            frame = self._frame(change)
-        self._pending = (change, frame)
-        return frame
-
-    def _frame(self, change: Change) -> Frame:
-        members = self.members(change)
-        request_ids = new_request_ids(len(members))
-        if not change.rows:
-            everyone = self._set
-            return Frame(change, everyone.ids, everyone.rows, self.revisions.copy(), request_ids, everyone)
-        ids = [self.ids[i] for i in members.tolist()]
-        rows = np.full(len(members), self.batch_size, np.intp)
-        return Frame(change, ids, rows, self.revisions[members], request_ids)
-
-    def settle(self, change: Change, gathered: Gathered) -> None:
-        """Records what was applied. Failed members stay pending; their errors are made ready to raise."""
-        concerned = self.members(change)
-        members = concerned[gathered.applied]
-        self.revisions[members] = gathered.revisions[gathered.applied]
-        self.positions[members] = gathered.positions[gathered.applied]
-        self._unknown[members] = self._ahead[members] = False
-        for i, error in gathered.failures.items():
-            self._unknown[concerned[i]] = is_unknown(error)
-            gathered.failures[i] = _explained(error, ahead=bool(self._ahead[concerned[i]]))
-        if not gathered.failures:
-            self._pending = None
-
-    def refresh(self, sessions: Sequence[sessions_pb2.Session]) -> None:
-        """Updates to what the server says, and drops a change without an answer."""
-        self._pending = None
-        self._unknown[:] = self._ahead[:] = False
-        self.revisions[:] = [session.revision for session in sessions]
-        self.positions[:] = [session.position for session in sessions]

@@ -24,9 +24,10 @@ from stepwell._aio_connection import AsyncConnection
 from stepwell._core import Core
 from stepwell._flow import Ask, Call, Exchange, Flow, drive_async
 from stepwell._group_core import GroupCore
+from stepwell._group_tracker import GroupTracker
 from stepwell._state import State, States
 from stepwell._steps import Step
-from stepwell._tracker import GroupTracker, SessionTracker
+from stepwell._tracker import SessionTracker
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
 
 from stepwell._frames import Counts
-from stepwell._group_core import GroupCore
+from stepwell._group_core import GroupCore, Members
 from stepwell._state import State, States
-from stepwell._types import Inputs, Outputs, OutputSelection, Rows
-from stepwell.aio_session import AsyncHandle
+from stepwell._trace import Trace
+from stepwell._turns import AsyncMemberLock
+from stepwell._types import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
+from stepwell.aio_session import AsyncHandle, AsyncSession, Opening
 
 if TYPE_CHECKING:
     from stepwell.aio import AsyncClient
@@ -17,20 +22,27 @@ if TYPE_CHECKING:
 class AsyncSessionGroup(AsyncHandle):
     """Many sessions of one model and batch size, stepped together: one message for all of them.
 
-    Made by `AsyncClient.open_sessions`. The members are ordinary sessions on the server, each with its own
-    revision. At most one change of a group is under way at a time. Belongs to the event loop of its
-    client; not for use from other threads.
+    Made by `AsyncClient.open_sessions`, and by `fork`. The members are ordinary sessions on the server, each with its
+    own revision. At most one change of a member is under way at a time: a change waits until no other one of any
+    of its members is, within its time limit; changes of different members go at the same time. Belongs to the event
+    loop of its client; not for use from other threads.
+
+    **Members.** `members` are indexes, each at most once, or booleans, one for each member. `group[i]` is an
+    ordinary `AsyncSession`, `group[2:5]`, `group[mask]` and `group[[0, 3]]` are groups of these members in this order,
+    and a group may be iterated over. They are views: they share revisions, positions and turns with the group they
+    were taken from, whichever of them makes a change, and end when it is closed. Members that are used together
+    again and again are named once on the connection, however they were chosen.
 
     **After an error.** A change of a group may fail for some members only. When all members are settled, the
     error of the first failed member is raised: its `.failures` maps the index of each failed member to its
     error, its `.outputs` holds the outputs of the others (zeros for the failed), and the revisions of the
-    others are taken over. The same call with the same arguments again finishes that change: members that
-    have it answer with their first answer, the others apply it. A call with other arguments is a new
-    change of every member. To give up a change of unknown outcome, call `get_state`, which waits for each
-    member's turn, then `refresh`, which does not: alone it may return revisions from before a change that is
-    still under way and lands afterwards.
+    others are taken over. The same call for the same members with the same arguments again finishes that change:
+    members that have it answer with their first answer, the others apply it. Any other change of one of them
+    is a new one, and ends what was unfinished: the same call is then a new change of all its members. To give up a
+    change of unknown outcome, call `refresh`, which waits for each member's turn, behind the changes that the
+    server has received.
 
-    **At the end of an `async with` block** a group opened without ids is closed; a named one lives on.
+    **At the end of an `async with` block** a group opened without ids is closed; a named one, or a view, lives on.
 
     Example:
         >>> import asyncio
@@ -43,17 +55,50 @@ class AsyncSessionGroup(AsyncHandle):
         ((4, 1), 4, [1, 1, 1, 1])
     """
 
-    def __init__(self, client: AsyncClient, core: GroupCore, *, owned: bool) -> None:
-        super().__init__(client, owned)
+    def __init__(
+        self, client: AsyncClient, core: GroupCore, *, owned: bool, parent: AsyncHandle | None = None
+    ) -> None:
+        super().__init__(client, owned, AsyncMemberLock(core.tracker.turns, core.members.where), parent)
         self._group = core
 
     def __len__(self) -> int:
-        return len(self._group.tracker.ids)
+        return len(self._group.members)
+
+    @overload
+    def __getitem__(self, index: int | np.integer[Any]) -> AsyncSession: ...
+
+    @overload
+    def __getitem__(self, index: slice | Rows) -> AsyncSessionGroup: ...
+
+    def __getitem__(self, index: int | np.integer[Any] | slice | Rows) -> AsyncSession | AsyncSessionGroup:
+        """One member, or a view of some, in their order.
+
+        Example:
+            >>> async with client.open_sessions("forecast", 4) as group:
+            ...     y = await group[2].step(np.ones((1, 3), np.float32))
+            ...     y = await group[1:3].step(np.ones((2, 3), np.float32))
+            ...     group.revisions.tolist()
+            [0, 1, 2, 0]
+        """
+        if not isinstance(index, int | np.integer):
+            return AsyncSessionGroup(self._client, self._group.view(index), owned=False, parent=self._root)
+        place = self._group.place(index)
+        lock = AsyncMemberLock(self._group.tracker.turns, slice(place, place + 1))
+        tracker = self._group.member(place)
+        return AsyncSession(self._client, tracker, owned=False, lock=lock, parent=self._root)
+
+    def __iter__(self) -> Iterator[AsyncSession]:
+        """The members, in their order."""
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def _root(self) -> AsyncHandle:
+        return self._parent or self
 
     @property
     def ids(self) -> tuple[str, ...]:
         """The members' ids, in their order."""
-        return self._group.tracker.ids
+        return self._group.members.ids
 
     @property
     def model(self) -> str:
@@ -68,34 +113,93 @@ class AsyncSessionGroup(AsyncHandle):
     @property
     def revisions(self) -> Counts:
         """Changes of each member so far, (n,) uint64; a copy."""
-        return self._group.tracker.revisions.copy()
+        return self._group.tracker.revisions[self._group.members.indexes]
 
     @property
     def positions(self) -> Counts:
         """Time steps of each member since its last reset, (n,) uint64; a copy."""
-        return self._group.tracker.positions.copy()
+        return self._group.tracker.positions[self._group.members.indexes]
+
+    @overload
+    async def step(
+        self,
+        x: Inputs,
+        outputs: OutputSelection = "all",
+        *,
+        time: TimeSelection = "all",
+        reset: Mask | None = None,
+        members: Rows | None = None,
+        states: Literal["none"] = "none",
+        timeout_s: float | None = None,
+    ) -> Outputs: ...
+
+    @overload
+    async def step(
+        self,
+        x: Inputs,
+        outputs: OutputSelection = "all",
+        *,
+        time: TimeSelection = "all",
+        reset: Mask | None = None,
+        members: Rows | None = None,
+        states: Literal["all", "last"],
+        timeout_s: float | None = None,
+    ) -> Trace: ...
 
     async def step(
-        self, x: Inputs, outputs: OutputSelection = "all", *, timeout_s: float | None = None
-    ) -> Outputs:
-        """Advances every member by one time step, or by T.
+        self,
+        x: Inputs,
+        outputs: OutputSelection = "all",
+        *,
+        time: TimeSelection = "all",
+        reset: Mask | None = None,
+        members: Rows | None = None,
+        states: StateSelection = "none",
+        timeout_s: float | None = None,
+    ) -> Outputs | Trace:
+        """Advances every member, or some, by one time step, or by T.
 
         Arguments, result and errors are those of `SessionGroup.step`.
 
         Example:
             >>> async with client.open_sessions("forecast", 4) as group:
-            ...     (await group.step(np.ones((4, 10, 3), np.float32), outputs="last")).shape
-            (4, 1)
+            ...     y = await group.step(np.ones((4, 10, 3), np.float32), outputs="last")
+            ...     done, ready = np.array([True, False]), [3, 0]
+            ...     y.shape, (await group.step(np.ones((2, 3), np.float32), reset=done, members=ready)).shape
+            ((4, 1), (2, 1))
         """
         deadline = self._client._core.deadline(timeout_s)
-        async with self._changing(deadline):
-            return await self._client._run(self._group.step(x, outputs, deadline))
+        some = self._group.some(members)
+        change = self._group.step_change(some, x, outputs, time, reset, states)
+        async with self._changing(deadline, self._lock_of(some)):
+            return await self._client._run(self._group.step(some, change, deadline))
+
+    async def trace(
+        self,
+        x: Inputs,
+        reset: Mask | None = None,
+        members: Rows | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> Trace:
+        """Advances members, and returns their states after every time step with the outputs.
+
+        Arguments, result and errors are those of `SessionGroup.trace`.
+
+        Example:
+            >>> async with client.open_sessions("forecast", 4) as group:
+            ...     trace = await group.trace(np.ones((4, 10, 3), np.float32))
+            ...     {array.shape[:2] for array in trace.states.values()}
+            {(4, 10)}
+        """
+        return await self.step(x, reset=reset, members=members, states="all", timeout_s=timeout_s)
 
     async def reset_states(
         self,
         states: States | None = None,
         rows: Rows | None = None,
         *,
+        members: Rows | None = None,
         timeout_s: float | None = None,
     ) -> None:
         """Sets the whole state of every member, or of some.
@@ -104,29 +208,64 @@ class AsyncSessionGroup(AsyncHandle):
 
         Example:
             >>> async with client.open_sessions("forecast", 4) as group:
-            ...     await group.reset_states(rows=[0, 3])
+            ...     await group.reset_states(members=[0, 3])
             ...     group.revisions.tolist()
             [1, 0, 0, 1]
         """
         deadline = self._client._core.deadline(timeout_s)
-        async with self._changing(deadline):
-            await self._client._run(self._group.reset_states(states, rows, deadline))
+        some = self._group.some_or_rows(members, rows)
+        async with self._changing(deadline, self._lock_of(some)):
+            await self._client._run(self._group.reset_states(some, states, deadline))
 
-    async def get_state(self, *, timeout_s: float | None = None) -> State:
+    async def get_states(self, members: Rows | None = None, *, timeout_s: float | None = None) -> State:
         """A copy of the members' states, one after the other: (n * batch_size, ...) each.
 
-        Reads one member after the other, one call each.
+        Arguments, result and errors are those of `SessionGroup.get_states`.
 
         Example:
             >>> async with client.open_sessions("forecast", 4) as group:
-            ...     (await group.get_state()).batch_size
-            4
+            ...     (await group.get_states()).batch_size, (await group.get_states(members=[2, 0])).batch_size
+            (4, 2)
         """
         self._check_open()
-        return await self._client._run(self._group.get_state(self._client._core.deadline(timeout_s)))
+        some = self._group.some(members)
+        return await self._client._run(self._group.get_states(some, self._client._core.deadline(timeout_s)))
+
+    async def get_state(self, *, timeout_s: float | None = None) -> State:
+        """As `get_states`, of all members.
+
+        Example:
+            >>> async with client.open_sessions("forecast", 4) as group:
+            ...     await group.get_state() == await group.get_states()
+            True
+        """
+        return await self.get_states(timeout_s=timeout_s)
+
+    def fork(
+        self, session_ids: Sequence[str] | None = None, *, timeout_s: float | None = None
+    ) -> Opening[AsyncSessionGroup]:
+        """A new group of sessions with the members' states, revisions and positions: all of them or none.
+
+        Arguments, result and errors are those of `SessionGroup.fork`.
+
+        Example:
+            >>> async with client.open_sessions("forecast", 4) as group, group.fork() as twins:
+            ...     y = await twins.step(np.ones((4, 3), np.float32))
+            ...     twins.revisions.tolist(), group.revisions.tolist()
+            ([1, 1, 1, 1], [0, 0, 0, 0])
+        """
+        return Opening(self._fork(session_ids, timeout_s))
+
+    async def _fork(self, session_ids: Sequence[str] | None, timeout_s: float | None) -> AsyncSessionGroup:
+        self._check_open()
+        flow = self._group.fork(session_ids, self._client._core.deadline(timeout_s))
+        core = GroupCore(self._client._core, await self._client._run(flow))
+        return AsyncSessionGroup(self._client, core, owned=session_ids is None)
 
     async def refresh(self, *, timeout_s: float | None = None) -> None:
-        """Takes over the server's revisions and positions, and drops a change left unfinished.
+        """Takes over the server's revisions and positions, and drops changes left unfinished.
+
+        As `SessionGroup.refresh`.
 
         Example:
             >>> async with client.open_sessions("forecast", 4) as group:
@@ -137,7 +276,7 @@ class AsyncSessionGroup(AsyncHandle):
             await self._client._run(self._group.refresh(deadline))
 
     async def close(self, *, timeout_s: float | None = None) -> None:
-        """Deletes all members on the server. Closing again does nothing.
+        """Deletes all members on the server: of a view, those of the view. Closing again does nothing.
 
         Example:
             >>> group = await client.open_sessions("forecast", 4)
@@ -146,6 +285,10 @@ class AsyncSessionGroup(AsyncHandle):
         if not self._closed:
             await self._client._run(self._group.close(self._client._core.deadline(timeout_s)))
             self._closed = True
+
+    def _lock_of(self, some: Members) -> AsyncMemberLock | None:
+        """The turns of some members; None: of all of this view."""
+        return None if some is self._group.members else AsyncMemberLock(self._group.tracker.turns, some.where)
 
     def __repr__(self) -> str:
         return f"AsyncSessionGroup({len(self)} sessions, model={self.model!r}, batch_size={self.batch_size})"

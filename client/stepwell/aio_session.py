@@ -12,6 +12,7 @@ from stepwell._retry import Deadline
 from stepwell._state import State, States
 from stepwell._trace import Trace
 from stepwell._tracker import SessionTracker
+from stepwell._turns import AsyncMemberLock
 from stepwell._types import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError
 
@@ -24,48 +25,59 @@ H = TypeVar("H", bound="AsyncHandle")
 class _Turn:
     """The turn of one change. A class, because `contextlib.asynccontextmanager` costs as much as half a step."""
 
-    __slots__ = ("_deadline", "_handle")
+    __slots__ = ("_deadline", "_handle", "_lock")
 
-    def __init__(self, handle: AsyncHandle, deadline: Deadline) -> None:
+    def __init__(self, handle: AsyncHandle, deadline: Deadline, lock: asyncio.Lock | AsyncMemberLock) -> None:
         self._handle = handle
         self._deadline = deadline
+        self._lock = lock
 
     async def __aenter__(self) -> None:
-        await self._handle._begin(self._deadline)
+        await self._handle._begin(self._deadline, self._lock)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._handle._lock.release()
+        self._lock.release()
 
 
 class AsyncHandle(abc.ABC):
     """What a session and a group have in common: one change at a time, and an end."""
 
-    def __init__(self, client: AsyncClient, owned: bool) -> None:
+    def __init__(
+        self,
+        client: AsyncClient,
+        owned: bool,
+        lock: AsyncMemberLock | None = None,
+        parent: AsyncHandle | None = None,
+    ) -> None:
+        """A handle; `lock`: the turns that it shares; `parent`: the group with which it is closed."""
         self._client = client
         self._owned = owned
         self._closed = False
-        self._lock = asyncio.Lock()
+        self._lock = lock or asyncio.Lock()
+        self._parent = parent
 
-    def _changing(self, deadline: Deadline) -> _Turn:
+    def _changing(self, deadline: Deadline, lock: AsyncMemberLock | None = None) -> _Turn:
         """One change at a time; waiting for one's turn counts against the time limit."""
-        return _Turn(self, deadline)
+        return _Turn(self, deadline, lock or self._lock)
 
-    async def _begin(self, deadline: Deadline) -> None:
+    async def _begin(self, deadline: Deadline, lock: asyncio.Lock | AsyncMemberLock) -> None:
         self._check_open()
-        await self._take_turn(deadline)
-        if self._closed:
-            self._lock.release()
+        await self._take_turn(deadline, lock)
+        try:
             self._check_open()
+        except ClosedError:
+            lock.release()
+            raise
 
-    async def _take_turn(self, deadline: Deadline) -> None:
-        if not self._lock.locked():
-            await self._lock.acquire()
+    async def _take_turn(self, deadline: Deadline, lock: asyncio.Lock | AsyncMemberLock) -> None:
+        if not lock.locked():
+            await lock.acquire()
             return
         try:
             async with asyncio.timeout(deadline.grpc_timeout_s()):
-                await self._lock.acquire()
+                await lock.acquire()
         except TimeoutError:
             raise DeadlineExceededError(
                 "the time limit passed while another change of this session was under way",
@@ -73,7 +85,7 @@ class AsyncHandle(abc.ABC):
             ) from None
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._closed or (self._parent is not None and self._parent._closed):
             raise ClosedError("the session must be open; it was closed by this handle")
 
     @abc.abstractmethod
@@ -135,7 +147,7 @@ class Opening(Coroutine[Any, Any, H]):
 class AsyncSession(AsyncHandle):
     """One user's conversation with one model: a recurrent state on the server, advanced step by step.
 
-    Made by `AsyncClient.open_session`, and by `fork`. At most one change (step or reset) of a session is
+    Made by `AsyncClient.open_session`, by `fork`, and by a group for one of its members. At most one change (step or reset) of a session is
     under way at a time: a second task waits for its turn, within its time limit. Belongs to the event loop
     of its client; not for use from other threads.
 
@@ -164,8 +176,16 @@ class AsyncSession(AsyncHandle):
         ((1, 1), 1, 1)
     """
 
-    def __init__(self, client: AsyncClient, tracker: SessionTracker, *, owned: bool) -> None:
-        super().__init__(client, owned)
+    def __init__(
+        self,
+        client: AsyncClient,
+        tracker: SessionTracker,
+        *,
+        owned: bool,
+        lock: AsyncMemberLock | None = None,
+        parent: AsyncHandle | None = None,
+    ) -> None:
+        super().__init__(client, owned, lock, parent)
         self._core = client._core
         self._tracker = tracker
 

@@ -14,6 +14,7 @@ from stepwell._retry import Deadline
 from stepwell._state import State, States
 from stepwell._trace import Trace
 from stepwell._tracker import SessionTracker
+from stepwell._turns import MemberLock
 from stepwell._types import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError
 
@@ -24,18 +25,23 @@ if TYPE_CHECKING:
 class Handle(abc.ABC):
     """What a session and a group have in common: one change at a time, and an end."""
 
-    def __init__(self, client: Client, owned: bool) -> None:
+    def __init__(
+        self, client: Client, owned: bool, lock: MemberLock | None = None, parent: Handle | None = None
+    ) -> None:
+        """A handle; `lock`: the turns that it shares; `parent`: the group with which it is closed."""
         self._client = client
         self._owned = owned
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = lock or threading.Lock()
+        self._parent = parent
 
     @contextlib.contextmanager
-    def _changing(self, deadline: Deadline) -> Iterator[None]:
+    def _changing(self, deadline: Deadline, lock: MemberLock | None = None) -> Iterator[None]:
         """One change at a time; waiting for one's turn counts against the time limit."""
         self._check_open()
+        turn = lock or self._lock
         remaining_s = deadline.remaining_s()
-        if not self._lock.acquire(timeout=-1 if math.isinf(remaining_s) else remaining_s):
+        if not turn.acquire(timeout=-1 if math.isinf(remaining_s) else remaining_s):
             raise DeadlineExceededError(
                 "the time limit passed while another change of this session was under way",
                 outcome="not_applied",
@@ -44,10 +50,10 @@ class Handle(abc.ABC):
             self._check_open()
             yield
         finally:
-            self._lock.release()
+            turn.release()
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._closed or (self._parent is not None and self._parent._closed):
             raise ClosedError("the session must be open; it was closed by this handle")
 
     @abc.abstractmethod
@@ -73,7 +79,7 @@ class Handle(abc.ABC):
 class Session(Handle):
     """One user's conversation with one model: a recurrent state on the server, advanced step by step.
 
-    Made by `Client.open_session`, and by `fork`. At most one change (step or reset) of a session is under
+    Made by `Client.open_session`, by `fork`, and by a group for one of its members. At most one change (step or reset) of a session is under
     way at a time: a second thread waits for its turn, within its time limit. Safe to use from many
     threads; not fork-safe.
 
@@ -98,8 +104,16 @@ class Session(Handle):
         ((1, 1), 1, 1)
     """
 
-    def __init__(self, client: Client, tracker: SessionTracker, *, owned: bool) -> None:
-        super().__init__(client, owned)
+    def __init__(
+        self,
+        client: Client,
+        tracker: SessionTracker,
+        *,
+        owned: bool,
+        lock: MemberLock | None = None,
+        parent: Handle | None = None,
+    ) -> None:
+        super().__init__(client, owned, lock, parent)
         self._core = client._core
         self._tracker = tracker
 

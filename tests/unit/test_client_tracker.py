@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from stepwell._frames import Change, Frame, Gathered, Part
+from stepwell._frames import Change
 from stepwell._inputs import pack_inputs
-from stepwell._retry import Deadline
-from stepwell._tracker import GroupTracker, SessionTracker, new_request_ids
-from stepwell.errors import RevisionConflictError, StepwellError, UnavailableError
+from stepwell._tracker import SessionTracker, new_request_ids
+from stepwell.errors import RevisionConflictError, UnavailableError
 from stepwell.v1 import sessions_pb2
 
 
@@ -107,102 +106,3 @@ def test_request_ids_are_not_zero_and_differ() -> None:
     ids = new_request_ids(1000)
     assert len(set(ids.tolist())) == 1000
     assert ids.all()
-
-
-def group() -> GroupTracker:
-    return GroupTracker("m", "f", 1, ["a", "b", "c"])
-
-
-def sent(frame: Frame) -> sessions_pb2.StepFrame:
-    return frame.request(1, Deadline(1.0)).step
-
-
-def wide(value: float) -> Change:
-    return Change("step", pack_inputs(np.full((3, 2), value), 3))
-
-
-def gathered(failed: set[int]) -> Gathered:
-    result = Gathered(3, 1)
-    applied = np.array([i for i in range(3) if i not in failed])
-    ones = np.ones(len(applied), np.uint64)
-    result.add(Part(applied, ones, ones, {}, {i: UnavailableError("lost") for i in failed}))
-    return result
-
-
-def test_group_takes_over_what_was_applied() -> None:
-    tracker = group()
-    tracker.begin(wide(1))
-    tracker.settle(wide(1), gathered({1}))
-    assert tracker.revisions.tolist() == [1, 0, 1]
-
-
-def test_group_finishes_the_same_change_for_all_members() -> None:
-    tracker = group()
-    first = sent(tracker.begin(wide(1)))
-    tracker.settle(wide(1), gathered({1}))
-    again = sent(tracker.begin(wide(1)))
-    assert list(again.request_ids) == list(first.request_ids)
-    assert list(again.expected_revisions) == [0, 0, 0]
-
-
-def test_group_sends_another_change_at_the_revisions_it_knows() -> None:
-    tracker = group()
-    first = sent(tracker.begin(wide(1)))
-    tracker.settle(wide(1), gathered({1}))
-    other = sent(tracker.begin(wide(2)))
-    assert not set(other.request_ids) & set(first.request_ids)
-    assert list(other.expected_revisions) == [1, 0, 1]
-
-
-def test_group_change_of_some_members() -> None:
-    tracker = group()
-    change = Change("reset", (), rows=(2, 0))
-    frame = tracker.begin(change).request(1, Deadline(1.0)).reset
-    assert list(frame.session_ids) == ["c", "a"]
-    result = Gathered(2, 1)
-    result.add(Part(np.array([0, 1]), np.array([8, 9], np.uint64), np.zeros(2, np.uint64), {}, {}))
-    tracker.settle(change, result)
-    assert tracker.revisions.tolist() == [9, 0, 8]
-
-
-def fails(
-    tracker: GroupTracker, change: Change, failures: dict[int, StepwellError]
-) -> dict[int, StepwellError]:
-    """Make a change that fails for these; what their callers get."""
-    tracker.begin(change)
-    result = Gathered(3, 1)
-    applied = np.array([i for i in range(3) if i not in failures], np.intp)
-    ones = np.ones(len(applied), np.uint64)
-    result.add(Part(applied, ones, ones, {}, failures))
-    tracker.settle(change, result)
-    return result.failures
-
-
-def test_a_conflict_of_a_member_with_its_own_group_says_so() -> None:
-    tracker = group()
-    lost = {0: UnavailableError("lost"), 1: UnavailableError("full", outcome="not_applied")}
-    assert fails(tracker, wide(1), dict(lost)) == lost
-    told = fails(tracker, wide(2), {0: conflict(), 1: conflict(), 2: conflict()})
-    assert str(told[0]).startswith("revision is 5; an earlier change of this handle")
-    assert "refresh()" in str(told[0])
-    assert isinstance(told[0], RevisionConflictError)
-    assert (told[0].expected, told[0].actual, told[0].reason) == (4, 5, "REVISION_CONFLICT")
-    assert [str(told[i]) for i in (1, 2)] == ["revision is 5"] * 2
-    # it stays so until the tracker is right again
-    assert "refresh()" in str(fails(tracker, wide(3), {0: conflict()})[0])
-    tracker.refresh([sessions_pb2.Session(session_id=one) for one in tracker.ids])
-    assert str(fails(tracker, wide(4), {0: conflict()})[0]) == "revision is 5"
-
-
-def test_a_groups_change_that_nobody_settled_is_in_doubt() -> None:
-    tracker = group()
-    tracker.begin(Change("reset", (), rows=(2, 0)))  # cancelled
-    told = fails(tracker, wide(1), {i: conflict() for i in range(3)})
-    assert ["refresh()" in str(told[i]) for i in range(3)] == [True, False, True]
-
-
-def test_an_answered_change_of_a_group_leaves_no_doubt() -> None:
-    tracker = group()
-    fails(tracker, wide(1), {0: UnavailableError("lost")})
-    fails(tracker, wide(1), {})
-    assert str(fails(tracker, wide(2), {0: conflict()})[0]) == "revision is 5"

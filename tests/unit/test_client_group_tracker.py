@@ -1,0 +1,257 @@
+"""Groups, sub-groups and handles of members share what is known of the members, what is pending and whose turn it is."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import numpy as np
+
+from stepwell._frames import Change, Frame, Gathered, Part
+from stepwell._group_tracker import GroupTracker, MemberTracker
+from stepwell._inputs import pack_inputs
+from stepwell._retry import Deadline
+from stepwell._sets import StreamSets
+from stepwell._turns import AsyncMemberLock, MemberLock, Turns
+from stepwell.errors import RevisionConflictError, StepwellError, UnavailableError
+from stepwell.v1 import sessions_pb2
+
+ALL = np.arange(3)
+WAIT_S = 100.0
+
+
+def conflict() -> RevisionConflictError:
+    return RevisionConflictError("revision is 5", expected=4, actual=5, reason="REVISION_CONFLICT")
+
+
+def group() -> GroupTracker:
+    return GroupTracker("m", "f", 1, ["a", "b", "c"])
+
+
+def sent(frame: Frame) -> sessions_pb2.StepFrame:
+    return frame.request(1, Deadline(1.0)).step
+
+
+def wide(value: float) -> Change:
+    return Change("step", pack_inputs(np.full((3, 2), value), 3))
+
+
+def gathered(failed: set[int]) -> Gathered:
+    result = Gathered(3, 1)
+    applied = np.array([i for i in range(3) if i not in failed])
+    ones = np.ones(len(applied), np.uint64)
+    result.add(Part(applied, ones, ones, {}, {i: UnavailableError("lost") for i in failed}))
+    return result
+
+
+def test_group_takes_over_what_was_applied() -> None:
+    tracker = group()
+    tracker.begin(wide(1), ALL)
+    tracker.settle(ALL, gathered({1}))
+    assert tracker.revisions.tolist() == [1, 0, 1]
+
+
+def test_group_finishes_the_same_change_for_all_members() -> None:
+    tracker = group()
+    first = sent(tracker.begin(wide(1), ALL))
+    tracker.settle(ALL, gathered({1}))
+    again = sent(tracker.begin(wide(1), ALL))
+    assert list(again.request_ids) == list(first.request_ids)
+    assert list(again.expected_revisions) == [0, 0, 0]
+
+
+def test_group_sends_another_change_at_the_revisions_it_knows() -> None:
+    tracker = group()
+    first = sent(tracker.begin(wide(1), ALL))
+    tracker.settle(ALL, gathered({1}))
+    other = sent(tracker.begin(wide(2), ALL))
+    assert not set(other.request_ids) & set(first.request_ids)
+    assert list(other.expected_revisions) == [1, 0, 1]
+
+
+def test_group_change_of_some_members() -> None:
+    tracker = group()
+    some = np.array([2, 0])
+    frame = tracker.begin(Change("reset", ()), some).request(1, Deadline(1.0)).reset
+    assert list(frame.session_ids) == ["c", "a"]
+    result = Gathered(2, 1)
+    result.add(Part(np.array([0, 1]), np.array([8, 9], np.uint64), np.zeros(2, np.uint64), {}, {}))
+    tracker.settle(some, result)
+    assert tracker.revisions.tolist() == [9, 0, 8]
+
+
+def fails(
+    tracker: GroupTracker, change: Change, failures: dict[int, StepwellError]
+) -> dict[int, StepwellError]:
+    """Make a change that fails for these; what their callers get."""
+    tracker.begin(change, ALL)
+    result = Gathered(3, 1)
+    applied = np.array([i for i in range(3) if i not in failures], np.intp)
+    ones = np.ones(len(applied), np.uint64)
+    result.add(Part(applied, ones, ones, {}, failures))
+    tracker.settle(ALL, result)
+    return result.failures
+
+
+def test_a_conflict_of_a_member_with_its_own_group_says_so() -> None:
+    tracker = group()
+    lost = {0: UnavailableError("lost"), 1: UnavailableError("full", outcome="not_applied")}
+    assert fails(tracker, wide(1), dict(lost)) == lost
+    told = fails(tracker, wide(2), {0: conflict(), 1: conflict(), 2: conflict()})
+    assert str(told[0]).startswith("revision is 5; an earlier change of this handle")
+    assert "refresh()" in str(told[0])
+    assert isinstance(told[0], RevisionConflictError)
+    assert (told[0].expected, told[0].actual, told[0].reason) == (4, 5, "REVISION_CONFLICT")
+    assert [str(told[i]) for i in (1, 2)] == ["revision is 5"] * 2
+    # it stays so until the tracker is right again
+    assert "refresh()" in str(fails(tracker, wide(3), {0: conflict()})[0])
+    tracker.refresh(ALL, np.zeros(3, np.uint64), np.zeros(3, np.uint64))
+    assert str(fails(tracker, wide(4), {0: conflict()})[0]) == "revision is 5"
+
+
+def test_a_groups_change_that_nobody_settled_is_in_doubt() -> None:
+    tracker = group()
+    tracker.begin(Change("reset", ()), np.array([2, 0]))  # cancelled
+    told = fails(tracker, wide(1), {i: conflict() for i in range(3)})
+    assert ["refresh()" in str(told[i]) for i in range(3)] == [True, False, True]
+
+
+def test_an_answered_change_of_a_group_leaves_no_doubt() -> None:
+    tracker = group()
+    fails(tracker, wide(1), {0: UnavailableError("lost")})
+    fails(tracker, wide(1), {})
+    assert str(fails(tracker, wide(2), {0: conflict()})[0]) == "revision is 5"
+
+
+def some(value: float, rows: int) -> Change:
+    return Change("step", pack_inputs(np.full((rows, 2), value), rows))
+
+
+def lose(tracker: GroupTracker, change: Change, members: list[int]) -> list[int]:
+    """Make a change whose answer is lost; the request ids with which it was sent."""
+    where = np.array(members)
+    frame = sent(tracker.begin(change, where))
+    result = Gathered(len(members), 1)
+    result.failures = {i: UnavailableError("lost", outcome="unknown") for i in range(len(members))}
+    tracker.settle(where, result)
+    return list(frame.request_ids)
+
+
+def test_changes_of_different_members_are_pending_at_the_same_time() -> None:
+    tracker = group()
+    first, second = lose(tracker, some(1, 1), [0]), lose(tracker, some(2, 2), [2, 1])
+    assert lose(tracker, some(1, 1), [0]) == first
+    assert lose(tracker, some(2, 2), [2, 1]) == second
+    assert lose(tracker, some(2, 2), [1, 2]) != second, "its rows are those of others"
+
+
+def test_another_change_of_one_member_ends_what_was_pending_for_all_of_its_members() -> None:
+    tracker = group()
+    first = lose(tracker, wide(1), [0, 1, 2])
+    member = MemberTracker(tracker, 1)
+    member.begin(some(3, 1))
+    member.applied(7, 9)
+    again = sent(tracker.begin(wide(1), ALL))
+    assert not set(again.request_ids) & set(first)
+    assert list(again.expected_revisions) == [0, 7, 0]
+
+
+def test_a_member_is_tracked_with_its_group() -> None:
+    tracker = group()
+    member, other = MemberTracker(tracker, 1), MemberTracker(tracker, 1)
+    request_id = member.begin(some(1, 1))
+    assert other.begin(some(1, 1)) == request_id, "another handle finishes the same change"
+    assert lose(tracker, some(1, 1), [1]) == [request_id]
+    told = other.failed(conflict())
+    assert "refresh()" in str(told)
+    other.applied(4, 6)
+    assert (tracker.revisions.tolist(), tracker.positions.tolist()) == ([0, 4, 0], [0, 6, 0])
+    assert (member.revision, member.position) == (4, 6)
+    assert str(fails(tracker, wide(1), {1: conflict()})[1]) == "revision is 5"
+    member.refresh(sessions_pb2.Session(session_id="b", revision=8))
+    assert tracker.revisions[1] == 8
+    assert other.begin(some(1, 1)) != request_id
+
+
+def test_members_that_come_again_are_named_by_a_number() -> None:
+    tracker, sets = group(), StreamSets()
+
+    def named(members: list[int]) -> tuple[int, int, int]:
+        frame = tracker.begin(Change("reset", ()), np.array(members)).request(1, Deadline(1.0), sets)
+        reset = frame.reset
+        return len(reset.session_ids), reset.declare_set, reset.session_set
+
+    assert named([2, 1]) == (2, 0, 0), "they may never come again"
+    assert named([2, 1]) == (2, 1, 0)
+    assert named([1, 2]) == (2, 0, 0), "in another order they are others"
+    assert [named([0]) for _ in range(3)] == [(1, 0, 0)] * 3
+    assert named([0, 1, 2]) == (3, 2, 0)
+    wide_group = GroupTracker("m", "f", 1, [str(i) for i in range(30)])
+    for i in range(20):  # those that come once do not stay
+        wide_group.begin(Change("reset", ()), np.array([i, i + 1]))
+    frame = wide_group.begin(Change("reset", ()), np.array([0, 1]))
+    assert not frame.request(1, Deadline(1.0), sets).reset.declare_set
+
+
+def test_turns_are_taken_in_their_order_and_only_those_of_the_same_members_wait() -> None:
+    turns, told = Turns(4), []
+    first = np.array([0, 1])
+    assert turns.take(first, lambda: None) is None
+    assert turns.take(slice(3, 4), lambda: None) is None
+    everyone = turns.take(slice(0, 4), lambda: told.append("all"))
+    assert everyone is not None
+    one = turns.take(slice(2, 3), lambda: told.append("2"))
+    assert one is not None, "those who came before are not overtaken for ever"
+    turns.end(first)
+    assert told == []
+    turns.end(slice(3, 4))
+    assert told == ["all"]
+    turns.end(slice(0, 4))
+    assert told == ["all", "2"]
+    turns.give_up(one)
+    assert turns.are_free(slice(0, 4)), "who gives up what came in the same moment gives it back"
+
+
+def test_who_gives_up_lets_those_behind_go() -> None:
+    turns, told = Turns(2), []
+    assert turns.take(slice(0, 1), lambda: None) is None
+    everyone = turns.take(slice(0, 2), lambda: told.append("all"))
+    assert turns.take(slice(1, 2), lambda: told.append("1")) is not None
+    assert everyone is not None
+    turns.give_up(everyone)
+    assert told == ["1"]
+
+
+def test_a_thread_waits_for_the_turns_of_its_members() -> None:
+    turns = Turns(3)
+    ours, theirs, others = (MemberLock(turns, members) for members in (slice(0, 2), ALL, slice(2, 3)))
+    assert ours.acquire()
+    assert others.acquire(timeout=0)
+    assert not theirs.acquire(timeout=0)
+    got = threading.Event()
+
+    def wait() -> None:
+        theirs.acquire(WAIT_S)
+        got.set()
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    others.release()
+    ours.release()
+    assert got.wait(WAIT_S)
+    waiting.join()
+    theirs.release()
+    assert turns.are_free(slice(0, 3))
+
+
+async def test_a_task_that_is_cancelled_in_line_leaves_it() -> None:
+    turns = Turns(2)
+    lock, both = AsyncMemberLock(turns, slice(0, 1)), AsyncMemberLock(turns, slice(0, 2))
+    await lock.acquire()
+    assert both.locked()
+    waiting = asyncio.create_task(both.acquire())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    lock.release()
+    assert turns.are_free(slice(0, 2))
