@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -437,7 +437,8 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         change: Callable[[_Session], Any] = reset
         if request.HasField("step"):
             x = unpack(frame.inputs[0])[start : start + rows[i]]
-            change = lambda s: step(s, x)  # noqa: E731
+            anew = list(frame.reset_mask[start : start + rows[i]])
+            change = lambda s: step(s, x, anew)  # noqa: E731
         y, revision, position, replayed = self._change(
             session, frame.expected_revisions[i], frame.request_ids[i], change
         )
@@ -455,8 +456,11 @@ def spec(name: str, temporal: bool = False) -> tensors_pb2.TensorSpec:
     )
 
 
-def step(session: _Session, x: Any) -> Any:
-    """Adds the input to the state; the state is the output."""
+def step(session: _Session, x: Any, anew: Sequence[bool] = ()) -> Any:
+    """Adds the input to the state, which is the output; rows that begin `anew` are set to zero before."""
+    if any(anew):
+        session.state = np.where(np.array(anew)[:, None], np.float32(0), session.state)
+        session.position = 0 if all(anew) else session.position
     steps = x[:, None] if x.ndim == 2 else x
     y = session.state[:, None] + np.cumsum(steps, 1)
     session.state = y[:, -1].astype(np.float32)

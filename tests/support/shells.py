@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any, Self
 
 import stepwell
@@ -30,6 +31,12 @@ class InThreads:
 
     def __len__(self) -> int:
         return len(self._target)
+
+    def __getitem__(self, index: Any) -> InThreads:
+        return InThreads(self._target[index])
+
+    def __iter__(self) -> Iterator[InThreads]:
+        return (InThreads(one) for one in self._target)
 
     async def __aenter__(self) -> Self:
         self._target.__enter__()

@@ -16,6 +16,7 @@ from stepwell_server.errors import (
     RevisionConflict,
     ServerError,
     SessionExists,
+    SessionExpired,
     SessionNotFound,
 )
 from support.awaited import RemoteStore
@@ -110,6 +111,20 @@ async def test_a_session_that_cannot_be_read_fails_alone() -> None:
         assert told == dict.fromkeys([1, 2, 3], SessionNotFound)
         nobody = await at.engine.get_states(["nobody", "c"])
         assert (nobody.model, len(nobody.members), len(nobody.errors)) == ("", 0, 2)
+
+
+async def test_an_expired_session_says_so_and_reading_counts_as_use() -> None:
+    async with running(max_session_idle_s=10) as at:
+        await at.open(*"ab")
+        at.clock.advance(6)
+        await at.engine.get_states(["a"])
+        at.clock.advance(6)
+        read = await at.engine.get_states(["a", "b"])
+        assert read.members.tolist() == [0]
+        ((members, error),) = read.errors
+        assert (members.tolist(), type(error)) == ([1], SessionExpired)
+        with pytest.raises(SessionExpired):
+            await at.engine.fork_sessions(["a", "b"])
 
 
 async def test_what_cannot_be_read_at_all_is_refused() -> None:
