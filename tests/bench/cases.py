@@ -25,6 +25,8 @@ GROUPS = (32, 256, 1024, 4096)
 WIDTH_SESSIONS = (1, 32, 256)
 MANY = 256
 GATHERED = 1000
+READ = 1024
+"""Sessions of a group, or rows of a session, whose states are read."""
 PROFILE_S = 3.0
 SEED_WARM_UP_S = 3.0
 """Each stream makes a model of its own first."""
@@ -104,6 +106,21 @@ def sdk(plan: Plan) -> list[Point]:
         times = Times(min(PROFILE_S, 2 * plan.times.run_s))
         found = loads.sdk(server, "gather", times, sessions=GATHERED, profile=True)
         return [*points, {"front": front, "how": "profile", **found}]
+
+
+def states(plan: Plan) -> list[Point]:
+    """`SessionGroup.get_states` beside `Session.get_state` of as many rows; ratios are to it."""
+    with on_each_front("small") as servers:
+
+        def read(server: LocalServer, how: str) -> Measure:
+            return lambda: loads.sdk(server, "states", plan.times, how=how, sessions=READ)
+
+        measures: dict[Key, Measure] = {
+            (front, how): read(server, how)
+            for how in ("session", "group")
+            for front, server in servers.items()
+        }
+        return measured(("front", "how"), measures, plan.repeats, lambda key: (key[0], "session"))
 
 
 def width(plan: Plan) -> list[Point]:
@@ -243,5 +260,5 @@ def seed(plan: Plan) -> list[Point]:
 
 CASES: Mapping[str, Case] = {
     case.__name__: case
-    for case in (sessions, groups, sdk, width, durability, triton, long, tls, memory, start, seed)
+    for case in (sessions, groups, states, sdk, width, durability, triton, long, tls, memory, start, seed)
 }

@@ -80,6 +80,22 @@ def groups_table(points: Sequence[Point]) -> str:
     return table(["sessions of the group", "front", *RATE_AND_LATENCY, PER_STEP], rows)
 
 
+def states_table(points: Sequence[Point]) -> str:
+    ways = {"session": "`session.get_state` of 1,024 rows", "group": "`group.get_states` of 1,024 sessions"}
+    rows = [
+        [
+            ways[point["how"]],
+            FRONTS[point["front"]],
+            cell(point, "p50_ms", "p99_ms"),
+            cell(point, "client_us", "server_us"),
+            cell(point, "p50_ms", of="ratios"),
+        ]
+        for point in points
+    ]
+    heads = ["read", "front", "p50 / p99, ms", "client / server, µs a state", "p50 against the session's"]
+    return table(heads, rows)
+
+
 def sdk_table(points: Sequence[Point]) -> str:
     ways = {
         "sync": "`session.step` in a loop",
@@ -164,6 +180,7 @@ def start_table(points: Sequence[Point]) -> str:
 TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
     "sessions": ("sessions", sessions_table),
     "groups": ("groups", groups_table),
+    "states": ("states", states_table),
     "sdk": ("sdk", sdk_table),
     "profile": ("sdk", profile_table),
     "width": ("width", width_table),
