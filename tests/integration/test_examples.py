@@ -26,20 +26,25 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[LocalServer]:
-    """The demo's model, not trained: what the examples show does not depend on that."""
+    """The demo's model, not trained: what the examples show does not depend on that. And that of the policies."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
-        forecaster = importlib.import_module("forecaster")
-    keras.utils.set_random_seed(1)
-    saved = programs.saved("temperature", forecaster.build_model)
-    models = {"temperature": saved.path}
+        builders = {
+            "temperature": importlib.import_module("forecaster").build_model,
+            "memory": importlib.import_module("memory").build_model,
+        }
+    models = {}
+    for name, build in builders.items():
+        keras.utils.set_random_seed(1)
+        saved = programs.saved(name, build)
+        models[name] = saved.path
     with LocalServer(models, cache_dir=saved.cache_dir, start_timeout_s=100) as server:
         yield server
 
 
-def run(example: str, server: LocalServer, folder: Path) -> str:
+def run(example: str, server: LocalServer, folder: Path, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, EXAMPLES / example],
+        [sys.executable, EXAMPLES / example, *arguments],
         cwd=folder,
         env={**os.environ, "STEPWELL_SERVER": server.address},
         capture_output=True,
@@ -74,3 +79,24 @@ def test_environments(server: LocalServer, tmp_path: Path) -> None:
     assert rewards[2] == max(rewards), "heating to the comfortable temperature must pay"
     # 16 houses, 400 hours, episodes of at most 72: at least 5 whole ones in each house
     assert all(int(ended) >= 5 * 16 for _, _, ended in episodes)
+
+
+def test_recurrent_policy(server: LocalServer, tmp_path: Path) -> None:
+    """It learns, and what it learns needs the memory."""
+    said = run("recurrent_policy.py", server, tmp_path, "--generations", "4", "--picture", "returns.png")
+    returns = [int(one) for one in re.findall(r"generation \d: return (\d+)", said)]
+    remembering, forgetting = returns[:4], returns[4:]
+    assert remembering[-1] > 2 * remembering[0]
+    assert remembering[-1] > 1.3 * max(forgetting)
+    assert (tmp_path / "returns.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_of_reinforcement_learning(server: LocalServer) -> None:
+    """Its blocks run in order, in one namespace."""
+    text = (EXAMPLES.parent / "docs" / "reinforcement-learning.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 6
+    names: dict[str, object] = {}
+    for block in blocks:
+        source = block.replace("127.0.0.1:50051", server.address)
+        exec(compile(source, "reinforcement-learning.md", "exec", dont_inherit=True), names)  # noqa: S102  our own documentation
