@@ -36,9 +36,8 @@ def server() -> Iterator[LocalServer]:
     models = {}
     for name, build in builders.items():
         keras.utils.set_random_seed(1)
-        saved = programs.saved(name, build)
-        models[name] = saved.path
-    with LocalServer(models, cache_dir=saved.cache_dir, start_timeout_s=100) as server:
+        models[name] = programs.saved(name, build).path
+    with LocalServer(models, cache_dir=programs.cache_dir(), start_timeout_s=100) as server:
         yield server
 
 

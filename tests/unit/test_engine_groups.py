@@ -113,6 +113,23 @@ async def test_a_session_that_cannot_be_read_fails_alone() -> None:
         assert (nobody.model, len(nobody.members), len(nobody.errors)) == ("", 0, 2)
 
 
+@pytest.mark.stores("memory")
+async def test_one_that_is_closed_between_two_pieces_was_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one has its place in the table then."""
+    monkeypatch.setattr(reading, "ROWS_AT_ONCE", 1)
+    async with running(resident_rows=300) as at:
+        ids = list((await at.engine.open_sessions("plain", count=200)).session_ids)
+        reading_ = await begun(at.engine.get_states(ids))
+        await at.engine.close_session(ids[-1])
+        await at.open("another")
+        assert not reading_.done(), "this test needs more pieces"
+        read = await reading_
+        assert read.members.tolist() == list(range(199))
+        assert len(read.state["sum"]) == 199
+        ((members, error),) = read.errors
+        assert (members.tolist(), type(error)) == ([199], SessionNotFound)
+
+
 async def test_an_expired_session_says_so_and_reading_counts_as_use() -> None:
     async with running(max_session_idle_s=10) as at:
         await at.open(*"ab")

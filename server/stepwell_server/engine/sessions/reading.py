@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -86,14 +86,14 @@ class Reading:
             errors += self._directory.why_not_all(session_ids, missing, seen)
         if not len(there):
             return _nothing_of(errors)
+        model = self._model_of(handles[there])
         reader = _Reader(
-            self._table, self._turns, self._pager, self._model_of(handles[there]), handles[there], with_state
+            self._table, self._turns, self._pager, model, handles[there], with_state, self._clock
         )
         reader.require_within(limit)
         if self._clock.monotonic() >= deadline:
             raise too_late()
-        await reader.run(deadline)
-        self._table.used[handles[there[reader.was_read]]] = self._clock.monotonic()
+        await reader.run(deadline, lambda place: self._directory.why_not(session_ids[there[place]], seen))
         errors += [(there[places], error) for places, error in reader.errors()]
         return reader.answer(there, errors)
 
@@ -118,7 +118,9 @@ class _Reader:
         model: Model,
         handles: Handles,
         with_state: bool,
+        clock: Clock,
     ) -> None:
+        self._clock = clock
         self._table = table
         self._turns = turns
         self._pager = pager
@@ -130,8 +132,7 @@ class _Reader:
         self._arrays: Sequence[Array] = ()
         self._revisions = np.zeros(len(handles), np.uint64)
         self._positions = np.zeros(len(handles), np.uint64)
-        self.was_read = np.zeros(len(handles), np.bool_)
-        """`(n,)`."""
+        self._was_read = np.zeros(len(handles), np.bool_)
         self._failed: dict[int, ServerError] = {}
         self._lines: dict[int, asyncio.Future[None]] = {}
         """Of the sessions that are waited for."""
@@ -155,32 +156,42 @@ class _Reader:
                 " name fewer at once"
             )
 
-    async def run(self, deadline: float) -> None:
-        """Read all of them that can be read."""
-        table, turns, handles = self._table, self._turns, self._handles
+    async def run(self, deadline: float, why_not: Callable[[int], ServerError]) -> None:
+        """Read all of them that can be read; `why_not` says why one is not there any more, by its place."""
         if self._with_state:
             rows = int(self._sizes.sum())
             self._arrays = [np.empty((rows, *s.shape[1:]), s.dtype) for s in self._model.arena.states]
-        is_free = ~table.claimed[handles]
-        for place in np.flatnonzero(~is_free).tolist():
-            try:
-                line = turns.turn_of(int(handles[place]), deadline)
-            except Overloaded as error:
-                self._failed[place] = error
-                continue
-            self._lines[place] = line
-            line.add_done_callback(functools.partial(self._note, place))
-        free = np.flatnonzero(is_free)
-        turns.claim(handles[free])
+        births = self._table.birth[self._handles]
         try:
-            await self._read_in_pieces(free)
+            for part in self._pieces(np.arange(len(self._handles))):
+                if part[0]:
+                    await asyncio.sleep(0)
+                gone = births[part] != self._table.birth[self._handles[part]]
+                for place in part[gone].tolist():
+                    self._failed[place] = why_not(place)
+                await self._begin(part[~gone], deadline)
             while self._lines:
                 await self._has_come.wait()
                 self._has_come.clear()
                 await self._read_in_pieces(np.array(self._take_turns(), np.intp))
         finally:
             for place, line in self._lines.items():
-                turns.give_back(int(handles[place]), line)
+                self._turns.give_back(int(self._handles[place]), line)
+
+    async def _begin(self, places: Members, deadline: float) -> None:
+        """Read those that have nothing under way, and take places in the lines of the others."""
+        is_busy = self._table.claimed[self._handles[places]]
+        for place in places[is_busy].tolist():
+            try:
+                line = self._turns.turn_of(int(self._handles[place]), deadline)
+            except Overloaded as error:
+                self._failed[place] = error
+                continue
+            self._lines[place] = line
+            line.add_done_callback(functools.partial(self._note, place))
+        free = places[~is_busy]
+        self._turns.claim(self._handles[free])
+        await self._read_in_pieces(free)
 
     def _note(self, place: int, _line: asyncio.Future[None]) -> None:
         self._came.append(place)
@@ -226,7 +237,7 @@ class _Reader:
         refused: dict[int, ServerError] = {}
         if self._with_state:
             is_here = self._table.row[handles] >= 0
-            self._put(places[is_here], self._model.arena.read(self._table.rows_of(handles[is_here])))
+            await self._copy(places[is_here], self._table.rows_of(handles[is_here]))
             away = places[~is_here]
             if len(away):
                 states, refused = await self._pager.states_of(self._model, handles[~is_here])
@@ -243,30 +254,34 @@ class _Reader:
             self._failed[place] = refused[handle]
             self._turns.end(handle, refused[handle])
 
-    def _put(self, places: Members, states: Sequence[Array]) -> None:
-        if not len(places):
-            return
+    async def _copy(self, places: Members, rows: Rows) -> None:
+        """Copy the arena's rows of sessions; others get a turn between the pieces of a large one."""
         where = self._rows_of(places)
-        for array, values in zip(self._arrays, states, strict=True):
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            if start:
+                await asyncio.sleep(0)
+            part = slice(start, start + ROWS_AT_ONCE)
+            for array, values in zip(self._arrays, self._model.arena.read(rows[part]), strict=True):
+                array[where[part]] = values
+
+    def _put(self, places: Members, states: Sequence[Array]) -> None:
+        where = self._rows_of(places)
+        for array, values in zip(self._arrays, states, strict=False):
             array[where] = values
 
-    def _rows_of(self, places: Members) -> Rows | slice:
+    def _rows_of(self, places: Members) -> Rows:
         """Where the rows of sessions are in the answer."""
-        if places[-1] - places[0] == len(places) - 1:
-            return slice(
-                int(self._starts[places[0]]), int(self._starts[places[-1]] + self._sizes[places[-1]])
-            )
         sizes = self._sizes[places]
-        rows: Rows = np.repeat(self._starts[places] - (np.cumsum(sizes) - sizes), sizes) + np.arange(
-            sizes.sum()
-        )
+        starts = self._starts[places] - (np.cumsum(sizes) - sizes)
+        rows: Rows = np.repeat(starts, sizes) + np.arange(int(sizes.sum()))
         return rows
 
     def _done(self, places: Members) -> None:
         handles = self._handles[places]
+        self._table.used[handles] = self._clock.monotonic()
         self._revisions[places] = self._table.revision[handles]
         self._positions[places] = self._table.position[handles]
-        self.was_read[places] = True
+        self._was_read[places] = True
         self._turns.release(handles)
 
     def errors(self) -> Iterator[tuple[Members, ServerError]]:
@@ -283,7 +298,7 @@ class _Reader:
 
     def answer(self, there: Members, errors: Sequence[tuple[Members, ServerError]]) -> StatesRead:
         """What was read; `there` are the members that the places stand for."""
-        arrays, read = self._arrays, self.was_read
+        arrays, read = self._arrays, self._was_read
         if not read.all():
             rows = np.repeat(read, self._sizes)
             arrays = [array[rows] for array in arrays]
