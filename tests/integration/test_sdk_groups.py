@@ -168,6 +168,22 @@ async def test_states_are_read_in_pieces_as_large_as_the_server_bears(
     assert np.array_equal(others["sum"], [x[2], [0, 0], x[4]])
 
 
+async def test_members_that_are_busy_are_read_again_alone(
+    client: Any, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = await client.open_sessions(MODEL, 4)
+    await group.step(X)
+    server.busy = {group.ids[1], group.ids[2]}
+    assert np.array_equal((await group.get_states())["sum"], X)
+    asked = [list(request.session_ids) for request in server.requests("GetStates")]
+    assert asked == [list(group.ids), list(group.ids[1:3])]
+    monkeypatch.setattr(RetryPolicy, "delay_s", lambda *_: None)
+    server.busy = {group.ids[3]}
+    with pytest.raises(errors.OverloadedError) as caught:
+        await group.get_states()
+    assert list(caught.value.failures) == [3]
+
+
 async def test_a_refresh_is_one_call_and_takes_over_what_is_there(
     client: Any, server: ScriptedServer
 ) -> None:

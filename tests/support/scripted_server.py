@@ -97,6 +97,8 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         self.sessions: dict[str, _Session] = {}
         self.parts = 1
         self.most_states = 1_000_000
+        self.busy: set[str] = set()
+        """Sessions that cannot be read the next time, as too much waits for them."""
         self.knows_sets = True
         """Else it is a server from before there were sets."""
         self.sets: dict[int, Any] = {}
@@ -293,9 +295,12 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         states = []
         for i, session_id in enumerate(request.session_ids):
             try:
+                if session_id in self.busy:
+                    self.busy.remove(session_id)
+                    raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", "too much waits")
                 session = self._session(session_id)
             except Refusal as refusal:
-                response.errors.add(members=[i]).error.CopyFrom(message(refusal.fault, None))
+                response.errors.add(members=[i]).error.CopyFrom(message(refusal.fault, refusal.fault))
                 continue
             states.append(session.state)
             response.members.append(i)

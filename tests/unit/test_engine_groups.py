@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.sessions import reading
+from stepwell_server.engine.sessions import forking, reading
 from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,
     MessageTooLarge,
+    Overloaded,
     RevisionConflict,
     ServerError,
     SessionExists,
@@ -153,9 +154,9 @@ async def test_what_cannot_be_read_at_all_is_refused() -> None:
             ({"session_ids": ["a", "b", "a"]}, InvalidInput, "must name each session once; 'a' came twice"),
             ({"session_ids": ["a", "r"]}, InvalidInput, "session_ids must be sessions of one model"),
             (
-                {"session_ids": ["a", "b"], "reply_limit": 1000},
+                {"session_ids": ["a", "b"], "reply_limit": 100, "reply_bytes": 53},
                 MessageTooLarge,
-                "at most 1000 bytes together; got 2 sessions with 4 rows of 12 bytes, 1136 bytes",
+                "a reply of at most 100 bytes; got 2, for which it would have 101: name fewer at once",
             ),
             ({"session_ids": ["a", "b"], "deadline": at.clock.monotonic()}, DeadlineExceeded, "deadline"),
         ]
@@ -203,6 +204,27 @@ async def test_a_fork_under_given_ids_waits_for_its_sources_and_is_found_after_a
         assert (forked.revisions.tolist(), forked.positions.tolist()) == ([2, 0], [1, 0])
         a = await at.state("a")
         assert (await at.state("b"))["sum"].tobytes() == a["sum"].tobytes()
+
+
+async def test_no_more_is_copied_at_once_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state has 8 bytes; copies of the same session count each."""
+    monkeypatch.setattr(forking, "MAX_FORK_BYTES", 32)
+    async with running(threads=True) as at:
+        await at.open(*"abc")
+        with pytest.raises(
+            MessageTooLarge, match="at most 32 bytes together; got 5, whose copies would have 40"
+        ):
+            await at.engine.fork_sessions(list("abcbb"))
+        with pytest.raises(MessageTooLarge):
+            await at.engine.fork_sessions(["a"] * 5)
+        await blocked(at, "a")
+        waiting = await begun(at.engine.fork_sessions(list("abc")))
+        with pytest.raises(Overloaded, match="must stay within 32; 24 are and 16 came"):
+            await at.engine.fork_sessions(list("bc"))
+        at.hooks.open_gate()
+        await waiting
+        await at.engine.fork_sessions(["a"] * 4)
+        assert (await at.engine.list_sessions())[1] == 10
 
 
 async def test_a_fork_that_fails_makes_nothing() -> None:

@@ -49,6 +49,7 @@ from stepwell_server.engine.sessions.closing import Closing
 from stepwell_server.engine.sessions.creation import Creation
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Expiry, Removal
+from stepwell_server.engine.sessions.forking import Forking
 from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Arrivals, Loader
 from stepwell_server.engine.sessions.opening import OpenedMany, Opening
@@ -58,7 +59,7 @@ from stepwell_server.engine.state.model import Alarm, Model
 from stepwell_server.engine.state.replies import ReplyMemory
 from stepwell_server.engine.submission import Submission
 from stepwell_server.engine.types import Mask, Members, Tensors
-from stepwell_server.errors import InvalidInput, ServerError
+from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.logs import Log
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
@@ -169,14 +170,12 @@ class Engine:
             expiry=self._expiry,
             clock=clock,
         )
-        self._reading = Reading(table, self._directory, self._turns, pager, clock=clock)
         opening = Opening(
             table,
             self._directory,
             self._turns,
             pager,
             creation,
-            self._reading,
             drain=self._drain_inboxes,
             require_open=self._require_open,
             clock=clock,
@@ -188,8 +187,15 @@ class Engine:
         """Open many sessions, all of them or none: see `Opening.open_many`."""
         self.fork = opening.fork
         """Open a session with the state, revision and position of another: see `Opening.fork`."""
-        self.fork_sessions = opening.fork_many
-        """Open sessions with the states of others, all of them or none: see `Opening.fork_many`."""
+        self._reading = Reading(table, self._directory, self._turns, pager, clock=clock)
+        self.fork_sessions = Forking(
+            self._directory,
+            opening,
+            self._reading,
+            drain=self._drain_inboxes,
+            require_open=self._require_open,
+        ).fork
+        """Open sessions with the states of others, all of them or none: see `Forking.fork`."""
         self._closing = Closing(
             table,
             self._directory,
@@ -338,6 +344,7 @@ class Engine:
         with_state: bool = True,
         deadline: float = float("inf"),
         reply_limit: int = sys.maxsize,
+        reply_bytes: int = 0,
     ) -> StatesRead:
         """Read the states of many sessions of one model, of each after what was received before for it.
 
@@ -346,15 +353,22 @@ class Engine:
 
         Raises:
             InvalidInput: the list breaks a rule, or names sessions of several models.
-            MessageTooLarge: the states have more than `reply_limit` bytes.
+            MessageTooLarge: the states, and `reply_bytes` for the rest, have more than `reply_limit` bytes.
             DeadlineExceeded: it has passed.
         """
         require_sessions(session_ids)
         seen = await self._directory.look(session_ids, anew=True)
         self._drain_inboxes()
-        return await self._reading.read_many(
-            session_ids, seen, deadline, limit=reply_limit, with_state=with_state
-        )
+
+        def admit(byte_count: int) -> None:
+            size = byte_count + reply_bytes
+            if size > reply_limit:
+                raise MessageTooLarge(
+                    f"session_ids must be sessions whose states fit into a reply of at most {reply_limit} bytes;"
+                    f" got {len(session_ids)}, for which it would have {size}: name fewer at once"
+                )
+
+        return await self._reading.read_many(session_ids, seen, deadline, admit=admit, with_state=with_state)
 
     async def predict(
         self,

@@ -151,6 +151,7 @@ class SessionServicer:
             with_state=not request.without_state,
             deadline=call.deadline,
             reply_limit=self._max_reply_bytes,
+            reply_bytes=len(request.session_ids) * messages.MEMBER_BYTES + messages.REPLY_BYTES,
         )
         is_whole = len(read.members) == len(request.session_ids)
         response = pb.GetStatesResponse(

@@ -15,18 +15,21 @@ from stepwell_server.engine.api import Observer, Opened
 from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
-from stepwell_server.engine.intake.validation import check_finite_state, require_sessions
+from stepwell_server.engine.intake.validation import check_finite_state
 from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, in_pieces, require_session_id
 from stepwell_server.engine.sessions.loading import Seen
-from stepwell_server.engine.sessions.reading import ROWS_AT_ONCE, Reading
+from stepwell_server.engine.sessions.reading import ROWS_AT_ONCE
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import U64, Array, Members, Tensors
-from stepwell_server.errors import InvalidInput, ModelMismatch, ModelNotFound, RevisionConflict, SessionExists
-
-#: Bytes of states that one call may copy: they are held while the copies are made.
-MAX_FORK_BYTES = 256 << 20
+from stepwell_server.engine.types import U64, Array, Tensors
+from stepwell_server.errors import (
+    InvalidInput,
+    ModelMismatch,
+    ModelNotFound,
+    RevisionConflict,
+    SessionExists,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class OpenedMany:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Wanted:
+class Wanted:
     """Many sessions that are to begin."""
 
     model: Model
@@ -78,7 +81,6 @@ class Opening:
         turns: Turns,
         pager: Pager,
         creation: Creation,
-        reading: Reading,
         *,
         drain: Callable[[], None],
         require_open: Callable[[], None],
@@ -90,7 +92,6 @@ class Opening:
         self._turns = turns
         self._pager = pager
         self._creation = creation
-        self._reading = reading
         self._drain = drain
         self._require_open = require_open
         self._clock = clock
@@ -120,7 +121,7 @@ class Opening:
             require_session_id("session_id", session_id)
         name = session_id or self._directory.ids.make(request_id)
         for _ in range(MOST_TRIES):
-            seen = await self._seen([name])
+            seen = await self.seen([name])
             handle = self._live(name, seen, must_be_new)
             if handle is not None:
                 return self._resume(handle, served, batch_size, must_be_new, request_id)
@@ -167,88 +168,17 @@ class Opening:
         wanted = len(session_ids) or count
         if not 1 <= wanted <= MAX_SESSIONS_PER_CALL:
             raise InvalidInput(f"count must be 1 to {MAX_SESSIONS_PER_CALL}; got {wanted}")
-        ids = await self._ids_to_make("session_ids", session_ids, wanted, request_id)
-        return await self._make_many(
-            _Wanted(served, ids, batch_size, request_id, bool(session_ids), "session_ids")
+        ids = await self.ids_to_make("session_ids", session_ids, wanted, request_id)
+        return await self.make_many(
+            Wanted(served, ids, batch_size, request_id, bool(session_ids), "session_ids")
         )
 
-    async def fork_many(
-        self,
-        session_ids: Sequence[str],
-        *,
-        new_session_ids: Sequence[str] = (),
-        expected: U64 | None = None,
-        request_id: int = 0,
-        deadline: float = float("inf"),
-    ) -> OpenedMany:
-        """Open sessions with the states, revisions and positions of others: all of them or none.
-
-        Each is read after what was received before for it.
-
-        Args:
-            session_ids: One may come more than once.
-            new_session_ids: One each, or none: they are made here.
-            expected: `(n,)`; None: any revisions.
-            request_id: 0 for none.
-            deadline: Of the reading.
-
-        Raises:
-            SessionGone, SessionExists, RevisionConflict, InvalidInput, Overloaded, DeadlineExceeded, Unavailable
-        """
-        self._require_open()
-        require_sessions(session_ids, may_repeat=True)
-        count = len(session_ids)
-        if new_session_ids and len(new_session_ids) != count:
-            raise InvalidInput(
-                f"new_session_ids must be empty or one for each of session_ids ({count});"
-                f" got {len(new_session_ids)}"
-            )
-        field = "new_session_ids"
-        ids = await self._ids_to_make(field, new_session_ids, count, request_id, session_ids)
-        seen = await self._seen(ids)
-        known = self._made_before(ids, seen, request_id)
-        if known is not None:  # also if those it was made of are gone by now
-            return known
-        async for part in in_pieces(new_session_ids):
-            self._directory.require_new(field, new_session_ids[part], seen)
-        sources = list(dict.fromkeys(session_ids))
-        seen = await self._directory.look(sources, anew=True)
-        self._drain()
-        read = await self._reading.read_many(sources, seen, deadline, limit=MAX_FORK_BYTES)
-        for _, error in read.errors:
-            raise error
-        batch_size = int(read.sizes[0])
-        if (read.sizes != batch_size).any():
-            raise InvalidInput(
-                "session_ids must be sessions of one batch_size;"
-                f" got {batch_size} and {int(read.sizes[read.sizes != batch_size][0])}"
-            )
-        places = {session_id: place for place, session_id in enumerate(sources)}
-        chosen = np.fromiter((places[session_id] for session_id in session_ids), np.intp, count)
-        if expected is not None:
-            _require_revisions(session_ids, expected, read.revisions[chosen])
-        states: Sequence[Array] = list(read.state.values())
-        if len(sources) < count:
-            states = [_repeated(array, chosen, batch_size) for array in states]
-        return await self._make_many(
-            _Wanted(
-                self._directory.models.by_name(read.model),
-                ids,
-                batch_size,
-                request_id,
-                bool(new_session_ids),
-                field,
-                read.revisions[chosen],
-                read.positions[chosen],
-                states,
-            )
-        )
-
-    async def _make_many(self, wanted: _Wanted) -> OpenedMany:
+    async def make_many(self, wanted: Wanted) -> OpenedMany:
+        """Make sessions: all of them or none. Errors as of `open`."""
         served, ids, batch_size = wanted.model, wanted.ids, wanted.batch_size
         for _ in range(MOST_TRIES):
-            seen = await self._seen(ids)
-            known = self._made_before(ids, seen, wanted.request_id)
+            seen = await self.seen(ids)
+            known = self.made_before(ids, seen, wanted.request_id)
             if known is not None:
                 return known
             if not wanted.are_chosen:
@@ -275,7 +205,7 @@ class Opening:
             return OpenedMany(ids, served.name, served.program.fingerprint, batch_size, revisions, positions)
         raise changed_elsewhere(ids[0])
 
-    async def _begun(self, wanted: _Wanted, seen: Seen) -> tuple[U64, Rows]:
+    async def _begun(self, wanted: Wanted, seen: Seen) -> tuple[U64, Rows]:
         """Revisions and rows of sessions that are reserved; if these cannot be had the sessions are given up.
 
         As many as there is room for have rows at once; the others come when they are stepped.
@@ -323,7 +253,7 @@ class Opening:
         if new_session_id:
             require_session_id("new_session_id", new_session_id)
         name = new_session_id or self._directory.ids.make(request_id, session_id)
-        seen = await self._seen([name, session_id])
+        seen = await self.seen([name, session_id])
         self._drain()
         known = self._forked_before(name, seen, request_id)
         if known is not None:
@@ -333,7 +263,7 @@ class Opening:
         try:
             for _ in range(MOST_TRIES):
                 # once more: the same call may have been in line before this one
-                seen = await self._seen([name])
+                seen = await self.seen([name])
                 known = self._forked_before(name, seen, request_id)
                 if known is not None:
                     return known
@@ -348,7 +278,7 @@ class Opening:
         finally:
             self._turns.release(np.array([source]))
 
-    async def _seen(self, ids: Sequence[str]) -> Seen:
+    async def seen(self, ids: Sequence[str]) -> Seen:
         """What the store has of ids, at a moment when nobody makes sessions of them."""
         while True:
             await self._creation.all_settled(ids)
@@ -401,7 +331,7 @@ class Opening:
         self._observer.session_event("forked", model.name, name)
         return Opened(info)
 
-    async def _ids_to_make(
+    async def ids_to_make(
         self,
         field: str,
         chosen: Sequence[str],
@@ -419,7 +349,7 @@ class Opening:
             raise InvalidInput(f"{field} must be different from each other; got one of them twice")
         return list(chosen)
 
-    def _made_before(self, ids: Sequence[str], seen: Seen, request_id: int) -> OpenedMany | None:
+    def made_before(self, ids: Sequence[str], seen: Seen, request_id: int) -> OpenedMany | None:
         """What this very request has made; None if it has not."""
         if not request_id or self._directory.live(ids[0], seen) is None:
             return None
@@ -471,17 +401,6 @@ def _require_batch_size(model: Model, batch_size: int) -> None:
         raise InvalidInput(
             f"batch_size must be 1 to resident_rows, {model.slots.resident_limit}; got {batch_size}"
         )
-
-
-def _require_revisions(session_ids: Sequence[str], expected: U64, actual: U64) -> None:
-    for place in np.flatnonzero(expected != actual).tolist():
-        raise RevisionConflict(session_ids[place], int(expected[place]), int(actual[place]))
-
-
-def _repeated(array: Array, chosen: Members, batch_size: int) -> Array:
-    """The rows of the chosen ones of sessions whose rows lie one after the other."""
-    by_session = array.reshape(-1, batch_size, *array.shape[1:])
-    return by_session[chosen].reshape(-1, *array.shape[1:])
 
 
 async def _write_in_pieces(model: Model, rows: Rows, states: Sequence[Array]) -> None:

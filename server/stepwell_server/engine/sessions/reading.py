@@ -20,14 +20,14 @@ from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Members
-from stepwell_server.errors import InvalidInput, MessageTooLarge, Overloaded, ServerError
+from stepwell_server.errors import InvalidInput, Overloaded, ServerError
 
 #: Rows that are copied before others get a turn of the event loop.
 ROWS_AT_ONCE = 4096
-#: Bytes that a session takes in an answer beside its state.
-_MEMBER_BYTES = 32
-#: Bytes that an answer takes beside sessions and states, with names and shapes of an ordinary model.
-_ANSWER_BYTES = 1024
+
+
+def _anything(_byte_count: int) -> None:
+    """No limit."""
 
 
 class Reading:
@@ -74,10 +74,13 @@ class Reading:
         seen: Seen,
         deadline: float,
         *,
-        limit: float = float("inf"),
+        admit: Callable[[int], None] = _anything,
         with_state: bool = True,
     ) -> StatesRead:
-        """Read the states of many sessions, each when its turn comes. See `Engine.get_states`."""
+        """Read the states of many sessions, each when its turn comes. See `Engine.get_states`.
+
+        `admit` is told how many bytes of states that will be, and raises if they are too many.
+        """
         handles = self._directory.find_all(session_ids, seen)
         there = np.flatnonzero(handles >= 0)
         errors: list[tuple[Members, ServerError]] = []
@@ -90,7 +93,7 @@ class Reading:
         reader = _Reader(
             self._table, self._turns, self._pager, model, handles[there], with_state, self._clock
         )
-        reader.require_within(limit)
+        admit(reader.byte_count)
         if self._clock.monotonic() >= deadline:
             raise too_late()
         await reader.run(deadline, lambda place: self._directory.why_not(session_ids[there[place]], seen))
@@ -139,22 +142,10 @@ class _Reader:
         self._came: deque[int] = deque()
         self._has_come = asyncio.Event()
 
-    def require_within(self, limit: float) -> None:
-        """Refuse more than fits into an answer.
-
-        Raises:
-            MessageTooLarge: it does not fit.
-        """
-        if not self._with_state:
-            return
-        rows, row_bytes = int(self._sizes.sum()), self._model.program.state_row_bytes
-        size = rows * row_bytes + len(self._handles) * _MEMBER_BYTES + _ANSWER_BYTES
-        if size > limit:
-            raise MessageTooLarge(
-                f"session_ids must be sessions whose states have at most {limit} bytes together; got"
-                f" {len(self._handles)} sessions with {rows} rows of {row_bytes} bytes, {size} bytes:"
-                " name fewer at once"
-            )
+    @property
+    def byte_count(self) -> int:
+        """Bytes of the states that are read."""
+        return int(self._sizes.sum()) * self._model.program.state_row_bytes if self._with_state else 0
 
     async def run(self, deadline: float, why_not: Callable[[int], ServerError]) -> None:
         """Read all of them that can be read; `why_not` says why one is not there any more, by its place."""

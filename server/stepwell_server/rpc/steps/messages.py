@@ -17,7 +17,7 @@ from stepwell_server.rpc.steps.sets import StreamSets, request_ids_from
 
 FrameBody = pb.StepFrame | pb.ResetFrame
 #: Bytes that a member of a reply takes beside its outputs: index, revision, position, replayed index.
-_MEMBER_BYTES = 32
+MEMBER_BYTES = 32
 #: Bytes that a reply takes beside members and elements, with names and shapes of an ordinary model.
 REPLY_BYTES = 512
 
@@ -51,7 +51,7 @@ def of_reset(request: pb.ResetStatesRequest, replies: Replies) -> Change:
 
 def limit_reply(change: Change, limit: int) -> None:
     """Say how large the reply may be, and what of it are no outputs."""
-    change.reply_limit, change.reply_bytes = limit, change.size * _MEMBER_BYTES + REPLY_BYTES
+    change.reply_limit, change.reply_bytes = limit, change.size * MEMBER_BYTES + REPLY_BYTES
 
 
 def _say_step(change: Change, message: pb.StepRequest | pb.StepFrame) -> None:
