@@ -150,8 +150,6 @@ async def test_what_cannot_be_read_at_all_is_refused() -> None:
         await at.open("a", "b", batch_size=2)
         await at.open("r", model="rich")
         refusals: list[tuple[dict[str, Any], type[ServerError], str]] = [
-            ({"session_ids": []}, InvalidInput, "session_ids must be 1 to 65536; got 0"),
-            ({"session_ids": ["a", "b", "a"]}, InvalidInput, "must name each session once; 'a' came twice"),
             ({"session_ids": ["a", "r"]}, InvalidInput, "session_ids must be sessions of one model"),
             (
                 {"session_ids": ["a", "b"], "reply_limit": 100, "reply_bytes": 53},
@@ -234,26 +232,12 @@ async def test_a_fork_that_fails_makes_nothing() -> None:
         await at.open("r", model="rich")
         conflict = np.array([0, 7], np.uint64)
         refusals: list[tuple[dict[str, Any], type[ServerError], str]] = [
-            ({"session_ids": []}, InvalidInput, "session_ids must be 1 to 65536; got 0"),
-            ({"session_ids": ["a", "nobody"]}, SessionNotFound, "got 'nobody'"),
-            ({"session_ids": ["a", ""]}, InvalidInput, "session_id is missing"),
             ({"session_ids": ["a", "r"]}, InvalidInput, "session_ids must be sessions of one model"),
             ({"session_ids": ["a", "wide"]}, InvalidInput, "must be sessions of one batch_size; got 1 and 2"),
-            (
-                {"session_ids": ["a"], "new_session_ids": ["y", "z"]},
-                InvalidInput,
-                r"one for each .*\(1\); got 2",
-            ),
             (
                 {"session_ids": ["a", "b"], "new_session_ids": ["z", "b"]},
                 SessionExists,
                 "session 'b' is open",
-            ),
-            ({"session_ids": ["a", "b"], "new_session_ids": ["z", "z"]}, InvalidInput, "different from each"),
-            (
-                {"session_ids": ["a", "b"], "new_session_ids": ["z", " "]},
-                InvalidInput,
-                "new_session_ids must be",
             ),
             (
                 {"session_ids": ["a", "b"], "expected": conflict},

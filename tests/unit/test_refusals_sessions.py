@@ -100,6 +100,7 @@ def calls_by_id(session_id: str) -> Sequence[Any]:
         pb.GetSessionRequest(session_id=session_id),
         pb.CloseSessionRequest(session_id=session_id),
         pb.ForkSessionRequest(session_id=session_id),
+        pb.ForkSessionsRequest(session_ids=[session_id]),
     ]
 
 
@@ -114,6 +115,7 @@ async def test_what_is_no_id(name: str) -> None:
             ("session_id", pb.OpenSessionRequest(model="plain", session_id=bad)),
             ("session_ids", pb.OpenSessionsRequest(model="plain", session_ids=["fine", bad])),
             ("new_session_id", pb.ForkSessionRequest(session_id=session_id, new_session_id=bad)),
+            ("new_session_ids", pb.ForkSessionsRequest(session_ids=[session_id], new_session_ids=[bad])),
         ):
             message = f"{argument} {ID_RULE}{shown}"
             assert await at.refused(request) == Refusal(*BAD_ARGUMENT, message)
@@ -253,6 +255,58 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
     "a fork onto itself": (
         pb.ForkSessionRequest(session_id="in use", new_session_id="in use"),
         (*IN_USE, "new_session_id must be new; session 'in use' is open"),
+    ),
+    "states of nobody": (
+        pb.GetStatesRequest(),
+        (*BAD_ARGUMENT, "session_ids must be 1 to 65536; got 0"),
+    ),
+    "states of too many": (
+        pb.GetStatesRequest(session_ids=[str(i) for i in range(65_537)]),
+        (*BAD_ARGUMENT, "session_ids must be 1 to 65536; got 65537"),
+    ),
+    "the state of one twice": (
+        pb.GetStatesRequest(session_ids=["in use", "other", "in use"]),
+        (*BAD_ARGUMENT, "session_ids must name each session once; 'in use' came twice"),
+    ),
+    "a fork of nobody": (
+        pb.ForkSessionsRequest(new_session_ids=["fine"]),
+        (*BAD_ARGUMENT, "session_ids must be 1 to 65536; got 0"),
+    ),
+    "too many forks": (
+        pb.ForkSessionsRequest(session_ids=["in use"] * 65_537),
+        (*BAD_ARGUMENT, "session_ids must be 1 to 65536; got 65537"),
+    ),
+    "another number of forks": (
+        pb.ForkSessionsRequest(session_ids=["in use"], new_session_ids=["fine", "good"]),
+        (*BAD_ARGUMENT, "new_session_ids must be empty or one for each of session_ids (1); got 2"),
+    ),
+    "a fork twice": (
+        pb.ForkSessionsRequest(session_ids=["in use"] * 2, new_session_ids=["fine", "fine"]),
+        (*BAD_ARGUMENT, "new_session_ids must be different from each other; got one of them twice"),
+    ),
+    "a fork onto one in use": (
+        pb.ForkSessionsRequest(session_ids=["in use"] * 2, new_session_ids=["fine", "in use"]),
+        (*IN_USE, "new_session_ids must be new; session 'in use' is open"),
+    ),
+    "a fork of one that is not there": (
+        pb.ForkSessionsRequest(session_ids=["in use", "nobody"]),
+        (
+            "NOT_FOUND",
+            "SESSION_NOT_FOUND",
+            "session_id must be that of an open session; got 'nobody'",
+        ),
+    ),
+    "revisions of other forks": (
+        pb.ForkSessionsRequest(session_ids=["in use"], expected_revisions=[1, 1]),
+        (*BAD_ARGUMENT, "expected_revisions must be empty or one per session (1); got 2"),
+    ),
+    "a fork of another revision": (
+        pb.ForkSessionsRequest(session_ids=["in use"] * 2, expected_revisions=[1, 2]),
+        (
+            "ABORTED",
+            "REVISION_CONFLICT",
+            "expected_revision of session 'in use' must be its revision 1; got 2",
+        ),
     ),
     "a page that is too large": (
         pb.ListSessionsRequest(page_size=10_001),
