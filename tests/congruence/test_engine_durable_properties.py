@@ -31,8 +31,10 @@ from support.play import (
     Simple,
     changes,
     forks,
+    many_forks,
     names,
     opens,
+    reads,
     simple,
 )
 from support.samples import examples
@@ -51,7 +53,7 @@ troubles = st.builds(
     Simple, st.sampled_from(["kill", "kill", "stall", "stall behind", "fail"]), names, st.integers(1, 3)
 )
 programs = st.lists(
-    st.one_of(changes, changes, changes, changes, simple, simple, opens, forks, troubles),
+    st.one_of(changes, changes, changes, changes, simple, simple, opens, forks, reads, many_forks, troubles),
     min_size=25,
     max_size=80,
 )
@@ -131,6 +133,9 @@ class Killing(Play):
         return lambda result: (
             self.failed if isinstance(result, Unavailable) and self.failed else check(result)
         )
+
+    def may_be_unavailable(self) -> bool:
+        return self.failed
 
     def hold_against(self, answer: Answer | ServerError, outcome: Any, *, cancelled: bool) -> None:
         if isinstance(answer, Unavailable) and self.failed:

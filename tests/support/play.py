@@ -75,7 +75,19 @@ class Fork:
     new: str
 
 
-Action = Open | Change | Simple | Fork
+@dataclasses.dataclass(frozen=True)
+class ReadMany:
+    names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ForkMany:
+    names: tuple[str, ...]
+    new: tuple[str, ...]
+    """As many names at least; the first ones count."""
+
+
+Action = Open | Change | Simple | Fork | ReadMany | ForkMany
 
 names = st.sampled_from(NAMES)
 opens = st.builds(Open, names, st.integers(1, 3), st.booleans())
@@ -105,8 +117,17 @@ simple = st.builds(
     st.integers(0, 9),
 )
 forks = st.builds(Fork, names, names)
+some_names = st.lists(names, min_size=1, max_size=5, unique=True).map(tuple)
+reads = st.builds(ReadMany, some_names)
+many_forks = st.builds(
+    ForkMany,
+    st.lists(names, min_size=1, max_size=3).map(tuple),
+    st.lists(names, min_size=3, max_size=3, unique=True).map(tuple),
+)
 programs = st.lists(
-    st.one_of(changes, changes, changes, changes, simple, simple, opens, forks), min_size=25, max_size=100
+    st.one_of(changes, changes, changes, changes, simple, simple, opens, forks, reads, many_forks),
+    min_size=25,
+    max_size=100,
 )
 
 
@@ -187,6 +208,10 @@ class Play:
             await self.open(action)
         elif isinstance(action, Fork):
             await self.fork(action)
+        elif isinstance(action, ReadMany):
+            await self.read_many(action.names)
+        elif isinstance(action, ForkMany):
+            await self.fork_many(action.names, action.new[: len(action.names)])
         elif isinstance(action, Change):
             if self.appearing & set(action.names):
                 await self.settle()
@@ -235,6 +260,72 @@ class Play:
                 self.model.fork(name, new, self.now)
 
         await self.ask(self.at.engine.fork(name, new_session_id=new), check, lost)
+
+    async def read_many(self, names: Sequence[str]) -> None:
+        if self.appearing & set(names):
+            await self.settle()
+
+        def check(result: Any) -> None:
+            failed = {member: error for members, error in result.errors for member in members.tolist()}
+            starts = dict(zip(result.members.tolist(), np.cumsum(result.sizes) - result.sizes, strict=True))
+            for member, name in enumerate(names):
+                session = self.model.sessions.get(name)
+                if session is None:
+                    assert type(failed.pop(member)).__name__ == self.model.gone(name).why
+                    continue
+                session.used = self.now
+                if self.may_be_unavailable() and isinstance(failed.get(member), Unavailable):
+                    del failed[member]  # the change before it was not kept
+                    continue
+                place = result.members.tolist().index(member)
+                own = slice(starts[member], starts[member] + session.batch_size)
+                assert result.sizes[place] == session.batch_size
+                assert result.revisions[place] == session.revision
+                assert result.positions[place] == session.position
+                assert result.state["sum"][own].tobytes() == session.state.tobytes()
+            assert not failed
+
+        await self.ask(self.at.engine.get_states(names), check)
+
+    def may_be_unavailable(self) -> bool:
+        return False
+
+    async def fork_many(self, names: Sequence[str], new: Sequence[str]) -> None:
+        if (set(names) | set(new)) & (self.closing | self.appearing):
+            await self.settle()
+        self.appearing |= set(new)
+
+        def fork() -> None:
+            for name, one in zip(names, new, strict=True):
+                self.model.fork(name, one, self.now)
+
+        def check(result: Any) -> None:
+            sessions = [self.model.sessions.get(name) for name in names]
+            if self.model.sessions.keys() & set(new):
+                assert type(result).__name__ == "SessionExists"
+            elif not all(sessions):
+                gone = {self.model.gone(name).why for name in names if name not in self.model.sessions}
+                assert type(result).__name__ in gone
+                self.used([session for session in sessions if session is not None])
+            elif len({session.batch_size for session in sessions if session is not None}) > 1:
+                assert type(result).__name__ == "InvalidInput"
+                self.used([session for session in sessions if session is not None])
+            else:
+                fork()
+                wanted = [self.model.sessions[one] for one in new]
+                assert list(result.session_ids) == list(new)
+                assert result.revisions.tolist() == [session.revision for session in wanted]
+                assert result.positions.tolist() == [session.position for session in wanted]
+
+        def lost(there: Container[str]) -> None:
+            if new[0] in there and new[0] not in self.model.sessions:
+                fork()
+
+        await self.ask(self.at.engine.fork_sessions(names, new_session_ids=new), check, lost)
+
+    def used(self, sessions: Sequence[ModelSession]) -> None:
+        for session in sessions:
+            session.used = self.now
 
     async def simple(self, action: Simple) -> None:
         if action.kind in ("read", "close") and action.name in self.appearing:
