@@ -123,9 +123,11 @@ class GroupCore:
 
     def _index_of(self, member: int) -> int:
         """Its index in this view."""
-        if self.members.indexes is self.tracker.everyone:
-            return member
-        return int(np.flatnonzero(self.members.indexes == member)[0])
+        return self._indexes[member]
+
+    @functools.cached_property
+    def _indexes(self) -> dict[int, int]:
+        return {member: i for i, member in enumerate(self.members.indexes.tolist())}
 
     # Changes.
 
@@ -297,21 +299,27 @@ class _States:
         """Adds what was answered for the members at these places."""
         members = np.fromiter(reply.members, np.intp, len(reply.members))
         read = places if reply.all_members else places[members]
-        self.fingerprint = self.fingerprint or reply.model_fingerprint
-        if any(rows != self._rows for rows in reply.batch_sizes) or not (
-            len(read) == len(reply.batch_sizes) == len(reply.revisions) == len(reply.positions)
-        ):
+        if not len(read) == len(reply.batch_sizes) == len(reply.revisions) == len(reply.positions):
             raise InternalError("the server sent states that are not those of the sessions asked for")
+        sizes = np.fromiter(reply.batch_sizes, np.intp, len(read))
+        fits = sizes == self._rows
+        for place, size in zip(read[~fits].tolist(), sizes[~fits].tolist(), strict=True):
+            self.failures[place] = InvalidInputError(
+                f"a session of the group must have its batch_size, {self._rows}; another one that has {size} was "
+                "opened with this id"
+            )
+        self.fingerprint = self.fingerprint or reply.model_fingerprint
         self.revisions[read] = np.fromiter(reply.revisions, np.uint64, len(read))
         self.positions[read] = np.fromiter(reply.positions, np.uint64, len(read))
-        self.was_read[read] = True
-        where = as_index(read)
+        self.was_read[read] = fits
+        where, rows = as_index(read[fits]), np.repeat(fits, sizes)
         for name, array in unpack_all(reply.state).items():
             whole = self.tensors.get(name)
             if whole is None or whole.shape[1:] != array.shape[1:]:
                 raise InternalError(f"the server sent state {name!r}, which is not one that it described")
+            own = array if fits.all() else array[rows]
             shape = (-1, self._rows, *whole.shape[1:])
-            whole.reshape(shape)[where] = array.reshape(shape)
+            whole.reshape(shape)[where] = own.reshape(shape)
         for entry in reply.errors:
             error = from_message(entry.error)
             into = self.waiting if isinstance(error, RETRYABLE) else self.failures

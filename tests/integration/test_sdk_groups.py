@@ -168,6 +168,22 @@ async def test_states_are_read_in_pieces_as_large_as_the_server_bears(
     assert np.array_equal(others["sum"], [x[2], [0, 0], x[4]])
 
 
+async def test_another_session_with_the_id_of_a_member_is_none_of_the_group(
+    client: Any, server: ScriptedServer
+) -> None:
+    group = await client.open_sessions(MODEL, 3, session_ids=["a", "b", "c"])
+    await group.step(X[:3])
+    await client.close_session("b")
+    await client.open_session(MODEL, batch_size=4, session_id="b")
+    with pytest.raises(
+        errors.InvalidInputError, match="must have its batch_size, 1; another one that has 4"
+    ) as caught:
+        await group.get_states()
+    assert list(caught.value.failures) == [1]
+    others: Any = caught.value.outputs
+    assert np.array_equal(others["sum"], [X[0], [0, 0], X[2]])
+
+
 async def test_members_that_are_busy_are_read_again_alone(
     client: Any, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
