@@ -16,17 +16,10 @@ from hypothesis import strategies as st
 
 from stepwell_server.errors import ServerError, Unavailable
 from stepwell_server.store.record import Header
-from support.durable import Disk
-from support.engine import STORES, Answer, Answers
-from support.fake_executor import WAIT_S
-from support.play import (
-    IDLE_S,
+from support.actions import (
     NAMES,
     Action,
-    Asked,
     Open,
-    Play,
-    Sent,
     Shape,
     Simple,
     changes,
@@ -37,6 +30,10 @@ from support.play import (
     reads,
     simple,
 )
+from support.durable import Disk
+from support.engine import STORES, Answer, Answers
+from support.fake_executor import WAIT_S
+from support.play import IDLE_S, Asked, Play, Sent
 from support.samples import examples
 
 SETTINGS = settings(

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from hypothesis import HealthCheck, given, settings
 
 from stepwell_server.store.memory import MemoryStore
+from support.actions import NAMES, Action, Open, Shape, programs, shapes
 from support.awaited import RemoteStore
 from support.engine import running
-from support.play import IDLE_S, NAMES, Action, Open, Play, Shape, programs, shapes
+from support.play import IDLE_S, Play
 from support.samples import examples
 
 SETTINGS = settings(
