@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import collections
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
 from stepwell.errors import StepwellError
 
 _READY = re.compile(r"^stepwell: listening on (?P<address>\S+:\d+)\s*$")
+_REFUSAL = re.compile(r"^stepwell: (?P<reason>.+)$")
 _LOG_LINES = 10_000
+_GIVE_UP_S = 10.0
 _SHOWN_LINES = 30
 
 # Runs in the child before the server does: on Linux, asks to be killed when the thread that started it
@@ -39,8 +43,10 @@ class ServerStartError(StepwellError):
 class LocalServer:
     """A `stepwell serve` of its own process, on a free port of 127.0.0.1.
 
-    Ends with its `with` block. On Linux it also ends when this process dies, however it dies. Methods are
-    for one thread at a time; the server itself serves any number of clients.
+    Ends with its `with` block. On Linux it also ends when this process dies, however it dies. It belongs to no
+    terminal and to no process group of its parent's: Ctrl-C, and a notebook's stop button, interrupt the program and
+    leave the server and its sessions alone. Methods are for one thread at a time; the server itself serves any number
+    of clients.
 
     Args:
         models: Path of the `.keras` or `.stepwell` file by name to serve it under.
@@ -49,6 +55,7 @@ class LocalServer:
         cache_dir: Where it keeps compiled models. None: the server's own default.
         env: Further environment variables.
         start_timeout_s: How long it may take to be ready, in seconds; models are compiled in this time.
+        on_log: Called by `start` with each line that the server writes until it is ready.
 
     Example:
         >>> from stepwell.testing import LocalServer
@@ -79,6 +86,7 @@ class LocalServer:
         cache_dir: str | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
         start_timeout_s: float = 180.0,
+        on_log: Callable[[str], object] | None = None,
     ) -> None:
         self._models = {name: os.fspath(path) for name, path in (models or {}).items()}
         self._store = ["--store", "memory"] if data_dir is None else ["--data-dir", os.fspath(data_dir)]
@@ -87,6 +95,7 @@ class LocalServer:
         if cache_dir is not None:
             self._env["STEPWELL_CACHE_DIR"] = os.fspath(cache_dir)
         self._start_timeout_s = start_timeout_s
+        self._on_log = on_log
         self._address: str | None = None
         self._run: _Run | None = None
 
@@ -102,7 +111,7 @@ class LocalServer:
     @property
     def pid(self) -> int | None:
         """Id of its process; None when it does not run."""
-        return self._run.pid if self._run is not None and self._run.exit_code is None else None
+        return None if self._run is None else self._run.pid
 
     def start(self) -> None:
         """Starts it and waits until it is ready. A `with` block does this by itself.
@@ -112,17 +121,21 @@ class LocalServer:
         """
         if self.pid is not None:
             raise ServerStartError(f"the server must be stopped before it is started; it runs as {self.pid}")
-        self._run = _Run(self._command(), {**os.environ, **self._env})
-        address = self._run.wait_ready(self._start_timeout_s)
+        self._run = run = _Run(self._command(), {**os.environ, **self._env})
+        try:
+            run.start()
+            address = run.wait_ready(self._start_timeout_s, self._on_log)
+        except BaseException:  # Ctrl-C: what nobody waits for must not go on
+            run.end(signal.SIGTERM, _GIVE_UP_S)
+            raise
         if address is None:
-            running = self._run.exit_code is None
-            self.kill()
-            how = (
-                f"was not ready within {self._start_timeout_s:g} s"
-                if running
-                else f"ended with exit code {self._run.exit_code}"
-            )
-            raise ServerStartError(f"the server {how}; its last log lines:\n{self._run.last_lines()}")
+            running = run.exit_code is None
+            run.end(signal.SIGKILL, None)
+            if running:
+                how = f"was not ready within {self._start_timeout_s:g} s"
+            else:
+                how = f"ended with exit code {run.exit_code}"
+            raise ServerStartError(f"the server {how}{run.reason()}")
         self._address = address
 
     def _command(self) -> list[str]:
@@ -190,12 +203,19 @@ class _Run:
         self._command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
         self._env = env
         self._lines: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
-        self._ready = threading.Event()
+        self._early: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._is_starting = True
         self._started = threading.Event()
-        self._address: str | None = None
         self._process: subprocess.Popen[str] | None = None
         self._failure: OSError | None = None
         self._thread = threading.Thread(target=self._serve, name="stepwell-local-server", daemon=True)
+
+    def start(self) -> None:
+        """Makes the process.
+
+        Raises:
+            ServerStartError: The system refuses to.
+        """
         self._thread.start()
         self._started.wait()
         if self._failure is not None:
@@ -211,6 +231,7 @@ class _Run:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
+                start_new_session=True,  # the interrupt of a terminal or a notebook is not for it
             )
         except OSError as error:
             self._failure = error
@@ -224,44 +245,56 @@ class _Run:
         with process.stdout as lines:
             for line in lines:
                 self._lines.append(line)
-                ready = _READY.match(line)
-                if ready is not None:
-                    self._address = ready["address"]
-                    self._ready.set()
+                if self._is_starting:
+                    self._early.put(line)
         process.wait()
-        self._ready.set()
+        self._early.put(None)
 
-    def wait_ready(self, timeout_s: float) -> str | None:
-        """Its address; None if it ended or took too long."""
-        self._ready.wait(timeout_s)
-        return self._address
+    def wait_ready(self, timeout_s: float, on_log: Callable[[str], object] | None) -> str | None:
+        """Its address; None if it ended or took too long. Hands over the lines until then, in this thread."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            while (line := self._early.get(timeout=max(0.0, deadline - time.monotonic()))) is not None:
+                if on_log is not None:
+                    on_log(line)
+                if (ready := _READY.match(line)) is not None:
+                    return ready["address"]
+        except queue.Empty:
+            pass
+        finally:
+            self._is_starting = False
+        return None
 
     @property
-    def _child(self) -> subprocess.Popen[str]:
-        assert self._process is not None
-        return self._process
-
-    @property
-    def pid(self) -> int:
-        return self._child.pid
+    def pid(self) -> int | None:
+        """Id of the process; None when it does not run."""
+        return None if self._process is None or self._process.poll() is not None else self._process.pid
 
     @property
     def exit_code(self) -> int | None:
-        return self._child.poll()
+        return None if self._process is None else self._process.poll()
 
     def end(self, with_signal: signal.Signals, timeout_s: float | None) -> int:
         """Sends a signal, waits, and kills what does not obey."""
-        if self._child.poll() is None:
-            self._child.send_signal(with_signal)
+        if self._thread.ident is not None:
+            self._started.wait()
+        if self._process is None:
+            return 1
+        if self._process.poll() is None:
+            self._process.send_signal(with_signal)
         try:
-            self._child.wait(timeout_s)
+            self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            self._child.kill()
+            self._process.kill()
         self._thread.join()
-        return self._child.wait()
+        return self._process.wait()
 
     def text(self) -> str:
         return "".join(tuple(self._lines))
 
-    def last_lines(self) -> str:
-        return "".join(tuple(self._lines)[-_SHOWN_LINES:])
+    def reason(self) -> str:
+        """Why it did not start, as the end of a sentence: its own last word on it, or else its last lines."""
+        lines = tuple(self._lines)
+        if lines and (refusal := _REFUSAL.match(lines[-1])) is not None:
+            return f": {refusal['reason']}"
+        return f"; its last log lines:\n{''.join(lines[-_SHOWN_LINES:])}"

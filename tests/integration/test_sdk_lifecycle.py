@@ -251,7 +251,7 @@ def test_many_threads_share_a_client(server: ScriptedServer) -> None:
 
 
 def test_a_server_that_refuses_to_start_says_why() -> None:
-    with pytest.raises(ServerStartError, match=r"exit code 2; its last log lines:\n.*no-such-option"):
+    with pytest.raises(ServerStartError, match=r"ended with exit code 2(?s:.*)no-such-option"):
         LocalServer(extra_args=["--no-such-option"]).start()
 
 
@@ -303,3 +303,42 @@ def test_a_server_does_not_outlive_its_parent(tmp_path: Path) -> None:
 
         ended, _, _ = select.select([waiting], [], [], WAIT_S)
     assert ended
+
+
+def test_an_interrupt_of_the_whole_process_group_leaves_the_server_alone(tmp_path: Path) -> None:
+    """What a terminal does on Ctrl-C, and a notebook for its stop button."""
+    fake = tmp_path / "stepwell_server"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("")
+    (fake / "__main__.py").write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(2))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))\n"
+        "print('stepwell: listening on 127.0.0.1:1', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    code = (
+        "import sys\n"
+        "from stepwell.testing import LocalServer\n"
+        "server = LocalServer()\n"
+        "server.start()\n"
+        "try:\n"
+        "    print('started', flush=True)\n"
+        "    sys.stdin.read()\n"
+        "except KeyboardInterrupt:\n"
+        # A server that had received the interrupt would heed it first: it has the lower number.
+        "    print(server.stop(), flush=True)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "started\n"
+        os.killpg(parent.pid, signal.SIGINT)
+        assert parent.stdout.readline() == "15\n"
