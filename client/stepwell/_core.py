@@ -14,6 +14,7 @@ import numpy as np
 
 from stepwell import _inputs
 from stepwell._abandoned import TRY_FOR_S
+from stepwell._display import Listing
 from stepwell._flow import Flow, Retrier
 from stepwell._frames import Change
 from stepwell._group_tracker import GroupTracker
@@ -88,7 +89,7 @@ class Core:
 
     def models(self, deadline: Deadline) -> Flow[list[ModelInfo]]:
         """All models, in the order of their names."""
-        return list((yield from self.server_info(deadline)).models)
+        return Listing((yield from self.server_info(deadline)).models)
 
     def model(self, name: str, deadline: Deadline) -> Flow[ModelInfo]:
         """One model, as the server describes it now."""
@@ -251,7 +252,7 @@ class Core:
             session_id_prefix="" if not prefix else _inputs.check_session_id("prefix", prefix),
             page_size=_PAGE_SIZE,
         )
-        infos: list[SessionInfo] = []
+        infos: Listing[SessionInfo] = Listing()
         while True:
             reply: sessions_pb2.ListSessionsResponse = yield from self.retrier.call(
                 "ListSessions", request, deadline

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, overload
 
 import numpy.typing as npt
 
-from stepwell import _state_file
+from stepwell import _display, _state_file, _state_frames, _state_rows
+from stepwell._state_rows import Rows
 from stepwell._tensors import Array
+from stepwell.errors import InvalidInputError, ModelMismatchError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
 
 States: TypeAlias = "State | Mapping[str, npt.ArrayLike] | Sequence[npt.ArrayLike]"
 """State tensors by name, or as a list in the model's order."""
@@ -17,6 +23,10 @@ States: TypeAlias = "State | Mapping[str, npt.ArrayLike] | Sequence[npt.ArrayLik
 
 class State(Mapping[str, Array]):
     """A recurrent state as a value: tensors by name, and what they belong to.
+
+    A mapping of the tensors' names: `state["lstm/h"]` is an array, (batch_size, ...), and `len` counts tensors.
+    With rows in place of a name, `state[0]`, `state[1:3]`, `state[[0, 2]]` or `state[done]` (a mask of batch_size
+    booleans), it is the `State` of those rows; one row is a state of batch size 1.
 
     It is a copy; changing its arrays changes no session. Two states are equal if they belong to the same
     fingerprint and hold the same bytes. Safe to share between threads as long as nobody writes to its arrays.
@@ -28,6 +38,8 @@ class State(Mapping[str, Array]):
         ... )
         True
         >>> session.reset_states(state)
+        >>> state[0].batch_size
+        1
     """
 
     def __init__(
@@ -48,12 +60,34 @@ class State(Mapping[str, Array]):
         self.batch_size = batch_size
         """Rows: the first axis of every tensor."""
         self.revision = revision
-        """Revision of the session when it was read; 0 from `predict` and from a group."""
+        """Revision of the session when it was read; 0 from `predict`, a group or `concat`."""
         self.position = position
-        """Position of the session when it was read; 0 from `predict` and from a group."""
+        """Position of the session when it was read; 0 from `predict`, a group or `concat`."""
 
-    def __getitem__(self, name: str) -> Array:
-        return self._tensors[name]
+    @overload
+    def __getitem__(self, key: str) -> Array: ...
+    @overload
+    def __getitem__(self, key: Rows) -> Self: ...
+    def __getitem__(self, key: str | Rows) -> Array | Self:
+        if not isinstance(key, str):
+            return self._of_rows(_state_rows.chosen(key, self.batch_size))
+        try:
+            return self._tensors[key]
+        except KeyError:
+            raise KeyError(f"{key!r}; the tensors of the state are {list(self._tensors)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self._tensors
+
+    def _of_rows(self, rows: npt.NDArray[Any]) -> Self:
+        return type(self)(
+            {name: array[rows] for name, array in self._tensors.items()},
+            model=self.model,
+            fingerprint=self.fingerprint,
+            batch_size=len(rows),
+            revision=self.revision,
+            position=self.position,
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -69,13 +103,89 @@ class State(Mapping[str, Array]):
     __hash__ = None  # type: ignore[assignment]  # its arrays may be written to
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{name}: {array.dtype}{array.shape}" for name, array in self._tensors.items())
+        tensors = ((name, f"{array.dtype}{array.shape}") for name, array in self._tensors.items())
+        shapes = _display.some(f"{name}: {kind}" for name, kind in tensors)
         return (
             f"State(model={self.model!r}, revision={self.revision}, position={self.position}, {{{shapes}}})"
         )
 
+    def _repr_html_(self) -> str:
+        title = f"State of {self.model!r}: batch_size {self.batch_size}, revision {self.revision}, position {self.position}"
+        return _display.tensors_html(title, self._tensors)
+
     def _bytes(self) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
         return {name: (str(a.dtype), a.shape, a.tobytes()) for name, a in self._tensors.items()}
+
+    @classmethod
+    def concat(cls, states: Sequence[State]) -> Self:
+        """The rows of several states of one model, one after the other.
+
+        Args:
+            states: One or more, of one fingerprint; of any batch sizes.
+
+        Returns:
+            A state of as many rows as all of them have; its revision and position are 0.
+
+        Raises:
+            InvalidInputError: There is none, one is no `State`, or their tensors differ.
+            ModelMismatchError: They belong to different fingerprints.
+
+        Example:
+            >>> state = stepwell.State.concat([session.get_state(), session.get_state()])
+            >>> state.batch_size, state[1] == state[0] == session.get_state()
+            (2, True)
+        """
+        states = list(states)
+        for number, state in enumerate(states):
+            if not isinstance(state, State):
+                raise InvalidInputError(f"states must be of type State; number {number} is {state!r:.100}")
+            if state.fingerprint != states[0].fingerprint:
+                raise ModelMismatchError(
+                    "states must belong to one model; the first has the fingerprint "
+                    f"{states[0].fingerprint:.12} ({states[0].model}), number {number} has {state.fingerprint:.12} ({state.model})"
+                )
+        if not states:
+            raise InvalidInputError("states must have one State at least; got none")
+        return cls(
+            _state_rows.joined(states),
+            model=states[0].model,
+            fingerprint=states[0].fingerprint,
+            batch_size=sum(state.batch_size for state in states),
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A copy as a pandas `DataFrame`: a row for each row, a column for each number of it.
+
+        Columns have two levels, `tensor` and `unit`, so that `df["lstm/h"]` is one tensor; units of tensors with
+        several axes are numbered in C order. `df.attrs` holds model, fingerprint, revision and position.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+
+        Example:
+            >>> session.get_state().to_dataframe()["lstm/h"].shape
+            (1, 8)
+        """
+        return _state_frames.to_dataframe(self._tensors, self.batch_size, self._attrs())
+
+    def to_xarray(self) -> xr.Dataset:
+        """A copy as an xarray `Dataset`: a variable for each tensor, with the axis `row` and those of its layer.
+
+        The axes after `row` are called after the layer, `lstm.1` and so on; tensors of one layer share them.
+        `ds.attrs` holds model, fingerprint, revision and position.
+
+        Raises:
+            ModuleNotFoundError: xarray is not installed.
+
+        Example:
+            >>> session.get_state().to_xarray()["lstm/h"].dims
+            ('row', 'lstm.1')
+        """
+        return _state_frames.to_xarray(self._tensors, self.batch_size, self._attrs())
+
+    def _attrs(self) -> dict[str, Any]:
+        names = ("model", "fingerprint", "revision", "position")
+        return {name: getattr(self, name) for name in names}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all; an old file of that name is replaced.

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from stepwell import _display
 from stepwell._tensors import Array, dtype_name
 from stepwell.v1 import models_pb2, sessions_pb2, tensors_pb2
 
@@ -53,6 +54,9 @@ class TensorInfo:
     @classmethod
     def _from_message(cls, spec: tensors_pb2.TensorSpec) -> Self:
         return cls(spec.name, dtype_name(spec.dtype), tuple(spec.shape), spec.temporal)
+
+    def _kind(self) -> str:
+        return f"{self.dtype}{self.shape}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -144,7 +148,7 @@ class ProvenanceInfo:
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class ModelInfo:
     """A model as it is served.
 
@@ -197,8 +201,37 @@ class ModelInfo:
             else None,
         )
 
+    def __repr__(self) -> str:
+        tensors = ", ".join(
+            f"{what}=[{_names(infos)}]"
+            for what, infos in (("inputs", self.inputs), ("outputs", self.outputs), ("state", self.state))
+        )
+        return f"ModelInfo({self.name!r}, {tensors}, executor={self.executor!r}, sessions={self.sessions})"
 
-@dataclasses.dataclass(frozen=True, slots=True)
+    def _headings(self) -> Sequence[str]:
+        return "model", "inputs", "outputs", "state", "executor", "sessions", "fingerprint"
+
+    def _cells(self) -> Sequence[object]:
+        tensors = (_names(infos) for infos in (self.inputs, self.outputs, self.state))
+        return self.name, *tensors, self.executor, self.sessions, _short(self.fingerprint)
+
+    def _repr_html_(self) -> str:
+        named = (("input", self.inputs), ("output", self.outputs), ("state", self.state))
+        rows = [(what, info.name, info.dtype, info.shape) for what, infos in named for info in infos]
+        tensors = _display.table_html(
+            "", ("", "tensor", "dtype", "shape of a row"), rows[:_TENSORS], more=len(rows) - _TENSORS
+        )
+        facts = {
+            "executor": self.executor,
+            "proof": self.proof,
+            "state of a row": f"{self.state_row_bytes} bytes",
+            "sessions": self.sessions,
+            "fingerprint": _short(self.fingerprint),
+        }
+        return _display.facts_html(f"Model {self.name!r}", facts) + tensors
+
+
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class ServerInfo:
     """A server and what it serves.
 
@@ -216,12 +249,32 @@ class ServerInfo:
     def _from_message(cls, reply: models_pb2.ListModelsResponse) -> Self:
         return cls(reply.server.front, tuple(ModelInfo._from_message(model) for model in reply.models))
 
+    def __repr__(self) -> str:
+        names = _display.some(model.name for model in self.models)
+        return f"ServerInfo(front={self.front!r}, models=[{names}])"
+
+    def _repr_html_(self) -> str:
+        facts = {"front": self.front, "models": len(self.models)}
+        return _display.facts_html("Server", facts) + _display.Listing(self.models)._repr_html_()
+
+
+_TENSORS = 50
+"""Tensors of a model that a notebook shows."""
+
+
+def _names(infos: Sequence[TensorInfo]) -> str:
+    return _display.some(f"{info.name}: {info._kind()}" for info in infos)
+
+
+def _short(fingerprint: str) -> str:
+    return fingerprint[: _display.FINGERPRINT_DIGITS]
+
 
 def _infos(specs: Sequence[tensors_pb2.TensorSpec]) -> tuple[TensorInfo, ...]:
     return tuple(TensorInfo._from_message(spec) for spec in specs)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class SessionInfo:
     """A session as of its last completed change.
 
@@ -262,3 +315,25 @@ class SessionInfo:
             last_used_time=session.last_used_time.ToDatetime(tzinfo=dt.UTC),
             resident=session.resident,
         )
+
+    def __repr__(self) -> str:
+        where = "resident" if self.resident else "paged out"
+        return (
+            f"SessionInfo({self.session_id!r}, model={self.model!r}, batch_size={self.batch_size}, revision={self.revision}, "
+            f"position={self.position}, last used {_second(self.last_used_time)}, {where})"
+        )
+
+    def _headings(self) -> Sequence[str]:
+        return "session", "model", "batch_size", "revision", "position", "created", "last used", "resident"
+
+    def _cells(self) -> Sequence[object]:
+        times = _second(self.created_time), _second(self.last_used_time)
+        counts = self.batch_size, self.revision, self.position
+        return self.session_id, self.model, *counts, *times, "yes" if self.resident else "no"
+
+    def _repr_html_(self) -> str:
+        return _display.facts_html("Session", dict(zip(self._headings(), self._cells(), strict=True)))
+
+
+def _second(time: dt.datetime) -> str:
+    return f"{time:%Y-%m-%d %H:%M:%S} UTC"

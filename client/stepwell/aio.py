@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from stepwell import _channel
+from stepwell import _channel, _display
 from stepwell._abandoned import AsyncFinisher
 from stepwell._aio_connection import AsyncConnection
 from stepwell._core import Core
@@ -262,6 +262,18 @@ class AsyncClient:
         await self._finisher.close()
         self._closing.set()
         await self._connection.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.address!r})"
+
+    def _repr_html_(self) -> str:
+        return _display.client_html(
+            type(self).__name__,
+            self.address,
+            self._config.timeout_s,
+            is_encrypted=self._config.tls is not None,
+            is_closed=self._closing.is_set(),
+        )
 
     async def __aenter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
+from stepwell import _display
 from stepwell._frames import Counts
 from stepwell._group_core import GroupCore, Members
 from stepwell._state import State, States
@@ -292,3 +293,6 @@ class AsyncSessionGroup(AsyncHandle):
 
     def __repr__(self) -> str:
         return f"AsyncSessionGroup({len(self)} sessions, model={self.model!r}, batch_size={self.batch_size})"
+
+    def _repr_html_(self) -> str:
+        return _display.group_html("AsyncSessionGroup", self, is_closed=self._closed)

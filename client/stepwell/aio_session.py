@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
+from stepwell import _display
 from stepwell._retry import Deadline
 from stepwell._state import State, States
 from stepwell._trace import Trace
@@ -360,4 +361,10 @@ class AsyncSession(AsyncHandle):
             self._closed = True
 
     def __repr__(self) -> str:
-        return f"AsyncSession({self.id!r}, model={self.model!r}, batch_size={self.batch_size})"
+        return (
+            f"AsyncSession({self.id!r}, model={self.model!r}, batch_size={self.batch_size}, "
+            f"revision={self.revision}, position={self.position})"
+        )
+
+    def _repr_html_(self) -> str:
+        return _display.session_html("AsyncSession", self, is_closed=self._closed)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from stepwell import _channel
+from stepwell import _channel, _display
 from stepwell._abandoned import Finisher
 from stepwell._core import Core
 from stepwell._flow import Ask, Call, Exchange, Flow, Retrier, drive
@@ -287,6 +287,18 @@ class Client:
         self._sender.close()
         self._link.close()
         self._transport.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.address!r})"
+
+    def _repr_html_(self) -> str:
+        return _display.client_html(
+            type(self).__name__,
+            self.address,
+            self._config.timeout_s,
+            is_encrypted=self._config.tls is not None,
+            is_closed=self._closing.is_set(),
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, overload
 
+from stepwell import _display
 from stepwell._retry import Deadline
 from stepwell._state import State, States
 from stepwell._trace import Trace
@@ -339,4 +340,10 @@ class Session(Handle):
             self._closed = True
 
     def __repr__(self) -> str:
-        return f"Session({self.id!r}, model={self.model!r}, batch_size={self.batch_size})"
+        return (
+            f"Session({self.id!r}, model={self.model!r}, batch_size={self.batch_size}, "
+            f"revision={self.revision}, position={self.position})"
+        )
+
+    def _repr_html_(self) -> str:
+        return _display.session_html("Session", self, is_closed=self._closed)

@@ -22,7 +22,7 @@ SERVER_ONLY = {
     "stepwell_server",
     "uvloop",
 }
-NOT_AT_ONCE = {"click", "matplotlib", "rich", "safetensors"}
+NOT_AT_ONCE = {"click", "matplotlib", "pandas", "rich", "safetensors", "xarray"}
 
 
 def modules_after(statement: str, folder: Path) -> set[str]:

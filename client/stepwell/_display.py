@@ -1,0 +1,248 @@
+"""How values look in a terminal and in a notebook: short text, and HTML of bounded length.
+
+Nothing here asks a server. All text that comes from outside is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import itertools
+import struct
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, TypeVar, overload
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_NAMED = 8
+"""Things that a line of text names."""
+_LINES = 10
+"""Elements that the text of a list shows."""
+_TABLE_ROWS = 50
+"""Rows of a table in HTML."""
+_CELL = 80
+"""Characters of a cell."""
+_STRIP = (4, 64)
+"""Rows and columns of the picture of a tensor."""
+FINGERPRINT_DIGITS = 12
+"""Digits of a fingerprint that people are shown."""
+
+
+def some(parts: Iterable[str]) -> str:
+    """The first parts of a list, with commas, and how many more there are."""
+    parts = list(parts)
+    more = [f"... {len(parts) - _NAMED} more"] if len(parts) > _NAMED else []
+    return ", ".join([*(_clipped(part) for part in parts[:_NAMED]), *more])
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= _CELL else f"{text[: _CELL - 3]}..."
+
+
+def _escaped(value: object) -> str:
+    return html.escape(_clipped(str(value)))
+
+
+class Shown(Protocol):
+    """What can be a row of a table."""
+
+    def _headings(self) -> Sequence[str]: ...
+    def _cells(self) -> Sequence[object]: ...
+
+
+S = TypeVar("S", bound=Shown)
+
+
+class Listing(list[S]):
+    """A list that a notebook shows as a table. Equal to a plain list of the same."""
+
+    __slots__ = ()
+
+    @overload
+    def __getitem__(self, index: SupportsIndex, /) -> S: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> Listing[S]: ...
+    def __getitem__(self, index: SupportsIndex | slice, /) -> S | Listing[S]:
+        return Listing(super().__getitem__(index)) if isinstance(index, slice) else super().__getitem__(index)
+
+    def __repr__(self) -> str:
+        lines = [f" {item!r}" for item in itertools.islice(self, _LINES)]
+        more = [f" ... {len(self) - _LINES} more"] if len(self) > _LINES else []
+        return "[" + ",\n".join([*lines, *more]).lstrip() + "]"
+
+    def _repr_html_(self) -> str:
+        if not self:
+            return "<p>none</p>"
+        rows = [item._cells() for item in itertools.islice(self, _TABLE_ROWS)]
+        return table_html("", self[0]._headings(), rows, more=len(self) - len(rows))
+
+
+def table_html(
+    title: str, headings: Sequence[str], rows: Iterable[Sequence[object]], *, more: int = 0, last: str = ""
+) -> str:
+    """A table.
+
+    Args:
+        title: Above it; empty for none.
+        headings: One for each column; empty for none.
+        rows: Their cells, as text; of `Html` as it is.
+        more: How many rows there are besides.
+        last: What those are called.
+    """
+    lines = [f"<p><b>{_escaped(title)}</b></p>" if title else "", "<table>"]
+    if headings:
+        lines.append(
+            "<thead><tr>" + "".join(f"<th>{_escaped(one)}</th>" for one in headings) + "</tr></thead>"
+        )
+    lines.append("<tbody>")
+    for row in rows:
+        cells = (cell if isinstance(cell, Html) else _escaped(cell) for cell in row)
+        lines.append("<tr>" + "".join(f"<td style='text-align:left'>{cell}</td>" for cell in cells) + "</tr>")
+    lines.append("</tbody></table>")
+    if more > 0:
+        lines.append(f"<p>... {more} more{_escaped(last)}</p>")
+    return "\n".join(line for line in lines if line)
+
+
+class Html(str):
+    """Text that is HTML already."""
+
+    __slots__ = ()
+
+
+def facts_html(title: str, facts: Mapping[str, object]) -> str:
+    """Names with values, one pair a line."""
+    return table_html(title, (), facts.items())
+
+
+class Session(Protocol):
+    """What a session says of itself without asking the server."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def revision(self) -> int: ...
+    @property
+    def position(self) -> int: ...
+
+
+class Group(Protocol):
+    """What a group says of itself without asking the server."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def revisions(self) -> npt.NDArray[Any]: ...
+    @property
+    def positions(self) -> npt.NDArray[Any]: ...
+
+
+def session_html(kind: str, session: Session, *, is_closed: bool) -> str:
+    """A session as of the last answer to its handle."""
+    facts = {
+        "id": session.id,
+        "model": session.model,
+        "batch_size": session.batch_size,
+        "revision": session.revision,
+        "position": session.position,
+    }
+    return facts_html(_handle(kind, is_closed), facts)
+
+
+def group_html(kind: str, group: Group, *, is_closed: bool) -> str:
+    """A group as of the last answer to its handle."""
+    facts = {
+        "sessions": len(group.ids),
+        "ids": some(group.ids),
+        "model": group.model,
+        "batch_size": group.batch_size,
+        "revisions": _span(group.revisions),
+        "positions": _span(group.positions),
+    }
+    return facts_html(_handle(kind, is_closed), facts)
+
+
+def client_html(kind: str, address: str, timeout_s: float, *, is_encrypted: bool, is_closed: bool) -> str:
+    """A client and how it was made."""
+    facts = {
+        "address": address,
+        "time limit of a call": f"{timeout_s:g} s",
+        "TLS": "yes" if is_encrypted else "no",
+    }
+    return facts_html(_handle(kind, is_closed), facts)
+
+
+def _handle(kind: str, is_closed: bool) -> str:
+    return f"{kind} (closed)" if is_closed else kind
+
+
+def _span(numbers: npt.NDArray[Any]) -> str:
+    """One number if all are alike, else the least and the greatest."""
+    least, greatest = numbers.min(), numbers.max()
+    return f"{least}" if least == greatest else f"{least} to {greatest}"
+
+
+def tensors_html(title: str, tensors: Mapping[str, npt.NDArray[Any]]) -> str:
+    """A table of tensors, with what their values are like."""
+    shown = itertools.islice(tensors.items(), _TABLE_ROWS // 2)
+    rows = [(name, array.shape, array.dtype, *_range(array), _strip(array)) for name, array in shown]
+    headings = ("tensor", "shape", "dtype", "min", "max", "values")
+    return table_html(title, headings, rows, more=len(tensors) - len(rows), last=" tensors")
+
+
+def _range(array: npt.NDArray[Any]) -> tuple[str, str]:
+    if not array.size:
+        return "", ""
+    return f"{array.min():.4g}", f"{array.max():.4g}"
+
+
+def _strip(array: npt.NDArray[Any]) -> Html:
+    """The first rows of a tensor as a small picture: blue below zero, white at zero, red above; grey is no number."""
+    import numpy as np
+
+    if not array.size:
+        return Html()
+    rows, columns = _STRIP
+    values = array.reshape(len(array), -1)[:rows]
+    if values.shape[1] > columns:
+        values = values[:, np.linspace(0, values.shape[1] - 1, columns).astype(int)]
+    values = values.astype(np.float64)
+    finite = np.isfinite(values)
+    scale = np.abs(values[finite]).max(initial=0.0) or 1.0
+    shares = np.where(np.isnan(values), 0.0, np.clip(values / scale, -1.0, 1.0))
+    pale = np.round(255 * (1 - np.abs(shares)))
+    full = np.full_like(pale, 255)
+    pixels = np.stack([np.where(shares < 0, pale, full), pale, np.where(shares > 0, pale, full)], axis=-1)
+    pixels[np.isnan(values)] = 128
+    picture = base64.b64encode(_png(pixels.astype(np.uint8))).decode()
+    height, width = 10 * pixels.shape[0], max(10, 3 * pixels.shape[1])
+    return Html(
+        f"<img alt='values' src='data:image/png;base64,{picture}' width='{width}' height='{height}' "
+        "style='image-rendering:pixelated'>"
+    )
+
+
+def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """A PNG file of (height, width, 3) pixels."""
+    height, width, _ = pixels.shape
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(b"".join(b"\0" + line.tobytes() for line in pixels)),
+        b"IEND": b"",
+    }
+    parts = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks.items()
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)

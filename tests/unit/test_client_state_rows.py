@@ -1,0 +1,186 @@
+"""Rows of a state, states put together, and states as the objects of other libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell import errors
+from stepwell._state import State
+from stepwell._state_rows import Rows
+from stepwell._tensors import Array
+
+ROWS = 4
+
+
+def state(rows: int = ROWS, fingerprint: str = "f00d", **more: Array) -> State:
+    rng = np.random.default_rng(rows)
+    tensors: dict[str, Array] = {
+        "lstm/h": rng.standard_normal((rows, 3)).astype(np.float32),
+        "lstm/c": rng.standard_normal((rows, 3)).astype(np.float32),
+        "conv/h": rng.standard_normal((rows, 2, 2)).astype(np.float16),
+        "count": np.arange(rows),
+    }
+    return State(tensors | more, model="m", fingerprint=fingerprint, batch_size=rows, revision=7, position=9)
+
+
+@pytest.mark.parametrize(
+    ("rows", "indexes"),
+    [
+        (2, [2]),
+        (-1, [3]),
+        (np.int32(0), [0]),
+        (slice(1, 3), [1, 2]),
+        (slice(None, None, -2), [3, 1]),
+        ([3, 0, 0, -2], [3, 0, 0, 2]),
+        (np.array([1], np.uint8), [1]),
+        ([True, False, False, True], [0, 3]),
+        (np.array([False, True, True, False]), [1, 2]),
+        ([], []),
+        ([False] * ROWS, []),
+        (slice(9, None), []),
+    ],
+    ids=repr,
+)
+def test_rows_of_a_state_are_a_state(rows: Rows, indexes: list[int]) -> None:
+    whole = state()
+    part = whole[rows]
+    assert isinstance(part, State)
+    assert part.batch_size == len(indexes)
+    assert list(part) == list(whole)
+    for name, array in part.items():
+        assert np.array_equal(array, whole[name][indexes])
+        assert array.dtype == whole[name].dtype
+        array[...] = 0  # a copy
+    assert whole == state()
+    assert (part.model, part.fingerprint, part.revision, part.position) == ("m", "f00d", 7, 9)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        (4, IndexError, "rows must be from -4 to 3; got 4"),
+        ([0, -5], IndexError, "rows must be from -4 to 3; got -5"),
+        ([True], IndexError, "a mask of rows must have batch_size = 4 booleans; got 1"),
+        (1.0, TypeError, "a state takes the name of a tensor, or rows as an integer, .*; got 1.0"),
+        (True, TypeError, "got True"),
+        (None, TypeError, "got None"),
+        ((0, 1), TypeError, r"got \(0, 1\)"),
+        ([[0], [1]], TypeError, r"got \[\[0\], \[1\]\]"),
+        ([0.5], TypeError, r"got \[0.5\]"),
+        (b"lstm/h", TypeError, "got b'lstm/h'"),
+        ({0}, TypeError, r"got \{0\}"),
+    ],
+    ids=repr,
+)
+def test_what_means_no_rows_is_refused(rows: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        state()[rows]
+
+
+def test_it_stays_a_mapping_of_names() -> None:
+    one = state()
+    assert isinstance(one, Mapping)
+    assert "lstm/h" in one
+    assert 0 not in one
+    assert [0] not in one
+    assert one.get("nothing") is None
+    assert len(one) == 4
+    assert dict(one).keys() == set(one)
+    with pytest.raises(KeyError, match=r"'lstm/x'; the tensors of the state are \['lstm/h', 'lstm/c'"):
+        one["lstm/x"]
+
+
+def test_states_are_put_one_after_the_other() -> None:
+    whole = state()
+    joined = State.concat([whole[0], whole[[1, 2]], whole[3:]])
+    assert joined == whole
+    assert (joined.model, joined.batch_size, joined.revision, joined.position) == ("m", ROWS, 0, 0)
+    joined["count"][0] = 5
+    assert whole == state()
+    assert State.concat([whole]) == whole
+
+
+@pytest.mark.parametrize(
+    ("states", "error", "message"),
+    [
+        ([], errors.InvalidInputError, "states must have one State at least; got none"),
+        ([state(), {}], errors.InvalidInputError, r"must be of type State; number 1 is \{\}"),
+        (
+            [state(), state(fingerprint="beef")],
+            errors.ModelMismatchError,
+            r"the first has the fingerprint f00d \(m\), number 1 has beef \(m\)",
+        ),
+        (
+            [state(), state(count=np.ones((ROWS, 2), np.float32))],
+            errors.InvalidInputError,
+            r"'count' is int64 of shape \(rows\) in the first, float32 of shape \(rows, 2\) in number 1",
+        ),
+        (
+            [state(), state(more=np.ones(ROWS))],
+            errors.InvalidInputError,
+            r"'more' is missing in the first, float64 of shape \(rows\) in number 1",
+        ),
+    ],
+    ids=["none", "no_state", "another_model", "another_shape", "another_tensor"],
+)
+def test_states_that_do_not_fit_are_not_put_together(
+    states: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        State.concat(states)
+
+
+def test_as_a_dataframe() -> None:
+    one = state()
+    frame = one.to_dataframe()
+    assert frame.index.name == "row"
+    assert frame.columns.names == ["tensor", "unit"]
+    assert list(dict.fromkeys(frame.columns.get_level_values("tensor"))) == list(one)
+    for name, array in one.items():
+        assert np.array_equal(frame[name].to_numpy(), array.reshape(ROWS, -1))
+        assert set(frame[name].dtypes) == {array.dtype}
+    assert frame.attrs == {"model": "m", "fingerprint": "f00d", "revision": 7, "position": 9}
+    frame.loc[0, ("count", 0)] = 5
+    assert one == state()
+    assert State({}, model="m", fingerprint="f", batch_size=2).to_dataframe().shape == (2, 0)
+
+
+def test_as_a_dataset() -> None:
+    one = state(**{"dense/a": np.ones((ROWS, 2)), "dense/b": np.ones((ROWS, 5))})
+    dataset = one.to_xarray()
+    assert list(dataset.data_vars) == list(one)
+    for name, array in one.items():
+        assert np.array_equal(dataset[name].to_numpy(), array)
+        assert dataset[name].dtype == array.dtype
+    assert dataset["lstm/h"].dims == dataset["lstm/c"].dims == ("row", "lstm.1")
+    assert dataset["conv/h"].dims == ("row", "conv.1", "conv.2")
+    assert dataset["count"].dims == ("row",)
+    assert dataset["dense/b"].dims == ("row", "dense/b.1")
+    assert dataset.sel(row=2)["count"].item() == 2
+    assert dataset.attrs["position"] == 9
+    dataset["count"][0] = 5
+    assert one["count"][0] == 0
+    assert not State({}, model="m", fingerprint="f", batch_size=2).to_xarray().data_vars
+
+
+@pytest.mark.parametrize("package", ["pandas", "xarray"])
+def test_a_library_that_is_not_there_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    real = importlib.import_module
+
+    def without(name: str, *args: Any) -> Any:
+        if name == package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    method = {"pandas": "to_dataframe", "xarray": "to_xarray"}[package]
+    with pytest.raises(
+        ModuleNotFoundError, match=f"State.{method} needs {package}, .*: pip install {package}"
+    ):
+        getattr(state(), method)()
