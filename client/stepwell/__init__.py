@@ -6,7 +6,8 @@
         with client.open_session("forecast") as session:
             y = session.step(x)
 
-The async client is `stepwell.aio`; a server for tests is `stepwell.testing.LocalServer`.
+In a notebook or a script, `stepwell.local("forecast.keras")` starts the server too. The async client is
+`stepwell.aio`; a server for tests is `stepwell.testing.LocalServer`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stepwell import aio, config, errors
+    from stepwell._local import LocalClient, local
     from stepwell._state import State
     from stepwell._trace import Trace
     from stepwell._types import (
@@ -59,6 +61,7 @@ __all__ = [
     "InternalError",
     "InvalidInputError",
     "LayerInfo",
+    "LocalClient",
     "ModelInfo",
     "ModelMismatchError",
     "ModelNotFoundError",
@@ -88,12 +91,14 @@ __all__ = [
     "config",
     "connect",
     "errors",
+    "local",
 ]
 
 _MODULES = frozenset({"aio", "config", "errors"})
 _HOMES = {
     "Client": "client",
     "LayerInfo": "_types",
+    "LocalClient": "_local",
     "ModelInfo": "_types",
     "ProofInfo": "_types",
     "ProvenanceInfo": "_types",
@@ -106,6 +111,7 @@ _HOMES = {
     "TlsConfig": "config",
     "Trace": "_trace",
     "connect": "client",
+    "local": "_local",
 }
 """The module of each exported name that is no error."""
 

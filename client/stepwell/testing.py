@@ -18,7 +18,8 @@ from typing import Self
 from stepwell.errors import StepwellError
 
 _READY = re.compile(r"^stepwell: listening on (?P<address>\S+:\d+)\s*$")
-_REFUSAL = re.compile(r"^stepwell: (?P<reason>.+)$")
+_REFUSAL = re.compile(r"^stepwell: (?:error: )?(?P<reason>.+)$")
+_MISSING = re.compile(r"No module named '?(?P<module>[\w.]+)'?$")
 _LOG_LINES = 10_000
 _GIVE_UP_S = 10.0
 _SHOWN_LINES = 30
@@ -256,7 +257,7 @@ class _Run:
         try:
             while (line := self._early.get(timeout=max(0.0, deadline - time.monotonic()))) is not None:
                 if on_log is not None:
-                    on_log(line)
+                    on_log(line.rstrip("\n"))
                 if (ready := _READY.match(line)) is not None:
                     return ready["address"]
         except queue.Empty:
@@ -295,6 +296,9 @@ class _Run:
     def reason(self) -> str:
         """Why it did not start, as the end of a sentence: its own last word on it, or else its last lines."""
         lines = tuple(self._lines)
-        if lines and (refusal := _REFUSAL.match(lines[-1])) is not None:
+        last = lines[-1].rstrip() if lines else ""
+        if (refusal := _REFUSAL.match(last)) is not None:
             return f": {refusal['reason']}"
+        if (missing := _MISSING.search(last)) is not None:
+            return f": serving needs a package that is not installed ({missing['module']}): pip install 'stepwell[server]'"
         return f"; its last log lines:\n{''.join(lines[-_SHOWN_LINES:])}"

@@ -82,7 +82,7 @@ def test_what_means_no_rows_is_refused(rows: Any, error: type[Exception], messag
 
 
 def test_it_stays_a_mapping_of_names() -> None:
-    one = state()
+    one: Any = state()
     assert isinstance(one, Mapping)
     assert "lstm/h" in one
     assert 0 not in one
@@ -150,7 +150,8 @@ def test_as_a_dataframe() -> None:
 
 
 def test_as_a_dataset() -> None:
-    one = state(**{"dense/a": np.ones((ROWS, 2)), "dense/b": np.ones((ROWS, 5))})
+    more: dict[str, Any] = {"dense/a": np.ones((ROWS, 2)), "dense/b": np.ones((ROWS, 5))}
+    one = state(**more)
     dataset = one.to_xarray()
     assert list(dataset.data_vars) == list(one)
     for name, array in one.items():

@@ -1,0 +1,397 @@
+"""`stepwell.local`: a server of one's own models that lives with this process, for notebooks and scripts.
+
+There is one server for each set of names. What makes it up is compared when it is asked for again: the same is used
+again, anything else takes its place.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+from stepwell.client import Client
+from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig
+from stepwell.errors import InvalidInputError
+from stepwell.testing import LocalServer
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_DEFAULT_NAME = "model"
+_STOP_S = 10.0
+_SAVED_AT = "date_saved"
+_NO_DATE = (1980, 1, 1, 0, 0, 0)
+
+
+class KerasModel(Protocol):
+    """A `keras.Model`; this package does not import Keras."""
+
+    def save(self, filepath: Any, /) -> object:
+        """Writes it to a file."""
+
+
+ModelSource: TypeAlias = str | os.PathLike[str] | KerasModel
+"""A model: the path of its file, or the object."""
+
+
+def local(
+    models: ModelSource | Mapping[str, ModelSource],
+    *,
+    name: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    extra_args: Sequence[str] = (),
+    cache_dir: str | os.PathLike[str] | None = None,
+    start_timeout_s: float = 180.0,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    coalesce: bool = True,
+) -> LocalClient:
+    """A client of a server of one's own models, which this call starts, or finds running.
+
+    The server is a process of its own on a free port of 127.0.0.1. There is one for each set of names:
+
+    - The same call again, as when the cell of a notebook is run again, gives the same server and the same client,
+      sessions included. A model object is the same if its architecture and weights are, a file if its bytes are.
+    - A call for the same names with anything else different (weights, options, a variable `STEPWELL_...`) ends the
+      server, its client and, without `data_dir`, its sessions, and starts another. In Jupyter a cell that is run again
+      also ends what it started under other names before.
+    - It ends with `client.close()` or the client's `with` block, and with this process: on Linux however that ends,
+      `kill -9` and a kernel restart included. The stop button and Ctrl-C leave it alone.
+
+    A model that is new to the machine is compiled, which can take half a minute and is said in a line on stderr.
+
+    Safe to call from many threads at once. After a fork the child has no servers: those of the parent are left alone.
+
+    Args:
+        models: Path of a `.keras` or `.stepwell` file, a `keras.Model`, or a mapping of names to these.
+        name: Name to serve a single model under. None: that of the file without its suffix; of an object the name it
+            was given, or "model" if Keras made one up.
+        data_dir: Where the server keeps sessions. None: in memory, so that they end with it.
+        extra_args: Further options of `stepwell serve`. Layers of one's own must be in a module: `["--import", NAME]`.
+        cache_dir: Where it keeps compiled models. None: the server's own default.
+        start_timeout_s: How long it may take to be ready, in seconds; models are compiled in this time.
+        timeout_s: See `connect`.
+        max_message_bytes: See `connect`.
+        coalesce: See `connect`.
+
+    Raises:
+        InvalidInputError: An argument breaks its rule.
+        FileNotFoundError: There is no such file.
+        ServerStartError: The server cannot start (a model that cannot be served; packages that are not installed:
+            the message says which); it is in `stepwell.testing`.
+
+    Example:
+        >>> client = stepwell.local(model_path, name="forecast")
+        >>> client.open_session("forecast").step(np.ones((1, 3), np.float32)).shape
+        (1, 1)
+        >>> stepwell.local(model_path, name="forecast") is client
+        True
+        >>> client.close()
+    """
+    sources = _named(models, name)
+    with tempfile.TemporaryDirectory(prefix="stepwell-") as folder:
+        files = {name: _file(name, source, folder) for name, source in sources.items()}
+        wanted = _Wanted(
+            {
+                name: (os.path.abspath(file) if given else "", digest)
+                for name, (file, given, digest) in files.items()
+            },
+            None if data_dir is None else os.path.abspath(data_dir),
+            tuple(extra_args),
+            None if cache_dir is None else os.path.abspath(cache_dir),
+            {key: value for key, value in os.environ.items() if key.startswith("STEPWELL_")},
+        )
+        told = _Told(timeout_s, max_message_bytes, coalesce)
+        place = _places.of(frozenset(files))
+        paths = {name: file for name, (file, _, _) in files.items()}
+        return place.client(wanted, told, lambda: _new_server(wanted, paths, start_timeout_s))
+
+
+class LocalClient(Client):
+    """The client that `stepwell.local` gives: a `Client` whose server ends with it.
+
+    There is one for each server, so closing it ends the server for all who have it. Safe to use from many threads at
+    once; not fork-safe.
+
+    Example:
+        >>> with stepwell.local(model_path, name="forecast") as client:
+        ...     client.server.pid is not None
+        True
+        >>> client.server.pid is None
+        True
+    """
+
+    def __init__(self, config: ClientConfig, server: LocalServer, place: _Place, *, coalesce: bool) -> None:
+        super().__init__(config, coalesce=coalesce)
+        self._server = server
+        self._place = place
+
+    @property
+    def server(self) -> LocalServer:
+        """The server: its log, its process, its address for clients of other kinds.
+
+        Example:
+            >>> with stepwell.local(model_path, name="forecast") as client:
+            ...     "listening on" in client.server.logs()
+            True
+        """
+        return self._server
+
+    def close(self) -> None:
+        """Ends the connection and the server, and with it all sessions unless it has a `data_dir`.
+
+        Closing again does nothing.
+
+        Example:
+            >>> stepwell.local(model_path, name="forecast").close()
+        """
+        super().close()
+        self._place.end(self)
+
+
+class _Wanted(NamedTuple):
+    """What a server is made of."""
+
+    models: Mapping[str, tuple[str, str]]
+    data_dir: str | None
+    extra_args: tuple[str, ...]
+    cache_dir: str | None
+    variables: Mapping[str, str]
+
+
+class _Told(NamedTuple):
+    """What a client was told."""
+
+    timeout_s: float
+    max_message_bytes: int
+    coalesce: bool
+
+
+class _Cell(NamedTuple):
+    """A cell of a notebook, and which run of it."""
+
+    id: str
+    run: str
+
+
+@dataclasses.dataclass
+class _Running:
+    wanted: _Wanted
+    told: _Told
+    client: LocalClient
+    cell: _Cell | None
+
+
+class _Place:
+    """Where the server of a set of names is, or is to be."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: _Running | None = None
+
+    def client(self, wanted: _Wanted, told: _Told, start: Callable[[], LocalServer]) -> LocalClient:
+        """The client that was made of the same, or a new one."""
+        cell = _running_cell()
+        with self._lock:
+            running = self._running
+            if running is None or running.wanted != wanted or running.client.server.pid is None:
+                self._end()
+                server = start()
+            elif running.told != told:  # the server may stay
+                server = running.client.server
+                Client.close(running.client)
+            else:
+                running.cell = cell
+                return running.client
+            config = ClientConfig(server.address, told.timeout_s, told.max_message_bytes)
+            client = LocalClient(config, server, self, coalesce=told.coalesce)
+            self._running = _Running(wanted, told, client, cell)
+            return client
+
+    def end(self, client: LocalClient | None = None) -> None:
+        """Ends what runs here, if it is (still) that client's."""
+        with self._lock:
+            if client is None or (self._running is not None and self._running.client is client):
+                self._end()
+
+    def end_earlier(self, cell: _Cell) -> None:
+        """Ends what runs here if an earlier run of this cell has started it."""
+        with self._lock:
+            own = None if self._running is None else self._running.cell
+            if own is not None and own.id == cell.id and own.run != cell.run:
+                self._end()
+
+    def _end(self) -> None:
+        if self._running is None:
+            return
+        server = self._running.client.server
+        Client.close(self._running.client)
+        if server.pid is not None:
+            if self._running.wanted.data_dir is None:
+                server.kill()  # it has nothing to finish: its sessions end with it
+            else:
+                server.stop(_STOP_S)
+        self._running = None
+
+
+class _Places:
+    """The places of this process."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """For a child after a fork: what runs is its parent's."""
+        self._lock = threading.Lock()
+        self._places: dict[frozenset[str], _Place] = {}
+
+    def of(self, names: frozenset[str]) -> _Place:
+        with self._lock:
+            return self._places.setdefault(names, _Place())
+
+    def all(self) -> list[_Place]:
+        with self._lock:
+            return list(self._places.values())
+
+    def end_all(self) -> None:
+        for place in self.all():
+            place.end()
+
+
+_places = _Places()
+atexit.register(_places.end_all)
+os.register_at_fork(after_in_child=_places.forget)
+
+
+def _new_server(wanted: _Wanted, paths: Mapping[str, str], start_timeout_s: float) -> LocalServer:
+    server = LocalServer(
+        paths,
+        wanted.data_dir,
+        wanted.extra_args,
+        cache_dir=wanted.cache_dir,
+        start_timeout_s=start_timeout_s,
+        on_log=_Progress(paths).on_log,
+    )
+    server.start()
+    return server
+
+
+class _Progress:
+    """Says once that models are being compiled."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self._what = ", ".join(repr(name) for name in names)
+        self._said = False
+
+    def on_log(self, line: str) -> None:
+        if "loading model" in line and not self._said:
+            self._said = True
+            sys.stderr.write(
+                f"stepwell: compiling {self._what} (once for each model on this machine; it can take half a minute)\n"
+            )
+            sys.stderr.flush()
+
+
+def _named(models: object, name: str | None) -> dict[str, Any]:
+    """The models by name, each of which is a path or an object that can be saved.
+
+    Raises:
+        InvalidInputError: An argument breaks its rule.
+    """
+    if isinstance(models, Mapping):
+        if name is not None:
+            raise InvalidInputError(
+                f"name must be given with a single model only, not with a mapping; got {name!r}"
+            )
+        if not models:
+            raise InvalidInputError("models must have one model at least; got an empty mapping")
+        named = dict(models)
+    else:
+        named = {_default_name(models) if name is None else name: models}
+    for one, source in named.items():
+        if not isinstance(one, str) or not _NAME.fullmatch(one):
+            told = "a name in models" if isinstance(models, Mapping) else "name"
+            raise InvalidInputError(f"{told} must be 1 to 128 letters, digits, _, - or .; got {one!r:.150}")
+        if not isinstance(source, str | os.PathLike) and not _is_keras(source):
+            raise InvalidInputError(
+                f"models must be the path of a model's file, a keras.Model, or a mapping of names to these; got {source!r:.150}"
+            )
+    return named
+
+
+def _is_keras(source: object) -> bool:
+    homes = {kind.__module__.partition(".")[0] for kind in type(source).__mro__}
+    return not homes.isdisjoint({"keras", "tf_keras"}) and callable(getattr(source, "save", None))
+
+
+def _default_name(source: object) -> str:
+    if isinstance(source, str | os.PathLike):
+        return Path(source).stem
+    given = getattr(source, "name", None)
+    # Keras's own names count: `sequential`, `sequential_1`, and would be others in each run of a cell.
+    kind = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])", "_", type(source).__name__).lower()
+    made_up = not isinstance(given, str) or re.fullmatch(rf"{re.escape(kind)}(_\d+)?", given)
+    return _DEFAULT_NAME if made_up else str(given)
+
+
+def _file(name: str, source: Any, folder: str) -> tuple[str, bool, str]:
+    """The file of a model, whether it was given, and the hash of its content."""
+    if isinstance(source, str | os.PathLike):
+        path = os.path.expanduser(os.fspath(source))
+        if not os.path.exists(path):
+            raise FileNotFoundError(errno.ENOENT, f"{os.strerror(errno.ENOENT)}: the model {name!r}", path)
+        return path, True, "" if os.path.isdir(path) else _digest(path)
+    saved, path = os.path.join(folder, f"{name}.saved.keras"), os.path.join(folder, f"{name}.keras")
+    source.save(saved)
+    _copy_without_dates(saved, path)
+    os.unlink(saved)
+    return path, False, _digest(path)
+
+
+def _copy_without_dates(saved: str, path: str) -> None:
+    """The same model at another time is the same file: for us, and for the server's cache."""
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            if entry.filename == "metadata.json":
+                content = json.dumps(json.loads(content) | {_SAVED_AT: ""}).encode()
+            new.writestr(zipfile.ZipInfo(entry.filename, _NO_DATE), content)
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _running_cell() -> _Cell | None:
+    """The cell of a notebook that is running now, if it is one; what it ran before is looked after at its end."""
+    shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    message = shell.get_parent() if hasattr(shell, "get_parent") else {}
+    try:
+        cell = _Cell(message["metadata"]["cellId"], message["header"]["msg_id"])
+    except (KeyError, TypeError):  # no notebook, or one that does not say
+        return None
+    _end_earlier_after(shell, cell)
+    return cell
+
+
+def _end_earlier_after(shell: Any, cell: _Cell) -> None:
+    """When the cell has run without an error, ends what an earlier run of it started and this one did not ask for."""
+
+    def sweep(result: Any) -> None:
+        shell.events.unregister("post_run_cell", sweep)
+        if result.success:
+            for place in _places.all():
+                place.end_earlier(cell)
+
+    shell.events.register("post_run_cell", sweep)
