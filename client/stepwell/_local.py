@@ -8,40 +8,20 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import errno
-import hashlib
-import json
 import os
-import re
 import sys
 import tempfile
 import threading
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple
 
+from stepwell import _model_files
+from stepwell._model_files import ModelSource
 from stepwell.client import Client
 from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig
-from stepwell.errors import InvalidInputError
 from stepwell.testing import LocalServer
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-_DEFAULT_NAME = "model"
 _STOP_S = 10.0
-_SAVED_AT = "date_saved"
-_NO_DATE = (1980, 1, 1, 0, 0, 0)
-
-
-class KerasModel(Protocol):
-    """A `keras.Model`; this package does not import Keras."""
-
-    def save(self, filepath: Any, /) -> object:
-        """Writes it to a file."""
-
-
-ModelSource: TypeAlias = str | os.PathLike[str] | KerasModel
-"""A model: the path of its file, or the object."""
 
 
 def local(
@@ -98,13 +78,13 @@ def local(
         True
         >>> client.close()
     """
-    sources = _named(models, name)
+    sources = _model_files.named(models, name)
     with tempfile.TemporaryDirectory(prefix="stepwell-") as folder:
-        files = {name: _file(name, source, folder) for name, source in sources.items()}
+        files = {name: _model_files.file_of(name, source, folder) for name, source in sources.items()}
         wanted = _Wanted(
             {
-                name: (os.path.abspath(file) if given else "", digest)
-                for name, (file, given, digest) in files.items()
+                name: (os.path.abspath(file.path) if file.is_given else "", file.digest())
+                for name, file in files.items()
             },
             None if data_dir is None else os.path.abspath(data_dir),
             tuple(extra_args),
@@ -113,7 +93,7 @@ def local(
         )
         told = _Told(timeout_s, max_message_bytes, coalesce)
         place = _places.of(frozenset(files))
-        paths = {name: file for name, (file, _, _) in files.items()}
+        paths = {name: file.path for name, file in files.items()}
         return place.client(wanted, told, lambda: _new_server(wanted, paths, start_timeout_s))
 
 
@@ -300,77 +280,6 @@ class _Progress:
                 f"stepwell: compiling {self._what} (once for each model on this machine; it can take half a minute)\n"
             )
             sys.stderr.flush()
-
-
-def _named(models: object, name: str | None) -> dict[str, Any]:
-    """The models by name, each of which is a path or an object that can be saved.
-
-    Raises:
-        InvalidInputError: An argument breaks its rule.
-    """
-    if isinstance(models, Mapping):
-        if name is not None:
-            raise InvalidInputError(
-                f"name must be given with a single model only, not with a mapping; got {name!r}"
-            )
-        if not models:
-            raise InvalidInputError("models must have one model at least; got an empty mapping")
-        named = dict(models)
-    else:
-        named = {_default_name(models) if name is None else name: models}
-    for one, source in named.items():
-        if not isinstance(one, str) or not _NAME.fullmatch(one):
-            told = "a name in models" if isinstance(models, Mapping) else "name"
-            raise InvalidInputError(f"{told} must be 1 to 128 letters, digits, _, - or .; got {one!r:.150}")
-        if not isinstance(source, str | os.PathLike) and not _is_keras(source):
-            raise InvalidInputError(
-                f"models must be the path of a model's file, a keras.Model, or a mapping of names to these; got {source!r:.150}"
-            )
-    return named
-
-
-def _is_keras(source: object) -> bool:
-    homes = {kind.__module__.partition(".")[0] for kind in type(source).__mro__}
-    return not homes.isdisjoint({"keras", "tf_keras"}) and callable(getattr(source, "save", None))
-
-
-def _default_name(source: object) -> str:
-    if isinstance(source, str | os.PathLike):
-        return Path(source).stem
-    given = getattr(source, "name", None)
-    # Keras's own names count: `sequential`, `sequential_1`, and would be others in each run of a cell.
-    kind = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])", "_", type(source).__name__).lower()
-    made_up = not isinstance(given, str) or re.fullmatch(rf"{re.escape(kind)}(_\d+)?", given)
-    return _DEFAULT_NAME if made_up else str(given)
-
-
-def _file(name: str, source: Any, folder: str) -> tuple[str, bool, str]:
-    """The file of a model, whether it was given, and the hash of its content."""
-    if isinstance(source, str | os.PathLike):
-        path = os.path.expanduser(os.fspath(source))
-        if not os.path.exists(path):
-            raise FileNotFoundError(errno.ENOENT, f"{os.strerror(errno.ENOENT)}: the model {name!r}", path)
-        return path, True, "" if os.path.isdir(path) else _digest(path)
-    saved, path = os.path.join(folder, f"{name}.saved.keras"), os.path.join(folder, f"{name}.keras")
-    source.save(saved)
-    _copy_without_dates(saved, path)
-    os.unlink(saved)
-    return path, False, _digest(path)
-
-
-def _copy_without_dates(saved: str, path: str) -> None:
-    """The same model at another time is the same file: for us, and for the server's cache."""
-    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(path, "w") as new:
-        for entry in old.infolist():
-            content = old.read(entry)
-            if entry.filename == "metadata.json":
-                content = json.dumps(json.loads(content) | {_SAVED_AT: ""}).encode()
-            new.writestr(zipfile.ZipInfo(entry.filename, _NO_DATE), content)
-
-
-def _digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _running_cell() -> _Cell | None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import stepwell
-from stepwell import _local
+from stepwell import _model_files
 from support import models, programs
 from support.notebook import Notebook, Watched, notebook
 
@@ -151,8 +151,7 @@ class _Normal:
         self._model = model
 
     def save(self, path: Path) -> None:
-        made, _, _ = _local._file("made", self._model, str(path.parent))
-        Path(made).rename(path)
+        Path(_model_files.file_of("made", self._model, str(path.parent)).path).rename(path)
 
 
 def test_a_keras_model_is_served_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:

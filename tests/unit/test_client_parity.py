@@ -100,7 +100,8 @@ def test_importing_is_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import stepwell", "import stepwell.v1", "from stepwell import errors"]
+    "statement",
+    ["import stepwell", "import stepwell.v1", "import stepwell.pytest_plugin", "from stepwell import errors"],
 )
 def test_what_is_not_used_is_not_imported(statement: str) -> None:
     assert not modules_after(statement) & {"numpy", "grpc", "stepwell.client", "stepwell.aio"}

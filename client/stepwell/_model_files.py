@@ -1,0 +1,117 @@
+"""Models as people name them: paths, objects of Keras, or several by name. Keras is not imported."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+from stepwell.errors import InvalidInputError
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_DEFAULT_NAME = "model"
+_SAVED_AT = "date_saved"
+_NO_DATE = (1980, 1, 1, 0, 0, 0)
+
+
+class KerasModel(Protocol):
+    """A `keras.Model`; this package does not import Keras."""
+
+    def save(self, filepath: Any, /) -> object:
+        """Writes it to a file."""
+
+
+ModelSource: TypeAlias = str | os.PathLike[str] | KerasModel
+"""A model: the path of its file, or the object."""
+
+
+def named(models: object, name: str | None) -> dict[str, Any]:
+    """The models by name, each of which is a path or an object that can be saved.
+
+    Raises:
+        InvalidInputError: An argument breaks its rule.
+    """
+    if isinstance(models, Mapping):
+        if name is not None:
+            raise InvalidInputError(
+                f"name must be given with a single model only, not with a mapping; got {name!r}"
+            )
+        if not models:
+            raise InvalidInputError("models must have one model at least; got an empty mapping")
+        named = dict(models)
+    else:
+        named = {_default_name(models) if name is None else name: models}
+    for one, source in named.items():
+        if not isinstance(one, str) or not _NAME.fullmatch(one):
+            told = "a name in models" if isinstance(models, Mapping) else "name"
+            raise InvalidInputError(f"{told} must be 1 to 128 letters, digits, _, - or .; got {one!r:.150}")
+        if not isinstance(source, str | os.PathLike) and not _is_keras(source):
+            raise InvalidInputError(
+                f"models must be the path of a model's file, a keras.Model, or a mapping of names to these; got {source!r:.150}"
+            )
+    return named
+
+
+def _is_keras(source: object) -> bool:
+    homes = {kind.__module__.partition(".")[0] for kind in type(source).__mro__}
+    return not homes.isdisjoint({"keras", "tf_keras"}) and callable(getattr(source, "save", None))
+
+
+def _default_name(source: object) -> str:
+    if isinstance(source, str | os.PathLike):
+        return Path(source).stem
+    given = getattr(source, "name", None)
+    # Keras's own names count: `sequential`, `sequential_1`, and would be others in each run of a cell.
+    kind = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])", "_", type(source).__name__).lower()
+    made_up = not isinstance(given, str) or re.fullmatch(rf"{re.escape(kind)}(_\d+)?", given)
+    return _DEFAULT_NAME if made_up else str(given)
+
+
+class ModelFile(NamedTuple):
+    """The file of a model."""
+
+    path: str
+    """Where it is."""
+    is_given: bool
+    """It is the caller's own; else it was saved from an object."""
+
+    def digest(self) -> str:
+        """Hash of its content; empty for a folder."""
+        if os.path.isdir(self.path):
+            return ""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_of(name: str, source: ModelSource, folder: str) -> ModelFile:
+    """The file of a model: the one that is named, or one in `folder` to which the object is saved.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    if isinstance(source, str | os.PathLike):
+        path = os.path.expanduser(os.fspath(source))
+        if not os.path.exists(path):
+            raise FileNotFoundError(errno.ENOENT, f"{os.strerror(errno.ENOENT)}: the model {name!r}", path)
+        return ModelFile(path, is_given=True)
+    saved, path = os.path.join(folder, f"{name}.saved.keras"), os.path.join(folder, f"{name}.keras")
+    source.save(saved)
+    _copy_without_dates(saved, path)
+    os.unlink(saved)
+    return ModelFile(path, is_given=False)
+
+
+def _copy_without_dates(saved: str, path: str) -> None:
+    """The same model at another time is the same file: for us, and for the server's cache."""
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            if entry.filename == "metadata.json":
+                content = json.dumps(json.loads(content) | {_SAVED_AT: ""}).encode()
+            new.writestr(zipfile.ZipInfo(entry.filename, _NO_DATE), content)
