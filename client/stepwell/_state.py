@@ -163,8 +163,9 @@ class State(Mapping[str, Array]):
             ModuleNotFoundError: pandas is not installed.
 
         Example:
-            >>> session.get_state().to_dataframe()["lstm/h"].shape
-            (1, 8)
+            >>> frame = session.get_state().to_dataframe()
+            >>> frame.shape, list(frame.columns.names)
+            ((1, 16), ['tensor', 'unit'])
         """
         return _state_frames.to_dataframe(self._tensors, self.batch_size, self._attrs())
 
@@ -178,8 +179,9 @@ class State(Mapping[str, Array]):
             ModuleNotFoundError: xarray is not installed.
 
         Example:
-            >>> session.get_state().to_xarray()["lstm/h"].dims
-            ('row', 'lstm.1')
+            >>> h = next(iter(session.get_state().to_xarray().data_vars.values()))
+            >>> h.dims[0], h.shape
+            ('row', (1, 8))
         """
         return _state_frames.to_xarray(self._tensors, self.batch_size, self._attrs())
 

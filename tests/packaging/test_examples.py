@@ -171,6 +171,7 @@ def test_the_readme(
     the tests' model under the name `forecast`.
     """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STEPWELL_CACHE_DIR", str(compiled))  # for what the README starts by itself
     text = (root / "README.md").read_text()
     blocks = BLOCK.findall(text)
     assert blocks, "README.md has no Python block"

@@ -1,0 +1,87 @@
+"""The pages about notebooks and tests: their code runs as they say."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+BLOCK = re.compile(r"^```(python|ini)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    found = [code for language, code in BLOCK.findall(page.read_text()) if language == kind]
+    assert found
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own, when saving
+def test_the_page_for_notebooks(
+    root: Path, compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As cells, in order, in one namespace; the model is compiled beforehand, in this process."""
+    from stepwell import _model_files
+    from support import programs
+
+    class Served:
+        """The file that `stepwell.local` makes of the page's model."""
+
+        def save(self, path: Path) -> None:
+            made = _model_files.file_of("made", names["model"], str(path.parent))
+            Path(made.path).rename(path)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STEPWELL_CACHE_DIR", str(compiled))
+    names: dict[str, Any] = {"__name__": "__main__"}
+    shown = []
+    with asyncio.Runner() as runner:
+        for number, block in enumerate(blocks(root / "docs" / "notebooks.md", "python")):
+            tree = ast.parse(block)
+            last = tree.body[-1]
+            if isinstance(last, ast.Expr):  # a cell shows the value of its last line
+                tree.body[-1] = ast.Assign([ast.Name("shown", ast.Store())], last.value)
+            ast.fix_missing_locations(tree)
+            code = compile(tree, "notebooks.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            value = eval(code, names)  # noqa: S307  our own documentation
+            if inspect.iscoroutine(value):
+                runner.run(_awaited(value))
+            if number == 0:
+                programs.saved("notebooks_page", Served)
+            value = names.pop("shown", None)
+            if hasattr(value, "_repr_html_"):
+                shown.append(type(value).__name__)
+    assert shown == ["Listing", "Listing", "State", "DataArray"]
+    assert (names["first"].batch_size, names["frame"].shape) == (1, (4, 32))
+    assert names["client"].server.pid is None
+
+
+async def _awaited(value: Any) -> Any:
+    return await value
+
+
+def test_the_page_for_tests(
+    root: Path,
+    model_path: Path,
+    compiled: Path,
+    pytester: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page = root / "docs" / "testing.md"
+    (pytester.path / "models").mkdir()
+    (pytester.path / "models" / "forecast.keras").symlink_to(model_path)
+    monkeypatch.setenv("STEPWELL_CACHE_DIR", str(compiled))
+    (ini,) = blocks(page, "ini")
+    pytester.makeini(ini)
+    code = "\n".join(blocks(page, "python"))
+    pytester.makepyfile(code)
+    result = pytester.runpytest_subprocess(
+        "-pno:cacheprovider", "-pno:asyncio", "-Werror", "--strict-markers"
+    )
+    result.assert_outcomes(passed=code.count("\ndef test_"))
