@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from stepwell.config import ClientConfig
+
 _NAMED = 8
 """Things that a line of text names."""
 _LINES = 10
@@ -157,7 +159,7 @@ def session_html(kind: str, session: Session, *, is_closed: bool) -> str:
         "revision": session.revision,
         "position": session.position,
     }
-    return facts_html(_handle(kind, is_closed), facts)
+    return facts_html(handle(kind, is_closed=is_closed), facts)
 
 
 def group_html(kind: str, group: Group, *, is_closed: bool) -> str:
@@ -170,20 +172,20 @@ def group_html(kind: str, group: Group, *, is_closed: bool) -> str:
         "revisions": _span(group.revisions),
         "positions": _span(group.positions),
     }
-    return facts_html(_handle(kind, is_closed), facts)
+    return facts_html(handle(kind, is_closed=is_closed), facts)
 
 
-def client_html(kind: str, address: str, timeout_s: float, *, is_encrypted: bool, is_closed: bool) -> str:
-    """A client and how it was made."""
-    facts = {
-        "address": address,
-        "time limit of a call": f"{timeout_s:g} s",
-        "TLS": "yes" if is_encrypted else "no",
+def client_facts(config: ClientConfig) -> dict[str, object]:
+    """What a client was told."""
+    return {
+        "address": config.address,
+        "time limit of a call": f"{config.timeout_s:g} s",
+        "TLS": "no" if config.tls is None else "yes",
     }
-    return facts_html(_handle(kind, is_closed), facts)
 
 
-def _handle(kind: str, is_closed: bool) -> str:
+def handle(kind: str, *, is_closed: bool) -> str:
+    """What a client, session or group is."""
     return f"{kind} (closed)" if is_closed else kind
 
 

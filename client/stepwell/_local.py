@@ -19,6 +19,7 @@ from stepwell import _model_files
 from stepwell._model_files import ModelSource
 from stepwell.client import Client
 from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig
+from stepwell.errors import InvalidInputError
 from stepwell.testing import LocalServer
 
 _STOP_S = 10.0
@@ -79,6 +80,8 @@ def local(
         >>> client.close()
     """
     sources = _model_files.named(models, name)
+    if isinstance(extra_args, str):
+        raise InvalidInputError(f"extra_args must be a list of strings; got {extra_args!r}")
     with tempfile.TemporaryDirectory(prefix="stepwell-") as folder:
         files = {name: _model_files.file_of(name, source, folder) for name, source in sources.items()}
         wanted = _Wanted(
@@ -126,6 +129,10 @@ class LocalClient(Client):
             True
         """
         return self._server
+
+    def _facts(self) -> dict[str, object]:
+        process = "ended" if self._server.pid is None else f"process {self._server.pid}"
+        return super()._facts() | {"server": process}
 
     def close(self) -> None:
         """Ends the connection and the server, and with it all sessions unless it has a `data_dir`.
@@ -198,11 +205,19 @@ class _Place:
             self._running = _Running(wanted, told, client, cell)
             return client
 
-    def end(self, client: LocalClient | None = None) -> None:
+    def end(self, client: LocalClient) -> None:
         """Ends what runs here, if it is (still) that client's."""
         with self._lock:
-            if client is None or (self._running is not None and self._running.client is client):
+            if self._running is not None and self._running.client is client:
                 self._end()
+
+    def end_idle(self) -> None:
+        """Ends what runs here, unless another thread is starting or ending it."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._end()
+            finally:
+                self._lock.release()
 
     def end_earlier(self, cell: _Cell) -> None:
         """Ends what runs here if an earlier run of this cell has started it."""
@@ -244,8 +259,9 @@ class _Places:
             return list(self._places.values())
 
     def end_all(self) -> None:
+        """At the end of the process. What a thread of it is just starting ends with the process."""
         for place in self.all():
-            place.end()
+            place.end_idle()
 
 
 _places = _Places()

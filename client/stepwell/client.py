@@ -292,13 +292,12 @@ class Client:
         return f"{type(self).__name__}({self.address!r})"
 
     def _repr_html_(self) -> str:
-        return _display.client_html(
-            type(self).__name__,
-            self.address,
-            self._config.timeout_s,
-            is_encrypted=self._config.tls is not None,
-            is_closed=self._closing.is_set(),
+        return _display.facts_html(
+            _display.handle(type(self).__name__, is_closed=self._closing.is_set()), self._facts()
         )
+
+    def _facts(self) -> dict[str, object]:
+        return _display.client_facts(self._config)
 
     def __enter__(self) -> Self:
         return self

@@ -83,6 +83,12 @@ def test_the_command_line_works(python: Path, server: LocalServer, tmp_path: Pat
     assert "forecast" in models.stdout
 
 
+def test_serving_from_a_notebook_says_what_to_install(python: Path, model_path: Path, tmp_path: Path) -> None:
+    done = run(python, tmp_path, "-c", f"import stepwell; stepwell.local({str(model_path)!r})")
+    assert done.returncode != 0
+    assert "stepwell[server]" in done.stderr.splitlines()[-1]
+
+
 def test_serving_says_what_to_install(python: Path, tmp_path: Path) -> None:
     done = run(python, tmp_path, "-m", "stepwell", "serve", "forecast=forecast.keras")
     assert done.returncode != 0

@@ -129,6 +129,7 @@ def test_other_names_are_another_server(path: Path, made: list[FakeServer]) -> N
 def test_closing_ends_the_server(path: Path, made: list[FakeServer]) -> None:
     with stepwell.local(path) as client:
         assert made[0].pid
+        assert "process 1" in client._repr_html_()
     client.close()
     assert made[0].ended == "killed"
     with stepwell.local(path, data_dir=path.parent):
@@ -221,6 +222,11 @@ def test_an_object_has_the_name_that_people_gave_it(
             {"models": {"m": "x"}, "name": "m"},
             InvalidInputError,
             "name must be given with a single model only",
+        ),
+        (
+            {"models": "x", "extra_args": "--import x"},
+            InvalidInputError,
+            "extra_args must be a list of strings",
         ),
         ({"models": "nothing.keras"}, FileNotFoundError, "the model 'nothing': 'nothing.keras'"),
     ],
