@@ -30,7 +30,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: Path, project:
     names = contents(wheel)
     top = {name.split("/", maxsplit=1)[0] for name in names}
     assert top == {"stepwell", "stepwell_server", f"stepwell-{project['version']}.dist-info"}
-    assert not [name for name in names if "test_" in name or name.endswith((".pyc", ".proto", ".keras"))]
+    assert not [name for name in names if "/test_" in name or name.endswith((".pyc", ".proto", ".keras"))]
 
 
 def test_the_wheel_is_typed_and_has_the_generated_code_and_the_licence(wheel: Path) -> None:
@@ -42,6 +42,13 @@ def test_the_wheel_is_typed_and_has_the_generated_code_and_the_licence(wheel: Pa
         "stepwell/v1/sessions_pb2_grpc.pyi",
     } <= names
     assert [name for name in names if name.endswith("/licenses/LICENSE")]
+
+
+def test_pytest_finds_the_plugin(wheel: Path, project: dict[str, Any]) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read(f"stepwell-{project['version']}.dist-info/entry_points.txt").decode()
+    assert "[pytest11]\nstepwell = stepwell.pytest_plugin\n" in text
+    assert "stepwell/pytest_plugin.py" in contents(wheel)
 
 
 def test_every_package_of_the_tree_is_in_the_wheel(wheel: Path, root: Path) -> None:
