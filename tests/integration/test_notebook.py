@@ -78,7 +78,7 @@ def test_the_stop_button_interrupts_the_cell_and_not_the_server(cells: Notebook)
         "x = np.zeros((1, *client.models()[0].inputs[0].shape), np.float32)\n"
         "session = client.open_session('lstm_dense')\nsession.step(x)"
     )
-    forever = "print('on', flush=True)\nwhile True: session.step(x)"
+    forever = "session.step(x)\nprint('on', flush=True)\nwhile True: session.step(x)"
     assert cells.run(forever, fails=True, at=lambda ran: "on" in ran.out).error.startswith(
         "KeyboardInterrupt"
     )
