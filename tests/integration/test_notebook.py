@@ -126,7 +126,9 @@ SCRIPT = """
 import os, sys, stepwell
 client = stepwell.local(sys.argv[1], cache_dir=sys.argv[2])
 if os.fork() == 0:
-    sys.exit()  # runs what is registered for the end of the process
+    # What is registered for the end of the process; gRPC's own end may hang in a child.
+    stepwell._local._places.end_all()
+    os._exit(0)
 os.wait()
 assert client.models()
 print(client.server.pid, flush=True)
