@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -23,6 +24,9 @@ from stepwell.errors import InvalidInputError
 from stepwell.testing import LocalServer
 
 _STOP_S = 10.0
+_COMPILED = ".stepwell"
+# A line of the server's log, as text or as JSON, for a model that is not in its cache.
+_LOADING = re.compile(r'loading model\b.*?\bmodel"?[=:]\s*"?(?P<name>[A-Za-z0-9_.-]+)')
 
 
 def local(
@@ -283,17 +287,18 @@ def _new_server(wanted: _Wanted, paths: Mapping[str, str], start_timeout_s: floa
 
 
 class _Progress:
-    """Says once that models are being compiled."""
+    """Says once of each model that it is being compiled."""
 
-    def __init__(self, names: Mapping[str, str]) -> None:
-        self._what = ", ".join(repr(name) for name in names)
-        self._said = False
+    def __init__(self, paths: Mapping[str, str]) -> None:
+        self._unsaid = {name for name, path in paths.items() if not path.endswith(_COMPILED)}
 
     def on_log(self, line: str) -> None:
-        if "loading model" in line and not self._said:
-            self._said = True
+        loading = _LOADING.search(line)
+        if loading is not None and loading["name"] in self._unsaid:
+            self._unsaid.remove(loading["name"])
             sys.stderr.write(
-                f"stepwell: compiling {self._what} (once for each model on this machine; it can take half a minute)\n"
+                f"stepwell: compiling {loading['name']!r} (once for each model on this machine; "
+                "it can take half a minute)\n"
             )
             sys.stderr.flush()
 

@@ -37,8 +37,9 @@ class FakeServer:
         FakeServer.made.append(self)
         if b"bad" in self.contents.values():
             raise ServerStartError("the server ended with exit code 2: model m: it is bad")
-        self.options["on_log"]("2026 info loading model model=m stage=load")
-        self.options["on_log"]("2026 info loading model model=m stage=trace")
+        for name in self.models:
+            self.options["on_log"](f"2026 info loading model model={name} stage=load")
+            self.options["on_log"](json.dumps({"event": "loading model", "model": name, "stage": "trace"}))
         self.pid = len(FakeServer.made)
 
     def kill(self) -> None:
@@ -75,7 +76,12 @@ def test_the_same_call_gives_the_same_client(
     assert stepwell.local({"m": path}, extra_args=["--import", "x"]) is first
     assert len(made) == 1
     assert (made[0].models, made[0].extra_args) == ({"m": str(path)}, ("--import", "x"))
-    assert capsys.readouterr().err.count("stepwell: compiling 'm'") == 1
+    assert capsys.readouterr().err.count("compiling") == 1
+    compiled = path.rename(path.with_suffix(".stepwell"))
+    other = compiled.with_suffix(".keras")
+    other.write_bytes(b"two")
+    stepwell.local({"a": compiled, "b": other})
+    assert [line[:23] for line in capsys.readouterr().err.splitlines()] == ["stepwell: compiling 'b'"]
 
 
 @pytest.mark.parametrize(
