@@ -191,6 +191,8 @@ def handle(kind: str, *, is_closed: bool) -> str:
 
 def _span(numbers: npt.NDArray[Any]) -> str:
     """One number if all are alike, else the least and the greatest."""
+    if not numbers.size:
+        return ""
     least, greatest = numbers.min(), numbers.max()
     return f"{least}" if least == greatest else f"{least} to {greatest}"
 

@@ -137,6 +137,11 @@ def test_handles_show_what_they_know() -> None:
     text = _display.group_html("SessionGroup", group, is_closed=False)
     assert "<script" not in text
     assert {"SessionGroup", "3", "1 to 5", "0"} <= set(Checked(text).words)
+    Checked(
+        _display.group_html(
+            "SessionGroup", handle(ids=[], revisions=counts[:0], positions=counts[:0]), is_closed=False
+        )
+    )
     with stepwell.connect("127.0.0.1:1") as client:
         assert {"Client", "127.0.0.1:1", "30 s", "no"} <= set(Checked(client._repr_html_()).words)
     assert "Client (closed)" in Checked(client._repr_html_()).words
