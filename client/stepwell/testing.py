@@ -17,7 +17,7 @@ from typing import Self
 
 from stepwell.errors import StepwellError
 
-_READY = re.compile(r"^stepwell: listening on (?P<address>\S+:\d+)\s*$")
+_READY = re.compile(r"^stepwell: \w+ front, listening on (?P<address>\S+:\d+)\s*$")
 _REFUSAL = re.compile(r"^stepwell: (?:error: )?(?P<reason>.+)$")
 _MISSING = re.compile(r"No module named '?(?P<module>[\w.]+)'?$")
 _LOG_LINES = 10_000

@@ -391,7 +391,7 @@ async def _serve_calls(
     gc.collect()
     gc.freeze()
     await store.announce(str(address))
-    sys.stdout.write(f"stepwell: listening on {address}\n")
+    sys.stdout.write(f"stepwell: {rpc.front.name} front, listening on {address}\n")
     sys.stdout.flush()
 
 

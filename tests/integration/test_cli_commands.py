@@ -434,6 +434,6 @@ def test_serve_and_stop(address: str, tmp_path: Path) -> None:
         process.kill()
         process.stdout.close()
 
-    assert ready.startswith("stepwell: listening on 127.0.0.1:")
+    assert " front, listening on 127.0.0.1:" in ready
     assert [model["name"] for model in document(shown)["models"]] == ["m"]
     assert code == 0

@@ -275,7 +275,7 @@ def test_a_server_does_not_outlive_its_parent(tmp_path: Path) -> None:
     fake.mkdir()
     (fake / "__init__.py").write_text("")
     (fake / "__main__.py").write_text(
-        "import time\nprint('stepwell: listening on 127.0.0.1:1', flush=True)\ntime.sleep(60)\n"
+        "import time\nprint('stepwell: python front, listening on 127.0.0.1:1', flush=True)\ntime.sleep(60)\n"
     )
     code = (
         "import sys, threading\n"
@@ -314,7 +314,7 @@ def test_an_interrupt_of_the_whole_process_group_leaves_the_server_alone(tmp_pat
         "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, lambda *_: sys.exit(2))\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))\n"
-        "print('stepwell: listening on 127.0.0.1:1', flush=True)\n"
+        "print('stepwell: python front, listening on 127.0.0.1:1', flush=True)\n"
         "time.sleep(60)\n"
     )
     code = (

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from support.fronts import needs_native
 from support.server_process import ServerProcess, forecast, serve
 
 #: The default port may be taken: somebody may have a server of their own.
@@ -35,9 +36,10 @@ def _refused(*arguments: str, environment: Mapping[str, str] | None = None) -> s
     return line
 
 
-def test_it_says_exactly_one_line_when_it_is_ready() -> None:
-    with serve() as server:
-        assert re.fullmatch(r"stepwell: listening on 127\.0\.0\.1:\d+\n", server.ready_line)
+@pytest.mark.parametrize("front", [pytest.param("native", marks=needs_native), "python"])
+def test_it_says_exactly_one_line_when_it_is_ready(front: str) -> None:
+    with serve("--front", front) as server:
+        assert re.fullmatch(rf"stepwell: {front} front, listening on 127\.0\.0\.1:\d+\n", server.ready_line)
         server.signal()
         code, rest, err = server.finish()
     assert (code, rest) == (0, "")
@@ -63,7 +65,7 @@ def test_the_environment_will_do() -> None:
         "STEPWELL_LOG_FORMAT": "json",
     }
     with ServerProcess(environment=environment) as server:
-        assert server.ready_line.startswith("stepwell: listening on localhost:")
+        assert " front, listening on localhost:" in server.ready_line
         server.signal()
         code, _, err = server.finish()
     assert code == 0

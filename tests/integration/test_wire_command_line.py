@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ with stepwell.connect(sys.argv[1]) as client:
         session.reset_states(state)
         print(np.array_equal(first, again), session.revision, session.get_state() == state, first.tolist())
 """
-READY = "stepwell: listening on "
+READY = re.compile(r"stepwell: (native|python) front, listening on (\S+)")
 
 
 class Started:
@@ -53,8 +54,8 @@ class Started:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line)
-            if line.startswith(READY):
-                self._ready.put(line.removeprefix(READY).strip())
+            if ready := READY.match(line):
+                self._ready.put(ready[2])
         self._ready.put(None)
 
     def address(self) -> str:
@@ -99,4 +100,4 @@ def test_ten_lines(started: Started, served: Served) -> None:
     y, _ = served.client.predict("seq", np.ones((1, 3)))
     assert done.stdout.strip() == f"True 5 True {np.asarray(y).tolist()}"
     assert started.end() == 0
-    assert sum(line.startswith(READY) for line in started.lines) == 1
+    assert sum(bool(READY.match(line)) for line in started.lines) == 1

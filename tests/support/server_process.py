@@ -83,7 +83,7 @@ class ServerProcess:
     @property
     def address(self) -> str:
         """Host and port."""
-        return self.ready_line.removeprefix("stepwell: listening on ").strip()
+        return self.ready_line.rpartition("listening on ")[2].strip()
 
     @property
     def log(self) -> list[str]:
