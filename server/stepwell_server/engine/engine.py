@@ -485,8 +485,13 @@ class Engine:
         return await self._expiry.expire_idle()
 
     def _serve(self, name: str, program: Program, max_batch_rows: int, resident_rows: int) -> None:
-        slots = Slots(resident_rows)
-        arena = Arena(program, slots.capacity)
+        try:
+            slots = Slots(resident_rows)
+            arena = Arena(program, slots.capacity)
+        except (MemoryError, ValueError) as error:  # ValueError: larger than any address
+            raise MemoryError(
+                f"there is no room for {resident_rows} rows of model {name}: {error}"
+            ) from error
         model = Model(
             index=self._models.new_index(),
             name=name,
