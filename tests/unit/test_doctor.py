@@ -174,6 +174,12 @@ def test_files_of_the_settings_that_are_not_there(settings: Settings, tmp_path: 
         f"PATH must be a .keras or .stepwell file; {gone} does not exist"
         in wrong(dataclasses.replace(settings, models={"m": gone}))[0]
     )
+    damaged = tmp_path / "m.stepwell"
+    damaged.write_bytes(b"PK")
+    assert (
+        f"model m: {damaged}: not a .stepwell file, or a truncated one"
+        in wrong(dataclasses.replace(settings, models={"m": damaged}))[0]
+    )
     assert (
         f"--tls-cert: must be a file that can be read; {gone}"
         in wrong(dataclasses.replace(settings, tls_cert=gone, tls_key=gone))[0]
@@ -195,6 +201,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(main, ["doctor"])
     assert result.exit_code == 1
     assert f"wrong: {config}: there is no setting 'lisen'; did you mean 'listen'?; mend" in result.stdout
+
+    homeless = {"HOME": "", "XDG_DATA_HOME": None, "XDG_CACHE_HOME": None, "STEPWELL_CONFIG": None}
+    result = CliRunner(env=homeless).invoke(main, ["doctor"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("stepwell: error: --cache-dir: give a folder; without a home")
 
     lacking = {"serve": [], "server": ["no-such-framework"]}
     monkeypatch.setattr(_of_server, "packages_of", lacking.__getitem__)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from stepwell.cli import _of_server, _render
+from stepwell.cli._errors import Failure
 from stepwell.cli._help import Command
 from stepwell.cli._target import json_option
 from stepwell.cli.bench.cpu import listening_pid
@@ -90,9 +91,17 @@ def read_settings(config: Path | None) -> tuple[Settings, str]:
         with serve.make_context("serve", [] if config is None else ["--config", str(config)]) as context:
             return settings_of(context), ""
     except click.UsageError as error:
-        return Settings(), error.format_message()
+        return default_settings(), error.format_message()
     except SettingsError as error:
-        return Settings(), str(error)
+        return default_settings(), str(error)
+
+
+def default_settings() -> Settings:
+    """The settings of a server that was given none."""
+    try:
+        return Settings()
+    except SettingsError as error:
+        raise Failure(str(error)) from None
 
 
 def show_json(found: Examination, wrong: list[Finding], advice: list[Finding]) -> None:
