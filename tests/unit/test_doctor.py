@@ -216,6 +216,16 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         in result.stdout
     )
     assert "data-dir:" in result.stdout
+    monkeypatch.setattr(Examination, "_model", lambda *_: None)  # the file is empty
+    for model, code in (("m.stepwell", 0), ("m.keras", 1)):
+        (tmp_path / model).touch()
+        config.write_text(f'models.m = "{model}"\nlisten = "127.0.0.1:0"\n')
+        result = run(main, ["doctor"])
+        assert result.exit_code == code, result.stdout
+        assert ("wrong: no .keras file can be compiled here, no-such-framework" in result.stdout) == (
+            code == 1
+        )
+    config.write_text("")
 
     lacking["serve"] = ["no-such-package"]
     result = run(main, ["doctor"])

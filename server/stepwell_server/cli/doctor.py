@@ -11,6 +11,7 @@ from stepwell.cli._errors import Failure
 from stepwell.cli._help import Command
 from stepwell.cli._target import json_option
 from stepwell.cli.bench.cpu import listening_pid
+from stepwell_server import program_file
 from stepwell_server.cli.serve import serve, settings_of
 from stepwell_server.cli.values import PathOf
 from stepwell_server.clock import SystemClock
@@ -72,7 +73,9 @@ def doctor(ctx: click.Context, /, config: Path | None, as_json: bool) -> None:
             f"to serve: {_of_server.INSTALL['serve']}",
         )
     if uncompiled:
-        found.advise(
+        is_needed = not all(map(program_file.is_program, settings.models.values()))
+        say = found.wrong if is_needed else found.advise
+        say(
             f"no .keras file can be compiled here, {', '.join(uncompiled)} are not installed",
             f"serve compiled models (.stepwell), or: {_of_server.INSTALL['server']}",
         )
