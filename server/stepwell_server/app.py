@@ -6,6 +6,7 @@ import asyncio
 import gc
 import ipaddress
 import math
+import platform
 import socket
 import sys
 import time
@@ -19,8 +20,8 @@ from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.engine.engine import Engine
 from stepwell_server.errors import StoreGone
 from stepwell_server.logs import Log, configure
-from stepwell_server.metrics import PrometheusObserver
-from stepwell_server.metrics_server import MetricsServer
+from stepwell_server.metrics.observer import PrometheusObserver
+from stepwell_server.metrics.server import MetricsServer
 from stepwell_server.open_files import RESERVE, raise_limit
 from stepwell_server.program import Program, ProofOptions
 from stepwell_server.rpc.fronts import unix_socket
@@ -28,9 +29,10 @@ from stepwell_server.rpc.fronts.base import BindError, Front
 from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
 from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.server import RpcServer
-from stepwell_server.settings import Settings
+from stepwell_server.settings import DEFAULT_METRICS, Settings
 from stepwell_server.store.base import Store, StoreBusy, StoreError
 from stepwell_server.store.opening import open_store
+from stepwell_server.store.times import StoreTimes
 
 if TYPE_CHECKING:
     from stepwell_server.compile.limits import Limits
@@ -70,15 +72,22 @@ def serve(settings: Settings) -> int:
     configure(settings.log_level, settings.log_format)
     _require_free("--listen", settings.listen)
     _require_reach(settings)
-    if settings.metrics_listen is not None:
+    if isinstance(settings.metrics_listen, Address):
         _require_free("--metrics-listen", settings.metrics_listen)
     certificates = _certificates(settings)
     clock = SystemClock()
     with signals.interrupting():
-        store = _open_store(settings, clock)
-        programs = _compile(settings)
+        observer = _Observer(_build(settings))
+        store = _open_store(settings, clock, observer)
+        programs = _compile(settings, observer)
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
-        return runner.run(_run(settings, programs, store, clock, certificates))
+        return runner.run(_run(settings, programs, store, clock, observer, certificates))
+
+
+def _build(settings: Settings) -> dict[str, str]:
+    """What this server is, for metrics; which front it has is added later."""
+    kept = {"store": settings.store, "durability": settings.durability if settings.store == "disk" else ""}
+    return {"version": metadata.version("stepwell"), "python": platform.python_version(), **kept}
 
 
 def _certificates(settings: Settings) -> CertificateFiles | None:
@@ -119,12 +128,13 @@ def _require_reach(settings: Settings) -> None:
     _log.warning("the front in Python does not bound what clients take", listen=str(settings.listen))
 
 
-def _compile(settings: Settings) -> dict[str, Program]:
+def _compile(settings: Settings, observer: PrometheusObserver) -> dict[str, Program]:
     """The program of each model: compiled before, in the cache, or compiled now by a process of its own."""
     from stepwell_server.compile import data_file
     from stepwell_server.compile.errors import DataError, ModelError
     from stepwell_server.compile.limits import Limits
     from stepwell_server.loading import load_program
+    from stepwell_server.program_file import is_program
 
     limits = Limits(settings.max_model_bytes, settings.max_compile_memory_bytes, settings.compile_timeout_s)
     programs: dict[str, Program] = {}
@@ -134,10 +144,10 @@ def _compile(settings: Settings) -> dict[str, Program]:
         except DataError as error:
             raise StartError(f"model {name}: --check-with: {error}") from error
     for name, path in settings.models.items():
-        started = time.perf_counter()
+        started, stages = time.perf_counter(), list[str]()
         try:
             options = ProofOptions(settings.probe_steps.get(name), name in settings.trust_causality)
-            report = _progress(name)
+            report = _progress(name, stages)
             program = load_program(
                 path,
                 settings.cache_dir,
@@ -159,6 +169,8 @@ def _compile(settings: Settings) -> dict[str, Program]:
         except OSError as error:
             raise StartError(f"--cache-dir: {error}") from error
         seconds = time.perf_counter() - started
+        source = "file" if is_program(path) else "compiled" if stages else "cache"
+        observer.model_loaded(name, source, seconds)
         _log.info(
             "model loaded", model=name, executor=program.executor, proof=str(program.proof), seconds=seconds
         )
@@ -185,8 +197,12 @@ def _check(settings: Settings, name: str, program: Program, limits: Limits) -> N
         )
 
 
-def _progress(model: str) -> Callable[[str], None]:
-    return lambda stage: _log.info("loading model", model=model, stage=stage)
+def _progress(model: str, stages: list[str]) -> Callable[[str], None]:
+    def report(stage: str) -> None:
+        stages.append(stage)
+        _log.info("loading model", model=model, stage=stage)
+
+    return report
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:
@@ -196,10 +212,15 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _open_store(settings: Settings, clock: Clock) -> Store:
+def _open_store(settings: Settings, clock: Clock, observer: PrometheusObserver) -> Store:
+    times = StoreTimes()
     try:
         store = open_store(
-            settings.store, data_dir=settings.data_dir, durability=settings.durability, clock=clock
+            settings.store,
+            data_dir=settings.data_dir,
+            durability=settings.durability,
+            clock=clock,
+            times=times,
         )
     except StoreBusy as error:
         raise StartError(
@@ -207,6 +228,8 @@ def _open_store(settings: Settings, clock: Clock) -> Store:
         ) from error
     except StoreError as error:
         raise StartError(f"--data-dir: {error}") from error
+    if settings.store == "disk":
+        observer.keeps_in(times)
     return store
 
 
@@ -215,13 +238,13 @@ async def _run(
     programs: Mapping[str, Program],
     store: Store,
     clock: Clock,
+    observer: PrometheusObserver,
     certificates: CertificateFiles | None,
 ) -> int:
     stop = signals.stop_on_signals(clock, lambda: _reload(certificates))
     open_files = raise_limit()
     if settings.store == "disk":
         _log.info("store opened", data_dir=str(settings.data_dir), sessions=await store.count())
-    observer = _Observer()
     try:
         engine = Engine(
             programs,
@@ -357,16 +380,23 @@ def _reload(certificates: CertificateFiles | None) -> None:
 
 
 def _serve_metrics(settings: Settings, observer: PrometheusObserver, engine: Engine) -> MetricsServer | None:
-    if settings.metrics_listen is None:
+    if settings.metrics_listen == "off":
         return None
-    host, port = settings.metrics_listen
+    address = settings.metrics_listen or DEFAULT_METRICS
+    data_dir = settings.data_dir if settings.store == "disk" else None
     try:
-        metrics = MetricsServer(observer, engine.stats, host, port)
+        metrics = MetricsServer(observer, engine.stats, address, data_dir)
     except OSError as error:
-        raise StartError(
-            f"--metrics-listen: cannot listen on {settings.metrics_listen}: {error.strerror}"
-        ) from error
-    _log.info("metrics", address=str(settings.metrics_listen._replace(port=metrics.port)))
+        if settings.metrics_listen is None:
+            # nobody asked for this address: another server of this machine has it, say
+            _log.warning(
+                "metrics are not served: --metrics-listen gives them another address, or off",
+                address=str(address),
+                reason=error.strerror,
+            )
+            return None
+        raise StartError(f"--metrics-listen: cannot listen on {address}: {error.strerror}") from error
+    _log.info("metrics", address=str(address._replace(port=metrics.port)))
     return metrics
 
 

@@ -230,7 +230,11 @@ class Examination:
 
     def _ports(self) -> Facts:
         addresses = {"listen": self._settings.listen, "metrics-listen": self._settings.metrics_listen}
-        return {name: self._port(f"--{name}", address) for name, address in addresses.items() if address}
+        return {
+            name: self._port(f"--{name}", address)
+            for name, address in addresses.items()
+            if isinstance(address, Address | UnixAddress)
+        }
 
     def _port(self, option: str, address: Address | UnixAddress) -> str:
         if isinstance(address, UnixAddress):

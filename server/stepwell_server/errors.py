@@ -34,6 +34,8 @@ class ServerError(Exception):
 
     reason: ClassVar[str] = "INTERNAL"
     """Machine-readable reason, sent along as the reason of ErrorInfo."""
+    model = ""
+    """Of what failed, where that is known: for metrics, not for callers."""
 
     def __init__(self, message: str, **metadata: str) -> None:
         super().__init__(message)
@@ -171,3 +173,13 @@ class Internal(ServerError):
     def __init__(self, error_id: str) -> None:
         super().__init__(f"internal error {error_id}; the server's log has the details", error_id=error_id)
         self.error_id = error_id
+
+
+def reasons() -> list[str]:
+    """Every reason that an error may have."""
+    kinds, found = [ServerError], {ServerError.reason}
+    while kinds:
+        more = kinds.pop().__subclasses__()
+        found.update(kind.reason for kind in more)
+        kinds += more
+    return sorted(found)

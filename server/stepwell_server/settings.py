@@ -14,6 +14,8 @@ from stepwell_server.compile.origin import folder_problem
 from stepwell_server.rpc.fronts.limits import FrontLimits
 
 DEFAULT_LISTEN = Address("127.0.0.1", 50051)
+DEFAULT_METRICS = Address("127.0.0.1", 9464)
+"""The port that exporters of OpenTelemetry have, too."""
 
 
 class SettingsError(Exception):
@@ -90,7 +92,8 @@ class Settings:
     resident_rows: int | None = None
     max_session_idle_s: float = 0.0
     compute_threads: int = dataclasses.field(default_factory=cores)
-    metrics_listen: Address | None = None
+    metrics_listen: Address | Literal["off"] | None = None
+    """None: `DEFAULT_METRICS`, or nowhere if that is in use."""
     imports: Sequence[str] = ()
     probe_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
     trust_causality: Sequence[str] = ()

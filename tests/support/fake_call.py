@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,17 +19,44 @@ class Requests:
     def __init__(self) -> None:
         self.done: list[tuple[str, str]] = []
         self.refusals: Counter[str] = Counter()
+        self.refused_models: set[str] = set()
+        """Of what was refused, as far as it was said."""
+        self.streams: Counter[str] = Counter()
+        """Streams that are open."""
+        self.messages: list[float] = []
+        """Seconds from the coming of each message of a stream to its answer."""
+        self._codes: dict[str, Collection[str]] = {}
+
+    def method_served(self, method: str, codes: Collection[str], *, streams: bool) -> None:
+        self._codes[method] = codes
 
     def request_done(self, method: str, code: str, seconds: float) -> None:
         assert seconds >= 0
+        self._done(method, code)
+
+    def _done(self, method: str, code: str) -> None:
+        assert method not in self._codes or code in self._codes[method], "metrics know of no such end"
         self.done.append((method, code))
 
     def requests_done(self, method: str, code: str, seconds: npt.NDArray[np.float64]) -> None:
         for each in seconds.tolist():
             self.request_done(method, code, each)
 
-    def refused(self, reason: str, count: int) -> None:
+    def stream_began(self, method: str) -> None:
+        self.streams[method] += 1
+
+    def stream_done(self, method: str, code: str) -> None:
+        self.streams[method] -= 1
+        self._done(method, code)
+
+    def messages_done(self, method: str, seconds: npt.NDArray[np.float64]) -> None:
+        assert method in {"StepStream", "ModelStreamInfer"}
+        assert (seconds >= 0).all()
+        self.messages += seconds.tolist()
+
+    def refused(self, reason: str, count: int, model: str = "") -> None:
         self.refusals[reason] += count
+        self.refused_models.add(model)
 
 
 class FakeCall:

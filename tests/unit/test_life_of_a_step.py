@@ -16,7 +16,7 @@ import stepwell_server
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1.sessions_pb2_grpc import SessionServiceStub
 from stepwell_server.addresses import Address
-from stepwell_server.metrics import PrometheusObserver
+from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.fronts.python import PythonFront
 from stepwell_server.rpc.server import RpcServer

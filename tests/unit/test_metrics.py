@@ -5,60 +5,116 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 
+from stepwell_server.engine.durability.group_commit import MOST_WAITING
 from stepwell_server.engine.engine import ModelStats
-from stepwell_server.metrics import PrometheusObserver
+from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES
+from stepwell_server.errors import reasons
+from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.rpc.fronts.base import FrontCounts
+from stepwell_server.rpc.fronts.limits import FrontLimits
+from stepwell_server.rpc.status import ANY_CODE
+from stepwell_server.store.times import StoreTimes
+from support.fake_executor import PLAIN
+from support.scrape import Scrape
 
-_STATS = [ModelStats("m", 3, 2, 1, 70, 5), ModelStats("n", 0, 0, 0, 70, 5)]
-
-
-class Samples:
-    """A scrape's values by name and label values, in any order."""
-
-    def __init__(self, text: str) -> None:
-        families = text_string_to_metric_families(text)
-        samples = [sample for family in families for sample in family.samples]
-        self._values = {(each.name, frozenset(each.labels.values())): each.value for each in samples}
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Samples) and self._values == pytest.approx(other._values)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __getitem__(self, key: tuple[str, ...]) -> float:
-        name, *labels = key
-        return self._values[name, frozenset(labels)]
+_STATS = [ModelStats("m", 3, 2, 8, 1, 64, 4, 70, 5), ModelStats("n", 0, 0, 8, 0, 64, 4, 70, 5)]
 
 
-def _samples(observer: PrometheusObserver) -> Samples:
+def _scrape(observer: PrometheusObserver) -> Scrape:
     class Collector:
         def collect(self) -> object:
             return observer.families(_STATS)
 
     registry = CollectorRegistry()
     registry.register(Collector())  # type: ignore[arg-type]
-    return Samples(generate_latest(registry).decode())
+    return Scrape(generate_latest(registry).decode())
+
+
+def _serving(*models: str) -> PrometheusObserver:
+    """An observer of a server of some models."""
+    observer = PrometheusObserver({"version": "1"})
+    for model in models:
+        observer.model_served(model, PLAIN)
+    return observer
 
 
 def test_everything_told_is_counted() -> None:
-    observer = PrometheusObserver()
+    observer = _serving("m")
     observer.session_event("opened", "m", "s")
     observer.sessions_opened("m", 4)
     observer.applied("m", "step", 5, 50)
-    observer.refused("INVALID_INPUT", 2)
+    observer.replayed("m", "step", 3)
+    observer.judged_again("m", 2)
+    observer.paged("m", "in", 7, 0.002)
+    observer.paged("m", "in", 1, 0.002)
+    observer.refused("INVALID_INPUT", 2, "m")
+    observer.refused("INVALID_INPUT", 1)
     observer.pass_done("m", 5, 10, 0.002)
-    observer.request_done("Step", "OK", 0.003)
-    samples = _samples(observer)
-    assert samples["stepwell_session_events_total", "m", "opened"] == 5
-    assert samples["stepwell_changes_total", "m", "step"] == 5
-    assert samples["stepwell_row_steps_total", "m", "step"] == 50
-    assert samples["stepwell_errors_total", "INVALID_INPUT"] == 2
-    assert samples["stepwell_pass_time_steps_total", "m"] == 10
-    assert samples["stepwell_pass_rows_sum", "m"] == 5
-    assert samples["stepwell_requests_total", "Step", "OK"] == 1
-    assert samples["stepwell_request_seconds_count", "Step"] == 1
+    observer.model_loaded("m", "compiled", 12.5)
+    scrape = _scrape(observer)
+    for name, value, *labels in (
+        ("stepwell_session_events_total", 5, "m", "opened"),
+        ("stepwell_changes_total", 5, "m", "step"),
+        ("stepwell_row_steps_total", 50, "m", "step"),
+        ("stepwell_replays_total", 3, "m", "step"),
+        ("stepwell_store_conflicts_total", 2, "m"),
+        ("stepwell_paged_sessions_total", 8, "m", "in"),
+        ("stepwell_paging_seconds_count", 2, "m", "in"),
+        ("stepwell_paging_seconds_count", 0, "m", "out"),
+        ("stepwell_errors_total", 2, "m", "INVALID_INPUT"),
+        ("stepwell_errors_total", 1, "", "INVALID_INPUT"),
+        ("stepwell_pass_time_steps_total", 10, "m"),
+        ("stepwell_pass_rows_sum", 5, "m"),
+        ("stepwell_model_loads_total", 1, "m", "compiled"),
+        ("stepwell_model_loads_total", 0, "m", "cache"),
+        ("stepwell_model_load_seconds", 12.5, "m"),
+    ):
+        assert scrape.value(name, *labels) == value, name
+    assert {"version": "1"} in scrape.series("stepwell_build_info")
+    about = {"model": "m", "fingerprint": PLAIN.fingerprint, "executor": PLAIN.executor}
+    assert scrape.series("stepwell_model_info") == [about]
+
+
+def test_what_may_come_stands_at_0_before_it_does() -> None:
+    observer = _serving("m", "n")
+    observer.method_served("Step", ANY_CODE, streams=False)
+    observer.method_served("StepStream", ANY_CODE, streams=True)
+    scrape = _scrape(observer)
+    errors = {(labels["model"], labels["reason"]) for labels in scrape.series("stepwell_errors_total")}
+    assert errors == {(model, reason) for model in ("", "m", "n") for reason in reasons()}
+    assert {"OVERLOADED", "SESSION_NOT_FOUND", "REVISION_CONFLICT", "INTERNAL"} < set(reasons())
+    requests = [(labels["method"], labels["code"]) for labels in scrape.series("stepwell_requests_total")]
+    assert sorted(requests) == sorted((m, code) for m in ("Step", "StepStream") for code in ANY_CODE)
+    assert scrape.value("stepwell_session_events_total", "n", "expired") == 0
+    assert scrape.value("stepwell_stage_seconds_count", "n", "commit") == 0
+    assert scrape.value("stepwell_request_seconds_count", "Step") == 0
+    assert scrape.value("stepwell_open_streams", "StepStream") == 0
+
+
+def test_what_callers_say_makes_no_series() -> None:
+    observer = _serving("m")
+    before = _scrape(observer).size
+    for number in range(100):
+        observer.refused("MODEL_NOT_FOUND", 1, f"model {number}")
+        observer.session_event("expired", f"model {number}", f"session {number}")
+    scrape = _scrape(observer)
+    assert scrape.value("stepwell_errors_total", "", "MODEL_NOT_FOUND") == 100
+    assert scrape.size == before + 1  # sessions of models that are not served any more, all together
+
+
+def test_a_stream_is_timed_by_its_messages_and_counted_while_it_is_open() -> None:
+    observer = _serving()
+    observer.method_served("StepStream", ANY_CODE, streams=True)
+    observer.stream_began("StepStream")
+    observer.stream_began("StepStream")
+    observer.messages_done("StepStream", np.array([0.002, 0.003]))
+    observer.stream_done("StepStream", "CANCELLED")
+    scrape = _scrape(observer)
+    assert scrape.value("stepwell_open_streams", "StepStream") == 1
+    assert scrape.value("stepwell_request_seconds_count", "StepStream") == 2
+    assert scrape.value("stepwell_request_seconds_sum", "StepStream") == pytest.approx(0.005)
+    assert scrape.value("stepwell_requests_total", "StepStream", "CANCELLED") == 1
 
 
 def test_histograms_count_each_change_of_a_batch() -> None:
@@ -66,32 +122,49 @@ def test_histograms_count_each_change_of_a_batch() -> None:
     observer.stage("m", "wait", 0.0005, 10)
     observer.stage("m", "wait", 0.0006, 5)
     observer.stage("m", "wait", 100.0, 1)
-    samples = _samples(observer)
+    samples = _scrape(observer)
     name = "stepwell_stage_seconds"
-    assert samples[f"{name}_bucket", "m", "wait", "0.00025"] == 0
-    assert samples[f"{name}_bucket", "m", "wait", "0.0005"] == 10
-    assert samples[f"{name}_bucket", "m", "wait", "0.001"] == 15
-    assert samples[f"{name}_bucket", "m", "wait", "+Inf"] == samples[f"{name}_count", "m", "wait"] == 16
-    assert abs(samples[f"{name}_sum", "m", "wait"] - 100.008) < 1e-9
+    assert samples.value(f"{name}_bucket", "m", "wait", "0.00025") == 0
+    assert samples.value(f"{name}_bucket", "m", "wait", "0.0005") == 10
+    assert samples.value(f"{name}_bucket", "m", "wait", "0.001") == 15
+    assert (
+        samples.value(f"{name}_bucket", "m", "wait", "+Inf")
+        == samples.value(f"{name}_count", "m", "wait")
+        == 16
+    )
+    assert abs(samples.value(f"{name}_sum", "m", "wait") - 100.008) < 1e-9
 
 
 def test_gauges_are_those_of_the_moment() -> None:
-    samples = _samples(PrometheusObserver())
-    assert samples["stepwell_sessions", "m"] == 3
-    assert samples["stepwell_resident_rows", "m"] == 2
-    assert samples["stepwell_queued_changes", "m"] == 1
-    assert samples["stepwell_sessions", "n"] == 0
-    assert samples[("stepwell_queued_bytes",)] == 70
-    assert samples[("stepwell_uncommitted",)] == 5
+    samples = _scrape(PrometheusObserver())
+    assert samples.value("stepwell_sessions", "m") == 3
+    assert samples.value("stepwell_resident_rows", "m") == 2
+    assert samples.value("stepwell_max_resident_rows", "m") == 8
+    assert samples.value("stepwell_queued_rows", "m") == 1
+    assert samples.value("stepwell_max_queued_rows", "m") == 64
+    assert samples.value("stepwell_max_pass_rows", "m") == 4
+    assert samples.value("stepwell_sessions", "n") == 0
+    assert samples.value("stepwell_queued_bytes") == 70
+    assert samples.value("stepwell_max_queued_bytes") == MAX_WAITING_BYTES
+    assert samples.value("stepwell_uncommitted_sessions") == 5
+    assert samples.value("stepwell_max_uncommitted_sessions") == MOST_WAITING
 
 
 def test_how_the_store_is_stands_there() -> None:
     observer = PrometheusObserver()
-    assert _samples(observer)[("stepwell_store_ready",)] == 1
+    assert not _scrape(observer).series("stepwell_store_commit_seconds_count")
+    times = StoreTimes()
+    times.log.observe(0.002)
+    times.records = 3
+    observer.keeps_in(times)
+    assert _scrape(observer).value("stepwell_store_write_seconds_count", "log") == 1
+    assert _scrape(observer).value("stepwell_store_write_seconds_count", "data") == 0
+    assert _scrape(observer).value("stepwell_store_records_total") == 3
+    assert _scrape(observer).value("stepwell_store_ready") == 1
     observer.store_checked(is_ready=False, reopened=3)
-    samples = _samples(observer)
-    assert samples[("stepwell_store_ready",)] == 0
-    assert samples[("stepwell_store_reopened_total",)] == 3
+    samples = _scrape(observer)
+    assert samples.value("stepwell_store_ready") == 0
+    assert samples.value("stepwell_store_reopened_total") == 3
 
 
 def test_calls_that_end_together_are_counted_as_if_each_had_ended_alone() -> None:
@@ -101,17 +174,18 @@ def test_calls_that_end_together_are_counted_as_if_each_had_ended_alone() -> Non
     together.requests_done("Step", "OK", seconds[:1])
     for each in [*seconds.tolist(), float(seconds[0])]:
         alone.request_done("Step", "OK", each)
-    assert _samples(together) == _samples(alone)
+    assert _scrape(together) == _scrape(alone)
 
 
 def test_the_front_is_shown() -> None:
     observer = PrometheusObserver()
+    limits = FrontLimits(1 << 20, connections=10).values
     counts = FrontCounts({"calls": 3, "held_bytes": 1000}, {"memory": 2, "silent": 0})
-    observer.serves_by("native", {"connections": 10}, lambda: counts)
-    samples = _samples(observer)
-    assert samples["stepwell_front_info", "native"] == 1
-    assert samples[("stepwell_front_calls",)] == 3
-    assert samples[("stepwell_front_held_bytes",)] == 1000
-    assert samples["stepwell_front_refused_total", "memory"] == 2
-    assert samples["stepwell_front_refused_total", "silent"] == 0
-    assert samples["stepwell_front_limit", "connections"] == 10
+    observer.serves_by("native", limits, lambda: counts)
+    samples = _scrape(observer)
+    assert {"front": "native"} in samples.series("stepwell_build_info")
+    assert samples.value("stepwell_front_calls") == 3
+    assert samples.value("stepwell_front_held_bytes") == 1000
+    assert samples.value("stepwell_front_refused_total", "memory") == 2
+    assert samples.value("stepwell_front_refused_total", "silent") == 0
+    assert samples.value("stepwell_front_max_connections") == 10

@@ -13,7 +13,7 @@ from stepwell.v1 import errors_pb2
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import SessionNotFound
-from stepwell_server.rpc.fronts.base import F64, InputColumn, OutputColumn, StepColumns
+from stepwell_server.rpc.fronts.base import Ended, InputColumn, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Status
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from support.awaited import RemoteStore
@@ -23,6 +23,8 @@ from support.fake_executor import PLAIN
 
 pytestmark = pytest.mark.stores("memory", "async", "sync", "awaited")
 FLOAT32, UINT8 = 1, 9
+#: No message of a stream has ended.
+_NO_TIMES = np.zeros(0)
 LIMIT = 1 << 20
 Row = tuple[int, int, list[float], bool]
 
@@ -45,7 +47,7 @@ class Batch:
         *,
         replayed: bool,
         version: str,
-    ) -> F64:
+    ) -> Ended:
         assert version == ""
         some = range(len(self._sizes)) if members is None else members.tolist()
         (output,) = outputs
@@ -58,15 +60,15 @@ class Batch:
             own = rows[start:end].ravel().tolist()
             self.applied_by_member[member] = (int(revisions[place]), int(positions[place]), own, replayed)
             start = end
-        return np.zeros(len(some))
+        return Ended(np.zeros(len(some)), _NO_TIMES)
 
-    def failed(self, members: Members | None, status: Status, error: bytes) -> F64:
+    def failed(self, members: Members | None, status: Status, error: bytes) -> Ended:
         some = range(len(self._sizes)) if members is None else members.tolist()
         for member in some:
             assert member not in self.errors, "answered twice"
             self.errors[member] = errors_pb2.Error.FromString(error)
             assert self.errors[member].message == status.message
-        return np.zeros(len(some))
+        return Ended(np.zeros(len(some)), _NO_TIMES)
 
     def hand_back(self, members: Members) -> None:
         raise AssertionError("only Triton's are handed back")

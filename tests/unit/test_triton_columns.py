@@ -13,7 +13,7 @@ from stepwell_server.engine.api import Applied
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import Overloaded, SessionNotFound
-from stepwell_server.rpc.fronts.base import F64, InputColumn, OutputColumn, StepColumns
+from stepwell_server.rpc.fronts.base import Ended, InputColumn, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Status
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.triton.columns import RequestForm
@@ -24,6 +24,8 @@ from support.fake_executor import PLAIN, RICH
 from support.triton_requests import Client, inference
 
 FLOAT32, INT32 = 1, 7
+#: No message of a stream has ended.
+_NO_TIMES = np.zeros(0)
 
 
 class Batch:
@@ -47,18 +49,18 @@ class Batch:
         *,
         replayed: bool,
         version: str,
-    ) -> F64:
+    ) -> Ended:
         assert version == "1"
         assert not replayed
         self.outputs.extend(outputs)
         for member, revision in zip(self._members(members), revisions.tolist(), strict=True):
             self._put(member, revision)
-        return np.zeros(len(positions))
+        return Ended(np.zeros(len(positions)), _NO_TIMES)
 
-    def failed(self, members: Members | None, status: Status, error: bytes) -> F64:
+    def failed(self, members: Members | None, status: Status, error: bytes) -> Ended:
         for member in self._members(members):
             self._put(member, (status.code.name, error.decode()))
-        return np.zeros(len(self._members(members)))
+        return Ended(np.zeros(len(self._members(members))), _NO_TIMES)
 
     def hand_back(self, members: Members) -> None:
         self.handed_back += members.tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from stepwell_server.metrics import PrometheusObserver
+from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.rpc.triton.statistics import RequestStatistics, Timing
 
 

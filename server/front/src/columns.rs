@@ -2,6 +2,7 @@
 
 use crate::bounds::{Refusal, GENERAL};
 use crate::call::Call;
+use crate::clock;
 use crate::plain::Step;
 use crate::sets::{Ids, SessionSet};
 use bytes::Bytes;
@@ -93,8 +94,12 @@ pub struct Entry {
     /// Its first session in the columns.
     pub first: u32,
     pub count: u32,
-    /// Sessions without an answer.
+    /// When it came, seconds on the monotonic clock.
+    pub arrived: f64,
+    /// Sessions without an answer on its way.
     pub left: AtomicU32,
+    /// Sessions that Python has not answered.
+    pub unanswered: AtomicU32,
     /// One number may stand for all sessions in its answer.
     pub is_short: bool,
     /// Bytes of the message.
@@ -146,13 +151,16 @@ impl Batch {
         let count = step.count();
         call.peer.load.begin(count);
         self.push_ids(step);
+        let arrived = if frame_id.is_none() { call.started } else { clock::now() };
         self.entries.push(Entry {
             call,
             frame_id,
             request,
             first: self.sizes.len() as u32,
             count: count as u32,
+            arrived,
             left: AtomicU32::new(count as u32),
+            unanswered: AtomicU32::new(count as u32),
             is_short: step.set.is_some(),
             held,
         });

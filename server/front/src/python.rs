@@ -448,6 +448,8 @@ struct BatchHandle {
 }
 
 type OutputColumn = (String, u8, Vec<u64>, PyBackedBytes);
+/// When the calls came that an answer ends, and the messages of streams: columns of seconds.
+type Ended<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>);
 
 #[pymethods]
 impl BatchHandle {
@@ -464,7 +466,7 @@ impl BatchHandle {
         outputs: Vec<OutputColumn>,
         replayed: bool,
         version: String,
-    ) -> Bound<'py, PyBytes> {
+    ) -> Ended<'py> {
         let members = members.map(|some| numbers_of(some, u32::from_ne_bytes));
         let ended = self.ended(py, members.as_deref());
         let revisions = numbers_of(revisions, u64::from_ne_bytes);
@@ -501,7 +503,7 @@ impl BatchHandle {
         message: &str,
         details: &[u8],
         error: &[u8],
-    ) -> Bound<'py, PyBytes> {
+    ) -> Ended<'py> {
         let members = members.map(|some| numbers_of(some, u32::from_ne_bytes));
         let ended = self.ended(py, members.as_deref());
         let status = Status { code, message: message.to_owned(), details: Bytes::copy_from_slice(details) };
@@ -551,20 +553,26 @@ impl BatchHandle {
 }
 
 impl BatchHandle {
-    /// When the calls began, a column of seconds on the monotonic clock, that end with an answer to these members. No
-    /// streams.
-    fn ended<'py>(&self, py: Python<'py>, members: Option<&[u32]>) -> Bound<'py, PyBytes> {
+    /// Take note that these members are answered. Returns when the messages came, seconds on the monotonic clock, that
+    /// have no other members without an answer: those that are calls, and those of streams; a column each.
+    fn ended<'py>(&self, py: Python<'py>, members: Option<&[u32]>) -> Ended<'py> {
         let entries = &self.batch.entries;
-        let began = |entry: &Entry| entry.frame_id.is_none().then_some(entry.call.started);
-        let ended: Vec<f64> = match members {
-            None => entries.iter().filter_map(began).collect(),
-            Some(some) => some
-                .iter()
-                .map(|member| entries.partition_point(|entry| entry.first <= *member) - 1)
-                .filter_map(|index| began(&entries[index]))
-                .collect(),
+        let (mut calls, mut messages) = (Vec::new(), Vec::new());
+        let mut answered = |entry: &Entry, count: u32| {
+            if entry.unanswered.fetch_sub(count, Ordering::Relaxed) == count {
+                let ended = if entry.frame_id.is_none() { &mut calls } else { &mut messages };
+                ended.push(entry.arrived);
+            }
         };
-        bytes_of(py, &ended, |at| at.to_ne_bytes())
+        match members {
+            None => entries.iter().for_each(|entry| answered(entry, entry.count)),
+            Some(some) => {
+                for member in some {
+                    answered(&entries[entries.partition_point(|entry| entry.first <= *member) - 1], 1);
+                }
+            }
+        }
+        (bytes_of(py, &calls, |at| at.to_ne_bytes()), bytes_of(py, &messages, |at| at.to_ne_bytes()))
     }
 
     fn send(&self, answer: Answer) {

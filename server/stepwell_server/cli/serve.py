@@ -13,7 +13,7 @@ from stepwell.cli._help import Command
 from stepwell.cli._types import Duration, Size
 from stepwell_server.cli import config_file
 from stepwell_server.cli.setting import ModelsArgument, given, origin, setting
-from stepwell_server.cli.values import AnyAddress, DataFile, ModelName, ModuleName, Named, PathOf, TcpAddress
+from stepwell_server.cli.values import AddressOrOff, AnyAddress, DataFile, ModelName, ModuleName, Named, PathOf
 from stepwell_server.settings import Settings, SettingsError
 
 FILE, FOLDER = PathOf("file"), PathOf("dir")
@@ -141,9 +141,12 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
 )
 @setting(
     "--metrics-listen",
-    metavar="HOST:PORT",
-    type=TcpAddress(),
-    help="Address to serve Prometheus metrics on. Default: nowhere.",
+    metavar="HOST:PORT|off",
+    type=AddressOrOff(),
+    help=(
+        "Address to serve Prometheus metrics on, under /metrics; off: nowhere. Default: 127.0.0.1:9464, or nowhere if it is"
+        " in use."
+    ),
 )
 @setting(
     "--import",

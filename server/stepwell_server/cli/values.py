@@ -70,6 +70,16 @@ class TcpAddress(Text):
         return Address(bare, int(port))
 
 
+class AddressOrOff(TcpAddress):
+    """HOST:PORT as an `Address`, or "off"."""
+
+    rule = f"{TcpAddress.rule}, or off"
+
+    def read(self, text: str) -> Address | str:  # type: ignore[override]
+        """See `Text.read`."""
+        return text if text == "off" else super().read(text)
+
+
 class AnyAddress(TcpAddress):
     """HOST:PORT or unix:PATH, as an `Address` or a `UnixAddress`."""
 

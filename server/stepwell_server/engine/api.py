@@ -114,6 +114,9 @@ class Observer:
     Called on the event loop; must be quick and must not raise.
     """
 
+    def model_served(self, model: str, program: Program) -> None:
+        """Sessions of a model may come from now on."""
+
     def session_event(self, event: str, model: str, session_id: str) -> None:
         """`event`: opened, resumed, forked, closed, expired."""
 
@@ -131,3 +134,12 @@ class Observer:
 
     def applied(self, model: str, change: str, count: int, row_steps: int) -> None:
         """`count` changes (`change`: step, reset, predict) were applied: `row_steps` rows x time steps."""
+
+    def replayed(self, model: str, change: str, count: int) -> None:
+        """`count` retries of what had been applied (`change`: step, reset, open, fork) got the first answer."""
+
+    def judged_again(self, model: str, count: int) -> None:
+        """`count` changes are judged again, because another server has changed their sessions."""
+
+    def paged(self, model: str, direction: str, sessions: int, seconds: float) -> None:
+        """Sessions were moved together from the store into the arena (`in`) or out of it (`out`)."""

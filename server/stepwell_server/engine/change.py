@@ -183,6 +183,12 @@ class Change:
         return len(self.session_ids)
 
     @property
+    def model_name(self) -> str:
+        """The model's name; empty before it has been checked."""
+        model: Model | None = getattr(self, "model", None)
+        return "" if model is None else model.name
+
+    @property
     def byte_count(self) -> int:
         """Bytes of its inputs or states, and of the states that it makes for its reply."""
         return sum([array.nbytes for array in self.arrays]) + self.state_bytes
@@ -285,6 +291,7 @@ class Change:
     def fail(self, members: Members, error: ServerError) -> None:
         """Members failed; nothing changed for them. See `job.Owner`."""
         self._count(len(members))
+        error.model = self.model_name
         try:
             self.replies.failed(members, error)
         except Exception as raised:

@@ -77,8 +77,12 @@ class ModelStats:
     name: str
     sessions: int
     resident_rows: int
-    queued: int
+    max_resident_rows: int
+    queued_rows: int
     """Rows and changes that wait for a pass or for their session."""
+    max_queued_rows: int
+    """With more of them changes are refused."""
+    max_pass_rows: int
     queued_bytes: int
     """Bytes of inputs that wait, over all models."""
     uncommitted: int = 0
@@ -113,7 +117,7 @@ class Engine:
         self._fetcher = fetcher = Fetcher(store)
         endings = Endings(max_session_idle_s)
         keeping = keeping_of(store, self._group, table, Records(table), clock=clock, observer=observer)
-        self._pager = pager = Pager(table, store, fetcher, keeping, endings)
+        self._pager = pager = Pager(table, store, fetcher, keeping, endings, clock=clock, observer=observer)
         row_queue = RowQueue(table, self._models, pager)
         self._turns = Turns(table, self._models, pager, row_queue, clock, self._forget)
         self._row_queue = row_queue
@@ -419,7 +423,10 @@ class Engine:
                 name=model.name,
                 sessions=self._directory.count(model),
                 resident_rows=model.slots.resident,
-                queued=self._inboxes[model.index].waiting,
+                max_resident_rows=model.slots.resident_limit,
+                queued_rows=self._inboxes[model.index].waiting,
+                max_queued_rows=self._inboxes[model.index].most_waiting,
+                max_pass_rows=model.max_batch_rows,
                 queued_bytes=self._held.bytes,
                 uncommitted=self._group.waiting,
             )
@@ -538,6 +545,7 @@ class Engine:
         )
         self._models.add(model)
         self._inboxes[model.index] = inbox
+        self._observer.model_served(name, program)
 
     def _ring_all(self) -> None:
         for model in self._models:

@@ -93,8 +93,12 @@ class Submission:
             if change.may_part:
                 raise MustPart(np.arange(change.size))
             self._load(change)
-        else:
+            return
+        try:
             self._take(change, self._directory.here)
+        except ServerError as error:
+            error.model = change.model_name
+            raise
 
     def _take(self, change: Change, seen: Seen) -> None:
         handles = self._table.find_all(change.session_ids)

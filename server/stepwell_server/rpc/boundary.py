@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError, Message
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.logs import Log
 from stepwell_server.rpc.fronts.base import Call, CallEnded
-from stepwell_server.rpc.status import to_status
+from stepwell_server.rpc.status import ANY_CODE, to_status
 
 _log = Log("rpc")
 _Message = TypeVar("_Message", bound=Message)
@@ -36,14 +36,26 @@ Serve = Callable[[Call], Coroutine[Any, Any, bytes]]
 class RequestObserver(Protocol):
     """Who wants to know of calls and of what is refused."""
 
-    def refused(self, reason: str, count: int) -> None:
-        """``count`` calls, or changes of a frame, ended with an error of that reason."""
+    def refused(self, reason: str, count: int, model: str = "") -> None:
+        """``count`` calls, or changes of a frame, ended with an error of that reason; ``model`` if it is known."""
+
+    def method_served(self, method: str, codes: Collection[str], *, streams: bool) -> None:
+        """Calls of ``method`` may come, and end with ``codes``."""
 
     def request_done(self, method: str, code: str, seconds: float) -> None:
-        """A call of ``method`` ended with ``code`` (``OK``, ``NOT_FOUND``, ...) after ``seconds``."""
+        """A call of ``method`` that is no stream ended with ``code`` (``OK``, ``NOT_FOUND``, ...) after ``seconds``."""
 
     def requests_done(self, method: str, code: str, seconds: npt.NDArray[np.float64]) -> None:
         """Several calls of ``method`` ended with ``code``."""
+
+    def stream_began(self, method: str) -> None:
+        """A stream was opened."""
+
+    def stream_done(self, method: str, code: str) -> None:
+        """A stream ended with ``code``."""
+
+    def messages_done(self, method: str, seconds: npt.NDArray[np.float64]) -> None:
+        """Messages of streams were answered, so many seconds after they had come."""
 
 
 def parse(message_type: type[_Message], raw: bytes) -> _Message:
@@ -68,20 +80,38 @@ class Boundary:
         self._running = 0
         self._idle = asyncio.Event()
 
-    def unary(self, method: str, behaviour: UnaryBehaviour, request_type: type[Message]) -> Serve:
-        """Serves a method of one request and one reply."""
+    def unary(
+        self,
+        method: str,
+        behaviour: UnaryBehaviour,
+        request_type: type[Message],
+        codes: Collection[str] = ANY_CODE,
+    ) -> Serve:
+        """Serves a method of one request and one reply, which may end with these status codes."""
 
         async def answer(call: Call) -> bytes:
-            message = await behaviour(parse(request_type, call.request), call)
+            request = parse(request_type, call.request)
+            try:
+                message = await behaviour(request, call)
+            except ServerError as error:
+                error.model = error.model or _model_of(request)
+                raise
             reply: bytes = message.SerializeToString()
             limit = self._max_message_bytes
             if len(reply) > limit:
                 raise MessageTooLarge(f"the reply must be at most {limit} bytes; it would be {len(reply)}")
             return reply
 
-        return self._around(answer, method, request_type)
+        return self._around(answer, method, request_type, codes)
 
-    def stream(self, method: str, behaviour: StreamBehaviour, *, endless: bool = False) -> Serve:
+    def stream(
+        self,
+        method: str,
+        behaviour: StreamBehaviour,
+        codes: Collection[str] = ANY_CODE,
+        *,
+        endless: bool = False,
+    ) -> Serve:
         """Serves a method of streams, whose behaviour reads and writes bytes by itself.
 
         `endless`: only the client ends it, and nobody waits for it when the server stops.
@@ -91,7 +121,7 @@ class Boundary:
             await behaviour(call)
             return b""
 
-        return self._around(answer, method, None, counts=not endless)
+        return self._around(answer, method, None, codes, counts=not endless)
 
     async def wait_idle(self) -> None:
         """Return as soon as no call is running."""
@@ -104,12 +134,18 @@ class Boundary:
         answer: Callable[[Call], Awaitable[bytes]],
         method: str,
         request_type: type[Message] | None,
+        codes: Collection[str],
         *,
         counts: bool = True,
     ) -> Serve:
+        observer, streams = self._observer, request_type is None
+        observer.method_served(method, codes, streams=streams)
+
         async def serve(call: Call) -> bytes:
             started, code = time.perf_counter(), "OK"
             self._running += counts
+            if streams:
+                observer.stream_began(method)
             try:
                 return await answer(call)
             except (Exception, asyncio.CancelledError) as error:
@@ -119,19 +155,28 @@ class Boundary:
                 known = error if isinstance(error, ServerError) else internal(error, method=method)
                 status = to_status(known)
                 code = status.code.name
-                self._observer.refused(known.reason, 1)
+                observer.refused(known.reason, 1, known.model)
                 raise CallEnded(status) from error
             finally:
                 seconds = time.perf_counter() - started
                 self._running -= counts
                 if self._running == 0:
                     self._idle.set()
-                self._observer.request_done(method, code, seconds)
+                if streams:  # how long it was open says nothing of how long anything took
+                    observer.stream_done(method, code)
+                else:
+                    observer.request_done(method, code, seconds)
                 if _log.is_debug:
                     facts = _facts(request_type, call)
                     _log.debug("request", method=method, **facts, status=code, duration_ms=seconds * 1000)
 
         return serve
+
+
+def _model_of(request: Message) -> str:
+    """The model that a request names, by this protocol or Triton's; empty if it names none."""
+    name: str = getattr(request, "model", "") or getattr(request, "model_name", "")
+    return name
 
 
 def _facts(request_type: type[Message] | None, call: Call) -> dict[str, str]:

@@ -18,6 +18,7 @@ from stepwell_server.rpc.fronts.base import Front, Method
 from stepwell_server.rpc.fronts.certificates import CertificateFiles, Unusable, follow
 from stepwell_server.rpc.models import ModelServicer
 from stepwell_server.rpc.sessions import SessionServicer
+from stepwell_server.rpc.status import ANY_CODE, NAMING_CODES
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.steps.stream import StreamLimits
 from stepwell_server.rpc.triton.servicer import SERVICE as _TRITON
@@ -33,6 +34,8 @@ _MODELS = models_pb2.DESCRIPTOR.services_by_name["ModelService"]
 _STREAM_FRAMES = 1024
 # Health watches and reflection streams end only when they are cut off; our own calls are done by then.
 _GRACE_S = 0.2
+#: Those whose calls may end with any status.
+_OF_SESSIONS = (_SESSIONS, _TRITON)
 #: Only their clients end these.
 _ENDLESS = frozenset({"Watch", "ServerReflectionInfo"})
 
@@ -121,16 +124,17 @@ class RpcServer:
     ) -> list[Method]:
         """A servicer's calls with the boundary around each; `others` have it already."""
         found = [Method(service.full_name, name, serve) for name, serve in (others or {}).items()]
+        codes = ANY_CODE if service in _OF_SESSIONS else NAMING_CODES
         for method in service.methods:
             if others is not None and method.name in others:
                 continue
             behaviour = getattr(servicer, _snake_case(method.name))
             streams = method.client_streaming or method.server_streaming
             if streams:
-                serve = self._boundary.stream(method.name, behaviour, endless=method.name in _ENDLESS)
+                serve = self._boundary.stream(method.name, behaviour, codes, endless=method.name in _ENDLESS)
             else:
                 request_type = message_factory.GetMessageClass(method.input_type)
-                serve = self._boundary.unary(method.name, behaviour, request_type)
+                serve = self._boundary.unary(method.name, behaviour, request_type, codes)
             found.append(Method(service.full_name, method.name, serve, streams=streams))
         return found
 

@@ -54,6 +54,19 @@ CODES: dict[type[errors.ServerError], Code] = {
     errors.ServerError: Code.INTERNAL,
 }
 
+_EVERYWHERE = {"OK", "CANCELLED"} | {
+    code.name
+    for code in (
+        *(Code.INVALID_ARGUMENT, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED, Code.INTERNAL),
+        Code.UNAVAILABLE,
+    )
+}
+#: Names of the codes that a call may end with: any call; one that names a model, or a service, that may not be there; one
+#: that is never done.
+ANY_CODE = frozenset(_EVERYWHERE | {code.name for code in Code} - {Code.UNIMPLEMENTED.name})
+NAMING_CODES = frozenset(_EVERYWHERE | {Code.NOT_FOUND.name})
+UNSUPPORTED_CODES = frozenset({"CANCELLED", Code.UNIMPLEMENTED.name, Code.INTERNAL.name})
+
 # Trailers over 8 KiB may be refused by the client's gRPC, and what a caller sent (a session id, say) can be
 # part of a message. A character takes at most 12 bytes there, percent-encoded.
 _MESSAGE_BYTES = 2048

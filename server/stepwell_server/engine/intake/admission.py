@@ -137,6 +137,7 @@ class Admission:
         if change.tries is None:
             change.tries = np.zeros(change.size, np.uint8)
         change.tries[members] += 1
+        self._observer.judged_again(change.model.name, len(members))
         over = change.tries[members] > MOST_TRIES
         done = change.handles[members[over]]
         if len(done):
@@ -265,6 +266,8 @@ class Admission:
             some = replayed[places]
             own = handles[some]  # a copy: the caller must not see the sessions move on
             states = kept if change.keeps_states else self._states_now(change, members[some], own)
+            kind = "reset" if change.reset else "step"
+            self._observer.replayed(change.model.name, kind, len(some))
             change.succeed(
                 members[some],
                 self._table.revision[own],

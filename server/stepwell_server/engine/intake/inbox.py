@@ -46,6 +46,11 @@ class Inbox:
         """Rows and changes that wait: here, for their session, for rows, for a pass."""
         return self._rows + self._model.ready.rows_waiting + self._model.waiting
 
+    @property
+    def most_waiting(self) -> int:
+        """So many may wait, unless one change alone has more."""
+        return MAX_WAITING_PASSES * self._model.max_batch_rows
+
     def require_room(self, rows: int, byte_count: int) -> None:
         """Refuse so many rows and bytes of inputs if too much waits already.
 
@@ -53,7 +58,7 @@ class Inbox:
             Overloaded: with the time after which there should be room.
         """
         model, held, waiting = self._model, self._held.bytes, self.waiting
-        limit = MAX_WAITING_PASSES * model.max_batch_rows
+        limit = self.most_waiting
         if waiting and waiting + rows > limit:
             raise Overloaded(
                 f"rows waiting for model {model.name!r} must stay within {limit}; {waiting} wait and {rows} came",

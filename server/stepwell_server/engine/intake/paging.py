@@ -14,8 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
+from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.durability.fetching import Fetched, Fetcher
 from stepwell_server.engine.durability.group_commit import reason
@@ -55,13 +57,23 @@ class Pager:
     """
 
     def __init__(
-        self, table: SessionTable, store: Store, fetcher: Fetcher, keeping: Keeping, endings: Endings
+        self,
+        table: SessionTable,
+        store: Store,
+        fetcher: Fetcher,
+        keeping: Keeping,
+        endings: Endings,
+        *,
+        clock: Clock,
+        observer: Observer,
     ) -> None:
         self._table = table
         self._local = store.local
         self._fetcher = fetcher
         self._keeping = keeping
         self._endings = endings
+        self._clock = clock
+        self._observer = observer
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -124,11 +136,14 @@ class Pager:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             return PageIn(refused, absent)
+        began = self._clock.monotonic()
         try:
             found = [Fetched(record, None) for record in self._local.get_many(self._ids(absent))]
         except Exception as error:  # whatever it is: their claims must end
             return PageIn(refused | dict.fromkeys(absent.tolist(), reason(error)), _NOBODY)
-        return PageIn(refused | self._bring_back(model, absent, found), _NOBODY)
+        gone = self._bring_back(model, absent, found)
+        self._paged(model, "in", len(absent) - len(gone), began)
+        return PageIn(refused | gone, _NOBODY)
 
     async def states_of(self, model: Model, handles: Handles) -> tuple[Sequence[Array], Refused]:
         """States of claimed sessions that are paged out, and stay so.
@@ -162,13 +177,17 @@ class Pager:
         handles = np.fromiter(model.replies.oldest(), np.intp)
         idle = handles[~self._table.claimed[handles]]
         if len(idle):
+            began = self._clock.monotonic()
             self._keeping.leave(model, idle)
             self._leave(model, idle)
+            self._paged(model, "out", len(idle), began)
 
     async def _fetch(self, model: Model, handles: Handles, rows: Rows, later: Later) -> None:
+        began = self._clock.monotonic()
         try:
             found = await self._fetcher.fetch(self._ids(handles))
             refused = self._bring_back(model, handles, found, rows)
+            self._paged(model, "in", len(handles) - len(refused), began)
         except Exception as error:  # whatever it is: their claims must end
             model.slots.free_resident(rows)
             refused = dict.fromkeys(handles.tolist(), reason(error))
@@ -274,8 +293,10 @@ class Pager:
         wanted = max(short, int(model.slots.resident_limit * SHARE_AT_ONCE))
         victims = self._oldest(model, wanted)
         if len(victims):
+            began = self._clock.monotonic()
             self._keeping.leave(model, victims)
             self._leave(model, victims)
+            self._paged(model, "out", len(victims), began)
 
     def _oldest(self, model: Model, rows: int) -> Handles:
         """The least recently used sessions that have `rows` rows together, or all that may go."""
@@ -299,6 +320,9 @@ class Pager:
             model.replies.forget(handle)
         self._table.page_out(handles)
         model.slots.free_resident(rows)
+
+    def _paged(self, model: Model, direction: str, sessions: int, began: float) -> None:
+        self._observer.paged(model.name, direction, sessions, self._clock.monotonic() - began)
 
     def _ids(self, handles: Handles) -> list[str]:
         return [self._table.session_id(handle) for handle in handles.tolist()]

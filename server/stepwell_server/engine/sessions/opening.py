@@ -180,6 +180,7 @@ class Opening:
             seen = await self.seen(ids)
             known = self.made_before(ids, seen, wanted.request_id)
             if known is not None:
+                self._observer.replayed(served.name, "open", len(ids))
                 return known
             if not wanted.are_chosen:
                 self._require_not_gone(ids[0], seen)
@@ -299,6 +300,7 @@ class Opening:
     ) -> Opened:
         session_id = self._table.session_id(handle)
         if request_id and int(self._table.opened_with[handle]) == request_id:
+            self._observer.replayed(model.name, "open", 1)
             return Opened(self._directory.info(handle), replayed=True)
         if must_be_new:
             raise _exists("session_id", session_id)
@@ -383,7 +385,9 @@ class Opening:
         if known is None:
             return None
         if request_id and int(self._table.opened_with[known]) == request_id:
-            return Opened(self._directory.info(known), replayed=True)
+            info = self._directory.info(known)
+            self._observer.replayed(info.model, "fork", 1)
+            return Opened(info, replayed=True)
         raise _exists("new_session_id", name)
 
 

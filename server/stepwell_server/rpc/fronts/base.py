@@ -129,6 +129,15 @@ class InputColumn(NamedTuple):
     data: bytes
 
 
+class Ended(NamedTuple):
+    """When messages came, on the clock's monotonic time, whose last sessions were answered just now."""
+
+    calls: F64
+    """Those that are calls."""
+    messages: F64
+    """Those of streams."""
+
+
 class ColumnReplies(Protocol):
     """Who is answered for plain steps. Each session of the batch is answered once, in any order."""
 
@@ -141,13 +150,13 @@ class ColumnReplies(Protocol):
         *,
         replayed: bool,
         version: str,
-    ) -> F64:
-        """Sessions were stepped: ascending indexes, None for all. Returns when the calls began that this ends.
+    ) -> Ended:
+        """Sessions were stepped: ascending indexes, None for all.
 
         `version`: the model's, for messages that name one.
         """
 
-    def failed(self, members: Members | None, status: Status, error: bytes) -> F64:
+    def failed(self, members: Members | None, status: Status, error: bytes) -> Ended:
         """Sessions were not stepped: the status of calls, and what streams are told. As `applied`.
 
         That is a serialized `stepwell.v1.Error`, or Triton's message.

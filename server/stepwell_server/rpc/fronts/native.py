@@ -17,9 +17,9 @@ from stepwell_server.clock import Clock
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.logs import Log
 from stepwell_server.rpc.fronts.base import (
-    F64,
     BindError,
     CallEnded,
+    Ended,
     FrontCounts,
     InputColumn,
     Method,
@@ -152,16 +152,15 @@ class _Replies:
         *,
         replayed: bool,
         version: str,
-    ) -> F64:
+    ) -> Ended:
         some = None if members is None else members.astype(np.uint32).tobytes()
-        began = self._batch.applied(
-            some, revisions.tobytes(), positions.tobytes(), outputs, replayed, version
+        return _ended(
+            *self._batch.applied(some, revisions.tobytes(), positions.tobytes(), outputs, replayed, version)
         )
-        return np.frombuffer(began, np.float64)
 
-    def failed(self, members: Members | None, status: Status, error: bytes) -> F64:
+    def failed(self, members: Members | None, status: Status, error: bytes) -> Ended:
         some = None if members is None else members.astype(np.uint32).tobytes()
-        return np.frombuffer(self._batch.failed(some, *_said(status), error), np.float64)
+        return _ended(*self._batch.failed(some, *_said(status), error))
 
     def hand_back(self, members: Members) -> None:
         self._front.serve(self._batch.hand_back(members.tolist()))
@@ -389,6 +388,10 @@ class NativeFront:
 def _said(status: Status) -> tuple[int, str, bytes]:
     details = next((value for _, value in status.trailers), b"")
     return int(status.code), status.message, details
+
+
+def _ended(calls: bytes, messages: bytes) -> Ended:
+    return Ended(np.frombuffer(calls, np.float64), np.frombuffer(messages, np.float64))
 
 
 def _wake(waiting: asyncio.Future[None] | None) -> None:

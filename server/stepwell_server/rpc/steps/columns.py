@@ -18,7 +18,7 @@ from stepwell_server.engine.types import U64, Array, Members, Tensors
 from stepwell_server.errors import Overloaded, RequestTooLarge, ServerError
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.boundary import internal
-from stepwell_server.rpc.fronts.base import F64, OutputColumn, StepColumns
+from stepwell_server.rpc.fronts.base import Ended, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Status, code_of, to_proto, to_status
 from stepwell_server.rpc.steps import messages
 
@@ -36,8 +36,8 @@ _NOBODY: Members = np.zeros(0, np.intp)
 class Form:
     """Plain steps in their protocol: here Stepwell's own, and each other one's is derived from it."""
 
-    method = "Step"
-    """Of its unary calls."""
+    method, stream_method = "Step", "StepStream"
+    """Of its unary calls, and of its streams."""
     version = ""
     """The model's, for messages that name one."""
 
@@ -102,7 +102,7 @@ class Form:
     def _answer(
         self, members: Members | None, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
     ) -> None:
-        began = self.columns.replies.applied(
+        ended = self.columns.replies.applied(
             members,
             revisions,
             positions,
@@ -110,17 +110,20 @@ class Form:
             replayed=replayed,
             version=self.version,
         )
-        self._ended(began, "OK")
+        self._ended(ended, "OK")
 
     def _refuse(self, members: Members | None, error: ServerError, told: bytes) -> None:
         """Refuse calls by the error's status, and tell streams."""
         count = len(self.columns.session_ids) if members is None else len(members)
-        self._observer.refused(error.reason, count)
+        self._observer.refused(error.reason, count, error.model)
         self._ended(self.columns.replies.failed(members, to_status(error), told), code_of(error).name)
 
-    def _ended(self, began: F64, code: str) -> None:
-        if len(began):
-            self._observer.requests_done(self.method, code, self._clock.monotonic() - began)
+    def _ended(self, ended: Ended, code: str) -> None:
+        now = self._clock.monotonic()
+        if len(ended.calls):
+            self._observer.requests_done(self.method, code, now - ended.calls)
+        if len(ended.messages):
+            self._observer.messages_done(self.stream_method, now - ended.messages)
 
 
 class ColumnSteps:

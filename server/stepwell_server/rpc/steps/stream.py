@@ -14,6 +14,8 @@ import asyncio
 import dataclasses
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.engine.intake.validation import require_lists
 from stepwell_server.engine.types import U64, Members, Tensors
@@ -149,7 +151,7 @@ class FrameStream:
 
     def _accept(self, raw: bytes) -> None:
         request = parse(pb.StepStreamRequest, raw)
-        frame = _Frame(self, request.frame_id, len(raw))
+        frame = _Frame(self, request.frame_id, len(raw), self._clock.monotonic())
         self._held_frames += 1
         self._held_bytes += len(raw)
         if frame.frame_id in self._pending:
@@ -202,7 +204,7 @@ class FrameStream:
 
     def refused(self, error: ServerError, count: int) -> None:
         """Members of a frame failed."""
-        self._observer.refused(error.reason, count)
+        self._observer.refused(error.reason, count, error.model)
 
     def _refuse(self, frame: _Frame, error: ServerError) -> None:
         """Answer a frame of which nothing was done."""
@@ -211,6 +213,9 @@ class FrameStream:
         self._reply(frame, part, last=True)
 
     def _reply(self, frame: _Frame, reply: bytes, *, last: bool) -> None:
+        if last:
+            took = self._clock.monotonic() - frame.came
+            self._observer.messages_done("StepStream", np.array([took]))
         self._replies.put(reply, frame.held_bytes if last else _NOT_LAST)
         if self._is_ending or self._replies.error is not None:
             self._begin_end()
@@ -231,10 +236,14 @@ class FrameStream:
 class _Frame:
     """A frame whose last part is not written yet: the replies to its change."""
 
-    __slots__ = ("_stream", "change", "declared_set", "frame_id", "held_bytes", "is_short", "left", "size")
+    __slots__ = (
+        *("_stream", "came", "change", "declared_set", "frame_id", "held_bytes", "is_short", "left", "size"),
+    )
 
-    def __init__(self, stream: FrameStream, frame_id: int, held_bytes: int) -> None:
+    def __init__(self, stream: FrameStream, frame_id: int, held_bytes: int, came: float) -> None:
         self._stream = stream
+        self.came = came
+        """On the clock's monotonic time."""
         self.frame_id = frame_id
         self.held_bytes = held_bytes
         self.change: Change | None = None

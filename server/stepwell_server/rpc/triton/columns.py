@@ -36,7 +36,7 @@ _NOBODY: Members = np.zeros(0, np.intp)
 class RequestForm(Form):
     """Steps of sequences of one model. Lives on the event loop."""
 
-    method = "ModelInfer"
+    method, stream_method = "ModelInfer", "ModelStreamInfer"
     version = VERSION
 
     def __init__(
@@ -136,6 +136,7 @@ class RequestForm(Form):
             self._model.statistics.failed(self._timing, time.perf_counter_ns(), count)
         for some, member in self._alike(members, error):
             told = translated(error, sequence_of(name, ids[member]), name)
+            told.model = name
             self._refuse(some, told, told.message.encode())
 
     def _alike(self, members: Members | None, error: ServerError) -> Iterator[tuple[Members | None, int]]:

@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 from stepwell_server.errors import Unsupported
 from stepwell_server.rpc.boundary import Boundary, Serve
 from stepwell_server.rpc.fronts.base import Call
+from stepwell_server.rpc.status import UNSUPPORTED_CODES
 from stepwell_server.rpc.triton import metadata
 from stepwell_server.rpc.triton.columns import RequestForm
 from stepwell_server.rpc.triton.infer import Inference
@@ -162,4 +163,4 @@ def _refuse(boundary: Boundary, method: str, reason: str) -> Serve:
     async def behaviour(_request: Any, _call: Call) -> Message:
         raise Unsupported(f"{method}: {reason}")
 
-    return boundary.unary(method, behaviour, empty_pb2.Empty)
+    return boundary.unary(method, behaviour, empty_pb2.Empty, UNSUPPORTED_CODES)

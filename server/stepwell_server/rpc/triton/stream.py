@@ -9,9 +9,12 @@ or too many bytes of them and their answers, are held.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from stepwell_server.errors import ServerError, Unavailable
 from stepwell_server.rpc.boundary import internal, parse
@@ -39,8 +42,8 @@ class InferStream:
         self._limits = limits
         self._observer = observer
         self._call = call
-        self._answers: deque[tuple[asyncio.Task[bytes], int]] = deque()
-        """Tasks of unanswered requests in their order, with the bytes of each request."""
+        self._answers: deque[tuple[asyncio.Task[bytes], int, float]] = deque()
+        """Tasks of unanswered requests in their order, with the bytes of each request and when it came."""
         self._held_bytes = 0
         """Of unanswered requests, and of answers that wait to be sent."""
         self._is_stopping = False
@@ -62,7 +65,7 @@ class InferStream:
             await self._write(reader)
         finally:
             reader.cancel()
-            tasks = [task for task, _ in self._answers]
+            tasks = [task for task, _, _ in self._answers]
             for task in tasks:
                 task.cancel()
             # Their own errors have either been answered or come too late to matter.
@@ -80,7 +83,7 @@ class InferStream:
             task = asyncio.create_task(self._answer(request, turn))
             if turn is not None:  # a task that is cancelled before it begins runs nothing of its own
                 task.add_done_callback(turn.leave)
-            self._answers.append((task, len(raw)))
+            self._answers.append((task, len(raw), time.perf_counter()))
             self._held_bytes += len(raw)
             self._work.set()
             while len(self._answers) >= self._limits.frames or self._held_bytes >= self._limits.bytes:
@@ -90,12 +93,13 @@ class InferStream:
     async def _write(self, reader: asyncio.Task[None]) -> None:
         while True:
             while self._answers:
-                task, size = self._answers[0]
+                task, size, came = self._answers[0]
                 answer = await task
                 await self._call.write(answer)
                 self._answers.popleft()
                 self._held_bytes -= size + len(answer)
                 self._room.set()
+                self._observer.messages_done("ModelStreamInfer", np.array([time.perf_counter() - came]))
             if reader.done():
                 return reader.result()
             if self._is_stopping:
@@ -117,7 +121,7 @@ class InferStream:
 
     def _error(self, request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
         known = error if isinstance(error, ServerError) else internal(error, method="ModelStreamInfer")
-        self._observer.refused(known.reason, 1)
+        self._observer.refused(known.reason, 1, request.model_name)
         return pb.ModelStreamInferResponse(
             error_message=known.message, infer_response=pb.ModelInferResponse(id=request.id)
         )

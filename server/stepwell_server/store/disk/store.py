@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import secrets
 import struct
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from stepwell_server.store.disk.files import flush_folders
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, TOMBSTONES, Durability, LmdbStore
 from stepwell_server.store.disk.wal import SEGMENT_BYTES, Records, WriteAheadLog, room_for
 from stepwell_server.store.record import Header, Joined, Stored, header_or_none, is_sound, supersedes
+from stepwell_server.store.times import StoreTimes
 
 #: The name on disk, of before it was called a write-ahead log.
 _FOLDER = "journal"
@@ -52,14 +54,16 @@ class DiskStore(LocalStore):
         tombstones: int = TOMBSTONES,
         first_map_bytes: int = FIRST_MAP_BYTES,
         segment_bytes: int = SEGMENT_BYTES,
+        times: StoreTimes | None = None,
     ) -> None:
-        """Open the store in a data directory, which is made if it is not there.
+        """Open the store in a data directory, which is made if it is not there. It writes into `times` how long it takes.
 
         Raises:
             StoreBusy: another server uses the directory.
             StoreError: it cannot be used.
         """
         self.path = path
+        self._times = times or StoreTimes()
         self._base = LmdbStore(
             path,
             durability=durability,
@@ -88,14 +92,22 @@ class DiskStore(LocalStore):
     @override
     def commit(self, batch: Batch) -> None:
         self._base.files.require()
+        started, times = time.perf_counter(), self._times
+        try:
+            self._keep(batch)
+            times.records += len(batch.puts)
+        finally:
+            times.commits.observe(time.perf_counter() - started)
+
+    def _keep(self, batch: Batch) -> None:
         if self._wal is None or self._closed:
-            self._base.commit(batch)
+            self._write(batch)
             return
         others = batch.deletes or batch.forgets or batch.tombstones or batch.counts
         if others or not batch.puts or not self._append(self._wal, batch.puts):
             ids = [*(session_id for session_id, _ in batch.puts), *batch.deletes]
             try:
-                self._base.commit(batch)
+                self._write(batch)
             except BaseException:
                 self._in_doubt.update(ids)
                 raise
@@ -253,18 +265,32 @@ class DiskStore(LocalStore):
     def _append(self, wal: WriteAheadLog, puts: Sequence[tuple[str, Stored]]) -> bool:
         parts = [part for part in puts.parts if len(part)] if isinstance(puts, Joined) else [puts]
         try:
-            if wal.append(parts):
+            if self._log(wal, parts):
                 return True
             if not wal.fits(parts):
                 return False
             while self._checkpoint(wal):
                 pass
-            return wal.append(parts)
+            return self._log(wal, parts)
         except StoreGone:
             raise
         except (Unavailable, OSError) as error:
             self._complain("a change could not be written to the write-ahead log, and goes to LMDB", error)
             return False
+
+    def _log(self, wal: WriteAheadLog, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
+        started = time.perf_counter()
+        try:
+            return wal.append(parts)
+        finally:
+            self._times.log.observe(time.perf_counter() - started)
+
+    def _write(self, batch: Batch) -> None:
+        started = time.perf_counter()
+        try:
+            self._base.commit(batch)
+        finally:
+            self._times.data.observe(time.perf_counter() - started)
 
     def _checkpoint(self, wal: WriteAheadLog) -> bool:
         """Checkpoint some changes; False if there are none."""
@@ -272,7 +298,7 @@ class DiskStore(LocalStore):
         if not self._in_doubt.isdisjoint(ids):
             records = [put for put, is_later in zip(records, self._later(records), strict=True) if is_later]
         if records:
-            self._base.commit(Batch(puts=records))
+            self._write(Batch(puts=records))
         wal.checkpointed(ids)
         self._in_trouble = False
         return bool(ids)

@@ -6,18 +6,21 @@ A scrape comes on a thread and has the event loop take a copy of what was counte
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import socket
 import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepwell_server.metrics import PrometheusObserver
+from stepwell_server.addresses import Address
+from stepwell_server.metrics.gauges import of_disk
+from stepwell_server.metrics.observer import PrometheusObserver
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-    from prometheus_client import CollectorRegistry
     from prometheus_client.metrics_core import Metric
 
     from stepwell_server.engine.engine import ModelStats
@@ -32,9 +35,13 @@ class MetricsServer:
     """Answers scrapes over HTTP on a thread of its own. Made on the event loop."""
 
     def __init__(
-        self, observer: PrometheusObserver, stats: Callable[[], Iterable[ModelStats]], host: str, port: int
+        self,
+        observer: PrometheusObserver,
+        stats: Callable[[], Iterable[ModelStats]],
+        address: Address,
+        data_dir: Path | None = None,
     ) -> None:
-        """Listen at once.
+        """Listen at once. With a `data_dir` there are metrics of its disk.
 
         Raises:
             OSError: the address is taken, or not one of this machine's.
@@ -43,13 +50,13 @@ class MetricsServer:
 
         for name in ("waitress", "waitress.queue"):  # what they have to say is what clients do wrong
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        registry = _registry(lambda: observer.families(stats()), asyncio.get_running_loop())
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        collector = _Collector(lambda: observer.families(stats()), asyncio.get_running_loop(), data_dir)
+        family, _, _, _, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(place[:2], family=family, backlog=_BACKLOG)
         self.port: int = listener.getsockname()[1]
         self._map: dict[int, Any] = {}
         self._server = create_server(
-            _application(registry),
+            _application(collector),
             map=self._map,
             sockets=[listener],
             threads=_THREADS,
@@ -74,17 +81,23 @@ class MetricsServer:
         self._server.task_dispatcher.shutdown()
 
 
-def _application(registry: CollectorRegistry) -> WSGIApplication:
-    from prometheus_client import make_wsgi_app
+def _application(collector: _Collector) -> WSGIApplication:
+    @functools.cache
+    def metrics() -> WSGIApplication:
+        # Metrics are on by default: a server that nobody scrapes does not import this.
+        from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 
-    metrics = make_wsgi_app(registry)
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(collector)
+        ProcessCollector(registry=registry)
+        return make_wsgi_app(registry)
 
     def serve(environment: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         if environment["PATH_INFO"] != "/metrics":
             return _refused(start, "404 Not Found", "only /metrics is here")
         if environment["REQUEST_METHOD"] not in {"GET", "HEAD"}:
             return _refused(start, "405 Method Not Allowed", "/metrics is for GET and HEAD")
-        answer: Iterable[bytes] = metrics(environment, start)
+        answer: Iterable[bytes] = metrics()(environment, start)
         return answer
 
     return serve
@@ -98,21 +111,17 @@ def _refused(start: StartResponse, status: str, text: str) -> list[bytes]:
 class _Collector:
     """What the registry asks, on the thread of a scrape."""
 
-    def __init__(self, gather: Callable[[], list[Metric]], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, gather: Callable[[], list[Metric]], loop: asyncio.AbstractEventLoop, data_dir: Path | None
+    ) -> None:
         self._gather = gather
         self._loop = loop
+        self._data_dir = data_dir
 
     def collect(self) -> Iterable[Metric]:
         async def on_loop() -> list[Metric]:
             return self._gather()
 
-        return asyncio.run_coroutine_threadsafe(on_loop(), self._loop).result(_SCRAPE_TIMEOUT_S)
-
-
-def _registry(gather: Callable[[], list[Metric]], loop: asyncio.AbstractEventLoop) -> CollectorRegistry:
-    from prometheus_client import CollectorRegistry, ProcessCollector
-
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(gather, loop))
-    ProcessCollector(registry=registry)
-    return registry
+        yield from asyncio.run_coroutine_threadsafe(on_loop(), self._loop).result(_SCRAPE_TIMEOUT_S)
+        if self._data_dir is not None:
+            yield from of_disk(self._data_dir)

@@ -1,0 +1,163 @@
+"""How things are at the moment of a scrape, beside the limits that they have."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stepwell_server.engine.durability.group_commit import MOST_WAITING
+from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
+    from stepwell_server.engine.engine import ModelStats
+    from stepwell_server.rpc.fronts.base import FrontCounts
+    from stepwell_server.store.times import StoreTimes
+
+#: What a front has to do (`FrontCounts.now`).
+_FRONT = {
+    "connections": "Connections open.",
+    "calls": "Calls under way.",
+    "held_bytes": "Bytes of requests and replies in memory.",
+    "queued_bytes": "Bytes of plain steps that the event loop has not taken.",
+    "window_bytes": "Bytes that clients may send before they are read.",
+    "unwritten_replies": "Replies that are not on their way.",
+}
+#: What clients may take of it (`FrontLimits`): the metric, and what it says.
+_FRONT_LIMITS = {
+    "connections": ("max_connections", "Connections at most."),
+    "calls": ("max_calls", "Calls under way at most."),
+    "streams": ("max_connection_calls", "Calls under way of one connection at most."),
+    "budget_bytes": ("max_held_bytes", "Bytes of requests and replies in memory before calls are refused."),
+    "connection_bytes": ("max_connection_held_bytes", "The same, of one connection."),
+    "connection_steps": ("max_connection_steps", "Steps of one connection without an answer at most."),
+    "frames": ("max_stream_frames", "Frames of one stream without an answer at most."),
+    "queued_bytes": ("max_queued_bytes", "Bytes of plain steps that may wait for the event loop."),
+    "message_bytes": ("max_message_bytes", "Bytes of a request or reply at most."),
+    "header_bytes": ("max_header_bytes", "Bytes of the headers of a call at most."),
+    "keepalive_s": ("keepalive_seconds", "A client that is silent for so long is pinged."),
+    "keepalive_timeout_s": ("keepalive_timeout_seconds", "So long it may take to answer."),
+    "handshake_s": ("handshake_timeout_seconds", "So long a connection may take to begin."),
+    "unread_s": ("unread_timeout_seconds", "So long replies may wait for their client before the call ends."),
+    "age_s": ("max_connection_age_seconds", "So long a connection takes calls; 0: for ever."),
+    "age_grace_s": ("max_connection_age_grace_seconds", "So long its calls may go on after that."),
+}
+
+
+def of_build(
+    build: Mapping[str, str], models: Mapping[str, Mapping[str, str]], load_seconds: Mapping[str, float]
+) -> Iterator[Metric]:
+    """What runs here."""
+    from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+
+    yield InfoMetricFamily("stepwell_build", "What this server is.", value=dict(build))
+    info = InfoMetricFamily("stepwell_model", "The models that are served.", labels=("model",))
+    for model, about in models.items():
+        info.add_metric((model,), dict(about))
+    yield info
+    loaded = GaugeMetricFamily(
+        "stepwell_model_load_seconds",
+        "What making the model ready took at the start: compiling it, if it was not in the cache.",
+        labels=("model",),
+    )
+    for model, seconds in load_seconds.items():
+        loaded.add_metric((model,), seconds)
+    yield loaded
+
+
+def of_streams(streams: Mapping[str, int]) -> Iterator[Metric]:
+    """Streams that are open, by method."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    family = GaugeMetricFamily("stepwell_open_streams", "Streams open.", labels=("method",))
+    for method, count in streams.items():
+        family.add_metric((method,), count)
+    yield family
+
+
+def of_front(counts: FrontCounts, limits: Mapping[str, float]) -> Iterator[Metric]:
+    """What the front has to do, and what it lets clients take."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    for name, value in counts.now.items():
+        yield GaugeMetricFamily(f"stepwell_front_{name}", _FRONT[name], value=value)
+    refused = CounterMetricFamily(
+        "stepwell_front_refused",
+        "Connections and calls that the front refused or ended, by reason.",
+        labels=("reason",),
+    )
+    for reason, count in counts.refused.items():
+        refused.add_metric((reason,), count)
+    yield refused
+    for name, most in limits.items():
+        metric, text = _FRONT_LIMITS[name]
+        yield GaugeMetricFamily(f"stepwell_front_{metric}", text, value=most)
+
+
+def of_store(times: StoreTimes | None, *, is_ready: bool, reopened: int) -> Iterator[Metric]:
+    """How the store is, and, of one on disk, how long it takes."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+    yield GaugeMetricFamily("stepwell_store_ready", "1 if the store can be used, 0 if not.", value=is_ready)
+    text = "How often the store was opened anew because its disk had failed."
+    yield CounterMetricFamily("stepwell_store_reopened", text, value=reopened)
+    if times is None:
+        return
+    commits = HistogramMetricFamily(
+        "stepwell_store_commit_seconds", "Duration of a commit, of what came together."
+    )
+    commits.add_metric((), list(times.commits.cumulative()), sum_value=times.commits.total)
+    writes = HistogramMetricFamily(
+        "stepwell_store_write_seconds",
+        "Duration of a write, with --durability sync until the disk has it: one to the log, a transaction of data.mdb.",
+        labels=("file",),
+    )
+    for file, series in (("log", times.log), ("data", times.data)):
+        writes.add_metric((file,), list(series.cumulative()), sum_value=series.total)
+    text = "Records of sessions committed."
+    yield from (commits, writes, CounterMetricFamily("stepwell_store_records", text, value=times.records))
+
+
+def of_engine(stats: Sequence[ModelStats]) -> Iterator[Metric]:
+    """What the models have and do, and how much that may be."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    of_models: list[tuple[str, str, Callable[[ModelStats], int]]] = [
+        ("sessions", "Sessions live.", lambda model: model.sessions),
+        ("resident_rows", "Rows of state ready to step.", lambda model: model.resident_rows),
+        ("max_resident_rows", "Rows of state ready to step at most.", lambda model: model.max_resident_rows),
+        ("queued_rows", "Rows that wait for a pass, or for their session.", lambda model: model.queued_rows),
+        ("max_queued_rows", "Beyond so many, steps are refused.", lambda model: model.max_queued_rows),
+        ("max_pass_rows", "Rows of a pass at most.", lambda model: model.max_pass_rows),
+    ]
+    for name, text, value in of_models:
+        family = GaugeMetricFamily(f"stepwell_{name}", text, labels=("model",))
+        for model in stats:
+            family.add_metric((model.name,), value(model))
+        yield family
+    waiting = max((model.queued_bytes for model in stats), default=0)  # each says the sum over all models
+    commits = max((model.uncommitted for model in stats), default=0)
+    for name, text, number in (
+        ("queued_bytes", "Bytes of the inputs that wait for a pass, over all models.", waiting),
+        ("max_queued_bytes", "Beyond so many, steps are refused.", MAX_WAITING_BYTES),
+        ("uncommitted_sessions", "Sessions whose changes wait for the store.", commits),
+        ("max_uncommitted_sessions", "From so many on, no pass begins.", MOST_WAITING),
+    ):
+        yield GaugeMetricFamily(f"stepwell_{name}", text, value=number)
+
+
+def of_disk(folder: Path) -> Iterator[Metric]:
+    """The file system that has a folder, if it can be asked. Not on the event loop: a disk that fails may take its time."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:  # the folder is gone: the log says so, and no value is better than an old one
+        return
+    text = "Bytes of the file system that has --data-dir which the server may still use."
+    yield GaugeMetricFamily("stepwell_store_disk_free_bytes", text, value=usage.free)
+    text = "Bytes of the file system that has --data-dir."
+    yield GaugeMetricFamily("stepwell_store_disk_size_bytes", text, value=usage.total)

@@ -1,0 +1,287 @@
+"""What is counted of what the engine, the services and the compiler do, on the event loop, where a scrape takes a copy."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.engine.api import Observer
+from stepwell_server.errors import reasons
+from stepwell_server.metrics import gauges
+from stepwell_server.series import ROWS, SECONDS, Counter, Histogram, Series
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
+    from stepwell_server.engine.engine import ModelStats
+    from stepwell_server.program import Program
+    from stepwell_server.rpc.fronts.base import FrontCounts
+    from stepwell_server.store.times import StoreTimes
+
+_EVENTS = ("opened", "resumed", "forked", "closed", "expired")
+_CHANGES = ("step", "reset", "predict")
+_REPLAYED = ("step", "reset", "open", "fork")
+_STAGES = ("wait", "commit", "total")
+_SOURCES = ("cache", "compiled", "file")
+#: In place of a model where an error, or what was sent again, is of none that is served.
+_NO_MODEL = ""
+
+
+class PrometheusObserver(Observer):
+    """Counts what the engine and the gRPC side do. All methods on the event loop.
+
+    Labels have values from the server's own lists alone: what callers send makes no series.
+    """
+
+    def __init__(self, build: Mapping[str, str] | None = None) -> None:
+        """`build` is what this server is: versions, and so on."""
+        model = ("model",)
+        self._build = dict(build or {})
+        self._reasons = reasons()
+        self._models: dict[str, Mapping[str, str]] = {}
+        """Those that are served, and what is said of each."""
+        self._alone: dict[str, Series] = {}
+        self._batches: defaultdict[str, dict[int, tuple[int, float]]] = defaultdict(dict)
+        self._time_step_s: dict[str, float] = {}
+        self._load_seconds: dict[str, float] = {}
+        self._streams: dict[str, int] = {}
+        self._limits: Mapping[str, float] = {}
+        self._front_counts: Callable[[], FrontCounts] | None = None
+        self._store_times: StoreTimes | None = None
+        self._store_is_ready = True
+        self._store_reopened = 0
+        self._events = Counter(
+            "stepwell_session_events",
+            "Sessions opened, resumed, forked, closed, expired.",
+            ("model", "event"),
+        )
+        self._changes = Counter(
+            "stepwell_changes", "Changes applied: step, reset, predict.", ("model", "change")
+        )
+        self._row_steps = Counter(
+            "stepwell_row_steps", "Rows times time steps of the changes applied.", ("model", "change")
+        )
+        self._replays = Counter(
+            "stepwell_replays", "Retries that were answered with the remembered reply.", ("model", "change")
+        )
+        self._conflicts = Counter(
+            "stepwell_store_conflicts",
+            "Changes judged again because another server had changed the session in the store.",
+            model,
+        )
+        self._errors = Counter(
+            "stepwell_errors",
+            "Calls and changes refused, by model (empty: of none that is known) and reason.",
+            ("model", "reason"),
+        )
+        self._errors.declare((_NO_MODEL, reason) for reason in self._reasons)
+        self._time_steps = Counter("stepwell_pass_time_steps", "Time steps run in passes.", model)
+        self._pass_rows = Histogram("stepwell_pass_rows", "Rows of a pass.", model, ROWS)
+        self._pass_seconds = Histogram("stepwell_pass_seconds", "Duration of a pass.", model)
+        self._stages = Histogram(
+            "stepwell_stage_seconds",
+            "Seconds of a change by stage: wait (for its pass), commit (for the store), total (until its answer).",
+            ("model", "stage"),
+        )
+        self._paged = Counter(
+            "stepwell_paged_sessions",
+            "Sessions paged in and out: moved between store and arena.",
+            ("model", "direction"),
+        )
+        self._paging_seconds = Histogram(
+            "stepwell_paging_seconds",
+            "Duration of a move of sessions between store and arena, of some at once.",
+            ("model", "direction"),
+        )
+        self._loads = Counter(
+            "stepwell_model_loads",
+            "Models made ready at the start, by where their programs came from.",
+            ("model", "source"),
+        )
+        self._requests = Counter("stepwell_requests", "Calls ended, by status code.", ("method", "code"))
+        self._request_seconds = Histogram(
+            "stepwell_request_seconds",
+            "Duration of a call; of a stream that of each message, from its arrival to the last part of its answer.",
+            ("method",),
+        )
+
+    def model_served(self, model: str, program: Program) -> None:
+        """See `Observer.model_served`."""
+        self._models[model] = {"fingerprint": program.fingerprint, "executor": program.executor}
+        for counter, values in (
+            (self._events, _EVENTS),
+            (self._changes, _CHANGES),
+            (self._row_steps, _CHANGES),
+            (self._replays, _REPLAYED),
+            (self._errors, self._reasons),
+            (self._paged, ("in", "out")),
+        ):
+            counter.declare((model, value) for value in values)
+        for counter in (self._time_steps, self._conflicts):
+            counter.declare([(model,)])
+        for direction in ("in", "out"):
+            self._paging_seconds.of((model, direction))
+        for stage in _STAGES:
+            self._stages.of((model, stage))
+        self._pass_rows.of((model,))
+        self._pass_seconds.of((model,))
+
+    def model_loaded(self, model: str, source: str, seconds: float) -> None:
+        """A model was made ready, which took so long: its program is from the `cache` or a `file`, or was `compiled`."""
+        self._loads.declare((model, each) for each in _SOURCES)
+        self._loads.values[model, source] += 1
+        self._load_seconds[model] = seconds
+
+    def session_event(self, event: str, model: str, session_id: str) -> None:  # noqa: ARG002
+        """See `Observer.session_event`."""
+        self._events.values[self._known(model), event] += 1
+
+    def sessions_opened(self, model: str, count: int, event: str = "opened") -> None:
+        """See `Observer.sessions_opened`."""
+        self._events.values[model, event] += count
+
+    def stage(self, model: str, stage: str, seconds: float, count: int) -> None:
+        """See `Observer.stage`."""
+        self._stages.of((model, stage)).observe(seconds, count)
+
+    def stepped_alone(self, model: str, seconds: float) -> None:
+        """See `Observer.stepped_alone`."""
+        alone = self._alone.get(model)
+        if alone is None:
+            alone = self._alone[model] = Series()
+        alone.counts[bisect_left(SECONDS, seconds)] += 1
+        alone.total += seconds
+        self._time_step_s[model] = seconds
+
+    def _count_alone(self) -> None:
+        """Add the steps that ran alone to everything they belong to."""
+        for model, alone in self._alone.items():
+            steps = sum(alone.counts)
+            self._pass_seconds.of((model,)).add(alone)
+            self._stages.of((model, "total")).add(alone)
+            self._stages.of((model, "wait")).observe(0.0, steps)
+            self._pass_rows.of((model,)).observe(1, steps)
+            self._time_steps.values[model,] += steps
+            self._changes.values[model, "step"] += steps
+            self._row_steps.values[model, "step"] += steps
+            self._count_passes(model, 1, steps, alone.total)
+        self._alone.clear()
+
+    def pass_done(self, model: str, rows: int, time_steps: int, seconds: float) -> None:
+        """See `Observer.pass_done`."""
+        labels = (model,)
+        self._pass_rows.of(labels).observe(rows)
+        self._pass_seconds.of(labels).observe(seconds)
+        self._time_steps.values[labels] += time_steps
+        self._time_step_s[model] = seconds / max(1, time_steps)
+        self._count_passes(model, rows, 1, seconds)
+
+    def _count_passes(self, model: str, rows: int, count: int, seconds: float) -> None:
+        batches = self._batches[model]
+        passes, before = batches.get(rows, (0, 0.0))
+        batches[rows] = (passes + count, before + seconds)
+
+    def passes_by_rows(self, model: str) -> Mapping[int, tuple[int, float]]:
+        """How many passes of the model ran, and their seconds in all, by the rows they ran."""
+        self._count_alone()
+        return self._batches[model]
+
+    def seconds_per_time_step(self, model: str) -> float:
+        """Seconds that one time step took in the model's latest pass; 0 before the first."""
+        return self._time_step_s.get(model, 0.0)
+
+    def applied(self, model: str, change: str, count: int, row_steps: int) -> None:
+        """See `Observer.applied`."""
+        labels = (model, change)
+        self._changes.values[labels] += count
+        self._row_steps.values[labels] += row_steps
+
+    def replayed(self, model: str, change: str, count: int) -> None:
+        """See `Observer.replayed`."""
+        self._replays.values[model, change] += count
+
+    def judged_again(self, model: str, count: int) -> None:
+        """See `Observer.judged_again`."""
+        self._conflicts.values[(model,)] += count
+
+    def paged(self, model: str, direction: str, sessions: int, seconds: float) -> None:
+        """See `Observer.paged`."""
+        labels = (model, direction)
+        self._paged.values[labels] += sessions
+        self._paging_seconds.of(labels).observe(seconds)
+
+    def refused(self, reason: str, count: int, model: str = _NO_MODEL) -> None:
+        """Calls or changes of a frame ended with an error; `model` is theirs, if it is known, or what a caller took for one."""
+        self._errors.values[self._known(model), reason] += count
+
+    def _known(self, model: str) -> str:
+        return model if model in self._models else _NO_MODEL
+
+    def method_served(self, method: str, codes: Collection[str], *, streams: bool) -> None:
+        """Calls of `method` may come, and end with these status codes."""
+        self._requests.declare((method, code) for code in codes)
+        if streams:
+            self._streams[method] = 0
+        else:
+            self._request_seconds.of((method,))
+
+    def request_done(self, method: str, code: str, seconds: float) -> None:
+        """A call ended that is no stream."""
+        self._requests.values[method, code] += 1
+        series = self._request_seconds.series.get((method,)) or self._request_seconds.of((method,))
+        series.counts[bisect_left(SECONDS, seconds)] += 1
+        series.total += seconds
+
+    def requests_done(self, method: str, code: str, seconds: npt.NDArray[np.float64]) -> None:
+        """Several calls of a method ended alike."""
+        self._requests.values[method, code] += len(seconds)
+        self._request_seconds.of((method,)).observe_all(seconds)
+
+    def stream_began(self, method: str) -> None:
+        """A stream was opened."""
+        self._streams[method] = self._streams.get(method, 0) + 1
+
+    def stream_done(self, method: str, code: str) -> None:
+        """A stream ended."""
+        self._streams[method] -= 1
+        self._requests.values[method, code] += 1
+
+    def messages_done(self, method: str, seconds: npt.NDArray[np.float64]) -> None:
+        """Messages of streams were answered to their last parts, which took so long since they had come."""
+        self._request_seconds.of((method,)).observe_all(seconds)
+
+    def serves_by(self, front: str, limits: Mapping[str, float], counts: Callable[[], FrontCounts]) -> None:
+        """What speaks to the network, as `--front` has it; its limits; what it has to do when it is asked."""
+        self._build["front"] = front
+        self._limits, self._front_counts = limits, counts
+
+    def keeps_in(self, times: StoreTimes) -> None:
+        """What the store on disk writes down of its work."""
+        self._store_times = times
+
+    def store_checked(self, *, is_ready: bool, reopened: int) -> None:
+        """The store was looked after: whether it can be used, and how often it was opened anew."""
+        self._store_is_ready, self._store_reopened = is_ready, reopened
+
+    def families(self, stats: Iterable[ModelStats]) -> list[Metric]:
+        """Everything counted so far, and the gauges of ``stats``."""
+        self._count_alone()
+        counted: list[Counter | Histogram] = [
+            *(self._events, self._changes, self._row_steps, self._replays, self._conflicts, self._errors),
+            *(self._time_steps, self._pass_rows, self._pass_seconds, self._stages),
+            *(self._paged, self._paging_seconds, self._loads, self._requests, self._request_seconds),
+        ]
+        families = [each.family() for each in counted]
+        families += gauges.of_build(self._build, self._models, self._load_seconds)
+        families += gauges.of_streams(self._streams)
+        if self._front_counts is not None:
+            families += gauges.of_front(self._front_counts(), self._limits)
+        families += gauges.of_store(
+            self._store_times, is_ready=self._store_is_ready, reopened=self._store_reopened
+        )
+        return [*families, *gauges.of_engine(list(stats))]

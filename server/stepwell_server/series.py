@@ -1,0 +1,109 @@
+"""Counters and histograms by labels: plain arithmetic, made into Prometheus's families when they are asked for."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
+SECONDS = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
+)  # fmt: skip
+ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
+
+Labels = tuple[str, ...]
+"""Values of labels, in the order of their names."""
+
+
+class Series:
+    """How many values were at most each of the bounds, and their sum.
+
+    For one writer at a time; who reads meanwhile, on another thread, may see a value in the counts and not in the sum.
+    """
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float] = SECONDS) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Count a value, so often."""
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.total += value * count
+
+    def observe_all(self, values: npt.NDArray[np.float64]) -> None:
+        """Count several values."""
+        if len(values) == 1:
+            self.observe(float(values[0]))
+            return
+        counts = np.bincount(np.searchsorted(self.bounds, values), minlength=len(self.counts))
+        self.counts = [a + b for a, b in zip(self.counts, counts.tolist(), strict=True)]
+        self.total += float(values.sum())
+
+    def add(self, more: Series) -> None:
+        """Count what another one with the same bounds has counted."""
+        self.counts = [a + b for a, b in zip(self.counts, more.counts, strict=True)]
+        self.total += more.total
+
+    def cumulative(self) -> Iterator[tuple[str, float]]:
+        """Each bound, and how many values were at most so large."""
+        running = 0
+        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
+            running += count
+            yield bound, running
+
+
+class Counter:
+    """Numbers that only grow, by the values of labels."""
+
+    def __init__(self, name: str, text: str, labels: Labels) -> None:
+        """`name` is without `_total`."""
+        self.name, self.text, self.labels = name, text, labels
+        self.values: defaultdict[Labels, float] = defaultdict(float)
+
+    def declare(self, labels: Iterable[Labels]) -> None:
+        """Show these, at 0 until they are counted: a rate of what appears with its first event misses that event."""
+        for each in labels:
+            self.values[each] += 0
+
+    def family(self) -> Metric:
+        """As Prometheus has it."""
+        from prometheus_client.core import CounterMetricFamily
+
+        family = CounterMetricFamily(self.name, self.text, labels=self.labels)
+        for labels, value in self.values.items():
+            family.add_metric(labels, value)
+        return family
+
+
+class Histogram:
+    """Values by the values of labels."""
+
+    def __init__(self, name: str, text: str, labels: Labels, bounds: Sequence[float] = SECONDS) -> None:
+        self.name, self.text, self.labels, self.bounds = name, text, labels, bounds
+        self.series: dict[Labels, Series] = {}
+
+    def of(self, labels: Labels) -> Series:
+        """The values of these labels, which are shown from now on."""
+        series = self.series.get(labels)
+        if series is None:
+            series = self.series[labels] = Series(self.bounds)
+        return series
+
+    def family(self) -> Metric:
+        """As Prometheus has it."""
+        from prometheus_client.core import HistogramMetricFamily
+
+        family = HistogramMetricFamily(self.name, self.text, labels=self.labels)
+        for labels, series in self.series.items():
+            family.add_metric(labels, list(series.cumulative()), sum_value=series.total)
+        return family

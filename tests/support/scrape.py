@@ -1,0 +1,120 @@
+"""A scrape of metrics: its values, whether its names keep to Prometheus's rules, and whether PromQL finds what it names."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from collections.abc import Iterator, Mapping
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+_TIMEOUT_S = 100.0
+_TYPE = re.compile(r"^# TYPE (\S+) (\S+)$", re.MULTILINE)
+_HELP = re.compile(r"^# HELP (\S+) (\S.*)$", re.MULTILINE)
+#: Units that Prometheus's own linter (`promtool check metrics`) wants written out, or another base unit for.
+_BAD_UNITS = {"s", "ms", "us", "ns", "milliseconds", "microseconds", "minutes", "hours", "days", "percent"}
+_BAD_UNITS |= {"kb", "mb", "gb", "kilobytes", "megabytes", "gigabytes", "bits"}
+_TYPES = {"counter", "gauge", "histogram", "summary"}
+
+_SELECTOR = re.compile(r"\b([a-z][a-zA-Z0-9_]*)\b\s*(\{[^}]*\})?\s*(\()?")
+_MATCHER = re.compile(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"')
+_GROUPING = re.compile(r"\b(by|without|on|ignoring|group_left|group_right)\b\s*\(([^)]*)\)")
+_FUNCTIONS = frozenset(
+    ["histogram_quantile", "max", "min", "predict_linear", "rate", "sum", "count", "increase"]
+)
+
+
+class Scrape:
+    """What a server answers to a scrape."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._samples = [
+            sample for family in text_string_to_metric_families(text) for sample in family.samples
+        ]
+        self._values = {(each.name, frozenset(each.labels.values())): each.value for each in self._samples}
+
+    @classmethod
+    def of(cls, address: str) -> Scrape:
+        """Scrape a server."""
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=_TIMEOUT_S) as response:
+            return cls(response.read().decode())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scrape) and self._values == pytest.approx(other._values)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def value(self, name: str, *labels: str) -> float:
+        """A value by name and label values, in any order."""
+        return self._values[name, frozenset(labels)]
+
+    def series(self, name: str) -> list[Mapping[str, str]]:
+        """The labels of each series of a name."""
+        return [sample.labels for sample in self._samples if sample.name == name]
+
+    @property
+    def size(self) -> int:
+        """How many series there are."""
+        return len(self._samples)
+
+    def faults(self) -> list[str]:
+        """What is against Prometheus's rules for names, as `promtool check metrics` knows them."""
+        texts = dict(_HELP.findall(self.text))
+        return [
+            f"{name}: {fault}"
+            for name, kind in _TYPE.findall(self.text)
+            for fault in _faults(name, kind, texts)
+        ]
+
+    def missing(self, expression: str) -> list[str]:
+        """What a PromQL expression names that is not here: series, values of labels, labels to group by."""
+        found = list(self._missing(expression))
+        groups = {label.strip() for _, named in _GROUPING.findall(expression) for label in named.split(",")}
+        known = {label for name in _names(expression) for labels in self.series(name) for label in labels}
+        return found + [f"no label {label}" for label in sorted(groups - known - {""})]
+
+    def _missing(self, expression: str) -> Iterator[str]:
+        names = list(_names(expression))
+        if not names:
+            yield "no metric is named"
+        for name, braces in _selectors(expression):
+            series = self.series(name)
+            if not series:
+                yield f"no series {name}"
+            for label, operator, wanted in _MATCHER.findall(braces):
+                if not any(label in labels for labels in series):
+                    yield f"{name} has no label {label}"
+                elif operator == "=" and not any(labels.get(label) == wanted for labels in series):
+                    yield f"{name} has no {label}={wanted}"
+
+
+def _faults(name: str, kind: str, texts: Mapping[str, str]) -> Iterator[str]:
+    words = name.split("_")
+    if not texts.get(name):
+        yield "there must be a help text"
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        yield "the name must be in snake_case"
+    if name.endswith("_total") is not (kind == "counter"):
+        yield "counters, and nothing else, end in _total"
+    if kind == "gauge" and words[-1] in {"count", "sum", "bucket"}:
+        yield "only parts of histograms end in _count, _sum and _bucket"
+    if _BAD_UNITS.intersection(words):
+        yield "units must be base units, written out"
+    if _TYPES.intersection(words):
+        yield "the name must not say the type"
+
+
+def _selectors(expression: str) -> Iterator[tuple[str, str]]:
+    """Each metric that is named, and its matchers."""
+    text = re.sub(r"\[[^\]]*\]", " ", _GROUPING.sub(" ", expression))
+    for name, braces, is_call in _SELECTOR.findall(text):
+        if is_call:
+            assert name in _FUNCTIONS, f"an unknown function in {expression!r}: {name}"
+        else:
+            yield name, braces
+
+
+def _names(expression: str) -> Iterator[str]:
+    return (name for name, _ in _selectors(expression))
