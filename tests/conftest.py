@@ -25,6 +25,8 @@ def pytest_configure() -> None:
     folder = tempfile.mkdtemp(prefix="stepwell-data-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["XDG_DATA_HOME"] = folder
+    # servers whose metrics no test asks for leave their port alone
+    os.environ["STEPWELL_METRICS_LISTEN"] = "off"
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

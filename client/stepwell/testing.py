@@ -122,7 +122,9 @@ class LocalServer:
         """
         if self.pid is not None:
             raise ServerStartError(f"the server must be stopped before it is started; it runs as {self.pid}")
-        self._run = run = _Run(self._command(), {**os.environ, **self._env})
+        # nobody knows of its metrics, so they take no port unless they are asked for
+        environment = {"STEPWELL_METRICS_LISTEN": "off", **os.environ, **self._env}
+        self._run = run = _Run(self._command(), environment)
         try:
             run.start()
             address = run.wait_ready(self._start_timeout_s, self._on_log)

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-import urllib.request
+import queue
+import re
+import shutil
+import socket
+import subprocess
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from stepwell.v1 import sessions_pb2 as pb
+from stepwell_server import app
+from stepwell_server.addresses import Address
+from stepwell_server.metrics.observer import PrometheusObserver
+from stepwell_server.settings import Settings
+from support.engine import running
+from support.scrape import Scrape
 from support.server_process import FEATURES, ServerProcess, connect, random_tensor, serve
 
 _TIMEOUT_S = 100.0
+_ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -23,16 +36,6 @@ def server() -> Iterator[ServerProcess]:
     arguments = ("--metrics-listen", "127.0.0.1:0", "--log-format", "json", "--log-level", "debug")
     with serve(*arguments) as server:
         yield server
-
-
-def _scrape(address: str) -> dict[tuple[str, frozenset[str]], float]:
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=_TIMEOUT_S) as response:
-        families = text_string_to_metric_families(response.read().decode())
-        return {
-            (sample.name, frozenset(sample.labels.values())): sample.value
-            for family in families
-            for sample in family.samples
-        }
 
 
 def _do_something(stub: Any) -> None:
@@ -58,24 +61,20 @@ def test_what_happened_is_counted_and_logged(server: ServerProcess) -> None:
     channel, stub = connect(server)
     with channel:
         _do_something(stub)
-    values = _scrape(address)
-
-    def value(name: str, *labels: str) -> float:
-        return values[name, frozenset(labels)]
-
+    value = Scrape.of(address).value
     assert value("stepwell_sessions", "forecast") == 3
     assert value("stepwell_session_events_total", "forecast", "opened") == 4
     assert value("stepwell_session_events_total", "forecast", "closed") == 1
     assert value("stepwell_changes_total", "forecast", "step") == 3
     assert value("stepwell_changes_total", "forecast", "reset") == 1
     assert value("stepwell_row_steps_total", "forecast", "step") == 12
-    assert value("stepwell_errors_total", "REVISION_CONFLICT") == 1
+    assert value("stepwell_errors_total", "forecast", "REVISION_CONFLICT") == 1
     assert value("stepwell_pass_rows_count", "forecast") >= 3
     assert value("stepwell_stage_seconds_count", "forecast", "total") >= 3
     assert value("stepwell_requests_total", "Step", "OK") == 3
     assert value("stepwell_requests_total", "Step", "ABORTED") == 1
     assert value("stepwell_request_seconds_count", "Step") == 4
-    assert value("stepwell_queued_changes", "forecast") == 0
+    assert value("stepwell_queued_rows", "forecast") == 0
     assert value("stepwell_queued_bytes") == 0
     assert value("process_resident_memory_bytes") > 1e6
     server.signal()
@@ -98,16 +97,138 @@ def _check_log(lines: list[dict[str, Any]]) -> None:
     assert all(line["duration_ms"] > 0 for line in requests)
 
 
-@pytest.mark.parametrize("durability", ["sync", "async"])
-def test_commits_are_timed_where_sessions_are_kept_on_disk(tmp_path: Path, durability: str) -> None:
-    arguments = ("--metrics-listen", "127.0.0.1:0", "--log-format", "json", "--durability", durability)
-    with serve(*arguments, "--data-dir", str(tmp_path / "data")) as server:
+@contextlib.contextmanager
+def _on_disk(folder: Path, *arguments: str) -> Iterator[tuple[Any, str]]:
+    """A server that keeps sessions on disk: its stub, and where its metrics are."""
+    options = ("--metrics-listen", "127.0.0.1:0", "--log-format", "json", "--data-dir", str(folder))
+    with serve(*options, *arguments) as server:
         address = json.loads(server.wait_for_log('"metrics"'))["address"]
         channel, stub = connect(server)
         with channel:
-            _do_something(stub)
-        values = _scrape(address)
+            yield stub, address
+
+
+@pytest.fixture(scope="module")
+def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scrape]:
+    """What a server says that was asked for all sorts of things, and has a stream open."""
+    folder = tmp_path_factory.mktemp("metrics")
+    with _on_disk(folder, "--durability", "sync", "--resident-rows", "3") as (stub, address):
+        _do_something(stub)
+        ids = list(stub.OpenSessions(pb.OpenSessionsRequest(model="forecast", count=3)).session_ids)
+        again = pb.StepRequest(
+            session_id=ids[0], expected_revision=0, request_id=7, inputs=[random_tensor(1, 1, FEATURES)]
+        )
+        assert [stub.Step(again).replayed for _ in range(2)] == [False, True]
+        for wrong in (
+            pb.StepRequest(session_id=ids[0], inputs=[random_tensor(1, 1, FEATURES + 1)]),
+            pb.StepRequest(session_id="nobody", inputs=[random_tensor(1, 1, FEATURES)]),
+        ):
+            with pytest.raises(grpc.RpcError):
+                stub.Step(wrong)
+        with pytest.raises(grpc.RpcError):
+            stub.OpenSession(pb.OpenSessionRequest(model="a name that a caller made up"))
+        frames: queue.SimpleQueue[pb.StepStreamRequest | None] = queue.SimpleQueue()
+        replies = stub.StepStream(iter(frames.get, None))
+        for number in (1, 2):
+            step = pb.StepFrame(session_ids=ids, inputs=[random_tensor(number, 3, FEATURES)])
+            frames.put(pb.StepStreamRequest(frame_id=number, step=step))
+            while not next(replies).last:
+                pass
+        yield Scrape.of(address)
+        frames.put(None)
+        assert not list(replies)
+
+
+def test_a_stream_is_timed_frame_by_frame(scraped: Scrape) -> None:
+    assert scraped.value("stepwell_open_streams", "StepStream") == 1
+    assert scraped.value("stepwell_request_seconds_count", "StepStream") == 2
+    assert scraped.value("stepwell_request_seconds_sum", "StepStream") > 0
+    assert scraped.value("stepwell_requests_total", "StepStream", "OK") == 0
+
+
+def test_errors_and_retries_are_told_by_model(scraped: Scrape) -> None:
+    value = scraped.value
+    assert value("stepwell_replays_total", "forecast", "step") == 1
+    assert value("stepwell_errors_total", "forecast", "INVALID_INPUT") == 1
+    assert value("stepwell_errors_total", "forecast", "REVISION_CONFLICT") == 1
+    assert value("stepwell_errors_total", "", "SESSION_NOT_FOUND") == 1
+    assert value("stepwell_errors_total", "", "MODEL_NOT_FOUND") == 1
+    assert not [each for each in scraped.series("stepwell_errors_total") if "made up" in each["model"]]
+
+
+def test_the_server_its_store_and_its_pager_are_shown(scraped: Scrape) -> None:
+    value = scraped.value
+    build = {"version": metadata.version("stepwell"), "store": "disk", "durability": "sync"}
+    assert build.items() < dict(scraped.series("stepwell_build_info")[0]).items()
+    assert value("stepwell_model_loads_total", "forecast", "cache") == 1
+    assert value("stepwell_model_loads_total", "forecast", "compiled") == 0
+    assert value("stepwell_model_load_seconds", "forecast") > 0
+    # three of six sessions fit, and of those that were stepped two had to come back
+    assert value("stepwell_max_resident_rows", "forecast") == value("stepwell_resident_rows", "forecast") == 3
+    assert value("stepwell_paged_sessions_total", "forecast", "in") >= 2
+    assert value("stepwell_paged_sessions_total", "forecast", "out") >= 2
+    assert value("stepwell_store_write_seconds_count", "log") >= 7
+    assert value("stepwell_store_write_seconds_count", "data") >= 3
+    assert value("stepwell_store_commit_seconds_sum") > 0
+    size = value("stepwell_store_disk_size_bytes")
+    assert 0 < value("stepwell_store_disk_free_bytes") < size
+
+
+def test_names_keep_to_the_rules_of_prometheus(scraped: Scrape) -> None:
+    assert not scraped.faults()
+    promtool = shutil.which("promtool")
+    if promtool is not None:
+        checked = subprocess.run([promtool, "check", "metrics"], input=scraped.text, text=True, check=False)
+        assert checked.returncode == 0
+
+
+def test_each_question_in_the_manual_can_be_asked(scraped: Scrape) -> None:
+    text = (_ROOT / "docs" / "operations.md").read_text()
+    blocks = re.findall(r"```promql\n(.*?)```", text, re.DOTALL)
+    expressions = [line for block in blocks for line in block.splitlines() if not line.startswith("#")]
+    assert len(expressions) > 20
+    missing = {expression: found for expression in expressions if (found := scraped.missing(expression))}
+    # the front in Python cannot tell what it has to do
+    if {"front": "native"}.items() <= dict(scraped.series("stepwell_build_info")[0]).items():
+        assert not missing
+    assert all("stepwell_front_" in expression for expression in missing)
+    # each metric in the text is one
+    for name in set(re.findall(r"`(stepwell_\w+)[`{]", text)):
+        parts = [name, f"{name}_count"]
+        assert any(scraped.series(part) for part in parts) or "_front_" in name, name
+
+
+def test_commits_made_in_place_are_timed(tmp_path: Path) -> None:
+    with _on_disk(tmp_path / "data", "--durability", "async") as (stub, address):
+        _do_something(stub)
+        scrape = Scrape.of(address)
     # of three steps and a reset
-    assert values["stepwell_stage_seconds_count", frozenset({"forecast", "commit"})] == 4
-    assert values["stepwell_sessions", frozenset({"forecast"})] == 3
-    assert values["stepwell_uncommitted", frozenset()] == 0
+    assert scrape.value("stepwell_stage_seconds_count", "forecast", "commit") == 4
+    assert scrape.value("stepwell_store_write_seconds_count", "log") == 4
+    assert scrape.value("stepwell_sessions", "forecast") == 3
+    assert scrape.value("stepwell_uncommitted_sessions") == 0
+
+
+def test_a_server_starts_without_metrics_where_their_default_port_is_in_use() -> None:
+    with socket.socket() as other:
+        with contextlib.suppress(OSError):  # somebody else has it, which does as well
+            other.bind(app.DEFAULT_METRICS)
+            other.listen()
+        with serve(environment={"STEPWELL_METRICS_LISTEN": None}) as server:
+            line = server.wait_for_log("metrics are not served")
+            assert "warning" in line
+            assert str(app.DEFAULT_METRICS) in line
+
+
+async def test_metrics_are_served_by_default_unless_they_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "DEFAULT_METRICS", Address("127.0.0.1", 0))
+    observer = PrometheusObserver()
+    async with running() as at:
+        metrics = app._serve_metrics(Settings(), observer, at.engine)
+        assert metrics is not None
+        try:
+            scrape = await asyncio.to_thread(Scrape.of, f"127.0.0.1:{metrics.port}")
+        finally:
+            await asyncio.to_thread(metrics.close)
+        assert scrape.series("stepwell_max_pass_rows")
+        assert app._serve_metrics(Settings(metrics_listen="off"), observer, at.engine) is None

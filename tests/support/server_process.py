@@ -48,14 +48,17 @@ class ServerProcess:
         self,
         *arguments: str,
         ready: bool = True,
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str | None] | None = None,
         terminal: int | None = None,
     ) -> None:
+        """`environment` is added to the test's own; None takes out what is there. Metrics are off unless it or an option says otherwise."""
         if not {"--store", "--data-dir"} & set(arguments):
             arguments = (*arguments, "--store", "memory")
         # but for the front, which `make soak` chooses for all servers
         kept = (key for key in os.environ if key == "STEPWELL_FRONT" or not key.startswith("STEPWELL_"))
         clean = {key: os.environ[key] for key in kept}
+        clean["STEPWELL_METRICS_LISTEN"] = "off"
+        added = {**clean, **(environment or {})}
         command = [sys.executable, "-m", "stepwell_server", *arguments]
         if terminal is not None:
             command = [sys.executable, "-c", _CONTROLLED, *command]
@@ -66,7 +69,7 @@ class ServerProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=clean | dict(environment or {}),
+            env={name: value for name, value in added.items() if value is not None},
         )
         self._stderr: list[str] = []
         self.ready_line = self._read_ready_line() if ready else ""
@@ -118,11 +121,16 @@ class ServerProcess:
         return line
 
 
-def serve(*arguments: str, ready: bool = True, terminal: int | None = None) -> ServerProcess:
+def serve(
+    *arguments: str,
+    ready: bool = True,
+    environment: Mapping[str, str | None] | None = None,
+    terminal: int | None = None,
+) -> ServerProcess:
     """A server of the `forecast` model; wait until it is `ready`, or not."""
     model = forecast()
     standard = (f"forecast={model.path}", "--listen", "127.0.0.1:0", "--cache-dir", str(model.cache_dir))
-    return ServerProcess(*standard, *arguments, ready=ready, terminal=terminal)
+    return ServerProcess(*standard, *arguments, ready=ready, environment=environment, terminal=terminal)
 
 
 def connect(server: ServerProcess) -> tuple[grpc.Channel, sessions_pb2_grpc.SessionServiceStub]:
