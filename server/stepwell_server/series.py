@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from operator import add
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,10 +29,11 @@ class Series:
     For one writer at a time; who reads meanwhile, on another thread, may see a value in the counts and not in the sum.
     """
 
-    __slots__ = ("bounds", "counts", "total")
+    __slots__ = ("_edges", "bounds", "counts", "total")
 
     def __init__(self, bounds: Sequence[float] = SECONDS) -> None:
         self.bounds = bounds
+        self._edges = np.array(bounds)
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
 
@@ -45,13 +47,13 @@ class Series:
         if len(values) == 1:
             self.observe(float(values[0]))
             return
-        counts = np.bincount(np.searchsorted(self.bounds, values), minlength=len(self.counts))
-        self.counts = [a + b for a, b in zip(self.counts, counts.tolist(), strict=True)]
-        self.total += float(values.sum())
+        counts = np.bincount(self._edges.searchsorted(values), minlength=len(self.counts))
+        self.counts = list(map(add, self.counts, counts.tolist()))
+        self.total += float(np.add.reduce(values))
 
     def add(self, more: Series) -> None:
         """Count what another one with the same bounds has counted."""
-        self.counts = [a + b for a, b in zip(self.counts, more.counts, strict=True)]
+        self.counts = list(map(add, self.counts, more.counts))
         self.total += more.total
 
     def cumulative(self) -> Iterator[tuple[str, float]]:
@@ -98,6 +100,12 @@ class Histogram:
         if series is None:
             series = self.series[labels] = Series(self.bounds)
         return series
+
+    def observe(self, labels: Labels, value: float, count: int = 1) -> None:
+        """Count a value, so often."""
+        series = self.series.get(labels) or self.of(labels)
+        series.counts[bisect_left(self.bounds, value)] += count
+        series.total += value * count
 
     def family(self) -> Metric:
         """As Prometheus has it."""

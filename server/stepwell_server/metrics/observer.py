@@ -147,7 +147,7 @@ class PrometheusObserver(Observer):
 
     def stage(self, model: str, stage: str, seconds: float, count: int) -> None:
         """See `Observer.stage`."""
-        self._stages.of((model, stage)).observe(seconds, count)
+        self._stages.observe((model, stage), seconds, count)
 
     def stepped_alone(self, model: str, seconds: float) -> None:
         """See `Observer.stepped_alone`."""
@@ -164,8 +164,8 @@ class PrometheusObserver(Observer):
             steps = sum(alone.counts)
             self._pass_seconds.of((model,)).add(alone)
             self._stages.of((model, "total")).add(alone)
-            self._stages.of((model, "wait")).observe(0.0, steps)
-            self._pass_rows.of((model,)).observe(1, steps)
+            self._stages.observe((model, "wait"), 0.0, steps)
+            self._pass_rows.observe((model,), 1, steps)
             self._time_steps.values[model,] += steps
             self._changes.values[model, "step"] += steps
             self._row_steps.values[model, "step"] += steps
@@ -175,8 +175,8 @@ class PrometheusObserver(Observer):
     def pass_done(self, model: str, rows: int, time_steps: int, seconds: float) -> None:
         """See `Observer.pass_done`."""
         labels = (model,)
-        self._pass_rows.of(labels).observe(rows)
-        self._pass_seconds.of(labels).observe(seconds)
+        self._pass_rows.observe(labels, rows)
+        self._pass_seconds.observe(labels, seconds)
         self._time_steps.values[labels] += time_steps
         self._time_step_s[model] = seconds / max(1, time_steps)
         self._count_passes(model, rows, 1, seconds)
@@ -213,7 +213,7 @@ class PrometheusObserver(Observer):
         """See `Observer.paged`."""
         labels = (model, direction)
         self._paged.values[labels] += sessions
-        self._paging_seconds.of(labels).observe(seconds)
+        self._paging_seconds.observe(labels, seconds)
 
     def refused(self, reason: str, count: int, model: str = _NO_MODEL) -> None:
         """Calls or changes of a frame ended with an error; `model` is theirs, if it is known, or what a caller took for one."""

@@ -17,6 +17,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.logs import Log
 from stepwell_server.rpc.fronts.base import (
+    F64,
     BindError,
     CallEnded,
     Ended,
@@ -56,6 +57,7 @@ _PLAIN = {
     "/inference.GRPCInferenceService/ModelStreamInfer": "infer_stream",
 }
 _NOBODY: Members = np.zeros(0, np.intp)
+_NO_TIMES: F64 = np.zeros(0)
 # The numbers that tell what has come: see `tuple` in python.rs.
 _BATCH, _CALL, _MESSAGE, _TOO_LARGE, _DUPLICATE, _HALF_CLOSED, _WRITTEN, _ENDED, _REFUSED = range(9)
 #: What the log says of connections that cannot be taken, by the reason that the metric has.
@@ -391,7 +393,11 @@ def _said(status: Status) -> tuple[int, str, bytes]:
 
 
 def _ended(calls: bytes, messages: bytes) -> Ended:
-    return Ended(np.frombuffer(calls, np.float64), np.frombuffer(messages, np.float64))
+    return Ended(_times(calls), _times(messages))
+
+
+def _times(raw: bytes) -> F64:
+    return np.frombuffer(raw, np.float64) if raw else _NO_TIMES
 
 
 def _wake(waiting: asyncio.Future[None] | None) -> None:
