@@ -169,7 +169,7 @@ def test_the_server_its_store_and_its_pager_are_shown(scraped: Scrape) -> None:
     assert value("stepwell_paged_sessions_total", "forecast", "out") >= 2
     assert value("stepwell_store_write_seconds_count", "log") >= 7
     assert value("stepwell_store_write_seconds_count", "data") >= 3
-    assert value("stepwell_store_commit_seconds_sum") > 0
+    assert value("stepwell_store_log_records_total") >= value("stepwell_store_write_seconds_count", "log")
     size = value("stepwell_store_disk_size_bytes")
     assert 0 < value("stepwell_store_disk_free_bytes") < size
 

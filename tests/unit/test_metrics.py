@@ -152,14 +152,14 @@ def test_gauges_are_those_of_the_moment() -> None:
 
 def test_how_the_store_is_stands_there() -> None:
     observer = PrometheusObserver()
-    assert not _scrape(observer).series("stepwell_store_commit_seconds_count")
+    assert not _scrape(observer).series("stepwell_store_write_seconds_count")
     times = StoreTimes()
     times.log.observe(0.002)
-    times.records = 3
+    times.log_records = 3
     observer.keeps_in(times)
     assert _scrape(observer).value("stepwell_store_write_seconds_count", "log") == 1
     assert _scrape(observer).value("stepwell_store_write_seconds_count", "data") == 0
-    assert _scrape(observer).value("stepwell_store_records_total") == 3
+    assert _scrape(observer).value("stepwell_store_log_records_total") == 3
     assert _scrape(observer).value("stepwell_store_ready") == 1
     observer.store_checked(is_ready=False, reopened=3)
     samples = _scrape(observer)

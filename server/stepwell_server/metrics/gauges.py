@@ -106,10 +106,6 @@ def of_store(times: StoreTimes | None, *, is_ready: bool, reopened: int) -> Iter
     yield CounterMetricFamily("stepwell_store_reopened", text, value=reopened)
     if times is None:
         return
-    commits = HistogramMetricFamily(
-        "stepwell_store_commit_seconds", "Duration of a commit, of what came together."
-    )
-    commits.add_metric((), list(times.commits.cumulative()), sum_value=times.commits.total)
     writes = HistogramMetricFamily(
         "stepwell_store_write_seconds",
         "Duration of a write, with --durability sync until the disk has it: one to the log, a transaction of data.mdb.",
@@ -117,8 +113,8 @@ def of_store(times: StoreTimes | None, *, is_ready: bool, reopened: int) -> Iter
     )
     for file, series in (("log", times.log), ("data", times.data)):
         writes.add_metric((file,), list(series.cumulative()), sum_value=series.total)
-    text = "Records of sessions committed."
-    yield from (commits, writes, CounterMetricFamily("stepwell_store_records", text, value=times.records))
+    text = "Records of sessions written to the log; those that come together are one write."
+    yield from (writes, CounterMetricFamily("stepwell_store_log_records", text, value=times.log_records))
 
 
 def of_engine(stats: Sequence[ModelStats]) -> Iterator[Metric]:

@@ -6,14 +6,12 @@ from stepwell_server.series import Series
 
 
 class StoreTimes:
-    """Durations in seconds, whether what took so long succeeded or not. Written by the thread that commits; others may read."""
+    """Durations in seconds of what succeeded. Written by the thread that commits; others may read."""
 
     def __init__(self) -> None:
-        self.commits = Series()
-        """Of what came together."""
         self.log = Series()
         """Of a write to the log: until the disk has it, if it is waited for."""
         self.data = Series()
         """The same of a transaction of LMDB."""
-        self.records = 0
-        """How many were committed."""
+        self.log_records = 0
+        """How many records were written to the log: what comes together is one write."""

@@ -92,14 +92,6 @@ class DiskStore(LocalStore):
     @override
     def commit(self, batch: Batch) -> None:
         self._base.files.require()
-        started, times = time.perf_counter(), self._times
-        try:
-            self._keep(batch)
-            times.records += len(batch.puts)
-        finally:
-            times.commits.observe(time.perf_counter() - started)
-
-    def _keep(self, batch: Batch) -> None:
         if self._wal is None or self._closed:
             self._write(batch)
             return
@@ -279,18 +271,17 @@ class DiskStore(LocalStore):
             return False
 
     def _log(self, wal: WriteAheadLog, parts: Sequence[Sequence[tuple[str, Stored]]]) -> bool:
-        started = time.perf_counter()
-        try:
-            return wal.append(parts)
-        finally:
-            self._times.log.observe(time.perf_counter() - started)
+        started, times = time.perf_counter(), self._times
+        if not wal.append(parts):
+            return False
+        times.log.observe(time.perf_counter() - started)
+        times.log_records += sum(map(len, parts))
+        return True
 
     def _write(self, batch: Batch) -> None:
         started = time.perf_counter()
-        try:
-            self._base.commit(batch)
-        finally:
-            self._times.data.observe(time.perf_counter() - started)
+        self._base.commit(batch)
+        self._times.data.observe(time.perf_counter() - started)
 
     def _checkpoint(self, wal: WriteAheadLog) -> bool:
         """Checkpoint some changes; False if there are none."""
