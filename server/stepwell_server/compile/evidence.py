@@ -23,6 +23,7 @@ import numpy.typing as npt
 from stepwell_server.compile.causality.cut import all_operations, time_distributed
 from stepwell_server.compile.comparison import Comparison, Difference
 from stepwell_server.compile.errors import ModelError, NotCausalError
+from stepwell_server.compile.graph import concrete
 from stepwell_server.compile.interface import Interface
 from stepwell_server.compile.patch import attribute, relaxed
 from stepwell_server.compile.plan import Plan
@@ -207,11 +208,15 @@ def _whole_call(interface: Interface) -> _Whole:
                     stack.enter_context(attribute(operation, "call", merged))
             return interface.call(tensors)
 
-    compiled = tf.function(call)
+    functions: dict[tuple[Any, ...], Any] = {}
 
     def whole(inputs: Sequence[Array]) -> dict[str, Array]:
         casts = zip(inputs, interface.inputs, strict=True)
-        results = compiled(*(tf.cast(value, info.dtype) for value, info in casts))
+        tensors = [tf.cast(value, info.dtype) for value, info in casts]
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        if shapes not in functions:
+            functions[shapes] = concrete(call, *(tf.TensorSpec(x.shape, x.dtype) for x in tensors))
+        results = functions[shapes](*tensors)
         return {name: plain(value) for name, value in results.items()}
 
     return whole

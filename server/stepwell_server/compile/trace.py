@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.graph import concrete
 from stepwell_server.compile.patch import attribute, relaxed
 from stepwell_server.compile.plan import Carried, Plan
 from stepwell_server.compile.tensorflow_setup import keras, tf
@@ -42,7 +43,7 @@ def trace(plan: Plan) -> Any:
     signature |= {
         f"state_{i}": tf.TensorSpec([None, *x.shape], x.dtype, f"state_{i}") for i, x in enumerate(plan.state)
     }
-    return tf.function(step).get_concrete_function(**signature)
+    return concrete(step, **signature)
 
 
 class _TimeAxis:

@@ -17,6 +17,7 @@ from typing import Any
 
 from stepwell_server.compile.causality.axes import Scale, Scales
 from stepwell_server.compile.errors import ModelError, gist
+from stepwell_server.compile.graph import concrete
 from stepwell_server.compile.interface import Interface
 from stepwell_server.compile.patch import attribute, relaxed
 from stepwell_server.compile.tensorflow_setup import keras, tf
@@ -28,6 +29,9 @@ from stepwell_server.compile.watch import recurrent_layers
 SCALES = Scales(Scale(rows=37, steps=509), Scale(rows=41, steps=4099))
 #: Long enough for most windows, and short enough to make operations for each time step.
 _SMALL = (Scale(rows=3, steps=23), Scale(rows=3, steps=29))
+#: So many operations of one kind, at the first of these lengths, a layer makes that runs a loop over every second time
+#: step or more. One over fewer is not found so: the proof finds that its graphs differ.
+_FEWEST = 11
 #: A loop over another axis than the sequence runs whole in the graph. One longer than this does so only
 #: if it is as long in both traces: a loop over a part of the sequence would make a thousand copies of a cell.
 _SHORT = 16
@@ -183,6 +187,7 @@ class _Tracing:
         self.long.clear()
         self.ways.clear()
         self.counts.clear()
+        self.raised = None
         self.inputs = tensors
         model = self.interface.model
         with relaxed(model), contextlib.ExitStack() as stack:
@@ -305,7 +310,10 @@ def cut_one_step(interface: Interface, cuts: Cuts) -> Cut:
 def _refuse_loops(interface: Interface, temporal: Sequence[bool]) -> None:
     """Refuse what makes operations for each time step, before it does so for thousands of them."""
     try:
-        one, two = (_cut(interface, temporal, scale)[0] for scale in _SMALL)
+        one = _cut(interface, temporal, _SMALL[0])[0]
+        if not _may_loop(one):
+            return
+        two = _cut(interface, temporal, _SMALL[1])[0]
     except CutError:
         return  # It may run on longer ones.
     first, second = (side.graph.get_operations() for side in (one, two))
@@ -313,6 +321,20 @@ def _refuse_loops(interface: Interface, temporal: Sequence[bool]) -> None:
         kinds = zip(first, second, strict=False)
         parts = (i for i, (a, b) in enumerate(kinds) if a.type != b.type)
         raise LoopError(two.owner(next(parts, min(len(first), len(second)))))
+
+
+def _may_loop(side: Cut) -> bool:
+    """Whether some layer makes so many operations of one kind that they could be those of a loop over the time steps."""
+    operations = side.graph.get_operations()
+    owners = [0] * len(operations)
+    for first, end, layer in reversed(side.owners):  # outer layers before inner ones
+        owners[first:end] = [id(layer)] * (end - first)
+    kinds = collections.Counter(
+        (owner, op.type)
+        for owner, op in zip(owners, operations, strict=True)
+        if owner and op.type not in _HELD
+    )
+    return max(kinds.values(), default=0) >= _FEWEST
 
 
 def _cut(
@@ -375,12 +397,12 @@ def _traced(run: Callable[..., Any], signature: Sequence[Any]) -> Any:
     eagerly = tf.config.functions_run_eagerly()
     try:
         tf.config.run_functions_eagerly(True)
-        return tf.function(run).get_concrete_function(*signature)
+        return concrete(run, *signature)
     except ModelError:
         raise
     except Exception:  # Keras and user code raise whatever they like; they get a second chance.
         tf.config.run_functions_eagerly(eagerly)
-        return tf.function(run).get_concrete_function(*signature)
+        return concrete(run, *signature)
     finally:
         tf.config.run_functions_eagerly(eagerly)
 
