@@ -113,3 +113,24 @@ def test_rounding_is_not_tried_on_what_a_mask_looks_for(value: float, tmp_path: 
     masked = keras.layers.Masking(value)(x)
     program = _compiled(keras.Model(x, keras.layers.LSTM(3, return_sequences=True)(masked)), tmp_path)
     assert program.proof.compared > 0.95
+
+
+def test_the_call_is_compared_with_predict_wherever_a_mode_could_be_on() -> None:
+    from stepwell_server.compile.tensorflow_setup import keras
+    from stepwell_server.compile.whole_call import has_no_modes
+    from support.odd_cells import OwnLoop
+
+    x = keras.Input((None, 8, 3))
+    inner = keras.layers.Dropout(0.5)(keras.layers.Dense(3)(x))
+    plain = keras.Model(x, inner + 1.0)
+    assert has_no_modes(plain)
+    assert has_no_modes(keras.Sequential([keras.Input((None, 8, 3)), plain]))
+    for layer in (
+        keras.layers.Lambda(lambda value: value),
+        keras.layers.RandomBrightness(0.1),  # which trains unless it is told not to
+        keras.layers.TimeDistributed(OwnLoop(keras.layers.SimpleRNNCell(3))),
+    ):
+        assert not has_no_modes(keras.Model(x, layer(x)))
+    told = keras.Model(x, keras.layers.Dropout(0.5)(x, training=True))
+    assert not has_no_modes(told)
+    assert not has_no_modes(keras.Sequential([keras.Input((None, 8, 3)), told]))

@@ -7,6 +7,7 @@ refused of which that would make something else.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from stepwell_server.compile.tensorflow_setup import keras, tf
 from stepwell_server.compile.watch import plain
 
 _STEPS = 5
+#: Layers of Keras's own that run others' code.
+_FOREIGN = (keras.layers.Lambda, keras.layers.TFSMLayer, keras.layers.JaxLayer, keras.layers.FlaxLayer)
 #: Of the largest value: the same operations in another mode may round otherwise.
 _SAME = 1e-5
 
@@ -59,6 +62,8 @@ def refuse_training(sampler: Sampler, temporal: Sequence[bool]) -> None:
         ModelError: they differ for the same inputs.
     """
     interface = sampler.interface
+    if has_no_modes(interface.model):
+        return
     inputs = sampler.draw(np.random.default_rng(31), temporal, _STEPS)
     tensors = [tf.cast(value, info.dtype) for value, info in zip(inputs, interface.inputs, strict=True)]
     with relaxed(interface.model, has_dropout=True):
@@ -72,6 +77,28 @@ def refuse_training(sampler: Sampler, temporal: Sequence[bool]) -> None:
                 f"model(x) is not what predict() computes: output {name!r} is another with training=False; "
                 f"{_culprit(interface.model)}, and load the weights into it"
             )
+
+
+def has_no_modes(model: Any) -> bool:
+    """Whether a model is made of Keras's own layers alone, which without being told do not train, and nothing tells them to."""
+    return all(
+        type(operation).__module__.startswith("keras.src.")
+        and not isinstance(operation, _FOREIGN)
+        and not _trains_by_itself(operation)
+        and not (isinstance(operation, keras.Layer) and any(map(_is_told, operation._inbound_nodes)))
+        for operation in (model, *all_operations(model))
+    )
+
+
+def _trains_by_itself(operation: Any) -> bool:
+    training = inspect.signature(type(operation).call).parameters.get("training")
+    return training is not None and training.default not in {None, False}
+
+
+def _is_told(node: Any) -> bool:
+    """Whether a call says more than what it is called with: `training=True`, or what nobody here knows."""
+    told = keras.tree.flatten((node.arguments.args, node.arguments.kwargs))
+    return any(not (value is None or value is False or hasattr(value, "shape")) for value in told)
 
 
 def _culprit(model: Any) -> str:
