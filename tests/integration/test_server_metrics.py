@@ -22,7 +22,7 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server import app
 from stepwell_server.addresses import Address
 from stepwell_server.metrics.observer import PrometheusObserver
-from stepwell_server.settings import Settings
+from stepwell_server.settings import DEFAULT_METRICS, Settings
 from support.engine import running
 from support.scrape import Scrape
 from support.server_process import FEATURES, ServerProcess, connect, random_tensor, serve
@@ -212,16 +212,16 @@ def test_commits_made_in_place_are_timed(tmp_path: Path) -> None:
 def test_a_server_starts_without_metrics_where_their_default_port_is_in_use() -> None:
     with socket.socket() as other:
         with contextlib.suppress(OSError):  # somebody else has it, which does as well
-            other.bind(app.DEFAULT_METRICS)
+            other.bind(DEFAULT_METRICS)
             other.listen()
         with serve(environment={"STEPWELL_METRICS_LISTEN": None}) as server:
             line = server.wait_for_log("metrics are not served")
             assert "warning" in line
-            assert str(app.DEFAULT_METRICS) in line
+            assert str(DEFAULT_METRICS) in line
 
 
 async def test_metrics_are_served_by_default_unless_they_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "DEFAULT_METRICS", Address("127.0.0.1", 0))
+    monkeypatch.setattr("stepwell_server.app.DEFAULT_METRICS", Address("127.0.0.1", 0))
     observer = PrometheusObserver()
     async with running() as at:
         metrics = app._serve_metrics(Settings(), observer, at.engine)

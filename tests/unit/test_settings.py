@@ -65,6 +65,12 @@ def test_unix_sockets_have_absolute_paths(
         assert str(listen) == f"unix:{path}"
 
 
+def test_metrics_are_off_only_if_one_says_so(model: str) -> None:
+    assert read_settings([model], {}).metrics_listen is None  # the server sees whether the default port is free
+    assert read_settings([model], {"STEPWELL_METRICS_LISTEN": "off"}).metrics_listen == "off"
+    assert read_settings([model, "--metrics-listen", "[::1]:0"], {}).metrics_listen == Address("::1", 0)
+
+
 def test_the_files_of_tls_go_together(model: str) -> None:
     settings = read_settings([model, "--tls-cert", "c"], {"STEPWELL_TLS_KEY": "k"})
     assert (settings.tls_cert, settings.tls_key, settings.tls_client_ca) == (Path("c"), Path("k"), None)
@@ -129,7 +135,7 @@ def test_what_is_said_of_single_models(model: str, tmp_path: Path) -> None:
         ("listen", "unix://host/path", "unix:PATH or unix:///PATH"),
         ("listen", "unix:/" + 107 * "x", "of at most 107 bytes"),
         ("metrics-listen", "localhost:http", "HOST:PORT"),
-        ("metrics-listen", "unix:/path", "HOST:PORT"),
+        ("metrics-listen", "unix:/path", "65535, or off"),
         ("max-batch-rows", "0", "not in the range 1<=x"),
         ("max-batch-rows", "ten", "not a valid integer"),
         ("max-batch-rows", "9" * 30, "not in the range"),

@@ -13,7 +13,15 @@ from stepwell.cli._help import Command
 from stepwell.cli._types import Duration, Size
 from stepwell_server.cli import config_file
 from stepwell_server.cli.setting import ModelsArgument, given, origin, setting
-from stepwell_server.cli.values import AddressOrOff, AnyAddress, DataFile, ModelName, ModuleName, Named, PathOf
+from stepwell_server.cli.values import (
+    AddressOrOff,
+    AnyAddress,
+    DataFile,
+    ModelName,
+    ModuleName,
+    Named,
+    PathOf,
+)
 from stepwell_server.settings import Settings, SettingsError
 
 FILE, FOLDER = PathOf("file"), PathOf("dir")
