@@ -66,7 +66,9 @@ def test_unix_sockets_have_absolute_paths(
 
 
 def test_metrics_are_off_only_if_one_says_so(model: str) -> None:
-    assert read_settings([model], {}).metrics_listen is None  # the server sees whether the default port is free
+    assert (
+        read_settings([model], {}).metrics_listen is None
+    )  # the server sees whether the default port is free
     assert read_settings([model], {"STEPWELL_METRICS_LISTEN": "off"}).metrics_listen == "off"
     assert read_settings([model, "--metrics-listen", "[::1]:0"], {}).metrics_listen == Address("::1", 0)
 
