@@ -26,12 +26,12 @@ def test_a_program_is_taken_from_an_earlier_run_if_it_is_whole(tmp_path: Path) -
     assert programs.program_of(taken).fingerprint == programs.program_of(known).fingerprint
     assert taken.path.read_bytes() == known.path.read_bytes()
 
-    (entry,) = (path for path in (tmp_path / "damaged").iterdir() if path.is_dir())
-    (entry / "program.tflite").write_bytes(b"something else")
+    (entry,) = (path for path in (tmp_path / "damaged").iterdir() if path.name != "model.keras")
+    entry.write_bytes(b"something else")
     with pytest.raises(Built):
         programs.saved("damaged", build, kept=tmp_path)
     # other frameworks, or another processor, give its key another name
-    (entry,) = (path for path in (tmp_path / "of_others").iterdir() if path.is_dir())
+    (entry,) = (path for path in (tmp_path / "of_others").iterdir() if path.name != "model.keras")
     entry.rename(entry.with_name("0" * 64))
     with pytest.raises(Built):
         programs.saved("of_others", build, kept=tmp_path)

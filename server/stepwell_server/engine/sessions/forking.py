@@ -79,7 +79,7 @@ class Forking:
         field = "new_session_ids"
         ids = await self._opening.ids_to_make(field, new_session_ids, count, request_id, session_ids)
         seen = await self._opening.seen(ids)
-        known = self._opening.made_before(ids, seen, request_id)
+        known = self._opening.made_before("fork", ids, seen, request_id)
         if known is not None:  # also if those it was made of are gone by now
             return known
         async for part in in_pieces(new_session_ids):

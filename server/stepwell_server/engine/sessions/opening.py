@@ -178,9 +178,8 @@ class Opening:
         served, ids, batch_size = wanted.model, wanted.ids, wanted.batch_size
         for _ in range(MOST_TRIES):
             seen = await self.seen(ids)
-            known = self.made_before(ids, seen, wanted.request_id)
+            known = self.made_before("open", ids, seen, wanted.request_id)
             if known is not None:
-                self._observer.replayed(served.name, "open", len(ids))
                 return known
             if not wanted.are_chosen:
                 self._require_not_gone(ids[0], seen)
@@ -351,14 +350,15 @@ class Opening:
             raise InvalidInput(f"{field} must be different from each other; got one of them twice")
         return list(chosen)
 
-    def made_before(self, ids: Sequence[str], seen: Seen, request_id: int) -> OpenedMany | None:
-        """What this very request has made; None if it has not."""
+    def made_before(self, change: str, ids: Sequence[str], seen: Seen, request_id: int) -> OpenedMany | None:
+        """What this very request, to `open` or to `fork`, has made; None if it has not."""
         if not request_id or self._directory.live(ids[0], seen) is None:
             return None
         table, handles = self._table, self._directory.find_all(ids, seen)
         if not ((handles >= 0).all() and (table.opened_with[handles] == request_id).all()):
             return None
         model = self._directory.models.by_handle(int(handles[0]))
+        self._observer.replayed(model.name, change, len(ids))
         return OpenedMany(
             ids,
             model.name,
