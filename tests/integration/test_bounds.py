@@ -328,7 +328,7 @@ def test_no_file_descriptors_are_left() -> None:
     with target("native") as found, contextlib.ExitStack() as stack:
         line = json.loads(found.server.wait_for_log('"serving"'))
         assert (
-            line["open_files"] == int(found.count("limit", "connections")) + 256
+            line["open_files"] == int(found.count("max_connections")) + 256
             or line["open_files"] > 16_384
         )
         pid = found.server.process.pid
