@@ -82,7 +82,8 @@ def test_while_it_cannot_be_opened_nobody_is_sent_here(tmp_path: Path) -> None:
         assert scraped(server)["stepwell_store_ready"] == 0.0
         server.tell("well")
         assert next(answers) == SERVING
-        assert scraped(server) == {"stepwell_store_ready": 1.0, "stepwell_store_reopened_total": 1.0}
+        expected = {"stepwell_store_ready": 1.0, "stepwell_store_reopened_total": 1.0}
+        assert expected.items() <= scraped(server).items()
         assert is_ready_for_triton(server.address)
         assert client.session_info("mine").revision == 1
         session.step(X)
