@@ -152,6 +152,10 @@ class PrometheusObserver(Observer):
         """See `Observer.sessions_opened`."""
         self._events.values[model, event] += count
 
+    def session_events(self, event: str, model: str, count: int) -> None:
+        """See `Observer.session_events`."""
+        self._events.values[model, event] += count
+
     def stage(self, model: str, stage: str, seconds: float, count: int) -> None:
         """See `Observer.stage`."""
         self._stages.observe((model, stage), seconds, count)

@@ -256,6 +256,15 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         closed = [self.sessions.pop(one, None) for one in request.session_ids]
         return sessions_pb2.CloseSessionsResponse(closed=sum(one is not None for one in closed))
 
+    def CloseMatchingSessions(self, request: Any, context: Any) -> Any:  # noqa: N802
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
+
+    ExportSessions = ImportSessions = CloseMatchingSessions
+
+    @answered
+    def RenewLease(self, request: Any) -> Any:  # noqa: N802
+        return sessions_pb2.RenewLeaseResponse()
+
     @answered
     def GetSession(self, request: Any) -> Any:  # noqa: N802
         return sessions_pb2.GetSessionResponse(session=self._info(self._session(request.session_id)))

@@ -30,6 +30,7 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "birth": np.uint64,
     "claimed": np.bool_,
     "reply": np.uint8,
+    "lease": np.int32,
 }
 _REQUIRED = {"model", "batch_size", "used", "created"}
 
@@ -65,6 +66,8 @@ class SessionTable:
     """Something is under way for the session; what comes next waits."""
     reply: npt.NDArray[np.uint8]
     """How the reply to the last change is kept; the engine knows the codes. 0: it has no outputs."""
+    lease: npt.NDArray[np.int32]
+    """Which of `leases.Leases` it has; 0: none."""
 
     def __init__(self, capacity: int = 1024) -> None:
         self._handles: dict[str, int] = {}
@@ -139,6 +142,7 @@ class SessionTable:
         self.model[handle] = -1
         self.due[handle] = -1
         self.birth[handle] = 0
+        self.lease[handle] = 0
         self._free.append(handle)
 
     def rows(self, handle: int) -> Rows:
@@ -170,6 +174,11 @@ class SessionTable:
         self.row[handles] = rows[ends - sizes]
         for index in np.flatnonzero(sizes > 1):
             self._more_rows[int(handles[index])] = rows[ends[index] - sizes[index] : ends[index]].copy()
+
+    @property
+    def births(self) -> int:
+        """The birth that was given last."""
+        return self._births
 
     @property
     def end(self) -> int:

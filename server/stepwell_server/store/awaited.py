@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing_extensions import override
 
 from stepwell_server.store.base import ALL_KEPT, Batch, Committed, LocalStore, Store, StoreHealth, Tombstone
+from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import Header, Stored
 
 
@@ -38,6 +39,10 @@ class AwaitedStore(Store):
     @override
     async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
         return self.local.scan(after=after, prefix=prefix, limit=limit)
+
+    @override
+    async def heads(self, *, after: str = "", limit: int) -> Heads:
+        return self.local.heads(after=after, limit=limit)
 
     @override
     async def count(self) -> int:

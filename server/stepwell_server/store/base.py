@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Protocol
 
+from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import Header, Stored
 
 
@@ -64,6 +65,8 @@ class End(enum.IntEnum):
     """It was idle for too long."""
     CLOSED = 2
     """A caller closed it."""
+    LEFT = 3
+    """Its client had been gone for longer than the lease allows."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -167,6 +170,9 @@ class Store(Protocol):
     async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
         """See `LocalStore`."""
 
+    async def heads(self, *, after: str = "", limit: int) -> Heads:
+        """See `LocalStore`."""
+
     async def count(self) -> int:
         """See `LocalStore`."""
 
@@ -253,6 +259,9 @@ class LocalStore(Protocol):
             prefix: of the ids that are wanted.
             limit: how many at most.
         """
+
+    def heads(self, *, after: str = "", limit: int) -> Heads:
+        """As `scan`, as columns: several times as fast, as no record is checked."""
 
     def count(self) -> int:
         """How many sessions there are."""

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from stepwell_server.core.remembered import Remembered
 from stepwell_server.store.base import Batch, LocalStore, StoreHealth, Tombstone
+from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Stored, header_or_none
 
 TOMBSTONES = 100_000
@@ -61,6 +62,11 @@ class MemoryStore(LocalStore):
     def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
         fitting = (i for i in self._records if i.startswith(prefix) and i > after)
         return [(i, header_or_none(i, self._records[i])) for i in heapq.nsmallest(limit, fitting)]
+
+    @override
+    def heads(self, *, after: str = "", limit: int) -> Heads:
+        ids = heapq.nsmallest(limit, (i for i in self._records if i > after))
+        return heads_of([i.encode() for i in ids], [self._records[i] for i in ids])
 
     @override
     def count(self) -> int:

@@ -37,9 +37,10 @@ from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, StoreGone, Unavailable
 from stepwell_server.store.base import Batch, End, LocalStore, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk.files import OpenFiles, explain, flush, flush_folders
-from stepwell_server.store.disk.keys import entries, items, key_of, names, own
+from stepwell_server.store.disk.keys import entries, items, key_of, names, own, values
 from stepwell_server.store.disk.lock import DirectoryLock
 from stepwell_server.store.disk.reserve import Extent, NoRoom, Reserve
+from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Stored, header_or_none
 
 Durability = Literal["sync", "async"]
@@ -184,6 +185,14 @@ class LmdbStore(LocalStore):
             return found
 
         return self._read("", read, buffers=True)
+
+    @override
+    def heads(self, *, after: str = "", limit: int) -> Heads:
+        return heads_of(*self.values(after=after, limit=limit))
+
+    def values(self, *, after: str, limit: int) -> tuple[list[bytes], list[Stored]]:
+        """Ids, as UTF-8, and records, in the order of the ids."""
+        return self._read("", lambda transaction: values(transaction.cursor(self._sessions), after, limit))
 
     @override
     def count(self) -> int:

@@ -27,6 +27,7 @@ from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealt
 from stepwell_server.store.disk.files import flush_folders
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, TOMBSTONES, Durability, LmdbStore
 from stepwell_server.store.disk.wal import SEGMENT_BYTES, Records, WriteAheadLog, room_for
+from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Joined, Stored, header_or_none, is_sound, supersedes
 
 #: The name on disk, of before it was called a write-ahead log.
@@ -136,6 +137,16 @@ class DiskStore(LocalStore):
             return some
         later = ((session_id, self._find(session_id), header) for session_id, header in some)
         return [(i, header if record is None else header_or_none(i, record)) for i, record, header in later]
+
+    @override
+    def heads(self, *, after: str = "", limit: int) -> Heads:
+        keys, records = self._base.values(after=after, limit=limit)
+        if self._wal is not None and not self._wal.is_empty:
+            found = [self._find(str(key, "utf-8", "replace")) for key in keys]
+            records = [
+                record if later is None else later for record, later in zip(records, found, strict=True)
+            ]
+        return heads_of(keys, records)
 
     @override
     def count(self) -> int:
