@@ -77,6 +77,9 @@ class SessionTable:
         """What the store's records of sessions have beside what is known here, by handle; few have any."""
         self._free: list[int] = []
         self._births = 0
+        self.departures: list[str] | None = None
+        """Ids of sessions that were removed and had been added after `departures_after`, if somebody wants to know."""
+        self.departures_after = 0
         for name, dtype in _COLUMNS.items():
             setattr(self, name, np.zeros(capacity, dtype))
 
@@ -135,6 +138,8 @@ class SessionTable:
 
     def remove(self, handle: int) -> None:
         """Forget a session. The caller frees its rows."""
+        if self.departures is not None and self.birth[handle] > self.departures_after:
+            self.departures.append(self._ids[handle])
         del self._handles[self._ids[handle]]
         self._ids[handle] = ""
         self._more_rows.pop(handle, None)

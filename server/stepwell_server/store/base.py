@@ -104,6 +104,9 @@ class Batch:
     A store that keeps members one by one counts those that it kept.
     """
 
+    goes_back: bool = False
+    """Its records may be of earlier changes than what the store had of the same sessions: they count all the same."""
+
     @property
     def session_ids(self) -> list[str]:
         """The sessions that it puts, deletes or remembers the end of; one may come more than once."""

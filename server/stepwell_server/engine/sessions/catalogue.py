@@ -31,6 +31,8 @@ _MOST_BESIDE = 4096
 _KEPT_S = 300.0
 #: Bytes of an id by which ids are sorted at once; those that are longer and alike so far are compared one by one.
 _SORTED_BYTES = 96
+#: No session has this birth.
+_GONE = np.iinfo(np.uint64).max
 _ANY_MODEL, _NO_MODEL = -1, -2
 #: Behind all ids that begin alike: stands in no UTF-8.
 _LAST = b"\xff"
@@ -107,6 +109,7 @@ class Catalogue:
 
     def close(self) -> None:
         """Give it up."""
+        self._table.departures = None
         if self._end is not None:
             self._end.cancel()
         self._end = self._sorted = None
@@ -153,7 +156,10 @@ class Catalogue:
 
     async def _make(self) -> _Sorted:
         self._sorted, self._beside = None, []
-        self._forgotten, self._births = self._expiry.forgotten, self._table.births
+        self._forgotten = self._expiry.forgotten
+        self._know(self._table.births)
+        # what was in the table only in between would be missed else
+        self._table.departures = [] if self._others is not None else None
         self._codes()
         made = await (self._of_table() if self._others is None else self._of_store(self._others))
         self._sorted = made
@@ -214,7 +220,14 @@ class Catalogue:
         """Take in what has come into the table since."""
         table = self._table
         is_of_store = self._others is not None
-        while self._births < table.births:
+        while self._births < table.births or table.departures:
+            departed = table.departures or []
+            table.departures = None if table.departures is None else []
+            async for part in _pieces(len(departed)):
+                for session_id in departed[part]:
+                    place = made.find(key := session_id.encode())
+                    if place < len(made.ends) and made.key(place) == key:
+                        made.birth[place], made.handle[place] = _GONE, 0
             until = table.births
             births = table.birth[: table.end]
             new = np.flatnonzero(births > self._births)
@@ -230,7 +243,10 @@ class Catalogue:
                         made.birth[place], made.handle[place] = birth, handle
                     else:
                         self._beside.append((handle, birth, key))
-            self._births = until
+            self._know(until)
+
+    def _know(self, births: int) -> None:
+        self._births = self._table.departures_after = births
 
 
 class _Choice:

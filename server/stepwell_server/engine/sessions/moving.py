@@ -88,6 +88,8 @@ class _New:
     """As it will be."""
     model: Model
     record: bytes
+    was_here: bool = False
+    """The store had a session of its id before."""
 
     @property
     def served(self) -> tuple[str, Header, Model]:
@@ -143,6 +145,11 @@ class Moving:
         return [self._exported(i, record, seen) for i, record in zip(session_ids, records, strict=True)]
 
     def _exported(self, session_id: str, record: Stored | None, seen: Seen) -> Exported:
+        if session_id in self._table:
+            try:
+                self._directory.find(session_id, seen)
+            except ServerError as error:
+                return error
         ended = self._directory.ending(session_id)
         if ended is not None:
             return ended
@@ -306,7 +313,8 @@ class Moving:
                         session_id=session_id,
                     )
                 else:
-                    fresh.append(each)
+                    was_here = revisions[session_id] > 0 or existing is Existing.REPLACE
+                    fresh.append(dataclasses.replace(each, was_here=was_here))
             elif handle >= 0 and self._is_same(handle, each):
                 results[session_id] = Brought.IMPORTED
             elif existing is Existing.SKIP:
@@ -359,6 +367,7 @@ class Moving:
             puts=[(each.session_id, each.record) for each in fresh],
             forgets=ids,
             counts=list(Counter(each.model.name for each in fresh).items()),
+            goes_back=any(each.was_here for each in fresh),
         )
         return await self._commit(batch, done)
 
@@ -368,11 +377,16 @@ class Moving:
             seen = await self._directory.look([session_id], anew=True)
             try:
                 handle = self._directory.find(session_id, seen)
-                await self._turns.hold(handle, float("inf"), rows=False)
+                can_stay = self._local is not None
             except (ModelMismatch, ModelNotFound, StateCorrupt):
-                # it cannot be stepped here, so nobody does
+                can_stay = False
+            if (
+                not can_stay
+            ):  # it has no handle, or the store takes a record only if it follows the one that is there
                 await self._closing.close(session_id, seen, request_id=0, deadline=float("inf"))
-                return await self._make_anew(each)
+                result = await self._make_anew(each)
+                return Brought.REPLACED if result is Brought.IMPORTED else result
+            await self._turns.hold(handle, float("inf"), rows=False)
         except SessionGone:
             return await self._make_anew(each)
         except ServerError as error:
@@ -396,6 +410,7 @@ class Moving:
             puts=[(session_id, each.record)],
             forgets=[session_id],
             counts=[] if old == each.model.name else [(old, -1), (each.model.name, 1)],
+            goes_back=True,
         )
         return await self._commit(batch, done)
 

@@ -96,6 +96,8 @@ class DiskStore(LocalStore):
         if others or not batch.puts or not self._append(self._wal, batch.puts):
             ids = [*(session_id for session_id, _ in batch.puts), *batch.deletes]
             try:
+                if batch.goes_back:
+                    self._empty(self._wal)
                 self._base.commit(batch)
             except BaseException:
                 self._in_doubt.update(ids)
@@ -287,6 +289,20 @@ class DiskStore(LocalStore):
         wal.checkpointed(ids)
         self._in_trouble = False
         return bool(ids)
+
+    def _empty(self, wal: WriteAheadLog) -> None:
+        """Leave nothing in the log, not even what does not count any more: it could be taken for a later change.
+
+        Raises:
+            Unavailable: that could not be done.
+        """
+        try:
+            for _ in range(2):
+                while self._checkpoint(wal):
+                    pass
+                wal.rotate()
+        except OSError as error:
+            raise Unavailable(f"the write-ahead log must be writable; got {error}") from error
 
     def _checkpoint_all(self, wal: WriteAheadLog) -> None:
         """Checkpoint everything."""
