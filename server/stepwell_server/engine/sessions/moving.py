@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import enum
 from collections import Counter
@@ -375,14 +376,11 @@ class Moving:
         session_id = each.session_id
         try:
             seen = await self._directory.look([session_id], anew=True)
-            try:
+            handle = -1
+            with contextlib.suppress(ModelMismatch, ModelNotFound, StateCorrupt):
                 handle = self._directory.find(session_id, seen)
-                can_stay = self._local is not None
-            except (ModelMismatch, ModelNotFound, StateCorrupt):
-                can_stay = False
-            if (
-                not can_stay
-            ):  # it has no handle, or the store takes a record only if it follows the one that is there
+            if handle < 0 or self._local is None:
+                # nobody can step it, or the store takes a record only if it follows the one that is there
                 await self._closing.close(session_id, seen, request_id=0, deadline=float("inf"))
                 result = await self._make_anew(each)
                 return Brought.REPLACED if result is Brought.IMPORTED else result
