@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -100,6 +101,26 @@ class SyncTransport:
             if self.is_closed:
                 raise closed() from None
             raise
+
+    def start(self, call: Call, done: Callable[[StepwellError | None], None]) -> None:
+        """Begin one attempt of a call of SessionService, and wait for a connection if there is none.
+
+        `done` is called when it has ended, from any thread.
+        """
+        self._check_open()
+        method: Any = getattr(self.sessions, call.rpc)
+        try:
+            attempt = method.future(call.request, timeout=call.timeout_s, wait_for_ready=True)
+        except ValueError:
+            if self.is_closed:
+                raise closed() from None
+            raise
+
+        def ended(attempt: Any) -> None:
+            error: grpc.RpcError | None = None if attempt.cancelled() else attempt.exception()
+            done(None if error is None else translate(error))
+
+        attempt.add_done_callback(ended)
 
     def close(self) -> None:
         """Ends the channel and the calls on it."""

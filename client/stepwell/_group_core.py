@@ -274,6 +274,7 @@ class GroupCore:
         for start in range(0, len(ids), _AT_ONCE):
             request = sessions_pb2.CloseSessionsRequest(session_ids=ids[start : start + _AT_ONCE])
             yield from self._core.retrier.call("CloseSessions", request, deadline, changes=True)
+        self._core.unlease(ids[0])
 
 
 class _States:

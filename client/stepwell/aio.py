@@ -20,11 +20,13 @@ from typing import Any, Self, TypeVar
 
 from stepwell import _channel, _display
 from stepwell._abandoned import AsyncFinisher
+from stepwell._aio_admin_calls import AsyncAdminCalls
 from stepwell._aio_connection import AsyncConnection
 from stepwell._core import Core
 from stepwell._flow import Ask, Call, Exchange, Flow, drive_async
 from stepwell._group_core import GroupCore
 from stepwell._group_tracker import GroupTracker
+from stepwell._leases import renew_while_needed
 from stepwell._state import State, States
 from stepwell._steps import Step
 from stepwell._tracker import SessionTracker
@@ -32,6 +34,7 @@ from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, Sessio
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
 from stepwell.config import (
+    DEFAULT_LEASE_S,
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_S,
     ClientConfig,
@@ -52,6 +55,7 @@ def connect(
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     coalesce: bool = True,
     tls: TlsConfig | bool | None = None,
+    lease_s: float | None = DEFAULT_LEASE_S,
 ) -> AsyncClient:
     """A client of the server at `address`. The connection itself is made by the first call.
 
@@ -63,6 +67,9 @@ def connect(
         coalesce: Steps awaited at the same time leave together as one message, which is where throughput
             comes from. False: each step is a call of its own.
         tls: How to speak TLS; True: with the CAs of the system. None: not at all.
+        lease_s: Sessions that are opened without an id are closed by the server when this client has been gone for
+            so many seconds, because its process was killed, say: from 1 second to ten years. 0 or None: they stay
+            until they are closed. Sessions with an id always do.
 
     Raises:
         InvalidInputError: An argument, or the variable, breaks its rule.
@@ -75,11 +82,13 @@ def connect(
         >>> asyncio.run(main())
         ['forecast']
     """
-    config = ClientConfig(server_address(address), timeout_s, max_message_bytes, tls_config(tls))
+    config = ClientConfig(
+        server_address(address), timeout_s, max_message_bytes, tls_config(tls), lease_s=lease_s
+    )
     return AsyncClient(config, coalesce=coalesce)
 
 
-class AsyncClient:
+class AsyncClient(AsyncAdminCalls):
     """A connection to a server. Make one with `connect`, and share it.
 
     Every method takes `timeout_s`, the time limit of that call over all its attempts; None means the
@@ -106,13 +115,20 @@ class AsyncClient:
         self._config = config
         self._coalesce = coalesce
         self._finisher = AsyncFinisher(self._answer)
-        self._core = Core(config, finish=self._finisher.add)
+        self._core = Core(config, finish=self._finisher.add, renew=self._renew)
+        self._renewing: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
 
     @functools.cached_property
     def _connection(self) -> AsyncConnection:
         # Made by the first call, because a channel belongs to a running event loop.
         return AsyncConnection(self._config, self._core.retrier, coalesce=self._coalesce)
+
+    def _renew(self) -> None:
+        """Renew the lease from now on; the task does not keep the client."""
+        lease, invoke = self._core.lease, self._connection.transport.invoke
+        if lease is not None and (self._renewing is None or self._renewing.done()):
+            self._renewing = asyncio.create_task(renew_while_needed(lease, invoke), name="stepwell-leases")
 
     @property
     def address(self) -> str:
@@ -219,19 +235,6 @@ class AsyncClient:
         """
         return await self._run(self._core.predict(model, x, state, self._core.deadline(timeout_s), reset))
 
-    async def sessions(
-        self, model: str | None = None, prefix: str | None = None, *, timeout_s: float | None = None
-    ) -> list[SessionInfo]:
-        """The live sessions, in the order of their ids.
-
-        Arguments, result and errors are those of `Client.sessions`.
-
-        Example:
-            >>> session.id in [info.session_id for info in await client.sessions(model="forecast")]
-            True
-        """
-        return await self._run(self._core.sessions(model, prefix, self._core.deadline(timeout_s)))
-
     async def session_info(self, session_id: str, *, timeout_s: float | None = None) -> SessionInfo:
         """One session as of its last completed change. Does not count as use of it.
 
@@ -259,6 +262,10 @@ class AsyncClient:
         Example:
             >>> await stepwell.aio.connect(address).close()
         """
+        self._core.end_lease()
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.wait([self._renewing])
         await self._finisher.close()
         self._closing.set()
         await self._connection.close()

@@ -10,15 +10,18 @@ from typing import Any, Self, TypeVar
 
 from stepwell import _channel, _display
 from stepwell._abandoned import Finisher
+from stepwell._admin_calls import AdminCalls
 from stepwell._core import Core
 from stepwell._flow import Ask, Call, Exchange, Flow, Retrier, drive
 from stepwell._group_core import GroupCore
+from stepwell._leases import RENEWER, Renewal
 from stepwell._link import Link
 from stepwell._sender import Sender
 from stepwell._state import State, States
 from stepwell._steps import Step, Stepped, read
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo
 from stepwell.config import (
+    DEFAULT_LEASE_S,
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_S,
     ClientConfig,
@@ -39,6 +42,7 @@ def connect(
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     coalesce: bool = True,
     tls: TlsConfig | bool | None = None,
+    lease_s: float | None = DEFAULT_LEASE_S,
 ) -> Client:
     """A client of the server at `address`. The connection itself is made by the first call.
 
@@ -51,6 +55,9 @@ def connect(
             where throughput comes from; a step made alone is a call of its own. False: each step is a call
             of its own.
         tls: How to speak TLS; True: with the CAs of the system. None: not at all.
+        lease_s: Sessions that are opened without an id are closed by the server when this client has been gone for
+            so many seconds, because its process was killed, say: from 1 second to ten years. 0 or None: they stay
+            until they are closed. Sessions with an id always do.
 
     Raises:
         InvalidInputError: An argument, or the variable, breaks its rule.
@@ -60,11 +67,13 @@ def connect(
         ...     [model.name for model in client.models()]
         ['forecast']
     """
-    config = ClientConfig(server_address(address), timeout_s, max_message_bytes, tls_config(tls))
+    config = ClientConfig(
+        server_address(address), timeout_s, max_message_bytes, tls_config(tls), lease_s=lease_s
+    )
     return Client(config, coalesce=coalesce)
 
 
-class Client:
+class Client(AdminCalls):
     """A connection to a server. Make one with `connect`, and share it.
 
     Every method takes `timeout_s`, the time limit of that call over all its attempts; None means the
@@ -83,8 +92,11 @@ class Client:
     def __init__(self, config: ClientConfig, *, coalesce: bool = True) -> None:
         self._config = config
         self._finisher = Finisher(config)
-        self._core = Core(config, finish=self._finisher.add)
         self._transport = _channel.SyncTransport(config)
+        self._renewal = Renewal(self._transport.start)
+        renew = functools.partial(RENEWER.add, self._renewal)
+        self._core = Core(config, finish=self._finisher.add, renew=renew)
+        self._renewal.lease = self._core.lease
         self._link = Link(self._transport.sessions)
         # A quarter of the message limit, because outputs may be larger than inputs.
         frame_bytes = config.max_message_bytes // 4
@@ -236,22 +248,6 @@ class Client:
         """
         return self._run(self._core.predict(model, x, state, self._core.deadline(timeout_s), reset))
 
-    def sessions(
-        self, model: str | None = None, prefix: str | None = None, *, timeout_s: float | None = None
-    ) -> list[SessionInfo]:
-        """The live sessions, in the order of their ids.
-
-        Args:
-            model: Only those of this model.
-            prefix: Only those whose ids begin with this.
-            timeout_s: Time limit of this call over all its attempts; None: the client's.
-
-        Example:
-            >>> session.id in [info.session_id for info in client.sessions(model="forecast")]
-            True
-        """
-        return self._run(self._core.sessions(model, prefix, self._core.deadline(timeout_s)))
-
     def session_info(self, session_id: str, *, timeout_s: float | None = None) -> SessionInfo:
         """One session as of its last completed change. Does not count as use of it.
 
@@ -281,6 +277,7 @@ class Client:
         Example:
             >>> stepwell.connect(address).close()
         """
+        self._core.end_lease()
         self._finisher.close()
         self._closing.set()
         self._transport.is_closed = True

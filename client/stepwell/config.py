@@ -16,6 +16,7 @@ from stepwell.errors import InvalidInputError
 
 __all__ = [
     "DEFAULT_ADDRESS",
+    "DEFAULT_LEASE_S",
     "DEFAULT_MAX_MESSAGE_BYTES",
     "DEFAULT_TIMEOUT_S",
     "SERVER_VARIABLE",
@@ -30,11 +31,14 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 """Where a server listens unless told otherwise."""
 DEFAULT_TIMEOUT_S = 30.0
 """Time limit of a call over all its attempts, in seconds."""
+DEFAULT_LEASE_S = 600.0
+"""How long a client may be gone before the server closes its sessions that nobody named, in seconds."""
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest message sent or received, in bytes."""
 
 
 _LONGEST_S = 1e9
+_LONGEST_LEASE_S = 3650 * 86400.0
 
 Pem: TypeAlias = str | os.PathLike[str] | bytes
 
@@ -139,11 +143,15 @@ class ClientConfig:
     """Largest message sent or received, in bytes."""
     tls: TlsConfig | None = None
     """How to speak TLS. None: not at all. Files are read here, once."""
+    lease_s: float | None = DEFAULT_LEASE_S
+    """How long this client may be gone before the server closes its sessions that nobody named, in seconds; afterwards 0
+    for None: they stay until they are closed."""
 
     def __post_init__(self) -> None:
         if self.tls is not None:
             ca, cert, key = self.tls.contents()
             object.__setattr__(self, "tls", TlsConfig(ca, cert, key, self.tls.server_name))
+        object.__setattr__(self, "lease_s", _lease(self.lease_s))
         check_timeout("timeout_s", self.timeout_s)
         if isinstance(self.max_message_bytes, bool) or not isinstance(self.max_message_bytes, int):
             raise InvalidInputError(f"max_message_bytes must be an int; got {self.max_message_bytes!r}")
@@ -151,6 +159,23 @@ class ClientConfig:
             raise InvalidInputError(
                 f"max_message_bytes must be from 1024 to 2147483647; got {self.max_message_bytes}"
             )
+
+
+def _lease(lease_s: float | None) -> float:
+    """A lease in seconds, 0 for none.
+
+    Raises:
+        InvalidInputError: It is out of range.
+    """
+    if lease_s is None or lease_s == 0:
+        return 0.0
+    if isinstance(lease_s, bool) or not isinstance(lease_s, int | float):
+        raise InvalidInputError(f"lease_s must be a number of seconds, or None; got {lease_s!r}")
+    if not 1 <= lease_s <= _LONGEST_LEASE_S:
+        raise InvalidInputError(
+            f"lease_s must be from 1 to {_LONGEST_LEASE_S:g}, or 0 or None for no lease; got {lease_s}"
+        )
+    return float(lease_s)
 
 
 def check_timeout(name: str, timeout_s: float) -> float:

@@ -1,0 +1,122 @@
+"""Lists of sessions that are read as they are used."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
+from typing import Any, overload
+
+from stepwell._types import SessionInfo
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Page:
+    """Some sessions of a list."""
+
+    sessions: list[SessionInfo]
+    token: str
+    """Where the next page begins; empty: this is the last."""
+
+
+class SessionList(Sequence[SessionInfo]):
+    """Sessions of a server, read page by page as they are gone through. Made by `Client.sessions`.
+
+    To iterate over it keeps nothing, however many sessions there are; to do so again asks the server again. What needs
+    all of it (`len`, an index, `list`, a comparison) reads the rest once and keeps it: from then on it is as a list that
+    does not change. Safe to use from many threads.
+
+    Example:
+        >>> found = client.sessions(model="forecast")
+        >>> session.id in [info.session_id for info in found], len(found) == len(list(found))
+        (True, True)
+    """
+
+    def __init__(self, first: Page, read: Callable[[str], Page], limit: int | None) -> None:
+        self._first = first
+        self._read = read
+        self._limit = limit
+        self._all: list[SessionInfo] | None = None
+
+    def __iter__(self) -> Iterator[SessionInfo]:
+        if self._all is not None:
+            return iter(self._all)
+        return self._pages()
+
+    def _pages(self) -> Iterator[SessionInfo]:
+        page, left = self._first, self._limit
+        while True:
+            yield from page.sessions[:left]
+            left = None if left is None else max(0, left - len(page.sessions))
+            if not page.token or left == 0:
+                return
+            page = self._read(page.token)
+
+    def _whole(self) -> list[SessionInfo]:
+        if self._all is None:
+            self._all = list(self._pages())
+        return self._all
+
+    def __len__(self) -> int:
+        return len(self._whole())
+
+    def __bool__(self) -> bool:
+        return next(iter(self), None) is not None
+
+    @overload
+    def __getitem__(self, index: int) -> SessionInfo: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[SessionInfo]: ...
+
+    def __getitem__(self, index: int | slice) -> SessionInfo | list[SessionInfo]:
+        return self._whole()[index]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, list | SessionList):
+            return NotImplemented
+        return self._whole() == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        if self._all is not None:
+            return repr(self._all)
+        shown = self._first.sessions[: self._limit]
+        more = (
+            "" if not self._first.token or len(shown) == self._limit else ", more are read when they are used"
+        )
+        return f"<{type(self).__name__} of {len(shown)} sessions{more}>"
+
+
+class AsyncSessionList:
+    """Sessions of a server. Made by `AsyncClient.sessions`: awaited it is a list of all of them.
+
+    `async for` goes through them page by page and keeps nothing, however many there are.
+
+    Example:
+        >>> session.id in [info.session_id async for info in client.sessions(model="forecast")]
+        True
+        >>> session.id in [info.session_id for info in await client.sessions(model="forecast")]
+        True
+    """
+
+    def __init__(self, read: Callable[[str], Awaitable[Page]], limit: int | None) -> None:
+        self._read = read
+        self._limit = limit
+
+    async def __aiter__(self) -> AsyncIterator[SessionInfo]:
+        left, token = self._limit, ""
+        while True:
+            page = await self._read(token)
+            for info in page.sessions[:left]:
+                yield info
+            left = None if left is None else max(0, left - len(page.sessions))
+            token = page.token
+            if not token or left == 0:
+                return
+
+    def __await__(self) -> Generator[Any, None, list[SessionInfo]]:
+        return self._whole().__await__()
+
+    async def _whole(self) -> list[SessionInfo]:
+        return [info async for info in self]
