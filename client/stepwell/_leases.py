@@ -126,31 +126,42 @@ class _Renewer:
                 self._thread.start()
             self._changed.notify()
 
-    def _work(self) -> None:
-        while (due := self._next()) is not None:
-            for renewal in due:
-                if not renewal.renew():
-                    self._remove(renewal)
-
-    def _next(self) -> list[Renewal] | None:
-        """Wait for what is due; None if nothing will be."""
+    def remove(self, renewal: Renewal) -> None:
+        """A client is closed."""
         with self._changed:
-            while True:
-                known = [renewal for found in self._renewals if (renewal := found()) is not None]
-                self._renewals = [weakref.ref(renewal) for renewal in known]
-                if not known:
-                    self._thread = None
-                    return None
-                now = time.monotonic()
-                due = [renewal for renewal in known if renewal.due <= now]
-                for renewal in due:
-                    assert renewal.lease is not None
-                    renewal.due = now + renewal.lease.pause_s
-                if due:
-                    return due
-                first = min(renewal.due for renewal in known)
-                del known
-                self._changed.wait(first - now)
+            self._renewals = [found for found in self._renewals if found() is not renewal]
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while (pause_s := self._renew_due()) is not None:
+            with self._changed:
+                self._changed.wait(pause_s)
+
+    def _renew_due(self) -> float | None:
+        """Renew what is due; seconds until more is, None if nothing will be.
+
+        Nobody holds a renewal when this has returned: its client may be lost.
+        """
+        for renewal in self._take_due():
+            if not renewal.renew():
+                self._remove(renewal)
+        with self._changed:
+            self._renewals = [found for found in self._renewals if found() is not None]
+            dues = [known.due for found in self._renewals if (known := found()) is not None]
+            if not dues:
+                self._thread = None
+                return None
+            return max(0.0, min(dues) - time.monotonic())
+
+    def _take_due(self) -> list[Renewal]:
+        with self._changed:
+            now = time.monotonic()
+            known = [renewal for found in self._renewals if (renewal := found()) is not None]
+            due = [renewal for renewal in known if renewal.due <= now]
+            for renewal in due:
+                assert renewal.lease is not None
+                renewal.due = now + renewal.lease.pause_s
+            return due
 
     def _remove(self, gone: Renewal) -> None:
         with self._changed:

@@ -32,7 +32,9 @@ class SessionList(Sequence[SessionInfo]):
     """
 
     def __init__(self, first: Page, read: Callable[[str], Page], limit: int | None) -> None:
-        self._first = first
+        self._shown = first
+        self._first: Page | None = first
+        """What the first who goes through the list begins with."""
         self._read = read
         self._limit = limit
         self._all: list[SessionInfo] | None = None
@@ -43,7 +45,8 @@ class SessionList(Sequence[SessionInfo]):
         return self._pages()
 
     def _pages(self) -> Iterator[SessionInfo]:
-        page, left = self._first, self._limit
+        page, self._first = self._first or self._read(""), None
+        left = self._limit
         while True:
             yield from page.sessions[:left]
             left = None if left is None else max(0, left - len(page.sessions))
@@ -60,7 +63,7 @@ class SessionList(Sequence[SessionInfo]):
         return len(self._whole())
 
     def __bool__(self) -> bool:
-        return next(iter(self), None) is not None
+        return bool(self._shown.sessions) or next(iter(self), None) is not None
 
     @overload
     def __getitem__(self, index: int) -> SessionInfo: ...
@@ -81,9 +84,9 @@ class SessionList(Sequence[SessionInfo]):
     def __repr__(self) -> str:
         if self._all is not None:
             return repr(self._all)
-        shown = self._first.sessions[: self._limit]
+        shown = self._shown.sessions[: self._limit]
         more = (
-            "" if not self._first.token or len(shown) == self._limit else ", more are read when they are used"
+            "" if not self._shown.token or len(shown) == self._limit else ", more are read when they are used"
         )
         return f"<{type(self).__name__} of {len(shown)} sessions{more}>"
 

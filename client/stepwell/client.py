@@ -278,6 +278,7 @@ class Client(AdminCalls):
             >>> stepwell.connect(address).close()
         """
         self._core.end_lease()
+        RENEWER.remove(self._renewal)
         self._finisher.close()
         self._closing.set()
         self._transport.is_closed = True

@@ -73,11 +73,12 @@ class Target:
             raise click.UsageError(as_options(error.message)) from None
 
     @contextlib.contextmanager
-    def connect(self, doing: str) -> Iterator[Client]:
+    def connect(self, doing: str, *, prints: bool = False) -> Iterator[Client]:
         """A client for the body of a `with`, while people see what is being done and where.
 
         Args:
             doing: What the body does, as "Reading".
+            prints: The body prints by itself, so that people see it by that.
         """
         # its lines about a connection that fails would stand beside the one that the command prints
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -86,7 +87,7 @@ class Target:
         tls = self.tls_config()
         try:
             with (
-                working(f"{doing} at {self.address}"),
+                contextlib.nullcontext() if prints else working(f"{doing} at {self.address}"),
                 stepwell.connect(self.address, timeout_s=self.timeout_s, tls=tls) as client,
             ):
                 yield client
