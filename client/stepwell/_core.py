@@ -331,16 +331,28 @@ class Core:
         return Trace(outputs, dict(stepped.states), stepped.revision, stepped.position)
 
     def reset_states(
-        self, tracker: SessionTracker, states: States | None, rows: Rows | None, deadline: Deadline
+        self,
+        tracker: SessionTracker,
+        states: States | None,
+        rows: Rows | None,
+        deadline: Deadline,
+        position: int = 0,
     ) -> Flow[None]:
-        """Sets the state of a session, or some rows of it."""
+        """Sets the state of a session, or some rows of it; with `position`, which the whole of it then has."""
+        if position and (states is None or rows is not None):
+            raise InvalidInputError(
+                f"position must be 0 without states, and with rows: it is that of a whole state; got {position}"
+            )
+        if not 0 <= position < 2**64:
+            raise InvalidInputError(f"position must be from 0 to {2**64 - 1}; got {position}")
         chosen = _inputs.check_rows(rows, tracker.batch_size)
         if chosen == ():
             return
         count = tracker.batch_size if chosen is None else len(chosen)
         packed = yield from self.states(tracker.model, tracker.fingerprint, states, count, deadline)
-        change = Change("reset", packed, rows=chosen or ())
+        change = Change("reset", packed, rows=chosen or (), position=position)
         request = sessions_pb2.ResetStatesRequest(
+            position=position,
             session_id=tracker.session_id,
             state=to_messages(packed),
             rows=change.rows,

@@ -294,6 +294,7 @@ class AsyncSession(AsyncHandle):
         states: States | None = None,
         rows: Rows | None = None,
         *,
+        position: int = 0,
         timeout_s: float | None = None,
     ) -> None:
         """Sets the state, or some rows of it.
@@ -307,7 +308,7 @@ class AsyncSession(AsyncHandle):
         """
         deadline = self._core.deadline(timeout_s)
         async with self._changing(deadline):
-            await self._client._run(self._core.reset_states(self._tracker, states, rows, deadline))
+            await self._client._run(self._core.reset_states(self._tracker, states, rows, deadline, position))
 
     async def get_state(self, *, timeout_s: float | None = None) -> State:
         """A copy of the state, after the changes received before.

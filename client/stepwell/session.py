@@ -258,6 +258,7 @@ class Session(Handle):
         states: States | None = None,
         rows: Rows | None = None,
         *,
+        position: int = 0,
         timeout_s: float | None = None,
     ) -> None:
         """Sets the state, or some rows of it.
@@ -266,7 +267,9 @@ class Session(Handle):
             states: Mapping of name to array, list of arrays in the model's order, or a `State`; each
                 (batch_size, ...), or (len(rows), ...) with rows. None: the model's initial state.
             rows: Rows to set, as indexes, each at most once, or as booleans of shape (batch_size,). None: all,
-                and the position becomes 0. An empty list sets nothing and is no change.
+                and the position becomes `position`. An empty list sets nothing and is no change.
+            position: The session's position afterwards, where all rows are set to states that a session had at that
+                position.
             timeout_s: Time limit of this call over all its attempts; None: the client's.
 
         Raises:
@@ -282,7 +285,7 @@ class Session(Handle):
         """
         deadline = self._core.deadline(timeout_s)
         with self._changing(deadline):
-            self._client._run(self._core.reset_states(self._tracker, states, rows, deadline))
+            self._client._run(self._core.reset_states(self._tracker, states, rows, deadline, position))
 
     def get_state(self, *, timeout_s: float | None = None) -> State:
         """A copy of the state, after the changes received before.

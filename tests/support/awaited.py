@@ -175,10 +175,6 @@ class RemoteStore(Store):
         await asyncio.sleep(0)
         return self.shared.count_of(model)
 
-    async def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        await asyncio.sleep(0)
-        return self.shared.count_some(after=after, prefix=prefix, limit=limit)
-
     async def announce(self, listen: str) -> None:
         self.shared.announce(listen)
 

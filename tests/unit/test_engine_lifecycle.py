@@ -383,6 +383,19 @@ async def test_sessions_are_listed_in_the_order_of_their_ids(monkeypatch: pytest
             await listed(model="x")
 
 
+async def test_a_reset_to_a_state_may_take_its_position_over() -> None:
+    async with running() as at:
+        await at.open("a", "b")
+        await at.step("a", x(1, 4))
+        state = await at.state("a")
+        answer = await at.submit("b", reset=True, state=state, position=4, expected=0, request_ids=7).only()
+        assert (answer.revision, answer.position) == (1, 4)
+        again = await at.submit("b", reset=True, state=state, position=4, expected=0, request_ids=7).only()
+        assert (again.replayed, again.position) == (True, 4)
+        assert (await at.step("b", x(1))).position == 5
+        assert (await at.submit("b", reset=True).only()).position == 0
+
+
 async def test_what_is_known_of_a_session() -> None:
     async with running() as at:
         await at.open("a")

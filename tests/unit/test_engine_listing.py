@@ -156,6 +156,29 @@ async def test_the_event_loop_goes_on_while_many_are_listed() -> None:
             assert turns > len(ids) // 500
 
 
+@pytest.mark.stores("async", "awaited")
+async def test_what_was_made_for_a_caller_who_gave_up_is_there_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(catalogue, "_AT_ONCE", 1)
+    made: list[object] = []
+    make = catalogue.Catalogue._make
+
+    async def counted(self: catalogue.Catalogue) -> object:
+        made.append(self)
+        return await make(self)
+
+    monkeypatch.setattr(catalogue.Catalogue, "_make", counted)
+    async with running() as at:
+        await at.open(*[f"s{number:02}" for number in range(40)])
+        for _ in range(3):
+            listed = await begun(at.engine.list_sessions(order=Order.CREATED))
+            await asyncio.sleep(0)
+            listed.cancel()
+        page, _ = await at.engine.list_sessions(order=Order.CREATED)
+        assert (len(page), len(made)) == (40, 1)
+
+
 async def close_all(at: Harness, limit: int, **wanted: Any) -> int:
     closed, place = await at.engine.close_matching(SessionFilter(**wanted), limit=limit)
     while place is not None:

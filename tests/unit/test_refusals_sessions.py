@@ -332,6 +332,13 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
         pb.CloseSessionsRequest(session_ids=["in use"] * 65_537),
         (*BAD_ARGUMENT, "session_ids must be at most 65536; got 65537"),
     ),
+    "a position of some rows": (
+        pb.ResetStatesRequest(session_id="in use", rows=[0], position=5),
+        (
+            *BAD_ARGUMENT,
+            "position must be 0 without a state, and with rows: it is that of a whole state; got 5",
+        ),
+    ),
     "an order that is none": (
         pb.ListSessionsRequest(order=9),  # type: ignore[arg-type]
         (*BAD_ARGUMENT, "order must be a SessionOrder; got 9"),

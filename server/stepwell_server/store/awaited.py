@@ -53,10 +53,6 @@ class AwaitedStore(Store):
         return self.local.count_of(model)
 
     @override
-    async def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        return self.local.count_some(after=after, prefix=prefix, limit=limit)
-
-    @override
     async def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         return self.local.tombstones(session_ids)
 

@@ -182,9 +182,6 @@ class Store(Protocol):
     async def count_of(self, model: str) -> int:
         """See `LocalStore`."""
 
-    async def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        """See `LocalStore`."""
-
     async def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         """See `LocalStore`."""
 
@@ -271,9 +268,6 @@ class LocalStore(Protocol):
 
     def count_of(self, model: str) -> int:
         """How many sessions a model has, by the counts of all batches."""
-
-    def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        """How many sessions a `scan` would give, and the last one's id: faster, as no record is looked at."""
 
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         """What is remembered of many sessions that are gone."""

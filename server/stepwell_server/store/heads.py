@@ -11,6 +11,7 @@ import numpy.typing as npt
 from stepwell_server.store.record import HEADER, Stored
 
 _EMPTY = bytes(HEADER.itemsize)
+_HEAD_BYTES = np.arange(HEADER.itemsize)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,7 +23,9 @@ class Heads:
     heads: npt.NDArray[np.void]
     """`(n,)` of dtype `record.HEADER`."""
     models: list[str]
-    """The name of each one's model."""
+    """Names of models, each once."""
+    model: npt.NDArray[np.intp]
+    """Of each record, the index of its model's name, `(n,)`."""
     fields: dict[int, bytes]
     """Extension fields, as they are stored, by place; few have any."""
 
@@ -32,18 +35,31 @@ class Heads:
 
 
 def heads_of(keys: list[bytes], records: Sequence[Stored]) -> Heads:
-    """The columns of records."""
-    size = HEADER.itemsize
-    heads = np.frombuffer(
-        b"".join([bytes(record[:size]) if len(record) >= size else _EMPTY for record in records]), HEADER
-    )
-    begin = size + heads["fingerprint_bytes"].astype(np.int64)
-    spans = zip(records, begin.tolist(), (begin + heads["model_bytes"]).tolist(), strict=True)
-    names = [bytes(record[start:end]) for record, start, end in spans]
-    known = {name: str(name, "utf-8", "replace") for name in set(names)}
-    has_fields = np.flatnonzero(heads["fields_bytes"])
-    fields = {
-        place: bytes(records[place][-length:])
-        for place, length in zip(has_fields.tolist(), heads["fields_bytes"][has_fields].tolist(), strict=True)
-    }
-    return Heads(keys, heads, [known[name] for name in names], fields)
+    """The columns of records: a few array operations, as there may be a million of them."""
+    records = [record if len(record) >= HEADER.itemsize else _EMPTY for record in records]
+    sizes = np.fromiter(map(len, records), np.int64, len(records))
+    together = np.frombuffer(b"".join(records), np.uint8)
+    starts = np.cumsum(sizes) - sizes
+    heads = together[starts[:, None] + _HEAD_BYTES].view(HEADER)[:, 0]
+    texts = starts + HEADER.itemsize + heads["fingerprint_bytes"]
+    ends = np.minimum(texts + heads["model_bytes"], starts + sizes)
+    names, model = _names(together, texts, ends)
+    places = np.flatnonzero(heads["fields_bytes"]).tolist()
+    fields = {place: bytes(records[place][-int(heads["fields_bytes"][place]) :]) for place in places}
+    return Heads(keys, heads, names, model, fields)
+
+
+def _names(
+    together: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
+) -> tuple[list[str], npt.NDArray[np.intp]]:
+    """The texts between places, each once, and which of them each is. Mostly they are few."""
+    names: list[str] = []
+    model = np.full(len(starts), -1, np.intp)
+    while len(left := np.flatnonzero(model < 0)):
+        first = left[0]
+        text = together[starts[first] : ends[first]]
+        same = left[ends[left] - starts[left] == len(text)]
+        same = same[(together[starts[same, None] + np.arange(len(text))] == text).all(axis=1)]
+        model[same] = len(names)
+        names.append(str(text.tobytes(), "utf-8", "replace"))
+    return names, model

@@ -77,12 +77,6 @@ class MemoryStore(LocalStore):
         return self._counts[model]
 
     @override
-    def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        fitting = (i for i in self._records if i.startswith(prefix) and i > after)
-        found = heapq.nsmallest(limit, fitting)
-        return len(found), found[-1] if found else ""
-
-    @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         return [self._tombstones.get(session_id) for session_id in session_ids]
 

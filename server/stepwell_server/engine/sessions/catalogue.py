@@ -11,6 +11,7 @@ import asyncio
 import bisect
 import dataclasses
 from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -105,10 +106,16 @@ class Catalogue:
         """Handles, births and ids of sessions that came later."""
         self._models: dict[str, int] = {}
         self._making = asyncio.Lock()
+        self._updates: set[asyncio.Task[Any]] = set()
         self._end: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
-        """Give it up."""
+        """Give it up, and what is being made of it."""
+        for update in self._updates:
+            update.cancel()
+        self._give_up()
+
+    def _give_up(self) -> None:
         self._table.departures = None
         if self._end is not None:
             self._end.cancel()
@@ -120,14 +127,20 @@ class Catalogue:
 
         What they are is to be looked at: some may be gone, or used, since.
         """
-        async with self._making:
-            made = await self._up_to_date(is_first=query.after is None)
-            beside = list(self._beside)
+        # whoever asked may give up: the next one finds what was made
+        update = asyncio.create_task(self._update(is_first=query.after is None))
+        self._updates.add(update)
+        update.add_done_callback(self._updates.discard)
+        made, beside = await asyncio.shield(update)
         self._keep()
         code = self._models.get(query.filter.model, _NO_MODEL) if query.filter.model else _ANY_MODEL
         now = self._clock.monotonic() + self._ahead
         choice = _Choice(self._table, self._codes(), query, code, now, self._ahead)
         return await asyncio.to_thread(choice.of, made, beside)
+
+    async def _update(self, *, is_first: bool) -> tuple[_Sorted, list[tuple[int, int, bytes]]]:
+        async with self._making:
+            return await self._up_to_date(is_first=is_first), list(self._beside)
 
     async def _up_to_date(self, *, is_first: bool) -> _Sorted:
         made = self._sorted
@@ -142,7 +155,7 @@ class Catalogue:
     def _keep(self) -> None:
         if self._end is not None:
             self._end.cancel()
-        self._end = asyncio.get_running_loop().call_later(_KEPT_S, self.close)
+        self._end = asyncio.get_running_loop().call_later(_KEPT_S, self._give_up)
 
     def _codes(self) -> npt.NDArray[np.int32]:
         """What the table's numbers of models are here."""
@@ -174,12 +187,13 @@ class Catalogue:
         while len(heads := await store.heads(after=after, limit=_AT_ONCE)):
             ids = [str(key, "utf-8", "replace") for key in heads.keys]
             after = ids[-1]
-            handles.append(self._table.find_all(ids))
+            handles.append(self._table.find_all(ids) if len(self._table) else np.full(len(ids), -1, np.intp))
             births.append(self._table.birth[handles[-1]])
             sizes += map(len, heads.keys)
             codes = [self._models.setdefault(name, len(self._models)) for name in heads.models]
+            models = np.array(codes, np.int32)[heads.model]
             columns = heads.heads["created"].copy(), heads.heads["last_used"].copy()
-            parts.append((b"".join(heads.keys), *columns, np.array(codes, np.int32)))
+            parts.append((b"".join(heads.keys), *columns, models))
             await asyncio.sleep(0)
         empty = np.zeros(0)
         return _Sorted(

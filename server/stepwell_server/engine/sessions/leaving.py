@@ -112,7 +112,13 @@ class Leaving:
                 if lease is None:
                     continue
                 if self._leases.is_over(lease, self._clock.monotonic()):
-                    due.append((session_id, heads.models[place], int(heads.heads["revision"][place])))
+                    due.append(
+                        (
+                            session_id,
+                            heads.models[int(heads.model[place])],
+                            int(heads.heads["revision"][place]),
+                        )
+                    )
                 else:
                     next_end = min(next_end, self._leases.heard(lease[0]) + lease[1] / 1000)
             if due:

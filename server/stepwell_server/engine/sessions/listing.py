@@ -19,8 +19,6 @@ from stepwell_server.store.record import Header, header_or_none
 
 #: Records looked at before others get a turn.
 _AT_ONCE = 250
-#: The same where ids are enough.
-_IDS_AT_ONCE = 5_000
 #: Records that one page looks at, at most, to find those of a model.
 _MOST_LOOKED_AT = 20_000
 #: A model that has less than this share of the sessions is looked for in the catalogue.
@@ -79,13 +77,17 @@ class Listing:
             self._directory.models.by_name(query.filter.model)  # raises
         if self._others is None or not await self._is_as_stored(self._others, query):
             return await self._page_of_catalogue(query)
-        page = await self._page_of_store(self._others, query)
-        return page, await self._total(self._others, query.filter) if query.count else 0
+        page, model = await self._page_of_store(self._others, query), query.filter.model
+        if not query.count:
+            return page, 0
+        return page, await (self._others.count_of(model) if model else self._others.count())
 
     @staticmethod
     async def _is_as_stored(store: Store, query: Query) -> bool:
-        """Whether the store has the sessions in the order that is asked for, and not far from each other."""
+        """Whether the store has the sessions in the order that is asked for, not far from each other, and counted."""
         if query.order is not Order.ID or query.descending or query.filter.idle_longer_s is not None:
+            return False
+        if query.filter.prefix and query.count:
             return False
         model = query.filter.model
         return not model or await store.count_of(model) >= await store.count() * _RARE
@@ -144,24 +146,6 @@ class Listing:
                 page.next = 0.0, after
                 return page
             await asyncio.sleep(0)
-
-    @staticmethod
-    async def _total(store: Store, wanted: SessionFilter) -> int:
-        model, prefix = wanted.model, wanted.prefix
-        if not prefix:
-            return await (store.count_of(model) if model else store.count())
-        total, after = 0, ""
-        while not model:
-            count, after = await store.count_some(after=after, prefix=prefix, limit=_IDS_AT_ONCE)
-            if not count:
-                return total
-            total += count
-            await asyncio.sleep(0)
-        while some := await store.scan(after=after, prefix=prefix, limit=_AT_ONCE):
-            total += sum(model in {"", header.model if header else ""} for _, header in some)
-            after = some[-1][0]
-            await asyncio.sleep(0)
-        return total
 
     def _info(self, session_id: str, header: Header | None) -> SessionInfo | None:
         """What the table says, else what the record says; a damaged record says nothing but its id."""

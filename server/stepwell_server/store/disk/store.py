@@ -144,10 +144,9 @@ class DiskStore(LocalStore):
     def heads(self, *, after: str = "", limit: int) -> Heads:
         keys, records = self._base.values(after=after, limit=limit)
         if self._wal is not None and not self._wal.is_empty:
-            found = [self._find(str(key, "utf-8", "replace")) for key in keys]
-            records = [
-                record if later is None else later for record, later in zip(records, found, strict=True)
-            ]
+            ids = [str(key, "utf-8", "replace") for key in keys]
+            for place in self._wal.places_of(ids):
+                records[place] = self._find(ids[place]) or records[place]
         return heads_of(keys, records)
 
     @override
@@ -157,10 +156,6 @@ class DiskStore(LocalStore):
     @override
     def count_of(self, model: str) -> int:
         return self._base.count_of(model)
-
-    @override
-    def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        return self._base.count_some(after=after, prefix=prefix, limit=limit)
 
     @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
