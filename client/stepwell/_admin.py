@@ -70,7 +70,13 @@ class SessionFilter:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What an export has done."""
+    """What an export has done.
+
+    Example:
+        >>> report = client.export_sessions("some.sessions", [session.id, "nobody"])
+        >>> report.exported, [type(error).__name__ for error in report.failures.values()]
+        (1, ['SessionNotFoundError'])
+    """
 
     exported: int
     """Sessions in the file."""
@@ -80,7 +86,13 @@ class ExportReport:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImportReport:
-    """What an import has done with the sessions of a file."""
+    """What an import has done with the sessions of a file.
+
+    Example:
+        >>> exported = client.export_sessions("some.sessions", [session.id])
+        >>> client.import_sessions("some.sessions")
+        ImportReport(imported=1, replaced=0, skipped=0, failures={})
+    """
 
     imported: int = 0
     """Sessions that were made, or were there already exactly as in the file."""

@@ -73,9 +73,7 @@ class AdminCalls(abc.ABC):
         Example:
             >>> session.id in [info.session_id for info in client.sessions(model="forecast")]
             True
-            >>> [info.session_id for info in client.sessions(order="created", descending=True, limit=1)] == [
-            ...     session.id
-            ... ]
+            >>> client.sessions(order="created", descending=True, limit=1)[0].session_id == session.id
             True
         """
         wanted = SessionFilter(model, prefix, idle_longer_s)
@@ -187,7 +185,7 @@ class AdminCalls(abc.ABC):
             OSError: The file cannot be written; names the path.
 
         Example:
-            >>> client.export_sessions(path, [session.id]).exported
+            >>> client.export_sessions("some.sessions", [session.id]).exported
             1
         """
         ids = None if session_ids is None else list(session_ids)
@@ -230,8 +228,9 @@ class AdminCalls(abc.ABC):
             OSError: It cannot be read; names the path.
 
         Example:
-            >>> report = client.import_sessions(path, existing="skip")
-            >>> report.imported + report.skipped, report.failures
+            >>> exported = client.export_sessions("some.sessions", [session.id])
+            >>> report = client.import_sessions("some.sessions")
+            >>> report.imported, report.failures
             (1, {})
         """
         report, done = ImportReport(), 0

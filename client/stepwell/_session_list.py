@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Iterator, Sequence
+from typing import overload
 
 from stepwell._types import SessionInfo
 
@@ -89,37 +89,3 @@ class SessionList(Sequence[SessionInfo]):
             "" if not self._shown.token or len(shown) == self._limit else ", more are read when they are used"
         )
         return f"<{type(self).__name__} of {len(shown)} sessions{more}>"
-
-
-class AsyncSessionList:
-    """Sessions of a server. Made by `AsyncClient.sessions`: awaited it is a list of all of them.
-
-    `async for` goes through them page by page and keeps nothing, however many there are.
-
-    Example:
-        >>> session.id in [info.session_id async for info in client.sessions(model="forecast")]
-        True
-        >>> session.id in [info.session_id for info in await client.sessions(model="forecast")]
-        True
-    """
-
-    def __init__(self, read: Callable[[str], Awaitable[Page]], limit: int | None) -> None:
-        self._read = read
-        self._limit = limit
-
-    async def __aiter__(self) -> AsyncIterator[SessionInfo]:
-        left, token = self._limit, ""
-        while True:
-            page = await self._read(token)
-            for info in page.sessions[:left]:
-                yield info
-            left = None if left is None else max(0, left - len(page.sessions))
-            token = page.token
-            if not token or left == 0:
-                return
-
-    def __await__(self) -> Generator[Any, None, list[SessionInfo]]:
-        return self._whole().__await__()
-
-    async def _whole(self) -> list[SessionInfo]:
-        return [info async for info in self]

@@ -20,7 +20,6 @@ from typing import Any, Self, TypeVar
 
 from stepwell import _channel, _display
 from stepwell._abandoned import AsyncFinisher
-from stepwell._aio_admin_calls import AsyncAdminCalls
 from stepwell._aio_connection import AsyncConnection
 from stepwell._core import Core
 from stepwell._flow import Ask, Call, Exchange, Flow, drive_async
@@ -31,6 +30,7 @@ from stepwell._state import State, States
 from stepwell._steps import Step
 from stepwell._tracker import SessionTracker
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo
+from stepwell.aio_admin import AsyncAdminCalls
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
 from stepwell.config import (

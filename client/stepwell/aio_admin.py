@@ -5,8 +5,8 @@ from __future__ import annotations
 import abc
 import asyncio
 import os
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
+from typing import Any, TypeVar
 
 from stepwell import _session_file
 from stepwell._admin import (
@@ -21,10 +21,45 @@ from stepwell._admin import (
 from stepwell._admin_calls import Progress, _tell
 from stepwell._core import Core
 from stepwell._flow import Flow
-from stepwell._session_list import AsyncSessionList, Page
+from stepwell._session_list import Page
+from stepwell._types import SessionInfo
 from stepwell.errors import StepwellError
 
 T = TypeVar("T")
+
+
+class AsyncSessionList:
+    """Sessions of a server. Made by `AsyncClient.sessions`: awaited it is a list of all of them.
+
+    `async for` goes through them page by page and keeps nothing, however many there are.
+
+    Example:
+        >>> session.id in [info.session_id async for info in client.sessions(model="forecast")]
+        True
+        >>> session.id in [info.session_id for info in await client.sessions(model="forecast")]
+        True
+    """
+
+    def __init__(self, read: Callable[[str], Awaitable[Page]], limit: int | None) -> None:
+        self._read = read
+        self._limit = limit
+
+    async def __aiter__(self) -> AsyncIterator[SessionInfo]:
+        left, token = self._limit, ""
+        while True:
+            page = await self._read(token)
+            for info in page.sessions[:left]:
+                yield info
+            left = None if left is None else max(0, left - len(page.sessions))
+            token = page.token
+            if not token or left == 0:
+                return
+
+    def __await__(self) -> Generator[Any, None, list[SessionInfo]]:
+        return self._whole().__await__()
+
+    async def _whole(self) -> list[SessionInfo]:
+        return [info async for info in self]
 
 
 class AsyncAdminCalls(abc.ABC):
@@ -138,7 +173,7 @@ class AsyncAdminCalls(abc.ABC):
         Arguments, result and errors are those of `Client.export_sessions`.
 
         Example:
-            >>> (await client.export_sessions(path, [session.id])).exported
+            >>> (await client.export_sessions("some.sessions", [session.id])).exported
             1
         """
         ids = None if session_ids is None else list(session_ids)
@@ -169,8 +204,9 @@ class AsyncAdminCalls(abc.ABC):
         Arguments, result and errors are those of `Client.import_sessions`.
 
         Example:
-            >>> report = await client.import_sessions(path, existing="skip")
-            >>> report.imported + report.skipped, report.failures
+            >>> exported = await client.export_sessions("some.sessions", [session.id])
+            >>> report = await client.import_sessions("some.sessions")
+            >>> report.imported, report.failures
             (1, {})
         """
         report, done = ImportReport(), 0
