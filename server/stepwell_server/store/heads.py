@@ -40,7 +40,10 @@ def heads_of(keys: list[bytes], records: Sequence[Stored]) -> Heads:
     sizes = np.fromiter(map(len, records), np.int64, len(records))
     together = np.frombuffer(b"".join(records), np.uint8)
     starts = np.cumsum(sizes) - sizes
-    heads = together[starts[:, None] + _HEAD_BYTES].view(HEADER)[:, 0]
+    if len(sizes) and (sizes == sizes[0]).all():  # as mostly: several times as fast
+        heads = together.reshape(len(sizes), -1)[:, : HEADER.itemsize].copy().view(HEADER)[:, 0]
+    else:
+        heads = together[starts[:, None] + _HEAD_BYTES].view(HEADER)[:, 0]
     texts = starts + HEADER.itemsize + heads["fingerprint_bytes"]
     ends = np.minimum(texts + heads["model_bytes"], starts + sizes)
     names, model = _names(together, texts, ends)
@@ -59,7 +62,8 @@ def _names(
         first = left[0]
         text = together[starts[first] : ends[first]]
         same = left[ends[left] - starts[left] == len(text)]
-        same = same[(together[starts[same, None] + np.arange(len(text))] == text).all(axis=1)]
+        for place, byte in enumerate(text.tolist()):
+            same = same[together[starts[same] + place] == byte]
         model[same] = len(names)
         names.append(str(text.tobytes(), "utf-8", "replace"))
     return names, model
