@@ -8,10 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+import grpc
 import numpy as np
 import pytest
 
@@ -19,11 +21,9 @@ import stepwell
 from stepwell import _leases
 from stepwell._session_file import read
 from stepwell.testing import LocalServer
+from support.scripted_server import MODEL, Fault, ScriptedServer
 from support.served import Served, local_server
 from support.shells import SHELLS, connect
-
-if TYPE_CHECKING:
-    import threading
 
 WAIT_S = 100.0
 
@@ -226,7 +226,7 @@ def ended(client: stepwell.Client, ids: list[str]) -> None:
             _ask_on(client, session_id)
 
 
-@pytest.mark.parametrize("kind", SHELLS)
+@pytest.mark.parametrize("kind", ["sync", "aio"])
 def test_sessions_of_a_client_that_is_killed_end_and_those_of_others_do_not(
     leasing: LocalServer, kind: str
 ) -> None:
@@ -285,6 +285,25 @@ def test_a_client_that_is_not_closed_and_lost_does_not_hold_its_sessions(leasing
     gc.collect()
     with stepwell.connect(leasing.address) as other:
         ended(other, [lost])
+
+
+def test_a_server_without_leases_is_asked_no_more() -> None:
+    with ScriptedServer() as server, stepwell.connect(server.address, lease_s=1) as client:
+        lease = client._core.lease
+        assert lease is not None
+        client.open_session(MODEL)  # its answer says nothing of a lease
+        assert not lease.is_needed
+        assert server.requests("OpenSession")[0].lease.duration.seconds == 1
+        client.open_sessions(MODEL, 2)  # that of a group cannot say so
+        assert server.wait_until(lambda: len(server.requests("RenewLease")) >= 2)
+        assert {request.client_id for request in server.requests("RenewLease")} == {lease.client_id}
+        server.fail("RenewLease", Fault(grpc.StatusCode.UNAVAILABLE))
+        asked = len(server.requests("RenewLease"))
+        assert server.wait_until(lambda: len(server.requests("RenewLease")) > asked + 1), "it goes on"
+        server.fail("RenewLease", Fault(grpc.StatusCode.UNIMPLEMENTED))
+        thread = cast("threading.Thread", _leases.RENEWER._thread)
+        thread.join(WAIT_S)
+        assert not lease.is_needed
 
 
 @pytest.mark.parametrize("lease_s", [0.5, -1, float("inf"), "1h", True])

@@ -23,7 +23,7 @@ _log = Log("engine.leases")
 #: Sessions that end before others get a turn.
 _AT_ONCE = 500
 #: The timer looks at least so often, in seconds, and at most so often.
-_LONGEST_S, _SHORTEST_S = 5.0, 0.05
+_LONGEST_S, _SHORTEST_S = 1.0, 0.05
 #: The store is looked through this long after the start, and then at most so often.
 _FIRST_S, _BETWEEN_S = 5.0, 60.0
 
