@@ -253,7 +253,8 @@ def test_a_state_is_saved_and_set(run: Run, client: stepwell.Client, tmp_path: P
 
     assert run("state", "set", "user-44", "--zero").stdout == "revision 2, position 0\n"
     assert all(not array.any() for array in session.get_state().values())
-    assert document(run("state", "set", "user-44", str(file), "--json"))["revision"] == 3
+    set_again = document(run("state", "set", "user-44", str(file), "--json"))
+    assert (set_again["revision"], set_again["position"]) == (3, 1), "the position is the file's"
     assert session.get_state() == state
 
 
