@@ -45,6 +45,7 @@ async def test_a_session_ends_when_its_client_is_gone_and_a_retry_is_told_so() -
         one = await unnamed(at)
         group = (await at.engine.open_sessions("plain", count=3, lease=LEASE_60)).session_ids
         fork = (await at.engine.fork(one, lease=LEASE_60)).session.session_id
+        group = [*group, *(await at.engine.fork_sessions([one, one], lease=LEASE_60)).session_ids]
         stays = {await unnamed(at, None), await unnamed(at, (TWO, 61_000))}
         await at.open("named")
         stays.add(
@@ -57,7 +58,7 @@ async def test_a_session_ends_when_its_client_is_gone_and_a_retry_is_told_so() -
         at.clock.advance(59.9)
         assert await at.engine.end_leases() == 0
         at.clock.advance(0.2)
-        assert await at.engine.end_leases() == 5
+        assert await at.engine.end_leases() == 7
         await at.settled()
         assert await ids(at) == {"named", *stays}
         for name in (one, *group, fork):
