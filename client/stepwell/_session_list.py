@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
+from stepwell._display import Listing
 from stepwell._types import SessionInfo
 
 
@@ -80,6 +81,9 @@ class SessionList(Sequence[SessionInfo]):
         return self._whole() == list(other)
 
     __hash__ = None  # type: ignore[assignment]
+
+    def _repr_html_(self) -> str:
+        return Listing(self._all or self._shown.sessions[: self._limit])._repr_html_()
 
     def __repr__(self) -> str:
         if self._all is not None:
