@@ -151,11 +151,11 @@ class AsyncClient:
     def open_session(
         self,
         model: str,
+        *,
         batch_size: int = 1,
         session_id: str | None = None,
         state: States | None = None,
         must_be_new: bool = False,
-        *,
         timeout_s: float | None = None,
     ) -> Opening[AsyncSession]:
         """Opens a session, or resumes the live session of that id.
@@ -179,9 +179,9 @@ class AsyncClient:
         self,
         model: str,
         n: int,
+        *,
         batch_size: int = 1,
         session_ids: Sequence[str] | None = None,
-        *,
         timeout_s: float | None = None,
     ) -> Opening[AsyncSessionGroup]:
         """Opens many sessions of one model, to be stepped together: all of them or none.

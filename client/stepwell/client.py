@@ -131,11 +131,11 @@ class Client:
     def open_session(
         self,
         model: str,
+        *,
         batch_size: int = 1,
         session_id: str | None = None,
         state: States | None = None,
         must_be_new: bool = False,
-        *,
         timeout_s: float | None = None,
     ) -> Session:
         """Opens a session, or resumes the live session of that id: `Session.resumed` says which.
@@ -175,9 +175,9 @@ class Client:
         self,
         model: str,
         n: int,
+        *,
         batch_size: int = 1,
         session_ids: Sequence[str] | None = None,
-        *,
         timeout_s: float | None = None,
     ) -> SessionGroup:
         """Opens many sessions of one model, to be stepped together: all of them or none.

@@ -148,7 +148,7 @@ SESSION_CALLS: dict[str, Case] = {
 def test_of_a_session(served: Served, name: str) -> None:
     call, words, kind = expected(SESSION_CALLS[name])
     with served.session("seq", ROWS) as session_id, served.nothing_changes(session_id):
-        session = served.client.open_session("seq", ROWS, session_id)
+        session = served.client.open_session("seq", batch_size=ROWS, session_id=session_id)
         with pytest.raises(kind, match=words):
             call(session)
         assert session.revision == 1
@@ -160,7 +160,7 @@ async def test_of_async_sessions(served: Served) -> None:
         for name, case in SESSION_CALLS.items():
             call, words, kind = expected(case)
             with served.session("seq", ROWS) as session_id, served.nothing_changes(session_id):
-                session = await client.open_session("seq", ROWS, session_id)
+                session = await client.open_session("seq", batch_size=ROWS, session_id=session_id)
                 with pytest.raises(kind, match=words):
                     await call(session)
                 assert session.revision == 1, name
@@ -219,19 +219,25 @@ CLIENT_CALLS: dict[str, Case] = {
     "control characters": (lambda c: c.open_session("seq", session_id="a\0b"), r"'a\\x00b'"),
     "a lone surrogate": (lambda c: c.open_session("seq", session_id="a\udc80"), "printable"),
     "space after": (lambda c: c.open_session("seq", session_id="a "), "without leading or trailing space"),
-    "batch size 0": (lambda c: c.open_session("seq", 0), "batch_size must be at least 1; got 0"),
-    "batch size -1": (lambda c: c.open_session("seq", -1), "batch_size must be at least 1; got -1"),
+    "batch size 0": (lambda c: c.open_session("seq", batch_size=0), "batch_size must be at least 1; got 0"),
+    "batch size -1": (
+        lambda c: c.open_session("seq", batch_size=-1),
+        "batch_size must be at least 1; got -1",
+    ),
     "batch size 1.5": (
-        lambda c: c.open_session("seq", 1.5),
+        lambda c: c.open_session("seq", batch_size=1.5),
         "batch_size must be an integer; got 1.5",
     ),
-    "batch size": (lambda c: c.open_session("seq", 10**6), "batch_size must be 1 to .*got 1000000"),
+    "batch size": (
+        lambda c: c.open_session("seq", batch_size=10**6),
+        "batch_size must be 1 to .*got 1000000",
+    ),
     "no sessions": (lambda c: c.open_sessions("seq", 0), "n must be at least 1; got 0"),
     "too many sessions": (lambda c: c.open_sessions("seq", 65_537), "1 to 65536; got 65537"),
     "ids": (lambda c: c.open_sessions("seq", 2, session_ids=["a"]), "session_ids must have n = 2 ids; got 1"),
-    "state": (lambda c: c.open_session("seq", 2, state=[H, H[:1]]), r"'lstm/c' must have 2 rows"),
+    "state": (lambda c: c.open_session("seq", batch_size=2, state=[H, H[:1]]), r"'lstm/c' must have 2 rows"),
     "state: NaN": (
-        lambda c: c.open_session("seq", 2, state=[H, with_one(NAN, shape=(2, 8))]),
+        lambda c: c.open_session("seq", batch_size=2, state=[H, with_one(NAN, shape=(2, 8))]),
         "state 'lstm/c' must hold finite numbers",
     ),
     "predict: shape": (lambda c: c.predict("seq", np.ones((5, 2))), r"\(5, 3\) or \(5, T, 3\); got \(5, 2\)"),
