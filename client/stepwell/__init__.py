@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stepwell import aio, config, errors
     from stepwell._local import LocalClient, local
+    from stepwell import aio, config, errors, events
     from stepwell._state import State
     from stepwell._trace import Trace
     from stepwell._types import (
@@ -92,9 +93,10 @@ __all__ = [
     "connect",
     "errors",
     "local",
+    "events",
 ]
 
-_MODULES = frozenset({"aio", "config", "errors"})
+_MODULES = frozenset({"aio", "config", "errors", "events"})
 _HOMES = {
     "Client": "client",
     "LayerInfo": "_types",

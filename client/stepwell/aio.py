@@ -22,16 +22,20 @@ from stepwell import _channel, _display
 from stepwell._abandoned import AsyncFinisher
 from stepwell._aio_connection import AsyncConnection
 from stepwell._core import Core
-from stepwell._flow import Ask, Call, Exchange, Flow, drive_async
+from stepwell._flow import Ask, Call, Exchange, Flow, Notify, drive_async
 from stepwell._group_core import GroupCore
 from stepwell._group_tracker import GroupTracker
+from stepwell._metadata import Metadata
+from stepwell._observer import notify_async
 from stepwell._state import State, States
 from stepwell._steps import Step
+from stepwell._tracebacks import end_here, ends_here
 from stepwell._tracker import SessionTracker
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
 from stepwell.config import (
+    DEFAULT_CONNECT_TIMEOUT_S,
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_S,
     ClientConfig,
@@ -39,30 +43,42 @@ from stepwell.config import (
     server_address,
     tls_config,
 )
+from stepwell.events import EventHooks
 
 __all__ = ["AsyncClient", "AsyncSession", "AsyncSessionGroup", "connect"]
 
 T = TypeVar("T")
 
 
+@ends_here
 def connect(
     address: str | None = None,
     *,
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     coalesce: bool = True,
     tls: TlsConfig | bool | None = None,
+    metadata: Metadata = (),
+    event_hooks: EventHooks | None = None,
 ) -> AsyncClient:
     """A client of the server at `address`. The connection itself is made by the first call.
 
     Args:
-        address: HOST:PORT or unix:PATH. None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
+        address: HOST:PORT, [IPv6]:PORT, unix:PATH, dns:///HOST:PORT, grpc://HOST:PORT (without TLS) or
+            grpcs://HOST:PORT (with TLS). None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
         timeout_s: Time limit of each call over all its attempts, in seconds, unless the call is given
             another; `math.inf` for none.
+        connect_timeout_s: Time limit of a call as long as this client has never reached the server, in
+            seconds; `math.inf`: as `timeout_s`. Once it has, calls are tried again up to their own limit.
         max_message_bytes: Largest message to send or receive.
         coalesce: Steps awaited at the same time leave together as one message, which is where throughput
             comes from. False: each step is a call of its own.
-        tls: How to speak TLS; True: with the CAs of the system. None: not at all.
+        tls: How to speak TLS; True: with the CAs of the system. None: not at all, unless the address says so.
+        metadata: Pairs of key and value, or a mapping, to send with every call: headers, for a proxy on the
+            way, say. Values are strings, or bytes where the key ends in "-bin".
+        event_hooks: Functions to call at each event, by the name of the event, "request", "response" or
+            "retry": `stepwell.events` says what they get, and that they may be coroutine functions.
 
     Raises:
         InvalidInputError: An argument, or the variable, breaks its rule.
@@ -75,15 +91,25 @@ def connect(
         >>> asyncio.run(main())
         ['forecast']
     """
-    config = ClientConfig(server_address(address), timeout_s, max_message_bytes, tls_config(tls))
+    config = ClientConfig(
+        server_address(address),
+        timeout_s,
+        max_message_bytes,
+        tls_config(tls),
+        connect_timeout_s,
+        metadata,
+        event_hooks,
+    )
     return AsyncClient(config, coalesce=coalesce)
 
 
+@end_here
 class AsyncClient:
     """A connection to a server. Make one with `connect`, and share it.
 
     Every method takes `timeout_s`, the time limit of that call over all its attempts; None means the
-    client's own. UNAVAILABLE and overload are retried within it (see `stepwell.errors`).
+    client's own. UNAVAILABLE and overload are retried within it (see `stepwell.errors`); a server that was never
+    reached is given up after `connect_timeout_s`.
 
     Belongs to the event loop it is first used in; not for use from other threads or loops. Not fork-safe:
     gRPC's threads do not survive a fork, so connect in the child.
@@ -116,7 +142,7 @@ class AsyncClient:
 
     @property
     def address(self) -> str:
-        """Where the server is, HOST:PORT or unix:PATH."""
+        """Where the server is, as gRPC takes it: HOST:PORT or unix:PATH, without grpc:// or grpcs://."""
         return self._config.address
 
     async def models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
@@ -172,6 +198,7 @@ class AsyncClient:
         flow = self._core.open_session(model, batch_size, session_id, state, must_be_new, deadline)
         return Opening(self._session(flow, owned=session_id is None))
 
+    @ends_here
     async def _session(self, flow: Flow[SessionTracker], owned: bool) -> AsyncSession:
         return AsyncSession(self, await self._run(flow), owned=owned)
 
@@ -196,6 +223,7 @@ class AsyncClient:
         flow = self._core.open_sessions(model, n, batch_size, session_ids, self._core.deadline(timeout_s))
         return Opening(self._group(flow, owned=session_ids is None))
 
+    @ends_here
     async def _group(self, flow: Flow[GroupTracker], owned: bool) -> AsyncSessionGroup:
         return AsyncSessionGroup(self, GroupCore(self._core, await self._run(flow)), owned=owned)
 
@@ -284,7 +312,8 @@ class AsyncClient:
 
     async def _run(self, flow: Flow[T]) -> T:
         """Runs a flow of the core to its result."""
-        return await drive_async(flow, self._answer)
+        observer = self._core.observer
+        return await drive_async(flow if observer is None else observer.observed(flow), self._answer)
 
     def _answer(self, ask: Ask) -> Awaitable[Any]:
         if isinstance(ask, Step):
@@ -293,6 +322,8 @@ class AsyncClient:
             return self._connection.transport.invoke(ask)
         if isinstance(ask, Exchange):
             return self._connection.link.exchange(ask)
+        if isinstance(ask, Notify):
+            return notify_async(ask)
         return self._pause(ask.seconds)
 
     async def _pause(self, seconds: float) -> None:

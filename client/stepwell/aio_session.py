@@ -13,6 +13,7 @@ from stepwell._flow import Flow
 from stepwell._retry import Deadline
 from stepwell._state import State, States
 from stepwell._trace import Trace
+from stepwell._tracebacks import end_here, ends_here
 from stepwell._tracker import SessionTracker
 from stepwell._turns import AsyncMemberLock
 from stepwell._types import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
@@ -25,6 +26,7 @@ H = TypeVar("H", bound="AsyncHandle")
 T = TypeVar("T")
 
 
+@end_here
 class AsyncHandle(abc.ABC):
     """What a session and a group have in common: one change at a time, and an end."""
 
@@ -136,6 +138,7 @@ class Opening(Coroutine[Any, Any, H]):
             await self._handle.__aexit__(kind, error, trace)
 
 
+@end_here
 class AsyncSession(AsyncHandle):
     """One user's conversation with one model: a recurrent state on the server, advanced step by step.
 
@@ -320,6 +323,7 @@ class AsyncSession(AsyncHandle):
         """
         return Opening(self._fork(session_id, timeout_s))
 
+    @ends_here
     async def _fork(self, session_id: str | None, timeout_s: float | None) -> AsyncSession:
         self._check_open()
         deadline = self._core.deadline(timeout_s)

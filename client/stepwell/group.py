@@ -12,6 +12,7 @@ from stepwell._frames import Counts
 from stepwell._group_core import GroupCore, Members
 from stepwell._state import State, States
 from stepwell._trace import Trace
+from stepwell._tracebacks import end_here
 from stepwell._turns import MemberLock
 from stepwell._types import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell.session import Handle, Session
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from stepwell.client import Client
 
 
+@end_here
 class SessionGroup(Handle):
     """Many sessions of one model and batch size, stepped together: one message for all of them.
 

@@ -13,6 +13,7 @@ from stepwell._flow import Flow
 from stepwell._retry import Deadline
 from stepwell._state import State, States
 from stepwell._trace import Trace
+from stepwell._tracebacks import end_here
 from stepwell._tracker import SessionTracker
 from stepwell._turns import MemberLock
 from stepwell._types import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
@@ -34,6 +35,7 @@ class Lock(Protocol):
         """Releases it; where it is not held, does nothing or raises a `RuntimeError`."""
 
 
+@end_here
 class Handle(abc.ABC):
     """What a session and a group have in common: one change at a time, and an end."""
 
@@ -110,6 +112,7 @@ class Handle(abc.ABC):
             error.add_note(f"and then closing the session failed: {closing}")
 
 
+@end_here
 class Session(Handle):
     """One user's conversation with one model: a recurrent state on the server, advanced step by step.
 

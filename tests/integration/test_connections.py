@@ -156,7 +156,7 @@ def test_what_is_wrong_with_a_connection_is_said(front: str, authority: Authorit
         code, out = _cli(server, "models", "--tls-ca", other.cert)
         assert code == 1
         assert (
-            "(--server) is not available: the server's certificate is not one to trust: --tls-ca must" in out
+            "(--server) cannot be reached: the server's certificate is not one to trust: --tls-ca must" in out
         )
         # nobody was harmed
         trusted = stepwell.TlsConfig(authority.cert, *authority.issue("me", ()))
