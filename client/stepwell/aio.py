@@ -35,11 +35,11 @@ from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, Sessio
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
 from stepwell.config import (
-    DEFAULT_CONNECT_TIMEOUT_S,
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_S,
     ClientConfig,
     TlsConfig,
+    connect_timeout,
     server_address,
     tls_config,
 )
@@ -55,7 +55,7 @@ def connect(
     address: str | None = None,
     *,
     timeout_s: float = DEFAULT_TIMEOUT_S,
-    connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S,
+    connect_timeout_s: float | None = None,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     coalesce: bool = True,
     tls: TlsConfig | bool | None = None,
@@ -70,7 +70,8 @@ def connect(
         timeout_s: Time limit of each call over all its attempts, in seconds, unless the call is given
             another; `math.inf` for none.
         connect_timeout_s: Time limit of a call as long as this client has never reached the server, in
-            seconds; `math.inf`: as `timeout_s`. Once it has, calls are tried again up to their own limit.
+            seconds; `math.inf`: as `timeout_s`. Once it has, calls are tried again up to their own limit. None:
+            the environment variable STEPWELL_CONNECT_TIMEOUT_S, else 1 second.
         max_message_bytes: Largest message to send or receive.
         coalesce: Steps awaited at the same time leave together as one message, which is where throughput
             comes from. False: each step is a call of its own.
@@ -96,7 +97,7 @@ def connect(
         timeout_s,
         max_message_bytes,
         tls_config(tls),
-        connect_timeout_s,
+        connect_timeout(connect_timeout_s),
         metadata,
         event_hooks,
     )

@@ -23,11 +23,11 @@ from stepwell._steps import Step, Stepped, read
 from stepwell._tracebacks import end_here, ends_here
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo
 from stepwell.config import (
-    DEFAULT_CONNECT_TIMEOUT_S,
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_S,
     ClientConfig,
     TlsConfig,
+    connect_timeout,
     server_address,
     tls_config,
 )
@@ -43,7 +43,7 @@ def connect(
     address: str | None = None,
     *,
     timeout_s: float = DEFAULT_TIMEOUT_S,
-    connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S,
+    connect_timeout_s: float | None = None,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     coalesce: bool = True,
     tls: TlsConfig | bool | None = None,
@@ -58,7 +58,8 @@ def connect(
         timeout_s: Time limit of each call over all its attempts, in seconds, unless the call is given
             another; `math.inf` for none.
         connect_timeout_s: Time limit of a call as long as this client has never reached the server, in
-            seconds; `math.inf`: as `timeout_s`. Once it has, calls are tried again up to their own limit.
+            seconds; `math.inf`: as `timeout_s`. Once it has, calls are tried again up to their own limit. None:
+            the environment variable STEPWELL_CONNECT_TIMEOUT_S, else 1 second.
         max_message_bytes: Largest message to send or receive.
         coalesce: Steps that several threads make at the same time leave together as one message, which is
             where throughput comes from; a step made alone is a call of its own. False: each step is a call
@@ -82,7 +83,7 @@ def connect(
         timeout_s,
         max_message_bytes,
         tls_config(tls),
-        connect_timeout_s,
+        connect_timeout(connect_timeout_s),
         metadata,
         event_hooks,
     )

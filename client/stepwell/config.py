@@ -1,7 +1,7 @@
-"""What a client can be told, its defaults, and the environment variable that names the server.
+"""What a client can be told, its defaults, and the environment variables that stand for what it is not told.
 
-`STEPWELL_SERVER` is the address used where none is given: by `connect()` and by every command of the CLI. Nothing
-else is read from the environment here.
+`STEPWELL_SERVER` is the address used where none is given, and `STEPWELL_CONNECT_TIMEOUT_S` the `connect_timeout_s`: by
+`connect()` and by every command of the CLI. Nothing else is read from the environment here.
 
 An address is HOST:PORT, [IPv6]:PORT, unix:PATH, dns:///HOST:PORT, grpc://HOST:PORT (without TLS) or grpcs://HOST:PORT
 (with TLS).
@@ -20,6 +20,7 @@ from stepwell.errors import InvalidInputError
 from stepwell.events import EventHooks
 
 __all__ = [
+    "CONNECT_TIMEOUT_VARIABLE",
     "DEFAULT_ADDRESS",
     "DEFAULT_CONNECT_TIMEOUT_S",
     "DEFAULT_MAX_MESSAGE_BYTES",
@@ -27,11 +28,14 @@ __all__ = [
     "SERVER_VARIABLE",
     "ClientConfig",
     "TlsConfig",
+    "connect_timeout",
     "server_address",
 ]
 
 SERVER_VARIABLE = "STEPWELL_SERVER"
 """Environment variable with the server's address."""
+CONNECT_TIMEOUT_VARIABLE = "STEPWELL_CONNECT_TIMEOUT_S"
+"""Environment variable with the time limit of calls to a server that was never reached, in seconds."""
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 """Where a server listens unless told otherwise."""
 DEFAULT_TIMEOUT_S = 30.0
@@ -130,6 +134,49 @@ def tls_config(tls: TlsConfig | bool | None) -> TlsConfig | None:
     raise InvalidInputError(f"tls must be a TlsConfig, True or None; got {tls!r}")
 
 
+def check_timeout(name: str, timeout_s: float) -> float:
+    """A time limit that is a number above zero, `math.inf` included.
+
+    Raises:
+        InvalidInputError: It is not.
+    """
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
+        raise InvalidInputError(f"{name} must be a number of seconds; got {timeout_s!r}")
+    # Clocks and locks take no number of seconds beyond some 300 years; a limit of 30 years is none.
+    if timeout_s > _LONGEST_S:
+        return math.inf
+    if math.isnan(timeout_s) or timeout_s <= 0:
+        raise InvalidInputError(f"{name} must be above 0 (math.inf for no limit); got {timeout_s}")
+    return float(timeout_s)
+
+
+def connect_timeout(timeout_s: float | None = None) -> float:
+    """The `connect_timeout_s` of a client: what is given, else `STEPWELL_CONNECT_TIMEOUT_S`, else 1 second.
+
+    Args:
+        timeout_s: In seconds, or None.
+
+    Raises:
+        InvalidInputError: It, or the variable, is no time limit; the message names which.
+
+    Example:
+        >>> stepwell.config.connect_timeout(2)
+        2.0
+    """
+    if timeout_s is not None:
+        return check_timeout("connect_timeout_s", timeout_s)
+    from_environment = os.environ.get(CONNECT_TIMEOUT_VARIABLE)
+    if from_environment is None:
+        return DEFAULT_CONNECT_TIMEOUT_S
+    try:
+        seconds = float(from_environment)
+    except ValueError:
+        raise InvalidInputError(
+            f"{CONNECT_TIMEOUT_VARIABLE} must be a number of seconds; got {from_environment!r}"
+        ) from None
+    return check_timeout(CONNECT_TIMEOUT_VARIABLE, seconds)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ClientConfig:
     """What a client was told when it was made; `connect` makes it from its arguments.
@@ -147,7 +194,7 @@ class ClientConfig:
     """Largest message sent or received, in bytes."""
     tls: TlsConfig | None = None
     """How to speak TLS. None: not at all, unless the address says grpcs://. Files are read here, once."""
-    connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S
+    connect_timeout_s: float = dataclasses.field(default_factory=connect_timeout)
     """Time limit of a call as long as this client has never reached the server, in seconds; `math.inf`: as `timeout_s`.
     Afterwards every call is tried again up to its own limit."""
     metadata: _metadata.Metadata = dataclasses.field(default=(), repr=False)
@@ -177,22 +224,6 @@ class ClientConfig:
             raise InvalidInputError(
                 f"max_message_bytes must be from 1024 to 2147483647; got {self.max_message_bytes}"
             )
-
-
-def check_timeout(name: str, timeout_s: float) -> float:
-    """A time limit that is a number above zero, `math.inf` included.
-
-    Raises:
-        InvalidInputError: It is not.
-    """
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
-        raise InvalidInputError(f"{name} must be a number of seconds; got {timeout_s!r}")
-    # Clocks and locks take no number of seconds beyond some 300 years; a limit of 30 years is none.
-    if timeout_s > _LONGEST_S:
-        return math.inf
-    if math.isnan(timeout_s) or timeout_s <= 0:
-        raise InvalidInputError(f"{name} must be above 0 (math.inf for no limit); got {timeout_s}")
-    return float(timeout_s)
 
 
 def server_address(address: str | None = None) -> str:

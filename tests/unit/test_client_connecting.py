@@ -79,6 +79,18 @@ def test_no_addresses(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
         stepwell.connect()
 
 
+def test_the_time_limit_of_connecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPWELL_CONNECT_TIMEOUT_S", "2.5")
+    assert config.connect_timeout() == ClientConfig(ADDRESS).connect_timeout_s == 2.5
+    assert config.connect_timeout(7) == 7.0
+    for wrong, words in {"soon": "must be a number of seconds; got 'soon'", "0": "must be above 0"}.items():
+        monkeypatch.setenv("STEPWELL_CONNECT_TIMEOUT_S", wrong)
+        with pytest.raises(errors.InvalidInputError, match=f"^STEPWELL_CONNECT_TIMEOUT_S {words}"):
+            stepwell.connect(ADDRESS)
+    monkeypatch.delenv("STEPWELL_CONNECT_TIMEOUT_S")
+    assert config.connect_timeout() == 1.0
+
+
 def test_a_scheme_that_says_the_contrary_of_tls() -> None:
     with pytest.raises(errors.InvalidInputError, match="tls must be None where the address says grpc://"):
         stepwell.connect("grpc://h:1", tls=True)
