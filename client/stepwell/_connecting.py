@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from stepwell import errors
@@ -25,6 +26,10 @@ _NO_SUCH_NAME = (
 )
 # What a peer that speaks no HTTP/2 makes gRPC say.
 _NOT_HTTP2 = ("Failed parsing HTTP/2", "http1.x server")
+
+# What accepts connections and says nothing may be a server on a machine that is busy.
+_SILENT = "before receiving SETTINGS frame"
+_PATIENCE = 10
 
 # What gRPC's text of a failed handshake holds, and what that means. None of it passes by itself.
 _LASTING = {
@@ -52,29 +57,31 @@ _CLOSED_AT_ONCE = ("Socket closed", "Unwrap failed", "Connection reset", "ALERT_
 class ConnectError(errors.UnavailableError):
     """No connection was made, so nothing was sent. Never raised to users."""
 
-    hopeless = False
-    """Before the first contact another attempt would not help."""
-    hint = _RUNS
+    patience: int
+    """How many times the time limit of connecting it may take before the first contact; 0: not tried again."""
+    hint: str
     """What to look at."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, patience: int = 1, hint: str = _RUNS) -> None:
         super().__init__(message, outcome="not_applied")
+        self.patience = patience
+        self.hint = hint
 
 
 class HandshakeError(ConnectError):
     """No attempt to connect would succeed before somebody changes something. Never raised to users."""
 
-    hopeless = True
-    hint = ""
+    def __init__(self, message: str) -> None:
+        super().__init__(message, patience=0, hint="")
 
 
 def connect_error(message: str) -> ConnectError | None:
     """The error of a connection that could not be made; None if gRPC's text says nothing of the kind."""
     if _UNRESOLVED.search(message):
-        error = ConnectError(f"its name cannot be resolved: {message.rpartition(': ')[2].rstrip(']')}")
+        what = f"its name cannot be resolved: {message.rpartition(': ')[2].rstrip(']')}"
         if any(sign in message for sign in _NO_SUCH_NAME):
-            error.hopeless, error.hint = True, "is the name right?"
-        return error
+            return ConnectError(what, patience=0, hint="is the name right?")
+        return ConnectError(what)
     failed = _FAILED.search(message)
     if failed is None:
         return None
@@ -82,13 +89,16 @@ def connect_error(message: str) -> ConnectError | None:
         if sign in message:
             return HandshakeError(f"{meaning}; {message}")
     why = _WHERE.sub("", failed["why"] or message, count=1)
-    error = ConnectError(why)
     if any(sign in message for sign in _NOT_HTTP2):
-        error.message = f"what answers there does not speak HTTP/2, so it is not a Stepwell server: {why}"
-        error.hopeless, error.hint = True, "is it the port of a web server, or of the server's metrics?"
-    elif any(sign in message for sign in _CLOSED_AT_ONCE):
-        error.hint = f"{_RUNS} ({_PERHAPS})"
-    return error
+        what = f"what answers there does not speak HTTP/2, so it is not a Stepwell server: {why}"
+        return ConnectError(
+            what, patience=0, hint="is it the port of a web server, or of the server's metrics?"
+        )
+    if _SILENT in message:
+        return ConnectError(f"something listens there, but says nothing: {why}", patience=_PATIENCE)
+    if any(sign in message for sign in _CLOSED_AT_ONCE):
+        return ConnectError(why, hint=f"{_RUNS} ({_PERHAPS})")
+    return ConnectError(why)
 
 
 class Contact:
@@ -123,6 +133,12 @@ class Contact:
         if error.reason or by_peer:
             self.make()
 
+    def patience_s(self, error: errors.StepwellError) -> float:
+        """How long a call may try after this error, counted from its beginning, in seconds."""
+        if self.made or not isinstance(error, ConnectError):
+            return math.inf
+        return self.limit_s * error.patience if error.patience else 0.0
+
     def explain(self, error: errors.StepwellError, limit_s: float) -> str:
         """What to say of the error that ends a call.
 
@@ -141,9 +157,11 @@ class Contact:
         if self.made or isinstance(error, HandshakeError):
             return f"the server at {self.address} cannot be reached: {error.message}{hint}"
         within = ""
-        if not error.hopeless:
-            limits = [(limit_s, "timeout_s"), (self.limit_s, "connect_timeout_s")]
+        if error.patience:
+            limits = [(limit_s, "timeout_s"), (self.patience_s(error), "connect_timeout_s")]
             within = " within {:g} s ({})".format(*min(limits))
+            if error.patience > 1:
+                within = within.replace("connect_timeout_s", f"{error.patience} times connect_timeout_s")
         return f"no server was reached at {self.address}{within}: {error.message}{hint}"
 
 

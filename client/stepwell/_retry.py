@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Self
 
 from stepwell import errors
-from stepwell._connecting import ConnectError, Contact, HandshakeError
+from stepwell._connecting import Contact, HandshakeError
 from stepwell._log import LOG
 
 # An attempt that the time limit cuts short has an unknown outcome, so none is made with less time than this.
@@ -126,8 +126,8 @@ class Attempts:
         self._contact.learn(error)
         self._unknown |= self._changes and getattr(error, "outcome", "not_applied") == "unknown"
         delay_s = self._policy.delay_s(self.made, error)
-        remaining_s = self._remaining_s()
-        if delay_s is None or remaining_s <= 0 or self._is_hopeless(error):
+        remaining_s = self._remaining_s(error)
+        if delay_s is None or remaining_s <= 0:
             raise self._final(error)
         if isinstance(error, errors.OverloadedError) and delay_s >= remaining_s:
             raise self._final(error)
@@ -139,19 +139,11 @@ class Attempts:
         )  # fmt: skip
         return delay_s
 
-    def _is_hopeless(self, error: errors.StepwellError) -> bool:
-        return isinstance(error, ConnectError) and error.hopeless and not self._contact.made
+    def _limit_s(self, error: errors.StepwellError) -> float:
+        return min(self._deadline.limit_s, self._contact.patience_s(error))
 
-    def _limit_s(self) -> float:
-        """The time limit, which is a short one as long as the server was never reached."""
-        limit_s = self._deadline.limit_s
-        return limit_s if self._contact.made else min(limit_s, self._contact.limit_s)
-
-    def _remaining_s(self) -> float:
-        remaining_s = self._deadline.remaining_s()
-        if self._contact.made:
-            return remaining_s
-        return min(remaining_s, self._contact.limit_s - self._deadline.elapsed_s())
+    def _remaining_s(self, error: errors.StepwellError) -> float:
+        return min(self._deadline.remaining_s(), self._limit_s(error) - self._deadline.elapsed_s())
 
     def woke(self) -> None:
         """To be called after the wait: checks that there is time for another attempt.
@@ -159,9 +151,9 @@ class Attempts:
         Raises:
             StepwellError: The last error, if there is not.
         """
-        too_little_s = min(_LEAST_ATTEMPT_S, self._limit_s() / 10)
-        if self._last is not None and self._remaining_s() < too_little_s:
-            raise self._final(self._last)
+        last = self._last
+        if last is not None and self._remaining_s(last) < min(_LEAST_ATTEMPT_S, self._limit_s(last) / 10):
+            raise self._final(last)
 
     def _final(self, error: errors.StepwellError) -> errors.StepwellError:
         if isinstance(error, errors.DeadlineExceededError):

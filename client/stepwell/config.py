@@ -196,7 +196,8 @@ class ClientConfig:
     """How to speak TLS. None: not at all, unless the address says grpcs://. Files are read here, once."""
     connect_timeout_s: float = dataclasses.field(default_factory=connect_timeout)
     """Time limit of a call as long as this client has never reached the server, in seconds; `math.inf`: as `timeout_s`.
-    Afterwards every call is tried again up to its own limit."""
+    What accepts connections and says nothing, as a server on a machine that is busy may, is given ten times as long.
+    After the first contact every call is tried again up to its own limit."""
     metadata: _metadata.Metadata = dataclasses.field(default=(), repr=False)
     """Pairs of key and value to send with every call; afterwards a tuple of pairs with lower-case keys."""
     event_hooks: EventHooks | None = dataclasses.field(default=None, hash=False)

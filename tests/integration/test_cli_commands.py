@@ -375,11 +375,14 @@ def test_closing_asks_on_a_terminal(
     assert [session.session_id for session in client.sessions()] == left
 
 
-def test_a_server_that_is_away_is_named(unused_address: str) -> None:
+def test_a_server_that_is_away_is_named(unused_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STEPWELL_CONNECT_TIMEOUT_S")
     result = CliRunner().invoke(main, ["models", "--server", unused_address, "--timeout-s", "1000"])
 
     refused(
-        result, f"no server was reached at {unused_address} (--server) within 1 s: Connection refused; does"
+        result,
+        f"no server was reached at {unused_address} (--server) within 1 s (STEPWELL_CONNECT_TIMEOUT_S): Connection "
+        "refused; does `stepwell serve` run there?",
     )
 
 

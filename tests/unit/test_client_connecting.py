@@ -21,6 +21,10 @@ from stepwell.v1 import models_pb2
 
 ADDRESS = "h:1"
 REFUSED = "failed to connect to all addresses; last error: UNKNOWN: ipv4:1.2.3.4:1: Failed to connect to remote host: Connection refused"
+SILENT = (
+    "failed to connect to all addresses; last error: UNKNOWN: ipv4:1.2.3.4:1: connection attempt timed out before "
+    "receiving SETTINGS frame"
+)
 
 ADDRESSES = {
     "localhost:50051": ("localhost:50051", None),
@@ -206,6 +210,17 @@ def test_a_server_that_was_never_reached_is_given_up_soon() -> None:
         server.call(timeout_s=0.3)
     with pytest.raises(errors.UnavailableError, match=r"within 5 s \(timeout_s\)"):
         Server(REFUSED, limit_s=math.inf).call(timeout_s=5.0)
+
+
+def test_what_listens_and_says_nothing_has_ten_times_as_long() -> None:
+    """It may be a server on a machine that is busy."""
+    server = Server(SILENT)
+    server.attempt_s = 1.0
+    with pytest.raises(
+        errors.UnavailableError, match=r"within 10 s \(10 times connect_timeout_s\): something listens"
+    ):
+        server.call()
+    assert 110.0 <= server.now_s <= 111.0
 
 
 def test_a_server_that_comes_up_in_time_is_reached() -> None:

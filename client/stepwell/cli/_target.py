@@ -112,7 +112,7 @@ def as_options(message: str) -> str:
 
 _OPTIONS = {
     "a TlsConfig": "--tls or another option of TLS",
-    "(connect_timeout_s)": "(STEPWELL_CONNECT_TIMEOUT_S)",
+    "connect_timeout_s": "STEPWELL_CONNECT_TIMEOUT_S",
     "(timeout_s)": "(--timeout-s)",
 }
 
