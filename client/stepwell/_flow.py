@@ -132,10 +132,6 @@ class Retrier:
         self._max_message_bytes = max_message_bytes
         self._contact = contact
 
-    def attempts(self, deadline: Deadline) -> Attempts:
-        """The attempts of something that changes nothing."""
-        return Attempts(self._policy, deadline, changes=False)
-
     def call(self, rpc: str, request: Message, deadline: Deadline, *, changes: bool = False) -> Flow[Any]:
         """Makes a unary call, with retries; the result is the response.
 
@@ -150,9 +146,10 @@ class Retrier:
         def ask() -> Call:
             return Call(rpc, request, deadline.grpc_timeout_s())
 
-        return (yield from self._answered(ask, self._attempts(rpc, deadline, changes=changes)))
+        return (yield from self._answered(ask, self.attempts(rpc, deadline, changes=changes)))
 
-    def _attempts(self, rpc: str, deadline: Deadline, *, changes: bool) -> Attempts:
+    def attempts(self, rpc: str, deadline: Deadline, *, changes: bool = False) -> Attempts:
+        """The attempts of a call."""
         return Attempts(rpc, self._policy, deadline, self._contact, changes=changes)
 
     def step(self, step: Step) -> Flow[Stepped]:
@@ -171,7 +168,7 @@ class Retrier:
                 stepped: Stepped = yield step
                 return stepped
             except StepwellError as error:
-                attempts = attempts or self._attempts("Step", step.deadline, changes=True)
+                attempts = attempts or self.attempts("Step", step.deadline, changes=True)
                 by_itself = isinstance(error, RepliesTooLargeError) and error.members == 1
                 pause = Pause(attempts.failed(error), attempts.made, error)
             yield pause
@@ -212,7 +209,7 @@ class Retrier:
             on_part: Called with the members that were settled, as they are.
         """
         ask = self.ask(frame, deadline, on_part)
-        attempts = self._attempts("StepStream", deadline, changes=True)
+        attempts = self.attempts("StepStream", deadline, changes=True)
         try:
             while (error := (yield from _round(ask))) is not None:
                 yield Pause(attempts.failed(error), attempts.made, error)

@@ -35,9 +35,9 @@ def expected(case: Case) -> tuple[Callable[[Any], Any], str, type[Exception]]:
 
 # Each is given a session, sync or async, of two rows; an async one returns what is to be awaited.
 SESSION_CALLS: dict[str, Case] = {
-    "batch size": (lambda s: s.step(np.ones((3, 3))), r"must have 2 rows .*got shape \(3, 3\)"),
+    "batch size": (lambda s: s.step(np.ones((3, 3))), r"must have 2 rows .*got \(3, 3\)$"),
     "features": (lambda s: s.step(np.ones((2, 4))), r"'x' must have shape \(2, 3\) or .*got \(2, 4\)"),
-    "rank 1": (lambda s: s.step(np.ones(2)), r"'x' must have shape \(2, 3\) or .*got \(2,\)"),
+    "rank 1": (lambda s: s.step(np.ones(2)), r"'x' must have shape \(2, 3\) or .*got \(2,\)$"),
     "rank 4": (lambda s: s.step(np.ones((2, 1, 1, 3))), r"got \(2, 1, 1, 3\)"),
     "a scalar": (lambda s: s.step(1.0), "the input must have a batch axis.*got a scalar"),
     "None": (lambda s: s.step(None), "the input must be an array of floats.*got dtype object"),
@@ -82,7 +82,7 @@ SESSION_CALLS: dict[str, Case] = {
     ),
     "state: rows": (
         lambda s: s.reset_states([H, H[:1]]),
-        r"state 'lstm/c' must have 2 rows .*got shape \(1, 8\)",
+        r"state 'lstm/c' must have shape \(2, 8\); got \(1, 8\)",
     ),
     "state: NaN": (
         lambda s: s.reset_states([H, with_one(NAN, shape=(2, 8))]),
@@ -133,7 +133,7 @@ SESSION_CALLS: dict[str, Case] = {
     ),
     "rows: wrong state": (
         lambda s: s.reset_states([H, H], rows=[1]),
-        r"must have 1 rows .*got shape \(2, 8\)",
+        r"must have shape \(1, 8\); got \(2, 8\)",
     ),
     "fork: id": (lambda s: s.fork("a\nb"), r"session_id must be 1 to 256 printable .*'a\\nb'"),
     "fork: itself": (
@@ -235,14 +235,21 @@ CLIENT_CALLS: dict[str, Case] = {
     "no sessions": (lambda c: c.open_sessions("seq", 0), "n must be at least 1; got 0"),
     "too many sessions": (lambda c: c.open_sessions("seq", 65_537), "1 to 65536; got 65537"),
     "ids": (lambda c: c.open_sessions("seq", 2, session_ids=["a"]), "session_ids must have n = 2 ids; got 1"),
-    "state": (lambda c: c.open_session("seq", batch_size=2, state=[H, H[:1]]), r"'lstm/c' must have 2 rows"),
+    "state": (
+        lambda c: c.open_session("seq", batch_size=2, state=[H, H[:1]]),
+        r"'lstm/c' must have shape \(2, 8\)",
+    ),
     "state: NaN": (
         lambda c: c.open_session("seq", batch_size=2, state=[H, with_one(NAN, shape=(2, 8))]),
         "state 'lstm/c' must hold finite numbers",
     ),
     "predict: shape": (lambda c: c.predict("seq", np.ones((5, 2))), r"\(5, 3\) or \(5, T, 3\); got \(5, 2\)"),
     "predict: NaN": (lambda c: c.predict("seq", with_one(NAN)), "input 'x' must hold finite numbers"),
-    "predict: state": (lambda c: c.predict("seq", ONES, [H, H[:1]]), "'lstm/c' must have 2 rows"),
+    "predict: one row": (
+        lambda c: c.predict("seq", ONES[0]),
+        r"'x' must have shape \(3, 3\) or \(3, T, 3\); got \(3,\): did you mean x\[None\]\?",
+    ),
+    "predict: state": (lambda c: c.predict("seq", ONES, [H, H[:1]]), r"'lstm/c' must have shape \(2, 8\)"),
     "predict: token": (lambda c: c.predict("tokens", [[1, 9]]), "inputs must be ones that the model can run"),
     "predict: float": (lambda c: c.predict("tokens", [[1.0]]), "dtype that fits int32; got float64"),
 }
@@ -262,7 +269,7 @@ def test_of_a_group(served: Served) -> None:
     """What is wrong with the whole is refused here; members at fault are told apart in `test_sdk_server`."""
     with served.client.open_sessions("seq", 4) as group, served.nothing_changes(*group.ids):
         for call, words in (
-            (lambda: group.step(np.ones((3, 3))), r"must have 4 rows .*got shape \(3, 3\)"),
+            (lambda: group.step(np.ones((3, 3))), r"must have 4 rows .*got \(3, 3\)$"),
             (lambda: group.step(np.ones((4, 2))), r"\(4, 3\) or \(4, T, 3\); got \(4, 2\)"),
             (lambda: group.reset_states(rows=[4]), r"rows must be from 0 to 3.*got \[4\]"),
             (lambda: group.reset_states([np.ones((4, 8))]), "one array for each of .*got 1"),

@@ -392,7 +392,7 @@ class Engine:
         rows = next((len(array) for array in inputs.values() if array.ndim), 0)
         if not rows:
             raise InvalidInput(f"inputs must have at least one row; got {rows}")
-        checked = check_inputs(served.program, inputs, rows)
+        checked = check_inputs(served.program, inputs, rows, any_rows=True)
         resets = check_reset(reset, rows, checked.steps)
         require_reply(served.program, rows, checked.steps, reply_bytes, reply_limit)
         require_finite("input", checked.arrays, [spec.name for spec in served.program.inputs])
