@@ -96,7 +96,12 @@ class RetryEvent:
 
 
 class EventHooks(TypedDict, total=False):
-    """The hooks of a client, by event; each a list of functions of one argument. What they return is not looked at."""
+    """The hooks of a client, by event; each a list of functions of one argument. What they return is not looked at.
+
+    Example:
+        >>> hooks: stepwell.events.EventHooks = {"retry": [lambda event: print(event.error)]}
+        >>> stepwell.connect(address, event_hooks=hooks).close()
+    """
 
     request: Sequence[Callable[[RequestEvent], object]]
     response: Sequence[Callable[[ResponseEvent], object]]
