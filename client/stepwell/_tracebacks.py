@@ -21,14 +21,17 @@ VARIABLE = "STEPWELL_FULL_TRACEBACKS"
 """Environment variable that keeps all frames."""
 
 
-def short(error: StepwellError) -> StepwellError:
-    """The error without the frames it has collected so far, unless it comes from code that is not the SDK's."""
+def shorten(error: StepwellError) -> None:
+    """Drops the frames that an error has collected so far, unless it comes from code that is not the SDK's.
+
+    A `raise` without an argument adds none for its own function, so that the next is that of the caller.
+    """
     if os.environ.get(VARIABLE) or not _is_own(error.__traceback__):
-        return error
+        return
     if error.__cause__ is None:
         # What the SDK made the error of, such as that of one attempt.
         error.__suppress_context__ = True
-    return error.with_traceback(None)
+    error.__traceback__ = None
 
 
 def _is_own(trace: TracebackType | None) -> bool:
@@ -40,7 +43,7 @@ def _is_own(trace: TracebackType | None) -> bool:
 
 
 def ends_here(function: F) -> F:
-    """A function of the SDK's face: errors that leave it have its frame alone."""
+    """A function of the SDK's face: errors that leave it show none of the SDK's frames."""
     made: Any
     if inspect.iscoroutinefunction(function):
 
@@ -49,7 +52,8 @@ def ends_here(function: F) -> F:
             try:
                 return await function(*args, **kwargs)
             except StepwellError as error:
-                raise short(error)  # noqa: B904  # the same error
+                shorten(error)
+                raise
 
     else:
 
@@ -58,7 +62,8 @@ def ends_here(function: F) -> F:
             try:
                 return function(*args, **kwargs)
             except StepwellError as error:
-                raise short(error)  # noqa: B904  # the same error
+                shorten(error)
+                raise
 
     return cast("F", made)
 
