@@ -101,17 +101,15 @@ class MemberLock:
 
     def acquire(self, timeout: float = -1) -> bool:
         """Waits for the turns, at most so many seconds; -1: for ever. Whether they came."""
-        return self._turns.take(self._turn) or self._came.wait(
-            None if timeout < 0 or math.isinf(timeout) else timeout
-        )
+        wait_s = None if timeout < 0 or math.isinf(timeout) else timeout
+        if self._turns.take(self._turn) or self._came.wait(wait_s):
+            return True
+        self._turns.end(self._turn)
+        return False
 
     def release(self) -> None:
         """Ends the turns, or the wait for them; does nothing if they are over."""
-        try:
-            self._turns.end(self._turn)
-        except BaseException:  # Ctrl-C
-            self._turns.end(self._turn)
-            raise
+        self._turns.end(self._turn)
 
 
 class AsyncMemberLock:

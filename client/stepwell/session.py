@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
 import threading
 from types import TracebackType
@@ -56,7 +57,7 @@ class Handle(abc.ABC):
         """Runs a change, one at a time; waiting for one's turn counts against the time limit.
 
         Ctrl-C may arrive after any call, that of `acquire` included, when nothing here says yet that the lock is held.
-        So the lock is released in any case, by one call, which does nothing where it is not held.
+        So the lock is released in any case, which does nothing where it is not held.
         """
         me = threading.get_ident()
         if self._changer == me:
@@ -74,10 +75,14 @@ class Handle(abc.ABC):
         finally:
             if self._changer == me:
                 self._changer = None
-            try:  # noqa: SIM105  # `suppress` is a call, and Ctrl-C may come after it
+            try:
                 turn.release()
-            except RuntimeError:
+            except RuntimeError:  # not held
                 pass
+            except BaseException:  # Ctrl-C as it began, or as it ended
+                with contextlib.suppress(RuntimeError):
+                    turn.release()
+                raise
 
     def _take_turn(self, turn: Lock, deadline: Deadline) -> None:
         self._check_open()

@@ -22,10 +22,11 @@ from stepwell._core import Core
 from stepwell._flow import Ask, Call, Exchange, Flow, Retrier, drive
 from stepwell._frames import Part
 from stepwell._group_core import GroupCore
+from stepwell._group_tracker import GroupTracker
 from stepwell._retry import RetryPolicy
 from stepwell._sender import Sender
 from stepwell._steps import Step, Stepped
-from stepwell._tracker import GroupTracker, SessionTracker
+from stepwell._tracker import SessionTracker
 from stepwell.config import ClientConfig
 from stepwell.group import SessionGroup
 from stepwell.session import Session
@@ -45,7 +46,7 @@ class AnsweringClient:
 
     def unary(self, step: Step) -> Stepped:
         self.unaries += 1
-        return 1, 1, {"y": X}
+        return Stepped(1, 1, {"y": X})
 
     def _run(self, flow: Flow[Any]) -> Any:
         return drive(flow, self.answer)
