@@ -53,9 +53,11 @@ def _with_rows(tensor: Packed, what: str, rows: int | None, count: str = "batch_
     """Checks the first axis of an input; the server, which knows the others, says it in the same words."""
     if rows is not None and tensor.shape[0] != rows:
         many = "1 row" if rows == 1 else f"{rows} rows"
+        # With one row of several chosen, x holds rather too many rows than too few axes.
+        hint = ": did you mean x[None]?" if rows == 1 and count == "batch_size" else ""
         raise InvalidInputError(
             f"{what} must have {many} on its first axis ({count}), shape ({rows}, ...) or ({rows}, T, ...); "
-            f"got {tensor.shape}" + (": did you mean x[None]?" if rows == 1 else "")
+            f"got {tensor.shape}{hint}"
         )
     return tensor
 

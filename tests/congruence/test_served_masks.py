@@ -176,7 +176,7 @@ async def test_what_a_step_may_ask_for(served: Served, shell: str) -> None:
             ):
                 await session.step(inputs, reset=np.ones((2, 3), np.bool_))
             with pytest.raises(
-                stepwell.InvalidInputError, match=r"2 rows on its first axis|1 rows on its first axis"
+                stepwell.InvalidInputError, match=r"2 rows on its first axis|1 row on its first axis"
             ):
                 await session.step(inputs, rows=[1])
 

@@ -21,7 +21,7 @@ def wrong(client: stepwell.Client) -> None:
     client.open_session("policy", batch_size="2")
     client.open_sessions("policy")
     session = client.open_session("policy")
-    session.step(np.ones((1, 3)), outputs="first")
+    session.step(np.ones((1, 3)), time="first")
     session.get_state().items().nothing
     stepwell.connect(event_hooks={"reply": [slow]})
     stepwell.connect(event_hooks={"retry": [slow]})
