@@ -16,9 +16,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stepwell import aio, config, errors
-    from stepwell._local import LocalClient, local
     from stepwell import aio, config, errors, events
+    from stepwell._local import LocalClient, local
     from stepwell._state import State
     from stepwell._trace import Trace
     from stepwell._types import (
@@ -92,8 +91,8 @@ __all__ = [
     "config",
     "connect",
     "errors",
-    "local",
     "events",
+    "local",
 ]
 
 _MODULES = frozenset({"aio", "config", "errors", "events"})

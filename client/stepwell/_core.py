@@ -14,8 +14,8 @@ import numpy as np
 
 from stepwell import _inputs
 from stepwell._abandoned import TRY_FOR_S
-from stepwell._display import Listing
 from stepwell._connecting import Contact
+from stepwell._display import Listing
 from stepwell._flow import Flow, Retrier
 from stepwell._frames import Change
 from stepwell._group_tracker import GroupTracker

@@ -179,7 +179,6 @@ def test_the_blocks_of(
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STEPWELL_CACHE_DIR", str(compiled))  # for what the README starts by itself
-    text = (root / "README.md").read_text()
     log = logging.getLogger("stepwell")
     monkeypatch.setattr(log, "level", log.level)  # put back afterwards: a block may set it
     text = (root / document).read_text()
