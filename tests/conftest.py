@@ -25,6 +25,8 @@ def pytest_configure() -> None:
     folder = tempfile.mkdtemp(prefix="stepwell-data-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["XDG_DATA_HOME"] = folder
+    # on a machine that is busy a server that is there may take longer than a second to say so
+    os.environ["STEPWELL_CONNECT_TIMEOUT_S"] = "60"
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

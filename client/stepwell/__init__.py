@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stepwell import aio, config, errors
+    from stepwell import aio, config, errors, events
     from stepwell._admin import ExportReport, ImportReport
     from stepwell._local import LocalClient, local
     from stepwell._session_list import SessionList
@@ -96,10 +96,11 @@ __all__ = [
     "config",
     "connect",
     "errors",
+    "events",
     "local",
 ]
 
-_MODULES = frozenset({"aio", "config", "errors"})
+_MODULES = frozenset({"aio", "config", "errors", "events"})
 _HOMES = {
     "Client": "client",
     "ExportReport": "_admin",

@@ -20,6 +20,7 @@ from stepwell._admin import (
 from stepwell._core import Core
 from stepwell._flow import Flow
 from stepwell._session_list import Page, SessionList
+from stepwell._tracebacks import end_here
 from stepwell.errors import StepwellError
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ Progress = Callable[[int], Any]
 """Called with the number of sessions that are done, now and then."""
 
 
+@end_here
 class AdminCalls(abc.ABC):
     """Lists, closing, export and import of many sessions."""
 

@@ -14,11 +14,14 @@ import numpy as np
 
 from stepwell import _inputs
 from stepwell._abandoned import TRY_FOR_S
+from stepwell._connecting import Contact
 from stepwell._display import Listing
 from stepwell._flow import Flow, Retrier
 from stepwell._frames import Change
 from stepwell._group_tracker import GroupTracker
 from stepwell._leases import Lease
+from stepwell._log import LOG
+from stepwell._observer import Observer
 from stepwell._retry import Clock, Deadline, RetryPolicy
 from stepwell._state import State, States
 from stepwell._step_arguments import as_one, pack_reset, selected, step_change
@@ -66,9 +69,13 @@ class Core:
         self.lease = Lease(config.lease_s, renew) if config.lease_s else None
         """Of sessions that nobody names; None: they have none."""
         self._finish = finish
-        self.retrier = Retrier(policy or RetryPolicy(), config.max_message_bytes)
+        contact = Contact(config.address, config.connect_timeout_s)
+        self.retrier = Retrier(policy or RetryPolicy(), config.max_message_bytes, contact)
         self._config = config
         self._clock = clock
+        hooks = config.event_hooks
+        self.observer = None if hooks is None else Observer(hooks, config.address, clock)
+        """Makes the events of calls; None if there are no hooks."""
         self._models: dict[str, ModelInfo] = {}
 
     @property
@@ -267,10 +274,16 @@ class Core:
 
     def _close_made(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[None]:
         """Closes what a call has made: the same request again is answered with the sessions' ids."""
-        reply = yield from self.retrier.call(rpc, request, deadline, changes=True)
-        made = reply.session_ids if rpc.endswith("Sessions") else [reply.session.session_id]
-        closing = sessions_pb2.CloseSessionsRequest(session_ids=made)
-        yield from self.retrier.call("CloseSessions", closing, deadline, changes=True)
+        LOG.info("%s ended without an answer; what it may have made is closed in the background", rpc)
+        try:
+            reply = yield from self.retrier.call(rpc, request, deadline, changes=True)
+            made = reply.session_ids if rpc.endswith("Sessions") else [reply.session.session_id]
+            closing = sessions_pb2.CloseSessionsRequest(session_ids=made)
+            yield from self.retrier.call("CloseSessions", closing, deadline, changes=True)
+        except StepwellError as error:
+            LOG.warning("%s ended without an answer, and what it may have made is not closed: %s", rpc, error)
+            raise
+        LOG.info("closed %d sessions that %s had made", len(made), rpc)
 
     def session_info(self, session_id: str, deadline: Deadline) -> Flow[SessionInfo]:
         """One session as of its last completed change."""

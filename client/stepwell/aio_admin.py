@@ -22,6 +22,7 @@ from stepwell._admin_calls import Progress, _tell
 from stepwell._core import Core
 from stepwell._flow import Flow
 from stepwell._session_list import Page
+from stepwell._tracebacks import end_here
 from stepwell._types import SessionInfo
 from stepwell.errors import StepwellError
 
@@ -62,6 +63,7 @@ class AsyncSessionList:
         return [info async for info in self]
 
 
+@end_here
 class AsyncAdminCalls(abc.ABC):
     """Lists, closing, export and import of many sessions."""
 

@@ -226,16 +226,20 @@ async def _run(
     if settings.store == "disk":
         _log.info("store opened", data_dir=str(settings.data_dir), sessions=await store.count())
     observer = _Observer()
-    engine = Engine(
-        programs,
-        store=store,
-        clock=clock,
-        observer=observer,
-        max_batch_rows=settings.max_batch_rows,
-        resident_rows=settings.resident_rows,
-        max_session_idle_s=settings.max_session_idle_s,
-        compute_threads=settings.compute_threads,
-    )
+    try:
+        engine = Engine(
+            programs,
+            store=store,
+            clock=clock,
+            observer=observer,
+            max_batch_rows=settings.max_batch_rows,
+            resident_rows=settings.resident_rows,
+            max_session_idle_s=settings.max_session_idle_s,
+            compute_threads=settings.compute_threads,
+        )
+    except MemoryError as error:
+        await store.close()
+        raise StartError(f"--resident-rows: {error}") from error
     await engine.start()
     try:
         rpc = RpcServer(

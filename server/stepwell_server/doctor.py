@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from stepwell_server import program_file
 from stepwell_server.addresses import Address, UnixAddress, bind_problem
 from stepwell_server.clock import Clock
 from stepwell_server.open_files import RESERVE
@@ -252,10 +253,19 @@ class Examination:
         try:
             if settings.models:
                 settings.require_models()
+            for name, path in settings.models.items():
+                self._model(name, path)
             if settings.tls_cert is not None and settings.tls_key is not None:
                 CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
         except (SettingsError, CertificateError) as error:
             self.wrong(str(error), "name another file")
+
+    def _model(self, name: str, path: Path) -> None:
+        try:
+            if program_file.is_program(path):
+                program_file.load(path, self._settings.max_model_bytes)
+        except (program_file.ProgramFileError, OSError) as error:
+            self.wrong(f"model {name}: {path}: {error}", "name another file, or compile the model anew")
 
     def _time(self) -> Facts:
         now = self._clock.now()

@@ -238,7 +238,7 @@ def _manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
             "use a newer Stepwell, or compile the model with this one" if newer else "compile the model anew"
         )
         raise ProgramFileError(
-            f"is of version {version!r} of its format, and this Stepwell reads {VERSION}: {way_on}"
+            f"is of version {version!r:.40} of its format, and this Stepwell reads {VERSION}: {way_on}"
         )
     return manifest
 
@@ -286,6 +286,8 @@ def _program(manifest: Mapping[str, Any], members: dict[str, bytes], max_bytes: 
         for item in manifest["state"]
     )
     specs: tuple[TensorSpec | StateSpec, ...] = (*inputs, *outputs, *state)
+    for kind in (inputs, outputs, state):
+        _require_different([spec.name for spec in kind])
     if sum(spec.row_bytes for spec in specs) > max_bytes:
         raise ValueError("its tensors are too large")
     executor = manifest["executor"]
@@ -324,7 +326,7 @@ def _tensor_spec(item: Mapping[str, Any]) -> TensorSpec:
 
 
 def _proof(item: Mapping[str, Any]) -> Proof:
-    return Proof(_count(item["steps"]), _text(item["unproven"]), float(item["compared"]))
+    return Proof(_count(item["steps"]), _text(item["unproven"]), _share(item["compared"]))
 
 
 def _trial(
@@ -390,6 +392,18 @@ def _count(value: Any, largest: int = 2**63 - 1) -> int:
     if type(value) is not int or not 0 <= value <= largest:
         raise ValueError(f"a whole number from 0 to {largest} was expected; got {value!r:.40}")
     return value
+
+
+def _require_different(names: Sequence[str]) -> None:
+    if len(set(names)) != len(names):
+        raise ValueError(f"its tensors must have different names; got {', '.join(names)!r:.80}")
+
+
+def _share(value: Any) -> float:
+    share = float(value)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"a number from 0 to 1 was expected; got {value!r:.40}")
+    return share
 
 
 def _text(value: Any) -> str:

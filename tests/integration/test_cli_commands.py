@@ -470,10 +470,15 @@ def test_closing_asks_on_a_terminal(
     assert [session.session_id for session in client.sessions()] == left
 
 
-def test_a_server_that_is_away_is_named(unused_address: str) -> None:
-    result = CliRunner().invoke(main, ["models", "--server", unused_address, "--timeout-s", "0.5"])
+def test_a_server_that_is_away_is_named(unused_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STEPWELL_CONNECT_TIMEOUT_S")
+    result = CliRunner().invoke(main, ["models", "--server", unused_address, "--timeout-s", "1000"])
 
-    refused(result, f"the server at {unused_address} (--server) is not available")
+    refused(
+        result,
+        f"no server was reached at {unused_address} (--server) within 1 s (STEPWELL_CONNECT_TIMEOUT_S): Connection "
+        "refused; does `stepwell serve` run there?",
+    )
 
 
 @pytest.fixture

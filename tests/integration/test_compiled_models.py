@@ -15,7 +15,7 @@ import stepwell
 from stepwell.cli import main
 from stepwell.testing import LocalServer
 from stepwell_server import program_file
-from stepwell_server.engine.executors import load_executor
+from stepwell_server.engine.executors import load_executor, trial
 from support import programs
 
 CACHE = {"STEPWELL_CACHE_DIR": str(programs.cache_dir())}
@@ -145,7 +145,9 @@ def test_what_computes_something_else_than_it_did_is_found_out(file: Path, tmp_p
     )
 
 
-def test_specs_that_do_not_fit_the_flatbuffer_are_refused(file: Path, tmp_path: Path) -> None:
+def test_specs_that_do_not_fit_the_flatbuffer_are_refused(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = program_file.load(file)
     assert program.trial is not None
     (x,), (y,) = program.inputs, program.trial.inputs
@@ -157,7 +159,16 @@ def test_specs_that_do_not_fit_the_flatbuffer_are_refused(file: Path, tmp_path: 
     program_file.save(wider, tmp_path / "seq.stepwell")
     done = run("check", str(tmp_path / "seq.stepwell"))
     assert done.exit_code == 2
-    assert "seq.stepwell: LiteRT cannot run it here: " in done.stderr
+    assert (
+        "seq.stepwell: LiteRT cannot run it here: it takes 'x' with the shape (3,) of a row; got (4,)"
+        in done.stderr
+    )
+    huge = tuple(dataclasses.replace(spec, shape=(2**28,)) for spec in program.state)  # 16 rows are 16 GB
+    zeros = tuple(np.zeros((2**28,), spec.dtype) for spec in huge)
+    wider = dataclasses.replace(program, state=huge, initial=zeros)
+    monkeypatch.setattr(trial, "initial_rows", None)  # it would take them
+    with pytest.raises(trial.TrialError, match=r"^LiteRT cannot run it here: it takes '.*' with the shape"):
+        trial.settled(wider)
     with pytest.raises(ValueError, match=r"."):
         load_executor(dataclasses.replace(program, files={"program.tflite": b"nonsense"}))
 

@@ -119,6 +119,13 @@ def test_an_import_that_fails(tmp_path: Path) -> None:
     assert "no_such_module" in line
 
 
+def test_more_rows_than_there_is_memory() -> None:
+    model = forecast()
+    base = (f"x={model.path}", "--cache-dir", str(model.cache_dir), "--listen", "127.0.0.1:0")
+    line = _refused(*base, "--store", "memory", "--resident-rows", str(10**18))
+    assert f"--resident-rows: there is no room for {10**18} rows of model x: " in line
+
+
 def test_addresses_that_are_taken(taken: str) -> None:
     model = forecast()
     base = (f"x={model.path}", "--cache-dir", str(model.cache_dir))

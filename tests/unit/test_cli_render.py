@@ -42,6 +42,19 @@ def test_a_table_into_a_pipe_is_plain_and_whole(capsys: pytest.CaptureFixture[st
     assert all(line == line.rstrip() and "\x1b" not in line for line in lines)
 
 
+def test_nothing_in_a_cell_is_obeyed_by_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_watched in (False, True):
+        with monkeypatch.context() as patch:
+            stream = watch(patch) if is_watched else io.StringIO()
+            patch.setattr(sys, "stdout", stream)
+            _render.print_table(("ID",), [("é\x1b]0;x\x07\x9b2J",)])
+            _render.print_facts([("id", "é\x1b]0;x\x07\x9b2J")])
+        shown = stream.getvalue()
+        assert shown.count(r"é\x1b]0;x\x07\x9b2J") == 2
+        assert "\x1b]" not in shown
+        assert "\x9b" not in shown
+
+
 def test_a_table_on_a_terminal_fits_it_and_has_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = watch(monkeypatch)
 

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from stepwell.cli import main
-from stepwell_server.addresses import Address
+from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.cli.serve import serve, settings_of
 from stepwell_server.settings import Settings
 
@@ -76,6 +76,12 @@ def test_it_holds_what_the_options_do_and_paths_begin_at_its_folder(file: Path) 
     assert read(environment={"STEPWELL_CONFIG": str(file)}) == expected
 
 
+@pytest.mark.parametrize("written", ["unix:s.sock", "unix:{folder}/s.sock", "unix://{folder}/s.sock"])
+def test_a_socket_begins_at_its_folder_too(written: str, file: Path) -> None:
+    file.write_text(f"listen = '{written.format(folder=file.parent)}'\n")
+    assert read("--config", str(file)).listen == UnixAddress(str(file.parent / "s.sock"))
+
+
 def test_the_file_in_the_documents_is_one(tmp_path: Path) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
     (tmp_path / "stepwell.toml").write_text(re.findall(r"^```toml\n(.*?)^```", page, re.M | re.S)[0])
@@ -105,6 +111,8 @@ def test_a_store_on_the_command_line_wins_over_the_folder_in_it(file: Path) -> N
     assert read("--config", str(file), "--store", "memory").data_dir is None
     file.write_text(WHOLE.replace('store = "disk"', 'store = "memory"'))
     assert read("--config", str(file), "--data-dir", "/d").store == "disk"
+    shown = run("--config", str(file), "--data-dir", "/d", "--show-config").stdout.splitlines()
+    assert 'store = "disk"  # default' in shown
     assert f"'data-dir' in {file}: with 'store' in {file} memory nothing" in run("--config", str(file)).stderr
 
 
@@ -165,6 +173,8 @@ def test_what_is_shown_says_where_it_came_from_and_can_be_read_again(file: Path)
         ),
         ("listen = 'a:1'\nlisten = 'a:2'", "{file} is not TOML: "),
         ("x = '\udcff'", "{file} is not TOML: 'utf-8' codec"),
+        ("x = " + "[" * 9999, "{file} is not TOML: "),
+        ("compute-threads = 10000", "'compute-threads' in {file}: 10000 is not in the range"),
     ],
 )
 @pytest.mark.parametrize("overridden", [False, True])

@@ -174,6 +174,12 @@ def test_files_of_the_settings_that_are_not_there(settings: Settings, tmp_path: 
         f"PATH must be a .keras or .stepwell file; {gone} does not exist"
         in wrong(dataclasses.replace(settings, models={"m": gone}))[0]
     )
+    damaged = tmp_path / "m.stepwell"
+    damaged.write_bytes(b"PK")
+    assert (
+        f"model m: {damaged}: not a .stepwell file, or a truncated one"
+        in wrong(dataclasses.replace(settings, models={"m": damaged}))[0]
+    )
     assert (
         f"--tls-cert: must be a file that can be read; {gone}"
         in wrong(dataclasses.replace(settings, tls_cert=gone, tls_key=gone))[0]
@@ -196,6 +202,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1
     assert f"wrong: {config}: there is no setting 'lisen'; did you mean 'listen'?; mend" in result.stdout
 
+    homeless = {"HOME": "", "XDG_DATA_HOME": None, "XDG_CACHE_HOME": None, "STEPWELL_CONFIG": None}
+    result = CliRunner(env=homeless).invoke(main, ["doctor"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("stepwell: error: --cache-dir: give a folder; without a home")
+
     lacking = {"serve": [], "server": ["no-such-framework"]}
     monkeypatch.setattr(_of_server, "packages_of", lacking.__getitem__)
     config.write_text("")
@@ -205,6 +216,16 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         in result.stdout
     )
     assert "data-dir:" in result.stdout
+    monkeypatch.setattr(Examination, "_model", lambda *_: None)  # the file is empty
+    for model, code in (("m.stepwell", 0), ("m.keras", 1)):
+        (tmp_path / model).touch()
+        config.write_text(f'models.m = "{model}"\nlisten = "127.0.0.1:0"\n')
+        result = run(main, ["doctor"])
+        assert result.exit_code == code, result.stdout
+        assert ("wrong: no .keras file can be compiled here, no-such-framework" in result.stdout) == (
+            code == 1
+        )
+    config.write_text("")
 
     lacking["serve"] = ["no-such-package"]
     result = run(main, ["doctor"])

@@ -8,6 +8,7 @@ from typing import cast
 import pytest
 
 from stepwell_server import app
+from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.settings import Settings
 from support.fronts import needs_native
 
@@ -35,3 +36,9 @@ def test_a_front_of_another_version_is_not_used(
     else:
         assert app._native_front(settings) is None
         assert ("0.0.1 is installed" in caplog.text) == (front == "auto")
+
+
+def test_limits_beyond_what_64_bits_hold_twice_are_as_much_as_those_hold() -> None:
+    for limits in (FrontLimits(1024, budget_bytes=2**63 - 1), FrontLimits(2**63 - 1)):
+        assert 2 * int(limits.values["budget_bytes"]) < 2**64
+        assert 2 * int(limits.values["connection_bytes"]) < 2**64

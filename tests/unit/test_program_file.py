@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable
@@ -159,6 +160,9 @@ def test_every_byte_that_is_changed_or_cut_off_is_noticed_or_changes_nothing(fil
         ),
         (lambda m: m.update(version=0), r"is of version 0 .*: compile the model anew"),
         (lambda m: m.update(version="1"), r"is of version '1'"),
+        (lambda m: m.update(version="1" * 999), r"^is of version '1{39} of its format"),
+        (lambda m: m["proof"].update(compared=math.nan), r"a number from 0 to 1 was expected; got nan"),
+        (lambda m: m["state"].append(m["state"][0]), r"tensors must have different names; got '"),
         (lambda m: m.update(format="other"), r"does not say that its format is 'stepwell-program'"),
         (
             lambda m: m.pop("fingerprint"),

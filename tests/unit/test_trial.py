@@ -128,8 +128,13 @@ def test_a_program_that_cannot_run_or_be_tried_here_is_refused(monkeypatch: pyte
     def fails(_inputs: Arrays, _states: Arrays) -> tuple[Any, Any]:
         raise RuntimeError("no kernel for this\nmore")
 
+    def lacks(_inputs: Arrays, _states: Arrays) -> tuple[Any, Any]:
+        raise KeyError("state_1")
+
     with pytest.raises(trial.TrialError, match=r"^LiteRT cannot run it here: no kernel for this$"):
         settled(monkeypatch, fails)
+    with pytest.raises(trial.TrialError, match=r"^LiteRT cannot run it here: 'state_1'$"):
+        settled(monkeypatch, lacks)
     with pytest.raises(trial.TrialError, match="nothing is known by which it could be tried"):
         settled(monkeypatch, exact, PLAIN)
 

@@ -154,8 +154,11 @@ def new_table(plain: bool, show_header: bool = True) -> Table:
 
 
 def cell_text(cell: str, plain: bool) -> str:
-    """A cell as it is printed: its lines one after the other when the table is plain."""
-    return "; ".join(cell.splitlines()) if plain else cell
+    """A cell as it is printed: its lines one after the other when the table is plain, and nothing a terminal obeys."""
+    lines = cell.splitlines()
+    if not all(map(str.isprintable, lines)):
+        lines = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines]
+    return ("; " if plain else "\n").join(lines)
 
 
 def print_rich(table: Table) -> None:

@@ -92,15 +92,30 @@ class Target:
             ):
                 yield client
         except stepwell.UnavailableError as error:
-            text = f"the server at {self.address} (--server) is not available: {as_options(error.message)}"
+            text = self._where(as_options(error.message))
             raise stepwell.UnavailableError(text, outcome=error.outcome, reason=error.reason) from None
+
+    def _where(self, message: str) -> str:
+        """What is said of a server that is not available, with the option that names it."""
+        address = re.sub("^grpcs?://", "", self.address)
+        if f" at {address}" in message:
+            return message.replace(f" at {address}", f" at {address} (--server)", 1)
+        return f"the server at {self.address} (--server) is not available: {message}"
 
 
 def as_options(message: str) -> str:
-    """What the SDK says of the arguments of `TlsConfig`, said of the options that they come from."""
-    return re.sub(r"TlsConfig\.(\w+)", lambda found: "--tls-" + found[1].replace("_", "-"), message).replace(
-        "a TlsConfig", "--tls or another option of TLS"
-    )
+    """What the SDK says of its arguments, said of the options that they come from."""
+    message = re.sub(r"TlsConfig\.(\w+)", lambda found: "--tls-" + found[1].replace("_", "-"), message)
+    for argument, option in _OPTIONS.items():
+        message = message.replace(argument, option)
+    return message
+
+
+_OPTIONS = {
+    "a TlsConfig": "--tls or another option of TLS",
+    "connect_timeout_s": "STEPWELL_CONNECT_TIMEOUT_S",
+    "(timeout_s)": "(--timeout-s)",
+}
 
 
 def server_options(function: Function) -> Function:

@@ -19,7 +19,7 @@ from click.core import ParameterSource
 from stepwell.cli._types import Duration, Size, size_text
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.cli.setting import FILE_KEY, Sourced
-from stepwell_server.cli.values import Named, PathOf
+from stepwell_server.cli.values import AnyAddress, Named, PathOf
 from stepwell_server.settings import Settings
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -33,7 +33,7 @@ def load(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
         document = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise click.BadParameter(f"cannot read {path}: {error.strerror}", ctx, param) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise click.BadParameter(f"{path} is not TOML: {error}", ctx, param) from None
     known = {parameter.key: parameter for parameter in ctx.command.params if isinstance(parameter, Sourced)}
     ctx.meta[FILE_KEY] = path
@@ -75,6 +75,9 @@ def _text(of: Any, value: object, folder: Path) -> str:
         raise ValueError(
             f"must be a {'number or ' if is_number else ''}string that is not empty; got {value!r}"
         )
+    kind, _, path = value.partition(":")
+    if isinstance(of, AnyAddress) and kind == "unix" and path and not path.startswith("/"):
+        return f"unix:{folder.absolute() / path}"
     return str(folder.absolute() / value) if isinstance(of, PathOf) and not value.startswith("~") else value
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import click
 
 from stepwell.cli import _of_server, _render
+from stepwell.cli._errors import Failure
 from stepwell.cli._help import Command
 from stepwell.cli._target import json_option
 from stepwell.cli.bench.cpu import listening_pid
+from stepwell_server import program_file
 from stepwell_server.cli.serve import serve, settings_of
 from stepwell_server.cli.values import PathOf
 from stepwell_server.clock import SystemClock
@@ -71,7 +73,9 @@ def doctor(ctx: click.Context, /, config: Path | None, as_json: bool) -> None:
             f"to serve: {_of_server.INSTALL['serve']}",
         )
     if uncompiled:
-        found.advise(
+        is_needed = not all(map(program_file.is_program, settings.models.values()))
+        say = found.wrong if is_needed else found.advise
+        say(
             f"no .keras file can be compiled here, {', '.join(uncompiled)} are not installed",
             f"serve compiled models (.stepwell), or: {_of_server.INSTALL['server']}",
         )
@@ -90,9 +94,17 @@ def read_settings(config: Path | None) -> tuple[Settings, str]:
         with serve.make_context("serve", [] if config is None else ["--config", str(config)]) as context:
             return settings_of(context), ""
     except click.UsageError as error:
-        return Settings(), error.format_message()
+        return default_settings(), error.format_message()
     except SettingsError as error:
-        return Settings(), str(error)
+        return default_settings(), str(error)
+
+
+def default_settings() -> Settings:
+    """The settings of a server that was given none."""
+    try:
+        return Settings()
+    except SettingsError as error:
+        raise Failure(str(error)) from None
 
 
 def show_json(found: Examination, wrong: list[Finding], advice: list[Finding]) -> None:

@@ -18,6 +18,7 @@ from stepwell_server.settings import Settings, SettingsError
 
 FILE, FOLDER = PathOf("file"), PathOf("dir")
 ROWS = COUNT = click.IntRange(1, 10**18)
+THREADS = click.IntRange(1, 4096)
 _WINS = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
 """Sources of a value; the first one has it."""
 
@@ -135,7 +136,7 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
 @setting(
     "--compute-threads",
     metavar="N",
-    type=COUNT,
+    type=THREADS,
     help="Threads that run models. Default: as many as there are cores.",
 )
 @setting(
@@ -310,4 +311,6 @@ def leave_one(ctx: click.Context, values: dict[str, Any]) -> None:
         raise SettingsError(
             f"{origin(ctx, data_dir)}: with {origin(ctx, store)} memory nothing is kept on disk; give one of the two"
         )
-    del values["data_dir" if ranks[0] < ranks[1] else "store"]
+    loser = "data_dir" if ranks[0] < ranks[1] else "store"
+    del values[loser]
+    ctx.set_parameter_source(loser, ParameterSource.DEFAULT)

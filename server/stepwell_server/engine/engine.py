@@ -427,7 +427,7 @@ class Engine:
         rows = next((len(array) for array in inputs.values() if array.ndim), 0)
         if not rows:
             raise InvalidInput(f"inputs must have at least one row; got {rows}")
-        checked = check_inputs(served.program, inputs, rows)
+        checked = check_inputs(served.program, inputs, rows, any_rows=True)
         resets = check_reset(reset, rows, checked.steps)
         require_reply(served.program, rows, checked.steps, reply_bytes, reply_limit)
         require_finite("input", checked.arrays, [spec.name for spec in served.program.inputs])
@@ -521,8 +521,13 @@ class Engine:
         return await self._expiry.expire_idle()
 
     def _serve(self, name: str, program: Program, max_batch_rows: int, resident_rows: int) -> None:
-        slots = Slots(resident_rows)
-        arena = Arena(program, slots.capacity)
+        try:
+            slots = Slots(resident_rows)
+            arena = Arena(program, slots.capacity)
+        except (MemoryError, ValueError) as error:  # ValueError: larger than any address
+            raise MemoryError(
+                f"there is no room for {resident_rows} rows of model {name}: {error}"
+            ) from error
         model = Model(
             index=self._models.new_index(),
             name=name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
@@ -63,7 +64,10 @@ class LiteRTExecutor(Executor):
         _let_it_announce_itself(self._interpreter)
         # The runner holds the interpreter's memory: it must be gone before the first resize.
         runner = self._interpreter.get_signature_runner()
-        given = {key: int(item["index"]) for key, item in runner.get_input_details().items()}
+        details = runner.get_input_details()
+        _require_shapes("in", program.inputs, details)
+        _require_shapes("state", program.state, details)
+        given = {key: int(item["index"]) for key, item in details.items()}
         made = {key: int(item["index"]) for key, item in runner.get_output_details().items()}
         del runner
         self._rows = 0
@@ -131,6 +135,18 @@ class LiteRTExecutor(Executor):
     def next_states(self) -> Sequence[Array]:
         """Views of the state after the last step."""
         return self._next.views()
+
+
+def _require_shapes(
+    kind: str, specs: Sequence[TensorSpec | StateSpec], details: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Find out that a program takes what its specs say, before as much memory is taken."""
+    for i, spec in enumerate(specs):
+        item = details.get(f"{kind}_{i}")  # the converter drops what nothing reads
+        if item is not None and tuple(map(int, item["shape"][1:])) != spec.shape:
+            raise ValueError(
+                f"it takes {spec.name!r} with the shape {tuple(map(int, item['shape'][1:]))} of a row; got {spec.shape}"
+            )
 
 
 class _Tensors:

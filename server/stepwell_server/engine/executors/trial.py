@@ -70,7 +70,12 @@ def settled(program: Program) -> Program:
         _compare(program, trial, _answers(program, trial.inputs, step))
         sizes = affordable(program, trial.inputs, step, trial.sizes, LOAD_BUDGET_S)
         agreeing = agreeing_sizes(program, trial.inputs, step, sizes)
-    except (ExecutionError, RuntimeError, ValueError) as error:  # The interpreter's "I cannot run this".
+    except (
+        ExecutionError,
+        LookupError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # The interpreter's "I cannot run this".
         raise TrialError(f"LiteRT cannot run it here: {str(error).strip().splitlines()[0]}") from error
     return with_sizes(program, sizes, agreeing)
 
@@ -142,7 +147,8 @@ def _compare(program: Program, trial: Trial, found: Sequence[Array]) -> None:
     for spec, known, here in zip(program.outputs, trial.outputs, found, strict=True):
         if not known.size:
             continue
-        one, two = known.astype(np.float64), here.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # signalling NaNs, which an answer may hold
+            one, two = known.astype(np.float64), here.astype(np.float64)
         largest = np.max(np.abs(one), initial=0.1, where=np.isfinite(one))
         same = (one == two) | (np.isnan(one) & np.isnan(two))
         with np.errstate(invalid="ignore"):

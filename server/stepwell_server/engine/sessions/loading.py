@@ -21,6 +21,7 @@ from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.engine.sessions.ids import in_pieces
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ModelMismatch, ModelNotFound, ServerError, StateCorrupt, Unavailable
+from stepwell_server.program import FINGERPRINT_DIGITS
 from stepwell_server.store.base import Tombstone
 from stepwell_server.store.record import Header, Stored, decode_header, header_or_none
 
@@ -282,7 +283,8 @@ class Loader:
         if model.program.fingerprint != header.fingerprint:
             raise ModelMismatch(
                 f"session {session_id!r} belongs to model {header.model!r} with fingerprint"
-                f" {header.fingerprint}; the one that is served has {model.program.fingerprint}."
+                f" {header.fingerprint[:FINGERPRINT_DIGITS]}; the one that is served has"
+                f" {model.program.fingerprint[:FINGERPRINT_DIGITS]}."
                 " Serve that model file again, or close the session",
                 model=header.model,
             )

@@ -31,6 +31,7 @@ from stepwell_server.errors import (
     RevisionConflict,
     SessionExists,
 )
+from stepwell_server.program import FINGERPRINT_DIGITS
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -428,8 +429,8 @@ class Opening:
 def _require_fingerprint(model: Model, fingerprint: str) -> None:
     if fingerprint and fingerprint != model.program.fingerprint:
         raise ModelMismatch(
-            f"model_fingerprint must be that of model {model.name!r}, {model.program.fingerprint};"
-            f" got {fingerprint}",
+            f"model_fingerprint must be that of model {model.name!r}, "
+            f"{model.program.fingerprint[:FINGERPRINT_DIGITS]}; got {fingerprint[:FINGERPRINT_DIGITS]}",
             model=model.name,
         )
 

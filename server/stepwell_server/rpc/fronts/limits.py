@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 _LEAST_BUDGET_BYTES = 256 << 20
+_MOST_BYTES = 1 << 62  # the native front takes it twice, in 64 bits
 #: 30 years: the longest time that timers are asked for.
 _LONGEST_S = 1e9
 #: Messages of the largest size for which there is room at the same time: in all, and of one connection.
@@ -56,7 +57,9 @@ class FrontLimits:
     def values(self) -> Mapping[str, float]:
         """All of them by name, with none left open."""
         given = dataclasses.asdict(self)
-        budget = self.budget_bytes or max(_LEAST_BUDGET_BYTES, _MESSAGES * self.message_bytes)
+        budget = min(
+            _MOST_BYTES, self.budget_bytes or max(_LEAST_BUDGET_BYTES, _MESSAGES * self.message_bytes)
+        )
         own = self.connection_bytes or _MESSAGES_OF_CONNECTION * self.message_bytes
         ages = {name: min(given[name], _LONGEST_S) for name in ("age_s", "age_grace_s")}
         return given | ages | {"budget_bytes": budget, "connection_bytes": min(budget, own)}
