@@ -27,6 +27,8 @@ def pytest_configure() -> None:
     os.environ["XDG_DATA_HOME"] = folder
     # servers whose metrics no test asks for leave their port alone
     os.environ["STEPWELL_METRICS_LISTEN"] = "off"
+    # on a machine that is busy a server that is there may take longer than a second to say so
+    os.environ["STEPWELL_CONNECT_TIMEOUT_S"] = "60"
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

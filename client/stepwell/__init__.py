@@ -16,8 +16,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stepwell import aio, config, errors
+    from stepwell import aio, config, errors, events
+    from stepwell._admin import ExportReport, ImportReport
     from stepwell._local import LocalClient, local
+    from stepwell._session_list import SessionList
     from stepwell._state import State
     from stepwell._trace import Trace
     from stepwell._types import (
@@ -58,6 +60,8 @@ __all__ = [
     "Client",
     "ClosedError",
     "DeadlineExceededError",
+    "ExportReport",
+    "ImportReport",
     "InternalError",
     "InvalidInputError",
     "LayerInfo",
@@ -78,6 +82,7 @@ __all__ = [
     "SessionGoneError",
     "SessionGroup",
     "SessionInfo",
+    "SessionList",
     "SessionLostError",
     "SessionNotFoundError",
     "State",
@@ -91,12 +96,15 @@ __all__ = [
     "config",
     "connect",
     "errors",
+    "events",
     "local",
 ]
 
-_MODULES = frozenset({"aio", "config", "errors"})
+_MODULES = frozenset({"aio", "config", "errors", "events"})
 _HOMES = {
     "Client": "client",
+    "ExportReport": "_admin",
+    "ImportReport": "_admin",
     "LayerInfo": "_types",
     "LocalClient": "_local",
     "ModelInfo": "_types",
@@ -106,6 +114,7 @@ _HOMES = {
     "Session": "session",
     "SessionGroup": "group",
     "SessionInfo": "_types",
+    "SessionList": "_session_list",
     "State": "_state",
     "TensorInfo": "_types",
     "TlsConfig": "config",

@@ -17,7 +17,7 @@ class AsyncConnection:
 
     def __init__(self, config: ClientConfig, retrier: Retrier, *, coalesce: bool) -> None:
         self.transport = AsyncTransport(config)
-        self.link = AsyncLink(self.transport.sessions)
+        self.link = AsyncLink(self.transport.stream, config.address)
         self._retrier = retrier
         # A quarter of the message limit, because outputs may be larger than inputs.
         self._coalescer = Coalescer(self.link, retrier, self._unary, config.max_message_bytes // 4)

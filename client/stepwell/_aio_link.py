@@ -13,18 +13,21 @@ import grpc
 from stepwell import _channel
 from stepwell._flow import Exchange
 from stepwell._in_flight import Answer, Sink
+from stepwell._log import LOG
 from stepwell._sets import StreamSets
 from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2
 
 Inbox = asyncio.Queue[Answer]
+OpenStream = Callable[[AsyncIterator[sessions_pb2.StepStreamRequest]], Any]
 
 
 class AsyncLink:
     """A stream that is opened when needed, and again after it broke. Belongs to one event loop."""
 
-    def __init__(self, stub: Any) -> None:
-        self._stub = stub
+    def __init__(self, open_stream: OpenStream, address: str) -> None:
+        self._open = open_stream
+        self._address = address
         self._stream: _Stream | None = None
         self._closed = False
 
@@ -54,7 +57,9 @@ class AsyncLink:
         if self._closed:
             raise _channel.closed()
         if self._stream is None or self._stream.error is not None:
-            self._stream = _Stream(self._stub)
+            if self._stream is not None:
+                LOG.info("opening the stream to %s anew, which broke: %s", self._address, self._stream.error)
+            self._stream = _Stream(self._open)
         return self._stream
 
     async def close(self) -> None:
@@ -74,13 +79,13 @@ def _received(answer: Answer) -> sessions_pb2.StepStreamResponse:
 class _Stream:
     """One call of StepStream, with the task that reads it."""
 
-    def __init__(self, stub: Any) -> None:
+    def __init__(self, open_stream: OpenStream) -> None:
         self._outbox: asyncio.Queue[sessions_pb2.StepStreamRequest | None] = asyncio.Queue()
         self._sinks: dict[int, Sink] = {}
         self._sets = StreamSets()
         self._frame_ids = itertools.count(1)
         self.error: StepwellError | None = None
-        self._call: Any = stub.StepStream(self._requests())
+        self._call: Any = open_stream(self._requests())
         self._reader = asyncio.create_task(self._read(), name="stepwell-stream")
 
     async def _requests(self) -> AsyncIterator[sessions_pb2.StepStreamRequest]:

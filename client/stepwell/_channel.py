@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from stepwell import _status, _tls
+from stepwell import _metadata, _status, _tls
 from stepwell._flow import Call
 from stepwell.config import ClientConfig
 from stepwell.errors import ClosedError, StepwellError, UnavailableError
-from stepwell.v1 import models_pb2_grpc, sessions_pb2_grpc
+from stepwell.v1 import models_pb2_grpc, sessions_pb2, sessions_pb2_grpc
 
+#: gRPC's own limit of an attempt to connect.
+_LONGEST_CONNECT_S = 20.0
 _MODEL_RPCS = frozenset({"ListModels", "GetModel", "Predict"})
 # When a message could not be written, grpc.aio ends the call with a status that it makes itself, INTERNAL, instead of
 # the real one, which is mostly UNAVAILABLE (`_StreamRequestMixin._write` in grpc.aio). Such a status is known by this
@@ -36,6 +39,7 @@ def open_async_channel(config: ClientConfig) -> grpc.aio.Channel:
 
 
 def _options(config: ClientConfig) -> list[tuple[str, Any]]:
+    attempt_ms = int(1000 * min(max(config.connect_timeout_s, 0.01), _LONGEST_CONNECT_S))
     options: list[tuple[str, Any]] = [
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -43,8 +47,10 @@ def _options(config: ClientConfig) -> list[tuple[str, Any]]:
         ("grpc.enable_retries", 0),
         # A server that comes back is found again within a second.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 1000),
         ("grpc.max_reconnect_backoff_ms", 1000),
+        # Despite its name: how long one attempt to connect may take, and a name server to answer.
+        ("grpc.min_reconnect_backoff_ms", attempt_ms),
+        ("grpc.dns_ares_query_timeout", attempt_ms),
         # One client's failed connections are not another's.
         ("grpc.use_local_subchannel_pool", 1),
     ]
@@ -79,20 +85,25 @@ class SyncTransport:
 
     def __init__(self, config: ClientConfig) -> None:
         self._channel = open_channel(config)
-        self.sessions = sessions_pb2_grpc.SessionServiceStub(self._channel)
+        self._sessions = sessions_pb2_grpc.SessionServiceStub(self._channel)
         self._models = models_pb2_grpc.ModelServiceStub(self._channel)
+        self._metadata = _metadata.checked(config.metadata) or None
         self.is_closed = False
 
     def _check_open(self) -> None:
         if self.is_closed:
             raise closed()
 
+    def stream(self, requests: Iterator[sessions_pb2.StepStreamRequest]) -> Any:
+        """Opens the stream of frames: the call, to be iterated over."""
+        return self._sessions.StepStream(requests, metadata=self._metadata)
+
     def invoke(self, call: Call) -> Any:
         """One attempt of a call."""
         self._check_open()
-        method = getattr(self._models if call.rpc in _MODEL_RPCS else self.sessions, call.rpc)
+        method = getattr(self._models if call.rpc in _MODEL_RPCS else self._sessions, call.rpc)
         try:
-            return method(call.request, timeout=call.timeout_s)
+            return method(call.request, timeout=call.timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise closed() if self.is_closed else translate(error) from None
         except ValueError:
@@ -100,6 +111,28 @@ class SyncTransport:
             if self.is_closed:
                 raise closed() from None
             raise
+
+    def start(self, call: Call, done: Callable[[StepwellError | None], None]) -> None:
+        """Begin one attempt of a call of SessionService, and wait for a connection if there is none.
+
+        `done` is called when it has ended, from any thread.
+        """
+        self._check_open()
+        method: Any = getattr(self._sessions, call.rpc)
+        try:
+            attempt = method.future(
+                call.request, timeout=call.timeout_s, metadata=self._metadata, wait_for_ready=True
+            )
+        except ValueError:
+            if self.is_closed:
+                raise closed() from None
+            raise
+
+        def ended(attempt: Any) -> None:
+            error: grpc.RpcError | None = None if attempt.cancelled() else attempt.exception()
+            done(None if error is None else translate(error))
+
+        attempt.add_done_callback(ended)
 
     def close(self) -> None:
         """Ends the channel and the calls on it."""
@@ -112,20 +145,25 @@ class AsyncTransport:
 
     def __init__(self, config: ClientConfig) -> None:
         self._channel = open_async_channel(config)
-        self.sessions = sessions_pb2_grpc.SessionServiceStub(self._channel)
+        self._sessions = sessions_pb2_grpc.SessionServiceStub(self._channel)
         self._models = models_pb2_grpc.ModelServiceStub(self._channel)
+        self._metadata = _metadata.checked(config.metadata) or None
         self.is_closed = False
 
     def _check_open(self) -> None:
         if self.is_closed:
             raise closed()
 
+    def stream(self, requests: AsyncIterator[sessions_pb2.StepStreamRequest]) -> Any:
+        """Opens the stream of frames: the call, to be iterated over."""
+        return self._sessions.StepStream(requests, metadata=self._metadata)
+
     async def invoke(self, call: Call) -> Any:
         """One attempt of a call."""
         self._check_open()
-        method = getattr(self._models if call.rpc in _MODEL_RPCS else self.sessions, call.rpc)
+        method = getattr(self._models if call.rpc in _MODEL_RPCS else self._sessions, call.rpc)
         try:
-            return await method(call.request, timeout=call.timeout_s)
+            return await method(call.request, timeout=call.timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise closed() if self.is_closed else translate(error) from None
         except grpc.aio.UsageError:

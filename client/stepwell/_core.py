@@ -14,10 +14,14 @@ import numpy as np
 
 from stepwell import _inputs
 from stepwell._abandoned import TRY_FOR_S
+from stepwell._connecting import Contact
 from stepwell._display import Listing
 from stepwell._flow import Flow, Retrier
 from stepwell._frames import Change
 from stepwell._group_tracker import GroupTracker
+from stepwell._leases import Lease
+from stepwell._log import LOG
+from stepwell._observer import Observer
 from stepwell._retry import Clock, Deadline, RetryPolicy
 from stepwell._state import State, States
 from stepwell._step_arguments import as_one, pack_reset, selected, step_change
@@ -28,8 +32,6 @@ from stepwell._types import Inputs, Mask, ModelInfo, Outputs, Rows, ServerInfo, 
 from stepwell.config import ClientConfig, check_timeout
 from stepwell.errors import InvalidInputError, ModelMismatchError, SessionGoneError, StepwellError
 from stepwell.v1 import models_pb2, sessions_pb2
-
-_PAGE_SIZE = 10_000
 
 _Opening: TypeAlias = (
     sessions_pb2.OpenSessionRequest
@@ -53,6 +55,7 @@ class Core:
         clock: Clock = time.monotonic,
         *,
         finish: Callable[[Flow[None]], None] = _drop,
+        renew: Callable[[], None] = lambda: None,
     ) -> None:
         """The operations for one server.
 
@@ -61,11 +64,18 @@ class Core:
             policy: When to try again.
             clock: Monotonic, in seconds.
             finish: Runs a flow in the background; returns at once.
+            renew: Has the lease renewed from now on, in the background, as long as it is needed.
         """
+        self.lease = Lease(config.lease_s, renew) if config.lease_s else None
+        """Of sessions that nobody names; None: they have none."""
         self._finish = finish
-        self.retrier = Retrier(policy or RetryPolicy(), config.max_message_bytes)
+        contact = Contact(config.address, config.connect_timeout_s)
+        self.retrier = Retrier(policy or RetryPolicy(), config.max_message_bytes, contact)
         self._config = config
         self._clock = clock
+        hooks = config.event_hooks
+        self.observer = None if hooks is None else Observer(hooks, config.address, clock)
+        """Makes the events of calls; None if there are no hooks."""
         self._models: dict[str, ModelInfo] = {}
 
     @property
@@ -227,8 +237,12 @@ class Core:
         If it ends without an answer, or its caller gives up, it may have made sessions whose ids nobody
         knows. Those are closed in the background. Sessions that the caller named are left to the caller.
         """
+        if self.lease is not None:
+            request.lease.CopyFrom(self.lease.message())
         try:
-            return (yield from self.retrier.call(rpc, request, deadline, changes=True))
+            reply = yield from self.retrier.call(rpc, request, deadline, changes=True)
+            self._lease_of(request, reply)
+            return reply
         except StepwellError as error:
             if is_unknown(error) and not _names_sessions(request):
                 self._finish(self._close_made(rpc, request, Deadline(TRY_FOR_S, self._clock)))
@@ -238,29 +252,38 @@ class Core:
                 self._finish(self._close_made(rpc, request, Deadline(TRY_FOR_S, self._clock)))
             raise
 
+    def _lease_of(self, request: _Opening, reply: Any) -> None:
+        """Have the lease renewed if what was opened has it; a server of an older release gives none to a session."""
+        if self.lease is None:
+            return
+        if isinstance(request, sessions_pb2.OpenSessionsRequest | sessions_pb2.ForkSessionsRequest):
+            if not _names_sessions(request):
+                self.lease.add(reply.session_ids[0])
+        elif reply.session.HasField("lease"):
+            self.lease.add(reply.session.session_id)
+
+    def unlease(self, session_id: str) -> None:
+        """A session was closed, or the group that begins with it."""
+        if self.lease is not None:
+            self.lease.discard(session_id)
+
+    def end_lease(self) -> None:
+        """The client is closed: its sessions that nobody named end when the lease is over."""
+        if self.lease is not None:
+            self.lease.end()
+
     def _close_made(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[None]:
         """Closes what a call has made: the same request again is answered with the sessions' ids."""
-        reply = yield from self.retrier.call(rpc, request, deadline, changes=True)
-        made = reply.session_ids if rpc.endswith("Sessions") else [reply.session.session_id]
-        closing = sessions_pb2.CloseSessionsRequest(session_ids=made)
-        yield from self.retrier.call("CloseSessions", closing, deadline, changes=True)
-
-    def sessions(self, model: str | None, prefix: str | None, deadline: Deadline) -> Flow[list[SessionInfo]]:
-        """All live sessions that fit, over all pages."""
-        request = sessions_pb2.ListSessionsRequest(
-            model="" if model is None else _inputs.check_model(model),
-            session_id_prefix="" if not prefix else _inputs.check_session_id("prefix", prefix),
-            page_size=_PAGE_SIZE,
-        )
-        infos: Listing[SessionInfo] = Listing()
-        while True:
-            reply: sessions_pb2.ListSessionsResponse = yield from self.retrier.call(
-                "ListSessions", request, deadline
-            )
-            infos.extend(SessionInfo._from_message(session) for session in reply.sessions)
-            if not reply.next_page_token:
-                return infos
-            request.page_token = reply.next_page_token
+        LOG.info("%s ended without an answer; what it may have made is closed in the background", rpc)
+        try:
+            reply = yield from self.retrier.call(rpc, request, deadline, changes=True)
+            made = reply.session_ids if rpc.endswith("Sessions") else [reply.session.session_id]
+            closing = sessions_pb2.CloseSessionsRequest(session_ids=made)
+            yield from self.retrier.call("CloseSessions", closing, deadline, changes=True)
+        except StepwellError as error:
+            LOG.warning("%s ended without an answer, and what it may have made is not closed: %s", rpc, error)
+            raise
+        LOG.info("closed %d sessions that %s had made", len(made), rpc)
 
     def session_info(self, session_id: str, deadline: Deadline) -> Flow[SessionInfo]:
         """One session as of its last completed change."""
@@ -279,6 +302,7 @@ class Core:
             session_id=_inputs.check_session_id("session_id", session_id), request_id=new_request_id()
         )
         yield from self.retrier.call("CloseSession", request, deadline, changes=True)
+        self.unlease(session_id)
 
     # One session.
 
@@ -320,16 +344,28 @@ class Core:
         return Trace(outputs, dict(stepped.states), stepped.revision, stepped.position)
 
     def reset_states(
-        self, tracker: SessionTracker, states: States | None, rows: Rows | None, deadline: Deadline
+        self,
+        tracker: SessionTracker,
+        states: States | None,
+        rows: Rows | None,
+        deadline: Deadline,
+        position: int = 0,
     ) -> Flow[None]:
-        """Sets the state of a session, or some rows of it."""
+        """Sets the state of a session, or some rows of it; with `position`, which the whole of it then has."""
+        if position and (states is None or rows is not None):
+            raise InvalidInputError(
+                f"position must be 0 without states, and with rows: it is that of a whole state; got {position}"
+            )
+        if not 0 <= position < 2**64:
+            raise InvalidInputError(f"position must be from 0 to {2**64 - 1}; got {position}")
         chosen = _inputs.check_rows(rows, tracker.batch_size)
         if chosen == ():
             return
         count = tracker.batch_size if chosen is None else len(chosen)
         packed = yield from self.states(tracker.model, tracker.fingerprint, states, count, deadline)
-        change = Change("reset", packed, rows=chosen or ())
+        change = Change("reset", packed, rows=chosen or (), position=position)
         request = sessions_pb2.ResetStatesRequest(
+            position=position,
             session_id=tracker.session_id,
             state=to_messages(packed),
             rows=change.rows,

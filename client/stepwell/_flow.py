@@ -10,11 +10,12 @@ A `Step` as an ask means one attempt of it, in a frame with others or as a unary
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Callable, Generator, Iterable
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
+from stepwell._connecting import ALREADY_MADE, Contact
 from stepwell._frames import Frame, Part
 from stepwell._retry import Attempts, Deadline, RepliesTooLargeError, RetryPolicy
 from stepwell._sets import StreamSets
@@ -34,9 +35,21 @@ class Call:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pause:
-    """Wait; the answer is None."""
+    """Wait before the next attempt; the answer is None."""
 
     seconds: float
+    attempt: int
+    """The one that failed, from 1."""
+    error: StepwellError
+    """How."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Notify:
+    """Call event hooks, one after the other; the answer is None. What a hook raises goes to the caller."""
+
+    hooks: Sequence[Callable[[Any], object]]
+    event: object
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,7 +73,7 @@ class Exchange:
 
 
 T = TypeVar("T")
-Ask: TypeAlias = Call | Step | Pause | Exchange
+Ask: TypeAlias = Call | Step | Pause | Exchange | Notify
 Flow: TypeAlias = Generator[Ask, Any, T]
 
 
@@ -114,13 +127,10 @@ def each(flows: Iterable[Flow[T]]) -> Flow[list[T]]:
 class Retrier:
     """Turns single attempts into flows that retry."""
 
-    def __init__(self, policy: RetryPolicy, max_message_bytes: int) -> None:
+    def __init__(self, policy: RetryPolicy, max_message_bytes: int, contact: Contact = ALREADY_MADE) -> None:
         self._policy = policy
         self._max_message_bytes = max_message_bytes
-
-    def attempts(self, deadline: Deadline) -> Attempts:
-        """The attempts of something that changes nothing."""
-        return Attempts(self._policy, deadline, changes=False)
+        self._contact = contact
 
     def call(self, rpc: str, request: Message, deadline: Deadline, *, changes: bool = False) -> Flow[Any]:
         """Makes a unary call, with retries; the result is the response.
@@ -136,7 +146,11 @@ class Retrier:
         def ask() -> Call:
             return Call(rpc, request, deadline.grpc_timeout_s())
 
-        return (yield from self._answered(ask, Attempts(self._policy, deadline, changes=changes)))
+        return (yield from self._answered(ask, self.attempts(rpc, deadline, changes=changes)))
+
+    def attempts(self, rpc: str, deadline: Deadline, *, changes: bool = False) -> Attempts:
+        """The attempts of a call."""
+        return Attempts(rpc, self._policy, deadline, self._contact, changes=changes)
 
     def step(self, step: Step) -> Flow[Stepped]:
         """Makes a step, with retries. The client may send each attempt in a frame with other steps.
@@ -154,10 +168,10 @@ class Retrier:
                 stepped: Stepped = yield step
                 return stepped
             except StepwellError as error:
-                attempts = attempts or Attempts(self._policy, step.deadline, changes=True)
+                attempts = attempts or self.attempts("Step", step.deadline, changes=True)
                 by_itself = isinstance(error, RepliesTooLargeError) and error.members == 1
-                delay_s = attempts.failed(error)
-            yield Pause(delay_s)
+                pause = Pause(attempts.failed(error), attempts.made, error)
+            yield pause
             attempts.woke()
 
     def unary(self, step: Step) -> Call:
@@ -173,10 +187,13 @@ class Retrier:
     def _answered(self, ask: Callable[[], Ask], attempts: Attempts) -> Flow[Any]:
         while True:
             try:
-                return (yield ask())
+                answered = yield ask()
             except StepwellError as error:
-                delay_s = attempts.failed(error)
-            yield Pause(delay_s)
+                pause = Pause(attempts.failed(error), attempts.made, error)
+            else:
+                self._contact.make()
+                return answered
+            yield pause
             attempts.woke()
 
     def ask(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Exchange:
@@ -192,10 +209,10 @@ class Retrier:
             on_part: Called with the members that were settled, as they are.
         """
         ask = self.ask(frame, deadline, on_part)
-        attempts = Attempts(self._policy, deadline, changes=True)
+        attempts = self.attempts("StepStream", deadline, changes=True)
         try:
             while (error := (yield from _round(ask))) is not None:
-                yield Pause(attempts.failed(error))
+                yield Pause(attempts.failed(error), attempts.made, error)
                 attempts.woke()
         except StepwellError as final:
             on_part(frame.give_up(final))

@@ -53,6 +53,9 @@ class Change:
     states: str = "none"
     """For which time steps states come back: a key of `STATES`."""
 
+    position: int = 0
+    """Of a reset: the session's afterwards."""
+
     def say(self, message: sessions_pb2.StepRequest | sessions_pb2.StepFrame) -> None:
         """Puts what a step asks for, beside its inputs, into its message."""
         message.outputs = SELECTIONS[self.outputs]

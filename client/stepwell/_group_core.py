@@ -230,7 +230,7 @@ class GroupCore:
 
     def _read(self, some: Members, read: _States, at_once: int, deadline: Deadline) -> Flow[None]:
         """Reads members, so many at once; those that the server has no room for now are asked for again."""
-        attempts = self._core.retrier.attempts(deadline)
+        attempts = self._core.retrier.attempts("GetStates", deadline)
         left: Indexes = np.arange(len(some))
         while True:
             start = 0
@@ -258,7 +258,7 @@ class GroupCore:
             longest = max(read.waiting.values(), key=lambda each: getattr(each, "retry_after_s", 0.0))
             read.waiting.clear()
             try:
-                yield Pause(attempts.failed(longest))
+                yield Pause(attempts.failed(longest), attempts.made, longest)
                 attempts.woke()
             except StepwellError as final:
                 read.failures.update({place: copy.copy(final) for place in left.tolist()})
@@ -274,6 +274,7 @@ class GroupCore:
         for start in range(0, len(ids), _AT_ONCE):
             request = sessions_pb2.CloseSessionsRequest(session_ids=ids[start : start + _AT_ONCE])
             yield from self._core.retrier.call("CloseSessions", request, deadline, changes=True)
+        self._core.unlease(ids[0])
 
 
 class _States:

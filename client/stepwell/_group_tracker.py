@@ -102,7 +102,9 @@ class GroupTracker:
     def _drop(self, members: Indexes) -> None:
         numbers = self._pending_of[members]
         for number in set(numbers[numbers > 0].tolist()):
-            self._pending_of[self._pending.pop(number).members] = 0
+            # Without a call in between, after which Ctrl-C might come.
+            self._pending_of[self._pending[number].members] = 0
+            del self._pending[number]
 
     def _named(self, members: Indexes) -> SessionSet | None:
         """The set of these members, if a stream may know them by a number: all, or some that have come before."""

@@ -11,12 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwell._state import State, States
 from stepwell._tensors import Packed, pack
-from stepwell._types import Inputs, ModelInfo, Rows
+from stepwell._types import Inputs, ModelInfo, Rows, TensorInfo
 from stepwell.errors import InvalidInputError, ModelMismatchError
 
+FINGERPRINT_DIGITS = 12
+"""So many digits of a fingerprint are shown to people."""
 _MAX_ID = 256
 _MAX_UINT32 = 2**32 - 1
 
@@ -47,9 +50,14 @@ def _check_input_name(name: object) -> None:
 
 
 def _with_rows(tensor: Packed, what: str, rows: int | None, count: str = "batch_size") -> Packed:
+    """Checks the first axis of an input; the server, which knows the others, says it in the same words."""
     if rows is not None and tensor.shape[0] != rows:
+        many = "1 row" if rows == 1 else f"{rows} rows"
+        # With one row of several chosen, x holds rather too many rows than too few axes.
+        hint = ": did you mean x[None]?" if rows == 1 and count == "batch_size" else ""
         raise InvalidInputError(
-            f"{what} must have {rows} rows on its first axis ({count}); got shape {tensor.shape}"
+            f"{what} must have {many} on its first axis ({count}), shape ({rows}, ...) or ({rows}, T, ...); "
+            f"got {tensor.shape}{hint}"
         )
     return tensor
 
@@ -64,14 +72,25 @@ def pack_states(states: States, info: ModelInfo, rows: int) -> tuple[Packed, ...
     """
     if isinstance(states, State) and states.fingerprint != info.fingerprint:
         raise ModelMismatchError(
-            f"the state must belong to model {info.name!r} of fingerprint {info.fingerprint}; it belongs to "
-            f"{states.model!r} of fingerprint {states.fingerprint}"
+            f"the state must belong to model {info.name!r} of fingerprint {_short(info.fingerprint)}; it belongs to "
+            f"{states.model!r} of fingerprint {_short(states.fingerprint)}"
         )
-    names = [spec.name for spec in info.state]
-    values = _by_name(states, names, info.name)
-    return tuple(
-        _with_rows(pack(name, f"state {name!r}", values[name]), f"state {name!r}", rows) for name in names
-    )
+    values = _by_name(states, [spec.name for spec in info.state], info.name)
+    return tuple(_state_tensor(spec, values[spec.name], rows) for spec in info.state)
+
+
+def _state_tensor(spec: TensorInfo, value: npt.ArrayLike, rows: int) -> Packed:
+    tensor = pack(spec.name, f"state {spec.name!r}", value)
+    if tensor.shape != (rows, *spec.shape):
+        raise InvalidInputError(
+            f"state {spec.name!r} must have shape {(rows, *spec.shape)}; got {tensor.shape}"
+        )
+    return tensor
+
+
+def _short(fingerprint: str) -> str:
+    """A fingerprint as messages show it."""
+    return fingerprint[:FINGERPRINT_DIGITS]
 
 
 def _by_name(states: States, names: Sequence[str], model: str) -> Mapping[str, Any]:

@@ -22,11 +22,13 @@ import grpc
 from stepwell import _channel
 from stepwell._flow import Exchange
 from stepwell._in_flight import Answer, Sink
+from stepwell._log import LOG
 from stepwell._sets import StreamSets
 from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableError
-from stepwell.v1 import sessions_pb2, sessions_pb2_grpc
+from stepwell.v1 import sessions_pb2
 
 Inbox = queue.SimpleQueue[Answer]
+OpenStream = Callable[[Iterator[sessions_pb2.StepStreamRequest]], Any]
 
 # Reader threads must have ended before the interpreter shuts down.
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
@@ -37,8 +39,9 @@ os.register_at_fork(after_in_child=_links.clear)
 class Link:
     """A stream that is opened when needed, and again after it broke. Thread-safe."""
 
-    def __init__(self, stub: sessions_pb2_grpc.SessionServiceStub) -> None:
-        self._stub = stub
+    def __init__(self, open_stream: OpenStream, address: str) -> None:
+        self._open = open_stream
+        self._address = address
         self._lock = threading.Lock()
         self._stream: _Stream | None = None
         self._closed = False
@@ -69,7 +72,11 @@ class Link:
             if self._closed:
                 raise _channel.closed()
             if self._stream is None or self._stream.error is not None:
-                self._stream = _Stream(self._stub)
+                if self._stream is not None:
+                    LOG.info(
+                        "opening the stream to %s anew, which broke: %s", self._address, self._stream.error
+                    )
+                self._stream = _Stream(self._open)
                 self._on_loss(self._stream.hang_up)
             return self._stream
 
@@ -103,7 +110,7 @@ def _receive(inbox: Inbox, ask: Exchange) -> sessions_pb2.StepStreamResponse:
 class _Stream:
     """One call of StepStream, with the thread that reads it."""
 
-    def __init__(self, stub: sessions_pb2_grpc.SessionServiceStub) -> None:
+    def __init__(self, open_stream: OpenStream) -> None:
         self._outbox: queue.SimpleQueue[sessions_pb2.StepStreamRequest | None] = queue.SimpleQueue()
         self._sinks: dict[int, Sink] = {}
         self._lock = threading.Lock()
@@ -112,7 +119,7 @@ class _Stream:
         self._sets = StreamSets()
         self._frame_ids = itertools.count(1)
         self.error: StepwellError | None = None
-        self._call: Any = stub.StepStream(self._requests())
+        self._call: Any = open_stream(self._requests())
         self._reader = threading.Thread(target=self._read, name="stepwell-stream", daemon=True)
         self._reader.start()
 

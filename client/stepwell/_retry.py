@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Self
 
 from stepwell import errors
-from stepwell._tls import HandshakeError
+from stepwell._connecting import Contact, HandshakeError
+from stepwell._log import LOG
 
 # An attempt that the time limit cuts short has an unknown outcome, so none is made with less time than this.
 _LEAST_ATTEMPT_S = 0.02
@@ -21,16 +22,21 @@ Clock = Callable[[], float]
 class Deadline:
     """A time limit, counted from its construction. It covers all attempts of a call."""
 
-    __slots__ = ("_at_s", "_clock", "limit_s")
+    __slots__ = ("_at_s", "_began_s", "_clock", "limit_s")
 
     def __init__(self, limit_s: float, clock: Clock = time.monotonic) -> None:
         self.limit_s = limit_s
         self._clock = clock
-        self._at_s = clock() + limit_s
+        self._began_s = clock()
+        self._at_s = self._began_s + limit_s
 
     def remaining_s(self) -> float:
         """Seconds left, never below 0; `math.inf` without a limit."""
         return max(0.0, self._at_s - self._clock())
+
+    def elapsed_s(self) -> float:
+        """Seconds since its construction."""
+        return self._clock() - self._began_s
 
     def at_s(self) -> float:
         """When it passes, by its clock."""
@@ -97,11 +103,16 @@ class RetryPolicy:
 class Attempts:
     """The attempts of one call: decides after each failure whether to retry."""
 
-    def __init__(self, policy: RetryPolicy, deadline: Deadline, *, changes: bool) -> None:
+    def __init__(
+        self, rpc: str, policy: RetryPolicy, deadline: Deadline, contact: Contact, *, changes: bool
+    ) -> None:
+        self.made = 0
+        """Attempts so far."""
+        self._rpc = rpc
         self._policy = policy
         self._deadline = deadline
+        self._contact = contact
         self._changes = changes
-        self._made = 0
         self._unknown = False
         self._last: errors.StepwellError | None = None
 
@@ -111,16 +122,28 @@ class Attempts:
         Raises:
             StepwellError: `error`, if it is final, with the outcome of all attempts taken together.
         """
-        self._made += 1
+        self.made += 1
+        self._contact.learn(error)
         self._unknown |= self._changes and getattr(error, "outcome", "not_applied") == "unknown"
-        delay_s = self._policy.delay_s(self._made, error)
-        remaining_s = self._deadline.remaining_s()
+        delay_s = self._policy.delay_s(self.made, error)
+        remaining_s = self._remaining_s(error)
         if delay_s is None or remaining_s <= 0:
             raise self._final(error)
         if isinstance(error, errors.OverloadedError) and delay_s >= remaining_s:
             raise self._final(error)
         self._last = error
-        return min(delay_s, remaining_s)
+        delay_s = min(delay_s, remaining_s)
+        LOG.info(
+            "%s at %s: attempt %d failed, the next is in %.3f s: %s",
+            self._rpc, self._contact.address, self.made, delay_s, error.message,
+        )  # fmt: skip
+        return delay_s
+
+    def _limit_s(self, error: errors.StepwellError) -> float:
+        return min(self._deadline.limit_s, self._contact.patience_s(error))
+
+    def _remaining_s(self, error: errors.StepwellError) -> float:
+        return min(self._deadline.remaining_s(), self._limit_s(error) - self._deadline.elapsed_s())
 
     def woke(self) -> None:
         """To be called after the wait: checks that there is time for another attempt.
@@ -128,9 +151,9 @@ class Attempts:
         Raises:
             StepwellError: The last error, if there is not.
         """
-        too_little_s = min(_LEAST_ATTEMPT_S, self._deadline.limit_s / 10)
-        if self._last is not None and self._deadline.remaining_s() < too_little_s:
-            raise self._final(self._last)
+        last = self._last
+        if last is not None and self._remaining_s(last) < min(_LEAST_ATTEMPT_S, self._limit_s(last) / 10):
+            raise self._final(last)
 
     def _final(self, error: errors.StepwellError) -> errors.StepwellError:
         if isinstance(error, errors.DeadlineExceededError):
@@ -148,7 +171,12 @@ class Attempts:
         error: errors.StepwellError,
     ) -> errors.StepwellError:
         outcome: errors.Outcome = "unknown" if self._unknown else "not_applied"
-        before = "" if self._last is None or self._last is error else f"; before that: {self._last.message}"
-        message = f"{error.message}{before} (attempts: {self._made}, time limit: {self._deadline.limit_s:g} s"
+        message = self._contact.explain(error, self._deadline.limit_s)
+        if self._last is not None and self._last is not error and self._last.message != error.message:
+            message += f"; before that: {self._last.message}"
+        message += f" (attempts: {self.made}"
+        if self._contact.made:
+            message += f", time limit: {self._deadline.limit_s:g} s"
         message += f", outcome: {outcome})" if self._changes else ")"
+        LOG.info("%s: gave up: %s", self._rpc, message)
         return kind(message, outcome=outcome, reason=error.reason)

@@ -91,8 +91,8 @@ class Sender:
         self._unary = unary
         self._max_frame_bytes = max_frame_bytes
         self._clock = clock
-        self._alone = threading.Lock()
-        """Held by a step that is in flight as a unary call because no other step was in flight."""
+        self._alone = threading.RLock()
+        """A lock that only its holder can release. Held by a step that is in flight as a unary call because no other step was in flight."""
         self._waiting: collections.deque[WaitingStep] = collections.deque()
         self._in_flight: list[Frame] = []
         self._most: dict[Hashable, int] = {}
@@ -113,11 +113,17 @@ class Sender:
         """
         if not step.may_share():
             return self._unary(step)
-        if not self._waiting and not self._in_flight and self._alone.acquire(blocking=False):
-            try:
+        if self._waiting or self._in_flight:
+            return self._shared(step)
+        try:
+            if self._alone.acquire(blocking=False):
                 return self._unary(step)
-            finally:
+        finally:
+            # In any case, and by one call: Ctrl-C may arrive between `acquire` and what follows it.
+            try:  # noqa: SIM105  # `suppress` is a call too
                 self._alone.release()
+            except RuntimeError:  # another thread holds it
+                pass
         return self._shared(step)
 
     def _shared(self, step: Step) -> Stepped:

@@ -10,7 +10,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
-from stepwell import _tls, errors
+from stepwell import errors
+from stepwell._connecting import connect_error
 from stepwell.v1 import errors_pb2
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -45,7 +46,7 @@ def _gone(kind: type[errors.SessionGoneError]) -> Maker:
 
 
 def _unavailable(status: Status) -> errors.StepwellError:
-    if not status.reason and (error := _tls.unavailable(status.message)):
+    if not status.reason and (error := connect_error(status.message)):
         return error
     return _open_ended(errors.UnavailableError)(status)
 

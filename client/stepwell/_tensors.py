@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,8 @@ import numpy.typing as npt
 from stepwell.errors import InternalError, InvalidInputError
 from stepwell.v1 import tensors_pb2
 
-Array = npt.NDArray[np.generic]
+Array: TypeAlias = npt.NDArray[Any]
+"""An array of any dtype. `Any`, as numpy's users have it: type checkers then know that one can calculate with it."""
 
 _pb = tensors_pb2
 _BY_NAME: Mapping[str, int] = {

@@ -301,6 +301,8 @@ class SessionInfo:
     """When it was last changed, read or resumed, in UTC."""
     resident: bool
     """Its state is in memory (True) or only in the store (False)."""
+    lease_s: float | None = None
+    """It is closed when its client has been gone for so many seconds. None: it has no lease."""
 
     @classmethod
     def _from_message(cls, session: sessions_pb2.Session) -> Self:
@@ -314,6 +316,7 @@ class SessionInfo:
             created_time=session.created_time.ToDatetime(tzinfo=dt.UTC),
             last_used_time=session.last_used_time.ToDatetime(tzinfo=dt.UTC),
             resident=session.resident,
+            lease_s=session.lease.ToTimedelta().total_seconds() if session.HasField("lease") else None,
         )
 
     def __repr__(self) -> str:

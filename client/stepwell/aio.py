@@ -22,47 +22,71 @@ from stepwell import _channel, _display
 from stepwell._abandoned import AsyncFinisher
 from stepwell._aio_connection import AsyncConnection
 from stepwell._core import Core
-from stepwell._flow import Ask, Call, Exchange, Flow, drive_async
+from stepwell._flow import Ask, Call, Exchange, Flow, Notify, drive_async
 from stepwell._group_core import GroupCore
 from stepwell._group_tracker import GroupTracker
+from stepwell._leases import renew_while_needed
+from stepwell._metadata import Metadata
+from stepwell._observer import notify_async
 from stepwell._state import State, States
 from stepwell._steps import Step
+from stepwell._tracebacks import end_here, ends_here
 from stepwell._tracker import SessionTracker
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo
+from stepwell.aio_admin import AsyncAdminCalls
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
 from stepwell.config import (
+    DEFAULT_LEASE_S,
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_S,
     ClientConfig,
     TlsConfig,
+    connect_timeout,
     server_address,
     tls_config,
 )
+from stepwell.events import EventHooks
 
 __all__ = ["AsyncClient", "AsyncSession", "AsyncSessionGroup", "connect"]
 
 T = TypeVar("T")
 
 
+@ends_here
 def connect(
     address: str | None = None,
     *,
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    connect_timeout_s: float | None = None,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     coalesce: bool = True,
     tls: TlsConfig | bool | None = None,
+    metadata: Metadata = (),
+    event_hooks: EventHooks | None = None,
+    lease_s: float | None = DEFAULT_LEASE_S,
 ) -> AsyncClient:
     """A client of the server at `address`. The connection itself is made by the first call.
 
     Args:
-        address: HOST:PORT or unix:PATH. None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
+        address: HOST:PORT, [IPv6]:PORT, unix:PATH, dns:///HOST:PORT, grpc://HOST:PORT (without TLS) or
+            grpcs://HOST:PORT (with TLS). None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
         timeout_s: Time limit of each call over all its attempts, in seconds, unless the call is given
             another; `math.inf` for none.
+        connect_timeout_s: Time limit of a call as long as this client has never reached the server, in
+            seconds; `math.inf`: as `timeout_s`. Once it has, calls are tried again up to their own limit. None:
+            the environment variable STEPWELL_CONNECT_TIMEOUT_S, else 1 second.
         max_message_bytes: Largest message to send or receive.
         coalesce: Steps awaited at the same time leave together as one message, which is where throughput
             comes from. False: each step is a call of its own.
-        tls: How to speak TLS; True: with the CAs of the system. None: not at all.
+        tls: How to speak TLS; True: with the CAs of the system. None: not at all, unless the address says so.
+        metadata: Pairs of key and value, or a mapping, to send with every call: headers, for a proxy on the
+            way, say. Values are strings, or bytes where the key ends in "-bin".
+        event_hooks: Functions to call at each event, by the name of the event, "request", "response" or
+            "retry": `stepwell.events` says what they get, and that they may be coroutine functions.
+        lease_s: Sessions that are opened without an id are closed by the server when this client has been gone for
+            so many seconds, because its process was killed, say: from 1 second to ten years. 0 or None: they stay
+            until they are closed. Sessions with an id always do.
 
     Raises:
         InvalidInputError: An argument, or the variable, breaks its rule.
@@ -75,15 +99,26 @@ def connect(
         >>> asyncio.run(main())
         ['forecast']
     """
-    config = ClientConfig(server_address(address), timeout_s, max_message_bytes, tls_config(tls))
+    config = ClientConfig(
+        server_address(address),
+        timeout_s,
+        max_message_bytes,
+        tls_config(tls),
+        connect_timeout(connect_timeout_s),
+        metadata,
+        event_hooks,
+        lease_s=lease_s,
+    )
     return AsyncClient(config, coalesce=coalesce)
 
 
-class AsyncClient:
+@end_here
+class AsyncClient(AsyncAdminCalls):
     """A connection to a server. Make one with `connect`, and share it.
 
     Every method takes `timeout_s`, the time limit of that call over all its attempts; None means the
-    client's own. UNAVAILABLE and overload are retried within it (see `stepwell.errors`).
+    client's own. UNAVAILABLE and overload are retried within it (see `stepwell.errors`); a server that was never
+    reached is given up after `connect_timeout_s`.
 
     Belongs to the event loop it is first used in; not for use from other threads or loops. Not fork-safe:
     gRPC's threads do not survive a fork, so connect in the child.
@@ -106,7 +141,8 @@ class AsyncClient:
         self._config = config
         self._coalesce = coalesce
         self._finisher = AsyncFinisher(self._answer)
-        self._core = Core(config, finish=self._finisher.add)
+        self._core = Core(config, finish=self._finisher.add, renew=self._renew)
+        self._renewing: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
 
     @functools.cached_property
@@ -114,9 +150,15 @@ class AsyncClient:
         # Made by the first call, because a channel belongs to a running event loop.
         return AsyncConnection(self._config, self._core.retrier, coalesce=self._coalesce)
 
+    def _renew(self) -> None:
+        """Renew the lease from now on; the task does not keep the client."""
+        lease, invoke = self._core.lease, self._connection.transport.invoke
+        if lease is not None and (self._renewing is None or self._renewing.done()):
+            self._renewing = asyncio.create_task(renew_while_needed(lease, invoke), name="stepwell-leases")
+
     @property
     def address(self) -> str:
-        """Where the server is, HOST:PORT or unix:PATH."""
+        """Where the server is, as gRPC takes it: HOST:PORT or unix:PATH, without grpc:// or grpcs://."""
         return self._config.address
 
     async def models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
@@ -151,11 +193,11 @@ class AsyncClient:
     def open_session(
         self,
         model: str,
+        *,
         batch_size: int = 1,
         session_id: str | None = None,
         state: States | None = None,
         must_be_new: bool = False,
-        *,
         timeout_s: float | None = None,
     ) -> Opening[AsyncSession]:
         """Opens a session, or resumes the live session of that id.
@@ -172,6 +214,7 @@ class AsyncClient:
         flow = self._core.open_session(model, batch_size, session_id, state, must_be_new, deadline)
         return Opening(self._session(flow, owned=session_id is None))
 
+    @ends_here
     async def _session(self, flow: Flow[SessionTracker], owned: bool) -> AsyncSession:
         return AsyncSession(self, await self._run(flow), owned=owned)
 
@@ -179,9 +222,9 @@ class AsyncClient:
         self,
         model: str,
         n: int,
+        *,
         batch_size: int = 1,
         session_ids: Sequence[str] | None = None,
-        *,
         timeout_s: float | None = None,
     ) -> Opening[AsyncSessionGroup]:
         """Opens many sessions of one model, to be stepped together: all of them or none.
@@ -196,6 +239,7 @@ class AsyncClient:
         flow = self._core.open_sessions(model, n, batch_size, session_ids, self._core.deadline(timeout_s))
         return Opening(self._group(flow, owned=session_ids is None))
 
+    @ends_here
     async def _group(self, flow: Flow[GroupTracker], owned: bool) -> AsyncSessionGroup:
         return AsyncSessionGroup(self, GroupCore(self._core, await self._run(flow)), owned=owned)
 
@@ -218,19 +262,6 @@ class AsyncClient:
             ((5, 1), 5)
         """
         return await self._run(self._core.predict(model, x, state, self._core.deadline(timeout_s), reset))
-
-    async def sessions(
-        self, model: str | None = None, prefix: str | None = None, *, timeout_s: float | None = None
-    ) -> list[SessionInfo]:
-        """The live sessions, in the order of their ids.
-
-        Arguments, result and errors are those of `Client.sessions`.
-
-        Example:
-            >>> session.id in [info.session_id for info in await client.sessions(model="forecast")]
-            True
-        """
-        return await self._run(self._core.sessions(model, prefix, self._core.deadline(timeout_s)))
 
     async def session_info(self, session_id: str, *, timeout_s: float | None = None) -> SessionInfo:
         """One session as of its last completed change. Does not count as use of it.
@@ -259,6 +290,10 @@ class AsyncClient:
         Example:
             >>> await stepwell.aio.connect(address).close()
         """
+        self._core.end_lease()
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.wait([self._renewing])
         await self._finisher.close()
         self._closing.set()
         await self._connection.close()
@@ -284,7 +319,8 @@ class AsyncClient:
 
     async def _run(self, flow: Flow[T]) -> T:
         """Runs a flow of the core to its result."""
-        return await drive_async(flow, self._answer)
+        observer = self._core.observer
+        return await drive_async(flow if observer is None else observer.observed(flow), self._answer)
 
     def _answer(self, ask: Ask) -> Awaitable[Any]:
         if isinstance(ask, Step):
@@ -293,6 +329,8 @@ class AsyncClient:
             return self._connection.transport.invoke(ask)
         if isinstance(ask, Exchange):
             return self._connection.link.exchange(ask)
+        if isinstance(ask, Notify):
+            return notify_async(ask)
         return self._pause(ask.seconds)
 
     async def _pause(self, seconds: float) -> None:

@@ -12,6 +12,7 @@ from stepwell._frames import Counts
 from stepwell._group_core import GroupCore, Members
 from stepwell._state import State, States
 from stepwell._trace import Trace
+from stepwell._tracebacks import end_here
 from stepwell._turns import AsyncMemberLock
 from stepwell._types import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell.aio_session import AsyncHandle, AsyncSession, Opening
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from stepwell.aio import AsyncClient
 
 
+@end_here
 class AsyncSessionGroup(AsyncHandle):
     """Many sessions of one model and batch size, stepped together: one message for all of them.
 
@@ -172,8 +174,7 @@ class AsyncSessionGroup(AsyncHandle):
         deadline = self._client._core.deadline(timeout_s)
         some = self._group.some(members)
         change = self._group.step_change(some, x, outputs, time, reset, states)
-        async with self._changing(deadline, self._lock_of(some)):
-            return await self._client._run(self._group.step(some, change, deadline))
+        return await self._change(self._group.step(some, change, deadline), deadline, self._lock_of(some))
 
     async def trace(
         self,
@@ -215,8 +216,7 @@ class AsyncSessionGroup(AsyncHandle):
         """
         deadline = self._client._core.deadline(timeout_s)
         some = self._group.some_or_rows(members, rows)
-        async with self._changing(deadline, self._lock_of(some)):
-            await self._client._run(self._group.reset_states(some, states, deadline))
+        await self._change(self._group.reset_states(some, states, deadline), deadline, self._lock_of(some))
 
     async def get_states(self, members: Rows | None = None, *, timeout_s: float | None = None) -> State:
         """A copy of the members' states, one after the other: (n * batch_size, ...) each.
@@ -273,8 +273,7 @@ class AsyncSessionGroup(AsyncHandle):
             ...     await group.refresh()
         """
         deadline = self._client._core.deadline(timeout_s)
-        async with self._changing(deadline):
-            await self._client._run(self._group.refresh(deadline))
+        await self._change(self._group.refresh(deadline), deadline)
 
     async def close(self, *, timeout_s: float | None = None) -> None:
         """Deletes all members on the server: of a view, those of the view. Closing again does nothing.

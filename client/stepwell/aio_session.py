@@ -9,39 +9,24 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from stepwell import _display
+from stepwell._flow import Flow
 from stepwell._retry import Deadline
 from stepwell._state import State, States
 from stepwell._trace import Trace
+from stepwell._tracebacks import end_here, ends_here
 from stepwell._tracker import SessionTracker
 from stepwell._turns import AsyncMemberLock
 from stepwell._types import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
-from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError
+from stepwell.errors import ClosedError, DeadlineExceededError, InvalidInputError, StepwellError
 
 if TYPE_CHECKING:
     from stepwell.aio import AsyncClient
 
 H = TypeVar("H", bound="AsyncHandle")
+T = TypeVar("T")
 
 
-class _Turn:
-    """The turn of one change. A class, because `contextlib.asynccontextmanager` costs as much as half a step."""
-
-    __slots__ = ("_deadline", "_handle", "_lock")
-
-    def __init__(self, handle: AsyncHandle, deadline: Deadline, lock: asyncio.Lock | AsyncMemberLock) -> None:
-        self._handle = handle
-        self._deadline = deadline
-        self._lock = lock
-
-    async def __aenter__(self) -> None:
-        await self._handle._begin(self._deadline, self._lock)
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._lock.release()
-
-
+@end_here
 class AsyncHandle(abc.ABC):
     """What a session and a group have in common: one change at a time, and an end."""
 
@@ -58,27 +43,35 @@ class AsyncHandle(abc.ABC):
         self._closed = False
         self._lock = lock or asyncio.Lock()
         self._parent = parent
+        self._changer: asyncio.Task[Any] | None = None
+        """The task whose change is under way."""
 
-    def _changing(self, deadline: Deadline, lock: AsyncMemberLock | None = None) -> _Turn:
-        """One change at a time; waiting for one's turn counts against the time limit."""
-        return _Turn(self, deadline, lock or self._lock)
-
-    async def _begin(self, deadline: Deadline, lock: asyncio.Lock | AsyncMemberLock) -> None:
+    async def _change(self, flow: Flow[T], deadline: Deadline, lock: AsyncMemberLock | None = None) -> T:
+        """Runs a change, one at a time; waiting for one's turn counts against the time limit."""
         self._check_open()
-        await self._take_turn(deadline, lock)
+        turn = lock or self._lock
+        if isinstance(turn, AsyncMemberLock):
+            turn = turn.fresh()
+        if turn.locked():
+            await self._wait_for_turn(turn, deadline)
+        else:
+            await turn.acquire()
         try:
+            self._changer = asyncio.current_task()
             self._check_open()
-        except ClosedError:
-            lock.release()
-            raise
+            return await self._client._run(flow)
+        finally:
+            self._changer = None
+            turn.release()
 
-    async def _take_turn(self, deadline: Deadline, lock: asyncio.Lock | AsyncMemberLock) -> None:
-        if not lock.locked():
-            await lock.acquire()
-            return
+    async def _wait_for_turn(self, turn: asyncio.Lock | AsyncMemberLock, deadline: Deadline) -> None:
+        if self._changer is asyncio.current_task():
+            raise InvalidInputError(
+                "a change must not be made by an event hook of a change of the same session"
+            )
         try:
             async with asyncio.timeout(deadline.grpc_timeout_s()):
-                await lock.acquire()
+                await turn.acquire()
         except TimeoutError:
             raise DeadlineExceededError(
                 "the time limit passed while another change of this session was under way",
@@ -145,6 +138,7 @@ class Opening(Coroutine[Any, Any, H]):
             await self._handle.__aexit__(kind, error, trace)
 
 
+@end_here
 class AsyncSession(AsyncHandle):
     """One user's conversation with one model: a recurrent state on the server, advanced step by step.
 
@@ -267,8 +261,7 @@ class AsyncSession(AsyncHandle):
         """
         deadline = self._core.deadline(timeout_s)
         change = self._core.step_change(self._tracker, x, outputs, time, reset, rows, states)
-        async with self._changing(deadline):
-            return await self._client._run(self._core.step(self._tracker, change, deadline))
+        return await self._change(self._core.step(self._tracker, change, deadline), deadline)
 
     async def trace(
         self,
@@ -294,6 +287,7 @@ class AsyncSession(AsyncHandle):
         states: States | None = None,
         rows: Rows | None = None,
         *,
+        position: int = 0,
         timeout_s: float | None = None,
     ) -> None:
         """Sets the state, or some rows of it.
@@ -306,8 +300,7 @@ class AsyncSession(AsyncHandle):
             0
         """
         deadline = self._core.deadline(timeout_s)
-        async with self._changing(deadline):
-            await self._client._run(self._core.reset_states(self._tracker, states, rows, deadline))
+        await self._change(self._core.reset_states(self._tracker, states, rows, deadline, position), deadline)
 
     async def get_state(self, *, timeout_s: float | None = None) -> State:
         """A copy of the state, after the changes received before.
@@ -331,6 +324,7 @@ class AsyncSession(AsyncHandle):
         """
         return Opening(self._fork(session_id, timeout_s))
 
+    @ends_here
     async def _fork(self, session_id: str | None, timeout_s: float | None) -> AsyncSession:
         self._check_open()
         deadline = self._core.deadline(timeout_s)
@@ -346,8 +340,7 @@ class AsyncSession(AsyncHandle):
             True
         """
         deadline = self._core.deadline(timeout_s)
-        async with self._changing(deadline):
-            await self._client._run(self._core.refresh(self._tracker, deadline))
+        await self._change(self._core.refresh(self._tracker, deadline), deadline)
 
     async def close(self, *, timeout_s: float | None = None) -> None:
         """Deletes the session on the server. Closing again, or a session that is gone, does nothing.

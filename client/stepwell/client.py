@@ -10,47 +10,72 @@ from typing import Any, Self, TypeVar
 
 from stepwell import _channel, _display
 from stepwell._abandoned import Finisher
+from stepwell._admin_calls import AdminCalls
 from stepwell._core import Core
-from stepwell._flow import Ask, Call, Exchange, Flow, Retrier, drive
+from stepwell._flow import Ask, Call, Exchange, Flow, Notify, Retrier, drive
 from stepwell._group_core import GroupCore
+from stepwell._hooks import require_sync
+from stepwell._leases import RENEWER, Renewal
 from stepwell._link import Link
+from stepwell._metadata import Metadata
+from stepwell._observer import notify
 from stepwell._sender import Sender
 from stepwell._state import State, States
 from stepwell._steps import Step, Stepped, read
+from stepwell._tracebacks import end_here, ends_here
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo
 from stepwell.config import (
+    DEFAULT_LEASE_S,
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_S,
     ClientConfig,
     TlsConfig,
+    connect_timeout,
     server_address,
     tls_config,
 )
+from stepwell.events import EventHooks
 from stepwell.group import SessionGroup
 from stepwell.session import Session
 
 T = TypeVar("T")
 
 
+@ends_here
 def connect(
     address: str | None = None,
     *,
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    connect_timeout_s: float | None = None,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     coalesce: bool = True,
     tls: TlsConfig | bool | None = None,
+    metadata: Metadata = (),
+    event_hooks: EventHooks | None = None,
+    lease_s: float | None = DEFAULT_LEASE_S,
 ) -> Client:
     """A client of the server at `address`. The connection itself is made by the first call.
 
     Args:
-        address: HOST:PORT or unix:PATH. None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
+        address: HOST:PORT, [IPv6]:PORT, unix:PATH, dns:///HOST:PORT, grpc://HOST:PORT (without TLS) or
+            grpcs://HOST:PORT (with TLS). None: the environment variable STEPWELL_SERVER, else 127.0.0.1:50051.
         timeout_s: Time limit of each call over all its attempts, in seconds, unless the call is given
             another; `math.inf` for none.
+        connect_timeout_s: Time limit of a call as long as this client has never reached the server, in
+            seconds; `math.inf`: as `timeout_s`. Once it has, calls are tried again up to their own limit. None:
+            the environment variable STEPWELL_CONNECT_TIMEOUT_S, else 1 second.
         max_message_bytes: Largest message to send or receive.
         coalesce: Steps that several threads make at the same time leave together as one message, which is
             where throughput comes from; a step made alone is a call of its own. False: each step is a call
             of its own.
-        tls: How to speak TLS; True: with the CAs of the system. None: not at all.
+        tls: How to speak TLS; True: with the CAs of the system. None: not at all, unless the address says so.
+        metadata: Pairs of key and value, or a mapping, to send with every call: headers, for a proxy on the
+            way, say. Values are strings, or bytes where the key ends in "-bin".
+        event_hooks: Functions to call at each event, by the name of the event, "request", "response" or
+            "retry": `stepwell.events` says what they get.
+        lease_s: Sessions that are opened without an id are closed by the server when this client has been gone for
+            so many seconds, because its process was killed, say: from 1 second to ten years. 0 or None: they stay
+            until they are closed. Sessions with an id always do.
 
     Raises:
         InvalidInputError: An argument, or the variable, breaks its rule.
@@ -60,15 +85,26 @@ def connect(
         ...     [model.name for model in client.models()]
         ['forecast']
     """
-    config = ClientConfig(server_address(address), timeout_s, max_message_bytes, tls_config(tls))
+    config = ClientConfig(
+        server_address(address),
+        timeout_s,
+        max_message_bytes,
+        tls_config(tls),
+        connect_timeout(connect_timeout_s),
+        metadata,
+        event_hooks,
+        lease_s=lease_s,
+    )
     return Client(config, coalesce=coalesce)
 
 
-class Client:
+@end_here
+class Client(AdminCalls):
     """A connection to a server. Make one with `connect`, and share it.
 
     Every method takes `timeout_s`, the time limit of that call over all its attempts; None means the
-    client's own. UNAVAILABLE and overload are retried within it (see `stepwell.errors`).
+    client's own. UNAVAILABLE and overload are retried within it (see `stepwell.errors`); a server that was never
+    reached is given up after `connect_timeout_s`.
 
     Safe to use from many threads at once. Not fork-safe: gRPC's threads do not survive a fork, so connect
     in the child.
@@ -81,11 +117,15 @@ class Client:
     """
 
     def __init__(self, config: ClientConfig, *, coalesce: bool = True) -> None:
+        require_sync(config.event_hooks)
         self._config = config
         self._finisher = Finisher(config)
-        self._core = Core(config, finish=self._finisher.add)
         self._transport = _channel.SyncTransport(config)
-        self._link = Link(self._transport.sessions)
+        self._renewal = Renewal(self._transport.start)
+        renew = functools.partial(RENEWER.add, self._renewal)
+        self._core = Core(config, finish=self._finisher.add, renew=renew)
+        self._renewal.lease = self._core.lease
+        self._link = Link(self._transport.stream, config.address)
         # A quarter of the message limit, because outputs may be larger than inputs.
         frame_bytes = config.max_message_bytes // 4
         unary = functools.partial(_unary, self._transport, self._core.retrier)
@@ -95,7 +135,7 @@ class Client:
 
     @property
     def address(self) -> str:
-        """Where the server is, HOST:PORT or unix:PATH."""
+        """Where the server is, as gRPC takes it: HOST:PORT or unix:PATH, without grpc:// or grpcs://."""
         return self._config.address
 
     def models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
@@ -131,11 +171,11 @@ class Client:
     def open_session(
         self,
         model: str,
+        *,
         batch_size: int = 1,
         session_id: str | None = None,
         state: States | None = None,
         must_be_new: bool = False,
-        *,
         timeout_s: float | None = None,
     ) -> Session:
         """Opens a session, or resumes the live session of that id: `Session.resumed` says which.
@@ -175,9 +215,9 @@ class Client:
         self,
         model: str,
         n: int,
+        *,
         batch_size: int = 1,
         session_ids: Sequence[str] | None = None,
-        *,
         timeout_s: float | None = None,
     ) -> SessionGroup:
         """Opens many sessions of one model, to be stepped together: all of them or none.
@@ -236,22 +276,6 @@ class Client:
         """
         return self._run(self._core.predict(model, x, state, self._core.deadline(timeout_s), reset))
 
-    def sessions(
-        self, model: str | None = None, prefix: str | None = None, *, timeout_s: float | None = None
-    ) -> list[SessionInfo]:
-        """The live sessions, in the order of their ids.
-
-        Args:
-            model: Only those of this model.
-            prefix: Only those whose ids begin with this.
-            timeout_s: Time limit of this call over all its attempts; None: the client's.
-
-        Example:
-            >>> session.id in [info.session_id for info in client.sessions(model="forecast")]
-            True
-        """
-        return self._run(self._core.sessions(model, prefix, self._core.deadline(timeout_s)))
-
     def session_info(self, session_id: str, *, timeout_s: float | None = None) -> SessionInfo:
         """One session as of its last completed change. Does not count as use of it.
 
@@ -281,6 +305,8 @@ class Client:
         Example:
             >>> stepwell.connect(address).close()
         """
+        self._core.end_lease()
+        RENEWER.remove(self._renewal)
         self._finisher.close()
         self._closing.set()
         self._transport.is_closed = True
@@ -309,7 +335,8 @@ class Client:
 
     def _run(self, flow: Flow[T]) -> T:
         """Runs a flow of the core to its result."""
-        return drive(flow, self._answer)
+        observer = self._core.observer
+        return drive(flow if observer is None else observer.observed(flow), self._answer)
 
     def _answer(self, ask: Ask) -> Any:
         if isinstance(ask, Call):
@@ -318,6 +345,8 @@ class Client:
             return self._step(ask)
         if isinstance(ask, Exchange):
             return self._link.exchange(ask)
+        if isinstance(ask, Notify):
+            return notify(ask)
         if self._closing.wait(ask.seconds):
             raise _channel.closed()
         return None

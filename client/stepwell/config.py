@@ -1,7 +1,10 @@
-"""Defaults of the client, and the environment variable that names the server.
+"""What a client can be told, its defaults, and the environment variables that stand for what it is not told.
 
-`STEPWELL_SERVER` is the address, HOST:PORT or unix:PATH, used where none is given: by `connect()` and by every
-command of the CLI. Nothing else is read from the environment here.
+`STEPWELL_SERVER` is the address used where none is given, and `STEPWELL_CONNECT_TIMEOUT_S` the `connect_timeout_s`: by
+`connect()` and by every command of the CLI. Nothing else is read from the environment here.
+
+An address is HOST:PORT, [IPv6]:PORT, unix:PATH, dns:///HOST:PORT, grpc://HOST:PORT (without TLS) or grpcs://HOST:PORT
+(with TLS).
 """
 
 from __future__ import annotations
@@ -12,29 +15,42 @@ import os
 import pathlib
 from typing import TypeAlias
 
+from stepwell import _address, _hooks, _metadata
 from stepwell.errors import InvalidInputError
+from stepwell.events import EventHooks
 
 __all__ = [
+    "CONNECT_TIMEOUT_VARIABLE",
     "DEFAULT_ADDRESS",
+    "DEFAULT_CONNECT_TIMEOUT_S",
+    "DEFAULT_LEASE_S",
     "DEFAULT_MAX_MESSAGE_BYTES",
     "DEFAULT_TIMEOUT_S",
     "SERVER_VARIABLE",
     "ClientConfig",
     "TlsConfig",
+    "connect_timeout",
     "server_address",
 ]
 
 SERVER_VARIABLE = "STEPWELL_SERVER"
-"""Environment variable with the server's address, HOST:PORT or unix:PATH."""
+"""Environment variable with the server's address."""
+CONNECT_TIMEOUT_VARIABLE = "STEPWELL_CONNECT_TIMEOUT_S"
+"""Environment variable with the time limit of calls to a server that was never reached, in seconds."""
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 """Where a server listens unless told otherwise."""
 DEFAULT_TIMEOUT_S = 30.0
 """Time limit of a call over all its attempts, in seconds."""
+DEFAULT_LEASE_S = 600.0
+"""How long a client may be gone before the server closes its sessions that nobody named, in seconds."""
+DEFAULT_CONNECT_TIMEOUT_S = 1.0
+"""How long a call tries to reach a server that this client has never reached, in seconds."""
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest message sent or received, in bytes."""
 
 
 _LONGEST_S = 1e9
+_LONGEST_LEASE_S = 3650 * 86400.0
 
 Pem: TypeAlias = str | os.PathLike[str] | bytes
 
@@ -122,35 +138,21 @@ def tls_config(tls: TlsConfig | bool | None) -> TlsConfig | None:
     raise InvalidInputError(f"tls must be a TlsConfig, True or None; got {tls!r}")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ClientConfig:
-    """What a client was told when it was made; `connect` makes it from its arguments.
+def _lease(lease_s: float | None) -> float:
+    """A lease in seconds, 0 for none.
 
-    Example:
-        >>> stepwell.config.ClientConfig("localhost:50051").timeout_s
-        30.0
+    Raises:
+        InvalidInputError: It is out of range.
     """
-
-    address: str
-    """HOST:PORT, or unix:PATH."""
-    timeout_s: float = DEFAULT_TIMEOUT_S
-    """Time limit of a call over all its attempts, in seconds; `math.inf` for none."""
-    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
-    """Largest message sent or received, in bytes."""
-    tls: TlsConfig | None = None
-    """How to speak TLS. None: not at all. Files are read here, once."""
-
-    def __post_init__(self) -> None:
-        if self.tls is not None:
-            ca, cert, key = self.tls.contents()
-            object.__setattr__(self, "tls", TlsConfig(ca, cert, key, self.tls.server_name))
-        check_timeout("timeout_s", self.timeout_s)
-        if isinstance(self.max_message_bytes, bool) or not isinstance(self.max_message_bytes, int):
-            raise InvalidInputError(f"max_message_bytes must be an int; got {self.max_message_bytes!r}")
-        if not 1024 <= self.max_message_bytes < 2**31:
-            raise InvalidInputError(
-                f"max_message_bytes must be from 1024 to 2147483647; got {self.max_message_bytes}"
-            )
+    if lease_s is None or lease_s == 0:
+        return 0.0
+    if isinstance(lease_s, bool) or not isinstance(lease_s, int | float):
+        raise InvalidInputError(f"lease_s must be a number of seconds, or None; got {lease_s!r}")
+    if not 1 <= lease_s <= _LONGEST_LEASE_S:
+        raise InvalidInputError(
+            f"lease_s must be from 1 to {_LONGEST_LEASE_S:g}, or 0 or None for no lease; got {lease_s}"
+        )
+    return float(lease_s)
 
 
 def check_timeout(name: str, timeout_s: float) -> float:
@@ -169,11 +171,92 @@ def check_timeout(name: str, timeout_s: float) -> float:
     return float(timeout_s)
 
 
+def connect_timeout(timeout_s: float | None = None) -> float:
+    """The `connect_timeout_s` of a client: what is given, else `STEPWELL_CONNECT_TIMEOUT_S`, else 1 second.
+
+    Args:
+        timeout_s: In seconds, or None.
+
+    Raises:
+        InvalidInputError: It, or the variable, is no time limit; the message names which.
+
+    Example:
+        >>> stepwell.config.connect_timeout(2)
+        2.0
+    """
+    if timeout_s is not None:
+        return check_timeout("connect_timeout_s", timeout_s)
+    from_environment = os.environ.get(CONNECT_TIMEOUT_VARIABLE)
+    if from_environment is None:
+        return DEFAULT_CONNECT_TIMEOUT_S
+    try:
+        seconds = float(from_environment)
+    except ValueError:
+        raise InvalidInputError(
+            f"{CONNECT_TIMEOUT_VARIABLE} must be a number of seconds; got {from_environment!r}"
+        ) from None
+    return check_timeout(CONNECT_TIMEOUT_VARIABLE, seconds)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """What a client was told when it was made; `connect` makes it from its arguments.
+
+    Example:
+        >>> stepwell.config.ClientConfig("localhost:50051").timeout_s
+        30.0
+    """
+
+    address: str
+    """As in the docstring of this module; afterwards without grpc:// or grpcs://, which `tls` then stands for."""
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    """Time limit of a call over all its attempts, in seconds; `math.inf` for none."""
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    """Largest message sent or received, in bytes."""
+    tls: TlsConfig | None = None
+    """How to speak TLS. None: not at all, unless the address says grpcs://. Files are read here, once."""
+    connect_timeout_s: float = dataclasses.field(default_factory=connect_timeout)
+    """Time limit of a call as long as this client has never reached the server, in seconds; `math.inf`: as `timeout_s`.
+    What accepts connections and says nothing, as a server on a machine that is busy may, is given ten times as long.
+    After the first contact every call is tried again up to its own limit."""
+    metadata: _metadata.Metadata = dataclasses.field(default=(), repr=False)
+    """Pairs of key and value to send with every call; afterwards a tuple of pairs with lower-case keys."""
+    event_hooks: EventHooks | None = dataclasses.field(default=None, hash=False)
+    """Functions to call before and after attempts and before retries, see `stepwell.events`."""
+    lease_s: float | None = DEFAULT_LEASE_S
+    """How long this client may be gone before the server closes its sessions that nobody named, in seconds; afterwards 0
+    for None: they stay until they are closed."""
+
+    def __post_init__(self) -> None:
+        where = _address.parse("address", self.address)
+        tls = self.tls
+        if where.tls is False and tls is not None:
+            raise InvalidInputError(f"tls must be None where the address says grpc://; got {self.address!r}")
+        if where.tls and tls is None:
+            tls = TlsConfig()
+        if tls is not None:
+            ca, cert, key = tls.contents()
+            tls = TlsConfig(ca, cert, key, tls.server_name)
+        object.__setattr__(self, "address", where.target)
+        object.__setattr__(self, "tls", tls)
+        object.__setattr__(self, "metadata", _metadata.checked(self.metadata))
+        object.__setattr__(self, "event_hooks", _hooks.checked(self.event_hooks))
+        object.__setattr__(self, "lease_s", _lease(self.lease_s))
+        check_timeout("timeout_s", self.timeout_s)
+        check_timeout("connect_timeout_s", self.connect_timeout_s)
+        if isinstance(self.max_message_bytes, bool) or not isinstance(self.max_message_bytes, int):
+            raise InvalidInputError(f"max_message_bytes must be an int; got {self.max_message_bytes!r}")
+        if not 1024 <= self.max_message_bytes < 2**31:
+            raise InvalidInputError(
+                f"max_message_bytes must be from 1024 to 2147483647; got {self.max_message_bytes}"
+            )
+
+
 def server_address(address: str | None = None) -> str:
     """The server to talk to: the address given, else `STEPWELL_SERVER`, else 127.0.0.1:50051.
 
     Args:
-        address: HOST:PORT, [IPv6]:PORT, unix:PATH or None.
+        address: As in the docstring of this module, or None.
 
     Raises:
         InvalidInputError: The address, or the variable, is no address; the message names which.
@@ -183,25 +266,10 @@ def server_address(address: str | None = None) -> str:
         'localhost:50051'
     """
     if address is not None:
-        return _checked("address", address)
+        _address.parse("address", address)
+        return address
     from_environment = os.environ.get(SERVER_VARIABLE)
     if from_environment is not None:
-        return _checked(SERVER_VARIABLE, from_environment)
+        _address.parse(SERVER_VARIABLE, from_environment)
+        return from_environment
     return DEFAULT_ADDRESS
-
-
-def _checked(name: str, address: str) -> str:
-    if not isinstance(address, str):
-        raise InvalidInputError(f"{name} must be a string HOST:PORT; got {address!r}")
-    if address.startswith("unix:"):
-        path = address.removeprefix("unix:")
-        if not path or (path.startswith("//") and not path.startswith("///")):
-            raise InvalidInputError(f"{name} must be unix:PATH or unix:///PATH; got {address!r}")
-        return address
-    host, colon, port = address.rpartition(":")
-    right_port = port.isascii() and port.isdecimal() and 0 < int(port) < 65536
-    if not (host and colon and right_port) or any(c.isspace() for c in address):
-        raise InvalidInputError(
-            f"{name} must be HOST:PORT with a port from 1 to 65535, or unix:PATH; got {address!r}"
-        )
-    return address

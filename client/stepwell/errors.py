@@ -38,10 +38,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
 Outcome = Literal["not_applied", "unknown"]
@@ -64,7 +63,7 @@ class StepwellError(Exception):
     """Machine-readable reason the server gave, e.g. SESSION_EXPIRED; empty for errors of this side."""
     failures: Mapping[int, StepwellError]
     """Of a `SessionGroup`'s change: the error of each member that failed, by index. Else empty."""
-    outputs: npt.NDArray[np.generic] | dict[str, npt.NDArray[np.generic]] | None
+    outputs: npt.NDArray[Any] | dict[str, npt.NDArray[Any]] | None
     """Of a `SessionGroup`'s step: the outputs of the members that were applied; zeros for the others."""
 
     def __init__(self, message: str, *, reason: str = "") -> None:

@@ -12,6 +12,7 @@ from stepwell._frames import Counts
 from stepwell._group_core import GroupCore, Members
 from stepwell._state import State, States
 from stepwell._trace import Trace
+from stepwell._tracebacks import end_here
 from stepwell._turns import MemberLock
 from stepwell._types import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell.session import Handle, Session
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from stepwell.client import Client
 
 
+@end_here
 class SessionGroup(Handle):
     """Many sessions of one model and batch size, stepped together: one message for all of them.
 
@@ -196,8 +198,7 @@ class SessionGroup(Handle):
         deadline = self._client._core.deadline(timeout_s)
         some = self._group.some(members)
         change = self._group.step_change(some, x, outputs, time, reset, states)
-        with self._changing(deadline, self._lock_of(some)):
-            return self._client._run(self._group.step(some, change, deadline))
+        return self._change(self._group.step(some, change, deadline), deadline, self._lock_of(some))
 
     def trace(
         self,
@@ -248,8 +249,7 @@ class SessionGroup(Handle):
         """
         deadline = self._client._core.deadline(timeout_s)
         some = self._group.some_or_rows(members, rows)
-        with self._changing(deadline, self._lock_of(some)):
-            self._client._run(self._group.reset_states(some, states, deadline))
+        self._change(self._group.reset_states(some, states, deadline), deadline, self._lock_of(some))
 
     def get_states(self, members: Rows | None = None, *, timeout_s: float | None = None) -> State:
         """A copy of the members' states, one after the other: (n * batch_size, ...) each.
@@ -326,8 +326,7 @@ class SessionGroup(Handle):
             >>> group.close()
         """
         deadline = self._client._core.deadline(timeout_s)
-        with self._changing(deadline):
-            self._client._run(self._group.refresh(deadline))
+        self._change(self._group.refresh(deadline), deadline)
 
     def close(self, *, timeout_s: float | None = None) -> None:
         """Deletes all members on the server: of a view, those of the view. Closing again does nothing.

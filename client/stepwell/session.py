@@ -6,23 +6,37 @@ import abc
 import contextlib
 import math
 import threading
-from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, overload
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeVar, overload
 
 from stepwell import _display
+from stepwell._flow import Flow
 from stepwell._retry import Deadline
 from stepwell._state import State, States
 from stepwell._trace import Trace
+from stepwell._tracebacks import end_here
 from stepwell._tracker import SessionTracker
 from stepwell._turns import MemberLock
 from stepwell._types import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
-from stepwell.errors import ClosedError, DeadlineExceededError, StepwellError
+from stepwell.errors import ClosedError, DeadlineExceededError, InvalidInputError, StepwellError
 
 if TYPE_CHECKING:
     from stepwell.client import Client
 
+T = TypeVar("T")
 
+
+class Lock(Protocol):
+    """What a handle asks of a lock."""
+
+    def acquire(self, *, timeout: float) -> bool:
+        """Waits for it, at most so many seconds; -1: for ever. Whether it is held now."""
+
+    def release(self) -> None:
+        """Releases it; where it is not held, does nothing or raises a `RuntimeError`."""
+
+
+@end_here
 class Handle(abc.ABC):
     """What a session and a group have in common: one change at a time, and an end."""
 
@@ -33,25 +47,51 @@ class Handle(abc.ABC):
         self._client = client
         self._owned = owned
         self._closed = False
-        self._lock = lock or threading.Lock()
+        # A lock that only its holder can release: see `_change`.
+        self._lock = lock or threading.RLock()
         self._parent = parent
+        self._changer: int | None = None
+        """The thread whose change is under way."""
 
-    @contextlib.contextmanager
-    def _changing(self, deadline: Deadline, lock: MemberLock | None = None) -> Iterator[None]:
-        """One change at a time; waiting for one's turn counts against the time limit."""
-        self._check_open()
+    def _change(self, flow: Flow[T], deadline: Deadline, lock: MemberLock | None = None) -> T:
+        """Runs a change, one at a time; waiting for one's turn counts against the time limit.
+
+        Ctrl-C may arrive after any call, that of `acquire` included, when nothing here says yet that the lock is held.
+        So the lock is released in any case, which does nothing where it is not held.
+        """
+        me = threading.get_ident()
+        if self._changer == me:
+            raise InvalidInputError(
+                "a change must not be made by an event hook of a change of the same session"
+            )
         turn = lock or self._lock
+        if isinstance(turn, MemberLock):
+            turn = turn.fresh()
+        try:
+            self._take_turn(turn, deadline)
+            self._changer = me
+            self._check_open()
+            return self._client._run(flow)
+        finally:
+            if self._changer == me:
+                self._changer = None
+            try:
+                turn.release()
+            except RuntimeError:  # not held
+                pass
+            except BaseException:  # Ctrl-C as it began, or as it ended
+                with contextlib.suppress(RuntimeError):
+                    turn.release()
+                raise
+
+    def _take_turn(self, turn: Lock, deadline: Deadline) -> None:
+        self._check_open()
         remaining_s = deadline.remaining_s()
         if not turn.acquire(timeout=-1 if math.isinf(remaining_s) else remaining_s):
             raise DeadlineExceededError(
                 "the time limit passed while another change of this session was under way",
                 outcome="not_applied",
             )
-        try:
-            self._check_open()
-            yield
-        finally:
-            turn.release()
 
     def _check_open(self) -> None:
         if self._closed or (self._parent is not None and self._parent._closed):
@@ -77,6 +117,7 @@ class Handle(abc.ABC):
             error.add_note(f"and then closing the session failed: {closing}")
 
 
+@end_here
 class Session(Handle):
     """One user's conversation with one model: a recurrent state on the server, advanced step by step.
 
@@ -221,8 +262,7 @@ class Session(Handle):
         """
         deadline = self._core.deadline(timeout_s)
         change = self._core.step_change(self._tracker, x, outputs, time, reset, rows, states)
-        with self._changing(deadline):
-            return self._client._run(self._core.step(self._tracker, change, deadline))
+        return self._change(self._core.step(self._tracker, change, deadline), deadline)
 
     def trace(
         self,
@@ -258,6 +298,7 @@ class Session(Handle):
         states: States | None = None,
         rows: Rows | None = None,
         *,
+        position: int = 0,
         timeout_s: float | None = None,
     ) -> None:
         """Sets the state, or some rows of it.
@@ -266,7 +307,9 @@ class Session(Handle):
             states: Mapping of name to array, list of arrays in the model's order, or a `State`; each
                 (batch_size, ...), or (len(rows), ...) with rows. None: the model's initial state.
             rows: Rows to set, as indexes, each at most once, or as booleans of shape (batch_size,). None: all,
-                and the position becomes 0. An empty list sets nothing and is no change.
+                and the position becomes `position`. An empty list sets nothing and is no change.
+            position: The session's position afterwards, where all rows are set to states that a session had at that
+                position.
             timeout_s: Time limit of this call over all its attempts; None: the client's.
 
         Raises:
@@ -281,8 +324,7 @@ class Session(Handle):
             0
         """
         deadline = self._core.deadline(timeout_s)
-        with self._changing(deadline):
-            self._client._run(self._core.reset_states(self._tracker, states, rows, deadline))
+        self._change(self._core.reset_states(self._tracker, states, rows, deadline, position), deadline)
 
     def get_state(self, *, timeout_s: float | None = None) -> State:
         """A copy of the state, after the changes received before.
@@ -325,8 +367,7 @@ class Session(Handle):
             True
         """
         deadline = self._core.deadline(timeout_s)
-        with self._changing(deadline):
-            self._client._run(self._core.refresh(self._tracker, deadline))
+        self._change(self._core.refresh(self._tracker, deadline), deadline)
 
     def close(self, *, timeout_s: float | None = None) -> None:
         """Deletes the session on the server. Closing again, or a session that is gone, does nothing.

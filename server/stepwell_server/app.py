@@ -61,6 +61,10 @@ class _Observer(PrometheusObserver):
         super().sessions_opened(model, count, event)
         _log.info(f"sessions {event}", model=model, count=count)
 
+    def session_events(self, event: str, model: str, count: int) -> None:
+        super().session_events(event, model, count)
+        _log.info(f"sessions {event}", model=model, count=count)
+
 
 def serve(settings: Settings) -> int:
     """Serve until a signal says stop. Returns the exit code.

@@ -23,6 +23,8 @@ import numpy.typing as npt
 #: The file of a program that LiteRT runs, and the folder of one that TensorFlow runs.
 FLATBUFFER = "program.tflite"
 SAVED_MODEL = "saved_model/"
+#: So many digits of a fingerprint are shown to people.
+FINGERPRINT_DIGITS = 12
 
 ExecutorKind = Literal["litert", "tensorflow"]
 Array = npt.NDArray[np.generic]

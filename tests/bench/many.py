@@ -144,12 +144,27 @@ class ManySessions:
         )
         return found.session
 
-    async def page(self, token: str = "", prefix: str = "") -> tuple[float, pb.ListSessionsResponse]:
+    async def page(
+        self, token: str = "", prefix: str = "", **fields: Any
+    ) -> tuple[float, pb.ListSessionsResponse]:
         """A page of the list of sessions: its seconds, and what came."""
-        request = pb.ListSessionsRequest(page_token=token, session_id_prefix=prefix)
+        request = pb.ListSessionsRequest(page_token=token, session_id_prefix=prefix, **fields)
         began = time.perf_counter()
         page = await self._call("ListSessions", request, pb.ListSessionsResponse)
         return time.perf_counter() - began, page
+
+    async def close_matching(self, prefix: str) -> int:
+        """Close the sessions whose ids begin so; how many there were."""
+        request = pb.CloseMatchingSessionsRequest(session_id_prefix=prefix, page_size=2000)
+        closed = 0
+        while True:
+            reply: pb.CloseMatchingSessionsResponse = await self._call(
+                "CloseMatchingSessions", request, pb.CloseMatchingSessionsResponse
+            )
+            closed += reply.closed
+            request.page_token = reply.next_page_token
+            if not request.page_token:
+                return closed
 
 
 class Watch:

@@ -30,6 +30,7 @@ from bench.harness import OUT
 from bench.many import OPENED_AT_ONCE, ManySessions, Places, Watch, quantile_ms
 from bench.tables import number
 from stepwell.testing import LocalServer
+from stepwell.v1 import sessions_pb2 as pb
 
 FRAME = 256
 TASKS = 4
@@ -178,6 +179,45 @@ async def list_pages(many: ManySessions, report: Report, kind: str) -> None:
         seconds, page = await many.page(prefix=many.ids[0][:4])
     report.add(f"{kind}: a page by a prefix that all have", "ms", seconds * 1e3)
     report.add(f"{kind}: a step meanwhile, the longest", "ms", quantile_ms(watch.latencies, 1.0))
+    longest_idle: dict[str, Any] = {"order": pb.SESSION_ORDER_LAST_USED, "skip_total": True}
+    async with Watch(many, _WATCHED) as watch:
+        seconds, page = await many.page(**longest_idle)
+    report.add(f"{kind}: the first page by idleness, the first time", "ms", seconds * 1e3)
+    report.add(f"{kind}: a step meanwhile, p99", "ms", quantile_ms(watch.latencies, 0.99))
+    report.add(f"{kind}: a step meanwhile, the longest", "ms", quantile_ms(watch.latencies, 1.0))
+    taken = []
+    async with Watch(many, _WATCHED) as watch:
+        for _ in range(PAGES):
+            seconds, page = await many.page(page.next_page_token, **longest_idle)
+            taken.append(seconds)
+    report.add(f"{kind}: a later page by idleness, p50", "ms", quantile_ms(taken, 0.5))
+    report.add(f"{kind}: a step meanwhile, p99", "ms", quantile_ms(watch.latencies, 0.99))
+
+
+async def list_by_command(server: LocalServer, report: Report, kind: str) -> None:
+    """What a person waits for, the start of Python included."""
+    for options in ("", "--sort idle", "--idle-longer 1s", "--model small"):
+        argv = [sys.executable, "-m", "stepwell", "sessions", "list", "--limit", "20", *options.split()]
+        began = time.perf_counter()
+        process = await asyncio.create_subprocess_exec(
+            *argv, "--server", server.address, stdout=asyncio.subprocess.PIPE
+        )
+        shown, _ = await process.communicate()
+        seconds = time.perf_counter() - began
+        if process.returncode or shown.count(b"\n") != 21:
+            raise RuntimeError(f"20 sessions must be listed; got {shown[:200]!r}")
+        report.add(f"{kind}: stepwell sessions list --limit 20 {options}".rstrip(), "s", seconds)
+
+
+async def close_some(many: ManySessions, report: Report, kind: str) -> None:
+    """A group of as many as one call opens, closed by their prefix."""
+    prefix = many.ids[-1].rpartition("-")[0]
+    async with Watch(many, _WATCHED) as watch:
+        began = time.perf_counter()
+        closed = await many.close_matching(prefix)
+        taken = time.perf_counter() - began
+    report.add(f"{kind}: closed by a prefix, {closed:,}", "sessions/s", closed / taken)
+    report.add(f"{kind}: a step meanwhile, p99", "ms", quantile_ms(watch.latencies, 0.99))
 
 
 async def load(many: ManySessions, plan: Plan, report: Report, kind: str, hot: Places, cold: Places) -> None:
@@ -282,11 +322,14 @@ async def durable(plan: Plan, report: Report) -> None:
                 hot, cold = pick(plan, plan.sessions)
                 await load(many, plan, report, kind, hot, cold)
                 await list_pages(many, report, kind)
+                await list_by_command(server, report, kind)
                 memory_lines(server, plan.sessions, before, report, kind)
                 used = disk.bytes_used(folder)
                 report.add(f"{kind}: on the disk", "GiB", used / 2**30)
                 report.add(f"{kind}: on the disk by session", "B", used / plan.sessions)
                 await restart(many, server, plan, report, hot, cold)
+                await list_by_command(server, report, f"{kind}, killed")
+                await close_some(many, report, kind)
 
 
 async def volatile(plan: Plan, report: Report) -> None:
@@ -300,7 +343,9 @@ async def volatile(plan: Plan, report: Report) -> None:
             hot, cold = pick(plan, plan.memory_sessions)
             await load(many, plan, report, kind, hot, cold)
             await list_pages(many, report, kind)
+            await list_by_command(server, report, kind)
             memory_lines(server, plan.memory_sessions, before, report, kind)
+            await close_some(many, report, kind)
 
 
 def main() -> int:

@@ -67,7 +67,7 @@ def test_random_masks_in_random_pieces_are_keras_from_the_start_of_each(served: 
     inputs, mask = served.draw(model, ROWS, STEPS, 3), rng.random((ROWS, STEPS)) < 0.3
     mask[:, 4] = model == "seq"  # all at once
     parts: list[Named] = []
-    with served.client.open_session(model, ROWS) as session:
+    with served.client.open_session(model, batch_size=ROWS) as session:
         for first, last in pieces(rng):
             traced = session.trace(cut(served, model, inputs, first, last), reset=mask[:, first:last])
             parts.append(named(served, model, traced.outputs))
@@ -99,7 +99,7 @@ def test_the_states_of_a_trace_are_those_of_the_cell(served: Served) -> None:
     layer = next(layer for layer in keras_model("seq").layers if layer.name == "lstm")
     weights = [np.array(value, np.float64) for value in layer.get_weights()]
     x = served.draw("seq", ROWS, STEPS, 5)["x"]
-    with served.client.open_session("seq", ROWS) as session:
+    with served.client.open_session("seq", batch_size=ROWS) as session:
         states = session.trace(x).states
     h = c = np.zeros((ROWS, weights[1].shape[0]))
     for time in range(STEPS):
@@ -117,7 +117,7 @@ async def test_rows_that_are_ready_advance_as_if_each_were_alone(served: Served,
     given: list[list[Array]] = [[] for _ in range(ROWS)]
     seen: list[list[Array]] = [[] for _ in range(ROWS)]
     async with shells.connect(shell, served.address) as client:
-        session = await client.open_session("seq", ROWS)
+        session = await client.open_session("seq", batch_size=ROWS)
         position = 0
         for _ in range(12):
             ready = rng.random(ROWS) < 0.6
@@ -147,7 +147,7 @@ async def test_what_a_step_may_ask_for(served: Served, shell: str) -> None:
     temporal = [spec.name for spec in served.infos["multi"].outputs if spec.temporal]
     async with shells.connect(shell, served.address) as client:
         known: Any = served.client.predict("multi", inputs)[0]
-        async with await client.open_session("multi", 2) as session:
+        async with await client.open_session("multi", batch_size=2) as session:
             only = await session.step(inputs, outputs=[names[-1]])
             assert list(only) == [names[-1]]
             assert only[names[-1]].tobytes() == known[names[-1]].tobytes()
@@ -176,7 +176,7 @@ async def test_what_a_step_may_ask_for(served: Served, shell: str) -> None:
             ):
                 await session.step(inputs, reset=np.ones((2, 3), np.bool_))
             with pytest.raises(
-                stepwell.InvalidInputError, match=r"2 rows on its first axis|1 rows on its first axis"
+                stepwell.InvalidInputError, match=r"2 rows on its first axis|1 row on its first axis"
             ):
                 await session.step(inputs, rows=[1])
 

@@ -81,7 +81,7 @@ def by_a_group(served: Served, model: str, inputs: Named) -> dict[str, Array]:
 
 
 def by_one_session_of_many_rows(served: Served, model: str, inputs: Named) -> dict[str, Array]:
-    with served.client.open_session(model, USERS) as session:
+    with served.client.open_session(model, batch_size=USERS) as session:
         return named(served, model, session.step(inputs))
 
 
@@ -117,7 +117,7 @@ def by_predictions_of_a_row(served: Served, model: str, inputs: Named) -> dict[s
 
 def by_single_steps(served: Served, model: str, inputs: Named) -> dict[str, Array]:
     """T calls of one time step, each with and without a time axis by turns."""
-    with served.client.open_session(model, USERS) as session:
+    with served.client.open_session(model, batch_size=USERS) as session:
         seen = []
         for time in range(STEPS):
             one = at(served, model, inputs, time)
@@ -171,7 +171,10 @@ async def test_every_way_gives_the_same_bits(served: Served, model: str, seed: i
 def test_the_state_is_the_same_whichever_way_it_came_about(served: Served, model: str) -> None:
     inputs = served.draw(model, 2, STEPS, 5)
     _, final = served.client.predict(model, inputs)
-    with served.client.open_session(model, 2) as whole, served.client.open_session(model, 2) as parts:
+    with (
+        served.client.open_session(model, batch_size=2) as whole,
+        served.client.open_session(model, batch_size=2) as parts,
+    ):
         whole.step(inputs)
         cut = {
             s.name: inputs[s.name][:, :3] if s.temporal else inputs[s.name]
@@ -198,7 +201,7 @@ def test_which_time_steps_come_back(served: Served, model: str, steps: int) -> N
     """(B, T, ...) of what is temporal if the inputs had T, else (B, ...); the last one; or nothing."""
     inputs = served.draw(model, 2, steps, 8)
     with served.session(model, 2) as session_id:
-        state = served.client.open_session(model, 2, session_id).get_state()
+        state = served.client.open_session(model, batch_size=2, session_id=session_id).get_state()
         known = named(served, model, served.client.predict(model, inputs, state)[0])
         for spec in served.infos[model].outputs:
             assert known[spec.name].shape == (2, *((steps,) if spec.temporal and steps else ()), *spec.shape)
@@ -207,8 +210,8 @@ def test_which_time_steps_come_back(served: Served, model: str, steps: int) -> N
         for selection, expected in (("all", known), ("last", last), ("none", {})):
             number = sessions_pb2.OutputSelection.Value(f"OUTPUT_SELECTION_{selection.upper()}")
             with (
-                served.client.open_session(model, 2, state=state) as single,
-                served.client.open_session(model, 2, state=state) as raw,
+                served.client.open_session(model, batch_size=2, state=state) as single,
+                served.client.open_session(model, batch_size=2, state=state) as raw,
             ):
                 answer = single.step(inputs, outputs=selection)
                 assert (
@@ -247,5 +250,5 @@ def test_inputs_by_name_in_any_order_and_of_any_float_type(served: Served) -> No
         n: a.astype(np.float64) if a.dtype.kind == "f" else a.astype(np.int64) for n, a in turned.items()
     }
     for given in (turned, wider):
-        with served.client.open_session("multi", 3) as session:
+        with served.client.open_session("multi", batch_size=3) as session:
             assert bits(named(served, "multi", session.step(given))) == bits(known)

@@ -41,7 +41,7 @@ class Scribe:
     async def open(self, client: Any, i: int) -> Any:
         name, batch_size = f"s{i}", 1 + i % 2
         number = self._log.call(Call(kind="open", session=name, batch_size=batch_size))
-        session = await client.open_session(MODEL, batch_size, name)
+        session = await client.open_session(MODEL, batch_size=batch_size, session_id=name)
         self._log.end(number, _at(session))
         return session
 

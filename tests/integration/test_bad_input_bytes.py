@@ -283,7 +283,7 @@ def test_a_frame_over_the_limit(served: Served) -> None:
 def test_a_state_over_the_limit(served: Served) -> None:
     """A session may have more state than a message holds; reading it says so, and stepping it goes on."""
     rows = MAX_MESSAGE_BYTES // 64  # each has 64 bytes of state
-    with served.client.open_session("seq", rows) as session:
+    with served.client.open_session("seq", batch_size=rows) as session:
         refused = served.wire.refused("GetState", pb.GetStateRequest(session_id=session.id))
         refused.expect("INVALID_ARGUMENT", "MESSAGE_TOO_LARGE", f"must be at most {MAX_MESSAGE_BYTES} bytes")
         with pytest.raises(stepwell.InvalidInputError, match="must be at most"):

@@ -79,6 +79,19 @@ CALLS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
         lambda _: pb.ListSessionsRequest(page_size=10_001),
         (*INPUT, "page_size must be at most 10000; got 10001"),
     ),
+    "CloseMatchingSessions": (
+        lambda _: pb.CloseMatchingSessionsRequest(),
+        (*INPUT, "all must be true without model, session_id_prefix and idle_longer"),
+    ),
+    "RenewLease": (lambda _: pb.RenewLeaseRequest(), (*INPUT, "client_id must be random and not 0; got 0")),
+    "ExportSessions": (
+        lambda session_id: pb.ExportSessionsRequest(session_ids=[session_id], model="seq"),
+        (*INPUT, "session_ids must be empty with model"),
+    ),
+    "ImportSessions": (
+        lambda _: pb.ImportSessionsRequest(sessions=[pb.ExportedSession(session_id="a")] * 2),
+        (*INPUT, "sessions must be different from each other; got one of them twice"),
+    ),
     "GetModel": (
         lambda _: models_pb2.GetModelRequest(name="SEQ"),
         ("NOT_FOUND", "MODEL_NOT_FOUND", "model must be one of ['gru', 'last', ", "got 'SEQ'"),

@@ -35,9 +35,9 @@ def expected(case: Case) -> tuple[Callable[[Any], Any], str, type[Exception]]:
 
 # Each is given a session, sync or async, of two rows; an async one returns what is to be awaited.
 SESSION_CALLS: dict[str, Case] = {
-    "batch size": (lambda s: s.step(np.ones((3, 3))), r"must have 2 rows .*got shape \(3, 3\)"),
+    "batch size": (lambda s: s.step(np.ones((3, 3))), r"must have 2 rows .*got \(3, 3\)$"),
     "features": (lambda s: s.step(np.ones((2, 4))), r"'x' must have shape \(2, 3\) or .*got \(2, 4\)"),
-    "rank 1": (lambda s: s.step(np.ones(2)), r"'x' must have shape \(2, 3\) or .*got \(2,\)"),
+    "rank 1": (lambda s: s.step(np.ones(2)), r"'x' must have shape \(2, 3\) or .*got \(2,\)$"),
     "rank 4": (lambda s: s.step(np.ones((2, 1, 1, 3))), r"got \(2, 1, 1, 3\)"),
     "a scalar": (lambda s: s.step(1.0), "the input must have a batch axis.*got a scalar"),
     "None": (lambda s: s.step(None), "the input must be an array of floats.*got dtype object"),
@@ -82,7 +82,7 @@ SESSION_CALLS: dict[str, Case] = {
     ),
     "state: rows": (
         lambda s: s.reset_states([H, H[:1]]),
-        r"state 'lstm/c' must have 2 rows .*got shape \(1, 8\)",
+        r"state 'lstm/c' must have shape \(2, 8\); got \(1, 8\)",
     ),
     "state: NaN": (
         lambda s: s.reset_states([H, with_one(NAN, shape=(2, 8))]),
@@ -105,7 +105,7 @@ SESSION_CALLS: dict[str, Case] = {
     "step rows: too large": (lambda s: s.step(ONES, rows=[2]), r"rows must be from 0 to 1.*got \[2\]"),
     "step rows: inputs of all": (
         lambda s: s.step(np.ones((2, 3)), rows=[1]),
-        r"the input must have 1 rows on its first axis \(len\(rows\)\); got shape \(2, 3\)",
+        r"the input must have 1 row on its first axis \(len\(rows\)\), .*; got \(2, 3\)$",
     ),
     "reset: numbers": (
         lambda s: s.step(np.ones((2, 5, 3)), reset=[0, 1]),
@@ -133,7 +133,7 @@ SESSION_CALLS: dict[str, Case] = {
     ),
     "rows: wrong state": (
         lambda s: s.reset_states([H, H], rows=[1]),
-        r"must have 1 rows .*got shape \(2, 8\)",
+        r"must have shape \(1, 8\); got \(2, 8\)",
     ),
     "fork: id": (lambda s: s.fork("a\nb"), r"session_id must be 1 to 256 printable .*'a\\nb'"),
     "fork: itself": (
@@ -148,7 +148,7 @@ SESSION_CALLS: dict[str, Case] = {
 def test_of_a_session(served: Served, name: str) -> None:
     call, words, kind = expected(SESSION_CALLS[name])
     with served.session("seq", ROWS) as session_id, served.nothing_changes(session_id):
-        session = served.client.open_session("seq", ROWS, session_id)
+        session = served.client.open_session("seq", batch_size=ROWS, session_id=session_id)
         with pytest.raises(kind, match=words):
             call(session)
         assert session.revision == 1
@@ -160,7 +160,7 @@ async def test_of_async_sessions(served: Served) -> None:
         for name, case in SESSION_CALLS.items():
             call, words, kind = expected(case)
             with served.session("seq", ROWS) as session_id, served.nothing_changes(session_id):
-                session = await client.open_session("seq", ROWS, session_id)
+                session = await client.open_session("seq", batch_size=ROWS, session_id=session_id)
                 with pytest.raises(kind, match=words):
                     await call(session)
                 assert session.revision == 1, name
@@ -219,24 +219,37 @@ CLIENT_CALLS: dict[str, Case] = {
     "control characters": (lambda c: c.open_session("seq", session_id="a\0b"), r"'a\\x00b'"),
     "a lone surrogate": (lambda c: c.open_session("seq", session_id="a\udc80"), "printable"),
     "space after": (lambda c: c.open_session("seq", session_id="a "), "without leading or trailing space"),
-    "batch size 0": (lambda c: c.open_session("seq", 0), "batch_size must be at least 1; got 0"),
-    "batch size -1": (lambda c: c.open_session("seq", -1), "batch_size must be at least 1; got -1"),
+    "batch size 0": (lambda c: c.open_session("seq", batch_size=0), "batch_size must be at least 1; got 0"),
+    "batch size -1": (
+        lambda c: c.open_session("seq", batch_size=-1),
+        "batch_size must be at least 1; got -1",
+    ),
     "batch size 1.5": (
-        lambda c: c.open_session("seq", 1.5),
+        lambda c: c.open_session("seq", batch_size=1.5),
         "batch_size must be an integer; got 1.5",
     ),
-    "batch size": (lambda c: c.open_session("seq", 10**6), "batch_size must be 1 to .*got 1000000"),
+    "batch size": (
+        lambda c: c.open_session("seq", batch_size=10**6),
+        "batch_size must be 1 to .*got 1000000",
+    ),
     "no sessions": (lambda c: c.open_sessions("seq", 0), "n must be at least 1; got 0"),
     "too many sessions": (lambda c: c.open_sessions("seq", 65_537), "1 to 65536; got 65537"),
     "ids": (lambda c: c.open_sessions("seq", 2, session_ids=["a"]), "session_ids must have n = 2 ids; got 1"),
-    "state": (lambda c: c.open_session("seq", 2, state=[H, H[:1]]), r"'lstm/c' must have 2 rows"),
+    "state": (
+        lambda c: c.open_session("seq", batch_size=2, state=[H, H[:1]]),
+        r"'lstm/c' must have shape \(2, 8\)",
+    ),
     "state: NaN": (
-        lambda c: c.open_session("seq", 2, state=[H, with_one(NAN, shape=(2, 8))]),
+        lambda c: c.open_session("seq", batch_size=2, state=[H, with_one(NAN, shape=(2, 8))]),
         "state 'lstm/c' must hold finite numbers",
     ),
     "predict: shape": (lambda c: c.predict("seq", np.ones((5, 2))), r"\(5, 3\) or \(5, T, 3\); got \(5, 2\)"),
     "predict: NaN": (lambda c: c.predict("seq", with_one(NAN)), "input 'x' must hold finite numbers"),
-    "predict: state": (lambda c: c.predict("seq", ONES, [H, H[:1]]), "'lstm/c' must have 2 rows"),
+    "predict: one row": (
+        lambda c: c.predict("seq", ONES[0]),
+        r"'x' must have shape \(3, 3\) or \(3, T, 3\); got \(3,\): did you mean x\[None\]\?",
+    ),
+    "predict: state": (lambda c: c.predict("seq", ONES, [H, H[:1]]), r"'lstm/c' must have shape \(2, 8\)"),
     "predict: token": (lambda c: c.predict("tokens", [[1, 9]]), "inputs must be ones that the model can run"),
     "predict: float": (lambda c: c.predict("tokens", [[1.0]]), "dtype that fits int32; got float64"),
 }
@@ -256,7 +269,7 @@ def test_of_a_group(served: Served) -> None:
     """What is wrong with the whole is refused here; members at fault are told apart in `test_sdk_server`."""
     with served.client.open_sessions("seq", 4) as group, served.nothing_changes(*group.ids):
         for call, words in (
-            (lambda: group.step(np.ones((3, 3))), r"must have 4 rows .*got shape \(3, 3\)"),
+            (lambda: group.step(np.ones((3, 3))), r"must have 4 rows .*got \(3, 3\)$"),
             (lambda: group.step(np.ones((4, 2))), r"\(4, 3\) or \(4, T, 3\); got \(4, 2\)"),
             (lambda: group.reset_states(rows=[4]), r"rows must be from 0 to 3.*got \[4\]"),
             (lambda: group.reset_states([np.ones((4, 8))]), "one array for each of .*got 1"),

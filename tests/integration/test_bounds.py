@@ -327,10 +327,7 @@ def test_no_file_descriptors_are_left() -> None:
     """One line in the log, callers that are there go on, and when there are some again so do new ones."""
     with target("native") as found, contextlib.ExitStack() as stack:
         line = json.loads(found.server.wait_for_log('"serving"'))
-        assert (
-            line["open_files"] == int(found.count("max_connections")) + 256
-            or line["open_files"] > 16_384
-        )
+        assert line["open_files"] == int(found.count("max_connections")) + 256 or line["open_files"] > 16_384
         pid = found.server.process.pid
         limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         used = len(os.listdir(f"/proc/{pid}/fd"))

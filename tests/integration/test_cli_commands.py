@@ -52,6 +52,12 @@ def run(address: str, client: stepwell.Client) -> Run:
     return run_one
 
 
+def documents(result: Result) -> list[Any]:
+    """The documents of JSON lines."""
+    assert result.exit_code == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
 def document(result: Result) -> Any:
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("\n") == 1
@@ -247,7 +253,8 @@ def test_a_state_is_saved_and_set(run: Run, client: stepwell.Client, tmp_path: P
 
     assert run("state", "set", "user-44", "--zero").stdout == "revision 2, position 0\n"
     assert all(not array.any() for array in session.get_state().values())
-    assert document(run("state", "set", "user-44", str(file), "--json"))["revision"] == 3
+    set_again = document(run("state", "set", "user-44", str(file), "--json"))
+    assert (set_again["revision"], set_again["position"]) == (3, 1), "the position is the file's"
     assert session.get_state() == state
 
 
@@ -298,10 +305,9 @@ def test_sessions_are_listed(run: Run, client: stepwell.Client) -> None:
 
     lines = run("sessions", "list").stdout.splitlines()
     ids = [
-        session["session_id"]
-        for session in document(run("sessions", "list", "--prefix", "user-", "--json"))["sessions"]
+        session["session_id"] for session in documents(run("sessions", "list", "--prefix", "user-", "--json"))
     ]
-    of_model = document(run("sessions", "list", "--model", "several", "--json"))["sessions"]
+    of_model = documents(run("sessions", "list", "--model", "several", "--json"))
 
     assert lines[0].split() == ["SESSION", "MODEL", "BATCH", "REVISION", "POSITION", "AGE", "IDLE"]
     assert [line.split()[:5] for line in lines[1:]] == [
@@ -327,7 +333,7 @@ def test_a_long_id_is_whole_in_a_pipe_and_pads_no_other_row(run: Run, client: st
 
 
 def test_no_sessions_are_an_empty_list(run: Run) -> None:
-    assert document(run("sessions", "list", "--json")) == {"sessions": []}
+    assert documents(run("sessions", "list", "--json")) == []
     result = run("sessions", "list")
     assert (result.stdout, result.stderr, result.exit_code) == ("", "no sessions\n", 0)
 
@@ -342,6 +348,95 @@ def test_a_session_is_shown(run: Run, client: stepwell.Client) -> None:
     assert 0 <= shown["idle_s"] <= shown["age_s"] < 60
     assert shown["created_time"].endswith("Z")
     assert (facts["session"], facts["position"]) == ("user-48", "5")
+    assert (shown["lease_s"], facts["lease"]) == (None, "none")
+    unnamed = client.open_session("forecast").id
+    assert document(run("sessions", "show", unnamed, "--json"))["lease_s"] == 600.0
+    assert "its client has been gone for 10 min" in run("sessions", "show", unnamed).stdout
+
+
+def test_sessions_are_listed_in_other_orders_and_by_how_long_they_were_not_used(
+    run: Run, client: stepwell.Client
+) -> None:
+    for name in ("b", "a", "c"):
+        client.open_session("forecast", session_id=name)
+    client.open_session("forecast", session_id="b").get_state()
+
+    def listed(*options: str) -> list[str]:
+        return [each["session_id"] for each in documents(run("sessions", "list", "--json", *options))]
+
+    assert listed("--sort", "age") == ["b", "a", "c"]
+    assert listed("--sort", "idle") == ["a", "c", "b"]
+    assert listed("--sort", "idle", "--reverse", "--limit", "2") == ["b", "c"]
+    assert listed("--idle-longer", "1h") == []
+    assert listed("--idle-longer", "0s", "--prefix", "c") == ["c"]
+    lines = run("sessions", "list", "--limit", "1").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["SESSION", "a"]
+    refused(run("sessions", "list", "--limit", "0"), "--limit", exit_code=2)
+    refused(run("sessions", "list", "--idle-longer", "soon"), "'soon'", exit_code=2)
+    refused(run("sessions", "list", "--model", "nobody"), "'nobody'")
+
+
+def test_many_sessions_are_listed_in_the_columns_of_the_first(run: Run, client: stepwell.Client) -> None:
+    with client.open_sessions("forecast", 1200) as group:
+        lines = run("sessions", "list").stdout.splitlines()
+        assert [line.split()[0] for line in lines] == ["SESSION", *sorted(group.ids)]
+        assert len({line.index(" forecast ") for line in lines[1:]}) == 1
+        assert len(documents(run("sessions", "list", "--json"))) == 1200
+
+
+def test_sessions_are_closed_by_a_filter_after_a_look(
+    run: Run, client: stepwell.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("user-1", "user-2", "guest"):
+        client.open_session("forecast", session_id=name)
+    client.open_session("several", session_id="user-3")
+    shown = run("sessions", "close", "--prefix", "user-", "--model", "forecast", "--dry-run")
+    assert shown.stdout == "2 sessions: user-1, user-2\n"
+    found = document(run("sessions", "close", "--all", "--dry-run", "--json"))
+    assert found == {"would_close": 4, "sample": ["guest", "user-1", "user-2", "user-3"]}
+    assert run("sessions", "close", "guest", "--dry-run").stdout == "1 session: guest\n"
+    refused(run("sessions", "close", "nobody", "--dry-run"), "'nobody'")
+    refused(run("sessions", "close", "--prefix", "user-"), "--yes is needed", exit_code=2)
+    refused(run("sessions", "close", "guest", "--all", "--yes"), "either sessions, a filter", exit_code=2)
+    refused(run("sessions", "close", "--yes"), "either sessions, a filter", exit_code=2)
+    assert run("sessions", "close", "--idle-longer", "1h", "--yes").stdout == "closed 0 sessions\n"
+    assert len(client.sessions()) == 4
+    monkeypatch.setattr("stepwell.cli.sessions.is_terminal", lambda: True)
+    asked = run("sessions", "close", "--prefix", "user-", "--model", "forecast", stdin="y\n")
+    assert "2 sessions: user-1, user-2" in asked.stderr
+    assert "Delete the state of 2 sessions?" in asked.stderr
+    assert asked.stdout == "closed 2 sessions\n"
+    assert document(run("sessions", "close", "--all", "--yes", "--json")) == {"closed": 2}
+    assert client.sessions() == []
+
+
+def test_sessions_are_saved_and_come_back(run: Run, client: stepwell.Client, tmp_path: Path) -> None:
+    file = tmp_path / "some.sessions"
+    for name in ("saved-a", "saved-b", "saved-c"):
+        client.open_session("forecast", session_id=name).step(np.ones((1, 2, 3), np.float32))
+    saved = run("sessions", "export", "saved-a", "nobody", "saved-b", "-o", str(file), "--json")
+    assert json.loads(saved.stdout)["exported"] == 2
+    assert list(json.loads(saved.stdout)["failed"]) == ["nobody"]
+    refused(saved, "1 sessions could not be exported: session_id must be that of an open session")
+    run("sessions", "close", "saved-a", "--yes")
+    back = run("sessions", "import", str(file))
+    assert back.stdout == "imported 2, replaced 0, skipped 0 sessions\n", "b is there as it is in the file"
+    assert client.session_info("saved-a").revision == 1
+    client.open_session("forecast", session_id="saved-b").reset_states()
+    refused(run("sessions", "import", str(file)), "1 sessions could not be imported: session_id must be new")
+    assert client.session_info("saved-b").revision == 2
+    assert document(run("sessions", "import", str(file), "--skip-existing", "--json")) == {
+        "imported": 1, "replaced": 0, "skipped": 1, "failed": {},
+    }  # fmt: skip
+    assert document(run("sessions", "import", str(file), "--replace", "--json"))["replaced"] == 1
+    assert client.session_info("saved-b").revision == 1
+    assert run("sessions", "export", "-o", str(file)).stdout == f"exported 3 sessions to {file}\n"
+    file.write_bytes(file.read_bytes()[:-1])
+    refused(run("sessions", "import", str(file)), "as it was written; at byte")
+    refused(run("sessions", "export", "-o", str(tmp_path / "no" / "where")), "cannot write -o", exit_code=2)
+    refused(
+        run("sessions", "export", "saved-a", "--prefix", "saved-b", "-o", str(file)), "either", exit_code=2
+    )
 
 
 def test_sessions_are_closed(run: Run, client: stepwell.Client) -> None:
@@ -375,10 +470,15 @@ def test_closing_asks_on_a_terminal(
     assert [session.session_id for session in client.sessions()] == left
 
 
-def test_a_server_that_is_away_is_named(unused_address: str) -> None:
-    result = CliRunner().invoke(main, ["models", "--server", unused_address, "--timeout-s", "0.5"])
+def test_a_server_that_is_away_is_named(unused_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STEPWELL_CONNECT_TIMEOUT_S")
+    result = CliRunner().invoke(main, ["models", "--server", unused_address, "--timeout-s", "1000"])
 
-    refused(result, f"the server at {unused_address} (--server) is not available")
+    refused(
+        result,
+        f"no server was reached at {unused_address} (--server) within 1 s (STEPWELL_CONNECT_TIMEOUT_S): Connection "
+        "refused; does `stepwell serve` run there?",
+    )
 
 
 @pytest.fixture

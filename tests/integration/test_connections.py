@@ -22,11 +22,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import stepwell
-from stepwell import _channel, aio
-from stepwell._flow import Call
+from stepwell import aio
 from stepwell.cli import main
-from stepwell.config import ClientConfig
-from stepwell.v1 import models_pb2, sessions_pb2
+from stepwell.v1 import sessions_pb2
 from support.certificates import Authority, Pair
 from support.fronts import needs_native
 from support.proxy import Proxy
@@ -80,11 +78,12 @@ def _why_not(address: str, tls: stepwell.TlsConfig) -> str:
 
 
 def _why_not_yet(address: str, tls: stepwell.TlsConfig | None) -> str:
-    """The same of a single attempt, where a client would make more of them."""
-    transport = _channel.SyncTransport(ClientConfig(address, tls=tls))
-    with pytest.raises(stepwell.UnavailableError) as failed:
-        transport.invoke(Call("ListModels", models_pb2.ListModelsRequest(), 100))
-    transport.close()
+    """The same where a client makes more attempts: of the first."""
+    with (
+        stepwell.connect(address, timeout_s=100, connect_timeout_s=0.001, tls=tls) as client,
+        pytest.raises(stepwell.UnavailableError) as failed,
+    ):
+        client.models()
     return failed.value.message
 
 
@@ -156,7 +155,7 @@ def test_what_is_wrong_with_a_connection_is_said(front: str, authority: Authorit
         code, out = _cli(server, "models", "--tls-ca", other.cert)
         assert code == 1
         assert (
-            "(--server) is not available: the server's certificate is not one to trust: --tls-ca must" in out
+            "(--server) cannot be reached: the server's certificate is not one to trust: --tls-ca must" in out
         )
         # nobody was harmed
         trusted = stepwell.TlsConfig(authority.cert, *authority.issue("me", ()))

@@ -71,7 +71,7 @@ def test_an_interpreter_ends_whether_the_client_was_closed_or_not(
         "group.step(np.ones((2, 2)))\n"
         f"{ending}\n"
     )
-    env = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=WAIT_S, check=False
     )
@@ -119,7 +119,7 @@ def company():
     ],
 )
 def test_an_interpreter_ends_whatever_its_threads_do(server: ScriptedServer, ending: str) -> None:
-    env = {"PYTHONPATH": os.pathsep.join(sys.path), "GRPC_VERBOSITY": "NONE"}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "GRPC_VERBOSITY": "NONE"}
     command = [sys.executable, "-c", f"{STEPPING}\n{ending}", server.address]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr

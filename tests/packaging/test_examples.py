@@ -9,6 +9,7 @@ import doctest
 import importlib
 import inspect
 import io
+import logging
 import os
 import pkgutil
 import re
@@ -46,7 +47,7 @@ def examples() -> dict[str, doctest.DocTest]:
 
 
 EXAMPLES = examples()
-DOCUMENTED = (stepwell, stepwell.aio, stepwell.config, stepwell.errors, stepwell.testing)
+DOCUMENTED = (stepwell, stepwell.aio, stepwell.config, stepwell.errors, stepwell.events, stepwell.testing)
 
 
 @pytest.fixture(scope="module")
@@ -156,25 +157,33 @@ def test_the_page_on_steps(root: Path, server: LocalServer) -> None:
     """Its blocks run in order, with a client and a session of four rows."""
     blocks = BLOCK.findall((root / "docs" / "steps.md").read_text())
     assert len(blocks) > 3
-    with stepwell.connect(server.address) as client, client.open_session("forecast", 4) as session:
+    with stepwell.connect(server.address) as client, client.open_session("forecast", batch_size=4) as session:
         names: dict[str, Any] = {"stepwell": stepwell, "np": np, "client": client, "session": session}
         for block in blocks:
             exec(compile(block, "steps.md", "exec", dont_inherit=True), names)  # noqa: S102  our own documentation
 
 
-def test_the_readme(
-    root: Path, model_path: Path, compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("document", ["README.md", "docs/client.md", "docs/operations.md"])
+def test_the_blocks_of(
+    document: str,
+    root: Path,
+    model_path: Path,
+    compiled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its blocks run in order, in one namespace; the server starts before the first that names its address.
 
-    It serves the model of the README's own `stepwell serve NAME=PATH` if an earlier block has saved it there, else
+    It serves the model of the document's own `stepwell serve NAME=PATH` if an earlier block has saved it there, else
     the tests' model under the name `forecast`.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STEPWELL_CACHE_DIR", str(compiled))  # for what the README starts by itself
-    text = (root / "README.md").read_text()
+    log = logging.getLogger("stepwell")
+    monkeypatch.setattr(log, "level", log.level)  # put back afterwards: a block may set it
+    text = (root / document).read_text()
     blocks = BLOCK.findall(text)
-    assert blocks, "README.md has no Python block"
+    assert blocks, f"{document} has no Python block"
     names: dict[str, Any] = {"__name__": "__main__"}
     with contextlib.ExitStack() as stack:
         address = None
@@ -185,4 +194,4 @@ def test_the_readme(
                 running = LocalServer(models=models or {"forecast": model_path}, cache_dir=compiled)
                 address = stack.enter_context(running).address
             source = block.replace(README_ADDRESS, address or README_ADDRESS)
-            exec(compile(source, "README.md", "exec", dont_inherit=True), names)  # noqa: S102  our own documentation
+            exec(compile(source, document, "exec", dont_inherit=True), names)  # noqa: S102  our own documentation

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.base import Batch, Committed, LocalStore, Store, StoreHealth, Tombstone
+from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import Header, Stored, decode_header
 from support.fake_executor import WAIT_S
 
@@ -162,6 +163,10 @@ class RemoteStore(Store):
         await asyncio.sleep(0)
         return self.shared.scan(after=after, prefix=prefix, limit=limit)
 
+    async def heads(self, *, after: str = "", limit: int) -> Heads:
+        await asyncio.sleep(0)
+        return self.shared.heads(after=after, limit=limit)
+
     async def count(self) -> int:
         await asyncio.sleep(0)
         return self.shared.count()
@@ -169,10 +174,6 @@ class RemoteStore(Store):
     async def count_of(self, model: str) -> int:
         await asyncio.sleep(0)
         return self.shared.count_of(model)
-
-    async def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        await asyncio.sleep(0)
-        return self.shared.count_some(after=after, prefix=prefix, limit=limit)
 
     async def announce(self, listen: str) -> None:
         self.shared.announce(listen)

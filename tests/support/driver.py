@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
 import random
 import threading
@@ -127,9 +128,7 @@ class Solo:
         table = self._table
         with contextlib.suppress(Broken):
             call = Call(kind="open", session=name, batch_size=batch_size, states=states)
-            self._handles = [
-                await self._begun(call, self._client.open_session, MODEL, batch_size, name, states)
-            ]
+            self._handles = [await self._opened(call, name, batch_size, states)]
             while not table.stop.is_set() and self._handles:
                 await self._turn(table.chance.choice(self._handles))
                 await table.rest()
@@ -138,7 +137,13 @@ class Solo:
         """Read what is there."""
         with contextlib.suppress(Broken):
             call = Call(kind="open", session=name, batch_size=batch_size)
-            await self._read(await self._begun(call, self._client.open_session, MODEL, batch_size, name))
+            await self._read(await self._opened(call, name, batch_size))
+
+    async def _opened(self, call: Call, name: str, batch_size: int, states: Any = None) -> Any:
+        begin = functools.partial(
+            self._client.open_session, MODEL, batch_size=batch_size, session_id=name, state=states
+        )
+        return await self._begun(call, begin)
 
     async def _begun(self, call: Call, begin: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
         number = self._table.log.call(call)

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from stepwell_server.core.leases import Leases
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.passes.runner import Runner
 from stepwell_server.engine.sessions.ending import Expiry, Removal
+from stepwell_server.engine.sessions.leaving import Leaving
 from stepwell_server.engine.state.model import Model
 
 
@@ -42,6 +44,15 @@ class Inside:
     @property
     def expiry(self) -> Expiry:
         return self._engine._expiry
+
+    @property
+    def leases(self) -> Leases:
+        return self._engine._leases
+
+    @property
+    def leaving(self) -> Leaving:
+        """What ends sessions whose client is gone."""
+        return self._engine._leaving
 
     @property
     def removal(self) -> Removal:

@@ -75,6 +75,7 @@ def answered(work: Callable[[Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
 
     @functools.wraps(work)
     def method(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
+        self.metadata[work.__name__] = dict(context.invocation_metadata())
         fault = self.enter(work.__name__, request)
         if fault is not None and not fault.after_work:
             abort(context, fault)
@@ -94,6 +95,8 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
+        self.metadata: dict[str, dict[str, str | bytes]] = {}
+        """What came with the last call of each method."""
         self.sessions: dict[str, _Session] = {}
         self.parts = 1
         self.most_states = 1_000_000
@@ -256,6 +259,15 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         closed = [self.sessions.pop(one, None) for one in request.session_ids]
         return sessions_pb2.CloseSessionsResponse(closed=sum(one is not None for one in closed))
 
+    def CloseMatchingSessions(self, request: Any, context: Any) -> Any:  # noqa: N802
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
+
+    ExportSessions = ImportSessions = CloseMatchingSessions
+
+    @answered
+    def RenewLease(self, request: Any) -> Any:  # noqa: N802
+        return sessions_pb2.RenewLeaseResponse()
+
     @answered
     def GetSession(self, request: Any) -> Any:  # noqa: N802
         return sessions_pb2.GetSessionResponse(session=self._info(self._session(request.session_id)))
@@ -370,6 +382,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
 
     def StepStream(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
         sets = self.sets = {}
+        self.metadata["StepStream"] = dict(context.invocation_metadata())
         for request in requests:
             fault = self.enter("StepStream", request)
             if fault is not None and fault.member is None and not fault.after_work:

@@ -235,5 +235,7 @@ def test_a_server_that_is_away_is_one_line() -> None:
     result = CliRunner().invoke(main, ["bench", "m", "--server", "127.0.0.1:1", "--timeout-s", "0.3"])
 
     assert result.exit_code == 1
-    assert result.stderr.startswith("stepwell: error: the server at 127.0.0.1:1 (--server) is not available")
+    assert result.stderr.startswith(
+        "stepwell: error: no server was reached at 127.0.0.1:1 (--server) within 0.3 s"
+    )
     assert result.stdout == ""

@@ -106,7 +106,7 @@ def test_a_defect_is_not_hidden() -> None:
         (["state", "set", "s", "--zero", "--rows", ""], "must be row numbers"),
         (["state", "set", "s", "gone.safetensors"], "does not exist"),
         (["state", "set", "s", __file__], "State.save"),
-        (["sessions", "close"], "Missing argument 'SESSION...'"),
+        (["sessions", "close"], "give either sessions, a filter"),
         (["sessions", "close", "s"], "--yes is needed"),
         (["models", "--timeout-s", "0"], "must be above 0"),
         (["models", "--timeout-s", "nan"], "a time such as 500ms, 90s or 1h30m"),

@@ -12,7 +12,7 @@ from stepwell._group_tracker import GroupTracker, MemberTracker
 from stepwell._inputs import pack_inputs
 from stepwell._retry import Deadline
 from stepwell._sets import StreamSets
-from stepwell._turns import AsyncMemberLock, MemberLock, Turns
+from stepwell._turns import AsyncMemberLock, MemberLock, Turn, Turns
 from stepwell.errors import RevisionConflictError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2
 
@@ -195,30 +195,33 @@ def test_members_that_come_again_are_named_by_a_number() -> None:
 
 def test_turns_are_taken_in_their_order_and_only_those_of_the_same_members_wait() -> None:
     turns, told = Turns(4), []
-    first = np.array([0, 1])
-    assert turns.take(first, lambda: None) is None
-    assert turns.take(slice(3, 4), lambda: None) is None
-    everyone = turns.take(slice(0, 4), lambda: told.append("all"))
-    assert everyone is not None
-    one = turns.take(slice(2, 3), lambda: told.append("2"))
-    assert one is not None, "those who came before are not overtaken for ever"
+    first, last = Turn(np.array([0, 1]), lambda: None), Turn(slice(3, 4), lambda: None)
+    assert turns.take(first)
+    assert turns.take(last)
+    everyone = Turn(slice(0, 4), lambda: told.append("all"))
+    assert not turns.take(everyone)
+    one = Turn(slice(2, 3), lambda: told.append("2"))
+    assert not turns.take(one), "those who came before are not overtaken for ever"
+    turns.end(first)
     turns.end(first)
     assert told == []
-    turns.end(slice(3, 4))
+    turns.end(last)
     assert told == ["all"]
-    turns.end(slice(0, 4))
+    turns.end(first)
+    assert told == ["all"], "what is over ends nobody else's turn"
+    turns.end(everyone)
     assert told == ["all", "2"]
-    turns.give_up(one)
+    turns.end(one)
     assert turns.are_free(slice(0, 4)), "who gives up what came in the same moment gives it back"
 
 
 def test_who_gives_up_lets_those_behind_go() -> None:
     turns, told = Turns(2), []
-    assert turns.take(slice(0, 1), lambda: None) is None
-    everyone = turns.take(slice(0, 2), lambda: told.append("all"))
-    assert turns.take(slice(1, 2), lambda: told.append("1")) is not None
-    assert everyone is not None
-    turns.give_up(everyone)
+    assert turns.take(Turn(slice(0, 1), lambda: None))
+    everyone = Turn(slice(0, 2), lambda: told.append("all"))
+    assert not turns.take(everyone)
+    assert not turns.take(Turn(slice(1, 2), lambda: told.append("1")))
+    turns.end(everyone)
     assert told == ["1"]
 
 
@@ -227,7 +230,7 @@ def test_a_thread_waits_for_the_turns_of_its_members() -> None:
     ours, theirs, others = (MemberLock(turns, members) for members in (slice(0, 2), ALL, slice(2, 3)))
     assert ours.acquire()
     assert others.acquire(timeout=0)
-    assert not theirs.acquire(timeout=0)
+    assert not theirs.fresh().acquire(timeout=0)
     got = threading.Event()
 
     def wait() -> None:

@@ -31,8 +31,16 @@ H = np.ones((1, 2))
 
 @pytest.mark.parametrize("shape", [(2, 3), (3, 1, 3), (2,)])
 def test_rows_of_an_input_are_the_batch_size(shape: tuple[int, ...]) -> None:
-    with pytest.raises(errors.InvalidInputError, match=r"must have 1 rows.*got shape"):
+    with pytest.raises(errors.InvalidInputError) as caught:
         _inputs.pack_inputs(np.ones(shape), 1)
+    assert caught.value.message == (
+        "the input must have 1 row on its first axis (batch_size), shape (1, ...) or (1, T, ...); "
+        f"got {shape}: did you mean x[None]?"
+    )
+    with pytest.raises(
+        errors.InvalidInputError, match=r"must have 4 rows .* \(4, T, \.\.\.\); got \([0-9, ]+\)$"
+    ):
+        _inputs.pack_inputs(np.ones(shape), 4)
 
 
 def test_several_inputs_by_name() -> None:
@@ -70,7 +78,8 @@ def test_missing_and_extra_states_are_named() -> None:
         (H, "mapping of name to array or a list"),
         ("hc", "mapping of name to array or a list"),
         ([H, 1.0], "state 'c'.*scalar"),
-        ([H, np.ones((2, 2))], "state 'c' must have 1 rows"),
+        ([H, np.ones((2, 2))], r"state 'c' must have shape \(1, 2\); got \(2, 2\)"),
+        ([H, np.ones((1, 3))], r"state 'c' must have shape \(1, 2\); got \(1, 3\)"),
     ],
 )
 def test_states_that_break_a_rule(states: Any, pattern: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import stepwell
+from stepwell.aio_admin import AsyncSessionList
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
 
@@ -48,7 +49,7 @@ def test_same_signatures(sync: type, aio: type) -> None:
 def returned(signature: inspect.Signature) -> str:
     """What is there after awaiting, in the sync client's terms."""
     annotation = str(signature.return_annotation).removeprefix("Opening[").removesuffix("]")
-    if str(signature.return_annotation).startswith("Opening["):
+    if str(signature.return_annotation).startswith(("Opening[", "AsyncSessionList")):
         return annotation.removeprefix("Async")
     return str(signature.return_annotation)
 
@@ -57,7 +58,9 @@ def returned(signature: inspect.Signature) -> str:
 def test_what_does_io_is_awaited(sync: type, aio: type) -> None:
     for name, member in public(aio).items():
         if callable(member) and name not in LOCAL:
-            opens = str(inspect.signature(member).return_annotation).startswith(Opening.__name__)
+            opens = str(inspect.signature(member).return_annotation).startswith(
+                (Opening.__name__, AsyncSessionList.__name__)
+            )
             assert opens or inspect.iscoroutinefunction(member), name
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import stepwell
 from stepwell import _status, config
+from stepwell._connecting import Contact
 from stepwell._retry import Attempts, Deadline, RetryPolicy
 from stepwell.cli import _target
 from support.certificates import Authority
@@ -79,13 +80,18 @@ def test_what_a_failed_connection_means_is_said_and_what_lasts_is_not_tried_agai
     meaning, is_tried_again = FAILURES[text]
     said = f"failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: {text}"
     error = _status.from_rpc(grpc.StatusCode.UNAVAILABLE, said, ())
-    assert meaning in _target.as_options(error.message)
-    assert text in error.message
-    attempts = Attempts(RetryPolicy(), Deadline(1000.0), changes=True)
-    if is_tried_again:
-        assert attempts.failed(error) >= 0
-        return
+    contact = Contact("h:1", 0.0 if is_tried_again else 1000.0)
     with pytest.raises(stepwell.UnavailableError, match="attempts: 1") as final:
-        attempts.failed(error)
+        Attempts("Step", RetryPolicy(), Deadline(1000.0), contact, changes=True).failed(error)
+    assert meaning in _target.as_options(final.value.message)
+    assert text in final.value.message
+    assert "h:1" in final.value.message
     assert type(final.value) is stepwell.UnavailableError
     assert final.value.outcome == "not_applied"
+    contact.make()
+    attempts = Attempts("Step", RetryPolicy(), Deadline(1000.0), contact, changes=True)
+    if is_tried_again:
+        assert attempts.failed(error) >= 0
+    else:
+        with pytest.raises(stepwell.UnavailableError, match="attempts: 1"):
+            attempts.failed(error)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest import mock
 
@@ -39,14 +40,19 @@ forecast = "models/forecast.keras"
 """
 
 
-def read(*arguments: str, environment: Mapping[str, str] | None = None) -> Settings:
+def with_no_variables_but(environment: Mapping[str, str] | None) -> AbstractContextManager[object]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("STEPWELL_")}
-    with mock.patch.dict(os.environ, clean | dict(environment or {}), clear=True):
+    return mock.patch.dict(os.environ, clean | dict(environment or {}), clear=True)
+
+
+def read(*arguments: str, environment: Mapping[str, str] | None = None) -> Settings:
+    with with_no_variables_but(environment):
         return settings_of(serve.make_context("serve", list(arguments)))
 
 
 def run(*arguments: str, environment: Mapping[str, str] | None = None) -> Result:
-    return CliRunner(env=dict(environment or {})).invoke(main, ["serve", *arguments])
+    with with_no_variables_but(environment):
+        return CliRunner().invoke(main, ["serve", *arguments])
 
 
 @pytest.fixture

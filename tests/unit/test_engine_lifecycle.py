@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.sessions import listing
+from stepwell_server.engine.sessions import catalogue
 from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -373,14 +373,27 @@ async def test_sessions_are_listed_in_the_order_of_their_ids(monkeypatch: pytest
             return [info.session_id for info in infos], total
 
         for at_once in (10_000, 2):  # others get a turn after so many
-            monkeypatch.setattr(listing, "_IDS_AT_ONCE", at_once)
+            monkeypatch.setattr(catalogue, "_AT_ONCE", at_once)
             assert await listed() == (["a1", "b1", "b2", "b3", "c"], 5)
             assert await listed(prefix="b") == (["b1", "b2", "b3"], 3)
             assert await listed(prefix="b", model="plain") == (["b1", "b2"], 2)
             assert await listed(limit=2) == (["a1", "b1"], 5)
-            assert await listed(limit=2, after="b1") == (["b2", "b3"], 5)
+            assert await listed(limit=2, after=(0.0, "b1")) == (["b2", "b3"], 5)
         with pytest.raises(ModelNotFound):
             await listed(model="x")
+
+
+async def test_a_reset_to_a_state_may_take_its_position_over() -> None:
+    async with running() as at:
+        await at.open("a", "b")
+        await at.step("a", x(1, 4))
+        state = await at.state("a")
+        answer = await at.submit("b", reset=True, state=state, position=4, expected=0, request_ids=7).only()
+        assert (answer.revision, answer.position) == (1, 4)
+        again = await at.submit("b", reset=True, state=state, position=4, expected=0, request_ids=7).only()
+        assert (again.replayed, again.position) == (True, 4)
+        assert (await at.step("b", x(1))).position == 5
+        assert (await at.submit("b", reset=True).only()).position == 0
 
 
 async def test_what_is_known_of_a_session() -> None:

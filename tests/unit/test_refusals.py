@@ -75,7 +75,7 @@ INPUTS: dict[str, tuple[Tensors, str] | tuple[Tensors, str, str]] = {
     "one feature too few": (x(ones(ROWS, 5, 1)), SHAPE + "(2, 5, 1)"),
     "no features": (x(ones(ROWS, 0)), SHAPE + "(2, 0)"),
     "rank 0": (x(np.float32(1)), SHAPE + "()", NO_ROWS),
-    "rank 1": (x(ones(ROWS)), SHAPE + "(2,)"),
+    "rank 1": (x(ones(ROWS)), SHAPE + "(2,)", SHAPE + "(2,): did you mean x[None]?"),
     "rank 4": (x(ones(ROWS, 1, 1, 2)), SHAPE + "(2, 1, 1, 2)"),
     "rank 33": (x(shape=[1] * 33), "inputs: shape must have at most 32 axes; got 33"),
     "rank 100,000": (x(shape=[2**62] * 100_000), "inputs: shape must have at most 32 axes; got 100000"),

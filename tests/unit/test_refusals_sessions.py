@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from stepwell.v1 import models_pb2
 from stepwell.v1 import sessions_pb2 as pb
@@ -193,6 +194,7 @@ async def test_models_that_are_not_there(model: str) -> None:
 
 # Openings, forks, lists and closings; a session "in use" of model plain is at revision 1.
 IN_USE = ("ALREADY_EXISTS", "SESSION_EXISTS")
+ALL_RULE = "all must be true without model, session_id_prefix and idle_longer, and false with one of them"
 WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
     "another fingerprint": (
         pb.OpenSessionRequest(model="plain", model_fingerprint="f00d"),
@@ -329,6 +331,78 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
     "too many to close": (
         pb.CloseSessionsRequest(session_ids=["in use"] * 65_537),
         (*BAD_ARGUMENT, "session_ids must be at most 65536; got 65537"),
+    ),
+    "a position of some rows": (
+        pb.ResetStatesRequest(session_id="in use", rows=[0], position=5),
+        (
+            *BAD_ARGUMENT,
+            "position must be 0 without a state, and with rows: it is that of a whole state; got 5",
+        ),
+    ),
+    "an order that is none": (
+        pb.ListSessionsRequest(order=9),  # type: ignore[arg-type]
+        (*BAD_ARGUMENT, "order must be a SessionOrder; got 9"),
+    ),
+    "a time that is negative": (
+        pb.ListSessionsRequest(idle_longer=Duration(seconds=-1)),
+        (*BAD_ARGUMENT, "idle_longer must be 0 to 315576000000 s; got -1 s"),
+    ),
+    "a time that is none": (
+        pb.ExportSessionsRequest(idle_longer=Duration(nanos=-1)),
+        (*BAD_ARGUMENT, "idle_longer must be 0 to 315576000000 s; got -1e-09 s"),
+    ),
+    "nothing to close": (
+        pb.CloseMatchingSessionsRequest(),
+        (*BAD_ARGUMENT, f"{ALL_RULE}; got false"),
+    ),
+    "all and a filter": (
+        pb.CloseMatchingSessionsRequest(all=True, session_id_prefix="in"),
+        (*BAD_ARGUMENT, f"{ALL_RULE}; got true"),
+    ),
+    "too many to close in a page": (
+        pb.CloseMatchingSessionsRequest(all=True, page_size=10_001),
+        (*BAD_ARGUMENT, "page_size must be at most 10000; got 10001"),
+    ),
+    "a client without an id": (
+        pb.RenewLeaseRequest(),
+        (*BAD_ARGUMENT, "client_id must be random and not 0; got 0"),
+    ),
+    **{
+        f"a lease of {seconds} s": (
+            pb.OpenSessionRequest(
+                model="plain", lease=pb.Lease(client_id=1, duration=Duration(seconds=seconds))
+            ),
+            (*BAD_ARGUMENT, f"lease.duration must be 1 s to 3.1536e+08 s; got {seconds:g} s"),
+        )
+        for seconds in (0, 400_000_000)
+    },
+    "a lease of nobody": (
+        pb.OpenSessionsRequest(model="plain", count=1, lease=pb.Lease(duration=Duration(seconds=60))),
+        (*BAD_ARGUMENT, "lease.client_id must be random and not 0; got 0"),
+    ),
+    "a fork with a lease of nobody": (
+        pb.ForkSessionRequest(session_id="in use", lease=pb.Lease(duration=Duration(seconds=60))),
+        (*BAD_ARGUMENT, "lease.client_id must be random and not 0; got 0"),
+    ),
+    "sessions and filters to export": (
+        pb.ExportSessionsRequest(session_ids=["in use"], model="plain"),
+        (*BAD_ARGUMENT, "session_ids must be empty with model, session_id_prefix or idle_longer; got both"),
+    ),
+    "too many to export": (
+        pb.ExportSessionsRequest(session_ids=["in use"] * 1001),
+        (*BAD_ARGUMENT, "session_ids must be at most 1000; got 1001"),
+    ),
+    "a page of other sessions": (
+        pb.ExportSessionsRequest(session_ids=["in use"], page_token=to_token("a")),
+        (*BAD_ARGUMENT, "page_token must be that of a page of the same session_ids; got another one"),
+    ),
+    "too many to import": (
+        pb.ImportSessionsRequest(sessions=[pb.ExportedSession(session_id="in use")] * 1001),
+        (*BAD_ARGUMENT, "sessions must be at most 1000; got 1001"),
+    ),
+    "an import that is none": (
+        pb.ImportSessionsRequest(existing=9),  # type: ignore[arg-type]
+        (*BAD_ARGUMENT, "existing must be an ExistingSession; got 9"),
     ),
     "one to close that is missing": (
         pb.CloseSessionsRequest(session_ids=["in use", ""]),

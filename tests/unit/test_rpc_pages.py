@@ -9,14 +9,14 @@ from stepwell_server.rpc.pages import from_token, to_token
 
 
 @settings(max_examples=100, derandomize=True, deadline=None, database=None)
-@given(st.text(min_size=1, max_size=256))
-def test_a_token_gives_the_id_back(session_id: str) -> None:
+@given(st.text(max_size=256), st.floats(allow_nan=False, allow_infinity=False))
+def test_a_token_gives_the_id_and_the_number_back(session_id: str, number: float) -> None:
     try:
         session_id.encode()
     except UnicodeEncodeError:
         return
-    assert from_token(to_token(session_id)) == session_id
+    assert from_token(to_token(session_id, number)) == (session_id, number)
 
 
 def test_no_token_is_the_first_page() -> None:
-    assert from_token("") == ""
+    assert from_token("") == ("", 0.0)

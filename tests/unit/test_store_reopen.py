@@ -50,7 +50,7 @@ READS: dict[str, Callable[[DiskStore], object]] = {
     "scan": lambda store: store.scan(limit=9),
     "count": lambda store: store.count(),
     "count_of": lambda store: store.count_of("m"),
-    "count_some": lambda store: store.count_some(limit=9),
+    "heads": lambda store: store.heads(limit=9).keys,
     "tombstone": lambda store: store.tombstones(["a"])[0],
     "check": lambda store: store.check().problem,
 }

@@ -41,7 +41,9 @@ def sessions(ctx: click.Context, _param: click.Parameter, incomplete: str) -> li
     from stepwell.v1 import sessions_pb2, sessions_pb2_grpc
 
     def ids(channel: grpc.Channel) -> Iterable[str]:
-        request = sessions_pb2.ListSessionsRequest(session_id_prefix=incomplete, page_size=MOST)
+        request = sessions_pb2.ListSessionsRequest(
+            session_id_prefix=incomplete, page_size=MOST, skip_total=True
+        )
         reply = sessions_pb2_grpc.SessionServiceStub(channel).ListSessions(request, timeout=TIMEOUT_S)
         return (session.session_id for session in reply.sessions)
 

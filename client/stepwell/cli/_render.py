@@ -8,9 +8,10 @@ take minutes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -46,21 +47,57 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: S
         print_plain(headings, rows, right)
 
 
-def print_plain(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """Print rows as lines of aligned text, in a time that hundreds of thousands of them allow."""
+def print_plain(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Sequence[str] = (),
+    widths: Sequence[int] = (),
+) -> list[int]:
+    """Print rows as lines of aligned text, in a time that hundreds of thousands of them allow.
+
+    Args:
+        headings: Of the columns; they are printed unless `widths` are given.
+        rows: Their cells.
+        right: Headings of the columns that are set to the right.
+        widths: Of the columns; empty: as wide as their cells are.
+
+    Returns:
+        The widths of the columns.
+    """
     from rich.cells import cell_len
 
-    lines = [[*headings], *([cell_text(cell, plain=True) for cell in row] for row in rows)]
-    columns = []
-    for heading, *cells in zip(*lines, strict=True):
-        lengths = [len(cell) if cell.isascii() else cell_len(cell) for cell in (heading, *cells)]
-        width = max(length for length in lengths if length <= MAX_PADDED_WIDTH)
+    lines = [[*headings]] if not widths else []
+    lines += [[cell_text(cell, plain=True) for cell in row] for row in rows]
+    columns, found = [], []
+    for place, (heading, cells) in enumerate(zip(headings, zip(*lines, strict=True), strict=True)):
+        lengths = [len(cell) if cell.isascii() else cell_len(cell) for cell in cells]
+        wide = max((length for length in lengths if length <= MAX_PADDED_WIDTH), default=0)
+        width = widths[place] if widths else wide
+        found.append(width)
         pads = (" " * max(0, width - length) for length in lengths)
-        padded = zip((heading, *cells), pads, strict=True)
+        padded = zip(cells, pads, strict=True)
         columns.append([pad + cell if heading in right else cell + pad for cell, pad in padded])
     texts = ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
     for start in range(0, len(texts), MAX_RICH_ROWS):
         click.echo("\n".join(texts[start : start + MAX_RICH_ROWS]))
+    return found
+
+
+def print_rows(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> bool:
+    """Print rows as they come, under headings; whether there were any.
+
+    As many as a terminal fits to its width are a table; more go on as plain lines, in the columns of the first.
+    """
+    coming = iter(rows)
+    first = list(itertools.islice(coming, MAX_RICH_ROWS + 1))
+    if len(first) <= MAX_RICH_ROWS:
+        if first:
+            print_table(headings, first, right)
+        return bool(first)
+    widths = print_plain(headings, first, right)
+    while some := list(itertools.islice(coming, MAX_RICH_ROWS)):
+        print_plain(headings, some, right, widths)
+    return True
 
 
 def short_text(text: str) -> str:
@@ -161,6 +198,18 @@ def rounded_size(size: int) -> str:
     from rich.filesize import decimal
 
     return decimal(size)
+
+
+@contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[[int], None]]:
+    """Show on stderr how many are done, if a person is watching; the body tells it, and must not print."""
+    if not sys.stderr.isatty():
+        yield lambda _done: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True, markup=False).status(what) as status:
+        yield lambda done: status.update(f"{what}: {done:,}")
 
 
 def shape_text(spec: TensorInfo) -> str:

@@ -25,7 +25,7 @@ def attach(client: Client, session_id: str, model: str | None = None) -> Session
     known = client.session_info(session_id)
     if model not in (None, known.model):
         raise ModelMismatchError(f"--model must be the session's model, {known.model}; got {model}")
-    session = client.open_session(known.model, known.batch_size, session_id)
+    session = client.open_session(known.model, batch_size=known.batch_size, session_id=session_id)
     # Should the session have been closed since it was looked up, this one is new: it must not stand in for it.
     if client.session_info(session_id).created_time != known.created_time:
         session.close()
@@ -52,4 +52,4 @@ def attach_or_open(client: Client, session_id: str, model: str, batch_size: int 
             batch_size = client.session_info(session_id).batch_size
         except SessionNotFoundError:
             batch_size = 1
-    return client.open_session(model, batch_size, session_id)
+    return client.open_session(model, batch_size=batch_size, session_id=session_id)

@@ -73,11 +73,12 @@ class Target:
             raise click.UsageError(as_options(error.message)) from None
 
     @contextlib.contextmanager
-    def connect(self, doing: str) -> Iterator[Client]:
+    def connect(self, doing: str, *, prints: bool = False) -> Iterator[Client]:
         """A client for the body of a `with`, while people see what is being done and where.
 
         Args:
             doing: What the body does, as "Reading".
+            prints: The body prints by itself, so that people see it by that.
         """
         # its lines about a connection that fails would stand beside the one that the command prints
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -86,20 +87,35 @@ class Target:
         tls = self.tls_config()
         try:
             with (
-                working(f"{doing} at {self.address}"),
+                contextlib.nullcontext() if prints else working(f"{doing} at {self.address}"),
                 stepwell.connect(self.address, timeout_s=self.timeout_s, tls=tls) as client,
             ):
                 yield client
         except stepwell.UnavailableError as error:
-            text = f"the server at {self.address} (--server) is not available: {as_options(error.message)}"
+            text = self._where(as_options(error.message))
             raise stepwell.UnavailableError(text, outcome=error.outcome, reason=error.reason) from None
+
+    def _where(self, message: str) -> str:
+        """What is said of a server that is not available, with the option that names it."""
+        address = re.sub("^grpcs?://", "", self.address)
+        if f" at {address}" in message:
+            return message.replace(f" at {address}", f" at {address} (--server)", 1)
+        return f"the server at {self.address} (--server) is not available: {message}"
 
 
 def as_options(message: str) -> str:
-    """What the SDK says of the arguments of `TlsConfig`, said of the options that they come from."""
-    return re.sub(r"TlsConfig\.(\w+)", lambda found: "--tls-" + found[1].replace("_", "-"), message).replace(
-        "a TlsConfig", "--tls or another option of TLS"
-    )
+    """What the SDK says of its arguments, said of the options that they come from."""
+    message = re.sub(r"TlsConfig\.(\w+)", lambda found: "--tls-" + found[1].replace("_", "-"), message)
+    for argument, option in _OPTIONS.items():
+        message = message.replace(argument, option)
+    return message
+
+
+_OPTIONS = {
+    "a TlsConfig": "--tls or another option of TLS",
+    "connect_timeout_s": "STEPWELL_CONNECT_TIMEOUT_S",
+    "(timeout_s)": "(--timeout-s)",
+}
 
 
 def server_options(function: Function) -> Function:

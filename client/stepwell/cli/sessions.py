@@ -1,21 +1,37 @@
-"""`stepwell sessions`: list, show and close."""
+"""`stepwell sessions`: list, show, close, export and import."""
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 from stepwell.cli import _complete, _render
-from stepwell.cli._errors import Failure
+from stepwell.cli._errors import Failure, one_line
 from stepwell.cli._help import Group
 from stepwell.cli._target import Target, json_option, server_options
+from stepwell.cli._types import Duration
 
 if TYPE_CHECKING:
-    from stepwell import SessionInfo
+    from stepwell import SessionInfo, StepwellError
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+Filter = dict[str, Any]
+"""Filters as arguments of the SDK."""
+
+ORDERS: Mapping[str, Literal["id", "last_used", "created"]] = {
+    "id": "id",
+    "idle": "last_used",
+    "age": "created",
+}
+"""What --sort may be, and what the SDK calls it."""
+SAMPLE = 5
+"""Sessions that are named where there may be many."""
 SESSION_KEYS = (
     ("session_id", "the session"),
     ("model", "the name of its model"),
@@ -27,49 +43,91 @@ SESSION_KEYS = (
     ("last_used_time", "when it was last changed, read or resumed"),
     ("age_s, idle_s", "seconds since then"),
     ("resident", "false: its state is only in the store"),
+    ("lease_s", "it is closed when its client has been gone for so long; null: it has no lease"),
 )
 
 
 @click.group(
     cls=Group,
-    short_help="List, show and close sessions.",
+    short_help="List, show, close, export and import sessions.",
     examples=("stepwell sessions list --model forecast", "stepwell sessions close user-42"),
 )
 def sessions() -> None:
-    """List, show and close the sessions of a server.
+    """List, show, close, export and import the sessions of a server.
 
     A session is one user's conversation with one model. It owns one state, which steps advance.
     """
 
 
+def filter_options(function: Function) -> Function:
+    """Add --model, --prefix and --idle-longer to a command; its function gets them as `wanted`."""
+
+    @functools.wraps(function)
+    def with_filter(
+        *args: Any, model: str | None, prefix: str | None, idle_longer: float | None, **options: Any
+    ) -> Any:
+        wanted = {"model": model, "prefix": prefix, "idle_longer_s": idle_longer}
+        return function(*args, wanted=wanted, **options)
+
+    for option in (
+        click.option(
+            "--idle-longer",
+            metavar="TIME",
+            type=Duration(),
+            help="Only sessions that were not used for longer than this: 90s, 1h30m, 2d.",
+        ),
+        click.option("--prefix", metavar="TEXT", help="Only sessions whose id begins with this."),
+        click.option(
+            "--model", metavar="NAME", shell_complete=_complete.models, help="Only sessions of this model."
+        ),
+    ):
+        option(with_filter)
+    return with_filter  # type: ignore[return-value]
+
+
 @sessions.command(
     "list",
     short_help="List sessions.",
-    examples=("stepwell sessions list", "stepwell sessions list --prefix user- --json"),
-    json_keys=(("sessions", "list, by id; of each:"), *SESSION_KEYS),
+    examples=(
+        "stepwell sessions list",
+        "stepwell sessions list --sort idle --limit 20",
+        "stepwell sessions list --prefix user- --idle-longer 1h --json",
+    ),
+    json_keys=(("(one line for each)", "a document for each session, as they come:"), *SESSION_KEYS),
 )
-@click.option("--model", metavar="NAME", shell_complete=_complete.models, help="Only sessions of this model.")
-@click.option("--prefix", metavar="TEXT", help="Only sessions whose id begins with this.")
+@filter_options
+@click.option(
+    "--sort",
+    "order",
+    type=click.Choice(list(ORDERS)),
+    default="id",
+    show_default=True,
+    help="By id, or beginning with those that were not used for longest (idle), or with the oldest (age).",
+)
+@click.option("--reverse", is_flag=True, help="The other way round.")
+@click.option("--limit", metavar="N", type=click.IntRange(min=1), help="At most so many.")
 @json_option
 @server_options
-def list_sessions(target: Target, model: str | None, prefix: str | None, as_json: bool) -> None:
-    """List the live sessions of a server, in the order of their ids.
+def list_sessions(
+    target: Target, wanted: Filter, order: str, reverse: bool, limit: int | None, as_json: bool
+) -> None:
+    """List the live sessions of a server, page by page as they come: also a million of them.
 
     AGE is the time since a session was opened, IDLE the time since it was last changed, read or resumed. Being
     listed does not count as use.
 
     On a terminal the middle of a long id is left out, and ... stands for it; a pipe and --json get it whole.
     """
-    with target.connect("Listing the sessions") as client:
-        found = client.sessions(model=model, prefix=prefix)
-    if as_json:
-        _render.print_json({"sessions": [session_json(session) for session in found]})
-    elif not found:
-        click.echo("no sessions", err=True)
-    else:
+    with target.connect("Listing the sessions", prints=True) as client:
+        found = client.sessions(**wanted, order=ORDERS[order], descending=reverse, limit=limit)
+        if as_json:
+            for session in found:
+                _render.print_json(session_json(session))
+            return
         headings = ("SESSION", "MODEL", "BATCH", "REVISION", "POSITION", "AGE", "IDLE")
         numbers = ("BATCH", "REVISION", "POSITION", "AGE", "IDLE")
-        _render.print_table(headings, [session_cells(session) for session in found], right=numbers)
+        if not _render.print_rows(headings, (session_cells(session) for session in found), right=numbers):
+            click.echo("no sessions", err=True)
 
 
 @sessions.command(
@@ -94,23 +152,88 @@ def show(target: Target, session_id: str, as_json: bool) -> None:
 @sessions.command(
     "close",
     short_help="Close sessions and delete their states.",
-    examples=("stepwell sessions close user-42", "stepwell sessions close user-1 user-2 --yes"),
-    json_keys=(("closed", "ids of the sessions that were closed, also when a later one was not there"),),
+    examples=(
+        "stepwell sessions close user-42",
+        "stepwell sessions close --prefix experiment-7- --dry-run",
+        "stepwell sessions close --idle-longer 7d --yes",
+    ),
+    json_keys=(
+        ("closed", "ids of the sessions that were closed, also when a later one was not there"),
+        ("closed", "with a filter: how many were closed"),
+        ("would_close, sample", "with --dry-run: how many there are, and the ids of some of them"),
+    ),
 )
-@click.argument(
-    "session_ids", metavar="SESSION...", nargs=-1, required=True, shell_complete=_complete.sessions
-)
+@click.argument("session_ids", metavar="[SESSION...]", nargs=-1, shell_complete=_complete.sessions)
+@filter_options
+@click.option("--all", "everything", is_flag=True, help="All sessions of the server.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be closed.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @server_options
-def close(target: Target, session_ids: tuple[str, ...], yes: bool, as_json: bool) -> None:
+def close(
+    target: Target,
+    session_ids: tuple[str, ...],
+    wanted: Filter,
+    everything: bool,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
     """Close sessions and delete their states; there is no way back.
 
-    Asks first on a terminal; elsewhere --yes is needed. Stops at the first session that is not there; those
+    Asks first on a terminal; elsewhere --yes is needed. Stops at the first SESSION that is not there; those
     before it are closed.
+
+    With a filter, or --all, it says how many there are before it asks, then closes those that fit, some thousands at a
+    time. A session that is opened or used meanwhile stays.
     """
+    is_filtered = any(value is not None for value in wanted.values())
+    if bool(session_ids) + is_filtered + everything != 1:
+        raise click.UsageError("give either sessions, a filter (--model, --prefix, --idle-longer), or --all")
+    if not (yes or dry_run):
+        require_terminal()
+    if session_ids:
+        close_named(target, session_ids, dry_run, yes, as_json)
+        return
+    with target.connect("Looking for sessions") as client:
+        count = client.count_sessions(**wanted)
+        sample = [session.session_id for session in client.sessions(**wanted, limit=SAMPLE)]
+    if dry_run and as_json:
+        _render.print_json({"would_close": count, "sample": sample})
+    elif dry_run or not (yes or as_json):
+        click.echo(preview(count, sample), err=not dry_run)
+    if dry_run:
+        return
+    if not yes and count:
+        confirm(count, sample)
+    closed = 0
+    if count:
+        with (
+            target.connect("Closing sessions", prints=True) as client,
+            _render.counting(f"Closing sessions at {target.address}") as progress,
+        ):
+            closed = client.close_sessions(**wanted, everything=everything, progress=progress)
+    if as_json:
+        _render.print_json({"closed": closed})
+    else:
+        click.echo(f"closed {closed} sessions")
+
+
+def close_named(
+    target: Target, session_ids: tuple[str, ...], dry_run: bool, yes: bool, as_json: bool
+) -> None:
+    """Close sessions by their ids, one after the other."""
+    if dry_run:
+        with target.connect("Looking for sessions") as client:
+            for session_id in session_ids:
+                client.session_info(session_id)
+        if as_json:
+            _render.print_json({"would_close": len(session_ids), "sample": list(session_ids[:SAMPLE])})
+        else:
+            click.echo(preview(len(session_ids), session_ids[:SAMPLE]))
+        return
     if not yes:
-        confirm(session_ids)
+        confirm(len(session_ids), session_ids)
     closed: list[str] = []
     try:
         with target.connect("Closing sessions") as client:
@@ -129,16 +252,143 @@ def print_closed(closed: list[str], as_json: bool) -> None:
         click.echo(f"closed {session_id}")
 
 
+def preview(count: int, sample: Sequence[str]) -> str:
+    """What would be closed."""
+    if not count:
+        return "no sessions fit"
+    names = ", ".join(map(_render.short_text, sample))
+    more = f" and {count - len(sample):,} more" if count > len(sample) else ""
+    return f"{count:,} session{'s' if count != 1 else ''}: {names}{more}"
+
+
+@sessions.command(
+    "export",
+    short_help="Save sessions to a file.",
+    examples=(
+        "stepwell sessions export -o all.sessions",
+        "stepwell sessions export user-42 user-43 -o two.sessions",
+        "stepwell sessions export --model forecast -o forecast.sessions",
+    ),
+    json_keys=(
+        ("exported", "how many sessions are in the file"),
+        ("failed", "those that could not be read: messages by id"),
+        ("file", "where they were saved"),
+    ),
+)
+@click.argument("session_ids", metavar="[SESSION...]", nargs=-1, shell_complete=_complete.sessions)
+@filter_options
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file; an old one of that name is replaced when all is written.",
+)
+@json_option
+@server_options
+def export_sessions(
+    target: Target, session_ids: tuple[str, ...], wanted: Filter, output: Path, as_json: bool
+) -> None:
+    """Save sessions with all that is kept of them, so that they go on elsewhere: those named, those that fit, or all.
+
+    That is their state, revision, position and creation, and the answer to each one's last change, so that a client
+    that sends it again, to another server, is answered once. Nothing changes for the sessions. Close them here before
+    they go on there.
+    """
+    if session_ids and any(value is not None for value in wanted.values()):
+        raise click.UsageError("give either sessions or a filter (--model, --prefix, --idle-longer)")
+    with (
+        target.connect("Saving sessions", prints=True) as client,
+        _render.counting(f"Saving sessions of {target.address}") as progress,
+    ):
+        try:
+            report = client.export_sessions(output, session_ids or None, **wanted, progress=progress)
+        except OSError as error:
+            raise Failure(f"cannot write -o {output}: {error.strerror}") from None
+    if as_json:
+        failed = {session_id: error.message for session_id, error in report.failures.items()}
+        _render.print_json({"exported": report.exported, "failed": failed, "file": str(output)})
+    else:
+        click.echo(f"exported {report.exported} sessions to {output}")
+    end_with("export", report.failures)
+
+
+@sessions.command(
+    "import",
+    short_help="Make sessions of a file.",
+    examples=(
+        "stepwell sessions import all.sessions",
+        "stepwell sessions import all.sessions --skip-existing --server 127.0.0.1:50052",
+    ),
+    json_keys=(
+        ("imported", "how many were made, or were there exactly as in the file"),
+        ("replaced, skipped", "how many took the place of another one, or were left as they are"),
+        ("failed", "those of which nothing was done: messages by id"),
+    ),
+)
+@click.argument("file", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--skip-existing", is_flag=True, help="Leave sessions that are there; they are no failures.")
+@click.option("--replace", is_flag=True, help="Replace sessions that are there.")
+@json_option
+@server_options
+def import_sessions(target: Target, file: Path, skip_existing: bool, replace: bool, as_json: bool) -> None:
+    """Make sessions of a file that 'stepwell sessions export' wrote; each goes on where it was.
+
+    The model of a session must be served under its name and with the same fingerprint. A session that is there already
+    is left as it is and counts as a failure, unless --skip-existing or --replace says otherwise; but one that is there
+    exactly as in the file is done, so an import that was interrupted can be repeated.
+    """
+    if skip_existing and replace:
+        raise click.UsageError("give either --skip-existing or --replace")
+    existing: Literal["refuse", "skip", "replace"] = (
+        "skip" if skip_existing else "replace" if replace else "refuse"
+    )
+    with (
+        target.connect("Importing sessions", prints=True) as client,
+        _render.counting(f"Importing sessions at {target.address}") as progress,
+    ):
+        report = client.import_sessions(file, existing=existing, progress=progress)
+    if as_json:
+        failed = {session_id: error.message for session_id, error in report.failures.items()}
+        _render.print_json(
+            {
+                "imported": report.imported,
+                "replaced": report.replaced,
+                "skipped": report.skipped,
+                "failed": failed,
+            }
+        )
+    else:
+        click.echo(
+            f"imported {report.imported}, replaced {report.replaced}, skipped {report.skipped} sessions"
+        )
+    end_with("import", report.failures)
+
+
+def end_with(what: str, failures: Mapping[str, StepwellError]) -> None:
+    """End with an error if some sessions failed; the first ones say why."""
+    if not failures:
+        return
+    told = [f"{one_line(error.message)}" for error in list(failures.values())[:SAMPLE]]
+    more = f"; and {len(failures) - len(told):,} more" if len(failures) > len(told) else ""
+    raise Failure(f"{len(failures):,} sessions could not be {what}ed: {'; '.join(told)}{more}", exit_code=1)
+
+
 def is_terminal() -> bool:
     """Whether there is someone to ask."""
     return sys.stdin.isatty()
 
 
-def confirm(session_ids: tuple[str, ...]) -> None:
-    """Ask whether to delete, if there is someone to ask."""
+def require_terminal() -> None:
+    """Refuse to delete anything if nobody can be asked."""
     if not is_terminal():
         raise Failure("closing a session deletes its state; without a terminal to ask on, --yes is needed")
-    noun = f"session {session_ids[0]}" if len(session_ids) == 1 else f"{len(session_ids)} sessions"
+
+
+def confirm(count: int, session_ids: Sequence[str]) -> None:
+    """Ask whether to delete."""
+    noun = f"session {session_ids[0]}" if count == 1 else f"{count:,} sessions"
     if not click.confirm(f"Delete the state of {noun}?", err=True):
         raise Failure("nothing was closed", exit_code=1)
 
@@ -169,6 +419,7 @@ def session_facts(session: SessionInfo) -> list[tuple[str, str]]:
         ("opened", f"{time_text(created)} ({_render.duration_text(age_s(created))} ago)"),
         ("last used", f"{time_text(used)} ({_render.duration_text(age_s(used))} ago)"),
         ("state is", "in memory" if session.resident else "paged out to the store"),
+        ("lease", lease_text(session)),
     ]
 
 
@@ -186,7 +437,15 @@ def session_json(session: SessionInfo) -> dict[str, object]:
         "age_s": age_s(session.created_time),
         "idle_s": age_s(session.last_used_time),
         "resident": session.resident,
+        "lease_s": session.lease_s,
     }
+
+
+def lease_text(session: SessionInfo) -> str:
+    """When a session ends by itself, for people."""
+    if session.lease_s is None:
+        return "none"
+    return f"ends when its client has been gone for {_render.duration_text(session.lease_s)}"
 
 
 def time_text(time: datetime) -> str:

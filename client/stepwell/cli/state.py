@@ -101,15 +101,17 @@ def set_state(
 ) -> None:
     """Set the state of a session to a saved one, or to the model's initial one with --zero.
 
-    A saved state fits a session of the same model, by its fingerprint, and has as many rows as are set. Setting all
-    rows starts the position again at 0; with --rows the other rows and the position stay.
+    A saved state fits a session of the same model, by its fingerprint, and has as many rows as are set. With a file for
+    all rows the session has the file's position, with --zero it starts again at 0; with --rows the other rows and the
+    position stay. The revision counts on: it is that of the session's changes. To move a session with its revision and
+    the answer to its last change, use 'stepwell sessions export' and 'import'.
     """
     if (file is None) != zero:
         raise click.UsageError("give either a FILE.safetensors or --zero")
     new = None if file is None else load_state(file)
     with target.connect("Setting the state") as client:
         session = attach(client, session_id)
-        session.reset_states(new, rows=rows)
+        session.reset_states(new, rows=rows, position=0 if new is None or rows else new.position)
     if as_json:
         _render.print_json(
             {"session_id": session.id, "revision": session.revision, "position": session.position}

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -78,6 +79,94 @@ STATE_SELECTION_ALL: StateSelection.ValueType  # 3
 """The state after every time step."""
 Global___StateSelection: _TypeAlias = StateSelection  # noqa: Y015
 
+class _SessionOrder:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SessionOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SessionOrder.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SESSION_ORDER_UNSPECIFIED: _SessionOrder.ValueType  # 0
+    """As ID."""
+    SESSION_ORDER_ID: _SessionOrder.ValueType  # 1
+    """By their ids."""
+    SESSION_ORDER_LAST_USED: _SessionOrder.ValueType  # 2
+    """Those that were not used for longest come first."""
+    SESSION_ORDER_CREATED: _SessionOrder.ValueType  # 3
+    """The oldest come first."""
+
+class SessionOrder(_SessionOrder, metaclass=_SessionOrderEnumTypeWrapper):
+    """In which order sessions are listed."""
+
+SESSION_ORDER_UNSPECIFIED: SessionOrder.ValueType  # 0
+"""As ID."""
+SESSION_ORDER_ID: SessionOrder.ValueType  # 1
+"""By their ids."""
+SESSION_ORDER_LAST_USED: SessionOrder.ValueType  # 2
+"""Those that were not used for longest come first."""
+SESSION_ORDER_CREATED: SessionOrder.ValueType  # 3
+"""The oldest come first."""
+Global___SessionOrder: _TypeAlias = SessionOrder  # noqa: Y015
+
+class _ExistingSession:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ExistingSessionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExistingSession.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EXISTING_SESSION_UNSPECIFIED: _ExistingSession.ValueType  # 0
+    """As REFUSE."""
+    EXISTING_SESSION_REFUSE: _ExistingSession.ValueType  # 1
+    """Leave the one that is there, and say ALREADY_EXISTS."""
+    EXISTING_SESSION_SKIP: _ExistingSession.ValueType  # 2
+    """Leave the one that is there."""
+    EXISTING_SESSION_REPLACE: _ExistingSession.ValueType  # 3
+    """Replace the one that is there."""
+
+class ExistingSession(_ExistingSession, metaclass=_ExistingSessionEnumTypeWrapper):
+    """What to do with a session that is imported while there is one of its id."""
+
+EXISTING_SESSION_UNSPECIFIED: ExistingSession.ValueType  # 0
+"""As REFUSE."""
+EXISTING_SESSION_REFUSE: ExistingSession.ValueType  # 1
+"""Leave the one that is there, and say ALREADY_EXISTS."""
+EXISTING_SESSION_SKIP: ExistingSession.ValueType  # 2
+"""Leave the one that is there."""
+EXISTING_SESSION_REPLACE: ExistingSession.ValueType  # 3
+"""Replace the one that is there."""
+Global___ExistingSession: _TypeAlias = ExistingSession  # noqa: Y015
+
+class _ImportOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ImportOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImportOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    IMPORT_OUTCOME_UNSPECIFIED: _ImportOutcome.ValueType  # 0
+    """Never sent."""
+    IMPORT_OUTCOME_IMPORTED: _ImportOutcome.ValueType  # 1
+    """The session was made, or was there as it would be imported."""
+    IMPORT_OUTCOME_REPLACED: _ImportOutcome.ValueType  # 2
+    """The session was made in place of another one."""
+    IMPORT_OUTCOME_SKIPPED: _ImportOutcome.ValueType  # 3
+    """There is one of that id, and it was left as it is."""
+    IMPORT_OUTCOME_FAILED: _ImportOutcome.ValueType  # 4
+    """Nothing was done."""
+
+class ImportOutcome(_ImportOutcome, metaclass=_ImportOutcomeEnumTypeWrapper):
+    """What an import did."""
+
+IMPORT_OUTCOME_UNSPECIFIED: ImportOutcome.ValueType  # 0
+"""Never sent."""
+IMPORT_OUTCOME_IMPORTED: ImportOutcome.ValueType  # 1
+"""The session was made, or was there as it would be imported."""
+IMPORT_OUTCOME_REPLACED: ImportOutcome.ValueType  # 2
+"""The session was made in place of another one."""
+IMPORT_OUTCOME_SKIPPED: ImportOutcome.ValueType  # 3
+"""There is one of that id, and it was left as it is."""
+IMPORT_OUTCOME_FAILED: ImportOutcome.ValueType  # 4
+"""Nothing was done."""
+Global___ImportOutcome: _TypeAlias = ImportOutcome  # noqa: Y015
+
 @_typing.final
 class Session(_message.Message):
     """A session as others may see it."""
@@ -93,6 +182,7 @@ class Session(_message.Message):
     CREATED_TIME_FIELD_NUMBER: _builtins.int
     LAST_USED_TIME_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """1 to 256 printable characters."""
     model: _builtins.str
@@ -117,6 +207,10 @@ class Session(_message.Message):
     def last_used_time(self) -> _timestamp_pb2.Timestamp:
         """When it was last changed, read (GetState) or resumed."""
 
+    @_builtins.property
+    def lease(self) -> _duration_pb2.Duration:
+        """It is closed when its client has been gone for so long. Absent: it has no lease."""
+
     def __init__(
         self,
         *,
@@ -129,14 +223,45 @@ class Session(_message.Message):
         created_time: _timestamp_pb2.Timestamp | None = ...,
         last_used_time: _timestamp_pb2.Timestamp | None = ...,
         resident: _builtins.bool = ...,
+        lease: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time", "last_used_time", b"last_used_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time", "last_used_time", b"last_used_time", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "created_time", b"created_time", "last_used_time", b"last_used_time", "model", b"model", "model_fingerprint", b"model_fingerprint", "position", b"position", "resident", b"resident", "revision", b"revision", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "created_time", b"created_time", "last_used_time", b"last_used_time", "lease", b"lease", "model", b"model", "model_fingerprint", b"model_fingerprint", "position", b"position", "resident", b"resident", "revision", b"revision", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Session: _TypeAlias = Session  # noqa: Y015
+
+@_typing.final
+class Lease(_message.Message):
+    """A session whose id nobody chose ends when its client has been gone for too long. A client is there while it calls
+    RenewLease or uses the session. At a server's start all clients are taken to be there.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    client_id: _builtins.int
+    """Random and non-zero: the client, for as long as its process uses it."""
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """How long the client may be gone, 1 s to 3650 days."""
+
+    def __init__(
+        self,
+        *,
+        client_id: _builtins.int = ...,
+        duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "duration", b"duration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lease: _TypeAlias = Lease  # noqa: Y015
 
 @_typing.final
 class OpenSessionRequest(_message.Message):
@@ -151,6 +276,7 @@ class OpenSessionRequest(_message.Message):
     MUST_BE_NEW_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     session_id: _builtins.str
@@ -173,6 +299,12 @@ class OpenSessionRequest(_message.Message):
         of it. Not used when a session is resumed.
         """
 
+    @_builtins.property
+    def lease(self) -> Global___Lease:
+        """For a session whose id the server makes; one that is named has none. When a session that has a lease is resumed it
+        gets this one instead, or none if this is absent. Absent: none, the session stays until it is closed.
+        """
+
     def __init__(
         self,
         *,
@@ -183,10 +315,11 @@ class OpenSessionRequest(_message.Message):
         must_be_new: _builtins.bool = ...,
         request_id: _builtins.int = ...,
         model_fingerprint: _builtins.str = ...,
+        lease: Global___Lease | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "model", b"model", "model_fingerprint", b"model_fingerprint", "must_be_new", b"must_be_new", "request_id", b"request_id", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "lease", b"lease", "model", b"model", "model_fingerprint", b"model_fingerprint", "must_be_new", b"must_be_new", "request_id", b"request_id", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -235,6 +368,7 @@ class OpenSessionsRequest(_message.Message):
     SESSION_IDS_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     count: _builtins.int
@@ -249,6 +383,10 @@ class OpenSessionsRequest(_message.Message):
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids; must all be new. Empty: count says how many."""
 
+    @_builtins.property
+    def lease(self) -> Global___Lease:
+        """As in OpenSessionRequest."""
+
     def __init__(
         self,
         *,
@@ -257,10 +395,11 @@ class OpenSessionsRequest(_message.Message):
         session_ids: _abc.Iterable[_builtins.str] | None = ...,
         batch_size: _builtins.int = ...,
         request_id: _builtins.int = ...,
+        lease: Global___Lease | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "count", b"count", "model", b"model", "request_id", b"request_id", "session_ids", b"session_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "count", b"count", "lease", b"lease", "model", b"model", "request_id", b"request_id", "session_ids", b"session_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -403,6 +542,117 @@ class CloseSessionsResponse(_message.Message):
 Global___CloseSessionsResponse: _TypeAlias = CloseSessionsResponse  # noqa: Y015
 
 @_typing.final
+class CloseMatchingSessionsRequest(_message.Message):
+    """Deletes sessions that fit a filter: those that fit when the first request of a row of pages came, and still do
+    when their turn comes. At least one of the filters must be there.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    SESSION_ID_PREFIX_FIELD_NUMBER: _builtins.int
+    IDLE_LONGER_FIELD_NUMBER: _builtins.int
+    ALL_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Only sessions of this model. Empty: of all models."""
+    session_id_prefix: _builtins.str
+    """Only ids that begin with this. Empty: all."""
+    all: _builtins.bool
+    """All sessions, if no filter is there."""
+    page_size: _builtins.int
+    """At most this many are closed by this call, up to 10000. 0: 1000."""
+    page_token: _builtins.str
+    """next_page_token of the response before, with the same filters. Empty: the first call."""
+    @_builtins.property
+    def idle_longer(self) -> _duration_pb2.Duration:
+        """Only sessions that nobody has changed, read or resumed for longer than this. Absent: all."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        session_id_prefix: _builtins.str = ...,
+        idle_longer: _duration_pb2.Duration | None = ...,
+        all: _builtins.bool = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_longer", b"idle_longer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "idle_longer", b"idle_longer", "model", b"model", "page_size", b"page_size", "page_token", b"page_token", "session_id_prefix", b"session_id_prefix"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseMatchingSessionsRequest: _TypeAlias = CloseMatchingSessionsRequest  # noqa: Y015
+
+@_typing.final
+class CloseMatchingSessionsResponse(_message.Message):
+    """Some are deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLOSED_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    closed: _builtins.int
+    """How many were closed by this call."""
+    next_page_token: _builtins.str
+    """Pass it to go on. Empty: there are no more."""
+    def __init__(
+        self,
+        *,
+        closed: _builtins.int = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseMatchingSessionsResponse: _TypeAlias = CloseMatchingSessionsResponse  # noqa: Y015
+
+@_typing.final
+class RenewLeaseRequest(_message.Message):
+    """A client is there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    client_id: _builtins.int
+    """As in Lease."""
+    def __init__(
+        self,
+        *,
+        client_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewLeaseRequest: _TypeAlias = RenewLeaseRequest  # noqa: Y015
+
+@_typing.final
+class RenewLeaseResponse(_message.Message):
+    """Its leases begin anew."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewLeaseResponse: _TypeAlias = RenewLeaseResponse  # noqa: Y015
+
+@_typing.final
 class GetSessionRequest(_message.Message):
     """Asks for a session."""
 
@@ -458,6 +708,10 @@ class ListSessionsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     SESSION_ID_PREFIX_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    DESCENDING_FIELD_NUMBER: _builtins.int
+    IDLE_LONGER_FIELD_NUMBER: _builtins.int
+    SKIP_TOTAL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Only sessions of this model. Empty: of all models."""
     page_size: _builtins.int
@@ -466,6 +720,16 @@ class ListSessionsRequest(_message.Message):
     """next_page_token of the page before. Empty: the first page."""
     session_id_prefix: _builtins.str
     """Only ids that begin with this. Empty: all."""
+    order: Global___SessionOrder.ValueType
+    """In which order they come; sessions that are alike in it come in the order of their ids."""
+    descending: _builtins.bool
+    """The other way round."""
+    skip_total: _builtins.bool
+    """Do not count all that fit: a page costs less then."""
+    @_builtins.property
+    def idle_longer(self) -> _duration_pb2.Duration:
+        """Only sessions that nobody has changed, read or resumed for longer than this. Absent: all."""
+
     def __init__(
         self,
         *,
@@ -473,10 +737,14 @@ class ListSessionsRequest(_message.Message):
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         session_id_prefix: _builtins.str = ...,
+        order: Global___SessionOrder.ValueType = ...,
+        descending: _builtins.bool = ...,
+        idle_longer: _duration_pb2.Duration | None = ...,
+        skip_total: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_longer", b"idle_longer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "page_size", b"page_size", "page_token", b"page_token", "session_id_prefix", b"session_id_prefix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["descending", b"descending", "idle_longer", b"idle_longer", "model", b"model", "order", b"order", "page_size", b"page_size", "page_token", b"page_token", "session_id_prefix", b"session_id_prefix", "skip_total", b"skip_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -494,10 +762,10 @@ class ListSessionsResponse(_message.Message):
     next_page_token: _builtins.str
     """Pass it to get the next page. Empty: this is the last."""
     total: _builtins.int
-    """Live sessions that fit the request, over all pages."""
+    """Live sessions that fit the request, over all pages. 0 with skip_total."""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Session]:
-        """In the order of their ids."""
+        """In the order that was asked for. A page may have fewer than were asked for, or none, and not be the last."""
 
     def __init__(
         self,
@@ -1015,12 +1283,15 @@ class ResetStatesRequest(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     expected_revision: _builtins.int
     """Revision the session must have. Absent: applied at any revision."""
     request_id: _builtins.int
     """Random and non-zero, the same in a retry. 0: none."""
+    position: _builtins.int
+    """Position after the reset of all rows, where the values are those of a session at that position. Absent: 0."""
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
         """New values, each (batch_size, ...), or (number of rows, ...) with rows. Absent: the model's initial
@@ -1041,10 +1312,11 @@ class ResetStatesRequest(_message.Message):
         rows: _abc.Iterable[_builtins.int] | None = ...,
         expected_revision: _builtins.int | None = ...,
         request_id: _builtins.int = ...,
+        position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "request_id", b"request_id", "rows", b"rows", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "position", b"position", "request_id", b"request_id", "rows", b"rows", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -1144,6 +1416,7 @@ class ForkSessionRequest(_message.Message):
     NEW_SESSION_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session to copy."""
     new_session_id: _builtins.str
@@ -1154,6 +1427,10 @@ class ForkSessionRequest(_message.Message):
     """Random and non-zero. A retry with the same request id of the request that made the new session is
     answered with the first answer. 0: none.
     """
+    @_builtins.property
+    def lease(self) -> Global___Lease:
+        """As in OpenSessionRequest."""
+
     def __init__(
         self,
         *,
@@ -1161,10 +1438,11 @@ class ForkSessionRequest(_message.Message):
         new_session_id: _builtins.str = ...,
         expected_revision: _builtins.int | None = ...,
         request_id: _builtins.int = ...,
+        lease: Global___Lease | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "new_session_id", b"new_session_id", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "lease", b"lease", "new_session_id", b"new_session_id", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -1310,6 +1588,7 @@ class ForkSessionsRequest(_message.Message):
     NEW_SESSION_IDS_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISIONS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """Random and non-zero. A retry with the same request id is answered with the first answer as long as the server
     remembers it. 0: none.
@@ -1328,6 +1607,10 @@ class ForkSessionsRequest(_message.Message):
     def expected_revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Revision each session to copy must have. Empty: any."""
 
+    @_builtins.property
+    def lease(self) -> Global___Lease:
+        """As in OpenSessionRequest."""
+
     def __init__(
         self,
         *,
@@ -1335,10 +1618,11 @@ class ForkSessionsRequest(_message.Message):
         new_session_ids: _abc.Iterable[_builtins.str] | None = ...,
         expected_revisions: _abc.Iterable[_builtins.int] | None = ...,
         request_id: _builtins.int = ...,
+        lease: Global___Lease | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_revisions", b"expected_revisions", "new_session_ids", b"new_session_ids", "request_id", b"request_id", "session_ids", b"session_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_revisions", b"expected_revisions", "lease", b"lease", "new_session_ids", b"new_session_ids", "request_id", b"request_id", "session_ids", b"session_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1395,3 +1679,313 @@ class ForkSessionsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ForkSessionsResponse: _TypeAlias = ForkSessionsResponse  # noqa: Y015
+
+@_typing.final
+class ExportSessionsRequest(_message.Message):
+    """Asks for sessions with all that is kept of them: those named, or those that fit the filters, page by page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_IDS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    SESSION_ID_PREFIX_FIELD_NUMBER: _builtins.int
+    IDLE_LONGER_FIELD_NUMBER: _builtins.int
+    PAGE_BYTES_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Only sessions of this model. Empty: of all models."""
+    session_id_prefix: _builtins.str
+    """Only ids that begin with this. Empty: all."""
+    page_bytes: _builtins.int
+    """At most about so many bytes of sessions in this response, but at least one session. 0: 1 MiB."""
+    page_token: _builtins.str
+    """next_page_token of the response before, with the same sessions or filters. Empty: the first page."""
+    @_builtins.property
+    def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The sessions, at most 1000. Empty: those that fit the filters."""
+
+    @_builtins.property
+    def idle_longer(self) -> _duration_pb2.Duration:
+        """Only sessions that nobody has changed, read or resumed for longer than this. Absent: all."""
+
+    def __init__(
+        self,
+        *,
+        session_ids: _abc.Iterable[_builtins.str] | None = ...,
+        model: _builtins.str = ...,
+        session_id_prefix: _builtins.str = ...,
+        idle_longer: _duration_pb2.Duration | None = ...,
+        page_bytes: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_longer", b"idle_longer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle_longer", b"idle_longer", "model", b"model", "page_bytes", b"page_bytes", "page_token", b"page_token", "session_id_prefix", b"session_id_prefix", "session_ids", b"session_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportSessionsRequest: _TypeAlias = ExportSessionsRequest  # noqa: Y015
+
+@_typing.final
+class ExportSessionsResponse(_message.Message):
+    """A page of sessions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Pass it to get the next page. Empty: this is the last."""
+    @_builtins.property
+    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExportedSession]:
+        """In the order of the request, or of their ids."""
+
+    @_builtins.property
+    def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionError]:
+        """Sessions that could not be read, and why."""
+
+    def __init__(
+        self,
+        *,
+        sessions: _abc.Iterable[Global___ExportedSession] | None = ...,
+        errors: _abc.Iterable[Global___SessionError] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["errors", b"errors", "next_page_token", b"next_page_token", "sessions", b"sessions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportSessionsResponse: _TypeAlias = ExportSessionsResponse  # noqa: Y015
+
+@_typing.final
+class ExportedSession(_message.Message):
+    """A session as of its last completed change: revision, position, creation, state, and the answer that is remembered
+    for a retry of its last change.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    RECORD_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Its id."""
+    record: _builtins.bytes
+    """The record of a server, with a version and a checksum, little-endian: opaque for clients."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        record: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportedSession: _TypeAlias = ExportedSession  # noqa: Y015
+
+@_typing.final
+class SessionError(_message.Message):
+    """What went wrong with one session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The session."""
+    @_builtins.property
+    def error(self) -> _errors_pb2.Error:
+        """The error."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        error: _errors_pb2.Error | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionError: _TypeAlias = SessionError  # noqa: Y015
+
+@_typing.final
+class ImportSessionsRequest(_message.Message):
+    """Sessions to make."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    EXISTING_FIELD_NUMBER: _builtins.int
+    existing: Global___ExistingSession.ValueType
+    """For ids that are there. A session that is there exactly as it would be imported counts as imported."""
+    @_builtins.property
+    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExportedSession]:
+        """As ExportSessions gave them, at most 1000, each id once."""
+
+    def __init__(
+        self,
+        *,
+        sessions: _abc.Iterable[Global___ExportedSession] | None = ...,
+        existing: Global___ExistingSession.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["existing", b"existing", "sessions", b"sessions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportSessionsRequest: _TypeAlias = ImportSessionsRequest  # noqa: Y015
+
+@_typing.final
+class ImportSessionsResponse(_message.Message):
+    """What became of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImportedSession]:
+        """In the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        sessions: _abc.Iterable[Global___ImportedSession] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sessions", b"sessions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportSessionsResponse: _TypeAlias = ImportSessionsResponse  # noqa: Y015
+
+@_typing.final
+class ImportedSession(_message.Message):
+    """What became of a session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The session."""
+    outcome: Global___ImportOutcome.ValueType
+    """What was done."""
+    @_builtins.property
+    def error(self) -> _errors_pb2.Error:
+        """Why it FAILED."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        outcome: Global___ImportOutcome.ValueType = ...,
+        error: _errors_pb2.Error | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportedSession: _TypeAlias = ImportedSession  # noqa: Y015
+
+@_typing.final
+class ExportFileEntry(_message.Message):
+    """A file of exported sessions: the eight bytes "STPWLS1\\n", then entries. Each entry is the length of its message
+    (u32, little-endian), the CRC-32 of the message (u32, little-endian; zlib's), and the message, an ExportFileEntry.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def start(self) -> Global___ExportFileStart:
+        """The first entry."""
+
+    @_builtins.property
+    def session(self) -> Global___ExportedSession:
+        """A session."""
+
+    @_builtins.property
+    def end(self) -> Global___ExportFileEnd:
+        """The last entry."""
+
+    def __init__(
+        self,
+        *,
+        start: Global___ExportFileStart | None = ...,
+        session: Global___ExportedSession | None = ...,
+        end: Global___ExportFileEnd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "entry", b"entry", "session", b"session", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "entry", b"entry", "session", b"session", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_entry: _TypeAlias = _typing.Literal["start", "session", "end"]  # noqa: Y015
+    _WhichOneofArgType_entry: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_entry) -> _WhichOneofReturnType_entry | None: ...
+
+Global___ExportFileEntry: _TypeAlias = ExportFileEntry  # noqa: Y015
+
+@_typing.final
+class ExportFileStart(_message.Message):
+    """What a file of exported sessions says first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CREATED_TIME_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    release: _builtins.str
+    """Release of the SDK that wrote it."""
+    @_builtins.property
+    def created_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was written."""
+
+    def __init__(
+        self,
+        *,
+        created_time: _timestamp_pb2.Timestamp | None = ...,
+        release: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time", "release", b"release"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportFileStart: _TypeAlias = ExportFileStart  # noqa: Y015
+
+@_typing.final
+class ExportFileEnd(_message.Message):
+    """What a file of exported sessions says last."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    sessions: _builtins.int
+    """How many sessions are in it."""
+    def __init__(
+        self,
+        *,
+        sessions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sessions", b"sessions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportFileEnd: _TypeAlias = ExportFileEnd  # noqa: Y015

@@ -66,6 +66,16 @@ class SessionServiceStub(object):
                 request_serializer=stepwell_dot_v1_dot_sessions__pb2.CloseSessionsRequest.SerializeToString,
                 response_deserializer=stepwell_dot_v1_dot_sessions__pb2.CloseSessionsResponse.FromString,
                 _registered_method=True)
+        self.CloseMatchingSessions = channel.unary_unary(
+                '/stepwell.v1.SessionService/CloseMatchingSessions',
+                request_serializer=stepwell_dot_v1_dot_sessions__pb2.CloseMatchingSessionsRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_sessions__pb2.CloseMatchingSessionsResponse.FromString,
+                _registered_method=True)
+        self.RenewLease = channel.unary_unary(
+                '/stepwell.v1.SessionService/RenewLease',
+                request_serializer=stepwell_dot_v1_dot_sessions__pb2.RenewLeaseRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_sessions__pb2.RenewLeaseResponse.FromString,
+                _registered_method=True)
         self.GetSession = channel.unary_unary(
                 '/stepwell.v1.SessionService/GetSession',
                 request_serializer=stepwell_dot_v1_dot_sessions__pb2.GetSessionRequest.SerializeToString,
@@ -110,6 +120,16 @@ class SessionServiceStub(object):
                 '/stepwell.v1.SessionService/ForkSessions',
                 request_serializer=stepwell_dot_v1_dot_sessions__pb2.ForkSessionsRequest.SerializeToString,
                 response_deserializer=stepwell_dot_v1_dot_sessions__pb2.ForkSessionsResponse.FromString,
+                _registered_method=True)
+        self.ExportSessions = channel.unary_unary(
+                '/stepwell.v1.SessionService/ExportSessions',
+                request_serializer=stepwell_dot_v1_dot_sessions__pb2.ExportSessionsRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_sessions__pb2.ExportSessionsResponse.FromString,
+                _registered_method=True)
+        self.ImportSessions = channel.unary_unary(
+                '/stepwell.v1.SessionService/ImportSessions',
+                request_serializer=stepwell_dot_v1_dot_sessions__pb2.ImportSessionsRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_sessions__pb2.ImportSessionsResponse.FromString,
                 _registered_method=True)
 
 
@@ -156,6 +176,20 @@ class SessionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CloseMatchingSessions(self, request, context):
+        """Deletes the sessions that fit a filter, some of them at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewLease(self, request, context):
+        """Says that a client is still there, so that the leases of its sessions begin anew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetSession(self, request, context):
         """Describes a session as of its last completed change. Does not count as use.
         """
@@ -164,7 +198,7 @@ class SessionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """Lists live sessions in the order of their ids, page by page.
+        """Lists live sessions page by page, in the order of their ids or in another one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -233,6 +267,20 @@ class SessionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportSessions(self, request, context):
+        """Reads sessions with all that is kept of them, to be imported elsewhere. Does not count as use.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportSessions(self, request, context):
+        """Makes sessions of what was exported, each by itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -255,6 +303,16 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.CloseSessions,
                     request_deserializer=stepwell_dot_v1_dot_sessions__pb2.CloseSessionsRequest.FromString,
                     response_serializer=stepwell_dot_v1_dot_sessions__pb2.CloseSessionsResponse.SerializeToString,
+            ),
+            'CloseMatchingSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseMatchingSessions,
+                    request_deserializer=stepwell_dot_v1_dot_sessions__pb2.CloseMatchingSessionsRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_sessions__pb2.CloseMatchingSessionsResponse.SerializeToString,
+            ),
+            'RenewLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewLease,
+                    request_deserializer=stepwell_dot_v1_dot_sessions__pb2.RenewLeaseRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_sessions__pb2.RenewLeaseResponse.SerializeToString,
             ),
             'GetSession': grpc.unary_unary_rpc_method_handler(
                     servicer.GetSession,
@@ -300,6 +358,16 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.ForkSessions,
                     request_deserializer=stepwell_dot_v1_dot_sessions__pb2.ForkSessionsRequest.FromString,
                     response_serializer=stepwell_dot_v1_dot_sessions__pb2.ForkSessionsResponse.SerializeToString,
+            ),
+            'ExportSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportSessions,
+                    request_deserializer=stepwell_dot_v1_dot_sessions__pb2.ExportSessionsRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_sessions__pb2.ExportSessionsResponse.SerializeToString,
+            ),
+            'ImportSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ImportSessions,
+                    request_deserializer=stepwell_dot_v1_dot_sessions__pb2.ImportSessionsRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_sessions__pb2.ImportSessionsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -422,6 +490,60 @@ class SessionService(object):
             '/stepwell.v1.SessionService/CloseSessions',
             stepwell_dot_v1_dot_sessions__pb2.CloseSessionsRequest.SerializeToString,
             stepwell_dot_v1_dot_sessions__pb2.CloseSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseMatchingSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwell.v1.SessionService/CloseMatchingSessions',
+            stepwell_dot_v1_dot_sessions__pb2.CloseMatchingSessionsRequest.SerializeToString,
+            stepwell_dot_v1_dot_sessions__pb2.CloseMatchingSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwell.v1.SessionService/RenewLease',
+            stepwell_dot_v1_dot_sessions__pb2.RenewLeaseRequest.SerializeToString,
+            stepwell_dot_v1_dot_sessions__pb2.RenewLeaseResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -665,6 +787,60 @@ class SessionService(object):
             '/stepwell.v1.SessionService/ForkSessions',
             stepwell_dot_v1_dot_sessions__pb2.ForkSessionsRequest.SerializeToString,
             stepwell_dot_v1_dot_sessions__pb2.ForkSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwell.v1.SessionService/ExportSessions',
+            stepwell_dot_v1_dot_sessions__pb2.ExportSessionsRequest.SerializeToString,
+            stepwell_dot_v1_dot_sessions__pb2.ExportSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwell.v1.SessionService/ImportSessions',
+            stepwell_dot_v1_dot_sessions__pb2.ImportSessionsRequest.SerializeToString,
+            stepwell_dot_v1_dot_sessions__pb2.ImportSessionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

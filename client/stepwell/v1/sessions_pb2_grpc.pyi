@@ -53,10 +53,14 @@ class SessionServiceStub:
     """Deletes a session and its state, after the changes received before."""
     CloseSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.CloseSessionsRequest, _sessions_pb2.CloseSessionsResponse]
     """Deletes many sessions. Those that are not there any more are passed over."""
+    CloseMatchingSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.CloseMatchingSessionsRequest, _sessions_pb2.CloseMatchingSessionsResponse]
+    """Deletes the sessions that fit a filter, some of them at a time."""
+    RenewLease: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.RenewLeaseRequest, _sessions_pb2.RenewLeaseResponse]
+    """Says that a client is still there, so that the leases of its sessions begin anew."""
     GetSession: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.GetSessionRequest, _sessions_pb2.GetSessionResponse]
     """Describes a session as of its last completed change. Does not count as use."""
     ListSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ListSessionsRequest, _sessions_pb2.ListSessionsResponse]
-    """Lists live sessions in the order of their ids, page by page."""
+    """Lists live sessions page by page, in the order of their ids or in another one."""
     Step: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.StepRequest, _sessions_pb2.StepResponse]
     """Advances a session by one time step, or by T with a time axis: whole or not at all."""
     StepStream: _grpc.StreamStreamMultiCallable[_sessions_pb2.StepStreamRequest, _sessions_pb2.StepStreamResponse]
@@ -86,6 +90,10 @@ class SessionServiceStub:
     """Reads the states of many sessions of one model, of each after the changes received before for it."""
     ForkSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ForkSessionsRequest, _sessions_pb2.ForkSessionsResponse]
     """Opens new sessions with the states, revisions and positions of others: all of them or none."""
+    ExportSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ExportSessionsRequest, _sessions_pb2.ExportSessionsResponse]
+    """Reads sessions with all that is kept of them, to be imported elsewhere. Does not count as use."""
+    ImportSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ImportSessionsRequest, _sessions_pb2.ImportSessionsResponse]
+    """Makes sessions of what was exported, each by itself."""
 
 @_typing.type_check_only
 class SessionServiceAsyncStub(SessionServiceStub):
@@ -112,10 +120,14 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """Deletes a session and its state, after the changes received before."""
     CloseSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.CloseSessionsRequest, _sessions_pb2.CloseSessionsResponse]  # type: ignore[assignment]
     """Deletes many sessions. Those that are not there any more are passed over."""
+    CloseMatchingSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.CloseMatchingSessionsRequest, _sessions_pb2.CloseMatchingSessionsResponse]  # type: ignore[assignment]
+    """Deletes the sessions that fit a filter, some of them at a time."""
+    RenewLease: _aio.UnaryUnaryMultiCallable[_sessions_pb2.RenewLeaseRequest, _sessions_pb2.RenewLeaseResponse]  # type: ignore[assignment]
+    """Says that a client is still there, so that the leases of its sessions begin anew."""
     GetSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.GetSessionRequest, _sessions_pb2.GetSessionResponse]  # type: ignore[assignment]
     """Describes a session as of its last completed change. Does not count as use."""
     ListSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ListSessionsRequest, _sessions_pb2.ListSessionsResponse]  # type: ignore[assignment]
-    """Lists live sessions in the order of their ids, page by page."""
+    """Lists live sessions page by page, in the order of their ids or in another one."""
     Step: _aio.UnaryUnaryMultiCallable[_sessions_pb2.StepRequest, _sessions_pb2.StepResponse]  # type: ignore[assignment]
     """Advances a session by one time step, or by T with a time axis: whole or not at all."""
     StepStream: _aio.StreamStreamMultiCallable[_sessions_pb2.StepStreamRequest, _sessions_pb2.StepStreamResponse]  # type: ignore[assignment]
@@ -145,6 +157,10 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """Reads the states of many sessions of one model, of each after the changes received before for it."""
     ForkSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ForkSessionsRequest, _sessions_pb2.ForkSessionsResponse]  # type: ignore[assignment]
     """Opens new sessions with the states, revisions and positions of others: all of them or none."""
+    ExportSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ExportSessionsRequest, _sessions_pb2.ExportSessionsResponse]  # type: ignore[assignment]
+    """Reads sessions with all that is kept of them, to be imported elsewhere. Does not count as use."""
+    ImportSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ImportSessionsRequest, _sessions_pb2.ImportSessionsResponse]  # type: ignore[assignment]
+    """Makes sessions of what was exported, each by itself."""
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Sessions: one user's conversation with one model each. A session owns one state and a fixed batch
@@ -194,6 +210,22 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         """Deletes many sessions. Those that are not there any more are passed over."""
 
     @_abc_1.abstractmethod
+    def CloseMatchingSessions(
+        self,
+        request: _sessions_pb2.CloseMatchingSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sessions_pb2.CloseMatchingSessionsResponse, _abc.Awaitable[_sessions_pb2.CloseMatchingSessionsResponse]]:
+        """Deletes the sessions that fit a filter, some of them at a time."""
+
+    @_abc_1.abstractmethod
+    def RenewLease(
+        self,
+        request: _sessions_pb2.RenewLeaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sessions_pb2.RenewLeaseResponse, _abc.Awaitable[_sessions_pb2.RenewLeaseResponse]]:
+        """Says that a client is still there, so that the leases of its sessions begin anew."""
+
+    @_abc_1.abstractmethod
     def GetSession(
         self,
         request: _sessions_pb2.GetSessionRequest,
@@ -207,7 +239,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sessions_pb2.ListSessionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.ListSessionsResponse, _abc.Awaitable[_sessions_pb2.ListSessionsResponse]]:
-        """Lists live sessions in the order of their ids, page by page."""
+        """Lists live sessions page by page, in the order of their ids or in another one."""
 
     @_abc_1.abstractmethod
     def Step(
@@ -279,5 +311,21 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.ForkSessionsResponse, _abc.Awaitable[_sessions_pb2.ForkSessionsResponse]]:
         """Opens new sessions with the states, revisions and positions of others: all of them or none."""
+
+    @_abc_1.abstractmethod
+    def ExportSessions(
+        self,
+        request: _sessions_pb2.ExportSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sessions_pb2.ExportSessionsResponse, _abc.Awaitable[_sessions_pb2.ExportSessionsResponse]]:
+        """Reads sessions with all that is kept of them, to be imported elsewhere. Does not count as use."""
+
+    @_abc_1.abstractmethod
+    def ImportSessions(
+        self,
+        request: _sessions_pb2.ImportSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sessions_pb2.ImportSessionsResponse, _abc.Awaitable[_sessions_pb2.ImportSessionsResponse]]:
+        """Makes sessions of what was exported, each by itself."""
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -30,6 +30,7 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "birth": np.uint64,
     "claimed": np.bool_,
     "reply": np.uint8,
+    "lease": np.int32,
 }
 _REQUIRED = {"model", "batch_size", "used", "created"}
 
@@ -65,6 +66,8 @@ class SessionTable:
     """Something is under way for the session; what comes next waits."""
     reply: npt.NDArray[np.uint8]
     """How the reply to the last change is kept; the engine knows the codes. 0: it has no outputs."""
+    lease: npt.NDArray[np.int32]
+    """Which of `leases.Leases` it has; 0: none."""
 
     def __init__(self, capacity: int = 1024) -> None:
         self._handles: dict[str, int] = {}
@@ -74,6 +77,9 @@ class SessionTable:
         """What the store's records of sessions have beside what is known here, by handle; few have any."""
         self._free: list[int] = []
         self._births = 0
+        self.departures: list[str] | None = None
+        """Ids of sessions that were removed and had been added after `departures_after`, if somebody wants to know."""
+        self.departures_after = 0
         for name, dtype in _COLUMNS.items():
             setattr(self, name, np.zeros(capacity, dtype))
 
@@ -132,6 +138,8 @@ class SessionTable:
 
     def remove(self, handle: int) -> None:
         """Forget a session. The caller frees its rows."""
+        if self.departures is not None and self.birth[handle] > self.departures_after:
+            self.departures.append(self._ids[handle])
         del self._handles[self._ids[handle]]
         self._ids[handle] = ""
         self._more_rows.pop(handle, None)
@@ -139,6 +147,7 @@ class SessionTable:
         self.model[handle] = -1
         self.due[handle] = -1
         self.birth[handle] = 0
+        self.lease[handle] = 0
         self._free.append(handle)
 
     def rows(self, handle: int) -> Rows:
@@ -170,6 +179,11 @@ class SessionTable:
         self.row[handles] = rows[ends - sizes]
         for index in np.flatnonzero(sizes > 1):
             self._more_rows[int(handles[index])] = rows[ends[index] - sizes[index] : ends[index]].copy()
+
+    @property
+    def births(self) -> int:
+        """The birth that was given last."""
+        return self._births
 
     @property
     def end(self) -> int:

@@ -20,6 +20,30 @@ class Select(enum.Enum):
     NONE = "none"
 
 
+class Order(enum.Enum):
+    """In which order sessions are listed; those that are alike in it come in the order of their ids."""
+
+    ID = "id"
+    LAST_USED = "last used"
+    CREATED = "created"
+
+
+Position = tuple[float, str]
+"""Where a page of a list ended: the value by which it is in order (0 for ids), and the id."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SessionFilter:
+    """Which sessions are meant: those for which all of it holds."""
+
+    model: str = ""
+    """Empty: of any model."""
+    prefix: str = ""
+    """Of their ids."""
+    idle_longer_s: float | None = None
+    """Nobody has changed, read or resumed them for longer than this. None: that does not matter."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class SessionInfo:
     """A session as of its last completed change."""
@@ -35,6 +59,15 @@ class SessionInfo:
     last_used: float
     """Seconds since the epoch."""
     resident: bool
+    lease_s: float = 0.0
+    """How long its client may be gone; 0: it has no lease."""
+
+
+class SessionPage(list[SessionInfo]):
+    """Some sessions of a list."""
+
+    next: Position | None = None
+    """Where the next page begins; None: this is the last."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,6 +155,9 @@ class Observer:
 
     def sessions_opened(self, model: str, count: int, event: str = "opened") -> None:
         """Many at once, opened or forked; also told one by one for a single one: never both."""
+
+    def session_events(self, event: str, model: str, count: int) -> None:
+        """Many at once: closed, expired, imported. Never told one by one as well."""
 
     def stage(self, model: str, stage: str, seconds: float, count: int) -> None:
         """`count` changes spent `seconds` each in `stage`: wait (for a pass), commit (by a store on disk), total."""

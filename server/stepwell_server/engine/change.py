@@ -100,6 +100,8 @@ class Change:
     """For a reset: `(R, ...)` each; with `rows`, `(len(rows), ...)`."""
     rows: Sequence[int] | None = None
     """Reset or step of these rows only; the change then has one session. R of a step is their number."""
+    position: int = 0
+    """Of a reset of all rows: the sessions' afterwards."""
     reset_rows: Mask | None = None
     """For a step: rows that are reset to the initial state before its first time step, `(R,)`, or before each of them,
     `(R * T,)`, a row's time steps one after the other; when checked, `(R, 1)` or `(R, T)`. Reset and step are one

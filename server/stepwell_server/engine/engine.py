@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.leases import Leases
 from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Slots
@@ -19,6 +20,7 @@ from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.durability.fetching import Fetcher
+from stepwell_server.engine.durability.fields import Fields
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.keeping import keeping_of
 from stepwell_server.engine.durability.records import Records
@@ -45,13 +47,17 @@ from stepwell_server.engine.passes.inline import Inline
 from stepwell_server.engine.passes.loop import PassLoop
 from stepwell_server.engine.passes.predict import PredictCall
 from stepwell_server.engine.passes.runner import Runner, warm_up
+from stepwell_server.engine.sessions.catalogue import Catalogue
 from stepwell_server.engine.sessions.closing import Closing
 from stepwell_server.engine.sessions.creation import Creation
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.forking import Forking
+from stepwell_server.engine.sessions.leaving import Leaving
 from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Arrivals, Loader
+from stepwell_server.engine.sessions.matching import Matching
+from stepwell_server.engine.sessions.moving import Moving
 from stepwell_server.engine.sessions.opening import OpenedMany, Opening
 from stepwell_server.engine.sessions.reading import Reading
 from stepwell_server.engine.state.arena import Arena, default_resident_rows
@@ -116,8 +122,13 @@ class Engine:
         self._group = GroupCommit(store, self._ring_all)
         self._fetcher = fetcher = Fetcher(store)
         endings = Endings(max_session_idle_s)
-        keeping = keeping_of(store, self._group, table, Records(table), clock=clock, observer=observer)
-        self._pager = pager = Pager(table, store, fetcher, keeping, endings, clock=clock, observer=observer)
+        self._leases = leases = Leases(table, clock.monotonic())
+        fields = Fields(table, leases)
+        records = Records(table, fields)
+        keeping = keeping_of(store, self._group, table, records, clock=clock, observer=observer)
+        self._pager = pager = Pager(
+            table, store, fetcher, keeping, endings, fields, clock=clock, observer=observer
+        )
         row_queue = RowQueue(table, self._models, pager)
         self._turns = Turns(table, self._models, pager, row_queue, clock, self._forget)
         self._row_queue = row_queue
@@ -133,7 +144,7 @@ class Engine:
             observer=observer,
             max_idle_s=max_session_idle_s,
         )
-        loader = Loader(table, self._models, self._expiry)
+        loader = Loader(table, self._models, self._expiry, fields)
         self._arrivals = Arrivals(table, fetcher, self._expiry, loader, self._drain_inboxes)
         self._directory = Directory(
             table,
@@ -144,6 +155,7 @@ class Engine:
             loader=loader,
             expiry=self._expiry,
             endings=endings,
+            leases=leases,
             clock=clock,
         )
         self._committer = Committer(
@@ -172,6 +184,7 @@ class Engine:
             keeping,
             removal=removal,
             expiry=self._expiry,
+            leases=leases,
             clock=clock,
         )
         opening = Opening(
@@ -182,6 +195,7 @@ class Engine:
             creation,
             drain=self._drain_inboxes,
             require_open=self._require_open,
+            leases=leases,
             clock=clock,
             observer=observer,
         )
@@ -208,10 +222,43 @@ class Engine:
             fetcher,
             self._group,
             removal=removal,
-            drop=self._expiry.drop,
+            expiry=self._expiry,
+            fields=fields,
             clock=clock,
         )
-        self._listing = Listing(table, self._directory, self._expiry, keeping.others)
+        self._catalogue = Catalogue(table, self._models, keeping.others, self._expiry, clock)
+        listing = Listing(table, self._directory, self._expiry, keeping.others, self._catalogue, clock)
+        self.list_sessions = listing.ask
+        """Up to `limit` sessions, and how many fit in all: see `Listing.ask`."""
+        self.close_matching = Matching(listing, self._closing, clock).close
+        """Close sessions that fit a filter, some at a time: see `Matching.close`."""
+        moving = Moving(
+            table,
+            self._directory,
+            self._turns,
+            creation,
+            self._closing,
+            listing,
+            loader,
+            records,
+            self._group,
+            store,
+            keeping.others,
+            removal=removal,
+            clock=clock,
+            observer=observer,
+        )
+        self.export_sessions = moving.export
+        """The records of sessions: see `Moving.export`."""
+        self.export_page = moving.export_page
+        """The records of sessions that fit a filter, page by page: see `Moving.export_page`."""
+        self.import_sessions = moving.bring
+        """Make sessions of records, each by itself: see `Moving.bring`."""
+        self._leaving = Leaving(leases, self._expiry, keeping.others, clock=clock)
+        self.renew_lease = self._leaving.renew
+        """Hear that a client is there: see `Leaving.renew`."""
+        self.end_leases = self._leaving.end_due
+        """End the sessions whose client has been gone for too long; return how many. The timer does it by itself."""
         self._loops: dict[int, PassLoop] = {}
         """By the number of the model, as the inboxes."""
         self._inboxes: dict[int, Inbox] = {}
@@ -236,14 +283,14 @@ class Engine:
         for name in sorted(programs):
             rows = resident_rows or default_resident_rows(programs[name])
             self._serve(name, programs[name], max_batch_rows, rows)
-        self._expiring: asyncio.Task[None] | None = None
+        self._timers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Run each program once at several sizes, so that the first callers do not pay for it."""
         for model in self._models:
             runner = self._loops[model.index].runner
             await asyncio.to_thread(warm_up, runner, model.program, model.max_batch_rows)
-        self._expiring = asyncio.create_task(self._expiry.run())
+        self._timers = [asyncio.create_task(each.run()) for each in (self._expiry, self._leaving)]
 
     def models(self) -> list[ModelInfo]:
         """The models, in the order of their names."""
@@ -307,16 +354,6 @@ class Engine:
     async def refresh_counts(self) -> None:
         """Have `models` and `model` say how many sessions there are now, where the store must be awaited for it."""
         await self._directory.refresh_counts()
-
-    async def list_sessions(
-        self, *, model: str = "", prefix: str = "", after: str = "", limit: int = 1000
-    ) -> tuple[list[SessionInfo], int]:
-        """Up to `limit` sessions in the order of their ids, and how many fit in all.
-
-        Raises:
-            ModelNotFound: there is no model of that name.
-        """
-        return await self._listing.page(model=model, prefix=prefix, after=after, limit=limit)
 
     # the parts that these ask are made later than those that ask
 
@@ -396,7 +433,7 @@ class Engine:
         rows = next((len(array) for array in inputs.values() if array.ndim), 0)
         if not rows:
             raise InvalidInput(f"inputs must have at least one row; got {rows}")
-        checked = check_inputs(served.program, inputs, rows)
+        checked = check_inputs(served.program, inputs, rows, any_rows=True)
         resets = check_reset(reset, rows, checked.steps)
         require_reply(served.program, rows, checked.steps, reply_bytes, reply_limit)
         require_finite("input", checked.arrays, [spec.name for spec in served.program.inputs])
@@ -466,8 +503,9 @@ class Engine:
         Returns:
             False if the store did not come back from a commit in time: it must not be used any more then.
         """
-        if self._expiring is not None:
-            self._expiring.cancel()
+        for timer in self._timers:
+            timer.cancel()
+        self._catalogue.close()
         self._pool.shutdown(wait=True)
         if not self._is_local:
             with contextlib.suppress(TimeoutError):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stepwell_server.rpc.fronts.base import FrontCounts
     from stepwell_server.store.times import StoreTimes
 
-_EVENTS = ("opened", "resumed", "forked", "closed", "expired")
+_EVENTS = ("opened", "resumed", "forked", "imported", "closed", "expired")
 _CHANGES = ("step", "reset", "predict")
 _REPLAYED = ("step", "reset", "open", "fork")
 _STAGES = ("wait", "commit", "total")
@@ -144,6 +144,10 @@ class PrometheusObserver(Observer):
     def sessions_opened(self, model: str, count: int, event: str = "opened") -> None:
         """See `Observer.sessions_opened`."""
         self._events.values[model, event] += count
+
+    def session_events(self, event: str, model: str, count: int) -> None:
+        """See `Observer.session_events`."""
+        self._events.values[self._known(model), event] += count
 
     def stage(self, model: str, stage: str, seconds: float, count: int) -> None:
         """See `Observer.stage`."""

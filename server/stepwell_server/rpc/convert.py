@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from google.protobuf import timestamp_pb2
+from google.protobuf import duration_pb2, timestamp_pb2
 
 from stepwell.v1 import models_pb2, sessions_pb2, tensors_pb2
 from stepwell_server.engine.api import ModelInfo, Select, SessionInfo
@@ -45,6 +45,9 @@ _STATES: dict[int, Select] = {
     sessions_pb2.STATE_SELECTION_LAST: Select.LAST,
     sessions_pb2.STATE_SELECTION_ALL: Select.ALL,
 }
+
+#: Of a `google.protobuf.Duration`.
+_MOST_SECONDS = 315_576_000_000
 
 _Number = TypeVar("_Number", bound=np.integer[Any])
 
@@ -217,7 +220,26 @@ def from_session(info: SessionInfo) -> sessions_pb2.Session:
         created_time=_timestamp(info.created),
         last_used_time=_timestamp(info.last_used),
         resident=info.resident,
+        lease=from_seconds(info.lease_s) if info.lease_s else None,
     )
+
+
+def from_seconds(seconds: float) -> duration_pb2.Duration:
+    """A time span."""
+    whole = math.floor(seconds)
+    return duration_pb2.Duration(seconds=whole, nanos=round((seconds - whole) * 1e9))
+
+
+def to_seconds(duration: duration_pb2.Duration, argument: str) -> float:
+    """Seconds of a time span; `argument` is the field's name, for messages.
+
+    Raises:
+        InvalidInput: it is below 0, or out of the range of its type.
+    """
+    seconds = duration.seconds + duration.nanos / 1e9
+    if seconds < 0 or not 0 <= duration.nanos < 1_000_000_000 or duration.seconds > _MOST_SECONDS:
+        raise InvalidInput(f"{argument} must be 0 to {_MOST_SECONDS} s; got {seconds:g} s")
+    return seconds
 
 
 def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:

@@ -9,9 +9,7 @@ import numpy as np
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.engine.api import Applied, Opened
 from stepwell_server.engine.change import Awaited, Change
-from stepwell_server.errors import InvalidInput
-from stepwell_server.rpc import convert
-from stepwell_server.rpc.pages import from_token, to_token
+from stepwell_server.rpc import admin, convert
 from stepwell_server.rpc.status import to_proto
 from stepwell_server.rpc.steps import messages
 from stepwell_server.rpc.steps.sets import SetRoom
@@ -23,11 +21,8 @@ if TYPE_CHECKING:
     from stepwell_server.rpc.boundary import RequestObserver
     from stepwell_server.rpc.fronts.base import Call
 
-_DEFAULT_PAGE = 1000
-_LARGEST_PAGE = 10_000
 
-
-class SessionServicer:
+class SessionServicer(admin.Administration):
     """The calls of SessionService, each by its name in snake case. Lives on the event loop."""
 
     def __init__(
@@ -38,10 +33,9 @@ class SessionServicer:
         limits: StreamLimits,
         observer: RequestObserver,
     ) -> None:
-        self._engine = engine
+        super().__init__(engine, max_reply_bytes)
         self._observer = observer
         self._clock = clock
-        self._max_reply_bytes = max_reply_bytes
         self._limits = limits
         self._set_room = SetRoom()
         self._streams: set[FrameStream] = set()
@@ -57,6 +51,7 @@ class SessionServicer:
             must_be_new=request.must_be_new,
             request_id=request.request_id,
             fingerprint=request.model_fingerprint,
+            lease=admin.lease_of(request),
         )
         return pb.OpenSessionResponse(
             session=convert.from_session(opened.session), resumed=opened.resumed, replayed=opened.replayed
@@ -70,6 +65,7 @@ class SessionServicer:
             session_ids=list(request.session_ids),
             batch_size=request.batch_size or 1,
             request_id=request.request_id,
+            lease=admin.lease_of(request),
         )
         return pb.OpenSessionsResponse(
             session_ids=opened.session_ids,
@@ -94,24 +90,6 @@ class SessionServicer:
         """Describe a session."""
         return pb.GetSessionResponse(
             session=convert.from_session(await self._engine.session_info(request.session_id))
-        )
-
-    async def list_sessions(self, request: pb.ListSessionsRequest, _call: Call) -> pb.ListSessionsResponse:
-        """List sessions, page by page."""
-        size = request.page_size or _DEFAULT_PAGE
-        if size > _LARGEST_PAGE:
-            raise InvalidInput(f"page_size must be at most {_LARGEST_PAGE}; got {size}")
-        sessions, total = await self._engine.list_sessions(
-            model=request.model,
-            prefix=request.session_id_prefix,
-            after=from_token(request.page_token),
-            limit=size + 1,
-        )
-        page = sessions[:size]
-        return pb.ListSessionsResponse(
-            sessions=[convert.from_session(info) for info in page],
-            next_page_token=to_token(page[-1].session_id) if len(sessions) > size else "",
-            total=total,
         )
 
     async def step(self, request: pb.StepRequest, call: Call) -> pb.StepResponse:
@@ -140,6 +118,7 @@ class SessionServicer:
             new_session_id=request.new_session_id,
             expected=request.expected_revision if request.HasField("expected_revision") else None,
             request_id=request.request_id,
+            lease=admin.lease_of(request),
             deadline=call.deadline,
         )
         return pb.ForkSessionResponse(session=convert.from_session(forked.session), replayed=forked.replayed)
@@ -175,6 +154,7 @@ class SessionServicer:
             new_session_ids=list(request.new_session_ids),
             expected=convert.to_numbers(request.expected_revisions, np.uint64, "expected_revisions", count),
             request_id=request.request_id,
+            lease=admin.lease_of(request),
             deadline=call.deadline,
         )
         return pb.ForkSessionsResponse(

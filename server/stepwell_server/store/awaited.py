@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing_extensions import override
 
 from stepwell_server.store.base import ALL_KEPT, Batch, Committed, LocalStore, Store, StoreHealth, Tombstone
+from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import Header, Stored
 
 
@@ -40,16 +41,16 @@ class AwaitedStore(Store):
         return self.local.scan(after=after, prefix=prefix, limit=limit)
 
     @override
+    async def heads(self, *, after: str = "", limit: int) -> Heads:
+        return self.local.heads(after=after, limit=limit)
+
+    @override
     async def count(self) -> int:
         return self.local.count()
 
     @override
     async def count_of(self, model: str) -> int:
         return self.local.count_of(model)
-
-    @override
-    async def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        return self.local.count_some(after=after, prefix=prefix, limit=limit)
 
     @override
     async def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Protocol
 
+from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import Header, Stored
 
 
@@ -64,6 +65,8 @@ class End(enum.IntEnum):
     """It was idle for too long."""
     CLOSED = 2
     """A caller closed it."""
+    LEFT = 3
+    """Its client had been gone for longer than the lease allows."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,6 +103,9 @@ class Batch:
 
     A store that keeps members one by one counts those that it kept.
     """
+
+    goes_back: bool = False
+    """Its records may be of earlier changes than what the store had of the same sessions: they count all the same."""
 
     @property
     def session_ids(self) -> list[str]:
@@ -167,13 +173,13 @@ class Store(Protocol):
     async def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
         """See `LocalStore`."""
 
+    async def heads(self, *, after: str = "", limit: int) -> Heads:
+        """See `LocalStore`."""
+
     async def count(self) -> int:
         """See `LocalStore`."""
 
     async def count_of(self, model: str) -> int:
-        """See `LocalStore`."""
-
-    async def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
         """See `LocalStore`."""
 
     async def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
@@ -254,14 +260,14 @@ class LocalStore(Protocol):
             limit: how many at most.
         """
 
+    def heads(self, *, after: str = "", limit: int) -> Heads:
+        """As `scan`, as columns: several times as fast, as no record is checked."""
+
     def count(self) -> int:
         """How many sessions there are."""
 
     def count_of(self, model: str) -> int:
         """How many sessions a model has, by the counts of all batches."""
-
-    def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        """How many sessions a `scan` would give, and the last one's id: faster, as no record is looked at."""
 
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         """What is remembered of many sessions that are gone."""

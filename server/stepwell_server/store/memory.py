@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from stepwell_server.core.remembered import Remembered
 from stepwell_server.store.base import Batch, LocalStore, StoreHealth, Tombstone
+from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Stored, header_or_none
 
 TOMBSTONES = 100_000
@@ -63,18 +64,17 @@ class MemoryStore(LocalStore):
         return [(i, header_or_none(i, self._records[i])) for i in heapq.nsmallest(limit, fitting)]
 
     @override
+    def heads(self, *, after: str = "", limit: int) -> Heads:
+        ids = heapq.nsmallest(limit, (i for i in self._records if i > after))
+        return heads_of([i.encode() for i in ids], [self._records[i] for i in ids])
+
+    @override
     def count(self) -> int:
         return len(self._records)
 
     @override
     def count_of(self, model: str) -> int:
         return self._counts[model]
-
-    @override
-    def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        fitting = (i for i in self._records if i.startswith(prefix) and i > after)
-        found = heapq.nsmallest(limit, fitting)
-        return len(found), found[-1] if found else ""
 
     @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:

@@ -12,7 +12,7 @@ of two bytes, the value, one field after the other. A field that is not known he
 written again. One whose tag has the bit `CRITICAL` must be known: a record that has others is refused. A record
 without fields has schema 1, as servers before schema 2 wrote it and read it; one with fields has schema 2.
 
-Tags are never used twice. Set aside are 1 nonce of the commit, 2 tenant, 3 lease, 4 version epoch, 0x8005 key id.
+Tags are never used twice. 3 is the lease; set aside are 1 nonce of the commit, 2 tenant, 4 version epoch, 0x8005 key id.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ SCHEMA_VERSION = 2
 """Of records with fields. Those without are of schema 1 and are still written so."""
 CRITICAL = 0x8000
 """A bit of a field's tag: who does not know the field must not use the record."""
-KNOWN_TAGS: frozenset[int] = frozenset()
+LEASE = 3
+"""Tag of the client whose absence ends the session: its id and milliseconds, 8 bytes each."""
+KNOWN_TAGS: frozenset[int] = frozenset({LEASE})
 """Tags of the fields that this server knows."""
 _PLAIN_SCHEMA = 1
 
@@ -236,7 +238,8 @@ class Joined(Sequence[tuple[str, Stored]]):
 class RecordTemplate:
     """The records of some sessions of one model and batch size, laid out once and filled as often as they change.
 
-    Sessions with extension fields have records of their own: `encode`.
+    Extension fields, if there are any, have the same length in all of them. Other sessions have records of their own:
+    `encode`.
 
     What `fill` returns are views of the template: they hold until it is filled again. For one thread at a time.
     """
@@ -251,18 +254,26 @@ class RecordTemplate:
         created: F64 | float,
         row_bytes: int,
         batch_size: int = 1,
+        fields: Sequence[bytes] = (),
     ) -> None:
-        """Lay out n records; `opened_with` and `created` are `(n,)` or one for all, a row as `Arena.pack` lays it out."""
+        """Lay out n records; `opened_with` and `created` are `(n,)` or one for all, a row as `Arena.pack` lays it out.
+
+        `fields` are each one's extension fields; empty for none.
+        """
         texts = Texts(fingerprint, model)
         text = np.frombuffer(texts.data, np.uint8)
         start = HEADER.itemsize + len(text)
-        size = start + batch_size * row_bytes
+        end = start + batch_size * row_bytes
+        size = end + (len(fields[0]) if fields else 0)
         buffer = np.zeros((len(session_ids), size), np.uint8)
         buffer[:, HEADER.itemsize : start] = text
-        self.rows: U8 = buffer[:, start:]
+        self.rows: U8 = buffer[:, start:end]
         """`(n, batch_size * row_bytes)`: to be written before `fill`."""
         heads = self._heads = buffer[:, : HEADER.itemsize].view(HEADER)[:, 0]
         heads["schema"], heads["batch_size"] = _PLAIN_SCHEMA, batch_size
+        if fields:
+            buffer[:, end:] = np.frombuffer(b"".join(fields), np.uint8).reshape(len(session_ids), -1)
+            heads["schema"], heads["fields_bytes"] = SCHEMA_VERSION, size - end
         heads["rows_bytes"] = batch_size * row_bytes
         heads["fingerprint_bytes"], heads["model_bytes"] = texts.fingerprint_bytes, texts.model_bytes
         heads["opened_with"], heads["created"] = opened_with, created

@@ -90,7 +90,9 @@ class Worker:
 
     async def _open_group(self, ids: Sequence[str]) -> aio.AsyncSessionGroup:
         plan = self._plan
-        group = await self._client.open_sessions(plan.model, len(ids), plan.batch_size, ids)
+        group = await self._client.open_sessions(
+            plan.model, len(ids), batch_size=plan.batch_size, session_ids=ids
+        )
         self._opened.extend(ids)
         return group
 

@@ -24,4 +24,10 @@ class Endings:
         """What is said of a session of which a tombstone is kept."""
         if stone.end is End.EXPIRED:
             return self.expired(stone.session_id)
+        if stone.end is End.LEFT:
+            return SessionExpired(
+                stone.session_id,
+                f"session {stone.session_id!r} expired: its client had been gone for longer than the lease"
+                " that it opened it with",
+            )
         return SessionNotFound(stone.session_id, f"session {stone.session_id!r} was closed")

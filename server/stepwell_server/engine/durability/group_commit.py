@@ -20,7 +20,7 @@ from stepwell_server.engine.state.model import Alarm
 from stepwell_server.errors import Overloaded, ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import ALL_KEPT, Batch, Committed, LocalStore, Store
-from stepwell_server.store.record import Joined
+from stepwell_server.store.record import Joined, Stored
 
 _log = Log("engine.commit")
 
@@ -348,12 +348,17 @@ def _merged(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     return Batch(
-        puts=Joined([batch.puts for batch in batches if batch.puts]),
+        puts=Joined([part for batch in batches for part in _parts(batch.puts)]),
         deletes=[name for batch in batches for name in batch.deletes],
         forgets=[name for batch in batches for name in batch.forgets],
         tombstones=[stone for batch in batches for stone in batch.tombstones],
         counts=[count for batch in batches for count in batch.counts],
+        goes_back=any(batch.goes_back for batch in batches),
     )
+
+
+def _parts(puts: Sequence[tuple[str, Stored]]) -> Sequence[Sequence[tuple[str, Stored]]]:
+    return puts.parts if isinstance(puts, Joined) else [puts] if puts else ()
 
 
 def reason(error: Exception) -> ServerError:

@@ -14,7 +14,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.group_commit import Done, GroupCommit
-from stepwell_server.engine.durability.records import Outcome, Records
+from stepwell_server.engine.durability.records import Outcome, Records, as_it_is
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ServerError
 from stepwell_server.store.base import ALL_KEPT, Batch, Committed, LocalStore, Store
@@ -96,17 +96,8 @@ class PagedOutOnly(Keeping):
 
     @override
     def leave(self, model: Model, handles: Handles) -> None:
-        table = self._table
-        as_it_is = Outcome(
-            model,
-            handles,
-            table.revision[handles],
-            table.position[handles],
-            table.request_id[handles],
-            table.reply[handles],
-            model.replies.arrays(handles),
-        )
-        self._store.commit(Batch(puts=self._records.of(as_it_is, self._clock.now())))
+        outcome = as_it_is(self._table, model, handles)
+        self._store.commit(Batch(puts=self._records.of(outcome, self._clock.now())))
 
     @override
     def came_back(self, session_ids: Sequence[str]) -> None:

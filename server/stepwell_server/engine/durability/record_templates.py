@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from stepwell_server.core.remembered import Remembered
 from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.durability.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.store.record import RecordTemplate
 
@@ -20,19 +21,22 @@ _MOST_BYTES = 32 << 20
 _MOST_SEEN = 4096
 
 _Key = tuple[int, bytes]
+_Facts = tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]
+"""Births and leases: what may have changed since a template was laid out."""
 
 
 class Templates:
     """Lays out records. For whoever holds the claims of the sessions, on the thread that stores them."""
 
-    def __init__(self, table: SessionTable) -> None:
+    def __init__(self, table: SessionTable, fields: Fields) -> None:
         self._table = table
-        self._kept: OrderedDict[_Key, tuple[npt.NDArray[np.uint64], RecordTemplate]] = OrderedDict()
+        self._fields = fields
+        self._kept: OrderedDict[_Key, tuple[_Facts, RecordTemplate]] = OrderedDict()
         self._bytes = 0
         self._seen: Remembered[int, bool] = Remembered(_MOST_SEEN)
 
     def of(self, model: Model, handles: Handles) -> RecordTemplate:
-        """A template for sessions of one batch size, to be filled.
+        """A template for sessions of one batch size, all of which have a lease, or none; to be filled.
 
         Nobody else fills it before their change is stored: their claims see to that.
         """
@@ -40,8 +44,8 @@ class Templates:
             return self._lay_out(model, handles)
         key = (model.index, handles.tobytes())
         found = self._kept.get(key)
-        births = self._table.birth[handles]
-        if found is not None and (found[0] == births).all():
+        births, leases = self._table.birth[handles], self._table.lease[handles]
+        if found is not None and (found[0][0] == births).all() and (found[0][1] == leases).all():
             self._kept.move_to_end(key)
             return found[1]
         if found is not None:
@@ -49,7 +53,7 @@ class Templates:
         template = self._lay_out(model, handles)
         if self._is_first(hash(key)):
             return template
-        self._kept[key] = (births, template)
+        self._kept[key] = ((births, leases), template)
         self._bytes += template.byte_count
         while self._bytes > _MOST_BYTES:
             _, (_, oldest) = self._kept.popitem(last=False)
@@ -76,4 +80,5 @@ class Templates:
             created=table.created[handles],
             row_bytes=model.arena.row_bytes,
             batch_size=int(table.batch_size[handles[0]]),
+            fields=self._fields.of_leases(handles) if table.lease[handles[0]] else (),
         )

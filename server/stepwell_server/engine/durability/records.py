@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.durability.fields import Fields
 from stepwell_server.engine.durability.record_templates import Templates
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import KeptArrays
 from stepwell_server.engine.types import U64, Members
-from stepwell_server.store.record import Stored, encode
+from stepwell_server.store.record import Joined, Stored, encode
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,14 +48,28 @@ class Outcome:
         )
 
 
+def as_it_is(table: SessionTable, model: Model, handles: Handles) -> Outcome:
+    """What the table and the arena say of claimed sessions of a model now."""
+    return Outcome(
+        model,
+        handles,
+        table.revision[handles],
+        table.position[handles],
+        table.request_id[handles],
+        table.reply[handles],
+        model.replies.arrays(handles),
+    )
+
+
 class Records:
     """Makes records of claimed sessions, on whatever thread stores them."""
 
-    def __init__(self, table: SessionTable) -> None:
+    def __init__(self, table: SessionTable, fields: Fields) -> None:
         self._table = table
-        self._templates = Templates(table)
+        self._fields = fields
+        self._templates = Templates(table, fields)
 
-    def of(self, outcome: Outcome, last_used: float) -> list[tuple[str, Stored]]:
+    def of(self, outcome: Outcome, last_used: float) -> Sequence[tuple[str, Stored]]:
         """What the store keeps of an outcome, by session id."""
         handles = outcome.handles
         rows, sizes = self._table.rows_of(handles), self._table.batch_size[handles]
@@ -66,6 +81,10 @@ class Records:
                 packed[end - size : end] for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)
             ]
             return [self._one(outcome, place, part.tobytes(), last_used) for place, part in enumerate(parts)]
+        leased = self._table.lease[handles] > 0
+        if leased.any() and not leased.all():  # their records are not as long as the others
+            parts_of = [outcome.part(np.flatnonzero(leased)), outcome.part(np.flatnonzero(~leased))]
+            return Joined([self.of(part, last_used) for part in parts_of])
         template = self._templates.of(outcome.model, handles)
         outcome.model.arena.pack_into(rows, template.rows)
         return template.fill(
@@ -92,5 +111,5 @@ class Records:
             batch_size=int(table.batch_size[handle]),
             rows=rows,
             extra=b"" if arrays is None else model.replies.pack(arrays),
-            fields=table.fields.get(handle, b""),
+            fields=self._fields.of(handle),
         )

@@ -366,7 +366,7 @@ class Admission:
             model,
             handles,
             table.revision[handles] + np.uint64(1),
-            table.position[handles] if some else np.zeros(len(handles), np.uint64),
+            table.position[handles] if some else np.full(len(handles), change.position, np.uint64),
             change.requests_of(members),
             np.full(len(handles), Kept.EMPTY, np.uint8),
         )

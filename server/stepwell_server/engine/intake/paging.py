@@ -20,6 +20,7 @@ from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.durability.fetching import Fetched, Fetcher
+from stepwell_server.engine.durability.fields import Fields
 from stepwell_server.engine.durability.group_commit import reason
 from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.state.model import Model
@@ -63,6 +64,7 @@ class Pager:
         fetcher: Fetcher,
         keeping: Keeping,
         endings: Endings,
+        fields: Fields,
         *,
         clock: Clock,
         observer: Observer,
@@ -72,6 +74,7 @@ class Pager:
         self._fetcher = fetcher
         self._keeping = keeping
         self._endings = endings
+        self._fields = fields
         self._clock = clock
         self._observer = observer
         self._tasks: set[asyncio.Task[None]] = set()
@@ -265,10 +268,9 @@ class Pager:
             getattr(table, column)[own] = heads[column]
         for handle, place in zip(own.tolist(), decoded.sound[same].tolist(), strict=True):
             record = found[place].record
-            table.fields.pop(handle, None)
-            if record is not None and heads["fields_bytes"].any():
-                fields = decode_header(table.session_id(handle), record).fields
-                table.fields.update({handle: fields} if fields else {})
+            has_fields = record is not None and heads["fields_bytes"].any()
+            fields = decode_header(table.session_id(handle), record).fields if has_fields else b""
+            self._fields.take(handle, fields)
 
     def _gone(self, handle: int, found: Fetched) -> ServerError:
         """Why a session that is in the table has no record."""

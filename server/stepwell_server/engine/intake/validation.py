@@ -47,8 +47,14 @@ class CheckedInputs(NamedTuple):
     """The caller gave a time axis, so the reply has one too."""
 
 
-def check_inputs(program: Program, inputs: Tensors, rows: int) -> CheckedInputs:
+def check_inputs(program: Program, inputs: Tensors, rows: int, *, any_rows: bool = False) -> CheckedInputs:
     """Check and cast the inputs of `rows` rows. Finite numbers are `finite_rows`' affair.
+
+    Args:
+        program: Whose inputs they are.
+        inputs: By name.
+        rows: How many each must have.
+        any_rows: It is a number that was taken from them, and any other would do.
 
     Raises:
         InvalidInput: a name, dtype or shape does not fit.
@@ -60,7 +66,7 @@ def check_inputs(program: Program, inputs: Tensors, rows: int) -> CheckedInputs:
         array = _cast("input", spec.name, by_name[spec.name], spec.dtype)
         fits = array.shape == (rows, *spec.shape)
         if spec.temporal:
-            times.append(None if fits else _time_steps(spec, array, rows))
+            times.append(None if fits else _time_steps(spec, array, rows, any_rows))
         elif not fits:
             raise _shape_error(spec.name, f"{(rows, *spec.shape)}", array)
         arrays.append(array)
@@ -521,18 +527,22 @@ def _require_range(what: str, name: str, array: Array, wanted: np.dtype[np.gener
         )
 
 
-def _time_steps(spec: TensorSpec, array: Array, rows: int) -> int:
+def _time_steps(spec: TensorSpec, array: Array, rows: int, any_rows: bool) -> int:
     if array.ndim == len(spec.shape) + 2 and array.shape[0] == rows and array.shape[2:] == spec.shape:
         if array.shape[1] == 0:
             raise InvalidInput(f"input {spec.name!r} must have at least one time step; got T = 0")
         return int(array.shape[1])
     features = "".join(f", {size}" for size in spec.shape)
     one = f"({rows}{features})" if spec.shape else f"({rows},)"
-    raise _shape_error(spec.name, f"{one} or ({rows}, T{features})", array)
+    # One row without its batch axis, of one time step or of several.
+    bare = array.ndim and (array.shape == spec.shape or array.shape[1:] == spec.shape)
+    bare = bare and (rows == 1 or any_rows)
+    raise _shape_error(spec.name, f"{one} or ({rows}, T{features})", array, "x[None]" if bare else "")
 
 
-def _shape_error(name: str, wanted: str, array: Array) -> InvalidInput:
-    return InvalidInput(f"input {name!r} must have shape {wanted}; got {array.shape}")
+def _shape_error(name: str, wanted: str, array: Array, instead: str = "") -> InvalidInput:
+    hint = f": did you mean {instead}?" if instead else ""
+    return InvalidInput(f"input {name!r} must have shape {wanted}; got {array.shape}{hint}")
 
 
 def _unlike_times(program: Program, times: Sequence[int | None]) -> InvalidInput:

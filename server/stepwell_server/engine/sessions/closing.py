@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,12 +13,13 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.fetching import Fetched, Fetcher
+from stepwell_server.engine.durability.fields import Fields
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ending import Ended, Removal, batch_of
+from stepwell_server.engine.sessions.ending import Ended, Expiry, Removal, batch_of
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL
 from stepwell_server.engine.sessions.loading import Seen, refresh
 from stepwell_server.errors import (
@@ -50,7 +53,8 @@ class Closing:
         commits: GroupCommit,
         *,
         removal: Removal,
-        drop: Callable[[Handles, ServerError], None],
+        expiry: Expiry,
+        fields: Fields,
         clock: Clock,
     ) -> None:
         self._table = table
@@ -60,7 +64,8 @@ class Closing:
         self._fetcher = fetcher
         self._commits = commits
         self._removal = removal
-        self._drop = drop
+        self._expiry = expiry
+        self._fields = fields
         self._clock = clock
         self._deleting: dict[str, asyncio.Future[None]] = {}
         """Sessions that cannot be stepped here and are being deleted: they have no claim."""
@@ -99,8 +104,11 @@ class Closing:
             return True
         raise error or self._directory.gone(session_id, seen)
 
-    async def close_many(self, session_ids: Sequence[str]) -> int:
-        """Delete those of many sessions that are there. See `Engine.close_sessions`."""
+    async def close_many(self, session_ids: Sequence[str], *, used_before: float = math.inf) -> int:
+        """Delete those of many sessions that are there. See `Engine.close_sessions`.
+
+        With `used_before`, on the monotonic clock, those that were used since then, or have something under way, stay.
+        """
         if len(session_ids) > MAX_SESSIONS_PER_CALL:
             raise InvalidInput(f"session_ids must be at most {MAX_SESSIONS_PER_CALL}; got {len(session_ids)}")
         if "" in session_ids:
@@ -109,12 +117,20 @@ class Closing:
         seen = await self._directory.look(ids)
         handles = self._directory.find_all(ids, seen)
         there = handles >= 0
-        free = handles[there][~self._table.claimed[handles[there]]]
+        missing = [ids[place] for place in np.flatnonzero(~there).tolist()]
+        claimed = self._table.claimed[handles] & there
+        if used_before < math.inf:
+            there &= ~claimed & (self._table.used[handles] < used_before)
+        free = handles[there & ~claimed]
         # what has something under way, and what cannot be stepped here, is closed by itself; the others are not there
-        rest = [ids[place] for place in np.flatnonzero(there & self._table.claimed[handles]).tolist()]
-        rest += self._directory.unusable([ids[place] for place in np.flatnonzero(~there).tolist()], seen)
+        rest = [ids[place] for place in np.flatnonzero(there & claimed).tolist()]
+        rest += self._directory.unusable(missing, seen)
         self._turns.claim(free)
-        closed = await self._delete_in_parts(free)
+        ended: Counter[str] | None = Counter() if len(ids) > 1 else None
+        try:
+            closed = await self._delete_in_parts(free, ended)
+        finally:
+            self._removal.tell("closed", ended or Counter())
         # one after the other: to hold some while waiting for others could wait for ever
         for session_id in rest:
             try:
@@ -125,8 +141,10 @@ class Closing:
             closed += 1
         return closed
 
-    async def _delete_in_parts(self, handles: Handles) -> int:
+    async def _delete_in_parts(self, handles: Handles, ended: Counter[str] | None) -> int:
         """Delete claimed sessions, so many at a time as a full disk has room for; return how many.
+
+        `ended` counts them, see `Removal.remove`.
 
         Raises:
             Unavailable: the store did not delete all.
@@ -138,13 +156,13 @@ class Closing:
                 if start:
                     await asyncio.sleep(0)  # a commit in place lets nobody else have a turn
                 kept = handles[start + _CLOSE_AT_ONCE :]
-                deleted += await self._delete(handles[start : start + _CLOSE_AT_ONCE], 0)
+                deleted += await self._delete(handles[start : start + _CLOSE_AT_ONCE], 0, ended)
             except BaseException:
                 self._turns.release(kept)
                 raise
         return deleted
 
-    async def _delete(self, handles: Handles, request_id: int) -> int:
+    async def _delete(self, handles: Handles, request_id: int, ended: Counter[str] | None = None) -> int:
         """Delete claimed sessions; return how many there were: others may have been closed on another server.
 
         Raises:
@@ -152,7 +170,7 @@ class Closing:
         """
         deleted = 0
         for _ in range(MOST_TRIES):
-            conflicts = await self._try_to_delete(handles, request_id)
+            conflicts = await self._try_to_delete(handles, request_id, ended)
             deleted += len(handles) - len(conflicts)
             if not len(conflicts):
                 return deleted
@@ -160,24 +178,24 @@ class Closing:
         self._turns.release(handles)
         raise changed_elsewhere(self._table.session_id(int(handles[0])))
 
-    async def _try_to_delete(self, handles: Handles, request_id: int) -> Handles:
+    async def _try_to_delete(self, handles: Handles, request_id: int, ended: Counter[str] | None) -> Handles:
         """As `_delete`; returns those that another server has changed, which are claimed still."""
         removal, sessions = self._removal, self._removal.described(handles)
         conflicts: list[int] = []
 
         def done(committed: Committed | ServerError) -> ServerError | None:
             if isinstance(committed, ServerError):
-                self._drop(handles, committed)
+                self._expiry.drop(handles, committed)
                 return committed
             error: ServerError | None = None
             for handle, (session_id, _, _) in zip(handles.tolist(), sessions, strict=True):
                 match committed.of(session_id):
                     case Outcome.KEPT:
                         gone = SessionNotFound(session_id, f"session {session_id!r} was closed")
-                        removal.remove(handle, "closed", gone)
+                        removal.remove(handle, "closed", gone, ended)
                     case Outcome.UNKNOWN:
                         error = not_known()
-                        self._drop(np.array([handle]), error)
+                        self._expiry.drop(np.array([handle]), error)
                     case Outcome.CONFLICT:
                         conflicts.append(handle)
             return error
@@ -208,7 +226,7 @@ class Closing:
             gone = SessionNotFound(session_id, f"session {session_id!r} was closed on another server")
             self._removal.forget(handle, gone)
             return False
-        refresh(self._table, handle, decode_header(session_id, found.record))
+        refresh(self._table, self._fields, handle, decode_header(session_id, found.record))
         self._pager.discard(self._directory.models.by_handle(handle), np.array([handle]))
         return True
 
@@ -229,6 +247,7 @@ class Closing:
             if isinstance(committed, ServerError):
                 return committed
             outcome = committed.of(session_id)
+            self._expiry.forgotten += 1
             return not_known() if outcome is Outcome.UNKNOWN else None
 
         revision = self._directory.stored_revision(session_id, seen)

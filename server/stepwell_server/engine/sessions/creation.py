@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.leases import Lease, Leases
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.durability.committer import not_known
+from stepwell_server.engine.durability.fields import of_lease
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.intake.row_queue import RowQueue
@@ -47,6 +49,7 @@ class Fresh:
     """`(n,)`."""
     states: Sequence[Array] | None = None
     """Of all of them, their rows one after the other; None: those that begin paged out have the initial state."""
+    lease: Lease | None = None
 
     @property
     def ready(self) -> int:
@@ -83,6 +86,7 @@ class Creation:
         *,
         removal: Removal,
         expiry: Expiry,
+        leases: Leases,
         clock: Clock,
     ) -> None:
         self._table = table
@@ -90,6 +94,7 @@ class Creation:
         self._row_queue = row_queue
         self._removal = removal
         self._expiry = expiry
+        self._leases = leases
         self._commits = commits
         self._keeping = keeping
         self._clock = clock
@@ -200,6 +205,7 @@ class Creation:
                 opened_with=fresh.opened_with,
                 used=self._clock.monotonic(),
                 created=fresh.created,
+                lease=0 if fresh.lease is None else self._leases.number(fresh.lease),
             )
             if rows is not None:
                 model.slots.owner[self._table.row[handles]] = handles
@@ -218,6 +224,7 @@ def _records(fresh: Fresh) -> Sequence[tuple[str, Stored]]:
         created=fresh.created,
         row_bytes=model.arena.row_bytes,
         batch_size=fresh.batch_size,
+        fields=() if fresh.lease is None else [of_lease(fresh.lease)] * len(fresh.ids),
     )
     model.arena.pack_into(fresh.rows, template.rows[:ready])
     if fresh.states is None:

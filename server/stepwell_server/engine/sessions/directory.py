@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.leases import Leases
 from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.change import MOST_ERRORS, for_all
 from stepwell_server.engine.durability.endings import Endings
+from stepwell_server.engine.durability.fields import lease_of
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.engine.sessions.ids import PIECE, IdMaker, shown
@@ -55,6 +57,7 @@ class Directory:
         loader: Loader,
         expiry: Expiry,
         endings: Endings,
+        leases: Leases,
         clock: Clock,
     ) -> None:
         self._table = table
@@ -64,6 +67,7 @@ class Directory:
         self._arrivals = arrivals
         self._expiry = expiry
         self._endings = endings
+        self._leases = leases
         self._clock = clock
         self._loader = loader
         self.ids = IdMaker(store)
@@ -184,7 +188,7 @@ class Directory:
             stone = stones.get(session_id)
             kind: tuple[object, ...] = (
                 not session_id,
-                session_id in self._expiry.burying,
+                None if (buried := self._expiry.burying.get(session_id)) is None else buried.end,
                 None if stone is None else stone.end,
                 stone is None and self.ids.is_from_elsewhere(session_id),
             )
@@ -218,10 +222,15 @@ class Directory:
             session_id, f"session_id must be that of an open session; got {shown(session_id)}"
         )
 
+    def ending(self, session_id: str) -> SessionGone | None:
+        """How a session is ending that has expired, of which the store need not have heard yet."""
+        burying = self._expiry.burying.get(session_id)
+        return None if burying is None else self._endings.of(burying)
+
     def ended(self, session_id: str, seen: Seen) -> SessionGone | None:
         """How a session ended, as far as that is remembered."""
-        if session_id in self._expiry.burying:
-            return self._endings.expired(session_id)
+        if (ending := self.ending(session_id)) is not None:
+            return ending
         (stone,) = seen.tombstones([session_id])
         return None if stone is None else self._endings.of(stone)
 
@@ -235,7 +244,7 @@ class Directory:
         seen = self.here if self._is_local else seen
         return np.array(
             [
-                burying[session_id] + 1
+                burying[session_id].revision + 1
                 if session_id in burying
                 else 0
                 if stone is None
@@ -271,6 +280,7 @@ class Directory:
             created=float(table.created[handle]),
             last_used=self._clock.now() - (self._clock.monotonic() - float(table.used[handle])),
             resident=bool(table.row[handle] >= 0),
+            lease_s=self._leases.duration_s(int(table.lease[handle])),
         )
 
     async def describe(self, session_id: str, *, usable: bool) -> SessionInfo:
@@ -320,4 +330,5 @@ def stored_info(session_id: str, header: Header) -> SessionInfo:
         created=header.created,
         last_used=header.last_used,
         resident=False,
+        lease_s=0.0 if (lease := lease_of(header.fields)) is None else lease[1] / 1000,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -33,6 +34,8 @@ _TICKS = 10
 _SHORTEST_S = 0.05
 _AT_ONCE = 500
 _PAUSE_S = 0.01
+_TOLD_ONE_BY_ONE = 16
+"""More sessions that expire together are a line in the log with their number."""
 
 
 Ended = tuple[str, str, int]
@@ -70,11 +73,22 @@ class Removal:
             for handle in handles.tolist()
         ]
 
-    def remove(self, handle: int, event: str, error: ServerError) -> None:
-        """Forget a session that ended and is claimed or idle, and refuse what waits for it."""
+    def remove(self, handle: int, event: str, error: ServerError, ended: Counter[str] | None = None) -> None:
+        """Forget a session that ended and is claimed or idle, and refuse what waits for it.
+
+        `ended`: count it there by its model instead of telling it; `tell` tells all of them at once.
+        """
         session_id, model = self._table.session_id(handle), self._models.by_handle(handle)
         self.forget(handle, error)
-        self._observer.session_event(event, model.name, session_id)
+        if ended is None:
+            self._observer.session_event(event, model.name, session_id)
+        else:
+            ended[model.name] += 1
+
+    def tell(self, event: str, ended: Counter[str]) -> None:
+        """Tell how many sessions ended."""
+        for model, count in ended.items():
+            self._observer.session_events(event, model, count)
 
     def forget(self, handle: int, error: ServerError) -> None:
         """As `remove`, of a session that has not ended."""
@@ -119,11 +133,13 @@ class Expiry:
         self._started = clock.monotonic()
         self._sweep_at = self._started + max_idle_s
         self._idle = IdleWatch(table, max_idle_s, self._started)
-        self.burying: dict[str, int] = {}
-        """Sessions that expired and may still be in the store, with their revisions."""
+        self.burying: dict[str, Tombstone] = {}
+        """Sessions that expired and may still be in the store."""
         self._strays: dict[str, float] = {}
         """When sessions were last used, on the monotonic clock, that left the table while they may still be in the
         store: their records know it less well. Empty where sessions do not expire."""
+        self.forgotten = 0
+        """Counts what changed among the sessions that only the store has, without having been in the table."""
         self._swept: str | None = None if others is None else ""
         """How far the store has been looked through for sessions that nobody named since the start."""
 
@@ -178,16 +194,20 @@ class Expiry:
         self._forget(handles[(handles >= 0) & ~self._table.claimed[handles]])
 
     def _forget(self, handles: Handles, error: ServerError | None = None) -> None:
+        self.forgotten += len(handles)
         for handle in handles.tolist():
             session_id = self._table.session_id(handle)
             self.remember_use([session_id], float(self._table.used[handle]))
             self._removal.forget(handle, error or self._endings.expired(session_id))
 
-    def expire(self, handles: Handles) -> None:
-        """End sessions of the table."""
-        self._bury(self._removal.described(handles))
+    def expire(self, handles: Handles, end: End = End.EXPIRED) -> None:
+        """End sessions of the table. What ends together is told together."""
+        self.bury(self._removal.described(handles), end)
+        ended: Counter[str] | None = Counter() if len(handles) > _TOLD_ONE_BY_ONE else None
         for handle in handles.tolist():
-            self._removal.remove(handle, "expired", self._endings.expired(self._table.session_id(handle)))
+            error = self._endings.of(Tombstone(self._table.session_id(handle), end, self._clock.now()))
+            self._removal.remove(handle, "expired", error, ended)
+        self._removal.tell("expired", ended or Counter())
 
     def drop(self, handles: Handles, error: ServerError) -> None:
         """Forget claimed sessions whose rows are not what the store holds; they are loaded when next named."""
@@ -206,7 +226,7 @@ class Expiry:
         count = await self.expire_strays()
         for some in self.expire_idle_in_parts(_AT_ONCE):
             count += some
-            await self._let_others()
+            await self.let_others()
         return count
 
     async def run(self) -> None:
@@ -216,11 +236,11 @@ class Expiry:
             try:
                 await self.expire_idle()
                 while await self.sweep():
-                    await self._let_others()
+                    await self.let_others()
             except Exception as error:
                 _log.defect("idle sessions could not be expired; the timer goes on", error)
 
-    async def _let_others(self) -> None:
+    async def let_others(self) -> None:
         """Others come first, and so does what waits for the store."""
         await asyncio.sleep(_PAUSE_S)
         await self._commits.room()
@@ -281,10 +301,18 @@ class Expiry:
             and session_id not in self._strays
             and self._is_idle_everywhere(header)
         ]
-        for session_id, header in untouched:
-            self._observer.session_event("expired", header.model, session_id)
-        self._bury([(session_id, header.model, header.revision) for session_id, header in untouched])
+        self.end_stored([(i, header.model, header.revision) for i, header in untouched], End.EXPIRED)
         return len(untouched)
+
+    def end_stored(self, sessions: Sequence[Ended], end: End) -> None:
+        """End sessions that only the store has."""
+        self.forgotten += len(sessions)
+        if len(sessions) > _TOLD_ONE_BY_ONE:
+            self._removal.tell("expired", Counter(model for _, model, _ in sessions))
+        else:
+            for session_id, model, _ in sessions:
+                self._observer.session_event("expired", model, session_id)
+        self.bury(sessions, end)
 
     def _is_idle_everywhere(self, header: Header) -> bool:
         """Whether no other server has used a session; where there is none, its record's time counts for nothing."""
@@ -292,7 +320,7 @@ class Expiry:
             return True
         return self._clock.now() - header.last_used > self.max_idle_s
 
-    def _bury(self, sessions: Sequence[Ended]) -> None:
+    def bury(self, sessions: Sequence[Ended], end: End) -> None:
         """Have the store know that sessions expired.
 
         Nobody waits for it. Should it fail, they are found in the store again, idle for too long as before, and
@@ -314,6 +342,6 @@ class Expiry:
                 # those with a conflict were used on another server, and are forgotten here
                 self.remember_use([i for i in ids if i in committed.unknown], -math.inf)
 
-        batch = batch_of(sessions, End.EXPIRED, self._clock.now())
-        self.burying.update({session_id: revision for session_id, _, revision in sessions})
+        batch = batch_of(sessions, end, self._clock.now())
+        self.burying.update({stone.session_id: stone for stone in batch.tombstones})
         self._commits.submit(lambda: batch, len(sessions), done)

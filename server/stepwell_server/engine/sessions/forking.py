@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from stepwell_server.core.leases import Lease
 from stepwell_server.engine.api import StatesRead
 from stepwell_server.engine.intake.validation import require_sessions
 from stepwell_server.engine.sessions.directory import Directory
@@ -52,6 +53,7 @@ class Forking:
         new_session_ids: Sequence[str] = (),
         expected: U64 | None = None,
         request_id: int = 0,
+        lease: Lease | None = None,
         deadline: float = float("inf"),
     ) -> OpenedMany:
         """Open sessions with the states, revisions and positions of others: all of them or none.
@@ -63,6 +65,7 @@ class Forking:
             new_session_ids: One each, or none: they are made here.
             expected: `(n,)`; None: any revisions.
             request_id: 0 for none.
+            lease: Of sessions whose ids are made here.
             deadline: Of the reading.
 
         Raises:
@@ -101,6 +104,7 @@ class Forking:
                     read.revisions[chosen],
                     read.positions[chosen],
                     states,
+                    lease,
                 )
             )
 

@@ -1,101 +1,151 @@
-"""Sessions by page: of the table, or of a store that has more of them than the table."""
+"""Sessions by page: from the store as they lie there, or as the catalogue chooses them."""
 
 from __future__ import annotations
 
 import asyncio
-import heapq
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
+from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
-from stepwell_server.engine.api import SessionInfo
+from stepwell_server.engine.api import Order, Position, SessionFilter, SessionInfo, SessionPage
+from stepwell_server.engine.sessions.catalogue import Candidate, Catalogue, Query
 from stepwell_server.engine.sessions.directory import Directory, stored_info
 from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.errors import SessionGone
 from stepwell_server.store.base import Store
-from stepwell_server.store.record import Header
+from stepwell_server.store.record import Header, header_or_none
 
 #: Records looked at before others get a turn.
-_AT_ONCE = 500
-#: The same where ids are enough.
-_IDS_AT_ONCE = 5_000
+_AT_ONCE = 250
+#: Records that one page looks at, at most, to find those of a model.
+_MOST_LOOKED_AT = 20_000
+#: A model that has less than this share of the sessions is looked for in the catalogue.
+_RARE = 1 / 16
 
 
 class Listing:
-    """Lists sessions in the order of their ids. Lives on the event loop."""
+    """Lists sessions. Lives on the event loop."""
 
     def __init__(
-        self, table: SessionTable, directory: Directory, expiry: Expiry, others: Store | None
+        self,
+        table: SessionTable,
+        directory: Directory,
+        expiry: Expiry,
+        others: Store | None,
+        catalogue: Catalogue,
+        clock: Clock,
     ) -> None:
         self._table = table
         self._directory = directory
         self._expiry = expiry
         self._others = others
+        """The store, if it may have sessions that are not in the table."""
+        self._catalogue = catalogue
+        self._clock = clock
 
-    async def page(self, *, model: str, prefix: str, after: str, limit: int) -> tuple[list[SessionInfo], int]:
-        """See `Engine.list_sessions`."""
-        if model:
-            self._directory.models.by_name(model)  # raises
-        if self._others is None:
-            return await self._page_of_table(model, prefix, after, limit)
-        page = await self._page_of_store(self._others, model, prefix, after, limit)
-        return page, await self._total(self._others, model, prefix)
+    async def ask(
+        self,
+        *,
+        order: Order = Order.ID,
+        descending: bool = False,
+        after: Position | None = None,
+        limit: int = 1000,
+        count: bool = True,
+        **wanted: Any,
+    ) -> tuple[SessionPage, int]:
+        """Up to `limit` sessions, and how many fit in all (0 without `count`); `wanted` is as of `SessionFilter`.
 
-    async def _page_of_table(
-        self, model: str, prefix: str, after: str, limit: int
-    ) -> tuple[list[SessionInfo], int]:
-        wanted = self._directory.models.by_name(model).index if model else None
-        ids = self._table.ids()
-        page: list[str] = []
-        total = 0
-        for start in range(0, len(ids), _IDS_AT_ONCE):
+        Raises:
+            ModelNotFound: there is no model of that name.
+        """
+        return await self.page(
+            Query(
+                filter=SessionFilter(**wanted),
+                order=order,
+                descending=descending,
+                after=after,
+                limit=limit,
+                count=count,
+            )
+        )
+
+    async def page(self, query: Query) -> tuple[SessionPage, int]:
+        """As `ask`."""
+        if query.filter.model:
+            self._directory.models.by_name(query.filter.model)  # raises
+        if self._others is None or not await self._is_as_stored(self._others, query):
+            return await self._page_of_catalogue(query)
+        page, model = await self._page_of_store(self._others, query), query.filter.model
+        if not query.count:
+            return page, 0
+        return page, await (self._others.count_of(model) if model else self._others.count())
+
+    @staticmethod
+    async def _is_as_stored(store: Store, query: Query) -> bool:
+        """Whether the store has the sessions in the order that is asked for, not far from each other, and counted."""
+        if query.order is not Order.ID or query.descending or query.filter.idle_longer_s is not None:
+            return False
+        if query.filter.prefix and query.count:
+            return False
+        model = query.filter.model
+        return not model or await store.count_of(model) >= await store.count() * _RARE
+
+    async def _page_of_catalogue(self, query: Query) -> tuple[SessionPage, int]:
+        # one more than is wanted: whether there is one
+        candidates, total = await self._catalogue.choose(dataclasses.replace(query, limit=query.limit + 1))
+        page = SessionPage()
+        if len(candidates) > query.limit:
+            del candidates[query.limit :]
+            key, name = candidates[-1]
+            page.next = key, str(name, "utf-8", "replace")
+        for start in range(0, len(candidates), _AT_ONCE):
             if start:
                 await asyncio.sleep(0)
-            fitting = [
-                session_id
-                for session_id in ids[start : start + _IDS_AT_ONCE]
-                if session_id.startswith(prefix) and (wanted is None or self._is_of(session_id, wanted))
-            ]
-            total += len(fitting)
-            page = heapq.nsmallest(limit, page + [session_id for session_id in fitting if session_id > after])
-        found = [self._info(session_id, None) for session_id in page if session_id in self._table]
-        return [info for info in found if info is not None], total
+            some = candidates[start : start + _AT_ONCE]
+            page += [info for info in await self._described(some) if self._fits(info, query.filter)]
+        return page, total
 
-    def _is_of(self, session_id: str, model: int) -> bool:
-        handle = self._table.find(session_id)  # None: it is gone since
-        return handle is not None and bool(self._table.model[handle] == model)
+    async def _described(self, candidates: Sequence[Candidate]) -> list[SessionInfo]:
+        """What is known of sessions now, of those that are still there."""
+        ids = [str(name, "utf-8", "replace") for _, name in candidates]
+        away = [session_id for session_id in ids if session_id not in self._table]
+        headers: dict[str, Header | None] = {}
+        if away and self._others is not None:
+            records = await self._others.get_many(away)
+            headers = {i: header_or_none(i, r) for i, r in zip(away, records, strict=True) if r is not None}
+        found = [self._info(i, headers.get(i)) for i in ids if i in self._table or i in headers]
+        return [info for info in found if info is not None]
 
-    async def _page_of_store(
-        self, store: Store, model: str, prefix: str, after: str, limit: int
-    ) -> list[SessionInfo]:
-        found: list[SessionInfo] = []
-        while len(found) < limit:
-            at_once = _AT_ONCE if model else min(_AT_ONCE, limit - len(found))
+    def _fits(self, info: SessionInfo, wanted: SessionFilter) -> bool:
+        if wanted.model not in {"", info.model}:
+            return False
+        idle = wanted.idle_longer_s
+        return idle is None or self._clock.now() - info.last_used >= idle
+
+    async def _page_of_store(self, store: Store, query: Query) -> SessionPage:
+        page, looked_at = SessionPage(), 0
+        after = "" if query.after is None else query.after[1]
+        model, prefix = query.filter.model, query.filter.prefix
+        while True:
+            at_once = _AT_ONCE if model else min(_AT_ONCE, query.limit + 1 - len(page))
             some = await store.scan(after=after, prefix=prefix, limit=at_once)
             if not some:
-                break
+                return page
+            looked_at += len(some)
             for session_id, header in some:
                 info = self._info(session_id, header)
                 if info is not None and model in {"", info.model}:
-                    found.append(info)
-            after = some[-1][0]
+                    if len(page) == query.limit:
+                        page.next = 0.0, after
+                        return page
+                    page.append(info)
+                after = session_id
+            if looked_at >= _MOST_LOOKED_AT:
+                page.next = 0.0, after
+                return page
             await asyncio.sleep(0)
-        return found[:limit]
-
-    @staticmethod
-    async def _total(store: Store, model: str, prefix: str) -> int:
-        if not prefix:
-            return await (store.count_of(model) if model else store.count())
-        total, after = 0, ""
-        while not model:
-            count, after = await store.count_some(after=after, prefix=prefix, limit=_IDS_AT_ONCE)
-            if not count:
-                return total
-            total += count
-            await asyncio.sleep(0)
-        while some := await store.scan(after=after, prefix=prefix, limit=_AT_ONCE):
-            total += sum(model in {"", header.model if header else ""} for _, header in some)
-            after = some[-1][0]
-            await asyncio.sleep(0)
-        return total
 
     def _info(self, session_id: str, header: Header | None) -> SessionInfo | None:
         """What the table says, else what the record says; a damaged record says nothing but its id."""

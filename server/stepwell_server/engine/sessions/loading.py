@@ -15,11 +15,13 @@ from typing_extensions import override
 
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.fetching import Fetched, Fetcher
+from stepwell_server.engine.durability.fields import Fields
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.engine.sessions.ids import in_pieces
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ModelMismatch, ModelNotFound, ServerError, StateCorrupt, Unavailable
+from stepwell_server.program import FINGERPRINT_DIGITS
 from stepwell_server.store.base import Tombstone
 from stepwell_server.store.record import Header, Stored, decode_header, header_or_none
 
@@ -219,23 +221,22 @@ def _is_as_here(table: SessionTable, handle: int, session_id: str, found: Fetche
     )
 
 
-def refresh(table: SessionTable, handle: int, header: Header) -> None:
+def refresh(table: SessionTable, fields: Fields, handle: int, header: Header) -> None:
     """Let the table say what a record says that another server wrote."""
     table.revision[handle], table.position[handle] = header.revision, header.position
     table.request_id[handle], table.opened_with[handle] = header.request_id, header.opened_with
     table.created[handle], table.reply[handle] = header.created, header.reply
-    table.fields.pop(handle, None)
-    if header.fields:
-        table.fields[handle] = header.fields
+    fields.take(handle, header.fields)
 
 
 class Loader:
     """Takes the store's sessions into the table when they are named. Lives on the event loop."""
 
-    def __init__(self, table: SessionTable, models: Models, expiry: Expiry) -> None:
+    def __init__(self, table: SessionTable, models: Models, expiry: Expiry, fields: Fields) -> None:
         self._table = table
         self._models = models
         self._expiry = expiry
+        self._fields = fields
 
     def load(self, session_id: str, seen: Seen) -> int | None:
         """The handle of a session that was only in the store; None if it is not there."""
@@ -244,7 +245,7 @@ class Loader:
         stored = seen.get(session_id)
         if stored is None:
             return None
-        return int(self._adopt([self._served(session_id, stored)])[0])
+        return int(self.adopt([self._served(session_id, stored)])[0])
 
     def load_all(self, session_ids: Sequence[str], seen: Seen) -> tuple[int, list[str]]:
         """Take those sessions into the table that are in the store and can be stepped.
@@ -266,7 +267,7 @@ class Loader:
             except (StateCorrupt, ModelMismatch, ModelNotFound):
                 unusable.append(session_id)  # `find` says why
         if found:
-            self._adopt(found)
+            self.adopt(found)
         return len(found), unusable
 
     def _served(self, session_id: str, stored: Stored) -> tuple[str, Header, Model]:
@@ -282,13 +283,15 @@ class Loader:
         if model.program.fingerprint != header.fingerprint:
             raise ModelMismatch(
                 f"session {session_id!r} belongs to model {header.model!r} with fingerprint"
-                f" {header.fingerprint}; the one that is served has {model.program.fingerprint}."
+                f" {header.fingerprint[:FINGERPRINT_DIGITS]}; the one that is served has"
+                f" {model.program.fingerprint[:FINGERPRINT_DIGITS]}."
                 " Serve that model file again, or close the session",
                 model=header.model,
             )
         return session_id, header, model
 
-    def _adopt(self, sessions: Sequence[tuple[str, Header, Model]]) -> Handles:
+    def adopt(self, sessions: Sequence[tuple[str, Header, Model]]) -> Handles:
+        """Take sessions of the store into the table, none of which is there; the headers are those of their records."""
         headers = [header for _, header, _ in sessions]
         handles = self._table.add(
             [session_id for session_id, _, _ in sessions],
@@ -305,6 +308,6 @@ class Loader:
         )
         for handle, header in zip(handles.tolist(), headers, strict=True):
             if header.fields:
-                self._table.fields[handle] = header.fields
+                self._fields.take(handle, header.fields)
         self._expiry.watch(handles)
         return handles

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.leases import Lease, Leases
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Opened
@@ -30,6 +31,7 @@ from stepwell_server.errors import (
     RevisionConflict,
     SessionExists,
 )
+from stepwell_server.program import FINGERPRINT_DIGITS
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ class Wanted:
     """`(n,)`."""
     states: Sequence[Array] | None = None
     """Their rows one after the other; None: the model's initial state."""
+    lease: Lease | None = None
+    """Of those whose ids were made here."""
 
 
 class Opening:
@@ -84,6 +88,7 @@ class Opening:
         *,
         drain: Callable[[], None],
         require_open: Callable[[], None],
+        leases: Leases,
         clock: Clock,
         observer: Observer,
     ) -> None:
@@ -94,6 +99,7 @@ class Opening:
         self._creation = creation
         self._drain = drain
         self._require_open = require_open
+        self._leases = leases
         self._clock = clock
         self._observer = observer
 
@@ -107,8 +113,11 @@ class Opening:
         must_be_new: bool = False,
         request_id: int = 0,
         fingerprint: str = "",
+        lease: Lease | None = None,
     ) -> Opened:
         """Open a session, or resume the live one of that id.
+
+        A session that is named has no `lease`; of one that has a lease already, and is resumed, it takes its place.
 
         Raises:
             ModelNotFound, ModelMismatch, InvalidInput, SessionExists, Overloaded, Unavailable
@@ -124,7 +133,7 @@ class Opening:
             seen = await self.seen([name])
             handle = self._live(name, seen, must_be_new)
             if handle is not None:
-                return self._resume(handle, served, batch_size, must_be_new, request_id)
+                return self._resume(handle, served, batch_size, must_be_new, request_id, lease)
             if not session_id:
                 self._require_not_gone(name, seen)
             self._require_own(session_id, seen)
@@ -136,9 +145,10 @@ class Opening:
             else:
                 served.arena.write(rows, values)
             revisions = self._directory.first_revisions([name], seen)
-            positions = np.zeros(1, np.uint64)
+            own = None if session_id else self._leased(lease)
+            created, positions = self._clock.now(), np.zeros(1, np.uint64)
             fresh = Fresh(
-                served, [name], batch_size, rows, revisions, request_id, self._clock.now(), positions
+                served, [name], batch_size, rows, revisions, request_id, created, positions, lease=own
             )
             try:
                 info = await self._creation.create(fresh)
@@ -156,6 +166,7 @@ class Opening:
         session_ids: Sequence[str] = (),
         batch_size: int = 1,
         request_id: int = 0,
+        lease: Lease | None = None,
     ) -> OpenedMany:
         """Open many sessions: all of them or none. Errors as of `open`."""
         self._require_open()
@@ -170,7 +181,7 @@ class Opening:
             raise InvalidInput(f"count must be 1 to {MAX_SESSIONS_PER_CALL}; got {wanted}")
         ids = await self.ids_to_make("session_ids", session_ids, wanted, request_id)
         return await self.make_many(
-            Wanted(served, ids, batch_size, request_id, bool(session_ids), "session_ids")
+            Wanted(served, ids, batch_size, request_id, bool(session_ids), "session_ids", lease=lease)
         )
 
     async def make_many(self, wanted: Wanted) -> OpenedMany:
@@ -192,8 +203,18 @@ class Opening:
             revisions, rows = await self._begun(wanted, seen)
             created = self._clock.now()
             positions = np.zeros(len(ids), np.uint64) if wanted.positions is None else wanted.positions
+            own = None if wanted.are_chosen else self._leased(wanted.lease)
             fresh = Fresh(
-                served, ids, batch_size, rows, revisions, wanted.request_id, created, positions, wanted.states
+                served,
+                ids,
+                batch_size,
+                rows,
+                revisions,
+                wanted.request_id,
+                created,
+                positions,
+                wanted.states,
+                own,
             )
             try:
                 await self._creation.create(fresh)
@@ -242,6 +263,7 @@ class Opening:
         new_session_id: str = "",
         expected: int | None = None,
         request_id: int = 0,
+        lease: Lease | None = None,
         deadline: float = float("inf"),
     ) -> Opened:
         """Open a session with the state, revision and position of another.
@@ -271,12 +293,19 @@ class Opening:
                     self._require_not_gone(name, seen)
                 self._require_own(new_session_id, seen)
                 try:
-                    return await self._fork(source, name, seen, expected, request_id)
+                    own = None if new_session_id else self._leased(lease)
+                    return await self._fork(source, name, seen, expected, request_id, own)
                 except Taken:
                     continue
             raise changed_elsewhere(name)
         finally:
             self._turns.release(np.array([source]))
+
+    def _leased(self, lease: Lease | None) -> Lease | None:
+        """The lease that a session gets; whoever asks for it is there."""
+        if lease is not None:
+            self._leases.renew(lease[0], self._clock.monotonic())
+        return lease
 
     async def seen(self, ids: Sequence[str]) -> Seen:
         """What the store has of ids, at a moment when nobody makes sessions of them."""
@@ -295,7 +324,13 @@ class Opening:
             raise
 
     def _resume(
-        self, handle: int, model: Model, batch_size: int, must_be_new: bool, request_id: int
+        self,
+        handle: int,
+        model: Model,
+        batch_size: int,
+        must_be_new: bool,
+        request_id: int,
+        lease: Lease | None,
     ) -> Opened:
         session_id = self._table.session_id(handle)
         if request_id and int(self._table.opened_with[handle]) == request_id:
@@ -311,11 +346,15 @@ class Opening:
                 session_id=session_id,
             )
         self._table.used[handle] = self._clock.monotonic()
+        if self._table.lease[handle]:
+            # the store hears of it with the next change; until then the session counts as used now
+            own = self._leased(lease)
+            self._table.lease[handle] = 0 if own is None else self._leases.number(own)
         self._observer.session_event("resumed", model.name, session_id)
-        return Opened(info, resumed=True)
+        return Opened(self._directory.info(handle), resumed=True)
 
     async def _fork(
-        self, source: int, name: str, seen: Seen, expected: int | None, request_id: int
+        self, source: int, name: str, seen: Seen, expected: int | None, request_id: int, lease: Lease | None
     ) -> Opened:
         table, model = self._table, self._directory.models.by_handle(source)
         revision = int(table.revision[source])
@@ -326,8 +365,8 @@ class Opening:
         model.arena.copy(table.rows(source), rows)
         table.used[source] = self._clock.monotonic()
         revisions = np.maximum(self._directory.first_revisions([name], seen), np.uint64(revision))
-        positions = table.position[source : source + 1].copy()
-        fresh = Fresh(model, [name], batch_size, rows, revisions, request_id, self._clock.now(), positions)
+        positions, created = table.position[source : source + 1].copy(), self._clock.now()
+        fresh = Fresh(model, [name], batch_size, rows, revisions, request_id, created, positions, lease=lease)
         info = await self._creation.create(fresh)
         self._observer.session_event("forked", model.name, name)
         return Opened(info)
@@ -394,8 +433,8 @@ class Opening:
 def _require_fingerprint(model: Model, fingerprint: str) -> None:
     if fingerprint and fingerprint != model.program.fingerprint:
         raise ModelMismatch(
-            f"model_fingerprint must be that of model {model.name!r}, {model.program.fingerprint};"
-            f" got {fingerprint}",
+            f"model_fingerprint must be that of model {model.name!r}, "
+            f"{model.program.fingerprint[:FINGERPRINT_DIGITS]}; got {fingerprint[:FINGERPRINT_DIGITS]}",
             model=model.name,
         )
 

@@ -157,9 +157,22 @@ class ReplyMemory:
 
     def restore(self, handle: int, packed: bytes) -> None:
         """Keep what `pack` returned of the reply of a session."""
-        outputs, at = _unpacked(packed, self._program.outputs, 0)
-        states, _ = _unpacked(packed, self._program.state, at) if at < len(packed) else ({}, at)
-        self._put(handle, KeptArrays(outputs, states))
+        self._put(handle, self.unpacked(packed))
+
+    def unpacked(self, packed: bytes) -> KeptArrays:
+        """What `pack` was given.
+
+        Raises:
+            ValueError: it was not made so.
+        """
+        try:
+            outputs, at = _unpacked(packed, self._program.outputs, 0)
+            states, at = _unpacked(packed, self._program.state, at) if at < len(packed) else ({}, at)
+        except (struct.error, IndexError) as error:
+            raise ValueError(f"a reply must be as it was packed: {error}") from error
+        if at != len(packed):
+            raise ValueError(f"a reply must have {at} bytes; it has {len(packed)}")
+        return KeptArrays(outputs, states)
 
 
 def named_states(specs: Sequence[StateSpec], arrays: Sequence[Array], with_time: bool) -> Tensors:

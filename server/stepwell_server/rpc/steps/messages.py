@@ -45,6 +45,11 @@ def of_reset(request: pb.ResetStatesRequest, replies: Replies) -> Change:
     change = Change((request.session_id,), replies, reset=True)
     change.state = convert.to_optional_arrays(request.state, "state")
     change.rows = list(request.rows) or None
+    if request.position and (change.rows or not request.state):
+        raise InvalidInput(
+            f"position must be 0 without a state, and with rows: it is that of a whole state; got {request.position}"
+        )
+    change.position = request.position
     _say_once(change, request)
     return change
 

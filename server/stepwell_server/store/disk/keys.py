@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import operator
 import struct
 from collections.abc import Iterator, Sequence
@@ -74,6 +75,22 @@ def entries(cursor: Any, after: str, prefix: str) -> Iterator[tuple[str, memoryv
     for session_id in names(cursor, after, prefix):
         value = cursor.value()
         yield session_id, _split(value)[1] if is_digest(cursor.key()) else value
+
+
+def values(cursor: Any, after: str, limit: int) -> tuple[list[bytes], list[Stored]]:
+    """Ids, as UTF-8, and records behind `after`, of a cursor that gives bytes, which is faster than views."""
+    start = key_of(after)
+    if limit <= 0 or not cursor.set_range(start or b"\0"):
+        return [], []
+    some = list(itertools.islice(cursor.iternext(), limit + 1))
+    some = some[1:] if some[0][0] == start else some[:limit]
+    keys: list[bytes] = [key for key, _ in some]
+    records: list[Stored] = [value for _, value in some]
+    if max(map(len, keys), default=0) >= _MAX_KEY_BYTES:
+        for place in [place for place, key in enumerate(keys) if is_digest(key)]:
+            name, record = _split(records[place])
+            keys[place], records[place] = bytes(name), bytes(record)
+    return keys, records
 
 
 def names(cursor: Any, after: str, prefix: str) -> Iterator[str]:

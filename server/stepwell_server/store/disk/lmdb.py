@@ -19,7 +19,6 @@ What a commit survives, and why:
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import secrets
@@ -37,9 +36,10 @@ from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, StoreGone, Unavailable
 from stepwell_server.store.base import Batch, End, LocalStore, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk.files import OpenFiles, explain, flush, flush_folders
-from stepwell_server.store.disk.keys import entries, items, key_of, names, own
+from stepwell_server.store.disk.keys import entries, items, key_of, own, values
 from stepwell_server.store.disk.lock import DirectoryLock
 from stepwell_server.store.disk.reserve import Extent, NoRoom, Reserve
+from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Stored, header_or_none
 
 Durability = Literal["sync", "async"]
@@ -186,6 +186,14 @@ class LmdbStore(LocalStore):
         return self._read("", read, buffers=True)
 
     @override
+    def heads(self, *, after: str = "", limit: int) -> Heads:
+        return heads_of(*self.values(after=after, limit=limit))
+
+    def values(self, *, after: str, limit: int) -> tuple[list[bytes], list[Stored]]:
+        """Ids, as UTF-8, and records, in the order of the ids."""
+        return self._read("", lambda transaction: values(transaction.cursor(self._sessions), after, limit))
+
+    @override
     def count(self) -> int:
         return int(self._read("", lambda transaction: transaction.stat(self._sessions)["entries"]))
 
@@ -193,15 +201,6 @@ class LmdbStore(LocalStore):
     def count_of(self, model: str) -> int:
         key = _count_key(model)
         return int(self._read("", lambda transaction: transaction.get(key, b"0", db=self._meta)))
-
-    @override
-    def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-
-        def read(transaction: _Transaction) -> tuple[int, str]:
-            found = list(itertools.islice(names(transaction.cursor(self._sessions), after, prefix), limit))
-            return len(found), found[-1] if found else ""
-
-        return self._read("", read, buffers=True)
 
     @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:

@@ -28,6 +28,7 @@ from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealt
 from stepwell_server.store.disk.files import flush_folders
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, TOMBSTONES, Durability, LmdbStore
 from stepwell_server.store.disk.wal import SEGMENT_BYTES, Records, WriteAheadLog, room_for
+from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Joined, Stored, header_or_none, is_sound, supersedes
 from stepwell_server.store.times import StoreTimes
 
@@ -99,6 +100,8 @@ class DiskStore(LocalStore):
         if others or not batch.puts or not self._append(self._wal, batch.puts):
             ids = [*(session_id for session_id, _ in batch.puts), *batch.deletes]
             try:
+                if batch.goes_back:
+                    self._empty(self._wal)
                 self._write(batch)
             except BaseException:
                 self._in_doubt.update(ids)
@@ -142,16 +145,21 @@ class DiskStore(LocalStore):
         return [(i, header if record is None else header_or_none(i, record)) for i, record, header in later]
 
     @override
+    def heads(self, *, after: str = "", limit: int) -> Heads:
+        keys, records = self._base.values(after=after, limit=limit)
+        if self._wal is not None and not self._wal.is_empty:
+            ids = [str(key, "utf-8", "replace") for key in keys]
+            for place in self._wal.places_of(ids):
+                records[place] = self._find(ids[place]) or records[place]
+        return heads_of(keys, records)
+
+    @override
     def count(self) -> int:
         return self._base.count()
 
     @override
     def count_of(self, model: str) -> int:
         return self._base.count_of(model)
-
-    @override
-    def count_some(self, *, after: str = "", prefix: str = "", limit: int) -> tuple[int, str]:
-        return self._base.count_some(after=after, prefix=prefix, limit=limit)
 
     @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
@@ -293,6 +301,20 @@ class DiskStore(LocalStore):
         wal.checkpointed(ids)
         self._in_trouble = False
         return bool(ids)
+
+    def _empty(self, wal: WriteAheadLog) -> None:
+        """Leave nothing in the log, not even what does not count any more: it could be taken for a later change.
+
+        Raises:
+            Unavailable: that could not be done.
+        """
+        try:
+            for _ in range(2):
+                while self._checkpoint(wal):
+                    pass
+                wal.rotate()
+        except OSError as error:
+            raise Unavailable(f"the write-ahead log must be writable; got {error}") from error
 
     def _checkpoint_all(self, wal: WriteAheadLog) -> None:
         """Checkpoint everything."""

@@ -158,6 +158,11 @@ class WriteAheadLog:
         with self._looking:
             return self._active.record(session_id) or self._sealed.record(session_id)
 
+    def places_of(self, session_ids: Sequence[str]) -> list[int]:
+        """Which of some sessions it has records of, by their places. From any thread."""
+        active, sealed = self._active.offsets, self._sealed.offsets
+        return [place for place, i in enumerate(session_ids) if i in active or i in sealed]
+
     def discard(self, session_ids: Iterable[str]) -> None:
         """Discard the log's records of sessions: the store has later ones."""
         written, left = self._active.offsets, self._sealed.offsets

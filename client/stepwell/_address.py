@@ -1,0 +1,97 @@
+"""Addresses of servers: what a caller may write, and what gRPC is given."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import NamedTuple, NoReturn
+
+from stepwell.errors import InvalidInputError
+
+_RULE = "HOST:PORT, [IPv6]:PORT, unix:PATH, dns:///HOST:PORT, grpc://HOST:PORT or grpcs://HOST:PORT"
+_HOST = re.compile(r"[^\s/:@?#\[\]]+")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_BRACKETS = re.compile(r"\[([^\]]*)\]")
+_RESOLVERS = ("dns:///", "dns:", "ipv4:", "ipv6:")
+"""What gRPC takes before HOST:PORT."""
+
+
+class Address(NamedTuple):
+    """Where a server is."""
+
+    target: str
+    """As gRPC takes it, without a scheme of ours."""
+    tls: bool | None
+    """What its scheme says of TLS; None: it has none."""
+
+
+def parse(name: str, given: str) -> Address:
+    """Reads an address.
+
+    Args:
+        name: The argument or variable it comes from, for messages.
+        given: The address.
+
+    Raises:
+        InvalidInputError: It is none.
+    """
+    if not isinstance(given, str):
+        raise InvalidInputError(f"{name} must be a string, {_RULE}; got {given!r}")
+    if given.startswith("unix:"):
+        return _unix(name, given)
+    for resolver in _RESOLVERS:
+        if given.startswith(resolver):
+            _check_host_and_port(name, given, given.removeprefix(resolver))
+            return Address(given, None)
+    scheme = _SCHEME.fullmatch(given)
+    if scheme is None:
+        _check_host_and_port(name, given, given)
+        return Address(given, None)
+    kind, rest = scheme[1].lower(), scheme[2].removesuffix("/")
+    if kind in {"http", "https"}:
+        host = rest.partition("/")[0]
+        way_on = repr(host) if kind == "http" else f"{'grpcs://' + host!r}, or {host!r} with tls=True"
+        _refuse(name, given, f"Stepwell speaks gRPC, which has no {kind}:// addresses: write {way_on}")
+    if kind not in {"grpc", "grpcs"}:
+        _refuse(name, given, f"{kind}:// is not known")
+    _check_host_and_port(name, given, rest)
+    return Address(rest, kind == "grpcs")
+
+
+def _unix(name: str, given: str) -> Address:
+    path = given.removeprefix("unix:")
+    if not path or (path.startswith("//") and not path.startswith("///")):
+        raise InvalidInputError(f"{name} must be unix:PATH or unix:///PATH; got {given!r}")
+    return Address(given, None)
+
+
+def _check_host_and_port(name: str, given: str, text: str) -> None:
+    in_brackets = _BRACKETS.match(text)
+    if in_brackets is not None:
+        if not _is_ipv6(in_brackets[1]):
+            _refuse(name, given, f"{in_brackets[0]} is not an IPv6 address")
+        host, rest = in_brackets[0], text[in_brackets.end() :]
+    else:
+        if text.count(":") > 1:
+            _refuse(name, given, "an IPv6 address stands in brackets, as [::1]:50051")
+        host, colon, port = text.partition(":")
+        rest = colon + port
+        if not _HOST.fullmatch(host):
+            _refuse(name, given, f"{host!r} is not the name of a host" if host else "the host is missing")
+    if rest in {"", ":"}:
+        _refuse(name, given, f"the port is missing; {host}:50051, say")
+    port = rest[1:]
+    if rest[0] != ":" or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        _refuse(name, given, f"{rest.removeprefix(':')!r} is not a port from 1 to 65535")
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _refuse(name: str, given: str, why: str) -> NoReturn:
+    raise InvalidInputError(f"{name} must be {_RULE}; got {given!r}: {why}")

@@ -1,0 +1,13 @@
+"""The SDK's logger, `stepwell`: connections, retries, streams that are opened anew, what happens in the background.
+
+Nothing is logged per step. Level INFO is for what a caller is told anyway, sooner or later, by a result or an error;
+WARNING for what nobody else is told.
+"""
+
+from __future__ import annotations
+
+import logging
+
+LOG = logging.getLogger("stepwell")
+# Where nobody has configured logging, nothing is printed.
+LOG.addHandler(logging.NullHandler())

@@ -1,0 +1,55 @@
+"""Metadata that a caller wants sent with every call: pairs of key and value, as headers are in HTTP."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from stepwell.errors import InvalidInputError
+
+Metadata: TypeAlias = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]
+Pairs: TypeAlias = tuple[tuple[str, str | bytes], ...]
+
+_KEY = re.compile(r"[0-9a-z_.-]+")
+_VALUE = re.compile(r"[ -~]*")
+# HTTP/2's and gRPC's own, and what this SDK sends or may send one day.
+_RESERVED = frozenset({"connection", "content-length", "content-type", "host", "te", "user-agent"})
+_RESERVED_BEGINNINGS = ("grpc-", "stepwell-")
+
+
+def checked(metadata: object) -> Pairs:
+    """Metadata as gRPC takes it. Values are not repeated in messages: they may be secret.
+
+    Raises:
+        InvalidInputError: It is none, or a pair cannot be sent.
+    """
+    try:
+        pairs: Any = metadata.items() if isinstance(metadata, Mapping) else metadata
+        split = [(key, value) for key, value in pairs]
+    except (TypeError, ValueError):
+        raise InvalidInputError(
+            f"metadata must be a mapping, or pairs, of key and value; got {type(metadata).__name__}"
+        ) from None
+    return tuple(_checked(key, value) for key, value in split)
+
+
+def _checked(given: object, value: object) -> tuple[str, str | bytes]:
+    key = given.lower() if isinstance(given, str) else ""
+    if not _KEY.fullmatch(key):
+        raise InvalidInputError(
+            f"keys of metadata must be letters, digits and any of '_.-', one or more; got {given!r}"
+        )
+    if key in _RESERVED or key.startswith(_RESERVED_BEGINNINGS):
+        raise InvalidInputError(f"keys of metadata must not be those of gRPC or of this SDK; got {given!r}")
+    if key.endswith("-bin"):
+        if not isinstance(value, bytes):
+            raise InvalidInputError(
+                f"metadata[{given!r}] must be bytes, as its key ends in -bin; got {type(value).__name__}"
+            )
+    elif not isinstance(value, str) or not _VALUE.fullmatch(value):
+        raise InvalidInputError(
+            f"metadata[{given!r}] must be a string of printable ASCII characters (bytes need a key that ends in "
+            f"-bin); got {type(value).__name__}"
+        )
+    return key, value

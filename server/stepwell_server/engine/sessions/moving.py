@@ -1,0 +1,470 @@
+"""Sessions leave as their records, and come back as such: here, or on another server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import enum
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from stepwell_server.clock import Clock
+from stepwell_server.core.sessions import SessionTable
+from stepwell_server.engine.api import Observer, Position, SessionFilter
+from stepwell_server.engine.durability.committer import not_known
+from stepwell_server.engine.durability.fields import without_lease
+from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.durability.records import Records, as_it_is
+from stepwell_server.engine.intake.admission import changed_elsewhere
+from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.sessions.catalogue import Query
+from stepwell_server.engine.sessions.closing import Closing
+from stepwell_server.engine.sessions.creation import Creation
+from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.ending import Removal
+from stepwell_server.engine.sessions.ids import require_session_id
+from stepwell_server.engine.sessions.listing import Listing
+from stepwell_server.engine.sessions.loading import Loader, Seen
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.state.replies import Kept
+from stepwell_server.errors import (
+    InvalidInput,
+    MessageTooLarge,
+    ModelMismatch,
+    ModelNotFound,
+    ServerError,
+    SessionExists,
+    SessionGone,
+    SessionNotFound,
+    StateCorrupt,
+)
+from stepwell_server.store.base import Batch, Committed, LocalStore, Outcome, Store
+from stepwell_server.store.record import (
+    Header,
+    Stored,
+    Texts,
+    decode_header,
+    decode_many,
+    encode,
+    is_sound,
+)
+
+MOST_AT_ONCE = 1000
+"""Sessions in one call."""
+_T = TypeVar("_T")
+#: Records that are read, or made, before others get a turn.
+_PIECE = 64
+
+
+class Existing(enum.Enum):
+    """What becomes of a session that is there when one of its id is imported."""
+
+    REFUSE = "refuse"
+    SKIP = "skip"
+    REPLACE = "replace"
+
+
+class Brought(enum.Enum):
+    """What an import did with a session."""
+
+    IMPORTED = "imported"
+    REPLACED = "replaced"
+    SKIPPED = "skipped"
+
+
+Result = Brought | ServerError
+Exported = Stored | ServerError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _New:
+    """A session that is to be imported."""
+
+    session_id: str
+    header: Header
+    """As it will be."""
+    model: Model
+    record: bytes
+    was_here: bool = False
+    """The store had a session of its id before."""
+
+    @property
+    def served(self) -> tuple[str, Header, Model]:
+        return self.session_id, self.header, self.model
+
+
+class Moving:
+    """Exports and imports sessions. Lives on the event loop."""
+
+    def __init__(
+        self,
+        table: SessionTable,
+        directory: Directory,
+        turns: Turns,
+        creation: Creation,
+        closing: Closing,
+        listing: Listing,
+        loader: Loader,
+        records: Records,
+        commits: GroupCommit,
+        store: Store,
+        others: Store | None,
+        *,
+        removal: Removal,
+        clock: Clock,
+        observer: Observer,
+    ) -> None:
+        """`others` is the store, if it has a record of every change."""
+        self._table = table
+        self._directory = directory
+        self._turns = turns
+        self._creation = creation
+        self._closing = closing
+        self._listing = listing
+        self._loader = loader
+        self._records = records
+        self._commits = commits
+        self._local: LocalStore | None = store.local
+        self._others = others
+        self._removal = removal
+        self._clock = clock
+        self._observer = observer
+
+    # ---------------------------------------------------------------------------------------------------- exporting
+
+    async def export(self, session_ids: Sequence[str], *, deadline: float) -> list[Exported]:
+        """The records of sessions as of their last completed changes, or why there is none."""
+        if self._others is None:
+            return [await self._of_arena(session_id, deadline) for session_id in session_ids]
+        records = await self._others.get_many(session_ids)
+        missing = [i for i, record in zip(session_ids, records, strict=True) if record is None]
+        seen = await self._directory.look(missing) if missing else self._directory.here
+        return [self._exported(i, record, seen) for i, record in zip(session_ids, records, strict=True)]
+
+    def _exported(self, session_id: str, record: Stored | None, seen: Seen) -> Exported:
+        if session_id in self._table:
+            try:
+                self._directory.find(session_id, seen)
+            except ServerError as error:
+                return error
+        ended = self._directory.ending(session_id)
+        if ended is not None:
+            return ended
+        if record is None:
+            return self._directory.gone(session_id, seen)
+        if not is_sound(session_id, record):
+            return StateCorrupt(
+                f"the stored record of session {session_id!r} must be as it was written",
+                session_id=session_id,
+            )
+        return record
+
+    async def _of_arena(self, session_id: str, deadline: float) -> Exported:
+        """The record of a session of which the store has one only while it is not in the arena."""
+        assert self._local is not None
+        try:
+            handle = self._directory.find(session_id, self._directory.here)
+            await self._turns.hold(handle, deadline, rows=False)
+        except ServerError as error:
+            return error
+        try:
+            if self._table.row[handle] < 0:
+                record = self._local.get(session_id)
+                return self._directory.gone(session_id, self._directory.here) if record is None else record
+            model = self._directory.models.by_handle(handle)
+            outcome = as_it_is(self._table, model, np.array([handle]))
+            last_used = self._clock.now() - (self._clock.monotonic() - float(self._table.used[handle]))
+            ((_, record),) = self._records.of(outcome, last_used)
+            return record
+        finally:
+            self._turns.release(np.array([handle]))
+
+    async def export_page(
+        self,
+        wanted: SessionFilter,
+        *,
+        after: Position | None,
+        page_bytes: int,
+        most_bytes: int,
+        deadline: float,
+    ) -> tuple[list[tuple[str, Exported]], Position | None]:
+        """Sessions that fit a filter, about so many bytes of them but at least one, and where the next page begins.
+
+        A record of more than `most_bytes` is told as an error.
+        """
+        query = Query(filter=wanted, after=after, limit=MOST_AT_ONCE, count=False)
+        page, _ = await self._listing.page(query)
+        found: list[tuple[str, Exported]] = []
+        size = 0
+        for start in range(0, len(page), _PIECE):
+            ids = [info.session_id for info in page[start : start + _PIECE]]
+            for session_id, each in zip(ids, await self.export(ids, deadline=deadline), strict=True):
+                if isinstance(each, SessionGone):
+                    continue  # it ended meanwhile
+                record = each
+                if not isinstance(record, ServerError) and len(record) > most_bytes:
+                    record = MessageTooLarge(
+                        f"session {session_id!r} must have at most {most_bytes} bytes to be exported;"
+                        f" it has {len(record)}"
+                    )
+                own = 0 if isinstance(record, ServerError) else len(record) + len(session_id)
+                if found and size + own > page_bytes:
+                    return found, (0.0, found[-1][0])
+                size += own
+                found.append((session_id, record))
+            await asyncio.sleep(0)
+        return found, page.next
+
+    # ---------------------------------------------------------------------------------------------------- importing
+
+    async def bring(self, sessions: Sequence[tuple[str, bytes]], existing: Existing) -> list[Result]:
+        """Make sessions of records, each by itself; what became of each, or why not.
+
+        A session begins without a lease, and as used now. Its revision, position and creation, and the answer that is
+        remembered for a retry of its last change, are those of the record.
+
+        Raises:
+            InvalidInput: there are too many, or one id comes twice.
+        """
+        ids = [session_id for session_id, _ in sessions]
+        if len(ids) > MOST_AT_ONCE:
+            raise InvalidInput(f"sessions must be at most {MOST_AT_ONCE}; got {len(ids)}")
+        if len(set(ids)) != len(ids):
+            raise InvalidInput("sessions must be different from each other; got one of them twice")
+        results: dict[str, Result] = {}
+        new: dict[str, _New] = {}
+        for place, (session_id, record) in enumerate(sessions):
+            if place % _PIECE == _PIECE - 1:
+                await asyncio.sleep(0)
+            try:
+                new[session_id] = self._checked(session_id, record)
+            except ServerError as error:
+                results[session_id] = error
+        fresh = await self._unless_there(new, existing, results)
+        results.update(await self._make(fresh))
+        for session_id, each in new.items():
+            if session_id not in results:
+                results[session_id] = await self._replace(each)
+        return [results[session_id] for session_id in ids]
+
+    def _checked(self, session_id: str, record: bytes) -> _New:
+        """What would be imported, if it may be.
+
+        Raises:
+            InvalidInput, StateCorrupt, ModelNotFound, ModelMismatch
+        """
+        require_session_id("session_id", session_id)
+        header = decode_header(session_id, record)
+        model = self._directory.models.find(header.model)
+        if model is None:
+            raise ModelNotFound(
+                f"the model of session {session_id!r} must be one of {self._directory.models.names()};"
+                f" it is {header.model!r}",
+                model=header.model,
+            )
+        if header.fingerprint != model.program.fingerprint:
+            raise ModelMismatch(
+                f"the model of session {session_id!r} must be the {header.model!r} that is served, with fingerprint"
+                f" {model.program.fingerprint}; it has {header.fingerprint}",
+                model=header.model,
+            )
+        if not 1 <= header.batch_size <= model.slots.resident_limit:
+            raise InvalidInput(
+                f"batch_size of session {session_id!r} must be 1 to resident_rows,"
+                f" {model.slots.resident_limit}; got {header.batch_size}"
+            )
+        decoded = decode_many([session_id], [record])
+        extra = decoded.extras.get(0, b"")
+        if len(decoded.rows) != header.batch_size * model.arena.row_bytes or not _is_reply(
+            model, header, extra
+        ):
+            raise InvalidInput(
+                f"the record of session {session_id!r} must have the state and the last reply of a session of"
+                f" batch_size {header.batch_size}; it has others"
+            )
+        header = dataclasses.replace(header, last_used=self._clock.now(), fields=without_lease(header.fields))
+        return _New(session_id, header, model, _encoded(session_id, header, decoded.rows, extra))
+
+    async def _unless_there(
+        self, new: dict[str, _New], existing: Existing, results: dict[str, Result]
+    ) -> list[_New]:
+        """Those that are not there; `results` gets what is there and stays. The others are to be replaced."""
+        ids = list(new)
+        while True:
+            await self._creation.all_settled(ids)
+            seen = await self._directory.look(ids, anew=True)
+            if not self._creation.is_making(ids):
+                break
+        handles = self._directory.find_all(ids, seen)
+        missing = [ids[place] for place in np.flatnonzero(handles < 0).tolist()]
+        unusable = set(self._directory.unusable(missing, seen))
+        revisions = dict(zip(ids, self._directory.first_revisions(ids, seen).tolist(), strict=True))
+        fresh: list[_New] = []
+        for session_id, handle in zip(ids, handles.tolist(), strict=True):
+            each = new[session_id]
+            if handle < 0 and session_id not in unusable:
+                if each.header.revision + 1 < revisions[session_id] and existing is not Existing.REPLACE:
+                    results[session_id] = SessionExists(
+                        f"session {session_id!r} must not go back to revision {each.header.revision}: it ended here"
+                        f" at revision {revisions[session_id] - 1}",
+                        session_id=session_id,
+                    )
+                else:
+                    was_here = revisions[session_id] > 0 or existing is Existing.REPLACE
+                    fresh.append(dataclasses.replace(each, was_here=was_here))
+            elif handle >= 0 and self._is_same(handle, each):
+                results[session_id] = Brought.IMPORTED
+            elif existing is Existing.SKIP:
+                results[session_id] = Brought.SKIPPED
+            elif existing is Existing.REFUSE:
+                results[session_id] = SessionExists(
+                    f"session_id must be new; session {session_id!r} is open", session_id=session_id
+                )
+        if fresh:  # nobody else makes them from here on
+            self._creation.reserve([each.session_id for each in fresh])
+        return fresh
+
+    def _is_same(self, handle: int, each: _New) -> bool:
+        table, header = self._table, each.header
+        return self._directory.models.by_handle(handle) is each.model and (
+            header.batch_size,
+            header.revision,
+            header.position,
+            header.request_id,
+            header.opened_with,
+            header.created,
+        ) == (
+            int(table.batch_size[handle]),
+            int(table.revision[handle]),
+            int(table.position[handle]),
+            int(table.request_id[handle]),
+            int(table.opened_with[handle]),
+            float(table.created[handle]),
+        )
+
+    async def _make(self, fresh: Sequence[_New]) -> dict[str, Result]:
+        """Make sessions whose ids are reserved."""
+        if not fresh:
+            return {}
+        ids = [each.session_id for each in fresh]
+
+        def done(committed: Committed | ServerError) -> dict[str, Result]:
+            results: dict[str, Result] = {}
+            for each in fresh:
+                error = _problem(each.session_id, committed)
+                results[each.session_id] = error or Brought.IMPORTED
+            kept = [each for each in fresh if results[each.session_id] is Brought.IMPORTED]
+            if kept:
+                self._loader.adopt([each.served for each in kept])
+            self._creation.give_up(ids)
+            self._tell(kept)
+            return results
+
+        batch = Batch(
+            puts=[(each.session_id, each.record) for each in fresh],
+            forgets=ids,
+            counts=list(Counter(each.model.name for each in fresh).items()),
+            goes_back=any(each.was_here for each in fresh),
+        )
+        return await self._commit(batch, done)
+
+    async def _replace(self, each: _New) -> Result:
+        session_id = each.session_id
+        try:
+            seen = await self._directory.look([session_id], anew=True)
+            handle = -1
+            with contextlib.suppress(ModelMismatch, ModelNotFound, StateCorrupt):
+                handle = self._directory.find(session_id, seen)
+            if handle < 0 or self._local is None:
+                # nobody can step it, or the store takes a record only if it follows the one that is there
+                await self._closing.close(session_id, seen, request_id=0, deadline=float("inf"))
+                result = await self._make_anew(each)
+                return Brought.REPLACED if result is Brought.IMPORTED else result
+            await self._turns.hold(handle, float("inf"), rows=False)
+        except SessionGone:
+            return await self._make_anew(each)
+        except ServerError as error:
+            return error
+        old = self._directory.models.by_handle(handle).name
+
+        def done(committed: Committed | ServerError) -> Result:
+            error = _problem(session_id, committed)
+            if error is not None:
+                self._turns.release(np.array([handle]))
+                return error
+            gone = SessionNotFound(
+                session_id, f"session {session_id!r} was replaced by one that was imported"
+            )
+            self._removal.forget(handle, gone)
+            self._loader.adopt([each.served])
+            self._tell([each])
+            return Brought.REPLACED
+
+        batch = Batch(
+            puts=[(session_id, each.record)],
+            forgets=[session_id],
+            counts=[] if old == each.model.name else [(old, -1), (each.model.name, 1)],
+            goes_back=True,
+        )
+        return await self._commit(batch, done)
+
+    async def _make_anew(self, each: _New) -> Result:
+        results: dict[str, Result] = {}
+        fresh = await self._unless_there({each.session_id: each}, Existing.REPLACE, results)
+        if not fresh and not results:  # somebody else has made one meanwhile
+            return changed_elsewhere(each.session_id)
+        return (results | await self._make(fresh))[each.session_id]
+
+    async def _commit(self, batch: Batch, done: Callable[[Committed | ServerError], _T]) -> _T:
+        """Commit; `done` is called also if the caller is cancelled meanwhile."""
+        kept: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+        self._commits.submit(lambda: batch, len(batch.puts), lambda told: kept.set_result(done(told)))
+        return await asyncio.shield(kept)
+
+    def _tell(self, sessions: Sequence[_New]) -> None:
+        for model, count in Counter(each.model.name for each in sessions).items():
+            self._observer.session_events("imported", model, count)
+
+
+def _problem(session_id: str, committed: Committed | ServerError) -> ServerError | None:
+    if isinstance(committed, ServerError):
+        return committed
+    match committed.of(session_id):
+        case Outcome.KEPT:
+            return None
+        case Outcome.CONFLICT:
+            return changed_elsewhere(session_id)
+        case Outcome.UNKNOWN:
+            return not_known()
+
+
+def _is_reply(model: Model, header: Header, extra: bytes) -> bool:
+    """Whether `extra` is what a reply that is kept so leaves beside the rows."""
+    if header.reply not in {kept.value for kept in Kept} or (header.reply == Kept.ARRAYS and not extra):
+        return False
+    try:
+        return not extra or bool(model.replies.unpacked(extra))
+    except ValueError:
+        return False
+
+
+def _encoded(session_id: str, header: Header, rows: bytes, extra: bytes) -> bytes:
+    return encode(
+        session_id,
+        Texts(header.fingerprint, header.model),
+        reply=header.reply,
+        revision=header.revision,
+        position=header.position,
+        request_id=header.request_id,
+        opened_with=header.opened_with,
+        created=header.created,
+        last_used=header.last_used,
+        batch_size=header.batch_size,
+        rows=rows,
+        extra=extra,
+        fields=header.fields,
+    )

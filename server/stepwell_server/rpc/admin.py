@@ -1,0 +1,214 @@
+"""The calls of SessionService for those who look after many sessions: lists, closing, leases, export and import."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from stepwell.v1 import sessions_pb2 as pb
+from stepwell_server.core import leases
+from stepwell_server.core.leases import Lease
+from stepwell_server.engine.api import Order
+from stepwell_server.engine.api import SessionFilter as Filter
+from stepwell_server.engine.sessions.matching import Place
+from stepwell_server.engine.sessions.moving import MOST_AT_ONCE, Brought, Existing, Exported
+from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
+from stepwell_server.rpc import convert
+from stepwell_server.rpc.pages import from_token, to_token
+from stepwell_server.rpc.status import to_proto
+
+if TYPE_CHECKING:
+    from stepwell_server.engine.engine import Engine
+    from stepwell_server.rpc.fronts.base import Call
+
+_DEFAULT_PAGE = 1000
+_LARGEST_PAGE = 10_000
+#: Sessions that are made messages of before others get a turn.
+_AT_ONCE = 250
+_ORDERS: dict[int, Order] = {
+    pb.SESSION_ORDER_UNSPECIFIED: Order.ID,
+    pb.SESSION_ORDER_ID: Order.ID,
+    pb.SESSION_ORDER_LAST_USED: Order.LAST_USED,
+    pb.SESSION_ORDER_CREATED: Order.CREATED,
+}
+#: Of sessions in one page, unless another size is asked for.
+_EXPORTED_BYTES = 1 << 20
+_EXISTING: dict[int, Existing] = {
+    pb.EXISTING_SESSION_UNSPECIFIED: Existing.REFUSE,
+    pb.EXISTING_SESSION_REFUSE: Existing.REFUSE,
+    pb.EXISTING_SESSION_SKIP: Existing.SKIP,
+    pb.EXISTING_SESSION_REPLACE: Existing.REPLACE,
+}
+_OUTCOMES = {
+    Brought.IMPORTED: pb.IMPORT_OUTCOME_IMPORTED,
+    Brought.REPLACED: pb.IMPORT_OUTCOME_REPLACED,
+    Brought.SKIPPED: pb.IMPORT_OUTCOME_SKIPPED,
+}
+
+
+_Opening: TypeAlias = (
+    pb.OpenSessionRequest | pb.OpenSessionsRequest | pb.ForkSessionRequest | pb.ForkSessionsRequest
+)
+_Filtered: TypeAlias = pb.ListSessionsRequest | pb.CloseMatchingSessionsRequest | pb.ExportSessionsRequest
+
+
+class Administration:
+    """Lists, closing by filters, leases, export and import. Part of the servicer; lives on the event loop."""
+
+    def __init__(self, engine: Engine, max_reply_bytes: int) -> None:
+        self._engine = engine
+        self._max_reply_bytes = max_reply_bytes
+
+    async def list_sessions(self, request: pb.ListSessionsRequest, _call: Call) -> pb.ListSessionsResponse:
+        """List sessions, page by page."""
+        order = _ORDERS.get(request.order)
+        if order is None:
+            raise InvalidInput(f"order must be a SessionOrder; got {request.order}")
+        after, number = from_token(request.page_token)
+        wanted = _filter_of(request)
+        page, total = await self._engine.list_sessions(
+            model=wanted.model,
+            prefix=wanted.prefix,
+            idle_longer_s=wanted.idle_longer_s,
+            order=order,
+            descending=request.descending,
+            after=(number, after) if request.page_token else None,
+            limit=_page_size(request.page_size),
+            count=not request.skip_total,
+        )
+        response = pb.ListSessionsResponse(total=total)
+        for start in range(0, len(page), _AT_ONCE):
+            if start:
+                await asyncio.sleep(0)
+            response.sessions.extend([convert.from_session(info) for info in page[start : start + _AT_ONCE]])
+        if page.next is not None:
+            response.next_page_token = to_token(page.next[1], page.next[0])
+        return response
+
+    async def close_matching_sessions(
+        self, request: pb.CloseMatchingSessionsRequest, _call: Call
+    ) -> pb.CloseMatchingSessionsResponse:
+        """Delete sessions that fit a filter, some at a time."""
+        wanted = _filter_of(request)
+        is_filtered = bool(wanted.model or wanted.prefix or wanted.idle_longer_s is not None)
+        if is_filtered is request.all:
+            raise InvalidInput(
+                "all must be true without model, session_id_prefix and idle_longer, and false with one of them;"
+                f" got {str(request.all).lower()}"
+            )
+        after, as_of = from_token(request.page_token)
+        closed, place = await self._engine.close_matching(
+            wanted,
+            limit=_page_size(request.page_size),
+            place=Place(as_of, after) if request.page_token else None,
+        )
+        token = "" if place is None else to_token(place.after, place.as_of)
+        return pb.CloseMatchingSessionsResponse(closed=closed, next_page_token=token)
+
+    async def export_sessions(
+        self, request: pb.ExportSessionsRequest, call: Call
+    ) -> pb.ExportSessionsResponse:
+        """Read sessions with all that is kept of them."""
+        wanted = _filter_of(request)
+        most = self._max_reply_bytes * 3 // 4
+        page_bytes = min(request.page_bytes or _EXPORTED_BYTES, most)
+        place, _ = from_token(request.page_token)
+        response = pb.ExportSessionsResponse()
+        if not request.session_ids:
+            found, end = await self._engine.export_page(
+                wanted,
+                after=(0.0, place) if request.page_token else None,
+                page_bytes=page_bytes,
+                most_bytes=most,
+                deadline=call.deadline,
+            )
+            _add_exported(response, found)
+            response.next_page_token = "" if end is None else to_token(end[1])
+            return response
+        if wanted != Filter():
+            raise InvalidInput(
+                "session_ids must be empty with model, session_id_prefix or idle_longer; got both"
+            )
+        ids = list(request.session_ids)
+        if len(ids) > MOST_AT_ONCE:
+            raise InvalidInput(f"session_ids must be at most {MOST_AT_ONCE}; got {len(ids)}")
+        if place and place not in ids:
+            raise InvalidInput("page_token must be that of a page of the same session_ids; got another one")
+        size = 0
+        for at in range(ids.index(place) + 1 if place else 0, len(ids)):
+            (each,) = await self._engine.export_sessions([ids[at]], deadline=call.deadline)
+            if not isinstance(each, ServerError):
+                size += len(each)
+                if len(response.sessions) and size > page_bytes:
+                    response.next_page_token = to_token(ids[at - 1])
+                    break
+                if len(each) > most:
+                    each = MessageTooLarge(
+                        f"session {ids[at]!r} must have at most {most} bytes to be exported; it has {len(each)}"
+                    )
+            _add_exported(response, [(ids[at], each)])
+        return response
+
+    async def import_sessions(
+        self, request: pb.ImportSessionsRequest, _call: Call
+    ) -> pb.ImportSessionsResponse:
+        """Make sessions of what was exported."""
+        existing = _EXISTING.get(request.existing)
+        if existing is None:
+            raise InvalidInput(f"existing must be an ExistingSession; got {request.existing}")
+        sessions = [(each.session_id, each.record) for each in request.sessions]
+        response = pb.ImportSessionsResponse()
+        for (session_id, _), result in zip(
+            sessions, await self._engine.import_sessions(sessions, existing), strict=True
+        ):
+            if isinstance(result, ServerError):
+                failed = pb.IMPORT_OUTCOME_FAILED
+                response.sessions.add(session_id=session_id, outcome=failed, error=to_proto(result))
+            else:
+                response.sessions.add(session_id=session_id, outcome=_OUTCOMES[result])
+        return response
+
+    async def renew_lease(self, request: pb.RenewLeaseRequest, _call: Call) -> pb.RenewLeaseResponse:
+        """Hear that a client is there."""
+        self._engine.renew_lease(request.client_id)
+        return pb.RenewLeaseResponse()
+
+
+def _add_exported(response: pb.ExportSessionsResponse, found: Sequence[tuple[str, Exported]]) -> None:
+    for session_id, each in found:
+        if isinstance(each, ServerError):
+            response.errors.add(session_id=session_id, error=to_proto(each))
+        else:
+            response.sessions.add(session_id=session_id, record=bytes(each))
+
+
+def lease_of(request: _Opening) -> Lease | None:
+    """The lease that an opening asks for.
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    if not request.HasField("lease"):
+        return None
+    if not request.lease.client_id:
+        raise InvalidInput("lease.client_id must be random and not 0; got 0")
+    seconds = convert.to_seconds(request.lease.duration, "lease.duration")
+    if not leases.SHORTEST_S <= seconds <= leases.LONGEST_S:
+        raise InvalidInput(
+            f"lease.duration must be {leases.SHORTEST_S:g} s to {leases.LONGEST_S:g} s; got {seconds:g} s"
+        )
+    return request.lease.client_id, round(seconds * 1000)
+
+
+def _filter_of(request: _Filtered) -> Filter:
+    idle = None
+    if request.HasField("idle_longer"):
+        idle = convert.to_seconds(request.idle_longer, "idle_longer")
+    return Filter(model=request.model, prefix=request.session_id_prefix, idle_longer_s=idle)
+
+
+def _page_size(asked: int) -> int:
+    if asked > _LARGEST_PAGE:
+        raise InvalidInput(f"page_size must be at most {_LARGEST_PAGE}; got {asked}")
+    return asked or _DEFAULT_PAGE
