@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ def to_dataframe(tensors: Mapping[str, Array], rows: int, attrs: Mapping[str, An
     pandas = _imported("pandas", "State.to_dataframe")
     index = pandas.RangeIndex(rows, name="row")
     frames = {
-        name: pandas.DataFrame(array.reshape(rows, -1).copy(), index=index) for name, array in tensors.items()
+        name: pandas.DataFrame(array.reshape(rows, math.prod(array.shape[1:])).copy(), index=index)
+        for name, array in tensors.items()
     }
     names = ["tensor", "unit"]
     if frames:

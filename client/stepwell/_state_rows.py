@@ -57,7 +57,8 @@ def _checked(rows: npt.NDArray[Any], count: int) -> npt.NDArray[np.intp]:
     wrong = rows[(rows < -count) | (rows >= count)]
     if len(wrong):
         raise IndexError(f"rows must be from {-count} to {count - 1}; got {wrong[0]}")
-    return np.where(rows < 0, rows + count, rows).astype(np.intp)
+    indexes = rows.astype(np.intp)  # a smaller type may not hold the sum
+    return np.where(indexes < 0, indexes + count, indexes)
 
 
 def _no_rows(rows: object) -> TypeError:

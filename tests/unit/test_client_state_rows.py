@@ -59,6 +59,12 @@ def test_rows_of_a_state_are_a_state(rows: Rows, indexes: list[int]) -> None:
     assert (part.model, part.fingerprint, part.revision, part.position) == ("m", "f00d", 7, 9)
 
 
+def test_indexes_of_a_small_type_choose_among_many_rows() -> None:
+    whole = state(300)
+    assert whole[np.array([255, 0], np.uint8)] == whole[[255, 0]]
+    assert whole[np.array([-1, 127], np.int8)] == whole[[299, 127]]
+
+
 @pytest.mark.parametrize(
     ("rows", "error", "message"),
     [
@@ -147,6 +153,7 @@ def test_as_a_dataframe() -> None:
     frame.loc[0, ("count", 0)] = 5
     assert one == state()
     assert State({}, model="m", fingerprint="f", batch_size=2).to_dataframe().shape == (2, 0)
+    assert one[[]].to_dataframe().shape == (0, frame.shape[1])
 
 
 def test_as_a_dataset() -> None:
