@@ -194,9 +194,7 @@ class Core:
     ) -> Flow[GroupTracker]:
         """Opens many sessions: all of them or none."""
         count, rows = _inputs.check_count("n", n), _inputs.check_count("batch_size", batch_size)
-        ids = [_inputs.check_session_id("session_ids", one) for one in session_ids or ()]
-        if session_ids is not None and len(ids) != count:
-            raise InvalidInputError(f"session_ids must have n = {count} ids; got {len(ids)}")
+        ids = _inputs.check_session_ids(session_ids, count, f"n = {count} ids")
         request = sessions_pb2.OpenSessionsRequest(
             model=_inputs.check_model(model),
             count=count,
@@ -213,11 +211,8 @@ class Core:
         """Opens sessions with the states of others: all of them or none."""
         if not sources:
             raise InvalidInputError("a group must have at least one session to be forked; it has none")
-        ids = [_inputs.check_session_id("session_ids", one) for one in session_ids or ()]
-        if session_ids is not None and len(ids) != len(sources):
-            raise InvalidInputError(
-                f"session_ids must have one id for each of {len(sources)} sessions; got {len(ids)}"
-            )
+        count = len(sources)
+        ids = _inputs.check_session_ids(session_ids, count, f"one id for each of {count} sessions")
         request = sessions_pb2.ForkSessionsRequest(
             session_ids=sources, new_session_ids=ids, request_id=new_request_id()
         )

@@ -15,11 +15,12 @@ from stepwell._core import Core
 from stepwell._flow import Flow, Pause
 from stepwell._frames import RETRYABLE, Change, Counts, Gathered, Indexes
 from stepwell._group_tracker import GroupTracker, MemberTracker, as_index
+from stepwell._inputs import pack_inputs
 from stepwell._retry import Deadline
 from stepwell._state import State, States
 from stepwell._status import from_message
 from stepwell._step_arguments import check_outputs, check_states, selected, step_change
-from stepwell._tensors import Array, Packed, dtype_of, unpack_all
+from stepwell._tensors import Array, Packed, as_array, dtype_of, unpack_all
 from stepwell._trace import Trace
 from stepwell._turns import Some
 from stepwell._types import (
@@ -87,6 +88,8 @@ class GroupCore:
         Raises:
             IndexError: There is none.
         """
+        if isinstance(index, bool):
+            raise _no_members(index)
         try:
             return int(self.members.indexes[index])
         except IndexError:
@@ -112,6 +115,10 @@ class GroupCore:
 
     def view(self, members: Rows | slice) -> GroupCore:
         """A view of some of this view's members."""
+        if members is None:
+            raise InvalidInputError(
+                "members must be an index, a slice, a list of indexes or booleans; got None"
+            )
         return GroupCore(self._core, self.tracker, self.some(members).indexes)
 
     def member(self, place: int) -> MemberTracker:
@@ -344,22 +351,35 @@ def check_members(members: Rows, count: int, name: str) -> Indexes:
     return np.array(_inputs.check_rows(members, count, name) or (), np.intp)  # this says what is wrong
 
 
+def _no_members(index: object) -> InvalidInputError:
+    return InvalidInputError(
+        f"members must be an index, a slice, or a list of indexes or booleans; got {index!r}"
+    )
+
+
 def _empty(inputs: Inputs) -> tuple[Packed, ...]:
     """The inputs of a step of no members: nothing but their shapes is of interest."""
     by_name = inputs if isinstance(inputs, Mapping) else {"": inputs}
-    shapes = {name: np.shape(value) for name, value in by_name.items()}
-    for name, shape in shapes.items():
+    if not by_name:
+        return pack_inputs(inputs)  # this says what is wrong
+    packed = []
+    for name, value in by_name.items():
+        what = f"input {name!r}" if name else "the input"
+        shape = as_array(what, value).shape
         if shape[:1] != (0,):
-            what = f"input {name!r}" if name else "the input"
             raise InvalidInputError(f"{what} must have 0 rows: members chooses none; got shape {shape}")
-    return tuple(Packed(name, 0, shape, b"") for name, shape in shapes.items())
+        packed.append(Packed(name, 0, shape, b""))
+    return tuple(packed)
 
 
 def _by_row(reset: Mask | None, members: int, rows: int) -> Mask | None:
     """A mask of members as one of their rows; one of rows as it is."""
     if reset is None or rows == 1:
         return reset
-    mask = np.asarray(reset)
+    try:
+        mask = np.asarray(reset)
+    except (TypeError, ValueError):
+        return reset  # `step_change` says what is wrong
     return np.repeat(mask, rows, axis=0) if mask.ndim and len(mask) == members else mask
 
 

@@ -6,8 +6,9 @@ typed `object` where the type is what is checked.
 
 from __future__ import annotations
 
+import collections
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,21 @@ def check_session_id(name: str, session_id: object) -> str:
             f"got {len(session_id)} characters, {session_id[:40]!r}"
         )
     return session_id
+
+
+def check_session_ids(session_ids: Sequence[str] | None, count: int, rule: str) -> list[str]:
+    """`count` ids, all different; empty where the server shall make them."""
+    if session_ids is None:
+        return []
+    if isinstance(session_ids, str | bytes) or not isinstance(session_ids, Iterable):
+        raise InvalidInputError(f"session_ids must be a list of ids; got {session_ids!r:.100}")
+    ids = [check_session_id("session_ids", one) for one in session_ids]
+    if len(ids) != count:
+        raise InvalidInputError(f"session_ids must have {rule}; got {len(ids)}")
+    twice = next((one for one, times in collections.Counter(ids).items() if times > 1), None)
+    if twice is not None:
+        raise InvalidInputError(f"session_ids must be different from each other; got {twice!r} twice")
+    return ids
 
 
 def optional_session_id(name: str, session_id: str | None) -> str:

@@ -63,7 +63,7 @@ def pack(name: str, what: str, value: npt.ArrayLike) -> Packed:
     Raises:
         InvalidInputError: It is no array of numbers, has no batch axis, or is empty.
     """
-    array = _as_array(what, value)
+    array = as_array(what, value)
     dtype = _dtype_number(what, array)
     if array.ndim == 0:
         raise InvalidInputError(f"{what} must have a batch axis, shape (batch_size, ...); got a scalar")
@@ -75,7 +75,12 @@ def pack(name: str, what: str, value: npt.ArrayLike) -> Packed:
     )
 
 
-def _as_array(what: str, value: npt.ArrayLike) -> Array:
+def as_array(what: str, value: npt.ArrayLike) -> Array:
+    """A value as an array of whatever type.
+
+    Raises:
+        InvalidInputError: Its parts differ in shape.
+    """
     try:
         return np.asarray(value)
     except (TypeError, ValueError) as error:

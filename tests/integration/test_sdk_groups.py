@@ -281,18 +281,31 @@ async def test_what_cannot_be_members_is_refused(client: Any, server: ScriptedSe
             r"must have 1 row on its first axis \(members x batch_size\), .*; got \(4, 2\)$",
         ),
         ({"members": []}, r"the input must have 0 rows: members chooses none; got shape \(4, 2\)"),
+        ({"members": [], "x": {}}, "inputs must name at least one array; got an empty mapping"),
+        ({"members": [], "x": [[1.0], [2.0, 3.0]]}, "the input must be an array of numbers"),
         ({"reset": np.ones(3, bool)}, r"reset must be booleans of shape \(4,\)"),
         ({"outputs": []}, "outputs must name at least one output"),
     ]
     for arguments, message in refused:
         with pytest.raises(errors.InvalidInputError, match=message):
-            await group.step(X, **arguments)
+            await group.step(**{"x": X} | arguments)
+    pairs = await client.open_sessions(MODEL, 2, batch_size=2)
+    with pytest.raises(
+        errors.InvalidInputError, match=r"reset must be booleans .* got \[\[True\], \[True, F"
+    ):
+        await pairs.step(X, reset=[[True], [True, False]])
+    for ids, message in (("ab", "a list of ids; got 'ab'"), (["a", "a"], "different .* got 'a' twice")):
+        with pytest.raises(errors.InvalidInputError, match=f"session_ids must be {message}"):
+            await pairs.fork(ids)
     with pytest.raises(errors.InvalidInputError, match="members must not be given together with rows"):
         await group.reset_states(rows=[0], members=[0])
     with pytest.raises(IndexError, match="index must be from -4 to 3, a group of 4 sessions; got 4"):
         group[4]
     with pytest.raises(errors.InvalidInputError, match="members must be from 0 to 3"):
         group[[7]]
+    for index in (True, None):
+        with pytest.raises(errors.InvalidInputError, match=f"members must be .*; got {index}"):
+            group[index]
     nothing = await group.step(np.zeros((0, 2), np.float32), members=np.zeros(4, bool))
     assert (nothing.shape, nothing.dtype) == ((0, 2), np.float32)
     assert (await group.step(np.zeros((0, 5, 2), np.float32), members=[])).shape == (0, 5, 2)
