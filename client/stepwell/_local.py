@@ -20,10 +20,10 @@ from stepwell import _model_files
 from stepwell._model_files import ModelSource
 from stepwell.client import Client
 from stepwell.config import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_S, ClientConfig
-from stepwell.errors import InvalidInputError
-from stepwell.testing import LocalServer
+from stepwell.testing import LocalServer, serve_arguments
 
 _STOP_S = 10.0
+_NO_ADDRESS = "127.0.0.1:1"
 _COMPILED = ".stepwell"
 # A line of the server's log, as text or as JSON, for a model that is not in its cache.
 _LOADING = re.compile(r'loading model\b.*?\bmodel"?[=:]\s*"?(?P<name>[A-Za-z0-9_.-]+)')
@@ -84,8 +84,9 @@ def local(
         >>> client.close()
     """
     sources = _model_files.named(models, name)
-    if isinstance(extra_args, str):
-        raise InvalidInputError(f"extra_args must be a list of strings; got {extra_args!r}")
+    arguments = serve_arguments(extra_args)
+    told = _Told(timeout_s, max_message_bytes, coalesce)
+    told.config(_NO_ADDRESS)  # what is wrong is refused while nothing has been started or ended
     with tempfile.TemporaryDirectory(prefix="stepwell-") as folder:
         files = {name: _model_files.file_of(name, source, folder) for name, source in sources.items()}
         wanted = _Wanted(
@@ -94,11 +95,10 @@ def local(
                 for name, file in files.items()
             },
             None if data_dir is None else os.path.abspath(data_dir),
-            tuple(extra_args),
+            tuple(arguments),
             None if cache_dir is None else os.path.abspath(cache_dir),
             {key: value for key, value in os.environ.items() if key.startswith("STEPWELL_")},
         )
-        told = _Told(timeout_s, max_message_bytes, coalesce)
         place = _places.of(frozenset(files))
         paths = {name: file.path for name, file in files.items()}
         return place.client(wanted, told, lambda: _new_server(wanted, paths, start_timeout_s))
@@ -167,6 +167,14 @@ class _Told(NamedTuple):
     max_message_bytes: int
     coalesce: bool
 
+    def config(self, address: str) -> ClientConfig:
+        """Of a client of a server.
+
+        Raises:
+            InvalidInputError: It breaks a rule.
+        """
+        return ClientConfig(address, self.timeout_s, self.max_message_bytes)
+
 
 class _Cell(NamedTuple):
     """A cell of a notebook, and which run of it."""
@@ -204,8 +212,7 @@ class _Place:
             else:
                 running.cell = cell
                 return running.client
-            config = ClientConfig(server.address, told.timeout_s, told.max_message_bytes)
-            client = LocalClient(config, server, self, coalesce=told.coalesce)
+            client = LocalClient(told.config(server.address), server, self, coalesce=told.coalesce)
             self._running = _Running(wanted, told, client, cell)
             return client
 

@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-from stepwell.errors import StepwellError
+from stepwell.config import check_timeout
+from stepwell.errors import InvalidInputError, StepwellError
 
-_READY = re.compile(r"^stepwell: \w+ front, listening on (?P<address>\S+:\d+)\s*$")
+_READY = re.compile(r"^stepwell: \w+ front, listening on (?P<address>unix:\S+|\S+:\d+)\s*$")
 _REFUSAL = re.compile(r"^stepwell: (?:error: )?(?P<reason>.+)$")
 _MISSING = re.compile(r"No module named '?(?P<module>[\w.]+)'?$")
 _LOG_LINES = 10_000
@@ -41,6 +42,20 @@ class ServerStartError(StepwellError):
     """The server refused to start, or was not ready in time; the message ends with its last log lines."""
 
 
+def serve_arguments(extra_args: object) -> list[str]:
+    """Further options of `stepwell serve`, as strings.
+
+    Raises:
+        InvalidInputError: It is no list, or holds something else.
+    """
+    if isinstance(extra_args, Sequence) and not isinstance(extra_args, str | bytes):
+        wrong = [one for one in extra_args if not isinstance(one, str | os.PathLike)]
+        if not wrong:
+            return [os.fsdecode(one) for one in extra_args]
+        extra_args = wrong[0]
+    raise InvalidInputError(f"extra_args must be a list of strings; got {extra_args!r}")
+
+
 class LocalServer:
     """A `stepwell serve` of its own process, on a free port of 127.0.0.1.
 
@@ -57,6 +72,9 @@ class LocalServer:
         env: Further environment variables.
         start_timeout_s: How long it may take to be ready, in seconds; models are compiled in this time.
         on_log: Called by `start` with each line that the server writes until it is ready.
+
+    Raises:
+        InvalidInputError: extra_args or start_timeout_s breaks its rule.
 
     Example:
         >>> from stepwell.testing import LocalServer
@@ -91,11 +109,11 @@ class LocalServer:
     ) -> None:
         self._models = {name: os.fspath(path) for name, path in (models or {}).items()}
         self._store = ["--store", "memory"] if data_dir is None else ["--data-dir", os.fspath(data_dir)]
-        self._extra_args = list(extra_args)
+        self._extra_args = serve_arguments(extra_args)
         self._env = dict(env or {})
         if cache_dir is not None:
             self._env["STEPWELL_CACHE_DIR"] = os.fspath(cache_dir)
-        self._start_timeout_s = start_timeout_s
+        self._start_timeout_s = check_timeout("start_timeout_s", start_timeout_s)
         self._on_log = on_log
         self._address: str | None = None
         self._run: _Run | None = None
@@ -195,6 +213,10 @@ class LocalServer:
             self.stop()
 
 
+def _left_s(deadline: float) -> float:
+    return min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+
+
 class _Run:
     """One process of the server, and the thread that starts it and reads what it writes.
 
@@ -210,7 +232,7 @@ class _Run:
         self._is_starting = True
         self._started = threading.Event()
         self._process: subprocess.Popen[str] | None = None
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._serve, name="stepwell-local-server", daemon=True)
 
     def start(self) -> None:
@@ -236,7 +258,7 @@ class _Run:
                 errors="replace",
                 start_new_session=True,  # the interrupt of a terminal or a notebook is not for it
             )
-        except OSError as error:
+        except Exception as error:  # raised by `start`: nobody would see it here
             self._failure = error
             return
         finally:
@@ -257,7 +279,7 @@ class _Run:
         """Its address; None if it ended or took too long. Hands over the lines until then, in this thread."""
         deadline = time.monotonic() + timeout_s
         try:
-            while (line := self._early.get(timeout=max(0.0, deadline - time.monotonic()))) is not None:
+            while (line := self._early.get(timeout=_left_s(deadline))) is not None:
                 if on_log is not None:
                     on_log(line.rstrip("\n"))
                 if (ready := _READY.match(line)) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -124,6 +125,31 @@ def test_a_client_that_is_told_something_else_has_the_same_server(path: Path, ma
     with pytest.raises(ClosedError):
         first.models()
     assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"timeout_s": -1},
+        {"max_message_bytes": "x"},
+        {"extra_args": "--import"},
+        {"extra_args": ["--resident-rows", 5]},
+    ],
+    ids=repr,
+)
+def test_what_is_wrong_is_refused_before_anything_is_started_or_ended(
+    path: Path, made: list[FakeServer], wrong: dict[str, Any]
+) -> None:
+    """A server without a client would run on until the process ends."""
+    (name,) = wrong
+    with pytest.raises(InvalidInputError, match=f"^{name} must be"):
+        stepwell.local(path, **wrong)
+    assert not made
+    client = stepwell.local(path)
+    with pytest.raises(InvalidInputError):
+        stepwell.local(path, **wrong)
+    assert stepwell.local(path) is client
+    assert "closed" not in client._repr_html_()
 
 
 def test_other_names_are_another_server(path: Path, made: list[FakeServer]) -> None:
@@ -290,6 +316,18 @@ def test_a_cell_ends_what_it_does_not_ask_for_any_more(
     stepwell.local(a)
     assert running() == ["b", "c", "m"]
     assert shell.ends == []
+
+
+def test_a_server_that_cannot_be_started_says_why_at_once() -> None:
+    with pytest.raises(InvalidInputError, match="start_timeout_s must be above 0"):
+        LocalServer({}, start_timeout_s=-1.0)
+    with pytest.raises(InvalidInputError, match="extra_args must be a list of strings; got 5"):
+        LocalServer({}, extra_args=["--resident-rows", 5])  # type: ignore[list-item]
+    variables: Any = {"STEPWELL_RESIDENT_ROWS": 5}
+    server = LocalServer({}, env=variables, start_timeout_s=math.inf)
+    with pytest.raises(ServerStartError, match=r"process cannot be started: expected str, .* not int"):
+        server.start()
+    assert server.pid is None
 
 
 def test_the_packages_that_serving_needs_are_named(tmp_path: Path) -> None:
