@@ -97,7 +97,7 @@ def stepwell_server(
         server = LocalServer({name: file.path for name, file in files.items()}, extra_args=stepwell_args)
         server.start()
     except (InvalidInputError, OSError, ServerStartError) as error:
-        pytest.fail(f"stepwell_server cannot start: {error}", pytrace=False)
+        raise pytest.fail.Exception(f"stepwell_server cannot start: {error}", pytrace=False) from None
     with contextlib.ExitStack() as stack:
         stack.callback(server.kill)
         yield server
@@ -115,12 +115,16 @@ def stepwell_client(stepwell_server: LocalServer) -> Iterator[Client]:
         yield client
     if stepwell_server.pid is None:
         return
-    # Not by the test's client, which the test may have closed.
-    with stepwell.connect(stepwell_server.address) as client:
-        for info in client.sessions():
-            if info.session_id not in before:
-                with contextlib.suppress(stepwell.SessionGoneError):
-                    client.close_session(info.session_id)
+    try:
+        # Not by the test's client, which the test may have closed.
+        with stepwell.connect(stepwell_server.address) as client:
+            for info in client.sessions():
+                if info.session_id not in before:
+                    with contextlib.suppress(stepwell.SessionGoneError):
+                        client.close_session(info.session_id)
+    except stepwell.UnavailableError:
+        if stepwell_server.pid is not None:
+            raise  # else it has ended in this moment, and its sessions with it
 
 
 @pytest.hookimpl(wrapper=True)
@@ -143,9 +147,18 @@ def _folder(config: pytest.Config) -> Path:
 
 def _with_marked(session: pytest.Session, models: Mapping[str, ModelSource]) -> dict[str, ModelSource]:
     """The models, and those that the marks of all tests of the run add to them."""
+    if not isinstance(models, Mapping):
+        pytest.fail(
+            f"the fixture {_MODELS} must be a mapping of names to models; got {models!r}", pytrace=False
+        )
     found = dict(models)
     for item in session.items:
         for mark in item.iter_markers(_MODELS):
+            if mark.args:
+                pytest.fail(
+                    f"{item.nodeid}: the mark {_MODELS} must have NAME=PATH only; got {mark.args[0]!r}",
+                    pytrace=False,
+                )
             for name, source in mark.kwargs.items():
                 own = _folder(item.config) / source if isinstance(source, str | Path) else source
                 if found.setdefault(name, own) != own:

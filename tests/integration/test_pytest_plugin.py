@@ -47,6 +47,11 @@ def test_it_fails(stepwell_client):
 def test_it_kills(stepwell_server, stepwell_client):
     stepwell_server.kill()
 
+def test_it_ends_while_sessions_are_closed(monkeypatch, stepwell_server, stepwell_client):
+    pids = iter([stepwell_server.pid])
+    stepwell_server.kill()
+    monkeypatch.setattr(type(stepwell_server), "pid", property(lambda _server: next(pids, None)))
+
 def test_it_is_back(stepwell_server, stepwell_client):
     assert stepwell_client.sessions() == []
     pathlib.Path("pid").write_text(str(stepwell_server.pid))
@@ -70,7 +75,7 @@ def test_a_run_has_one_server_and_each_test_a_clean_client(run: pytest.Pytester)
     )
     run.makepyfile(TESTS)
     result = run.runpytest_subprocess("-pno:cacheprovider", "-pno:asyncio", "-Werror", "--strict-markers")
-    result.assert_outcomes(passed=5, failed=1)
+    result.assert_outcomes(passed=6, failed=1)
     result.stdout.fnmatch_lines(
         ["*stepwell_server log*", "*session opened model=seq session=seen-in-the-log*"]
     )
@@ -106,8 +111,34 @@ def test_server(stepwell_server):
             "\n@pytest.fixture(scope='session')\ndef stepwell_models(): return {'a b': 'models/seq.keras'}\n",
             "stepwell_server cannot start: a name in models must be 1 to 128 letters, *; got 'a b'",
         ),
+        (
+            "a = models/seq.keras",
+            "\n@pytest.mark.stepwell_models('b.keras')\ndef test_other(): pass\n",
+            "*test_other: the mark stepwell_models must have NAME=PATH only; got 'b.keras'",
+        ),
+        (
+            "",
+            "\n@pytest.fixture(scope='session')\ndef stepwell_models(): return 'models/seq.keras'\n",
+            "the fixture stepwell_models must be a mapping of names to models; got 'models/seq.keras'",
+        ),
+        (
+            "a = models/seq.keras",
+            "\n@pytest.fixture(scope='session')\ndef stepwell_args(): return '--import x'\n",
+            "stepwell_server cannot start: extra_args must be a list of strings; got '--import x'",
+        ),
     ],
-    ids=["no_models", "no_line", "no_file", "two_models_of_a_name", "no_name"],
+    ids=[
+        *(
+            "no_models",
+            "no_line",
+            "no_file",
+            "two_models_of_a_name",
+            "no_name",
+            "no_name_in_a_mark",
+            "no_mapping",
+        ),
+        "no_list",
+    ],
 )
 def test_what_cannot_be_served_is_said_in_one_line(
     ini: str, more: str, message: str, run: pytest.Pytester
@@ -117,3 +148,4 @@ def test_what_cannot_be_served_is_said_in_one_line(
     result = run.runpytest_inprocess("-pno:cacheprovider", "-pno:asyncio", "-pno:xdist", "-pno:cov")
     result.assert_outcomes(errors=1, passed="test_other" in more)
     result.stdout.fnmatch_lines([message])
+    result.stdout.no_fnmatch_line("*another exception occurred*")
