@@ -19,7 +19,7 @@ from stepwell._display import Listing
 from stepwell._flow import Flow, Retrier
 from stepwell._frames import Change
 from stepwell._group_tracker import GroupTracker
-from stepwell._leases import Lease
+from stepwell._leases import GROUP, SESSION, Lease
 from stepwell._log import LOG
 from stepwell._observer import Observer
 from stepwell._retry import Clock, Deadline, RetryPolicy
@@ -253,14 +253,14 @@ class Core:
             return
         if isinstance(request, sessions_pb2.OpenSessionsRequest | sessions_pb2.ForkSessionsRequest):
             if not _names_sessions(request):
-                self.lease.add(reply.session_ids[0])
+                self.lease.add(GROUP, reply.session_ids[0])
         elif reply.session.HasField("lease"):
-            self.lease.add(reply.session.session_id)
+            self.lease.add(SESSION, reply.session.session_id)
 
-    def unlease(self, session_id: str) -> None:
-        """A session was closed, or the group that begins with it."""
+    def unlease(self, session_id: str, kind: str = SESSION) -> None:
+        """A session was closed, or the whole group that begins with it."""
         if self.lease is not None:
-            self.lease.discard(session_id)
+            self.lease.discard(kind, session_id)
 
     def end_lease(self) -> None:
         """The client is closed: its sessions that nobody named end when the lease is over."""

@@ -16,6 +16,7 @@ from stepwell._flow import Flow, Pause
 from stepwell._frames import RETRYABLE, Change, Counts, Gathered, Indexes
 from stepwell._group_tracker import GroupTracker, MemberTracker, as_index
 from stepwell._inputs import pack_inputs
+from stepwell._leases import GROUP
 from stepwell._retry import Deadline
 from stepwell._state import State, States
 from stepwell._status import from_message
@@ -281,7 +282,8 @@ class GroupCore:
         for start in range(0, len(ids), _AT_ONCE):
             request = sessions_pb2.CloseSessionsRequest(session_ids=ids[start : start + _AT_ONCE])
             yield from self._core.retrier.call("CloseSessions", request, deadline, changes=True)
-        self._core.unlease(ids[0])
+        if len(ids) == len(self.tracker.ids):
+            self._core.unlease(self.tracker.ids[0], GROUP)
 
 
 class _States:

@@ -20,6 +20,8 @@ from stepwell._flow import Call
 from stepwell.errors import ClosedError, RefusedError, StepwellError
 from stepwell.v1 import sessions_pb2
 
+SESSION, GROUP = "session", "group"
+"""What has a lease: a session, or a group as a whole, whichever of its members are closed before."""
 _RENEWALS_PER_LEASE = 3
 
 
@@ -31,7 +33,7 @@ class Lease:
         self.seconds = seconds
         self.client_id = secrets.randbits(64) or 1
         self._on_first = on_first
-        self._sessions: set[str] = set()
+        self._sessions: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
 
     @property
@@ -55,18 +57,18 @@ class Lease:
         request = sessions_pb2.RenewLeaseRequest(client_id=self.client_id)
         return Call("RenewLease", request, self.pause_s)
 
-    def add(self, session_id: str) -> None:
+    def add(self, kind: str, session_id: str) -> None:
         """A session has it, or the group that begins with it."""
         with self._lock:
             is_first = not self._sessions
-            self._sessions.add(session_id)
+            self._sessions.add((kind, session_id))
         if is_first:
             self._on_first()
 
-    def discard(self, session_id: str) -> None:
-        """A session was closed."""
+    def discard(self, kind: str, session_id: str) -> None:
+        """A session was closed, or the whole group that begins with it."""
         with self._lock:
-            self._sessions.discard(session_id)
+            self._sessions.discard((kind, session_id))
 
     def end(self) -> None:
         """Nobody needs it any more."""

@@ -310,3 +310,15 @@ def test_a_server_without_leases_is_asked_no_more() -> None:
 def test_bad_leases(lease_s: Any) -> None:
     with pytest.raises(stepwell.InvalidInputError, match="lease_s must be"):
         stepwell.connect("127.0.0.1:1", lease_s=lease_s)
+
+
+def test_a_group_has_its_lease_whichever_members_are_closed_before() -> None:
+    with ScriptedServer() as server, stepwell.connect(server.address, lease_s=100) as client:
+        lease = client._core.lease
+        assert lease is not None
+        group = client.open_sessions(MODEL, 3)
+        group[0].close()
+        group[:2].close()
+        assert lease.is_needed, "the last member must not end though its client is there"
+        group.close()
+        assert not lease.is_needed

@@ -261,6 +261,7 @@ async def test_a_group_takes_its_views_with_it(client: Any, server: ScriptedServ
     with pytest.raises(errors.SessionNotFoundError):
         await nested.step(X[:1])
     await group.step(X[2:], members=[2, 3])
+    await group[0:0].close()
     await group.close()
     for handle in (group[2:], member, nested):
         with pytest.raises(errors.ClosedError):
