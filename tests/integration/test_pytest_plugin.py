@@ -12,6 +12,7 @@ from support import programs
 pytest_plugins = ["pytester"]
 
 TESTS = """
+import functools
 import os
 import pathlib
 import numpy as np
@@ -48,6 +49,8 @@ def test_it_kills(stepwell_server, stepwell_client):
     stepwell_server.kill()
 
 def test_it_ends_while_sessions_are_closed(monkeypatch, stepwell_server, stepwell_client):
+    short = functools.partial(stepwell.connect, connect_timeout_s=0.1)
+    monkeypatch.setattr(stepwell, "connect", short)
     pids = iter([stepwell_server.pid])
     stepwell_server.kill()
     monkeypatch.setattr(type(stepwell_server), "pid", property(lambda _server: next(pids, None)))
