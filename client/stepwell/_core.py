@@ -347,12 +347,11 @@ class Core:
         position: int = 0,
     ) -> Flow[None]:
         """Sets the state of a session, or some rows of it; with `position`, which the whole of it then has."""
+        position = _inputs.check_position(position)
         if position and (states is None or rows is not None):
             raise InvalidInputError(
                 f"position must be 0 without states, and with rows: it is that of a whole state; got {position}"
             )
-        if not 0 <= position < 2**64:
-            raise InvalidInputError(f"position must be from 0 to {2**64 - 1}; got {position}")
         chosen = _inputs.check_rows(rows, tracker.batch_size)
         if chosen == ():
             return

@@ -188,14 +188,26 @@ def check_model(model: object) -> str:
 
 def check_count(name: str, count: object) -> int:
     """An integer of at least 1 that fits the protocol's 32 bits."""
-    if isinstance(count, bool | np.bool_):
-        raise InvalidInputError(f"{name} must be an integer; got {count!r}")
-    try:
-        checked = operator.index(count)  # type: ignore[arg-type]  # refusing other types is its job
-    except TypeError:
-        raise InvalidInputError(f"{name} must be an integer; got {count!r}") from None
+    checked = _integer(name, count)
     if checked < 1:
         raise InvalidInputError(f"{name} must be at least 1; got {checked}")
     if checked > _MAX_UINT32:
         raise InvalidInputError(f"{name} must be 1 to {_MAX_UINT32}; got {checked}")
     return checked
+
+
+def check_position(position: object) -> int:
+    """An integer that fits the protocol's 64 bits."""
+    checked = _integer("position", position)
+    if not 0 <= checked < 2**64:
+        raise InvalidInputError(f"position must be from 0 to {2**64 - 1}; got {checked}")
+    return checked
+
+
+def _integer(name: str, value: object) -> int:
+    if isinstance(value, bool | np.bool_):
+        raise InvalidInputError(f"{name} must be an integer; got {value!r}")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # refusing other types is its job
+    except TypeError:
+        raise InvalidInputError(f"{name} must be an integer; got {value!r}") from None

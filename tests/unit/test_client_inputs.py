@@ -241,3 +241,10 @@ def test_counts_beyond_32_bits_are_told_the_range() -> None:
             errors.InvalidInputError, match=f"batch_size must be 1 to 4294967295; got {count}"
         ):
             _inputs.check_count("batch_size", count)
+
+
+@pytest.mark.parametrize("position", ["x", 1.5, True, None, math.nan, -1, 2**64])
+def test_a_position_is_an_integer(position: Any) -> None:
+    with pytest.raises(errors.InvalidInputError, match=rf"^position must be .*; got {position!r}$"):
+        _inputs.check_position(position)
+    assert _inputs.check_position(np.uint64(2**64 - 1)) == 2**64 - 1
