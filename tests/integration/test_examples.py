@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[LocalServer]:
+def models() -> dict[str, Path]:
     """The demo's model, not trained: what the examples show does not depend on that. And that of the policies."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
@@ -37,6 +37,11 @@ def server() -> Iterator[LocalServer]:
     for name, build in builders.items():
         keras.utils.set_random_seed(1)
         models[name] = programs.saved(name, build).path
+    return models
+
+
+@pytest.fixture(scope="module")
+def server(models: dict[str, Path]) -> Iterator[LocalServer]:
     with LocalServer(models, cache_dir=programs.cache_dir(), start_timeout_s=100) as server:
         yield server
 
@@ -60,6 +65,15 @@ def test_quickstart(server: LocalServer, tmp_path: Path) -> None:
     assert re.findall(r"^hour (\d): .* °C in an hour$", said, re.MULTILINE) == list("123456789")
     state = stepwell.State.load(tmp_path / "user-42.safetensors")
     assert (state.model, state.position, list(state)) == ("temperature", 9, ["lstm/h", "lstm/c"])
+
+
+def test_hidden_state(
+    models: dict[str, Path], server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPWELL_CACHE_DIR", str(programs.cache_dir()))
+    said = run("hidden_state.py", server, tmp_path, str(models["temperature"]), "made/hidden-state.png")
+    assert said == "The picture is in made/hidden-state.png\n"
+    assert (tmp_path / "made" / "hidden-state.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_async_users(server: LocalServer, tmp_path: Path) -> None:

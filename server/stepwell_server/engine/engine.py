@@ -159,12 +159,7 @@ class Engine:
             clock=clock,
         )
         self._committer = Committer(
-            table,
-            keeping,
-            clock,
-            release=self._turns.release,
-            drop=self._expiry.drop,
-            discard=pager.discard,
+            table, keeping, clock, release=self._turns.release, drop=self._expiry.drop, discard=pager.discard
         )
         self._admission = Admission(
             table,
