@@ -18,6 +18,8 @@ from typing import Self
 from stepwell.config import check_timeout
 from stepwell.errors import InvalidInputError, StepwellError
 
+__all__ = ["LocalServer", "ServerStartError"]
+
 _READY = re.compile(r"^stepwell: \w+ front, listening on (?P<address>unix:\S+|\S+:\d+)\s*$")
 _REFUSAL = re.compile(r"^stepwell: (?:error: )?(?P<reason>.+)$")
 _MISSING = re.compile(r"No module named '?(?P<module>[\w.]+)'?$")

@@ -401,7 +401,7 @@ async def cut_off(server: Server, reason: str, begin: bytes, drip: bytes) -> Non
     assert (await asyncio.gather(closed, return_exceptions=True))[0] is not None
     writer.close()
     assert sent < len(drip)
-    assert dict(server.counts().refused)[reason] == 1
+    await until(lambda: dict(server.counts().refused)[reason] == 1)  # counted when it is closed
 
 
 @pytest.mark.parametrize("server", [FrontLimits(1 << 20, handshake_s=0.1)], indirect=True)
