@@ -57,7 +57,7 @@ def test_the_page_for_notebooks(
             value = names.pop("shown", None)
             if hasattr(value, "_repr_html_"):
                 shown.append(type(value).__name__)
-    assert shown == ["Listing", "Listing", "State", "DataArray"]
+    assert shown == ["Listing", "SessionList", "State", "DataArray"]
     assert (names["first"].batch_size, names["frame"].shape) == (1, (4, 32))
     assert names["client"].server.pid is None
 

@@ -18,11 +18,12 @@ from support.fake_executor import BROKEN
 @pytest.fixture
 def stream() -> Iterator[io.StringIO]:
     root, ours = logging.getLogger(), logging.getLogger("stepwell_server")
-    before = (root.handlers[:], root.level, ours.level)
+    before = (root.handlers[:], root.level, ours.level, Log.is_debug)
     yield io.StringIO()
     root.handlers[:] = before[0]
     root.setLevel(before[1])
     ours.setLevel(before[2])
+    Log.is_debug = before[3]
 
 
 def _write(log_format: LogFormat, stream: io.StringIO) -> None:
