@@ -31,6 +31,8 @@ def pytest_configure() -> None:
     os.environ["STEPWELL_CONNECT_TIMEOUT_S"] = "60"
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; servers would ignore it, too
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_finish() -> None:
