@@ -7,7 +7,6 @@ a task. Each says so a few times in the time that its lease allows, by a call th
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import secrets
 import threading
@@ -17,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from stepwell._flow import Call
-from stepwell.errors import ClosedError, RefusedError, StepwellError
+from stepwell.errors import ClosedError, StepwellError
 from stepwell.v1 import sessions_pb2
 
 SESSION, GROUP = "session", "group"
@@ -102,10 +101,9 @@ class Renewal:
                 return False
         return True
 
-    def _done(self, error: StepwellError | None) -> None:
+    def _done(self, _error: StepwellError | None) -> None:
+        # Also after a refusal: a proxy on the way may refuse for a moment, and the sessions still have their lease.
         self._is_under_way = False
-        if isinstance(error, RefusedError) and self.lease is not None:
-            self.lease.end()  # a server of an older release: it has no leases
 
 
 class _Renewer:
@@ -181,17 +179,14 @@ os.register_at_fork(after_in_child=RENEWER.forget)
 
 
 async def renew_while_needed(lease: Lease, invoke: Callable[[Call], Awaitable[Any]]) -> None:
-    """Renew the lease of an async client, until it is not needed or the server has none."""
+    """Renew the lease of an async client, until it is not needed."""
     while True:
         await asyncio.sleep(lease.pause_s)
         if not lease.is_needed:
             return
         try:
-            with contextlib.suppress(StepwellError):
-                try:
-                    await invoke(lease.call())
-                except RefusedError:
-                    lease.end()
-                    return
+            await invoke(lease.call())
         except ClosedError:
             return
+        except StepwellError:
+            pass  # whatever it is, the sessions still have their lease: see `Renewal`
