@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, TypeAlias
 
 from google.protobuf import duration_pb2
@@ -172,7 +172,7 @@ class Admin:
 
     def close_requests(self, ids: Iterable[str]) -> Iterator[sessions_pb2.CloseSessionsRequest]:
         """The requests that close sessions by their ids."""
-        checked = [_inputs.check_session_id("session_ids", session_id) for session_id in ids]
+        checked = _inputs.check_some_ids(ids)
         for start in range(0, len(checked), _CLOSED_AT_ONCE):
             yield sessions_pb2.CloseSessionsRequest(session_ids=checked[start : start + _CLOSED_AT_ONCE])
 
@@ -209,7 +209,7 @@ class Admin:
         return reply.closed, reply.next_page_token
 
     def export_requests(
-        self, ids: Sequence[str] | None, wanted: SessionFilter
+        self, ids: Iterable[str] | None, wanted: SessionFilter
     ) -> list[sessions_pb2.ExportSessionsRequest]:
         """The requests that export sessions, each page by page.
 
@@ -222,7 +222,7 @@ class Admin:
             return [request]
         if is_filtered:
             raise InvalidInputError("export_sessions must have session_ids or filters; got both")
-        checked = list(dict.fromkeys(_inputs.check_session_id("session_ids", each) for each in ids))
+        checked = list(dict.fromkeys(_inputs.check_some_ids(ids)))
         return [
             sessions_pb2.ExportSessionsRequest(session_ids=checked[start : start + _IDS_AT_ONCE])
             for start in range(0, len(checked), _IDS_AT_ONCE)

@@ -190,8 +190,7 @@ class AdminCalls(abc.ABC):
             >>> client.export_sessions("some.sessions", [session.id]).exported
             1
         """
-        ids = None if session_ids is None else list(session_ids)
-        requests = self._admin.export_requests(ids, SessionFilter(model, prefix, idle_longer_s))
+        requests = self._admin.export_requests(session_ids, SessionFilter(model, prefix, idle_longer_s))
         done, failed = 0, dict[str, StepwellError]()
         with _session_file.Writer(path) as writer:
             for request in requests:

@@ -159,13 +159,18 @@ def check_session_id(name: str, session_id: object) -> str:
     return session_id
 
 
+def check_some_ids(session_ids: object) -> list[str]:
+    """Ids of sessions, any number. A string is none: its letters may be ids of other sessions."""
+    if isinstance(session_ids, str | bytes) or not isinstance(session_ids, Iterable):
+        raise InvalidInputError(f"session_ids must be a list of ids; got {session_ids!r:.100}")
+    return [check_session_id("session_ids", one) for one in session_ids]
+
+
 def check_session_ids(session_ids: Sequence[str] | None, count: int, rule: str) -> list[str]:
     """`count` ids, all different; empty where the server shall make them."""
     if session_ids is None:
         return []
-    if isinstance(session_ids, str | bytes) or not isinstance(session_ids, Iterable):
-        raise InvalidInputError(f"session_ids must be a list of ids; got {session_ids!r:.100}")
-    ids = [check_session_id("session_ids", one) for one in session_ids]
+    ids = check_some_ids(session_ids)
     if len(ids) != count:
         raise InvalidInputError(f"session_ids must have {rule}; got {len(ids)}")
     twice = next((one for one, times in collections.Counter(ids).items() if times > 1), None)

@@ -101,6 +101,10 @@ async def test_orders_filters_and_closing(client: Any) -> None:
             stepwell.InvalidInputError, match="close_sessions must have session_ids, a filter"
         ):
             await client.close_sessions(**arguments)
+    with pytest.raises(stepwell.InvalidInputError, match="session_ids must be a list of ids; got 'order-1'"):
+        await client.close_sessions("order-1")
+    with pytest.raises(stepwell.InvalidInputError, match="session_ids must be a list of ids; got 'order-1'"):
+        await client.export_sessions("unwritten.sessions", "order-1")
     told: list[int] = []
     assert await client.close_sessions(prefix="order-", model="gru") == 0
     assert await client.close_sessions(["order-3", "nobody"], progress=told.append) == 1
