@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from typing import NamedTuple, NoReturn
 
 from stepwell.errors import InvalidInputError
 
 _RULE = "HOST:PORT, [IPv6]:PORT, unix:PATH, dns:///HOST:PORT, grpc://HOST:PORT or grpcs://HOST:PORT"
-_HOST = re.compile(r"[^\s/:@?#\[\]]+")
+_HOST = re.compile(r"[^\s/:@?#\[\]\0-\x1f\x7f]+")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _BRACKETS = re.compile(r"\[([^\]]*)\]")
+#: Bytes of a Unix socket's path, without the 0 at its end.
+_MOST_PATH = 107
 _RESOLVERS = ("dns:///", "dns:", "ipv4:", "ipv6:")
 """What gRPC takes before HOST:PORT."""
 
@@ -62,6 +65,11 @@ def _unix(name: str, given: str) -> Address:
     path = given.removeprefix("unix:")
     if not path or (path.startswith("//") and not path.startswith("///")):
         raise InvalidInputError(f"{name} must be unix:PATH or unix:///PATH; got {given!r}")
+    length = len(os.fsencode(path.removeprefix("//")))
+    if length > _MOST_PATH:
+        raise InvalidInputError(
+            f"{name} must be unix:PATH with a path of at most {_MOST_PATH} bytes; got one of {length}"
+        )
     return Address(given, None)
 
 

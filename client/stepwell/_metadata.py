@@ -14,7 +14,12 @@ Pairs: TypeAlias = tuple[tuple[str, str | bytes], ...]
 _KEY = re.compile(r"[0-9a-z_.-]+")
 _VALUE = re.compile(r"[ -~]*")
 # HTTP/2's and gRPC's own, and what this SDK sends or may send one day.
-_RESERVED = frozenset({"connection", "content-length", "content-type", "host", "te", "user-agent"})
+_RESERVED = frozenset(
+    {
+        *("connection", "content-length", "content-type", "host", "keep-alive", "proxy-connection"),
+        *("te", "transfer-encoding", "upgrade", "user-agent"),
+    }
+)
 _RESERVED_BEGINNINGS = ("grpc-", "stepwell-")
 
 
