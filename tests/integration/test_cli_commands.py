@@ -397,6 +397,7 @@ def test_sessions_are_closed_by_a_filter_after_a_look(
     assert run("sessions", "close", "guest", "--dry-run").stdout == "1 session: guest\n"
     refused(run("sessions", "close", "nobody", "--dry-run"), "'nobody'")
     refused(run("sessions", "close", "--prefix", "user-"), "--yes is needed", exit_code=2)
+    refused(run("sessions", "close", "--prefix", "", "--dry-run"), "--prefix must not be empty", exit_code=2)
     refused(run("sessions", "close", "guest", "--all", "--yes"), "either sessions, a filter", exit_code=2)
     refused(run("sessions", "close", "--yes"), "either sessions, a filter", exit_code=2)
     assert run("sessions", "close", "--idle-longer", "1h", "--yes").stdout == "closed 0 sessions\n"

@@ -188,6 +188,10 @@ def close(
     time. A session that is opened or used meanwhile stays.
     """
     is_filtered = any(value is not None for value in wanted.values())
+    if wanted["prefix"] == "":
+        raise click.UsageError(
+            "--prefix must not be empty where sessions are closed; --all means all of them"
+        )
     if bool(session_ids) + is_filtered + everything != 1:
         raise click.UsageError("give either sessions, a filter (--model, --prefix, --idle-longer), or --all")
     if not (yes or dry_run):
