@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from stepwell._flow import Call
+from stepwell._log import LOG
 from stepwell.errors import ClosedError, StepwellError
 from stepwell.v1 import sessions_pb2
 
@@ -99,6 +100,10 @@ class Renewal:
                 self._start(lease.call(), self._done)
             except ClosedError:
                 return False
+            except Exception:
+                # gRPC may get no thread just now, say. The thread that is here renews the leases of all clients.
+                self._is_under_way = False
+                LOG.warning("a lease was not renewed; again in %.1f s", lease.pause_s, exc_info=True)
         return True
 
     def _done(self, _error: StepwellError | None) -> None:

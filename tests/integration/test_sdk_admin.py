@@ -310,6 +310,33 @@ async def test_leases_are_renewed_whatever_the_last_answer_was() -> None:
             assert await asyncio.to_thread(goes_on, server, grpc.StatusCode.UNIMPLEMENTED)
 
 
+def test_a_call_that_cannot_begin_ends_no_other_clients_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        ScriptedServer() as server,
+        stepwell.connect(server.address, lease_s=1) as failing,
+        stepwell.connect(server.address, lease_s=1) as other,
+    ):
+        begin, refused = failing._renewal._start, threading.Event()
+
+        def fail_once(*arguments: Any) -> None:
+            if refused.is_set():
+                return begin(*arguments)
+            refused.set()
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(failing._renewal, "_start", fail_once)
+        ids = set()
+        for client in (failing, other):
+            client.open_sessions(MODEL, 2)
+            assert client._core.lease is not None
+            ids.add(client._core.lease.client_id)
+        assert refused.wait(WAIT_S)
+        asked = len(server.requests("RenewLease"))
+        assert server.wait_until(
+            lambda: {each.client_id for each in server.requests("RenewLease")[asked:]} == ids
+        )
+
+
 def goes_on(server: ScriptedServer, code: grpc.StatusCode) -> bool:
     """Refuse to renew a lease once; whether it is renewed again."""
     server.fail("RenewLease", Fault(code))
