@@ -15,6 +15,7 @@ mod bounds;
 mod call;
 mod clock;
 mod columns;
+mod commands;
 mod doors;
 mod grpc;
 mod lifetime;

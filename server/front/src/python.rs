@@ -7,12 +7,12 @@ use crate::bounds;
 use crate::call::Call;
 use crate::clock;
 use crate::columns::{Arrival, Batch, Entry};
-use crate::grpc::{self, Status};
+use crate::commands::{carry_out, Command, Commands};
+use crate::grpc::Status;
 use crate::limits::Limits;
 use crate::lists::{self, bytes_of, numbers_of, Peers};
-use crate::reply::{self, Answer, Output};
+use crate::reply::{Answer, Output};
 use crate::server::{self, Listener, Method, Plain, Shared, Stage};
-use crate::sets::SessionSet;
 use crate::tls::{self, Unusable};
 use bytes::Bytes;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -26,42 +26,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
-
-/// What Python asks of the wire.
-enum Command {
-    Deliver(Arc<Batch>, Answer),
-    Finish(Arc<Call>, Bytes),
-    Write(Arc<Call>, Bytes, Option<u64>),
-    End(Arc<Call>, Status),
-    Read(Arc<Call>, usize),
-    KnowSet(Arc<Call>, u32, Option<Arc<SessionSet>>),
-}
-
-/// Where they go. They are counted from here on until they are carried out.
-#[derive(Clone)]
-struct Commands {
-    sender: mpsc::UnboundedSender<Command>,
-    shared: Arc<Shared>,
-}
-
-impl Commands {
-    fn send(&self, command: Command) {
-        self.shared.commands.fetch_add(1, Ordering::Release);
-        // it fails where the wire's thread has ended, and then there is nobody to hear of it
-        let _ = self.sender.send(command);
-    }
-}
-
-fn carry_out(command: Command) {
-    match command {
-        Command::Deliver(batch, answer) => reply::deliver(&batch, &answer),
-        Command::Finish(call, message) => call.finish(grpc::framed(&message)),
-        Command::Write(call, message, number) => call.write(&message, number),
-        Command::End(call, status) => call.end(status),
-        Command::Read(call, count) => call.read(count),
-        Command::KnowSet(call, number, set) => call.know_set(number, set),
-    }
-}
 
 /// A status as Python says it: code, message, and a serialized google.rpc.Status or nothing.
 type Said = (u32, String, Vec<u8>);

@@ -1,0 +1,48 @@
+//! What Python asks of the wire, on its way there.
+
+use crate::call::Call;
+use crate::columns::Batch;
+use crate::grpc::{self, Status};
+use crate::reply::{self, Answer};
+use crate::server::Shared;
+use crate::sets::SessionSet;
+use bytes::Bytes;
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use tokio::sync::mpsc;
+
+/// What Python asks of the wire.
+pub enum Command {
+    Deliver(Arc<Batch>, Answer),
+    Finish(Arc<Call>, Bytes),
+    Write(Arc<Call>, Bytes, Option<u64>),
+    End(Arc<Call>, Status),
+    Read(Arc<Call>, usize),
+    KnowSet(Arc<Call>, u32, Option<Arc<SessionSet>>),
+}
+
+/// Where they go. They are counted from here on until they are carried out.
+#[derive(Clone)]
+pub struct Commands {
+    pub sender: mpsc::UnboundedSender<Command>,
+    pub shared: Arc<Shared>,
+}
+
+impl Commands {
+    pub fn send(&self, command: Command) {
+        self.shared.commands.fetch_add(1, Ordering::Release);
+        // it fails where the wire's thread has ended, and then there is nobody to hear of it
+        let _ = self.sender.send(command);
+    }
+}
+
+pub fn carry_out(command: Command) {
+    match command {
+        Command::Deliver(batch, answer) => reply::deliver(&batch, &answer),
+        Command::Finish(call, message) => call.finish(grpc::framed(&message)),
+        Command::Write(call, message, number) => call.write(&message, number),
+        Command::End(call, status) => call.end(status),
+        Command::Read(call, count) => call.read(count),
+        Command::KnowSet(call, number, set) => call.know_set(number, set),
+    }
+}
