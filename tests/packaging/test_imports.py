@@ -11,6 +11,7 @@ import pytest
 
 import stepwell
 from stepwell.testing import LocalServer
+from support.fronts import needs_native
 
 FRAMEWORKS = {"tensorflow", "keras", "torch", "jax"}
 SERVER_ONLY = {
@@ -47,6 +48,7 @@ def test_the_command_line_is_light(tmp_path: Path) -> None:
     assert loaded & (FRAMEWORKS | SERVER_ONLY) == set()
 
 
+@needs_native
 def test_the_native_front_needs_no_grpc(tmp_path: Path) -> None:
     server = "import stepwell_server.app, stepwell_server.rpc.server"
     assert "grpc" not in modules_after(f"{server}, stepwell_server.rpc.fronts.native", tmp_path)
