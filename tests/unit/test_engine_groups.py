@@ -46,6 +46,16 @@ async def stepped(at: Harness, *session_ids: str, batch_size: int = 1) -> dict[s
     return states
 
 
+async def test_what_comes_after_a_fork_of_many_is_not_in_it() -> None:
+    async with running() as at:
+        await at.open("a")
+        await at.step("a", x(1))
+        forking = await begun(at.engine.fork_sessions(["a"], new_session_ids=["z"]))
+        later = [at.submit("a", x(1)) for _ in range(3)]
+        assert (await forking).revisions.tolist() == [1]
+        assert [(await answers.only()).revision for answers in later] == [2, 3, 4]
+
+
 async def test_states_come_in_the_order_asked_for_wherever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of several sessions, resident and paged out, in pieces; those that are paged out stay so."""
     monkeypatch.setattr(reading, "ROWS_AT_ONCE", 3)

@@ -11,7 +11,8 @@ from stepwell_server.core.leases import Lease
 from stepwell_server.engine.api import StatesRead
 from stepwell_server.engine.intake.validation import require_sessions
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ids import in_pieces
+from stepwell_server.engine.sessions.ids import PIECE, in_pieces
+from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.opening import OpenedMany, Opening, Wanted
 from stepwell_server.engine.sessions.reading import Reading
 from stepwell_server.engine.types import U64, Array, Members
@@ -81,14 +82,20 @@ class Forking:
             )
         field = "new_session_ids"
         ids = await self._opening.ids_to_make(field, new_session_ids, count, request_id, session_ids)
-        seen = await self._opening.seen(ids)
+        sources = list(dict.fromkeys(session_ids))
+        # Together: between two looks at a store that is awaited, changes that came later would overtake the reading.
+        seen = await self._opening.seen([*ids, *sources])
+        self._drain()
         known = self._opening.made_before("fork", ids, seen, request_id)
         if known is not None:  # also if those it was made of are gone by now
             return known
         async for part in in_pieces(new_session_ids):
             self._directory.require_new(field, new_session_ids[part], seen)
+        if len(new_session_ids) > PIECE:  # others had turns between the pieces
+            seen = await self._directory.look(sources, anew=True)
+            self._drain()
         with self._copying(session_ids) as admit:
-            read, chosen = await self._read_all(session_ids, expected, deadline, admit)
+            read, chosen = await self._read_all(session_ids, sources, seen, expected, deadline, admit)
             batch_size = int(read.sizes[0])
             states: Sequence[Array] = list(read.state.values())
             if len(read.members) < count:
@@ -143,14 +150,13 @@ class Forking:
     async def _read_all(
         self,
         session_ids: Sequence[str],
+        sources: Sequence[str],
+        seen: Seen,
         expected: U64 | None,
         deadline: float,
         admit: Callable[[int], None],
     ) -> tuple[StatesRead, Members]:
-        """The states of sessions, each once, and which of them each of `session_ids` is."""
-        sources = list(dict.fromkeys(session_ids))
-        seen = await self._directory.look(sources, anew=True)
-        self._drain()
+        """The states of `sources`, and which of them each of `session_ids` is."""
         read = await self._reading.read_many(sources, seen, deadline, admit=admit)
         for _, error in read.errors:
             raise error
