@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         ModelMismatchError,
         ModelNotFoundError,
         OverloadedError,
+        PermissionDeniedError,
         RefusedError,
         ReplyTooLargeError,
         RevisionConflictError,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         SessionNotFoundError,
         StateCorruptError,
         StepwellError,
+        UnauthenticatedError,
         UnavailableError,
     )
     from stepwell.group import SessionGroup
@@ -70,6 +72,7 @@ __all__ = [
     "ModelMismatchError",
     "ModelNotFoundError",
     "OverloadedError",
+    "PermissionDeniedError",
     "ProofInfo",
     "ProvenanceInfo",
     "RefusedError",
@@ -91,6 +94,7 @@ __all__ = [
     "TensorInfo",
     "TlsConfig",
     "Trace",
+    "UnauthenticatedError",
     "UnavailableError",
     "aio",
     "config",

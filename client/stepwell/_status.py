@@ -108,6 +108,8 @@ BY_REASON: Mapping[str, Maker] = {
     SET_UNKNOWN: _open_ended(errors.UnavailableError),
     "OVERLOADED": _exhausted,
     "UNAVAILABLE": _open_ended(errors.UnavailableError),
+    "UNAUTHENTICATED": _plain(errors.UnauthenticatedError),
+    "PERMISSION_DENIED": _plain(errors.PermissionDeniedError),
     "UNSUPPORTED": _plain(errors.RefusedError),
     "DEADLINE_EXCEEDED": _open_ended(errors.DeadlineExceededError),
     "STATE_CORRUPT": _plain(errors.StateCorruptError),
@@ -121,7 +123,7 @@ BY_CODE: Mapping[grpc.StatusCode, Maker] = {
     Code.DEADLINE_EXCEEDED: _open_ended(errors.DeadlineExceededError),
     Code.NOT_FOUND: _gone(errors.SessionNotFoundError),
     Code.ALREADY_EXISTS: _plain(errors.SessionExistsError),
-    Code.PERMISSION_DENIED: _plain(errors.RefusedError),
+    Code.PERMISSION_DENIED: _plain(errors.PermissionDeniedError),
     Code.RESOURCE_EXHAUSTED: _exhausted,
     Code.FAILED_PRECONDITION: _plain(errors.ModelMismatchError),
     Code.ABORTED: _conflict,
@@ -130,7 +132,7 @@ BY_CODE: Mapping[grpc.StatusCode, Maker] = {
     Code.INTERNAL: _internal,
     Code.UNAVAILABLE: _unavailable,
     Code.DATA_LOSS: _plain(errors.StateCorruptError),
-    Code.UNAUTHENTICATED: _plain(errors.RefusedError),
+    Code.UNAUTHENTICATED: _plain(errors.UnauthenticatedError),
 }
 
 _CODES: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in Code}

@@ -16,6 +16,8 @@
     ├── DeadlineExceededError      the time limit passed: see .outcome
     ├── StateCorruptError          the stored record of the session is damaged
     ├── RefusedError               the server does not offer this, or does not allow it
+    │   ├── UnauthenticatedError   the server asks who calls, and does not know this client
+    │   └── PermissionDeniedError  it knows this client, whose role does not allow it
     ├── InternalError              a defect of the server: its log has the details under .error_id
     └── ClosedError                the client or session was closed on this side
 
@@ -31,7 +33,9 @@
 | UnavailableError | UNAVAILABLE, CANCELLED | yes |
 | DeadlineExceededError | DEADLINE_EXCEEDED | no; the caller may |
 | StateCorruptError | DATA_LOSS | no |
-| RefusedError | UNIMPLEMENTED, PERMISSION_DENIED, UNAUTHENTICATED | no |
+| RefusedError | UNIMPLEMENTED | no |
+| UnauthenticatedError | UNAUTHENTICATED | no |
+| PermissionDeniedError | PERMISSION_DENIED | no |
 | InternalError | INTERNAL, UNKNOWN | no |
 """
 
@@ -187,6 +191,14 @@ class RefusedError(StepwellError):
     """The server does not offer this call, or does not allow it."""
 
 
+class UnauthenticatedError(RefusedError):
+    """The server asks who calls, and does not know this client: no token, a wrong or a revoked one, no certificate."""
+
+
+class PermissionDeniedError(RefusedError):
+    """The server knows this client, whose role does not allow the call."""
+
+
 class InternalError(StepwellError):
     """A defect of the server; its log has the details."""
 
@@ -210,6 +222,7 @@ __all__ = [
     "ModelMismatchError",
     "ModelNotFoundError",
     "OverloadedError",
+    "PermissionDeniedError",
     "RefusedError",
     "ReplyTooLargeError",
     "RevisionConflictError",
@@ -220,5 +233,6 @@ __all__ = [
     "SessionNotFoundError",
     "StateCorruptError",
     "StepwellError",
+    "UnauthenticatedError",
     "UnavailableError",
 ]

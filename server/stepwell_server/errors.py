@@ -17,6 +17,8 @@
     │   └── StoreGone         what is kept cannot be reached any more: the server ends
     ├── DeadlineExceeded      the caller's time limit passed before the change was applied
     ├── StateCorrupt          the stored record is damaged
+    ├── Unauthenticated       the server asks who calls, and does not know this caller
+    ├── PermissionDenied      the caller's role does not allow it
     ├── Unsupported           no model and no setting makes it possible
     │   └── ServiceNotFound   no such service is offered here
     └── Internal              a defect; the log has the details under error_id
@@ -155,6 +157,18 @@ class StateCorrupt(ServerError):
     """The stored record of this session is damaged; others are not concerned."""
 
     reason = "STATE_CORRUPT"
+
+
+class Unauthenticated(ServerError):
+    """The server asks who calls, and does not know this caller; nothing changed."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(ServerError):
+    """The caller is known, and its role does not allow the call; nothing changed."""
+
+    reason = "PERMISSION_DENIED"
 
 
 class Unsupported(ServerError):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stepwell_server.core.callers import ANYBODY
 from stepwell_server.rpc.fronts.base import SessionSet
 
 
@@ -66,6 +67,7 @@ class FakeCall:
         self, request: bytes = b"", *, deadline: float = float("inf"), is_late: bool = False
     ) -> None:
         self.request = request
+        self.who = ANYBODY
         self.caller = "fake:1"
         self.deadline = deadline
         self.is_late = is_late

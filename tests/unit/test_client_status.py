@@ -24,7 +24,7 @@ EXPECTED = {
     "DEADLINE_EXCEEDED": errors.DeadlineExceededError,
     "NOT_FOUND": errors.SessionNotFoundError,
     "ALREADY_EXISTS": errors.SessionExistsError,
-    "PERMISSION_DENIED": errors.RefusedError,
+    "PERMISSION_DENIED": errors.PermissionDeniedError,
     "RESOURCE_EXHAUSTED": errors.OverloadedError,
     "FAILED_PRECONDITION": errors.ModelMismatchError,
     "ABORTED": errors.RevisionConflictError,
@@ -33,7 +33,7 @@ EXPECTED = {
     "INTERNAL": errors.InternalError,
     "UNAVAILABLE": errors.UnavailableError,
     "DATA_LOSS": errors.StateCorruptError,
-    "UNAUTHENTICATED": errors.RefusedError,
+    "UNAUTHENTICATED": errors.UnauthenticatedError,
 }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from stepwell.v1 import errors_pb2
+from stepwell_server.core.callers import ANYBODY
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import SessionNotFound
@@ -118,6 +119,7 @@ class Columns:
             StepColumns(
                 list(ids),
                 [f"caller of {session_id}" for session_id in ids],
+                [ANYBODY] * len(ids),
                 np.array(own, np.uint32),
                 says_sizes,
                 columns.get("expected"),

@@ -27,6 +27,8 @@ _CODES = [
     (errors.StoreGone("m"), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.DeadlineExceeded("m"), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
     (errors.StateCorrupt("m"), "DATA_LOSS", "STATE_CORRUPT"),
+    (errors.Unauthenticated("m"), "UNAUTHENTICATED", "UNAUTHENTICATED"),
+    (errors.PermissionDenied("m"), "PERMISSION_DENIED", "PERMISSION_DENIED"),
     (errors.Unsupported("m"), "UNIMPLEMENTED", "UNSUPPORTED"),
     (errors.Internal("1d"), "INTERNAL", "INTERNAL"),
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepwell_server.core.callers import ANYBODY
 from stepwell_server.engine.api import Applied
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.types import Members
@@ -126,6 +127,7 @@ class Front:
             StepColumns(
                 [session_id_of(model[0], one) for one in ids],
                 [f"caller of {one}" for one in ids],
+                [ANYBODY] * len(ids),
                 np.array(sizes or [1] * len(ids), np.uint32),
                 False,
                 columns.get("expected"),

@@ -20,8 +20,10 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError, Message
 
+from stepwell_server.core.callers import Caller
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.logs import Log
+from stepwell_server.rpc.access import Access, access_of, require
 from stepwell_server.rpc.fronts.base import Call, CallEnded
 from stepwell_server.rpc.status import ANY_CODE, to_status
 
@@ -31,6 +33,17 @@ _Message = TypeVar("_Message", bound=Message)
 UnaryBehaviour = Callable[[Any, Call], Awaitable[Message]]
 StreamBehaviour = Callable[[Call], Awaitable[None]]
 Serve = Callable[[Call], Coroutine[Any, Any, bytes]]
+
+
+class Authenticator(Protocol):
+    """Finds out who calls. Called on the event loop, for each call that the front does not know by itself."""
+
+    def identify(self, call: Call) -> Caller:
+        """Who makes a call, by its metadata and its certificate.
+
+        Raises:
+            Unauthenticated: nobody who is known, or nothing says who.
+        """
 
 
 class RequestObserver(Protocol):
@@ -74,8 +87,15 @@ def parse(message_type: type[_Message], raw: bytes) -> _Message:
 class Boundary:
     """Makes of behaviours what a front serves. Lives on the event loop."""
 
-    def __init__(self, observer: RequestObserver, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        observer: RequestObserver,
+        max_message_bytes: int,
+        authenticator: Authenticator | None = None,
+    ) -> None:
         self._observer = observer
+        self._authenticator = authenticator
+        """None: nobody is asked."""
         self._max_message_bytes = max_message_bytes
         self._running = 0
         self._idle = asyncio.Event()
@@ -138,7 +158,8 @@ class Boundary:
         *,
         counts: bool = True,
     ) -> Serve:
-        observer, streams = self._observer, request_type is None
+        observer, streams, access = self._observer, request_type is None, access_of(method)
+        authenticator = None if access is Access.ANYONE else self._authenticator
         observer.method_served(method, codes, streams=streams)
 
         async def serve(call: Call) -> bytes:
@@ -147,6 +168,9 @@ class Boundary:
             if streams:
                 observer.stream_began(method)
             try:
+                if authenticator is not None:
+                    call.who = authenticator.identify(call)
+                    require(access, method, call.who)
                 return await answer(call)
             except (Exception, asyncio.CancelledError) as error:
                 if isinstance(error, asyncio.CancelledError) and _is_cancelled_by_front():

@@ -25,6 +25,7 @@ class Code(enum.IntEnum):
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
     ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
     RESOURCE_EXHAUSTED = 8
     FAILED_PRECONDITION = 9
     ABORTED = 10
@@ -32,6 +33,7 @@ class Code(enum.IntEnum):
     INTERNAL = 13
     UNAVAILABLE = 14
     DATA_LOSS = 15
+    UNAUTHENTICATED = 16
 
 
 #: The table. An error has the code of the nearest of its classes that is in here.
@@ -50,6 +52,8 @@ CODES: dict[type[errors.ServerError], Code] = {
     errors.Unavailable: Code.UNAVAILABLE,
     errors.DeadlineExceeded: Code.DEADLINE_EXCEEDED,
     errors.StateCorrupt: Code.DATA_LOSS,
+    errors.Unauthenticated: Code.UNAUTHENTICATED,
+    errors.PermissionDenied: Code.PERMISSION_DENIED,
     errors.Unsupported: Code.UNIMPLEMENTED,
     errors.ServerError: Code.INTERNAL,
 }
@@ -58,7 +62,7 @@ _EVERYWHERE = {"OK", "CANCELLED"} | {
     code.name
     for code in (
         *(Code.INVALID_ARGUMENT, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED, Code.INTERNAL),
-        Code.UNAVAILABLE,
+        *(Code.UNAVAILABLE, Code.UNAUTHENTICATED, Code.PERMISSION_DENIED),
     )
 }
 #: Names of the codes that a call may end with: any call; one that names a model, or a service, that may not be there; one

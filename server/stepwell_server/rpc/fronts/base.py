@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.addresses import Address, UnixAddress
+from stepwell_server.core.callers import Caller
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.rpc.fronts.certificates import Certificates
@@ -46,9 +47,12 @@ class SessionSet:
 class Call(Protocol):
     """A call on its way. It is served by a task, which the front cancels when its client is gone or its time is over."""
 
+    who: Caller
+    """Who calls. The boundary finds that out before the call is served; until then it is `ANYBODY`."""
+
     @property
     def caller(self) -> str:
-        """Who calls: the same for all calls of one connection. The one place that says so."""
+        """Where it comes from: the same for all calls of one connection. The one place that says so."""
 
     @property
     def certificate_names(self) -> Sequence[str]:
@@ -183,6 +187,8 @@ class StepColumns:
     """Nobody changes it: it may be that of a `SessionSet`."""
     callers: list[str]
     """As `Call.caller`, one per session, or one where there is one message."""
+    whos: Sequence[Caller]
+    """As `Call.who`, one per session, or one where there is one message. `session_ids` are in the tenants' namespaces."""
     sizes: npt.NDArray[np.uint32]
     """Rows of each session in the tensors."""
     says_sizes: bool

@@ -14,6 +14,7 @@ import stepwell_front
 
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock
+from stepwell_server.core.callers import ANYBODY
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.logs import Log
 from stepwell_server.rpc.fronts.base import (
@@ -72,6 +73,7 @@ class _Call:
 
     def __init__(self, handle: CallHandle, request: bytes | None) -> None:
         self._handle = handle
+        self.who = ANYBODY
         self.caller = handle.peer
         self.certificate_names = handle.certificate_names
         self.deadline = handle.deadline
@@ -419,6 +421,7 @@ def _columns(
     return StepColumns(
         session_ids,
         callers,
+        [ANYBODY] * len(callers),
         np.frombuffer(sizes, np.uint32),
         says_sizes,
         np.frombuffer(expected, np.uint64) if expected else None,

@@ -15,6 +15,7 @@ import grpc.aio
 
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock
+from stepwell_server.core.callers import ANYBODY
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.base import (
     BindError,
@@ -38,11 +39,12 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class _Call:
     """A call as grpc.aio hands it over. `base.Call`."""
 
-    __slots__ = ("_context", "caller", "deadline", "request")
+    __slots__ = ("_context", "caller", "deadline", "request", "who")
 
     def __init__(self, request: bytes, context: _Context, clock: Clock) -> None:
         self._context = context
         self.request = request
+        self.who = ANYBODY
         self.caller = context.peer()
         remaining: float | None = context.time_remaining()  # its type forgets that there may be none
         self.deadline = math.inf if remaining is None else clock.monotonic() + remaining

@@ -1,0 +1,44 @@
+"""Who calls: a name, the tenant that it belongs to, and what it may do."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import re
+
+MAX_NAME_LENGTH = 64
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+
+
+class Role(enum.Enum):
+    """What a caller may do."""
+
+    VIEWER = "viewer"
+    """Read: sessions, states, lists, models. Nothing that it does changes anything."""
+    USER = "user"
+    """Everything with the sessions of its tenant."""
+    ADMIN = "admin"
+    """That with the sessions of all tenants, and with the models."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls, as far as the server asks."""
+
+    name: str
+    """Of the caller; "" where nobody is asked."""
+    tenant: str
+    """Whose sessions it sees; "" where there are no tenants."""
+    role: Role
+
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.name}" if self.tenant else self.name
+
+
+ANYBODY = Caller("", "", Role.ADMIN)
+"""Who calls a server that does not ask."""
+
+
+def is_name(text: str) -> bool:
+    """Whether it may be the name of a caller or of a tenant: letters, digits and `._@-`, at most 64."""
+    return _NAME.fullmatch(text) is not None

@@ -1,0 +1,37 @@
+"""Session ids of tenants: what callers say, and what table, store and lists have.
+
+Below `rpc` a session's id is `TENANT<US>ID` (US is 0x1F, which stands in no id that can be opened), and just `ID` where
+there is no tenant. So another tenant's session is one that nobody can name, and the ids of a tenant are neighbours in
+the store.
+"""
+
+from __future__ import annotations
+
+import re
+
+SEPARATOR = "\x1f"
+"""Between the tenant and what it calls a session."""
+#: In messages ids stand as they are or as `repr` has them.
+_PREFIX = re.compile(r"[A-Za-z0-9._@-]+(?:\x1f|\\x1f)")
+
+
+def prefix_of(tenant: str) -> str:
+    """What the ids of a tenant begin with; empty if there is none."""
+    return f"{tenant}{SEPARATOR}" if tenant else ""
+
+
+def tenant_of(session_id: str) -> str:
+    """Whose session it is; empty if it is no tenant's."""
+    tenant, separator, _ = session_id.partition(SEPARATOR)
+    return tenant if separator else ""
+
+
+def own(session_id: str) -> str:
+    """What its tenant calls a session."""
+    _, separator, name = session_id.partition(SEPARATOR)
+    return name if separator else session_id
+
+
+def without_tenants(message: str) -> str:
+    """A message for callers: with the ids that they know."""
+    return _PREFIX.sub("", message) if "\x1f" in message or "\\x1f" in message else message
