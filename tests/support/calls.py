@@ -7,7 +7,7 @@ connection that breaks, a message that is too large) is asked of `served`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.addresses import Address, UnixAddress
+from stepwell_server.core.callers import Caller, Credential
 from stepwell_server.program import Program
 from stepwell_server.rpc.fronts.base import CallEnded, FrontCounts, Method, Steps
 from stepwell_server.rpc.fronts.certificates import Certificates
@@ -43,6 +44,7 @@ class Front:
 
     def __init__(self) -> None:
         self.methods: Mapping[str, Method] = {}
+        self.known: dict[Credential, tuple[Caller, float]] = {}
 
     async def start(
         self,
@@ -53,6 +55,18 @@ class Front:
     ) -> Address | UnixAddress:
         self.methods = {method.name: method for method in methods if method.service.startswith("stepwell.")}
         return address
+
+    def ask_callers(self) -> None:
+        """Every message is a call."""
+
+    def know(self, credential: Credential, caller: Caller, until: float) -> None:
+        """Remembers it."""
+        self.known[credential] = (caller, until)
+
+    def forget(self, credentials: Collection[Credential]) -> None:
+        """Remembers it no more."""
+        for credential in credentials:
+            self.known.pop(credential, None)
 
     def secure(self, certificates: Certificates) -> None:
         """Nobody connects."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
+from typing import Literal, NamedTuple
 
 MAX_NAME_LENGTH = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
@@ -33,6 +34,17 @@ class Caller:
 
     def __str__(self) -> str:
         return f"{self.tenant}/{self.name}" if self.tenant else self.name
+
+
+class Credential(NamedTuple):
+    """What a call shows of who makes it. It is no secret: a token is known by its digest."""
+
+    kind: Literal["token", "names"]
+    """By which a caller is found: the bearer token that it sends, which counts first, or its certificate."""
+    digest: bytes = b""
+    """SHA-256 of the bytes of the token."""
+    names: tuple[str, ...] = ()
+    """Of the certificate, in its order."""
 
 
 ANYBODY = Caller("", "", Role.ADMIN)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.addresses import Address, UnixAddress
-from stepwell_server.core.callers import Caller
+from stepwell_server.core.callers import Caller, Credential
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.rpc.fronts.certificates import Certificates
@@ -269,6 +269,33 @@ class Front(Protocol):
         Raises:
             BindError: the address is taken, or not one of this machine's.
             Unusable: certificate or key is of a kind that it does not know.
+        """
+
+    def ask_callers(self) -> None:
+        """Take messages as plain steps only of callers whose credential is known; hand on all others as calls. Before `start`.
+
+        A call shows the credential of kind "token" if it has one header `authorization`, which is `Bearer`, one space and
+        the token; one of kind "names" if it has no such header and a certificate (`Call.certificate_names`). What has
+        more than one such header, another one, or metadata `stepwell-tenant` is never plain. The credential of a stream
+        is that of its call, looked up anew for each message.
+        """
+
+    def know(self, credential: Credential, caller: Caller, until: float) -> None:
+        """Take the plain steps of those who show this credential, as those of this caller, in its tenant's namespace.
+
+        It may be forgotten at any time, and its calls be handed on, each of which makes it known again. No stream is
+        ended by that.
+
+        Args:
+            credential: What calls show.
+            caller: Whose they are then; its role may step. `namespaces.prefix_of` its tenant stands before the ids.
+            until: On the clock's monotonic time; infinity if it does not end by itself.
+        """
+
+    def forget(self, credentials: Collection[Credential]) -> None:
+        """Take no message any more as a plain step of those who show one of these. Others are passed over.
+
+        What was taken before, and is on its way to `Steps`, may still be done.
         """
 
     def secure(self, certificates: Certificates) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import collections
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import stepwell_front
 
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock
-from stepwell_server.core.callers import ANYBODY
+from stepwell_server.core.callers import ANYBODY, Caller, Credential
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.logs import Log
 from stepwell_server.rpc.fronts.base import (
@@ -192,6 +192,7 @@ class NativeFront:
         self._steps: Steps
         self._calls: dict[int, _Call] = {}
         self._loop = asyncio.get_running_loop()
+        self._asks_callers = False
         self._unlooked = 0
         """Messages that tasks have not looked at yet: plain ones that came behind them must not overtake them."""
         self._waiting: collections.deque[tuple[Any, ...]] = collections.deque()
@@ -218,10 +219,21 @@ class NativeFront:
         if certificates is not None:
             self.secure(certificates)
         listeners, bound = await self._listen(address)
-        front.set_general(_log.is_debug)  # each message has a line in the log
+        # each message has a line in the log, or its caller must be asked for
+        front.set_general(_log.is_debug or self._asks_callers)
         self._loop.add_reader(front.fd(), self._take, front)
         front.start([(one.detach(), isinstance(address, UnixAddress)) for one in listeners])
         return bound
+
+    def ask_callers(self) -> None:
+        """See `base.Front`."""
+        self._asks_callers = True
+
+    def know(self, credential: Credential, caller: Caller, until: float) -> None:
+        """See `base.Front`."""
+
+    def forget(self, credentials: Collection[Credential]) -> None:
+        """See `base.Front`."""
 
     def secure(self, certificates: Certificates) -> None:
         """See `base.Front`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
 # gRPC reads it when it is imported. What it has to say below errors holds text of its peers, newlines included.
@@ -15,7 +15,7 @@ import grpc.aio
 
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock
-from stepwell_server.core.callers import ANYBODY
+from stepwell_server.core.callers import ANYBODY, Caller, Credential
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.base import (
     BindError,
@@ -143,6 +143,15 @@ class PythonFront:
             return None
         self._used = current
         return _as_grpc(current)
+
+    def ask_callers(self) -> None:
+        """See `base.Front`. Every message is handed on."""
+
+    def know(self, credential: Credential, caller: Caller, until: float) -> None:
+        """See `base.Front`."""
+
+    def forget(self, credentials: Collection[Credential]) -> None:
+        """See `base.Front`."""
 
     def secure(self, certificates: Certificates) -> None:
         """See `base.Front`."""
