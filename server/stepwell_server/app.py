@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING
 
 from stepwell_server import signals
 from stepwell_server.addresses import Address, UnixAddress, bind_problem
+from stepwell_server.auth.callers import Callers
+from stepwell_server.auth.opening import open_callers
+from stepwell_server.auth.watched import AuthFileError
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.engine.engine import Engine
 from stepwell_server.errors import StoreGone
@@ -80,12 +83,13 @@ def serve(settings: Settings) -> int:
         _require_free("--metrics-listen", settings.metrics_listen)
     certificates = _certificates(settings)
     clock = SystemClock()
+    callers = _callers(settings, clock)
     with signals.interrupting():
         observer = _Observer(_build(settings))
         store = _open_store(settings, clock, observer)
         programs = _compile(settings, observer)
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
-        return runner.run(_run(settings, programs, store, clock, observer, certificates))
+        return runner.run(_run(settings, programs, store, clock, observer, certificates, callers))
 
 
 def _build(settings: Settings) -> dict[str, str]:
@@ -100,6 +104,22 @@ def _certificates(settings: Settings) -> CertificateFiles | None:
     try:
         return CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     except CertificateError as error:
+        raise StartError(str(error)) from error
+
+
+def _callers(settings: Settings, clock: Clock) -> Callers | None:
+    try:
+        return open_callers(
+            clock,
+            token_file=settings.auth_tokens,
+            certificate_file=settings.auth_certificates,
+            jwks_file=settings.auth_jwks,
+            audience=settings.auth_jwt_audience,
+            issuer=settings.auth_jwt_issuer,
+            tenant_claim=settings.auth_jwt_tenant_claim,
+            role_claim=settings.auth_jwt_role_claim,
+        )
+    except AuthFileError as error:
         raise StartError(str(error)) from error
 
 
@@ -244,8 +264,9 @@ async def _run(
     clock: Clock,
     observer: PrometheusObserver,
     certificates: CertificateFiles | None,
+    callers: Callers | None,
 ) -> int:
-    stop = signals.stop_on_signals(clock, lambda: _reload(certificates))
+    stop = signals.stop_on_signals(clock, lambda: _reload(certificates, callers))
     open_files = raise_limit()
     if settings.store == "disk":
         _log.info("store opened", data_dir=str(settings.data_dir), sessions=await store.count())
@@ -271,6 +292,7 @@ async def _run(
             clock=clock,
             observer=observer,
             max_message_bytes=settings.max_message_bytes,
+            authenticator=callers,
         )
         observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts)
         metrics = _serve_metrics(settings, observer, engine)
@@ -375,12 +397,13 @@ async def _look_after(store: Store, rpc: RpcServer, observer: PrometheusObserver
         was_ready = is_ready
 
 
-def _reload(certificates: CertificateFiles | None) -> None:
+def _reload(*files: CertificateFiles | Callers | None) -> None:
     """What SIGHUP asks for."""
-    if certificates is None:
-        _log.info("there is nothing to read anew: the server has no certificates")
-    else:
-        certificates.asked.set()
+    known = [one for one in files if one is not None]
+    for one in known:
+        one.asked.set()
+    if not known:
+        _log.info("there is nothing to read anew: the server has no certificates, and asks nobody who calls")
 
 
 def _serve_metrics(settings: Settings, observer: PrometheusObserver, engine: Engine) -> MetricsServer | None:
@@ -419,6 +442,7 @@ async def _serve_calls(
         front=rpc.front.name,
         address=str(address),
         tls=tls,
+        callers="known" if settings.asks_callers else "anybody",
         max_connections=rpc.front.limits.connections,
         open_files=open_files,
     )

@@ -81,6 +81,13 @@ class Settings:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
+    auth_tokens: Path | None = None
+    auth_certificates: Path | None = None
+    auth_jwks: Path | None = None
+    auth_jwt_audience: str | None = None
+    auth_jwt_issuer: str | None = None
+    auth_jwt_tenant_claim: str = "tenant"
+    auth_jwt_role_claim: str = "role"
     max_connection_age_s: float = 0.0
     max_connection_age_grace_s: float = 30.0
     front: Literal["auto", "native", "python"] = "auto"
@@ -131,11 +138,33 @@ class Settings:
         for option in ("--tls-cert", "--tls-key"):
             if given and files[option] is None:
                 raise SettingsError(f"{option}: must be given with {given}")
+        self._check_callers()
         held, message = self.max_held_bytes, self.max_message_bytes
         if held is not None and held < message:
             raise SettingsError(
                 f"--max-held-bytes must be at least --max-message-bytes, which is {message}; got {held}"
             )
+
+    def _check_callers(self) -> None:
+        if self.auth_certificates is not None and self.tls_client_ca is None:
+            raise SettingsError(
+                "--auth-certificates: must be given with --tls-client-ca, which asks for them"
+            )
+        for option, value in (
+            ("--auth-jwt-audience", self.auth_jwt_audience),
+            ("--auth-jwt-issuer", self.auth_jwt_issuer),
+        ):
+            if self.auth_jwks is not None and not value:
+                raise SettingsError(
+                    f"{option}: must be given with --auth-jwks: what others signed for others is no proof"
+                )
+            if self.auth_jwks is None and value is not None:
+                raise SettingsError(f"{option}: must be given with --auth-jwks, the keys that sign")
+
+    @property
+    def asks_callers(self) -> bool:
+        """Nobody is served whom the server does not know."""
+        return any((self.auth_tokens, self.auth_certificates, self.auth_jwks))
 
     def require_models(self) -> None:
         """Find out whether there is something to serve.

@@ -88,6 +88,44 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     help="Certificates of CAs in PEM: callers must show a certificate that one of them has signed.",
 )
 @setting(
+    "--auth-tokens",
+    metavar="FILE",
+    type=FILE,
+    help="Callers by the tokens that they send, as 'stepwell tokens' writes them; nobody else is served then. It is read "
+    "again when it changes, and so are the next two.",
+)
+@setting(
+    "--auth-certificates",
+    metavar="FILE",
+    type=FILE,
+    help="Callers by the certificates that they show, in TOML: tables [[caller]] with san, name, tenant and role. Needs "
+    "--tls-client-ca.",
+)
+@setting(
+    "--auth-jwks",
+    metavar="FILE",
+    type=FILE,
+    help="Public keys, a JWKS, whose JWTs callers may send as tokens.",
+)
+@setting(
+    "--auth-jwt-audience",
+    metavar="TEXT",
+    help="The audience (aud) that a JWT must be for. Needed with --auth-jwks.",
+)
+@setting(
+    "--auth-jwt-issuer",
+    metavar="TEXT",
+    help="The issuer (iss) that a JWT must be from. Needed with --auth-jwks.",
+)
+@setting(
+    "--auth-jwt-tenant-claim", metavar="NAME", help="The claim of a JWT that names the tenant of its caller."
+)
+@setting(
+    "--auth-jwt-role-claim",
+    metavar="NAME",
+    help="The claim of a JWT that is the role of its caller, or a list with it: user, viewer or admin.",
+)
+@setting(
     "--max-connection-age-s",
     metavar="TIME",
     type=Duration(),

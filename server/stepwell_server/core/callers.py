@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import re
 from typing import Literal, NamedTuple
 
@@ -27,7 +28,7 @@ class Caller:
     """Who calls, as far as the server asks."""
 
     name: str
-    """Of the caller; "" where nobody is asked."""
+    """Of the caller; "" where nobody is asked. Printable and without spaces; `is_name` unless others give the names."""
     tenant: str
     """Whose sessions it sees; "" where there are no tenants."""
     role: Role
@@ -45,6 +46,17 @@ class Credential(NamedTuple):
     """SHA-256 of the bytes of the token."""
     names: tuple[str, ...] = ()
     """Of the certificate, in its order."""
+
+
+class Known(NamedTuple):
+    """A caller that was found by what a call shows."""
+
+    caller: Caller
+    credential: Credential
+    until: float = math.inf
+    """On the clock's monotonic time: then it does not hold any more."""
+    signer: str = ""
+    """The key that has signed it, if one has: it holds as long as that is trusted."""
 
 
 ANYBODY = Caller("", "", Role.ADMIN)

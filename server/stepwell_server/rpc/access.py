@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+from collections.abc import Mapping
 
-from stepwell_server.core.callers import Caller, Role
-from stepwell_server.errors import PermissionDenied
+from stepwell_server.core.callers import Caller, Role, is_name
+from stepwell_server.errors import InvalidInput, PermissionDenied
+
+TENANT_KEY = "stepwell-tenant"
+"""Of the metadata by which an admin says in which tenant it acts."""
+ALL_TENANTS = "*"
 
 
 class Access(enum.Enum):
@@ -49,3 +55,26 @@ def require(access: Access, method: str, caller: Caller) -> None:
         f"{method} needs the role {allowed}; caller {str(caller)!r} has {caller.role.value}",
         role=caller.role.value,
     )
+
+
+def acting(caller: Caller, metadata: Mapping[str, str | bytes]) -> Caller:
+    """A caller in the tenant in which its call says that it acts: its own, or for admins another, or all of them.
+
+    Raises:
+        PermissionDenied: it is not its own, and the caller no admin.
+        InvalidInput: it is the name of none.
+    """
+    tenant = metadata.get(TENANT_KEY)
+    if tenant is None or (tenant and tenant == caller.tenant):
+        return caller
+    if caller.role is not Role.ADMIN:
+        raise PermissionDenied(
+            f"{TENANT_KEY} must be the caller's own tenant, {caller.tenant!r}, unless its role is admin; caller "
+            f"{str(caller)!r} has {caller.role.value}, and got {tenant!r}",
+            role=caller.role.value,
+        )
+    if not isinstance(tenant, str) or not (tenant == ALL_TENANTS or is_name(tenant)):
+        raise InvalidInput(
+            f"{TENANT_KEY} must be the name of a tenant, or {ALL_TENANTS} for all; got {tenant!r}"
+        )
+    return dataclasses.replace(caller, tenant=tenant)

@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError, Message
 
-from stepwell_server.core.callers import Caller
+from stepwell_server.core.callers import ANYBODY
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.logs import Log
-from stepwell_server.rpc.access import Access, access_of, require
+from stepwell_server.rpc.access import Access, access_of
 from stepwell_server.rpc.fronts.base import Call, CallEnded
+from stepwell_server.rpc.guard import Guard, Guarded
 from stepwell_server.rpc.status import ANY_CODE, to_status
 
 _log = Log("rpc")
@@ -33,17 +34,6 @@ _Message = TypeVar("_Message", bound=Message)
 UnaryBehaviour = Callable[[Any, Call], Awaitable[Message]]
 StreamBehaviour = Callable[[Call], Awaitable[None]]
 Serve = Callable[[Call], Coroutine[Any, Any, bytes]]
-
-
-class Authenticator(Protocol):
-    """Finds out who calls. Called on the event loop, for each call that the front does not know by itself."""
-
-    def identify(self, call: Call) -> Caller:
-        """Who makes a call, by its metadata and its certificate.
-
-        Raises:
-            Unauthenticated: nobody who is known, or nothing says who.
-        """
 
 
 class RequestObserver(Protocol):
@@ -91,10 +81,10 @@ class Boundary:
         self,
         observer: RequestObserver,
         max_message_bytes: int,
-        authenticator: Authenticator | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self._observer = observer
-        self._authenticator = authenticator
+        self._guard = guard
         """None: nobody is asked."""
         self._max_message_bytes = max_message_bytes
         self._running = 0
@@ -159,7 +149,7 @@ class Boundary:
         counts: bool = True,
     ) -> Serve:
         observer, streams, access = self._observer, request_type is None, access_of(method)
-        authenticator = None if access is Access.ANYONE else self._authenticator
+        guard = None if access is Access.ANYONE else self._guard
         observer.method_served(method, codes, streams=streams)
 
         async def serve(call: Call) -> bytes:
@@ -167,12 +157,14 @@ class Boundary:
             self._running += counts
             if streams:
                 observer.stream_began(method)
+            guarded: Guarded | None = None
             try:
-                if authenticator is not None:
-                    call.who = authenticator.identify(call)
-                    require(access, method, call.who)
+                if guard is not None:
+                    found = guard.admit(call, method, access)
+                    guarded = guard.enter(found) if streams else None
                 return await answer(call)
-            except (Exception, asyncio.CancelledError) as error:
+            except (Exception, asyncio.CancelledError) as raised:
+                error = raised if guarded is None else guarded.instead_of(raised)
                 if isinstance(error, asyncio.CancelledError) and _is_cancelled_by_front():
                     code = "DEADLINE_EXCEEDED" if call.is_late else "CANCELLED"
                     raise
@@ -180,8 +172,10 @@ class Boundary:
                 status = to_status(known)
                 code = status.code.name
                 observer.refused(known.reason, 1, known.model)
-                raise CallEnded(status) from error
+                raise CallEnded(status) from raised
             finally:
+                if guard is not None and guarded is not None:
+                    guard.leave(guarded)
                 seconds = time.perf_counter() - started
                 self._running -= counts
                 if self._running == 0:
@@ -206,6 +200,8 @@ def _model_of(request: Message) -> str:
 def _facts(request_type: type[Message] | None, call: Call) -> dict[str, str]:
     """What of a request is worth a place in the log."""
     facts = {"certificate": ",".join(names)} if (names := call.certificate_names) else {}
+    if call.who is not ANYBODY:
+        facts["who"] = str(call.who)
     if request_type is None:
         return facts
     try:

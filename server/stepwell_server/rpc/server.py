@@ -16,6 +16,7 @@ from stepwell_server.rpc import health, reflection
 from stepwell_server.rpc.boundary import Boundary, RequestObserver, Serve
 from stepwell_server.rpc.fronts.base import Front, Method
 from stepwell_server.rpc.fronts.certificates import CertificateFiles, Unusable, follow
+from stepwell_server.rpc.guard import Authenticator, Guard
 from stepwell_server.rpc.models import ModelServicer
 from stepwell_server.rpc.sessions import SessionServicer
 from stepwell_server.rpc.status import ANY_CODE, NAMING_CODES
@@ -48,11 +49,20 @@ class RpcServer:
     """Serves an engine. Lives on the event loop; started and stopped once."""
 
     def __init__(
-        self, engine: Engine, front: Front, *, clock: Clock, observer: ServerObserver, max_message_bytes: int
+        self,
+        engine: Engine,
+        front: Front,
+        *,
+        clock: Clock,
+        observer: ServerObserver,
+        max_message_bytes: int,
+        authenticator: Authenticator | None = None,
     ) -> None:
         self._front = front
-        self._following: asyncio.Task[None] | None = None
-        self._boundary = Boundary(observer, max_message_bytes)
+        self._following: list[asyncio.Task[None]] = []
+        self.guard = None if authenticator is None else Guard(authenticator, front, clock)
+        """Lets callers in; None: nobody is asked."""
+        self._boundary = Boundary(observer, max_message_bytes, self.guard)
         limits = StreamLimits(_STREAM_FRAMES, max_message_bytes)
         self._sessions = SessionServicer(engine, clock, max_message_bytes, limits, observer)
         self._triton = TritonServicer(engine, clock, max_message_bytes, limits, observer, observer)
@@ -82,13 +92,17 @@ class RpcServer:
             CertificateError: the files hold what this front cannot use.
         """
         certificates = None if files is None else files.at_start
+        if self.guard is not None:
+            self._front.ask_callers()
         try:
             bound = await self._front.start(address, self._methods, self._steps, certificates)
         except Unusable as error:
             assert files is not None
             raise files.refused(error) from error
         if files is not None:
-            self._following = asyncio.create_task(follow(files, self._front.secure))
+            self._following.append(asyncio.create_task(follow(files, self._front.secure)))
+        if self.guard is not None:
+            self._following.append(asyncio.create_task(self.guard.follow()))
         return bound
 
     @property
@@ -115,8 +129,8 @@ class RpcServer:
 
     async def close(self) -> None:
         """Stop listening and cut off what still runs."""
-        if self._following is not None:
-            self._following.cancel()
+        for task in self._following:
+            task.cancel()
         await self._front.stop(_GRACE_S)
 
     def _methods_of(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import os
 import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from stepwell_server.file_stamp import Stamp, stamp
 from stepwell_server.logs import Log
 
 _log = Log("rpc.tls")
@@ -19,7 +19,6 @@ _LOOK_S = 0.5
 _NOT_ITS_KEY = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"}
 _BEGIN_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
 
-Stamp = tuple[tuple[int, ...], ...]
 Option = Literal["--tls-cert", "--tls-key", "--tls-client-ca"]
 
 
@@ -106,9 +105,9 @@ class CertificateFiles:
         self._used = self._seen = self._stamp()
         return self._checked()
 
-    def _stamp(self) -> Stamp:
+    def _stamp(self) -> tuple[Stamp, ...]:
         """Another one for other contents, however they were put there."""
-        return tuple(_stamp(path) for path in (self._certificate, self._key, self._client_ca) if path)
+        return tuple(stamp(path) for path in (self._certificate, self._key, self._client_ca) if path)
 
     def _checked(self) -> Certificates:
         chain = _read("--tls-cert", self._certificate)
@@ -142,14 +141,6 @@ class CertificateFiles:
             ) from error
         except OSError as error:  # it was there a moment ago
             raise CertificateError(f"--tls-cert, --tls-key: {error.strerror}") from error
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        return (error.errno or 0,)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _read(option: str, path: Path) -> bytes:

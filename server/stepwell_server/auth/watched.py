@@ -1,0 +1,101 @@
+"""A file that says who callers are: read at the start, and again when it has changed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from stepwell_server.file_stamp import stamp
+
+T = TypeVar("T")
+_MAX_BYTES = 64 << 20
+
+
+class AuthFileError(Exception):
+    """A file of callers cannot be used. The message is one line that names the option, the file, the rule and the line."""
+
+
+class WatchedFile(Generic[T]):
+    """What a file says, as of its last change that could be used. For one thread at a time.
+
+    Args:
+        option: That names it, for messages.
+        path: Of the file.
+        parse: Makes the value of its text; a `ValueError` has the rule that the text breaks.
+        is_private: Nobody but its owner may read it. Nobody else may ever write it.
+
+    Raises:
+        AuthFileError: it cannot be used.
+    """
+
+    def __init__(
+        self, option: str, path: Path, parse: Callable[[str], T], *, is_private: bool = False
+    ) -> None:
+        self._option = option
+        self._path = path
+        self._parse = parse
+        self._is_private = is_private
+        self._used = self._seen = stamp(path)
+        self.value = self._read()
+        """May be read by any thread."""
+
+    def changed(self, *, at_once: bool = False) -> bool:
+        """Whether there is a new value: the file has changed, and two looks have found it the same, else it is being written.
+
+        Args:
+            at_once: Somebody says that it is whole: read it whatever the looks find.
+
+        Raises:
+            AuthFileError: it has changed to what cannot be used, and the value stays; raised once for each change.
+        """
+        now, seen = stamp(self._path), self._seen
+        self._seen = now
+        if not at_once and (now == self._used or now != seen):
+            return False
+        found: T | AuthFileError
+        try:
+            found = self._read()
+        except AuthFileError as error:
+            found = error
+        if stamp(self._path) != now:
+            return False  # what was looked at and what was read may be two things
+        self._used = now
+        if isinstance(found, AuthFileError):
+            raise found
+        self.value = found
+        return True
+
+    def _read(self) -> T:
+        try:
+            with open(self._path, "rb") as file:
+                self._check_mode(os.fstat(file.fileno()))
+                raw = file.read(_MAX_BYTES + 1)
+        except OSError as error:
+            raise self._error(f"must be a file that can be read; {error.strerror}") from error
+        if len(raw) > _MAX_BYTES:
+            raise self._error(f"must have at most {_MAX_BYTES} bytes")
+        try:
+            return self._parse(raw.decode())
+        except UnicodeDecodeError as error:
+            raise self._error("must be text in UTF-8") from error
+        except ValueError as error:
+            raise self._error(str(error)) from error
+
+    def _check_mode(self, found: os.stat_result) -> None:
+        mode = stat.S_IMODE(found.st_mode)
+        if not stat.S_ISREG(found.st_mode):
+            raise self._error("must be a file")
+        # Secrets that are mounted into a container belong to root, and to a group of the server's own.
+        readers = stat.S_IROTH | (stat.S_IRGRP if found.st_uid == os.geteuid() else 0)
+        if mode & (stat.S_IWGRP | stat.S_IWOTH) or (self._is_private and mode & readers):
+            rule = "read or written" if self._is_private else "written"
+            raise self._error(
+                f"must not be {rule} by others than its owner (chmod {'600' if self._is_private else 'go-w'}); its mode is "
+                f"{mode:04o}"
+            )
+
+    def _error(self, rule: str) -> AuthFileError:
+        return AuthFileError(f"{self._option}: {self._path}: {rule}")
