@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,8 +84,10 @@ def _replace(path: Path, text: str) -> None:
     made, name = tempfile.mkstemp(prefix=f".{real.name}.", dir=real.parent)  # 0600
     try:
         with open(made, "w", encoding="utf-8") as file:
-            if before.st_uid != os.geteuid():  # root changes it for the account of the server
+            # root changes it for the account of the server, or for a group of it
+            if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
                 os.fchown(made, before.st_uid, before.st_gid)
+            os.fchmod(made, stat.S_IMODE(before.st_mode) & 0o640 | 0o600)
             file.write(text)
             file.flush()
             os.fsync(made)

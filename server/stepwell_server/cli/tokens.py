@@ -1,0 +1,199 @@
+"""`stepwell tokens`: add, list and revoke the tokens of a file that `stepwell serve --auth-tokens` reads."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+
+import click
+
+from stepwell.cli import _render
+from stepwell.cli._errors import Failure
+from stepwell.cli._help import Group
+from stepwell.cli._target import json_option
+from stepwell.cli._types import Duration
+from stepwell_server.auth import token_file
+from stepwell_server.auth.tokens import NO_TENANT, Token, caller_of, digest_of, new_token, time_text
+from stepwell_server.cli.values import PathOf
+from stepwell_server.core.callers import Role
+
+TOKEN_KEYS = (
+    ("id", "the beginning of the token's hash, by which one of several is revoked"),
+    ("name, tenant, role", 'of the caller; tenant is "" for none'),
+    ("created, expires", "when (RFC 3339, UTC); null: not known, or never"),
+)
+LONGEST_S = 100 * 365 * 86_400.0
+
+
+@click.group(
+    cls=Group,
+    short_help="Add, list and revoke the tokens of callers.",
+    examples=(
+        "stepwell tokens add trainer --tenant acme --role user --file callers.tokens",
+        "stepwell serve forecast=model.keras --auth-tokens callers.tokens",
+        "stepwell tokens list --file callers.tokens",
+        "stepwell tokens revoke trainer --file callers.tokens",
+    ),
+)
+def tokens() -> None:
+    """Add, list and revoke the tokens of a file that 'stepwell serve --auth-tokens' reads.
+
+    The file knows tokens by their hashes; a server that runs sees a change within a second. A caller may have several
+    tokens: to change one, add another, hand it out, then revoke the old one by its id.
+    """
+
+
+file_option = click.option(
+    "--file",
+    metavar="FILE",
+    type=PathOf("file"),
+    envvar="STEPWELL_AUTH_TOKENS",
+    show_envvar=True,
+    required=True,
+    help="The file of tokens.",
+)
+name_argument = click.argument("name", metavar="NAME")
+
+
+@tokens.command(
+    "add",
+    short_help="Make a token, and print it.",
+    examples=(
+        "stepwell tokens add trainer --tenant acme --file callers.tokens",
+        "stepwell tokens add ops --tenant - --role admin --file callers.tokens --expires-in 90d",
+        "TOKEN=$(stepwell tokens add ci --tenant acme --file callers.tokens --json | jq -r .token)",
+    ),
+    json_keys=(("token", "the token, which nobody can find out again"), *TOKEN_KEYS),
+)
+@name_argument
+@click.option(
+    "--tenant",
+    metavar="NAME",
+    required=True,
+    help=f"Whose sessions it sees; {NO_TENANT} for those that are of no tenant.",
+)
+@click.option(
+    "--role",
+    type=click.Choice([role.value for role in (Role.VIEWER, Role.USER, Role.ADMIN)]),
+    default=Role.USER.value,
+    show_default=True,
+    help="viewer: reads; user: everything with the sessions of its tenant; admin: of all tenants, and models.",
+)
+@click.option(
+    "--expires-in",
+    metavar="TIME",
+    type=Duration(1.0, LONGEST_S),
+    help="Time after which it is refused, as in 90d or 12h. Default: never.",
+)
+@file_option
+@json_option
+def add(name: str, tenant: str, role: str, expires_in: float | None, file: Path, as_json: bool) -> None:
+    """Make a new token for the caller NAME, and print it, last on its line. It is shown this once.
+
+    The file is made if it is not there. NAME and the tenant are 1 to 64 letters, digits or any of '._@-'.
+    """
+    now = dt.datetime.now(dt.UTC).replace(microsecond=0)
+    expires = None if expires_in is None else now + dt.timedelta(seconds=expires_in)
+    try:
+        caller = caller_of(name, "" if tenant == NO_TENANT else tenant, role)
+    except ValueError as error:
+        raise Failure(str(error)) from None
+    secret = new_token()
+    token = Token(caller, digest_of(secret), now, expires)
+    try:
+        token_file.add(file, token)
+    except ValueError as error:
+        raise Failure(f"--file: {file}: {error}") from None
+    if as_json:
+        _render.print_json({"token": secret} | facts(token))
+        return
+    until = "" if expires is None else f", until {time_text(expires)}"
+    click.echo(f"token {token.id} of {caller}, {role}{until}: {secret}")
+
+
+@tokens.command(
+    "list",
+    short_help="List the tokens of a file.",
+    examples=("stepwell tokens list --file callers.tokens",),
+    json_keys=(
+        ("tokens", "list, in the order of the file; of each:"),
+        *TOKEN_KEYS,
+        ("expired", "true: it is refused"),
+    ),
+)
+@file_option
+@json_option
+def list_tokens(file: Path, as_json: bool) -> None:
+    """List the tokens of a file: by whom they are sent, and until when. The tokens themselves are in no file."""
+    try:
+        known = token_file.read(file)
+    except ValueError as error:
+        raise Failure(f"--file: {file}: {error}") from None
+    now = dt.datetime.now(dt.UTC).timestamp()
+    if as_json:
+        _render.print_json(
+            {"tokens": [facts(token) | {"expired": token.has_expired(now)} for token in known]}
+        )
+        return
+    rows = []
+    for token in known:
+        expires = "never" if token.expires is None else time_text(token.expires)
+        if token.has_expired(now):
+            expires += " (expired)"
+        created = "-" if token.created is None else time_text(token.created)
+        caller = token.caller
+        rows.append([token.id, caller.name, caller.tenant or NO_TENANT, caller.role.value, created, expires])
+    _render.print_table(["ID", "NAME", "TENANT", "ROLE", "CREATED", "EXPIRES"], rows)
+
+
+@tokens.command(
+    "revoke",
+    short_help="Take tokens out of a file.",
+    examples=(
+        "stepwell tokens revoke trainer --file callers.tokens",
+        "stepwell tokens revoke trainer --id 60303ae22b99 --file callers.tokens",
+    ),
+    json_keys=(("revoked", "list of the tokens that were taken out; of each:"), *TOKEN_KEYS),
+)
+@name_argument
+@click.option("--tenant", metavar="NAME", help="Of the caller, where several tenants have one of that name.")
+@click.option(
+    "--id", "token_id", metavar="ID", help="Only this one of its tokens, as 'stepwell tokens list' has it."
+)
+@file_option
+@json_option
+def revoke(name: str, tenant: str | None, token_id: str | None, file: Path, as_json: bool) -> None:
+    """Take all tokens of the caller NAME out of the file. A server that runs ends its streams within a second."""
+
+    def is_meant(token: Token) -> bool:
+        caller = token.caller
+        of_tenant = tenant is None or caller.tenant == ("" if tenant == NO_TENANT else tenant)
+        return caller.name == name and of_tenant and token_id in {None, token.id}
+
+    try:
+        meant = [token for token in token_file.read(file) if is_meant(token)]
+        tenants = sorted({token.caller.tenant or NO_TENANT for token in meant})
+        if len(tenants) > 1:
+            raise Failure(f"--tenant: must be given, as {name!r} is a caller of {', '.join(tenants)}")
+        revoked = token_file.remove(file, is_meant) if meant else []
+    except ValueError as error:
+        raise Failure(f"--file: {file}: {error}") from None
+    if not revoked:
+        which = "" if token_id is None else f" with the id {token_id!r}"
+        raise Failure(f"NAME: must be a caller of {file}; it has no token of {name!r}{which}")
+    if as_json:
+        _render.print_json({"revoked": [facts(token) for token in revoked]})
+        return
+    for token in revoked:
+        click.echo(f"revoked token {token.id} of {token.caller}")
+
+
+def facts(token: Token) -> dict[str, object]:
+    """A token for programs."""
+    times = {"created": token.created, "expires": token.expires}
+    return {
+        "id": token.id,
+        "name": token.caller.name,
+        "tenant": token.caller.tenant,
+        "role": token.caller.role.value,
+    } | {key: None if time is None else time_text(time) for key, time in times.items()}
