@@ -61,6 +61,19 @@ def parse(name: str, given: str) -> Address:
     return Address(rest, kind == "grpcs")
 
 
+def is_local(target: str) -> bool:
+    """Whether what is sent there stays on this machine: a Unix socket, `localhost` or a loopback address."""
+    if target.startswith("unix:"):
+        return True
+    for resolver in _RESOLVERS:
+        target = target.removeprefix(resolver)
+    host = target.rpartition(":")[0].strip("[]").lower()
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _unix(name: str, given: str) -> Address:
     path = given.removeprefix("unix:")
     if not path or (path.startswith("//") and not path.startswith("///")):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 
@@ -19,7 +18,7 @@ from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableErr
 from stepwell.v1 import sessions_pb2
 
 Inbox = asyncio.Queue[Answer]
-OpenStream = Callable[[AsyncIterator[sessions_pb2.StepStreamRequest]], Any]
+OpenStream = Callable[[AsyncIterator[sessions_pb2.StepStreamRequest]], Awaitable[_channel.OpenedStream]]
 
 
 class AsyncLink:
@@ -85,7 +84,8 @@ class _Stream:
         self._sets = StreamSets()
         self._frame_ids = itertools.count(1)
         self.error: StepwellError | None = None
-        self._call: Any = open_stream(self._requests())
+        self._open = open_stream
+        self._opened: _channel.OpenedStream | None = None
         self._reader = asyncio.create_task(self._read(), name="stepwell-stream")
 
     async def _requests(self) -> AsyncIterator[sessions_pb2.StepStreamRequest]:
@@ -107,12 +107,17 @@ class _Stream:
     async def _read(self) -> None:
         error: StepwellError = UnavailableError("the server ended the stream")
         try:
-            async for response in self._call:
+            opened = self._opened = await self._open(self._requests())
+        except StepwellError as failed:
+            self._end(failed)
+            return
+        try:
+            async for response in opened.call:
                 sink = self._sinks.get(response.frame_id)
                 if sink is not None:
                     sink(response)
         except grpc.RpcError as failed:
-            error = _channel.translate(failed)
+            error = opened.error(failed)
         finally:
             self._end(error)
 
@@ -125,5 +130,8 @@ class _Stream:
     async def close(self) -> None:
         """Ends the call and waits for the reader."""
         self._outbox.put_nowait(None)
-        self._call.cancel()
+        if self._opened is None:
+            self._reader.cancel()  # it waits for a token
+        else:
+            self._opened.call.cancel()
         await asyncio.wait([self._reader])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -11,8 +12,10 @@ import grpc.aio
 
 from stepwell import _metadata, _status, _tls
 from stepwell._flow import Call
+from stepwell._metadata import Pairs
+from stepwell._tokens import Tokens
 from stepwell.config import ClientConfig
-from stepwell.errors import ClosedError, StepwellError, UnavailableError
+from stepwell.errors import ClosedError, StepwellError, UnauthenticatedError, UnavailableError
 from stepwell.v1 import models_pb2_grpc, sessions_pb2, sessions_pb2_grpc
 
 #: gRPC's own limit of an attempt to connect.
@@ -62,6 +65,12 @@ def _options(config: ClientConfig) -> list[tuple[str, Any]]:
     return options
 
 
+def tokens(config: ClientConfig) -> Tokens:
+    """What goes with the calls of a client beside their messages."""
+    tenant = () if config.tenant is None else (("stepwell-tenant", config.tenant),)
+    return Tokens(config.token, (*tenant, *_metadata.checked(config.metadata)))
+
+
 def closed() -> ClosedError:
     """The error for using a closed client."""
     return ClosedError("the client must be open; it was closed")
@@ -80,6 +89,29 @@ def _is_failed_write(failed: Any) -> bool:
     return debug is not None and debug.startswith(_FAILED_WRITE)
 
 
+def _refused(error: StepwellError, known: Tokens, metadata: Pairs | None) -> StepwellError:
+    """The error of a call; if that was refused for its token, another one is asked for next time."""
+    if isinstance(error, UnauthenticatedError):
+        known.refused(metadata)
+    return error
+
+
+class OpenedStream:
+    """A call of StepStream, and what it was made with."""
+
+    def __init__(self, call: Any, known: Tokens, metadata: Pairs | None) -> None:
+        self.call = call
+        self._tokens = known
+        self._metadata = metadata
+
+    def error(self, failed: grpc.RpcError) -> StepwellError:
+        """How it has ended. A refusal may have come after some of its frames were applied."""
+        error = _refused(translate(failed), self._tokens, self._metadata)
+        if isinstance(error, UnauthenticatedError):
+            error.outcome = "unknown"
+        return error
+
+
 class SyncTransport:
     """A channel of the sync client."""
 
@@ -87,25 +119,31 @@ class SyncTransport:
         self._channel = open_channel(config)
         self._sessions = sessions_pb2_grpc.SessionServiceStub(self._channel)
         self._models = models_pb2_grpc.ModelServiceStub(self._channel)
-        self._metadata = _metadata.checked(config.metadata) or None
+        self._tokens = tokens(config)
         self.is_closed = False
 
     def _check_open(self) -> None:
         if self.is_closed:
             raise closed()
 
-    def stream(self, requests: Iterator[sessions_pb2.StepStreamRequest]) -> Any:
-        """Opens the stream of frames: the call, to be iterated over."""
-        return self._sessions.StepStream(requests, metadata=self._metadata)
+    def stream(self, requests: Iterator[sessions_pb2.StepStreamRequest]) -> OpenedStream:
+        """Opens the stream of frames.
+
+        Raises:
+            UnauthenticatedError: There is no token.
+        """
+        metadata = self._tokens.metadata()
+        return OpenedStream(self._sessions.StepStream(requests, metadata=metadata), self._tokens, metadata)
 
     def invoke(self, call: Call) -> Any:
         """One attempt of a call."""
         self._check_open()
         method = getattr(self._models if call.rpc in _MODEL_RPCS else self._sessions, call.rpc)
+        metadata = self._tokens.metadata()
         try:
-            return method(call.request, timeout=call.timeout_s, metadata=self._metadata)
+            return method(call.request, timeout=call.timeout_s, metadata=metadata)
         except grpc.RpcError as error:
-            raise closed() if self.is_closed else translate(error) from None
+            raise closed() if self.is_closed else _refused(translate(error), self._tokens, metadata) from None
         except ValueError:
             # What gRPC raises for a closed channel; anything else is a defect to be seen.
             if self.is_closed:
@@ -118,10 +156,25 @@ class SyncTransport:
         `done` is called when it has ended, from any thread.
         """
         self._check_open()
+        if self._tokens.is_at_hand:
+            self._start(call, done)
+            return
+
+        def start() -> None:
+            try:
+                self._start(call, done)
+            except StepwellError as error:
+                done(error)
+
+        # the function that has the token may take its time, and who is here waits for nobody
+        threading.Thread(target=start, name="stepwell-token", daemon=True).start()
+
+    def _start(self, call: Call, done: Callable[[StepwellError | None], None]) -> None:
+        metadata = self._tokens.metadata()
         method: Any = getattr(self._sessions, call.rpc)
         try:
             attempt = method.future(
-                call.request, timeout=call.timeout_s, metadata=self._metadata, wait_for_ready=True
+                call.request, timeout=call.timeout_s, metadata=metadata, wait_for_ready=True
             )
         except ValueError:
             if self.is_closed:
@@ -130,7 +183,7 @@ class SyncTransport:
 
         def ended(attempt: Any) -> None:
             error: grpc.RpcError | None = None if attempt.cancelled() else attempt.exception()
-            done(None if error is None else translate(error))
+            done(None if error is None else _refused(translate(error), self._tokens, metadata))
 
         attempt.add_done_callback(ended)
 
@@ -147,25 +200,32 @@ class AsyncTransport:
         self._channel = open_async_channel(config)
         self._sessions = sessions_pb2_grpc.SessionServiceStub(self._channel)
         self._models = models_pb2_grpc.ModelServiceStub(self._channel)
-        self._metadata = _metadata.checked(config.metadata) or None
+        self._tokens = tokens(config)
         self.is_closed = False
 
     def _check_open(self) -> None:
         if self.is_closed:
             raise closed()
 
-    def stream(self, requests: AsyncIterator[sessions_pb2.StepStreamRequest]) -> Any:
-        """Opens the stream of frames: the call, to be iterated over."""
-        return self._sessions.StepStream(requests, metadata=self._metadata)
+    async def stream(self, requests: AsyncIterator[sessions_pb2.StepStreamRequest]) -> OpenedStream:
+        """Opens the stream of frames.
+
+        Raises:
+            UnauthenticatedError: There is no token.
+        """
+        metadata = await self._tokens.metadata_async()
+        self._check_open()
+        return OpenedStream(self._sessions.StepStream(requests, metadata=metadata), self._tokens, metadata)
 
     async def invoke(self, call: Call) -> Any:
         """One attempt of a call."""
         self._check_open()
         method = getattr(self._models if call.rpc in _MODEL_RPCS else self._sessions, call.rpc)
+        metadata = await self._tokens.metadata_async()
         try:
-            return await method(call.request, timeout=call.timeout_s, metadata=self._metadata)
+            return await method(call.request, timeout=call.timeout_s, metadata=metadata)
         except grpc.RpcError as error:
-            raise closed() if self.is_closed else translate(error) from None
+            raise closed() if self.is_closed else _refused(translate(error), self._tokens, metadata) from None
         except grpc.aio.UsageError:
             if self.is_closed:
                 raise closed() from None

@@ -70,7 +70,9 @@ class Core:
         """Of sessions that nobody names; None: they have none."""
         self._finish = finish
         contact = Contact(config.address, config.connect_timeout_s)
-        self.retrier = Retrier(policy or RetryPolicy(), config.max_message_bytes, contact)
+        self.retrier = Retrier(
+            policy or RetryPolicy(), config.max_message_bytes, contact, renews_tokens=callable(config.token)
+        )
         self._config = config
         self._clock = clock
         hooks = config.event_hooks

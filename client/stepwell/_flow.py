@@ -127,7 +127,15 @@ def each(flows: Iterable[Flow[T]]) -> Flow[list[T]]:
 class Retrier:
     """Turns single attempts into flows that retry."""
 
-    def __init__(self, policy: RetryPolicy, max_message_bytes: int, contact: Contact = ALREADY_MADE) -> None:
+    def __init__(
+        self,
+        policy: RetryPolicy,
+        max_message_bytes: int,
+        contact: Contact = ALREADY_MADE,
+        *,
+        renews_tokens: bool = False,
+    ) -> None:
+        self._renews_tokens = renews_tokens
         self._policy = policy
         self._max_message_bytes = max_message_bytes
         self._contact = contact
@@ -150,7 +158,9 @@ class Retrier:
 
     def attempts(self, rpc: str, deadline: Deadline, *, changes: bool = False) -> Attempts:
         """The attempts of a call."""
-        return Attempts(rpc, self._policy, deadline, self._contact, changes=changes)
+        return Attempts(
+            rpc, self._policy, deadline, self._contact, changes=changes, renews_tokens=self._renews_tokens
+        )
 
     def step(self, step: Step) -> Flow[Stepped]:
         """Makes a step, with retries. The client may send each attempt in a frame with other steps.

@@ -15,7 +15,6 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import grpc
 
@@ -28,7 +27,7 @@ from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableErr
 from stepwell.v1 import sessions_pb2
 
 Inbox = queue.SimpleQueue[Answer]
-OpenStream = Callable[[Iterator[sessions_pb2.StepStreamRequest]], Any]
+OpenStream = Callable[[Iterator[sessions_pb2.StepStreamRequest]], _channel.OpenedStream]
 
 # Reader threads must have ended before the interpreter shuts down.
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
@@ -119,7 +118,7 @@ class _Stream:
         self._sets = StreamSets()
         self._frame_ids = itertools.count(1)
         self.error: StepwellError | None = None
-        self._call: Any = open_stream(self._requests())
+        self._opened = open_stream(self._requests())
         self._reader = threading.Thread(target=self._read, name="stepwell-stream", daemon=True)
         self._reader.start()
 
@@ -154,13 +153,13 @@ class _Stream:
     def _read(self) -> None:
         error: StepwellError = UnavailableError("the server ended the stream")
         try:
-            for response in self._call:
+            for response in self._opened.call:
                 with self._lock:
                     sink = self._sinks.get(response.frame_id)
                 if sink is not None:
                     sink(response)
         except grpc.RpcError as failed:
-            error = _channel.translate(failed)
+            error = self._opened.error(failed)
         finally:
             self._end(error)
 
@@ -175,7 +174,7 @@ class _Stream:
     def close(self) -> None:
         """Ends the call and waits for the reader."""
         self.hang_up()
-        self._call.cancel()
+        self._opened.call.cancel()
         self._reader.join()
 
 

@@ -104,7 +104,14 @@ class Attempts:
     """The attempts of one call: decides after each failure whether to retry."""
 
     def __init__(
-        self, rpc: str, policy: RetryPolicy, deadline: Deadline, contact: Contact, *, changes: bool
+        self,
+        rpc: str,
+        policy: RetryPolicy,
+        deadline: Deadline,
+        contact: Contact,
+        *,
+        changes: bool,
+        renews_tokens: bool = False,
     ) -> None:
         self.made = 0
         """Attempts so far."""
@@ -113,6 +120,8 @@ class Attempts:
         self._deadline = deadline
         self._contact = contact
         self._changes = changes
+        self._renews_token = renews_tokens
+        """After a refusal it is worth an attempt to send another token."""
         self._unknown = False
         self._last: errors.StepwellError | None = None
 
@@ -126,6 +135,8 @@ class Attempts:
         self._contact.learn(error)
         self._unknown |= self._changes and getattr(error, "outcome", "not_applied") == "unknown"
         delay_s = self._policy.delay_s(self.made, error)
+        if isinstance(error, errors.UnauthenticatedError) and self._renews_token:
+            self._renews_token, delay_s = False, 0.0
         remaining_s = self._remaining_s(error)
         if delay_s is None or remaining_s <= 0:
             raise self._final(error)
@@ -160,6 +171,8 @@ class Attempts:
             return self._ended(errors.DeadlineExceededError, error)
         if isinstance(error, errors.UnavailableError):
             return self._ended(errors.UnavailableError, error)
+        if isinstance(error, errors.UnauthenticatedError) and self._unknown:
+            error.outcome = "unknown"
         if isinstance(error, errors.OverloadedError) and self._unknown:
             # This attempt was refused, but an earlier one may have been applied.
             return self._ended(errors.UnavailableError, error)

@@ -30,6 +30,7 @@ from stepwell._metadata import Metadata
 from stepwell._observer import notify_async
 from stepwell._state import State, States
 from stepwell._steps import Step
+from stepwell._tokens import AsyncToken
 from stepwell._tracebacks import end_here, ends_here
 from stepwell._tracker import SessionTracker
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo
@@ -45,6 +46,7 @@ from stepwell.config import (
     connect_timeout,
     server_address,
     tls_config,
+    token_or_variable,
 )
 from stepwell.events import EventHooks
 
@@ -65,6 +67,9 @@ def connect(
     metadata: Metadata = (),
     event_hooks: EventHooks | None = None,
     lease_s: float | None = DEFAULT_LEASE_S,
+    token: AsyncToken | None = None,
+    allow_insecure_token: bool = False,
+    tenant: str | None = None,
 ) -> AsyncClient:
     """A client of the server at `address`. The connection itself is made by the first call.
 
@@ -87,6 +92,14 @@ def connect(
         lease_s: Sessions that are opened without an id are closed by the server when this client has been gone for
             so many seconds, because its process was killed, say: from 1 second to ten years. 0 or None: they stay
             until they are closed. Sessions with an id always do.
+        token: The bearer token to send with every call, for servers that ask who calls; or a function without
+            arguments that returns it, or a coroutine function. It is called for the first call, again shortly before its token expires, if
+            that is a JWT, and when a server refuses its token: the call is then made once more. None: the environment
+            variable STEPWELL_TOKEN, else none.
+        allow_insecure_token: Send the token also over a plain connection to another machine, where anybody on the
+            way can read it.
+        tenant: The tenant to act in, for callers whose role is admin; "*" for all of them, where sessions are listed.
+            None: the caller's own. A server that asks nobody who calls has no tenants, and does not look at it.
 
     Raises:
         InvalidInputError: An argument, or the variable, breaks its rule.
@@ -108,6 +121,9 @@ def connect(
         metadata,
         event_hooks,
         lease_s=lease_s,
+        token=token_or_variable(token),
+        allow_insecure_token=allow_insecure_token,
+        tenant=tenant,
     )
     return AsyncClient(config, coalesce=coalesce)
 

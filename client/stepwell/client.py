@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from stepwell import _channel, _display
+from stepwell import _channel, _display, _tokens
 from stepwell._abandoned import Finisher
 from stepwell._admin_calls import AdminCalls
 from stepwell._core import Core
@@ -22,6 +22,7 @@ from stepwell._observer import notify
 from stepwell._sender import Sender
 from stepwell._state import State, States
 from stepwell._steps import Step, Stepped, read
+from stepwell._tokens import Token
 from stepwell._tracebacks import end_here, ends_here
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo
 from stepwell.config import (
@@ -33,6 +34,7 @@ from stepwell.config import (
     connect_timeout,
     server_address,
     tls_config,
+    token_or_variable,
 )
 from stepwell.events import EventHooks
 from stepwell.group import SessionGroup
@@ -53,6 +55,9 @@ def connect(
     metadata: Metadata = (),
     event_hooks: EventHooks | None = None,
     lease_s: float | None = DEFAULT_LEASE_S,
+    token: Token | None = None,
+    allow_insecure_token: bool = False,
+    tenant: str | None = None,
 ) -> Client:
     """A client of the server at `address`. The connection itself is made by the first call.
 
@@ -76,6 +81,14 @@ def connect(
         lease_s: Sessions that are opened without an id are closed by the server when this client has been gone for
             so many seconds, because its process was killed, say: from 1 second to ten years. 0 or None: they stay
             until they are closed. Sessions with an id always do.
+        token: The bearer token to send with every call, for servers that ask who calls; or a function without
+            arguments that returns it. It is called for the first call, again shortly before its token expires, if
+            that is a JWT, and when a server refuses its token: the call is then made once more. None: the environment
+            variable STEPWELL_TOKEN, else none.
+        allow_insecure_token: Send the token also over a plain connection to another machine, where anybody on the
+            way can read it.
+        tenant: The tenant to act in, for callers whose role is admin; "*" for all of them, where sessions are listed.
+            None: the caller's own. A server that asks nobody who calls has no tenants, and does not look at it.
 
     Raises:
         InvalidInputError: An argument, or the variable, breaks its rule.
@@ -94,6 +107,9 @@ def connect(
         metadata,
         event_hooks,
         lease_s=lease_s,
+        token=token_or_variable(token),
+        allow_insecure_token=allow_insecure_token,
+        tenant=tenant,
     )
     return Client(config, coalesce=coalesce)
 
@@ -118,6 +134,7 @@ class Client(AdminCalls):
 
     def __init__(self, config: ClientConfig, *, coalesce: bool = True) -> None:
         require_sync(config.event_hooks)
+        _tokens.require_sync(config.token)
         self._config = config
         self._finisher = Finisher(config)
         self._transport = _channel.SyncTransport(config)

@@ -1,7 +1,8 @@
 """What a client can be told, its defaults, and the environment variables that stand for what it is not told.
 
-`STEPWELL_SERVER` is the address used where none is given, and `STEPWELL_CONNECT_TIMEOUT_S` the `connect_timeout_s`: by
-`connect()` and by every command of the CLI. Nothing else is read from the environment here.
+`STEPWELL_SERVER` is the address used where none is given, `STEPWELL_CONNECT_TIMEOUT_S` the `connect_timeout_s` and
+`STEPWELL_TOKEN` the token: by `connect()` and by every command of the CLI. Nothing else is read from the environment
+here.
 
 An address is HOST:PORT, [IPv6]:PORT, unix:PATH, dns:///HOST:PORT, grpc://HOST:PORT (without TLS) or grpcs://HOST:PORT
 (with TLS).
@@ -13,9 +14,10 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 from typing import TypeAlias
 
-from stepwell import _address, _hooks, _metadata
+from stepwell import _address, _hooks, _metadata, _tokens
 from stepwell.errors import InvalidInputError
 from stepwell.events import EventHooks
 
@@ -27,16 +29,20 @@ __all__ = [
     "DEFAULT_MAX_MESSAGE_BYTES",
     "DEFAULT_TIMEOUT_S",
     "SERVER_VARIABLE",
+    "TOKEN_VARIABLE",
     "ClientConfig",
     "TlsConfig",
     "connect_timeout",
     "server_address",
+    "token_or_variable",
 ]
 
 SERVER_VARIABLE = "STEPWELL_SERVER"
 """Environment variable with the server's address."""
 CONNECT_TIMEOUT_VARIABLE = "STEPWELL_CONNECT_TIMEOUT_S"
 """Environment variable with the time limit of calls to a server that was never reached, in seconds."""
+TOKEN_VARIABLE = "STEPWELL_TOKEN"  # noqa: S105 - the name, not the token
+"""Environment variable with the token that a client sends where it is given none."""
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 """Where a server listens unless told otherwise."""
 DEFAULT_TIMEOUT_S = 30.0
@@ -50,6 +56,7 @@ DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 
 _LONGEST_S = 1e9
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}|\*")
 _LONGEST_LEASE_S = 3650 * 86400.0
 
 Pem: TypeAlias = str | os.PathLike[str] | bytes
@@ -227,6 +234,13 @@ class ClientConfig:
     """How long this client may be gone before the server closes its sessions that nobody named, in seconds; afterwards 0
     for None: they stay until they are closed."""
 
+    token: _tokens.AsyncToken | None = dataclasses.field(default=None, repr=False)
+    """The bearer token to send with every call, or a function that has it: see `connect`."""
+    allow_insecure_token: bool = False
+    """Send it also over a plain connection to another machine."""
+    tenant: str | None = None
+    """The tenant to act in, for admins; "*" for all where sessions are listed. None: the caller's own."""
+
     def __post_init__(self) -> None:
         where = _address.parse("address", self.address)
         tls = self.tls
@@ -240,6 +254,8 @@ class ClientConfig:
         object.__setattr__(self, "address", where.target)
         object.__setattr__(self, "tls", tls)
         object.__setattr__(self, "metadata", _metadata.checked(self.metadata))
+        self._check_token(where.target)
+        self._check_tenant(self.tenant)
         object.__setattr__(self, "event_hooks", _hooks.checked(self.event_hooks))
         object.__setattr__(self, "lease_s", _lease(self.lease_s))
         check_timeout("timeout_s", self.timeout_s)
@@ -250,6 +266,49 @@ class ClientConfig:
             raise InvalidInputError(
                 f"max_message_bytes must be from 1024 to 2147483647; got {self.max_message_bytes}"
             )
+
+    def _check_tenant(self, tenant: object) -> None:
+        if tenant is None or (isinstance(tenant, str) and _TENANT.fullmatch(tenant)):
+            return
+        raise InvalidInputError(
+            f"tenant must be 1 to 64 letters, digits or any of '._@-', or '*'; got {tenant!r}"
+        )
+
+    def _check_token(self, target: str) -> None:
+        if _tokens.checked(self.token) is None:
+            return
+        if any(key == "authorization" for key, _ in _metadata.checked(self.metadata)):
+            raise InvalidInputError("token must be None where metadata has the key 'authorization'; got both")
+        if self.tls is None and not self.allow_insecure_token and not _address.is_local(target):
+            raise InvalidInputError(
+                f"token must not be sent over a plain connection, where anybody on the way can read it: connect with tls, "
+                f"or allow it with allow_insecure_token=True; the address is {target!r}"
+            )
+
+
+def token_or_variable(token: _tokens.AsyncToken | None = None) -> _tokens.AsyncToken | None:
+    """The token to send: what is given, else `STEPWELL_TOKEN`, else None.
+
+    Args:
+        token: A token, a function that has it, or None.
+
+    Raises:
+        InvalidInputError: The variable holds what is no token; it is not shown.
+
+    Example:
+        >>> stepwell.config.token_or_variable("stw_secret")
+        'stw_secret'
+    """
+    if token is not None:
+        return token
+    from_environment = os.environ.get(TOKEN_VARIABLE)
+    if not from_environment:
+        return None
+    try:
+        _tokens.checked(from_environment)
+    except InvalidInputError as error:
+        raise InvalidInputError(error.message.replace("token", TOKEN_VARIABLE, 1)) from None
+    return from_environment
 
 
 def server_address(address: str | None = None) -> str:

@@ -34,7 +34,7 @@
 | DeadlineExceededError | DEADLINE_EXCEEDED | no; the caller may |
 | StateCorruptError | DATA_LOSS | no |
 | RefusedError | UNIMPLEMENTED | no |
-| UnauthenticatedError | UNAUTHENTICATED | no |
+| UnauthenticatedError | UNAUTHENTICATED | once, where the token is a function: see `stepwell.connect` |
 | PermissionDeniedError | PERMISSION_DENIED | no |
 | InternalError | INTERNAL, UNKNOWN | no |
 """
@@ -192,7 +192,18 @@ class RefusedError(StepwellError):
 
 
 class UnauthenticatedError(RefusedError):
-    """The server asks who calls, and does not know this client: no token, a wrong or a revoked one, no certificate."""
+    """The server asks who calls, and does not know this client: no token, a wrong or a revoked one, no certificate.
+
+    Where the token is a function, it was asked for another one, and that was refused as well.
+    """
+
+    outcome: Outcome
+    """ "not_applied": nothing changed. "unknown": what the call changes may have been applied before the token was
+    refused; made again, with a token that is known, it is never applied twice."""
+
+    def __init__(self, message: str, *, outcome: Outcome = "not_applied", reason: str = "") -> None:
+        super().__init__(message, reason=reason)
+        self.outcome = outcome
 
 
 class PermissionDeniedError(RefusedError):

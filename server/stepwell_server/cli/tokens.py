@@ -61,7 +61,7 @@ name_argument = click.argument("name", metavar="NAME")
     examples=(
         "stepwell tokens add trainer --tenant acme --file callers.tokens",
         "stepwell tokens add ops --tenant - --role admin --file callers.tokens --expires-in 90d",
-        "TOKEN=$(stepwell tokens add ci --tenant acme --file callers.tokens --json | jq -r .token)",
+        "stepwell tokens add ci --tenant acme --file callers.tokens --json | jq -r .token",
     ),
     json_keys=(("token", "the token, which nobody can find out again"), *TOKEN_KEYS),
 )
