@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
 import math
 import platform
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -25,8 +23,10 @@ from stepwell_server.errors import StoreGone
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.metrics.server import MetricsServer
+from stepwell_server.metrics.token import MetricsToken, TokenError
 from stepwell_server.open_files import RESERVE, raise_limit
 from stepwell_server.program import Program, ProofOptions
+from stepwell_server.reach import ReachError, require_closed
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.base import BindError, Front
 from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
@@ -78,9 +78,9 @@ def serve(settings: Settings) -> int:
     """
     configure(settings.log_level, settings.log_format)
     _require_free("--listen", settings.listen)
-    _require_reach(settings)
     if isinstance(settings.metrics_listen, Address):
         _require_free("--metrics-listen", settings.metrics_listen)
+    metrics_token = _require_closed(settings)
     certificates = _certificates(settings)
     clock = SystemClock()
     callers = _callers(settings, clock)
@@ -89,7 +89,9 @@ def serve(settings: Settings) -> int:
         store = _open_store(settings, clock, observer)
         programs = _compile(settings, observer)
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
-        return runner.run(_run(settings, programs, store, clock, observer, certificates, callers))
+        return runner.run(
+            _run(settings, programs, store, clock, observer, certificates, callers, metrics_token)
+        )
 
 
 def _build(settings: Settings) -> dict[str, str]:
@@ -135,21 +137,13 @@ def _require_free(option: str, address: Address | UnixAddress) -> None:
         raise StartError(f"{option}: cannot listen on {address}: {problem}")
 
 
-def _require_reach(settings: Settings) -> None:
-    """Let the front in Python, which cannot bound what clients take, be reached from elsewhere only if it was asked for."""
-    if isinstance(settings.listen, UnixAddress):
-        return
-    found = socket.getaddrinfo(*settings.listen, type=socket.SOCK_STREAM)
-    is_local = all(ipaddress.ip_address(where[0]).is_loopback for *_, where in found)
-    if is_local or _native_front(settings) is not None:
-        return
-    if settings.front != "python":
-        raise StartError(
-            "--listen: without the native front, which is not installed, it must be a loopback address, unless --front python"
-            " says otherwise: the front in Python does not bound what clients take (docs/operations.md);"
-            f" got {settings.listen}"
-        )
-    _log.warning("the front in Python does not bound what clients take", listen=str(settings.listen))
+def _require_closed(settings: Settings) -> MetricsToken | None:
+    """Refuse to be open to others without a word; return what guards the metrics."""
+    try:
+        require_closed(settings, is_bounded=_native_front(settings) is not None)
+        return None if settings.metrics_token_file is None else MetricsToken.of(settings.metrics_token_file)
+    except (ReachError, TokenError) as error:
+        raise StartError(str(error)) from error
 
 
 def _compile(settings: Settings, observer: PrometheusObserver) -> dict[str, Program]:
@@ -265,6 +259,7 @@ async def _run(
     observer: PrometheusObserver,
     certificates: CertificateFiles | None,
     callers: Callers | None,
+    metrics_token: MetricsToken | None,
 ) -> int:
     stop = signals.stop_on_signals(clock, lambda: _reload(certificates, callers))
     open_files = raise_limit()
@@ -295,7 +290,7 @@ async def _run(
             authenticator=callers,
         )
         observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts)
-        metrics = _serve_metrics(settings, observer, engine)
+        metrics = _serve_metrics(settings, observer, engine, metrics_token)
         await _serve_calls(settings, rpc, store, certificates, open_files)
         gone = await _until_stopped(stop, store, rpc, observer)
         await _drain(min(_GONE_DRAIN_S if gone else math.inf, settings.drain_timeout_s), engine, rpc)
@@ -406,13 +401,15 @@ def _reload(*files: CertificateFiles | Callers | None) -> None:
         _log.info("there is nothing to read anew: the server has no certificates, and asks nobody who calls")
 
 
-def _serve_metrics(settings: Settings, observer: PrometheusObserver, engine: Engine) -> MetricsServer | None:
+def _serve_metrics(
+    settings: Settings, observer: PrometheusObserver, engine: Engine, token: MetricsToken | None = None
+) -> MetricsServer | None:
     if settings.metrics_listen == "off":
         return None
     address = settings.metrics_listen or DEFAULT_METRICS
     data_dir = settings.data_dir if settings.store == "disk" else None
     try:
-        metrics = MetricsServer(observer, engine.stats, address, data_dir)
+        metrics = MetricsServer(observer, engine.stats, address, data_dir, token)
     except OSError as error:
         if settings.metrics_listen is None:
             # nobody asked for this address: another server of this machine has it, say

@@ -78,6 +78,8 @@ class Settings:
 
     models: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     listen: Address | UnixAddress = DEFAULT_LISTEN
+    insecure_listen: bool = False
+    """Others than this machine may reach it without TLS, without being known, and its metrics without a token."""
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
@@ -101,6 +103,7 @@ class Settings:
     compute_threads: int = dataclasses.field(default_factory=cores)
     metrics_listen: Address | Literal["off"] | None = None
     """None: `DEFAULT_METRICS`, or nowhere if that is in use."""
+    metrics_token_file: Path | None = None
     imports: Sequence[str] = ()
     probe_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
     trust_causality: Sequence[str] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import queue
 import re
@@ -22,6 +23,7 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server import app
 from stepwell_server.addresses import Address
 from stepwell_server.metrics.observer import PrometheusObserver
+from stepwell_server.metrics.token import MetricsToken
 from stepwell_server.settings import DEFAULT_METRICS, Settings
 from support.engine import running
 from support.scrape import Scrape
@@ -232,3 +234,32 @@ async def test_metrics_are_served_by_default_unless_they_are_off(monkeypatch: py
             await asyncio.to_thread(metrics.close)
         assert scrape.series("stepwell_max_pass_rows")
         assert app._serve_metrics(Settings(metrics_listen="off"), observer, at.engine) is None
+
+
+async def test_with_a_token_only_who_shows_it_gets_metrics(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.touch(0o600)
+    file.write_text("b1946ac92492d2347c6235b4d2611184\n")
+
+    def ask(port: int, **headers: str) -> tuple[int, str, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
+        with contextlib.closing(connection):
+            connection.request("GET", "/metrics", headers=headers)
+            answer = connection.getresponse()
+            return answer.status, answer.getheader("WWW-Authenticate", ""), answer.read().decode()
+
+    settings = Settings(metrics_listen=Address("127.0.0.1", 0))
+    async with running() as at:
+        metrics = app._serve_metrics(settings, PrometheusObserver(), at.engine, MetricsToken.of(file))
+        assert metrics is not None
+        try:
+            for shown in ("", "Bearer wrong", "Basic b1946ac92492d2347c6235b4d2611184"):
+                status, challenge, text = await asyncio.to_thread(ask, metrics.port, Authorization=shown)
+                assert (status, challenge) == (401, 'Bearer realm="metrics"')
+                assert text == "metrics need the token of --metrics-token-file\n"
+            shown = "Bearer b1946ac92492d2347c6235b4d2611184"
+            status, _, text = await asyncio.to_thread(ask, metrics.port, Authorization=shown)
+            assert status == 200
+            assert "stepwell_max_pass_rows" in text
+        finally:
+            await asyncio.to_thread(metrics.close)

@@ -138,7 +138,9 @@ def test_the_front_in_python_is_reached_from_elsewhere_only_if_it_is_asked_for(t
     # as if the native front were not installed
     (tmp_path / "stepwell_front.py").write_text("raise ImportError('none is installed')")
     line = _refused(
-        f"x={forecast().path}", "--listen", "0.0.0.0:0", environment={"PYTHONPATH": str(tmp_path)}
+        f"x={forecast().path}",
+        *("--listen", "0.0.0.0:0", "--insecure-listen"),
+        environment={"PYTHONPATH": str(tmp_path)},
     )
     assert line.startswith(
         "stepwell: error: --listen: without the native front, which is not installed, it must be a loopback"
@@ -146,10 +148,17 @@ def test_the_front_in_python_is_reached_from_elsewhere_only_if_it_is_asked_for(t
     assert line.endswith("got 0.0.0.0:0")
     # a data folder that is none ends this start before anything listens
     asked = (f"x={forecast().path}", "--front", "python", "--data-dir", str(tmp_path / "stepwell_front.py"))
-    with ServerProcess(*asked, "--listen", "0.0.0.0:0", ready=False) as server:
+    with ServerProcess(*asked, "--listen", "0.0.0.0:0", "--insecure-listen", ready=False) as server:
         _, _, err = server.finish()
+    assert "warning --insecure-listen: other machines reach this server, and it does not speak TLS" in err
     assert "warning the front in Python does not bound what clients take" in err
     assert "--listen: " not in err
+
+
+def test_nobody_else_reaches_a_server_unless_that_was_asked_for() -> None:
+    line = _refused(f"x={forecast().path}", "--listen", "0.0.0.0:0")
+    assert "or be given --insecure-listen" in line
+    assert line.endswith("got 0.0.0.0:0")
 
 
 def test_two_servers_do_not_share_a_port() -> None:

@@ -142,7 +142,7 @@ def _take(kept: Path, path: Path, options: ProofOptions | None) -> bool:
     if cache.load(cache.entry(kept, key)) is None:
         return False
     shutil.copyfile(kept / "model.keras", path)
-    cache_dir().mkdir(exist_ok=True)
+    cache.make(cache_dir())
     shutil.copyfile(cache.entry(kept, key), cache.entry(cache_dir(), key))
     return True
 
@@ -164,6 +164,7 @@ def _compile(path: Path, options: ProofOptions | None) -> None:
     from stepwell_server.compile.pipeline import compile_model
 
     target = cache.entry(cache_dir(), cache.cache_key(path, (), options))
+    cache.make(cache_dir())
     with cache.unfinished(target) as file:
         made = compile_model(path, options=options)
         program_file.save(made, file)

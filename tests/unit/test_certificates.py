@@ -53,6 +53,9 @@ def test_what_cannot_be_used_is_refused_with_option_rule_and_file(
             f"--tls-client-ca: must hold certificates in PEM; {junk} holds one that cannot be read",
         ),
     ]
+    shared = authority.issue()
+    shared.key.chmod(0o622)
+    refusals.append(((*shared, None), f"--tls-key: {shared.key} must be a file that no other user can write"))
     for files, message in refusals:
         with pytest.raises(CertificateError) as refused:
             CertificateFiles(*files)

@@ -23,6 +23,7 @@ WHOLE = """
 listen = "[::1]:6000"
 tls-cert = "tls.crt"
 tls-key = "/etc/tls.key"
+insecure-listen = true
 store = "disk"
 data-dir = "data"
 max-batch-rows = 100
@@ -66,6 +67,7 @@ def test_it_holds_what_the_options_do_and_paths_begin_at_its_folder(file: Path) 
     expected = Settings(
         models={"forecast": file.parent / "models/forecast.keras", "v1.2": Path("/models/other.keras")},
         listen=Address("::1", 6000),
+        insecure_listen=True,
         tls_cert=file.parent / "tls.crt",
         tls_key=Path("/etc/tls.key"),
         data_dir=file.parent / "data",
@@ -159,7 +161,8 @@ def test_what_is_shown_says_where_it_came_from_and_can_be_read_again(file: Path)
         ),
         ("lisen = 'x:1'", "{file}: there is no setting 'lisen'; did you mean 'listen'?"),
         ("config = 'x'", "{file}: there is no setting 'config'; there are models,"),
-        ("zzz = 1", "{file}: there is no setting 'zzz'; there are models, listen, tls-cert,"),
+        ("zzz = 1", "{file}: there is no setting 'zzz'; there are models, listen, insecure-listen,"),
+        ("insecure-listen = 'yes'", "'insecure-listen' in {file}: must be true or false; got 'yes'"),
         ("listen = 5", "'listen' in {file}: must be a string that is not empty; got 5"),
         ("data-dir = ''", "'data-dir' in {file}: must be a string that is not empty; got ''"),
         ("listen = 'here'", "'listen' in {file}: must be HOST:PORT"),

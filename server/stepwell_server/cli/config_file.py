@@ -68,6 +68,10 @@ def _written(parameter: Sourced, value: object, folder: Path) -> str | list[str]
 
 
 def _text(of: Any, value: object, folder: Path) -> str:
+    if isinstance(of, click.types.BoolParamType):
+        if not isinstance(value, bool):
+            raise ValueError(f"must be true or false; got {value!r}")
+        return str(value)
     is_number = isinstance(of, click.IntRange | Duration | Size)
     if is_number and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
@@ -116,6 +120,8 @@ def _toml(of: Any, value: object) -> str:
     if isinstance(of, Size) and isinstance(value, int):
         size = size_text(value)
         return size if size.isdecimal() else _quoted(size)
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, int | float):
         return f"{value:.15g}" if isinstance(value, float) else str(value)
     if isinstance(value, Path):

@@ -74,6 +74,12 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     "unix:PATH, a socket for users of the server's account only.",
 )
 @setting(
+    "--insecure-listen",
+    is_flag=True,
+    help="Listen beyond loopback also without TLS, also where whoever calls is served, and with metrics for everybody: say so "
+    "where something else, such as a proxy, sees to who gets that far.",
+)
+@setting(
     "--tls-cert",
     metavar="FILE",
     type=FILE,
@@ -193,6 +199,13 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
         "Address to serve Prometheus metrics on, under /metrics; off: nowhere. Default: 127.0.0.1:9464, or nowhere if it is"
         " in use."
     ),
+)
+@setting(
+    "--metrics-token-file",
+    metavar="FILE",
+    type=FILE,
+    help="File that holds a token: whoever scrapes metrics must send it as 'Authorization: Bearer TOKEN'. Beyond loopback "
+    "metrics need it.",
 )
 @setting(
     "--import",

@@ -61,7 +61,7 @@ class Setting(Sourced, click.Option):
         variable = PREFIX + declarations[0].removeprefix("--").replace("-", "_").upper()
         super().__init__(declarations, envvar=variable, show_envvar=True, **attributes)
         default = _DEFAULTS[str(self.name)]
-        if default not in (None, dataclasses.MISSING, ()):
+        if default is not False and default not in (None, dataclasses.MISSING, ()):
             text = size_text(default) if isinstance(self.type, Size) else default
             self.help = (
                 f"{self.help} Default: {text:g}."

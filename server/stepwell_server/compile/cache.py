@@ -14,12 +14,13 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from stepwell_server import program_file
+from stepwell_server import private_files, program_file
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.program import Program, ProofOptions
 
 #: Raise it when the compiler makes something else of the same model.
 COMPILE_VERSION = 5
+_HOLDS = (f"*{program_file.SUFFIX}", ".*")
 _PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")
 
 
@@ -50,6 +51,15 @@ def entry(cache_dir: Path, key: str) -> Path:
     return cache_dir / f"{key}{program_file.SUFFIX}"
 
 
+def make(folder: Path) -> None:
+    """Have a folder for the cache that only this user can use: who can write it decides what runs.
+
+    Raises:
+        OSError: others can, or it cannot be made.
+    """
+    private_files.make_folder(folder, _HOLDS)
+
+
 def load(file: Path) -> Program | None:
     """Return the program in an entry of the cache, or None if there is none or it is damaged."""
     try:
@@ -61,7 +71,6 @@ def load(file: Path) -> Program | None:
 @contextlib.contextmanager
 def unfinished(target: Path) -> Iterator[Path]:
     """Give the name of a file in an empty folder beside an entry of the cache, and remove what is left of both."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:12]}-", dir=target.parent))
     try:
         yield folder / target.name
@@ -79,6 +88,7 @@ def publish(file: Path, target: Path) -> Program:
         program = program_file.load(file, sys.maxsize, is_own=True)
     except program_file.ProgramFileError as error:
         raise OSError(f"{file}: {error}") from error
+    os.chmod(file, private_files.FILE_MODE)
     os.replace(file, target)
     return program
 

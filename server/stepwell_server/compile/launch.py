@@ -54,13 +54,14 @@ def compile_program(
     Raises:
         DataError: the data do not fit the model, as far as that can be seen before.
         ModelError: the model cannot be served; the message is one line for people.
-        OSError: the cache cannot be written.
+        OSError: the cache cannot be written, or others can write it.
     """
     if data is not None:
         data_file.load(data)
     if not model.is_file():
         raise ModelError(f"{model}: {origin.no_file_problem(model)}")
     options = options or ProofOptions()
+    cache.make(cache_dir)
     key = cache.cache_key(model, imports, options)
     target = cache.entry(cache_dir, key)
     found = cache.load(target)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from stepwell_server.addresses import Address
 from stepwell_server.metrics.gauges import of_disk
 from stepwell_server.metrics.observer import PrometheusObserver
+from stepwell_server.metrics.token import MetricsToken
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -29,6 +30,7 @@ _SCRAPE_TIMEOUT_S = 5.0
 #: Scrapes at the same time, connections, bytes of a request, and how long a connection may be silent.
 _THREADS, _MAX_CONNECTIONS, _MAX_REQUEST_BYTES, _SILENCE_S = 2, 64, 16 << 10, 3
 _BACKLOG = 64
+_CHALLENGE = ("WWW-Authenticate", 'Bearer realm="metrics"')
 
 
 class MetricsServer:
@@ -40,8 +42,9 @@ class MetricsServer:
         stats: Callable[[], Iterable[ModelStats]],
         address: Address,
         data_dir: Path | None = None,
+        token: MetricsToken | None = None,
     ) -> None:
-        """Listen at once. With a `data_dir` there are metrics of its disk.
+        """Listen at once. With a `data_dir` there are metrics of its disk; with a `token` only who shows it gets any.
 
         Raises:
             OSError: the address is taken, or not one of this machine's.
@@ -56,7 +59,7 @@ class MetricsServer:
         self.port: int = listener.getsockname()[1]
         self._map: dict[int, Any] = {}
         self._server = create_server(
-            _application(collector),
+            _application(collector, token),
             map=self._map,
             sockets=[listener],
             threads=_THREADS,
@@ -81,7 +84,7 @@ class MetricsServer:
         self._server.task_dispatcher.shutdown()
 
 
-def _application(collector: _Collector) -> WSGIApplication:
+def _application(collector: _Collector, token: MetricsToken | None) -> WSGIApplication:
     @functools.cache
     def metrics() -> WSGIApplication:
         # Metrics are on by default: a server that nobody scrapes does not import this.
@@ -97,14 +100,18 @@ def _application(collector: _Collector) -> WSGIApplication:
             return _refused(start, "404 Not Found", "only /metrics is here")
         if environment["REQUEST_METHOD"] not in {"GET", "HEAD"}:
             return _refused(start, "405 Method Not Allowed", "/metrics is for GET and HEAD")
+        if token is not None and not token.allows(environment.get("HTTP_AUTHORIZATION", "")):
+            return _refused(
+                start, "401 Unauthorized", "metrics need the token of --metrics-token-file", _CHALLENGE
+            )
         answer: Iterable[bytes] = metrics()(environment, start)
         return answer
 
     return serve
 
 
-def _refused(start: StartResponse, status: str, text: str) -> list[bytes]:
-    start(status, [("Content-Type", "text/plain; charset=utf-8")])
+def _refused(start: StartResponse, status: str, text: str, *headers: tuple[str, str]) -> list[bytes]:
+    start(status, [("Content-Type", "text/plain; charset=utf-8"), *headers])
     return [text.encode() + b"\n"]
 
 

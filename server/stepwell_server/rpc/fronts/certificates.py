@@ -12,6 +12,7 @@ from typing import Literal
 
 from stepwell_server.file_stamp import Stamp, stamp
 from stepwell_server.logs import Log
+from stepwell_server.private_files import NotPrivateError, require_secret
 
 _log = Log("rpc.tls")
 _LOOK_S = 0.5
@@ -111,6 +112,10 @@ class CertificateFiles:
 
     def _checked(self) -> Certificates:
         chain = _read("--tls-cert", self._certificate)
+        try:
+            require_secret(self._key, may_be_read=True)
+        except NotPrivateError as error:
+            raise CertificateError(f"--tls-key: {error}") from error
         key = _read("--tls-key", self._key)
         client_ca = None if self._client_ca is None else _read("--tls-client-ca", self._client_ca)
         _check_certificates("--tls-cert", self._certificate, chain)

@@ -32,12 +32,13 @@ from typing import Any, Literal, TypeVar
 import lmdb
 from typing_extensions import override
 
+from stepwell_server import private_files
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, StoreGone, Unavailable
 from stepwell_server.store.base import Batch, End, LocalStore, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk.files import OpenFiles, explain, flush, flush_folders
 from stepwell_server.store.disk.keys import entries, items, key_of, own, values
-from stepwell_server.store.disk.lock import DirectoryLock
+from stepwell_server.store.disk.lock import LOCK_FILE, DirectoryLock
 from stepwell_server.store.disk.reserve import Extent, NoRoom, Reserve
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Stored, header_or_none
@@ -65,6 +66,8 @@ _log = logging.getLogger(__name__)
 _READABLE = "the store must be readable"
 _KEEPS = "the store must be able to keep the change"
 _FOLDER, _COPY, _DATA = "sessions", "sessions.compacting", "data.mdb"
+#: Names of what is in a data directory, here and in the modules beside this one.
+HOLDS = ("sessions", "sessions.compacting", "journal", LOCK_FILE)
 _TOMBSTONE = struct.Struct("<QBdQQ")  # age, end, at, request id, revision
 _AGE = struct.Struct(">Q")  # big-endian: in the order of the keys
 
@@ -109,7 +112,7 @@ class LmdbStore(LocalStore):
         self.files = OpenFiles()
         """What must stay where it is."""
         with _start_errors(path):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private_files.make_folder(path, HOLDS)
             self.lock = DirectoryLock(path, clock=clock)
         try:
             with _start_errors(path):
@@ -290,7 +293,7 @@ class LmdbStore(LocalStore):
         self._environment: _Environment = lmdb.open(
             os.fspath(self._folder),
             map_size=self._first_map_bytes,  # more if the file is larger
-            mode=0o700,
+            mode=private_files.FILE_MODE,
             sync=self._durability == "sync",
             metasync=True,
             readahead=False,  # sessions come back one here, one there
@@ -357,6 +360,7 @@ class LmdbStore(LocalStore):
         copy.mkdir(mode=0o700)
         try:
             self._environment.copy(os.fspath(copy), compact=True)
+            os.chmod(copy / _DATA, private_files.FILE_MODE)  # LMDB makes it as the umask says
             flush(copy / _DATA)
         except (lmdb.Error, OSError) as error:
             _log.warning("the store could not be compacted: %s", error)
@@ -560,6 +564,8 @@ class LmdbStore(LocalStore):
 def _start_errors(path: Path) -> Iterator[None]:
     try:
         yield
+    except private_files.NotPrivateError as error:
+        raise StoreError(str(error)) from error
     except (FileExistsError, NotADirectoryError) as error:
         on_the_way = (*reversed(path.parents), path, path / _FOLDER)
         file = next((at for at in on_the_way if os.path.lexists(at) and not at.is_dir()), path)

@@ -1,0 +1,90 @@
+"""The token that guards metrics: a file of one line, which is read at the start and again when it has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from pathlib import Path
+from typing import Self
+
+from stepwell_server import private_files
+from stepwell_server.logs import Log
+
+_log = Log("metrics")
+_LEAST_CHARACTERS, _MOST_BYTES = 16, 4096
+_SCHEME = "bearer"
+
+
+class TokenError(Exception):
+    """The file of the token cannot be used. The message is one line that names the option, the rule and the file."""
+
+
+class MetricsToken:
+    """Whether a scrape has shown the token. For any thread."""
+
+    def __init__(self, path: Path, stamp: tuple[int, ...], digest: bytes) -> None:
+        self._path = path
+        self._known = stamp, digest
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Read the file.
+
+        Raises:
+            TokenError: it cannot be used.
+        """
+        stamp = _stamp(path)
+        return cls(path, stamp, _read(path))
+
+    def allows(self, authorization: str) -> bool:
+        """Whether a request's Authorization header has the token. How long this takes says nothing about it."""
+        scheme, _, shown = authorization.partition(" ")
+        known = self._current()
+        # Digests are compared: they are of one length, whatever was sent.
+        fits = hmac.compare_digest(_digest(shown.strip().encode("latin-1", "replace")), known)
+        return fits and scheme.lower() == _SCHEME
+
+    def _current(self) -> bytes:
+        stamp, digest = self._known
+        now = _stamp(self._path)
+        if now != stamp:
+            try:
+                digest = _read(self._path)
+                _log.info("scrapes need the changed token")
+            except TokenError as error:
+                _log.warning("the changed token cannot be used, the old one stays", reason=str(error))
+            self._known = now, digest
+        return digest
+
+
+def _read(path: Path) -> bytes:
+    rule = "--metrics-token-file: must hold a token"
+    try:
+        private_files.require_secret(path)
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except private_files.NotPrivateError as error:
+        raise TokenError(f"--metrics-token-file: {error}") from error
+    except OSError as error:
+        raise TokenError(f"{rule}; {path}: {error.strerror}") from error
+    token = content.strip()
+    is_plain = all(33 <= byte <= 126 for byte in token)
+    if not is_plain or not _LEAST_CHARACTERS <= len(token) <= _MOST_BYTES:
+        raise TokenError(
+            f"{rule}: one line of {_LEAST_CHARACTERS} to {_MOST_BYTES} ASCII characters without spaces (such as of: openssl "
+            f"rand -hex 32); {path} holds something else"
+        )
+    return _digest(token)
+
+
+def _digest(token: bytes) -> bytes:
+    return hashlib.sha256(token).digest()
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        return (error.errno or 0,)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

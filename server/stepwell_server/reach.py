@@ -1,0 +1,105 @@
+"""Who can reach what a server listens on, and whether that is what its user has asked for.
+
+Who listens beyond loopback is reached by whoever the network lets through. There, callers must be known and nobody
+else must read along; `--insecure-listen` is how one says that something else sees to that.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+from stepwell_server.addresses import Address, UnixAddress
+from stepwell_server.logs import Log
+from stepwell_server.settings import Settings
+
+_log = Log("reach")
+
+
+class ReachError(Exception):
+    """Others could reach the server who must not. The message is one line and names the options."""
+
+
+def require_closed(settings: Settings, *, is_bounded: bool) -> None:
+    """Refuse settings that open the server to others without a word. What was allowed by an option is a warning.
+
+    Args:
+        settings: of the server.
+        is_bounded: the front bounds what clients take: it is the native one.
+
+    Raises:
+        ReachError: others could reach it.
+    """
+    if others := beyond_loopback(settings.listen):
+        _require_known(settings, others)
+        _require_bounds(settings, is_bounded=is_bounded)
+    metrics = settings.metrics_listen
+    if not isinstance(metrics, Address) or settings.metrics_token_file is not None:
+        return
+    if others := beyond_loopback(metrics):
+        problem = f"everybody who reaches {_named(metrics, others)} reads the metrics, which name models and tenants"
+        if not settings.insecure_listen:
+            raise ReachError(
+                "--metrics-listen: beyond loopback it must be given with --metrics-token-file, or with --insecure-listen,"
+                f" which allows it to be without; {problem}"
+            )
+        _log.warning(f"--insecure-listen: {problem}")
+
+
+def beyond_loopback(address: Address | UnixAddress) -> list[str]:
+    """The addresses of a host that others than this machine can reach.
+
+    A name may stand for several; one beyond loopback is enough to be reached. One that is none of this machine's cannot
+    be listened on, and counts all the same: whose it is may change.
+    """
+    if isinstance(address, UnixAddress):
+        return []
+    found = {str(where[0]) for *_, where in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)}
+    return sorted(host for host in found if not _is_loopback(host))
+
+
+def _named(address: Address | UnixAddress, others: list[str]) -> str:
+    """An address for people, with what a name stands for."""
+    hosts = "" if isinstance(address, Address) and others == [address.host] else f" ({', '.join(others)})"
+    return f"{address}{hosts}"
+
+
+def _is_loopback(host: str) -> bool:
+    found = ipaddress.ip_address(host)
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return (mapped or found).is_loopback
+
+
+def _require_known(settings: Settings, others: list[str]) -> None:
+    has_tls = settings.tls_cert is not None
+    # Only who has a certificate of these CAs gets in, whether or not there is a file that says who is who.
+    knows = settings.asks_callers or settings.tls_client_ca is not None
+    problems = []
+    if not has_tls:
+        problems.append("it does not speak TLS (--tls-cert, --tls-key)")
+    if not knows:
+        problems.append("it serves whoever calls (--auth-tokens, --auth-jwks or --tls-client-ca)")
+    if not problems:
+        return
+    what = " and ".join(problems)
+    if not settings.insecure_listen:
+        raise ReachError(
+            "--listen: beyond loopback a server must speak TLS and know its callers, or be given --insecure-listen, which"
+            f" allows it to be without; {what}; got {_named(settings.listen, others)}"
+        )
+    _log.warning(
+        f"--insecure-listen: other machines reach this server, and {what}", listen=str(settings.listen)
+    )
+
+
+def _require_bounds(settings: Settings, *, is_bounded: bool) -> None:
+    """Let the front in Python, which cannot bound what clients take, be reached from elsewhere only if it was asked for."""
+    if is_bounded:
+        return
+    if settings.front != "python":
+        raise ReachError(
+            "--listen: without the native front, which is not installed, it must be a loopback address, unless --front python"
+            " says otherwise: the front in Python does not bound what clients take (docs/operations.md);"
+            f" got {settings.listen}"
+        )
+    _log.warning("the front in Python does not bound what clients take", listen=str(settings.listen))
