@@ -13,6 +13,7 @@ from stepwell_server.rpc.triton.infer import Inference
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.tensors import of_numpy
 from support.engine import Harness, running
+from support.fake_call import FakeCall
 
 Array = np.ndarray[Any, np.dtype[Any]]
 MAX_MESSAGE_BYTES = 4096
@@ -81,7 +82,7 @@ class Client:
     async def send(
         self, message: pb.ModelInferRequest, deadline: float = float("inf")
     ) -> pb.ModelInferResponse:
-        return await self.inference.infer(message, deadline, "peer")
+        return await self.inference.infer(message, FakeCall(deadline=deadline))
 
     async def y(self, *arrays: Array | tuple[str, Array], **fields: Any) -> Array:
         return outputs_of(await self.infer(*arrays, **fields))["y"]

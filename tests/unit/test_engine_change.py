@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepwell_server.core.callers import Caller, Role
 from stepwell_server.engine.api import Select
-from stepwell_server.engine.change import Change
+from stepwell_server.engine.change import Change, joined
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, RevisionConflict
-from support.engine import BOTH_WAYS, Answer, Later, running, x
+from support.engine import BOTH_WAYS, Answer, Answers, Later, running, x
 from support.fake_executor import BAD, RICH
 from support.model_of_sessions import initial, ran
 
@@ -112,6 +113,22 @@ async def test_a_modest_caller_is_in_the_next_pass_whatever_a_greedy_one_has_sen
         await at.settled()
         assert "modest" in order[:4]
         assert sorted(order) == sorted([*greedy, "modest"])
+
+
+async def test_changes_that_become_one_say_of_each_member_who_asked_for_it() -> None:
+    ann, bob = Caller("ann", "acme", Role.USER), Caller("bob", "zeta", Role.USER)
+    async with running(threads=True, resident_rows=64) as at:
+        await at.open("a", "b", "c", "busy")
+        await at.begin_pass("busy", x(1))
+        changes = [Change([name], Answers([1]), inputs={"": x(1)}, who=who)
+                   for name, who in (("a", ann), ("b", ann), ("c", bob))]  # fmt: skip
+        for change in changes:
+            at.engine.submit(change)
+        alike, different = joined(changes[:2]), joined(changes)
+        assert (alike.who, alike.whos) == (ann, None)
+        assert different.whos == [ann, ann, bob]
+        at.hooks.open_gate()
+        await at.settled()
 
 
 @pytest.mark.stores("memory", "async", "sync")  # others are read anew for each, and the line is too long

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stepwell.v1 import errors_pb2
-from stepwell_server.core.callers import ANYBODY
+from stepwell_server.core.callers import ANYBODY, Caller, Role
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import SessionNotFound
@@ -18,7 +18,7 @@ from stepwell_server.rpc.fronts.base import Ended, InputColumn, OutputColumn, St
 from stepwell_server.rpc.status import Status
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from support.awaited import RemoteStore
-from support.engine import Harness, running
+from support.engine import Harness, running, x
 from support.fake_call import Requests
 from support.fake_executor import PLAIN
 
@@ -119,7 +119,7 @@ class Columns:
             StepColumns(
                 list(ids),
                 [f"caller of {session_id}" for session_id in ids],
-                [ANYBODY] * len(ids),
+                columns.pop("whos", [ANYBODY] * len(ids)),
                 np.array(own, np.uint32),
                 says_sizes,
                 columns.get("expected"),
@@ -418,3 +418,20 @@ async def test_a_defect_leaves_nobody_waiting(columns: Columns, monkeypatch: pyt
     batch = columns.take(["a", "b"], np.ones((2, 2)))
     assert {error.reason for error in batch.errors.values()} == {"INTERNAL"}
     assert sorted(batch.errors) == [0, 1]
+
+
+@pytest.mark.stores("memory")
+async def test_each_change_says_who_asked_for_it(columns: Columns) -> None:
+    ann, bob = Caller("ann", "acme", Role.USER), Caller("bob", "zeta", Role.USER)
+    await columns.at.open("a", "b")
+    columns.take(["a", "b"], x(2), whos=[ann, bob])
+    columns.take(["a", "b"], x(2), counts=[2], whos=[bob])
+    columns.take(["a", "gone", "b"], x(3), whos=[ann, ann, bob])
+    await columns.at.settled()
+    assert [(change.who, change.whos) for change in columns.changes if len(change.session_ids) > 1] == [
+        (ANYBODY, [ann, bob]),
+        (bob, None),
+        (ANYBODY, [ann, ann, bob]),
+        (ANYBODY, [ann, bob]),
+    ]
+    assert [change.who for change in columns.changes if change.session_ids == ["gone"]] == [ann]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.exactly_once import ANY_REVISION
 from stepwell_server.core.sessions import Handles
 from stepwell_server.core.slots import Rows
@@ -128,6 +129,8 @@ class Change:
     as `batch_sizes` says; where one has not it raises `MustPart`. "": any sessions."""
     caller: Hashable = None
     """Who sent it: the scheduler takes turns between callers. None: nobody else sends for the same caller."""
+    who: Caller = ANYBODY
+    """Who asks for it, as far as the server knows callers."""
 
     reply_limit: int = sys.maxsize
     """Bytes that its caller can be sent at once: a step whose reply would have more is refused as a whole."""
@@ -173,6 +176,8 @@ class Change:
     callers: Sequence[Hashable] | None = None
     """One per member, in place of `caller`: the same session may then be among the members more than once, to be
     applied in their order."""
+    whos: Sequence[Caller] | None = None
+    """One per member, in place of `who`; None: it is the same for all."""
     deadlines: npt.NDArray[np.float64] | None = None
     """One per member; `deadline` is the earliest of them."""
 
@@ -433,7 +438,10 @@ def joined(parts: Sequence[Change]) -> Change:
         select=first.select,
         states=first.states,
         callers=[part if part.caller is None else part.caller for part in parts],
+        who=first.who,
     )
+    if any(part.who is not first.who for part in parts):
+        whole.whos = [part.who for part in parts]
     whole.model = first.model
     whole.handles = np.concatenate([part.handles for part in parts])
     whole.births = np.concatenate([part.births for part in parts])

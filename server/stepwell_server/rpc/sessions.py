@@ -193,6 +193,6 @@ class SessionServicer(admin.Administration):
             stream.stop()
 
     async def _apply(self, change: Change, answer: Awaited, call: Call) -> Applied:
-        change.deadline, change.caller = call.deadline, call.caller
+        change.deadline, change.caller, change.who = call.deadline, call.caller, call.who
         self._engine.submit(change)
         return await answer.get()

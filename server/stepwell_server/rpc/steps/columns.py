@@ -7,8 +7,8 @@ every protocol; what differs between them is a `Form`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.boundary import RequestObserver
 
+_T = TypeVar("_T")
 _Message = tuple[int, int]
 """Of a batch: its first session, and how many it has."""
 _RETRY_AFTER_S = 0.2
@@ -177,7 +178,8 @@ class ColumnSteps:
                 continue
             members = np.arange(first, first + count)
             change = self._change(form, members)
-            change.caller, change.deadline = columns.callers[first], float(columns.deadlines[first])
+            change.caller, change.who = columns.callers[first], columns.whos[first]
+            change.deadline = float(columns.deadlines[first])
             try:
                 self._engine.submit(change)
             except MustPart:
@@ -197,6 +199,7 @@ class ColumnSteps:
             change = self._change(form, members)
             is_whole = len(members) == len(columns.session_ids)
             change.callers = columns.callers if is_whole else _some(columns.callers, members)
+            change.whos = columns.whos if is_whole else _some(columns.whos, members)
             change.deadlines = columns.deadlines if is_whole else columns.deadlines[members]
             change.deadline = float(np.minimum.reduce(change.deadlines))
             if change.batch_sizes is None:
@@ -257,7 +260,7 @@ class ColumnSteps:
         return messages.failed_part(frame_id, None, error, last=True)
 
 
-def _some(values: list[str], members: Members | None) -> list[str]:
+def _some(values: Sequence[_T], members: Members | None) -> Sequence[_T]:
     return values if members is None else [values[member] for member in members.tolist()]
 
 

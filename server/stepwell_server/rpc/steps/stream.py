@@ -68,6 +68,7 @@ class FrameStream:
         self._observer = observer
         self._call = call
         self._caller = call.caller
+        self._who = call.who
         self._sets = StreamSets(room, call)
         self._pending: dict[int, _Frame] = {}
         """Frames without their last part."""
@@ -177,7 +178,7 @@ class FrameStream:
             frame.declared_set = self._sets.declare(
                 body.declare_set, list(body.session_ids), change.batch_sizes
             )
-        change.caller, change.deadline = self._caller, self._deadline_of(body)
+        change.caller, change.who, change.deadline = self._caller, self._who, self._deadline_of(body)
         messages.limit_reply(change, self._max_reply_bytes)
         frame.change = change
         self._engine.submit(change)

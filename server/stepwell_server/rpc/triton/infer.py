@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
     from stepwell_server.program import Program
+    from stepwell_server.rpc.fronts.base import Call
 
 
 class InferModel:
@@ -71,14 +72,13 @@ class Inference:
         return self.sequences.enter(session_id_of(request.model_name, sequence_id))
 
     async def infer(
-        self, request: pb.ModelInferRequest, deadline: float, source: object, turn: Turn | None = None
+        self, request: pb.ModelInferRequest, call: Call, turn: Turn | None = None
     ) -> pb.ModelInferResponse:
         """Answer a request, which may set itself a shorter deadline.
 
         Args:
             request: What is asked.
-            deadline: On the clock's monotonic time.
-            source: Who asks.
+            call: Which it came with, or on.
             turn: As `enter` gave it, where that was done before; it is left.
 
         Raises:
@@ -86,18 +86,18 @@ class Inference:
         """
         turn = turn or self.enter(request)
         try:
-            return await self._counted(request, deadline, source, turn)
+            return await self._counted(request, call, turn)
         finally:
             if turn is not None:
                 turn.leave()
 
     async def _counted(
-        self, request: pb.ModelInferRequest, deadline: float, source: object, turn: Turn | None
+        self, request: pb.ModelInferRequest, call: Call, turn: Turn | None
     ) -> pb.ModelInferResponse:
         timing = Timing(time.perf_counter_ns())
         model = self.model(request.model_name, request.model_version)
         try:
-            response, inputs = await self._infer(model, request, deadline, source, turn, timing)
+            response, inputs = await self._infer(model, request, call, turn, timing)
         except BaseException:
             model.statistics.failed(timing, time.perf_counter_ns())
             raise
@@ -110,14 +110,14 @@ class Inference:
         self,
         model: InferModel,
         request: pb.ModelInferRequest,
-        deadline: float,
-        source: object,
+        call: Call,
         turn: Turn | None,
         timing: Timing,
     ) -> tuple[pb.ModelInferResponse, Inputs]:
         parameters = read_parameters(model.name, request.parameters, keeps_state=bool(model.program.state))
         outputs = model.tensors.requested(request)
         inputs = model.tensors.read(request)
+        deadline = call.deadline
         if parameters.timeout_us:
             deadline = min(deadline, self._clock.monotonic() + parameters.timeout_us / 1e6)
         timing.read = time.perf_counter_ns()
@@ -127,7 +127,7 @@ class Inference:
                     model.name,
                     inputs.arrays,
                     deadline=deadline,
-                    source=source,
+                    source=call.caller,
                     reply_limit=self._max_reply_bytes,
                     reply_bytes=REPLY_BYTES,
                 )
@@ -142,7 +142,8 @@ class Inference:
                     parameters=parameters,
                     inputs=inputs,
                     deadline=deadline,
-                    source=source,
+                    source=call.caller,
+                    who=call.who,
                     max_reply_bytes=self._max_reply_bytes,
                 )
             )

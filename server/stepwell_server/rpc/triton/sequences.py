@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stepwell_server.core.callers import Caller
 from stepwell_server.engine.api import Applied, SessionInfo
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.intake.validation import check_inputs, require_finite
@@ -69,6 +70,8 @@ class SequenceRequest:
     deadline: float
     """On the clock's monotonic time."""
     source: object
+    """Where it comes from."""
+    who: Caller
     max_reply_bytes: int
     """That the client can be sent."""
 
@@ -205,7 +208,7 @@ class Sequences:
     ) -> Applied:
         answer, given = Awaited(), request.parameters
         change = Change((request.session_id,), answer, request.inputs.arrays)
-        change.deadline, change.caller = request.deadline, request.source
+        change.deadline, change.caller, change.who = request.deadline, request.source, request.who
         limit_reply(change, request.max_reply_bytes)
         if anew:
             change.reset_rows = np.ones(request.inputs.rows, np.bool_)

@@ -98,14 +98,13 @@ class TritonServicer:
 
     async def model_infer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
         """Run a model once."""
-        return await self._inference.infer(request, call.deadline, call.caller)
+        return await self._inference.infer(request, call)
 
     async def model_stream_infer(self, call: Call) -> None:
         """Run models, request by request."""
-        deadline, source = call.deadline, call.caller
         stream = InferStream(
             self._inference.enter,
-            lambda request, turn: self._inference.infer(request, deadline, source, turn),
+            lambda request, turn: self._inference.infer(request, call, turn),
             self._limits,
             self._observer,
             call,
