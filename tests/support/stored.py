@@ -94,11 +94,13 @@ def left_behind(store: DiskStore) -> Path:
 
 def copy_files(store: DiskStore, to: Path) -> None:
     """Copy what is in the files of a store now to a new directory."""
-    (to / "sessions").mkdir(parents=True)
+    to.mkdir(mode=0o700)  # what the store makes is its user's alone, and it warns of what is not
+    (to / "sessions").mkdir(mode=0o700)
     # The segment first: what is checkpointed meanwhile is then in both, and not in neither.
     shutil.copytree(store.path / "journal", to / "journal")
     # what a transaction that is under way has written so far is not part of it
     store._base._environment.copy(os.fspath(to / "sessions"))
+    (to / "sessions" / "data.mdb").chmod(0o600)
 
 
 def killed(store: DiskStore, durability: Durability = "async", **options: Any) -> DiskStore:

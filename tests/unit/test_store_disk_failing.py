@@ -134,8 +134,8 @@ def test_without_a_segment_that_was_deleted_sessions_are_as_lmdb_and_the_other_h
 def test_a_folder_of_the_log_that_is_none_is_done_without(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path.mkdir()
-    (path / "journal").touch()
+    path.mkdir(mode=0o700)
+    (path / "journal").touch(mode=0o600)
     store = opened(path)
     assert warnings(caplog)[0].startswith("there is no write-ahead log, every change is a transaction: ")
     begin(store, "a")
