@@ -32,8 +32,8 @@ STAMP = Path(sysconfig.get_path("platlib")) / "stepwell_front.sources"
 CARGO_CONFIG = CRATE / ".cargo" / "config.toml"
 #: Debian's packages of the crates in Cargo.toml.
 CRATES = (
-    *("bytes", "flate2", "h2", "http", "libc", "proptest", "pyo3", "rustls", "tokio", "tokio-rustls"),
-    "x509-parser",
+    *("bytes", "flate2", "h2", "http", "libc", "proptest", "pyo3", "ring", "rustls", "tokio"),
+    *("tokio-rustls", "x509-parser"),
 )
 PACKAGES = [f"librust-{name}-dev" for name in CRATES]
 DEBIAN_CRATES = Path("/usr/share/cargo/registry")

@@ -1,9 +1,11 @@
 //! One call as both sides know it: the task that serves it on the wire, and whoever answers it.
 
 use crate::bounds::{Load, GENERAL};
+use crate::callers::{Credential, Whose};
 use crate::grpc::{self, Status};
 use crate::ordered::{Ordered, Reply};
 use crate::protobuf::{Fields, Value};
+use crate::server::Method;
 use crate::sets::SessionSet;
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -20,13 +22,27 @@ pub struct Peer {
     pub number: u64,
     /// Of the certificate with which its client has shown who it is.
     pub certificate_names: Vec<String>,
+    /// The same, as what calls are known by.
+    pub certificate: Option<Credential>,
     pub load: Load,
+}
+
+impl Peer {
+    /// One that has shown no certificate.
+    pub fn new(name: String, number: u64, load: Load) -> Self {
+        Peer { name, number, certificate_names: Vec::new(), certificate: None, load }
+    }
+
+    pub fn show(&mut self, certificate_names: Vec<String>) {
+        self.certificate = Credential::of_certificate(&certificate_names);
+        self.certificate_names = certificate_names;
+    }
 }
 
 #[cfg(test)]
 impl Peer {
     pub fn for_test() -> Self {
-        Peer { name: "test".to_owned(), number: 0, certificate_names: Vec::new(), load: Load::new(1000) }
+        Peer::new("test".to_owned(), 0, Load::new(1000))
     }
 }
 
@@ -40,6 +56,7 @@ pub struct Call {
     /// Seconds on the monotonic clock; infinity if it has none.
     pub deadline: f64,
     pub metadata: Vec<(String, Vec<u8>)>,
+    pub whose: Whose,
     /// When it began, seconds on the monotonic clock.
     pub started: f64,
     is_over: AtomicBool,
@@ -86,19 +103,20 @@ impl State {
 impl Call {
     pub fn new(
         peer: Arc<Peer>,
-        method: usize,
-        streams: bool,
+        method: Method,
         started: f64,
         deadline: f64,
         metadata: Vec<(String, Vec<u8>)>,
+        whose: Whose,
         unwritten: Arc<AtomicUsize>,
     ) -> Self {
         Call {
             peer,
-            method,
-            streams,
+            method: method.index,
+            streams: method.streams,
             deadline,
             metadata,
+            whose,
             started,
             is_over: AtomicBool::new(false),
             is_late: AtomicBool::new(false),
@@ -267,7 +285,9 @@ impl Call {
 
     #[cfg(test)]
     pub fn for_test() -> Self {
-        Call::new(Arc::new(Peer::for_test()), 0, false, 0.0, f64::INFINITY, Vec::new(), Arc::default())
+        let peer = Arc::new(Peer::for_test());
+        let method = Method { index: 0, streams: false, plain: crate::server::Plain::No };
+        Call::new(peer, method, 0.0, f64::INFINITY, Vec::new(), Whose::Anybody, Arc::default())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::bounds::{Refusal, GENERAL};
 use crate::call::Call;
+use crate::callers::Known;
 use crate::clock;
 use crate::plain::Step;
 use crate::sets::{Ids, SessionSet};
@@ -87,6 +88,8 @@ pub struct Request {
 #[derive(Debug)]
 pub struct Entry {
     pub call: Arc<Call>,
+    /// Who asks for it; None: anybody.
+    pub whose: Option<Arc<Known>>,
     /// Tells it from the stream's others; None: the call is unary.
     pub frame_id: Option<u64>,
     /// None: it is of Stepwell's own protocol.
@@ -154,6 +157,7 @@ impl Batch {
         let arrived = if frame_id.is_none() { call.started } else { clock::now() };
         self.entries.push(Entry {
             call,
+            whose: step.whose.clone(),
             frame_id,
             request,
             first: self.sizes.len() as u32,
@@ -421,6 +425,49 @@ mod tests {
         push(&mut arrivals, "b", 2, 3);
         push_set(&mut arrivals);
         assert_eq!(arrivals.take(usize::MAX).0.len(), 3, "a set overtakes none of its sessions");
+    }
+
+    #[test]
+    fn tenants_share_a_batch_and_no_names() {
+        let mut arrivals = Arrivals::default();
+        let mut push = |tenant: &str, id: &str, select: u8| {
+            let whose = Known::new(format!("{tenant}\u{1f}"), tenant.to_owned(), None, f64::INFINITY);
+            let step = Step {
+                session_ids: vec![id],
+                tensors: vec![Tensor { name: "", dtype: 9, shape: vec![1], data: &[0] }],
+                sizes: vec![1],
+                select,
+                whose: Some(whose),
+                ..Step::default()
+            };
+            arrivals.push_step(Arc::new(Call::for_test()), None, &step, f64::INFINITY, 0);
+        };
+        push("a", "s", 0);
+        push("a", "s", 2);
+        push("b", "s", 0); // overtakes nothing of its own
+        push("a", "s", 0);
+        let found: Vec<(Vec<String>, Vec<String>)> =
+            std::iter::from_fn(|| match arrivals.take(1).0.pop()? {
+                Arrival::Batch(batch) => Some((
+                    batch.session_ids().map(str::to_owned).collect(),
+                    batch
+                        .entries
+                        .iter()
+                        .map(|entry| entry.whose.as_ref().unwrap().identity.clone())
+                        .collect(),
+                )),
+                _ => None,
+            })
+            .collect();
+        let both = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        assert_eq!(
+            found,
+            [
+                (both(&["a\u{1f}s", "b\u{1f}s"]), both(&["a", "b"])),
+                (both(&["a\u{1f}s"]), both(&["a"])),
+                (both(&["a\u{1f}s"]), both(&["a"])),
+            ]
+        );
     }
 
     #[test]

@@ -13,11 +13,14 @@
 mod begin;
 mod bounds;
 mod call;
+mod callers;
 mod clock;
 mod columns;
 mod commands;
 mod doors;
 mod grpc;
+#[cfg(feature = "python")]
+mod known;
 mod lifetime;
 mod limits;
 #[cfg(feature = "python")]

@@ -1,6 +1,7 @@
 //! Lists and columns between Python and the wire.
 
-use crate::columns::Batch;
+use crate::callers::Known;
+use crate::columns::{Batch, Entry};
 use crate::sets::{Ids, SessionSet};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyString};
@@ -38,6 +39,27 @@ pub fn callers_of<'py>(
         }
     }
     Ok(callers)
+}
+
+/// Python's own of who calls, one per session, or one where there is one message or one who has sent all; None: nobody
+/// was asked.
+pub fn whos_of<'py>(py: Python<'py>, batch: &Batch) -> PyResult<Option<Bound<'py, PyList>>> {
+    let entries = &batch.entries;
+    let Some(first) = entries.first().and_then(|entry| entry.whose.as_ref()) else { return Ok(None) };
+    let whos = PyList::empty_bound(py);
+    let add = |known: &Arc<Known>, count: u32| -> PyResult<()> {
+        let who = known.who.as_ref().and_then(|who| who.downcast_ref::<PyObject>());
+        (0..count).try_for_each(|_| whos.append(who))
+    };
+    let is_one = |entry: &Entry| entry.whose.as_ref().is_some_and(|known| Arc::ptr_eq(known, first));
+    if entries.iter().all(is_one) {
+        add(first, 1)?;
+    } else {
+        for (entry, known) in entries.iter().filter_map(|entry| Some((entry, entry.whose.as_ref()?))) {
+            add(known, entry.count)?;
+        }
+    }
+    Ok(Some(whos))
 }
 
 /// A set of these sessions. `sizes`: a column of u32, or empty.

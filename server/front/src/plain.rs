@@ -3,6 +3,7 @@
 //! Anything else, an unknown field, a state or reset that is asked for, numbers that do not fit each other, is not
 //! plain and goes to Python with its bytes, which knows every rule and every message text.
 
+use crate::callers::{Known, SEPARATOR};
 use crate::protobuf::{Fields, NotPlain, Value};
 use crate::sets::SessionSet;
 use std::sync::Arc;
@@ -43,6 +44,8 @@ pub struct Step<'a> {
     pub timeout_ms: u32,
     /// Name and version of the model, where the message says them: see `triton`.
     pub model: Option<(&'a str, &'a str)>,
+    /// Who asks for it, in whose namespace `session_ids` are; None: anybody.
+    pub whose: Option<Arc<Known>>,
 }
 
 impl<'a> Step<'a> {
@@ -54,7 +57,7 @@ impl<'a> Step<'a> {
             match (number, value) {
                 (1, Value::Bytes(id)) => {
                     step.session_ids.clear(); // the last one counts
-                    step.session_ids.push(text(id)?);
+                    step.session_ids.push(id_of(id)?);
                 }
                 (2, Value::Bytes(tensor)) => step.tensors.push(Tensor::of(tensor)?),
                 (3, Value::Varint(revision)) => {
@@ -117,7 +120,7 @@ impl<'a> Step<'a> {
         let mut fields = Fields::new(message);
         while let Some((number, value)) = fields.next()? {
             match (number, value) {
-                (1, Value::Bytes(id)) => step.session_ids.push(text(id)?),
+                (1, Value::Bytes(id)) => step.session_ids.push(id_of(id)?),
                 (2, Value::Bytes(tensor)) => step.tensors.push(Tensor::of(tensor)?),
                 (3, Value::Bytes(packed)) => unpack(packed, &mut step.expected)?,
                 (4, Value::Bytes(packed)) => unpack_fixed(packed, &mut step.request_ids)?,
@@ -183,17 +186,28 @@ impl<'a> Step<'a> {
         self.set.as_ref().map_or(self.session_ids.len(), |set| set.ids.len())
     }
 
-    pub fn for_each_id(&self, then: impl FnMut(&str)) {
-        match &self.set {
-            Some(set) => set.ids.iter().for_each(then),
-            None => self.session_ids.iter().copied().for_each(then),
+    /// The sessions, as the server names them; so does a set.
+    pub fn for_each_id(&self, mut then: impl FnMut(&str)) {
+        if let Some(set) = &self.set {
+            return set.ids.iter().for_each(then);
+        }
+        let prefix = self.whose.as_ref().map_or("", |known| known.prefix.as_str());
+        if prefix.is_empty() {
+            return self.session_ids.iter().copied().for_each(then);
+        }
+        let mut name = prefix.to_owned();
+        for id in &self.session_ids {
+            name.truncate(prefix.len());
+            name.push_str(id);
+            then(&name);
         }
     }
 
     fn leaves_an_id_out(&self) -> bool {
-        let mut found = false;
-        self.for_each_id(|id| found |= id.is_empty());
-        found
+        match &self.set {
+            Some(set) => set.ids.iter().any(str::is_empty),
+            None => self.session_ids.iter().any(|id| id.is_empty()),
+        }
     }
 
     /// Rows of its tensors.
@@ -282,6 +296,11 @@ pub fn element_size(dtype: u8) -> Result<usize, NotPlain> {
 
 pub fn text(bytes: &[u8]) -> Result<&str, NotPlain> {
     std::str::from_utf8(bytes).map_err(|_| NotPlain)
+}
+
+/// The id of a session, as its client has it.
+fn id_of(bytes: &[u8]) -> Result<&str, NotPlain> {
+    text(bytes).and_then(|id| if id.contains(SEPARATOR) { Err(NotPlain) } else { Ok(id) })
 }
 
 /// ALL (said or not), LAST or NONE.
@@ -373,6 +392,7 @@ pub mod tests {
         put_bytes(&mut no_tensor, 1, b"a");
         assert!(Step::of_request(&no_tensor).is_err());
         assert!(Step::of_request(&request("", 1, 2)).is_err());
+        assert!(Step::of_request(&request("acme\u{1f}a", 1, 2)).is_err(), "another tenant's, or none");
         assert!(Step::of_request(&request("a", 0, 2)).is_err());
         let mut any = request("a", 1, 2);
         put_number(&mut any, 3, u64::MAX);
@@ -403,6 +423,17 @@ pub mod tests {
         assert_eq!(step.expected, [1, 2, 300]);
         assert_eq!(step.sizes, [1, 2, 1]);
         assert_eq!(step.timeout_ms, 250);
+    }
+
+    #[test]
+    fn an_id_with_a_tenants_mark_is_not_plain() {
+        for (id, is_plain) in [("acme.a", true), ("acme\u{1f}a", false), ("\u{1f}", false)] {
+            let mut body = BytesMut::new();
+            put_bytes(&mut body, 1, b"b");
+            put_bytes(&mut body, 1, id.as_bytes());
+            put_bytes(&mut body, 2, &tensor(2, 2, &[0; 16]));
+            assert_eq!(Step::of_frame(&frame(&body), |_| None).is_ok(), is_plain, "{id:?}");
+        }
     }
 
     #[test]

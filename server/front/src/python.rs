@@ -1,4 +1,4 @@
-//! What Python sees of the front: a module with three classes.
+//! What Python sees of the front: a module with four classes.
 
 // pyo3's macros convert errors into themselves.
 #![allow(clippy::useless_conversion)]
@@ -9,6 +9,7 @@ use crate::clock;
 use crate::columns::{Arrival, Batch, Entry};
 use crate::commands::{carry_out, Command, Commands};
 use crate::grpc::Status;
+use crate::known::KnownCallers;
 use crate::limits::Limits;
 use crate::lists::{self, bytes_of, numbers_of, Peers};
 use crate::reply::{Answer, Output};
@@ -54,13 +55,15 @@ impl Front {
     /// `methods`: path, whether it streams, and which of its messages may be plain ("step", "step_stream", "infer",
     /// "infer_stream" or ""). `limits`: each by the name that it has in `limits::Limits`, times in seconds.
     #[new]
-    #[pyo3(signature = (methods, limits, *, now, overloaded, headers_too_large))]
+    /// `callers`: who is known; None: nobody is asked.
+    #[pyo3(signature = (methods, limits, *, now, overloaded, headers_too_large, callers))]
     fn new(
         methods: Vec<(String, bool, String)>,
         limits: HashMap<String, f64>,
         now: f64,
         overloaded: Said,
         headers_too_large: Said,
+        callers: Option<&KnownCallers>,
     ) -> PyResult<Self> {
         clock::set(now);
         let limits = Limits::read(&limits, status(overloaded), status(headers_too_large))
@@ -79,7 +82,8 @@ impl Front {
                 (path, Method { index, streams, plain })
             })
             .collect();
-        let shared = Arc::new(Shared::new(limits, methods, server::eventfd()?));
+        let callers = callers.map(|known| known.callers.clone());
+        let shared = Arc::new(Shared::new(limits, methods, callers, server::eventfd()?));
         let (sender, waiting) = mpsc::unbounded_channel();
         let commands = Commands { sender, shared: shared.clone() };
         let (ending, ended) = std::sync::mpsc::channel();
@@ -266,6 +270,7 @@ impl Front {
     ) -> PyResult<Bound<'py, PyTuple>> {
         let ids = lists::ids_of(py, &batch);
         let callers = lists::callers_of(py, &batch, peers)?;
+        let whos = lists::whos_of(py, &batch)?;
         let kinds: Vec<_> = batch
             .signature
             .tensors
@@ -293,7 +298,7 @@ impl Front {
             shared: self.shared.clone(),
             seen,
         };
-        let tuple: PyObject = (0, handle, ids, callers, columns, asked, tensors).into_py(py);
+        let tuple: PyObject = (0, handle, ids, callers, whos, columns, asked, tensors).into_py(py);
         Ok(tuple.into_bound(py).downcast_into::<PyTuple>()?)
     }
 }
@@ -352,6 +357,11 @@ impl CallHandle {
                 (name.clone(), value)
             })
             .collect()
+    }
+
+    /// Python has found out who makes the call, whose name in `KnownCallers` is this.
+    fn identified(&self, identity: &str) {
+        self.call.whose.identified(identity, self.commands.shared.callers.as_ref());
     }
 
     /// It ended because its time was over.
@@ -560,6 +570,7 @@ fn owned(fd: i32, is_unix: bool) -> Listener {
 #[pymodule]
 fn stepwell_front(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Front>()?;
+    module.add_class::<KnownCallers>()?;
     module.add_class::<CallHandle>()?;
     module.add_class::<BatchHandle>()?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))

@@ -3,6 +3,7 @@
 use crate::begin::{self, refuse};
 use crate::bounds::{counted, Held, Place, Refusal, Slot, GENERAL};
 use crate::call::{Call, Peer};
+use crate::callers::Whose;
 use crate::clock;
 use crate::columns::{Arrival, Arrivals};
 use crate::grpc::{self, Messages, Status, Unreadable};
@@ -33,11 +34,11 @@ pub fn begin(
     let metadata = grpc::metadata(headers);
     let call = Arc::new(Call::new(
         peer.clone(),
-        method.index,
-        method.streams,
+        method,
         begun.started,
         deadline,
         metadata,
+        Whose::of_call(headers, peer.certificate, shared.callers.as_ref()),
         shared.unwritten.clone(),
     ));
     let served = Served {
@@ -238,7 +239,9 @@ impl Served {
         if self.method.plain != Plain::Step {
             return false;
         }
+        let Ok(whose) = self.call.whose.taken(self.shared.callers.as_ref()) else { return false };
         let Ok(step) = Step::of_request(message) else { return false };
+        let step = Step { whose, ..step };
         let call = self.call.clone();
         let deadline = call.deadline;
         self.shared.queued.fetch_add(message.len(), Ordering::Relaxed);
@@ -425,7 +428,9 @@ impl Served {
             return false;
         }
         let sets = |number| self.call.state().sets.get(&number).cloned();
+        let Ok(whose) = self.call.whose.taken(self.shared.callers.as_ref()) else { return false };
         let Ok((frame_id, step)) = Step::of_frame(message, sets) else { return false };
+        let step = Step { whose, ..step };
         {
             let mut state = self.call.state();
             if !state.unread.is_empty() || state.end.is_some() {

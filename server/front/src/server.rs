@@ -2,6 +2,7 @@
 
 use crate::bounds::{Counts, Load, Place, Refusal, Slot, Waiters};
 use crate::call::Peer;
+use crate::callers::Callers;
 use crate::columns::{Arrival, Arrivals, MOST_IN_BATCH};
 use crate::doors::Doors;
 use crate::lifetime::{Age, Lifetime};
@@ -48,6 +49,8 @@ pub struct Shared {
     pub methods: HashMap<String, Method>,
     /// What new connections get; None: plain text.
     pub tls: Mutex<Option<Arc<rustls::ServerConfig>>>,
+    /// Who is known; None: nobody is asked who calls.
+    pub callers: Option<Arc<Callers>>,
     /// The wire's thread has ended.
     pub is_dead: AtomicBool,
     /// Nothing is plain: Python wants to see every message.
@@ -72,11 +75,17 @@ pub struct Shared {
 }
 
 impl Shared {
-    pub fn new(limits: Limits, methods: HashMap<String, Method>, wakeup: OwnedFd) -> Self {
+    pub fn new(
+        limits: Limits,
+        methods: HashMap<String, Method>,
+        callers: Option<Arc<Callers>>,
+        wakeup: OwnedFd,
+    ) -> Self {
         Shared {
             limits,
             methods,
             tls: Mutex::default(),
+            callers,
             is_dead: AtomicBool::new(false),
             all_general: AtomicBool::new(false),
             abandoned: AtomicU64::new(0),
@@ -293,7 +302,7 @@ fn begin<S>(
 {
     let number = shared.connections.fetch_add(1, Ordering::Relaxed);
     let load = Load::new(shared.limits.connection_steps);
-    let mut peer = Peer { name: name(number), number, certificate_names: Vec::new(), load };
+    let mut peer = Peer::new(name(number), number, load);
     let (shared, mut stage, done) = (shared.clone(), stage.clone(), done.clone());
     tokio::spawn(async move {
         let turn = Arc::<Turn>::default();
@@ -308,7 +317,7 @@ fn begin<S>(
                 () = reached(&mut stage, Stage::Draining) => return,
             };
             let Some((socket, names)) = secured else { return shared.counts.refuse(Refusal::Handshake) };
-            peer.certificate_names = names;
+            peer.show(names);
             let socket = InTurns::new(socket, turn.clone());
             connection(socket, &turn, Arc::new(peer), &shared, stage).await;
         });
@@ -456,6 +465,6 @@ async fn keep_alive(pings: &mut h2::PingPong, limits: &Limits) {
 impl Shared {
     pub fn for_test() -> Self {
         let limits = Limits::for_test();
-        Shared::new(limits, HashMap::new(), eventfd().unwrap_or_else(|_| unreachable!()))
+        Shared::new(limits, HashMap::new(), None, eventfd().unwrap_or_else(|_| unreachable!()))
     }
 }

@@ -5,6 +5,7 @@
 //! because its sequence has not begun, say.
 
 use crate::call::Call;
+use crate::callers::SEPARATOR;
 use crate::clock;
 use crate::columns::Request;
 use crate::plain::{text, Step, Tensor, MOST_RANK};
@@ -106,7 +107,7 @@ fn write_session_id(into: &mut String, model: &str, sequence: Sequence<'_>) -> R
         Sequence::Text(name) => write!(into, "triton/{model}/\"{name}\""),
     }
     .map_err(|_| NotPlain)?;
-    if into.len() > MOST_ID {
+    if into.len() > MOST_ID || into.contains(SEPARATOR) {
         return Err(NotPlain);
     }
     Ok(())
@@ -231,7 +232,7 @@ fn dtype_of(name: &[u8]) -> Result<u8, NotPlain> {
 /// Put the request of a unary call into columns if it is plain; whether it was.
 pub fn take_call(shared: &Shared, call: &Arc<Call>, message: &Bytes) -> bool {
     let mut session_id = String::new();
-    let Ok(infer) = Infer::read(message, &mut session_id) else { return false };
+    let Ok(infer) = read_for(shared, call, message, &mut session_id) else { return false };
     push(shared, call, None, message, &infer);
     true
 }
@@ -244,7 +245,7 @@ pub fn take_message(shared: &Shared, call: &Arc<Call>, message: &Bytes) -> Optio
     let infer = if shared.all_general.load(Ordering::Relaxed) {
         Err(NotPlain)
     } else {
-        Infer::read(message, &mut session_id)
+        read_for(shared, call, message, &mut session_id)
     };
     let mut state = call.state();
     let number = state.ordered.number();
@@ -261,6 +262,18 @@ pub fn take_message(shared: &Shared, call: &Arc<Call>, message: &Bytes) -> Optio
     drop(state);
     push(shared, call, Some(number), message, &infer);
     None
+}
+
+/// Read a message of a call, in the name of who makes it.
+fn read_for<'a>(
+    shared: &Shared,
+    call: &Call,
+    message: &'a [u8],
+    session_id: &'a mut String,
+) -> Result<Infer<'a>, NotPlain> {
+    let whose = call.whose.taken(shared.callers.as_ref())?;
+    let infer = Infer::read(message, session_id)?;
+    Ok(Infer { step: Step { whose, ..infer.step }, ..infer })
 }
 
 fn push(shared: &Shared, call: &Arc<Call>, number: Option<u64>, message: &Bytes, infer: &Infer<'_>) {
@@ -424,6 +437,13 @@ pub mod tests {
         let mut shared = request(5);
         put_bytes(&mut shared, 6, b"\x0a\x01y\x12\x00");
         assert!(!is_plain(&shared), "an output with a parameter");
+    }
+
+    #[test]
+    fn a_model_with_a_tenants_mark_is_not_plain() {
+        let mut message = request(5);
+        put_bytes(&mut message, 1, b"lstm\x1fa"); // the last one counts
+        assert!(!is_plain(&message));
     }
 
     #[test]

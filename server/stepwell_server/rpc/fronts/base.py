@@ -48,7 +48,8 @@ class Call(Protocol):
     """A call on its way. It is served by a task, which the front cancels when its client is gone or its time is over."""
 
     who: Caller
-    """Who calls. The boundary finds that out before the call is served; until then it is `ANYBODY`."""
+    """Who calls. The boundary finds that out before the call is served, by which messages of a stream may become plain; until
+    then it is `ANYBODY`."""
 
     @property
     def caller(self) -> str:
@@ -277,7 +278,7 @@ class Front(Protocol):
         A call shows the credential of kind "token" if it has one header `authorization`, which is `Bearer`, one space and
         the token; one of kind "names" if it has no such header and a certificate (`Call.certificate_names`). What has
         more than one such header, another one, or metadata `stepwell-tenant` is never plain. The credential of a stream
-        is that of its call, looked up anew for each message.
+        is that of its call, looked up for each message; they are plain only while it is known as that of `Call.who`.
         """
 
     def know(self, credential: Credential, caller: Caller, until: float) -> None:

@@ -15,6 +15,7 @@ import stepwell_front
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import ANYBODY, Caller, Credential
+from stepwell_server.core.namespaces import SEPARATOR, prefix_of
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.logs import Log
 from stepwell_server.rpc.fronts.base import (
@@ -59,6 +60,7 @@ _PLAIN = {
 }
 _NOBODY: Members = np.zeros(0, np.intp)
 _NO_TIMES: F64 = np.zeros(0)
+_ANYBODY = [ANYBODY]
 # The numbers that tell what has come: see `tuple` in python.rs.
 _BATCH, _CALL, _MESSAGE, _TOO_LARGE, _DUPLICATE, _HALF_CLOSED, _WRITTEN, _ENDED, _REFUSED = range(9)
 #: What the log says of connections that cannot be taken, by the reason that the metric has.
@@ -73,7 +75,7 @@ class _Call:
 
     def __init__(self, handle: CallHandle, request: bytes | None) -> None:
         self._handle = handle
-        self.who = ANYBODY
+        self._who = ANYBODY
         self.caller = handle.peer
         self.certificate_names = handle.certificate_names
         self.deadline = handle.deadline
@@ -87,6 +89,15 @@ class _Call:
         self._reader: asyncio.Future[None] | None = None
         self._ahead = 0
         self._room: asyncio.Future[None] | None = None
+
+    @property
+    def who(self) -> Caller:
+        return self._who
+
+    @who.setter
+    def who(self, who: Caller) -> None:
+        self._who = who
+        self._handle.identified(_identity(who))  # what a stream sends from now on may be plain
 
     @property
     def is_late(self) -> bool:
@@ -192,7 +203,8 @@ class NativeFront:
         self._steps: Steps
         self._calls: dict[int, _Call] = {}
         self._loop = asyncio.get_running_loop()
-        self._asks_callers = False
+        self._known: stepwell_front.KnownCallers | None = None
+        """None: nobody is asked."""
         self._unlooked = 0
         """Messages that tasks have not looked at yet: plain ones that came behind them must not overtake them."""
         self._waiting: collections.deque[tuple[Any, ...]] = collections.deque()
@@ -215,25 +227,31 @@ class NativeFront:
             now=self._clock.monotonic(),
             overloaded=_said(steps.overloaded()),
             headers_too_large=_said(steps.headers_too_large(self.limits.header_bytes)),
+            callers=self._known,
         )
         if certificates is not None:
             self.secure(certificates)
         listeners, bound = await self._listen(address)
-        # each message has a line in the log, or its caller must be asked for
-        front.set_general(_log.is_debug or self._asks_callers)
+        front.set_general(_log.is_debug)  # each message has a line in the log
         self._loop.add_reader(front.fd(), self._take, front)
         front.start([(one.detach(), isinstance(address, UnixAddress)) for one in listeners])
         return bound
 
     def ask_callers(self) -> None:
         """See `base.Front`."""
-        self._asks_callers = True
+        self._known = stepwell_front.KnownCallers()
 
     def know(self, credential: Credential, caller: Caller, until: float) -> None:
         """See `base.Front`."""
+        if self._known is not None:
+            prefix, identity = prefix_of(caller.tenant), _identity(caller)
+            self._known.know(credential.digest, credential.names, prefix, identity, caller, until)
 
     def forget(self, credentials: Collection[Credential]) -> None:
         """See `base.Front`."""
+        if self._known is not None:
+            for credential in credentials:
+                self._known.forget(credential.digest, credential.names)
 
     def secure(self, certificates: Certificates) -> None:
         """See `base.Front`."""
@@ -401,6 +419,11 @@ class NativeFront:
             handle.end(*_said(ended.status))
 
 
+def _identity(caller: Caller) -> str:
+    """Tells a caller from all others, on the wire's thread too."""
+    return SEPARATOR.join((caller.tenant, caller.name, caller.role.value))
+
+
 def _said(status: Status) -> tuple[int, str, bytes]:
     details = next((value for _, value in status.trailers), b"")
     return int(status.code), status.message, details
@@ -424,16 +447,18 @@ def _columns(
     batch: BatchHandle,
     session_ids: list[str],
     callers: list[str],
+    whos: list[Caller] | None,
     numbers: tuple[bytes, bytes, bytes, bytes, bytes],
     asked: tuple[int, list[str], bool, tuple[str, str] | None],
     tensors: list[tuple[str, int, list[int], bytes]],
 ) -> StepColumns:
     counts, sizes, expected, request_ids, deadlines = numbers
     select, output_names, says_sizes, model = asked
+    whos = _ANYBODY if whos is None else whos
     return StepColumns(
         session_ids,
         callers,
-        [ANYBODY] * len(callers),
+        whos * len(callers) if len(whos) == 1 else whos,
         np.frombuffer(sizes, np.uint32),
         says_sizes,
         np.frombuffer(expected, np.uint64) if expected else None,

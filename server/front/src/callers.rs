@@ -1,0 +1,399 @@
+//! Who calls: the credentials that Python has told the front of, so that it need not ask for each call.
+//!
+//! Only digests of tokens are kept. Whose credential is not known here is for Python to say; what its calls send goes
+//! there with its bytes.
+
+use crate::clock;
+use crate::protobuf::NotPlain;
+use http::header::AUTHORIZATION;
+use http::HeaderMap;
+use ring::digest::{digest, Context, SHA256, SHA256_OUTPUT_LEN};
+use std::any::Any;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Between a tenant and what it calls a session: namespaces.py. A client's id with it goes to Python, which refuses it.
+pub const SEPARATOR: char = '\u{1f}';
+/// Says for which tenant an admin works: that is for Python to allow.
+const TENANT: &str = "stepwell-tenant";
+/// Credentials that are known at the same time; more of them are Python's. Signed tokens are as many as their issuer likes.
+const MOST_KNOWN: usize = 65_536;
+
+/// How a caller shows who it is. A token may have any bytes, so its digest never stands for a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Credential {
+    /// SHA-256 of a bearer token.
+    Token([u8; SHA256_OUTPUT_LEN]),
+    /// SHA-256 of the names in a client certificate, each behind its length.
+    Certificate([u8; SHA256_OUTPUT_LEN]),
+}
+
+impl Credential {
+    /// None: SHA-256 has another length.
+    pub fn of_digest(token: &[u8]) -> Option<Self> {
+        token.try_into().ok().map(Credential::Token)
+    }
+
+    pub fn of_certificate(names: &[String]) -> Option<Self> {
+        let mut context = Context::new(&SHA256);
+        for name in names {
+            context.update(&(name.len() as u64).to_be_bytes());
+            context.update(name.as_bytes());
+        }
+        let found = context.finish().as_ref().try_into().ok()?;
+        (!names.is_empty()).then_some(Credential::Certificate(found))
+    }
+
+    /// What a call shows, if there can be no doubt about it. `certificate`: that of its connection.
+    fn of_call(headers: &HeaderMap, certificate: Option<Credential>) -> Option<Self> {
+        if headers.contains_key(TENANT) {
+            return None;
+        }
+        let mut values = headers.get_all(AUTHORIZATION).iter();
+        match (values.next(), values.next()) {
+            (None, _) => certificate,
+            (Some(value), None) => {
+                let token = bearer_token(value.as_bytes())?;
+                Credential::of_digest(digest(&SHA256, token).as_ref())
+            }
+            (Some(_), Some(_)) => None,
+        }
+    }
+}
+
+/// The token in `Bearer TOKEN`; the scheme in any case.
+fn bearer_token(value: &[u8]) -> Option<&[u8]> {
+    const SCHEME: &[u8] = b"bearer ";
+    let (scheme, token) = value.split_at_checked(SCHEME.len())?;
+    let is_token = !token.is_empty() && token.iter().all(u8::is_ascii_graphic);
+    (scheme.eq_ignore_ascii_case(SCHEME) && is_token).then_some(token)
+}
+
+/// A caller that Python has told the front of.
+#[derive(Debug)]
+pub struct Known {
+    /// What the ids of its sessions begin with.
+    pub prefix: String,
+    /// Tells it from all other callers.
+    pub identity: String,
+    /// Python's own of it.
+    pub who: Option<Box<dyn Any + Send + Sync>>,
+    /// Until when, seconds on the monotonic clock: the bits of a number, which others look at while it changes.
+    until: AtomicU64,
+}
+
+impl Known {
+    pub fn new(
+        prefix: String,
+        identity: String,
+        who: Option<Box<dyn Any + Send + Sync>>,
+        until: f64,
+    ) -> Arc<Self> {
+        Arc::new(Known { prefix, identity, who, until: AtomicU64::new(until.to_bits()) })
+    }
+
+    fn is_same(&self, other: &Known) -> bool {
+        self.prefix == other.prefix && self.identity == other.identity
+    }
+
+    fn until(&self) -> f64 {
+        f64::from_bits(self.until.load(Ordering::Relaxed))
+    }
+
+    fn set_until(&self, until: f64) {
+        self.until.store(until.to_bits(), Ordering::Relaxed);
+    }
+
+    fn forget(&self) {
+        self.set_until(f64::NEG_INFINITY);
+    }
+
+    fn is_valid(&self) -> bool {
+        let until = self.until();
+        until == f64::INFINITY || clock::now() < until
+    }
+}
+
+/// All that are known.
+#[derive(Debug, Default)]
+pub struct Callers(Mutex<Table>);
+
+#[derive(Debug, Default)]
+struct Table {
+    known: HashMap<Credential, Arc<Known>>,
+    /// When it was full the last time, the first of them to leave had so long.
+    full_until: f64,
+}
+
+impl Callers {
+    /// Know a caller by this. Who is known by it already stays if it is the same, and is forgotten else.
+    pub fn know(&self, credential: Credential, caller: Arc<Known>) {
+        let mut table = self.table();
+        if let Some(known) = table.known.get(&credential) {
+            if known.is_same(&caller) {
+                return known.set_until(caller.until());
+            }
+            known.forget();
+        } else if !table.has_room() {
+            return;
+        }
+        table.known.insert(credential, caller);
+    }
+
+    /// Nobody is known by this any more, on streams that are open neither.
+    pub fn forget(&self, credential: Credential) {
+        if let Some(known) = self.table().known.remove(&credential) {
+            known.forget();
+        }
+    }
+
+    fn find(&self, credential: Credential) -> Option<Arc<Known>> {
+        self.table().known.get(&credential).cloned()
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    /// Whether there is room for one more, when those whose time is over have left.
+    fn has_room(&mut self) -> bool {
+        if self.known.len() < MOST_KNOWN {
+            return true;
+        }
+        if clock::now() < self.full_until {
+            return false;
+        }
+        self.known.retain(|_, known| known.is_valid());
+        self.full_until = self.known.values().map(|known| known.until()).fold(f64::INFINITY, f64::min);
+        self.known.len() < MOST_KNOWN
+    }
+}
+
+/// Who makes a call, as far as the front knows.
+#[derive(Debug)]
+pub enum Whose {
+    /// Nobody is asked.
+    Anybody,
+    /// Python says it, for every message.
+    Unclear,
+    /// Who shows this. Once it is known who that is, the call is nobody else's.
+    Of(Credential, Mutex<Option<Arc<Known>>>),
+}
+
+impl Whose {
+    /// As the call's headers say it. `certificate`: what its connection has shown; `callers`: None: nobody is asked.
+    pub fn of_call(
+        headers: &HeaderMap,
+        certificate: Option<Credential>,
+        callers: Option<&Arc<Callers>>,
+    ) -> Self {
+        let Some(callers) = callers else { return Whose::Anybody };
+        match Credential::of_call(headers, certificate) {
+            Some(credential) => Whose::Of(credential, Mutex::new(callers.find(credential))),
+            None => Whose::Unclear,
+        }
+    }
+
+    /// In whose name plain messages are taken, None: anybody's. Err: there are none.
+    pub fn taken(&self, callers: Option<&Arc<Callers>>) -> Result<Option<Arc<Known>>, NotPlain> {
+        let (credential, own) = match self {
+            Whose::Anybody => return Ok(None),
+            Whose::Unclear => return Err(NotPlain),
+            Whose::Of(credential, own) => (credential, own),
+        };
+        let mut own = own.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = own.as_ref().ok_or(NotPlain)?;
+        if known.is_valid() {
+            return Ok(Some(known.clone()));
+        }
+        // it may be known again
+        let again = callers.and_then(|callers| callers.find(*credential));
+        let again = again.filter(|again| again.is_same(known) && again.is_valid()).ok_or(NotPlain)?;
+        *own = Some(again.clone());
+        Ok(Some(again))
+    }
+
+    /// Python has found out who makes the call: its next messages may be plain, if the front knows that caller.
+    pub fn identified(&self, identity: &str, callers: Option<&Arc<Callers>>) {
+        let (Whose::Of(credential, own), Some(callers)) = (self, callers) else { return };
+        let mut own = own.lock().unwrap_or_else(PoisonError::into_inner);
+        if own.is_none() {
+            *own = callers.find(*credential).filter(|known| known.identity == identity);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::HeaderValue;
+    use proptest::prelude::*;
+
+    fn headers(lines: &[(&'static str, &[u8])]) -> HeaderMap {
+        let mut found = HeaderMap::new();
+        for (name, value) in lines {
+            found.append(*name, HeaderValue::from_bytes(value).unwrap());
+        }
+        found
+    }
+
+    fn token(text: &str) -> Credential {
+        Credential::of_digest(digest(&SHA256, text.as_bytes()).as_ref()).unwrap()
+    }
+
+    /// Know a caller of a tenant, which is all that is known of it.
+    fn know(callers: &Callers, credential: Credential, tenant: &str, until: f64) {
+        callers.know(credential, Known::new(format!("{tenant}{SEPARATOR}"), tenant.to_owned(), None, until));
+    }
+
+    fn whose(callers: &Arc<Callers>, lines: &[(&'static str, &[u8])]) -> Whose {
+        Whose::of_call(&headers(lines), None, Some(callers))
+    }
+
+    /// Whose plain messages are taken; None: nobody's.
+    fn tenant(call: &Whose, callers: &Arc<Callers>) -> Option<String> {
+        call.taken(Some(callers)).ok().flatten().map(|known| known.identity.clone())
+    }
+
+    fn tenant_of(callers: &Arc<Callers>, lines: &[(&'static str, &[u8])]) -> Option<String> {
+        tenant(&whose(callers, lines), callers)
+    }
+
+    fn some(tenant: &str) -> Option<String> {
+        Some(tenant.to_owned())
+    }
+
+    const ANNA: &[(&str, &[u8])] = &[("authorization", b"Bearer anna")];
+
+    #[test]
+    fn nobody_is_asked_unless_somebody_is() {
+        let lines = headers(&[ANNA[0], (TENANT, b"x")]);
+        assert!(Whose::of_call(&lines, None, None).taken(None).unwrap().is_none());
+        let callers = Arc::default();
+        assert!(whose(&callers, &[]).taken(Some(&callers)).is_err());
+        assert!(whose(&callers, ANNA).taken(Some(&callers)).is_err());
+    }
+
+    #[test]
+    fn a_known_token_is_its_callers_and_whatever_is_odd_is_nobodys() {
+        let callers = Arc::default();
+        know(&callers, token("anna"), "acme", f64::INFINITY);
+        let known = whose(&callers, ANNA).taken(Some(&callers)).unwrap().unwrap();
+        assert_eq!(known.prefix, "acme\u{1f}");
+        for value in [&b"Bearer anna"[..], b"bearer anna", b"BEARER anna"] {
+            assert_eq!(tenant_of(&callers, &[("authorization", value)]), some("acme"));
+        }
+        for value in [
+            &b"Bearer ann"[..],
+            b"Bearer annaa",
+            b"Bearer  anna",
+            b"Bearer anna ",
+            b"Bearer\tanna",
+            b"Basic anna",
+            b"Bearer ",
+            b"Bearer",
+            b"anna",
+            b"",
+            b"Bearer anna\xff",
+            b"Bearer anna,Bearer anna",
+        ] {
+            assert_eq!(tenant_of(&callers, &[("authorization", value)]), None, "{value:?}");
+        }
+        let twice = [ANNA[0], ANNA[0]];
+        assert_eq!(tenant_of(&callers, &twice), None);
+        assert_eq!(tenant_of(&callers, &[ANNA[0], (TENANT, b"acme")]), None);
+    }
+
+    #[test]
+    fn a_certificate_counts_where_no_token_is_shown_and_is_never_taken_for_one() {
+        let callers = Arc::default();
+        let names = ["anna.example".to_owned(), "spiffe://anna".to_owned()];
+        let certificate = Credential::of_certificate(&names);
+        know(&callers, certificate.unwrap(), "acme", f64::INFINITY);
+        let tenant_of = |lines: &[(&'static str, &[u8])]| {
+            tenant(&Whose::of_call(&headers(lines), certificate, Some(&callers)), &callers)
+        };
+        assert_eq!(tenant_of(&[]), some("acme"));
+        assert_eq!(tenant_of(ANNA), None, "a token that nobody knows");
+        assert_eq!(Credential::of_certificate(&[]), None);
+        let joined = ["anna.examplespiffe://anna".to_owned()];
+        assert_ne!(Credential::of_certificate(&joined), certificate);
+        let Some(Credential::Certificate(bytes)) = certificate else { unreachable!() };
+        assert_ne!(Credential::of_digest(&bytes), certificate);
+    }
+
+    #[test]
+    fn who_is_forgotten_is_so_on_open_calls_too_until_it_is_known_again() {
+        let callers = Arc::default();
+        know(&callers, token("anna"), "acme", f64::INFINITY);
+        let open = whose(&callers, ANNA);
+        callers.forget(token("anna"));
+        assert_eq!((tenant(&open, &callers), tenant_of(&callers, ANNA)), (None, None));
+        know(&callers, token("anna"), "acme", f64::INFINITY);
+        assert_eq!(tenant(&open, &callers), some("acme"));
+    }
+
+    #[test]
+    fn an_open_call_stays_that_of_who_it_was() {
+        let callers = Arc::default();
+        know(&callers, token("anna"), "acme", f64::INFINITY);
+        let open = whose(&callers, ANNA);
+        know(&callers, token("anna"), "acme", f64::INFINITY);
+        assert_eq!(tenant(&open, &callers), some("acme"), "said again");
+        know(&callers, token("anna"), "other", f64::INFINITY);
+        open.identified("other", Some(&callers));
+        assert_eq!((tenant(&open, &callers), tenant_of(&callers, ANNA)), (None, some("other")));
+    }
+
+    #[test]
+    fn time_ends_what_is_known_and_python_may_give_more() {
+        let callers = Arc::default();
+        let now = clock::now();
+        know(&callers, token("anna"), "acme", now);
+        let open = whose(&callers, ANNA);
+        assert_eq!(tenant(&open, &callers), None);
+        know(&callers, token("anna"), "acme", now + 3600.0);
+        assert_eq!(tenant(&open, &callers), some("acme"));
+    }
+
+    #[test]
+    fn a_call_may_become_known_while_it_is_open() {
+        let callers = Arc::default();
+        let open = whose(&callers, ANNA);
+        know(&callers, token("anna"), "acme", f64::INFINITY);
+        assert_eq!(tenant(&open, &callers), None, "Python has not said whose call it is");
+        open.identified("other", Some(&callers));
+        assert_eq!(tenant(&open, &callers), None, "it is somebody else's");
+        open.identified("acme", Some(&callers));
+        assert_eq!(tenant(&open, &callers), some("acme"));
+    }
+
+    #[test]
+    fn more_than_may_be_are_not_known_until_the_time_of_others_is_over() {
+        let callers = Arc::default();
+        let numbered =
+            |number: usize| Credential::Token(std::array::from_fn(|at| (number >> (at % 8 * 8)) as u8));
+        for number in 0..MOST_KNOWN {
+            know(&callers, numbered(number), "acme", clock::now() + 3600.0);
+        }
+        know(&callers, token("anna"), "acme", f64::INFINITY);
+        assert_eq!(tenant_of(&callers, ANNA), None);
+        know(&callers, numbered(0), "acme", f64::NEG_INFINITY);
+        callers.table().full_until = 0.0; // an hour has passed
+        know(&callers, token("anna"), "acme", f64::INFINITY);
+        assert_eq!(tenant_of(&callers, ANNA), some("acme"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_other_header_is_taken_for_a_known_one(value in prop::collection::vec(0x20u8..0x7f, 0..20)) {
+            let callers = Arc::default();
+            know(&callers, token("anna"), "acme", f64::INFINITY);
+            let is_known = tenant_of(&callers, &[("authorization", &value)]).is_some();
+            prop_assert_eq!(is_known, value.to_ascii_lowercase().starts_with(b"bearer ") && &value[7..] == b"anna");
+        }
+    }
+}

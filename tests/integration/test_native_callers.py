@@ -1,0 +1,288 @@
+"""Whose plain steps the native front takes by itself: those of callers that it was told of, as long as it is so."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc.aio
+import numpy as np
+import pytest
+
+from stepwell.v1 import sessions_pb2
+from stepwell_server.addresses import Address
+from stepwell_server.clock import SystemClock
+from stepwell_server.core.callers import ANYBODY, Caller, Credential, Role
+from stepwell_server.core.namespaces import SEPARATOR, prefix_of
+from stepwell_server.rpc.fronts.base import Call, CallEnded, Method, OutputColumn, SessionSet, StepColumns
+from stepwell_server.rpc.fronts.limits import FrontLimits
+from stepwell_server.rpc.status import Code, Status
+from support import streams, triton_requests
+from support.durable import until
+from support.fronts import needs_native
+from support.http2 import Http2
+
+pytestmark = needs_native
+SESSIONS, TRITON = "stepwell.v1.SessionService", "inference.GRPCInferenceService"
+KINDS = {
+    "step": (SESSIONS, "Step"),
+    "frames": (SESSIONS, "StepStream"),
+    "sets": (SESSIONS, "StepStream"),
+    "infer": (TRITON, "ModelInfer"),
+    "infer_stream": (TRITON, "ModelStreamInfer"),
+}
+ANNA = Caller("anna", "acme", Role.USER)
+BERT = Caller("bert", "beta", Role.USER)
+CHIEF = Caller("anna", "acme", Role.ADMIN)
+TOKENS = {"anna": ANNA, "bert": BERT}
+_PATIENCE_S = 100.0
+
+
+def credential(token: str) -> Credential:
+    return Credential("token", hashlib.sha256(token.encode()).digest())
+
+
+class Server:
+    """A native front that asks who calls. What is plain is answered at once, and so is what is not. `base.Steps`."""
+
+    def __init__(self, *, asks: bool = True) -> None:
+        from stepwell_server.rpc.fronts.native import NativeFront
+
+        self.front = NativeFront(SystemClock(), FrontLimits(1 << 20))
+        if asks:
+            self.front.ask_callers()
+        self.tells = True
+        """What Python finds out it tells the front."""
+        self.plain: list[tuple[list[str], list[Caller]]] = []
+        self.general: list[Caller] = []
+        self.address = ""
+
+    async def start(self) -> None:
+        methods = [Method(*KINDS[kind], self.unary) for kind in ("step", "infer")]
+        methods += [Method(*KINDS[kind], self.stream, streams=True) for kind in ("frames", "infer_stream")]
+        self.address = str(await self.front.start(Address("127.0.0.1", 0), methods, self, None))
+
+    def hold(self) -> None:
+        """Nothing is put together here."""
+
+    def go(self) -> None:
+        """What was taken is done already."""
+
+    def too_large(self, size: int) -> Status:
+        raise AssertionError(size)
+
+    def overloaded(self) -> Status:
+        return Status(Code.RESOURCE_EXHAUSTED, "overloaded", ())
+
+    def headers_too_large(self, limit: int) -> Status:
+        return Status(Code.RESOURCE_EXHAUSTED, str(limit), ())
+
+    def duplicate(self, frame_id: int) -> bytes:
+        raise AssertionError(frame_id)
+
+    def take(self, columns: StepColumns) -> None:
+        self.plain.append((columns.session_ids, list(columns.whos)))
+        numbers = np.arange(len(columns.session_ids), dtype=np.uint64)
+        (tensor,) = columns.inputs
+        outputs = [OutputColumn("y", tensor.dtype, tensor.tail, tensor.data)]
+        columns.replies.applied(None, numbers, numbers, outputs, replayed=False, version="1")
+
+    def identify(self, call: Call) -> None:
+        """As the boundary and its authenticator do."""
+        token = str(call.metadata.get("authorization", "")).removeprefix("Bearer ")
+        caller = TOKENS.get(token)
+        if caller is None:
+            raise CallEnded(Status(Code.UNAUTHENTICATED, "nobody who is known", ()))
+        if self.tells:
+            self.front.know(credential(token), caller, float("inf"))
+        call.who = caller
+
+    async def unary(self, call: Call) -> bytes:
+        self.identify(call)
+        self.general.append(call.who)
+        return b""
+
+    async def stream(self, call: Call) -> bytes:
+        self.identify(call)
+        while (raw := await call.read()) is not None:
+            self.general.append(call.who)
+            with contextlib.suppress(Exception):  # Triton's have none
+                step = sessions_pb2.StepStreamRequest.FromString(raw).step
+                if step.declare_set:
+                    ids = [prefix_of(call.who.tenant) + one for one in step.session_ids]
+                    call.know_set(step.declare_set, SessionSet(ids, None, 100))
+            await call.write(b"")
+        return b""
+
+    def seen(self) -> tuple[list[tuple[list[str], list[Caller]]], list[Caller]]:
+        """What has come since the last look: plain, and not."""
+        found = self.plain, self.general
+        self.plain, self.general = [], []
+        return found
+
+
+class Talk:
+    """One caller's steps of sessions `s`, in one way."""
+
+    def __init__(self, channel: grpc.aio.Channel, kind: str, *metadata: tuple[str, str]) -> None:
+        self.kind, self._metadata = kind, metadata
+        path = "/{}/{}".format(*KINDS[kind])
+        self._call: Any = None
+        self._unary: Any = channel.unary_unary(path)
+        if kind not in {"step", "infer"}:
+            stream: Any = channel.stream_stream(path)
+            self._call = stream(metadata=metadata, timeout=_PATIENCE_S)
+        self.is_unary = self._call is None
+        self._frames = 0
+
+    async def ask(self, session: str = "s") -> bytes:
+        """The reply to a step."""
+        x = np.ones((1, 2), np.float32)
+        self._frames += 1
+        if self.kind == "step":
+            raw = streams.request(session, x)
+        elif self.kind == "sets":
+            raw = streams.message(self._frames, x=x, session_set=1)
+        elif self.kind == "frames":
+            raw = streams.message(self._frames, session, x=x)
+        else:
+            raw = triton_requests.request(x, sequence_id=session).SerializeToString()
+        return await self._send(raw)
+
+    async def declare(self, session: str = "s") -> None:
+        raw = streams.message(0, session, x=np.ones((1, 2), np.float32), declare_set=1)
+        await self._send(raw)
+
+    async def _send(self, raw: bytes) -> bytes:
+        if self.is_unary:
+            reply: bytes = await self._unary(raw, metadata=self._metadata, timeout=_PATIENCE_S)
+            return reply
+        await self._call.write(raw)
+        found: bytes = await self._call.read()
+        return found
+
+
+def inner(kind: str, tenant: str, session: str = "s") -> str:
+    """What the server calls a session."""
+    name = f'triton/plain/"{session}"' if kind.startswith("infer") else session
+    return f"{prefix_of(tenant)}{name}"
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    server = Server()
+    await server.start()
+    yield server
+    await server.front.stop(0)
+
+
+@pytest.fixture
+async def talk(server: Server) -> AsyncIterator[Callable[..., Talk]]:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+
+        def begin(kind: str, token: str, *metadata: tuple[str, str]) -> Talk:
+            return Talk(channel, kind, ("authorization", f"Bearer {token}"), *metadata)
+
+        yield begin
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_known_caller_steps_its_own_tenants_sessions(
+    server: Server, talk: Callable[..., Talk], kind: str
+) -> None:
+    for token, who in TOKENS.items():
+        one = talk(kind, token)
+        if kind == "sets":
+            await one.declare()
+        else:
+            await one.ask()
+        if one.is_unary:  # a stream may be known before its first message
+            assert server.seen() == ([], [who]), "the front has not been told of it"
+        server.seen()
+        for _ in range(2):
+            reply = await one.ask()
+            assert server.seen() == ([([inner(kind, who.tenant)], [who])], [])
+            assert reply
+            assert SEPARATOR.encode() not in reply
+            assert who.tenant.encode() not in reply
+        if kind != "sets":  # which are declared, and that is Python's
+            await one.ask(inner("", "acme"))
+            assert server.seen() == ([], [who]), "an id with a tenant's mark is Python's, which refuses it"
+        elsewhere = talk(kind, token, ("stepwell-tenant", "acme"))
+        await (elsewhere.declare() if kind == "sets" else elsewhere.ask())
+        await elsewhere.ask()
+        assert server.seen() == ([], [who] * 2), "and who may work for whom is so too"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_who_is_forgotten_steps_no_more_until_it_is_known_again(
+    server: Server, talk: Callable[..., Talk], kind: str
+) -> None:
+    server.front.know(credential("anna"), ANNA, float("inf"))
+    open_before = talk(kind, "anna")
+    if kind == "sets":
+        await open_before.declare()
+        server.seen()
+    await open_before.ask()
+    plain = [([inner(kind, "acme")], [ANNA])]
+    assert server.seen() == (plain, [])
+    server.tells = False
+    server.front.forget([credential("bert"), credential("anna")])
+    for one in (open_before, talk(kind, "anna")):
+        await one.ask()
+        assert server.seen() == ([], [ANNA])
+    server.front.know(credential("anna"), CHIEF, float("inf"))
+    await open_before.ask()
+    if open_before.is_unary:
+        assert server.seen() == ([([inner(kind, "acme")], [CHIEF])], [])
+    else:
+        assert server.seen() == ([], [ANNA]), "a stream is not taken over"
+    server.front.know(credential("anna"), ANNA, float("inf"))
+    await open_before.ask()
+    assert server.seen() == (plain, [])
+    server.front.know(credential("anna"), ANNA, SystemClock.monotonic())
+    await open_before.ask()
+    assert server.seen() == ([], [ANNA]), "its time is over"
+
+
+def have_come(server: Server, size: int) -> None:
+    """Wait until the wire has so many bytes of plain steps, while the event loop stands still and takes none."""
+    end = time.monotonic() + _PATIENCE_S
+    while server.front.counts().now["queued_bytes"] < size:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+async def test_several_tenants_share_a_batch_and_each_has_its_own(server: Server) -> None:
+    for token, who in TOKENS.items():
+        server.front.know(credential(token), who, float("inf"))
+    sent = streams.request("s", np.ones((1, 2), np.float32))
+    with contextlib.ExitStack() as stack:
+        for token in ("anna", "bert", "anna"):
+            one = stack.enter_context(Http2(server.address))
+            one.call(f"/{SESSIONS}/Step", sent, extra=[("authorization", f"Bearer {token}")])
+        have_come(server, 3 * len(sent))
+        await until(lambda: server.plain)
+        ((ids, whos),), general = server.seen()
+        assert sorted(zip(ids, whos, strict=True), key=str) == [
+            (inner("", "acme"), ANNA),
+            (inner("", "acme"), ANNA),
+            (inner("", "beta"), BERT),
+        ]
+        assert not general
+
+
+async def test_where_nobody_is_asked_a_mark_is_python_s_all_the_same() -> None:
+    server = Server(asks=False)
+    await server.start()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        one = Talk(channel, "step")
+        await one.ask()
+        assert server.seen() == ([(["s"], [ANYBODY])], [])
+        with pytest.raises(grpc.aio.AioRpcError, match="nobody who is known"):
+            await one.ask(inner("", "acme"))
+        assert server.seen() == ([], [])
+    await server.front.stop(0)
