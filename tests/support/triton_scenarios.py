@@ -345,6 +345,34 @@ def typed(stub: Any, name: str, datatype: str, x: Any) -> None:
 
 
 @scenario
+def with_token(address: str, token: str, ca: str, cert: str, key: str) -> list[str]:
+    """A server that asks who calls: how it refuses a client without a token, and one on a stream; then one with it."""
+    tls = {"ssl": True, "root_certificates": ca, "certificate_chain": cert, "private_key": key}
+    client = triton.InferenceServerClient(address, **tls)
+    headers = {"authorization": f"Bearer {token}"}
+    x = np.ones((1, 1, FEATURES), np.float32)
+    assert client.is_server_live()
+    refused, _ = error_of(lambda: client.get_model_metadata("forecast"))
+    name = client.get_model_metadata("forecast", headers=headers).inputs[0].name
+    step = functools.partial(client.infer, "forecast", inputs(x, name, "FP32"), sequence_id=7)
+    alone = step(sequence_start=True, headers=headers).as_numpy(
+        client.get_model_metadata("forecast", headers=headers).outputs[0].name
+    )
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    client.start_stream(lambda result, error: answers.put((result, error)), headers=headers)
+    client.async_stream_infer("forecast", inputs(x, name, "FP32"), sequence_id=8, sequence_start=True)
+    result, error = answers.get(timeout=TIMEOUT_S)
+    assert error is None, error
+    assert (result.as_numpy(result.get_response().outputs[0].name) == alone).all()
+    client.stop_stream()
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    client.async_stream_infer("forecast", inputs(x, name, "FP32"), sequence_id=9, sequence_start=True)
+    _, error = answers.get(timeout=TIMEOUT_S)
+    client.stop_stream(cancel_requests=True)
+    return [refused, error.status().removeprefix("StatusCode.")]
+
+
+@scenario
 def exactly_once(address: str) -> None:
     """Each step is sent twice and counts once: START, the middle, END."""
     with triton.InferenceServerClient(address) as client:

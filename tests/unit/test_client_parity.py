@@ -67,7 +67,9 @@ def test_what_does_io_is_awaited(sync: type, aio: type) -> None:
 def test_same_connect() -> None:
     ours = inspect.signature(stepwell.connect).parameters
     theirs = inspect.signature(stepwell.aio.connect).parameters
-    assert list(ours.values()) == list(theirs.values())
+    # a function that has the token may be a coroutine function there
+    as_sync = [one.replace(annotation=str(one.annotation).replace("Async", "")) for one in theirs.values()]
+    assert list(ours.values()) == as_sync
 
 
 def test_exports_are_sorted_and_hold_every_error() -> None:

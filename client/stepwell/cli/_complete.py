@@ -18,6 +18,8 @@ from stepwell.cli._target import Target
 if TYPE_CHECKING:
     import grpc
 
+    from stepwell._metadata import Pairs
+
 TIMEOUT_S = 1.0
 """Time that the server has, while someone waits for a line to be completed."""
 MOST = 100
@@ -28,9 +30,9 @@ def models(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list
     """Models of the server whose names begin so."""
     from stepwell.v1 import models_pb2, models_pb2_grpc
 
-    def names(channel: grpc.Channel) -> Iterable[str]:
+    def names(channel: grpc.Channel, metadata: Pairs | None) -> Iterable[str]:
         list_models = models_pb2_grpc.ModelServiceStub(channel).ListModels
-        reply = list_models(models_pb2.ListModelsRequest(), timeout=TIMEOUT_S)
+        reply = list_models(models_pb2.ListModelsRequest(), timeout=TIMEOUT_S, metadata=metadata)
         return (model.name for model in reply.models if model.name.startswith(incomplete))
 
     return answered(ctx, names)
@@ -40,28 +42,33 @@ def sessions(ctx: click.Context, _param: click.Parameter, incomplete: str) -> li
     """Sessions of the server whose ids begin so; the first of them."""
     from stepwell.v1 import sessions_pb2, sessions_pb2_grpc
 
-    def ids(channel: grpc.Channel) -> Iterable[str]:
+    def ids(channel: grpc.Channel, metadata: Pairs | None) -> Iterable[str]:
         request = sessions_pb2.ListSessionsRequest(
             session_id_prefix=incomplete, page_size=MOST, skip_total=True
         )
-        reply = sessions_pb2_grpc.SessionServiceStub(channel).ListSessions(request, timeout=TIMEOUT_S)
+        list_sessions = sessions_pb2_grpc.SessionServiceStub(channel).ListSessions
+        reply = list_sessions(request, timeout=TIMEOUT_S, metadata=metadata)
         return (session.session_id for session in reply.sessions)
 
     return answered(ctx, ids)
 
 
-def answered(ctx: click.Context, ask: Callable[[grpc.Channel], Iterable[str]]) -> list[CompletionItem]:
+def answered(
+    ctx: click.Context, ask: Callable[[grpc.Channel, Pairs | None], Iterable[str]]
+) -> list[CompletionItem]:
     """What the server of the command line so far answers; nothing if it does not, or cannot be made out."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import grpc
 
-    from stepwell import _channel, config
+    from stepwell import _channel
 
     if not ctx.params.get("server"):
         return []
     target = Target.of(dict(ctx.params))
     try:
-        with _channel.open_channel(config.ClientConfig(target.address, tls=target.tls_config())) as channel:
-            return [CompletionItem(value) for value in ask(channel)]
+        config = target.config()
+        metadata = _channel.tokens(config).metadata()
+        with _channel.open_channel(config) as channel:
+            return [CompletionItem(value) for value in ask(channel, metadata)]
     except (grpc.RpcError, click.UsageError):
         return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from stepwell.cli._types import Duration
 
 if TYPE_CHECKING:
     from stepwell import Client, TlsConfig
+    from stepwell.config import ClientConfig
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -50,6 +52,11 @@ class Target:
     """Longest time that one request may take, retries included."""
     tls: Mapping[str, str] | None = None
     """Arguments of `TlsConfig`; None: no TLS."""
+    token_file: str | None = None
+    """The file that holds the token; None: the variable STEPWELL_TOKEN, if it is there, has it."""
+    tenant: str | None = None
+    """To act in, for admins."""
+    allow_insecure_token: bool = False
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Target:
@@ -57,7 +64,36 @@ class Target:
         given = {name: options.pop(f"tls_{name}") for name in TLS_OPTIONS}
         arguments = {name: value for name, value in given.items() if value}
         uses_tls = options.pop("tls") or arguments
-        return cls(options.pop("server"), options.pop("timeout_s"), arguments if uses_tls else None)
+        return cls(
+            options.pop("server"),
+            options.pop("timeout_s"),
+            arguments if uses_tls else None,
+            **{name: options.pop(name) for name in ("token_file", "tenant", "allow_insecure_token")},
+        )
+
+    def config(self, **others: Any) -> ClientConfig:
+        """What a client is told. The files are read.
+
+        Raises:
+            click.UsageError: One cannot be used, or the token must not be sent.
+        """
+        from stepwell import config, errors
+
+        tls = self.tls_config()
+        try:
+            return config.ClientConfig(
+                config.server_address(self.address),
+                self.timeout_s,
+                tls=tls,
+                token=config.token_or_variable(
+                    None if self.token_file is None else TokenFile(self.token_file)
+                ),
+                allow_insecure_token=self.allow_insecure_token,
+                tenant=self.tenant,
+                **others,
+            )
+        except errors.InvalidInputError as error:
+            raise click.UsageError(as_options(error.message)) from None
 
     def tls_config(self) -> TlsConfig | None:
         """How to speak TLS. The files are read.
@@ -84,11 +120,11 @@ class Target:
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         import stepwell
 
-        tls = self.tls_config()
+        config = self.config()
         try:
             with (
                 contextlib.nullcontext() if prints else working(f"{doing} at {self.address}"),
-                stepwell.connect(self.address, timeout_s=self.timeout_s, tls=tls) as client,
+                stepwell.Client(config) as client,
             ):
                 yield client
         except stepwell.UnavailableError as error:
@@ -103,6 +139,25 @@ class Target:
         return f"the server at {self.address} (--server) is not available: {message}"
 
 
+class TokenFile:
+    """The token that a file holds, read whenever one is needed, so that it may be changed.
+
+    Raises:
+        click.UsageError: It cannot be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self()
+
+    def __call__(self) -> str:
+        try:
+            return pathlib.Path(self._path).read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise click.UsageError(f"--token-file: cannot read {self._path}: {reason}") from None
+
+
 def as_options(message: str) -> str:
     """What the SDK says of its arguments, said of the options that they come from."""
     message = re.sub(r"TlsConfig\.(\w+)", lambda found: "--tls-" + found[1].replace("_", "-"), message)
@@ -112,6 +167,8 @@ def as_options(message: str) -> str:
 
 
 _OPTIONS = {
+    "allow_insecure_token=True": "--allow-insecure-token",
+    "connect with tls": "connect with --tls",
     "a TlsConfig": "--tls or another option of TLS",
     "connect_timeout_s": "STEPWELL_CONNECT_TIMEOUT_S",
     "(timeout_s)": "(--timeout-s)",
@@ -151,6 +208,26 @@ def server_options(function: Function) -> Function:
             envvar="STEPWELL_CLIENT_TLS",
             show_envvar=True,
             help="Speak TLS; so does any of the following.",
+        ),
+        click.option(
+            "--token-file",
+            metavar="FILE",
+            type=click.Path(),
+            envvar="STEPWELL_TOKEN_FILE",
+            show_envvar=True,
+            help="File with the token to send, for servers that ask who calls. Default: the variable STEPWELL_TOKEN.",
+        ),
+        click.option(
+            "--allow-insecure-token",
+            is_flag=True,
+            help="Send it also over a plain connection to another machine.",
+        ),
+        click.option(
+            "--tenant",
+            metavar="NAME",
+            envvar="STEPWELL_TENANT",
+            show_envvar=True,
+            help="The tenant to act in, for admins. Default: the caller's own.",
         ),
         *(
             click.option(

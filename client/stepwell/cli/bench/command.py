@@ -162,6 +162,9 @@ def bench(
         batch_size=batch_size,
         prefix=f"bench-{secrets.token_hex(8)}-",
         tls=None if target.tls is None else dict(target.tls),
+        token_file=target.token_file,
+        tenant=target.tenant,
+        allow_insecure_token=target.allow_insecure_token,
     )
     run(target, plan.with_concurrency(concurrency, processes), processes, warm_up_s, duration_s, as_json)
 

@@ -18,6 +18,7 @@ import grpc.aio
 
 from stepwell import _channel, _status
 from stepwell._inputs import pack_inputs
+from stepwell._metadata import Pairs
 from stepwell._tensors import to_messages
 from stepwell.aio import AsyncSession, AsyncSessionGroup
 from stepwell.cli.bench.inputs import Inputs
@@ -75,6 +76,7 @@ class UnaryLane(Lane):
         requests: To be sent in turn. Lanes may share them: nothing is awaited between filling one in and
             making bytes of it.
         timeout_s: Time limit of a call.
+        metadata: To send with it.
     """
 
     def __init__(
@@ -83,7 +85,9 @@ class UnaryLane(Lane):
         ids: Sequence[str],
         requests: Iterator[sessions_pb2.StepRequest],
         timeout_s: float,
+        metadata: Pairs | None = None,
     ) -> None:
+        self._metadata = metadata
         self._step: Any = channel.unary_unary(STEP)
         self._requests = requests
         self._sessions = itertools.cycle([LaneSession(one) for one in ids])
@@ -96,7 +100,7 @@ class UnaryLane(Lane):
         request.expected_revision = session.revision
         request.request_id = session.begin()
         try:
-            await self._step(request.SerializeToString(), timeout=self._timeout_s)
+            await self._step(request.SerializeToString(), timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _channel.translate(error) from None
         session.applied()
@@ -112,7 +116,9 @@ class StreamLane(Lane):
         ids: Sequence[str],
         requests: Iterator[sessions_pb2.StepStreamRequest],
         timeout_s: float,
+        metadata: Pairs | None = None,
     ) -> None:
+        self._metadata = metadata
         parse = sessions_pb2.StepStreamResponse.FromString
         self._open: Any = channel.stream_stream(STEP_STREAM, response_deserializer=parse)
         self._stream: Any = None
@@ -136,7 +142,7 @@ class StreamLane(Lane):
 
     async def _exchange(self, request: bytes) -> sessions_pb2.StepStreamResponse:
         if self._stream is None:
-            self._stream = self._open()
+            self._stream = self._open(metadata=self._metadata)
         stream, self._stream = self._stream, None  # until it has answered, it may be broken
         try:
             async with asyncio.timeout(self._timeout_s):

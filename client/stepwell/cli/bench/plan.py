@@ -6,6 +6,8 @@ import dataclasses
 import json
 from typing import Literal, Self
 
+from stepwell.cli._target import Target
+
 Mode = Literal["unary", "stream", "frames", "group"]
 MODES: tuple[Mode, ...] = ("unary", "stream", "frames", "group")
 
@@ -47,6 +49,17 @@ class Plan:
     """What the ids of this run's sessions begin with; no other run's do."""
     tls: dict[str, str] | None = None
     """Arguments of `TlsConfig`; None: no TLS."""
+    token_file: str | None = None
+    tenant: str | None = None
+    allow_insecure_token: bool = False
+    """As those of `Target`."""
+
+    @property
+    def target(self) -> Target:
+        """The server."""
+        return Target(
+            self.address, self.timeout_s, self.tls, self.token_file, self.tenant, self.allow_insecure_token
+        )
 
     def ids(self) -> list[str]:
         """The ids of its sessions."""
