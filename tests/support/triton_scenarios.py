@@ -366,7 +366,6 @@ def with_token(address: str, token: str, ca: str, cert: str, key: str) -> list[s
     assert (result.as_numpy(result.get_response().outputs[0].name) == alone).all()
     client.stop_stream()
     client.start_stream(lambda result, error: answers.put((result, error)))
-    client.async_stream_infer("forecast", inputs(x, name, "FP32"), sequence_id=9, sequence_start=True)
     _, error = answers.get(timeout=TIMEOUT_S)
     client.stop_stream(cancel_requests=True)
     return [refused, error.status().removeprefix("StatusCode.")]
