@@ -193,7 +193,7 @@ async def test_a_function_that_fails_fails_calls_of_async_clients() -> None:
 def test_a_refused_token_is_renewed_once(script: list[Any], attempts: int, outcome: str | None) -> None:
     retrier = Retrier(RetryPolicy(), 1 << 20, renews_tokens=True)
     flow = retrier.call("Step", sessions_pb2.StepRequest(), Deadline(100.0), changes=True)
-    made = 0
+    made, ended = 0, None
     ask = next(flow)
     try:
         while True:
