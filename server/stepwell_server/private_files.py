@@ -141,18 +141,9 @@ def require_secret(path: Path, *, may_be_read: bool = False) -> None:
     Raises:
         NotPrivateError: another user can change it or put another in its place, or can read it.
     """
-    try:
-        places = list(_places(path))
-        file = _Place(path, os.stat(path))
-    except OSError:
+    file = _trusted(path)
+    if file is None:
         return
-    for place in places[:-1]:
-        if problem := _way_problem(place, path):
-            raise NotPrivateError(problem)
-    if problem := _owner_problem(file) or _write_problem(file):
-        raise NotPrivateError(
-            f"{path} must be a file that no other user can write; {problem}: chmod 600 {path}"
-        )
     by_others, by_group = file.mode & stat.S_IROTH, file.mode & stat.S_IRGRP and not _is_own_group(file)
     if not by_others and not by_group:
         return
@@ -161,6 +152,36 @@ def require_secret(path: Path, *, may_be_read: bool = False) -> None:
         raise NotPrivateError(problem)
     if by_others:
         _log.warning("%s", problem)
+
+
+def require_trusted(path: Path) -> None:
+    """Check a file that decides something and that anybody may read, such as keys that are public. As `require_secret`.
+
+    Raises:
+        NotPrivateError: another user can change it or put another in its place.
+    """
+    _trusted(path)
+
+
+def _trusted(path: Path) -> _Place | None:
+    """A file that no other user can change; None: there is none.
+
+    Raises:
+        NotPrivateError: another user can change it or put another in its place.
+    """
+    try:
+        places = list(_places(path))
+        file = _Place(path, os.stat(path))
+    except OSError:
+        return None
+    for place in places[:-1]:
+        if problem := _way_problem(place, path):
+            raise NotPrivateError(problem)
+    if problem := _owner_problem(file) or _write_problem(file):
+        raise NotPrivateError(
+            f"{path} must be a file that no other user can write; {problem}: chmod 600 {path}"
+        )
+    return file
 
 
 # ------------------------------------------------------------------------------------------------------------- rules

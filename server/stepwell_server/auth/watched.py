@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from stepwell_server import private_files
 from stepwell_server.file_stamp import stamp
 
 T = TypeVar("T")
@@ -70,9 +69,12 @@ class WatchedFile(Generic[T]):
 
     def _read(self) -> T:
         try:
+            check = private_files.require_secret if self._is_private else private_files.require_trusted
+            check(self._path)
             with open(self._path, "rb") as file:
-                self._check_mode(os.fstat(file.fileno()))
                 raw = file.read(_MAX_BYTES + 1)
+        except private_files.NotPrivateError as error:
+            raise AuthFileError(f"{self._option}: {error}") from error
         except OSError as error:
             raise self._error(f"must be a file that can be read; {error.strerror}") from error
         if len(raw) > _MAX_BYTES:
@@ -83,19 +85,6 @@ class WatchedFile(Generic[T]):
             raise self._error("must be text in UTF-8") from error
         except ValueError as error:
             raise self._error(str(error)) from error
-
-    def _check_mode(self, found: os.stat_result) -> None:
-        mode = stat.S_IMODE(found.st_mode)
-        if not stat.S_ISREG(found.st_mode):
-            raise self._error("must be a file")
-        # Secrets that are mounted into a container belong to root, and to a group of the server's own.
-        readers = stat.S_IROTH | (stat.S_IRGRP if found.st_uid == os.geteuid() else 0)
-        if mode & (stat.S_IWGRP | stat.S_IWOTH) or (self._is_private and mode & readers):
-            rule = "read or written" if self._is_private else "written"
-            raise self._error(
-                f"must not be {rule} by others than its owner (chmod {'600' if self._is_private else 'go-w'}); its mode is "
-                f"{mode:04o}"
-            )
 
     def _error(self, rule: str) -> AuthFileError:
         return AuthFileError(f"{self._option}: {self._path}: {rule}")
