@@ -88,7 +88,7 @@ def connect(
         allow_insecure_token: Send the token also over a plain connection to another machine, where anybody on the
             way can read it.
         tenant: The tenant to act in, for callers whose role is admin; "*" for all of them, where sessions are listed.
-            None: the caller's own. A server that asks nobody who calls has no tenants, and does not look at it.
+            None: the caller's own.
 
     Raises:
         InvalidInputError: An argument, or the variable, breaks its rule.
