@@ -411,6 +411,16 @@ def _broken_files_change_nothing(asking: Asking) -> None:
     assert before in asking.tokens.read_text()
 
 
+def test_a_server_does_not_start_with_callers_that_cannot_be_read(tmp_path: Path) -> None:
+    broken = tmp_path / "callers.tokens"
+    broken.write_text("# callers\nann acme user stw_secretsecret\n")
+    broken.chmod(0o600)
+    with serve("--auth-tokens", str(broken), ready=False) as server:
+        code, _, log = server.finish()
+    assert (code, "secret" in log) == (2, False)
+    assert f"--auth-tokens: {broken}: line 2: HASH must be sha256:" in log
+
+
 def _until_refused(channel: grpc.Channel, token: str) -> Refusal:
     """A stream of a token, until that is revoked."""
     ended = threading.Event()

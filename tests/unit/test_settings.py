@@ -85,6 +85,26 @@ def test_the_files_of_tls_go_together(model: str) -> None:
             read_settings([model, *arguments], {})
 
 
+def test_what_is_said_of_callers_goes_together(model: str) -> None:
+    jwks = ["--auth-jwks", "j", "--auth-jwt-audience", "a", "--auth-jwt-issuer", "i"]
+    settings = read_settings([model, *jwks], {"STEPWELL_AUTH_TOKENS": "t"})
+    assert (settings.auth_tokens, settings.auth_jwt_tenant_claim, settings.asks_callers) == (
+        Path("t"),
+        "tenant",
+        True,
+    )
+    assert not read_settings([model, "--auth-jwt-tenant-claim", "org"], {}).asks_callers
+    for arguments, message in (
+        (["--auth-certificates", "c"], "--auth-certificates: must be given with --tls-client-ca"),
+        (jwks[:4], "--auth-jwt-issuer: must be given with --auth-jwks"),
+        ([*jwks[:2], *jwks[4:]], "--auth-jwt-audience: must be given with --auth-jwks"),
+        ([*jwks[:2], "--auth-jwt-audience", "", *jwks[4:]], "--auth-jwt-audience: must be given"),
+        (jwks[2:4], "--auth-jwt-audience: must be given with --auth-jwks, the keys"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            read_settings([model, *arguments], {})
+
+
 def test_models_may_stand_between_options_and_have_commas(model: str) -> None:
     other = model.replace("forecast", "v1.2_other-name")
     settings = read_settings([model, "--store", "memory", other, "--import", "a.b", "--import", "c"], {})
