@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -68,7 +69,7 @@ class WebTokens:
         self.file = WatchedFile("--auth-jwks", path, parse)
         self._claims = claims
         self._clock = clock
-        self._known: dict[bytes, Known] = {}
+        self._known: collections.OrderedDict[bytes, Known] = collections.OrderedDict()
 
     def holds(self, known: Known) -> bool:
         """Whether the key that has signed it is still trusted."""
@@ -90,7 +91,7 @@ class WebTokens:
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise Unauthenticated(f"the JWT must be one that this server takes: {_reason(error)}") from None
         while len(self._known) >= _MOST_KNOWN:
-            del self._known[next(iter(self._known))]
+            self._known.popitem(last=False)
         self._known[digest] = known
         return known
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import heapq
 import itertools
@@ -21,6 +22,10 @@ LOOK_S = 0.25
 """Between two looks whether all still holds. A change is believed when two looks have seen it."""
 MOST_KNOWN = 65_536
 """Credentials that a front is told of."""
+_AT_ONCE = 256
+"""Credentials that are reviewed before others have a turn of the event loop."""
+_CLOSE_S = 1.0
+"""Ends of what is known that differ by less are the same, computed anew."""
 #: Those of which a front may take messages by itself.
 _PLAIN = frozenset({"Step", "StepStream", "ModelInfer", "ModelStreamInfer"})
 
@@ -95,7 +100,8 @@ class Guard:
         self._authenticator = authenticator
         self._front = front
         self._clock = clock
-        self._entries: dict[Credential, _Entry] = {}
+        self._entries: collections.OrderedDict[Credential, _Entry] = collections.OrderedDict()
+        """The oldest first, of those without streams."""
         self._ends: list[tuple[float, int, _Entry]] = []
         """A heap: when one of them must be looked at; some are gone."""
         self._order = itertools.count()
@@ -145,8 +151,11 @@ class Guard:
     async def look(self, *, at_once: bool = False) -> None:
         """End the streams of those who are not known any more, and let the front forget them."""
         if await self._authenticator.refresh(at_once=at_once):
-            for entry in list(self._entries.values()):
-                self._review(entry)
+            for number, entry in enumerate(list(self._entries.values()), 1):
+                if self._entries.get(entry.known.credential) is entry:
+                    self._review(entry)
+                if number % _AT_ONCE == 0:
+                    await asyncio.sleep(0)
             _log.info("the callers are those of the changed files")
         while self._ends and self._ends[0][0] <= self._clock.monotonic():
             _, _, entry = heapq.heappop(self._ends)
@@ -169,10 +178,13 @@ class Guard:
         return entry
 
     def _make_room(self) -> None:
-        """Forget the oldest that has no stream."""
-        oldest = next((entry for entry in self._entries.values() if not entry.streams), None)
-        if oldest is not None:
-            self._end(oldest)
+        """Forget the oldest, unless it and those next to it have streams: of those there are no more than connections bear."""
+        for _ in range(8):
+            oldest = next(iter(self._entries.values()))
+            if not oldest.streams:
+                self._end(oldest)
+                return
+            self._entries.move_to_end(oldest.known.credential)
 
     def _end(self, entry: _Entry) -> None:
         credential = entry.known.credential
@@ -186,9 +198,10 @@ class Guard:
         if known is None:
             self._end(entry)
             return
-        entry.known = known
-        if entry.is_told:
+        until = entry.known.until
+        if entry.is_told and known.until != until and not abs(known.until - until) < _CLOSE_S:
             self._front.know(known.credential, known.caller, known.until)
+        entry.known = known
         self._look_in_time(entry)
 
     def _look_in_time(self, entry: _Entry) -> None:
