@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import math
 import platform
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -18,15 +18,15 @@ from stepwell_server.auth.callers import Callers
 from stepwell_server.auth.opening import open_callers
 from stepwell_server.auth.watched import AuthFileError
 from stepwell_server.clock import Clock, SystemClock
-from stepwell_server.engine.engine import Engine
-from stepwell_server.errors import StoreGone
+from stepwell_server.engine.engine import Engine, ModelStats
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.metrics.server import MetricsServer
 from stepwell_server.metrics.token import MetricsToken, TokenError
+from stepwell_server.model_loading import Abandoned, Loaded, LoadError, load_models
 from stepwell_server.open_files import RESERVE, raise_limit
-from stepwell_server.program import Program, ProofOptions
 from stepwell_server.reach import ReachError, require_closed
+from stepwell_server.readiness import Readiness
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.base import BindError, Front
 from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
@@ -36,15 +36,13 @@ from stepwell_server.settings import DEFAULT_METRICS, Settings
 from stepwell_server.store.base import Store, StoreBusy, StoreError
 from stepwell_server.store.opening import open_store
 from stepwell_server.store.times import StoreTimes
+from stepwell_server.store_watch import look_after
 
 if TYPE_CHECKING:
-    from stepwell_server.compile.limits import Limits
     from stepwell_server.rpc.fronts.native import NativeFront
 
 _log = Log("app")
 _SWITCH_INTERVAL_S = 0.5e-3
-STORE_CHECK_S = 2.0
-"""Time between two looks after the store."""
 _GONE_DRAIN_S = 5.0
 """Without a store nothing can be finished; this is for telling callers so."""
 
@@ -87,11 +85,13 @@ def serve(settings: Settings) -> int:
     with signals.interrupting():
         observer = _Observer(_build(settings))
         store = _open_store(settings, clock, observer)
-        programs = _compile(settings, observer)
-    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
-        return runner.run(
-            _run(settings, programs, store, clock, observer, certificates, callers, metrics_token)
-        )
+    try:
+        with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+            return runner.run(_run(settings, store, clock, observer, certificates, callers, metrics_token))
+    except LoadError as error:
+        raise StartError(str(error)) from error
+    except Abandoned:
+        raise KeyboardInterrupt from None
 
 
 def _build(settings: Settings) -> dict[str, str]:
@@ -146,83 +146,6 @@ def _require_closed(settings: Settings) -> MetricsToken | None:
         raise StartError(str(error)) from error
 
 
-def _compile(settings: Settings, observer: PrometheusObserver) -> dict[str, Program]:
-    """The program of each model: compiled before, in the cache, or compiled now by a process of its own."""
-    from stepwell_server.compile import data_file
-    from stepwell_server.compile.errors import DataError, ModelError
-    from stepwell_server.compile.limits import Limits
-    from stepwell_server.loading import load_program
-    from stepwell_server.program_file import is_program
-
-    limits = Limits(settings.max_model_bytes, settings.max_compile_memory_bytes, settings.compile_timeout_s)
-    programs: dict[str, Program] = {}
-    for name, file in settings.check_with.items():  # All of them, before the first model takes its time.
-        try:
-            data_file.load(file)
-        except DataError as error:
-            raise StartError(f"model {name}: --check-with: {error}") from error
-    for name, path in settings.models.items():
-        started, stages = time.perf_counter(), list[str]()
-        try:
-            options = ProofOptions(settings.probe_steps.get(name), name in settings.trust_causality)
-            report = _progress(name, stages)
-            program = load_program(
-                path,
-                settings.cache_dir,
-                settings.imports,
-                report,
-                options,
-                limits,
-                data=settings.check_with.get(name),
-            )
-            if name in settings.check_with:
-                _check(settings, name, program, limits)
-            programs[name] = program
-        except DataError as error:
-            raise StartError(f"model {name}: --check-with: {error}") from error
-        except ModelError as error:
-            if error.details:
-                _log.warning("model refused", model=name, details=error.details)
-            raise StartError(f"model {name}: {error}") from error
-        except OSError as error:
-            raise StartError(f"--cache-dir: {error}") from error
-        seconds = time.perf_counter() - started
-        source = "file" if is_program(path) else "compiled" if stages else "cache"
-        observer.model_loaded(name, source, seconds)
-        _log.info(
-            "model loaded", model=name, executor=program.executor, proof=str(program.proof), seconds=seconds
-        )
-        if program.proof.unproven:
-            _log.warning("model is trusted, not proven", model=name, unproven=program.proof.unproven)
-    return programs
-
-
-def _check(settings: Settings, name: str, program: Program, limits: Limits) -> None:
-    """Hold a program against Keras on the user's own sequences."""
-    from stepwell_server.compile.launch import compare_with_keras
-
-    file = settings.check_with[name]
-    report = compare_with_keras(settings.models[name], program, file, settings.imports, limits)
-    for output in report.outputs:
-        _log.info("compared with Keras", model=name, data=str(file), **output.fields())
-    worst = report.worst
-    if worst is not None and not worst.is_allowed:
-        raise StartError(f"model {name}: --check-with {file}: {worst}")
-    if not report.is_conclusive:
-        raise StartError(
-            f"model {name}: --check-with {file}: nothing can be said of an output: rounding alone moves Keras's own values "
-            "too far"
-        )
-
-
-def _progress(model: str, stages: list[str]) -> Callable[[str], None]:
-    def report(stage: str) -> None:
-        stages.append(stage)
-        _log.info("loading model", model=model, stage=stage)
-
-    return report
-
-
 def _new_event_loop() -> asyncio.AbstractEventLoop:
     import uvloop
 
@@ -253,7 +176,6 @@ def _open_store(settings: Settings, clock: Clock, observer: PrometheusObserver) 
 
 async def _run(
     settings: Settings,
-    programs: Mapping[str, Program],
     store: Store,
     clock: Clock,
     observer: PrometheusObserver,
@@ -265,9 +187,60 @@ async def _run(
     open_files = raise_limit()
     if settings.store == "disk":
         _log.info("store opened", data_dir=str(settings.data_dir), sessions=await store.count())
+    readiness, served = Readiness(), _Served()
+    rpc = RpcServer(
+        _front(settings, clock, open_files),
+        clock=clock,
+        observer=observer,
+        max_message_bytes=settings.max_message_bytes,
+        authenticator=callers,
+    )
+    observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts)
+    gone, metrics = False, None
     try:
-        engine = Engine(
-            programs,
+        # Probes are answered from here on, however long the models take.
+        metrics = _serve_metrics(settings, observer, readiness, served.stats, metrics_token)
+        address = await _listen(settings, rpc, certificates)
+        readiness.listen(rpc.announce)
+        engine = served.engine = _engine(
+            settings, await load_models(settings, observer, readiness, stop), store, clock, observer
+        )
+        await engine.start()
+        rpc.serve(engine)
+        readiness.problem("models", "")
+        await _say_ready(rpc, store, address, certificates, open_files)
+        gone = await _until_stopped(stop, store, readiness, observer)
+        readiness.problem("stopping", "the server stops")
+        await _drain(min(_GONE_DRAIN_S if gone else math.inf, settings.drain_timeout_s), engine, rpc)
+    finally:
+        await rpc.close()
+        if metrics is not None:
+            await asyncio.to_thread(metrics.close)
+        if served.engine is None or await served.engine.close(settings.drain_timeout_s):
+            await store.close()
+        else:
+            _log.warning("the store did not come back from a commit; what was not acknowledged may be lost")
+    _log.info("stopped")
+    return 1 if gone else 0
+
+
+@dataclasses.dataclass
+class _Served:
+    """The engine, as soon as there is one."""
+
+    engine: Engine | None = None
+
+    def stats(self) -> list[ModelStats]:
+        """See `Engine.stats`."""
+        return [] if self.engine is None else self.engine.stats()
+
+
+def _engine(
+    settings: Settings, models: Loaded, store: Store, clock: Clock, observer: PrometheusObserver
+) -> Engine:
+    try:
+        return Engine(
+            models.programs,
             store=store,
             clock=clock,
             observer=observer,
@@ -275,34 +248,10 @@ async def _run(
             resident_rows=settings.resident_rows,
             max_session_idle_s=settings.max_session_idle_s,
             compute_threads=settings.compute_threads,
+            failed=models.failed,
         )
     except MemoryError as error:
-        await store.close()
         raise StartError(f"--resident-rows: {error}") from error
-    await engine.start()
-    try:
-        rpc = RpcServer(
-            engine,
-            _front(settings, clock, open_files),
-            clock=clock,
-            observer=observer,
-            max_message_bytes=settings.max_message_bytes,
-            authenticator=callers,
-        )
-        observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts)
-        metrics = _serve_metrics(settings, observer, engine, metrics_token)
-        await _serve_calls(settings, rpc, store, certificates, open_files)
-        gone = await _until_stopped(stop, store, rpc, observer)
-        await _drain(min(_GONE_DRAIN_S if gone else math.inf, settings.drain_timeout_s), engine, rpc)
-        if metrics is not None:
-            await asyncio.to_thread(metrics.close)
-    finally:
-        if await engine.close(settings.drain_timeout_s):
-            await store.close()
-        else:
-            _log.warning("the store did not come back from a commit; what was not acknowledged may be lost")
-    _log.info("stopped")
-    return 1 if gone else 0
 
 
 def _front(settings: Settings, clock: Clock, open_files: int) -> Front:
@@ -356,40 +305,16 @@ def _limits(settings: Settings, open_files: int) -> FrontLimits:
 
 
 async def _until_stopped(
-    stop: asyncio.Event, store: Store, rpc: RpcServer, observer: PrometheusObserver
+    stop: asyncio.Event, store: Store, readiness: Readiness, observer: PrometheusObserver
 ) -> bool:
     """Return when the server is to end; True if that is because the store is gone."""
     stopped = asyncio.create_task(stop.wait())
-    watch = asyncio.create_task(_look_after(store, rpc, observer))
+    watch = asyncio.create_task(look_after(store, readiness, observer))
     await asyncio.wait((stopped, watch), return_when=asyncio.FIRST_COMPLETED)
     for task in (stopped, watch):
         task.cancel()
     await asyncio.gather(stopped, watch, return_exceptions=True)
     return not watch.cancelled()
-
-
-async def _look_after(store: Store, rpc: RpcServer, observer: PrometheusObserver) -> None:
-    """Check the store from time to time and tell health checkers, log and metrics; return when it is gone."""
-    was_ready = True
-    while True:
-        await asyncio.sleep(STORE_CHECK_S)
-        try:
-            health = await store.check()
-        except StoreGone as error:
-            _log.error("the store is gone, the server ends", reason=error.message)
-            return
-        except Exception as error:
-            _log.defect("the store could not be checked", error)
-            continue
-        is_ready = not health.problem
-        observer.store_checked(is_ready=is_ready, reopened=health.reopened)
-        if is_ready is not was_ready:
-            if is_ready:
-                _log.info("the store can be used again")
-            else:
-                _log.warning("the store cannot be used", reason=health.problem)
-            rpc.announce_ready(is_ready=is_ready)
-        was_ready = is_ready
 
 
 def _reload(*files: CertificateFiles | Callers | None) -> None:
@@ -402,14 +327,18 @@ def _reload(*files: CertificateFiles | Callers | None) -> None:
 
 
 def _serve_metrics(
-    settings: Settings, observer: PrometheusObserver, engine: Engine, token: MetricsToken | None = None
+    settings: Settings,
+    observer: PrometheusObserver,
+    readiness: Readiness,
+    stats: Callable[[], list[ModelStats]],
+    token: MetricsToken | None = None,
 ) -> MetricsServer | None:
     if settings.metrics_listen == "off":
         return None
     address = settings.metrics_listen or DEFAULT_METRICS
     data_dir = settings.data_dir if settings.store == "disk" else None
     try:
-        metrics = MetricsServer(observer, engine.stats, address, data_dir, token)
+        metrics = MetricsServer(observer, stats, address, readiness, data_dir, token)
     except OSError as error:
         if settings.metrics_listen is None:
             # nobody asked for this address: another server of this machine has it, say
@@ -424,15 +353,26 @@ def _serve_metrics(
     return metrics
 
 
-async def _serve_calls(
-    settings: Settings, rpc: RpcServer, store: Store, certificates: CertificateFiles | None, open_files: int
-) -> None:
+async def _listen(
+    settings: Settings, rpc: RpcServer, certificates: CertificateFiles | None
+) -> Address | UnixAddress:
     try:
         address = await rpc.start(settings.listen, certificates)
     except BindError as error:
         raise StartError(f"--listen: {error}") from error
     except CertificateError as error:
         raise StartError(str(error)) from error
+    _log.info("listening, not ready yet", address=str(address))
+    return address
+
+
+async def _say_ready(
+    rpc: RpcServer,
+    store: Store,
+    address: Address | UnixAddress,
+    certificates: CertificateFiles | None,
+    open_files: int,
+) -> None:
     tls = "off" if certificates is None else "mutual" if certificates.are_mutual else "on"
     _log.info(
         "serving",
@@ -464,4 +404,3 @@ async def _drain(timeout_s: float, engine: Engine, rpc: RpcServer) -> None:
             await rpc.finish()
     except TimeoutError:
         _log.warning("some work was not finished in time", drain_timeout_s=timeout_s)
-    await rpc.close()

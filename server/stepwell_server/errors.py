@@ -14,7 +14,8 @@
     ├── SessionSetUnknown     the stream knows no set of that number
     ├── Overloaded            no room now; come back after retry_after_s
     ├── Unavailable           the server cannot do it now (stopping, store away)
-    │   └── StoreGone         what is kept cannot be reached any more: the server ends
+    │   ├── StoreGone         what is kept cannot be reached any more: the server ends
+    │   └── Starting          its models are not loaded yet; come back after retry_after_s
     ├── DeadlineExceeded      the caller's time limit passed before the change was applied
     ├── StateCorrupt          the stored record is damaged
     ├── Unauthenticated       the server asks who calls, and does not know this caller
@@ -145,6 +146,16 @@ class Unavailable(ServerError):
 
 class StoreGone(Unavailable):
     """What is kept cannot be reached any more, and will not be: changes are refused and the server must end."""
+
+
+class Starting(Unavailable):
+    """The server listens, and its models are not loaded yet; nothing changed. Come back after `retry_after_s` seconds."""
+
+    reason = "STARTING"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineExceeded(ServerError):

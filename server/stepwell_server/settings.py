@@ -104,6 +104,7 @@ class Settings:
     metrics_listen: Address | Literal["off"] | None = None
     """None: `DEFAULT_METRICS`, or nowhere if that is in use."""
     metrics_token_file: Path | None = None
+    bad_models: Literal["refuse", "skip"] = "refuse"
     imports: Sequence[str] = ()
     probe_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
     trust_causality: Sequence[str] = ()

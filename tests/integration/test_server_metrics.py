@@ -24,6 +24,7 @@ from stepwell_server import app
 from stepwell_server.addresses import Address
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.metrics.token import MetricsToken
+from stepwell_server.readiness import Readiness
 from stepwell_server.settings import DEFAULT_METRICS, Settings
 from support.engine import running
 from support.scrape import Scrape
@@ -226,14 +227,15 @@ async def test_metrics_are_served_by_default_unless_they_are_off(monkeypatch: py
     monkeypatch.setattr("stepwell_server.app.DEFAULT_METRICS", Address("127.0.0.1", 0))
     observer = PrometheusObserver()
     async with running() as at:
-        metrics = app._serve_metrics(Settings(), observer, at.engine)
+        metrics = app._serve_metrics(Settings(), observer, Readiness(), at.engine.stats)
         assert metrics is not None
+        off = Settings(metrics_listen="off")
         try:
             scrape = await asyncio.to_thread(Scrape.of, f"127.0.0.1:{metrics.port}")
         finally:
             await asyncio.to_thread(metrics.close)
         assert scrape.series("stepwell_max_pass_rows")
-        assert app._serve_metrics(Settings(metrics_listen="off"), observer, at.engine) is None
+        assert app._serve_metrics(off, observer, Readiness(), at.engine.stats) is None
 
 
 async def test_with_a_token_only_who_shows_it_gets_metrics(tmp_path: Path) -> None:
@@ -241,16 +243,18 @@ async def test_with_a_token_only_who_shows_it_gets_metrics(tmp_path: Path) -> No
     file.touch(0o600)
     file.write_text("b1946ac92492d2347c6235b4d2611184\n")
 
-    def ask(port: int, **headers: str) -> tuple[int, str, str]:
+    def ask(port: int, path: str = "/metrics", **headers: str) -> tuple[int, str, str]:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
         with contextlib.closing(connection):
-            connection.request("GET", "/metrics", headers=headers)
+            connection.request("GET", path, headers=headers)
             answer = connection.getresponse()
             return answer.status, answer.getheader("WWW-Authenticate", ""), answer.read().decode()
 
     settings = Settings(metrics_listen=Address("127.0.0.1", 0))
     async with running() as at:
-        metrics = app._serve_metrics(settings, PrometheusObserver(), at.engine, MetricsToken.of(file))
+        metrics = app._serve_metrics(
+            settings, PrometheusObserver(), Readiness(), at.engine.stats, MetricsToken.of(file)
+        )
         assert metrics is not None
         try:
             for shown in ("", "Bearer wrong", "Basic b1946ac92492d2347c6235b4d2611184"):
@@ -261,5 +265,12 @@ async def test_with_a_token_only_who_shows_it_gets_metrics(tmp_path: Path) -> No
             status, _, text = await asyncio.to_thread(ask, metrics.port, Authorization=shown)
             assert status == 200
             assert "stepwell_max_pass_rows" in text
+            # probes cannot show one, and are not told why then
+            assert await asyncio.to_thread(ask, metrics.port, "/readyz") == (503, "", "not ready\n")
+            verbose = await asyncio.to_thread(ask, metrics.port, "/readyz?verbose")
+            assert verbose == (503, "", '{"ready": false}\n')
+            _, _, text = await asyncio.to_thread(ask, metrics.port, "/readyz", Authorization=shown)
+            assert text == "not ready: models: the models are being loaded\n"
+            assert await asyncio.to_thread(ask, metrics.port, "/livez") == (200, "", "alive\n")
         finally:
             await asyncio.to_thread(metrics.close)

@@ -145,10 +145,9 @@ async def calls(programs: Mapping[str, Program] | None = None, **options: Any) -
     """A client of the calls of an engine on these programs."""
     async with running(programs, **options) as at:
         front = Front()
-        server = RpcServer(
-            at.engine, front, clock=at.clock, observer=Observer(), max_message_bytes=MAX_MESSAGE_BYTES
-        )
+        server = RpcServer(front, clock=at.clock, observer=Observer(), max_message_bytes=MAX_MESSAGE_BYTES)
         await server.start(Address("", 0))
+        server.serve(at.engine)
         yield Calls(at, front.methods)
 
 

@@ -61,13 +61,13 @@ async def test_a_plain_unary_step_visits_twenty_modules_and_enters_the_engine_fo
     async with running() as at:
         await at.open("a")
         server = RpcServer(
-            at.engine,
             PythonFront(at.clock, FrontLimits(1 << 20)),
             clock=at.clock,
             observer=PrometheusObserver(),
             max_message_bytes=1 << 20,
         )
         address = await server.start(Address("127.0.0.1", 0))
+        server.serve(at.engine)
         async with grpc.aio.insecure_channel(str(address)) as channel:
             stub: Any = SessionServiceStub(channel)
 

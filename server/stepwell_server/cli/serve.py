@@ -208,6 +208,12 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     "metrics need it.",
 )
 @setting(
+    "--bad-models",
+    type=click.Choice(["refuse", "skip"]),
+    help="What a model that cannot be loaded does: refuse, the server does not start; skip, it serves the others, and log, "
+    "/readyz and metrics say which one failed.",
+)
+@setting(
     "--import",
     "imports",
     metavar="MODULE",

@@ -171,6 +171,8 @@ class _Compilation:
 
     def _problem(self, watch: Watch, code: int) -> str:
         """Why the process ended without an answer, and the way on."""
+        if watch.exceeded == "abandoned":
+            return "nobody waits for it any more"
         if watch.exceeded == "time":
             return (
                 f"compiling it must take at most {self._limits.timeout_s:g} s (--compile-timeout-s); it was ended in "

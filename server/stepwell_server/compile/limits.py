@@ -38,9 +38,11 @@ class Limits:
     """Of the compiling process."""
     timeout_s: float = 1800.0
     """Of the compiling process; 0: as long as it takes."""
+    abandoned: threading.Event | None = dataclasses.field(default=None, compare=False)
+    """Set, by any thread: nobody waits for it any more, and the compiling process is ended."""
 
 
-Limit = Literal["memory", "time"]
+Limit = Literal["memory", "time", "abandoned"]
 
 
 class Watch:
@@ -71,8 +73,11 @@ class Watch:
         self._thread.join()
 
     def _look(self) -> None:
+        abandoned = self._limits.abandoned
         while self.exceeded is None and not self._over.wait(_LOOK_S):
-            if 0 < self._limits.timeout_s < self._clock.monotonic() - self._began:
+            if abandoned is not None and abandoned.is_set():
+                self.exceeded = "abandoned"
+            elif 0 < self._limits.timeout_s < self._clock.monotonic() - self._began:
                 self.exceeded = "time"
             elif memory_of(self._process.pid) > self._limits.memory_bytes:
                 self.exceeded = "memory"

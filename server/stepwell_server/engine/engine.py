@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from stepwell_server.clock import Clock
@@ -110,6 +110,7 @@ class Engine:
         max_session_idle_s: float,
         compute_threads: int,
         executor: Callable[[Program], Executor] = load_executor,
+        failed: Collection[str] = (),
     ) -> None:
         self._clock = clock
         self._observer = observer
@@ -117,7 +118,7 @@ class Engine:
         self._compute_threads = compute_threads
         self._executor = executor
         self._table = table = SessionTable()
-        self._models = Models(table)
+        self._models = Models(table, failed)
         self._is_local = store.local is not None
         self._group = GroupCommit(store, self._ring_all)
         self._fetcher = fetcher = Fetcher(store)

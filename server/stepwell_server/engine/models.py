@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.state.model import Model
@@ -15,8 +15,10 @@ class Models:
     Who needs a model asks here each time: models come and go.
     """
 
-    def __init__(self, table: SessionTable) -> None:
+    def __init__(self, table: SessionTable, failed: Collection[str] = ()) -> None:
         self._table = table
+        self._failed = frozenset(failed)
+        """Those that the server was to serve and could not load."""
         self._by_name: dict[str, Model] = {}
         self.by_index: dict[int, Model] = {}
         """Those that are served, by their numbers."""
@@ -47,6 +49,11 @@ class Models:
             ModelNotFound: there is none.
         """
         model = self._by_name.get(name)
+        if name in self._failed:
+            raise ModelNotFound(
+                f"model {name!r} is not served: it could not be loaded when the server started, whose log says why",
+                model=name,
+            )
         if model is None:
             raise ModelNotFound(f"model must be one of {self.names()}; got {name!r}", model=name)
         return model

@@ -27,7 +27,7 @@ _EVENTS = ("opened", "resumed", "forked", "imported", "closed", "expired")
 _CHANGES = ("step", "reset", "predict")
 _REPLAYED = ("step", "reset", "open", "fork")
 _STAGES = ("wait", "commit", "total")
-_SOURCES = ("cache", "compiled", "file")
+_SOURCES = ("cache", "compiled", "file", "failed")
 #: In place of a model where an error, or what was sent again, is of none that is served.
 _NO_MODEL = ""
 
@@ -100,7 +100,7 @@ class PrometheusObserver(Observer):
         )
         self._loads = Counter(
             "stepwell_model_loads",
-            "Models made ready at the start, by where their programs came from.",
+            "Models made ready at the start, by where their programs came from; failed: it could not be done.",
             ("model", "source"),
         )
         self._requests = Counter("stepwell_requests", "Calls ended, by status code.", ("method", "code"))
@@ -136,6 +136,11 @@ class PrometheusObserver(Observer):
         self._loads.declare((model, each) for each in _SOURCES)
         self._loads.values[model, source] += 1
         self._load_seconds[model] = seconds
+
+    def model_failed(self, model: str) -> None:
+        """A model could not be made ready, and the others are served without it."""
+        self._loads.declare((model, each) for each in _SOURCES)
+        self._loads.values[model, "failed"] += 1
 
     def session_event(self, event: str, model: str, session_id: str) -> None:  # noqa: ARG002
         """See `Observer.session_event`."""

@@ -1,4 +1,4 @@
-"""Metrics over HTTP: `/metrics` and nothing else, by waitress, which bounds what its clients take.
+"""Metrics and probes over HTTP, and nothing else, by waitress, which bounds what its clients take.
 
 A scrape comes on a thread and has the event loop take a copy of what was counted.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from stepwell_server.addresses import Address
 from stepwell_server.metrics.gauges import of_disk
 from stepwell_server.metrics.observer import PrometheusObserver
+from stepwell_server.metrics.probes import PATHS, Probes
 from stepwell_server.metrics.token import MetricsToken
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from stepwell_server.engine.engine import ModelStats
+    from stepwell_server.readiness import Readiness
 
 _SCRAPE_TIMEOUT_S = 5.0
 #: Scrapes at the same time, connections, bytes of a request, and how long a connection may be silent.
@@ -41,6 +43,7 @@ class MetricsServer:
         observer: PrometheusObserver,
         stats: Callable[[], Iterable[ModelStats]],
         address: Address,
+        readiness: Readiness,
         data_dir: Path | None = None,
         token: MetricsToken | None = None,
     ) -> None:
@@ -53,13 +56,14 @@ class MetricsServer:
 
         for name in ("waitress", "waitress.queue"):  # what they have to say is what clients do wrong
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        collector = _Collector(lambda: observer.families(stats()), asyncio.get_running_loop(), data_dir)
+        loop = asyncio.get_running_loop()
+        collector = _Collector(lambda: observer.families(stats()), loop, data_dir)
         family, _, _, _, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(place[:2], family=family, backlog=_BACKLOG)
         self.port: int = listener.getsockname()[1]
         self._map: dict[int, Any] = {}
         self._server = create_server(
-            _application(collector, token),
+            _application(collector, Probes(loop, readiness, token), token),
             map=self._map,
             sockets=[listener],
             threads=_THREADS,
@@ -84,7 +88,7 @@ class MetricsServer:
         self._server.task_dispatcher.shutdown()
 
 
-def _application(collector: _Collector, token: MetricsToken | None) -> WSGIApplication:
+def _application(collector: _Collector, probes: Probes, token: MetricsToken | None) -> WSGIApplication:
     @functools.cache
     def metrics() -> WSGIApplication:
         # Metrics are on by default: a server that nobody scrapes does not import this.
@@ -96,10 +100,13 @@ def _application(collector: _Collector, token: MetricsToken | None) -> WSGIAppli
         return make_wsgi_app(registry)
 
     def serve(environment: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
-        if environment["PATH_INFO"] != "/metrics":
-            return _refused(start, "404 Not Found", "only /metrics is here")
+        path = environment["PATH_INFO"]
+        if path not in {"/metrics", *PATHS}:
+            return _refused(start, "404 Not Found", f"only /metrics, {' and '.join(PATHS)} are here")
         if environment["REQUEST_METHOD"] not in {"GET", "HEAD"}:
-            return _refused(start, "405 Method Not Allowed", "/metrics is for GET and HEAD")
+            return _refused(start, "405 Method Not Allowed", f"{path} is for GET and HEAD")
+        if path in PATHS:
+            return probes.answer(environment, start)
         if token is not None and not token.allows(environment.get("HTTP_AUTHORIZATION", "")):
             return _refused(
                 start, "401 Unauthorized", "metrics need the token of --metrics-token-file", _CHALLENGE

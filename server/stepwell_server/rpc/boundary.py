@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -189,6 +189,17 @@ class Boundary:
                     _log.debug("request", method=method, **facts, status=code, duration_ms=seconds * 1000)
 
         return serve
+
+
+def served_at(
+    path: str, serving: Mapping[str, Serve], otherwise: Serve
+) -> Callable[[Call], Awaitable[bytes]]:
+    """What has each call of a path served by what stands in `serving` when it comes."""
+
+    def serve(call: Call) -> Awaitable[bytes]:
+        return serving.get(path, otherwise)(call)
+
+    return serve
 
 
 def _model_of(request: Message) -> str:

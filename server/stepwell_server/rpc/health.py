@@ -25,8 +25,7 @@ class HealthServicer:
 
     def __init__(self, services: Iterable[str]) -> None:
         self._services = {"", *services}
-        self._is_serving = True
-        self._is_stopping = False
+        self._is_serving = self._is_stopping = False
         self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def check(self, request: pb.HealthCheckRequest, _call: Call) -> pb.HealthCheckResponse:
@@ -56,7 +55,9 @@ class HealthServicer:
 
     def announce(self, *, is_serving: bool) -> None:
         """Say from now on whether calls can be answered, unless the server stops."""
-        self._is_serving = is_serving and not self._is_stopping
+        before, self._is_serving = self._is_serving, is_serving and not self._is_stopping
+        if self._is_serving is before:
+            return
         self._changed.set_result(None)
         self._changed = asyncio.get_running_loop().create_future()
 

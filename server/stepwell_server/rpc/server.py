@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from google.protobuf import message_factory
-from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.addresses import Address, UnixAddress
+from stepwell_server.errors import Starting
+from stepwell_server.readiness import Report
 from stepwell_server.rpc import health, reflection
-from stepwell_server.rpc.boundary import Boundary, RequestObserver, Serve
-from stepwell_server.rpc.fronts.base import Front, Method
+from stepwell_server.rpc.boundary import Boundary, RequestObserver, Serve, served_at
+from stepwell_server.rpc.fronts.base import Call, CallEnded, Front, Method
 from stepwell_server.rpc.fronts.certificates import CertificateFiles, Unusable, follow
 from stepwell_server.rpc.guard import Authenticator, Guard
 from stepwell_server.rpc.models import ModelServicer
 from stepwell_server.rpc.sessions import SessionServicer
-from stepwell_server.rpc.status import ANY_CODE, NAMING_CODES
+from stepwell_server.rpc.status import ANY_CODE, NAMING_CODES, to_status
 from stepwell_server.rpc.steps.columns import ColumnSteps
+from stepwell_server.rpc.steps.refusals import EarlySteps
 from stepwell_server.rpc.steps.stream import StreamLimits
+from stepwell_server.rpc.triton.liveness import Liveness
 from stepwell_server.rpc.triton.servicer import SERVICE as _TRITON
 from stepwell_server.rpc.triton.servicer import TritonServicer, unsupported_methods
 from stepwell_server.rpc.triton.statistics import PassObserver
@@ -35,6 +39,8 @@ _MODELS = models_pb2.DESCRIPTOR.services_by_name["ModelService"]
 _STREAM_FRAMES = 1024
 # Health watches and reflection streams end only when they are cut off; our own calls are done by then.
 _GRACE_S = 0.2
+_STARTING_RETRY_S = 1.0
+_OF_ENGINE = (_SESSIONS, _MODELS, _TRITON)
 #: Those whose calls may end with any status.
 _OF_SESSIONS = (_SESSIONS, _TRITON)
 #: Only their clients end these.
@@ -46,11 +52,10 @@ class ServerObserver(RequestObserver, PassObserver, Protocol):
 
 
 class RpcServer:
-    """Serves an engine. Lives on the event loop; started and stopped once."""
+    """Listens, and serves an engine as soon as there is one. Lives on the event loop; started and stopped once."""
 
     def __init__(
         self,
-        engine: Engine,
         front: Front,
         *,
         clock: Clock,
@@ -63,25 +68,42 @@ class RpcServer:
         self.guard = None if authenticator is None else Guard(authenticator, front, clock)
         """Lets callers in; None: nobody is asked."""
         self._boundary = Boundary(observer, max_message_bytes, self.guard)
-        limits = StreamLimits(_STREAM_FRAMES, max_message_bytes)
-        self._sessions = SessionServicer(engine, clock, max_message_bytes, limits, observer)
-        self._triton = TritonServicer(engine, clock, max_message_bytes, limits, observer, observer)
-        self._steps = ColumnSteps(engine, clock, max_message_bytes, observer, self._triton.form_of)
-        ours = [service.full_name for service in (_SESSIONS, _MODELS, _TRITON)]
+        self._clock = clock
+        self._observer = observer
+        self._max_message_bytes = max_message_bytes
+        self._sessions: SessionServicer | None = None
+        self._triton: TritonServicer | None = None
+        self._liveness = Liveness()
+        self._steps = EarlySteps(max_message_bytes, observer, self._not_yet)
+        self.starting = "the models are being loaded"
+        """What is said to callers until there is an engine."""
+        ours = [service.full_name for service in _OF_ENGINE]
         self._health = health.HealthServicer(ours)
-        shown = reflection.ReflectionServicer((_SESSIONS, _MODELS, _TRITON, health.SERVICE))
+        shown = reflection.ReflectionServicer((*_OF_ENGINE, health.SERVICE))
+        self._serving: dict[str, Serve] = {}
+        """What serves each method now, by its path."""
         self._methods = [
-            *self._methods_of(_SESSIONS, self._sessions),
-            *self._methods_of(_MODELS, ModelServicer(engine, front.name, max_message_bytes)),
-            *self._methods_of(_TRITON, self._triton, unsupported_methods(self._boundary)),
-            *self._methods_of(health.SERVICE, self._health),
-            *(method for service in shown.services for method in self._methods_of(service, shown)),
+            Method(
+                service.full_name,
+                method.name,
+                served_at(path, self._serving, self._refuse),
+                streams=_streams(method),
+            )
+            for service in (*_OF_ENGINE, health.SERVICE, *shown.services)
+            for method in service.methods
+            for path in [f"/{service.full_name}/{method.name}"]
         ]
+        self._serve_by(health.SERVICE, self._health)
+        for service in shown.services:
+            self._serve_by(service, shown)
+        self._serve_by(_TRITON, self._liveness, only={"ServerLive", "ServerReady"})
 
     async def start(
         self, address: Address | UnixAddress, files: CertificateFiles | None = None
     ) -> Address | UnixAddress:
-        """Listen and serve. Returns the address with the port, which the system chooses if it is 0.
+        """Listen, and until `serve` answer whoever asks whether the server is there; other calls are refused.
+
+        Returns the address with the port, which the system chooses if it is 0.
 
         Args:
             address: Where to listen.
@@ -105,25 +127,43 @@ class RpcServer:
             self._following.append(asyncio.create_task(self.guard.follow()))
         return bound
 
+    def serve(self, engine: Engine) -> None:
+        """Serve an engine from now on, and say so."""
+        clock, observer, limit = self._clock, self._observer, self._max_message_bytes
+        limits = StreamLimits(_STREAM_FRAMES, limit)
+        self._sessions = SessionServicer(engine, clock, limit, limits, observer)
+        self._triton = TritonServicer(engine, clock, limit, limits, observer, observer, self._liveness)
+        self._serve_by(_SESSIONS, self._sessions)
+        self._serve_by(_MODELS, ModelServicer(engine, self._front.name, limit))
+        self._serve_by(_TRITON, self._triton, unsupported_methods(self._boundary))
+        self._steps.go_to(ColumnSteps(engine, clock, limit, observer, self._triton.form_of))
+        self.announce_ready(is_ready=True)
+
     @property
     def front(self) -> Front:
         """What speaks to the network."""
         return self._front
 
+    def announce(self, report: Report) -> None:
+        """Tell health checkers, and callers as long as there is no engine, how the server is."""
+        self.starting = report.problems.get("models", self.starting)
+        self.announce_ready(is_ready=report.is_ready)
+
     def announce_ready(self, *, is_ready: bool) -> None:
         """Tell health checkers whether calls can be answered now; they are taken all the same."""
-        self._triton.announce_ready(is_ready=is_ready)
+        self._liveness.announce_ready(is_ready=is_ready)
         self._health.announce(is_serving=is_ready)
 
     async def announce_stop(self) -> None:
         """Tell health checkers that the server is going away; serve on."""
-        self._triton.announce_stop()
+        self._liveness.announce_stop()
         self._health.stop()
 
     async def finish(self) -> None:
         """Return when the running calls are done and their replies on their way. Streams end as soon as their frames are answered."""
-        self._sessions.stop()
-        self._triton.stop()
+        for servicer in (self._sessions, self._triton):
+            if servicer is not None:
+                servicer.stop()
         await self._boundary.wait_idle()
         await self._front.flush()
 
@@ -133,24 +173,41 @@ class RpcServer:
             task.cancel()
         await self._front.stop(_GRACE_S)
 
-    def _methods_of(
-        self, service: ServiceDescriptor, servicer: object, others: Mapping[str, Serve] | None = None
-    ) -> list[Method]:
-        """A servicer's calls with the boundary around each; `others` have it already."""
-        found = [Method(service.full_name, name, serve) for name, serve in (others or {}).items()]
+    def _serve_by(
+        self,
+        service: ServiceDescriptor,
+        servicer: object,
+        others: Mapping[str, Serve] | None = None,
+        only: Collection[str] = (),
+    ) -> None:
+        """Serve a service by a servicer's calls, with the boundary around each; `others` have it already."""
+        others = others or {}
         codes = ANY_CODE if service in _OF_SESSIONS else NAMING_CODES
         for method in service.methods:
-            if others is not None and method.name in others:
+            if only and method.name not in only:
                 continue
-            behaviour = getattr(servicer, _snake_case(method.name))
-            streams = method.client_streaming or method.server_streaming
-            if streams:
-                serve = self._boundary.stream(method.name, behaviour, codes, endless=method.name in _ENDLESS)
-            else:
-                request_type = message_factory.GetMessageClass(method.input_type)
-                serve = self._boundary.unary(method.name, behaviour, request_type, codes)
-            found.append(Method(service.full_name, method.name, serve, streams=streams))
-        return found
+            serve = others.get(method.name)
+            if serve is None:
+                behaviour = getattr(servicer, _snake_case(method.name))
+                if _streams(method):
+                    endless = method.name in _ENDLESS
+                    serve = self._boundary.stream(method.name, behaviour, codes, endless=endless)
+                else:
+                    request_type = message_factory.GetMessageClass(method.input_type)
+                    serve = self._boundary.unary(method.name, behaviour, request_type, codes)
+            self._serving[f"/{service.full_name}/{method.name}"] = serve
+
+    def _not_yet(self) -> Starting:
+        return Starting(f"the server is starting: {self.starting}", _STARTING_RETRY_S)
+
+    async def _refuse(self, _call: Call) -> bytes:
+        error = self._not_yet()
+        self._observer.refused(error.reason, 1)
+        raise CallEnded(to_status(error))
+
+
+def _streams(method: MethodDescriptor) -> bool:
+    return bool(method.client_streaming or method.server_streaming)
 
 
 def _snake_case(name: str) -> str:

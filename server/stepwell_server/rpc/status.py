@@ -71,6 +71,7 @@ ANY_CODE = frozenset(_EVERYWHERE | {code.name for code in Code} - {Code.UNIMPLEM
 NAMING_CODES = frozenset(_EVERYWHERE | {Code.NOT_FOUND.name})
 UNSUPPORTED_CODES = frozenset({"CANCELLED", Code.UNIMPLEMENTED.name, Code.INTERNAL.name})
 
+_WITH_DELAY = (errors.Overloaded, errors.Starting)
 # Trailers over 8 KiB may be refused by the client's gRPC, and what a caller sent (a session id, say) can be
 # part of a message. A character takes at most 12 bytes there, percent-encoded.
 _MESSAGE_BYTES = 2048
@@ -101,7 +102,7 @@ def to_status(error: errors.ServerError) -> Status:
     details = status_pb2.Status(code=int(code), message=message)
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_facts(error))
     details.details.add().Pack(info)
-    if isinstance(error, errors.Overloaded):
+    if isinstance(error, _WITH_DELAY):
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromMilliseconds(_retry_after_ms(error))
         details.details.add().Pack(retry)
@@ -115,11 +116,11 @@ def to_proto(error: errors.ServerError) -> errors_pb2.Error:
         message=_bounded(error.message),
         reason=error.reason,
         metadata=_facts(error),
-        retry_after_ms=_retry_after_ms(error) if isinstance(error, errors.Overloaded) else 0,
+        retry_after_ms=_retry_after_ms(error) if isinstance(error, _WITH_DELAY) else 0,
     )
 
 
-def _retry_after_ms(error: errors.Overloaded) -> int:
+def _retry_after_ms(error: errors.Overloaded | errors.Starting) -> int:
     return max(1, math.ceil(error.retry_after_s * 1000))
 
 

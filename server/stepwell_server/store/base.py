@@ -56,6 +56,8 @@ class StoreHealth:
     """Why it cannot be used for now; empty if it can."""
     reopened: int = 0
     """How often it was opened anew since the start, because its disk had failed."""
+    warning: str = ""
+    """What will become a problem if nobody does anything; empty if nothing."""
 
 
 class End(enum.IntEnum):

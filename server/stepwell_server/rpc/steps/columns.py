@@ -15,12 +15,13 @@ import numpy as np
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.change import Change, MustPart
 from stepwell_server.engine.types import U64, Array, Members, Tensors
-from stepwell_server.errors import Overloaded, RequestTooLarge, ServerError
+from stepwell_server.errors import ServerError
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.boundary import internal
 from stepwell_server.rpc.fronts.base import Ended, OutputColumn, StepColumns
-from stepwell_server.rpc.status import Status, code_of, to_proto, to_status
+from stepwell_server.rpc.status import code_of, to_proto, to_status
 from stepwell_server.rpc.steps import messages
+from stepwell_server.rpc.steps.refusals import Refusals
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _Message = tuple[int, int]
 """Of a batch: its first session, and how many it has."""
-_RETRY_AFTER_S = 0.2
 _NOBODY: Members = np.zeros(0, np.intp)
 
 
@@ -127,7 +127,7 @@ class Form:
             self._observer.messages_done(self.stream_method, now - ended.messages)
 
 
-class ColumnSteps:
+class ColumnSteps(Refusals):
     """Submits what comes as columns. `base.Steps`."""
 
     def __init__(
@@ -138,10 +138,9 @@ class ColumnSteps:
         observer: RequestObserver,
         form_of_requests: Callable[[StepColumns], Form],
     ) -> None:
+        super().__init__(max_message_bytes, observer)
         self._engine = engine
         self._clock = clock
-        self._max_message_bytes = max_message_bytes
-        self._observer = observer
         self._form_of_requests = form_of_requests
         """The form of Triton's requests."""
 
@@ -226,38 +225,6 @@ class ColumnSteps:
         change = form.change(None if len(members) == len(form.columns.session_ids) else members)
         messages.limit_reply(change, self._max_message_bytes)
         return change
-
-    def too_large(self, size: int) -> Status:
-        """See `base.Steps`."""
-        error = RequestTooLarge(
-            "the request must fit the size limits of both sides (max_message_bytes);"
-            f" got a message larger than max: {size} vs. {self._max_message_bytes} bytes"
-        )
-        self._observer.refused(error.reason, 1)
-        return to_status(error)
-
-    def overloaded(self) -> Status:
-        """See `base.Steps`."""
-        return to_status(
-            Overloaded(
-                "calls, requests and replies under way must fit into the server's memory; there is no room for this one",
-                retry_after_s=_RETRY_AFTER_S,
-            )
-        )
-
-    def headers_too_large(self, limit: int) -> Status:
-        """See `base.Steps`."""
-        return to_status(
-            RequestTooLarge(
-                f"the headers of a call must be at most {limit} bytes; those of this one are more"
-            )
-        )
-
-    def duplicate(self, frame_id: int) -> bytes:
-        """See `base.Steps`."""
-        error = messages.same_frame_id(frame_id)
-        self._observer.refused(error.reason, 1)
-        return messages.failed_part(frame_id, None, error, last=True)
 
 
 def _some(values: Sequence[_T], members: Members | None) -> Sequence[_T]:

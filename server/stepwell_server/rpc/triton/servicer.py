@@ -16,6 +16,7 @@ from stepwell_server.rpc.triton import metadata
 from stepwell_server.rpc.triton.columns import RequestForm
 from stepwell_server.rpc.triton.infer import Inference
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
+from stepwell_server.rpc.triton.liveness import Liveness
 from stepwell_server.rpc.triton.metadata import model_config
 from stepwell_server.rpc.triton.stream import InferStream
 
@@ -42,28 +43,22 @@ class TritonServicer:
         limits: StreamLimits,
         observer: RequestObserver,
         passes: PassObserver,
+        liveness: Liveness,
     ) -> None:
         self._engine = engine
+        self._liveness = liveness
+        self.server_live, self.server_ready = liveness.server_live, liveness.server_ready
         self._clock = clock
         self._limits = limits
         self._observer = observer
         self._inference = Inference(engine, clock, max_reply_bytes, passes)
         self._streams: set[InferStream] = set()
         self._stopping = False
-        self._ready = True
-
-    async def server_live(self, _request: pb.ServerLiveRequest, _call: Call) -> pb.ServerLiveResponse:
-        """Whether the process runs."""
-        return pb.ServerLiveResponse(live=True)
-
-    async def server_ready(self, _request: pb.ServerReadyRequest, _call: Call) -> pb.ServerReadyResponse:
-        """Whether requests are taken."""
-        return pb.ServerReadyResponse(ready=self._is_ready)
 
     async def model_ready(self, request: pb.ModelReadyRequest, _call: Call) -> pb.ModelReadyResponse:
         """Whether a model takes requests."""
         is_served = request.name in self._engine.model_names() and request.version in {"", metadata.VERSION}
-        return pb.ModelReadyResponse(ready=is_served and self._is_ready)
+        return pb.ModelReadyResponse(ready=is_served and self._liveness.is_ready)
 
     async def server_metadata(
         self, _request: pb.ServerMetadataRequest, _call: Call
@@ -116,18 +111,6 @@ class TritonServicer:
             await stream.run()
         finally:
             self._streams.discard(stream)
-
-    @property
-    def _is_ready(self) -> bool:
-        return self._ready and not self._stopping
-
-    def announce_ready(self, *, is_ready: bool) -> None:
-        """Say from now on whether the server is ready, unless it stops."""
-        self._ready = is_ready
-
-    def announce_stop(self) -> None:
-        """Say from now on that the server is not ready."""
-        self._stopping = True
 
     def stop(self) -> None:
         """End each stream with UNAVAILABLE as soon as its requests are answered."""

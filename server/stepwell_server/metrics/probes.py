@@ -1,0 +1,84 @@
+"""/livez and /readyz, for whoever starts, watches and sends traffic to servers.
+
+/livez says that the process works: its event loop has its turns. A server that compiles models, or whose disk is full,
+lives: to restart it would help nobody. /readyz says that calls can be answered, and if not, why. Both answer anybody,
+for what probes cannot show a token; but where metrics need one, only who shows it is told why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
+    from stepwell_server.metrics.token import MetricsToken
+    from stepwell_server.readiness import Readiness
+
+PATHS = ("/livez", "/readyz")
+ALIVE_S = 5.0
+"""An event loop that has had no turn for longer hangs. A piece of work on it takes milliseconds."""
+
+
+class Probes:
+    """Answers them, on the threads of the HTTP server."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        readiness: Readiness,
+        token: MetricsToken | None = None,
+        alive_s: float = ALIVE_S,
+    ) -> None:
+        self._loop = loop
+        self._readiness = readiness
+        self._token = token
+        self._alive_s = alive_s
+
+    def answer(self, environment: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        """Answer a request for one of the paths; `?verbose` asks for JSON."""
+        if environment["PATH_INFO"] == "/livez":
+            is_well, text, document = self._live()
+        else:
+            token = self._token
+            is_told = token is None or token.allows(environment.get("HTTP_AUTHORIZATION", ""))
+            is_well, text, document = self._ready(is_told=is_told)
+        kind = "text/plain; charset=utf-8"
+        if "verbose" in parse_qs(environment.get("QUERY_STRING", ""), keep_blank_values=True):
+            kind, text = "application/json", json.dumps(document)
+        start(
+            "200 OK" if is_well else "503 Service Unavailable",
+            [("Content-Type", kind), ("Cache-Control", "no-store")],
+        )
+        return [f"{text}\n".encode()]
+
+    def _live(self) -> tuple[bool, str, dict[str, object]]:
+        async def turn() -> None:
+            """Nothing: that it runs is the answer."""
+
+        waiting = asyncio.run_coroutine_threadsafe(turn(), self._loop)
+        try:
+            waiting.result(self._alive_s)
+        except TimeoutError:
+            waiting.cancel()
+            problem = f"the event loop has had no turn for {self._alive_s:g} s"
+            return False, f"not alive: {problem}", {"alive": False, "problem": problem}
+        return True, "alive", {"alive": True}
+
+    def _ready(self, *, is_told: bool) -> tuple[bool, str, dict[str, object]]:
+        report = self._readiness.report
+        if not is_told:
+            text = "ready" if report.is_ready else "not ready"
+            return report.is_ready, text, {"ready": report.is_ready}
+        document: dict[str, object] = {
+            "ready": report.is_ready,
+            "problems": dict(report.problems),
+            "warnings": dict(report.warnings),
+            "models": dict(report.models),
+        }
+        reasons = "; ".join(f"{about}: {reason}" for about, reason in report.problems.items())
+        return report.is_ready, "ready" if report.is_ready else f"not ready: {reasons}", document

@@ -1,0 +1,82 @@
+"""What is said of plain steps that a front refuses by itself, or that come before there is an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from stepwell_server.errors import Overloaded, RequestTooLarge, ServerError
+from stepwell_server.rpc.status import Status, to_proto, to_status
+from stepwell_server.rpc.steps import messages
+
+if TYPE_CHECKING:
+    from stepwell_server.rpc.boundary import RequestObserver
+    from stepwell_server.rpc.fronts.base import StepColumns, Steps
+
+_RETRY_AFTER_S = 0.2
+
+
+class Refusals:
+    """That part of `base.Steps` which needs no engine."""
+
+    def __init__(self, max_message_bytes: int, observer: RequestObserver) -> None:
+        self._max_message_bytes = max_message_bytes
+        self._observer = observer
+
+    def too_large(self, size: int) -> Status:
+        """See `base.Steps`."""
+        error = RequestTooLarge(
+            "the request must fit the size limits of both sides (max_message_bytes);"
+            f" got a message larger than max: {size} vs. {self._max_message_bytes} bytes"
+        )
+        self._observer.refused(error.reason, 1)
+        return to_status(error)
+
+    def overloaded(self) -> Status:
+        """See `base.Steps`."""
+        return to_status(
+            Overloaded(
+                "calls, requests and replies under way must fit into the server's memory; there is no room for this one",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        )
+
+    def headers_too_large(self, limit: int) -> Status:
+        """See `base.Steps`."""
+        return to_status(
+            RequestTooLarge(
+                f"the headers of a call must be at most {limit} bytes; those of this one are more"
+            )
+        )
+
+    def duplicate(self, frame_id: int) -> bytes:
+        """See `base.Steps`."""
+        error = messages.same_frame_id(frame_id)
+        self._observer.refused(error.reason, 1)
+        return messages.failed_part(frame_id, None, error, last=True)
+
+
+class EarlySteps(Refusals):
+    """`base.Steps` of a server that listens and has no engine yet: it refuses them until `go_to` says where they go."""
+
+    hold: Callable[[], None]
+    go: Callable[[], None]
+    take: Callable[[StepColumns], None]
+
+    def __init__(
+        self, max_message_bytes: int, observer: RequestObserver, refusal: Callable[[], ServerError]
+    ) -> None:
+        super().__init__(max_message_bytes, observer)
+        self._refusal = refusal
+        self.hold = self.go = lambda: None
+        self.take = self._refuse
+
+    def go_to(self, steps: Steps) -> None:
+        """From now on these take the steps."""
+        self.hold, self.go, self.take = steps.hold, steps.go, steps.take
+
+    def _refuse(self, columns: StepColumns) -> None:
+        error = self._refusal()
+        told = to_proto(error).SerializeToString() if columns.model is None else error.message.encode()
+        self._observer.refused(error.reason, len(columns.session_ids))
+        columns.replies.failed(None, to_status(error), told)

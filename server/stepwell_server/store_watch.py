@@ -1,0 +1,52 @@
+"""Looks after the store while the server runs, and tells probes, log and metrics how it is."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from stepwell_server.errors import StoreGone
+from stepwell_server.logs import Log
+
+if TYPE_CHECKING:
+    from stepwell_server.metrics.observer import PrometheusObserver
+    from stepwell_server.readiness import Readiness
+    from stepwell_server.store.base import Store, StoreHealth
+
+_log = Log("app")
+CHECK_S = 2.0
+"""Time between two looks."""
+
+
+async def look_after(store: Store, readiness: Readiness, observer: PrometheusObserver) -> None:
+    """Check the store from time to time; return when it is gone."""
+    while True:
+        await asyncio.sleep(CHECK_S)
+        try:
+            health = await store.check()
+        except StoreGone as error:
+            _log.error("the store is gone, the server ends", reason=error.message)
+            return
+        except Exception as error:
+            _log.defect("the store could not be checked", error)
+            continue
+        tell(health, readiness, observer)
+
+
+def tell(health: StoreHealth, readiness: Readiness, observer: PrometheusObserver) -> None:
+    """Make known how the store is; a line is written when that changes."""
+    before = readiness.report
+    is_ready = not health.problem
+    observer.store_checked(is_ready=is_ready, reopened=health.reopened)
+    if is_ready is ("store" in before.problems):
+        if is_ready:
+            _log.info("the store can be used again")
+        else:
+            _log.warning("the store cannot be used", reason=health.problem)
+    readiness.problem("store", health.problem)
+    if bool(health.warning) is not ("disk" in before.warnings):
+        if health.warning:
+            _log.warning("the disk of the store is nearly full", reason=health.warning)
+        else:
+            _log.info("the disk of the store has room again")
+    readiness.warning("disk", health.warning)

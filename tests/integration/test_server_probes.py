@@ -1,0 +1,182 @@
+"""What probes hear while models are loaded, while the server serves, and when it stops."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from stepwell.v1 import sessions_pb2 as pb
+from stepwell.v1 import sessions_pb2_grpc
+from stepwell_server.rpc.triton.inference import service_pb2 as triton_pb
+from support.fronts import needs_native
+from support.scrape import Scrape
+from support.server_process import FEATURES, ServerProcess, begin_long_step, connect, forecast, random_tensor
+
+_TIMEOUT_S = 100.0
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+#: Has the compiling process wait for the test, and end without an answer.
+_WAITING = """
+import os, sys
+if "stepwell_server.compile" in sys.orig_argv:
+    with open({fifo!r}) as fifo:
+        fifo.read()
+    os._exit(3)
+"""
+
+
+def probe(address: str, path: str) -> tuple[int, str]:
+    """Status and body."""
+    try:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=_TIMEOUT_S) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def _address(line: str) -> str:
+    found = re.search(r"address=(\S+)", line)
+    assert found is not None
+    return found[1]
+
+
+def _refusal(error: Any) -> tuple[grpc.StatusCode, str, str, float]:
+    """Code, message, reason, and the delay in seconds."""
+    details = dict(error.trailing_metadata())["grpc-status-details-bin"]
+    status = status_pb2.Status.FromString(details)
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    assert status.details[0].Unpack(info)
+    assert status.details[1].Unpack(retry)
+    return error.code(), error.details(), info.reason, retry.retry_delay.ToTimedelta().total_seconds()
+
+
+def _triton(channel: grpc.Channel, name: str) -> Any:
+    answer_type = getattr(triton_pb, f"{name}Response")
+    call: Any = channel.unary_unary(
+        f"/inference.GRPCInferenceService/{name}",
+        request_serializer=lambda message: message.SerializeToString(),
+        response_deserializer=answer_type.FromString,
+    )
+    return call(getattr(triton_pb, f"{name}Request")(), timeout=_TIMEOUT_S)
+
+
+@pytest.mark.parametrize("front", [pytest.param("native", marks=needs_native), "python"])
+def test_while_models_are_loaded_it_lives_and_is_not_ready(tmp_path: Path, front: str) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    (tmp_path / "sitecustomize.py").write_text(_WAITING.format(fifo=str(fifo)))
+    kept, bad = forecast(), tmp_path / "bad.keras"
+    bad.write_bytes(kept.path.read_bytes() + b"\0")  # another one, so that the cache has it not
+    options = ("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--front", front)
+    models = (f"forecast={kept.path}", f"bad={bad}", "--cache-dir", str(kept.cache_dir))
+    with (
+        contextlib.ExitStack() as stack,
+        ServerProcess(
+            *models, *options, "--bad-models", "skip", ready=False, environment={"PYTHONPATH": str(tmp_path)}
+        ) as server,
+    ):
+        http = _address(server.wait_for_log(" metrics address="))
+        address = _address(server.wait_for_log("listening, not ready yet"))
+        holds = stack.enter_context(fifo.open("w"))  # as soon as the compiling process is there
+        why = "model 2 of 2 is being loaded (bad)"
+        assert probe(http, "/livez") == (200, "alive\n")
+        code, text = probe(http, "/readyz?verbose")
+        assert code == 503
+        assert json.loads(text) == {
+            "ready": False,
+            "problems": {"models": why},
+            "warnings": {},
+            "models": {"forecast": "loaded", "bad": "loading"},
+        }
+        assert probe(http, "/readyz") == (503, f"not ready: models: {why}\n")
+        assert probe(http, "/ready")[0] == 404
+        assert Scrape.of(http).value("stepwell_model_loads_total", "forecast", "cache") == 1
+        with grpc.insecure_channel(address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
+            assert next(watch).status == NOT_SERVING
+            assert (_triton(channel, "ServerLive").live, _triton(channel, "ServerReady").ready) == (
+                True,
+                False,
+            )
+            stub: Any = sessions_pb2_grpc.SessionServiceStub(channel)
+            x = random_tensor(1, 1, 1, FEATURES)
+            step = pb.StepRequest(session_id="a", inputs=[x])
+            frame = pb.StepStreamRequest(frame_id=1, step=pb.StepFrame(session_ids=["a"], inputs=[x]))
+            for refused in (
+                lambda: stub.Step(step, timeout=_TIMEOUT_S),
+                lambda: stub.OpenSession(pb.OpenSessionRequest(model="forecast"), timeout=_TIMEOUT_S),
+                lambda: list(stub.StepStream(iter([frame]), timeout=_TIMEOUT_S)),
+                lambda: _triton(channel, "ServerMetadata"),
+            ):
+                with pytest.raises(grpc.RpcError) as failed:
+                    refused()
+                told = f"the server is starting: {why}"
+                assert _refusal(failed.value) == (grpc.StatusCode.UNAVAILABLE, told, "STARTING", 1.0)
+            holds.close()
+            assert next(watch).status == SERVING
+            assert _triton(channel, "ServerReady").ready
+            assert stub.OpenSession(pb.OpenSessionRequest(model="forecast", session_id="a")).session
+            assert stub.Step(step, timeout=_TIMEOUT_S).revision == 1
+            with pytest.raises(grpc.RpcError, match="model 'bad' is not served: it could not be loaded"):
+                stub.OpenSession(pb.OpenSessionRequest(model="bad"))
+            server.wait_for_log(" serving front=")
+            assert probe(http, "/readyz") == (200, "ready\n")
+            failed_model = json.loads(probe(http, "/readyz?verbose")[1])["models"]["bad"]
+            assert failed_model.startswith(f"failed: model bad: {bad}: the compiling process ended")
+            scrape = Scrape.of(http)
+            assert scrape.value("stepwell_model_loads_total", "bad", "failed") == 1
+            # the native front refuses a frame, and then its stream
+            assert scrape.value("stepwell_errors_total", "", "STARTING") in {4, 5}
+            watch.cancel()
+        server.signal()
+        code, out, err = server.finish()
+    assert (code, out.count("listening on")) == (0, 1)
+    assert "error a model cannot be served model=bad" in err
+
+
+def test_without_a_model_that_can_be_served_there_is_no_server(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.stepwell"
+    bad.write_bytes(b"nothing")
+    with ServerProcess(
+        f"bad={bad}", "--listen", "127.0.0.1:0", "--bad-models", "skip", ready=False
+    ) as server:
+        code, out, err = server.finish()
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("stepwell: error: no model can be served; model bad: ")
+
+
+def test_it_is_not_ready_while_it_finishes_what_is_queued() -> None:
+    kept = forecast()
+    options = (
+        "--listen",
+        "127.0.0.1:0",
+        "--metrics-listen",
+        "127.0.0.1:0",
+        "--cache-dir",
+        str(kept.cache_dir),
+    )
+    with ServerProcess(f"forecast={kept.path}", *options) as server:
+        http = _address(server.wait_for_log(" metrics address="))
+        channel, stub = connect(server)
+        with channel:
+            stub.OpenSession(pb.OpenSessionRequest(model="forecast", session_id="a"), timeout=_TIMEOUT_S)
+            long = begin_long_step(stub, "a", 400_000)
+            server.signal()
+            server.wait_for_log("stopping")
+            assert probe(http, "/readyz") == (503, "not ready: stopping: the server stops\n")
+            assert probe(http, "/livez")[0] == 200
+            assert long.result().revision == 1
+        assert server.finish()[0] == 0
