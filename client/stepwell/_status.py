@@ -108,6 +108,7 @@ BY_REASON: Mapping[str, Maker] = {
     SET_UNKNOWN: _open_ended(errors.UnavailableError),
     "OVERLOADED": _exhausted,
     "UNAVAILABLE": _open_ended(errors.UnavailableError),
+    "STARTING": _open_ended(errors.UnavailableError),
     "UNAUTHENTICATED": _plain(errors.UnauthenticatedError),
     "PERMISSION_DENIED": _plain(errors.PermissionDeniedError),
     "UNSUPPORTED": _plain(errors.RefusedError),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from stepwell_server import signals
 from stepwell_server.addresses import Address, UnixAddress, bind_problem
+from stepwell_server.audit_log import AuditError, AuditLog
 from stepwell_server.auth.callers import Callers
 from stepwell_server.auth.opening import open_callers
 from stepwell_server.auth.watched import AuthFileError
@@ -27,6 +28,7 @@ from stepwell_server.model_loading import Abandoned, Loaded, LoadError, load_mod
 from stepwell_server.open_files import RESERVE, raise_limit
 from stepwell_server.reach import ReachError, require_closed
 from stepwell_server.readiness import Readiness
+from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.base import BindError, Front
 from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
@@ -54,9 +56,16 @@ class StartError(Exception):
 class _Observer(PrometheusObserver):
     """Counts, and writes a line for each event of a session."""
 
+    auditor: Auditor | None = None
+
+    def _audit(self, event: str, model: str, count: int, *session_ids: str) -> None:
+        if self.auditor is not None:
+            self.auditor.session_event(event, model, session_ids, count)
+
     def session_event(self, event: str, model: str, session_id: str) -> None:
         super().session_event(event, model, session_id)
         _log.info(f"session {event}", model=model, session=session_id)
+        self._audit(event, model, 1, session_id)
 
     def sessions_opened(self, model: str, count: int, event: str = "opened") -> None:
         super().sessions_opened(model, count, event)
@@ -65,6 +74,7 @@ class _Observer(PrometheusObserver):
     def session_events(self, event: str, model: str, count: int) -> None:
         super().session_events(event, model, count)
         _log.info(f"sessions {event}", model=model, count=count)
+        self._audit(event, model, count)
 
 
 def serve(settings: Settings) -> int:
@@ -82,16 +92,29 @@ def serve(settings: Settings) -> int:
     certificates = _certificates(settings)
     clock = SystemClock()
     callers = _callers(settings, clock)
+    audit = _audit_log(settings)
     with signals.interrupting():
         observer = _Observer(_build(settings))
+        if audit is not None:
+            observer.auditor = Auditor(audit, settings.audit_when_full)
+            observer.audits_to(lambda: (audit.written, audit.dropped))
         store = _open_store(settings, clock, observer)
     try:
         with asyncio.Runner(loop_factory=_new_event_loop) as runner:
-            return runner.run(_run(settings, store, clock, observer, certificates, callers, metrics_token))
+            return runner.run(
+                _run(settings, store, clock, observer, certificates, callers, metrics_token, audit)
+            )
     except LoadError as error:
         raise StartError(str(error)) from error
     except Abandoned:
         raise KeyboardInterrupt from None
+
+
+def _audit_log(settings: Settings) -> AuditLog | None:
+    try:
+        return None if settings.audit_log is None else AuditLog(settings.audit_log)
+    except AuditError as error:
+        raise StartError(f"--audit-log: {error}") from error
 
 
 def _build(settings: Settings) -> dict[str, str]:
@@ -178,12 +201,13 @@ async def _run(
     settings: Settings,
     store: Store,
     clock: Clock,
-    observer: PrometheusObserver,
+    observer: _Observer,
     certificates: CertificateFiles | None,
     callers: Callers | None,
     metrics_token: MetricsToken | None,
+    audit: AuditLog | None,
 ) -> int:
-    stop = signals.stop_on_signals(clock, lambda: _reload(certificates, callers))
+    stop = signals.stop_on_signals(clock, lambda: _reload(audit, certificates, callers))
     open_files = raise_limit()
     if settings.store == "disk":
         _log.info("store opened", data_dir=str(settings.data_dir), sessions=await store.count())
@@ -194,6 +218,7 @@ async def _run(
         observer=observer,
         max_message_bytes=settings.max_message_bytes,
         authenticator=callers,
+        auditor=observer.auditor,
     )
     observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts)
     gone, metrics = False, None
@@ -208,7 +233,7 @@ async def _run(
         await engine.start()
         rpc.serve(engine)
         readiness.problem("models", "")
-        await _say_ready(rpc, store, address, certificates, open_files)
+        await _say_ready(settings, rpc, store, address, certificates, open_files)
         gone = await _until_stopped(stop, store, readiness, observer)
         readiness.problem("stopping", "the server stops")
         await _drain(min(_GONE_DRAIN_S if gone else math.inf, settings.drain_timeout_s), engine, rpc)
@@ -220,6 +245,8 @@ async def _run(
             await store.close()
         else:
             _log.warning("the store did not come back from a commit; what was not acknowledged may be lost")
+        if audit is not None:
+            await asyncio.to_thread(audit.close)
     _log.info("stopped")
     return 1 if gone else 0
 
@@ -317,12 +344,14 @@ async def _until_stopped(
     return not watch.cancelled()
 
 
-def _reload(*files: CertificateFiles | Callers | None) -> None:
+def _reload(audit: AuditLog | None, *files: CertificateFiles | Callers | None) -> None:
     """What SIGHUP asks for."""
+    if audit is not None:
+        audit.reopen()
     known = [one for one in files if one is not None]
     for one in known:
         one.asked.set()
-    if not known:
+    if not known and audit is None:
         _log.info("there is nothing to read anew: the server has no certificates, and asks nobody who calls")
 
 
@@ -367,6 +396,7 @@ async def _listen(
 
 
 async def _say_ready(
+    settings: Settings,
     rpc: RpcServer,
     store: Store,
     address: Address | UnixAddress,

@@ -104,6 +104,9 @@ class Settings:
     metrics_listen: Address | Literal["off"] | None = None
     """None: `DEFAULT_METRICS`, or nowhere if that is in use."""
     metrics_token_file: Path | None = None
+    audit_log: Path | None = None
+    """`-`: standard error."""
+    audit_when_full: Literal["drop", "refuse"] = "drop"
     bad_models: Literal["refuse", "skip"] = "refuse"
     imports: Sequence[str] = ()
     probe_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)

@@ -18,6 +18,7 @@ from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.core.callers import Caller, Credential
 from stepwell_server.program import Program
+from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.fronts.base import CallEnded, FrontCounts, Method, Steps
 from stepwell_server.rpc.fronts.certificates import Certificates
 from stepwell_server.rpc.fronts.limits import FrontLimits
@@ -141,11 +142,15 @@ class Calls:
 
 
 @asynccontextmanager
-async def calls(programs: Mapping[str, Program] | None = None, **options: Any) -> AsyncIterator[Calls]:
+async def calls(
+    programs: Mapping[str, Program] | None = None, auditor: Auditor | None = None, **options: Any
+) -> AsyncIterator[Calls]:
     """A client of the calls of an engine on these programs."""
     async with running(programs, **options) as at:
         front = Front()
-        server = RpcServer(front, clock=at.clock, observer=Observer(), max_message_bytes=MAX_MESSAGE_BYTES)
+        server = RpcServer(
+            front, clock=at.clock, observer=Observer(), max_message_bytes=MAX_MESSAGE_BYTES, auditor=auditor
+        )
         await server.start(Address("", 0))
         server.serve(at.engine)
         yield Calls(at, front.methods)

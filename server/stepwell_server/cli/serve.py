@@ -208,6 +208,19 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     "metrics need it.",
 )
 @setting(
+    "--audit-log",
+    metavar="FILE",
+    type=FILE,
+    help="File that gets a line of JSON for each session that is opened, closed, reset, forked, read, exported or imported, "
+    "for each list and for each caller who is refused; - is standard error. SIGHUP opens it anew.",
+)
+@setting(
+    "--audit-when-full",
+    type=click.Choice(["drop", "refuse"]),
+    help="What happens when the audit log is written too slowly: drop, lines are left out, counted and their number "
+    "written later; refuse, calls that must have a line are refused until there is room.",
+)
+@setting(
     "--bad-models",
     type=click.Choice(["refuse", "skip"]),
     help="What a model that cannot be loaded does: refuse, the server does not start; skip, it serves the others, and log, "

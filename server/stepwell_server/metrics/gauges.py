@@ -97,6 +97,17 @@ def of_front(counts: FrontCounts, limits: Mapping[str, float]) -> Iterator[Metri
         yield GaugeMetricFamily(f"stepwell_front_{metric}", text, value=most)
 
 
+def of_audit(written: int, dropped: int) -> Iterator[Metric]:
+    """What became of the events of the audit log."""
+    from prometheus_client.core import CounterMetricFamily
+
+    text = "Events of the audit log; dropped: it was written too slowly, or could not be."
+    family = CounterMetricFamily("stepwell_audit_events", text, labels=("outcome",))
+    family.add_metric(("written",), written)
+    family.add_metric(("dropped",), dropped)
+    yield family
+
+
 def of_store(times: StoreTimes | None, *, is_ready: bool, reopened: int) -> Iterator[Metric]:
     """How the store is, and, of one on disk, how long it takes."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily

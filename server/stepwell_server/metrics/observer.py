@@ -53,6 +53,7 @@ class PrometheusObserver(Observer):
         self._limits: Mapping[str, float] = {}
         self._front_counts: Callable[[], FrontCounts] | None = None
         self._store_times: StoreTimes | None = None
+        self._audited: Callable[[], tuple[int, int]] | None = None
         self._store_is_ready = True
         self._store_reopened = 0
         self._events = Counter(
@@ -273,6 +274,10 @@ class PrometheusObserver(Observer):
         """What the store on disk writes down of its work."""
         self._store_times = times
 
+    def audits_to(self, counts: Callable[[], tuple[int, int]]) -> None:
+        """Lines of the audit log: how many were written, and how many could not be."""
+        self._audited = counts
+
     def store_checked(self, *, is_ready: bool, reopened: int) -> None:
         """The store was looked after: whether it can be used, and how often it was opened anew."""
         self._store_is_ready, self._store_reopened = is_ready, reopened
@@ -290,6 +295,8 @@ class PrometheusObserver(Observer):
         families += gauges.of_streams(self._streams)
         if self._front_counts is not None:
             families += gauges.of_front(self._front_counts(), self._limits)
+        if self._audited is not None:
+            families += gauges.of_audit(*self._audited())
         families += gauges.of_store(
             self._store_times, is_ready=self._store_is_ready, reopened=self._store_reopened
         )

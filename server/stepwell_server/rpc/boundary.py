@@ -24,6 +24,7 @@ from stepwell_server.core.callers import ANYBODY
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.logs import Log
 from stepwell_server.rpc.access import Access, access_of
+from stepwell_server.rpc.auditing import AUDITED, UNAUDITED, Auditor
 from stepwell_server.rpc.fronts.base import Call, CallEnded
 from stepwell_server.rpc.guard import Guard, Guarded
 from stepwell_server.rpc.status import ANY_CODE, to_status
@@ -82,10 +83,12 @@ class Boundary:
         observer: RequestObserver,
         max_message_bytes: int,
         guard: Guard | None = None,
+        auditor: Auditor | None = None,
     ) -> None:
         self._observer = observer
         self._guard = guard
         """None: nobody is asked."""
+        self._auditor = auditor
         self._max_message_bytes = max_message_bytes
         self._running = 0
         self._idle = asyncio.Event()
@@ -98,6 +101,7 @@ class Boundary:
         codes: Collection[str] = ANY_CODE,
     ) -> Serve:
         """Serves a method of one request and one reply, which may end with these status codes."""
+        auditor = self._auditor
 
         async def answer(call: Call) -> bytes:
             request = parse(request_type, call.request)
@@ -105,7 +109,11 @@ class Boundary:
                 message = await behaviour(request, call)
             except ServerError as error:
                 error.model = error.model or _model_of(request)
+                if auditor is not None:
+                    auditor.failed(method, call, request, error)
                 raise
+            if auditor is not None:
+                auditor.done(method, call, request, message)
             reply: bytes = message.SerializeToString()
             limit = self._max_message_bytes
             if len(reply) > limit:
@@ -150,6 +158,8 @@ class Boundary:
     ) -> Serve:
         observer, streams, access = self._observer, request_type is None, access_of(method)
         guard = None if access is Access.ANYONE else self._guard
+        auditor = self._auditor
+        assert method in AUDITED or method in UNAUDITED, f"{method}: say in auditing.py whether it is audited"
         observer.method_served(method, codes, streams=streams)
 
         async def serve(call: Call) -> bytes:
@@ -162,16 +172,22 @@ class Boundary:
                 if guard is not None:
                     found = guard.admit(call, method, access)
                     guarded = guard.enter(found) if streams else None
+                if auditor is not None:
+                    auditor.begins(method, call)
                 return await answer(call)
             except (Exception, asyncio.CancelledError) as raised:
                 error = raised if guarded is None else guarded.instead_of(raised)
                 if isinstance(error, asyncio.CancelledError) and _is_cancelled_by_front():
                     code = "DEADLINE_EXCEEDED" if call.is_late else "CANCELLED"
+                    if auditor is not None:
+                        auditor.cancelled(method, call, code)
                     raise
                 known = error if isinstance(error, ServerError) else internal(error, method=method)
                 status = to_status(known)
                 code = status.code.name
                 observer.refused(known.reason, 1, known.model)
+                if auditor is not None:
+                    auditor.refused(method, call, known)
                 raise CallEnded(status) from raised
             finally:
                 if guard is not None and guarded is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Protocol
 
 from google.protobuf import message_factory
@@ -15,6 +15,7 @@ from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.errors import Starting
 from stepwell_server.readiness import Report
 from stepwell_server.rpc import health, reflection
+from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.boundary import Boundary, RequestObserver, Serve, served_at
 from stepwell_server.rpc.fronts.base import Call, CallEnded, Front, Method
 from stepwell_server.rpc.fronts.certificates import CertificateFiles, Unusable, follow
@@ -62,12 +63,13 @@ class RpcServer:
         observer: ServerObserver,
         max_message_bytes: int,
         authenticator: Authenticator | None = None,
+        auditor: Auditor | None = None,
     ) -> None:
         self._front = front
         self._following: list[asyncio.Task[None]] = []
         self.guard = None if authenticator is None else Guard(authenticator, front, clock)
         """Lets callers in; None: nobody is asked."""
-        self._boundary = Boundary(observer, max_message_bytes, self.guard)
+        self._boundary = Boundary(observer, max_message_bytes, self.guard, auditor)
         self._clock = clock
         self._observer = observer
         self._max_message_bytes = max_message_bytes
@@ -97,6 +99,8 @@ class RpcServer:
         for service in shown.services:
             self._serve_by(service, shown)
         self._serve_by(_TRITON, self._liveness, only={"ServerLive", "ServerReady"})
+        for name, serve in unsupported_methods(self._boundary).items():
+            self._methods.append(Method(_TRITON.full_name, name, serve))
 
     async def start(
         self, address: Address | UnixAddress, files: CertificateFiles | None = None
@@ -135,7 +139,7 @@ class RpcServer:
         self._triton = TritonServicer(engine, clock, limit, limits, observer, observer, self._liveness)
         self._serve_by(_SESSIONS, self._sessions)
         self._serve_by(_MODELS, ModelServicer(engine, self._front.name, limit))
-        self._serve_by(_TRITON, self._triton, unsupported_methods(self._boundary))
+        self._serve_by(_TRITON, self._triton)
         self._steps.go_to(ColumnSteps(engine, clock, limit, observer, self._triton.form_of))
         self.announce_ready(is_ready=True)
 
@@ -174,27 +178,20 @@ class RpcServer:
         await self._front.stop(_GRACE_S)
 
     def _serve_by(
-        self,
-        service: ServiceDescriptor,
-        servicer: object,
-        others: Mapping[str, Serve] | None = None,
-        only: Collection[str] = (),
+        self, service: ServiceDescriptor, servicer: object, only: Collection[str] | None = None
     ) -> None:
-        """Serve a service by a servicer's calls, with the boundary around each; `others` have it already."""
-        others = others or {}
+        """Serve a service, or `only` these methods of it, by a servicer's calls, with the boundary around each."""
         codes = ANY_CODE if service in _OF_SESSIONS else NAMING_CODES
         for method in service.methods:
-            if only and method.name not in only:
+            if only is not None and method.name not in only:
                 continue
-            serve = others.get(method.name)
-            if serve is None:
-                behaviour = getattr(servicer, _snake_case(method.name))
-                if _streams(method):
-                    endless = method.name in _ENDLESS
-                    serve = self._boundary.stream(method.name, behaviour, codes, endless=endless)
-                else:
-                    request_type = message_factory.GetMessageClass(method.input_type)
-                    serve = self._boundary.unary(method.name, behaviour, request_type, codes)
+            behaviour = getattr(servicer, _snake_case(method.name))
+            if _streams(method):
+                endless = method.name in _ENDLESS
+                serve = self._boundary.stream(method.name, behaviour, codes, endless=endless)
+            else:
+                request_type = message_factory.GetMessageClass(method.input_type)
+                serve = self._boundary.unary(method.name, behaviour, request_type, codes)
             self._serving[f"/{service.full_name}/{method.name}"] = serve
 
     def _not_yet(self) -> Starting:

@@ -1,0 +1,175 @@
+"""Which calls the audit log tells of, and what it says of each: who, what, which sessions, how it ended.
+
+No states, no inputs, no outputs, no tokens. Every method of every service is in one of the two tables; one that is in
+neither cannot be served.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from google.protobuf.message import Message
+
+from stepwell_server.core import namespaces
+from stepwell_server.core.callers import ANYBODY
+from stepwell_server.errors import Overloaded, ServerError
+
+if TYPE_CHECKING:
+    from stepwell_server.audit_log import AuditLog
+    from stepwell_server.rpc.fronts.base import Call
+
+#: Methods each of whose calls has a line, and what the line calls it.
+AUDITED = {
+    "OpenSession": "open",
+    "OpenSessions": "open",
+    "CloseSession": "close",
+    "CloseSessions": "close",
+    "CloseMatchingSessions": "close",
+    "ResetStates": "reset",
+    "GetState": "read_state",
+    "GetStates": "read_state",
+    "ForkSession": "fork",
+    "ForkSessions": "fork",
+    "ListSessions": "list",
+    "ExportSessions": "export",
+    "ImportSessions": "import",
+}
+#: Those that have a line only when they are refused, each with its reason.
+UNAUDITED = {
+    "Step": "the hot path; what steps do is in the metrics",
+    "StepStream": "the hot path",
+    "Predict": "the hot path; it touches no session",
+    "ModelInfer": "the hot path; sequences that begin and end have lines as sessions",
+    "ModelStreamInfer": "the hot path; as ModelInfer",
+    "GetSession": "tells no state, and is asked often by whoever watches",
+    "RenewLease": "says that a client is there, every few seconds",
+    **dict.fromkeys(("ListModels", "GetModel", "ModelReady"), "tells of models alone"),
+    **dict.fromkeys(("ModelMetadata", "ModelConfig", "ModelStatistics"), "tells of models alone"),
+    **dict.fromkeys(("ServerLive", "ServerReady", "ServerMetadata"), "tells of the server alone"),
+    **dict.fromkeys(("Check", "List", "Watch"), "tells of the server's health alone"),
+    "ServerReflectionInfo": "tells of the protocol alone",
+    **dict.fromkeys(("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload"), "never served"),
+    **dict.fromkeys(("SystemSharedMemoryStatus", "SystemSharedMemoryRegister"), "never served"),
+    **dict.fromkeys(("SystemSharedMemoryUnregister", "CudaSharedMemoryStatus"), "never served"),
+    **dict.fromkeys(("CudaSharedMemoryRegister", "CudaSharedMemoryUnregister"), "never served"),
+    **dict.fromkeys(("TraceSetting", "LogSettings"), "never served"),
+}
+#: Whoever is refused for these has a line, whatever was called.
+_REFUSALS = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED"})
+#: Calls in which sessions begin and end beside steps.
+_SEQUENCES = frozenset({"ModelInfer", "ModelStreamInfer"})
+#: What the engine tells of sessions that the server ends by itself.
+_BY_SERVER = frozenset({"expired"})
+MOST_NAMED = 100
+"""Session ids of a line; of more only the count is said."""
+_RETRY_AFTER_S = 1.0
+_sequences: contextvars.ContextVar[Call | None] = contextvars.ContextVar("stepwell_sequences", default=None)
+
+
+class Auditor:
+    """Writes a line for each call that has one. Lives on the event loop."""
+
+    def __init__(self, log: AuditLog, when_full: Literal["drop", "refuse"]) -> None:
+        self._log = log
+        self._refuses = when_full == "refuse"
+
+    def begins(self, method: str, call: Call) -> None:
+        """A call begins, in its task.
+
+        Raises:
+            Overloaded: it would have no line, and must have one.
+        """
+        if method in _SEQUENCES:
+            _sequences.set(call)
+        if self._refuses and method in AUDITED and self._log.is_full:
+            raise Overloaded(
+                "the audit log must have room for what is called; its queue is full", _RETRY_AFTER_S
+            )
+
+    def done(self, method: str, call: Call, request: Message, reply: Message) -> None:
+        """It was served."""
+        if method in AUDITED:
+            self._write(AUDITED[method], method, call, "OK", _said(request, reply))
+
+    def failed(self, method: str, call: Call, request: Message, error: ServerError) -> None:
+        """Its behaviour refused it."""
+        if method in AUDITED and not _is_refusal(error):
+            self._write(AUDITED[method], method, call, error.reason, _said(request, None))
+
+    def refused(self, method: str, call: Call, error: ServerError) -> None:
+        """It ended with an error. Those that say no to a caller have a line, whatever was called."""
+        if _is_refusal(error):
+            facts: dict[str, object] = {"quota": error.metadata["quota"]} if "quota" in error.metadata else {}
+            self._write("refused", method, call, error.reason, facts)
+
+    def cancelled(self, method: str, call: Call, code: str) -> None:
+        """Its client went away, or its time was over: what became of it nobody was told."""
+        if method in AUDITED:
+            self._write(AUDITED[method], method, call, code, {})
+
+    def session_event(self, event: str, model: str, session_ids: Sequence[str], count: int) -> None:
+        """The engine tells of sessions: those that the server itself ends have a line, and those of sequences."""
+        call = _sequences.get()
+        facts: dict[str, object] = {"model": model, "count": count}
+        if session_ids:
+            facts["sessions"] = [namespaces.own(session_id) for session_id in session_ids]
+        if event in _BY_SERVER:
+            tenant = namespaces.tenant_of(session_ids[0]) if session_ids else ""
+            self._log.write({"action": event, "who": "server", "tenant": tenant, "outcome": "OK", **facts})
+        elif call is not None and event in {"opened", "closed"}:
+            self._write("open" if event == "opened" else "close", "ModelInfer", call, "OK", facts)
+
+    def _write(self, action: str, method: str, call: Call, outcome: str, facts: dict[str, object]) -> None:
+        who: dict[str, object] = {
+            "who": call.who.name,
+            "tenant": call.who.tenant,
+            "role": call.who.role.value,
+        }
+        if call.who is ANYBODY:
+            who = {"who": "", "tenant": "", "role": ""}
+        line: dict[str, object] = {"action": action, **who, "peer": call.caller}
+        if call.certificate_names:
+            line["certificate"] = list(call.certificate_names)
+        line |= {"method": method, "outcome": outcome, **facts}
+        trace = str(call.metadata.get("traceparent", "")).split("-")
+        if len(trace) == 4 and len(trace[1]) == 32:
+            line["trace_id"] = trace[1]
+        self._log.write(line)
+
+
+def _is_refusal(error: ServerError) -> bool:
+    return error.reason in _REFUSALS or "quota" in error.metadata
+
+
+def _said(request: Message, reply: Message | None) -> dict[str, object]:
+    """What of a request and its reply has a place in a line: names and numbers, never states."""
+    facts: dict[str, object] = {}
+    for field in ("model", "session_id_prefix", "new_session_id", "request_id"):
+        if value := getattr(request, field, None):
+            facts[field] = value
+    ids = list(dict.fromkeys(_ids(request)))
+    opened = [] if reply is None else [each for each in _ids(reply) if each not in ids]
+    ids += opened
+    if ids:
+        facts["count"] = len(ids)
+        facts["sessions"] = ids[:MOST_NAMED]
+    closed = getattr(reply, "closed", None)
+    if closed is not None:
+        facts["count"] = closed
+    return facts
+
+
+def _ids(message: Any) -> Iterator[str]:
+    """The session ids that a message names."""
+    if session_id := getattr(message, "session_id", ""):
+        yield session_id
+    yield from getattr(message, "session_ids", ())
+    yield from getattr(message, "new_session_ids", ())
+    fields = message.DESCRIPTOR.fields_by_name
+    if "session" in fields:
+        yield message.session.session_id
+    if "sessions" in fields:
+        for each in message.sessions:
+            yield each.session_id
