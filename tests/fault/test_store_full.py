@@ -20,7 +20,7 @@ import pytest
 
 from stepwell_server.clock import SystemClock
 from stepwell_server.errors import Unavailable
-from stepwell_server.store.base import Batch, End, Tombstone
+from stepwell_server.store.base import Batch, End, StoreHealth, Tombstone
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
 from support.records import Record, decode
@@ -152,10 +152,16 @@ def check(way: str, kind: str, durability: Durability, path: Path) -> None:
         puts = [(f"more-{i}", record(f"more-{i}", 1)) for i in range(500)]
         assert not is_kept(store, Batch(puts=puts, counts=[("m", 500)]))
         require(store, kept)
+    is_on_disk, is_limited = isinstance(store, DiskStore), way == "limit"
+    if is_on_disk and not is_limited:  # how much is free says nothing of a limit
+        assert " is full, " in store.check().problem or " for closing others; " in store.check().problem
+        assert "bytes are free on the disk of" in store.check().warning
     changed = _change_some(store, kept)
     assert changed >= (kind == "segments") * 9, "the segment has its room already"
     _close_some(store, kept)
     room()
+    if is_on_disk:
+        assert store.check() == StoreHealth(warning=store.check().warning)
     _go_on(store, kept)
     store.close()
     store = opened(kind, durability, path)

@@ -241,6 +241,14 @@ class LmdbStore(LocalStore):
             self.files.require()
         return StoreHealth(problem, self._reopened)
 
+    def keep_nothing(self) -> None:
+        """Commit a change of nothing: a trial.
+
+        Raises:
+            Unavailable: not even that can be kept.
+        """
+        self._write_with(_KEEPS, lambda: self._commit(Batch(counts=[("", 0)])))
+
     def sync(self) -> None:
         """See to it that all that was committed survives a loss of power.
 

@@ -13,6 +13,7 @@ What cannot be written to the log goes to LMDB: the log is never needed.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import secrets
 import struct
@@ -27,6 +28,7 @@ from stepwell_server.errors import StoreGone, Unavailable
 from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk.files import flush_folders
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, TOMBSTONES, Durability, LmdbStore
+from stepwell_server.store.disk.room import Room
 from stepwell_server.store.disk.wal import SEGMENT_BYTES, Records, WriteAheadLog, room_for
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Joined, Stored, header_or_none, is_sound, supersedes
@@ -64,6 +66,7 @@ class DiskStore(LocalStore):
             StoreError: it cannot be used.
         """
         self.path = path
+        self._room = Room(path)
         self._times = times or StoreTimes()
         self._base = LmdbStore(
             path,
@@ -92,6 +95,13 @@ class DiskStore(LocalStore):
 
     @override
     def commit(self, batch: Batch) -> None:
+        try:
+            self._commit(batch)
+        except Unavailable as error:
+            self._room.failed(error, batch)
+            raise
+
+    def _commit(self, batch: Batch) -> None:
         self._base.files.require()
         if self._wal is None or self._closed:
             self._write(batch)
@@ -171,7 +181,9 @@ class DiskStore(LocalStore):
 
     @override
     def check(self) -> StoreHealth:
-        return self._base.check()
+        health = self._base.check()
+        problem = health.problem or self._room.problem(self._base.keep_nothing)
+        return dataclasses.replace(health, problem=problem, warning=self._room.warning())
 
     @override
     def close(self) -> None:
