@@ -39,6 +39,7 @@ from stepwell_server.store.base import Store, StoreBusy, StoreError
 from stepwell_server.store.opening import open_store
 from stepwell_server.store.times import StoreTimes
 from stepwell_server.store_watch import look_after
+from stepwell_server.systemd import Notifier
 
 if TYPE_CHECKING:
     from stepwell_server.rpc.fronts.native import NativeFront
@@ -207,7 +208,13 @@ async def _run(
     metrics_token: MetricsToken | None,
     audit: AuditLog | None,
 ) -> int:
-    stop = signals.stop_on_signals(clock, lambda: _reload(audit, certificates, callers))
+    notifier = Notifier()
+
+    def reload() -> None:
+        notifier.reloading()
+        _reload(audit, certificates, callers)
+
+    stop = signals.stop_on_signals(clock, reload)
     open_files = raise_limit()
     if settings.store == "disk":
         _log.info("store opened", data_dir=str(settings.data_dir), sessions=await store.count())
@@ -223,6 +230,8 @@ async def _run(
     observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts)
     gone, metrics = False, None
     try:
+        notifier.start()
+        readiness.listen(notifier.changed)
         # Probes are answered from here on, however long the models take.
         metrics = _serve_metrics(settings, observer, readiness, served.stats, metrics_token)
         address = await _listen(settings, rpc, certificates)
@@ -247,6 +256,7 @@ async def _run(
             _log.warning("the store did not come back from a commit; what was not acknowledged may be lost")
         if audit is not None:
             await asyncio.to_thread(audit.close)
+        notifier.close()
     _log.info("stopped")
     return 1 if gone else 0
 

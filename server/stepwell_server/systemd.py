@@ -1,0 +1,97 @@
+"""Tells systemd how the server is: sd_notify(3), a datagram with lines of KEY=VALUE to the socket in NOTIFY_SOCKET.
+
+While models are loaded the time that systemd allows for the start is extended as long as that goes on. The watchdog is
+fed by the event loop, so that a server whose loop hangs is restarted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Mapping
+
+from stepwell_server.logs import Log
+from stepwell_server.readiness import Report
+
+_log = Log("systemd")
+EXTEND_S = 60.0
+"""A start may take so much longer each time that it says that it goes on."""
+_FEED_S = 10.0
+
+
+class Notifier:
+    """Talks to systemd; does nothing where there is none. Lives on the event loop."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        self._place = environment.get("NOTIFY_SOCKET", "")
+        self._socket: socket.socket | None = None
+        self._was_ready = self._is_failing = False
+        self._feeding: asyncio.Task[None] | None = None
+        watchdog = environment.get("WATCHDOG_USEC", "")
+        is_meant = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.watchdog_s = int(watchdog) / 1e6 if watchdog.isdecimal() and is_meant else 0.0
+        """The longest that it may be silent; 0: nobody watches."""
+        if self._place:
+            # an abstract socket is written with @
+            self._place = "\0" + self._place[1:] if self._place[0] == "@" else self._place
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            self._socket.setblocking(False)
+
+    def start(self) -> None:
+        """Keep saying, from now on, that the event loop has its turns, and that a start goes on."""
+        if self._socket is not None:
+            self._feeding = asyncio.create_task(self._feed())
+
+    def changed(self, report: Report) -> None:
+        """Tell how the server is now. For `Readiness.listen`."""
+        if report.is_ready and not self._was_ready:
+            self._was_ready = True
+            self.tell(READY="1", STATUS="ready")
+        elif "stopping" in report.problems:
+            self.tell(STOPPING="1", STATUS=_one_line(report.problems["stopping"]))
+        else:
+            about = "; ".join((*report.problems.values(), *report.warnings.values())) or "ready"
+            self.tell(STATUS=_one_line(about))
+
+    def reloading(self) -> None:
+        """Files are read anew."""
+        self.tell(RELOADING="1", MONOTONIC_USEC=str(time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000))
+        self.tell(READY="1")
+
+    def tell(self, **facts: str) -> None:
+        """Send lines. What cannot be sent is not waited for."""
+        if self._socket is None:
+            return
+        try:
+            self._socket.sendto(
+                "\n".join(f"{key}={value}" for key, value in facts.items()).encode(), self._place
+            )
+            self._is_failing = False
+        except OSError as error:
+            if not self._is_failing:
+                _log.warning("systemd cannot be told how the server is", reason=error.strerror)
+            self._is_failing = True
+
+    def close(self) -> None:
+        """Say nothing any more."""
+        if self._feeding is not None:
+            self._feeding.cancel()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    async def _feed(self) -> None:
+        every = min(_FEED_S, self.watchdog_s / 3) if self.watchdog_s else _FEED_S
+        while True:
+            facts = {"WATCHDOG": "1"} if self.watchdog_s else {}
+            if not self._was_ready:
+                facts["EXTEND_TIMEOUT_USEC"] = str(int(EXTEND_S * 1e6))
+            if facts:
+                self.tell(**facts)
+            await asyncio.sleep(every)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
