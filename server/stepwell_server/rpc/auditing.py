@@ -57,7 +57,7 @@ UNAUDITED = {
     **dict.fromkeys(("TraceSetting", "LogSettings"), "never served"),
 }
 #: Whoever is refused for these has a line, whatever was called.
-_REFUSALS = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED"})
+_REFUSALS = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "QUOTA_EXCEEDED"})
 #: Calls in which sessions begin and end beside steps.
 _SEQUENCES = frozenset({"ModelInfer", "ModelStreamInfer"})
 #: What the engine tells of sessions that the server ends by itself.
@@ -140,7 +140,7 @@ class Auditor:
 
 
 def _is_refusal(error: ServerError) -> bool:
-    return error.reason in _REFUSALS or "quota" in error.metadata
+    return error.reason in _REFUSALS
 
 
 def _said(request: Message, reply: Message | None) -> dict[str, object]:

@@ -1,0 +1,150 @@
+"""What is in deploy/ and what the pages for operators say: it names what there is, and its commands run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from stepwell_server.cli.serve import serve
+from stepwell_server.errors import reasons
+
+ROOT = Path(__file__).parents[2]
+DEPLOY, DOCS = ROOT / "deploy", ROOT / "docs"
+PAGES = [DOCS / name for name in ("production.md", "certificates.md", "upgrade.md", "incidents.md")]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+OPTIONS = {name for option in serve.params for name in option.opts if name.startswith("--")}
+VARIABLES = {str(option.envvar) for option in serve.params if option.envvar}
+
+
+def _blocks(page: Path, kind: str) -> list[str]:
+    return [text for language, text in BLOCK.findall(page.read_text()) if language == kind]
+
+
+def test_every_option_of_serve_that_is_named_there_is_one() -> None:
+    kubernetes = (DEPLOY / "kubernetes.yaml").read_text()
+    container = (DEPLOY / "Containerfile").read_text()
+    named = set(re.findall(r"- (--[a-z-]+)=", kubernetes))
+    named |= set(re.findall(r'"(--[a-z-]+)"', container))
+    for page in (*PAGES, *DOCS.glob("*.md"), ROOT / "README.md"):
+        for command in re.findall(r"stepwell serve ((?:[^\n`]|\\\n)*)", page.read_text()):
+            named |= set(re.findall(r"(?<!\S)(--[a-z][a-z-]*)", command))
+    assert len(named) > 10
+    assert named - OPTIONS <= {"--help"}
+    unit = (DEPLOY / "stepwell.service").read_text()
+    variables = set(re.findall(r"STEPWELL_[A-Z_]+", unit + container))
+    assert len(variables) > 5
+    assert variables <= VARIABLES
+
+
+def test_every_reason_and_every_alert_has_its_section() -> None:
+    headings = set(re.findall(r"^### (\S+)$", (DOCS / "incidents.md").read_text(), re.MULTILINE))
+    assert set(reasons()) <= headings
+    alerts = [
+        alert
+        for file in DEPLOY.glob("prometheus/*.yml")
+        for alert in re.findall(r"alert: (\S+)", file.read_text())
+    ]
+    assert set(alerts) <= headings
+
+
+def test_the_image_is_pinned_and_runs_as_nobody_in_particular() -> None:
+    text = (DEPLOY / "Containerfile").read_text()
+    lines = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)).splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line.strip() and not line.startswith(" ")]
+    base = next(value for name, value in steps if name == "ARG" and value.startswith("PYTHON="))
+    assert re.fullmatch(r"PYTHON=python:3\.\d+\.\d+-slim-trixie", base)
+    assert [value.split()[0] for name, value in steps if name == "FROM"] == ["${PYTHON}", "${PYTHON}"]
+    assert "ADD" not in [name for name, _ in steps]
+    last = [name for name, _ in steps[max(n for n, step in enumerate(steps) if step[0] == "FROM") :]]
+    assert last.index("USER") > last.index("RUN")
+    assert {"HEALTHCHECK", "ENTRYPOINT", "CMD", "VOLUME"} <= set(last)
+    (user,) = [value for name, value in steps if name == "USER"]
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
+    for name, value in steps:
+        if name == "COPY" and not value.startswith("--from"):
+            assert all((ROOT / source).exists() for source in value.split()[:-1]), value
+    assert not re.search(r"https?://(?!127)|curl |wget |--index-url|:latest", text)
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import front  # type: ignore[import-not-found,unused-ignore]
+    finally:
+        sys.path.pop(0)
+    assert sorted(re.findall(r"librust-\S+-dev", text)) == sorted(front.PACKAGES)
+
+
+def test_the_unit_is_one(tmp_path: Path) -> None:
+    text = (DEPLOY / "stepwell.service").read_text()
+    for line in ("Type=notify-reload", "DynamicUser=yes", "ProtectSystem=strict", "NoNewPrivileges=yes"):
+        assert f"\n{line}\n" in text
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("no systemd-analyze here, which reads the unit as systemd does")
+    unit = tmp_path / "stepwell.service"
+    unit.write_text(text.replace("/opt/stepwell/bin/stepwell", "/bin/true"))
+    verified = subprocess.run([analyze, "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert "stepwell.service" not in verified.stderr.replace(
+        str(unit), "stepwell.service" * verified.returncode
+    )
+    rated = subprocess.run(
+        [analyze, "security", "--offline=true", str(unit)], capture_output=True, text=True, check=False
+    )
+    found = re.search(r"exposure level for stepwell.service: ([\d.]+)", rated.stdout)
+    assert found is not None
+    assert float(found[1]) < 2
+
+
+def test_kubernetes_finds_what_it_wants() -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML comes with the checks of the alert rules")
+    service, server = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
+    assert service["spec"]["selector"] == server["spec"]["template"]["metadata"]["labels"]
+    pod = server["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    volumes |= {claim["metadata"]["name"] for claim in server["spec"]["volumeClaimTemplates"]}
+    for container in (*pod["initContainers"], *pod["containers"]):
+        assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert not container["image"].endswith(":latest")
+    (container,) = pod["containers"]
+    ports = {port["name"] for port in container["ports"]}
+    probes = {container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("liveness", "readiness")}
+    assert probes == {"/livez", "/readyz"}
+    assert {container[f"{kind}Probe"]["httpGet"]["port"] for kind in ("liveness", "readiness")} <= ports
+
+
+def test_the_commands_of_the_pages_run(tmp_path: Path) -> None:
+    stepwell = f'stepwell() {{ "{sys.executable}" -m stepwell "$@"; }}\n'
+    tokens, certificates = _blocks(DOCS / "production.md", "sh")[1], _blocks(DOCS / "certificates.md", "sh")
+    if shutil.which("openssl") is None:
+        certificates = []
+    for block in (tokens, *certificates):
+        done = subprocess.run(
+            ["bash", "-euc", stepwell + block], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tokens").read_text().count("sha256:") == 2
+    (settings,) = _blocks(DOCS / "production.md", "toml")
+    file = tmp_path / "stepwell.toml"
+    file.write_text(settings)
+    secrets = {"STEPWELL_AUTH_TOKENS": str(tmp_path / "tokens"), "STEPWELL_DATA_DIR": str(tmp_path / "data")}
+    if certificates:
+        secrets |= {"STEPWELL_TLS_CERT": str(tmp_path / "server.crt")}
+        secrets |= {"STEPWELL_TLS_KEY": str(tmp_path / "server.key")}
+    shown = subprocess.run(
+        [sys.executable, "-m", "stepwell", "serve", "--config", str(file), "--show-config"],
+        env={**os.environ, **secrets},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert 'listen = "0.0.0.0:50051"' in shown.stdout
+    assert isinstance(serve, click.Command)
