@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import re
+import signal
+import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -158,25 +160,39 @@ def test_without_a_model_that_can_be_served_there_is_no_server(tmp_path: Path) -
     assert err.splitlines()[-1].startswith("stepwell: error: no model can be served; model bad: ")
 
 
-def test_it_is_not_ready_while_it_finishes_what_is_queued() -> None:
-    kept = forecast()
-    options = (
-        "--listen",
-        "127.0.0.1:0",
-        "--metrics-listen",
-        "127.0.0.1:0",
-        "--cache-dir",
-        str(kept.cache_dir),
-    )
-    with ServerProcess(f"forecast={kept.path}", *options) as server:
-        http = _address(server.wait_for_log(" metrics address="))
-        channel, stub = connect(server)
-        with channel:
-            stub.OpenSession(pb.OpenSessionRequest(model="forecast", session_id="a"), timeout=_TIMEOUT_S)
-            long = begin_long_step(stub, "a", 400_000)
-            server.signal()
-            server.wait_for_log("stopping")
-            assert probe(http, "/readyz") == (503, "not ready: stopping: the server stops\n")
-            assert probe(http, "/livez")[0] == 200
-            assert long.result().revision == 1
-        assert server.finish()[0] == 0
+def test_probes_systemd_and_the_audit_log_hear_of_a_life(tmp_path: Path) -> None:
+    kept, audit = forecast(), tmp_path / "audit.jsonl"
+    options = ("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0")
+    models = (f"forecast={kept.path}", "--cache-dir", str(kept.cache_dir), "--audit-log", str(audit))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(_TIMEOUT_S)
+        environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "60000000"}
+        with ServerProcess(*models, *options, environment=environment) as server:
+            http = _address(server.wait_for_log(" metrics address="))
+            told = set[str]()
+            while "READY=1" not in told:
+                told.update(systemd.recv(4096).decode().splitlines())
+            assert {"WATCHDOG=1", "EXTEND_TIMEOUT_USEC=60000000", "STATUS=ready"} <= told
+            channel, stub = connect(server)
+            with channel:
+                stub.OpenSession(pb.OpenSessionRequest(model="forecast", session_id="a"), timeout=_TIMEOUT_S)
+                audit.rename(tmp_path / "old")
+                server.signal(signal.SIGHUP)
+                while "RELOADING=1" not in told:
+                    told.update(systemd.recv(4096).decode().splitlines())
+                long = begin_long_step(stub, "a", 150_000)
+                server.signal()
+                server.wait_for_log("stopping")
+                while "STOPPING=1" not in told:
+                    told.update(systemd.recv(4096).decode().splitlines())
+                assert probe(http, "/readyz") == (503, "not ready: stopping: the server stops\n")
+                assert probe(http, "/livez")[0] == 200
+                assert Scrape.of(http).value("stepwell_audit_events_total", "dropped") == 0
+                assert long.result().revision == 1
+            assert server.finish()[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "old").read_text().splitlines()]
+    assert [(line["action"], line["sessions"]) for line in lines] == [("open", ["a"])]
+    # what `begin_long_step` looks at
+    later = {json.loads(line)["action"] for line in audit.read_text().splitlines()}
+    assert later == {"read_state"}

@@ -25,6 +25,7 @@ _CODES = [
     (errors.Overloaded("m", 0.25), "RESOURCE_EXHAUSTED", "OVERLOADED"),
     (errors.Unavailable("m"), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.StoreGone("m"), "UNAVAILABLE", "UNAVAILABLE"),
+    (errors.Starting("m", 0.25), "UNAVAILABLE", "STARTING"),
     (errors.DeadlineExceeded("m"), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
     (errors.StateCorrupt("m"), "DATA_LOSS", "STATE_CORRUPT"),
     (errors.Unauthenticated("m"), "UNAUTHENTICATED", "UNAUTHENTICATED"),
@@ -64,14 +65,15 @@ def test_calls_and_frames_say_the_same(error: errors.ServerError, code: str, rea
     assert dict(info.metadata) == dict(proto.metadata) == error.metadata
 
 
-def test_only_overload_comes_with_a_delay() -> None:
+def test_only_overload_and_a_start_come_with_a_delay() -> None:
     for error, _, _ in _CODES:
         kinds = [detail.TypeName() for detail in _details(to_status(error)).details]
-        assert ("google.rpc.RetryInfo" in kinds) is isinstance(error, errors.Overloaded)
+        assert ("google.rpc.RetryInfo" in kinds) is isinstance(error, errors.Overloaded | errors.Starting)
     retry = error_details_pb2.RetryInfo()
     assert _details(to_status(errors.Overloaded("m", 0.25))).details[1].Unpack(retry)
     assert retry.retry_delay.ToMilliseconds() == 250
     assert to_proto(errors.Overloaded("m", 0.25)).retry_after_ms == 250
+    assert to_proto(errors.Starting("m", 1.0)).retry_after_ms == 1000
     assert to_proto(errors.Overloaded("m", 1e-9)).retry_after_ms == 1
 
 
