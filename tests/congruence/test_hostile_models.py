@@ -369,7 +369,9 @@ def test_a_file_that_is_an_archive_and_hdf5_is_not_loaded_as_the_other(lstm: Pat
 
     marker = tmp_path / "marker"
     x = keras.Input((2,))
-    evil = keras.layers.Lambda(lambda y, path=str(marker): (open(path, "w").close(), y)[1], output_shape=(2,))
+    evil = keras.layers.Lambda(
+        lambda y, path=str(marker): (Path(path).write_text(""), y)[1], output_shape=(2,)
+    )
     layer = keras.Model(x, evil(x))
     marker.unlink(missing_ok=True)
     layer.save(tmp_path / "evil.h5")
