@@ -24,7 +24,7 @@ from stepwell_server.program import Program, ProofOptions
 
 #: Raise it when the compiler makes something else of the same model.
 COMPILE_VERSION = 5
-_HOLDS = (f"*{program_file.SUFFIX}", ".*")
+HOLDS = (f"*{program_file.SUFFIX}", ".*")
 _KEY, _KEY_BYTES = ".key", 32
 _log = Log("compile")
 _PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")
@@ -63,7 +63,7 @@ def make(folder: Path) -> None:
     Raises:
         OSError: others can, or it cannot be made.
     """
-    private_files.make_folder(folder, _HOLDS)
+    private_files.make_folder(folder, HOLDS)
 
 
 def load(file: Path) -> Program | None:
