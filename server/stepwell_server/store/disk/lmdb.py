@@ -38,7 +38,7 @@ from stepwell_server.errors import StateCorrupt, StoreGone, Unavailable
 from stepwell_server.store.base import Batch, End, LocalStore, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk.files import OpenFiles, explain, flush, flush_folders
 from stepwell_server.store.disk.keys import entries, items, key_of, own, values
-from stepwell_server.store.disk.lock import LOCK_FILE, DirectoryLock
+from stepwell_server.store.disk.lock import DirectoryLock
 from stepwell_server.store.disk.reserve import Extent, NoRoom, Reserve
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Stored, header_or_none
@@ -66,8 +66,6 @@ _log = logging.getLogger(__name__)
 _READABLE = "the store must be readable"
 _KEEPS = "the store must be able to keep the change"
 _FOLDER, _COPY, _DATA = "sessions", "sessions.compacting", "data.mdb"
-#: Names of what is in a data directory, here and in the modules beside this one.
-HOLDS = ("sessions", "sessions.compacting", "journal", LOCK_FILE)
 _TOMBSTONE = struct.Struct("<QBdQQ")  # age, end, at, request id, revision
 _AGE = struct.Struct(">Q")  # big-endian: in the order of the keys
 
@@ -112,7 +110,7 @@ class LmdbStore(LocalStore):
         self.files = OpenFiles()
         """What must stay where it is."""
         with _start_errors(path):
-            private_files.make_folder(path, HOLDS)
+            private_files.make_folder(path, private_files.OF_DATA)
             self.lock = DirectoryLock(path, clock=clock)
         try:
             with _start_errors(path):
