@@ -99,7 +99,7 @@ class Batch:
     tombstones: Sequence[Tombstone] = ()
     """At most so many are kept as the store was told; the oldest are forgotten first."""
     counts: Sequence[tuple[str, int]] = ()
-    """By how much the number of a model's sessions changes, if all of the batch is kept.
+    """By how much the number of a model's sessions changes, if all of the batch is kept: `engine.durability.counts`.
 
     A store that keeps members one by one counts those that it kept.
     """
@@ -267,7 +267,7 @@ class LocalStore(Protocol):
         """How many sessions there are."""
 
     def count_of(self, model: str) -> int:
-        """How many sessions a model has, by the counts of all batches."""
+        """How many sessions a model has, or whatever else has this name, by the counts of all batches."""
 
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         """What is remembered of many sessions that are gone."""

@@ -13,6 +13,7 @@ from stepwell_server.core.leases import Lease, Leases
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import SessionInfo
+from stepwell_server.engine.durability import counts
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.fields import of_lease
 from stepwell_server.engine.durability.group_commit import GroupCommit
@@ -178,13 +179,13 @@ class Creation:
     def _undo(self, model: Model, ids: Sequence[str], committed: Committed, then: Callable[[], None]) -> None:
         """Delete those of sessions that were not all made which were, or may have been."""
         there = [session_id for session_id in ids if session_id not in committed.conflicts]
-        batch = Batch(deletes=there, counts=((model.name, -len(there)),))
+        batch = Batch(deletes=there, counts=counts.changed(there, model.name, -1))
         self._commits.submit(lambda: batch, len(there), lambda _: then())
 
     def _batch(self, fresh: Fresh) -> Batch:
         ids = fresh.ids
         puts = _records(fresh.part(self._keeping.made(ids, fresh.ready)))
-        return Batch(puts=puts, forgets=ids, counts=((fresh.model.name, len(ids)),))
+        return Batch(puts=puts, forgets=ids, counts=counts.changed(ids, fresh.model.name, 1))
 
     async def _add_in_pieces(self, fresh: Fresh) -> None:
         async for part in in_pieces(fresh.ids):

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.files import allocate, free_bytes
 
@@ -82,7 +83,8 @@ class Reserve:
         Raises:
             Exception: what the last attempt raised, or that there is no room to open sessions.
         """
-        change = sum(change for _, change in batch.counts)
+        # those of tenants are among those of models
+        change = sum(change for name, change in batch.counts if SEPARATOR not in name)
         if change > 0:
             self._open(batch, change, attempt, extent)
             return
