@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from stepwell_server.errors import StateCorrupt
+from stepwell_server.store import counts
 from stepwell_server.store.base import Batch, Committed, LocalStore, Store, StoreHealth, Tombstone
 from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import Header, Stored, decode_header
@@ -129,7 +130,8 @@ class RemoteStore(Store):
                 conflicts.add(session_id)
                 continue
             if self._is_kept(session_id, unknown):
-                began = [(decode_header(session_id, record).model, 1)] if session_id in new else []
+                model = decode_header(session_id, record).model
+                began = counts.changed([session_id], model, 1) if session_id in new else []
                 forgets = [session_id] if session_id in new else []
                 self.shared.commit(Batch(puts=[(session_id, record)], forgets=forgets, counts=began))
         for session_id in batch.deletes:
@@ -140,7 +142,8 @@ class RemoteStore(Store):
                 conflicts.add(session_id)
                 continue
             if self._is_kept(session_id, unknown):
-                ended = [(there.model, -1)] if there is not None and there.model else []
+                gone = there.model if there is not None else ""
+                ended = counts.changed([session_id], gone, -1) if gone else []
                 own = [] if stone is None else [stone]
                 self.shared.commit(Batch(deletes=[session_id], tombstones=own, counts=ended))
         return Committed(frozenset(conflicts), frozenset(unknown))

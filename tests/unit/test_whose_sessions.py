@@ -21,6 +21,7 @@ from support.fake_executor import PLAIN
 from support.triton_requests import request as infer
 from support.wire import Refusal, of_members, refused_part, tensors
 
+pytestmark = pytest.mark.stores("memory", "async", "awaited")
 ANN = Caller("ann", "acme", Role.USER)
 BOB = Caller("bob", "zeta", Role.USER)
 OPS = Caller("ops", "ops", Role.ADMIN)

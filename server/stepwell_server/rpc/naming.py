@@ -6,47 +6,13 @@ caller cannot name a session of another tenant: what it says is in its own names
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 
 from stepwell_server.core import namespaces
-from stepwell_server.core.callers import Caller, Role, is_name
-from stepwell_server.errors import InvalidInput, PermissionDenied
-
-TENANT_KEY = "stepwell-tenant"
-"""Metadata in which an admin says whose sessions a call is about."""
-EVERYBODYS = "*"
-"""In place of a tenant, for lists of all tenants' sessions. No tenant has this name."""
-NOBODYS = "-"
-"""In place of a tenant, for sessions that are no tenant's. No tenant has this name."""
-
-
-def acting_for(caller: Caller, metadata: Mapping[str, str | bytes]) -> Caller:
-    """The caller, in the namespace that its call says.
-
-    Raises:
-        PermissionDenied: it is another tenant's, and the caller no admin.
-        InvalidInput: it is no name of a tenant.
-    """
-    said = metadata.get(TENANT_KEY)
-    if said is None:
-        return caller
-    tenant = "" if said == NOBODYS else said
-    if tenant == caller.tenant:
-        return caller
-    if caller.role is not Role.ADMIN:
-        raise PermissionDenied(
-            f"{TENANT_KEY} must be the caller's own tenant, {caller.tenant or NOBODYS!r}, unless its role is admin;"
-            f" caller {str(caller)!r} has {caller.role.value} and said {said!r}",
-            role=caller.role.value,
-        )
-    if not isinstance(tenant, str) or not (tenant in {"", EVERYBODYS} or is_name(tenant)):
-        raise InvalidInput(
-            f"{TENANT_KEY} must be the name of a tenant, {NOBODYS!r} for sessions of none, or {EVERYBODYS!r} for"
-            f" lists of everybody's; got {said!r}"
-        )
-    return dataclasses.replace(caller, tenant=tenant)
+from stepwell_server.core.callers import Caller, is_name
+from stepwell_server.errors import InvalidInput
+from stepwell_server.rpc.access import ALL_TENANTS, TENANT_KEY
 
 
 def require_no_tenant(metadata: Mapping[str, str | bytes]) -> None:
@@ -109,11 +75,11 @@ def listed(who: Caller, prefix: str) -> str | None:
     Raises:
         InvalidInput: everybody's ids do not lie together by how they begin.
     """
-    if who.tenant != EVERYBODYS:
+    if who.tenant != ALL_TENANTS:
         return who.tenant
     if prefix:
         raise InvalidInput(
-            f"session_id_prefix must be empty where {TENANT_KEY} is {EVERYBODYS!r}: ids begin so within a tenant;"
+            f"session_id_prefix must be empty where {TENANT_KEY} is {ALL_TENANTS!r}: ids begin so within a tenant;"
             f" got {prefix!r}"
         )
     return None
@@ -121,17 +87,17 @@ def listed(who: Caller, prefix: str) -> str | None:
 
 def inner_place(who: Caller, session_id: str) -> str:
     """The engine's id of the session at which a page of a list ended: of everybody's it says whose it is."""
-    return session_id if who.tenant == EVERYBODYS else namespaces.inner(who.tenant, session_id)
+    return session_id if who.tenant == ALL_TENANTS else namespaces.inner(who.tenant, session_id)
 
 
 def own_place(who: Caller, session_id: str) -> str:
     """The other way round."""
-    return session_id if who.tenant == EVERYBODYS else namespaces.own(session_id)
+    return session_id if who.tenant == ALL_TENANTS else namespaces.own(session_id)
 
 
 def imported(who: Caller, tenant: str, session_id: str) -> str:
     """The engine's id of a session that is imported, which was `tenant`'s: only who acts for everybody says so."""
-    if who.tenant != EVERYBODYS:
+    if who.tenant != ALL_TENANTS:
         return namespaces.inner(who.tenant, session_id)
     if tenant and not is_name(tenant):
         raise InvalidInput(f"sessions.tenant must be the name of a tenant, or empty; got {tenant!r}")
@@ -163,12 +129,12 @@ def own_all(session_ids: Sequence[str]) -> Sequence[str]:
 
 def tenant_told(who: Caller, session_id: str) -> str:
     """The tenant of a session, for those who asked for everybody's."""
-    return namespaces.tenant_of(session_id) if who.tenant == EVERYBODYS else ""
+    return namespaces.tenant_of(session_id) if who.tenant == ALL_TENANTS else ""
 
 
 def _require_one(who: Caller) -> None:
-    if who.tenant == EVERYBODYS:
+    if who.tenant == ALL_TENANTS:
         raise InvalidInput(
-            f"{TENANT_KEY} must be one tenant where sessions are named or made; got {EVERYBODYS!r}, which is for"
+            f"{TENANT_KEY} must be one tenant where sessions are named or made; got {ALL_TENANTS!r}, which is for"
             " listing, exporting and closing those that fit a filter"
         )

@@ -99,9 +99,9 @@ class Batch:
     tombstones: Sequence[Tombstone] = ()
     """At most so many are kept as the store was told; the oldest are forgotten first."""
     counts: Sequence[tuple[str, int]] = ()
-    """By how much the number of a model's sessions changes, if all of the batch is kept: `engine.durability.counts`.
+    """By how much the number of a model's sessions changes, if all of the batch is kept: `store.counts`.
 
-    A store that keeps members one by one counts those that it kept.
+    A store that keeps members one by one counts those that it kept, as is said there.
     """
 
     goes_back: bool = False

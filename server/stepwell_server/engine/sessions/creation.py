@@ -13,7 +13,6 @@ from stepwell_server.core.leases import Lease, Leases
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import SessionInfo
-from stepwell_server.engine.durability import counts
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.fields import of_lease
 from stepwell_server.engine.durability.group_commit import GroupCommit
@@ -25,6 +24,7 @@ from stepwell_server.engine.sessions.ids import PIECE, in_pieces
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array
 from stepwell_server.errors import ServerError
+from stepwell_server.store import counts
 from stepwell_server.store.base import Batch, Committed
 from stepwell_server.store.record import RecordTemplate, Stored
 

@@ -16,13 +16,13 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.idle import IdleWatch
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Observer
-from stepwell_server.engine.durability import counts
 from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.models import Models
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
+from stepwell_server.store import counts
 from stepwell_server.store.base import Batch, Committed, End, Store, Tombstone
 from stepwell_server.store.record import Header, header_or_none
 

@@ -18,8 +18,11 @@ from stepwell_server.store.base import Store
 
 MAX_ID_LENGTH = 256
 MAX_SESSIONS_PER_CALL = 65_536
-_MADE_BY_A_SERVER = re.compile(r"s-([0-9a-f]{8})-[A-Za-z0-9_-]{22}(-[0-9a-f]{4})?")
+#: The second form is of one of many sessions; the third was before, and they are still there.
+_MADE_BY_A_SERVER = re.compile(r"s-([0-9a-f]{8})-[A-Za-z0-9_-]{22}([A-Za-z0-9_-]{4}|-[0-9a-f]{4})?")
 _TOKEN_BYTES, _TOKEN_LENGTH = 16, 22
+#: Of what the ids of one call have in common.
+_GROUP_BYTES = 3
 #: Sessions that one call works on before others get a turn of the event loop.
 PIECE = 4096
 
@@ -44,22 +47,23 @@ class IdMaker:
     def make_many(
         self, request_id: int, count: int, sources: Sequence[str] = (), *, namespace: str = ""
     ) -> list[str]:
-        """Ids for what one call makes, ascending. Who knows some of them cannot guess another one.
+        """Ids for what one call makes: neighbours in the store, ascending. Who knows some cannot guess another one.
 
         `sources` are the sessions that they are made from, if there are any.
         """
         seed = self._token(request_id, "\n".join(["many", *sources]), namespace)
         # as far as it is read, and nothing of it tells what else it has: FIPS 202
-        tokens = hashlib.shake_256(self._secret + seed).digest(count * _TOKEN_BYTES)
-        return sorted(self._named(tokens, namespace))
+        drawn = hashlib.shake_256(self._secret + seed).digest(_GROUP_BYTES + count * _TOKEN_BYTES)
+        group = base64.urlsafe_b64encode(drawn[:_GROUP_BYTES]).decode()
+        return sorted(self._named(drawn[_GROUP_BYTES:], namespace, group))
 
-    def _named(self, tokens: bytes, namespace: str) -> list[str]:
+    def _named(self, tokens: bytes, namespace: str, group: str = "") -> list[str]:
         """An id for each of tokens that stand one after the other."""
         # in one go: 18 bytes are 24 digits, of which those of the last two bytes are left out
         padded = np.zeros((len(tokens) // _TOKEN_BYTES, 18), np.uint8)
         padded[:, :_TOKEN_BYTES] = np.frombuffer(tokens, np.uint8).reshape(-1, _TOKEN_BYTES)
         digits = base64.urlsafe_b64encode(padded.tobytes()).decode()
-        begin = f"{namespace}s-{self._incarnation}-"
+        begin = f"{namespace}s-{self._incarnation}-{group}"
         return [begin + digits[at : at + _TOKEN_LENGTH] for at in range(0, len(digits), 24)]
 
     def _token(self, request_id: int, source: str, namespace: str) -> bytes:

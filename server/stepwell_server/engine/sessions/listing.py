@@ -10,11 +10,11 @@ from typing import Any
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Order, Position, SessionFilter, SessionInfo, SessionPage
-from stepwell_server.engine.durability import counts
 from stepwell_server.engine.sessions.catalogue import Candidate, Catalogue, Query
 from stepwell_server.engine.sessions.directory import Directory, stored_info
 from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.errors import SessionGone
+from stepwell_server.store import counts
 from stepwell_server.store.base import Store
 from stepwell_server.store.record import Header, header_or_none
 

@@ -15,7 +15,6 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Observer, Position, SessionFilter
-from stepwell_server.engine.durability import counts
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.fields import without_lease
 from stepwell_server.engine.durability.group_commit import GroupCommit
@@ -43,6 +42,7 @@ from stepwell_server.errors import (
     SessionNotFound,
     StateCorrupt,
 )
+from stepwell_server.store import counts
 from stepwell_server.store.base import Batch, Committed, LocalStore, Outcome, Store
 from stepwell_server.store.record import (
     Header,

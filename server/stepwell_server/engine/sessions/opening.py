@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.intake.validation import check_finite_state
 from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, in_pieces, require_session_id
+from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, PIECE, in_pieces, require_session_id
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.reading import ROWS_AT_ONCE
 from stepwell_server.engine.state.model import Model
@@ -388,7 +389,10 @@ class Opening:
     ) -> list[str]:
         """The chosen ids, or new ones; `field` is the one of the request that has them."""
         if not chosen:
-            return self._directory.ids.make_many(request_id, count, sources, namespace=namespace)
+            made = functools.partial(
+                self._directory.ids.make_many, request_id, count, sources, namespace=namespace
+            )
+            return made() if count <= PIECE else await asyncio.to_thread(made)
         async for part in in_pieces(chosen):
             for session_id in chosen[part]:
                 require_session_id(field, session_id)
