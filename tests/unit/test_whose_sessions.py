@@ -147,13 +147,13 @@ async def renewed(at: Calls, _session_id: str) -> None:
 
 
 async def models(at: Calls, _session_id: str) -> None:
-    assert [model.sessions for model in (await at.call(models_pb2.ListModelsRequest())).models] == [0]
+    assert [model.sessions for model in (await at.call(models_pb2.ListModelsRequest())).models] == [0, 0]
     assert (await at.call(models_pb2.GetModelRequest(name="plain"))).model.sessions == 0
 
 
 async def statistics(at: Calls, _session_id: str) -> None:
-    (told,) = (await at.call(triton.ModelStatisticsRequest())).model_stats
-    assert told == triton.ModelStatistics(name="plain", version="1")
+    told = (await at.call(triton.ModelStatisticsRequest())).model_stats
+    assert list(told) == [triton.ModelStatistics(name=name, version="1") for name in ("other", "plain")]
 
 
 async def predicted(at: Calls, _session_id: str) -> None:
@@ -217,7 +217,7 @@ def expect_no_session(refusal: Refusal, session_id: str) -> None:
 
 @pytest.fixture
 async def at() -> AsyncIterator[Calls]:
-    async with calls({"plain": dataclasses.replace(PLAIN)}) as found:
+    async with calls({"plain": PLAIN, "other": dataclasses.replace(PLAIN, fingerprint="other")}) as found:
         ann = found.of(ANN)
         for session_id in (MINE, ALSO_MINE):
             await ann.call(pb.OpenSessionRequest(model="plain", session_id=session_id))
@@ -279,6 +279,22 @@ async def test_the_owner_finds_its_sessions_by_its_own_ids(at: Calls) -> None:
     assert (await ann.call(closing)).closed == 3
     assert (await ann.refused(named(made)["GetState"])).metadata == {"session_id": made}
     assert {namespaces.tenant_of(one) for one in at.at.inside.loaded()} == {"acme"}
+
+
+async def test_triton_names_a_session_as_its_caller_knows_it(at: Calls) -> None:
+    ann = at.of(ANN)
+    await ann.call(pb.OpenSessionRequest(model="other", session_id="triton/plain/9"))
+    message = "session 'triton/plain/9' must be of model 'plain' to be its sequence 9; it is of 'other'"
+    assert (await ann.refused(infer(X, sequence_id=9))).message == message
+    (raw,) = await ann.streamed("ModelStreamInfer", infer(X, sequence_id=9))
+    assert triton.ModelStreamInferResponse.FromString(raw).error_message == message
+    (raw,) = await ann.streamed("ModelStreamInfer", infer(X, sequence_id=7))
+    assert (
+        triton.ModelStreamInferResponse.FromString(raw)
+        .infer_response.parameters["stepwell_revision"]
+        .int64_param
+        == 2
+    )
 
 
 async def test_pages_go_on_within_the_tenant(at: Calls) -> None:
