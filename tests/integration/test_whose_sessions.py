@@ -79,7 +79,16 @@ def test_tenants_share_a_server_and_no_sessions(server: ServerProcess, tmp_path:
             with pytest.raises(stepwell.PermissionDeniedError, match="needs the role admin or user"):
                 changing()
         assert bob.close_sessions(everything=True) == 4
-        only_mine.step(X[0])
+        with client("ops", tenant="*") as everybody:
+            all_of_them = tmp_path / "all.sessions"
+            assert everybody.export_sessions(all_of_them).exported == 6
+            only_mine.step(X[0])
+            report = everybody.import_sessions(all_of_them)
+            assert (report.imported, list(report.failures)) == (5, ["acme/only mine"])
+            assert {(one.tenant, one.session_id) for one in everybody.sessions()} >= {
+                ("acme", "same"),
+                ("", "old"),
+            }
 
     shown = "--server", server.address, "--token-file", str(tmp_path / "ops")
     listed = [

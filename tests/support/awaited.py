@@ -131,9 +131,12 @@ class RemoteStore(Store):
                 continue
             if self._is_kept(session_id, unknown):
                 model = decode_header(session_id, record).model
-                began = counts.changed([session_id], model, 1) if session_id in new else []
+                began = [(model, 1)] if session_id in new else []
                 forgets = [session_id] if session_id in new else []
-                self.shared.commit(Batch(puts=[(session_id, record)], forgets=forgets, counts=began))
+                tenants = counts.of_tenants([(session_id, name) for name, _ in began], 1)
+                self.shared.commit(
+                    Batch(puts=[(session_id, record)], forgets=forgets, counts=began, tenant_counts=tenants)
+                )
         for session_id in batch.deletes:
             there, stone = self._header(session_id), stones.get(session_id)
             if stone is not None and (
@@ -143,9 +146,12 @@ class RemoteStore(Store):
                 continue
             if self._is_kept(session_id, unknown):
                 gone = there.model if there is not None else ""
-                ended = counts.changed([session_id], gone, -1) if gone else []
+                ended = [(gone, -1)] if gone else []
                 own = [] if stone is None else [stone]
-                self.shared.commit(Batch(deletes=[session_id], tombstones=own, counts=ended))
+                tenants = counts.of_tenants([(session_id, name) for name, _ in ended], -1)
+                self.shared.commit(
+                    Batch(deletes=[session_id], tombstones=own, counts=ended, tenant_counts=tenants)
+                )
         return Committed(frozenset(conflicts), frozenset(unknown))
 
     def _is_kept(self, session_id: str, unknown: set[str]) -> bool:

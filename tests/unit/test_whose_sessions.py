@@ -281,6 +281,23 @@ async def test_the_owner_finds_its_sessions_by_its_own_ids(at: Calls) -> None:
     assert {namespaces.tenant_of(one) for one in at.at.inside.loaded()} == {"acme"}
 
 
+async def test_ids_are_as_long_in_a_tenant_as_without_one(at: Calls) -> None:
+    longest = Caller("ann", "a" * 64, Role.USER)
+    ids = ["\U0001d11e" * 256, "\U0001d11e" * 255 + "x"]
+    for who in (ANYBODY, longest):
+        own = at.of(who)
+        await own.call(pb.OpenSessionsRequest(model="plain", session_ids=ids))
+        for session_id in ids:
+            await own.call(pb.StepRequest(session_id=session_id, inputs=tensors({"x": X})))
+        assert {one.session_id for one in (await own.call(pb.ListSessionsRequest())).sessions} == set(ids)
+        exported = (await own.call(pb.ExportSessionsRequest(session_ids=ids))).sessions
+        replaced = pb.ImportSessionsRequest(sessions=exported, existing=pb.EXISTING_SESSION_REPLACE)
+        assert len((await own.call(replaced)).sessions) == 2
+        (await own.refused(pb.OpenSessionRequest(model="plain", session_id=ids[0] + "x"))).expect(
+            "INVALID_ARGUMENT", "INVALID_INPUT", "1 to 256 printable", "got 257 characters"
+        )
+
+
 async def test_triton_names_a_session_as_its_caller_knows_it(at: Calls) -> None:
     ann = at.of(ANN)
     await ann.call(pb.OpenSessionRequest(model="other", session_id="triton/plain/9"))

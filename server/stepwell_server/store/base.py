@@ -99,10 +99,12 @@ class Batch:
     tombstones: Sequence[Tombstone] = ()
     """At most so many are kept as the store was told; the oldest are forgotten first."""
     counts: Sequence[tuple[str, int]] = ()
-    """By how much the number of a model's sessions changes, if all of the batch is kept: `store.counts`.
+    """By how much the number of a model's sessions changes, if all of the batch is kept.
 
-    A store that keeps members one by one counts those that it kept, as is said there.
+    A store that keeps members one by one counts those that it kept.
     """
+    tenant_counts: Sequence[tuple[str, int]] = ()
+    """The same of what is counted of tenants: `store.counts`."""
 
     goes_back: bool = False
     """Its records may be of earlier changes than what the store had of the same sessions: they count all the same."""

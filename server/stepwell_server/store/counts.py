@@ -1,32 +1,27 @@
-"""How many sessions the store has: in all and of each model, and the same of each tenant and of all tenants together.
+"""How many sessions the store has: in all, of each model, and of tenants.
 
-The names of what is counted: `MODEL`; of a tenant `TENANT<US>` and `TENANT<US>MODEL`; of all tenants `<US>` and
-`<US>MODEL`. So what is no tenant's is the difference, and a folder from before there were tenants has the right counts.
+A store counts by names (`LocalStore.count_of`): that of a model, which counts everybody's; of a tenant `TENANT<US>` and
+`TENANT<US>MODEL`; of all tenants together `<US>` and `<US>MODEL`. So what is no tenant's is the difference, and a folder
+from before there were tenants has the right counts.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from stepwell_server.core.namespaces import SEPARATOR, tenant_of
 from stepwell_server.store.base import Store
 
-Counts = list[tuple[str, int]]
-"""As `Batch.counts`."""
 
-
-def changed(session_ids: Sequence[str], model: str, by: int) -> Counts:
-    """The counts of sessions of a model that begin (1) or end (-1)."""
-    if SEPARATOR not in "".join(session_ids):
-        return [(model, by * len(session_ids))]
+def of_tenants(sessions: Iterable[tuple[str, str]], by: int) -> list[tuple[str, int]]:
+    """`Batch.tenant_counts` of sessions, each with its id and its model, that begin (1) or end (-1)."""
     counts: Counter[str] = Counter()
-    for tenant, count in Counter(map(tenant_of, session_ids)).items():
-        counts[model] += count * by
-        for whose in ("", tenant) if tenant else ():
-            counts[f"{whose}{SEPARATOR}"] += count * by
-            counts[f"{whose}{SEPARATOR}{model}"] += count * by
-    return list(counts.items())
+    for session_id, model in sessions:
+        if SEPARATOR in session_id:
+            tenant = tenant_of(session_id)
+            counts.update(f"{whose}{SEPARATOR}{name}" for whose in ("", tenant) for name in ("", model))
+    return [(name, by * count) for name, count in counts.items()]
 
 
 async def count(store: Store, tenant: str | None, model: str) -> int:

@@ -70,6 +70,10 @@ class Fresh:
         )
 
 
+def _of_tenants(ids: Sequence[str], model: Model, by: int) -> list[tuple[str, int]]:
+    return counts.of_tenants([(session_id, model.name) for session_id in ids], by)
+
+
 class Taken(Exception):
     """Another server has made a session of one of the ids."""
 
@@ -179,13 +183,20 @@ class Creation:
     def _undo(self, model: Model, ids: Sequence[str], committed: Committed, then: Callable[[], None]) -> None:
         """Delete those of sessions that were not all made which were, or may have been."""
         there = [session_id for session_id in ids if session_id not in committed.conflicts]
-        batch = Batch(deletes=there, counts=counts.changed(there, model.name, -1))
+        batch = Batch(
+            deletes=there, counts=[(model.name, -len(there))], tenant_counts=_of_tenants(there, model, -1)
+        )
         self._commits.submit(lambda: batch, len(there), lambda _: then())
 
     def _batch(self, fresh: Fresh) -> Batch:
         ids = fresh.ids
         puts = _records(fresh.part(self._keeping.made(ids, fresh.ready)))
-        return Batch(puts=puts, forgets=ids, counts=counts.changed(ids, fresh.model.name, 1))
+        return Batch(
+            puts=puts,
+            forgets=ids,
+            counts=[(fresh.model.name, len(ids))],
+            tenant_counts=_of_tenants(ids, fresh.model, 1),
+        )
 
     async def _add_in_pieces(self, fresh: Fresh) -> None:
         async for part in in_pieces(fresh.ids):

@@ -45,14 +45,11 @@ Ended = tuple[str, str, int]
 
 def batch_of(sessions: Sequence[Ended], end: End, at: float, request_id: int = 0) -> Batch:
     """What the store is to know of sessions that ended; the model is empty where it does not count the session."""
-    by_model: dict[str, list[str]] = {}
-    for session_id, model, _ in sessions:
-        by_model.setdefault(model, []).append(session_id)
-    by_model.pop("", None)
     return Batch(
         deletes=[session_id for session_id, _, _ in sessions],
         tombstones=[Tombstone(i, end, at, request_id, revision) for i, _, revision in sessions],
-        counts=[change for model, ids in by_model.items() for change in counts.changed(ids, model, -1)],
+        counts=[(model, -1) for _, model, _ in sessions if model],
+        tenant_counts=counts.of_tenants([(i, model) for i, model, _ in sessions if model], -1),
     )
 
 

@@ -363,9 +363,6 @@ class Moving:
         if not fresh:
             return {}
         ids = [each.session_id for each in fresh]
-        by_model: dict[str, list[str]] = {}
-        for each in fresh:
-            by_model.setdefault(each.model.name, []).append(each.session_id)
 
         def done(committed: Committed | ServerError) -> dict[str, Result]:
             results: dict[str, Result] = {}
@@ -382,7 +379,8 @@ class Moving:
         batch = Batch(
             puts=[(each.session_id, each.record) for each in fresh],
             forgets=ids,
-            counts=[change for name, some in by_model.items() for change in counts.changed(some, name, 1)],
+            counts=list(Counter(each.model.name for each in fresh).items()),
+            tenant_counts=counts.of_tenants([(each.session_id, each.model.name) for each in fresh], 1),
             goes_back=any(each.was_here for each in fresh),
         )
         return await self._commit(batch, done)
@@ -419,12 +417,14 @@ class Moving:
             self._tell([each])
             return Brought.REPLACED
 
+        moved = [] if old == each.model.name else [(old, -1), (each.model.name, 1)]
         batch = Batch(
             puts=[(session_id, each.record)],
             forgets=[session_id],
-            counts=[]
-            if old == each.model.name
-            else [*counts.changed([session_id], old, -1), *counts.changed([session_id], each.model.name, 1)],
+            counts=moved,
+            tenant_counts=[
+                change for name, by in moved for change in counts.of_tenants([(session_id, name)], by)
+            ],
             goes_back=True,
         )
         return await self._commit(batch, done)

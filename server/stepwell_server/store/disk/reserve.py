@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.files import allocate, free_bytes
 
@@ -83,8 +82,7 @@ class Reserve:
         Raises:
             Exception: what the last attempt raised, or that there is no room to open sessions.
         """
-        # those of tenants are among those of models
-        change = sum(change for name, change in batch.counts if SEPARATOR not in name)
+        change = sum(change for _, change in batch.counts)
         if change > 0:
             self._open(batch, change, attempt, extent)
             return
