@@ -434,5 +434,5 @@ def test_who_only_reads_may_make_no_call_that_changes_anything() -> None:
         "ServerReflectionInfo",
     }
     assert {name for name in OTHERS if access_of(name) is Access.ANYONE} == {
-        *("Check", "Watch", "ServerLive", "ServerReady"),
+        *("Check", "List", "Watch", "ServerLive", "ServerReady"),
     }
