@@ -18,6 +18,7 @@ from stepwell_server.auth.callers import Callers
 from stepwell_server.auth.opening import open_callers
 from stepwell_server.auth.watched import AuthFileError
 from stepwell_server.clock import Clock, SystemClock
+from stepwell_server.core.namespaces import own, tenant_of
 from stepwell_server.engine.engine import Engine
 from stepwell_server.errors import StoreGone
 from stepwell_server.logs import Log, configure
@@ -58,7 +59,9 @@ class _Observer(PrometheusObserver):
 
     def session_event(self, event: str, model: str, session_id: str) -> None:
         super().session_event(event, model, session_id)
-        _log.info(f"session {event}", model=model, session=session_id)
+        tenant = tenant_of(session_id)
+        whose = {"tenant": tenant} if tenant else {}
+        _log.info(f"session {event}", model=model, **whose, session=own(session_id))
 
     def sessions_opened(self, model: str, count: int, event: str = "opened") -> None:
         super().sessions_opened(model, count, event)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import SessionFilter, SessionInfo
-from stepwell_server.engine.sessions.moving import Brought, Existing
+from stepwell_server.engine.sessions.moving import Arriving, Brought, Existing
 from stepwell_server.errors import (
     InvalidInput,
     MessageTooLarge,
@@ -52,7 +52,8 @@ async def exported(at: Harness, *session_ids: str) -> list[tuple[str, bytes]]:
 async def brought(
     at: Harness, sessions: Sequence[tuple[str, bytes]], existing: Existing = Existing.REFUSE
 ) -> list[Any]:
-    return await at.engine.import_sessions(sessions, existing)
+    arriving = [Arriving(session_id, session_id, record) for session_id, record in sessions]
+    return await at.engine.import_sessions(arriving, existing)
 
 
 async def refused(at: Harness, session_id: str, record: bytes, **options: Any) -> ServerError:

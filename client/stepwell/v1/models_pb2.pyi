@@ -49,7 +49,7 @@ class Model(_message.Message):
     state_row_bytes: _builtins.int
     """Size in bytes of the state of one row."""
     sessions: _builtins.int
-    """Open sessions."""
+    """Open sessions, everybody's. 0 for callers that are known and are no admins."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.TensorSpec]:
         """Its inputs."""

@@ -183,6 +183,7 @@ class Session(_message.Message):
     LAST_USED_TIME_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """1 to 256 printable characters."""
     model: _builtins.str
@@ -199,6 +200,8 @@ class Session(_message.Message):
     """
     resident: _builtins.bool
     """Its state is in a slot (true) or only in the store (false)."""
+    tenant: _builtins.str
+    """Whose it is, where everybody's sessions are listed. Empty elsewhere, and for sessions of no tenant."""
     @_builtins.property
     def created_time(self) -> _timestamp_pb2.Timestamp:
         """When it was opened."""
@@ -224,10 +227,11 @@ class Session(_message.Message):
         last_used_time: _timestamp_pb2.Timestamp | None = ...,
         resident: _builtins.bool = ...,
         lease: _duration_pb2.Duration | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time", "last_used_time", b"last_used_time", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "created_time", b"created_time", "last_used_time", b"last_used_time", "lease", b"lease", "model", b"model", "model_fingerprint", b"model_fingerprint", "position", b"position", "resident", b"resident", "revision", b"revision", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "created_time", b"created_time", "last_used_time", b"last_used_time", "lease", b"lease", "model", b"model", "model_fingerprint", b"model_fingerprint", "position", b"position", "resident", b"resident", "revision", b"revision", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1770,19 +1774,25 @@ class ExportedSession(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     RECORD_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Its id."""
     record: _builtins.bytes
     """The record of a server, with a version and a checksum, little-endian: opaque for clients."""
+    tenant: _builtins.str
+    """Whose it was. An import makes it the session of the tenant that it is done for, or of this one where it is done for
+    everybody's sessions (metadata stepwell-tenant: *). Empty: of no tenant, or an older server's.
+    """
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         record: _builtins.bytes = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1796,8 +1806,11 @@ class SessionError(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
+    tenant: _builtins.str
+    """Whose it is, where everybody's sessions are meant. Empty elsewhere, and for sessions of no tenant."""
     @_builtins.property
     def error(self) -> _errors_pb2.Error:
         """The error."""
@@ -1807,10 +1820,11 @@ class SessionError(_message.Message):
         *,
         session_id: _builtins.str = ...,
         error: _errors_pb2.Error | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1877,10 +1891,13 @@ class ImportedSession(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     outcome: Global___ImportOutcome.ValueType
     """What was done."""
+    tenant: _builtins.str
+    """Whose it is, where everybody's sessions are meant. Empty elsewhere, and for sessions of no tenant."""
     @_builtins.property
     def error(self) -> _errors_pb2.Error:
         """Why it FAILED."""
@@ -1891,10 +1908,11 @@ class ImportedSession(_message.Message):
         session_id: _builtins.str = ...,
         outcome: Global___ImportOutcome.ValueType = ...,
         error: _errors_pb2.Error | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 from collections.abc import Mapping, Sequence
 
+from stepwell_server.core.namespaces import SEPARATOR, inner, prefix_of
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.types import U64, Array, Members, Tensors
 from stepwell_server.errors import ServerError
@@ -38,10 +39,23 @@ class SessionFilter:
 
     model: str = ""
     """Empty: of any model."""
+    tenant: str | None = None
+    """Whose; empty: those of no tenant; None: everybody's."""
     prefix: str = ""
-    """Of their ids."""
+    """Of their ids, as the tenant calls them."""
     idle_longer_s: float | None = None
     """Nobody has changed, read or resumed them for longer than this. None: that does not matter."""
+
+    @property
+    def ids_begin_with(self) -> str:
+        """What the ids begin with, as the table has them."""
+        if not self.tenant:
+            return self.prefix if self.tenant is None else inner("", self.prefix)
+        return prefix_of(self.tenant) + self.prefix
+
+    def is_meant(self, session_id: str) -> bool:
+        """Whether a session whose id begins so is whose it has to be."""
+        return self.tenant != "" or SEPARATOR not in session_id
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ _READS = frozenset(
         "ServerReflectionInfo",
     }
 )
-_FOR_ANYONE = frozenset({"Check", "Watch", "ServerLive", "ServerReady"})
+_FOR_ANYONE = frozenset({"Check", "List", "Watch", "ServerLive", "ServerReady"})
 _ROLES = {Access.READ: frozenset(Role), Access.USE: frozenset({Role.USER, Role.ADMIN})}
 
 

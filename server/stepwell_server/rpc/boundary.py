@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError, Message
 from stepwell_server.core.callers import ANYBODY
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.logs import Log
+from stepwell_server.rpc import naming
 from stepwell_server.rpc.access import Access, access_of
 from stepwell_server.rpc.fronts.base import Call, CallEnded
 from stepwell_server.rpc.guard import Guard, Guarded
@@ -162,6 +163,8 @@ class Boundary:
                 if guard is not None:
                     found = guard.admit(call, method, access)
                     guarded = guard.enter(found) if streams else None
+                elif access is not Access.ANYONE:
+                    naming.require_no_tenant(call.metadata)
                 return await answer(call)
             except (Exception, asyncio.CancelledError) as raised:
                 error = raised if guarded is None else guarded.instead_of(raised)

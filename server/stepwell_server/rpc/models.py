@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stepwell.v1 import models_pb2 as pb
+from stepwell_server.core.callers import Role
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
 
@@ -21,16 +22,20 @@ class ModelServicer:
         self._server = pb.Server(front=front)
         self._max_reply_bytes = max_reply_bytes
 
-    async def list_models(self, _request: pb.ListModelsRequest, _call: Call) -> pb.ListModelsResponse:
+    async def list_models(self, _request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
         """List the models, and say what serves them."""
         await self._engine.refresh_counts()
-        models = [convert.from_model(model) for model in self._engine.models()]
+        counted = call.who.role is Role.ADMIN
+        models = [convert.from_model(model, counted=counted) for model in self._engine.models()]
         return pb.ListModelsResponse(models=models, server=self._server)
 
-    async def get_model(self, request: pb.GetModelRequest, _call: Call) -> pb.GetModelResponse:
+    async def get_model(self, request: pb.GetModelRequest, call: Call) -> pb.GetModelResponse:
         """Describe a model."""
         await self._engine.refresh_counts()
-        return pb.GetModelResponse(model=convert.from_model(self._engine.model(request.name)))
+        counted = call.who.role is Role.ADMIN
+        return pb.GetModelResponse(
+            model=convert.from_model(self._engine.model(request.name), counted=counted)
+        )
 
     async def predict(self, request: pb.PredictRequest, call: Call) -> pb.PredictResponse:
         """Run a model without a session."""

@@ -103,6 +103,8 @@ class Batch:
 
     A store that keeps members one by one counts those that it kept.
     """
+    tenant_counts: Sequence[tuple[str, int]] = ()
+    """The same of what is counted of tenants: `store.counts`."""
 
     goes_back: bool = False
     """Its records may be of earlier changes than what the store had of the same sessions: they count all the same."""
@@ -267,7 +269,7 @@ class LocalStore(Protocol):
         """How many sessions there are."""
 
     def count_of(self, model: str) -> int:
-        """How many sessions a model has, by the counts of all batches."""
+        """How many sessions a model has, or whatever else has this name, by the counts of all batches."""
 
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         """What is remembered of many sessions that are gone."""

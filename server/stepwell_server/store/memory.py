@@ -43,8 +43,8 @@ class MemoryStore(LocalStore):
             self._tombstones.forget(session_id)
         for stone in batch.tombstones:
             self._tombstones.put(stone.session_id, stone)
-        for model, change in batch.counts:
-            self._counts[model] += change
+        for name, change in (*batch.counts, *batch.tenant_counts):
+            self._counts[name] += change
 
     @override
     def checkpoint(self) -> None:

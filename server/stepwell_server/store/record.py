@@ -12,7 +12,8 @@ of two bytes, the value, one field after the other. A field that is not known he
 written again. One whose tag has the bit `CRITICAL` must be known: a record that has others is refused. A record
 without fields has schema 1, as servers before schema 2 wrote it and read it; one with fields has schema 2.
 
-Tags are never used twice. 3 is the lease; set aside are 1 nonce of the commit, 2 tenant, 4 version epoch, 0x8005 key id.
+Tags are never used twice. 3 is the lease; set aside are 1 nonce of the commit, 2 tenant (which the
+id says: `core.namespaces`), 4 version epoch, 0x8005 key id.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class SessionSet:
     """Sessions that a stream names by a number."""
 
     ids: list[str]
-    """Nobody changes it: the same list is named by every step."""
+    """In the tenant's namespace. Nobody changes it: the same list is named by every step."""
     sizes: Rows | None
     """Rows of each; None: the client does not say."""
     held_bytes: int
@@ -189,7 +189,7 @@ class StepColumns:
     callers: list[str]
     """As `Call.caller`, one per session, or one where there is one message."""
     whos: Sequence[Caller]
-    """As `Call.who`, one per session, or one where there is one message. `session_ids` are in the tenants' namespaces."""
+    """As `Call.who`, one per session, or one where it is the same for all. `session_ids` are in the tenants' namespaces."""
     sizes: npt.NDArray[np.uint32]
     """Rows of each session in the tensors."""
     says_sizes: bool

@@ -454,11 +454,10 @@ def _columns(
 ) -> StepColumns:
     counts, sizes, expected, request_ids, deadlines = numbers
     select, output_names, says_sizes, model = asked
-    whos = _ANYBODY if whos is None else whos
     return StepColumns(
         session_ids,
         callers,
-        whos * len(callers) if len(whos) == 1 else whos,
+        _ANYBODY if whos is None else whos,
         np.frombuffer(sizes, np.uint32),
         says_sizes,
         np.frombuffer(expected, np.uint64) if expected else None,

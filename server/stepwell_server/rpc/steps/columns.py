@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from stepwell_server.core.callers import Caller
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.change import Change, MustPart
 from stepwell_server.engine.types import U64, Array, Members, Tensors
@@ -178,7 +179,7 @@ class ColumnSteps:
                 continue
             members = np.arange(first, first + count)
             change = self._change(form, members)
-            change.caller, change.who = columns.callers[first], columns.whos[first]
+            change.caller, change.who = columns.callers[first], _who(columns, first)
             change.deadline = float(columns.deadlines[first])
             try:
                 self._engine.submit(change)
@@ -199,7 +200,10 @@ class ColumnSteps:
             change = self._change(form, members)
             is_whole = len(members) == len(columns.session_ids)
             change.callers = columns.callers if is_whole else _some(columns.callers, members)
-            change.whos = columns.whos if is_whole else _some(columns.whos, members)
+            if len(columns.whos) == 1:
+                (change.who,) = columns.whos
+            else:
+                change.whos = columns.whos if is_whole else _some(columns.whos, members)
             change.deadlines = columns.deadlines if is_whole else columns.deadlines[members]
             change.deadline = float(np.minimum.reduce(change.deadlines))
             if change.batch_sizes is None:
@@ -262,6 +266,10 @@ class ColumnSteps:
 
 def _some(values: Sequence[_T], members: Members | None) -> Sequence[_T]:
     return values if members is None else [values[member] for member in members.tolist()]
+
+
+def _who(columns: StepColumns, member: int) -> Caller:
+    return columns.whos[member if len(columns.whos) > 1 else 0]
 
 
 def sizes_of(columns: StepColumns, members: Members | None) -> Rows:

@@ -68,7 +68,6 @@ class FrameStream:
         self._observer = observer
         self._call = call
         self._caller = call.caller
-        self._who = call.who
         self._sets = StreamSets(room, call)
         self._pending: dict[int, _Frame] = {}
         """Frames without their last part."""
@@ -170,15 +169,14 @@ class FrameStream:
             self.answer(frame, messages.forgotten_part(frame.frame_id), last=True)
             return
         body = messages.body_of(request)
-        change = messages.of_frame(body, frame, self._sets)
+        change = messages.of_frame(body, frame, self._sets, self._call.who)
         frame.size = frame.left = change.size
         frame.is_short = messages.has_short_reply(body)
         if body.declare_set:
             require_lists(change)  # what is refused now would be refused for ever
-            frame.declared_set = self._sets.declare(
-                body.declare_set, list(body.session_ids), change.batch_sizes
-            )
-        change.caller, change.who, change.deadline = self._caller, self._who, self._deadline_of(body)
+            ids = list(change.session_ids)
+            frame.declared_set = self._sets.declare(body.declare_set, ids, change.batch_sizes)
+        change.caller, change.deadline = self._caller, self._deadline_of(body)
         messages.limit_reply(change, self._max_reply_bytes)
         frame.change = change
         self._engine.submit(change)

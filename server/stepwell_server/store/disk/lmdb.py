@@ -34,6 +34,7 @@ from typing_extensions import override
 
 from stepwell_server import private_files
 from stepwell_server.clock import Clock
+from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.errors import StateCorrupt, StoreGone, Unavailable
 from stepwell_server.store.base import Batch, End, LocalStore, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk.files import OpenFiles, explain, flush, flush_folders
@@ -434,8 +435,8 @@ class LmdbStore(LocalStore):
             transaction.delete(key_of(session_id), db=self._tombstones)
         if batch.tombstones:
             self._bury(transaction, batch.tombstones)
-        for model, change in batch.counts:
-            key = _count_key(model)
+        for name, change in (*batch.counts, *batch.tenant_counts):
+            key = _count_key(name)
             count = int(transaction.get(key, b"0", db=self._meta)) + change
             transaction.put(key, str(count).encode(), db=self._meta)
 
@@ -579,5 +580,6 @@ def _tombstone(session_id: str, stored: bytes) -> Tombstone:
     return Tombstone(session_id, End(end), at, request_id, revision)
 
 
-def _count_key(model: str) -> bytes:
-    return b"sessions of " + model.encode()
+def _count_key(name: str) -> bytes:
+    """The key of a count: of a model's sessions, or of tenants', which are among those."""
+    return (b"sessions in " if SEPARATOR in name else b"sessions of ") + name.encode()
