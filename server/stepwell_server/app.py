@@ -289,6 +289,8 @@ async def _run(
             max_message_bytes=settings.max_message_bytes,
             authenticator=callers,
         )
+        if certificates is not None:
+            observer.secured_by(certificates)
         observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts)
         metrics = _serve_metrics(settings, observer, engine, metrics_token)
         await _serve_calls(settings, rpc, store, certificates, open_files)

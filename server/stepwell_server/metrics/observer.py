@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from stepwell_server.compile.limits import memory_bytes
 from stepwell_server.engine.api import Observer
 from stepwell_server.errors import reasons
 from stepwell_server.metrics import gauges
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from stepwell_server.engine.engine import ModelStats
     from stepwell_server.program import Program
     from stepwell_server.rpc.fronts.base import FrontCounts
+    from stepwell_server.rpc.fronts.certificates import CertificateFiles
     from stepwell_server.store.times import StoreTimes
 
 _EVENTS = ("opened", "resumed", "forked", "imported", "closed", "expired")
@@ -52,6 +54,8 @@ class PrometheusObserver(Observer):
         self._streams: dict[str, int] = {}
         self._limits: Mapping[str, float] = {}
         self._front_counts: Callable[[], FrontCounts] | None = None
+        self._certificates: CertificateFiles | None = None
+        self._span_counts: Callable[[], Mapping[str, int]] = dict
         self._store_times: StoreTimes | None = None
         self._store_is_ready = True
         self._store_reopened = 0
@@ -264,6 +268,14 @@ class PrometheusObserver(Observer):
         self._build["front"] = front
         self._limits, self._front_counts = limits, counts
 
+    def secured_by(self, certificates: CertificateFiles) -> None:
+        """What TLS is spoken with."""
+        self._certificates = certificates
+
+    def traces_by(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """How many spans had which end until it is asked: exported, failed, dropped."""
+        self._span_counts = counts
+
     def keeps_in(self, times: StoreTimes) -> None:
         """What the store on disk writes down of its work."""
         self._store_times = times
@@ -285,7 +297,10 @@ class PrometheusObserver(Observer):
         families += gauges.of_streams(self._streams)
         if self._front_counts is not None:
             families += gauges.of_front(self._front_counts(), self._limits)
+        families.append(gauges.of_spans(self._span_counts()))
+        if self._certificates is not None:
+            families += gauges.of_certificates(self._certificates)
         families += gauges.of_store(
             self._store_times, is_ready=self._store_is_ready, reopened=self._store_reopened
         )
-        return [*families, *gauges.of_engine(list(stats))]
+        return [*families, *gauges.of_memory(memory_bytes()), *gauges.of_engine(list(stats))]
