@@ -112,6 +112,11 @@ class OpenedStream:
         return error
 
 
+def _with(pairs: _metadata.Pairs | None, call: Call) -> _metadata.Pairs | None:
+    """What is sent with every call, and what this one says."""
+    return (*(pairs or ()), *call.metadata) if call.metadata else pairs
+
+
 class SyncTransport:
     """A channel of the sync client."""
 
@@ -141,7 +146,7 @@ class SyncTransport:
         method = getattr(self._models if call.rpc in _MODEL_RPCS else self._sessions, call.rpc)
         metadata = self._tokens.metadata()
         try:
-            return method(call.request, timeout=call.timeout_s, metadata=metadata)
+            return method(call.request, timeout=call.timeout_s, metadata=_with(metadata, call))
         except grpc.RpcError as error:
             raise closed() if self.is_closed else _refused(translate(error), self._tokens, metadata) from None
         except ValueError:
@@ -174,7 +179,7 @@ class SyncTransport:
         method: Any = getattr(self._sessions, call.rpc)
         try:
             attempt = method.future(
-                call.request, timeout=call.timeout_s, metadata=metadata, wait_for_ready=True
+                call.request, timeout=call.timeout_s, metadata=_with(metadata, call), wait_for_ready=True
             )
         except ValueError:
             if self.is_closed:
@@ -223,7 +228,7 @@ class AsyncTransport:
         method = getattr(self._models if call.rpc in _MODEL_RPCS else self._sessions, call.rpc)
         metadata = await self._tokens.metadata_async()
         try:
-            return await method(call.request, timeout=call.timeout_s, metadata=metadata)
+            return await method(call.request, timeout=call.timeout_s, metadata=_with(metadata, call))
         except grpc.RpcError as error:
             raise closed() if self.is_closed else _refused(translate(error), self._tokens, metadata) from None
         except grpc.aio.UsageError:

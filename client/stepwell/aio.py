@@ -66,6 +66,7 @@ def connect(
     tls: TlsConfig | bool | None = None,
     metadata: Metadata = (),
     event_hooks: EventHooks | None = None,
+    tracing: bool = False,
     lease_s: float | None = DEFAULT_LEASE_S,
     token: AsyncToken | None = None,
     allow_insecure_token: bool = False,
@@ -89,6 +90,8 @@ def connect(
             way, say. Values are strings, or bytes where the key ends in "-bin".
         event_hooks: Functions to call at each event, by the name of the event, "request", "response" or
             "retry": `stepwell.events` says what they get, and that they may be coroutine functions.
+        tracing: Make a span of OpenTelemetry of each operation, and tell the server of it, which goes on with the trace.
+            What becomes of spans is up to the provider that this process has set. Needs opentelemetry-api.
         lease_s: Sessions that are opened without an id are closed by the server when this client has been gone for
             so many seconds, because its process was killed, say: from 1 second to ten years. 0 or None: they stay
             until they are closed. Sessions with an id always do.
@@ -120,6 +123,7 @@ def connect(
         connect_timeout(connect_timeout_s),
         metadata,
         event_hooks,
+        tracing=tracing,
         lease_s=lease_s,
         token=token_or_variable(token),
         allow_insecure_token=allow_insecure_token,
@@ -335,8 +339,7 @@ class AsyncClient(AsyncAdminCalls):
 
     async def _run(self, flow: Flow[T]) -> T:
         """Runs a flow of the core to its result."""
-        observer = self._core.observer
-        return await drive_async(flow if observer is None else observer.observed(flow), self._answer)
+        return await drive_async(self._core.watched(flow), self._answer)
 
     def _answer(self, ask: Ask) -> Awaitable[Any]:
         if isinstance(ask, Step):

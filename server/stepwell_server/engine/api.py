@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.types import U64, Array, Members, Tensors
@@ -139,6 +140,18 @@ class Applied:
     """It is the remembered answer to a change that was sent again."""
     states: Tensors = dataclasses.field(default_factory=dict)
     """Those that were asked for: `(rows, T, ...)` or `(rows, ...)`."""
+
+
+class Trace(Protocol):
+    """A call that is traced, on its way through the engine. Times are the clock's monotonic ones. On the event loop."""
+
+    def stage(self, name: str, began: float, ended: float, /) -> None:
+        """It was in a stage: `queue` (until its pass) or `commit` (until the store had it)."""
+
+    def ran(
+        self, others: Sequence[Trace], model: str, rows: int, time_steps: int, began: float, ended: float, /
+    ) -> None:
+        """A pass of so many rows and time steps ran for `others`, of which it is one: told to one of them."""
 
 
 class Observer:

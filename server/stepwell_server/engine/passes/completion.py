@@ -78,9 +78,14 @@ class Completion:
             ended.append(_Ended(job, _change(job), outputs_of(work, index, job), states, place))
             place += len(job.members)
         outcome = self._outcome(ended)
+        traces = [trace for _, job in jobs if job.owner.traces for trace in job.traces]
+        began = self._clock.monotonic() if traces else 0.0
 
         def answer(error: ServerError | None, places: Members | None) -> None:
             which = None if places is None else _mask(place, places)
+            for trace in traces:
+                trace.stage("commit", began, self._clock.monotonic())
+            traces.clear()
             if error is None:
                 self._succeed(outcome, ended, which)
             else:
