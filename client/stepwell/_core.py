@@ -29,7 +29,7 @@ from stepwell._tensors import Packed, to_messages, unpack_all
 from stepwell._trace import Trace
 from stepwell._tracing import Tracing
 from stepwell._tracker import SessionTracker, is_unknown, new_request_id
-from stepwell._types import Inputs, Mask, ModelInfo, Outputs, Rows, ServerInfo, SessionInfo
+from stepwell._types import Inputs, Mask, ModelInfo, Outputs, Rows, ServerInfo, SessionInfo, SlowSession
 from stepwell.config import ClientConfig, check_timeout
 from stepwell.errors import InvalidInputError, ModelMismatchError, SessionGoneError, StepwellError
 from stepwell.v1 import models_pb2, sessions_pb2
@@ -109,6 +109,17 @@ class Core:
             "ListModels", models_pb2.ListModelsRequest(), deadline
         )
         return ServerInfo._from_message(reply)
+
+    def slow_sessions(self, limit: int, deadline: Deadline) -> Flow[list[SlowSession]]:
+        """Sessions with slow steps."""
+        request = models_pb2.ListSlowSessionsRequest(limit=_inputs.check_count("limit", limit))
+        reply: models_pb2.ListSlowSessionsResponse = yield from self.retrier.call(
+            "ListSlowSessions", request, deadline
+        )
+        return [
+            SlowSession(each.session_id, each.model, each.seconds, each.age_seconds)
+            for each in reply.sessions
+        ]
 
     def models(self, deadline: Deadline) -> Flow[list[ModelInfo]]:
         """All models, in the order of their names."""

@@ -33,7 +33,7 @@ from stepwell._steps import Step
 from stepwell._tokens import AsyncToken
 from stepwell._tracebacks import end_here, ends_here
 from stepwell._tracker import SessionTracker
-from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo
+from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo, SlowSession
 from stepwell.aio_admin import AsyncAdminCalls
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
@@ -198,6 +198,17 @@ class AsyncClient(AsyncAdminCalls):
             True
         """
         return await self._run(self._core.server_info(self._core.deadline(timeout_s)))
+
+    async def slow_sessions(self, *, limit: int = 10, timeout_s: float | None = None) -> list[SlowSession]:
+        """Sessions with the slowest steps of the last minute, the slowest first.
+
+        The server looks at the slowest session of each pass, and keeps a hundred.
+
+        Example:
+            >>> (await client.slow_sessions(limit=1))[1:]
+            []
+        """
+        return await self._run(self._core.slow_sessions(limit, self._core.deadline(timeout_s)))
 
     async def model(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
         """One model.

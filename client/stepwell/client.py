@@ -24,7 +24,7 @@ from stepwell._state import State, States
 from stepwell._steps import Step, Stepped, read
 from stepwell._tokens import Token
 from stepwell._tracebacks import end_here, ends_here
-from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo
+from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo, SlowSession
 from stepwell.config import (
     DEFAULT_LEASE_S,
     DEFAULT_MAX_MESSAGE_BYTES,
@@ -176,6 +176,17 @@ class Client(AdminCalls):
             True
         """
         return self._run(self._core.server_info(self._core.deadline(timeout_s)))
+
+    def slow_sessions(self, *, limit: int = 10, timeout_s: float | None = None) -> list[SlowSession]:
+        """Sessions with the slowest steps of the last minute, the slowest first.
+
+        The server looks at the slowest session of each pass, and keeps a hundred.
+
+        Example:
+            >>> client.slow_sessions(limit=1)[1:]
+            []
+        """
+        return self._run(self._core.slow_sessions(limit, self._core.deadline(timeout_s)))
 
     def model(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
         """One model.

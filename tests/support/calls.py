@@ -22,6 +22,7 @@ from stepwell_server.rpc.fronts.base import CallEnded, FrontCounts, Method, Step
 from stepwell_server.rpc.fronts.certificates import Certificates
 from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.server import RpcServer
+from stepwell_server.slowest import Slowest
 from support.engine import Harness, running
 from support.fake_call import FakeCall, Requests
 from support.triton_requests import NoPasses
@@ -34,6 +35,10 @@ BAD_ARGUMENT = ("INVALID_ARGUMENT", "INVALID_INPUT")
 
 class Observer(Requests, NoPasses):
     """Remembers the calls, and knows of no pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slowest = Slowest()
 
 
 class Front:

@@ -181,6 +181,9 @@ class Observer:
     def stepped_alone(self, model: str, seconds: float) -> None:
         """A single step ran at once, alone: `pass_done`, `stage` and `applied` in one."""
 
+    def slow(self, model: str, session_id: str, seconds: float, now: float) -> None:
+        """A step took `seconds` until its answer at `now`: the slowest of a pass, or one that ran alone."""
+
     def applied(self, model: str, change: str, count: int, row_steps: int) -> None:
         """`count` changes (`change`: step, reset, predict) were applied: `row_steps` rows x time steps."""
 

@@ -15,6 +15,7 @@ from stepwell_server.engine.api import Observer
 from stepwell_server.errors import reasons
 from stepwell_server.metrics import gauges
 from stepwell_server.series import ROWS, SECONDS, Counter, Histogram, Series
+from stepwell_server.slowest import Slowest
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -54,6 +55,7 @@ class PrometheusObserver(Observer):
         self._streams: dict[str, int] = {}
         self._limits: Mapping[str, float] = {}
         self._front_counts: Callable[[], FrontCounts] | None = None
+        self.slowest = Slowest()
         self._certificates: CertificateFiles | None = None
         self._span_counts: Callable[[], Mapping[str, int]] = dict
         self._store_times: StoreTimes | None = None
@@ -202,6 +204,10 @@ class PrometheusObserver(Observer):
     def seconds_per_time_step(self, model: str) -> float:
         """Seconds that one time step took in the model's latest pass; 0 before the first."""
         return self._time_step_s.get(model, 0.0)
+
+    def slow(self, model: str, session_id: str, seconds: float, now: float) -> None:
+        """See `Observer.slow`."""
+        self.slowest.note(model, session_id, seconds, now)
 
     def applied(self, model: str, change: str, count: int, row_steps: int) -> None:
         """See `Observer.applied`."""

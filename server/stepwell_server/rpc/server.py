@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.tracing import Tracer
+    from stepwell_server.slowest import Slowest
 
 _SESSIONS = sessions_pb2.DESCRIPTOR.services_by_name["SessionService"]
 _MODELS = models_pb2.DESCRIPTOR.services_by_name["ModelService"]
@@ -50,6 +51,9 @@ SERVICES = {
 
 class ServerObserver(RequestObserver, PassObserver, Protocol):
     """Who wants to know of calls, and knows of passes."""
+
+    slowest: Slowest
+    """Sessions with slow steps."""
 
 
 class RpcServer:
@@ -80,7 +84,9 @@ class RpcServer:
         shown = reflection.ReflectionServicer((_SESSIONS, _MODELS, _TRITON, health.SERVICE))
         self._methods = [
             *self._methods_of(_SESSIONS, self._sessions),
-            *self._methods_of(_MODELS, ModelServicer(engine, front.name, max_message_bytes)),
+            *self._methods_of(
+                _MODELS, ModelServicer(engine, front.name, max_message_bytes, observer.slowest, clock)
+            ),
             *self._methods_of(_TRITON, self._triton, unsupported_methods(self._boundary)),
             *self._methods_of(health.SERVICE, self._health),
             *(method for service in shown.services for method in self._methods_of(service, shown)),

@@ -153,6 +153,9 @@ class Completion:
             row_steps += rows * job.steps
             self._observer.stage(self._model.name, "total", now - job.queued_at, len(members))
             each.change.succeed(members, revisions, positions, tensors, states)
+        slowest = min(ended, key=lambda each: each.job.queued_at)
+        session_id = slowest.change.session_ids[int(slowest.job.members[0])]
+        self._observer.slow(self._model.name, session_id, now - slowest.job.queued_at, now)
         self._observer.applied(self._model.name, "step", count, row_steps)
 
     def _exchange_rows(self, jobs: Sequence[Job]) -> None:

@@ -99,7 +99,9 @@ class Inline:
                 if change.traces:
                     for trace in change.traces.values():
                         trace.stage("commit", ran, self._clock.monotonic())
-                self._observer.stepped_alone(self._model.name, self._clock.monotonic() - started)
+                now = self._clock.monotonic()
+                self._observer.stepped_alone(self._model.name, now - started)
+                self._observer.slow(self._model.name, change.session_ids[0], now - started, now)
                 change.succeed(
                     change.members, outcome.revisions, outcome.positions, self._named(kept, outputs)
                 )
