@@ -48,8 +48,7 @@ def _metrics_url(ctx: click.Context, param: click.Parameter, value: str) -> str:
         ("server", "version, front, uptime_s, memory_bytes, cores, connections, streams, store_ready"),
         (
             "models",
-            "list: model, row_steps_per_s, passes_per_s, rows_per_pass, busy (0 to 1), p50_s, p99_s, "
-            "sessions, resident_rows, paged_in_per_s, queued_rows",
+            "list: model, row_steps_per_s, passes_per_s, rows_per_pass, busy (0 to 1), p50_s, p99_s, sessions, ...",
         ),
         ("methods", "list, the busiest first: method, calls_per_s, messages_per_s, p50_s, p99_s"),
         ("errors", "list: model, reason, per_s"),

@@ -39,7 +39,7 @@ def screen(picture: dict[str, Any], rows: int) -> RenderableType:
         )
     )
     parts += _more(picture, rows)
-    return Group(*parts)
+    return Group(parts[0], *(each for part in parts[1:] for each in ("", part)))
 
 
 def _more(picture: dict[str, Any], rows: int) -> list[RenderableType]:
@@ -76,7 +76,7 @@ def _more(picture: dict[str, Any], rows: int) -> list[RenderableType]:
 
 def _server(server: dict[str, Any]) -> Text:
     text = (
-        f"stepwell {server['version']}, {server['front']} front, up {_long(server['uptime_s'])}, "
+        f"stepwell {server['version']} ({server['front']}), up {_long(server['uptime_s'])}, "
         f"{server['cores']:.1f} cores, {server['memory_bytes'] / _MEBIBYTE:.0f} MiB, "
         f"{server['connections']:.0f} connections, {server['streams']:.0f} streams"
     )
@@ -87,7 +87,7 @@ def _server(server: dict[str, Any]) -> Text:
 
 
 def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(1, 1, 0, 0), collapse_padding=True)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     for place, heading in enumerate(headings):
         text = heading in {"MODEL", "METHOD", "TENANT", "SLOW SESSION", "ERROR"}
         table.add_column(
