@@ -231,6 +231,25 @@ class ModelInfo:
         return _display.facts_html(f"Model {self.name!r}", facts) + tensors
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlowSession:
+    """The slowest step of a session within the last minute.
+
+    Example:
+        >>> client.slow_sessions(limit=1)[1:]
+        []
+    """
+
+    session_id: str
+    """It may have been closed meanwhile."""
+    model: str
+    """Its model."""
+    seconds: float
+    """From when the server took the step in until it was answered."""
+    age_s: float
+    """How long ago that was, in seconds."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class ServerInfo:
     """A server and what it serves.

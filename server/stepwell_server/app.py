@@ -37,10 +37,13 @@ from stepwell_server.settings import DEFAULT_METRICS, Settings
 from stepwell_server.store.base import Store, StoreBusy, StoreError
 from stepwell_server.store.opening import open_store
 from stepwell_server.store.times import StoreTimes
+from stepwell_server.tracing.starting import TracingError
+from stepwell_server.tracing.starting import start as start_tracing
 
 if TYPE_CHECKING:
     from stepwell_server.compile.limits import Limits
     from stepwell_server.rpc.fronts.native import NativeFront
+    from stepwell_server.tracing.spans import Tracing
 
 _log = Log("app")
 _SWITCH_INTERVAL_S = 0.5e-3
@@ -264,6 +267,7 @@ async def _run(
     callers: Callers | None,
     metrics_token: MetricsToken | None,
 ) -> int:
+    tracing = _start_tracing(settings, clock, observer)
     stop = signals.stop_on_signals(clock, lambda: _reload(certificates, callers))
     open_files = raise_limit()
     if settings.store == "disk":
@@ -291,7 +295,10 @@ async def _run(
             observer=observer,
             max_message_bytes=settings.max_message_bytes,
             authenticator=callers,
+            tracer=tracing,
         )
+        if certificates is not None:
+            observer.secured_by(certificates)
         observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts)
         metrics = _serve_metrics(settings, observer, engine, metrics_token)
         await _serve_calls(settings, rpc, store, certificates, open_files)
@@ -300,12 +307,21 @@ async def _run(
         if metrics is not None:
             await asyncio.to_thread(metrics.close)
     finally:
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close, settings.drain_timeout_s)
         if await engine.close(settings.drain_timeout_s):
             await store.close()
         else:
             _log.warning("the store did not come back from a commit; what was not acknowledged may be lost")
     _log.info("stopped")
     return 1 if gone else 0
+
+
+def _start_tracing(settings: Settings, clock: Clock, observer: PrometheusObserver) -> Tracing | None:
+    try:
+        return start_tracing(settings.trace_endpoint, settings.trace_sample, clock, observer)
+    except TracingError as error:
+        raise StartError(str(error)) from error
 
 
 def _front(settings: Settings, clock: Clock, open_files: int) -> Front:

@@ -104,6 +104,8 @@ class Settings:
     metrics_listen: Address | Literal["off"] | None = None
     """None: `DEFAULT_METRICS`, or nowhere if that is in use."""
     metrics_token_file: Path | None = None
+    trace_endpoint: str | None = None
+    trace_sample: float = 0.01
     imports: Sequence[str] = ()
     probe_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
     trust_causality: Sequence[str] = ()

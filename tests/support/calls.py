@@ -23,6 +23,7 @@ from stepwell_server.rpc.fronts.certificates import Certificates
 from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.rpc.triton.inference import service_pb2
+from stepwell_server.slowest import Slowest
 from support.engine import Harness, running
 from support.fake_call import FakeCall, Requests
 from support.triton_requests import NoPasses
@@ -35,6 +36,10 @@ BAD_ARGUMENT = ("INVALID_ARGUMENT", "INVALID_INPUT")
 
 class Observer(Requests, NoPasses):
     """Remembers the calls, and knows of no pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slowest = Slowest()
 
 
 class Front:

@@ -77,6 +77,9 @@ class Batch:
     def behind(self) -> Sequence[int]:
         raise AssertionError("only Triton's are looked at so")
 
+    def untraced(self) -> Sequence[int]:
+        return ()
+
     def gone(self) -> Members:
         return np.array(self.gone_members, np.intp)
 

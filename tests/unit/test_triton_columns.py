@@ -70,6 +70,9 @@ class Batch:
     def behind(self) -> Sequence[int]:
         return self.behind_members
 
+    def untraced(self) -> Sequence[int]:
+        return ()
+
     def gone(self) -> Members:
         return np.array(self.gone_members, np.intp)
 

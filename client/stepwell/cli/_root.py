@@ -15,6 +15,7 @@ from stepwell.cli.models import models
 from stepwell.cli.sessions import sessions
 from stepwell.cli.state import state
 from stepwell.cli.step import step
+from stepwell.cli.top import top
 
 
 class Root(_help.Group):
@@ -83,6 +84,7 @@ for command in (
     sessions,
     step,
     state,
+    top,
     bench,
     completion,
 ):

@@ -980,6 +980,7 @@ class StepFrame(_message.Message):
     SESSION_SET_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_BASE_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     outputs: Global___OutputSelection.ValueType
     """Which time steps come back."""
     timeout_ms: _builtins.int
@@ -998,6 +999,10 @@ class StepFrame(_message.Message):
     """In place of request_ids: that of the first session; each further one's is greater by 1. It and the last one are
     within 1 to 2^64 - 1. A member that is sent again in another frame has its own there. Also for sessions of no
     set. 0: none.
+    """
+    traceparent: _builtins.str
+    """The client's span, if it is one of a sampled trace: W3C's traceparent. What the metadata of the stream say is the
+    stream's. Empty: none.
     """
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1056,10 +1061,11 @@ class StepFrame(_message.Message):
         session_set: _builtins.int = ...,
         expected_revision: _builtins.int | None = ...,
         request_id_base: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "batch_sizes", b"batch_sizes", "declare_set", b"declare_set", "expected_revision", b"expected_revision", "expected_revisions", b"expected_revisions", "inputs", b"inputs", "output_names", b"output_names", "outputs", b"outputs", "request_id_base", b"request_id_base", "request_ids", b"request_ids", "reset_mask", b"reset_mask", "session_ids", b"session_ids", "session_set", b"session_set", "state_members", b"state_members", "states", b"states", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "batch_sizes", b"batch_sizes", "declare_set", b"declare_set", "expected_revision", b"expected_revision", "expected_revisions", b"expected_revisions", "inputs", b"inputs", "output_names", b"output_names", "outputs", b"outputs", "request_id_base", b"request_id_base", "request_ids", b"request_ids", "reset_mask", b"reset_mask", "session_ids", b"session_ids", "session_set", b"session_set", "state_members", b"state_members", "states", b"states", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -1083,6 +1089,7 @@ class ResetFrame(_message.Message):
     SESSION_SET_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_BASE_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     timeout_ms: _builtins.int
     """Milliseconds after which resets that still wait are dropped unapplied. 0: no limit."""
     declare_set: _builtins.int
@@ -1092,6 +1099,8 @@ class ResetFrame(_message.Message):
     expected_revision: _builtins.int
     """As in StepFrame."""
     request_id_base: _builtins.int
+    """As in StepFrame."""
+    traceparent: _builtins.str
     """As in StepFrame."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1128,10 +1137,11 @@ class ResetFrame(_message.Message):
         session_set: _builtins.int = ...,
         expected_revision: _builtins.int | None = ...,
         request_id_base: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "batch_sizes", b"batch_sizes", "declare_set", b"declare_set", "expected_revision", b"expected_revision", "expected_revisions", b"expected_revisions", "request_id_base", b"request_id_base", "request_ids", b"request_ids", "session_ids", b"session_ids", "session_set", b"session_set", "state", b"state", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "batch_sizes", b"batch_sizes", "declare_set", b"declare_set", "expected_revision", b"expected_revision", "expected_revisions", b"expected_revisions", "request_id_base", b"request_id_base", "request_ids", b"request_ids", "session_ids", b"session_ids", "session_set", b"session_set", "state", b"state", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015

@@ -21,6 +21,7 @@ from stepwell_server.cli.values import (
     ModuleName,
     Named,
     PathOf,
+    Url,
 )
 from stepwell_server.settings import Settings, SettingsError
 
@@ -206,6 +207,19 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     type=FILE,
     help="File that holds a token: whoever scrapes metrics must send it as 'Authorization: Bearer TOKEN'. Beyond loopback "
     "metrics need it.",
+)
+@setting(
+    "--trace-endpoint",
+    metavar="URL",
+    type=Url(),
+    help="Collector that gets traces by OTLP: http://HOST:4317 by gRPC, http://HOST:4318 by HTTP, https for TLS. Default: "
+    "that of OTEL_EXPORTER_OTLP_ENDPOINT, or none. Needs the extra otel.",
+)
+@setting(
+    "--trace-sample",
+    metavar="RATIO",
+    type=click.FloatRange(0, 1),
+    help="Share of calls to trace, from 0 to 1, where the caller does not say: what a caller traces is traced.",
 )
 @setting(
     "--import",

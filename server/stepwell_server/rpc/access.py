@@ -26,7 +26,15 @@ class Access(enum.Enum):
 #: Calls that change nothing and show what is there. What is not named here or below needs `Access.USE`.
 _READS = frozenset(
     {
-        *("ListModels", "GetModel", "GetSession", "ListSessions", "GetState", "GetStates"),
+        *(
+            "ListModels",
+            "GetModel",
+            "ListSlowSessions",
+            "GetSession",
+            "ListSessions",
+            "GetState",
+            "GetStates",
+        ),
         *("ModelReady", "ServerMetadata", "ModelMetadata", "ModelConfig", "ModelStatistics"),
         "ServerReflectionInfo",
     }

@@ -28,6 +28,7 @@ from stepwell_server.rpc.access import Access, access_of
 from stepwell_server.rpc.fronts.base import Call, CallEnded
 from stepwell_server.rpc.guard import Guard, Guarded
 from stepwell_server.rpc.status import ANY_CODE, to_status
+from stepwell_server.rpc.tracing import TRACES, Tracer
 
 _log = Log("rpc")
 _Message = TypeVar("_Message", bound=Message)
@@ -83,10 +84,13 @@ class Boundary:
         observer: RequestObserver,
         max_message_bytes: int,
         guard: Guard | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._observer = observer
         self._guard = guard
         """None: nobody is asked."""
+        self._tracer = tracer
+        """None: nothing is traced."""
         self._max_message_bytes = max_message_bytes
         self._running = 0
         self._idle = asyncio.Event()
@@ -151,10 +155,14 @@ class Boundary:
     ) -> Serve:
         observer, streams, access = self._observer, request_type is None, access_of(method)
         guard = None if access is Access.ANYONE else self._guard
+        tracer = None if access is Access.ANYONE or not counts else self._tracer
         observer.method_served(method, codes, streams=streams)
 
         async def serve(call: Call) -> bytes:
-            started, code = time.perf_counter(), "OK"
+            started, code, reason = time.perf_counter(), "OK", ""
+            trace = None if tracer is None else tracer.of_call(method, call.metadata)
+            if trace is not None:
+                TRACES.set({0: trace})
             self._running += counts
             if streams:
                 observer.stream_began(method)
@@ -173,7 +181,7 @@ class Boundary:
                     raise
                 known = error if isinstance(error, ServerError) else internal(error, method=method)
                 status = to_status(known)
-                code = status.code.name
+                code, reason = status.code.name, known.reason
                 observer.refused(known.reason, 1, known.model)
                 raise CallEnded(status) from raised
             finally:
@@ -187,6 +195,8 @@ class Boundary:
                     observer.stream_done(method, code)
                 else:
                     observer.request_done(method, code, seconds)
+                if trace is not None:
+                    trace.end(code, reason, _traced(request_type, call))
                 if _log.is_debug:
                     facts = _facts(request_type, call)
                     _log.debug("request", method=method, **facts, status=code, duration_ms=seconds * 1000)
@@ -214,6 +224,13 @@ def _facts(request_type: type[Message] | None, call: Call) -> dict[str, str]:
     return facts | {
         name: getattr(message, name) for name in ("session_id", "model") if hasattr(message, name)
     }
+
+
+def _traced(request_type: type[Message] | None, call: Call) -> dict[str, str | int]:
+    """What of a request is worth a place in a trace."""
+    facts = _facts(request_type, call)
+    session, model = facts.get("session_id", ""), facts.get("model", "")
+    return {"session.id": session, "model": model, "tenant": call.who.tenant, "caller": call.who.name}
 
 
 def internal(error: BaseException, **facts: object) -> ServerError:

@@ -29,6 +29,8 @@ from stepwell_server.rpc.triton.statistics import PassObserver
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
+    from stepwell_server.rpc.tracing import Tracer
+    from stepwell_server.slowest import Slowest
 
 _SESSIONS = sessions_pb2.DESCRIPTOR.services_by_name["SessionService"]
 _MODELS = models_pb2.DESCRIPTOR.services_by_name["ModelService"]
@@ -41,8 +43,17 @@ _OF_SESSIONS = (_SESSIONS, _TRITON)
 _ENDLESS = frozenset({"Watch", "ServerReflectionInfo"})
 
 
+#: The service of each method, for traces.
+SERVICES = {
+    method.name: service.full_name for service in (_SESSIONS, _MODELS, _TRITON) for method in service.methods
+}
+
+
 class ServerObserver(RequestObserver, PassObserver, Protocol):
     """Who wants to know of calls, and knows of passes."""
+
+    slowest: Slowest
+    """Sessions with slow steps."""
 
 
 class RpcServer:
@@ -57,22 +68,25 @@ class RpcServer:
         observer: ServerObserver,
         max_message_bytes: int,
         authenticator: Authenticator | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._front = front
         self._following: list[asyncio.Task[None]] = []
         self.guard = None if authenticator is None else Guard(authenticator, front, clock)
         """Lets callers in; None: nobody is asked."""
-        self._boundary = Boundary(observer, max_message_bytes, self.guard)
+        self._boundary = Boundary(observer, max_message_bytes, self.guard, tracer)
         limits = StreamLimits(_STREAM_FRAMES, max_message_bytes)
-        self._sessions = SessionServicer(engine, clock, max_message_bytes, limits, observer)
+        self._sessions = SessionServicer(engine, clock, max_message_bytes, limits, observer, tracer)
         self._triton = TritonServicer(engine, clock, max_message_bytes, limits, observer, observer)
-        self._steps = ColumnSteps(engine, clock, max_message_bytes, observer, self._triton.form_of)
+        self._steps = ColumnSteps(engine, clock, max_message_bytes, observer, self._triton.form_of, tracer)
         ours = [service.full_name for service in (_SESSIONS, _MODELS, _TRITON)]
         self._health = health.HealthServicer(ours)
         shown = reflection.ReflectionServicer((_SESSIONS, _MODELS, _TRITON, health.SERVICE))
         self._methods = [
             *self._methods_of(_SESSIONS, self._sessions),
-            *self._methods_of(_MODELS, ModelServicer(engine, front.name, max_message_bytes)),
+            *self._methods_of(
+                _MODELS, ModelServicer(engine, front.name, max_message_bytes, observer.slowest, clock)
+            ),
             *self._methods_of(_TRITON, self._triton, unsupported_methods(self._boundary)),
             *self._methods_of(health.SERVICE, self._health),
             *(method for service in shown.services for method in self._methods_of(service, shown)),

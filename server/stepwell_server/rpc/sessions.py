@@ -14,12 +14,14 @@ from stepwell_server.rpc.status import to_proto
 from stepwell_server.rpc.steps import messages
 from stepwell_server.rpc.steps.sets import SetRoom
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
+from stepwell_server.rpc.tracing import TRACES
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.boundary import RequestObserver
     from stepwell_server.rpc.fronts.base import Call
+    from stepwell_server.rpc.tracing import Tracer
 
 
 class SessionServicer(admin.Administration):
@@ -32,9 +34,11 @@ class SessionServicer(admin.Administration):
         max_reply_bytes: int,
         limits: StreamLimits,
         observer: RequestObserver,
+        tracer: Tracer | None = None,
     ) -> None:
         super().__init__(engine, max_reply_bytes)
         self._observer = observer
+        self._tracer = tracer
         self._clock = clock
         self._limits = limits
         self._set_room = SetRoom()
@@ -181,6 +185,7 @@ class SessionServicer(admin.Administration):
             self._observer,
             self._set_room,
             call,
+            self._tracer,
         )
         self._streams.add(stream)
         if self._stopping:
@@ -198,5 +203,6 @@ class SessionServicer(admin.Administration):
 
     async def _apply(self, change: Change, answer: Awaited, call: Call) -> Applied:
         change.deadline, change.caller = call.deadline, call.caller
+        change.traces = TRACES.get()
         self._engine.submit(change)
         return await answer.get()

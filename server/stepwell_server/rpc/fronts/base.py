@@ -173,6 +173,9 @@ class ColumnReplies(Protocol):
     def behind(self) -> Sequence[int]:
         """Messages of Triton's before which others of their stream were handed back that nobody has read yet."""
 
+    def untraced(self) -> Sequence[int]:
+        """Messages that are calls of which the metadata says that they are not traced."""
+
     def gone(self) -> Members:
         """Sessions whose callers do not wait any more."""
 
@@ -212,6 +215,9 @@ class StepColumns:
 
 class Steps(Protocol):
     """Takes plain steps, for fronts that read them. On the event loop."""
+
+    traces: bool
+    """There are traces: a call of which the metadata says that it is traced is none of plain steps."""
 
     def hold(self) -> None:
         """Several batches are about to be taken: run none before `go`."""

@@ -7,11 +7,12 @@ every protocol; what differs between them is a `Form`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from stepwell_server.core import namespaces
 from stepwell_server.core.callers import Caller
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.change import Change, MustPart
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.boundary import RequestObserver
+    from stepwell_server.rpc.tracing import CallTrace, Tracer
 
 _T = TypeVar("_T")
 _Message = tuple[int, int]
@@ -50,6 +52,8 @@ class Form:
         self.left = self.members
         """Those of them that nobody has taken yet."""
         self.inputs: Tensors = {}
+        self.traces: dict[int, CallTrace] = {}
+        """Of messages that are traced, by their first members."""
         self._clock = clock
         self._observer = observer
 
@@ -91,11 +95,31 @@ class Form:
         self, members: Members | None, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
     ) -> None:
         """Members were applied; None: all of the batch."""
+        if self.traces:
+            self._end_traces(members, "OK", "")
         self._answer(members, revisions, positions, outputs, replayed=replayed)
 
     def failed(self, members: Members | None, error: ServerError) -> None:
         """Members failed alike; None: all of the batch."""
+        if self.traces:
+            self._end_traces(members, code_of(error).name, error.reason)
         self._refuse(members, error, to_proto(error).SerializeToString())
+
+    def traces_of(self, members: Members | None) -> Mapping[int, CallTrace]:
+        """Those of some members, by their index among them; None: of all."""
+        if members is None or not self.traces:
+            return self.traces
+        places = {member: place for place, member in enumerate(members.tolist())}
+        return {places[first]: trace for first, trace in self.traces.items() if first in places}
+
+    def _end_traces(self, members: Members | None, code: str, reason: str) -> None:
+        """A message has its answer, as a trace shows it, when its first session has."""
+        answered = list(self.traces) if members is None else self.traces.keys() & set(members.tolist())
+        for first in answered:
+            whose = self.columns.whos[first] if len(self.columns.whos) > 1 else self.columns.whos[0]
+            session = namespaces.own(self.columns.session_ids[first])
+            facts = {"session.id": session, "tenant": whose.tenant, "caller": whose.name}
+            self.traces.pop(first).end(code, reason, facts)
 
     def output_columns(self, outputs: Tensors) -> list[OutputColumn]:
         """Outputs as they leave."""
@@ -138,11 +162,14 @@ class ColumnSteps:
         max_message_bytes: int,
         observer: RequestObserver,
         form_of_requests: Callable[[StepColumns], Form],
+        tracer: Tracer | None = None,
     ) -> None:
         self._engine = engine
         self._clock = clock
         self._max_message_bytes = max_message_bytes
         self._observer = observer
+        self._tracer = tracer
+        self.traces = tracer is not None
         self._form_of_requests = form_of_requests
         """The form of Triton's requests."""
 
@@ -160,6 +187,11 @@ class ColumnSteps:
             form = Form(columns, self._clock, self._observer)
         else:
             form = self._form_of_requests(columns)
+        if self._tracer is not None:
+            firsts = np.cumsum(columns.counts) - columns.counts
+            traced = self._tracer.of_messages(form.method, len(firsts))
+            untraced = columns.replies.untraced() if traced else ()
+            form.traces = {int(firsts[n]): trace for n, trace in traced.items() if n not in untraced}
         try:
             form.prepare()
             form.left = form.members
@@ -227,7 +259,10 @@ class ColumnSteps:
         return np.union1d(alone, form.part(parted)) if len(parted) else alone
 
     def _change(self, form: Form, members: Members) -> Change:
-        change = form.change(None if len(members) == len(form.columns.session_ids) else members)
+        some = None if len(members) == len(form.columns.session_ids) else members
+        change = form.change(some)
+        if form.traces:
+            change.traces = form.traces_of(some)
         messages.limit_reply(change, self._max_message_bytes)
         return change
 

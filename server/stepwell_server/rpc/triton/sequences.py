@@ -37,6 +37,7 @@ from stepwell_server.errors import (
 from stepwell_server.logs import Log
 from stepwell_server.rpc import naming
 from stepwell_server.rpc.steps.messages import limit_reply
+from stepwell_server.rpc.tracing import TRACES
 from stepwell_server.rpc.triton.errors import SequenceId, not_started
 from stepwell_server.rpc.triton.parameters import Parameters
 
@@ -211,6 +212,7 @@ class Sequences:
         answer, given = Awaited(), request.parameters
         change = Change((request.session_id,), answer, request.inputs.arrays)
         change.deadline, change.caller, change.who = request.deadline, request.source, request.who
+        change.traces = TRACES.get()
         limit_reply(change, request.max_reply_bytes)
         if anew:
             change.reset_rows = np.ones(request.inputs.rows, np.bool_)
