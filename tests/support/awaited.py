@@ -27,6 +27,7 @@ class RemoteStore(Store):
 
     local = None
     is_volatile = False
+    damage = ""
 
     def __init__(self, shared: LocalStore) -> None:
         self.shared = shared

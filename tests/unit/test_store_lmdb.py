@@ -382,15 +382,15 @@ def write_schema(path: Path, version: bytes) -> bytes | None:
 
 
 def test_a_store_of_a_later_release_stops_the_start(tmp_path: Path) -> None:
-    write_schema(tmp_path, b"3")
-    with pytest.raises(StoreError, match="must be of schema version 2; it is of 3"):
+    write_schema(tmp_path, b"4")
+    with pytest.raises(StoreError, match="must be of schema version 3; it is of 4"):
         opened(tmp_path)
 
 
 def test_a_store_from_before_there_were_journals_becomes_one_that_may_have_some(tmp_path: Path) -> None:
     write_schema(tmp_path, b"1")
     opened(tmp_path).close()
-    assert write_schema(tmp_path, b"2") == b"2", "the release before must not open it any more"
+    assert write_schema(tmp_path, b"2") == b"3", "the release before must not open it any more"
 
 
 def test_a_directory_that_is_none_stops_the_start(tmp_path: Path) -> None:

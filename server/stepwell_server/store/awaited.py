@@ -21,6 +21,11 @@ class AwaitedStore(Store):
         self.incarnation = local.incarnation
         self._writing = asyncio.Lock()
 
+    @property
+    @override
+    def damage(self) -> str:
+        return self.local.damage
+
     @override
     async def commit(self, batch: Batch) -> Committed:
         async with self._writing:
