@@ -19,6 +19,7 @@ class AwaitedStore(Store):
         self.local = local
         self.secret = local.secret
         self.incarnation = local.incarnation
+        self.first_revision = local.first_revision
         self._writing = asyncio.Lock()
 
     @property

@@ -166,6 +166,9 @@ class Store(Protocol):
     incarnation: str
     """See `LocalStore`."""
 
+    first_revision: int
+    """See `LocalStore`."""
+
     @property
     def damage(self) -> str:
         """See `LocalStore`."""
@@ -226,6 +229,9 @@ class LocalStore(Protocol):
 
     incarnation: str
     """Eight hex digits that were drawn when the store was made, the same as long as it lives."""
+
+    first_revision: int
+    """With which revision sessions begin. Above 0 in a store that was restored: higher than any that clients were told."""
 
     @property
     def damage(self) -> str:

@@ -24,6 +24,7 @@ class EncryptedStore(LocalStore):
         self.waits_for_disk = local.waits_for_disk
         self.secret = local.secret
         self.incarnation = local.incarnation
+        self.first_revision = local.first_revision
 
     @property
     @override

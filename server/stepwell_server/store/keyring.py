@@ -13,6 +13,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import itertools
 import re
 import secrets
 from collections.abc import Mapping
@@ -38,6 +39,11 @@ class Keyring:
             for key_id, key in keys.items()
         }
         """What a store remembers of each key, to tell it from another of the same id. It says nothing of the key."""
+
+    @property
+    def first_check(self) -> dict[str, bytes]:
+        """Of `checks` that of the first key."""
+        return {self.first: self.checks[self.first]}
 
     def require(self, used: Mapping[str, bytes]) -> None:
         """See that all keys are there that a store has used; `used` are their `checks`.
@@ -82,6 +88,17 @@ def add_key(path: Path, key_id: str) -> None:
         private_files.replace(path, f"{key_id} = {key}\n{there}".encode())
     except OSError as error:
         raise KeyFileError(f"the key file {path} must be writable: {error.strerror}") from error
+
+
+def unused_id(path: Path, wanted: str) -> str:
+    """An id that no key of a file has, which need not be there: the one that is wanted, or one that begins so.
+
+    Raises:
+        KeyFileError: the file cannot be used.
+    """
+    there = _parse(path, _text(path)) if path.exists() else {}
+    names = itertools.chain((wanted,), (f"{wanted}.{number}" for number in itertools.count(2)))
+    return next(name for name in names if name not in there)
 
 
 def _text(path: Path) -> str:

@@ -74,6 +74,7 @@ _LENGTH = struct.Struct("<H")
 #: Ids whose encoding is kept: those of sessions that change again and again.
 _IDS_KNOWN = 16_384
 _FIELD = struct.Struct("<HH")  # the same as FIELD, for one
+_REVISION, _REVISION_AT = struct.Struct("<Q"), 8
 _CHECKSUM_BYTES = 4
 
 U64 = npt.NDArray[np.uint64]
@@ -457,6 +458,13 @@ def with_checksum(session_id: str, record: Stored) -> bytes:
     """A record with the checksum that it must have, whatever stands in its place."""
     body = memoryview(record)[_CHECKSUM_BYTES:]
     return b"".join((checksum_of(session_id, body).to_bytes(_CHECKSUM_BYTES, "little"), body))
+
+
+def with_revision(session_id: str, record: Stored, revision: int) -> bytes:
+    """A record as of another revision."""
+    changed = bytearray(record)
+    _REVISION.pack_into(changed, _REVISION_AT, revision)
+    return with_checksum(session_id, bytes(changed))
 
 
 def head_with(head: Stored, fields_bytes: int) -> bytes:

@@ -246,24 +246,18 @@ class Directory:
         return None if stone is None else self._endings.of(stone)
 
     def first_revisions(self, session_ids: Sequence[str], seen: Seen) -> U64:
-        """The revisions with which sessions begin: 0, or more than another session that had the id ever had.
+        """The revisions with which sessions begin: the store's first, or more than another session that had the id ever had.
 
         So whoever still has that one's revision gets a conflict, and does not step a session that is not theirs.
         As long as its end is remembered, that is.
         """
         burying = self._expiry.burying
         seen = self.here if self._is_local else seen
-        return np.array(
-            [
-                burying[session_id].revision + 1
-                if session_id in burying
-                else 0
-                if stone is None
-                else stone.revision + 1
-                for session_id, stone in zip(session_ids, seen.tombstones(session_ids), strict=True)
-            ],
-            np.uint64,
-        )
+        last = [
+            burying[session_id].revision if session_id in burying else -1 if stone is None else stone.revision
+            for session_id, stone in zip(session_ids, seen.tombstones(session_ids), strict=True)
+        ]
+        return np.array([max(self.store.first_revision, revision + 1) for revision in last], np.uint64)
 
     def stored_revision(self, session_id: str, seen: Seen) -> int:
         """The revision that the store has of a session, 0 if it cannot tell."""

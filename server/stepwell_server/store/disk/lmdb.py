@@ -18,10 +18,9 @@ What a commit survives, and why:
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import os
-import secrets
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -33,13 +32,13 @@ from typing_extensions import override
 
 from stepwell_server import private_files
 from stepwell_server.clock import Clock
-from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.errors import StateCorrupt, StoreGone, Unavailable
 from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealth, Tombstone
+from stepwell_server.store.disk import meta
 from stepwell_server.store.disk.files import OpenFiles, explain, flush, flush_folders, start_errors
 from stepwell_server.store.disk.key_sums import PIECE, Change, KeyCheck, NewKeys
 from stepwell_server.store.disk.keys import entries, items, key_of, own, values
-from stepwell_server.store.disk.lock import DirectoryLock
+from stepwell_server.store.disk.lock import DirectoryLock, replacing
 from stepwell_server.store.disk.reserve import Extent, NoRoom, Reserve
 from stepwell_server.store.disk.tombstones import TOMBSTONES, bury, next_age, tombstone
 from stepwell_server.store.heads import Heads, heads_of
@@ -51,8 +50,6 @@ T = TypeVar("T")
 _Environment = Any
 _Transaction = Any
 
-SCHEMA_VERSION = 3
-"""Since 2 there may be a write-ahead log, since 3 there are sums of keys. One of an earlier version becomes one of 3."""
 FIRST_MAP_BYTES = 64 * 2**20
 """The map is address space, not disk: it is doubled whenever it is full."""
 SPARSE = 1 / 2
@@ -67,8 +64,9 @@ _log = logging.getLogger(__name__)
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError)
 _READABLE = "the store must be readable"
 _KEEPS = "the store must be able to keep the change"
-_FOLDER, _COPY, _DATA = "sessions", "sessions.compacting", "data.mdb"
-_KEYS = b"keys"  # of encryption: JSON, their checks in hex by id
+_FOLDER, _DATA = "sessions", "data.mdb"
+COPY = "sessions.compacting"
+"""A folder for what is to take the place of the sessions; one that is left over is removed by a start."""
 
 
 class LmdbStore(LocalStore):
@@ -139,19 +137,14 @@ class LmdbStore(LocalStore):
         Raises:
             Unavailable: it could not be kept.
         """
-
-        def put() -> None:
-            with self._environment.begin(db=self._meta, write=True) as transaction:
-                transaction.put(b"journal", mark)
-
-        self._write_with(_KEEPS, put)
+        self.set_meta({meta.MARK: mark})
         self._mark: bytes = mark
 
     @property
     def key_checks(self) -> dict[str, bytes]:
         """The keys that records may be encrypted with, see `Keyring.checks`."""
-        found = self._read("", lambda transaction: transaction.get(_KEYS, b"{}", db=self._meta))
-        return {key_id: bytes.fromhex(check) for key_id, check in json.loads(found).items()}
+        found = self._read("", lambda transaction: transaction.get(meta.KEYS, b"{}", db=self._meta))
+        return meta.unpack_keys(found)
 
     def set_key_checks(self, checks: Mapping[str, bytes]) -> None:
         """Remember them, durably: before anything is encrypted with one.
@@ -159,12 +152,20 @@ class LmdbStore(LocalStore):
         Raises:
             Unavailable: it could not be kept.
         """
+        self.set_meta({meta.KEYS: meta.pack_keys(checks)})
+        self.sync()
+
+    def set_meta(self, values: Mapping[bytes, bytes]) -> None:
+        """Keep what is said of the store as a whole; some of it is read when the store is opened only.
+
+        Raises:
+            Unavailable: it could not be kept.
+        """
 
         def put() -> None:
-            said = json.dumps({key_id: check.hex() for key_id, check in checks.items()})
             with self._environment.begin(db=self._meta, write=True) as transaction:
-                transaction.put(_KEYS, said.encode())
-            self._environment.sync(True)
+                for name, value in values.items():
+                    transaction.put(name, value)
 
         self._write_with(_KEEPS, put)
 
@@ -229,7 +230,7 @@ class LmdbStore(LocalStore):
 
     @override
     def count_of(self, model: str) -> int:
-        key = _count_key(model)
+        key = meta.count_key(model)
         return int(self._read("", lambda transaction: transaction.get(key, b"0", db=self._meta)))
 
     @override
@@ -255,6 +256,7 @@ class LmdbStore(LocalStore):
         self.files.check()
         problem = ""
         try:
+            self._forget_dead_readers()
             self.count()  # which opens it anew if it must be
         except StoreGone:
             raise
@@ -267,6 +269,13 @@ class LmdbStore(LocalStore):
             self.files.give_up(f"{self._folder} must be a store again within {GIVE_UP_S:g} s; {problem}")
             self.files.require()
         return StoreHealth(problem, self._reopened)
+
+    def _forget_dead_readers(self) -> None:
+        """A process that was killed while it read (a backup, say) keeps pages from being used again until this."""
+        with self._remap:
+            if not self._closed and not self._must_reopen:
+                with contextlib.suppress(lmdb.Error):  # what is wrong with it, whoever uses it says
+                    self._environment.reader_check()
 
     def sync(self) -> None:
         """See to it that all that was committed survives a loss of power.
@@ -293,7 +302,7 @@ class LmdbStore(LocalStore):
     # ------------------------------------------------------------------------------------------------------ opening
 
     def _start(self, path: Path) -> None:
-        copy = path / _COPY
+        copy = path / COPY
         shutil.rmtree(copy, ignore_errors=True)
         is_new = not (self._folder / _DATA).exists()
         self._folder.mkdir(mode=0o700, exist_ok=True)
@@ -342,7 +351,7 @@ class LmdbStore(LocalStore):
             names = (b"sessions", b"tombstones", b"tombstone_ages", b"meta")
             found = [environment.open_db(name, txn=transaction) for name in names]
             self._sessions, self._tombstones, self._ages, self._meta = found
-            self._require_schema(transaction)
+            meta.begin(transaction, self._meta, self._folder)
             self._next_age = next_age(transaction, self._ages)
             self._check.begin(transaction, self._sessions, self._meta)
 
@@ -354,23 +363,12 @@ class LmdbStore(LocalStore):
         if found < wanted:
             raise StoreError(f"{self._folder / _DATA} must have {wanted} bytes; it was cut off at {found}")
 
-    def _require_schema(self, transaction: _Transaction) -> None:
-        schema = transaction.get(b"schema", b"", db=self._meta)
-        if schema and not 1 <= int(schema) <= SCHEMA_VERSION:
-            raise StoreError(
-                f"the store in {self._folder} must be of schema version {SCHEMA_VERSION};"
-                f" it is of {int(schema)}, written by another release"
-            )
-        if not schema:
-            transaction.put(b"incarnation", secrets.token_hex(4).encode(), db=self._meta)
-            transaction.put(b"secret", secrets.token_bytes(32), db=self._meta)
-        transaction.put(b"schema", str(SCHEMA_VERSION).encode(), db=self._meta)
-
     def _read_meta(self) -> None:
         with self._environment.begin(db=self._meta) as transaction:
-            self.incarnation = transaction.get(b"incarnation").decode()
-            self.secret = transaction.get(b"secret")
-            self._mark = transaction.get(b"journal", b"")
+            self.incarnation = transaction.get(meta.INCARNATION).decode()
+            self.secret = transaction.get(meta.SECRET)
+            self._mark = transaction.get(meta.MARK, b"")
+            self.first_revision = int(transaction.get(meta.FIRST_REVISION, b"0"))
 
     def _compact(self, copy: Path) -> bool:
         """Give the file's free pages back to the disk if that is worth it.
@@ -385,6 +383,11 @@ class LmdbStore(LocalStore):
         size, live = data.stat().st_size, self._live_bytes()
         if size <= FIRST_MAP_BYTES or live > size * SPARSE or shutil.disk_usage(copy.parent).free < live:
             return False
+        with replacing(copy.parent) as may_replace:
+            return may_replace and self._copy_compactly(copy)
+
+    def _copy_compactly(self, copy: Path) -> bool:
+        data = self._folder / _DATA
         copy.mkdir(mode=0o700)
         try:
             self._environment.copy(os.fspath(copy), compact=True)
@@ -471,10 +474,7 @@ class LmdbStore(LocalStore):
             self._next_age = bury(
                 transaction, self._tombstones, self._ages, stones, age, most=self._most_tombstones
             )
-        for name, by in (*batch.counts, *batch.tenant_counts):
-            key = _count_key(name)
-            count = int(transaction.get(key, b"0", db=self._meta)) + by
-            transaction.put(key, str(count).encode(), db=self._meta)
+        meta.count(transaction, self._meta, (*batch.counts, *batch.tenant_counts))
         self._check.write(transaction, self._meta, change)
 
     def _grow(self) -> None:
@@ -588,8 +588,3 @@ class LmdbStore(LocalStore):
             return self.get(session_id)
         except StateCorrupt:
             return b""
-
-
-def _count_key(name: str) -> bytes:
-    """The key of a count: of a model's sessions, or of tenants', which are among those."""
-    return (b"sessions in " if SEPARATOR in name else b"sessions of ") + name.encode()

@@ -74,6 +74,7 @@ class DiskStore(LocalStore):
             first_map_bytes=first_map_bytes,
         )
         self.incarnation, self.secret = self._base.incarnation, self._base.secret
+        self.first_revision = self._base.first_revision
         self.waits_for_disk = self._base.waits_for_disk
         self._closed = self._in_trouble = False
         self._in_doubt: set[str] = set()
