@@ -18,6 +18,7 @@ from stepwell_server.store.base import KeyFileError, Tombstone
 from stepwell_server.store.disk import meta, snapshot
 from stepwell_server.store.disk.backup_file import About, Reader, Writer
 from stepwell_server.store.disk.filling import Pair, fill, new_folder
+from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import header_or_none, is_sound, key_id_of, with_revision
@@ -48,10 +49,10 @@ def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.i
     acknowledged before, and with nothing that was not committed.
 
     Raises:
-        StoreError: the store cannot be read whole, or the file not be written; then there is no file.
+        StoreError: the store lost sessions or cannot be read whole, or the file not be written; then there is no file.
     """
     writer = Writer(file, bytes_per_s=bytes_per_s)
-    damaged = 0
+    damaged, sums = 0, Sums()
     try:
         created = clock.now()
         with snapshot.opened(path) as found:
@@ -66,9 +67,10 @@ def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.i
                 )
             )
             for entry in found.sessions():
+                sums.add([entry.key])
                 damaged += not is_sound(entry.session_id, entry.record)
                 writer.session(entry.session_id, entry.record)
-            found.require_all(writer.sessions)
+            found.require_all(sums)
             for stone in found.tombstones():
                 writer.tombstone(stone)
         writer.finish()

@@ -13,6 +13,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.store.base import StoreError, Tombstone
 from stepwell_server.store.disk import meta
 from stepwell_server.store.disk.filling import Pair, rebuild
+from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.disk.snapshot import Entry, Snapshot
 from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import is_sound, key_id_of
@@ -47,10 +48,12 @@ def rekey(path: Path, clock: Clock, keyring: Keyring, *, decrypt: bool = False) 
 
     def sessions(old: Snapshot) -> Iterator[Pair]:
         keyring.require(old.key_checks)
+        sums = Sums()
         for entry in old.sessions():
             found.sessions += 1
+            sums.add([entry.key])
             yield entry.session_id, _rekeyed(sealer, entry.session_id, entry.record, found, decrypt=decrypt)
-        old.require_all(found.sessions)
+        old.require_all(sums)
 
     def about(old: dict[bytes, bytes]) -> dict[bytes, bytes]:
         checks = {} if decrypt else keyring.first_check

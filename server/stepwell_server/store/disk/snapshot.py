@@ -89,16 +89,16 @@ class Snapshot:
         except lmdb.Error as error:
             raise StoreError(f"a page of {self.path / DATA} cannot be read: {error}") from error
 
-    def require_all(self, count: int) -> None:
-        """Refuse to go on without sessions that are missing; `count` is how many were there.
+    def require_all(self, found: Sums) -> None:
+        """Refuse to go on without sessions that are missing; `found` is of all keys that were there.
 
         Raises:
-            StoreError: there were more.
+            StoreError: some are.
         """
-        if (expected := self.expected) is not None and expected.count != count:
+        if self.expected not in (None, found):
             raise StoreError(
-                f"the store in {self.path} must have {expected.count} sessions; {count} were found: keys or pages were"
-                " damaged"
+                f"the store in {self.path} must have all its sessions; keys or pages were damaged, and some are missing:"
+                " stepwell store verify says more, stepwell store repair mends it"
             )
 
     def tombstones(self) -> list[Tombstone]:
