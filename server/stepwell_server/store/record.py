@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import itertools
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -221,6 +221,22 @@ class Puts(list[tuple[str, Stored]]):
     def encoded_ids(self) -> bytes:
         """As `encode_ids`: sessions that change together again and again are encoded once."""
         return encode_ids(self.session_ids)
+
+    @functools.cached_property
+    def keys(self) -> list[bytes]:
+        """The ids as UTF-8."""
+        return [session_id.encode() for session_id in self.session_ids]
+
+    @functools.cached_property
+    def seeds(self) -> list[int]:
+        """What the checksum of each record begins with."""
+        return [crc32(key) for key in self.keys]
+
+    def with_checksums(self, records: Sequence[Stored], together: memoryview, checksums: bytes) -> Puts:
+        """Other records of the same sessions."""
+        puts = Puts(self.session_ids, records, together)
+        puts.checksums, puts.encoded_ids = checksums, self.encoded_ids
+        return puts
 
 
 class Joined(Sequence[tuple[str, Stored]]):
@@ -449,15 +465,15 @@ def _intact(session_id: str, stored: Stored) -> memoryview:
     return view
 
 
-def checksum_of(session_id: str, body: Stored) -> int:
-    """The checksum of a session's record that goes on with `body` behind it."""
-    return crc32(body, _encoded(session_id)[1])
+def checksums_of(bodies: Iterable[Stored], seeds: Iterable[int]) -> npt.NDArray[np.uint32]:
+    """The checksums of records that go on with `bodies` behind it; see `Puts.seeds`."""
+    return np.fromiter(map(crc32, bodies, seeds), np.dtype("<u4"))
 
 
 def with_checksum(session_id: str, record: Stored) -> bytes:
     """A record with the checksum that it must have, whatever stands in its place."""
     body = memoryview(record)[_CHECKSUM_BYTES:]
-    return b"".join((checksum_of(session_id, body).to_bytes(_CHECKSUM_BYTES, "little"), body))
+    return b"".join((crc32(body, _encoded(session_id)[1]).to_bytes(_CHECKSUM_BYTES, "little"), body))
 
 
 def with_revision(session_id: str, record: Stored, revision: int) -> bytes:

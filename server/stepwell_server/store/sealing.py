@@ -12,10 +12,9 @@ The checksum is over the encrypted record, as over any other. A record that is n
 
 from __future__ import annotations
 
-import itertools
-import os
+import operator
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -28,10 +27,11 @@ from stepwell_server.store.record import (
     KEY_ID_AT,
     SCHEMA_VERSION,
     SEAL,
+    U8,
     Joined,
     Puts,
     Stored,
-    checksum_of,
+    checksums_of,
     fields_at,
     head_with,
     is_sound,
@@ -40,7 +40,7 @@ from stepwell_server.store.record import (
     state_at,
     with_checksum,
 )
-from stepwell_server.store.xaes import NONCE_BYTES, TAG_BYTES, following, rest_of
+from stepwell_server.store.xaes import NONCE_BYTES, NONCE_REST_BYTES, TAG_BYTES, random_nonces, rest_of
 
 _HEAD = struct.Struct("<HH")
 _CHECKSUM_BYTES = 4
@@ -60,12 +60,16 @@ class Sealer:
 
     def seal(self, puts: Sequence[tuple[str, Stored]]) -> Sequence[tuple[str, Stored]]:
         """The same records, encrypted; those that are are not to be given."""
-        nonces = following(os.urandom(NONCE_BYTES))
-        first = next(nonces)
-        cipher, nonces = self._key.derive(first), itertools.chain((first,), nonces)
+        nonces = random_nonces(len(puts))
+        cipher = self._key.derive(nonces[:1].tobytes())
         if not isinstance(puts, Joined):
             return self._part(puts, cipher, nonces)
-        return Joined([self._part(part, cipher, nonces) for part in puts.parts if len(part)])
+        sealed, at = [], 0
+        for part in puts.parts:
+            if len(part):
+                sealed.append(self._part(part, cipher, nonces[at : at + len(part)]))
+                at += len(part)
+        return Joined(sealed)
 
     def is_current(self, record: Stored) -> bool:
         """Whether a sound record is encrypted with the key that is used now."""
@@ -116,13 +120,12 @@ class Sealer:
         return StateCorrupt(f"{rule}: {problem}", session_id=session_id)
 
     def _part(
-        self, puts: Sequence[tuple[str, Stored]], cipher: AESGCM, nonces: Iterator[bytes]
+        self, puts: Sequence[tuple[str, Stored]], cipher: AESGCM, nonces: U8
     ) -> Sequence[tuple[str, Stored]]:
         if isinstance(puts, Puts) and len(puts) > 1:
             return self._laid_out(puts, cipher, nonces)
-        return [
-            (i, self._one(i, record, cipher, nonce)) for (i, record), nonce in zip(puts, nonces, strict=False)
-        ]
+        sealed = zip(puts, _rows(nonces), strict=True)
+        return [(i, self._one(i, record, cipher, nonce)) for (i, record), nonce in sealed]
 
     def _one(self, session_id: str, record: Stored, cipher: AESGCM, nonce: bytes) -> bytes:
         view = memoryview(record)
@@ -136,41 +139,37 @@ class Sealer:
             session_id, b"".join((head, state, self._seal_head, nonce, tag, self._key_id, fields))
         )
 
-    def _laid_out(self, puts: Puts, cipher: AESGCM, nonces: Iterator[bytes]) -> Puts:
-        """All records have the same layout."""
+    def _laid_out(self, puts: Puts, cipher: AESGCM, nonces: U8) -> Puts:
+        """All records have the same layout, and what is not encryption itself is done for all at once."""
         count, size = len(puts), puts.sizes[0]
-        plain = np.frombuffer(puts.together, np.uint8).reshape(count, size)
         start, end = state_at(puts[0][1]), fields_at(puts[0][1])
-        seal = end + _HEAD.size
+        seal, rest = end + _HEAD.size, end + self._seal_bytes
         tags, key_ids = seal + NONCE_BYTES, seal + KEY_ID_AT
-        rest = end + self._seal_bytes
+        plain = np.frombuffer(puts.together, np.uint8).reshape(count, size)
         out = np.empty((count, rest + size - end), np.uint8)
         out[:, :start], out[:, rest:] = plain[:, :start], plain[:, end:]
         out[:, end:seal] = np.frombuffer(self._seal_head, np.uint8)
+        out[:, seal:tags] = nonces
         out[:, key_ids:rest] = np.frombuffer(self._key_id, np.uint8)
         heads = out[:, : HEADER.itemsize].view(HEADER)[:, 0]
         heads["schema"], heads["fields_bytes"] = SCHEMA_VERSION, self._seal_bytes + size - end
-        own = list(itertools.islice(nonces, count))
-        out[:, seal:tags] = np.frombuffer(b"".join(own), np.uint8).reshape(count, NONCE_BYTES)
-        flat = memoryview(out.reshape(-1).data)
-        records: list[Stored] = [flat[at : at + out.shape[1]] for at in range(0, out.size, out.shape[1])]
-        encrypt = cipher.encrypt
-        states = [
-            encrypt(
-                rest_of(nonce),
-                stored[start:end],
-                b"".join((record[_CHECKSUM_BYTES:start], record[rest:], session_id.encode())),
-            )
-            for (session_id, stored), record, nonce in zip(puts, records, own, strict=True)
-        ]
+        known = np.concatenate((out[:, _CHECKSUM_BYTES:start], out[:, rest:]), axis=1)
+        states = map(
+            cipher.encrypt,
+            _rows(nonces[:, NONCE_BYTES - NONCE_REST_BYTES :]),
+            _rows(plain[:, start:end]),
+            map(operator.add, _rows(known), puts.keys),
+        )
         both = np.frombuffer(b"".join(states), np.uint8).reshape(count, end - start + TAG_BYTES)
         out[:, start:end], out[:, tags:key_ids] = both[:, :-TAG_BYTES], both[:, -TAG_BYTES:]
-        sums = [
-            checksum_of(i, record[_CHECKSUM_BYTES:])
-            for i, record in zip(puts.session_ids, records, strict=True)
-        ]
+        flat, sealed_bytes = memoryview(out.reshape(-1).data), out.shape[1]
+        records: list[Stored] = [flat[at : at + sealed_bytes] for at in range(0, out.size, sealed_bytes)]
+        sums = checksums_of((record[_CHECKSUM_BYTES:] for record in records), puts.seeds)
         heads["checksum"] = sums
-        sealed = Puts(puts.session_ids, records, flat)
-        sealed.checksums = np.array(sums, "<u4").tobytes()
-        sealed.encoded_ids = puts.encoded_ids
-        return sealed
+        return puts.with_checksums(records, flat, sums.tobytes())
+
+
+def _rows(array: U8) -> list[bytes]:
+    """Each row as bytes."""
+    data, size = array.tobytes(), array.shape[1]
+    return [data[at : at + size] for at in range(0, len(data), size)] if size else [b""] * len(array)

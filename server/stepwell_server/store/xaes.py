@@ -8,9 +8,11 @@ nonce and the key give the key that AES-GCM uses, with the second half (a KDF of
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
 
+import numpy as np
+import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -19,6 +21,8 @@ NONCE_BYTES = 24
 TAG_BYTES = 16
 
 _DERIVING_BYTES = 12
+NONCE_REST_BYTES = NONCE_BYTES - _DERIVING_BYTES
+_COUNT_BYTES = 4
 _BLOCK_BITS, _REDUCTION = 128, 0x87  # of CMAC, NIST SP 800-38B
 _MESSAGES = (b"\x00\x01X\x00", b"\x00\x02X\x00")
 
@@ -49,11 +53,13 @@ def rest_of(nonce: bytes) -> bytes:
     return nonce[_DERIVING_BYTES:]
 
 
-def following(nonce: bytes) -> Iterator[bytes]:
-    """Nonces that begin as a random one does and differ in the last four bytes: for what is encrypted together.
+def random_nonces(count: int) -> npt.NDArray[np.uint8]:
+    """Nonces for what is encrypted together, `(count, NONCE_BYTES)`: random, but for the last four bytes, which count.
 
-    Each is as good as a random one: two runs share nonces only if 160 random bits are the same.
+    Two of them are the same only if 160 random bits are, so each is as good as one drawn by itself. They begin as the first
+    does, and so share what `derive` makes of it.
     """
-    start = nonce[:-4]
-    for number in range(2**32):
-        yield start + number.to_bytes(4, "big")
+    nonces = np.empty((count, NONCE_BYTES), np.uint8)
+    nonces[:, :-_COUNT_BYTES] = np.frombuffer(os.urandom(NONCE_BYTES - _COUNT_BYTES), np.uint8)
+    nonces[:, -_COUNT_BYTES:] = np.arange(count, dtype=">u4").view(np.uint8).reshape(count, _COUNT_BYTES)
+    return nonces
