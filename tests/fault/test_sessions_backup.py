@@ -58,14 +58,14 @@ def test_nothing_that_was_acknowledged_is_missing(tmp_path: Path) -> None:
         DriverProcess(server.address, file, seed=31) as driver,
     ):
         backups = []
-        for number in range(6):
+        for number in range(4):
             driver.wait_acknowledged(60)
             before = acknowledged(file)
             done = backup.back_up(data, tmp_path / f"backup{number}", clock)
             backups.append((done.file, before))
             assert done.keys == ["k"]
             assert not checking.examine(data, ring).problems, "beside the server, too"
-            if number == 2:
+            if number == 1:
                 # one that is killed leaves no backup, and the server does not wait for it
                 driver.wait_acknowledged(10)
                 arguments = ["store", "backup", str(data), str(tmp_path / "killed"), "--max-rate", "1KB"]
@@ -80,6 +80,10 @@ def test_nothing_that_was_acknowledged_is_missing(tmp_path: Path) -> None:
                 server.restart()
         driver.stop()
     backups.append((backup.back_up(data, tmp_path / "killed", clock).file, acknowledged(file)))
+    with pytest.raises(
+        Exception, match="--encryption-key-file: the store in .* is encrypted, with key k: their file"
+    ):
+        local(data).start()
     ops = history.load([file])
     closed = {op.call.session for op in ops if op.call.kind == "close"}
     for made, before in backups:
@@ -90,8 +94,8 @@ def test_nothing_that_was_acknowledged_is_missing(tmp_path: Path) -> None:
             i: (r, found.get(i)) for i, r in before.items() if i not in closed and found.get(i, -1) < r
         }
         assert not missing
-    # what was restored is what the sessions were at these revisions: each is held against the changes that led there
-    for made, _ in backups[3:5]:
+    # what was restored is what the sessions were at their revisions: each is held against the changes that led there
+    for made, _ in backups[2:3]:
         to = tmp_path / f"{made.name}-restored"
         backup.restore(made, to, clock, ring, moved=True)
         with local(to, *encrypt) as server, stepwell.connect(server.address) as client:
@@ -107,7 +111,7 @@ def test_nothing_that_was_acknowledged_is_missing(tmp_path: Path) -> None:
                 )
                 ops.append(Op("restored", 0, Call(kind="read", session=info.session_id), [(_NEVER, told)]))
     report = check(ops, replayed()).require_clean()
-    assert report.reads > 20
+    assert report.reads > 15
 
 
 def test_a_store_that_goes_back_takes_nothing_of_what_clients_held(tmp_path: Path) -> None:
