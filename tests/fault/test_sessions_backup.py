@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import stepwell
+from stepwell.testing import ServerStartError
 from stepwell_server.clock import SystemClock
 from stepwell_server.store import backup, checking
 from stepwell_server.store.base import Tombstone
@@ -81,7 +82,7 @@ def test_nothing_that_was_acknowledged_is_missing(tmp_path: Path) -> None:
         driver.stop()
     backups.append((backup.back_up(data, tmp_path / "killed", clock).file, acknowledged(file)))
     with pytest.raises(
-        Exception, match="--encryption-key-file: the store in .* is encrypted, with key k: their file"
+        ServerStartError, match=r"--encryption-key-file: the store in .* is encrypted, with key k: their file"
     ):
         local(data).start()
     ops = history.load([file])
