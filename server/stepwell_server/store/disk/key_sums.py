@@ -2,20 +2,21 @@
 
 LMDB has no checksums of its pages. A record that was damaged says so; but of a damaged key, or of a damaged page above
 the records, the search merely leads elsewhere, and the session seems never to have been. So each transaction that
-begins or ends sessions writes how many there are and the sum of a hash of each key. Who looks through all keys must come
+begins or ends sessions writes how many there are and the sum of the checksums of all keys. Who looks through all keys must come
 to the same, and must find each by searching for it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import logging
 import struct
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from isal.isal_zlib import crc32
 
 from stepwell_server.store.record import Stored
 
@@ -33,26 +34,21 @@ _log = logging.getLogger(__name__)
 
 
 class NewKeys(Exception):
-    """Records were put of sessions that are not there."""
-
-
-def hash_of(key: bytes) -> int:
-    """64 bits of a key."""
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+    """Not as many sessions begin with the records that were put as it was said."""
 
 
 @dataclasses.dataclass(slots=True)
 class Sums:
-    """How many keys, and the sum of their hashes."""
+    """How many keys, and the sum of their checksums (CRC-32, which any change of up to 32 neighbouring bits changes)."""
 
     count: int = 0
     total: int = 0
 
     def add(self, keys: Iterable[bytes], sign: int = 1) -> None:
         """Take keys in, or out (-1)."""
-        for key in keys:
-            self.count += sign
-            self.total = (self.total + sign * hash_of(key)) % _WRAP
+        sums = list(map(crc32, keys))
+        self.count += sign * len(sums)
+        self.total = (self.total + sign * sum(sums)) % _WRAP
 
     def pack(self) -> bytes:
         """As they are stored."""
@@ -70,32 +66,32 @@ class Change:
 
     added: list[bytes] = dataclasses.field(default_factory=list)
     removed: list[bytes] = dataclasses.field(default_factory=list)
+    after: Sums | None = None
+    """The sums afterwards, if they are others."""
 
     def put(
-        self, transaction: Any, sessions: Any, items: Sequence[tuple[bytes, Stored]], *, begin: bool
+        self, transaction: Any, sessions: Any, items: Sequence[tuple[bytes, Stored]], begin: int | None
     ) -> None:
-        """Put records; unless some `begin` they are of sessions that are there, and are put at once.
+        """Put records, of which `begin` are of sessions that begin; None: nobody knows which, or how many.
+
+        Where that is none of them or all, they are put at once.
 
         Raises:
-            NewKeys: some begin all the same. The transaction is to be done again, with `begin`.
+            NewKeys: it is not so. The transaction is to be done again, with None.
         """
         cursor = transaction.cursor(sessions)
-        if not begin:
+        if begin in (0, len(items)):
             before = transaction.stat(sessions)["entries"]
-            cursor.putmulti(items)
-            if transaction.stat(sessions)["entries"] != before:
+            cursor.putmulti(items, overwrite=not begin)
+            if transaction.stat(sessions)["entries"] != before + begin:
                 raise NewKeys
+            self.added.extend([key for key, _ in items] if begin else ())
             return
         for key, record in items:
             if cursor.put(key, record, overwrite=False):
                 self.added.append(key)
             else:
                 cursor.put(key, record)
-
-    def write(self, transaction: Any, meta: Any, before: Sums) -> None:
-        """Have the transaction say what there is then."""
-        if self.added or self.removed:
-            transaction.put(NAME, self.applied(before).pack(), db=meta)
 
     def applied(self, before: Sums) -> Sums:
         """The sums afterwards."""
@@ -117,12 +113,14 @@ class Scan:
 
     def go_on(self, transaction: Any, sessions: Any, most: int) -> bool:
         """Look at the next keys; True when those were the last."""
-        walker, searcher = transaction.cursor(sessions), transaction.cursor(sessions)
+        walker, get = transaction.cursor(sessions), transaction.get
         there = walker.set_range(self._after) if self._after else walker.first()
-        keys = list(itertools.islice(walker.iternext(keys=True, values=False), most + 1)) if there else []
+        some = itertools.islice(walker.iternext(keys=True, values=False), most + 1) if there else ()
+        keys = list(map(bytes, some))
         keys = keys[1:] if keys and keys[0] == self._after else keys[:most]
         self.found.add(keys)
-        self.unreachable += sum(not searcher.set_key(key) for key in keys)
+        # from the root on: a cursor would look on the page where it stands first
+        self.unreachable += sum(get(key, db=sessions) is None for key in keys)
         # keys that do not ascend are damaged, and must not lead round in circles
         self.is_done = len(keys) < most or keys[-1] <= self._after
         self._after = keys[-1] if keys else self._after
@@ -168,12 +166,15 @@ class KeyCheck:
 
     def write(self, transaction: Any, meta: Any, change: Change) -> None:
         """Have a transaction say what there is after it."""
-        change.write(transaction, meta, self._sums)
+        if change.added or change.removed:
+            change.after = change.applied(self._sums)
+            transaction.put(NAME, change.after.pack(), db=meta)
 
     def committed(self, change: Change) -> None:
         """The transaction was kept."""
-        self._sums = change.applied(self._sums)
-        self._scan.changed(change)
+        if change.after is not None:
+            self._sums = change.after
+            self._scan.changed(change)
 
     def look(self, transaction: Any, sessions: Any, most: int) -> bool:
         """Look at the next keys; True when all were looked at."""

@@ -438,16 +438,17 @@ class LmdbStore(LocalStore):
         return Extent(pages * self._environment.stat()["psize"], self._live_bytes())
 
     def _commit(self, batch: Batch) -> None:
-        reopened, begin = False, bool(batch.counts)
+        reopened = False
+        begin: int | None = sum(change for _, change in batch.counts)
         while True:
             age, change = self._next_age, Change()
             try:
                 with self._environment.begin(write=True) as transaction:
-                    self._write(transaction, batch, change, begin=begin)
+                    self._write(transaction, batch, change, begin)
                 self._check.committed(change)
                 return
             except NewKeys:
-                begin = True
+                begin = None
             except lmdb.MapFullError:
                 self._next_age = age
                 self._grow()
@@ -461,9 +462,9 @@ class LmdbStore(LocalStore):
                 self._next_age = age
                 raise
 
-    def _write(self, transaction: _Transaction, batch: Batch, change: Change, *, begin: bool) -> None:
+    def _write(self, transaction: _Transaction, batch: Batch, change: Change, begin: int | None) -> None:
         if batch.puts:
-            change.put(transaction, self._sessions, items(batch.puts), begin=begin)
+            change.put(transaction, self._sessions, items(batch.puts), begin)
         for session_id in batch.deletes:
             if transaction.delete(key := key_of(session_id), db=self._sessions):
                 change.removed.append(key)
@@ -524,7 +525,7 @@ class LmdbStore(LocalStore):
             if self._must_reopen:
                 return False
             try:
-                with self._environment.begin() as transaction:
+                with self._environment.begin(buffers=True) as transaction:
                     return self._check.look(transaction, self._sessions, PIECE)
             except (*_DAMAGE, lmdb.BadValsizeError) as error:  # the latter: there can be no such key
                 self._check.give_up(f"a page of {self._folder / _DATA} cannot be read ({error})")

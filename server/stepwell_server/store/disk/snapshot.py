@@ -81,11 +81,10 @@ class Snapshot:
         Raises:
             StoreError: a page cannot be read; what follows it is not known.
         """
-        searcher = self._transaction.cursor(self._sessions)
         try:
             for key, value in all_entries(self._transaction.cursor(self._sessions)):
                 session_id, record = named(key, value)
-                yield Entry(key, session_id, self.later(session_id, record), _finds(searcher, key))
+                yield Entry(key, session_id, self.later(session_id, record), self._finds(key))
         except lmdb.Error as error:
             raise StoreError(f"a page of {self.path / DATA} cannot be read: {error}") from error
 
@@ -116,6 +115,13 @@ class Snapshot:
         except lmdb.Error as error:
             raise StoreError(f"a page of {self.path / DATA} cannot be read: {error}") from error
         return [stone for _, stone in sorted(found, key=lambda each: each[0])]
+
+    def _finds(self, key: bytes) -> bool:
+        try:
+            # from the root on: a cursor would look on the page where it stands first
+            return self._transaction.get(key, db=self._sessions) is not None
+        except lmdb.Error:
+            return False
 
     def later(self, session_id: str, record: bytes) -> bytes:
         """The record of a session that counts, of the one that LMDB has and the log's."""
@@ -172,10 +178,3 @@ def _log(path: Path, environment: Any) -> dict[str, bytes]:
         with contextlib.suppress(LogReplaced):
             return read_log(path / _LOG, _MARK.unpack(stored)[0])
     raise StoreError(f"{path / _LOG} must belong to this store; it belongs to another")
-
-
-def _finds(searcher: Any, key: bytes) -> bool:
-    try:
-        return bool(searcher.set_key(key))
-    except lmdb.Error:
-        return False
