@@ -34,7 +34,7 @@ from stepwell_server.rpc.fronts.certificates import CertificateError, Certificat
 from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import DEFAULT_METRICS, Settings
-from stepwell_server.store.base import Store, StoreBusy, StoreError
+from stepwell_server.store.base import KeyFileError, Store, StoreBusy, StoreError
 from stepwell_server.store.opening import open_store
 from stepwell_server.store.times import StoreTimes
 from stepwell_server.tracing.starting import TracingError
@@ -245,11 +245,14 @@ def _open_store(settings: Settings, clock: Clock, observer: PrometheusObserver) 
             durability=settings.durability,
             clock=clock,
             times=times,
+            key_file=settings.encryption_key_file,
         )
     except StoreBusy as error:
         raise StartError(
             f"--data-dir: {error}; give this server another folder, or --store memory"
         ) from error
+    except KeyFileError as error:
+        raise StartError(f"--encryption-key-file: {error}") from error
     except StoreError as error:
         raise StartError(f"--data-dir: {error}") from error
     if settings.store == "disk":
@@ -401,7 +404,7 @@ async def _look_after(store: Store, rpc: RpcServer, observer: PrometheusObserver
             _log.defect("the store could not be checked", error)
             continue
         is_ready = not health.problem
-        observer.store_checked(is_ready=is_ready, reopened=health.reopened)
+        observer.store_checked(is_ready=is_ready, reopened=health.reopened, is_damaged=bool(store.damage))
         if is_ready is not was_ready:
             if is_ready:
                 _log.info("the store can be used again")

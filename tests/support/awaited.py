@@ -27,6 +27,8 @@ class RemoteStore(Store):
 
     local = None
     is_volatile = False
+    damage = ""
+    first_revision = 0
 
     def __init__(self, shared: LocalStore) -> None:
         self.shared = shared

@@ -195,7 +195,7 @@ async def test_bad_records_change_nothing() -> None:
             (other(extra=b"\xff" * 9), InvalidInput, "must have the state and the last reply"),
             (other(extra=b""), InvalidInput, "must have the state and the last reply"),
             (other(reply=9), InvalidInput, "must have the state and the last reply"),
-            (other(fields=pack_fields({5 | CRITICAL: b""})), StateCorrupt, "critical field"),
+            (other(fields=pack_fields({9 | CRITICAL: b""})), StateCorrupt, "critical field"),
         ]:
             found = await refused(new, "a", given)
             assert type(found) is error

@@ -79,6 +79,7 @@ for command in (
     OfServer("check", "Prove that a Keras model may be stepped.", "checking"),
     OfServer("compile", "Compile a Keras model into one file.", "compiling", "server"),
     OfServer("doctor", "Look for what is wrong with this machine and a server's settings."),
+    OfServer("store", "Check, back up, restore, encrypt and mend stores.", "looking at a store"),
     OfServer("tokens", "Add, list and revoke the tokens of callers."),
     models,
     sessions,

@@ -168,6 +168,13 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     help="What an acknowledged change survives on disk: sync, the loss of power too; async, kill -9.",
 )
 @setting(
+    "--encryption-key-file",
+    metavar="FILE",
+    type=FILE,
+    help="Keys that encrypt states on disk, of the file's owner alone: the first encrypts, all decrypt. 'stepwell store "
+    "new-key' makes one.",
+)
+@setting(
     "--max-batch-rows",
     metavar="N",
     type=ROWS,

@@ -124,11 +124,15 @@ def of_certificates(files: CertificateFiles) -> Iterator[Metric]:
     yield from (family, CounterMetricFamily("stepwell_certificate_failures", text, value=files.failures))
 
 
-def of_store(times: StoreTimes | None, *, is_ready: bool, reopened: int) -> Iterator[Metric]:
+def of_store(
+    times: StoreTimes | None, *, is_ready: bool, reopened: int, is_damaged: bool
+) -> Iterator[Metric]:
     """How the store is, and, of one on disk, how long it takes."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
     yield GaugeMetricFamily("stepwell_store_ready", "1 if the store can be used, 0 if not.", value=is_ready)
+    text = "1 if sessions are missing from the store although nobody ended them, 0 if none are known to be."
+    yield GaugeMetricFamily("stepwell_store_damaged", text, value=is_damaged)
     text = "How often the store was opened anew because its disk had failed."
     yield CounterMetricFamily("stepwell_store_reopened", text, value=reopened)
     if times is None:

@@ -61,6 +61,7 @@ class PrometheusObserver(Observer):
         self._store_times: StoreTimes | None = None
         self._store_is_ready = True
         self._store_reopened = 0
+        self._store_is_damaged = False
         self._events = Counter(
             "stepwell_session_events",
             "Sessions opened, resumed, forked, closed, expired.",
@@ -286,9 +287,10 @@ class PrometheusObserver(Observer):
         """What the store on disk writes down of its work."""
         self._store_times = times
 
-    def store_checked(self, *, is_ready: bool, reopened: int) -> None:
-        """The store was looked after: whether it can be used, and how often it was opened anew."""
+    def store_checked(self, *, is_ready: bool, reopened: int, is_damaged: bool) -> None:
+        """The store was looked after: whether it can be used, how often it was opened anew, whether it lost sessions."""
         self._store_is_ready, self._store_reopened = is_ready, reopened
+        self._store_is_damaged = is_damaged
 
     def families(self, stats: Iterable[ModelStats]) -> list[Metric]:
         """Everything counted so far, and the gauges of ``stats``."""
@@ -307,6 +309,9 @@ class PrometheusObserver(Observer):
         if self._certificates is not None:
             families += gauges.of_certificates(self._certificates)
         families += gauges.of_store(
-            self._store_times, is_ready=self._store_is_ready, reopened=self._store_reopened
+            self._store_times,
+            is_ready=self._store_is_ready,
+            reopened=self._store_reopened,
+            is_damaged=self._store_is_damaged,
         )
         return [*families, *gauges.of_memory(memory_bytes()), *gauges.of_engine(list(stats))]

@@ -24,6 +24,8 @@ class MemoryStore(LocalStore):
     for_one_thread = True
     waits_for_disk = False
     needs_checkpoint = False
+    damage = ""
+    first_revision = 0
 
     def __init__(self, *, tombstones: int = TOMBSTONES) -> None:
         self.incarnation = secrets.token_hex(4)

@@ -52,6 +52,7 @@ from stepwell_server.store.record import (
     decode_many,
     encode,
     is_sound,
+    key_id_of,
 )
 
 MOST_AT_ONCE = 1000
@@ -167,9 +168,10 @@ class Moving:
             return ended
         if record is None:
             return self._directory.gone(session_id, seen)
-        if not is_sound(session_id, record):
+        if not is_sound(session_id, record) or key_id_of(record) is not None:
             return StateCorrupt(
-                f"the stored record of session {session_id!r} must be as it was written",
+                f"the stored record of session {session_id!r} must be as it was written, and there must be a key that"
+                " opens it if it is encrypted",
                 session_id=session_id,
             )
         return record

@@ -426,9 +426,16 @@ class Opening:
             raise error
 
     def _require_own(self, chosen: str, seen: Seen) -> None:
-        """Refuse a chosen id that a server made for a session which is gone: it must not begin anew unnoticed."""
-        if chosen and self._directory.ids.is_made_by_a_server(chosen):
-            raise self._directory.gone(chosen, seen)
+        """Refuse a chosen id of a session which is gone if it must not begin anew unnoticed.
+
+        Be it that a server made the id, or that the store lost sessions, and nobody can tell that this is none of them.
+        """
+        if not chosen:
+            return
+        directory = self._directory
+        is_lost = directory.store.damage and directory.ended(chosen, seen) is None
+        if is_lost or directory.ids.is_made_by_a_server(chosen):
+            raise directory.gone(chosen, seen)
 
     def _forked_before(self, name: str, seen: Seen, request_id: int) -> Opened | None:
         known = self._directory.live(name, seen)
