@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         ProvenanceInfo,
         ServerInfo,
         SessionInfo,
+        SlowSession,
         TensorInfo,
     )
     from stepwell.client import Client, connect
@@ -88,6 +89,7 @@ __all__ = [
     "SessionList",
     "SessionLostError",
     "SessionNotFoundError",
+    "SlowSession",
     "State",
     "StateCorruptError",
     "StepwellError",
@@ -115,6 +117,7 @@ _HOMES = {
     "ProofInfo": "_types",
     "ProvenanceInfo": "_types",
     "ServerInfo": "_types",
+    "SlowSession": "_types",
     "Session": "session",
     "SessionGroup": "group",
     "SessionInfo": "_types",

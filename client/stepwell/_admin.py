@@ -81,7 +81,7 @@ class ExportReport:
     exported: int
     """Sessions in the file."""
     failures: dict[str, StepwellError]
-    """Sessions that could not be read, and why."""
+    """Sessions that could not be read, and why; by id, where everybody's are meant by `TENANT/ID`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class ImportReport:
     skipped: int = 0
     """Sessions that were there and were left as they are."""
     failures: dict[str, StepwellError] = dataclasses.field(default_factory=dict)
-    """Sessions of which nothing was done, and why."""
+    """Sessions of which nothing was done, and why; by id, where everybody's are meant by `TENANT/ID`."""
 
     def __add__(self, other: ImportReport) -> ImportReport:
         return ImportReport(
@@ -255,17 +255,18 @@ class Admin:
         sessions: Iterable[sessions_pb2.ExportedSession], existing: sessions_pb2.ExistingSession.ValueType
     ) -> Iterator[sessions_pb2.ImportSessionsRequest]:
         request = sessions_pb2.ImportSessionsRequest(existing=existing)
-        size, ids = 0, set[str]()
+        size, ids = 0, set[tuple[str, str]]()
         for session in sessions:
             own = len(session.record) + len(session.session_id)
             is_full = size + own > _IMPORTED_BYTES or len(ids) == _IMPORTED_AT_ONCE
-            if ids and (is_full or session.session_id in ids):
+            is_there = (session.tenant, session.session_id) in ids
+            if ids and (is_full or is_there):
                 yield request
                 request = sessions_pb2.ImportSessionsRequest(existing=existing)
                 size, ids = 0, set()
             request.sessions.append(session)
             size += own
-            ids.add(session.session_id)
+            ids.add((session.tenant, session.session_id))
         if ids:
             yield request
 
@@ -289,4 +290,7 @@ def failures(
     failed: Iterable[sessions_pb2.SessionError | sessions_pb2.ImportedSession],
 ) -> dict[str, StepwellError]:
     """Errors of sessions, by their ids."""
-    return {each.session_id: from_message(each.error) for each in failed}
+    return {
+        f"{each.tenant}/{each.session_id}" if each.tenant else each.session_id: from_message(each.error)
+        for each in failed
+    }

@@ -20,7 +20,8 @@ from stepwell.v1 import models_pb2_grpc, sessions_pb2, sessions_pb2_grpc
 
 #: gRPC's own limit of an attempt to connect.
 _LONGEST_CONNECT_S = 20.0
-_MODEL_RPCS = frozenset({"ListModels", "GetModel", "Predict"})
+#: The calls of ModelService; all others are of SessionService.
+MODEL_RPCS = frozenset({"ListModels", "GetModel", "ListSlowSessions", "Predict"})
 # When a message could not be written, grpc.aio ends the call with a status that it makes itself, INTERNAL, instead of
 # the real one, which is mostly UNAVAILABLE (`_StreamRequestMixin._write` in grpc.aio). Such a status is known by this
 # beginning of its debug string; that of a received status begins with its code.
@@ -112,6 +113,11 @@ class OpenedStream:
         return error
 
 
+def _with(pairs: _metadata.Pairs | None, call: Call) -> _metadata.Pairs | None:
+    """What is sent with every call, and what this one says."""
+    return (*(pairs or ()), *call.metadata) if call.metadata else pairs
+
+
 class SyncTransport:
     """A channel of the sync client."""
 
@@ -138,10 +144,10 @@ class SyncTransport:
     def invoke(self, call: Call) -> Any:
         """One attempt of a call."""
         self._check_open()
-        method = getattr(self._models if call.rpc in _MODEL_RPCS else self._sessions, call.rpc)
+        method = getattr(self._models if call.rpc in MODEL_RPCS else self._sessions, call.rpc)
         metadata = self._tokens.metadata()
         try:
-            return method(call.request, timeout=call.timeout_s, metadata=metadata)
+            return method(call.request, timeout=call.timeout_s, metadata=_with(metadata, call))
         except grpc.RpcError as error:
             raise closed() if self.is_closed else _refused(translate(error), self._tokens, metadata) from None
         except ValueError:
@@ -174,7 +180,7 @@ class SyncTransport:
         method: Any = getattr(self._sessions, call.rpc)
         try:
             attempt = method.future(
-                call.request, timeout=call.timeout_s, metadata=metadata, wait_for_ready=True
+                call.request, timeout=call.timeout_s, metadata=_with(metadata, call), wait_for_ready=True
             )
         except ValueError:
             if self.is_closed:
@@ -220,10 +226,10 @@ class AsyncTransport:
     async def invoke(self, call: Call) -> Any:
         """One attempt of a call."""
         self._check_open()
-        method = getattr(self._models if call.rpc in _MODEL_RPCS else self._sessions, call.rpc)
+        method = getattr(self._models if call.rpc in MODEL_RPCS else self._sessions, call.rpc)
         metadata = await self._tokens.metadata_async()
         try:
-            return await method(call.request, timeout=call.timeout_s, metadata=metadata)
+            return await method(call.request, timeout=call.timeout_s, metadata=_with(metadata, call))
         except grpc.RpcError as error:
             raise closed() if self.is_closed else _refused(translate(error), self._tokens, metadata) from None
         except grpc.aio.UsageError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -27,8 +27,9 @@ from stepwell._state import State, States
 from stepwell._step_arguments import as_one, pack_reset, selected, step_change
 from stepwell._tensors import Packed, to_messages, unpack_all
 from stepwell._trace import Trace
+from stepwell._tracing import Tracing
 from stepwell._tracker import SessionTracker, is_unknown, new_request_id
-from stepwell._types import Inputs, Mask, ModelInfo, Outputs, Rows, ServerInfo, SessionInfo
+from stepwell._types import Inputs, Mask, ModelInfo, Outputs, Rows, ServerInfo, SessionInfo, SlowSession
 from stepwell.config import ClientConfig, check_timeout
 from stepwell.errors import InvalidInputError, ModelMismatchError, SessionGoneError, StepwellError
 from stepwell.v1 import models_pb2, sessions_pb2
@@ -43,6 +44,9 @@ _Opening: TypeAlias = (
 
 def _drop(flow: Flow[None]) -> None:
     """Does not run a flow."""
+
+
+T = TypeVar("T")
 
 
 class Core:
@@ -78,7 +82,14 @@ class Core:
         hooks = config.event_hooks
         self.observer = None if hooks is None else Observer(hooks, config.address, clock)
         """Makes the events of calls; None if there are no hooks."""
+        self._tracing = Tracing(config.address) if config.tracing else None
         self._models: dict[str, ModelInfo] = {}
+
+    def watched(self, flow: Flow[T]) -> Flow[T]:
+        """The same flow with event hooks and spans around it."""
+        if self.observer is not None:
+            flow = self.observer.observed(flow)
+        return flow if self._tracing is None else self._tracing.traced(flow)
 
     @property
     def max_message_bytes(self) -> int:
@@ -98,6 +109,17 @@ class Core:
             "ListModels", models_pb2.ListModelsRequest(), deadline
         )
         return ServerInfo._from_message(reply)
+
+    def slow_sessions(self, limit: int, deadline: Deadline) -> Flow[list[SlowSession]]:
+        """Sessions with slow steps."""
+        request = models_pb2.ListSlowSessionsRequest(limit=_inputs.check_count("limit", limit))
+        reply: models_pb2.ListSlowSessionsResponse = yield from self.retrier.call(
+            "ListSlowSessions", request, deadline
+        )
+        return [
+            SlowSession(each.session_id, each.model, each.seconds, each.age_seconds)
+            for each in reply.sessions
+        ]
 
     def models(self, deadline: Deadline) -> Flow[list[ModelInfo]]:
         """All models, in the order of their names."""

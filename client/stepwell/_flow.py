@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 
 from stepwell._connecting import ALREADY_MADE, Contact
 from stepwell._frames import Frame, Part
+from stepwell._metadata import Pairs
 from stepwell._retry import Attempts, Deadline, RepliesTooLargeError, RetryPolicy
 from stepwell._sets import StreamSets
 from stepwell._steps import Step, Stepped, read
@@ -31,6 +32,8 @@ class Call:
     rpc: str
     request: Message
     timeout_s: float | None
+    metadata: Pairs = ()
+    """Beside that of every call."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -192,7 +195,7 @@ class Retrier:
         """
         request = step.request()
         check_size("Step", request, self._max_message_bytes)
-        return Call("Step", request, step.deadline.grpc_timeout_s())
+        return Call("Step", request, step.deadline.grpc_timeout_s(), step.trace)
 
     def _answered(self, ask: Callable[[], Ask], attempts: Attempts) -> Flow[Any]:
         while True:

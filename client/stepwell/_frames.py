@@ -124,6 +124,8 @@ class Frame:
         self._all: Indexes = np.arange(len(ids))
         self._sent = self._all
         self._waiting: dict[int, errors.StepwellError] = {}
+        self.traceparent = ""
+        """The span that it belongs to, if it is one of a trace that is kept."""
         self.round_over = False
         """The last part of this round's reply was received."""
 
@@ -162,6 +164,8 @@ class Frame:
 
     def _fill(self, frame: sessions_pb2.StepFrame | sessions_pb2.ResetFrame, deadline: Deadline) -> None:
         frame.timeout_ms = _timeout_ms(deadline.remaining_s())
+        if self.traceparent:
+            frame.traceparent = self.traceparent
         naming = self._naming
         if naming is not None and naming.is_known:
             frame.session_set = naming.number

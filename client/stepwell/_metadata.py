@@ -11,6 +11,8 @@ from stepwell.errors import InvalidInputError
 Metadata: TypeAlias = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]
 Pairs: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
+#: Where it stands in W3C's `traceparent`: version, trace, span and flags in hexadecimal, with dashes between.
+_FLAGS = slice(53, 55)
 _KEY = re.compile(r"[0-9a-z_.-]+")
 _VALUE = re.compile(r"[ -~]*")
 # HTTP/2's and gRPC's own, and what this SDK sends or may send one day.
@@ -21,6 +23,14 @@ _RESERVED = frozenset(
     }
 )
 _RESERVED_BEGINNINGS = ("grpc-", "stepwell-")
+
+
+def sampled(trace: Pairs) -> str:
+    """The `traceparent` among pairs, if its trace is one that is kept; else empty."""
+    for key, value in trace:
+        if key == "traceparent" and isinstance(value, str):
+            return value if int(value[_FLAGS] or "0", 16) & 1 else ""
+    return ""
 
 
 def checked(metadata: object) -> Pairs:

@@ -16,6 +16,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from stepwell._frames import Change, Frame, Part
+from stepwell._metadata import Pairs, sampled
 from stepwell._retry import Deadline
 from stepwell._tensors import Array, to_messages, unpack_all
 from stepwell.errors import StepwellError
@@ -53,6 +54,8 @@ class Step(NamedTuple):
     """Revision the session must have."""
     request_id: int
     deadline: Deadline
+    trace: Pairs = ()
+    """What it says of the span that it belongs to."""
 
     def request(self) -> sessions_pb2.StepRequest:
         """The request of a unary call."""
@@ -159,13 +162,16 @@ def framed(members: Sequence[Member]) -> Frame:
         changes = [step.change for step in steps]
         reset = b"".join([each.reset for each in changes])
         change = dataclasses.replace(change, tensors=_joined(changes), reset=reset)
-    return Frame(
+    frame = Frame(
         change,
         [step.session_id for step in steps],
         np.array([step.rows for step in steps], np.intp),
         np.array([step.expected for step in steps], np.uint64),
         np.array([step.request_id for step in steps], np.uint64),
     )
+    # A frame is of one trace: that of the first of its steps that has one.
+    frame.traceparent = next((said for step in steps if step.trace and (said := sampled(step.trace))), "")
+    return frame
 
 
 def _joined(changes: Sequence[Change]) -> tuple[Any, ...]:

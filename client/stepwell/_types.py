@@ -231,6 +231,25 @@ class ModelInfo:
         return _display.facts_html(f"Model {self.name!r}", facts) + tensors
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlowSession:
+    """The slowest step of a session within the last minute.
+
+    Example:
+        >>> client.slow_sessions(limit=1)[1:]
+        []
+    """
+
+    session_id: str
+    """It may have been closed meanwhile."""
+    model: str
+    """Its model."""
+    seconds: float
+    """From when the server took the step in until it was answered."""
+    age_s: float
+    """How long ago that was, in seconds."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class ServerInfo:
     """A server and what it serves.
@@ -303,6 +322,8 @@ class SessionInfo:
     """Its state is in memory (True) or only in the store (False)."""
     lease_s: float | None = None
     """It is closed when its client has been gone for so many seconds. None: it has no lease."""
+    tenant: str = ""
+    """Whose it is, where everybody's sessions are listed (`tenant="*"`). Empty elsewhere, and for sessions of no tenant."""
 
     @classmethod
     def _from_message(cls, session: sessions_pb2.Session) -> Self:
@@ -317,12 +338,14 @@ class SessionInfo:
             last_used_time=session.last_used_time.ToDatetime(tzinfo=dt.UTC),
             resident=session.resident,
             lease_s=session.lease.ToTimedelta().total_seconds() if session.HasField("lease") else None,
+            tenant=session.tenant,
         )
 
     def __repr__(self) -> str:
         where = "resident" if self.resident else "paged out"
+        tenant = f", tenant={self.tenant!r}" if self.tenant else ""
         return (
-            f"SessionInfo({self.session_id!r}, model={self.model!r}, batch_size={self.batch_size}, revision={self.revision}, "
+            f"SessionInfo({self.session_id!r}{tenant}, model={self.model!r}, batch_size={self.batch_size}, revision={self.revision}, "
             f"position={self.position}, last used {_second(self.last_used_time)}, {where})"
         )
 

@@ -33,7 +33,7 @@ from stepwell._steps import Step
 from stepwell._tokens import AsyncToken
 from stepwell._tracebacks import end_here, ends_here
 from stepwell._tracker import SessionTracker
-from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo
+from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo, SlowSession
 from stepwell.aio_admin import AsyncAdminCalls
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
@@ -66,6 +66,7 @@ def connect(
     tls: TlsConfig | bool | None = None,
     metadata: Metadata = (),
     event_hooks: EventHooks | None = None,
+    tracing: bool = False,
     lease_s: float | None = DEFAULT_LEASE_S,
     token: AsyncToken | None = None,
     allow_insecure_token: bool = False,
@@ -89,6 +90,8 @@ def connect(
             way, say. Values are strings, or bytes where the key ends in "-bin".
         event_hooks: Functions to call at each event, by the name of the event, "request", "response" or
             "retry": `stepwell.events` says what they get, and that they may be coroutine functions.
+        tracing: Make a span of OpenTelemetry of each operation, and tell the server of it, which goes on with the trace.
+            What becomes of spans is up to the provider that this process has set. Needs opentelemetry-api.
         lease_s: Sessions that are opened without an id are closed by the server when this client has been gone for
             so many seconds, because its process was killed, say: from 1 second to ten years. 0 or None: they stay
             until they are closed. Sessions with an id always do.
@@ -120,6 +123,7 @@ def connect(
         connect_timeout(connect_timeout_s),
         metadata,
         event_hooks,
+        tracing=tracing,
         lease_s=lease_s,
         token=token_or_variable(token),
         allow_insecure_token=allow_insecure_token,
@@ -194,6 +198,17 @@ class AsyncClient(AsyncAdminCalls):
             True
         """
         return await self._run(self._core.server_info(self._core.deadline(timeout_s)))
+
+    async def slow_sessions(self, *, limit: int = 10, timeout_s: float | None = None) -> list[SlowSession]:
+        """Sessions with the slowest steps of the last minute, the slowest first.
+
+        The server looks at the slowest session of each pass, and keeps a hundred.
+
+        Example:
+            >>> (await client.slow_sessions(limit=1))[1:]
+            []
+        """
+        return await self._run(self._core.slow_sessions(limit, self._core.deadline(timeout_s)))
 
     async def model(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
         """One model.
@@ -335,8 +350,7 @@ class AsyncClient(AsyncAdminCalls):
 
     async def _run(self, flow: Flow[T]) -> T:
         """Runs a flow of the core to its result."""
-        observer = self._core.observer
-        return await drive_async(flow if observer is None else observer.observed(flow), self._answer)
+        return await drive_async(self._core.watched(flow), self._answer)
 
     def _answer(self, ask: Ask) -> Awaitable[Any]:
         if isinstance(ask, Step):

@@ -24,7 +24,7 @@ from stepwell._state import State, States
 from stepwell._steps import Step, Stepped, read
 from stepwell._tokens import Token
 from stepwell._tracebacks import end_here, ends_here
-from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo
+from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo, SlowSession
 from stepwell.config import (
     DEFAULT_LEASE_S,
     DEFAULT_MAX_MESSAGE_BYTES,
@@ -54,6 +54,7 @@ def connect(
     tls: TlsConfig | bool | None = None,
     metadata: Metadata = (),
     event_hooks: EventHooks | None = None,
+    tracing: bool = False,
     lease_s: float | None = DEFAULT_LEASE_S,
     token: Token | None = None,
     allow_insecure_token: bool = False,
@@ -78,6 +79,8 @@ def connect(
             way, say. Values are strings, or bytes where the key ends in "-bin".
         event_hooks: Functions to call at each event, by the name of the event, "request", "response" or
             "retry": `stepwell.events` says what they get.
+        tracing: Make a span of OpenTelemetry of each operation, and tell the server of it, which goes on with the trace.
+            What becomes of spans is up to the provider that this process has set. Needs opentelemetry-api.
         lease_s: Sessions that are opened without an id are closed by the server when this client has been gone for
             so many seconds, because its process was killed, say: from 1 second to ten years. 0 or None: they stay
             until they are closed. Sessions with an id always do.
@@ -106,6 +109,7 @@ def connect(
         connect_timeout(connect_timeout_s),
         metadata,
         event_hooks,
+        tracing=tracing,
         lease_s=lease_s,
         token=token_or_variable(token),
         allow_insecure_token=allow_insecure_token,
@@ -172,6 +176,17 @@ class Client(AdminCalls):
             True
         """
         return self._run(self._core.server_info(self._core.deadline(timeout_s)))
+
+    def slow_sessions(self, *, limit: int = 10, timeout_s: float | None = None) -> list[SlowSession]:
+        """Sessions with the slowest steps of the last minute, the slowest first.
+
+        The server looks at the slowest session of each pass, and keeps a hundred.
+
+        Example:
+            >>> client.slow_sessions(limit=1)[1:]
+            []
+        """
+        return self._run(self._core.slow_sessions(limit, self._core.deadline(timeout_s)))
 
     def model(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
         """One model.
@@ -352,8 +367,7 @@ class Client(AdminCalls):
 
     def _run(self, flow: Flow[T]) -> T:
         """Runs a flow of the core to its result."""
-        observer = self._core.observer
-        return drive(flow if observer is None else observer.observed(flow), self._answer)
+        return drive(self._core.watched(flow), self._answer)
 
     def _answer(self, ask: Ask) -> Any:
         if isinstance(ask, Call):

@@ -230,6 +230,8 @@ class ClientConfig:
     """Pairs of key and value to send with every call; afterwards a tuple of pairs with lower-case keys."""
     event_hooks: EventHooks | None = dataclasses.field(default=None, hash=False)
     """Functions to call before and after attempts and before retries, see `stepwell.events`."""
+    tracing: bool = False
+    """Make spans of OpenTelemetry, and tell the server of them."""
     lease_s: float | None = DEFAULT_LEASE_S
     """How long this client may be gone before the server closes its sessions that nobody named, in seconds; afterwards 0
     for None: they stay until they are closed."""

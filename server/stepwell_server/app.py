@@ -19,6 +19,7 @@ from stepwell_server.auth.callers import Callers
 from stepwell_server.auth.opening import open_callers
 from stepwell_server.auth.watched import AuthFileError
 from stepwell_server.clock import Clock, SystemClock
+from stepwell_server.core.namespaces import own, tenant_of
 from stepwell_server.engine.engine import Engine, ModelStats
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics.observer import PrometheusObserver
@@ -35,14 +36,17 @@ from stepwell_server.rpc.fronts.certificates import CertificateError, Certificat
 from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.settings import DEFAULT_METRICS, Settings
-from stepwell_server.store.base import Store, StoreBusy, StoreError
+from stepwell_server.store.base import KeyFileError, Store, StoreBusy, StoreError
 from stepwell_server.store.opening import open_store
 from stepwell_server.store.times import StoreTimes
 from stepwell_server.store_watch import look_after
 from stepwell_server.systemd import Notifier
+from stepwell_server.tracing.starting import TracingError
+from stepwell_server.tracing.starting import start as start_tracing
 
 if TYPE_CHECKING:
     from stepwell_server.rpc.fronts.native import NativeFront
+    from stepwell_server.tracing.spans import Tracing
 
 _log = Log("app")
 _SWITCH_INTERVAL_S = 0.5e-3
@@ -65,7 +69,9 @@ class _Observer(PrometheusObserver):
 
     def session_event(self, event: str, model: str, session_id: str) -> None:
         super().session_event(event, model, session_id)
-        _log.info(f"session {event}", model=model, session=session_id)
+        tenant = tenant_of(session_id)
+        whose = {"tenant": tenant} if tenant else {}
+        _log.info(f"session {event}", model=model, **whose, session=own(session_id))
         self._audit(event, model, 1, session_id)
 
     def sessions_opened(self, model: str, count: int, event: str = "opened") -> None:
@@ -186,11 +192,14 @@ def _open_store(settings: Settings, clock: Clock, observer: PrometheusObserver) 
             durability=settings.durability,
             clock=clock,
             times=times,
+            key_file=settings.encryption_key_file,
         )
     except StoreBusy as error:
         raise StartError(
             f"--data-dir: {error}; give this server another folder, or --store memory"
         ) from error
+    except KeyFileError as error:
+        raise StartError(f"--encryption-key-file: {error}") from error
     except StoreError as error:
         raise StartError(f"--data-dir: {error}") from error
     if settings.store == "disk":
@@ -208,6 +217,7 @@ async def _run(
     metrics_token: MetricsToken | None,
     audit: AuditLog | None,
 ) -> int:
+    tracing = _start_tracing(settings, clock, observer)
     notifier = Notifier()
 
     def reload() -> None:
@@ -226,7 +236,10 @@ async def _run(
         max_message_bytes=settings.max_message_bytes,
         authenticator=callers,
         auditor=observer.auditor,
+        tracer=tracing,
     )
+    if certificates is not None:
+        observer.secured_by(certificates)
     observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts)
     gone, metrics = False, None
     try:
@@ -250,6 +263,8 @@ async def _run(
         await rpc.close()
         if metrics is not None:
             await asyncio.to_thread(metrics.close)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close, settings.drain_timeout_s)
         if served.engine is None or await served.engine.close(settings.drain_timeout_s):
             await store.close()
         else:
@@ -289,6 +304,13 @@ def _engine(
         )
     except MemoryError as error:
         raise StartError(f"--resident-rows: {error}") from error
+
+
+def _start_tracing(settings: Settings, clock: Clock, observer: PrometheusObserver) -> Tracing | None:
+    try:
+        return start_tracing(settings.trace_endpoint, settings.trace_sample, clock, observer)
+    except TracingError as error:
+        raise StartError(str(error)) from error
 
 
 def _front(settings: Settings, clock: Clock, open_files: int) -> Front:

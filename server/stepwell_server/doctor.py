@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from stepwell_server import program_file
+from stepwell_server import private_files, program_file
 from stepwell_server.addresses import Address, UnixAddress, bind_problem
 from stepwell_server.clock import Clock
+from stepwell_server.compile import cache, sandbox
 from stepwell_server.open_files import RESERVE
+from stepwell_server.reach import ReachError, require_closed
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.certificates import CertificateError, CertificateFiles
 from stepwell_server.settings import Settings, SettingsError, cores
@@ -104,6 +106,8 @@ class Examination:
         if self._serves:
             self.facts["cache-dir"] = self._folder("--cache-dir", self._settings.cache_dir)
             self.facts["ports"] = self._ports()
+            self._reach()
+            self.facts["compiling"] = self._compiling()
             self._files_of_settings()
         self.facts["clock"] = self._time()
 
@@ -176,6 +180,9 @@ class Examination:
                 problem = "" if there.is_dir() else "not a folder"
         except OSError as error:
             problem = error.strerror or str(error)
+        holds = cache.HOLDS if option == "--cache-dir" else private_files.OF_DATA
+        if there.is_dir() and (shared := private_files.folder_problem(path, holds)):
+            self.wrong(f"{option}: {shared}", "give a folder that only the server's user can write")
         if problem:
             self.wrong(
                 f"{option}: {there} cannot be written: {problem}",
@@ -251,6 +258,22 @@ class Examination:
             "give another address, or stop what has it",
         )
         return f"{address} is not free: {problem}{who}"
+
+    def _reach(self) -> None:
+        try:
+            require_closed(self._settings, is_bounded=util.find_spec("stepwell_front") is not None)
+        except (ReachError, OSError) as error:
+            self.wrong(str(error), "docs/security.md has a set-up that is closed")
+
+    def _compiling(self) -> Facts:
+        """What the kernel takes away from the process that looks at somebody's model."""
+        protection = sandbox.tried()
+        if protection.missing:
+            self.advise(
+                f"a process that compiles a model cannot be kept from {protection.missing}",
+                "on a kernel with seccomp and Landlock it is (docs/security.md); compile models elsewhere, or only your own",
+            )
+        return {name: by or None for name, by in dataclasses.asdict(protection).items()}
 
     def _files_of_settings(self) -> None:
         settings = self._settings

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
+OF_DATA = ("sessions", "sessions.compacting", "journal", "server.lock", "readers.lock")
+"""Names of what is in a data folder."""
 _OTHERS_WRITE, _GROUP_WRITES = stat.S_IWOTH, stat.S_IWGRP
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _MOST_LINKS = 40

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from stepwell_server import archive_rules
 from stepwell_server.program import (
     FLATBUFFER,
     SAVED_MODEL,
@@ -47,7 +48,6 @@ SUFFIX = ".stepwell"
 MAX_BYTES = 2 * 1024**3
 """Size of all that is in a file, where nothing else is said."""
 _MAX_MANIFEST_BYTES = 16 * 1024**2
-_MAX_MEMBERS = 10_000
 _MAX_SIZES = 1024
 """Of batch sizes: rows of the largest are run when the program is tried."""
 _LAST_TIME = 253_402_300_799
@@ -116,7 +116,7 @@ def is_program(path: Path) -> bool:
     if path.suffix == SUFFIX:
         return True
     try:
-        with zipfile.ZipFile(path) as archive:
+        with archive_rules.open_archive(path) as archive:
             return MANIFEST in archive.namelist()
     except (OSError, *_UNREADABLE):
         return False
@@ -194,7 +194,9 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     if not path.is_file():
         raise ProgramFileError("is a folder" if path.is_dir() else "there is no such file")
     try:
-        archive = zipfile.ZipFile(path)
+        archive = archive_rules.open_archive(path)
+    except archive_rules.ArchiveError as error:
+        raise ProgramFileError(f"damaged {SUFFIX} file: {error}") from error
     except _UNREADABLE as error:
         raise ProgramFileError(
             f"not a {SUFFIX} file, or a truncated one; make it with: stepwell compile MODEL.keras -o {path.name}"
@@ -212,6 +214,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
+    archive_rules.check_members(archive)
     names = archive.namelist()
     if MANIFEST not in names:
         if "config.json" in names:
@@ -255,7 +258,7 @@ def _members(archive: zipfile.ZipFile, manifest: Mapping[str, Any], max_bytes: i
     told = told if isinstance(told, dict) else {}
     names = [entry.filename for entry in entries]
     are_told = sorted(names) == sorted([MANIFEST, *told])
-    if not are_told or len(names) > _MAX_MEMBERS or not all(map(_is_known, names)):
+    if not are_told or not all(map(_is_known, names)):
         raise ProgramFileError(f"damaged {SUFFIX} file: its members are not those that {MANIFEST} names")
     found: dict[str, bytes] = {}
     for entry in entries:

@@ -97,6 +97,7 @@ class Settings:
     data_dir: Path | None = None
     """Of the store on disk; None in memory."""
     durability: Literal["sync", "async"] = "sync"
+    encryption_key_file: Path | None = None
     max_batch_rows: int = 1024
     resident_rows: int | None = None
     max_session_idle_s: float = 0.0
@@ -108,6 +109,8 @@ class Settings:
     """`-`: standard error."""
     audit_when_full: Literal["drop", "refuse"] = "drop"
     bad_models: Literal["refuse", "skip"] = "refuse"
+    trace_endpoint: str | None = None
+    trace_sample: float = 0.01
     imports: Sequence[str] = ()
     probe_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
     trust_causality: Sequence[str] = ()
@@ -127,6 +130,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.store == "disk" and self.data_dir is None:
             object.__setattr__(self, "data_dir", default_data_dir())
+        if self.store == "memory" and self.encryption_key_file is not None:
+            raise SettingsError(
+                "--encryption-key-file: with --store memory nothing is kept on disk to encrypt"
+            )
         for option, names in (
             ("--probe-steps", self.probe_steps),
             ("--trust-causality", self.trust_causality),

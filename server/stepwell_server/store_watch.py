@@ -30,14 +30,16 @@ async def look_after(store: Store, readiness: Readiness, observer: PrometheusObs
         except Exception as error:
             _log.defect("the store could not be checked", error)
             continue
-        tell(health, readiness, observer)
+        tell(health, readiness, observer, is_damaged=bool(store.damage))
 
 
-def tell(health: StoreHealth, readiness: Readiness, observer: PrometheusObserver) -> None:
+def tell(
+    health: StoreHealth, readiness: Readiness, observer: PrometheusObserver, *, is_damaged: bool
+) -> None:
     """Make known how the store is; a line is written when that changes."""
     before = readiness.report
     is_ready = not health.problem
-    observer.store_checked(is_ready=is_ready, reopened=health.reopened)
+    observer.store_checked(is_ready=is_ready, reopened=health.reopened, is_damaged=is_damaged)
     if is_ready is ("store" in before.problems):
         if is_ready:
             _log.info("the store can be used again")

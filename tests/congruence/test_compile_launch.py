@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import json
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import stepwell_server
+from stepwell_server import program_file
 from stepwell_server.compile import cache
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.launch import compile_program
+from stepwell_server.compile.limits import Limits
+from stepwell_server.program import FLATBUFFER, Program
 from support import models, programs
 
 # Keras calls numpy in a way that numpy 2 deprecates.
@@ -58,9 +65,8 @@ def test_two_processes_compile_one_model_and_the_rest_read_the_cache(lstm: Path,
     assert found.provenance is not None
     assert (found.provenance.source, len(found.provenance.source_sha256)) == ("copy.keras", 64)
     assert again == []
-    assert list((tmp_path / "cache").iterdir()) == [
-        cache.entry(tmp_path / "cache", cache.cache_key(lstm, ()))
-    ]
+    entry = cache.entry(tmp_path / "cache", cache.cache_key(lstm, ()))
+    assert sorted((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / ".key", entry]
 
 
 def test_a_damaged_entry_is_compiled_again(lstm: Path, tmp_path: Path) -> None:
@@ -72,7 +78,30 @@ def test_a_damaged_entry_is_compiled_again(lstm: Path, tmp_path: Path) -> None:
     found = cache.load(entry)
     assert found is not None
     assert found.files == program.files
+    _check_seal(entry, found)
     entry.write_bytes(entry.read_bytes().replace(b"TFL3", b"TFL4"))
+    assert cache.load(entry) is None
+
+
+def _check_seal(entry: Path, program: Program) -> None:
+    """Only what was published under this very name, in this very cache, is an entry."""
+    whole = entry.read_bytes()
+    # Other weights, with digests that fit: the fingerprint is that of the model's all the same.
+    content = program.files[FLATBUFFER]
+    other = dataclasses.replace(program, files={FLATBUFFER: content[:-1] + bytes([content[-1] ^ 1])})
+    program_file.save(other, entry)
+    assert program_file.load(entry, is_own=True).fingerprint == program.fingerprint
+    assert cache.load(entry) is None
+    with zipfile.ZipFile(entry, "a") as changed, zipfile.ZipFile(io.BytesIO(whole)) as source:
+        changed.comment = source.comment
+    assert cache.load(entry) is None
+    moved = entry.with_name(f"{'0' * 64}{program_file.SUFFIX}")
+    moved.write_bytes(whole)
+    assert cache.load(moved) is None
+    moved.unlink()
+    entry.write_bytes(whole)
+    assert cache.load(entry) is not None
+    (entry.parent / ".key").write_bytes(b"another")
     assert cache.load(entry) is None
 
 
@@ -202,3 +231,54 @@ print(sorted(name for name in ("tensorflow", "keras", "h5py") if name in sys.mod
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == "[]"
+
+
+LOOK_AROUND = """
+import json, os, resource
+def attempt(action):
+    try:
+        action()
+    except OSError as error:
+        return type(error).__name__
+    return "done"
+found = {
+    "fork": attempt(lambda: os.fork() or os._exit(0)),
+    "write": attempt(lambda: open("here", "w")),
+    "home": attempt(lambda: open(os.path.expanduser("~/mine"), "w")),
+    "environment": sorted(set(os.environ) & {"STEPWELL_TOKEN", "AWS_SECRET_ACCESS_KEY", "HOME", "PATH"}),
+    "folders": len({os.environ[name] for name in ("HOME", "TMPDIR")}),
+    "home at": os.environ["HOME"],
+    "core": resource.getrlimit(resource.RLIMIT_CORE)[1],
+    "file bytes": resource.getrlimit(resource.RLIMIT_FSIZE)[1],
+    "processor s": resource.getrlimit(resource.RLIMIT_CPU)[1] > 60,
+}
+raise ValueError(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is the kernel of Linux that takes these away")
+def test_it_has_a_folder_of_its_own_limits_and_no_secrets(
+    lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "looking.py").write_text(LOOK_AROUND)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STEPWELL_TOKEN", "secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with pytest.raises(ModelError, match=r"--import looking: ValueError: ") as caught:
+        compile_program(
+            lstm, tmp_path / "cache", ["looking"], limits=Limits(model_bytes=1 << 20, timeout_s=99)
+        )
+    found = json.loads(str(caught.value).partition("ValueError: ")[2])
+    folder = Path(found.pop("home at"))
+    assert not folder.exists()
+    assert found == {
+        "fork": "PermissionError",
+        "write": "PermissionError",
+        "home": "done",
+        "environment": ["HOME", "PATH"],
+        "folders": 1,
+        "core": 0,
+        "file bytes": (2 << 20) + (64 << 20),
+        "processor s": True,
+    }
+    assert not (tmp_path / "here").exists()

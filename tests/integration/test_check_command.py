@@ -36,11 +36,11 @@ def swapped(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     folder = tmp_path_factory.mktemp("swapped")
     known = forecast()
     models.build("lstm_dense", seed=5).save(folder / "other.keras")
-    (folder / "cache").mkdir()
-    shutil.copyfile(
-        cache.entry(known.cache_dir, cache.cache_key(known.path, ())),
-        cache.entry(folder / "cache", cache.cache_key(folder / "other.keras", ())),
-    )
+    cache.make(folder / "cache")
+    entry = cache.entry(folder / "cache", cache.cache_key(folder / "other.keras", ()))
+    with cache.unfinished(entry) as file:
+        shutil.copyfile(cache.entry(known.cache_dir, cache.cache_key(known.path, ())), file)
+        cache.publish(file, entry)
     return Saved(folder / "other.keras", folder / "cache")
 
 

@@ -48,6 +48,8 @@ def credential(token: str) -> Credential:
 class Server:
     """A native front that asks who calls. What is plain is answered at once, and so is what is not. `base.Steps`."""
 
+    traces = False
+
     def __init__(self, *, asks: bool = True) -> None:
         from stepwell_server.rpc.fronts.native import NativeFront
 

@@ -32,6 +32,8 @@ _PATIENCE_S = 100.0
 class Server:
     """A native front, whose plain requests and calls the test looks at. `base.Steps`."""
 
+    traces = False
+
     def __init__(self) -> None:
         self.taken: asyncio.Queue[StepColumns] = asyncio.Queue()
         self.on_take: Callable[[StepColumns], None] = self.taken.put_nowait

@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import grpc
 import pytest
+import yaml
 
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server import app
@@ -26,12 +28,15 @@ from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.metrics.token import MetricsToken
 from stepwell_server.readiness import Readiness
 from stepwell_server.settings import DEFAULT_METRICS, Settings
+from support.certificates import Authority
 from support.engine import running
+from support.promql import labels, missing
 from support.scrape import Scrape
 from support.server_process import FEATURES, ServerProcess, connect, random_tensor, serve
 
 _TIMEOUT_S = 100.0
 _ROOT = Path(__file__).parents[2]
+_DEPLOY = _ROOT / "deploy"
 
 
 @pytest.fixture
@@ -101,12 +106,12 @@ def _check_log(lines: list[dict[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def _on_disk(folder: Path, *arguments: str) -> Iterator[tuple[Any, str]]:
-    """A server that keeps sessions on disk: its stub, and where its metrics are."""
+def _on_disk(folder: Path, *arguments: str, ca: bytes | None = None) -> Iterator[tuple[Any, str]]:
+    """A server that keeps sessions on disk: its stub, and where its metrics are; `ca` has signed its certificate."""
     options = ("--metrics-listen", "127.0.0.1:0", "--log-format", "json", "--data-dir", str(folder))
     with serve(*options, *arguments) as server:
         address = json.loads(server.wait_for_log('"metrics"'))["address"]
-        channel, stub = connect(server)
+        channel, stub = connect(server, ca)
         with channel:
             yield stub, address
 
@@ -115,7 +120,19 @@ def _on_disk(folder: Path, *arguments: str) -> Iterator[tuple[Any, str]]:
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scrape]:
     """What a server says that was asked for all sorts of things, and has a stream open."""
     folder = tmp_path_factory.mktemp("metrics")
-    with _on_disk(folder, "--durability", "sync", "--resident-rows", "3") as (stub, address):
+    authority = Authority(tmp_path_factory.mktemp("authority"))
+    pair = authority.issue()
+    options = (
+        "--durability",
+        "sync",
+        "--resident-rows",
+        "3",
+        "--tls-cert",
+        str(pair.cert),
+        "--tls-key",
+        str(pair.key),
+    )
+    with _on_disk(folder, *options, ca=authority.cert.read_bytes()) as (stub, address):
         _do_something(stub)
         ids = list(stub.OpenSessions(pb.OpenSessionsRequest(model="forecast", count=3)).session_ids)
         again = pb.StepRequest(
@@ -190,15 +207,67 @@ def test_each_question_in_the_manual_can_be_asked(scraped: Scrape) -> None:
     blocks = re.findall(r"```promql\n(.*?)```", text, re.DOTALL)
     expressions = [line for block in blocks for line in block.splitlines() if not line.startswith("#")]
     assert len(expressions) > 20
-    missing = {expression: found for expression in expressions if (found := scraped.missing(expression))}
+    lacking = {expression: found for expression in expressions if (found := missing(expression, scraped))}
     # the front in Python cannot tell what it has to do
     if {"front": "native"}.items() <= dict(scraped.series("stepwell_build_info")[0]).items():
-        assert not missing
-    assert all("stepwell_front_" in expression for expression in missing)
+        assert not lacking
+    assert all("stepwell_front_" in expression for expression in lacking)
     # each metric in the text is one
     for name in set(re.findall(r"`(stepwell_\w+)[`{]", text)):
         parts = [name, f"{name}_count"]
         assert any(scraped.series(part) for part in parts) or "_front_" in name, name
+
+
+def test_dashboard_and_rules_ask_for_what_is_there(scraped: Scrape) -> None:
+    rules = [_rules("recording.yml"), _rules("alerts.yml")]
+    recorded = {rule["record"]: rule["expr"] for rule in rules[0]}
+    assert len(recorded) == len(rules[0])
+    alerts = {rule["alert"]: rule for rule in rules[1]}
+    asked = {expr: missing(expr, scraped) for expr in recorded.values()}
+    asked |= {rule["expr"]: missing(rule["expr"], scraped, recorded) for rule in alerts.values()}
+    dashboard = json.loads((_DEPLOY / "grafana" / "stepwell.json").read_text())
+    panels = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    assert len(panels) > 40
+    for expr in panels:
+        plain = expr.replace("$__rate_interval", "5m")
+        asked[expr] = missing(re.sub(r"\$(job|instance|model)", ".*", plain), scraped, recorded)
+    is_native = {"front": "native"}.items() <= dict(scraped.series("stepwell_build_info")[0]).items()
+    lacking = {expr: found for expr, found in asked.items() if found}
+    assert not {expr: found for expr, found in lacking.items() if is_native or "_front_" not in expr}
+    for name, alert in alerts.items():
+        assert alert["labels"]["severity"] in {"page", "ticket"}
+        assert alert["annotations"]["runbook_url"] == f"docs/incidents.md#{name.lower()}"
+        said = set(re.findall(r"\$labels\.(\w+)", " ".join(alert["annotations"].values())))
+        assert said <= labels(alert["expr"], scraped, recorded), name
+
+
+def test_an_expression_that_asks_for_what_is_not_there_is_found(scraped: Scrape) -> None:
+    """What the test above relies on."""
+    for expression, fault in (
+        ("rate(stepwell_sessions[5m])", "used as another type"),
+        ("stepwell_requests_total", "used as another type"),
+        ("stepwell_gone == 0", "no series stepwell_gone"),
+        ('rate(stepwell_errors_total{reason=~"INTERNAL|TYPO"}[5m])', "no reason=TYPO"),
+        ("sum by (tennant) (stepwell_sessions)", "no label tennant"),
+        ("histogram_quantile(0.9, sum by (model) (rate(stepwell_pass_seconds_bucket[5m])))", "without le"),
+        ("histogram_quantile(0.9, sum by (le) (rate(stepwell_pass_seconds_sum[5m])))", "no buckets"),
+    ):
+        assert any(fault in found for found in missing(expression, scraped)), expression
+
+
+def _rules(name: str) -> list[dict[str, Any]]:
+    """Those of a file, and that promtool has nothing against them, where it is there."""
+    path = _DEPLOY / "prometheus" / name
+    promtool = shutil.which("promtool")
+    if promtool is not None:
+        subprocess.run([promtool, "check", "rules", str(path)], check=True, timeout=_TIMEOUT_S)
+    return [rule for group in yaml.safe_load(path.read_text())["groups"] for rule in group["rules"]]
+
+
+def test_certificates_say_how_long_they_are_valid(scraped: Scrape) -> None:
+    assert time.time() < scraped.value("stepwell_certificate_expiry_timestamp_seconds", "tls-cert")
+    assert scraped.value("stepwell_certificate_failures_total") == 0
+    assert 0 < scraped.value("process_resident_memory_bytes") < scraped.value("stepwell_max_memory_bytes")
 
 
 def test_commits_made_in_place_are_timed(tmp_path: Path) -> None:

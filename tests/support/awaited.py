@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from stepwell_server.errors import StateCorrupt
+from stepwell_server.store import counts
 from stepwell_server.store.base import Batch, Committed, LocalStore, Store, StoreHealth, Tombstone
 from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import Header, Stored, decode_header
@@ -26,6 +27,8 @@ class RemoteStore(Store):
 
     local = None
     is_volatile = False
+    damage = ""
+    first_revision = 0
 
     def __init__(self, shared: LocalStore) -> None:
         self.shared = shared
@@ -129,9 +132,13 @@ class RemoteStore(Store):
                 conflicts.add(session_id)
                 continue
             if self._is_kept(session_id, unknown):
-                began = [(decode_header(session_id, record).model, 1)] if session_id in new else []
+                model = decode_header(session_id, record).model
+                began = [(model, 1)] if session_id in new else []
                 forgets = [session_id] if session_id in new else []
-                self.shared.commit(Batch(puts=[(session_id, record)], forgets=forgets, counts=began))
+                tenants = counts.of_tenants([(session_id, name) for name, _ in began], 1)
+                self.shared.commit(
+                    Batch(puts=[(session_id, record)], forgets=forgets, counts=began, tenant_counts=tenants)
+                )
         for session_id in batch.deletes:
             there, stone = self._header(session_id), stones.get(session_id)
             if stone is not None and (
@@ -140,9 +147,13 @@ class RemoteStore(Store):
                 conflicts.add(session_id)
                 continue
             if self._is_kept(session_id, unknown):
-                ended = [(there.model, -1)] if there is not None and there.model else []
+                gone = there.model if there is not None else ""
+                ended = [(gone, -1)] if gone else []
                 own = [] if stone is None else [stone]
-                self.shared.commit(Batch(deletes=[session_id], tombstones=own, counts=ended))
+                tenants = counts.of_tenants([(session_id, name) for name, _ in ended], -1)
+                self.shared.commit(
+                    Batch(deletes=[session_id], tombstones=own, counts=ended, tenant_counts=tenants)
+                )
         return Committed(frozenset(conflicts), frozenset(unknown))
 
     def _is_kept(self, session_id: str, unknown: set[str]) -> bool:

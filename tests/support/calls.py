@@ -16,13 +16,15 @@ from google.rpc import error_details_pb2, status_pb2
 
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.addresses import Address, UnixAddress
-from stepwell_server.core.callers import Caller, Credential
+from stepwell_server.core.callers import ANYBODY, Caller, Credential
 from stepwell_server.program import Program
 from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.fronts.base import CallEnded, FrontCounts, Method, Steps
 from stepwell_server.rpc.fronts.certificates import Certificates
 from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.server import RpcServer
+from stepwell_server.rpc.triton.inference import service_pb2
+from stepwell_server.slowest import Slowest
 from support.engine import Harness, running
 from support.fake_call import FakeCall, Requests
 from support.triton_requests import NoPasses
@@ -35,6 +37,10 @@ BAD_ARGUMENT = ("INVALID_ARGUMENT", "INVALID_INPUT")
 
 class Observer(Requests, NoPasses):
     """Remembers the calls, and knows of no pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slowest = Slowest()
 
 
 class Front:
@@ -54,7 +60,7 @@ class Front:
         steps: Steps,
         certificates: Certificates | None,
     ) -> Address | UnixAddress:
-        self.methods = {method.name: method for method in methods if method.service.startswith("stepwell.")}
+        self.methods = {method.name: method for method in methods}
         return address
 
     def ask_callers(self) -> None:
@@ -84,18 +90,28 @@ class Front:
 
 
 class Calls:
-    """A client of an engine's calls."""
+    """A client of an engine's calls, as somebody whom the server knows (`who`), or as anybody."""
 
-    def __init__(self, at: Harness, methods: Mapping[str, Method]) -> None:
+    def __init__(self, at: Harness, methods: Mapping[str, Method], who: Caller = ANYBODY) -> None:
         self.at = at
-        self._methods = methods
+        self.methods = methods
+        self._who = who
+
+    def of(self, who: Caller) -> Calls:
+        """The same, as somebody else."""
+        return Calls(self.at, self.methods, who)
+
+    def _call(self, raw: bytes = b"") -> FakeCall:
+        call = FakeCall(raw)
+        call.who = self._who
+        return call
 
     async def call(self, request: Any) -> Any:
         """The reply to a unary request, which says by its type what is called; raises `CallEnded`."""
         name = type(request).__name__.removesuffix("Request")
-        module = sessions_pb2 if hasattr(sessions_pb2, f"{name}Response") else models_pb2
-        raw = await self._methods[name].serve(FakeCall(request.SerializeToString()))
-        return getattr(module, f"{name}Response").FromString(raw)
+        modules = sessions_pb2, models_pb2, service_pb2
+        reply = next(found for module in modules if (found := getattr(module, f"{name}Response", None)))
+        return reply.FromString(await self.methods[name].serve(self._call(request.SerializeToString())))
 
     async def refused(self, request: Any) -> Refusal:
         """How a unary request is refused."""
@@ -107,11 +123,15 @@ class Calls:
 
     async def exchange(self, *frames: sessions_pb2.StepStreamRequest) -> list[Answer]:
         """What a stream of these frames is answered with."""
-        call = FakeCall()
-        call.send(*frames)
+        return [Answer.FromString(reply) for reply in await self.streamed("StepStream", *frames)]
+
+    async def streamed(self, name: str, *requests: Any) -> list[bytes]:
+        """What a stream of these requests is answered with."""
+        call = self._call()
+        call.send(*requests)
         call.half_close()
-        await asyncio.wait_for(self._methods["StepStream"].serve(call), 100)
-        return [Answer.FromString(call.replies.get_nowait()) for _ in range(call.replies.qsize())]
+        await asyncio.wait_for(self.methods[name].serve(call), 100)
+        return [call.replies.get_nowait() for _ in range(call.replies.qsize())]
 
     async def only_member(self, frame: sessions_pb2.StepStreamRequest) -> Refusal:
         """The refusal of a frame of one session, or of a frame as a whole."""

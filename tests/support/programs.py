@@ -139,11 +139,16 @@ def _take(kept: Path, path: Path, options: ProofOptions | None) -> bool:
     if not (kept / "model.keras").exists():
         return False
     key = cache.cache_key(kept / "model.keras", (), options)
-    if cache.load(cache.entry(kept, key)) is None:
+    try:
+        program_file.load(cache.entry(kept, key), sys.maxsize, is_own=True)
+    except (OSError, program_file.ProgramFileError):
         return False
     shutil.copyfile(kept / "model.keras", path)
     cache.make(cache_dir())
-    shutil.copyfile(cache.entry(kept, key), cache.entry(cache_dir(), key))
+    target = cache.entry(cache_dir(), key)
+    with cache.unfinished(target) as file:  # the key of this run's cache is another
+        shutil.copyfile(cache.entry(kept, key), file)
+        cache.publish(file, target)
     return True
 
 

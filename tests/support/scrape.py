@@ -1,4 +1,4 @@
-"""A scrape of metrics: its values, whether its names keep to Prometheus's rules, and whether PromQL finds what it names."""
+"""A scrape of metrics: its values, whether its names keep to Prometheus's rules. `promql` asks it what is there."""
 
 from __future__ import annotations
 
@@ -17,13 +17,6 @@ _BAD_UNITS = {"s", "ms", "us", "ns", "milliseconds", "microseconds", "minutes", 
 _BAD_UNITS |= {"kb", "mb", "gb", "kilobytes", "megabytes", "gigabytes", "bits"}
 _TYPES = {"counter", "gauge", "histogram", "summary"}
 
-_SELECTOR = re.compile(r"\b([a-z][a-zA-Z0-9_]*)\b\s*(\{[^}]*\})?\s*(\()?")
-_MATCHER = re.compile(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"')
-_GROUPING = re.compile(r"\b(by|without|on|ignoring|group_left|group_right)\b\s*\(([^)]*)\)")
-_FUNCTIONS = frozenset(
-    ["histogram_quantile", "max", "min", "predict_linear", "rate", "sum", "count", "increase"]
-)
-
 
 class Scrape:
     """What a server answers to a scrape."""
@@ -33,6 +26,7 @@ class Scrape:
         self._samples = [
             sample for family in text_string_to_metric_families(text) for sample in family.samples
         ]
+        self._kinds = dict(_TYPE.findall(text))
         self._values = {(each.name, frozenset(each.labels.values())): each.value for each in self._samples}
 
     @classmethod
@@ -68,26 +62,10 @@ class Scrape:
             for fault in _faults(name, kind, texts)
         ]
 
-    def missing(self, expression: str) -> list[str]:
-        """What a PromQL expression names that is not here: series, values of labels, labels to group by."""
-        found = list(self._missing(expression))
-        groups = {label.strip() for _, named in _GROUPING.findall(expression) for label in named.split(",")}
-        known = {label for name in _names(expression) for labels in self.series(name) for label in labels}
-        return found + [f"no label {label}" for label in sorted(groups - known - {""})]
-
-    def _missing(self, expression: str) -> Iterator[str]:
-        names = list(_names(expression))
-        if not names:
-            yield "no metric is named"
-        for name, braces in _selectors(expression):
-            series = self.series(name)
-            if not series:
-                yield f"no series {name}"
-            for label, operator, wanted in _MATCHER.findall(braces):
-                if not any(label in labels for labels in series):
-                    yield f"{name} has no label {label}"
-                elif operator == "=" and not any(labels.get(label) == wanted for labels in series):
-                    yield f"{name} has no {label}={wanted}"
+    def kind(self, name: str) -> str:
+        """counter, gauge or histogram; "" of a name that is not there. A counter's is with `_total`, a histogram's bare."""
+        kind: str = self._kinds.get(name, "")
+        return kind
 
 
 def _faults(name: str, kind: str, texts: Mapping[str, str]) -> Iterator[str]:
@@ -104,17 +82,3 @@ def _faults(name: str, kind: str, texts: Mapping[str, str]) -> Iterator[str]:
         yield "units must be base units, written out"
     if _TYPES.intersection(words):
         yield "the name must not say the type"
-
-
-def _selectors(expression: str) -> Iterator[tuple[str, str]]:
-    """Each metric that is named, and its matchers."""
-    text = re.sub(r"\[[^\]]*\]", " ", _GROUPING.sub(" ", expression))
-    for name, braces, is_call in _SELECTOR.findall(text):
-        if is_call:
-            assert name in _FUNCTIONS, f"an unknown function in {expression!r}: {name}"
-        else:
-            yield name, braces
-
-
-def _names(expression: str) -> Iterator[str]:
-    return (name for name, _ in _selectors(expression))

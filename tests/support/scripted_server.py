@@ -197,6 +197,10 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         y = unpack(request.inputs[0])
         return models_pb2.PredictResponse(outputs=[tensor("y", y)], state=[tensor("sum", y)])
 
+    @answered
+    def ListSlowSessions(self, request: Any) -> Any:  # noqa: N802
+        return models_pb2.ListSlowSessionsResponse()
+
     # Sessions.
 
     def _session(self, session_id: str) -> _Session:

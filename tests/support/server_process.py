@@ -133,9 +133,15 @@ def serve(
     return ServerProcess(*standard, *arguments, ready=ready, environment=environment, terminal=terminal)
 
 
-def connect(server: ServerProcess) -> tuple[grpc.Channel, sessions_pb2_grpc.SessionServiceStub]:
-    """A channel, and the stub of its SessionService. Replies of any size are read."""
-    channel = grpc.insecure_channel(server.address, options=[("grpc.max_receive_message_length", -1)])
+def connect(
+    server: ServerProcess, ca: bytes | None = None
+) -> tuple[grpc.Channel, sessions_pb2_grpc.SessionServiceStub]:
+    """A channel, and the stub of its SessionService. Replies of any size are read. With a `ca`, over TLS."""
+    options = [("grpc.max_receive_message_length", -1)]
+    if ca is None:
+        channel = grpc.insecure_channel(server.address, options=options)
+    else:
+        channel = grpc.secure_channel(server.address, grpc.ssl_channel_credentials(ca), options=options)
     return channel, sessions_pb2_grpc.SessionServiceStub(channel)
 
 

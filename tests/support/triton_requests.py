@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from stepwell_server.core.callers import ANYBODY
 from stepwell_server.program import Program
 from stepwell_server.rpc.triton.infer import Inference
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
@@ -75,6 +76,7 @@ class Client:
         self.harness = harness
         engine = harness.engine
         self.inference = Inference(engine, harness.clock, MAX_MESSAGE_BYTES, NoPasses())
+        self.who = ANYBODY
 
     async def infer(self, *arrays: Array | tuple[str, Array], **fields: Any) -> pb.ModelInferResponse:
         return await self.send(request(*arrays, **fields))
@@ -82,7 +84,9 @@ class Client:
     async def send(
         self, message: pb.ModelInferRequest, deadline: float = float("inf")
     ) -> pb.ModelInferResponse:
-        return await self.inference.infer(message, FakeCall(deadline=deadline))
+        call = FakeCall(deadline=deadline)
+        call.who = self.who
+        return await self.inference.infer(message, call)
 
     async def y(self, *arrays: Array | tuple[str, Array], **fields: Any) -> Array:
         return outputs_of(await self.infer(*arrays, **fields))["y"]

@@ -13,7 +13,7 @@ import numpy as np
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from stepwell.v1 import models_pb2, models_pb2_grpc, sessions_pb2, sessions_pb2_grpc, tensors_pb2
+from stepwell.v1 import errors_pb2, models_pb2, models_pb2_grpc, sessions_pb2, sessions_pb2_grpc, tensors_pb2
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Tensors = Sequence[tensors_pb2.Tensor]
@@ -196,6 +196,12 @@ def of_call(error: Any) -> Refusal:
     return Refusal(error.code().name, info.reason, error.details(), dict(info.metadata))
 
 
+def refused_part(error: errors_pb2.Error) -> Refusal:
+    """The refusal of a part of what was asked."""
+    code = next(code.name for code in grpc.StatusCode if code.value[0] == error.code)
+    return Refusal(code, error.reason, error.message, dict(error.metadata))
+
+
 def of_members(answers: Sequence[Answer], count: int) -> dict[int, Refusal]:
     """The refusals of a frame's members. Each member must be answered exactly once, and the last part last."""
     refusals: dict[int, Refusal] = {}
@@ -203,11 +209,9 @@ def of_members(answers: Sequence[Answer], count: int) -> dict[int, Refusal]:
     for answer in answers:
         applied += range(count) if answer.all_members else answer.members
         for entry in answer.errors:
-            error = entry.error
-            code = next(code.name for code in grpc.StatusCode if code.value[0] == error.code)
             for member in entry.members or range(count):
                 assert member not in refusals, f"member {member} failed twice"
-                refusals[member] = Refusal(code, error.reason, error.message, dict(error.metadata))
+                refusals[member] = refused_part(entry.error)
     assert sorted([*applied, *refusals]) == list(range(count)), (applied, sorted(refusals))
     assert [answer.last for answer in answers] == [False] * (len(answers) - 1) + [True]
     return refusals

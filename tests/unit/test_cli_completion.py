@@ -43,7 +43,7 @@ def test_bash_completes_by_the_printed_script(environment: dict[str, str]) -> No
     script = CliRunner().invoke(main, ["completion", "bash"])
     assert script.exit_code == 0
     asked = {
-        "stepwell st": "step state",
+        "stepwell st": "store step state",
         "stepwell serve --tls-c": "--tls-cert --tls-client-ca",
         "stepwell serve --front ''": "auto native python",
         "stepwell serve --config ''": "compopt -o default ",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -93,7 +95,11 @@ def test_sessions_and_models_say_everything() -> None:
     assert (session.session_id, session.model, session.model_fingerprint) == ("s", "m", "f")
     assert (session.batch_size, session.revision, session.position, session.resident) == (3, 4, 5, True)
     assert (session.created_time.ToMilliseconds(), session.last_used_time.ToMilliseconds()) == (1250, 2500)
-    model = convert.from_model(ModelInfo("m", program(), 9))
+    assert not session.tenant
+    of_acme = convert.from_session(dataclasses.replace(info, session_id="acme\x1fs"), tenant="acme")
+    assert (of_acme.session_id, of_acme.tenant) == ("s", "acme")
+    assert not convert.from_model(ModelInfo("m", program(), 9), counted=False).sessions
+    model = convert.from_model(ModelInfo("m", program(), 9), counted=True)
     assert (model.name, model.fingerprint, model.sessions, model.state_row_bytes) == ("m", "f00d", 9, 8)
     assert (model.inputs[0].name, list(model.inputs[0].shape), model.inputs[0].temporal) == ("x", [2], True)
     assert not model.state[0].temporal

@@ -20,6 +20,8 @@ from stepwell.cli import _of_server, main
 from stepwell_server import doctor
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.cli.doctor import doctor as command
+from stepwell_server.compile import sandbox
+from stepwell_server.compile.sandbox import Protection
 from stepwell_server.doctor import Examination
 from stepwell_server.settings import Settings
 from stepwell_server.store.disk.lock import DirectoryLock
@@ -44,6 +46,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(2**40, 2**39, 2**39))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(doctor, "import_module", lambda name: None)
+    monkeypatch.setattr(sandbox, "tried", lambda: Protection("namespace", "seccomp", "Landlock"))
     monkeypatch.setattr(doctor, "_version", lambda package: "1.2.3")
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
     return Settings(
@@ -79,7 +82,16 @@ def taken() -> Iterator[Address]:
 def test_nothing_is_wrong_and_nothing_is_left_behind(settings: Settings, tmp_path: Path) -> None:
     found = examined(settings)
     assert found.findings == []
-    assert list(found.facts) == ["versions", "limits", "data-dir", "disk", "cache-dir", "ports", "clock"]
+    assert list(found.facts) == [
+        "versions",
+        "limits",
+        "data-dir",
+        "disk",
+        "cache-dir",
+        "ports",
+        "compiling",
+        "clock",
+    ]
     assert found.facts["data-dir"]["exists"] is False
     assert found.facts["data-dir"]["used_by"] is None
     assert found.facts["disk"] == {"flush_ms": 2.0, "slowest_flush_ms": 30.0}
@@ -153,6 +165,7 @@ def test_limits_that_are_too_low(settings: Settings, monkeypatch: pytest.MonkeyP
 
 
 def test_a_front_that_does_not_fit(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "tried", lambda: Protection("namespace", "seccomp", "Landlock"))
     monkeypatch.setattr(doctor, "_version", lambda package: package)
     assert "stepwell-front is of version stepwell-front, stepwell of stepwell: the" in advice(settings)[0]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -162,7 +175,7 @@ def test_a_front_that_does_not_fit(settings: Settings, monkeypatch: pytest.Monke
 
 def test_a_clock_that_is_wrong(settings: Settings, tmp_path: Path) -> None:
     assert "the clock says 2001-09-09T01:46:40Z; set it" in wrong(settings, now=1e9)[0]
-    (tmp_path / "data").mkdir()
+    (tmp_path / "data").mkdir(0o700)
     (tmp_path / "data" / "file").touch()
     os.utime(tmp_path / "data" / "file", (NOW + 3600,) * 2)
     assert "files of the store were written at 2096-10-02T08:06:40Z; set the clock" in wrong(settings)[0]
@@ -233,3 +246,25 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "data-dir:" not in result.stdout
     assert "no server can run here, no-such-package are not installed; to serve: pip install" in result.stdout
     assert result.stdout.endswith("nothing is wrong\n")
+
+
+def test_what_others_could_reach_or_write_is_wrong(settings: Settings, tmp_path: Path) -> None:
+    (said,) = wrong(dataclasses.replace(settings, listen=Address("0.0.0.0", 0)))
+    assert said.startswith("--listen: beyond loopback a server must speak TLS and know its callers")
+    assert not wrong(dataclasses.replace(settings, listen=Address("0.0.0.0", 0), insecure_listen=True))
+    tmp_path.chmod(0o777)
+    data, cache = wrong(settings)
+    assert data.startswith(f"--data-dir: {tmp_path}/data must be where no other user can replace it")
+    assert cache.startswith(f"--cache-dir: {tmp_path}/cache must be where no other user can replace it")
+
+
+def test_it_says_which_protection_compiling_has(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = examined(settings)
+    assert found.facts["compiling"] == {"network": "namespace", "programs": "seccomp", "files": "Landlock"}
+    monkeypatch.setattr(sandbox, "tried", lambda: Protection(programs="seccomp"))
+    (said,) = advice(settings)
+    assert said.startswith(
+        "a process that compiles a model cannot be kept from the network and files of this user"
+    )
+    monkeypatch.undo()
+    assert isinstance(sandbox.tried(), Protection)

@@ -336,12 +336,13 @@ batches = st.builds(
     forgets=some,
     tombstones=st.lists(stones, max_size=2),
     counts=st.lists(st.tuples(st.sampled_from("mn"), st.integers(-2, 2)), max_size=2),
+    tenant_counts=st.lists(st.tuples(st.sampled_from(["\x1f", "m\x1f"]), st.integers(-2, 2)), max_size=2),
 )
 
 
 def content(store: LocalStore) -> list[object]:
     found: list[object] = [(i, store.get(i), store.tombstones([i])[0]) for i in "abc"]
-    return [*found, store.count(), store.count_of("m"), store.count_of("n")]
+    return [*found, store.count(), *(store.count_of(name) for name in ("m", "n", "\x1f", "m\x1f"))]
 
 
 def together(batches: Sequence[Batch]) -> list[Batch]:

@@ -77,10 +77,10 @@ async def test_a_session_with_a_critical_one_is_not_stepped_and_not_changed(disk
         await at.open("s", "t")
         await at.step("t", x(1))
         disk.kill()
-    give_fields(disk.store, "s", pack_fields({5 | CRITICAL: b"key"}))
+    give_fields(disk.store, "s", pack_fields({9 | CRITICAL: b"key"}))
     stored = disk.store.store.get("s")
     async with disk.engine() as at:
-        with pytest.raises(StateCorrupt, match="critical field 0x8005, which this server does not know"):
+        with pytest.raises(StateCorrupt, match="critical field 0x8009, which this server does not know"):
             await at.step("s", x(1))
         with pytest.raises(StateCorrupt):
             await at.open("s")

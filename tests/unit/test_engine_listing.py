@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
+from stepwell_server.core import namespaces
 from stepwell_server.engine.api import Order, SessionFilter, SessionInfo
 from stepwell_server.engine.sessions import catalogue, listing
 from support.durable import Disk, begun
@@ -26,13 +28,19 @@ FILTERS: list[dict[str, Any]] = [
     {"idle_longer_s": 30.0, "model": "plain", "prefix": "s"},
     {"prefix": "nobody"},
 ]
+#: Those of no tenant among them: ids of one begin as the names of others do.
+TENANTS = ["", "s1", "acme", "é"]
+OF_TENANTS: list[dict[str, Any]] = [
+    {"tenant": tenant, **wanted} for tenant in (None, "", "s1", "acme", "nobody") for wanted in FILTERS
+]
 
 
-async def some_sessions(at: Harness, count: int, seed: int) -> None:
+async def some_sessions(at: Harness, count: int, seed: int, tenants: Sequence[str] = ("",)) -> None:
     """Sessions of two models, opened and used at different times; some have very long ids that are nearly alike."""
     chance = random.Random(seed)
     names = [f"s{number}" for number in range(count)]
     names += ["é" * 200 + str(number) for number in range(4)]
+    names = [namespaces.prefix_of(chance.choice(tenants)) + name for name in names]
     chance.shuffle(names)
     for name in names:
         await at.open(name, model="rich" if chance.random() < 0.1 else "plain")
@@ -61,15 +69,25 @@ async def whole(at: Harness, limit: int, **query: Any) -> tuple[list[SessionInfo
         after = page.next
 
 
-async def check_lists(at: Harness, limits: tuple[int, ...] = (1000, 7)) -> None:
+def is_meant(session_id: str, wanted: SessionFilter) -> bool:
+    if wanted.tenant is None:
+        return session_id.startswith(wanted.prefix)
+    return namespaces.tenant_of(session_id) == wanted.tenant and namespaces.own(session_id).startswith(
+        wanted.prefix
+    )
+
+
+async def check_lists(
+    at: Harness, limits: tuple[int, ...] = (1000, 7), filters: Sequence[dict[str, Any]] = FILTERS
+) -> None:
     everyone, _ = await at.engine.list_sessions(limit=10_000)
     now = at.clock.now()
-    for wanted, order, descending in itertools.product(FILTERS, Order, (False, True)):
+    for wanted, order, descending in itertools.product(filters, Order, (False, True)):
         chosen = SessionFilter(**wanted)
         fitting = [
             info
             for info in everyone
-            if info.session_id.startswith(chosen.prefix)
+            if is_meant(info.session_id, chosen)
             and chosen.model in {"", info.model}
             and (chosen.idle_longer_s is None or now - info.last_used > chosen.idle_longer_s)
         ]
@@ -102,6 +120,38 @@ async def test_every_order_and_filter(monkeypatch: pytest.MonkeyPatch) -> None:
         await at.open(*[f"t{number}" for number in range(15)], model="rich")
         await use_some(at, ["s1", "s3", "s1-3", "s1-4", "t7"], random.Random(2))
         await check_lists(at)
+
+
+async def test_every_order_and_filter_within_a_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "_AT_ONCE", 7)
+    monkeypatch.setattr(catalogue, "_MOST_BESIDE", 10)
+    async with running(PROGRAMS, resident_rows=20) as at:
+        await some_sessions(at, 40, 3, TENANTS)
+        await check_lists(at, filters=OF_TENANTS)
+        await at.open(*[f"{tenant}\x1fs1-{number}" for tenant in ("s1", "acme") for number in range(3)])
+        await check_lists(at, (7,), filters=OF_TENANTS)
+
+
+@pytest.mark.stores("async")
+async def test_a_tenants_sessions_are_counted_and_listed_without_looking_at_those_of_others(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with disk.engine(PROGRAMS, resident_rows=20) as at:
+        await some_sessions(at, 40, 3, TENANTS)
+        await at.engine.close_sessions([f"acme\x1fs{number}" for number in range(0, 40, 2)])
+    async with disk.engine(PROGRAMS, resident_rows=20) as at:
+        everyone, _ = await at.engine.list_sessions(limit=10_000)
+        await check_lists(at, (7,), filters=OF_TENANTS)
+
+        def never(*_: object) -> None:
+            raise AssertionError("all sessions are looked at")
+
+        monkeypatch.setattr(catalogue.Catalogue, "choose", never)
+        for tenant in ("s1", "acme", "nobody"):
+            own = [info for info in everyone if namespaces.tenant_of(info.session_id) == tenant]
+            assert await at.engine.list_sessions(tenant=tenant) == (own, len(own))
+            plain = [info for info in own if info.model == "plain"]
+            assert await at.engine.list_sessions(tenant=tenant, model="plain") == (plain, len(plain))
 
 
 @pytest.mark.stores("async", "sync")

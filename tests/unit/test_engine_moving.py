@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import SessionFilter, SessionInfo
-from stepwell_server.engine.sessions.moving import Brought, Existing
+from stepwell_server.engine.sessions.moving import Arriving, Brought, Existing
 from stepwell_server.errors import (
     InvalidInput,
     MessageTooLarge,
@@ -52,7 +52,8 @@ async def exported(at: Harness, *session_ids: str) -> list[tuple[str, bytes]]:
 async def brought(
     at: Harness, sessions: Sequence[tuple[str, bytes]], existing: Existing = Existing.REFUSE
 ) -> list[Any]:
-    return await at.engine.import_sessions(sessions, existing)
+    arriving = [Arriving(session_id, session_id, record) for session_id, record in sessions]
+    return await at.engine.import_sessions(arriving, existing)
 
 
 async def refused(at: Harness, session_id: str, record: bytes, **options: Any) -> ServerError:
@@ -194,7 +195,7 @@ async def test_bad_records_change_nothing() -> None:
             (other(extra=b"\xff" * 9), InvalidInput, "must have the state and the last reply"),
             (other(extra=b""), InvalidInput, "must have the state and the last reply"),
             (other(reply=9), InvalidInput, "must have the state and the last reply"),
-            (other(fields=pack_fields({5 | CRITICAL: b""})), StateCorrupt, "critical field"),
+            (other(fields=pack_fields({9 | CRITICAL: b""})), StateCorrupt, "critical field"),
         ]:
             found = await refused(new, "a", given)
             assert type(found) is error

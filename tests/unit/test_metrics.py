@@ -161,10 +161,11 @@ def test_how_the_store_is_stands_there() -> None:
     assert _scrape(observer).value("stepwell_store_write_seconds_count", "data") == 0
     assert _scrape(observer).value("stepwell_store_log_records_total") == 3
     assert _scrape(observer).value("stepwell_store_ready") == 1
-    observer.store_checked(is_ready=False, reopened=3)
+    observer.store_checked(is_ready=False, reopened=3, is_damaged=True)
     samples = _scrape(observer)
     assert samples.value("stepwell_store_ready") == 0
     assert samples.value("stepwell_store_reopened_total") == 3
+    assert samples.value("stepwell_store_damaged") == 1
 
 
 def test_calls_that_end_together_are_counted_as_if_each_had_ended_alone() -> None:

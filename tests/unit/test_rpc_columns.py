@@ -77,6 +77,9 @@ class Batch:
     def behind(self) -> Sequence[int]:
         raise AssertionError("only Triton's are looked at so")
 
+    def untraced(self) -> Sequence[int]:
+        return ()
+
     def gone(self) -> Members:
         return np.array(self.gone_members, np.intp)
 
@@ -427,11 +430,13 @@ async def test_each_change_says_who_asked_for_it(columns: Columns) -> None:
     columns.take(["a", "b"], x(2), whos=[ann, bob])
     columns.take(["a", "b"], x(2), counts=[2], whos=[bob])
     columns.take(["a", "gone", "b"], x(3), whos=[ann, ann, bob])
+    columns.take(["a", "b"], x(2), whos=[ann])
     await columns.at.settled()
     assert [(change.who, change.whos) for change in columns.changes if len(change.session_ids) > 1] == [
         (ANYBODY, [ann, bob]),
         (bob, None),
         (ANYBODY, [ann, ann, bob]),
         (ANYBODY, [ann, bob]),
+        (ann, None),
     ]
     assert [change.who for change in columns.changes if change.session_ids == ["gone"]] == [ann]

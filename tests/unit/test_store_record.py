@@ -203,23 +203,23 @@ def test_fields_that_are_not_known_go_along() -> None:
 
 
 def test_a_critical_field_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = a_record(fields=pack_fields({1: b"n", 5 | CRITICAL: b"key"})).encode("s")
+    stored = a_record(fields=pack_fields({1: b"n", 9 | CRITICAL: b"key"})).encode("s")
     for read in (decode, decode_header):
         with pytest.raises(
-            StateCorrupt, match="critical field 0x8005, which this server does not know: a later"
+            StateCorrupt, match="critical field 0x8009, which this server does not know: a later"
         ):
             read("s", stored)
     assert list(decode_many(["s"], [stored]).errors) == [0]
     assert is_sound("s", stored), "it is as that server wrote it"
-    monkeypatch.setattr("stepwell_server.store.record.KNOWN_TAGS", frozenset({5 | CRITICAL}))
-    assert unpack_fields(decode("s", stored).fields)[5 | CRITICAL] == b"key"
+    monkeypatch.setattr("stepwell_server.store.record.KNOWN_TAGS", frozenset({9 | CRITICAL}))
+    assert unpack_fields(decode("s", stored).fields)[9 | CRITICAL] == b"key"
 
 
 def test_schema_1_can_be_written_where_others_know_no_more() -> None:
     record = a_record(fields=pack_fields({2: b"tenant"}))
     assert record.encode("s", schema=1) == a_record().encode("s")
-    with pytest.raises(ValueError, match=r"'s' must be of schema 2, not 1: it has the critical field 0x8005"):
-        a_record(fields=pack_fields({5 | CRITICAL: b""})).encode("s", schema=1)
+    with pytest.raises(ValueError, match=r"'s' must be of schema 2, not 1: it has the critical field 0x8009"):
+        a_record(fields=pack_fields({9 | CRITICAL: b""})).encode("s", schema=1)
 
 
 @pytest.mark.parametrize("fields", [b"\1", b"\1\0\5", b"\1\0\5\0four", b"\1\0\0\0\2"])

@@ -78,7 +78,7 @@ def test_probes_and_log_hear_of_it_once_each_time_it_changes(caplog: pytest.LogC
         *(StoreHealth(problem="full", warning="0 bytes"), StoreHealth(problem="full", warning="0 bytes")),
         StoreHealth(),
     ):
-        tell(health, readiness, observer)
+        tell(health, readiness, observer, is_damaged=False)
     assert [record.getMessage() for record in caplog.records] == [
         "the disk of the store is nearly full",
         "the store cannot be used",

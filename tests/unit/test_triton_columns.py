@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.core.callers import ANYBODY
+from stepwell_server.core.callers import ANYBODY, Caller, Role
 from stepwell_server.engine.api import Applied
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import Overloaded, SessionNotFound
+from stepwell_server.rpc import naming
 from stepwell_server.rpc.fronts.base import Ended, InputColumn, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Status
 from stepwell_server.rpc.steps.columns import ColumnSteps
@@ -68,6 +69,9 @@ class Batch:
 
     def behind(self) -> Sequence[int]:
         return self.behind_members
+
+    def untraced(self) -> Sequence[int]:
+        return ()
 
     def gone(self) -> Members:
         return np.array(self.gone_members, np.intp)
@@ -125,9 +129,9 @@ class Front:
         x = np.ones((sum(sizes) or len(ids), 2), np.float32)
         self.steps.take(
             StepColumns(
-                [session_id_of(model[0], one) for one in ids],
+                [naming.inner(self.client.who, session_id_of(model[0], one)) for one in ids],
                 [f"caller of {one}" for one in ids],
-                [ANYBODY] * len(ids),
+                [self.client.who],
                 np.array(sizes or [1] * len(ids), np.uint32),
                 False,
                 columns.get("expected"),
@@ -282,13 +286,15 @@ async def test_outputs_are_those_that_were_asked_for() -> None:
             assert [(output.name, tuple(output.tail)) for output in batch.outputs] == shapes
 
 
-async def test_each_failure_is_told_in_tritons_words() -> None:
+@pytest.mark.parametrize("who", [ANYBODY, Caller("ann", "acme", Role.USER)], ids=str)
+async def test_each_failure_is_told_in_tritons_words(who: Caller) -> None:
     async with front() as at:
+        at.client.who = who
         await at.begin(1, 2, 3)
         inside = at.client.harness.inside
         x = np.array([[1, 1], [1, np.nan], [1, 1]], np.float32)
         batch = at.take(1, 2, 3, inputs=[InputColumn("x", FLOAT32, (2,), x.tobytes())])
-        name = "triton/plain/3"
+        name = naming.inner(who, "triton/plain/3")
         inside.removal.forget(int(inside.handle(name)[0]), SessionNotFound(name, "gone"))
         await at.client.harness.settled()
         assert batch.done[0] == 2
@@ -301,18 +307,21 @@ async def test_each_failure_is_told_in_tritons_words() -> None:
         assert at.statistics().fail.count == 2
 
 
-async def test_too_much_is_refused_as_triton_does(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("who", [ANYBODY, Caller("ann", "acme", Role.USER)], ids=str)
+async def test_too_much_is_refused_as_triton_does(monkeypatch: pytest.MonkeyPatch, who: Caller) -> None:
     async with front() as at:
+        at.client.who = who
         await at.begin(1, 2)
 
-        def full(_change: Change) -> None:
-            raise Overloaded("too much waits", retry_after_s=1.0)
+        def full(change: Change) -> None:
+            raise Overloaded(f"too much waits, of {min(change.session_ids)!r}", retry_after_s=1.0)
 
         monkeypatch.setattr(at.client.harness.engine, "submit", full)
         batch = at.take(1, 2)
-        assert batch.done == dict.fromkeys(
-            range(2), ("UNAVAILABLE", "Exceeds maximum queue size: too much waits")
-        )
+        assert batch.done == {
+            member: ("UNAVAILABLE", f"Exceeds maximum queue size: too much waits, of 'triton/plain/{one}'")
+            for member, one in enumerate((1, 2))
+        }
 
 
 async def test_a_defect_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

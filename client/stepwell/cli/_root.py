@@ -15,6 +15,7 @@ from stepwell.cli.models import models
 from stepwell.cli.sessions import sessions
 from stepwell.cli.state import state
 from stepwell.cli.step import step
+from stepwell.cli.top import top
 
 
 class Root(_help.Group):
@@ -78,11 +79,13 @@ for command in (
     OfServer("check", "Prove that a Keras model may be stepped.", "checking"),
     OfServer("compile", "Compile a Keras model into one file.", "compiling", "server"),
     OfServer("doctor", "Look for what is wrong with this machine and a server's settings."),
+    OfServer("store", "Check, back up, restore, encrypt and mend stores.", "looking at a store"),
     OfServer("tokens", "Add, list and revoke the tokens of callers."),
     models,
     sessions,
     step,
     state,
+    top,
     bench,
     completion,
 ):

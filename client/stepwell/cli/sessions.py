@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -30,10 +31,13 @@ ORDERS: Mapping[str, Literal["id", "last_used", "created"]] = {
     "age": "created",
 }
 """What --sort may be, and what the SDK calls it."""
+PAGE = 1000
+"""Sessions that are looked at before the first is printed: as many as the first answer of a server has."""
 SAMPLE = 5
 """Sessions that are named where there may be many."""
 SESSION_KEYS = (
     ("session_id", "the session"),
+    ("tenant", "whose it is, where everybody's are listed; null elsewhere, and for one of no tenant"),
     ("model", "the name of its model"),
     ("model_fingerprint", "the model that its state belongs to"),
     ("batch_size", "its rows"),
@@ -114,7 +118,7 @@ def list_sessions(
     """List the live sessions of a server, page by page as they come: also a million of them.
 
     AGE is the time since a session was opened, IDLE the time since it was last changed, read or resumed. Being
-    listed does not count as use.
+    listed does not count as use. TENANT is there where an admin lists everybody's sessions.
 
     On a terminal the middle of a long id is left out, and ... stands for it; a pipe and --json get it whole.
     """
@@ -124,9 +128,13 @@ def list_sessions(
             for session in found:
                 _render.print_json(session_json(session))
             return
+        coming = iter(found)
+        first = list(itertools.islice(coming, PAGE))
+        everybodys = any(session.tenant for session in first)
         headings = ("SESSION", "MODEL", "BATCH", "REVISION", "POSITION", "AGE", "IDLE")
         numbers = ("BATCH", "REVISION", "POSITION", "AGE", "IDLE")
-        if not _render.print_rows(headings, (session_cells(session) for session in found), right=numbers):
+        rows = (session_cells(session, everybodys=everybodys) for session in itertools.chain(first, coming))
+        if not _render.print_rows(("TENANT",) * everybodys + headings, rows, right=numbers):
             click.echo("no sessions", err=True)
 
 
@@ -397,9 +405,10 @@ def confirm(count: int, session_ids: Sequence[str]) -> None:
         raise Failure("nothing was closed", exit_code=1)
 
 
-def session_cells(session: SessionInfo) -> tuple[str, ...]:
-    """A session as a row of the table."""
+def session_cells(session: SessionInfo, *, everybodys: bool) -> tuple[str, ...]:
+    """A session as a row of the table; `everybodys`: it says whose it is."""
     return (
+        *((session.tenant or "-",) if everybodys else ()),
         _render.short_text(session.session_id),
         _render.short_text(session.model),
         str(session.batch_size),
@@ -431,6 +440,7 @@ def session_json(session: SessionInfo) -> dict[str, object]:
     """A session as programs read it."""
     return {
         "session_id": session.session_id,
+        "tenant": session.tenant or None,
         "model": session.model,
         "model_fingerprint": session.fingerprint,
         "batch_size": session.batch_size,

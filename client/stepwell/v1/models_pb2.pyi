@@ -21,6 +21,86 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class ListSlowSessionsRequest(_message.Message):
+    """Which sessions had slow steps?"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: _builtins.int
+    limit: _builtins.int
+    """Sessions at most. 0: 10. The server keeps 100 of all models and tenants together."""
+    def __init__(
+        self,
+        *,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSlowSessionsRequest: _TypeAlias = ListSlowSessionsRequest  # noqa: Y015
+
+@_typing.final
+class ListSlowSessionsResponse(_message.Message):
+    """Sessions with slow steps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlowSession]:
+        """The slowest first, each at most once."""
+
+    def __init__(
+        self,
+        *,
+        sessions: _abc.Iterable[Global___SlowSession] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sessions", b"sessions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSlowSessionsResponse: _TypeAlias = ListSlowSessionsResponse  # noqa: Y015
+
+@_typing.final
+class SlowSession(_message.Message):
+    """The slowest step of a session within the last minute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    AGE_SECONDS_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The session, which may have been closed meanwhile."""
+    model: _builtins.str
+    """Its model."""
+    seconds: _builtins.float
+    """From when the step was taken in until it was answered, in seconds."""
+    age_seconds: _builtins.float
+    """How long ago that was, in seconds."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        model: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+        age_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "model", b"model", "seconds", b"seconds", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SlowSession: _TypeAlias = SlowSession  # noqa: Y015
+
+@_typing.final
 class Model(_message.Message):
     """One model as it is served."""
 
@@ -49,7 +129,7 @@ class Model(_message.Message):
     state_row_bytes: _builtins.int
     """Size in bytes of the state of one row."""
     sessions: _builtins.int
-    """Open sessions."""
+    """Open sessions, everybody's. 0 for callers that are known and are no admins."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.TensorSpec]:
         """Its inputs."""

@@ -50,6 +50,11 @@ class ModelServiceStub(object):
                 request_serializer=stepwell_dot_v1_dot_models__pb2.PredictRequest.SerializeToString,
                 response_deserializer=stepwell_dot_v1_dot_models__pb2.PredictResponse.FromString,
                 _registered_method=True)
+        self.ListSlowSessions = channel.unary_unary(
+                '/stepwell.v1.ModelService/ListSlowSessions',
+                request_serializer=stepwell_dot_v1_dot_models__pb2.ListSlowSessionsRequest.SerializeToString,
+                response_deserializer=stepwell_dot_v1_dot_models__pb2.ListSlowSessionsResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer(object):
@@ -78,6 +83,14 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSlowSessions(self, request, context):
+        """Lists sessions with the slowest steps of the last minute, the slowest first. Of each pass only its slowest session
+        is looked at.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +108,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.Predict,
                     request_deserializer=stepwell_dot_v1_dot_models__pb2.PredictRequest.FromString,
                     response_serializer=stepwell_dot_v1_dot_models__pb2.PredictResponse.SerializeToString,
+            ),
+            'ListSlowSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSlowSessions,
+                    request_deserializer=stepwell_dot_v1_dot_models__pb2.ListSlowSessionsRequest.FromString,
+                    response_serializer=stepwell_dot_v1_dot_models__pb2.ListSlowSessionsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +197,33 @@ class ModelService(object):
             '/stepwell.v1.ModelService/Predict',
             stepwell_dot_v1_dot_models__pb2.PredictRequest.SerializeToString,
             stepwell_dot_v1_dot_models__pb2.PredictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSlowSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwell.v1.ModelService/ListSlowSessions',
+            stepwell_dot_v1_dot_models__pb2.ListSlowSessionsRequest.SerializeToString,
+            stepwell_dot_v1_dot_models__pb2.ListSlowSessionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

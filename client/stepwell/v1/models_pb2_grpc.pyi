@@ -41,6 +41,10 @@ class ModelServiceStub:
     """Runs a model without a session: any batch size, an optional initial state in, outputs and final
     state out. The same weights and the same bits as stepping a session.
     """
+    ListSlowSessions: _grpc.UnaryUnaryMultiCallable[_models_pb2.ListSlowSessionsRequest, _models_pb2.ListSlowSessionsResponse]
+    """Lists sessions with the slowest steps of the last minute, the slowest first. Of each pass only its slowest session
+    is looked at.
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -54,6 +58,10 @@ class ModelServiceAsyncStub(ModelServiceStub):
     Predict: _aio.UnaryUnaryMultiCallable[_models_pb2.PredictRequest, _models_pb2.PredictResponse]  # type: ignore[assignment]
     """Runs a model without a session: any batch size, an optional initial state in, outputs and final
     state out. The same weights and the same bits as stepping a session.
+    """
+    ListSlowSessions: _aio.UnaryUnaryMultiCallable[_models_pb2.ListSlowSessionsRequest, _models_pb2.ListSlowSessionsResponse]  # type: ignore[assignment]
+    """Lists sessions with the slowest steps of the last minute, the slowest first. Of each pass only its slowest session
+    is looked at.
     """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -83,6 +91,16 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_models_pb2.PredictResponse, _abc.Awaitable[_models_pb2.PredictResponse]]:
         """Runs a model without a session: any batch size, an optional initial state in, outputs and final
         state out. The same weights and the same bits as stepping a session.
+        """
+
+    @_abc_1.abstractmethod
+    def ListSlowSessions(
+        self,
+        request: _models_pb2.ListSlowSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_models_pb2.ListSlowSessionsResponse, _abc.Awaitable[_models_pb2.ListSlowSessionsResponse]]:
+        """Lists sessions with the slowest steps of the last minute, the slowest first. Of each pass only its slowest session
+        is looked at.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

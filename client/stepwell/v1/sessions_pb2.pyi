@@ -183,6 +183,7 @@ class Session(_message.Message):
     LAST_USED_TIME_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """1 to 256 printable characters."""
     model: _builtins.str
@@ -199,6 +200,8 @@ class Session(_message.Message):
     """
     resident: _builtins.bool
     """Its state is in a slot (true) or only in the store (false)."""
+    tenant: _builtins.str
+    """Whose it is, where everybody's sessions are listed. Empty elsewhere, and for sessions of no tenant."""
     @_builtins.property
     def created_time(self) -> _timestamp_pb2.Timestamp:
         """When it was opened."""
@@ -224,10 +227,11 @@ class Session(_message.Message):
         last_used_time: _timestamp_pb2.Timestamp | None = ...,
         resident: _builtins.bool = ...,
         lease: _duration_pb2.Duration | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time", "last_used_time", b"last_used_time", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "created_time", b"created_time", "last_used_time", b"last_used_time", "lease", b"lease", "model", b"model", "model_fingerprint", b"model_fingerprint", "position", b"position", "resident", b"resident", "revision", b"revision", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "created_time", b"created_time", "last_used_time", b"last_used_time", "lease", b"lease", "model", b"model", "model_fingerprint", b"model_fingerprint", "position", b"position", "resident", b"resident", "revision", b"revision", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -976,6 +980,7 @@ class StepFrame(_message.Message):
     SESSION_SET_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_BASE_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     outputs: Global___OutputSelection.ValueType
     """Which time steps come back."""
     timeout_ms: _builtins.int
@@ -994,6 +999,10 @@ class StepFrame(_message.Message):
     """In place of request_ids: that of the first session; each further one's is greater by 1. It and the last one are
     within 1 to 2^64 - 1. A member that is sent again in another frame has its own there. Also for sessions of no
     set. 0: none.
+    """
+    traceparent: _builtins.str
+    """The client's span, if it is one of a sampled trace: W3C's traceparent. What the metadata of the stream say is the
+    stream's. Empty: none.
     """
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1052,10 +1061,11 @@ class StepFrame(_message.Message):
         session_set: _builtins.int = ...,
         expected_revision: _builtins.int | None = ...,
         request_id_base: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "batch_sizes", b"batch_sizes", "declare_set", b"declare_set", "expected_revision", b"expected_revision", "expected_revisions", b"expected_revisions", "inputs", b"inputs", "output_names", b"output_names", "outputs", b"outputs", "request_id_base", b"request_id_base", "request_ids", b"request_ids", "reset_mask", b"reset_mask", "session_ids", b"session_ids", "session_set", b"session_set", "state_members", b"state_members", "states", b"states", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "batch_sizes", b"batch_sizes", "declare_set", b"declare_set", "expected_revision", b"expected_revision", "expected_revisions", b"expected_revisions", "inputs", b"inputs", "output_names", b"output_names", "outputs", b"outputs", "request_id_base", b"request_id_base", "request_ids", b"request_ids", "reset_mask", b"reset_mask", "session_ids", b"session_ids", "session_set", b"session_set", "state_members", b"state_members", "states", b"states", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -1079,6 +1089,7 @@ class ResetFrame(_message.Message):
     SESSION_SET_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_BASE_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     timeout_ms: _builtins.int
     """Milliseconds after which resets that still wait are dropped unapplied. 0: no limit."""
     declare_set: _builtins.int
@@ -1088,6 +1099,8 @@ class ResetFrame(_message.Message):
     expected_revision: _builtins.int
     """As in StepFrame."""
     request_id_base: _builtins.int
+    """As in StepFrame."""
+    traceparent: _builtins.str
     """As in StepFrame."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1124,10 +1137,11 @@ class ResetFrame(_message.Message):
         session_set: _builtins.int = ...,
         expected_revision: _builtins.int | None = ...,
         request_id_base: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "batch_sizes", b"batch_sizes", "declare_set", b"declare_set", "expected_revision", b"expected_revision", "expected_revisions", b"expected_revisions", "request_id_base", b"request_id_base", "request_ids", b"request_ids", "session_ids", b"session_ids", "session_set", b"session_set", "state", b"state", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "batch_sizes", b"batch_sizes", "declare_set", b"declare_set", "expected_revision", b"expected_revision", "expected_revisions", b"expected_revisions", "request_id_base", b"request_id_base", "request_ids", b"request_ids", "session_ids", b"session_ids", "session_set", b"session_set", "state", b"state", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -1770,19 +1784,25 @@ class ExportedSession(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     RECORD_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Its id."""
     record: _builtins.bytes
     """The record of a server, with a version and a checksum, little-endian: opaque for clients."""
+    tenant: _builtins.str
+    """Whose it was. An import makes it the session of the tenant that it is done for, or of this one where it is done for
+    everybody's sessions (metadata stepwell-tenant: *). Empty: of no tenant, or an older server's.
+    """
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         record: _builtins.bytes = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1796,8 +1816,11 @@ class SessionError(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
+    tenant: _builtins.str
+    """Whose it is, where everybody's sessions are meant. Empty elsewhere, and for sessions of no tenant."""
     @_builtins.property
     def error(self) -> _errors_pb2.Error:
         """The error."""
@@ -1807,10 +1830,11 @@ class SessionError(_message.Message):
         *,
         session_id: _builtins.str = ...,
         error: _errors_pb2.Error | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1877,10 +1901,13 @@ class ImportedSession(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     outcome: Global___ImportOutcome.ValueType
     """What was done."""
+    tenant: _builtins.str
+    """Whose it is, where everybody's sessions are meant. Empty elsewhere, and for sessions of no tenant."""
     @_builtins.property
     def error(self) -> _errors_pb2.Error:
         """Why it FAILED."""
@@ -1891,10 +1918,11 @@ class ImportedSession(_message.Message):
         session_id: _builtins.str = ...,
         outcome: Global___ImportOutcome.ValueType = ...,
         error: _errors_pb2.Error | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -38,6 +38,12 @@ class SessionServiceStub(object):
     expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
     in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
     INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
+
+    Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
+    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
+    of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
+    about: the name of a tenant, - for sessions of none, or * for everybody's, which ListSessions, ExportSessions with
+    filters, CloseMatchingSessions and ImportSessions take.
     """
 
     def __init__(self, channel):
@@ -146,6 +152,12 @@ class SessionServiceServicer(object):
     expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
     in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
     INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
+
+    Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
+    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
+    of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
+    about: the name of a tenant, - for sessions of none, or * for everybody's, which ListSessions, ExportSessions with
+    filters, CloseMatchingSessions and ImportSessions take.
     """
 
     def OpenSession(self, request, context):
@@ -390,6 +402,12 @@ class SessionService(object):
     expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
     in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
     INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
+
+    Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
+    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
+    of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
+    about: the name of a tenant, - for sessions of none, or * for everybody's, which ListSessions, ExportSessions with
+    filters, CloseMatchingSessions and ImportSessions take.
     """
 
     @staticmethod

@@ -39,6 +39,12 @@ class SessionServiceStub:
     expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
     in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
     INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
+
+    Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
+    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
+    of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
+    about: the name of a tenant, - for sessions of none, or * for everybody's, which ListSessions, ExportSessions with
+    filters, CloseMatchingSessions and ImportSessions take.
     """
 
     @_typing.overload
@@ -109,6 +115,12 @@ class SessionServiceAsyncStub(SessionServiceStub):
     expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
     in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
     INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
+
+    Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
+    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
+    of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
+    about: the name of a tenant, - for sessions of none, or * for everybody's, which ListSessions, ExportSessions with
+    filters, CloseMatchingSessions and ImportSessions take.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -175,6 +187,12 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     expired from one that was closed, and google.rpc.RetryInfo. They need the google.rpc messages, which are not
     in this package: errors.proto says where to get them. A session_id that is missing where one is needed is
     INVALID_ARGUMENT; one that names no open session is NOT_FOUND.
+
+    Where the server knows its callers, ids are those of the caller's tenant: another tenant's session is one that does
+    not exist, for every call, and lists, filters and counts are about the tenant's sessions. Request ids and client ids
+    of tenants are independent of each other. An admin says in the metadata stepwell-tenant whose sessions a call is
+    about: the name of a tenant, - for sessions of none, or * for everybody's, which ListSessions, ExportSessions with
+    filters, CloseMatchingSessions and ImportSessions take.
     """
 
     @_abc_1.abstractmethod

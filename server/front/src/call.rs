@@ -130,6 +130,15 @@ impl Call {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether its client says that it is traced; None: it says nothing of it.
+    ///
+    /// That is the last bit of W3C's `traceparent`: version, trace, span and flags in hexadecimal, with dashes between.
+    pub fn is_traced(&self) -> Option<bool> {
+        let (_, said) = self.metadata.iter().rfind(|(key, _)| key == "traceparent")?;
+        let flags = std::str::from_utf8(said.get(53..55)?).ok()?;
+        Some(u8::from_str_radix(flags, 16).ok()? & 1 == 1)
+    }
+
     /// Nobody waits for it any more.
     pub fn is_over(&self) -> bool {
         self.is_over.load(Ordering::Relaxed)
@@ -314,6 +323,23 @@ fn wake(waker: Option<Waker>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_client_says_in_the_last_flag_whether_a_call_is_traced() {
+        let said = |value: &str| {
+            let mut call = Call::for_test();
+            call.metadata.push(("traceparent".to_owned(), value.as_bytes().to_vec()));
+            call.is_traced()
+        };
+        let of = |flags| format!("00-{}-{}-{flags}", "a".repeat(32), "b".repeat(16));
+        assert_eq!(said(&of("01")), Some(true));
+        assert_eq!(said(&of("03")), Some(true));
+        assert_eq!(said(&of("00")), Some(false));
+        for nothing in ["", "00", &of("0"), &of("zz"), &of("\u{e9}")] {
+            assert_eq!(said(nothing), None, "{nothing}");
+        }
+        assert_eq!(Call::for_test().is_traced(), None);
+    }
 
     #[test]
     fn nobody_waits_for_replies_to_who_has_gone() {

@@ -171,6 +171,11 @@ impl Front {
         self.shared.all_general.store(everything, Ordering::Relaxed);
     }
 
+    /// Hand on calls whose clients trace them with their bytes: their metadata says of which trace they are.
+    fn set_traces(&self, traces: bool) {
+        self.shared.traces.store(traces, Ordering::Relaxed);
+    }
+
     /// What has come since the last time, in its order: tuples that begin with one of the numbers below.
     ///
     /// Raises RuntimeError when the wire's thread has ended by itself.
@@ -488,6 +493,15 @@ impl BatchHandle {
     /// Which call each message is of, as `take` has it.
     fn keys(&self) -> Vec<usize> {
         self.batch.entries.iter().map(|entry| key(&entry.call)).collect()
+    }
+
+    /// Messages that are calls whose clients say that they are not traced.
+    fn untraced(&self) -> Vec<usize> {
+        let entries = self.batch.entries.iter().enumerate();
+        entries
+            .filter(|(_, entry)| entry.frame_id.is_none() && entry.call.is_traced() == Some(false))
+            .map(|(place, _)| place)
+            .collect()
     }
 
     /// Triton's requests that are to be done as those that are not plain, as `take` would have handed them over.

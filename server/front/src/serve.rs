@@ -233,6 +233,9 @@ impl Served {
         if self.shared.all_general.load(Ordering::Relaxed) {
             return false;
         }
+        if self.shared.traces.load(Ordering::Relaxed) && self.call.is_traced() == Some(true) {
+            return false;
+        }
         if self.method.plain == Plain::Infer {
             return triton::take_call(&self.shared, &self.call, message);
         }

@@ -55,6 +55,8 @@ pub struct Shared {
     pub is_dead: AtomicBool,
     /// Nothing is plain: Python wants to see every message.
     pub all_general: AtomicBool,
+    /// Python makes traces: calls whose clients trace them are its own.
+    pub traces: AtomicBool,
     /// Calls that ended before their answer, so that nobody need look for them while there are none.
     pub abandoned: AtomicU64,
     /// What Python has asked for and is not done.
@@ -88,6 +90,7 @@ impl Shared {
             callers,
             is_dead: AtomicBool::new(false),
             all_general: AtomicBool::new(false),
+            traces: AtomicBool::new(false),
             abandoned: AtomicU64::new(0),
             commands: AtomicUsize::new(0),
             unwritten: Arc::default(),

@@ -17,4 +17,4 @@ def described(path: str) -> models_pb2.Model:
         ValueError: it is none, or damaged.
         OSError: it cannot be read.
     """
-    return convert.from_model(ModelInfo(path, program_file.load(Path(path)), 0))
+    return convert.from_model(ModelInfo(path, program_file.load(Path(path)), 0), counted=False)

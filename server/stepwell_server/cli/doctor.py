@@ -41,6 +41,10 @@ from stepwell_server.settings import Settings, SettingsError
             "flush_ms, slowest_flush_ms: writes of 4 KiB in the data folder, the median and the slowest",
         ),
         ("ports", "what is said of each address"),
+        (
+            "compiling",
+            "network, programs, files: by what the kernel keeps the compiling process from them; null: not",
+        ),
         ("clock", "now, newest_file_of_the_store"),
     ),
     exit_codes=(("0", "nothing is wrong"), ("1", "something is"), ("2", "the command line is wrong")),

@@ -21,6 +21,7 @@ from stepwell_server.cli.values import (
     ModuleName,
     Named,
     PathOf,
+    Url,
 )
 from stepwell_server.settings import Settings, SettingsError
 
@@ -167,6 +168,13 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     help="What an acknowledged change survives on disk: sync, the loss of power too; async, kill -9.",
 )
 @setting(
+    "--encryption-key-file",
+    metavar="FILE",
+    type=FILE,
+    help="Keys that encrypt states on disk, of the file's owner alone: the first encrypts, all decrypt. 'stepwell store "
+    "new-key' makes one.",
+)
+@setting(
     "--max-batch-rows",
     metavar="N",
     type=ROWS,
@@ -225,6 +233,19 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     type=click.Choice(["refuse", "skip"]),
     help="What a model that cannot be loaded does: refuse, the server does not start; skip, it serves the others, and log, "
     "/readyz and metrics say which one failed.",
+)
+@setting(
+    "--trace-endpoint",
+    metavar="URL",
+    type=Url(),
+    help="Collector that gets traces by OTLP: http://HOST:4317 by gRPC, http://HOST:4318 by HTTP, https for TLS. Default: "
+    "that of OTEL_EXPORTER_OTLP_ENDPOINT, or none. Needs the extra otel.",
+)
+@setting(
+    "--trace-sample",
+    metavar="RATIO",
+    type=click.FloatRange(0, 1),
+    help="Share of calls to trace, from 0 to 1, where the caller does not say: what a caller traces is traced.",
 )
 @setting(
     "--import",

@@ -70,6 +70,21 @@ class TcpAddress(Text):
         return Address(bare, int(port))
 
 
+class Url(Text):
+    """http://HOST:PORT or https://HOST:PORT, perhaps with a path."""
+
+    name = "url"
+    rule = "http://HOST:PORT or https://HOST:PORT"
+
+    def read(self, text: str) -> str:
+        """See `Text.read`."""
+        if not re.fullmatch(
+            r"https?://[^\s/:@]+(:\d{1,5})?(/\S*)?|https?://\[[0-9a-fA-F:.]+\](:\d{1,5})?(/\S*)?", text
+        ):
+            raise ValueError
+        return text
+
+
 class AddressOrOff(TcpAddress):
     """HOST:PORT as an `Address`, or "off"."""
 

@@ -2,7 +2,8 @@
 
 With ``--compare`` it holds the program that is in PROGRAM already against Keras instead.
 
-It speaks JSON lines on what was its standard output: ``{"stage": ...}`` as each stage begins, then
+It speaks JSON lines on what was its standard output: ``{"protection": ...}``, which the kernel gives (`sandbox`),
+``{"stage": ...}`` as each stage begins, then
 ``{"done": ...}``, true or the comparison, or ``{"error": ..., "kind": ...}``. Whatever else prints lands on
 standard error.
 """
@@ -18,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from stepwell_server import program_file
+from stepwell_server.compile import sandbox
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.compile.sizes import check_sizes
 from stepwell_server.compile.unexpected import failure
 from stepwell_server.program import ProofOptions
 
+#: What is written: the program, and what it is made from, none of which is much larger than the model.
+_FILES, _MORE_BYTES = 2, 64 << 20
 Speak = Callable[[dict[str, Any]], None]
 
 
@@ -40,9 +43,12 @@ def main() -> int:
         "--data", type=Path, help="sequences to compare on, or to look at before the model is compiled"
     )
     parser.add_argument("--max-model-bytes", type=int, required=True)
+    parser.add_argument("--timeout-s", type=float, required=True)
     arguments = parser.parse_args()
-    if os.getcwd() not in sys.path:
+    if arguments.imports and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    protection = _protected(arguments)
+    speak({"protection": str(protection), "missing": protection.missing})
     try:
         done = _work(arguments, speak)
     except ModelError as error:
@@ -57,9 +63,20 @@ def main() -> int:
     return 0
 
 
+def _protected(arguments: argparse.Namespace) -> sandbox.Protection:
+    """Give up all that compiling does not need. What modules of the operator's read, nobody knows: they may read all."""
+    sandbox.limit(arguments.timeout_s, _FILES * arguments.max_model_bytes + _MORE_BYTES, os.cpu_count() or 1)
+    readable = [arguments.model, arguments.program, *([arguments.data] if arguments.data else [])]
+    readable += [Path(entry) for entry in sys.path if entry]
+    writable = [Path(os.environ["TMPDIR"]), arguments.program.parent]
+    return sandbox.enter(None if arguments.imports else readable, writable)
+
+
 def _work(arguments: argparse.Namespace, speak: Speak) -> Any:
     """Compile, or compare; return what is said of it when it is done."""
     speak({"stage": "load"})
+    from stepwell_server.compile.sizes import check_sizes  # brings HDF5
+
     check_sizes(arguments.model, arguments.max_model_bytes)
     # After the protocol is safe: loading TensorFlow prints.
     if arguments.compare:

@@ -12,7 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from stepwell_server.compile import origin, weights
+from stepwell_server.compile import configuration, origin, weights
 from stepwell_server.compile.errors import ModelError, gist
 from stepwell_server.compile.sizes import UNREADABLE
 from stepwell_server.compile.tensorflow_setup import keras
@@ -65,6 +65,11 @@ def check_archive(path: Path) -> None:
     if missing:
         raise ModelError(f"{path}: not a .keras file: it has no {', '.join(missing)}")
     _require_config(path)
+    # By another name Keras may take a file for something else: one that is HDF5 as well holds code that it runs.
+    if path.suffix != ".keras":
+        raise ModelError(
+            f"{path}: a .keras file must have a name that ends in .keras: rename it to {path.stem}.keras"
+        )
     version = _keras_version(path)
     if origin.is_keras2(version):
         raise ModelError(f"{path}: {origin.keras2_problem(version, path.name)}")
@@ -74,20 +79,27 @@ def _require_config(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         text = archive.read("config.json")
     try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise ModelError(f"{path}: damaged .keras file: config.json is not JSON ({error})") from error
-    if not isinstance(config, dict) or not {"class_name", "config"} <= config.keys():
-        raise ModelError(f"{path}: damaged .keras file: config.json does not say class_name and config")
+        config = configuration.parsed("config.json", text)
+        if not isinstance(config, dict) or not {"class_name", "config"} <= config.keys():
+            raise ModelError("damaged .keras file: config.json does not say class_name and config")
+        configuration.check(text, _is_registered)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def _is_registered(name: str) -> bool:
+    return keras.saving.get_registered_object(name) is not None
 
 
 def _keras_version(path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
         text = archive.read("metadata.json")
     try:
-        return str(json.loads(text)["keras_version"])
-    except (ValueError, LookupError, TypeError) as error:
+        return str(configuration.parsed("metadata.json", text)["keras_version"])
+    except (LookupError, TypeError) as error:
         raise ModelError(f"{path}: damaged .keras file: metadata.json does not say keras_version") from error
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
 
 
 def _hdf5_problem(path: Path) -> str:
@@ -128,10 +140,7 @@ def _load_problem(error: Exception, version: str) -> str:
     text = str(error)
     marshalled = "identifier: {'value': ["  # A lambda as an argument, as Keras saves it.
     if "safe_mode" in text or "unsafe" in text.lower() or "Lambda" in text or marshalled in text:
-        return (
-            "refused by Keras's safe mode: it holds a Lambda layer, a lambda or other code; "
-            "write it as a registered layer and name its module with --import MODULE"
-        )
+        return configuration.CODE
     unknown = (
         re.search(r"Could not locate (class|function) '([^']+)'", text)
         or re.search(r"Unknown (\w+(?: \w+)*): '?([\w>.]+)", text)

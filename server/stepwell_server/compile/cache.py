@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import hmac
 import importlib.machinery
 import os
 import platform
+import secrets
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from stepwell_server import private_files, program_file
+from stepwell_server import archive_rules, private_files, program_file
 from stepwell_server.compile.errors import ModelError
+from stepwell_server.logs import Log
 from stepwell_server.program import Program, ProofOptions
 
 #: Raise it when the compiler makes something else of the same model.
 COMPILE_VERSION = 5
-_HOLDS = (f"*{program_file.SUFFIX}", ".*")
+#: Its entries, what is unfinished, the key; and the entries of releases that kept them as folders.
+HOLDS = (f"*{program_file.SUFFIX}", ".*", "[0-9a-f]" * 64)
+_KEY, _KEY_BYTES = ".key", 32
+_log = Log("compile")
 _PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")
 
 
@@ -57,15 +64,49 @@ def make(folder: Path) -> None:
     Raises:
         OSError: others can, or it cannot be made.
     """
-    private_files.make_folder(folder, _HOLDS)
+    private_files.make_folder(folder, HOLDS)
 
 
 def load(file: Path) -> Program | None:
-    """Return the program in an entry of the cache, or None if there is none or it is damaged."""
+    """Return the program in an entry of the cache, or None if there is none, it is damaged, or not of this cache's making.
+
+    What a program's fingerprint says of its weights nobody can see from the program. So an entry counts only with the
+    seal that `publish` gave it: another entry under its name, or one that was changed together with its digests, is none.
+    """
     try:
+        with archive_rules.open_archive(file) as archive:
+            sealed = archive.comment, _seal(file, archive.read(program_file.MANIFEST))
+        if not hmac.compare_digest(*sealed):
+            _log.warning(
+                "an entry of the cache was not made here, or was changed: it is made anew", entry=str(file)
+            )
+            return None
         return program_file.load(file, sys.maxsize, is_own=True)
-    except (OSError, program_file.ProgramFileError):
+    except (OSError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile):
         return None  # Whatever is wrong with it, it is compiled again.
+
+
+def _seal(entry: Path, manifest: bytes) -> bytes:
+    """What only who can read the cache's key can say of an entry. The manifest has the digests of all else that is in it.
+
+    Raises:
+        OSError: there is no key.
+    """
+    key = entry.with_name(_KEY).read_bytes()
+    return hmac.digest(key, entry.name.encode() + b"\0" + manifest, "sha256").hex().encode()
+
+
+def _require_key(folder: Path) -> None:
+    """Have a key in the cache's folder. Of several processes that make one, all use the first one's."""
+    if (folder / _KEY).exists():
+        return
+    fresh = folder / f"{_KEY}-{secrets.token_hex(8)}"
+    private_files.replace(fresh, secrets.token_bytes(_KEY_BYTES))
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.link(fresh, folder / _KEY)
+    finally:
+        fresh.unlink()
 
 
 @contextlib.contextmanager
@@ -88,6 +129,9 @@ def publish(file: Path, target: Path) -> Program:
         program = program_file.load(file, sys.maxsize, is_own=True)
     except program_file.ProgramFileError as error:
         raise OSError(f"{file}: {error}") from error
+    _require_key(target.parent)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.comment = _seal(target, archive.read(program_file.MANIFEST))
     os.chmod(file, private_files.FILE_MODE)
     os.replace(file, target)
     return program

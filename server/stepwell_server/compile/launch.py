@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,11 +21,16 @@ from stepwell_server.compile import cache, data_file, origin
 from stepwell_server.compile.comparison import Comparison
 from stepwell_server.compile.errors import REPORT, DataError, ModelError, NotCausalError
 from stepwell_server.compile.limits import Limits, Watch
+from stepwell_server.logs import Log
 from stepwell_server.program import Program, ProofOptions
 
 Progress = Callable[[str], None]
 _KINDS: dict[str, type[ModelError]] = {kind.__name__: kind for kind in (DataError, NotCausalError)}
 _DETAIL_LINES = 40
+#: Variables of the environment that say how Python, its libraries and the language work, and nothing of anybody's.
+_PASSED = frozenset(["LANG", "LANGUAGE", "LD_LIBRARY_PATH", "PATH", "SOURCE_DATE_EPOCH", "TZ", "VIRTUAL_ENV"])
+_PASSED_PREFIXES = ("COVERAGE_", "KMP_", "LC_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON", "TF_", "XLA_")
+_log = Log("compile")
 
 
 def compile_program(
@@ -127,27 +133,32 @@ class _Compilation:
         Raises:
             ModelError: it cannot be served, or the process did not come to an end.
         """
-        command = [sys.executable, "-m", "stepwell_server.compile", str(self._model), str(file), *told]
+        # -P: what lies in the current folder is no module unless --import names it.
+        command = [sys.executable, "-P", "-m", "stepwell_server.compile", str(self._model), str(file), *told]
         command += ["--max-model-bytes", str(self._limits.model_bytes)]
+        command += ["--timeout-s", str(self._limits.timeout_s)]
         command += [argument for module in imports for argument in ("--import", module)]
         with (
             tempfile.TemporaryFile("w+", errors="replace") as noise,
+            tempfile.TemporaryDirectory(prefix="stepwell-compile-", ignore_cleanup_errors=True) as folder,
             subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=noise,
                 text=True,
-                env=_environment(),
+                env=_environment(folder),
+                start_new_session=True,
             ) as process,
         ):
             try:
                 assert process.stdout is not None
                 with Watch(process, self._limits, clock) as watch:
                     done = self._relay(process.stdout)
-                    code = process.wait()
+                    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             finally:
-                process.kill()  # Does nothing if it has ended; else we are leaving early, and so shall it.
+                _end(process)
+            code = process.returncode
             if done is None:
                 raise ModelError(f"{self._model}: {self._problem(watch, code)}", _last_lines(noise))
             return done
@@ -158,7 +169,9 @@ class _Compilation:
             if not line.endswith("\n"):
                 return None  # It ended in the middle of a message.
             message = json.loads(line)
-            if "stage" in message:
+            if "protection" in message:
+                _log.info("compiling in a process of its own", **message)
+            elif "stage" in message:
                 self._stage = message["stage"]
                 if self._progress is not None:
                     self._progress(self._stage)
@@ -173,7 +186,7 @@ class _Compilation:
         """Why the process ended without an answer, and the way on."""
         if watch.exceeded == "abandoned":
             return "nobody waits for it any more"
-        if watch.exceeded == "time":
+        if watch.exceeded == "time" or code == -signal.SIGXCPU:
             return (
                 f"compiling it must take at most {self._limits.timeout_s:g} s (--compile-timeout-s); it was ended in "
                 f"stage {self._stage}. Allow more time, or compile it on a faster machine of the same kind and take "
@@ -213,12 +226,31 @@ def _last_lines(noise: IO[str]) -> str:
     return "\n".join(noise.read().strip().splitlines()[-_DETAIL_LINES:])
 
 
-def _environment() -> dict[str, str]:
-    # The child finds this very package, installed or not, and the caller's modules.
+def _end(process: subprocess.Popen[str]) -> None:
+    """End it and what it has started, if that goes on. Until it is waited for, nobody else can have its number."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _environment(folder: str) -> dict[str, str]:
+    """What the child is told: no tokens, keys or passwords that the server's own environment may have.
+
+    It finds this very package, installed or not, and the caller's modules. What it writes goes into a folder of its own.
+    """
     package = str(Path(stepwell_server.__file__).parents[1])
     paths = [package, os.environ.get("PYTHONPATH", "")]
-    return os.environ | {
+    passed = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _PASSED or name.startswith(_PASSED_PREFIXES)
+    }
+    return passed | {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "HOME": folder,
+        "TMPDIR": folder,
+        "HDF5_PLUGIN_PATH": folder,
         "KERAS_BACKEND": "tensorflow",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "CUDA_VISIBLE_DEVICES": "-1",

@@ -19,13 +19,18 @@ _OWN = re.compile(r"^(?:RssAnon|RssShmem|VmSwap):\s+(\d+) kB$", re.MULTILINE)
 
 
 def default_memory_bytes() -> int:
-    """Three quarters of the memory that there is, or that the container may have."""
+    """Three quarters of the memory that there is."""
+    return int(memory_bytes() * _SHARE_OF_MEMORY)
+
+
+def memory_bytes() -> int:
+    """The memory that the machine has, or that the container may have."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
     except OSError:
         text = "max"
-    return int(min(memory, int(text) if text.isdigit() else memory) * _SHARE_OF_MEMORY)
+    return min(memory, int(text)) if text.isdigit() else memory
 
 
 @dataclasses.dataclass(frozen=True)

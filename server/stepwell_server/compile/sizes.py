@@ -12,18 +12,25 @@ from typing import IO
 
 import h5py
 
+from stepwell_server import archive_rules
 from stepwell_server.compile.errors import ModelError
 
 OPTION = "--max-model-bytes"
 #: What zipfile raises for archives that are damaged, encrypted, or of a kind that it does not know.
 UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
 _WEIGHTS = "model.weights.h5"
+_KNOWN, _ASSETS = {"config.json", "metadata.json", _WEIGHTS}, "assets/"
+_ARCHIVE = b"PK\x03\x04"
+#: Filters that HDF5 brings along; it loads others as libraries, from wherever it is told.
+_FILTERS = frozenset(range(1, 7)) | {h5py.h5z.FILTER_LZF}
 _PIECE_BYTES = 1 << 20
 _LOCAL_HEADER_BYTES = 30
 
 
 def check_sizes(path: Path, max_bytes: int) -> None:
     """Check that all that ``path`` holds, unpacked, is within ``max_bytes``. Takes little memory, whatever the file says.
+
+    Members must be those that Keras writes, and keep to the rules of `archive_rules`; the weights must be all in this file.
 
     Nothing is said of a file that is no ``.keras`` file.
 
@@ -33,7 +40,9 @@ def check_sizes(path: Path, max_bytes: int) -> None:
     if not zipfile.is_zipfile(path):
         return
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        with archive_rules.open_archive(path) as archive, path.open("rb") as file:
+            archive_rules.check_members(archive)
+            _check_known(archive)
             _check_limit(path, sum(member.file_size for member in archive.infolist()), max_bytes)
             for member in archive.infolist():
                 if not _size_is_true(file, member):
@@ -44,6 +53,17 @@ def check_sizes(path: Path, max_bytes: int) -> None:
                 _check_weights(path, archive.read(_WEIGHTS), max_bytes)
     except UNREADABLE as error:
         raise ModelError(f"{path}: damaged .keras file: {error}") from error
+
+
+def _check_known(archive: zipfile.ZipFile) -> None:
+    for member in archive.infolist():
+        name = member.filename
+        if name not in _KNOWN and not name.startswith(_ASSETS):
+            raise archive_rules.ArchiveError(f"it must hold only what Keras writes; it holds {name!r:.80}")
+        if name.startswith(_ASSETS) and member.file_size and not member.is_dir():
+            with archive.open(member) as content:
+                if content.read(len(_ARCHIVE)) == _ARCHIVE:
+                    raise archive_rules.ArchiveError(f"it must hold no other archive; {name!r:.80} is one")
 
 
 def _check_limit(path: Path, size: int, max_bytes: int) -> None:
@@ -91,7 +111,20 @@ def _check_weights(path: Path, content: bytes, max_bytes: int) -> None:
 
     def look(name: str, item: object) -> None:
         nonlocal size
+        if isinstance(item, h5py.Group):
+            # Links to other places and files are looked at here: nobody who walks through a file is shown them.
+            for key in item:
+                if not isinstance(item.get(key, getlink=True), h5py.HardLink):
+                    raise ModelError(
+                        f"{path}: {_WEIGHTS} must hold its weights itself; {f'{name}/{key}'.strip('/')!r:.80} is a link"
+                    )
         if isinstance(item, h5py.Dataset):
+            settings = item.id.get_create_plist()
+            filters = {settings.get_filter(number)[0] for number in range(settings.get_nfilters())}
+            if item.dtype.kind == "O" or not filters <= _FILTERS:
+                raise ModelError(
+                    f"{path}: {_WEIGHTS} must hold plain numbers; {name!r:.80} is something else"
+                )
             if item.external or item.is_virtual:
                 raise ModelError(
                     f"{path}: {_WEIGHTS} must hold its weights itself; {name!r} is in another file"
@@ -101,6 +134,7 @@ def _check_weights(path: Path, content: bytes, max_bytes: int) -> None:
 
     try:
         with h5py.File(io.BytesIO(content), "r") as file:
+            look("", file)
             file.visititems(look)
     except ModelError:
         raise

@@ -8,16 +8,37 @@ the store.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 SEPARATOR = "\x1f"
 """Between the tenant and what it calls a session."""
-#: In messages ids stand as they are or as `repr` has them.
-_PREFIX = re.compile(r"[A-Za-z0-9._@-]+(?:\x1f|\\x1f)")
+#: In place of a tenant before what is no id but has the separator in it: no tenant has this name.
+_NO_TENANT = "-"
+#: What stands before the first separator of an id. In messages ids stand as they are or as `repr` has them.
+_PREFIX = re.compile(r"(?<![A-Za-z0-9._@\x1f\\-])(?<!\\x1f)[A-Za-z0-9._@-]+(?:\x1f|\\x1f)")
 
 
 def prefix_of(tenant: str) -> str:
     """What the ids of a tenant begin with; empty if there is none."""
     return f"{tenant}{SEPARATOR}" if tenant else ""
+
+
+def inner(tenant: str, session_id: str) -> str:
+    """What a session is called below `rpc`; empty where nothing is said. `own` is the other way round.
+
+    Whatever a caller says, it is in its own namespace: without a tenant, a text with the separator is in one that
+    nobody has.
+    """
+    if not session_id or not (tenant or SEPARATOR in session_id):
+        return session_id
+    return f"{tenant or _NO_TENANT}{SEPARATOR}{session_id}"
+
+
+def inner_all(tenant: str, session_ids: Sequence[str]) -> list[str]:
+    """As `inner`, of many."""
+    if not tenant and SEPARATOR not in "".join(session_ids):
+        return list(session_ids)
+    return [inner(tenant, session_id) for session_id in session_ids]
 
 
 def tenant_of(session_id: str) -> str:

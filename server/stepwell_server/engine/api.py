@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
+from stepwell_server.core.namespaces import SEPARATOR, inner, prefix_of
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.types import U64, Array, Members, Tensors
 from stepwell_server.errors import ServerError
@@ -38,10 +40,23 @@ class SessionFilter:
 
     model: str = ""
     """Empty: of any model."""
+    tenant: str | None = None
+    """Whose; empty: those of no tenant; None: everybody's."""
     prefix: str = ""
-    """Of their ids."""
+    """Of their ids, as the tenant calls them."""
     idle_longer_s: float | None = None
     """Nobody has changed, read or resumed them for longer than this. None: that does not matter."""
+
+    @property
+    def ids_begin_with(self) -> str:
+        """What the ids begin with, as the table has them."""
+        if not self.tenant:
+            return self.prefix if self.tenant is None else inner("", self.prefix)
+        return prefix_of(self.tenant) + self.prefix
+
+    def is_meant(self, session_id: str) -> bool:
+        """Whether a session whose id begins so is whose it has to be."""
+        return self.tenant != "" or SEPARATOR not in session_id
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,6 +156,18 @@ class Applied:
     """Those that were asked for: `(rows, T, ...)` or `(rows, ...)`."""
 
 
+class Trace(Protocol):
+    """A call that is traced, on its way through the engine. Times are the clock's monotonic ones. On the event loop."""
+
+    def stage(self, name: str, began: float, ended: float, /) -> None:
+        """It was in a stage: `queue` (until its pass) or `commit` (until the store had it)."""
+
+    def ran(
+        self, others: Sequence[Trace], model: str, rows: int, time_steps: int, began: float, ended: float, /
+    ) -> None:
+        """A pass of so many rows and time steps ran for `others`, of which it is one: told to one of them."""
+
+
 class Observer:
     """What the engine tells of its doings. This one listens to nothing; `metrics` has one that does.
 
@@ -167,6 +194,9 @@ class Observer:
 
     def stepped_alone(self, model: str, seconds: float) -> None:
         """A single step ran at once, alone: `pass_done`, `stage` and `applied` in one."""
+
+    def slow(self, model: str, session_id: str, seconds: float, now: float) -> None:
+        """A step took `seconds` until its answer at `now`: the slowest of a pass, or one that ran alone."""
 
     def applied(self, model: str, change: str, count: int, row_steps: int) -> None:
         """`count` changes (`change`: step, reset, predict) were applied: `row_steps` rows x time steps."""

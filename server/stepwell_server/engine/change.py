@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,7 +21,7 @@ from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.exactly_once import ANY_REVISION
 from stepwell_server.core.sessions import Handles
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import Applied, Select
+from stepwell_server.engine.api import Applied, Select, Trace
 from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors
 from stepwell_server.errors import DeadlineExceeded, ServerError, Unavailable
 from stepwell_server.logs import Log
@@ -127,6 +127,8 @@ class Change:
     goes_on: str = ""
     """A step of sessions of this model that have made some since they began or were last reset, and have as many rows
     as `batch_sizes` says; where one has not it raises `MustPart`. "": any sessions."""
+    traces: Mapping[int, Trace] | None = None
+    """Of members whose calls are traced; that of a call of many is with its first. None: of none."""
     caller: Hashable = None
     """Who sent it: the scheduler takes turns between callers. None: nobody else sends for the same caller."""
     who: Caller = ANYBODY
@@ -442,6 +444,8 @@ def joined(parts: Sequence[Change]) -> Change:
     )
     if any(part.who is not first.who for part in parts):
         whole.whos = [part.who for part in parts]
+    if any(part.traces for part in parts):
+        whole.traces = {at: each for at, part in enumerate(parts) for each in (part.traces or {}).values()}
     whole.model = first.model
     whole.handles = np.concatenate([part.handles for part in parts])
     whole.births = np.concatenate([part.births for part in parts])

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from stepwell_server.core.sessions import Handles
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import Select
+from stepwell_server.engine.api import Select, Trace
 from stepwell_server.engine.types import Array, Mask, Members
 from stepwell_server.errors import ServerError
 
 
 class Owner(Protocol):
     """Who gets to know what becomes of a job."""
+
+    traces: Mapping[int, Trace] | None
+    """Of those of its sessions whose calls are traced; None: of none."""
 
     def drop(self, members: Members, now: float, /) -> Sequence[tuple[Members, ServerError]]:
         """Those of the members that should not go on, and why: cancelled, past their deadline."""
@@ -76,6 +79,12 @@ class Job:
     def __post_init__(self) -> None:
         self.row_count = int(self.sizes.sum())
         self.is_plain = self.reset_rows is None and (self.states is Select.NONE or not self.keeps_states)
+
+    @property
+    def traces(self) -> Sequence[Trace]:
+        """Of those of its sessions whose calls are traced."""
+        known = self.owner.traces
+        return [known[member] for member in self.members.tolist() if member in known] if known else ()
 
     @property
     def steps_left(self) -> int:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from stepwell_server.engine.engine import ModelStats
     from stepwell_server.rpc.fronts.base import FrontCounts
+    from stepwell_server.rpc.fronts.certificates import CertificateFiles
     from stepwell_server.store.times import StoreTimes
 
 #: What a front has to do (`FrontCounts.now`).
@@ -108,11 +109,41 @@ def of_audit(written: int, dropped: int) -> Iterator[Metric]:
     yield family
 
 
-def of_store(times: StoreTimes | None, *, is_ready: bool, reopened: int) -> Iterator[Metric]:
+def of_spans(counts: Mapping[str, int]) -> Metric:
+    """What became of the spans of traces."""
+    from prometheus_client.core import CounterMetricFamily
+
+    text = "Spans of traces by what became of them: sent to the collector, refused by it, or dropped by a full queue."
+    family = CounterMetricFamily("stepwell_trace_spans", text, labels=("outcome",))
+    for outcome in ("exported", "failed", "dropped"):
+        family.add_metric((outcome,), counts.get(outcome, 0))
+    return family
+
+
+def of_certificates(files: CertificateFiles) -> Iterator[Metric]:
+    """How long the certificates that new connections get are valid, and whether changes of them could be used."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    family = GaugeMetricFamily(
+        "stepwell_certificate_expiry_timestamp_seconds",
+        "When the first certificate of a file that is in use is no longer valid, in seconds since the epoch.",
+        labels=("file",),
+    )
+    for file, end in files.used.ends().items():
+        family.add_metric((file,), end)
+    text = "How often changed certificates could not be used, so that the old ones stayed."
+    yield from (family, CounterMetricFamily("stepwell_certificate_failures", text, value=files.failures))
+
+
+def of_store(
+    times: StoreTimes | None, *, is_ready: bool, reopened: int, is_damaged: bool
+) -> Iterator[Metric]:
     """How the store is, and, of one on disk, how long it takes."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
     yield GaugeMetricFamily("stepwell_store_ready", "1 if the store can be used, 0 if not.", value=is_ready)
+    text = "1 if sessions are missing from the store although nobody ended them, 0 if none are known to be."
+    yield GaugeMetricFamily("stepwell_store_damaged", text, value=is_damaged)
     text = "How often the store was opened anew because its disk had failed."
     yield CounterMetricFamily("stepwell_store_reopened", text, value=reopened)
     if times is None:
@@ -154,6 +185,15 @@ def of_engine(stats: Sequence[ModelStats]) -> Iterator[Metric]:
         ("max_uncommitted_sessions", "From so many on, no pass begins.", MOST_WAITING),
     ):
         yield GaugeMetricFamily(f"stepwell_{name}", text, value=number)
+
+
+def of_memory(most: int) -> Iterator[Metric]:
+    """What the process may take, beside what it has (`process_resident_memory_bytes`)."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    yield GaugeMetricFamily(
+        "stepwell_max_memory_bytes", "Memory of the machine or the container.", value=most
+    )
 
 
 def of_disk(folder: Path) -> Iterator[Metric]:

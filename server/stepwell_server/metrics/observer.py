@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from stepwell_server.compile.limits import memory_bytes
 from stepwell_server.engine.api import Observer
 from stepwell_server.errors import reasons
 from stepwell_server.metrics import gauges
 from stepwell_server.series import ROWS, SECONDS, Counter, Histogram, Series
+from stepwell_server.slowest import Slowest
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from stepwell_server.engine.engine import ModelStats
     from stepwell_server.program import Program
     from stepwell_server.rpc.fronts.base import FrontCounts
+    from stepwell_server.rpc.fronts.certificates import CertificateFiles
     from stepwell_server.store.times import StoreTimes
 
 _EVENTS = ("opened", "resumed", "forked", "imported", "closed", "expired")
@@ -52,10 +55,14 @@ class PrometheusObserver(Observer):
         self._streams: dict[str, int] = {}
         self._limits: Mapping[str, float] = {}
         self._front_counts: Callable[[], FrontCounts] | None = None
+        self.slowest = Slowest()
+        self._certificates: CertificateFiles | None = None
+        self._span_counts: Callable[[], Mapping[str, int]] = dict
         self._store_times: StoreTimes | None = None
         self._audited: Callable[[], tuple[int, int]] | None = None
         self._store_is_ready = True
         self._store_reopened = 0
+        self._store_is_damaged = False
         self._events = Counter(
             "stepwell_session_events",
             "Sessions opened, resumed, forked, closed, expired.",
@@ -205,6 +212,10 @@ class PrometheusObserver(Observer):
         """Seconds that one time step took in the model's latest pass; 0 before the first."""
         return self._time_step_s.get(model, 0.0)
 
+    def slow(self, model: str, session_id: str, seconds: float, now: float) -> None:
+        """See `Observer.slow`."""
+        self.slowest.note(model, session_id, seconds, now)
+
     def applied(self, model: str, change: str, count: int, row_steps: int) -> None:
         """See `Observer.applied`."""
         labels = (model, change)
@@ -270,6 +281,14 @@ class PrometheusObserver(Observer):
         self._build["front"] = front
         self._limits, self._front_counts = limits, counts
 
+    def secured_by(self, certificates: CertificateFiles) -> None:
+        """What TLS is spoken with."""
+        self._certificates = certificates
+
+    def traces_by(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """How many spans had which end until it is asked: exported, failed, dropped."""
+        self._span_counts = counts
+
     def keeps_in(self, times: StoreTimes) -> None:
         """What the store on disk writes down of its work."""
         self._store_times = times
@@ -278,9 +297,10 @@ class PrometheusObserver(Observer):
         """Lines of the audit log: how many were written, and how many could not be."""
         self._audited = counts
 
-    def store_checked(self, *, is_ready: bool, reopened: int) -> None:
-        """The store was looked after: whether it can be used, and how often it was opened anew."""
+    def store_checked(self, *, is_ready: bool, reopened: int, is_damaged: bool) -> None:
+        """The store was looked after: whether it can be used, how often it was opened anew, whether it lost sessions."""
         self._store_is_ready, self._store_reopened = is_ready, reopened
+        self._store_is_damaged = is_damaged
 
     def families(self, stats: Iterable[ModelStats]) -> list[Metric]:
         """Everything counted so far, and the gauges of ``stats``."""
@@ -297,7 +317,13 @@ class PrometheusObserver(Observer):
             families += gauges.of_front(self._front_counts(), self._limits)
         if self._audited is not None:
             families += gauges.of_audit(*self._audited())
+        families.append(gauges.of_spans(self._span_counts()))
+        if self._certificates is not None:
+            families += gauges.of_certificates(self._certificates)
         families += gauges.of_store(
-            self._store_times, is_ready=self._store_is_ready, reopened=self._store_reopened
+            self._store_times,
+            is_ready=self._store_is_ready,
+            reopened=self._store_reopened,
+            is_damaged=self._store_is_damaged,
         )
-        return [*families, *gauges.of_engine(list(stats))]
+        return [*families, *gauges.of_memory(memory_bytes()), *gauges.of_engine(list(stats))]

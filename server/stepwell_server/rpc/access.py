@@ -26,12 +26,20 @@ class Access(enum.Enum):
 #: Calls that change nothing and show what is there. What is not named here or below needs `Access.USE`.
 _READS = frozenset(
     {
-        *("ListModels", "GetModel", "GetSession", "ListSessions", "GetState", "GetStates"),
+        *(
+            "ListModels",
+            "GetModel",
+            "ListSlowSessions",
+            "GetSession",
+            "ListSessions",
+            "GetState",
+            "GetStates",
+        ),
         *("ModelReady", "ServerMetadata", "ModelMetadata", "ModelConfig", "ModelStatistics"),
         "ServerReflectionInfo",
     }
 )
-_FOR_ANYONE = frozenset({"Check", "Watch", "ServerLive", "ServerReady"})
+_FOR_ANYONE = frozenset({"Check", "List", "Watch", "ServerLive", "ServerReady"})
 _ROLES = {Access.READ: frozenset(Role), Access.USE: frozenset({Role.USER, Role.ADMIN})}
 
 

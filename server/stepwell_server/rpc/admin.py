@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core import leases
+from stepwell_server.core.callers import Caller
 from stepwell_server.core.leases import Lease
-from stepwell_server.engine.api import Order
+from stepwell_server.engine.api import Order, SessionInfo
 from stepwell_server.engine.api import SessionFilter as Filter
 from stepwell_server.engine.sessions.matching import Place
-from stepwell_server.engine.sessions.moving import MOST_AT_ONCE, Brought, Existing, Exported
+from stepwell_server.engine.sessions.moving import MOST_AT_ONCE, Arriving, Brought, Existing, Exported
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
-from stepwell_server.rpc import convert
+from stepwell_server.rpc import convert, naming
 from stepwell_server.rpc.pages import from_token, to_token
 from stepwell_server.rpc.status import to_proto
 
@@ -60,20 +61,21 @@ class Administration:
         self._engine = engine
         self._max_reply_bytes = max_reply_bytes
 
-    async def list_sessions(self, request: pb.ListSessionsRequest, _call: Call) -> pb.ListSessionsResponse:
+    async def list_sessions(self, request: pb.ListSessionsRequest, call: Call) -> pb.ListSessionsResponse:
         """List sessions, page by page."""
         order = _ORDERS.get(request.order)
         if order is None:
             raise InvalidInput(f"order must be a SessionOrder; got {request.order}")
         after, number = from_token(request.page_token)
-        wanted = _filter_of(request)
+        wanted = _filter_of(request, call.who)
         page, total = await self._engine.list_sessions(
             model=wanted.model,
+            tenant=wanted.tenant,
             prefix=wanted.prefix,
             idle_longer_s=wanted.idle_longer_s,
             order=order,
             descending=request.descending,
-            after=(number, after) if request.page_token else None,
+            after=(number, naming.inner_place(call.who, after)) if request.page_token else None,
             limit=_page_size(request.page_size),
             count=not request.skip_total,
         )
@@ -81,16 +83,17 @@ class Administration:
         for start in range(0, len(page), _AT_ONCE):
             if start:
                 await asyncio.sleep(0)
-            response.sessions.extend([convert.from_session(info) for info in page[start : start + _AT_ONCE]])
+            response.sessions.extend([_listed(info, call.who) for info in page[start : start + _AT_ONCE]])
         if page.next is not None:
-            response.next_page_token = to_token(page.next[1], page.next[0])
+            number, last = page.next
+            response.next_page_token = to_token(naming.own_place(call.who, last), number)
         return response
 
     async def close_matching_sessions(
-        self, request: pb.CloseMatchingSessionsRequest, _call: Call
+        self, request: pb.CloseMatchingSessionsRequest, call: Call
     ) -> pb.CloseMatchingSessionsResponse:
         """Delete sessions that fit a filter, some at a time."""
-        wanted = _filter_of(request)
+        wanted = _filter_of(request, call.who)
         is_filtered = bool(wanted.model or wanted.prefix or wanted.idle_longer_s is not None)
         if is_filtered is request.all:
             raise InvalidInput(
@@ -101,16 +104,17 @@ class Administration:
         closed, place = await self._engine.close_matching(
             wanted,
             limit=_page_size(request.page_size),
-            place=Place(as_of, after) if request.page_token else None,
+            place=Place(as_of, naming.inner_place(call.who, after)) if request.page_token else None,
         )
-        token = "" if place is None else to_token(place.after, place.as_of)
+        token = "" if place is None else to_token(naming.own_place(call.who, place.after), place.as_of)
         return pb.CloseMatchingSessionsResponse(closed=closed, next_page_token=token)
 
     async def export_sessions(
         self, request: pb.ExportSessionsRequest, call: Call
     ) -> pb.ExportSessionsResponse:
         """Read sessions with all that is kept of them."""
-        wanted = _filter_of(request)
+        who = call.who
+        wanted = _filter_of(request, who)
         most = self._max_reply_bytes * 3 // 4
         page_bytes = min(request.page_bytes or _EXPORTED_BYTES, most)
         place, _ = from_token(request.page_token)
@@ -118,15 +122,15 @@ class Administration:
         if not request.session_ids:
             found, end = await self._engine.export_page(
                 wanted,
-                after=(0.0, place) if request.page_token else None,
+                after=(0.0, naming.inner_place(who, place)) if request.page_token else None,
                 page_bytes=page_bytes,
                 most_bytes=most,
                 deadline=call.deadline,
             )
-            _add_exported(response, found)
-            response.next_page_token = "" if end is None else to_token(end[1])
+            _add_exported(response, found, who)
+            response.next_page_token = "" if end is None else to_token(naming.own_place(who, end[1]))
             return response
-        if wanted != Filter():
+        if wanted != Filter(tenant=wanted.tenant):
             raise InvalidInput(
                 "session_ids must be empty with model, session_id_prefix or idle_longer; got both"
             )
@@ -136,8 +140,9 @@ class Administration:
         if place and place not in ids:
             raise InvalidInput("page_token must be that of a page of the same session_ids; got another one")
         size = 0
+        inner = naming.inner_all(who, ids)
         for at in range(ids.index(place) + 1 if place else 0, len(ids)):
-            (each,) = await self._engine.export_sessions([ids[at]], deadline=call.deadline)
+            (each,) = await self._engine.export_sessions([inner[at]], deadline=call.deadline)
             if not isinstance(each, ServerError):
                 size += len(each)
                 if len(response.sessions) and size > page_bytes:
@@ -147,43 +152,59 @@ class Administration:
                     each = MessageTooLarge(
                         f"session {ids[at]!r} must have at most {most} bytes to be exported; it has {len(each)}"
                     )
-            _add_exported(response, [(ids[at], each)])
+            _add_exported(response, [(inner[at], each)], who)
         return response
 
     async def import_sessions(
-        self, request: pb.ImportSessionsRequest, _call: Call
+        self, request: pb.ImportSessionsRequest, call: Call
     ) -> pb.ImportSessionsResponse:
         """Make sessions of what was exported."""
         existing = _EXISTING.get(request.existing)
         if existing is None:
             raise InvalidInput(f"existing must be an ExistingSession; got {request.existing}")
-        sessions = [(each.session_id, each.record) for each in request.sessions]
+        sessions = [
+            Arriving(
+                naming.imported(call.who, each.tenant, each.session_id),
+                naming.recorded(each.tenant, each.session_id),
+                each.record,
+            )
+            for each in request.sessions
+        ]
         response = pb.ImportSessionsResponse()
-        for (session_id, _), result in zip(
-            sessions, await self._engine.import_sessions(sessions, existing), strict=True
-        ):
+        results = await self._engine.import_sessions(sessions, existing)
+        for each, result in zip(request.sessions, results, strict=True):
+            tenant = naming.tenant_told(call.who, naming.recorded(each.tenant, each.session_id))
+            told = response.sessions.add(session_id=each.session_id, tenant=tenant)
             if isinstance(result, ServerError):
-                failed = pb.IMPORT_OUTCOME_FAILED
-                response.sessions.add(session_id=session_id, outcome=failed, error=to_proto(result))
+                told.outcome = pb.IMPORT_OUTCOME_FAILED
+                told.error.CopyFrom(to_proto(result))
             else:
-                response.sessions.add(session_id=session_id, outcome=_OUTCOMES[result])
+                told.outcome = _OUTCOMES[result]
         return response
 
-    async def renew_lease(self, request: pb.RenewLeaseRequest, _call: Call) -> pb.RenewLeaseResponse:
+    async def renew_lease(self, request: pb.RenewLeaseRequest, call: Call) -> pb.RenewLeaseResponse:
         """Hear that a client is there."""
-        self._engine.renew_lease(request.client_id)
+        self._engine.renew_lease(naming.inner_client(call.who, request.client_id))
         return pb.RenewLeaseResponse()
 
 
-def _add_exported(response: pb.ExportSessionsResponse, found: Sequence[tuple[str, Exported]]) -> None:
+def _listed(info: SessionInfo, who: Caller) -> pb.Session:
+    return convert.from_session(info, naming.tenant_told(who, info.session_id))
+
+
+def _add_exported(
+    response: pb.ExportSessionsResponse, found: Sequence[tuple[str, Exported]], who: Caller
+) -> None:
     for session_id, each in found:
+        own = naming.own(session_id)
         if isinstance(each, ServerError):
-            response.errors.add(session_id=session_id, error=to_proto(each))
+            tenant = naming.tenant_told(who, session_id)
+            response.errors.add(session_id=own, tenant=tenant, error=to_proto(each))
         else:
-            response.sessions.add(session_id=session_id, record=bytes(each))
+            response.sessions.add(session_id=own, tenant=naming.tenant_of(session_id), record=bytes(each))
 
 
-def lease_of(request: _Opening) -> Lease | None:
+def lease_of(request: _Opening, who: Caller) -> Lease | None:
     """The lease that an opening asks for.
 
     Raises:
@@ -198,14 +219,15 @@ def lease_of(request: _Opening) -> Lease | None:
         raise InvalidInput(
             f"lease.duration must be {leases.SHORTEST_S:g} s to {leases.LONGEST_S:g} s; got {seconds:g} s"
         )
-    return request.lease.client_id, round(seconds * 1000)
+    return naming.inner_client(who, request.lease.client_id), round(seconds * 1000)
 
 
-def _filter_of(request: _Filtered) -> Filter:
+def _filter_of(request: _Filtered, who: Caller) -> Filter:
     idle = None
     if request.HasField("idle_longer"):
         idle = convert.to_seconds(request.idle_longer, "idle_longer")
-    return Filter(model=request.model, prefix=request.session_id_prefix, idle_longer_s=idle)
+    prefix = request.session_id_prefix
+    return Filter(model=request.model, tenant=naming.listed(who, prefix), prefix=prefix, idle_longer_s=idle)
 
 
 def _page_size(asked: int) -> int:

@@ -23,11 +23,13 @@ from google.protobuf.message import DecodeError, Message
 from stepwell_server.core.callers import ANYBODY
 from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.logs import Log
+from stepwell_server.rpc import naming
 from stepwell_server.rpc.access import Access, access_of
 from stepwell_server.rpc.auditing import AUDITED, UNAUDITED, Auditor
 from stepwell_server.rpc.fronts.base import Call, CallEnded
 from stepwell_server.rpc.guard import Guard, Guarded
 from stepwell_server.rpc.status import ANY_CODE, to_status
+from stepwell_server.rpc.tracing import TRACES, Tracer
 
 _log = Log("rpc")
 _Message = TypeVar("_Message", bound=Message)
@@ -84,11 +86,14 @@ class Boundary:
         max_message_bytes: int,
         guard: Guard | None = None,
         auditor: Auditor | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._observer = observer
         self._guard = guard
         """None: nobody is asked."""
         self._auditor = auditor
+        self._tracer = tracer
+        """None: nothing is traced."""
         self._max_message_bytes = max_message_bytes
         self._running = 0
         self._idle = asyncio.Event()
@@ -160,10 +165,14 @@ class Boundary:
         guard = None if access is Access.ANYONE else self._guard
         auditor = self._auditor
         assert method in AUDITED or method in UNAUDITED, f"{method}: say in auditing.py whether it is audited"
+        tracer = None if access is Access.ANYONE or not counts else self._tracer
         observer.method_served(method, codes, streams=streams)
 
         async def serve(call: Call) -> bytes:
-            started, code = time.perf_counter(), "OK"
+            started, code, reason = time.perf_counter(), "OK", ""
+            trace = None if tracer is None else tracer.of_call(method, call.metadata)
+            if trace is not None:
+                TRACES.set({0: trace})
             self._running += counts
             if streams:
                 observer.stream_began(method)
@@ -172,6 +181,8 @@ class Boundary:
                 if guard is not None:
                     found = guard.admit(call, method, access)
                     guarded = guard.enter(found) if streams else None
+                elif access is not Access.ANYONE:
+                    naming.require_no_tenant(call.metadata)
                 if auditor is not None:
                     auditor.begins(method, call)
                 return await answer(call)
@@ -184,7 +195,7 @@ class Boundary:
                     raise
                 known = error if isinstance(error, ServerError) else internal(error, method=method)
                 status = to_status(known)
-                code = status.code.name
+                code, reason = status.code.name, known.reason
                 observer.refused(known.reason, 1, known.model)
                 if auditor is not None:
                     auditor.refused(method, call, known)
@@ -200,6 +211,8 @@ class Boundary:
                     observer.stream_done(method, code)
                 else:
                     observer.request_done(method, code, seconds)
+                if trace is not None:
+                    trace.end(code, reason, _traced(request_type, call))
                 if _log.is_debug:
                     facts = _facts(request_type, call)
                     _log.debug("request", method=method, **facts, status=code, duration_ms=seconds * 1000)
@@ -238,6 +251,13 @@ def _facts(request_type: type[Message] | None, call: Call) -> dict[str, str]:
     return facts | {
         name: getattr(message, name) for name in ("session_id", "model") if hasattr(message, name)
     }
+
+
+def _traced(request_type: type[Message] | None, call: Call) -> dict[str, str | int]:
+    """What of a request is worth a place in a trace."""
+    facts = _facts(request_type, call)
+    session, model = facts.get("session_id", ""), facts.get("model", "")
+    return {"session.id": session, "model": model, "tenant": call.who.tenant, "caller": call.who.name}
 
 
 def internal(error: BaseException, **facts: object) -> ServerError:

@@ -20,6 +20,7 @@ from stepwell_server.engine.api import ModelInfo, Select, SessionInfo
 from stepwell_server.engine.types import Array, Mask
 from stepwell_server.errors import InvalidInput
 from stepwell_server.program import Provenance, StateSpec, TensorSpec, dtype_of
+from stepwell_server.rpc import naming
 from stepwell_server.rpc.fronts.base import InputColumn
 
 MAX_RANK = 32
@@ -208,10 +209,10 @@ def to_numbers(
     return np.array(values, dtype) if count == 1 else np.fromiter(values, dtype, count)
 
 
-def from_session(info: SessionInfo) -> sessions_pb2.Session:
-    """A session as others may see it."""
+def from_session(info: SessionInfo, tenant: str = "") -> sessions_pb2.Session:
+    """A session as others may see it; `tenant` is whose it is, where that is told."""
     return sessions_pb2.Session(
-        session_id=info.session_id,
+        session_id=naming.own(info.session_id),
         model=info.model,
         model_fingerprint=info.fingerprint,
         batch_size=info.batch_size,
@@ -221,6 +222,7 @@ def from_session(info: SessionInfo) -> sessions_pb2.Session:
         last_used_time=_timestamp(info.last_used),
         resident=info.resident,
         lease=from_seconds(info.lease_s) if info.lease_s else None,
+        tenant=tenant,
     )
 
 
@@ -247,8 +249,8 @@ def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:
     return timestamp_pb2.Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e9))
 
 
-def from_model(info: ModelInfo) -> models_pb2.Model:
-    """A model as it is served."""
+def from_model(info: ModelInfo, *, counted: bool) -> models_pb2.Model:
+    """A model as it is served; `counted`: with everybody's sessions counted."""
     program = info.program
     return models_pb2.Model(
         name=info.name,
@@ -260,7 +262,7 @@ def from_model(info: ModelInfo) -> models_pb2.Model:
         executor_reason=program.executor_reason,
         batch_sizes=program.batch_sizes,
         state_row_bytes=program.state_row_bytes,
-        sessions=info.sessions,
+        sessions=info.sessions if counted else 0,
         proof=models_pb2.Proof(
             compared_steps=program.proof.steps,
             unproven=program.proof.unproven,

@@ -5,32 +5,70 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stepwell.v1 import models_pb2 as pb
+from stepwell_server.core import namespaces
+from stepwell_server.core.callers import Role
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
 
 if TYPE_CHECKING:
+    from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.fronts.base import Call
+    from stepwell_server.slowest import Slowest
+
+
+_SLOW = 10
+"""Sessions with slow steps, where the caller does not say how many."""
 
 
 class ModelServicer:
     """The calls of ModelService, each by its name in snake case. Lives on the event loop."""
 
-    def __init__(self, engine: Engine, front: str, max_reply_bytes: int) -> None:
+    def __init__(
+        self, engine: Engine, front: str, max_reply_bytes: int, slowest: Slowest, clock: Clock
+    ) -> None:
+        self._slowest = slowest
+        self._clock = clock
         self._engine = engine
         self._server = pb.Server(front=front)
         self._max_reply_bytes = max_reply_bytes
 
-    async def list_models(self, _request: pb.ListModelsRequest, _call: Call) -> pb.ListModelsResponse:
+    async def list_models(self, _request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
         """List the models, and say what serves them."""
         await self._engine.refresh_counts()
-        models = [convert.from_model(model) for model in self._engine.models()]
+        counted = call.who.role is Role.ADMIN
+        models = [convert.from_model(model, counted=counted) for model in self._engine.models()]
         return pb.ListModelsResponse(models=models, server=self._server)
 
-    async def get_model(self, request: pb.GetModelRequest, _call: Call) -> pb.GetModelResponse:
+    async def get_model(self, request: pb.GetModelRequest, call: Call) -> pb.GetModelResponse:
         """Describe a model."""
         await self._engine.refresh_counts()
-        return pb.GetModelResponse(model=convert.from_model(self._engine.model(request.name)))
+        counted = call.who.role is Role.ADMIN
+        return pb.GetModelResponse(
+            model=convert.from_model(self._engine.model(request.name), counted=counted)
+        )
+
+    async def list_slow_sessions(
+        self, request: pb.ListSlowSessionsRequest, call: Call
+    ) -> pb.ListSlowSessionsResponse:
+        """List sessions with slow steps: those of the caller's tenant."""
+        now = self._clock.monotonic()
+        own = [
+            step
+            for step in self._slowest.list(now)
+            if namespaces.tenant_of(step.session_id) == call.who.tenant
+        ]
+        return pb.ListSlowSessionsResponse(
+            sessions=[
+                pb.SlowSession(
+                    session_id=namespaces.own(step.session_id),
+                    model=step.model,
+                    seconds=step.seconds,
+                    age_seconds=now - step.when,
+                )
+                for step in own[: request.limit or _SLOW]
+            ]
+        )
 
     async def predict(self, request: pb.PredictRequest, call: Call) -> pb.PredictResponse:
         """Run a model without a session."""

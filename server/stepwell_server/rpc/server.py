@@ -34,6 +34,8 @@ from stepwell_server.rpc.triton.statistics import PassObserver
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
+    from stepwell_server.rpc.tracing import Tracer
+    from stepwell_server.slowest import Slowest
 
 _SESSIONS = sessions_pb2.DESCRIPTOR.services_by_name["SessionService"]
 _MODELS = models_pb2.DESCRIPTOR.services_by_name["ModelService"]
@@ -48,8 +50,17 @@ _OF_SESSIONS = (_SESSIONS, _TRITON)
 _ENDLESS = frozenset({"Watch", "ServerReflectionInfo"})
 
 
+#: The service of each method, for traces.
+SERVICES = {
+    method.name: service.full_name for service in (_SESSIONS, _MODELS, _TRITON) for method in service.methods
+}
+
+
 class ServerObserver(RequestObserver, PassObserver, Protocol):
     """Who wants to know of calls, and knows of passes."""
+
+    slowest: Slowest
+    """Sessions with slow steps."""
 
 
 class RpcServer:
@@ -64,19 +75,21 @@ class RpcServer:
         max_message_bytes: int,
         authenticator: Authenticator | None = None,
         auditor: Auditor | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._front = front
         self._following: list[asyncio.Task[None]] = []
         self.guard = None if authenticator is None else Guard(authenticator, front, clock)
         """Lets callers in; None: nobody is asked."""
-        self._boundary = Boundary(observer, max_message_bytes, self.guard, auditor)
+        self._boundary = Boundary(observer, max_message_bytes, self.guard, auditor, tracer)
+        self._tracer = tracer
         self._clock = clock
         self._observer = observer
         self._max_message_bytes = max_message_bytes
         self._sessions: SessionServicer | None = None
         self._triton: TritonServicer | None = None
         self._liveness = Liveness()
-        self._steps = EarlySteps(max_message_bytes, observer, self._not_yet)
+        self._steps = EarlySteps(max_message_bytes, observer, self._not_yet, traces=tracer is not None)
         self.starting = "the models are being loaded"
         """What is said to callers until there is an engine."""
         ours = [service.full_name for service in _OF_ENGINE]
@@ -135,12 +148,12 @@ class RpcServer:
         """Serve an engine from now on, and say so."""
         clock, observer, limit = self._clock, self._observer, self._max_message_bytes
         limits = StreamLimits(_STREAM_FRAMES, limit)
-        self._sessions = SessionServicer(engine, clock, limit, limits, observer)
+        self._sessions = SessionServicer(engine, clock, limit, limits, observer, self._tracer)
         self._triton = TritonServicer(engine, clock, limit, limits, observer, observer, self._liveness)
         self._serve_by(_SESSIONS, self._sessions)
-        self._serve_by(_MODELS, ModelServicer(engine, self._front.name, limit))
+        self._serve_by(_MODELS, ModelServicer(engine, self._front.name, limit, observer.slowest, clock))
         self._serve_by(_TRITON, self._triton)
-        self._steps.go_to(ColumnSteps(engine, clock, limit, observer, self._triton.form_of))
+        self._steps.go_to(ColumnSteps(engine, clock, limit, observer, self._triton.form_of, self._tracer))
         self.announce_ready(is_ready=True)
 
     @property

@@ -9,17 +9,19 @@ import numpy as np
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.engine.api import Applied, Opened
 from stepwell_server.engine.change import Awaited, Change
-from stepwell_server.rpc import admin, convert
+from stepwell_server.rpc import admin, convert, naming
 from stepwell_server.rpc.status import to_proto
 from stepwell_server.rpc.steps import messages
 from stepwell_server.rpc.steps.sets import SetRoom
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
+from stepwell_server.rpc.tracing import TRACES
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.boundary import RequestObserver
     from stepwell_server.rpc.fronts.base import Call
+    from stepwell_server.rpc.tracing import Tracer
 
 
 class SessionServicer(admin.Administration):
@@ -32,43 +34,47 @@ class SessionServicer(admin.Administration):
         max_reply_bytes: int,
         limits: StreamLimits,
         observer: RequestObserver,
+        tracer: Tracer | None = None,
     ) -> None:
         super().__init__(engine, max_reply_bytes)
         self._observer = observer
+        self._tracer = tracer
         self._clock = clock
         self._limits = limits
         self._set_room = SetRoom()
         self._streams: set[FrameStream] = set()
         self._stopping = False
 
-    async def open_session(self, request: pb.OpenSessionRequest, _call: Call) -> pb.OpenSessionResponse:
+    async def open_session(self, request: pb.OpenSessionRequest, call: Call) -> pb.OpenSessionResponse:
         """Open a session, or resume a live one."""
         opened = await self._engine.open_session(
             request.model,
-            session_id=request.session_id,
+            session_id=naming.inner(call.who, request.session_id),
             batch_size=request.batch_size or 1,
             state=convert.to_optional_arrays(request.state, "state"),
             must_be_new=request.must_be_new,
             request_id=request.request_id,
             fingerprint=request.model_fingerprint,
-            lease=admin.lease_of(request),
+            lease=admin.lease_of(request, call.who),
+            namespace=naming.namespace_of(call.who),
         )
         return pb.OpenSessionResponse(
             session=convert.from_session(opened.session), resumed=opened.resumed, replayed=opened.replayed
         )
 
-    async def open_sessions(self, request: pb.OpenSessionsRequest, _call: Call) -> pb.OpenSessionsResponse:
+    async def open_sessions(self, request: pb.OpenSessionsRequest, call: Call) -> pb.OpenSessionsResponse:
         """Open many sessions."""
         opened = await self._engine.open_sessions(
             request.model,
             count=request.count,
-            session_ids=list(request.session_ids),
+            session_ids=naming.inner_all(call.who, request.session_ids),
             batch_size=request.batch_size or 1,
             request_id=request.request_id,
-            lease=admin.lease_of(request),
+            lease=admin.lease_of(request, call.who),
+            namespace=naming.namespace_of(call.who),
         )
         return pb.OpenSessionsResponse(
-            session_ids=opened.session_ids,
+            session_ids=naming.own_all(opened.session_ids),
             model_fingerprint=opened.fingerprint,
             replayed=opened.replayed,
             revisions=opened.revisions.tolist() if opened.revisions.any() else (),
@@ -77,36 +83,38 @@ class SessionServicer(admin.Administration):
     async def close_session(self, request: pb.CloseSessionRequest, call: Call) -> pb.CloseSessionResponse:
         """Delete a session."""
         replayed = await self._engine.close_session(
-            request.session_id, request_id=request.request_id, deadline=call.deadline
+            naming.inner(call.who, request.session_id), request_id=request.request_id, deadline=call.deadline
         )
         return pb.CloseSessionResponse(replayed=replayed)
 
-    async def close_sessions(self, request: pb.CloseSessionsRequest, _call: Call) -> pb.CloseSessionsResponse:
+    async def close_sessions(self, request: pb.CloseSessionsRequest, call: Call) -> pb.CloseSessionsResponse:
         """Delete many sessions."""
-        closed = await self._engine.close_sessions(list(request.session_ids))
+        closed = await self._engine.close_sessions(naming.inner_all(call.who, request.session_ids))
         return pb.CloseSessionsResponse(closed=closed)
 
-    async def get_session(self, request: pb.GetSessionRequest, _call: Call) -> pb.GetSessionResponse:
+    async def get_session(self, request: pb.GetSessionRequest, call: Call) -> pb.GetSessionResponse:
         """Describe a session."""
-        return pb.GetSessionResponse(
-            session=convert.from_session(await self._engine.session_info(request.session_id))
-        )
+        info = await self._engine.session_info(naming.inner(call.who, request.session_id))
+        return pb.GetSessionResponse(session=convert.from_session(info))
 
     async def step(self, request: pb.StepRequest, call: Call) -> pb.StepResponse:
         """Advance a session."""
         answer = Awaited()
-        change = messages.of_step(request, answer)
+        change = messages.of_step(request, answer, call.who)
         messages.limit_reply(change, self._max_reply_bytes)
         return messages.step_reply(await self._apply(change, answer, call))
 
     async def reset_states(self, request: pb.ResetStatesRequest, call: Call) -> pb.ResetStatesResponse:
         """Set the state of a session, or of some of its rows."""
         answer = Awaited()
-        return messages.reset_reply(await self._apply(messages.of_reset(request, answer), answer, call))
+        change = messages.of_reset(request, answer, call.who)
+        return messages.reset_reply(await self._apply(change, answer, call))
 
     async def get_state(self, request: pb.GetStateRequest, call: Call) -> pb.GetStateResponse:
         """Read the state of a session."""
-        read = await self._engine.get_state(request.session_id, deadline=call.deadline)
+        read = await self._engine.get_state(
+            naming.inner(call.who, request.session_id), deadline=call.deadline
+        )
         response = pb.GetStateResponse(session=convert.from_session(read.session))
         convert.add_tensors(response.state, read.state)
         return response
@@ -114,11 +122,11 @@ class SessionServicer(admin.Administration):
     async def fork_session(self, request: pb.ForkSessionRequest, call: Call) -> pb.ForkSessionResponse:
         """Open a session with the state of another."""
         forked: Opened = await self._engine.fork(
-            request.session_id,
-            new_session_id=request.new_session_id,
+            naming.inner(call.who, request.session_id),
+            new_session_id=naming.inner(call.who, request.new_session_id),
             expected=request.expected_revision if request.HasField("expected_revision") else None,
             request_id=request.request_id,
-            lease=admin.lease_of(request),
+            lease=admin.lease_of(request, call.who),
             deadline=call.deadline,
         )
         return pb.ForkSessionResponse(session=convert.from_session(forked.session), replayed=forked.replayed)
@@ -126,7 +134,7 @@ class SessionServicer(admin.Administration):
     async def get_states(self, request: pb.GetStatesRequest, call: Call) -> pb.GetStatesResponse:
         """Read the states of many sessions."""
         read = await self._engine.get_states(
-            list(request.session_ids),
+            naming.inner_all(call.who, request.session_ids),
             with_state=not request.without_state,
             deadline=call.deadline,
             reply_limit=self._max_reply_bytes,
@@ -150,15 +158,15 @@ class SessionServicer(admin.Administration):
         """Open sessions with the states of others."""
         count = len(request.session_ids)
         forked = await self._engine.fork_sessions(
-            list(request.session_ids),
-            new_session_ids=list(request.new_session_ids),
+            naming.inner_all(call.who, request.session_ids),
+            new_session_ids=naming.inner_all(call.who, request.new_session_ids),
             expected=convert.to_numbers(request.expected_revisions, np.uint64, "expected_revisions", count),
             request_id=request.request_id,
-            lease=admin.lease_of(request),
+            lease=admin.lease_of(request, call.who),
             deadline=call.deadline,
         )
         return pb.ForkSessionsResponse(
-            session_ids=forked.session_ids,
+            session_ids=naming.own_all(forked.session_ids),
             model=forked.model,
             model_fingerprint=forked.fingerprint,
             batch_size=forked.batch_size,
@@ -177,6 +185,7 @@ class SessionServicer(admin.Administration):
             self._observer,
             self._set_room,
             call,
+            self._tracer,
         )
         self._streams.add(stream)
         if self._stopping:
@@ -193,6 +202,7 @@ class SessionServicer(admin.Administration):
             stream.stop()
 
     async def _apply(self, change: Change, answer: Awaited, call: Call) -> Applied:
-        change.deadline, change.caller, change.who = call.deadline, call.caller, call.who
+        change.deadline, change.caller = call.deadline, call.caller
+        change.traces = TRACES.get()
         self._engine.submit(change)
         return await answer.get()

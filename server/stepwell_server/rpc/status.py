@@ -12,6 +12,7 @@ import math
 
 from stepwell.v1 import errors_pb2
 from stepwell_server import errors
+from stepwell_server.core.namespaces import own, without_tenants
 
 #: Domain of every ErrorInfo.
 DOMAIN = "stepwell"
@@ -98,7 +99,7 @@ def to_status(error: errors.ServerError) -> Status:
     from google.rpc import error_details_pb2, status_pb2
 
     code = code_of(error)
-    message = _bounded(error.message)
+    message = message_of(error)
     details = status_pb2.Status(code=int(code), message=message)
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_facts(error))
     details.details.add().Pack(info)
@@ -113,11 +114,16 @@ def to_proto(error: errors.ServerError) -> errors_pb2.Error:
     """The error of a frame or of its members."""
     return errors_pb2.Error(
         code=int(code_of(error)),
-        message=_bounded(error.message),
+        message=message_of(error),
         reason=error.reason,
         metadata=_facts(error),
         retry_after_ms=_retry_after_ms(error) if isinstance(error, _WITH_DELAY) else 0,
     )
+
+
+def message_of(error: errors.ServerError) -> str:
+    """What its caller is told: with ids as it knows them, and not too long for a trailer."""
+    return _bounded(without_tenants(error.message))
 
 
 def _retry_after_ms(error: errors.Overloaded | errors.Starting) -> int:
@@ -125,7 +131,10 @@ def _retry_after_ms(error: errors.Overloaded | errors.Starting) -> int:
 
 
 def _facts(error: errors.ServerError) -> dict[str, str]:
-    return {key: value[:_FACT_CHARACTERS] for key, value in error.metadata.items()}
+    return {
+        key: (own(value) if key == "session_id" else without_tenants(value))[:_FACT_CHARACTERS]
+        for key, value in error.metadata.items()
+    }
 
 
 def _bounded(message: str) -> str:

@@ -19,7 +19,13 @@ class AwaitedStore(Store):
         self.local = local
         self.secret = local.secret
         self.incarnation = local.incarnation
+        self.first_revision = local.first_revision
         self._writing = asyncio.Lock()
+
+    @property
+    @override
+    def damage(self) -> str:
+        return self.local.damage
 
     @override
     async def commit(self, batch: Batch) -> Committed:

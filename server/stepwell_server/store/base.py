@@ -21,6 +21,10 @@ class StoreError(Exception):
     """The store cannot be opened: the server does not start."""
 
 
+class KeyFileError(StoreError):
+    """Keys of encryption are missing, or cannot be used. The message names the file or the keys."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Holder:
     """Who uses a data directory."""
@@ -105,6 +109,8 @@ class Batch:
 
     A store that keeps members one by one counts those that it kept.
     """
+    tenant_counts: Sequence[tuple[str, int]] = ()
+    """The same of what is counted of tenants: `store.counts`."""
 
     goes_back: bool = False
     """Its records may be of earlier changes than what the store had of the same sessions: they count all the same."""
@@ -161,6 +167,13 @@ class Store(Protocol):
 
     incarnation: str
     """See `LocalStore`."""
+
+    first_revision: int
+    """See `LocalStore`."""
+
+    @property
+    def damage(self) -> str:
+        """See `LocalStore`."""
 
     async def commit(self, batch: Batch) -> Committed:
         """Keep a batch: of a local store all of it or nothing; of others each session's change or nothing of it.
@@ -219,6 +232,16 @@ class LocalStore(Protocol):
     incarnation: str
     """Eight hex digits that were drawn when the store was made, the same as long as it lives."""
 
+    first_revision: int
+    """With which revision sessions begin. Above 0 in a store that was restored: higher than any that clients were told."""
+
+    @property
+    def damage(self) -> str:
+        """What is known of sessions that are missing although nobody ended them; empty: nothing.
+
+        Where there is something, a session that is not found may be one of them.
+        """
+
     def commit(self, batch: Batch) -> None:
         """Keep all of a batch, as durably as the store was told to, or nothing of it.
 
@@ -269,7 +292,7 @@ class LocalStore(Protocol):
         """How many sessions there are."""
 
     def count_of(self, model: str) -> int:
-        """How many sessions a model has, by the counts of all batches."""
+        """How many sessions a model has, or whatever else has this name, by the counts of all batches."""
 
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         """What is remembered of many sessions that are gone."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.store.record import HEADER, Stored
+from stepwell_server.store.record import FIELD, HEADER, SEAL, Stored
 
 _EMPTY = bytes(HEADER.itemsize)
 _HEAD_BYTES = np.arange(HEADER.itemsize)
@@ -27,7 +27,7 @@ class Heads:
     model: npt.NDArray[np.intp]
     """Of each record, the index of its model's name, `(n,)`."""
     fields: dict[int, bytes]
-    """Extension fields, as they are stored, by place; few have any."""
+    """Extension fields beside the one of encryption, as they are stored, by place; few have any."""
 
     def __len__(self) -> int:
         """How many records there are."""
@@ -47,9 +47,22 @@ def heads_of(keys: list[bytes], records: Sequence[Stored]) -> Heads:
     texts = starts + HEADER.itemsize + heads["fingerprint_bytes"]
     ends = np.minimum(texts + heads["model_bytes"], starts + sizes)
     names, model = _names(together, texts, ends)
-    places = np.flatnonzero(heads["fields_bytes"]).tolist()
-    fields = {place: bytes(records[place][-int(heads["fields_bytes"][place]) :]) for place in places}
-    return Heads(keys, heads, names, model, fields)
+    places = np.flatnonzero(heads["fields_bytes"])
+    if len(places):
+        seals = _seal_bytes(together, (starts + sizes - heads["fields_bytes"])[places])
+        places, seals = places[found := heads["fields_bytes"][places] > seals], seals[found]
+        rests = zip(places.tolist(), (seals - heads["fields_bytes"][places]).tolist(), strict=True)
+        return Heads(
+            keys, heads, names, model, {place: bytes(records[place][rest:]) for place, rest in rests}
+        )
+    return Heads(keys, heads, names, model, {})
+
+
+def _seal_bytes(together: npt.NDArray[np.uint8], places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How long the fields at some places are if they are those of encryption, else 0."""
+    at = np.clip(places, 0, len(together) - FIELD.itemsize)
+    found = together[at[:, None] + np.arange(FIELD.itemsize)].view(FIELD)[:, 0]
+    return np.where(found["tag"] == SEAL, FIELD.itemsize + found["length"].astype(np.int64), 0)
 
 
 def _names(

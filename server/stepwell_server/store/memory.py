@@ -24,6 +24,8 @@ class MemoryStore(LocalStore):
     for_one_thread = True
     waits_for_disk = False
     needs_checkpoint = False
+    damage = ""
+    first_revision = 0
 
     def __init__(self, *, tombstones: int = TOMBSTONES) -> None:
         self.incarnation = secrets.token_hex(4)
@@ -43,8 +45,8 @@ class MemoryStore(LocalStore):
             self._tombstones.forget(session_id)
         for stone in batch.tombstones:
             self._tombstones.put(stone.session_id, stone)
-        for model, change in batch.counts:
-            self._counts[model] += change
+        for name, change in (*batch.counts, *batch.tenant_counts):
+            self._counts[name] += change
 
     @override
     def checkpoint(self) -> None:

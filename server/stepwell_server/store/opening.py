@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from stepwell_server.clock import Clock
 from stepwell_server.store.awaited import AwaitedStore
-from stepwell_server.store.base import Store
+from stepwell_server.store.base import KeyFileError, LocalStore, Store
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.times import StoreTimes
+
+if TYPE_CHECKING:
+    from stepwell_server.store.keyring import Keyring
 
 Kind = Literal["disk", "memory"]
 
@@ -22,10 +25,12 @@ def open_store(
     durability: Literal["sync", "async"],
     clock: Clock,
     times: StoreTimes | None = None,
+    key_file: Path | None = None,
 ) -> Store:
     """Open a store, or make it if it is not there. One on disk writes into `times` how long it takes.
 
     A change that was acknowledged survives, on disk, the loss of power (`sync`) or the end of the process (`async`).
+    With a `key_file` states are encrypted on disk.
 
     Raises:
         StoreBusy: another server uses it.
@@ -33,4 +38,45 @@ def open_store(
     """
     if kind == "memory" or data_dir is None:
         return AwaitedStore(MemoryStore())
-    return AwaitedStore(DiskStore(data_dir, durability=durability, clock=clock, times=times))
+    keyring = None if key_file is None else read_keyring(key_file)
+    disk = DiskStore(data_dir, durability=durability, clock=clock, times=times)
+    try:
+        return AwaitedStore(encrypted(disk, keyring))
+    except BaseException:
+        disk.close()
+        raise
+
+
+def encrypted(disk: DiskStore, keyring: Keyring | None) -> LocalStore:
+    """The store as its keys allow to use it, which it remembers.
+
+    Raises:
+        KeyFileError: a key is missing that it was encrypted with.
+        Unavailable: the store cannot be written.
+    """
+    known = disk.key_checks
+    if keyring is None:
+        if known:
+            raise KeyFileError(
+                f"the store in {disk.path} is encrypted, with {'key' if len(known) == 1 else 'keys'}"
+                f" {', '.join(sorted(known))}: their file must be given"
+            )
+        return disk
+    from stepwell_server.store.encrypted import EncryptedStore
+    from stepwell_server.store.sealing import Sealer
+
+    keyring.require(known)
+    if keyring.first not in known:
+        disk.set_key_checks({**known, keyring.first: keyring.checks[keyring.first]})
+    return EncryptedStore(disk, Sealer(keyring))
+
+
+def read_keyring(path: Path) -> Keyring:
+    """Read a key file; what encrypts is imported by who has keys only.
+
+    Raises:
+        KeyFileError: it cannot be used.
+    """
+    from stepwell_server.store.keyring import read_keys
+
+    return read_keys(path)

@@ -12,7 +12,8 @@ of two bytes, the value, one field after the other. A field that is not known he
 written again. One whose tag has the bit `CRITICAL` must be known: a record that has others is refused. A record
 without fields has schema 1, as servers before schema 2 wrote it and read it; one with fields has schema 2.
 
-Tags are never used twice. 3 is the lease; set aside are 1 nonce of the commit, 2 tenant, 4 version epoch, 0x8005 key id.
+Tags are never used twice. 3 is the lease; 0x8005 says that rows and extra are encrypted, and how (`sealing`); set aside are
+1 nonce of the commit, 2 tenant (which the id says: `core.namespaces`), 4 version epoch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import dataclasses
 import functools
 import itertools
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,11 @@ CRITICAL = 0x8000
 """A bit of a field's tag: who does not know the field must not use the record."""
 LEASE = 3
 """Tag of the client whose absence ends the session: its id and milliseconds, 8 bytes each."""
-KNOWN_TAGS: frozenset[int] = frozenset({LEASE})
+SEAL = 0x8005
+"""Tag of what says how rows and extra are encrypted. It is the first field; the value ends with the key's id."""
+KEY_ID_AT = 40
+"""Where in that value the id begins."""
+KNOWN_TAGS: frozenset[int] = frozenset({LEASE, SEAL})
 """Tags of the fields that this server knows."""
 _PLAIN_SCHEMA = 1
 
@@ -62,12 +67,14 @@ HEADER = np.dtype(
         ("fields_bytes", "<u2"),
     ]
 )
+FIELD = np.dtype([("tag", "<u2"), ("length", "<u2")])
 _STRUCT = struct.Struct("<IHBBQQQQddIIIHH")  # the same, for one
 _START = struct.Struct("<IH")
 _LENGTH = struct.Struct("<H")
 #: Ids whose encoding is kept: those of sessions that change again and again.
 _IDS_KNOWN = 16_384
-_FIELD = struct.Struct("<HH")  # tag, length
+_FIELD = struct.Struct("<HH")  # the same as FIELD, for one
+_REVISION, _REVISION_AT = struct.Struct("<Q"), 8
 _CHECKSUM_BYTES = 4
 
 U64 = npt.NDArray[np.uint64]
@@ -215,6 +222,22 @@ class Puts(list[tuple[str, Stored]]):
         """As `encode_ids`: sessions that change together again and again are encoded once."""
         return encode_ids(self.session_ids)
 
+    @functools.cached_property
+    def keys(self) -> list[bytes]:
+        """The ids as UTF-8."""
+        return [session_id.encode() for session_id in self.session_ids]
+
+    @functools.cached_property
+    def seeds(self) -> list[int]:
+        """What the checksum of each record begins with."""
+        return [crc32(key) for key in self.keys]
+
+    def with_checksums(self, records: Sequence[Stored], together: memoryview, checksums: bytes) -> Puts:
+        """Other records of the same sessions."""
+        puts = Puts(self.session_ids, records, together)
+        puts.checksums, puts.encoded_ids = checksums, self.encoded_ids
+        return puts
+
 
 class Joined(Sequence[tuple[str, Stored]]):
     """Ids and records of several changes, as one sequence."""
@@ -311,9 +334,13 @@ def decode_header(session_id: str, stored: Stored) -> Header:
     """Read what a record says beside the state; the whole record is checked all the same.
 
     Raises:
-        StateCorrupt: it is damaged, of a schema version that is not known here, or has a critical field that is not.
+        StateCorrupt: it is damaged, encrypted, of a schema version that is not known here, or has a critical field that
+            is not.
     """
-    view = _checked(session_id, stored)
+    return _header(_checked(session_id, stored))
+
+
+def _header(view: memoryview) -> Header:
     facts = _STRUCT.unpack_from(view)
     model_at = HEADER.itemsize + facts[3]
     return Header(
@@ -327,14 +354,14 @@ def decode_header(session_id: str, stored: Stored) -> Header:
         created=facts[8],
         last_used=facts[9],
         reply=facts[2],
-        fields=bytes(_fields_of(view)),
+        fields=bytes(view[seal_end(view) :]) if facts[14] else b"",
     )
 
 
 def header_or_none(session_id: str, stored: Stored) -> Header | None:
-    """As `decode_header`; None if the record cannot be read."""
+    """As `decode_header`, of encrypted records too; None if the record cannot be read."""
     try:
-        return decode_header(session_id, stored)
+        return _header(_checked(session_id, stored, sealed=True))
     except StateCorrupt:
         return None
 
@@ -438,8 +465,62 @@ def _intact(session_id: str, stored: Stored) -> memoryview:
     return view
 
 
-def _checked(session_id: str, stored: Stored) -> memoryview:
-    """The record, if it is intact and of a form that this server can use."""
+def checksums_of(bodies: Iterable[Stored], seeds: Iterable[int]) -> npt.NDArray[np.uint32]:
+    """The checksums of records that go on with `bodies` behind it; see `Puts.seeds`."""
+    return np.fromiter(map(crc32, bodies, seeds), np.dtype("<u4"))
+
+
+def with_checksum(session_id: str, record: Stored) -> bytes:
+    """A record with the checksum that it must have, whatever stands in its place."""
+    body = memoryview(record)[_CHECKSUM_BYTES:]
+    return b"".join((crc32(body, _encoded(session_id)[1]).to_bytes(_CHECKSUM_BYTES, "little"), body))
+
+
+def with_revision(session_id: str, record: Stored, revision: int) -> bytes:
+    """A record as of another revision."""
+    changed = bytearray(record)
+    _REVISION.pack_into(changed, _REVISION_AT, revision)
+    return with_checksum(session_id, bytes(changed))
+
+
+def head_with(head: Stored, fields_bytes: int) -> bytes:
+    """What stands before the rows of a record, as it is with so many bytes of fields; the checksum is not made."""
+    changed = bytearray(head)
+    _START.pack_into(changed, 0, 0, SCHEMA_VERSION if fields_bytes else _PLAIN_SCHEMA)
+    _LENGTH.pack_into(changed, HEADER.itemsize - _LENGTH.size, fields_bytes)
+    return bytes(changed)
+
+
+def state_at(record: Stored) -> int:
+    """Where rows and extra of a record begin; nothing is checked."""
+    facts = _STRUCT.unpack_from(record)
+    return int(HEADER.itemsize + facts[3] + facts[13])
+
+
+def fields_at(record: Stored) -> int:
+    """Where the extension fields of a record begin; nothing is checked."""
+    return max(0, len(record) - int(_STRUCT.unpack_from(record)[14]))
+
+
+def seal_end(record: Stored) -> int:
+    """Where the extension fields begin that are not about encryption; nothing is checked."""
+    at = fields_at(record)
+    if at + _FIELD.size > len(record):
+        return at
+    tag, length = _FIELD.unpack_from(record, at)
+    return at + _FIELD.size + length if tag == SEAL else at
+
+
+def key_id_of(record: Stored) -> str | None:
+    """The id of the key that a record is encrypted with; None if it is not. Nothing is checked."""
+    if len(record) < HEADER.itemsize:
+        return None
+    start, end = fields_at(record), seal_end(record)
+    return None if start == end else str(record[start + _FIELD.size + KEY_ID_AT : end], "utf-8", "replace")
+
+
+def _checked(session_id: str, stored: Stored, *, sealed: bool = False) -> memoryview:
+    """The record, if it is intact and of a form that this server can use; an encrypted one only if it may be `sealed`."""
     view = _intact(session_id, stored)
     _, schema = _START.unpack_from(view)
     if schema == _PLAIN_SCHEMA:
@@ -454,6 +535,11 @@ def _checked(session_id: str, stored: Stored) -> memoryview:
         tags = unpack_fields(_fields_of(view))
     except ValueError as error:
         raise _corrupt(session_id, str(error)) from error
+    if SEAL in tags and not sealed:
+        raise _corrupt(
+            session_id,
+            f"it is encrypted with key {key_id_of(view)!r}, and this server has no key of that id which opens it",
+        )
     unknown = [tag for tag in tags if tag & CRITICAL and tag not in KNOWN_TAGS]
     if unknown:
         raise _corrupt(

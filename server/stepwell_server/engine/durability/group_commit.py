@@ -353,6 +353,7 @@ def _merged(batches: Sequence[Batch]) -> Batch:
         forgets=[name for batch in batches for name in batch.forgets],
         tombstones=[stone for batch in batches for stone in batch.tombstones],
         counts=[count for batch in batches for count in batch.counts],
+        tenant_counts=[count for batch in batches for count in batch.tenant_counts],
         goes_back=any(batch.goes_back for batch in batches),
     )
 

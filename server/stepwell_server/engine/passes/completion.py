@@ -78,9 +78,14 @@ class Completion:
             ended.append(_Ended(job, _change(job), outputs_of(work, index, job), states, place))
             place += len(job.members)
         outcome = self._outcome(ended)
+        traces = [trace for _, job in jobs if job.owner.traces for trace in job.traces]
+        began = self._clock.monotonic() if traces else 0.0
 
         def answer(error: ServerError | None, places: Members | None) -> None:
             which = None if places is None else _mask(place, places)
+            for trace in traces:
+                trace.stage("commit", began, self._clock.monotonic())
+            traces.clear()
             if error is None:
                 self._succeed(outcome, ended, which)
             else:
@@ -148,6 +153,9 @@ class Completion:
             row_steps += rows * job.steps
             self._observer.stage(self._model.name, "total", now - job.queued_at, len(members))
             each.change.succeed(members, revisions, positions, tensors, states)
+        slowest = min(ended, key=lambda each: each.job.queued_at)
+        session_id = slowest.change.session_ids[int(slowest.job.members[0])]
+        self._observer.slow(self._model.name, session_id, now - slowest.job.queued_at, now)
         self._observer.applied(self._model.name, "step", count, row_steps)
 
     def _exchange_rows(self, jobs: Sequence[Job]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.exactly_once import applies
 from stepwell_server.core.sessions import SessionTable
-from stepwell_server.engine.api import Observer, Select
+from stepwell_server.engine.api import Observer, Select, Trace
 from stepwell_server.engine.change import Change, may_join
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.records import Outcome
@@ -88,18 +88,29 @@ class Inline:
             np.array([kept], np.uint8),
         )
         table.claimed[handle] = True
+        if change.traces:
+            self._trace(list(change.traces.values()), started)
+        ran = self._clock.monotonic() if change.traces else started
 
         def answer(error: ServerError | None, _places: Members | None) -> None:
             if error is not None:
                 change.fail(change.members, error)
             else:
-                self._observer.stepped_alone(self._model.name, self._clock.monotonic() - started)
+                if change.traces:
+                    for trace in change.traces.values():
+                        trace.stage("commit", ran, self._clock.monotonic())
+                now = self._clock.monotonic()
+                self._observer.stepped_alone(self._model.name, now - started)
+                self._observer.slow(self._model.name, change.session_ids[0], now - started, now)
                 change.succeed(
                     change.members, outcome.revisions, outcome.positions, self._named(kept, outputs)
                 )
 
         self._committer.commit(outcome, answer, lambda _places: self._again(change, change.members))
         return True
+
+    def _trace(self, traces: Sequence[Trace], started: float) -> None:
+        traces[0].ran(traces, self._model.name, 1, 1, started, self._clock.monotonic())
 
     def _may_run(self, change: Change) -> bool:
         table, handle = self._table, int(change.handles[0])

@@ -149,6 +149,8 @@ class PassLoop:
             job.work_on(rows)
         if job.done == 0:
             self._observer.stage(self._model.name, "wait", now - job.queued_at, len(job.members))
+            for trace in job.traces:
+                trace.stage("queue", job.queued_at, now)
         chosen.append(job)
 
     def _tell(self, work: Pass, broken: BaseException | None) -> None:
@@ -161,10 +163,18 @@ class PassLoop:
             self._fail_all(work.jobs, broken)
         else:
             self._observer.pass_done(self._model.name, work.row_count, work.steps, work.seconds)
+            if any(job.owner.traces for job in work.jobs):
+                self._trace(work)
             if work.failed:
                 self._drop_failed(work)
             self._advance(work)
         self._model.work.ring()
+
+    def _trace(self, work: Pass) -> None:
+        traces = [trace for job in work.jobs for trace in job.traces]
+        if traces:
+            now = self._clock.monotonic()
+            traces[0].ran(traces, self._model.name, work.row_count, work.steps, now - work.seconds, now)
 
     def _advance(self, work: Pass) -> None:
         ended: list[tuple[int, Job]] = []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import Predicted, Select
+from stepwell_server.engine.api import Predicted, Select, Trace
 from stepwell_server.engine.change import cancelled, too_late
 from stepwell_server.engine.intake.validation import CheckedInputs
 from stepwell_server.engine.job import Job
@@ -20,6 +20,8 @@ from stepwell_server.errors import ServerError
 
 class PredictCall:
     """One run over any number of rows, in jobs of at most `max_batch_rows`. Owner of those jobs."""
+
+    traces: Mapping[int, Trace] | None = None
 
     def __init__(
         self,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor as Pool
 
 import numpy as np
 
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import Select
+from stepwell_server.engine.api import Select, Trace
 from stepwell_server.engine.executors.base import ExecutionError
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes.batch import Lane, Pass
@@ -131,6 +131,8 @@ _WARM_UP_TIMES = 3
 
 
 class _Nobody:
+    traces: Mapping[int, Trace] | None = None
+
     def drop(self, _members: Rows, _now: float) -> Sequence[tuple[Rows, ServerError]]:
         return ()
 

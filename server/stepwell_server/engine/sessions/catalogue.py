@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import Order, Position, SessionFilter
 from stepwell_server.engine.models import Models
@@ -37,6 +38,7 @@ _GONE = np.iinfo(np.uint64).max
 _ANY_MODEL, _NO_MODEL = -1, -2
 #: Behind all ids that begin alike: stands in no UTF-8.
 _LAST = b"\xff"
+_SEPARATOR = SEPARATOR.encode()
 
 F64 = npt.NDArray[np.float64]
 
@@ -74,8 +76,20 @@ class _Sorted:
     birth: npt.NDArray[np.uint64]
     """Of `handle`."""
 
+    is_a_tenants: Mask | None = None
+    """Which of the sessions are tenants'; None: none of them."""
+
     def key(self, place: int) -> bytes:
         return self.keys[int(self.ends[place - 1]) if place else 0 : int(self.ends[place])]
+
+    def with_tenants(self) -> _Sorted:
+        """The same, and it is known which of the sessions are tenants'."""
+        if _SEPARATOR not in self.keys:
+            return self
+        is_a_tenants = np.zeros(len(self.ends), np.bool_)
+        places = np.flatnonzero(np.frombuffer(self.keys, np.uint8) == _SEPARATOR[0])
+        is_a_tenants[np.searchsorted(self.ends, places, side="right")] = True
+        return dataclasses.replace(self, is_a_tenants=is_a_tenants)
 
     def find(self, key: bytes, *, behind: bool = False) -> int:
         """The place of an id, or the one before which (`behind`: behind which) it would be."""
@@ -204,7 +218,7 @@ class Catalogue:
             np.concatenate([empty, *(part[2] for part in parts)]),
             np.concatenate([empty.astype(np.intp), *handles]),
             np.concatenate([empty.astype(np.uint64), *births]),
-        )
+        ).with_tenants()
 
     async def _of_table(self) -> _Sorted:
         table, births = self._table, self._births
@@ -228,7 +242,7 @@ class Catalogue:
             empty,
             handles,
             born[order],
-        )
+        ).with_tenants()
 
     async def _take_in(self, made: _Sorted) -> None:
         """Take in what has come into the table since."""
@@ -286,7 +300,8 @@ class _Choice:
         self._used_before = np.inf if idle is None else now - idle
 
     def of(self, made: _Sorted, beside: Sequence[tuple[int, int, bytes]]) -> tuple[list[Candidate], int]:
-        prefix = self._query.filter.prefix.encode()
+        wanted = self._query.filter
+        prefix = wanted.ids_begin_with.encode()
         low = made.find(prefix) if prefix else 0
         high = made.find(prefix + _LAST) if prefix else len(made.ends)
         fits, keys = self._columns(
@@ -297,6 +312,10 @@ class _Choice:
             made.used[low:high],
         )
         others = [each for each in beside if each[2].startswith(prefix)]
+        if wanted.tenant == "":
+            others = [each for each in others if _SEPARATOR not in each[2]]
+            if made.is_a_tenants is not None:
+                fits &= ~made.is_a_tenants[low:high]
         handles = np.array([each[0] for each in others], np.intp)
         births = np.array([each[1] for each in others], np.uint64)
         nothing = np.zeros(len(others))

@@ -24,6 +24,7 @@ from stepwell_server.engine.sessions.ids import PIECE, in_pieces
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array
 from stepwell_server.errors import ServerError
+from stepwell_server.store import counts
 from stepwell_server.store.base import Batch, Committed
 from stepwell_server.store.record import RecordTemplate, Stored
 
@@ -67,6 +68,10 @@ class Fresh:
             positions=self.positions[part],
             states=None if self.states is None else [array[own] for array in self.states],
         )
+
+
+def _of_tenants(ids: Sequence[str], model: Model, by: int) -> list[tuple[str, int]]:
+    return counts.of_tenants([(session_id, model.name) for session_id in ids], by)
 
 
 class Taken(Exception):
@@ -178,13 +183,20 @@ class Creation:
     def _undo(self, model: Model, ids: Sequence[str], committed: Committed, then: Callable[[], None]) -> None:
         """Delete those of sessions that were not all made which were, or may have been."""
         there = [session_id for session_id in ids if session_id not in committed.conflicts]
-        batch = Batch(deletes=there, counts=((model.name, -len(there)),))
+        batch = Batch(
+            deletes=there, counts=[(model.name, -len(there))], tenant_counts=_of_tenants(there, model, -1)
+        )
         self._commits.submit(lambda: batch, len(there), lambda _: then())
 
     def _batch(self, fresh: Fresh) -> Batch:
         ids = fresh.ids
         puts = _records(fresh.part(self._keeping.made(ids, fresh.ready)))
-        return Batch(puts=puts, forgets=ids, counts=((fresh.model.name, len(ids)),))
+        return Batch(
+            puts=puts,
+            forgets=ids,
+            counts=[(fresh.model.name, len(ids))],
+            tenant_counts=_of_tenants(ids, fresh.model, 1),
+        )
 
     async def _add_in_pieces(self, fresh: Fresh) -> None:
         async for part in in_pieces(fresh.ids):

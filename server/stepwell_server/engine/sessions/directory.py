@@ -70,6 +70,7 @@ class Directory:
         self._leases = leases
         self._clock = clock
         self._loader = loader
+        self.store = store
         self.ids = IdMaker(store)
         self._is_local = store.local is not None
         self.may_expire = bool(expiry.max_idle_s)
@@ -105,14 +106,18 @@ class Directory:
             StateCorrupt: its record is damaged.
             Unavailable: the store cannot be read.
         """
+        handle = self._find(session_id, seen)
+        if handle is None:
+            raise self.gone(session_id, seen)
+        return handle
+
+    def _find(self, session_id: str, seen: Seen) -> int | None:
         handle = self._table.find(session_id)
         if handle is None:
             handle = self._loader.load(session_id, seen)
         if handle is not None and self._expiry.is_due(handle):
             self._expiry.expire(np.array([handle]))
             raise self._endings.expired(session_id)
-        if handle is None:
-            raise self.gone(session_id, seen)
         return handle
 
     def live(self, session_id: str, seen: Seen) -> int | None:
@@ -122,7 +127,7 @@ class Directory:
             ServerError: as of `find`, but for `SessionGone`.
         """
         try:
-            return self.find(session_id, seen)
+            return self._find(session_id, seen)
         except SessionGone:
             return None
 
@@ -218,6 +223,12 @@ class Directory:
                 f"session {session_id!r} was lost with the store that kept it: it is of another server process"
                 " with --store memory, or of another --data-dir",
             )
+        if self.store.damage:
+            return StateCorrupt(
+                f"session {session_id!r} is not in the store, which lost sessions: {self.store.damage}. It may be one of"
+                " them, so it is not begun anew",
+                session_id=session_id,
+            )
         return SessionNotFound(
             session_id, f"session_id must be that of an open session; got {shown(session_id)}"
         )
@@ -235,24 +246,18 @@ class Directory:
         return None if stone is None else self._endings.of(stone)
 
     def first_revisions(self, session_ids: Sequence[str], seen: Seen) -> U64:
-        """The revisions with which sessions begin: 0, or more than another session that had the id ever had.
+        """The revisions with which sessions begin: the store's first, or more than another session that had the id ever had.
 
         So whoever still has that one's revision gets a conflict, and does not step a session that is not theirs.
         As long as its end is remembered, that is.
         """
         burying = self._expiry.burying
         seen = self.here if self._is_local else seen
-        return np.array(
-            [
-                burying[session_id].revision + 1
-                if session_id in burying
-                else 0
-                if stone is None
-                else stone.revision + 1
-                for session_id, stone in zip(session_ids, seen.tombstones(session_ids), strict=True)
-            ],
-            np.uint64,
-        )
+        last = [
+            burying[session_id].revision if session_id in burying else -1 if stone is None else stone.revision
+            for session_id, stone in zip(session_ids, seen.tombstones(session_ids), strict=True)
+        ]
+        return np.array([max(self.store.first_revision, revision + 1) for revision in last], np.uint64)
 
     def stored_revision(self, session_id: str, seen: Seen) -> int:
         """The revision that the store has of a session, 0 if it cannot tell."""

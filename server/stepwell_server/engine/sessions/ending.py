@@ -22,6 +22,7 @@ from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.models import Models
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
+from stepwell_server.store import counts
 from stepwell_server.store.base import Batch, Committed, End, Store, Tombstone
 from stepwell_server.store.record import Header, header_or_none
 
@@ -48,6 +49,7 @@ def batch_of(sessions: Sequence[Ended], end: End, at: float, request_id: int = 0
         deletes=[session_id for session_id, _, _ in sessions],
         tombstones=[Tombstone(i, end, at, request_id, revision) for i, _, revision in sessions],
         counts=[(model, -1) for _, model, _ in sessions if model],
+        tenant_counts=counts.of_tenants([(i, model) for i, model, _ in sessions if model], -1),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from stepwell_server.core import namespaces
 from stepwell_server.core.leases import Lease
 from stepwell_server.engine.api import StatesRead
 from stepwell_server.engine.intake.validation import require_sessions
@@ -81,7 +82,10 @@ class Forking:
                 f" got {len(new_session_ids)}"
             )
         field = "new_session_ids"
-        ids = await self._opening.ids_to_make(field, new_session_ids, count, request_id, session_ids)
+        namespace = namespaces.prefix_of(namespaces.tenant_of(session_ids[0]))  # they have one caller
+        ids = await self._opening.ids_to_make(
+            field, new_session_ids, count, request_id, session_ids, namespace=namespace
+        )
         sources = list(dict.fromkeys(session_ids))
         # Together: between two looks at a store that is awaited, changes that came later would overtake the reading.
         seen = await self._opening.seen([*ids, *sources])

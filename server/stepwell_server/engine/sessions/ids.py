@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import hmac
 import re
 import secrets
 from collections.abc import AsyncIterator, Sequence
 
+import numpy as np
+
+from stepwell_server.core.namespaces import own
 from stepwell_server.errors import InvalidInput
 from stepwell_server.store.base import Store
 
 MAX_ID_LENGTH = 256
 MAX_SESSIONS_PER_CALL = 65_536
-_MADE_BY_A_SERVER = re.compile(r"s-([0-9a-f]{8})-[A-Za-z0-9_-]{22}(-[0-9a-f]{4})?")
-_TOKEN_BYTES = 16
+#: The second form is of one of many sessions; the third was before, and they are still there.
+_MADE_BY_A_SERVER = re.compile(r"s-([0-9a-f]{8})-[A-Za-z0-9_-]{22}([A-Za-z0-9_-]{4}|-[0-9a-f]{4})?")
+_TOKEN_BYTES, _TOKEN_LENGTH = 16, 22
+#: Of what the ids of one call have in common.
+_GROUP_BYTES = 3
 #: Sessions that one call works on before others get a turn of the event loop.
 PIECE = 4096
 
@@ -24,38 +31,55 @@ class IdMaker:
     """Makes ids that nobody can guess who was not told them.
 
     The id for a call that says its request id follows from that and the store's secret (HMAC, RFC 2104), so
-    that the call sent again means the same session, after a restart too, and nothing needs to be remembered.
+    that the call sent again means the same session, after a restart too, and nothing needs to be remembered. It is in
+    the namespace that is given, of which it follows as well: the same request id is another one there.
     """
 
     def __init__(self, store: Store) -> None:
         self._incarnation = store.incarnation
         self._secret = store.secret
 
-    def make(self, request_id: int, source: str = "") -> str:
+    def make(self, request_id: int, source: str = "", *, namespace: str = "") -> str:
         """An id for what a call makes; `source` is the session that it is made from, if there is one."""
-        if not request_id:
-            token = secrets.token_bytes(_TOKEN_BYTES)
-        else:
-            said = f"{request_id} {source}".encode()
-            token = hmac.digest(self._secret, said, "sha256")[:_TOKEN_BYTES]
-        return f"s-{self._incarnation}-{base64.urlsafe_b64encode(token).decode().rstrip('=')}"
+        (made,) = self._named(self._token(request_id, source, namespace), namespace)
+        return made
 
-    def make_many(self, request_id: int, count: int, sources: Sequence[str] = ()) -> list[str]:
-        """Ids for what one call makes, at most 65,536: neighbours in the store, which writes them together.
+    def make_many(
+        self, request_id: int, count: int, sources: Sequence[str] = (), *, namespace: str = ""
+    ) -> list[str]:
+        """Ids for what one call makes: neighbours in the store, ascending. Who knows some cannot guess another one.
 
         `sources` are the sessions that they are made from, if there are any.
         """
-        first = self.make(request_id, "\n".join(sources))
-        return [f"{first}-{number:04x}" for number in range(count)]
+        seed = self._token(request_id, "\n".join(["many", *sources]), namespace)
+        # as far as it is read, and nothing of it tells what else it has: FIPS 202
+        drawn = hashlib.shake_256(self._secret + seed).digest(_GROUP_BYTES + count * _TOKEN_BYTES)
+        group = base64.urlsafe_b64encode(drawn[:_GROUP_BYTES]).decode()
+        return sorted(self._named(drawn[_GROUP_BYTES:], namespace, group))
+
+    def _named(self, tokens: bytes, namespace: str, group: str = "") -> list[str]:
+        """An id for each of tokens that stand one after the other."""
+        # in one go: 18 bytes are 24 digits, of which those of the last two bytes are left out
+        padded = np.zeros((len(tokens) // _TOKEN_BYTES, 18), np.uint8)
+        padded[:, :_TOKEN_BYTES] = np.frombuffer(tokens, np.uint8).reshape(-1, _TOKEN_BYTES)
+        digits = base64.urlsafe_b64encode(padded.tobytes()).decode()
+        begin = f"{namespace}s-{self._incarnation}-{group}"
+        return [begin + digits[at : at + _TOKEN_LENGTH] for at in range(0, len(digits), 24)]
+
+    def _token(self, request_id: int, source: str, namespace: str) -> bytes:
+        if not request_id:
+            return secrets.token_bytes(_TOKEN_BYTES)
+        said = f"{namespace}{request_id} {source}".encode()
+        return hmac.digest(self._secret, said, "sha256")[:_TOKEN_BYTES]
 
     @staticmethod
     def is_made_by_a_server(session_id: str) -> bool:
         """Whether it is one of the ids that servers make: nobody may choose it for a session of theirs."""
-        return _MADE_BY_A_SERVER.fullmatch(session_id) is not None
+        return _MADE_BY_A_SERVER.fullmatch(own(session_id)) is not None
 
     def is_from_elsewhere(self, session_id: str) -> bool:
         """Whether a server made the id with a store that is not there any more."""
-        made = _MADE_BY_A_SERVER.fullmatch(session_id)
+        made = _MADE_BY_A_SERVER.fullmatch(own(session_id))
         return made is not None and made[1] != self._incarnation
 
 
@@ -67,22 +91,24 @@ async def in_pieces(session_ids: Sequence[str]) -> AsyncIterator[slice]:
         yield slice(start, start + PIECE)
 
 
-def require_session_id(name: str, session_id: str) -> None:
-    """Refuse what cannot be a session id.
+def require_session_id(field: str, session_id: str) -> None:
+    """Refuse what cannot be a session id in its namespace.
 
     Raises:
         InvalidInput: it is empty, too long, not printable, or begins or ends with a space.
     """
-    is_id = 0 < len(session_id) <= MAX_ID_LENGTH and session_id.isprintable()
-    if not is_id or session_id.strip() != session_id:
+    name = own(session_id)
+    is_id = 0 < len(name) <= MAX_ID_LENGTH and name.isprintable()
+    if not is_id or name.strip() != name:
         raise InvalidInput(
-            f"{name} must be 1 to {MAX_ID_LENGTH} printable characters without leading or trailing space;"
+            f"{field} must be 1 to {MAX_ID_LENGTH} printable characters without leading or trailing space;"
             f" got {shown(session_id)}"
         )
 
 
 def shown(session_id: str) -> str:
     """An id as it may stand in a message, however long it is."""
-    if len(session_id) <= MAX_ID_LENGTH:
+    name = own(session_id)
+    if len(name) <= MAX_ID_LENGTH:
         return repr(session_id)
-    return f"{len(session_id)} characters, {session_id[:32]!r}..."
+    return f"{len(name)} characters, {name[:32]!r}..."

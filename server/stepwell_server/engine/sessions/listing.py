@@ -14,6 +14,7 @@ from stepwell_server.engine.sessions.catalogue import Candidate, Catalogue, Quer
 from stepwell_server.engine.sessions.directory import Directory, stored_info
 from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.errors import SessionGone
+from stepwell_server.store import counts
 from stepwell_server.store.base import Store
 from stepwell_server.store.record import Header, header_or_none
 
@@ -80,17 +81,23 @@ class Listing:
         page, model = await self._page_of_store(self._others, query), query.filter.model
         if not query.count:
             return page, 0
-        return page, await (self._others.count_of(model) if model else self._others.count())
+        return page, await counts.count(self._others, query.filter.tenant, model)
 
     @staticmethod
     async def _is_as_stored(store: Store, query: Query) -> bool:
-        """Whether the store has the sessions in the order that is asked for, not far from each other, and counted."""
+        """Whether the store has the sessions in the order that is asked for, not far from each other, and counted.
+
+        Those of a tenant lie together; those of none are among all others.
+        """
         if query.order is not Order.ID or query.descending or query.filter.idle_longer_s is not None:
             return False
-        if query.filter.prefix and query.count:
+        wanted = query.filter
+        if wanted.prefix and query.count:
             return False
-        model = query.filter.model
-        return not model or await store.count_of(model) >= await store.count() * _RARE
+        if not wanted.model and wanted.tenant != "":
+            return True
+        among = await counts.count(store, wanted.tenant or None, "")
+        return await counts.count(store, wanted.tenant, wanted.model) >= among * _RARE
 
     async def _page_of_catalogue(self, query: Query) -> tuple[SessionPage, int]:
         # one more than is wanted: whether there is one
@@ -127,7 +134,7 @@ class Listing:
     async def _page_of_store(self, store: Store, query: Query) -> SessionPage:
         page, looked_at = SessionPage(), 0
         after = "" if query.after is None else query.after[1]
-        model, prefix = query.filter.model, query.filter.prefix
+        wanted, model, prefix = query.filter, query.filter.model, query.filter.ids_begin_with
         while True:
             at_once = _AT_ONCE if model else min(_AT_ONCE, query.limit + 1 - len(page))
             some = await store.scan(after=after, prefix=prefix, limit=at_once)
@@ -135,7 +142,7 @@ class Listing:
                 return page
             looked_at += len(some)
             for session_id, header in some:
-                info = self._info(session_id, header)
+                info = self._info(session_id, header) if wanted.is_meant(session_id) else None
                 if info is not None and model in {"", info.model}:
                     if len(page) == query.limit:
                         page.next = 0.0, after

@@ -8,7 +8,7 @@ import dataclasses
 import enum
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -42,6 +42,7 @@ from stepwell_server.errors import (
     SessionNotFound,
     StateCorrupt,
 )
+from stepwell_server.store import counts
 from stepwell_server.store.base import Batch, Committed, LocalStore, Outcome, Store
 from stepwell_server.store.record import (
     Header,
@@ -51,6 +52,7 @@ from stepwell_server.store.record import (
     decode_many,
     encode,
     is_sound,
+    key_id_of,
 )
 
 MOST_AT_ONCE = 1000
@@ -78,6 +80,16 @@ class Brought(enum.Enum):
 
 Result = Brought | ServerError
 Exported = Stored | ServerError
+
+
+class Arriving(NamedTuple):
+    """A session that comes from elsewhere."""
+
+    session_id: str
+    """What it is to be called here."""
+    recorded_as: str
+    """What it was called where its record was made, which only counts for that."""
+    record: bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -156,9 +168,10 @@ class Moving:
             return ended
         if record is None:
             return self._directory.gone(session_id, seen)
-        if not is_sound(session_id, record):
+        if not is_sound(session_id, record) or key_id_of(record) is not None:
             return StateCorrupt(
-                f"the stored record of session {session_id!r} must be as it was written",
+                f"the stored record of session {session_id!r} must be as it was written, and there must be a key that"
+                " opens it if it is encrypted",
                 session_id=session_id,
             )
         return record
@@ -221,7 +234,7 @@ class Moving:
 
     # ---------------------------------------------------------------------------------------------------- importing
 
-    async def bring(self, sessions: Sequence[tuple[str, bytes]], existing: Existing) -> list[Result]:
+    async def bring(self, sessions: Sequence[Arriving], existing: Existing) -> list[Result]:
         """Make sessions of records, each by itself; what became of each, or why not.
 
         A session begins without a lease, and as used now. Its revision, position and creation, and the answer that is
@@ -230,35 +243,36 @@ class Moving:
         Raises:
             InvalidInput: there are too many, or one id comes twice.
         """
-        ids = [session_id for session_id, _ in sessions]
+        ids = [each.session_id for each in sessions]
         if len(ids) > MOST_AT_ONCE:
             raise InvalidInput(f"sessions must be at most {MOST_AT_ONCE}; got {len(ids)}")
         if len(set(ids)) != len(ids):
             raise InvalidInput("sessions must be different from each other; got one of them twice")
         results: dict[str, Result] = {}
         new: dict[str, _New] = {}
-        for place, (session_id, record) in enumerate(sessions):
+        for place, each in enumerate(sessions):
             if place % _PIECE == _PIECE - 1:
                 await asyncio.sleep(0)
             try:
-                new[session_id] = self._checked(session_id, record)
+                new[each.session_id] = self._checked(each)
             except ServerError as error:
-                results[session_id] = error
+                results[each.session_id] = error
         fresh = await self._unless_there(new, existing, results)
         results.update(await self._make(fresh))
-        for session_id, each in new.items():
+        for session_id, one in new.items():
             if session_id not in results:
-                results[session_id] = await self._replace(each)
+                results[session_id] = await self._replace(one)
         return [results[session_id] for session_id in ids]
 
-    def _checked(self, session_id: str, record: bytes) -> _New:
+    def _checked(self, arriving: Arriving) -> _New:
         """What would be imported, if it may be.
 
         Raises:
             InvalidInput, StateCorrupt, ModelNotFound, ModelMismatch
         """
+        session_id, record = arriving.session_id, arriving.record
         require_session_id("session_id", session_id)
-        header = decode_header(session_id, record)
+        header = decode_header(arriving.recorded_as, record)
         model = self._directory.models.find(header.model)
         if model is None:
             raise ModelNotFound(
@@ -277,7 +291,7 @@ class Moving:
                 f"batch_size of session {session_id!r} must be 1 to resident_rows,"
                 f" {model.slots.resident_limit}; got {header.batch_size}"
             )
-        decoded = decode_many([session_id], [record])
+        decoded = decode_many([arriving.recorded_as], [record])
         extra = decoded.extras.get(0, b"")
         if len(decoded.rows) != header.batch_size * model.arena.row_bytes or not _is_reply(
             model, header, extra
@@ -368,6 +382,7 @@ class Moving:
             puts=[(each.session_id, each.record) for each in fresh],
             forgets=ids,
             counts=list(Counter(each.model.name for each in fresh).items()),
+            tenant_counts=counts.of_tenants([(each.session_id, each.model.name) for each in fresh], 1),
             goes_back=any(each.was_here for each in fresh),
         )
         return await self._commit(batch, done)
@@ -404,10 +419,14 @@ class Moving:
             self._tell([each])
             return Brought.REPLACED
 
+        moved = [] if old == each.model.name else [(old, -1), (each.model.name, 1)]
         batch = Batch(
             puts=[(session_id, each.record)],
             forgets=[session_id],
-            counts=[] if old == each.model.name else [(old, -1), (each.model.name, 1)],
+            counts=moved,
+            tenant_counts=[
+                change for name, by in moved for change in counts.of_tenants([(session_id, name)], by)
+            ],
             goes_back=True,
         )
         return await self._commit(batch, done)

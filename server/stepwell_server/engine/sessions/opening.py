@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from stepwell_server.clock import Clock
+from stepwell_server.core import namespaces
 from stepwell_server.core.leases import Lease, Leases
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
@@ -19,7 +21,7 @@ from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.intake.validation import check_finite_state
 from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, in_pieces, require_session_id
+from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, PIECE, in_pieces, require_session_id
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.reading import ROWS_AT_ONCE
 from stepwell_server.engine.state.model import Model
@@ -114,10 +116,12 @@ class Opening:
         request_id: int = 0,
         fingerprint: str = "",
         lease: Lease | None = None,
+        namespace: str = "",
     ) -> Opened:
         """Open a session, or resume the live one of that id.
 
         A session that is named has no `lease`; of one that has a lease already, and is resumed, it takes its place.
+        One that is not named gets an id in the `namespace`.
 
         Raises:
             ModelNotFound, ModelMismatch, InvalidInput, SessionExists, Overloaded, Unavailable
@@ -128,7 +132,7 @@ class Opening:
         _require_batch_size(served, batch_size)
         if session_id:
             require_session_id("session_id", session_id)
-        name = session_id or self._directory.ids.make(request_id)
+        name = session_id or self._directory.ids.make(request_id, namespace=namespace)
         for _ in range(MOST_TRIES):
             seen = await self.seen([name])
             handle = self._live(name, seen, must_be_new)
@@ -167,8 +171,9 @@ class Opening:
         batch_size: int = 1,
         request_id: int = 0,
         lease: Lease | None = None,
+        namespace: str = "",
     ) -> OpenedMany:
-        """Open many sessions: all of them or none. Errors as of `open`."""
+        """Open many sessions: all of them or none. The `namespace`, and errors, are as of `open`."""
         self._require_open()
         served = self._directory.models.by_name(model)
         _require_batch_size(served, batch_size)
@@ -179,7 +184,7 @@ class Opening:
         wanted = len(session_ids) or count
         if not 1 <= wanted <= MAX_SESSIONS_PER_CALL:
             raise InvalidInput(f"count must be 1 to {MAX_SESSIONS_PER_CALL}; got {wanted}")
-        ids = await self.ids_to_make("session_ids", session_ids, wanted, request_id)
+        ids = await self.ids_to_make("session_ids", session_ids, wanted, request_id, namespace=namespace)
         return await self.make_many(
             Wanted(served, ids, batch_size, request_id, bool(session_ids), "session_ids", lease=lease)
         )
@@ -274,7 +279,8 @@ class Opening:
         self._require_open()
         if new_session_id:
             require_session_id("new_session_id", new_session_id)
-        name = new_session_id or self._directory.ids.make(request_id, session_id)
+        namespace = namespaces.prefix_of(namespaces.tenant_of(session_id))
+        name = new_session_id or self._directory.ids.make(request_id, session_id, namespace=namespace)
         seen = await self.seen([name, session_id])
         self._drain()
         known = self._forked_before(name, seen, request_id)
@@ -378,10 +384,15 @@ class Opening:
         count: int,
         request_id: int,
         sources: Sequence[str] = (),
+        *,
+        namespace: str,
     ) -> list[str]:
         """The chosen ids, or new ones; `field` is the one of the request that has them."""
         if not chosen:
-            return self._directory.ids.make_many(request_id, count, sources)
+            made = functools.partial(
+                self._directory.ids.make_many, request_id, count, sources, namespace=namespace
+            )
+            return made() if count <= PIECE else await asyncio.to_thread(made)
         async for part in in_pieces(chosen):
             for session_id in chosen[part]:
                 require_session_id(field, session_id)
@@ -415,9 +426,16 @@ class Opening:
             raise error
 
     def _require_own(self, chosen: str, seen: Seen) -> None:
-        """Refuse a chosen id that a server made for a session which is gone: it must not begin anew unnoticed."""
-        if chosen and self._directory.ids.is_made_by_a_server(chosen):
-            raise self._directory.gone(chosen, seen)
+        """Refuse a chosen id of a session which is gone if it must not begin anew unnoticed.
+
+        Be it that a server made the id, or that the store lost sessions, and nobody can tell that this is none of them.
+        """
+        if not chosen:
+            return
+        directory = self._directory
+        is_lost = directory.store.damage and directory.ended(chosen, seen) is None
+        if is_lost or directory.ids.is_made_by_a_server(chosen):
+            raise directory.gone(chosen, seen)
 
     def _forked_before(self, name: str, seen: Seen, request_id: int) -> Opened | None:
         known = self._directory.live(name, seen)

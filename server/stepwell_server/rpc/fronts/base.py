@@ -37,7 +37,7 @@ class SessionSet:
     """Sessions that a stream names by a number."""
 
     ids: list[str]
-    """Nobody changes it: the same list is named by every step."""
+    """In the tenant's namespace. Nobody changes it: the same list is named by every step."""
     sizes: Rows | None
     """Rows of each; None: the client does not say."""
     held_bytes: int
@@ -173,6 +173,9 @@ class ColumnReplies(Protocol):
     def behind(self) -> Sequence[int]:
         """Messages of Triton's before which others of their stream were handed back that nobody has read yet."""
 
+    def untraced(self) -> Sequence[int]:
+        """Messages that are calls of which the metadata says that they are not traced."""
+
     def gone(self) -> Members:
         """Sessions whose callers do not wait any more."""
 
@@ -189,7 +192,7 @@ class StepColumns:
     callers: list[str]
     """As `Call.caller`, one per session, or one where there is one message."""
     whos: Sequence[Caller]
-    """As `Call.who`, one per session, or one where there is one message. `session_ids` are in the tenants' namespaces."""
+    """As `Call.who`, one per session, or one where it is the same for all. `session_ids` are in the tenants' namespaces."""
     sizes: npt.NDArray[np.uint32]
     """Rows of each session in the tensors."""
     says_sizes: bool
@@ -212,6 +215,9 @@ class StepColumns:
 
 class Steps(Protocol):
     """Takes plain steps, for fronts that read them. On the event loop."""
+
+    traces: bool
+    """There are traces: a call of which the metadata says that it is traced is none of plain steps."""
 
     def hold(self) -> None:
         """Several batches are about to be taken: run none before `go`."""

@@ -46,6 +46,17 @@ class Certificates:
     client_ca: bytes | None
     """Callers need a certificate that one of these has signed; None: they need none."""
 
+    def ends(self) -> dict[str, float]:
+        """When the first certificate of each file is no longer valid, in seconds since the epoch, by its option's name."""
+        from cryptography import x509
+
+        files = {"tls-cert": self.chain, "tls-client-ca": self.client_ca}
+        return {
+            option: min(each.not_valid_after_utc for each in x509.load_pem_x509_certificates(pem)).timestamp()
+            for option, pem in files.items()
+            if pem is not None
+        }
+
 
 class CertificateFiles:
     """The files that `--tls-cert`, `--tls-key` and `--tls-client-ca` name. For one thread at a time.
@@ -62,6 +73,10 @@ class CertificateFiles:
         """Set by whoever wants them to be read at once, on the event loop."""
         self._used = self._seen = self._stamp()
         self.at_start = self._checked()
+        self.used = self.at_start
+        """What new connections get."""
+        self.failures = 0
+        """How often a change of them could not be used."""
 
     @property
     def are_mutual(self) -> bool:
@@ -186,7 +201,9 @@ async def follow(files: CertificateFiles, use: Callable[[Certificates], None]) -
             if found is None:
                 continue
             use(found)
+            files.used = found
         except (CertificateError, Unusable) as error:
+            files.failures += 1
             known = files.refused(error) if isinstance(error, Unusable) else error
             _log.warning("the changed certificates cannot be used, the old ones stay", reason=str(known))
         except Exception as error:

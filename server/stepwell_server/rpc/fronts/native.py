@@ -184,6 +184,9 @@ class _Replies:
         calls = self._front.behind()
         return [place for place, key in enumerate(self._batch.keys()) if key in calls] if calls else ()
 
+    def untraced(self) -> Sequence[int]:
+        return self._batch.untraced()
+
     def gone(self) -> Members:
         gone = self._batch.gone()
         return np.array(gone, np.intp) if gone else _NOBODY
@@ -232,6 +235,7 @@ class NativeFront:
         if certificates is not None:
             self.secure(certificates)
         listeners, bound = await self._listen(address)
+        front.set_traces(steps.traces)
         front.set_general(_log.is_debug)  # each message has a line in the log
         self._loop.add_reader(front.fd(), self._take, front)
         front.start([(one.detach(), isinstance(address, UnixAddress)) for one in listeners])
@@ -454,11 +458,10 @@ def _columns(
 ) -> StepColumns:
     counts, sizes, expected, request_ids, deadlines = numbers
     select, output_names, says_sizes, model = asked
-    whos = _ANYBODY if whos is None else whos
     return StepColumns(
         session_ids,
         callers,
-        whos * len(callers) if len(whos) == 1 else whos,
+        _ANYBODY if whos is None else whos,
         np.frombuffer(sizes, np.uint32),
         says_sizes,
         np.frombuffer(expected, np.uint64) if expected else None,

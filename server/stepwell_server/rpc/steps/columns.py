@@ -7,11 +7,13 @@ every protocol; what differs between them is a `Form`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from stepwell_server.core import namespaces
+from stepwell_server.core.callers import Caller
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.change import Change, MustPart
 from stepwell_server.engine.types import U64, Array, Members, Tensors
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.boundary import RequestObserver
+    from stepwell_server.rpc.tracing import CallTrace, Tracer
 
 _T = TypeVar("_T")
 _Message = tuple[int, int]
@@ -49,6 +52,8 @@ class Form:
         self.left = self.members
         """Those of them that nobody has taken yet."""
         self.inputs: Tensors = {}
+        self.traces: dict[int, CallTrace] = {}
+        """Of messages that are traced, by their first members."""
         self._clock = clock
         self._observer = observer
 
@@ -90,11 +95,31 @@ class Form:
         self, members: Members | None, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
     ) -> None:
         """Members were applied; None: all of the batch."""
+        if self.traces:
+            self._end_traces(members, "OK", "")
         self._answer(members, revisions, positions, outputs, replayed=replayed)
 
     def failed(self, members: Members | None, error: ServerError) -> None:
         """Members failed alike; None: all of the batch."""
+        if self.traces:
+            self._end_traces(members, code_of(error).name, error.reason)
         self._refuse(members, error, to_proto(error).SerializeToString())
+
+    def traces_of(self, members: Members | None) -> Mapping[int, CallTrace]:
+        """Those of some members, by their index among them; None: of all."""
+        if members is None or not self.traces:
+            return self.traces
+        places = {member: place for place, member in enumerate(members.tolist())}
+        return {places[first]: trace for first, trace in self.traces.items() if first in places}
+
+    def _end_traces(self, members: Members | None, code: str, reason: str) -> None:
+        """A message has its answer, as a trace shows it, when its first session has."""
+        answered = list(self.traces) if members is None else self.traces.keys() & set(members.tolist())
+        for first in answered:
+            whose = self.columns.whos[first] if len(self.columns.whos) > 1 else self.columns.whos[0]
+            session = namespaces.own(self.columns.session_ids[first])
+            facts = {"session.id": session, "tenant": whose.tenant, "caller": whose.name}
+            self.traces.pop(first).end(code, reason, facts)
 
     def output_columns(self, outputs: Tensors) -> list[OutputColumn]:
         """Outputs as they leave."""
@@ -137,10 +162,13 @@ class ColumnSteps(Refusals):
         max_message_bytes: int,
         observer: RequestObserver,
         form_of_requests: Callable[[StepColumns], Form],
+        tracer: Tracer | None = None,
     ) -> None:
         super().__init__(max_message_bytes, observer)
         self._engine = engine
         self._clock = clock
+        self._tracer = tracer
+        self.traces = tracer is not None
         self._form_of_requests = form_of_requests
         """The form of Triton's requests."""
 
@@ -158,6 +186,11 @@ class ColumnSteps(Refusals):
             form = Form(columns, self._clock, self._observer)
         else:
             form = self._form_of_requests(columns)
+        if self._tracer is not None:
+            firsts = np.cumsum(columns.counts) - columns.counts
+            traced = self._tracer.of_messages(form.method, len(firsts))
+            untraced = columns.replies.untraced() if traced else ()
+            form.traces = {int(firsts[n]): trace for n, trace in traced.items() if n not in untraced}
         try:
             form.prepare()
             form.left = form.members
@@ -177,7 +210,7 @@ class ColumnSteps(Refusals):
                 continue
             members = np.arange(first, first + count)
             change = self._change(form, members)
-            change.caller, change.who = columns.callers[first], columns.whos[first]
+            change.caller, change.who = columns.callers[first], _who(columns, first)
             change.deadline = float(columns.deadlines[first])
             try:
                 self._engine.submit(change)
@@ -198,7 +231,10 @@ class ColumnSteps(Refusals):
             change = self._change(form, members)
             is_whole = len(members) == len(columns.session_ids)
             change.callers = columns.callers if is_whole else _some(columns.callers, members)
-            change.whos = columns.whos if is_whole else _some(columns.whos, members)
+            if len(columns.whos) == 1:
+                (change.who,) = columns.whos
+            else:
+                change.whos = columns.whos if is_whole else _some(columns.whos, members)
             change.deadlines = columns.deadlines if is_whole else columns.deadlines[members]
             change.deadline = float(np.minimum.reduce(change.deadlines))
             if change.batch_sizes is None:
@@ -222,13 +258,20 @@ class ColumnSteps(Refusals):
         return np.union1d(alone, form.part(parted)) if len(parted) else alone
 
     def _change(self, form: Form, members: Members) -> Change:
-        change = form.change(None if len(members) == len(form.columns.session_ids) else members)
+        some = None if len(members) == len(form.columns.session_ids) else members
+        change = form.change(some)
+        if form.traces:
+            change.traces = form.traces_of(some)
         messages.limit_reply(change, self._max_message_bytes)
         return change
 
 
 def _some(values: Sequence[_T], members: Members | None) -> Sequence[_T]:
     return values if members is None else [values[member] for member in members.tolist()]
+
+
+def _who(columns: StepColumns, member: int) -> Caller:
+    return columns.whos[member if len(columns.whos) > 1 else 0]
 
 
 def sizes_of(columns: StepColumns, members: Members | None) -> Rows:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from stepwell.v1 import sessions_pb2 as pb
+from stepwell_server.core.callers import Caller
 from stepwell_server.engine.api import Applied, Select
 from stepwell_server.engine.change import Change, Replies
 from stepwell_server.engine.types import U64, Members, Tensors
 from stepwell_server.errors import InvalidInput, ServerError
-from stepwell_server.rpc import convert
+from stepwell_server.rpc import convert, naming
 from stepwell_server.rpc.status import to_proto
 from stepwell_server.rpc.steps.sets import StreamSets, request_ids_from
 
@@ -22,13 +23,14 @@ MEMBER_BYTES = 32
 REPLY_BYTES = 512
 
 
-def of_step(request: pb.StepRequest, replies: Replies) -> Change:
+def of_step(request: pb.StepRequest, replies: Replies, who: Caller) -> Change:
     """The change that a unary Step asks for.
 
     Raises:
         InvalidInput: it is none.
     """
-    change = Change((request.session_id,), replies, inputs=convert.to_arrays(request.inputs, "inputs"))
+    change = _of_one(request.session_id, replies, who)
+    change.inputs = convert.to_arrays(request.inputs, "inputs")
     _say_step(change, request)
     change.rows = list(request.rows) or None
     change.state_rows = _some_states(change, "state_rows", request.state_rows)
@@ -36,13 +38,14 @@ def of_step(request: pb.StepRequest, replies: Replies) -> Change:
     return change
 
 
-def of_reset(request: pb.ResetStatesRequest, replies: Replies) -> Change:
+def of_reset(request: pb.ResetStatesRequest, replies: Replies, who: Caller) -> Change:
     """The change that a unary ResetStates asks for.
 
     Raises:
         InvalidInput: it is none.
     """
-    change = Change((request.session_id,), replies, reset=True)
+    change = _of_one(request.session_id, replies, who)
+    change.reset = True
     change.state = convert.to_optional_arrays(request.state, "state")
     change.rows = list(request.rows) or None
     if request.position and (change.rows or not request.state):
@@ -52,6 +55,10 @@ def of_reset(request: pb.ResetStatesRequest, replies: Replies) -> Change:
     change.position = request.position
     _say_once(change, request)
     return change
+
+
+def _of_one(session_id: str, replies: Replies, who: Caller) -> Change:
+    return Change((naming.inner(who, session_id),), replies, who=who)
 
 
 def limit_reply(change: Change, limit: int) -> None:
@@ -92,7 +99,7 @@ def body_of(request: pb.StepStreamRequest) -> FrameBody:
     return request.step if kind == "step" else request.reset
 
 
-def of_frame(body: FrameBody, replies: Replies, sets: StreamSets) -> Change:
+def of_frame(body: FrameBody, replies: Replies, sets: StreamSets, who: Caller) -> Change:
     """The change that a frame asks for.
 
     Raises:
@@ -102,9 +109,9 @@ def of_frame(body: FrameBody, replies: Replies, sets: StreamSets) -> Change:
     if body.session_set:
         _require_left_out("session_set", body, "session_ids", "batch_sizes", "declare_set")
         known = sets.get(body.session_set)
-        change = Change(known.ids, replies, batch_sizes=known.sizes)
+        change = Change(known.ids, replies, batch_sizes=known.sizes, who=who)
     else:
-        change = Change(list(body.session_ids), replies)
+        change = Change(naming.inner_all(who, body.session_ids), replies, who=who)
         change.batch_sizes = convert.to_numbers(body.batch_sizes, np.intp, "batch_sizes", change.size)
     _say_once_each(change, body)
     if isinstance(body, pb.StepFrame):

@@ -64,9 +64,15 @@ class EarlySteps(Refusals):
     take: Callable[[StepColumns], None]
 
     def __init__(
-        self, max_message_bytes: int, observer: RequestObserver, refusal: Callable[[], ServerError]
+        self,
+        max_message_bytes: int,
+        observer: RequestObserver,
+        refusal: Callable[[], ServerError],
+        *,
+        traces: bool,
     ) -> None:
         super().__init__(max_message_bytes, observer)
+        self.traces = traces
         self._refusal = refusal
         self.hold = self.go = lambda: None
         self.take = self._refuse

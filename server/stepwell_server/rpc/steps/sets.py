@@ -46,7 +46,7 @@ class StreamSets:
 
         Args:
             number: Greater than all before.
-            ids: A list that nobody changes.
+            ids: In the tenant's namespace; a list that nobody changes.
             sizes: Rows of each; None: not said.
 
         Raises:

@@ -22,6 +22,7 @@ from stepwell_server.engine.types import U64, Members, Tensors
 from stepwell_server.errors import ServerError, Unavailable
 from stepwell_server.logs import Log
 from stepwell_server.rpc.boundary import parse
+from stepwell_server.rpc.status import code_of
 from stepwell_server.rpc.steps import messages
 from stepwell_server.rpc.steps.sets import SetRoom, StreamSets
 from stepwell_server.rpc.steps.write_queue import WriteQueue
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from stepwell_server.engine.engine import Engine
     from stepwell_server.rpc.boundary import RequestObserver
     from stepwell_server.rpc.fronts.base import Call
+    from stepwell_server.rpc.tracing import CallTrace, Tracer
 
 _log = Log("rpc.stream")
 #: In place of what a frame holds, with a part that is not its last.
@@ -60,15 +62,16 @@ class FrameStream:
         observer: RequestObserver,
         room: SetRoom,
         call: Call,
+        tracer: Tracer | None = None,
     ) -> None:
         self._engine = engine
+        self._tracer = tracer
         self._clock = clock
         self._max_reply_bytes = max_reply_bytes
         self._limits = limits
         self._observer = observer
         self._call = call
         self._caller = call.caller
-        self._who = call.who
         self._sets = StreamSets(room, call)
         self._pending: dict[int, _Frame] = {}
         """Frames without their last part."""
@@ -170,16 +173,19 @@ class FrameStream:
             self.answer(frame, messages.forgotten_part(frame.frame_id), last=True)
             return
         body = messages.body_of(request)
-        change = messages.of_frame(body, frame, self._sets)
+        change = messages.of_frame(body, frame, self._sets, self._call.who)
         frame.size = frame.left = change.size
         frame.is_short = messages.has_short_reply(body)
         if body.declare_set:
             require_lists(change)  # what is refused now would be refused for ever
-            frame.declared_set = self._sets.declare(
-                body.declare_set, list(body.session_ids), change.batch_sizes
-            )
-        change.caller, change.who, change.deadline = self._caller, self._who, self._deadline_of(body)
+            ids = list(change.session_ids)
+            frame.declared_set = self._sets.declare(body.declare_set, ids, change.batch_sizes)
+        change.caller, change.deadline = self._caller, self._deadline_of(body)
         messages.limit_reply(change, self._max_reply_bytes)
+        if self._tracer is not None:
+            frame.trace = self._tracer.of_frame("StepStream", body.traceparent)
+            if frame.trace is not None:
+                change.traces = {0: frame.trace}
         frame.change = change
         self._engine.submit(change)
         self._hold(frame)
@@ -209,12 +215,15 @@ class FrameStream:
 
     def _refuse(self, frame: _Frame, error: ServerError) -> None:
         """Answer a frame of which nothing was done."""
+        frame.error = error
         self.refused(error, frame.size or 1)
         part = messages.failed_part(frame.frame_id, None, error, last=True, declared_set=frame.declared_set)
         self._reply(frame, part, last=True)
 
     def _reply(self, frame: _Frame, reply: bytes, *, last: bool) -> None:
         if last:
+            if frame.trace is not None:
+                _end_trace(frame.trace, frame.error, frame.size)
             took = self._clock.monotonic() - frame.came
             self._observer.messages_done("StepStream", np.array([took]))
         self._replies.put(reply, frame.held_bytes if last else _NOT_LAST)
@@ -238,7 +247,8 @@ class _Frame:
     """A frame whose last part is not written yet: the replies to its change."""
 
     __slots__ = (
-        *("_stream", "came", "change", "declared_set", "frame_id", "held_bytes", "is_short", "left", "size"),
+        *("_stream", "came", "change", "declared_set", "error", "frame_id", "held_bytes"),
+        *("is_short", "left", "size", "trace"),
     )
 
     def __init__(self, stream: FrameStream, frame_id: int, held_bytes: int, came: float) -> None:
@@ -255,6 +265,9 @@ class _Frame:
         """Those of them without an answer."""
         self.is_short = False
         """Its sender understands one number for all sessions."""
+        self.trace: CallTrace | None = None
+        self.error: ServerError | None = None
+        """How members failed, the last of them."""
         self.declared_set = 0
         """The set that it has made known; 0: none."""
 
@@ -288,6 +301,7 @@ class _Frame:
     def failed(self, members: Members, error: ServerError) -> None:
         """See `Replies`."""
         last = self._is_last(len(members))
+        self.error = error
         if not self._stream.is_over:
             self._stream.refused(error, len(members))
             part = messages.failed_part(
@@ -305,6 +319,14 @@ class _Frame:
 
     def _named(self, members: Members) -> Members | None:
         return None if len(members) == self.size else members
+
+
+def _end_trace(trace: CallTrace, error: ServerError | None, sessions: int) -> None:
+    facts = {"sessions": sessions}
+    if error is None:
+        trace.end("OK", "", facts)
+    else:
+        trace.end(code_of(error).name, error.reason, facts)
 
 
 def _ended_well(reader: asyncio.Task[None]) -> bool:

@@ -18,6 +18,7 @@ from stepwell_server.engine.types import U64, Members, Tensors
 from stepwell_server.errors import ModelNotFound, ServerError
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.fronts.base import OutputColumn, StepColumns
+from stepwell_server.rpc.status import message_of
 from stepwell_server.rpc.steps.columns import Form, sizes_of
 from stepwell_server.rpc.triton.errors import names_sequence, translated
 from stepwell_server.rpc.triton.metadata import VERSION
@@ -137,7 +138,7 @@ class RequestForm(Form):
         for some, member in self._alike(members, error):
             told = translated(error, sequence_of(name, ids[member]), name)
             told.model = name
-            self._refuse(some, told, told.message.encode())
+            self._refuse(some, told, message_of(told).encode())
 
     def _alike(self, members: Members | None, error: ServerError) -> Iterator[tuple[Members | None, int]]:
         """Those that are told the same, and one of them: what names a sequence is told to each by itself."""

@@ -6,9 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from stepwell_server.core.callers import Caller
 from stepwell_server.engine.api import Applied
 from stepwell_server.engine.types import Array
 from stepwell_server.errors import ModelNotFound, ServerError
+from stepwell_server.rpc import naming
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
 from stepwell_server.rpc.triton.errors import translated, unknown_model
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
@@ -64,12 +66,12 @@ class Inference:
             known = self._known[name] = InferModel(name, program, self._observer)
         return known
 
-    def enter(self, request: pb.ModelInferRequest) -> Turn | None:
+    def enter(self, request: pb.ModelInferRequest, who: Caller) -> Turn | None:
         """Its place in the line of its sequence: the order of requests is that in which they got one. None: it needs none."""
         sequence_id = read_sequence_id(request.parameters)
         if sequence_id is None:
             return None
-        return self.sequences.enter(session_id_of(request.model_name, sequence_id))
+        return self.sequences.enter(naming.inner(who, session_id_of(request.model_name, sequence_id)))
 
     async def infer(
         self, request: pb.ModelInferRequest, call: Call, turn: Turn | None = None
@@ -84,7 +86,7 @@ class Inference:
         Raises:
             ServerError: in Triton's words where it has some; nothing changed.
         """
-        turn = turn or self.enter(request)
+        turn = turn or self.enter(request, call.who)
         try:
             return await self._counted(request, call, turn)
         finally:

@@ -35,7 +35,9 @@ from stepwell_server.errors import (
     StateCorrupt,
 )
 from stepwell_server.logs import Log
+from stepwell_server.rpc import naming
 from stepwell_server.rpc.steps.messages import limit_reply
+from stepwell_server.rpc.tracing import TRACES
 from stepwell_server.rpc.triton.errors import SequenceId, not_started
 from stepwell_server.rpc.triton.parameters import Parameters
 
@@ -85,7 +87,8 @@ def session_id_of(model: str, sequence_id: SequenceId) -> str:
     """The id of a sequence's session: `triton/<model>/5` for 5, `triton/<model>/"5"` for the text 5.
 
     A text that cannot be a part of an id, because of its characters or its length, is replaced by its
-    SHA-256: `triton/<model>/sha256:<hex>`. The native front makes ids of the first two kinds (triton.rs).
+    SHA-256: `triton/<model>/sha256:<hex>`. It is what the caller's tenant calls it: `naming.inner` is to be asked for
+    the engine's id. The native front makes ids of the first two kinds, in the tenants' namespaces (triton.rs).
     """
     prefix = f"triton/{model}/"
     if isinstance(sequence_id, int):
@@ -96,8 +99,8 @@ def session_id_of(model: str, sequence_id: SequenceId) -> str:
 
 
 def sequence_of(model: str, session_id: str) -> SequenceId:
-    """The sequence of a session's id that is not a digest: the other way round."""
-    name = session_id.removeprefix(f"triton/{model}/")
+    """The sequence of a session's id that is not a digest, in whatever namespace: the other way round."""
+    name = naming.own(session_id).removeprefix(f"triton/{model}/")
     return name[1:-1] if name.startswith('"') else int(name)
 
 
@@ -209,6 +212,7 @@ class Sequences:
         answer, given = Awaited(), request.parameters
         change = Change((request.session_id,), answer, request.inputs.arrays)
         change.deadline, change.caller, change.who = request.deadline, request.source, request.who
+        change.traces = TRACES.get()
         limit_reply(change, request.max_reply_bytes)
         if anew:
             change.reset_rows = np.ones(request.inputs.rows, np.bool_)

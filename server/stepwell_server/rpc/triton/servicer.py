@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf import empty_pb2
 from google.protobuf.message import Message
 
+from stepwell_server.core.callers import Role
 from stepwell_server.errors import Unsupported
+from stepwell_server.rpc import naming
 from stepwell_server.rpc.boundary import Boundary, Serve
 from stepwell_server.rpc.fronts.base import Call
 from stepwell_server.rpc.status import UNSUPPORTED_CODES
@@ -78,14 +80,18 @@ class TritonServicer:
         return pb.ModelConfigResponse(config=config)
 
     async def model_statistics(
-        self, request: pb.ModelStatisticsRequest, _call: Call
+        self, request: pb.ModelStatisticsRequest, call: Call
     ) -> pb.ModelStatisticsResponse:
-        """Count what one model did, or all."""
+        """Count what one model did, or all: for everybody, so that only admins get the numbers."""
         if request.name:
             models = [self._inference.model(request.name, request.version)]
         else:
             models = [self._inference.model(name, "") for name in self._engine.model_names()]
-        return pb.ModelStatisticsResponse(model_stats=[model.statistics.message() for model in models])
+        if call.who.role is Role.ADMIN:
+            found = [model.statistics.message() for model in models]
+        else:
+            found = [pb.ModelStatistics(name=model.name, version=metadata.VERSION) for model in models]
+        return pb.ModelStatisticsResponse(model_stats=found)
 
     def form_of(self, columns: StepColumns) -> Form:
         """What a front has read of requests by itself."""
@@ -97,8 +103,9 @@ class TritonServicer:
 
     async def model_stream_infer(self, call: Call) -> None:
         """Run models, request by request."""
+        naming.namespace_of(call.who)  # raises where no sequence can be named
         stream = InferStream(
-            self._inference.enter,
+            lambda request: self._inference.enter(request, call.who),
             lambda request, turn: self._inference.infer(request, call, turn),
             self._limits,
             self._observer,

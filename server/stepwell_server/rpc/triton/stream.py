@@ -18,6 +18,7 @@ import numpy as np
 
 from stepwell_server.errors import ServerError, Unavailable
 from stepwell_server.rpc.boundary import internal, parse
+from stepwell_server.rpc.status import message_of
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -123,5 +124,5 @@ class InferStream:
         known = error if isinstance(error, ServerError) else internal(error, method="ModelStreamInfer")
         self._observer.refused(known.reason, 1, request.model_name)
         return pb.ModelStreamInferResponse(
-            error_message=known.message, infer_response=pb.ModelInferResponse(id=request.id)
+            error_message=message_of(known), infer_response=pb.ModelInferResponse(id=request.id)
         )

@@ -8,9 +8,12 @@ import fcntl
 import os
 import resource
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+from stepwell_server import private_files
 from stepwell_server.errors import StoreGone
+from stepwell_server.store.base import StoreError
 
 #: A file that is there and cannot be looked at (EACCES, EIO) says nothing: only these say that it is gone.
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP})
@@ -170,3 +173,20 @@ def flush_folders(*folders: Path) -> None:
     """A file survives the loss of power only if the folders that name it do."""
     for folder in folders:
         flush(folder)
+
+
+@contextlib.contextmanager
+def start_errors(path: Path, folder: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Have errors of some kinds, when the store in `folder` of a data directory is opened, be a `StoreError`."""
+    try:
+        yield
+    except private_files.NotPrivateError as error:
+        raise StoreError(str(error)) from error
+    except (FileExistsError, NotADirectoryError) as error:
+        on_the_way = (*reversed(path.parents), path, folder)
+        file = next((at for at in on_the_way if os.path.lexists(at) and not at.is_dir()), path)
+        raise StoreError(f"the data directory {path} must be a folder; {file} is none") from error
+    except (OSError, *kinds) as error:  # type: ignore[misc]  # mypy does not unpack types
+        raise StoreError(
+            f"the data directory {path} must hold a store that can be opened: {explain(error, path)}"
+        ) from error

@@ -105,3 +105,16 @@ def names(cursor: Any, after: str, prefix: str) -> Iterator[str]:
         session_id = str(_split(cursor.value())[0] if is_digest(name) else name, "utf-8", "replace")
         if name != start and session_id.startswith(prefix):
             yield session_id
+
+
+def all_entries(cursor: Any) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values as they follow each other, whatever their order: of a damaged store too."""
+    return iter(cursor.iternext()) if cursor.first() else iter(())
+
+
+def named(key: bytes, value: bytes) -> tuple[str, bytes]:
+    """Id and record of an entry."""
+    if not is_digest(key):
+        return str(key, "utf-8", "replace"), value
+    name, record = _split(value)
+    return str(name, "utf-8", "replace"), bytes(record)

@@ -21,11 +21,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import shutil
-import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -35,11 +33,14 @@ from typing_extensions import override
 from stepwell_server import private_files
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, StoreGone, Unavailable
-from stepwell_server.store.base import Batch, End, LocalStore, StoreError, StoreHealth, Tombstone
-from stepwell_server.store.disk.files import OpenFiles, explain, flush, flush_folders
+from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealth, Tombstone
+from stepwell_server.store.disk import meta
+from stepwell_server.store.disk.files import OpenFiles, explain, flush, flush_folders, start_errors
+from stepwell_server.store.disk.key_sums import PIECE, Change, KeyCheck, NewKeys
 from stepwell_server.store.disk.keys import entries, items, key_of, own, values
-from stepwell_server.store.disk.lock import LOCK_FILE, DirectoryLock
+from stepwell_server.store.disk.lock import DirectoryLock, replacing
 from stepwell_server.store.disk.reserve import Extent, NoRoom, Reserve
+from stepwell_server.store.disk.tombstones import TOMBSTONES, bury, next_age, tombstone
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Stored, header_or_none
 
@@ -49,11 +50,8 @@ T = TypeVar("T")
 _Environment = Any
 _Transaction = Any
 
-SCHEMA_VERSION = 2
-"""Since 2 there may be a write-ahead log; a store of 1 has none, and becomes one of 2."""
 FIRST_MAP_BYTES = 64 * 2**20
 """The map is address space, not disk: it is doubled whenever it is full."""
-TOMBSTONES = 100_000
 SPARSE = 1 / 2
 """A file of which less than this share is in use is compacted when it is opened."""
 GIVE_UP_S = 30.0
@@ -63,13 +61,12 @@ RETRY_S = 0.5
 
 _log = logging.getLogger(__name__)
 
+_DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError)
 _READABLE = "the store must be readable"
 _KEEPS = "the store must be able to keep the change"
-_FOLDER, _COPY, _DATA = "sessions", "sessions.compacting", "data.mdb"
-#: Names of what is in a data directory, here and in the modules beside this one.
-HOLDS = ("sessions", "sessions.compacting", "journal", LOCK_FILE)
-_TOMBSTONE = struct.Struct("<QBdQQ")  # age, end, at, request id, revision
-_AGE = struct.Struct(">Q")  # big-endian: in the order of the keys
+_FOLDER, _DATA = "sessions", "data.mdb"
+COPY = "sessions.compacting"
+"""A folder for what is to take the place of the sessions; one that is left over is removed by a start."""
 
 
 class LmdbStore(LocalStore):
@@ -109,18 +106,25 @@ class LmdbStore(LocalStore):
         self._closed = False
         self._clock = clock
         self._data_file = -1
+        self._check = KeyCheck()
         self.files = OpenFiles()
         """What must stay where it is."""
-        with _start_errors(path):
-            private_files.make_folder(path, HOLDS)
+        with start_errors(path, self._folder, lmdb.Error):
+            private_files.make_folder(path, private_files.OF_DATA)
             self.lock = DirectoryLock(path, clock=clock)
         try:
-            with _start_errors(path):
+            with start_errors(path, self._folder, lmdb.Error):
                 self._start(path)
                 self._reserve = Reserve(self._folder, clock)
         except BaseException:
             self._release()
             raise
+        self._check.start(self._look)
+
+    @property
+    @override
+    def damage(self) -> str:
+        return self._check.damage
 
     @property
     def wal_mark(self) -> bytes:
@@ -133,13 +137,37 @@ class LmdbStore(LocalStore):
         Raises:
             Unavailable: it could not be kept.
         """
+        self.set_meta({meta.MARK: mark})
+        self._mark: bytes = mark
+
+    @property
+    def key_checks(self) -> dict[str, bytes]:
+        """The keys that records may be encrypted with, see `Keyring.checks`."""
+        found = self._read("", lambda transaction: transaction.get(meta.KEYS, b"{}", db=self._meta))
+        return meta.unpack_keys(found)
+
+    def set_key_checks(self, checks: Mapping[str, bytes]) -> None:
+        """Remember them, durably: before anything is encrypted with one.
+
+        Raises:
+            Unavailable: it could not be kept.
+        """
+        self.set_meta({meta.KEYS: meta.pack_keys(checks)})
+        self.sync()
+
+    def set_meta(self, values: Mapping[bytes, bytes]) -> None:
+        """Keep what is said of the store as a whole; some of it is read when the store is opened only.
+
+        Raises:
+            Unavailable: it could not be kept.
+        """
 
         def put() -> None:
             with self._environment.begin(db=self._meta, write=True) as transaction:
-                transaction.put(b"journal", mark)
+                for name, value in values.items():
+                    transaction.put(name, value)
 
         self._write_with(_KEEPS, put)
-        self._mark: bytes = mark
 
     @override
     def commit(self, batch: Batch) -> None:
@@ -202,7 +230,7 @@ class LmdbStore(LocalStore):
 
     @override
     def count_of(self, model: str) -> int:
-        key = _count_key(model)
+        key = meta.count_key(model)
         return int(self._read("", lambda transaction: transaction.get(key, b"0", db=self._meta)))
 
     @override
@@ -215,7 +243,7 @@ class LmdbStore(LocalStore):
 
         found = self._read(session_ids[0] if len(session_ids) == 1 else "", read) if keys else []
         return [
-            None if stored is None else _tombstone(session_id, stored)
+            None if stored is None else tombstone(session_id, stored)
             for session_id, stored in zip(session_ids, found, strict=True)
         ]
 
@@ -228,6 +256,7 @@ class LmdbStore(LocalStore):
         self.files.check()
         problem = ""
         try:
+            self._forget_dead_readers()
             self.count()  # which opens it anew if it must be
         except StoreGone:
             raise
@@ -249,6 +278,13 @@ class LmdbStore(LocalStore):
         """
         self._write_with(_KEEPS, lambda: self._commit(Batch(counts=[("", 0)])))
 
+    def _forget_dead_readers(self) -> None:
+        """A process that was killed while it read (a backup, say) keeps pages from being used again until this."""
+        with self._remap:
+            if not self._closed and not self._must_reopen:
+                with contextlib.suppress(lmdb.Error):  # what is wrong with it, whoever uses it says
+                    self._environment.reader_check()
+
     def sync(self) -> None:
         """See to it that all that was committed survives a loss of power.
 
@@ -261,6 +297,7 @@ class LmdbStore(LocalStore):
     def close(self) -> None:
         if self._closed:
             return
+        self._check.stop()
         with self._remap:
             self._closed = True
             try:
@@ -273,7 +310,7 @@ class LmdbStore(LocalStore):
     # ------------------------------------------------------------------------------------------------------ opening
 
     def _start(self, path: Path) -> None:
-        copy = path / _COPY
+        copy = path / COPY
         shutil.rmtree(copy, ignore_errors=True)
         is_new = not (self._folder / _DATA).exists()
         self._folder.mkdir(mode=0o700, exist_ok=True)
@@ -321,10 +358,10 @@ class LmdbStore(LocalStore):
         with environment.begin(write=True) as transaction:
             names = (b"sessions", b"tombstones", b"tombstone_ages", b"meta")
             found = [environment.open_db(name, txn=transaction) for name in names]
-        self._sessions, self._tombstones, self._ages, self._meta = found
-        with environment.begin(db=self._ages) as transaction:
-            cursor = transaction.cursor()
-            self._next_age = _AGE.unpack(cursor.key())[0] + 1 if cursor.last() else 0
+            self._sessions, self._tombstones, self._ages, self._meta = found
+            meta.begin(transaction, self._meta, self._folder)
+            self._next_age = next_age(transaction, self._ages)
+            self._check.begin(transaction, self._sessions, self._meta)
 
     def _require_whole_file(self) -> None:
         """Refuse a file that was cut off: reading behind its end through the map would end the process."""
@@ -335,22 +372,11 @@ class LmdbStore(LocalStore):
             raise StoreError(f"{self._folder / _DATA} must have {wanted} bytes; it was cut off at {found}")
 
     def _read_meta(self) -> None:
-        with self._environment.begin(db=self._meta, write=True) as transaction:
-            if transaction.get(b"schema") is None:
-                transaction.put(b"schema", str(SCHEMA_VERSION).encode())
-                transaction.put(b"incarnation", secrets.token_hex(4).encode())
-                transaction.put(b"secret", secrets.token_bytes(32))
-            schema = int(transaction.get(b"schema"))
-            if schema == 1:
-                transaction.put(b"schema", str(SCHEMA_VERSION).encode())
-            elif schema != SCHEMA_VERSION:
-                raise StoreError(
-                    f"the store in {self._folder} must be of schema version {SCHEMA_VERSION};"
-                    f" it is of {schema}, written by another release"
-                )
-            self.incarnation = transaction.get(b"incarnation").decode()
-            self.secret = transaction.get(b"secret")
-            self._mark = transaction.get(b"journal", b"")
+        with self._environment.begin(db=self._meta) as transaction:
+            self.incarnation = transaction.get(meta.INCARNATION).decode()
+            self.secret = transaction.get(meta.SECRET)
+            self._mark = transaction.get(meta.MARK, b"")
+            self.first_revision = int(transaction.get(meta.FIRST_REVISION, b"0"))
 
     def _compact(self, copy: Path) -> bool:
         """Give the file's free pages back to the disk if that is worth it.
@@ -365,6 +391,11 @@ class LmdbStore(LocalStore):
         size, live = data.stat().st_size, self._live_bytes()
         if size <= FIRST_MAP_BYTES or live > size * SPARSE or shutil.disk_usage(copy.parent).free < live:
             return False
+        with replacing(copy.parent) as may_replace:
+            return may_replace and self._copy_compactly(copy)
+
+    def _copy_compactly(self, copy: Path) -> bool:
+        data = self._folder / _DATA
         copy.mkdir(mode=0o700)
         try:
             self._environment.copy(os.fspath(copy), compact=True)
@@ -416,12 +447,16 @@ class LmdbStore(LocalStore):
 
     def _commit(self, batch: Batch) -> None:
         reopened = False
+        begin: int | None = sum(change for _, change in batch.counts)
         while True:
-            age = self._next_age
+            age, change = self._next_age, Change()
             try:
                 with self._environment.begin(write=True) as transaction:
-                    self._write(transaction, batch)
+                    self._write(transaction, batch, change, begin)
+                self._check.committed(change)
                 return
+            except NewKeys:
+                begin = None
             except lmdb.MapFullError:
                 self._next_age = age
                 self._grow()
@@ -435,41 +470,21 @@ class LmdbStore(LocalStore):
                 self._next_age = age
                 raise
 
-    def _write(self, transaction: _Transaction, batch: Batch) -> None:
+    def _write(self, transaction: _Transaction, batch: Batch, change: Change, begin: int | None) -> None:
         if batch.puts:
-            transaction.cursor(self._sessions).putmulti(items(batch.puts))
+            change.put(transaction, self._sessions, items(batch.puts), begin)
         for session_id in batch.deletes:
-            transaction.delete(key_of(session_id), db=self._sessions)
+            if transaction.delete(key := key_of(session_id), db=self._sessions):
+                change.removed.append(key)
         for session_id in batch.forgets:
             transaction.delete(key_of(session_id), db=self._tombstones)
         if batch.tombstones:
-            self._bury(transaction, batch.tombstones)
-        for model, change in batch.counts:
-            key = _count_key(model)
-            count = int(transaction.get(key, b"0", db=self._meta)) + change
-            transaction.put(key, str(count).encode(), db=self._meta)
-
-    def _bury(self, transaction: _Transaction, tombstones: Sequence[Tombstone]) -> None:
-        for stone in tombstones:
-            age, key = self._next_age, key_of(stone.session_id)
-            self._next_age += 1
-            value = _TOMBSTONE.pack(age, stone.end, stone.at, stone.request_id, stone.revision)
-            transaction.put(key, value, db=self._tombstones)
-            transaction.put(_AGE.pack(age), key, db=self._ages)
-        self._prune(transaction)
-
-    def _prune(self, transaction: _Transaction) -> None:
-        """Forget the oldest tombstones that are too many."""
-        surplus = transaction.stat(self._ages)["entries"] - self._most_tombstones
-        cursor = transaction.cursor(self._ages)
-        for _ in range(surplus):
-            cursor.first()
-            age, key = cursor.item()
-            stored = transaction.get(key, db=self._tombstones)
-            # of a session that was buried again the newer one stays
-            if stored is not None and _TOMBSTONE.unpack(stored)[0] == _AGE.unpack(age)[0]:
-                transaction.delete(key, db=self._tombstones)
-            cursor.delete()
+            stones, age = batch.tombstones, self._next_age
+            self._next_age = bury(
+                transaction, self._tombstones, self._ages, stones, age, most=self._most_tombstones
+            )
+        meta.count(transaction, self._meta, (*batch.counts, *batch.tenant_counts))
+        self._check.write(transaction, self._meta, change)
 
     def _grow(self) -> None:
         with self._remap:
@@ -510,6 +525,22 @@ class LmdbStore(LocalStore):
 
     # ------------------------------------------------------------------------------------------------------ reading
 
+    def _look(self) -> bool:
+        """Look at the next keys; True when there is nothing to look at any more."""
+        with self._writing, self._remap:
+            if self._closed:
+                return True
+            if self._must_reopen:
+                return False
+            try:
+                with self._environment.begin(buffers=True) as transaction:
+                    return self._check.look(transaction, self._sessions, PIECE)
+            except (*_DAMAGE, lmdb.BadValsizeError) as error:  # the latter: there can be no such key
+                self._check.give_up(f"a page of {self._folder / _DATA} cannot be read ({error})")
+            except lmdb.Error as error:
+                _log.warning("the keys of the store could not be looked at: %s", error)
+            return True
+
     def _require_open(self) -> None:
         if self._closed:
             raise Unavailable("the store must be open; it is closed")
@@ -523,7 +554,7 @@ class LmdbStore(LocalStore):
                 try:
                     with self._environment.begin(buffers=buffers) as transaction:
                         return read(transaction)
-                except (lmdb.CorruptedError, lmdb.PageNotFoundError) as error:
+                except _DAMAGE as error:
                     raise StateCorrupt(
                         f"the page that holds session {session_id!r} must be as it was written: {error}",
                         session_id=session_id,
@@ -566,28 +597,3 @@ class LmdbStore(LocalStore):
             return self.get(session_id)
         except StateCorrupt:
             return b""
-
-
-@contextlib.contextmanager
-def _start_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except private_files.NotPrivateError as error:
-        raise StoreError(str(error)) from error
-    except (FileExistsError, NotADirectoryError) as error:
-        on_the_way = (*reversed(path.parents), path, path / _FOLDER)
-        file = next((at for at in on_the_way if os.path.lexists(at) and not at.is_dir()), path)
-        raise StoreError(f"the data directory {path} must be a folder; {file} is none") from error
-    except (lmdb.Error, OSError) as error:
-        raise StoreError(
-            f"the data directory {path} must hold a store that can be opened: {explain(error, path)}"
-        ) from error
-
-
-def _tombstone(session_id: str, stored: bytes) -> Tombstone:
-    _, end, at, request_id, revision = _TOMBSTONE.unpack(stored)
-    return Tombstone(session_id, End(end), at, request_id, revision)
-
-
-def _count_key(model: str) -> bytes:
-    return b"sessions of " + model.encode()

@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from stepwell_server.clock import Clock
@@ -20,6 +21,7 @@ from stepwell_server.store.base import Holder, StoreBusy, StoreError
 from stepwell_server.store.disk.files import is_same
 
 LOCK_FILE = "server.lock"
+READERS_FILE = "readers.lock"
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _CONNECT_S = 1.0
 _log = logging.getLogger(__name__)
@@ -115,6 +117,35 @@ class DirectoryLock:
             os.pwrite(self._file, text.ljust(_BYTES), 0)
         except OSError:
             return
+
+
+@contextlib.contextmanager
+def reading(directory: Path) -> Iterator[None]:
+    """Read the files of a store beside its server, which does not put others in their place meanwhile."""
+    with _readers(directory) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextlib.contextmanager
+def replacing(directory: Path) -> Iterator[bool]:
+    """Put other files in the place of the store's; False if they must stay, because somebody reads them."""
+    with _readers(directory) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+@contextlib.contextmanager
+def _readers(directory: Path) -> Iterator[int]:
+    file = os.open(directory / READERS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        yield file
+    finally:
+        os.close(file)
 
 
 def holder_of(directory: Path) -> Holder | None:

@@ -18,7 +18,7 @@ import logging
 import secrets
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from typing_extensions import override
@@ -27,8 +27,9 @@ from stepwell_server.clock import Clock
 from stepwell_server.errors import StoreGone, Unavailable
 from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk.files import flush_folders
-from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, TOMBSTONES, Durability, LmdbStore
+from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, Durability, LmdbStore
 from stepwell_server.store.disk.room import Room
+from stepwell_server.store.disk.tombstones import TOMBSTONES
 from stepwell_server.store.disk.wal import SEGMENT_BYTES, Records, WriteAheadLog, room_for
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Joined, Stored, header_or_none, is_sound, supersedes
@@ -76,6 +77,7 @@ class DiskStore(LocalStore):
             first_map_bytes=first_map_bytes,
         )
         self.incarnation, self.secret = self._base.incarnation, self._base.secret
+        self.first_revision = self._base.first_revision
         self.waits_for_disk = self._base.waits_for_disk
         self._closed = self._in_trouble = False
         self._in_doubt: set[str] = set()
@@ -87,6 +89,20 @@ class DiskStore(LocalStore):
         except BaseException:
             self._close_files()
             raise
+
+    @property
+    @override
+    def damage(self) -> str:
+        return self._base.damage
+
+    @property
+    def key_checks(self) -> dict[str, bytes]:
+        """See `LmdbStore`."""
+        return self._base.key_checks
+
+    def set_key_checks(self, checks: Mapping[str, bytes]) -> None:
+        """See `LmdbStore`."""
+        self._base.set_key_checks(checks)
 
     @property
     @override

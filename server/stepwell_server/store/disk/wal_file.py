@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stepwell_server.store.disk import wal_format
@@ -163,7 +163,7 @@ class Segment:
         if start.owner != self._owner:
             raise SegmentDamaged(f"{self.path} cannot be read: it does not belong to this store")
         self._generation, self.base_sequence = wal_format.generation_of(data), start.sequence
-        for write in self._writes(data, start):
+        for write in wal_format.writes(data, start):
             self._index(write)
         there = os.fstat(self._file).st_size
         if there != self.size:
@@ -171,21 +171,6 @@ class Segment:
                 f"{self.path} cannot be read to its end: it must have {self.size} bytes; it has {there}"
             )
         self._erase_tail(data)
-
-    def _writes(self, data: bytes, start: wal_format.Found) -> Iterator[list[wal_format.Found]]:
-        """The writes that are there whole."""
-        write, last = [start], start
-        while (found := wal_format.read(data, last.end, self._generation)) is not None and found.follows(
-            last
-        ):
-            if not last.remaining:
-                # later ones are there, so this one is: a record that was damaged since says so when it is read
-                yield write
-                write = []
-            write.append(found)
-            last = found
-        if not last.remaining and all(wal_format.is_whole(data, entry) for entry in write):
-            yield write
 
     def _erase_tail(self, data: bytes) -> None:
         """Erase what follows the last whole write: it is of a write that was cut off, or the file is damaged.

@@ -120,6 +120,20 @@ def read(data: bytes, at: int, generation: int | None) -> Found | None:
     return Found(sequence, remaining, owner, end + -(end - at) % _ALIGNMENT, offsets)
 
 
+def writes(data: bytes, start: Found) -> Iterator[list[Found]]:
+    """The writes of a segment that are there whole; `start` is its first entry."""
+    generation, write, last = generation_of(data), [start], start
+    while (found := read(data, last.end, generation)) is not None and found.follows(last):
+        if not last.remaining:
+            # later ones are there, so this one is: a record that was damaged since says so when it is read
+            yield write
+            write = []
+        write.append(found)
+        last = found
+    if not last.remaining and all(is_whole(data, entry) for entry in write):
+        yield write
+
+
 def generation_of(data: bytes) -> int:
     """The generation of the first entry."""
     return int(HEAD.unpack_from(data)[2])

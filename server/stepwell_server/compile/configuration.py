@@ -1,0 +1,181 @@
+"""What `config.json` of a ``.keras`` file may name, found out before Keras makes anything of it.
+
+A configuration names classes and functions, and Keras makes or calls them while it loads the model. Attacks that
+were published name what is no part of a model: `keras.utils.get_file` (CVE-2025-8747), `os.system` (CVE-2025-1550),
+`keras.config.enable_unsafe_deserialization` (CVE-2025-9906), layers that load files or pickles
+(TorchModuleWrapper, CVE-2025-49655; TFSMLayer), vocabularies in other files (CVE-2025-12058). Keras refuses those that it knows; here only what a
+model is made of is let through, whatever version of Keras is there. What `--import` registers is the operator's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from stepwell_server.compile.errors import ModelError
+
+MAX_BYTES = 32 << 20
+MAX_DEPTH = 200
+#: Parts of Keras that hold what models are made of, and nothing that acts.
+_CLASSES = frozenset(
+    [
+        "activations",
+        "constraints",
+        "dtype_policies",
+        "initializers",
+        "layers",
+        "losses",
+        "metrics",
+        "models",
+        "ops",
+        "optimizers",
+        "quantizers",
+        "random",
+        "regularizers",
+    ]
+)
+_FUNCTIONS = _CLASSES - {"dtype_policies", "layers", "models", "optimizers", "quantizers"}
+#: Of the package itself.
+_TOP = frozenset(
+    [
+        "DTypePolicy",
+        "FloatDTypePolicy",
+        "Functional",
+        "Initializer",
+        "InputSpec",
+        "KerasTensor",
+        "Layer",
+        "Loss",
+        "Metric",
+        "Model",
+        "Operation",
+        "Optimizer",
+        "Quantizer",
+        "Regularizer",
+        "Sequential",
+        "Variable",
+    ]
+)
+_SPECIAL = frozenset(
+    [
+        "__bytes__",
+        "__ellipsis__",
+        "__keras_tensor__",
+        "__numpy__",
+        "__slice__",
+        "__tensor__",
+        "__typespec__",
+        "function",
+    ]
+)
+#: Layers that run or load something beside the model: code, graphs, pickles.
+_FORBIDDEN = frozenset(["FlaxLayer", "JaxLayer", "TFSMLayer", "TorchModuleWrapper"])
+#: Packages from which Keras imports whatever a configuration names, if they are installed.
+_IMPORTED = frozenset(["keras_cv", "keras_hub", "keras_nlp"])
+_NOT_FUNCTIONS = re.compile(r"(de)?serialize(_.*)?|get(_.*)?|load(_.*)?|save(_.*)?")
+_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_VOCABULARIES = ("vocabulary", "idf_weights")
+CODE = (
+    "refused by Keras's safe mode: it holds a Lambda layer, a lambda or other code; "
+    "write it as a registered layer and name its module with --import MODULE"
+)
+
+
+def check(text: bytes, is_registered: Callable[[str], bool]) -> None:
+    """Check a ``config.json``.
+
+    Args:
+        text: its content.
+        is_registered: whether a module of the operator's has registered a name.
+
+    Raises:
+        ModelError: it is no configuration, or names what a model is not made of. The message is a clause.
+    """
+    if len(text) > MAX_BYTES:
+        raise ModelError(f"config.json must be at most {MAX_BYTES} bytes; it is {len(text)} bytes")
+    for node in _nodes(parsed("config.json", text)):
+        if problem := _problem(node, is_registered):
+            raise ModelError(problem)
+
+
+def parsed(name: str, text: bytes) -> Any:
+    """What a member of a ``.keras`` file says in JSON.
+
+    Raises:
+        ModelError: it is none, or nested too deeply. The message is a clause.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ModelError(f"{name} must be nested at most {MAX_DEPTH} deep") from error
+    except ValueError as error:
+        raise ModelError(f"damaged .keras file: {name} is not JSON ({error})") from error
+
+
+def _nodes(document: Any) -> Iterator[Mapping[str, Any]]:
+    todo = [(document, 0)]
+    while todo:
+        item, depth = todo.pop()
+        if depth > MAX_DEPTH:
+            raise ModelError(f"config.json must be nested at most {MAX_DEPTH} deep")
+        if isinstance(item, dict):
+            yield item
+            todo += [(value, depth + 1) for value in item.values()]
+        elif isinstance(item, list):
+            todo += [(value, depth + 1) for value in item]
+
+
+def _problem(node: Mapping[str, Any], is_registered: Callable[[str], bool]) -> str:
+    kind = node.get("class_name")
+    if not isinstance(kind, str):
+        return ""
+    if kind == "__lambda__":
+        return CODE
+    inner, module = node.get("config"), node.get("module")
+    if kind in _FORBIDDEN:
+        return f"it must hold only layers of Keras's own making; {kind} loads something else"
+    if isinstance(inner, dict) and (problem := _file_problem(kind, inner)):
+        return problem
+    if module is None:
+        return ""
+    if not isinstance(module, str):
+        return f"its module names must be text; got {module!r:.40}"
+    package = module.partition(".")[0]
+    if package not in {"keras", "builtins", *_IMPORTED}:
+        return ""  # What --import has not registered Keras does not find: it imports no such module.
+    if is_registered(str(node.get("registered_name"))):
+        return ""
+    name = inner if kind == "function" else kind
+    if package in _IMPORTED:
+        return f"unknown class {name!r:.80}; name its module with --import {package}"
+    if kind in _SPECIAL - {"function"}:
+        return ""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or not _is_of_models(module, name):
+        return f"it must name only what models are made of; it names {module}.{name}"
+    return ""
+
+
+def _is_of_models(module: str, name: str) -> bool:
+    is_function = name[:1].islower()
+    if module == "builtins":  # where Keras looks for its own functions
+        return not is_function or not _NOT_FUNCTIONS.fullmatch(name)
+    parts = module.split(".")[1:]
+    if parts[:1] == ["src"]:
+        parts = parts[1:]
+    if not parts:
+        return name in _TOP
+    if is_function:
+        return parts[0] in _FUNCTIONS and not _NOT_FUNCTIONS.fullmatch(name)
+    return parts[0] in _CLASSES
+
+
+def _file_problem(kind: str, inner: Mapping[str, Any]) -> str:
+    named = next((key for key in _VOCABULARIES if isinstance(inner.get(key), str)), "")
+    if not named:
+        return ""
+    return (
+        f"layer {inner.get('name', kind)!r:.80} must have its {named} in the model's file; it names another file,"
+        f" {inner[named]!r:.80}"
+    )

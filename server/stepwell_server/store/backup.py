@@ -1,0 +1,168 @@
+"""Backups of a store on disk, beside its server, and stores that are made of them.
+
+A store that goes back to a backup has forgotten what clients were told since. So that nothing they hold can be taken for
+something that it means now, it is another store: sessions go on at revisions above any that clients can have been told, and
+new ones begin above them; ids that the server makes begin otherwise. A client of before gets REVISION_CONFLICT with the
+revision that the session has now, and SESSION_LOST for a session that a server named after the backup.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from stepwell_server.clock import Clock
+from stepwell_server.store.base import KeyFileError, Tombstone
+from stepwell_server.store.disk import meta, snapshot
+from stepwell_server.store.disk.backup_file import About, Reader, Writer
+from stepwell_server.store.disk.filling import Pair, fill, new_folder
+from stepwell_server.store.disk.key_sums import Sums
+from stepwell_server.store.disk.lmdb import LmdbStore
+from stepwell_server.store.keyring import Keyring
+from stepwell_server.store.record import header_or_none, is_sound, key_id_of, with_revision
+from stepwell_server.store.sealing import Sealer
+
+AHEAD = 10**12
+"""By how much revisions go up in a store that goes back to a backup: no session changes so often in between."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BackedUp:
+    """What a backup has."""
+
+    file: Path
+    bytes: int
+    sessions: int
+    tombstones: int
+    damaged: int
+    """Sessions whose records were damaged in the store already; they are in the backup as they are."""
+    keys: list[str]
+    """With which it is encrypted, as far as it is."""
+
+
+def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.inf) -> BackedUp:
+    """Write the store in a data directory into a new file, whether or not a server uses it.
+
+    Each session is in it as it was at some moment between the begin and the end of this call: with all that was
+    acknowledged before, and with nothing that was not committed.
+
+    Raises:
+        StoreError: the store lost sessions or cannot be read whole, or the file not be written; then there is no file.
+    """
+    writer = Writer(file, bytes_per_s=bytes_per_s)
+    damaged, sums = 0, Sums()
+    try:
+        created = clock.now()
+        with snapshot.opened(path) as found:
+            checks = found.key_checks
+            writer.begin(
+                About(
+                    created,
+                    found.meta[meta.INCARNATION].decode(),
+                    found.meta[meta.SECRET],
+                    int(found.meta.get(meta.FIRST_REVISION, b"0")),
+                    checks,
+                )
+            )
+            for entry in found.sessions():
+                sums.add([entry.key])
+                damaged += not is_sound(entry.session_id, entry.record)
+                writer.session(entry.session_id, entry.record)
+            found.require_all(sums)
+            for stone in found.tombstones():
+                writer.tombstone(stone)
+        writer.finish()
+    finally:
+        writer.close()
+    return BackedUp(file, writer.bytes, writer.sessions, writer.tombstones, damaged, sorted(checks))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Restored:
+    """What a store has that was made of a backup."""
+
+    created: float
+    """When the backup was begun, in seconds since the epoch."""
+    sessions: int
+    tombstones: int
+    damaged: int
+    """Sessions whose records were damaged, or could not be opened with the keys: they answer STATE_CORRUPT."""
+    first_revision: int
+
+
+def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, moved: bool) -> Restored:
+    """Make a store of a backup in a new data directory. The whole backup is read and checked before.
+
+    Args:
+        file: The backup.
+        path: The data directory, which is not there or empty.
+        clock: For its lock.
+        keyring: Keys of the backup: all is encrypted with the first one then.
+        moved: No change was acknowledged since the backup was made: sessions go on as they were.
+
+    Raises:
+        StoreError: the backup cannot be used, or the folder.
+        KeyFileError: it is encrypted, and a key is missing.
+    """
+    reader = Reader(file)
+    about = reader.about()
+    for _ in reader.entries():
+        pass
+    if keyring is not None:
+        keyring.require(about.key_checks)
+    elif about.key_checks and not moved:
+        raise KeyFileError(
+            f"the backup is encrypted, with {', '.join(sorted(about.key_checks))}, and revisions in it are to change:"
+            " its keys must be given"
+        )
+    change = _Change(None if keyring is None else Sealer(keyring), 0 if moved else AHEAD)
+    stones: list[Tombstone] = []
+
+    def sessions() -> Iterator[Pair]:
+        for entry in reader.entries():
+            if isinstance(entry, Tombstone):
+                stones.append(entry)
+            else:
+                yield change(*entry)
+
+    first_revision = about.first_revision + change.ahead
+    values = {meta.FIRST_REVISION: str(first_revision).encode()}
+    if moved:
+        values |= {meta.INCARNATION: about.incarnation.encode(), meta.SECRET: about.secret}
+    with new_folder(path) as folder:
+        store = LmdbStore(folder, durability="async", clock=clock)
+        try:
+            count = fill(store, sessions(), stones)
+            store.set_key_checks(about.key_checks if keyring is None else keyring.first_check)
+            store.set_meta(values)
+            store.sync()
+        finally:
+            store.close()
+    return Restored(about.created, count, len(stones), change.damaged, first_revision)
+
+
+class _Change:
+    """Records as the new store has them."""
+
+    def __init__(self, sealer: Sealer | None, ahead: int) -> None:
+        self._sealer = sealer
+        self.ahead = ahead
+        self.damaged = 0
+
+    def __call__(self, session_id: str, record: bytes) -> Pair:
+        header = header_or_none(session_id, record)
+        if header is None:
+            self.damaged += 1
+            return session_id, record
+        if self._sealer is None:
+            return session_id, with_revision(session_id, record, header.revision + self.ahead)
+        plain = self._sealer.opened_or_as_is(session_id, record)
+        if key_id_of(plain) is not None:
+            self.damaged += 1
+            return session_id, record
+        ((_, sealed),) = self._sealer.seal(
+            [(session_id, with_revision(session_id, plain, header.revision + self.ahead))]
+        )
+        return session_id, sealed

@@ -1,0 +1,153 @@
+"""Whether a store on disk, or a backup of one, is whole: every record, every key, every count."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+from stepwell_server.core.namespaces import SEPARATOR
+from stepwell_server.store.base import KeyFileError, Tombstone
+from stepwell_server.store.counts import of_tenants
+from stepwell_server.store.disk import snapshot
+from stepwell_server.store.disk.backup_file import Reader
+from stepwell_server.store.disk.key_sums import Sums
+from stepwell_server.store.keyring import Keyring
+from stepwell_server.store.record import header_or_none, is_sound, key_id_of
+from stepwell_server.store.sealing import Sealer
+
+MOST_NAMED = 1000
+"""So many sessions are named at most of each kind of trouble."""
+
+
+@dataclasses.dataclass(slots=True)
+class Examined:
+    """What was found."""
+
+    sessions: int = 0
+    tombstones: int = 0
+    logged: int = 0
+    """Sessions whose last change is in the write-ahead log."""
+    encrypted: Counter[str] = dataclasses.field(default_factory=Counter)
+    """How many records are encrypted with which key."""
+    opened: int = 0
+    """How many of them were decrypted."""
+    damaged: list[str] = dataclasses.field(default_factory=list)
+    """Sessions whose record is not as it was written, or cannot be read by this release; `MOST_NAMED` of them."""
+    sealed: list[str] = dataclasses.field(default_factory=list)
+    """Sessions whose record no given key opens."""
+    unreachable: list[str] = dataclasses.field(default_factory=list)
+    """Sessions that are there and are not found by their id."""
+    problems: list[str] = dataclasses.field(default_factory=list)
+    """All that is wrong, for people; empty: nothing."""
+    models: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+class _Records:
+    """Looks at records, one by one."""
+
+    def __init__(self, keyring: Keyring | None) -> None:
+        self.found = Examined()
+        self._sealer = None if keyring is None else Sealer(keyring)
+        self._counts: Counter[str] = Counter()
+        self._of_tenants: Counter[str] = Counter()
+
+    def look(self, session_id: str, record: bytes) -> None:
+        found = self.found
+        found.sessions += 1
+        header = header_or_none(session_id, record) if is_sound(session_id, record) else None
+        if header is None:
+            self._name("damaged", found.damaged, session_id)
+            return
+        found.models[header.model] += 1
+        if SEPARATOR in session_id:
+            self._of_tenants.update(dict(of_tenants([(session_id, header.model)], 1)))
+        key_id = key_id_of(record)
+        if key_id is None:
+            return
+        found.encrypted[key_id] += 1
+        if self._sealer is not None:
+            if key_id_of(self._sealer.opened_or_as_is(session_id, record)) is None:
+                found.opened += 1
+            else:
+                self._name("sealed", found.sealed, session_id)
+
+    def counts(self) -> dict[str, int]:
+        """The numbers of sessions by name, see `store.counts`."""
+        return dict(self.found.models + self._of_tenants)
+
+    def unreachable(self, session_id: str) -> None:
+        self._name("unreachable", self.found.unreachable, session_id)
+
+    def _name(self, kind: str, names: list[str], session_id: str) -> None:
+        self._counts[kind] += 1
+        if len(names) < MOST_NAMED:
+            names.append(session_id)
+
+    def conclude(self) -> Examined:
+        for kind, what in (
+            ("damaged", "sessions have records that are not as they were written"),
+            ("sealed", "sessions have records that no key of the file opens"),
+            ("unreachable", "sessions are there and are not found by their id: keys or pages were damaged"),
+        ):
+            if count := self._counts[kind]:
+                self.found.problems.append(f"{count} {what}")
+        return self.found
+
+
+def examine(path: Path, keyring: Keyring | None) -> Examined:
+    """Look at all of a store, whether or not a server uses it. With keys, records are decrypted too.
+
+    Raises:
+        StoreError: it cannot be read at all, or a key is missing.
+    """
+    with snapshot.opened(path) as found:
+        _require_keys(keyring, found.key_checks)
+        records, sums, before = _Records(keyring), Sums(), b""
+        for entry in found.sessions():
+            records.look(entry.session_id, entry.record)
+            sums.add([entry.key])
+            if not entry.is_found or entry.key <= before:
+                records.unreachable(entry.session_id)
+            before = entry.key
+        stones = found.tombstones()
+        result = records.conclude()
+        result.tombstones, result.logged = len(stones), len(found.log)
+        expected = found.expected
+        if expected is not None and sums != expected:
+            missing = expected.count - sums.count
+            result.problems.append(
+                f"{missing} of {expected.count} sessions are missing: keys or pages were damaged"
+                if missing > 0
+                else "the keys are not those that were written: some of the sessions are missing"
+            )
+        if not result.problems and (counts := found.counts) != records.counts():
+            result.problems.append(
+                f"the numbers of sessions must be {records.counts()}; the store says {counts}"
+            )
+    return result
+
+
+def examine_backup(file: Path, keyring: Keyring | None) -> Examined:
+    """As `examine`, of a backup.
+
+    Raises:
+        StoreError: it is none, is damaged or was cut off, or a key is missing.
+    """
+    reader = Reader(file)
+    _require_keys(keyring, reader.about().key_checks)
+    records = _Records(keyring)
+    for entry in reader.entries():
+        if not isinstance(entry, Tombstone):
+            records.look(*entry)
+    result = records.conclude()
+    result.tombstones = reader.tombstones
+    return result
+
+
+def _require_keys(keyring: Keyring | None, checks: dict[str, bytes]) -> None:
+    if keyring is not None:
+        try:
+            keyring.require(checks)
+        except KeyFileError as error:
+            raise KeyFileError(f"{error}. Without a key file all is checked but what is encrypted") from None

@@ -1,0 +1,215 @@
+"""Whether all sessions can still be found: their number and a sum over their keys, kept with every transaction.
+
+LMDB has no checksums of its pages. A record that was damaged says so; but of a damaged key, or of a damaged page above
+the records, the search merely leads elsewhere, and the session seems never to have been. So each transaction that
+begins or ends sessions writes how many there are and the sum of the checksums of all keys. Who looks through all keys must come
+to the same, and must find each by searching for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import struct
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from isal.isal_zlib import crc32
+
+from stepwell_server.store.record import Stored
+
+NAME = b"key sums"
+"""In LMDB's `meta`."""
+_VALUE = struct.Struct("<QQ")  # count, sum
+_WRAP = 2**64
+PIECE = 256
+"""Keys that are looked at while nobody can write: a third of a millisecond."""
+#: So many are looked at when the store is opened.
+_AT_ONCE = 65_536
+_PAUSE_S = 3e-3
+
+_log = logging.getLogger(__name__)
+
+
+class NewKeys(Exception):
+    """Not as many sessions begin with the records that were put as it was said."""
+
+
+@dataclasses.dataclass(slots=True)
+class Sums:
+    """How many keys, and the sum of their checksums (CRC-32, which any change of up to 32 neighbouring bits changes)."""
+
+    count: int = 0
+    total: int = 0
+
+    def add(self, keys: Iterable[bytes], sign: int = 1) -> None:
+        """Take keys in, or out (-1)."""
+        sums = list(map(crc32, keys))
+        self.count += sign * len(sums)
+        self.total = (self.total + sign * sum(sums)) % _WRAP
+
+    def pack(self) -> bytes:
+        """As they are stored."""
+        return _VALUE.pack(self.count % _WRAP, self.total)
+
+
+def unpack(stored: bytes) -> Sums:
+    """What `pack` returned."""
+    return Sums(*_VALUE.unpack(stored))
+
+
+@dataclasses.dataclass(slots=True)
+class Change:
+    """The keys that a transaction adds and takes away."""
+
+    added: list[bytes] = dataclasses.field(default_factory=list)
+    removed: list[bytes] = dataclasses.field(default_factory=list)
+    after: Sums | None = None
+    """The sums afterwards, if they are others."""
+
+    def put(
+        self, transaction: Any, sessions: Any, items: Sequence[tuple[bytes, Stored]], begin: int | None
+    ) -> None:
+        """Put records, of which `begin` are of sessions that begin; None: nobody knows which, or how many.
+
+        Where that is none of them or all, they are put at once.
+
+        Raises:
+            NewKeys: it is not so. The transaction is to be done again, with None.
+        """
+        cursor = transaction.cursor(sessions)
+        if begin in (0, len(items)):
+            before = transaction.stat(sessions)["entries"]
+            cursor.putmulti(items, overwrite=not begin)
+            if transaction.stat(sessions)["entries"] != before + begin:
+                raise NewKeys
+            self.added.extend([key for key, _ in items] if begin else ())
+            return
+        for key, record in items:
+            if cursor.put(key, record, overwrite=False):
+                self.added.append(key)
+            else:
+                cursor.put(key, record)
+
+    def applied(self, before: Sums) -> Sums:
+        """The sums afterwards."""
+        after = Sums(before.count, before.total)
+        after.add(self.added)
+        after.add(self.removed, -1)
+        return after
+
+
+class Scan:
+    """Goes through all keys, a few at a time, while the store changes. For whoever holds its writing lock."""
+
+    def __init__(self) -> None:
+        self.found = Sums()
+        self.unreachable = 0
+        """Keys that are there, and are not found by searching for them."""
+        self.is_done = False
+        self._after = b""
+
+    def go_on(self, transaction: Any, sessions: Any, most: int) -> bool:
+        """Look at the next keys; True when those were the last."""
+        walker, get = transaction.cursor(sessions), transaction.get
+        there = walker.set_range(self._after) if self._after else walker.first()
+        some = itertools.islice(walker.iternext(keys=True, values=False), most + 1) if there else ()
+        keys = list(map(bytes, some))
+        keys = keys[1:] if keys and keys[0] == self._after else keys[:most]
+        self.found.add(keys)
+        # from the root on: a cursor would look on the page where it stands first
+        self.unreachable += sum(get(key, db=sessions) is None for key in keys)
+        # keys that do not ascend are damaged, and must not lead round in circles
+        self.is_done = len(keys) < most or keys[-1] <= self._after
+        self._after = keys[-1] if keys else self._after
+        return self.is_done
+
+    def changed(self, change: Change) -> None:
+        """A transaction has changed keys: those that were passed count at once."""
+        if not self.is_done and self._after:
+            self.found.add(key for key in change.added if key <= self._after)
+            self.found.add((key for key in change.removed if key <= self._after), -1)
+
+    def damage(self, expected: Sums) -> str:
+        """What is wrong, when it is done; empty: nothing."""
+        if self.found == expected and not self.unreachable:
+            return ""
+        lost = expected.count - self.found.count + self.unreachable
+        if lost > 0:
+            return f"keys or pages were damaged, and {lost} of {expected.count} sessions are missing"
+        return f"keys were damaged, and some of {expected.count} sessions are missing"
+
+
+class KeyCheck:
+    """What a store knows of its keys. `begin`, `committed` and `look` are for whoever holds its writing lock."""
+
+    def __init__(self) -> None:
+        self.damage = ""
+        """What is known to be wrong; empty: nothing."""
+        self._sums = Sums()
+        self._scan = Scan()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, transaction: Any, sessions: Any, meta: Any) -> None:
+        """Read the sums of a store that was opened, or make them for one that has none; look through it anew."""
+        stored = transaction.get(NAME, db=meta)
+        if stored is None:
+            self._sums = Sums()
+            self._sums.add(transaction.cursor(sessions).iternext(keys=True, values=False))
+            transaction.put(NAME, self._sums.pack(), db=meta)
+        else:
+            self._sums = unpack(stored)
+        self._scan = Scan()
+
+    def write(self, transaction: Any, meta: Any, change: Change) -> None:
+        """Have a transaction say what there is after it."""
+        if change.added or change.removed:
+            change.after = change.applied(self._sums)
+            transaction.put(NAME, change.after.pack(), db=meta)
+
+    def committed(self, change: Change) -> None:
+        """The transaction was kept."""
+        if change.after is not None:
+            self._sums = change.after
+            self._scan.changed(change)
+
+    def look(self, transaction: Any, sessions: Any, most: int) -> bool:
+        """Look at the next keys; True when all were looked at."""
+        if self._scan.is_done:
+            return True
+        is_done = self._scan.go_on(transaction, sessions, most)
+        if is_done and (damage := self._scan.damage(self._sums)):
+            self.give_up(damage)
+        return is_done
+
+    def give_up(self, damage: str) -> None:
+        """Note what is wrong."""
+        self._scan.is_done = True
+        self.damage = damage
+        _log.error(
+            "the store is damaged: %s. Sessions that are not found are answered with STATE_CORRUPT until it is mended, by"
+            " stepwell store repair or from a backup",
+            damage,
+        )
+
+    def start(self, look: Callable[[], bool]) -> None:
+        """Call `look` until it returns True: a little at once, all else from a thread, with pauses for others."""
+        for _ in range(_AT_ONCE // PIECE):
+            if look():
+                return
+
+        def work() -> None:
+            while not self._stop.wait(_PAUSE_S) and not look():
+                pass
+
+        self._thread = threading.Thread(target=work, name="stepwell-store-keys", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()

@@ -1,0 +1,180 @@
+"""All that a store has at one moment, for whoever reads it beside its server: checks, backups; or from a store at rest.
+
+The log is read first, then LMDB in one transaction. A change that was acknowledged before is in one of the two: a
+checkpoint leaves the log only when LMDB has it. Of each session the later record counts, as when a server starts. So each
+session is at a revision that it had between the moments when this began and when it was opened.
+
+While it is open LMDB uses no page again that was in use, so the data file grows by what changes meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lmdb
+
+from stepwell_server.store.base import StoreError, Tombstone
+from stepwell_server.store.disk import key_sums, meta
+from stepwell_server.store.disk.key_sums import Sums
+from stepwell_server.store.disk.keys import all_entries, is_digest, named
+from stepwell_server.store.disk.lock import reading
+from stepwell_server.store.disk.tombstones import age_of, tombstone
+from stepwell_server.store.disk.wal_reading import LogReplaced, read_log
+from stepwell_server.store.record import is_sound, supersedes
+
+DATA = Path("sessions") / "data.mdb"
+_LOG = "journal"
+_MARK = struct.Struct("<IQ")
+_MOST_TRIES = 5
+
+
+class Entry(NamedTuple):
+    """A session as it is stored."""
+
+    key: bytes
+    session_id: str
+    record: bytes
+    is_found: bool
+    """Whether it is found by searching for its key."""
+
+
+class Snapshot:
+    """See the module. `opened` makes one. For one thread, in a process that has not opened the store otherwise."""
+
+    def __init__(self, path: Path, environment: Any, transaction: Any, log: dict[str, bytes]) -> None:
+        self.path = path
+        self.log = log
+        """The last record of each session that the write-ahead log has."""
+        self._transaction = transaction
+        names = (b"sessions", b"tombstones", b"meta")
+        self._sessions, self._tombstones, meta_db = (
+            environment.open_db(name, txn=transaction, create=False) for name in names
+        )
+        self.meta: dict[bytes, bytes] = dict(transaction.cursor(meta_db).iternext())
+        """All that is said of the store as a whole, see `meta`."""
+        meta.require_schema(self.meta.get(meta.SCHEMA, b""), path / DATA.parent)
+
+    @property
+    def key_checks(self) -> dict[str, bytes]:
+        """The keys that records may be encrypted with."""
+        return meta.unpack_keys(self.meta.get(meta.KEYS, b"{}"))
+
+    @property
+    def expected(self) -> Sums | None:
+        """The sums that the keys must have; None in a store of before there were any."""
+        stored = self.meta.get(key_sums.NAME)
+        return None if stored is None else key_sums.unpack(stored)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many sessions each name should have, see `store.counts`; none has 0."""
+        return meta.counts(self.meta)
+
+    def sessions(self) -> Iterator[Entry]:
+        """All sessions that are there, in the order of their keys.
+
+        Raises:
+            StoreError: a page cannot be read; what follows it is not known.
+        """
+        try:
+            for key, value in all_entries(self._transaction.cursor(self._sessions)):
+                session_id, record = named(key, value)
+                yield Entry(key, session_id, self.later(session_id, record), self._finds(key))
+        except lmdb.Error as error:
+            raise StoreError(f"a page of {self.path / DATA} cannot be read: {error}") from error
+
+    def require_all(self, found: Sums) -> None:
+        """Refuse to go on without sessions that are missing; `found` is of all keys that were there.
+
+        Raises:
+            StoreError: some are.
+        """
+        if self.expected not in (None, found):
+            raise StoreError(
+                f"the store in {self.path} must have all its sessions; keys or pages were damaged, and some are missing:"
+                " stepwell store verify says more, stepwell store repair mends it"
+            )
+
+    def tombstones(self) -> list[Tombstone]:
+        """All tombstones, the oldest first; those that cannot be read are left out.
+
+        Raises:
+            StoreError: a page cannot be read.
+        """
+        found: list[tuple[int, Tombstone]] = []
+        try:
+            for key, value in self._transaction.cursor(self._tombstones).iternext():
+                if not is_digest(key):  # of a long id only a digest is kept
+                    with contextlib.suppress(struct.error, ValueError):
+                        found.append((age_of(value), tombstone(str(key, "utf-8"), value)))
+        except lmdb.Error as error:
+            raise StoreError(f"a page of {self.path / DATA} cannot be read: {error}") from error
+        return [stone for _, stone in sorted(found, key=lambda each: each[0])]
+
+    def _finds(self, key: bytes) -> bool:
+        try:
+            # from the root on: a cursor would look on the page where it stands first
+            return self._transaction.get(key, db=self._sessions) is not None
+        except lmdb.Error:
+            return False
+
+    def later(self, session_id: str, record: bytes) -> bytes:
+        """The record of a session that counts, of the one that LMDB has and the log's."""
+        logged = self.log.get(session_id)
+        if logged is None or not (supersedes(logged, record) or not is_sound(session_id, logged)):
+            return record
+        return logged
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Snapshot]:
+    """Read the store in a data directory as it is now, whether or not a server uses it.
+
+    Raises:
+        StoreError: there is none, it cannot be read, or acknowledged changes are missing from its log.
+    """
+    if not (path / DATA).is_file():
+        raise StoreError(f"the data directory {path} must hold a store; there is no {DATA} in it")
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(reading(path))
+            environment = _open(path)
+            stack.callback(environment.close)
+            log = _log(path, environment)
+            yield Snapshot(path, environment, stack.enter_context(environment.begin()), log)
+    except (lmdb.Error, OSError) as error:
+        raise StoreError(f"the store in {path} must be readable: {error}") from error
+
+
+def _open(path: Path) -> Any:
+    size = (path / DATA).stat().st_size
+    environment: Any = lmdb.open(
+        os.fspath(path / DATA.parent),
+        readonly=True,
+        map_size=2 * size + 2**30,  # address space: the file may grow before the transaction begins
+        max_dbs=4,
+        readahead=True,
+        create=False,
+    )
+    pages = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    if pages > size and (size := (path / DATA).stat().st_size) < pages:
+        environment.close()
+        raise StoreError(f"{path / DATA} must have {pages} bytes; it was cut off at {size}")
+    return environment
+
+
+def _log(path: Path, environment: Any) -> dict[str, bytes]:
+    for _ in range(_MOST_TRIES):
+        with environment.begin() as transaction:
+            meta_db = environment.open_db(b"meta", txn=transaction, create=False)
+            stored = transaction.get(meta.MARK, b"", db=meta_db)
+        if not stored:
+            return {}
+        with contextlib.suppress(LogReplaced):
+            return read_log(path / _LOG, _MARK.unpack(stored)[0])
+    raise StoreError(f"{path / _LOG} must belong to this store; it belongs to another")

@@ -1,0 +1,65 @@
+"""Tombstones in LMDB: what is remembered of sessions that are gone, and which are forgotten first.
+
+tombstones        key of the id -> age, end, at, request id, revision
+tombstone_ages    age -> key of the id
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from stepwell_server.store.base import End, Tombstone
+from stepwell_server.store.disk.keys import key_of
+
+_VALUE = struct.Struct("<QBdQQ")  # age, end, at, request id, revision
+_AGE = struct.Struct(">Q")  # big-endian: in the order of the keys
+
+TOMBSTONES = 100_000
+
+
+def next_age(transaction: Any, ages: Any) -> int:
+    """The age of the next one to be buried."""
+    cursor = transaction.cursor(ages)
+    return int(_AGE.unpack(cursor.key())[0]) + 1 if cursor.last() else 0
+
+
+def bury(
+    transaction: Any, tombstones: Any, ages: Any, stones: Sequence[Tombstone], age: int, *, most: int
+) -> int:
+    """Put tombstones, the first of the given age, and forget the oldest beyond `most`; returns the next age."""
+    for stone in stones:
+        key = key_of(stone.session_id)
+        transaction.put(
+            key, _VALUE.pack(age, stone.end, stone.at, stone.request_id, stone.revision), db=tombstones
+        )
+        transaction.put(_AGE.pack(age), key, db=ages)
+        age += 1
+    surplus = transaction.stat(ages)["entries"] - most
+    cursor = transaction.cursor(ages)
+    for _ in range(surplus):
+        cursor.first()
+        oldest, key = cursor.item()
+        stored = transaction.get(key, db=tombstones)
+        # of a session that was buried again the newer one stays
+        if stored is not None and age_of(stored) == _AGE.unpack(oldest)[0]:
+            transaction.delete(key, db=tombstones)
+        cursor.delete()
+    return age
+
+
+def tombstone(session_id: str, stored: bytes) -> Tombstone:
+    """What a stored tombstone says."""
+    _, end, at, request_id, revision = _VALUE.unpack(stored)
+    return Tombstone(session_id, End(end), at, request_id, revision)
+
+
+def age_of(stored: bytes) -> int:
+    """The age of a stored tombstone."""
+    return int(_VALUE.unpack(stored)[0])
+
+
+def age_key(age: int) -> bytes:
+    """Under which key the key of a tombstone of that age is."""
+    return _AGE.pack(age)

@@ -1,0 +1,89 @@
+"""A local store whose records are encrypted on their way in, and decrypted on their way out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from typing_extensions import override
+
+from stepwell_server.store.base import Batch, LocalStore, StoreHealth, Tombstone
+from stepwell_server.store.heads import Heads
+from stepwell_server.store.record import Header, Stored
+from stepwell_server.store.sealing import Sealer
+
+
+class EncryptedStore(LocalStore):
+    """What is behind it never sees a state. Lists need no key: they say what is not encrypted (`sealing`)."""
+
+    def __init__(self, local: LocalStore, sealer: Sealer) -> None:
+        self._local = local
+        self._sealer = sealer
+        self.is_volatile = local.is_volatile
+        self.for_one_thread = local.for_one_thread
+        self.waits_for_disk = local.waits_for_disk
+        self.secret = local.secret
+        self.incarnation = local.incarnation
+        self.first_revision = local.first_revision
+
+    @property
+    @override
+    def damage(self) -> str:
+        return self._local.damage
+
+    @override
+    def commit(self, batch: Batch) -> None:
+        sealed = dataclasses.replace(batch, puts=self._sealer.seal(batch.puts)) if batch.puts else batch
+        self._local.commit(sealed)
+
+    @property
+    @override
+    def needs_checkpoint(self) -> bool:
+        return self._local.needs_checkpoint
+
+    @override
+    def checkpoint(self) -> None:
+        self._local.checkpoint()
+
+    @override
+    def get(self, session_id: str) -> Stored | None:
+        record = self._local.get(session_id)
+        return None if record is None else self._sealer.open(session_id, record)
+
+    @override
+    def get_many(self, session_ids: Sequence[str]) -> list[Stored | None]:
+        opened = self._sealer.opened_or_as_is
+        found = zip(session_ids, self._local.get_many(session_ids), strict=True)
+        return [None if record is None else opened(session_id, record) for session_id, record in found]
+
+    @override
+    def scan(self, *, after: str = "", prefix: str = "", limit: int) -> list[tuple[str, Header | None]]:
+        return self._local.scan(after=after, prefix=prefix, limit=limit)
+
+    @override
+    def heads(self, *, after: str = "", limit: int) -> Heads:
+        return self._local.heads(after=after, limit=limit)
+
+    @override
+    def count(self) -> int:
+        return self._local.count()
+
+    @override
+    def count_of(self, model: str) -> int:
+        return self._local.count_of(model)
+
+    @override
+    def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
+        return self._local.tombstones(session_ids)
+
+    @override
+    def announce(self, listen: str) -> None:
+        self._local.announce(listen)
+
+    @override
+    def check(self) -> StoreHealth:
+        return self._local.check()
+
+    @override
+    def close(self) -> None:
+        self._local.close()

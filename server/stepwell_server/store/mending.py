@@ -1,0 +1,153 @@
+"""Stores on disk that nobody uses, made anew in place: encrypted with another key, or without what is damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from stepwell_server.clock import Clock
+from stepwell_server.store.base import StoreError, Tombstone
+from stepwell_server.store.disk import meta
+from stepwell_server.store.disk.filling import Pair, rebuild
+from stepwell_server.store.disk.key_sums import Sums
+from stepwell_server.store.disk.snapshot import Entry, Snapshot
+from stepwell_server.store.keyring import Keyring
+from stepwell_server.store.record import is_sound, key_id_of
+from stepwell_server.store.sealing import Sealer
+
+_log = logging.getLogger(__name__)
+_KEPT = (meta.INCARNATION, meta.SECRET, meta.FIRST_REVISION, meta.KEYS)
+
+
+@dataclasses.dataclass(slots=True)
+class Rekeyed:
+    """What became of a store's sessions."""
+
+    sessions: int = 0
+    damaged: int = 0
+    """Records that could not be opened: they are as they were, and their sessions answer STATE_CORRUPT."""
+    left: set[str] = dataclasses.field(default_factory=set)
+    """Ids of keys that those were encrypted with."""
+
+
+def rekey(path: Path, clock: Clock, keyring: Keyring, *, decrypt: bool = False) -> Rekeyed:
+    """Encrypt all sessions of a store with the first key, or none; no server may use it.
+
+    Afterwards no other key is needed, and no file of the store has what was not encrypted; the disk may, where those were.
+
+    Raises:
+        StoreBusy: a server uses it.
+        StoreError: it cannot be read or written, or lost sessions.
+        KeyFileError: a key is missing.
+    """
+    sealer, found = Sealer(keyring), Rekeyed()
+
+    def sessions(old: Snapshot) -> Iterator[Pair]:
+        keyring.require(old.key_checks)
+        sums = Sums()
+        for entry in old.sessions():
+            found.sessions += 1
+            sums.add([entry.key])
+            yield entry.session_id, _rekeyed(sealer, entry.session_id, entry.record, found, decrypt=decrypt)
+        old.require_all(sums)
+
+    def about(old: dict[bytes, bytes]) -> dict[bytes, bytes]:
+        checks = {} if decrypt else keyring.first_check
+        checks |= {key_id: keyring.checks[key_id] for key_id in found.left & keyring.checks.keys()}
+        return {**_kept(old), meta.KEYS: meta.pack_keys(checks)}
+
+    rebuild(path, clock, sessions, about)
+    return found
+
+
+def _rekeyed(sealer: Sealer, session_id: str, record: bytes, found: Rekeyed, *, decrypt: bool) -> bytes:
+    plain = sealer.opened_or_as_is(session_id, record) if is_sound(session_id, record) else record
+    if plain is record and (not is_sound(session_id, record) or key_id_of(record) is not None):
+        found.damaged += 1
+        if is_sound(session_id, record):
+            found.left.add(str(key_id_of(record)))
+        return record
+    if decrypt:
+        return bytes(plain)
+    ((_, sealed),) = sealer.seal([(session_id, plain)])
+    return bytes(sealed)
+
+
+@dataclasses.dataclass(slots=True)
+class Mended:
+    """What was found in a damaged store."""
+
+    sessions: int = 0
+    recovered: list[str] = dataclasses.field(default_factory=list)
+    """Sessions whose key was damaged, and could be told from their record."""
+    damaged: list[str] = dataclasses.field(default_factory=list)
+    """Keys of records that are not as they were written: their sessions answer STATE_CORRUPT."""
+    lost: int = 0
+    """Sessions that are not there any more; nobody can tell which."""
+
+
+def repair(path: Path, clock: Clock) -> Mended:
+    """Make a store of what is left of one that lost sessions; no server may use it.
+
+    Afterwards sessions that are not found are not there, as everywhere: what is lost is taken for lost.
+
+    Raises:
+        StoreBusy: a server uses it.
+        StoreError: it cannot be read or written.
+    """
+    found = Mended()
+
+    def sessions(old: Snapshot) -> Iterator[Pair]:
+        seen = set[str]()
+        for entry in _readable(old):
+            session_id, record = entry.session_id, entry.record
+            if not is_sound(session_id, record):
+                own = next((name for name in _similar(entry.key) if is_sound(name, record)), None)
+                if own is None:
+                    found.damaged.append(session_id)
+                else:
+                    found.recovered.append(own)
+                    session_id, record = own, old.later(own, record)
+            if session_id not in seen:
+                seen.add(session_id)
+                found.sessions += 1
+                yield session_id, record
+        expected = old.expected
+        found.lost = 0 if expected is None else max(0, expected.count - found.sessions)
+
+    rebuild(path, clock, sessions, _kept, stones=_readable_stones)
+    return found
+
+
+def _readable(old: Snapshot) -> Iterator[Entry]:
+    try:
+        yield from old.sessions()
+    except StoreError as error:
+        _log.warning("what follows cannot be read: %s", error)
+
+
+def _readable_stones(old: Snapshot) -> list[Tombstone]:
+    try:
+        return old.tombstones()
+    except StoreError as error:
+        _log.warning("how sessions ended is not known any more: %s", error)
+        return []
+
+
+def _similar(key: bytes) -> Iterator[str]:
+    """What an id may have been before one bit of it changed."""
+    changed = bytearray(key)
+    for place, bit in itertools.product(range(len(key)), range(8)):
+        changed[place] ^= 1 << bit
+        with contextlib.suppress(UnicodeDecodeError):
+            yield changed.decode()
+        changed[place] ^= 1 << bit
+
+
+def _kept(old: dict[bytes, bytes]) -> dict[bytes, bytes]:
+    """What stays true of a store that is made anew."""
+    return {name: old[name] for name in _KEPT if name in old}

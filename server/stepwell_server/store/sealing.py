@@ -1,0 +1,175 @@
+"""Records whose states nobody can read who lacks the key: rows and extra are encrypted, in place.
+
+    header | fingerprint | model | rows, extra: encrypted | seal | other fields
+
+The seal is the extension field `record.SEAL`: nonce, tag, id of the key. All else stays legible, for lists and for what
+finds damage without a key: the id of the session and of its model, revision, position, times, lengths. It is
+authenticated: header (but for its checksum), texts, other fields and session id are the associated data. So neither is a
+state taken for another session's, nor for another revision.
+
+The checksum is over the encrypted record, as over any other. A record that is not encrypted stays readable.
+"""
+
+from __future__ import annotations
+
+import operator
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from stepwell_server.errors import StateCorrupt
+from stepwell_server.store.keyring import Keyring
+from stepwell_server.store.record import (
+    HEADER,
+    KEY_ID_AT,
+    SCHEMA_VERSION,
+    SEAL,
+    U8,
+    Joined,
+    Puts,
+    Stored,
+    checksums_of,
+    fields_at,
+    head_with,
+    is_sound,
+    key_id_of,
+    seal_end,
+    state_at,
+    with_checksum,
+)
+from stepwell_server.store.xaes import NONCE_BYTES, NONCE_REST_BYTES, TAG_BYTES, random_nonces, rest_of
+
+_HEAD = struct.Struct("<HH")
+_CHECKSUM_BYTES = 4
+assert KEY_ID_AT == NONCE_BYTES + TAG_BYTES
+
+
+class Sealer:
+    """Encrypts records with the first key of a ring, and decrypts those of all. Safe for threads."""
+
+    def __init__(self, keyring: Keyring) -> None:
+        self._keys = keyring.keys
+        self._key_id = keyring.first.encode()
+        self._key = keyring.keys[keyring.first]
+        value_bytes = KEY_ID_AT + len(self._key_id)
+        self._seal_head = _HEAD.pack(SEAL, value_bytes)
+        self._seal_bytes = len(self._seal_head) + value_bytes
+
+    def seal(self, puts: Sequence[tuple[str, Stored]]) -> Sequence[tuple[str, Stored]]:
+        """The same records, encrypted; those that are are not to be given."""
+        nonces = random_nonces(len(puts))
+        cipher = self._key.derive(nonces[:1].tobytes())
+        if not isinstance(puts, Joined):
+            return self._part(puts, cipher, nonces)
+        sealed, at = [], 0
+        for part in puts.parts:
+            if len(part):
+                sealed.append(self._part(part, cipher, nonces[at : at + len(part)]))
+                at += len(part)
+        return Joined(sealed)
+
+    def is_current(self, record: Stored) -> bool:
+        """Whether a sound record is encrypted with the key that is used now."""
+        return key_id_of(record) == self._key_id.decode()
+
+    def open(self, session_id: str, record: Stored) -> Stored:
+        """A record as it was before it was encrypted; one that is not is returned as it is.
+
+        Raises:
+            StateCorrupt: it is damaged, there is no such key, or this is not what was encrypted.
+        """
+        found = self.opened_or_as_is(session_id, record)
+        if found is record and key_id_of(record) is not None:
+            raise self._refused(session_id, record)
+        return found
+
+    def opened_or_as_is(self, session_id: str, record: Stored) -> Stored:
+        """As `open`; what cannot be opened is returned as it is, and decoding it says `StateCorrupt`."""
+        key_id = key_id_of(record)
+        if key_id is None or not is_sound(session_id, record) or key_id not in self._keys:
+            return record
+        view = memoryview(record)
+        start, seal = state_at(view), fields_at(view)
+        value, rest = view[seal + _HEAD.size :], seal_end(view)
+        nonce, tag = bytes(value[:NONCE_BYTES]), value[NONCE_BYTES:KEY_ID_AT]
+        known = b"".join((view[_CHECKSUM_BYTES:start], view[rest:], session_id.encode()))
+        try:
+            state = (
+                self._keys[key_id]
+                .derive(nonce)
+                .decrypt(rest_of(nonce), b"".join((view[start:seal], tag)), known)
+            )
+        except InvalidTag:
+            return record
+        return with_checksum(
+            session_id, b"".join((head_with(view[:start], len(view) - rest), state, view[rest:]))
+        )
+
+    def _refused(self, session_id: str, record: Stored) -> StateCorrupt:
+        rule = f"the stored record of session {session_id!r} must be as it was written"
+        key_id = key_id_of(record)
+        if not is_sound(session_id, record):
+            problem = "its checksum is another"
+        elif key_id not in self._keys:
+            problem = f"it is encrypted with key {key_id!r}, which the key file lacks"
+        else:
+            problem = f"key {key_id!r} does not open it: it was changed, or encrypted with another key"
+        return StateCorrupt(f"{rule}: {problem}", session_id=session_id)
+
+    def _part(
+        self, puts: Sequence[tuple[str, Stored]], cipher: AESGCM, nonces: U8
+    ) -> Sequence[tuple[str, Stored]]:
+        if isinstance(puts, Puts) and len(puts) > 1:
+            return self._laid_out(puts, cipher, nonces)
+        sealed = zip(puts, _rows(nonces), strict=True)
+        return [(i, self._one(i, record, cipher, nonce)) for (i, record), nonce in sealed]
+
+    def _one(self, session_id: str, record: Stored, cipher: AESGCM, nonce: bytes) -> bytes:
+        view = memoryview(record)
+        start, end = state_at(view), fields_at(view)
+        fields = view[end:]
+        head = head_with(view[:start], self._seal_bytes + len(fields))
+        known = b"".join((head[_CHECKSUM_BYTES:], fields, session_id.encode()))
+        both = memoryview(cipher.encrypt(rest_of(nonce), view[start:end], known))
+        state, tag = both[:-TAG_BYTES], both[-TAG_BYTES:]
+        return with_checksum(
+            session_id, b"".join((head, state, self._seal_head, nonce, tag, self._key_id, fields))
+        )
+
+    def _laid_out(self, puts: Puts, cipher: AESGCM, nonces: U8) -> Puts:
+        """All records have the same layout, and what is not encryption itself is done for all at once."""
+        count, size = len(puts), puts.sizes[0]
+        start, end = state_at(puts[0][1]), fields_at(puts[0][1])
+        seal, rest = end + _HEAD.size, end + self._seal_bytes
+        tags, key_ids = seal + NONCE_BYTES, seal + KEY_ID_AT
+        plain = np.frombuffer(puts.together, np.uint8).reshape(count, size)
+        out = np.empty((count, rest + size - end), np.uint8)
+        out[:, :start], out[:, rest:] = plain[:, :start], plain[:, end:]
+        out[:, end:seal] = np.frombuffer(self._seal_head, np.uint8)
+        out[:, seal:tags] = nonces
+        out[:, key_ids:rest] = np.frombuffer(self._key_id, np.uint8)
+        heads = out[:, : HEADER.itemsize].view(HEADER)[:, 0]
+        heads["schema"], heads["fields_bytes"] = SCHEMA_VERSION, self._seal_bytes + size - end
+        known = np.concatenate((out[:, _CHECKSUM_BYTES:start], out[:, rest:]), axis=1)
+        states = map(
+            cipher.encrypt,
+            _rows(nonces[:, NONCE_BYTES - NONCE_REST_BYTES :]),
+            _rows(plain[:, start:end]),
+            map(operator.add, _rows(known), puts.keys),
+        )
+        both = np.frombuffer(b"".join(states), np.uint8).reshape(count, end - start + TAG_BYTES)
+        out[:, start:end], out[:, tags:key_ids] = both[:, :-TAG_BYTES], both[:, -TAG_BYTES:]
+        flat, sealed_bytes = memoryview(out.reshape(-1).data), out.shape[1]
+        records: list[Stored] = [flat[at : at + sealed_bytes] for at in range(0, out.size, sealed_bytes)]
+        sums = checksums_of((record[_CHECKSUM_BYTES:] for record in records), puts.seeds)
+        heads["checksum"] = sums
+        return puts.with_checksums(records, flat, sums.tobytes())
+
+
+def _rows(array: U8) -> list[bytes]:
+    """Each row as bytes."""
+    data, size = array.tobytes(), array.shape[1]
+    return [data[at : at + size] for at in range(0, len(data), size)] if size else [b""] * len(array)

@@ -1,0 +1,65 @@
+"""XAES-256-GCM: AES-256-GCM under a key of its own for each nonce of 192 bits.
+
+GCM alone has nonces of 96 bits. Drawn at random they are good for 2**32 messages of one key (NIST SP 800-38D, section
+8.3), which is two and a half days of 20,000 steps per second; counted, they repeat when a store is copied or goes back.
+XAES-256-GCM (https://c2sp.org/XAES-256-GCM) takes random nonces for 2**80 messages of one key: the first half of the
+nonce and the key give the key that AES-GCM uses, with the second half (a KDF of NIST SP 800-108r1 with AES-CMAC).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+KEY_BYTES = 32
+NONCE_BYTES = 24
+TAG_BYTES = 16
+
+_DERIVING_BYTES = 12
+NONCE_REST_BYTES = NONCE_BYTES - _DERIVING_BYTES
+_COUNT_BYTES = 4
+_BLOCK_BITS, _REDUCTION = 128, 0x87  # of CMAC, NIST SP 800-38B
+_MESSAGES = (b"\x00\x01X\x00", b"\x00\x02X\x00")
+
+
+class Key:
+    """A key of 32 bytes. Safe for threads."""
+
+    def __init__(self, key: bytes) -> None:
+        cipher = Cipher(algorithms.AES(key), modes.ECB())  # noqa: S305  # the block cipher itself, of which CMAC is made
+        self._encryptor = cipher.encryptor()
+        self._lock = threading.Lock()
+        doubled = int.from_bytes(self._encryptor.update(bytes(16)), "big") << 1
+        if doubled >> _BLOCK_BITS:
+            doubled ^= (1 << _BLOCK_BITS) | _REDUCTION
+        self._masks = [doubled ^ (int.from_bytes(message, "big") << 96) for message in _MESSAGES]
+
+    def derive(self, nonce: bytes) -> AESGCM:
+        """What encrypts and decrypts under nonces that begin as this one does; it takes their last 12 bytes."""
+        part = int.from_bytes(nonce[:_DERIVING_BYTES], "big")
+        blocks = b"".join([(mask ^ part).to_bytes(16, "big") for mask in self._masks])
+        with self._lock:
+            derived = self._encryptor.update(blocks)
+        return AESGCM(derived)
+
+
+def rest_of(nonce: bytes) -> bytes:
+    """The part of a nonce that AES-GCM takes."""
+    return nonce[_DERIVING_BYTES:]
+
+
+def random_nonces(count: int) -> npt.NDArray[np.uint8]:
+    """Nonces for what is encrypted together, `(count, NONCE_BYTES)`: random, but for the last four bytes, which count.
+
+    Two of them are the same only if 160 random bits are, so each is as good as one drawn by itself. They begin as the first
+    does, and so share what `derive` makes of it.
+    """
+    nonces = np.empty((count, NONCE_BYTES), np.uint8)
+    nonces[:, :-_COUNT_BYTES] = np.frombuffer(os.urandom(NONCE_BYTES - _COUNT_BYTES), np.uint8)
+    nonces[:, -_COUNT_BYTES:] = np.arange(count, dtype=">u4").view(np.uint8).reshape(count, _COUNT_BYTES)
+    return nonces

@@ -1,0 +1,1 @@
+"""Traces by OpenTelemetry: `spans` makes them, `export` sends them. Imported only where the server is told to trace."""

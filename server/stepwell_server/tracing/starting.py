@@ -1,0 +1,45 @@
+"""Whether a server traces: it imports OpenTelemetry only if it does."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from stepwell_server.logs import Log
+from stepwell_server.rpc.server import SERVICES
+
+if TYPE_CHECKING:
+    from stepwell_server.clock import Clock
+    from stepwell_server.metrics.observer import PrometheusObserver
+    from stepwell_server.tracing.spans import Tracing
+
+_log = Log("tracing")
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_HOW = "pip install 'stepwell[otel]'"
+
+
+class TracingError(Exception):
+    """Traces cannot be made. The message is one line."""
+
+
+def start(endpoint: str | None, share: float, clock: Clock, observer: PrometheusObserver) -> Tracing | None:
+    """What makes traces; None: nobody has said where to.
+
+    Raises:
+        TracingError: `endpoint` is given, and OpenTelemetry is not installed.
+    """
+    found = endpoint or next((value for name in _ENDPOINTS if (value := os.environ.get(name))), None)
+    if found is None or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    try:
+        from stepwell_server.tracing.export import exporter_to
+        from stepwell_server.tracing.spans import Tracing
+    except ImportError as error:
+        if endpoint is not None:
+            raise TracingError(f"--trace-endpoint: needs OpenTelemetry: {_HOW} ({error})") from error
+        _log.warning(f"nothing is traced: OpenTelemetry is not installed; {_HOW}", endpoint=found)
+        return None
+    tracing = Tracing(exporter_to(endpoint), share, SERVICES, clock)
+    observer.traces_by(tracing.counts)
+    _log.info("tracing", endpoint=found, sample=share)
+    return tracing

@@ -1,0 +1,129 @@
+"""`stepwell top`, of a real server: once, as JSON, and live in a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import stepwell
+from support.server_process import FEATURES, ServerProcess, serve
+
+_TIMEOUT_S = 100.0
+
+
+@pytest.fixture(scope="module")
+def busy() -> Iterator[tuple[ServerProcess, str]]:
+    """A server that has done something, and the address of its metrics."""
+    with serve("--metrics-listen", "127.0.0.1:0", "--log-format", "json") as server:
+        address = json.loads(server.wait_for_log('"metrics"'))["address"]
+        yield server, address
+
+
+@contextlib.contextmanager
+def _working(server: ServerProcess) -> Iterator[None]:
+    """Steps of one session while the body runs, and errors of another."""
+    ended = threading.Event()
+
+    def work() -> None:
+        with (
+            stepwell.connect(server.address) as client,
+            client.open_session("forecast", session_id="busy one") as session,
+        ):
+            while not ended.is_set():
+                session.step(np.zeros((1, FEATURES), np.float32))
+                with pytest.raises(stepwell.SessionNotFoundError):
+                    client.session_info("nobody")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(_TIMEOUT_S)
+
+
+def _command(server: ServerProcess, metrics: str, *arguments: str) -> list[str]:
+    where = ("--server", server.address, "--metrics", f"http://{metrics}", "--interval", "300ms")
+    return [str(Path(sys.executable).with_name("stepwell")), "top", *where, *arguments]
+
+
+def _run(server: ServerProcess, metrics: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = _command(server, metrics, *arguments)
+    return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+
+
+def test_one_picture_for_people_and_for_programs(busy: tuple[ServerProcess, str]) -> None:
+    server, metrics = busy
+    with _working(server):
+        found = json.loads(_run(server, metrics, "--json").stdout)
+        shown = _run(server, metrics, "--once")
+    (model,) = found["models"]
+    assert model["model"] == "forecast"
+    assert model["row_steps_per_s"] > 0
+    assert model["passes_per_s"] == pytest.approx(model["row_steps_per_s"])
+    assert model["rows_per_pass"] == 1
+    assert 0 < model["p50_s"] <= model["p99_s"]
+    assert 0 < model["busy"] <= 1.5
+    assert model["sessions"] == model["resident_rows"] == 1
+    assert {method["method"] for method in found["methods"]} >= {"Step", "GetSession"}
+    assert [(error["reason"], error["model"]) for error in found["errors"]] == [("SESSION_NOT_FOUND", "")]
+    assert [slow["session_id"] for slow in found["slow_sessions"]] == ["busy one"]
+    assert found["server"]["memory_bytes"] > 1e6
+    assert found["server"]["store_ready"] is True
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "\x1b" not in shown.stdout
+    for word in ("MODEL", "P99", "forecast", "METHOD", "SLOW SESSION", "busy one", "SESSION_NOT_FOUND"):
+        assert word in shown.stdout, word
+
+
+def test_what_cannot_be_read_is_said(busy: tuple[ServerProcess, str]) -> None:
+    server, metrics = busy
+    for address, said in (
+        ("127.0.0.1:1", "cannot be read: "),
+        (f"{metrics}/elsewhere", "are refused: 404"),
+    ):
+        failed = _run(server, address, "--once")
+        assert failed.returncode == 1
+        assert f"http://{address}" in failed.stderr
+        assert said in failed.stderr
+        assert failed.stderr.count("\n") == 1
+
+
+def test_on_a_terminal_it_goes_on_until_q_is_pressed(busy: tuple[ServerProcess, str]) -> None:
+    server, metrics = busy
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "30"}
+    with _working(server):
+        running = subprocess.Popen(
+            _command(server, metrics), stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+        )
+        os.close(theirs)
+        try:
+            seen = b""
+            while seen.count(b"busy one") < 2:  # the second picture
+                seen += os.read(ours, 65536)
+            os.write(ours, b"q")
+            with contextlib.suppress(OSError):  # it has closed the terminal
+                while True:
+                    seen += os.read(ours, 65536)
+            assert running.wait(_TIMEOUT_S) == 0
+        finally:
+            running.kill()
+            running.wait()
+            os.close(ours)
+    assert b"\x1b[?1049h" in seen, "a screen of its own"
+    assert b"\x1b[?1049l" in seen, "given back"
+    assert b"forecast" in seen

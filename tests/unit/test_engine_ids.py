@@ -1,0 +1,90 @@
+"""Ids that the server makes: which cannot be guessed, which follow from the request, and in which namespace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from stepwell_server.engine.sessions.ids import MAX_ID_LENGTH, IdMaker, require_session_id, shown
+from stepwell_server.errors import InvalidInput
+from stepwell_server.store.memory import MemoryStore
+from support.awaited import RemoteStore
+
+NAMESPACES = ["", "acme\x1f"]
+FOREIGN = "s-00000000-" + "A" * 22
+
+
+@pytest.fixture
+def ids() -> IdMaker:
+    return IdMaker(RemoteStore(MemoryStore()))
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("request_id", [0, 5])
+def test_ids_of_one_call_lie_together_and_tell_nothing_of_each_other(
+    ids: IdMaker, namespace: str, request_id: int
+) -> None:
+    made = ids.make_many(request_id, 4096, namespace=namespace)
+    assert made == sorted(set(made))
+    (common,) = {one[:-22] for one in made}
+    assert common.startswith(f"{namespace}s-")
+    parts = [one[-22:] for one in made]
+    # of 4,096 random numbers of 128 bits no two are alike in their first 36 bits, or in their last 36
+    assert len({part[:6] for part in parts}) == len({part[-6:] for part in parts}) == 4096
+    assert all(ids.is_made_by_a_server(one) and not ids.is_from_elsewhere(one) for one in made)
+    assert all(len(one) <= MAX_ID_LENGTH for one in made)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_ids_follow_from_the_request_the_namespace_and_the_sources(ids: IdMaker, namespace: str) -> None:
+    def made(
+        maker: IdMaker = ids,
+        request_id: int = 5,
+        count: int = 3,
+        sources: Sequence[str] = (),
+        whose: str = namespace,
+    ) -> set[str]:
+        one = maker.make(request_id, " ".join(sources), namespace=whose)
+        return {one, *maker.make_many(request_id, count, sources, namespace=whose)}
+
+    first = made()
+    assert made() == first
+    assert first < made(count=9)
+    others = [
+        made(request_id=6),
+        made(whose="zeta\x1f"),
+        made(whose="5\x1f"),
+        made(sources=["a"]),
+        made(sources=["a", "b"]),
+        made(IdMaker(RemoteStore(MemoryStore()))),
+        made(request_id=0),
+        made(request_id=0),
+    ]
+    assert len(set().union(first, *others)) == 4 * (1 + len(others))
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_ids_of_earlier_releases_are_known(ids: IdMaker, namespace: str) -> None:
+    for made in (FOREIGN, f"{FOREIGN}-00ff", f"{FOREIGN}abcd"):
+        assert ids.is_made_by_a_server(namespace + made)
+        assert ids.is_from_elsewhere(namespace + made)
+    for chosen in (
+        "s-00000000-short",
+        f"{FOREIGN}abc",
+        f"{FOREIGN}-00fg",
+        "user",
+        f"acme\x1f{namespace}{FOREIGN}x",
+    ):
+        assert not ids.is_made_by_a_server(namespace + chosen)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_the_limits_are_those_of_what_the_caller_says(namespace: str) -> None:
+    require_session_id("session_id", namespace + "x" * MAX_ID_LENGTH)
+    for bad in ("", " a", "a ", "a\nb", "x" * (MAX_ID_LENGTH + 1), "a\x1fb"):
+        if not namespace and "\x1f" in bad:
+            continue  # what a caller without a tenant says so is in nobody's namespace: `namespaces.inner`
+        with pytest.raises(InvalidInput, match=r"^session_id must be 1 to 256 printable"):
+            require_session_id("session_id", namespace + bad)
+    assert shown(namespace + "x" * 300) == f"300 characters, {'x' * 32!r}..."

@@ -1,0 +1,94 @@
+"""Between the ids that callers say and those that the engine knows."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepwell.v1 import sessions_pb2 as pb
+from stepwell_server.core import namespaces
+from stepwell_server.core.callers import ANYBODY, Caller, Role
+from stepwell_server.errors import InvalidInput, SessionNotFound
+from stepwell_server.rpc import naming
+from stepwell_server.rpc.boundary import Boundary
+from stepwell_server.rpc.fronts.base import CallEnded
+from stepwell_server.rpc.status import to_proto, to_status
+from support.fake_call import FakeCall, Requests
+
+ANN, BOB = (Caller(name, tenant, Role.USER) for name, tenant in (("ann", "acme"), ("bob", "zeta")))
+OF_ALL = Caller("ops", "*", Role.ADMIN)
+TEXT = st.text(st.sampled_from("az-_.\x1f\\x1f 'é\"")) | st.sampled_from(["", "acme\x1fx", "-\x1fx", "\x1f"])
+CALLERS = st.sampled_from([ANYBODY, ANN, BOB])
+
+
+@given(CALLERS, TEXT, CALLERS, TEXT)
+def test_no_two_callers_name_the_same_session_and_each_gets_its_own_words_back(
+    one: Caller, said: str, other: Caller, also_said: str
+) -> None:
+    inner = naming.inner(one, said)
+    assert naming.own(inner) == said
+    if said:
+        is_same = inner == naming.inner(other, also_said)
+        assert is_same is ((one.tenant, said) == (other.tenant, also_said))
+        assert "\x1f" not in said or one.tenant or namespaces.tenant_of(inner) == "-"
+    assert naming.inner_all(one, [said, also_said]) == [inner, naming.inner(one, also_said)]
+
+
+# What has the separator in it is no id of a session: of such words more may be left out.
+@given(st.sampled_from([ANN, BOB]), TEXT.filter(lambda said: "\x1f" not in said) | st.just("acme\x1fx"))
+def test_whatever_names_a_session_is_told_in_its_callers_words(who: Caller, said: str) -> None:
+    inner = naming.inner(who, said)
+    error = SessionNotFound(inner, f"session {inner!r} is not there, nor {[inner]}")
+    told = to_proto(error)
+    assert told.message == f"session {said!r} is not there, nor {[said]}"[:2048]
+    assert dict(told.metadata) == {"session_id": said}
+    assert to_status(error).message == told.message
+
+
+def test_lists_of_a_tenant_come_back_as_it_knows_them() -> None:
+    assert naming.own_all([]) == []
+    assert naming.own_all(["a", "b"]) == ["a", "b"]
+    assert naming.own_all(naming.inner_all(ANN, ["a", "b"])) == ["a", "b"]
+
+
+def test_clients_of_tenants_are_others_though_they_say_the_same() -> None:
+    chance = random.Random(1)
+    for client in (1, 2**64 - 1, *(chance.getrandbits(64) for _ in range(100))):
+        inner = {naming.inner_client(who, client) for who in (ANYBODY, ANN, BOB)}
+        assert len(inner) == 3
+        assert client in inner, "of who has no tenant: as before"
+        assert all(0 < one < 2**64 for one in inner)
+    assert naming.inner_client(ANN, 0) == 0, "none is none"
+
+
+def test_who_is_about_all_tenants_names_no_session() -> None:
+    for call in (
+        lambda: naming.inner(OF_ALL, "a"),
+        lambda: naming.inner_all(OF_ALL, ["a"]),
+        lambda: naming.inner_client(OF_ALL, 1),
+        lambda: naming.namespace_of(OF_ALL),
+    ):
+        with pytest.raises(
+            InvalidInput, match=re.escape("stepwell-tenant must be one tenant where sessions")
+        ):
+            call()
+
+
+async def test_a_tenant_is_refused_where_nobody_is_asked_who_calls() -> None:
+    boundary = Boundary(Requests(), 1024)
+
+    async def answer(_request: object, _call: object) -> pb.GetSessionResponse:
+        raise SessionNotFound("s", "it was served")
+
+    for method, told in (
+        ("GetSession", "must not be sent to a server that does not ask"),
+        ("Check", "served"),
+    ):
+        call = FakeCall()
+        call.metadata = {"stepwell-tenant": "acme"}
+        with pytest.raises(CallEnded, match=told):
+            await boundary.unary(method, answer, pb.GetSessionRequest)(call)

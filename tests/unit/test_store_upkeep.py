@@ -1,0 +1,382 @@
+"""What `stepwell store` does with stores and backups: check, restore, encrypt anew, mend."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from stepwell.cli import main
+from stepwell_server.clock import SystemClock
+from stepwell_server.store import backup, checking, mending
+from stepwell_server.store.base import Batch, End, KeyFileError, StoreBusy, StoreError, Tombstone
+from stepwell_server.store.disk import lmdb as lmdb_module
+from stepwell_server.store.disk import wal_reading
+from stepwell_server.store.disk.backup_file import BackupError, Writer
+from stepwell_server.store.disk.lock import reading
+from stepwell_server.store.disk.wal_file import Segment
+from stepwell_server.store.keyring import Keyring, add_key
+from stepwell_server.store.opening import encrypted
+from support.samples import some
+from support.stored import base_of, begin, end, opened, put, record, revisions
+
+LONG = "é" * 256
+IDS = ["a", "b", LONG, *(f"s{n:03d}" for n in range(200))]
+RING = Keyring({"new": b"\1" * 32, "old": b"\2" * 32})
+OLD = Keyring({"old": b"\2" * 32})
+CLOCK = SystemClock()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A store at rest, whose write-ahead log still has changes, as after kill -9."""
+    store = opened(tmp_path / "live")
+    begin(store, "gone", *IDS)
+    end(store, "gone")
+    for revision in range(1, 4):
+        put(store, "a", "b", LONG, revision=revision)
+    copy_as_it_is(tmp_path / "live", tmp_path / "data")
+    store.close()
+    return tmp_path / "data"
+
+
+def copy_as_it_is(path: Path, to: Path) -> None:
+    subprocess.run(["cp", "-r", path, to], check=True)
+
+
+def content(path: Path) -> dict[str, int]:
+    store = opened(path)
+    try:
+        return revisions(store)
+    finally:
+        store.close()
+
+
+EXPECTED = {i: 3 if i in {"a", "b", LONG} else 0 for i in IDS}
+
+
+def test_a_backup_becomes_the_same_store_or_one_ahead(path: Path, tmp_path: Path) -> None:
+    done = backup.back_up(path, tmp_path / "backup", CLOCK)
+    assert (done.sessions, done.tombstones, done.damaged, done.bytes) == (
+        len(IDS), 1, 0, (tmp_path / "backup").stat().st_size,
+    )  # fmt: skip
+    backup.restore(tmp_path / "backup", tmp_path / "moved", CLOCK, None, moved=True)
+    ahead = backup.restore(tmp_path / "backup", tmp_path / "back", CLOCK, RING, moved=False)
+    assert ahead.first_revision == backup.AHEAD
+    was, moved, back = opened(path), opened(tmp_path / "moved"), opened(tmp_path / "back")
+    assert revisions(moved) == revisions(was) == EXPECTED
+    assert (moved.incarnation, moved.secret, moved.first_revision) == (was.incarnation, was.secret, 0)
+    assert (back.first_revision, back.count_of("m")) == (backup.AHEAD, len(IDS))
+    assert back.incarnation != was.incarnation
+    assert back.secret != was.secret
+    assert moved.tombstones(["gone"]) == was.tombstones(["gone"]) == back.tombstones(["gone"])
+    assert revisions(encrypted(back, RING)) == {i: r + backup.AHEAD for i, r in EXPECTED.items()}
+    assert not was.damage + moved.damage + back.damage
+    for store in (was, moved, back):
+        store.close()
+    # again, of the one that went back: ahead of that
+    backup.back_up(tmp_path / "back", tmp_path / "backup2", CLOCK)
+    with pytest.raises(KeyFileError, match="is encrypted, with new, and revisions in it are to change"):
+        backup.restore(tmp_path / "backup2", tmp_path / "back2", CLOCK, None, moved=False)
+    with pytest.raises(KeyFileError, match=r"it lacks new$"):
+        backup.restore(tmp_path / "backup2", tmp_path / "back2", CLOCK, OLD, moved=False)
+    assert not (tmp_path / "back2").exists()
+    again = backup.restore(tmp_path / "backup2", tmp_path / "back2", CLOCK, RING, moved=False)
+    assert again.first_revision == 2 * backup.AHEAD
+    assert not checking.examine(tmp_path / "back2", RING).problems
+
+
+def test_nothing_is_overwritten_and_nothing_half_done_stays(path: Path, tmp_path: Path) -> None:
+    file, there = tmp_path / "backup", set(os.listdir(tmp_path))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    for taken in (path / "server.lock", tmp_path / "folder"):
+        with pytest.raises(BackupError, match="must not be there yet"):
+            backup.back_up(path, taken, CLOCK)
+    with pytest.raises(StoreError, match="must hold a store"):
+        backup.back_up(tmp_path / "folder", file, CLOCK)
+    assert not file.exists()
+    # what a writer that was killed has left is taken over, but not that of one which lives
+    (tmp_path / ".backup.unfinished").write_bytes(b"x" * 10**6)
+    writer = Writer(tmp_path / "backup", bytes_per_s=1e9)
+    with pytest.raises(BackupError, match="is being written by another process"):
+        backup.back_up(path, file, CLOCK)
+    writer.close()
+    backup.back_up(path, file, CLOCK)
+    with pytest.raises(StoreError, match="must not be there yet, or be empty"):
+        backup.restore(file, tmp_path / "folder", CLOCK, None, moved=True)
+    (tmp_path / "empty").mkdir()
+    backup.restore(file, tmp_path / "empty", CLOCK, None, moved=True)
+    assert set(os.listdir(tmp_path)) == there | {"folder", "backup", "empty"}
+    assert [
+        p for p in tmp_path.joinpath("empty").rglob("*") if p.is_file() and p.stat().st_mode & 0o077
+    ] == []
+
+
+def test_a_backup_that_was_damaged_or_cut_off_is_refused(path: Path, tmp_path: Path) -> None:
+    backup.back_up(path, tmp_path / "backup", CLOCK)
+    whole = (tmp_path / "backup").read_bytes()
+    changed = tmp_path / "changed"
+    chance = random.Random(5)
+    for at in chance.sample(range(len(whole)), 60):
+        for data in (
+            whole[:at],
+            whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :],
+        ):
+            changed.write_bytes(data)
+            with pytest.raises(BackupError, match=f"{changed}"):
+                backup.restore(changed, tmp_path / "restored", CLOCK, None, moved=True)
+    changed.write_bytes(whole + whole[18:])
+    with pytest.raises(BackupError, match="is damaged: something follows its end"):
+        checking.examine_backup(changed, None)
+    assert not (tmp_path / "restored").exists()
+
+
+def test_a_rate_is_kept(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("stepwell_server.store.disk.backup_file.time.monotonic", lambda: 100 + sum(slept))
+    writer = Writer(tmp_path / "backup", bytes_per_s=1000.0, sleep=slept.append)
+    for number in range(3):
+        writer.session(f"s{number}", bytes(2**20))
+    writer.finish()
+    writer.close()
+    assert sum(slept) == pytest.approx(writer.bytes / 1000, rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------- checking
+
+
+def change(path: Path, what: bytes, at: int, *, places: int | None = None) -> None:
+    """Change a bit at an offset from where some bytes stand in the data file, wherever (or in some places) they stand."""
+    file = path / "sessions" / "data.mdb"
+    data = bytearray(file.read_bytes())
+    found = [place for place in range(len(data)) if data.startswith(what, place)]
+    assert found
+    for place in found[:places]:
+        data[place + at] ^= 2
+    file.write_bytes(data)
+
+
+def test_a_check_says_all_that_is_wrong(path: Path, tmp_path: Path) -> None:
+    found = checking.examine(path, None)
+    assert (found.problems, found.sessions, found.logged, found.tombstones) == ([], len(IDS), 3, 1)
+    assert found.models == {"m": len(IDS)}
+    change(path, record("s050"), 80)  # of a record
+    change(path, b"s100", 3)  # of a key
+    found = checking.examine(path, None)
+    assert "s050" in found.damaged
+    assert any("not as they were written" in problem for problem in found.problems)
+    assert any("are missing" in problem for problem in found.problems)
+    assert len(found.damaged) == 2, "one has another id"
+    with pytest.raises(StoreError, match="must hold a store"):
+        checking.examine(tmp_path, None)
+
+
+def test_a_check_reads_stores_of_before(tmp_path: Path) -> None:
+    with tarfile.open(Path(__file__).parents[1] / "data" / "store-schema-2.tar.xz") as archive:
+        archive.extractall(tmp_path / "data", filter="data")
+    found = checking.examine(tmp_path / "data", None)
+    assert (found.problems, found.sessions, found.logged) == ([], 3, 2)
+    backup.back_up(tmp_path / "data", tmp_path / "backup", CLOCK)
+    backup.restore(tmp_path / "backup", tmp_path / "new", CLOCK, None, moved=True)
+    assert content(tmp_path / "new") == content(tmp_path / "data") == {"a": 2, "b": 2, LONG: 0}
+
+
+def test_a_check_with_keys_opens_all(path: Path) -> None:
+    store = encrypted(opened(path), OLD)
+    put(store, "a", revision=4)
+    store.close()
+    for ring, opened_count in ((None, 0), (RING, 1)):
+        found = checking.examine(path, ring)
+        assert (found.problems, found.encrypted, found.opened) == ([], {"old": 1}, opened_count)
+    with pytest.raises(KeyFileError, match=r"it lacks old\. Without a key file all is checked but"):
+        checking.examine(path, Keyring({"new": b"\1" * 32}))
+
+
+def test_a_log_is_read_beside_its_writer(tmp_path: Path) -> None:
+    """What was written before a read begins is read, whole, while the segment is written and truncated."""
+    segment = Segment(tmp_path / "0", 16 * 1024, 7, flush=False, make=True)
+    other = Segment(tmp_path / "1", 16 * 1024, 7, flush=False, make=True)
+    other.truncate(0)
+    segment.truncate(0)
+    done, written, checkpointed = threading.Event(), 0, 0
+    problems: list[str] = []
+
+    def write() -> None:
+        nonlocal written, checkpointed, segment, other
+        for number in range(1, 500):
+            if not segment.append([[("s", record("s", number, size=300))]]):
+                checkpointed = written  # the store has all of it now
+                other.truncate(segment.sequence)
+                segment, other = other, segment
+                assert segment.append([[("s", record("s", number, size=300))]])
+            written = number
+        done.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    reads = 0
+    while not done.is_set():
+        before = written
+        found = wal_reading.read_log(tmp_path, 7)
+        kept = max(int.from_bytes(found["s"][8:16], "little") if found else 0, checkpointed)
+        if kept < before:
+            problems.append(f"{kept} of {before}")
+        reads += 1
+    thread.join()
+    assert not problems
+    assert reads
+    with pytest.raises(wal_reading.LogReplaced):
+        wal_reading.read_log(tmp_path, 8)
+    for file in (segment, other):
+        file.close()
+    for name in "01":
+        data = bytearray((tmp_path / name).read_bytes())
+        at = data.find((0x53574A31).to_bytes(4, "big"), 2000)
+        data[at + 6] ^= 1
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(StoreError, match="acknowledged are missing"):
+        wal_reading.read_log(tmp_path, 7)
+
+
+def test_the_data_file_stays_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lmdb_module, "FIRST_MAP_BYTES", 2**20)
+    store = opened(tmp_path)
+    begin(store, *(f"s{n}" for n in range(1000)), size=3000)
+    end(store, *(f"s{n}" for n in range(10, 1000)))
+    store.close()
+    before = (tmp_path / "sessions" / "data.mdb").stat()
+    with reading(tmp_path):
+        opened(tmp_path).close()
+        assert (tmp_path / "sessions" / "data.mdb").stat().st_ino == before.st_ino
+        with pytest.raises(StoreError, match="nobody may read the store"):
+            mending.repair(tmp_path, CLOCK)
+    opened(tmp_path).close()
+    assert (tmp_path / "sessions" / "data.mdb").stat().st_size < before.st_size
+
+
+def test_a_reader_that_was_killed_is_forgotten(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    begin(store, "a")
+    code = (
+        "import pathlib, sys, time\nfrom stepwell_server.store.disk import snapshot\n"
+        "with snapshot.opened(pathlib.Path(sys.argv[1])) as found:\n    print(found.meta, flush=True)\n    sys.stdin.read()"
+    )
+    reader = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with reader:
+        assert reader.stdout is not None
+        reader.stdout.readline()
+        assert str(reader.pid) in base_of(store)._environment.readers()
+        reader.kill()
+    assert str(reader.pid) in base_of(store)._environment.readers()
+    store.check()
+    assert str(reader.pid) not in base_of(store)._environment.readers()
+    store.close()
+
+
+# ----------------------------------------------------------------------------------------------------------- mending
+
+
+def test_all_is_encrypted_anew_and_nothing_else_is_left(path: Path) -> None:
+    store = encrypted(opened(path), OLD)
+    put(store, "a", revision=4)
+    with pytest.raises(StoreBusy):
+        mending.rekey(path, CLOCK, RING)
+    store.close()
+    plain = record("s050")[80:-4]
+    assert any(plain in file.read_bytes() for file in path.rglob("*") if file.is_file())
+    with pytest.raises(KeyFileError, match="lacks old"):
+        mending.rekey(path, CLOCK, Keyring({"new": b"\1" * 32}))
+    assert mending.rekey(path, CLOCK, RING).sessions == len(IDS)
+    assert not any(plain in file.read_bytes() for file in path.rglob("*") if file.is_file())
+    alone = Keyring({"new": b"\1" * 32})
+    found = checking.examine(path, alone)
+    assert (found.problems, found.encrypted, found.opened) == ([], {"new": len(IDS)}, len(IDS))
+    store = encrypted(opened(path), alone)
+    assert revisions(store) == EXPECTED | {"a": 4}
+    put(store, "a", revision=5)
+    store.close()
+    mending.rekey(path, CLOCK, alone, decrypt=True)
+    assert content(path) == EXPECTED | {"a": 5}
+    store = opened(path)
+    assert not store.key_checks
+    store.close()
+
+
+def test_what_is_left_of_a_damaged_store_is_a_store(path: Path, tmp_path: Path) -> None:
+    change(path, b"s100", 3)
+    change(path, record("s050"), 80)
+    assert checking.examine(path, None).problems
+    found = mending.repair(path, CLOCK)
+    assert found.recovered == ["s100"]
+    assert found.damaged == ["s050"]
+    assert (found.lost, found.sessions) == (0, len(IDS))
+    assert [p for p in checking.examine(path, None).problems if "not as they were written" not in p] == []
+    store = opened(path)
+    assert store.damage == ""
+    assert store.get("s100") == record("s100")
+    assert {i: r for i, r in ((i, store.get(i)) for i in ("a", "b", LONG)) if r != record(i, 3)} == {}
+    assert store.tombstones(["gone"])[0] == Tombstone("gone", End.CLOSED, 1.0)
+    store.commit(Batch(deletes=["s050"], counts=[("m", -1)]))
+    store.close()
+
+
+@pytest.mark.parametrize("bit", some(range(8)))
+def test_a_session_whose_key_cannot_be_told_is_lost_and_counted(path: Path, bit: int) -> None:
+    file = path / "sessions" / "data.mdb"
+    data = bytearray(file.read_bytes())
+    for at in [at for at in range(len(data)) if data.startswith(b"s100", at)]:
+        data[at + 1] ^= 1 << bit
+        data[at + 2] ^= 1 << bit
+    file.write_bytes(data)
+    found = mending.repair(path, CLOCK)
+    assert len(found.damaged) == 1
+    assert found.recovered == []
+    store = opened(path)
+    assert not store.damage
+    store.close()
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    found = CliRunner().invoke(main, ["store", *map(str, arguments)])
+    assert found.exit_code == code, found.output
+    return found.output
+
+
+def test_the_commands(path: Path, tmp_path: Path) -> None:
+    keys, file = tmp_path / "keys", tmp_path / "backup"
+    assert run("new-key", "--file", keys, "--id", "k1") == f"{keys}: key k1 encrypts\n"
+    add_key(keys, "k2")
+    assert run("backup", path, file).startswith(f"{file}: {len(IDS)} sessions, ")
+    assert "overwrites nothing" in run("backup", path, file, code=2)
+    assert "nothing is wrong" in run("verify", path)
+    assert json.loads(run("verify", file, "--json"))["models"] == {"m": len(IDS)}
+    assert f"{len(IDS)} sessions, as of 20" in run("restore", file, tmp_path / "to")
+    assert json.loads(run("rekey", path, "--encryption-key-file", keys, "--json")) == {
+        "sessions": len(IDS), "damaged": 0, "left": [],
+    }  # fmt: skip
+    assert "decrypted" in run("verify", path, "--encryption-key-file", keys)
+    said = json.loads(run("backup", path, tmp_path / "backup2", "--json"))
+    assert said["keys"] == ["k2"]
+    assert "its keys must be given" in run("restore", tmp_path / "backup2", tmp_path / "to2", code=2)
+    said = json.loads(run("restore", tmp_path / "backup2", tmp_path / "to2", "--moved", "--json"))
+    assert (said["sessions"], said["first_revision"]) == (len(IDS), 0)
+    assert "0 lost" in run("repair", path)
+    change(path, b"s100", 3)
+    assert "wrong: " in run("verify", path, code=1)
+    assert "give the keys" in run("rekey", path, code=2)
+    assert "some are missing" in run("backup", path, tmp_path / "backup3", code=2)
+    assert not (tmp_path / "backup3").exists()
