@@ -20,6 +20,7 @@ from stepwell_server.auth.watched import AuthFileError
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.core.namespaces import own, tenant_of
 from stepwell_server.engine.engine import Engine
+from stepwell_server.engine.quotas import Quotas
 from stepwell_server.errors import StoreGone
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics.observer import PrometheusObserver
@@ -27,6 +28,7 @@ from stepwell_server.metrics.server import MetricsServer
 from stepwell_server.metrics.token import MetricsToken, TokenError
 from stepwell_server.open_files import RESERVE, raise_limit
 from stepwell_server.program import Program, ProofOptions
+from stepwell_server.quota_file import QuotaFile, QuotaFileError
 from stepwell_server.reach import ReachError, require_closed
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.base import BindError, Front
@@ -88,6 +90,7 @@ def serve(settings: Settings) -> int:
         _require_free("--metrics-listen", settings.metrics_listen)
     metrics_token = _require_closed(settings)
     certificates = _certificates(settings)
+    quota_file = _quota_file(settings)
     clock = SystemClock()
     callers = _callers(settings, clock)
     with signals.interrupting():
@@ -96,7 +99,17 @@ def serve(settings: Settings) -> int:
         programs = _compile(settings, observer)
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
         return runner.run(
-            _run(settings, programs, store, clock, observer, certificates, callers, metrics_token)
+            _run(
+                settings,
+                programs,
+                store,
+                clock,
+                observer,
+                certificates,
+                callers,
+                metrics_token,
+                quota_file,
+            )
         )
 
 
@@ -269,12 +282,14 @@ async def _run(
     certificates: CertificateFiles | None,
     callers: Callers | None,
     metrics_token: MetricsToken | None,
+    quota_file: QuotaFile | None,
 ) -> int:
     tracing = _start_tracing(settings, clock, observer)
     stop = signals.stop_on_signals(clock, lambda: _reload(certificates, callers))
     open_files = raise_limit()
     if settings.store == "disk":
         _log.info("store opened", data_dir=str(settings.data_dir), sessions=await store.count())
+    quotas = await _quotas(quota_file, settings, store, clock, observer)
     try:
         engine = Engine(
             programs,
@@ -285,6 +300,7 @@ async def _run(
             resident_rows=settings.resident_rows,
             max_session_idle_s=settings.max_session_idle_s,
             compute_threads=settings.compute_threads,
+            quotas=quotas,
         )
     except MemoryError as error:
         await store.close()
@@ -325,6 +341,26 @@ def _start_tracing(settings: Settings, clock: Clock, observer: PrometheusObserve
         return start_tracing(settings.trace_endpoint, settings.trace_sample, clock, observer)
     except TracingError as error:
         raise StartError(str(error)) from error
+
+
+def _quota_file(settings: Settings) -> QuotaFile | None:
+    try:
+        return None if settings.quotas is None else QuotaFile(settings.quotas)
+    except QuotaFileError as error:
+        raise StartError(f"--quotas: {error}") from error
+
+
+async def _quotas(
+    file: QuotaFile | None, settings: Settings, store: Store, clock: Clock, observer: PrometheusObserver
+) -> Quotas | None:
+    """The quotas, with the sessions counted that are there."""
+    if file is None:
+        return None
+    quotas = Quotas(file.table, clock, settings.metrics_tenants)
+    await quotas.count(store)
+    observer.knows_tenants(quotas.counts)
+    file.watch(quotas.use)
+    return quotas
 
 
 def _front(settings: Settings, clock: Clock, open_files: int) -> Front:

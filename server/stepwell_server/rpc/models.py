@@ -80,6 +80,7 @@ class ModelServicer:
             reset=convert.to_mask(request.reset_mask),
             deadline=call.deadline,
             source=call.caller,
+            who=call.who,
             reply_limit=self._max_reply_bytes,
             reply_bytes=REPLY_BYTES,
         )
