@@ -117,7 +117,7 @@ class Core:
             "ListSlowSessions", request, deadline
         )
         return [
-            SlowSession(each.session_id, each.model, each.seconds, each.age_seconds)
+            SlowSession(each.session_id, each.model, each.seconds, each.age_seconds, each.tenant)
             for each in reply.sessions
         ]
 

@@ -83,7 +83,12 @@ def _exhausted(status: Status) -> errors.StepwellError:
         return errors.InvalidInputError(
             f"the message must fit the size limits of both sides (max_message_bytes): {status.message}"
         )
-    return errors.OverloadedError(status.message, retry_after_s=status.retry_after_s, reason=status.reason)
+    return errors.OverloadedError(
+        status.message,
+        retry_after_s=status.retry_after_s,
+        quota=status.metadata.get("quota", ""),
+        reason=status.reason,
+    )
 
 
 def _internal(status: Status) -> errors.StepwellError:
@@ -107,6 +112,7 @@ BY_REASON: Mapping[str, Maker] = {
     # Nothing was applied; the next attempt names the sessions by their ids.
     SET_UNKNOWN: _open_ended(errors.UnavailableError),
     "OVERLOADED": _exhausted,
+    "QUOTA_EXCEEDED": _exhausted,
     "UNAVAILABLE": _open_ended(errors.UnavailableError),
     "STARTING": _open_ended(errors.UnavailableError),
     "UNAUTHENTICATED": _plain(errors.UnauthenticatedError),

@@ -248,6 +248,8 @@ class SlowSession:
     """From when the server took the step in until it was answered."""
     age_s: float
     """How long ago that was, in seconds."""
+    tenant: str = ""
+    """Whose it is, where everybody's sessions are listed (`tenant="*"`). Empty elsewhere, and for sessions of no tenant."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)

@@ -157,10 +157,15 @@ class OverloadedError(StepwellError):
 
     retry_after_s: float
     """Seconds the server asks to wait; 0.0 if it gave no advice."""
+    quota: str
+    """The quota that is used up: ``sessions``, ``rows``, ``steps_per_second`` or ``bytes_in_flight``; ``""`` if it is none."""
 
-    def __init__(self, message: str, *, retry_after_s: float = 0.0, reason: str = "") -> None:
+    def __init__(
+        self, message: str, *, retry_after_s: float = 0.0, quota: str = "", reason: str = ""
+    ) -> None:
         super().__init__(message, reason=reason)
         self.retry_after_s = retry_after_s
+        self.quota = quota
 
 
 class _OpenEndedError(StepwellError):

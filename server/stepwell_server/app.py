@@ -21,12 +21,14 @@ from stepwell_server.auth.watched import AuthFileError
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.core.namespaces import own, tenant_of
 from stepwell_server.engine.engine import Engine, ModelStats
+from stepwell_server.engine.quotas import Quotas
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.metrics.server import MetricsServer
 from stepwell_server.metrics.token import MetricsToken, TokenError
 from stepwell_server.model_loading import Abandoned, Loaded, LoadError, load_models
 from stepwell_server.open_files import RESERVE, raise_limit
+from stepwell_server.quota_file import QuotaFile, QuotaFileError
 from stepwell_server.reach import ReachError, require_closed
 from stepwell_server.readiness import Readiness
 from stepwell_server.rpc.auditing import Auditor
@@ -97,6 +99,7 @@ def serve(settings: Settings) -> int:
         _require_free("--metrics-listen", settings.metrics_listen)
     metrics_token = _require_closed(settings)
     certificates = _certificates(settings)
+    quota_file = _quota_file(settings)
     clock = SystemClock()
     callers = _callers(settings, clock)
     audit = _audit_log(settings)
@@ -109,7 +112,9 @@ def serve(settings: Settings) -> int:
     try:
         with asyncio.Runner(loop_factory=_new_event_loop) as runner:
             return runner.run(
-                _run(settings, store, clock, observer, certificates, callers, metrics_token, audit)
+                _run(
+                    settings, store, clock, observer, certificates, callers, metrics_token, audit, quota_file
+                )
             )
     except LoadError as error:
         raise StartError(str(error)) from error
@@ -216,6 +221,7 @@ async def _run(
     callers: Callers | None,
     metrics_token: MetricsToken | None,
     audit: AuditLog | None,
+    quota_file: QuotaFile | None,
 ) -> int:
     tracing = _start_tracing(settings, clock, observer)
     notifier = Notifier()
@@ -242,6 +248,7 @@ async def _run(
         observer.secured_by(certificates)
     observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts)
     gone, metrics = False, None
+    quotas = await _quotas(quota_file, settings, store, clock, observer)
     try:
         notifier.start()
         readiness.listen(notifier.changed)
@@ -250,7 +257,7 @@ async def _run(
         address = await _listen(settings, rpc, certificates)
         readiness.listen(rpc.announce)
         engine = served.engine = _engine(
-            settings, await load_models(settings, observer, readiness, stop), store, clock, observer
+            settings, await load_models(settings, observer, readiness, stop), store, clock, observer, quotas
         )
         await engine.start()
         rpc.serve(engine)
@@ -288,7 +295,12 @@ class _Served:
 
 
 def _engine(
-    settings: Settings, models: Loaded, store: Store, clock: Clock, observer: PrometheusObserver
+    settings: Settings,
+    models: Loaded,
+    store: Store,
+    clock: Clock,
+    observer: PrometheusObserver,
+    quotas: Quotas | None,
 ) -> Engine:
     try:
         return Engine(
@@ -301,6 +313,7 @@ def _engine(
             max_session_idle_s=settings.max_session_idle_s,
             compute_threads=settings.compute_threads,
             failed=models.failed,
+            quotas=quotas,
         )
     except MemoryError as error:
         raise StartError(f"--resident-rows: {error}") from error
@@ -311,6 +324,26 @@ def _start_tracing(settings: Settings, clock: Clock, observer: PrometheusObserve
         return start_tracing(settings.trace_endpoint, settings.trace_sample, clock, observer)
     except TracingError as error:
         raise StartError(str(error)) from error
+
+
+def _quota_file(settings: Settings) -> QuotaFile | None:
+    try:
+        return None if settings.quotas is None else QuotaFile(settings.quotas)
+    except QuotaFileError as error:
+        raise StartError(f"--quotas: {error}") from error
+
+
+async def _quotas(
+    file: QuotaFile | None, settings: Settings, store: Store, clock: Clock, observer: PrometheusObserver
+) -> Quotas | None:
+    """The quotas, with the sessions counted that are there."""
+    if file is None:
+        return None
+    quotas = Quotas(file.table, clock, settings.metrics_tenants)
+    await quotas.count(store)
+    observer.knows_tenants(quotas.counts)
+    file.watch(quotas.use)
+    return quotas
 
 
 def _front(settings: Settings, clock: Clock, open_files: int) -> Front:

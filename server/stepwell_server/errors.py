@@ -138,6 +138,17 @@ class Overloaded(ServerError):
         self.retry_after_s = retry_after_s
 
 
+class QuotaExceeded(Overloaded):
+    """A quota of the tenant or of the caller is used up; nothing changed. As `Overloaded`."""
+
+    reason = "QUOTA_EXCEEDED"
+
+    def __init__(self, message: str, retry_after_s: float, *, quota: str, limit: str) -> None:
+        super().__init__(message, retry_after_s)
+        self.metadata = {"quota": quota, "limit": limit}
+        self.quota = quota
+
+
 class Unavailable(ServerError):
     """The server cannot do it now; it was not applied."""
 

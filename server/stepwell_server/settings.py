@@ -101,6 +101,9 @@ class Settings:
     max_batch_rows: int = 1024
     resident_rows: int | None = None
     max_session_idle_s: float = 0.0
+    quotas: Path | None = None
+    """File of the quotas of tenants and callers."""
+    metrics_tenants: int = 100
     compute_threads: int = dataclasses.field(default_factory=cores)
     metrics_listen: Address | Literal["off"] | None = None
     """None: `DEFAULT_METRICS`, or nowhere if that is in use."""

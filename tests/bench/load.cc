@@ -42,6 +42,7 @@ struct Run {
   grpc::CompletionQueue queue;
   std::string method;
   bool counting = false, stopping = false;
+  bool has_parts = false;  // an answer on a stream may come in several messages
   int in_flight = 0;
   long errors = 0;
   std::string first_error;
@@ -52,6 +53,30 @@ struct Run {
     if (first_error.empty()) first_error = what;
   }
 };
+
+// Whether a StepStreamResponse says that no part of its frame follows: field 9.
+bool is_last(const grpc::ByteBuffer& reply) {
+  std::vector<grpc::Slice> slices;
+  if (!reply.Dump(&slices).ok()) return true;
+  std::string bytes;
+  for (const auto& slice : slices) bytes.append(reinterpret_cast<const char*>(slice.begin()), slice.size());
+  size_t at = 0;
+  auto number = [&] {
+    uint64_t value = 0;
+    for (int shift = 0; at < bytes.size(); shift += 7) {
+      const auto byte = static_cast<unsigned char>(bytes[at++]);
+      value |= static_cast<uint64_t>(byte & 127) << shift;
+      if (byte < 128) break;
+    }
+    return value;
+  };
+  while (at < bytes.size()) {
+    const uint64_t tag = number(), value = number();
+    if (tag == (9 << 3)) return value != 0;
+    if ((tag & 7) == 2) at += value;
+  }
+  return false;
+}
 
 // One line of calls. An event belongs to the line and says which of its operations is done.
 struct Line {
@@ -131,6 +156,10 @@ struct Line {
     }
     if (!ok) return finish_stream("a stream ended");
     if (kind == kStarted) return send();
+    if (kind == kRead && run.has_parts && !is_last(reply)) {
+      ++run.in_flight;
+      return stream->Read(&reply, &got);
+    }
     (kind == kWritten ? wrote : read) = true;
     if (wrote && read) answered();
   }
@@ -160,6 +189,7 @@ int main(int argc, char** argv) {
   }
   Run run;
   run.method = argv[2];
+  run.has_parts = streams && run.method == "/stepwell.v1.SessionService/StepStream";
   run.latencies_us.reserve(4000000);
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(-1);

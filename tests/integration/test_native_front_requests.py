@@ -448,7 +448,10 @@ async def test_a_defect_in_one_arrival_does_not_keep_those_behind_it() -> None:
     front._steps = steps = mock.create_autospec(Server, instance=True)
     steps.duplicate.return_value = b"answer"
     handle = mock.Mock()
-    front._waiting += [(native._REFUSED, "no such reason"), (native._DUPLICATE, 0, handle, 7)]
+    bad = mock.Mock()
+    bad.write.side_effect = KeyError
+    for one in (bad, handle):
+        front._add(native._DUPLICATE, 0, one, 7)
     with pytest.raises(KeyError):
         front._go_on()
     handle.write.assert_not_called()

@@ -15,8 +15,10 @@ from click.testing import CliRunner
 import stepwell
 from stepwell.cli import main
 from stepwell.v1 import sessions_pb2
+from stepwell_server.rpc.triton.inference import service_pb2
 from support.fronts import needs_native
 from support.server_process import FEATURES, ServerProcess, connect, serve, tensor
+from support.triton_requests import request
 from support.wire import of_members, refusal, step_frame
 
 X = np.random.default_rng(5).standard_normal((3, 1, FEATURES)).astype(np.float32)
@@ -68,6 +70,7 @@ def test_tenants_share_a_server_and_no_sessions(server: ServerProcess, tmp_path:
             with pytest.raises(stepwell.SessionNotFoundError, match=r"open session; got 'only mine'$"):
                 stranger.session_info("only mine")
         _nothing_is_reached_by_inner_ids(server, tmp_path)
+        _sequences_of_one_number_are_two(server, tmp_path, ann.models()[0].inputs[0].name)
         assert [one.session_id for one in ops.sessions()] == ["old"]
         assert {one.session_id for one in bob.sessions()} == {"same", *other.ids}
         assert [one.session_id for one in eve.sessions(prefix="only")] == ["only mine"]
@@ -117,6 +120,25 @@ def test_tenants_share_a_server_and_no_sessions(server: ServerProcess, tmp_path:
         np.testing.assert_array_equal(moved.step(X[1]), outputs[1])
         assert ops.count_sessions() == 0
     assert server.wait_for_log(r"session opened .*tenant=acme session=.only mine")
+
+
+def _sequences_of_one_number_are_two(server: ServerProcess, tmp_path: Path, name: str) -> None:
+    """Triton's requests: those that go on are read by the native front."""
+    channel, _ = connect(server)
+    infer: Any = channel.unary_unary(
+        "/inference.GRPCInferenceService/ModelInfer",
+        request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+        response_deserializer=service_pb2.ModelInferResponse.FromString,
+    )
+    said = []
+    for at, x in enumerate(X):
+        asked = request((name, x), model="forecast", sequence_id=7, start=at == 0, end=at == len(X) - 1)
+        for who in ("ann", "bob"):
+            reply = infer(asked, metadata=(("authorization", f"Bearer {(tmp_path / who).read_text()}"),))
+            assert reply.parameters["stepwell_revision"].int64_param == at + 1
+            said.append(list(reply.raw_output_contents))
+    assert said[::2] == said[1::2]
+    channel.close()
 
 
 def _nothing_is_reached_by_inner_ids(server: ServerProcess, tmp_path: Path) -> None:

@@ -92,14 +92,17 @@ class Front:
 class Calls:
     """A client of an engine's calls, as somebody whom the server knows (`who`), or as anybody."""
 
-    def __init__(self, at: Harness, methods: Mapping[str, Method], who: Caller = ANYBODY) -> None:
+    def __init__(
+        self, at: Harness, methods: Mapping[str, Method], slowest: Slowest, who: Caller = ANYBODY
+    ) -> None:
         self.at = at
         self.methods = methods
+        self.slowest = slowest
         self._who = who
 
     def of(self, who: Caller) -> Calls:
         """The same, as somebody else."""
-        return Calls(self.at, self.methods, who)
+        return Calls(self.at, self.methods, self.slowest, who)
 
     def _call(self, raw: bytes = b"") -> FakeCall:
         call = FakeCall(raw)
@@ -167,13 +170,13 @@ async def calls(
 ) -> AsyncIterator[Calls]:
     """A client of the calls of an engine on these programs."""
     async with running(programs, **options) as at:
-        front = Front()
+        front, observer = Front(), Observer()
         server = RpcServer(
-            front, clock=at.clock, observer=Observer(), max_message_bytes=MAX_MESSAGE_BYTES, auditor=auditor
+            front, clock=at.clock, observer=observer, max_message_bytes=MAX_MESSAGE_BYTES, auditor=auditor
         )
         await server.start(Address("", 0))
         server.serve(at.engine)
-        yield Calls(at, front.methods)
+        yield Calls(at, front.methods, observer.slowest)
 
 
 def _refusal(ended: CallEnded) -> Refusal:

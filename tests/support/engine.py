@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from stepwell_server.core.quotas import QuotaTable
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.cost import Cost
@@ -22,6 +23,7 @@ from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.passes.batch import Pass
 from stepwell_server.engine.passes.runner import Runner
+from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
@@ -241,6 +243,7 @@ class Harness:
         self.store = store
         self.events = events
         self.inside = Inside(engine)
+        self.quotas: Quotas | None = None
         runners = self.inside.runners()
         self.passes = [PassCounter(runner) for runner in runners]
         for counter, runner in zip(self.passes, runners, strict=True):
@@ -357,6 +360,7 @@ async def running(
     check: bool = True,
     store: Any = None,
     clock: ManualClock | None = None,
+    quotas: QuotaTable | None = None,
 ) -> AsyncIterator[Harness]:
     """An engine whose books are checked at the end. `threads`: passes never run in place."""
     clock, hooks, events = clock or ManualClock(), Hooks(), Events()
@@ -372,8 +376,12 @@ async def running(
         max_session_idle_s=max_session_idle_s,
         compute_threads=compute_threads,
         executor=executor or (lambda program: FakeExecutor(program, hooks)),
+        quotas=(counted := None if quotas is None else Quotas(quotas, clock)),
     )
+    if counted is not None:
+        await counted.count(store if isinstance(store, RemoteStore) else AwaitedStore(store))
     harness = Harness(engine, clock, hooks, store, events)
+    harness.quotas = counted
     for model in harness.inside.models:
         model.cost = FixedCost(1.0 if threads else 0.0, steps)
     try:

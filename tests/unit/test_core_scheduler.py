@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
-from stepwell_server.core.scheduler import Scheduler
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepwell_server.core.callers import Caller, Role
+from stepwell_server.core.scheduler import COMPANY_S, Scheduler, Source, source_of
 
 
 @dataclasses.dataclass(eq=False)
 class Job:
     name: str
-    source: str = "a"
+    of: str | Source = "a"
     row_count: int = 1
     steps_left: int = 1
+    may_part: bool = False
+
+    @property
+    def source(self) -> Source:
+        return (self.of,) if isinstance(self.of, str) else self.of
+
+    def part(self, rows: int) -> Job:
+        if rows >= self.row_count:
+            return self
+        self.row_count -= rows
+        return dataclasses.replace(self, row_count=rows)
 
 
 def names(jobs: list[Job]) -> list[str]:
@@ -53,8 +69,8 @@ def test_every_source_is_served_in_turn_under_constant_load() -> None:
     served = dict.fromkeys("abcdefg", 0)
     for _ in range(70):
         for job in scheduler.next_pass():
-            served[job.source] += 1
-            scheduler.add(Job(job.source, job.source))
+            served[job.name] += 1
+            scheduler.add(Job(job.name, job.name))
     assert set(served.values()) == {30}
 
 
@@ -84,3 +100,82 @@ def test_several_steps_together_only_if_nothing_else_waits() -> None:
     assert scheduler.steps_together(chosen, 100) == 6, "as many as the shortest has left"
     assert scheduler.steps_together(chosen, 4) == 4
     assert scheduler.steps_together(chosen, 0) == 1
+
+
+def many(tenant: str, connections: int, rows: int, *, may_part: bool = False) -> list[Job]:
+    who = Caller("ann", tenant, Role.USER)
+    return [
+        Job(f"{tenant}{n}", source_of(who, f"{tenant}{n}"), rows, may_part=may_part)
+        for n in range(connections)
+    ]
+
+
+def test_a_tenant_with_a_hundred_connections_has_one_share() -> None:
+    jobs = [*many("flood", 100, 1), *many("quiet", 2, 1), *many("other", 1, 1)]
+    scheduler = scheduler_of(6, *jobs)
+    assert names(scheduler.next_pass()) == ["flood0", "quiet0", "other0", "flood1", "quiet1", "flood2"]
+
+
+def test_while_others_are_about_a_pass_is_short_and_shared_in_rows() -> None:
+    scheduler = scheduler_of(1000, *many("quiet", 1, 8))
+    assert scheduler.most_rows(0.0, 100) is None, "it is alone"
+    scheduler.next_pass(0.0)
+    for job in many("flood", 2, 600, may_part=True):
+        scheduler.add(job)
+    assert scheduler.most_rows(COMPANY_S / 2, 100) == 100, "the other will be back"
+    taken = scheduler.next_pass(COMPANY_S / 2, 100)
+    assert Counter(j.name for j in taken) == {"flood0": 1, "flood1": 1}
+    assert sorted(job.row_count for job in taken) == [48, 52]
+    scheduler.add(*many("quiet", 1, 8))
+    assert names(scheduler.next_pass(0.0, scheduler.most_rows(0.0, 100))) == ["quiet0"], (
+        "alone: it has little"
+    )
+    scheduler.add(*many("quiet", 1, 8))
+    mixed = scheduler.next_pass(0.0, scheduler.most_rows(0.0, 100))
+    assert sum(job.row_count for job in mixed) == 100
+    assert Counter(job.name for job in mixed)["quiet0"] == 1, "and then with the others"
+    while scheduler:
+        scheduler.next_pass(0.0, scheduler.most_rows(0.0, 100))
+    assert scheduler.rows_waiting == 0
+    for job in [*many("a", 1, 300), *many("b", 1, 300)]:
+        scheduler.add(job)
+    assert scheduler.most_rows(10.0, 100) == 600, "nobody is better off with less"
+    scheduler.next_pass(10.0, 600)
+    scheduler.add(*many("a", 1, 300))
+    assert scheduler.most_rows(10.0 + 2 * COMPANY_S, 100) is None, "the other has been gone for long"
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcd"), st.integers(0, 5), st.integers(1, 40), st.booleans()),
+        min_size=1,
+        max_size=60,
+    ),
+    st.integers(1, 64),
+)
+def test_no_tenant_waits_for_more_than_a_round_and_nothing_is_lost(
+    asked: list[tuple[str, int, int, bool]], most: int
+) -> None:
+    jobs = [
+        Job(str(n), (tenant, "", connection), rows, may_part=may_part)
+        for n, (tenant, connection, rows, may_part) in enumerate(asked)
+    ]
+    expected = Counter({job.name: job.row_count for job in jobs})
+    scheduler = scheduler_of(64, *jobs)
+    run: Counter[str] = Counter()
+    waited: Counter[str] = Counter()
+    while scheduler:
+        waiting = {job.source[0] for job in jobs if run[job.name] < expected[job.name]}
+        limit = scheduler.most_rows(0.0, most)
+        taken = scheduler.next_pass(0.0, limit)
+        assert taken, "something always runs"
+        rows = sum(job.row_count for job in taken)
+        assert len(taken) == 1 or rows <= 64
+        run.update({job.name: job.row_count for job in taken})
+        served = {job.source[0] for job in taken}
+        for tenant in waiting:
+            waited[str(tenant)] = 0 if tenant in served else waited[str(tenant)] + 1
+            # a pass of each other one, and as many of those that have little; debts of 40 rows at most
+            assert waited[str(tenant)] <= 16
+    assert run == expected
+    assert scheduler.rows_waiting == 0

@@ -18,6 +18,7 @@ from stepwell.cli import main
 from stepwell_server.clock import SystemClock
 from stepwell_server.store import backup, checking, mending
 from stepwell_server.store.base import Batch, End, KeyFileError, StoreBusy, StoreError, Tombstone
+from stepwell_server.store.counts import of_tenants
 from stepwell_server.store.disk import lmdb as lmdb_module
 from stepwell_server.store.disk import wal_reading
 from stepwell_server.store.disk.backup_file import BackupError, Writer
@@ -92,6 +93,26 @@ def test_a_backup_becomes_the_same_store_or_one_ahead(path: Path, tmp_path: Path
     again = backup.restore(tmp_path / "backup2", tmp_path / "back2", CLOCK, RING, moved=False)
     assert again.first_revision == 2 * backup.AHEAD
     assert not checking.examine(tmp_path / "back2", RING).problems
+
+
+def test_sessions_of_tenants_are_counted_as_theirs(tmp_path: Path) -> None:
+    ids = ["acme\x1fa", "acme\x1fb", "other\x1fa", "a"]
+    store = opened(tmp_path / "data")
+    puts = [(i, record(i, 1)) for i in ids]
+    theirs = of_tenants([(i, "m") for i in ids], 1)
+    store.commit(Batch(puts=puts, counts=[("m", 4)], tenant_counts=theirs))
+    store.close()
+    backup.back_up(tmp_path / "data", tmp_path / "backup", CLOCK)
+    backup.restore(tmp_path / "backup", tmp_path / "to", CLOCK, RING, moved=False)
+    mending.rekey(tmp_path / "data", CLOCK, RING)
+    for path in (tmp_path / "data", tmp_path / "to"):
+        assert not checking.examine(path, RING).problems
+        store = opened(path)
+        assert [store.count_of(name) for name in ("m", "acme\x1fm", "\x1f", "other\x1f")] == [4, 2, 3, 1]
+        store.commit(Batch(tenant_counts=[("acme\x1fm", 1)]))
+        store.close()
+        (problem,) = checking.examine(path, RING).problems
+        assert "the numbers of sessions must be" in problem
 
 
 def test_nothing_is_overwritten_and_nothing_half_done_stays(path: Path, tmp_path: Path) -> None:

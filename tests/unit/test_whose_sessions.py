@@ -151,6 +151,14 @@ async def models(at: Calls, _session_id: str) -> None:
     assert (await at.call(models_pb2.GetModelRequest(name="plain"))).model.sessions == 0
 
 
+async def slow(at: Calls, _session_id: str) -> None:
+    at.slowest.note("plain", "acme\x1fmine", 1.0, at.at.clock.monotonic())
+    assert await at.call(models_pb2.ListSlowSessionsRequest()) == models_pb2.ListSlowSessionsResponse()
+    for who, tenant in ((ANN, ""), (EVERYBODYS, "acme")):
+        (told,) = (await at.of(who).call(models_pb2.ListSlowSessionsRequest())).sessions
+        assert (told.session_id, told.tenant) == (MINE, tenant)
+
+
 async def statistics(at: Calls, _session_id: str) -> None:
     told = (await at.call(triton.ModelStatisticsRequest())).model_stats
     assert list(told) == [triton.ModelStatistics(name=name, version="1") for name in ("other", "plain")]
@@ -190,6 +198,7 @@ OTHERS: Mapping[str, Check] = {
     "RenewLease": renewed,
     "ListModels": models,
     "GetModel": models,
+    "ListSlowSessions": slow,
     "Predict": predicted,
     "ModelInfer": inferred,
     "ModelStreamInfer": infer_streamed,
@@ -429,7 +438,15 @@ async def test_nobody_renews_the_lease_of_another_tenants_client(at: Calls) -> N
 def test_who_only_reads_may_make_no_call_that_changes_anything() -> None:
     reads = {name for name in (*named(""), *OTHERS) if access_of(name) is Access.READ}
     assert reads == {
-        *("GetSession", "GetState", "GetStates", "ListSessions", "ListModels", "GetModel"),
+        *(
+            "GetSession",
+            "GetState",
+            "GetStates",
+            "ListSessions",
+            "ListSlowSessions",
+            "ListModels",
+            "GetModel",
+        ),
         *("ModelReady", "ServerMetadata", "ModelMetadata", "ModelConfig", "ModelStatistics"),
         "ServerReflectionInfo",
     }

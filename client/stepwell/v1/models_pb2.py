@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from stepwell.v1 import tensors_pb2 as stepwell_dot_v1_dot_tensors__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18stepwell/v1/models.proto\x12\x0bstepwell.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19stepwell/v1/tensors.proto\"(\n\x17ListSlowSessionsRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"F\n\x18ListSlowSessionsResponse\x12*\n\x08sessions\x18\x01 \x03(\x0b\x32\x18.stepwell.v1.SlowSession\"V\n\x0bSlowSession\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x13\n\x0b\x61ge_seconds\x18\x04 \x01(\x01\"\xe0\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\'\n\x06inputs\x18\x03 \x03(\x0b\x32\x17.stepwell.v1.TensorSpec\x12(\n\x07outputs\x18\x04 \x03(\x0b\x32\x17.stepwell.v1.TensorSpec\x12&\n\x05state\x18\x05 \x03(\x0b\x32\x17.stepwell.v1.TensorSpec\x12\x10\n\x08\x65xecutor\x18\x06 \x01(\t\x12\x17\n\x0f\x65xecutor_reason\x18\x07 \x01(\t\x12\x13\n\x0b\x62\x61tch_sizes\x18\x08 \x03(\r\x12\x17\n\x0fstate_row_bytes\x18\t \x01(\x04\x12\x10\n\x08sessions\x18\n \x01(\x04\x12!\n\x05proof\x18\x0b \x01(\x0b\x32\x12.stepwell.v1.Proof\x12+\n\nprovenance\x18\x0c \x01(\x0b\x32\x17.stepwell.v1.Provenance\"I\n\x05Proof\x12\x16\n\x0e\x63ompared_steps\x18\x01 \x01(\r\x12\x10\n\x08unproven\x18\x02 \x01(\t\x12\x16\n\x0e\x63ompared_share\x18\x03 \x01(\x01\"\x9b\x02\n\nProvenance\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x15\n\rsource_sha256\x18\x02 \x01(\t\x12\x31\n\rcompiled_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x37\n\x08versions\x18\x04 \x03(\x0b\x32%.stepwell.v1.Provenance.VersionsEntry\x12\x11\n\tprocessor\x18\x05 \x01(\t\x12\x12\n\nparameters\x18\x06 \x01(\x04\x12\"\n\x06layers\x18\x07 \x03(\x0b\x32\x12.stepwell.v1.Layer\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"G\n\x05Layer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06output\x18\x03 \x01(\t\x12\x12\n\nparameters\x18\x04 \x01(\x04\"\x13\n\x11ListModelsRequest\"]\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.stepwell.v1.Model\x12#\n\x06server\x18\x02 \x01(\x0b\x32\x13.stepwell.v1.Server\"\x17\n\x06Server\x12\r\n\x05\x66ront\x18\x01 \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.stepwell.v1.Model\"|\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06inputs\x18\x02 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\"\n\x05state\x18\x03 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\x12\n\nreset_mask\x18\x04 \x03(\x08\"[\n\x0fPredictResponse\x12$\n\x07outputs\x18\x01 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\"\n\x05state\x18\x02 \x03(\x0b\x32\x13.stepwell.v1.Tensor2\xcd\x02\n\x0cModelService\x12M\n\nListModels\x12\x1e.stepwell.v1.ListModelsRequest\x1a\x1f.stepwell.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.stepwell.v1.GetModelRequest\x1a\x1d.stepwell.v1.GetModelResponse\x12\x44\n\x07Predict\x12\x1b.stepwell.v1.PredictRequest\x1a\x1c.stepwell.v1.PredictResponse\x12_\n\x10ListSlowSessions\x12$.stepwell.v1.ListSlowSessionsRequest\x1a%.stepwell.v1.ListSlowSessionsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18stepwell/v1/models.proto\x12\x0bstepwell.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19stepwell/v1/tensors.proto\"(\n\x17ListSlowSessionsRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"F\n\x18ListSlowSessionsResponse\x12*\n\x08sessions\x18\x01 \x03(\x0b\x32\x18.stepwell.v1.SlowSession\"f\n\x0bSlowSession\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x13\n\x0b\x61ge_seconds\x18\x04 \x01(\x01\x12\x0e\n\x06tenant\x18\x05 \x01(\t\"\xe0\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\'\n\x06inputs\x18\x03 \x03(\x0b\x32\x17.stepwell.v1.TensorSpec\x12(\n\x07outputs\x18\x04 \x03(\x0b\x32\x17.stepwell.v1.TensorSpec\x12&\n\x05state\x18\x05 \x03(\x0b\x32\x17.stepwell.v1.TensorSpec\x12\x10\n\x08\x65xecutor\x18\x06 \x01(\t\x12\x17\n\x0f\x65xecutor_reason\x18\x07 \x01(\t\x12\x13\n\x0b\x62\x61tch_sizes\x18\x08 \x03(\r\x12\x17\n\x0fstate_row_bytes\x18\t \x01(\x04\x12\x10\n\x08sessions\x18\n \x01(\x04\x12!\n\x05proof\x18\x0b \x01(\x0b\x32\x12.stepwell.v1.Proof\x12+\n\nprovenance\x18\x0c \x01(\x0b\x32\x17.stepwell.v1.Provenance\"I\n\x05Proof\x12\x16\n\x0e\x63ompared_steps\x18\x01 \x01(\r\x12\x10\n\x08unproven\x18\x02 \x01(\t\x12\x16\n\x0e\x63ompared_share\x18\x03 \x01(\x01\"\x9b\x02\n\nProvenance\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x15\n\rsource_sha256\x18\x02 \x01(\t\x12\x31\n\rcompiled_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x37\n\x08versions\x18\x04 \x03(\x0b\x32%.stepwell.v1.Provenance.VersionsEntry\x12\x11\n\tprocessor\x18\x05 \x01(\t\x12\x12\n\nparameters\x18\x06 \x01(\x04\x12\"\n\x06layers\x18\x07 \x03(\x0b\x32\x12.stepwell.v1.Layer\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"G\n\x05Layer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06output\x18\x03 \x01(\t\x12\x12\n\nparameters\x18\x04 \x01(\x04\"\x13\n\x11ListModelsRequest\"]\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.stepwell.v1.Model\x12#\n\x06server\x18\x02 \x01(\x0b\x32\x13.stepwell.v1.Server\"\x17\n\x06Server\x12\r\n\x05\x66ront\x18\x01 \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.stepwell.v1.Model\"|\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06inputs\x18\x02 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\"\n\x05state\x18\x03 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\x12\n\nreset_mask\x18\x04 \x03(\x08\"[\n\x0fPredictResponse\x12$\n\x07outputs\x18\x01 \x03(\x0b\x32\x13.stepwell.v1.Tensor\x12\"\n\x05state\x18\x02 \x03(\x0b\x32\x13.stepwell.v1.Tensor2\xcd\x02\n\x0cModelService\x12M\n\nListModels\x12\x1e.stepwell.v1.ListModelsRequest\x1a\x1f.stepwell.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.stepwell.v1.GetModelRequest\x1a\x1d.stepwell.v1.GetModelResponse\x12\x44\n\x07Predict\x12\x1b.stepwell.v1.PredictRequest\x1a\x1c.stepwell.v1.PredictResponse\x12_\n\x10ListSlowSessions\x12$.stepwell.v1.ListSlowSessionsRequest\x1a%.stepwell.v1.ListSlowSessionsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,31 +40,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTSLOWSESSIONSRESPONSE']._serialized_start=143
   _globals['_LISTSLOWSESSIONSRESPONSE']._serialized_end=213
   _globals['_SLOWSESSION']._serialized_start=215
-  _globals['_SLOWSESSION']._serialized_end=301
-  _globals['_MODEL']._serialized_start=304
-  _globals['_MODEL']._serialized_end=656
-  _globals['_PROOF']._serialized_start=658
-  _globals['_PROOF']._serialized_end=731
-  _globals['_PROVENANCE']._serialized_start=734
-  _globals['_PROVENANCE']._serialized_end=1017
-  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_start=970
-  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_end=1017
-  _globals['_LAYER']._serialized_start=1019
-  _globals['_LAYER']._serialized_end=1090
-  _globals['_LISTMODELSREQUEST']._serialized_start=1092
-  _globals['_LISTMODELSREQUEST']._serialized_end=1111
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1113
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1206
-  _globals['_SERVER']._serialized_start=1208
-  _globals['_SERVER']._serialized_end=1231
-  _globals['_GETMODELREQUEST']._serialized_start=1233
-  _globals['_GETMODELREQUEST']._serialized_end=1264
-  _globals['_GETMODELRESPONSE']._serialized_start=1266
-  _globals['_GETMODELRESPONSE']._serialized_end=1319
-  _globals['_PREDICTREQUEST']._serialized_start=1321
-  _globals['_PREDICTREQUEST']._serialized_end=1445
-  _globals['_PREDICTRESPONSE']._serialized_start=1447
-  _globals['_PREDICTRESPONSE']._serialized_end=1538
-  _globals['_MODELSERVICE']._serialized_start=1541
-  _globals['_MODELSERVICE']._serialized_end=1874
+  _globals['_SLOWSESSION']._serialized_end=317
+  _globals['_MODEL']._serialized_start=320
+  _globals['_MODEL']._serialized_end=672
+  _globals['_PROOF']._serialized_start=674
+  _globals['_PROOF']._serialized_end=747
+  _globals['_PROVENANCE']._serialized_start=750
+  _globals['_PROVENANCE']._serialized_end=1033
+  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_start=986
+  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_end=1033
+  _globals['_LAYER']._serialized_start=1035
+  _globals['_LAYER']._serialized_end=1106
+  _globals['_LISTMODELSREQUEST']._serialized_start=1108
+  _globals['_LISTMODELSREQUEST']._serialized_end=1127
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1129
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1222
+  _globals['_SERVER']._serialized_start=1224
+  _globals['_SERVER']._serialized_end=1247
+  _globals['_GETMODELREQUEST']._serialized_start=1249
+  _globals['_GETMODELREQUEST']._serialized_end=1280
+  _globals['_GETMODELRESPONSE']._serialized_start=1282
+  _globals['_GETMODELRESPONSE']._serialized_end=1335
+  _globals['_PREDICTREQUEST']._serialized_start=1337
+  _globals['_PREDICTREQUEST']._serialized_end=1461
+  _globals['_PREDICTRESPONSE']._serialized_start=1463
+  _globals['_PREDICTRESPONSE']._serialized_end=1554
+  _globals['_MODELSERVICE']._serialized_start=1557
+  _globals['_MODELSERVICE']._serialized_end=1890
 # @@protoc_insertion_point(module_scope)

@@ -76,6 +76,7 @@ class SlowSession(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     AGE_SECONDS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session, which may have been closed meanwhile."""
     model: _builtins.str
@@ -84,6 +85,8 @@ class SlowSession(_message.Message):
     """From when the step was taken in until it was answered, in seconds."""
     age_seconds: _builtins.float
     """How long ago that was, in seconds."""
+    tenant: _builtins.str
+    """Whose it is, where everybody's sessions are listed. Empty elsewhere, and for sessions of no tenant."""
     def __init__(
         self,
         *,
@@ -91,10 +94,11 @@ class SlowSession(_message.Message):
         model: _builtins.str = ...,
         seconds: _builtins.float = ...,
         age_seconds: _builtins.float = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "model", b"model", "seconds", b"seconds", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "model", b"model", "seconds", b"seconds", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

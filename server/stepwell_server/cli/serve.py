@@ -194,6 +194,18 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     help="Time after which an unused session expires; 0 means never.",
 )
 @setting(
+    "--quotas",
+    metavar="FILE",
+    type=FILE,
+    help="TOML file of quotas of tenants and callers, read again when it changes: see docs/security.md. Default: none.",
+)
+@setting(
+    "--metrics-tenants",
+    metavar="N",
+    type=COUNT,
+    help="Tenants that have metrics of their own, with --quotas; the others share the label other.",
+)
+@setting(
     "--compute-threads",
     metavar="N",
     type=THREADS,

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from stepwell_server.core.callers import ANYBODY, Caller
 from stepwell_server.core.exactly_once import ANY_REVISION
+from stepwell_server.core.scheduler import Source, source_of
 from stepwell_server.core.sessions import Handles
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Applied, Select, Trace
@@ -271,16 +272,17 @@ class Change:
         """The members in groups that may share an error: it names a session, which is no other caller's business."""
         return [members] if self.callers is None else [members[at : at + 1] for at in range(len(members))]
 
-    def by_caller(self, members: Members) -> Iterator[tuple[Hashable, Members]]:
-        """The members of each caller."""
+    def by_source(self, members: Members) -> Iterator[tuple[Source, Members]]:
+        """The members of each source."""
         if self.callers is None:
-            yield self.caller if self.caller is not None else self, members
+            yield source_of(self.who, self.caller if self.caller is not None else self), members
             return
-        callers: dict[Hashable, list[int]] = {}
+        sources: dict[tuple[Caller, Hashable], list[int]] = {}
+        whos = [self.who] * self.size if self.whos is None else self.whos
         for member in members.tolist():
-            callers.setdefault(self.callers[member], []).append(member)
-        for caller, own in callers.items():
-            yield caller, np.array(own, np.intp)
+            sources.setdefault((whos[member], self.callers[member]), []).append(member)
+        for (who, caller), own in sources.items():
+            yield source_of(who, caller), np.array(own, np.intp)
 
     def drop(self, members: Members, now: float) -> Sequence[tuple[Members, ServerError]]:
         """Those of the members that should not go on, and why. See `job.Owner`."""

@@ -31,6 +31,11 @@ class Cost:
         """Seconds that so many items are expected to take, `times` times in a row."""
         return (self._fixed_s + items * self._each_s) * times
 
+    def items_within(self, seconds: float, most_fixed: float) -> int:
+        """How many items fit into a time, or as many as make the fixed part at most that share of the whole."""
+        worth = self._fixed_s * (1 / most_fixed - 1)
+        return max(1, int(max(seconds - self._fixed_s, worth) / max(self._each_s, 1e-9)))
+
     def times_within(self, items: int, seconds: float) -> int:
         """How many times so many items fit into a time, at least 1."""
         return max(1, int(seconds / self.of(items)))

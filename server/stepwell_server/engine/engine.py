@@ -14,7 +14,7 @@ from stepwell_server.core.leases import Leases
 from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Slots
-from stepwell_server.engine.api import ModelInfo, Observer, Predicted, SessionInfo, StateRead, StatesRead
+from stepwell_server.engine.api import ModelInfo, Observer, SessionInfo, StateRead, StatesRead
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.durability.committer import Committer
@@ -33,11 +33,6 @@ from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.intake.validation import (
     Validation,
-    check_finite_state,
-    check_inputs,
-    check_reset,
-    require_finite,
-    require_reply,
     require_sessions,
 )
 from stepwell_server.engine.models import Models
@@ -45,8 +40,9 @@ from stepwell_server.engine.passes.batch import Lane
 from stepwell_server.engine.passes.completion import Completion
 from stepwell_server.engine.passes.inline import Inline
 from stepwell_server.engine.passes.loop import PassLoop
-from stepwell_server.engine.passes.predict import PredictCall
 from stepwell_server.engine.passes.runner import Runner, warm_up
+from stepwell_server.engine.prediction import Prediction
+from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.catalogue import Catalogue
 from stepwell_server.engine.sessions.closing import Closing
 from stepwell_server.engine.sessions.creation import Creation
@@ -64,8 +60,8 @@ from stepwell_server.engine.state.arena import Arena, default_resident_rows
 from stepwell_server.engine.state.model import Alarm, Model
 from stepwell_server.engine.state.replies import ReplyMemory
 from stepwell_server.engine.submission import Submission
-from stepwell_server.engine.types import Mask, Members, Tensors
-from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
+from stepwell_server.engine.types import Members
+from stepwell_server.errors import MessageTooLarge, ServerError
 from stepwell_server.logs import Log
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
@@ -111,6 +107,7 @@ class Engine:
         compute_threads: int,
         executor: Callable[[Program], Executor] = load_executor,
         failed: Collection[str] = (),
+        quotas: Quotas | None = None,
     ) -> None:
         self._clock = clock
         self._observer = observer
@@ -141,6 +138,7 @@ class Engine:
             keeping.others,
             self._group,
             endings,
+            quotas=quotas,
             clock=clock,
             observer=observer,
             max_idle_s=max_session_idle_s,
@@ -178,6 +176,7 @@ class Engine:
             row_queue,
             self._group,
             keeping,
+            quotas=quotas,
             removal=removal,
             expiry=self._expiry,
             leases=leases,
@@ -217,6 +216,7 @@ class Engine:
             pager,
             fetcher,
             self._group,
+            quotas=quotas,
             removal=removal,
             expiry=self._expiry,
             fields=fields,
@@ -267,6 +267,7 @@ class Engine:
             self._admission,
             self._inboxes,
             self._group,
+            quotas=quotas,
             is_local=self._is_local,
             clock=clock,
         )
@@ -276,6 +277,17 @@ class Engine:
         Raises:
             ServerError: the change is refused as a whole; its replies get nothing.
         """
+        self.predict = Prediction(
+            self._models,
+            self._inboxes,
+            self._held,
+            quotas,
+            drain=self._drain_inboxes,
+            require_accepting=self._submission.require_accepting,
+            clock=clock,
+            observer=observer,
+        ).predict
+        """Run a model without a session: see `Prediction.predict`."""
         for name in sorted(programs):
             rows = resident_rows or default_resident_rows(programs[name])
             self._serve(name, programs[name], max_batch_rows, rows)
@@ -406,48 +418,6 @@ class Engine:
                 )
 
         return await self._reading.read_many(session_ids, seen, deadline, admit=admit, with_state=with_state)
-
-    async def predict(
-        self,
-        model: str,
-        inputs: Tensors,
-        state: Tensors | None = None,
-        *,
-        reset: Mask | None = None,
-        deadline: float = float("inf"),
-        source: object = None,
-        reply_limit: int = sys.maxsize,
-        reply_bytes: int = 0,
-    ) -> Predicted:
-        """Run a model without a session. The limit of the reply, and the rows that are reset, are as of `Change`.
-
-        Raises:
-            ModelNotFound, InvalidInput, MessageTooLarge, DeadlineExceeded, Overloaded
-        """
-        self._submission.require_accepting()
-        served = self._models.by_name(model)
-        rows = next((len(array) for array in inputs.values() if array.ndim), 0)
-        if not rows:
-            raise InvalidInput(f"inputs must have at least one row; got {rows}")
-        checked = check_inputs(served.program, inputs, rows, any_rows=True)
-        resets = check_reset(reset, rows, checked.steps)
-        require_reply(served.program, rows, checked.steps, reply_bytes, reply_limit)
-        require_finite("input", checked.arrays, [spec.name for spec in served.program.inputs])
-        values = check_finite_state(served.program, state, rows)
-        self._drain_inboxes()
-        byte_count = sum(array.nbytes for array in (*checked.arrays, *(values or ())))
-        self._inboxes[served.index].require_room(rows, byte_count)
-        now = self._clock.monotonic()
-        call = PredictCall(
-            served, checked, values, rows, resets=resets, deadline=deadline, source=source, now=now
-        )
-        self._held.bytes += byte_count
-        try:
-            predicted = await call.run()
-        finally:
-            self._held.bytes -= byte_count
-        self._observer.applied(model, "predict", 1, rows * checked.steps)
-        return predicted
 
     def stats(self) -> list[ModelStats]:
         """What each model has and does now."""

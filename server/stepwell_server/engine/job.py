@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
+from stepwell_server.core.scheduler import Source
 from stepwell_server.core.sessions import Handles
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Select, Trace
@@ -51,7 +52,7 @@ class Job:
     steps: int
     with_time: bool
     select: Select
-    source: Hashable
+    source: Source
     queued_at: float
     prepare: Callable[[Rows], None] | None = None
     """Writes the initial state to its rows, for a job without sessions."""
@@ -136,6 +137,44 @@ class Job:
         if steps == 1:
             return array[:, self.done]
         return array[:, self.done : self.done + steps]
+
+    @property
+    def may_part(self) -> bool:
+        """It has several sessions, and has not begun."""
+        return self.handles is not None and len(self.handles) > 1 and self.done == 0 and self.working is None
+
+    def part(self, rows: int) -> Job:
+        """Take its first sessions away, of so many rows together but at least one session, as a job of their own.
+
+        Itself if they are all. Only if it `may_part`.
+        """
+        assert self.handles is not None, "a job without sessions has no parts"
+        count = max(1, int(np.searchsorted(np.cumsum(self.sizes), rows, side="right")))
+        if count == len(self.handles):
+            return self
+        at = int(self.sizes[:count].sum())
+        first, rest = slice(0, count), slice(count, None)
+        own, others = slice(0, at), slice(at, None)
+        state_rows = self.state_rows
+        part = dataclasses.replace(
+            self,
+            members=self.members[first],
+            handles=self.handles[first],
+            rows=self.rows[own],
+            sizes=self.sizes[first],
+            inputs=[array[own] for array in self.inputs],
+            reset_rows=None if self.reset_rows is None else self.reset_rows[own],
+            state_rows=None if state_rows is None else state_rows[state_rows < at],
+            collected=[],
+            state_series=[],
+        )
+        self.members, self.handles = self.members[rest], self.handles[rest]
+        self.rows, self.sizes = self.rows[others], self.sizes[rest]
+        self.inputs = [array[others] for array in self.inputs]
+        self.reset_rows = None if self.reset_rows is None else self.reset_rows[others]
+        self.state_rows = None if state_rows is None else state_rows[state_rows >= at] - at
+        self.row_count -= part.row_count
+        return part
 
     def row_mask(self, kept: Mask) -> Mask:
         """The mask over rows of a mask over sessions."""

@@ -6,7 +6,7 @@ A change whose sessions must be looked for in a store that is awaited waits for 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES, Held, Inbox
 from stepwell_server.engine.intake.validation import Validation, require_lists
+from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ids import PIECE
 from stepwell_server.engine.sessions.loading import Arrivals, Seen
@@ -43,6 +44,7 @@ class Submission:
         inboxes: Mapping[int, Inbox],
         commits: GroupCommit,
         *,
+        quotas: Quotas | None,
         is_local: bool,
         clock: Clock,
     ) -> None:
@@ -56,6 +58,7 @@ class Submission:
         """By the number of the model."""
         self._commits = commits
         self._is_local = is_local
+        self._quotas = quotas
         self._clock = clock
         self.is_accepting = True
         """Changes are taken; else they are refused, since the server is stopping."""
@@ -114,12 +117,33 @@ class Submission:
         inbox = self._inboxes[change.model.index]
         if len(change.members):
             inbox.hold(change)
+            if self._quotas is not None:
+                for some, error in self._charge(self._quotas, change):
+                    change.fail(some, error)
         for member, error in refused:
             change.fail(np.array([member]), error)
         if len(missing):
             self._refuse_missing(change, missing, seen)
         if len(change.members):
             inbox.put(change)
+
+    @staticmethod
+    def _charge(quotas: Quotas, change: Change) -> Sequence[tuple[Members, ServerError]]:
+        """Charge who asks for a change that is held; the members that are refused leave it."""
+        give = change.on_end
+        assert give is not None, "it is held"
+        try:
+            refused, release = quotas.charge_change(change)
+        except ServerError:
+            give()
+            raise
+
+        def ended() -> None:
+            give()
+            release()
+
+        change.on_end = ended
+        return refused
 
     def _load(self, change: Change) -> None:
         """Let a change wait until its sessions are in the table, behind what came before for each of them.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from stepwell_server.engine.engine import ModelStats
+    from stepwell_server.engine.quotas import TenantCounts
     from stepwell_server.rpc.fronts.base import FrontCounts
     from stepwell_server.rpc.fronts.certificates import CertificateFiles
     from stepwell_server.store.times import StoreTimes
@@ -157,6 +158,33 @@ def of_store(
         writes.add_metric((file,), list(series.cumulative()), sum_value=series.total)
     text = "Records of sessions written to the log; those that come together are one write."
     yield from (writes, CounterMetricFamily("stepwell_store_log_records", text, value=times.log_records))
+
+
+def of_tenants(counts: TenantCounts) -> Iterator[Metric]:
+    """What tenants have, do and are refused, as far as they have labels of their own."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    for name, text, values in (
+        ("sessions", "Sessions of the tenant.", counts.sessions),
+        ("rows", "Rows of the tenant's sessions.", counts.rows),
+    ):
+        family = GaugeMetricFamily(f"stepwell_tenant_{name}", text, labels=("tenant",))
+        for tenant, value in values.items():
+            family.add_metric((tenant,), value)
+        yield family
+    steps = CounterMetricFamily(
+        "stepwell_tenant_steps",
+        "Steps that the tenant was charged for: rows times time steps.",
+        labels=("tenant",),
+    )
+    for tenant, value in counts.steps.items():
+        steps.add_metric((tenant,), value)
+    refused = CounterMetricFamily(
+        "stepwell_tenant_refused", "What a quota refused to the tenant.", labels=("tenant", "quota")
+    )
+    for labels, value in counts.refused.items():
+        refused.add_metric(labels, value)
+    yield from (steps, refused)
 
 
 def of_engine(stats: Sequence[ModelStats]) -> Iterator[Metric]:

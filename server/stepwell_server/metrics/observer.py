@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from stepwell_server.engine.engine import ModelStats
+    from stepwell_server.engine.quotas import TenantCounts
     from stepwell_server.program import Program
     from stepwell_server.rpc.fronts.base import FrontCounts
     from stepwell_server.rpc.fronts.certificates import CertificateFiles
@@ -58,6 +59,7 @@ class PrometheusObserver(Observer):
         self.slowest = Slowest()
         self._certificates: CertificateFiles | None = None
         self._span_counts: Callable[[], Mapping[str, int]] = dict
+        self._tenants: Callable[[], TenantCounts] | None = None
         self._store_times: StoreTimes | None = None
         self._audited: Callable[[], tuple[int, int]] | None = None
         self._store_is_ready = True
@@ -297,6 +299,10 @@ class PrometheusObserver(Observer):
         """Lines of the audit log: how many were written, and how many could not be."""
         self._audited = counts
 
+    def knows_tenants(self, counts: Callable[[], TenantCounts]) -> None:
+        """Sessions, steps and refusals of tenants, where there are quotas."""
+        self._tenants = counts
+
     def store_checked(self, *, is_ready: bool, reopened: int, is_damaged: bool) -> None:
         """The store was looked after: whether it can be used, how often it was opened anew, whether it lost sessions."""
         self._store_is_ready, self._store_reopened = is_ready, reopened
@@ -326,4 +332,6 @@ class PrometheusObserver(Observer):
             reopened=self._store_reopened,
             is_damaged=self._store_is_damaged,
         )
+        if self._tenants is not None:
+            families += gauges.of_tenants(self._tenants())
         return [*families, *gauges.of_memory(memory_bytes()), *gauges.of_engine(list(stats))]

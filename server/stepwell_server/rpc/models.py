@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stepwell.v1 import models_pb2 as pb
-from stepwell_server.core import namespaces
 from stepwell_server.core.callers import Role
-from stepwell_server.rpc import convert
+from stepwell_server.rpc import convert, naming
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
 
 if TYPE_CHECKING:
@@ -52,16 +51,17 @@ class ModelServicer:
         self, request: pb.ListSlowSessionsRequest, call: Call
     ) -> pb.ListSlowSessionsResponse:
         """List sessions with slow steps: those of the caller's tenant."""
-        now = self._clock.monotonic()
+        now, tenant = self._clock.monotonic(), naming.listed(call.who, "")
         own = [
             step
             for step in self._slowest.list(now)
-            if namespaces.tenant_of(step.session_id) == call.who.tenant
+            if tenant is None or naming.tenant_of(step.session_id) == tenant
         ]
         return pb.ListSlowSessionsResponse(
             sessions=[
                 pb.SlowSession(
-                    session_id=namespaces.own(step.session_id),
+                    session_id=naming.own(step.session_id),
+                    tenant=naming.tenant_told(call.who, step.session_id),
                     model=step.model,
                     seconds=step.seconds,
                     age_seconds=now - step.when,
@@ -80,6 +80,7 @@ class ModelServicer:
             reset=convert.to_mask(request.reset_mask),
             deadline=call.deadline,
             source=call.caller,
+            who=call.who,
             reply_limit=self._max_reply_bytes,
             reply_bytes=REPLY_BYTES,
         )

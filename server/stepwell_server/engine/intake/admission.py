@@ -5,12 +5,13 @@ What cannot start yet waits: for the session's turn in `turns`, for rows in `row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.exactly_once import Verdict, judge
+from stepwell_server.core.scheduler import Source
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
@@ -28,7 +29,7 @@ from stepwell_server.logs import Log
 
 _log = Log("engine.admission")
 #: The source of a job of many callers' steps, as long as there is room for all of them in one pass.
-_EVERYBODY = "everybody"
+_EVERYBODY: Source = ("everybody",)
 
 #: So often is a member judged again because another server was faster.
 MOST_TRIES = 8
@@ -316,17 +317,23 @@ class Admission:
             change.model.ready.add(job)
         change.model.work.ring()
 
-    def _sources(self, change: Change, members: Members) -> list[tuple[Hashable, Members]]:
+    def _sources(self, change: Change, members: Members) -> list[tuple[Source, Members]]:
         """Members by whose turn it is: a greedy caller must not keep the others' steps out of the next pass.
 
         Where all that waits fits into one pass there are no turns to take, and one job is the least work.
         """
         model = change.model
         if change.callers is not None and model.ready.rows_waiting + len(members) <= model.max_batch_rows:
-            return [(_EVERYBODY, members)]
-        return list(change.by_caller(members))
+            if len(members) <= model.rows_of_a_short_pass:
+                return [(_EVERYBODY, members)]
+            sources = list(change.by_source(members))
+            # where all have the like of it, nobody is better off with passes that are shorter
+            if len(members) <= len(sources) * min(len(own) for _, own in sources):
+                return [(_EVERYBODY, members)]
+            return sources
+        return list(change.by_source(members))
 
-    def _job(self, change: Change, members: Members, source: Hashable) -> Job:
+    def _job(self, change: Change, members: Members, source: Source) -> Job:
         is_whole = len(members) == change.size
         handles = change.handles if is_whole else change.handles[members]
         rows = None if is_whole else change.rows_of(members)

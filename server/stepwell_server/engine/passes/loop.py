@@ -127,7 +127,8 @@ class PassLoop:
         chosen: list[Job] = []
         later: list[Job] = []
         while self._model.ready and not chosen:
-            for job in self._model.ready.next_pass():
+            most = self._model.ready.most_rows(now, self._model.rows_of_a_short_pass)
+            for job in self._model.ready.next_pass(now, most):
                 self._consider(job, now, chosen, later)
         for job in later:
             self._model.ready.add(job)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from stepwell_server.core.scheduler import Source
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Predicted, Select, Trace
 from stepwell_server.engine.change import cancelled, too_late
@@ -16,6 +17,9 @@ from stepwell_server.engine.passes.batch import Pass, outputs_of
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Mask, Members
 from stepwell_server.errors import ServerError
+
+#: Rows of a job: it cannot be parted, and others want their turns.
+_MOST_ROWS = 256
 
 
 class PredictCall:
@@ -32,7 +36,7 @@ class PredictCall:
         *,
         resets: Mask | None = None,
         deadline: float,
-        source: object,
+        source: Source,
         now: float,
     ) -> None:
         self._model = model
@@ -45,8 +49,7 @@ class PredictCall:
         self._final = [np.empty((rows, *s.shape), s.dtype) for s in model.program.state]
         self._rows = rows
         self._error: ServerError | None = None
-        limit = min(model.max_batch_rows, model.slots.working_limit)
-        source = source if source is not None else self
+        limit = min(model.max_batch_rows, model.slots.working_limit, _MOST_ROWS)
         self._jobs = [
             self._make_job(checked, low, min(low + limit, rows), source, now) for low in range(0, rows, limit)
         ]
@@ -101,7 +104,7 @@ class PredictCall:
             state={spec.name: array for spec, array in zip(program.state, self._final, strict=True)},
         )
 
-    def _make_job(self, checked: CheckedInputs, low: int, high: int, source: object, now: float) -> Job:
+    def _make_job(self, checked: CheckedInputs, low: int, high: int, source: Source, now: float) -> Job:
         members = np.arange(low, high, dtype=np.intp)
         return Job(
             owner=self,

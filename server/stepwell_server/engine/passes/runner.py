@@ -25,7 +25,7 @@ IN_PLACE_S = 400e-6
 PIECE_S = 200e-6
 #: A pass of several time steps is cut so that what arrives meanwhile waits about this long at most: in the company of
 #: others, and alone, when less is lost on cutting.
-SHORT_SLICE_S, SLICE_S = 0.5e-3, 2e-3
+SHORT_SLICE_S, SLICE_S = 0.25e-3, 2e-3
 
 
 class Runner:
@@ -163,6 +163,6 @@ def _zeros(program: Program, size: int) -> Job:
         steps=1,
         with_time=False,
         select=Select.LAST,
-        source=None,
+        source=(),
         queued_at=0.0,
     )

@@ -18,6 +18,7 @@ from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.turns import Turns
+from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Ended, Expiry, Removal, batch_of
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL
@@ -52,6 +53,7 @@ class Closing:
         fetcher: Fetcher,
         commits: GroupCommit,
         *,
+        quotas: Quotas | None,
         removal: Removal,
         expiry: Expiry,
         fields: Fields,
@@ -64,6 +66,7 @@ class Closing:
         self._fetcher = fetcher
         self._commits = commits
         self._removal = removal
+        self._quotas = quotas
         self._expiry = expiry
         self._fields = fields
         self._clock = clock
@@ -188,11 +191,13 @@ class Closing:
                 self._expiry.drop(handles, committed)
                 return committed
             error: ServerError | None = None
-            for handle, (session_id, _, _) in zip(handles.tolist(), sessions, strict=True):
+            for handle, (session_id, _, _, rows) in zip(handles.tolist(), sessions, strict=True):
                 match committed.of(session_id):
                     case Outcome.KEPT:
                         gone = SessionNotFound(session_id, f"session {session_id!r} was closed")
                         removal.remove(handle, "closed", gone, ended)
+                        if self._quotas is not None:
+                            self._quotas.end([(session_id, rows)])
                     case Outcome.UNKNOWN:
                         error = not_known()
                         self._expiry.drop(np.array([handle]), error)
@@ -247,11 +252,13 @@ class Closing:
             if isinstance(committed, ServerError):
                 return committed
             outcome = committed.of(session_id)
+            if self._quotas is not None and outcome is Outcome.KEPT:
+                self._quotas.end([(session_id, rows)])
             self._expiry.forgotten += 1
             return not_known() if outcome is Outcome.UNKNOWN else None
 
-        revision = self._directory.stored_revision(session_id, seen)
-        await self._commit([(session_id, model, revision)], request_id, done, lambda: None)
+        revision, rows = self._directory.stored_revision(session_id, seen)
+        await self._commit([(session_id, model, revision, rows)], request_id, done, lambda: None)
         return outcome is Outcome.KEPT
 
     async def _commit(

@@ -18,12 +18,13 @@ from stepwell_server.engine.durability.fields import of_lease
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.intake.row_queue import RowQueue
+from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.ids import PIECE, in_pieces
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array
-from stepwell_server.errors import ServerError
+from stepwell_server.errors import QuotaExceeded, ServerError
 from stepwell_server.store import counts
 from stepwell_server.store.base import Batch, Committed
 from stepwell_server.store.record import RecordTemplate, Stored
@@ -89,6 +90,7 @@ class Creation:
         commits: GroupCommit,
         keeping: Keeping,
         *,
+        quotas: Quotas | None,
         removal: Removal,
         expiry: Expiry,
         leases: Leases,
@@ -98,6 +100,7 @@ class Creation:
         self._directory = directory
         self._row_queue = row_queue
         self._removal = removal
+        self._quotas = quotas
         self._expiry = expiry
         self._leases = leases
         self._commits = commits
@@ -127,7 +130,8 @@ class Creation:
         pending = self._removal.opening[ids[0]]
         for session_id in ids:
             self._removal.opening.pop(session_id, None)
-        pending.set_result(None)
+        if not pending.done():
+            pending.set_result(None)
 
     async def create(self, fresh: Fresh) -> SessionInfo:
         """Make sessions. They are there when this returns; to be cancelled meanwhile changes nothing about it.
@@ -137,15 +141,18 @@ class Creation:
 
         Raises:
             Unavailable: the store could not keep them; none is made, and the rows are given back.
+            QuotaExceeded: the tenant may not have so many; the same.
             Taken: so it is where another server was faster.
         """
         model, ids = fresh.model, fresh.ids
         made: asyncio.Future[SessionInfo | Exception] = asyncio.get_running_loop().create_future()
         if ids[0] not in self._removal.opening:
             self.reserve(ids)
+        self._charge(fresh)
 
         def settle(error: Exception | None) -> None:
             if error is not None:
+                self.uncount([(session_id, fresh.batch_size) for session_id in ids])
                 self.give_up(ids)
                 model.slots.free_resident(fresh.rows)
                 made.set_result(error)
@@ -179,6 +186,33 @@ class Creation:
         if isinstance(result, Exception):
             raise result
         return result
+
+    def _charge(self, fresh: Fresh) -> None:
+        try:
+            self.count(fresh.ids, fresh.batch_size)
+        except QuotaExceeded:
+            self.give_up(fresh.ids)
+            fresh.model.slots.free_resident(fresh.rows)
+            raise
+
+    def count(self, ids: Sequence[str], rows: int) -> None:
+        """Charge a tenant for sessions of so many rows each that are about to be made.
+
+        Raises:
+            QuotaExceeded: it may not have so many.
+        """
+        if self._quotas is not None:
+            self._quotas.begin(ids, rows)
+
+    def recount(self, session_id: str, before: int, after: int) -> None:
+        """A session has another number of rows than before, which nobody refuses: it is one that was there."""
+        if self._quotas is not None:
+            self._quotas.change_rows(session_id, after - before)
+
+    def uncount(self, sessions: Sequence[tuple[str, int]]) -> None:
+        """Sessions that were counted are not there, or not with so many rows."""
+        if self._quotas is not None:
+            self._quotas.end(sessions)
 
     def _undo(self, model: Model, ids: Sequence[str], committed: Committed, then: Callable[[], None]) -> None:
         """Delete those of sessions that were not all made which were, or may have been."""

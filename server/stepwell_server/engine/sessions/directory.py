@@ -259,13 +259,16 @@ class Directory:
         ]
         return np.array([max(self.store.first_revision, revision + 1) for revision in last], np.uint64)
 
-    def stored_revision(self, session_id: str, seen: Seen) -> int:
-        """The revision that the store has of a session, 0 if it cannot tell."""
+    def stored_revision(self, session_id: str, seen: Seen) -> tuple[int, int]:
+        """The revision that the store has of a session, and its rows; 0 if it cannot tell."""
         try:
             stored = seen.get(session_id)
-            return 0 if stored is None else decode_header(session_id, stored).revision
+            if stored is None:
+                return 0, 0
+            header = decode_header(session_id, stored)
+            return header.revision, header.batch_size
         except StateCorrupt:
-            return 0
+            return 0, 0
 
     def closed_with(self, session_id: str, seen: Seen) -> int:
         """The request id of the call that closed a session that is gone, 0 if none said one."""

@@ -20,6 +20,7 @@ from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.models import Models
+from stepwell_server.engine.quotas import Quotas
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store import counts
@@ -39,17 +40,17 @@ _TOLD_ONE_BY_ONE = 16
 """More sessions that expire together are a line in the log with their number."""
 
 
-Ended = tuple[str, str, int]
-"""Id, model and last revision of a session that ends."""
+Ended = tuple[str, str, int, int]
+"""Id, model, last revision and rows of a session that ends."""
 
 
 def batch_of(sessions: Sequence[Ended], end: End, at: float, request_id: int = 0) -> Batch:
     """What the store is to know of sessions that ended; the model is empty where it does not count the session."""
     return Batch(
-        deletes=[session_id for session_id, _, _ in sessions],
-        tombstones=[Tombstone(i, end, at, request_id, revision) for i, _, revision in sessions],
-        counts=[(model, -1) for _, model, _ in sessions if model],
-        tenant_counts=counts.of_tenants([(i, model) for i, model, _ in sessions if model], -1),
+        deletes=[session_id for session_id, *_ in sessions],
+        tombstones=[Tombstone(i, end, at, request_id, revision) for i, _, revision, _ in sessions],
+        counts=[(model, -1) for _, model, *_ in sessions if model],
+        tenant_counts=counts.of_tenants([(i, model) for i, model, *_ in sessions if model], -1),
     )
 
 
@@ -71,7 +72,12 @@ class Removal:
         """What the store is to know of sessions of the table when they end."""
         table = self._table
         return [
-            (table.session_id(handle), self._models.by_handle(handle).name, int(table.revision[handle]))
+            (
+                table.session_id(handle),
+                self._models.by_handle(handle).name,
+                int(table.revision[handle]),
+                int(table.batch_size[handle]),
+            )
             for handle in handles.tolist()
         ]
 
@@ -118,6 +124,7 @@ class Expiry:
         commits: GroupCommit,
         endings: Endings,
         *,
+        quotas: Quotas | None,
         clock: Clock,
         observer: Observer,
         max_idle_s: float,
@@ -129,6 +136,7 @@ class Expiry:
         self._endings = endings
         self._commits = commits
         self._clock = clock
+        self._quotas = quotas
         self._observer = observer
         self.max_idle_s = max_idle_s
         """0: sessions never expire."""
@@ -303,16 +311,17 @@ class Expiry:
             and session_id not in self._strays
             and self._is_idle_everywhere(header)
         ]
-        self.end_stored([(i, header.model, header.revision) for i, header in untouched], End.EXPIRED)
+        ended = [(i, header.model, header.revision, header.batch_size) for i, header in untouched]
+        self.end_stored(ended, End.EXPIRED)
         return len(untouched)
 
     def end_stored(self, sessions: Sequence[Ended], end: End) -> None:
         """End sessions that only the store has."""
         self.forgotten += len(sessions)
         if len(sessions) > _TOLD_ONE_BY_ONE:
-            self._removal.tell("expired", Counter(model for _, model, _ in sessions))
+            self._removal.tell("expired", Counter(model for _, model, *_ in sessions))
         else:
-            for session_id, model, _ in sessions:
+            for session_id, model, *_ in sessions:
                 self._observer.session_event("expired", model, session_id)
         self.bury(sessions, end)
 
@@ -330,7 +339,7 @@ class Expiry:
         """
         if not sessions:
             return
-        ids = [session_id for session_id, _, _ in sessions]
+        ids = [session_id for session_id, *_ in sessions]
 
         def done(committed: Committed | ServerError) -> None:
             for session_id in ids:
@@ -341,6 +350,9 @@ class Expiry:
                 )
                 self.remember_use(ids, -math.inf)
             else:
+                if self._quotas is not None:
+                    stay = committed.unknown | committed.conflicts
+                    self._quotas.end((i, rows) for i, _, _, rows in sessions if i not in stay)
                 # those with a conflict were used on another server, and are forgotten here
                 self.remember_use([i for i in ids if i in committed.unknown], -math.inf)
 

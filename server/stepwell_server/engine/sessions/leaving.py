@@ -117,6 +117,7 @@ class Leaving:
                             session_id,
                             heads.models[int(heads.model[place])],
                             int(heads.heads["revision"][place]),
+                            int(heads.heads["batch_size"][place]),
                         )
                     )
                 else:

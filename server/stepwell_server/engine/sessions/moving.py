@@ -36,6 +36,7 @@ from stepwell_server.errors import (
     MessageTooLarge,
     ModelMismatch,
     ModelNotFound,
+    QuotaExceeded,
     ServerError,
     SessionExists,
     SessionGone,
@@ -362,14 +363,16 @@ class Moving:
 
     async def _make(self, fresh: Sequence[_New]) -> dict[str, Result]:
         """Make sessions whose ids are reserved."""
+        fresh, results = self._counted(fresh)
         if not fresh:
-            return {}
+            return results
         ids = [each.session_id for each in fresh]
 
         def done(committed: Committed | ServerError) -> dict[str, Result]:
-            results: dict[str, Result] = {}
             for each in fresh:
                 error = _problem(each.session_id, committed)
+                if error is not None:
+                    self._creation.uncount([(each.session_id, each.header.batch_size)])
                 results[each.session_id] = error or Brought.IMPORTED
             kept = [each for each in fresh if results[each.session_id] is Brought.IMPORTED]
             if kept:
@@ -386,6 +389,17 @@ class Moving:
             goes_back=any(each.was_here for each in fresh),
         )
         return await self._commit(batch, done)
+
+    def _counted(self, fresh: Sequence[_New]) -> tuple[Sequence[_New], dict[str, Result]]:
+        """Those that their tenant may have, and why the others are not made."""
+        results: dict[str, Result] = {}
+        for each in fresh:
+            try:
+                self._creation.count([each.session_id], each.header.batch_size)
+            except QuotaExceeded as error:
+                self._creation.give_up([each.session_id])
+                results[each.session_id] = error
+        return [each for each in fresh if each.session_id not in results], results
 
     async def _replace(self, each: _New) -> Result:
         session_id = each.session_id
@@ -404,7 +418,7 @@ class Moving:
             return await self._make_anew(each)
         except ServerError as error:
             return error
-        old = self._directory.models.by_handle(handle).name
+        old, old_rows = self._directory.models.by_handle(handle).name, int(self._table.batch_size[handle])
 
         def done(committed: Committed | ServerError) -> Result:
             error = _problem(session_id, committed)
@@ -415,6 +429,7 @@ class Moving:
                 session_id, f"session {session_id!r} was replaced by one that was imported"
             )
             self._removal.forget(handle, gone)
+            self._creation.recount(session_id, old_rows, each.header.batch_size)
             self._loader.adopt([each.served])
             self._tell([each])
             return Brought.REPLACED

@@ -15,6 +15,9 @@ from stepwell_server.engine.state.replies import ReplyMemory
 from stepwell_server.program import Program
 from stepwell_server.store.record import Texts
 
+#: A pass takes about so long at most while others are about, in seconds; but its fixed part is at most this share of it.
+SHORT_PASS_S, _MOST_FIXED = 0.1e-3, 0.25
+
 
 class Alarm:
     """A call that is due in the next turn of the event loop, however often it is asked for before.
@@ -29,6 +32,8 @@ class Alarm:
         """The listener is called as soon as the event loop is at it."""
         self._is_held = False
         """Nothing is scheduled: whoever holds it will look."""
+        self._is_scheduled = False
+        """The event loop will call: once, or several turns would follow each other without a look at what has come."""
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Call `listener` after each ring."""
@@ -39,7 +44,7 @@ class Alarm:
         if not self.is_due and self._listener is not None:
             self.is_due = True
             if not self._is_held:
-                self._loop.call_soon(self._call)
+                self._schedule()
 
     def hold(self) -> None:
         """Schedule nothing until `go`: more comes at once."""
@@ -54,6 +59,15 @@ class Alarm:
         """For the listener: what it has been rung for since it was called is done already."""
         self.is_due = False
 
+    def _schedule(self) -> None:
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._scheduled)
+
+    def _scheduled(self) -> None:
+        self._is_scheduled = False
+        self._call()
+
     def _call(self) -> None:
         if not self.is_due:
             return
@@ -64,7 +78,7 @@ class Alarm:
         finally:
             self._is_held = False
             if self.is_due:
-                self._loop.call_soon(self._call)
+                self._schedule()
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -90,6 +104,11 @@ class Model:
     """Rung when something has come for the model's loop."""
     waiting: int = 0
     """Changes and holds that wait for their session or for rows: see `turns` and `row_queue`."""
+
+    @property
+    def rows_of_a_short_pass(self) -> int:
+        """Rows of a pass while others are about: as many as make them wait for a moment only, but worth a pass."""
+        return self.cost.items_within(SHORT_PASS_S, _MOST_FIXED)
 
     @property
     def expected_wait_s(self) -> float:

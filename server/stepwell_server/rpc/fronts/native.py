@@ -18,6 +18,7 @@ from stepwell_server.core.callers import ANYBODY, Caller, Credential
 from stepwell_server.core.namespaces import SEPARATOR, prefix_of
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.logs import Log
+from stepwell_server.rpc.fronts.arrivals import Arrivals, Kind
 from stepwell_server.rpc.fronts.base import (
     F64,
     BindError,
@@ -50,6 +51,8 @@ _OPTIONS: Mapping[str, Option] = {
     "key": "--tls-key",
     "client_ca": "--tls-client-ca",
 }
+#: So often the wire is asked for more in one turn of the event loop, while several connections are about.
+_TAKEN_AT_ONCE = 16
 _FLUSH_LOOK_S = 0.005
 #: Methods of which the wire reads plain messages, and how it knows them.
 _PLAIN = {
@@ -208,10 +211,11 @@ class NativeFront:
         self._loop = asyncio.get_running_loop()
         self._known: stepwell_front.KnownCallers | None = None
         """None: nobody is asked."""
-        self._unlooked = 0
-        """Messages that tasks have not looked at yet: plain ones that came behind them must not overtake them."""
-        self._waiting: collections.deque[tuple[Any, ...]] = collections.deque()
-        """What came behind them, and has not been done yet."""
+        self._arrivals = Arrivals(self._do_arrival, clock.monotonic)
+        self._peers: dict[int, str] = {}
+        """Connections of the calls that have come."""
+        self._is_going_on = False
+        """What waits goes on in the next turn of the event loop."""
         self._handed_back: set[int] = set()
         """Streams some of whose plain messages were handed back, and may not have been read yet."""
 
@@ -328,46 +332,74 @@ class NativeFront:
 
     def _take(self, front: stepwell_front.Front) -> None:
         """Take what has come, in its order. What came behind messages that tasks have to look at waits for that."""
+        arrivals, most = self._arrivals, _TAKEN_AT_ONCE
         try:
-            arrivals = front.take()
+            while most and (taken := front.take()):
+                for arrival in taken:
+                    self._add(*arrival)
+                # who sends much must not keep others from being seen; who is alone has passes run in between
+                most = most - 1 if arrivals.has_company else 0
         except RuntimeError as error:
             # better no server than one that looks ready and answers nobody
             self._loop.remove_reader(front.fd())
             _log.defect("the front has ended, and so does the server", error)
             signal.raise_signal(signal.SIGTERM)
             return
-        self._waiting.extend(arrivals)
         self._go_on()
 
+    def _add(self, tag: int, *rest: Any) -> None:
+        if tag == _BATCH:
+            callers = rest[2]
+            peers: Collection[str] = callers if len(callers) == 1 else set(callers)
+            self._arrivals.add(Kind.BATCH, peers, (tag, *rest), len(rest[1]))
+        elif tag == _CALL:
+            self._peers[rest[0]] = rest[1].peer
+            self._arrivals.add(Kind.TASK, (rest[1].peer,), (tag, *rest))
+        elif tag == _REFUSED:
+            _log.warning(_REFUSED_LOG[rest[0]], **self.counts().now)
+        else:
+            kind = Kind.TASK if tag == _MESSAGE else Kind.EVENT
+            self._arrivals.add(kind, (self._peer_of(rest[0]),), (tag, *rest))
+
+    def _peer_of(self, key: int) -> str:
+        """The connection of a call, which may not have begun yet."""
+        return self._peers.get(key, "")
+
     def _go_on(self) -> None:
-        waiting = self._waiting
+        self._is_going_on = False
         self._steps.hold()
         try:
-            while waiting and not (self._unlooked and waiting[0][0] == _BATCH):
-                self._do(*waiting.popleft())
-        except Exception:
-            self._loop.call_soon(self._go_on)  # a defect in one of them must not keep the others
-            raise
+            self._arrivals.go_on()
         finally:
             self._steps.go()
+            if self._arrivals:
+                self._go_on_soon()
+
+    def _go_on_soon(self) -> None:
+        if not self._is_going_on:
+            self._is_going_on = True
+            self._loop.call_soon(self._go_on)
+
+    def _do_arrival(self, arrival: tuple[Any, ...]) -> None:
+        self._do(*arrival)
 
     def _do(self, tag: int, *rest: Any) -> None:
         if tag == _BATCH:
             self._steps.take(_columns(self, *rest))
             return
-        if tag == _REFUSED:
-            _log.warning(_REFUSED_LOG[rest[0]], **self.counts().now)
-            return
         self._tell(tag, *rest)
         if tag in {_CALL, _MESSAGE}:
-            self._unlooked += 1
-            self._loop.call_soon(self._looked)  # when the task that was told has had its turn
+            peer = self._peer_of(rest[0])
+            self._arrivals.looking(peer)
+            self._loop.call_soon(self._arrivals.looked, peer)  # when the task that was told has had its turn
 
     def serve(self, handed_back: list[tuple[Any, ...]]) -> None:
         """Serve plain messages as those that are not."""
         for arrival in handed_back:
             if arrival[0] == _MESSAGE:
                 self._handed_back.add(arrival[1])
+            else:
+                self._peers[arrival[1]] = arrival[2].peer
             self._do(*arrival)
 
     def behind(self) -> set[int]:
@@ -401,15 +433,14 @@ class NativeFront:
         elif call.task is not None:
             call.task.cancel()
 
-    def _looked(self) -> None:
-        self._unlooked -= 1
-        self._go_on()
-
     def _begin(self, key: int, handle: CallHandle, request: bytes | None) -> None:
         call = self._calls[key] = _Call(handle, request)
         call.task = self._loop.create_task(self._serve(call, handle))
         # not in the task: one that is cancelled before it begins runs nothing of its own
-        call.task.add_done_callback(lambda _: self._calls.pop(key))
+        call.task.add_done_callback(lambda _: self._forget(key))
+
+    def _forget(self, key: int) -> None:
+        del self._calls[key], self._peers[key]
 
     async def _serve(self, call: _Call, handle: CallHandle) -> None:
         try:

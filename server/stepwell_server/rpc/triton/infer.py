@@ -130,6 +130,7 @@ class Inference:
                     inputs.arrays,
                     deadline=deadline,
                     source=call.caller,
+                    who=call.who,
                     reply_limit=self._max_reply_bytes,
                     reply_bytes=REPLY_BYTES,
                 )

@@ -1,0 +1,263 @@
+"""Who has how much, and whether there may be more of it: charged where sessions begin and steps come in.
+
+Sessions and rows are the tenant's that the session's id says. Steps and bytes are those of the tenant, and of the caller,
+that asks. A step that is sent again is charged again: it was refused or it was served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from stepwell_server.clock import Clock
+from stepwell_server.core.callers import Caller
+from stepwell_server.core.namespaces import tenant_of
+from stepwell_server.core.quotas import Buckets, Limits, QuotaTable, TokenBucket
+from stepwell_server.engine.change import Change
+from stepwell_server.engine.types import Members
+from stepwell_server.errors import InvalidInput, QuotaExceeded, ServerError
+from stepwell_server.store.base import Store
+
+#: Nobody knows when a session ends.
+_SESSIONS_AGAIN_S, _BYTES_AGAIN_S = 1.0, 0.05
+#: Records that are counted before others get a turn.
+_AT_ONCE = 2000
+OTHER = "other"
+"""The label of tenants that have none of their own."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TenantCounts:
+    """What metrics say, by the labels of tenants."""
+
+    sessions: Mapping[str, int]
+    rows: Mapping[str, int]
+    steps: Mapping[str, int]
+    refused: Mapping[tuple[str, str], int]
+    """By tenant and quota."""
+
+
+_Scope = tuple[str, str, Limits]
+"""What a message calls it, its name, its quotas."""
+
+
+class Quotas:
+    """Counts and limits of tenants and callers. Lives on the event loop."""
+
+    def __init__(self, table: QuotaTable, clock: Clock, most_labels: int = 100) -> None:
+        """`most_labels` tenants have a label in the metrics: those of the table first, then as they come."""
+        self._clock = clock
+        self._most_labels = most_labels
+        self._labels: dict[str, str] = {}
+        self._buckets = Buckets()
+        self._bytes: Counter[str] = Counter()
+        self._sessions: Counter[str] = Counter()
+        self._rows: Counter[str] = Counter()
+        self._steps: Counter[str] = Counter()
+        self._refused: Counter[tuple[str, str]] = Counter()
+        self.use(table)
+
+    def use(self, table: QuotaTable) -> None:
+        """From now on these are the quotas."""
+        self._table = table
+        for tenant in table.tenants:
+            self._label(tenant)
+
+    async def count(self, store: Store) -> None:
+        """Count the sessions that a store has, at the start."""
+        after = ""
+        while len(heads := await store.heads(after=after, limit=_AT_ONCE)):
+            ids = [str(key, "utf-8", "replace") for key in heads.keys]
+            after = ids[-1]
+            for session_id, rows in zip(ids, heads.heads["batch_size"].tolist(), strict=True):
+                tenant = tenant_of(session_id)
+                self._sessions[tenant] += 1
+                self._rows[tenant] += rows
+            await asyncio.sleep(0)
+
+    # ------------------------------------------------------------------------------------------------------- sessions
+
+    def begin(self, session_ids: Sequence[str], rows: int) -> None:
+        """Count sessions of so many rows each that are about to be made, of one tenant; `end` them if they are not.
+
+        Raises:
+            QuotaExceeded: they would be too many, and none is counted.
+        """
+        tenant, count = tenant_of(session_ids[0]), len(session_ids)
+        limits, scope = self._table.of_tenant(tenant), _named(tenant)
+        for quota, most, there, more in (
+            ("sessions", limits.sessions, self._sessions[tenant], count),
+            ("rows", limits.rows, self._rows[tenant], count * rows),
+        ):
+            if most is not None and there + more > most:
+                raise self._exceeded(
+                    tenant,
+                    quota,
+                    most,
+                    f"{quota} of {scope} must stay within {most}; there are {there}, and {more} came",
+                    _SESSIONS_AGAIN_S,
+                )
+        self._sessions[tenant] += count
+        self._rows[tenant] += count * rows
+
+    def end(self, sessions: Iterable[tuple[str, int]]) -> None:
+        """Sessions have ended for good: their ids and rows."""
+        for session_id, rows in sessions:
+            tenant = tenant_of(session_id)
+            self._sessions[tenant] -= 1
+            self._rows[tenant] -= rows
+            if not self._sessions[tenant]:
+                del self._sessions[tenant], self._rows[tenant]
+
+    def change_rows(self, session_id: str, more: int) -> None:
+        """A session has so many rows more, or less."""
+        self._rows[tenant_of(session_id)] += more
+
+    # ---------------------------------------------------------------------------------------------------------- steps
+
+    def charge(self, who: Caller, steps: int, byte_count: int) -> Callable[[], None]:
+        """Charge somebody for steps, and for bytes until what is returned is called.
+
+        Raises:
+            QuotaExceeded: it is too much now, and nothing is charged.
+            InvalidInput: it will always be.
+        """
+        now, scopes = self._clock.monotonic(), self._scopes(who)
+        for what, name, limits in scopes:
+            if limits.steps_per_second is not None and steps > limits.most_steps:
+                raise InvalidInput(
+                    f"steps of one request (rows times time steps) must be at most the burst of the quota"
+                    f" steps_per_second of {what}, {limits.most_steps}; got {steps}: send fewer at once"
+                )
+            most = limits.bytes_in_flight
+            if most is not None and byte_count > most:
+                raise InvalidInput(
+                    f"inputs of one request must have at most the bytes of the quota bytes_in_flight of {what}, {most};"
+                    f" got {byte_count}: send fewer at once"
+                )
+            if most is not None and self._bytes[name] + byte_count > most:
+                raise self._exceeded(
+                    who.tenant,
+                    "bytes_in_flight",
+                    most,
+                    f"bytes_in_flight of {what} must stay within {most}; {self._bytes[name]} are, and {byte_count} came",
+                    _BYTES_AGAIN_S,
+                )
+        taken: list[TokenBucket] = []
+        for what, name, limits in scopes:
+            if limits.steps_per_second is None:
+                continue
+            bucket = self._buckets.of(name, limits, now)
+            delay_s = bucket.take(steps, now)
+            if delay_s:
+                for other in taken:
+                    other.give_back(steps)
+                rate = limits.steps_per_second
+                raise self._exceeded(
+                    who.tenant,
+                    "steps_per_second",
+                    rate,
+                    f"steps_per_second of {what} must stay within {rate:g}, {limits.most_steps} at once; {steps} came",
+                    delay_s,
+                )
+            taken.append(bucket)
+        names = [name for _, name, limits in scopes if limits.bytes_in_flight is not None]
+        for name in names:
+            self._bytes[name] += byte_count
+        self._steps[self._label(who.tenant)] += steps
+
+        def release() -> None:
+            for name in names:
+                self._bytes[name] -= byte_count
+                if not self._bytes[name]:
+                    del self._bytes[name]
+
+        return release
+
+    def charge_change(self, change: Change) -> tuple[list[tuple[Members, ServerError]], Callable[[], None]]:
+        """Charge those who ask for a checked step; the members that are refused leave it.
+
+        Returns:
+            What is refused, and what is to be called when the change has ended.
+
+        Raises:
+            QuotaExceeded, InvalidInput: all is refused, for one reason.
+        """
+        refused: list[tuple[Members, ServerError]] = []
+        releases: list[Callable[[], None]] = []
+        groups = list(_by_caller(change))
+        row_bytes = change.byte_count // max(1, change.row_count)
+        for who, members in groups:
+            rows = int(change.sizes[members].sum())
+            try:
+                releases.append(
+                    self.charge(who, 0 if change.reset else rows * change.steps, rows * row_bytes)
+                )
+            except (QuotaExceeded, InvalidInput) as error:
+                if len(groups) == 1 and change.callers is None:
+                    raise
+                refused.append((members, error))
+        if refused:
+            gone = np.concatenate([members for members, _ in refused])
+            change.members = np.setdiff1d(change.members, gone)
+
+        def release() -> None:
+            for each in releases:
+                each()
+
+        return refused, release
+
+    def _scopes(self, who: Caller) -> list[_Scope]:
+        table, name = self._table, str(who)
+        scopes: list[_Scope] = [(_named(who.tenant), f"{who.tenant}/", table.of_tenant(who.tenant))]
+        own = table.callers.get(name) if name else None
+        if own is not None:
+            scopes.append((f"caller {name!r}", name, own))
+        return scopes
+
+    # -------------------------------------------------------------------------------------------------------- metrics
+
+    def counts(self) -> TenantCounts:
+        """What there is and was, by label."""
+        sessions: Counter[str] = Counter()
+        rows: Counter[str] = Counter()
+        for tenant, count in self._sessions.items():
+            sessions[self._label(tenant)] += count
+            rows[self._label(tenant)] += self._rows[tenant]
+        for label in self._labels.values():
+            sessions[label] += 0
+            rows[label] += 0
+        return TenantCounts(sessions, rows, dict(self._steps), dict(self._refused))
+
+    def tenants(self) -> Mapping[str, tuple[int, int]]:
+        """Sessions and rows of each tenant that has some."""
+        return {tenant: (count, self._rows[tenant]) for tenant, count in self._sessions.items()}
+
+    def _label(self, tenant: str) -> str:
+        label = self._labels.get(tenant)
+        if label is None:
+            if len(self._labels) >= self._most_labels:
+                return OTHER
+            label = self._labels[tenant] = tenant
+        return label
+
+    def _exceeded(self, tenant: str, quota: str, most: float, message: str, delay_s: float) -> QuotaExceeded:
+        self._refused[self._label(tenant), quota] += 1
+        return QuotaExceeded(message, retry_after_s=delay_s, quota=quota, limit=f"{most:g}")
+
+
+def _named(tenant: str) -> str:
+    return f"tenant {tenant!r}" if tenant else "all callers together"
+
+
+def _by_caller(change: Change) -> Iterable[tuple[Caller, Members]]:
+    if change.whos is None:
+        return [(change.who, change.members)]
+    found: dict[Caller, list[int]] = {}
+    for member in change.members.tolist():
+        found.setdefault(change.whos[member], []).append(member)
+    return [(who, np.array(own, np.intp)) for who, own in found.items()]

@@ -1,0 +1,127 @@
+"""What has come over the wire, in the order in which it is done: connections take turns.
+
+What came over one connection is done in its order. While several are about, what would keep the event loop for long (a
+large batch, the beginning of calls) is done a little at a time, so that whoever sends much of it does not hold up the
+others. Whoever is alone does not wait.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+from collections.abc import Callable, Collection
+from typing import Any
+
+#: So long after two connections had something to do both are about, in seconds.
+COMPANY_S = 0.05
+#: Sessions of a batch that is done a batch at a time.
+LARGE = 64
+#: What may be begun in one turn while others are about: tasks, and large batches.
+_TASKS, _LARGE_BATCHES = 2, 1
+
+
+class Kind(enum.Enum):
+    """What an arrival is."""
+
+    BATCH = enum.auto()
+    """Plain steps: done at once, but not before tasks have looked at what came before over the same connections."""
+    TASK = enum.auto()
+    """A task has to look at it, in the next turn of the event loop."""
+    EVENT = enum.auto()
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Item:
+    kind: Kind
+    size: int
+    peers: Collection[str]
+    what: Any
+    behind: int
+    """Connections on which something is before it."""
+
+
+class Arrivals:
+    """What has come and is not done. Lives on the event loop."""
+
+    def __init__(self, do: Callable[[Any], None], now: Callable[[], float]) -> None:
+        """`do` does one of them."""
+        self._do = do
+        self._now = now
+        self._lines: dict[str, collections.deque[_Item]] = {}
+        """By connection, in the order of their turns."""
+        self._unlooked: collections.Counter[str] = collections.Counter()
+        """Of each connection, what tasks have not looked at yet."""
+        self._latest = ""
+        self._company_until = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    @property
+    def has_company(self) -> bool:
+        """Several connections are about."""
+        return self._now() < self._company_until
+
+    def add(self, kind: Kind, peers: Collection[str], what: Any, size: int = 1) -> None:
+        """Put what came over some connections behind what came before over them."""
+        first = next(iter(peers), "")
+        if len(peers) > 1 or first != self._latest:
+            if self._latest:
+                self._company_until = self._now() + COMPANY_S
+            self._latest = first
+        item = _Item(kind, size, peers, what, 0)
+        for peer in peers:
+            line = self._lines.get(peer)
+            if line is None:
+                line = self._lines[peer] = collections.deque()
+            item.behind += bool(line)
+            line.append(item)
+
+    def go_on(self) -> None:
+        """Do what may be done in this turn, in turn."""
+        alone = not self.has_company
+        tasks = large = 1 << 30
+        if not alone:
+            tasks, large = _TASKS, _LARGE_BATCHES
+        went_on = True
+        while went_on and self._lines:
+            went_on = False
+            for peer in list(self._lines):
+                line = self._lines.get(peer)
+                while line:
+                    item = line[0]
+                    if item.kind is Kind.TASK:
+                        if not tasks:
+                            break
+                        tasks -= 1
+                    elif item.kind is Kind.BATCH:
+                        if item.behind or not self._unlooked.keys().isdisjoint(item.peers):
+                            break
+                        if item.size >= LARGE:
+                            if not large:
+                                break
+                            large -= 1
+                    went_on = True
+                    self._taken(item)
+                    self._do(item.what)
+                    if item.kind is Kind.TASK and not alone:
+                        break  # the next connection's turn
+
+    def _taken(self, item: _Item) -> None:
+        for peer in item.peers:
+            line = self._lines.pop(peer)
+            line.popleft()
+            if line:
+                self._lines[peer] = line  # at the end of the round
+                line[0].behind -= 1
+
+    def looking(self, peer: str) -> None:
+        """A task is to look at what came over a connection."""
+        self._unlooked[peer] += 1
+
+    def looked(self, peer: str) -> None:
+        """A task has looked at what came over a connection."""
+        self._unlooked[peer] -= 1
+        if not self._unlooked[peer]:
+            del self._unlooked[peer]

@@ -1,0 +1,115 @@
+"""Quotas: the bucket, and the file that says whose they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepwell_server.core.quotas import Buckets, Limits, QuotaTable, TokenBucket
+from stepwell_server.quota_file import QuotaFile, QuotaFileError, parse
+
+FILE = """
+[default]
+sessions = 100
+[tenants.acme]
+rows = 5
+steps_per_second = 2.5
+bytes_in_flight = 1000
+[callers."acme/ann"]
+steps_per_second = 10
+burst = 30
+[callers.root]
+bytes_in_flight = 1
+"""
+
+
+@given(st.lists(st.tuples(st.floats(0, 3), st.integers(1, 12)), max_size=40), st.floats(1, 50))
+def test_a_bucket_gives_no_more_than_its_rate_and_its_delay_is_enough(
+    asked: list[tuple[float, int]], rate: float
+) -> None:
+    now, bucket, taken = 5.0, TokenBucket(rate, 10, 5.0), 0
+    for pause_s, count in asked:
+        now += pause_s
+        delay_s = bucket.take(count, now)
+        if delay_s and count <= 10:
+            now += delay_s * (1 + 1e-9) + 1e-9
+            assert bucket.take(count, now) == 0, "it was told when"
+            taken += count
+        elif not delay_s:
+            taken += count
+        assert taken <= 10 + rate * (now - 5.0) + 1e-6
+
+
+def test_a_bucket_keeps_what_was_taken_when_its_limits_change_and_is_forgotten_when_full() -> None:
+    buckets, before = Buckets(), Limits(steps_per_second=10)
+    assert buckets.of("a", before, 0.0).take(10, 0.0) == 0
+    assert buckets.of("a", before, 0.0).take(5, 0.0) == 0.5
+    assert buckets.of("a", Limits(steps_per_second=100, burst=1000), 0.0).take(5, 0.0) == 0.05
+    bucket = TokenBucket(1, 4, 0.0)
+    assert bucket.is_full(0.0)
+    bucket.take(3, 0.0)
+    bucket.give_back(1)
+    assert not bucket.is_full(1.0)
+    assert bucket.is_full(2.0)
+
+
+def test_a_file_says_whose_quotas_are_which() -> None:
+    table = parse(FILE)
+    assert table.of_tenant("") == table.of_tenant("other") == Limits(sessions=100)
+    assert table.of_tenant("acme") == Limits(rows=5, steps_per_second=2.5, bytes_in_flight=1000)
+    assert table.of_tenant("acme").most_steps == 2
+    assert table.callers == {
+        "acme/ann": Limits(steps_per_second=10, burst=30),
+        "root": Limits(bytes_in_flight=1),
+    }
+    assert parse("") == QuotaTable()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[default", "must be TOML: "),
+        ("[tenant.a]", "must have tables default, tenants, callers only; got 'tenant'"),
+        ("default = 3", r"\[default\] must be a table; got 3"),
+        ("[tenants]\nacme = 3", r"\[tenants.acme\] must be a table; got 3"),
+        ('[tenants."a b"]', r"\[tenants\] must be named by names of tenants; got 'a b'"),
+        ('[callers."a/b/c"]', r'\[callers\] must be named as "TENANT/NAME", .*; got \'a/b/c\''),
+        ("[default]\nstep = 1", r"\[default\] must have sessions, .* only; got 'step'"),
+        ("[callers.a]\nsessions = 1", r'\[callers."a"\] must have steps_per_second, burst, .* only; got'),
+        ("[default]\nsessions = -1", r"sessions must be a whole number of at least 0; got -1"),
+        ("[default]\nrows = 1.5", r"rows must be a whole number of at least 0; got 1.5"),
+        ("[default]\nrows = true", r"rows must be a whole number of at least 0; got True"),
+        ("[default]\nsteps_per_second = inf", r"steps_per_second must be a number of at least 1; got inf"),
+        ("[default]\nburst = 3", r"\[default\] burst must be given with steps_per_second"),
+    ],
+)
+def test_a_file_that_breaks_a_rule_is_refused(text: str, message: str) -> None:
+    with pytest.raises(QuotaFileError, match=message):
+        parse(text)
+
+
+def test_a_file_is_read_again_when_it_changes_and_a_broken_one_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "quotas.toml"
+    with pytest.raises(QuotaFileError, match=r"quotas.toml cannot be read: No such file"):
+        QuotaFile(path)
+    path.write_text("[default]\nsessions = 1\n")
+    file = QuotaFile(path)
+    assert not file.look()
+    other = tmp_path / "other"
+    other.write_text("[default]\nsessions = 2\n")
+    os.replace(other, path)
+    assert file.look()
+    assert not file.look()
+    assert file.table.default.sessions == 2
+    path.write_text("[default]\nsessions = none\n")
+    assert not file.look()
+    path.unlink()
+    assert not file.look()
+    assert file.table.default.sessions == 2
+    path.write_text("[default]\nsessions = 3\n")
+    assert file.look()
+    assert file.table.default.sessions == 3

@@ -1,0 +1,165 @@
+"""Quotas where they are charged: at the engine, for whoever asks."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from stepwell_server.core.callers import Caller, Role
+from stepwell_server.core.namespaces import prefix_of, tenant_of
+from stepwell_server.core.quotas import Limits, QuotaTable
+from stepwell_server.engine.quotas import OTHER, Quotas
+from stepwell_server.engine.sessions.moving import Arriving, Existing
+from stepwell_server.errors import InvalidInput, Overloaded, QuotaExceeded, ServerError
+from stepwell_server.rpc.status import to_proto
+from support.clock import ManualClock
+from support.engine import Harness, running, x
+
+ANN, BOB = Caller("ann", "acme", Role.USER), Caller("bob", "beta", Role.USER)
+OTHERS = Caller("eve", "acme", Role.USER)
+
+
+def recount(at: Harness) -> dict[str, tuple[int, int]]:
+    """Sessions and rows of each tenant, as the table has them."""
+    table = at.inside.table
+    handles = np.flatnonzero(table.birth[: table.end] > 0)
+    found: Counter[str] = Counter()
+    rows: Counter[str] = Counter()
+    for handle in handles.tolist():
+        tenant = tenant_of(table.session_id(handle))
+        found[tenant] += 1
+        rows[tenant] += int(table.batch_size[handle])
+    return {tenant: (count, rows[tenant]) for tenant, count in found.items()}
+
+
+async def test_steps_are_charged_to_who_asks_and_refused_with_the_time_to_wait() -> None:
+    quotas = QuotaTable(
+        tenants={"acme": Limits(steps_per_second=10, burst=20)},
+        callers={"acme/ann": Limits(steps_per_second=5)},
+    )
+    async with running(quotas=quotas) as at:
+        await at.open("a", "b", "c")
+        await at.submit("a", x(1, 5), who=ANN).only()
+        with pytest.raises(QuotaExceeded) as refused:
+            at.submit("a", x(1, 3), who=ANN)
+        error = refused.value
+        assert isinstance(error, Overloaded)
+        assert error.retry_after_s == pytest.approx(0.6)
+        assert error.message == "steps_per_second of caller 'acme/ann' must stay within 5, 5 at once; 3 came"
+        told = to_proto(error)
+        assert (told.reason, dict(told.metadata)) == (
+            "QUOTA_EXCEEDED",
+            {"quota": "steps_per_second", "limit": "5"},
+        )
+        assert told.retry_after_ms == 600
+        # the tenant was not charged for what its caller may not do
+        await at.submit("b", x(1, 15), who=OTHERS).only()
+        with pytest.raises(QuotaExceeded, match="steps_per_second of tenant 'acme' must stay within 10"):
+            at.submit("b", x(1), who=OTHERS)
+        await at.submit("c", x(1, 50), who=BOB).only()
+        at.clock.advance(0.6)
+        await at.submit("a", x(1, 3), who=ANN).only()
+        with pytest.raises(InvalidInput, match=r"at most the burst of the quota .* 'acme', 20; got 21"):
+            at.submit("a", x(1, 21), who=OTHERS)
+        with pytest.raises(QuotaExceeded):
+            await at.engine.predict("plain", {"": x(4)}, who=ANN)
+        assert at.quotas is not None
+        counts = at.quotas.counts()
+        assert counts.steps == {"acme": 23, "beta": 50}
+        assert counts.refused == {("acme", "steps_per_second"): 3}
+
+
+async def test_of_a_change_of_many_callers_each_is_charged_for_its_own() -> None:
+    quotas = QuotaTable(tenants={"acme": Limits(steps_per_second=1, burst=2)})
+    async with running(quotas=quotas) as at:
+        await at.open("a", "b", "c", "d")
+        answers = at.submit(
+            ["a", "b", "c", "d"],
+            x(4),
+            batch_sizes=[1] * 4,
+            callers=["1", "2", "1", "1"],
+            whos=[ANN, BOB, ANN, OTHERS],
+        )
+        first, second, third, fourth = await answers.all()
+        assert isinstance(fourth, QuotaExceeded), "its tenant has nothing left"
+        assert not any(isinstance(each, Exception) for each in (first, second, third))
+
+
+async def test_bytes_are_held_until_the_answer() -> None:
+    row = x(1).nbytes
+    quotas = QuotaTable(Limits(bytes_in_flight=2 * row))
+    async with running(quotas=quotas, threads=True) as at:
+        await at.open("a", "b", "c")
+        held = [await at.begin_pass("a", x(1)), at.submit("b", x(1))]
+        with pytest.raises(QuotaExceeded, match="bytes_in_flight of all callers together must stay within"):
+            at.submit("c", x(1))
+        with pytest.raises(QuotaExceeded):
+            await at.engine.predict("plain", {"": x(1)})
+        at.hooks.open_gate()
+        for answers in held:
+            await answers.only()
+        await at.step("c", x(1))
+        with pytest.raises(InvalidInput, match="send fewer at once"):
+            at.submit(["a", "b", "c"], x(3))
+
+
+async def test_sessions_and_rows_are_those_that_are_there_whatever_happened() -> None:
+    quotas = QuotaTable(tenants={"acme": Limits(sessions=5, rows=7), "beta": Limits(sessions=4)})
+    chosen, refused = random.Random(7), 0
+    async with running(quotas=quotas, resident_rows=6, max_session_idle_s=50) as at:
+        assert at.quotas is not None
+        for n in range(400):
+            prefix = prefix_of(chosen.choice(["acme", "beta", ""]))
+            ids = [f"{prefix}s{chosen.randrange(8)}" for _ in range(2)]
+            try:
+                match chosen.randrange(7):
+                    case 0 | 1:
+                        await at.engine.open_session(
+                            "plain", session_id=ids[0], batch_size=chosen.randint(1, 3)
+                        )
+                    case 2:
+                        await at.engine.open_sessions("plain", session_ids=list(dict.fromkeys(ids)))
+                    case 3:
+                        await at.engine.fork(ids[0], new_session_id=ids[1])
+                    case 4:
+                        await at.engine.close_sessions(ids)
+                    case 5:
+                        at.clock.advance(20)
+                        await at.engine.expire_idle()
+                        await at.settled()
+                    case 6:
+                        (record,) = await at.engine.export_sessions(ids[:1], deadline=float("inf"))
+                        if not isinstance(record, ServerError):
+                            again = chosen.choice([ids[0], f"{ids[0]}-copy"])
+                            told = await at.engine.import_sessions(
+                                [Arriving(again, ids[0], bytes(record))], Existing.REPLACE
+                            )
+                            refused += isinstance(told[0], QuotaExceeded)
+            except QuotaExceeded:
+                refused += 1
+            except ServerError:  # what else is refused changes nothing
+                pass
+            listed, _ = await at.engine.list_sessions(limit=100)  # what is idle has ended
+            if n % 10 == 0:
+                await at.settled()
+                for info in listed:
+                    await at.engine.session_info(info.session_id)
+                assert dict(at.quotas.tenants()) == recount(at)
+        assert refused
+
+
+async def test_what_a_store_has_counts_from_the_start_and_tenants_beyond_the_limit_share_a_label() -> None:
+    quotas = Quotas(QuotaTable(tenants={"acme": Limits(sessions=2)}), ManualClock(), most_labels=2)
+    quotas.begin([f"{prefix_of('acme')}{n}" for n in range(2)], 3)
+    for n in range(5):
+        quotas.begin([f"{prefix_of(f't{n}')}s"], 1)
+        quotas.charge(Caller("", f"t{n}", Role.USER), 2, 0)
+    counts = quotas.counts()
+    assert counts.sessions == {"acme": 2, "t0": 1, OTHER: 4}
+    assert counts.rows == {"acme": 6, "t0": 1, OTHER: 4}
+    assert counts.steps == {"t0": 2, OTHER: 8}
+    with pytest.raises(QuotaExceeded, match="sessions of tenant 'acme' must stay within 2; there are 2"):
+        quotas.begin([f"{prefix_of('acme')}x"], 1)

@@ -1,0 +1,105 @@
+"""What has come over the wire: connections take turns, and nothing of one overtakes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepwell_server.rpc.fronts.arrivals import LARGE, Arrivals, Kind
+from support.clock import ManualClock
+
+Made = tuple[Kind, frozenset[str], int, int]
+"""What it is, over which connections, its size, its number."""
+
+
+class Wire:
+    """Arrivals whose tasks look in the next turn."""
+
+    def __init__(self) -> None:
+        self.done: list[Made] = []
+        self.looking: list[str] = []
+        self.arrivals = Arrivals(self._do, ManualClock().monotonic)
+        self.count = 0
+
+    def _do(self, what: Made) -> None:
+        self.done.append(what)
+        if what[0] is Kind.TASK:
+            (peer,) = what[1]
+            self.arrivals.looking(peer)
+            self.looking.append(peer)
+        elif what[0] is Kind.BATCH:
+            assert what[1].isdisjoint(self.looking), "it overtook what a task has not looked at"
+
+    def add(self, kind: Kind, peers: Collection[str], size: int = 1) -> None:
+        self.count += 1
+        what = (kind, frozenset(peers), size, self.count)
+        self.arrivals.add(kind, peers, what, size)
+
+    def turn(self) -> list[int]:
+        """The numbers of what is done in a turn of the event loop."""
+        looking, self.looking = self.looking, []
+        for peer in looking:
+            self.arrivals.looked(peer)
+        before = len(self.done)
+        self.arrivals.go_on()
+        return [what[3] for what in self.done[before:]]
+
+
+def test_who_is_alone_does_not_wait() -> None:
+    wire = Wire()
+    for _ in range(5):
+        wire.add(Kind.TASK, "a")
+    assert wire.turn() == [1, 2, 3, 4, 5]
+    for _ in range(3):
+        wire.add(Kind.BATCH, "a", 1000)
+    assert wire.turn() == [6, 7, 8], "the tasks have looked"
+    assert not wire.arrivals
+    assert not wire.arrivals.has_company
+
+
+def test_a_flood_of_calls_or_of_large_batches_is_done_a_little_at_a_time() -> None:
+    wire = Wire()
+    for _ in range(20):
+        wire.add(Kind.TASK, ("flood",))
+    wire.add(Kind.BATCH, "b")
+    wire.add(Kind.TASK, "c")
+    assert wire.arrivals.has_company
+    assert sorted(wire.turn()) == [1, 21, 22], "those of others come in the first turn"
+    assert wire.turn() == [2, 3]
+    wire = Wire()
+    for _ in range(4):
+        wire.add(Kind.BATCH, ("flood",), LARGE)
+    wire.add(Kind.BATCH, "b")
+    assert wire.turn() == [1, 5]
+    wire.add(Kind.BATCH, "b")
+    assert sorted(wire.turn()) == [2, 6]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(Kind), st.sets(st.sampled_from("abcd"), min_size=1), st.sampled_from([1, LARGE])
+        ),
+        max_size=40,
+    ),
+    st.integers(1, 7),
+)
+def test_what_came_over_a_connection_stays_in_its_order_and_all_is_done(
+    asked: list[tuple[Kind, set[str], int]], at_once: int
+) -> None:
+    wire = Wire()
+    for place, (kind, peers, size) in enumerate(asked):
+        wire.add(kind, sorted(peers)[:1] if kind is not Kind.BATCH else sorted(peers), size)
+        if place % at_once == 0:
+            wire.turn()
+    turns = 0
+    while wire.arrivals:
+        wire.turn()
+        turns += 1
+        assert turns <= 3 * len(asked), "it goes on"
+    assert sorted(what[3] for what in wire.done) == list(range(1, len(asked) + 1))
+    for peer in "abcd":
+        numbers = [what[3] for what in wire.done if peer in what[1]]
+        assert numbers == sorted(numbers)
