@@ -100,6 +100,10 @@ CALLS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
         lambda _: models_pb2.PredictRequest(model="tokens", inputs=[tensor(np.array([1, VOCABULARY]))]),
         (*INPUT, "inputs must be ones that the model can run"),
     ),
+    "ListSlowSessions": (
+        lambda _: models_pb2.ListSlowSessionsRequest(limit=101),
+        (*INPUT, "limit must be at most 100; got 101"),
+    ),
 }
 
 

@@ -23,6 +23,7 @@ _CODES = [
     (errors.ModelMismatch("m"), "FAILED_PRECONDITION", "MODEL_MISMATCH"),
     (errors.SessionSetUnknown("m"), "FAILED_PRECONDITION", "SESSION_SET_UNKNOWN"),
     (errors.Overloaded("m", 0.25), "RESOURCE_EXHAUSTED", "OVERLOADED"),
+    (errors.QuotaExceeded("m", 0.5, quota="rows", limit="3"), "RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED"),
     (errors.Unavailable("m"), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.StoreGone("m"), "UNAVAILABLE", "UNAVAILABLE"),
     (errors.Starting("m", 0.25), "UNAVAILABLE", "STARTING"),

@@ -28,7 +28,7 @@ class ListSlowSessionsRequest(_message.Message):
 
     LIMIT_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
-    """Sessions at most. 0: 10. The server keeps 100 of all models and tenants together."""
+    """Sessions at most, up to 100. 0: 10. The server keeps 100 of all models and tenants together."""
     def __init__(
         self,
         *,

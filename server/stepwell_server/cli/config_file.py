@@ -72,7 +72,7 @@ def _text(of: Any, value: object, folder: Path) -> str:
         if not isinstance(value, bool):
             raise ValueError(f"must be true or false; got {value!r}")
         return str(value)
-    is_number = isinstance(of, click.IntRange | Duration | Size)
+    is_number = isinstance(of, click.IntRange | click.FloatRange | Duration | Size)
     if is_number and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from stepwell.v1 import models_pb2 as pb
 from stepwell_server.core.callers import Role
+from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert, naming
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
+from stepwell_server.slowest import MOST
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
@@ -51,6 +53,8 @@ class ModelServicer:
         self, request: pb.ListSlowSessionsRequest, call: Call
     ) -> pb.ListSlowSessionsResponse:
         """List sessions with slow steps: those of the caller's tenant."""
+        if request.limit > MOST:
+            raise InvalidInput(f"limit must be at most {MOST}; got {request.limit}")
         now, tenant = self._clock.monotonic(), naming.listed(call.who, "")
         own = [
             step

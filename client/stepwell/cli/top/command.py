@@ -85,7 +85,7 @@ def _metrics_url(ctx: click.Context, param: click.Parameter, value: str) -> str:
 @click.option(
     "--rows",
     metavar="N",
-    type=click.IntRange(1, 1000),
+    type=click.IntRange(1, 100),
     default=10,
     show_default=True,
     help="Rows of a table.",

@@ -92,11 +92,11 @@ def _model(name: str, now: Scrape, rate: Any, each: Any) -> _Picture:
 
 def _tenants(now: Scrape, rate: Any) -> list[_Picture]:
     """What each tenant does, where the server knows tenants."""
-    names = now.values("stepwell_tenant_row_steps_total", "tenant")
+    names = now.values("stepwell_tenant_sessions", "tenant")
     found = [
         {
             "tenant": name,
-            "row_steps_per_s": rate("stepwell_tenant_row_steps_total", tenant=name),
+            "row_steps_per_s": rate("stepwell_tenant_steps_total", tenant=name),
             "sessions": int(now.total("stepwell_tenant_sessions", tenant=name)),
         }
         for name in names

@@ -18,7 +18,7 @@ COMPANY_S = 0.05
 #: Sessions of a batch that is done a batch at a time.
 LARGE = 64
 #: What may be begun in one turn while others are about: tasks, and large batches.
-_TASKS, _LARGE_BATCHES = 2, 1
+_TASKS, _LARGE_BATCHES = 1, 1
 
 
 class Kind(enum.Enum):
