@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import socket
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +26,8 @@ from stepwell.v1 import sessions_pb2 as pb
 from support import http2
 from support.fronts import needs_native
 from support.http2 import Gone, Http2, data, framed
+from support.malformed import Call
+from support.malformed_http2 import HELLO, conversation
 from support.server_process import FEATURES, ServerProcess, begin_long_step, connect, serve, tensor
 from support.wire import Wire
 
@@ -369,3 +372,32 @@ def _status(url: str, data: bytes | None = None) -> int:
             return status
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def test_bytes_that_are_no_text_stop_no_server_and_are_not_in_the_log(both: Target) -> None:
+    """GRPC's own server stops for good at such a path, and logs such headers with all that stands in them."""
+    told = conversation(Call(GET, framed(b""), [("authorization", "Bearer s3cr3t\xff")], 1))
+    host, port = both.address.rsplit(":", 1)
+    for path in ("/\xff\xfe", "/\xff/\xfe"):
+        with socket.create_connection((host, int(port)), TIMEOUT_S) as peer:
+            peer.sendall(HELLO + told + conversation(Call(path, b"", [], 0), 3))
+            peer.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                while peer.recv(1 << 16):
+                    pass
+        _wait_until_served(both)
+    assert "s3cr3t" not in "".join(both.server.log)
+
+
+def _wait_until_served(both: Target) -> None:
+    """A call that comes while the server starts again may be refused; each is told at once."""
+    request = pb.StepRequest(session_id=both.session_id, inputs=[X])
+    end = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            both.stub.Step(request, timeout=TIMEOUT_S, wait_for_ready=True)
+        except grpc.RpcError:
+            if time.monotonic() > end:
+                raise
+        else:
+            return

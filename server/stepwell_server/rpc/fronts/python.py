@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import collections
+import logging
 import math
 import os
-from collections.abc import Collection, Coroutine, Mapping, Sequence
+import types
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 # gRPC reads it when it is imported. What it has to say below errors holds text of its peers, newlines included.
@@ -16,6 +20,7 @@ import grpc.aio
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import ANYBODY, Caller, Credential
+from stepwell_server.logs import Log
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.base import (
     BindError,
@@ -34,6 +39,21 @@ _ALTERNATIVE_NAMES, _COMMON_NAME = "x509_subject_alternative_name", "x509_common
 #: What gRPC puts in place of names that are neither DNS, email, URI nor IP.
 _OTHER_NAME = b"other types of SAN"
 _Context = grpc.aio.ServicerContext[Any, Any]
+#: Servers that have stopped by themselves, and whose calls go on.
+_MOST_STOPPED = 8
+_BIND_AGAIN_S = 0.02
+_GONE_S = 30.0
+_log = Log("rpc.front")
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Not what gRPC says as often as clients like: of headers that are no UTF-8, tokens too, and of replies to who has gone."""
+    error = record.exc_info[1] if record.exc_info else None
+    unread = UnicodeDecodeError | grpc.aio.InternalError
+    return not isinstance(error, unread) and not isinstance(record.msg, unread)
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_is_of_use)
 
 
 class _Call:
@@ -67,8 +87,12 @@ class _Call:
         request: Any = await self._context.read()
         return None if request is grpc.aio.EOF else request
 
-    def write(self, reply: bytes) -> Coroutine[Any, Any, None]:
-        return self._context.write(reply)
+    async def write(self, reply: bytes) -> None:
+        try:
+            await self._context.write(reply)
+        except grpc.aio.InternalError:
+            await asyncio.sleep(_GONE_S)  # the client has gone: a moment later gRPC cancels the call's task
+            raise
 
     def know_set(self, number: int, known: SessionSet | None) -> None:
         """See `base.Call`. Every message is handed over as it is."""
@@ -83,6 +107,10 @@ class PythonFront:
         self.limits = limits
         self._clock = clock
         self._server = grpc.aio.server(options=_options(limits))
+        self._healing: asyncio.Task[None] | None = None
+        self._handlers: list[grpc.GenericRpcHandler] = []
+        self._stopped: collections.deque[grpc.aio.Server] = collections.deque(maxlen=_MOST_STOPPED)
+        """Those that have stopped by themselves, and may still have calls."""
         self._calls = 0
         self._certificates: Certificates | None = None
         self._used: Certificates | None = None
@@ -99,12 +127,44 @@ class PythonFront:
         services: dict[str, dict[str, Any]] = {}
         for method in methods:
             services.setdefault(method.service, {})[method.name] = self._handler(method)
-        self._server.add_generic_rpc_handlers(
-            [grpc.method_handlers_generic_handler(name, handlers) for name, handlers in services.items()]
-        )
+        self._handlers = [
+            grpc.method_handlers_generic_handler(name, handlers) for name, handlers in services.items()
+        ]
+        self._server.add_generic_rpc_handlers(self._handlers)
         bound = self._listen(address, certificates)
-        await self._server.start()
+        self._healing = asyncio.create_task(self._heal(bound, await self._begin()))
         return bound
+
+    async def _begin(self) -> set[asyncio.Task[Any]]:
+        """Start gRPC's server. Returns its task, which ends when it does; nothing else tells at once."""
+        before = asyncio.all_tasks()
+        await self._server.start()
+        serving = _of_grpc() - before
+        for task in serving:
+            task.add_done_callback(_quieten)
+        return serving
+
+    async def _heal(self, address: Address | UnixAddress, serving: set[asyncio.Task[Any]]) -> None:
+        """Serve again where gRPC has stopped by itself: a call whose path is no UTF-8 ends its server.
+
+        Calls that run go on: the server that has stopped still has them.
+        """
+        while serving:
+            done, serving = await asyncio.wait(serving, return_when=asyncio.FIRST_COMPLETED)
+            error = next((task.exception() for task in done if not task.cancelled()), None)
+            if error is None:
+                continue
+            _log.warning("gRPC has stopped, and is started again", reason=f"{type(error).__name__}: {error}")
+            self._stopped.append(self._server)
+            self._server = grpc.aio.server(options=_options(self.limits))
+            self._server.add_generic_rpc_handlers(self._handlers)
+            while True:
+                try:
+                    self._listen(address, self._certificates)
+                    break
+                except BindError:  # gRPC gives the address free when it comes to it
+                    await asyncio.sleep(_BIND_AGAIN_S)
+            serving = await self._begin()
 
     def _listen(
         self, address: Address | UnixAddress, certificates: Certificates | None
@@ -166,6 +226,8 @@ class PythonFront:
 
     async def stop(self, grace_s: float) -> None:
         """See `base.Front`."""
+        if self._healing is not None:
+            self._healing.cancel()
         await self._server.stop(grace_s)
 
     def _handler(self, method: Method) -> Any:
@@ -184,6 +246,17 @@ class PythonFront:
         if method.streams:
             return grpc.stream_stream_rpc_method_handler(handle)
         return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def _of_grpc() -> set[asyncio.Task[Any]]:
+    """Tasks that gRPC has begun: what it compiles are no coroutines of Python's own."""
+    return {task for task in asyncio.all_tasks() if not isinstance(task.get_coro(), types.CoroutineType)}
+
+
+def _quieten(_: asyncio.Task[Any]) -> None:
+    """The server of gRPC ends in a task that fails for the same reason, which nobody would look at."""
+    for task in _of_grpc():
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
 
 def _as_grpc(certificates: Certificates) -> grpc.ServerCertificateConfiguration:
