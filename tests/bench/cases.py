@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import statistics
 import tempfile
 import time
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from click.testing import CliRunner
 
 import stepwell
 from bench import disk, harness, loads
 from bench.harness import HERE, MODELS, OUT, Key, Measure, Point, Result, measured
 from bench.loads import Times
+from stepwell.cli import main
 from stepwell.testing import LocalServer
 from support.certificates import Authority
 
@@ -187,18 +190,27 @@ def long(plan: Plan) -> list[Point]:
 
 
 def tls(plan: Plan) -> list[Point]:
-    """The same steps in plain text and over TLS."""
+    """The same steps in plain text, over TLS, and over TLS by a caller with a token."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         authority = Authority(Path(folder))
         pair = authority.issue()
         options = ("--tls-cert", str(pair.cert), "--tls-key", str(pair.key))
         plain = stack.enter_context(harness.serve("small"))
         secured = stack.enter_context(harness.serve("small", extra_args=options))
+        tokens = Path(folder) / "callers.tokens"
+        added = ["tokens", "add", "bench", "--tenant", "bench", "--file", str(tokens), "--json"]
+        token = json.loads(CliRunner().invoke(main, added, catch_exceptions=False).stdout)["token"]
+        asking = stack.enter_context(
+            harness.serve("small", extra_args=(*options, "--auth-tokens", str(tokens)))
+        )
         measures: dict[Key, Measure] = {}
         for kind, count in (("unary", 1), ("stream", 1), ("unary", MANY), ("stream", MANY)):
             measures["plain", kind, count] = single(plain, "small", kind, count, plan.times)
             measures["TLS", kind, count] = single(
                 secured, "small", kind, count, plan.times, ca=authority.cert
+            )
+            measures["TLS, token", kind, count] = single(
+                asking, "small", kind, count, plan.times, ca=authority.cert, token=token
             )
         return measured(
             ("transport", "kind", "sessions"), measures, plan.repeats, lambda key: ("plain", *key[1:])

@@ -129,9 +129,12 @@ def program_path(server: LocalServer, model: str) -> Path:
 # --- processes ---
 
 
-def run(command: Sequence[str], timeout_s: float) -> str:
-    """The standard output of a process; it is killed when its time is over."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+def run(command: Sequence[str], timeout_s: float, *, token: str | None = None) -> str:
+    """The standard output of a process, which may have a token; it is killed when its time is over."""
+    environment = os.environ | ({} if token is None else {"STEPWELL_TOKEN": token})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment
+    )
     if done.returncode:
         name = " ".join(Path(part).name for part in command[:2])
         raise RuntimeError(f"{name} failed with {done.returncode}:\n{done.stderr[-3000:]}")

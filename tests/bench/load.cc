@@ -5,7 +5,7 @@
 // REQUESTS holds one record for each line: a little-endian u32 length and that many bytes, sent again
 // and again as soon as the last reply has come. "unary" makes a call of each, "stream" writes them to a
 // stream that the line has for itself. A connection carries at most 256 lines, since servers limit its
-// streams. With CA.pem it speaks TLS. Prints one JSON document. Loopback only, bounded in time.
+// streams. With CA.pem it speaks TLS; with a token in STEPWELL_TOKEN its calls show that. Prints one JSON document. Loopback only, bounded in time.
 #include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
 #include <sys/resource.h>
@@ -41,6 +41,7 @@ double processor_s() {
 struct Run {
   grpc::CompletionQueue queue;
   std::string method;
+  std::string authorization;  // of its calls; empty: none
   bool counting = false, stopping = false;
   bool has_parts = false;  // an answer on a stream may come in several messages
   int in_flight = 0;
@@ -104,9 +105,14 @@ struct Line {
     request = grpc::ByteBuffer(&slice, 1);
   }
 
+  void make_context() {
+    context = std::make_unique<grpc::ClientContext>();
+    if (!run.authorization.empty()) context->AddMetadata("authorization", run.authorization);
+  }
+
   void open() {
     if (!streams) return send();
-    context = std::make_unique<grpc::ClientContext>();
+    make_context();
     stream = stub.PrepareCall(context.get(), run.method, &run.queue);
     ++run.in_flight;
     stream->StartCall(&started);
@@ -121,7 +127,7 @@ struct Line {
       stream->Write(request, &written);
       stream->Read(&reply, &got);
     } else {
-      context = std::make_unique<grpc::ClientContext>();
+      make_context();
       call = stub.PrepareUnaryCall(context.get(), run.method, request, &run.queue);
       call->StartCall();
       call->Finish(&reply, &status, &finished);
@@ -190,6 +196,7 @@ int main(int argc, char** argv) {
   Run run;
   run.method = argv[2];
   run.has_parts = streams && run.method == "/stepwell.v1.SessionService/StepStream";
+  if (const char* token = std::getenv("STEPWELL_TOKEN")) run.authorization = std::string("Bearer ") + token;
   run.latencies_us.reserve(4000000);
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(-1);

@@ -68,13 +68,19 @@ def generator() -> Path:
 
 
 def generate(
-    address: str, method: str, kind: str, requests: Sequence[bytes], times: Times, ca: Path | None = None
+    address: str,
+    method: str,
+    kind: str,
+    requests: Sequence[bytes],
+    times: Times,
+    ca: Path | None = None,
+    token: str | None = None,
 ) -> Result:
     """Send each request again as soon as it is answered, as calls ("unary") or on a stream for each ("stream")."""
     path = OUT / "requests.bin"
     path.write_bytes(b"".join(struct.pack("<I", len(one)) + one for one in requests))
     command = [str(generator()), address, method, kind, str(path), str(times.warm_up_s), str(times.run_s)]
-    found = json.loads(harness.run(command + ([] if ca is None else [str(ca)]), times.limit_s))
+    found = json.loads(harness.run(command + ([] if ca is None else [str(ca)]), times.limit_s, token=token))
     tried = found["calls"] + found["errors"]
     if not found["calls"] or found["errors"] > _REFUSED_AT_MOST * tried:
         raise RuntimeError(f"{found['errors']} of {tried} calls failed; the first: {found['first_error']}")
@@ -131,14 +137,20 @@ def _frame(session_id: str, features: int) -> bytes:
 
 
 def singly(
-    server: LocalServer, model: str, kind: str, sessions: int, times: Times, ca: Path | None = None
+    server: LocalServer,
+    model: str,
+    kind: str,
+    sessions: int,
+    times: Times,
+    ca: Path | None = None,
+    token: str | None = None,
 ) -> Result:
     """Sessions of a server, each stepped by itself: its next step leaves when its last is answered."""
     features = MODELS[model][1]
     tls = None if ca is None else stepwell.TlsConfig(ca=ca)
     with (
         harness.alive(server),
-        stepwell.connect(server.address, tls=tls) as client,
+        stepwell.connect(server.address, tls=tls, token=token) as client,
         client.open_sessions(model, sessions) as group,
     ):
         method, request = ("Step", _step) if kind == "unary" else ("StepStream", _frame)
@@ -149,7 +161,7 @@ def singly(
             return int(group.positions.sum())
 
         path = _STEPS + method
-        return counted(server, lambda: generate(server.address, path, kind, requests, times, ca), made)
+        return counted(server, lambda: generate(server.address, path, kind, requests, times, ca, token), made)
 
 
 def triton(server: LocalServer, model: str, kind: str, sequences: int, times: Times) -> Result:
