@@ -83,6 +83,10 @@ soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples and the front
 fuzz-models: $(INSTALLED) ## Compile random models and compare what is served with Keras (two seconds each; ARGS="--models 500 --seed 7")
 	$(BIN)/python tests/congruence/fuzz_models.py $(ARGS)
 
+.PHONY: fuzz
+fuzz: $(INSTALLED) $(FRONT) ## Send a million malformed messages and 100,000 malformed connections to both fronts (half an hour; ARGS="--messages 20000 --connections 2000 --seed 7 --front native")
+	$(BIN)/python tests/fault/fuzz.py $(ARGS)
+
 .PHONY: bench
 bench: $(INSTALLED) $(FRONT) ## Measure rates, latencies, memory and start (at most twelve minutes on two idle cores; ARGS="sessions tls" runs some cases)
 	$(BIN)/python tests/bench/measure.py $(ARGS)

@@ -69,13 +69,32 @@ def data(messages: Tensors) -> dict[str, tuple[tuple[int, ...], bytes]]:
     return {message.name: (tuple(message.shape), message.data) for message in messages}
 
 
+class _With(grpc.UnaryUnaryClientInterceptor, grpc.StreamStreamClientInterceptor):
+    """Adds metadata to calls."""
+
+    def __init__(self, metadata: Sequence[tuple[str, str]]) -> None:
+        self._metadata = metadata
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        return continuation(self._more(details), request)
+
+    def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:
+        return continuation(self._more(details), requests)
+
+    def _more(self, details: Any) -> Any:
+        return details._replace(metadata=[*(details.metadata or ()), *self._metadata])
+
+
 class Wire:
     """A channel and its stubs."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *metadata: tuple[str, str]) -> None:
+        """`metadata` is sent with every call."""
         self.channel = grpc.insecure_channel(
             address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
         )
+        if metadata:
+            self.channel = grpc.intercept_channel(self.channel, _With(metadata))
         self.sessions = sessions_pb2_grpc.SessionServiceStub(self.channel)
         self.models = models_pb2_grpc.ModelServiceStub(self.channel)
 

@@ -1,0 +1,96 @@
+"""Malformed messages and connections, a few of them on each front; `make fuzz` sends very many.
+
+And the fuzzer itself: what it is there to find, it finds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fault.fuzz import FUZZED, Fuzz, Tokens
+from stepwell.v1 import models_pb2, sessions_pb2
+from stepwell_server.rpc.triton.inference import service_pb2
+from support import malformed
+from support.fronts import needs_native
+
+MESSAGES, CONNECTIONS = 1000, 100
+#: What is planted into a server: its folder is where Python looks for modules first.
+PLANTED = """
+import os
+from stepwell_server.rpc import boundary
+
+parse = boundary.parse
+
+def planted(message_type, raw):
+    if message_type.__name__ == "ForkSessionRequest":
+        raise RuntimeError("planted")
+    if message_type.__name__ == "ExportSessionsRequest" and not os.path.exists(__file__ + ".done"):
+        open(__file__ + ".done", "w").close()
+        os.abort()
+    return parse(message_type, raw)
+
+boundary.parse = planted
+"""
+KNOWN = malformed.valid("seq", FUZZED, 3, "x")
+
+
+@pytest.mark.parametrize(
+    ("front", "asks"),
+    [
+        pytest.param("native", False, marks=needs_native),
+        pytest.param("native", True, marks=needs_native),
+        ("python", True),
+    ],
+)
+def test_nothing_malformed_breaks_a_server_or_changes_a_session(
+    front: str, asks: bool, tmp_path: Path
+) -> None:
+    tokens = Tokens.make(tmp_path) if asks else None
+    found = Fuzz(front, 5, tmp_path, tokens=tokens).run(MESSAGES, CONNECTIONS)
+    assert (found.crashes, found.changed) == ([], set())
+    assert found.messages >= MESSAGES
+    assert found.ended["0"], "some are served all the same"
+    assert sum(found.ended.values()) == found.calls, "each call has had an end"
+    assert found.connections == CONNECTIONS
+    assert bool(found.ended["16"]) is asks
+
+
+@needs_native
+def test_the_fuzzer_finds_defects_and_crashes(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(PLANTED)
+    environment = {"PYTHONPATH": str(tmp_path)}
+    found = Fuzz("native", 5, tmp_path / "kept", environment=environment).run(600, 0)
+    assert any("RuntimeError: planted" in crash for crash in found.crashes)
+    assert any("the server's process has ended" in crash for crash in found.crashes)
+    assert len(list((tmp_path / "kept").iterdir())) == len(found.crashes)
+    assert found.messages >= 600, "it goes on with a server that is well"
+
+
+def test_every_method_is_fuzzed() -> None:
+    """But for one that may end the watched sessions, rightly."""
+    services = (
+        *(one.services_by_name.values() for one in (sessions_pb2.DESCRIPTOR, models_pb2.DESCRIPTOR)),
+        service_pb2.DESCRIPTOR.services_by_name.values(),
+    )
+    methods = {
+        f"/{service.full_name}/{method.name}"
+        for file in services
+        for service in file
+        for method in service.methods
+    }
+    fuzzed = {one.path for one in KNOWN}
+    assert methods - fuzzed == {"/stepwell.v1.SessionService/CloseMatchingSessions"}
+
+
+@settings(max_examples=50)
+@given(st.randoms(use_true_random=False))
+def test_what_is_sent_is_bounded_and_found_again_by_its_seed(rng: malformed.Random) -> None:
+    state = rng.getstate()
+    call = malformed.odd_call(KNOWN, rng)
+    rng.setstate(state)
+    assert malformed.odd_call(KNOWN, rng) == call
+    assert len(call.body) <= malformed.MOST_BYTES
