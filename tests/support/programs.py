@@ -112,7 +112,7 @@ def saved(
             unfinished.rename(path)
         wanted = cache.entry(programs, cache.cache_key(path, imports, options))
         if not wanted.exists():
-            shutil.copyfile(cache.entry(programs, cache.cache_key(path, (), options)), wanted)
+            _publish(cache.entry(programs, cache.cache_key(path, (), options)), wanted)
     return Saved(path, programs)
 
 
@@ -145,11 +145,17 @@ def _take(kept: Path, path: Path, options: ProofOptions | None) -> bool:
         return False
     shutil.copyfile(kept / "model.keras", path)
     cache.make(cache_dir())
-    target = cache.entry(cache_dir(), key)
-    with cache.unfinished(target) as file:  # the key of this run's cache is another
-        shutil.copyfile(cache.entry(kept, key), file)
-        cache.publish(file, target)
+    _publish(cache.entry(kept, key), cache.entry(cache_dir(), key))
     return True
+
+
+def _publish(entry: Path, target: Path) -> None:
+    """Make an entry of another cache, or of another name, one of this run's cache: its seal is another there."""
+    from stepwell_server.compile import cache
+
+    with cache.unfinished(target) as file:
+        shutil.copyfile(entry, file)
+        cache.publish(file, target)
 
 
 def _keep(path: Path, options: ProofOptions | None, kept: Path) -> None:
