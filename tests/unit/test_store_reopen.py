@@ -187,7 +187,7 @@ def test_many_readers_and_a_writer_meet_one_that_gave_up(path: Path) -> None:
             while not done.is_set():
                 try:
                     assert None not in store.get_many(names)
-                    store.check()
+                    store._base.check()  # the store's own tries a write after a failure, and would meet the next one
                 except Unavailable as error:
                     if not any(reason in error.message for reason in ("opens it anew", "MDB_PANIC")):
                         raise

@@ -145,9 +145,9 @@ def _problem(node: Mapping[str, Any], is_registered: Callable[[str], bool]) -> s
     package = module.partition(".")[0]
     if package not in {"keras", "builtins", *_IMPORTED}:
         return ""  # What --import has not registered Keras does not find: it imports no such module.
-    if is_registered(str(node.get("registered_name"))):
-        return ""
     name = inner if kind == "function" else kind
+    if is_registered(str(node.get("registered_name"))) or is_registered(str(name)):
+        return ""
     if package in _IMPORTED:
         return f"unknown class {name!r:.80}; name its module with --import {package}"
     if kind in _SPECIAL - {"function"}:
