@@ -17,7 +17,6 @@ from stepwell_server.addresses import Address, UnixAddress, bind_problem
 from stepwell_server.audit_log import AuditError, AuditLog
 from stepwell_server.auth.callers import Callers
 from stepwell_server.auth.opening import open_callers
-from stepwell_server.auth.watched import AuthFileError
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.core.namespaces import own, tenant_of
 from stepwell_server.engine.engine import Engine, ModelStats
@@ -28,7 +27,7 @@ from stepwell_server.metrics.server import MetricsServer
 from stepwell_server.metrics.token import MetricsToken, TokenError
 from stepwell_server.model_loading import Abandoned, Loaded, LoadError, load_models
 from stepwell_server.open_files import RESERVE, raise_limit
-from stepwell_server.quota_file import QuotaFile, QuotaFileError
+from stepwell_server.quota_file import QuotaFile
 from stepwell_server.reach import ReachError, require_closed
 from stepwell_server.readiness import Readiness
 from stepwell_server.rpc.auditing import Auditor
@@ -45,6 +44,7 @@ from stepwell_server.store_watch import look_after
 from stepwell_server.systemd import Notifier
 from stepwell_server.tracing.starting import TracingError
 from stepwell_server.tracing.starting import start as start_tracing
+from stepwell_server.watched_file import WatchedFileError
 
 if TYPE_CHECKING:
     from stepwell_server.rpc.fronts.native import NativeFront
@@ -156,7 +156,7 @@ def _callers(settings: Settings, clock: Clock) -> Callers | None:
             tenant_claim=settings.auth_jwt_tenant_claim,
             role_claim=settings.auth_jwt_role_claim,
         )
-    except AuthFileError as error:
+    except WatchedFileError as error:
         raise StartError(str(error)) from error
 
 
@@ -329,8 +329,8 @@ def _start_tracing(settings: Settings, clock: Clock, observer: PrometheusObserve
 def _quota_file(settings: Settings) -> QuotaFile | None:
     try:
         return None if settings.quotas is None else QuotaFile(settings.quotas)
-    except QuotaFileError as error:
-        raise StartError(f"--quotas: {error}") from error
+    except WatchedFileError as error:
+        raise StartError(str(error)) from error
 
 
 async def _quotas(

@@ -59,4 +59,4 @@ def test_a_broken_file_is_refused_at_the_start(tmp_path: Path) -> None:
     with serve("--quotas", str(path), ready=False) as server:
         code, _, err = server.finish()
     assert code == 2
-    assert f"--quotas: {path} [default] must have sessions, " in err
+    assert f"--quotas: {path}: [default] must have sessions, " in err

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stepwell_server.auth import certificate_map, tokens
-from stepwell_server.auth.watched import AuthFileError, WatchedFile
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import Credential, Known
 from stepwell_server.errors import Unauthenticated
 from stepwell_server.logs import Log
+from stepwell_server.watched_file import WatchedFile, WatchedFileError
 
 if TYPE_CHECKING:
     from stepwell_server.auth.web_tokens import WebTokens
@@ -45,7 +45,7 @@ class Callers:
         web_tokens: `--auth-jwks`.
 
     Raises:
-        AuthFileError: a file cannot be used.
+        WatchedFileError: a file cannot be used.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Callers:
         for file in self._files:
             try:
                 changed |= file.changed(at_once=at_once)
-            except AuthFileError as error:
+            except WatchedFileError as error:
                 _log.warning("the changed callers cannot be used, the old ones stay", reason=str(error))
         return changed
 

@@ -22,7 +22,7 @@ def open_callers(
     """Who finds callers by these files; None without any: nobody is asked.
 
     Raises:
-        AuthFileError: a file cannot be used.
+        WatchedFileError: a file cannot be used.
     """
     if token_file is None and certificate_file is None and jwks_file is None:
         return None

@@ -13,10 +13,10 @@ from typing import Any
 import jwt
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
-from stepwell_server.auth.watched import WatchedFile
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import Caller, Credential, Known, Role, is_name
 from stepwell_server.errors import Unauthenticated
+from stepwell_server.watched_file import WatchedFile
 
 LEEWAY_S = 10.0
 """By how much the clocks of the issuer and of this machine may differ."""
@@ -62,7 +62,7 @@ class WebTokens:
     """Finds callers by their JWTs. Lives on the event loop.
 
     Raises:
-        AuthFileError: the file cannot be used.
+        WatchedFileError: the file cannot be used.
     """
 
     def __init__(self, path: Path, claims: Claims, clock: Clock) -> None:

@@ -1,4 +1,4 @@
-"""A file that says who callers are: read at the start, and again when it has changed."""
+"""A file by which the operator says who callers are or what they may have: read at the start, and again when it has changed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ T = TypeVar("T")
 _MAX_BYTES = 64 << 20
 
 
-class AuthFileError(Exception):
-    """A file of callers cannot be used. The message is one line that names the option, the file, the rule and the line."""
+class WatchedFileError(Exception):
+    """A file cannot be used. The message is one line that names the option, the file, the rule and the line."""
 
 
 class WatchedFile(Generic[T]):
@@ -27,7 +27,7 @@ class WatchedFile(Generic[T]):
         is_private: Nobody but its owner may read it. Nobody else may ever write it.
 
     Raises:
-        AuthFileError: it cannot be used.
+        WatchedFileError: it cannot be used.
     """
 
     def __init__(
@@ -48,21 +48,21 @@ class WatchedFile(Generic[T]):
             at_once: Somebody says that it is whole: read it whatever the looks find.
 
         Raises:
-            AuthFileError: it has changed to what cannot be used, and the value stays; raised once for each change.
+            WatchedFileError: it has changed to what cannot be used, and the value stays; raised once for each change.
         """
         now, seen = stamp(self._path), self._seen
         self._seen = now
         if not at_once and (now == self._used or now != seen):
             return False
-        found: T | AuthFileError
+        found: T | WatchedFileError
         try:
             found = self._read()
-        except AuthFileError as error:
+        except WatchedFileError as error:
             found = error
         if stamp(self._path) != now:
             return False  # what was looked at and what was read may be two things
         self._used = now
-        if isinstance(found, AuthFileError):
+        if isinstance(found, WatchedFileError):
             raise found
         self.value = found
         return True
@@ -74,7 +74,7 @@ class WatchedFile(Generic[T]):
             with open(self._path, "rb") as file:
                 raw = file.read(_MAX_BYTES + 1)
         except private_files.NotPrivateError as error:
-            raise AuthFileError(f"{self._option}: {error}") from error
+            raise WatchedFileError(f"{self._option}: {error}") from error
         except OSError as error:
             raise self._error(f"must be a file that can be read; {error.strerror}") from error
         if len(raw) > _MAX_BYTES:
@@ -86,5 +86,5 @@ class WatchedFile(Generic[T]):
         except ValueError as error:
             raise self._error(str(error)) from error
 
-    def _error(self, rule: str) -> AuthFileError:
-        return AuthFileError(f"{self._option}: {self._path}: {rule}")
+    def _error(self, rule: str) -> WatchedFileError:
+        return WatchedFileError(f"{self._option}: {self._path}: {rule}")
