@@ -8,6 +8,7 @@ import os
 import stat
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,16 +16,18 @@ import pytest
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.audit_log import AuditError, AuditLog
-from stepwell_server.core.callers import Caller, Role
+from stepwell_server.core.callers import Caller, Credential, Known, Role
 from stepwell_server.errors import Overloaded
 from stepwell_server.rpc import health
 from stepwell_server.rpc.access import Access, require
 from stepwell_server.rpc.auditing import AUDITED, MOST_NAMED, UNAUDITED, Auditor
 from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.fronts.base import CallEnded
+from stepwell_server.rpc.guard import Guard
 from stepwell_server.rpc.reflection import ReflectionServicer
 from stepwell_server.rpc.triton.servicer import SERVICE, unsupported_methods
 from support.calls import calls
+from support.clock import ManualClock
 from support.fake_call import FakeCall, Requests
 from support.wire import tensors
 
@@ -145,6 +148,30 @@ async def test_a_caller_is_named_and_a_refusal_of_any_method_is_written(file: Pa
         "outcome": "PERMISSION_DENIED",
         "trace_id": "a" * 32,
     }
+
+
+async def test_who_acts_in_another_tenant_is_not_taken_for_a_caller_of_that(file: Path) -> None:
+    log, known = AuditLog(file), Known(Caller("ann", "acme", Role.ADMIN), Credential("token", b"ann"))
+    guard = Guard(Mock(identify=lambda _call: known), Mock(), ManualClock())
+    boundary = Boundary(Requests(), 1024, guard, Auditor(log, "drop"))
+
+    async def listed(_request: object, call: Any) -> pb.ListSessionsResponse:
+        assert (call.who.tenant, str(call.who)) == ("beta", "acme/ann")
+        return pb.ListSessionsResponse()
+
+    serve = boundary.unary("ListSessions", listed, pb.ListSessionsRequest)
+    call = FakeCall()
+    call.metadata = {"stepwell-tenant": "beta"}
+    await serve(call)
+    known = known._replace(caller=Caller("ann", "acme", Role.USER))
+    with pytest.raises(CallEnded):
+        await serve(call)
+    log.close()
+    keys = ("action", "who", "tenant", "own_tenant", "role")
+    assert [tuple(line.get(key) for key in keys) for line in _lines(file)] == [
+        ("list", "ann", "beta", "acme", "admin"),
+        ("refused", "ann", "acme", None, "user"),
+    ]
 
 
 def test_what_the_server_ends_by_itself_is_its_own_doing(file: Path) -> None:

@@ -84,7 +84,10 @@ def test_a_file_says_whose_quotas_are_which() -> None:
         ("[default]\nsessions = -1", r"sessions must be a whole number of at least 0, .*; got -1"),
         ("[default]\nrows = 1.5", r"rows must be a whole number of at least 0, .*; got 1.5"),
         ("[default]\nrows = true", r"rows must be a whole number of at least 0, .*; got True"),
-        ("[default]\nsteps_per_second = inf", r"steps_per_second must be a number of at least 1, .*; got inf"),
+        (
+            "[default]\nsteps_per_second = inf",
+            r"steps_per_second must be a number of at least 1, .*; got inf",
+        ),
         (
             f"[default]\nrows = {10**400}",
             r"rows must be a whole number of at least 0, at most \d+; got 1(0+)\.\.\.$",

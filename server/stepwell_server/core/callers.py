@@ -32,9 +32,12 @@ class Caller:
     tenant: str
     """Whose sessions it sees; "" where there are no tenants."""
     role: Role
+    own_tenant: str | None = None
+    """To which it belongs, where it acts in another one: with its name that says who it is. None: `tenant`."""
 
     def __str__(self) -> str:
-        return f"{self.tenant}/{self.name}" if self.tenant else self.name
+        tenant = self.tenant if self.own_tenant is None else self.own_tenant
+        return f"{tenant}/{self.name}" if tenant else self.name
 
 
 class Credential(NamedTuple):

@@ -85,4 +85,4 @@ def acting(caller: Caller, metadata: Mapping[str, str | bytes]) -> Caller:
         raise InvalidInput(
             f"{TENANT_KEY} must be the name of a tenant, or {ALL_TENANTS} for all; got {tenant!r}"
         )
-    return dataclasses.replace(caller, tenant=tenant)
+    return dataclasses.replace(caller, tenant=tenant, own_tenant=caller.tenant)

@@ -130,6 +130,8 @@ class Auditor:
         }
         if call.who is ANYBODY:
             who = {"who": "", "tenant": "", "role": ""}
+        if call.who.own_tenant is not None:
+            who["own_tenant"] = call.who.own_tenant
         line: dict[str, object] = {"action": action, **who, "peer": call.caller}
         if call.certificate_names:
             line["certificate"] = list(call.certificate_names)

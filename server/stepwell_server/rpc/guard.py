@@ -113,9 +113,12 @@ class Guard:
             Unauthenticated, PermissionDenied, InvalidInput: it is refused.
         """
         known = self._authenticator.identify(call)
-        call.who = acting(known.caller, call.metadata)
-        require(access, method, call.who)
-        if method in _PLAIN and call.who is known.caller:
+        call.who = known.caller  # whoever is refused is named, too
+        who = acting(known.caller, call.metadata)
+        if who is not known.caller:
+            call.who = who
+        require(access, method, who)
+        if method in _PLAIN and who is known.caller:
             entry = self._remember(known)
             entry.is_told = True
             self._front.know(known.credential, known.caller, known.until)
