@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from stepwell import _metadata, _status, _tls
+from stepwell import _address, _metadata, _status, _tls
 from stepwell._flow import Call
 from stepwell._metadata import Pairs
 from stepwell._tokens import Tokens
@@ -58,6 +58,9 @@ def _options(config: ClientConfig) -> list[tuple[str, Any]]:
         # One client's failed connections are not another's.
         ("grpc.use_local_subchannel_pool", 1),
     ]
+    if _address.is_local(config.address):
+        # Else a proxy of the environment (http_proxy) gets what is meant for this machine, tokens included.
+        options.append(("grpc.enable_http_proxy", 0))
     if config.tls is not None and config.tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", config.tls.server_name))
     elif config.address.startswith("unix:"):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import socket
 import threading
 from typing import Any
 
+import grpc
 import pytest
 
 import stepwell
-from stepwell import aio, errors
+from stepwell import _channel, aio, errors
 from stepwell._address import is_local
 from stepwell._flow import Call, Pause, Retrier
 from stepwell._retry import Deadline, RetryPolicy
@@ -57,6 +59,22 @@ def test_a_token_stays_on_this_machine_unless_told_otherwise(address: str, stays
         assert "stw_x" not in raised.value.message
         ClientConfig(address, token="stw_x", tls=stepwell.TlsConfig())
         ClientConfig(address, token="stw_x", allow_insecure_token=True)
+
+
+async def test_no_proxy_gets_what_is_meant_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy, socket.create_server(("127.0.0.1", 0)) as closed:
+        target = f"127.0.0.1:{closed.getsockname()[1]}"
+        closed.close()
+        proxy.setblocking(False)
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        config = ClientConfig(target, token="stw_x")
+        with _channel.open_channel(config) as channel, pytest.raises(grpc.RpcError, match="refused"):
+            channel.unary_unary("/any/call")(b"", timeout=30)
+        async with _channel.open_async_channel(config) as other:
+            with pytest.raises(grpc.RpcError, match="refused"):
+                await other.unary_unary("/any/call")(b"", timeout=30)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
 
 
 @pytest.mark.parametrize("token", ["", "two words", "new\nline", "ümlaut", 7, b"bytes"])
