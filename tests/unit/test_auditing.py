@@ -70,6 +70,9 @@ async def test_who_did_what_to_which_sessions_and_nothing_more(file: Path) -> No
         await client.call(pb.CloseMatchingSessionsRequest(session_id_prefix="b"))
         await client.call(pb.CloseSessionRequest(session_id="a"))
         await client.call(pb.ImportSessionsRequest(sessions=exported.sessions))
+        await client.exchange(pb.StepStreamRequest(step=pb.StepFrame(session_ids=["a"], inputs=x)))
+        for ids in (["a"], ["nobody", "a"], ["a", "a"]):
+            await client.exchange(pb.StepStreamRequest(reset=pb.ResetFrame(session_ids=ids)))
         await client.refused(pb.CloseSessionRequest(session_id="nobody"))
         await client.refused(pb.GetSessionRequest(session_id="nobody"))
     log.close()
@@ -86,6 +89,9 @@ async def test_who_did_what_to_which_sessions_and_nothing_more(file: Path) -> No
         ("close", "OK", None, 1),
         ("close", "OK", ["a"], 1),
         ("import", "OK", ["a"], 1),
+        ("reset", "OK", ["a"], 1),
+        ("reset", "SESSION_NOT_FOUND", ["nobody", "a"], 2),
+        ("reset", "INVALID_INPUT", ["a", "a"], 2),
         ("close", "SESSION_NOT_FOUND", ["nobody"], 1),
     ]
     assert lines[0] == {
@@ -115,7 +121,7 @@ async def test_who_did_what_to_which_sessions_and_nothing_more(file: Path) -> No
         "count",
         "sessions",
     }
-    known |= {"request_id", "session_id_prefix", "new_session_id"}
+    known |= {"request_id", "session_id_prefix", "new_session_id", "failed"}
     assert {key for line in lines for key in line} <= known
     assert "0.1234" not in json.dumps(lines)
 

@@ -20,7 +20,7 @@ from stepwell._retry import Deadline, RetryPolicy
 from stepwell._tokens import Tokens
 from stepwell.config import ClientConfig
 from stepwell.errors import InvalidInputError, UnauthenticatedError, UnavailableError
-from stepwell.v1 import sessions_pb2
+from stepwell.v1 import models_pb2, models_pb2_grpc, sessions_pb2
 
 
 def sent(tokens: Tokens) -> str:
@@ -69,10 +69,12 @@ async def test_no_proxy_gets_what_is_meant_for_this_machine(monkeypatch: pytest.
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
         config = ClientConfig(target, token="stw_x")
         with _channel.open_channel(config) as channel, pytest.raises(grpc.RpcError, match="refused"):
-            channel.unary_unary("/any/call")(b"", timeout=30)
+            models_pb2_grpc.ModelServiceStub(channel).ListModels(models_pb2.ListModelsRequest(), timeout=30)
         async with _channel.open_async_channel(config) as other:
             with pytest.raises(grpc.RpcError, match="refused"):
-                await other.unary_unary("/any/call")(b"", timeout=30)
+                await models_pb2_grpc.ModelServiceStub(other).ListModels(
+                    models_pb2.ListModelsRequest(), timeout=30
+                )
         with pytest.raises(BlockingIOError):
             proxy.accept()
 

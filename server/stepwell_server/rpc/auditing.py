@@ -39,7 +39,7 @@ AUDITED = {
 #: Those that have a line only when they are refused, each with its reason.
 UNAUDITED = {
     "Step": "the hot path; what steps do is in the metrics",
-    "StepStream": "the hot path",
+    "StepStream": "the hot path; its frames that reset sessions have lines",
     "Predict": "the hot path; it touches no session",
     "ModelInfer": "the hot path; sequences that begin and end have lines as sessions",
     "ModelStreamInfer": "the hot path; as ModelInfer",
@@ -84,7 +84,16 @@ class Auditor:
         """
         if method in _SEQUENCES:
             _sequences.set(call)
-        if self._refuses and method in AUDITED and self._log.is_full:
+        if method in AUDITED:
+            self.require_room()
+
+    def require_room(self) -> None:
+        """What is about to be done has a line.
+
+        Raises:
+            Overloaded: it would have none, and must have one.
+        """
+        if self._refuses and self._log.is_full:
             raise Overloaded(
                 "the audit log must have room for what is called; its queue is full", _RETRY_AFTER_S
             )
@@ -104,6 +113,14 @@ class Auditor:
         if _is_refusal(error):
             facts: dict[str, object] = {"quota": error.metadata["quota"]} if "quota" in error.metadata else {}
             self._write("refused", method, call, error.reason, facts)
+
+    def sessions_reset(self, call: Call, session_ids: Sequence[str], failed: int, reason: str) -> None:
+        """A frame of a stream that resets sessions has ended; for so many of them with an error, the last for a reason."""
+        names = [namespaces.own(session_id) for session_id in session_ids[:MOST_NAMED]]
+        facts: dict[str, object] = {"count": len(session_ids), "sessions": names}
+        if failed:
+            facts["failed"] = failed
+        self._write("reset", "StepStream", call, reason or "OK", facts)
 
     def cancelled(self, method: str, call: Call, code: str) -> None:
         """Its client went away, or its time was over: what became of it nobody was told."""

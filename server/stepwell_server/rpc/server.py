@@ -83,6 +83,7 @@ class RpcServer:
         """Lets callers in; None: nobody is asked."""
         self._boundary = Boundary(observer, max_message_bytes, self.guard, auditor, tracer)
         self._tracer = tracer
+        self._auditor = auditor
         self._clock = clock
         self._observer = observer
         self._max_message_bytes = max_message_bytes
@@ -148,7 +149,7 @@ class RpcServer:
         """Serve an engine from now on, and say so."""
         clock, observer, limit = self._clock, self._observer, self._max_message_bytes
         limits = StreamLimits(_STREAM_FRAMES, limit)
-        self._sessions = SessionServicer(engine, clock, limit, limits, observer, self._tracer)
+        self._sessions = SessionServicer(engine, clock, limit, limits, observer, self._tracer, self._auditor)
         self._triton = TritonServicer(engine, clock, limit, limits, observer, observer, self._liveness)
         self._serve_by(_SESSIONS, self._sessions)
         self._serve_by(_MODELS, ModelServicer(engine, self._front.name, limit, observer.slowest, clock))

@@ -19,6 +19,7 @@ from stepwell_server.rpc.tracing import TRACES
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
+    from stepwell_server.rpc.auditing import Auditor
     from stepwell_server.rpc.boundary import RequestObserver
     from stepwell_server.rpc.fronts.base import Call
     from stepwell_server.rpc.tracing import Tracer
@@ -35,10 +36,12 @@ class SessionServicer(admin.Administration):
         limits: StreamLimits,
         observer: RequestObserver,
         tracer: Tracer | None = None,
+        auditor: Auditor | None = None,
     ) -> None:
         super().__init__(engine, max_reply_bytes)
         self._observer = observer
         self._tracer = tracer
+        self._auditor = auditor
         self._clock = clock
         self._limits = limits
         self._set_room = SetRoom()
@@ -186,6 +189,7 @@ class SessionServicer(admin.Administration):
             self._set_room,
             call,
             self._tracer,
+            self._auditor,
         )
         self._streams.add(stream)
         if self._stopping:

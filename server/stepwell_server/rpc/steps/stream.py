@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.change import Change
     from stepwell_server.engine.engine import Engine
+    from stepwell_server.rpc.auditing import Auditor
     from stepwell_server.rpc.boundary import RequestObserver
     from stepwell_server.rpc.fronts.base import Call
     from stepwell_server.rpc.tracing import CallTrace, Tracer
@@ -63,8 +65,10 @@ class FrameStream:
         room: SetRoom,
         call: Call,
         tracer: Tracer | None = None,
+        auditor: Auditor | None = None,
     ) -> None:
         self._engine = engine
+        self._auditor = auditor
         self._tracer = tracer
         self._clock = clock
         self._max_reply_bytes = max_reply_bytes
@@ -186,6 +190,9 @@ class FrameStream:
             frame.trace = self._tracer.of_frame("StepStream", body.traceparent)
             if frame.trace is not None:
                 change.traces = {0: frame.trace}
+        if self._auditor is not None and change.reset:
+            self._auditor.require_room()
+            frame.reset = change.session_ids
         frame.change = change
         self._engine.submit(change)
         self._hold(frame)
@@ -213,10 +220,17 @@ class FrameStream:
         """Members of a frame failed."""
         self._observer.refused(error.reason, count, error.model)
 
+    def ended(self, frame: _Frame) -> None:
+        """All of a frame is done, or refused: what resets sessions is for the audit log."""
+        if self._auditor is not None and frame.reset is not None:
+            reason = "" if frame.error is None else frame.error.reason
+            self._auditor.sessions_reset(self._call, frame.reset, frame.failures, reason)
+
     def _refuse(self, frame: _Frame, error: ServerError) -> None:
         """Answer a frame of which nothing was done."""
-        frame.error = error
+        frame.error, frame.failures = error, frame.size
         self.refused(error, frame.size or 1)
+        self.ended(frame)
         part = messages.failed_part(frame.frame_id, None, error, last=True, declared_set=frame.declared_set)
         self._reply(frame, part, last=True)
 
@@ -247,8 +261,8 @@ class _Frame:
     """A frame whose last part is not written yet: the replies to its change."""
 
     __slots__ = (
-        *("_stream", "came", "change", "declared_set", "error", "frame_id", "held_bytes"),
-        *("is_short", "left", "size", "trace"),
+        *("_stream", "came", "change", "declared_set", "error", "failures", "frame_id", "held_bytes"),
+        *("is_short", "left", "reset", "size", "trace"),
     )
 
     def __init__(self, stream: FrameStream, frame_id: int, held_bytes: int, came: float) -> None:
@@ -268,6 +282,10 @@ class _Frame:
         self.trace: CallTrace | None = None
         self.error: ServerError | None = None
         """How members failed, the last of them."""
+        self.failures = 0
+        """Members that failed."""
+        self.reset: Sequence[str] | None = None
+        """The sessions that it resets, where that is audited."""
         self.declared_set = 0
         """The set that it has made known; 0: none."""
 
@@ -283,6 +301,8 @@ class _Frame:
     ) -> None:
         """See `Replies`."""
         last = self._is_last(len(members))
+        if last:
+            self._stream.ended(self)
         if not self._stream.is_over:
             part = messages.applied_part(
                 self.frame_id,
@@ -302,6 +322,9 @@ class _Frame:
         """See `Replies`."""
         last = self._is_last(len(members))
         self.error = error
+        self.failures += len(members)
+        if last:
+            self._stream.ended(self)
         if not self._stream.is_over:
             self._stream.refused(error, len(members))
             part = messages.failed_part(
