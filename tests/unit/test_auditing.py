@@ -17,7 +17,7 @@ from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.audit_log import AuditError, AuditLog
 from stepwell_server.core.callers import Caller, Credential, Known, Role
-from stepwell_server.errors import Overloaded
+from stepwell_server.errors import Overloaded, PermissionDenied, Unauthenticated
 from stepwell_server.rpc import health
 from stepwell_server.rpc.access import Access, require
 from stepwell_server.rpc.auditing import AUDITED, MOST_NAMED, UNAUDITED, Auditor
@@ -154,6 +154,26 @@ async def test_a_caller_is_named_and_a_refusal_of_any_method_is_written(file: Pa
         "outcome": "PERMISSION_DENIED",
         "trace_id": "a" * 32,
     }
+
+
+def test_strangers_do_not_fill_the_disk(file: Path) -> None:
+    log, clock = AuditLog(file), ManualClock()
+    auditor, call = Auditor(log, "drop", clock.monotonic), FakeCall()
+    for _ in range(1005):
+        auditor.refused("Step", call, Unauthenticated("nobody"))
+    known = FakeCall()
+    known.who = Caller("ada", "acme", Role.VIEWER)
+    for error in (Unauthenticated("revoked meanwhile"), PermissionDenied("no", role="viewer")):
+        auditor.refused("Step", known, error)
+    clock.advance(0.1)
+    for _ in range(3):
+        auditor.refused("Step", call, Unauthenticated("nobody"))
+    clock.advance(0.1)
+    auditor.refused("Step", call, Unauthenticated("nobody"))
+    log.close()
+    lines = _lines(file)
+    assert len(lines) == 1004
+    assert [line.get("skipped") for line in lines[999:]] == [None, None, None, 5, 2]
 
 
 async def test_who_acts_in_another_tenant_is_not_taken_for_a_caller_of_that(file: Path) -> None:

@@ -7,13 +7,15 @@ neither cannot be served.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from google.protobuf.message import Message
 
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import ANYBODY
+from stepwell_server.core.quotas import TokenBucket
 from stepwell_server.errors import Overloaded, ServerError
 
 if TYPE_CHECKING:
@@ -66,15 +68,24 @@ _BY_SERVER = frozenset({"expired"})
 MOST_NAMED = 100
 """Session ids of a line; of more only the count is said."""
 _RETRY_AFTER_S = 1.0
+#: Lines a second, and at once, for calls of those whom nobody knows: else whoever reaches the server fills its disk, and
+#: leaves no room for the lines of others.
+_STRANGERS = 10.0, 1000
 _sequences: contextvars.ContextVar[Call | None] = contextvars.ContextVar("stepwell_sequences", default=None)
 
 
 class Auditor:
     """Writes a line for each call that has one. Lives on the event loop."""
 
-    def __init__(self, log: AuditLog, when_full: Literal["drop", "refuse"]) -> None:
+    def __init__(
+        self, log: AuditLog, when_full: Literal["drop", "refuse"], now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._log = log
         self._refuses = when_full == "refuse"
+        self._now = now
+        self._strangers = TokenBucket(*_STRANGERS, now())
+        self._skipped = 0
+        """Calls of strangers without a line, which the next of their lines tells of."""
 
     def begins(self, method: str, call: Call) -> None:
         """A call begins, in its task.
@@ -112,6 +123,12 @@ class Auditor:
         """It ended with an error. Those that say no to a caller have a line, whatever was called."""
         if _is_refusal(error):
             facts: dict[str, object] = {"quota": error.metadata["quota"]} if "quota" in error.metadata else {}
+            if call.who is ANYBODY and error.reason == "UNAUTHENTICATED":
+                if self._strangers.take(1, self._now()):
+                    self._skipped += 1
+                    return
+                if self._skipped:
+                    facts["skipped"], self._skipped = self._skipped, 0
             self._write("refused", method, call, error.reason, facts)
 
     def sessions_reset(self, call: Call, session_ids: Sequence[str], failed: int, reason: str) -> None:
