@@ -221,6 +221,8 @@ def test_keys_are_read() -> None:
     assert all("HS" not in name and name != "none" for key in found.values() for name in key.algorithms)
     assert len({key.thumbprint for key in found.values()}) == 4
     assert [*web_tokens.parse(json.dumps({"keys": [jwk(EC, kid=None)]}))] == [""]
+    unknown = [jwk(EC, kid="x", crv="secp256k1"), jwk(EC, kid="y", alg="HS256"), {"kty": "AKP", "kid": "z"}]
+    assert [*web_tokens.parse(json.dumps({"keys": [*unknown, jwk(EC)]}))] == ["k"]
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,7 @@ def parse(text: str) -> dict[str, Key]:
     if not isinstance(keys, list):
         raise ValueError('must be a JWKS, {"keys": [...]} in JSON')
     found: dict[str, Key] = {}
+    other = "must have a key to check signatures with; it has none"
     for number, given in enumerate(keys, 1):
         if isinstance(given, dict) and given.get("use", "sig") != "sig":
             continue  # for encryption
@@ -182,12 +183,19 @@ def parse(text: str) -> dict[str, Key]:
             kid, key = _key(given, is_only=len(keys) == 1)
             if kid in found:
                 raise ValueError(f"its kid must be its own; {kid!r} came before")
+        except _OtherKind as error:  # issuers may begin to use what is not known here: RFC 7517, 5
+            other = f"key {number}: {error}"
+            continue
         except ValueError as error:
             raise ValueError(f"key {number}: {error}") from None
         found[kid] = key
     if not found:
-        raise ValueError("must have a key to check signatures with; it has none")
+        raise ValueError(other)
     return found
+
+
+class _OtherKind(ValueError):
+    """A key that nobody's token is checked with here."""
 
 
 def _key(given: object, *, is_only: bool) -> tuple[str, Key]:
@@ -203,12 +211,12 @@ def _key(given: object, *, is_only: bool) -> tuple[str, Key]:
         )
     allowed = _ALGORITHMS.get((kind, curve)) if isinstance(kind, str) and isinstance(curve, str) else None
     if allowed is None:
-        raise ValueError(
+        raise _OtherKind(
             f"must be RSA, EC (P-256, P-384, P-521) or OKP (Ed25519); its kty is {kind!r}, crv {curve!r}"
         )
     if alg:
         if alg not in allowed:
-            raise ValueError(f"its alg must be one of {', '.join(allowed)}; got {alg!r}")
+            raise _OtherKind(f"its alg must be one of {', '.join(allowed)}; got {alg!r}")
         allowed = (alg,)
     try:
         public = jwt.PyJWK(given, allowed[0]).key
