@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from unittest.mock import Mock
 
 import pytest
 
+from stepwell_server.addresses import Address
 from stepwell_server.core.callers import ANYBODY, Caller, Credential, Known, Role
 from stepwell_server.errors import Unauthenticated
+from stepwell_server.readiness import Report
 from stepwell_server.rpc import guard
 from stepwell_server.rpc.access import Access
 from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.fronts.base import Call, CallEnded
 from stepwell_server.rpc.guard import Guard
-from support.calls import Front
+from stepwell_server.rpc.server import RpcServer
+from support.calls import Front, Observer
 from support.clock import ManualClock
 from support.fake_call import FakeCall, Requests
 
@@ -97,6 +101,29 @@ async def code_of(task: asyncio.Task[bytes]) -> str:
     with pytest.raises(CallEnded) as raised:
         await asyncio.wait_for(task, 100)
     return raised.value.status.code.name
+
+
+async def test_what_is_being_loaded_is_not_told_to_strangers() -> None:
+    front, clock, auditor = Front(), ManualClock(), Mock()
+    server = RpcServer(
+        front,
+        clock=clock,
+        observer=Observer(),
+        max_message_bytes=1024,
+        authenticator=Named(clock),
+        auditor=auditor,
+    )
+    await server.start(Address("", 0))
+    server.announce(Report({"models": "model 1 of 2 is being loaded (secret)"}, {}, {}))
+    told = {}
+    for name in ("ann", "nobody"):
+        with pytest.raises(CallEnded) as ended:
+            await front.methods["ListModels"].serve(of(name))
+        told[name] = ended.value.status
+    await server.close()
+    assert (told["ann"].code.name, "(secret)" in told["ann"].message) == ("UNAVAILABLE", True)
+    assert (told["nobody"].code.name, told["nobody"].message) == ("UNAUTHENTICATED", "nobody")
+    assert [call.args[0] for call in auditor.refused.call_args_list] == ["ListModels"]
 
 
 async def test_the_front_is_told_of_those_who_may_step_in_their_own_tenant() -> None:

@@ -12,7 +12,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.addresses import Address, UnixAddress
-from stepwell_server.errors import Starting
+from stepwell_server.errors import ServerError, Starting, Unauthenticated
 from stepwell_server.readiness import Report
 from stepwell_server.rpc import health, reflection
 from stepwell_server.rpc.auditing import Auditor
@@ -78,6 +78,7 @@ class RpcServer:
         tracer: Tracer | None = None,
     ) -> None:
         self._front = front
+        self._authenticator = authenticator
         self._following: list[asyncio.Task[None]] = []
         self.guard = None if authenticator is None else Guard(authenticator, front, clock)
         """Lets callers in; None: nobody is asked."""
@@ -102,7 +103,7 @@ class RpcServer:
             Method(
                 service.full_name,
                 method.name,
-                served_at(path, self._serving, self._refuse),
+                served_at(path, self._serving, self._refusing(method.name)),
                 streams=_streams(method),
             )
             for service in (*_OF_ENGINE, health.SERVICE, *shown.services)
@@ -211,10 +212,20 @@ class RpcServer:
     def _not_yet(self) -> Starting:
         return Starting(f"the server is starting: {self.starting}", _STARTING_RETRY_S)
 
-    async def _refuse(self, _call: Call) -> bytes:
-        error = self._not_yet()
-        self._observer.refused(error.reason, 1)
-        raise CallEnded(to_status(error))
+    def _refusing(self, method: str) -> Serve:
+        async def refuse(call: Call) -> bytes:
+            error: ServerError = self._not_yet()
+            try:
+                if self._authenticator is not None:  # what is being loaded is not for everybody
+                    self._authenticator.identify(call)
+            except Unauthenticated as stranger:
+                error = stranger
+                if self._auditor is not None:
+                    self._auditor.refused(method, call, error)
+            self._observer.refused(error.reason, 1)
+            raise CallEnded(to_status(error))
+
+        return refuse
 
 
 def _streams(method: MethodDescriptor) -> bool:
