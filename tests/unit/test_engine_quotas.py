@@ -12,7 +12,7 @@ from stepwell_server.core.callers import Caller, Role
 from stepwell_server.core.namespaces import prefix_of, tenant_of
 from stepwell_server.core.quotas import Limits, QuotaTable
 from stepwell_server.engine.quotas import OTHER, Quotas
-from stepwell_server.engine.sessions.moving import Arriving, Existing
+from stepwell_server.engine.sessions.moving import Arriving, Brought, Existing
 from stepwell_server.errors import InvalidInput, Overloaded, QuotaExceeded, ServerError
 from stepwell_server.rpc.status import to_proto
 from support.clock import ManualClock
@@ -151,6 +151,29 @@ async def test_sessions_and_rows_are_those_that_are_there_whatever_happened() ->
                     await at.engine.session_info(info.session_id)
                 assert dict(at.quotas.tenants()) == recount(at)
         assert refused
+
+
+async def test_an_import_makes_no_session_larger_than_its_tenant_may_have_rows() -> None:
+    async with running(quotas=QuotaTable(default=Limits(rows=7))) as at:
+        assert at.quotas is not None
+
+        async def brought() -> object:
+            assert not isinstance(record, ServerError)
+            arriving = Arriving("a", "a", bytes(record))
+            return (await at.engine.import_sessions([arriving], Existing.REPLACE))[0]
+
+        await at.engine.open_session("plain", session_id="a", batch_size=6)
+        (record,) = await at.engine.export_sessions(["a"], deadline=float("inf"))
+        await at.engine.close_session("a")
+        await at.engine.open_session("plain", session_id="a", batch_size=1)
+        await at.engine.open_session("plain", session_id="b", batch_size=3)
+        assert isinstance(error := await brought(), QuotaExceeded)
+        assert "rows of all callers together must stay within 7; there are 4, and 5 came" in error.message
+        await at.submit("a", x(1)).only()  # it is there as it was
+        assert dict(at.quotas.tenants()) == recount(at) == {"": (2, 4)}
+        await at.engine.close_session("b")
+        assert await brought() is Brought.REPLACED
+        assert dict(at.quotas.tenants()) == recount(at) == {"": (1, 6)}
 
 
 async def test_what_a_store_has_counts_from_the_start_and_tenants_beyond_the_limit_share_a_label() -> None:

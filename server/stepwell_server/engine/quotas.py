@@ -88,19 +88,9 @@ class Quotas:
             QuotaExceeded: they would be too many, and none is counted.
         """
         tenant, count = tenant_of(session_ids[0]), len(session_ids)
-        limits, scope = self._table.of_tenant(tenant), _named(tenant)
-        for quota, most, there, more in (
-            ("sessions", limits.sessions, self._sessions[tenant], count),
-            ("rows", limits.rows, self._rows[tenant], count * rows),
-        ):
-            if most is not None and there + more > most:
-                raise self._exceeded(
-                    tenant,
-                    quota,
-                    most,
-                    f"{quota} of {scope} must stay within {most}; there are {there}, and {more} came",
-                    _SESSIONS_AGAIN_S,
-                )
+        limits = self._table.of_tenant(tenant)
+        self._require_room(tenant, "sessions", limits.sessions, self._sessions[tenant], count)
+        self._require_room(tenant, "rows", limits.rows, self._rows[tenant], count * rows)
         self._sessions[tenant] += count
         self._rows[tenant] += count * rows
 
@@ -114,8 +104,20 @@ class Quotas:
                 del self._sessions[tenant], self._rows[tenant]
 
     def change_rows(self, session_id: str, more: int) -> None:
-        """A session has so many rows more, or less."""
-        self._rows[tenant_of(session_id)] += more
+        """A session is to have so many rows more, or has less.
+
+        Raises:
+            QuotaExceeded: they would be too many, and are not counted.
+        """
+        tenant = tenant_of(session_id)
+        if more > 0:
+            self._require_room(tenant, "rows", self._table.of_tenant(tenant).rows, self._rows[tenant], more)
+        self._rows[tenant] += more
+
+    def _require_room(self, tenant: str, quota: str, most: int | None, there: int, more: int) -> None:
+        if most is not None and there + more > most:
+            what = f"{quota} of {_named(tenant)} must stay within {most}; there are {there}, and {more} came"
+            raise self._exceeded(tenant, quota, most, what, _SESSIONS_AGAIN_S)
 
     # ---------------------------------------------------------------------------------------------------------- steps
 

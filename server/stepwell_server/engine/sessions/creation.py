@@ -205,7 +205,11 @@ class Creation:
             self._quotas.begin(ids, rows)
 
     def recount(self, session_id: str, before: int, after: int) -> None:
-        """A session has another number of rows than before, which nobody refuses: it is one that was there."""
+        """A session is to have more rows than before, or has less.
+
+        Raises:
+            QuotaExceeded: its tenant may not have so many.
+        """
         if self._quotas is not None:
             self._quotas.change_rows(session_id, after - before)
 

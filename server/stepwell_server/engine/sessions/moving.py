@@ -402,7 +402,7 @@ class Moving:
         return [each for each in fresh if each.session_id not in results], results
 
     async def _replace(self, each: _New) -> Result:
-        session_id = each.session_id
+        session_id, rows = each.session_id, each.header.batch_size
         try:
             seen = await self._directory.look([session_id], anew=True)
             handle = -1
@@ -410,6 +410,14 @@ class Moving:
                 handle = self._directory.find(session_id, seen)
             if handle < 0 or self._local is None:
                 # nobody can step it, or the store takes a record only if it follows the one that is there
+                old_rows = (
+                    int(self._table.batch_size[handle])
+                    if handle >= 0
+                    else self._directory.stored_revision(session_id, seen)[1]
+                )
+                # a quota refuses it now, or when what was there is gone
+                self._creation.recount(session_id, old_rows, max(old_rows, rows))
+                self._creation.recount(session_id, max(old_rows, rows), old_rows)
                 await self._closing.close(session_id, seen, request_id=0, deadline=float("inf"))
                 result = await self._make_anew(each)
                 return Brought.REPLACED if result is Brought.IMPORTED else result
@@ -419,9 +427,15 @@ class Moving:
         except ServerError as error:
             return error
         old, old_rows = self._directory.models.by_handle(handle).name, int(self._table.batch_size[handle])
+        try:
+            self._creation.recount(session_id, old_rows, max(old_rows, rows))
+        except QuotaExceeded as error:
+            self._turns.release(np.array([handle]))
+            return error
 
         def done(committed: Committed | ServerError) -> Result:
             error = _problem(session_id, committed)
+            self._creation.recount(session_id, max(old_rows, rows), rows if error is None else old_rows)
             if error is not None:
                 self._turns.release(np.array([handle]))
                 return error
@@ -429,7 +443,6 @@ class Moving:
                 session_id, f"session {session_id!r} was replaced by one that was imported"
             )
             self._removal.forget(handle, gone)
-            self._creation.recount(session_id, old_rows, each.header.batch_size)
             self._loader.adopt([each.served])
             self._tell([each])
             return Brought.REPLACED
