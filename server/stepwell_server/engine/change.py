@@ -277,9 +277,9 @@ class Change:
         """That of all members; None: they have several, as far as is known without a look at each."""
         if self.callers is None:
             return source_of(self.who, self.caller if self.caller is not None else self)
-        if self.whos is None and len(set(self.callers)) == 1:
-            return source_of(self.who, self.callers[0])
-        return None
+        first = self.callers[0]
+        is_one = self.whos is None and self.callers.count(first) == len(self.callers)
+        return source_of(self.who, first) if is_one else None
 
     def by_source(self, members: Members) -> Iterator[tuple[Source, Members]]:
         """The members of each source, of a change that has no `only_source`."""

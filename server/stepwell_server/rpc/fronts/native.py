@@ -335,7 +335,14 @@ class NativeFront:
         arrivals, most = self._arrivals, _TAKEN_AT_ONCE
         self._steps.hold()
         try:
-            while most and (taken := self._taken(front)):
+            while most:
+                try:
+                    taken = front.take()
+                except RuntimeError as error:
+                    self._end(front, error)
+                    break
+                if not taken:
+                    break
                 for arrival in taken:
                     self._add(arrival, is_all=len(taken) == 1)
                 # who sends much must not keep others from being seen; who is alone has passes run in between
@@ -347,15 +354,11 @@ class NativeFront:
             if arrivals:
                 self._go_on_soon()
 
-    def _taken(self, front: stepwell_front.Front) -> list[tuple[Any, ...]]:
-        try:
-            return front.take()
-        except RuntimeError as error:
-            # better no server than one that looks ready and answers nobody
-            self._loop.remove_reader(front.fd())
-            _log.defect("the front has ended, and so does the server", error)
-            signal.raise_signal(signal.SIGTERM)
-            return []
+    def _end(self, front: stepwell_front.Front, error: RuntimeError) -> None:
+        # better no server than one that looks ready and answers nobody
+        self._loop.remove_reader(front.fd())
+        _log.defect("the front has ended, and so does the server", error)
+        signal.raise_signal(signal.SIGTERM)
 
     def _add(self, arrival: tuple[Any, ...], *, is_all: bool = False) -> None:
         tag = arrival[0]
