@@ -451,7 +451,7 @@ async def test_a_defect_in_one_arrival_does_not_keep_those_behind_it() -> None:
     bad = mock.Mock()
     bad.write.side_effect = KeyError
     for one in (bad, handle):
-        front._add(native._DUPLICATE, 0, one, 7)
+        front._add((native._DUPLICATE, 0, one, 7))
     with pytest.raises(KeyError):
         front._go_on()
     handle.write.assert_not_called()

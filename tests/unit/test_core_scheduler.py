@@ -145,6 +145,20 @@ def test_while_others_are_about_a_pass_is_short_and_shared_in_rows() -> None:
     assert scheduler.most_rows(10.0 + 2 * COMPANY_S, 100) is None, "the other has been gone for long"
 
 
+def test_others_are_about_while_they_wait_and_for_a_moment_after() -> None:
+    scheduler = scheduler_of(1000, *many("a", 1, 300))
+    assert not scheduler.has_company(0.0)
+    scheduler.next_pass(0.0)
+    scheduler.add(*many("a", 1, 300))
+    assert not scheduler.has_company(0.0)
+    scheduler.add(*many("b", 1, 1))
+    assert scheduler.has_company(0.0)
+    scheduler.next_pass(0.0)
+    scheduler.add(*many("a", 1, 300))
+    assert scheduler.has_company(COMPANY_S / 2)
+    assert not scheduler.has_company(2 * COMPANY_S)
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from("abcd"), st.integers(0, 5), st.integers(1, 40), st.booleans()),

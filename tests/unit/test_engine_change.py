@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from stepwell_server.core.callers import Caller, Role
+from stepwell_server.core.callers import ANYBODY, Caller, Role
+from stepwell_server.core.scheduler import Scheduler, source_of
 from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change, joined
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, RevisionConflict
@@ -129,6 +131,20 @@ async def test_changes_that_become_one_say_of_each_member_who_asked_for_it() -> 
         assert different.whos == [ann, ann, bob]
         at.hooks.open_gate()
         await at.settled()
+
+
+async def test_all_that_one_connection_sends_has_one_source() -> None:
+    async with running(threads=True, resident_rows=64) as at:
+        await at.open(*"abcdef", "busy")
+        await at.begin_pass("busy", x(1))
+        with mock.patch.object(Scheduler, "add", autospec=True, side_effect=Scheduler.add) as add:
+            for names, caller in ((["a"], "here"), (["b"], "here"), (["c", "d"], "here")):
+                inputs = {"": x(len(names))}
+                at.engine.submit(Change(names, Answers([1] * len(names)), inputs=inputs, caller=caller))
+            at.hooks.open_gate()
+            await at.settled()
+            sources = {call.args[1].source for call in add.call_args_list}
+        assert sources == {source_of(ANYBODY, "here")}, "or it would have company of itself"
 
 
 @pytest.mark.stores("memory", "async", "sync")  # others are read anew for each, and the line is too long

@@ -32,10 +32,10 @@ class Wire:
         elif what[0] is Kind.BATCH:
             assert what[1].isdisjoint(self.looking), "it overtook what a task has not looked at"
 
-    def add(self, kind: Kind, peers: Collection[str], size: int = 1) -> None:
+    def add(self, kind: Kind, peers: Collection[str], size: int = 1, *, is_all: bool = False) -> None:
         self.count += 1
         what = (kind, frozenset(peers), size, self.count)
-        self.arrivals.add(kind, peers, what, size)
+        self.arrivals.add(kind, peers, what, size, is_all=is_all)
 
     def turn(self) -> list[int]:
         """The numbers of what is done in a turn of the event loop."""
@@ -57,6 +57,19 @@ def test_who_is_alone_does_not_wait() -> None:
     assert wire.turn() == [6, 7, 8], "the tasks have looked"
     assert not wire.arrivals
     assert not wire.arrivals.has_company
+
+
+def test_what_comes_alone_is_done_at_once_unless_something_is_before_it() -> None:
+    wire = Wire()
+    wire.add(Kind.BATCH, "a", LARGE, is_all=True)
+    wire.add(Kind.TASK, "a", is_all=True)
+    assert [what[3] for what in wire.done] == [1, 2]
+    wire.add(Kind.BATCH, "a", is_all=True)
+    assert len(wire.done) == 2, "a task has to look first"
+    wire.turn()
+    wire.add(Kind.BATCH, "b", is_all=True)
+    assert len(wire.done) == 3, "others are about"
+    assert wire.turn() == [4]
 
 
 def test_a_flood_of_calls_or_of_large_batches_is_done_a_little_at_a_time() -> None:
@@ -81,18 +94,22 @@ def test_a_flood_of_calls_or_of_large_batches_is_done_a_little_at_a_time() -> No
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(Kind), st.sets(st.sampled_from("abcd"), min_size=1), st.sampled_from([1, LARGE])
+            st.sampled_from(Kind),
+            st.sets(st.sampled_from("abcd"), min_size=1),
+            st.sampled_from([1, LARGE]),
+            st.booleans(),
         ),
         max_size=40,
     ),
     st.integers(1, 7),
 )
 def test_what_came_over_a_connection_stays_in_its_order_and_all_is_done(
-    asked: list[tuple[Kind, set[str], int]], at_once: int
+    asked: list[tuple[Kind, set[str], int, bool]], at_once: int
 ) -> None:
     wire = Wire()
-    for place, (kind, peers, size) in enumerate(asked):
-        wire.add(kind, sorted(peers)[:1] if kind is not Kind.BATCH else sorted(peers), size)
+    for place, (kind, peers, size, is_all) in enumerate(asked):
+        some = sorted(peers)[:1] if kind is not Kind.BATCH else sorted(peers)
+        wire.add(kind, some, size, is_all=is_all)
         if place % at_once == 0:
             wire.turn()
     turns = 0

@@ -140,6 +140,8 @@ class Scheduler(Generic[J]):
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
         self._root: _Line[J] = _Line()
+        self._only: J | None = None
+        """The job that waits, as long as there is no other: it is in no line yet."""
         self._about: dict[Source, tuple[float, int]] = {}
         """When each source had jobs in a pass last, and of how many rows; the latest last."""
         self._first: set[Source] = set()
@@ -149,25 +151,41 @@ class Scheduler(Generic[J]):
         self.rows_waiting = 0
 
     def __bool__(self) -> bool:
-        return bool(self._root.lines)
+        return self._only is not None or bool(self._root.lines)
 
     def add(self, job: J) -> None:
         """Put a job at the end of its source's line; a new source goes to the end of the round."""
-        self._root.add(job, job.source)
         self.rows_waiting += job.row_count
+        if self:
+            self._line_up()
+            self._root.add(job, job.source)
+        else:
+            self._only = job
+
+    def _line_up(self) -> None:
+        if self._only is not None:
+            self._root.add(self._only, self._only.source)
+            self._only = None
+
+    def has_company(self, now: float) -> bool:
+        """Several sources may be about: what `most_rows` says counts."""
+        about, only = self._about, self._only
+        if only is not None and len(about) == 1 and only.source in about:
+            return False
+        while about and next(iter(about.values()))[0] < now - COMPANY_S:
+            del about[next(iter(about))]
+        return only is None or len(about) > (only.source in about)
 
     def most_rows(self, now: float, bound: int) -> int | None:
         """Rows of the next pass at most, for the sake of those that will come while it runs; None: as many as fit.
 
         Who is alone, or where all have the like of it to do, may have full passes; else they have `bound` rows.
         """
-        if self.rows_waiting <= bound:
+        if self.rows_waiting <= bound or not self.has_company(now):
             return None
-        about = self._about
-        while about and next(iter(about.values()))[0] < now - COMPANY_S:
-            del about[next(iter(about))]
+        self._line_up()
         waiting = self._rows_by_source()
-        rows = {source: rows for source, (_, rows) in about.items()} | waiting
+        rows = {source: rows for source, (_, rows) in self._about.items()} | waiting
         if len(rows) < 2:
             return None
         most = max(bound, len(rows) * min(rows.values()))
@@ -181,9 +199,15 @@ class Scheduler(Generic[J]):
         With `most` it has so many at most, shared in rows: jobs that may are parted. A job that has more by itself makes
         a pass of its own. Sources whose first job does not fit keep their place at the head of the next round.
         """
-        chosen, rows = self._chosen(
-            self._max_rows if most is None else min(most, self._max_rows), most is not None
-        )
+        only = self._only
+        if only is not None and most is None:
+            self._only, self._was_first = None, False
+            self.rows_waiting -= only.row_count
+            chosen, rows = [only], {only.source: only.row_count}
+        else:
+            self._line_up()
+            room = self._max_rows if most is None else min(most, self._max_rows)
+            chosen, rows = self._chosen(room, most is not None)
         about = self._about
         for source, count in rows.items():
             about.pop(source, None)
@@ -247,6 +271,6 @@ class Scheduler(Generic[J]):
 
     def steps_together(self, chosen: Sequence[J], budget: int) -> int:
         """For how many time steps the chosen jobs may run in one pass: 1 if anything else waits."""
-        if self._root.lines or budget <= 1:
+        if self or budget <= 1:
             return 1
         return max(1, min(budget, *(job.steps_left for job in chosen)))

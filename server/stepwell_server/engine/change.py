@@ -272,11 +272,18 @@ class Change:
         """The members in groups that may share an error: it names a session, which is no other caller's business."""
         return [members] if self.callers is None else [members[at : at + 1] for at in range(len(members))]
 
-    def by_source(self, members: Members) -> Iterator[tuple[Source, Members]]:
-        """The members of each source."""
+    @property
+    def only_source(self) -> Source | None:
+        """That of all members; None: they have several, as far as is known without a look at each."""
         if self.callers is None:
-            yield source_of(self.who, self.caller if self.caller is not None else self), members
-            return
+            return source_of(self.who, self.caller if self.caller is not None else self)
+        first = self.callers[0]
+        is_one = self.whos is None and self.callers.count(first) == len(self.callers)
+        return source_of(self.who, first) if is_one else None
+
+    def by_source(self, members: Members) -> Iterator[tuple[Source, Members]]:
+        """The members of each source, of a change that has no `only_source`."""
+        assert self.callers is not None, "it has several"
         sources: dict[tuple[Caller, Hashable], list[int]] = {}
         whos = [self.who] * self.size if self.whos is None else self.whos
         for member in members.tolist():

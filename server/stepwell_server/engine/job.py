@@ -78,7 +78,7 @@ class Job:
     """If it keeps the states after every time step: those so far, `(rows whose states come back, steps, ...)`."""
 
     def __post_init__(self) -> None:
-        self.row_count = int(self.sizes.sum())
+        self.row_count = int(np.add.reduce(self.sizes))
         self.is_plain = self.reset_rows is None and (self.states is Select.NONE or not self.keeps_states)
 
     @property
@@ -189,7 +189,7 @@ class Job:
         self.sizes = self.sizes[kept]
         if len(self.rows):  # a job without sessions has none before its first pass
             self.rows = self.rows[rows]
-        self.row_count = int(self.sizes.sum())
+        self.row_count = int(np.add.reduce(self.sizes))
         self.working = None if self.working is None else self.working[rows]
         self.inputs = [array[rows] for array in self.inputs]
         self.reset_rows = None if self.reset_rows is None else self.reset_rows[rows]

@@ -59,7 +59,6 @@ class LiteRTExecutor(Executor):
 
     def __init__(self, program: Program) -> None:
         """Take the flatbuffer and find its tensors by their signature keys."""
-        self._program = program
         self._interpreter = Interpreter(model_content=program.files[FLATBUFFER], num_threads=1)
         _let_it_announce_itself(self._interpreter)
         # The runner holds the interpreter's memory: it must be gone before the first resize.
@@ -73,7 +72,10 @@ class LiteRTExecutor(Executor):
         self._rows = 0
         self._runs = 0
         """Since the last resize."""
-        self._given = given
+        shapes = {f"in_{i}": spec.shape for i, spec in enumerate(program.inputs)}
+        shapes |= {f"state_{i}": spec.shape for i, spec in enumerate(program.state)}
+        self._given = [(index, shapes[key]) for key, index in given.items()]
+        """What is given to it: the tensor, and the shape of a row."""
         taken = set(given.values())
         self._in = _Tensors(self._interpreter, "in", program.inputs, given)
         self._state = _Tensors(self._interpreter, "state", program.state, given)
@@ -85,10 +87,8 @@ class LiteRTExecutor(Executor):
         if rows == self._rows:
             return
         self._rows = 0  # Until it has succeeded: a half-resized interpreter must be resized again.
-        specs = {f"in_{i}": spec.shape for i, spec in enumerate(self._program.inputs)}
-        specs |= {f"state_{i}": spec.shape for i, spec in enumerate(self._program.state)}
-        for key, index in self._given.items():
-            self._interpreter.resize_tensor_input(index, (rows, *specs[key]))
+        for index, shape in self._given:
+            self._interpreter.resize_tensor_input(index, (rows, *shape))
         self._interpreter.allocate_tensors()
         self._runs = 0
         for tensors in self._tensors:
@@ -171,16 +171,16 @@ class _Tensors:
             None if index is None else interpreter.tensor(index) for index in found
         ]
         self._own = [index is None or index in (taken or ()) for index in found]
-        self._buffers: list[Array] = []
+        self._buffers = [np.zeros((0, *spec.shape), spec.dtype) for spec in specs]
         self._held: list[Array] | None = None
 
     def resize(self, rows: int) -> None:
         self._held = None
         self._is_static = all(read is None or _has_memory(read) for read in self._read)
-        self._buffers = [
-            np.zeros((rows if own else 0, *spec.shape), spec.dtype)
-            for spec, own in zip(self._specs, self._own, strict=True)
-        ]
+        for place, own in enumerate(self._own):
+            if own:
+                spec = self._specs[place]
+                self._buffers[place] = np.zeros((rows, *spec.shape), spec.dtype)
 
     def settle(self) -> None:
         for read, own, buffer in zip(self._read, self._own, self._buffers, strict=True):

@@ -322,8 +322,10 @@ class Admission:
 
         Where all that waits fits into one pass there are no turns to take, and one job is the least work.
         """
-        model = change.model
-        if change.callers is not None and model.ready.rows_waiting + len(members) <= model.max_batch_rows:
+        only, model = change.only_source, change.model
+        if only is not None:
+            return [(only, members)]
+        if model.ready.rows_waiting + len(members) <= model.max_batch_rows:
             if len(members) <= model.rows_of_a_short_pass:
                 return [(_EVERYBODY, members)]
             sources = list(change.by_source(members))

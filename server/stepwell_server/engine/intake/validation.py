@@ -240,7 +240,7 @@ class Validation:
     def _look(self, change: Change, own: Rows) -> Mask:
         """Set the model, the sizes and the members of a change of several sessions; which of them are there."""
         there: Mask = change.handles >= 0
-        all_there = bool(there.all())
+        all_there = np.count_nonzero(there) == len(there)
         models = self._table.model[change.handles if all_there else change.handles[there]]
         if np.count_nonzero(models != models[0]):
             if change.callers is not None:

@@ -139,6 +139,7 @@ class Completion:
     def _succeed(self, outcome: Outcome, ended: Sequence[_Ended], which: Mask | None) -> None:
         """Answer the sessions of an outcome that are kept; None: all."""
         now, count, row_steps = self._clock.monotonic(), 0, 0
+        slowest, queued_at = "", now
         for each, own in _by_job(ended, which):
             job, tensors, states = each.job, each.outputs, each.states
             members, rows, end = job.members, job.row_count, each.place + len(job.members)
@@ -152,10 +153,10 @@ class Completion:
             count += len(members)
             row_steps += rows * job.steps
             self._observer.stage(self._model.name, "total", now - job.queued_at, len(members))
+            if job.queued_at <= queued_at:
+                slowest, queued_at = each.change.session_ids[members[0]], job.queued_at
             each.change.succeed(members, revisions, positions, tensors, states)
-        slowest = min(ended, key=lambda each: each.job.queued_at)
-        session_id = slowest.change.session_ids[int(slowest.job.members[0])]
-        self._observer.slow(self._model.name, session_id, now - slowest.job.queued_at, now)
+        self._observer.slow(self._model.name, slowest, now - queued_at, now)
         self._observer.applied(self._model.name, "step", count, row_steps)
 
     def _exchange_rows(self, jobs: Sequence[Job]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles
-from stepwell_server.engine.api import Observer, Select
+from stepwell_server.engine.api import Observer, Select, Trace
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.inbox import Inbox, joined_where_alike
@@ -126,9 +126,10 @@ class PassLoop:
         now = self._clock.monotonic()
         chosen: list[Job] = []
         later: list[Job] = []
-        while self._model.ready and not chosen:
-            most = self._model.ready.most_rows(now, self._model.rows_of_a_short_pass)
-            for job in self._model.ready.next_pass(now, most):
+        ready = self._model.ready
+        while ready and not chosen:
+            most = ready.most_rows(now, self._model.rows_of_a_short_pass) if ready.has_company(now) else None
+            for job in ready.next_pass(now, most):
                 self._consider(job, now, chosen, later)
         for job in later:
             self._model.ready.add(job)
@@ -150,8 +151,9 @@ class PassLoop:
             job.work_on(rows)
         if job.done == 0:
             self._observer.stage(self._model.name, "wait", now - job.queued_at, len(job.members))
-            for trace in job.traces:
-                trace.stage("queue", job.queued_at, now)
+            if job.owner.traces:
+                for trace in job.traces:
+                    trace.stage("queue", job.queued_at, now)
         chosen.append(job)
 
     def _tell(self, work: Pass, broken: BaseException | None) -> None:
@@ -164,15 +166,13 @@ class PassLoop:
             self._fail_all(work.jobs, broken)
         else:
             self._observer.pass_done(self._model.name, work.row_count, work.steps, work.seconds)
-            if any(job.owner.traces for job in work.jobs):
-                self._trace(work)
+            self._trace([trace for job in work.jobs if job.owner.traces for trace in job.traces], work)
             if work.failed:
                 self._drop_failed(work)
             self._advance(work)
         self._model.work.ring()
 
-    def _trace(self, work: Pass) -> None:
-        traces = [trace for job in work.jobs for trace in job.traces]
+    def _trace(self, traces: Sequence[Trace], work: Pass) -> None:
         if traces:
             now = self._clock.monotonic()
             traces[0].ran(traces, self._model.name, work.row_count, work.steps, now - work.seconds, now)

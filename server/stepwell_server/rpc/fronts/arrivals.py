@@ -53,23 +53,30 @@ class Arrivals:
         self._unlooked: collections.Counter[str] = collections.Counter()
         """Of each connection, what tasks have not looked at yet."""
         self._latest = ""
+        self.has_company = False
+        """Several connections are about, when something came or was done last."""
         self._company_until = 0.0
 
     def __bool__(self) -> bool:
         return bool(self._lines)
 
-    @property
-    def has_company(self) -> bool:
-        """Several connections are about."""
-        return self._now() < self._company_until
+    def add(
+        self, kind: Kind, peers: Collection[str], what: Any, size: int = 1, *, is_all: bool = False
+    ) -> None:
+        """Put what came over some connections behind what came before over them.
 
-    def add(self, kind: Kind, peers: Collection[str], what: Any, size: int = 1) -> None:
-        """Put what came over some connections behind what came before over them."""
+        `is_all`: nothing else has come. Then there is no order to find, and if nothing waits either it is done at once.
+        """
         first = next(iter(peers), "")
         if len(peers) > 1 or first != self._latest:
             if self._latest:
-                self._company_until = self._now() + COMPANY_S
+                self.has_company, self._company_until = True, self._now() + COMPANY_S
             self._latest = first
+        elif self.has_company:
+            self.has_company = self._now() < self._company_until
+        if is_all and not (self._lines or self._unlooked or self.has_company):
+            self._do(what)
+            return
         item = _Item(kind, size, peers, what, 0)
         for peer in peers:
             line = self._lines.get(peer)
@@ -80,7 +87,7 @@ class Arrivals:
 
     def go_on(self) -> None:
         """Do what may be done in this turn, in turn."""
-        alone = not self.has_company
+        alone = not self.has_company or self._now() >= self._company_until
         tasks = large = 1 << 30
         if not alone:
             tasks, large = _TASKS, _LARGE_BATCHES

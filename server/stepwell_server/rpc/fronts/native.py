@@ -211,7 +211,7 @@ class NativeFront:
         self._loop = asyncio.get_running_loop()
         self._known: stepwell_front.KnownCallers | None = None
         """None: nobody is asked."""
-        self._arrivals = Arrivals(self._do_arrival, clock.monotonic)
+        self._arrivals = Arrivals(self._do, clock.monotonic)
         self._peers: dict[int, str] = {}
         """Connections of the calls that have come."""
         self._is_going_on = False
@@ -331,35 +331,49 @@ class NativeFront:
         return listeners
 
     def _take(self, front: stepwell_front.Front) -> None:
-        """Take what has come, in its order. What came behind messages that tasks have to look at waits for that."""
+        """Do what has come, in its order. What came behind messages that tasks have to look at waits for that."""
         arrivals, most = self._arrivals, _TAKEN_AT_ONCE
+        self._steps.hold()
         try:
-            while most and (taken := front.take()):
+            while most:
+                try:
+                    taken = front.take()
+                except RuntimeError as error:
+                    self._end(front, error)
+                    break
+                if not taken:
+                    break
                 for arrival in taken:
-                    self._add(*arrival)
+                    self._add(arrival, is_all=len(taken) == 1)
                 # who sends much must not keep others from being seen; who is alone has passes run in between
                 most = most - 1 if arrivals.has_company else 0
-        except RuntimeError as error:
-            # better no server than one that looks ready and answers nobody
-            self._loop.remove_reader(front.fd())
-            _log.defect("the front has ended, and so does the server", error)
-            signal.raise_signal(signal.SIGTERM)
-            return
-        self._go_on()
+            if arrivals:
+                arrivals.go_on()
+        finally:
+            self._steps.go()
+            if arrivals:
+                self._go_on_soon()
 
-    def _add(self, tag: int, *rest: Any) -> None:
+    def _end(self, front: stepwell_front.Front, error: RuntimeError) -> None:
+        # better no server than one that looks ready and answers nobody
+        self._loop.remove_reader(front.fd())
+        _log.defect("the front has ended, and so does the server", error)
+        signal.raise_signal(signal.SIGTERM)
+
+    def _add(self, arrival: tuple[Any, ...], *, is_all: bool = False) -> None:
+        tag = arrival[0]
         if tag == _BATCH:
-            callers = rest[2]
+            callers = arrival[3]
             peers: Collection[str] = callers if len(callers) == 1 else set(callers)
-            self._arrivals.add(Kind.BATCH, peers, (tag, *rest), len(rest[1]))
+            self._arrivals.add(Kind.BATCH, peers, arrival, len(arrival[2]), is_all=is_all)
         elif tag == _CALL:
-            self._peers[rest[0]] = rest[1].peer
-            self._arrivals.add(Kind.TASK, (rest[1].peer,), (tag, *rest))
+            peer = self._peers[arrival[1]] = arrival[2].peer
+            self._arrivals.add(Kind.TASK, (peer,), arrival)
         elif tag == _REFUSED:
-            _log.warning(_REFUSED_LOG[rest[0]], **self.counts().now)
+            _log.warning(_REFUSED_LOG[arrival[1]], **self.counts().now)
         else:
             kind = Kind.TASK if tag == _MESSAGE else Kind.EVENT
-            self._arrivals.add(kind, (self._peer_of(rest[0]),), (tag, *rest))
+            self._arrivals.add(kind, (self._peer_of(arrival[1]),), arrival)
 
     def _peer_of(self, key: int) -> str:
         """The connection of a call, which may not have begun yet."""
@@ -380,16 +394,14 @@ class NativeFront:
             self._is_going_on = True
             self._loop.call_soon(self._go_on)
 
-    def _do_arrival(self, arrival: tuple[Any, ...]) -> None:
-        self._do(*arrival)
-
-    def _do(self, tag: int, *rest: Any) -> None:
+    def _do(self, arrival: tuple[Any, ...]) -> None:
+        tag = arrival[0]
         if tag == _BATCH:
-            self._steps.take(_columns(self, *rest))
+            self._steps.take(_columns(self, *arrival[1:]))
             return
-        self._tell(tag, *rest)
+        self._tell(*arrival)
         if tag in {_CALL, _MESSAGE}:
-            peer = self._peer_of(rest[0])
+            peer = self._peer_of(arrival[1])
             self._arrivals.looking(peer)
             self._loop.call_soon(self._arrivals.looked, peer)  # when the task that was told has had its turn
 
@@ -400,7 +412,7 @@ class NativeFront:
                 self._handed_back.add(arrival[1])
             else:
                 self._peers[arrival[1]] = arrival[2].peer
-            self._do(*arrival)
+            self._do(arrival)
 
     def behind(self) -> set[int]:
         """Streams of which handed back messages wait to be read."""

@@ -205,10 +205,11 @@ class ColumnSteps(Refusals):
         if len(columns.counts) > 1 and len(alone) and not _names_one_twice(columns):
             alone = self._submit_together(form)
         out: set[int] = set()
+        is_one = len(columns.counts) == 1
         for first, count in _messages_of(columns, alone):
             if first in out:
                 continue
-            members = np.arange(first, first + count)
+            members = alone if is_one else np.arange(first, first + count)
             change = self._change(form, members)
             change.caller, change.who = columns.callers[first], _who(columns, first)
             change.deadline = float(columns.deadlines[first])
@@ -220,7 +221,7 @@ class ColumnSteps(Refusals):
                 out.update(followers.tolist())
             except ServerError as error:
                 change.replies.failed(np.arange(count), error)
-            form.left = form.left[form.left >= first + count]
+            form.left = _NOBODY if is_one else form.left[form.left >= first + count]
 
     def _submit_together(self, form: Form) -> Members:
         """Submit as one change what can be one; the members that must be submitted alone."""
