@@ -9,8 +9,10 @@ import shutil
 import signal
 import tempfile
 
+import pytest
 
-def pytest_configure() -> None:
+
+def pytest_configure(config: pytest.Config) -> None:
     """Keep servers' data apart, and let Ctrl-C be what it is on a terminal, for the processes that tests start too.
 
     A shell ignores SIGINT for what it starts in the background, and children inherit that: then a test
@@ -29,10 +31,22 @@ def pytest_configure() -> None:
     os.environ["STEPWELL_METRICS_LISTEN"] = "off"
     # on a machine that is busy a server that is there may take longer than a second to say so
     os.environ["STEPWELL_CONNECT_TIMEOUT_S"] = "60"
+    config.addinivalue_line("markers", "plain(reason): skipped where all servers of the tests are secured")
+    if os.environ.get("STEPWELL_TEST_SECURED"):
+        from support import secured
+
+        secured.switch_on()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; servers would ignore it, too
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what cannot be secured."""
+    mark = item.get_closest_marker("plain")
+    if mark is not None and os.environ.get("STEPWELL_TEST_SECURED"):
+        pytest.skip(f"plain: {mark.args[0]}")
 
 
 def pytest_collection_finish() -> None:

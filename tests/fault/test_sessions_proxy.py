@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from stepwell.testing import LocalServer
+from support import secured
 from support.checker import Report
 from support.driver import Mix
 from support.driver_process import DriverProcess
@@ -59,4 +60,8 @@ def test_a_server_that_does_not_know_what_it_has_done_is_caught(tmp_path: Path, 
 
 
 def test_the_same_server_without_the_defect_is_not(tmp_path: Path) -> None:
-    doubled(FaultyServer(None), tmp_path / "history").require_clean()
+    """With TLS and tokens: a sample of what `make soak` does with all of these tests."""
+    with secured.switched_on():
+        server = FaultyServer(None)
+        doubled(server, tmp_path / "history").require_clean()
+    assert server.address.startswith(secured.SCHEME)

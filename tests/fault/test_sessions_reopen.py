@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import stepwell
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
+from support import secured
 from support.driver import FEATURES, MODEL
 from support.faults import FaultyServer
 
@@ -23,7 +23,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def is_ready_for_triton(address: str) -> bool:
-    with grpc.insecure_channel(address) as channel:
+    with secured.channel(address) as channel:
         call = channel.unary_unary(
             "/inference.GRPCInferenceService/ServerReady",
             request_serializer=pb.ServerReadyRequest.SerializeToString,
@@ -36,7 +36,7 @@ def is_ready_for_triton(address: str) -> bool:
 @contextmanager
 def health(address: str) -> Iterator[Iterator[int]]:
     """What the health service says of all, one answer after the other."""
-    with grpc.insecure_channel(address) as channel:
+    with secured.channel(address) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60.0)
         yield (answer.status for answer in watch)
         watch.cancel()

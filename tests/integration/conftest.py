@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -18,4 +19,16 @@ def served() -> Iterator[Served]:
     from support.served import serve
 
     with serve() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def served_secured() -> Iterator[Served]:
+    """The same with TLS and tokens; what connects to it without its clients must do so inside `secured.switched_on`."""
+    from support.secured import switched_on
+    from support.served import serve
+
+    with contextlib.ExitStack() as stack:
+        with switched_on():
+            running = stack.enter_context(serve())
         yield running

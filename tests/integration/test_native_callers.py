@@ -21,7 +21,7 @@ from stepwell_server.core.namespaces import SEPARATOR, prefix_of
 from stepwell_server.rpc.fronts.base import Call, CallEnded, Method, OutputColumn, SessionSet, StepColumns
 from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.status import Code, Status
-from support import streams, triton_requests
+from support import secured, streams, triton_requests
 from support.durable import until
 from support.fronts import needs_native
 from support.http2 import Http2
@@ -66,7 +66,9 @@ class Server:
     async def start(self) -> None:
         methods = [Method(*KINDS[kind], self.unary) for kind in ("step", "infer")]
         methods += [Method(*KINDS[kind], self.stream, streams=True) for kind in ("frames", "infer_stream")]
-        self.address = str(await self.front.start(Address("127.0.0.1", 0), methods, self, None))
+        self.address = secured.named(
+            await self.front.start(Address("127.0.0.1", 0), methods, self, secured.certificates())
+        )
 
     def hold(self) -> None:
         """Nothing is put together here."""
@@ -194,7 +196,7 @@ async def server() -> AsyncIterator[Server]:
 
 @pytest.fixture
 async def talk(server: Server) -> AsyncIterator[Callable[..., Talk]]:
-    async with grpc.aio.insecure_channel(server.address) as channel:
+    async with secured.channel_aio(server.address, token=False) as channel:
 
         def begin(kind: str, token: str, *metadata: tuple[str, str]) -> Talk:
             return Talk(channel, kind, ("authorization", f"Bearer {token}"), *metadata)
@@ -290,7 +292,7 @@ async def test_several_tenants_share_a_batch_and_each_has_its_own(server: Server
 async def test_where_nobody_is_asked_a_mark_is_python_s_all_the_same() -> None:
     server = Server(asks=False)
     await server.start()
-    async with grpc.aio.insecure_channel(server.address) as channel:
+    async with secured.channel_aio(server.address, token=False) as channel:
         one = Talk(channel, "step")
         await one.ask()
         assert server.seen() == ([(["s"], [ANYBODY])], [])

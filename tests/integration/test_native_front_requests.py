@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Self
 from unittest import mock
@@ -19,6 +18,7 @@ from stepwell_server.rpc.fronts.base import Call, FrontCounts, Method, OutputCol
 from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.status import Code, Status
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
+from support import secured
 from support.durable import until
 from support.fronts import needs_native
 from support.http2 import PREFACE, Http2, data, settings
@@ -102,7 +102,9 @@ async def server(request: pytest.FixtureRequest) -> AsyncIterator[Server]:
         Method(SERVICE, "ModelInfer", server.unary),
         Method(SERVICE, "ModelStreamInfer", server.stream, streams=True),
     ]
-    server.address = str(await front.start(Address("127.0.0.1", 0), methods, server, None))
+    server.address = secured.named(
+        await front.start(Address("127.0.0.1", 0), methods, server, secured.certificates())
+    )
     try:
         yield server
     finally:
@@ -137,7 +139,7 @@ class Client:
 
     def __init__(self, server: Server) -> None:
         options = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
-        self._channel = grpc.aio.insecure_channel(server.address, options=options)
+        self._channel = secured.channel_aio(server.address, options)
         self.infer: Any = self._channel.unary_unary(f"/{SERVICE}/ModelInfer")
         self.stream: Any = self._channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")(timeout=_PATIENCE_S)
 
@@ -276,7 +278,7 @@ async def test_plain_requests_wait_until_what_came_before_them_on_their_connecti
             done.set()
 
     server.on_take = taken
-    with socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2]))) as connection:
+    with secured.connected(server.address) as connection:
         connection.sendall(in_one_piece(asked(1, start=True), asked(2), asked(3), asked(4, model="other")))
         await asyncio.wait_for(done.wait(), _PATIENCE_S)
     assert looked_at == [1, 3]
@@ -391,8 +393,9 @@ async def test_a_connection_has_so_many_steps_under_way_and_others_are_served(se
 
 async def cut_off(server: Server, reason: str, begin: bytes, drip: bytes) -> None:
     """Connect and send `begin`, then `drip` byte by byte, until the server closes the connection for a reason."""
-    host, _, port = server.address.rpartition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
+    host, _, port = secured.host_and_port(server.address).rpartition(":")
+    tls = secured.contexts()[1] if secured.is_on() else None
+    reader, writer = await asyncio.open_connection(host, int(port), ssl=tls)
     writer.write(begin)
     closed = asyncio.create_task(reader.read())
     sent = 0

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import grpc.aio
 import numpy as np
 import pytest
 
@@ -19,6 +18,7 @@ from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.sessions import SessionServicer
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.steps.stream import StreamLimits
+from support import secured
 from support.engine import Harness, running
 from support.fake_call import Requests
 from support.fronts import needs_native
@@ -75,8 +75,8 @@ async def talking() -> AsyncIterator[Talk]:
         steps = Watched(at)
         front = NativeFront(clock, FrontLimits(LIMIT))
         methods = [Method(SERVICE, "StepStream", serve, streams=True)]
-        address = await front.start(Address("127.0.0.1", 0), methods, steps, None)
-        async with grpc.aio.insecure_channel(str(address)) as channel:
+        address = await front.start(Address("127.0.0.1", 0), methods, steps, secured.certificates())
+        async with secured.channel_aio(secured.named(address)) as channel:
             stream: Any = channel.stream_stream(f"/{SERVICE}/StepStream")
             call = stream(timeout=100)
             yield Talk(at, steps, call)

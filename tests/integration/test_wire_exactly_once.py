@@ -17,6 +17,13 @@ X = np.random.default_rng(3).standard_normal((1, 4, 3)).astype(np.float32)
 SELECTIONS = [pb.OUTPUT_SELECTION_ALL, pb.OUTPUT_SELECTION_LAST, pb.OUTPUT_SELECTION_NONE]
 
 
+@pytest.fixture(params=["plain", "secured"])
+def served(request: pytest.FixtureRequest, served: Served) -> Served:
+    """Also with TLS and tokens: a sample of what `make soak` does with all tests of the wire."""
+    found: Served = request.getfixturevalue("served_secured") if request.param == "secured" else served
+    return found
+
+
 @pytest.mark.parametrize("x", [X[:, 0], X[:, :1], X], ids=["one step", "T = 1", "T = 4"])
 @pytest.mark.parametrize("outputs", SELECTIONS)
 @pytest.mark.parametrize("states", [pb.STATE_SELECTION_NONE, pb.STATE_SELECTION_ALL])

@@ -10,11 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from stepwell.testing import LocalServer
 from support import history
 from support.checker import Report, check
 from support.driver import MODEL
 from support.replay import LstmDense
+from support.secured import Server
 from support.server_process import forecast
 
 _SCRIPT = Path(__file__).with_name("faulty_server.py")
@@ -35,10 +35,10 @@ def verdict(*histories: Path) -> Report:
     return check(history.load(histories), replayed())
 
 
-def local(data_dir: Path | None, *extra: str, segment_bytes: int | None = None) -> LocalServer:
+def local(data_dir: Path | None, *extra: str, segment_bytes: int | None = None) -> Server:
     """The real server; `segment_bytes` makes its segments small."""
     if segment_bytes is None:
-        return LocalServer(**arguments(data_dir, extra))
+        return Server(**arguments(data_dir, extra))
     return SmallSegments(data_dir, *extra, segment_bytes=segment_bytes)
 
 
@@ -53,7 +53,7 @@ def arguments(data_dir: Path | None, extra: Sequence[str]) -> dict[str, Any]:
     }
 
 
-class SmallSegments(LocalServer):
+class SmallSegments(Server):
     """`small_segments.py` as a process."""
 
     def __init__(self, data_dir: Path | None, *extra: str, segment_bytes: int) -> None:
@@ -65,7 +65,7 @@ class SmallSegments(LocalServer):
         return [python, os.fspath(_SMALL), str(self._segment_bytes), *arguments]
 
 
-class FaultyServer(LocalServer):
+class FaultyServer(Server):
     """`faulty_server.py` as a process, and the commands it takes. `defect` is one of its DEFECTS."""
 
     def __init__(self, data_dir: Path | None, *extra: str, defect: str = "none") -> None:

@@ -6,7 +6,6 @@ It checks nothing and keeps no rules: no flow control, no limits of the server. 
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -22,6 +21,8 @@ from hyperframe.frame import (
     SettingsFrame,
     WindowUpdateFrame,
 )
+
+from support import secured
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 LARGEST_WINDOW = (1 << 31) - 1
@@ -71,13 +72,9 @@ class Http2:
             window: What the server may send, per stream and in all, before it must wait; nothing renews it.
             receive_buffer: Bytes that the kernel keeps of what is not read; 0: as many as it likes.
         """
-        host, _, port = address.rpartition(":")
-        self.socket = socket.socket()
-        if receive_buffer:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.socket = secured.connected(address, receive_buffer)
         self.socket.settimeout(TIMEOUT_S)
-        self.socket.connect((host, int(port)))
-        self._authority = address
+        self._authority = secured.host_and_port(address)
         self._encoder = hpack.Encoder()
         self._decoder = hpack.Decoder()
         self._next_stream = 1

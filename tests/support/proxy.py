@@ -20,6 +20,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Self
 
+from support import secured
+
 Direction = Literal["requests", "answers"]
 Fate = Literal["clean", "refuse", "drop", "truncate", "delay", "double"]
 _PIECE = 4096
@@ -41,14 +43,16 @@ class Proxy:
     """Context manager; runs in a thread of its own.
 
     Args:
-        target: HOST:PORT of the server.
+        target: address of the server. If it is secured (see `support.secured`), so is the proxy's: bytes go through as
+            they come, but for connections to be doubled, which end here and are made anew, since TLS knows its bytes.
         seed: what is drawn is drawn from this.
         fates: what may become of a connection, each as likely as it is often in here.
     """
 
     def __init__(self, target: str, seed: int, fates: tuple[Fate, ...] = ("clean",)) -> None:
-        self._host, _, port = target.rpartition(":")
+        self._host, _, port = secured.host_and_port(target).rpartition(":")
         self._port = int(port)
+        self._tls = secured.contexts() if target.startswith(secured.SCHEME) else None
         self._chance = random.Random(seed)
         self._fates = fates
         self._loop = asyncio.new_event_loop()
@@ -62,7 +66,8 @@ class Proxy:
         self._gates = {"requests": asyncio.Event(), "answers": asyncio.Event()}
         # Bound here, so that the address is known and nobody is refused from now on.
         self._socket = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        scheme = secured.SCHEME if self._tls else ""
+        self.address = f"{scheme}127.0.0.1:{self._socket.getsockname()[1]}"
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -129,9 +134,15 @@ class Proxy:
     async def _forward(self, plan: _Plan, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with contextlib.AsyncExitStack() as stack:
             servers = []
+            as_server, as_client = self._tls if self._tls and plan.fate == "double" else (None, None)
+            if as_server is not None:
+                try:
+                    await writer.start_tls(as_server)
+                except OSError:
+                    return  # the client has gone
             for _ in range(2 if plan.fate == "double" else 1):
                 try:
-                    servers.append(await asyncio.open_connection(self._host, self._port))
+                    servers.append(await asyncio.open_connection(self._host, self._port, ssl=as_client))
                 except OSError:
                     return  # the server is down: the client sees its connection end
                 stack.callback(servers[-1][1].transport.abort)

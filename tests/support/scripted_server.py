@@ -30,6 +30,7 @@ from stepwell.v1 import (
     sessions_pb2_grpc,
     tensors_pb2,
 )
+from support import secured
 
 MODEL = "sum"
 FEATURES = 2
@@ -117,7 +118,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         self._server = grpc.server(futures.ThreadPoolExecutor(16))
         sessions_pb2_grpc.add_SessionServiceServicer_to_server(self, self._server)
         models_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self.address = secured.add_port(self._server)
 
     def __enter__(self) -> Self:
         self._server.start()

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 import stepwell
-from stepwell.testing import LocalServer
 from stepwell.v1 import sessions_pb2
 from support import models, programs, wire
+from support.secured import Server
 from support.wire import Array, Tensors, Wire
 
 #: Zoo model by the name it is served under.
@@ -36,18 +36,18 @@ def keras_model(name: str) -> Any:
     return models.build(MODELS[name])
 
 
-def local_server(*names: str, **options: Any) -> LocalServer:
+def local_server(*names: str, **options: Any) -> Server:
     """A server of some of the models, or of all; it finds their programs in its cache."""
     found = {name: programs.zoo(MODELS[name]) for name in names or MODELS}
     paths = {name: one.path for name, one in found.items()}
-    return LocalServer(models=paths, cache_dir=programs.cache_dir(), start_timeout_s=100, **options)
+    return Server(models=paths, cache_dir=programs.cache_dir(), start_timeout_s=100, **options)
 
 
 @dataclasses.dataclass(frozen=True)
 class Served:
     """The server, with a client of each kind."""
 
-    server: LocalServer
+    server: Server
     wire: Wire
     client: stepwell.Client
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell.v1 import sessions_pb2, sessions_pb2_grpc, tensors_pb2
-from support import programs
+from support import programs, secured
 from support.programs import Saved
 
 _START_S = 100.0
@@ -54,12 +54,14 @@ class ServerProcess:
         """`environment` is added to the test's own; None takes out what is there. Metrics are off unless it or an option says otherwise."""
         if not {"--store", "--data-dir"} & set(arguments):
             arguments = (*arguments, "--store", "memory")
+        added_options = secured.options(arguments)
+        self._scheme = secured.SCHEME if added_options else ""
         # but for the front, which `make soak` chooses for all servers
         kept = (key for key in os.environ if key == "STEPWELL_FRONT" or not key.startswith("STEPWELL_"))
         clean = {key: os.environ[key] for key in kept}
         clean["STEPWELL_METRICS_LISTEN"] = "off"
         added = {**clean, **(environment or {})}
-        command = [sys.executable, "-m", "stepwell_server", *arguments]
+        command = [sys.executable, "-m", "stepwell_server", *arguments, *added_options]
         if terminal is not None:
             command = [sys.executable, "-c", _CONTROLLED, *command]
         self.process = subprocess.Popen(
@@ -85,8 +87,8 @@ class ServerProcess:
 
     @property
     def address(self) -> str:
-        """Host and port."""
-        return self.ready_line.rpartition("listening on ")[2].strip()
+        """Host and port; with a scheme if it is secured."""
+        return self._scheme + self.ready_line.rpartition("listening on ")[2].strip()
 
     @property
     def log(self) -> list[str]:
@@ -139,7 +141,7 @@ def connect(
     """A channel, and the stub of its SessionService. Replies of any size are read. With a `ca`, over TLS."""
     options = [("grpc.max_receive_message_length", -1)]
     if ca is None:
-        channel = grpc.insecure_channel(server.address, options=options)
+        channel = secured.channel(server.address, options)
     else:
         channel = grpc.secure_channel(server.address, grpc.ssl_channel_credentials(ca), options=options)
     return channel, sessions_pb2_grpc.SessionServiceStub(channel)

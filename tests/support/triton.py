@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import tools
 
-from stepwell.testing import LocalServer
 from support import models, programs
+from support.secured import Server
 
 _SCENARIOS = Path(__file__).with_name("triton_scenarios.py")
 #: Model of the zoo by the name it is served under.
@@ -114,10 +114,10 @@ def saved(name: str) -> programs.Saved:
 
 
 @contextmanager
-def serve(*arguments: str, only: tuple[str, ...] = (), data_dir: Path | None = None) -> Iterator[LocalServer]:
+def serve(*arguments: str, only: tuple[str, ...] = (), data_dir: Path | None = None) -> Iterator[Server]:
     """Serve the models, or only some of them."""
     found = {name: saved(name) for name in only or NAMES}
-    server = LocalServer(
+    server = Server(
         models={name: one.path for name, one in found.items()},
         data_dir=data_dir,
         cache_dir=programs.cache_dir(),

@@ -40,6 +40,25 @@ def scenario(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def secured(address: str) -> tuple[str, Any]:
+    """The address without its scheme, and what a channel there must show; None for a plain one. See `support.secured`."""
+    if not address.startswith("grpcs://"):
+        return address, None
+    token = grpc.access_token_call_credentials(os.environ["STEPWELL_TOKEN"])
+    return address[8:], grpc.composite_channel_credentials(grpc.ssl_channel_credentials(), token)
+
+
+def connect(address: str, library: Any = triton, **options: Any) -> Any:
+    """A client of Triton's."""
+    target, credentials = secured(address)
+    return library.InferenceServerClient(target, creds=credentials, **options)
+
+
+def channel_to(address: str) -> grpc.Channel:
+    target, credentials = secured(address)
+    return grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target)
+
+
 def inputs(array: Any, name: str = X, datatype: str = "INT32") -> list[Any]:
     given = triton.InferInput(name, list(array.shape), datatype)
     given.set_data_from_numpy(array)
@@ -100,7 +119,7 @@ IDS: tuple[int | str, ...] = (5, "5", 6, 2**40, -1 + 2**63, "user 7", "a/b", "к
 
 @scenario
 def server(address: str) -> None:
-    with triton.InferenceServerClient(address) as client:
+    with connect(address) as client:
         assert client.is_server_live()
         assert client.is_server_ready()
         assert client.is_model_ready("acc")
@@ -116,7 +135,7 @@ def server(address: str) -> None:
 
 @scenario
 def descriptions(address: str) -> dict[str, Any]:
-    with triton.InferenceServerClient(address) as client:
+    with connect(address) as client:
         names = ("acc", "lstm", "multi", "plain", "tokens")
         metadata = {name: client.get_model_metadata(name, as_json=True) for name in names}
         configs = {name: client.get_model_config(name, as_json=True)["config"] for name in names}
@@ -130,7 +149,7 @@ def descriptions(address: str) -> dict[str, Any]:
 
 @scenario
 def unary(address: str) -> None:
-    with triton.InferenceServerClient(address) as client:
+    with connect(address) as client:
         for i, (sequence, x, right) in enumerate(Sums(IDS, seed=1).steps()):
             result = client.infer("acc", inputs(x), request_id=f"r{i}", **sequence)
             np.testing.assert_array_equal(result.as_numpy(Y), right)
@@ -160,7 +179,7 @@ def crowd(address: str) -> None:
             assert result.as_numpy(Y).tolist() == [[sequence_id * t] * FEATURES]
 
     async def run() -> None:
-        async with triton_aio.InferenceServerClient(address) as client:
+        async with connect(address, triton_aio) as client:
             await asyncio.gather(*(sequence(client, i) for i in range(1, 200)))
 
     asyncio.run(run())
@@ -169,7 +188,7 @@ def crowd(address: str) -> None:
 @scenario
 def callbacks(address: str) -> None:
     """`async_infer`: one request of each sequence at a time, many sequences at the same time."""
-    with triton.InferenceServerClient(address) as client:
+    with connect(address) as client:
         waiting = Sums(IDS, seed=2).steps()
         while waiting:
             now = {step[0]["sequence_id"]: step for step in reversed(waiting)}
@@ -191,7 +210,7 @@ def _put(answers: queue.Queue[tuple[Any, Any, Any]], one: Any, result: Any, erro
 @scenario
 def stream(address: str) -> None:
     """All at once on one stream: replies come in the order of the requests, errors in between."""
-    with triton.InferenceServerClient(address) as client:
+    with connect(address) as client:
         answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
         client.start_stream(lambda result, error: answers.put((result, error)))
         expected: list[tuple[str, Any]] = []
@@ -223,7 +242,7 @@ def stream(address: str) -> None:
 @scenario
 def aio(address: str) -> None:
     async def run() -> None:
-        async with triton_aio.InferenceServerClient(address) as client:
+        async with connect(address, triton_aio) as client:
             assert await client.is_server_ready()
             plans: dict[Any, list[Any]] = {}
             for step in Sums(IDS, seed=4).steps():
@@ -258,7 +277,7 @@ def aio(address: str) -> None:
 def floats(address: str, path: str) -> None:
     """Steps the LSTM with inputs from `path`.npz, `(sequences, T, 1, 3)`; leaves the outputs beside them."""
     x = np.load(f"{path}.npz")["x"]
-    with triton.InferenceServerClient(address) as client:
+    with connect(address) as client:
         name = client.get_model_metadata("lstm").outputs[0].name
         each = np.empty((*x.shape[:2], 1, 2), np.float32)
         for t in range(x.shape[1]):
@@ -290,7 +309,7 @@ def outputs(address: str) -> None:
     }
     wanted = [triton.InferRequestedOutput(name) for name in ("head", "echo")]
     tensors = [inputs(array, name, datatype)[0] for name, (array, datatype) in given.items()]
-    with triton.InferenceServerClient(address) as client:
+    with connect(address) as client:
         names = [output.name for output in client.get_model_metadata("multi").outputs]
         whole = client.infer("multi", tensors, parameters=STATELESS)
         assert [output.name for output in whole.get_response().outputs] == names
@@ -305,9 +324,9 @@ def outputs(address: str) -> None:
 @scenario
 def datatypes(address: str, *names: str) -> None:
     """Accumulators of one number of other types, raw and typed."""
-    channel = grpc.insecure_channel(address)
+    channel = channel_to(address)
     stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-    with triton.InferenceServerClient(address) as client:
+    with connect(address) as client:
         for name in names:
             about = client.get_model_metadata(name)
             datatype = about.inputs[0].datatype
@@ -374,7 +393,7 @@ def with_token(address: str, token: str, ca: str, cert: str, key: str) -> list[s
 @scenario
 def exactly_once(address: str) -> None:
     """Each step is sent twice and counts once: START, the middle, END."""
-    with triton.InferenceServerClient(address) as client:
+    with connect(address) as client:
         revision, total = 0, np.zeros((1, FEATURES), np.int32)
         for i in range(5):
             x = np.full((1, FEATURES), i + 1, np.int32)
@@ -406,7 +425,7 @@ def exactly_once(address: str) -> None:
 @scenario
 def begin(address: str, sequence_id: str) -> None:
     """Starts a sequence, and leaves it."""
-    with triton.InferenceServerClient(address) as client:
+    with connect(address) as client:
         x = inputs(np.ones((1, FEATURES), np.int32))
         client.infer("acc", x, sequence_id=sequence_id, sequence_start=True)
 
@@ -414,7 +433,7 @@ def begin(address: str, sequence_id: str) -> None:
 @scenario
 def go_on(address: str, sequence_id: str) -> Any:
     """The outputs of a step of a sequence that is there."""
-    with triton.InferenceServerClient(address) as client:
+    with connect(address) as client:
         x = inputs(np.ones((1, FEATURES), np.int32))
         return client.infer("acc", x, sequence_id=sequence_id).as_numpy(Y).tolist()
 
@@ -422,7 +441,7 @@ def go_on(address: str, sequence_id: str) -> Any:
 @scenario
 def end(address: str, sequence_id: str, revision: str) -> Any:
     """Ends a sequence, always with the same request id; its output, or the error's message."""
-    with triton.InferenceServerClient(address) as client:
+    with connect(address) as client:
         x = inputs(np.ones((1, FEATURES), np.int32))
         parameters = {"stepwell_request_id": 77, "stepwell_revision": int(revision)}
         try:
@@ -440,7 +459,7 @@ def survive(address: str, sequences: str) -> int:
     """
     quick = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
     again = 0
-    with triton.InferenceServerClient(address, channel_args=quick) as client:
+    with connect(address, channel_args=quick) as client:
         for number in range(int(sequences)):
             x = np.random.default_rng(number).integers(-9, 9, (30, 1, FEATURES)).astype(np.int32)
             revision = 0
@@ -480,7 +499,7 @@ def _until_answered(send: Callable[[], Any]) -> tuple[Any, int]:
 @scenario
 def is_gone(address: str, sequence_id: str) -> None:
     """A sequence is not there any more."""
-    with triton.InferenceServerClient(address) as client:
+    with connect(address) as client:
         x = inputs(np.ones((1, FEATURES), np.int32))
         fails("INVALID_ARGUMENT", must_start(sequence_id),
               lambda: client.infer("acc", x, sequence_id=sequence_id))  # fmt: skip
@@ -489,7 +508,7 @@ def is_gone(address: str, sequence_id: str) -> None:
 @scenario
 def statistics(address: str) -> dict[str, Any]:
     """What the counters say before and after 10 good requests of 2 rows and 3 bad ones."""
-    with triton.InferenceServerClient(address) as client:
+    with connect(address) as client:
         before = client.get_inference_statistics("plain", as_json=True)["model_stats"][0]
         about = client.get_model_metadata("plain").inputs[0]
         for _ in range(10):
@@ -504,7 +523,7 @@ def statistics(address: str) -> dict[str, Any]:
 
 @scenario
 def unsupported(address: str) -> None:
-    with triton.InferenceServerClient(address) as client:
+    with connect(address) as client:
         calls: list[Callable[[], Any]] = [
             client.get_model_repository_index,
             lambda: client.load_model("acc"),
@@ -525,7 +544,7 @@ def unsupported(address: str) -> None:
 @scenario
 def stopped(address: str, pid: str) -> list[str]:
     """How a stream ends whose server is told to stop."""
-    with triton.InferenceServerClient(address) as client:
+    with connect(address) as client:
         answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
         client.start_stream(lambda result, error: answers.put((result, error)))
         x = inputs(np.ones((1, FEATURES), np.int32))
@@ -543,7 +562,7 @@ def both_clients(address: str, client_folder: str) -> None:
     sys.path.insert(0, client_folder)
     import stepwell
 
-    with triton.InferenceServerClient(address) as client, stepwell.connect(address) as ours:
+    with connect(address) as client, stepwell.connect(address) as ours:
         x = np.array([[1, 2, 3]], np.int32)
         client.infer("acc", inputs(x), sequence_id=31, sequence_start=True)
         client.infer("acc", inputs(x), sequence_id=31)

@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from stepwell.v1 import errors_pb2, models_pb2, models_pb2_grpc, sessions_pb2, sessions_pb2_grpc, tensors_pb2
+from support import secured
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Tensors = Sequence[tensors_pb2.Tensor]
@@ -90,9 +91,7 @@ class Wire:
 
     def __init__(self, address: str, *metadata: tuple[str, str]) -> None:
         """`metadata` is sent with every call."""
-        self.channel = grpc.insecure_channel(
-            address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-        )
+        self.channel = secured.channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
         if metadata:
             self.channel = grpc.intercept_channel(self.channel, _With(metadata))
         self.sessions = sessions_pb2_grpc.SessionServiceStub(self.channel)
