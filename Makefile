@@ -73,10 +73,15 @@ test-unit: $(INSTALLED) ## Run the unit tests (half a minute; ARGS="-k slots" ru
 coverage: $(INSTALLED) $(FRONT) ## Run all tests, and fail if they cover less than the floor in pyproject.toml
 	$(BIN)/pytest --cov --cov-report=term $(ALL) $(ARGS)
 
+# What runs once more with TLS and tokens, which is said to the harness by STEPWELL_TEST_SECURED=1.
+SECURED := tests/fault $(addprefix tests/integration/test_,$(addsuffix .py,wire_* fronts* sdk_* native_* groups server_stops triton_clients))
+
 .PHONY: soak
-soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples and the front in Python, then kill servers a thousand times under load (twenty minutes; ARGS="--kills 50 --seed 7" only kills)
+soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples, the front in Python, and TLS with tokens on both, then kill servers a thousand times under load (forty minutes; ARGS="--kills 50 --seed 7" only kills)
 	$(if $(ARGS),,TEST_ALL=1 $(BIN)/pytest $(ALL) $$(grep -rl "from support.samples" tests/unit tests/congruence))
 	$(if $(ARGS),,STEPWELL_FRONT=python $(BIN)/pytest $(ALL) tests/integration)
+	$(if $(ARGS),,for front in auto python; do STEPWELL_TEST_SECURED=1 STEPWELL_FRONT=$$front $(BIN)/pytest $(ALL) $(SECURED) || exit 1; done)
+	$(if $(ARGS),,STEPWELL_TEST_SECURED=1 $(BIN)/python tests/fault/soak.py --kills 100)
 	$(BIN)/python tests/fault/soak.py $(ARGS)
 
 .PHONY: fuzz-models

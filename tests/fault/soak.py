@@ -3,7 +3,8 @@
 Each lane has a server, a data directory and a driver of its own, and goes through rounds of some kills: in each the
 durability, the room for resident sessions, the segments' size, good or bad connections and whether clients die too
 are drawn. Most kills come at a random moment under load, some while the server is starting, and now and then it is a
-SIGTERM. After each round the checker replays the history. What is found wrong is kept, with the seed to find it again.
+SIGTERM. After each round the checker replays the history. What is found wrong is kept, with the seed to find it again. With
+`STEPWELL_TEST_SECURED=1` the servers speak TLS and know who calls.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
 
 from stepwell.testing import LocalServer, ServerStartError
+from support import secured
 from support.checker import Report
 from support.driver_process import DriverProcess
 from support.faults import SMALL_BYTES, local, verdict
@@ -207,6 +209,8 @@ def main() -> int:
         "--segment-bytes", type=int, help="of each server's segments; they are drawn unless given"
     )
     arguments = parser.parse_args()
+    if secured.is_on():
+        secured.switch_on()
     fixed = {"segment_bytes": arguments.segment_bytes} if arguments.segment_bytes else {}
     return soak(arguments.kills, arguments.seed, arguments.lanes, fixed)
 

@@ -13,7 +13,7 @@ import pytest
 from stepwell.v1 import sessions_pb2
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.sequences import session_id_of
-from support import fronts, wire
+from support import fronts, secured, wire
 from support.fronts import FRONTS, Outcome, called, damaged, needs_native
 from support.triton_requests import request
 from support.wire import Wire
@@ -31,7 +31,8 @@ def both() -> Iterator[_Both]:
         yield wires
         statistics = [_statistics(one) for one in wires.values()]
         assert statistics[0] == statistics[1]
-        assert statistics[0]["seq", "fail"] > 0
+        # a caller who is known, and no admin, is told no numbers
+        assert (statistics[0]["seq", "fail"] > 0) is not secured.is_on()
 
 
 def _statistics(one: Wire) -> Mapping[tuple[str, str], int]:

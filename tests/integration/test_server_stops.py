@@ -14,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stepwell.v1 import sessions_pb2 as pb
+from support import secured
 from support.server_process import (
     FEATURES,
     ServerProcess,
@@ -25,6 +26,9 @@ from support.server_process import (
 )
 
 _TIMEOUT_S = 100.0
+HUNG_UP = (
+    "new connections get the changed certificates" if secured.is_on() else "there is nothing to read anew"
+)
 _LONG = 150_000
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -43,7 +47,7 @@ def _open(stub: Any, *session_ids: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_server_stops_with_0(server: ServerProcess, number: signal.Signals) -> None:
     server.signal(signal.SIGHUP)
-    server.wait_for_log("there is nothing to read anew")
+    server.wait_for_log(HUNG_UP)
     server.signal(number)
     code, out, err = server.finish()
     assert (code, out) == (0, "")
@@ -77,7 +81,7 @@ def test_a_terminal_that_is_closed_stops_it_with_a_drain() -> None:
     with serve(terminal=secondary) as server:
         os.close(secondary)
         server.signal(signal.SIGHUP)  # somebody's, while the terminal is there
-        server.wait_for_log("there is nothing to read anew")
+        server.wait_for_log(HUNG_UP)
         channel, stub = connect(server)
         with channel:
             _open(stub, "a")

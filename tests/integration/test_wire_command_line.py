@@ -70,6 +70,9 @@ class Started:
         return code
 
 
+pytestmark = pytest.mark.plain("its server is started by the command line")
+
+
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     folder = tmp_path_factory.mktemp("typed")
