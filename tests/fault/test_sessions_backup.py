@@ -15,6 +15,7 @@ import pytest
 import stepwell
 from stepwell.testing import ServerStartError
 from stepwell_server.clock import SystemClock
+from stepwell_server.core.namespaces import own
 from stepwell_server.store import backup, checking
 from stepwell_server.store.base import Tombstone
 from stepwell_server.store.disk.backup_file import Reader
@@ -27,6 +28,7 @@ from support.driver import MODEL
 from support.driver_process import DriverProcess
 from support.faults import SMALL_BYTES, local, replayed
 from support.history import Call, End, Op
+from support.secured import host_and_port
 
 _NEVER = 10**12
 _LIMITED = "import sys; from stepwell.cli import main; main(sys.argv[1:])"
@@ -46,7 +48,7 @@ def acknowledged(file: Path) -> dict[str, int]:
 def in_backup(file: Path, sealer: Sealer) -> dict[str, int]:
     """The revisions of all sessions of a backup."""
     pairs = (entry for entry in Reader(file).entries() if not isinstance(entry, Tombstone))
-    return {i: decode_header(i, sealer.open(i, record)).revision for i, record in pairs}
+    return {own(i): decode_header(i, sealer.open(i, record)).revision for i, record in pairs}
 
 
 def test_nothing_that_was_acknowledged_is_missing(tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def test_a_store_that_goes_back_takes_nothing_of_what_clients_held(tmp_path: Pat
         server.kill()
         made = backup.restore(tmp_path / "backup", to, SystemClock(), None, moved=False)
         assert made.first_revision == backup.AHEAD
-        with local(to, "--listen", address) as again:
+        with local(to, "--listen", host_and_port(address)) as again:
             assert again.address == address
             with pytest.raises(stepwell.RevisionConflictError) as conflict:
                 held[0].step(x)

@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 
 import stepwell
-from stepwell.testing import LocalServer
 from support import faults
 from support.driver import FEATURES, MODEL
 from support.driver_process import DriverProcess
 from support.faults import local, verdict
+from support.secured import Server
 
 MIB = 2**20
 GROUP = 512
 #: Mounts a small file system over a folder, in name spaces of its own, and runs the rest of the command there.
-MOUNTED = 'mount -t tmpfs -o size=16m none "$1" && shift && exec "$@"'
+MOUNTED = 'mount -t tmpfs -o size=16m,mode=700 none "$1" && shift && exec "$@"'
 
 
-class OnSmallDisk(LocalServer):
+class OnSmallDisk(Server):
     """The real server, which alone sees a small disk under its data directory."""
 
     def __init__(self, data_dir: Path, *extra: str) -> None:
@@ -63,7 +63,7 @@ def fill(client: stepwell.Client) -> list[stepwell.SessionGroup]:
         assert len(groups) < 200, "the disk is never full"
 
 
-def check(server: LocalServer, history: Path, full: Callable[[], object], room: Callable[[], object]) -> None:
+def check(server: Server, history: Path, full: Callable[[], object], room: Callable[[], object]) -> None:
     """Fill the disk under load, look what goes and what does not, make room, and go on."""
     with (
         stepwell.connect(server.address) as client,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
 from stepwell.v1 import sessions_pb2
-from support import wire
+from support import secured, wire
 from support.served import Served
 from support.wire import Wire, tensor
 
@@ -112,3 +113,15 @@ def test_openings_forks_and_closings_that_are_sent_again(served: Served) -> None
     closing = pb.CloseSessionRequest(session_id="once", request_id=9)
     assert [raw.CloseSession(closing, timeout=200).replayed for _ in range(2)] == [False, True]
     served.wire.close(*ids, *groups[0], *forks)
+
+
+def test_the_secured_server_is_secured(served_secured: Served) -> None:
+    """The harness does what its switch says: otherwise the sample here, and all that `make soak` does with it, is none."""
+    address, call = served_secured.address, "/stepwell.v1.ModelService/ListModels"
+    plain = grpc.insecure_channel(secured.host_and_port(address))
+    with plain, secured.channel(address, token=False) as nobody, secured.channel(address) as known:
+        for channel, code in ((plain, "UNAVAILABLE"), (nobody, "UNAUTHENTICATED")):
+            with pytest.raises(grpc.RpcError) as refused:
+                channel.unary_unary(call)(b"", timeout=wire.TIMEOUT_S)
+            assert refused.value.code().name == code
+        assert known.unary_unary(call)(b"", timeout=wire.TIMEOUT_S)

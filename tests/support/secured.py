@@ -111,17 +111,17 @@ def host_and_port(address: str) -> str:
     return address.removeprefix(SCHEME)
 
 
-def channel(address: str, options: Sequence[tuple[str, Any]] = ()) -> grpc.Channel:
-    """A channel to a server, with the token if that is secured."""
+def channel(address: str, options: Sequence[tuple[str, Any]] = (), *, token: bool = True) -> grpc.Channel:
+    """A channel to a server, with the token if that is secured; without it where the test has its own."""
     if not address.startswith(SCHEME):
         return grpc.insecure_channel(address, options=options)
-    return grpc.secure_channel(host_and_port(address), _credentials(), options=options)
+    return grpc.secure_channel(host_and_port(address), _credentials(token), options=options)
 
 
 def channel_aio(
     address: str, options: Sequence[tuple[str, Any]] = (), *, token: bool = True
 ) -> grpc.aio.Channel:
-    """The same for asyncio; without the token where the test has its own."""
+    """The same for asyncio."""
     if not address.startswith(SCHEME):
         return grpc.aio.insecure_channel(address, options=options)
     return grpc.aio.secure_channel(host_and_port(address), _credentials(token), options=options)
