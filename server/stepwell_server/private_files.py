@@ -25,6 +25,7 @@ FOLDER_MODE, FILE_MODE = 0o700, 0o600
 OF_DATA = ("sessions", "sessions.compacting", "journal", "server.lock", "readers.lock")
 """Names of what is in a data folder."""
 _OTHERS_WRITE, _GROUP_WRITES = stat.S_IWOTH, stat.S_IWGRP
+_OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _MOST_LINKS = 40
 _ACL = "system.posix_acl_access"
@@ -87,6 +88,10 @@ def folder_problem(path: Path, holds: Sequence[str]) -> str:
     for entry in _entries(last.path, holds):
         if problem := _owner_problem(entry):
             return f"{entry.path} must be the server's own; {problem}"
+        # Nobody else has written what is in a folder that is closed to others.
+        could_be = last.mode & _OTHERS_ENTER and not stat.S_ISLNK(entry.found.st_mode)
+        if could_be and (problem := _write_problem(entry)):
+            return f"{entry.path} must be what no other user can have written; {problem}: if nobody has, chmod go-w it"
     others = _others(last.path, holds) if _is_wide(last) else ""
     if others:
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import struct
 import zipfile
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.compile.launch import compile_program
+from stepwell_server.compile.launch import _Compilation, compile_program
 from stepwell_server.compile.limits import Limits, default_memory_bytes, memory_of
 from stepwell_server.compile.sizes import check_sizes
 from support import models
@@ -188,6 +189,55 @@ def test_a_compilation_that_takes_too_much_memory_is_ended(
         compile_program(
             lstm, tmp_path / "cache", ["greedy"], limits=dataclasses.replace(ANY, memory_bytes=900 * MIB)
         )
+
+
+FILLS = """
+import os, tempfile, threading
+kept = []
+for number in range(70):
+    make = (tempfile.NamedTemporaryFile, tempfile.TemporaryFile)[number % 2]
+    file = make(dir=os.environ["TMPDIR"])
+    os.posix_fallocate(file.fileno(), 0, 1 << 20)
+    kept.append(file)
+threading.Event().wait()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what a process has open")
+def test_a_compilation_that_fills_the_disk_with_many_files_is_ended(
+    lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "filling.py").write_text(FILLS)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"must write at most 69206016 bytes, twice --max-model-bytes and 67"
+    ):
+        compile_program(
+            lstm, tmp_path / "cache", ["filling"], limits=dataclasses.replace(ANY, model_bytes=MIB)
+        )
+
+
+SAYS = """
+import os
+for fd in os.listdir("/dev/fd"):
+    if os.path.lexists(f"/dev/fd/{fd}") and "pipe:" in os.readlink(f"/dev/fd/{fd}"):
+        os.write(int(fd), b'x' * (1 << 20))
+import threading
+threading.Event().wait()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="it finds its pipe as Linux shows it")
+def test_what_speaks_for_the_compiler_is_ended(
+    lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "speaking.py").write_text(SAYS)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="said what it never says in stage load, and was ended"):
+        compile_program(lstm, tmp_path / "cache", ["speaking"], limits=ANY)
+    for line in ("no message", "[" * 100_000, "7"):
+        with pytest.raises(ModelError, match="said what it never says"):
+            _Compilation(lstm, ANY, None)._relay(io.StringIO(line + "\n"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what a process uses")

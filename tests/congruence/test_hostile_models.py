@@ -185,6 +185,14 @@ def test_a_configuration_that_names_more_than_a_model_is_refused(
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "evil.keras"])
 
 
+def test_a_name_that_is_registered_vouches_for_no_other() -> None:
+    node = function("keras.saving", "load_model") | {"registered_name": "mine>f"}
+    with pytest.raises(ModelError, match=r"it names keras\.saving\.load_model"):
+        configuration.check(json.dumps(node).encode(), {"mine>f"}.__contains__)
+    for mine in (function("keras.mine", "mine>f"), made("keras.mine", "F") | {"registered_name": "mine>f"}):
+        configuration.check(json.dumps(mine).encode(), {"mine>f"}.__contains__)
+
+
 def test_what_is_nested_too_deeply_or_too_large_is_refused(lstm: Path, tmp_path: Path) -> None:
     def nested(depth: int) -> Callable[[Node], None]:
         def change(config: Node) -> None:

@@ -99,6 +99,21 @@ def test_a_folder_that_others_can_write_or_replace_is_refused(tmp_path: Path) ->
     make_folder(folder, HOLDS)
 
 
+def test_what_others_could_have_written_in_a_folder_that_was_open_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    make_folder(folder, ["x"])
+    (folder / "x").touch()
+    (folder / "x").chmod(0o666)
+    make_folder(folder, ["x"])  # nobody got there: it is narrowed
+    assert mode(folder / "x") == "0600"
+    (folder / "x").chmod(0o666)
+    folder.chmod(0o755)
+    with pytest.raises(
+        NotPrivateError, match=r"data/x must be what no other user can have written; its mode is 0666"
+    ):
+        make_folder(folder, ["x"])
+
+
 @needs_root
 def test_what_belongs_to_another_user_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "data"

@@ -43,6 +43,7 @@ def link():
     (own / "link").read_text()
 
 x86 = os.uname().machine == "x86_64"
+limits = ctypes.create_string_buffer(16)
 tried = {
     "connect": lambda: socket.create_connection(("127.0.0.1", port), 5),
     "local socket": lambda: socket.socket(socket.AF_UNIX),
@@ -53,6 +54,18 @@ tried = {
     "unshare": lambda: call(272 if x86 else 97, 0x10000000),
     "ptrace": lambda: call(101 if x86 else 117, 16, os.getppid(), 0, 0),
     "signal": lambda: os.kill(os.getppid(), 0),
+    "signal itself": lambda: os.kill(os.getpid(), 0),
+    "own limits": lambda: call(302 if x86 else 261, 0, 7, 0, limits),
+    "limits of others": lambda: call(302 if x86 else 261, os.getppid(), 7, 0, limits),
+    "processors of others": lambda: os.sched_setaffinity(os.getppid(), {0}),
+    "priority of others": lambda: os.setpriority(os.PRIO_PROCESS, os.getppid(), 19),
+    "mode": lambda: secret.chmod(0o666),
+    "owner": lambda: os.chown(secret, os.getuid(), os.getgid()),
+    "attribute": lambda: os.setxattr(secret, "user.evil", b"1"),
+    "root": lambda: os.chroot(own),
+    "handle": lambda: call(304 if x86 else 265, -1, None, 0),
+    "memory in a file": lambda: os.memfd_create("evil"),
+    "memory that stays": lambda: call(29 if x86 else 194, 0, 4096, 0o1600),
     "parent": lambda: Path(f"/proc/{os.getppid()}/environ").read_bytes(),
     "read": secret.read_text,
     "link": link,
@@ -68,6 +81,8 @@ found = {name: attempt(action) for name, action in tried.items()}
 thread = threading.Thread(target=lambda: found.update(thread=attempt(lambda: socket.socket())))
 thread.start()
 thread.join()
+permitted = [line.split()[1] for line in open("/proc/self/status") if line.startswith("CapPrm")]
+found["rights beside reading"] = [int(each, 16) & ~(1 << 2) for each in permitted]
 print(json.dumps([had.__dict__, found]))
 """
 
@@ -98,13 +113,20 @@ def test_what_is_given_up_is_gone(tmp_path: Path) -> None:
         with_imports, read = tries(tmp_path, port, "all")
     refused: dict[str, Any] = {}
     if had.programs:
-        calls = ("connect", "local socket", "ring", "run", "spawn", "fork", "unshare", "ptrace", "thread")
+        calls = ["connect", "local socket", "ring", "run", "spawn", "fork", "unshare", "ptrace", "thread"]
+        calls += ["signal", "limits of others", "processors of others", "priority of others"]
+        calls += ["mode", "owner", "attribute", "root", "handle", "memory in a file", "memory that stays"]
         refused |= dict.fromkeys(calls, "PermissionError")
     if had.network:
         assert found["connect"] != "done"
     if had.files:
         refused |= dict.fromkeys(("read", "link", "write", "remove", "make", "parent"), "PermissionError")
     assert {name: found[name] for name in refused} == refused
+    assert (found["signal itself"], found["own limits"], found["rights beside reading"]) == (
+        "done",
+        "done",
+        [0],
+    )
     assert (found["own"], found["python"], found["null"]) == ("done", "done", "done")
     assert found["large"] == "OSError"
     assert read["read"] == "done"  # modules of the operator's read what they need, and change nothing

@@ -26,6 +26,7 @@ from stepwell_server.store.disk.lock import reading
 from stepwell_server.store.disk.wal_file import Segment
 from stepwell_server.store.keyring import Keyring, add_key
 from stepwell_server.store.opening import encrypted
+from support.clock import ManualClock
 from support.samples import some
 from support.stored import base_of, begin, end, opened, put, record, revisions
 
@@ -71,15 +72,16 @@ def test_a_backup_becomes_the_same_store_or_one_ahead(path: Path, tmp_path: Path
     )  # fmt: skip
     backup.restore(tmp_path / "backup", tmp_path / "moved", CLOCK, None, moved=True)
     ahead = backup.restore(tmp_path / "backup", tmp_path / "back", CLOCK, RING, moved=False)
-    assert ahead.first_revision == backup.AHEAD
+    first = ahead.first_revision
+    assert first > 10**12
     was, moved, back = opened(path), opened(tmp_path / "moved"), opened(tmp_path / "back")
     assert revisions(moved) == revisions(was) == EXPECTED
     assert (moved.incarnation, moved.secret, moved.first_revision) == (was.incarnation, was.secret, 0)
-    assert (back.first_revision, back.count_of("m")) == (backup.AHEAD, len(IDS))
+    assert (back.first_revision, back.count_of("m")) == (first, len(IDS))
     assert back.incarnation != was.incarnation
     assert back.secret != was.secret
     assert moved.tombstones(["gone"]) == was.tombstones(["gone"]) == back.tombstones(["gone"])
-    assert revisions(encrypted(back, RING)) == {i: r + backup.AHEAD for i, r in EXPECTED.items()}
+    assert revisions(encrypted(back, RING)) == {i: r + first for i, r in EXPECTED.items()}
     assert not was.damage + moved.damage + back.damage
     for store in (was, moved, back):
         store.close()
@@ -91,8 +93,26 @@ def test_a_backup_becomes_the_same_store_or_one_ahead(path: Path, tmp_path: Path
         backup.restore(tmp_path / "backup2", tmp_path / "back2", CLOCK, OLD, moved=False)
     assert not (tmp_path / "back2").exists()
     again = backup.restore(tmp_path / "backup2", tmp_path / "back2", CLOCK, RING, moved=False)
-    assert again.first_revision == 2 * backup.AHEAD
+    assert again.first_revision >= first + 10**12
     assert not checking.examine(tmp_path / "back2", RING).problems
+
+
+def test_a_store_that_goes_back_to_the_same_backup_twice_is_ahead_of_itself(
+    path: Path, tmp_path: Path
+) -> None:
+    clock = ManualClock(now=1.8e9)
+    backup.back_up(path, tmp_path / "backup", clock)
+    once = backup.restore(tmp_path / "backup", tmp_path / "once", clock, None, moved=False)
+    clock.advance(60.0)
+    # what clients were told of the first one in that minute is not taken for something that the second one means
+    twice = backup.restore(tmp_path / "backup", tmp_path / "twice", clock, None, moved=False)
+    assert twice.first_revision == once.first_revision + 60_000_000
+    assert content(tmp_path / "twice") == {i: r + twice.first_revision for i, r in EXPECTED.items()}
+    # and one of a store that went back is ahead whatever the clock says, and does not double
+    clock = ManualClock(now=0.0)
+    backup.back_up(tmp_path / "twice", tmp_path / "backup2", clock)
+    again = backup.restore(tmp_path / "backup2", tmp_path / "again", clock, None, moved=False)
+    assert again.first_revision == twice.first_revision + 10**12
 
 
 def test_sessions_of_tenants_are_counted_as_theirs(tmp_path: Path) -> None:
@@ -365,6 +385,7 @@ def test_a_session_whose_key_cannot_be_told_is_lost_and_counted(path: Path, bit:
     assert found.recovered == []
     store = opened(path)
     assert not store.damage
+    assert store.first_revision > 10**12, "what was lost is begun anew above all that its clients hold"
     store.close()
 
 

@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from stepwell_server import program_file
-from stepwell_server.compile import sandbox
+from stepwell_server.compile import limits, sandbox
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.unexpected import failure
 from stepwell_server.program import ProofOptions
 
-#: What is written: the program, and what it is made from, none of which is much larger than the model.
-_FILES, _MORE_BYTES = 2, 64 << 20
 Speak = Callable[[dict[str, Any]], None]
 
 
@@ -65,7 +63,9 @@ def main() -> int:
 
 def _protected(arguments: argparse.Namespace) -> sandbox.Protection:
     """Give up all that compiling does not need. What modules of the operator's read, nobody knows: they may read all."""
-    sandbox.limit(arguments.timeout_s, _FILES * arguments.max_model_bytes + _MORE_BYTES, os.cpu_count() or 1)
+    sandbox.limit(
+        arguments.timeout_s, limits.Limits(arguments.max_model_bytes).disk_bytes, os.cpu_count() or 1
+    )
     readable = [arguments.model, arguments.program, *([arguments.data] if arguments.data else [])]
     readable += [Path(entry) for entry in sys.path if entry]
     writable = [Path(os.environ["TMPDIR"]), arguments.program.parent]

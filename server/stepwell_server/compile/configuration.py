@@ -146,7 +146,8 @@ def _problem(node: Mapping[str, Any], is_registered: Callable[[str], bool]) -> s
     if package not in {"keras", "builtins", *_IMPORTED}:
         return ""  # What --import has not registered Keras does not find: it imports no such module.
     name = inner if kind == "function" else kind
-    if is_registered(str(node.get("registered_name"))) or is_registered(str(name)):
+    # A function is looked up by its own name; what is said beside it as the registered one counts for classes only.
+    if is_registered(str(inner if kind == "function" else node.get("registered_name", kind))):
         return ""
     if package in _IMPORTED:
         return f"unknown class {name!r:.80}; name its module with --import {package}"

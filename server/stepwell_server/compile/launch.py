@@ -20,13 +20,15 @@ from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.compile import cache, data_file, origin
 from stepwell_server.compile.comparison import Comparison
 from stepwell_server.compile.errors import REPORT, DataError, ModelError, NotCausalError
-from stepwell_server.compile.limits import Limits, Watch
+from stepwell_server.compile.limits import MORE_BYTES, Limits, Watch
 from stepwell_server.logs import Log
 from stepwell_server.program import Program, ProofOptions
 
 Progress = Callable[[str], None]
 _KINDS: dict[str, type[ModelError]] = {kind.__name__: kind for kind in (DataError, NotCausalError)}
-_DETAIL_LINES = 40
+_DETAIL_LINES, _DETAIL_BYTES = 40, 64 << 10
+_MESSAGE_BYTES = 1 << 20
+"""Of one message of the child's, which may be under somebody else's control."""
 #: Variables of the environment that say how Python, its libraries and the language work, and nothing of anybody's.
 _PASSED = frozenset(["LANG", "LANGUAGE", "LD_LIBRARY_PATH", "PATH", "SOURCE_DATE_EPOCH", "TZ", "VIRTUAL_ENV"])
 _PASSED_PREFIXES = ("COVERAGE_", "KMP_", "LC_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON", "TF_", "XLA_")
@@ -153,7 +155,7 @@ class _Compilation:
         ):
             try:
                 assert process.stdout is not None
-                with Watch(process, self._limits, clock) as watch:
+                with Watch(process, self._limits, clock, [Path(folder), file.parent]) as watch:
                     done = self._relay(process.stdout)
                     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             finally:
@@ -165,10 +167,10 @@ class _Compilation:
 
     def _relay(self, lines: IO[str]) -> Any:
         """Read the child's messages; return what it says with "done", or None if it never says so."""
-        for line in lines:
-            if not line.endswith("\n"):
+        while line := lines.readline(_MESSAGE_BYTES):
+            if not line.endswith("\n") and len(line) < _MESSAGE_BYTES:
                 return None  # It ended in the middle of a message.
-            message = json.loads(line)
+            message = self._message(line)
             if "protection" in message:
                 _log.info("compiling in a process of its own", **message)
             elif "stage" in message:
@@ -176,11 +178,23 @@ class _Compilation:
                 if self._progress is not None:
                     self._progress(self._stage)
             elif "error" in message:
-                kind = _KINDS.get(message.get("kind"), ModelError)
+                kind = _KINDS.get(str(message.get("kind")), ModelError)
                 raise kind(message["error"], message.get("details", ""))
             elif "done" in message:
                 return message["done"]
         return None
+
+    def _message(self, line: str) -> dict[str, Any]:
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            message = None
+        if isinstance(message, dict):
+            return message
+        raise ModelError(
+            f"{self._model}: the compiling process said what it never says in stage {self._stage}, and was ended: something"
+            " of the model or of a module of --import speaks for it"
+        )
 
     def _problem(self, watch: Watch, code: int) -> str:
         """Why the process ended without an answer, and the way on."""
@@ -197,6 +211,11 @@ class _Compilation:
                 f"compiling it must take at most {self._limits.memory_bytes} bytes of memory "
                 f"(--max-compile-memory-bytes); it took more in stage {self._stage} and was ended. Allow more, or "
                 "make the model smaller"
+            )
+        if watch.exceeded == "disk":
+            return (
+                f"compiling it must write at most {self._limits.disk_bytes} bytes, twice --max-model-bytes and"
+                f" {MORE_BYTES}; it wrote more in stage {self._stage} and was ended"
             )
         if code == -signal.SIGKILL:
             return (
@@ -222,7 +241,7 @@ def _signal_name(number: int) -> str:
 
 
 def _last_lines(noise: IO[str]) -> str:
-    noise.seek(0)
+    noise.seek(max(0, os.fstat(noise.fileno()).st_size - _DETAIL_BYTES))
     return "\n".join(noise.read().strip().splitlines()[-_DETAIL_LINES:])
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
+import stat
 import subprocess
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
 from stepwell_server.clock import Clock
 
 _LOOK_S = 0.02
+_LOOKS_AT_DISK = 10
+_FILES, MORE_BYTES = 2, 64 << 20
+"""What is written: the program, and what it is made from, none of which is much larger than the model."""
+_BLOCK_BYTES, _LEAST_BYTES = 512, 4096
 _SHARE_OF_MEMORY = 3 / 4
 #: What a process cannot give back by itself: not the files that it has mapped, such as TensorFlow's libraries.
 _OWN = re.compile(r"^(?:RssAnon|RssShmem|VmSwap):\s+(\d+) kB$", re.MULTILINE)
@@ -46,8 +53,13 @@ class Limits:
     abandoned: threading.Event | None = dataclasses.field(default=None, compare=False)
     """Set, by any thread: nobody waits for it any more, and the compiling process is ended."""
 
+    @property
+    def disk_bytes(self) -> int:
+        """Of each file that the compiling process writes, and of all of them together."""
+        return _FILES * self.model_bytes + MORE_BYTES
 
-Limit = Literal["memory", "time", "abandoned"]
+
+Limit = Literal["memory", "disk", "time", "abandoned"]
 
 
 class Watch:
@@ -59,8 +71,12 @@ class Watch:
     than Linux do not say what a process uses; there only the time is limited.
     """
 
-    def __init__(self, process: subprocess.Popen[str], limits: Limits, clock: Clock) -> None:
+    def __init__(
+        self, process: subprocess.Popen[str], limits: Limits, clock: Clock, folders: Sequence[Path]
+    ) -> None:
+        """`folders` are those that the process may write."""
         self._process = process
+        self._folders = folders
         self._limits = limits
         self._clock = clock
         self._began = clock.monotonic()
@@ -79,15 +95,53 @@ class Watch:
 
     def _look(self) -> None:
         abandoned = self._limits.abandoned
+        looks = 0
         while self.exceeded is None and not self._over.wait(_LOOK_S):
+            looks += 1
             if abandoned is not None and abandoned.is_set():
                 self.exceeded = "abandoned"
             elif 0 < self._limits.timeout_s < self._clock.monotonic() - self._began:
                 self.exceeded = "time"
             elif memory_of(self._process.pid) > self._limits.memory_bytes:
                 self.exceeded = "memory"
+            elif looks % _LOOKS_AT_DISK == 0:
+                most = self._limits.disk_bytes
+                if disk_of(self._process.pid, self._folders, most) > most:
+                    self.exceeded = "disk"
         if self.exceeded is not None:
             self._process.kill()
+
+
+def disk_of(pid: int, folders: Sequence[Path], most: int) -> int:
+    """Bytes on the disk that a process has in its folders, and in files that it has open and that have no name.
+
+    Each name counts as a block at least. Counting ends above ``most``.
+    """
+    seen = set[tuple[int, int]]()
+    total = 0
+    for file in _written(pid, folders):
+        if total > most:
+            break
+        try:
+            found = os.lstat(file) if isinstance(file, Path) else os.stat(file)
+        except OSError:  # it is gone
+            continue
+        has_name = isinstance(file, Path)
+        place = (found.st_dev, found.st_ino)
+        if place not in seen and (has_name or (stat.S_ISREG(found.st_mode) and not found.st_nlink)):
+            seen.add(place)
+            total += max(found.st_blocks * _BLOCK_BYTES, _LEAST_BYTES)
+    return total
+
+
+def _written(pid: int, folders: Sequence[Path]) -> Iterator[Path | str]:
+    """Files in folders, as paths, and those that a process has open, as the names that the system gives to them."""
+    for folder in folders:
+        for root, inner, names in os.walk(folder):
+            yield from (Path(root, name) for name in (*inner, *names))
+    opened = f"/proc/{pid}/fd"
+    with contextlib.suppress(OSError):  # it has ended, or the system does not say
+        yield from (f"{opened}/{name}" for name in os.listdir(opened))
 
 
 def memory_of(pid: int) -> int:

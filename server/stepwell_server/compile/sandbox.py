@@ -29,6 +29,7 @@ from typing import NamedTuple
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP = 1, 38, 22
 _SECCOMP_MODE_FILTER = 2
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
+_CAPABILITY_VERSION, _CAP_DAC_READ_SEARCH = 0x20080522, 2
 _MAX_OPEN_FILES = 1024
 _TRY_S = 30.0
 
@@ -45,17 +46,26 @@ class _Calls(NamedTuple):
     machine: int
     clone: int
     """Which is allowed for threads only: no process has others, so that its limits hold for all that it does."""
+    of_itself: Sequence[int]
+    """Which are allowed on the process itself only, and not on others of the same user."""
     refused: Sequence[int]
 
 
 _CLONE3 = 435
-#: socket, fork, vfork, execve, ptrace, mount, kexec_load, add_key, request_key, keyctl, unshare, perf_event_open, setns,
-#: process_vm_readv and _writev, bpf, execveat, userfaultfd; io_uring_setup, which opens sockets without `socket`;
-#: open_tree, move_mount, fsopen, pidfd_getfd.
+#: of_itself: kill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, prlimit64, sched_setaffinity.
+#: refused: socket, fork, vfork, execve, ptrace, mount, kexec_load, add_key, request_key, keyctl, unshare, perf_event_open,
+#: setns, process_vm_readv and _writev, bpf, execveat, userfaultfd; io_uring_setup, which opens sockets without `socket`;
+#: open_tree, move_mount, fsopen, pidfd_getfd;
+#: tkill, pidfd_send_signal, setpriority, sched_setparam, sched_setscheduler, sched_setattr, ioprio_set: others' processes;
+#: chroot, open_by_handle_at: files by another way;
+#: chmod, fchmodat, fchmodat2, chown, lchown, fchownat, setxattr, lsetxattr, removexattr, lremovexattr, setxattrat,
+#: removexattrat: what Landlock does not see;
+#: memfd_create, memfd_secret, shmget, semget, msgget, mq_open: memory that is in no count, or stays after the process.
 _CALLS = {
     "x86_64": _Calls(
         0xC000003E,
         56,
+        (62, 234, 129, 297, 302, 203),
         (
             41,
             57,
@@ -80,11 +90,16 @@ _CALLS = {
             429,
             430,
             438,
+            *(200, 424, 141, 142, 144, 314, 251),
+            *(161, 304),
+            *(90, 268, 452, 92, 94, 260, 188, 189, 197, 198, 463, 466),
+            *(319, 447, 29, 64, 68, 240),
         ),
     ),
     "aarch64": _Calls(
         0xC00000B7,
         220,
+        (129, 131, 138, 240, 261, 122),
         (
             198,
             221,
@@ -107,6 +122,10 @@ _CALLS = {
             429,
             430,
             438,
+            *(130, 424, 140, 118, 119, 274, 30),
+            *(51, 265),
+            *(53, 452, 54, 5, 6, 14, 15, 463, 466),
+            *(279, 447, 194, 190, 186, 180),
         ),
     ),
 }
@@ -231,6 +250,7 @@ def enter(readable: Iterable[Path] | None, writable: Iterable[Path]) -> Protecti
     # Whoever has started it may be killed; it must not go on without limits then.
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     namespace = _leave_network(libc)
+    _drop_capabilities(libc)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         return Protection("namespace" if namespace else "")
     files = _confine(libc, readable, writable)
@@ -251,6 +271,19 @@ def _leave_network(libc: ctypes.CDLL) -> bool:
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
     return True
+
+
+def _drop_capabilities(libc: ctypes.CDLL) -> None:
+    """Give up what root may do, and who has made a user namespace, but for reading the files that others own.
+
+    It is a process without rights otherwise, of which nothing is taken.
+    """
+    header = struct.pack("<Ii", _CAPABILITY_VERSION, 0)
+    kept = 1 << _CAP_DAC_READ_SEARCH
+    sets = ctypes.create_string_buffer(struct.calcsize("<6I"))
+    if libc.capget(header, sets) == 0:
+        effective, permitted = struct.unpack_from("<2I", sets)
+        libc.capset(header, struct.pack("<6I", effective & kept, permitted & kept, 0, 0, 0, 0))
 
 
 class _Program(ctypes.Structure):
@@ -277,12 +310,16 @@ def _assembled(calls: _Calls) -> bytes:
         (_AT_LEAST, _OTHER_NUMBERS, "refuse", ""),
         *((_EQUAL, number, "refuse", "") for number in calls.refused),
         (_EQUAL, _CLONE3, "unknown", ""),  # its flags cannot be seen: the C library takes clone then
+        *((_EQUAL, number, "of itself", "") for number in calls.of_itself),
         (_EQUAL, calls.clone, "", "allow"),
         (_LOAD, _FIRST_ARGUMENT, "", ""),
         (_ANY_BIT, _CLONE_THREAD, "allow", "refuse"),
+        (_LOAD, _FIRST_ARGUMENT, "", ""),
+        (_EQUAL, 0, "allow", ""),
+        (_EQUAL, os.getpid(), "allow", "refuse"),
     ]
     ends = {"allow": _ALLOW, "refuse": _REFUSE | errno.EPERM, "unknown": _REFUSE | errno.ENOSYS}
-    places = {name: len(steps) + at for at, name in enumerate(ends)}
+    places = {name: len(steps) + at for at, name in enumerate(ends)} | {"of itself": len(steps) - 3}
 
     def skip(at: int, place: str) -> int:
         return places[place] - at - 1 if place else 0

@@ -24,9 +24,6 @@ from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import header_or_none, is_sound, key_id_of, with_revision
 from stepwell_server.store.sealing import Sealer
 
-AHEAD = 10**12
-"""By how much revisions go up in a store that goes back to a backup: no session changes so often in between."""
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BackedUp:
@@ -98,7 +95,7 @@ def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, mo
     Args:
         file: The backup.
         path: The data directory, which is not there or empty.
-        clock: For its lock.
+        clock: For its lock, and for revisions that nobody was told.
         keyring: Keys of the backup: all is encrypted with the first one then.
         moved: No change was acknowledged since the backup was made: sessions go on as they were.
 
@@ -117,7 +114,10 @@ def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, mo
             f"the backup is encrypted, with {', '.join(sorted(about.key_checks))}, and revisions in it are to change:"
             " its keys must be given"
         )
-    change = _Change(None if keyring is None else Sealer(keyring), 0 if moved else AHEAD)
+    first_revision = (
+        about.first_revision if moved else meta.later_first_revision(about.first_revision, clock.now())
+    )
+    change = _Change(None if keyring is None else Sealer(keyring), first_revision - about.first_revision)
     stones: list[Tombstone] = []
 
     def sessions() -> Iterator[Pair]:
@@ -127,7 +127,6 @@ def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, mo
             else:
                 yield change(*entry)
 
-    first_revision = about.first_revision + change.ahead
     values = {meta.FIRST_REVISION: str(first_revision).encode()}
     if moved:
         values |= {meta.INCARNATION: about.incarnation.encode(), meta.SECRET: about.secret}

@@ -93,7 +93,8 @@ class Mended:
 def repair(path: Path, clock: Clock) -> Mended:
     """Make a store of what is left of one that lost sessions; no server may use it.
 
-    Afterwards sessions that are not found are not there, as everywhere: what is lost is taken for lost.
+    Afterwards sessions that are not found are not there, as everywhere: what is lost is taken for lost. One that begins under
+    the id of a lost one begins at a revision that no client holds.
 
     Raises:
         StoreBusy: a server uses it.
@@ -119,7 +120,11 @@ def repair(path: Path, clock: Clock) -> Mended:
         expected = old.expected
         found.lost = 0 if expected is None else max(0, expected.count - found.sessions)
 
-    rebuild(path, clock, sessions, _kept, stones=_readable_stones)
+    def about(old: dict[bytes, bytes]) -> dict[bytes, bytes]:
+        first = meta.later_first_revision(int(old.get(meta.FIRST_REVISION, b"0")), clock.now())
+        return {**_kept(old), meta.FIRST_REVISION: str(first).encode()}
+
+    rebuild(path, clock, sessions, about, stones=_readable_stones)
     return found
 
 

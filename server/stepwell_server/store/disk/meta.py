@@ -23,6 +23,7 @@ FIRST_REVISION = b"first revision"
 """With which revision sessions begin; missing: with 0."""
 COUNT, COUNT_OF_TENANTS = b"sessions of ", b"sessions in "
 """Before the name of a model, and what is counted of tenants: how many sessions it has."""
+_AHEAD, _REVISIONS_PER_S = 10**12, 10**6
 
 
 def begin(transaction: Any, meta: Any, folder: Path) -> None:
@@ -51,6 +52,15 @@ def require_schema(schema: bytes, folder: Path) -> None:
             f"the store in {folder} must be of schema version {SCHEMA_VERSION};"
             f" it is of {int(schema)}, written by another release"
         )
+
+
+def later_first_revision(first_revision: int, now: float) -> int:
+    """With which revision sessions begin once the store has forgotten what clients were told, so that they hold none of these.
+
+    It goes by the time, so that a store that goes back to the same backup twice is ahead of itself, too: no session changes
+    a million times a second. However the clock was set, it is far ahead of what was the first one.
+    """
+    return max(first_revision + _AHEAD, int(now * _REVISIONS_PER_S))
 
 
 def count(transaction: Any, meta: Any, changes: Iterable[tuple[str, int]]) -> None:
