@@ -42,6 +42,7 @@ class AuditLog:
         self._path = path
         self._waiting: queue.Queue[object] = queue.Queue(most_waiting)
         self._counting = threading.Lock()
+        self._must_turn = threading.Event()
         self._missing = 0
         """Events that no line has told of."""
         self.written = self.dropped = 0
@@ -67,8 +68,11 @@ class AuditLog:
             self._drop(1)
 
     def reopen(self) -> None:
-        """Go on in a file of the same name: the one that is open may have been renamed. Blocks while the queue is full."""
-        self._waiting.put(_REOPEN)
+        """Go on in a file of the same name: the one that is open may have been renamed. Never blocks."""
+        try:
+            self._waiting.put_nowait(_REOPEN)
+        except queue.Full:  # then it is after what is being written, and not after all that waits
+            self._must_turn.set()
 
     def close(self) -> None:
         """Write what waits, and end. Blocks."""
@@ -96,7 +100,8 @@ class AuditLog:
                 events.pop()
             self._put(events)
             going_on = last is not _STOP
-            if last is _REOPEN:
+            if last is _REOPEN or self._must_turn.is_set():
+                self._must_turn.clear()
                 self._turn()
 
     def _put(self, events: list[object]) -> None:

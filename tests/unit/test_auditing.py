@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -239,6 +240,34 @@ async def test_what_is_written_too_slowly_is_counted_and_told_later(tmp_path: Pa
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["count"] for line in lines if line.get("action") == "missing"] == [log.dropped] == [1]
     assert len(lines) == count + 1 == log.written + 1
+
+
+def test_who_asks_for_a_new_file_does_not_wait_for_the_disk_of_the_old_one(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_stuck, goes_on, write = threading.Event(), threading.Event(), os.write
+
+    def slow(descriptor: int, data: bytes) -> int:
+        if threading.current_thread().name == "stepwell-audit":
+            is_stuck.set()
+            goes_on.wait(100)
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", slow)
+    log = AuditLog(file, most_waiting=4)
+    log.write({"number": 0})
+    assert is_stuck.wait(100)
+    for number in range(1, 5):
+        log.write({"number": number})
+    assert log.is_full
+    file.rename(tmp_path / "old")
+    asks = threading.Thread(target=log.reopen, daemon=True)
+    asks.start()
+    asks.join(10)
+    assert not asks.is_alive()
+    goes_on.set()
+    log.close()
+    assert [line["number"] for line in _lines(tmp_path / "old") + _lines(file)] == [0, 1, 2, 3, 4]
 
 
 def test_a_disk_without_room_drops_lines_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
