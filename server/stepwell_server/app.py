@@ -252,6 +252,7 @@ async def _run(
     try:
         notifier.start()
         readiness.listen(notifier.changed)
+        readiness.listen(observer.ready_is)
         # Probes are answered from here on, however long the models take.
         metrics = _serve_metrics(settings, observer, readiness, served.stats, metrics_token)
         address = await _listen(settings, rpc, certificates)
