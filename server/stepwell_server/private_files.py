@@ -110,6 +110,24 @@ def create(path: Path) -> int:
     return file
 
 
+def have(path: Path) -> None:
+    """Have an empty file of mode 0600 that is its folder's owner's, if there is none: root may be who makes it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        file = create(path)
+    except FileExistsError:
+        return
+    try:
+        owner = os.stat(path.parent)
+        if os.geteuid() == 0:  # the file is new and no link: nobody else's is given away
+            os.fchown(file, owner.st_uid, owner.st_gid)
+    finally:
+        os.close(file)
+
+
 def replace(path: Path, content: bytes) -> None:
     """Write a file of mode 0600, whole or not at all; what was there is replaced.
 
