@@ -9,6 +9,7 @@ The whole way to a file counts: who can rename a folder above it can put another
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fnmatch
 import grp
@@ -19,6 +20,7 @@ import secrets
 import stat
 import struct
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +36,9 @@ _ACL_USER, _ACL_OWNING_GROUP, _ACL_GROUP = 2, 4, 8
 _log = logging.getLogger(__name__)
 
 
+_as_user: ContextVar[int | None] = ContextVar("as_user", default=None)
+
+
 class NotPrivateError(PermissionError):
     """A path cannot be used, as it is not private. The message is one line: the path, the rule, what it is, and the way on."""
 
@@ -47,6 +52,22 @@ class _Place(NamedTuple):
     @property
     def mode(self) -> int:
         return stat.S_IMODE(self.found.st_mode)
+
+
+@contextlib.contextmanager
+def as_user(number: int) -> Iterator[None]:
+    """Judge files as those of a server that another user runs: for root, who looks after it."""
+    before = _as_user.set(number)
+    try:
+        yield
+    finally:
+        _as_user.reset(before)
+
+
+def server_user() -> int:
+    """The number of the user whose server is meant: who runs this, unless `as_user` says another."""
+    number = _as_user.get()
+    return os.geteuid() if number is None else number
 
 
 # ------------------------------------------------------------------------------------------------- the server's own
@@ -224,9 +245,9 @@ def _way_problem(place: _Place, path: Path) -> str:
 
 def _owner_problem(place: _Place, *, is_above: bool = False) -> str:
     owner = place.found.st_uid
-    if owner in (0, os.geteuid()) or (is_above and _is_unmapped(owner)):
+    if owner in (0, server_user()) or (is_above and _is_unmapped(owner)):
         return ""
-    return f"its owner is {_user(owner)}, and the server runs as {_user(os.geteuid())}"
+    return f"its owner is {user_text(owner)}, and the server runs as {user_text(server_user())}"
 
 
 def _write_problem(place: _Place) -> str:
@@ -256,7 +277,7 @@ def _group_may(place: _Place, right: int) -> bool:
     for tag, rights, number in listed:
         is_own = True
         if tag == _ACL_USER:
-            is_own = number in (0, os.geteuid())
+            is_own = number in (0, server_user())
         elif tag in (_ACL_OWNING_GROUP, _ACL_GROUP):
             is_own = _is_own_group(place.found.st_gid if tag == _ACL_OWNING_GROUP else number)
         if rights & right and not is_own:
@@ -276,7 +297,7 @@ def _is_own_group(number: int) -> bool:
     except KeyError:
         members = set()
     members |= {user.pw_name for user in pwd.getpwall() if user.pw_gid == number}
-    return members <= {"root", _name(os.geteuid())}
+    return members <= {"root", _name(server_user())}
 
 
 def _access_list(path: Path) -> list[tuple[int, int, int]] | None:
@@ -307,7 +328,8 @@ def _name(user: int) -> str:
         return ""
 
 
-def _user(user: int) -> str:
+def user_text(user: int) -> str:
+    """A user for people: the name, if there is one, and the number."""
     name = _name(user)
     return f"user {name} ({user})" if name else f"user {user}"
 
@@ -367,7 +389,7 @@ def _make(path: Path) -> None:
 
 def _is_wide(place: _Place) -> bool:
     """Whether others can use what is ours. How wide root has made its own is root's decision."""
-    return bool(place.mode & _OTHERS) and place.found.st_uid == os.geteuid()
+    return bool(place.mode & _OTHERS) and place.found.st_uid == server_user()
 
 
 def _is_known(name: str, holds: Sequence[str]) -> bool:

@@ -122,10 +122,10 @@ def test_kubernetes_finds_what_it_wants() -> None:
 
 def test_the_commands_of_the_pages_run(tmp_path: Path) -> None:
     stepwell = f'stepwell() {{ "{sys.executable}" -m stepwell "$@"; }}\n'
-    tokens, certificates = _blocks(DOCS / "production.md", "sh")[1], _blocks(DOCS / "certificates.md", "sh")
+    tokens, certificates = _blocks(DOCS / "production.md", "sh")[1:], _blocks(DOCS / "certificates.md", "sh")
     if shutil.which("openssl") is None:
         certificates = []
-    for block in (tokens, *certificates):
+    for block in (*tokens, *certificates):
         done = subprocess.run(
             ["bash", "-euc", stepwell + block], cwd=tmp_path, capture_output=True, text=True, check=False
         )
