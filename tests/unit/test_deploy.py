@@ -108,7 +108,17 @@ def test_kubernetes_finds_what_it_wants() -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True
     volumes = {volume["name"] for volume in pod["volumes"]}
     volumes |= {claim["metadata"]["name"] for claim in server["spec"]["volumeClaimTemplates"]}
-    for container in (*pod["initContainers"], *pod["containers"]):
+    (container,) = pod["containers"]
+    # what is in an emptyDir every user can write, and is refused; a secret is the group's to read
+    shared = {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume}
+    assert [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in shared] == ["/tmp"]
+    for volume in pod["volumes"]:
+        assert "secret" not in volume or volume["secret"]["defaultMode"] == 0o440
+    places = [mount["mountPath"] for mount in container["volumeMounts"]]
+    for option in container["args"]:
+        _, _, path = option.partition("=")
+        assert not path.startswith("/") or any(path.startswith(f"{place}/") for place in places), option
+    for container in pod["containers"]:
         assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
         assert container["securityContext"]["readOnlyRootFilesystem"] is True
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}

@@ -142,6 +142,20 @@ def test_a_group_counts_as_others_only_if_it_has_others(tmp_path: Path) -> None:
         require_secret(file, may_be_read=True)
 
 
+@needs_root
+def test_a_secret_that_kubernetes_mounts_is_taken(tmp_path: Path) -> None:
+    """Links into a folder of root, all of it readable by the group of `fsGroup` (here nobody is in it)."""
+    kept = tmp_path / "..2026"
+    kept.mkdir()
+    (kept / "tokens").touch()
+    (tmp_path / "..data").symlink_to("..2026")
+    (tmp_path / "tokens").symlink_to("..data/tokens")
+    for path, bits in ((kept / "tokens", 0o440), (kept, 0o2755), (tmp_path, 0o3777)):
+        os.chown(path, 0, SOMEBODY)
+        path.chmod(bits)
+    require_secret(tmp_path / "tokens")
+
+
 def _list_access(path: Path, *users: tuple[int, int], of_group: int = 0) -> None:
     """Give a file an access list: rights of users, of its group; the owner reads."""
     nobody = 0xFFFFFFFF
