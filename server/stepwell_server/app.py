@@ -146,16 +146,7 @@ def _certificates(settings: Settings) -> CertificateFiles | None:
 
 def _callers(settings: Settings, clock: Clock) -> Callers | None:
     try:
-        return open_callers(
-            clock,
-            token_file=settings.auth_tokens,
-            certificate_file=settings.auth_certificates,
-            jwks_file=settings.auth_jwks,
-            audience=settings.auth_jwt_audience,
-            issuer=settings.auth_jwt_issuer,
-            tenant_claim=settings.auth_jwt_tenant_claim,
-            role_claim=settings.auth_jwt_role_claim,
-        )
+        return open_callers(settings, clock)
     except WatchedFileError as error:
         raise StartError(str(error)) from error
 
@@ -252,6 +243,7 @@ async def _run(
     try:
         notifier.start()
         readiness.listen(notifier.changed)
+        readiness.listen(observer.ready_is)
         # Probes are answered from here on, however long the models take.
         metrics = _serve_metrics(settings, observer, readiness, served.stats, metrics_token)
         address = await _listen(settings, rpc, certificates)

@@ -1,9 +1,10 @@
 """The audit log: one JSON object a line, written by a thread, so that nobody waits for its disk.
 
-What is to be written waits in a bounded queue. If it is full, the disk being slow or gone, events are dropped and
-counted, and the next line that can be written says how many are missing; or calls are refused until there is room, as
-the settings say. Lines are handed to the system one batch at a time and not flushed to the disk: a loss of power can
-take the last second. The file is opened anew on request, so that it can be renamed away.
+What is to be written waits in a bounded queue. What cannot be written is tried again every second, from the byte on
+where it stopped. If the queue is full, the disk being slow, full or gone, events are dropped and counted, and the next
+line that can be written says how many are missing; or calls are refused until there is room, as the settings say. Lines
+are handed to the system one batch at a time and not flushed to the disk: a loss of power can take the last second. The
+file is opened anew on request, so that it can be renamed away.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ _log = Log("audit")
 MOST_WAITING = 16_384
 """Events. A line has some hundreds of bytes, or some thousands where it names sessions."""
 _AT_ONCE = 512
+_AGAIN_S, _LAST_S = 1.0, 5.0
+"""Time between two tries, and how long the end waits for the last one."""
 _STOP, _REOPEN = object(), object()
 
 
@@ -42,11 +45,13 @@ class AuditLog:
         self._path = path
         self._waiting: queue.Queue[object] = queue.Queue(most_waiting)
         self._counting = threading.Lock()
-        self._must_turn = threading.Event()
         self._missing = 0
         """Events that no line has told of."""
         self.written = self.dropped = 0
         self._is_failing = False
+        self._is_stopping = self._must_turn = False
+        self._nudge = threading.Event()
+        """Something is to be done now by the thread, although it cannot write."""
         try:
             self._descriptor = self._open()
         except OSError as error:
@@ -56,8 +61,8 @@ class AuditLog:
 
     @property
     def is_full(self) -> bool:
-        """The next event would be dropped."""
-        return self._waiting.full()
+        """The next event would be dropped, or cannot be written now."""
+        return self._waiting.full() or self._is_failing
 
     def write(self, event: dict[str, object]) -> None:
         """Have an event written, with the time that it is now. Never blocks."""
@@ -71,14 +76,23 @@ class AuditLog:
         """Go on in a file of the same name: the one that is open may have been renamed. Never blocks."""
         try:
             self._waiting.put_nowait(_REOPEN)
-        except queue.Full:  # then it is after what is being written, and not after all that waits
-            self._must_turn.set()
+            is_queued = True
+        except queue.Full:
+            is_queued = False
+        if self._is_failing or not is_queued:
+            self._must_turn = True
+            self._nudge.set()
 
     def close(self) -> None:
-        """Write what waits, and end. Blocks."""
-        self._waiting.put(_STOP)
-        self._thread.join()
-        if self._descriptor > 2:
+        """Write what waits, if it can be written, and end. Blocks, for some seconds if the disk hangs."""
+        self._is_stopping = True
+        self._nudge.set()
+        try:
+            self._waiting.put(_STOP, timeout=_LAST_S)
+        except queue.Full:
+            return
+        self._thread.join(_LAST_S)
+        if self._descriptor > 2 and not self._thread.is_alive():
             os.close(self._descriptor)
 
     def _drop(self, count: int) -> None:
@@ -100,8 +114,7 @@ class AuditLog:
                 events.pop()
             self._put(events)
             going_on = last is not _STOP
-            if last is _REOPEN or self._must_turn.is_set():
-                self._must_turn.clear()
+            if last is _REOPEN or self._must_turn:
                 self._turn()
 
     def _put(self, events: list[object]) -> None:
@@ -111,23 +124,42 @@ class AuditLog:
         if not events and not told:
             return
         data = "".join(f"{json.dumps(event, default=str)}\n" for event in [*told, *events]).encode()
-        try:
-            while data:
-                data = data[os.write(self._descriptor, data) :]
-        except OSError as error:
-            self._drop(len(events))
-            with self._counting:
-                self._missing += missing
-            if not self._is_failing:
-                _log.error("the audit log cannot be written", path=str(self._path), reason=error.strerror)
-            self._is_failing = True
-            return
+        done = 0
+        while done < len(data):
+            try:
+                done += os.write(self._descriptor, data[done:])
+            except OSError as error:
+                if not self._is_failing:
+                    _log.error("the audit log cannot be written", path=str(self._path), reason=error.strerror)
+                self._is_failing = True
+                if self._is_stopping:
+                    lost = min(len(events), data.count(b"\n", done))
+                    self.written += len(events) - lost
+                    self._drop(lost)
+                    return
+                self._nudge.wait(_AGAIN_S)
+                if self._must_turn:
+                    begin = data.rfind(b"\n", 0, done) + 1
+                    if self._cut(done - begin):
+                        done = begin
+                    self._turn()
         self.written += len(events)
         if self._is_failing:
             _log.info("the audit log can be written again", path=str(self._path))
         self._is_failing = False
 
+    def _cut(self, count: int) -> bool:
+        """Take the last bytes out of the file, so that their line can be written whole into another; a pipe has no such."""
+        found = os.fstat(self._descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            return False
+        os.ftruncate(self._descriptor, found.st_size - count)
+        return True
+
     def _turn(self) -> None:
+        self._must_turn = False
+        if not self._is_stopping:
+            self._nudge.clear()
         try:
             descriptor = self._open()
         except OSError as error:

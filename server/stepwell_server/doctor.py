@@ -92,7 +92,15 @@ class Examination:
         self._serves = serves
 
     def examine(self) -> None:
-        """Find out all of it."""
+        """Find out all of it. Root looks as the user whose the data folder is."""
+        owner = os.geteuid()
+        if owner == 0 and self._settings.data_dir is not None:
+            with contextlib.suppress(OSError):
+                owner = self._settings.data_dir.stat().st_uid
+        with private_files.as_user(owner):
+            self._examine()
+
+    def _examine(self) -> None:
         data_dir = self._settings.data_dir
         self.facts["versions"] = self._versions()
         self.facts["limits"] = self._limits()
@@ -101,6 +109,7 @@ class Examination:
 
             self._server = holder_of(data_dir)
             self.facts["data-dir"] = self._folder("--data-dir", data_dir)
+            self.facts["data-dir"]["user"] = private_files.user_text(private_files.server_user())
             self.facts["data-dir"]["used_by"] = self._server and str(self._server)
             self.facts["disk"] = self._disk(data_dir)
         if self._serves:
@@ -286,6 +295,36 @@ class Examination:
                 CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
         except (SettingsError, CertificateError) as error:
             self.wrong(str(error), "name another file")
+        self._secrets()
+
+    def _secrets(self) -> None:
+        """Who calls, what they may have, and what guards metrics and records, each as a server reads it."""
+        # All of these need packages of the server.
+        from stepwell_server.auth.opening import open_callers
+        from stepwell_server.metrics.token import MetricsToken, TokenError
+        from stepwell_server.quota_file import QuotaFile
+        from stepwell_server.store.base import KeyFileError
+        from stepwell_server.store.keyring import read_keys
+        from stepwell_server.watched_file import WatchedFileError
+
+        settings = self._settings
+        reads: list[tuple[str, Path | None, Callable[[Path], object]]] = [
+            ("", settings.metrics_token_file, MetricsToken.of),
+            ("", settings.quotas, QuotaFile),
+            ("--encryption-key-file: ", settings.encryption_key_file, read_keys),
+            ("", Path(), lambda _: open_callers(settings, self._clock)),
+        ]
+        for option, path, read in reads:
+            try:
+                if path is not None:
+                    read(path)
+            except (WatchedFileError, TokenError, KeyFileError) as error:
+                self.wrong(f"{option}{error}", "mend the file, or name another")
+        audit = settings.audit_log
+        if audit is not None and str(audit) != "-" and not audit.parent.is_dir():
+            self.wrong(
+                f"--audit-log: {audit.parent} must be a folder that is there", "make it, or name another"
+            )
 
     def _model(self, name: str, path: Path) -> None:
         try:

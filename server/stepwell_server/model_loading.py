@@ -143,7 +143,7 @@ def _load_one(settings: Settings, name: str, limits: Limits, report: Callable[[s
     except DataError as error:
         raise LoadError(f"model {name}: --check-with: {error}") from error
     except ModelError as error:
-        if error.details:
+        if error.details and not (limits.abandoned and limits.abandoned.is_set()):
             _log.warning("model refused", model=name, details=error.details)
         raise LoadError(f"model {name}: {error}") from error
     except OSError as error:

@@ -9,6 +9,7 @@ The whole way to a file counts: who can rename a folder above it can put another
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fnmatch
 import grp
@@ -17,19 +18,26 @@ import os
 import pwd
 import secrets
 import stat
+import struct
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
 OF_DATA = ("sessions", "sessions.compacting", "journal", "server.lock", "readers.lock")
 """Names of what is in a data folder."""
-_OTHERS_WRITE, _GROUP_WRITES = stat.S_IWOTH, stat.S_IWGRP
 _OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
+_READ, _WRITE = 4, 2
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _MOST_LINKS = 40
-_ACL = "system.posix_acl_access"
+#: Access lists as the kernel tells them (linux/posix_acl_xattr.h): a version, then entries.
+_ACL, _ACL_HEADER_BYTES, _ACL_ENTRY = "system.posix_acl_access", 4, struct.Struct("<HHI")
+_ACL_USER, _ACL_OWNING_GROUP, _ACL_GROUP = 2, 4, 8
 _log = logging.getLogger(__name__)
+
+
+_as_user: ContextVar[int | None] = ContextVar("as_user", default=None)
 
 
 class NotPrivateError(PermissionError):
@@ -45,6 +53,22 @@ class _Place(NamedTuple):
     @property
     def mode(self) -> int:
         return stat.S_IMODE(self.found.st_mode)
+
+
+@contextlib.contextmanager
+def as_user(number: int) -> Iterator[None]:
+    """Judge files as those of a server that another user runs: for root, who looks after it."""
+    before = _as_user.set(number)
+    try:
+        yield
+    finally:
+        _as_user.reset(before)
+
+
+def server_user() -> int:
+    """The number of the user whose server is meant: who runs this, unless `as_user` says another."""
+    number = _as_user.get()
+    return os.geteuid() if number is None else number
 
 
 # ------------------------------------------------------------------------------------------------- the server's own
@@ -112,6 +136,24 @@ def create(path: Path) -> int:
     return file
 
 
+def have(path: Path) -> None:
+    """Have an empty file of mode 0600 that is its folder's owner's, if there is none: root may be who makes it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        file = create(path)
+    except FileExistsError:
+        return
+    try:
+        owner = os.stat(path.parent)
+        if os.geteuid() == 0:  # the file is new and no link: nobody else's is given away
+            os.fchown(file, owner.st_uid, owner.st_gid)
+    finally:
+        os.close(file)
+
+
 def replace(path: Path, content: bytes) -> None:
     """Write a file of mode 0600, whole or not at all; what was there is replaced.
 
@@ -151,10 +193,10 @@ def require_secret(path: Path, *, may_be_read: bool = False) -> None:
     file = _trusted(path)
     if file is None:
         return
-    by_others, by_group = file.mode & stat.S_IROTH, file.mode & stat.S_IRGRP and not _is_own_group(file)
+    by_others, by_group = file.mode & stat.S_IROTH, _group_may(file, _READ)
     if not by_others and not by_group:
         return
-    problem = f"{path} must be readable by its owner only; its mode is {file.mode:04o}: chmod 600 {path}"
+    problem = f"{path} must be readable by its owner only; {_wideness(file)}: chmod 600 {path}"
     if not may_be_read:
         raise NotPrivateError(problem)
     if by_others:
@@ -208,28 +250,51 @@ def _way_problem(place: _Place, path: Path) -> str:
 
 def _owner_problem(place: _Place, *, is_above: bool = False) -> str:
     owner = place.found.st_uid
-    if owner in (0, os.geteuid()) or (is_above and _is_unmapped(owner)):
+    if owner in (0, server_user()) or (is_above and _is_unmapped(owner)):
         return ""
-    return f"its owner is {_user(owner)}, and the server runs as {_user(os.geteuid())}"
+    return f"its owner is {user_text(owner)}, and the server runs as {user_text(server_user())}"
 
 
 def _write_problem(place: _Place) -> str:
-    if place.mode & _OTHERS_WRITE:
+    if place.mode & stat.S_IWOTH:
         return f"its mode is {place.mode:04o}, every user can write it"
-    if place.mode & _GROUP_WRITES and not _is_own_group(place):
-        return f"its mode is {place.mode:04o}, other users can write it ({_group(place.found.st_gid)})"
+    if _group_may(place, _WRITE):
+        return f"{_wideness(place)}, other users can write it ({_group(place.found.st_gid)})"
     return ""
 
 
-def _is_own_group(place: _Place) -> bool:
-    """Whether no other user is in the group of a file, as far as this system knows; root's is root.
+def _wideness(place: _Place) -> str:
+    listed = "" if _access_list(place.path) is None else ", with an access list"
+    return f"its mode is {place.mode:04o}{listed}"
 
-    So it is with groups of one user, which many systems make, and with the groups that containers give to volumes. An
-    access list grants by the bits of the group, too: then they say nothing of the group.
+
+def _group_may(place: _Place, right: int) -> bool:
+    """Whether another user has a right by the bits of the group: as a member of it, or by an access list.
+
+    With an access list these bits are the most that it grants. systemd gives a service its credentials so: they are
+    root's, of mode 0440, and the list has the service's user.
     """
-    if _has_access_list(place.path):
+    if not place.mode & right << 3:
         return False
-    number = place.found.st_gid
+    listed = _access_list(place.path)
+    if listed is None:
+        return not _is_own_group(place.found.st_gid)
+    for tag, rights, number in listed:
+        is_own = True
+        if tag == _ACL_USER:
+            is_own = number in (0, server_user())
+        elif tag in (_ACL_OWNING_GROUP, _ACL_GROUP):
+            is_own = _is_own_group(place.found.st_gid if tag == _ACL_OWNING_GROUP else number)
+        if rights & right and not is_own:
+            return True
+    return False
+
+
+def _is_own_group(number: int) -> bool:
+    """Whether no other user is in a group, as far as this system knows; root's is root.
+
+    So it is with groups of one user, which many systems make, and with the groups that containers give to volumes.
+    """
     if number == 0:
         return True
     try:
@@ -237,16 +302,18 @@ def _is_own_group(place: _Place) -> bool:
     except KeyError:
         members = set()
     members |= {user.pw_name for user in pwd.getpwall() if user.pw_gid == number}
-    return members <= {"root", _name(os.geteuid())}
+    return members <= {"root", _name(server_user())}
 
 
-def _has_access_list(path: Path) -> bool:
+def _access_list(path: Path) -> list[tuple[int, int, int]] | None:
+    """The access list of a file: of each entry what it is for, the rights, and the number of a user or group. None: no list."""
     if not hasattr(os, "getxattr"):
-        return False
+        return None
     try:
-        return bool(os.getxattr(path, _ACL))
+        raw = os.getxattr(path, _ACL)
     except OSError:  # none, or a file system without them
-        return False
+        return None
+    return list(_ACL_ENTRY.iter_unpack(raw[_ACL_HEADER_BYTES:])) if raw else None
 
 
 def _is_unmapped(user: int) -> bool:
@@ -266,7 +333,8 @@ def _name(user: int) -> str:
         return ""
 
 
-def _user(user: int) -> str:
+def user_text(user: int) -> str:
+    """A user for people: the name, if there is one, and the number."""
     name = _name(user)
     return f"user {name} ({user})" if name else f"user {user}"
 
@@ -326,7 +394,7 @@ def _make(path: Path) -> None:
 
 def _is_wide(place: _Place) -> bool:
     """Whether others can use what is ours. How wide root has made its own is root's decision."""
-    return bool(place.mode & _OTHERS) and place.found.st_uid == os.geteuid()
+    return bool(place.mode & _OTHERS) and place.found.st_uid == server_user()
 
 
 def _is_known(name: str, holds: Sequence[str]) -> bool:

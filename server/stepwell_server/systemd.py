@@ -27,7 +27,7 @@ class Notifier:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._place = environment.get("NOTIFY_SOCKET", "")
         self._socket: socket.socket | None = None
-        self._was_ready = self._is_failing = False
+        self._was_ready = self._is_stopping = self._is_failing = False
         self._feeding: asyncio.Task[None] | None = None
         watchdog = environment.get("WATCHDOG_USEC", "")
         is_meant = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
@@ -50,13 +50,16 @@ class Notifier:
             self._was_ready = True
             self.tell(READY="1", STATUS="ready")
         elif "stopping" in report.problems:
+            self._is_stopping = True
             self.tell(STOPPING="1", STATUS=_one_line(report.problems["stopping"]))
         else:
             about = "; ".join((*report.problems.values(), *report.warnings.values())) or "ready"
             self.tell(STATUS=_one_line(about))
 
     def reloading(self) -> None:
-        """Files are read anew."""
+        """Files are read anew. Told only between start and stop: READY=1 ends both a reload and a start."""
+        if not self._was_ready or self._is_stopping:
+            return
         self.tell(RELOADING="1", MONOTONIC_USEC=str(time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000))
         self.tell(READY="1")
 

@@ -189,4 +189,5 @@ def test_a_signal_while_a_model_is_compiled_leaves_nothing_behind(
     assert children
     assert (code, out) == (1, "")
     assert err.splitlines()[-1] == "stepwell: error: stopped before it was ready"
+    assert "model refused" not in err
     assert not any(Path(f"/proc/{child}").exists() for child in children)

@@ -8,7 +8,8 @@ import grpc
 import numpy as np
 import pytest
 
-from stepwell.v1 import sessions_pb2
+from stepwell.v1 import models_pb2, sessions_pb2
+from stepwell.v1.models_pb2_grpc import ModelServiceStub
 from support import secured, wire
 from support.served import Served
 from support.wire import Wire, tensor
@@ -117,11 +118,12 @@ def test_openings_forks_and_closings_that_are_sent_again(served: Served) -> None
 
 def test_the_secured_server_is_secured(served_secured: Served) -> None:
     """The harness does what its switch says: otherwise the sample here, and all that `make soak` does with it, is none."""
-    address, call = served_secured.address, "/stepwell.v1.ModelService/ListModels"
+    address = served_secured.address
     plain = grpc.insecure_channel(secured.host_and_port(address))
     with plain, secured.channel(address, token=False) as nobody, secured.channel(address) as known:
         for channel, code in ((plain, "UNAVAILABLE"), (nobody, "UNAUTHENTICATED")):
             with pytest.raises(grpc.RpcError) as refused:
-                channel.unary_unary(call)(b"", timeout=wire.TIMEOUT_S)
+                ModelServiceStub(channel).ListModels(models_pb2.ListModelsRequest(), timeout=wire.TIMEOUT_S)
             assert refused.value.code().name == code
-        assert known.unary_unary(call)(b"", timeout=wire.TIMEOUT_S)
+        listed = ModelServiceStub(known).ListModels(models_pb2.ListModelsRequest(), timeout=wire.TIMEOUT_S)
+        assert listed.models

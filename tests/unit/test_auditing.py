@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -279,6 +280,59 @@ def test_a_disk_without_room_drops_lines_and_says_so_once(caplog: pytest.LogCapt
     assert (log.written, log.dropped) == (0, 3)
     (record,) = caplog.records
     assert record.getMessage() == "the audit log cannot be written"
+
+
+def test_a_full_disk_cuts_no_line_off_and_loses_none(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, refused = threading.Event(), threading.Event()
+    write = os.write
+
+    def limited(descriptor: int, data: bytes) -> int:
+        is_log = Path(f"/proc/self/fd/{descriptor}").resolve() == file
+        if not is_log or room.is_set():
+            return write(descriptor, data)
+        if os.fstat(descriptor).st_size:
+            refused.set()
+            raise OSError(errno.ENOSPC, "full")
+        return write(descriptor, data[:7])
+
+    monkeypatch.setattr(os, "write", limited)
+    log = AuditLog(file, most_waiting=5)
+    log.write({"number": 1})
+    assert refused.wait(100)
+    while not log.is_full:
+        pass
+    with pytest.raises(Overloaded, match="must have room"):  # nothing that is to be seen goes on meanwhile
+        Auditor(log, "refuse").begins("OpenSession", FakeCall())
+    for number in range(2, 9):
+        log.write({"number": number})
+    assert log.dropped == 2
+    refused.clear()
+    log.reopen()  # must not wait for the queue, which is full
+    assert refused.wait(100)
+    room.set()
+    log.reopen()
+    log.close()
+    lines = _lines(file)
+    assert [line["number"] for line in lines if "number" in line] == [1, 2, 3, 4, 5, 6]
+    assert (log.written, log.dropped) == (6, 2)
+
+    room.clear()
+    refused.clear()
+    file.unlink()
+    log = AuditLog(file)
+    log.write({"number": 1})
+    assert refused.wait(100)
+    while not log.is_full:
+        pass
+    file.rename(tmp_path / "cut off")
+    room.set()
+    log.reopen()
+    log.write({"number": 2})
+    log.close()
+    assert [line["number"] for line in _lines(file)] == [1, 2]
+    assert not (tmp_path / "cut off").read_text()
 
 
 def test_it_goes_on_in_a_new_file_when_the_old_one_was_renamed(file: Path, tmp_path: Path) -> None:

@@ -108,7 +108,17 @@ def test_kubernetes_finds_what_it_wants() -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True
     volumes = {volume["name"] for volume in pod["volumes"]}
     volumes |= {claim["metadata"]["name"] for claim in server["spec"]["volumeClaimTemplates"]}
-    for container in (*pod["initContainers"], *pod["containers"]):
+    (container,) = pod["containers"]
+    # what is in an emptyDir every user can write, and is refused; a secret is the group's to read
+    shared = {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume}
+    assert [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in shared] == ["/tmp"]
+    for volume in pod["volumes"]:
+        assert "secret" not in volume or volume["secret"]["defaultMode"] == 0o440
+    places = [mount["mountPath"] for mount in container["volumeMounts"]]
+    for option in container["args"]:
+        _, _, path = option.partition("=")
+        assert not path.startswith("/") or any(path.startswith(f"{place}/") for place in places), option
+    for container in pod["containers"]:
         assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
         assert container["securityContext"]["readOnlyRootFilesystem"] is True
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
@@ -122,10 +132,10 @@ def test_kubernetes_finds_what_it_wants() -> None:
 
 def test_the_commands_of_the_pages_run(tmp_path: Path) -> None:
     stepwell = f'stepwell() {{ "{sys.executable}" -m stepwell "$@"; }}\n'
-    tokens, certificates = _blocks(DOCS / "production.md", "sh")[1], _blocks(DOCS / "certificates.md", "sh")
+    tokens, certificates = _blocks(DOCS / "production.md", "sh")[1:], _blocks(DOCS / "certificates.md", "sh")
     if shutil.which("openssl") is None:
         certificates = []
-    for block in (tokens, *certificates):
+    for block in (*tokens, *certificates):
         done = subprocess.run(
             ["bash", "-euc", stepwell + block], cwd=tmp_path, capture_output=True, text=True, check=False
         )

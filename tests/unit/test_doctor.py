@@ -79,6 +79,41 @@ def taken() -> Iterator[Address]:
         yield Address(*listener.getsockname())
 
 
+def test_secrets_are_read_as_a_server_reads_them(settings: Settings, tmp_path: Path) -> None:
+    names = ("tokens", "metrics", "keys", "quotas")
+    files = {name: tmp_path / name for name in names}
+    for file in files.values():
+        file.write_text("[")
+        file.chmod(0o600)
+    settings = dataclasses.replace(
+        settings,
+        auth_tokens=files["tokens"],
+        metrics_token_file=files["metrics"],
+        encryption_key_file=files["keys"],
+        quotas=files["quotas"],
+        audit_log=tmp_path / "none" / "audit.jsonl",
+    )
+    found = wrong(settings)
+    options = ("--metrics-token-file", "--quotas", "--encryption-key-file", "--auth-tokens", "--audit-log")
+    assert [line.partition(":")[0] for line in found] == list(options)
+    files["tokens"].chmod(0o644)
+    assert any("readable by its owner only" in line for line in wrong(settings))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root looks after the server of another user")
+def test_root_looks_as_the_user_whose_the_data_folder_is(settings: Settings, tmp_path: Path) -> None:
+    assert settings.data_dir is not None
+    for folder in (settings.data_dir, settings.cache_dir):
+        folder.mkdir(0o700)
+        os.chown(folder, 54_321, 54_321)
+    found = examined(settings)
+    assert found.findings == []
+    assert found.facts["data-dir"]["user"] == "user 54321"
+    os.chown(settings.cache_dir, 54_322, -1)
+    (line,) = wrong(settings)
+    assert "its owner is user 54322, and the server runs as user 54321" in line
+
+
 def test_nothing_is_wrong_and_nothing_is_left_behind(settings: Settings, tmp_path: Path) -> None:
     found = examined(settings)
     assert found.findings == []

@@ -70,8 +70,9 @@ async def test_steps_are_charged_to_who_asks_and_refused_with_the_time_to_wait()
             await at.engine.predict("plain", {"": x(4)}, who=ANN)
         assert at.quotas is not None
         counts = at.quotas.counts()
-        assert counts.steps == {"acme": 23, "beta": 50}
-        assert counts.refused == {("acme", "steps_per_second"): 3}
+        assert counts.steps == {"acme": 23, "beta": 50, "": 0}
+        assert counts.refused["acme", "steps_per_second"] == 3
+        assert sum(counts.refused.values()) == 3
 
 
 async def test_of_a_change_of_many_callers_each_is_charged_for_its_own() -> None:
@@ -185,6 +186,7 @@ async def test_what_a_store_has_counts_from_the_start_and_tenants_beyond_the_lim
     counts = quotas.counts()
     assert counts.sessions == {"acme": 2, "t0": 1, OTHER: 4}
     assert counts.rows == {"acme": 6, "t0": 1, OTHER: 4}
-    assert counts.steps == {"t0": 2, OTHER: 8}
+    assert counts.steps == {"acme": 0, "t0": 2, OTHER: 8}
+    assert counts.refused["acme", "sessions"] == counts.refused["t0", "rows"] == 0  # there before the first
     with pytest.raises(QuotaExceeded, match="sessions of tenant 'acme' must stay within 2; there are 2"):
         quotas.begin([f"{prefix_of('acme')}x"], 1)

@@ -11,6 +11,7 @@ from stepwell_server.engine.engine import ModelStats
 from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES
 from stepwell_server.errors import reasons
 from stepwell_server.metrics.observer import PrometheusObserver
+from stepwell_server.readiness import Readiness
 from stepwell_server.rpc.fronts.base import FrontCounts
 from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.status import ANY_CODE
@@ -166,6 +167,16 @@ def test_how_the_store_is_stands_there() -> None:
     assert samples.value("stepwell_store_ready") == 0
     assert samples.value("stepwell_store_reopened_total") == 3
     assert samples.value("stepwell_store_damaged") == 1
+
+
+def test_whether_it_is_ready_stands_there_from_the_first_scrape_on() -> None:
+    observer, readiness = PrometheusObserver(), Readiness()
+    readiness.listen(observer.ready_is)
+    assert _scrape(observer).value("stepwell_ready") == 0
+    readiness.problem("models", "")
+    assert _scrape(observer).value("stepwell_ready") == 1
+    readiness.problem("stopping", "the server stops")
+    assert _scrape(observer).value("stepwell_ready") == 0
 
 
 def test_calls_that_end_together_are_counted_as_if_each_had_ended_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -154,6 +155,60 @@ def test_a_group_counts_as_others_only_if_it_has_others(tmp_path: Path) -> None:
         else:
             require_secret(file)
         require_secret(file, may_be_read=True)
+
+
+@needs_root
+def test_a_secret_that_kubernetes_mounts_is_taken(tmp_path: Path) -> None:
+    """Links into a folder of root, all of it readable by the group of `fsGroup` (here nobody is in it)."""
+    kept = tmp_path / "..2026"
+    kept.mkdir()
+    (kept / "tokens").touch()
+    (tmp_path / "..data").symlink_to("..2026")
+    (tmp_path / "tokens").symlink_to("..data/tokens")
+    for path, bits in ((kept / "tokens", 0o440), (kept, 0o2755), (tmp_path, 0o3777)):
+        os.chown(path, 0, SOMEBODY)
+        path.chmod(bits)
+    require_secret(tmp_path / "tokens")
+
+
+def _list_access(path: Path, *users: tuple[int, int], of_group: int = 0) -> None:
+    """Give a file an access list: rights of users, of its group; the owner reads."""
+    nobody = 0xFFFFFFFF
+    entries = [(1, 4, nobody), *((2, rights, user) for user, rights in users), (4, of_group, nobody)]
+    entries += [(16, 6, nobody), (32, 0, nobody)]
+    raw = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    os.setxattr(path, "system.posix_acl_access", raw)
+
+
+@needs_root
+def test_an_access_list_counts_by_whom_it_names(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.touch(0o400)
+    try:
+        _list_access(
+            file, (os.geteuid(), 4)
+        )  # what LoadCredential makes on a file system that has such lists
+    except OSError:
+        pytest.skip("the file system has no access lists")
+    assert mode(file) == "0460"
+    require_secret(file)
+    _list_access(file, (SOMEBODY, 4))
+    with pytest.raises(
+        NotPrivateError, match=r"owner only; its mode is 0460, with an access list: chmod 600"
+    ):
+        require_secret(file)
+    require_secret(file, may_be_read=True)
+    _list_access(file, (SOMEBODY, 2))
+    with pytest.raises(NotPrivateError, match="with an access list, other users can write it"):
+        require_secret(file, may_be_read=True)
+    os.chown(file, 0, 65_534)
+    for of_group, users in ((4, ()), (0, ((0, 6),))):
+        _list_access(file, *users, of_group=of_group)
+        if of_group:
+            with pytest.raises(NotPrivateError, match="owner only"):
+                require_secret(file)
+        else:
+            require_secret(file)
 
 
 def test_a_secret_that_others_can_read_or_change_is_refused(

@@ -65,6 +65,24 @@ def content(path: Path) -> dict[str, int]:
 EXPECTED = {i: 3 if i in {"a", "b", LONG} else 0 for i in IDS}
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="files of another user are made by root")
+def test_a_backup_by_root_leaves_nothing_that_the_servers_user_cannot_open(
+    path: Path, tmp_path: Path
+) -> None:
+    (path / "sessions" / "lock.mdb").unlink()
+    for place in (path, *path.rglob("*")):
+        os.chown(place, 54_321, 54_321)
+    backup.back_up(path, tmp_path / "backup", CLOCK)
+    made = {place.relative_to(path): place.stat() for place in (path, *path.rglob("*"))}
+    assert {Path("readers.lock"), Path("sessions/lock.mdb")} < set(made)
+    assert {(found.st_uid, found.st_gid) for found in made.values()} == {(54_321, 54_321)}
+    (path / "readers.lock").unlink()
+    (path / "readers.lock").symlink_to(tmp_path / "elsewhere")  # by that user, to be given what is root's
+    with pytest.raises(StoreError, match="must be readable"):
+        backup.back_up(path, tmp_path / "another", CLOCK)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_a_backup_becomes_the_same_store_or_one_ahead(path: Path, tmp_path: Path) -> None:
     done = backup.back_up(path, tmp_path / "backup", CLOCK)
     assert (done.sessions, done.tombstones, done.damaged, done.bytes) == (

@@ -33,6 +33,7 @@ async def test_it_is_told_how_far_the_start_is_and_when_it_is_over(systemd: sock
     notifier.start()
     await asyncio.sleep(0)
     assert _heard(systemd) == {"EXTEND_TIMEOUT_USEC": "60000000"}
+    notifier.reloading()  # SIGHUP meanwhile: to say READY=1 would end the start
     readiness.problem("models", "")
     assert _heard(systemd) == {"READY": "1", "STATUS": "ready"}
     readiness.problem("store", "no room\nat all")
@@ -46,6 +47,10 @@ async def test_it_is_told_how_far_the_start_is_and_when_it_is_over(systemd: sock
     assert _heard(systemd) == {"READY": "1"}
     readiness.problem("stopping", "the server stops")
     assert _heard(systemd) == {"STOPPING": "1", "STATUS": "the server stops"}
+    notifier.reloading()
+    systemd.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        systemd.recv(4096)
     notifier.close()
 
 

@@ -3,35 +3,69 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 from stepwell_server.auth.callers import Callers
 from stepwell_server.clock import Clock
 
 
-def open_callers(
-    clock: Clock,
-    *,
-    token_file: Path | None,
-    certificate_file: Path | None,
-    jwks_file: Path | None,
-    audience: str | None,
-    issuer: str | None,
-    tenant_claim: str,
-    role_claim: str,
-) -> Callers | None:
-    """Who finds callers by these files; None without any: nobody is asked.
+class AuthSettings(Protocol):
+    """What the settings of a server say of this (`settings.Settings`)."""
+
+    @property
+    def auth_tokens(self) -> Path | None:
+        """See `--auth-tokens`."""
+
+    @property
+    def auth_certificates(self) -> Path | None:
+        """See `--auth-certificates`."""
+
+    @property
+    def auth_jwks(self) -> Path | None:
+        """See `--auth-jwks`."""
+
+    @property
+    def auth_jwt_audience(self) -> str | None:
+        """See `--auth-jwt-audience`."""
+
+    @property
+    def auth_jwt_issuer(self) -> str | None:
+        """See `--auth-jwt-issuer`."""
+
+    @property
+    def auth_jwt_tenant_claim(self) -> str:
+        """See `--auth-jwt-tenant-claim`."""
+
+    @property
+    def auth_jwt_role_claim(self) -> str:
+        """See `--auth-jwt-role-claim`."""
+
+    @property
+    def asks_callers(self) -> bool:
+        """Whether any of them is given."""
+
+
+def open_callers(settings: AuthSettings, clock: Clock) -> Callers | None:
+    """Who finds callers by the files that the settings name; None without any: nobody is asked.
 
     Raises:
         WatchedFileError: a file cannot be used.
     """
-    if token_file is None and certificate_file is None and jwks_file is None:
+    if not settings.asks_callers:
         return None
     web_tokens = None
-    if jwks_file is not None:
+    if settings.auth_jwks is not None:
         # Here: it brings the cryptography, which nobody else needs.
         from stepwell_server.auth.web_tokens import Claims, WebTokens
 
+        audience, issuer = settings.auth_jwt_audience, settings.auth_jwt_issuer
         assert audience is not None
         assert issuer is not None
-        web_tokens = WebTokens(jwks_file, Claims(audience, issuer, tenant_claim, role_claim), clock)
-    return Callers(clock, token_file=token_file, certificate_file=certificate_file, web_tokens=web_tokens)
+        claims = Claims(audience, issuer, settings.auth_jwt_tenant_claim, settings.auth_jwt_role_claim)
+        web_tokens = WebTokens(settings.auth_jwks, claims, clock)
+    return Callers(
+        clock,
+        token_file=settings.auth_tokens,
+        certificate_file=settings.auth_certificates,
+        web_tokens=web_tokens,
+    )

@@ -26,6 +26,7 @@ from stepwell_server.store.base import Store
 _SESSIONS_AGAIN_S, _BYTES_AGAIN_S = 1.0, 0.05
 #: Records that are counted before others get a turn.
 _AT_ONCE = 2000
+QUOTAS = ("sessions", "rows", "steps_per_second", "bytes_in_flight")
 OTHER = "other"
 """The label of tenants that have none of their own."""
 
@@ -230,10 +231,13 @@ class Quotas:
         for tenant, count in self._sessions.items():
             sessions[self._label(tenant)] += count
             rows[self._label(tenant)] += self._rows[tenant]
-        for label in self._labels.values():
+        labels = self._labels.values()
+        for label in labels:
             sessions[label] += 0
             rows[label] += 0
-        return TenantCounts(sessions, rows, dict(self._steps), dict(self._refused))
+        steps = dict.fromkeys(labels, 0) | self._steps
+        refused = {(label, quota): 0 for label in labels for quota in QUOTAS} | self._refused
+        return TenantCounts(sessions, rows, steps, refused)
 
     def tenants(self) -> Mapping[str, tuple[int, int]]:
         """Sessions and rows of each tenant that has some."""

@@ -70,6 +70,14 @@ def of_build(
     yield loaded
 
 
+def of_readiness(*, is_ready: bool) -> Metric:
+    """What /readyz says."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    text = "1 if calls can be answered, 0 while models are loaded, the store cannot be used, or the server stops."
+    return GaugeMetricFamily("stepwell_ready", text, value=is_ready)
+
+
 def of_streams(streams: Mapping[str, int]) -> Iterator[Metric]:
     """Streams that are open, by method."""
     from prometheus_client.core import GaugeMetricFamily

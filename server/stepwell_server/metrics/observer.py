@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from stepwell_server.engine.engine import ModelStats
     from stepwell_server.engine.quotas import TenantCounts
     from stepwell_server.program import Program
+    from stepwell_server.readiness import Report
     from stepwell_server.rpc.fronts.base import FrontCounts
     from stepwell_server.rpc.fronts.certificates import CertificateFiles
     from stepwell_server.store.times import StoreTimes
@@ -62,6 +63,7 @@ class PrometheusObserver(Observer):
         self._tenants: Callable[[], TenantCounts] | None = None
         self._store_times: StoreTimes | None = None
         self._audited: Callable[[], tuple[int, int]] | None = None
+        self._is_ready = False
         self._store_is_ready = True
         self._store_reopened = 0
         self._store_is_damaged = False
@@ -303,6 +305,10 @@ class PrometheusObserver(Observer):
         """Sessions, steps and refusals of tenants, where there are quotas."""
         self._tenants = counts
 
+    def ready_is(self, report: Report) -> None:
+        """Whether calls can be answered now. For `Readiness.listen`."""
+        self._is_ready = report.is_ready
+
     def store_checked(self, *, is_ready: bool, reopened: int, is_damaged: bool) -> None:
         """The store was looked after: whether it can be used, how often it was opened anew, whether it lost sessions."""
         self._store_is_ready, self._store_reopened = is_ready, reopened
@@ -318,6 +324,7 @@ class PrometheusObserver(Observer):
         ]
         families = [each.family() for each in counted]
         families += gauges.of_build(self._build, self._models, self._load_seconds)
+        families.append(gauges.of_readiness(is_ready=self._is_ready))
         families += gauges.of_streams(self._streams)
         if self._front_counts is not None:
             families += gauges.of_front(self._front_counts(), self._limits)

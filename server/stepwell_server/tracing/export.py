@@ -17,6 +17,8 @@ from stepwell_server.logs import Log
 _log = Log("tracing")
 #: As OpenTelemetry's own processor of batches has them, by the same variables.
 _MAX_QUEUE, _MAX_BATCH, _DELAY_MS = 2048, 512, 5000
+_LAST_S = 5.0
+"""Spans are worth so long a wait at the end, and no longer."""
 _HTTP_PORT, _HTTP_PATH = 4318, "/v1/traces"
 
 
@@ -53,7 +55,8 @@ class Queue(SpanProcessor):
         return self._counts
 
     def close(self, timeout_s: float) -> None:
-        """Send what is left, within the time given. Blocks."""
+        """Send what is left, within the time given and five seconds. Blocks. Where sending fails the rest is dropped."""
+        timeout_s = min(timeout_s, _LAST_S)
         self._closing = True
         self._wake.set()
         self._thread.join(timeout_s)
@@ -83,6 +86,9 @@ class Queue(SpanProcessor):
                     _log.info("spans are sent again")
                 else:
                     _log.warning("spans cannot be sent, they are lost")
+            if self._closing and not sent:
+                self._counts["dropped"] += len(self._spans)
+                self._spans.clear()
 
 
 def exporter_to(endpoint: str | None) -> SpanExporter:

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stepwell.cli import _render
+from stepwell.cli._errors import Failure
 from stepwell.cli._help import Command
 from stepwell.cli._target import Target, json_option, server_options
 from stepwell.cli._types import Duration
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from stepwell import Client
     from stepwell.cli.top.scrape import Scrape
 
@@ -107,7 +110,7 @@ def top(
     """Show what a server does: steps, latency, passes, sessions, tenants, errors, and who is slow.
 
     The numbers are those of its metrics, and of one call that asks for slow sessions. On a terminal the picture is
-    made anew every --interval until you press q.
+    made anew every --interval until you press q, also over restarts of the server.
     """
     from stepwell.cli.top.scrape import scrape
 
@@ -145,17 +148,26 @@ def _print(found: dict[str, Any], rows: int) -> None:
 
 
 def _live(client: Client, before: Scrape, look: Callable[[], Scrape], interval: float, rows: int) -> None:
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.live import Live
     from rich.text import Text
 
+    from stepwell import StepwellError
     from stepwell.cli.top.screen import screen
 
     console = Console(highlight=False)
+    last: RenderableType = Text("...")
     with _keys() as pressed, Live(Text("..."), console=console, screen=True, auto_refresh=False) as live:
         while not pressed(interval):
-            now = look()
-            live.update(screen(_picture(client, before, now, rows), rows), refresh=True)
+            try:
+                now = look()
+                last = screen(_picture(client, before, now, rows), rows)
+            except (Failure, StepwellError) as error:
+                # who watches a restart wants to see the server come back
+                text = f"no answer, it is asked again: {error}"
+                live.update(Group(Text(text, style="bold red"), "", last), refresh=True)
+                continue
+            live.update(last, refresh=True)
             before = now
 
 

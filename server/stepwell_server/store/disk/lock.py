@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from stepwell_server import private_files
 from stepwell_server.clock import Clock
 from stepwell_server.store.base import Holder, StoreBusy, StoreError
 from stepwell_server.store.disk.files import is_same
@@ -141,7 +142,8 @@ def replacing(directory: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _readers(directory: Path) -> Iterator[int]:
-    file = os.open(directory / READERS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    private_files.have(directory / READERS_FILE)
+    file = os.open(directory / READERS_FILE, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         yield file
     finally:

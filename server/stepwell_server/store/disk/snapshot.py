@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import lmdb
 
+from stepwell_server import private_files
 from stepwell_server.store.base import StoreError, Tombstone
 from stepwell_server.store.disk import key_sums, meta
 from stepwell_server.store.disk.key_sums import Sums
@@ -153,6 +154,7 @@ def opened(path: Path) -> Iterator[Snapshot]:
 
 def _open(path: Path) -> Any:
     size = (path / DATA).stat().st_size
+    private_files.have(path / DATA.with_name("lock.mdb"))
     environment: Any = lmdb.open(
         os.fspath(path / DATA.parent),
         readonly=True,
