@@ -117,11 +117,15 @@ def test_openings_forks_and_closings_that_are_sent_again(served: Served) -> None
 
 def test_the_secured_server_is_secured(served_secured: Served) -> None:
     """The harness does what its switch says: otherwise the sample here, and all that `make soak` does with it, is none."""
-    address, call = served_secured.address, "/stepwell.v1.ModelService/ListModels"
+    address = served_secured.address
+
+    def ask(channel: Any) -> object:
+        return channel.unary_unary("/stepwell.v1.ModelService/ListModels")(b"", timeout=wire.TIMEOUT_S)
+
     plain = grpc.insecure_channel(secured.host_and_port(address))
     with plain, secured.channel(address, token=False) as nobody, secured.channel(address) as known:
         for channel, code in ((plain, "UNAVAILABLE"), (nobody, "UNAUTHENTICATED")):
             with pytest.raises(grpc.RpcError) as refused:
-                channel.unary_unary(call)(b"", timeout=wire.TIMEOUT_S)
+                ask(channel)
             assert refused.value.code().name == code
-        assert known.unary_unary(call)(b"", timeout=wire.TIMEOUT_S)
+        assert ask(known)
