@@ -11,7 +11,7 @@ import pytest
 
 from stepwell_server.engine import submission
 from stepwell_server.engine.change import Change
-from stepwell_server.engine.sessions import creation, directory, ids, reading
+from stepwell_server.engine.sessions import creation, directory, forking, ids, opening, reading
 from stepwell_server.errors import RevisionConflict, ServerError, SessionExists
 from support.awaited import RemoteStore
 from support.durable import begun
@@ -24,8 +24,10 @@ COUNT = 10 * PIECE
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (ids, creation, directory, submission):
+    for module in (opening, directory, submission):
         monkeypatch.setattr(module, "PIECE", PIECE)
+    for module in (ids, creation, forking):
+        monkeypatch.setattr(module, "TURN", PIECE)
 
 
 async def turns_of(call: Coroutine[Any, Any, T]) -> tuple[T, int]:
@@ -81,6 +83,12 @@ async def test_many_sessions_are_opened_in_pieces(named: bool) -> None:
         assert kinds(answers) == ["Answer"] * COUNT
         resident = [(await at.engine.session_info(i)).resident for i in opened.session_ids]
         assert sum(resident) <= COUNT // 2
+
+
+async def test_some_thousand_sessions_are_opened_a_few_hundred_at_a_time() -> None:
+    async with running(resident_rows=4) as at:
+        _, turns = await turns_of(at.engine.open_sessions("plain", count=2048))
+        assert turns >= 2 * (2048 // 256 - 1), "they are looked at, and then made"
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -166,7 +174,7 @@ async def test_what_is_too_late_when_it_was_looked_for_is_not_applied() -> None:
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.stores("async", "sync", "awaited")
 async def test_a_frame_of_unknown_ids_is_looked_for_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ids, "PIECE", PIECE)
+    monkeypatch.setattr(ids, "TURN", PIECE)
     async with running() as at:
         names = [f"never{number}" for number in range(COUNT)]
         (answers, parts), turns = await turns_of(frame(at, names))

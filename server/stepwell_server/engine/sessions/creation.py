@@ -21,7 +21,7 @@ from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Expiry, Removal
-from stepwell_server.engine.sessions.ids import PIECE, in_pieces
+from stepwell_server.engine.sessions.ids import TURN, in_pieces
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array
 from stepwell_server.errors import QuotaExceeded, ServerError
@@ -157,7 +157,7 @@ class Creation:
                 model.slots.free_resident(fresh.rows)
                 made.set_result(error)
                 self._row_queue.room_may_have_come()
-            elif len(ids) <= PIECE:
+            elif len(ids) <= TURN:
                 self._add(fresh)
                 there()
             else:

@@ -12,7 +12,7 @@ from stepwell_server.core.leases import Lease
 from stepwell_server.engine.api import StatesRead
 from stepwell_server.engine.intake.validation import require_sessions
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ids import PIECE, in_pieces
+from stepwell_server.engine.sessions.ids import TURN, in_pieces
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.opening import OpenedMany, Opening, Wanted
 from stepwell_server.engine.sessions.reading import Reading
@@ -95,7 +95,7 @@ class Forking:
             return known
         async for part in in_pieces(new_session_ids):
             self._directory.require_new(field, new_session_ids[part], seen)
-        if len(new_session_ids) > PIECE:  # others had turns between the pieces
+        if len(new_session_ids) > TURN:  # others had turns between the pieces
             seen = await self._directory.look(sources, anew=True)
             self._drain()
         with self._copying(session_ids) as admit:

@@ -23,8 +23,10 @@ _MADE_BY_A_SERVER = re.compile(r"s-([0-9a-f]{8})-[A-Za-z0-9_-]{22}([A-Za-z0-9_-]
 _TOKEN_BYTES, _TOKEN_LENGTH = 16, 22
 #: Of what the ids of one call have in common.
 _GROUP_BYTES = 3
-#: Sessions that one call works on before others get a turn of the event loop.
+#: More sessions than these are looked for in a store before a call on them begins, and ids for more are made by a thread.
 PIECE = 4096
+#: Sessions that one call works on before others get a turn of the event loop.
+TURN = 256
 
 
 class IdMaker:
@@ -85,10 +87,10 @@ class IdMaker:
 
 async def in_pieces(session_ids: Sequence[str]) -> AsyncIterator[slice]:
     """Parts of many ids, with a turn of the event loop between them: a large call must not stop everybody."""
-    for start in range(0, len(session_ids), PIECE):
+    for start in range(0, len(session_ids), TURN):
         if start:
             await asyncio.sleep(0)
-        yield slice(start, start + PIECE)
+        yield slice(start, start + TURN)
 
 
 def require_session_id(field: str, session_id: str) -> None:
