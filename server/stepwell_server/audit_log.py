@@ -9,6 +9,7 @@ file is opened anew on request, so that it can be renamed away.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import os
@@ -150,11 +151,12 @@ class AuditLog:
 
     def _cut(self, count: int) -> bool:
         """Take the last bytes out of the file, so that their line can be written whole into another; a pipe has no such."""
-        found = os.fstat(self._descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            return False
-        os.ftruncate(self._descriptor, found.st_size - count)
-        return True
+        with contextlib.suppress(OSError):  # a disk on which nothing goes: the thread must live all the same
+            found = os.fstat(self._descriptor)
+            if stat.S_ISREG(found.st_mode):
+                os.ftruncate(self._descriptor, found.st_size - count)
+                return True
+        return False
 
     def _turn(self) -> None:
         self._must_turn = False

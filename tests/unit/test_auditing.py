@@ -318,6 +318,26 @@ def test_a_full_disk_cuts_no_line_off_and_loses_none(
     assert [line["number"] for line in lines if "number" in line] == [1, 2, 3, 4, 5, 6]
     assert (log.written, log.dropped) == (6, 2)
 
+    def failing(descriptor: int, size: int) -> None:
+        raise OSError(errno.EIO, "gone")
+
+    room.clear()
+    refused.clear()
+    file.rename(tmp_path / "before")
+    with monkeypatch.context() as worse:
+        worse.setattr(os, "ftruncate", failing)
+        log = AuditLog(file)
+        log.write({"number": 1})
+        assert refused.wait(100)
+        while not log.is_full:
+            pass
+        refused.clear()
+        log.reopen()  # not even this may end the thread
+        assert refused.wait(5), "it is tried again"
+        room.set()
+        log.close()
+    assert [line["number"] for line in _lines(file)] == [1]
+
     room.clear()
     refused.clear()
     file.unlink()
