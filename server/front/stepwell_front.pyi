@@ -1,6 +1,6 @@
 # The native front, as Python sees it: src/python.rs.
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 __version__: str
@@ -13,7 +13,7 @@ class Front:
         methods: Sequence[tuple[str, bool, str]],
         limits: Mapping[str, float],
         *,
-        now: float,
+        now: Callable[[], float],
         overloaded: tuple[int, str, bytes],
         headers_too_large: tuple[int, str, bytes],
         callers: KnownCallers | None,

@@ -60,12 +60,12 @@ impl Front {
     fn new(
         methods: Vec<(String, bool, String)>,
         limits: HashMap<String, f64>,
-        now: f64,
+        now: &Bound<'_, PyAny>,
         overloaded: Said,
         headers_too_large: Said,
         callers: Option<&KnownCallers>,
     ) -> PyResult<Self> {
-        clock::set(now);
+        clock::set(|| now.call0()?.extract())?;
         let limits = Limits::read(&limits, status(overloaded), status(headers_too_large))
             .map_err(|name| PyValueError::new_err(format!("the limit {name} is missing")))?;
         let methods = methods

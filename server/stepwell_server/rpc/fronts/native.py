@@ -231,7 +231,7 @@ class NativeFront:
         front = self._front = stepwell_front.Front(
             [(method.path, method.streams, _PLAIN.get(method.path, "")) for method in methods],
             self.limits.values,
-            now=self._clock.monotonic(),
+            now=self._clock.monotonic,
             overloaded=_said(steps.overloaded()),
             headers_too_large=_said(steps.headers_too_large(self.limits.header_bytes)),
             callers=self._known,
