@@ -18,10 +18,10 @@ X = np.random.default_rng(3).standard_normal((1, 4, 3)).astype(np.float32)
 SELECTIONS = [pb.OUTPUT_SELECTION_ALL, pb.OUTPUT_SELECTION_LAST, pb.OUTPUT_SELECTION_NONE]
 
 
-@pytest.fixture(params=["plain", "secured"])
-def served(request: pytest.FixtureRequest, served: Served) -> Served:
+@pytest.fixture(params=["served", "served_secured"])
+def either(request: pytest.FixtureRequest) -> Served:
     """Also with TLS and tokens: a sample of what `make soak` does with all tests of the wire."""
-    found: Served = request.getfixturevalue("served_secured") if request.param == "secured" else served
+    found: Served = request.getfixturevalue(request.param)
     return found
 
 
@@ -29,7 +29,7 @@ def served(request: pytest.FixtureRequest, served: Served) -> Served:
 @pytest.mark.parametrize("outputs", SELECTIONS)
 @pytest.mark.parametrize("states", [pb.STATE_SELECTION_NONE, pb.STATE_SELECTION_ALL])
 @pytest.mark.parametrize("model", ["seq", "last"])
-def test_a_step_that_is_sent_again(served: Served, model: str, states: Any, outputs: Any, x: Any) -> None:
+def test_a_step_that_is_sent_again(either: Served, model: str, states: Any, outputs: Any, x: Any) -> None:
     request: dict[str, Any] = {
         "inputs": [tensor(x)],
         "expected_revision": 1,
@@ -37,10 +37,10 @@ def test_a_step_that_is_sent_again(served: Served, model: str, states: Any, outp
         "outputs": outputs,
         "states": states,
     }
-    with served.session(model) as session_id:
-        first = served.wire.step(session_id, **request)
-        state = served.wire.state(session_id)
-        with Wire(served.address) as other:  # a retry may come by another connection
+    with either.session(model) as session_id:
+        first = either.wire.step(session_id, **request)
+        state = either.wire.state(session_id)
+        with Wire(either.address) as other:  # a retry may come by another connection
             for _ in range(3):
                 again = other.step(session_id, **request)
                 assert (first.replayed, again.replayed) == (False, True)
@@ -48,47 +48,47 @@ def test_a_step_that_is_sent_again(served: Served, model: str, states: Any, outp
                 assert again.SerializeToString(deterministic=True) == first.SerializeToString(
                     deterministic=True
                 )
-        assert wire.data(served.wire.state(session_id).state) == wire.data(state.state)
-        assert served.wire.session(session_id).revision == 2
+        assert wire.data(either.wire.state(session_id).state) == wire.data(state.state)
+        assert either.wire.session(session_id).revision == 2
 
 
-def test_what_is_sent_again_need_not_say_the_same(served: Served) -> None:
+def test_what_is_sent_again_need_not_say_the_same(either: Served) -> None:
     """The request id decides, not the inputs: the remembered answer is the first one's."""
-    with served.session("seq") as session_id:
-        first = served.wire.step(session_id, [tensor(X)], expected_revision=1, request_id=5)
-        again = served.wire.step(session_id, [tensor(X * 2)], expected_revision=1, request_id=5)
+    with either.session("seq") as session_id:
+        first = either.wire.step(session_id, [tensor(X)], expected_revision=1, request_id=5)
+        again = either.wire.step(session_id, [tensor(X * 2)], expected_revision=1, request_id=5)
         assert again.replayed
         assert again.outputs == first.outputs
 
 
-def test_members_of_a_frame_that_is_sent_again(served: Served) -> None:
+def test_members_of_a_frame_that_is_sent_again(either: Served) -> None:
     """Some of them have had it, some have not: each is applied once."""
-    ids = served.wire.open_many("seq", 5)
-    x = served.draw("seq", 5, 2)["x"]
+    ids = either.wire.open_many("seq", 5)
+    x = either.draw("seq", 5, 2)["x"]
     fields: dict[str, Any] = {"expected_revisions": [0] * 5, "request_ids": [11, 12, 13, 14, 15]}
-    known = [served.wire.predict("seq", [tensor(x[i : i + 1])]).outputs[0].data for i in range(5)]
+    known = [either.wire.predict("seq", [tensor(x[i : i + 1])]).outputs[0].data for i in range(5)]
     for i in (1, 4):
-        one = served.wire.step(ids[i], [tensor(x[i : i + 1])], expected_revision=0, request_id=11 + i)
+        one = either.wire.step(ids[i], [tensor(x[i : i + 1])], expected_revision=0, request_id=11 + i)
         assert one.outputs[0].data == known[i]
     for replayed in ({1, 4}, {0, 1, 2, 3, 4}):
-        answers = served.wire.exchange(wire.step_frame(1, ids, [tensor(x)], **fields))
+        answers = either.wire.exchange(wire.step_frame(1, ids, [tensor(x)], **fields))
         assert not wire.of_members(answers, 5)
         assert {member for answer in answers for member in answer.replayed_members} == replayed
         assert [found["y"].tobytes() for _, found in sorted(wire.rows_of(answers, [1] * 5).items())] == known
-        assert [one.revision for one in map(served.wire.session, ids)] == [1] * 5
-    served.wire.close(*ids)
+        assert [one.revision for one in map(either.wire.session, ids)] == [1] * 5
+    either.wire.close(*ids)
 
 
 @pytest.mark.parametrize("steps", [0, 2_000])
-def test_the_same_request_many_times_at_once(served: Served, steps: int) -> None:
-    with served.session("seq") as session_id:
+def test_the_same_request_many_times_at_once(either: Served, steps: int) -> None:
+    with either.session("seq") as session_id:
         request = pb.StepRequest(
             session_id=session_id,
-            inputs=wire.tensors(served.draw("seq", 1, steps)),
+            inputs=wire.tensors(either.draw("seq", 1, steps)),
             expected_revision=1,
             request_id=77,
         )
-        calls = [served.wire.sessions.Step.future(request, timeout=200) for _ in range(20)]
+        calls = [either.wire.sessions.Step.future(request, timeout=200) for _ in range(20)]
         answers = [call.result() for call in calls]
         assert sorted(answer.replayed for answer in answers) == [False] + [True] * 19
         assert {(answer.revision, answer.outputs[0].data) for answer in answers} == {
@@ -96,8 +96,8 @@ def test_the_same_request_many_times_at_once(served: Served, steps: int) -> None
         }
 
 
-def test_openings_forks_and_closings_that_are_sent_again(served: Served) -> None:
-    raw = served.wire.sessions
+def test_openings_forks_and_closings_that_are_sent_again(either: Served) -> None:
+    raw = either.wire.sessions
     opening = pb.OpenSessionRequest(model="seq", must_be_new=True, session_id="once", request_id=5)
     first, again = (raw.OpenSession(opening, timeout=200) for _ in range(2))
     assert (first.replayed, again.replayed, again.session.session_id) == (False, True, "once")
@@ -112,7 +112,7 @@ def test_openings_forks_and_closings_that_are_sent_again(served: Served) -> None
     assert len(forks) == 1
     closing = pb.CloseSessionRequest(session_id="once", request_id=9)
     assert [raw.CloseSession(closing, timeout=200).replayed for _ in range(2)] == [False, True]
-    served.wire.close(*ids, *groups[0], *forks)
+    either.wire.close(*ids, *groups[0], *forks)
 
 
 def test_the_secured_server_is_secured(served_secured: Served) -> None:
