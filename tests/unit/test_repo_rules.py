@@ -104,11 +104,12 @@ def test_a_changelog_without_the_version_is_found(write: Write, newest: str, fin
 
 def test_an_undocumented_and_an_unread_variable_are_found(write: Write) -> None:
     write("server/stepwell_server/x.py", "")
-    write("README.md", "`STEPWELL_LISTEN`, `STEPWELL_NOTHING`\n")
+    write("tests/support/secured.py", 'SWITCH = "STEPWELL_TEST_SOMETHING"\n')
+    write("README.md", "`STEPWELL_LISTEN`, `STEPWELL_NOTHING`, `STEPWELL_TEST_SOMETHING`\n")
     findings = list(check_repo.environment_variables_are_documented())
     assert "README.md: names STEPWELL_NOTHING, which nothing reads" in findings
     assert "STEPWELL_STORE: is read, and no document names it" in findings
-    assert not [finding for finding in findings if "STEPWELL_LISTEN" in finding]
+    assert not [finding for finding in findings if "STEPWELL_LISTEN" in finding or "SOMETHING" in finding]
 
 
 def test_a_workflow_that_runs_something_of_its_own_is_found(write: Write) -> None:
