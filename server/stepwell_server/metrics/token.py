@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 from pathlib import Path
 from typing import Self
 
 from stepwell_server import private_files
+from stepwell_server.file_stamp import stamp
 from stepwell_server.logs import Log
 
 _log = Log("metrics")
@@ -23,9 +23,9 @@ class TokenError(Exception):
 class MetricsToken:
     """Whether a scrape has shown the token. For any thread."""
 
-    def __init__(self, path: Path, stamp: tuple[int, ...], digest: bytes) -> None:
+    def __init__(self, path: Path, read_at: tuple[int, ...], digest: bytes) -> None:
         self._path = path
-        self._known = stamp, digest
+        self._known = read_at, digest
 
     @classmethod
     def of(cls, path: Path) -> Self:
@@ -34,8 +34,8 @@ class MetricsToken:
         Raises:
             TokenError: it cannot be used.
         """
-        stamp = _stamp(path)
-        return cls(path, stamp, _read(path))
+        read_at = stamp(path)
+        return cls(path, read_at, _read(path))
 
     def allows(self, authorization: str) -> bool:
         """Whether a request's Authorization header has the token. How long this takes says nothing about it."""
@@ -46,9 +46,9 @@ class MetricsToken:
         return fits and scheme.lower() == _SCHEME
 
     def _current(self) -> bytes:
-        stamp, digest = self._known
-        now = _stamp(self._path)
-        if now != stamp:
+        read_at, digest = self._known
+        now = stamp(self._path)
+        if now != read_at:
             try:
                 digest = _read(self._path)
                 _log.info("scrapes need the changed token")
@@ -80,11 +80,3 @@ def _read(path: Path) -> bytes:
 
 def _digest(token: bytes) -> bytes:
     return hashlib.sha256(token).digest()
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        return (error.errno or 0,)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
