@@ -287,8 +287,8 @@ def rekey(data_dir: Path, key_file: Path | None, decrypt: bool, as_json: bool) -
 def repair(data_dir: Path, as_json: bool) -> None:
     """Make the store in DATA_DIR of what is left of it, when keys or pages of it were damaged; no server may use it.
 
-    Keep a copy of the folder: this takes what is lost for lost. A server refuses to begin sessions anew while some are missing; after this,
-    what is not found is not there.
+    Keep a copy of the folder: this takes what is lost for lost. A server begins no session anew while some are missing;
+    after this, what is not found is not there.
     """
     with _failures():
         from stepwell_server.store import mending
