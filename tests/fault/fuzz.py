@@ -8,11 +8,13 @@ a session that is not as it was, bit for bit. What was on its way then is kept i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import random
 import re
+import select
 import selectors
 import socket
 import sys
@@ -349,9 +351,15 @@ class Fuzz:
 
     def _has_ended(self) -> bool:
         """Whether the process has ended, or does within a moment: one that aborts closes its connections before."""
-        end = time.monotonic() + ENDS_S
-        while self._server.pid is not None and time.monotonic() < end:
-            time.sleep(0.01)
+        pid = self._server.pid
+        if pid is None:
+            return True
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            process = os.pidfd_open(pid)
+            try:
+                select.select([process], [], [], ENDS_S)
+            finally:
+                os.close(process)
         return self._server.pid is None
 
     def _keep(self, what: str, log: str) -> None:
