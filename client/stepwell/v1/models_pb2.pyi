@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from stepwell.v1 import tensors_pb2 as _tensors_pb2
 import builtins as _builtins
 import sys
@@ -19,6 +20,445 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _SessionPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SessionPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SessionPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SESSION_POLICY_UNSPECIFIED: _SessionPolicy.ValueType  # 0
+    """As KEEP."""
+    SESSION_POLICY_KEEP: _SessionPolicy.ValueType  # 1
+    """They stay on their version until they end. It is unloaded when the last of them has ended."""
+    SESSION_POLICY_CARRY: _SessionPolicy.ValueType  # 2
+    """They go on with their states under the new weights, all of them between two passes. The specs of states and outputs
+    must be equal.
+    """
+    SESSION_POLICY_MIGRATE: _SessionPolicy.ValueType  # 3
+    """A function that was named at the server's start (--migration) makes their new states of the old ones."""
+    SESSION_POLICY_RESET: _SessionPolicy.ValueType  # 4
+    """They begin anew, from the initial state of the new version."""
+
+class SessionPolicy(_SessionPolicy, metaclass=_SessionPolicyEnumTypeWrapper):
+    """What becomes of the sessions that follow the default when it moves to another version."""
+
+SESSION_POLICY_UNSPECIFIED: SessionPolicy.ValueType  # 0
+"""As KEEP."""
+SESSION_POLICY_KEEP: SessionPolicy.ValueType  # 1
+"""They stay on their version until they end. It is unloaded when the last of them has ended."""
+SESSION_POLICY_CARRY: SessionPolicy.ValueType  # 2
+"""They go on with their states under the new weights, all of them between two passes. The specs of states and outputs
+must be equal.
+"""
+SESSION_POLICY_MIGRATE: SessionPolicy.ValueType  # 3
+"""A function that was named at the server's start (--migration) makes their new states of the old ones."""
+SESSION_POLICY_RESET: SessionPolicy.ValueType  # 4
+"""They begin anew, from the initial state of the new version."""
+Global___SessionPolicy: _TypeAlias = SessionPolicy  # noqa: Y015
+
+class _ModelState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
+    """The server is of an older release."""
+    MODEL_STATE_LOADING: _ModelState.ValueType  # 1
+    """It is being compiled or warmed up."""
+    MODEL_STATE_READY: _ModelState.ValueType  # 2
+    """It is served."""
+    MODEL_STATE_DRAINING: _ModelState.ValueType  # 3
+    """It is served to the sessions that it has, and unloaded when they have ended."""
+    MODEL_STATE_FAILED: _ModelState.ValueType  # 4
+    """It could not be loaded; the reason says why."""
+
+class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
+    """How a version is."""
+
+MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
+"""The server is of an older release."""
+MODEL_STATE_LOADING: ModelState.ValueType  # 1
+"""It is being compiled or warmed up."""
+MODEL_STATE_READY: ModelState.ValueType  # 2
+"""It is served."""
+MODEL_STATE_DRAINING: ModelState.ValueType  # 3
+"""It is served to the sessions that it has, and unloaded when they have ended."""
+MODEL_STATE_FAILED: ModelState.ValueType  # 4
+"""It could not be loaded; the reason says why."""
+Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
+
+@_typing.final
+class ModelVersion(_message.Message):
+    """A version of a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    IS_DEFAULT_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    LOADED_TIME_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Its number."""
+    state: Global___ModelState.ValueType
+    """How it is."""
+    reason: _builtins.str
+    """Why it is so, as a sentence: the stage of LOADING, what FAILED."""
+    fingerprint: _builtins.str
+    """The fingerprint. Empty while it is not known."""
+    is_default: _builtins.bool
+    """It is what the name stands for."""
+    sessions: _builtins.int
+    """Open sessions on it, everybody's, among those in memory. 0 for callers that are known and are no admins."""
+    path: _builtins.str
+    """The file that it came from. Empty for callers that are known and are no admins."""
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Its labels, in their order."""
+
+    @_builtins.property
+    def loaded_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was loaded."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        state: Global___ModelState.ValueType = ...,
+        reason: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+        is_default: _builtins.bool = ...,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
+        sessions: _builtins.int = ...,
+        path: _builtins.str = ...,
+        loaded_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["loaded_time", b"loaded_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "is_default", b"is_default", "labels", b"labels", "loaded_time", b"loaded_time", "path", b"path", "reason", b"reason", "sessions", b"sessions", "state", b"state", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelVersion: _TypeAlias = ModelVersion  # noqa: Y015
+
+@_typing.final
+class LoadModelRequest(_message.Message):
+    """A version to load."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    UPLOAD_FIELD_NUMBER: _builtins.int
+    KEEP_DEFAULT_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    UNLOAD_PREVIOUS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the model; one that is not served yet begins with this version as its default."""
+    version: _builtins.int
+    """Number of the version. 0: one more than the highest that the name ever had."""
+    path: _builtins.str
+    """A .keras or .stepwell file on the server's disk. Empty: `upload` is given."""
+    upload: _builtins.str
+    """What UploadModel returned."""
+    keep_default: _builtins.bool
+    """It stays beside the default; else it becomes the default."""
+    sessions: Global___SessionPolicy.ValueType
+    """What becomes of the sessions that follow the default."""
+    migration: _builtins.str
+    """For MIGRATE: the name of the function. Empty: the only one there is."""
+    unload_previous: _builtins.bool
+    """The version that was the default is unloaded once nothing is under way on it and it has no session."""
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Labels that it gets."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.int = ...,
+        path: _builtins.str = ...,
+        upload: _builtins.str = ...,
+        keep_default: _builtins.bool = ...,
+        sessions: Global___SessionPolicy.ValueType = ...,
+        migration: _builtins.str = ...,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
+        unload_previous: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_default", b"keep_default", "labels", b"labels", "migration", b"migration", "name", b"name", "path", b"path", "sessions", b"sessions", "unload_previous", b"unload_previous", "upload", b"upload", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadModelRequest: _TypeAlias = LoadModelRequest  # noqa: Y015
+
+@_typing.final
+class LoadModelResponse(_message.Message):
+    """How far a load is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    MOVED_SESSIONS_FIELD_NUMBER: _builtins.int
+    stage: _builtins.str
+    """What is done now: "waiting", the stages of compiling, "warm up", "switch". Empty in the last message."""
+    version: _builtins.int
+    """The version that was loaded. In the last message only."""
+    moved_sessions: _builtins.int
+    """Sessions in memory that were carried, and those that will be migrated or reset when they are next used, as far as
+    they are in memory. In the last message only.
+    """
+    @_builtins.property
+    def model(self) -> Global___Model:
+        """The model as it is now. In the last message only."""
+
+    def __init__(
+        self,
+        *,
+        stage: _builtins.str = ...,
+        model: Global___Model | None = ...,
+        version: _builtins.int = ...,
+        moved_sessions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "moved_sessions", b"moved_sessions", "stage", b"stage", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadModelResponse: _TypeAlias = LoadModelResponse  # noqa: Y015
+
+@_typing.final
+class UploadModelRequest(_message.Message):
+    """A piece of a file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILENAME_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    filename: _builtins.str
+    """The file's name, ending in .keras or .stepwell. In the first message only."""
+    content: _builtins.bytes
+    """The next bytes of it."""
+    def __init__(
+        self,
+        *,
+        filename: _builtins.str = ...,
+        content: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "filename", b"filename"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadModelRequest: _TypeAlias = UploadModelRequest  # noqa: Y015
+
+@_typing.final
+class UploadModelResponse(_message.Message):
+    """The whole of a file is there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UPLOAD_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    upload: _builtins.str
+    """What LoadModel names it by; it is deleted when it was loaded, or after an hour."""
+    sha256: _builtins.str
+    """SHA-256 of what came, in hexadecimal digits."""
+    def __init__(
+        self,
+        *,
+        upload: _builtins.str = ...,
+        sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "upload", b"upload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadModelResponse: _TypeAlias = UploadModelResponse  # noqa: Y015
+
+@_typing.final
+class UnloadModelRequest(_message.Message):
+    """A version to serve no longer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the model."""
+    version: _builtins.int
+    """Number of the version. 0: all versions of the name."""
+    force: _builtins.bool
+    """Also if sessions are on it, or it is the default: the sessions stay in the store and fail until it is loaded again."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.int = ...,
+        force: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "name", b"name", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadModelRequest: _TypeAlias = UnloadModelRequest  # noqa: Y015
+
+@_typing.final
+class UnloadModelResponse(_message.Message):
+    """It is not served any more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadModelResponse: _TypeAlias = UnloadModelResponse  # noqa: Y015
+
+@_typing.final
+class SetDefaultRequest(_message.Message):
+    """A version to be the default."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the model."""
+    version: _builtins.int
+    """Number of the version, which is loaded."""
+    sessions: Global___SessionPolicy.ValueType
+    """What becomes of the sessions that follow the default."""
+    migration: _builtins.str
+    """As in LoadModelRequest."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.int = ...,
+        sessions: Global___SessionPolicy.ValueType = ...,
+        migration: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration", "name", b"name", "sessions", b"sessions", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetDefaultRequest: _TypeAlias = SetDefaultRequest  # noqa: Y015
+
+@_typing.final
+class SetDefaultResponse(_message.Message):
+    """The default is another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    PREVIOUS_VERSION_FIELD_NUMBER: _builtins.int
+    MOVED_SESSIONS_FIELD_NUMBER: _builtins.int
+    previous_version: _builtins.int
+    """The version that was the default before."""
+    moved_sessions: _builtins.int
+    """As in LoadModelResponse."""
+    @_builtins.property
+    def model(self) -> Global___Model:
+        """The model as it is now."""
+
+    def __init__(
+        self,
+        *,
+        model: Global___Model | None = ...,
+        previous_version: _builtins.int = ...,
+        moved_sessions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "moved_sessions", b"moved_sessions", "previous_version", b"previous_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetDefaultResponse: _TypeAlias = SetDefaultResponse  # noqa: Y015
+
+@_typing.final
+class SetLabelRequest(_message.Message):
+    """A label."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the model."""
+    label: _builtins.str
+    """1 to 64 letters, digits, "_", "." and "-", not digits alone."""
+    version: _builtins.int
+    """Number of a loaded version that it stands for from now on. 0: the label goes."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        label: _builtins.str = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "name", b"name", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetLabelRequest: _TypeAlias = SetLabelRequest  # noqa: Y015
+
+@_typing.final
+class SetLabelResponse(_message.Message):
+    """It is as was asked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def model(self) -> Global___Model:
+        """The model as it is now."""
+
+    def __init__(
+        self,
+        *,
+        model: Global___Model | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetLabelResponse: _TypeAlias = SetLabelResponse  # noqa: Y015
 
 @_typing.final
 class ListSlowSessionsRequest(_message.Message):
@@ -122,6 +562,8 @@ class Model(_message.Message):
     SESSIONS_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name it is served under."""
     fingerprint: _builtins.str
@@ -134,6 +576,10 @@ class Model(_message.Message):
     """Size in bytes of the state of one row."""
     sessions: _builtins.int
     """Open sessions, everybody's. 0 for callers that are known and are no admins."""
+    version: _builtins.int
+    """The version that all of this is about: the default, unless another one was asked for. 0: the server is of an older
+    release.
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.TensorSpec]:
         """Its inputs."""
@@ -158,6 +604,10 @@ class Model(_message.Message):
     def provenance(self) -> Global___Provenance:
         """Where its program comes from. Absent: the server is of an older release."""
 
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelVersion]:
+        """All versions of the name, in their order, those that are being loaded or failed among them."""
+
     def __init__(
         self,
         *,
@@ -173,10 +623,12 @@ class Model(_message.Message):
         sessions: _builtins.int = ...,
         proof: Global___Proof | None = ...,
         provenance: Global___Provenance | None = ...,
+        version: _builtins.int = ...,
+        versions: _abc.Iterable[Global___ModelVersion] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof", "provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "executor", b"executor", "executor_reason", b"executor_reason", "fingerprint", b"fingerprint", "inputs", b"inputs", "name", b"name", "outputs", b"outputs", "proof", b"proof", "provenance", b"provenance", "sessions", b"sessions", "state", b"state", "state_row_bytes", b"state_row_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "executor", b"executor", "executor_reason", b"executor_reason", "fingerprint", b"fingerprint", "inputs", b"inputs", "name", b"name", "outputs", b"outputs", "proof", b"proof", "provenance", b"provenance", "sessions", b"sessions", "state", b"state", "state_row_bytes", b"state_row_bytes", "version", b"version", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -399,7 +851,7 @@ class GetModelRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name it is served under."""
+    """NAME for its default version, NAME@VERSION or NAME:LABEL for another."""
     def __init__(
         self,
         *,
@@ -448,7 +900,7 @@ class PredictRequest(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     RESET_MASK_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model."""
+    """The model, as in GetModelRequest."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
         """Inputs, (batch, T, features...); one time step may leave out T. The batch size is free, >= 1."""
@@ -487,6 +939,9 @@ class PredictResponse(_message.Message):
 
     OUTPUTS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    model_version: _builtins.int
+    """Version of the model that ran it."""
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
         """Outputs in the model's own shape."""
@@ -500,10 +955,11 @@ class PredictResponse(_message.Message):
         *,
         outputs: _abc.Iterable[_tensors_pb2.Tensor] | None = ...,
         state: _abc.Iterable[_tensors_pb2.Tensor] | None = ...,
+        model_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_version", b"model_version", "outputs", b"outputs", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -184,6 +184,8 @@ class Session(_message.Message):
     RESIDENT_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_PINNED_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """1 to 256 printable characters."""
     model: _builtins.str
@@ -202,6 +204,12 @@ class Session(_message.Message):
     """Its state is in a slot (true) or only in the store (false)."""
     tenant: _builtins.str
     """Whose it is, where everybody's sessions are listed. Empty elsewhere, and for sessions of no tenant."""
+    model_version: _builtins.int
+    """Version of its model that its next change runs on. 0: the server is of an older release."""
+    model_version_pinned: _builtins.bool
+    """It was opened with a version or a label and stays on its version; else it goes where the default goes, as the
+    operator decides.
+    """
     @_builtins.property
     def created_time(self) -> _timestamp_pb2.Timestamp:
         """When it was opened."""
@@ -228,10 +236,12 @@ class Session(_message.Message):
         resident: _builtins.bool = ...,
         lease: _duration_pb2.Duration | None = ...,
         tenant: _builtins.str = ...,
+        model_version: _builtins.int = ...,
+        model_version_pinned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time", "last_used_time", b"last_used_time", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "created_time", b"created_time", "last_used_time", b"last_used_time", "lease", b"lease", "model", b"model", "model_fingerprint", b"model_fingerprint", "position", b"position", "resident", b"resident", "revision", b"revision", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "created_time", b"created_time", "last_used_time", b"last_used_time", "lease", b"lease", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "model_version_pinned", b"model_version_pinned", "position", b"position", "resident", b"resident", "revision", b"revision", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -282,7 +292,7 @@ class OpenSessionRequest(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model."""
+    """The model: NAME for its default version, NAME@VERSION for that one, NAME:LABEL for the one that has the label."""
     session_id: _builtins.str
     """1 to 256 printable characters without leading or trailing space. Absent or empty: the server makes
     an unguessable one.
@@ -374,7 +384,7 @@ class OpenSessionsRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model."""
+    """The model, as in OpenSessionRequest."""
     count: _builtins.int
     """How many, 1 to 65536; ids are made by the server. 0: as many as session_ids."""
     batch_size: _builtins.int
@@ -419,10 +429,13 @@ class OpenSessionsResponse(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     REVISIONS_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     """Fingerprint of their model."""
     replayed: _builtins.bool
     """The answer to a request that was sent again."""
+    model_version: _builtins.int
+    """Version of the model that they were opened on."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """In the order of the request, or of their making."""
@@ -440,10 +453,11 @@ class OpenSessionsResponse(_message.Message):
         model_fingerprint: _builtins.str = ...,
         replayed: _builtins.bool = ...,
         revisions: _abc.Iterable[_builtins.int] | None = ...,
+        model_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_fingerprint", b"model_fingerprint", "replayed", b"replayed", "revisions", b"revisions", "session_ids", b"session_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "replayed", b"replayed", "revisions", b"revisions", "session_ids", b"session_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -882,12 +896,15 @@ class StepResponse(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """After the step."""
     position: _builtins.int
     """After the step."""
     replayed: _builtins.bool
     """The remembered answer to a step that was sent again."""
+    model_version: _builtins.int
+    """Version of the model that ran it, now or, of a remembered reply, that the session is on. 0: the server is of an older release."""
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
         """Outputs in the model's own shape: (R, T, ...) where it returns sequences and the inputs had T, else (R, ...), R as
@@ -906,10 +923,11 @@ class StepResponse(_message.Message):
         position: _builtins.int = ...,
         replayed: _builtins.bool = ...,
         states: _abc.Iterable[_tensors_pb2.Tensor] | None = ...,
+        model_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "position", b"position", "replayed", b"replayed", "revision", b"revision", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_version", b"model_version", "outputs", b"outputs", "position", b"position", "replayed", b"replayed", "revision", b"revision", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1170,6 +1188,7 @@ class StepStreamResponse(_message.Message):
     DECLARED_SET_FIELD_NUMBER: _builtins.int
     FIRST_MEMBER_FIELD_NUMBER: _builtins.int
     MEMBER_COUNT_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
     frame_id: _builtins.int
     """The frame."""
     all_members: _builtins.bool
@@ -1190,6 +1209,8 @@ class StepStreamResponse(_message.Message):
     """In place of members, where they follow one another: the first of them."""
     member_count: _builtins.int
     """In place of members, where they follow one another: how many. 0: members or all_members says which they are."""
+    model_version: _builtins.int
+    """Version of the model that ran these members, or that they are on: those of several versions are answered in several parts. 0: the server is of an older release."""
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indexes into session_ids, or into those of the set, of the members applied in this part, ascending. Empty with
@@ -1240,10 +1261,11 @@ class StepStreamResponse(_message.Message):
         declared_set: _builtins.int = ...,
         first_member: _builtins.int = ...,
         member_count: _builtins.int = ...,
+        model_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "_revision", b"_revision", "position", b"position", "revision", b"revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "_revision", b"_revision", "all_members", b"all_members", "declared_set", b"declared_set", "errors", b"errors", "first_member", b"first_member", "frame_id", b"frame_id", "last", b"last", "member_count", b"member_count", "members", b"members", "outputs", b"outputs", "position", b"position", "positions", b"positions", "replayed_members", b"replayed_members", "revision", b"revision", "revisions", b"revisions", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "_revision", b"_revision", "all_members", b"all_members", "declared_set", b"declared_set", "errors", b"errors", "first_member", b"first_member", "frame_id", b"frame_id", "last", b"last", "member_count", b"member_count", "members", b"members", "model_version", b"model_version", "outputs", b"outputs", "position", b"position", "positions", b"positions", "replayed_members", b"replayed_members", "revision", b"revision", "revisions", b"revisions", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__position: _TypeAlias = _typing.Literal["position"]  # noqa: Y015
     _WhichOneofArgType__position: _TypeAlias = _typing.Literal["_position", b"_position"]  # noqa: Y015
@@ -1347,22 +1369,26 @@ class ResetStatesResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """After the reset."""
     position: _builtins.int
     """After the reset."""
     replayed: _builtins.bool
     """The remembered answer to a reset that was sent again."""
+    model_version: _builtins.int
+    """Version of the model that the session is on. 0: the server is of an older release."""
     def __init__(
         self,
         *,
         revision: _builtins.int = ...,
         position: _builtins.int = ...,
         replayed: _builtins.bool = ...,
+        model_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "replayed", b"replayed", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_version", b"model_version", "position", b"position", "replayed", b"replayed", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1537,12 +1563,15 @@ class GetStatesResponse(_message.Message):
     REVISIONS_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
     ERRORS_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of their model. Empty if none was read."""
     model_fingerprint: _builtins.str
     """Fingerprint of their model."""
     all_members: _builtins.bool
     """All of them were read."""
+    model_version: _builtins.int
+    """Version of the model that they are on. 0: the server is of an older release."""
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Tensor]:
         """Each (R, ...), in the model's order: the rows of the sessions that were read, one session after the other, in the
@@ -1581,10 +1610,11 @@ class GetStatesResponse(_message.Message):
         revisions: _abc.Iterable[_builtins.int] | None = ...,
         positions: _abc.Iterable[_builtins.int] | None = ...,
         errors: _abc.Iterable[Global___MemberError] | None = ...,
+        model_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_members", b"all_members", "batch_sizes", b"batch_sizes", "errors", b"errors", "members", b"members", "model", b"model", "model_fingerprint", b"model_fingerprint", "positions", b"positions", "revisions", b"revisions", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_members", b"all_members", "batch_sizes", b"batch_sizes", "errors", b"errors", "members", b"members", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "positions", b"positions", "revisions", b"revisions", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1655,6 +1685,7 @@ class ForkSessionsResponse(_message.Message):
     REVISIONS_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of their model."""
     model_fingerprint: _builtins.str
@@ -1663,6 +1694,8 @@ class ForkSessionsResponse(_message.Message):
     """Rows of each."""
     replayed: _builtins.bool
     """The answer to a request that was sent again."""
+    model_version: _builtins.int
+    """Version of the model that they are on. 0: the server is of an older release."""
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """In the order of the request."""
@@ -1685,10 +1718,11 @@ class ForkSessionsResponse(_message.Message):
         revisions: _abc.Iterable[_builtins.int] | None = ...,
         positions: _abc.Iterable[_builtins.int] | None = ...,
         replayed: _builtins.bool = ...,
+        model_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "model", b"model", "model_fingerprint", b"model_fingerprint", "positions", b"positions", "replayed", b"replayed", "revisions", b"revisions", "session_ids", b"session_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "model", b"model", "model_fingerprint", b"model_fingerprint", "model_version", b"model_version", "positions", b"positions", "replayed", b"replayed", "revisions", b"revisions", "session_ids", b"session_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
