@@ -14,10 +14,9 @@ from click.shell_completion import CompletionItem
 
 from stepwell.cli._types import ParamType
 from stepwell_server.addresses import Address, UnixAddress
+from stepwell_server.core.model_names import NAME_RULE, is_name
 from stepwell_server.settings import expanded
 
-_MODEL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-_NAME_RULE = "a name of 1 to 128 letters, digits, _, - or ."
 _LONGEST_SOCKET_PATH = 107
 """Bytes that Linux has room for."""
 
@@ -159,11 +158,11 @@ class ModelName(Text):
     """The name of a model."""
 
     name = "name"
-    rule = f"the name of a model, {_NAME_RULE}"
+    rule = f"the name of a model, {NAME_RULE}"
 
     def read(self, text: str) -> str:
         """See `Text.read`."""
-        if not _MODEL_NAME.fullmatch(text):
+        if not is_name(text):
             raise ValueError
         return text
 
@@ -205,8 +204,8 @@ class Named(Text):
                 f", such as {Path(value).stem}={value}" if value.endswith((".keras", ".stepwell")) else ""
             )
             self.fail(f"must be {self.form}{example}; got {value!r}", param, ctx)
-        if not _MODEL_NAME.fullmatch(name):
-            self.fail(f"must be {self.form} with {_NAME_RULE}; got {value!r}", param, ctx)
+        if not is_name(name):
+            self.fail(f"must be {self.form} with {NAME_RULE}; got {value!r}", param, ctx)
         try:
             return name, self.of.convert(text, param, ctx)
         except click.BadParameter as error:
