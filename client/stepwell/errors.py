@@ -193,7 +193,7 @@ class StateCorruptError(StepwellError):
 
 
 class RefusedError(StepwellError):
-    """The server does not offer this call, or does not allow it."""
+    """The server does not offer this call, does not allow it, or cannot do it as things are: `reason` says which."""
 
 
 class UnauthenticatedError(RefusedError):

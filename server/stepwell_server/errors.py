@@ -10,7 +10,13 @@
     ├── SessionExists         the id is taken
     ├── RevisionConflict      the session is at another revision than expected
     ├── ModelNotFound         no model is served under that name
+    │   └── VersionNotFound   it has no such version, or no such label
     ├── ModelMismatch         the state belongs to another model
+    ├── VersionExists         the model has that version, or it is being loaded
+    ├── ModelInUse            the version is the default, or has sessions
+    ├── SpecsDiffer           sessions cannot be carried to a version of other states or outputs
+    ├── MigrationFailed       the function that makes new states of old ones is not there, or has failed
+    ├── ModelLoadFailed       the file cannot be served
     ├── SessionSetUnknown     the stream knows no set of that number
     ├── Overloaded            no room now; come back after retry_after_s
     ├── Unavailable           the server cannot do it now (stopping, store away)
@@ -21,7 +27,8 @@
     ├── Unauthenticated       the server asks who calls, and does not know this caller
     ├── PermissionDenied      the caller's role does not allow it
     ├── Unsupported           no model and no setting makes it possible
-    │   └── ServiceNotFound   no such service is offered here
+    │   ├── ServiceNotFound   no such service is offered here
+    │   └── UploadOff         the server takes no files
     └── Internal              a defect; the log has the details under error_id
 
 Every message names the argument, the rule and what came. How an error travels is `rpc.status`'s affair.
@@ -122,6 +129,42 @@ class ModelMismatch(ServerError):
     reason = "MODEL_MISMATCH"
 
 
+class VersionNotFound(ModelNotFound):
+    """The model has no such version, or no such label."""
+
+    reason = "MODEL_VERSION_NOT_FOUND"
+
+
+class VersionExists(ServerError):
+    """The model has a version of that number, or it is being loaded; nothing changed."""
+
+    reason = "MODEL_VERSION_EXISTS"
+
+
+class ModelInUse(ServerError):
+    """The version cannot be unloaded: it is the default, or has sessions; nothing changed."""
+
+    reason = "MODEL_IN_USE"
+
+
+class SpecsDiffer(ServerError):
+    """Sessions cannot be carried to a version whose states or outputs are others; nothing changed."""
+
+    reason = "MODEL_SPECS_DIFFER"
+
+
+class MigrationFailed(ServerError):
+    """The function that makes new states of old ones is not there, or has failed; nothing changed."""
+
+    reason = "MIGRATION_FAILED"
+
+
+class ModelLoadFailed(ServerError):
+    """The file cannot be served, or was not; nothing changed."""
+
+    reason = "MODEL_LOAD_FAILED"
+
+
 class SessionSetUnknown(ServerError):
     """The stream knows no set of sessions of that number; nothing changed. Name the sessions by their ids."""
 
@@ -201,6 +244,12 @@ class Unsupported(ServerError):
 
 class ServiceNotFound(Unsupported):
     """No service of that name is offered here."""
+
+
+class UploadOff(Unsupported):
+    """The server takes no files (`--allow-model-upload`); nothing changed."""
+
+    reason = "MODEL_UPLOAD_OFF"
 
 
 class Internal(ServerError):
