@@ -75,6 +75,7 @@ class BatchHandle:
         outputs: Sequence[tuple[str, int, Sequence[int], bytes]],
         replayed: bool,
         version: str,
+        model_version: int,
     ) -> tuple[bytes, bytes]: ...
     def failed(
         self, members: bytes | None, code: int, message: str, details: bytes, error: bytes

@@ -93,7 +93,7 @@ class Server:
         numbers = np.arange(len(columns.session_ids), dtype=np.uint64)
         (tensor,) = columns.inputs
         outputs = [OutputColumn("y", tensor.dtype, tensor.tail, tensor.data)]
-        columns.replies.applied(None, numbers, numbers, outputs, replayed=False, version="1")
+        columns.replies.applied(None, numbers, numbers, outputs, replayed=False, version="1", model_version=3)
 
     def identify(self, call: Call) -> None:
         """As the boundary and its authenticator do."""
@@ -300,3 +300,15 @@ async def test_where_nobody_is_asked_a_mark_is_python_s_all_the_same() -> None:
             await one.ask(inner("", "acme"))
         assert server.seen() == ([], [])
     await server.front.stop(0)
+
+
+@pytest.mark.parametrize(("kind", "reply"), [("step", "StepResponse"), ("frames", "StepStreamResponse")])
+async def test_a_plain_reply_says_on_which_version_the_step_ran(
+    server: Server, talk: Callable[..., Talk], kind: str, reply: str
+) -> None:
+    server.front.know(credential("anna"), ANNA, float("inf"))
+    one = talk(kind, "anna")
+    await server.reads(one)
+    said = getattr(sessions_pb2, reply).FromString(await one.ask())
+    assert said.model_version == 3
+    assert server.seen()[1] == [], "it was plain"

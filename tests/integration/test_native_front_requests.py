@@ -127,6 +127,7 @@ def answer(columns: StepColumns, members: list[int] | None = None) -> None:
         [OutputColumn("y", 1, (2,), x.tobytes())],
         replayed=False,
         version="1",
+        model_version=0,
     )
 
 
@@ -360,7 +361,9 @@ async def test_replies_that_nobody_takes_end_their_stream(server: Server, reques
             count = len(columns.session_ids)
             numbers = np.zeros(count, np.uint64)
             rows = OutputColumn("y", 9, (600_000,), bytes(count * 600_000))
-            columns.replies.applied(None, numbers, numbers, [rows], replayed=False, version="1")
+            columns.replies.applied(
+                None, numbers, numbers, [rows], replayed=False, version="1", model_version=0
+            )
             answered += count
         end = await asyncio.to_thread(client.outcome, stream)
         assert end["rst"] == "11", "ENHANCE_YOUR_CALM"

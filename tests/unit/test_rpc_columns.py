@@ -37,6 +37,7 @@ class Batch:
         self._sizes = sizes
         self.applied_by_member: dict[int, Row] = {}
         self.errors: dict[int, errors_pb2.Error] = {}
+        self.model_versions: dict[int, int] = {}
         self.gone_members: list[int] = []
 
     def applied(
@@ -48,6 +49,7 @@ class Batch:
         *,
         replayed: bool,
         version: str,
+        model_version: int,
     ) -> Ended:
         assert version == ""
         some = range(len(self._sizes)) if members is None else members.tolist()
@@ -57,6 +59,7 @@ class Batch:
         start = 0
         for place, member in enumerate(some):
             assert member not in self.applied_by_member, "answered twice"
+            self.model_versions[member] = model_version
             end = start + self._sizes[member]
             own = rows[start:end].ravel().tolist()
             self.applied_by_member[member] = (int(revisions[place]), int(positions[place]), own, replayed)
@@ -175,6 +178,22 @@ async def test_all_that_came_together_is_one_change_and_each_gets_its_own_row(co
         assert (revision, position, replayed) == (1, 1, False)
         assert outputs == await expected_of(columns.at, x[index])
     assert columns.observer.done == [("Step", "OK")] * 12
+
+
+async def test_what_ran_on_several_versions_is_answered_apart(columns: Columns) -> None:
+    """The engine tells of each version by itself, and the front is told of it."""
+
+    def submit(change: Change) -> None:
+        for members, version in (([0, 2], 7), ([1], 8)):
+            numbers, rows = np.ones(len(members), np.uint64), np.zeros((len(members), 2), np.float32)
+            replies: Any = change.replies
+            replies.applied(
+                np.array(members), numbers, numbers, {"y": rows}, {}, replayed=False, version=version
+            )
+
+    columns.at.engine.submit = submit
+    batch = columns.take(["a", "b", "c"], np.ones((3, 2)))
+    assert batch.model_versions == {0: 7, 1: 8, 2: 7}
 
 
 @pytest.mark.stores("memory")

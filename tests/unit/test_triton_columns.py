@@ -51,6 +51,7 @@ class Batch:
         *,
         replayed: bool,
         version: str,
+        model_version: int,
     ) -> Ended:
         assert version == "1"
         assert not replayed

@@ -432,7 +432,7 @@ type Ended<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>);
 
 #[pymethods]
 impl BatchHandle {
-    #[pyo3(signature = (members, revisions, positions, outputs, replayed, version))]
+    #[pyo3(signature = (members, revisions, positions, outputs, replayed, version, model_version))]
     /// Members were applied: ascending, None for all; their rows one after the other in `outputs`. The numbers are
     /// columns: of u32 the members, of u64 the others.
     #[allow(clippy::too_many_arguments)]
@@ -445,6 +445,7 @@ impl BatchHandle {
         outputs: Vec<OutputColumn>,
         replayed: bool,
         version: String,
+        model_version: u64,
     ) -> Ended<'py> {
         let members = members.map(|some| numbers_of(some, u32::from_ne_bytes));
         let ended = self.ended(py, members.as_deref());
@@ -468,7 +469,15 @@ impl BatchHandle {
                 data: Box::new(data),
             })
             .collect();
-        self.send(Answer::Applied { members, revisions, positions, outputs, replayed, version });
+        self.send(Answer::Applied {
+            members,
+            revisions,
+            positions,
+            outputs,
+            replayed,
+            version,
+            model_version,
+        });
         ended
     }
 

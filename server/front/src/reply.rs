@@ -29,6 +29,8 @@ pub enum Answer {
         replayed: bool,
         /// The model's, where requests name it.
         version: String,
+        /// Of the model that ran it, for answers that say so; 0: not said.
+        model_version: u64,
     },
     Failed {
         members: Option<Vec<u32>>,
@@ -42,7 +44,10 @@ impl Answer {
     /// Call `then` with each entry that has some of the members that were applied: what they were answered, and their
     /// indexes in it.
     pub fn for_each_part(&self, batch: &Batch, mut then: impl FnMut(&Entry, Part<'_>, &[u32])) {
-        let Answer::Applied { members, revisions, positions, outputs, replayed, .. } = self else { return };
+        let Answer::Applied { members, revisions, positions, outputs, replayed, model_version, .. } = self
+        else {
+            return;
+        };
         let mut row = 0;
         for_each_entry(batch, members.as_deref(), |entry, own, places| {
             let rows: usize =
@@ -53,6 +58,7 @@ impl Answer {
                 outputs,
                 rows: row..row + rows,
                 replayed: *replayed,
+                model_version: *model_version,
             };
             row += rows;
             then(entry, part, places);
@@ -136,20 +142,22 @@ pub struct Part<'a> {
     pub outputs: &'a [Output],
     pub rows: Range<usize>,
     pub replayed: bool,
+    pub model_version: u64,
 }
 
 impl Part<'_> {
     fn as_response(&self) -> Bytes {
-        let mut out = self.buffer(32);
+        let mut out = self.buffer(48);
         self.put_outputs(&mut out, 1);
         put_number(&mut out, 2, self.revisions[0]);
         put_number(&mut out, 3, self.positions[0]);
         put_number(&mut out, 4, u64::from(self.replayed));
+        put_number(&mut out, 6, self.model_version);
         with_prefix(out)
     }
 
     fn as_frame_part(&self, frame_id: u64, entry: &Entry, places: &[u32], last: bool) -> Bytes {
-        let mut out = self.buffer(48 + places.len() * 24);
+        let mut out = self.buffer(64 + places.len() * 24);
         put_number(&mut out, 1, frame_id);
         let is_whole = places.len() == entry.count as usize;
         let run = if is_whole || !entry.is_short { None } else { run_of(places) };
@@ -176,6 +184,7 @@ impl Part<'_> {
             put_number(&mut out, 14, u64::from(run.start));
             put_number(&mut out, 15, run.len() as u64);
         }
+        put_number(&mut out, 16, self.model_version);
         with_prefix(out)
     }
 
@@ -314,6 +323,7 @@ mod tests {
             outputs,
             replayed: false,
             version,
+            model_version: 0,
         }
     }
 
@@ -401,6 +411,28 @@ mod tests {
     }
 
     #[test]
+    fn answers_say_which_version_of_the_model_ran_them() {
+        let (batch, calls) = batch();
+        let answers = [(vec![0, 1], 2), (vec![2, 3, 4, 5], 9)];
+        for (members, number) in answers {
+            let (revisions, rows) = (vec![1; members.len()], vec![0; members.len() + 1]);
+            let mut answer = applied(Some(members), revisions, rows);
+            let Answer::Applied { model_version, .. } = &mut answer else { unreachable!() };
+            *model_version = number;
+            deliver(&batch, &answer);
+        }
+        let said = |call, field| -> Vec<_> {
+            let of_reply = |fields: Vec<(u32, Vec<u8>)>| {
+                fields.into_iter().find(|(number, _)| *number == field).map(|(_, value)| value[0])
+            };
+            replies(call).into_iter().map(of_reply).collect()
+        };
+        assert_eq!(said(&calls[0], 16), [Some(2), Some(9)]);
+        assert_eq!(said(&calls[1], 16), [Some(9)]);
+        assert_eq!(said(&calls[2], 6), [Some(9)]);
+    }
+
+    #[test]
     fn one_number_and_a_run_of_members_answer_a_set() {
         let call = Arc::new(Call::for_test());
         let batch = || {
@@ -428,6 +460,7 @@ mod tests {
                     outputs,
                     replayed: false,
                     version: String::new(),
+                    model_version: 0,
                 },
             );
             replies(&call).pop().unwrap()

@@ -137,6 +137,7 @@ mod tests {
             outputs,
             replayed: true,
             version: "1".to_owned(),
+            model_version: 1,
         }
     }
 

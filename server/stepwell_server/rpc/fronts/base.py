@@ -155,10 +155,18 @@ class ColumnReplies(Protocol):
         *,
         replayed: bool,
         version: str,
+        model_version: int,
     ) -> Ended:
-        """Sessions were stepped: ascending indexes, None for all.
+        """Sessions were stepped: ascending indexes, None for all. All of them ran on one version of their model.
 
-        `version`: the model's, for messages that name one.
+        Args:
+            members: See above.
+            revisions: One per session.
+            positions: One per session.
+            outputs: Their rows, one after the other.
+            replayed: They were answered with a remembered reply.
+            version: The model's, for messages that name one.
+            model_version: The number of the version, which answers of Stepwell's own protocol say; 0: they do not.
         """
 
     def failed(self, members: Members | None, status: Status, error: bytes) -> Ended:

@@ -170,11 +170,11 @@ class _Replies:
         *,
         replayed: bool,
         version: str,
+        model_version: int,
     ) -> Ended:
         some = None if members is None else members.astype(np.uint32).tobytes()
-        return _ended(
-            *self._batch.applied(some, revisions.tobytes(), positions.tobytes(), outputs, replayed, version)
-        )
+        columns = (revisions.tobytes(), positions.tobytes(), outputs)
+        return _ended(*self._batch.applied(some, *columns, replayed, version, model_version))
 
     def failed(self, members: Members | None, status: Status, error: bytes) -> Ended:
         some = None if members is None else members.astype(np.uint32).tobytes()

@@ -92,12 +92,19 @@ class Form:
         return members
 
     def applied(
-        self, members: Members | None, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
+        self,
+        members: Members | None,
+        revisions: U64,
+        positions: U64,
+        outputs: Tensors,
+        *,
+        replayed: bool,
+        version: int,
     ) -> None:
-        """Members were applied; None: all of the batch."""
+        """Members were applied, on this version of their model; None: all of the batch."""
         if self.traces:
             self._end_traces(members, "OK", "")
-        self._answer(members, revisions, positions, outputs, replayed=replayed)
+        self._answer(members, revisions, positions, outputs, replayed=replayed, version=version)
 
     def failed(self, members: Members | None, error: ServerError) -> None:
         """Members failed alike; None: all of the batch."""
@@ -126,7 +133,14 @@ class Form:
         return [_output(name, array) for name, array in outputs.items()]
 
     def _answer(
-        self, members: Members | None, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
+        self,
+        members: Members | None,
+        revisions: U64,
+        positions: U64,
+        outputs: Tensors,
+        *,
+        replayed: bool,
+        version: int,
     ) -> None:
         ended = self.columns.replies.applied(
             members,
@@ -135,6 +149,7 @@ class Form:
             self.output_columns(outputs),
             replayed=replayed,
             version=self.version,
+            model_version=version,
         )
         self._ended(ended, "OK")
 
@@ -336,9 +351,12 @@ class _Replies:
         _states: Tensors,  # plain steps ask for none
         *,
         replayed: bool,
+        version: int = 0,
     ) -> None:
         """See `Replies`."""
-        self._form.applied(self._members(members), revisions, positions, outputs, replayed=replayed)
+        self._form.applied(
+            self._members(members), revisions, positions, outputs, replayed=replayed, version=version
+        )
 
     def failed(self, members: Members, error: ServerError) -> None:
         """See `Replies`."""

@@ -112,12 +112,19 @@ class RequestForm(Form):
         return members[:0]
 
     def applied(
-        self, members: Members | None, revisions: U64, positions: U64, outputs: Tensors, *, replayed: bool
+        self,
+        members: Members | None,
+        revisions: U64,
+        positions: U64,
+        outputs: Tensors,
+        *,
+        replayed: bool,
+        version: int,
     ) -> None:
         """See `Form`."""
         timing, sizes = self._timing, self.columns.sizes
         timing.run = time.perf_counter_ns()
-        self._answer(members, revisions, positions, outputs, replayed=replayed)
+        self._answer(members, revisions, positions, outputs, replayed=replayed, version=version)
         if self._model is None:
             return
         self._model.statistics.succeeded(
