@@ -17,7 +17,6 @@ from stepwell.testing import ServerStartError
 from stepwell_server.clock import SystemClock
 from stepwell_server.core.namespaces import own
 from stepwell_server.store import backup, checking
-from stepwell_server.store.base import Tombstone
 from stepwell_server.store.disk.backup_file import Reader
 from stepwell_server.store.keyring import add_key, read_keys
 from stepwell_server.store.record import decode_header
@@ -47,7 +46,7 @@ def acknowledged(file: Path) -> dict[str, int]:
 
 def in_backup(file: Path, sealer: Sealer) -> dict[str, int]:
     """The revisions of all sessions of a backup."""
-    pairs = (entry for entry in Reader(file).entries() if not isinstance(entry, Tombstone))
+    pairs = (entry for entry in Reader(file).entries() if isinstance(entry, tuple))
     return {own(i): decode_header(i, sealer.open(i, record)).revision for i, record in pairs}
 
 

@@ -31,7 +31,7 @@ SEGMENT_BYTES = 64 * 1024
 REASON = re.compile(
     r"got no room: the disk of .*/data/sessions is full, \d+ bytes are free \("
     r"|got no room: a file of this process must stay within 8388608 bytes, its RLIMIT_FSIZE \("
-    r"|new sessions must leave \d+ bytes free for closing others; the disk of .*/data/sessions has \d+ bytes free"
+    r"|new sessions must leave \d+ bytes free for closing sessions; the disk of .*/data/sessions has \d+ bytes free"
 )
 DiskOrLmdb = LmdbStore | DiskStore
 #: Mounts a small file system over a folder, in name spaces of its own, and runs the rest of the command there.
@@ -154,7 +154,7 @@ def check(way: str, kind: str, durability: Durability, path: Path) -> None:
         require(store, kept)
     is_on_disk, is_limited = isinstance(store, DiskStore), way == "limit"
     if is_on_disk and not is_limited:  # how much is free says nothing of a limit
-        assert " is full, " in store.check().problem or " for closing others; " in store.check().problem
+        assert " is full, " in store.check().problem or " for closing sessions; " in store.check().problem
         assert "bytes are free on the disk of" in store.check().warning
     changed = _change_some(store, kept)
     assert changed >= (kind == "segments") * 9, "the segment has its room already"

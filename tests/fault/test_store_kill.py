@@ -1,7 +1,7 @@
 """A writer is killed at random moments: what it acknowledged is there, and nothing is there by half.
 
 Every commit of the writer (this file, run as a program) replaces all sessions, and grows the file now and then; some
-delete one and bury one as well. Session i of commit r holds r, so a commit that came through by half shows.
+delete one and bury one as well, and replace documents. Session i of commit r holds r, so a commit that came through by half shows.
 """
 
 from __future__ import annotations
@@ -60,7 +60,16 @@ def batch(number: int, kind: Kind) -> Batch:
     if number != latest:
         return Batch(puts=puts)
     gone = f"of-{latest - kind.period}"
-    return Batch(puts=puts, deletes=[gone], tombstones=[Tombstone(gone, End.CLOSED, 0.0, revision=number)])
+    return Batch(
+        puts=puts,
+        deletes=[gone],
+        tombstones=[Tombstone(gone, End.CLOSED, 0.0, revision=number)],
+        documents=[("latest", content(number)), (f"of-{number}", b""), (gone, None)],
+    )
+
+
+def content(number: int) -> bytes:
+    return number.to_bytes(8, "little") * (number % 5 * 500)
 
 
 def record(number: int, kind: Kind) -> Record:
@@ -99,6 +108,7 @@ def held(store: LmdbStore | DiskStore, kind: Kind) -> int:
     assert stone is not None
     assert stone.revision == latest
     assert store.tombstones([f"of-{latest}"])[0] is None
+    assert store.documents() == {"latest": content(latest), f"of-{latest}": b""}
     return number
 
 

@@ -114,6 +114,8 @@ class RemoteStore(Store):
             self._under_way -= 1
         if self.commit_error is not None:
             raise type(self.commit_error)(*self.commit_error.args)
+        if batch.documents:
+            self.shared.commit(Batch(documents=batch.documents))
         return self._commit(batch, puts)
 
     def _commit(self, batch: Batch, puts: Sequence[tuple[str, bytes]]) -> Committed:
@@ -185,6 +187,10 @@ class RemoteStore(Store):
     async def count_of(self, model: str) -> int:
         await asyncio.sleep(0)
         return self.shared.count_of(model)
+
+    async def documents(self, prefix: str = "") -> dict[str, bytes]:
+        await asyncio.sleep(0)
+        return self.shared.documents(prefix)
 
     async def announce(self, listen: str) -> None:
         self.shared.announce(listen)

@@ -19,6 +19,7 @@ from stepwell_server.store.awaited import AwaitedStore
 from stepwell_server.store.base import Batch, Committed, End, LocalStore, Tombstone
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.memory import MemoryStore
+from support.awaited import RemoteStore
 from support.clock import ManualClock
 from support.fake_executor import WAIT_S
 from support.samples import examples
@@ -337,12 +338,14 @@ batches = st.builds(
     tombstones=st.lists(stones, max_size=2),
     counts=st.lists(st.tuples(st.sampled_from("mn"), st.integers(-2, 2)), max_size=2),
     tenant_counts=st.lists(st.tuples(st.sampled_from(["\x1f", "m\x1f"]), st.integers(-2, 2)), max_size=2),
+    documents=st.lists(st.tuples(ids, st.none() | st.binary(max_size=1)), max_size=2),
 )
 
 
 def content(store: LocalStore) -> list[object]:
     found: list[object] = [(i, store.get(i), store.tombstones([i])[0]) for i in "abc"]
-    return [*found, store.count(), *(store.count_of(name) for name in ("m", "n", "\x1f", "m\x1f"))]
+    counts = [store.count_of(name) for name in ("m", "n", "\x1f", "m\x1f")]
+    return [*found, store.count(), *counts, store.documents()]
 
 
 def together(batches: Sequence[Batch]) -> list[Batch]:
@@ -387,3 +390,35 @@ def test_what_has_nothing_to_do_with_each_other_is_one_transaction() -> None:
     assert len(together([*ended, *made])) == 1
     assert len(together([*ended, Batch(puts=[("t5", b"1")])])) == 2
     assert len(together([*ended, Batch(forgets=["t5"])])) == 2
+    named = [
+        Batch(documents=[("t5", b"1")]),
+        Batch(documents=[("t5", None)]),
+        Batch(documents=[("t5", b"2")]),
+    ]
+    (batch,) = together([*ended, *named])
+    assert batch.documents == [("t5", b"1"), ("t5", None), ("t5", b"2")], "a document is no session"
+
+
+async def test_a_document_is_never_in_two_commits_at_a_time() -> None:
+    store, told = RemoteStore(MemoryStore()), list[str]()
+    commits = GroupCommit(store)
+
+    def submit(name: str, batch: Batch) -> None:
+        commits.submit(lambda: batch, 1, lambda _: told.append(name))
+
+    store.commits_held = True
+    submit("first", Batch(documents=[("a", b"1")]))
+    await store.until("commit")
+    submit("same", Batch(documents=[("a", b"2")]))
+    submit("session", Batch(deletes=["a"]))
+    await store.until("commit", 2)
+    assert [ids for kind, ids in store.calls if kind == "commit"] == [(), ("a",)], (
+        "a session of its name is another thing"
+    )
+    store.let_go()
+    await asyncio.wait_for(commits.idle(), WAIT_S)
+    assert store.most_at_once == 2
+    assert sorted(told[:2]) == ["first", "session"]
+    assert told[2:] == ["same"]
+    assert await store.documents() == {"a": b"2"}
+    assert commits.close(0)

@@ -47,7 +47,7 @@ def path(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------ as the one in memory
 
 KNOWN = ["a", "aa", "ab", "b", "ä", "é" * 256]
-DEEDS = st.sampled_from(["begin", "put", "put", "put", "end", "both", "checkpoint", "reopen", "kill"])
+DEEDS = st.sampled_from(["begin", "put", "put", "put", "end", "both", "name", "checkpoint", "reopen", "kill"])
 SIZES = [0, 20, 20, 300, 900, 2500, 9000]
 
 
@@ -116,8 +116,19 @@ class Two:
         ended = self._end(chance)
         return Batch(puts=self._part(chance), deletes=ended.deletes, counts=ended.counts)
 
+    def _name(self, chance: random.Random) -> Batch:
+        """Documents, with changes of sessions that may be in the log."""
+        content = bytes([next(self._numbers) % 256]) * chance.choice([0, 20, 5000])
+        documents = [
+            ("model/a", content),
+            (chance.choice(["model/a", "model/b", "z"]), chance.choice([content, None])),
+        ]
+        return Batch(puts=self._part(chance), documents=documents)
+
     def require_same(self) -> None:
         disk, memory = self.disk, self.memory
+        assert disk.documents() == memory.documents()
+        assert disk.documents("model/") == memory.documents("model/")
         assert disk.get_many(KNOWN) == memory.get_many(KNOWN) == [disk.get(i) for i in KNOWN]
         assert [disk.tombstones([i])[0] for i in KNOWN] == [memory.tombstones([i])[0] for i in KNOWN]
         assert disk.count() == memory.count() == disk.count_of("m") == memory.count_of("m")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from stepwell_server.errors import StateCorrupt, Unavailable
 from stepwell_server.store.base import Batch, End, LocalStore, StoreError, Tombstone
-from stepwell_server.store.disk import keys
+from stepwell_server.store.disk import compaction, keys
 from stepwell_server.store.disk import lmdb as module
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.memory import MemoryStore
@@ -143,6 +143,9 @@ BATCH = st.builds(
     deletes=st.lists(ID, max_size=2),
     forgets=st.lists(ID, max_size=2),
     tombstones=st.lists(STONE, max_size=4),
+    documents=st.lists(
+        st.tuples(st.sampled_from(["a", "ab", "ä"]), st.none() | st.binary(max_size=9)), max_size=4
+    ),
 )
 
 
@@ -158,6 +161,8 @@ def test_both_stores_answer_alike(tmp_path_factory: pytest.TempPathFactory, batc
         assert disk.get_many(known) == memory.get_many(known) == [disk.get(i) for i in known]
         assert [disk.tombstones([i])[0] for i in known] == [memory.tombstones([i])[0] for i in known]
         assert disk.count() == memory.count()
+        for prefix in ("", "a", "ab", "b"):
+            assert list(disk.documents(prefix).items()) == list(memory.documents(prefix).items())
         assert sorted(ids(disk, prefix="a", after="a")) == ids(memory, prefix="a", after="a")
         assert sorted(ids(disk)) == ids(memory)
         assert sorted(disk.heads(limit=9).keys) == memory.heads(limit=9).keys
@@ -346,7 +351,7 @@ def test_a_copy_that_fails_leaves_the_file_as_it_is(tmp_path: Path, monkeypatch:
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "flush", full)
+    monkeypatch.setattr(compaction, "flush", full)
     store = opened(tmp_path)
     assert ids(store) == ["s0"]
     assert not (tmp_path / "sessions.compacting").exists()
@@ -382,15 +387,15 @@ def write_schema(path: Path, version: bytes) -> bytes | None:
 
 
 def test_a_store_of_a_later_release_stops_the_start(tmp_path: Path) -> None:
-    write_schema(tmp_path, b"4")
-    with pytest.raises(StoreError, match="must be of schema version 3; it is of 4"):
+    write_schema(tmp_path, b"5")
+    with pytest.raises(StoreError, match="must be of schema version 4; it is of 5"):
         opened(tmp_path)
 
 
 def test_a_store_from_before_there_were_journals_becomes_one_that_may_have_some(tmp_path: Path) -> None:
     write_schema(tmp_path, b"1")
     opened(tmp_path).close()
-    assert write_schema(tmp_path, b"2") == b"3", "the release before must not open it any more"
+    assert write_schema(tmp_path, b"2") == b"4", "the release before must not open it any more"
 
 
 def test_a_directory_that_is_none_stops_the_start(tmp_path: Path) -> None:

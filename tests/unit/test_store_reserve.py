@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import types
 from pathlib import Path
@@ -125,3 +126,19 @@ def test_while_it_is_short_sessions_are_opened_only_where_as_much_stays_free(
     reserve.commit(OPEN, disk.attempt, lambda: less)
     with pytest.raises(OSError, match="new sessions"):
         reserve.commit(OPEN, disk.attempt, lambda: less)
+
+
+def test_while_it_is_short_documents_are_kept_only_where_as_much_stays_free(
+    tmp_path: Path, disk: Disk
+) -> None:
+    disk.free = 0
+    reserve = Reserve(tmp_path, ManualClock())
+    kept = Batch(documents=[("a", b"c" * 1000)])
+    reserve.commit(kept, disk.attempt, lambda: PLENTY)
+    with pytest.raises(OSError, match="new documents must leave 8388608 bytes free for closing sessions"):
+        reserve.commit(kept, disk.attempt, lambda: FULL)
+    removed = Batch(documents=[("a", None)])
+    closed = dataclasses.replace(CLOSE, documents=kept.documents)
+    for batch in (removed, closed):
+        reserve.commit(batch, disk.attempt, lambda: FULL)
+    assert disk.kept == [kept, removed, closed]

@@ -83,6 +83,8 @@ def store() -> None:
         ("sealed", "ids of sessions whose record no given key opens"),
         ("unreachable", "ids of sessions that are there and are not found by their id"),
         ("models", "sessions by model"),
+        ("documents", "how many documents of the server itself there are"),
+        ("damaged_documents", "names of documents that are not as they were written"),
     ),
     exit_codes=(
         ("0", "all is well"),
@@ -126,6 +128,11 @@ def verify(ctx: click.Context, path: Path, key_file: Path | None, as_json: bool)
         ("sessions, tombstones", "how many sessions it has, and ended ones that are remembered"),
         ("damaged", "sessions whose records are damaged in the store; they are in the backup as they are"),
         ("keys", "ids of the keys that are needed to restore it"),
+        ("documents", "how many documents of the server itself it has"),
+        (
+            "damaged_documents",
+            "how many of them are damaged in the store; they are in the backup as they are",
+        ),
     ),
     exit_codes=_DONE,
 )
@@ -154,6 +161,7 @@ def backup(data_dir: Path, file: Path, max_rate: int | None, as_json: bool) -> N
     )
     if done.damaged:
         click.echo(f"{done.damaged} of them have damaged records; stepwell store verify names them", err=True)
+    _say_damaged_documents(done.damaged_documents)
 
 
 @store.command(
@@ -170,6 +178,8 @@ def backup(data_dir: Path, file: Path, max_rate: int | None, as_json: bool) -> N
         ("damaged", "sessions whose records are damaged; they answer STATE_CORRUPT"),
         ("backed_up_time", "when the backup was begun (RFC 3339, UTC)"),
         ("first_revision", "revisions of the store are at least this"),
+        ("documents", "how many documents of the server itself it has"),
+        ("damaged_documents", "how many of them are damaged, as they were in the store that was backed up"),
     ),
     exit_codes=_DONE,
 )
@@ -202,6 +212,7 @@ def restore(file: Path, data_dir: Path, key_file: Path | None, moved: bool, as_j
     click.echo(f"{data_dir}: {done.sessions} sessions, as of {created}")
     if done.damaged:
         click.echo(f"{done.damaged} of them have damaged records, and answer STATE_CORRUPT", err=True)
+    _say_damaged_documents(done.damaged_documents)
 
 
 @store.command(
@@ -279,6 +290,9 @@ def rekey(data_dir: Path, key_file: Path | None, decrypt: bool, as_json: bool) -
         ("recovered", "ids of sessions whose key was damaged and could be told from their record"),
         ("damaged", "ids of sessions whose record is damaged: they answer STATE_CORRUPT"),
         ("lost", "how many sessions are not there any more; nobody can tell which"),
+        ("documents", "how many documents of the server itself there are now"),
+        ("lost_documents", "names of documents that were damaged and are not there any more"),
+        ("missing_documents", "how many others are not there any more; nobody can tell which"),
     ),
     exit_codes=_DONE,
 )
@@ -301,6 +315,15 @@ def repair(data_dir: Path, as_json: bool) -> None:
         f"{data_dir}: {done.sessions} sessions; {len(done.recovered)} found again, {len(done.damaged)} with damaged records,"
         f" {done.lost} lost"
     )
+    if done.lost_documents or done.missing_documents:
+        lost = [*map(repr, done.lost_documents)]
+        lost += [f"{done.missing_documents} others"] if done.missing_documents else []
+        click.echo(f"documents of the server that are lost: {', '.join(lost)}", err=True)
+
+
+def _say_damaged_documents(count: int) -> None:
+    if count:
+        click.echo(f"{count} documents of the server are damaged; stepwell store verify names them", err=True)
 
 
 def _keyring(file: Path | None) -> Keyring | None:
@@ -335,6 +358,7 @@ def _show(found: Examined) -> None:
             ", ".join(f"{count} with {key_id}" for key_id, count in sorted(found.encrypted.items())),
         ),
         ("decrypted", found.opened),
+        ("documents", found.documents),
     ]
     _render.print_facts(
         [(name, str(fact)) for name, fact in facts if fact not in ("", 0) or name == "sessions"]
@@ -343,6 +367,7 @@ def _show(found: Examined) -> None:
         ("damaged", found.damaged),
         ("sealed", found.sealed),
         ("unreachable", found.unreachable),
+        ("damaged documents", found.damaged_documents),
     ):
         if names:
             more = ", ..." if len(names) > _NAMED else ""

@@ -63,6 +63,10 @@ class AwaitedStore(Store):
         return self.local.tombstones(session_ids)
 
     @override
+    async def documents(self, prefix: str = "") -> dict[str, bytes]:
+        return self.local.documents(prefix)
+
+    @override
     async def announce(self, listen: str) -> None:
         self.local.announce(listen)
 

@@ -17,6 +17,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.store.base import KeyFileError, Tombstone
 from stepwell_server.store.disk import meta, snapshot
 from stepwell_server.store.disk.backup_file import About, Reader, Writer
+from stepwell_server.store.disk.documents import Found, Item
 from stepwell_server.store.disk.filling import Pair, fill, new_folder
 from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.disk.lmdb import LmdbStore
@@ -37,6 +38,9 @@ class BackedUp:
     """Sessions whose records were damaged in the store already; they are in the backup as they are."""
     keys: list[str]
     """With which it is encrypted, as far as it is."""
+    documents: int = 0
+    damaged_documents: int = 0
+    """So many of them were damaged in the store already; they are in the backup as they are."""
 
 
 def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.inf) -> BackedUp:
@@ -46,7 +50,7 @@ def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.i
     acknowledged before, and with nothing that was not committed.
 
     Raises:
-        StoreError: the store lost sessions or cannot be read whole, or the file not be written; then there is no file.
+        StoreError: the store lost sessions or documents, or cannot be read whole, or the file not be written; then there is no file.
     """
     writer = Writer(file, bytes_per_s=bytes_per_s)
     damaged, sums = 0, Sums()
@@ -63,6 +67,10 @@ def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.i
                     checks,
                 )
             )
+            documents = Found()
+            for item in found.all_documents():
+                documents.add(item)
+                writer.document(item)
             for entry in found.sessions():
                 sums.add([entry.key])
                 damaged += not is_sound(entry.session_id, entry.record)
@@ -73,7 +81,16 @@ def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.i
         writer.finish()
     finally:
         writer.close()
-    return BackedUp(file, writer.bytes, writer.sessions, writer.tombstones, damaged, sorted(checks))
+    return BackedUp(
+        file,
+        writer.bytes,
+        writer.sessions,
+        writer.tombstones,
+        damaged,
+        sorted(checks),
+        writer.documents,
+        len(documents.damaged),
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,6 +104,9 @@ class Restored:
     damaged: int
     """Sessions whose records were damaged, or could not be opened with the keys: they answer STATE_CORRUPT."""
     first_revision: int
+    documents: int = 0
+    damaged_documents: int = 0
+    """So many of them are damaged, as they were in the store that was backed up."""
 
 
 def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, moved: bool) -> Restored:
@@ -119,11 +139,14 @@ def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, mo
     )
     change = _Change(None if keyring is None else Sealer(keyring), first_revision - about.first_revision)
     stones: list[Tombstone] = []
+    documents = Found()
 
     def sessions() -> Iterator[Pair]:
         for entry in reader.entries():
             if isinstance(entry, Tombstone):
                 stones.append(entry)
+            elif isinstance(entry, Item):
+                documents.add(entry)
             else:
                 yield change(*entry)
 
@@ -134,12 +157,21 @@ def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, mo
         store = LmdbStore(folder, durability="async", clock=clock)
         try:
             count = fill(store, sessions(), stones)
+            store.put_documents(documents.items)
             store.set_key_checks(about.key_checks if keyring is None else keyring.first_check)
             store.set_meta(values)
             store.sync()
         finally:
             store.close()
-    return Restored(about.created, count, len(stones), change.damaged, first_revision)
+    return Restored(
+        about.created,
+        count,
+        len(stones),
+        change.damaged,
+        first_revision,
+        len(documents.items),
+        len(documents.damaged),
+    )
 
 
 class _Change:

@@ -16,9 +16,23 @@ from typing import Protocol
 from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import Header, Stored
 
+MOST_NAME_BYTES, MOST_DOCUMENT_BYTES = 400, 2**20
+"""Of a document: the limits of its name, as UTF-8, and of its content."""
+
 
 class StoreError(Exception):
     """The store cannot be opened: the server does not start."""
+
+
+class DocumentsDamaged(StoreError):
+    """Documents are not as they were written, or missing. Sessions and other documents are not concerned."""
+
+    def __init__(self, message: str, names: Sequence[str], sound: dict[str, bytes]) -> None:
+        super().__init__(message)
+        self.names = names
+        """Of the documents that are damaged, as far as they are known."""
+        self.sound = sound
+        """Those that were asked for and are as they were written."""
 
 
 class KeyFileError(StoreError):
@@ -111,15 +125,45 @@ class Batch:
     """
     tenant_counts: Sequence[tuple[str, int]] = ()
     """The same of what is counted of tenants: `store.counts`."""
+    documents: Sequence[tuple[str, bytes | None]] = ()
+    """Small byte strings of the server itself by name, each as a whole; None removes one, where it is. The last of a name
+    counts.
+
+    A name has 1 to `MOST_NAME_BYTES` bytes of UTF-8, a content at most `MOST_DOCUMENT_BYTES`.
+    """
 
     goes_back: bool = False
     """Its records may be of earlier changes than what the store had of the same sessions: they count all the same."""
+
+    def __post_init__(self) -> None:
+        """Refuse documents that no store keeps.
+
+        Raises:
+            ValueError: a name or a content is too long, or a name is empty or no text.
+        """
+        for name, content in self.documents:
+            _require_document(name, content)
 
     @property
     def session_ids(self) -> list[str]:
         """The sessions that it puts, deletes or remembers the end of; one may come more than once."""
         ids = [session_id for session_id, _ in self.puts]
         return [*ids, *self.deletes, *self.forgets, *(stone.session_id for stone in self.tombstones)]
+
+
+def _require_document(name: str, content: bytes | None) -> None:
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"the name of a document must be text that UTF-8 can encode; got {name!r}") from None
+    if not 1 <= size <= MOST_NAME_BYTES:
+        raise ValueError(
+            f"the name of a document must have 1 to {MOST_NAME_BYTES} bytes of UTF-8; {name[:40]!r} has {size}"
+        )
+    if content is not None and len(content) > MOST_DOCUMENT_BYTES:
+        raise ValueError(
+            f"document {name!r} must have at most {MOST_DOCUMENT_BYTES} bytes; it has {len(content)}"
+        )
 
 
 class Outcome(enum.Enum):
@@ -134,7 +178,7 @@ class Outcome(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Committed:
-    """What became of a batch, by the sessions that it puts or deletes."""
+    """What became of a batch, by the sessions that it puts or deletes. Its documents were kept."""
 
     conflicts: frozenset[str] = frozenset()
     unknown: frozenset[str] = frozenset()
@@ -156,7 +200,8 @@ class Store(Protocol):
 
     Where others use the same store, a change is kept only if the session is as it was when it was read: a put of a
     session that is there follows its record's revision, one of `Batch.forgets` must not be there yet, and a
-    deletion has the revision that its tombstone says. What is otherwise is a conflict.
+    deletion has the revision that its tombstone says. What is otherwise is a conflict. Documents have no such condition:
+    the last one that was written counts.
     """
 
     local: LocalStore | None
@@ -198,6 +243,9 @@ class Store(Protocol):
         """See `LocalStore`."""
 
     async def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
+        """See `LocalStore`."""
+
+    async def documents(self, prefix: str = "") -> dict[str, bytes]:
         """See `LocalStore`."""
 
     async def announce(self, listen: str) -> None:
@@ -296,6 +344,14 @@ class LocalStore(Protocol):
 
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         """What is remembered of many sessions that are gone."""
+
+    def documents(self, prefix: str = "") -> dict[str, bytes]:
+        """All documents whose name begins with `prefix`, in the order of their names.
+
+        Raises:
+            DocumentsDamaged: one of them is not as it was written, or some document is missing.
+            Unavailable: the store cannot be read now.
+        """
 
     def announce(self, listen: str) -> None:
         """Let people who find the store know at which address its server listens."""

@@ -1,4 +1,4 @@
-"""Whether a store on disk, or a backup of one, is whole: every record, every key, every count."""
+"""Whether a store on disk, or a backup of one, is whole: every record, every document, every key, every count."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from stepwell_server.store.base import KeyFileError, Tombstone
 from stepwell_server.store.counts import of_tenants
 from stepwell_server.store.disk import snapshot
 from stepwell_server.store.disk.backup_file import Reader
+from stepwell_server.store.disk.documents import Found, Item
 from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.keyring import Keyring
 from stepwell_server.store.record import header_or_none, is_sound, key_id_of
@@ -41,6 +42,9 @@ class Examined:
     problems: list[str] = dataclasses.field(default_factory=list)
     """All that is wrong, for people; empty: nothing."""
     models: Counter[str] = dataclasses.field(default_factory=Counter)
+    documents: int = 0
+    damaged_documents: list[str] = dataclasses.field(default_factory=list)
+    """Names of documents that are not as they were written, or not found by their name; `MOST_NAMED` of them."""
 
 
 class _Records:
@@ -71,6 +75,14 @@ class _Records:
                 found.opened += 1
             else:
                 self._name("sealed", found.sealed, session_id)
+
+    def documents(self, found: Found) -> None:
+        self.found.documents = len(found.items)
+        self.found.damaged_documents = found.damaged[:MOST_NAMED]
+        if found.damaged:
+            self.found.problems.append(f"{len(found.damaged)} documents are not as they were written")
+        if found.problem:
+            self.found.problems.append(f"documents: {found.problem}")
 
     def counts(self) -> dict[str, int]:
         """The numbers of sessions by name, see `store.counts`."""
@@ -125,6 +137,7 @@ def examine(path: Path, keyring: Keyring | None) -> Examined:
             result.problems.append(
                 f"the numbers of sessions must be {records.counts()}; the store says {counts}"
             )
+        records.documents(found.documents())
     return result
 
 
@@ -136,11 +149,14 @@ def examine_backup(file: Path, keyring: Keyring | None) -> Examined:
     """
     reader = Reader(file)
     _require_keys(keyring, reader.about().key_checks)
-    records = _Records(keyring)
+    records, documents = _Records(keyring), Found()
     for entry in reader.entries():
-        if not isinstance(entry, Tombstone):
+        if isinstance(entry, Item):
+            documents.add(entry)
+        elif not isinstance(entry, Tombstone):
             records.look(*entry)
     result = records.conclude()
+    records.documents(documents)
     result.tombstones = reader.tombstones
     return result
 

@@ -14,7 +14,10 @@ from stepwell_server.store.sealing import Sealer
 
 
 class EncryptedStore(LocalStore):
-    """What is behind it never sees a state. Lists need no key: they say what is not encrypted (`sealing`)."""
+    """What is behind it never sees a state. Lists need no key: they say what is not encrypted (`sealing`).
+
+    Documents have no states, and are as they were given.
+    """
 
     def __init__(self, local: LocalStore, sealer: Sealer) -> None:
         self._local = local
@@ -75,6 +78,10 @@ class EncryptedStore(LocalStore):
     @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         return self._local.tombstones(session_ids)
+
+    @override
+    def documents(self, prefix: str = "") -> dict[str, bytes]:
+        return self._local.documents(prefix)
 
     @override
     def announce(self, listen: str) -> None:

@@ -33,6 +33,7 @@ class MemoryStore(LocalStore):
         self._records: dict[str, bytes] = {}
         self._tombstones: Remembered[str, Tombstone] = Remembered(tombstones)
         self._counts: Counter[str] = Counter()
+        self._documents: dict[str, bytes] = {}
 
     @override
     def commit(self, batch: Batch) -> None:
@@ -47,6 +48,11 @@ class MemoryStore(LocalStore):
             self._tombstones.put(stone.session_id, stone)
         for name, change in (*batch.counts, *batch.tenant_counts):
             self._counts[name] += change
+        for name, content in batch.documents:
+            if content is None:
+                self._documents.pop(name, None)
+            else:
+                self._documents[name] = bytes(content)
 
     @override
     def checkpoint(self) -> None:
@@ -81,6 +87,10 @@ class MemoryStore(LocalStore):
     @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         return [self._tombstones.get(session_id) for session_id in session_ids]
+
+    @override
+    def documents(self, prefix: str = "") -> dict[str, bytes]:
+        return {name: self._documents[name] for name in sorted(self._documents) if name.startswith(prefix)}
 
     @override
     def announce(self, listen: str) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from stepwell_server.clock import Clock
 from stepwell_server.store.base import StoreError, Tombstone
 from stepwell_server.store.disk import meta
+from stepwell_server.store.disk.documents import Item
+from stepwell_server.store.disk.documents import item as document
 from stepwell_server.store.disk.filling import Pair, rebuild
 from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.disk.snapshot import Entry, Snapshot
@@ -88,6 +90,11 @@ class Mended:
     """Keys of records that are not as they were written: their sessions answer STATE_CORRUPT."""
     lost: int = 0
     """Sessions that are not there any more; nobody can tell which."""
+    documents: int = 0
+    lost_documents: list[str] = dataclasses.field(default_factory=list)
+    """Names of documents that were damaged, as far as they are known, and are not there any more."""
+    missing_documents: int = 0
+    """Others that are not there any more; nobody can tell which."""
 
 
 def repair(path: Path, clock: Clock) -> Mended:
@@ -124,8 +131,22 @@ def repair(path: Path, clock: Clock) -> Mended:
         first = meta.later_first_revision(int(old.get(meta.FIRST_REVISION, b"0")), clock.now())
         return {**_kept(old), meta.FIRST_REVISION: str(first).encode()}
 
-    rebuild(path, clock, sessions, about, stones=_readable_stones)
+    def documents(old: Snapshot) -> list[Item]:
+        read = old.again().documents()
+        kept = {item.name: item for item in map(_recovered, read.items) if item is not None}
+        kept |= {name: document(name, content) for name, content in read.sound.items()}
+        found.documents = len(kept)
+        found.lost_documents = [name for name in read.damaged if name not in kept]
+        found.missing_documents = read.missing
+        return list(kept.values())
+
+    rebuild(path, clock, sessions, about, stones=_readable_stones, documents=documents)
     return found
+
+
+def _recovered(item: Item) -> Item | None:
+    """A document under the name that its value says, whatever its key; None if the value is damaged."""
+    return None if item.named is None else document(*item.named)
 
 
 def _readable(old: Snapshot) -> Iterator[Entry]:
@@ -137,7 +158,7 @@ def _readable(old: Snapshot) -> Iterator[Entry]:
 
 def _readable_stones(old: Snapshot) -> list[Tombstone]:
     try:
-        return old.tombstones()
+        return old.again().tombstones()
     except StoreError as error:
         _log.warning("how sessions ended is not known any more: %s", error)
         return []

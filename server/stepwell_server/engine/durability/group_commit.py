@@ -41,6 +41,8 @@ _RETRY_AFTER_S = 0.5
 _NOTHING = Batch()
 
 Done = Callable[[Committed | ServerError], None]
+_Named = set[str | tuple[str]]
+"""Sessions and, each as a tuple, documents."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -69,7 +71,7 @@ class GroupCommit:
     """Commits to a store. Lives on the event loop.
 
     A store that answers in place has one thread once that is needed; one that is awaited has a few commits under way
-    at the same time, never two that name the same session.
+    at the same time, never two that name the same session or document.
     """
 
     def __init__(self, store: Store, on_room: Callable[[], None] = lambda: None) -> None:
@@ -252,8 +254,8 @@ class _Awaited:
         self._finish = finish
         self._loop = asyncio.get_running_loop()
         self._queue: list[_Item] = []
-        self._busy: set[str] = set()
-        """Sessions that a commit which is under way names."""
+        self._busy: _Named = set()
+        """What a commit which is under way names."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._work = Alarm(self._start)
 
@@ -279,15 +281,15 @@ class _Awaited:
         self._tasks.discard(task)
         self._work.ring()
 
-    def _take(self) -> tuple[list[_Item], set[str]]:
-        """What may be committed together now, in the order of each session that it names; and all it names."""
+    def _take(self) -> tuple[list[_Item], _Named]:
+        """What may be committed together now, in the order of all that it names; and all it names."""
         taken: list[_Item] = []
-        named: set[str] = set()
+        named: _Named = set()
         left: list[_Item] = []
         blocked = set(self._busy)
         size = 0
         for item in self._queue:
-            ids = set(item.batch.session_ids)
+            ids = _named(item.batch)
             if size >= MOST_TOGETHER or not blocked.isdisjoint(ids):
                 left.append(item)
             else:
@@ -298,7 +300,7 @@ class _Awaited:
         self._queue = left
         return taken, named
 
-    async def _commit(self, items: Sequence[_Item], ids: set[str]) -> None:
+    async def _commit(self, items: Sequence[_Item], ids: _Named) -> None:
         sound = [item for item in items if item.error is None]
         committed = ALL_KEPT
         try:
@@ -354,8 +356,13 @@ def _merged(batches: Sequence[Batch]) -> Batch:
         tombstones=[stone for batch in batches for stone in batch.tombstones],
         counts=[count for batch in batches for count in batch.counts],
         tenant_counts=[count for batch in batches for count in batch.tenant_counts],
+        documents=[document for batch in batches for document in batch.documents],
         goes_back=any(batch.goes_back for batch in batches),
     )
+
+
+def _named(batch: Batch) -> _Named:
+    return {*batch.session_ids, *((name,) for name, _ in batch.documents)}
 
 
 def _parts(puts: Sequence[tuple[str, Stored]]) -> Sequence[Sequence[tuple[str, Stored]]]:

@@ -1,10 +1,11 @@
-"""A backup: the sessions of a store in one file, whatever the store was made of.
+"""A backup: the sessions and documents of a store in one file, whatever the store was made of.
 
     magic, block, block, ...        block: length, CRC-32, kind, content
 
-Kinds, in their order: `head` (what is said of the store as a whole, as JSON), `sessions` and `tombstones` (many each), `end`
-(how many there were, and SHA-256 of all before it, as JSON). Little-endian. A file without its end is no backup. Records
-are as in the store: encrypted ones stay so, and each has its own checksum.
+Kinds, in their order: `head` (what is said of the store as a whole, as JSON), `documents`, `sessions` and `tombstones` (many
+each), `end` (how many there were, and SHA-256 of all before it, as JSON). Little-endian. A file without its end is no backup.
+Records and documents are as in the store: encrypted ones stay so, and each has its own checksum. A backup without documents
+is one that releases of before there were any can read; they refuse others.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from isal.isal_zlib import crc32
 
 from stepwell_server import private_files
 from stepwell_server.store.base import End, StoreError, Tombstone
+from stepwell_server.store.disk.documents import Item
 
 MAGIC = b"stepwell backup 1\n"
 _BLOCK = struct.Struct("<IIc")  # bytes of content, checksum of kind and content, kind
-_ENTRY = struct.Struct("<HI")  # bytes of id, of record
+_ENTRY = struct.Struct("<HI")  # bytes of id, of record; or of a document's key and value
 _STONE = struct.Struct("<HBdQQ")  # bytes of id, end, at, request id, revision
-_HEAD, _SESSIONS, _TOMBSTONES, _END = b"h", b"s", b"t", b"e"
+_HEAD, _DOCUMENTS, _SESSIONS, _TOMBSTONES, _END = b"h", b"d", b"s", b"t", b"e"
 _BLOCK_BYTES = 2**20
 _MOST_BLOCK_BYTES = 2**31
 
@@ -69,9 +71,10 @@ class Writer:
         self._rate, self._sleep = bytes_per_s, sleep
         self._began = time.monotonic()
         self._digest = hashlib.sha256()
+        self._kind = _HEAD
         self._block: list[bytes] = []
         self._block_bytes = self.bytes = 0
-        self.sessions = self.tombstones = 0
+        self.documents = self.sessions = self.tombstones = 0
         if os.path.lexists(path):
             raise BackupError(f"{path} must not be there yet: a backup overwrites nothing")
         try:
@@ -88,6 +91,12 @@ class Writer:
             "key_checks": {key_id: check.hex() for key_id, check in about.key_checks.items()},
         }).encode())  # fmt: skip
 
+    def document(self, item: Item) -> None:
+        """Write a document. All of them come before the sessions."""
+        value = item.value or b""
+        self._gather(_DOCUMENTS, _ENTRY.pack(len(item.key), len(value)) + item.key + value)
+        self.documents += 1
+
     def session(self, session_id: str, record: bytes) -> None:
         """Write a session. All of them come before the tombstones."""
         key = session_id.encode()
@@ -96,8 +105,6 @@ class Writer:
 
     def tombstone(self, stone: Tombstone) -> None:
         """Write a tombstone. The oldest comes first."""
-        if not self.tombstones:
-            self._flush(_SESSIONS)
         key = stone.session_id.encode()
         self._gather(
             _TOMBSTONES, _STONE.pack(len(key), stone.end, stone.at, stone.request_id, stone.revision) + key
@@ -110,10 +117,8 @@ class Writer:
         Raises:
             BackupError: it could not be written.
         """
-        self._flush(_TOMBSTONES if self.tombstones else _SESSIONS)
-        self._put(_END, json.dumps({
-            "sessions": self.sessions, "tombstones": self.tombstones, "sha256": self._digest.hexdigest(),
-        }).encode())  # fmt: skip
+        self._flush()
+        self._put(_END, json.dumps(_end_of(self, self._digest.hexdigest())).encode())
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -151,14 +156,17 @@ class Writer:
         return file
 
     def _gather(self, kind: bytes, entry: bytes) -> None:
+        if kind != self._kind:
+            self._flush()
+            self._kind = kind
         self._block.append(entry)
         self._block_bytes += len(entry)
         if self._block_bytes >= _BLOCK_BYTES:
-            self._flush(kind)
+            self._flush()
 
-    def _flush(self, kind: bytes) -> None:
+    def _flush(self) -> None:
         if self._block:
-            self._put(kind, b"".join(self._block))
+            self._put(self._kind, b"".join(self._block))
         self._block, self._block_bytes = [], 0
 
     def _put(self, kind: bytes, content: bytes) -> None:
@@ -181,7 +189,7 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.sessions = self.tombstones = 0
+        self.documents = self.sessions = self.tombstones = 0
         """How many were read so far."""
 
     def about(self) -> About:
@@ -196,19 +204,21 @@ class Reader:
             return self._about(content)
         raise self._damaged("it must begin with a head")
 
-    def entries(self) -> Iterator[tuple[str, bytes] | Tombstone]:
-        """All sessions and then all tombstones. Whether it is whole is known when this has come to its end.
+    def entries(self) -> Iterator[Item | tuple[str, bytes] | Tombstone]:
+        """All documents, then all sessions and then all tombstones. Whether it is whole is known when this has come to its end.
 
         Raises:
             BackupError: it is no backup, damaged, or not whole.
         """
-        self.sessions = self.tombstones = 0
+        self.documents = self.sessions = self.tombstones = 0
         is_whole = False
         for kind, content, digest in self._blocks():
             if is_whole:
                 raise self._damaged("something follows its end")
             try:
-                if kind == _SESSIONS:
+                if kind == _DOCUMENTS:
+                    yield from self._documents(content)
+                elif kind == _SESSIONS:
                     yield from self._sessions(content)
                 elif kind == _TOMBSTONES:
                     yield from self._tombstones(content)
@@ -222,14 +232,15 @@ class Reader:
         if not is_whole:
             raise self._damaged("it has no end: it was cut off")
 
+    def _documents(self, content: bytes) -> Iterator[Item]:
+        for key, value in _pairs(content):
+            self.documents += 1
+            yield Item(key, value)
+
     def _sessions(self, content: bytes) -> Iterator[tuple[str, bytes]]:
-        at = 0
-        while at < len(content):
-            id_bytes, record_bytes = _ENTRY.unpack_from(content, at)
-            start = at + _ENTRY.size + id_bytes
-            at = start + record_bytes
+        for key, record in _pairs(content):
             self.sessions += 1
-            yield str(content[start - id_bytes : start], "utf-8"), content[start:at]
+            yield str(key, "utf-8"), record
 
     def _tombstones(self, content: bytes) -> Iterator[Tombstone]:
         at = 0
@@ -242,7 +253,7 @@ class Reader:
 
     def _require_end(self, content: bytes, digest: str) -> None:
         said = json.loads(content)
-        found = {"sessions": self.sessions, "tombstones": self.tombstones, "sha256": digest}
+        found = _end_of(self, digest)
         if said != found:
             raise self._damaged(f"it must have what its end says, {said}; it has {found}")
 
@@ -282,3 +293,19 @@ class Reader:
 
     def _damaged(self, problem: str) -> BackupError:
         return BackupError(f"the backup {self._path} is damaged: {problem}")
+
+
+def _pairs(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Key and value of each entry of a block."""
+    at = 0
+    while at < len(content):
+        key_bytes, value_bytes = _ENTRY.unpack_from(content, at)
+        start = at + _ENTRY.size + key_bytes
+        at = start + value_bytes
+        yield content[start - key_bytes : start], content[start:at]
+
+
+def _end_of(backup: Writer | Reader, digest: str) -> dict[str, int | str]:
+    """What its end says of a backup."""
+    documents = {"documents": backup.documents} if backup.documents else {}
+    return {**documents, "sessions": backup.sessions, "tombstones": backup.tombstones, "sha256": digest}

@@ -14,6 +14,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.store.base import Batch, StoreError, Tombstone
 from stepwell_server.store.counts import of_tenants
 from stepwell_server.store.disk import snapshot
+from stepwell_server.store.disk.documents import Item
 from stepwell_server.store.disk.files import flush, flush_folders
 from stepwell_server.store.disk.lmdb import COPY, LmdbStore
 from stepwell_server.store.disk.lock import DirectoryLock, replacing
@@ -94,6 +95,7 @@ def rebuild(
     sessions: Callable[[Snapshot], Iterable[Pair]],
     about: Callable[[dict[bytes, bytes]], dict[bytes, bytes]],
     stones: Callable[[Snapshot], Iterable[Tombstone]] = Snapshot.tombstones,
+    documents: Callable[[Snapshot], Iterable[Item]] = Snapshot.all_documents,
 ) -> int:
     """Make the store in a data directory anew, of what `sessions` makes of it; how many they are.
 
@@ -106,6 +108,7 @@ def rebuild(
         sessions: Ids and records that the new store shall have.
         about: What is to be said of the new store as a whole, of what was said of the old one.
         stones: Its tombstones, the oldest first.
+        documents: Its documents.
 
     Raises:
         StoreBusy: a server uses it.
@@ -119,6 +122,7 @@ def rebuild(
             store = LmdbStore(aside, durability="async", clock=clock)
             try:
                 count = fill(store, sessions(found), stones(found))
+                store.put_documents(documents(found))
                 store.set_meta(about(found.meta))
                 store.sync()
             finally:

@@ -1,7 +1,7 @@
 """Sessions in one LMDB environment under the data directory.
 
     server.lock          who uses the directory
-    sessions/data.mdb    databases `sessions`, `tombstones`, `tombstone_ages`, `meta`
+    sessions/data.mdb    databases `sessions`, `tombstones`, `tombstone_ages`, `meta`, `documents`
     sessions/lock.mdb    LMDB's own; means nothing between two runs
     sessions/reserve     room for ending sessions on a full disk; see `reserve`
 
@@ -19,11 +19,13 @@ What a commit survives, and why:
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -34,8 +36,10 @@ from stepwell_server import private_files
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, StoreGone, Unavailable
 from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealth, Tombstone
+from stepwell_server.store.disk import documents as in_lmdb
 from stepwell_server.store.disk import meta
-from stepwell_server.store.disk.files import OpenFiles, explain, flush, flush_folders, start_errors
+from stepwell_server.store.disk.compaction import copy_compactly
+from stepwell_server.store.disk.files import OpenFiles, explain, flush_folders, start_errors
 from stepwell_server.store.disk.key_sums import PIECE, Change, KeyCheck, NewKeys
 from stepwell_server.store.disk.keys import entries, items, key_of, own, values
 from stepwell_server.store.disk.lock import DirectoryLock, replacing
@@ -248,6 +252,20 @@ class LmdbStore(LocalStore):
         ]
 
     @override
+    def documents(self, prefix: str = "") -> dict[str, bytes]:
+        found = self._read("", lambda transaction: in_lmdb.read(transaction, self._documents, self._meta))
+        return found.required(prefix)
+
+    def put_documents(self, items: Iterable[in_lmdb.Item]) -> None:
+        """Put documents one by one, as another store had them, damaged ones too.
+
+        Raises:
+            Unavailable: one could not be kept.
+        """
+        for item in items:
+            self._write_with(_KEEPS, functools.partial(self._commit, Batch(), [item]))
+
+    @override
     def announce(self, listen: str) -> None:
         self.lock.set_listen(listen)
 
@@ -342,7 +360,7 @@ class LmdbStore(LocalStore):
             sync=self._durability == "sync",
             metasync=True,
             readahead=False,  # sessions come back one here, one there
-            max_dbs=4,
+            max_dbs=5,
             max_spare_txns=2,
         )
         try:
@@ -356,9 +374,9 @@ class LmdbStore(LocalStore):
         self._map_bytes = environment.info()["map_size"]
         self._require_whole_file()
         with environment.begin(write=True) as transaction:
-            names = (b"sessions", b"tombstones", b"tombstone_ages", b"meta")
+            names = (b"sessions", b"tombstones", b"tombstone_ages", b"meta", b"documents")
             found = [environment.open_db(name, txn=transaction) for name in names]
-            self._sessions, self._tombstones, self._ages, self._meta = found
+            self._sessions, self._tombstones, self._ages, self._meta, self._documents = found
             meta.begin(transaction, self._meta, self._folder)
             self._next_age = next_age(transaction, self._ages)
             self._check.begin(transaction, self._sessions, self._meta)
@@ -379,41 +397,17 @@ class LmdbStore(LocalStore):
             self.first_revision = int(transaction.get(meta.FIRST_REVISION, b"0"))
 
     def _compact(self, copy: Path) -> bool:
-        """Give the file's free pages back to the disk if that is worth it.
-
-        LMDB uses pages again but never returns them. A copy without them takes the file's place in one
-        step (rename), so whenever this is interrupted one of the two is there whole.
-
-        Returns:
-            True if it was done; the environment is closed then.
-        """
+        """Give the file's free pages back to the disk if that is worth it; if so the environment is closed."""
         data = self._folder / _DATA
         size, live = data.stat().st_size, self._live_bytes()
         if size <= FIRST_MAP_BYTES or live > size * SPARSE or shutil.disk_usage(copy.parent).free < live:
             return False
         with replacing(copy.parent) as may_replace:
-            return may_replace and self._copy_compactly(copy)
-
-    def _copy_compactly(self, copy: Path) -> bool:
-        data = self._folder / _DATA
-        copy.mkdir(mode=0o700)
-        try:
-            self._environment.copy(os.fspath(copy), compact=True)
-            os.chmod(copy / _DATA, private_files.FILE_MODE)  # LMDB makes it as the umask says
-            flush(copy / _DATA)
-        except (lmdb.Error, OSError) as error:
-            _log.warning("the store could not be compacted: %s", error)
-            shutil.rmtree(copy, ignore_errors=True)
-            return False
-        self._environment.close()
-        os.replace(copy / _DATA, data)
-        flush(self._folder)
-        shutil.rmtree(copy, ignore_errors=True)
-        return True
+            return may_replace and copy_compactly(self._environment, data, copy)
 
     def _live_bytes(self) -> int:
         with self._environment.begin() as transaction:
-            databases = (None, self._sessions, self._tombstones, self._ages, self._meta)
+            databases = (None, self._sessions, self._tombstones, self._ages, self._meta, self._documents)
             stats = [transaction.stat(db) if db else transaction.stat() for db in databases]
         pages = sum(stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in stats)
         return int(pages * stats[0]["psize"])
@@ -445,7 +439,8 @@ class LmdbStore(LocalStore):
         pages = self._environment.info()["last_pgno"] + 1
         return Extent(pages * self._environment.stat()["psize"], self._live_bytes())
 
-    def _commit(self, batch: Batch) -> None:
+    def _commit(self, batch: Batch, documents: Iterable[in_lmdb.Item] = ()) -> None:
+        documents = [*itertools.starmap(in_lmdb.item, dict(batch.documents).items()), *documents]
         reopened = False
         begin: int | None = sum(change for _, change in batch.counts)
         while True:
@@ -453,6 +448,8 @@ class LmdbStore(LocalStore):
             try:
                 with self._environment.begin(write=True) as transaction:
                     self._write(transaction, batch, change, begin)
+                    if documents:
+                        in_lmdb.write(transaction, self._documents, self._meta, documents)
                 self._check.committed(change)
                 return
             except NewKeys:

@@ -11,8 +11,8 @@ from typing import Any
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.store.base import StoreError
 
-SCHEMA_VERSION = 3
-"""Since 2 there may be a write-ahead log, since 3 there are sums of keys. One of an earlier version becomes one of 3."""
+SCHEMA_VERSION = 4
+"""Since 2 there may be a write-ahead log, since 3 there are sums of keys, since 4 documents. An earlier one becomes one of 4."""
 
 SCHEMA, INCARNATION, SECRET = b"schema", b"incarnation", b"secret"
 MARK = b"journal"

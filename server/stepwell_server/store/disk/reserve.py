@@ -83,7 +83,8 @@ class Reserve:
             Exception: what the last attempt raised, or that there is no room to open sessions.
         """
         change = sum(change for _, change in batch.counts)
-        if change > 0:
+        ends = batch.deletes or batch.tombstones
+        if change > 0 or (not ends and any(content for _, content in batch.documents)):
             self._open(batch, change, attempt, extent)
             return
         try:
@@ -91,7 +92,7 @@ class Reserve:
         except Exception:
             # Whatever it was: to try again with more room does no harm. What was merged into it may add a little
             # to the file, but on the whole it makes room.
-            if not batch.deletes and not batch.tombstones:
+            if not ends:
                 raise
             self._commit_in_reserve(batch, attempt)
         if change < 0 and self._is_tight():
@@ -105,9 +106,9 @@ class Reserve:
         if not self._is_tight():
             self._places = 0
         else:
-            self._require_room(batch, extent(), in_place=opened <= self._places)
+            self._require_room(batch, extent(), in_place=0 < opened <= self._places)
         attempt(batch)
-        self._places = max(0, self._places - opened)
+        self._places = max(0, self._places - max(0, opened))
 
     def _commit_in_reserve(self, batch: Batch, attempt: Callable[[Batch], None]) -> None:
         if self.give_up():
@@ -168,14 +169,15 @@ class Reserve:
         return self.is_short or resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
 
     def _require_room(self, batch: Batch, extent: Extent, *, in_place: bool) -> None:
-        """Refuse to open sessions in the room that ending them takes.
+        """Refuse to open sessions, or to keep documents, in the room that ending sessions takes.
 
         `in_place`: as many have ended. Mostly there is room on their pages, and less has to be left.
 
         Raises:
             NoRoom: there is no other.
         """
-        size = int(sum(len(record) + _PER_PUT_BYTES for _, record in batch.puts) / _PAGE_FILL)
+        contents = (*batch.puts, *batch.documents)
+        size = int(sum(len(content or b"") + _PER_PUT_BYTES for _, content in contents) / _PAGE_FILL)
         # to end all there are takes no more than the pages they are in
         kept = min(self._wanted, extent.live_bytes + size)
         if in_place:
@@ -188,9 +190,10 @@ class Reserve:
         if self.is_short:
             rooms.append(free + free_bytes(self._folder) + self.held_bytes)
         if rooms and min(rooms) < size + kept:
+            what = "sessions" if batch.puts else "documents"
             raise NoRoom(
                 errno.ENOSPC,
-                f"{os.strerror(errno.ENOSPC)}: new sessions must leave {kept} bytes free for closing others;"
+                f"{os.strerror(errno.ENOSPC)}: new {what} must leave {kept} bytes free for closing sessions;"
                 f" the disk of {self._folder} has {free_bytes(self._folder)} bytes free",
             )
 

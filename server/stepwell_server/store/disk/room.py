@@ -29,7 +29,7 @@ class Room:
 
     def failed(self, error: Unavailable, batch: Batch) -> None:
         """A change could not be kept."""
-        self._failed = error.message, sum(len(record) for _, record in batch.puts)
+        self._failed = error.message, _size(batch)
 
     def problem(self, keep_nothing: Callable[[], None]) -> str:
         """Why changes cannot be kept now; empty if they can. Only where one failed is there a trial.
@@ -64,3 +64,10 @@ class Room:
         limit = min(_LOW_BYTES, size * _LOW_SHARE)
         self._is_low = free < limit * (_AGAIN if self._is_low else 1)
         return f"{free} of {size} bytes are free on the disk of {self._folder}" if self._is_low else ""
+
+
+def _size(batch: Batch) -> int:
+    """Bytes of its records and documents."""
+    return sum(len(record) for _, record in batch.puts) + sum(
+        len(content or b"") for _, content in batch.documents
+    )

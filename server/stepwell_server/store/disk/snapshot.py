@@ -20,6 +20,7 @@ import lmdb
 
 from stepwell_server import private_files
 from stepwell_server.store.base import StoreError, Tombstone
+from stepwell_server.store.disk import documents as in_lmdb
 from stepwell_server.store.disk import key_sums, meta
 from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.disk.keys import all_entries, is_digest, named
@@ -49,16 +50,24 @@ class Snapshot:
 
     def __init__(self, path: Path, environment: Any, transaction: Any, log: dict[str, bytes]) -> None:
         self.path = path
+        self._environment = environment
         self.log = log
         """The last record of each session that the write-ahead log has."""
         self._transaction = transaction
         names = (b"sessions", b"tombstones", b"meta")
-        self._sessions, self._tombstones, meta_db = (
+        self._sessions, self._tombstones, self._meta = (
             environment.open_db(name, txn=transaction, create=False) for name in names
         )
-        self.meta: dict[bytes, bytes] = dict(transaction.cursor(meta_db).iternext())
+        self._documents = None
+        with contextlib.suppress(lmdb.NotFoundError):  # in a store of before there were any
+            self._documents = environment.open_db(b"documents", txn=transaction, create=False)
+        self.meta: dict[bytes, bytes] = dict(transaction.cursor(self._meta).iternext())
         """All that is said of the store as a whole, see `meta`."""
         meta.require_schema(self.meta.get(meta.SCHEMA, b""), path / DATA.parent)
+
+    def again(self) -> Snapshot:
+        """The store as it is now, for a store that no server uses: one that met a damaged page is of no use any more."""
+        return Snapshot(self.path, self._environment, self._environment.begin(), self.log)
 
     @property
     def key_checks(self) -> dict[str, bytes]:
@@ -117,6 +126,31 @@ class Snapshot:
             raise StoreError(f"a page of {self.path / DATA} cannot be read: {error}") from error
         return [stone for _, stone in sorted(found, key=lambda each: each[0])]
 
+    def documents(self) -> in_lmdb.Found:
+        """All documents, and what is known of those that are damaged or missing.
+
+        Raises:
+            StoreError: they cannot be looked at.
+        """
+        try:
+            return in_lmdb.read(self._transaction, self._documents, self._meta)
+        except lmdb.Error as error:
+            raise StoreError(f"a page of {self.path / DATA} cannot be read: {error}") from error
+
+    def all_documents(self) -> list[in_lmdb.Item]:
+        """As they are stored, damaged ones too.
+
+        Raises:
+            StoreError: some are missing, or they cannot be looked at.
+        """
+        found = self.documents()
+        if found.problem:
+            raise StoreError(
+                f"the store in {self.path} must have all its documents; {found.problem}:"
+                " stepwell store verify says more, stepwell store repair mends it"
+            )
+        return found.items
+
     def _finds(self, key: bytes) -> bool:
         try:
             # from the root on: a cursor would look on the page where it stands first
@@ -159,7 +193,7 @@ def _open(path: Path) -> Any:
         os.fspath(path / DATA.parent),
         readonly=True,
         map_size=2 * size + 2**30,  # address space: the file may grow before the transaction begins
-        max_dbs=4,
+        max_dbs=5,
         readahead=True,
         create=False,
     )

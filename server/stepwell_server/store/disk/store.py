@@ -3,7 +3,7 @@
     sessions/       see `lmdb`
     journal/0, 1    the segments of the log, see `wal`
 
-What begins or ends sessions is a transaction of LMDB. A change of existing sessions, and nearly all are such, is one
+What begins or ends sessions, or has documents, is a transaction of LMDB. A change of existing sessions, and nearly all are such, is one
 write to the log. A checkpoint takes it over into LMDB later, unless the session has changed again by then. A record
 in the log counts if it `supersedes` the one in LMDB; so one that was checkpointed already, or whose session has ended
 since, does no harm.
@@ -122,7 +122,7 @@ class DiskStore(LocalStore):
         if self._wal is None or self._closed:
             self._write(batch)
             return
-        others = batch.deletes or batch.forgets or batch.tombstones or batch.counts
+        others = batch.deletes or batch.forgets or batch.tombstones or batch.counts or batch.documents
         if others or not batch.puts or not self._append(self._wal, batch.puts):
             ids = [*(session_id for session_id, _ in batch.puts), *batch.deletes]
             try:
@@ -190,6 +190,10 @@ class DiskStore(LocalStore):
     @override
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
         return self._base.tombstones(session_ids)
+
+    @override
+    def documents(self, prefix: str = "") -> dict[str, bytes]:
+        return self._base.documents(prefix)
 
     @override
     def announce(self, listen: str) -> None:
