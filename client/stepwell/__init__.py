@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stepwell._types import (
         LayerInfo,
         ModelInfo,
+        ModelVersionInfo,
         ProofInfo,
         ProvenanceInfo,
         ServerInfo,
@@ -72,6 +73,7 @@ __all__ = [
     "ModelInfo",
     "ModelMismatchError",
     "ModelNotFoundError",
+    "ModelVersionInfo",
     "OverloadedError",
     "PermissionDeniedError",
     "ProofInfo",
@@ -114,6 +116,7 @@ _HOMES = {
     "LayerInfo": "_types",
     "LocalClient": "_local",
     "ModelInfo": "_types",
+    "ModelVersionInfo": "_types",
     "ProofInfo": "_types",
     "ProvenanceInfo": "_types",
     "ServerInfo": "_types",

@@ -30,6 +30,7 @@ from stepwell._trace import Trace
 from stepwell._tracing import Tracing
 from stepwell._tracker import SessionTracker, is_unknown, new_request_id
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, Rows, ServerInfo, SessionInfo, SlowSession
+from stepwell._versions import VersionWatch, is_pinned, name_of, reference
 from stepwell.config import ClientConfig, check_timeout
 from stepwell.errors import InvalidInputError, ModelMismatchError, SessionGoneError, StepwellError
 from stepwell.v1 import models_pb2, sessions_pb2
@@ -82,6 +83,8 @@ class Core:
         hooks = config.event_hooks
         self.observer = None if hooks is None else Observer(hooks, config.address, clock)
         """Makes the events of calls; None if there are no hooks."""
+        self.versions = VersionWatch(hooks, config.address)
+        """Told of sessions that go on with another version of their model."""
         self._tracing = Tracing(config.address) if config.tracing else None
         self._models: dict[str, ModelInfo] = {}
 
@@ -129,7 +132,10 @@ class Core:
         """One model, as the server describes it now."""
         request = models_pb2.GetModelRequest(name=_inputs.check_model(name))
         reply: models_pb2.GetModelResponse = yield from self.retrier.call("GetModel", request, deadline)
-        info = self._models[name] = ModelInfo._from_message(reply.model)
+        info = ModelInfo._from_message(reply.model)
+        self._models[name] = self._models[reference(info.name, info.version)] = info
+        if any(each.is_default for each in info.versions if each.version == info.version):
+            self._models[info.name] = info
         return info
 
     def known_model(self, name: str, deadline: Deadline, *, fingerprint: str = "") -> Flow[ModelInfo]:
@@ -180,7 +186,14 @@ class Core:
             model=model, inputs=to_messages(packed), state=to_messages(state), reset_mask=mask.tolist()
         )
         reply: models_pb2.PredictResponse = yield from self.retrier.call("Predict", request, deadline)
-        final = State(unpack_all(reply.state), model=model, fingerprint=info.fingerprint, batch_size=rows)
+        if reply.model_version not in (0, info.version):  # the default has moved since it was described
+            info = yield from self.known_model(reference(info.name, reply.model_version), deadline)
+        final = State(
+            unpack_all(reply.state),
+            model=info.name,
+            fingerprint=info.fingerprint,
+            batch_size=rows,
+        )
         return as_one(unpack_all(reply.outputs)), final
 
     # Sessions as seen from the client.
@@ -227,10 +240,23 @@ class Core:
             request_id=new_request_id(),
         )
         reply: sessions_pb2.OpenSessionsResponse = yield from self._open("OpenSessions", request, deadline)
-        return GroupTracker(model, reply.model_fingerprint, rows, reply.session_ids, reply.revisions)
+        return GroupTracker(
+            name_of(model),
+            reply.model_fingerprint,
+            rows,
+            reply.session_ids,
+            reply.revisions,
+            version=reply.model_version,
+            is_pinned=is_pinned(model),
+        )
 
     def fork_sessions(
-        self, sources: Sequence[str], session_ids: Sequence[str] | None, deadline: Deadline
+        self,
+        sources: Sequence[str],
+        session_ids: Sequence[str] | None,
+        deadline: Deadline,
+        *,
+        is_pinned: bool,
     ) -> Flow[GroupTracker]:
         """Opens sessions with the states of others: all of them or none."""
         if not sources:
@@ -248,6 +274,8 @@ class Core:
             reply.session_ids,
             reply.revisions,
             reply.positions,
+            version=reply.model_version,
+            is_pinned=is_pinned,
         )
 
     def _open(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[Any]:
@@ -356,11 +384,16 @@ class Core:
             stepped = yield from self.retrier.step(tracker.step(change, deadline))
         except StepwellError as error:
             raise tracker.failed(error) from None
-        tracker.applied(stepped.revision, stepped.position)
+        previous = tracker.applied(stepped.revision, stepped.position, stepped.model_version)
+        if previous:
+            yield from self._moved(tracker, previous)
         outputs = selected(stepped.outputs, change)
         if change.states == "none":
             return outputs
-        return Trace(outputs, dict(stepped.states), stepped.revision, stepped.position)
+        return Trace(outputs, dict(stepped.states), stepped.revision, stepped.position, tracker.model_version)
+
+    def _moved(self, tracker: SessionTracker, previous: int) -> Flow[None]:
+        return self.versions.moved(tracker.model, [tracker.session_id], previous, tracker.model_version)
 
     def reset_states(
         self,
@@ -380,7 +413,7 @@ class Core:
         if chosen == ():
             return
         count = tracker.batch_size if chosen is None else len(chosen)
-        packed = yield from self.states(tracker.model, tracker.fingerprint, states, count, deadline)
+        packed = yield from self.states(tracker.reference, tracker.fingerprint, states, count, deadline)
         change = Change("reset", packed, rows=chosen or (), position=position)
         request = sessions_pb2.ResetStatesRequest(
             position=position,
@@ -396,7 +429,9 @@ class Core:
             )
         except StepwellError as error:
             raise tracker.failed(error) from None
-        tracker.applied(reply.revision, reply.position)
+        previous = tracker.applied(reply.revision, reply.position, reply.model_version)
+        if previous:
+            yield from self._moved(tracker, previous)
 
     def get_state(self, session_id: str, deadline: Deadline) -> Flow[State]:
         """Reads the state of a session."""
@@ -425,7 +460,9 @@ class Core:
 
     def refresh(self, tracker: SessionTracker, deadline: Deadline) -> Flow[None]:
         """Updates revision and position to the server's."""
-        tracker.refresh((yield from self.session(tracker.session_id, deadline)))
+        previous = tracker.refresh((yield from self.session(tracker.session_id, deadline)))
+        if previous:
+            yield from self._moved(tracker, previous)
 
     def close(self, tracker: SessionTracker, deadline: Deadline) -> Flow[None]:
         """Deletes a session. Succeeds if it is gone already."""

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ from stepwell.v1 import sessions_pb2
 
 Indexes = npt.NDArray[np.intp]
 Counts = npt.NDArray[np.uint64]
+Kind: TypeAlias = tuple[tuple[str, str, np.dtype[Any], tuple[int, ...]], ...]
+"""Of each array "output" or "state", its name, its dtype, and its shape without the rows."""
 
 _pb = sessions_pb2
 SELECTIONS: Mapping[str, sessions_pb2.OutputSelection.ValueType] = {
@@ -88,6 +90,8 @@ class Part:
     failures: Mapping[int, errors.StepwellError]
     states: dict[str, Array] = dataclasses.field(default_factory=dict)
     """As `outputs`, of the states that were asked for."""
+    model_version: int = 0
+    """Of the model that has made them; 0: the server does not say."""
 
 
 class Frame:
@@ -213,7 +217,13 @@ class Frame:
             self.round_over = True
             self._expect_all(failures)
         return Part(
-            applied, revisions, positions, view_all(response.outputs), failures, view_all(response.states)
+            applied,
+            revisions,
+            positions,
+            view_all(response.outputs),
+            failures,
+            view_all(response.states),
+            response.model_version,
         )
 
     def _applied(self, response: sessions_pb2.StepStreamResponse) -> Indexes:
@@ -283,7 +293,11 @@ class Gathered:
         self.positions = np.zeros(members, np.uint64)
         self.outputs: dict[str, Array] = {}
         self.states: dict[str, Array] = {}
+        self.model_versions = np.zeros(members, np.uint64)
         self.failures: dict[int, errors.StepwellError] = {}
+        self.kinds: dict[Kind, list[Indexes]] = {}
+        """Members by what their outputs and states are like. Those of several kinds cannot be one array: the arrays are
+        then those of the first kind."""
         self._rows = rows
 
     def add(self, part: Part) -> None:
@@ -292,10 +306,23 @@ class Gathered:
         self.applied[members] = True
         self.revisions[members] = part.revisions
         self.positions[members] = part.positions
+        self.model_versions[members] = part.model_version
         self.failures.update(part.failures)
-        if len(part.applied):
+        if len(part.applied) and self._is_alike(part):
             self._put(self.outputs, part.outputs, members, len(part.applied))
             self._put(self.states, part.states, members, len(part.applied))
+
+    def _is_alike(self, part: Part) -> bool:
+        """Whether its arrays are of the kind of those that came before."""
+        kind = tuple(
+            [
+                (what, name, array.dtype, array.shape[1:])
+                for what, arrays in (("output", part.outputs), ("state", part.states))
+                for name, array in arrays.items()
+            ]
+        )
+        self.kinds.setdefault(kind, []).append(part.applied)
+        return next(iter(self.kinds)) == kind
 
     def _put(
         self, into: dict[str, Array], arrays: Mapping[str, Array], members: Indexes | slice, count: int

@@ -14,7 +14,7 @@ from stepwell import _inputs
 from stepwell._core import Core
 from stepwell._flow import Flow, Pause
 from stepwell._frames import RETRYABLE, Change, Counts, Gathered, Indexes
-from stepwell._group_tracker import GroupTracker, MemberTracker, as_index
+from stepwell._group_tracker import GroupTracker, MemberTracker, Move, as_index
 from stepwell._inputs import pack_inputs
 from stepwell._leases import GROUP
 from stepwell._retry import Deadline
@@ -34,11 +34,19 @@ from stepwell._types import (
     StateSelection,
     TimeSelection,
 )
-from stepwell.errors import InternalError, InvalidInputError, ReplyTooLargeError, StepwellError
+from stepwell.errors import (
+    InternalError,
+    InvalidInputError,
+    ModelMismatchError,
+    ReplyTooLargeError,
+    StepwellError,
+)
 from stepwell.v1 import sessions_pb2
 
 _AT_ONCE = 65_536
 """Sessions in one request."""
+_SHOWN = 5
+"""Members that a message names."""
 #: Bytes of a member in a reply beside its state, and of a reply beside its members.
 _MEMBER_BYTES, _REPLY_BYTES = 48, 4096
 
@@ -176,18 +184,52 @@ class GroupCore:
         if not len(some):
             return
         tracker = self.tracker
-        packed = yield from self._core.states(tracker.model, tracker.fingerprint, states, some.rows, deadline)
+        reference = tracker.reference_of(some.indexes)
+        packed = yield from self._core.states(reference, tracker.fingerprint, states, some.rows, deadline)
         yield from self._apply(some, Change("reset", packed), deadline)
 
     def _apply(self, some: Members, change: Change, deadline: Deadline) -> Flow[Gathered]:
         frame = self.tracker.begin(change, some.indexes)
         gathered = Gathered(len(frame), self.tracker.batch_size)
         yield from self._core.retrier.exchange(frame, deadline, gathered.add)
-        self.tracker.settle(some.indexes, gathered)
+        yield from self._moved(self.tracker.settle(some.indexes, gathered))
+        if len(gathered.kinds) > 1:
+            raise self._unlike(some, gathered)
         if gathered.failures:
             outputs = selected(gathered.outputs, change) if gathered.outputs else None
             raise self._failed(some, gathered.failures, outputs)
         return gathered
+
+    def _moved(self, moves: Sequence[Move]) -> Flow[None]:
+        for move in moves:
+            ids = [self.tracker.ids[member] for member in move.members.tolist()]
+            yield from self._core.versions.moved(self.tracker.model, ids, move.previous, move.version)
+
+    def _unlike(self, some: Members, gathered: Gathered) -> ModelMismatchError:
+        """The error of a step whose outputs cannot be one array."""
+        told = []
+        for kind, parts in gathered.kinds.items():
+            places = np.sort(np.concatenate(parts))
+            members = [self._index_of(member) for member in some.indexes[places].tolist()]
+            version = int(gathered.model_versions[places[0]])
+            arrays = [
+                f"{what} {name!r} {dtype} ({', '.join(['rows', *map(str, shape)])})"
+                for what, name, dtype, shape in kind
+            ]
+            of = f"version {version}" if version else "another version"
+            told.append(f"{of} has {', '.join(arrays) or 'none'} (members {_listed(members)})")
+        count = int(gathered.applied.sum())
+        error = ModelMismatchError(
+            "the outputs of the members of a group must be alike to be one array: of model "
+            f"{self.tracker.model!r} {'; '.join(told)}. The step was applied to "
+            f"{'all of them' if count == len(some) else f'{count} of the {len(some)} members'}, and its outputs are "
+            "not returned; step the members of each version by themselves: see model_versions"
+        )
+        error.failures = {
+            self._index_of(int(some.indexes[place])): failed
+            for place, failed in sorted(gathered.failures.items())
+        }
+        return error
 
     def _failed(self, some: Members, failed: dict[int, StepwellError], outputs: Outputs) -> StepwellError:
         """The error to raise where some members failed, by their place among `some`."""
@@ -206,7 +248,9 @@ class GroupCore:
     def _info(self, deadline: Deadline) -> Flow[ModelInfo]:
         return (
             yield from self._core.known_model(
-                self.tracker.model, deadline, fingerprint=self.tracker.fingerprint
+                self.tracker.reference_of(self.members.indexes),
+                deadline,
+                fingerprint=self.tracker.fingerprint,
             )
         )
 
@@ -232,7 +276,11 @@ class GroupCore:
         read = _States(some, self.tracker.batch_size, None)
         yield from self._read(some, read, _AT_ONCE, deadline)
         there = read.was_read
-        self.tracker.refresh(some.indexes[there], read.revisions[there], read.positions[there])
+        yield from self._moved(
+            self.tracker.refresh(
+                some.indexes[there], read.revisions[there], read.positions[there], read.versions[there]
+            )
+        )
         if read.failures:
             raise self._failed(some, read.failures, None)
 
@@ -274,7 +322,10 @@ class GroupCore:
 
     def fork(self, session_ids: Sequence[str] | None, deadline: Deadline) -> Flow[GroupTracker]:
         """Opens sessions with the states of these."""
-        return (yield from self._core.fork_sessions(self.members.ids, session_ids, deadline))
+        is_pinned = self.tracker.is_pinned
+        return (
+            yield from self._core.fork_sessions(self.members.ids, session_ids, deadline, is_pinned=is_pinned)
+        )
 
     def close(self, deadline: Deadline) -> Flow[None]:
         """Deletes all members; those that are gone already are passed over."""
@@ -300,6 +351,7 @@ class _States:
         self.fingerprint = ""
         self.revisions: Counts = np.zeros(count, np.uint64)
         self.positions: Counts = np.zeros(count, np.uint64)
+        self.versions: Counts = np.zeros(count, np.uint64)
         self.was_read = np.zeros(count, np.bool_)
         self.failures: dict[int, StepwellError] = {}
         self.waiting: dict[int, StepwellError] = {}
@@ -321,6 +373,7 @@ class _States:
         self.fingerprint = self.fingerprint or reply.model_fingerprint
         self.revisions[read] = np.fromiter(reply.revisions, np.uint64, len(read))
         self.positions[read] = np.fromiter(reply.positions, np.uint64, len(read))
+        self.versions[read] = reply.model_version
         self.was_read[read] = fits
         where, rows = as_index(read[fits]), np.repeat(fits, sizes)
         for name, array in unpack_all(reply.state).items():
@@ -351,6 +404,11 @@ def check_members(members: Rows, count: int, name: str) -> Indexes:
                 if np.count_nonzero(seen) == len(indexes):
                     return indexes
     return np.array(_inputs.check_rows(members, count, name) or (), np.intp)  # this says what is wrong
+
+
+def _listed(members: Sequence[int]) -> str:
+    shown = ", ".join(map(str, members[:_SHOWN]))
+    return shown if len(members) <= _SHOWN else f"{shown} and {len(members) - _SHOWN} more"
 
 
 def _no_members(index: object) -> InvalidInputError:

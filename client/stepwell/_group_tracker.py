@@ -10,6 +10,7 @@ import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from stepwell._frames import Change, Counts, Frame, Gathered, Indexes
 from stepwell._sets import SessionSet
 from stepwell._tracker import SessionTracker, explained, is_unknown, new_request_ids
 from stepwell._turns import Some, Turns
+from stepwell._versions import reference
 
 #: Selections of members that are remembered: those that come again are declared to the server as a set.
 _SELECTIONS = 16
@@ -33,6 +35,14 @@ class Pending:
     request_ids: Counts
 
 
+class Move(NamedTuple):
+    """Members that have gone on to another version of the model."""
+
+    members: Indexes
+    previous: int
+    version: int
+
+
 class GroupTracker:
     """Tracks many sessions of one model and batch size. Thread-safe for changes of different members."""
 
@@ -44,6 +54,9 @@ class GroupTracker:
         ids: Sequence[str],
         revisions: Sequence[int] = (),
         positions: Sequence[int] = (),
+        *,
+        version: int = 0,
+        is_pinned: bool = False,
     ) -> None:
         count = len(ids)
         self.model = model
@@ -52,6 +65,9 @@ class GroupTracker:
         self.ids = tuple(ids)
         self.revisions = np.array(revisions or [0] * count, np.uint64)
         self.positions = np.array(positions or [0] * count, np.uint64)
+        self.model_versions = np.full(count, version, np.uint64)
+        """0: the server does not say."""
+        self.is_pinned = is_pinned
         self.turns = Turns(count)
         self.everyone: Indexes = np.arange(count)
         self.everyone.flags.writeable = False
@@ -125,8 +141,15 @@ class GroupTracker:
     def _set_of(self, members: Indexes) -> SessionSet:
         return SessionSet(tuple(self._ids[members].tolist()), np.full(len(members), self.batch_size, np.intp))
 
-    def settle(self, members: Indexes, gathered: Gathered) -> None:
-        """Records what was applied. Failed members stay pending; their errors are made ready to raise."""
+    def reference_of(self, members: Indexes) -> str:
+        """The version of the model that some members are on (the first of them, if they differ), as requests name it."""
+        return reference(self.model, int(self.model_versions[members[0]]) if len(members) else 0)
+
+    def settle(self, members: Indexes, gathered: Gathered) -> list[Move]:
+        """Records what was applied. Failed members stay pending; their errors are made ready to raise.
+
+        Returns which members have gone on to another version of the model.
+        """
         applied = members[gathered.applied]
         self.revisions[applied] = gathered.revisions[gathered.applied]
         self.positions[applied] = gathered.positions[gathered.applied]
@@ -136,13 +159,29 @@ class GroupTracker:
             gathered.failures[i] = explained(error, ahead=bool(self.ahead[members[i]]))
         if not gathered.failures:
             self.drop(members)
+        return self._move(applied, gathered.model_versions[gathered.applied])
 
-    def refresh(self, members: Indexes, revisions: Counts, positions: Counts) -> None:
-        """Updates members to what the server says, and drops changes without an answer."""
+    def _move(self, members: Indexes, versions: Counts) -> list[Move]:
+        """Records which version each is on; 0: the server does not say."""
+        before = self.model_versions[members]
+        others = (versions != before) & (versions != 0)
+        if not others.any():
+            return []
+        members, before, versions = members[others], before[others], versions[others]
+        self.model_versions[members] = versions
+        self.fingerprint = ""
+        pairs = sorted(set(zip(before.tolist(), versions.tolist(), strict=True)))
+        return [
+            Move(members[(before == old) & (versions == new)], old, new) for old, new in pairs if old != 0
+        ]
+
+    def refresh(self, members: Indexes, revisions: Counts, positions: Counts, versions: Counts) -> list[Move]:
+        """Updates members to what the server says, and drops changes without an answer. Returns what `settle` does."""
         self.drop(members)
         self.unknown[members] = self.ahead[members] = False
         self.revisions[members] = revisions
         self.positions[members] = positions
+        return self._move(members, versions)
 
     def pending_of(self, member: int) -> tuple[Change, int] | None:
         """What is pending for one member alone, and its request id."""
@@ -175,9 +214,33 @@ class MemberTracker(SessionTracker):
         self._member = member
         self.session_id = group.ids[member]
         self.model = group.model
-        self.fingerprint = group.fingerprint
         self.batch_size = group.batch_size
         self.resumed = False
+
+    @property
+    def fingerprint(self) -> str:
+        return self._group.fingerprint
+
+    @fingerprint.setter
+    def fingerprint(self, fingerprint: str) -> None:
+        if fingerprint != self._group.fingerprint:
+            self._group.fingerprint = ""  # the others' may be another one
+
+    @property
+    def model_version(self) -> int:
+        return int(self._group.model_versions[self._member])
+
+    @model_version.setter
+    def model_version(self, version: int) -> None:
+        self._group.model_versions[self._member] = version
+
+    @property
+    def model_version_pinned(self) -> bool:
+        return self._group.is_pinned
+
+    @model_version_pinned.setter
+    def model_version_pinned(self, is_pinned: bool) -> None:
+        self._group.is_pinned = is_pinned
 
     @property
     def revision(self) -> int:

@@ -48,7 +48,10 @@ class Observer:
         try:
             ask = next(flow)
             while True:
-                if isinstance(ask, Pause):
+                if isinstance(ask, Notify):  # what the flow itself has to tell
+                    yield ask
+                    answer, error = None, None
+                elif isinstance(ask, Pause):
                     assert request is not None
                     yield from _tell(self._retries, RetryEvent(request, ask.error, ask.seconds))
                     attempt = ask.attempt + 1

@@ -32,3 +32,5 @@ class Trace:
     """Of the session, after the step; 0 from a group, whose members have their own."""
     position: int
     """Of the session, after the step; 0 from a group."""
+    model_version: int = 0
+    """Version of the model that the session is on; 0 from a group, see `SessionGroup.model_versions`."""

@@ -15,6 +15,7 @@ import numpy as np
 from stepwell._frames import Change, Counts
 from stepwell._retry import Deadline
 from stepwell._steps import Step
+from stepwell._versions import reference
 from stepwell.errors import RevisionConflictError, StepwellError
 from stepwell.v1 import sessions_pb2
 
@@ -40,6 +41,8 @@ class SessionTracker:
         "batch_size",
         "fingerprint",
         "model",
+        "model_version",
+        "model_version_pinned",
         "position",
         "resumed",
         "revision",
@@ -53,6 +56,8 @@ class SessionTracker:
         self.batch_size = session.batch_size
         self.revision = session.revision
         self.position = session.position
+        self.model_version = session.model_version
+        self.model_version_pinned = session.model_version_pinned
         self.resumed = resumed
         self._pending: tuple[Change, int] | None = None
         self._unknown = False
@@ -78,17 +83,33 @@ class SessionTracker:
         self._unknown = is_unknown(error)
         return explained(error, ahead=self._ahead)
 
-    def applied(self, revision: int, position: int) -> None:
-        """The change was applied."""
+    @property
+    def reference(self) -> str:
+        """The version of the model that the session is on, as requests name it."""
+        return reference(self.model, self.model_version)
+
+    def applied(self, revision: int, position: int, version: int = 0) -> int:
+        """The change was applied, on this version of the model; 0: the server does not say on which.
+
+        Returns the version that the session was on before if that was another one, else 0.
+        """
         self._pending = None
         self._unknown = self._ahead = False
         self.revision = revision
         self.position = position
+        previous = self.model_version
+        if version in (0, previous):
+            return 0
+        self.model_version = version
+        self.fingerprint = ""
+        return previous
 
-    def refresh(self, session: sessions_pb2.Session) -> None:
-        """Updates to what the server says, and drops a change without an answer."""
+    def refresh(self, session: sessions_pb2.Session) -> int:
+        """Updates to what the server says, and drops a change without an answer. Returns what `applied` does."""
+        previous = self.applied(session.revision, session.position, session.model_version)
         self.fingerprint = session.model_fingerprint
-        self.applied(session.revision, session.position)
+        self.model_version_pinned = session.model_version_pinned
+        return previous
 
 
 def is_unknown(error: StepwellError) -> bool:

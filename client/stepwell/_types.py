@@ -148,6 +148,61 @@ class ProvenanceInfo:
         )
 
 
+ModelState: TypeAlias = Literal["", "loading", "ready", "draining", "failed"]
+"""How a version of a model is."""
+_MODEL_STATES: Mapping[models_pb2.ModelState.ValueType, ModelState] = {
+    models_pb2.MODEL_STATE_LOADING: "loading",
+    models_pb2.MODEL_STATE_READY: "ready",
+    models_pb2.MODEL_STATE_DRAINING: "draining",
+    models_pb2.MODEL_STATE_FAILED: "failed",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelVersionInfo:
+    """A version of a model: one that is loaded, is being loaded, or could not be.
+
+    Example:
+        >>> [one.reason for one in client.model("forecast").versions if one.state == "failed"]
+        []
+    """
+
+    version: int
+    """Its number."""
+    state: ModelState
+    """ "ready" if it is served, "loading", "failed", or "draining" if it is served only to the sessions that it has
+    and unloaded when they have ended; empty if the server is of another release, which has more states."""
+    reason: str
+    """Why it is so, as a sentence: the stage of "loading", what "failed"; else mostly empty."""
+    fingerprint: str
+    """Hash of its architecture and weights; empty while it is not known."""
+    is_default: bool
+    """It is what the name alone stands for."""
+    labels: tuple[str, ...]
+    """Its labels, in their order."""
+    sessions: int
+    """Open sessions on it, among those in memory."""
+    path: str
+    """The file that it came from, on the server's disk; empty if the server does not say."""
+    loaded_time: dt.datetime | None
+    """When it was loaded, in UTC; None while it is not."""
+
+    @classmethod
+    def _from_message(cls, message: models_pb2.ModelVersion) -> Self:
+        is_loaded = message.HasField("loaded_time")
+        return cls(
+            version=message.version,
+            state=_MODEL_STATES.get(message.state, ""),
+            reason=message.reason,
+            fingerprint=message.fingerprint,
+            is_default=message.is_default,
+            labels=tuple(message.labels),
+            sessions=message.sessions,
+            path=message.path,
+            loaded_time=message.loaded_time.ToDatetime(dt.UTC) if is_loaded else None,
+        )
+
+
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class ModelInfo:
     """A model as it is served.
@@ -181,6 +236,11 @@ class ModelInfo:
     """How it is known that it may be stepped; a server of an older release says nothing of it."""
     provenance: ProvenanceInfo | None = None
     """Where its program comes from; None if the server is of an older release."""
+    version: int = 0
+    """The version that all of this is about: the default, unless another one was asked for; 0 if the server is of an
+    older release."""
+    versions: tuple[ModelVersionInfo, ...] = ()
+    """All versions of the name, in their order."""
 
     @classmethod
     def _from_message(cls, model: models_pb2.Model) -> Self:
@@ -199,6 +259,8 @@ class ModelInfo:
             provenance=ProvenanceInfo._from_message(model.provenance)
             if model.HasField("provenance")
             else None,
+            version=model.version,
+            versions=tuple(map(ModelVersionInfo._from_message, model.versions)),
         )
 
     def __repr__(self) -> str:
@@ -206,14 +268,19 @@ class ModelInfo:
             f"{what}=[{_names(infos)}]"
             for what, infos in (("inputs", self.inputs), ("outputs", self.outputs), ("state", self.state))
         )
-        return f"ModelInfo({self.name!r}, {tensors}, executor={self.executor!r}, sessions={self.sessions})"
+        version = f"version={self.version}, " if self.version else ""
+        return (
+            f"ModelInfo({self.name!r}, {version}{tensors}, executor={self.executor!r}, "
+            f"sessions={self.sessions})"
+        )
 
     def _headings(self) -> Sequence[str]:
-        return "model", "inputs", "outputs", "state", "executor", "sessions", "fingerprint"
+        return "model", "version", "inputs", "outputs", "state", "executor", "sessions", "fingerprint"
 
     def _cells(self) -> Sequence[object]:
         tensors = (_names(infos) for infos in (self.inputs, self.outputs, self.state))
-        return self.name, *tensors, self.executor, self.sessions, _short(self.fingerprint)
+        counts = self.sessions, _short(self.fingerprint)
+        return self.name, self.version or "", *tensors, self.executor, *counts
 
     def _repr_html_(self) -> str:
         named = (("input", self.inputs), ("output", self.outputs), ("state", self.state))
@@ -222,6 +289,7 @@ class ModelInfo:
             "", ("", "tensor", "dtype", "shape of a row"), rows[:_TENSORS], more=len(rows) - _TENSORS
         )
         facts = {
+            "version": self.version or "not known",
             "executor": self.executor,
             "proof": self.proof,
             "state of a row": f"{self.state_row_bytes} bytes",
@@ -326,6 +394,10 @@ class SessionInfo:
     """It is closed when its client has been gone for so many seconds. None: it has no lease."""
     tenant: str = ""
     """Whose it is, where everybody's sessions are listed (`tenant="*"`). Empty elsewhere, and for sessions of no tenant."""
+    model_version: int = 0
+    """Version of its model that its next change runs on; 0 if the server is of an older release."""
+    model_version_pinned: bool = False
+    """It was opened with a version or a label, and stays on that version."""
 
     @classmethod
     def _from_message(cls, session: sessions_pb2.Session) -> Self:
@@ -341,15 +413,20 @@ class SessionInfo:
             resident=session.resident,
             lease_s=session.lease.ToTimedelta().total_seconds() if session.HasField("lease") else None,
             tenant=session.tenant,
+            model_version=session.model_version,
+            model_version_pinned=session.model_version_pinned,
         )
 
     def __repr__(self) -> str:
         where = "resident" if self.resident else "paged out"
         tenant = f", tenant={self.tenant!r}" if self.tenant else ""
         return (
-            f"SessionInfo({self.session_id!r}{tenant}, model={self.model!r}, batch_size={self.batch_size}, revision={self.revision}, "
+            f"SessionInfo({self.session_id!r}{tenant}, model={self._versioned()!r}, batch_size={self.batch_size}, revision={self.revision}, "
             f"position={self.position}, last used {_second(self.last_used_time)}, {where})"
         )
+
+    def _versioned(self) -> str:
+        return f"{self.model}@{self.model_version}" if self.model_version else self.model
 
     def _headings(self) -> Sequence[str]:
         return "session", "model", "batch_size", "revision", "position", "created", "last used", "resident"
@@ -357,7 +434,7 @@ class SessionInfo:
     def _cells(self) -> Sequence[object]:
         times = _second(self.created_time), _second(self.last_used_time)
         counts = self.batch_size, self.revision, self.position
-        return self.session_id, self.model, *counts, *times, "yes" if self.resident else "no"
+        return self.session_id, self._versioned(), *counts, *times, "yes" if self.resident else "no"
 
     def _repr_html_(self) -> str:
         return _display.facts_html("Session", dict(zip(self._headings(), self._cells(), strict=True)))

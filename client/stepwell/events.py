@@ -23,7 +23,7 @@ from typing import TypedDict
 
 from stepwell.errors import StepwellError
 
-__all__ = ["EventHooks", "RequestEvent", "ResponseEvent", "RetryEvent"]
+__all__ = ["EventHooks", "ModelVersionEvent", "RequestEvent", "ResponseEvent", "RetryEvent"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,6 +95,34 @@ class RetryEvent:
     """Until the next, in seconds."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelVersionEvent:
+    """An answer has told that sessions are on another version of their model than before.
+
+    That happens where the default version of a model moves, and takes the sessions with it that were opened by the
+    name alone. It is told once for each handle that learns of it.
+
+    Example:
+        >>> events = []
+        >>> hooks = {"model_version": [events.append]}
+        >>> with stepwell.connect(address, event_hooks=hooks) as client:
+        ...     y = client.open_session("forecast").step(np.ones((1, 3), np.float32))
+        >>> events
+        []
+    """
+
+    address: str
+    """Of the server."""
+    model: str
+    """Name of the model."""
+    session_ids: tuple[str, ...]
+    """The sessions: one, or those members of a group that this answer was for."""
+    previous: int
+    """The version that they were on."""
+    version: int
+    """The version that has answered, and that they are on now."""
+
+
 class EventHooks(TypedDict, total=False):
     """The hooks of a client, by event; each a list of functions of one argument. What they return is not looked at.
 
@@ -106,3 +134,4 @@ class EventHooks(TypedDict, total=False):
     request: Sequence[Callable[[RequestEvent], object]]
     response: Sequence[Callable[[ResponseEvent], object]]
     retry: Sequence[Callable[[RetryEvent], object]]
+    model_version: Sequence[Callable[[ModelVersionEvent], object]]

@@ -124,6 +124,19 @@ class SessionGroup(Handle):
         """Time steps of each member since its last reset, (n,) uint64; a copy."""
         return self._group.tracker.positions[self._group.members.indexes]
 
+    @property
+    def model_versions(self) -> Counts:
+        """Version of the model that each member is on, as of the last answers, (n,) uint64; a copy.
+
+        0 where the server does not say.
+        """
+        return self._group.tracker.model_versions[self._group.members.indexes]
+
+    @property
+    def model_version_pinned(self) -> bool:
+        """Whether they stay on their version; see `Session.model_version_pinned`."""
+        return self._group.tracker.is_pinned
+
     @overload
     def step(
         self,

@@ -185,6 +185,19 @@ class Session(Handle):
         return self._tracker.position
 
     @property
+    def model_version(self) -> int:
+        """Version of its model that it is on, as of the last answer to this handle; 0: the server does not say."""
+        return self._tracker.model_version
+
+    @property
+    def model_version_pinned(self) -> bool:
+        """Whether it stays on that version, because it was opened with a version or a label.
+
+        Else it goes where the default version goes, as the operator decides.
+        """
+        return self._tracker.model_version_pinned
+
+    @property
     def resumed(self) -> bool:
         """Whether opening it found the session there and resumed it; False for a new one and for a fork."""
         return self._tracker.resumed

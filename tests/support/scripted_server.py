@@ -61,6 +61,8 @@ class _Session:
     position: int = 0
     request_id: int = 0
     remembered: Any = None
+    version: int = 1
+    is_pinned: bool = False
 
 
 class Refusal(Exception):
@@ -108,6 +110,10 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         self.sets: dict[int, Any] = {}
         """Those of the stream that was opened last."""
         self.applied = 0
+        self.widths = {1: FEATURES}
+        """Versions of the model, and how many numbers a row of their outputs has."""
+        self.default = 1
+        self.labels: dict[str, int] = {}
         self.fingerprint = FINGERPRINT
         self._faults: dict[str, collections.deque[Fault]] = collections.defaultdict(collections.deque)
         self._gates: dict[str, tuple[threading.Event, threading.Semaphore]] = {}
@@ -174,16 +180,50 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
     # Models.
 
     def _model(self, name: str) -> models_pb2.Model:
-        if name != MODEL:
-            raise Refusal(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND", f"no model {name!r}")
+        version = self._version(name)
+        outputs = [spec("y", temporal=True)]
+        outputs[0].shape[:] = [self.widths[version]]
         return models_pb2.Model(
             name=MODEL,
-            fingerprint=self.fingerprint,
+            fingerprint=self._fingerprint(version),
             inputs=[spec("x", temporal=True)],
-            outputs=[spec("y", temporal=True)],
+            outputs=outputs,
             state=[spec("sum"), spec("count")],
             executor="none",
+            version=version,
+            versions=[
+                models_pb2.ModelVersion(
+                    version=number,
+                    state=models_pb2.MODEL_STATE_READY,
+                    fingerprint=self._fingerprint(number),
+                    is_default=number == self.default,
+                    labels=sorted(label for label, of in self.labels.items() if of == number),
+                )
+                for number in sorted(self.widths)
+            ],
         )
+
+    def _version(self, reference: str) -> int:
+        """The version that somebody means."""
+        name, at, number = reference.partition("@")
+        name, colon, label = name.partition(":")
+        if name != MODEL:
+            raise Refusal(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND", f"no model {name!r}")
+        version = int(number) if at else self.labels.get(label, 0) if colon else self.default
+        if version not in self.widths:
+            raise Refusal(grpc.StatusCode.NOT_FOUND, "MODEL_VERSION_NOT_FOUND", f"no {reference!r}")
+        return version
+
+    def _fingerprint(self, version: int) -> str:
+        return self.fingerprint if version == 1 else f"{self.fingerprint}-{version}"
+
+    def move(self, version: int) -> None:
+        """Make another version the default, and carry the sessions that follow it."""
+        with self._lock:
+            self.default = version
+            for session in self.sessions.values():
+                if not session.is_pinned:
+                    session.version = version
 
     @answered
     def ListModels(self, request: Any) -> Any:  # noqa: N802
@@ -196,7 +236,10 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
     @answered
     def Predict(self, request: Any) -> Any:  # noqa: N802
         y = unpack(request.inputs[0])
-        return models_pb2.PredictResponse(outputs=[tensor("y", y)], state=[tensor("sum", y)])
+        version = self._version(request.model)
+        return models_pb2.PredictResponse(
+            outputs=[tensor("y", y)], state=[tensor("sum", y)], model_version=version
+        )
 
     @answered
     def ListSlowSessions(self, request: Any) -> Any:  # noqa: N802
@@ -214,14 +257,23 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
             )
         return self.sessions[session_id]
 
-    def _open_as(self, request: Any, session_ids: list[str], batch_size: int) -> list[_Session]:
+    def _open_as(
+        self, request: Any, session_ids: list[str], batch_size: int, source: _Session | None = None
+    ) -> list[_Session]:
         """Opens sessions; the same request again means the same sessions, as long as they are there."""
         before = self._made.get(request.request_id)
         if before is not None:
             for session in before:
                 self._session(session.session_id)
             return before
-        return self._made.setdefault(request.request_id, [self._open(one, batch_size) for one in session_ids])
+        made = [self._open(one, batch_size) for one in session_ids]
+        for session in made:
+            if source is not None:
+                session.version, session.is_pinned = source.version, source.is_pinned
+            elif session.revision == 0:
+                session.version = self._version(request.model)
+                session.is_pinned = request.model != MODEL
+        return self._made.setdefault(request.request_id, made)
 
     def _open(self, session_id: str, batch_size: int) -> _Session:
         session_id = session_id or next(self._ids)
@@ -232,10 +284,12 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         return sessions_pb2.Session(
             session_id=session.session_id,
             model=MODEL,
-            model_fingerprint=self.fingerprint,
+            model_fingerprint=self._fingerprint(session.version),
             batch_size=session.batch_size,
             revision=session.revision,
             position=session.position,
+            model_version=session.version,
+            model_version_pinned=session.is_pinned,
         )
 
     @answered
@@ -250,7 +304,9 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         ids = list(request.session_ids) or [""] * request.count
         opened = self._open_as(request, ids, request.batch_size)
         return sessions_pb2.OpenSessionsResponse(
-            session_ids=[one.session_id for one in opened], model_fingerprint=self.fingerprint
+            session_ids=[one.session_id for one in opened],
+            model_fingerprint=self._fingerprint(opened[0].version),
+            model_version=opened[0].version,
         )
 
     @answered
@@ -299,7 +355,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
     @answered
     def ForkSession(self, request: Any) -> Any:  # noqa: N802
         old = self._session(request.session_id)
-        (new,) = self._open_as(request, [request.new_session_id], old.batch_size)
+        (new,) = self._open_as(request, [request.new_session_id], old.batch_size, old)
         new.state, new.revision, new.position = old.state, old.revision, old.position
         return sessions_pb2.ForkSessionResponse(session=self._info(new))
 
@@ -308,7 +364,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         """As much as fits: `most_states` sessions in one reply."""
         if not request.without_state and len(request.session_ids) > self.most_states:
             raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "MESSAGE_TOO_LARGE", "name fewer at once")
-        response = sessions_pb2.GetStatesResponse(model=MODEL, model_fingerprint=self.fingerprint)
+        response = sessions_pb2.GetStatesResponse(model=MODEL)
         states = []
         for i, session_id in enumerate(request.session_ids):
             try:
@@ -320,6 +376,8 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
                 response.errors.add(members=[i]).error.CopyFrom(message(refusal.fault, refusal.fault))
                 continue
             states.append(session.state)
+            response.model_version = session.version
+            response.model_fingerprint = self._fingerprint(session.version)
             response.members.append(i)
             response.batch_sizes.append(session.batch_size)
             response.revisions.append(session.revision)
@@ -332,13 +390,14 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
     def ForkSessions(self, request: Any) -> Any:  # noqa: N802
         old = [self._session(session_id) for session_id in request.session_ids]
         ids = list(request.new_session_ids) or [""] * len(old)
-        new = self._open_as(request, ids, old[0].batch_size)
+        new = self._open_as(request, ids, old[0].batch_size, old[0])
         for one, source in zip(new, old, strict=True):
             one.state, one.revision, one.position = source.state, source.revision, source.position
         return sessions_pb2.ForkSessionsResponse(
             session_ids=[one.session_id for one in new],
             model=MODEL,
-            model_fingerprint=self.fingerprint,
+            model_fingerprint=self._fingerprint(old[0].version),
+            model_version=old[0].version,
             batch_size=old[0].batch_size,
             revisions=[one.revision for one in new],
             positions=[one.position for one in new],
@@ -359,6 +418,8 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
                 actual_revision=str(session.revision),
             )
         y = change(session)
+        if y is not None:
+            y = np.resize(y, (*y.shape[:-1], self.widths[session.version]))
         self.applied += 1
         session.revision += 1
         session.request_id = request_id
@@ -374,7 +435,11 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         )
         outputs = [] if request.outputs == sessions_pb2.OUTPUT_SELECTION_NONE else [tensor("y", y)]
         return sessions_pb2.StepResponse(
-            outputs=outputs, revision=revision, position=position, replayed=replayed
+            outputs=outputs,
+            revision=revision,
+            position=position,
+            replayed=replayed,
+            model_version=session.version,
         )
 
     @answered
@@ -383,7 +448,9 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         _, revision, position, replayed = self._change(
             session, request.expected_revision, request.request_id, reset
         )
-        return sessions_pb2.ResetStatesResponse(revision=revision, position=position, replayed=replayed)
+        return sessions_pb2.ResetStatesResponse(
+            revision=revision, position=position, replayed=replayed, model_version=session.version
+        )
 
     def StepStream(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
         sets = self.sets = {}
@@ -430,8 +497,13 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
             response = sessions_pb2.StepStreamResponse(frame_id=request.frame_id, last=True)
             response.errors.add().error.CopyFrom(message(refusal, fault))
             return [response]
-        members = np.array_split(np.arange(len(frame.session_ids)), self.parts)
-        responses = [self._part(request, frame, part.tolist(), fault) for part in members if len(part)]
+        parts = np.array_split(np.arange(len(frame.session_ids)), self.parts)
+        of = [self.sessions[one].version if one in self.sessions else 0 for one in frame.session_ids]
+        responses = [
+            self._part(request, frame, [i for i in part.tolist() if of[i] == version], fault)
+            for part in parts
+            for version in sorted({of[i] for i in part.tolist()})
+        ]
         responses[-1].last = True
         if self.knows_sets and (frame.declare_set or frame.session_set):
             for response in responses:
@@ -466,6 +538,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
             session, frame.expected_revisions[i], frame.request_ids[i], change
         )
         response.members.append(i)
+        response.model_version = session.version
         response.revisions.append(revision)
         response.positions.append(position)
         if replayed:

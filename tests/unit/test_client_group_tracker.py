@@ -105,7 +105,7 @@ def test_a_conflict_of_a_member_with_its_own_group_says_so() -> None:
     assert [str(told[i]) for i in (1, 2)] == ["revision is 5"] * 2
     # it stays so until the tracker is right again
     assert "refresh()" in str(fails(tracker, wide(3), {0: conflict()})[0])
-    tracker.refresh(ALL, np.zeros(3, np.uint64), np.zeros(3, np.uint64))
+    tracker.refresh(ALL, *np.zeros((3, 3), np.uint64))
     assert str(fails(tracker, wide(4), {0: conflict()})[0]) == "revision is 5"
 
 
