@@ -45,6 +45,7 @@ from stepwell_server.store.disk.keys import entries, items, key_of, own, values
 from stepwell_server.store.disk.lock import DirectoryLock, replacing
 from stepwell_server.store.disk.reserve import Extent, NoRoom, Reserve
 from stepwell_server.store.disk.tombstones import TOMBSTONES, bury, next_age, tombstone
+from stepwell_server.store.disk.whole_file import require_whole_file
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import Header, Stored, header_or_none
 
@@ -372,7 +373,7 @@ class LmdbStore(LocalStore):
     def _open_databases(self) -> None:
         environment = self._environment
         self._map_bytes = environment.info()["map_size"]
-        self._require_whole_file()
+        require_whole_file(environment, self._folder / _DATA)
         with environment.begin(write=True) as transaction:
             names = (b"sessions", b"tombstones", b"tombstone_ages", b"meta", b"documents")
             found = [environment.open_db(name, txn=transaction) for name in names]
@@ -380,14 +381,6 @@ class LmdbStore(LocalStore):
             meta.begin(transaction, self._meta, self._folder)
             self._next_age = next_age(transaction, self._ages)
             self._check.begin(transaction, self._sessions, self._meta)
-
-    def _require_whole_file(self) -> None:
-        """Refuse a file that was cut off: reading behind its end through the map would end the process."""
-        page_bytes = self._environment.stat()["psize"]
-        wanted = (self._environment.info()["last_pgno"] + 1) * page_bytes
-        found = (self._folder / _DATA).stat().st_size
-        if found < wanted:
-            raise StoreError(f"{self._folder / _DATA} must have {wanted} bytes; it was cut off at {found}")
 
     def _read_meta(self) -> None:
         with self._environment.begin(db=self._meta) as transaction:

@@ -27,6 +27,7 @@ from stepwell_server.store.disk.keys import all_entries, is_digest, named
 from stepwell_server.store.disk.lock import reading
 from stepwell_server.store.disk.tombstones import age_of, tombstone
 from stepwell_server.store.disk.wal_reading import LogReplaced, read_log
+from stepwell_server.store.disk.whole_file import require_whole_file
 from stepwell_server.store.record import is_sound, supersedes
 
 DATA = Path("sessions") / "data.mdb"
@@ -197,10 +198,11 @@ def _open(path: Path) -> Any:
         readahead=True,
         create=False,
     )
-    pages = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    if pages > size and (size := (path / DATA).stat().st_size) < pages:
+    try:
+        require_whole_file(environment, path / DATA)
+    except BaseException:
         environment.close()
-        raise StoreError(f"{path / DATA} must have {pages} bytes; it was cut off at {size}")
+        raise
     return environment
 
 

@@ -1,0 +1,99 @@
+"""A data file that lacks free pages is whole; one that lacks a page in use is refused before anybody reads that."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stepwell_server.store import checking
+from stepwell_server.store.base import Batch
+from stepwell_server.store.disk.lmdb import LmdbStore
+from support.clock import ManualClock
+from support.stored import begin, put, record
+
+READ = """
+import pathlib, sys
+from stepwell_server.clock import SystemClock
+from stepwell_server.store.base import StoreError
+from stepwell_server.store.disk.lmdb import LmdbStore
+for path in sys.argv[1:]:
+    try:
+        store = LmdbStore(pathlib.Path(path), durability="async", clock=SystemClock())
+    except StoreError as error:
+        print("cut off" if "it was cut off at" in str(error) else error, flush=True)
+        continue
+    keys, records = store.values(after="", limit=10_000)
+    print(sum(len(bytes(record)) for record in records), store.damage, flush=True)
+    store.close()
+"""
+
+
+def opened(path: Path) -> LmdbStore:
+    return LmdbStore(path, durability="async", clock=ManualClock())
+
+
+def short(path: Path, kind: str) -> set[str]:
+    """Make a store whose last pages were never written; its sessions."""
+    store = opened(path)
+    names = [f"s{n}" for n in range(5 if kind == "few" else 1500)]
+    begin(store, *names, size=5000)
+    if len(names) > 5:
+        store.commit(Batch(deletes=names[5:], counts=[("m", 5 - len(names))]))
+        names = names[:5]
+    for revision in range(5):
+        put(store, *names, revision=revision)
+    with contextlib.ExitStack() as stack:
+        if kind == "deep":
+            # what is freed meanwhile is not used again: each change leaves an entry of its own
+            stack.enter_context(store._environment.begin())
+            for revision in range(5, 400):
+                put(store, *names, revision=revision)
+        # more pages in one piece than are free in one piece, and given back at once
+        large = record("s0", 2000, 4_000_000 if kind == "few" else 20_000_000)
+        store.commit(Batch(puts=[("s0", large)], deletes=["s0"], counts=[("m", -1)]))
+    last = store._environment.info()["last_pgno"]
+    store.close()
+    assert (path / "sessions" / "data.mdb").stat().st_size < last * 4096
+    return set(names) - {"s0"}
+
+
+@pytest.mark.parametrize("kind", ["few", "many", "deep"])
+def test_a_file_that_lacks_free_pages_is_whole(tmp_path: Path, kind: str) -> None:
+    names = short(tmp_path, kind)
+    assert checking.examine(tmp_path, None).problems == []
+    for _ in range(2):
+        store = opened(tmp_path)
+        assert {name for name, header in store.scan(limit=10_000) if header} == names
+        store.close()
+    store = opened(tmp_path)
+    begin(store, *(f"t{n}" for n in range(2000)), size=5000)
+    store.close()
+    assert checking.examine(tmp_path, None).problems == []
+
+
+@pytest.mark.parametrize("kind", ["few", "deep"])
+def test_wherever_it_is_cut_nobody_reads_behind_its_end(tmp_path: Path, kind: str) -> None:
+    short(tmp_path / "data", kind)
+    size = (tmp_path / "data" / "sessions" / "data.mdb").stat().st_size
+    pages = size // 4096
+    paths = list[Path]()
+    for left in [*range(pages, max(pages - 15, 3), -1), pages // 2, 3]:
+        path = tmp_path / f"{len(paths)}"
+        shutil.copytree(tmp_path / "data", path)
+        os.truncate(path / "sessions" / "data.mdb", left * 4096)
+        paths.append(path)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, *map(str, paths)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, "a read behind the end of a file ends the process"
+    said = done.stdout.splitlines()
+    whole = said[0]
+    assert whole.strip().isdigit()
+    assert set(said) == {whole, "cut off"}
+    assert said[-1] == "cut off"
