@@ -1,0 +1,220 @@
+"""A folder of models: `NAME/VERSION.keras`, or `NAME/VERSION/` with one file in it; `.stepwell` files likewise.
+
+It is looked at again and again, and others write into it meanwhile. So what is there counts when two looks in a row have
+found it the same, and what cannot be told now (a folder that cannot be read, two files for one version) stays as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from stepwell_server.core.model_names import NAME_RULE, VERSION_RULE, is_name, version_of
+from stepwell_server.file_stamp import Stamp, stamp_of
+
+SUFFIXES = (".keras", ".stepwell")
+LAYOUT = "NAME/VERSION.keras, NAME/VERSION.stepwell, or NAME/VERSION/ with one such file"
+
+_Key = tuple[str, int]
+
+
+class FolderError(Exception):
+    """A path is not what it must be to be read from the folder. The message is a rule and what came."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VersionFile:
+    """The file of a version, as it was when it was looked at."""
+
+    path: str
+    stamp: Stamp
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Look:
+    """What is in the folder."""
+
+    versions: Mapping[str, Mapping[int, VersionFile]]
+    """The files of each name that has any."""
+    problems: Mapping[str, str]
+    """What is left out, by its path, and why."""
+    new_problems: Mapping[str, str]
+    """Those of them that the look before did not have."""
+
+
+def require_inside(root: Path, path: Path) -> None:
+    """Check that a path leads, through all symlinks, to something in the folder.
+
+    Raises:
+        FolderError: it does not.
+    """
+    real_root, real = os.path.realpath(root), os.path.realpath(path)
+    if os.path.commonpath((real_root, real)) != real_root:
+        raise FolderError(f"must not lead out of {root}; it leads to {real}")
+
+
+class ModelFolder:
+    """Looks at a folder. For one thread at a time; a look reads directories and no file."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._before = _Scan()
+        self._looks = 0
+        self._settled: dict[_Key, VersionFile] = {}
+        self._problems: dict[str, str] = {}
+
+    @property
+    def root(self) -> Path:
+        """Its path."""
+        return self._root
+
+    def look(self) -> Look:
+        """What is there, as far as this look and the one before agree on it: nothing at the first one."""
+        now, before = _Scan(), self._before
+        now.read(self._root)
+        self._looks += 1
+        if self._looks > 1:
+            for key in {*before.files, *now.files, *self._settled}:
+                found = now.files.get(key)
+                if now.is_unclear(key) or found != before.files.get(key):
+                    continue
+                if found is None:
+                    self._settled.pop(key, None)
+                else:
+                    self._settled[key] = found
+        # what is being copied may be no problem a moment later
+        problems = {path: why for path, why in now.problems.items() if path in before.problems}
+        new = {path: why for path, why in problems.items() if path not in self._problems}
+        self._before, self._problems = now, problems
+        versions: dict[str, dict[int, VersionFile]] = {}
+        for (name, version), file in self._settled.items():
+            versions.setdefault(name, {})[version] = file
+        return Look(versions, problems, new)
+
+
+class _Scan:
+    """What one look finds."""
+
+    def __init__(self) -> None:
+        self.files: dict[_Key, VersionFile] = {}
+        self.unclear: set[_Key] = set()
+        """Versions of which it cannot be said which file they are."""
+        self.unreadable: set[str] = set()
+        """Names of which it cannot be said which versions they have."""
+        self.is_unreadable = False
+        """Nothing can be said."""
+        self.problems: dict[str, str] = {}
+        self._root = Path()
+
+    def is_unclear(self, key: _Key) -> bool:
+        """It cannot be said whether there is such a version, or which file it is."""
+        return self.is_unreadable or key[0] in self.unreadable or key in self.unclear
+
+    def read(self, root: Path) -> None:
+        """Look at the folder of all models."""
+        self._root = root
+        try:
+            entries = _entries(root)
+        except OSError as error:
+            self.problems[str(root)] = f"cannot be read: {error.strerror}"
+            self.is_unreadable = True
+            return
+        for entry in entries:
+            if not self._is_inside(entry):
+                self.unreadable.add(entry.name)
+            elif _is_folder(entry):
+                if is_name(entry.name):
+                    self._read_name(entry)
+                else:
+                    self.problems[entry.path] = f"must be named as a model, by {NAME_RULE}"
+            elif entry.name.endswith(SUFFIXES):
+                self.problems[entry.path] = f"must be in a folder with the model's name: {LAYOUT}"
+
+    def _read_name(self, folder: os.DirEntry[str]) -> None:
+        """Look at the folder of one model."""
+        try:
+            entries = _entries(folder.path)
+        except OSError as error:
+            self.problems[folder.path] = f"cannot be read: {error.strerror}"
+            self.unreadable.add(folder.name)
+            return
+        for entry in entries:
+            stem, suffix = os.path.splitext(entry.name)
+            is_folder = suffix not in SUFFIXES
+            if is_folder and not _is_folder(entry):
+                continue  # README.md, config.pbtxt and the like
+            version = version_of(entry.name if is_folder else stem)
+            if version is None:
+                self.problems[entry.path] = f"must be named by its version, {VERSION_RULE}"
+            elif not self._is_inside(entry):
+                self.unclear.add((folder.name, version))
+            elif is_folder:
+                self._read_version((folder.name, version), entry)
+            else:
+                self._take((folder.name, version), entry)
+
+    def _read_version(self, key: _Key, folder: os.DirEntry[str]) -> None:
+        """Look at the folder of one version."""
+        try:
+            models = [entry for entry in _entries(folder.path) if entry.name.endswith(SUFFIXES)]
+        except OSError as error:
+            self._leave_out(key, folder.path, f"cannot be read: {error.strerror}")
+            return
+        if not models:
+            self.problems[folder.path] = "must hold a .keras or .stepwell file; it holds none"
+        elif len(models) > 1:
+            names = ", ".join(entry.name for entry in models)
+            self._leave_out(key, folder.path, f"must hold one .keras or .stepwell file; it holds {names}")
+        elif self._is_inside(models[0]):
+            self._take(key, models[0])
+        else:
+            self.unclear.add(key)
+
+    def _take(self, key: _Key, entry: os.DirEntry[str]) -> None:
+        try:
+            found = entry.stat()
+        except OSError as error:
+            self._leave_out(key, entry.path, f"cannot be read: {error.strerror}")
+            return
+        if not stat.S_ISREG(found.st_mode):
+            self._leave_out(key, entry.path, "must be a file")
+        elif (other := self.files.pop(key, None)) is not None:
+            self._leave_out(
+                key,
+                entry.path,
+                f"must be the only file of its version; {os.path.basename(other.path)} is there too",
+            )
+        elif key not in self.unclear:
+            self.files[key] = VersionFile(entry.path, stamp_of(found))
+
+    def _leave_out(self, key: _Key, path: str, why: str) -> None:
+        self.unclear.add(key)
+        self.problems[path] = why
+
+    def _is_inside(self, entry: os.DirEntry[str]) -> bool:
+        """Whether it is in the folder of models; what is no symlink is."""
+        if not entry.is_symlink():
+            return True
+        try:
+            require_inside(self._root, Path(entry.path))
+        except FolderError as error:
+            self.problems[entry.path] = str(error)
+            return False
+        return True
+
+
+def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
+    """What is in a folder, by name, but for what is hidden or being written."""
+    with os.scandir(folder) as entries:
+        found = [each for each in entries if not each.name.startswith(".") and not each.name.endswith(".tmp")]
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # it is gone
+        return False
