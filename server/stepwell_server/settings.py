@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Literal
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.compile.limits import Limits, default_memory_bytes
 from stepwell_server.compile.origin import folder_problem
+from stepwell_server.core.model_names import ModelRef, parse_reference, version_of
+from stepwell_server.core.version_policy import LATEST, VersionPolicy
 from stepwell_server.rpc.fronts.limits import FrontLimits
 
 DEFAULT_LISTEN = Address("127.0.0.1", 50051)
@@ -77,6 +80,17 @@ class Settings:
     """
 
     models: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    """By NAME or NAME@VERSION."""
+    models_dir: Path | None = None
+    """Folder of models: `model_folder`."""
+    watch_models: bool = False
+    version_policy: Mapping[str, VersionPolicy] = dataclasses.field(default_factory=dict)
+    """Of the names in the folder; that of the empty name is for all others."""
+    sessions: Literal["keep", "carry", "migrate", "reset"] = "keep"
+    """What becomes of those that follow the default when the folder has another one."""
+    migrations: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Functions, as MODULE:FUNCTION, by the names under which a change of version may ask for them."""
+    wait_for_models: bool = True
     listen: Address | UnixAddress = DEFAULT_LISTEN
     insecure_listen: bool = False
     """Others than this machine may reach it without TLS, without being known, and its metrics without a token."""
@@ -137,14 +151,17 @@ class Settings:
             raise SettingsError(
                 "--encryption-key-file: with --store memory nothing is kept on disk to encrypt"
             )
+        versions = self.versions  # raises
         for option, names in (
             ("--probe-steps", self.probe_steps),
             ("--trust-causality", self.trust_causality),
             ("--check-with", self.check_with),
         ):
             for name in names:
-                if name not in self.models:
-                    known = ", ".join(self.models)
+                if (
+                    name not in self.versions and self.models_dir is None
+                ):  # what is in a folder is not known yet
+                    known = ", ".join(versions)
                     raise SettingsError(f"{option}: there is no model {name!r}; the models are {known}")
         files = {
             "--tls-cert": self.tls_cert,
@@ -155,11 +172,33 @@ class Settings:
         for option in ("--tls-cert", "--tls-key"):
             if given and files[option] is None:
                 raise SettingsError(f"{option}: must be given with {given}")
+        self._check_folder()
         self._check_callers()
         held, message = self.max_held_bytes, self.max_message_bytes
         if held is not None and held < message:
             raise SettingsError(
                 f"--max-held-bytes must be at least --max-message-bytes, which is {message}; got {held}"
+            )
+
+    @functools.cached_property
+    def versions(self) -> Mapping[str, Mapping[int, Path]]:
+        """What `models` says: files by name and version."""
+        return _versions_of(self.models)
+
+    def policy_of(self, name: str) -> VersionPolicy:
+        """Which versions of a name in the folder of models are served."""
+        return self.version_policy.get(name) or self.version_policy.get("", LATEST)
+
+    def _check_folder(self) -> None:
+        for option, value in (
+            ("--watch-models", self.watch_models),
+            ("--version-policy", self.version_policy),
+        ):
+            if value and self.models_dir is None:
+                raise SettingsError(f"{option}: must be given with --models, the folder that it is about")
+        if self.sessions == "migrate" and not self.migrations:
+            raise SettingsError(
+                "--sessions: with migrate the function must be given by --migration; there is none"
             )
 
     def _check_callers(self) -> None:
@@ -187,13 +226,47 @@ class Settings:
         """Find out whether there is something to serve.
 
         Raises:
-            SettingsError: no model is given, or the file of one is none.
+            SettingsError: no model is given, or the file of one is none, or the folder.
         """
-        if not self.models:
+        if not self.models and self.models_dir is None:
             raise SettingsError(
-                "models: give at least one as NAME=PATH, such as forecast=model.keras, or in STEPWELL_MODELS"
+                "models: give at least one as NAME=PATH, such as forecast=model.keras, or in STEPWELL_MODELS; or a folder of "
+                "them by --models"
             )
         for name, path in self.models.items():
             if not path.is_file():
                 what = folder_problem(path) if path.is_dir() else "does not exist"
                 raise SettingsError(f"model {name}: PATH must be a .keras or .stepwell file; {path} {what}")
+        if self.models_dir is not None and not self.models_dir.is_dir():
+            what = "is a file" if self.models_dir.exists() else "does not exist"
+            raise SettingsError(f"--models: must be a folder; {self.models_dir} {what}")
+
+
+def _versions_of(models: Mapping[str, Path]) -> dict[str, dict[int, Path]]:
+    """The files by name and version.
+
+    Raises:
+        SettingsError: a version has two.
+    """
+    found: dict[str, dict[int, Path]] = {}
+    said: dict[tuple[str, int], str] = {}
+    for text, path in models.items():
+        ref = parse_reference(text)
+        version = ref.version or _version_in(ref, path)
+        before = said.setdefault((ref.name, version), text)
+        if before is not text:
+            raise SettingsError(
+                f"models: each version must be given once; {ref.name}@{version} is given as {before}={models[before]} and as "
+                f"{text}={path}"
+            )
+        found.setdefault(ref.name, {})[version] = path
+    return found
+
+
+def _version_in(ref: ModelRef, path: Path) -> int:
+    """The version that a path of a folder of models says, which is DIR/NAME/VERSION.keras or DIR/NAME/VERSION/*.keras; else 1."""
+    parent = path.parent
+    for name, text in ((parent.name, path.stem), (parent.parent.name, parent.name)):
+        if name == ref.name and (version := version_of(text)) is not None:
+            return version
+    return 1

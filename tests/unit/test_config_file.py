@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from stepwell.cli import main
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.cli.serve import serve, settings_of
+from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.settings import Settings
 
 WHOLE = """
@@ -34,10 +35,16 @@ max-model-bytes = 1000000
 import = ["a.b", "c"]
 trust-causality = ["v1.2"]
 probe-steps = {"v1.2" = 700}
+models-dir = "all"
+watch-models = true
+version-policy = ["latest 3", "v1.2=2,4"]
+wait-for-models = false
+migration = {"widen" = "a.b:c"}
 
 [models]
 forecast = "models/forecast.keras"
 "v1.2" = "/models/other.keras"
+"v1.2@9" = "ninth.keras"
 """
 
 
@@ -65,7 +72,16 @@ def file(tmp_path: Path) -> Path:
 
 def test_it_holds_what_the_options_do_and_paths_begin_at_its_folder(file: Path) -> None:
     expected = Settings(
-        models={"forecast": file.parent / "models/forecast.keras", "v1.2": Path("/models/other.keras")},
+        models={
+            "forecast": file.parent / "models/forecast.keras",
+            "v1.2": Path("/models/other.keras"),
+            "v1.2@9": file.parent / "ninth.keras",
+        },
+        models_dir=file.parent / "all",
+        watch_models=True,
+        version_policy={"": VersionPolicy(latest=3), "v1.2": VersionPolicy(versions=frozenset({2, 4}))},
+        wait_for_models=False,
+        migrations={"widen": "a.b:c"},
         listen=Address("::1", 6000),
         insecure_listen=True,
         tls_cert=file.parent / "tls.crt",
@@ -150,6 +166,13 @@ def test_what_is_shown_says_where_it_came_from_and_can_be_read_again(file: Path)
     memory = run("--store", "memory", "--show-config")
     again.write_text(memory.stdout)
     assert read("--config", str(again)) == read("--store", "memory")
+
+
+def test_a_policy_for_all_names_is_a_string_too(file: Path) -> None:
+    file.write_text("models-dir = 'm'\nversion-policy = '3, 5'\n")
+    assert read("--config", str(file)).version_policy == {"": VersionPolicy(versions=frozenset({3, 5}))}
+    shown = run("--config", str(file), "--show-config").stdout
+    assert f'version-policy = ["3,5"]  # {file}' in shown.splitlines()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from stepwell.cli import main
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.cli.serve import serve, settings_of
+from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.settings import Settings, SettingsError
 
 
@@ -139,6 +140,81 @@ def test_what_is_said_of_single_models(model: str, tmp_path: Path) -> None:
     )
 
 
+def test_a_model_may_have_several_versions(model: str, tmp_path: Path) -> None:
+    path = model.partition("=")[2]
+    settings = read_settings([model, f"forecast@2={path}", f"words@7={path}"], {})
+    assert settings.versions == {"forecast": {1: Path(path), 2: Path(path)}, "words": {7: Path(path)}}
+    assert read_settings([f"words@7={path}", "--probe-steps", "words=600"], {}).probe_steps == {"words": 600}
+    assert refused([model, f"forecast@1={path}"], {}) == (
+        f"models: each version must be given once; forecast@1 is given as {model} and as forecast@1={path}"
+    )
+
+
+def test_a_path_in_a_folder_of_models_says_its_version(tmp_path: Path) -> None:
+    files = ("a/3.keras", "b/5/model.keras", "c/2024.keras", "d/03.keras")
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    names = ("a", "b", "other", "d")
+    given = [f"{name}={tmp_path / file}" for name, file in zip(names, files, strict=True)]
+    versions = {name: list(found) for name, found in read_settings(given, {}).versions.items()}
+    assert versions == {"a": [3], "b": [5], "other": [1], "d": [1]}
+    # what is said wins
+    assert list(read_settings([f"a@1={tmp_path / 'a/3.keras'}"], {}).versions["a"]) == [1]
+
+
+def test_a_folder_of_models(model: str, tmp_path: Path) -> None:
+    options = ["--models", str(tmp_path), "--watch-models", "--sessions", "migrate", "--no-wait-for-models"]
+    policies = ["--version-policy", "latest 2", "--version-policy", "words=3,5"]
+    settings = read_settings([*options, *policies, "--migration", "widen=a.b:c"], {})
+    assert (settings.models, settings.models_dir, settings.watch_models) == ({}, tmp_path, True)
+    assert (settings.sessions, settings.migrations) == ("migrate", {"widen": "a.b:c"})
+    assert not settings.wait_for_models
+    assert [str(settings.policy_of(name)) for name in ("forecast", "words")] == ["latest 2", "3,5"]
+    environment = {
+        "STEPWELL_MODELS_DIR": str(tmp_path),
+        "STEPWELL_WATCH_MODELS": "1",
+        "STEPWELL_WAIT_FOR_MODELS": "no",
+        "STEPWELL_VERSION_POLICY": "all, words=3, 5 ,more=latest 3",
+        "STEPWELL_SESSIONS": "carry",
+    }
+    settings = read_settings([], environment)
+    assert (settings.models_dir, settings.watch_models, settings.wait_for_models) == (tmp_path, True, False)
+    assert settings.version_policy == {
+        "": VersionPolicy(),
+        "words": VersionPolicy(versions=frozenset({3, 5})),
+        "more": VersionPolicy(latest=3),
+    }
+    assert settings.sessions == "carry"
+    plain = read_settings([model], {})
+    assert (plain.watch_models, plain.wait_for_models, plain.sessions) == (False, True, "keep")
+    assert str(plain.policy_of("forecast")) == "latest 1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--watch-models"], "--watch-models: must be given with --models, the folder that it is about"),
+        (["--version-policy", "all"], "--version-policy: must be given with --models, the folder that"),
+        (["--sessions", "migrate"], "--sessions: with migrate the function must be given by --migration"),
+        (["--models", "/nowhere"], "--models: must be a folder; /nowhere does not exist"),
+        (["--models", __file__], f"--models: must be a folder; {__file__} is a file"),
+        (
+            ["--models", ".", "--version-policy", "all", "--version-policy", "latest"],
+            "must be given once for each name; got it twice for all models",
+        ),
+        (
+            ["--models", ".", "--version-policy", "a=all", "--version-policy", "a=1"],
+            "must be given once for each name; got it twice for 'a'",
+        ),
+    ],
+)
+def test_what_is_said_of_a_folder_of_models_goes_together(
+    model: str, arguments: list[str], says: str
+) -> None:
+    assert says in refused([model, *arguments], {})
+
+
 @pytest.mark.parametrize(
     ("option", "value", "rule"),
     [
@@ -148,6 +224,14 @@ def test_what_is_said_of_single_models(model: str, tmp_path: Path) -> None:
         ("trust-causality", "a/b", "the name of a model"),
         ("check-with", "forecast=gone.npy", "an .npy or .npz file that exists"),
         ("check-with", "forecast", "must be NAME=FILE.npy; got"),
+        ("version-policy", "newest", "must be POLICY or NAME=POLICY with 'latest N' (the N highest"),
+        ("version-policy", "forecast=latest 0", "must be POLICY or NAME=POLICY with 'latest N'"),
+        ("version-policy", "a/b=all", "must be POLICY or NAME=POLICY with a name of 1 to 128"),
+        ("sessions", "drop", "is not one of 'keep', 'carry', 'migrate', 'reset'"),
+        ("migration", "widen", "must be NAME=MODULE:FUNCTION; got"),
+        ("migration", "widen=a.b", "must be MODULE:FUNCTION; got 'a.b'"),
+        ("migration", "widen=a-b:c", "must be MODULE:FUNCTION; got 'a-b:c'"),
+        ("migration", "a/b=c:d", "must be NAME=MODULE:FUNCTION with a name of 1 to 128"),
         ("listen", "50051", "HOST:PORT"),
         ("listen", "localhost:70000", "0 to 65535"),
         ("listen", "::1:5", "[HOST]:PORT"),
@@ -204,6 +288,9 @@ def test_a_value_that_cannot_be_read_is_named_with_its_origin(
         ([], r"give at least one as NAME=PATH, such as forecast=model.keras, or in STEPWELL_MODELS"),
         (["forecast"], r"for NAME=PATH...: must be NAME=PATH; got 'forecast'"),
         (["=x.keras"], r"a name of 1 to 128 letters"),
+        (["a@0=x.keras"], r"must be NAME=PATH with a name .*, or NAME@VERSION with a whole number from 1 to"),
+        (["a:b=x.keras"], r"or NAME@VERSION with a whole number from 1 to 9223372036854775807"),
+        (["a@2=x.keras", "a@2=y.keras"], r"different names; got 'a@2' twice"),
         (["a b=x.keras"], r"a name of 1 to 128 letters.*got 'a b=x.keras'"),
         (["a" * 129 + "=x.keras"], r"a name of 1 to 128 letters"),
         (["a=x.keras", "a=y.keras"], r"different names; got 'a' twice"),
@@ -325,7 +412,7 @@ def test_help_explains_every_option_and_names_its_variable() -> None:
         option = settings[field.name]
         if field.name != "models":
             assert isinstance(option, click.Option)
-            assert re.search(rf"{option.opts[0]} .*[.)] \[env var: {option.envvar}[];]", text), field.name
+            assert re.search(rf"{option.opts[0]}[, ].*[.)] \[env var: {option.envvar}[];]", text), field.name
     assert "at most. Default: 64MiB. [env var: STEPWELL_MAX_MESSAGE_BYTES]" in text
     assert "is queued. Default: 30. [env var: STEPWELL_DRAIN_TIMEOUT_S]" in text
 

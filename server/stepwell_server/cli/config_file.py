@@ -19,7 +19,7 @@ from click.core import ParameterSource
 from stepwell.cli._types import Duration, Size, size_text
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.cli.setting import FILE_KEY, Sourced
-from stepwell_server.cli.values import AnyAddress, Named, PathOf
+from stepwell_server.cli.values import AnyAddress, Named, PathOf, PerModel
 from stepwell_server.settings import Settings
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -60,6 +60,8 @@ def _written(parameter: Sourced, value: object, folder: Path) -> str | list[str]
         if not isinstance(value, dict):
             raise ValueError(f"must be a table of names and values; got {value!r}")
         return [f"{name}={_text(of.of, item, folder)}" for name, item in value.items()]
+    if isinstance(of, PerModel) and isinstance(value, str):
+        value = [value]
     if parameter.multiple:
         if not isinstance(value, list):
             raise ValueError(f"must be a list; got {value!r}")
@@ -93,7 +95,10 @@ def show(ctx: click.Context, settings: Settings) -> str:
             continue
         value = getattr(settings, str(parameter.name))
         comment = f"  # {_source(ctx, parameter)}"
-        if isinstance(value, Mapping) and (value or not isinstance(parameter, click.Option)):
+        if isinstance(parameter.type, PerModel) and value:
+            texts = [f"{name}={item}" if name else str(item) for name, item in value.items()]
+            lines.append(f"{parameter.key} = {_toml(parameter.type, texts)}{comment}")
+        elif isinstance(value, Mapping) and (value or not isinstance(parameter, click.Option)):
             tables += ["", f"[{parameter.key}]{comment}"]
             tables += [f"{_key(name)} = {_toml(parameter.type, item)}" for name, item in value.items()]
         elif value is None or value == {}:

@@ -17,10 +17,13 @@ from stepwell_server.cli.values import (
     AddressOrOff,
     AnyAddress,
     DataFile,
+    FunctionName,
     ModelName,
     ModuleName,
     Named,
     PathOf,
+    PerModel,
+    Policy,
     Url,
 )
 from stepwell_server.settings import Settings, SettingsError
@@ -65,7 +68,7 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     nargs=-1,
     metavar="NAME=PATH...",
     envvar="STEPWELL_MODELS",
-    type=Named("NAME=PATH", FILE),
+    type=Named("NAME=PATH", FILE, versions=True),
 )
 @setting(
     "--listen",
@@ -245,6 +248,48 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     type=click.Choice(["refuse", "skip"]),
     help="What a model that cannot be loaded does: refuse, the server does not start; skip, it serves the others, and log, "
     "/readyz and metrics say which one failed.",
+)
+@setting(
+    "--models-dir",
+    "--models",
+    "models_dir",
+    metavar="DIR",
+    type=FOLDER,
+    help="Folder of models: NAME/VERSION.keras, NAME/VERSION.stepwell, or NAME/VERSION/ with one such file.",
+)
+@setting(
+    "--watch-models",
+    is_flag=True,
+    help="Look at the folder again and again: load versions that are put there, unload those that are taken away.",
+)
+@setting(
+    "--version-policy",
+    metavar="POLICY|NAME=POLICY",
+    multiple=True,
+    type=PerModel("POLICY", Policy()),
+    help="Which versions in the folder are served: 'latest N', the N highest; all; or versions such as 3,5. For all names, or "
+    "for one. May be given again. Default: latest 1.",
+)
+@setting(
+    "--sessions",
+    type=click.Choice(["keep", "carry", "migrate", "reset"]),
+    help="What becomes of sessions that follow the default version of a name when the folder gives it another one: keep, they "
+    "stay on theirs until they end; carry, they go on with their states; migrate, a --migration makes their new states; "
+    "reset, they begin anew.",
+)
+@setting(
+    "--migration",
+    "migrations",
+    metavar="NAME=MODULE:FUNCTION",
+    multiple=True,
+    type=Named("NAME=MODULE:FUNCTION", FunctionName()),
+    help="Function that makes states for another version of a model, and the name by which a change of version asks for it. "
+    "May be given again.",
+)
+@setting(
+    "--wait-for-models/--no-wait-for-models",
+    help="Whether the server is ready when all models are; or at once, and each model as soon as it is loaded: then one that "
+    "cannot be loaded stops nothing. By default it waits.",
 )
 @setting(
     "--trace-endpoint",

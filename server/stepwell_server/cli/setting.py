@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from stepwell.cli._types import Size, size_text
-from stepwell_server.cli.values import Named
+from stepwell_server.cli.values import Collected
 from stepwell_server.settings import Settings
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -21,7 +21,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 PREFIX = "STEPWELL_"
 FILE_KEY = "stepwell_server.config_file"
 """In `Context.meta`: the path of the config file."""
-_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
+_DEFAULTS: dict[str, Any] = {
+    field.name: field.default for field in dataclasses.fields(Settings) if field.init
+}
 
 
 class Sourced(click.Parameter):
@@ -42,7 +44,7 @@ class Sourced(click.Parameter):
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         """Make a dict of what has names."""
         found = super().type_cast_value(ctx, value)
-        return self.type.collected(found, self, ctx) if isinstance(self.type, Named) else found
+        return self.type.collected(found, self, ctx) if isinstance(self.type, Collected) else found
 
     def get_error_hint(self, ctx: click.Context | None) -> str:
         """Where the value stands."""
@@ -58,10 +60,11 @@ class Setting(Sourced, click.Option):
     """An option with its variable. Where `Settings` has a default, the help tells it."""
 
     def __init__(self, declarations: Sequence[str], **attributes: Any) -> None:
-        variable = PREFIX + declarations[0].removeprefix("--").replace("-", "_").upper()
+        first, _, _ = declarations[0].partition("/")  # --this/--no-this
+        variable = PREFIX + first.removeprefix("--").replace("-", "_").upper()
         super().__init__(declarations, envvar=variable, show_envvar=True, **attributes)
         default = _DEFAULTS[str(self.name)]
-        if default is not False and default not in (None, dataclasses.MISSING, ()):
+        if not isinstance(default, bool) and default not in (None, dataclasses.MISSING, ()):
             text = size_text(default) if isinstance(self.type, Size) else default
             self.help = (
                 f"{self.help} Default: {text:g}."

@@ -14,7 +14,8 @@ from click.shell_completion import CompletionItem
 
 from stepwell.cli._types import ParamType
 from stepwell_server.addresses import Address, UnixAddress
-from stepwell_server.core.model_names import NAME_RULE, is_name
+from stepwell_server.core.model_names import NAME_RULE, VERSION_RULE, is_name, parse_reference
+from stepwell_server.core.version_policy import POLICY_RULE, VersionPolicy
 from stepwell_server.settings import expanded
 
 _LONGEST_SOCKET_PATH = 107
@@ -180,19 +181,101 @@ class ModuleName(Text):
         return text
 
 
-class Named(Text):
+class FunctionName(Text):
+    """MODULE:FUNCTION."""
+
+    name = "function"
+    rule = "MODULE:FUNCTION"
+
+    def read(self, text: str) -> str:
+        """See `Text.read`."""
+        module, _, function = text.partition(":")
+        if not all(word.isidentifier() for word in (*module.split("."), *function.split("."))):
+            raise ValueError
+        return text
+
+
+class Policy(Text):
+    """A policy of versions."""
+
+    name = "policy"
+
+    def read(self, text: str) -> VersionPolicy:
+        """See `Text.read`."""
+        try:
+            return VersionPolicy.parse(text)
+        except ValueError:
+            raise ValueError(POLICY_RULE) from None
+
+
+class Collected(Text):
+    """Several values that become a dict."""
+
+    def collected(
+        self, pairs: Sequence[tuple[str, Any]], param: click.Parameter, ctx: click.Context
+    ) -> dict[str, Any]:
+        """All of them, each name once."""
+        raise NotImplementedError
+
+
+class PerModel(Collected):
+    """A value for all models, which has the empty name, or NAME=VALUE for one of them.
+
+    Args:
+        form: How the value is written, such as "POLICY".
+        of: What it is.
+    """
+
+    name = "per model"
+
+    def __init__(self, form: str, of: Text) -> None:
+        self.form = form
+        self.of = of
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Any]:
+        """Read the name, if there is one, and have the value read."""
+        name, equals, text = value.rpartition("=")
+        if equals and not is_name(name):
+            self.fail(f"must be {self.form} or NAME={self.form} with {NAME_RULE}; got {value!r}", param, ctx)
+        try:
+            return name, self.of.read(text)
+        except ValueError as error:
+            self.fail(f"must be {self.form} or NAME={self.form} with {error}; got {value!r}", param, ctx)
+
+    def collected(
+        self, pairs: Sequence[tuple[str, Any]], param: click.Parameter, ctx: click.Context
+    ) -> dict[str, Any]:
+        """See `Collected.collected`."""
+        values: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in values:
+                whose = f"for {name!r}" if name else "for all models"
+                self.fail(f"must be given once for each name; got it twice {whose}", param, ctx)
+            values[name] = value
+        return values
+
+    def split_envvar_value(self, rv: str) -> Sequence[str]:
+        """At commas, but for those between numbers: they belong to one value."""
+        return [item.strip() for item in re.split(r",(?!\s*\d+\s*(?:,|$))", rv)]
+
+
+class Named(Collected):
     """NAME=VALUE with the name of a model; several become a dict.
 
     Args:
         form: How it is written, such as "NAME=PATH".
         of: What the value is.
+        versions: It may be NAME@VERSION too.
     """
 
     name = "named"
 
-    def __init__(self, form: str, of: ParamType) -> None:
+    def __init__(self, form: str, of: ParamType, *, versions: bool = False) -> None:
         self.form = form
         self.of = of
+        self._versions = versions
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -204,17 +287,26 @@ class Named(Text):
                 f", such as {Path(value).stem}={value}" if value.endswith((".keras", ".stepwell")) else ""
             )
             self.fail(f"must be {self.form}{example}; got {value!r}", param, ctx)
-        if not is_name(name):
-            self.fail(f"must be {self.form} with {NAME_RULE}; got {value!r}", param, ctx)
+        if not self._is_name(name):
+            version = f", or NAME@VERSION with {VERSION_RULE}" if self._versions else ""
+            self.fail(f"must be {self.form} with {NAME_RULE}{version}; got {value!r}", param, ctx)
         try:
             return name, self.of.convert(text, param, ctx)
         except click.BadParameter as error:
             self.fail(f"{value!r}: {error.message}", param, ctx)
 
+    def _is_name(self, text: str) -> bool:
+        if not self._versions:
+            return is_name(text)
+        try:
+            return parse_reference(text).label is None
+        except ValueError:
+            return False
+
     def collected(
         self, pairs: Sequence[tuple[str, Any]], param: click.Parameter, ctx: click.Context
     ) -> dict[str, Any]:
-        """All of them, each name once."""
+        """See `Collected.collected`."""
         values: dict[str, Any] = {}
         for name, value in pairs:
             if name in values:
