@@ -10,7 +10,7 @@ import platform
 import sys
 from collections.abc import Callable
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stepwell_server import signals
 from stepwell_server.addresses import Address, UnixAddress, bind_problem
@@ -25,7 +25,10 @@ from stepwell_server.logs import Log, configure
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.metrics.server import MetricsServer
 from stepwell_server.metrics.token import MetricsToken, TokenError
-from stepwell_server.model_loading import Abandoned, Loaded, LoadError, load_models
+from stepwell_server.migrations import MigrationError, load_migrations
+from stepwell_server.model_folder import ModelFolder
+from stepwell_server.model_loading import Abandoned, Loaded, load_models
+from stepwell_server.model_sources import LoadError, begin_with
 from stepwell_server.open_files import RESERVE, raise_limit
 from stepwell_server.quota_file import QuotaFile
 from stepwell_server.reach import ReachError, require_closed
@@ -100,6 +103,7 @@ def serve(settings: Settings) -> int:
     metrics_token = _require_closed(settings)
     certificates = _certificates(settings)
     quota_file = _quota_file(settings)
+    _migrations(settings)
     clock = SystemClock()
     callers = _callers(settings, clock)
     audit = _audit_log(settings)
@@ -120,6 +124,13 @@ def serve(settings: Settings) -> int:
         raise StartError(str(error)) from error
     except Abandoned:
         raise KeyboardInterrupt from None
+
+
+def _migrations(settings: Settings) -> dict[str, Callable[..., Any]]:
+    try:
+        return load_migrations(settings.migrations)
+    except MigrationError as error:
+        raise StartError(str(error)) from error
 
 
 def _audit_log(settings: Settings) -> AuditLog | None:
@@ -248,8 +259,15 @@ async def _run(
         metrics = _serve_metrics(settings, observer, readiness, served.stats, metrics_token)
         address = await _listen(settings, rpc, certificates)
         readiness.listen(rpc.announce)
+        folder = None if settings.models_dir is None else ModelFolder(settings.models_dir)
+        wanted = await asyncio.to_thread(begin_with, settings, folder)
         engine = served.engine = _engine(
-            settings, await load_models(settings, observer, readiness, stop), store, clock, observer, quotas
+            settings,
+            await load_models(settings, wanted, observer, readiness, stop),
+            store,
+            clock,
+            observer,
+            quotas,
         )
         await engine.start()
         rpc.serve(engine)
@@ -294,9 +312,11 @@ def _engine(
     observer: PrometheusObserver,
     quotas: Quotas | None,
 ) -> Engine:
+    if several := [name for name, versions in models.programs.items() if len(versions) > 1]:
+        raise StartError(f"model {several[0]}: one version of a model can be served; several are chosen")
     try:
         return Engine(
-            models.programs,
+            {name: program for name, versions in models.programs.items() for program in versions.values()},
             store=store,
             clock=clock,
             observer=observer,

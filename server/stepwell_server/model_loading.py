@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from stepwell_server.compile import data_file
@@ -14,8 +14,10 @@ from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.compile.limits import Limits
 from stepwell_server.loading import load_program
 from stepwell_server.logs import Log
+from stepwell_server.model_sources import Candidates, LoadError, Source
 from stepwell_server.program import Program, ProofOptions
 from stepwell_server.program_file import is_program
+from stepwell_server.readiness import LOADED
 
 if TYPE_CHECKING:
     from stepwell_server.metrics.observer import PrometheusObserver
@@ -25,34 +27,34 @@ if TYPE_CHECKING:
 _log = Log("app")
 
 
-class LoadError(Exception):
-    """A model, or the folder of compiled ones, cannot be used. The message is one line for people."""
-
-
 class Abandoned(Exception):
     """The server was stopped before its models were loaded."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Loaded:
-    """What there is to serve."""
+    """What there is to serve, by name and version."""
 
-    programs: dict[str, Program]
-    failed: dict[str, str]
-    """Models that cannot be loaded, and why; only where the others are served all the same."""
+    programs: dict[str, dict[int, Program]] = dataclasses.field(default_factory=dict)
+    failed: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
+    """Versions that cannot be loaded, and why; only where the others are served all the same."""
 
 
 async def load_models(
-    settings: Settings, observer: PrometheusObserver, readiness: Readiness, stop: asyncio.Event
+    settings: Settings,
+    wanted: Sequence[Candidates],
+    observer: PrometheusObserver,
+    readiness: Readiness,
+    stop: asyncio.Event,
 ) -> Loaded:
-    """Return the program of each model: compiled before, in the cache, or compiled now by a process of its own.
+    """Return the program of each version: compiled before, in the cache, or compiled now by a process of its own.
 
     Raises:
         LoadError: one cannot be served, and the settings say that the start is refused then; or none can.
         Abandoned: `stop` was set. No process is left behind.
     """
     abandoned = threading.Event()
-    work = asyncio.create_task(_load_all(settings, observer, readiness, abandoned))
+    work = asyncio.create_task(_load_all(settings, wanted, observer, readiness, abandoned))
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
@@ -64,7 +66,11 @@ async def load_models(
 
 
 async def _load_all(
-    settings: Settings, observer: PrometheusObserver, readiness: Readiness, abandoned: threading.Event
+    settings: Settings,
+    wanted: Sequence[Candidates],
+    observer: PrometheusObserver,
+    readiness: Readiness,
+    abandoned: threading.Event,
 ) -> Loaded:
     memory, seconds = settings.max_compile_memory_bytes, settings.compile_timeout_s
     limits = Limits(settings.max_model_bytes, memory, seconds, abandoned=abandoned)
@@ -73,64 +79,86 @@ async def _load_all(
             data_file.load(file)
         except DataError as error:
             raise LoadError(f"model {name}: --check-with: {error}") from error
-    loaded = Loaded({}, {})
-    for name in settings.models:
-        readiness.model(name, "waiting")
-    for place, name in enumerate(settings.models, 1):
-        _tell(readiness, settings, place, name, "")
-        try:
-            loaded.programs[name] = await _load(settings, observer, readiness, limits, place, name)
-            readiness.model(name, "loaded")
-        except LoadError as error:
-            if settings.bad_models == "refuse" or abandoned.is_set():
-                raise
-            _log.error("a model cannot be served", model=name, reason=str(error))
-            observer.model_failed(name)
-            readiness.model(name, f"failed: {error}")
-            loaded.failed[name] = str(error)
-    if not loaded.programs:
-        raise LoadError(f"no model can be served; {'; '.join(loaded.failed.values())}")
+    loaded, place, total = Loaded(), 0, 0
+    for model in wanted:
+        for version in model.choice(()):
+            readiness.version(model.name, version, "waiting")
+            total += 1
+    for model in wanted:
+        failed: dict[int, str] = {}
+        while todo := [v for v in model.choice(failed) if v not in loaded.programs.get(model.name, {})]:
+            place += 1
+            source = model.source(todo[0])
+            at = _Place(place, max(place, total), source)
+            _tell(readiness, at, "")
+            try:
+                program = await _load(settings, observer, readiness, limits, at)
+            except LoadError as error:
+                if settings.bad_models == "refuse" or abandoned.is_set():
+                    raise
+                _log.error("a model cannot be served", model=source.told, reason=str(error))
+                observer.model_failed(source.name)
+                readiness.version(source.name, source.version, f"failed: {error}")
+                failed[source.version] = str(error)
+            else:
+                readiness.version(source.name, source.version, LOADED)
+                loaded.programs.setdefault(source.name, {})[source.version] = program
+        if failed:
+            loaded.failed[model.name] = failed
+    if loaded.failed and not loaded.programs:
+        reasons = [why for failed in loaded.failed.values() for why in failed.values()]
+        raise LoadError(f"no model can be served; {'; '.join(reasons)}")
     return loaded
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Place:
+    """Which of how many is being loaded."""
+
+    number: int
+    total: int
+    source: Source
+
+
 async def _load(
-    settings: Settings,
-    observer: PrometheusObserver,
-    readiness: Readiness,
-    limits: Limits,
-    place: int,
-    name: str,
+    settings: Settings, observer: PrometheusObserver, readiness: Readiness, limits: Limits, at: _Place
 ) -> Program:
     started, stages, loop = time.perf_counter(), list[str](), asyncio.get_running_loop()
+    name, path = at.source.name, at.source.path
 
     def report(stage: str) -> None:  # on the thread that loads
         stages.append(stage)
-        _log.info("loading model", model=name, stage=stage)
-        loop.call_soon_threadsafe(_tell, readiness, settings, place, name, stage)
+        _log.info("loading model", model=at.source.told, stage=stage)
+        loop.call_soon_threadsafe(_tell, readiness, at, stage)
 
-    program = await asyncio.to_thread(_load_one, settings, name, limits, report)
+    program = await asyncio.to_thread(_load_one, settings, at.source, limits, report)
     seconds = time.perf_counter() - started
-    path = settings.models[name]
     observer.model_loaded(name, "file" if is_program(path) else "compiled" if stages else "cache", seconds)
     _log.info(
-        "model loaded", model=name, executor=program.executor, proof=str(program.proof), seconds=seconds
+        "model loaded",
+        model=at.source.told,
+        executor=program.executor,
+        proof=str(program.proof),
+        seconds=seconds,
     )
     if program.proof.unproven:
-        _log.warning("model is trusted, not proven", model=name, unproven=program.proof.unproven)
+        _log.warning("model is trusted, not proven", model=at.source.told, unproven=program.proof.unproven)
     return program
 
 
-def _tell(readiness: Readiness, settings: Settings, place: int, name: str, stage: str) -> None:
+def _tell(readiness: Readiness, at: _Place, stage: str) -> None:
     """Say how far the loading is."""
-    at = f"{name}, {stage}" if stage else name
-    readiness.model(name, f"loading: {stage}" if stage else "loading")
-    readiness.problem("models", f"model {place} of {len(settings.models)} is being loaded ({at})")
+    source = at.source
+    readiness.version(source.name, source.version, f"loading: {stage}" if stage else "loading")
+    doing = f"{source.told}, {stage}" if stage else source.told
+    readiness.problem("models", f"model {at.number} of {at.total} is being loaded ({doing})")
 
 
-def _load_one(settings: Settings, name: str, limits: Limits, report: Callable[[str], None]) -> Program:
+def _load_one(settings: Settings, source: Source, limits: Limits, report: Callable[[str], None]) -> Program:
+    name, told = source.name, source.told
     try:
         program = load_program(
-            settings.models[name],
+            source.path,
             settings.cache_dir,
             settings.imports,
             report,
@@ -139,31 +167,31 @@ def _load_one(settings: Settings, name: str, limits: Limits, report: Callable[[s
             data=settings.check_with.get(name),
         )
         if name in settings.check_with:
-            _check(settings, name, program, limits)
+            _check(settings, source, program, limits)
     except DataError as error:
-        raise LoadError(f"model {name}: --check-with: {error}") from error
+        raise LoadError(f"model {told}: --check-with: {error}") from error
     except ModelError as error:
         if error.details and not (limits.abandoned and limits.abandoned.is_set()):
-            _log.warning("model refused", model=name, details=error.details)
-        raise LoadError(f"model {name}: {error}") from error
+            _log.warning("model refused", model=told, details=error.details)
+        raise LoadError(f"model {told}: {error}") from error
     except OSError as error:
         raise LoadError(f"--cache-dir: {error}") from error
     return program
 
 
-def _check(settings: Settings, name: str, program: Program, limits: Limits) -> None:
+def _check(settings: Settings, source: Source, program: Program, limits: Limits) -> None:
     """Hold a program against Keras on the user's own sequences."""
     from stepwell_server.compile.launch import compare_with_keras
 
-    file = settings.check_with[name]
-    report = compare_with_keras(settings.models[name], program, file, settings.imports, limits)
+    file, told = settings.check_with[source.name], source.told
+    report = compare_with_keras(source.path, program, file, settings.imports, limits)
     for output in report.outputs:
-        _log.info("compared with Keras", model=name, data=str(file), **output.fields())
+        _log.info("compared with Keras", model=told, data=str(file), **output.fields())
     worst = report.worst
     if worst is not None and not worst.is_allowed:
-        raise LoadError(f"model {name}: --check-with {file}: {worst}")
+        raise LoadError(f"model {told}: --check-with {file}: {worst}")
     if not report.is_conclusive:
         raise LoadError(
-            f"model {name}: --check-with {file}: nothing can be said of an output: rounding alone moves Keras's own values "
+            f"model {told}: --check-with {file}: nothing can be said of an output: rounding alone moves Keras's own values "
             "too far"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -14,13 +15,30 @@ class Report:
     """Why it is not ready, by what it is about: `models`, `store`, `stopping`. Empty: it is."""
     warnings: Mapping[str, str]
     """What does not keep it from being ready: `disk`, ..."""
-    models: Mapping[str, str]
-    """Of each model how far it is: waiting, loading (with the stage), loaded, failed."""
+    versions: Mapping[str, Mapping[int, str]]
+    """Of each model's versions how far they are: waiting, loading (with the stage), loaded, failed (with the reason)."""
 
     @property
     def is_ready(self) -> bool:
         """Calls can be answered."""
         return not self.problems
+
+    @property
+    def models(self) -> dict[str, str]:
+        """How far each model is: as far as that of its versions which is farthest."""
+        return {
+            name: min(versions.values(), key=lambda how: _ORDER.index(how.partition(":")[0]))
+            for name, versions in self.versions.items()
+        }
+
+    def is_loaded(self, name: str, version: int | None = None) -> bool:
+        """Whether a version of a model is loaded, or any."""
+        versions = self.versions.get(name, {})
+        return LOADED in versions.values() if version is None else versions.get(version) == LOADED
+
+
+LOADED = "loaded"
+_ORDER = (LOADED, "loading", "waiting", "failed")
 
 
 class Readiness:
@@ -43,11 +61,15 @@ class Readiness:
         """Someone should look at this; an empty reason: it is over."""
         self._change(warnings=_with(self.report.warnings, about, reason))
 
-    def model(self, name: str, how: str) -> None:
-        """How far a model is."""
-        self._change(models=_with(self.report.models, name, how))
+    def version(self, name: str, version: int, how: str) -> None:
+        """How far a version of a model is: see `Report.versions`; nothing: there is no such version any more."""
+        before = self.report.versions
+        all_of_it = {**before.get(name, {}), version: how}
+        kept = {number: all_of_it[number] for number in sorted(all_of_it) if all_of_it[number]}
+        versions = {**before, name: kept}
+        self._change(versions={each: its for each, its in versions.items() if its})
 
-    def _change(self, **values: Mapping[str, str]) -> None:
+    def _change(self, **values: Mapping[str, Any]) -> None:
         changed = dataclasses.replace(self.report, **values)
         if changed != self.report:
             self.report = changed

@@ -101,6 +101,7 @@ def test_while_models_are_loaded_it_lives_and_is_not_ready(tmp_path: Path, front
             "problems": {"models": why},
             "warnings": {},
             "models": {"forecast": "loaded", "bad": "loading"},
+            "versions": {"forecast@1": "loaded", "bad@1": "loading"},
         }
         assert probe(http, "/readyz") == (503, f"not ready: models: {why}\n")
         assert probe(http, "/ready")[0] == 404
@@ -109,6 +110,10 @@ def test_while_models_are_loaded_it_lives_and_is_not_ready(tmp_path: Path, front
             health = health_pb2_grpc.HealthStub(channel)
             watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
             assert next(watch).status == NOT_SERVING
+            # loaded it is, but the server waits for the other one
+            ours = health_pb2.HealthCheckRequest(service="stepwell.model/forecast")
+            model_watch = health.Watch(ours, timeout=_TIMEOUT_S)
+            assert next(model_watch).status == NOT_SERVING
             assert (_triton(channel, "ServerLive").live, _triton(channel, "ServerReady").ready) == (
                 True,
                 False,
@@ -128,7 +133,10 @@ def test_while_models_are_loaded_it_lives_and_is_not_ready(tmp_path: Path, front
                 told = f"the server is starting: {why}"
                 assert _refusal(failed.value) == (grpc.StatusCode.UNAVAILABLE, told, "STARTING", 1.0)
             holds.close()
-            assert next(watch).status == SERVING
+            assert next(watch).status == next(model_watch).status == SERVING
+            for service, status in (("forecast@1", SERVING), ("bad", NOT_SERVING), ("bad@1", NOT_SERVING)):
+                asked = health_pb2.HealthCheckRequest(service=f"stepwell.model/{service}")
+                assert health.Check(asked, timeout=_TIMEOUT_S).status == status
             assert _triton(channel, "ServerReady").ready
             assert stub.OpenSession(pb.OpenSessionRequest(model="forecast", session_id="a")).session
             assert stub.Step(step, timeout=_TIMEOUT_S).revision == 1
@@ -143,6 +151,7 @@ def test_while_models_are_loaded_it_lives_and_is_not_ready(tmp_path: Path, front
             # the native front refuses a frame, and then its stream
             assert scrape.value("stepwell_errors_total", "", "STARTING") in {4, 5}
             watch.cancel()
+            model_watch.cancel()
         server.signal()
         code, out, err = server.finish()
     assert (code, out.count("listening on")) == (0, 1)

@@ -92,6 +92,54 @@ def test_settings_that_cannot_be_used(tmp_path: Path) -> None:
     assert "does not exist" in _refused("x=nowhere.keras")
 
 
+def test_models_of_a_folder(tmp_path: Path) -> None:
+    model = forecast()
+    for name in ("forecast/1.keras", "forecast/2/m.keras", "words/7.keras"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.symlink_to(model.path)
+    options = ("--models", str(tmp_path), "--cache-dir", str(model.cache_dir), *ANYWHERE)
+    assert "holds no model" in _refused(*options)
+    for name in ("forecast/1.keras", "forecast/2/m.keras", "words/7.keras"):
+        path = tmp_path / name
+        path.unlink()
+        path.write_bytes(model.path.read_bytes())
+    (tmp_path / "forecast/3.keras.tmp").touch()
+    with ServerProcess(*options) as server:
+        server.signal()
+        code, _, err = server.finish()
+    assert code == 0
+    assert "model loaded model=forecast@2 " in err
+    assert "model=forecast@1" not in err
+    assert "model loaded model=words " in err
+    # a file that cannot be loaded
+    (tmp_path / "forecast/3.keras").write_bytes(b"no model")
+    assert "model forecast@3: " in _refused(*options)
+    with ServerProcess(*options, "--bad-models", "skip") as server:
+        server.signal()
+        _, _, err = server.finish()
+    assert "error a model cannot be served model=forecast@3" in err
+    assert "model loaded model=forecast@2 " in err
+
+
+def test_a_migration_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_moves.py").write_text("number = 5\ndef widen(): ...\n")
+    (tmp_path / "own_defect.py").write_text("1 / 0\n")
+    model = f"x={forecast().path}"
+    for function, why in (
+        ("no_such_module:f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("own_defect:f", "cannot be imported: ZeroDivisionError: division by zero"),
+        ("own_moves:narrow", "own_moves has no narrow"),
+        ("own_moves:number", "must be a function; it is 5"),
+    ):
+        assert _refused(model, "--migration", f"m={function}") == (
+            f"stepwell: error: --migration: m={function}: {why}"
+        )
+    with serve("--migration", "m=own_moves:widen"):
+        pass
+
+
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     """What else a file may be, and what is said of it, is for the tests of the compiler."""
     whole = forecast().path.read_bytes()

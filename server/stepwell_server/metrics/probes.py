@@ -78,7 +78,12 @@ class Probes:
             "ready": report.is_ready,
             "problems": dict(report.problems),
             "warnings": dict(report.warnings),
-            "models": dict(report.models),
+            "models": report.models,
+            "versions": {
+                f"{name}@{version}": how
+                for name, versions in report.versions.items()
+                for version, how in versions.items()
+            },
         }
         reasons = "; ".join(f"{about}: {reason}" for about, reason in report.problems.items())
         return report.is_ready, "ready" if report.is_ready else f"not ready: {reasons}", document

@@ -1,9 +1,9 @@
-"""grpc.health.v1.Health: whether the server, and each of its services, takes calls."""
+"""grpc.health.v1.Health: whether the server, each of its services, and each model takes calls."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import Message
@@ -20,27 +20,41 @@ _SERVING = pb.HealthCheckResponse.SERVING
 _NOT_SERVING = pb.HealthCheckResponse.NOT_SERVING
 
 
-class HealthServicer:
-    """The calls of Health, each by its name in snake case. Lives on the event loop."""
+MODEL_PREFIX = "stepwell.model/"
+"""Before NAME or NAME@VERSION it makes the name of a service, which serves when that model is ready."""
 
-    def __init__(self, services: Iterable[str]) -> None:
+
+class HealthServicer:
+    """The calls of Health, each by its name in snake case. Lives on the event loop.
+
+    Args:
+        services: Names of those that serve when the server does.
+        lists_models: `List` has the models too: they are known to whoever asks.
+    """
+
+    def __init__(self, services: Iterable[str], *, lists_models: bool = True) -> None:
         self._services = {"", *services}
+        self._lists_models = lists_models
         self._is_serving = self._is_stopping = False
+        self._models: dict[str, bool] = {}
+        """Whether calls for a model can be answered, by the name of its service."""
         self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def check(self, request: pb.HealthCheckRequest, _call: Call) -> pb.HealthCheckResponse:
         """Say how a service is."""
-        if request.service not in self._services:
+        if request.service not in self._services and request.service not in self._models:
             raise ServiceNotFound(
-                f"service must be empty or one of {sorted(self._services - {''})}; got {request.service[:256]!r}"
+                f"service must be empty, one of {sorted(self._services - {''})}, or {MODEL_PREFIX}NAME or "
+                f"{MODEL_PREFIX}NAME@VERSION for a model of this server; got {request.service[:256]!r}"
             )
         return pb.HealthCheckResponse(status=self._status(request.service))
 
     async def list(self, _request: Any, _call: Call) -> Message:
         """Say how all services are."""
+        names = [*self._services, *(self._models if self._lists_models else ())]
         # newer than the oldest grpcio-health-checking that is allowed
         response: Message = pb.HealthListResponse(  # type: ignore[attr-defined,unused-ignore]
-            statuses={name: pb.HealthCheckResponse(status=self._status(name)) for name in self._services}
+            statuses={name: pb.HealthCheckResponse(status=self._status(name)) for name in names}
         )
         return response
 
@@ -48,25 +62,39 @@ class HealthServicer:
         """Say how a service is, now and whenever that changes."""
         raw = await call.read()
         service = parse(pb.HealthCheckRequest, b"" if raw is None else raw).service
+        told: pb.HealthCheckResponse.ServingStatus.ValueType | None = None
         while True:
-            changed = self._changed
-            await call.write(pb.HealthCheckResponse(status=self._status(service)).SerializeToString())
+            changed, status = self._changed, self._status(service)
+            if status != told:
+                told = status
+                await call.write(pb.HealthCheckResponse(status=status).SerializeToString())
             await asyncio.shield(changed)
 
-    def announce(self, *, is_serving: bool) -> None:
-        """Say from now on whether calls can be answered, unless the server stops."""
-        before, self._is_serving = self._is_serving, is_serving and not self._is_stopping
-        if self._is_serving is before:
-            return
-        self._changed.set_result(None)
-        self._changed = asyncio.get_running_loop().create_future()
+    def announce(self, *, is_serving: bool, models: Mapping[str, bool]) -> None:
+        """Say from now on whether calls can be answered, and those for each model, unless the server stops.
+
+        Args:
+            is_serving: Whether the server is ready.
+            models: By NAME and NAME@VERSION, whether they are.
+        """
+        before = self._is_serving, self._models
+        self._is_serving = is_serving and not self._is_stopping
+        self._models = {
+            f"{MODEL_PREFIX}{name}": is_ready and not self._is_stopping for name, is_ready in models.items()
+        }
+        if before != (self._is_serving, self._models):
+            self._changed.set_result(None)
+            self._changed = asyncio.get_running_loop().create_future()
 
     def stop(self) -> None:
         """Say from now on that nothing is served."""
         self._is_stopping = True
-        self.announce(is_serving=False)
+        self.announce(
+            is_serving=False, models={name.removeprefix(MODEL_PREFIX): False for name in self._models}
+        )
 
     def _status(self, service: str) -> pb.HealthCheckResponse.ServingStatus.ValueType:
-        if service not in self._services:
+        is_serving = self._is_serving if service in self._services else self._models.get(service)
+        if is_serving is None:
             return pb.HealthCheckResponse.SERVICE_UNKNOWN
-        return _SERVING if self._is_serving else _NOT_SERVING
+        return _SERVING if is_serving else _NOT_SERVING

@@ -95,7 +95,8 @@ class RpcServer:
         self.starting = "the models are being loaded"
         """What is said to callers until there is an engine."""
         ours = [service.full_name for service in _OF_ENGINE]
-        self._health = health.HealthServicer(ours)
+        self._health = health.HealthServicer(ours, lists_models=authenticator is None)
+        self._report = Report({}, {}, {})
         shown = reflection.ReflectionServicer((*_OF_ENGINE, health.SERVICE))
         self._serving: dict[str, Serve] = {}
         """What serves each method now, by its path."""
@@ -156,7 +157,7 @@ class RpcServer:
         self._serve_by(_MODELS, ModelServicer(engine, self._front.name, limit, observer.slowest, clock))
         self._serve_by(_TRITON, self._triton)
         self._steps.go_to(ColumnSteps(engine, clock, limit, observer, self._triton.form_of, self._tracer))
-        self.announce_ready(is_ready=True)
+        self.announce(self._report)
 
     @property
     def front(self) -> Front:
@@ -164,14 +165,18 @@ class RpcServer:
         return self._front
 
     def announce(self, report: Report) -> None:
-        """Tell health checkers, and callers as long as there is no engine, how the server is."""
+        """Tell health checkers, and callers as long as there is no engine, how the server is. Calls are taken all the same."""
+        self._report = report
         self.starting = report.problems.get("models", self.starting)
-        self.announce_ready(is_ready=report.is_ready)
-
-    def announce_ready(self, *, is_ready: bool) -> None:
-        """Tell health checkers whether calls can be answered now; they are taken all the same."""
-        self._liveness.announce_ready(is_ready=is_ready)
-        self._health.announce(is_serving=is_ready)
+        has_engine = self._sessions is not None
+        self._liveness.announce_ready(is_ready=has_engine and report.is_ready)
+        # a model need not wait for others
+        are_answered = has_engine and not report.problems.keys() - {"models"}
+        models = {name: are_answered and report.is_loaded(name) for name in report.versions}
+        for name, versions in report.versions.items():
+            for version in versions:
+                models[f"{name}@{version}"] = are_answered and report.is_loaded(name, version)
+        self._health.announce(is_serving=has_engine and report.is_ready, models=models)
 
     async def announce_stop(self) -> None:
         """Tell health checkers that the server is going away; serve on."""

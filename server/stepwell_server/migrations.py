@@ -1,0 +1,47 @@
+"""The operator's functions that make states for another version of a model."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_MOST_SHOWN = 100
+
+
+class MigrationError(Exception):
+    """A function cannot be had. The message is one line that names the option and what it was given."""
+
+
+def load_migrations(named: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
+    """Import functions, each written as MODULE:FUNCTION; modules are looked for in the current folder first.
+
+    Raises:
+        MigrationError: one is not there, its module cannot be imported, or it is no function.
+    """
+    if named and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return {name: _function(name, text) for name, text in named.items()}
+
+
+def _function(name: str, text: str) -> Callable[..., Any]:
+    module, _, path = text.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+    # SystemExit: a module may call sys.exit().
+    except (Exception, SystemExit) as error:
+        raise _error(name, text, f"cannot be imported: {type(error).__name__}: {error}") from error
+    for attribute in path.split("."):
+        if not hasattr(found, attribute):
+            raise _error(name, text, f"{module} has no {path}")
+        found = getattr(found, attribute)
+    if not callable(found):
+        raise _error(name, text, f"must be a function; it is {found!r:.{_MOST_SHOWN}}")
+    function: Callable[..., Any] = found
+    return function
+
+
+def _error(name: str, text: str, why: str) -> MigrationError:
+    return MigrationError(f"--migration: {name}={text}: {' '.join(why.split())}")

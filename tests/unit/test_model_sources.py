@@ -1,0 +1,115 @@
+"""Which files a server begins with, and what is said where they are not what the operator thinks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepwell_server.core.version_policy import VersionPolicy
+from stepwell_server.model_folder import ModelFolder
+from stepwell_server.model_sources import Candidates, LoadError, begin_with
+from stepwell_server.settings import Settings
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for file in ("forecast/1.keras", "forecast/2.keras", "forecast/10.keras", "words/3.stepwell"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    return tmp_path
+
+
+def begin(root: Path, **settings: Any) -> list[Candidates]:
+    given = Settings(models_dir=root, store="memory", **settings)
+    return begin_with(given, ModelFolder(root))
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> dict[str, dict[str, str]]:
+    """The fields of what was logged, by the event."""
+    return {record.getMessage(): record.fields for record in caplog.records}  # type: ignore[attr-defined]
+
+
+def sources(found: list[Candidates]) -> list[tuple[str, int, str, str]]:
+    return [
+        (source.name, source.version, source.path.name, source.told)
+        for each in found
+        for version in each.choice(())
+        for source in [each.source(version)]
+    ]
+
+
+def test_the_policy_chooses_the_highest_first(root: Path) -> None:
+    policies = {"": VersionPolicy.parse("latest 2"), "words": VersionPolicy.parse("all")}
+    found = begin(root, version_policy=policies)
+    assert sources(found) == [
+        ("forecast", 10, "10.keras", "forecast@10"),
+        ("forecast", 2, "2.keras", "forecast@2"),
+        ("words", 3, "3.stepwell", "words"),
+    ]
+    assert found[0].choice({10}) == [2, 1]
+    assert sources(begin(root)) == [
+        ("forecast", 10, "10.keras", "forecast@10"),
+        ("words", 3, "3.stepwell", "words"),
+    ]
+
+
+def test_all_versions_of_the_command_line_are_served_beside_the_folder(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = root / "words/3.stepwell"
+    assert sources(begin(root, models={"words": other, "words@9": other, "more@2": other})) == [
+        ("words", 9, "3.stepwell", "words@9"),
+        ("words", 3, "3.stepwell", "words@3"),
+        ("more", 2, "3.stepwell", "more"),
+        ("forecast", 10, "10.keras", "forecast@10"),
+    ]
+    told = "models are served from the command line, not from --models, which has them too"
+    assert logged(caplog)[told] == {"models": "words"}
+
+
+def test_without_a_folder_nothing_is_looked_for(root: Path) -> None:
+    settings = Settings(models={"a": root / "forecast/1.keras"}, store="memory")
+    assert sources(begin_with(settings, None)) == [("a", 1, "1.keras", "a")]
+
+
+def test_what_is_left_out_is_told(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (root / "forecast/last.keras").touch()
+    assert len(begin(root)) == 2
+    told = logged(caplog)["a part of --models is not served"]
+    assert told["path"] == str(root / "forecast/last.keras")
+    assert "must be named by its version" in told["reason"]
+
+
+def test_a_folder_without_models_is_refused_with_what_is_wrong(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "1.keras").touch()
+    says = f"--models: must hold NAME/VERSION.keras, .*; {tmp_path} holds no model; {tmp_path}/1.keras must be in a folder"
+    with pytest.raises(LoadError, match=f"^{says} "):
+        begin(tmp_path)
+    # more may come
+    assert begin(tmp_path, watch_models=True) == []
+    assert any("holds no model" in event for event in logged(caplog))
+    tmp_path.joinpath("1.keras").unlink()
+    with pytest.raises(LoadError, match=r"--models: .* cannot be read: No such file or directory"):
+        begin(tmp_path / "gone", watch_models=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "settings"),
+    [
+        ("--probe-steps", {"probe_steps": {"other": 600}}),
+        ("--trust-causality", {"trust_causality": ["other"]}),
+        ("--version-policy", {"version_policy": {"other": VersionPolicy()}}),
+    ],
+)
+def test_an_option_about_a_model_that_is_not_there(
+    root: Path, option: str, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    told = f"{option}: there is no model 'other'; the models are forecast, words"
+    with pytest.raises(LoadError, match=f"^{told}$"):
+        begin(root, **settings)
+    assert len(begin(root, watch_models=True, **settings)) == 2
+    assert told in logged(caplog)
