@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.leases import Leases
@@ -56,20 +55,18 @@ from stepwell_server.engine.sessions.matching import Matching
 from stepwell_server.engine.sessions.moving import Moving
 from stepwell_server.engine.sessions.opening import OpenedMany, Opening
 from stepwell_server.engine.sessions.reading import Reading
+from stepwell_server.engine.shares import Share, Shares, Threads
 from stepwell_server.engine.state.arena import Arena, default_resident_rows
-from stepwell_server.engine.state.model import Alarm, Model
+from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import ReplyMemory
 from stepwell_server.engine.submission import Submission
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import MessageTooLarge, ServerError
-from stepwell_server.logs import Log
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
 from stepwell_server.store.record import Texts
 
 __all__ = ["Engine", "ModelStats", "OpenedMany"]
-
-_log = Log("engine")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,7 +108,7 @@ class Engine:
     ) -> None:
         self._clock = clock
         self._observer = observer
-        self._pool = ThreadPoolExecutor(compute_threads, thread_name_prefix="stepwell-compute")
+        self._shares, self._threads = Shares(clock), Threads(compute_threads)
         self._compute_threads = compute_threads
         self._executor = executor
         self._table = table = SessionTable()
@@ -438,16 +435,11 @@ class Engine:
 
     def hold_turns(self) -> None:
         """Begin no pass until `take_turns`: more changes come at once."""
-        for model in self._models.by_index.values():
-            model.work.hold()
+        self._shares.hold()
 
     def take_turns(self) -> None:
         """Do now what has come, rather than in the next turn of the event loop."""
-        for model in self._models.by_index.values():
-            try:
-                model.work.go()
-            except Exception as error:  # a defect: the other models must have their turn
-                _log.defect("a turn raised", error, model=model.name)
+        self._shares.go()
 
     def stop_accepting(self) -> None:
         """From now on refuse new sessions and new changes with `Unavailable`."""
@@ -472,7 +464,7 @@ class Engine:
         for timer in self._timers:
             timer.cancel()
         self._catalogue.close()
-        self._pool.shutdown(wait=True)
+        self._threads.close()
         if not self._is_local:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.drain(), timeout_s)
@@ -514,10 +506,10 @@ class Engine:
             max_batch_rows=max_batch_rows,
             ready=Scheduler(max_batch_rows),
             cost=Cost(),
-            work=Alarm(),
+            work=Share(self._shares, name),
         )
         lanes = [Lane(self._executor(program), arena) for _ in range(self._compute_threads)]
-        inbox, runner = Inbox(model, self._held), Runner(model, lanes, self._pool)
+        inbox, runner = Inbox(model, self._held), Runner(model, lanes, self._threads, self._clock)
         inline = Inline(
             model,
             self._table,

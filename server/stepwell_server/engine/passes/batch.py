@@ -70,6 +70,8 @@ class Pass:
             if not job.is_plain:
                 self._ask_for_more()
                 break
+        self.rows_wanted = 0
+        """Rows that it would have had if other models had not been about."""
         self.failed: list[FailedUnit] = []
         self.seconds = 0.0
 

@@ -89,9 +89,10 @@ class PassLoop:
             if self._model.ready.rows_waiting:
                 self._company_until = self._clock.monotonic() + _COMPANY_S
             self._admission.admit(joined_where_alike(came))
-        jobs = self._choose() if self._model.ready.rows_waiting else ()
+        wanted = min(self._model.ready.rows_waiting, self._model.max_batch_rows)
+        jobs = self._choose() if wanted else ()
         if jobs:
-            self._run(jobs)  # then `_finish`: commit and reply
+            self._run(jobs, wanted)  # then `_finish`: commit and reply
         self._settle()
 
     def _settle(self) -> None:
@@ -102,9 +103,11 @@ class PassLoop:
             self._model.work.done()
             self._idle.set()
 
-    def _run(self, jobs: Sequence[Job]) -> None:
+    def _run(self, jobs: Sequence[Job], wanted: int) -> None:
         try:
-            slice_s = SHORT_SLICE_S if self._clock.monotonic() < self._company_until else SLICE_S
+            now = self._clock.monotonic()
+            slice_s = SHORT_SLICE_S if now < self._company_until else SLICE_S
+            slice_s = min(slice_s, self.runner.most_s(now) or slice_s)
             budget = self._model.cost.times_within(sum(job.row_count for job in jobs), slice_s)
             work = Pass(self._model.program, jobs, self._model.ready.steps_together(jobs, budget))
         except Exception as error:
@@ -120,6 +123,7 @@ class PassLoop:
                 broken = error
             self._finish(work, broken)
         else:
+            work.rows_wanted = wanted
             self.runner.run_on_threads(work, lambda broken: self._tell(work, broken))
 
     def _choose(self) -> list[Job]:
@@ -129,6 +133,10 @@ class PassLoop:
         ready = self._model.ready
         while ready and not chosen:
             most = ready.most_rows(now, self._model.rows_of_a_short_pass) if ready.has_company(now) else None
+            most_s = self.runner.most_s(now)
+            if most_s is not None:
+                rows = self.runner.rows_within(most_s)
+                most = rows if most is None and rows < ready.rows_waiting else most and min(most, rows)
             for job in ready.next_pass(now, most):
                 self._consider(job, now, chosen, later)
         for job in later:
@@ -158,7 +166,13 @@ class PassLoop:
 
     def _tell(self, work: Pass, broken: BaseException | None) -> None:
         """From a compute thread: one wake-up of the event loop per pass."""
-        self._loop.call_soon_threadsafe(self._finish, work, broken)
+        self._loop.call_soon_threadsafe(self._finish_on_loop, work, broken)
+
+    def _finish_on_loop(self, work: Pass, broken: BaseException | None) -> None:
+        began = self._clock.monotonic()
+        self.runner.ended()
+        self._finish(work, broken)
+        self._model.work.loop_s += self._clock.monotonic() - began
 
     def _finish(self, work: Pass, broken: BaseException | None) -> None:
         self._running = False

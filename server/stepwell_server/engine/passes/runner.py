@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor as Pool
 
 import numpy as np
 
+from stepwell_server.clock import Clock
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Select, Trace
 from stepwell_server.engine.executors.base import ExecutionError
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes.batch import Lane, Pass
+from stepwell_server.engine.shares import Then, Threads
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
@@ -31,10 +33,11 @@ SHORT_SLICE_S, SLICE_S = 0.25e-3, 2e-3
 class Runner:
     """Runs the passes of one model, one at a time, on one lane per compute thread."""
 
-    def __init__(self, model: Model, lanes: Sequence[Lane], pool: Pool) -> None:
+    def __init__(self, model: Model, lanes: Sequence[Lane], threads: Threads, clock: Clock) -> None:
         self._model = model
         self._lanes = lanes
-        self._pool = pool
+        self._threads = threads
+        self._clock = clock
 
     def is_small(self, work: Pass) -> bool:
         """Whether the pass should run in place; a slice of something longer does not, or the loop would do little else."""
@@ -60,11 +63,25 @@ class Runner:
         self._model.cost.learn(work.row_count, lane.spent_s, work.steps)
 
     def run_on_threads(self, work: Pass, done: Callable[[BaseException | None], None]) -> None:
-        """Run a pass on the pool's threads; `done` is called from one of them, with what it raised."""
+        """Run a pass on threads; `done` is called from one of them, with what it raised, and `ended` is due then."""
         pieces = self._cut(work)
         group = _Pieces(self._lanes, work, pieces, self._model, done)
-        for index in range(len(pieces)):
-            self._pool.submit(group.run, index)
+        run = [functools.partial(group.run, index) for index in range(len(pieces))]
+        cost = self._model.cost
+        wanted_s = max(cost.of(work.rows_wanted), cost.of(work.row_count, work.steps))
+        self._threads.run(self._model.work, run, wanted_s, self._clock.monotonic())
+
+    def ended(self) -> None:
+        """A pass has run on threads. On the event loop."""
+        self._threads.ended(self._model.work, self._clock.monotonic())
+
+    def most_s(self, now: float) -> float | None:
+        """See `Threads.most_s`."""
+        return self._threads.most_s(self._model.work, now)
+
+    def rows_within(self, seconds: float) -> int:
+        """Rows of a pass of so many seconds on all threads."""
+        return self._model.rows_within(seconds) * len(self._lanes)
 
     def _cut(self, work: Pass) -> list[tuple[int, int]]:
         worth = int(self._model.cost.of(work.row_count, work.steps) / PIECE_S)
@@ -95,7 +112,7 @@ class _Pieces:
         self._broken: BaseException | None = None
         self._started = time.perf_counter()
 
-    def run(self, index: int) -> None:
+    def run(self, index: int) -> Then:
         try:
             self._lanes[index].attempt(self._work, *self._pieces[index])
         except ExecutionError:
@@ -105,16 +122,15 @@ class _Pieces:
         with self._lock:
             self._left -= 1
             last = self._left == 0
-        if last:
-            self._finish()
+        return self._finish() if last else None
 
-    def _finish(self) -> None:
+    def _finish(self) -> Then:
         try:
             if self._broken is None:
                 self._store()
         except BaseException as error:
             self._broken = error
-        self._done(self._broken)
+        return lambda: self._done(self._broken)
 
     def _store(self) -> None:
         if self._failed:
