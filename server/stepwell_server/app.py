@@ -8,7 +8,7 @@ import gc
 import math
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.core.namespaces import own, tenant_of
 from stepwell_server.engine.engine import Engine, ModelStats
 from stepwell_server.engine.quotas import Quotas
+from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.metrics.server import MetricsServer
@@ -321,7 +322,7 @@ def _engine(
             clock=clock,
             observer=observer,
             max_batch_rows=settings.max_batch_rows,
-            resident_rows=settings.resident_rows,
+            resident_rows=_resident_rows(settings, models.programs.keys() | models.failed.keys()),
             max_session_idle_s=settings.max_session_idle_s,
             compute_threads=settings.compute_threads,
             failed=models.failed,
@@ -329,6 +330,11 @@ def _engine(
         )
     except MemoryError as error:
         raise StartError(f"--resident-rows: {error}") from error
+
+
+def _resident_rows(settings: Settings, names: Collection[str]) -> ResidentRows:
+    own = {name: rows for name, rows in settings.resident_rows.items() if name}
+    return ResidentRows(settings.resident_rows.get(""), own, len(set(names) - own.keys()))
 
 
 def _start_tracing(settings: Settings, clock: Clock, observer: PrometheusObserver) -> Tracing | None:

@@ -113,7 +113,8 @@ class Settings:
     durability: Literal["sync", "async"] = "sync"
     encryption_key_file: Path | None = None
     max_batch_rows: int = 1024
-    resident_rows: int | None = None
+    resident_rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """By the name of the model; the empty name: of those that are not named."""
     max_session_idle_s: float = 0.0
     quotas: Path | None = None
     """File of the quotas of tenants and callers."""
@@ -156,6 +157,7 @@ class Settings:
             ("--probe-steps", self.probe_steps),
             ("--trust-causality", self.trust_causality),
             ("--check-with", self.check_with),
+            ("--resident-rows", self.resident_rows.keys() - {""}),
         ):
             for name in names:
                 if (

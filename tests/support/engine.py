@@ -24,6 +24,7 @@ from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.passes.batch import Pass
 from stepwell_server.engine.passes.runner import Runner
 from stepwell_server.engine.quotas import Quotas
+from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
@@ -351,7 +352,7 @@ async def running(
     programs: Mapping[str, Program] | None = None,
     *,
     max_batch_rows: int = 64,
-    resident_rows: int = 64,
+    resident_rows: int | ResidentRows = 64,
     max_session_idle_s: float = 0,
     compute_threads: int = 2,
     threads: bool = False,
@@ -372,7 +373,9 @@ async def running(
         clock=clock,
         observer=events,
         max_batch_rows=max_batch_rows,
-        resident_rows=resident_rows,
+        resident_rows=resident_rows
+        if isinstance(resident_rows, ResidentRows)
+        else ResidentRows(resident_rows),
         max_session_idle_s=max_session_idle_s,
         compute_threads=compute_threads,
         executor=executor or (lambda program: FakeExecutor(program, hooks)),

@@ -120,6 +120,7 @@ class Inside:
         assert not table.claimed[live].any(), "a session is claimed though nothing is under way"
         assert not self.turns, "something waits in line"
         assert engine._held.bytes == 0
+        assert not engine._held.inboxes, "something waits in an inbox"
         for model in self.models:
             own = live[table.model[live] == model.index]
             resident = own[table.row[own] >= 0]

@@ -175,6 +175,22 @@ def test_a_policy_for_all_names_is_a_string_too(file: Path) -> None:
     assert f'version-policy = ["3,5"]  # {file}' in shown.splitlines()
 
 
+def test_rows_are_a_number_a_table_or_a_list(tmp_path: Path) -> None:
+    file = tmp_path / "rows.toml"
+    models = "[models]\na = 'a.keras'\n'v1.2' = 'b.keras'\n"
+    for text, expected in (
+        ("resident-rows = 7\n", {"": 7}),
+        ("resident-rows = {a = 9}\n", {"a": 9}),
+        ("resident-rows = ['v1.2=9', '7']\n", {"v1.2": 9, "": 7}),
+    ):
+        file.write_text(text + models)
+        settings = read("--config", str(file))
+        assert settings.resident_rows == expected
+        shown = run("--config", str(file), "--show-config").stdout
+        file.write_text(shown)
+        assert read("--config", str(file)) == settings, shown
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -215,6 +215,24 @@ def test_what_is_said_of_a_folder_of_models_goes_together(
     assert says in refused([model, *arguments], {})
 
 
+def test_resident_rows_are_of_each_model_or_of_the_one_that_is_named(model: str) -> None:
+    assert read_settings([model], {}).resident_rows == {}
+    assert read_settings([model, "--resident-rows", "7"], {}).resident_rows == {"": 7}
+    both = {"": 7, "forecast": 9}
+    arguments = ["--resident-rows", "7", "--resident-rows", "forecast=9"]
+    assert read_settings([model, *arguments], {}).resident_rows == both
+    assert read_settings([model], {"STEPWELL_RESIDENT_ROWS": "7, forecast=9"}).resident_rows == both
+    assert refused([model, "--resident-rows", "other=7"], {}) == (
+        "--resident-rows: there is no model 'other'; the models are forecast"
+    )
+    assert refused([model, "--resident-rows", "7", "--resident-rows", "8"], {}).endswith(
+        "must be given once for each name; got it twice for all models"
+    )
+    assert refused([model, "--resident-rows=forecast=7", "--resident-rows=forecast=8"], {}).endswith(
+        "must be given once for each name; got it twice for 'forecast'"
+    )
+
+
 @pytest.mark.parametrize(
     ("option", "value", "rule"),
     [
@@ -245,7 +263,10 @@ def test_what_is_said_of_a_folder_of_models_goes_together(
         ("max-batch-rows", "0", "not in the range 1<=x"),
         ("max-batch-rows", "ten", "not a valid integer"),
         ("max-batch-rows", "9" * 30, "not in the range"),
-        ("resident-rows", "-1", "not in the range 1<=x"),
+        ("resident-rows", "-1", "must be N or NAME=N with a whole number from 1 to"),
+        ("resident-rows", "forecast=0", "with a whole number from 1 to"),
+        ("resident-rows", "a/b=1", "must be N or NAME=N with a name of 1 to 128 letters"),
+        ("resident-rows", "forecast=", "with a whole number from 1 to"),
         ("max-session-idle-s", "nan", "a number of seconds"),
         ("max-session-idle-s", "inf", "a time such as 500ms, 90s or 1h30m"),
         ("max-session-idle-s", "1h 30m", "a time such as 500ms, 90s or 1h30m"),

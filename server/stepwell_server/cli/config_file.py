@@ -19,7 +19,7 @@ from click.core import ParameterSource
 from stepwell.cli._types import Duration, Size, size_text
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.cli.setting import FILE_KEY, Sourced
-from stepwell_server.cli.values import AnyAddress, Named, PathOf, PerModel
+from stepwell_server.cli.values import AnyAddress, Named, PathOf, PerModel, WholeNumber
 from stepwell_server.settings import Settings
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -60,8 +60,11 @@ def _written(parameter: Sourced, value: object, folder: Path) -> str | list[str]
         if not isinstance(value, dict):
             raise ValueError(f"must be a table of names and values; got {value!r}")
         return [f"{name}={_text(of.of, item, folder)}" for name, item in value.items()]
-    if isinstance(of, PerModel) and isinstance(value, str):
-        value = [value]
+    if isinstance(of, PerModel):
+        if isinstance(value, dict):
+            return [f"{name}={_text(of.of, item, folder)}" for name, item in value.items()]
+        if not isinstance(value, list):
+            return [_text(of.of, value, folder)]
     if parameter.multiple:
         if not isinstance(value, list):
             raise ValueError(f"must be a list; got {value!r}")
@@ -74,7 +77,7 @@ def _text(of: Any, value: object, folder: Path) -> str:
         if not isinstance(value, bool):
             raise ValueError(f"must be true or false; got {value!r}")
         return str(value)
-    is_number = isinstance(of, click.IntRange | click.FloatRange | Duration | Size)
+    is_number = isinstance(of, click.IntRange | click.FloatRange | Duration | Size | WholeNumber)
     if is_number and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value:
@@ -95,7 +98,9 @@ def show(ctx: click.Context, settings: Settings) -> str:
             continue
         value = getattr(settings, str(parameter.name))
         comment = f"  # {_source(ctx, parameter)}"
-        if isinstance(parameter.type, PerModel) and value:
+        if isinstance(parameter.type, PerModel) and value.keys() == {""} and isinstance(value[""], int):
+            lines.append(f"{parameter.key} = {value['']}{comment}")
+        elif isinstance(parameter.type, PerModel) and value:
             texts = [f"{name}={item}" if name else str(item) for name, item in value.items()]
             lines.append(f"{parameter.key} = {_toml(parameter.type, texts)}{comment}")
         elif isinstance(value, Mapping) and (value or not isinstance(parameter, click.Option)):

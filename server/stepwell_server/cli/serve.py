@@ -25,6 +25,7 @@ from stepwell_server.cli.values import (
     PerModel,
     Policy,
     Url,
+    WholeNumber,
 )
 from stepwell_server.settings import Settings, SettingsError
 
@@ -185,10 +186,12 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
 )
 @setting(
     "--resident-rows",
-    metavar="N",
-    type=ROWS,
-    help="Rows of state kept ready to step, per model; sessions beyond are paged out until they are stepped. Default: "
-    "65536, or as many as take a quarter of the memory.",
+    metavar="N|NAME=N",
+    multiple=True,
+    type=PerModel("N", WholeNumber()),
+    help="Rows of state kept ready to step, of each model, or of the one that is named; sessions beyond are paged out until "
+    "they are stepped. May be given again. Default: 65536, or as many as take the model's part of a quarter of the memory, "
+    "which the models divide equally.",
 )
 @setting(
     "--max-session-idle-s",

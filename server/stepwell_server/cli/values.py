@@ -18,6 +18,7 @@ from stepwell_server.core.model_names import NAME_RULE, VERSION_RULE, is_name, p
 from stepwell_server.core.version_policy import POLICY_RULE, VersionPolicy
 from stepwell_server.settings import expanded
 
+_MOST = 10**18
 _LONGEST_SOCKET_PATH = 107
 """Bytes that Linux has room for."""
 
@@ -207,6 +208,23 @@ class Policy(Text):
         except ValueError:
             raise ValueError(POLICY_RULE) from None
 
+    def split_envvar_value(self, rv: str) -> Sequence[str]:
+        """At commas, but for those between numbers: they belong to one value."""
+        return [item.strip() for item in re.split(r",(?!\s*\d+\s*(?:,|$))", rv)]
+
+
+class WholeNumber(Text):
+    """A whole number of at least 1, as the value of `PerModel`."""
+
+    name = "integer"
+    rule = f"a whole number from 1 to {_MOST}"
+
+    def read(self, text: str) -> int:
+        """See `Text.read`."""
+        if not re.fullmatch(r"[0-9]{1,19}", text) or not 1 <= int(text) <= _MOST:
+            raise ValueError(self.rule)
+        return int(text)
+
 
 class Collected(Text):
     """Several values that become a dict."""
@@ -257,8 +275,8 @@ class PerModel(Collected):
         return values
 
     def split_envvar_value(self, rv: str) -> Sequence[str]:
-        """At commas, but for those between numbers: they belong to one value."""
-        return [item.strip() for item in re.split(r",(?!\s*\d+\s*(?:,|$))", rv)]
+        """As the values are split."""
+        return self.of.split_envvar_value(rv)
 
 
 class Named(Collected):

@@ -56,9 +56,10 @@ from stepwell_server.engine.sessions.moving import Moving
 from stepwell_server.engine.sessions.opening import OpenedMany, Opening
 from stepwell_server.engine.sessions.reading import Reading
 from stepwell_server.engine.shares import Share, Shares, Threads
-from stepwell_server.engine.state.arena import Arena, default_resident_rows
+from stepwell_server.engine.state.arena import Arena
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import ReplyMemory
+from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.submission import Submission
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import MessageTooLarge, ServerError
@@ -99,7 +100,7 @@ class Engine:
         clock: Clock,
         observer: Observer,
         max_batch_rows: int,
-        resident_rows: int | None,
+        resident_rows: ResidentRows,
         max_session_idle_s: float,
         compute_threads: int,
         executor: Callable[[Program], Executor] = load_executor,
@@ -286,8 +287,7 @@ class Engine:
         ).predict
         """Run a model without a session: see `Prediction.predict`."""
         for name in sorted(programs):
-            rows = resident_rows or default_resident_rows(programs[name])
-            self._serve(name, programs[name], max_batch_rows, rows)
+            self._serve(name, programs[name], max_batch_rows, resident_rows.of(name, programs[name]))
         self._timers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -552,9 +552,8 @@ class Engine:
 
     def _drain_inboxes(self) -> None:
         """What waits in the inboxes came before what comes now, which is no change: it must not overtake them."""
-        for inbox in self._inboxes.values():
-            if inbox:
-                self._admission.admit(joined_where_alike(inbox.drain()))
+        for inbox in list(self._held.inboxes):
+            self._admission.admit(joined_where_alike(inbox.drain()))
 
     @property
     def max_session_idle_s(self) -> float:

@@ -20,9 +20,12 @@ MAX_WAITING_BYTES = 512 << 20
 
 @dataclasses.dataclass(slots=True)
 class Held:
-    """Bytes of inputs that wait or run, over all models: the one count of them."""
+    """What waits over all models: the one count of it."""
 
     bytes: int = 0
+    """Of inputs that wait or run."""
+    inboxes: dict[Inbox, None] = dataclasses.field(default_factory=dict)
+    """Those in which something waits, in the order in which it came."""
 
 
 class Inbox:
@@ -87,14 +90,18 @@ class Inbox:
 
     def put(self, change: Change) -> None:
         """Let a change that is held wait for the next turn."""
+        if not self._waiting:
+            self._held.inboxes[self] = None
         self._waiting.append(change)
         self._rows += change.row_count
         self._model.work.ring()
 
     def drain(self) -> list[Change]:
         """Take everything that waits."""
-        waiting, self._waiting = self._waiting, []
-        self._rows = 0
+        waiting = self._waiting
+        if waiting:
+            self._waiting, self._rows = [], 0
+            del self._held.inboxes[self]
         return waiting
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,20 +10,6 @@ import numpy.typing as npt
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.types import Array, Mask
 from stepwell_server.program import Program
-
-_MOST_ROWS = 65_536
-_SHARE_OF_MEMORY = 1 / 4
-
-
-def default_resident_rows(program: Program) -> int:
-    """Rows of sessions that an arena has unless told otherwise: many, but no more than the memory bears.
-
-    As many again are for requests to work in; both are counted.
-    """
-    outputs = sum(int(np.prod(s.shape, dtype=np.int64)) * np.dtype(s.dtype).itemsize for s in program.outputs)
-    row_bytes = max(1, program.state_row_bytes + outputs)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(_MOST_ROWS, int(memory * _SHARE_OF_MEMORY) // (2 * row_bytes)))
 
 
 class Arena:
