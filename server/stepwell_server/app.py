@@ -28,7 +28,7 @@ from stepwell_server.metrics.server import MetricsServer
 from stepwell_server.metrics.token import MetricsToken, TokenError
 from stepwell_server.migrations import MigrationError, load_migrations
 from stepwell_server.model_folder import ModelFolder
-from stepwell_server.model_loading import Abandoned, Loaded, load_models
+from stepwell_server.model_loading import Abandoned, Loaded, compiler_of, end_idle, load_models
 from stepwell_server.model_sources import LoadError, begin_with
 from stepwell_server.open_files import RESERVE, raise_limit
 from stepwell_server.quota_file import QuotaFile
@@ -252,6 +252,8 @@ async def _run(
     observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts)
     gone, metrics = False, None
     quotas = await _quotas(quota_file, settings, store, clock, observer)
+    compiler = compiler_of(settings, clock)
+    ending_idle = asyncio.create_task(end_idle(compiler))
     try:
         notifier.start()
         readiness.listen(notifier.changed)
@@ -262,14 +264,8 @@ async def _run(
         readiness.listen(rpc.announce)
         folder = None if settings.models_dir is None else ModelFolder(settings.models_dir)
         wanted = await asyncio.to_thread(begin_with, settings, folder)
-        engine = served.engine = _engine(
-            settings,
-            await load_models(settings, wanted, observer, readiness, stop),
-            store,
-            clock,
-            observer,
-            quotas,
-        )
+        models = await load_models(settings, compiler, wanted, observer, readiness, stop)
+        engine = served.engine = _engine(settings, models, store, clock, observer, quotas)
         await engine.start()
         rpc.serve(engine)
         readiness.problem("models", "")
@@ -278,7 +274,9 @@ async def _run(
         readiness.problem("stopping", "the server stops")
         await _drain(min(_GONE_DRAIN_S if gone else math.inf, settings.drain_timeout_s), engine, rpc)
     finally:
+        ending_idle.cancel()
         await rpc.close()
+        await asyncio.to_thread(compiler.close)
         if metrics is not None:
             await asyncio.to_thread(metrics.close)
         if tracing is not None:

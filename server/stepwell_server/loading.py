@@ -6,13 +6,13 @@ Imports no TensorFlow, and needs none for a ``.stepwell`` file.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stepwell_server import program_file
+from stepwell_server.compile import handover
 from stepwell_server.compile.errors import DataError, ModelError
-from stepwell_server.compile.launch import compile_program
 from stepwell_server.compile.limits import Limits
+from stepwell_server.compile.warm import Progress, WarmCompiler
 from stepwell_server.engine.executors import trial
 from stepwell_server.program import Program, ProofOptions
 
@@ -22,43 +22,42 @@ _FRAMEWORKS = ("tensorflow", "keras", "h5py")
 
 def load_program(
     path: Path,
-    cache_dir: Path,
-    imports: Sequence[str] = (),
-    progress: Callable[[str], None] | None = None,
+    compiler: WarmCompiler,
+    progress: Progress | None = None,
     options: ProofOptions | None = None,
     limits: Limits | None = None,
     data: Path | None = None,
 ) -> Program:
     """Return the program of a ``.keras`` or of a ``.stepwell`` file, as it is to run on this processor.
 
+    Whatever is read of the file by others' code, and whatever it makes run, happens in the compiler's processes: it may be
+    called, on a thread, while this process serves.
+
     Args:
         path: the file. What it is, its name or its content says.
-        cache_dir: see `compile_program`; of no use for a ``.stepwell`` file.
-        imports: see `compile_program`; of no use for a ``.stepwell`` file.
-        progress: called with each stage as it begins: those of `compile_program`, or load and check.
+        compiler: compiles it, or tries it.
+        progress: called with each stage as it begins: waiting, if another model is being loaded, then those of
+            `WarmCompiler.compile`, or load and check.
         options: what the user says about the proof of a ``.keras`` file.
-        limits: what loading may take; by default those of `Limits`.
-        data: see `compile_program`.
+        limits: what loading may take; by default those of the compiler.
+        data: see `WarmCompiler.compile`.
 
     Raises:
         DataError: the data do not fit the model, as far as that can be seen before.
         ModelError: the model cannot be served; the message is one line for people.
         OSError: the cache cannot be written.
     """
-    if not program_file.is_program(path):
+    with handover.opened(path):  # Or it is no file, which nothing below expects.
+        is_program = program_file.is_program(path)
+    if not is_program:
         require_frameworks(path)
-        return compile_program(path, cache_dir, imports, progress, options, limits, data=data)
+        return compiler.compile(path, progress, options, limits, data)
     _require_plain(path, options or ProofOptions(), data)
-    report = progress or (lambda _stage: None)
-    report("load")
+    program, sizes, agreeing = compiler.settle(path, progress, limits)
     try:
-        program = program_file.load(path, (limits or Limits()).model_bytes)
-        report("check")
-        return trial.settled(program)
-    except (program_file.ProgramFileError, trial.TrialError) as error:
+        return trial.with_sizes(program, sizes, agreeing)
+    except trial.TrialError as error:
         raise ModelError(f"{path}: {error}") from error
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def require_frameworks(path: Path) -> None:
@@ -68,7 +67,7 @@ def require_frameworks(path: Path) -> None:
         ModelError: it is not.
     """
     missing = [name for name in _FRAMEWORKS if importlib.util.find_spec(name) is None]
-    if missing and path.is_file():
+    if missing:
         raise ModelError(
             f"{path}: must be compiled, which needs packages that are not installed ({', '.join(missing)}): {INSTALL}; or "
             f"compile it where they are, by: stepwell compile {path.name} -o {path.stem}{program_file.SUFFIX}, and serve "

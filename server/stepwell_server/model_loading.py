@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from stepwell_server.compile import data_file
 from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.compile.limits import Limits
+from stepwell_server.compile.warm import WarmCompiler
 from stepwell_server.loading import load_program
 from stepwell_server.logs import Log
 from stepwell_server.model_sources import Candidates, LoadError, Source
@@ -20,10 +21,12 @@ from stepwell_server.program_file import is_program
 from stepwell_server.readiness import LOADED
 
 if TYPE_CHECKING:
+    from stepwell_server.clock import Clock
     from stepwell_server.metrics.observer import PrometheusObserver
     from stepwell_server.readiness import Readiness
     from stepwell_server.settings import Settings
 
+_LOOK_FOR_IDLE_S = 30.0
 _log = Log("app")
 
 
@@ -40,8 +43,24 @@ class Loaded:
     """Versions that cannot be loaded, and why; only where the others are served all the same."""
 
 
+def compiler_of(settings: Settings, clock: Clock) -> WarmCompiler:
+    """What compiles the models of a server, at its start and while it runs. Starts no process yet."""
+    memory, seconds = settings.max_compile_memory_bytes, settings.compile_timeout_s
+    limits = Limits(settings.max_model_bytes, memory, seconds)
+    return WarmCompiler(settings.cache_dir, settings.imports, limits, clock)
+
+
+async def end_idle(compiler: WarmCompiler) -> None:
+    """End the compiler's processes, again and again, when nobody has needed them for a while."""
+    while True:
+        await asyncio.sleep(_LOOK_FOR_IDLE_S)
+        if compiler.pids:
+            await asyncio.to_thread(compiler.end_idle)
+
+
 async def load_models(
     settings: Settings,
+    compiler: WarmCompiler,
     wanted: Sequence[Candidates],
     observer: PrometheusObserver,
     readiness: Readiness,
@@ -51,10 +70,10 @@ async def load_models(
 
     Raises:
         LoadError: one cannot be served, and the settings say that the start is refused then; or none can.
-        Abandoned: `stop` was set. No process is left behind.
+        Abandoned: `stop` was set. No worker is left behind.
     """
     abandoned = threading.Event()
-    work = asyncio.create_task(_load_all(settings, wanted, observer, readiness, abandoned))
+    work = asyncio.create_task(_load_all(settings, compiler, wanted, observer, readiness, abandoned))
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
@@ -67,13 +86,13 @@ async def load_models(
 
 async def _load_all(
     settings: Settings,
+    compiler: WarmCompiler,
     wanted: Sequence[Candidates],
     observer: PrometheusObserver,
     readiness: Readiness,
     abandoned: threading.Event,
 ) -> Loaded:
-    memory, seconds = settings.max_compile_memory_bytes, settings.compile_timeout_s
-    limits = Limits(settings.max_model_bytes, memory, seconds, abandoned=abandoned)
+    limits = dataclasses.replace(compiler.limits, abandoned=abandoned)
     for name, file in settings.check_with.items():  # All of them, before the first model takes its time.
         try:
             data_file.load(file)
@@ -92,7 +111,7 @@ async def _load_all(
             at = _Place(place, max(place, total), source)
             _tell(readiness, at, "")
             try:
-                program = await _load(settings, observer, readiness, limits, at)
+                program = await _load(settings, compiler, observer, readiness, limits, at)
             except LoadError as error:
                 if settings.bad_models == "refuse" or abandoned.is_set():
                     raise
@@ -121,7 +140,12 @@ class _Place:
 
 
 async def _load(
-    settings: Settings, observer: PrometheusObserver, readiness: Readiness, limits: Limits, at: _Place
+    settings: Settings,
+    compiler: WarmCompiler,
+    observer: PrometheusObserver,
+    readiness: Readiness,
+    limits: Limits,
+    at: _Place,
 ) -> Program:
     started, stages, loop = time.perf_counter(), list[str](), asyncio.get_running_loop()
     name, path = at.source.name, at.source.path
@@ -131,7 +155,7 @@ async def _load(
         _log.info("loading model", model=at.source.told, stage=stage)
         loop.call_soon_threadsafe(_tell, readiness, at, stage)
 
-    program = await asyncio.to_thread(_load_one, settings, at.source, limits, report)
+    program = await asyncio.to_thread(_load_one, settings, compiler, at.source, limits, report)
     seconds = time.perf_counter() - started
     observer.model_loaded(name, "file" if is_program(path) else "compiled" if stages else "cache", seconds)
     _log.info(
@@ -154,20 +178,21 @@ def _tell(readiness: Readiness, at: _Place, stage: str) -> None:
     readiness.problem("models", f"model {at.number} of {at.total} is being loaded ({doing})")
 
 
-def _load_one(settings: Settings, source: Source, limits: Limits, report: Callable[[str], None]) -> Program:
+def _load_one(
+    settings: Settings, compiler: WarmCompiler, source: Source, limits: Limits, report: Callable[[str], None]
+) -> Program:
     name, told = source.name, source.told
     try:
         program = load_program(
             source.path,
-            settings.cache_dir,
-            settings.imports,
+            compiler,
             report,
             ProofOptions(settings.probe_steps.get(name), name in settings.trust_causality),
             limits,
             data=settings.check_with.get(name),
         )
         if name in settings.check_with:
-            _check(settings, source, program, limits)
+            _check(settings, compiler, source, program, limits)
     except DataError as error:
         raise LoadError(f"model {told}: --check-with: {error}") from error
     except ModelError as error:
@@ -179,12 +204,12 @@ def _load_one(settings: Settings, source: Source, limits: Limits, report: Callab
     return program
 
 
-def _check(settings: Settings, source: Source, program: Program, limits: Limits) -> None:
+def _check(
+    settings: Settings, compiler: WarmCompiler, source: Source, program: Program, limits: Limits
+) -> None:
     """Hold a program against Keras on the user's own sequences."""
-    from stepwell_server.compile.launch import compare_with_keras
-
     file, told = settings.check_with[source.name], source.told
-    report = compare_with_keras(source.path, program, file, settings.imports, limits)
+    report = compiler.compare(source.path, program, file, limits)
     for output in report.outputs:
         _log.info("compared with Keras", model=told, data=str(file), **output.fields())
     worst = report.worst

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.compile.launch import compile_program
 from support import models
+from support.compiling import compile_program
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -130,7 +130,7 @@ def test_data_are_looked_at_before_the_model_is_compiled(array: Any, says: str, 
 def test_files_that_hold_no_arrays_are_refused_before_a_process_starts(
     content: bytes | None, says: str, tmp_path: Path
 ) -> None:
-    from stepwell_server.compile.launch import compile_program
+    from support.compiling import compile_program
 
     if content is not None:
         (tmp_path / "x.npy").write_bytes(content)

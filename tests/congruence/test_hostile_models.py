@@ -18,6 +18,7 @@ from stepwell_server import program_file
 from stepwell_server.compile import configuration
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.sizes import check_sizes
+from stepwell_server.compile.warm import WarmCompiler
 from stepwell_server.program_file import ProgramFileError
 from support import models
 
@@ -389,3 +390,26 @@ def test_a_file_that_is_an_archive_and_hdf5_is_not_loaded_as_the_other(lstm: Pat
     assert zipfile.is_zipfile(tmp_path / "evil.h5")
     assert "must have a name that ends in .keras: rename it to evil.keras" in refused(tmp_path / "evil.h5")
     assert not marker.exists()
+
+
+def test_processes_that_are_kept_refuse_them_all_and_are_as_good_as_new(lstm: Path, tmp_path: Path) -> None:
+    """What is refused above without a process is refused by a server's too, one after the other."""
+    marker, secret = tmp_path / "marker", tmp_path / "secret"
+    secret.write_text("secret")
+    known: list[str] = []
+    with WarmCompiler(tmp_path / "cache") as compiler:
+        for number, (node, says) in enumerate(ATTACKS.values()):
+            evil = filled(node, marker=marker, secret=secret, folder=tmp_path)
+
+            def as_argument(config: Node, evil: Node = evil) -> None:
+                config["config"]["layers"][-1]["config"]["activation"] = evil
+
+            file = with_config(lstm, tmp_path, as_argument, f"evil-{number}.keras")
+            with pytest.raises(ModelError, match=says) as caught:
+                compiler.compile(file)
+            assert str(caught.value) == refused(file)
+            known += map(str, compiler.pids)
+        compiler.compile(lstm)
+        assert set(known) == set(map(str, compiler.pids))
+    assert not marker.exists()
+    assert [file.suffix for file in (tmp_path / "cache").iterdir() if file.name != ".key"] == [".stepwell"]

@@ -168,7 +168,7 @@ def test_specs_that_do_not_fit_the_flatbuffer_are_refused(
     wider = dataclasses.replace(program, state=huge, initial=zeros)
     monkeypatch.setattr(trial, "initial_rows", None)  # it would take them
     with pytest.raises(trial.TrialError, match=r"^LiteRT cannot run it here: it takes '.*' with the shape"):
-        trial.settled(wider)
+        trial.sizes_here(wider)
     with pytest.raises(ValueError, match=r"."):
         load_executor(dataclasses.replace(program, files={"program.tflite": b"nonsense"}))
 

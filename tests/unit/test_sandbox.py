@@ -19,7 +19,7 @@ import ctypes, json, os, socket, sys, threading
 from pathlib import Path
 from stepwell_server.compile import sandbox
 own, secret, port = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-sandbox.limit(60.0, 1 << 20, 2)
+sandbox.limit(1 << 20)
 had = sandbox.enter(None if sys.argv[4] == "all" else [], [own])
 libc = ctypes.CDLL(None, use_errno=True)
 

@@ -80,7 +80,8 @@ def compiled() -> Program:
 
 def settled(monkeypatch: pytest.MonkeyPatch, step: Any, program: Program | None = None) -> Program:
     monkeypatch.setattr(trial, "load_executor", lambda _program: Runs(step))
-    return trial.settled(program or compiled())
+    known = program or compiled()
+    return trial.with_sizes(known, *trial.sizes_here(known))
 
 
 def test_a_program_that_does_the_same_here_runs_at_every_size(monkeypatch: pytest.MonkeyPatch) -> None:

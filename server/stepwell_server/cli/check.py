@@ -23,7 +23,6 @@ from stepwell_server.cli.compiling import (
 from stepwell_server.cli.values import PathOf
 from stepwell_server.compile.comparison import Comparison, Difference
 from stepwell_server.compile.errors import DataError, ModelError
-from stepwell_server.compile.launch import compare_with_keras
 from stepwell_server.loading import load_program
 from stepwell_server.program import Program
 from stepwell_server.settings import SettingsError
@@ -120,21 +119,13 @@ def check(
     on this processor.
     """
     try:
-        with ended_by_signals():
-            program = load_program(
-                model,
-                compiling.cache_dir,
-                compiling.imports,
-                progress,
-                compiling.proof,
-                compiling.limits,
-                data,
-            )
+        with ended_by_signals(), compiling.compiler() as compiler:
+            program = load_program(model, compiler, progress, compiling.proof, data=data)
             if program_file.is_program(model):
                 _show_compiled(program, as_json)
                 return
             progress("compare")
-            found = compare_with_keras(model, program, data, compiling.imports, compiling.limits)
+            found = compiler.compare(model, program, data)
     except DataError as error:
         raise _not_done("not checked", f"--data: {error}", as_json) from None
     except ModelError as error:

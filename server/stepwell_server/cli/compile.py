@@ -91,9 +91,8 @@ def compile(model: Path, output: Path | None, compiling: Compiling, as_json: boo
 
     with ended_by_signals():
         try:
-            program = load_program(
-                model, compiling.cache_dir, compiling.imports, report, compiling.proof, compiling.limits
-            )
+            with compiling.compiler() as compiler:
+                program = load_program(model, compiler, report, compiling.proof)
         except (ModelError, SettingsError) as error:
             raise Failure(f"refused: {error}") from None
         except OSError as error:

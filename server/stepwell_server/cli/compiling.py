@@ -16,6 +16,7 @@ from stepwell.cli._types import Duration, Size
 from stepwell_server.cli.setting import setting
 from stepwell_server.cli.values import ModuleName, PathOf
 from stepwell_server.compile.limits import Limits
+from stepwell_server.compile.warm import WarmCompiler
 from stepwell_server.program import Program, ProofOptions
 from stepwell_server.settings import default_cache_dir
 
@@ -39,6 +40,14 @@ class Compiling:
             SettingsError: none is given, and there is no home.
         """
         return self.given_cache_dir or default_cache_dir()
+
+    def compiler(self) -> WarmCompiler:
+        """What compiles it; a context manager, at whose end no process is left.
+
+        Raises:
+            SettingsError: no cache is given, and there is no home.
+        """
+        return WarmCompiler(self.cache_dir, self.imports, self.limits)
 
 
 def compile_options(function: Function) -> Function:

@@ -1,7 +1,9 @@
 """From a ``.keras`` file to a `Program`, in a process of its own.
 
-The server calls `launch.compile_program` and never loads TensorFlow; ``python -m stepwell_server.compile``
-is the compiling process. Its stages, each a module or two:
+The server has a `warm.WarmCompiler` and never loads TensorFlow. Its processes: ``python -m stepwell_server.compile``, the
+fork server, which imports TensorFlow once (`__main__`); and copies of it, the workers (`worker`), each for one model,
+which speak with the server by `wire` and can do little (`sandbox`). `processes` starts and ends them, `handover` gives them
+a copy of the user's file, `limits` has what they may take. A worker's stages, each a module or two:
 
     load      archive    the file is what it says; its fingerprint
     trace     interface, causality/, watch, plan, trace    the graph proves that it may be stepped; one

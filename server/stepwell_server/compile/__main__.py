@@ -1,115 +1,124 @@
-"""The compiling process: ``python -m stepwell_server.compile MODEL PROGRAM [--import MODULE]...``.
+"""The fork server: ``python -m stepwell_server.compile CONTROL``, a process that is kept, so that TensorFlow is imported once.
 
-With ``--compare`` it holds the program that is in PROGRAM already against Keras instead.
+It never sees a model. Each worker (`worker`) is a copy of it, made when it is asked for one on the socket CONTROL (see
+`wire`), and gives up what may do harm before it looks at anything. So what one worker did another one does not meet,
+and none of them waits for an import.
 
-It speaks JSON lines on what was its standard output: ``{"protection": ...}``, which the kernel gives (`sandbox`),
-``{"stage": ...}`` as each stage begins, then
-``{"done": ...}``, true or the comparison, or ``{"error": ..., "kind": ...}``. Whatever else prints lands on
-standard error.
+Only what starts no threads is imported here: a copy has none. TensorFlow starts its own when it first computes.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import contextlib
+import gc
+import importlib
 import os
+import signal
+import socket
 import sys
-from collections.abc import Callable
-from pathlib import Path
+import warnings
 from typing import Any
 
-from stepwell_server import program_file
-from stepwell_server.compile import limits, sandbox
-from stepwell_server.compile.errors import ModelError
-from stepwell_server.compile.unexpected import failure
-from stepwell_server.program import ProofOptions
+from stepwell_server.compile import worker
+from stepwell_server.compile.wire import Channel
 
-Speak = Callable[[dict[str, Any]], None]
+#: What workers need: to try compiled programs; and to compile, too.
+_ALWAYS = ("stepwell_server.engine.executors.litert", "stepwell_server.engine.executors.trial")
+_FRAMEWORKS = (
+    "stepwell_server.compile.sizes",
+    "stepwell_server.compile.pipeline",
+    "stepwell_server.compile.own_data",
+)
 
 
 def main() -> int:
-    """Compile one model; returns the exit code: 0, or 2 for a model that cannot be served."""
-    speak = _protocol()
-    parser = argparse.ArgumentParser(prog="python -m stepwell_server.compile")
-    parser.add_argument("model", type=Path)
-    parser.add_argument("program", type=Path)
-    parser.add_argument("--import", dest="imports", action="append", default=[])
-    parser.add_argument("--steps", type=int, help="time steps to compare over")
-    parser.add_argument("--trust", action="store_true", help="also where the graph proves too little")
-    parser.add_argument("--compare", action="store_true", help="compare the program in PROGRAM with Keras")
-    parser.add_argument(
-        "--data", type=Path, help="sequences to compare on, or to look at before the model is compiled"
-    )
-    parser.add_argument("--max-model-bytes", type=int, required=True)
-    parser.add_argument("--timeout-s", type=float, required=True)
-    arguments = parser.parse_args()
-    if arguments.imports and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    protection = _protected(arguments)
-    speak({"protection": str(protection), "missing": protection.missing})
+    """Make workers until the server closes its side, or is gone; returns the exit code."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    os.dup2(2, 1)  # What others print is no message.
+    server = _ForkServer(Channel(control))
     try:
-        done = _work(arguments, speak)
-    except ModelError as error:
-        speak({"error": str(error), "kind": type(error).__name__, "details": error.details})
-        return 2
-    # SystemExit: a user's module may call sys.exit().
-    except (Exception, SystemExit) as error:
-        told = failure(arguments.model, error)
-        speak({"error": str(told), "kind": type(told).__name__, "details": told.details})
-        return 2
-    speak({"done": done})
-    return 0
+        return server.run()
+    finally:
+        server.end_all()
 
 
-def _protected(arguments: argparse.Namespace) -> sandbox.Protection:
-    """Give up all that compiling does not need. What modules of the operator's read, nobody knows: they may read all."""
-    sandbox.limit(
-        arguments.timeout_s, limits.Limits(arguments.max_model_bytes).disk_bytes, os.cpu_count() or 1
-    )
-    readable = [arguments.model, arguments.program, *([arguments.data] if arguments.data else [])]
-    readable += [Path(entry) for entry in sys.path if entry]
-    writable = [Path(os.environ["TMPDIR"]), arguments.program.parent]
-    return sandbox.enter(None if arguments.imports else readable, writable)
+class _ForkServer:
+    """The workers, by the numbers of their processes."""
 
+    def __init__(self, control: Channel) -> None:
+        self._control = control
+        self._workers = set[int]()
+        self._imported = set[str]()
 
-def _work(arguments: argparse.Namespace, speak: Speak) -> Any:
-    """Compile, or compare; return what is said of it when it is done."""
-    speak({"stage": "load"})
-    from stepwell_server.compile.sizes import check_sizes  # brings HDF5
+    def run(self) -> int:
+        """Do what is asked for; returns an exit code, which in a worker is that of the worker."""
+        while (request := self._control.receive()) is not None:
+            if "fork" in request:
+                code = self._fork(request["fork"])
+                if code is not None:
+                    return code
+            else:
+                self._control.send({"status": self._reap(int(request["reap"]))})
+        return 0
 
-    check_sizes(arguments.model, arguments.max_model_bytes)
-    # After the protocol is safe: loading TensorFlow prints.
-    if arguments.compare:
-        from stepwell_server.compile.own_data import compare
-        from stepwell_server.compile.pipeline import import_modules
+    def end_all(self) -> None:
+        """End all workers."""
+        for pid in list(self._workers):
+            self._reap(pid)
 
-        import_modules(arguments.imports)
-        program = program_file.load(arguments.program, sys.maxsize, is_own=True)
-        return compare(arguments.model, program, arguments.data).to_json()
-    from stepwell_server.compile.pipeline import compile_model
+    def _fork(self, terms: dict[str, Any]) -> int | None:
+        """Make a worker. Returns None; in the worker, its exit code when its work is over."""
+        channel, noise = self._control.files()
+        self._import(_ALWAYS)
+        if terms["frameworks"]:
+            self._import(_FRAMEWORKS)
+        gc.collect()
+        gc.freeze()  # Or looking for garbage would copy all that workers share.
+        this = os.getpid()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Of threads: those of NumPy's sums, which are made for it.
+                pid = os.fork()
+        except OSError as error:
+            self._control.send({"problem": str(error.strerror)})
+            return None
+        finally:
+            gc.unfreeze()
+        if pid == 0:
+            self._workers.clear()  # They are not its own.
+            self._control.close()
+            return worker.run(Channel(socket.socket(fileno=channel)), noise, terms, this)
+        os.close(channel)
+        os.close(noise)
+        self._workers.add(pid)
+        self._control.send({"pid": pid})
+        return None
 
-    program = compile_model(
-        arguments.model,
-        arguments.imports,
-        lambda stage: speak({"stage": stage}) if stage != "load" else None,
-        ProofOptions(arguments.steps, arguments.trust),
-        arguments.data,
-    )
-    program_file.save(program, arguments.program)
-    return True
+    def _import(self, modules: tuple[str, ...]) -> None:
+        """Import modules before a worker is made that needs them.
 
+        What cannot be imported fails in the worker again, which says so.
+        """
+        for module in modules:
+            if module not in self._imported:
+                self._imported.add(module)
+                with contextlib.suppress(Exception):
+                    importlib.import_module(module)
 
-def _protocol() -> Speak:
-    """Keep standard output for messages, and send all that others print to standard error."""
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def speak(message: dict[str, Any]) -> None:
-        channel.write(json.dumps(message) + "\n")
-        channel.flush()
-
-    return speak
+    def _reap(self, pid: int) -> int:
+        """End a worker and what it has started; returns its status, as `subprocess` has it."""
+        if pid not in self._workers:
+            return 0
+        self._workers.discard(pid)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # It may not have a group of its own yet.
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -32,25 +32,46 @@ _PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")
 
 
 def cache_key(model: Path, imports: Sequence[str], options: ProofOptions | None = None) -> str:
+    """Return the key of a file's program, see `key_of`.
+
+    Raises:
+        ModelError: there is no such module.
+        OSError: the file cannot be read.
+    """
+    return key_of(file_digest(model), imports, options)
+
+
+def key_of(content: bytes, imports: Sequence[str], options: ProofOptions | None = None) -> str:
     """Hash all that a program is made from: the file, the versions, the imported modules' source, the options.
 
     The processor is part of it: kernels are chosen by what it can do, and which batch sizes give the same
     bits was found out on it.
 
+    Args:
+        content: the SHA-256 of the file.
+        imports: the modules.
+        options: the options.
+
     Raises:
-        ModelError: the file cannot be read, or there is no such module.
+        ModelError: there is no such module.
     """
     digest = hashlib.sha256(f"{program_file.VERSION} {COMPILE_VERSION}\n".encode())
     for package in _PACKAGES:
         digest.update(f"{package} {version_of(package)}\n".encode())
     digest.update(_processor().encode())
-    for module in imports:
-        for file in module_files(module):
-            digest.update(f"{module} {file.name}\n".encode())
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    digest.update(_modules(imports))
     digest.update(f"{options or ProofOptions()}\n".encode())
-    digest.update(file_digest(model))
+    digest.update(content)
     return digest.hexdigest()
+
+
+def _modules(imports: Sequence[str]) -> bytes:
+    """What the imported modules' source adds to a key."""
+    return b"".join(
+        f"{module} {file.name}\n".encode() + hashlib.sha256(file.read_bytes()).digest()
+        for module in imports
+        for file in module_files(module)
+    )
 
 
 def entry(cache_dir: Path, key: str) -> Path:

@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import os
 import re
+import signal
 import stat
-import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +19,8 @@ _LOOK_S = 0.02
 _LOOKS_AT_DISK = 10
 _FILES, MORE_BYTES = 2, 64 << 20
 """What is written: the program, and what it is made from, none of which is much larger than the model."""
+DETAIL_BYTES = 64 << 10
+"""Of what the log is told of a model that is refused."""
 _BLOCK_BYTES, _LEAST_BYTES = 512, 4096
 _SHARE_OF_MEMORY = 3 / 4
 #: What a process cannot give back by itself: not the files that it has mapped, such as TensorFlow's libraries.
@@ -63,24 +65,25 @@ Limit = Literal["memory", "disk", "time", "abandoned"]
 
 
 class Watch:
-    """Ends a process that goes over its limits; a context manager.
+    """Ends a process that goes over its limits while it does one thing; a context manager.
 
-    It looks at the memory that the process uses, many times in a second, and does not have the kernel refuse
-    more (RLIMIT_AS, RLIMIT_DATA): TensorFlow maps many times what it uses, and where it is refused memory it
-    ends by SIGSEGV, SIGABRT or a MemoryError somewhere, which cannot be told from a defect. Other systems
-    than Linux do not say what a process uses; there only the time is limited.
+    It looks at the memory and the time of processors that the process uses, many times in a second, and does not have
+    the kernel refuse more memory (RLIMIT_AS, RLIMIT_DATA): TensorFlow maps many times what it uses, and where it is
+    refused memory it ends by SIGSEGV, SIGABRT or a MemoryError somewhere, which cannot be told from a defect. Other
+    systems than Linux do not say what a process uses; there only the time that passes is limited.
     """
 
-    def __init__(
-        self, process: subprocess.Popen[str], limits: Limits, clock: Clock, folders: Sequence[Path]
-    ) -> None:
-        """`folders` are those that the process may write."""
-        self._process = process
-        self._folders = folders
+    def __init__(self, limits: Limits, clock: Clock, closing: threading.Event) -> None:
+        """Nobody waits for it any more, too, when `closing` is set."""
         self._limits = limits
         self._clock = clock
+        self._abandoned = [closing, *([limits.abandoned] if limits.abandoned is not None else [])]
         self._began = clock.monotonic()
         self._over = threading.Event()
+        self._guard = threading.Lock()
+        self._pid: int | None = None
+        self._folder: Path | None = None
+        self._used_s = 0.0
         self._thread = threading.Thread(target=self._look, name="stepwell-compile-watch", daemon=True)
         self.exceeded: Limit | None = None
         """The limit for which the process was ended."""
@@ -93,23 +96,45 @@ class Watch:
         self._over.set()
         self._thread.join()
 
+    def look_at(self, pid: int | None, folder: Path | None = None) -> None:
+        """From now on look at the process ``pid``, which may write ``folder``; None: at no process.
+
+        It must not be waited for before another one is looked at: somebody else might have its number then.
+        """
+        with self._guard:
+            self._pid, self._folder = pid, folder
+            self._used_s = 0.0 if pid is None else processor_s_of(pid)
+            self._end_if_exceeded()
+
     def _look(self) -> None:
-        abandoned = self._limits.abandoned
         looks = 0
         while self.exceeded is None and not self._over.wait(_LOOK_S):
             looks += 1
-            if abandoned is not None and abandoned.is_set():
-                self.exceeded = "abandoned"
-            elif 0 < self._limits.timeout_s < self._clock.monotonic() - self._began:
-                self.exceeded = "time"
-            elif memory_of(self._process.pid) > self._limits.memory_bytes:
-                self.exceeded = "memory"
-            elif looks % _LOOKS_AT_DISK == 0:
-                most = self._limits.disk_bytes
-                if disk_of(self._process.pid, self._folders, most) > most:
-                    self.exceeded = "disk"
-        if self.exceeded is not None:
-            self._process.kill()
+            with self._guard:
+                self.exceeded = self._found(with_disk=looks % _LOOKS_AT_DISK == 0)
+                self._end_if_exceeded()
+
+    def _found(self, *, with_disk: bool) -> Limit | None:
+        limits, pid = self._limits, self._pid
+        if any(event.is_set() for event in self._abandoned):
+            return "abandoned"
+        if 0 < limits.timeout_s < self._clock.monotonic() - self._began:
+            return "time"
+        if pid is None:
+            return None
+        if memory_of(pid) > limits.memory_bytes:
+            return "memory"
+        if 0 < processor_s(limits.timeout_s) < processor_s_of(pid) - self._used_s:
+            return "time"
+        if with_disk and self._folder is not None:
+            most = limits.disk_bytes
+            return "disk" if disk_of(pid, [self._folder], most) > most else None
+        return None
+
+    def _end_if_exceeded(self) -> None:
+        if self.exceeded is not None and self._pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
 
 
 def disk_of(pid: int, folders: Sequence[Path], most: int) -> int:
@@ -151,3 +176,17 @@ def memory_of(pid: int) -> int:
     except OSError:
         return 0
     return sum(int(kilobytes) for kilobytes in _OWN.findall(status)) * 1024
+
+
+def processor_s(timeout_s: float) -> float:
+    """The time of processors that fits into ``timeout_s`` seconds on this machine."""
+    return timeout_s * (os.cpu_count() or 1)
+
+
+def processor_s_of(pid: int) -> float:
+    """Seconds of processors that a process has used; 0 if it has ended or the system does not say."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -14,7 +14,6 @@ import ctypes
 import dataclasses
 import errno
 import json
-import math
 import os
 import platform
 import resource
@@ -219,13 +218,11 @@ class Protection:
         return " and ".join(what for what, by in said.items() if not by)
 
 
-def limit(timeout_s: float, file_bytes: int, cores: int) -> None:
-    """Limit what the process may take, beside what its parent sees to: no core files, sizes of files, time of processors."""
+def limit(file_bytes: int) -> None:
+    """Limit what the process may take, beside what its parent sees to: no core files, sizes of files, how many are open."""
     _lower(resource.RLIMIT_CORE, 0)
     _lower(resource.RLIMIT_FSIZE, file_bytes)
     _lower(resource.RLIMIT_NOFILE, _MAX_OPEN_FILES)
-    if timeout_s > 0:
-        _lower(resource.RLIMIT_CPU, math.ceil(timeout_s * cores) + 1)
     os.umask(0o077)
 
 

@@ -56,8 +56,11 @@ def tried(
     return Trial(inputs, _answers(program, inputs, step), tolerance, tuple(sizes))
 
 
-def settled(program: Program) -> Program:
-    """Return a program that was compiled elsewhere as it is to run on this processor.
+def sizes_here(program: Program) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Try a program that was compiled elsewhere on this processor: `with_sizes` makes of what is returned one for it.
+
+    Returns:
+        The batch sizes that were compared, and those that give a row the same bits.
 
     Raises:
         TrialError: it cannot run here, or computes something else here.
@@ -77,7 +80,7 @@ def settled(program: Program) -> Program:
         ValueError,
     ) as error:  # The interpreter's "I cannot run this".
         raise TrialError(f"LiteRT cannot run it here: {str(error).strip().splitlines()[0]}") from error
-    return with_sizes(program, sizes, agreeing)
+    return sizes, agreeing
 
 
 def with_sizes(program: Program, sizes: Sequence[int], agreeing: Sequence[int]) -> Program:

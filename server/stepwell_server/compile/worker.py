@@ -1,0 +1,126 @@
+"""A worker: a process that compiles, or tries programs, for the server, and can do little else (`sandbox`).
+
+It is a copy of the fork server (`__main__`), and does jobs that come over its channel (`wire`) until that is closed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from stepwell_server import program_file
+from stepwell_server.compile import limits, sandbox
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.unexpected import failure
+from stepwell_server.compile.wire import Channel
+from stepwell_server.program import ProofOptions
+
+
+def run(channel: Channel, noise: int, terms: dict[str, Any], parent: int) -> int:
+    """Do jobs until the channel is closed; returns the exit code.
+
+    Args:
+        channel: to the server.
+        noise: an open file for all that is printed.
+        terms: see `warm`: the folders, and what may be taken.
+        parent: the fork server's process, without which this one must not be.
+    """
+    os.setsid()
+    os.dup2(noise, 1)
+    os.dup2(noise, 2)
+    os.close(noise)
+    home = str(terms["home"])
+    os.environ |= {"HOME": home, "TMPDIR": home}
+    tempfile.tempdir = None  # What was found out about the fork server's is not true here.
+    if terms["imports"]:
+        os.chdir(terms["cwd"])
+        if terms["cwd"] not in sys.path:
+            sys.path.insert(0, terms["cwd"])
+    protection = _protected(terms)
+    if os.getppid() != parent:
+        return 1
+    channel.send({"protection": str(protection), "missing": protection.missing})
+    while (job := channel.receive()) is not None:
+        _allow_time(float(job["timeout_s"]))
+        channel.send(_answer(job, channel))
+    return 0
+
+
+def _protected(terms: dict[str, Any]) -> sandbox.Protection:
+    """Give up all that is not needed. What modules of the operator's read, nobody knows: they may read all."""
+    sandbox.limit(int(terms["disk_bytes"]))
+    readable = [Path(terms["given"]), *(Path(entry) for entry in sys.path if entry)]
+    return sandbox.enter(None if terms["imports"] else readable, [Path(terms["home"])])
+
+
+def _allow_time(timeout_s: float) -> None:
+    """Allow so much time of all processors from now on: a limit that the server's own (`limits.Watch`) does not reach."""
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    most = math.ceil(used + limits.processor_s(timeout_s)) + 1 if timeout_s > 0 else resource.RLIM_INFINITY
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard)
+    )
+
+
+def _answer(job: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Do one job; returns what is said of it."""
+    try:
+        return {"done": _work(job, channel)}
+    except ModelError as error:
+        return _told(error)
+    # SystemExit: a user's module may call sys.exit().
+    except (Exception, SystemExit) as error:
+        return _told(failure(Path(job["model"]), error))
+
+
+def _told(error: ModelError) -> dict[str, Any]:
+    return {
+        "error": str(error),
+        "kind": type(error).__name__,
+        "details": error.details[-limits.DETAIL_BYTES :],
+    }
+
+
+def _work(job: dict[str, Any], channel: Channel) -> Any:
+    if job["job"] == "settle":
+        return _settle(job)
+    from stepwell_server.compile.sizes import check_sizes  # brings HDF5
+
+    model, data = Path(job["model"]), Path(job["data"]) if job["data"] else None
+    check_sizes(model, int(job["max_model_bytes"]))
+    if job["job"] == "compare":
+        from stepwell_server.compile.own_data import compare
+        from stepwell_server.compile.pipeline import import_modules
+
+        import_modules(job["imports"])
+        program = program_file.load(Path(job["program"]), sys.maxsize, is_own=True)
+        return compare(model, program, data).to_json()
+    from stepwell_server.compile.pipeline import compile_model
+
+    program = compile_model(
+        model,
+        job["imports"],
+        lambda stage: channel.send({"stage": stage}) if stage != "load" else None,
+        ProofOptions(job["steps"], bool(job["trust"])),
+        data,
+    )
+    program_file.save(program, Path(job["program"]))
+    return True
+
+
+def _settle(job: dict[str, Any]) -> dict[str, Any]:
+    """Try a compiled program on this processor; returns which batch sizes were compared, and which agree."""
+    from stepwell_server.engine.executors import trial
+
+    try:
+        program = program_file.load(Path(job["model"]), int(job["max_model_bytes"]))
+        sizes, agreeing = trial.sizes_here(program)
+    except (program_file.ProgramFileError, trial.TrialError) as error:
+        raise ModelError(f"{job['model']}: {error}") from error
+    return {"sizes": sizes, "agreeing": agreeing}
