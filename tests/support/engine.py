@@ -120,6 +120,7 @@ class Answer:
     outputs: Mapping[str, Array]
     replayed: bool
     states: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    version: int = 1
 
 
 def kinds(answers: Sequence[Answer | ServerError]) -> list[str]:
@@ -146,6 +147,7 @@ class Answers:
         states: Mapping[str, Array],
         *,
         replayed: bool,
+        version: int,
     ) -> None:
         row = state_row = 0
         for place, member in enumerate(members.tolist()):
@@ -153,7 +155,8 @@ class Answers:
             # copied at once: they may be views that the next pass does not outlive
             own = {name: array[row:end].copy() for name, array in outputs.items()}
             after = {name: array[state_row:state_end].copy() for name, array in states.items()}
-            self._set(member, Answer(int(revisions[place]), int(positions[place]), own, replayed, after))
+            answer = Answer(int(revisions[place]), int(positions[place]), own, replayed, after, version)
+            self._set(member, answer)
             row, state_row = end, state_end
         assert all(len(array) == row for array in outputs.values())
         assert all(len(array) == state_row for array in states.values())
@@ -362,6 +365,7 @@ async def running(
     store: Any = None,
     clock: ManualClock | None = None,
     quotas: QuotaTable | None = None,
+    migrations: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[Harness]:
     """An engine whose books are checked at the end. `threads`: passes never run in place."""
     clock, hooks, events = clock or ManualClock(), Hooks(), Events()
@@ -380,6 +384,7 @@ async def running(
         compute_threads=compute_threads,
         executor=executor or (lambda program: FakeExecutor(program, hooks)),
         quotas=(counted := None if quotas is None else Quotas(quotas, clock)),
+        migrations=migrations,
     )
     if counted is not None:
         await counted.count(store if isinstance(store, RemoteStore) else AwaitedStore(store))

@@ -114,6 +114,7 @@ class FakeEngine:
                 {"y": np.array(outputs, np.float32)} if change.inputs else {},
                 {},
                 replayed=False,
+                version=1,
             )
 
     def _step(self, session_id: str, x: Any) -> Any:

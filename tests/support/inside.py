@@ -122,7 +122,7 @@ class Inside:
         assert engine._held.bytes == 0
         assert not engine._held.inboxes, "something waits in an inbox"
         for model in self.models:
-            own = live[table.model[live] == model.index]
+            own = live[np.isin(table.model[live], list(model.sharing))]
             resident = own[table.row[own] >= 0]
             slots = model.slots
             assert slots.working == 0, f"{slots.working} working rows were not given back"
@@ -138,3 +138,7 @@ class Inside:
             assert set(store._records) == away, "the store holds the sessions that are paged out"
         assert engine._submission.loading_rows == 0
         assert not engine._arrivals._tails, "something waits for a session to be loaded"
+
+    async def pruned(self, model: str) -> None:
+        """Forget the moves of a model that no session makes any more."""
+        await self._engine._changing.prune(model)

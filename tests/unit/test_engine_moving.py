@@ -182,7 +182,7 @@ async def test_bad_records_change_nothing() -> None:
             (record[:30] + bytes([record[30] ^ 1]) + record[31:], StateCorrupt, "checksum"),
             (dataclasses.replace(good).encode("b"), StateCorrupt, "checksum"),
             (other(model="x"), ModelNotFound, r"must be one of \['plain', 'rich'\]; it is 'x'"),
-            (other(fingerprint="f"), ModelMismatch, "with fingerprint f-plain; it has f"),
+            (other(fingerprint="f"), ModelMismatch, "of fingerprint f-plain; it has f"),
             (
                 other(batch_size=0),
                 InvalidInput,

@@ -31,6 +31,7 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "claimed": np.bool_,
     "reply": np.uint8,
     "lease": np.int32,
+    "pinned": np.bool_,
 }
 _REQUIRED = {"model", "batch_size", "used", "created"}
 
@@ -44,7 +45,7 @@ class SessionTable:
     """All live sessions of a server."""
 
     model: npt.NDArray[np.int32]
-    """Index of the session's model; -1 where the handle is free."""
+    """Index of the version of a model that the session is on; -1 where the handle is free."""
     batch_size: npt.NDArray[np.int32]
     revision: npt.NDArray[np.uint64]
     position: npt.NDArray[np.uint64]
@@ -68,6 +69,8 @@ class SessionTable:
     """How the reply to the last change is kept; the engine knows the codes. 0: it has no outputs."""
     lease: npt.NDArray[np.int32]
     """Which of `leases.Leases` it has; 0: none."""
+    pinned: npt.NDArray[np.bool_]
+    """It stays on the version of its model that it was opened with."""
 
     def __init__(self, capacity: int = 1024) -> None:
         self._handles: dict[str, int] = {}

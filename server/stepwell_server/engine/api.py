@@ -76,6 +76,10 @@ class SessionInfo:
     resident: bool
     lease_s: float = 0.0
     """How long its client may be gone; 0: it has no lease."""
+    version: int = 0
+    """Of the model, on which its next change runs; 0: it is not known."""
+    is_pinned: bool = False
+    """It stays on that version, whatever becomes the default."""
 
 
 class SessionPage(list[SessionInfo]):
@@ -85,6 +89,47 @@ class SessionPage(list[SessionInfo]):
     """Where the next page begins; None: this is the last."""
 
 
+class SessionPolicy(enum.Enum):
+    """What becomes of the sessions that follow the default when it moves to another version."""
+
+    KEEP = "keep"
+    """They stay on their version."""
+    CARRY = "carry"
+    """They go on with their states under the new weights."""
+    MIGRATE = "migrate"
+    """A function makes their new states of the old ones."""
+    RESET = "reset"
+    """They begin anew."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VersionInfo:
+    """A version of a model that is loaded."""
+
+    version: int
+    fingerprint: str
+    is_default: bool
+    labels: Sequence[str]
+    sessions: int
+    """Those in memory."""
+    source: str
+    """The file that it came from; empty: it is not known."""
+    loaded: float
+    """When, in seconds since the epoch."""
+    is_draining: bool
+    """It is neither the default nor labelled, and has sessions."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Moved:
+    """What a change of the default did."""
+
+    previous: int
+    """The version that was the default."""
+    sessions: int
+    """Those in memory that go to the new one."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A model as it is served."""
@@ -92,6 +137,11 @@ class ModelInfo:
     name: str
     program: Program
     sessions: int
+    """Of all versions."""
+    version: int = 0
+    """That of `program`."""
+    versions: Sequence[VersionInfo] = ()
+    """Those that are loaded, in their order."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -130,6 +180,10 @@ class StatesRead:
     """Of each that was read, when it was read."""
     errors: Sequence[tuple[Members, ServerError]]
     """The others, and why."""
+    version: int = 0
+    """Of the model; 0: they are on several, or none was read."""
+    are_pinned: bool = False
+    """All of them stay on that version."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -154,6 +208,8 @@ class Applied:
     """It is the remembered answer to a change that was sent again."""
     states: Tensors = dataclasses.field(default_factory=dict)
     """Those that were asked for: `(rows, T, ...)` or `(rows, ...)`."""
+    version: int = 0
+    """Of the model, as in `change.Replies`."""
 
 
 class Trace(Protocol):

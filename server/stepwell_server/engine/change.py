@@ -67,6 +67,7 @@ class Replies(Protocol):
         states: Tensors,
         *,
         replayed: bool,
+        version: int,
     ) -> None:
         """Members were applied, now or before (`replayed`).
 
@@ -77,6 +78,7 @@ class Replies(Protocol):
             outputs: The members' rows one after the other, `(rows, T, ...)` or `(rows, ...)`.
             states: The same of those rows whose states were asked for; empty if none were.
             replayed: They were answered with a remembered reply.
+            version: Of the model, which ran them; of remembered replies, on which their sessions are now.
         """
 
     def failed(self, members: Members, error: ServerError) -> None:
@@ -330,7 +332,15 @@ class Change:
         if self.output_names:
             outputs = {name: outputs[name] for name in self.output_names if name in outputs}
         try:
-            self.replies.applied(members, revisions, positions, outputs, states, replayed=replayed)
+            self.replies.applied(
+                members,
+                revisions,
+                positions,
+                outputs,
+                states,
+                replayed=replayed,
+                version=self.model.version,
+            )
         except Exception as raised:
             self._undelivered(raised)
 
@@ -370,10 +380,13 @@ class Awaited:
         states: Tensors,
         *,
         replayed: bool,
+        version: int,
     ) -> None:
         """See `Replies`."""
         if not self._answer.done():
-            self._answer.set_result(Applied(int(revisions[0]), int(positions[0]), outputs, replayed, states))
+            self._answer.set_result(
+                Applied(int(revisions[0]), int(positions[0]), outputs, replayed, states, version)
+            )
 
     def failed(self, _members: Members, error: ServerError) -> None:
         """See `Replies`."""
@@ -400,6 +413,7 @@ class _Callers:
         states: Tensors,
         *,
         replayed: bool,
+        version: int,  # noqa: ARG002 - that of the model of the parts, which know it
     ) -> None:
         parts, names, columns = self._parts, list(outputs), list(outputs.values())
         for at, member in enumerate(members.tolist()):

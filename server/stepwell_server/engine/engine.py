@@ -10,23 +10,21 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.leases import Leases
-from stepwell_server.core.scheduler import Scheduler
+from stepwell_server.core.model_names import parse_reference
 from stepwell_server.core.sessions import SessionTable
-from stepwell_server.core.slots import Slots
 from stepwell_server.engine.api import ModelInfo, Observer, SessionInfo, StateRead, StatesRead
 from stepwell_server.engine.change import Change
-from stepwell_server.engine.cost import Cost
 from stepwell_server.engine.durability.committer import Committer
 from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.durability.fetching import Fetcher
-from stepwell_server.engine.durability.fields import Fields
+from stepwell_server.engine.durability.forwarding import Forwarding, Migration
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.keeping import keeping_of
 from stepwell_server.engine.durability.records import Records
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.intake.admission import Admission
-from stepwell_server.engine.intake.inbox import Held, Inbox, joined_where_alike
+from stepwell_server.engine.intake.inbox import Held, joined_where_alike
 from stepwell_server.engine.intake.paging import Pager
 from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.intake.turns import Turns
@@ -34,12 +32,7 @@ from stepwell_server.engine.intake.validation import (
     Validation,
     require_sessions,
 )
-from stepwell_server.engine.models import Models
-from stepwell_server.engine.passes.batch import Lane
-from stepwell_server.engine.passes.completion import Completion
-from stepwell_server.engine.passes.inline import Inline
-from stepwell_server.engine.passes.loop import PassLoop
-from stepwell_server.engine.passes.runner import Runner, warm_up
+from stepwell_server.engine.models import Models, Versions
 from stepwell_server.engine.prediction import Prediction
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.catalogue import Catalogue
@@ -55,17 +48,17 @@ from stepwell_server.engine.sessions.matching import Matching
 from stepwell_server.engine.sessions.moving import Moving
 from stepwell_server.engine.sessions.opening import OpenedMany, Opening
 from stepwell_server.engine.sessions.reading import Reading
-from stepwell_server.engine.shares import Share, Shares, Threads
-from stepwell_server.engine.state.arena import Arena
+from stepwell_server.engine.shares import Shares, Threads
+from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.state.replies import ReplyMemory
 from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.engine.submission import Submission
 from stepwell_server.engine.types import Members
+from stepwell_server.engine.versions.changing import Changing
+from stepwell_server.engine.versions.serving import Serving
 from stepwell_server.errors import MessageTooLarge, ServerError
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
-from stepwell_server.store.record import Texts
 
 __all__ = ["Engine", "ModelStats", "OpenedMany"]
 
@@ -106,12 +99,25 @@ class Engine:
         executor: Callable[[Program], Executor] = load_executor,
         failed: Collection[str] = (),
         quotas: Quotas | None = None,
+        migrations: Mapping[str, Migration] | None = None,
     ) -> None:
-        self._clock = clock
-        self._observer = observer
+        """Make an engine that serves `programs`.
+
+        Args:
+            programs: By model: NAME, whose version is 1, or NAME@VERSION.
+            store: Where sessions are kept.
+            clock: Where time comes from.
+            observer: Who is told of what happens.
+            max_batch_rows: Rows of a pass at most, unless a single change has more.
+            resident_rows: Rows that the sessions of each model keep in memory.
+            max_session_idle_s: Unused sessions end after so many seconds; 0: never.
+            compute_threads: Threads that run passes.
+            executor: Makes what runs a program.
+            failed: Models that were to be served and could not be loaded.
+            quotas: What tenants may take.
+            migrations: Functions that make states of one version those of another, by name.
+        """
         self._shares, self._threads = Shares(clock), Threads(compute_threads)
-        self._compute_threads = compute_threads
-        self._executor = executor
         self._table = table = SessionTable()
         self._models = Models(table, failed)
         self._is_local = store.local is not None
@@ -122,8 +128,18 @@ class Engine:
         fields = Fields(table, leases)
         records = Records(table, fields)
         keeping = keeping_of(store, self._group, table, records, clock=clock, observer=observer)
+        forwarding = Forwarding(self._models, migrations or {})
         self._pager = pager = Pager(
-            table, store, fetcher, keeping, endings, fields, clock=clock, observer=observer
+            table,
+            self._models,
+            store,
+            fetcher,
+            keeping,
+            endings,
+            fields,
+            forwarding,
+            clock=clock,
+            observer=observer,
         )
         row_queue = RowQueue(table, self._models, pager)
         self._turns = Turns(table, self._models, pager, row_queue, clock, self._forget)
@@ -253,9 +269,54 @@ class Engine:
         """Hear that a client is there: see `Leaving.renew`."""
         self.end_leases = self._leaving.end_due
         """End the sessions whose client has been gone for too long; return how many. The timer does it by itself."""
-        self._loops: dict[int, PassLoop] = {}
-        """By the number of the model, as the inboxes."""
-        self._inboxes: dict[int, Inbox] = {}
+        self._serving = Serving(
+            table,
+            self._models,
+            self._held,
+            self._admission,
+            self._committer,
+            pager,
+            self._turns,
+            self._group,
+            shares=self._shares,
+            threads=self._threads,
+            compute_threads=compute_threads,
+            executor=executor,
+            max_batch_rows=max_batch_rows,
+            resident_rows=resident_rows,
+            clock=clock,
+            observer=observer,
+        )
+        self._loops, self._inboxes = self._serving.loops, self._serving.inboxes
+        self._changing = Changing(
+            table,
+            self._models,
+            self._serving,
+            forwarding,
+            pager,
+            self._turns,
+            self._closing,
+            removal,
+            self._group,
+            store,
+            keeping.others,
+            drain=self._drain_inboxes,
+            clock=clock,
+        )
+        self.load_version = self._changing.load
+        """Serve a version of a model from now on: see `Changing.load`."""
+        self.unload_version = self._changing.unload
+        """Serve a version no longer: see `Changing.unload`."""
+        self.set_default = self._changing.set_default
+        """Let a name stand for another version: see `Changing.set_default`."""
+        self.set_label = self._changing.set_label
+        """Let a label stand for a version, or for none: see `Changing.set_label`."""
+        self.next_version = self._changing.next_version
+        """The number of a version that is to come: see `Changing.next_version`."""
+        self.catalogue = self._changing.catalogue
+        """All that is known of versions, loaded or not: see `Changing.catalogue`."""
+        self.sessions_by_version = self._changing.sessions
+        """How many sessions each version of a model has, in memory and in the store: see `Changing.sessions`."""
         self._submission = Submission(
             table,
             self._directory,
@@ -287,35 +348,36 @@ class Engine:
         ).predict
         """Run a model without a session: see `Prediction.predict`."""
         for name in sorted(programs):
-            self._serve(name, programs[name], max_batch_rows, resident_rows.of(name, programs[name]))
+            self._changing.begin_with(parse_reference(name), programs[name])
         self._timers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Run each program once at several sizes, so that the first callers do not pay for it."""
+        """Know what the store has of versions, and run each program once, so that the first callers do not pay for it.
+
+        Raises:
+            DocumentError, Unavailable: what the store has cannot be read.
+        """
+        await self._changing.restore()
         for model in self._models:
-            runner = self._loops[model.index].runner
-            await asyncio.to_thread(warm_up, runner, model.program, model.max_batch_rows)
+            await self._serving.warm_up(model)
         self._timers = [asyncio.create_task(each.run()) for each in (self._expiry, self._leaving)]
 
     def models(self) -> list[ModelInfo]:
-        """The models, in the order of their names."""
-        return [self._info(model) for model in self._models]
+        """The models, by their default versions, in the order of their names."""
+        return [self._info(own, own.loaded[own.default]) for own in self._models.served()]
 
-    def model(self, name: str) -> ModelInfo:
-        """One model.
-
-        Raises:
-            ModelNotFound: there is none of that name.
-        """
-        return self._info(self._models.by_name(name))
-
-    def program(self, name: str) -> Program:
-        """The program of a model.
+    def model(self, ref: str) -> ModelInfo:
+        """One model: NAME, NAME@VERSION or NAME:LABEL.
 
         Raises:
-            ModelNotFound: there is none of that name.
+            ModelNotFound: there is none of that name, or no such version.
         """
-        return self._models.by_name(name).program
+        model = self._models.by_name(ref)
+        return self._info(self._models.named(model.name), model)
+
+    def program(self, ref: str) -> Program:
+        """The program of a model. Reference and errors as of `model`."""
+        return self._models.by_name(ref).program
 
     def model_names(self) -> list[str]:
         """Names of the models, in order."""
@@ -418,20 +480,23 @@ class Engine:
 
     def stats(self) -> list[ModelStats]:
         """What each model has and does now."""
-        return [
-            ModelStats(
-                name=model.name,
-                sessions=self._directory.count(model),
-                resident_rows=model.slots.resident,
-                max_resident_rows=model.slots.resident_limit,
-                queued_rows=self._inboxes[model.index].waiting,
-                max_queued_rows=self._inboxes[model.index].most_waiting,
-                max_pass_rows=model.max_batch_rows,
-                queued_bytes=self._held.bytes,
-                uncommitted=self._group.waiting,
-            )
-            for model in self._models
-        ]
+        return [self._stats_of(own) for own in self._models.served()]
+
+    def _stats_of(self, own: Versions) -> ModelStats:
+        versions = list(own.loaded.values())
+        slots = list({id(model.slots): model.slots for model in versions}.values())
+        inboxes = [self._inboxes[model.index] for model in versions]
+        return ModelStats(
+            name=own.name,
+            sessions=self._directory.count(own.name),
+            resident_rows=sum(each.resident for each in slots),
+            max_resident_rows=sum(each.resident_limit for each in slots),
+            queued_rows=sum(inbox.waiting for inbox in inboxes),
+            max_queued_rows=max(inbox.most_waiting for inbox in inboxes),
+            max_pass_rows=versions[0].max_batch_rows,
+            queued_bytes=self._held.bytes,
+            uncommitted=self._group.waiting,
+        )
 
     def hold_turns(self) -> None:
         """Begin no pass until `take_turns`: more changes come at once."""
@@ -487,68 +552,13 @@ class Engine:
         """Delete the sessions that have been idle for too long; return how many. The timer does it by itself."""
         return await self._expiry.expire_idle()
 
-    def _serve(self, name: str, program: Program, max_batch_rows: int, resident_rows: int) -> None:
-        try:
-            slots = Slots(resident_rows)
-            arena = Arena(program, slots.capacity)
-        except (MemoryError, ValueError) as error:  # ValueError: larger than any address
-            raise MemoryError(
-                f"there is no room for {resident_rows} rows of model {name}: {error}"
-            ) from error
-        model = Model(
-            index=self._models.new_index(),
-            name=name,
-            program=program,
-            arena=arena,
-            slots=slots,
-            replies=ReplyMemory(program, self._table, arena),
-            texts=Texts(program.fingerprint, name),
-            max_batch_rows=max_batch_rows,
-            ready=Scheduler(max_batch_rows),
-            cost=Cost(),
-            work=Share(self._shares, name),
-        )
-        lanes = [Lane(self._executor(program), arena) for _ in range(self._compute_threads)]
-        inbox, runner = Inbox(model, self._held), Runner(model, lanes, self._threads, self._clock)
-        inline = Inline(
-            model,
-            self._table,
-            lanes[0].executor,
-            self._committer,
-            self._admission.again,
-            clock=self._clock,
-            observer=self._observer,
-        )
-        self._loops[model.index] = PassLoop(
-            model,
-            inbox,
-            self._admission,
-            runner,
-            Completion(
-                model,
-                self._table,
-                self._committer,
-                self._admission.again,
-                self._pager.forget_replies,
-                clock=self._clock,
-                observer=self._observer,
-            ),
-            inline,
-            self._turns.release,
-            self._group,
-            clock=self._clock,
-            observer=self._observer,
-        )
-        self._models.add(model)
-        self._inboxes[model.index] = inbox
-        self._observer.model_served(name, program)
-
     def _ring_all(self) -> None:
         for model in self._models:
             model.work.ring()
 
-    def _info(self, model: Model) -> ModelInfo:
-        return ModelInfo(model.name, model.program, self._directory.count(model))
+    def _info(self, own: Versions, model: Model) -> ModelInfo:
+        sessions, versions = self._directory.count(own.name), self._changing.describe(own)
+        return ModelInfo(own.name, model.program, sessions, model.version, versions)
 
     def _drain_inboxes(self) -> None:
         """What waits in the inboxes came before what comes now, which is no change: it must not overtake them."""

@@ -1,16 +1,89 @@
-"""The models that are served: the one place that knows them."""
+"""The models that are served, each with its versions: the one place that knows them."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator
 
+from stepwell_server.core.history import History, Way
+from stepwell_server.core.model_names import ModelRef, parse_reference
 from stepwell_server.core.sessions import SessionTable
+from stepwell_server.engine.state.fields import mark_of
+from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
-from stepwell_server.errors import ModelNotFound
+from stepwell_server.errors import InvalidInput, ModelMismatch, ModelNotFound, VersionNotFound
+from stepwell_server.program import FINGERPRINT_DIGITS
+from stepwell_server.store.record import Header
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Known:
+    """What is remembered of a version, be it loaded or not."""
+
+    version: int
+    fingerprint: str
+    layout: Layout
+    """Of the rows of its sessions' records."""
+    source: str = ""
+    """The file that it came from."""
+    loaded: float = 0.0
+    """When it was loaded, in seconds since the epoch."""
+    tenant: str = ""
+    """Whose admin loaded it."""
+    is_wanted: bool = True
+    """It is to be loaded again after a restart."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Versions:
+    """A name and its versions."""
+
+    name: str
+    loaded: dict[int, Model] = dataclasses.field(default_factory=dict)
+    default: int = 0
+    """What the name alone stands for; it is loaded whenever any version is, unless `wanted` is another."""
+    wanted: int = 0
+    """What was made the default and could not be loaded yet; 0: `default` is it."""
+    labels: dict[str, int] = dataclasses.field(default_factory=dict)
+    history: History = dataclasses.field(default_factory=History)
+    known: dict[int, Known] = dataclasses.field(default_factory=dict)
+    highest: int = 0
+    """The highest number that a version ever had."""
+
+    def model(self, ref: ModelRef) -> Model:
+        """The version that somebody means.
+
+        Raises:
+            VersionNotFound: it is not loaded, or there is no such label.
+        """
+        version = self.default
+        if ref.label is not None:
+            labelled = self.labels.get(ref.label)
+            if labelled is None:
+                labels = sorted(self.labels) or "none"
+                raise VersionNotFound(
+                    f"label of model {self.name!r} must be one of those it has, {labels}; got {ref.label!r}",
+                    model=self.name,
+                )
+            version = labelled
+        elif ref.version is not None:
+            version = ref.version
+        found = self.loaded.get(version)
+        if found is None:
+            raise VersionNotFound(
+                f"version of model {self.name!r} must be one that is loaded, {sorted(self.loaded)}; got {version}",
+                model=self.name,
+                version=str(version),
+            )
+        return found
+
+    def version_with(self, fingerprint: str) -> int | None:
+        """The lowest version with a fingerprint, loaded or not: that of records that say no version."""
+        return min((v for v, known in self.known.items() if known.fingerprint == fingerprint), default=None)
 
 
 class Models:
-    """Models by name, and by the sessions that they have. Lives on the event loop.
+    """Models by name and version, and by the sessions that they have. Lives on the event loop.
 
     Who needs a model asks here each time: models come and go.
     """
@@ -19,53 +92,140 @@ class Models:
         self._table = table
         self._failed = frozenset(failed)
         """Those that the server was to serve and could not load."""
-        self._by_name: dict[str, Model] = {}
+        self._by_name: dict[str, Versions] = {}
         self.by_index: dict[int, Model] = {}
-        """Those that are served, by their numbers."""
+        """Versions that are loaded, by their numbers in the table."""
         self._next = 0
 
     def __iter__(self) -> Iterator[Model]:
-        """The models in the order of their names."""
-        return iter([self._by_name[name] for name in sorted(self._by_name)])
+        """The versions that are loaded, in the order of names and versions."""
+        return iter([served.loaded[version] for served in self.served() for version in sorted(served.loaded)])
+
+    def served(self) -> list[Versions]:
+        """The models of which some version is loaded, in the order of their names."""
+        return [self._by_name[name] for name in self.names()]
 
     def new_index(self) -> int:
-        """A number that no other model has, or had."""
+        """A number that no other version has, or had."""
         self._next += 1
         return self._next - 1
 
-    def add(self, model: Model) -> None:
-        """Serve a model from now on, under a name that no other has."""
-        assert model.name not in self._by_name, "a name stands for one model"
-        self._by_name[model.name] = self.by_index[model.index] = model
+    def versions(self, name: str) -> Versions:
+        """What is known of a name, of which nothing need be loaded."""
+        return self._by_name.setdefault(name, Versions(name))
+
+    def add(self, model: Model, known: Known) -> None:
+        """Serve a version from now on, which is not loaded."""
+        own = self.versions(model.name)
+        assert model.version not in own.loaded, "a version is loaded once"
+        own.loaded[model.version] = self.by_index[model.index] = model
+        own.known[model.version] = known
+        own.highest = max(own.highest, model.version)
+        if not own.default or own.wanted == model.version:
+            own.default, own.wanted = model.version, 0
 
     def retire(self, model: Model) -> None:
-        """Serve a model no longer; it has no sessions in the table."""
-        del self._by_name[model.name], self.by_index[model.index]
+        """Let nobody name a version any more; its sessions in the table still find it."""
+        own = self._by_name[model.name]
+        del own.loaded[model.version]
+        if own.default == model.version:
+            own.default = max(own.loaded, default=0)
 
-    def by_name(self, name: str) -> Model:
-        """The model served under a name.
+    def forget(self, model: Model) -> None:
+        """A version that was retired has no sessions in the table any more."""
+        del self.by_index[model.index]
+        model.sharing.discard(model.index)
+
+    def all(self) -> list[Versions]:
+        """All names that are known, loaded or not."""
+        return list(self._by_name.values())
+
+    def by_name(self, ref: str) -> Model:
+        """The version that a reference means: NAME, NAME@VERSION or NAME:LABEL.
 
         Raises:
-            ModelNotFound: there is none.
+            ModelNotFound: there is no model of that name, or no such version of it.
         """
-        model = self._by_name.get(name)
-        if name in self._failed:
-            raise ModelNotFound(
-                f"model {name!r} is not served: it could not be loaded when the server started, whose log says why",
-                model=name,
-            )
-        if model is None:
-            raise ModelNotFound(f"model must be one of {self.names()}; got {name!r}", model=name)
-        return model
+        own = self._by_name.get(ref)
+        if own is not None and own.default:  # a name alone, as nearly always
+            return own.loaded[own.default]
+        try:
+            meant = parse_reference(ref)
+        except ValueError as error:
+            if self.is_pinned(ref):
+                raise InvalidInput(f"model {error}") from error
+            return self.named(ref).model(ModelRef(ref))
+        return self.named(meant.name).model(meant)
 
-    def find(self, name: str) -> Model | None:
-        """The model served under a name, or None."""
-        return self._by_name.get(name)
+    @staticmethod
+    def is_pinned(ref: str) -> bool:
+        """Whether sessions that are opened by a reference stay on their version: it says more than the name."""
+        return "@" in ref or ":" in ref
+
+    def named(self, name: str) -> Versions:
+        """A model of which some version is loaded.
+
+        Raises:
+            ModelNotFound: there is none of that name.
+        """
+        own = self._by_name.get(name)
+        if own is None or not own.loaded:
+            if name in self._failed:
+                raise ModelNotFound(
+                    f"model {name!r} is not served: it could not be loaded when the server started, whose log says why",
+                    model=name,
+                )
+            raise ModelNotFound(f"model must be one of {self.names()}; got {name!r}", model=name)
+        return own
+
+    def find(self, name: str) -> Versions | None:
+        """The model of a name of which some version is loaded, or None."""
+        own = self._by_name.get(name)
+        return own if own is not None and own.loaded else None
 
     def by_handle(self, handle: int) -> Model:
-        """The model of a session."""
+        """The version that a session is on."""
         return self.by_index[int(self._table.model[handle])]
 
     def names(self) -> list[str]:
-        """The names, in order."""
-        return sorted(self._by_name)
+        """The names of which some version is loaded, in order."""
+        return sorted(name for name, own in self._by_name.items() if own.loaded)
+
+    def place(self, session_id: str, header: Header) -> tuple[Model, Way]:
+        """On which version a stored session is now, and by which moves it gets there from its record.
+
+        Raises:
+            ModelNotFound: its model, or that version of it, is not loaded.
+            ModelMismatch: no version that was ever here has the fingerprint of the record.
+        """
+        own = self.find(header.model)
+        if own is None:
+            raise ModelNotFound(
+                f"session {session_id!r} belongs to model {header.model!r}, which is not served;"
+                f" model must be one of {self.names()}. Serve it again, or close the session",
+                model=header.model,
+            )
+        mark = mark_of(header.fields)
+        version = own.version_with(header.fingerprint) if mark is None else mark.version
+        known = None if version is None else own.known.get(version)
+        if version is None or known is None or known.fingerprint != header.fingerprint:
+            raise ModelMismatch(
+                f"session {session_id!r} belongs to model {header.model!r} with fingerprint"
+                f" {header.fingerprint[:FINGERPRINT_DIGITS]}; the one that is served has"
+                f" {own.loaded[own.default].program.fingerprint[:FINGERPRINT_DIGITS]}."
+                " Serve that model file again, or close the session",
+                model=header.model,
+            )
+        way: Way = ()
+        if mark is None or not mark.is_pinned:
+            version, way = own.history.way(version, 0 if mark is None else mark.epoch)
+        model = own.loaded.get(version)
+        if model is None:
+            raise VersionNotFound(
+                f"session {session_id!r} is on version {version} of model {header.model!r}, which is not loaded;"
+                f" loaded are {sorted(own.loaded)}. Load it again, make another version the default with"
+                " sessions=carry, or close the session",
+                model=header.model,
+                version=str(version),
+            )
+        return model, way

@@ -99,5 +99,5 @@ class Prediction:
             self._held.bytes -= byte_count
             if release is not None:
                 release()
-        self._observer.applied(model, "predict", 1, rows * checked.steps)
+        self._observer.applied(served.name, "predict", 1, rows * checked.steps)
         return predicted

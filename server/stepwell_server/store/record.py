@@ -12,8 +12,8 @@ of two bytes, the value, one field after the other. A field that is not known he
 written again. One whose tag has the bit `CRITICAL` must be known: a record that has others is refused. A record
 without fields has schema 1, as servers before schema 2 wrote it and read it; one with fields has schema 2.
 
-Tags are never used twice. 3 is the lease; 0x8005 says that rows and extra are encrypted, and how (`sealing`); set aside are
-1 nonce of the commit, 2 tenant (which the id says: `core.namespaces`), 4 version epoch.
+Tags are never used twice. 3 is the lease, 4 the version of the model and the epoch in which that was so; 0x8005 says that rows and extra are encrypted, and how (`sealing`); set aside are
+1 nonce of the commit, 2 tenant (which the id says: `core.namespaces`).
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ CRITICAL = 0x8000
 """A bit of a field's tag: who does not know the field must not use the record."""
 LEASE = 3
 """Tag of the client whose absence ends the session: its id and milliseconds, 8 bytes each."""
+VERSION = 4
+"""Tag of the version of its model that the session was on: `core.history.Mark`."""
 SEAL = 0x8005
 """Tag of what says how rows and extra are encrypted. It is the first field; the value ends with the key's id."""
 KEY_ID_AT = 40
 """Where in that value the id begins."""
-KNOWN_TAGS: frozenset[int] = frozenset({LEASE, SEAL})
+KNOWN_TAGS: frozenset[int] = frozenset({LEASE, VERSION, SEAL})
 """Tags of the fields that this server knows."""
 _PLAIN_SCHEMA = 1
 
@@ -404,6 +406,8 @@ class Decoded:
     """The rows of all sound records, one after the other; `heads["rows_bytes"]` of each."""
     extras: dict[int, bytes]
     """Those that are not empty, by place."""
+    fields: dict[int, bytes]
+    """Extension fields, but those of encryption, of those that have any, by place."""
     errors: dict[int, StateCorrupt]
     """By place."""
 
@@ -429,6 +433,10 @@ def decode_many(session_ids: Sequence[str], stored: Sequence[Stored]) -> Decoded
         {
             sound[i]: bytes(views[i][cuts[i][2] : cuts[i][2] + int(heads["extra_bytes"][i])])
             for i in np.flatnonzero(heads["extra_bytes"]).tolist()
+        },
+        {
+            sound[i]: bytes(views[i][seal_end(views[i]) :])
+            for i in np.flatnonzero(heads["fields_bytes"]).tolist()
         },
         errors,
     )

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import numpy as np
-import numpy.typing as npt
-
 from stepwell_server.core.remembered import Remembered
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.durability.fields import Fields
+from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.store.record import RecordTemplate
 
@@ -21,8 +18,8 @@ _MOST_BYTES = 32 << 20
 _MOST_SEEN = 4096
 
 _Key = tuple[int, bytes]
-_Facts = tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]
-"""Births and leases: what may have changed since a template was laid out."""
+_Facts = tuple[bytes, bytes, int]
+"""Births, leases and the model's epoch: what may have changed since a template was laid out."""
 
 
 class Templates:
@@ -36,7 +33,7 @@ class Templates:
         self._seen: Remembered[int, bool] = Remembered(_MOST_SEEN)
 
     def of(self, model: Model, handles: Handles) -> RecordTemplate:
-        """A template for sessions of one batch size, all of which have a lease, or none; to be filled.
+        """A template for sessions of one batch size and one of `Fields.kinds`; to be filled.
 
         Nobody else fills it before their change is stored: their claims see to that.
         """
@@ -44,8 +41,9 @@ class Templates:
             return self._lay_out(model, handles)
         key = (model.index, handles.tobytes())
         found = self._kept.get(key)
-        births, leases = self._table.birth[handles], self._table.lease[handles]
-        if found is not None and (found[0][0] == births).all() and (found[0][1] == leases).all():
+        table = self._table
+        facts = table.birth[handles].tobytes(), table.lease[handles].tobytes(), model.epoch
+        if found is not None and found[0] == facts:
             self._kept.move_to_end(key)
             return found[1]
         if found is not None:
@@ -53,7 +51,7 @@ class Templates:
         template = self._lay_out(model, handles)
         if self._is_first(hash(key)):
             return template
-        self._kept[key] = ((births, leases), template)
+        self._kept[key] = (facts, template)
         self._bytes += template.byte_count
         while self._bytes > _MOST_BYTES:
             _, (_, oldest) = self._kept.popitem(last=False)
@@ -80,5 +78,5 @@ class Templates:
             created=table.created[handles],
             row_bytes=model.arena.row_bytes,
             batch_size=int(table.batch_size[handles[0]]),
-            fields=self._fields.of_leases(handles) if table.lease[handles[0]] else (),
+            fields=self._fields.of_kind(handles, model),
         )

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.durability.fields import Fields
 from stepwell_server.engine.durability.record_templates import Templates
+from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import KeptArrays
 from stepwell_server.engine.types import U64, Members
@@ -81,10 +81,10 @@ class Records:
                 packed[end - size : end] for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)
             ]
             return [self._one(outcome, place, part.tobytes(), last_used) for place, part in enumerate(parts)]
-        leased = self._table.lease[handles] > 0
-        if leased.any() and not leased.all():  # their records are not as long as the others
-            parts_of = [outcome.part(np.flatnonzero(leased)), outcome.part(np.flatnonzero(~leased))]
-            return Joined([self.of(part, last_used) for part in parts_of])
+        for which in self._fields.kinds(handles, outcome.model):
+            if which.any() and not which.all():  # their records are not as long as the others
+                parts_of = [outcome.part(np.flatnonzero(which)), outcome.part(np.flatnonzero(~which))]
+                return Joined([self.of(part, last_used) for part in parts_of])
         template = self._templates.of(outcome.model, handles)
         outcome.model.arena.pack_into(rows, template.rows)
         return template.fill(
@@ -111,5 +111,5 @@ class Records:
             batch_size=int(table.batch_size[handle]),
             rows=rows,
             extra=b"" if arrays is None else model.replies.pack(arrays),
-            fields=self._fields.of(handle),
+            fields=self._fields.of(handle, model),
         )

@@ -365,7 +365,7 @@ class Admission:
         if change.rows is not None:
             rows = rows[np.array(change.rows, np.intp)]
         if not change.arrays:
-            model.arena.reset(rows)
+            model.arena.reset(rows, model.program.initial)
         elif some or len(members) == change.size:
             model.arena.write(rows, change.arrays)
         else:

@@ -20,14 +20,16 @@ from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer
 from stepwell_server.engine.durability.endings import Endings
 from stepwell_server.engine.durability.fetching import Fetched, Fetcher
-from stepwell_server.engine.durability.fields import Fields
+from stepwell_server.engine.durability.forwarding import Forwarded, Forwarding
 from stepwell_server.engine.durability.group_commit import reason
 from stepwell_server.engine.durability.keeping import Keeping
+from stepwell_server.engine.models import Models
+from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Mask
-from stepwell_server.errors import Overloaded, ServerError, SessionLost, SessionNotFound
+from stepwell_server.errors import Overloaded, ServerError, SessionLost, SessionNotFound, Unavailable
 from stepwell_server.store.base import Store
-from stepwell_server.store.record import Decoded, decode_header, decode_many
+from stepwell_server.store.record import Decoded, decode_many
 
 #: When rows are needed, this share of the arena is paged out at once: finding the least recently used
 #: means a look at all sessions, and should not be paid for each row.
@@ -60,21 +62,25 @@ class Pager:
     def __init__(
         self,
         table: SessionTable,
+        models: Models,
         store: Store,
         fetcher: Fetcher,
         keeping: Keeping,
         endings: Endings,
         fields: Fields,
+        forwarding: Forwarding,
         *,
         clock: Clock,
         observer: Observer,
     ) -> None:
         self._table = table
+        self._models = models
         self._local = store.local
         self._fetcher = fetcher
         self._keeping = keeping
         self._endings = endings
         self._fields = fields
+        self._forwarding = forwarding
         self._clock = clock
         self._observer = observer
         self._tasks: set[asyncio.Task[None]] = set()
@@ -133,7 +139,7 @@ class Pager:
             absent = absent[fits]
         if not len(absent):
             return PageIn(refused, absent)
-        if self._local is None:
+        if self._local is None or self._forwarding.migrates(model):
             rows = self.take(model, int(self._table.batch_size[absent].sum()))
             task = asyncio.create_task(self._fetch(model, absent, rows, later))
             self._tasks.add(task)
@@ -144,7 +150,7 @@ class Pager:
             found = [Fetched(record, None) for record in self._local.get_many(self._ids(absent))]
         except Exception as error:  # whatever it is: their claims must end
             return PageIn(refused | dict.fromkeys(absent.tolist(), reason(error)), _NOBODY)
-        gone = self._bring_back(model, absent, found)
+        gone = self._bring_back(model, absent, found, self._decode(model, self._ids(absent), found))
         self._paged(model, "in", len(absent) - len(gone), began)
         return PageIn(refused | gone, _NOBODY)
 
@@ -156,13 +162,11 @@ class Pager:
         """
         ids = self._ids(handles)
         try:
-            if self._local is None:
-                found = await self._fetcher.fetch(ids)
-            else:
-                found = [Fetched(record, None) for record in self._local.get_many(ids)]
+            found = await self._read(ids)
+            forwarded = await self._forward(model, ids, found)
         except Exception as error:  # whatever it is: their claims must end
             return (), dict.fromkeys(handles.tolist(), reason(error))
-        decoded, sound, refused = self._decode(model, handles, found)
+        decoded, sound, refused = self._settle(model, handles, found, forwarded)
         packed = _packed(decoded, sound).reshape(-1, model.arena.row_bytes)
         states = zip(model.arena.states, model.arena.unpacked(packed), strict=False)
         return [values for _, values in states], refused
@@ -178,29 +182,60 @@ class Pager:
         if self._keeping.others is None:
             return
         handles = np.fromiter(model.replies.oldest(), np.intp)
-        idle = handles[~self._table.claimed[handles]]
-        if len(idle):
-            began = self._clock.monotonic()
-            self._keeping.leave(model, idle)
-            self._leave(model, idle)
-            self._paged(model, "out", len(idle), began)
+        self.page_out(handles[~self._table.claimed[handles]])
+
+    def page_out(self, handles: Handles) -> None:
+        """Let sessions leave the arena that are there, and have nothing under way but what asks for this.
+
+        Raises:
+            Unavailable: the store, which is to have them now, cannot keep them.
+        """
+        for index in np.unique(self._table.model[handles]).tolist():
+            model, began = self._models.by_index[index], self._clock.monotonic()
+            own = handles[self._table.model[handles] == index]
+            self._keeping.leave(model, own)
+            self._leave(model, own)
+            self._paged(model, "out", len(own), began)
 
     async def _fetch(self, model: Model, handles: Handles, rows: Rows, later: Later) -> None:
         began = self._clock.monotonic()
         try:
-            found = await self._fetcher.fetch(self._ids(handles))
-            refused = self._bring_back(model, handles, found, rows)
+            ids = self._ids(handles)
+            found = await self._read(ids)
+            refused = self._bring_back(model, handles, found, await self._forward(model, ids, found), rows)
             self._paged(model, "in", len(handles) - len(refused), began)
         except Exception as error:  # whatever it is: their claims must end
             model.slots.free_resident(rows)
             refused = dict.fromkeys(handles.tolist(), reason(error))
         later(handles, refused)
 
+    async def _read(self, ids: Sequence[str]) -> Sequence[Fetched]:
+        """The records of sessions, from the store."""
+        if self._local is None:
+            return await self._fetcher.fetch(ids)
+        return [Fetched(record, None) for record in self._local.get_many(ids)]
+
+    async def _forward(self, model: Model, ids: Sequence[str], found: Sequence[Fetched]) -> Forwarded:
+        """As `_decode`, on a thread where somebody's function may take its time."""
+        if self._forwarding.migrates(model):
+            return await asyncio.to_thread(self._decode, model, ids, found)
+        return self._decode(model, ids, found)
+
+    def _decode(self, model: Model, ids: Sequence[str], found: Sequence[Fetched]) -> Forwarded:
+        """Read records, as of the version of the model that their sessions are on now."""
+        stored = [each.record if each.record is not None else b"" for each in found]
+        return self._forwarding.bring(model, decode_many(ids, stored))
+
     def _bring_back(
-        self, model: Model, handles: Handles, found: Sequence[Fetched], rows: Rows | None = None
+        self,
+        model: Model,
+        handles: Handles,
+        found: Sequence[Fetched],
+        forwarded: Forwarded,
+        rows: Rows | None = None,
     ) -> Refused:
         """Fill the rows of those whose records are sound, and give `rows` back that are not needed."""
-        decoded, sound, refused = self._decode(model, handles, found)
+        decoded, sound, refused = self._settle(model, handles, found, forwarded)
         sizes = self._table.batch_size[handles]
         if rows is None:
             rows = self.take(model, int(sizes[sound].sum()))
@@ -212,16 +247,14 @@ class Pager:
             self._fill(model, handles, rows, decoded, sound)
         return refused
 
-    def _decode(
-        self, model: Model, handles: Handles, found: Sequence[Fetched]
+    def _settle(
+        self, model: Model, handles: Handles, found: Sequence[Fetched], forwarded: Forwarded
     ) -> tuple[Decoded, Mask, Refused]:
-        """Read records, which of them are sound and these sessions', and why the others are not.
+        """Records that were read, which of them are sound and these sessions', and why the others are not.
 
-        The table is told what those say that another server may have written.
+        The table is told what those say that another server may have written, and what changed on their way here.
         """
-        decoded = decode_many(
-            self._ids(handles), [each.record if each.record is not None else b"" for each in found]
-        )
+        decoded = forwarded.decoded
         refused: Refused = {
             int(handles[place]): error
             if found[place].record is not None
@@ -230,8 +263,14 @@ class Pager:
         }
         sound = np.zeros(len(handles), np.bool_)
         sound[decoded.sound] = True
+        for place, error in forwarded.refused.items():
+            sound[place] = False
+            refused[int(handles[place])] = error
         if self._local is None:
-            self._refresh(model, handles, found, decoded, sound, refused)
+            self._refresh(model, handles, decoded, sound, refused)
+        for place, kind in forwarded.replies.items():
+            self._table.reply[handles[place]] = kind
+        self._table.position[handles[forwarded.begun]] = 0
         return decoded, sound, refused
 
     def _fill(self, model: Model, handles: Handles, rows: Rows, decoded: Decoded, sound: Mask) -> None:
@@ -248,7 +287,6 @@ class Pager:
         self,
         model: Model,
         handles: Handles,
-        found: Sequence[Fetched],
         decoded: Decoded,
         sound: Mask,
         refused: Refused,
@@ -256,7 +294,7 @@ class Pager:
         """Let the table say what records of a store say that others use too; refuse what is another session now."""
         table, heads = self._table, decoded.heads
         same = heads["batch_size"] == table.batch_size[handles[decoded.sound]]
-        same &= np.array([own == model.program.fingerprint for own in decoded.fingerprints], np.bool_)
+        same &= self._are_of(model, decoded)
         for place in decoded.sound[~same].tolist():
             session_id = table.session_id(int(handles[place]))
             sound[place] = False
@@ -267,10 +305,21 @@ class Pager:
         for column in ("revision", "position", "request_id", "opened_with", "created", "reply"):
             getattr(table, column)[own] = heads[column]
         for handle, place in zip(own.tolist(), decoded.sound[same].tolist(), strict=True):
-            record = found[place].record
-            has_fields = record is not None and heads["fields_bytes"].any()
-            fields = decode_header(table.session_id(handle), record).fields if has_fields else b""
-            self._fields.take(handle, fields)
+            self._fields.take(handle, decoded.fields.get(place, b""))
+
+    def _are_of(self, model: Model, decoded: Decoded) -> Mask:
+        """Which records are of sessions of a model."""
+        known: dict[tuple[str, bytes], bool] = {}
+        found = [
+            (own, decoded.fields.get(place, b""))
+            for own, place in zip(decoded.fingerprints, decoded.sound.tolist(), strict=True)
+        ]
+        for each in set(found):
+            try:
+                known[each] = self._forwarding.way(model, *each) is not None
+            except Unavailable:
+                known[each] = True  # it is refused already
+        return np.array([known[each] for each in found], np.bool_)
 
     def _gone(self, handle: int, found: Fetched) -> ServerError:
         """Why a session that is in the table has no record."""
@@ -294,11 +343,7 @@ class Pager:
         short = model.slots.resident + count - model.slots.resident_limit
         wanted = max(short, int(model.slots.resident_limit * SHARE_AT_ONCE))
         victims = self._oldest(model, wanted)
-        if len(victims):
-            began = self._clock.monotonic()
-            self._keeping.leave(model, victims)
-            self._leave(model, victims)
-            self._paged(model, "out", len(victims), began)
+        self.page_out(victims)
 
     def _oldest(self, model: Model, rows: int) -> Handles:
         """The least recently used sessions that have `rows` rows together, or all that may go."""
@@ -312,7 +357,11 @@ class Pager:
         table, owner = self._table, model.slots.owner
         rows = np.flatnonzero(owner >= 0)
         handles = owner[rows]
-        may = (table.row[handles] == rows) & (table.model[handles] == model.index) & ~table.claimed[handles]
+        may = (table.row[handles] == rows) & ~table.claimed[handles]
+        if len(model.sharing) == 1:
+            may &= table.model[handles] == model.index
+        else:
+            may &= np.isin(table.model[handles], list(model.sharing))
         found: Handles = handles[may]
         return found
 

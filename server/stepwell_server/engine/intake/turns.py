@@ -35,6 +35,8 @@ class Hold:
 
     granted: asyncio.Future[None]
     deadline: float
+    model: Model
+    """The version that the session was on."""
 
 
 Waiter: TypeAlias = "tuple[Starter, Change, int] | Hold"
@@ -65,6 +67,8 @@ class Turns:
         self._ending: deque[Handles] = deque()
         """Claims that are to end: one after the other, since what an end starts may end others."""
         self._is_ending = False
+        self.leave_when_free: Callable[[Handles], None] | None = None
+        """Called with sessions whose claims end, before what waits for them is started; None: none of them is to leave."""
 
     def __bool__(self) -> bool:
         """Something waits for its turn."""
@@ -108,8 +112,9 @@ class Turns:
         """
         if self._claims.waiting(handle) >= MAX_LINE:
             raise self._line_full(handle)
-        hold = Hold(asyncio.get_running_loop().create_future(), deadline)
-        self._wait(self._models.by_handle(handle), handle, hold)
+        model = self._models.by_handle(handle)
+        hold = Hold(asyncio.get_running_loop().create_future(), deadline, model)
+        self._wait(model, handle, hold)
         return hold.granted
 
     def give_back(self, handle: int, granted: asyncio.Future[None]) -> None:
@@ -161,6 +166,8 @@ class Turns:
 
     def release(self, handles: Handles) -> None:
         """End claims and start what waited for them."""
+        if self.leave_when_free is not None:
+            self.leave_when_free(handles)
         if not self._count:  # nobody waits in any line: neither do claims that are ending now
             self._table.claimed[handles] = False
             if self._row_queue.waiting:
@@ -182,14 +189,16 @@ class Turns:
         model.waiting += 1
         self._claims.wait(handle, waiter)
 
-    def _taken(self, model: Model) -> None:
+    def _taken(self, waiter: Waiter) -> None:
         self._count -= 1
+        # that of the session may be another version by now
+        model = waiter.model if isinstance(waiter, Hold) else waiter[1].model
         model.waiting -= 1
 
-    def close_line(self, handle: int, model: int, error: ServerError) -> None:
-        """Refuse what waited for a session that has gone away, of the model of that number."""
+    def close_line(self, handle: int, error: ServerError) -> None:
+        """Refuse what waited for a session that has gone away."""
         for waiter in self._claims.drop_line(handle):
-            self._taken(self._models.by_index[model])
+            self._taken(waiter)
             if isinstance(waiter, Hold):
                 if not waiter.granted.done():
                     waiter.granted.set_exception(error)
@@ -200,7 +209,7 @@ class Turns:
     def _start_next(self, handles: Handles) -> None:
         changes: dict[Change, tuple[Starter, list[int]]] = {}
         for handle, waiter in self._claims.release(handles):
-            self._taken(self._models.by_handle(handle))
+            self._taken(waiter)
             if isinstance(waiter, Hold):
                 if not self._grant(waiter, handle):
                     self._ending.append(np.array([handle]))

@@ -225,14 +225,19 @@ class Validation:
     def _require_going_on(self, change: Change, own: Rows) -> None:
         table, handles = self._table, change.handles
         model = self._models.find(change.goes_on)
-        index = -1 if model is None else model.index
+        indexes = [] if model is None else [version.index for version in model.loaded.values()]
         if len(handles) == 1:  # one comparison of arrays costs as much
             handle, said = handles[0], change.batch_sizes
-            fits = table.position[handle] > 0 and table.model[handle] == index
+            fits = table.position[handle] > 0 and table.model[handle] in indexes
             if not fits or said is None or said[0] != own[0]:
                 raise MustPart(_ONLY)
             return
-        goes_on = (table.position[handles] > 0) & (table.model[handles] == index)
+        goes_on = table.position[handles] > 0
+        goes_on &= (
+            table.model[handles] == indexes[0]
+            if len(indexes) == 1
+            else np.isin(table.model[handles], indexes)
+        )
         goes_on &= own == change.batch_sizes
         if not goes_on.all():
             raise MustPart(np.flatnonzero(~goes_on))
@@ -243,9 +248,12 @@ class Validation:
         all_there = np.count_nonzero(there) == len(there)
         models = self._table.model[change.handles if all_there else change.handles[there]]
         if np.count_nonzero(models != models[0]):
-            if change.callers is not None:
-                raise MustPart(np.flatnonzero(models != models[0]), are_alike=True)
-            raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
+            names = {self._models.by_index[index].name for index in np.unique(models).tolist()}
+            if change.callers is None and len(names) > 1:
+                raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
+            others = np.zeros(len(there), np.bool_)
+            others[there] = models != models[0]
+            raise MustPart(np.flatnonzero(others), are_alike=True)
         change.model = self._models.by_index[int(models[0])]
         change.sizes = self._sizes(change, own, there, all_there=all_there)
         change.row_count = int(np.add.reduce(change.sizes))

@@ -153,6 +153,12 @@ def join(arrays: Sequence[npt.NDArray[S]]) -> npt.NDArray[S]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
+def _put_initial(program: Program, states: Sequence[Array], where: Mask) -> None:
+    """Set rows of an executor's states to the initial one. Its buffers must not be referred to behind it."""
+    for buffer, value in zip(states, program.initial, strict=True):
+        buffer[where] = value
+
+
 class Lane:
     """An executor and what it does for a pass. One thread at a time."""
 
@@ -176,7 +182,7 @@ class Lane:
             if step:
                 executor.carry()
             if work.resets and (resets := work.resets[step]) is not None:
-                self._arena.put_initial(resets[low:high], executor.states())
+                _put_initial(work.program, executor.states(), resets[low:high])
             work.fill(executor.inputs(), low, high, step)
             executor.invoke()
             self._collect(work, low, high, step)

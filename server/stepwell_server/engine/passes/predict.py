@@ -124,6 +124,6 @@ class PredictCall:
 
     def _prepare(self, rows: Rows, low: int, high: int) -> None:
         if self._state is None:
-            self._model.arena.reset(rows)
+            self._model.arena.reset(rows, self._model.program.initial)
         else:
             self._model.arena.write(rows, [array[low:high] for array in self._state])

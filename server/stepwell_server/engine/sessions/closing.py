@@ -13,7 +13,6 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.committer import not_known
 from stepwell_server.engine.durability.fetching import Fetched, Fetcher
-from stepwell_server.engine.durability.fields import Fields
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.admission import MOST_TRIES, changed_elsewhere
 from stepwell_server.engine.intake.paging import Pager
@@ -23,6 +22,7 @@ from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Ended, Expiry, Removal, batch_of
 from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL
 from stepwell_server.engine.sessions.loading import Seen, refresh
+from stepwell_server.engine.state.fields import Fields
 from stepwell_server.errors import (
     InvalidInput,
     ModelMismatch,

@@ -14,7 +14,6 @@ from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.durability.committer import not_known
-from stepwell_server.engine.durability.fields import of_lease
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.intake.row_queue import RowQueue
@@ -22,6 +21,7 @@ from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Expiry, Removal
 from stepwell_server.engine.sessions.ids import TURN, in_pieces
+from stepwell_server.engine.state.fields import joined
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array
 from stepwell_server.errors import QuotaExceeded, ServerError
@@ -52,6 +52,8 @@ class Fresh:
     states: Sequence[Array] | None = None
     """Of all of them, their rows one after the other; None: those that begin paged out have the initial state."""
     lease: Lease | None = None
+    is_pinned: bool = False
+    """They stay on this version of the model."""
 
     @property
     def ready(self) -> int:
@@ -256,6 +258,7 @@ class Creation:
                 used=self._clock.monotonic(),
                 created=fresh.created,
                 lease=0 if fresh.lease is None else self._leases.number(fresh.lease),
+                pinned=fresh.is_pinned,
             )
             if rows is not None:
                 model.slots.owner[self._table.row[handles]] = handles
@@ -266,6 +269,7 @@ def _records(fresh: Fresh) -> Sequence[tuple[str, Stored]]:
     if not fresh.ids:
         return ()
     model, ready = fresh.model, fresh.ready
+    fields = joined(fresh.lease, model.mark(is_pinned=fresh.is_pinned))
     template = RecordTemplate(
         fresh.ids,
         fingerprint=model.program.fingerprint,
@@ -274,11 +278,13 @@ def _records(fresh: Fresh) -> Sequence[tuple[str, Stored]]:
         created=fresh.created,
         row_bytes=model.arena.row_bytes,
         batch_size=fresh.batch_size,
-        fields=() if fresh.lease is None else [of_lease(fresh.lease)] * len(fresh.ids),
+        fields=[fields] * len(fresh.ids) if fields else (),
     )
     model.arena.pack_into(fresh.rows, template.rows[:ready])
     if fresh.states is None:
-        template.rows[ready:] = np.tile(model.arena.pack_initial(), (1, fresh.batch_size))
+        template.rows[ready:] = np.tile(
+            model.arena.pack_initial(model.program.initial), (1, fresh.batch_size)
+        )
     elif ready < len(fresh.ids):
         count, start = (len(fresh.ids) - ready) * fresh.batch_size, ready * fresh.batch_size
         packed = model.arena.pack_states([array[start:] for array in fresh.states], count)

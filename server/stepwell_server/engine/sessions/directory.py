@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.history import How
 from stepwell_server.core.leases import Leases
 from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.change import MOST_ERRORS, for_all
 from stepwell_server.engine.durability.endings import Endings
-from stepwell_server.engine.durability.fields import lease_of
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.engine.sessions.ids import PIECE, IdMaker, shown
 from stepwell_server.engine.sessions.loading import Arrivals, Loader, Looked, Seen
-from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.state.fields import lease_of, mark_of
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import (
     InvalidInput,
@@ -289,6 +290,8 @@ class Directory:
             last_used=self._clock.now() - (self._clock.monotonic() - float(table.used[handle])),
             resident=bool(table.row[handle] >= 0),
             lease_s=self._leases.duration_s(int(table.lease[handle])),
+            version=model.version,
+            is_pinned=bool(table.pinned[handle]),
         )
 
     async def describe(self, session_id: str, *, usable: bool) -> SessionInfo:
@@ -300,27 +303,41 @@ class Directory:
             stored = None if usable else seen.get(session_id)
             if stored is None:
                 raise
-            return stored_info(session_id, decode_header(session_id, stored))
+            return self.stored_info(session_id, decode_header(session_id, stored))
 
-    def count(self, model: Model) -> int:
-        """How many sessions a model has; of an awaited store, when `refresh_counts` last asked."""
-        if self._others is None:
-            return self._table.count(model.index)
-        if self._others.local is None:
-            return self._counts.get(model.name, self._table.count(model.index))
+    def stored_info(self, session_id: str, header: Header) -> SessionInfo:
+        """What a record says of a session, and where it is now."""
+        info = stored_info(session_id, header)
         try:
-            return self._others.local.count_of(model.name)
-        except Unavailable as error:
-            _log.warning("the store could not be asked how many sessions it has", error=error)
-        return self._table.count(model.index)
+            model, way = self.models.place(session_id, header)
+        except (ModelNotFound, ModelMismatch):
+            return info
+        position = 0 if any(move.how is How.RESET for move in way) else info.position
+        return dataclasses.replace(
+            info, version=model.version, fingerprint=model.program.fingerprint, position=position
+        )
+
+    def count(self, name: str) -> int:
+        """How many sessions a model has on all versions; of an awaited store, when `refresh_counts` last asked."""
+        if self._others is not None:
+            if self._others.local is None:
+                return self._counts.get(name, self._count_here(name))
+            try:
+                return self._others.local.count_of(name)
+            except Unavailable as error:
+                _log.warning("the store could not be asked how many sessions it has", error=error)
+        return self._count_here(name)
+
+    def _count_here(self, name: str) -> int:
+        return sum(self._table.count(model.index) for model in self.models.named(name).loaded.values())
 
     async def refresh_counts(self) -> None:
         """Ask an awaited store how many sessions the models have."""
         if self._others is None or self._others.local is not None:
             return
-        for model in self.models:
+        for name in self.models.names():
             try:
-                self._counts[model.name] = await self._others.count_of(model.name)
+                self._counts[name] = await self._others.count_of(name)
             except ServerError as error:
                 _log.warning("the store could not be asked how many sessions it has", error=error)
                 return
@@ -339,4 +356,6 @@ def stored_info(session_id: str, header: Header) -> SessionInfo:
         last_used=header.last_used,
         resident=False,
         lease_s=0.0 if (lease := lease_of(header.fields)) is None else lease[1] / 1000,
+        version=0 if (mark := mark_of(header.fields)) is None else mark.version,
+        is_pinned=mark is not None and mark.is_pinned,
     )

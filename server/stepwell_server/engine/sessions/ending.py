@@ -107,7 +107,7 @@ class Removal:
         self._table.claimed[handle] = False
         self._table.remove(handle)
         # last: whoever is refused may ask again at once, and must not get into the line of a session that is gone
-        self._turns.close_line(handle, model.index, error)
+        self._turns.close_line(handle, error)
 
 
 class Expiry:

@@ -106,7 +106,7 @@ class Forking:
                 states = [_repeated(array, chosen, batch_size) for array in states]
             return await self._opening.make_many(
                 Wanted(
-                    self._directory.models.by_name(read.model),
+                    self._directory.models.by_name(f"{read.model}@{read.version}"),
                     ids,
                     batch_size,
                     request_id,
@@ -116,6 +116,7 @@ class Forking:
                     read.positions[chosen],
                     states,
                     lease,
+                    read.are_pinned,
                 )
             )
 

@@ -12,8 +12,8 @@ import math
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.leases import Leases
-from stepwell_server.engine.durability.fields import lease_of_or_none
 from stepwell_server.engine.sessions.ending import Ended, Expiry
+from stepwell_server.engine.state.fields import lease_of_or_none
 from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import End, Store

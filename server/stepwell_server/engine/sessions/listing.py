@@ -11,7 +11,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Order, Position, SessionFilter, SessionInfo, SessionPage
 from stepwell_server.engine.sessions.catalogue import Candidate, Catalogue, Query
-from stepwell_server.engine.sessions.directory import Directory, stored_info
+from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.errors import SessionGone
 from stepwell_server.store import counts
@@ -75,7 +75,7 @@ class Listing:
     async def page(self, query: Query) -> tuple[SessionPage, int]:
         """As `ask`."""
         if query.filter.model:
-            self._directory.models.by_name(query.filter.model)  # raises
+            self._directory.models.named(query.filter.model)  # raises
         if self._others is None or not await self._is_as_stored(self._others, query):
             return await self._page_of_catalogue(query)
         page, model = await self._page_of_store(self._others, query), query.filter.model
@@ -165,4 +165,4 @@ class Listing:
             return None
         if header is None:
             return SessionInfo(session_id, "", "", 0, 0, 0, 0.0, 0.0, resident=False)
-        return stored_info(session_id, header)
+        return self._directory.stored_info(session_id, header)

@@ -7,21 +7,22 @@ in the table waits in `Arrivals`, and finds them in the table, or why they are n
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Protocol
 
 import numpy as np
 from typing_extensions import override
 
+from stepwell_server.core.history import How
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.fetching import Fetched, Fetcher
-from stepwell_server.engine.durability.fields import Fields
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry
 from stepwell_server.engine.sessions.ids import in_pieces
+from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ModelMismatch, ModelNotFound, ServerError, StateCorrupt, Unavailable
-from stepwell_server.program import FINGERPRINT_DIGITS
 from stepwell_server.store.base import Tombstone
 from stepwell_server.store.record import Header, Stored, decode_header, header_or_none
 
@@ -273,21 +274,9 @@ class Loader:
     def _served(self, session_id: str, stored: Stored) -> tuple[str, Header, Model]:
         """A stored session, if it can be stepped here."""
         header = decode_header(session_id, stored)
-        model = self._models.find(header.model)
-        if model is None:
-            raise ModelNotFound(
-                f"session {session_id!r} belongs to model {header.model!r}, which is not served;"
-                f" model must be one of {self._models.names()}. Serve it again, or close the session",
-                model=header.model,
-            )
-        if model.program.fingerprint != header.fingerprint:
-            raise ModelMismatch(
-                f"session {session_id!r} belongs to model {header.model!r} with fingerprint"
-                f" {header.fingerprint[:FINGERPRINT_DIGITS]}; the one that is served has"
-                f" {model.program.fingerprint[:FINGERPRINT_DIGITS]}."
-                " Serve that model file again, or close the session",
-                model=header.model,
-            )
+        model, way = self._models.place(session_id, header)
+        if any(move.how is How.RESET for move in way):  # its state follows when it is needed
+            header = dataclasses.replace(header, position=0)
         return session_id, header, model
 
     def adopt(self, sessions: Sequence[tuple[str, Header, Model]]) -> Handles:

@@ -13,10 +13,10 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.history import How, Mark
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import Observer, Position, SessionFilter
 from stepwell_server.engine.durability.committer import not_known
-from stepwell_server.engine.durability.fields import without_lease
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.durability.records import Records, as_it_is
 from stepwell_server.engine.intake.admission import changed_elsewhere
@@ -29,6 +29,7 @@ from stepwell_server.engine.sessions.ending import Removal
 from stepwell_server.engine.sessions.ids import require_session_id
 from stepwell_server.engine.sessions.listing import Listing
 from stepwell_server.engine.sessions.loading import Loader, Seen
+from stepwell_server.engine.state.fields import joined, split
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import Kept
 from stepwell_server.errors import (
@@ -156,7 +157,19 @@ class Moving:
         records = await self._others.get_many(session_ids)
         missing = [i for i, record in zip(session_ids, records, strict=True) if record is None]
         seen = await self._directory.look(missing) if missing else self._directory.here
-        return [self._exported(i, record, seen) for i, record in zip(session_ids, records, strict=True)]
+        found = [self._exported(i, record, seen) for i, record in zip(session_ids, records, strict=True)]
+        for place, each in enumerate(found):
+            if not isinstance(each, ServerError) and self._moves(session_ids[place], each):
+                found[place] = await self._of_arena(session_ids[place], deadline, brings=True)
+        return found
+
+    def _moves(self, session_id: str, record: Stored) -> bool:
+        """Whether a session is on another version by now than its record says, and its state another."""
+        try:
+            _, way = self._directory.models.place(session_id, decode_header(session_id, record))
+        except ServerError:
+            return False  # it leaves as it is
+        return any(move.how is not How.CARRY for move in way)
 
     def _exported(self, session_id: str, record: Stored | None, seen: Seen) -> Exported:
         if session_id in self._table:
@@ -177,16 +190,17 @@ class Moving:
             )
         return record
 
-    async def _of_arena(self, session_id: str, deadline: float) -> Exported:
-        """The record of a session of which the store has one only while it is not in the arena."""
-        assert self._local is not None
+    async def _of_arena(self, session_id: str, deadline: float, *, brings: bool = False) -> Exported:
+        """The record of a session of which the store has no other, or has one only while it is not in the arena."""
         try:
-            handle = self._directory.find(session_id, self._directory.here)
-            await self._turns.hold(handle, deadline, rows=False)
+            seen = await self._directory.look([session_id])
+            handle = self._directory.find(session_id, seen)
+            await self._turns.hold(handle, deadline, rows=brings)
         except ServerError as error:
             return error
         try:
             if self._table.row[handle] < 0:
+                assert self._local is not None
                 record = self._local.get(session_id)
                 return self._directory.gone(session_id, self._directory.here) if record is None else record
             model = self._directory.models.by_handle(handle)
@@ -274,19 +288,7 @@ class Moving:
         session_id, record = arriving.session_id, arriving.record
         require_session_id("session_id", session_id)
         header = decode_header(arriving.recorded_as, record)
-        model = self._directory.models.find(header.model)
-        if model is None:
-            raise ModelNotFound(
-                f"the model of session {session_id!r} must be one of {self._directory.models.names()};"
-                f" it is {header.model!r}",
-                model=header.model,
-            )
-        if header.fingerprint != model.program.fingerprint:
-            raise ModelMismatch(
-                f"the model of session {session_id!r} must be the {header.model!r} that is served, with fingerprint"
-                f" {model.program.fingerprint}; it has {header.fingerprint}",
-                model=header.model,
-            )
+        model = self._version_of(session_id, header)
         if not 1 <= header.batch_size <= model.slots.resident_limit:
             raise InvalidInput(
                 f"batch_size of session {session_id!r} must be 1 to resident_rows,"
@@ -301,8 +303,46 @@ class Moving:
                 f"the record of session {session_id!r} must have the state and the last reply of a session of"
                 f" batch_size {header.batch_size}; it has others"
             )
-        header = dataclasses.replace(header, last_used=self._clock.now(), fields=without_lease(header.fields))
+        _, mark, rest = split(header.fields)
+        is_pinned = mark is not None and Mark.unpack(mark).is_pinned
+        header = dataclasses.replace(
+            header,
+            fingerprint=model.program.fingerprint,
+            last_used=self._clock.now(),
+            fields=joined(None, model.mark(is_pinned=is_pinned), rest),
+        )
         return _New(session_id, header, model, _encoded(session_id, header, decoded.rows, extra))
+
+    def _version_of(self, session_id: str, header: Header) -> Model:
+        """The version that an imported session is on: that with its weights, or the one that took its sessions over.
+
+        What its record says of moves are those of another server, or of another time.
+
+        Raises:
+            ModelNotFound, ModelMismatch: there is none.
+        """
+        models = self._directory.models
+        own = models.find(header.model)
+        if own is None:
+            raise ModelNotFound(
+                f"the model of session {session_id!r} must be one of {models.names()}; it is {header.model!r}",
+                model=header.model,
+            )
+        with_weights = [
+            v for v, model in own.loaded.items() if model.program.fingerprint == header.fingerprint
+        ]
+        if with_weights:
+            return own.loaded[own.default if own.default in with_weights else min(with_weights)]
+        known = own.version_with(header.fingerprint)
+        if known is not None:
+            version, way = own.history.way(known, 0)
+            if way and version in own.loaded and all(move.how is How.CARRY for move in way):
+                return own.loaded[version]
+        raise ModelMismatch(
+            f"the model of session {session_id!r} must be a version of {header.model!r} that is served, of fingerprint"
+            f" {' or '.join(model.program.fingerprint for model in own.loaded.values())}; it has {header.fingerprint}",
+            model=header.model,
+        )
 
     async def _unless_there(
         self, new: dict[str, _New], existing: Existing, results: dict[str, Result]

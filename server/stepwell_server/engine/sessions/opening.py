@@ -49,6 +49,8 @@ class OpenedMany:
     positions: U64
     """`(n,)`."""
     replayed: bool = False
+    version: int = 0
+    """Of the model."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,6 +73,8 @@ class Wanted:
     """Their rows one after the other; None: the model's initial state."""
     lease: Lease | None = None
     """Of those whose ids were made here."""
+    is_pinned: bool = False
+    """They stay on this version of the model."""
 
 
 class Opening:
@@ -128,6 +132,7 @@ class Opening:
         """
         self._require_open()
         served = self._directory.models.by_name(model)
+        is_pinned = self._directory.models.is_pinned(model)
         _require_fingerprint(served, fingerprint)
         _require_batch_size(served, batch_size)
         if session_id:
@@ -137,6 +142,8 @@ class Opening:
             seen = await self.seen([name])
             handle = self._live(name, seen, must_be_new)
             if handle is not None:
+                if "@" in model:
+                    self._require_version(handle, served)
                 return self._resume(handle, served, batch_size, must_be_new, request_id, lease)
             if not session_id:
                 self._require_not_gone(name, seen)
@@ -145,14 +152,23 @@ class Opening:
             rows = self._pager.take(served, batch_size)
             served.arena.clear_outputs(rows)
             if values is None:
-                served.arena.reset(rows)
+                served.arena.reset(rows, served.program.initial)
             else:
                 served.arena.write(rows, values)
             revisions = self._directory.first_revisions([name], seen)
             own = None if session_id else self._leased(lease)
             created, positions = self._clock.now(), np.zeros(1, np.uint64)
             fresh = Fresh(
-                served, [name], batch_size, rows, revisions, request_id, created, positions, lease=own
+                served,
+                [name],
+                batch_size,
+                rows,
+                revisions,
+                request_id,
+                created,
+                positions,
+                lease=own,
+                is_pinned=is_pinned,
             )
             try:
                 info = await self._creation.create(fresh)
@@ -186,7 +202,16 @@ class Opening:
             raise InvalidInput(f"count must be 1 to {MAX_SESSIONS_PER_CALL}; got {wanted}")
         ids = await self.ids_to_make("session_ids", session_ids, wanted, request_id, namespace=namespace)
         return await self.make_many(
-            Wanted(served, ids, batch_size, request_id, bool(session_ids), "session_ids", lease=lease)
+            Wanted(
+                served,
+                ids,
+                batch_size,
+                request_id,
+                bool(session_ids),
+                "session_ids",
+                lease=lease,
+                is_pinned=self._directory.models.is_pinned(model),
+            )
         )
 
     async def make_many(self, wanted: Wanted) -> OpenedMany:
@@ -220,6 +245,7 @@ class Opening:
                 positions,
                 wanted.states,
                 own,
+                wanted.is_pinned,
             )
             try:
                 await self._creation.create(fresh)
@@ -228,7 +254,15 @@ class Opening:
             self._observer.sessions_opened(
                 served.name, len(ids), "opened" if wanted.states is None else "forked"
             )
-            return OpenedMany(ids, served.name, served.program.fingerprint, batch_size, revisions, positions)
+            return OpenedMany(
+                ids,
+                served.name,
+                served.program.fingerprint,
+                batch_size,
+                revisions,
+                positions,
+                version=served.version,
+            )
         raise changed_elsewhere(ids[0])
 
     async def _begun(self, wanted: Wanted, seen: Seen) -> tuple[U64, Rows]:
@@ -251,7 +285,7 @@ class Opening:
             assert rows is not None, "there is room for as many"
             served.arena.clear_outputs(rows)
             if wanted.states is None:
-                served.arena.reset(rows)
+                served.arena.reset(rows, served.program.initial)
             else:
                 await _write_in_pieces(served, rows, wanted.states)
         except BaseException:
@@ -329,6 +363,16 @@ class Opening:
                 raise _exists("session_id", name) from error
             raise
 
+    def _require_version(self, handle: int, wanted: Model) -> None:
+        own = self._directory.models.by_handle(handle)
+        if own is not wanted and own.name == wanted.name:
+            session_id = self._table.session_id(handle)
+            raise SessionExists(
+                f"session {session_id!r} is open on version {own.version} of model {own.name!r}; got version"
+                f" {wanted.version}",
+                session_id=session_id,
+            )
+
     def _resume(
         self,
         handle: int,
@@ -372,7 +416,18 @@ class Opening:
         table.used[source] = self._clock.monotonic()
         revisions = np.maximum(self._directory.first_revisions([name], seen), np.uint64(revision))
         positions, created = table.position[source : source + 1].copy(), self._clock.now()
-        fresh = Fresh(model, [name], batch_size, rows, revisions, request_id, created, positions, lease=lease)
+        fresh = Fresh(
+            model,
+            [name],
+            batch_size,
+            rows,
+            revisions,
+            request_id,
+            created,
+            positions,
+            lease=lease,
+            is_pinned=bool(table.pinned[source]),
+        )
         info = await self._creation.create(fresh)
         self._observer.session_event("forked", model.name, name)
         return Opened(info)
@@ -417,6 +472,7 @@ class Opening:
             table.revision[handles],
             table.position[handles],
             replayed=True,
+            version=model.version,
         )
 
     def _require_not_gone(self, name: str, seen: Seen) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -89,22 +90,47 @@ class Reading:
             errors += self._directory.why_not_all(session_ids, missing, seen)
         if not len(there):
             return _nothing_of(errors)
-        model = self._model_of(handles[there])
-        reader = _Reader(
-            self._table, self._turns, self._pager, model, handles[there], with_state, self._clock
-        )
-        admit(reader.byte_count)
+        readers = [
+            (
+                there[places],
+                _Reader(
+                    self._table,
+                    self._turns,
+                    self._pager,
+                    model,
+                    handles[there[places]],
+                    with_state,
+                    self._clock,
+                ),
+            )
+            for model, places in self._by_version(handles[there])
+        ]
+        admit(sum(reader.byte_count for _, reader in readers))
         if self._clock.monotonic() >= deadline:
             raise too_late()
-        await reader.run(deadline, lambda place: self._directory.why_not(session_ids[there[place]], seen))
-        errors += [(there[places], error) for places, error in reader.errors()]
-        return reader.answer(there, errors)
+        parts: list[StatesRead] = []
+        for own, reader in readers:
 
-    def _model_of(self, handles: Handles) -> Model:
+            def why_not(place: int, own: Members = own) -> ServerError:
+                return self._directory.why_not(session_ids[own[place]], seen)
+
+            await reader.run(deadline, why_not)
+            failed = [(own[places], error) for places, error in reader.errors()]
+            parts.append(reader.answer(own, failed))
+        return _together(parts, errors)
+
+    def _by_version(self, handles: Handles) -> list[tuple[Model, Members]]:
+        """Places of sessions by the version that they are on."""
         models = self._table.model[handles]
-        if np.count_nonzero(models != models[0]):
+        versions = [self._directory.models.by_index[index] for index in np.unique(models).tolist()]
+        if len({version.name for version in versions}) > 1:
             raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
-        return self._directory.models.by_handle(int(handles[0]))
+        if any(version.program.state != versions[0].program.state for version in versions):
+            raise InvalidInput(
+                "session_ids must be sessions whose states are alike; got sessions of versions"
+                f" {sorted(version.version for version in versions)} of model {versions[0].name!r}"
+            )
+        return [(version, np.flatnonzero(models == version.index)) for version in versions]
 
 
 class _Reader:
@@ -303,7 +329,33 @@ class _Reader:
             self._revisions[read],
             self._positions[read],
             errors,
+            self._model.version,
+            bool(self._table.pinned[self._handles[read]].all()),
         )
+
+
+def _together(parts: Sequence[StatesRead], errors: Sequence[tuple[Members, ServerError]]) -> StatesRead:
+    """What was read of sessions of several versions, in the order of the members; `errors` beside theirs."""
+    errors = [*errors, *(error for part in parts for error in part.errors)]
+    if len(parts) == 1:
+        return dataclasses.replace(parts[0], errors=errors)
+    members = np.concatenate([part.members for part in parts])
+    sizes = np.concatenate([part.sizes for part in parts])
+    order = np.argsort(members)
+    ends = np.cumsum(sizes)
+    spans = [np.arange(ends[place] - sizes[place], ends[place]) for place in order.tolist()]
+    rows = np.concatenate(spans) if spans else np.zeros(0, np.intp)
+    return dataclasses.replace(
+        parts[0],
+        state={name: np.concatenate([part.state[name] for part in parts])[rows] for name in parts[0].state},
+        members=members[order],
+        sizes=sizes[order],
+        revisions=np.concatenate([part.revisions for part in parts])[order],
+        positions=np.concatenate([part.positions for part in parts])[order],
+        errors=errors,
+        fingerprint="",
+        version=0,
+    )
 
 
 def _nothing_of(errors: Sequence[tuple[Members, ServerError]]) -> StatesRead:

@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.types import Array, Mask
+from stepwell_server.engine.types import Array
 from stepwell_server.program import Program
 
 
 class Arena:
-    """Rows of one model's state and of its last outputs.
+    """Rows of the states of one model's sessions and of their last outputs.
 
     The memory is reserved at once and touched when a row is first used: pages that were never written
     cost nothing. Rows of different sessions may be read and written from different threads; who may
@@ -21,7 +21,6 @@ class Arena:
     """
 
     def __init__(self, program: Program, capacity: int) -> None:
-        self._initial = program.initial
         self.states = tuple(np.zeros((capacity, *spec.shape), spec.dtype) for spec in program.state)
         self.outputs = tuple(np.zeros((capacity, *spec.shape), spec.dtype) for spec in program.outputs)
         """The output of the last time step of each row: part of the reply that is remembered."""
@@ -35,11 +34,6 @@ class Arena:
         for state, buffer in zip(self.states, into, strict=True):
             # mode="clip" lets numpy write straight into `out`; the rows are always in range
             np.take(state, rows, axis=0, out=buffer, mode="clip")
-
-    def put_initial(self, where: Mask, states: Sequence[Array]) -> None:
-        """Set those rows of buffers, as `gather` filled them, to the model's initial state."""
-        for buffer, value in zip(states, self._initial, strict=True):
-            buffer[where] = value
 
     def write(self, rows: Rows, states: Sequence[Array]) -> None:
         """Set the states of `rows`."""
@@ -103,13 +97,16 @@ class Arena:
     def pack_states(self, states: Sequence[Array], count: int) -> npt.NDArray[np.uint8]:
         """What `pack` returns for `count` rows of these states that nobody has stepped since."""
         outputs = [np.zeros((count, *array.shape[1:]), array.dtype) for array in self.outputs]
-        return np.concatenate([_as_bytes(array) for array in (*states, *outputs)], axis=1)
+        return self.pack_arrays([*states, *outputs])
 
-    def pack_initial(self) -> npt.NDArray[np.uint8]:
+    @staticmethod
+    def pack_arrays(arrays: Sequence[Array]) -> npt.NDArray[np.uint8]:
+        """What `pack` returns for rows with these states and outputs, `(n, ...)` each."""
+        return np.concatenate([_as_bytes(array) for array in arrays], axis=1)
+
+    def pack_initial(self, initial: Sequence[Array]) -> npt.NDArray[np.uint8]:
         """What `pack` returns for a row that nobody has stepped, `(1, bytes per row)`."""
-        states = [
-            value.astype(state.dtype)[None] for state, value in zip(self.states, self._initial, strict=True)
-        ]
+        states = [value.astype(state.dtype)[None] for state, value in zip(self.states, initial, strict=True)]
         return self.pack_states(states, 1)
 
     def unpack(self, rows: Rows, packed: npt.NDArray[np.uint8]) -> None:
@@ -135,9 +132,9 @@ class Arena:
         for output in self.outputs:
             output[rows] = 0
 
-    def reset(self, rows: Rows) -> None:
-        """Set `rows` to the model's initial state."""
-        for state, value in zip(self.states, self._initial, strict=True):
+    def reset(self, rows: Rows, initial: Sequence[Array]) -> None:
+        """Set `rows` to an initial state, that of the version of the model which their sessions are on."""
+        for state, value in zip(self.states, initial, strict=True):
             state[rows] = value
 
 

@@ -1,4 +1,4 @@
-"""A model that is served: its program, its rows, what waits for it and what it costs."""
+"""A version of a model that is served: its program, its rows, what waits for it and what it costs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from stepwell_server.core.history import Mark
 from stepwell_server.core.scheduler import Scheduler
 from stepwell_server.core.slots import Slots
 from stepwell_server.engine.cost import Cost
@@ -41,17 +42,23 @@ class Alarm:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Model:
-    """Everything that belongs to one model; who works on it is wired in `engine`."""
+    """Everything that belongs to one version of a model; who works on it is wired in `engine`.
+
+    Versions of a name whose records have the same layout share arena, slots and what is remembered of replies.
+    """
 
     index: int
     """Its number in the session table."""
     name: str
+    version: int
     program: Program
     arena: Arena
     slots: Slots
     replies: ReplyMemory
     texts: Texts
     """Of its sessions' records."""
+    sharing: set[int]
+    """The numbers of the versions that share its rows, its own among them."""
     max_batch_rows: int
     """Rows of a pass at most, unless a single change has more."""
     ready: Scheduler[Any]
@@ -60,8 +67,24 @@ class Model:
     """Of a pass by its rows, on one thread."""
     work: Share
     """Rung when something has come for the model's loop; its turns, and its passes on threads."""
+    epoch: int = 0
+    """Of the records of its sessions: see `core.history`."""
+    is_plain: bool = True
+    """A record that says no version, in epoch 0, is of this one: its fingerprint says so."""
     waiting: int = 0
     """Changes and holds that wait for their session or for rows: see `turns` and `row_queue`."""
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @property
+    def is_marked(self) -> bool:
+        """The records of all of its sessions say the version: it does not follow from the fingerprint."""
+        return self.epoch > 0 or not self.is_plain
+
+    def mark(self, *, is_pinned: bool) -> Mark | None:
+        """What the record of one of its sessions says of the version, if it says anything."""
+        return Mark(self.version, self.epoch, is_pinned) if is_pinned or self.is_marked else None
 
     @property
     def rows_of_a_short_pass(self) -> int:

@@ -7,6 +7,7 @@ own. Only outputs and states of several time steps, and outputs of some rows, ar
 from __future__ import annotations
 
 import enum
+import json
 import math
 import struct
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from stepwell_server.program import Program, StateSpec, TensorSpec
 
 #: Bytes of the arrays of one model that are kept in memory where the store has them too.
 MOST_BYTES = 256 << 20
+#: The first byte of a packed reply that says its own tensors; no array has so many axes.
+_FOREIGN = b"\xff"
 
 
 class Kept(enum.IntEnum):
@@ -44,16 +47,20 @@ class KeptArrays(NamedTuple):
     """Empty unless its kind is `ARRAYS`."""
     states: Tensors
     """Those after every time step, if they were asked for; empty: none."""
+    are_foreign: bool = False
+    """They are of another version of the model, with other tensors."""
 
     @property
     def byte_count(self) -> int:
         """Bytes of the arrays."""
-        return sum([array.nbytes for tensors in self for array in tensors.values()])
+        return sum([array.nbytes for tensors in self[:2] for array in tensors.values()])
 
     @property
     def form(self) -> Hashable:
         """Replies of one form can be put together."""
-        return tuple([tuple([(name, a.shape[1:]) for name, a in tensors.items()]) for tensors in self])
+        return tuple(
+            [tuple([(name, a.shape[1:], a.dtype.str) for name, a in tensors.items()]) for tensors in self[:2]]
+        )
 
 
 class ReplyMemory:
@@ -150,6 +157,8 @@ class ReplyMemory:
         Outputs that are not kept have the shape (0,). States that are not kept are left out: so it was before there
         were any, and who knows none reads the outputs all the same.
         """
+        if arrays.are_foreign:
+            return pack_foreign(arrays)
         parts = [_packed(arrays.outputs.get(spec.name)) for spec in self._program.outputs]
         if arrays.states:
             parts += [_packed(arrays.states[spec.name]) for spec in self._program.state]
@@ -165,14 +174,49 @@ class ReplyMemory:
         Raises:
             ValueError: it was not made so.
         """
-        try:
-            outputs, at = _unpacked(packed, self._program.outputs, 0)
-            states, at = _unpacked(packed, self._program.state, at) if at < len(packed) else ({}, at)
-        except (struct.error, IndexError) as error:
-            raise ValueError(f"a reply must be as it was packed: {error}") from error
-        if at != len(packed):
-            raise ValueError(f"a reply must have {at} bytes; it has {len(packed)}")
-        return KeptArrays(outputs, states)
+        return unpack_reply(packed, self._program.outputs, self._program.state)
+
+
+def unpack_reply(packed: bytes, outputs: Sequence[TensorSpec], states: Sequence[StateSpec]) -> KeptArrays:
+    """What was packed of the reply of a session of a version with these tensors.
+
+    Raises:
+        ValueError: it was not made so.
+    """
+    try:
+        if packed[:1] == _FOREIGN:
+            return _unpack_foreign(packed)
+        kept, at = _unpacked(packed, outputs, 0)
+        after, at = _unpacked(packed, states, at) if at < len(packed) else ({}, at)
+    except (struct.error, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"a reply must be as it was packed: {error}") from error
+    if at != len(packed):
+        raise ValueError(f"a reply must have {at} bytes; it has {len(packed)}")
+    return KeptArrays(kept, after)
+
+
+def pack_foreign(arrays: KeptArrays) -> bytes:
+    """As `ReplyMemory.pack`, with what the arrays are: a version with other tensors made them."""
+    told = [[[name, a.dtype.str, a.shape] for name, a in tensors.items()] for tensors in arrays[:2]]
+    head = json.dumps(told).encode()
+    parts = [a.tobytes() for tensors in arrays[:2] for a in tensors.values()]
+    return b"".join([_FOREIGN, struct.pack("<I", len(head)), head, *parts])
+
+
+def _unpack_foreign(packed: bytes) -> KeptArrays:
+    (size,) = struct.unpack_from("<I", packed, 1)
+    at, found = 5 + size, list[dict[str, Array]]()
+    for told in json.loads(packed[5:at]):
+        tensors: dict[str, Array] = {}
+        for name, dtype, shape in told:
+            count = math.prod(shape)
+            tensors[name] = np.frombuffer(packed, np.dtype(dtype), count, at).reshape(shape)
+            at += tensors[name].nbytes
+        found.append(tensors)
+    outputs, states = found
+    if at != len(packed):
+        raise ValueError(f"a reply must have {at} bytes; it has {len(packed)}")
+    return KeptArrays(outputs, states, are_foreign=True)
 
 
 def named_states(specs: Sequence[StateSpec], arrays: Sequence[Array], with_time: bool) -> Tensors:

@@ -183,10 +183,15 @@ def applied_part(
     last: bool,
     is_short: bool = False,
     declared_set: int = 0,
+    model_version: int = 0,
 ) -> bytes:
     """The part of a frame's reply for members that were applied; None: all of the frame's."""
     response = pb.StepStreamResponse(
-        frame_id=frame_id, all_members=members is None, last=last, declared_set=declared_set
+        frame_id=frame_id,
+        all_members=members is None,
+        last=last,
+        declared_set=declared_set,
+        model_version=model_version,
     )
     if is_short and _are_alike(revisions):
         response.revision = int(revisions[0])

@@ -298,6 +298,7 @@ class _Frame:
         states: Tensors,
         *,
         replayed: bool,
+        version: int,
     ) -> None:
         """See `Replies`."""
         last = self._is_last(len(members))
@@ -315,6 +316,7 @@ class _Frame:
                 last=last,
                 is_short=self.is_short,
                 declared_set=self.declared_set,
+                model_version=version,
             )
             self._stream.answer(self, part, last=last)
 

@@ -1,0 +1,128 @@
+"""How sessions get from one version of a model to another: the log of a model's moves, and the way of a session in it.
+
+A record says the version that its session was on and the epoch in which that was so. The moves of later epochs bring it
+to where it is now, whenever it is looked at: so a move is one entry here, however many sessions make it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import struct
+from collections.abc import Collection, Sequence
+
+MARK = struct.Struct("<QIB")
+"""A `Mark` as it is stored; the last bit of the last byte: it is pinned."""
+
+
+class How(enum.Enum):
+    """What becomes of the state of a session that moves."""
+
+    CARRY = "carry"
+    """It goes on as it is."""
+    MIGRATE = "migrate"
+    """A function makes another of it."""
+    RESET = "reset"
+    """The session begins anew, from the initial state of the version that it ends up on."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Move:
+    """Sessions that were on one version in an earlier epoch than this one go to another."""
+
+    epoch: int
+    source: int
+    target: int
+    how: How
+    function: str = ""
+    """The name of what migrates."""
+    until: int = 0
+    """The epoch in which they are there then: later than `epoch` where several moves were put together."""
+
+
+Way = Sequence[Move]
+"""The moves that a session makes, one after the other; none: it stays."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class History:
+    """The moves of one model. A value: what changes it returns another."""
+
+    epoch: int = 0
+    """How many moves there have been."""
+    moves: tuple[Move, ...] = ()
+    """In the order of their epochs; no two of a source have the same."""
+
+    def way(self, version: int, epoch: int) -> tuple[int, Way]:
+        """Where a session goes that was on `version` in `epoch`: the version that it is on now, and by which moves."""
+        if epoch >= self.epoch:
+            return version, ()
+        way: list[Move] = []
+        for move in self.moves:  # in their order: one that was passed is of an earlier epoch
+            if move.source == version and move.epoch > epoch:
+                way.append(move)
+                version, epoch = move.target, move.until
+        return version, way
+
+    def with_move(self, source: int, target: int, how: How, function: str = "") -> History:
+        """The history with one move more.
+
+        Moves that led to `source` are put together with it where one move says as much, so that whoever moved a
+        hundred times does not need a hundred moves.
+        """
+        epoch = self.epoch + 1
+        moves: list[Move] = []
+        for move in self.moves:
+            is_next = move.target == source and not self._leaves(source, move.until)
+            joined = self._joined(move, target, how, epoch) if is_next else move
+            if not (
+                joined.source == joined.target
+                and joined.how is How.CARRY
+                and not self._leaves(joined.source, joined.epoch)
+            ):
+                moves.append(joined)
+        moves.append(Move(epoch, source, target, how, function, epoch))
+        return History(epoch, tuple(moves))
+
+    def needed_for(self, versions: Collection[tuple[int, int]]) -> History:
+        """The history without the moves that no session makes which is on one of these versions, in its epoch."""
+        used = {move for version, epoch in versions for move in self.way(version, epoch)[1]}
+        return History(self.epoch, tuple(move for move in self.moves if move in used))
+
+    def versions(self) -> set[int]:
+        """All versions that some move begins or ends with."""
+        return {version for move in self.moves for version in (move.source, move.target)}
+
+    @staticmethod
+    def _joined(move: Move, target: int, how: How, epoch: int) -> Move:
+        """A move, and the new one, which is its next."""
+        if how is How.RESET:  # whatever it was before
+            return Move(move.epoch, move.source, target, How.RESET, "", epoch)
+        if how is How.CARRY and move.how is not How.MIGRATE:
+            return Move(move.epoch, move.source, target, move.how, "", epoch)
+        return move
+
+    def _leaves(self, version: int, epoch: int) -> bool:
+        """Whether a later move begins with a version."""
+        return any(move.source == version and move.epoch > epoch for move in self.moves)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mark:
+    """What a record says of its session's version."""
+
+    version: int
+    epoch: int
+    """Moves of later epochs are still to be made."""
+    is_pinned: bool
+    """It was opened with a version or a label, and makes no moves."""
+
+    def pack(self) -> bytes:
+        """As it is stored."""
+        return MARK.pack(self.version, self.epoch, self.is_pinned)
+
+    @classmethod
+    def unpack(cls, stored: bytes) -> Mark:
+        """What `pack` returned."""
+        version, epoch, flags = MARK.unpack(stored)
+        return cls(version, epoch, bool(flags & 1))

@@ -1,0 +1,117 @@
+"""What records say of sessions beside the columns of their heads: leases, versions, and what later servers wrote."""
+
+from __future__ import annotations
+
+import struct
+
+from stepwell_server.core import leases
+from stepwell_server.core.history import MARK, Mark
+from stepwell_server.core.leases import Lease, Leases
+from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.types import Mask
+from stepwell_server.store.record import LEASE, VERSION, pack_fields, unpack_fields
+
+_LEASE_HEAD = struct.pack("<HH", LEASE, leases.STORED.size)
+_MARK_HEAD = struct.pack("<HH", VERSION, MARK.size)
+_LEASE_BYTES, _MARK_BYTES = len(_LEASE_HEAD) + leases.STORED.size, len(_MARK_HEAD) + MARK.size
+
+
+def split(fields: bytes) -> tuple[bytes | None, bytes | None, bytes]:
+    """The values of the lease and of the version in the fields of a record, and the other fields.
+
+    Raises:
+        ValueError: they are none.
+    """
+    if not fields:
+        return None, None, b""
+    lease = mark = None
+    rest = fields  # nearly always there is nothing else, and both are in the order of their tags
+    if rest.startswith(_LEASE_HEAD):
+        lease, rest = rest[len(_LEASE_HEAD) : _LEASE_BYTES], rest[_LEASE_BYTES:]
+    if rest.startswith(_MARK_HEAD):
+        mark, rest = rest[len(_MARK_HEAD) : _MARK_BYTES], rest[_MARK_BYTES:]
+    if not rest:
+        return lease, mark, rest
+    found = unpack_fields(fields)
+    # of another size they are those of a later server, and go along as they are
+    lease = found.pop(LEASE) if len(found.get(LEASE, b"")) == leases.STORED.size else None
+    mark = found.pop(VERSION) if len(found.get(VERSION, b"")) == MARK.size else None
+    return lease, mark, pack_fields(found)
+
+
+def lease_of(fields: bytes) -> Lease | None:
+    """The lease that the fields of a record say, if they say one."""
+    lease, _, _ = split(fields)
+    return None if lease is None else leases.unpack(lease)
+
+
+def lease_of_or_none(fields: bytes) -> Lease | None:
+    """As `lease_of`, of a record that was not checked."""
+    try:
+        return lease_of(fields)
+    except ValueError:
+        return None
+
+
+def mark_of(fields: bytes) -> Mark | None:
+    """The version that the fields of a record say, if they say one."""
+    _, mark, _ = split(fields)
+    return None if mark is None else Mark.unpack(mark)
+
+
+def joined(lease: Lease | None, mark: Mark | None, rest: bytes = b"") -> bytes:
+    """Fields that say these, and others as they are."""
+    own = b"" if lease is None else _LEASE_HEAD + leases.pack(lease)
+    if mark is not None:
+        own += _MARK_HEAD + mark.pack()
+    return pack_fields({**unpack_fields(rest), **unpack_fields(own)}) if rest else own
+
+
+def without_lease(fields: bytes) -> bytes:
+    """The other fields."""
+    _, mark, rest = split(fields)
+    return joined(None, None if mark is None else Mark.unpack(mark), rest)
+
+
+class Fields:
+    """Extension fields of the sessions of a table. For whoever holds their claims."""
+
+    def __init__(self, table: SessionTable, known: Leases) -> None:
+        self._table = table
+        self._leases = known
+
+    def take(self, handle: int, fields: bytes) -> None:
+        """Let the table say what a record's fields say; on which version the session is now it knows."""
+        table = self._table
+        lease, mark, rest = split(fields)
+        known = None if lease is None else leases.unpack(lease)
+        table.lease[handle] = 0 if known is None else self._leases.number(known)
+        table.pinned[handle] = mark is not None and Mark.unpack(mark).is_pinned
+        if rest:
+            table.fields[handle] = rest
+        else:
+            table.fields.pop(handle, None)
+
+    def of(self, handle: int, model: Model) -> bytes:
+        """The fields of the record of a session as of a version."""
+        number = int(self._table.lease[handle])
+        lease = self._leases.of(number) if number else None
+        mark = model.mark(is_pinned=bool(self._table.pinned[handle]))
+        return joined(lease, mark, self._table.fields.get(handle, b""))
+
+    def kinds(self, handles: Handles, model: Model) -> tuple[Mask, Mask]:
+        """Which sessions have a lease, and which say their version: records of one kind have the same length."""
+        leased: Mask = self._table.lease[handles] > 0
+        return leased, self._table.pinned[handles] | model.is_marked
+
+    def of_kind(self, handles: Handles, model: Model) -> list[bytes]:
+        """The fields of sessions of one kind that have no others; empty if they have none."""
+        numbers, pinned = self._table.lease[handles].tolist(), self._table.pinned[handles].tolist()
+        known: dict[tuple[int, bool], bytes] = {}
+        for number, is_pinned in set(zip(numbers, pinned, strict=True)):
+            lease = self._leases.of(number) if number else None
+            known[number, is_pinned] = joined(lease, model.mark(is_pinned=is_pinned))
+        if not any(known.values()):
+            return []
+        return [known[each] for each in zip(numbers, pinned, strict=True)]

@@ -1,0 +1,103 @@
+"""What the store keeps of a model's versions, as one document of its name.
+
+JSON, as there are few and people may look at them. Each commit of it is one change: of what is loaded, of the default,
+of a label, of what sessions do.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from stepwell_server.core.history import History, How, Move
+from stepwell_server.engine.models import Known, Versions
+from stepwell_server.engine.state.layout import Layout
+from stepwell_server.program import StateSpec, TensorSpec
+
+PREFIX = "models/"
+"""Of the names of these documents; the model's follows."""
+_FORM = 1
+"""Of what is written here. A server reads its own and those before."""
+
+
+class DocumentError(Exception):
+    """A document cannot be read. The message says which one and why."""
+
+
+def name_of(model: str) -> str:
+    """What the document of a model is called."""
+    return PREFIX + model
+
+
+def encode(own: Versions) -> bytes:
+    """The document."""
+    told = {
+        "form": _FORM,
+        "default": own.wanted or own.default,
+        "highest": own.highest,
+        "labels": own.labels,
+        "epoch": own.history.epoch,
+        "moves": [[m.epoch, m.source, m.target, m.how.value, m.function, m.until] for m in own.history.moves],
+        "versions": [_version(known) for _, known in sorted(own.known.items())],
+    }
+    return json.dumps(told, separators=(",", ":")).encode()
+
+
+def decode(model: str, content: bytes) -> Versions:
+    """What `encode` was given, without what is loaded: the default is what is wanted.
+
+    Raises:
+        DocumentError: it was not made so.
+    """
+    try:
+        told = json.loads(content)
+        if told["form"] != _FORM:
+            raise ValueError(
+                f"its form is {told['form']}, this server reads {_FORM}: a later server wrote it"
+            )
+        return Versions(
+            model,
+            wanted=int(told["default"]),
+            labels={str(label): int(version) for label, version in told["labels"].items()},
+            history=History(
+                int(told["epoch"]),
+                tuple(Move(e, s, t, How(how), f, until) for e, s, t, how, f, until in told["moves"]),
+            ),
+            known={int(each["version"]): _known(each) for each in told["versions"]},
+            highest=int(told["highest"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DocumentError(
+            f"what the store keeps of the versions of model {model!r} cannot be read: {error}"
+        ) from error
+
+
+def _version(known: Known) -> dict[str, Any]:
+    return {
+        "version": known.version,
+        "fingerprint": known.fingerprint,
+        "states": [[spec.name, spec.shape, spec.dtype] for spec in known.layout.states],
+        "outputs": [[spec.name, spec.shape, spec.dtype, spec.temporal] for spec in known.layout.outputs],
+        "source": known.source,
+        "loaded": known.loaded,
+        "tenant": known.tenant,
+        "wanted": known.is_wanted,
+    }
+
+
+def _known(told: dict[str, Any]) -> Known:
+    return Known(
+        int(told["version"]),
+        str(told["fingerprint"]),
+        Layout(
+            tuple(StateSpec(name, tuple(shape), dtype) for name, shape, dtype in told["states"]),
+            tuple(
+                TensorSpec(name, tuple(shape), dtype, temporal)
+                for name, shape, dtype, temporal in told["outputs"]
+            ),
+        ),
+        str(told["source"]),
+        float(told["loaded"]),
+        str(told["tenant"]),
+        bool(told["wanted"]),
+    )

@@ -1,0 +1,347 @@
+"""Versions of a model come and go, and sessions live through it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine.api import SessionPolicy
+from stepwell_server.errors import (
+    InvalidInput,
+    MigrationFailed,
+    ModelInUse,
+    ModelNotFound,
+    SessionExists,
+    SpecsDiffer,
+    VersionExists,
+    VersionNotFound,
+)
+from support.engine import Harness, x
+from support.fake_executor import PLAIN
+from support.versions import WIDE, after, serving, weights, widen
+
+KEEP, CARRY = SessionPolicy.KEEP, SessionPolicy.CARRY
+MIGRATE, RESET = SessionPolicy.MIGRATE, SessionPolicy.RESET
+INITIAL = np.array([[0.5, -0.25]], np.float32)
+
+pytestmark = pytest.mark.stores("memory", "async", "sync", "awaited")
+
+
+async def at_version(at: Harness, session_id: str) -> tuple[int, bool]:
+    info = await at.engine.session_info(session_id)
+    return info.version, info.is_pinned
+
+
+async def test_references_mean_versions(store_kind: str) -> None:
+    async with serving() as at:
+        await at.engine.load_version("plain", 2, weights(2), source="two.keras")
+        await at.engine.load_version("plain", 7, weights(7))
+        await at.engine.set_label("plain", "canary", 7)
+        for ref, version in (("plain", 1), ("plain@2", 2), ("plain@7", 7), ("plain:canary", 7)):
+            assert at.engine.model(ref).version == version
+            opened = await at.engine.open_session(ref, session_id=ref)
+            assert (opened.session.version, opened.session.is_pinned) == (version, ref != "plain")
+            answer = await at.step(ref, x(1))
+            start = weights(version).initial[0][None]
+            np.testing.assert_array_equal(answer.outputs["y"], after(version, start, [x(1)])[0])
+            assert answer.version == version
+        for ref, error, said in (
+            ("plain@3", VersionNotFound, r"version of model 'plain' must be .* \[1, 2, 7\]; got 3"),
+            (
+                "plain:nothing",
+                VersionNotFound,
+                r"label of model 'plain' must be .* \['canary'\]; got 'nothing'",
+            ),
+            ("other@1", ModelNotFound, "model must be one of"),
+            ("plain@x", InvalidInput, "model must be NAME, NAME@VERSION"),
+        ):
+            with pytest.raises(error, match=said):
+                await at.engine.open_session(ref, session_id="new")
+        info = at.engine.model("plain")
+        assert [(v.version, v.is_default, list(v.labels), v.source) for v in info.versions] == [
+            (1, True, [], ""),
+            (2, False, [], "two.keras"),
+            (7, False, ["canary"], ""),
+        ]
+        assert at.engine.next_version("plain") == 8
+
+
+async def test_a_carried_session_goes_on_with_its_state_under_the_new_weights(store_kind: str) -> None:
+    async with serving(resident_rows=3) as at:
+        names = [f"s{i}" for i in range(7)]  # more than there are rows: some are paged out
+        await at.open(*names)
+        before = {name: await at.step(name, x(1, seed=i), request_ids=9) for i, name in enumerate(names)}
+        await at.engine.load_version("plain", 2, weights(2))
+        moved = await at.engine.set_default("plain", 2, CARRY)
+        assert (moved.previous, moved.sessions) == (1, 7)
+        for i, name in enumerate(names):
+            state = after(1, INITIAL, [x(1, seed=i)])[1]
+            info = await at.engine.session_info(name)
+            assert (info.version, info.revision, info.position) == (2, 1, 1)
+            np.testing.assert_array_equal((await at.state(name))["sum"], state)
+            again = await at.step(name, x(1, seed=i), request_ids=9, expected=0)
+            assert again.replayed
+            assert again.version == 2
+            np.testing.assert_array_equal(again.outputs["y"], before[name].outputs["y"])
+            answer = await at.step(name, x(1, seed=50 + i), expected=1)
+            assert (answer.version, answer.revision, answer.position) == (2, 2, 2)
+            np.testing.assert_array_equal(answer.outputs["y"], after(2, state, [x(1, seed=50 + i)])[0])
+        await at.open("new")
+        answer = await at.step("new", x(1))
+        np.testing.assert_array_equal(answer.outputs["y"], after(2, weights(2).initial[0][None], [x(1)])[0])
+
+
+async def test_what_is_under_way_ends_on_the_version_where_it_began(store_kind: str) -> None:
+    async with serving(threads=True) as at:
+        await at.open("a", "b")
+        await at.engine.load_version("plain", 2, weights(2))
+        first = await at.begin_pass("a", x(1, 3))  # three time steps
+        second = at.submit("a", x(1, seed=1))  # waits in the session's line
+        third = at.submit("b", x(1, seed=2))  # waits in the inbox
+        await at.engine.set_default("plain", 2, CARRY)
+        last = at.submit("a", x(1, seed=3))
+        at.hooks.open_gate()
+        _, state = after(1, INITIAL, list(np.moveaxis(x(1, 3), 1, 0)))
+        one = await first.only()
+        assert one.version == 1
+        two, state = await second.only(), after(1, state, [x(1, seed=1)])[1]
+        assert (two.version, two.revision) == (1, 2)
+        other = await third.only()
+        assert other.version == 1
+        three = await last.only()
+        assert (three.version, three.revision) == (2, 3)
+        np.testing.assert_array_equal(three.outputs["y"], after(2, state, [x(1, seed=3)])[0])
+        b = after(1, INITIAL, [x(1, seed=2)])[1]
+        np.testing.assert_array_equal(
+            (await at.step("b", x(1, seed=4))).outputs["y"], after(2, b, [x(1, seed=4)])[0]
+        )
+
+
+async def test_kept_sessions_stay_until_they_end(store_kind: str) -> None:
+    async with serving() as at:
+        await at.open("old")
+        await at.engine.load_version("plain", 2, weights(2))
+        moved = await at.engine.set_default("plain", 2, KEEP)
+        assert moved == type(moved)(1, 0)
+        await at.open("new")
+        assert await at_version(at, "old") == (1, False)
+        assert await at_version(at, "new") == (2, False)
+        np.testing.assert_array_equal((await at.step("old", x(1))).outputs["y"], after(1, INITIAL, [x(1)])[0])
+        assert at.engine.model("plain").versions[0].is_draining
+        assert await at.engine.sessions_by_version("plain") == {1: 1, 2: 1}
+        with pytest.raises(ModelInUse, match=r"version 1 of model 'plain' must have no sessions .* it has 1"):
+            await at.engine.unload_version("plain", 1)
+        await at.engine.close_session("old")
+        await at.engine.unload_version("plain", 1)
+        with pytest.raises(VersionNotFound):
+            at.engine.model("plain@1")
+        assert [model.version for model in at.inside.models] == [2]
+        # what moved once is not what is kept: those on 1 would go nowhere, those on 2 go to 3
+        await at.engine.load_version("plain", 3, weights(3))
+        await at.engine.set_default("plain", 3, CARRY)
+        assert await at_version(at, "new") == (3, False)
+
+
+async def test_pinned_sessions_stay_whatever_the_others_do(store_kind: str) -> None:
+    async with serving() as at:
+        await at.engine.open_session("plain@1", session_id="pinned")
+        await at.open("follows")
+        await at.step("pinned", x(1))
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.set_default("plain", 2, CARRY)
+        assert await at_version(at, "pinned") == (1, True)
+        assert await at_version(at, "follows") == (2, False)
+        state = after(1, INITIAL, [x(1)])[1]
+        answer = await at.step("pinned", x(1, seed=1))
+        np.testing.assert_array_equal(answer.outputs["y"], after(1, state, [x(1, seed=1)])[0])
+        opened = await at.engine.fork("pinned", new_session_id="fork")
+        assert (opened.session.version, opened.session.is_pinned) == (1, True)
+        with pytest.raises(SessionExists, match="is open on version 1 of model 'plain'; got version 2"):
+            await at.engine.open_session("plain@2", session_id="pinned")
+        assert (await at.engine.open_session("plain@1", session_id="pinned")).resumed
+        assert (await at.engine.open_session("plain", session_id="pinned")).resumed
+
+
+async def test_there_and_back(store_kind: str) -> None:
+    async with serving(resident_rows=2) as at:
+        await at.open("a", "b", "c")
+        states = dict.fromkeys("abc", INITIAL)
+        await at.engine.load_version("plain", 2, weights(2))
+        version = 1
+        for turn in range(6):
+            for name in "abc" if turn % 2 else "a":
+                answer = await at.step(name, x(1, seed=turn))
+                y, states[name] = after(version, states[name], [x(1, seed=turn)])
+                np.testing.assert_array_equal(answer.outputs["y"], y)
+                assert answer.version == version
+            version = 3 - version
+            await at.engine.set_default("plain", version, CARRY)
+
+
+@pytest.mark.parametrize("policy", [RESET, MIGRATE])
+@pytest.mark.parametrize("resident_rows", [64, 2])
+async def test_other_tensors(policy: SessionPolicy, resident_rows: int, store_kind: str) -> None:
+    async with serving(resident_rows=resident_rows, migrations={"widen": widen}) as at:
+        names = ["a", "b", "c", "d"]
+        await at.open(*names)
+        before = {name: await at.step(name, x(1, seed=i), request_ids=5) for i, name in enumerate(names)}
+        long = await at.step("d", x(1, 3, seed=8), request_ids=6)
+        await at.engine.load_version("plain", 2, WIDE)
+        with pytest.raises(
+            SpecsDiffer, match=r"state 'sum' is not there; state 'wide' is new.*output 'z' is new"
+        ):
+            await at.engine.set_default("plain", 2, CARRY)
+        assert await at_version(at, "a") == (1, False)
+        await at.engine.set_default("plain", 2, policy)
+        for i, name in enumerate(names):
+            steps = [x(1, seed=i)] + (list(np.moveaxis(x(1, 3, seed=8), 1, 0)) if name == "d" else [])
+            old = after(1, INITIAL, steps)[1]
+            state: Any = WIDE.initial[0][None]
+            if policy is MIGRATE:
+                state = np.concatenate([old, -old], axis=1)
+            info = await at.engine.session_info(name)
+            revision, position = (2, 4) if name == "d" else (1, 1)
+            assert (info.version, info.revision) == (2, revision)
+            assert info.position == (0 if policy is RESET else position)
+            np.testing.assert_array_equal((await at.state(name))["wide"], state)
+            told = long if name == "d" else before[name]
+            again = await at.step(
+                name, x(1, seed=i), request_ids=6 if name == "d" else 5, expected=revision - 1
+            )
+            assert again.replayed
+            np.testing.assert_array_equal(again.outputs["y"], told.outputs["y"])
+            answer = await at.step(name, x(1, seed=40 + i), expected=revision)
+            expected = state * np.float32(0.5) + np.tile(x(1, seed=40 + i), 2) + np.float32(1)
+            np.testing.assert_array_equal(answer.outputs["z"], expected)
+            assert answer.position == (1 if policy is RESET else position + 1)
+
+
+async def test_what_is_busy_when_sessions_are_reset(store_kind: str) -> None:
+    async with serving(threads=True) as at:
+        await at.open("a", "b")
+        await at.engine.load_version("plain", 2, WIDE)
+        first = await at.begin_pass("a", x(1))
+        waits = at.submit("a", x(1, seed=1))
+        await at.engine.set_default("plain", 2, RESET)
+        at.hooks.open_gate()
+        assert (await first.only()).version == 1
+        with pytest.raises(Exception, match="went to version 2 of model 'plain' while this waited"):
+            await waits.only()
+        info = await at.engine.session_info("a")
+        assert (info.version, info.revision, info.position) == (2, 1, 0)
+        answer = await at.step("a", x(1, seed=2), expected=1)
+        assert (answer.version, answer.revision, answer.position) == (2, 2, 1)
+
+
+async def test_a_migration_that_fails_changes_nothing(store_kind: str) -> None:
+    def raises(states: dict[str, Any]) -> dict[str, Any]:
+        raise RuntimeError("no such state")
+
+    def short(states: dict[str, Any]) -> dict[str, Any]:
+        return {"wide": np.zeros((1, 3), np.float32)}
+
+    def nothing(states: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def not_a_number(states: dict[str, Any]) -> dict[str, Any]:
+        return {"wide": np.full((len(states["sum"]), 4), np.nan, np.float32)}
+
+    given = {"raises": raises, "short": short, "nothing": nothing, "nan": not_a_number}
+    async with serving(migrations=given) as at:
+        await at.open("a")
+        await at.step("a", x(1))
+        await at.engine.load_version("plain", 2, WIDE)
+        for name, said in (
+            ("raises", "'raises' raised RuntimeError: no such state"),
+            ("short", r"'short' must return state 'wide' of shape \[1, 4\]"),
+            ("nothing", r"'nothing' must return the states \['wide'\]; it returned \[\]"),
+            ("nan", "'nan' must return finite numbers"),
+            ("other", "migration must be one that the server was started with"),
+            ("", "migration must be one that the server was started with"),
+        ):
+            with pytest.raises(MigrationFailed, match=said):
+                await at.engine.set_default("plain", 2, MIGRATE, name)
+            assert await at_version(at, "a") == (1, False)
+            assert at.engine.model("plain").version == 1
+
+
+async def test_what_cannot_be(store_kind: str) -> None:
+    async with serving() as at:
+        await at.open("a")
+        with pytest.raises(VersionExists, match="must be new; 1 is loaded: load it as 2"):
+            await at.engine.load_version("plain", 1, weights(2))
+        with pytest.raises(InvalidInput, match="name of a model must be"):
+            await at.engine.load_version("pl@in", 1, weights(2))
+        with pytest.raises(InvalidInput, match="version must be 1 to"):
+            await at.engine.load_version("plain", 0, weights(2))
+        with pytest.raises(VersionNotFound, match=r"\[1\]; got 2"):
+            await at.engine.set_default("plain", 2, CARRY)
+        with pytest.raises(VersionNotFound, match=r"\[1\]; got 2"):
+            await at.engine.set_label("plain", "canary", 2)
+        with pytest.raises(VersionNotFound, match=r"label to take away .* \[\]; got 'canary'"):
+            await at.engine.set_label("plain", "canary", 0)
+        with pytest.raises(InvalidInput, match="label must be"):
+            await at.engine.set_label("plain", "12", 1)
+        with pytest.raises(ModelInUse, match="it has 1"):
+            await at.engine.unload_version("plain", 1)
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.close_session("a")
+        with pytest.raises(ModelInUse, match="must not be the default"):
+            await at.engine.unload_version("plain", 1)
+        with pytest.raises(ModelNotFound):
+            await at.engine.unload_version("other", 1)
+        assert at.engine.model("plain").version == 1
+
+
+async def test_versions_share_rows_where_they_can(store_kind: str) -> None:
+    async with serving(resident_rows=4) as at:
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.load_version("plain", 3, WIDE)
+        one, two, three = at.inside.models
+        assert one.arena is two.arena
+        assert one.slots is two.slots
+        assert three.arena is not one.arena
+        for i in range(3):
+            await at.engine.open_session("plain@1", session_id=f"one{i}")
+            await at.engine.open_session("plain@2", session_id=f"two{i}")
+        states: dict[str, Any] = {}
+        for turn in range(3):  # six sessions on four rows: those of one version push those of the other out
+            for i in range(3):
+                for version, name in ((1, f"one{i}"), (2, f"two{i}")):
+                    start = states.get(name, weights(version).initial[0][None])
+                    answer = await at.step(name, x(1, seed=turn * 10 + i))
+                    y, states[name] = after(version, start, [x(1, seed=turn * 10 + i)])
+                    np.testing.assert_array_equal(answer.outputs["y"], y)
+        assert one.slots.resident <= 4
+
+
+async def test_members_of_several_versions_are_read_together(store_kind: str) -> None:
+    async with serving() as at:
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.open_session("plain@2", session_id="b")
+        await at.open("a", "c")
+        read = await at.engine.get_states(["a", "b", "c"])
+        np.testing.assert_array_equal(read.members, [0, 1, 2])
+        np.testing.assert_array_equal(
+            read.state["sum"], np.concatenate([INITIAL, weights(2).initial[0][None], INITIAL])
+        )
+        assert read.version == 0
+
+
+async def test_a_model_ends_and_begins_again(store_kind: str) -> None:
+    async with serving({"plain": PLAIN, "other": weights(2)}) as at:
+        await at.open("a")
+        await at.step("a", x(1))
+        await at.engine.unload_version("plain", 1, force=True)
+        assert at.engine.model_names() == ["other"]
+        with pytest.raises(ModelNotFound):
+            await at.engine.open_session("plain")
+        await at.engine.load_version("plain", 1, PLAIN)
+        if store_kind == "memory":  # nothing else had it
+            with pytest.raises(Exception, match=r"session_id must be that of an open session|closed"):
+                await at.step("a", x(1))
+        else:
+            answer = await at.step("a", x(1, seed=1))
+            np.testing.assert_array_equal(answer.outputs["y"], after(1, INITIAL, [x(1), x(1, seed=1)])[0])
