@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -113,6 +115,18 @@ def test_growing_keeps_every_column() -> None:
     assert table.position[every].tolist() == list(range(0, 18, 2))
     assert table.row[every].tolist() == list(range(9))
     assert table.count(3) == 9
+
+
+def test_many_sessions_cost_no_copies_and_the_garbage_collector_nothing() -> None:
+    table = SessionTable()
+    before = table.revision
+    ids = [f"s{i}" for i in range(50_000)]
+    found = table.add(ids, rows=None, model=1, batch_size=1, used=0.0, created=0.0)
+    assert table.revision is before, "columns are not copied"
+    assert [table.session_id(handle) for handle in found.tolist()] == ids
+    del ids
+    lists = [each for each in gc.get_objects() if isinstance(each, list) and len(each) >= 50_000]
+    assert not [each for each in lists if each[0] == "s0"], "nothing that it would go through each time"
 
 
 def test_find_all_marks_who_is_missing() -> None:

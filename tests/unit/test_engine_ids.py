@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from stepwell_server.engine.sessions.ids import MAX_ID_LENGTH, IdMaker, require_session_id, shown
+from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.errors import InvalidInput
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
@@ -22,10 +23,10 @@ def ids() -> IdMaker:
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("request_id", [0, 5])
-def test_ids_of_one_call_lie_together_and_tell_nothing_of_each_other(
+async def test_ids_of_one_call_lie_together_and_tell_nothing_of_each_other(
     ids: IdMaker, namespace: str, request_id: int
 ) -> None:
-    made = ids.make_many(request_id, 4096, namespace=namespace)
+    made = await ids.make_many(request_id, 4096, Pieces(), namespace=namespace)
     assert made == sorted(set(made))
     (common,) = {one[:-22] for one in made}
     assert common.startswith(f"{namespace}s-")
@@ -37,8 +38,12 @@ def test_ids_of_one_call_lie_together_and_tell_nothing_of_each_other(
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
-def test_ids_follow_from_the_request_the_namespace_and_the_sources(ids: IdMaker, namespace: str) -> None:
-    def made(
+async def test_ids_follow_from_the_request_the_namespace_and_the_sources(
+    ids: IdMaker, namespace: str
+) -> None:
+    pieces = Pieces()
+
+    async def made(
         maker: IdMaker = ids,
         request_id: int = 5,
         count: int = 3,
@@ -46,20 +51,20 @@ def test_ids_follow_from_the_request_the_namespace_and_the_sources(ids: IdMaker,
         whose: str = namespace,
     ) -> set[str]:
         one = maker.make(request_id, " ".join(sources), namespace=whose)
-        return {one, *maker.make_many(request_id, count, sources, namespace=whose)}
+        return {one, *await maker.make_many(request_id, count, pieces, sources, namespace=whose)}
 
-    first = made()
-    assert made() == first
-    assert first < made(count=9)
+    first = await made()
+    assert await made() == first
+    assert first < await made(count=9)
     others = [
-        made(request_id=6),
-        made(whose="zeta\x1f"),
-        made(whose="5\x1f"),
-        made(sources=["a"]),
-        made(sources=["a", "b"]),
-        made(IdMaker(RemoteStore(MemoryStore()))),
-        made(request_id=0),
-        made(request_id=0),
+        await made(request_id=6),
+        await made(whose="zeta\x1f"),
+        await made(whose="5\x1f"),
+        await made(sources=["a"]),
+        await made(sources=["a", "b"]),
+        await made(IdMaker(RemoteStore(MemoryStore()))),
+        await made(request_id=0),
+        await made(request_id=0),
     ]
     assert len(set().union(first, *others)) == 4 * (1 + len(others))
 

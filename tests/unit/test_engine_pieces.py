@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 
+from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.engine import submission
 from stepwell_server.engine.change import Change
-from stepwell_server.engine.sessions import creation, directory, forking, ids, opening, reading
-from stepwell_server.errors import RevisionConflict, ServerError, SessionExists
+from stepwell_server.engine.sessions import creation, directory, forking, ids, pieces, reading
+from stepwell_server.engine.sessions.opening import OpenedMany
+from stepwell_server.errors import RevisionConflict, ServerError, SessionExists, Unavailable
+from stepwell_server.store.base import Batch
+from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
 from support.durable import begun
 from support.engine import Answer, Answers, Harness, kinds, running, x
@@ -24,9 +28,9 @@ COUNT = 10 * PIECE
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (opening, directory, submission):
+    for module in (ids, directory, submission):
         monkeypatch.setattr(module, "PIECE", PIECE)
-    for module in (ids, creation, forking):
+    for module in (pieces, creation, forking):
         monkeypatch.setattr(module, "TURN", PIECE)
 
 
@@ -85,10 +89,89 @@ async def test_many_sessions_are_opened_in_pieces(named: bool) -> None:
         assert sum(resident) <= COUNT // 2
 
 
-async def test_some_thousand_sessions_are_opened_a_few_hundred_at_a_time() -> None:
+async def test_some_thousand_sessions_are_opened_a_few_at_a_time() -> None:
     async with running(resident_rows=4) as at:
         _, turns = await turns_of(at.engine.open_sessions("plain", count=2048))
-        assert turns >= 2 * (2048 // 256 - 1), "they are looked at, and then made"
+        # they get ids, are looked at, get records and are made
+        assert turns >= 4 * (2048 // pieces.TURN - 1)
+
+
+async def most_per_turn(look: Callable[[], int], calls: Coroutine[Any, Any, T]) -> tuple[T, int]:
+    """What calls return, and by how much a number grows in one turn of the event loop at most."""
+    most, last = 0, look()
+
+    async def others() -> None:
+        nonlocal most, last
+        while True:
+            await asyncio.sleep(0)
+            now = look()
+            most, last = max(most, now - last), now
+
+    task = asyncio.create_task(others())
+    try:
+        return await calls, most
+    finally:
+        task.cancel()
+
+
+@pytest.mark.parametrize("part", ["reserved", "stored", "made"])
+async def test_of_many_large_calls_one_piece_is_done_in_a_turn(part: str) -> None:
+    async with running(resident_rows=4, store=MemoryStore()) as at:
+        look = {
+            "reserved": lambda: len(at.inside.removal.opening),
+            "stored": at.store.count,
+            "made": lambda: len(at.inside.table),
+        }[part]
+        calls = asyncio.gather(*(at.engine.open_sessions("plain", count=1024) for _ in range(4)))
+
+        async def all_of_them() -> Sequence[OpenedMany]:
+            return await calls
+
+        opened, most = await most_per_turn(look, all_of_them())
+        assert most == pieces.TURN
+        assert look() == (0 if part == "reserved" else 4096 - 4 * (part == "stored"))
+        assert len({one for each in opened for one in each.session_ids}) == 4096
+
+
+async def test_tenants_take_turns_with_their_pieces() -> None:
+    taken: list[str] = []
+    whose = pieces.Pieces()
+
+    async def call(tenant: str) -> None:
+        ids = [f"{tenant}{SEPARATOR}{place}" for place in range(4 * pieces.TURN)]
+        async for _ in whose.of(ids):
+            taken.append(tenant)  # noqa: PERF401 - each in its turn
+
+    await asyncio.gather(*map(call, ["many"] * 5), call("few"))
+    assert taken[:8] == ["many", "few"] * 4
+    assert taken[8:] == ["many"] * 16
+
+
+async def test_pieces_go_on_when_a_call_is_cancelled_that_waits_for_its_turn() -> None:
+    whose = pieces.Pieces()
+    waiting = [asyncio.create_task(whose.turn(tenant)) for tenant in ("a", "a", "b")]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    done = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(each) for each in done] == [asyncio.CancelledError, type(None), type(None)]
+
+
+async def test_if_one_piece_is_not_kept_none_is() -> None:
+    class Full(MemoryStore):
+        room = 3 * pieces.TURN
+
+        def commit(self, batch: Batch) -> None:
+            if self.count() + len(batch.puts) > self.room:
+                raise Unavailable("no room")
+            super().commit(batch)
+
+    async with running(resident_rows=4, store=(store := Full())) as at:
+        with pytest.raises(Unavailable, match="no room"):
+            await at.engine.open_sessions("plain", count=4 * pieces.TURN)
+        assert (store.count(), store.count_of("plain"), len(at.inside.table)) == (0, 0, 0)
+        assert at.inside.models[0].slots.resident == 0
+        assert not at.inside.removal.opening
+        await at.engine.open_sessions("plain", count=2 * pieces.TURN)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -107,7 +190,7 @@ async def test_ids_that_are_being_opened_in_pieces_are_taken() -> None:
 @pytest.mark.usefixtures("small_pieces")
 async def test_a_session_that_somebody_opens_meanwhile_is_noticed() -> None:
     found: set[str] = set()
-    for turns in range(0, 45, 2):
+    for turns in range(0, 135, 6):
         async with running() as at:
             names = [f"s{number:03}" for number in range(COUNT)]
             many = await begun(at.engine.open_sessions("plain", session_ids=names))
@@ -126,7 +209,7 @@ async def test_a_session_that_somebody_opens_meanwhile_is_noticed() -> None:
 async def test_a_call_that_is_cancelled_between_pieces_leaves_no_id_taken() -> None:
     async with running() as at:
         names = [f"s{number:03}" for number in range(COUNT)]
-        for turns in range(45):
+        for turns in range(0, 135, 3):
             many = await begun(at.engine.open_sessions("plain", session_ids=names))
             for _ in range(turns):
                 await asyncio.sleep(0)
@@ -174,7 +257,7 @@ async def test_what_is_too_late_when_it_was_looked_for_is_not_applied() -> None:
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.stores("async", "sync", "awaited")
 async def test_a_frame_of_unknown_ids_is_looked_for_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ids, "TURN", PIECE)
+    monkeypatch.setattr(pieces, "TURN", PIECE)
     async with running() as at:
         names = [f"never{number}" for number in range(COUNT)]
         (answers, parts), turns = await turns_of(frame(at, names))

@@ -2,12 +2,17 @@
 
 Columns make work on a thousand sessions one array operation instead of a thousand Python steps, and a
 session cost some 100 bytes beside its id. A handle is valid from `add` to `remove` and is then reused.
+
+Nothing here takes longer because there are many sessions: memory for columns is reserved for more than most servers
+have, and used from the first touch on, so they are rarely copied; the garbage collector does not look at the ids.
 """
 
 from __future__ import annotations
 
 import itertools
+import mmap
 from collections.abc import ItemsView, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,11 +39,38 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "pinned": np.bool_,
 }
 _REQUIRED = {"model", "batch_size", "used", "created"}
+#: Sessions for which columns have room, in address space. With more of them each column is copied, twice as long.
+_CAPACITY = 1 << 22
+_IDS_OF_A_CHUNK = 1024
 
 
 def are_missing(handles: Handles) -> bool:
     """Whether some of what `SessionTable.find_all` returned are not there."""
     return bool(handles[0] < 0 if len(handles) == 1 else np.count_nonzero(handles < 0))
+
+
+class _Ids:
+    """The id of each handle, in arrays: of a list that long the garbage collector would visit each entry, each time."""
+
+    def __init__(self) -> None:
+        self._chunks: list[npt.NDArray[np.object_]] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, handle: int) -> str:
+        found: str = self._chunks[handle // _IDS_OF_A_CHUNK][handle % _IDS_OF_A_CHUNK]
+        return found
+
+    def __setitem__(self, handle: int, session_id: str) -> None:
+        self._chunks[handle // _IDS_OF_A_CHUNK][handle % _IDS_OF_A_CHUNK] = session_id
+
+    def append(self, session_id: str) -> None:
+        if self._count == len(self._chunks) * _IDS_OF_A_CHUNK:
+            self._chunks.append(np.empty(_IDS_OF_A_CHUNK, np.object_))
+        self._count += 1
+        self[self._count - 1] = session_id
 
 
 class SessionTable:
@@ -72,9 +104,9 @@ class SessionTable:
     pinned: npt.NDArray[np.bool_]
     """It stays on the version of its model that it was opened with."""
 
-    def __init__(self, capacity: int = 1024) -> None:
+    def __init__(self, capacity: int = _CAPACITY) -> None:
         self._handles: dict[str, int] = {}
-        self._ids: list[str] = []
+        self._ids = _Ids()
         self._more_rows: dict[int, Rows] = {}
         self.fields: dict[int, bytes] = {}
         """What the store's records of sessions have beside what is known here, by handle; few have any."""
@@ -84,7 +116,7 @@ class SessionTable:
         """Ids of sessions that were removed and had been added after `departures_after`, if somebody wants to know."""
         self.departures_after = 0
         for name, dtype in _COLUMNS.items():
-            setattr(self, name, np.zeros(capacity, dtype))
+            setattr(self, name, _zeros(capacity, np.dtype(dtype)))
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -214,6 +246,16 @@ class SessionTable:
     def _grow(self) -> None:
         for name in _COLUMNS:
             old = getattr(self, name)
-            new = np.zeros(2 * len(old), old.dtype)
+            new = _zeros(2 * len(old), old.dtype)
             new[: len(old)] = old
             setattr(self, name, new)
+
+
+def _zeros(count: int, dtype: np.dtype[np.generic]) -> npt.NDArray[Any]:
+    """A column that takes no memory before it is written to, and then only as much as is written to."""
+    memory = mmap.mmap(-1, count * dtype.itemsize)
+    if hasattr(
+        mmap, "MADV_NOHUGEPAGE"
+    ):  # numpy asks for large pages, each of which would be of a column's own
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype)

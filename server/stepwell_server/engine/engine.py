@@ -47,6 +47,7 @@ from stepwell_server.engine.sessions.loading import Arrivals, Loader
 from stepwell_server.engine.sessions.matching import Matching
 from stepwell_server.engine.sessions.moving import Moving
 from stepwell_server.engine.sessions.opening import OpenedMany, Opening
+from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.sessions.reading import Reading
 from stepwell_server.engine.shares import Shares, Threads
 from stepwell_server.engine.state.fields import Fields
@@ -158,7 +159,8 @@ class Engine:
             max_idle_s=max_session_idle_s,
         )
         loader = Loader(table, self._models, self._expiry, fields)
-        self._arrivals = Arrivals(table, fetcher, self._expiry, loader, self._drain_inboxes)
+        pieces = Pieces()
+        self._arrivals = Arrivals(table, fetcher, self._expiry, loader, pieces, self._drain_inboxes)
         self._directory = Directory(
             table,
             self._models,
@@ -190,6 +192,7 @@ class Engine:
             row_queue,
             self._group,
             keeping,
+            pieces,
             quotas=quotas,
             removal=removal,
             expiry=self._expiry,
@@ -202,6 +205,7 @@ class Engine:
             self._turns,
             pager,
             creation,
+            pieces,
             drain=self._drain_inboxes,
             require_open=self._require_open,
             leases=leases,
@@ -219,6 +223,7 @@ class Engine:
             self._directory,
             opening,
             self._reading,
+            pieces,
             drain=self._drain_inboxes,
             require_open=self._require_open,
         ).fork

@@ -42,7 +42,7 @@ class MemoryStore(LocalStore):
             self._records[session_id] = bytes(record)
         for session_id in batch.deletes:
             self._records.pop(session_id, None)
-        for session_id in batch.forgets:
+        for session_id in batch.forgets if self._tombstones else ():
             self._tombstones.forget(session_id)
         for stone in batch.tombstones:
             self._tombstones.put(stone.session_id, stone)

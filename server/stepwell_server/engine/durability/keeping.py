@@ -25,6 +25,9 @@ class Keeping(Protocol):
 
     others: Store | None
     """The store, if it may have sessions that are not in the table; None: the table has all of them."""
+    may_part: bool
+    """Records of sessions that begin together may be kept a few at a time, in place: those that are not in the table
+    yet are seen by nobody."""
 
     def changed(self, outcome: Outcome, done: Done, /) -> None:
         """Keep an outcome of claimed sessions; `done` is called then, maybe before this returns."""
@@ -41,6 +44,8 @@ class Keeping(Protocol):
 
 class EveryChange(Keeping):
     """Each change has its record: what leaves the arena is in the store already, and is there after a restart."""
+
+    may_part = False
 
     def __init__(
         self, store: Store, commits: GroupCommit, records: Records, clock: Clock, observer: Observer
@@ -79,6 +84,7 @@ class PagedOutOnly(Keeping):
     """The arena is the truth, and the store has what is not in it: for a store that ends with the process."""
 
     others = None
+    may_part = True
 
     def __init__(self, store: LocalStore, table: SessionTable, records: Records, clock: Clock) -> None:
         self._store = store

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Coroutine, Sequence
 
 import numpy as np
 
@@ -14,20 +15,20 @@ from stepwell_server.core.sessions import SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.engine.durability.committer import not_known
-from stepwell_server.engine.durability.group_commit import GroupCommit
+from stepwell_server.engine.durability.group_commit import Done, GroupCommit, reason
 from stepwell_server.engine.durability.keeping import Keeping
 from stepwell_server.engine.intake.row_queue import RowQueue
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.ending import Expiry, Removal
-from stepwell_server.engine.sessions.ids import TURN, in_pieces
+from stepwell_server.engine.sessions.pieces import TURN, Pieces
 from stepwell_server.engine.state.fields import joined
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array
 from stepwell_server.errors import QuotaExceeded, ServerError
 from stepwell_server.store import counts
-from stepwell_server.store.base import Batch, Committed
-from stepwell_server.store.record import RecordTemplate, Stored
+from stepwell_server.store.base import ALL_KEPT, Batch, Committed
+from stepwell_server.store.record import Joined, RecordTemplate, Stored
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ class Fresh:
 
 
 def _of_tenants(ids: Sequence[str], model: Model, by: int) -> list[tuple[str, int]]:
-    return counts.of_tenants([(session_id, model.name) for session_id in ids], by)
+    """`Batch.tenant_counts` of sessions of one tenant."""
+    return counts.of_tenants([(session_id, model.name) for session_id in ids[:1]], by * len(ids))
 
 
 class Taken(Exception):
@@ -91,6 +93,7 @@ class Creation:
         row_queue: RowQueue,
         commits: GroupCommit,
         keeping: Keeping,
+        pieces: Pieces,
         *,
         quotas: Quotas | None,
         removal: Removal,
@@ -107,8 +110,10 @@ class Creation:
         self._leases = leases
         self._commits = commits
         self._keeping = keeping
+        self._pieces = pieces
         self._clock = clock
-        self._adding: set[asyncio.Task[None]] = set()
+        self._making: set[asyncio.Task[None]] = set()
+        """Calls of which one piece after the other is done."""
 
     def is_making(self, session_ids: Sequence[str]) -> bool:
         """Whether a session of one of these ids is being made."""
@@ -116,20 +121,25 @@ class Creation:
 
     async def all_settled(self, session_ids: Sequence[str]) -> None:
         """Return when nobody is making sessions of these ids."""
-        while pending := {self._removal.opening[i] for i in session_ids if i in self._removal.opening}:
-            await asyncio.wait(pending)
+        opening = self._removal.opening
+        while self.is_making(session_ids):
+            await asyncio.wait({opening[i] for i in session_ids if i in opening})
 
-    def reserve(self, ids: Sequence[str]) -> bool:
+    @staticmethod
+    def reservation() -> asyncio.Future[None]:
+        """What those wait for who want an id that a call has reserved."""
+        return asyncio.get_running_loop().create_future()
+
+    def reserve(self, ids: Sequence[str], pending: asyncio.Future[None]) -> bool:
         """Keep ids for sessions that are about to be created; False if one of them is there or being made."""
-        if any(session_id in self._removal for session_id in ids):
+        if self.is_making(ids) or (self._table.find_all(ids) >= 0).any():
             return False
-        pending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._removal.opening.update(dict.fromkeys(ids, pending))
         return True
 
-    def give_up(self, ids: Sequence[str]) -> None:
-        """End a reservation."""
-        pending = self._removal.opening[ids[0]]
+    def give_up(self, ids: Sequence[str], pending: asyncio.Future[None] | None = None) -> None:
+        """End a reservation, `pending` or that of the first id."""
+        pending = pending or self._removal.opening[ids[0]]
         for session_id in ids:
             self._removal.opening.pop(session_id, None)
         if not pending.done():
@@ -149,7 +159,7 @@ class Creation:
         model, ids = fresh.model, fresh.ids
         made: asyncio.Future[SessionInfo | Exception] = asyncio.get_running_loop().create_future()
         if ids[0] not in self._removal.opening:
-            self.reserve(ids)
+            self.reserve(ids, self.reservation())
         self._charge(fresh)
 
         def settle(error: Exception | None) -> None:
@@ -163,10 +173,7 @@ class Creation:
                 self._add(fresh)
                 there()
             else:
-                task = asyncio.create_task(self._add_in_pieces(fresh))
-                self._adding.add(task)
-                task.add_done_callback(self._adding.discard)
-                task.add_done_callback(lambda _: there())
+                self._go_on(self._add_in_pieces(fresh), there)
 
         def there() -> None:
             self.give_up(ids)
@@ -183,7 +190,10 @@ class Creation:
             else:
                 settle(None)
 
-        self._commits.submit(lambda: self._batch(fresh), len(ids), done)
+        if len(ids) <= TURN:
+            self._commits.submit(lambda: self._batch(fresh, self._records(fresh)), len(ids), done)
+        else:
+            self._go_on(self._commit_in_pieces(fresh, done, settle))
         result = await asyncio.shield(made)
         if isinstance(result, Exception):
             raise result
@@ -228,9 +238,18 @@ class Creation:
         )
         self._commits.submit(lambda: batch, len(there), lambda _: then())
 
-    def _batch(self, fresh: Fresh) -> Batch:
+    def _go_on(self, work: Coroutine[None, None, None], then: Callable[[], None] = lambda: None) -> None:
+        """Do what is done in pieces, whatever becomes of the call."""
+        task = asyncio.create_task(work)
+        self._making.add(task)
+        task.add_done_callback(self._making.discard)
+        task.add_done_callback(lambda _: then())
+
+    def _records(self, fresh: Fresh) -> Sequence[tuple[str, Stored]]:
+        return _records(fresh.part(self._keeping.made(fresh.ids, fresh.ready)))
+
+    def _batch(self, fresh: Fresh, puts: Sequence[tuple[str, Stored]]) -> Batch:
         ids = fresh.ids
-        puts = _records(fresh.part(self._keeping.made(ids, fresh.ready)))
         return Batch(
             puts=puts,
             forgets=ids,
@@ -238,8 +257,54 @@ class Creation:
             tenant_counts=_of_tenants(ids, fresh.model, 1),
         )
 
+    async def _commit_in_pieces(
+        self, fresh: Fresh, done: Done, settle: Callable[[Exception | None], None]
+    ) -> None:
+        """Make the records in pieces; they are committed together, unless nobody can see parts of them."""
+        try:
+            if self._keeping.may_part:
+                await self._keep_in_pieces(fresh)
+                done(ALL_KEPT)
+                return
+            made = [self._records(fresh.part(part)) async for part in self._pieces.of(fresh.ids)]
+        except Exception as error:
+            settle(reason(error))
+            return
+        batch = self._batch(fresh, Joined([puts for puts in made if puts]))
+        self._commits.submit(lambda: batch, len(fresh.ids), done)
+
+    async def _keep_in_pieces(self, fresh: Fresh) -> None:
+        """Commit records piece by piece.
+
+        Raises:
+            ServerError: one piece was not kept, and none is.
+        """
+        kept = 0
+        failed: list[ServerError] = []
+
+        def done(committed: Committed | ServerError) -> None:
+            if isinstance(committed, ServerError):
+                failed.append(committed)
+
+        async for part in self._pieces.of(fresh.ids):
+            some = fresh.part(part)
+            self._commits.submit(
+                functools.partial(self._batch, some, self._records(some)), len(some.ids), done
+            )
+            if failed:
+                break
+            kept = part.stop
+        if failed:
+            gone = Batch(
+                deletes=fresh.ids[:kept],
+                counts=[(fresh.model.name, -kept)],
+                tenant_counts=_of_tenants(fresh.ids[:kept], fresh.model, -1),
+            )
+            self._commits.submit(lambda: gone, kept, lambda _: None)
+            raise failed[0]
+
     async def _add_in_pieces(self, fresh: Fresh) -> None:
-        async for part in in_pieces(fresh.ids):
+        async for part in self._pieces.of(fresh.ids):
             self._add(fresh.part(part))
 
     def _add(self, fresh: Fresh) -> None:

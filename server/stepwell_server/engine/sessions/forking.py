@@ -12,9 +12,9 @@ from stepwell_server.core.leases import Lease
 from stepwell_server.engine.api import StatesRead
 from stepwell_server.engine.intake.validation import require_sessions
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ids import TURN, in_pieces
 from stepwell_server.engine.sessions.loading import Seen
 from stepwell_server.engine.sessions.opening import OpenedMany, Opening, Wanted
+from stepwell_server.engine.sessions.pieces import TURN, Pieces
 from stepwell_server.engine.sessions.reading import Reading
 from stepwell_server.engine.types import U64, Array, Members
 from stepwell_server.errors import InvalidInput, MessageTooLarge, Overloaded, RevisionConflict
@@ -36,6 +36,7 @@ class Forking:
         directory: Directory,
         opening: Opening,
         reading: Reading,
+        pieces: Pieces,
         *,
         drain: Callable[[], None],
         require_open: Callable[[], None],
@@ -43,6 +44,7 @@ class Forking:
         self._directory = directory
         self._opening = opening
         self._reading = reading
+        self._pieces = pieces
         self._drain = drain
         self._require_open = require_open
         self._copied_bytes = 0
@@ -93,7 +95,7 @@ class Forking:
         known = self._opening.made_before("fork", ids, seen, request_id)
         if known is not None:  # also if those it was made of are gone by now
             return known
-        async for part in in_pieces(new_session_ids):
+        async for part in self._pieces.of(new_session_ids):
             self._directory.require_new(field, new_session_ids[part], seen)
         if len(new_session_ids) > TURN:  # others had turns between the pieces
             seen = await self._directory.look(sources, anew=True)

@@ -8,11 +8,13 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from stepwell_server.core.namespaces import own
+from stepwell_server.core.namespaces import own, tenant_of
+from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.errors import InvalidInput
 from stepwell_server.store.base import Store
 
@@ -20,13 +22,11 @@ MAX_ID_LENGTH = 256
 MAX_SESSIONS_PER_CALL = 65_536
 #: The second form is of one of many sessions; the third was before, and they are still there.
 _MADE_BY_A_SERVER = re.compile(r"s-([0-9a-f]{8})-[A-Za-z0-9_-]{22}([A-Za-z0-9_-]{4}|-[0-9a-f]{4})?")
-_TOKEN_BYTES, _TOKEN_LENGTH = 16, 22
+_TOKEN_BYTES, _TOKEN_LENGTH, _DIGITS = 16, 22, 24
 #: Of what the ids of one call have in common.
 _GROUP_BYTES = 3
-#: More sessions than these are looked for in a store before a call on them begins, and ids for more are made by a thread.
+#: More sessions than these are looked for in a store before a call on them begins, and ids for more are sorted by a thread.
 PIECE = 4096
-#: Sessions that one call works on before others get a turn of the event loop.
-TURN = 256
 
 
 class IdMaker:
@@ -43,11 +43,11 @@ class IdMaker:
 
     def make(self, request_id: int, source: str = "", *, namespace: str = "") -> str:
         """An id for what a call makes; `source` is the session that it is made from, if there is one."""
-        (made,) = self._named(self._token(request_id, source, namespace), namespace)
+        (made,) = self._named(_digits(self._token(request_id, source, namespace)), namespace)
         return made
 
-    def make_many(
-        self, request_id: int, count: int, sources: Sequence[str] = (), *, namespace: str = ""
+    async def make_many(
+        self, request_id: int, count: int, pieces: Pieces, sources: Sequence[str] = (), *, namespace: str = ""
     ) -> list[str]:
         """Ids for what one call makes: neighbours in the store, ascending. Who knows some cannot guess another one.
 
@@ -57,16 +57,17 @@ class IdMaker:
         # as far as it is read, and nothing of it tells what else it has: FIPS 202
         drawn = hashlib.shake_256(self._secret + seed).digest(_GROUP_BYTES + count * _TOKEN_BYTES)
         group = base64.urlsafe_b64encode(drawn[:_GROUP_BYTES]).decode()
-        return sorted(self._named(drawn[_GROUP_BYTES:], namespace, group))
+        digits = _digits(drawn[_GROUP_BYTES:])
+        # numpy sorts without Python's lock
+        digits = np.sort(digits) if count <= PIECE else await asyncio.to_thread(np.sort, digits)
+        made: list[str] = []
+        async for part in pieces.parts(count, tenant_of(namespace)):
+            made += self._named(digits[part], namespace, group)
+        return made
 
-    def _named(self, tokens: bytes, namespace: str, group: str = "") -> list[str]:
-        """An id for each of tokens that stand one after the other."""
-        # in one go: 18 bytes are 24 digits, of which those of the last two bytes are left out
-        padded = np.zeros((len(tokens) // _TOKEN_BYTES, 18), np.uint8)
-        padded[:, :_TOKEN_BYTES] = np.frombuffer(tokens, np.uint8).reshape(-1, _TOKEN_BYTES)
-        digits = base64.urlsafe_b64encode(padded.tobytes()).decode()
+    def _named(self, digits: npt.NDArray[np.bytes_], namespace: str, group: str = "") -> list[str]:
         begin = f"{namespace}s-{self._incarnation}-{group}"
-        return [begin + digits[at : at + _TOKEN_LENGTH] for at in range(0, len(digits), 24)]
+        return [begin + token.decode() for token in digits.tolist()]
 
     def _token(self, request_id: int, source: str, namespace: str) -> bytes:
         if not request_id:
@@ -85,12 +86,13 @@ class IdMaker:
         return made is not None and made[1] != self._incarnation
 
 
-async def in_pieces(session_ids: Sequence[str]) -> AsyncIterator[slice]:
-    """Parts of many ids, with a turn of the event loop between them: a large call must not stop everybody."""
-    for start in range(0, len(session_ids), TURN):
-        if start:
-            await asyncio.sleep(0)
-        yield slice(start, start + TURN)
+def _digits(tokens: bytes) -> npt.NDArray[np.bytes_]:
+    """Tokens that stand one after the other in base64, `(n,)`."""
+    # in one go: 18 bytes are 24 digits, of which those of the last two bytes are left out
+    padded = np.zeros((len(tokens) // _TOKEN_BYTES, 18), np.uint8)
+    padded[:, :_TOKEN_BYTES] = np.frombuffer(tokens, np.uint8).reshape(-1, _TOKEN_BYTES)
+    digits = np.frombuffer(base64.urlsafe_b64encode(padded.tobytes()), f"S{_DIGITS}")
+    return digits.astype(f"S{_TOKEN_LENGTH}")
 
 
 def require_session_id(field: str, session_id: str) -> None:

@@ -19,7 +19,7 @@ from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.durability.fetching import Fetched, Fetcher
 from stepwell_server.engine.models import Models
 from stepwell_server.engine.sessions.ending import Expiry
-from stepwell_server.engine.sessions.ids import in_pieces
+from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import ModelMismatch, ModelNotFound, ServerError, StateCorrupt, Unavailable
@@ -82,6 +82,7 @@ class Arrivals:
         fetcher: Fetcher,
         expiry: Expiry,
         loader: Loader,
+        pieces: Pieces,
         drain: Callable[[], None],
     ) -> None:
         """See the class; `drain` has what is in the inboxes claim its sessions."""
@@ -89,6 +90,7 @@ class Arrivals:
         self._fetcher = fetcher
         self._expiry = expiry
         self._loader = loader
+        self._pieces = pieces
         self._drain = drain
         self._loop = asyncio.get_running_loop()
         self._tails: dict[str, asyncio.Future[None]] = {}
@@ -165,7 +167,7 @@ class Arrivals:
                 return Looked(known | found, error)
         seen = Looked(found)
         ids = list(found)
-        async for part in in_pieces(ids):
+        async for part in self._pieces.of(ids):
             self._loader.load_all(ids[part], seen)
         # the rest is about to begin or to end here, and has no record yet, or soon none
         return Looked(dict.fromkeys(session_ids, _NOTHING) | found)

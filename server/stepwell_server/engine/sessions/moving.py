@@ -380,7 +380,8 @@ class Moving:
                     f"session_id must be new; session {session_id!r} is open", session_id=session_id
                 )
         if fresh:  # nobody else makes them from here on
-            self._creation.reserve([each.session_id for each in fresh])
+            creation = self._creation
+            creation.reserve([each.session_id for each in fresh], creation.reservation())
         return fresh
 
     def _is_same(self, handle: int, each: _New) -> bool:

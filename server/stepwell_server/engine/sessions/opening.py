@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,9 +19,9 @@ from stepwell_server.engine.intake.turns import Turns
 from stepwell_server.engine.intake.validation import check_finite_state
 from stepwell_server.engine.sessions.creation import Creation, Fresh, Taken
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, PIECE, in_pieces, require_session_id
+from stepwell_server.engine.sessions.ids import MAX_SESSIONS_PER_CALL, require_session_id
 from stepwell_server.engine.sessions.loading import Seen
-from stepwell_server.engine.sessions.reading import ROWS_AT_ONCE
+from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import U64, Array, Tensors
 from stepwell_server.errors import (
@@ -91,6 +89,7 @@ class Opening:
         turns: Turns,
         pager: Pager,
         creation: Creation,
+        pieces: Pieces,
         *,
         drain: Callable[[], None],
         require_open: Callable[[], None],
@@ -103,6 +102,7 @@ class Opening:
         self._turns = turns
         self._pager = pager
         self._creation = creation
+        self._pieces = pieces
         self._drain = drain
         self._require_open = require_open
         self._leases = leases
@@ -224,11 +224,7 @@ class Opening:
                 return known
             if not wanted.are_chosen:
                 self._require_not_gone(ids[0], seen)
-            async for part in in_pieces(ids):
-                self._directory.require_new(wanted.field, ids[part], seen)
-                for session_id in ids[part] if wanted.are_chosen else ():
-                    self._require_own(session_id, seen)
-            if not self._creation.reserve(ids):
+            if not await self._reserve(wanted, seen):
                 continue  # somebody made one of them meanwhile
             revisions, rows = await self._begun(wanted, seen)
             created = self._clock.now()
@@ -265,6 +261,29 @@ class Opening:
             )
         raise changed_elsewhere(ids[0])
 
+    async def _reserve(self, wanted: Wanted, seen: Seen) -> bool:
+        """Keep ids that may begin for the call; False if another one is making a session of one of them.
+
+        Raises:
+            ServerError: one may not begin, and none is kept.
+        """
+        ids, creation = wanted.ids, self._creation
+        pending, kept = creation.reservation(), 0
+        try:
+            async for part in self._pieces.of(ids):
+                self._directory.require_new(wanted.field, ids[part], seen)
+                for session_id in ids[part] if wanted.are_chosen else ():
+                    self._require_own(session_id, seen)
+                if not creation.reserve(ids[part], pending):
+                    break
+                kept = part.stop
+        except BaseException:
+            creation.give_up(ids[:kept], pending)
+            raise
+        if kept < len(ids):
+            creation.give_up(ids[:kept], pending)
+        return kept == len(ids)
+
     async def _begun(self, wanted: Wanted, seen: Seen) -> tuple[U64, Rows]:
         """Revisions and rows of sessions that are reserved; if these cannot be had the sessions are given up.
 
@@ -276,18 +295,19 @@ class Opening:
             # of ids that are made here none was another session's
             revisions = np.zeros(len(ids), np.uint64)
             if wanted.are_chosen:
-                async for part in in_pieces(ids):
+                async for part in self._pieces.of(ids):
                     revisions[part] = self._directory.first_revisions(ids[part], seen)
             if wanted.revisions is not None:
                 revisions = np.maximum(revisions, wanted.revisions)
             fitting = (served.slots.resident_limit - served.slots.resident) // batch_size
             rows = served.slots.take_resident(min(fitting, len(ids)) * batch_size)
             assert rows is not None, "there is room for as many"
-            served.arena.clear_outputs(rows)
-            if wanted.states is None:
-                served.arena.reset(rows, served.program.initial)
-            else:
-                await _write_in_pieces(served, rows, wanted.states)
+            async for part in self._pieces.parts(len(rows), namespaces.tenant_of(ids[0])):
+                served.arena.clear_outputs(rows[part])
+                if wanted.states is None:
+                    served.arena.reset(rows[part], served.program.initial)
+                else:
+                    served.arena.write(rows[part], [array[part] for array in wanted.states])
         except BaseException:
             if rows is not None:
                 served.slots.free_resident(rows)
@@ -444,11 +464,9 @@ class Opening:
     ) -> list[str]:
         """The chosen ids, or new ones; `field` is the one of the request that has them."""
         if not chosen:
-            made = functools.partial(
-                self._directory.ids.make_many, request_id, count, sources, namespace=namespace
-            )
-            return made() if count <= PIECE else await asyncio.to_thread(made)
-        async for part in in_pieces(chosen):
+            ids = self._directory.ids
+            return await ids.make_many(request_id, count, self._pieces, sources, namespace=namespace)
+        async for part in self._pieces.of(chosen):
             for session_id in chosen[part]:
                 require_session_id(field, session_id)
         if len(set(chosen)) != len(chosen):
@@ -518,15 +536,6 @@ def _require_batch_size(model: Model, batch_size: int) -> None:
         raise InvalidInput(
             f"batch_size must be 1 to resident_rows, {model.slots.resident_limit}; got {batch_size}"
         )
-
-
-async def _write_in_pieces(model: Model, rows: Rows, states: Sequence[Array]) -> None:
-    """Set the states of rows; others get a turn of the event loop between the pieces."""
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        if start:
-            await asyncio.sleep(0)
-        part = slice(start, min(start + ROWS_AT_ONCE, len(rows)))
-        model.arena.write(rows[part], [array[part] for array in states])
 
 
 def _exists(name: str, session_id: str) -> SessionExists:
