@@ -8,7 +8,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from click.testing import CliRunner
 
 import stepwell
 from bench import disk, harness, loads
+from bench.floods import floods
 from bench.harness import HERE, MODELS, OUT, Key, Measure, Point, Result, measured
-from bench.loads import Times
+from bench.loads import Plan, Times
 from stepwell.cli import main
 from stepwell.testing import LocalServer
 from support.certificates import Authority
@@ -40,14 +40,6 @@ STORES = {"memory": (), "async": ("--durability", "async"), "sync": ("--durabili
 HELD = 50_000
 """Sessions that are opened to see what one takes."""
 OPENED_AT_ONCE = 10_000
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long, and how often."""
-
-    times: Times
-    repeats: int
 
 
 Case = Callable[[Plan], list[Point]]
@@ -272,5 +264,19 @@ def seed(plan: Plan) -> list[Point]:
 
 CASES: Mapping[str, Case] = {
     case.__name__: case
-    for case in (sessions, groups, states, sdk, width, durability, triton, long, tls, memory, start, seed)
+    for case in (
+        sessions,
+        groups,
+        states,
+        sdk,
+        width,
+        durability,
+        triton,
+        long,
+        floods,
+        tls,
+        memory,
+        start,
+        seed,
+    )
 }

@@ -1,32 +1,56 @@
 """What a flood of one client costs another: p99 of eight streams beside each flood, as a ratio to alone.
 
-    .venv/bin/python -m bench.floods [TURNS]        (with tests on the path: PYTHONPATH=tests)
+    make bench ARGS=floods
+    chrt -r 1 .venv/bin/python tests/bench/measure.py floods     (on a machine that does other things, too)
 
-Watched streams and flood are processes of their own, over connections of their own. Prints medians over the turns.
+Streams and flood are processes of their own, over connections of their own; with tokens they are of two tenants. Each
+pair (alone, beside) is measured on a server of its own.
 """
 
 from __future__ import annotations
 
-import statistics
+import contextlib
+import json
+import os
 import struct
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from click.testing import CliRunner
 
 import stepwell
 from bench import harness, loads
-from bench.harness import MODELS, OUT
-from bench.loads import Times
+from bench.harness import MODELS, OUT, Key, Measure, Point, Result, measured
+from bench.loads import Plan, Times
+from stepwell.cli import main
 from stepwell.testing import LocalServer
 from stepwell.v1 import sessions_pb2, tensors_pb2
 
-WATCHED, FRAMES, FRAME, LONG, LONG_STEPS, OPENING = 8, 8, 1024, 8, 10_000, 64
-_TIMES = Times(1.5)
-_FEATURES = MODELS["small"][1]
+_MODEL = "small"
+_FEATURES = MODELS[_MODEL][1]
 _STEPS = "/stepwell.v1.SessionService/"
+WATCHED = 8
+FRAMES, FRAME, MANY_STREAMS, LONG, LONG_STEPS = 8, 1024, 512, 8, 10_000
+OPENINGS, OPENINGS_OF_MANY, OPENED_AT_ONCE = 64, 4, 2000
+_BEFORE_S, _AFTER_S = 0.3, 0.5
+"""The flood begins before the streams are counted, and ends after them."""
+
+
+@dataclass(frozen=True)
+class Flood:
+    """What a client sends as fast as it is answered."""
+
+    method: str
+    kind: str
+    """"unary" or "stream"."""
+    sessions: int
+    """That it needs."""
+    requests: Callable[[Sequence[str]], Sequence[bytes]]
+    """Those that are under way at a time, of the sessions' ids."""
 
 
 def _frame(ids: Sequence[str]) -> bytes:
@@ -46,48 +70,110 @@ def _long(session_id: str) -> bytes:
     ).SerializeToString()
 
 
-def _floods(ids: Sequence[str]) -> Mapping[str, tuple[str, str, Sequence[bytes]]]:
-    """The method, as calls or on streams, and the requests of each flood."""
-    frames = [_frame(ids[start : start + FRAME]) for start in range(0, FRAMES * FRAME, FRAME)]
-    opening = sessions_pb2.OpenSessionRequest(model="small").SerializeToString()
+def _opening() -> bytes:
+    return sessions_pb2.OpenSessionRequest(model=_MODEL).SerializeToString()
+
+
+def _opening_many() -> bytes:
+    return sessions_pb2.OpenSessionsRequest(model=_MODEL, count=OPENED_AT_ONCE).SerializeToString()
+
+
+FLOODS = {
+    "requests of 10,000 steps": Flood("Step", "unary", LONG, lambda ids: [_long(one) for one in ids]),
+    "streams of single steps": Flood(
+        "StepStream", "stream", MANY_STREAMS, lambda ids: [_frame([one]) for one in ids]
+    ),
+    "frames of 1,024 sessions": Flood(
+        "StepStream",
+        "stream",
+        FRAMES * FRAME,
+        lambda ids: [_frame(ids[start : start + FRAME]) for start in range(0, FRAMES * FRAME, FRAME)],
+    ),
+    "new sessions": Flood("OpenSession", "unary", 0, lambda _: [_opening()] * OPENINGS),
+    "new sessions, 2,000 at a time": Flood(
+        "OpenSessions", "unary", 0, lambda _: [_opening_many()] * OPENINGS_OF_MANY
+    ),
+}
+
+
+@contextlib.contextmanager
+def _flooding(server: LocalServer, flood: Flood, token: str | None, run_s: float) -> Iterator[Result]:
+    """While the block runs a client floods; afterwards what came of it is in the result."""
+    found: dict[str, float] = {}
+    with stepwell.connect(server.address, token=token) as client:
+        ids = client.open_sessions(_MODEL, flood.sessions).ids if flood.sessions else []
+    path = OUT / "flood.bin"
+    path.write_bytes(b"".join(struct.pack("<I", len(one)) + one for one in flood.requests(ids)))
+    command = [str(loads.generator()), server.address, _STEPS + flood.method, flood.kind, str(path)]
+    environment = os.environ | ({} if token is None else {"STEPWELL_TOKEN": token})
+    with subprocess.Popen(
+        [*command, str(_BEFORE_S), str(run_s)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            yield found
+        except BaseException:
+            process.kill()
+            raise
+        output, _ = process.communicate(timeout=60)
+    said = json.loads(output)
+    if not said["calls"]:
+        raise RuntimeError(f"the flood had no reply: {said['errors']} errors, {said['first_error']}")
+    found["flood_rate"] = said["rate"]
+
+
+def pair(
+    flood: Flood, times: Times, *, options: Sequence[str] = (), tokens: tuple[str, str] | None = None
+) -> Result:
+    """Latencies of the streams, alone and beside a flood.
+
+    Args:
+        flood: Which.
+        times: How long each is measured.
+        options: Of the server.
+        tokens: Of the streams' client and of the one that floods; None: nobody is asked.
+    """
+    own, other = tokens or (None, None)
+    with (
+        harness.serve(_MODEL, extra_args=options) as server,
+        stepwell.connect(server.address, token=own) as client,
+    ):
+        requests = [_frame([one]) for one in client.open_sessions(_MODEL, WATCHED).ids]
+
+        def look() -> Result:
+            return loads.generate(server.address, f"{_STEPS}StepStream", "stream", requests, times, token=own)
+
+        alone = look()
+        run_s = times.warm_up_s + times.run_s + _AFTER_S
+        with _flooding(server, flood, other, run_s) as found:
+            beside = look()
     return {
-        "frames of 1,024 sessions": ("StepStream", "stream", frames),
-        "requests of 10,000 steps": ("Step", "unary", [_long(one) for one in ids[:LONG]]),
-        "new sessions": ("OpenSession", "unary", [opening] * OPENING),
+        "alone_p50_ms": alone["p50_ms"],
+        "alone_p99_ms": alone["p99_ms"],
+        "beside_p50_ms": beside["p50_ms"],
+        "beside_p99_ms": beside["p99_ms"],
+        "p50_ratio": beside["p50_ms"] / alone["p50_ms"],
+        "p99_ratio": beside["p99_ms"] / alone["p99_ms"],
+        **found,
     }
 
 
-def _beside(
-    server: LocalServer, method: str, kind: str, requests: Sequence[bytes]
-) -> subprocess.Popen[bytes]:
-    path = Path(OUT / "flood.bin")
-    path.write_bytes(b"".join(struct.pack("<I", len(one)) + one for one in requests))
-    times = ("0.1", str(_TIMES.warm_up_s + _TIMES.run_s + 0.5))
-    command = [str(loads.generator()), server.address, _STEPS + method, kind, str(path), *times]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+def _new_token(file: Path, name: str) -> str:
+    arguments = ["tokens", "add", name, "--tenant", name, "--file", str(file), "--json"]
+    added = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    token: str = json.loads(added.stdout)["token"]
+    return token
 
 
-def main(turns: int) -> None:
-    harness.save_models()
-    found: dict[str, list[tuple[float, float, float]]] = {}
-    for _ in range(turns):
-        with harness.serve("small") as server, stepwell.connect(server.address) as client:
-            watched = client.open_sessions("small", WATCHED).ids
-            ids = client.open_sessions("small", FRAMES * FRAME).ids
-            requests = [_frame([one]) for one in watched]
-            alone = loads.generate(server.address, f"{_STEPS}StepStream", "stream", requests, _TIMES)
-            for name, flood in _floods(ids).items():
-                process = _beside(server, *flood)
-                try:
-                    beside = loads.generate(server.address, f"{_STEPS}StepStream", "stream", requests, _TIMES)
-                finally:
-                    process.wait()
-                ratio = beside["p99_ms"] / alone["p99_ms"]
-                found.setdefault(name, []).append((alone["p99_ms"], beside["p99_ms"], ratio))
-    for name, results in found.items():
-        alone_ms, beside_ms, ratio = (statistics.median(column) for column in zip(*results, strict=True))
-        sys.stdout.write(f"{name:26} p99 alone {alone_ms:6.3f} ms, beside {beside_ms:6.3f} ms: {ratio:.2f}\n")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+def floods(plan: Plan) -> list[Point]:
+    """A few streams beside each flood of another client: of nobody, and of another tenant."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "callers.tokens"
+        tokens = _new_token(file, "watched"), _new_token(file, "flooding")
+        options = ("--auth-tokens", str(file))
+        measures: dict[Key, Measure] = {}
+        for name, flood in FLOODS.items():
+            measures["nobody is asked", name] = lambda flood=flood: pair(flood, plan.times)  # type: ignore[misc]
+            measures["two tenants", name] = lambda flood=flood: pair(  # type: ignore[misc]
+                flood, plan.times, options=options, tokens=tokens
+            )
+        return measured(("callers", "flood"), measures, plan.repeats)

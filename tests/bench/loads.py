@@ -44,6 +44,14 @@ class Times:
         return self.warm_up_s + self.run_s + _LIMIT_S
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How long, and how often."""
+
+    times: Times
+    repeats: int
+
+
 # --- the generator ---
 
 

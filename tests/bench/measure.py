@@ -22,9 +22,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import harness
-from bench.cases import CASES, Plan
+from bench.cases import CASES
 from bench.harness import MODELS, OUT, Point
-from bench.loads import Times
+from bench.loads import Plan, Times
 
 RESULTS = OUT / "results.json"
 Document = dict[str, Any]

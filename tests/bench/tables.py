@@ -166,6 +166,22 @@ def _words(label: Any) -> str:
     return number(label) if isinstance(label, int) else words.get(label, label)
 
 
+def floods_table(points: Sequence[Point]) -> str:
+    rows = [
+        [
+            point["flood"],
+            point["callers"],
+            cell(point, "alone_p50_ms", "alone_p99_ms"),
+            cell(point, "beside_p50_ms", "beside_p99_ms"),
+            cell(point, "p99_ratio"),
+            cell(point, "flood_rate"),
+        ]
+        for point in points
+    ]
+    heads = ["8 streams beside", "callers", "p50 / p99 alone, ms", "p50 / p99 beside, ms"]
+    return table([*heads, "p99 against alone", "the flood's calls or frames/s"], rows)
+
+
 def memory_table(points: Sequence[Point]) -> str:
     rows = [[FRONTS[one["front"]], cell(one, "resident_mib"), cell(one, "session_bytes")] for one in points]
     return table(["front", "resident memory, MiB", "a session beyond its state, bytes"], rows)
@@ -190,6 +206,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
         ratios_table("protocol", "kind", heads=("256 sessions", "", "rate against Stepwell's")),
     ),
     "long": ("long", ratios_table("when", heads=("8 streams", "p99 against alone"), key="p99_ms")),
+    "floods": ("floods", floods_table),
     "tls": (
         "tls",
         ratios_table("transport", "kind", "sessions", heads=("", "", "sessions", "rate against plain")),

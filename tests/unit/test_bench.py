@@ -12,7 +12,7 @@ import pytest
 from bench import cases, harness, loads, measure, tables
 from bench.harness import ROOT, Key, Result, ServerEndedError
 
-PLAN = cases.Plan(loads.Times(1.0), 3)
+PLAN = loads.Plan(loads.Times(1.0), 3)
 
 
 def test_turns_go_back_and_forth_and_ratios_are_of_one_turn() -> None:
@@ -58,7 +58,7 @@ def test_a_server_that_ends_early_ends_its_case(tmp_path: Path, monkeypatch: pyt
         with harness.alive(server):
             return {"rate": 1.0}
 
-    def fails(plan: cases.Plan) -> list[harness.Point]:
+    def fails(plan: loads.Plan) -> list[harness.Point]:
         return harness.measured((), {(): ended}, plan.repeats)
 
     monkeypatch.setattr(
