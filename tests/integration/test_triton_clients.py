@@ -67,6 +67,7 @@ def test_what_models_are_said_to_be(server: LocalServer) -> None:
     assert shapes == {"series": ["-1", "3"], "token": ["-1", "1"], "profile": ["-1", "5"]}
 
 
+@pytest.mark.plain("statistics are of all tenants, and the caller is no admin")
 def test_statistics_count_requests_and_passes(server: LocalServer) -> None:
     said = triton.run_scenario("statistics", server.address)
     before, after = said["before"], said["after"]
@@ -142,7 +143,9 @@ def test_the_page_for_those_who_come_from_triton(server: LocalServer) -> None:
     page = (Path(triton.__file__).parents[2] / "docs" / "coming-from-triton.md").read_text()
     code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
     for model in ("lstm", "tokens", "acc_int64"):
-        served = code.replace("127.0.0.1:50051", server.address).replace("forecast", model)
+        client = 'triton.InferenceServerClient("127.0.0.1:50051")'
+        assert client in code
+        served = code.replace(client, triton.new_client(server.address)).replace("forecast", model)
         assert len(triton.run_code(served).splitlines()) == 3
 
 
@@ -150,7 +153,7 @@ def test_a_sequence_numbered_0_is_refused_by_a_model_that_keeps_state(server: Lo
     """As the page says: tritonclient sends nothing of it, so it would begin anew each time."""
     said = triton.run_code(
         "import numpy as np, tritonclient.grpc as triton\n"
-        f"client = triton.InferenceServerClient({server.address!r})\n"
+        f"client = {triton.new_client(server.address)}\n"
         "x = triton.InferInput('x', [1, 3], 'FP32')\n"
         "x.set_data_from_numpy(np.ones((1, 3), np.float32))\n"
         "def ask(**given):\n"
@@ -188,6 +191,7 @@ def test_an_idle_sequence_ends() -> None:
         triton.run_scenario("is_gone", server.address, "idle")
 
 
+@pytest.mark.plain("perf_analyzer sends no token over gRPC")
 @pytest.mark.parametrize(
     "mode", [["--async"], ["--streaming"], ["--streaming", "--sequence-id-range", "1:9"]]
 )

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import tools
 
-from support import models, programs
+from support import models, programs, secured
 from support.secured import Server
 
 _SCENARIOS = Path(__file__).with_name("triton_scenarios.py")
@@ -80,10 +80,18 @@ def result_of(process: subprocess.Popen[str]) -> Any:
     return json.loads(stdout.splitlines()[-1])
 
 
+def new_client(address: str) -> str:
+    """An expression for a client of a server, in code that imports `tritonclient.grpc` as `triton`."""
+    if secured.is_on():
+        return f"__import__({_SCENARIOS.stem!r}).connect({address!r})"
+    return f"triton.InferenceServerClient({address!r})"
+
+
 def run_code(code: str) -> str:
     """Run Python code in the clients' environment; returns what it prints."""
     command = [str(environment() / "python"), "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    found = os.environ | {"PYTHONPATH": str(_SCENARIOS.parent)} if secured.is_on() else None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=found)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
