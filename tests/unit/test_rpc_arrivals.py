@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepwell_server.rpc.fronts.arrivals import LARGE, Arrivals, Kind
+from stepwell_server.rpc.fronts.arrivals import LARGE, Arrivals, Kind, Whose
 from support.clock import ManualClock
 
 Made = tuple[Kind, frozenset[str], int, int]
@@ -20,7 +21,10 @@ class Wire:
     def __init__(self) -> None:
         self.done: list[Made] = []
         self.looking: list[str] = []
-        self.arrivals = Arrivals(self._do, ManualClock().monotonic)
+        self.whose: dict[str, Whose] = {}
+        self.arrivals = Arrivals(
+            self._do, ManualClock().monotonic, lambda peer: self.whose.get(peer, ("", ""))
+        )
         self.count = 0
 
     def _do(self, what: Made) -> None:
@@ -89,6 +93,28 @@ def test_a_flood_of_calls_or_of_large_batches_is_done_a_little_at_a_time() -> No
     assert wire.turn() == [1, 5]
     wire.add(Kind.BATCH, "b")
     assert sorted(wire.turn()) == [2, 6]
+
+
+@pytest.mark.parametrize("kind", [Kind.TASK, Kind.BATCH])
+def test_tenants_take_turns_and_then_their_callers_however_many_connections_they_have(kind: Kind) -> None:
+    wire = Wire()
+    for place in range(6):
+        for peer in ("greedy", "other"):
+            wire.whose[f"{peer}-{place}"] = ("many", peer)
+            wire.add(kind, (f"{peer}-{place}",), LARGE)
+    wire.whose["few"] = ("few", "one")
+    for _ in range(3):
+        wire.add(kind, ("few",), LARGE)
+    wire.add(kind, ("late",), LARGE)
+    while wire.arrivals:
+        assert len(wire.turn()) == 1
+    order = [next(iter(what[1])) for what in wire.done]
+    assert sorted(order[:3]) == ["few", "greedy-0", "late"], (
+        "each tenant has its turn, and those that nobody knows"
+    )
+    assert [wire.whose.get(peer, ("late",))[0] for peer in order[3:7]] == ["many", "few"] * 2
+    callers = [peer.partition("-")[0] for peer in order if "-" in peer]
+    assert callers == ["greedy", "other"] * 6
 
 
 @given(

@@ -1,8 +1,9 @@
-"""What has come over the wire, in the order in which it is done: connections take turns.
+"""What has come over the wire, in the order in which it is done: tenants, callers and connections take turns.
 
 What came over one connection is done in its order. While several are about, what would keep the event loop for long (a
 large batch, the beginning of calls) is done a little at a time, so that whoever sends much of it does not hold up the
-others. Whoever is alone does not wait.
+others: tenants take turns, then the callers of a tenant, then the connections of a caller, as in `core.scheduler`.
+Whoever is alone does not wait.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import dataclasses
 import enum
 from collections.abc import Callable, Collection
 from typing import Any
+
+Whose = tuple[str, str]
+"""Tenant and caller; both empty: nobody is known."""
 
 #: So long after two connections had something to do both are about, in seconds.
 COMPANY_S = 0.05
@@ -44,14 +48,20 @@ class _Item:
 class Arrivals:
     """What has come and is not done. Lives on the event loop."""
 
-    def __init__(self, do: Callable[[Any], None], now: Callable[[], float]) -> None:
-        """`do` does one of them."""
+    def __init__(
+        self, do: Callable[[Any], None], now: Callable[[], float], whose: Callable[[str], Whose]
+    ) -> None:
+        """`do` does one of them; `whose` says who calls over a connection."""
         self._do = do
         self._now = now
+        self._whose = whose
         self._lines: dict[str, collections.deque[_Item]] = {}
         """By connection, in the order of their turns."""
         self._unlooked: collections.Counter[str] = collections.Counter()
         """Of each connection, what tasks have not looked at yet."""
+        self._turns: dict[Whose, int] = {}
+        """When each tenant (`(TENANT, "")`) and each caller last had what is done a little at a time, in such turns."""
+        self._turn = 0
         self._latest = ""
         self.has_company = False
         """Several connections are about, when something came or was done last."""
@@ -94,7 +104,7 @@ class Arrivals:
         went_on = True
         while went_on and self._lines:
             went_on = False
-            for peer in list(self._lines):
+            for peer in list(self._lines) if alone else self._in_turn():
                 line = self._lines.get(peer)
                 while line:
                     item = line[0]
@@ -110,10 +120,28 @@ class Arrivals:
                                 break
                             large -= 1
                     went_on = True
+                    if not alone and (item.kind is Kind.TASK or item.size >= LARGE):
+                        self._had_turn(item)
                     self._taken(item)
                     self._do(item.what)
                     if item.kind is Kind.TASK and not alone:
                         break  # the next connection's turn
+
+    def _in_turn(self) -> list[str]:
+        """Connections on which something waits, those first whose tenant, and then whose caller, has waited longest."""
+        turns = self._turns
+
+        def latest(peer: str) -> tuple[int, int]:
+            tenant, caller = self._whose(peer)
+            return turns.get((tenant, ""), 0), turns.get((tenant, caller), 0)
+
+        return sorted(self._lines, key=latest) if len(self._lines) > 1 else list(self._lines)
+
+    def _had_turn(self, item: _Item) -> None:
+        self._turn += 1
+        for peer in item.peers:
+            tenant, caller = self._whose(peer)
+            self._turns[tenant, ""] = self._turns[tenant, caller] = self._turn
 
     def _taken(self, item: _Item) -> None:
         for peer in item.peers:
@@ -122,6 +150,8 @@ class Arrivals:
             if line:
                 self._lines[peer] = line  # at the end of the round
                 line[0].behind -= 1
+        if not self._lines:
+            self._turns.clear()
 
     def looking(self, peer: str) -> None:
         """A task is to look at what came over a connection."""

@@ -6,7 +6,7 @@ import asyncio
 import collections
 import signal
 import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,9 +16,10 @@ from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import ANYBODY, Caller, Credential
 from stepwell_server.core.namespaces import SEPARATOR, prefix_of
+from stepwell_server.core.remembered import Remembered
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.logs import Log
-from stepwell_server.rpc.fronts.arrivals import Arrivals, Kind
+from stepwell_server.rpc.fronts.arrivals import Arrivals, Kind, Whose
 from stepwell_server.rpc.fronts.base import (
     F64,
     BindError,
@@ -53,6 +54,8 @@ _OPTIONS: Mapping[str, Option] = {
 }
 #: So often the wire is asked for more in one turn of the event loop, while several connections are about.
 _TAKEN_AT_ONCE = 16
+#: Connections of which it is remembered who calls; of others the next call says it.
+_CALLERS = 10_000
 _FLUSH_LOOK_S = 0.005
 #: Methods of which the wire reads plain messages, and how it knows them.
 _PLAIN = {
@@ -76,9 +79,13 @@ _REFUSED_LOG = {
 class _Call:
     """A call as the wire hands it over. `base.Call`."""
 
-    def __init__(self, handle: CallHandle, request: bytes | None) -> None:
+    def __init__(
+        self, handle: CallHandle, request: bytes | None, identified: Callable[[str, Caller], None]
+    ) -> None:
         self._handle = handle
         self._who = ANYBODY
+        self._identified = identified
+        """Is told who calls over the connection."""
         self.caller = handle.peer
         self.certificate_names = handle.certificate_names
         self.deadline = handle.deadline
@@ -101,6 +108,7 @@ class _Call:
     def who(self, who: Caller) -> None:
         self._who = who
         self._handle.identified(_identity(who))  # what a stream sends from now on may be plain
+        self._identified(self.caller, who)
 
     @property
     def is_late(self) -> bool:
@@ -211,7 +219,9 @@ class NativeFront:
         self._loop = asyncio.get_running_loop()
         self._known: stepwell_front.KnownCallers | None = None
         """None: nobody is asked."""
-        self._arrivals = Arrivals(self._do, clock.monotonic)
+        self._arrivals = Arrivals(self._do, clock.monotonic, self._whose)
+        self._callers: Remembered[str, Caller] = Remembered(_CALLERS)
+        """Who called last over each connection."""
         self._peers: dict[int, str] = {}
         """Connections of the calls that have come."""
         self._is_going_on = False
@@ -365,6 +375,8 @@ class NativeFront:
         if tag == _BATCH:
             callers = arrival[3]
             peers: Collection[str] = callers if len(callers) == 1 else set(callers)
+            if arrival[4] is not None:
+                self._callers_of(peers, callers, arrival[4])
             self._arrivals.add(Kind.BATCH, peers, arrival, len(arrival[2]), is_all=is_all)
         elif tag == _CALL:
             peer = self._peers[arrival[1]] = arrival[2].peer
@@ -374,6 +386,16 @@ class NativeFront:
         else:
             kind = Kind.TASK if tag == _MESSAGE else Kind.EVENT
             self._arrivals.add(kind, (self._peer_of(arrival[1]),), arrival)
+
+    def _callers_of(self, peers: Collection[str], callers: list[str], whos: list[Caller]) -> None:
+        """Learn who calls, of a batch."""
+        for peer in peers:
+            if self._callers.get(peer) is None:
+                self._callers.put(peer, whos[callers.index(peer) if len(whos) > 1 else 0])
+
+    def _whose(self, peer: str) -> Whose:
+        who = self._callers.get(peer)
+        return ("", "") if who is None else (who.tenant, who.name)
 
     def _peer_of(self, key: int) -> str:
         """The connection of a call, which may not have begun yet."""
@@ -446,7 +468,7 @@ class NativeFront:
             call.task.cancel()
 
     def _begin(self, key: int, handle: CallHandle, request: bytes | None) -> None:
-        call = self._calls[key] = _Call(handle, request)
+        call = self._calls[key] = _Call(handle, request, self._callers.put)
         call.task = self._loop.create_task(self._serve(call, handle))
         # not in the task: one that is cancelled before it begins runs nothing of its own
         call.task.add_done_callback(lambda _: self._forget(key))
