@@ -294,7 +294,12 @@ impl Call {
 
     #[cfg(test)]
     pub fn for_test() -> Self {
-        let peer = Arc::new(Peer::for_test());
+        Self::of_connection(0)
+    }
+
+    #[cfg(test)]
+    pub fn of_connection(number: u64) -> Self {
+        let peer = Arc::new(Peer { number, ..Peer::for_test() });
         let method = Method { index: 0, streams: false, plain: crate::server::Plain::No };
         Call::new(peer, method, 0.0, f64::INFINITY, Vec::new(), Whose::Anybody, Arc::default())
     }

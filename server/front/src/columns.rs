@@ -14,6 +14,8 @@ use std::sync::Arc;
 
 /// Sessions of one batch, and of what Python takes at a time: about a pass, so that passes run in between.
 pub const MOST_IN_BATCH: usize = 1024;
+/// Sessions of a step that shares no batch with other connections' steps: these would wait for it.
+const LARGE: usize = 64;
 /// Calls that have begun since Python looked last.
 const MOST_CALLS: usize = 10_000;
 /// Batches of different signatures that are filled at the same time.
@@ -125,11 +127,17 @@ pub struct Batch {
     /// Of each tensor of the signature.
     pub data: Vec<Vec<u8>>,
     pub entries: Vec<Entry>,
+    /// The number of the connection that all of it has come over; None: of several.
+    connection: Option<u64>,
+    /// One of its steps is `LARGE`.
+    is_large: bool,
 }
 
 impl Batch {
-    fn new(step: &Step<'_>) -> Self {
+    fn new(step: &Step<'_>, connection: u64) -> Self {
         Batch {
+            connection: Some(connection),
+            is_large: false,
             signature: Signature::of(step),
             set: None,
             ids: Ids::default(),
@@ -142,6 +150,12 @@ impl Batch {
         }
     }
 
+    /// A step of so many sessions that has come over a connection may stand here.
+    fn takes(&self, count: usize, connection: u64) -> bool {
+        let alone = self.connection == Some(connection);
+        self.sizes.len() + count <= MOST_IN_BATCH && (alone || !(self.is_large || count >= LARGE))
+    }
+
     fn push(
         &mut self,
         call: Arc<Call>,
@@ -152,6 +166,10 @@ impl Batch {
         request: Option<Request>,
     ) {
         let count = step.count();
+        self.is_large |= count >= LARGE;
+        if self.connection != Some(call.peer.number) {
+            self.connection = None;
+        }
         call.peer.load.begin(count);
         self.push_ids(step);
         let arrived = if frame_id.is_none() { call.started } else { clock::now() };
@@ -302,7 +320,7 @@ impl Arrivals {
         held: usize,
         request: Option<Request>,
     ) {
-        let at = self.batch_for(step);
+        let at = self.batch_for(step, call.peer.number);
         if self.open.len() > 1 {
             let hashes = self.hashes(step);
             self.open[at].1.extend(hashes);
@@ -320,10 +338,10 @@ impl Arrivals {
     }
 
     /// The place in `open` of the batch that a step goes to.
-    fn batch_for(&mut self, step: &Step<'_>) -> usize {
+    fn batch_for(&mut self, step: &Step<'_>, connection: u64) -> usize {
         let count = step.count();
         let found = self.open.iter().position(|(index, _)| match &self.all[*index] {
-            Arrival::Batch(batch) => batch.signature.fits(step) && batch.sizes.len() + count <= MOST_IN_BATCH,
+            Arrival::Batch(batch) => batch.takes(count, connection) && batch.signature.fits(step),
             _ => false,
         });
         if let Some(at) = found {
@@ -343,7 +361,7 @@ impl Arrivals {
                 hashes.extend(batch.session_ids().map(|id| self.hasher.hash_one(id)));
             }
         }
-        self.all.push_back(Arrival::Batch(Box::new(Batch::new(step))));
+        self.all.push_back(Arrival::Batch(Box::new(Batch::new(step, connection))));
         self.open.push((self.all.len() - 1, HashSet::new()));
         self.open.len() - 1
     }
@@ -425,6 +443,35 @@ mod tests {
         push(&mut arrivals, "b", 2, 3);
         push_set(&mut arrivals);
         assert_eq!(arrivals.take(usize::MAX).0.len(), 3, "a set overtakes none of its sessions");
+    }
+
+    #[test]
+    fn a_large_step_shares_no_batch_with_other_connections_and_nothing_overtakes() {
+        let mut arrivals = Arrivals::default();
+        let ids: Vec<String> = (0..LARGE).map(|number| format!("s{number}")).collect();
+        let mut push = |connection: u64, from: usize, count: usize| {
+            let data = vec![0; 8 * count];
+            let step = Step {
+                session_ids: ids[from..from + count].iter().map(String::as_str).collect(),
+                tensors: vec![Tensor { name: "", dtype: 8, shape: vec![count], data: &data }],
+                sizes: vec![1; count],
+                ..Step::default()
+            };
+            arrivals.push_step(Arc::new(Call::of_connection(connection)), Some(1), &step, f64::INFINITY, 0);
+        };
+        push(1, 0, LARGE - 1);
+        push(2, LARGE - 1, 1); // small ones share
+        push(3, 0, LARGE);
+        push(3, 0, LARGE); // as do all of one connection
+        push(3, 0, 1); // would overtake in the first one
+        push(2, 5, 1);
+        push(1, 6, 1);
+        let connections: Vec<Vec<u64>> = std::iter::from_fn(|| match arrivals.take(1).0.pop()? {
+            Arrival::Batch(batch) => Some(batch.entries.iter().map(|entry| entry.call.peer.number).collect()),
+            _ => None,
+        })
+        .collect();
+        assert_eq!(connections, [vec![1, 2], vec![3, 3], vec![3, 2, 1]]);
     }
 
     #[test]
