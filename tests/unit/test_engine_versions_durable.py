@@ -1,0 +1,229 @@
+"""What is known of versions survives the server: which are there, which is the default, where sessions are."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.core.history import Mark
+from stepwell_server.engine.api import SessionPolicy
+from stepwell_server.engine.sessions.moving import Arriving, Existing
+from stepwell_server.engine.state.fields import mark_of
+from stepwell_server.engine.versions import changing
+from stepwell_server.errors import ModelMismatch, Unavailable, VersionExists, VersionNotFound
+from stepwell_server.store.record import decode_header
+from support.durable import Disk, begun, stalled
+from support.engine import Harness, x
+from support.fake_executor import PLAIN
+from support.versions import WIDE, after, serving, weights, widen
+
+CARRY, KEEP = SessionPolicy.CARRY, SessionPolicy.KEEP
+MIGRATE, RESET = SessionPolicy.MIGRATE, SessionPolicy.RESET
+INITIAL = np.array([[0.5, -0.25]], np.float32)
+BOTH = {"plain@1": PLAIN, "plain@2": weights(2)}
+
+pytestmark = pytest.mark.stores("async", "sync")
+
+
+@asynccontextmanager
+async def on(disk: Disk, programs: Any = None, **options: Any) -> AsyncIterator[Harness]:
+    """A server process; see `Disk.engine`."""
+    mine = disk.store
+    try:
+        async with serving(programs, store=mine, clock=disk.clock, **options) as at:
+            try:
+                yield at
+            finally:
+                mine.go_on()
+    finally:
+        if disk.store is not mine:
+            mine.store.close()
+
+
+def marks(disk: Disk, *session_ids: str) -> list[Mark | None]:
+    """What the records of sessions say of their versions."""
+    found = disk.store.store.get_many(session_ids)
+    return [mark_of(decode_header(i, r).fields) for i, r in zip(session_ids, found, strict=True) if r]
+
+
+async def expect(at: Harness, name: str, version: int, state: Any, seed: int) -> Any:
+    """A step runs on a version from a state; the state after it."""
+    answer = await at.step(name, x(1, seed=seed))
+    assert answer.version == version
+    y, state = after(version, state, [x(1, seed=seed)])
+    np.testing.assert_array_equal(answer.outputs["y"], y)
+    return state
+
+
+async def test_a_carry_is_one_commit_and_records_follow(disk: Disk) -> None:
+    async with on(disk) as at:
+        await at.open("stepped", "idle")
+        state = await expect(at, "stepped", 1, INITIAL, 1)
+        await at.engine.load_version("plain", 2, weights(2), source="two.keras")
+        commits = len(disk.store.tried)
+        await at.engine.set_default("plain", 2, CARRY)
+        assert len(disk.store.tried) == commits + 1
+        assert not disk.store.tried[-1].puts
+        assert marks(disk, "stepped", "idle") == [None, None]
+        disk.kill()
+    async with on(disk, BOTH) as at:
+        assert at.engine.model("plain").version == 2
+        assert at.engine.model("plain").versions[1].source == "two.keras"
+        state = await expect(at, "stepped", 2, state, 2)
+        assert marks(disk, "stepped", "idle") == [Mark(2, 1, is_pinned=False), None]
+        disk.kill()
+    async with on(disk, BOTH) as at:
+        await expect(at, "stepped", 2, state, 3)
+        await expect(at, "idle", 2, INITIAL, 4)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_a_carry_that_is_cut_off_has_happened_for_all_or_for_none(disk: Disk, *, kept: bool) -> None:
+    names = ["a", "b", "c"]
+    async with on(disk) as at:
+        await at.open(*names)
+        states = {name: await expect(at, name, 1, INITIAL, i) for i, name in enumerate(names)}
+        await at.engine.load_version("plain", 2, weights(2))
+        disk.store.stall(kept=kept)
+        moving = await begun(at.engine.set_default("plain", 2, CARRY))
+        await stalled(disk.store)
+        disk.kill()
+        moving.cancel()
+    version = 2 if kept else 1
+    async with on(disk, BOTH) as at:
+        assert at.engine.model("plain").version == version
+        for i, name in enumerate(names):
+            await expect(at, name, version, states[name], 10 + i)
+
+
+async def test_a_carry_that_the_store_cannot_keep_changes_nothing(disk: Disk) -> None:
+    async with on(disk) as at:
+        await at.open("a")
+        await at.engine.load_version("plain", 2, weights(2))
+        disk.store.fail(Unavailable("the disk is full"))
+        with pytest.raises(Unavailable):
+            await at.engine.set_default("plain", 2, CARRY)
+        assert at.engine.model("plain").version == 1
+        state = await expect(at, "a", 1, INITIAL, 1)
+        await at.engine.set_default("plain", 2, CARRY)
+        await expect(at, "a", 2, state, 2)
+        disk.store.fail(Unavailable("the disk is full"))
+        with pytest.raises(Unavailable):
+            await at.engine.load_version("plain", 3, weights(3))
+        with pytest.raises(VersionNotFound):
+            at.engine.model("plain@3")
+        await at.engine.load_version("plain", 3, weights(3))
+
+
+@pytest.mark.parametrize("policy", [RESET, MIGRATE])
+async def test_what_is_to_move_moves_when_it_is_read(policy: SessionPolicy, disk: Disk) -> None:
+    options: dict[str, Any] = {"migrations": {"widen": widen}}
+    async with on(disk, **options) as at:
+        await at.open("a", "b")
+        state = await expect(at, "a", 1, INITIAL, 1)
+        told = await at.step("a", x(1, seed=2), request_ids=7)
+        state = after(1, state, [x(1, seed=2)])[1]
+        await at.engine.load_version("plain", 2, WIDE)
+        await at.engine.set_default("plain", 2, policy)
+        disk.kill()
+    wide = WIDE.initial[0][None] if policy is RESET else np.concatenate([state, -state], axis=1)
+    async with on(disk, {"plain@2": WIDE}, **options) as at:
+        info = await at.engine.session_info("a")
+        assert (info.version, info.revision, info.position) == (2, 2, 0 if policy is RESET else 2)
+        again = await at.step("a", x(1, seed=2), request_ids=7, expected=1)
+        assert again.replayed
+        np.testing.assert_array_equal(again.outputs["y"], told.outputs["y"])
+        np.testing.assert_array_equal((await at.state("a"))["wide"], wide)
+        listed, _ = await at.engine.list_sessions()
+        assert [(each.session_id, each.version) for each in listed] == [("a", 2), ("b", 2)]
+        (record,) = await at.engine.export_sessions(["b"], deadline=float("inf"))
+        (_result,) = await at.engine.import_sessions([Arriving("copy", "b", bytes(record))], Existing.REFUSE)
+        b = WIDE.initial[0][None] if policy is RESET else np.concatenate([INITIAL, -INITIAL], axis=1)
+        np.testing.assert_array_equal((await at.state("copy"))["wide"], b)
+
+
+async def test_kept_and_pinned_sessions_are_where_they_were(disk: Disk) -> None:
+    async with on(disk) as at:
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.open_session("plain@1", session_id="pinned")
+        await at.open("kept")
+        await at.engine.set_default("plain", 2, KEEP)
+        await at.open("new")
+        await at.engine.load_version("plain", 3, weights(3))
+        await at.engine.set_default("plain", 3, CARRY)
+        await at.engine.set_label("plain", "canary", 2)
+        disk.kill()
+    async with on(disk, {**BOTH, "plain@3": weights(3)}) as at:
+        assert at.engine.model("plain:canary").version == 2
+        await expect(at, "pinned", 1, INITIAL, 1)
+        await expect(at, "kept", 1, INITIAL, 2)
+        await expect(at, "new", 3, weights(2).initial[0][None], 3)
+        assert await at.engine.sessions_by_version("plain") == {1: 2, 3: 1}
+
+
+async def test_a_default_that_is_not_loaded_yet_is_waited_for(disk: Disk) -> None:
+    async with on(disk) as at:
+        await at.open("a")
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.set_default("plain", 2, CARRY)
+        disk.kill()
+    async with on(disk) as at:  # version 1 alone
+        assert at.engine.model("plain").version == 1
+        with pytest.raises(VersionNotFound, match="is on version 2 of model 'plain', which is not loaded"):
+            await at.step("a", x(1))
+        catalogue = at.engine.catalogue()["plain"]
+        assert catalogue.wanted == 2
+        await at.engine.load_version("plain", 2, weights(2))
+        assert at.engine.model("plain").version == 2
+        await expect(at, "a", 2, INITIAL, 1)
+        disk.kill()
+    async with on(disk) as at:  # or the sessions come back
+        await at.engine.set_default("plain", 1, CARRY)
+        state = after(2, INITIAL, [x(1, seed=1)])[1]
+        await expect(at, "a", 1, state, 2)
+
+
+async def test_a_number_has_one_set_of_weights_while_sessions_may_have_them(disk: Disk) -> None:
+    async with on(disk) as at:
+        await at.open("a")
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.set_default("plain", 2, CARRY)
+        await at.engine.unload_version("plain", 1)
+        with pytest.raises(VersionExists, match=r"1 had other weights, .* load it as 3"):
+            await at.engine.load_version("plain", 1, weights(3))
+        await at.engine.load_version("plain", 1, PLAIN)
+
+
+async def test_the_file_of_a_version_was_replaced(disk: Disk) -> None:
+    async with on(disk) as at:
+        await at.open("a")
+    async with on(disk, {"plain": weights(5)}) as at:
+        with pytest.raises(ModelMismatch, match="belongs to model 'plain' with fingerprint f-plain"):
+            await at.step("a", x(1))
+
+
+async def test_moves_that_nobody_makes_are_forgotten(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changing, "MANY_MOVES", 8)
+    async with on(disk) as at:
+        await at.open("asleep", "active")
+        asleep = await expect(at, "asleep", 1, INITIAL, 0)
+        active = INITIAL
+        for version in range(2, 42):
+            await at.engine.load_version("plain", version, weights(version))
+            await at.engine.set_default("plain", version, CARRY)
+            await at.engine.unload_version("plain", version - 1)
+            active = await expect(at, "active", version, active, version)
+        await at.inside.pruned("plain")
+        own = at.engine.catalogue()["plain"]
+        assert len(own.history.moves) <= 8
+        assert len(own.known) <= 8
+        assert len(at.inside.models) == 1
+        asleep = await expect(at, "asleep", 41, asleep, 1)
+        disk.kill()
+    async with on(disk, {"plain@41": weights(41)}) as at:
+        await expect(at, "asleep", 41, asleep, 2)
+        await expect(at, "active", 41, active, 3)
