@@ -23,6 +23,8 @@ class Limits:
     """So many of them at once; None: those of one second."""
     bytes_in_flight: int | None = None
     """Bytes of inputs of the requests that are being served."""
+    models: int | None = None
+    """Versions of models that its admins have loaded while the server ran."""
 
     @property
     def most_steps(self) -> int:

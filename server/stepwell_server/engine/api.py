@@ -192,6 +192,8 @@ class Predicted:
 
     outputs: Mapping[str, Array]
     state: Mapping[str, Array]
+    version: int = 0
+    """Of the model."""
 
 
 @dataclasses.dataclass(slots=True)

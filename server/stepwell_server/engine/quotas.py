@@ -26,7 +26,7 @@ from stepwell_server.store.base import Store
 _SESSIONS_AGAIN_S, _BYTES_AGAIN_S = 1.0, 0.05
 #: Records that are counted before others get a turn.
 _AT_ONCE = 2000
-QUOTAS = ("sessions", "rows", "steps_per_second", "bytes_in_flight")
+QUOTAS = ("sessions", "rows", "steps_per_second", "bytes_in_flight", "models")
 OTHER = "other"
 """The label of tenants that have none of their own."""
 
@@ -114,6 +114,14 @@ class Quotas:
         if more > 0:
             self._require_room(tenant, "rows", self._table.of_tenant(tenant).rows, self._rows[tenant], more)
         self._rows[tenant] += more
+
+    def require_model(self, tenant: str, has: int) -> None:
+        """Refuse one more version of a model to a tenant whose admins have loaded so many.
+
+        Raises:
+            QuotaExceeded: they would be too many.
+        """
+        self._require_room(tenant, "models", self._table.of_tenant(tenant).models, has, 1)
 
     def _require_room(self, tenant: str, quota: str, most: int | None, there: int, more: int) -> None:
         if most is not None and there + more > most:

@@ -16,6 +16,7 @@ from stepwell_server.engine.change import Change, MustPart
 from stepwell_server.engine.durability.group_commit import GroupCommit
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES, Held, Inbox
+from stepwell_server.engine.intake.parting import parted
 from stepwell_server.engine.intake.validation import Validation, require_lists
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.directory import Directory
@@ -113,7 +114,13 @@ class Submission:
         if len(missing) == change.size:
             self._refuse_missing(change, missing, seen)
             return
-        refused = self._validation.check(change, handles)
+        try:
+            refused = self._validation.check(change, handles)
+        except MustPart as part:
+            if change.may_part or not part.are_alike:
+                raise
+            self._take_parts(change, part.members, seen)
+            return
         inbox = self._inboxes[change.model.index]
         if len(change.members):
             inbox.hold(change)
@@ -126,6 +133,16 @@ class Submission:
             self._refuse_missing(change, missing, seen)
         if len(change.members):
             inbox.put(change)
+
+    def _take_parts(self, change: Change, others: Members, seen: Seen) -> None:
+        """Take a change of sessions of several versions: each part fails or goes on by itself."""
+        parts = parted(change, others)
+        for part in parts:
+            try:
+                self._take(part, seen)
+            except ServerError as error:
+                part.fail(np.arange(part.size), error)
+        change.reply_bytes = sum(part.reply_bytes for part in parts)
 
     @staticmethod
     def _charge(quotas: Quotas, change: Change) -> Sequence[tuple[Members, ServerError]]:

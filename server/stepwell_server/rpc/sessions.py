@@ -81,6 +81,7 @@ class SessionServicer(admin.Administration):
             model_fingerprint=opened.fingerprint,
             replayed=opened.replayed,
             revisions=opened.revisions.tolist() if opened.revisions.any() else (),
+            model_version=opened.version,
         )
 
     async def close_session(self, request: pb.CloseSessionRequest, call: Call) -> pb.CloseSessionResponse:
@@ -153,6 +154,7 @@ class SessionServicer(admin.Administration):
             revisions=read.revisions.tolist(),
             positions=read.positions.tolist(),
             errors=[pb.MemberError(members=some.tolist(), error=to_proto(why)) for some, why in read.errors],
+            model_version=read.version,
         )
         convert.add_tensors(response.state, read.state)
         return response
@@ -176,6 +178,7 @@ class SessionServicer(admin.Administration):
             revisions=forked.revisions.tolist(),
             positions=forked.positions.tolist(),
             replayed=forked.replayed,
+            model_version=forked.version,
         )
 
     async def step_stream(self, call: Call) -> None:

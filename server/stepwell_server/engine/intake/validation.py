@@ -253,6 +253,8 @@ class Validation:
                 raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
             others = np.zeros(len(there), np.bool_)
             others[there] = models != models[0]
+            if change.callers is None:
+                change.sizes = self._sizes(change, own, there, all_there=all_there)
             raise MustPart(np.flatnonzero(others), are_alike=True)
         change.model = self._models.by_index[int(models[0])]
         change.sizes = self._sizes(change, own, there, all_there=all_there)
@@ -317,17 +319,26 @@ def _choose_states(change: Change) -> None:
     """Which rows' states come back, and how many bytes they are."""
     rows = change.row_count
     if change.state_members is not None:
-        members = np.array(change.state_members, np.int64)
-        if (members[1:] <= members[:-1]).any() or not 0 <= members[0] <= members[-1] < change.size:
-            raise InvalidInput(
-                f"state_members must be ascending indexes of the {change.size} sessions; got {members.tolist()[:20]}"
-            )
-        change.state_index = change.rows_of(members.astype(np.intp))
+        change.state_index = change.rows_of(require_state_members(change, change.state_members))
     elif change.state_rows is not None:
         change.state_index = _state_index(change, list(change.state_rows))
     count = rows if change.state_index is None else len(change.state_index)
     steps = change.steps if change.states is Select.ALL else 1
     change.state_bytes = count * steps * change.model.program.state_row_bytes
+
+
+def require_state_members(change: Change, asked: Sequence[int]) -> Members:
+    """The members whose states a change asks for.
+
+    Raises:
+        InvalidInput: it does not have them, or does not name them in their order.
+    """
+    members = np.array(asked, np.int64)
+    if (members[1:] <= members[:-1]).any() or not 0 <= members[0] <= members[-1] < change.size:
+        raise InvalidInput(
+            f"state_members must be ascending indexes of the {change.size} sessions; got {members.tolist()[:20]}"
+        )
+    return members.astype(np.intp)
 
 
 def _state_index(change: Change, given: list[int]) -> Rows:

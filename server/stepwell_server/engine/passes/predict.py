@@ -102,6 +102,7 @@ class PredictCall:
         return Predicted(
             outputs={spec.name: array for spec, array in named if array is not None},
             state={spec.name: array for spec, array in zip(program.state, self._final, strict=True)},
+            version=self._model.version,
         )
 
     def _make_job(self, checked: CheckedInputs, low: int, high: int, source: Source, now: float) -> Job:

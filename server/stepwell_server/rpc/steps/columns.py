@@ -224,23 +224,18 @@ class ColumnSteps(Refusals):
         for first, count in _messages_of(columns, alone):
             if first in out:
                 continue
-            parts = [alone if is_one else np.arange(first, first + count)]
-            while parts:
-                members = parts.pop()
-                change = self._change(form, members)
-                change.caller, change.who = columns.callers[first], _who(columns, first)
-                change.deadline = float(columns.deadlines[first])
-                try:
-                    self._engine.submit(change)
-                except MustPart as part:
-                    if part.are_alike:  # sessions of several versions of a model, in one frame
-                        parts += [np.delete(members, part.members), members[part.members]]
-                        continue
-                    followers = form.with_followers(members)
-                    form.part(followers[followers >= first])
-                    out.update(followers.tolist())
-                except ServerError as error:
-                    change.replies.failed(np.arange(len(members)), error)
+            members = alone if is_one else np.arange(first, first + count)
+            change = self._change(form, members)
+            change.caller, change.who = columns.callers[first], _who(columns, first)
+            change.deadline = float(columns.deadlines[first])
+            try:
+                self._engine.submit(change)
+            except MustPart:
+                followers = form.with_followers(members)
+                form.part(followers[followers >= first])
+                out.update(followers.tolist())
+            except ServerError as error:
+                change.replies.failed(np.arange(count), error)
             form.left = _NOBODY if is_one else form.left[form.left >= first + count]
 
     def _submit_together(self, form: Form) -> Members:

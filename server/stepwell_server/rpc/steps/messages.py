@@ -158,7 +158,12 @@ def same_frame_id(frame_id: int) -> InvalidInput:
 
 def step_reply(answer: Applied) -> pb.StepResponse:
     """The reply to a unary Step."""
-    response = pb.StepResponse(revision=answer.revision, position=answer.position, replayed=answer.replayed)
+    response = pb.StepResponse(
+        revision=answer.revision,
+        position=answer.position,
+        replayed=answer.replayed,
+        model_version=answer.version,
+    )
     convert.add_tensors(response.outputs, answer.outputs)
     convert.add_tensors(response.states, answer.states)
     return response
@@ -167,7 +172,10 @@ def step_reply(answer: Applied) -> pb.StepResponse:
 def reset_reply(answer: Applied) -> pb.ResetStatesResponse:
     """The reply to a unary ResetStates."""
     return pb.ResetStatesResponse(
-        revision=answer.revision, position=answer.position, replayed=answer.replayed
+        revision=answer.revision,
+        position=answer.position,
+        replayed=answer.replayed,
+        model_version=answer.version,
     )
 
 

@@ -1,0 +1,125 @@
+"""A frame whose sessions are on several versions of a model is several changes, one for each version.
+
+Each is checked, charged, run and answered by itself; whoever sent the frame gets the answers of all of them as parts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stepwell_server.core.slots import Rows
+from stepwell_server.engine.api import Select
+from stepwell_server.engine.change import Change, Replies
+from stepwell_server.engine.intake.validation import require_state_members
+from stepwell_server.engine.types import U64, Mask, Members, Tensors
+from stepwell_server.errors import InvalidInput, ServerError
+
+
+def parted(change: Change, others: Members) -> list[Change]:
+    """A change without some of its members, and one of these alone.
+
+    Args:
+        change: its `sizes` are known, and it is neither of one session nor of several callers.
+        others: ascending indexes, `(m,)`, some and not all.
+
+    Raises:
+        InvalidInput: its tensors have other rows than its sessions, or it names members that it has not.
+    """
+    rows = int(change.sizes.sum())
+    for tensors, argument in ((change.inputs, "inputs"), (change.state, "state")):
+        for name, array in (tensors or {}).items():
+            if not array.ndim or len(array) != rows:
+                came = list(array.shape)
+                raise InvalidInput(
+                    f"{argument} {name!r} must have {rows} rows, those of the {change.size} sessions; got shape {came}"
+                )
+    if change.state_members is not None:
+        require_state_members(change, change.state_members)
+    stay = np.setdiff1d(np.arange(change.size), others)
+    change.row_count = rows
+    return [_part(change, members) for members in (stay, others)]
+
+
+def _part(change: Change, members: Members) -> Change:
+    rows = change.rows_of(members)
+    part = Change(
+        [change.session_ids[member] for member in members.tolist()],
+        _Part(change.replies, members),
+        inputs=_some(change.inputs, rows),
+        reset=change.reset,
+        state=_some(change.state, rows),
+        reset_rows=_mask(change.reset_rows, rows, change.row_count),
+        expected=None if change.expected is None else change.expected[members],
+        request_ids=None if change.request_ids is None else change.request_ids[members],
+        batch_sizes=change.sizes[members],
+        select=change.select,
+        output_names=change.output_names,
+        states=change.states,
+        deadline=change.deadline,
+        caller=change.caller,
+        who=change.who,
+        reply_limit=change.reply_limit,
+        reply_bytes=change.reply_bytes * len(members) // change.size,
+    )
+    if change.state_members is not None:
+        wanted = np.flatnonzero(np.isin(members, change.state_members))
+        part.state_members = wanted.tolist()
+        if not len(wanted):
+            part.state_members, part.states = None, Select.NONE
+    places = {member: place for place, member in enumerate(members.tolist())}
+    traces = {places[at]: trace for at, trace in (change.traces or {}).items() if at in places}
+    part.traces = traces or None
+    return part
+
+
+def _some(tensors: Tensors | None, rows: Rows) -> Tensors | None:
+    return None if tensors is None else {name: array[rows] for name, array in tensors.items()}
+
+
+def _mask(mask: Mask | None, rows: Rows, count: int) -> Mask | None:
+    """Of some of `count` rows: one entry each, or one for each time step. Another length is refused later."""
+    if mask is None or not count or len(mask) % count:
+        return mask
+    some: Mask = mask.reshape(count, -1)[rows].reshape(-1)
+    return some
+
+
+class _Part:
+    """Answers members of a change by their indexes in the whole. `Replies`."""
+
+    __slots__ = ("_members", "_whole")
+
+    def __init__(self, whole: Replies, members: Members) -> None:
+        self._whole = whole
+        self._members = members
+
+    def applied(
+        self,
+        members: Members,
+        revisions: U64,
+        positions: U64,
+        outputs: Tensors,
+        states: Tensors,
+        *,
+        replayed: bool,
+        version: int,
+    ) -> None:
+        """See `Replies`."""
+        self._whole.applied(
+            self._members[members],
+            revisions,
+            positions,
+            outputs,
+            states,
+            replayed=replayed,
+            version=version,
+        )
+
+    def failed(self, members: Members, error: ServerError) -> None:
+        """See `Replies`."""
+        self._whole.failed(self._members[members], error)
+
+    def cancelled(self, members: Members) -> Members:
+        """See `Replies`."""
+        gone = self._whole.cancelled(self._members[members])
+        return np.searchsorted(self._members, gone)
