@@ -1,4 +1,4 @@
-"""An engine of a few lines, with the face that `rpc` sees. Its one model adds its input to its state."""
+"""Engines of a few lines: with the face that `rpc` sees, and with that which whoever loads models sees."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from stepwell_server.engine.api import SessionInfo
+from stepwell_server.engine.api import ModelInfo, Moved, SessionInfo, SessionPolicy, VersionInfo
 from stepwell_server.engine.change import Change
 from stepwell_server.errors import (
     InvalidInput,
     MessageTooLarge,
+    ModelInUse,
     ServerError,
     SessionNotFound,
 )
@@ -43,7 +44,7 @@ class _Session:
 
 
 class FakeEngine:
-    """Answers changes at once; those sent while `held` is true when `release` is called."""
+    """Its one model adds its input to its state. Answers changes at once; those sent while `held` is true when `release` is called."""
 
     def __init__(self, outputs: int = FEATURES) -> None:
         self.program = program(outputs)
@@ -123,3 +124,65 @@ class FakeEngine:
         info = session.info
         session.info = dataclasses.replace(info, revision=info.revision + 1, position=info.position + 1)
         return session.state[0]
+
+
+class FakeVersions:
+    """An engine that has versions and no sessions but those that a test gives it."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, dict[int, VersionInfo]] = {}
+        self.highest: dict[str, int] = {}
+        self.refusal: ServerError | None = None
+        """What the next change of a default, or of a label, fails with."""
+        self.told: list[tuple[Any, ...]] = []
+
+    def models(self) -> list[ModelInfo]:
+        return [
+            ModelInfo(name, program(), 0, 1, [found[version] for version in sorted(found)])
+            for name, found in sorted(self.names.items())
+            if found
+        ]
+
+    def next_version(self, name: str) -> int:
+        return self.highest.get(name, 0) + 1
+
+    def give(self, name: str, version: int, **values: Any) -> None:
+        """Change what is said of a version."""
+        self.names[name][version] = dataclasses.replace(self.names[name][version], **values)
+
+    async def load_version(
+        self, name: str, version: int, program: Program, *, source: str = "", tenant: str = ""
+    ) -> None:
+        self.told.append(("load", name, version, source, tenant))
+        found = self.names.setdefault(name, {})
+        found[version] = VersionInfo(
+            version, program.fingerprint, not found, (), 0, source, 5.0, is_draining=False
+        )
+        self.highest[name] = max(version, self.highest.get(name, 0))
+
+    async def unload_version(self, name: str, version: int, *, force: bool = False) -> None:
+        self.told.append(("unload", name, version, force))
+        info = self.names[name][version]
+        if not force and (info.is_default or info.sessions):
+            raise ModelInUse("it is the default, or has sessions")
+        del self.names[name][version]
+
+    async def set_default(self, name: str, version: int, policy: SessionPolicy, migration: str = "") -> Moved:
+        self.told.append(("default", name, version, policy, migration))
+        self._refuse()
+        previous = next(info.version for info in self.names[name].values() if info.is_default)
+        self.give(name, previous, is_default=False, is_draining=policy is SessionPolicy.KEEP)
+        self.give(name, version, is_default=True, is_draining=False)
+        return Moved(previous, 3)
+
+    async def set_label(self, name: str, label: str, version: int) -> None:
+        self.told.append(("label", name, label, version))
+        self._refuse()
+        for number, info in self.names[name].items():
+            labels = {*info.labels} - {label} | ({label} if number == version else set())
+            self.give(name, number, labels=tuple(sorted(labels)))
+
+    def _refuse(self) -> None:
+        if self.refusal is not None:
+            error, self.refusal = self.refusal, None
+            raise error

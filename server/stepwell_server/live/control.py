@@ -1,0 +1,191 @@
+"""What those who serve admins ask of the one who loads models, and what they are told: plain values and one protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from stepwell_server.engine.api import SessionPolicy
+
+Progress = Callable[[str], None]
+"""Called on the event loop with each stage as it begins: `waiting`, those of compiling, `warm up`, `switch`."""
+WAITING, WARM_UP, SWITCH = "waiting", "warm up", "switch"
+
+
+class VersionState(enum.Enum):
+    """How a version is."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    """It is served to the sessions that it has, and unloaded when they have ended."""
+    FAILED = "failed"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VersionStatus:
+    """A version as it is now, be it served or not."""
+
+    version: int
+    state: VersionState
+    reason: str = ""
+    """The stage of one that is being loaded, why one failed."""
+    fingerprint: str = ""
+    """Empty as long as it is not known."""
+    is_default: bool = False
+    labels: Sequence[str] = ()
+    sessions: int = 0
+    """Open sessions on it, of those in memory."""
+    path: str = ""
+    """The file that it came from."""
+    loaded: float = 0.0
+    """When it was loaded, in seconds since the epoch; 0: it is not."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRequest:
+    """A version to load, from a file on the server's disk or one that was uploaded."""
+
+    name: str
+    version: int = 0
+    """0: one more than the highest that the name ever had."""
+    path: str = ""
+    upload: str = ""
+    """In place of a path: what an upload was called."""
+    keep_default: bool = False
+    """It stays beside the default. Else, and if the name is served by nothing else, it becomes the default."""
+    policy: SessionPolicy = SessionPolicy.KEEP
+    """What becomes of the sessions that follow the default."""
+    migration: str = ""
+    """For `MIGRATE`: the name of the function; empty: the only one there is."""
+    labels: Sequence[str] = ()
+    unload_previous: bool = False
+    """The version that was the default is unloaded once it has no sessions."""
+    tenant: str = ""
+    """Whose admin asks: its quota of models is charged."""
+    is_charged: bool = True
+    """Somebody asks by a call; else the server itself does, and no quota counts."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadedVersion:
+    """What came of a load."""
+
+    version: int
+    previous: int
+    """The default before, if it moved; else 0."""
+    sessions: int
+    """Sessions in memory that were moved to it, or will be when they are next used."""
+
+
+class ModelControl(Protocol):
+    """Loads models and unloads them. Lives on the event loop."""
+
+    async def load(self, request: LoadRequest, progress: Progress | None = None) -> LoadedVersion:
+        """Load a version beside the traffic, and make it the default if that is asked for.
+
+        If the waiting task is cancelled, the load stops, unless its switch has begun: then it is finished.
+
+        Raises:
+            InvalidInput: a value breaks a rule.
+            VersionExists: there is such a version, or it is being loaded.
+            QuotaExceeded: the tenant has too many versions loaded.
+            ModelLoadFailed: the file cannot be served.
+            SpecsDiffer, MigrationFailed: the sessions cannot be moved to it.
+            Unavailable: the store did not keep it.
+        """
+
+    async def unload(self, name: str, version: int, *, force: bool) -> None:
+        """Serve a version no longer (0: none of the name's), or stop loading it, or forget that it failed.
+
+        Raises:
+            ModelNotFound, VersionNotFound: there is none.
+            ModelInUse: it is the default, or has sessions, and `force` is not given.
+        """
+
+    async def set_default(
+        self, name: str, version: int, policy: SessionPolicy, migration: str = ""
+    ) -> LoadedVersion:
+        """Make a loaded version the default.
+
+        Raises:
+            ModelNotFound, VersionNotFound: there is none.
+            SpecsDiffer, MigrationFailed: the sessions cannot be moved to it.
+        """
+
+    async def set_label(self, name: str, label: str, version: int) -> None:
+        """Give a label to a loaded version; 0 takes it away.
+
+        Raises:
+            InvalidInput: it cannot be a label.
+            ModelNotFound, VersionNotFound: there is no such version, or no such label to take away.
+        """
+
+    def statuses(self) -> Mapping[str, Sequence[VersionStatus]]:
+        """The versions of each name in their order, those that are being loaded or failed among them."""
+
+    def status(self, name: str) -> Sequence[VersionStatus]:
+        """The versions of one name; empty if there are none."""
+
+    async def begin_upload(self, filename: str, tenant: str) -> Upload:
+        """Begin to take a file.
+
+        Raises:
+            UploadOff: the server takes none.
+            InvalidInput: it cannot be a model's name.
+            Overloaded: too many are there.
+        """
+
+
+class Upload(Protocol):
+    """A file on its way. Ends by one of `finish` and `abort`. Lives on the event loop."""
+
+    async def write(self, content: bytes) -> None:
+        """Take the next bytes.
+
+        Raises:
+            MessageTooLarge: the file is larger than a model may be.
+            Unavailable: the disk does not take them.
+        """
+
+    async def finish(self) -> Uploaded:
+        """It is whole.
+
+        Raises:
+            InvalidInput: it is empty.
+            Unavailable: the disk does not take it.
+        """
+
+    async def abort(self) -> None:
+        """Forget what has come."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Uploaded:
+    """A file that is there."""
+
+    token: str
+    """What a load names it by."""
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VersionCounts:
+    """What metrics say of the versions of a name."""
+
+    by_state: Mapping[VersionState, int]
+    default: int
+    """0: none is served."""
+
+
+def counts_of(statuses: Mapping[str, Sequence[VersionStatus]]) -> dict[str, VersionCounts]:
+    """How many versions of each name are how."""
+    return {
+        name: VersionCounts(
+            {state: sum(one.state is state for one in versions) for state in VersionState},
+            next((one.version for one in versions if one.is_default), 0),
+        )
+        for name, versions in statuses.items()
+    }

@@ -1,0 +1,79 @@
+"""What who loads models asks of the others: the compiler, the engine, quotas, metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Protocol
+
+from stepwell_server.engine.api import ModelInfo, Moved, SessionPolicy
+from stepwell_server.live.control import Progress
+from stepwell_server.program import Program
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Compiled:
+    """A program, and where it came from: `cache`, `compiled` or `file`."""
+
+    program: Program
+    origin: str
+
+
+Compile = Callable[[str, Path, Progress, threading.Event], Awaitable[Compiled]]
+"""Makes the program of a model's file; stages are told on the event loop. The event being set, nobody waits for it.
+
+Raises `ModelError`, `OSError`.
+"""
+
+
+class Engine(Protocol):
+    """What is asked of the engine."""
+
+    def models(self) -> list[ModelInfo]:
+        """Those that are served."""
+
+    def next_version(self, name: str, /) -> int:
+        """One more than the highest that the name ever had."""
+
+    async def load_version(
+        self, name: str, version: int, program: Program, *, source: str = "", tenant: str = ""
+    ) -> None:
+        """Serve a version; the first one of a name is its default."""
+
+    async def unload_version(self, name: str, version: int, *, force: bool = False) -> None:
+        """Serve it no longer."""
+
+    async def set_default(self, name: str, version: int, policy: SessionPolicy, migration: str = "") -> Moved:
+        """Make it the default."""
+
+    async def set_label(self, name: str, label: str, version: int) -> None:
+        """Give it a label; 0 takes the label away."""
+
+
+class Quotas(Protocol):
+    """Says how many versions a tenant may load."""
+
+    def require_model(self, tenant: str, has: int) -> None:
+        """Raises `QuotaExceeded` if it has as many as it may have."""
+
+
+class Observer(Protocol):
+    """Is told of loads."""
+
+    def model_loaded(self, model: str, source: str, seconds: float) -> None:
+        """A version was loaded; its program came from `source`."""
+
+    def model_failed(self, model: str) -> None:
+        """A version could not be loaded."""
+
+    def sessions_moved(self, model: str, policy: str, count: int) -> None:
+        """The default moved, and so many sessions in memory with it."""
+
+
+class Clock(Protocol):
+    """See `stepwell_server.clock.Clock`."""
+
+    def monotonic(self) -> float:
+        """Seconds that never jump."""

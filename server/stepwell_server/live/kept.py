@@ -1,0 +1,78 @@
+"""Programs of models that were uploaded, kept in the data folder so that a restart finds them. Blocking work is on threads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+from stepwell_server import private_files, program_file
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.errors import Unavailable
+from stepwell_server.program import Program
+
+FOLDER = "models"
+"""What the folder is called."""
+
+
+class KeptPrograms:
+    """A folder of programs, for the server alone."""
+
+    def __init__(self, folder: Path) -> None:
+        """The folder is made with the first program."""
+        self._folder = folder
+
+    async def keep(self, name: str, version: int, program: Program) -> Path:
+        """Write a program; return its file.
+
+        Raises:
+            Unavailable: the disk does not take it.
+        """
+        return await asyncio.to_thread(self._keep, name, version, program)
+
+    def _keep(self, name: str, version: int, program: Program) -> Path:
+        path = self._folder / f"{name}@{version}{program_file.SUFFIX}"
+        try:
+            private_files.make_folder(self._folder, [f"*{program_file.SUFFIX}", ".*"])
+            program_file.save(program, path)
+        except OSError as error:
+            raise Unavailable(
+                f"the server's disk did not take the program of version {version} of model {name!r}, which is not loaded:"
+                f" {error.strerror or error}"
+            ) from error
+        return path
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file is one that was kept."""
+        return path.parent == self._folder
+
+    def load(self, path: Path) -> Program:
+        """Read a program that was kept, as it was. Blocking.
+
+        Raises:
+            ModelError: it cannot be read.
+        """
+        try:
+            return program_file.load(path, sys.maxsize, is_own=True)
+        except program_file.ProgramFileError as error:
+            raise ModelError(f"{path}: {error}") from error
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+
+    async def drop_others(self, sources: Collection[str]) -> None:
+        """Delete what is kept of no version: what was left when a server ended in the middle of a load."""
+        await asyncio.to_thread(self._drop_others, sources)
+
+    def _drop_others(self, sources: Collection[str]) -> None:
+        with contextlib.suppress(OSError):
+            for path in self._folder.iterdir():
+                if str(path) not in sources:
+                    path.unlink(missing_ok=True)
+
+    async def drop(self, path: Path) -> None:
+        """Delete the file of a version that is not served any more; a file elsewhere is not this folder's."""
+        if self.holds(path):
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(path.unlink, missing_ok=True)

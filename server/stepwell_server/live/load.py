@@ -1,0 +1,68 @@
+"""A load under way: in which stage it is, and whether anybody wants it still."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+
+from stepwell_server.errors import ModelLoadFailed
+from stepwell_server.live.control import SWITCH, WAITING, LoadRequest, Progress
+from stepwell_server.logs import Log
+
+_log = Log("models")
+
+
+class Load:
+    """A load under way."""
+
+    def __init__(self, request: LoadRequest, version: int, progress: Progress) -> None:
+        self.request = request
+        self.version = version
+        self.stage = WAITING
+        self.abandoned = threading.Event()
+        """Nobody wants it any more."""
+        self.why = "it was stopped by its caller"
+        self.path = request.path
+        self._progress = progress
+        self._stopped = asyncio.Event()
+
+    def tell(self, stage: str) -> None:
+        """A stage begins."""
+        self.stage = stage
+        _log.info("loading model", model=self.request.name, version=self.version, stage=stage)
+        self._progress(stage)
+
+    def stop(self, why: str = "") -> None:
+        """Let it end, unless its switch has begun."""
+        if self.stage != SWITCH:
+            self.why = why or self.why
+            self.abandoned.set()
+            self._stopped.set()
+
+    def require_wanted(self) -> None:
+        """Raises `ModelLoadFailed` if it was stopped."""
+        if self.abandoned.is_set():
+            raise ModelLoadFailed(
+                f"version {self.version} of model {self.request.name!r} was not loaded: {self.why}"
+            )
+
+    async def turn(self, lock: asyncio.Lock) -> None:
+        """Return with the lock, when its turn has come.
+
+        Raises:
+            ModelLoadFailed: it was stopped before; the lock is not taken.
+        """
+        taking, stopped = asyncio.create_task(lock.acquire()), asyncio.create_task(self._stopped.wait())
+        try:
+            await asyncio.wait((taking, stopped), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.cancel()
+            if not taking.done():
+                taking.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await taking
+        if self.abandoned.is_set():
+            if taking.done() and not taking.cancelled():
+                lock.release()
+            self.require_wanted()

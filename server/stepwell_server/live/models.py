@@ -1,0 +1,555 @@
+"""Loads versions of models while the server serves, and unloads them: one after the other, each whole or not at all.
+
+A load is compiled on threads (by a process of its own), made by the engine beside the traffic, and becomes the default
+by one commit of the engine's. Until that commit it can be stopped, and what fails leaves nothing but its reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.core.model_names import (
+    LABEL_RULE,
+    MAX_VERSION,
+    NAME_RULE,
+    is_label,
+    is_name,
+    is_version,
+)
+from stepwell_server.engine.api import SessionPolicy, VersionInfo
+from stepwell_server.errors import (
+    InvalidInput,
+    ModelInUse,
+    ModelLoadFailed,
+    ModelNotFound,
+    ServerError,
+    UploadOff,
+    VersionExists,
+    VersionNotFound,
+)
+from stepwell_server.live import paths
+from stepwell_server.live.control import (
+    SWITCH,
+    WARM_UP,
+    LoadedVersion,
+    LoadRequest,
+    Progress,
+    Upload,
+    VersionState,
+    VersionStatus,
+)
+from stepwell_server.live.faces import Clock, Compile, Compiled, Engine, Observer, Quotas
+from stepwell_server.live.kept import KeptPrograms
+from stepwell_server.live.load import Load
+from stepwell_server.live.uploads import Uploads
+from stepwell_server.logs import Log
+
+_log = Log("models")
+_LOOK_S = 1.0
+"""Between two looks whether a version that drains has sessions."""
+_AGAIN_S = 60.0
+"""A version that had none in memory and could not be unloaded, since the store has some, is tried again after so long."""
+MOST_FAILED = 64
+"""Failed versions that are remembered, of all names together."""
+_MOST_LABELS = 16
+_Key = tuple[str, int]
+
+
+class LiveModels:
+    """`control.ModelControl`. Lives on the event loop; `run` must run beside it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        compile_model: Compile,
+        *,
+        clock: Clock,
+        observer: Observer,
+        root: Path | None = None,
+        kept: KeptPrograms | None = None,
+        uploads: Uploads | None = None,
+        quotas: Quotas | None = None,
+        tell: Callable[[str, int, str], None] = lambda _name, _version, _how: None,
+    ) -> None:
+        """Wire it.
+
+        Args:
+            engine: serves them.
+            compile_model: makes programs of files.
+            clock: says when to look again.
+            observer: is told of loads.
+            root: `--models`: paths that calls name must lie in it.
+            kept: keeps programs of uploads for a restart; None: nothing outlives the server.
+            uploads: takes files; None: none are taken.
+            quotas: how many versions tenants may load.
+            tell: is told how far a version of a name is: `loading: STAGE`, `loaded`, `failed: WHY`; empty: it is gone.
+        """
+        self._engine = engine
+        self.compile = compile_model
+        """Makes programs of files."""
+        self._clock = clock
+        self._observer = observer
+        self._root = root
+        self.kept = kept
+        """Programs of uploads; None: nothing outlives the server."""
+        self._uploads = uploads
+        self._quotas = quotas
+        self._tell = tell
+        self._loads: dict[_Key, Load] = {}
+        """Under way, those that wait among them."""
+        self._failed: dict[_Key, VersionStatus] = {}
+        self._leaving: set[_Key] = set()
+        """Versions to be unloaded when they have no sessions and no labels: those that were the default, and were left."""
+        self._not_before: dict[_Key, float] = {}
+        """When to try again to unload a version."""
+        self._owners: dict[_Key, str] = {}
+        """Whose admins loaded versions."""
+        self._turn = asyncio.Lock()
+        """One load at a time compiles, and one change of a name at a time is made."""
+        self._tasks: set[asyncio.Task[LoadedVersion]] = set()
+
+    # ----------------------------------------------------------------------------------------------------------- loads
+
+    async def load(self, request: LoadRequest, progress: Progress | None = None) -> LoadedVersion:
+        """See `control.ModelControl`."""
+        self._check(request)
+        path = await asyncio.to_thread(paths.checked, request.path, self._root) if request.path else None
+        version = self._number(request)
+        path = path or self._upload(request)
+
+        def at(stage: str) -> None:
+            self._tell(request.name, version, f"loading: {stage}")
+            if progress is not None and not load.abandoned.is_set():
+                progress(stage)
+
+        load = Load(request, version, at)
+        load.path = str(path)
+        key = request.name, load.version
+        self._loads[key] = load
+        self._failed.pop(key, None)
+        task = asyncio.create_task(self._run(load, path))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            load.stop()
+            task.add_done_callback(_look_at)  # nobody else does
+            raise
+
+    def _check(self, request: LoadRequest) -> None:
+        if not is_name(request.name):
+            raise InvalidInput(f"name must be {NAME_RULE}; got {request.name[:160]!r}")
+        if request.version and not is_version(request.version):
+            raise InvalidInput(
+                f"version must be 0, for the next one, to {MAX_VERSION}; got {request.version}"
+            )
+        if bool(request.path) is bool(request.upload):
+            raise InvalidInput("path or upload must be given; got " + ("both" if request.path else "neither"))
+        if request.keep_default and (request.policy is not SessionPolicy.KEEP or request.unload_previous):
+            raise InvalidInput(
+                "sessions and unload_previous must be left out with keep_default: the default does not move"
+            )
+        if request.migration and request.policy is not SessionPolicy.MIGRATE:
+            raise InvalidInput(
+                f"migration must be left out unless sessions is migrate; got {request.migration[:160]!r}"
+            )
+        if len(request.labels) > _MOST_LABELS:
+            raise InvalidInput(f"labels must be at most {_MOST_LABELS}; got {len(request.labels)}")
+        for label in request.labels:
+            _require_label(label)
+
+    def _upload(self, request: LoadRequest) -> Path:
+        if self._uploads is None:
+            raise _upload_off()
+        return self._uploads.take(request.upload, request.tenant)
+
+    def _number(self, request: LoadRequest) -> int:
+        """Its version, which nothing else has.
+
+        Raises:
+            VersionExists: something else has it.
+            QuotaExceeded: the tenant has too many.
+        """
+        name, version = request.name, request.version
+        if not version:
+            under_way = [number for other, number in self._loads if other == name]
+            version = max(self._engine.next_version(name), *(number + 1 for number in under_way), 1)
+        key = name, version
+        if key in self._loads:
+            raise VersionExists(
+                f"version {version} of model {name!r} must not be loaded twice: it is being loaded"
+                f" ({self._loads[key].stage})",
+                model=name,
+                version=str(version),
+            )
+        if version in self._served(name):
+            raise VersionExists(
+                f"version must be one that model {name!r} does not have; it has {version}: load it as another one,"
+                " or unload that one first",
+                model=name,
+                version=str(version),
+            )
+        if self._quotas is not None and request.is_charged:
+            has = Counter(self._owners.values())[request.tenant]
+            has += sum(
+                load.request.tenant == request.tenant
+                for load in self._loads.values()
+                if load.request.is_charged
+            )
+            if request.unload_previous and self._owners.get((name, self._default(name))) == request.tenant:
+                has -= 1
+            self._quotas.require_model(request.tenant, has)
+        return version
+
+    async def _run(self, load: Load, path: Path) -> LoadedVersion:
+        request, key = load.request, (load.request.name, load.version)
+        started = time.perf_counter()
+        try:
+            await load.turn(self._turn)
+            try:
+                return await self._load(load, path, started)
+            finally:
+                self._turn.release()
+        except ServerError as error:
+            if load.abandoned.is_set():
+                self._tell(*key, "")
+            else:
+                self._fail(key, load, error.message)
+            raise
+        except Exception as error:
+            opaque = _log.internal("a load raised", error, model=request.name, version=load.version)
+            self._fail(key, load, opaque.message)
+            raise opaque from error
+        finally:
+            del self._loads[key]
+            if self._uploads is not None and request.upload:
+                await self._uploads.delete(request.upload)
+
+    def _fail(self, key: _Key, load: Load, why: str) -> None:
+        name, version = key
+        served = self._served(name)
+        self._observer.model_failed(name if served else "")  # what callers send makes no series
+        _log.error("a model cannot be loaded", model=name, version=version, reason=why)
+        if version not in served:
+            self._tell(name, version, f"failed: {why}")
+            self._failed[key] = VersionStatus(version, VersionState.FAILED, why, path=load.path)
+            while len(self._failed) > MOST_FAILED:
+                oldest = next(iter(self._failed))
+                del self._failed[oldest]
+                self._tell(*oldest, "")
+
+    async def _load(self, load: Load, path: Path, started: float) -> LoadedVersion:
+        request, name, version = load.request, load.request.name, load.version
+        compiled = await self._compiled(load, path)
+        load.require_wanted()
+        load.tell(WARM_UP)
+        source = str(path)
+        if request.upload:
+            kept = None if self.kept is None else await self.kept.keep(name, version, compiled.program)
+            source = "" if kept is None else str(kept)
+        is_first = not self._served(name)
+        try:
+            await self._engine.load_version(
+                name, version, compiled.program, source=source, tenant=request.tenant
+            )
+        except BaseException:
+            await self._forget(name, version, source)
+            raise
+        if request.is_charged:
+            self._owners[name, version] = request.tenant
+        try:
+            load.require_wanted()
+            load.tell(SWITCH)
+            if is_first or request.keep_default:
+                await self._label(name, version, request.labels)
+                loaded = LoadedVersion(version, 0, 0)
+            else:
+                loaded = await self._switch(name, version, request.policy, request.migration)
+        except BaseException:
+            # nobody was told of it: what was opened on it meanwhile by its number stays in the store
+            await self._engine.unload_version(name, version, force=True)
+            await self._forget(name, version, source)
+            raise
+        if loaded.previous:
+            try:
+                await self._label(name, version, request.labels)
+            except ServerError as error:  # the switch is true, and is not taken back
+                error.message += f" (version {version} of model {name!r} is loaded and the default, without all its labels)"
+                raise
+        if request.unload_previous and loaded.previous:
+            self._leaving.add((name, loaded.previous))
+        seconds = time.perf_counter() - started
+        self._observer.model_loaded(name, compiled.origin, seconds)
+        self._tell(name, version, "loaded")
+        _log.info("model loaded", model=name, version=version, path=load.path, seconds=seconds)
+        await self.look()
+        return loaded
+
+    async def _label(self, name: str, version: int, labels: Sequence[str]) -> None:
+        for label in labels:
+            await self._engine.set_label(name, label, version)
+
+    async def _compiled(self, load: Load, path: Path) -> Compiled:
+        try:
+            return await self.compile(load.request.name, path, load.tell, load.abandoned)
+        except (ModelError, OSError) as error:
+            load.require_wanted()
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            details = getattr(error, "details", "")
+            if details:
+                _log.warning("model refused", model=load.request.name, version=load.version, details=details)
+            raise ModelLoadFailed(
+                f"version {load.version} of model {load.request.name!r} cannot be loaded: {why}",
+                model=load.request.name,
+                version=str(load.version),
+            ) from error
+
+    async def _forget(self, name: str, version: int, source: str) -> None:
+        """Nothing stands for a version any more."""
+        key = name, version
+        self._owners.pop(key, None)
+        self._leaving.discard(key)
+        self._not_before.pop(key, None)
+        if self.kept is not None and source:
+            await self.kept.drop(Path(source))
+
+    # ---------------------------------------------------------------------------------------------- what else is asked
+
+    async def unload(self, name: str, version: int, *, force: bool) -> None:
+        """See `control.ModelControl`."""
+        under_way = [load for (other, number), load in self._loads.items() if other == name]
+        if version:
+            under_way = [load for load in under_way if load.version == version]
+        failed = [key for key in self._failed if key[0] == name and version in (0, key[1])]
+        for load in under_way:
+            load.stop("it was unloaded meanwhile")
+        for key in failed:
+            del self._failed[key]
+            self._tell(*key, "")
+        is_done = bool(under_way or failed)
+        known = self._served(name) if is_done else self._known(name)
+        if not known or (version and version not in known):
+            if is_done:
+                return
+            raise _no_version(name, version, known)
+        async with self._turn:
+            served = self._served(name)
+            if version:
+                await self._unload(name, version, force=force)
+                return
+            busy = {number: info.sessions for number, info in served.items() if info.sessions}
+            if busy and not force:
+                raise ModelInUse(
+                    f"model {name!r} must have no sessions to be unloaded, unless force is given; it has"
+                    f" {sum(busy.values())} on versions {sorted(busy)}",
+                    model=name,
+                )
+            for number in sorted(served, key=lambda one: (served[one].is_default, one)):
+                await self._unload(name, number, force=True)
+
+    async def _unload(self, name: str, version: int, *, force: bool) -> None:
+        info = self._served(name).get(version)
+        if info is None:
+            return  # somebody else did
+        await self._engine.unload_version(name, version, force=force)
+        await self._forget(name, version, info.source)
+        self._tell(name, version, "")
+        _log.info("model unloaded", model=name, version=version)
+
+    async def set_default(
+        self, name: str, version: int, policy: SessionPolicy, migration: str = ""
+    ) -> LoadedVersion:
+        """See `control.ModelControl`."""
+        if migration and policy is not SessionPolicy.MIGRATE:
+            raise InvalidInput(
+                f"migration must be left out unless sessions is migrate; got {migration[:160]!r}"
+            )
+        known = self._known(name)
+        if version not in known:
+            raise _no_version(name, version, known)
+        async with self._turn:
+            return await self._switch(name, version, policy, migration)
+
+    async def _switch(self, name: str, version: int, policy: SessionPolicy, migration: str) -> LoadedVersion:
+        moved = await self._engine.set_default(name, version, policy, migration)
+        self._leaving.discard((name, version))
+        if (
+            policy is SessionPolicy.KEEP
+            and moved.previous in self._served(name)
+            and moved.previous != version
+        ):
+            self._leaving.add((name, moved.previous))
+        self._observer.sessions_moved(name, policy.value, moved.sessions)
+        _log.info(
+            "the default of a model is another version",
+            model=name,
+            version=version,
+            previous=moved.previous,
+            sessions=policy.value,
+            moved=moved.sessions,
+        )
+        return LoadedVersion(version, moved.previous, moved.sessions)
+
+    async def set_label(self, name: str, label: str, version: int) -> None:
+        """See `control.ModelControl`."""
+        _require_label(label)
+        known = self._known(name)
+        if version and version not in known:
+            raise _no_version(name, version, known)
+        if not version and not any(label in info.labels for info in known.values()):
+            raise VersionNotFound(
+                f"label must be one that model {name!r} has, to be taken away; got {label!r}", model=name
+            )
+        async with self._turn:
+            await self._engine.set_label(name, label, version)
+        self._leaving.discard((name, version))
+        _log.info("a label of a model is that of another version", model=name, label=label, version=version)
+
+    async def begin_upload(self, filename: str, tenant: str) -> Upload:
+        """See `control.ModelControl`."""
+        if self._uploads is None:
+            raise _upload_off()
+        return await self._uploads.begin(filename, tenant)
+
+    # ------------------------------------------------------------------------------------------------------ how it is
+
+    def statuses(self) -> Mapping[str, Sequence[VersionStatus]]:
+        """See `control.ModelControl`."""
+        names = {info.name for info in self._engine.models()}
+        names |= {name for name, _ in self._loads} | {name for name, _ in self._failed}
+        return {name: self.status(name) for name in sorted(names)}
+
+    def status(self, name: str) -> Sequence[VersionStatus]:
+        """See `control.ModelControl`."""
+        found = {key[1]: status for key, status in self._failed.items() if key[0] == name}
+        for (other, version), load in self._loads.items():
+            if other == name:
+                found[version] = VersionStatus(
+                    version, VersionState.LOADING, load.stage, path=load.path or load.request.upload
+                )
+        for version, info in self._served(name).items():
+            loading = self._loads.get((name, version))
+            state = VersionState.READY
+            if (name, version) in self._leaving and not info.labels:
+                state = VersionState.DRAINING
+            if loading is not None:
+                state = VersionState.LOADING
+            found[version] = VersionStatus(
+                version,
+                state,
+                "" if loading is None else loading.stage,
+                info.fingerprint,
+                info.is_default,
+                info.labels,
+                info.sessions,
+                info.source,
+                info.loaded,
+            )
+        return [found[version] for version in sorted(found)]
+
+    def failed_before(self, name: str, version: int, why: str, path: str = "") -> None:
+        """The server could not load it when it started."""
+        self._failed[name, version] = VersionStatus(version, VersionState.FAILED, why, path=path)
+
+    def failed_at_start(self, failed: Mapping[str, Mapping[int, str]]) -> None:
+        """The server could not load these when it started: versions by name, and why."""
+        for name, versions in failed.items():
+            for version, why in versions.items():
+                self.failed_before(name, version, why)
+
+    def owned_before(self, name: str, version: int, tenant: str) -> None:
+        """A tenant's admin loaded it before the server was started again."""
+        self._owners[name, version] = tenant
+
+    # -------------------------------------------------------------------------------------------------------- draining
+
+    async def run(self) -> None:
+        """Unload versions as their last sessions end, until cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                if not self._turn.locked():
+                    async with self._turn:
+                        await self.look()
+                if self._uploads is not None:
+                    await self._uploads.expire()
+            except Exception as error:
+                _log.defect("models could not be looked after; the timer goes on", error)
+
+    async def look(self) -> int:
+        """Unload those that drain and have no sessions; return how many. The timer does it by itself."""
+        now, count = self._clock.monotonic(), 0
+        for info in self._engine.models():
+            for each in info.versions:
+                key = info.name, each.version
+                is_leaving = key in self._leaving and not each.is_default and not each.labels
+                if not is_leaving or each.sessions or now < self._not_before.get(key, 0.0):
+                    continue
+                try:
+                    await self._unload(info.name, each.version, force=False)
+                    count += 1
+                except ServerError as error:
+                    self._not_before[key] = now + _AGAIN_S
+                    _log.info(
+                        "a version stays for its sessions in the store",
+                        model=info.name,
+                        version=each.version,
+                        reason=error.message,
+                    )
+        return count
+
+    async def close(self) -> None:
+        """Stop the loads, wait for their ends, and delete uploads."""
+        for load in self._loads.values():
+            load.stop("the server stops")
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._uploads is not None:
+            await self._uploads.close()
+
+    # --------------------------------------------------------------------------------------------------------- helpers
+
+    def _served(self, name: str) -> dict[int, VersionInfo]:
+        for info in self._engine.models():
+            if info.name == name:
+                return {each.version: each for each in info.versions}
+        return {}
+
+    def _default(self, name: str) -> int:
+        return next((version for version, info in self._served(name).items() if info.is_default), 0)
+
+    def _known(self, name: str) -> dict[int, VersionInfo]:
+        served = self._served(name)
+        if not served:
+            names = [info.name for info in self._engine.models()]
+            raise ModelNotFound(f"name must be one of {names}; got {name[:160]!r}", model=name)
+        return served
+
+
+def _require_label(label: str) -> None:
+    if not is_label(label):
+        raise InvalidInput(f"label must be {LABEL_RULE}; got {label[:160]!r}")
+
+
+def _upload_off() -> UploadOff:
+    return UploadOff(
+        "the server takes no files: it must be started with --allow-model-upload; or give the path of a file on its disk"
+    )
+
+
+def _no_version(name: str, version: int, known: Mapping[int, object]) -> VersionNotFound:
+    return VersionNotFound(
+        f"version of model {name!r} must be one that is loaded, {sorted(known)}; got {version}",
+        model=name,
+        version=str(version),
+    )
+
+
+def _look_at(task: asyncio.Task[LoadedVersion]) -> None:
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,111 @@
+"""Who loads models while a server runs, as its settings say."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stepwell_server.compile.limits import Limits
+from stepwell_server.live import kept, uploads
+from stepwell_server.live.control import Progress
+from stepwell_server.live.faces import Compile, Compiled, Engine, Observer, Quotas
+from stepwell_server.live.models import LiveModels
+from stepwell_server.loading import load_program
+from stepwell_server.program import ProofOptions
+from stepwell_server.program_file import is_program
+from stepwell_server.reach import beyond_loopback
+
+if TYPE_CHECKING:
+    from stepwell_server.clock import Clock
+    from stepwell_server.compile.warm import WarmCompiler
+    from stepwell_server.settings import Settings
+
+
+def open_live_models(
+    settings: Settings,
+    engine: Engine,
+    compiler: WarmCompiler,
+    *,
+    clock: Clock,
+    observer: Observer,
+    quotas: Quotas | None,
+    tell: Callable[[str, int, str], None],
+) -> LiveModels:
+    """Wire it. Blocking for a moment.
+
+    Args:
+        settings: of the server.
+        engine: serves the models.
+        compiler: compiles them.
+        clock: the server's.
+        observer: is told of loads.
+        quotas: how many versions tenants may load.
+        tell: is told how far each version is.
+
+    Raises:
+        OSError: there can be no folder for uploads.
+    """
+    folder = settings.data_dir if settings.store == "disk" else None
+    programs = None if folder is None else kept.KeptPrograms(folder / kept.FOLDER)
+    taken = None
+    if settings.allow_model_upload:
+        place = (
+            Path(tempfile.mkdtemp(prefix="stepwell-uploads-")) if folder is None else folder / uploads.FOLDER
+        )
+        taken = uploads.Uploads(place, settings.max_model_bytes, clock, is_temporary=folder is None)
+    return LiveModels(
+        engine,
+        _compiling(settings, compiler, programs),
+        clock=clock,
+        observer=observer,
+        root=settings.models_dir,
+        kept=programs,
+        uploads=taken,
+        quotas=quotas,
+        tell=tell,
+    )
+
+
+def _compiling(settings: Settings, compiler: WarmCompiler, programs: kept.KeptPrograms | None) -> Compile:
+    """Makes programs of files: of `.keras` files by processes of the compiler's, if they are not in the cache."""
+
+    async def compile_model(
+        name: str, path: Path, progress: Progress, abandoned: threading.Event
+    ) -> Compiled:
+        loop, stages = asyncio.get_running_loop(), list[str]()
+
+        def report(stage: str) -> None:  # on the thread that loads
+            stages.append(stage)
+            loop.call_soon_threadsafe(progress, stage)
+
+        if programs is not None and programs.holds(path):
+            program = await asyncio.to_thread(programs.load, path)
+            if program.executor == "tensorflow":  # which a file must not be that others may have written
+                return Compiled(program, "file")
+        memory, seconds = settings.max_compile_memory_bytes, settings.compile_timeout_s
+        program = await asyncio.to_thread(
+            load_program,
+            path,
+            compiler,
+            report,
+            ProofOptions(settings.probe_steps.get(name), name in settings.trust_causality),
+            Limits(settings.max_model_bytes, memory, seconds, abandoned=abandoned),
+        )
+        return Compiled(program, "file" if is_program(path) else "compiled" if stages else "cache")
+
+    return compile_model
+
+
+def admin_refusal(settings: Settings) -> str:
+    """Why nobody may load models by a call; empty: admins may, and where nobody is asked who calls, everybody."""
+    knows = settings.asks_callers or settings.tls_client_ca is not None
+    if knows or not beyond_loopback(settings.listen):
+        return ""
+    return (
+        "a server that other machines reach must know its callers (--auth-tokens, --auth-certificates or --auth-jwks) to let"
+        " them change its models"
+    )

@@ -1,0 +1,47 @@
+"""Which files of the server's disk may be loaded by whoever asks for it in a call, wherever links lead."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from stepwell_server.compile.origin import folder_problem
+from stepwell_server.errors import InvalidInput
+from stepwell_server.program_file import SUFFIX
+
+SUFFIXES = (".keras", SUFFIX)
+_MOST_SHOWN = 300
+
+
+def checked(text: str, root: Path | None) -> Path:
+    """The real path of a file that a call names. Blocking.
+
+    Args:
+        text: what came.
+        root: `--models`: only what lies in it is loaded, wherever links lead; None: any file that the server can read.
+
+    Raises:
+        InvalidInput: it is not the absolute path of such a file.
+    """
+    shown = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+    if not os.path.isabs(text) or "\0" in text:
+        raise InvalidInput(f"path must be absolute, on the server's disk; got {shown!r}")
+    if not text.endswith(SUFFIXES):
+        raise InvalidInput(f"path must end in {' or '.join(SUFFIXES)}; got {shown!r}")
+    real = Path(os.path.realpath(text))
+    # before anything is said of what is there: the caller may not know that
+    if root is not None and not real.is_relative_to(os.path.realpath(root)):
+        raise InvalidInput(
+            f"path must be that of a file in --models, {root}, also through links; got {shown!r}"
+        )
+    try:
+        found = os.stat(real)
+    except OSError as error:
+        raise InvalidInput(f"path must be that of a file; got {shown!r}: {error.strerror}") from None
+    if not stat.S_ISREG(found.st_mode):
+        what = folder_problem(real) if stat.S_ISDIR(found.st_mode) else "is no regular file"
+        raise InvalidInput(f"path must be that of a file; {shown!r} {what}")
+    if not os.access(real, os.R_OK):
+        raise InvalidInput(f"path must be that of a file which the server can read; got {shown!r}")
+    return real

@@ -1,0 +1,63 @@
+"""Who loads models, around an engine of a test: it compiles nothing, a file's program is the one that the test names."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from pathlib import Path
+from typing import Any
+
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.engine.engine import Engine
+from stepwell_server.live.control import Progress
+from stepwell_server.live.faces import Compiled
+from stepwell_server.live.models import LiveModels
+from stepwell_server.program import Program
+from support.clock import ManualClock
+
+
+class Loads:
+    """Programs by the names of files; remembers what is told of loads."""
+
+    def __init__(self) -> None:
+        self.programs: dict[str, Program] = {}
+        self.told: list[tuple[Any, ...]] = []
+        self.free = asyncio.Event()
+        """Cleared, compiling waits until it is set, or nobody wants it any more."""
+        self.free.set()
+
+    async def compile(
+        self, name: str, path: Path, progress: Progress, abandoned: threading.Event
+    ) -> Compiled:
+        """See `live.models.Compile`."""
+        progress("load")
+        while not (self.free.is_set() or abandoned.is_set()):  # noqa: ASYNC110 (a turn of the loop, no time)
+            await asyncio.sleep(0)
+        if path.name not in self.programs:
+            raise ModelError(f"{path.name}: not a .keras file")
+        return Compiled(self.programs[path.name], "compiled")
+
+    def file(self, folder: Path, name: str, program: Program, **changes: Any) -> str:
+        """The path of a file whose program this is, with what is changed in it."""
+        path = folder / name
+        path.write_bytes(b"a model")
+        self.programs[name] = dataclasses.replace(program, fingerprint=f"of {name}", **changes)
+        return str(path)
+
+    def model_loaded(self, model: str, source: str, seconds: float) -> None:
+        """See `live.models.Observer`."""
+        self.told.append(("loaded", model, source))
+
+    def model_failed(self, model: str) -> None:
+        """See `live.models.Observer`."""
+        self.told.append(("failed", model))
+
+    def sessions_moved(self, model: str, policy: str, count: int) -> None:
+        """See `live.models.Observer`."""
+        self.told.append(("moved", model, policy, count))
+
+
+def live_models(engine: Engine, clock: ManualClock, loads: Loads, **options: Any) -> LiveModels:
+    """Who loads models into an engine."""
+    return LiveModels(engine, loads.compile, clock=clock, observer=loads, **options)
