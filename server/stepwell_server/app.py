@@ -22,6 +22,9 @@ from stepwell_server.core.namespaces import own, tenant_of
 from stepwell_server.engine.engine import Engine, ModelStats
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.resident import ResidentRows
+from stepwell_server.live.models import LiveModels
+from stepwell_server.live.opening import admin_refusal, open_live_models
+from stepwell_server.live.restoring import NotRestoredError, restore_unless_stopped
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.metrics.server import MetricsServer
@@ -51,6 +54,7 @@ from stepwell_server.tracing.starting import start as start_tracing
 from stepwell_server.watched_file import WatchedFileError
 
 if TYPE_CHECKING:
+    from stepwell_server.compile.warm import WarmCompiler
     from stepwell_server.rpc.fronts.native import NativeFront
     from stepwell_server.tracing.spans import Tracing
 
@@ -121,7 +125,7 @@ def serve(settings: Settings) -> int:
                     settings, store, clock, observer, certificates, callers, metrics_token, audit, quota_file
                 )
             )
-    except LoadError as error:
+    except (LoadError, NotRestoredError) as error:
         raise StartError(str(error)) from error
     except Abandoned:
         raise KeyboardInterrupt from None
@@ -251,6 +255,8 @@ async def _run(
         observer.secured_by(certificates)
     observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts)
     gone, metrics = False, None
+    live: LiveModels | None = None
+    looking: asyncio.Task[None] | None = None
     quotas = await _quotas(quota_file, settings, store, clock, observer)
     compiler = compiler_of(settings, clock)
     ending_idle = asyncio.create_task(end_idle(compiler))
@@ -267,7 +273,12 @@ async def _run(
         models = await load_models(settings, compiler, wanted, observer, readiness, stop)
         engine = served.engine = _engine(settings, models, store, clock, observer, quotas)
         await engine.start()
-        rpc.serve(engine)
+        live = _live_models(settings, engine, compiler, clock, observer, quotas, readiness)
+        live.failed_at_start(models.failed)
+        await restore_unless_stopped(settings, engine, live, readiness, stop)
+        observer.knows_versions(live.statuses)
+        looking = asyncio.create_task(live.run())
+        rpc.serve(engine, live, admin_refusal(settings))
         readiness.problem("models", "")
         await _say_ready(settings, rpc, store, address, certificates, open_files)
         gone = await _until_stopped(stop, store, readiness, observer)
@@ -276,6 +287,10 @@ async def _run(
     finally:
         ending_idle.cancel()
         await rpc.close()
+        if looking is not None:
+            looking.cancel()
+        if live is not None:
+            await live.close()
         await asyncio.to_thread(compiler.close)
         if metrics is not None:
             await asyncio.to_thread(metrics.close)
@@ -311,11 +326,13 @@ def _engine(
     observer: PrometheusObserver,
     quotas: Quotas | None,
 ) -> Engine:
-    if several := [name for name, versions in models.programs.items() if len(versions) > 1]:
-        raise StartError(f"model {several[0]}: one version of a model can be served; several are chosen")
     try:
         return Engine(
-            {name: program for name, versions in models.programs.items() for program in versions.values()},
+            {
+                f"{name}@{version}": program
+                for name, versions in models.programs.items()
+                for version, program in versions.items()
+            },
             store=store,
             clock=clock,
             observer=observer,
@@ -325,6 +342,7 @@ def _engine(
             compute_threads=settings.compute_threads,
             failed=models.failed,
             quotas=quotas,
+            migrations=_migrations(settings),
         )
     except MemoryError as error:
         raise StartError(f"--resident-rows: {error}") from error
@@ -333,6 +351,29 @@ def _engine(
 def _resident_rows(settings: Settings, names: Collection[str]) -> ResidentRows:
     own = {name: rows for name, rows in settings.resident_rows.items() if name}
     return ResidentRows(settings.resident_rows.get(""), own, len(set(names) - own.keys()))
+
+
+def _live_models(
+    settings: Settings,
+    engine: Engine,
+    compiler: WarmCompiler,
+    clock: Clock,
+    observer: PrometheusObserver,
+    quotas: Quotas | None,
+    readiness: Readiness,
+) -> LiveModels:
+    try:
+        return open_live_models(
+            settings,
+            engine,
+            compiler,
+            clock=clock,
+            observer=observer,
+            quotas=quotas,
+            tell=readiness.version,
+        )
+    except OSError as error:
+        raise StartError(f"--allow-model-upload: there can be no folder for uploads: {error}") from error
 
 
 def _start_tracing(settings: Settings, clock: Clock, observer: PrometheusObserver) -> Tracing | None:

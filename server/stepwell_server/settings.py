@@ -129,6 +129,8 @@ class Settings:
     bad_models: Literal["refuse", "skip"] = "refuse"
     trace_endpoint: str | None = None
     trace_sample: float = 0.01
+    allow_model_upload: bool = False
+    """Admins may send files of models."""
     imports: Sequence[str] = ()
     probe_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
     trust_causality: Sequence[str] = ()

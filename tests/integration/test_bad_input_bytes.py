@@ -22,6 +22,7 @@ RPCS = [
     for service in (
         pb.DESCRIPTOR.services_by_name["SessionService"],
         models_pb2.DESCRIPTOR.services_by_name["ModelService"],
+        models_pb2.DESCRIPTOR.services_by_name["ModelAdminService"],
     )
     for method in service.methods
     if not method.client_streaming

@@ -104,6 +104,26 @@ CALLS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
         lambda _: models_pb2.ListSlowSessionsRequest(limit=101),
         (*INPUT, "limit must be at most 100; got 101"),
     ),
+    "UnloadModel": (
+        lambda _: models_pb2.UnloadModelRequest(name="seq", version=1),
+        (
+            "FAILED_PRECONDITION",
+            "MODEL_IN_USE",
+            "version 1 of model 'seq' must have no sessions to be unloaded",
+        ),
+    ),
+    "SetDefault": (
+        lambda _: models_pb2.SetDefaultRequest(name="seq", version=2),
+        (
+            "NOT_FOUND",
+            "MODEL_VERSION_NOT_FOUND",
+            "version of model 'seq' must be one that is loaded, [1]; got 2",
+        ),
+    ),
+    "SetLabel": (
+        lambda _: models_pb2.SetLabelRequest(name="seq", label=ODD, version=1),
+        (*INPUT, "label must be 1 to 64 letters, digits, _, - or ., not digits alone; got "),
+    ),
 }
 
 
@@ -115,9 +135,11 @@ def test_every_call_that_takes_an_argument_is_in_the_table() -> None:
     services = (
         pb.DESCRIPTOR.services_by_name["SessionService"],
         models_pb2.DESCRIPTOR.services_by_name["ModelService"],
+        models_pb2.DESCRIPTOR.services_by_name["ModelAdminService"],
     )
     names = {method.name for service in services for method in service.methods if method.input_type.fields}
-    assert names == {*CALLS, "StepStream"}
+    # streams: see below, and test_models_live
+    assert names == {*CALLS, "StepStream", "LoadModel", "UploadModel"}
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -80,6 +80,7 @@ def test_reflection_shows_services_and_messages(channel: grpc.Channel) -> None:
         "grpc.reflection.v1.ServerReflection",
         "grpc.reflection.v1alpha.ServerReflection",
         "inference.GRPCInferenceService",
+        "stepwell.v1.ModelAdminService",
         "stepwell.v1.ModelService",
         "stepwell.v1.SessionService",
     }

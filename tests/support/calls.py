@@ -17,6 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.core.callers import ANYBODY, Caller, Credential
+from stepwell_server.live.models import LiveModels
 from stepwell_server.program import Program
 from stepwell_server.rpc.auditing import Auditor
 from stepwell_server.rpc.fronts.base import CallEnded, FrontCounts, Method, Steps
@@ -27,6 +28,7 @@ from stepwell_server.rpc.triton.inference import service_pb2
 from stepwell_server.slowest import Slowest
 from support.engine import Harness, running
 from support.fake_call import FakeCall, Requests
+from support.live import Loads, live_models
 from support.triton_requests import NoPasses
 from support.wire import Answer, Array, Refusal, of_members, tensors
 
@@ -93,18 +95,28 @@ class Calls:
     """A client of an engine's calls, as somebody whom the server knows (`who`), or as anybody."""
 
     def __init__(
-        self, at: Harness, methods: Mapping[str, Method], slowest: Slowest, who: Caller = ANYBODY
+        self,
+        at: Harness,
+        methods: Mapping[str, Method],
+        slowest: Slowest,
+        live: LiveModels,
+        loads: Loads,
+        who: Caller = ANYBODY,
     ) -> None:
         self.at = at
         self.methods = methods
         self.slowest = slowest
+        self.live = live
+        self.loads = loads
+        """What becomes of files that are loaded."""
         self._who = who
 
     def of(self, who: Caller) -> Calls:
         """The same, as somebody else."""
-        return Calls(self.at, self.methods, self.slowest, who)
+        return Calls(self.at, self.methods, self.slowest, self.live, self.loads, who)
 
-    def _call(self, raw: bytes = b"") -> FakeCall:
+    def new_call(self, raw: bytes = b"") -> FakeCall:
+        """A call of whom it is."""
         call = FakeCall(raw)
         call.who = self._who
         return call
@@ -114,7 +126,7 @@ class Calls:
         name = type(request).__name__.removesuffix("Request")
         modules = sessions_pb2, models_pb2, service_pb2
         reply = next(found for module in modules if (found := getattr(module, f"{name}Response", None)))
-        return reply.FromString(await self.methods[name].serve(self._call(request.SerializeToString())))
+        return reply.FromString(await self.methods[name].serve(self.new_call(request.SerializeToString())))
 
     async def refused(self, request: Any) -> Refusal:
         """How a unary request is refused."""
@@ -130,7 +142,7 @@ class Calls:
 
     async def streamed(self, name: str, *requests: Any) -> list[bytes]:
         """What a stream of these requests is answered with."""
-        call = self._call()
+        call = self.new_call()
         call.send(*requests)
         call.half_close()
         await asyncio.wait_for(self.methods[name].serve(call), 100)
@@ -166,17 +178,24 @@ class Calls:
 
 @asynccontextmanager
 async def calls(
-    programs: Mapping[str, Program] | None = None, auditor: Auditor | None = None, **options: Any
+    programs: Mapping[str, Program] | None = None,
+    auditor: Auditor | None = None,
+    live_options: Mapping[str, Any] | None = None,
+    admin_refusal: str = "",
+    **options: Any,
 ) -> AsyncIterator[Calls]:
-    """A client of the calls of an engine on these programs."""
+    """A client of the calls of an engine on these programs; `live_options` are those of who loads models."""
     async with running(programs, **options) as at:
         front, observer = Front(), Observer()
         server = RpcServer(
             front, clock=at.clock, observer=observer, max_message_bytes=MAX_MESSAGE_BYTES, auditor=auditor
         )
         await server.start(Address("", 0))
-        server.serve(at.engine)
-        yield Calls(at, front.methods, observer.slowest)
+        loads = Loads()
+        live = live_models(at.engine, at.clock, loads, **(live_options or {}))
+        server.serve(at.engine, live, admin_refusal)
+        yield Calls(at, front.methods, observer.slowest, live, loads)
+        await live.close()
 
 
 def _refusal(ended: CallEnded) -> Refusal:

@@ -30,6 +30,7 @@ Random = random.Random
 MOST_BYTES = 48 << 10
 """Of a message; what claims to be larger than it is needs no bytes for that."""
 SESSIONS, MODELS = "stepwell.v1.SessionService", "stepwell.v1.ModelService"
+MODEL_ADMIN = "stepwell.v1.ModelAdminService"
 TRITON, HEALTH = "inference.GRPCInferenceService", "grpc.health.v1.Health"
 REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 
@@ -128,6 +129,13 @@ def valid(model: str, session_ids: Sequence[str], features: int, input_name: str
     found += [Valid(f"/{SESSIONS}/StepStream", frame.SerializeToString(), True, True) for frame in frames]
     unary: list[tuple[str, str, Message]] = [
         (MODELS, "ListModels", models_pb2.ListModelsRequest()),
+        (MODEL_ADMIN, "UnloadModel", models_pb2.UnloadModelRequest(name="fuzz", version=1, force=True)),
+        (
+            MODEL_ADMIN,
+            "SetDefault",
+            models_pb2.SetDefaultRequest(name="fuzz", version=1, sessions=models_pb2.SESSION_POLICY_RESET),
+        ),
+        (MODEL_ADMIN, "SetLabel", models_pb2.SetLabelRequest(name=model, label="fuzz", version=1)),
         (MODELS, "Predict", models_pb2.PredictRequest(model=model, inputs=[wide], state=[rows])),
         (MODELS, "ListSlowSessions", models_pb2.ListSlowSessionsRequest()),
         (MODELS, "GetModel", models_pb2.GetModelRequest(name=model)),
@@ -151,6 +159,14 @@ def valid(model: str, session_ids: Sequence[str], features: int, input_name: str
         Valid(f"/{TRITON}/ModelStreamInfer", raw.SerializeToString(), True, True)
         for raw in (begun, named, alone)
     ]
+    sent: list[tuple[str, Message]] = [
+        (
+            "LoadModel",
+            models_pb2.LoadModelRequest(name="fuzz", version=2, path="/fuzz.keras", labels=["fuzz"]),
+        ),
+        ("UploadModel", models_pb2.UploadModelRequest(filename="fuzz.keras", content=b"no model")),
+    ]
+    found += [Valid(f"/{MODEL_ADMIN}/{name}", raw.SerializeToString(), True, True) for name, raw in sent]
     asked = reflection_pb2.ServerReflectionRequest
     found += [
         Valid(f"/{REFLECTION}/ServerReflectionInfo", raw.SerializeToString(), True, True)

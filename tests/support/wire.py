@@ -96,6 +96,7 @@ class Wire:
             self.channel = grpc.intercept_channel(self.channel, _With(metadata))
         self.sessions = sessions_pb2_grpc.SessionServiceStub(self.channel)
         self.models = models_pb2_grpc.ModelServiceStub(self.channel)
+        self.model_admin = models_pb2_grpc.ModelAdminServiceStub(self.channel)
 
     def __enter__(self) -> Self:
         return self
@@ -146,7 +147,8 @@ class Wire:
 
     def refused(self, rpc: str, request: Any) -> Refusal:
         """How the server refuses a request."""
-        stub: Any = self.models if hasattr(self.models, rpc) else self.sessions
+        stubs: list[Any] = [self.sessions, self.models, self.model_admin]
+        stub = next(stub for stub in stubs if hasattr(stub, rpc))
         return refusal(lambda: getattr(stub, rpc)(request, timeout=TIMEOUT_S))
 
     def refused_bytes(self, rpc: str, raw: bytes, service: str = SERVICE) -> Refusal:

@@ -47,6 +47,7 @@ def test_of_every_method_it_is_said_whether_it_is_audited() -> None:
     services = [
         sessions_pb2.DESCRIPTOR.services_by_name["SessionService"],
         models_pb2.DESCRIPTOR.services_by_name["ModelService"],
+        models_pb2.DESCRIPTOR.services_by_name["ModelAdminService"],
         SERVICE,
         health.SERVICE,
     ]

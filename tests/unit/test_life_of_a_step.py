@@ -21,6 +21,7 @@ from stepwell_server.rpc.fronts.limits import FrontLimits
 from stepwell_server.rpc.fronts.python import PythonFront
 from stepwell_server.rpc.server import RpcServer
 from support.engine import running
+from support.live import Loads, live_models
 from support.wire import tensor
 
 _ROOT = Path(stepwell_server.__file__).parent
@@ -67,7 +68,7 @@ async def test_a_plain_unary_step_visits_few_modules_and_enters_the_engine_four_
             max_message_bytes=1 << 20,
         )
         address = await server.start(Address("127.0.0.1", 0))
-        server.serve(at.engine)
+        server.serve(at.engine, live_models(at.engine, at.clock, Loads()))
         async with grpc.aio.insecure_channel(str(address)) as channel:
             stub: Any = SessionServiceStub(channel)
 

@@ -207,6 +207,13 @@ OTHERS: Mapping[str, Check] = {
         (
             *("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelConfig"),
             *("Check", "List", "Watch", "ServerReflectionInfo"),
+            *(
+                "LoadModel",
+                "UploadModel",
+                "UnloadModel",
+                "SetDefault",
+                "SetLabel",
+            ),  # for admins: see test_rpc_models
             *("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload"),
             *("SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister"),
             *("CudaSharedMemoryStatus", "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister"),

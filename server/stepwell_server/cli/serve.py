@@ -295,6 +295,12 @@ class Store(click.Choice):  # type: ignore[type-arg]  # of strings; click 8.1 kn
     "cannot be loaded stops nothing. By default it waits.",
 )
 @setting(
+    "--allow-model-upload",
+    is_flag=True,
+    help="Let admins send files of models to load them (stepwell models load --upload). Without it they name files on the "
+    "server's disk.",
+)
+@setting(
     "--trace-endpoint",
     metavar="URL",
     type=Url(),

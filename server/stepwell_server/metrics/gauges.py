@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from stepwell_server.engine.engine import ModelStats
     from stepwell_server.engine.quotas import TenantCounts
+    from stepwell_server.live.control import VersionCounts
     from stepwell_server.rpc.fronts.base import FrontCounts
     from stepwell_server.rpc.fronts.certificates import CertificateFiles
     from stepwell_server.store.times import StoreTimes
@@ -62,12 +63,27 @@ def of_build(
     yield info
     loaded = GaugeMetricFamily(
         "stepwell_model_load_seconds",
-        "What making the model ready took at the start: compiling it, if it was not in the cache.",
+        "What making the model's last version ready took: compiling it, if it was not in the cache.",
         labels=("model",),
     )
     for model, seconds in load_seconds.items():
         loaded.add_metric((model,), seconds)
     yield loaded
+
+
+def of_versions(counts: Mapping[str, VersionCounts]) -> Iterator[Metric]:
+    """How many versions each model has, by how they are, and which one is the default."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    text = "Versions of the model that are loading, ready, draining (until their sessions end) and failed."
+    versions = GaugeMetricFamily("stepwell_model_versions", text, labels=("model", "state"))
+    text = "The version that the model's name stands for; 0: none is served."
+    default = GaugeMetricFamily("stepwell_model_default_version", text, labels=("model",))
+    for model, count in counts.items():
+        for state, number in count.by_state.items():
+            versions.add_metric((model, state.value), number)
+        default.add_metric((model,), count.default)
+    yield from (versions, default)
 
 
 def of_readiness(*, is_ready: bool) -> Metric:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.compile.limits import memory_bytes
-from stepwell_server.engine.api import Observer
+from stepwell_server.engine.api import Observer, SessionPolicy
 from stepwell_server.errors import reasons
+from stepwell_server.live.control import VersionStatus, counts_of
 from stepwell_server.metrics import gauges
 from stepwell_server.series import ROWS, SECONDS, Counter, Histogram, Series
 from stepwell_server.slowest import Slowest
@@ -61,6 +62,7 @@ class PrometheusObserver(Observer):
         self._certificates: CertificateFiles | None = None
         self._span_counts: Callable[[], Mapping[str, int]] = dict
         self._tenants: Callable[[], TenantCounts] | None = None
+        self._versions: Callable[[], Mapping[str, Sequence[VersionStatus]]] | None = None
         self._store_times: StoreTimes | None = None
         self._audited: Callable[[], tuple[int, int]] | None = None
         self._is_ready = False
@@ -112,8 +114,13 @@ class PrometheusObserver(Observer):
         )
         self._loads = Counter(
             "stepwell_model_loads",
-            "Models made ready at the start, by where their programs came from; failed: it could not be done.",
+            "Versions of models made ready, by where their programs came from; failed: it could not be done.",
             ("model", "source"),
+        )
+        self._moved = Counter(
+            "stepwell_moved_sessions",
+            "Sessions in memory when the default version of their model moved, by what became of them.",
+            ("model", "policy"),
         )
         self._requests = Counter("stepwell_requests", "Calls ended, by status code.", ("method", "code"))
         self._request_seconds = Histogram(
@@ -124,6 +131,8 @@ class PrometheusObserver(Observer):
 
     def model_served(self, model: str, program: Program) -> None:
         """See `Observer.model_served`."""
+        self._moved.declare((model, each.value) for each in SessionPolicy)
+        self._loads.declare((model, each) for each in _SOURCES)
         self._models[model] = {"fingerprint": program.fingerprint, "executor": program.executor}
         for counter, values in (
             (self._events, _EVENTS),
@@ -149,8 +158,12 @@ class PrometheusObserver(Observer):
         self._loads.values[model, source] += 1
         self._load_seconds[model] = seconds
 
+    def sessions_moved(self, model: str, policy: str, count: int) -> None:
+        """The default version of a model moved, with so many sessions in memory."""
+        self._moved.values[model, policy] += count
+
     def model_failed(self, model: str) -> None:
-        """A model could not be made ready, and the others are served without it."""
+        """A version could not be made ready; an empty model: of a name that is not served."""
         self._loads.declare((model, each) for each in _SOURCES)
         self._loads.values[model, "failed"] += 1
 
@@ -305,6 +318,10 @@ class PrometheusObserver(Observer):
         """Sessions, steps and refusals of tenants, where there are quotas."""
         self._tenants = counts
 
+    def knows_versions(self, statuses: Callable[[], Mapping[str, Sequence[VersionStatus]]]) -> None:
+        """The versions of each model, when they are asked for."""
+        self._versions = statuses
+
     def ready_is(self, report: Report) -> None:
         """Whether calls can be answered now. For `Readiness.listen`."""
         self._is_ready = report.is_ready
@@ -320,7 +337,8 @@ class PrometheusObserver(Observer):
         counted: list[Counter | Histogram] = [
             *(self._events, self._changes, self._row_steps, self._replays, self._conflicts, self._errors),
             *(self._time_steps, self._pass_rows, self._pass_seconds, self._stages),
-            *(self._paged, self._paging_seconds, self._loads, self._requests, self._request_seconds),
+            *(self._paged, self._paging_seconds, self._loads, self._moved),
+            *(self._requests, self._request_seconds),
         ]
         families = [each.family() for each in counted]
         families += gauges.of_build(self._build, self._models, self._load_seconds)
@@ -339,6 +357,8 @@ class PrometheusObserver(Observer):
             reopened=self._store_reopened,
             is_damaged=self._store_is_damaged,
         )
+        if self._versions is not None:
+            families += gauges.of_versions(counts_of(self._versions()))
         if self._tenants is not None:
             families += gauges.of_tenants(self._tenants())
         return [*families, *gauges.of_memory(memory_bytes()), *gauges.of_engine(list(stats))]

@@ -21,6 +21,8 @@ class Access(enum.Enum):
     """Also who is not known: health checkers."""
     READ = "read"
     USE = "use"
+    ADMINISTER = "administer"
+    """For all tenants: admins only."""
 
 
 #: Calls that change nothing and show what is there. What is not named here or below needs `Access.USE`.
@@ -40,13 +42,21 @@ _READS = frozenset(
     }
 )
 _FOR_ANYONE = frozenset({"Check", "List", "Watch", "ServerLive", "ServerReady"})
-_ROLES = {Access.READ: frozenset(Role), Access.USE: frozenset({Role.USER, Role.ADMIN})}
+#: Calls that change what everybody is served.
+_FOR_ADMINS = frozenset({"LoadModel", "UploadModel", "UnloadModel", "SetDefault", "SetLabel"})
+_ROLES = {
+    Access.READ: frozenset(Role),
+    Access.USE: frozenset({Role.USER, Role.ADMIN}),
+    Access.ADMINISTER: frozenset({Role.ADMIN}),
+}
 
 
 def access_of(method: str) -> Access:
     """What a method needs, by its name without the service."""
     if method in _FOR_ANYONE:
         return Access.ANYONE
+    if method in _FOR_ADMINS:
+        return Access.ADMINISTER
     return Access.READ if method in _READS else Access.USE
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from google.protobuf.message import Message
 
+from stepwell.v1 import models_pb2
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import ANYBODY
 from stepwell_server.core.quotas import TokenBucket
@@ -37,6 +38,11 @@ AUDITED = {
     "ListSessions": "list",
     "ExportSessions": "export",
     "ImportSessions": "import",
+    "LoadModel": "load_model",
+    "UploadModel": "upload_model",
+    "UnloadModel": "unload_model",
+    "SetDefault": "set_default",
+    "SetLabel": "set_label",
 }
 #: Those that have a line only when they are refused, each with its reason.
 UNAUDITED = {
@@ -65,6 +71,21 @@ _REFUSALS = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "QUOTA_EXCEEDED"}
 _SEQUENCES = frozenset({"ModelInfer", "ModelStreamInfer"})
 #: What the engine tells of sessions that the server ends by itself.
 _BY_SERVER = frozenset({"expired"})
+#: Fields of requests about versions that have a place in a line.
+_OF_MODELS = (
+    "version",
+    "path",
+    "filename",
+    "label",
+    "labels",
+    "migration",
+    "keep_default",
+    "unload_previous",
+    "force",
+)
+_ABOUT_MODELS = tuple(
+    method.input_type for method in models_pb2.DESCRIPTOR.services_by_name["ModelAdminService"].methods
+)
 MOST_NAMED = 100
 """Session ids of a line; of more only the count is said."""
 _RETRY_AFTER_S = 1.0
@@ -186,6 +207,8 @@ def _said(request: Message, reply: Message | None) -> dict[str, object]:
     for field in ("model", "session_id_prefix", "new_session_id", "request_id"):
         if value := getattr(request, field, None):
             facts[field] = value
+    if request.DESCRIPTOR in _ABOUT_MODELS:
+        return facts | _said_of_model(request, reply)
     ids = list(dict.fromkeys(_ids(request)))
     opened = [] if reply is None else [each for each in _ids(reply) if each not in ids]
     ids += opened
@@ -195,6 +218,21 @@ def _said(request: Message, reply: Message | None) -> dict[str, object]:
     closed = getattr(reply, "closed", None)
     if closed is not None:
         facts["count"] = closed
+    return facts
+
+
+def _said_of_model(request: Any, reply: Any) -> dict[str, object]:
+    """What of a request about a version has a place in a line: never the bytes of a file."""
+    facts: dict[str, object] = {}
+    for field, name in (("name", "model"), *((name, name) for name in _OF_MODELS)):
+        if value := getattr(request, field, None):
+            facts[name] = list(value) if field == "labels" else value
+    if "sessions" in request.DESCRIPTOR.fields_by_name and not getattr(request, "keep_default", False):
+        policy = models_pb2.SessionPolicy.Name(request.sessions or models_pb2.SESSION_POLICY_KEEP)
+        facts["policy"] = policy.removeprefix("SESSION_POLICY_").lower()
+    for field, name in (("version", "version"), ("moved_sessions", "count"), ("sha256", "sha256")):
+        if value := getattr(reply, field, None):
+            facts[name] = value
     return facts
 
 

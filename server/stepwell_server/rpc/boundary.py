@@ -233,8 +233,10 @@ def served_at(
 
 def _model_of(request: Message) -> str:
     """The model that a request names, by this protocol or Triton's; empty if it names none."""
-    name: str = getattr(request, "model", "") or getattr(request, "model_name", "")
-    return name
+    name: str = (
+        getattr(request, "model", "") or getattr(request, "model_name", "") or getattr(request, "name", "")
+    )
+    return name.partition("@")[0].partition(":")[0]
 
 
 def _facts(request_type: type[Message] | None, call: Call) -> dict[str, str]:

@@ -19,6 +19,7 @@ from stepwell.v1 import models_pb2, sessions_pb2, tensors_pb2
 from stepwell_server.engine.api import ModelInfo, Select, SessionInfo
 from stepwell_server.engine.types import Array, Mask
 from stepwell_server.errors import InvalidInput
+from stepwell_server.live.control import VersionState, VersionStatus
 from stepwell_server.program import Provenance, StateSpec, TensorSpec, dtype_of
 from stepwell_server.rpc import naming
 from stepwell_server.rpc.fronts.base import InputColumn
@@ -47,6 +48,12 @@ _STATES: dict[int, Select] = {
     sessions_pb2.STATE_SELECTION_ALL: Select.ALL,
 }
 
+_VERSION_STATES: dict[VersionState, models_pb2.ModelState.ValueType] = {
+    VersionState.LOADING: models_pb2.MODEL_STATE_LOADING,
+    VersionState.READY: models_pb2.MODEL_STATE_READY,
+    VersionState.DRAINING: models_pb2.MODEL_STATE_DRAINING,
+    VersionState.FAILED: models_pb2.MODEL_STATE_FAILED,
+}
 #: Of a `google.protobuf.Duration`.
 _MOST_SECONDS = 315_576_000_000
 
@@ -223,6 +230,8 @@ def from_session(info: SessionInfo, tenant: str = "") -> sessions_pb2.Session:
         resident=info.resident,
         lease=from_seconds(info.lease_s) if info.lease_s else None,
         tenant=tenant,
+        model_version=info.version,
+        model_version_pinned=info.is_pinned,
     )
 
 
@@ -249,8 +258,14 @@ def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:
     return timestamp_pb2.Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e9))
 
 
-def from_model(info: ModelInfo, *, counted: bool) -> models_pb2.Model:
-    """A model as it is served; `counted`: with everybody's sessions counted."""
+def from_model(info: ModelInfo, *, counted: bool, statuses: Sequence[VersionStatus] = ()) -> models_pb2.Model:
+    """A model as it is served.
+
+    Args:
+        info: the model.
+        counted: for somebody who may know of everybody's sessions, and of the server's files.
+        statuses: of the name's versions.
+    """
     program = info.program
     return models_pb2.Model(
         name=info.name,
@@ -269,6 +284,25 @@ def from_model(info: ModelInfo, *, counted: bool) -> models_pb2.Model:
             compared_share=program.proof.compared,
         ),
         provenance=None if program.provenance is None else _from_provenance(program.provenance),
+        version=info.version,
+        versions=[from_version(status, counted=counted) for status in statuses],
+    )
+
+
+def from_version(status: VersionStatus, *, counted: bool) -> models_pb2.ModelVersion:
+    """A version of a model; `counted` as in `from_model`."""
+    # why a file cannot be loaded names it
+    has_reason = counted or status.state is not VersionState.FAILED
+    return models_pb2.ModelVersion(
+        version=status.version,
+        state=_VERSION_STATES[status.state],
+        reason=status.reason if has_reason else "it could not be loaded",
+        fingerprint=status.fingerprint,
+        is_default=status.is_default,
+        labels=status.labels,
+        sessions=status.sessions if counted else 0,
+        path=status.path if counted else "",
+        loaded_time=_timestamp(status.loaded) if status.loaded else None,
     )
 
 

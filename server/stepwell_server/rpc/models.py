@@ -14,6 +14,7 @@ from stepwell_server.slowest import MOST
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
+    from stepwell_server.live.control import ModelControl
     from stepwell_server.rpc.fronts.base import Call
     from stepwell_server.slowest import Slowest
 
@@ -26,8 +27,16 @@ class ModelServicer:
     """The calls of ModelService, each by its name in snake case. Lives on the event loop."""
 
     def __init__(
-        self, engine: Engine, front: str, max_reply_bytes: int, slowest: Slowest, clock: Clock
+        self,
+        engine: Engine,
+        front: str,
+        max_reply_bytes: int,
+        slowest: Slowest,
+        clock: Clock,
+        control: ModelControl | None = None,
     ) -> None:
+        """`control` loads models; None: those of the start are all."""
+        self._control = control
         self._slowest = slowest
         self._clock = clock
         self._engine = engine
@@ -38,15 +47,33 @@ class ModelServicer:
         """List the models, and say what serves them."""
         await self._engine.refresh_counts()
         counted = call.who.role is Role.ADMIN
-        models = [convert.from_model(model, counted=counted) for model in self._engine.models()]
+        statuses = {} if self._control is None else self._control.statuses()
+        infos = self._engine.models()
+        models = [
+            convert.from_model(info, counted=counted, statuses=statuses.get(info.name, ())) for info in infos
+        ]
+        for name in statuses.keys() - {info.name for info in infos}:
+            told = [convert.from_version(status, counted=counted) for status in statuses[name]]
+            models.append(pb.Model(name=name, versions=told))
+        models.sort(key=lambda model: model.name)
         return pb.ListModelsResponse(models=models, server=self._server)
 
     async def get_model(self, request: pb.GetModelRequest, call: Call) -> pb.GetModelResponse:
         """Describe a model."""
+        return pb.GetModelResponse(model=await self.described(request.name, call))
+
+    async def described(self, ref: str, call: Call) -> pb.Model:
+        """A model, or a version of it, as a caller may know it.
+
+        Raises:
+            ModelNotFound, VersionNotFound: there is none.
+        """
         await self._engine.refresh_counts()
-        counted = call.who.role is Role.ADMIN
-        return pb.GetModelResponse(
-            model=convert.from_model(self._engine.model(request.name), counted=counted)
+        info = self._engine.model(ref)
+        return convert.from_model(
+            info,
+            counted=call.who.role is Role.ADMIN,
+            statuses=() if self._control is None else self._control.status(info.name),
         )
 
     async def list_slow_sessions(
@@ -88,7 +115,7 @@ class ModelServicer:
             reply_limit=self._max_reply_bytes,
             reply_bytes=REPLY_BYTES,
         )
-        response = pb.PredictResponse()
+        response = pb.PredictResponse(model_version=predicted.version)
         convert.add_tensors(response.outputs, predicted.outputs)
         convert.add_tensors(response.state, predicted.state)
         return response

@@ -38,6 +38,16 @@ def namespace_of(who: Caller) -> str:
     return namespaces.prefix_of(who.tenant)
 
 
+def one_tenant(who: Caller) -> str:
+    """In which tenant a call acts; empty: in none.
+
+    Raises:
+        InvalidInput: it acts for all of them.
+    """
+    _require_one(who)
+    return who.tenant
+
+
 def inner(who: Caller, session_id: str) -> str:
     """The engine's id of a session that a caller names. An empty one stays empty.
 
@@ -135,6 +145,6 @@ def tenant_told(who: Caller, session_id: str) -> str:
 def _require_one(who: Caller) -> None:
     if who.tenant == ALL_TENANTS:
         raise InvalidInput(
-            f"{TENANT_KEY} must be one tenant where sessions are named or made; got {ALL_TENANTS!r}, which is for"
+            f"{TENANT_KEY} must be one tenant where sessions are named or made, and models loaded; got {ALL_TENANTS!r}, which is for"
             " listing, exporting and closing those that fit a filter"
         )

@@ -20,9 +20,10 @@ from stepwell_server.rpc.boundary import Boundary, RequestObserver, Serve, serve
 from stepwell_server.rpc.fronts.base import Call, CallEnded, Front, Method
 from stepwell_server.rpc.fronts.certificates import CertificateFiles, Unusable, follow
 from stepwell_server.rpc.guard import Authenticator, Guard
+from stepwell_server.rpc.model_admin import ModelAdminServicer
 from stepwell_server.rpc.models import ModelServicer
 from stepwell_server.rpc.sessions import SessionServicer
-from stepwell_server.rpc.status import ANY_CODE, NAMING_CODES, to_status
+from stepwell_server.rpc.status import ADMIN_CODES, ANY_CODE, NAMING_CODES, UPLOAD_CODES, to_status
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.steps.refusals import EarlySteps
 from stepwell_server.rpc.steps.stream import StreamLimits
@@ -34,26 +35,25 @@ from stepwell_server.rpc.triton.statistics import PassObserver
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
+    from stepwell_server.live.control import ModelControl
     from stepwell_server.rpc.tracing import Tracer
     from stepwell_server.slowest import Slowest
 
 _SESSIONS = sessions_pb2.DESCRIPTOR.services_by_name["SessionService"]
 _MODELS = models_pb2.DESCRIPTOR.services_by_name["ModelService"]
+_MODEL_ADMIN = models_pb2.DESCRIPTOR.services_by_name["ModelAdminService"]
 _STREAM_FRAMES = 1024
 # Health watches and reflection streams end only when they are cut off; our own calls are done by then.
 _GRACE_S = 0.2
 _STARTING_RETRY_S = 1.0
-_OF_ENGINE = (_SESSIONS, _MODELS, _TRITON)
-#: Those whose calls may end with any status.
-_OF_SESSIONS = (_SESSIONS, _TRITON)
+_OF_ENGINE = (_SESSIONS, _MODELS, _MODEL_ADMIN, _TRITON)
+_TAKING_UPLOADS = frozenset({"LoadModel", "UploadModel"})
 #: Only their clients end these.
 _ENDLESS = frozenset({"Watch", "ServerReflectionInfo"})
 
 
 #: The service of each method, for traces.
-SERVICES = {
-    method.name: service.full_name for service in (_SESSIONS, _MODELS, _TRITON) for method in service.methods
-}
+SERVICES = {method.name: service.full_name for service in _OF_ENGINE for method in service.methods}
 
 
 class ServerObserver(RequestObserver, PassObserver, Protocol):
@@ -147,14 +147,22 @@ class RpcServer:
             self._following.append(asyncio.create_task(self.guard.follow()))
         return bound
 
-    def serve(self, engine: Engine) -> None:
-        """Serve an engine from now on, and say so."""
+    def serve(self, engine: Engine, control: ModelControl, admin_refusal: str = "") -> None:
+        """Serve an engine from now on, and say so.
+
+        Args:
+            engine: what is served.
+            control: loads and unloads models.
+            admin_refusal: why nobody may do that by a call; empty: admins may.
+        """
         clock, observer, limit = self._clock, self._observer, self._max_message_bytes
         limits = StreamLimits(_STREAM_FRAMES, limit)
         self._sessions = SessionServicer(engine, clock, limit, limits, observer, self._tracer, self._auditor)
         self._triton = TritonServicer(engine, clock, limit, limits, observer, observer, self._liveness)
         self._serve_by(_SESSIONS, self._sessions)
-        self._serve_by(_MODELS, ModelServicer(engine, self._front.name, limit, observer.slowest, clock))
+        models = ModelServicer(engine, self._front.name, limit, observer.slowest, clock, control)
+        self._serve_by(_MODELS, models)
+        self._serve_by(_MODEL_ADMIN, ModelAdminServicer(control, models, self._auditor, admin_refusal))
         self._serve_by(_TRITON, self._triton)
         self._steps.go_to(ColumnSteps(engine, clock, limit, observer, self._triton.form_of, self._tracer))
         self.announce(self._report)
@@ -201,11 +209,11 @@ class RpcServer:
         self, service: ServiceDescriptor, servicer: object, only: Collection[str] | None = None
     ) -> None:
         """Serve a service, or `only` these methods of it, by a servicer's calls, with the boundary around each."""
-        codes = ANY_CODE if service in _OF_SESSIONS else NAMING_CODES
         for method in service.methods:
             if only is not None and method.name not in only:
                 continue
             behaviour = getattr(servicer, _snake_case(method.name))
+            codes = _codes(service, method)
             if _streams(method):
                 endless = method.name in _ENDLESS
                 serve = self._boundary.stream(method.name, behaviour, codes, endless=endless)
@@ -231,6 +239,13 @@ class RpcServer:
             raise CallEnded(to_status(error))
 
         return refuse
+
+
+def _codes(service: ServiceDescriptor, method: MethodDescriptor) -> Collection[str]:
+    """The status codes that a call may end with."""
+    if service is _MODEL_ADMIN:
+        return UPLOAD_CODES if method.name in _TAKING_UPLOADS else ADMIN_CODES
+    return ANY_CODE if service in (_SESSIONS, _TRITON) else NAMING_CODES
 
 
 def _streams(method: MethodDescriptor) -> bool:

@@ -75,6 +75,9 @@ _EVERYWHERE = {"OK", "CANCELLED"} | {
 #: that is never done.
 ANY_CODE = frozenset(_EVERYWHERE | {code.name for code in Code} - {Code.UNIMPLEMENTED.name})
 NAMING_CODES = frozenset(_EVERYWHERE | {Code.NOT_FOUND.name})
+#: Of calls that load models and choose among them; of those that may need an option of the server.
+ADMIN_CODES = NAMING_CODES | {Code.ALREADY_EXISTS.name, Code.FAILED_PRECONDITION.name}
+UPLOAD_CODES = ADMIN_CODES | {Code.UNIMPLEMENTED.name}
 UNSUPPORTED_CODES = frozenset({"CANCELLED", Code.UNIMPLEMENTED.name, Code.INTERNAL.name})
 
 _WITH_DELAY = (errors.Overloaded, errors.Starting)
