@@ -40,6 +40,7 @@ STORES = {"memory": (), "async": ("--durability", "async"), "sync": ("--durabili
 HELD = 50_000
 """Sessions that are opened to see what one takes."""
 OPENED_AT_ONCE = 10_000
+MODELS_LOADED = (1, 10, 50)
 
 
 Case = Callable[[Plan], list[Point]]
@@ -231,6 +232,25 @@ def memory(plan: Plan) -> list[Point]:
     return measured(("front",), measures, plan.repeats)
 
 
+def models(plan: Plan) -> list[Point]:
+    """A server of many models of which one is stepped: what the others cost; ratios are to a server of that one."""
+    path = harness.model_path("small")
+    facts: dict[int, Result] = {}
+    with contextlib.ExitStack() as stack:
+        measures: dict[Key, Measure] = {}
+        for count in MODELS_LOADED:
+            paths = {"small": path} | {f"small-{number}": path for number in range(1, count)}
+            began = time.perf_counter()
+            server = stack.enter_context(harness.serve(models=paths))
+            ready_s = time.perf_counter() - began
+            assert server.pid is not None
+            facts[count] = {"ready_s": ready_s, **harness.taken_by(server.pid)}
+            for kind in ("unary", "stream"):
+                measures[count, kind] = single(server, "small", kind, 32, plan.times)
+        points = measured(("models", "kind"), measures, plan.repeats, lambda key: (1, key[1]))
+    return [{**point, **facts[point["models"]]} for point in points]
+
+
 def start(plan: Plan) -> list[Point]:
     """From exec to ready, with the program in the cache."""
 
@@ -276,6 +296,7 @@ CASES: Mapping[str, Case] = {
         floods,
         tls,
         memory,
+        models,
         start,
         seed,
     )

@@ -79,14 +79,18 @@ def fronts() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def serve(
-    *names: str, front: str = "auto", extra_args: Sequence[str] = (), data_dir: Path | None = None
+    *names: str,
+    models: Mapping[str, Path] | None = None,
+    front: str = "auto",
+    extra_args: Sequence[str] = (),
+    data_dir: Path | None = None,
 ) -> Iterator[LocalServer]:
-    """A server of some of the models. Without a folder it keeps sessions in memory. Compiles what its cache lacks.
+    """A server of some of the models, or of others. Without a folder it keeps sessions in memory. Compiles what its cache lacks.
 
     Raises:
         ServerEndedError: It ended before the block did; with its last log lines.
     """
-    paths = {name: model_path(name) for name in names}
+    paths = {name: model_path(name) for name in names} | dict(models or {})
     arguments = ["--log-level", "warning", "--front", front, *extra_args]
     with LocalServer(paths, data_dir, extra_args=arguments, cache_dir=OUT / "cache") as server, alive(server):
         yield server
@@ -242,6 +246,19 @@ def status_bytes(pid: int, name: str) -> int:
     """What the kernel says of a process's memory, under one of its names for that."""
     status = Path(f"/proc/{pid}/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{name}:"))
+
+
+def taken_by(pid: int) -> Result:
+    """Memory, threads and open files of a process."""
+    folder = Path("/proc") / str(pid)
+    sizes = (line.split() for line in (folder / "smaps_rollup").read_text().splitlines()[1:])
+    kib = {words[0]: int(words[1]) for words in sizes}
+    return {
+        "resident_mib": kib["Rss:"] / 1024,
+        "pss_mib": kib["Pss:"] / 1024,
+        "threads": len(list((folder / "task").iterdir())),
+        "files": len(list((folder / "fd").iterdir())),
+    }
 
 
 def describe_machine() -> dict[str, str]:

@@ -187,6 +187,19 @@ def memory_table(points: Sequence[Point]) -> str:
     return table(["front", "resident memory, MiB", "a session beyond its state, bytes"], rows)
 
 
+def models_table(points: Sequence[Point]) -> str:
+    rows = []
+    for one in points:
+        if one["kind"] != "unary":
+            continue
+        stream = pick(points, models=one["models"], kind="stream")
+        ratios = [cell(each, "rate", of="ratios") for each in (one, stream)]
+        facts = [cell(one, name) for name in ("resident_mib", "pss_mib", "threads", "files", "ready_s")]
+        rows.append([str(one["models"]), *facts, *ratios])
+    heads = ["models", "resident, MiB", "PSS, MiB", "threads", "files", "exec to ready, s"]
+    return table([*heads, "calls against one model's", "stream steps against one model's"], rows)
+
+
 def start_table(points: Sequence[Point]) -> str:
     return table(
         ["front", "exec to ready, s"], [[FRONTS[one["front"]], cell(one, "ready_s")] for one in points]
@@ -205,6 +218,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
         "triton",
         ratios_table("protocol", "kind", heads=("256 sessions", "", "rate against Stepwell's")),
     ),
+    "models": ("models", models_table),
     "long": ("long", ratios_table("when", heads=("8 streams", "p99 against alone"), key="p99_ms")),
     "floods": ("floods", floods_table),
     "tls": (

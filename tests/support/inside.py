@@ -127,8 +127,9 @@ class Inside:
             slots = model.slots
             assert slots.working == 0, f"{slots.working} working rows were not given back"
             assert slots.resident == int(table.batch_size[resident].sum())
-            assert slots._top == slots.capacity - slots.resident
-            rows = [*slots._free[: slots._top].tolist(), *table.rows_of(resident).tolist()]
+            fresh = range(slots.touched, slots.capacity)
+            assert slots._top + len(fresh) == slots.capacity - slots.resident
+            rows = [*fresh, *slots._freed[: slots._top].tolist(), *table.rows_of(resident).tolist()]
             assert sorted(rows) == list(range(slots.capacity)), "a row is lost or has two owners"
             assert engine._inboxes[model.index].waiting == 0
             assert not engine._loops[model.index].busy

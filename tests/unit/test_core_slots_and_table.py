@@ -48,6 +48,18 @@ def test_working_rows_may_be_exchanged_for_resident_ones() -> None:
     assert set(taken.tolist()) == set(new.tolist()), "the last rows freed are the first ones taken"
 
 
+def test_rows_that_were_never_had_are_taken_last() -> None:
+    slots = Slots(100)
+    first = slots.take_resident(3)
+    assert first is not None
+    slots.free_resident(first[:2])
+    assert slots.touched == 3
+    taken = slots.take_resident(3)
+    assert taken is not None
+    assert taken.tolist() == [0, 1, 3]
+    assert slots.touched == 4, "as many as were ever had at once: memory beyond is not written"
+
+
 def test_rows_taken_and_freed_at_random_are_never_shared() -> None:
     rng = np.random.default_rng(0)
     slots = Slots(16)

@@ -21,10 +21,12 @@ class Slots:
         self.working_limit = resident
         self.resident = 0
         self.working = 0
-        self.owner: npt.NDArray[np.intp] = np.full(self.capacity, -1, np.intp)
-        """The session (handle) whose first row a row was last. The session table says whether it still is."""
-        self._free: Rows = np.arange(self.capacity - 1, -1, -1, dtype=np.intp)
-        self._top = self.capacity
+        self.owner: npt.NDArray[np.intp] = np.zeros(self.capacity, np.intp)
+        """The session (handle) whose first row a row was last, or any. The session table says whether it still is."""
+        self.touched = 0
+        """Rows from here on were never taken, and no memory that is kept of them was written: many models have many."""
+        self._freed: Rows = np.empty(self.capacity, np.intp)
+        self._top = 0
 
     @property
     def capacity(self) -> int:
@@ -56,9 +58,15 @@ class Slots:
         self._push(rows)
 
     def _pop(self, count: int) -> Rows:
-        self._top -= count
-        return self._free[self._top : self._top + count][::-1].copy()
+        again = min(count, self._top)
+        self._top -= again
+        rows = self._freed[self._top : self._top + again][::-1].copy()
+        if again == count:
+            return rows
+        end = self.touched + count - again
+        fresh, self.touched = np.arange(self.touched, end, dtype=np.intp), end
+        return np.concatenate([rows, fresh]) if again else fresh
 
     def _push(self, rows: Rows) -> None:
-        self._free[self._top : self._top + len(rows)] = rows[::-1]
+        self._freed[self._top : self._top + len(rows)] = rows[::-1]
         self._top += len(rows)

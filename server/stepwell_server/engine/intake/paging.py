@@ -354,9 +354,8 @@ class Pager:
 
     def _may_go(self, model: Model) -> Handles:
         # by row, not by session: there are many more sessions than rows
-        table, owner = self._table, model.slots.owner
-        rows = np.flatnonzero(owner >= 0)
-        handles = owner[rows]
+        table, rows = self._table, np.arange(model.slots.touched)
+        handles = model.slots.owner[rows]
         may = (table.row[handles] == rows) & ~table.claimed[handles]
         if len(model.sharing) == 1:
             may &= table.model[handles] == model.index

@@ -56,7 +56,8 @@ class PredictCall:
 
     async def run(self) -> Predicted:
         """Put the jobs in line and wait for all of them."""
-        for job in self._jobs:
+        jobs, self._jobs = self._jobs, []  # each has this as its owner: no circle is left
+        for job in jobs:
             self._model.ready.add(job)
         self._model.work.ring()
         return await self._done

@@ -142,7 +142,8 @@ class _Pieces:
         self._work.seconds = time.perf_counter() - self._started
 
 
-_WARM_UP_SIZES = (1, 8, 64, 256)
+#: Not larger: an executor keeps the buffers of the largest batch that it ever had.
+_WARM_UP_SIZES = (1, 8, 64)
 _WARM_UP_TIMES = 3
 
 
