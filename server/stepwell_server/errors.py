@@ -10,7 +10,8 @@
     ├── SessionExists         the id is taken
     ├── RevisionConflict      the session is at another revision than expected
     ├── ModelNotFound         no model is served under that name
-    │   └── VersionNotFound   it has no such version, or no such label
+    │   ├── VersionNotFound   it has no such version, or no such label
+    │   └── ModelLoading      not yet: it is being loaded (also a Starting)
     ├── ModelMismatch         the state belongs to another model
     ├── VersionExists         the model has that version, or it is being loaded
     ├── ModelInUse            the version is the default, or has sessions
@@ -209,6 +210,16 @@ class Starting(Unavailable):
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ModelLoading(ModelNotFound, Starting):
+    """The model, or this version of it, is not served yet: it is being loaded. Come back after `retry_after_s` seconds."""
+
+    reason = "STARTING"
+
+    def __init__(self, message: str, retry_after_s: float, **metadata: str) -> None:
+        ServerError.__init__(self, message, **metadata)
         self.retry_after_s = retry_after_s
 
 

@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.leases import Leases
-from stepwell_server.core.model_names import parse_reference
+from stepwell_server.core.model_names import ModelRef, parse_reference
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import ModelInfo, Observer, SessionInfo, StateRead, StatesRead
 from stepwell_server.engine.change import Change
@@ -98,7 +98,6 @@ class Engine:
         max_session_idle_s: float,
         compute_threads: int,
         executor: Callable[[Program], Executor] = load_executor,
-        failed: Collection[str] = (),
         quotas: Quotas | None = None,
         migrations: Mapping[str, Migration] | None = None,
     ) -> None:
@@ -114,13 +113,12 @@ class Engine:
             max_session_idle_s: Unused sessions end after so many seconds; 0: never.
             compute_threads: Threads that run passes.
             executor: Makes what runs a program.
-            failed: Models that were to be served and could not be loaded.
             quotas: What tenants may take.
             migrations: Functions that make states of one version those of another, by name.
         """
         self._shares, self._threads = Shares(clock), Threads(compute_threads)
         self._table = table = SessionTable()
-        self._models = Models(table, failed)
+        self._models = Models(table)
         self._is_local = store.local is not None
         self._group = GroupCommit(store, self._ring_all)
         self._fetcher = fetcher = Fetcher(store)
@@ -366,6 +364,10 @@ class Engine:
         for model in self._models:
             await self._serving.warm_up(model)
         self._timers = [asyncio.create_task(each.run()) for each in (self._expiry, self._leaving)]
+
+    def explain_absence(self, absent: Callable[[ModelRef], ServerError | None]) -> None:
+        """Ask from now on why a model, or a version of one, is not loaded; what is returned is raised. None: nobody knows it."""
+        self._models.absent = absent
 
     def models(self) -> list[ModelInfo]:
         """The models, by their default versions, in the order of their names."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 
 from stepwell_server.core.history import History, Way
 from stepwell_server.core.model_names import ModelRef, parse_reference
@@ -11,7 +11,7 @@ from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.layout import Layout
 from stepwell_server.engine.state.model import Model
-from stepwell_server.errors import InvalidInput, ModelMismatch, ModelNotFound, VersionNotFound
+from stepwell_server.errors import InvalidInput, ModelMismatch, ModelNotFound, ServerError, VersionNotFound
 from stepwell_server.program import FINGERPRINT_DIGITS
 from stepwell_server.store.record import Header
 
@@ -88,10 +88,10 @@ class Models:
     Who needs a model asks here each time: models come and go.
     """
 
-    def __init__(self, table: SessionTable, failed: Collection[str] = ()) -> None:
+    def __init__(self, table: SessionTable) -> None:
         self._table = table
-        self._failed = frozenset(failed)
-        """Those that the server was to serve and could not load."""
+        self.absent: Callable[[ModelRef], ServerError | None] = lambda _ref: None
+        """Says why a model, or a version of one, is not there, if that is known: it is being loaded, or could not be."""
         self._by_name: dict[str, Versions] = {}
         self.by_index: dict[int, Model] = {}
         """Versions that are loaded, by their numbers in the table."""
@@ -155,7 +155,10 @@ class Models:
             if self.is_pinned(ref):
                 raise InvalidInput(f"model {error}") from error
             return self.named(ref).model(ModelRef(ref))
-        return self.named(meant.name).model(meant)
+        own = self.named(meant.name)
+        if meant.version is not None and meant.version not in own.loaded and (why := self.absent(meant)):
+            raise why
+        return own.model(meant)
 
     @staticmethod
     def is_pinned(ref: str) -> bool:
@@ -170,12 +173,9 @@ class Models:
         """
         own = self._by_name.get(name)
         if own is None or not own.loaded:
-            if name in self._failed:
-                raise ModelNotFound(
-                    f"model {name!r} is not served: it could not be loaded when the server started, whose log says why",
-                    model=name,
-                )
-            raise ModelNotFound(f"model must be one of {self.names()}; got {name!r}", model=name)
+            raise self.absent(ModelRef(name)) or ModelNotFound(
+                f"model must be one of {self.names()}; got {name!r}", model=name
+            )
         return own
 
     def find(self, name: str) -> Versions | None:
@@ -200,7 +200,7 @@ class Models:
         """
         own = self.find(header.model)
         if own is None:
-            raise ModelNotFound(
+            raise self.absent(ModelRef(header.model)) or ModelNotFound(
                 f"session {session_id!r} belongs to model {header.model!r}, which is not served;"
                 f" model must be one of {self.names()}. Serve it again, or close the session",
                 model=header.model,
@@ -221,7 +221,7 @@ class Models:
             version, way = own.history.way(version, 0 if mark is None else mark.epoch)
         model = own.loaded.get(version)
         if model is None:
-            raise VersionNotFound(
+            raise self.absent(ModelRef(header.model, version)) or VersionNotFound(
                 f"session {session_id!r} is on version {version} of model {header.model!r}, which is not loaded;"
                 f" loaded are {sorted(own.loaded)}. Load it again, make another version the default with"
                 " sessions=carry, or close the session",

@@ -46,6 +46,7 @@ CODES: dict[type[errors.ServerError], Code] = {
     errors.SessionExists: Code.ALREADY_EXISTS,
     errors.RevisionConflict: Code.ABORTED,
     errors.ModelNotFound: Code.NOT_FOUND,
+    errors.ModelLoading: Code.UNAVAILABLE,
     errors.ServiceNotFound: Code.NOT_FOUND,
     errors.ModelMismatch: Code.FAILED_PRECONDITION,
     errors.VersionExists: Code.ALREADY_EXISTS,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from stepwell_server.core.callers import Caller
 from stepwell_server.engine.api import Applied
 from stepwell_server.engine.types import Array
-from stepwell_server.errors import ModelNotFound, ServerError
+from stepwell_server.errors import ModelLoading, ModelNotFound, ServerError
 from stepwell_server.rpc import naming
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
 from stepwell_server.rpc.triton.errors import translated, unknown_model
@@ -57,6 +57,8 @@ class Inference:
         """
         try:
             program = self._engine.program(name)
+        except ModelLoading:
+            raise
         except ModelNotFound:
             raise unknown_model(name) from None
         if version not in {"", VERSION}:
