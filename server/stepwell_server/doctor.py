@@ -26,6 +26,7 @@ from stepwell_server import private_files, program_file
 from stepwell_server.addresses import Address, UnixAddress, bind_problem
 from stepwell_server.clock import Clock
 from stepwell_server.compile import cache, sandbox
+from stepwell_server.model_folder import LAYOUT, ModelFolder
 from stepwell_server.open_files import RESERVE
 from stepwell_server.reach import ReachError, require_closed
 from stepwell_server.rpc.fronts import unix_socket
@@ -287,10 +288,12 @@ class Examination:
     def _files_of_settings(self) -> None:
         settings = self._settings
         try:
-            if settings.models:
+            if settings.models or settings.models_dir is not None:
                 settings.require_models()
             for name, path in settings.models.items():
                 self._model(name, path)
+            if settings.models_dir is not None:
+                self._models_folder(ModelFolder(settings.models_dir))
             if settings.tls_cert is not None and settings.tls_key is not None:
                 CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
         except (SettingsError, CertificateError) as error:
@@ -325,6 +328,18 @@ class Examination:
             self.wrong(
                 f"--audit-log: {audit.parent} must be a folder that is there", "make it, or name another"
             )
+
+    def _models_folder(self, folder: ModelFolder) -> None:
+        """The folder of models, as a server finds it."""
+        folder.look()
+        look = folder.look()
+        for path, why in sorted(look.problems.items()):
+            self.advise(f"--models: {path} {why}", "put it right, or take it away: it is not served")
+        if not look.versions:
+            self.wrong(f"--models: {folder.root} holds no model", f"put one there: {LAYOUT}")
+        for name, versions in sorted(look.versions.items()):
+            for version in sorted(self._settings.policy_of(name).choose(versions)):
+                self._model(f"{name}@{version}", Path(versions[version].path))
 
     def _model(self, name: str, path: Path) -> None:
         try:

@@ -242,6 +242,21 @@ def test_files_of_the_settings_that_are_not_there(settings: Settings, tmp_path: 
     )
 
 
+def test_a_folder_of_models_is_looked_at(settings: Settings, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    with_folder = dataclasses.replace(settings, models_dir=root)
+    assert "--models: must be a folder" in wrong(with_folder)[0]
+    root.mkdir()
+    assert f"--models: {root} holds no model; put one there: NAME/VERSION.keras" in wrong(with_folder)[0]
+    (root / "m").mkdir()
+    (root / "m/1.stepwell").write_bytes(b"PK")
+    (root / "m/last.keras").touch()
+    assert f"model m@1: {root}/m/1.stepwell: " in wrong(with_folder)[0]
+    assert any(
+        f"--models: {root}/m/last.keras must be named by its version" in each for each in advice(with_folder)
+    )
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "c.toml"
     config.write_text('listen = "127.0.0.1:0"\ndata-dir = "data"\ncache-dir = "cache"\n')
