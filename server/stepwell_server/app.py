@@ -8,9 +8,9 @@ import gc
 import math
 import platform
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stepwell_server import signals
 from stepwell_server.addresses import Address, UnixAddress, bind_problem
@@ -19,12 +19,16 @@ from stepwell_server.auth.callers import Callers
 from stepwell_server.auth.opening import open_callers
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.core.namespaces import own, tenant_of
+from stepwell_server.engine.durability.forwarding import Migration
 from stepwell_server.engine.engine import Engine, ModelStats
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.resident import ResidentRows
+from stepwell_server.engine.versions.document import DocumentError
+from stepwell_server.errors import ServerError
 from stepwell_server.live.models import LiveModels
 from stepwell_server.live.opening import admin_refusal, open_live_models
-from stepwell_server.live.restoring import NotRestoredError, restore_unless_stopped
+from stepwell_server.live.restoring import NotRestoredError
+from stepwell_server.live.starting import ModelWork, absence, kept_models
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.metrics.server import MetricsServer
@@ -32,7 +36,7 @@ from stepwell_server.metrics.token import MetricsToken, TokenError
 from stepwell_server.migrations import MigrationError, load_migrations
 from stepwell_server.model_folder import ModelFolder
 from stepwell_server.model_loading import Abandoned, Loaded, compiler_of, end_idle, load_models
-from stepwell_server.model_sources import LoadError, begin_with
+from stepwell_server.model_sources import KeptModel, LoadError, begin_with
 from stepwell_server.open_files import RESERVE, raise_limit
 from stepwell_server.quota_file import QuotaFile
 from stepwell_server.reach import ReachError, require_closed
@@ -108,7 +112,7 @@ def serve(settings: Settings) -> int:
     metrics_token = _require_closed(settings)
     certificates = _certificates(settings)
     quota_file = _quota_file(settings)
-    _migrations(settings)
+    migrations = _migrations(settings)
     clock = SystemClock()
     callers = _callers(settings, clock)
     audit = _audit_log(settings)
@@ -122,7 +126,16 @@ def serve(settings: Settings) -> int:
         with asyncio.Runner(loop_factory=_new_event_loop) as runner:
             return runner.run(
                 _run(
-                    settings, store, clock, observer, certificates, callers, metrics_token, audit, quota_file
+                    settings,
+                    store,
+                    clock,
+                    observer,
+                    certificates,
+                    callers,
+                    metrics_token,
+                    audit,
+                    quota_file,
+                    migrations,
                 )
             )
     except (LoadError, NotRestoredError) as error:
@@ -131,7 +144,7 @@ def serve(settings: Settings) -> int:
         raise KeyboardInterrupt from None
 
 
-def _migrations(settings: Settings) -> dict[str, Callable[..., Any]]:
+def _migrations(settings: Settings) -> dict[str, Migration]:
     try:
         return load_migrations(settings.migrations)
     except MigrationError as error:
@@ -229,6 +242,7 @@ async def _run(
     metrics_token: MetricsToken | None,
     audit: AuditLog | None,
     quota_file: QuotaFile | None,
+    migrations: Mapping[str, Migration],
 ) -> int:
     tracing = _start_tracing(settings, clock, observer)
     notifier = Notifier()
@@ -256,7 +270,7 @@ async def _run(
     observer.serves_by(rpc.front.name, rpc.front.limits.values, rpc.front.counts)
     gone, metrics = False, None
     live: LiveModels | None = None
-    looking: asyncio.Task[None] | None = None
+    looking: list[asyncio.Task[None]] = []
     quotas = await _quotas(quota_file, settings, store, clock, observer)
     compiler = compiler_of(settings, clock)
     ending_idle = asyncio.create_task(end_idle(compiler))
@@ -269,15 +283,20 @@ async def _run(
         address = await _listen(settings, rpc, certificates)
         readiness.listen(rpc.announce)
         folder = None if settings.models_dir is None else ModelFolder(settings.models_dir)
-        wanted = await asyncio.to_thread(begin_with, settings, folder)
-        models = await load_models(settings, compiler, wanted, observer, readiness, stop)
-        engine = served.engine = _engine(settings, models, store, clock, observer, quotas)
+        wanted = await asyncio.to_thread(begin_with, settings, folder, await _kept(store))
+        models = Loaded()
+        if settings.wait_for_models:
+            models = await load_models(settings, compiler, wanted, observer, readiness, stop)
+        engine = served.engine = _engine(settings, models, store, clock, observer, quotas, migrations)
+        engine.explain_absence(absence(readiness, tells_why=not settings.asks_callers))
         await engine.start()
         live = _live_models(settings, engine, compiler, clock, observer, quotas, readiness)
         live.failed_at_start(models.failed)
-        await restore_unless_stopped(settings, engine, live, readiness, stop)
+        work = ModelWork(settings, wanted, folder, engine, live, readiness, clock=clock)
+        if settings.wait_for_models:
+            await work.begin(models, stop)
         observer.knows_versions(live.statuses)
-        looking = asyncio.create_task(live.run())
+        looking = [asyncio.create_task(each.run()) for each in (live, work)]
         rpc.serve(engine, live, admin_refusal(settings))
         readiness.problem("models", "")
         await _say_ready(settings, rpc, store, address, certificates, open_files)
@@ -287,8 +306,8 @@ async def _run(
     finally:
         ending_idle.cancel()
         await rpc.close()
-        if looking is not None:
-            looking.cancel()
+        for task in looking:
+            task.cancel()
         if live is not None:
             await live.close()
         await asyncio.to_thread(compiler.close)
@@ -325,6 +344,7 @@ def _engine(
     clock: Clock,
     observer: PrometheusObserver,
     quotas: Quotas | None,
+    migrations: Mapping[str, Migration],
 ) -> Engine:
     try:
         return Engine(
@@ -340,9 +360,8 @@ def _engine(
             resident_rows=_resident_rows(settings, models.programs.keys() | models.failed.keys()),
             max_session_idle_s=settings.max_session_idle_s,
             compute_threads=settings.compute_threads,
-            failed=models.failed,
             quotas=quotas,
-            migrations=_migrations(settings),
+            migrations=migrations,
         )
     except MemoryError as error:
         raise StartError(f"--resident-rows: {error}") from error
@@ -351,6 +370,13 @@ def _engine(
 def _resident_rows(settings: Settings, names: Collection[str]) -> ResidentRows:
     own = {name: rows for name, rows in settings.resident_rows.items() if name}
     return ResidentRows(settings.resident_rows.get(""), own, len(set(names) - own.keys()))
+
+
+async def _kept(store: Store) -> Mapping[str, KeptModel]:
+    try:
+        return await kept_models(store)
+    except (DocumentError, StoreError, ServerError) as error:
+        raise StartError(f"--data-dir: {error}") from error
 
 
 def _live_models(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from stepwell_server.engine.durability.forwarding import Migration
 
 _MOST_SHOWN = 100
 
@@ -15,7 +17,7 @@ class MigrationError(Exception):
     """A function cannot be had. The message is one line that names the option and what it was given."""
 
 
-def load_migrations(named: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
+def load_migrations(named: Mapping[str, str]) -> dict[str, Migration]:
     """Import functions, each written as MODULE:FUNCTION; modules are looked for in the current folder first.
 
     Raises:
@@ -26,7 +28,7 @@ def load_migrations(named: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
     return {name: _function(name, text) for name, text in named.items()}
 
 
-def _function(name: str, text: str) -> Callable[..., Any]:
+def _function(name: str, text: str) -> Migration:
     module, _, path = text.partition(":")
     try:
         found: Any = importlib.import_module(module)
@@ -39,7 +41,7 @@ def _function(name: str, text: str) -> Callable[..., Any]:
         found = getattr(found, attribute)
     if not callable(found):
         raise _error(name, text, f"must be a function; it is {found!r:.{_MOST_SHOWN}}")
-    function: Callable[..., Any] = found
+    function: Migration = found
     return function
 
 

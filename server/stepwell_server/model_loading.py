@@ -7,6 +7,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepwell_server.compile import data_file
@@ -181,10 +182,41 @@ def _tell(readiness: Readiness, at: _Place, stage: str) -> None:
 def _load_one(
     settings: Settings, compiler: WarmCompiler, source: Source, limits: Limits, report: Callable[[str], None]
 ) -> Program:
-    name, told = source.name, source.told
+    try:
+        return load_file(settings, compiler, source.name, source.path, limits, report)
+    except ModelError as error:
+        if error.details and not (limits.abandoned and limits.abandoned.is_set()):
+            _log.warning("model refused", model=source.told, details=error.details)
+        raise LoadError(f"model {source.told}: {error}") from error
+    except OSError as error:
+        raise LoadError(f"--cache-dir: {error}") from error
+
+
+def load_file(
+    settings: Settings,
+    compiler: WarmCompiler,
+    name: str,
+    path: Path,
+    limits: Limits,
+    report: Callable[[str], None],
+) -> Program:
+    """Return the program of a file, as the settings want models of that name to be loaded. Blocks.
+
+    Args:
+        settings: of the server.
+        compiler: compiles it.
+        name: of the model.
+        path: the file.
+        limits: what loading may take.
+        report: called with each stage as it begins.
+
+    Raises:
+        ModelError: it cannot be served; the message is one line for people.
+        OSError: the cache cannot be written.
+    """
     try:
         program = load_program(
-            source.path,
+            path,
             compiler,
             report,
             ProofOptions(settings.probe_steps.get(name), name in settings.trust_causality),
@@ -192,31 +224,24 @@ def _load_one(
             data=settings.check_with.get(name),
         )
         if name in settings.check_with:
-            _check(settings, compiler, source, program, limits)
+            _check(settings, compiler, name, path, program, limits)
     except DataError as error:
-        raise LoadError(f"model {told}: --check-with: {error}") from error
-    except ModelError as error:
-        if error.details and not (limits.abandoned and limits.abandoned.is_set()):
-            _log.warning("model refused", model=told, details=error.details)
-        raise LoadError(f"model {told}: {error}") from error
-    except OSError as error:
-        raise LoadError(f"--cache-dir: {error}") from error
+        raise DataError(f"--check-with: {error}") from error
     return program
 
 
 def _check(
-    settings: Settings, compiler: WarmCompiler, source: Source, program: Program, limits: Limits
+    settings: Settings, compiler: WarmCompiler, name: str, path: Path, program: Program, limits: Limits
 ) -> None:
     """Hold a program against Keras on the user's own sequences."""
-    file, told = settings.check_with[source.name], source.told
-    report = compiler.compare(source.path, program, file, limits)
+    file = settings.check_with[name]
+    report = compiler.compare(path, program, file, limits)
     for output in report.outputs:
-        _log.info("compared with Keras", model=told, data=str(file), **output.fields())
+        _log.info("compared with Keras", model=name, data=str(file), **output.fields())
     worst = report.worst
     if worst is not None and not worst.is_allowed:
-        raise LoadError(f"model {told}: --check-with {file}: {worst}")
+        raise ModelError(f"--check-with {file}: {worst}")
     if not report.is_conclusive:
-        raise LoadError(
-            f"model {told}: --check-with {file}: nothing can be said of an output: rounding alone moves Keras's own values "
-            "too far"
+        raise ModelError(
+            f"--check-with {file}: nothing can be said of an output: rounding alone moves Keras's own values too far"
         )

@@ -38,16 +38,30 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class KeptModel:
+    """What the store knows of a name: the versions that were loaded when the server ended, and which was the default."""
+
+    versions: Collection[int]
+    default: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Candidates:
     """The files of a name, and which of them are served."""
 
     name: str
     files: Mapping[int, VersionFile]
     policy: VersionPolicy
+    default: int = 0
+    """The version that is the default before anything new becomes it; 0: the highest."""
+    is_default_chosen: bool = False
+    """Somebody made it the default though there were higher ones: what is new does not change that."""
 
     def choice(self, failed: Collection[int]) -> list[int]:
         """The versions to serve if those cannot be, the highest first."""
-        return sorted(self.policy.choose([each for each in self.files if each not in failed]), reverse=True)
+        chosen = self.policy.choose([each for each in self.files if each not in failed])
+        also = {self.default} & self.files.keys() - set(failed)
+        return sorted(chosen | also, reverse=True)
 
     def source(self, version: int) -> Source:
         """A version as it is loaded."""
@@ -55,8 +69,15 @@ class Candidates:
         return Source(self.name, version, Path(self.files[version].path), told)
 
 
-def begin_with(settings: Settings, folder: ModelFolder | None) -> list[Candidates]:
+def begin_with(
+    settings: Settings, folder: ModelFolder | None, kept: Mapping[str, KeptModel] | None = None
+) -> list[Candidates]:
     """All that a server is to load when it starts. Looks at the folder twice, which blocks for a moment.
+
+    Args:
+        settings: of the server.
+        folder: that of `--models`.
+        kept: what the store knows of versions, by name.
 
     Raises:
         LoadError: the folder cannot be used, or an option is about a model that is not there, and none can come.
@@ -65,17 +86,24 @@ def begin_with(settings: Settings, folder: ModelFolder | None) -> list[Candidate
         Candidates(name, {version: _file(path) for version, path in versions.items()}, _ALL)
         for name, versions in settings.versions.items()
     ]
-    if folder is None:
+    if folder is not None:
+        folder.look()
+        time.sleep(_SETTLE_S)
+        look = folder.look()
+        if str(folder.root) in look.problems:
+            raise LoadError(f"--models: {folder.root} {look.problems[str(folder.root)]}")
+        tell_problems(look)
+        found += in_folder(settings, look)
+        _require_some(settings, folder, look, found)
+    return [_as_before(each, (kept or {}).get(each.name)) for each in found]
+
+
+def _as_before(found: Candidates, kept: KeptModel | None) -> Candidates:
+    """With the default as it was, so that what is new becomes it as if the server had run meanwhile."""
+    if kept is None or kept.default not in found.files:
         return found
-    folder.look()
-    time.sleep(_SETTLE_S)
-    look = folder.look()
-    if str(folder.root) in look.problems:
-        raise LoadError(f"--models: {folder.root} {look.problems[str(folder.root)]}")
-    tell_problems(look)
-    found += in_folder(settings, look)
-    _require_some(settings, folder, look, found)
-    return found
+    had = max({*kept.versions, kept.default} & found.files.keys())
+    return dataclasses.replace(found, default=kept.default, is_default_chosen=kept.default != had)
 
 
 def in_folder(settings: Settings, look: Look) -> list[Candidates]:

@@ -9,7 +9,7 @@ import pytest
 
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.model_folder import ModelFolder
-from stepwell_server.model_sources import Candidates, LoadError, begin_with
+from stepwell_server.model_sources import Candidates, KeptModel, LoadError, begin_with
 from stepwell_server.settings import Settings
 
 
@@ -21,9 +21,9 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def begin(root: Path, **settings: Any) -> list[Candidates]:
+def begin(root: Path, kept: dict[str, KeptModel] | None = None, **settings: Any) -> list[Candidates]:
     given = Settings(models_dir=root, store="memory", **settings)
-    return begin_with(given, ModelFolder(root))
+    return begin_with(given, ModelFolder(root), kept)
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> dict[str, dict[str, str]]:
@@ -72,6 +72,24 @@ def test_all_versions_of_the_command_line_are_served_beside_the_folder(
 def test_without_a_folder_nothing_is_looked_for(root: Path) -> None:
     settings = Settings(models={"a": root / "forecast/1.keras"}, store="memory")
     assert sources(begin_with(settings, None)) == [("a", 1, "1.keras", "a")]
+
+
+@pytest.mark.parametrize(
+    ("had", "default", "chosen", "is_default_chosen"),
+    [
+        ([1, 2], 2, [10, 2], False),  # what is new becomes the default
+        ([1, 2], 1, [10, 1], True),  # somebody had gone back to it
+        ([2, 10], 2, [10, 2], True),
+        ([3], 3, [10], False),  # its file is gone
+        ([], 0, [10], False),
+    ],
+)
+def test_the_default_of_before_is_loaded_whatever_the_policy_says(
+    root: Path, had: list[int], default: int, chosen: list[int], is_default_chosen: bool
+) -> None:
+    forecast, _ = begin(root, {"forecast": KeptModel(had, default)})
+    assert forecast.choice(()) == chosen
+    assert forecast.is_default_chosen is is_default_chosen
 
 
 def test_what_is_left_out_is_told(root: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -63,10 +63,12 @@ class LoadRequest:
     labels: Sequence[str] = ()
     unload_previous: bool = False
     """The version that was the default is unloaded once it has no sessions."""
+    keep_previous: bool = False
+    """It stays loaded, also if it has no sessions."""
     tenant: str = ""
     """Whose admin asks: its quota of models is charged."""
     is_charged: bool = True
-    """Somebody asks by a call; else the server itself does, and no quota counts."""
+    """Somebody asks by a call; else the server itself does: no quota counts, and the path is where the operator said."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,9 +108,22 @@ class ModelControl(Protocol):
         """
 
     async def set_default(
-        self, name: str, version: int, policy: SessionPolicy, migration: str = ""
+        self,
+        name: str,
+        version: int,
+        policy: SessionPolicy,
+        migration: str = "",
+        *,
+        keep_previous: bool = False,
     ) -> LoadedVersion:
-        """Make a loaded version the default.
+        """Make a loaded version the default. The one before is unloaded when its last session ends, if they stay on it.
+
+        Args:
+            name: of the model.
+            version: that is to be the default.
+            policy: what becomes of the sessions that follow the default.
+            migration: see `LoadRequest`.
+            keep_previous: the one before stays loaded in any case.
 
         Raises:
             ModelNotFound, VersionNotFound: there is none.
@@ -122,6 +137,9 @@ class ModelControl(Protocol):
             InvalidInput: it cannot be a label.
             ModelNotFound, VersionNotFound: there is no such version, or no such label to take away.
         """
+
+    def drain(self, name: str, version: int, *, drains: bool = True) -> None:
+        """Unload a version as soon as it has no sessions, no label, and is not the default; or do so no longer."""
 
     def statuses(self) -> Mapping[str, Sequence[VersionStatus]]:
         """The versions of each name in their order, those that are being loaded or failed among them."""

@@ -118,7 +118,8 @@ class LiveModels:
     async def load(self, request: LoadRequest, progress: Progress | None = None) -> LoadedVersion:
         """See `control.ModelControl`."""
         self._check(request)
-        path = await asyncio.to_thread(paths.checked, request.path, self._root) if request.path else None
+        root = self._root if request.is_charged else None
+        path = await asyncio.to_thread(paths.checked, request.path, root) if request.path else None
         version = self._number(request)
         path = path or self._upload(request)
 
@@ -234,7 +235,8 @@ class LiveModels:
     def _fail(self, key: _Key, load: Load, why: str) -> None:
         name, version = key
         served = self._served(name)
-        self._observer.model_failed(name if served else "")  # what callers send makes no series
+        # what callers send makes no series
+        self._observer.model_failed("" if load.request.is_charged and not served else name)
         _log.error("a model cannot be loaded", model=name, version=version, reason=why)
         if version not in served:
             self._tell(name, version, f"failed: {why}")
@@ -270,7 +272,9 @@ class LiveModels:
                 await self._label(name, version, request.labels)
                 loaded = LoadedVersion(version, 0, 0)
             else:
-                loaded = await self._switch(name, version, request.policy, request.migration)
+                loaded = await self._switch(
+                    name, version, request.policy, request.migration, keep_previous=request.keep_previous
+                )
         except BaseException:
             # nobody was told of it: what was opened on it meanwhile by its number stays in the store
             await self._engine.unload_version(name, version, force=True)
@@ -363,7 +367,13 @@ class LiveModels:
         _log.info("model unloaded", model=name, version=version)
 
     async def set_default(
-        self, name: str, version: int, policy: SessionPolicy, migration: str = ""
+        self,
+        name: str,
+        version: int,
+        policy: SessionPolicy,
+        migration: str = "",
+        *,
+        keep_previous: bool = False,
     ) -> LoadedVersion:
         """See `control.ModelControl`."""
         if migration and policy is not SessionPolicy.MIGRATE:
@@ -374,13 +384,16 @@ class LiveModels:
         if version not in known:
             raise _no_version(name, version, known)
         async with self._turn:
-            return await self._switch(name, version, policy, migration)
+            return await self._switch(name, version, policy, migration, keep_previous=keep_previous)
 
-    async def _switch(self, name: str, version: int, policy: SessionPolicy, migration: str) -> LoadedVersion:
+    async def _switch(
+        self, name: str, version: int, policy: SessionPolicy, migration: str, *, keep_previous: bool
+    ) -> LoadedVersion:
         moved = await self._engine.set_default(name, version, policy, migration)
         self._leaving.discard((name, version))
         if (
             policy is SessionPolicy.KEEP
+            and not keep_previous
             and moved.previous in self._served(name)
             and moved.previous != version
         ):
@@ -410,6 +423,13 @@ class LiveModels:
             await self._engine.set_label(name, label, version)
         self._leaving.discard((name, version))
         _log.info("a label of a model is that of another version", model=name, label=label, version=version)
+
+    def drain(self, name: str, version: int, *, drains: bool = True) -> None:
+        """See `control.ModelControl`."""
+        if drains:
+            self._leaving.add((name, version))
+        else:
+            self._leaving.discard((name, version))
 
     async def begin_upload(self, filename: str, tenant: str) -> Upload:
         """See `control.ModelControl`."""

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepwell_server.compile.limits import Limits
 from stepwell_server.live import kept, uploads
 from stepwell_server.live.control import Progress
 from stepwell_server.live.faces import Compile, Compiled, Engine, Observer, Quotas
 from stepwell_server.live.models import LiveModels
-from stepwell_server.loading import load_program
-from stepwell_server.program import ProofOptions
+from stepwell_server.model_loading import load_file
 from stepwell_server.program_file import is_program
 from stepwell_server.reach import beyond_loopback
 
@@ -86,15 +85,8 @@ def _compiling(settings: Settings, compiler: WarmCompiler, programs: kept.KeptPr
             program = await asyncio.to_thread(programs.load, path)
             if program.executor == "tensorflow":  # which a file must not be that others may have written
                 return Compiled(program, "file")
-        memory, seconds = settings.max_compile_memory_bytes, settings.compile_timeout_s
-        program = await asyncio.to_thread(
-            load_program,
-            path,
-            compiler,
-            report,
-            ProofOptions(settings.probe_steps.get(name), name in settings.trust_causality),
-            Limits(settings.max_model_bytes, memory, seconds, abandoned=abandoned),
-        )
+        limits = dataclasses.replace(compiler.limits, abandoned=abandoned)
+        program = await asyncio.to_thread(load_file, settings, compiler, name, path, limits, report)
         return Compiled(program, "file" if is_program(path) else "compiled" if stages else "cache")
 
     return compile_model

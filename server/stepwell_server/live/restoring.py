@@ -50,7 +50,9 @@ async def restore_unless_stopped(
         Abandoned: `stop` was set.
     """
     abandoned = threading.Event()
-    work = asyncio.create_task(restore(engine, live, tell=readiness.version, abandoned=abandoned))
+    work = asyncio.create_task(
+        restore(engine, live, root=settings.models_dir, tell=readiness.version, abandoned=abandoned)
+    )
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
@@ -67,6 +69,7 @@ async def restore(
     engine: Engine,
     live: LiveModels,
     *,
+    root: Path | None = None,
     tell: Callable[[str, int, str], None],
     abandoned: threading.Event,
 ) -> dict[str, str]:
@@ -77,12 +80,14 @@ async def restore(
     Args:
         engine: knows what there was.
         live: makes programs of files, keeps those of uploads, and is told whose versions they are, and what failed.
+        root: `--models`, of whose files the policy says which are loaded.
         tell: is told how far each version is, as `LiveModels` tells.
         abandoned: set, when nobody waits any more.
 
     Returns:
         By name, why the version that was the default is not there, or not as it was.
     """
+    real_root = None if root is None else await asyncio.to_thread(root.resolve)
     bad: dict[str, str] = {}
     sources: set[str] = set()
     for name, own in sorted(engine.catalogue().items()):
@@ -94,6 +99,8 @@ async def restore(
                     live.owned_before(name, version, known.tenant)
                 continue
             if not (known.is_wanted and known.source) or abandoned.is_set():
+                continue
+            if real_root is not None and Path(known.source).is_relative_to(real_root):
                 continue
             try:
                 await _load(engine, live.compile, name, known, tell, abandoned)

@@ -1,0 +1,173 @@
+"""The models of a server from its start on: what the store knows of them, what is loaded when, and who follows the folder."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from stepwell_server.core.model_names import ModelRef
+from stepwell_server.engine.api import SessionPolicy
+from stepwell_server.engine.versions import document
+from stepwell_server.errors import ModelLoading, ModelNotFound, ServerError
+from stepwell_server.live.control import LoadRequest
+from stepwell_server.live.folder import FolderFollower, FolderOptions
+from stepwell_server.live.restoring import restore, restore_unless_stopped
+from stepwell_server.model_sources import Candidates, KeptModel
+
+if TYPE_CHECKING:
+    from stepwell_server.clock import Clock
+    from stepwell_server.engine.engine import Engine
+    from stepwell_server.live.models import LiveModels
+    from stepwell_server.model_folder import ModelFolder
+    from stepwell_server.model_loading import Loaded
+    from stepwell_server.readiness import Readiness
+    from stepwell_server.settings import Settings
+    from stepwell_server.store.base import Store
+
+_RETRY_S = 1.0
+
+
+async def kept_models(store: Store) -> dict[str, KeptModel]:
+    """What the store knows of versions, by name.
+
+    Raises:
+        DocumentError: it cannot be read.
+        Unavailable: the store cannot be asked.
+    """
+    found = {}
+    for name, content in (await store.documents(document.PREFIX)).items():
+        model = name.removeprefix(document.PREFIX)
+        own = document.decode(model, content)
+        versions = [version for version, known in own.known.items() if known.is_wanted]
+        found[model] = KeptModel(versions, own.wanted)
+    return found
+
+
+def absence(readiness: Readiness, *, tells_why: bool) -> Callable[[ModelRef], ServerError | None]:
+    """Says why a model is not there, for `Engine.explain_absence`.
+
+    Args:
+        readiness: knows how far each version is.
+        tells_why: callers are told why a file could not be loaded, which may name paths of the server.
+    """
+
+    def absent(ref: ModelRef) -> ServerError | None:
+        versions = readiness.report.versions.get(ref.name, {})
+        hows = list(versions.values()) if ref.version is None else [versions.get(ref.version, "")]
+        for how in hows:
+            if how.startswith(("waiting", "loading")):
+                return ModelLoading(f"model {str(ref)!r} is being loaded ({how})", _RETRY_S, model=ref.name)
+        for how in hows:
+            if how.startswith("failed"):
+                why = how.removeprefix("failed: ") if tells_why else "the server's log says why"
+                return ModelNotFound(
+                    f"model {str(ref)!r} is not served: it could not be loaded: {why}", model=ref.name
+                )
+        return None
+
+    return absent
+
+
+class ModelWork:
+    """Loads what a server begins with, and follows the folder of models. Lives on the event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        wanted: Sequence[Candidates],
+        folder: ModelFolder | None,
+        engine: Engine,
+        live: LiveModels,
+        readiness: Readiness,
+        *,
+        clock: Clock,
+    ) -> None:
+        self._settings = settings
+        self._wanted = wanted
+        self._engine = engine
+        self._live = live
+        self._readiness = readiness
+        self._follower = FolderFollower(
+            folder,
+            live,
+            FolderOptions(
+                settings.policy_of,
+                SessionPolicy(settings.sessions),
+                self._migration_of,
+                frozenset(settings.versions),
+            ),
+            clock=clock,
+            warn=lambda problem: readiness.warning("models", problem),
+        )
+        self._is_begun = False
+
+    async def begin(self, loaded: Loaded, stop: asyncio.Event) -> None:
+        """Go on from what was loaded before the server takes calls.
+
+        Raises:
+            NotRestoredError, Abandoned: see `restore_unless_stopped`.
+        """
+        await restore_unless_stopped(self._settings, self._engine, self._live, self._readiness, stop)
+        await self._begin(
+            {name: set(programs) for name, programs in loaded.programs.items()},
+            {name: set(failed) for name, failed in loaded.failed.items()},
+        )
+
+    async def run(self) -> None:
+        """Load what is not loaded yet, beside the traffic, then follow the folder, if that was asked for."""
+        if not self._is_begun:
+            await self._load_all()
+        if self._settings.watch_models:
+            await self._follower.run()
+
+    async def _load_all(self) -> None:
+        for model in self._wanted:
+            for version in model.choice(()):
+                self._readiness.version(model.name, version, "waiting")
+        abandoned = threading.Event()
+        try:
+            root, tell = self._settings.models_dir, self._readiness.version
+            await restore(self._engine, self._live, root=root, tell=tell, abandoned=abandoned)
+        finally:
+            abandoned.set()
+        loaded: dict[str, set[int]] = {}
+        failed: dict[str, set[int]] = {}
+        for model in self._wanted:
+            done, bad = loaded.setdefault(model.name, set()), failed.setdefault(model.name, set())
+            # what was the default comes first: the first one is the default until all are there
+            while todo := [
+                v for v in sorted(model.choice(bad), key=lambda v: (v != model.default, -v)) if v not in done
+            ]:
+                source = model.source(todo[0])
+                request = LoadRequest(
+                    name=source.name,
+                    version=source.version,
+                    path=str(source.path.absolute()),
+                    keep_default=True,
+                    is_charged=False,
+                )
+                try:
+                    await self._live.load(request)
+                except ServerError:  # the control has said why
+                    bad.add(source.version)
+                else:
+                    done.add(source.version)
+        await self._begin(loaded, failed)
+
+    async def _begin(self, loaded: Mapping[str, set[int]], failed: Mapping[str, set[int]]) -> None:
+        for model in self._wanted:
+            default = next((each.version for each in self._live.status(model.name) if each.is_default), 0)
+            self._follower.begin_with(
+                model.name,
+                {version: model.files[version] for version in loaded.get(model.name, set())},
+                {version: model.files[version] for version in failed.get(model.name, set())},
+                default=0 if model.is_default_chosen else default,
+            )
+        self._is_begun = True
+        await self._follower.settle()
+
+    def _migration_of(self, name: str) -> str:
+        """The function that makes states for a name: the one of that name, else the only one."""
+        return name if name in self._settings.migrations else ""
