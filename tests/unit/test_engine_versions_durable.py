@@ -14,7 +14,7 @@ from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.sessions.moving import Arriving, Existing
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.versions import changing
-from stepwell_server.errors import ModelMismatch, Unavailable, VersionExists, VersionNotFound
+from stepwell_server.errors import ModelMismatch, ServerError, Unavailable, VersionExists, VersionNotFound
 from stepwell_server.store.record import decode_header
 from support.durable import Disk, begun, stalled
 from support.engine import Harness, x
@@ -141,7 +141,8 @@ async def test_what_is_to_move_moves_when_it_is_read(policy: SessionPolicy, disk
         listed, _ = await at.engine.list_sessions()
         assert [(each.session_id, each.version) for each in listed] == [("a", 2), ("b", 2)]
         (record,) = await at.engine.export_sessions(["b"], deadline=float("inf"))
-        (_result,) = await at.engine.import_sessions([Arriving("copy", "b", bytes(record))], Existing.REFUSE)
+        assert not isinstance(record, ServerError)
+        await at.engine.import_sessions([Arriving("copy", "b", bytes(record))], Existing.REFUSE)
         b = WIDE.initial[0][None] if policy is RESET else np.concatenate([INITIAL, -INITIAL], axis=1)
         np.testing.assert_array_equal((await at.state("copy"))["wide"], b)
 
