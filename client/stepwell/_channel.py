@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from stepwell import _address, _metadata, _status, _tls
 from stepwell._flow import Call
@@ -20,8 +21,13 @@ from stepwell.v1 import models_pb2_grpc, sessions_pb2, sessions_pb2_grpc
 
 #: gRPC's own limit of an attempt to connect.
 _LONGEST_CONNECT_S = 20.0
-#: The calls of ModelService; all others are of SessionService.
-MODEL_RPCS = frozenset({"ListModels", "GetModel", "ListSlowSessions", "Predict"})
+#: The calls that are not of SessionService.
+_SERVICES = {
+    **dict.fromkeys(("ListModels", "GetModel", "ListSlowSessions", "Predict"), "ModelService"),
+    **dict.fromkeys(
+        ("LoadModel", "UploadModel", "UnloadModel", "SetDefault", "SetLabel"), "ModelAdminService"
+    ),
+}
 # When a message could not be written, grpc.aio ends the call with a status that it makes itself, INTERNAL, instead of
 # the real one, which is mostly UNAVAILABLE (`_StreamRequestMixin._write` in grpc.aio). Such a status is known by this
 # beginning of its debug string; that of a received status begins with its code.
@@ -75,6 +81,20 @@ def tokens(config: ClientConfig) -> Tokens:
     return Tokens(config.token, (*tenant, *_metadata.checked(config.metadata)))
 
 
+def service_of(rpc: str) -> str:
+    """The service, without its package, that has a method."""
+    return _SERVICES.get(rpc, "SessionService")
+
+
+def _stubs(channel: Any) -> dict[str, Any]:
+    """By service. Stubs of an async channel are the same classes."""
+    return {
+        "SessionService": sessions_pb2_grpc.SessionServiceStub(channel),
+        "ModelService": models_pb2_grpc.ModelServiceStub(channel),
+        "ModelAdminService": models_pb2_grpc.ModelAdminServiceStub(channel),
+    }
+
+
 def closed() -> ClosedError:
     """The error for using a closed client."""
     return ClosedError("the client must be open; it was closed")
@@ -121,13 +141,36 @@ def _with(pairs: _metadata.Pairs | None, call: Call) -> _metadata.Pairs | None:
     return (*(pairs or ()), *call.metadata) if call.metadata else pairs
 
 
+def _read(replies: Any, on_reply: Callable[[Any], object]) -> None:
+    """Reads the responses of a call that streams them, and ends it whatever happens."""
+    try:
+        for reply in replies:
+            on_reply(reply)
+    finally:
+        replies.cancel()
+
+
+async def _read_async(replies: Any, on_reply: Callable[[Any], object]) -> None:
+    """As `_read`."""
+    try:
+        async for reply in replies:
+            on_reply(reply)
+    finally:
+        replies.cancel()
+
+
+async def _awaited(requests: Iterator[Message]) -> AsyncIterator[Message]:
+    """Requests whose making takes time, such as reading a file, made in a thread."""
+    while (request := await asyncio.to_thread(next, requests, None)) is not None:
+        yield request
+
+
 class SyncTransport:
     """A channel of the sync client."""
 
     def __init__(self, config: ClientConfig) -> None:
         self._channel = open_channel(config)
-        self._sessions = sessions_pb2_grpc.SessionServiceStub(self._channel)
-        self._models = models_pb2_grpc.ModelServiceStub(self._channel)
+        self._stubs = _stubs(self._channel)
         self._tokens = tokens(config)
         self.is_closed = False
 
@@ -142,15 +185,19 @@ class SyncTransport:
             UnauthenticatedError: There is no token.
         """
         metadata = self._tokens.metadata()
-        return OpenedStream(self._sessions.StepStream(requests, metadata=metadata), self._tokens, metadata)
+        return OpenedStream(
+            self._stubs["SessionService"].StepStream(requests, metadata=metadata), self._tokens, metadata
+        )
 
     def invoke(self, call: Call) -> Any:
         """One attempt of a call."""
         self._check_open()
-        method = getattr(self._models if call.rpc in MODEL_RPCS else self._sessions, call.rpc)
+        method = getattr(self._stubs[service_of(call.rpc)], call.rpc)
         metadata = self._tokens.metadata()
         try:
-            return method(call.request, timeout=call.timeout_s, metadata=_with(metadata, call))
+            request = call.request if isinstance(call.request, Message) else call.request()
+            answer = method(request, timeout=call.timeout_s, metadata=_with(metadata, call))
+            return answer if call.on_reply is None else _read(answer, call.on_reply)
         except grpc.RpcError as error:
             raise closed() if self.is_closed else _refused(translate(error), self._tokens, metadata) from None
         except ValueError:
@@ -180,7 +227,7 @@ class SyncTransport:
 
     def _start(self, call: Call, done: Callable[[StepwellError | None], None]) -> None:
         metadata = self._tokens.metadata()
-        method: Any = getattr(self._sessions, call.rpc)
+        method: Any = getattr(self._stubs["SessionService"], call.rpc)
         try:
             attempt = method.future(
                 call.request, timeout=call.timeout_s, metadata=_with(metadata, call), wait_for_ready=True
@@ -207,8 +254,7 @@ class AsyncTransport:
 
     def __init__(self, config: ClientConfig) -> None:
         self._channel = open_async_channel(config)
-        self._sessions = sessions_pb2_grpc.SessionServiceStub(self._channel)
-        self._models = models_pb2_grpc.ModelServiceStub(self._channel)
+        self._stubs = _stubs(self._channel)
         self._tokens = tokens(config)
         self.is_closed = False
 
@@ -224,15 +270,19 @@ class AsyncTransport:
         """
         metadata = await self._tokens.metadata_async()
         self._check_open()
-        return OpenedStream(self._sessions.StepStream(requests, metadata=metadata), self._tokens, metadata)
+        return OpenedStream(
+            self._stubs["SessionService"].StepStream(requests, metadata=metadata), self._tokens, metadata
+        )
 
     async def invoke(self, call: Call) -> Any:
         """One attempt of a call."""
         self._check_open()
-        method = getattr(self._models if call.rpc in MODEL_RPCS else self._sessions, call.rpc)
+        method = getattr(self._stubs[service_of(call.rpc)], call.rpc)
         metadata = await self._tokens.metadata_async()
         try:
-            return await method(call.request, timeout=call.timeout_s, metadata=_with(metadata, call))
+            request = call.request if isinstance(call.request, Message) else _awaited(call.request())
+            answer = method(request, timeout=call.timeout_s, metadata=_with(metadata, call))
+            return await (answer if call.on_reply is None else _read_async(answer, call.on_reply))
         except grpc.RpcError as error:
             raise closed() if self.is_closed else _refused(translate(error), self._tokens, metadata) from None
         except grpc.aio.UsageError:

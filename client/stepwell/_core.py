@@ -132,11 +132,15 @@ class Core:
         """One model, as the server describes it now."""
         request = models_pb2.GetModelRequest(name=_inputs.check_model(name))
         reply: models_pb2.GetModelResponse = yield from self.retrier.call("GetModel", request, deadline)
-        info = ModelInfo._from_message(reply.model)
-        self._models[name] = self._models[reference(info.name, info.version)] = info
+        info = self._models[name] = ModelInfo._from_message(reply.model)
+        self.learn(info)
+        return info
+
+    def learn(self, info: ModelInfo) -> None:
+        """The server has described a model."""
+        self._models[reference(info.name, info.version)] = info
         if any(each.is_default for each in info.versions if each.version == info.version):
             self._models[info.name] = info
-        return info
 
     def known_model(self, name: str, deadline: Deadline, *, fingerprint: str = "") -> Flow[ModelInfo]:
         """One model, as the server has described it before; asked anew if that was another fingerprint's."""

@@ -10,7 +10,7 @@ A `Step` as an ask means one attempt of it, in a frame with others or as a unary
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
@@ -24,16 +24,22 @@ from stepwell._steps import Step, Stepped, read
 from stepwell.errors import InvalidInputError, StepwellError
 from stepwell.v1 import sessions_pb2
 
+Requests: TypeAlias = Callable[[], Iterator[Message]]
+"""Makes the requests of one attempt."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Call:
-    """Make one attempt of a unary call; the answer is its response."""
+    """Make one attempt of a call; the answer is its response, or the last one."""
 
     rpc: str
-    request: Message
+    request: Message | Requests
+    """The request, or what makes those of a call whose requests stream."""
     timeout_s: float | None
     metadata: Pairs = ()
     """Beside that of every call."""
+    on_reply: Callable[[Any], object] | None = None
+    """Where responses stream: called with each."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,6 +165,28 @@ class Retrier:
 
         return (yield from self._answered(ask, self.attempts(rpc, deadline, changes=changes)))
 
+    def streamed(
+        self, rpc: str, request: Message, deadline: Deadline, on_reply: Callable[[Any], object]
+    ) -> Flow[None]:
+        """Makes a call whose responses stream; `on_reply` is called with each.
+
+        It changes something, and is not tried again once the server may have received it.
+        """
+        check_size(rpc, request, self._max_message_bytes)
+
+        def ask() -> Call:
+            return Call(rpc, request, deadline.grpc_timeout_s(), on_reply=on_reply)
+
+        yield from self._answered(ask, self.attempts(rpc, deadline, changes=True), once=True)
+
+    def sent(self, rpc: str, requests: Requests, deadline: Deadline) -> Flow[Any]:
+        """Makes a call whose requests stream, with retries; the result is the response."""
+
+        def ask() -> Call:
+            return Call(rpc, requests, deadline.grpc_timeout_s())
+
+        return (yield from self._answered(ask, self.attempts(rpc, deadline)))
+
     def attempts(self, rpc: str, deadline: Deadline, *, changes: bool = False) -> Attempts:
         """The attempts of a call."""
         return Attempts(
@@ -197,11 +225,14 @@ class Retrier:
         check_size("Step", request, self._max_message_bytes)
         return Call("Step", request, step.deadline.grpc_timeout_s(), step.trace)
 
-    def _answered(self, ask: Callable[[], Ask], attempts: Attempts) -> Flow[Any]:
+    def _answered(self, ask: Callable[[], Ask], attempts: Attempts, *, once: bool = False) -> Flow[Any]:
+        """The answer of an attempt. `once`: one of unknown outcome is the last."""
         while True:
             try:
                 answered = yield ask()
             except StepwellError as error:
+                if once and getattr(error, "outcome", "not_applied") == "unknown":
+                    raise
                 pause = Pause(attempts.failed(error), attempts.made, error)
             else:
                 self._contact.make()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
+import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -48,14 +50,23 @@ def named(models: object, name: str | None) -> dict[str, Any]:
     else:
         named = {_default_name(models) if name is None else name: models}
     for one, source in named.items():
-        if not isinstance(one, str) or not _NAME.fullmatch(one):
+        if not is_name(one):
             told = "a name in models" if isinstance(models, Mapping) else "name"
             raise InvalidInputError(f"{told} must be 1 to 128 letters, digits, _, - or .; got {one!r:.150}")
-        if not isinstance(source, str | os.PathLike) and not _is_keras(source):
+        if not _is_source(source):
             raise InvalidInputError(
                 f"models must be the path of a model's file, a keras.Model, or a mapping of names to these; got {source!r:.150}"
             )
     return named
+
+
+def is_name(name: object) -> bool:
+    """Whether a model may have this name."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def _is_source(source: object) -> bool:
+    return isinstance(source, str | os.PathLike) or _is_keras(source)
 
 
 def _is_keras(source: object) -> bool:
@@ -105,6 +116,43 @@ def file_of(name: str, source: ModelSource, folder: str) -> ModelFile:
     _copy_without_dates(saved, path)
     os.unlink(saved)
     return ModelFile(path, is_given=False)
+
+
+class Placed(NamedTuple):
+    """A file to be loaded."""
+
+    path: str
+    """On this machine's disk if it is sent, else on the server's."""
+    is_sent: bool
+
+
+@contextlib.contextmanager
+def placed(name: str, source: ModelSource, *, upload: bool | None, is_local: bool) -> Iterator[Placed]:
+    """The file of a model for the body of a `with`; an object is saved to one that is deleted afterwards.
+
+    Args:
+        name: Name of the model.
+        source: Its file, or the object.
+        upload: Send it to the server. False: the server reads the path as it is given. None: send it if the server is
+            on another machine.
+        is_local: It is on this one.
+
+    Raises:
+        InvalidInputError: An argument breaks its rule.
+        FileNotFoundError: There is no such file.
+    """
+    if not _is_source(source):
+        raise InvalidInputError(
+            f"model must be the path of a model's file or a keras.Model; got {source!r:.150}"
+        )
+    if upload not in (None, True, False):
+        raise InvalidInputError(f"upload must be True, False or None; got {upload!r:.150}")
+    if upload is False and isinstance(source, str | os.PathLike):
+        yield Placed(os.fspath(source), is_sent=False)
+        return
+    with tempfile.TemporaryDirectory(prefix="stepwell-") as folder:
+        path = os.path.abspath(file_of(name, source, folder).path)
+        yield Placed(path, is_sent=not is_local if upload is None else upload)
 
 
 def _copy_without_dates(saved: str, path: str) -> None:

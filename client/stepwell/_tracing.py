@@ -10,7 +10,7 @@ import dataclasses
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stepwell._channel import MODEL_RPCS
+from stepwell._channel import service_of
 from stepwell._flow import Ask, Call, Exchange, Flow, Notify, Pause
 from stepwell._metadata import sampled
 from stepwell._steps import Step
@@ -103,8 +103,7 @@ class Tracing:
 def _name(ask: Ask) -> str:
     """The method that an ask is for, or would be if steps never shared a message."""
     if isinstance(ask, Call):
-        service = "ModelService" if ask.rpc in MODEL_RPCS else "SessionService"
-        return f"stepwell.v1.{service}/{ask.rpc}"
+        return f"stepwell.v1.{service_of(ask.rpc)}/{ask.rpc}"
     return "stepwell.v1.SessionService/" + ("StepStream" if isinstance(ask, Exchange) else "Step")
 
 

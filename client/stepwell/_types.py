@@ -270,7 +270,7 @@ class ModelInfo:
         )
         version = f"version={self.version}, " if self.version else ""
         return (
-            f"ModelInfo({self.name!r}, {version}{tensors}, executor={self.executor!r}, "
+            f"{type(self).__name__}({self.name!r}, {version}{tensors}, executor={self.executor!r}, "
             f"sessions={self.sessions})"
         )
 
@@ -297,6 +297,21 @@ class ModelInfo:
             "fingerprint": _short(self.fingerprint),
         }
         return _display.facts_html(f"Model {self.name!r}", facts) + tensors
+
+
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
+class LoadedModel(ModelInfo):
+    """A model whose versions were changed, described as the version that the call was about.
+
+    Example:
+        >>> client.set_default("forecast", client.model("forecast").version).moved_sessions
+        0
+    """
+
+    moved_sessions: int = 0
+    """Sessions in memory that have gone on to this version, or will when they are next used."""
+    previous_version: int = 0
+    """The version that was the default before, as `Client.set_default` tells it; else 0."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ from stepwell._tracker import SessionTracker
 from stepwell._types import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo, SlowSession
 from stepwell.aio_admin import AsyncAdminCalls
 from stepwell.aio_group import AsyncSessionGroup
+from stepwell.aio_models import AsyncModelCalls
 from stepwell.aio_session import AsyncSession, Opening
 from stepwell.config import (
     DEFAULT_LEASE_S,
@@ -133,7 +134,7 @@ def connect(
 
 
 @end_here
-class AsyncClient(AsyncAdminCalls):
+class AsyncClient(AsyncAdminCalls, AsyncModelCalls):
     """A connection to a server. Make one with `connect`, and share it.
 
     Every method takes `timeout_s`, the time limit of that call over all its attempts; None means the

@@ -18,6 +18,7 @@ from stepwell._hooks import require_sync
 from stepwell._leases import RENEWER, Renewal
 from stepwell._link import Link
 from stepwell._metadata import Metadata
+from stepwell._model_calls import ModelCalls
 from stepwell._observer import notify
 from stepwell._sender import Sender
 from stepwell._state import State, States
@@ -119,7 +120,7 @@ def connect(
 
 
 @end_here
-class Client(AdminCalls):
+class Client(AdminCalls, ModelCalls):
     """A connection to a server. Make one with `connect`, and share it.
 
     Every method takes `timeout_s`, the time limit of that call over all its attempts; None means the
@@ -189,10 +190,10 @@ class Client(AdminCalls):
         return self._run(self._core.slow_sessions(limit, self._core.deadline(timeout_s)))
 
     def model(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
-        """One model.
+        """One model: its default version, or with `NAME@2` or `NAME:canary` another one.
 
         Raises:
-            ModelNotFoundError: No model is served under that name.
+            ModelNotFoundError: No model is served under that name, or not that version or label of it.
 
         Example:
             >>> [tensor.shape for tensor in client.model("forecast").inputs]
@@ -217,7 +218,8 @@ class Client(AdminCalls):
         long as the client is open. The same holds for `open_sessions` and `Session.fork`.
 
         Args:
-            model: Name of the model.
+            model: Name of the model, for its default version; `NAME@2` for that version, `NAME:canary` for the one that
+                has that label. By its name alone a session may go on to later versions: see `load_model`.
             batch_size: Rows of the session, fixed from now on.
             session_id: 1 to 256 printable characters. None: the server makes an unguessable one, and the
                 session is closed when its `with` block ends. A named session outlives its block.
@@ -227,7 +229,7 @@ class Client(AdminCalls):
             timeout_s: Time limit of this call over all its attempts; None: the client's.
 
         Raises:
-            ModelNotFoundError: No model is served under that name.
+            ModelNotFoundError: No model is served under that name, or not that version of it.
             ModelMismatchError: The state, or the session resumed, belongs to another model.
             SessionExistsError: The session is there and must be new, or has another batch size.
 
@@ -255,7 +257,7 @@ class Client(AdminCalls):
         """Opens many sessions of one model, to be stepped together: all of them or none.
 
         Args:
-            model: Name of the model.
+            model: Name of the model, with a version or a label as in `open_session`.
             n: How many, 1 to 65536.
             batch_size: Rows of each.
             session_ids: n ids, none of them in use. None: the server makes them, and the sessions are
@@ -263,7 +265,7 @@ class Client(AdminCalls):
             timeout_s: Time limit of this call over all its attempts; None: the client's.
 
         Raises:
-            ModelNotFoundError: No model is served under that name.
+            ModelNotFoundError: No model is served under that name, or not that version of it.
             SessionExistsError: One of the ids is in use.
 
         Example:
@@ -287,7 +289,7 @@ class Client(AdminCalls):
         """Runs a model without a session: the same weights and the same bits.
 
         Args:
-            model: Name of the model.
+            model: Name of the model, with a version or a label as in `open_session`.
             x: (batch, features...) or (batch, T, features...), any batch size; by name for several inputs.
             state: Initial state, each tensor (batch, ...). None: the model's own.
             reset: Rows that begin anew, with the model's own initial state: booleans of shape (batch,), or

@@ -26,6 +26,7 @@ __all__ = [
     "DEFAULT_ADDRESS",
     "DEFAULT_CONNECT_TIMEOUT_S",
     "DEFAULT_LEASE_S",
+    "DEFAULT_LOAD_TIMEOUT_S",
     "DEFAULT_MAX_MESSAGE_BYTES",
     "DEFAULT_TIMEOUT_S",
     "SERVER_VARIABLE",
@@ -47,6 +48,8 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 """Where a server listens unless told otherwise."""
 DEFAULT_TIMEOUT_S = 30.0
 """Time limit of a call over all its attempts, in seconds."""
+DEFAULT_LOAD_TIMEOUT_S = 600.0
+"""Time limit of a call that loads a model, in seconds: it may have to be compiled."""
 DEFAULT_LEASE_S = 600.0
 """How long a client may be gone before the server closes its sessions that nobody named, in seconds."""
 DEFAULT_CONNECT_TIMEOUT_S = 1.0

@@ -9,15 +9,19 @@
     │   └── SessionLostError       it was there, its state cannot be recovered
     ├── SessionExistsError         the id is taken
     ├── RevisionConflictError      someone else changed the session: see .expected and .actual
-    ├── ModelNotFoundError         no model is served under that name
-    ├── ModelMismatchError         the state belongs to a model of another fingerprint
+    ├── ModelNotFoundError         no model is served under that name, or not that version or label of it
+    ├── ModelMismatchError         the state belongs to a model of another fingerprint, or cannot be carried to it
     ├── OverloadedError            no room now: see .retry_after_s
     ├── UnavailableError           the server cannot be reached, or cannot do it now: see .outcome
     ├── DeadlineExceededError      the time limit passed: see .outcome
     ├── StateCorruptError          the stored record of the session is damaged
     ├── RefusedError               the server does not offer this, or does not allow it
     │   ├── UnauthenticatedError   the server asks who calls, and does not know this client
-    │   └── PermissionDeniedError  it knows this client, whose role does not allow it
+    │   ├── PermissionDeniedError  it knows this client, whose role does not allow it
+    │   ├── ModelVersionExistsError  the model has that version, or it is being loaded
+    │   ├── ModelInUseError        the version is the default, or has sessions
+    │   ├── ModelLoadError         the file cannot be served
+    │   └── MigrationFailedError   the function that makes new states of old ones is not there, or failed
     ├── InternalError              a defect of the server: its log has the details under .error_id
     └── ClosedError                the client or session was closed on this side
 
@@ -34,6 +38,8 @@
 | DeadlineExceededError | DEADLINE_EXCEEDED | no; the caller may |
 | StateCorruptError | DATA_LOSS | no |
 | RefusedError | UNIMPLEMENTED | no |
+| ModelVersionExistsError | ALREADY_EXISTS, by reason | no |
+| ModelInUseError, ModelLoadError, MigrationFailedError | FAILED_PRECONDITION, by reason | no |
 | UnauthenticatedError | UNAUTHENTICATED | once, where the token is a function: see `stepwell.connect` |
 | PermissionDeniedError | PERMISSION_DENIED | no |
 | InternalError | INTERNAL, UNKNOWN | no |
@@ -145,11 +151,11 @@ class RevisionConflictError(StepwellError):
 
 
 class ModelNotFoundError(StepwellError):
-    """No model is served under that name."""
+    """No model is served under that name, or it has not that version or label."""
 
 
 class ModelMismatchError(StepwellError):
-    """The state belongs to a model of another fingerprint."""
+    """The state belongs to a model of another fingerprint, or to a version whose states or outputs are others."""
 
 
 class OverloadedError(StepwellError):
@@ -215,6 +221,22 @@ class PermissionDeniedError(RefusedError):
     """The server knows this client, whose role does not allow the call."""
 
 
+class ModelVersionExistsError(RefusedError):
+    """The model has a version of that number, or one is being loaded. Versions do not change; nothing changed."""
+
+
+class ModelInUseError(RefusedError):
+    """The version was not unloaded, for it is the default, or has sessions; nothing changed."""
+
+
+class ModelLoadError(RefusedError):
+    """The file is no model, or one that cannot be served, or it took too long; the message says why. Nothing changed."""
+
+
+class MigrationFailedError(RefusedError):
+    """The function that makes new states of old ones is not there, raised, or returned what cannot be states."""
+
+
 class InternalError(StepwellError):
     """A defect of the server; its log has the details."""
 
@@ -235,8 +257,12 @@ __all__ = [
     "DeadlineExceededError",
     "InternalError",
     "InvalidInputError",
+    "MigrationFailedError",
+    "ModelInUseError",
+    "ModelLoadError",
     "ModelMismatchError",
     "ModelNotFoundError",
+    "ModelVersionExistsError",
     "OverloadedError",
     "PermissionDeniedError",
     "RefusedError",
