@@ -9,7 +9,6 @@ done, and is tried again.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import os
@@ -195,14 +194,11 @@ def _explained(error: StepwellError, request: models_pb2.LoadModelRequest) -> St
     """The error of a load; where its outcome is unknown, with the way to find out."""
     if not is_unknown(error):
         return error
-    explained = copy.copy(error)
-    explained.message += (
-        f"; whether the model was loaded is not known: client.model({request.name!r}).versions says it"
-    )
+    note = f"whether the model was loaded is not known: client.model({request.name!r}).versions says it"
     if request.version:
-        explained.message += f", and the same call again is refused if version {request.version} is there"
-    explained.args = (explained.message,)
-    return explained
+        note += f", and the same call again is refused if version {request.version} is there"
+    error.add_note(note)
+    return error
 
 
 def _name(name: object) -> str:

@@ -98,6 +98,7 @@ def test_models_are_shown(run: Run) -> None:
 
     assert lines[0].split() == [
         "MODEL",
+        "VERSIONS",
         "FINGERPRINT",
         "INPUTS",
         "OUTPUTS",
@@ -121,7 +122,8 @@ def test_models_for_programs_have_every_documented_key(run: Run, client: stepwel
     shown = whole["models"]
 
     assert whole["front"] == client.server_info().front == FRONT
-    keys = [key for text, _ in main.commands["models"].json_keys[2:] for key in text.split(", ")]  # type: ignore[attr-defined]
+    texts = [text for text, _ in main.commands["models"].json_keys[2:]]  # type: ignore[attr-defined]
+    keys = [key for text in texts if not text.startswith("versions.") for key in text.split(", ")]
     within = [f"proof.{key}" for key in shown[0]["proof"]]
     assert [[*model, *within] for model in shown] == [keys, keys]
     assert shown[0]["proof"] == {"compared_steps": 512, "compared_share": 1.0, "unproven": ""}
@@ -309,8 +311,9 @@ def test_sessions_are_listed(run: Run, client: stepwell.Client) -> None:
     ]
     of_model = documents(run("sessions", "list", "--model", "several", "--json"))
 
-    assert lines[0].split() == ["SESSION", "MODEL", "BATCH", "REVISION", "POSITION", "AGE", "IDLE"]
-    assert [line.split()[:5] for line in lines[1:]] == [
+    assert lines[0].split() == ["SESSION", "MODEL", "VERSION", "BATCH", "REVISION", "POSITION", "AGE", "IDLE"]
+    cells = [line.split() for line in lines[1:]]
+    assert [[*row[:2], *row[3:6]] for row in cells] == [
         ["guest", "forecast", "1", "0", "0"],
         ["user-1", "forecast", "1", "0", "0"],
         ["user-2", "forecast", "1", "0", "0"],

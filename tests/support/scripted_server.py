@@ -266,19 +266,18 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
             for session in before:
                 self._session(session.session_id)
             return before
-        made = [self._open(one, batch_size) for one in session_ids]
-        for session in made:
-            if source is not None:
-                session.version, session.is_pinned = source.version, source.is_pinned
-            elif session.revision == 0:
-                session.version = self._version(request.model)
-                session.is_pinned = request.model != MODEL
+        if source is not None:
+            version, is_pinned = source.version, source.is_pinned
+        else:
+            version, is_pinned = self._version(request.model), request.model != MODEL
+        made = [self._open(one, batch_size, version, is_pinned) for one in session_ids]
         return self._made.setdefault(request.request_id, made)
 
-    def _open(self, session_id: str, batch_size: int) -> _Session:
+    def _open(self, session_id: str, batch_size: int, version: int, is_pinned: bool) -> _Session:
         session_id = session_id or next(self._ids)
         state = np.zeros((batch_size, FEATURES), np.float32)
-        return self.sessions.setdefault(session_id, _Session(session_id, batch_size, state))
+        new = _Session(session_id, batch_size, state, version=version, is_pinned=is_pinned)
+        return self.sessions.setdefault(session_id, new)
 
     def _info(self, session: _Session) -> sessions_pb2.Session:
         return sessions_pb2.Session(

@@ -38,6 +38,27 @@ def models(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list
     return answered(ctx, names)
 
 
+def references(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Models of the server, and after the name of one and an @ or a colon its versions or labels."""
+    from stepwell.v1 import models_pb2, models_pb2_grpc
+
+    def names(channel: grpc.Channel, metadata: Pairs | None) -> Iterable[str]:
+        list_models = models_pb2_grpc.ModelServiceStub(channel).ListModels
+        reply = list_models(models_pb2.ListModelsRequest(), timeout=TIMEOUT_S, metadata=metadata)
+        for model in reply.models:
+            yield model.name
+            for version in model.versions:
+                if "@" in incomplete:
+                    yield f"{model.name}@{version.version}"
+                elif ":" in incomplete:
+                    yield from (f"{model.name}:{label}" for label in version.labels)
+
+    def begun(channel: grpc.Channel, metadata: Pairs | None) -> Iterable[str]:
+        return (name for name in names(channel, metadata) if name.startswith(incomplete))
+
+    return answered(ctx, begun)
+
+
 def sessions(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Sessions of the server whose ids begin so; the first of them."""
     from stepwell.v1 import sessions_pb2, sessions_pb2_grpc

@@ -212,6 +212,35 @@ def counting(what: str) -> Iterator[Callable[[int], None]]:
         yield lambda done: status.update(f"{what}: {done:,}")
 
 
+@contextlib.contextmanager
+def stages(what: str) -> Iterator[Callable[[str], None]]:
+    """Show on stderr what is done now, and which stages have ended after how long, if a person is watching.
+
+    The body tells it, and must not print.
+    """
+    if not sys.stderr.isatty():
+        yield lambda _stage: None
+        return
+    import time
+
+    from rich.console import Console
+
+    console = Console(stderr=True, markup=False)
+    began, now = time.monotonic(), ""
+    with console.status(what) as status:
+
+        def tell(stage: str) -> None:
+            nonlocal began, now
+            ended = time.monotonic()
+            if now and stage != now:
+                console.print(f"  {now}: {ended - began:.1f} s")
+            if stage != now:
+                began, now = ended, stage
+            status.update(f"{what}: {stage}")
+
+        yield tell
+
+
 def shape_text(spec: TensorInfo) -> str:
     """A tensor of a model with the axes that calls give it: `x float32 (B, T, 3)`."""
     axes = ["B", *(["T"] if spec.temporal else []), *map(str, spec.shape)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stepwell import Client, Session
+    from stepwell import Client, Session, SessionInfo
 
 
 def attach(client: Client, session_id: str, model: str | None = None) -> Session:
@@ -23,14 +23,21 @@ def attach(client: Client, session_id: str, model: str | None = None) -> Session
     from stepwell import ModelMismatchError
 
     known = client.session_info(session_id)
-    if model not in (None, known.model):
-        raise ModelMismatchError(f"--model must be the session's model, {known.model}; got {model}")
+    if model is not None and not fits(model, known):
+        version = f"@{known.model_version}" if "@" in model else ""
+        raise ModelMismatchError(f"--model must be the session's model, {known.model}{version}; got {model}")
     session = client.open_session(known.model, batch_size=known.batch_size, session_id=session_id)
     # Should the session have been closed since it was looked up, this one is new: it must not stand in for it.
     if client.session_info(session_id).created_time != known.created_time:
         session.close()
         client.session_info(session_id)
     return session
+
+
+def fits(model: str, known: SessionInfo) -> bool:
+    """Whether a session is one of `NAME`, or of `NAME@VERSION`."""
+    name, mark, version = model.partition("@")
+    return name == known.model and (not mark or version == str(known.model_version))
 
 
 def attach_or_open(client: Client, session_id: str, model: str, batch_size: int | None) -> Session:

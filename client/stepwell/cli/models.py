@@ -9,16 +9,27 @@ from typing import TYPE_CHECKING, cast
 import click
 from click.shell_completion import CompletionItem
 
-from stepwell.cli import _complete, _render
+from stepwell.cli import _complete, _render, model_changes
 from stepwell.cli._errors import Failure
 from stepwell.cli._help import Listing
 from stepwell.cli._target import Target, json_option, server_options
 from stepwell.cli.sessions import time_text
 
 if TYPE_CHECKING:
-    from stepwell import ModelInfo, ProvenanceInfo, TensorInfo
+    from stepwell import ModelInfo, ModelVersionInfo, ProvenanceInfo, TensorInfo
 
 
+VERSION_HEADINGS = [
+    "MODEL",
+    "VERSION",
+    "STATE",
+    "DEFAULT",
+    "LABELS",
+    "SESSIONS",
+    "FINGERPRINT",
+    "LOADED",
+    "WHY",
+]
 MODEL_KEYS = (
     ("name", "the name it is served under"),
     ("fingerprint", "hash of architecture and weights; a state belongs to one"),
@@ -28,6 +39,17 @@ MODEL_KEYS = (
     ("batch_sizes", "batch sizes that it is padded to; empty: any"),
     ("state_row_bytes", "size of the state of one row"),
     ("sessions", "open sessions"),
+    ("version", "the version that all of this is about: the default; 0: a server of an older release"),
+    ("versions", "list of all versions of the name:"),
+    ("versions.version", "its number"),
+    ("versions.state", '"loading", "ready", "draining" (served to the sessions that it has) or "failed"'),
+    ("versions.reason", "why it is so, as a sentence; mostly empty"),
+    ("versions.fingerprint", "its fingerprint; empty while it is not known"),
+    ("versions.is_default", "whether the name alone stands for it"),
+    ("versions.labels", "its labels"),
+    ("versions.sessions", "open sessions on it, among those in memory"),
+    ("versions.path", "the file that it came from; empty: not told"),
+    ("versions.loaded_time", "when it was loaded (RFC 3339, UTC); null: it is not"),
     ("proof", "how it is known that it may be stepped:"),
     ("proof.compared_steps", "length of the sequences on which it was compared with Keras"),
     ("proof.compared_share", "share of their rows and time steps of which that says something"),
@@ -47,9 +69,10 @@ PROVENANCE_KEYS = (
 
 @click.group(
     cls=Listing,
-    short_help="Show the models of a server.",
+    short_help="Show the models of a server; load, unload and choose versions.",
     examples=(
         "stepwell models",
+        "stepwell models --versions",
         "stepwell models --json | jq -r '.models[].name'",
         "stepwell models show forecast",
         "stepwell models show forecast.stepwell",
@@ -60,15 +83,16 @@ PROVENANCE_KEYS = (
         *MODEL_KEYS,
     ),
 )
+@click.option("--versions", is_flag=True, help="Show the versions of each, one a line.")
 @json_option
 @server_options
 @click.pass_context
-def models(ctx: click.Context, target: Target, as_json: bool) -> None:
+def models(ctx: click.Context, target: Target, versions: bool, as_json: bool) -> None:
     """Show the models of a server: their inputs, outputs and state, and what runs them.
 
     In a shape, B is the batch size of the session and T the number of time steps. A single time step may leave
-    out T. The fingerprint is shown in short; --json has it whole. The last line says which front the server has
-    (serve --front).
+    out T. The fingerprint is shown in short; --json has it whole. All but VERSIONS is about the default version, which
+    is marked by a star. The last line says which front the server has (serve --front).
     """
     if ctx.invoked_subcommand is not None:
         cast(Listing, ctx.command).require_no_options(ctx)
@@ -80,9 +104,14 @@ def models(ctx: click.Context, target: Target, as_json: bool) -> None:
         return
     if not server.models:
         click.echo("no models", err=True)
+    elif versions:
+        rows = [version_cells(model, each) for model in server.models for each in model.versions]
+        _render.print_records(VERSION_HEADINGS, rows, right=("VERSION", "SESSIONS"))
+        return
     else:
         headings = (
             "MODEL",
+            "VERSIONS",
             "FINGERPRINT",
             "INPUTS",
             "OUTPUTS",
@@ -100,6 +129,7 @@ def model_cells(model: ModelInfo) -> tuple[str, ...]:
     """A model as a row of the table."""
     return (
         model.name,
+        "\n".join(map(version_text, model.versions)) or "1",
         model.fingerprint[: _render.FINGERPRINT_DIGITS],
         "\n".join(map(_render.shape_text, model.inputs)),
         "\n".join(map(_render.shape_text, model.outputs)),
@@ -109,6 +139,42 @@ def model_cells(model: ModelInfo) -> tuple[str, ...]:
         model.executor,
         model.executor_reason,
     )
+
+
+def version_text(version: ModelVersionInfo) -> str:
+    """A version in a few words: `2*`, `3 canary`, `4 loading`."""
+    state = () if version.state == "ready" else (version.state or "unknown",)
+    return " ".join([f"{version.version}{'*' * version.is_default}", *version.labels, *state])
+
+
+def version_cells(model: ModelInfo, version: ModelVersionInfo) -> tuple[str, ...]:
+    """A version as a row of the table."""
+    return (
+        model.name,
+        str(version.version),
+        version.state or "unknown",
+        "yes" if version.is_default else "",
+        ", ".join(version.labels),
+        str(version.sessions),
+        version.fingerprint[: _render.FINGERPRINT_DIGITS],
+        "" if version.loaded_time is None else time_text(version.loaded_time),
+        version.reason,
+    )
+
+
+def version_json(version: ModelVersionInfo) -> dict[str, object]:
+    """A version as programs read it."""
+    return {
+        "version": version.version,
+        "state": version.state,
+        "reason": version.reason,
+        "fingerprint": version.fingerprint,
+        "is_default": version.is_default,
+        "labels": list(version.labels),
+        "sessions": version.sessions,
+        "path": version.path,
+        "loaded_time": None if version.loaded_time is None else time_text(version.loaded_time),
+    }
 
 
 def model_json(model: ModelInfo) -> dict[str, object]:
@@ -124,6 +190,8 @@ def model_json(model: ModelInfo) -> dict[str, object]:
         "batch_sizes": list(model.batch_sizes),
         "state_row_bytes": model.state_row_bytes,
         "sessions": model.sessions,
+        "version": model.version,
+        "versions": [version_json(version) for version in model.versions],
         "proof": {
             "compared_steps": model.proof.compared_steps,
             "compared_share": model.proof.compared_share,
@@ -146,28 +214,36 @@ def _complete_model_or_file(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Models of the server, and files, which the shell finds."""
-    return [*_complete.models(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
+    return [*_complete.references(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
 
 
 @models.command(
     "show",
     short_help="Show all of one model, or of a compiled one.",
-    examples=("stepwell models show forecast", "stepwell models show ./forecast.stepwell --json"),
+    examples=(
+        "stepwell models show forecast",
+        "stepwell models show forecast@2",
+        "stepwell models show ./forecast.stepwell --json",
+    ),
     json_keys=(
         *MODEL_KEYS[:7],
         ("sessions", "open sessions; null of a file"),
-        *MODEL_KEYS[8:],
+        ("version, versions", "as of stepwell models; 0 and empty of a file"),
+        *MODEL_KEYS[-4:],
         *PROVENANCE_KEYS,
     ),
 )
-@click.argument("model", metavar="NAME|FILE.stepwell", shell_complete=_complete_model_or_file)
+@click.argument(
+    "model", metavar="NAME[@VERSION|:LABEL]|FILE.stepwell", shell_complete=_complete_model_or_file
+)
 @json_option
 @server_options
 def show(target: Target, model: str, as_json: bool) -> None:
     """Show what is known of a model: its tensors, how it was proven, what it was compiled from and by what.
 
     What ends in .stepwell, or has a slash in it, is a file that stepwell compile has made; it is read and checked
-    here, and needs no server. All else is the name of a model of the server.
+    here, and needs no server. All else is a model of the server: NAME, which is its default version, NAME@VERSION or
+    NAME:LABEL.
     """
     is_file = model.endswith(".stepwell") or os.sep in model
     if is_file:
@@ -179,7 +255,12 @@ def show(target: Target, model: str, as_json: bool) -> None:
         document = model_json(info) | {"provenance": provenance_json(info.provenance)}
         _render.print_json(document | ({"sessions": None} if is_file else {}))
         return
-    _render.print_facts([*facts(info), *([] if is_file else [("sessions", str(info.sessions))])])
+    of_server = [
+        ("version", str(info.version or "unknown, a server of an older release")),
+        ("versions", "\n".join(map(version_text, info.versions))),
+        ("sessions", str(info.sessions)),
+    ]
+    _render.print_facts([*facts(info), *([] if is_file else of_server)])
     layers = info.provenance.layers if info.provenance is not None else ()
     if layers:
         click.echo()
@@ -249,3 +330,7 @@ def provenance_json(origin: ProvenanceInfo | None) -> dict[str, object] | None:
             for layer in origin.layers
         ],
     }
+
+
+for _command in (model_changes.load, model_changes.unload, model_changes.default, model_changes.label):
+    models.add_command(_command)

@@ -47,6 +47,8 @@ SESSION_KEYS = (
     ("last_used_time", "when it was last changed, read or resumed"),
     ("age_s, idle_s", "seconds since then"),
     ("resident", "false: its state is only in the store"),
+    ("model_version", "version of the model that its next change runs on; 0: a server of an older release"),
+    ("model_version_pinned", "it was opened with a version or a label, and stays on that version"),
     ("lease_s", "it is closed when its client has been gone for so long; null: it has no lease"),
 )
 
@@ -131,8 +133,8 @@ def list_sessions(
         coming = iter(found)
         first = list(itertools.islice(coming, PAGE))
         everybodys = any(session.tenant for session in first)
-        headings = ("SESSION", "MODEL", "BATCH", "REVISION", "POSITION", "AGE", "IDLE")
-        numbers = ("BATCH", "REVISION", "POSITION", "AGE", "IDLE")
+        headings = ("SESSION", "MODEL", "VERSION", "BATCH", "REVISION", "POSITION", "AGE", "IDLE")
+        numbers = ("VERSION", "BATCH", "REVISION", "POSITION", "AGE", "IDLE")
         rows = (session_cells(session, everybodys=everybodys) for session in itertools.chain(first, coming))
         if not _render.print_rows(("TENANT",) * everybodys + headings, rows, right=numbers):
             click.echo("no sessions", err=True)
@@ -411,6 +413,7 @@ def session_cells(session: SessionInfo, *, everybodys: bool) -> tuple[str, ...]:
         *((session.tenant or "-",) if everybodys else ()),
         _render.short_text(session.session_id),
         _render.short_text(session.model),
+        str(session.model_version or "-"),
         str(session.batch_size),
         str(session.revision),
         str(session.position),
@@ -425,6 +428,7 @@ def session_facts(session: SessionInfo) -> list[tuple[str, str]]:
     return [
         ("session", session.session_id),
         ("model", session.model),
+        ("version", f"{session.model_version or 'unknown'}{' (pinned)' * session.model_version_pinned}"),
         ("fingerprint", session.fingerprint),
         ("batch size", str(session.batch_size)),
         ("revision", str(session.revision)),
@@ -451,6 +455,8 @@ def session_json(session: SessionInfo) -> dict[str, object]:
         "age_s": age_s(session.created_time),
         "idle_s": age_s(session.last_used_time),
         "resident": session.resident,
+        "model_version": session.model_version,
+        "model_version_pinned": session.model_version_pinned,
         "lease_s": session.lease_s,
     }
 

@@ -1,0 +1,305 @@
+"""`stepwell models load`, `unload`, `default` and `label`: which versions of models a server has, changed while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import click
+from click.core import ParameterSource
+
+from stepwell.cli import _complete, _render
+from stepwell.cli._errors import SERVER_ERROR, Failure
+from stepwell.cli._help import Command
+from stepwell.cli._target import Target, json_option, server_options
+
+if TYPE_CHECKING:
+    from stepwell import LoadedModel
+
+Policy = Literal["keep", "carry", "migrate", "reset"]
+POLICIES = (
+    ("keep", "they stay on their version until they end"),
+    (
+        "carry",
+        "they go on with their states under the new weights; the specs of states and outputs must be equal",
+    ),
+    ("migrate", "a function named at the server's start (serve --migration) makes their new states"),
+    ("reset", "they begin anew, from the initial state of the new version"),
+)
+CHANGE_KEYS = (
+    ("name, version", "what the command was about"),
+    ("fingerprint", "hash of its architecture and weights"),
+    ("is_default", "whether the name alone stands for it now"),
+    ("labels", "its labels"),
+    ("moved_sessions", "sessions in memory that have gone on to it, or will when they are next used"),
+)
+
+
+class Reference(NamedTuple):
+    """NAME, or NAME@VERSION."""
+
+    name: str
+    version: int | None
+
+
+def reference(text: str) -> Reference:
+    """Read NAME or NAME@VERSION.
+
+    Raises:
+        click.UsageError: VERSION is no number.
+    """
+    name, mark, version = text.partition("@")
+    if not mark:
+        return Reference(name, None)
+    if not (version.isascii() and version.isdecimal() and int(version) > 0):
+        raise click.UsageError(f"the version in NAME@VERSION must be a whole number from 1 on; got {text!r}")
+    return Reference(name, int(version))
+
+
+def versioned(text: str) -> tuple[str, int]:
+    """Read NAME@VERSION.
+
+    Raises:
+        click.UsageError: It is none.
+    """
+    name, version = reference(text)
+    if version is None:
+        raise click.UsageError(f"the version must be named, as in {text}@2; got {text!r}")
+    return name, version
+
+
+def policy_option(function: click.decorators.FC) -> click.decorators.FC:
+    """Add --sessions to a command."""
+    return click.option(
+        "--sessions",
+        "policy",
+        type=click.Choice([name for name, _ in POLICIES]),
+        default="keep",
+        show_default=True,
+        help="What becomes of the sessions that follow the default: see below.",
+    )(function)
+
+
+def migration_option(function: click.decorators.FC) -> click.decorators.FC:
+    """Add --migration to a command."""
+    return click.option(
+        "--migration", metavar="NAME", help="With --sessions migrate: the function. Default: the only one."
+    )(function)
+
+
+@contextlib.contextmanager
+def settled(hint: str) -> Iterator[None]:
+    """Say of an error after which the change may have been made where to look."""
+    from stepwell.errors import StepwellError
+
+    try:
+        yield
+    except StepwellError as error:
+        if getattr(error, "outcome", None) != "unknown":
+            raise
+        raise Failure(f"{error}; {hint}: 'stepwell models --versions' shows it", SERVER_ERROR) from None
+
+
+@click.command(
+    "load",
+    cls=Command,
+    short_help="Load a version of a model.",
+    examples=(
+        "stepwell models load forecast forecast.keras --sessions carry",
+        "stepwell models load forecast next.keras --no-default --label canary",
+        "stepwell models load forecast@7 /srv/models/7.keras --no-upload --unload-previous",
+    ),
+    values=tuple((f"--sessions {name}", meaning) for name, meaning in POLICIES),
+    json_keys=CHANGE_KEYS,
+)
+@click.argument("name", metavar="NAME[@VERSION]", shell_complete=_complete.models)
+@click.argument("path", metavar="PATH", type=click.Path())
+@click.option(
+    "--version",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Number of the version. Default: one more than the highest that there was.",
+)
+@policy_option
+@click.option("--no-default", is_flag=True, help="Leave the default where it is.")
+@click.option("--label", "labels", metavar="LABEL", multiple=True, help="A label for it; may be repeated.")
+@migration_option
+@click.option("--unload-previous", is_flag=True, help="Unload the old default when it has no session.")
+@click.option(
+    "--upload/--no-upload",
+    default=None,
+    help="Send the file to the server, which must allow that; or name a path on its own disk. Default: send it if the "
+    "server is on another machine.",
+)
+@json_option
+@server_options
+def load(
+    target: Target,
+    name: str,
+    path: str,
+    version: int | None,
+    policy: Policy,
+    no_default: bool,
+    labels: tuple[str, ...],
+    migration: str | None,
+    unload_previous: bool,
+    upload: bool | None,
+    as_json: bool,
+) -> None:
+    """Load a version of a model while the server runs, and make it the default.
+
+    PATH is a .keras or .stepwell file. It is compiled and warmed up beside the traffic; one that fails changes nothing.
+    The command ends when the version is live; unless --timeout-s is given, that may take ten minutes.
+
+    Sessions that were opened by the name alone follow the default as --sessions says. Those that were opened with a
+    version or a label stay where they are.
+    """
+    found, number = reference(name)
+    if number is not None and version is not None:
+        raise click.UsageError(f"give the version once; got {name} and --version {version}")
+    with (
+        target.connect("Loading the model", prints=True) as client,
+        _render.stages(f"Loading {found} at {target.address}") as progress,
+        settled("whether it was loaded is not known"),
+    ):
+        loaded = client.load_model(
+            found,
+            path,
+            version=version or number,
+            sessions=policy,
+            default=not no_default,
+            migration=migration,
+            labels=labels,
+            unload_previous=unload_previous,
+            progress=progress,
+            upload=upload,
+            **time_limit(target),
+        )
+    say(loaded, "loaded", as_json)
+
+
+def time_limit(target: Target) -> dict[str, float]:
+    """The time limit of a load, if one was given."""
+    given = click.get_current_context().get_parameter_source("timeout_s")
+    return {} if given is ParameterSource.DEFAULT else {"timeout_s": target.timeout_s}
+
+
+@click.command(
+    "unload",
+    cls=Command,
+    short_help="Unload a version of a model.",
+    examples=("stepwell models unload forecast@1", "stepwell models unload forecast --force"),
+    json_keys=(("name, version", "what was unloaded; version null: all of them"),),
+)
+@click.argument("name", metavar="NAME[@VERSION]", shell_complete=_complete.references)
+@click.option("--force", is_flag=True, help="Also if it is the default, or has sessions.")
+@json_option
+@server_options
+def unload(target: Target, name: str, force: bool, as_json: bool) -> None:
+    """Serve a version no longer, when what is under way on it has ended; without VERSION, all versions of the name.
+
+    The default, and a version with sessions, is unloaded with --force only: the sessions stay in the store, and fail
+    until it is loaded again.
+    """
+    found, version = reference(name)
+    with target.connect("Unloading the model") as client, settled("it may be unloaded"):
+        client.unload_model(found, version, force=force)
+    if as_json:
+        _render.print_json({"name": found, "version": version})
+    else:
+        click.echo(f"unloaded {name}")
+
+
+@click.command(
+    "default",
+    cls=Command,
+    short_help="Make a loaded version the default.",
+    examples=(
+        "stepwell models default forecast@3 --sessions carry",
+        "stepwell models default forecast@2 --sessions carry",
+    ),
+    values=tuple((f"--sessions {name}", meaning) for name, meaning in POLICIES),
+    json_keys=(*CHANGE_KEYS, ("previous_version", "the version that was the default before")),
+)
+@click.argument("name", metavar="NAME@VERSION", shell_complete=_complete.references)
+@policy_option
+@migration_option
+@json_option
+@server_options
+def default(target: Target, name: str, policy: Policy, migration: str | None, as_json: bool) -> None:
+    """Make a loaded version the default: the way forward, and the way back.
+
+    Sessions that were opened by the name alone follow the default as --sessions says.
+    """
+    found, version = versioned(name)
+    with target.connect("Changing the default") as client, settled("it may be the default"):
+        changed = client.set_default(found, version, sessions=policy, migration=migration)
+    say(changed, "default is", as_json, previous_version=changed.previous_version)
+
+
+@click.command(
+    "label",
+    cls=Command,
+    short_help="Give a label to a version, or take it away.",
+    examples=(
+        "stepwell models label forecast@3 canary",
+        "stepwell models label forecast canary --remove",
+    ),
+    json_keys=(
+        ("name, label", "what the command was about"),
+        ("version", "the version that the label stands for now; null: none"),
+    ),
+)
+@click.argument("name", metavar="NAME[@VERSION]", shell_complete=_complete.references)
+@click.argument("label", metavar="LABEL")
+@click.option("--remove", is_flag=True, help="Take the label away; NAME is enough.")
+@json_option
+@server_options
+def label(target: Target, name: str, label: str, remove: bool, as_json: bool) -> None:
+    """Give a label to a loaded version, so that NAME:LABEL stands for it, or take it away.
+
+    A label that stands for another version goes to this one. Sessions that were opened by it stay where they are.
+    """
+    found, version = (reference(name).name, None) if remove else versioned(name)
+    with target.connect("Changing a label") as client, settled("it may be changed"):
+        if version is None:
+            client.remove_label(found, label)
+        else:
+            client.set_label(found, label, version)
+    if as_json:
+        _render.print_json({"name": found, "label": label, "version": version})
+    else:
+        click.echo(f"removed {found}:{label}" if version is None else f"{found}:{label} is {found}@{version}")
+
+
+def say(changed: LoadedModel, what: str, as_json: bool, **more: object) -> None:
+    """Print what has become of a version."""
+    document = change_json(changed)
+    if as_json:
+        _render.print_json(document | more)
+        return
+    traits = ["the default"] if document["is_default"] else []
+    traits += [f"label {one}" for one in own(changed)[1]]
+    if changed.moved_sessions:
+        traits.append(f"{changed.moved_sessions:,} sessions moved")
+    click.echo(f"{what} {changed.name}@{changed.version}" + (f" ({', '.join(traits)})" if traits else ""))
+
+
+def own(changed: LoadedModel) -> tuple[bool, tuple[str, ...]]:
+    """Whether the version is the default, and its labels."""
+    found = next((one for one in changed.versions if one.version == changed.version), None)
+    return (False, ()) if found is None else (found.is_default, found.labels)
+
+
+def change_json(changed: LoadedModel) -> dict[str, object]:
+    """A version that was changed, as programs read it."""
+    is_default, labels = own(changed)
+    return {
+        "name": changed.name,
+        "version": changed.version,
+        "fingerprint": changed.fingerprint,
+        "is_default": is_default,
+        "labels": list(labels),
+        "moved_sessions": changed.moved_sessions,
+    }
