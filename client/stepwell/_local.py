@@ -48,7 +48,8 @@ def local(
     - The same call again, as when the cell of a notebook is run again, gives the same server and the same client,
       sessions included. A model object is the same if its architecture and weights are, a file if its bytes are.
     - A call for the same names with anything else different (weights, options, a variable `STEPWELL_...`) ends the
-      server, its client and, without `data_dir`, its sessions, and starts another. In Jupyter a cell that is run again
+      server, its client and, without `data_dir`, its sessions, and starts another; to give the server new weights
+      and keep its sessions, use `client.update_model`. In Jupyter a cell that is run again
       also ends what it started under other names before.
     - It ends with `client.close()` or the client's `with` block, and with this process: on Linux however that ends,
       `kill -9` and a kernel restart included. The stop button and Ctrl-C leave it alone.
@@ -58,7 +59,8 @@ def local(
     Safe to call from many threads at once. After a fork the child has no servers: those of the parent are left alone.
 
     Args:
-        models: Path of a `.keras` or `.stepwell` file, a `keras.Model`, or a mapping of names to these.
+        models: Path of a `.keras` or `.stepwell` file, a `keras.Model`, or a mapping of names to these; several versions
+            of a model are named `NAME@1`, `NAME@2`.
         name: Name to serve a single model under. None: that of the file without its suffix; of an object the name it
             was given, or "model" if Keras made one up.
         data_dir: Where the server keeps sessions. None: in memory, so that they end with it.

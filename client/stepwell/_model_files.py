@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from stepwell.errors import InvalidInputError
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_VERSION = re.compile(r"[1-9][0-9]{0,18}")
 _DEFAULT_NAME = "model"
 _SAVED_AT = "date_saved"
 _NO_DATE = (1980, 1, 1, 0, 0, 0)
@@ -50,9 +51,11 @@ def named(models: object, name: str | None) -> dict[str, Any]:
     else:
         named = {_default_name(models) if name is None else name: models}
     for one, source in named.items():
-        if not is_name(one):
+        if not _is_served_as(one):
             told = "a name in models" if isinstance(models, Mapping) else "name"
-            raise InvalidInputError(f"{told} must be 1 to 128 letters, digits, _, - or .; got {one!r:.150}")
+            raise InvalidInputError(
+                f"{told} must be 1 to 128 letters, digits, _, - or ., or NAME@VERSION; got {one!r:.150}"
+            )
         if not _is_source(source):
             raise InvalidInputError(
                 f"models must be the path of a model's file, a keras.Model, or a mapping of names to these; got {source!r:.150}"
@@ -63,6 +66,14 @@ def named(models: object, name: str | None) -> dict[str, Any]:
 def is_name(name: object) -> bool:
     """Whether a model may have this name."""
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def _is_served_as(name: object) -> bool:
+    """Whether it is NAME or NAME@VERSION."""
+    if not isinstance(name, str):
+        return False
+    plain, mark, version = name.partition("@")
+    return is_name(plain) and (not mark or _VERSION.fullmatch(version) is not None)
 
 
 def _is_source(source: object) -> bool:

@@ -67,7 +67,8 @@ class LocalServer:
     of clients.
 
     Args:
-        models: Path of the `.keras` or `.stepwell` file by name to serve it under.
+        models: Path of the `.keras` or `.stepwell` file by name to serve it under, or by `NAME@VERSION`; more can be
+            loaded while it runs: see `Client.load_model`.
         data_dir: Where it keeps sessions. None: in memory, so that they are gone after `kill` or `restart`.
         extra_args: Further options of `stepwell serve`.
         cache_dir: Where it keeps compiled models. None: the server's own default.
