@@ -92,12 +92,10 @@ class ModelCalls(abc.ABC):
             PermissionDeniedError: The caller is no admin.
 
         Example:
-            >>> loaded = client.load_model(
-            ...     "forecast", model_path, version=7, default=False, labels=["canary"]
-            ... )
-            >>> loaded.version, client.open_session("forecast:canary").model_version
-            (7, 7)
-            >>> client.unload_model("forecast", 7, force=True)
+            >>> loaded = client.load_model("forecast", model_path, default=False, labels=["canary"])
+            >>> client.open_session("forecast:canary").model_version == loaded.version
+            True
+            >>> client.unload_model("forecast", loaded.version, force=True)
         """
         admin = self._model_admin
         request = admin.load_request(
@@ -176,8 +174,8 @@ class ModelCalls(abc.ABC):
             ModelNotFoundError: There is no such version.
 
         Example:
-            >>> loaded = client.load_model("forecast", model_path, version=8, default=False)
-            >>> client.unload_model("forecast", 8)
+            >>> loaded = client.load_model("forecast", model_path, default=False)
+            >>> client.unload_model("forecast", loaded.version)
         """
         deadline = self._core.deadline(timeout_s)
         self._run(self._model_admin.unload(name, version, force, deadline))

@@ -163,8 +163,8 @@ class ModelVersionInfo:
     """A version of a model: one that is loaded, is being loaded, or could not be.
 
     Example:
-        >>> [one.reason for one in client.model("forecast").versions if one.state == "failed"]
-        []
+        >>> {version.state for version in client.model("forecast").versions}
+        {'ready'}
     """
 
     version: int

@@ -58,10 +58,10 @@ class AsyncModelCalls(abc.ABC):
         Arguments, result and errors are those of `Client.load_model`.
 
         Example:
-            >>> loaded = await client.load_model("forecast", model_path, version=9, default=False)
-            >>> (await client.open_session("forecast@9")).model_version
-            9
-            >>> await client.unload_model("forecast", 9, force=True)
+            >>> loaded = await client.load_model("forecast", model_path, default=False, labels=["canary"])
+            >>> (await client.open_session("forecast:canary")).model_version == loaded.version
+            True
+            >>> await client.unload_model("forecast", loaded.version, force=True)
         """
         admin = self._model_admin
         request = admin.load_request(
@@ -131,8 +131,8 @@ class AsyncModelCalls(abc.ABC):
         Arguments, result and errors are those of `Client.unload_model`.
 
         Example:
-            >>> loaded = await client.load_model("forecast", model_path, version=10, default=False)
-            >>> await client.unload_model("forecast", 10)
+            >>> loaded = await client.load_model("forecast", model_path, default=False)
+            >>> await client.unload_model("forecast", loaded.version)
         """
         deadline = self._core.deadline(timeout_s)
         await self._run(self._model_admin.unload(name, version, force, deadline))
