@@ -10,7 +10,8 @@ from typing import Any
 import grpc
 
 from stepwell.v1 import models_pb2, models_pb2_grpc
-from support.scripted_server import FEATURES, MODEL, Refusal, ScriptedServer, abort, answered
+from support.scripted_model import FEATURES
+from support.scripted_server import MODEL, Refusal, ScriptedServer, abort, answered
 
 STAGES = ("waiting", "convert", "warm up", "switch")
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -21,19 +21,18 @@ import numpy as np
 from google.rpc import error_details_pb2, status_pb2
 
 from stepwell._status import DETAILS_KEY
-from stepwell._tensors import pack, to_messages, unpack
+from stepwell._tensors import unpack
 from stepwell.v1 import (
     errors_pb2,
     models_pb2,
     models_pb2_grpc,
     sessions_pb2,
     sessions_pb2_grpc,
-    tensors_pb2,
 )
 from support import secured
+from support.scripted_model import FEATURES, Session, reset, shorten, spec, step, tensor
 
 MODEL = "sum"
-FEATURES = 2
 FINGERPRINT = "f00d"
 
 
@@ -50,19 +49,6 @@ class Fault:
     """Do the work, then drop the answer."""
     member: int | None = None
     """Of a frame: only this member fails."""
-
-
-@dataclasses.dataclass
-class _Session:
-    session_id: str
-    batch_size: int
-    state: Any
-    revision: int = 0
-    position: int = 0
-    request_id: int = 0
-    remembered: Any = None
-    version: int = 1
-    is_pinned: bool = False
 
 
 class Refusal(Exception):
@@ -100,7 +86,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         self.calls: list[tuple[str, Any]] = []
         self.metadata: dict[str, dict[str, str | bytes]] = {}
         """What came with the last call of each method."""
-        self.sessions: dict[str, _Session] = {}
+        self.sessions: dict[str, Session] = {}
         self.parts = 1
         self.most_states = 1_000_000
         self.busy: set[str] = set()
@@ -119,7 +105,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         self._gates: dict[str, tuple[threading.Event, threading.Semaphore]] = {}
         self._lock = threading.RLock()
         self._answered = threading.Condition(self._lock)
-        self._made: dict[int, list[_Session]] = {}
+        self._made: dict[int, list[Session]] = {}
         self._ids = (f"made-{i}" for i in itertools.count())
         self._server = grpc.server(futures.ThreadPoolExecutor(16))
         sessions_pb2_grpc.add_SessionServiceServicer_to_server(self, self._server)
@@ -247,7 +233,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
 
     # Sessions.
 
-    def _session(self, session_id: str) -> _Session:
+    def _session(self, session_id: str) -> Session:
         if session_id not in self.sessions:
             raise Refusal(
                 grpc.StatusCode.NOT_FOUND,
@@ -258,8 +244,8 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         return self.sessions[session_id]
 
     def _open_as(
-        self, request: Any, session_ids: list[str], batch_size: int, source: _Session | None = None
-    ) -> list[_Session]:
+        self, request: Any, session_ids: list[str], batch_size: int, source: Session | None = None
+    ) -> list[Session]:
         """Opens sessions; the same request again means the same sessions, as long as they are there."""
         before = self._made.get(request.request_id)
         if before is not None:
@@ -273,13 +259,13 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         made = [self._open(one, batch_size, version, is_pinned) for one in session_ids]
         return self._made.setdefault(request.request_id, made)
 
-    def _open(self, session_id: str, batch_size: int, version: int, is_pinned: bool) -> _Session:
+    def _open(self, session_id: str, batch_size: int, version: int, is_pinned: bool) -> Session:
         session_id = session_id or next(self._ids)
         state = np.zeros((batch_size, FEATURES), np.float32)
-        new = _Session(session_id, batch_size, state, version=version, is_pinned=is_pinned)
+        new = Session(session_id, batch_size, state, version=version, is_pinned=is_pinned)
         return self.sessions.setdefault(session_id, new)
 
-    def _info(self, session: _Session) -> sessions_pb2.Session:
+    def _info(self, session: Session) -> sessions_pb2.Session:
         return sessions_pb2.Session(
             session_id=session.session_id,
             model=MODEL,
@@ -404,7 +390,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
 
     # Changes.
 
-    def _change(self, session: _Session, expected: int | None, request_id: int, change: Any) -> Any:
+    def _change(self, session: Session, expected: int | None, request_id: int, change: Any) -> Any:
         """The rule of the protocol: apply, replay, or refuse."""
         if expected is not None and expected + 1 == session.revision and request_id == session.request_id:
             return (*session.remembered[:-1], True)
@@ -528,7 +514,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         session = self._session(frame.session_ids[i])
         rows = [self.sessions[one].batch_size if one in self.sessions else 1 for one in frame.session_ids]
         start = sum(rows[:i])
-        change: Callable[[_Session], Any] = reset
+        change: Callable[[Session], Any] = reset
         if request.HasField("step"):
             x = unpack(frame.inputs[0])[start : start + rows[i]]
             anew = list(frame.reset_mask[start : start + rows[i]])
@@ -543,46 +529,6 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         if replayed:
             response.replayed_members.append(i)
         return y
-
-
-def spec(name: str, temporal: bool = False) -> tensors_pb2.TensorSpec:
-    return tensors_pb2.TensorSpec(
-        name=name, dtype=tensors_pb2.DATA_TYPE_FLOAT32, shape=[FEATURES], temporal=temporal
-    )
-
-
-def step(session: _Session, x: Any, anew: Sequence[bool] = ()) -> Any:
-    """Adds the input to the state, which is the output; rows that begin `anew` are set to zero before."""
-    if any(anew):
-        session.state = np.where(np.array(anew)[:, None], np.float32(0), session.state)
-        session.position = 0 if all(anew) else session.position
-    steps = x[:, None] if x.ndim == 2 else x
-    y = session.state[:, None] + np.cumsum(steps, 1)
-    session.state = y[:, -1].astype(np.float32)
-    session.position += steps.shape[1]
-    return (y[:, 0] if x.ndim == 2 else y).astype(np.float32)
-
-
-def reset(session: _Session) -> None:
-    session.state = np.zeros_like(session.state)
-    session.position = 0
-
-
-def tensor(name: str, array: Any) -> tensors_pb2.Tensor:
-    return to_messages([pack(name, name, array)])[0]
-
-
-def shorten(response: Any, declared_set: int) -> None:
-    """A part as it answers frames of sets."""
-    response.declared_set = declared_set
-    for many, one in (("revisions", "revision"), ("positions", "position")):
-        if len(set(getattr(response, many))) == 1:
-            setattr(response, one, getattr(response, many)[0])
-            response.ClearField(many)
-    members = list(response.members)
-    if members and members == list(range(members[0], members[-1] + 1)):
-        response.first_member, response.member_count = members[0], len(members)
-        response.ClearField("members")
 
 
 def message(told: Fault, fault: Fault | None) -> errors_pb2.Error:

@@ -1,0 +1,69 @@
+"""The toy model of the scripted server: adds its input to its state, which is its output."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from stepwell._tensors import pack, to_messages
+from stepwell.v1 import tensors_pb2
+
+FEATURES = 2
+
+
+@dataclasses.dataclass
+class Session:
+    """A session, and the answer to its last change."""
+
+    session_id: str
+    batch_size: int
+    state: Any
+    revision: int = 0
+    position: int = 0
+    request_id: int = 0
+    remembered: Any = None
+    version: int = 1
+    is_pinned: bool = False
+
+
+def spec(name: str, temporal: bool = False) -> tensors_pb2.TensorSpec:
+    return tensors_pb2.TensorSpec(
+        name=name, dtype=tensors_pb2.DATA_TYPE_FLOAT32, shape=[FEATURES], temporal=temporal
+    )
+
+
+def step(session: Session, x: Any, anew: Sequence[bool] = ()) -> Any:
+    """Adds the input to the state, which is the output; rows that begin `anew` are set to zero before."""
+    if any(anew):
+        session.state = np.where(np.array(anew)[:, None], np.float32(0), session.state)
+        session.position = 0 if all(anew) else session.position
+    steps = x[:, None] if x.ndim == 2 else x
+    y = session.state[:, None] + np.cumsum(steps, 1)
+    session.state = y[:, -1].astype(np.float32)
+    session.position += steps.shape[1]
+    return (y[:, 0] if x.ndim == 2 else y).astype(np.float32)
+
+
+def reset(session: Session) -> None:
+    session.state = np.zeros_like(session.state)
+    session.position = 0
+
+
+def tensor(name: str, array: Any) -> tensors_pb2.Tensor:
+    return to_messages([pack(name, name, array)])[0]
+
+
+def shorten(response: Any, declared_set: int) -> None:
+    """A part as it answers frames of sets."""
+    response.declared_set = declared_set
+    for many, one in (("revisions", "revision"), ("positions", "position")):
+        if len(set(getattr(response, many))) == 1:
+            setattr(response, one, getattr(response, many)[0])
+            response.ClearField(many)
+    members = list(response.members)
+    if members and members == list(range(members[0], members[-1] + 1)):
+        response.first_member, response.member_count = members[0], len(members)
+        response.ClearField("members")
