@@ -104,6 +104,17 @@ def test_recurrent_policy(server: LocalServer, tmp_path: Path) -> None:
     assert (tmp_path / "returns.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_policy_gradient(server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New weights are played at once, and the episodes go on: they become longer than chance makes them."""
+    monkeypatch.setenv("STEPWELL_CACHE_DIR", str(tmp_path / "cache"))
+    said = run("policy_gradient.py", server, tmp_path, "--updates", "10", "--picture", "learning.png")
+    told = re.findall(r"^update (\d+): version (\d+) played, episodes last (\d+) steps$", said, re.MULTILINE)
+    assert [update for update, _, _ in told] == [str(update) for update in range(1, 11)]
+    assert all(update == version for update, version, _ in told)
+    assert int(told[-1][2]) > 1.5 * int(told[0][2])
+    assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_page_of_reinforcement_learning(server: LocalServer) -> None:
     """Its blocks run in order, in one namespace."""
     text = (EXAMPLES.parent / "docs" / "reinforcement-learning.md").read_text()
