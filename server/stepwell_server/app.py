@@ -283,7 +283,8 @@ async def _run(
         address = await _listen(settings, rpc, certificates)
         readiness.listen(rpc.announce)
         folder = None if settings.models_dir is None else ModelFolder(settings.models_dir)
-        wanted = await asyncio.to_thread(begin_with, settings, folder, await _kept(store))
+        kept = await _kept(store)
+        wanted = await asyncio.to_thread(begin_with, settings, folder, kept)
         models = Loaded()
         if settings.wait_for_models:
             models = await load_models(settings, compiler, wanted, observer, readiness, stop)
@@ -292,7 +293,7 @@ async def _run(
         await engine.start()
         live = _live_models(settings, engine, compiler, clock, observer, quotas, readiness)
         live.failed_at_start(models.failed)
-        work = ModelWork(settings, wanted, folder, engine, live, readiness, clock=clock)
+        work = ModelWork(settings, wanted, kept, folder, engine, live, readiness, clock=clock)
         if settings.wait_for_models:
             await work.begin(models, stop)
         observer.knows_versions(live.statuses)

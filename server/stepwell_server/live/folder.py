@@ -60,6 +60,8 @@ class _Name:
     """Versions that are to be unloaded when they have no sessions."""
     default: int = 0
     """The version that was made the default here; another default is somebody else's wish."""
+    former_default: int = 0
+    """What the default was before the start, if that is not there any more: sessions that follow it have to be told."""
     refused: tuple[int, int] = (0, 0)
     """A move of the default, from and to, that could not be made."""
     told: set[str] = dataclasses.field(default_factory=set)
@@ -95,12 +97,22 @@ class FolderFollower:
         failed: Mapping[int, VersionFile],
         *,
         default: int,
+        former_default: int = 0,
     ) -> None:
-        """Know what was loaded at the start; `default` is 0 if somebody had chosen the default of the name."""
+        """Know what was loaded at the start.
+
+        Args:
+            name: of the model.
+            loaded: versions that are.
+            failed: those that could not be.
+            default: the version that is the default because it is the highest; 0 if somebody had chosen it.
+            former_default: the version that was, if it is not loaded any more; 0: it is.
+        """
         self._names[name] = _Name(
             {version: file.stamp for version, file in loaded.items()},
             {version: file.stamp for version, file in failed.items()},
             default=default,
+            former_default=former_default,
         )
 
     async def run(self) -> None:
@@ -148,7 +160,7 @@ class FolderFollower:
                     "a model is gone from --models and is served on; stepwell models unload ends it",
                     model=name,
                 )
-            else:
+            elif not own.former_default:
                 del self._names[name]
             return
         while (version := self._next(name, own, files)) is not None:
@@ -238,6 +250,8 @@ class FolderFollower:
             own.loaded[version] = file.stamp
             if moves or is_first:
                 own.default = version
+            if moves and not is_first:
+                own.former_default = 0
 
     def _is_ours(self, name: str, own: _Name) -> bool:
         """Whether the default moves with what is in the folder."""
@@ -249,16 +263,16 @@ class FolderFollower:
         served = self._served(name)
         default = next((version for version, is_default in served.items() if is_default), 0)
         target = max((version for version in served if version in chosen), default=default)
-        if default == target:
+        if default == target and not own.former_default:
             own.default = target
-        elif default != own.default:
+        elif default != own.default and not own.former_default:
             self._tell(
                 own,
                 "a model keeps the default version that was chosen for it; stepwell models default changes that",
                 model=name,
                 version=default,
             )
-        elif own.refused != (default, target):
+        elif target and own.refused != (default, target):
             migration = (
                 self._options.migration_of(name) if self._options.sessions is SessionPolicy.MIGRATE else ""
             )
@@ -282,7 +296,7 @@ class FolderFollower:
                     reason=error.message,
                 )
             else:
-                own.default = target
+                own.default, own.former_default = target, 0
 
     def _served(self, name: str) -> dict[int, bool]:
         """The versions of a name that are served, and whether each is the default."""

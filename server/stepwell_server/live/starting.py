@@ -11,7 +11,7 @@ from stepwell_server.core.model_names import ModelRef
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.versions import document
 from stepwell_server.errors import ModelLoading, ModelNotFound, ServerError
-from stepwell_server.live.control import LoadRequest
+from stepwell_server.live.control import LoadRequest, VersionState
 from stepwell_server.live.folder import FolderFollower, FolderOptions
 from stepwell_server.live.restoring import restore, restore_unless_stopped
 from stepwell_server.model_sources import Candidates, KeptModel
@@ -77,6 +77,7 @@ class ModelWork:
         self,
         settings: Settings,
         wanted: Sequence[Candidates],
+        kept: Mapping[str, KeptModel],
         folder: ModelFolder | None,
         engine: Engine,
         live: LiveModels,
@@ -86,6 +87,7 @@ class ModelWork:
     ) -> None:
         self._settings = settings
         self._wanted = wanted
+        self._kept = kept
         self._engine = engine
         self._live = live
         self._readiness = readiness
@@ -157,13 +159,25 @@ class ModelWork:
         await self._begin(loaded, failed)
 
     async def _begin(self, loaded: Mapping[str, set[int]], failed: Mapping[str, set[int]]) -> None:
-        for model in self._wanted:
-            default = next((each.version for each in self._live.status(model.name) if each.is_default), 0)
+        wanted = {model.name: model for model in self._wanted}
+        for name in sorted(wanted.keys() | self._kept.keys()):
+            model = wanted.get(name)
+            served = {
+                each.version: each.is_default
+                for each in self._live.status(name)
+                if each.state is not VersionState.FAILED
+            }
+            default = next((version for version, is_default in served.items() if is_default), 0)
+            former = self._kept[name].default if name in self._kept else 0
+            if model is None and former in served:
+                continue  # somebody loaded it by a call: it is theirs
+            files = {} if model is None else model.files
             self._follower.begin_with(
-                model.name,
-                {version: model.files[version] for version in loaded.get(model.name, set())},
-                {version: model.files[version] for version in failed.get(model.name, set())},
-                default=0 if model.is_default_chosen else default,
+                name,
+                {version: files[version] for version in loaded.get(name, set())},
+                {version: files[version] for version in failed.get(name, set())},
+                default=0 if model is not None and model.is_default_chosen else default,
+                former_default=0 if former in served else former,
             )
         self._is_begun = True
         await self._follower.settle()
