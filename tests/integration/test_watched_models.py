@@ -321,3 +321,17 @@ def test_versions_that_were_loaded_by_a_call_are_there_after_a_restart(tmp_path:
             client.open_session("forecast").step(np.ones((1, FEATURES), np.float32))
         server.signal()
         server.finish()
+
+
+def test_a_version_that_is_put_there_is_compared_with_keras_as_the_first_was(
+    root: Path, tmp_path: Path
+) -> None:
+    put(root, "forecast/1.keras")
+    data = tmp_path / "x.npy"
+    np.save(data, np.random.default_rng(1).standard_normal((2, 7, FEATURES)).astype(np.float32))
+    with server_of(root, "--check-with", f"forecast={data}") as server:
+        server.wait_for_log("compared with Keras model=forecast")
+        put(root, "forecast/2.keras", other_weights=True)
+        server.wait_for_log("compared with Keras model=forecast")
+        with health_of(server, "forecast@2") as (two,):
+            two.wait_for(SERVING)

@@ -1,0 +1,52 @@
+"""What a server knows of its models when it starts, and what callers hear of those that are not there yet."""
+
+from __future__ import annotations
+
+import pytest
+
+from stepwell_server.core.model_names import ModelRef
+from stepwell_server.engine.api import SessionPolicy
+from stepwell_server.engine.versions.document import DocumentError, name_of
+from stepwell_server.errors import ModelLoading, ModelNotFound
+from stepwell_server.live.starting import absence, kept_models
+from stepwell_server.model_sources import KeptModel
+from stepwell_server.readiness import Readiness
+from stepwell_server.store.awaited import AwaitedStore
+from stepwell_server.store.base import Batch
+from stepwell_server.store.memory import MemoryStore
+from support.engine import running
+from support.fake_executor import PLAIN, RICH
+
+
+async def test_what_the_store_knows_of_versions() -> None:
+    store = MemoryStore()
+    async with running({"plain": PLAIN}, store=store) as at:
+        assert await kept_models(AwaitedStore(store)) == {}
+        await at.engine.load_version("plain", 2, PLAIN)
+        await at.engine.load_version("plain", 5, RICH)
+        await at.engine.set_default("plain", 2, SessionPolicy.KEEP)
+        await at.engine.unload_version("plain", 5)
+        assert await kept_models(AwaitedStore(store)) == {"plain": KeptModel([1, 2], 2)}
+    store.commit(Batch(documents=[(name_of("plain"), b"{}")]))
+    with pytest.raises(DocumentError, match="versions of model 'plain' cannot be read"):
+        await kept_models(AwaitedStore(store))
+
+
+@pytest.mark.parametrize("tells_why", [True, False])
+def test_why_a_model_is_not_there(tells_why: bool) -> None:
+    readiness = Readiness()
+    absent = absence(readiness, tells_why=tells_why)
+    assert absent(ModelRef("forecast")) is None
+    readiness.version("forecast", 1, "failed: /secret/place: no model")
+    readiness.version("forecast", 2, "waiting")
+    loading, failed = absent(ModelRef("forecast")), absent(ModelRef("forecast", version=1))
+    assert isinstance(loading, ModelLoading)
+    assert (loading.message, loading.retry_after_s) == ("model 'forecast' is being loaded (waiting)", 1.0)
+    assert isinstance(failed, ModelNotFound)
+    why = "/secret/place: no model" if tells_why else "the server's log says why"
+    assert failed.message == f"model 'forecast@1' is not served: it could not be loaded: {why}"
+    readiness.version("forecast", 2, "loading: trace")
+    assert "'forecast@2' is being loaded (loading: trace)" in str(absent(ModelRef("forecast", version=2)))
+    readiness.version("forecast", 2, "loaded")
+    assert absent(ModelRef("forecast", version=2)) is None
+    assert absent(ModelRef("forecast", version=3)) is None
