@@ -84,7 +84,7 @@ def test_settings_that_cannot_be_used(tmp_path: Path) -> None:
     path.write_bytes(b"")
     assert "STEPWELL_MODELS" in _refused()
     assert _refused(f"x={path}", environment={"STEPWELL_RESIDENT_ROWS": "many"}).startswith(
-        "stepwell: error: Invalid value for STEPWELL_RESIDENT_ROWS: 'many' is not a valid integer range"
+        "stepwell: error: Invalid value for STEPWELL_RESIDENT_ROWS: must be N or NAME=N with a whole number "
     )
     assert "'--data-dir': with '--store' memory" in _refused(
         f"x={path}", "--store", "memory", "--data-dir", "d"
