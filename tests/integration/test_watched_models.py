@@ -335,3 +335,21 @@ def test_a_version_that_is_put_there_is_compared_with_keras_as_the_first_was(
         server.wait_for_log("compared with Keras model=forecast")
         with health_of(server, "forecast@2") as (two,):
             two.wait_for(SERVING)
+
+
+def test_a_signal_while_a_model_is_loaded_beside_the_traffic_ends_the_server(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    (tmp_path / "sitecustomize.py").write_text(_WAITING.format(fifo=str(fifo)))
+    options = ("--no-wait-for-models", "--listen", "127.0.0.1:0", "--cache-dir", str(tmp_path / "cache"))
+    with (
+        ServerProcess(
+            f"forecast={forecast().path}", *options, environment={"PYTHONPATH": str(tmp_path)}
+        ) as server,
+        fifo.open("w"),  # as soon as the compiling process is there
+    ):
+        server.signal()
+        code, _, err = server.finish()
+    assert code == 0
+    assert "cannot be loaded" not in err
+    assert "Traceback" not in err
