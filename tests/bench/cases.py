@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import statistics
 import tempfile
@@ -21,6 +22,7 @@ from bench.harness import HERE, MODELS, OUT, Key, Measure, Point, Result, measur
 from bench.loads import Plan, Times
 from stepwell.cli import main
 from stepwell.testing import LocalServer
+from stepwell_server.compile.warm import WarmCompiler
 from support.certificates import Authority
 
 SESSIONS = (1, 32, 256, 1024)
@@ -268,6 +270,43 @@ def start(plan: Plan) -> list[Point]:
     return measured(("front",), measures, plan.repeats)
 
 
+def reload(plan: Plan) -> list[Point]:
+    """From the file of a model to its program, beside a server: the first one, another one, the same with other weights."""
+    names = list(MODELS)[:2]
+    numbers = itertools.count()
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+
+        def compiled(compiler: WarmCompiler, model: str) -> float:
+            # Bytes behind an archive change nothing of it, but that no cache has it.
+            file = folder / f"{model}.keras"
+            file.write_bytes(harness.model_path(model).read_bytes() + str(next(numbers)).encode())
+            began = time.perf_counter()
+            compiler.compile(file)
+            return time.perf_counter() - began
+
+        def first() -> Result:
+            with WarmCompiler(folder / "cache") as compiler:
+                return {"compiled_s": compiled(compiler, names[0])}
+
+        with WarmCompiler(folder / "cache") as warm:
+
+            def other() -> Result:
+                compiled(warm, names[1])
+                return {"compiled_s": compiled(warm, names[0])}
+
+            def same() -> Result:
+                compiled(warm, names[0])
+                return {"compiled_s": compiled(warm, names[0])}
+
+            measures: dict[Key, Measure] = {
+                ("the first one",): first,
+                ("another architecture",): other,
+                ("other weights",): same,
+            }
+            return measured(("what",), measures, plan.repeats, lambda _key: ("the first one",))
+
+
 def seed(plan: Plan) -> list[Point]:
     """A stateful Keras model for each session, called eagerly in a grpc.aio server; ratios are to it."""
     script = (str(HERE / "seed_server.py"), str(harness.model_path("small")))
@@ -298,6 +337,7 @@ CASES: Mapping[str, Case] = {
         memory,
         models,
         start,
+        reload,
         seed,
     )
 }

@@ -206,6 +206,13 @@ def start_table(points: Sequence[Point]) -> str:
     )
 
 
+def reload_table(points: Sequence[Point]) -> str:
+    return table(
+        ["the model", "compiled, s", "against the first one"],
+        [[one["what"], cell(one, "compiled_s"), cell(one, "compiled_s", of="ratios")] for one in points],
+    )
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
     "sessions": ("sessions", sessions_table),
     "groups": ("groups", groups_table),
@@ -227,6 +234,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
     ),
     "memory": ("memory", memory_table),
     "start": ("start", start_table),
+    "reload": ("reload", reload_table),
     "seed": (
         "seed",
         ratios_table("server", "sessions", heads=("", "sessions", "rate against the seed's way")),
