@@ -41,10 +41,20 @@ def open_archive(path: Path) -> zipfile.ZipFile:
         zipfile.BadZipFile: it is none.
     """
     with path.open("rb") as file:
-        size = _directory_bytes(file)
+        _check_directory(file)
+    return zipfile.ZipFile(path)
+
+
+def open_archive_in(file: IO[bytes]) -> zipfile.ZipFile:
+    """Open an archive in an open file, which stays open; see `open_archive`."""
+    _check_directory(file)
+    return zipfile.ZipFile(file)
+
+
+def _check_directory(file: IO[bytes]) -> None:
+    size = _directory_bytes(file)
     if size > _MAX_DIRECTORY_BYTES:
         raise ArchiveError(f"its directory must be at most {_MAX_DIRECTORY_BYTES} bytes; it is {size} bytes")
-    return zipfile.ZipFile(path)
 
 
 def _directory_bytes(file: IO[bytes]) -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 from stepwell_server import program_file
 from stepwell_server.compile import handover
 from stepwell_server.compile.errors import DataError, ModelError
+from stepwell_server.compile.job import Progress
 from stepwell_server.compile.limits import Limits
-from stepwell_server.compile.warm import Progress, WarmCompiler
+from stepwell_server.compile.warm import WarmCompiler
 from stepwell_server.engine.executors import trial
 from stepwell_server.program import Program, ProofOptions
 
@@ -27,6 +28,8 @@ def load_program(
     options: ProofOptions | None = None,
     limits: Limits | None = None,
     data: Path | None = None,
+    *,
+    keep: bool = True,
 ) -> Program:
     """Return the program of a ``.keras`` or of a ``.stepwell`` file, as it is to run on this processor.
 
@@ -41,6 +44,7 @@ def load_program(
         options: what the user says about the proof of a ``.keras`` file.
         limits: what loading may take; by default those of the compiler.
         data: see `WarmCompiler.compile`.
+        keep: see `WarmCompiler.compile`.
 
     Raises:
         DataError: the data do not fit the model, as far as that can be seen before.
@@ -51,7 +55,7 @@ def load_program(
         is_program = program_file.is_program(path)
     if not is_program:
         require_frameworks(path)
-        return compiler.compile(path, progress, options, limits, data)
+        return compiler.compile(path, progress, options, limits, data, keep=keep)
     _require_plain(path, options or ProofOptions(), data)
     program, sizes, agreeing = compiler.settle(path, progress, limits)
     try:

@@ -222,6 +222,7 @@ def load_file(
             ProofOptions(settings.probe_steps.get(name), name in settings.trust_causality),
             limits,
             data=settings.check_with.get(name),
+            keep=False,
         )
         if name in settings.check_with:
             _check(settings, compiler, name, path, program, limits)

@@ -67,8 +67,13 @@ class _Part(NamedTuple):
     value: Array
 
 
-def save(program: Program, path: Path) -> None:
+def save(program: Program, path: Path, *, is_kept: bool = True) -> None:
     """Write ``program`` to ``path``, whole or not at all.
+
+    Args:
+        program: the program.
+        path: the file, which is replaced if it is there.
+        is_kept: wait until the disk has it. Not needed for what is read soon, and by nobody later.
 
     Raises:
         OSError: it cannot be written.
@@ -78,7 +83,8 @@ def save(program: Program, path: Path) -> None:
         with unfinished.open("xb") as file:
             _write(program, file)
             file.flush()
-            os.fsync(file.fileno())
+            if is_kept:
+                os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -74,7 +74,7 @@ def test_refusals_leave_nothing_behind(file: Path, tmp_path: Path, monkeypatch: 
         executor="tensorflow",
         executor_reason="LiteRT cannot run this model: its sin is wrong for large numbers; TensorFlow runs it",
     )
-    monkeypatch.setattr(command, "load_program", lambda *_arguments: on_tensorflow)
+    monkeypatch.setattr(command, "load_program", lambda *_arguments, **_options: on_tensorflow)
     done = run("compile", model, "-o", str(target))
     assert done.exit_code == 2
     assert (

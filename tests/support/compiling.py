@@ -23,4 +23,4 @@ def compile_program(
 ) -> Program:
     """See `WarmCompiler.compile`. Who compiles several models has one of those."""
     with WarmCompiler(cache_dir, imports, limits, clock) as compiler:
-        return compiler.compile(model, progress, options, data=data)
+        return compiler.compile(model, progress, options, data=data, keep=False)

@@ -120,7 +120,7 @@ def check(
     """
     try:
         with ended_by_signals(), compiling.compiler() as compiler:
-            program = load_program(model, compiler, progress, compiling.proof, data=data)
+            program = load_program(model, compiler, progress, compiling.proof, data=data, keep=False)
             if program_file.is_program(model):
                 _show_compiled(program, as_json)
                 return

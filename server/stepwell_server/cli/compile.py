@@ -92,7 +92,7 @@ def compile(model: Path, output: Path | None, compiling: Compiling, as_json: boo
     with ended_by_signals():
         try:
             with compiling.compiler() as compiler:
-                program = load_program(model, compiler, report, compiling.proof)
+                program = load_program(model, compiler, report, compiling.proof, keep=False)
         except (ModelError, SettingsError) as error:
             raise Failure(f"refused: {error}") from None
         except OSError as error:

@@ -27,6 +27,7 @@ _ALWAYS = ("stepwell_server.engine.executors.litert", "stepwell_server.engine.ex
 _FRAMEWORKS = (
     "stepwell_server.compile.sizes",
     "stepwell_server.compile.pipeline",
+    "stepwell_server.compile.again",
     "stepwell_server.compile.own_data",
 )
 
@@ -72,8 +73,6 @@ class _ForkServer:
         self._import(_ALWAYS)
         if terms["frameworks"]:
             self._import(_FRAMEWORKS)
-        gc.collect()
-        gc.freeze()  # Or looking for garbage would copy all that workers share.
         this = os.getpid()
         try:
             with warnings.catch_warnings():
@@ -82,8 +81,6 @@ class _ForkServer:
         except OSError as error:
             self._control.send({"problem": str(error.strerror)})
             return None
-        finally:
-            gc.unfreeze()
         if pid == 0:
             self._workers.clear()  # They are not its own.
             self._control.close()
@@ -99,11 +96,14 @@ class _ForkServer:
 
         What cannot be imported fails in the worker again, which says so.
         """
-        for module in modules:
-            if module not in self._imported:
-                self._imported.add(module)
-                with contextlib.suppress(Exception):
-                    importlib.import_module(module)
+        new = [module for module in modules if module not in self._imported]
+        for module in new:
+            self._imported.add(module)
+            with contextlib.suppress(Exception):
+                importlib.import_module(module)
+        if new:
+            gc.collect()
+            gc.freeze()  # Or looking for garbage would make a worker copy all that it shares.
 
     def _reap(self, pid: int) -> int:
         """End a worker and what it has started; returns its status, as `subprocess` has it."""

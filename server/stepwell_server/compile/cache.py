@@ -59,14 +59,18 @@ def key_of(content: bytes, imports: Sequence[str], options: ProofOptions | None 
     for package in _PACKAGES:
         digest.update(f"{package} {version_of(package)}\n".encode())
     digest.update(_processor().encode())
-    digest.update(_modules(imports))
+    digest.update(sources_of(imports))
     digest.update(f"{options or ProofOptions()}\n".encode())
     digest.update(content)
     return digest.hexdigest()
 
 
-def _modules(imports: Sequence[str]) -> bytes:
-    """What the imported modules' source adds to a key."""
+def sources_of(imports: Sequence[str]) -> bytes:
+    """Return digests of the imported modules' source.
+
+    Raises:
+        ModelError: there is no such module.
+    """
     return b"".join(
         f"{module} {file.name}\n".encode() + hashlib.sha256(file.read_bytes()).digest()
         for module in imports

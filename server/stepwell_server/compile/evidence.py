@@ -35,7 +35,8 @@ from stepwell_server.compile.watch import plain, recurrent_layers
 
 Array = npt.NDArray[np.generic]
 Floats = npt.NDArray[np.float64]
-_Whole = Callable[[Sequence[Array]], dict[str, Array]]
+Whole = Callable[[Sequence[Array]], dict[str, Array]]
+"""Keras's call of a model on whole sequences: outputs by name."""
 #: How long the sequences are where nothing says that a layer reaches further.
 STEPS = 512
 #: Times the effect of noise of one rounding on each input. Stepping rounds at other places than one call
@@ -56,13 +57,14 @@ class Evidence:
     """What rounding on the inputs does to each output, ``(rows, time)`` or ``(rows, 1)``."""
 
 
-def gather(plan: Plan, sampler: Sampler, steps: int) -> list[Evidence]:
+def gather(plan: Plan, sampler: Sampler, steps: int, whole: Whole) -> list[Evidence]:
     """Call the model on hard sequences of ``steps`` time steps, and look at what disturbances do.
 
     Args:
         plan: which inputs and outputs have a time axis.
         sampler: draws the sequences.
         steps: their length.
+        whole: Keras's call, see `whole_call`.
 
     Raises:
         NotCausalError: an output moves before the time step that was disturbed.
@@ -73,7 +75,6 @@ def gather(plan: Plan, sampler: Sampler, steps: int) -> list[Evidence]:
     temporal = plan.temporal
     inputs = sampler.hard(rng, temporal, steps)
     disturbed, times = sampler.disturbed(rng, temporal, inputs)
-    whole = _whole_call(plan.interface)
     with _explained(plan.interface.model, steps):
         usual, again = whole(inputs), whole(inputs)
         noisy = whole(_noisy(rng, inputs, base, held, kept))
@@ -158,7 +159,7 @@ def observe(
     Raises:
         ModelError: Keras's call fails.
     """
-    whole, base = _whole_call(interface), rounding(interface.model)
+    whole, base = whole_call(interface), rounding(interface.model)
     with _explained(interface.model, steps):
         usual = whole(inputs)
         noisy = whole(_noisy(np.random.default_rng(19), inputs, base, held, kept))
@@ -194,8 +195,11 @@ def _largest(value: object) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _whole_call(interface: Interface) -> _Whole:
-    """Return Keras's call of the model as a compiled function: eager, a loop over time takes seconds."""
+def whole_call(interface: Interface) -> Whole:
+    """Return Keras's call of the model as a compiled function: eager, a loop over time takes seconds.
+
+    It reads the model's variables each time.
+    """
     model = interface.model
 
     def call(*tensors: object) -> dict[str, object]:

@@ -10,13 +10,19 @@ import errno
 import hashlib
 import os
 import stat
+import struct
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from stepwell_server.compile import origin
+from stepwell_server import archive_rules
+from stepwell_server.compile import configuration, origin
 from stepwell_server.compile.errors import ModelError
 
 _PIECE_BYTES = 1 << 20
+_CONFIGURATION = "config.json"
+_MEMBERS = [_CONFIGURATION, "metadata.json", "model.weights.h5"]
+_UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, struct.error)
 _KINDS = {
     stat.S_IFIFO: "a pipe (FIFO)",
     stat.S_IFSOCK: "a socket",
@@ -47,6 +53,27 @@ class Source:
         if self._sha256 is None:
             self._sha256 = self._read(None)
         return self._sha256
+
+    def configuration(self) -> bytes | None:
+        """Return its ``config.json``, if it holds that, weights and metadata as Keras writes them, and nothing else.
+
+        What it is otherwise, whoever compiles it will say.
+        """
+        try:
+            with (
+                os.fdopen(os.dup(self._descriptor), "rb") as file,
+                archive_rules.open_archive_in(file) as archive,
+            ):
+                archive_rules.check_members(archive)
+                if sorted(archive.namelist()) != _MEMBERS:
+                    return None
+                member = archive.getinfo(_CONFIGURATION)
+                # Stored, so that it is as long as it says.
+                if member.compress_type != zipfile.ZIP_STORED or member.file_size > configuration.MAX_BYTES:
+                    return None
+                return archive.read(member)
+        except _UNREADABLE:
+            return None
 
     def copy(self, target: Path) -> None:
         """Make a copy of just what `sha256` was said of.

@@ -34,7 +34,18 @@ def compile_model(
     options: ProofOptions | None = None,
     data: Path | None = None,
 ) -> Program:
-    """Compile ``model``.
+    """Compile ``model``, see `compile_traced`."""
+    return compile_traced(model, imports, progress, options, data)[0]
+
+
+def compile_traced(
+    model: Path,
+    imports: Sequence[str] = (),
+    progress: Callable[[str], None] | None = None,
+    options: ProofOptions | None = None,
+    data: Path | None = None,
+) -> tuple[Program, Traced]:
+    """Compile ``model``; return also what was traced of it, for `again.compile_again`.
 
     Raises:
         DataError: ``data``, on which it will be compared, do not fit it; told before the work is done.
@@ -51,7 +62,7 @@ def compile_model(
         if data is not None:
             own_data.look(data, describe(loaded))
         traced = trace_and_probe(loaded, report, options)
-        return _artefact(traced, fingerprint, origin, report)
+        return artefact(traced, fingerprint, origin, report), traced
     except DataError:
         raise
     except ModelError as error:
@@ -77,7 +88,12 @@ def import_modules(modules: Sequence[str]) -> None:
             ) from error
 
 
-def _artefact(traced: Traced, fingerprint: str, origin: Provenance, report: Callable[[str], None]) -> Program:
+def artefact(traced: Traced, fingerprint: str, origin: Provenance, report: Callable[[str], None]) -> Program:
+    """Make the program of what was traced, and check it.
+
+    Raises:
+        ModelError: neither LiteRT nor TensorFlow can run it.
+    """
     program = Program(
         fingerprint=fingerprint,
         inputs=traced.plan.inputs,

@@ -20,8 +20,9 @@ from stepwell_server.compile.causality.cut import Cut, CutError, Cuts, LoopError
 from stepwell_server.compile.causality.one_step import require_same
 from stepwell_server.compile.causality.proof import Unadmitted, prove
 from stepwell_server.compile.causality.refusals import Reason
+from stepwell_server.compile.causality.values import weights_recorded
 from stepwell_server.compile.errors import ModelError, NotCausalError
-from stepwell_server.compile.evidence import Evidence
+from stepwell_server.compile.evidence import Evidence, Whole
 from stepwell_server.compile.first_difference import first_to_differ
 from stepwell_server.compile.interface import Interface, describe
 from stepwell_server.compile.plan import Plan, assignments, make_plan
@@ -35,8 +36,9 @@ from stepwell_server.compile.whole_call import refuse_kept_states, refuse_traini
 from stepwell_server.program import Proof, ProofOptions
 
 #: Two lengths that tell a time axis from a feature axis, and two that try the ends.
-_LENGTHS = (5, 7)
-_MORE_LENGTHS = (1, 2)
+LENGTHS = (5, 7)
+MORE_LENGTHS = (1, 2)
+SEED = 7
 #: What is refused also where the user answers for the rest: served sessions would share what is changed or drawn.
 _NEVER_TRUSTED = {Reason.RANDOM, Reason.WRITES, Reason.PYTHON, Reason.STATE, Reason.LAYOUT}
 Progress = Callable[[str], None]
@@ -55,6 +57,11 @@ class Traced:
     evidence: tuple[Evidence, ...]
     """Long ones on hard sequences."""
     proof: Proof
+    whole: Whole
+    """Keras's call of the whole model, compiled."""
+    options: ProofOptions
+    is_of_weights: bool
+    """The proof has looked at weights: with others it may be another one."""
 
 
 def trace_and_probe(
@@ -80,7 +87,7 @@ def trace_and_probe(
 def _try(
     interface: Interface, temporal: Sequence[bool], progress: Progress | None, options: ProofOptions
 ) -> Traced:
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(SEED)
     try:
         cuts = cut(interface, temporal)
     except LoopError as error:
@@ -89,26 +96,27 @@ def _try(
         raise length_problem(interface, temporal, error) from error
     with _explained(
         interface.model,
-        f"the model does not run on sequences of {' and '.join(map(str, _LENGTHS))} time steps",
+        f"the model does not run on sequences of {' and '.join(map(str, LENGTHS))} time steps",
     ):
         sampler = fitted(make_sampler(interface, temporal), cuts.compared(), cuts.table_sizes())
     _refuse_complex(cuts)
     refuse_kept_states(interface, cuts)
-    unproven = _admit(interface, cuts, sampler, options)
+    with weights_recorded() as weights:
+        unproven = _admit(interface, cuts, sampler, options)
     with _explained(
         interface.model,
-        f"the model does not run on sequences of {' and '.join(map(str, _LENGTHS))} time steps",
+        f"the model does not run on sequences of {' and '.join(map(str, LENGTHS))} time steps",
     ):
-        seen = [_observe(sampler, temporal, steps, rng) for steps in _LENGTHS]
+        seen = [observe(sampler, temporal, steps, rng) for steps in LENGTHS]
         refuse_training(sampler, temporal)
     plan = make_plan(sampler.interface, temporal, seen[0], seen[1])
     with _explained(interface.model, "the model does not run on a sequence of one time step"):
         function = trace(plan)
         if progress is not None:
             progress("probe")
-        seen += [_observe(sampler, temporal, steps, rng) for steps in _MORE_LENGTHS]
-    steps = max(options.steps or 0, evidence.reach(interface.model, _own_steps(interface, temporal)))
-    found = evidence.gather(plan, sampler, steps if any(temporal) else 1)
+        seen += [observe(sampler, temporal, steps, rng) for steps in MORE_LENGTHS]
+    whole = evidence.whole_call(sampler.interface)
+    found = evidence.gather(plan, sampler, steps_of(sampler, temporal, options), whole)
     share = evidence.compared_share(plan, found, tolerance(interface.model))
     if unproven and share < 0.5:
         raise ModelError(
@@ -116,9 +124,18 @@ def _try(
             f"only: elsewhere one rounding of the inputs moves Keras's own values by a tenth or more; {unproven}"
         )
     proof = Proof(steps=found[0].steps, unproven=unproven, compared=share)
-    traced = Traced(plan, sampler, function, tuple(seen), tuple(found), proof)
+    traced = Traced(
+        plan, sampler, function, tuple(seen), tuple(found), proof, whole, options, is_of_weights=bool(weights)
+    )
     _compare(traced)
     return traced
+
+
+def steps_of(sampler: Sampler, temporal: Sequence[bool], options: ProofOptions) -> int:
+    """Return over how many time steps a model is compared with Keras."""
+    interface = sampler.interface
+    steps = max(options.steps or 0, evidence.reach(interface.model, _own_steps(interface, temporal)))
+    return steps if any(temporal) else 1
 
 
 def _refuse_complex(cuts: Cuts) -> None:
@@ -168,7 +185,8 @@ def _explained(model: Any, problem: str) -> Iterator[None]:
         raise failed(model, problem, error) from error
 
 
-def _observe(sampler: Sampler, temporal: Sequence[bool], steps: int, rng: np.random.Generator) -> Observation:
+def observe(sampler: Sampler, temporal: Sequence[bool], steps: int, rng: np.random.Generator) -> Observation:
+    """Call the model by Keras itself on a random sequence."""
     return watch(sampler.interface, sampler.draw(rng, temporal, steps), steps)
 
 

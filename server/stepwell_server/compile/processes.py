@@ -68,6 +68,12 @@ class Worker:
             shutil.copyfileobj(file, copy)
         source.unlink()
 
+    def clear(self) -> None:
+        """Remove what it was given, and what it has printed."""
+        os.ftruncate(self.noise.fileno(), 0)
+        for name in os.listdir(self.given):
+            shutil.rmtree(self.given / name)
+
     def last_words(self) -> str:
         """The end of what it has printed."""
         return last_lines(self.noise)
@@ -227,9 +233,16 @@ class Processes:
         watch.look_at(worker.pid, worker.home)
         return worker
 
-    def reap(self, watch: limits.Watch, worker: Worker) -> int:
-        """End a worker; returns its exit code as `subprocess` has it, or that of the fork server if that has ended."""
-        watch.look_at(None)
+    def forget(self, worker: Worker) -> None:
+        """End a worker, and remove what is left of it."""
+        self.reap(worker)
+        worker.forget()
+
+    def reap(self, worker: Worker) -> int:
+        """End a worker that is not watched any more; returns its exit code as `subprocess` has it.
+
+        Or that of the fork server, if that has ended, and the worker with it.
+        """
         if self._server is None:
             return 0
         try:

@@ -1,6 +1,7 @@
 """A worker: a process that compiles, or tries programs, for the server, and can do little else (`sandbox`).
 
-It is a copy of the fork server (`__main__`), and does jobs that come over its channel (`wire`) until that is closed.
+It is a copy of the fork server (`__main__`), and does jobs that come over its channel (`wire`) until that is closed: one; or
+one and then, while it is kept, others of the same configuration.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import resource
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepwell_server import program_file
 from stepwell_server.compile import limits, sandbox
@@ -19,6 +20,9 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.unexpected import failure
 from stepwell_server.compile.wire import Channel
 from stepwell_server.program import ProofOptions
+
+if TYPE_CHECKING:
+    from stepwell_server.compile.probe import Traced
 
 
 def run(channel: Channel, noise: int, terms: dict[str, Any], parent: int) -> int:
@@ -45,9 +49,10 @@ def run(channel: Channel, noise: int, terms: dict[str, Any], parent: int) -> int
     if os.getppid() != parent:
         return 1
     channel.send({"protection": str(protection), "missing": protection.missing})
+    jobs = _Jobs(channel)
     while (job := channel.receive()) is not None:
         _allow_time(float(job["timeout_s"]))
-        channel.send(_answer(job, channel))
+        channel.send(_answer(jobs, job))
     return 0
 
 
@@ -68,10 +73,10 @@ def _allow_time(timeout_s: float) -> None:
     )
 
 
-def _answer(job: dict[str, Any], channel: Channel) -> dict[str, Any]:
+def _answer(jobs: _Jobs, job: dict[str, Any]) -> dict[str, Any]:
     """Do one job; returns what is said of it."""
     try:
-        return {"done": _work(job, channel)}
+        return {"done": jobs.do(job)}
     except ModelError as error:
         return _told(error)
     # SystemExit: a user's module may call sys.exit().
@@ -87,40 +92,77 @@ def _told(error: ModelError) -> dict[str, Any]:
     }
 
 
-def _work(job: dict[str, Any], channel: Channel) -> Any:
-    if job["job"] == "settle":
-        return _settle(job)
-    from stepwell_server.compile.sizes import check_sizes  # brings HDF5
+class _Jobs:
+    """What a worker can do."""
 
-    model, data = Path(job["model"]), Path(job["data"]) if job["data"] else None
-    check_sizes(model, int(job["max_model_bytes"]))
-    if job["job"] == "compare":
-        from stepwell_server.compile.own_data import compare
-        from stepwell_server.compile.pipeline import import_modules
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._traced: Traced | None = None
+        """Of the model that was compiled last, if it may be compiled again with other weights."""
 
-        import_modules(job["imports"])
-        program = program_file.load(Path(job["program"]), sys.maxsize, is_own=True)
-        return compare(model, program, data).to_json()
-    from stepwell_server.compile.pipeline import compile_model
+    def do(self, job: dict[str, Any]) -> Any:
+        """Do one job; returns what is said of it when it is done."""
+        kind, model, most = job["job"], Path(job["model"]), int(job["max_model_bytes"])
+        if kind == "settle":
+            return _settle(model, most)
+        from stepwell_server.compile.sizes import check_sizes  # brings HDF5
 
-    program = compile_model(
-        model,
-        job["imports"],
-        lambda stage: channel.send({"stage": stage}) if stage != "load" else None,
-        ProofOptions(job["steps"], bool(job["trust"])),
-        data,
-    )
-    program_file.save(program, Path(job["program"]))
-    return True
+        check_sizes(model, most)
+        if kind == "compare":
+            return _compare(job, model)
+        return self._again(job, model) if kind == "again" else self._compile(job, model)
+
+    def _compile(self, job: dict[str, Any], model: Path) -> bool:
+        """Compile a model; returns whether it may be compiled `again`."""
+        from stepwell_server.compile.again import may_be_reused
+        from stepwell_server.compile.pipeline import compile_traced
+
+        program, traced = compile_traced(
+            model,
+            job["imports"],
+            self._report,
+            ProofOptions(job["steps"], bool(job["trust"])),
+            Path(job["data"]) if job["data"] else None,
+        )
+        program_file.save(program, Path(job["program"]), is_kept=False)
+        if job["keep"] and may_be_reused(traced, program):
+            self._traced = traced
+        return self._traced is not None
+
+    def _again(self, job: dict[str, Any], model: Path) -> bool:
+        """Compile a model of the same configuration as the last one.
+
+        Raises:
+            Exception: anything; it must be compiled anew then, which says what is wrong.
+        """
+        from stepwell_server.compile.again import compile_again
+
+        assert self._traced is not None
+        program = compile_again(self._traced, model, self._report)
+        program_file.save(program, Path(job["program"]), is_kept=False)
+        return True
+
+    def _report(self, stage: str) -> None:
+        if stage != "load":
+            self._channel.send({"stage": stage})
 
 
-def _settle(job: dict[str, Any]) -> dict[str, Any]:
+def _compare(job: dict[str, Any], model: Path) -> Any:
+    """Hold a program against Keras."""
+    from stepwell_server.compile.own_data import compare
+    from stepwell_server.compile.pipeline import import_modules
+
+    import_modules(job["imports"])
+    program = program_file.load(Path(job["program"]), sys.maxsize, is_own=True)
+    return compare(model, program, Path(job["data"]) if job["data"] else None).to_json()
+
+
+def _settle(model: Path, most: int) -> dict[str, Any]:
     """Try a compiled program on this processor; returns which batch sizes were compared, and which agree."""
     from stepwell_server.engine.executors import trial
 
     try:
-        program = program_file.load(Path(job["model"]), int(job["max_model_bytes"]))
-        sizes, agreeing = trial.sizes_here(program)
+        sizes, agreeing = trial.sizes_here(program_file.load(model, most))
     except (program_file.ProgramFileError, trial.TrialError) as error:
-        raise ModelError(f"{job['model']}: {error}") from error
+        raise ModelError(f"{model}: {error}") from error
     return {"sizes": sizes, "agreeing": agreeing}

@@ -6,10 +6,12 @@ traces, only where a rule asks for it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ OF_SHAPES = {"Shape", "ShapeN", "Size", "Rank"}
 #: What a node says of itself that is not part of what it computes, or is a shape of this trace.
 _UNIMPORTANT = {"shape", "Tshape", "output_shapes", "container", "shared_name"}
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
+_read: ContextVar[set[str] | None] = ContextVar("_read", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,17 @@ class Const:
         return sizes(self.first, self.second)
 
 
+@contextlib.contextmanager
+def weights_recorded() -> Iterator[set[str]]:
+    """Collect what weights are looked at meanwhile to compute a constant: with others, the constant may be another one."""
+    read = set[str]()
+    token = _read.set(read)
+    try:
+        yield read
+    finally:
+        _read.reset(token)
+
+
 class Evaluator:
     """Computes constants of one graph: operation by operation, each once, outside of the graph."""
 
@@ -92,6 +106,8 @@ class Evaluator:
         Raises:
             ValueError: it cannot be computed.
         """
+        if tensor.name in self._given and (read := _read.get()) is not None:
+            read.add(tensor.name)
         if tensor.name not in self._values:
             for op in self._ordered(tensor.op, self._values):
                 if _is_of_open_shape(op):

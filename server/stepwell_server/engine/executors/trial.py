@@ -190,8 +190,9 @@ def _bits(step: Step, inputs: Sequence[Array], states: Sequence[Array], size: in
     """Return a digest of all results by row, computed ``size`` rows at a time in the given order."""
     rows = len(order)
     kept: list[Array] = []
+    twice = np.concatenate([order, order])  # the last one begins again with the first rows
     for start in range(0, rows, size):
-        chosen = np.resize(np.roll(order, -start), size)
+        chosen = twice[start : start + size]
         outputs, after = step([x[chosen] for x in inputs], [x[chosen] for x in states])
         if not kept:
             kept = [np.zeros((rows, *x.shape[1:]), x.dtype) for x in (*outputs, *after)]

@@ -1,0 +1,236 @@
+"""A model compiled again with other weights, without a new trace: just what compiling it anew gives, or it is compiled anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepwell_server.compile import warm
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.warm import WarmCompiler
+from stepwell_server.program import Program
+from support import models, samples
+from support.processes import descriptors, home_of, is_there, until
+
+# Keras calls numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+#: Of the zoo, each for its own reason: what the proof looks at weights for, layers of others, what is kept outside of
+#: variables, what LiteRT does not run.
+ANEW = {
+    "time_distributed_inner_lstm": "the proof looks at weights",
+    "layer_in_a_block": "a layer that is not Keras's own",
+    "preprocessing": "constants that a layer makes of its weights",
+    "not_convertible": "LiteRT does not run it",
+    "lookup_table": "LiteRT does not run it",
+    "subclassed": "a model that is not Keras's own",
+    "accumulator": "a cell that is not Keras's own",
+}
+AGAIN = (
+    "lstm_dense",
+    "gru_reset_before",
+    "stacked_rnn_cells_with_state",
+    "conv_lstm_1d",
+    "deep_with_normalization",
+    "stateful_fixed_batch",
+    "nested_same_names",
+    "shared_layer",
+    "several_inputs_and_outputs",
+    "float_tokens",
+    "mask_over_stacked_cells",
+    "embedding_mask_zero",
+    "stateless_without_time",
+)
+
+
+def assert_same(one: Program, two: Program) -> None:
+    """All of two programs is the same, bit for bit, but for when they were compiled."""
+    for field in dataclasses.fields(Program):
+        first, second = getattr(one, field.name), getattr(two, field.name)
+        if field.name == "initial":
+            assert_same_arrays(first, second)
+        elif field.name == "trial":
+            assert_same_arrays((*first.inputs, *first.outputs), (*second.inputs, *second.outputs))
+            assert (first.tolerance, first.sizes) == (second.tolerance, second.sizes)
+        elif field.name == "provenance":
+            assert dataclasses.replace(first, compiled_time=0) == dataclasses.replace(second, compiled_time=0)
+        else:
+            assert first == second, field.name
+
+
+def assert_same_arrays(one: tuple[Any, ...], two: tuple[Any, ...]) -> None:
+    assert [(x.dtype, x.shape, x.tobytes()) for x in one] == [(x.dtype, x.shape, x.tobytes()) for x in two]
+
+
+def silent(_stage: str) -> None:
+    return None
+
+
+@pytest.mark.parametrize("name", samples.some(AGAIN))
+def test_it_is_what_compiling_it_anew_gives(name: str, tmp_path: Path) -> None:
+    from stepwell_server.compile.again import compile_again, may_be_reused
+    from stepwell_server.compile.pipeline import compile_model, compile_traced
+
+    model = models.build(name)
+    model.save(tmp_path / "first.keras")
+    program, traced = compile_traced(tmp_path / "first.keras")
+    assert may_be_reused(traced, program)
+    for seed in (1, 2):
+        models.randomize(model, seed)
+        model.save(tmp_path / "other.keras")
+        assert_same(
+            compile_again(traced, tmp_path / "other.keras", silent), compile_model(tmp_path / "other.keras")
+        )
+
+
+@pytest.mark.parametrize("name", samples.some(list(ANEW)))
+def test_what_must_be_traced_anew_is(name: str, tmp_path: Path) -> None:
+    from stepwell_server.compile.again import may_be_reused
+    from stepwell_server.compile.pipeline import compile_traced
+
+    models.build(name).save(tmp_path / "model.keras")
+    program, traced = compile_traced(tmp_path / "model.keras")
+    assert not may_be_reused(traced, program), ANEW[name]
+
+
+def by_position(scale: float) -> Any:
+    """A model whose outputs depend on the number of the time step, but for a weight that is 0."""
+    from stepwell_server.compile.tensorflow_setup import keras
+
+    x = keras.Input((None, 3), name="x")
+    place = keras.ops.cumsum(keras.ops.ones_like(x[:, :, :1]), axis=1)
+    added = keras.layers.Dense(3, use_bias=False, kernel_initializer=keras.initializers.Constant(scale))(
+        place
+    )
+    return keras.Model(x, keras.layers.LSTM(4, return_sequences=True)(x + added))
+
+
+def test_a_proof_that_only_holds_for_these_weights_is_not_reused(tmp_path: Path) -> None:
+    from stepwell_server.compile.again import may_be_reused
+    from stepwell_server.compile.pipeline import compile_model, compile_traced
+
+    by_position(0.0).save(tmp_path / "none.keras")
+    by_position(1.0).save(tmp_path / "some.keras")
+    program, traced = compile_traced(tmp_path / "none.keras")
+    assert not may_be_reused(traced, program)
+    with pytest.raises(ModelError, match="cannot be run step by step"):
+        compile_model(tmp_path / "some.keras")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCompiler]:
+    with WarmCompiler(tmp_path_factory.mktemp("kept")) as compiler:
+        yield compiler
+
+
+@pytest.fixture
+def lstm(tmp_path: Path) -> Path:
+    """A folder with versions of one model: the same configuration, other weights."""
+    model = models.build("lstm_dense")
+    for seed in range(1, 4):
+        models.randomize(model, seed)
+        model.save(tmp_path / f"{seed}.keras")
+    return tmp_path
+
+
+def test_one_worker_compiles_what_has_the_same_configuration(lstm: Path, kept: WarmCompiler) -> None:
+    from stepwell_server.compile.pipeline import compile_model
+
+    known = [compile_model(lstm / f"{seed}.keras") for seed in (1, 2, 3)]
+    assert_same(kept.compile(lstm / "1.keras"), known[0])
+    (server, worker) = kept.pids
+    stages: list[str] = []
+    assert_same(kept.compile(lstm / "2.keras", stages.append), known[1])
+    assert stages == ["load", "trace", "probe", "convert", "check"]
+    assert kept.pids == [server, worker]
+    kept.compile(lstm / "1.keras")  # from the cache
+    models.build("gru_reset_after").save(lstm / "gru.keras")
+    kept.compile(lstm / "gru.keras")
+    assert kept.pids[0] == server
+    assert kept.pids[1] != worker
+    assert_same(kept.compile(lstm / "3.keras"), known[2])  # compiled anew: another one was in between
+
+
+def test_where_it_cannot_be_done_so_it_is_compiled_anew_and_that_says_why(
+    lstm: Path, kept: WarmCompiler, tmp_path: Path
+) -> None:
+    kept.compile(lstm / "1.keras")
+    server, _ = kept.pids
+    other = models.build("gru_reset_after")
+    other.save(lstm / "gru.keras")
+    mixed = lstm / "mixed.keras"
+    _mix(lstm / "2.keras", lstm / "gru.keras", mixed)  # the configuration of one, the weights of another
+    with pytest.raises(ModelError) as caught:
+        kept.compile(mixed)
+    with WarmCompiler(tmp_path / "cache") as cold, pytest.raises(ModelError) as known:
+        cold.compile(mixed)
+    assert str(caught.value) == str(known.value)
+    assert str(mixed) in str(caught.value)
+    assert kept.pids == [server]  # and nobody goes on with the worker that has seen it
+    kept.compile(lstm / "3.keras")
+    assert kept.pids[0] == server
+
+
+def _mix(configuration: Path, weights: Path, target: Path) -> None:
+    with (
+        zipfile.ZipFile(configuration) as one,
+        zipfile.ZipFile(weights) as two,
+        zipfile.ZipFile(target, "w") as mixed,
+    ):
+        for name in one.namelist():
+            mixed.writestr(name, (two if name == "model.weights.h5" else one).read(name))
+
+
+def test_twenty_reloads_leave_nothing_behind(lstm: Path, kept: WarmCompiler) -> None:
+    content = (lstm / "1.keras").read_bytes()
+    kept.compile(lstm / "1.keras")
+    kept.compile(lstm / "2.keras")
+    pids, before = kept.pids, (descriptors(), _threads(), [descriptors(pid) for pid in kept.pids])
+    for number in range(20):
+        (lstm / "next.keras").write_bytes(content + bytes([number]))
+        kept.compile(lstm / "next.keras")
+    assert kept.pids == pids
+    assert (descriptors(), _threads(), [descriptors(pid) for pid in pids]) == before
+    assert list(home_of(pids[0]).glob("*/given/*")) == []
+    assert list(home_of(pids[0]).glob("*/home/*.stepwell")) == []
+
+
+def _threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize("who", ["worker", "fork server"])
+def test_a_kept_worker_that_is_gone_is_replaced(who: str, lstm: Path, kept: WarmCompiler) -> None:
+    model = models.build("lstm_dense", 7)
+    names = [lstm / f"gone-{number}.keras" for number in (0, 1)]
+    for number, name in enumerate(names):
+        models.randomize(model, 10 + number + 2 * (who == "worker"))
+        model.save(name)
+    kept.compile(names[0])
+    server, worker = kept.pids
+    os.kill(worker if who == "worker" else server, signal.SIGKILL)
+    until(lambda: not is_there(worker))
+    program = kept.compile(names[1])
+    assert kept.pids[1] != worker
+    assert (kept.pids[0] == server) == (who == "worker")
+    assert program.fingerprint
+
+
+def test_what_takes_ever_more_memory_is_not_kept(
+    lstm: Path, kept: WarmCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept.compile(lstm / "1.keras")
+    monkeypatch.setattr(warm, "_MORE_MEMORY_BYTES", -(1 << 40))
+    (lstm / "more.keras").write_bytes((lstm / "2.keras").read_bytes() + b"more")
+    server, worker = kept.pids
+    kept.compile(lstm / "more.keras")
+    assert kept.pids == [server]
+    assert not is_there(worker)
