@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import hmac
 import importlib.machinery
@@ -192,6 +193,7 @@ def _processor() -> str:
     return f"{platform.machine()} {features}\n"
 
 
+@functools.cache
 def version_of(package: str) -> str:
     """Return the version of an installed distribution, or "none"."""
     try:
