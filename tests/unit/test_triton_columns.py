@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.core.callers import ANYBODY, Caller, Role
-from stepwell_server.engine.api import Applied
+from stepwell_server.engine.api import Applied, SessionPolicy
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import Overloaded, SessionNotFound
@@ -24,6 +24,7 @@ from stepwell_server.rpc.triton.sequences import session_id_of
 from support.fake_call import Requests
 from support.fake_executor import PLAIN, RICH
 from support.triton_requests import Client, inference
+from support.versions import WIDE, serving, weights
 
 FLOAT32, INT32 = 1, 7
 #: No message of a stream has ended.
@@ -37,6 +38,8 @@ class Batch:
         self._count = count
         self.done: dict[int, Any] = {}
         """The revision, or the status and what a stream is told."""
+        self.versions: dict[int, str] = {}
+        """Of those that were done."""
         self.outputs: list[OutputColumn] = []
         self.handed_back: list[int] = []
         self.gone_members: list[int] = []
@@ -53,11 +56,12 @@ class Batch:
         version: str,
         model_version: int,
     ) -> Ended:
-        assert version == "1"
+        assert version == str(model_version)
         assert not replayed
         self.outputs.extend(outputs)
         for member, revision in zip(self._members(members), revisions.tolist(), strict=True):
             self._put(member, revision)
+            self.versions[member] = version
         return Ended(np.zeros(len(positions)), _NO_TIMES)
 
     def failed(self, members: Members | None, status: Status, error: bytes) -> Ended:
@@ -149,7 +153,7 @@ class Front:
         return batch
 
     def statistics(self) -> pb.InferStatistics:
-        return self.client.inference.model("plain", "").statistics.message().inference_stats
+        return self.client.inference.models.find("plain", "").statistics.message().inference_stats
 
 
 @asynccontextmanager
@@ -335,7 +339,47 @@ async def test_a_defect_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(at.client.harness.engine, "submit", broken)
         batch = at.take(1, 9, 2)
         assert {code for code, _ in batch.done.values()} == {"INTERNAL"}
-        monkeypatch.setattr(at.client.inference, "model", broken)
+        monkeypatch.setattr(at.client.inference.models, "find", broken)
         batch = at.take(1, 2)
         assert sorted(batch.done) == [0, 1]
         assert batch.done[0][1].startswith("internal error")
+
+
+async def test_sequences_of_several_versions_are_answered_by_their_own() -> None:
+    """Those that the tensors do not fit, or that are on another version than is asked for, go another way."""
+    async with serving() as harness:
+        at, engine = Front(Client(harness)), harness.engine
+        await at.begin(1, 2)
+        await engine.load_version("plain", 2, weights(2))
+        await engine.set_default("plain", 2, SessionPolicy.KEEP)
+        await at.begin(3, 4)
+        for version, ran in (("", {1: 1, 2: 1, 3: 2, 4: 2}), ("1", {1: 1, 2: 1}), ("2", {3: 2, 4: 2})):
+            batch = at.take(1, 3, 2, 4, model=("plain", version))
+            await harness.settled()
+            found = {(1, 3, 2, 4)[member]: int(number) for member, number in batch.versions.items()}
+            assert found == ran
+            assert len(batch.handed_back) == 4 - len(ran)
+        counts = [at.client.inference.models.find("plain", str(v)).statistics.message() for v in (1, 2)]
+        assert [count.inference_stats.success.count for count in counts] == [2 + 2 + 2, 2 + 2 + 2]
+        await engine.load_version("plain", 3, WIDE)
+        await engine.set_default("plain", 3, SessionPolicy.KEEP)
+        await at.begin(5)
+        batch = at.take(1, 5, 3)
+        await harness.settled()
+        assert (sorted(batch.handed_back), batch.versions) == ([0, 2], {1: "3"})
+        assert [output.name for output in batch.outputs] == ["z"]
+        for text in ("4", "x"):
+            assert at.take(1, model=("plain", text)).handed_back == [0]
+
+
+async def test_a_carry_between_two_steps_says_the_new_version() -> None:
+    async with serving() as harness:
+        at, engine = Front(Client(harness)), harness.engine
+        await at.begin(1, 2)
+        await engine.load_version("plain", 2, weights(2))
+        assert at.take(1, 2).done == {}
+        await harness.settled()
+        await engine.set_default("plain", 2, SessionPolicy.CARRY)
+        batch = at.take(1, 2)
+        await harness.settled()
+        assert batch.versions == {0: "2", 1: "2"}

@@ -11,7 +11,7 @@ from stepwell_server.rpc.triton.statistics import RequestStatistics, Timing
 
 def test_the_parts_add_up() -> None:
     observer = PrometheusObserver()
-    statistics = RequestStatistics("m", observer)
+    statistics = RequestStatistics("m", 1, observer)
     observer.pass_done("m", 3, 2, 4e-6)  # 2,000 ns a time step
     statistics.succeeded(Timing(100, read=150, run=10_150), 10_200, now_s=1.5, rows=3, steps=2)
     observer.stepped_alone("m", 5e-6)

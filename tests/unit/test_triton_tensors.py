@@ -99,7 +99,7 @@ def test_shapes(shape: tuple[int, ...]) -> None:
         response = pb.ModelInferResponse()
         write_outputs(response, list(tensors.outputs.values()), read.arrays)
         np.testing.assert_array_equal(outputs_of(response)["x"], values)
-    metadata = model_metadata("m", program_of("float32", shape), tensors)
+    metadata = model_metadata("m", [1], program_of("float32", shape), tensors)
     assert list(metadata.inputs[0].shape) == list(metadata.outputs[0].shape) == [-1, *dims]
 
 
@@ -280,7 +280,7 @@ def test_a_boolean_is_0_or_1() -> None:
 
 
 def test_the_configuration_tells_of_the_state() -> None:
-    config = model_config("rich", RICH, ModelTensors("rich", RICH), 1.5)
+    config = model_config("rich", [1], RICH, ModelTensors("rich", RICH), 1.5)
     batching = config.sequence_batching
     assert batching.max_sequence_idle_microseconds == 1_500_000
     assert [(state.input_name, list(state.dims)) for state in batching.state] == [("sum", [2]), ("count", [])]
@@ -288,8 +288,9 @@ def test_the_configuration_tells_of_the_state() -> None:
     assert [list(one.dims) for one in config.input] == [[2], [1], [1]]
     assert [one.HasField("reshape") for one in config.input] == [False, True, True]
     stateless = Program("f", PLAIN.inputs, PLAIN.outputs, (), (), "litert", "", (), {})
-    config = model_config("m", stateless, ModelTensors("m", stateless), 0)
+    config = model_config("m", [1, 4], stateless, ModelTensors("m", stateless), 0)
     assert config.WhichOneof("scheduling_choice") == "dynamic_batching"
+    assert list(config.version_policy.specific.versions) == [1, 4]
 
 
 def test_arrays_are_views_of_the_request() -> None:

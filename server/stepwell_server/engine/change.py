@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
@@ -130,6 +130,8 @@ class Change:
     goes_on: str = ""
     """A step of sessions of this model that have made some since they began or were last reset, and have as many rows
     as `batch_sizes` says; where one has not it raises `MustPart`. "": any sessions."""
+    goes_on_versions: Collection[int] | None = None
+    """The versions of the model of `goes_on` that they must be on; None: any."""
     traces: Mapping[int, Trace] | None = None
     """Of members whose calls are traced; that of a call of many is with its first. None: of none."""
     caller: Hashable = None

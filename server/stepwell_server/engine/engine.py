@@ -386,6 +386,19 @@ class Engine:
         """The program of a model. Reference and errors as of `model`."""
         return self._models.by_name(ref).program
 
+    def version(self, ref: str) -> int:
+        """The number of the version that a reference means. Reference and errors as of `model`."""
+        return self._models.by_name(ref).version
+
+    def programs(self, name: str) -> dict[int, Program]:
+        """The programs of the versions of a model that are loaded, by their numbers, ascending.
+
+        Raises:
+            ModelNotFound: there are none of that name.
+        """
+        loaded = self._models.named(name).loaded
+        return {number: loaded[number].program for number in sorted(loaded)}
+
     def model_names(self) -> list[str]:
         """Names of the models, in order."""
         return self._models.names()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from stepwell_server.core.history import History, Way
 from stepwell_server.core.model_names import ModelRef, parse_reference
@@ -76,6 +76,12 @@ class Versions:
                 version=str(version),
             )
         return found
+
+    def among(self, versions: Collection[int] | None) -> list[Model]:
+        """The loaded ones of some versions; None: of all."""
+        if versions is None:
+            return list(self.loaded.values())
+        return [self.loaded[version] for version in versions if version in self.loaded]
 
     def version_with(self, fingerprint: str) -> int | None:
         """The lowest version with a fingerprint, loaded or not: that of records that say no version."""

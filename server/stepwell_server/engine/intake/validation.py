@@ -225,7 +225,7 @@ class Validation:
     def _require_going_on(self, change: Change, own: Rows) -> None:
         table, handles = self._table, change.handles
         model = self._models.find(change.goes_on)
-        indexes = [] if model is None else [version.index for version in model.loaded.values()]
+        indexes = [] if model is None else [each.index for each in model.among(change.goes_on_versions)]
         if len(handles) == 1:  # one comparison of arrays costs as much
             handle, said = handles[0], change.batch_sizes
             fits = table.position[handle] > 0 and table.model[handle] in indexes

@@ -42,8 +42,6 @@ class Form:
 
     method, stream_method = "Step", "StepStream"
     """Of its unary calls, and of its streams."""
-    version = ""
-    """The model's, for messages that name one."""
 
     def __init__(self, columns: StepColumns, clock: Clock, observer: RequestObserver) -> None:
         self.columns = columns
@@ -128,6 +126,10 @@ class Form:
             facts = {"session.id": session, "tenant": whose.tenant, "caller": whose.name}
             self.traces.pop(first).end(code, reason, facts)
 
+    def version_text(self, _version: int) -> str:
+        """The version of the model as messages say it that name the model; empty where they do not."""
+        return ""
+
     def output_columns(self, outputs: Tensors) -> list[OutputColumn]:
         """Outputs as they leave."""
         return [_output(name, array) for name, array in outputs.items()]
@@ -148,7 +150,7 @@ class Form:
             positions,
             self.output_columns(outputs),
             replayed=replayed,
-            version=self.version,
+            version=self.version_text(version),
             model_version=version,
         )
         self._ended(ended, "OK")

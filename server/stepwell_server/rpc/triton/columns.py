@@ -8,20 +8,19 @@ comes behind such a one, is handed back: it becomes a call or a message of one, 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.types import U64, Members, Tensors
-from stepwell_server.errors import ModelNotFound, ServerError
+from stepwell_server.errors import InvalidInput, ModelNotFound, ServerError
 from stepwell_server.rpc import convert
 from stepwell_server.rpc.fronts.base import OutputColumn, StepColumns
 from stepwell_server.rpc.status import message_of
 from stepwell_server.rpc.steps.columns import Form, sizes_of
 from stepwell_server.rpc.triton.errors import names_sequence, translated
-from stepwell_server.rpc.triton.metadata import VERSION
 from stepwell_server.rpc.triton.sequences import sequence_of
 from stepwell_server.rpc.triton.statistics import Timing
 from stepwell_server.rpc.triton.tensors import MAX_BATCH_SIZE, Tensor
@@ -29,7 +28,8 @@ from stepwell_server.rpc.triton.tensors import MAX_BATCH_SIZE, Tensor
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.rpc.boundary import RequestObserver
-    from stepwell_server.rpc.triton.infer import Inference, InferModel
+    from stepwell_server.rpc.triton.infer import Inference
+    from stepwell_server.rpc.triton.versions import InferModel
 
 _NOBODY: Members = np.zeros(0, np.intp)
 
@@ -38,7 +38,6 @@ class RequestForm(Form):
     """Steps of sequences of one model. Lives on the event loop."""
 
     method, stream_method = "ModelInfer", "ModelStreamInfer"
-    version = VERSION
 
     def __init__(
         self, columns: StepColumns, inference: Inference, clock: Clock, observer: RequestObserver
@@ -47,6 +46,9 @@ class RequestForm(Form):
         self._inference = inference
         self._timing = Timing(time.perf_counter_ns())
         self._model: InferModel | None = None
+        """A version that the tensors fit: the one that the requests name, or the default."""
+        self._versions: Collection[int] | None = None
+        """Those that the requests are for; None: all of the model."""
         self._outputs: Sequence[Tensor] = ()
         self._steps = 1
         self._named = columns.model or ("", "")
@@ -64,9 +66,10 @@ class RequestForm(Form):
     def _read(self) -> bool:
         """Whether the requests fit a model."""
         try:
-            model = self._model = self._inference.model(*self._named)
-        except ModelNotFound:
+            model = self._model = self._inference.models.find(*self._named)
+        except (InvalidInput, ModelNotFound):
             return False
+        self._versions = [model.version] if self._named[1] else self._inference.models.alike(model)
         outputs = model.tensors.named(self.columns.output_names)
         inputs = model.tensors.of_columns(self.columns.inputs)
         if outputs is None or inputs is None:
@@ -93,7 +96,8 @@ class RequestForm(Form):
     def change(self, members: Members | None) -> Change:
         """See `Form`."""
         change = super().change(members)
-        change.goes_on, change.output_names = self._named[0], ()
+        change.goes_on, change.goes_on_versions = self._named[0], self._versions
+        change.output_names = ()
         change.batch_sizes = sizes_of(self.columns, members)
         return change
 
@@ -125,9 +129,10 @@ class RequestForm(Form):
         timing, sizes = self._timing, self.columns.sizes
         timing.run = time.perf_counter_ns()
         self._answer(members, revisions, positions, outputs, replayed=replayed, version=version)
-        if self._model is None:
+        model = self._inference.models.known(self._named[0], version)
+        if model is None:
             return
-        self._model.statistics.succeeded(
+        model.statistics.succeeded(
             timing,
             time.perf_counter_ns(),
             now_s=self._clock.now(),
@@ -154,6 +159,10 @@ class RequestForm(Form):
             return
         for member in (self.members if members is None else members).tolist():
             yield np.array([member]), member
+
+    def version_text(self, version: int) -> str:
+        """See `Form`."""
+        return str(version)
 
     def output_columns(self, outputs: Tensors) -> list[OutputColumn]:
         """The outputs that were asked for, in that order."""

@@ -50,6 +50,15 @@ def not_started(sequence_id: SequenceId, model: str, cause: ServerError | None =
     )
 
 
+def on_another_version(sequence_id: SequenceId, model: str, version: int, asked: int) -> InvalidInput:
+    """A request that names a version on which its sequence is not: in Triton each version has sequences of its own."""
+    error = not_started(sequence_id, model)
+    error.message += (
+        f"; the sequence is on version {version} of the model, and the request asks for version {asked}"
+    )
+    return error
+
+
 def about(request_id: str) -> str:
     """What Triton puts in front of messages about a request's tensors."""
     return f"[request id: {request_id or '<id_unknown>'}] "

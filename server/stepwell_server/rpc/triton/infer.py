@@ -9,32 +9,21 @@ from typing import TYPE_CHECKING
 from stepwell_server.core.callers import Caller
 from stepwell_server.engine.api import Applied
 from stepwell_server.engine.types import Array
-from stepwell_server.errors import ModelLoading, ModelNotFound, ServerError
+from stepwell_server.errors import ServerError
 from stepwell_server.rpc import naming
 from stepwell_server.rpc.steps.messages import REPLY_BYTES
-from stepwell_server.rpc.triton.errors import translated, unknown_model
+from stepwell_server.rpc.triton.errors import translated
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
-from stepwell_server.rpc.triton.metadata import VERSION
 from stepwell_server.rpc.triton.parameters import read_parameters, read_sequence_id
 from stepwell_server.rpc.triton.sequences import SequenceRequest, Sequences, Turn, session_id_of
-from stepwell_server.rpc.triton.statistics import PassObserver, RequestStatistics, Timing
-from stepwell_server.rpc.triton.tensors import Inputs, ModelTensors, Tensor, write_outputs
+from stepwell_server.rpc.triton.statistics import PassObserver
+from stepwell_server.rpc.triton.tensors import Inputs, Tensor, write_outputs
+from stepwell_server.rpc.triton.versions import InferModels, Reading
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.program import Program
     from stepwell_server.rpc.fronts.base import Call
-
-
-class InferModel:
-    """A model with what this protocol needs of it."""
-
-    def __init__(self, name: str, program: Program, observer: PassObserver) -> None:
-        self.name = name
-        self.program = program
-        self.tensors = ModelTensors(name, program)
-        self.statistics = RequestStatistics(name, observer)
 
 
 class Inference:
@@ -44,29 +33,8 @@ class Inference:
         self._engine = engine
         self._clock = clock
         self._max_reply_bytes = max_reply_bytes
-        self._observer = observer
         self.sequences = Sequences(engine, clock)
-        self._known: dict[str, InferModel] = {}
-        """What was made of the models that requests have named; which there are, the engine says."""
-
-    def model(self, name: str, version: str) -> InferModel:
-        """The model of a request.
-
-        Raises:
-            ModelNotFound: it is not served, or not in that version.
-        """
-        try:
-            program = self._engine.program(name)
-        except ModelLoading:
-            raise
-        except ModelNotFound:
-            raise unknown_model(name) from None
-        if version not in {"", VERSION}:
-            raise unknown_model(name, version)
-        known = self._known.get(name)
-        if known is None or known.program is not program:
-            known = self._known[name] = InferModel(name, program, self._observer)
-        return known
+        self.models = InferModels(engine, observer)
 
     def enter(self, request: pb.ModelInferRequest, who: Caller) -> Turn | None:
         """Its place in the line of its sequence: the order of requests is that in which they got one. None: it needs none."""
@@ -98,38 +66,35 @@ class Inference:
     async def _counted(
         self, request: pb.ModelInferRequest, call: Call, turn: Turn | None
     ) -> pb.ModelInferResponse:
-        timing = Timing(time.perf_counter_ns())
-        model = self.model(request.model_name, request.model_version)
+        reading = Reading(self.models, request)
         try:
-            response, inputs = await self._infer(model, request, call, turn, timing)
+            response, inputs = await self._infer(reading, request, call, turn)
         except BaseException:
-            model.statistics.failed(timing, time.perf_counter_ns())
+            reading.model.statistics.failed(reading.timing, time.perf_counter_ns())
             raise
-        model.statistics.succeeded(
-            timing, time.perf_counter_ns(), now_s=self._clock.now(), rows=inputs.rows, steps=inputs.steps
+        reading.model.statistics.succeeded(
+            reading.timing,
+            time.perf_counter_ns(),
+            now_s=self._clock.now(),
+            rows=inputs.rows,
+            steps=inputs.steps,
         )
         return response
 
     async def _infer(
-        self,
-        model: InferModel,
-        request: pb.ModelInferRequest,
-        call: Call,
-        turn: Turn | None,
-        timing: Timing,
+        self, reading: Reading, request: pb.ModelInferRequest, call: Call, turn: Turn | None
     ) -> tuple[pb.ModelInferResponse, Inputs]:
-        parameters = read_parameters(model.name, request.parameters, keeps_state=bool(model.program.state))
-        outputs = model.tensors.requested(request)
-        inputs = model.tensors.read(request)
+        name, timing = request.model_name, reading.timing
+        parameters = read_parameters(name, request.parameters, keeps_state=bool(reading.model.program.state))
         deadline = call.deadline
         if parameters.timeout_us:
             deadline = min(deadline, self._clock.monotonic() + parameters.timeout_us / 1e6)
-        timing.read = time.perf_counter_ns()
         try:
             if parameters.sequence_id is None or turn is None:
+                read = reading.read()
                 predicted = await self._engine.predict(
-                    model.name,
-                    inputs.arrays,
+                    f"{name}@{read.model.version}",
+                    read.inputs.arrays,
                     deadline=deadline,
                     source=call.caller,
                     who=call.who,
@@ -137,15 +102,14 @@ class Inference:
                     reply_bytes=REPLY_BYTES,
                 )
                 timing.run = time.perf_counter_ns()
-                return _response(request, outputs, predicted.outputs), inputs
-            reply = await self.sequences.step(
+                return _response(request, read.model.version, read.outputs, predicted.outputs), read.inputs
+            reply, read = await self.sequences.step(
                 SequenceRequest(
-                    model=model.name,
-                    program=model.program,
+                    model=name,
+                    reading=reading,
                     sequence_id=parameters.sequence_id,
                     turn=turn,
                     parameters=parameters,
-                    inputs=inputs,
                     deadline=deadline,
                     source=call.caller,
                     who=call.who,
@@ -153,17 +117,18 @@ class Inference:
                 )
             )
         except ServerError as error:
-            raise translated(error, parameters.sequence_id, model.name) from error
+            raise translated(error, parameters.sequence_id, name) from error
         timing.run = time.perf_counter_ns()
-        response = _response(request, outputs, reply.outputs)
+        read = reading.answered(read, reply.version, reply.outputs.keys())
+        response = _response(request, reply.version, read.outputs, reply.outputs)
         _tell_revision(response, reply)
-        return response, inputs
+        return response, read.inputs
 
 
 def _response(
-    request: pb.ModelInferRequest, tensors: Sequence[Tensor], outputs: Mapping[str, Array]
+    request: pb.ModelInferRequest, version: int, tensors: Sequence[Tensor], outputs: Mapping[str, Array]
 ) -> pb.ModelInferResponse:
-    response = pb.ModelInferResponse(model_name=request.model_name, model_version=VERSION, id=request.id)
+    response = pb.ModelInferResponse(model_name=request.model_name, model_version=str(version), id=request.id)
     write_outputs(response, tensors, outputs)
     return response
 

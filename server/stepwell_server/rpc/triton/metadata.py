@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from importlib import metadata
 from typing import TypeVar
 
@@ -16,8 +17,6 @@ _Described = TypeVar("_Described", pb.ModelInput, pb.ModelOutput)
 
 SERVER_NAME = "stepwell"
 """What this server is called. The protocol leaves the name to the server; Triton's clients go by the extensions."""
-VERSION = "1"
-"""A model has one version; clients may name it or leave it out."""
 EXTENSIONS = (
     "sequence",
     "sequence(string_id)",
@@ -37,9 +36,13 @@ def server_metadata() -> pb.ServerMetadataResponse:
     return pb.ServerMetadataResponse(name=SERVER_NAME, version=_version(), extensions=EXTENSIONS)
 
 
-def model_metadata(name: str, program: Program, tensors: ModelTensors) -> pb.ModelMetadataResponse:
-    """A model's inputs and outputs, with the batch dimension."""
-    response = pb.ModelMetadataResponse(name=name, versions=[VERSION], platform=platform_of(program))
+def model_metadata(
+    name: str, versions: Collection[int], program: Program, tensors: ModelTensors
+) -> pb.ModelMetadataResponse:
+    """The inputs and outputs of a version of a model, with the batch dimension, and versions that there are."""
+    response = pb.ModelMetadataResponse(
+        name=name, versions=[str(version) for version in versions], platform=platform_of(program)
+    )
     for tensor in tensors.inputs.values():
         response.inputs.add(name=tensor.spec.name, datatype=tensor.datatype.name, shape=(-1, *tensor.dims))
     for tensor in tensors.outputs.values():
@@ -58,14 +61,14 @@ def _version() -> str:
 
 
 def model_config(
-    name: str, program: Program, tensors: ModelTensors, max_session_idle_s: float
+    name: str, versions: Collection[int], program: Program, tensors: ModelTensors, max_session_idle_s: float
 ) -> pb.ModelConfig:
-    """The configuration of a model. One that keeps no state has `dynamic_batching`, not `sequence_batching`."""
+    """The configuration of a version of a model, which has these versions. One that keeps no state has `dynamic_batching`, not `sequence_batching`."""
     config = pb.ModelConfig(
         name=name,
         platform=platform_of(program),
         backend=SERVER_NAME,
-        version_policy=pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=1)),
+        version_policy=pb.ModelVersionPolicy(specific=pb.ModelVersionPolicy.Specific(versions=versions)),
         max_batch_size=MAX_BATCH_SIZE,
         input=[_described(pb.ModelInput, tensor) for tensor in tensors.inputs.values()],
         output=[_described(pb.ModelOutput, tensor) for tensor in tensors.outputs.values()],

@@ -30,22 +30,23 @@ from stepwell_server.errors import (
     InvalidInput,
     ModelMismatch,
     Overloaded,
+    RevisionConflict,
     ServerError,
     SessionGone,
     StateCorrupt,
+    VersionNotFound,
 )
 from stepwell_server.logs import Log
 from stepwell_server.rpc import naming
 from stepwell_server.rpc.steps.messages import limit_reply
 from stepwell_server.rpc.tracing import TRACES
-from stepwell_server.rpc.triton.errors import SequenceId, not_started
+from stepwell_server.rpc.triton.errors import SequenceId, not_started, on_another_version
 from stepwell_server.rpc.triton.parameters import Parameters
 
 if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
-    from stepwell_server.program import Program
-    from stepwell_server.rpc.triton.tensors import Inputs
+    from stepwell_server.rpc.triton.versions import Read, Reading
 
 _log = Log("rpc.triton")
 _UNUSABLE = (SessionGone, ModelMismatch, StateCorrupt)
@@ -63,12 +64,12 @@ class SequenceRequest:
     """A request of a sequence, read and checked as far as that goes without the sequence."""
 
     model: str
-    program: Program
+    reading: Reading
+    """Of its tensors, when it is known which version of the model it is for."""
     sequence_id: SequenceId
     turn: Turn
     """Its place in its sequence's line, which has the id of the sequence's session."""
     parameters: Parameters
-    inputs: Inputs
     deadline: float
     """On the clock's monotonic time."""
     source: object
@@ -125,72 +126,102 @@ class Sequences:
         known = self._ended.are_known(session_ids, request_ids.tolist())
         return known if taken is None else taken | known
 
-    async def step(self, request: SequenceRequest) -> Applied:
-        """Serve a request when its turn has come.
+    async def step(self, request: SequenceRequest) -> tuple[Applied, Read]:
+        """Serve a request when its turn has come; also say how it was read.
 
         Raises:
-            InvalidInput: the sequence has not begun, or the request does not fit it; nothing changed.
+            InvalidInput: the sequence has not begun, or the request does not fit it, or the version of the model that
+                it is on; nothing changed.
+            ModelNotFound: that version is not loaded; nothing changed.
             ServerError: as of `Awaited.get`; nothing changed.
         """
         await request.turn.come()
         return await self._step(request)
 
-    async def _step(self, request: SequenceRequest) -> Applied:
+    async def _step(self, request: SequenceRequest) -> tuple[Applied, Read]:
         if self._clock.monotonic() >= request.deadline:
             raise DeadlineExceeded("the request's time was over before its sequence's turn; nothing changed")
         given = request.parameters
         if given.request_id and (known := self._ended.get(request.session_id, given.request_id)):
-            return known
-        reply = await (self._start(request) if given.start else self._go_on(request))
+            return known, request.reading.read_answered(known.version)
+        reply, read = await (self._start(request) if given.start else self._go_on(request))
         if given.end:
             await self._end(request, reply)
-        return reply
+        return reply, read
 
-    async def _start(self, request: SequenceRequest) -> Applied:
+    async def _start(self, request: SequenceRequest) -> tuple[Applied, Read]:
         info = await self._live_or_cleared(request)
-        checked = check_inputs(request.program, request.inputs.arrays, request.inputs.rows)
-        require_finite("input", checked.arrays, [spec.name for spec in request.program.inputs])
-        if info is not None and info.batch_size == request.inputs.rows:
-            return await self._advance(request, None, anew=True)
+        asked = request.reading.asked
+        read = request.reading.read()
+        inputs, program = read.inputs, read.model.program
+        checked = check_inputs(program, inputs.arrays, inputs.rows)
+        require_finite("input", checked.arrays, [spec.name for spec in program.inputs])
         if info is not None:
+            is_there = info.version == read.model.version and info.is_pinned == (asked is not None)
+            if is_there and info.batch_size == inputs.rows:
+                return await self._advance(request, read, None, anew=True), read
+            if known := await self._applied_before(request, read, info):
+                return known, read
             await self._engine.close_session(request.session_id, deadline=request.deadline)
-        revision = await self._open(request)
+        revision = await self._open(request, inputs.rows)
         try:
-            return await self._advance(request, revision)
+            return await self._advance(request, read, revision), read
         except BaseException:  # cancelled too: then nobody knows of the sequence
             await self._close_if_possible(request.session_id)
             raise
 
-    async def _open(self, request: SequenceRequest) -> int:
-        """Open the sequence's session; returns its revision."""
-        rows = request.inputs.rows
+    async def _open(self, request: SequenceRequest, rows: int) -> int:
+        """Open the sequence's session, which stays on the version that the request names; returns its revision."""
+        asked = request.reading.asked
+        ref = request.model if asked is None else f"{request.model}@{asked}"
         try:
             opened = await self._engine.open_session(
-                request.model, session_id=request.session_id, batch_size=rows, must_be_new=True
+                ref, session_id=request.session_id, batch_size=rows, must_be_new=True
             )
             return opened.session.revision
         except Overloaded:
             # Sessions with something under way have all rows. Triton's clients do not come again as our SDK does: so
             # the session begins without rows, and its first step waits in line for them.
-            many = await self._engine.open_sessions(
-                request.model, session_ids=[request.session_id], batch_size=rows
-            )
+            many = await self._engine.open_sessions(ref, session_ids=[request.session_id], batch_size=rows)
             return int(many.revisions[0])
 
-    async def _go_on(self, request: SequenceRequest) -> Applied:
+    async def _go_on(self, request: SequenceRequest) -> tuple[Applied, Read]:
+        asked = request.reading.asked
         try:
             info = await self._live(request)
         except _UNUSABLE as error:
+            request.reading.read()  # what is wrong with its tensors is said first, as by Triton
             await self._refuse_if_ended(request, error)
             raise not_started(request.sequence_id, request.model, error) from error
+        if asked is not None and info.version != asked:
+            refusal = on_another_version(request.sequence_id, request.model, info.version, asked)
+            if not request.parameters.request_id:
+                raise refusal
+            read = request.reading.read(info.version)
+            if known := await self._applied_before(request, read, info):
+                return known, read
+            raise refusal
+        read = request.reading.read(info.version)
         if info.position == 0:
             raise not_started(request.sequence_id, request.model)
-        if info.batch_size != request.inputs.rows:
+        if info.batch_size != read.inputs.rows:
             raise InvalidInput(
                 f"inference request for sequence {request.sequence_id} to model '{request.model}' must specify"
-                f" batch-size {info.batch_size} as its first request did; got {request.inputs.rows}"
+                f" batch-size {info.batch_size} as its first request did; got {read.inputs.rows}"
             )
-        return await self._advance(request, request.parameters.revision)
+        return await self._advance(request, read, request.parameters.revision), read
+
+    async def _applied_before(
+        self, request: SequenceRequest, read: Read, info: SessionInfo
+    ) -> Applied | None:
+        """The answer to a request that was the last change of its session, before this one moved to another version."""
+        if not request.parameters.request_id or not info.revision:
+            return None
+        try:
+            # the session is past this revision: the request is answered again, or refused
+            return await self._advance(request, read, info.revision - 1, anew=request.parameters.start)
+        except (RevisionConflict, InvalidInput):
+            return None
 
     async def _end(self, request: SequenceRequest, reply: Applied) -> None:
         if request.parameters.request_id:
@@ -207,15 +238,15 @@ class Sequences:
             _log.warning("sequence not closed", session=session_id, error=error.message)
 
     async def _advance(
-        self, request: SequenceRequest, expected: int | None, *, anew: bool = False
+        self, request: SequenceRequest, read: Read, expected: int | None, *, anew: bool = False
     ) -> Applied:
         answer, given = Awaited(), request.parameters
-        change = Change((request.session_id,), answer, request.inputs.arrays)
+        change = Change((request.session_id,), answer, read.inputs.arrays)
         change.deadline, change.caller, change.who = request.deadline, request.source, request.who
         change.traces = TRACES.get()
         limit_reply(change, request.max_reply_bytes)
         if anew:
-            change.reset_rows = np.ones(request.inputs.rows, np.bool_)
+            change.reset_rows = np.ones(read.inputs.rows, np.bool_)
         if expected is not None:
             change.expected = np.array([expected], np.uint64)
         if given.request_id:
@@ -238,7 +269,7 @@ class Sequences:
             return await self._live(request)
         except SessionGone:
             return None
-        except _UNUSABLE:
+        except (*_UNUSABLE, VersionNotFound):
             await self._engine.close_session(request.session_id, deadline=request.deadline)
             return None
 

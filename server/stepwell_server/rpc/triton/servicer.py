@@ -9,7 +9,7 @@ from google.protobuf import empty_pb2
 from google.protobuf.message import Message
 
 from stepwell_server.core.callers import Role
-from stepwell_server.errors import Unsupported
+from stepwell_server.errors import ModelNotFound, Unsupported
 from stepwell_server.rpc import naming
 from stepwell_server.rpc.boundary import Boundary, Serve
 from stepwell_server.rpc.fronts.base import Call
@@ -54,13 +54,17 @@ class TritonServicer:
         self._limits = limits
         self._observer = observer
         self._inference = Inference(engine, clock, max_reply_bytes, passes)
+        self._models = self._inference.models
         self._streams: set[InferStream] = set()
         self._stopping = False
 
     async def model_ready(self, request: pb.ModelReadyRequest, _call: Call) -> pb.ModelReadyResponse:
         """Whether a model takes requests."""
-        is_served = request.name in self._engine.model_names() and request.version in {"", metadata.VERSION}
-        return pb.ModelReadyResponse(ready=is_served and self._liveness.is_ready)
+        try:
+            self._models.find(request.name, request.version)
+        except ModelNotFound:
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=self._liveness.is_ready)
 
     async def server_metadata(
         self, _request: pb.ServerMetadataRequest, _call: Call
@@ -70,27 +74,30 @@ class TritonServicer:
 
     async def model_metadata(self, request: pb.ModelMetadataRequest, _call: Call) -> pb.ModelMetadataResponse:
         """Describe a model's inputs and outputs."""
-        model = self._inference.model(request.name, request.version)
-        return metadata.model_metadata(model.name, model.program, model.tensors)
+        model = self._models.find(request.name, request.version)
+        versions = [model.version] if request.version else self._models.loaded(model.name)
+        return metadata.model_metadata(model.name, versions, model.program, model.tensors)
 
     async def model_config(self, request: pb.ModelConfigRequest, _call: Call) -> pb.ModelConfigResponse:
         """Describe a model as Triton's configuration would."""
-        model = self._inference.model(request.name, request.version)
-        config = model_config(model.name, model.program, model.tensors, self._engine.max_session_idle_s)
+        model = self._models.find(request.name, request.version)
+        versions, idle_s = self._models.loaded(model.name), self._engine.max_session_idle_s
+        config = model_config(model.name, versions, model.program, model.tensors, idle_s)
         return pb.ModelConfigResponse(config=config)
 
     async def model_statistics(
         self, request: pb.ModelStatisticsRequest, call: Call
     ) -> pb.ModelStatisticsResponse:
-        """Count what one model did, or all: for everybody, so that only admins get the numbers."""
-        if request.name:
-            models = [self._inference.model(request.name, request.version)]
+        """Count what one version did, all of a model, or all: for everybody, so that only admins get the numbers."""
+        if request.name and request.version:
+            models = [self._models.find(request.name, request.version)]
         else:
-            models = [self._inference.model(name, "") for name in self._engine.model_names()]
+            names = [request.name] if request.name else self._engine.model_names()
+            models = [model for name in names for model in self._models.all(name)]
         if call.who.role is Role.ADMIN:
             found = [model.statistics.message() for model in models]
         else:
-            found = [pb.ModelStatistics(name=model.name, version=metadata.VERSION) for model in models]
+            found = [pb.ModelStatistics(name=model.name, version=str(model.version)) for model in models]
         return pb.ModelStatisticsResponse(model_stats=found)
 
     def form_of(self, columns: StepColumns) -> Form:

@@ -1,7 +1,7 @@
-"""Counts and durations of one model's requests, in the sense of Triton's statistics extension.
+"""Counts and durations of the requests of one version of a model, in the sense of Triton's statistics extension.
 
-Requests are those of this protocol. Passes are the model's, whoever's rows they took along: that is what
-batching across clients means.
+Requests are those of this protocol, and of the version. Passes are those of the model, whichever version they ran and
+whoever's rows they took along: that is what batching across clients means.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
-from stepwell_server.rpc.triton.metadata import VERSION
 
 
 class PassObserver(Protocol):
@@ -36,10 +35,11 @@ class Timing:
 
 
 class RequestStatistics:
-    """What became of the requests of one model. Lives on the event loop."""
+    """What became of the requests of one version of a model. Lives on the event loop."""
 
-    def __init__(self, model: str, observer: PassObserver) -> None:
+    def __init__(self, model: str, version: int, observer: PassObserver) -> None:
         self._model = model
+        self._version = version
         self._observer = observer
         self._rows = 0
         self._last_ms = 0
@@ -73,7 +73,7 @@ class RequestStatistics:
         passes = sorted(self._observer.passes_by_rows(self._model).items())
         return pb.ModelStatistics(
             name=self._model,
-            version=VERSION,
+            version=str(self._version),
             last_inference=self._last_ms,
             inference_count=self._rows,
             execution_count=sum(count for _, (count, _) in passes),

@@ -185,7 +185,7 @@ class ModelReadyRequest(_message.Message):
     name: _builtins.str
     """Name it is served under."""
     version: _builtins.str
-    """"" or "1"."""
+    """"": the default version; else its number."""
     def __init__(
         self,
         *,
@@ -282,7 +282,7 @@ class ModelMetadataRequest(_message.Message):
     name: _builtins.str
     """Name it is served under."""
     version: _builtins.str
-    """"" or "1"."""
+    """"": the default version; else its number."""
     def __init__(
         self,
         *,
@@ -344,7 +344,7 @@ class ModelMetadataResponse(_message.Message):
     """"stepwell_" and what runs the model."""
     @_builtins.property
     def versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """["1"]."""
+        """The numbers of all that are loaded; of a request that names a version, that one."""
 
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelMetadataResponse.TensorMetadata]:
@@ -624,7 +624,7 @@ class ModelInferRequest(_message.Message):
     model_name: _builtins.str
     """Name the model is served under."""
     model_version: _builtins.str
-    """"" or "1"."""
+    """"": the default version, or for a sequence that goes on the one that it is on; else its number."""
     id: _builtins.str
     """Comes back in the reply. Absent: none."""
     @_builtins.property
@@ -763,7 +763,7 @@ class ModelInferResponse(_message.Message):
     model_name: _builtins.str
     """The request's."""
     model_version: _builtins.str
-    """"1"."""
+    """The number of the version that ran."""
     id: _builtins.str
     """The request's."""
     @_builtins.property
@@ -837,7 +837,7 @@ class ModelConfigRequest(_message.Message):
     name: _builtins.str
     """Name it is served under."""
     version: _builtins.str
-    """"" or "1"."""
+    """"": the default version; else its number."""
     def __init__(
         self,
         *,
@@ -887,7 +887,7 @@ class ModelStatisticsRequest(_message.Message):
     name: _builtins.str
     """Name it is served under. "": all models."""
     version: _builtins.str
-    """"" or "1"."""
+    """"": all versions; else its number."""
     def __init__(
         self,
         *,
@@ -1036,7 +1036,7 @@ Global___InferBatchStatistics: _TypeAlias = InferBatchStatistics  # noqa: Y015
 
 @_typing.final
 class ModelStatistics(_message.Message):
-    """Statistics of one model since the server started."""
+    """Statistics of one version of a model since it was loaded."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1050,20 +1050,20 @@ class ModelStatistics(_message.Message):
     name: _builtins.str
     """Name it is served under."""
     version: _builtins.str
-    """"1"."""
+    """Its number."""
     last_inference: _builtins.int
     """Milliseconds since the epoch of the last request. 0: none yet."""
     inference_count: _builtins.int
     """Rows of the requests that were answered."""
     execution_count: _builtins.int
-    """Passes of the model, for requests of whichever protocol."""
+    """Passes of the model, of all its versions and for requests of whichever protocol."""
     @_builtins.property
     def inference_stats(self) -> Global___InferStatistics:
         """Durations."""
 
     @_builtins.property
     def batch_stats(self) -> _containers.RepeatedCompositeFieldContainer[Global___InferBatchStatistics]:
-        """Passes by their rows, for requests of whichever protocol."""
+        """Passes by their rows, of all versions and for requests of whichever protocol."""
 
     def __init__(
         self,
@@ -1234,21 +1234,49 @@ class ModelVersionPolicy(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class Specific(_message.Message):
+        """These."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        VERSIONS_FIELD_NUMBER: _builtins.int
+        @_builtins.property
+        def versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """Their numbers."""
+
+        def __init__(
+            self,
+            *,
+            versions: _abc.Iterable[_builtins.int] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["versions", b"versions"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     LATEST_FIELD_NUMBER: _builtins.int
+    SPECIFIC_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def latest(self) -> Global___ModelVersionPolicy.Latest:
         """The latest ones."""
+
+    @_builtins.property
+    def specific(self) -> Global___ModelVersionPolicy.Specific:
+        """Those that are loaded now."""
 
     def __init__(
         self,
         *,
         latest: Global___ModelVersionPolicy.Latest | None = ...,
+        specific: Global___ModelVersionPolicy.Specific | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["latest", b"latest", "policy_choice", b"policy_choice"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["latest", b"latest", "policy_choice", b"policy_choice", "specific", b"specific"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["latest", b"latest", "policy_choice", b"policy_choice"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["latest", b"latest", "policy_choice", b"policy_choice", "specific", b"specific"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_policy_choice: _TypeAlias = _typing.Literal["latest"]  # noqa: Y015
+    _WhichOneofReturnType_policy_choice: _TypeAlias = _typing.Literal["latest", "specific"]  # noqa: Y015
     _WhichOneofArgType_policy_choice: _TypeAlias = _typing.Literal["policy_choice", b"policy_choice"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_policy_choice) -> _WhichOneofReturnType_policy_choice | None: ...
 
