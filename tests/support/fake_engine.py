@@ -167,11 +167,19 @@ class FakeVersions:
             raise ModelInUse("it is the default, or has sessions")
         del self.names[name][version]
 
-    async def set_default(self, name: str, version: int, policy: SessionPolicy, migration: str = "") -> Moved:
+    async def set_default(
+        self,
+        name: str,
+        version: int,
+        policy: SessionPolicy,
+        migration: str = "",
+        *,
+        leaves: bool | None = None,
+    ) -> Moved:
         self.told.append(("default", name, version, policy, migration))
         self._refuse()
         previous = next(info.version for info in self.names[name].values() if info.is_default)
-        self.give(name, previous, is_default=False, is_draining=policy is SessionPolicy.KEEP)
+        self.give(name, previous, is_default=False, is_draining=bool(leaves))
         self.give(name, version, is_default=True, is_draining=False)
         return Moved(previous, 3)
 

@@ -166,6 +166,34 @@ async def test_kept_and_pinned_sessions_are_where_they_were(disk: Disk) -> None:
         assert await at.engine.sessions_by_version("plain") == {1: 2, 3: 1}
 
 
+@pytest.mark.parametrize("at_start", [True, False])
+async def test_what_drains_drains_after_a_restart_too(disk: Disk, *, at_start: bool) -> None:
+    def draining(at: Harness) -> list[bool]:
+        return [version.is_draining for version in at.engine.model("plain").versions]
+
+    async with on(disk) as at:
+        await at.open("a")
+        for version, policy, leaves in ((2, KEEP, None), (3, CARRY, None), (4, CARRY, True)):
+            await at.engine.load_version("plain", version, weights(version), source=f"{version}.keras")
+            await at.engine.set_default("plain", version, policy, leaves=leaves)
+        assert draining(at) == [True, False, True, False]
+        await at.engine.set_label("plain", "old", 3)
+        assert draining(at) == [True, False, False, False]
+        await at.engine.set_label("plain", "old", 0)
+        disk.kill()
+    programs = {f"plain@{version}": PLAIN if version == 1 else weights(version) for version in range(1, 5)}
+    async with on(disk, programs if at_start else {"plain@1": PLAIN}) as at:
+        if not at_start:
+            for version in (2, 3, 4):
+                await at.engine.load_version("plain", version, weights(version), source=f"{version}.keras")
+        assert draining(at) == [True, False, True, False]
+        # what was unloaded and is loaded again by somebody stays
+        await at.engine.unload_version("plain", 3)
+        await at.engine.load_version("plain", 3, weights(3))
+        await at.engine.set_default("plain", 1, CARRY)
+        assert draining(at) == [False] * 4
+
+
 async def test_a_default_that_is_not_loaded_yet_is_waited_for(disk: Disk) -> None:
     async with on(disk) as at:
         await at.open("a")

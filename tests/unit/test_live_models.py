@@ -235,14 +235,14 @@ async def test_a_switch_that_has_begun_is_finished_although_its_caller_goes(at: 
     begun, go_on = asyncio.Event(), asyncio.Event()
     switch = at.engine.set_default
 
-    async def slow(*arguments: Any) -> Moved:
+    async def slow(*arguments: Any, leaves: bool) -> Moved:
         begun.set()
         await go_on.wait()
-        return await switch(*arguments)
+        return await switch(*arguments, leaves=leaves)
 
     at.engine.set_default = slow  # type: ignore[method-assign,assignment]
     load = asyncio.create_task(at.load(policy=SessionPolicy.RESET))
-    await begun.wait()
+    await asyncio.wait_for(begun.wait(), 100)
     load.cancel()
     with pytest.raises(asyncio.CancelledError):
         await load

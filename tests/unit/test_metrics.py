@@ -10,6 +10,7 @@ from stepwell_server.engine.durability.group_commit import MOST_WAITING
 from stepwell_server.engine.engine import ModelStats
 from stepwell_server.engine.intake.inbox import MAX_WAITING_BYTES
 from stepwell_server.errors import reasons
+from stepwell_server.live.control import VersionState, VersionStatus
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.readiness import Readiness
 from stepwell_server.rpc.fronts.base import FrontCounts
@@ -75,6 +76,41 @@ def test_everything_told_is_counted() -> None:
     assert {"version": "1"} in scrape.series("stepwell_build_info")
     about = {"model": "m", "fingerprint": PLAIN.fingerprint, "executor": PLAIN.executor}
     assert scrape.series("stepwell_model_info") == [about]
+
+
+def test_versions_are_counted_by_how_they_are() -> None:
+    observer = _serving("m", "gone")
+    observer.knows_versions(
+        lambda: {
+            "m": [
+                VersionStatus(1, VersionState.DRAINING, fingerprint="f1", sessions=2),
+                VersionStatus(3, VersionState.READY, fingerprint="f3", is_default=True),
+                VersionStatus(4, VersionState.FAILED, "no"),
+                VersionStatus(5, VersionState.FAILED, "no"),
+            ],
+            "new": [VersionStatus(1, VersionState.LOADING, "probe")],
+        }
+    )
+    observer.sessions_moved("m", "carry", 7)
+    observer.model_failed("m")
+    observer.model_failed("")
+    scrape = _scrape(observer)
+    for name, value, *labels in (
+        ("stepwell_model_versions", 1, "m", "draining"),
+        ("stepwell_model_versions", 1, "m", "ready"),
+        ("stepwell_model_versions", 2, "m", "failed"),
+        ("stepwell_model_versions", 0, "m", "loading"),
+        ("stepwell_model_versions", 1, "new", "loading"),
+        ("stepwell_model_default_version", 3, "m"),
+        ("stepwell_model_default_version", 0, "new"),
+        ("stepwell_moved_sessions_total", 7, "m", "carry"),
+        ("stepwell_moved_sessions_total", 0, "m", "reset"),
+        ("stepwell_model_loads_total", 1, "m", "failed"),
+        ("stepwell_model_loads_total", 1, "", "failed"),
+    ):
+        assert scrape.value(name, *labels) == value, (name, labels)
+    (about,) = scrape.series("stepwell_model_info")
+    assert about == {"model": "m", "version": "3", "fingerprint": "f3", "executor": PLAIN.executor}
 
 
 def test_what_may_come_stands_at_0_before_it_does() -> None:

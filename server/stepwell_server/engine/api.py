@@ -117,7 +117,7 @@ class VersionInfo:
     loaded: float
     """When, in seconds since the epoch."""
     is_draining: bool
-    """It is neither the default nor labelled, and has sessions."""
+    """It was the default, and is to be unloaded when its last session has ended."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

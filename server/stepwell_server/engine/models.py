@@ -32,6 +32,8 @@ class Known:
     """Whose admin loaded it."""
     is_wanted: bool = True
     """It is to be loaded again after a restart."""
+    is_leaving: bool = False
+    """It was the default, and is to be unloaded when its last session has ended, unless it has a label."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -68,6 +70,14 @@ class Versions:
             version = labelled
         elif ref.version is not None:
             version = ref.version
+        return self.require(version)
+
+    def require(self, version: int) -> Model:
+        """A version that is loaded.
+
+        Raises:
+            VersionNotFound: it is not.
+        """
         found = self.loaded.get(version)
         if found is None:
             raise VersionNotFound(
@@ -82,6 +92,14 @@ class Versions:
         if versions is None:
             return list(self.loaded.values())
         return [self.loaded[version] for version in versions if version in self.loaded]
+
+    def known_after(self, previous: int, version: int, *, leaves: bool) -> dict[int, Known]:
+        """What is known when another version is the default; `leaves`: the previous one is to be unloaded."""
+        known = dict(self.known)
+        if previous in known:
+            known[previous] = dataclasses.replace(known[previous], is_leaving=leaves)
+        known[version] = dataclasses.replace(known[version], is_leaving=False)
+        return known
 
     def version_with(self, fingerprint: str) -> int | None:
         """The lowest version with a fingerprint, loaded or not: that of records that say no version."""

@@ -45,8 +45,16 @@ class Engine(Protocol):
     async def unload_version(self, name: str, version: int, *, force: bool = False) -> None:
         """Serve it no longer."""
 
-    async def set_default(self, name: str, version: int, policy: SessionPolicy, migration: str = "") -> Moved:
-        """Make it the default."""
+    async def set_default(
+        self,
+        name: str,
+        version: int,
+        policy: SessionPolicy,
+        migration: str = "",
+        *,
+        leaves: bool | None = None,
+    ) -> Moved:
+        """Make it the default; the previous one is remembered as one that `leaves`, or not."""
 
     async def set_label(self, name: str, label: str, version: int) -> None:
         """Give it a label; 0 takes the label away."""

@@ -273,7 +273,11 @@ class LiveModels:
                 loaded = LoadedVersion(version, 0, 0)
             else:
                 loaded = await self._switch(
-                    name, version, request.policy, request.migration, keep_previous=request.keep_previous
+                    name,
+                    version,
+                    request.policy,
+                    request.migration,
+                    leaves=_leaves(request.policy, request.keep_previous) or request.unload_previous,
                 )
         except BaseException:
             # nobody was told of it: what was opened on it meanwhile by its number stays in the store
@@ -286,8 +290,6 @@ class LiveModels:
             except ServerError as error:  # the switch is true, and is not taken back
                 error.message += f" (version {version} of model {name!r} is loaded and the default, without all its labels)"
                 raise
-        if request.unload_previous and loaded.previous:
-            self._leaving.add((name, loaded.previous))
         seconds = time.perf_counter() - started
         self._observer.model_loaded(name, compiled.origin, seconds)
         self._tell(name, version, "loaded")
@@ -384,19 +386,14 @@ class LiveModels:
         if version not in known:
             raise _no_version(name, version, known)
         async with self._turn:
-            return await self._switch(name, version, policy, migration, keep_previous=keep_previous)
+            return await self._switch(name, version, policy, migration, leaves=_leaves(policy, keep_previous))
 
     async def _switch(
-        self, name: str, version: int, policy: SessionPolicy, migration: str, *, keep_previous: bool
+        self, name: str, version: int, policy: SessionPolicy, migration: str, *, leaves: bool
     ) -> LoadedVersion:
-        moved = await self._engine.set_default(name, version, policy, migration)
+        moved = await self._engine.set_default(name, version, policy, migration, leaves=leaves)
         self._leaving.discard((name, version))
-        if (
-            policy is SessionPolicy.KEEP
-            and not keep_previous
-            and moved.previous in self._served(name)
-            and moved.previous != version
-        ):
+        if leaves and moved.previous in self._served(name) and moved.previous != version:
             self._leaving.add((name, moved.previous))
         self._observer.sessions_moved(name, policy.value, moved.sessions)
         _log.info(
@@ -549,6 +546,11 @@ class LiveModels:
             names = [info.name for info in self._engine.models()]
             raise ModelNotFound(f"name must be one of {names}; got {name[:160]!r}", model=name)
         return served
+
+
+def _leaves(policy: SessionPolicy, keep_previous: bool) -> bool:
+    """Whether the version that was the default is unloaded with its last session."""
+    return policy is SessionPolicy.KEEP and not keep_previous
 
 
 def _require_label(label: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from stepwell_server.compile.errors import ModelError
+from stepwell_server.engine.api import ModelInfo
 from stepwell_server.engine.models import Known, Versions
 from stepwell_server.errors import ServerError
 from stepwell_server.live.faces import Compile
@@ -26,6 +27,9 @@ _log = Log("models")
 
 class Engine(Protocol):
     """What is asked of the engine."""
+
+    def models(self) -> list[ModelInfo]:
+        """Those that are served."""
 
     def catalogue(self) -> Mapping[str, Versions]:
         """What is known of all names, loaded or not."""
@@ -113,6 +117,10 @@ async def restore(
                 tell(name, version, f"failed: {why}")
                 if version == default:
                     bad[name] = why
+    for info in engine.models():
+        for each in info.versions:
+            if each.is_draining:
+                live.drain(info.name, each.version)
     if live.kept is not None and not abandoned.is_set():
         await live.kept.drop_others(sources)
     return bad

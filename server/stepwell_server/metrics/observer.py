@@ -331,6 +331,18 @@ class PrometheusObserver(Observer):
         self._store_is_ready, self._store_reopened = is_ready, reopened
         self._store_is_damaged = is_damaged
 
+    def _models_now(self) -> Mapping[str, Mapping[str, str]]:
+        """What is said of the models, by their default versions: those that are served now, where that is known."""
+        if self._versions is None:
+            return self._models
+        found: dict[str, Mapping[str, str]] = {}
+        for name, versions in self._versions().items():
+            default = next((one for one in versions if one.is_default), None)
+            if default is not None:
+                told = {"version": str(default.version), "fingerprint": default.fingerprint}
+                found[name] = {**self._models.get(name, {}), **told}
+        return found
+
     def families(self, stats: Iterable[ModelStats]) -> list[Metric]:
         """Everything counted so far, and the gauges of ``stats``."""
         self._count_alone()
@@ -341,7 +353,7 @@ class PrometheusObserver(Observer):
             *(self._requests, self._request_seconds),
         ]
         families = [each.family() for each in counted]
-        families += gauges.of_build(self._build, self._models, self._load_seconds)
+        families += gauges.of_build(self._build, self._models_now(), self._load_seconds)
         families.append(gauges.of_readiness(is_ready=self._is_ready))
         families += gauges.of_streams(self._streams)
         if self._front_counts is not None:

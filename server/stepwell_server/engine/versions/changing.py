@@ -122,7 +122,10 @@ class Changing:
             was = kept.known.get(version)
             if was is not None and was.fingerprint == model.program.fingerprint:
                 own.known[version] = dataclasses.replace(
-                    own.known[version], source=own.known[version].source or was.source, tenant=was.tenant
+                    own.known[version],
+                    source=own.known[version].source or was.source,
+                    tenant=was.tenant,
+                    is_leaving=was.is_leaving,
                 )
         own.known = {**kept.known, **own.known}
         own.highest = max(own.highest, kept.highest)
@@ -152,6 +155,8 @@ class Changing:
         async with self._lock(name):
             own = self._models.versions(name)
             known = Known(version, program.fingerprint, Layout.of(program), source, self._clock.now(), tenant)
+            if version in own.known:  # before a restart, or before it was unloaded
+                known = dataclasses.replace(known, is_leaving=own.known[version].is_leaving)
             self._require_new(own, known)
             model = self._serving.make(name, version, program, self._sibling(own, program), rows)
             await self._serving.warm_up(model)
@@ -180,9 +185,7 @@ class Changing:
         """
         async with self._lock(name):
             own = self._models.named(name)
-            model = own.loaded.get(version)
-            if model is None:
-                raise _not_loaded(own, version)
+            model = own.require(version)
             if not force:
                 sessions = (await self.sessions(name)).get(version, 0)
                 if own.default == version and len(own.loaded) > 1:
@@ -197,7 +200,7 @@ class Changing:
                         " close them, move them, or say force",
                         model=name,
                     )
-            known = dataclasses.replace(own.known[version], is_wanted=False)
+            known = dataclasses.replace(own.known[version], is_wanted=False, is_leaving=False)
             after = dataclasses.replace(own, known={**own.known, version: known})
             after.labels = {label: at for label, at in own.labels.items() if at != version}
             if own.default == version:
@@ -213,8 +216,18 @@ class Changing:
             self._models.forget(model)
             await self._serving.end(model)
 
-    async def set_default(self, name: str, version: int, policy: SessionPolicy, migration: str = "") -> Moved:
+    async def set_default(
+        self,
+        name: str,
+        version: int,
+        policy: SessionPolicy,
+        migration: str = "",
+        *,
+        leaves: bool | None = None,
+    ) -> Moved:
         """Let the name stand for another version from now on, and the sessions that follow it do what the policy says.
+
+        With `leaves` the previous one is said to drain; None: as `KEEP` does.
 
         Raises:
             ModelNotFound, VersionNotFound: it is not loaded.
@@ -224,9 +237,7 @@ class Changing:
         """
         async with self._lock(name):
             own = self._models.named(name)
-            target = own.loaded.get(version)
-            if target is None:
-                raise _not_loaded(own, version)
+            target = own.require(version)
             previous = own.wanted or own.default
             if previous == version:
                 return Moved(previous, 0)
@@ -234,6 +245,7 @@ class Changing:
             function = await self._require_possible(own, previous, target, how, migration)
             after = dataclasses.replace(own)
             after.default, after.wanted = version, 0
+            after.known = own.known_after(previous, version, leaves=how is None if leaves is None else leaves)
             await self._all_left()  # what is late for the last change must not be early for this one
             if how is not None:
                 after.history = own.history.with_move(previous, version, how, function)
@@ -243,6 +255,7 @@ class Changing:
                 nonlocal moved
                 self._drain()  # what came before this is under way on the version where it was sent
                 own.default, own.wanted, own.history = after.default, 0, after.history
+                own.known = after.known
                 if how is not None:
                     self._mark(own, but=previous)
                     moved = self._move(own, previous, target, how)
@@ -268,8 +281,7 @@ class Changing:
             own = self._models.named(name)
             labels = dict(own.labels)
             if version:
-                if version not in own.loaded:
-                    raise _not_loaded(own, version)
+                own.require(version)
                 labels[label] = version
             elif labels.pop(label, None) is None:
                 raise VersionNotFound(
@@ -307,7 +319,7 @@ class Changing:
                     sessions,
                     known.source,
                     known.loaded,
-                    is_draining=not is_default and not labels and sessions > 0,
+                    is_draining=known.is_leaving and not is_default and not labels,
                 )
             )
         return found
@@ -577,11 +589,3 @@ class Changing:
 def _require_name(name: str) -> None:
     if not is_name(name):
         raise InvalidInput(f"name of a model must be 1 to 128 letters, digits, _, - or .; got {name!r}")
-
-
-def _not_loaded(own: Versions, version: int) -> VersionNotFound:
-    return VersionNotFound(
-        f"version of model {own.name!r} must be one that is loaded, {sorted(own.loaded)}; got {version}",
-        model=own.name,
-        version=str(version),
-    )

@@ -82,6 +82,7 @@ def _version(known: Known) -> dict[str, Any]:
         "loaded": known.loaded,
         "tenant": known.tenant,
         "wanted": known.is_wanted,
+        "leaving": known.is_leaving,
     }
 
 
@@ -100,4 +101,5 @@ def _known(told: dict[str, Any]) -> Known:
         float(told["loaded"]),
         str(told["tenant"]),
         bool(told["wanted"]),
+        bool(told.get("leaving", False)),
     )
