@@ -311,7 +311,7 @@ def test_versions_that_were_loaded_by_a_call_are_there_after_a_restart(tmp_path:
         server.signal()
         server.finish()
     file.write_bytes(b"no model")  # its sessions wait in the store, and the server is there for the others
-    with ServerProcess(*options, *store) as server:
+    with ServerProcess(*options, *store, "--bad-models", "skip") as server:
         assert versions(server) == {1: "READY", 2: "FAILED"}
         with stepwell.connect(server.address) as client:
             with pytest.raises(

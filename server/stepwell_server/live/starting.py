@@ -172,11 +172,13 @@ class ModelWork:
             if model is None and former in served:
                 continue  # somebody loaded it by a call: it is theirs
             files = {} if model is None else model.files
+            # loaded by a call, and made the default
+            is_chosen = default == former and default not in loaded.get(name, ())
             self._follower.begin_with(
                 name,
                 {version: files[version] for version in loaded.get(name, set())},
                 {version: files[version] for version in failed.get(name, set())},
-                default=0 if model is not None and model.is_default_chosen else default,
+                default=0 if is_chosen or (model is not None and model.is_default_chosen) else default,
                 former_default=0 if former in served else former,
             )
         self._is_begun = True
