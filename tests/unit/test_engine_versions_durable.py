@@ -216,6 +216,32 @@ async def test_a_default_that_is_not_loaded_yet_is_waited_for(disk: Disk) -> Non
         await expect(at, "a", 1, state, 2)
 
 
+async def test_what_is_opened_on_a_version_that_others_have_left_stays(disk: Disk) -> None:
+    async with on(disk) as at:
+        await at.open("moved")
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.set_default("plain", 2, CARRY)
+        await at.engine.set_default("plain", 1, KEEP)
+        await at.open("a")
+        state = await expect(at, "a", 1, INITIAL, 1)
+        disk.kill()
+    async with on(disk, BOTH) as at:
+        await expect(at, "a", 1, state, 2)
+        assert (await at.engine.session_info("moved")).version == 2
+
+
+async def test_what_is_opened_after_the_default_was_unloaded_stays(disk: Disk) -> None:
+    async with on(disk) as at:
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.set_default("plain", 2, RESET)
+        await at.engine.unload_version("plain", 2, force=True)
+        await at.open("a")
+        state = await expect(at, "a", 1, INITIAL, 1)
+        disk.kill()
+    async with on(disk) as at:
+        await expect(at, "a", 1, state, 2)
+
+
 async def test_a_number_has_one_set_of_weights_while_sessions_may_have_them(disk: Disk) -> None:
     async with on(disk) as at:
         await at.open("a")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 
 import numpy as np
 
@@ -136,7 +136,7 @@ class Changing:
             own.wanted = kept.wanted
         else:
             own.wanted = kept.wanted
-        self._mark(own)
+        self._mark(own, own.loaded.values())
 
     async def load(
         self, name: str, version: int, program: Program, *, source: str = "", tenant: str = "", rows: int = 0
@@ -168,7 +168,7 @@ class Changing:
 
             def served() -> None:
                 self._models.add(model, known)
-                self._mark(own)
+                self._mark(own, [model])
                 self._serving.observer.model_served(name, program)
 
             await self._keep(own, after, served)
@@ -206,10 +206,15 @@ class Changing:
             if own.default == version:
                 after.wanted = max(own.loaded.keys() - {version}, default=0)
 
+            if own.default == version:
+                await self._all_left()  # what is late for another version must not be early for the name
+
             def unknown() -> None:
                 own.known[version], own.labels = known, after.labels
                 self._models.retire(model)
                 own.wanted = 0 if own.loaded else version
+                if own.loaded:
+                    self._mark(own, [own.loaded[own.default]])
 
             await self._keep(own, after, unknown)
             await self._empty(model)
@@ -256,8 +261,12 @@ class Changing:
                 self._drain()  # what came before this is under way on the version where it was sent
                 own.default, own.wanted, own.history = after.default, 0, after.history
                 own.known = after.known
-                if how is not None:
-                    self._mark(own, but=previous)
+                if how is None:
+                    self._mark(
+                        own, [target]
+                    )  # what is opened on it from now on did not make the moves before
+                else:
+                    self._mark(own, [own.loaded[each] for each in own.loaded if each != previous])
                     moved = self._move(own, previous, target, how)
 
             await self._keep(own, after, switch)
@@ -434,11 +443,11 @@ class Changing:
         )
 
     @staticmethod
-    def _mark(own: Versions, *, but: int = 0) -> None:
-        """Let records say that their sessions have made all moves: of all versions `but` the one that they leave."""
+    def _mark(own: Versions, models: Collection[Model] = ()) -> None:
+        """Let records say that their sessions have made all moves: those of some versions, which no session leaves now."""
+        for model in models:
+            model.epoch = own.history.epoch
         for version, model in own.loaded.items():
-            if version != but:
-                model.epoch = own.history.epoch
             model.is_plain = own.version_with(model.program.fingerprint) == version
 
     def _move(self, own: Versions, previous: int, target: Model, how: How) -> int:
