@@ -76,6 +76,12 @@ class Server:
     def go(self) -> None:
         """What was taken is done already."""
 
+    def go_soon(self) -> None:
+        """The same."""
+
+    def in_turn(self, work: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_soon(work)
+
     def too_large(self, size: int) -> Status:
         raise AssertionError(size)
 

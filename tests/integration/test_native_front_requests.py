@@ -53,6 +53,12 @@ class Server:
     def go(self) -> None:
         """What was taken is done already."""
 
+    def go_soon(self) -> None:
+        """The same."""
+
+    def in_turn(self, work: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_soon(work)
+
     def too_large(self, size: int) -> Status:
         return Status(Code.RESOURCE_EXHAUSTED, f"{size} bytes", ())
 
@@ -447,12 +453,38 @@ async def test_calls_of_all_connections_have_a_limit(server: Server) -> None:
         await other.infer(asked(3, start=True), timeout=_PATIENCE_S)
 
 
+async def test_what_is_large_is_taken_after_a_look_at_what_else_has_come() -> None:
+    from stepwell_server.rpc.fronts import native
+
+    front = native.NativeFront(SystemClock(), FrontLimits(1 << 20))
+    front._steps = steps = mock.create_autospec(Server, instance=True)
+    steps.in_turn.side_effect = asyncio.get_running_loop().call_soon
+
+    def batch(peer: str, count: int) -> tuple[Any, ...]:
+        ids = [f"{peer}-{place}" for place in range(count)]
+        counts, sizes = np.array([count], np.uint32).tobytes(), np.ones(count, np.uint32).tobytes()
+        numbers = (counts, sizes, b"", b"", np.full(count, np.inf).tobytes())
+        return native._BATCH, mock.Mock(), ids, [peer], None, numbers, (1, [], True, None), []
+
+    wire = mock.Mock()
+    wire.take.side_effect = [[batch("other", 1)], [batch("flood", 1024)], [batch("other", 1)], []]
+    front._take(wire)
+    steps.reset_mock()
+    front._take(wire)
+    assert [len(call.args[0].session_ids) for call in steps.mock_calls if call[0] == "take"] == [1]
+    assert [call[0] for call in steps.mock_calls] == ["hold", "take", "go", "in_turn"]
+    steps.reset_mock()
+    await asyncio.sleep(0)
+    assert [call[0] for call in steps.mock_calls] == ["hold", "take", "go_soon"], "and its pass later still"
+
+
 async def test_a_defect_in_one_arrival_does_not_keep_those_behind_it() -> None:
     from stepwell_server.rpc.fronts import native
 
     front = native.NativeFront(SystemClock(), FrontLimits(1 << 20))
     front._steps = steps = mock.create_autospec(Server, instance=True)
     steps.duplicate.return_value = b"answer"
+    steps.in_turn.side_effect = asyncio.get_running_loop().call_soon
     handle = mock.Mock()
     bad = mock.Mock()
     bad.write.side_effect = KeyError

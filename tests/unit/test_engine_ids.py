@@ -8,6 +8,7 @@ import pytest
 
 from stepwell_server.engine.sessions.ids import MAX_ID_LENGTH, IdMaker, require_session_id, shown
 from stepwell_server.engine.sessions.pieces import Pieces
+from stepwell_server.engine.shares import LoopTurns
 from stepwell_server.errors import InvalidInput
 from stepwell_server.store.memory import MemoryStore
 from support.awaited import RemoteStore
@@ -26,7 +27,7 @@ def ids() -> IdMaker:
 async def test_ids_of_one_call_lie_together_and_tell_nothing_of_each_other(
     ids: IdMaker, namespace: str, request_id: int
 ) -> None:
-    made = await ids.make_many(request_id, 4096, Pieces(), namespace=namespace)
+    made = await ids.make_many(request_id, 4096, Pieces(LoopTurns()), namespace=namespace)
     assert made == sorted(set(made))
     (common,) = {one[:-22] for one in made}
     assert common.startswith(f"{namespace}s-")
@@ -41,7 +42,7 @@ async def test_ids_of_one_call_lie_together_and_tell_nothing_of_each_other(
 async def test_ids_follow_from_the_request_the_namespace_and_the_sources(
     ids: IdMaker, namespace: str
 ) -> None:
-    pieces = Pieces()
+    pieces = Pieces(LoopTurns())
 
     async def made(
         maker: IdMaker = ids,

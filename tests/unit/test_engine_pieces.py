@@ -14,6 +14,7 @@ from stepwell_server.engine import submission
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.sessions import creation, directory, forking, ids, pieces, reading
 from stepwell_server.engine.sessions.opening import OpenedMany
+from stepwell_server.engine.shares import LoopTurns
 from stepwell_server.errors import RevisionConflict, ServerError, SessionExists, Unavailable
 from stepwell_server.store.base import Batch
 from stepwell_server.store.memory import MemoryStore
@@ -135,7 +136,7 @@ async def test_of_many_large_calls_one_piece_is_done_in_a_turn(part: str) -> Non
 
 async def test_tenants_take_turns_with_their_pieces() -> None:
     taken: list[str] = []
-    whose = pieces.Pieces()
+    whose = pieces.Pieces(LoopTurns())
 
     async def call(tenant: str) -> None:
         ids = [f"{tenant}{SEPARATOR}{place}" for place in range(4 * pieces.TURN)]
@@ -148,7 +149,7 @@ async def test_tenants_take_turns_with_their_pieces() -> None:
 
 
 async def test_pieces_go_on_when_a_call_is_cancelled_that_waits_for_its_turn() -> None:
-    whose = pieces.Pieces()
+    whose = pieces.Pieces(LoopTurns())
     waiting = [asyncio.create_task(whose.turn(tenant)) for tenant in ("a", "a", "b")]
     await asyncio.sleep(0)
     waiting[0].cancel()

@@ -9,7 +9,16 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from stepwell_server.engine.shares import COMPANY_S, LEAST_PASS_S, TURNS_S, Share, Shares, Then, Threads
+from stepwell_server.engine.shares import (
+    COMPANY_S,
+    LEAST_PASS_S,
+    TURNS_S,
+    LoopTurns,
+    Share,
+    Shares,
+    Then,
+    Threads,
+)
 from support.clock import ManualClock
 from support.fake_executor import WAIT_S
 
@@ -28,7 +37,7 @@ class Flood:
 
     def __init__(self) -> None:
         self.clock = ManualClock()
-        self.shares = Shares(self.clock)
+        self.shares = Shares(self.clock, LoopTurns())
         self.turns: list[str] = []
         """Whose they were."""
         self._enough = 0
@@ -61,7 +70,7 @@ class Flood:
 
 async def test_however_often_it_is_rung_there_is_one_turn_between_two_looks_at_the_network() -> None:
     turns: list[int] = []
-    shares = Shares(ManualClock())
+    shares = Shares(ManualClock(), LoopTurns())
     share = Share(shares, "m")
 
     def turn() -> None:
@@ -83,7 +92,7 @@ async def test_however_often_it_is_rung_there_is_one_turn_between_two_looks_at_t
 
 async def test_what_is_done_in_a_turn_needs_no_other() -> None:
     turns: list[int] = []
-    share = Share(Shares(ManualClock()), "m")
+    share = Share(Shares(ManualClock(), LoopTurns()), "m")
 
     def turn() -> None:
         turns.append(1)
@@ -158,7 +167,7 @@ class Gate:
 
 
 async def test_the_thread_goes_to_the_model_that_has_used_it_least(threads: Threads) -> None:
-    shares, order, ended = Shares(ManualClock()), list[str](), threading.Event()
+    shares, order, ended = Shares(ManualClock(), LoopTurns()), list[str](), threading.Event()
     first, much, little = (Share(shares, name) for name in ("first", "much", "little"))
 
     def piece(name: str, seconds: float, then: Then = None) -> Callable[[], Then]:
@@ -187,7 +196,7 @@ def no_piece() -> None:
 
 
 async def test_passes_are_short_while_other_models_have_theirs_on_threads(threads: Threads) -> None:
-    shares = Shares(ManualClock())
+    shares = Shares(ManualClock(), LoopTurns())
     one, other = Share(shares, "one"), Share(shares, "other")
     assert threads.most_s(one, 0.0) is None
     threads.run(one, [no_piece], 0.1, 0.0)
@@ -205,10 +214,74 @@ async def test_passes_are_short_while_other_models_have_theirs_on_threads(thread
 
 
 async def test_a_model_that_is_gone_is_no_company(threads: Threads) -> None:
-    shares = Shares(ManualClock())
+    shares = Shares(ManualClock(), LoopTurns())
     one, other = Share(shares, "one"), Share(shares, "other")
     threads.run(one, [no_piece], 0.1, 0.0)
     threads.run(other, [no_piece], 0.1, 0.0)
     threads.ended(other, 0.0)
     threads.forget(other)
     assert threads.most_s(one, 0.0) is None
+
+
+async def test_a_turn_of_the_event_loop_has_one_part_of_large_work() -> None:
+    turns, order = LoopTurns(), list[str]()
+
+    def ask(name: str, left: int) -> None:
+        def work() -> None:
+            order.append(name)
+            if left > 1:
+                ask(name, left - 1)
+
+        turns.soon(work)
+
+    for name in "abc":
+        ask(name, 3)
+    for count in range(1, 10):
+        await asyncio.sleep(0)
+        assert len(order) == count
+    assert order == list("abcabcabc")
+    await asyncio.sleep(0)
+    assert len(order) == 9
+
+
+async def test_large_work_goes_on_after_a_defect() -> None:
+    turns, after, told = LoopTurns(), asyncio.Event(), list[str]()
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: told.append(str(context["exception"])))
+
+    def broken() -> None:
+        raise RuntimeError("a defect")
+
+    turns.soon(broken)
+    turns.soon(after.set)
+    await after.wait()
+    assert told == ["a defect"]
+
+
+async def test_models_have_their_turns_among_other_large_work() -> None:
+    turns, order = LoopTurns(), list[str]()
+    shares = Shares(ManualClock(), turns)
+    share = Share(shares, "m")
+
+    def run() -> None:
+        order.append("pass")
+        share.ring()
+
+    def other() -> None:
+        order.append("other")
+        turns.soon(other)
+
+    share.listen(run)
+    share.ring()
+    turns.soon(other)
+    for count in range(1, 9):
+        await asyncio.sleep(0)
+        assert len(order) == count
+    assert order == ["pass", "other"] * 4
+    shares.hold()
+    shares.go_soon()
+    assert len(order) == 8, "not at once"
+    shares.hold()
+    shares.go()
+    assert order[8:] == ["pass"]
+    share.leave()

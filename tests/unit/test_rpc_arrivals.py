@@ -26,6 +26,7 @@ class Wire:
             self._do, ManualClock().monotonic, lambda peer: self.whose.get(peer, ("", ""))
         )
         self.count = 0
+        self.was_large = False
 
     def _do(self, what: Made) -> None:
         self.done.append(what)
@@ -41,13 +42,13 @@ class Wire:
         what = (kind, frozenset(peers), size, self.count)
         self.arrivals.add(kind, peers, what, size, is_all=is_all)
 
-    def turn(self) -> list[int]:
+    def turn(self, *, is_extra: bool = False) -> list[int]:
         """The numbers of what is done in a turn of the event loop."""
         looking, self.looking = self.looking, []
         for peer in looking:
             self.arrivals.looked(peer)
         before = len(self.done)
-        self.arrivals.go_on()
+        self.was_large = self.arrivals.go_on(is_extra=is_extra)
         return [what[3] for what in self.done[before:]]
 
 
@@ -93,6 +94,20 @@ def test_a_flood_of_calls_or_of_large_batches_is_done_a_little_at_a_time() -> No
     assert wire.turn() == [1, 5]
     wire.add(Kind.BATCH, "b")
     assert sorted(wire.turn()) == [2, 6]
+
+
+def test_large_batches_have_turns_of_their_own_while_others_are_about() -> None:
+    wire = Wire()
+    wire.add(Kind.BATCH, ("alone",), LARGE)
+    assert wire.turn(is_extra=True) == [1]
+    assert not wire.was_large, "nobody waits for it"
+    wire.add(Kind.BATCH, ("flood",), LARGE)
+    wire.add(Kind.BATCH, ("other",))
+    wire.add(Kind.TASK, ("third",))
+    assert wire.turn(is_extra=True) == [3, 4]
+    assert not wire.was_large
+    assert wire.turn() == [2]
+    assert wire.was_large
 
 
 @pytest.mark.parametrize("kind", [Kind.TASK, Kind.BATCH])

@@ -49,7 +49,7 @@ from stepwell_server.engine.sessions.moving import Moving
 from stepwell_server.engine.sessions.opening import OpenedMany, Opening
 from stepwell_server.engine.sessions.pieces import Pieces
 from stepwell_server.engine.sessions.reading import Reading
-from stepwell_server.engine.shares import Shares, Threads
+from stepwell_server.engine.shares import LoopTurns, Shares, Threads
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.resident import ResidentRows
@@ -116,7 +116,8 @@ class Engine:
             quotas: What tenants may take.
             migrations: Functions that make states of one version those of another, by name.
         """
-        self._shares, self._threads = Shares(clock), Threads(compute_threads)
+        self._loop_turns = LoopTurns()
+        self._shares, self._threads = Shares(clock, self._loop_turns), Threads(compute_threads)
         self._table = table = SessionTable()
         self._models = Models(table)
         self._is_local = store.local is not None
@@ -157,7 +158,7 @@ class Engine:
             max_idle_s=max_session_idle_s,
         )
         loader = Loader(table, self._models, self._expiry, fields)
-        pieces = Pieces()
+        pieces = Pieces(self._loop_turns)
         self._arrivals = Arrivals(table, fetcher, self._expiry, loader, pieces, self._drain_inboxes)
         self._directory = Directory(
             table,
@@ -525,6 +526,14 @@ class Engine:
     def take_turns(self) -> None:
         """Do now what has come, rather than in the next turn of the event loop."""
         self._shares.go()
+
+    def take_turns_soon(self) -> None:
+        """Do what has come in another turn of the event loop: this one has had its large work."""
+        self._shares.go_soon()
+
+    def call_in_turn(self, work: Callable[[], None]) -> None:
+        """Do a part of large work in a turn of the event loop that has no other: see `LoopTurns`."""
+        self._loop_turns.soon(work)
 
     def stop_accepting(self) -> None:
         """From now on refuse new sessions and new changes with `Unavailable`."""

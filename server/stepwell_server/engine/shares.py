@@ -14,6 +14,7 @@ import heapq
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
@@ -32,6 +33,32 @@ COMPANY_S = 0.05
 Then: TypeAlias = "Callable[[], None] | None"
 Piece: TypeAlias = Callable[[], Then]
 """A part of a pass; what it returns is called, on the same thread, when its time is charged."""
+
+
+class LoopTurns:
+    """Large work takes turns on the event loop: one part of it between two looks at what has come over the network.
+
+    So what is small, and runs as soon as it is seen, waits for one part of large work at most, however many kinds of it
+    are under way: passes, the intake of large batches, pieces of calls on many sessions. Lives on the event loop.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def soon(self, work: Callable[[], None]) -> None:
+        """Call `work` in a turn of its own; who asks again before that has two."""
+        self._waiting.append(work)
+        if len(self._waiting) == 1:
+            self._loop.call_soon(self._next)
+
+    def _next(self) -> None:
+        try:
+            self._waiting[0]()
+        finally:  # whatever was raised is the loop's to tell
+            self._waiting.popleft()
+            if self._waiting:
+                self._loop.call_soon(self._next)
 
 
 class Share:
@@ -104,9 +131,9 @@ class Share:
 class Shares:
     """Whose turn it is on the event loop. Lives there."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, turns: LoopTurns) -> None:
         self._clock = clock
-        self._loop = asyncio.get_running_loop()
+        self._loop_turns = turns
         self._due: list[tuple[float, int, Share]] = []
         """A heap: used seconds, order of coming."""
         self._numbers = itertools.count()
@@ -134,10 +161,16 @@ class Shares:
         if self._due:
             self._turns()
 
+    def go_soon(self) -> None:
+        """Give who is due their turns in another turn of the event loop: this one has had its large work."""
+        self._is_held = False
+        if self._due:
+            self._schedule()
+
     def _schedule(self) -> None:
         if not self._is_scheduled:
             self._is_scheduled = True
-            self._loop.call_soon(self._scheduled)
+            self._loop_turns.soon(self._scheduled)
 
     def _scheduled(self) -> None:
         self._is_scheduled = False

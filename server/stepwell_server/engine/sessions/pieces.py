@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 from stepwell_server.core.namespaces import tenant_of
+from stepwell_server.engine.shares import LoopTurns
 
 #: Sessions of one piece: some 0.1 ms of work.
 TURN = 64
@@ -19,16 +20,16 @@ TURN = 64
 class Pieces:
     """Whose piece is next. Lives on one event loop."""
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, turns: LoopTurns) -> None:
+        self._turns = turns
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         """By tenant, in the order of their turns."""
         self._is_due = False
-        """`_next` is called in the next turn of the event loop."""
+        """`_next` will be called."""
 
     async def turn(self, tenant: str) -> None:
         """Return in a turn of the event loop in which no other piece is done."""
-        mine: asyncio.Future[None] = self._loop.create_future()
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tenant, deque()).append(mine)
         self._come_again()
         await mine
@@ -49,7 +50,7 @@ class Pieces:
     def _come_again(self) -> None:
         if not self._is_due:
             self._is_due = True
-            self._loop.call_soon(self._next)
+            self._turns.soon(self._next)
 
     def _next(self) -> None:
         self._is_due = False

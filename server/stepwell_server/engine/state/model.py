@@ -18,7 +18,7 @@ from stepwell_server.program import Program
 from stepwell_server.store.record import Texts
 
 #: A pass takes about so long at most while others are about, in seconds; but its fixed part is at most this share of it.
-SHORT_PASS_S, _MOST_FIXED = 0.1e-3, 0.25
+SHORT_PASS_S, _MOST_FIXED = 0.1e-3, 0.4
 
 
 class Alarm:

@@ -95,13 +95,16 @@ class Arrivals:
             item.behind += bool(line)
             line.append(item)
 
-    def go_on(self) -> None:
-        """Do what may be done in this turn, in turn."""
+    def go_on(self, *, is_extra: bool = False) -> bool:
+        """Do what may be done in this turn, in turn; whether it was a large batch, while others are about.
+
+        `is_extra`: it is no turn for large batches, unless nobody else is about.
+        """
         alone = not self.has_company or self._now() >= self._company_until
         tasks = large = 1 << 30
         if not alone:
-            tasks, large = _TASKS, _LARGE_BATCHES
-        went_on = True
+            tasks, large = _TASKS, 0 if is_extra else _LARGE_BATCHES
+        went_on, was_large = True, False
         while went_on and self._lines:
             went_on = False
             for peer in list(self._lines) if alone else self._in_turn():
@@ -119,6 +122,7 @@ class Arrivals:
                             if not large:
                                 break
                             large -= 1
+                            was_large = not alone
                     went_on = True
                     if not alone and (item.kind is Kind.TASK or item.size >= LARGE):
                         self._had_turn(item)
@@ -126,6 +130,7 @@ class Arrivals:
                     self._do(item.what)
                     if item.kind is Kind.TASK and not alone:
                         break  # the next connection's turn
+        return was_large
 
     def _in_turn(self) -> list[str]:
         """Connections on which something waits, those first whose tenant, and then whose caller, has waited longest."""

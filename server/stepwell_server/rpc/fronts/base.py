@@ -236,6 +236,12 @@ class Steps(Protocol):
     def go(self) -> None:
         """Run what was taken since `hold`, at once."""
 
+    def go_soon(self) -> None:
+        """Run it in another turn of the event loop: this one has had its large work."""
+
+    def in_turn(self, work: Callable[[], None], /) -> object:
+        """Do a part of large work in a turn of the event loop that has no other."""
+
     def too_large(self, size: int) -> Status:
         """What a call ends with whose request has so many bytes."""
 

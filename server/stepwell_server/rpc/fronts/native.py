@@ -358,7 +358,8 @@ class NativeFront:
                 # who sends much must not keep others from being seen; who is alone has passes run in between
                 most = most - 1 if arrivals.has_company else 0
             if arrivals:
-                arrivals.go_on()
+                # what is large has turns of its own, so that nobody whose steps are seen now waits for it
+                arrivals.go_on(is_extra=True)
         finally:
             self._steps.go()
             if arrivals:
@@ -402,19 +403,22 @@ class NativeFront:
         return self._peers.get(key, "")
 
     def _go_on(self) -> None:
-        self._is_going_on = False
+        self._is_going_on = was_large = False
         self._steps.hold()
         try:
-            self._arrivals.go_on()
+            was_large = self._arrivals.go_on()
         finally:
-            self._steps.go()
+            if was_large:
+                self._steps.go_soon()
+            else:
+                self._steps.go()
             if self._arrivals:
                 self._go_on_soon()
 
     def _go_on_soon(self) -> None:
         if not self._is_going_on:
             self._is_going_on = True
-            self._loop.call_soon(self._go_on)
+            self._steps.in_turn(self._go_on)
 
     def _do(self, arrival: tuple[Any, ...]) -> None:
         tag = arrival[0]

@@ -197,6 +197,14 @@ class ColumnSteps(Refusals):
         """See `base.Steps`."""
         self._engine.take_turns()
 
+    def go_soon(self) -> None:
+        """See `base.Steps`."""
+        self._engine.take_turns_soon()
+
+    def in_turn(self, work: Callable[[], None]) -> None:
+        """See `base.Steps`."""
+        self._engine.call_in_turn(work)
+
     def take(self, columns: StepColumns) -> None:
         """See `base.Steps`."""
         if columns.model is None:

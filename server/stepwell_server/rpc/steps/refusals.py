@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,8 @@ class EarlySteps(Refusals):
 
     hold: Callable[[], None]
     go: Callable[[], None]
+    go_soon: Callable[[], None]
+    in_turn: Callable[[Callable[[], None]], object]
     take: Callable[[StepColumns], None]
 
     def __init__(
@@ -74,12 +77,14 @@ class EarlySteps(Refusals):
         super().__init__(max_message_bytes, observer)
         self.traces = traces
         self._refusal = refusal
-        self.hold = self.go = lambda: None
+        self.hold = self.go = self.go_soon = lambda: None
+        self.in_turn = asyncio.get_running_loop().call_soon
         self.take = self._refuse
 
     def go_to(self, steps: Steps) -> None:
         """From now on these take the steps."""
         self.hold, self.go, self.take = steps.hold, steps.go, steps.take
+        self.go_soon, self.in_turn = steps.go_soon, steps.in_turn
 
     def _refuse(self, columns: StepColumns) -> None:
         error = self._refusal()
