@@ -34,7 +34,7 @@ _MODEL = "small"
 _FEATURES = MODELS[_MODEL][1]
 _STEPS = "/stepwell.v1.SessionService/"
 WATCHED = 8
-FRAMES, FRAME, MANY_STREAMS, LONG, LONG_STEPS = 8, 1024, 512, 8, 10_000
+FRAMES, FRAME, MANY_STREAMS, LONG, LONG_STEPS = 8, 1024, 64, 8, 10_000
 OPENINGS, OPENINGS_OF_MANY, OPENED_AT_ONCE = 64, 4, 2000
 _BEFORE_S, _AFTER_S = 0.3, 0.5
 """The flood begins before the streams are counted, and ends after them."""
