@@ -283,7 +283,7 @@ async def _run(
         address = await _listen(settings, rpc, certificates)
         readiness.listen(rpc.announce)
         folder = None if settings.models_dir is None else ModelFolder(settings.models_dir)
-        kept = await _kept(store)
+        kept = await _kept(store, settings)
         wanted = await asyncio.to_thread(begin_with, settings, folder, kept)
         models = Loaded()
         if settings.wait_for_models:
@@ -373,9 +373,9 @@ def _resident_rows(settings: Settings, names: Collection[str]) -> ResidentRows:
     return ResidentRows(settings.resident_rows.get(""), own, len(set(names) - own.keys()))
 
 
-async def _kept(store: Store) -> Mapping[str, KeptModel]:
+async def _kept(store: Store, settings: Settings) -> Mapping[str, KeptModel]:
     try:
-        return await kept_models(store)
+        return await kept_models(store, settings.models_dir)
     except (DocumentError, StoreError, ServerError) as error:
         raise StartError(f"--data-dir: {error}") from error
 

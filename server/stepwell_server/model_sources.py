@@ -43,6 +43,8 @@ class KeptModel:
 
     versions: Collection[int]
     default: int
+    from_elsewhere: Collection[int] = ()
+    """Those that were loaded by calls, and come back from files that neither the command line nor the folder has."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,7 +57,8 @@ class Candidates:
     default: int = 0
     """The version that is the default before anything new becomes it; 0: the highest."""
     is_default_chosen: bool = False
-    """Somebody made it the default though there were higher ones: what is new does not change that."""
+    """Somebody made a version the default though there were higher ones, or one that is not among the files: what is new
+    does not change that."""
 
     def choice(self, failed: Collection[int]) -> list[int]:
         """The versions to serve if those cannot be, the highest first."""
@@ -100,8 +103,13 @@ def begin_with(
 
 def _as_before(found: Candidates, kept: KeptModel | None) -> Candidates:
     """With the default as it was, so that what is new becomes it as if the server had run meanwhile."""
-    if kept is None or kept.default not in found.files:
+    if kept is None:
         return found
+    if kept.default not in found.files:
+        news = [version for version in found.files if version not in kept.versions]
+        # else it was taken out of the folder, or off the command line
+        is_back = kept.default in kept.from_elsewhere and max(news, default=0) < kept.default
+        return dataclasses.replace(found, is_default_chosen=True) if is_back else found
     had = max({*kept.versions, kept.default} & found.files.keys())
     return dataclasses.replace(found, default=kept.default, is_default_chosen=kept.default != had)
 

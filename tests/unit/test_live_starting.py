@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from stepwell_server.core.model_names import ModelRef
@@ -18,18 +20,23 @@ from support.engine import running
 from support.fake_executor import PLAIN, RICH
 
 
-async def test_what_the_store_knows_of_versions() -> None:
+async def test_what_the_store_knows_of_versions(tmp_path: Path) -> None:
+    """Those of other folders come back by themselves, those of `--models` as their policy says."""
     store = MemoryStore()
     async with running({"plain": PLAIN}, store=store) as at:
-        assert await kept_models(AwaitedStore(store)) == {}
-        await at.engine.load_version("plain", 2, PLAIN)
+        assert await kept_models(AwaitedStore(store), None) == {}
+        await at.engine.load_version("plain", 2, PLAIN, source=str(tmp_path / "models/plain/2.keras"))
+        await at.engine.load_version("plain", 3, PLAIN, source=str(tmp_path / "3.keras"))
         await at.engine.load_version("plain", 5, RICH)
         await at.engine.set_default("plain", 2, SessionPolicy.KEEP)
         await at.engine.unload_version("plain", 5)
-        assert await kept_models(AwaitedStore(store)) == {"plain": KeptModel([1, 2], 2)}
+        root = tmp_path / "models"
+        for folder, from_elsewhere in ((root, [3]), (None, [2, 3])):
+            kept = await kept_models(AwaitedStore(store), folder)
+            assert kept == {"plain": KeptModel([1, 2, 3], 2, from_elsewhere)}
     store.commit(Batch(documents=[(name_of("plain"), b"{}")]))
     with pytest.raises(DocumentError, match="versions of model 'plain' cannot be read"):
-        await kept_models(AwaitedStore(store))
+        await kept_models(AwaitedStore(store), None)
 
 
 @pytest.mark.parametrize("tells_why", [True, False])

@@ -92,6 +92,24 @@ def test_the_default_of_before_is_loaded_whatever_the_policy_says(
     assert forecast.is_default_chosen is is_default_chosen
 
 
+@pytest.mark.parametrize(
+    ("had", "default", "from_elsewhere", "is_default_chosen"),
+    [
+        ([1, 2, 10, 11], 11, [11], True),  # it comes back
+        ([11], 11, [11], True),
+        ([1, 2, 10, 11], 11, [], False),  # its file was taken away
+        ([1, 2, 5], 5, [5], False),  # 10 is new, and higher
+        ([1, 2, 5, 10], 5, [5], True),  # somebody had gone back to it
+    ],
+)
+def test_the_default_that_was_loaded_by_a_call_stays_it(
+    root: Path, had: list[int], default: int, from_elsewhere: list[int], is_default_chosen: bool
+) -> None:
+    forecast, _ = begin(root, {"forecast": KeptModel(had, default, from_elsewhere)})
+    assert forecast.is_default_chosen is is_default_chosen
+    assert forecast.choice(()) == [10]
+
+
 def test_what_is_left_out_is_told(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     (root / "forecast/last.keras").touch()
     assert len(begin(root)) == 2

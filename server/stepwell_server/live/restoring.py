@@ -104,7 +104,7 @@ async def restore(
                 continue
             if not (known.is_wanted and known.source) or abandoned.is_set():
                 continue
-            if real_root is not None and Path(known.source).is_relative_to(real_root):
+            if is_in(known.source, real_root):
                 continue
             try:
                 await _load(engine, live.compile, name, known, tell, abandoned)
@@ -124,6 +124,11 @@ async def restore(
     if live.kept is not None and not abandoned.is_set():
         await live.kept.drop_others(sources)
     return bad
+
+
+def is_in(source: str, root: Path | None) -> bool:
+    """Whether the file of a version is one of `--models`, which is given without links."""
+    return root is not None and Path(source).is_relative_to(root)
 
 
 async def _load(

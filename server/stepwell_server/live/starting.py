@@ -13,10 +13,12 @@ from stepwell_server.engine.versions import document
 from stepwell_server.errors import ModelLoading, ModelNotFound, ServerError
 from stepwell_server.live.control import LoadRequest, VersionState
 from stepwell_server.live.folder import FolderFollower, FolderOptions
-from stepwell_server.live.restoring import restore, restore_unless_stopped
+from stepwell_server.live.restoring import is_in, restore, restore_unless_stopped
 from stepwell_server.model_sources import Candidates, KeptModel
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from stepwell_server.clock import Clock
     from stepwell_server.engine.engine import Engine
     from stepwell_server.live.models import LiveModels
@@ -29,19 +31,27 @@ if TYPE_CHECKING:
 _RETRY_S = 1.0
 
 
-async def kept_models(store: Store) -> dict[str, KeptModel]:
+async def kept_models(store: Store, root: Path | None) -> dict[str, KeptModel]:
     """What the store knows of versions, by name.
+
+    Args:
+        store: of the server.
+        root: `--models`, of whose files the policy says which are loaded.
 
     Raises:
         DocumentError: it cannot be read.
         Unavailable: the store cannot be asked.
     """
     found = {}
+    root = None if root is None else await asyncio.to_thread(root.resolve)
     for name, content in (await store.documents(document.PREFIX)).items():
         model = name.removeprefix(document.PREFIX)
         own = document.decode(model, content)
-        versions = [version for version, known in own.known.items() if known.is_wanted]
-        found[model] = KeptModel(versions, own.wanted)
+        wanted = {version: known for version, known in own.known.items() if known.is_wanted}
+        elsewhere = [
+            version for version, known in wanted.items() if known.source and not is_in(known.source, root)
+        ]
+        found[model] = KeptModel(list(wanted), own.wanted, elsewhere)
     return found
 
 
