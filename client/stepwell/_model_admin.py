@@ -98,7 +98,7 @@ class ModelAdmin:
         if file.is_sent:
             request.upload = yield from self._upload(file.path, deadline, progress)
         else:
-            request.path = file.path
+            request.path, request.is_temporary = file.path, file.is_temporary
         last = models_pb2.LoadModelResponse()
 
         def on_reply(reply: models_pb2.LoadModelResponse) -> None:

@@ -135,6 +135,8 @@ class Placed(NamedTuple):
     path: str
     """On this machine's disk if it is sent, else on the server's."""
     is_sent: bool
+    is_temporary: bool
+    """It is deleted after the load."""
 
 
 @contextlib.contextmanager
@@ -159,11 +161,12 @@ def placed(name: str, source: ModelSource, *, upload: bool | None, is_local: boo
     if upload not in (None, True, False):
         raise InvalidInputError(f"upload must be True, False or None; got {upload!r:.150}")
     if upload is False and isinstance(source, str | os.PathLike):
-        yield Placed(os.fspath(source), is_sent=False)
+        yield Placed(os.fspath(source), is_sent=False, is_temporary=False)
         return
     with tempfile.TemporaryDirectory(prefix="stepwell-") as folder:
-        path = os.path.abspath(file_of(name, source, folder).path)
-        yield Placed(path, is_sent=not is_local if upload is None else upload)
+        file = file_of(name, source, folder)
+        is_sent = not is_local if upload is None else upload
+        yield Placed(os.path.abspath(file.path), is_sent, is_temporary=not file.is_given)
 
 
 def _copy_without_dates(saved: str, path: str) -> None:

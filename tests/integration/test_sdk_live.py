@@ -274,3 +274,25 @@ def test_a_server_of_ones_own_has_several_versions_from_the_start_and_gets_more(
     for name in (f"{MODEL}@", f"{MODEL}@0", f"{MODEL}@01", f"{MODEL}@x", f"{MODEL}:canary"):
         with pytest.raises(errors.InvalidInputError, match="or NAME@VERSION"):
             stepwell.local({name: paths["first"]})
+
+
+def test_weights_that_were_pushed_outlive_the_server(tmp_path: Path, paths: dict[str, Path]) -> None:
+    """Their file is gone, and so the server keeps what it made of it."""
+    model, x = build(7), draw(1)
+    with (
+        LocalServer({MODEL: paths["first"]}, tmp_path / "data", cache_dir=programs.cache_dir()) as server,
+        stepwell.connect(server.address, timeout_s=LOAD_S) as client,
+    ):
+        session = client.open_session(MODEL, session_id="anna")
+        session.step(x)
+        client.update_model(MODEL, model)
+        y = session.step(x)
+        state = session.get_state()
+        server.kill()
+        server.restart()
+        assert client.model(MODEL).version == 2
+        again = client.open_session(MODEL, session_id="anna")
+        assert (again.resumed, again.model_version, again.revision) == (True, 2, 2)
+        assert again.get_state() == state
+        assert client.predict(MODEL, x, dict(state))[0].tobytes() == again.step(x).tobytes()
+        assert not np.array_equal(y, again.step(x))

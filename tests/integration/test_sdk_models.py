@@ -132,6 +132,7 @@ async def test_a_keras_model_is_saved_for_the_server_to_read(client: Any, server
     (path,) = [request.path for request in server.requests("LoadModel")]
     assert os.path.isabs(path)
     assert path.endswith(f"/{MODEL}.keras")
+    assert server.requests("LoadModel")[0].is_temporary, "so that the server keeps what it makes of it"
     assert is_gone(path), "whatever becomes of it"
 
 

@@ -162,6 +162,7 @@ class LoadModelRequest(_message.Message):
     MIGRATION_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     UNLOAD_PREVIOUS_FIELD_NUMBER: _builtins.int
+    IS_TEMPORARY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model; one that is not served yet begins with this version as its default."""
     version: _builtins.int
@@ -178,6 +179,8 @@ class LoadModelRequest(_message.Message):
     """For MIGRATE: the name of the function. Empty: the only one there is."""
     unload_previous: _builtins.bool
     """The version that was the default is unloaded once nothing is under way on it and it has no session."""
+    is_temporary: _builtins.bool
+    """The file of `path` will not be there after the load: the server keeps what it made of it, as it does of an upload."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Labels that it gets."""
@@ -194,10 +197,11 @@ class LoadModelRequest(_message.Message):
         migration: _builtins.str = ...,
         labels: _abc.Iterable[_builtins.str] | None = ...,
         unload_previous: _builtins.bool = ...,
+        is_temporary: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_default", b"keep_default", "labels", b"labels", "migration", b"migration", "name", b"name", "path", b"path", "sessions", b"sessions", "unload_previous", b"unload_previous", "upload", b"upload", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_temporary", b"is_temporary", "keep_default", b"keep_default", "labels", b"labels", "migration", b"migration", "name", b"name", "path", b"path", "sessions", b"sessions", "unload_previous", b"unload_previous", "upload", b"upload", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -54,6 +54,8 @@ class LoadRequest:
     path: str = ""
     upload: str = ""
     """In place of a path: what an upload was called."""
+    is_temporary: bool = False
+    """The file of the path will not be there after the load."""
     keep_default: bool = False
     """It stays beside the default. Else, and if the name is served by nothing else, it becomes the default."""
     policy: SessionPolicy = SessionPolicy.KEEP

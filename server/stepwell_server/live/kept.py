@@ -1,4 +1,4 @@
-"""Programs of models that were uploaded, kept in the data folder so that a restart finds them. Blocking work is on threads."""
+"""Programs of models whose files are not there any more, such as uploads, kept in the data folder so that a restart finds them. Blocking work is on threads."""
 
 from __future__ import annotations
 

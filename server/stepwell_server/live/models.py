@@ -252,7 +252,7 @@ class LiveModels:
         load.require_wanted()
         load.tell(WARM_UP)
         source = str(path)
-        if request.upload:
+        if request.upload or request.is_temporary:
             kept = None if self.kept is None else await self.kept.keep(name, version, compiled.program)
             source = "" if kept is None else str(kept)
         is_first = not self._served(name)

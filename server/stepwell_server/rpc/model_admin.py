@@ -60,6 +60,7 @@ class ModelAdminServicer:
             version=request.version,
             path=request.path,
             upload=request.upload,
+            is_temporary=request.is_temporary,
             keep_default=request.keep_default,
             policy=_policy(request.sessions),
             migration=request.migration,
