@@ -183,7 +183,7 @@ def _load_one(
     settings: Settings, compiler: WarmCompiler, source: Source, limits: Limits, report: Callable[[str], None]
 ) -> Program:
     try:
-        return load_file(settings, compiler, source.name, source.path, limits, report)
+        return load_file(settings, compiler, source.name, source.path, limits, report, keep=False)
     except ModelError as error:
         if error.details and not (limits.abandoned and limits.abandoned.is_set()):
             _log.warning("model refused", model=source.told, details=error.details)
@@ -199,6 +199,8 @@ def load_file(
     path: Path,
     limits: Limits,
     report: Callable[[str], None],
+    *,
+    keep: bool,
 ) -> Program:
     """Return the program of a file, as the settings want models of that name to be loaded. Blocks.
 
@@ -209,6 +211,7 @@ def load_file(
         path: the file.
         limits: what loading may take.
         report: called with each stage as it begins.
+        keep: what comes next may be the same model with other weights; see `WarmCompiler.compile`.
 
     Raises:
         ModelError: it cannot be served; the message is one line for people.
@@ -222,7 +225,7 @@ def load_file(
             ProofOptions(settings.probe_steps.get(name), name in settings.trust_causality),
             limits,
             data=settings.check_with.get(name),
-            keep=False,
+            keep=keep,
         )
         if name in settings.check_with:
             _check(settings, compiler, name, path, program, limits)

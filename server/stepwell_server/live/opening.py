@@ -86,7 +86,9 @@ def _compiling(settings: Settings, compiler: WarmCompiler, programs: kept.KeptPr
             if program.executor == "tensorflow":  # which a file must not be that others may have written
                 return Compiled(program, "file")
         limits = dataclasses.replace(compiler.limits, abandoned=abandoned)
-        program = await asyncio.to_thread(load_file, settings, compiler, name, path, limits, report)
+        program = await asyncio.to_thread(
+            load_file, settings, compiler, name, path, limits, report, keep=True
+        )
         return Compiled(program, "file" if is_program(path) else "compiled" if stages else "cache")
 
     return compile_model
