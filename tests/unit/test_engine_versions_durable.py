@@ -50,11 +50,11 @@ def marks(disk: Disk, *session_ids: str) -> list[Mark | None]:
     return [mark_of(decode_header(i, r).fields) for i, r in zip(session_ids, found, strict=True) if r]
 
 
-async def expect(at: Harness, name: str, version: int, state: Any, seed: int) -> Any:
-    """A step runs on a version from a state; the state after it."""
+async def expect(at: Harness, name: str, version: int, state: Any, seed: int, *, weight: int = 0) -> Any:
+    """A step runs on a version from a state; the state after it. `weight` is the version's number unless it is given."""
     answer = await at.step(name, x(1, seed=seed))
     assert answer.version == version
-    y, state = after(version, state, [x(1, seed=seed)])
+    y, state = after(weight or version, state, [x(1, seed=seed)])
     np.testing.assert_array_equal(answer.outputs["y"], y)
     return state
 
@@ -259,6 +259,49 @@ async def test_the_file_of_a_version_was_replaced(disk: Disk) -> None:
     async with on(disk, {"plain": weights(5)}) as at:
         with pytest.raises(ModelMismatch, match="belongs to model 'plain' with fingerprint f-plain"):
             await at.step("a", x(1))
+
+
+async def test_the_file_of_a_version_that_sessions_have_left_was_replaced(disk: Disk) -> None:
+    async with on(disk) as at:
+        await at.open("plain", "marked")
+        await at.engine.open_session("plain@1", session_id="pinned")
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.set_default("plain", 2, CARRY)
+        await at.engine.set_default("plain", 1, CARRY)
+        states = {name: await expect(at, name, 1, INITIAL, 1) for name in ("plain", "marked")}
+        await at.engine.set_default("plain", 2, CARRY)
+        states["marked"] = await expect(at, "marked", 2, states["marked"], 2)
+        disk.kill()
+    replaced = {"plain@1": weights(5), "plain@2": weights(2)}
+    async with on(disk, replaced) as at:
+        with pytest.raises(ModelMismatch, match="belongs to model 'plain' with fingerprint f-plain"):
+            await at.step("pinned", x(1))
+        await at.open("new")
+        await at.engine.set_default("plain", 1, CARRY)
+        await expect(at, "marked", 1, states["marked"], 3, weight=5)
+        await expect(at, "plain", 1, states["plain"], 3, weight=5)
+        disk.kill()
+
+
+async def test_a_file_that_was_replaced_comes_back(disk: Disk) -> None:
+    async with on(disk) as at:
+        await at.open("a", "b")
+        states = {name: await expect(at, name, 1, INITIAL, 1) for name in ("a", "b")}
+        await at.engine.load_version("plain", 2, weights(2))
+        await at.engine.set_default("plain", 2, CARRY)
+        disk.kill()
+    async with on(disk, {"plain@1": weights(5), "plain@2": weights(2)}) as at:
+        states["b"] = await expect(at, "b", 2, states["b"], 2)
+        await at.engine.set_label("plain", "kept", 2)  # the store says what is known now
+        disk.kill()
+    async with on(disk, BOTH) as at:
+        known = at.engine.catalogue()["plain"].known
+        assert {version: each.fingerprint for version, each in known.items()} == {
+            1: "f-plain",
+            2: "f-plain-2",
+        }
+        for name in ("a", "b"):
+            await expect(at, name, 2, states[name], 3)
 
 
 async def test_moves_that_nobody_makes_are_forgotten(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,21 @@ class History:
             return Move(move.epoch, move.source, target, move.how, "", epoch)
         return move
 
+    def renumbered(self, old: int, new: int) -> History:
+        """The history in which a version has another number."""
+        numbers = {old: new}
+        return History(
+            self.epoch,
+            tuple(
+                dataclasses.replace(
+                    move,
+                    source=numbers.get(move.source, move.source),
+                    target=numbers.get(move.target, move.target),
+                )
+                for move in self.moves
+            ),
+        )
+
     def _leaves(self, version: int, epoch: int) -> bool:
         """Whether a later move begins with a version."""
         return any(move.source == version and move.epoch > epoch for move in self.moves)

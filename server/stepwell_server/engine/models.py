@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
 
-from stepwell_server.core.history import History, Way
+from stepwell_server.core.history import History, Mark, Way
 from stepwell_server.core.model_names import ModelRef, parse_reference
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.state.fields import mark_of
@@ -34,6 +34,8 @@ class Known:
     """It is to be loaded again after a restart."""
     is_leaving: bool = False
     """It was the default, and is to be unloaded when its last session has ended, unless it has a label."""
+    replaced: int = 0
+    """The number that it had until another file took its place while no server ran; its own is below 0 since then."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -103,7 +105,66 @@ class Versions:
 
     def version_with(self, fingerprint: str) -> int | None:
         """The lowest version with a fingerprint, loaded or not: that of records that say no version."""
-        return min((v for v, known in self.known.items() if known.fingerprint == fingerprint), default=None)
+        found = [each for each in self.known.values() if each.fingerprint == fingerprint]
+        lowest = min(found, key=lambda each: each.replaced or each.version, default=None)
+        return None if lowest is None else lowest.version
+
+    def version_of(self, mark: Mark | None, fingerprint: str) -> int | None:
+        """The version that a record tells of, by its mark and the fingerprint of its weights; None: nothing is known of it.
+
+        It is below 0 if the version has another file by now: its sessions are there only if they have left it.
+        """
+        if mark is None:
+            return self.version_with(fingerprint)
+        known = self.known.get(mark.version)
+        if known is not None and known.fingerprint == fingerprint:
+            return known.version
+        return self._replaced(mark.version, fingerprint)
+
+    def _replaced(self, version: int, fingerprint: str) -> int | None:
+        return next(
+            (
+                each.version
+                for each in self.known.values()
+                if each.replaced == version and each.fingerprint == fingerprint
+            ),
+            None,
+        )
+
+    def go_on_from(self, kept: Versions) -> None:
+        """Let what is loaded be as it was before the server was started again.
+
+        A version whose file was replaced meanwhile has its number for the new weights alone. The moves of sessions that
+        left the old ones are kept under another number, so that those sessions still find where they went.
+        """
+        self.known = {**kept.known, **self.known}
+        self.history, self.labels = kept.history, kept.labels
+        for version, model in self.loaded.items():
+            was = kept.known.get(version)
+            if was is None:
+                continue
+            if was.fingerprint == model.program.fingerprint:
+                self.known[version] = dataclasses.replace(
+                    self.known[version],
+                    source=self.known[version].source or was.source,
+                    tenant=was.tenant,
+                    is_leaving=was.is_leaving,
+                )
+                continue
+            if version in self.history.versions():
+                number = min(*self.known, 0) - 1
+                self.history = self.history.renumbered(version, number)
+                self.known[number] = dataclasses.replace(
+                    was, version=number, is_wanted=False, is_leaving=False, replaced=version
+                )
+            if (back := self._replaced(version, model.program.fingerprint)) is not None:
+                self.history = self.history.renumbered(back, version)
+                del self.known[back]
+        self.highest = max(self.highest, kept.highest)
+        if kept.wanted in self.loaded:
+            self.default = kept.wanted
+        else:
+            self.wanted = kept.wanted
 
 
 class Models:
@@ -230,9 +291,11 @@ class Models:
                 model=header.model,
             )
         mark = mark_of(header.fields)
-        version = own.version_with(header.fingerprint) if mark is None else mark.version
-        known = None if version is None else own.known.get(version)
-        if version is None or known is None or known.fingerprint != header.fingerprint:
+        version = own.version_of(mark, header.fingerprint)
+        way: Way = ()
+        if version is not None and (mark is None or not mark.is_pinned):
+            version, way = own.history.way(version, 0 if mark is None else mark.epoch)
+        if version is None or version < 0:
             raise ModelMismatch(
                 f"session {session_id!r} belongs to model {header.model!r} with fingerprint"
                 f" {header.fingerprint[:FINGERPRINT_DIGITS]}; the one that is served has"
@@ -240,9 +303,6 @@ class Models:
                 " Serve that model file again, or close the session",
                 model=header.model,
             )
-        way: Way = ()
-        if mark is None or not mark.is_pinned:
-            version, way = own.history.way(version, 0 if mark is None else mark.epoch)
         model = own.loaded.get(version)
         if model is None:
             raise self.absent(ModelRef(header.model, version)) or VersionNotFound(

@@ -61,8 +61,8 @@ class Forwarding:
         """
         own = self._models.versions(model.name)
         mark = mark_of(fields)
-        version = own.version_with(fingerprint) if mark is None else mark.version
-        if version is None or (known := own.known.get(version)) is None or known.fingerprint != fingerprint:
+        version = own.version_of(mark, fingerprint)
+        if version is None:
             return None
         if mark is not None and mark.is_pinned:
             return () if version == model.version else None

@@ -114,29 +114,9 @@ class Changing:
         """
         for name, content in (await self._store.documents(document.PREFIX)).items():
             model = name.removeprefix(document.PREFIX)
-            self._take_over(self._models.versions(model), document.decode(model, content))
-
-    def _take_over(self, own: Versions, kept: Versions) -> None:
-        """Let what is loaded already be as it was."""
-        for version, model in own.loaded.items():
-            was = kept.known.get(version)
-            if was is not None and was.fingerprint == model.program.fingerprint:
-                own.known[version] = dataclasses.replace(
-                    own.known[version],
-                    source=own.known[version].source or was.source,
-                    tenant=was.tenant,
-                    is_leaving=was.is_leaving,
-                )
-        own.known = {**kept.known, **own.known}
-        own.highest = max(own.highest, kept.highest)
-        own.labels, own.history = kept.labels, kept.history
-        if kept.wanted in own.loaded:
-            own.default = kept.wanted
-        elif own.loaded:
-            own.wanted = kept.wanted
-        else:
-            own.wanted = kept.wanted
-        self._mark(own, own.loaded.values())
+            own = self._models.versions(model)
+            own.go_on_from(document.decode(model, content))
+            self._mark(own, own.loaded.values())
 
     async def load(
         self, name: str, version: int, program: Program, *, source: str = "", tenant: str = "", rows: int = 0
@@ -588,7 +568,7 @@ class Changing:
                 if not all_of_them and session_id in self._table:
                     continue
                 mark = mark_of(header.fields)
-                version = own.version_with(header.fingerprint) if mark is None else mark.version
+                version = own.version_of(mark, header.fingerprint)
                 if version is not None:
                     is_pinned = mark is not None and mark.is_pinned
                     yield version, 0 if mark is None else mark.epoch, is_pinned

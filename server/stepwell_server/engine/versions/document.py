@@ -83,6 +83,7 @@ def _version(known: Known) -> dict[str, Any]:
         "tenant": known.tenant,
         "wanted": known.is_wanted,
         "leaving": known.is_leaving,
+        "replaced": known.replaced,
     }
 
 
@@ -102,4 +103,5 @@ def _known(told: dict[str, Any]) -> Known:
         str(told["tenant"]),
         bool(told["wanted"]),
         bool(told.get("leaving", False)),
+        int(told.get("replaced", 0)),
     )
