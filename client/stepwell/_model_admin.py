@@ -95,6 +95,10 @@ class ModelAdmin:
         progress: LoadProgress | None,
     ) -> Flow[LoadedModel]:
         """Loads a version, sending its file before if the server cannot read it."""
+        if progress is not None and not callable(progress):
+            raise InvalidInputError(
+                f"progress must be a function that takes a text, or None; got {progress!r}"
+            )
         if file.is_sent:
             request.upload = yield from self._upload(file.path, deadline, progress)
         else:

@@ -314,6 +314,7 @@ MIGRATION = "migration must be"
             {"sessions": "carry", "migration": "f"},
             f"{MIGRATION} given with sessions='migrate' only; got 'f' with sessions='carry'",
         ),
+        ({"progress": 3}, "progress must be a function that takes a text, or None; got 3"),
         ({"labels": "canary"}, "labels must be a list of labels; got 'canary'"),
         ({"labels": ["2"]}, f"a label {LABEL} '2'"),
         ({"labels": [""]}, f"a label {LABEL} ''"),
